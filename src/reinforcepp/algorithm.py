@@ -1,0 +1,284 @@
+"""REINFORCE++ as pure functions over tensors.
+
+Source: Hu et al., "REINFORCE++: Stabilizing Critic-Free Policy Optimization", arXiv 2501.03262v9, cited as [v9].
+
+A batch is B sequences of T response tokens. ``mask_BT`` is 1 on tokens the policy sampled, EOS included, and 0
+elsewhere (padding, tool output); whatever stands in a masked slot, NaN included, has no influence on anything.
+Nothing here talks to other ranks: sums that must be global are arguments, so a caller adds them up over ranks and
+a test can split a batch at will.
+
+Deviations from the paper: the variance is floored at 1e-8 inside the root, so a batch whose returns are all equal
+has advantages of exactly 0, and exponents are clamped so that no gradient overflows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reinforcepp.errors import ConfigError, nearest
+
+KlKind = Literal["k1", "k2", "k3"]
+Estimator = Literal["reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+Population = Literal["tokens", "sequences"]
+Correction = Literal["tis", "icepop", "off"]
+
+ESTIMATORS: tuple[Estimator, ...] = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+VARIANCE_FLOOR = 1e-8
+MAX_EXPONENT = 20.0
+
+
+# --- KL -------------------------------------------------------------------------------------------------------------
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
+    """Per-token estimate of KL(policy || reference), same shape as the inputs, with d = logprobs - ref_logprobs.
+
+    ``k1`` = d, unbiased, for the reward; ``k2`` = d²/2, for the loss (its gradient is the reverse KL's);
+    ``k3`` = exp(-d) - 1 + d, unbiased and never negative, for watching. [v9 section 2.3; Schulman 2020]
+    """
+    d = logprobs - ref_logprobs
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    if kind == "k3":
+        return torch.exp((-d).clamp(-MAX_EXPONENT, MAX_EXPONENT)) - 1 + d
+    raise ConfigError(f"unknown KL estimator {kind!r}: choose k1, k2 or k3.{nearest(kind, ['k1', 'k2', 'k3'])}")
+
+
+# --- rewards and returns --------------------------------------------------------------------------------------------
+
+
+def clip_rewards(rewards_B: Tensor, limit: float | None) -> Tensor:
+    """Raw rewards cut to [-limit, limit]; ``None`` leaves them. Comes before any centring."""
+    return rewards_B if limit is None else rewards_B.clamp(-limit, limit)
+
+
+def token_rewards(rewards_B: Tensor, kl_BT: Tensor | None, mask_BT: Tensor, kl_coef: float) -> Tensor:
+    """r_t = 1[t is the last sampled token] · R - kl_coef · kl_t, zero where masked. [v9 Eq. 4] -> (B, T)"""
+    mask_BT = mask_BT.bool()
+    after_BT = mask_BT.flip(-1).cumsum(-1).flip(-1)
+    last_BT = mask_BT & (after_BT == 1)
+    rewards_BT = torch.where(last_BT, rewards_B.float().unsqueeze(-1), 0.0)
+    if kl_BT is None or kl_coef == 0:
+        return rewards_BT
+    return rewards_BT - kl_coef * torch.where(mask_BT, kl_BT.float(), 0.0)
+
+
+def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
+    """G_t = r_t + gamma · G_{t+1}; masked tokens are skipped, carry the return on and have return 0. -> (B, T)"""
+    mask_BT = mask_BT.bool()
+    rewards_BT = torch.where(mask_BT, rewards_BT, 0.0)
+    returns_BT = torch.zeros_like(rewards_BT)
+    following_B = torch.zeros_like(rewards_BT[:, 0]) if rewards_BT.shape[1] else None
+    for t in reversed(range(rewards_BT.shape[1])):
+        returns_BT[:, t] = rewards_BT[:, t] + gamma * following_B
+        following_B = torch.where(mask_BT[:, t], returns_BT[:, t], following_B)
+    return torch.where(mask_BT, returns_BT, 0.0)
+
+
+def subtract_group_mean(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
+    """R - mean of the R with the same group id, wherever they stand. [v9 Eq. 6] -> (B,)
+
+    Raises ``ConfigError`` for a group of one sample, whose advantage would always be 0.
+    """
+    _, group_B, size_G = torch.unique(group_ids_B, return_inverse=True, return_counts=True)
+    if (size_G < 2).any():
+        raise ConfigError(
+            f"{int((size_G < 2).sum())} of {len(size_G)} prompts have a single sample, so their advantage would always "
+            "be 0: set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
+        )
+    rewards_B = rewards_B.float()
+    sum_G = torch.zeros(len(size_G), device=rewards_B.device).index_add_(0, group_B, rewards_B)
+    return rewards_B - (sum_G / size_G)[group_B]
+
+
+# --- global normalisation -------------------------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """Mean and population variance over every sampled token of the whole batch, on all ranks."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def count_and_sum(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """First pass: (count, sum) over unmasked slots, float64; add these up over ranks. -> (2,)"""
+    mask_BT = mask_BT.bool()
+    total = torch.where(mask_BT, values_BT.double(), 0.0).sum()
+    return torch.stack([mask_BT.sum().double(), total])
+
+
+def squared_deviation(values_BT: Tensor, mask_BT: Tensor, mean: Tensor) -> Tensor:
+    """Second pass: sum of (value - mean)² over unmasked slots, float64; add these up over ranks. -> ()"""
+    return torch.where(mask_BT.bool(), values_BT.double() - mean, 0.0).square().sum()
+
+
+def population(values_BT: Tensor, mask_BT: Tensor, over: Population) -> tuple[Tensor, Tensor]:
+    """The values that mean and variance are taken over: each token's, or only the first token's of each sequence."""
+    if over == "tokens":
+        return values_BT, mask_BT
+    first_BT = mask_BT.bool() & (mask_BT.bool().cumsum(-1) == 1)
+    return values_BT, first_BT
+
+
+def normalize(values_BT: Tensor, mask_BT: Tensor, moments: Moments) -> Tensor:
+    """A = (G - mean) / sqrt(max(variance, 1e-8)), zero where masked. [v9 Eq. 5] -> (B, T) float32"""
+    scale = torch.rsqrt(moments.variance.clamp_min(VARIANCE_FLOOR))
+    centred_BT = torch.where(mask_BT.bool(), values_BT.double() - moments.mean, 0.0)
+    return (centred_BT * scale).float()
+
+
+def raw_returns(
+    rewards_B: Tensor,
+    kl_BT: Tensor | None,
+    mask_BT: Tensor,
+    *,
+    kl_coef: float,
+    gamma: float,
+    estimator: Estimator,
+    group_ids_B: Tensor | None,
+) -> Tensor:
+    """What is to be normalised: returns-to-go [v9 Eq. 4] or, per token, R - group mean [v9 Eq. 6]. -> (B, T)"""
+    if estimator == "reinforce_plus_plus":
+        return returns_to_go(token_rewards(rewards_B, kl_BT, mask_BT, kl_coef), mask_BT, gamma)
+    if estimator == "reinforce_plus_plus_baseline":
+        if kl_coef != 0:
+            raise ConfigError(
+                f"reinforce_plus_plus_baseline takes no KL in the reward, but kl_coef is {kl_coef}: pass 0 here and "
+                "add the k2 KL to the loss."
+            )
+        if gamma != 1:
+            raise ConfigError(f"reinforce_plus_plus_baseline needs gamma 1, not {gamma}.")
+        if group_ids_B is None:
+            raise ConfigError("reinforce_plus_plus_baseline needs group_ids_B, the prompt id of each sequence.")
+        centred_B = subtract_group_mean(rewards_B, group_ids_B)
+        return torch.where(mask_BT.bool(), centred_B.unsqueeze(-1), 0.0)
+    raise ConfigError(f"unknown estimator {estimator!r}: choose {' or '.join(ESTIMATORS)}.{nearest(estimator, ESTIMATORS)}")
+
+
+def advantages(
+    rewards_B: Tensor,
+    kl_BT: Tensor | None,
+    mask_BT: Tensor,
+    *,
+    kl_coef: float,
+    gamma: float = 1.0,
+    estimator: Estimator = "reinforce_plus_plus",
+    group_ids_B: Tensor | None = None,
+    normalize_over: Population = "tokens",
+) -> tuple[Tensor, Tensor]:
+    """``(advantages_BT, returns_BT)`` of a whole global batch. [v9 Eq. 4 to 8]
+
+    Args:
+        rewards_B: one score per sequence.
+        kl_BT: per-token k1 of the sampling policy against the reference; may be None when ``kl_coef`` is 0.
+        mask_BT: 1 on sampled tokens.
+        kl_coef: weight of the KL in the reward; must be 0 for the baseline estimator.
+        gamma: discount per token; must be 1 for the baseline estimator.
+        estimator: which of the paper's two.
+        group_ids_B: prompt id of each sequence, needed by the baseline estimator.
+        normalize_over: ``tokens`` (the paper's code) or ``sequences``, each sequence counting once.
+
+    Raises:
+        ConfigError: for arguments that contradict each other, or a group of one sample.
+    """
+    returns_BT = raw_returns(
+        rewards_B, kl_BT, mask_BT, kl_coef=kl_coef, gamma=gamma, estimator=estimator, group_ids_B=group_ids_B
+    )
+    values_BT, counted_BT = population(returns_BT, mask_BT, normalize_over)
+    count, total = count_and_sum(values_BT, counted_BT)
+    mean = total / count.clamp_min(1)
+    variance = squared_deviation(values_BT, counted_BT, mean) / count.clamp_min(1)
+    return normalize(returns_BT, mask_BT, Moments(mean, variance)), returns_BT
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def masked_mean(values_BT: Tensor, mask_BT: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Sum over unmasked slots divided by ``denominator``, or by their number; 0 where there are none. -> ()"""
+    mask_BT = mask_BT.bool()
+    if denominator is None:
+        denominator = mask_BT.sum().clamp_min(1)
+    return torch.where(mask_BT, values_BT, 0.0).sum() / denominator
+
+
+def policy_loss(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    weights_BT: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Token mean of -min(s·A, clip(s, 1-clip_low, 1+clip_high)·A), s = exp(logprobs - old). [v9 Eq. 1]
+
+    Args:
+        logprobs_BT: of the policy being trained, with gradient.
+        old_logprobs_BT: of the policy that made the batch.
+        advantages_BT: from :func:`advantages`.
+        mask_BT: 1 on sampled tokens.
+        clip_low: how far the ratio may fall below 1 before it stops counting.
+        clip_high: how far it may rise above 1.
+        dual_clip: upper bound, in units of -A, of a negative-advantage token's loss; above 1, or None for off.
+        weights_BT: detached weights for tokens sampled by another engine, see :func:`rollout_weights`.
+        denominator: number of tokens in the whole optimiser step, over micro-batches and ranks; default this batch's.
+
+    Returns:
+        The loss, and ``clip_fraction`` and ``approx_kl`` (k3 of old against new), detached. With a common
+        ``denominator`` all three add up over micro-batches.
+    """
+    mask_BT = mask_BT.bool()
+    advantages_BT = torch.where(mask_BT, advantages_BT, 0.0)
+    log_ratio_BT = torch.where(mask_BT, logprobs_BT, 0.0) - torch.where(mask_BT, old_logprobs_BT, 0.0)
+    ratio_BT = torch.exp(log_ratio_BT.clamp(-MAX_EXPONENT, MAX_EXPONENT))
+    plain_BT = ratio_BT * advantages_BT
+    clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT
+    objective_BT = torch.minimum(plain_BT, clipped_BT)
+    if dual_clip is not None:
+        bounded_BT = torch.maximum(objective_BT, dual_clip * advantages_BT)
+        objective_BT = torch.where(advantages_BT < 0, bounded_BT, objective_BT)
+    if weights_BT is not None:
+        objective_BT = torch.where(mask_BT, weights_BT.detach(), 0.0) * objective_BT
+    loss = masked_mean(-objective_BT, mask_BT, denominator)
+    with torch.no_grad():
+        stats = {
+            "clip_fraction": masked_mean((clipped_BT < plain_BT).float(), mask_BT, denominator),
+            "approx_kl": masked_mean(ratio_BT - 1 - log_ratio_BT, mask_BT, denominator),
+        }
+    return loss, stats
+
+
+def rollout_weights(
+    old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor, *, mode: Correction, low: float, high: float
+) -> Tensor | None:
+    """w = exp(logp_old - logp_rollout) for tokens that another engine sampled, detached; None when ``off``. -> (B, T)
+
+    ``tis`` clamps w to [low, high]; ``icepop`` sets it to 0 outside.
+    """
+    if mode == "off":
+        return None
+    gap_BT = torch.where(mask_BT.bool(), old_logprobs_BT - rollout_logprobs_BT, 0.0).detach()
+    weights_BT = torch.exp(gap_BT.clamp(-MAX_EXPONENT, MAX_EXPONENT))
+    if mode == "tis":
+        return weights_BT.clamp(low, high)
+    if mode == "icepop":
+        return torch.where((weights_BT >= low) & (weights_BT <= high), weights_BT, 0.0)
+    raise ConfigError(f"unknown correction {mode!r}: choose tis, icepop or off.")
+
+
+def bradley_terry_loss(
+    chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | float = 0.0, centering: float = 0.0
+) -> Tensor:
+    """Mean of -log sigmoid(chosen - rejected - margin), plus centering · mean of (chosen + rejected)². -> ()"""
+    loss = -torch.nn.functional.logsigmoid(chosen_B - rejected_B - margin).mean()
+    return loss + centering * (chosen_B + rejected_B).square().mean()

@@ -1,0 +1,213 @@
+"""Find, check, load and save models: policy, reference and reward model.
+
+A model is named by ``builtin:tiny``, a local folder, or a name on the Hugging Face hub; a folder wins over the hub.
+Everything that can be refused from the small files alone (a missing folder, a tokenizer that is larger than the
+vocabulary, a reward model without its head) is refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reinforcepp import builtin
+from reinforcepp.errors import ModelError, nearest
+from reinforcepp.tokens import PLAIN_TEMPLATE, position_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_CURE = (
+    "Give the path of a model folder, or 'builtin:tiny', the small model that ships with this package and needs no "
+    "network; to fetch a model once where there is a network: hf download {name} --local-dir {name}"
+)
+
+
+# --- names and small files ------------------------------------------------------------------------------------------
+
+
+def resolve(name: str) -> str:
+    """What ``from_pretrained`` is to be given for ``name``: a folder that is a model, or a hub name."""
+    if name.startswith("builtin:"):
+        if name != builtin.MODEL_NAME:
+            raise ModelError(f"There is no built-in model {name!r}: the only one is {builtin.MODEL_NAME!r}.")
+        return str(builtin.model_path())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return str(folder)
+        beside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        inside = f" It holds {', '.join(beside)}, which is." if beside else ""
+        raise ModelError(f"The folder {name} is not a model: it has no config.json.{inside}")
+    if folder.is_file():
+        raise ModelError(f"{name} is a file, not a model: give the folder that holds config.json and the weights.")
+    if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ModelError(f"There is no model folder {name}.{nearest(folder.name, siblings)}")
+    return name
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn what the libraries raise for a model that can't be had into one sentence with the cure."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if Path(resolve(name)).is_dir():
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"The model folder {name} can't be loaded: {first}") from error
+        raise ModelError(
+            f"There is no model folder {name!r} here, and it can't be fetched from the hub. {HUB_CURE.format(name=name)}"
+        ) from error
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    with _told(name):
+        return AutoConfig.from_pretrained(resolve(name))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with EOS, pad token and chat template, checked against the model's vocabulary.
+
+    Without a pad token EOS serves; without a chat template the plain frame does, and is saved along.
+    """
+    from transformers import AutoTokenizer
+
+    with _told(name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"The tokenizer of {name} has no EOS token, so no answer could end: set eos_token in its files.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    vocabulary = load_config(name).get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"The tokenizer of {name} has {len(tokenizer)} tokens, but the model only {vocabulary}: they don't belong "
+            "together; copy the tokenizer files from the model's origin or resize the model's embeddings."
+        )
+    return tokenizer
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model can attend to, where its configuration says so."""
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(length) if length else None
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All ids that end an answer: the tokenizer's and those of the model's generation settings."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    listed = own if isinstance(own, list) else [own]
+    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
+
+
+# --- causal language models -----------------------------------------------------------------------------------------
+
+
+def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model in evaluation mode: dropout would make the policy ratio differ from 1."""
+    from transformers import AutoModelForCausalLM
+
+    with _told(name):
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype)
+    return model.eval()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Weights as safetensors, configuration, tokenizer and chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# --- reward models --------------------------------------------------------------------------------------------------
+
+
+def new_reward_model(name: str) -> PreTrainedModel:
+    """The language model ``name`` with a fresh scoring head, to be trained."""
+    from transformers import AutoModelForSequenceClassification
+
+    with _told(name), _quiet_about_fresh_head():
+        model = AutoModelForSequenceClassification.from_pretrained(resolve(name), num_labels=1, dtype=torch.float32)
+    tokenizer = load_tokenizer(name)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return _score_at_last_attended(model)
+
+
+def load_reward_weights(folder: Path) -> PreTrainedModel:
+    """A trained reward model; refuses a folder whose scoring head is missing or of the wrong shape."""
+    from safetensors import safe_open
+    from transformers import AutoModelForSequenceClassification
+
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {key: list(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    if not shapes:
+        raise ModelError(f"{folder} holds no safetensors weights, so it isn't a reward model; train one with the reward verb.")
+    hidden = load_config(str(folder)).get_text_config().hidden_size
+    head = shapes.get("score.weight")
+    if head is None:
+        raise ModelError(
+            f"{folder} holds no scoring head (score.weight): it is a language model, not a reward model, and a fresh head "
+            "would score at random. Train a reward model first, or give the folder that training wrote."
+        )
+    if head != [1, hidden]:
+        raise ModelError(
+            f"The scoring head in {folder} has shape {head}, but a reward model of this size has [1, {hidden}]: "
+            "train the reward model again."
+        )
+    with _told(str(folder)):
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    return _score_at_last_attended(model).eval()
+
+
+def _score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
+    """Make ``model`` read its score where the attention mask ends.
+
+    The library looks for the last token that isn't the pad token, which misses the EOS where pad and EOS are one.
+    """
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
+        hidden_BLD = model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+        ).last_hidden_state
+        places_BL = torch.arange(input_ids.shape[1], device=input_ids.device) * attention_mask
+        rows_B = torch.arange(input_ids.shape[0], device=input_ids.device)
+        return SequenceClassifierOutput(logits=model.score(hidden_BLD[rows_B, places_BL.argmax(-1)]))
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+@contextmanager
+def _quiet_about_fresh_head() -> Iterator[None]:
+    """A fresh head is what a new reward model is meant to have; the library's warning about it would only confuse."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` so that the file is either the old or the new one, never half of it."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

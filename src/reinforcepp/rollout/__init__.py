@@ -1,0 +1,1 @@
+"""Rollout engines: one protocol, one module for each engine."""

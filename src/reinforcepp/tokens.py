@@ -1,0 +1,190 @@
+"""From text to tokens and from logits to log-probabilities: frames, padding, masks.
+
+One mechanism frames every text, at training and at use: the tokenizer's chat template. A base model without one is
+given ``PLAIN_TEMPLATE``, which is saved with the model like any other template. Prompt and completion are tokenised
+apart from each other, so the border between them is always a token border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from reinforcepp.errors import DataError, ModelError
+from reinforcepp.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\n"
+    "{% elif m['role'] == 'assistant' %}Answer: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Answer:{% endif %}"
+)
+
+LongPrompts = Literal["cut", "drop"]
+
+
+# --- framing --------------------------------------------------------------------------------------------------------
+
+
+def frame_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The text that the model continues: ``prompt`` in the tokenizer's chat template, ready for an answer."""
+    messages = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def frame_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
+    """What follows :func:`frame_prompt` when the model answers ``answer``, up to and without the EOS."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    start = frame_prompt(tokenizer, prompt)
+    if not whole.startswith(start):
+        raise ModelError(
+            "The chat template writes a prompt differently when an answer follows it, so training and use would "
+            "disagree; give the tokenizer a template whose generation prompt is a prefix of the whole conversation."
+        )
+    completion = whole[len(start) :]
+    eos = str(tokenizer.eos_token)
+    return completion.rpartition(eos)[0] if eos in completion else completion
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of ``text`` as it stands; templates already hold the special tokens they want."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, ended: bool = True) -> list[int]:
+    """Ids of framed prompt and answer, closed by EOS only if the answer ``ended`` by itself."""
+    ids = encode(tokenizer, frame_prompt(tokenizer, prompt))
+    ids += encode(tokenizer, frame_completion(tokenizer, prompt, answer))
+    return [*ids, eos_id(tokenizer)] if ended else ids
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends an answer."""
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]  # models.load_tokenizer refuses a tokenizer without one
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Any],
+    *,
+    max_prompt_length: int,
+    long_prompts: LongPrompts = "cut",
+) -> tuple[list[Prompt], list[int]]:
+    """Frame and tokenise rows that have ``.prompt`` and maybe ``.columns``.
+
+    A prompt over ``max_prompt_length`` tokens, frame included, loses tokens of its text from the left (``cut``) or is
+    left out (``drop``); nothing of the frame is ever cut.
+
+    Returns:
+        The prompts, keyed by their place in ``rows``, and the places of those that were too long.
+    """
+    prompts: list[Prompt] = []
+    too_long: list[int] = []
+    for key, row in enumerate(rows):
+        ids = encode(tokenizer, frame_prompt(tokenizer, row.prompt))
+        if len(ids) > max_prompt_length:
+            too_long.append(key)
+            if long_prompts == "drop":
+                continue
+            ids = _cut_left(tokenizer, row.prompt, max_prompt_length)
+        prompts.append(Prompt(row.prompt, tuple(ids), key, dict(getattr(row, "columns", {}))))
+    return prompts, too_long
+
+
+def _cut_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> list[int]:
+    content = encode(tokenizer, prompt)
+    keep = limit - len(encode(tokenizer, frame_prompt(tokenizer, "")))
+    while keep > 0:
+        text = str(tokenizer.decode(content[-keep:])).lstrip("\ufffd")
+        ids = encode(tokenizer, frame_prompt(tokenizer, text))
+        if len(ids) <= limit:
+            return ids
+        keep -= len(ids) - limit
+    raise DataError(
+        f"max_prompt_length {limit} leaves no room for a prompt beside the model's own frame of "
+        f"{len(encode(tokenizer, frame_prompt(tokenizer, '')))} tokens; raise it."
+    )
+
+
+# --- padding and masks ----------------------------------------------------------------------------------------------
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """``(ids_BL, mask_BL)`` of ragged rows; the mask comes from lengths, never from comparing ids with ``pad_id``."""
+    width = max(len(row) for row in rows)
+    ids_BL = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask_BL = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids_BL[i, where] = torch.tensor(row, dtype=torch.long)
+        mask_BL[i, where] = 1
+    return ids_BL, mask_BL
+
+
+def position_ids(mask_BL: Tensor) -> Tensor:
+    """Positions counted from each row's first attended token, so that left padding changes nothing. -> (B, L)"""
+    return (mask_BL.cumsum(-1) - 1).clamp_min(0)
+
+
+# --- log-probabilities ----------------------------------------------------------------------------------------------
+
+
+def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each id and entropy of its distribution, softmax(logits / temperature) in float32.
+
+    Returns:
+        ``(logprobs_BT, entropy_BT)``; the entropy, in nats, carries no gradient.
+    """
+    logits_BTV = logits_BTV.float() / temperature
+    log_z_BT = logits_BTV.logsumexp(-1)
+    logprobs_BT = logits_BTV.gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1) - log_z_BT
+    with torch.no_grad():
+        probs_BTV = (logits_BTV - log_z_BT.unsqueeze(-1)).exp()
+        entropy_BT = log_z_BT - (probs_BTV * logits_BTV).sum(-1)
+    return logprobs_BT, entropy_BT
+
+
+def response_logprobs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    temperature: float = 1.0,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score ``responses`` after ``prompts`` in one forward pass.
+
+    Prompts are padded on the left and responses on the right, so the responses share their columns and only their
+    logits are computed. ``width`` pads the result to a common T.
+
+    Returns:
+        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device.
+    """
+    device = next(model.parameters()).device
+    prompt_ids, prompt_mask = pad(prompts, pad_id, left=True)
+    response_ids, response_mask = pad(responses, pad_id)
+    ids_BL = torch.cat([prompt_ids, response_ids], dim=1).to(device)
+    mask_BL = torch.cat([prompt_mask, response_mask], dim=1).to(device)
+    length = response_ids.shape[1]
+    logits_BTV = model(
+        input_ids=ids_BL,
+        attention_mask=mask_BL,
+        position_ids=position_ids(mask_BL),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits[:, :-1]
+    logprobs_BT, entropy_BT = token_logprobs(logits_BTV, ids_BL[:, -length:], temperature)
+    mask_BT = response_mask.to(device)
+    if width is not None:
+        padding = (0, width - length)
+        logprobs_BT, entropy_BT, mask_BT = (
+            torch.nn.functional.pad(x, padding) for x in (logprobs_BT, entropy_BT, mask_BT)
+        )
+    return logprobs_BT, entropy_BT, mask_BT

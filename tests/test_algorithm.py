@@ -1,0 +1,346 @@
+"""The maths against the hand-checked goldens, and against naive loops on random shapes."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from reinforcepp import algorithm
+from reinforcepp.errors import ConfigError
+
+NAN = float("nan")
+
+
+def tensor(rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def mask_of(lengths, width=None):
+    width = width or max(lengths)
+    return tensor([[1.0] * n + [0.0] * (width - n) for n in lengths])
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual.float(), tensor(expected), rtol=0, atol=tolerance)
+
+
+# --- goldens --------------------------------------------------------------------------------------------------------
+
+G1 = {
+    "rewards_B": tensor([1, -1]),
+    "kl_BT": tensor([[0.2, -0.1, 0.4], [-0.2, 0.1, -6]]),
+    "mask_BT": tensor([[1, 1, 1], [1, 1, 0]]),
+}
+
+
+def test_g1_returns_and_advantages_with_kl():
+    advantages, returns = algorithm.advantages(**G1, kl_coef=0.1)
+    close(returns, [[0.95, 0.97, 0.96], [-0.99, -1.01, 0]])
+    close(advantages, [[0.806047, 0.826875, 0.816461], [-1.214278, -1.235106, 0]])
+
+
+def test_g1_discounted():
+    _, returns = algorithm.advantages(**G1, kl_coef=0.1, gamma=0.9)
+    close(returns, [[0.7666, 0.874, 0.96], [-0.889, -1.01, 0]])
+
+
+def baseline(**changes):
+    arguments = {
+        "rewards_B": tensor([1, 0, 1, 1]),
+        "kl_BT": None,
+        "mask_BT": mask_of([3, 1, 2, 2]),
+        "kl_coef": 0.0,
+        "estimator": "reinforce_plus_plus_baseline",
+        "group_ids_B": torch.tensor([7, 7, 9, 9]),
+    }
+    return algorithm.advantages(**(arguments | changes))
+
+
+def test_g2_baseline_weighted_by_tokens():
+    advantages, _ = baseline()
+    close(advantages[:, 0], [1.133893, -1.889822, -0.377964, -0.377964])
+
+
+def test_g2_baseline_weighted_by_sequences():
+    advantages, _ = baseline(normalize_over="sequences")
+    close(advantages[:, 0], [1.414214, -1.414214, 0, 0])
+
+
+def test_g3_normalisation_is_global_over_ranks():
+    rewards, mask = tensor([3, 1, -1, -3]), mask_of([2, 1, 2, 2])
+    returns = algorithm.returns_to_go(algorithm.token_rewards(rewards, None, mask, 0.0), mask)
+    ranks = [(returns[:2], mask[:2]), (returns[2:], mask[2:])]
+    count, total = sum(algorithm.count_and_sum(*rank) for rank in ranks)
+    mean = total / count
+    variance = sum(algorithm.squared_deviation(*rank, mean) for rank in ranks) / count
+    parts = [algorithm.normalize(*rank, algorithm.Moments(mean, variance)) for rank in ranks]
+    close(torch.cat(parts)[:, 0], [1.333946, 0.485071, -0.363803, -1.212678])
+
+
+def test_g4_masked_token_carries_the_return_on():
+    returns = algorithm.returns_to_go(tensor([[0, 0, 1]]), tensor([[1, 0, 1]]), gamma=0.5)
+    close(returns, [[0.5, 0, 1]])
+
+
+G5_RATIOS, G5_ADVANTAGES = tensor([[1.5, 0.5, 1.5, 0.5, 1.1, 4]]), tensor([[1, 1, -1, -1, 2, -1]])
+
+
+@pytest.mark.parametrize(("dual_clip", "expected"), [(None, 0.4), (3.0, 0.233333)])
+def test_g5_clipped_surrogate(dual_clip, expected):
+    loss, stats = algorithm.policy_loss(
+        G5_RATIOS.log(), torch.zeros(1, 6), G5_ADVANTAGES, torch.ones(1, 6), dual_clip=dual_clip
+    )
+    close(loss, expected)
+    close(stats["clip_fraction"], 1 / 3)
+
+
+def test_g5_token_losses():
+    for i, expected in enumerate([-1.2, -0.5, 1.5, 0.8, -2.2, 4.0]):
+        only = torch.zeros(1, 6)
+        only[0, i] = 1
+        loss, _ = algorithm.policy_loss(G5_RATIOS.log(), torch.zeros(1, 6), G5_ADVANTAGES, only)
+        close(loss, expected)
+
+
+def test_clip_bounds_are_not_swapped():
+    ratios, advantages = tensor([[1.25, 0.75]]).log(), tensor([[1, -1]])
+    loss, _ = algorithm.policy_loss(ratios, torch.zeros(1, 2), advantages, torch.ones(1, 2), clip_low=0.1, clip_high=0.3)
+    close(loss, (-1.25 + 0.9) / 2)
+
+
+def test_g6_reward_is_clipped_before_centring():
+    clipped = algorithm.clip_rewards(tensor([30, 20]), 10)
+    close(algorithm.subtract_group_mean(clipped, torch.tensor([0, 0])), [0, 0])
+    assert algorithm.clip_rewards(tensor([30]), None) == 30
+
+
+def test_g7_token_mean_over_the_whole_step():
+    close(algorithm.masked_mean(tensor([[1, 2, 0], [3, 4, 5]]), mask_of([2, 3])), 3.0)
+    parts = [tensor([[1, 2]]), tensor([[3, 4, 5, 6, 7]])]
+    close(sum(algorithm.masked_mean(p, torch.ones_like(p), denominator=7) for p in parts), 4.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "expected"),
+    [("tis", [1.105171, 5, 0.5, 1.051271], -1.914111), ("icepop", [1.105171, 0, 0, 1.051271], -0.539111)],
+)
+def test_g8_correction_for_another_engines_samples(mode, weights, expected):
+    old, rollout = tensor([[-1, -2, -0.5, -1]]), tensor([[-1.1, -4, 0.5, -1.05]])
+    actual = algorithm.rollout_weights(old, rollout, torch.ones(1, 4), mode=mode, low=0.5, high=5)
+    close(actual, [weights])
+    loss, _ = algorithm.policy_loss(old, old, torch.ones(1, 4), torch.ones(1, 4), weights_BT=actual)
+    close(loss, expected)
+    assert algorithm.rollout_weights(old, rollout, torch.ones(1, 4), mode="off", low=0.5, high=5) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "gradient"),
+    [
+        ("k1", [0.2, -0.1, 0.4], [1, 1, 1]),
+        ("k2", [0.02, 0.005, 0.08], [0.2, -0.1, 0.4]),
+        ("k3", [0.018731, 0.005171, 0.070320], [0.181269, -0.105171, 0.329680]),
+    ],
+)
+def test_g9_kl_estimators_and_their_gradients(kind, values, gradient):
+    logprobs = tensor([0.2, -0.1, 0.4]).requires_grad_()
+    kl = algorithm.kl_estimate(logprobs, torch.zeros(3), kind)
+    kl.sum().backward()
+    close(kl.detach(), values)
+    close(logprobs.grad, gradient)
+
+
+def test_k2_keeps_its_gradient_far_from_the_reference():
+    logprobs = tensor([-60.0]).requires_grad_()
+    algorithm.kl_estimate(logprobs, torch.zeros(1), "k2").sum().backward()
+    close(logprobs.grad, [-60])
+
+
+def test_k3_stays_finite_far_from_the_reference():
+    logprobs = tensor([-500.0]).requires_grad_()
+    algorithm.kl_estimate(logprobs, torch.zeros(1), "k3").sum().backward()
+    assert logprobs.grad.isfinite().all()
+
+
+def test_g11_bradley_terry():
+    chosen, rejected = tensor([1, 0.2]), tensor([0, 0.7])
+    close(algorithm.bradley_terry_loss(chosen, rejected), 0.643669)
+    close(algorithm.bradley_terry_loss(chosen, rejected, margin=0.5), 0.893669)
+    close(algorithm.bradley_terry_loss(chosen, rejected, centering=0.01), 0.643669 + 0.00905)
+
+
+# --- naive loops as oracle ------------------------------------------------------------------------------------------
+
+
+def random_batch(seed):
+    rng = random.Random(seed)
+    rows, width = rng.randint(2, 9), rng.randint(1, 7)
+    mask = [[float(rng.random() < 0.7) for _ in range(width)] for _ in range(rows)]
+    mask[0][0] = 1.0
+    kl = [[rng.gauss(0, 1) for _ in range(width)] for _ in range(rows)]
+    return [rng.gauss(0, 2) for _ in range(rows)], kl, mask, rng.choice([0.0, 0.1, 1.0]), rng.choice([1.0, 0.9, 0.0])
+
+
+def naive_advantages(rewards, kl, mask, kl_coef, gamma):
+    returns = []
+    for reward, kl_row, mask_row in zip(rewards, kl, mask, strict=True):
+        sampled = [t for t, m in enumerate(mask_row) if m]
+        row, following = [0.0] * len(mask_row), 0.0
+        for t in reversed(sampled):
+            following = (reward if t == sampled[-1] else 0.0) - kl_coef * kl_row[t] + gamma * following
+            row[t] = following
+        returns.append(row)
+    flat = [g for row, m in zip(returns, mask, strict=True) for g, one in zip(row, m, strict=True) if one]
+    mean = sum(flat) / len(flat)
+    std = math.sqrt(max(sum((g - mean) ** 2 for g in flat) / len(flat), 1e-8))
+    advantages = [
+        [(g - mean) / std if one else 0.0 for g, one in zip(row, m, strict=True)]
+        for row, m in zip(returns, mask, strict=True)
+    ]
+    return advantages, returns
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_advantages_equal_a_naive_loop(seed):
+    rewards, kl, mask, kl_coef, gamma = random_batch(seed)
+    actual = algorithm.advantages(tensor(rewards), tensor(kl), tensor(mask), kl_coef=kl_coef, gamma=gamma)
+    expected = naive_advantages(rewards, kl, mask, kl_coef, gamma)
+    close(actual[0], expected[0], 1e-4)
+    close(actual[1], expected[1], 1e-4)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_policy_loss_equals_a_naive_loop(seed):
+    _, logprobs, mask, _, _ = random_batch(seed)
+    rng = random.Random(seed)
+    old = [[x + rng.gauss(0, 0.3) for x in row] for row in logprobs]
+    gain = [[rng.gauss(0, 1) for _ in row] for row in logprobs]
+    low, high = rng.uniform(0.05, 0.4), rng.uniform(0.05, 0.4)
+    losses, clipped = [], 0
+    for i, row in enumerate(mask):
+        for t, one in enumerate(row):
+            if one:
+                ratio = math.exp(logprobs[i][t] - old[i][t])
+                bounded = min(max(ratio, 1 - low), 1 + high)
+                losses.append(-min(ratio * gain[i][t], bounded * gain[i][t]))
+                clipped += bounded * gain[i][t] < ratio * gain[i][t]
+    loss, stats = algorithm.policy_loss(
+        tensor(logprobs), tensor(old), tensor(gain), tensor(mask), clip_low=low, clip_high=high
+    )
+    close(loss, sum(losses) / len(losses))
+    close(stats["clip_fraction"], clipped / len(losses))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_group_baseline_equals_a_naive_loop_after_a_shuffle(seed):
+    rng = random.Random(seed)
+    ids = [g for g in range(4) for _ in range(rng.randint(2, 4))]
+    rng.shuffle(ids)
+    rewards = [rng.gauss(0, 1) for _ in ids]
+    groups = {g: [r for r, i in zip(rewards, ids, strict=True) if i == g] for g in ids}
+    expected = [r - sum(groups[g]) / len(groups[g]) for r, g in zip(rewards, ids, strict=True)]
+    close(algorithm.subtract_group_mean(tensor(rewards), torch.tensor(ids)), expected)
+
+
+# --- properties (G12) -----------------------------------------------------------------------------------------------
+
+
+def test_adding_a_constant_to_every_reward_changes_nothing():
+    mask = mask_of([3, 1, 2])
+    one, _ = algorithm.advantages(tensor([1, 5, -2]), None, mask, kl_coef=0.0)
+    other, _ = algorithm.advantages(tensor([1, 5, -2]) + 1000, None, mask, kl_coef=0.0)
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_permuting_rows_permutes_advantages():
+    order = torch.tensor([1, 0])
+    one, _ = algorithm.advantages(**G1, kl_coef=0.1)
+    other, _ = algorithm.advantages(**{k: v[order] for k, v in G1.items()}, kl_coef=0.1)
+    torch.testing.assert_close(one[order], other)
+    shuffle = torch.tensor([2, 0, 3, 1])
+    one, _ = baseline()
+    other, _ = baseline(
+        rewards_B=tensor([1, 0, 1, 1])[shuffle],
+        mask_BT=mask_of([3, 1, 2, 2])[shuffle],
+        group_ids_B=torch.tensor([7, 7, 9, 9])[shuffle],
+    )
+    torch.testing.assert_close(one[shuffle], other)
+
+
+def test_more_padding_and_nan_in_masked_slots_change_nothing():
+    def padded(values, fill):
+        return torch.cat([values, torch.full((2, 4), fill)], dim=1)
+
+    mask = padded(G1["mask_BT"], 0.0)
+    kl = torch.where(mask.bool(), padded(G1["kl_BT"], NAN), NAN)
+    one, _ = algorithm.advantages(**G1, kl_coef=0.1)
+    other, _ = algorithm.advantages(G1["rewards_B"], kl, mask, kl_coef=0.1)
+    torch.testing.assert_close(padded(one, 0.0), other)
+
+    logprobs = torch.where(mask.bool(), -1.0, NAN).requires_grad_()
+    old = torch.where(mask.bool(), -1.1, NAN)
+    gain = torch.where(mask.bool(), 1.0, NAN)
+    loss, stats = algorithm.policy_loss(logprobs, old, gain, mask, weights_BT=gain)
+    loss.backward()
+    assert loss.isfinite() and all(s.isfinite() for s in stats.values())
+    assert logprobs.grad.isfinite().all() and (logprobs.grad[mask == 0] == 0).all()
+    assert (logprobs.grad[mask == 1] != 0).all()
+
+
+def test_splitting_into_micro_batches_changes_nothing():
+    torch.manual_seed(0)
+    mask = mask_of([1, 4, 2, 3])
+    logprobs, old, gain = (torch.randn(4, 4) for _ in range(3))
+
+    def loss_of(rows):
+        return algorithm.policy_loss(logprobs[rows], old[rows], gain[rows], mask[rows], denominator=10)
+
+    whole, whole_stats = algorithm.policy_loss(logprobs, old, gain, mask)
+    parts = [loss_of(slice(0, 1)), loss_of(slice(1, 4))]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    for key, value in whole_stats.items():
+        torch.testing.assert_close(sum(stats[key] for _, stats in parts), value)
+
+
+def test_equal_returns_give_exactly_zero():
+    advantages, _ = algorithm.advantages(tensor([2, 2]), None, mask_of([3, 1]), kl_coef=0.0)
+    assert (advantages == 0).all()
+
+
+def test_a_wholly_masked_batch_has_loss_zero_and_no_gradient():
+    logprobs = torch.full((2, 3), NAN, requires_grad=True)
+    loss, _ = algorithm.policy_loss(logprobs, torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 3))
+    loss.backward()
+    assert loss == 0 and (logprobs.grad == 0).all()
+    advantages, _ = algorithm.advantages(tensor([1, 2]), None, torch.zeros(2, 3), kl_coef=0.0)
+    assert (advantages == 0).all()
+
+
+def test_an_exploding_ratio_keeps_finite_gradients():
+    logprobs = tensor([[500.0, -500.0]]).requires_grad_()
+    loss, _ = algorithm.policy_loss(logprobs, torch.zeros(1, 2), tensor([[-1, 1]]), torch.ones(1, 2))
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite().all()
+
+
+# --- misuse ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_coef": 0.1}, "kl_coef is 0.1"),
+        ({"gamma": 0.9}, "gamma 1"),
+        ({"group_ids_B": None}, "group_ids_B"),
+        ({"group_ids_B": torch.tensor([0, 1, 2, 2])}, "2 of 3 prompts have a single sample"),
+        ({"estimator": "reinforce_plusplus"}, "Did you mean 'reinforce_plus_plus'"),
+    ],
+)
+def test_contradictions_are_errors(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        baseline(**changes)
+
+
+def test_unknown_kl_kind():
+    with pytest.raises(ConfigError, match="k4"):
+        algorithm.kl_estimate(torch.zeros(1), torch.zeros(1), "k4")

@@ -1,0 +1,83 @@
+"""Tiny, randomly initialised models and a tokenizer, made on the spot: what the tests use instead of a hub."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+TEXT = [
+    "How do I check the IP address of my Linux machine?",
+    "Run ip addr show and read the inet line of each interface.",
+    "Why can't this host resolve names? Look at resolvectl status and try dig.",
+    "Question: Answer: restart ping the gateway, then trace the route to the server.",
+]
+
+
+@cache
+def _backend(vocab_size: int) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return tokenizer.to_str()
+
+
+def tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
+    """Like GPT-2's: byte-level, one special token, no pad token, no chat template."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend(vocab_size)), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+
+
+def model(family: str = "gpt2", *, tied: bool = True, vocab_size: int = 320, seed: int = 0, **changes) -> PreTrainedModel:
+    """A causal language model with heads of size 32 (which every engine runs) and random weights."""
+    torch.manual_seed(seed)
+    if family == "gpt2":
+        settings = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
+        config = GPT2Config(**(settings | changes), vocab_size=vocab_size, eos_token_id=0, bos_token_id=0)
+        config.tie_word_embeddings = tied
+        built = GPT2LMHeadModel(config)
+    else:
+        settings = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": tied,
+        }
+        config_class, model_class = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        }[family]
+        built = model_class(config_class(**(settings | changes), vocab_size=vocab_size, eos_token_id=0, bos_token_id=0))
+    with torch.no_grad():  # wider than the default initialisation, so that choices aren't near-ties
+        for parameter in built.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return built.eval()
+
+
+def save(folder: Path, family: str = "gpt2", **settings) -> Path:
+    """A model folder as ``from_pretrained`` reads it."""
+    model(family, **settings).save_pretrained(folder)
+    tokenizer(settings.get("vocab_size", 320)).save_pretrained(folder)
+    return folder
