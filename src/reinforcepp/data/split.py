@@ -1,0 +1,49 @@
+"""Holding out some prompts, so that what was learned is judged on questions that were never seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from reinforcepp.data._table import normalize
+from reinforcepp.errors import ConfigError
+
+
+class HasPrompt(Protocol):
+    """Anything that can be split by its prompt."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt's text."""
+        ...
+
+
+T = TypeVar("T", bound=HasPrompt)
+
+
+def split_by_prompt(rows: Sequence[T], heldout_fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """Divide rows into ``(train, heldout)`` so that no prompt is on both sides; each side keeps the given order.
+
+    Prompts are ranked by a hash of seed and normalised text and the first ``heldout_fraction`` of them held out, so
+    the order and number of rows per prompt don't matter. Of two or more prompts, at least one is on either side,
+    unless the fraction is 0; a single prompt is for training.
+
+    Raises:
+        ConfigError: ``heldout_fraction`` isn't in [0, 1).
+    """
+    if not 0 <= heldout_fraction < 1:
+        raise ConfigError(f"heldout_fraction is {heldout_fraction}; give a number from 0 up to, but not including, 1.")
+    prompts = [normalize(row.prompt) for row in rows]
+    ranked = sorted(set(prompts), key=lambda prompt: _rank(seed, prompt))
+    number = min(max(1, round(heldout_fraction * len(ranked))), len(ranked) - 1) if heldout_fraction else 0
+    heldout = set(ranked[: max(0, number)])
+    return (
+        [row for row, prompt in zip(rows, prompts, strict=True) if prompt not in heldout],
+        [row for row, prompt in zip(rows, prompts, strict=True) if prompt in heldout],
+    )
+
+
+def _rank(seed: int, prompt: str) -> bytes:
+    # Lone surrogates can't come from a file but can from a caller.
+    return hashlib.sha256(f"{seed}:{prompt}".encode("utf-8", "surrogatepass")).digest()
