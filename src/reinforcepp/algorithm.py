@@ -158,7 +158,9 @@ def raw_returns(
             raise ConfigError("reinforce_plus_plus_baseline needs group_ids_B, the prompt id of each sequence.")
         centred_B = subtract_group_mean(rewards_B, group_ids_B)
         return torch.where(mask_BT.bool(), centred_B.unsqueeze(-1), 0.0)
-    raise ConfigError(f"unknown estimator {estimator!r}: choose {' or '.join(ESTIMATORS)}.{nearest(estimator, ESTIMATORS)}")
+    raise ConfigError(
+        f"unknown estimator {estimator!r}: choose {' or '.join(ESTIMATORS)}.{nearest(estimator, ESTIMATORS)}"
+    )
 
 
 def advantages(
@@ -261,7 +263,7 @@ def policy_loss(
 def rollout_weights(
     old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor, *, mode: Correction, low: float, high: float
 ) -> Tensor | None:
-    """w = exp(logp_old - logp_rollout) for tokens that another engine sampled, detached; None when ``off``. -> (B, T)
+    """W = exp(logp_old - logp_rollout) for tokens that another engine sampled, detached; None when ``off``. -> (B, T)
 
     ``tis`` clamps w to [low, high]; ``icepop`` sets it to 0 outside.
     """

@@ -8,10 +8,13 @@ vocabulary, a reward model without its head) is refused before any weight is rea
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor
@@ -22,6 +25,8 @@ from reinforcepp.tokens import PLAIN_TEMPLATE, position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+LARGE = 500 << 20  # bytes of weights from which loading takes long enough to show progress
 
 HUB_CURE = (
     "Give the path of a model folder, or 'builtin:tiny', the small model that ships with this package and needs no "
@@ -43,7 +48,7 @@ def resolve(name: str) -> str:
         if (folder / "config.json").is_file():
             return str(folder)
         beside = sorted(p.parent.name for p in folder.glob("*/config.json"))
-        inside = f" It holds {', '.join(beside)}, which is." if beside else ""
+        inside = f" It holds {', '.join(beside)}: give its path." if beside else ""
         raise ModelError(f"The folder {name} is not a model: it has no config.json.{inside}")
     if folder.is_file():
         raise ModelError(f"{name} is a file, not a model: give the folder that holds config.json and the weights.")
@@ -56,15 +61,35 @@ def resolve(name: str) -> str:
 @contextmanager
 def _told(name: str) -> Iterator[None]:
     """Turn what the libraries raise for a model that can't be had into one sentence with the cure."""
+    from safetensors import SafetensorError
+
+    if not Path(resolve(name)).is_dir():
+        _look_for_hub()
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(resolve(name)).is_dir():
             first = str(error).strip().splitlines()[0]
             raise ModelError(f"The model folder {name} can't be loaded: {first}") from error
         raise ModelError(
             f"There is no model folder {name!r} here, and it can't be fetched from the hub. {HUB_CURE.format(name=name)}"
         ) from error
+
+
+def _look_for_hub() -> None:
+    """Go offline if the hub can't be reached: its library would retry every file for half a minute.
+
+    A model that was fetched before still loads then. Behind a proxy a look of our own says nothing.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=3).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -84,8 +109,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     with _told(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    if tokenizer.vocab_size < 2:  # what the library makes of a folder without tokenizer files
+        raise ModelError(f"{name} holds no tokenizer: copy its files (tokenizer.json) from the model's origin.")
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"The tokenizer of {name} has no EOS token, so no answer could end: set eos_token in its files.")
+        raise ModelError(
+            f"The tokenizer of {name} has no EOS token, so no answer could end: set eos_token in its files."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -106,6 +135,11 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return int(length) if length else None
 
 
+def weight_bytes(name: str) -> int:
+    """Size on disk of the model's weights, as far as it can be told without fetching them; else 0."""
+    return sum(path.stat().st_size for path in Path(resolve(name)).glob("*.safetensors"))
+
+
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """All ids that end an answer: the tokenizer's and those of the model's generation settings."""
     own = model.generation_config.eos_token_id if model.generation_config else None
@@ -120,27 +154,47 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     """A causal language model in evaluation mode: dropout would make the policy ratio differ from 1."""
     from transformers import AutoModelForCausalLM
 
-    with _told(name):
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype)
-    return model.eval()
+    return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype).eval()
+
+
+def _from_pretrained(auto_class: Any, name: str, *, fresh: str | None = None, **settings: Any) -> PreTrainedModel:
+    """Load weights that fit their configuration; but for those under ``fresh``, none may be missing.
+
+    The library would initialise what is missing at random and go on.
+    """
+    with _told(name), _bars_if_large(name), _without_report():
+        model, found = auto_class.from_pretrained(
+            resolve(name), output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    mismatched = {key for key, *_ in found["mismatched_keys"]}
+    missing = {key for key in found["missing_keys"] if fresh is None or not key.startswith(fresh)}
+    if unfit := sorted(mismatched | missing):
+        raise ModelError(
+            f"The weights of {name} don't fit its config.json: {len(unfit)} tensors are missing or of another shape "
+            f"({unfit[0]}, for example); copy the folder from its origin again, or give a model of a causal language type."
+        )
+    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Weights as safetensors, configuration, tokenizer and chat template."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with _bars(sum(p.nbytes for p in model.parameters()) >= LARGE):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 # --- reward models --------------------------------------------------------------------------------------------------
 
 
-def new_reward_model(name: str) -> PreTrainedModel:
+def new_reward_model(name: str, seed: int) -> PreTrainedModel:
     """The language model ``name`` with a fresh scoring head, to be trained."""
     from transformers import AutoModelForSequenceClassification
 
-    with _told(name), _quiet_about_fresh_head():
-        model = AutoModelForSequenceClassification.from_pretrained(resolve(name), num_labels=1, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model = _from_pretrained(
+        AutoModelForSequenceClassification, name, fresh="score.", num_labels=1, dtype=torch.float32
+    )
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return _score_at_last_attended(model)
@@ -156,7 +210,9 @@ def load_reward_weights(folder: Path) -> PreTrainedModel:
         with safe_open(file, framework="pt") as weights:
             shapes |= {key: list(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     if not shapes:
-        raise ModelError(f"{folder} holds no safetensors weights, so it isn't a reward model; train one with the reward verb.")
+        raise ModelError(
+            f"{folder} holds no safetensors weights, so it isn't a reward model; train one with the reward verb."
+        )
     hidden = load_config(str(folder)).get_text_config().hidden_size
     head = shapes.get("score.weight")
     if head is None:
@@ -169,8 +225,7 @@ def load_reward_weights(folder: Path) -> PreTrainedModel:
             f"The scoring head in {folder} has shape {head}, but a reward model of this size has [1, {hidden}]: "
             "train the reward model again."
         )
-    with _told(str(folder)):
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    model = _from_pretrained(AutoModelForSequenceClassification, str(folder), num_labels=1, dtype=torch.float32)
     return _score_at_last_attended(model).eval()
 
 
@@ -183,7 +238,10 @@ def _score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
 
     def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
         hidden_BLD = model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
         ).last_hidden_state
         places_BL = torch.arange(input_ids.shape[1], device=input_ids.device) * attention_mask
         rows_B = torch.arange(input_ids.shape[0], device=input_ids.device)
@@ -193,9 +251,26 @@ def _score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _bars_if_large(name: str) -> AbstractContextManager[None]:
+    return _bars(not Path(resolve(name)).is_dir() or weight_bytes(name) >= LARGE)
+
+
 @contextmanager
-def _quiet_about_fresh_head() -> Iterator[None]:
-    """A fresh head is what a new reward model is meant to have; the library's warning about it would only confuse."""
+def _bars(shown: bool) -> Iterator[None]:
+    """The library's progress bars, for models that take long enough to need one."""
+    from transformers.utils import logging
+
+    if not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without the library's table of what was missing, as a fresh head always is: that is told in a sentence or not."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -165,7 +165,7 @@ def response_logprobs(
     logits are computed. ``width`` pads the result to a common T.
 
     Returns:
-        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device.
+        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, all zero beyond a response's end.
     """
     device = next(model.parameters()).device
     prompt_ids, prompt_mask = pad(prompts, pad_id, left=True)
@@ -181,7 +181,8 @@ def response_logprobs(
         logits_to_keep=length + 1,
     ).logits[:, :-1]
     logprobs_BT, entropy_BT = token_logprobs(logits_BTV, ids_BL[:, -length:], temperature)
-    mask_BT = response_mask.to(device)
+    mask_BT = response_mask.to(device, torch.float32)
+    logprobs_BT, entropy_BT = (torch.where(mask_BT.bool(), x, 0.0) for x in (logprobs_BT, entropy_BT))
     if width is not None:
         padding = (0, width - length)
         logprobs_BT, entropy_BT, mask_BT = (

@@ -1,0 +1,14 @@
+"""The documented interface, mapped onto the ``reinforcepp`` command.
+
+python reinforce_cli.py --mode train_reward | train_rlhf | generate ...
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from reinforcepp.classic import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""``python -m reinforcepp`` is the ``reinforcepp`` command."""
+
+import sys
+
+from reinforcepp.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The ``reinforcepp`` command: parse, call, exit code. No torch is loaded before the settings are known to be good."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from reinforcepp.config import VERBS, read_yaml
+from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, nearest
+
+USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+SUMMARY = {
+    "reward": "train a reward model from a preference file",
+    "train": "train a policy against it with REINFORCE++",
+    "generate": "answer prompts with a trained model",
+    "demo": "the whole job, offline, on the built-in model and data",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 2 wrong input, 1 failed later, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _dispatch(arguments))
+
+
+def guarded(job: Callable[[], int]) -> int:
+    """Do ``job``; what goes wrong on purpose becomes one line and an exit code instead of a traceback."""
+    try:
+        return job()
+    except ReinforceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
+    except KeyboardInterrupt:
+        print("\nInterrupted before anything was started.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, head for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else USAGE_ERROR
+    verb, *rest = arguments
+    if verb == "--version":
+        print(f"reinforcepp {import_module('reinforcepp').__version__}")
+        return 0
+    if verb not in VERBS:
+        raise ConfigError(f"There is no verb {verb!r}.{nearest(verb, VERBS)} See reinforcepp --help.")
+    return run(verb, parse(verb, rest))
+
+
+def parse(verb: str, arguments: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
+    """The verb's configuration: flags win over the file that ``--config`` names, and that over ``defaults``."""
+    import tyro
+
+    config_class = VERBS[verb]
+    flags, path = _take_config_flag(arguments)
+    values = dict(defaults or {}) | (read_yaml(path, config_class) if path is not None else {})
+    # tyro would put the sentences of our checks into a box of its own, so it fills a class that doesn't check yet.
+    unchecked = type(config_class.__name__, (config_class,), {"__post_init__": lambda self: None})
+    parsed: tuple[Any, list[str]] = tyro.cli(
+        unchecked,
+        args=_as_flags(values) + flags,
+        prog=f"reinforcepp {verb}",
+        description=f"{config_class.__doc__} Every setting can also stand in a YAML file: --config FILE.",
+        use_underscores=True,
+        return_unknown_args=True,
+    )
+    settings, unknown = parsed
+    if unknown:
+        raise ConfigError(f"{about_unknown(unknown[0], list(vars(settings)))} See reinforcepp {verb} --help.")
+    return config_class(**vars(settings))
+
+
+def about_unknown(argument: str, known: Iterable[str]) -> str:
+    """What is wrong with an ``argument`` that is no flag out of ``known``."""
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no setting: write --SETTING VALUE, and a value with spaces in quotes."
+    name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+    return f"There is no setting --{name}.{nearest(f'--{name}', [f'--{flag}' for flag in known])}"
+
+
+def run(verb: str, config: Any) -> int:
+    """Do what ``config`` says; only here are the heavy libraries loaded."""
+    try:
+        from reinforcepp.verbs import ACTIONS
+
+        ACTIONS[verb](config)
+    except KeyboardInterrupt as interrupt:
+        reason = f" {interrupt}" if str(interrupt) else ""
+        print(f"\nInterrupted{reason}. {_how_to_go_on(config)}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None or not error.strerror:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}; what was saved before stays as it is.", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+def _how_to_go_on(config: Any) -> str:
+    folder = Path(getattr(config, "output_dir", "")).expanduser()
+    if hasattr(config, "resume") and any(folder.glob("checkpoints/step-*[0-9]/state.json")):
+        instead = " instead of --overwrite" if config.overwrite else ""
+        return f"A checkpoint is saved in {folder}; the same command with --resume{instead} goes on from it."
+    held = hasattr(config, "output_dir") and folder.is_dir() and any(folder.iterdir())
+    return "Nothing was saved; run the same command again to start over" + (", with --overwrite." if held else ".")
+
+
+def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
+    rest, path = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            rest.append(argument)
+        elif (path := value if equals else next(remaining, None)) is None:
+            raise ConfigError("--config needs the name of a YAML file.")
+    return rest, path
+
+
+def _as_flags(values: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{key}" if value else f"--no_{key}")
+        elif value is not None:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {verb:10} {text}" for verb, text in SUMMARY.items())
+    return (
+        "usage: reinforcepp VERB [--config FILE.yaml] [--SETTING VALUE ...]\n\n"
+        "From a CSV of human preferences to an aligned language model, with REINFORCE++.\n\n"
+        f"verbs:\n{verbs}\n\nreinforcepp VERB --help tells the verb's settings and their defaults."
+    )

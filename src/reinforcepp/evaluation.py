@@ -1,0 +1,93 @@
+"""How a policy answers held-out prompts: reward, distance from the reference, length, variety."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+
+from reinforcepp.algorithm import kl_estimate, masked_mean
+from reinforcepp.rewards import RewardFunction, score_with
+from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.tokens import response_logprobs
+from reinforcepp.types import Completion, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over the held-out prompts, one completion each, and the completions themselves.
+
+    ``reward_error`` is the standard error of the mean reward; ``kl`` the mean over tokens of k3 against the
+    reference, in nats; ``truncated`` the share cut off at the length limit; ``distinct`` the number of different
+    answers over the number of prompts; ``length`` the mean in tokens.
+    """
+
+    reward: float
+    reward_error: float
+    kl: float
+    length: float
+    truncated: float
+    distinct: float
+    completions: list[Completion]
+    rewards: list[float]
+
+    def figures(self) -> dict[str, float]:
+        """The numbers alone, for a JSON file."""
+        return {
+            name: float(getattr(self, name))
+            for name in ("reward", "reward_error", "kl", "length", "truncated", "distinct")
+        }
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    rewards: Sequence[RewardFunction],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    pad_id: int,
+) -> Evaluation:
+    """Answer ``prompts`` once each and score the answers."""
+    completions = engine.generate(prompts, sampling)
+    scores = score_with(rewards, completions).total
+    mean = fmean(scores)
+    spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / max(1, len(scores) - 1))
+    return Evaluation(
+        reward=mean,
+        reward_error=spread / math.sqrt(len(scores)),
+        kl=_mean_kl(completions, policy, reference, sampling.temperature, pad_id),
+        length=fmean(len(c.ids) for c in completions),
+        truncated=fmean(c.finish_reason == "length" for c in completions),
+        distinct=len({c.text for c in completions}) / len(completions),
+        completions=completions,
+        rewards=scores,
+    )
+
+
+@torch.no_grad()
+def _mean_kl(
+    completions: Sequence[Completion],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    temperature: float,
+    pad_id: int,
+) -> float:
+    total = tokens = 0.0
+    for start in range(0, len(completions), BATCH):
+        rows = completions[start : start + BATCH]
+        prompts, responses = [c.prompt.ids for c in rows], [c.ids for c in rows]
+        own_BT, _, mask_BT = response_logprobs(policy, prompts, responses, pad_id=pad_id, temperature=temperature)
+        ref_BT, _, _ = response_logprobs(reference, prompts, responses, pad_id=pad_id, temperature=temperature)
+        total += float(masked_mean(kl_estimate(own_BT, ref_BT, "k3"), mask_BT, 1.0))
+        tokens += float(mask_BT.sum())
+    return total / max(1.0, tokens)

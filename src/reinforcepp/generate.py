@@ -1,0 +1,118 @@
+"""Answer prompts with a model: one prompt, a file of them, or standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from reinforcepp.config import GenerateConfig
+from reinforcepp.data import PromptRow
+from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.models import context_length, load_config, load_policy, load_tokenizer
+from reinforcepp.observe import printable, say
+from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.tokens import encode_prompts
+from reinforcepp.types import Completion, Sampling
+
+
+def generate(config: GenerateConfig) -> list[Completion]:
+    """Answer every prompt of ``config`` and write the answers out; returns them in order.
+
+    Raises:
+        ReinforceError: for a missing file, no prompt, or a model that can't be loaded.
+    """
+    texts = _read_prompts(config)
+    output = _check_output_file(config.output) if config.output is not None else None
+    limit = context_length(load_config(config.model))
+    if limit and config.max_prompt_length + config.max_new_tokens > limit:
+        raise ConfigError(
+            f"max_prompt_length {config.max_prompt_length} + max_new_tokens {config.max_new_tokens} exceed the context of "
+            f"{config.model}, {limit} tokens: lower one of the two."
+        )
+    tokenizer = load_tokenizer(config.model)
+    rows = [PromptRow(text, {}, i) for i, text in enumerate(texts)]
+    prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
+    if long:
+        say(
+            f"{len(long)} prompts are longer than {config.max_prompt_length} tokens and were cut from the left.",
+            "yellow",
+        )
+    engine = TransformersEngine(load_policy(config.model), tokenizer)
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
+        num_samples=config.num_samples,
+        seed=config.seed,
+    )
+    completions = engine.generate(prompts, sampling)
+    engine.close()
+    with _sink(output) as sink:
+        _write(completions, sink, as_json=output is not None, with_prompt=len(completions) > 1)
+    return completions
+
+
+def _read_prompts(config: GenerateConfig) -> list[str]:
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.prompts_file is None and sys.stdin.isatty():
+        say("Type one prompt per line, then Ctrl-D.")
+    name = config.prompts_file or "standard input"
+    try:
+        data = Path(config.prompts_file).read_bytes() if config.prompts_file else sys.stdin.buffer.read()
+    except OSError as error:
+        raise DataError(f"{name} can't be read: {error.strerror}; check prompts_file.") from error
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{name} is not UTF-8: see line {row}; convert it with iconv -t utf-8.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{name} holds no prompt: give one per line, or use --prompt.")
+    return prompts
+
+
+def _check_output_file(name: str) -> Path:
+    output = Path(name).expanduser()
+    if not name or output.is_dir():
+        raise ConfigError(f"output must be the name of a file, not {name or 'empty'!r}.")
+    if not output.parent.is_dir():
+        raise ConfigError(f"{name} can't be written: there is no folder {output.parent}; create it first.")
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"{name} can't be written: there is no permission to write in {output.parent}.")
+    return output
+
+
+@contextmanager
+def _sink(output: Path | None) -> Iterator[TextIO]:
+    if output is None:
+        yield sys.stdout
+        sys.stdout.flush()  # so that a reader that has gone shows here, not when Python ends
+        return
+    partial = output.with_name(output.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        yield file
+    partial.replace(output)
+    say(f"Wrote {output}", "green")
+
+
+def _write(completions: Sequence[Completion], sink: TextIO, *, as_json: bool, with_prompt: bool) -> None:
+    for completion in completions:
+        if as_json:
+            record = {
+                "prompt": completion.prompt.text,
+                "completion": completion.text,
+                "finish_reason": completion.finish_reason,
+            }
+            sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            prompt = f"> {completion.prompt.text}\n" if with_prompt else ""
+            sink.write(printable(prompt + completion.text) + "\n")

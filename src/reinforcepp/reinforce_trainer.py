@@ -1,0 +1,377 @@
+"""REINFORCE++ training: generate, score, normalise, update, hand the weights to the engine, repeat.
+
+``train`` is the whole algorithm, read from top to bottom; the maths is in ``algorithm``, files and figures are beside.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from reinforcepp import algorithm, checkpoint
+from reinforcepp.batching import PromptBatches, micro_batches, optimizer_batches
+from reinforcepp.config import ReinforceConfig, as_dict
+from reinforcepp.data import PromptRow
+from reinforcepp.distributed import Ranks
+from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
+from reinforcepp.evaluation import Evaluation, evaluate
+from reinforcepp.models import context_length, load_config, load_policy, load_tokenizer, save_model, write_json
+from reinforcepp.observe import Clock, MetricLog, Progress, read_metrics, say, step_metrics
+from reinforcepp.observe.interrupt import graceful_interrupt
+from reinforcepp.rewards import RewardFunction, RewardScores, check_reward_folder, load_reward_model, score_with
+from reinforcepp.rollout.engine import RolloutEngine, request_seed
+from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.run_folder import check_output, clear, describe_run
+from reinforcepp.tokens import encode_prompts, response_logprobs
+from reinforcepp.types import Completion, Prompt, RolloutBatch, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EVALUATION_SEED = 1_000_003
+
+
+class ReinforceTrainer:
+    """Trains a causal language model with REINFORCE++; arguments are those that users of TRL know.
+
+    Args:
+        model: a model name or folder, or a loaded model (which is then trained in place).
+        reward_funcs: one or several functions ``f(prompts, completions, **columns) -> list[float]``, or folders of
+            trained reward models; their scores are added up.
+        args: the settings.
+        train_dataset: rows with a ``prompt`` (mappings, or a ``datasets.Dataset``); other columns go to reward functions.
+        eval_dataset: held-out rows, answered before and after training.
+        processing_class: the tokenizer; default: the one that belongs to ``model``.
+        engine: generates the rollouts; default: as ``args.rollout`` says.
+
+    Raises:
+        ReinforceError: for settings, data or models that don't fit together, before training starts.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: str | RewardFunction | Sequence[str | RewardFunction],
+        args: ReinforceConfig | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Iterable[Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        engine: RolloutEngine | None = None,
+    ) -> None:
+        self.config = args or ReinforceConfig()
+        self.folder = check_output(self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume)
+        self.tokenizer = processing_class or load_tokenizer(_name_of(model))
+        _check_context(model, self.config)
+        _warn_of_bias(self.config)
+        self.prompts = self._encode(_prompt_rows(train_dataset, "train_dataset"), "training")
+        if not self.prompts:
+            raise DataError("train_dataset is empty: give at least one row with a prompt.")
+        self.eval_prompts = self._encode(_prompt_rows(eval_dataset or [], "eval_dataset"), "held-out")
+        self.batches = PromptBatches(self.prompts, self.config.batch_size, self.config.seed)
+        self.num_steps = self.config.max_steps or self.batches.steps_per_epoch * self.config.num_train_epochs
+        self.rewards = _reward_functions(reward_funcs)
+
+        self.ranks = Ranks(self.config.mixed_precision)
+        policy = load_policy(model) if isinstance(model, str) else model
+        policy.eval().requires_grad_(True)  # evaluation mode throughout: dropout would make the ratio differ from 1
+        self.reference = copy.deepcopy(policy).requires_grad_(False).to(self.ranks.device)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+        )
+        self.model, self.optimizer = self.ranks.prepare(policy, optimizer)
+        self.policy = self.ranks.unwrap(self.model)
+        self.scheduler = get_scheduler(
+            self.config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=self.config.warmup_steps,
+            num_training_steps=self.num_steps * self._updates_per_step,
+        )
+        self.engine = engine or TransformersEngine(self.policy, self.tokenizer, self.config.rollout_batch_size)
+        self.evaluations: dict[str, Evaluation] = {}
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> list[dict[str, float]]:
+        """Run all steps, or those that are left after a resume; returns the metrics of every step."""
+        config = self.config
+        position = self._begin()
+        with (
+            closing(MetricLog(self.folder / "metrics.jsonl", position.metrics_bytes)) as log,
+            Progress("training", self.num_steps, position.step) as progress,
+            graceful_interrupt() as stop,
+        ):
+            tokens_seen = read_metrics(log.path)[-1]["num_tokens"] if position.step else 0.0
+            for step in range(position.step, self.num_steps):
+                clock = Clock()
+                completions = self.engine.generate(self._prompts_of(step), self._sampling(step))
+                clock.lap("rollout")
+                batch, scores, entropy = self._score(completions)
+                clock.lap("score")
+                advantages_BT = self._advantages(batch)
+                stats = self._update(batch, advantages_BT, step)
+                clock.lap("update")
+                self.engine.load_weights(self.policy)
+                clock.lap("sync")
+                place = {"step": step + 1, "epoch": (step + 1) / self.batches.steps_per_epoch}
+                metrics = place | step_metrics(batch, scores, entropy) | stats | clock.seconds()
+                tokens_seen += metrics["num_tokens"]
+                metrics["num_tokens"] = tokens_seen
+                if self.ranks.is_main:
+                    log.write(metrics)
+                    progress.step(f"reward {metrics['reward']:+.3f}  kl {metrics['kl']:.4f}")
+                done = checkpoint.Position(step + 1, log.position)
+                if stop.requested or (config.save_every and done.step % config.save_every == 0):
+                    self._save_checkpoint(done)
+                if stop.requested and done.step < self.num_steps:
+                    raise KeyboardInterrupt(f"after step {done.step} of {self.num_steps}")
+        self._finish()
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    # --- the phases of a step ---------------------------------------------------------------------------------------
+
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        return self.ranks.share(self.batches.at(step))
+
+    def _sampling(self, step: int) -> Sampling:
+        config = self.config
+        return Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            num_samples=config.num_generations,
+            seed=request_seed(config.seed, step, 0),
+        )
+
+    def _score(self, completions: list[Completion]) -> tuple[RolloutBatch, RewardScores, float]:
+        """Rewards, and log-probabilities under the policy that sampled and under the reference."""
+        scores = score_with(self.rewards, completions)
+        width = max(len(c.ids) for c in completions)
+        shape, device = (len(completions), width), self.ranks.device
+        old_BT, ref_BT, entropy_BT, mask_BT = (torch.zeros(shape, device=device) for _ in range(4))
+        with torch.no_grad(), self.ranks.autocast():
+            for rows in micro_batches(completions, range(len(completions)), self.config.micro_batch_size):
+                old_BT[rows], entropy_BT[rows], mask_BT[rows] = self._forward(self.model, completions, rows, width)
+                ref_BT[rows], _, _ = self._forward(self.reference, completions, rows, width)
+        rewards_B = torch.tensor(scores.total, device=device)
+        batch = RolloutBatch(
+            completions=completions,
+            mask_BT=mask_BT,
+            old_logprobs_BT=old_BT,
+            ref_logprobs_BT=ref_BT,
+            rewards_B=algorithm.clip_rewards(rewards_B, self.config.reward_clip),
+            group_ids_B=torch.tensor([c.prompt.key for c in completions], device=device),
+        )
+        return batch, scores, float(algorithm.masked_mean(entropy_BT, mask_BT))
+
+    def _advantages(self, batch: RolloutBatch) -> Tensor:
+        """Normalised over every sampled token of the batch on all ranks."""
+        config = self.config
+        kl_BT = algorithm.kl_estimate(batch.old_logprobs_BT, batch.ref_logprobs_BT, "k1")
+        returns_BT = algorithm.raw_returns(
+            batch.rewards_B,
+            kl_BT,
+            batch.mask_BT,
+            kl_coef=config.kl_in_reward,
+            gamma=config.gamma,
+            estimator=config.estimator,
+            group_ids_B=batch.group_ids_B,
+        )
+        values_BT, counted_BT = algorithm.population(returns_BT, batch.mask_BT, config.normalize_over)
+        count, total = self.ranks.sum(algorithm.count_and_sum(values_BT, counted_BT))
+        mean = total / count
+        variance = self.ranks.sum(algorithm.squared_deviation(values_BT, counted_BT, mean)) / count
+        return algorithm.normalize(returns_BT, batch.mask_BT, algorithm.Moments(mean, variance))
+
+    def _update(self, batch: RolloutBatch, advantages_BT: Tensor, step: int) -> dict[str, float]:
+        """One or several optimiser steps on the batch; returns their mean loss, clip fraction and gradient norm."""
+        config = self.config
+        history: list[dict[str, float]] = []
+        for iteration in range(config.num_iterations):
+            for rows in optimizer_batches(
+                len(batch.completions), config.optimizer_batch_size, request_seed(config.seed, step, iteration)
+            ):
+                tokens = self.ranks.sum(batch.mask_BT[rows].sum())
+                totals: dict[str, Tensor] = {}
+                for micro in micro_batches(batch.completions, rows, config.micro_batch_size):
+                    with self.ranks.autocast():
+                        loss, stats = self._loss(batch, advantages_BT, micro, tokens)
+                    self.ranks.backward(loss)
+                    for name, value in {"loss": loss.detach(), **stats}.items():
+                        totals[name] = totals.get(name, torch.zeros_like(value)) + value
+                norm = self.ranks.clip_gradients(self.model, config.max_grad_norm)
+                if not math.isfinite(norm):
+                    raise TrainingDiverged(
+                        f"The gradient of step {step + 1} is {norm}: the weights were left as they are. Lower "
+                        f"learning_rate ({config.learning_rate:g}) and start again or resume from a checkpoint."
+                    )
+                rate = self.scheduler.get_last_lr()[0]
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+                summed = {name: float(self.ranks.sum(value)) for name, value in totals.items()}
+                history.append(summed | {"grad_norm": norm, "learning_rate": rate})
+        mean = {name: sum(h[name] for h in history) / len(history) for name in history[0]}
+        mean["clip_ratio/region_mean"] = mean.pop("clip_fraction")
+        return mean
+
+    def _loss(
+        self, batch: RolloutBatch, advantages_BT: Tensor, rows: list[int], tokens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's share of the optimiser step's token mean."""
+        config = self.config
+        logprobs_BT, _, mask_BT = self._forward(self.model, batch.completions, rows, advantages_BT.shape[1])
+        loss, stats = algorithm.policy_loss(
+            logprobs_BT,
+            batch.old_logprobs_BT[rows],
+            advantages_BT[rows],
+            mask_BT,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            denominator=tokens,
+        )
+        if config.kl_in_loss:
+            k2_BT = algorithm.kl_estimate(logprobs_BT, batch.ref_logprobs_BT[rows], "k2")
+            loss = loss + config.kl_in_loss * algorithm.masked_mean(k2_BT, mask_BT, tokens)
+        return loss, stats
+
+    def _forward(
+        self, model: Any, completions: Sequence[Completion], rows: Sequence[int], width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return response_logprobs(
+            model,
+            [completions[i].prompt.ids for i in rows],
+            [completions[i].ids for i in rows],
+            pad_id=self._pad_id,
+            temperature=self.config.temperature,
+            width=width,
+        )
+
+    # --- before, beside and after -----------------------------------------------------------------------------------
+
+    def evaluate(self) -> Evaluation:
+        """Answer the held-out prompts with the present policy, always with the same random numbers."""
+        sampling = Sampling(self.config.max_new_tokens, self.config.temperature, seed=EVALUATION_SEED)
+        prompts = self.eval_prompts[: self.config.eval_prompts]
+        return evaluate(self.engine, prompts, sampling, self.rewards, self.policy, self.reference, self._pad_id)
+
+    def save_model(self, folder: str | Path) -> None:
+        """Write the policy as a folder that ``from_pretrained`` reads."""
+        save_model(self.policy, self.tokenizer, Path(folder))
+
+    @property
+    def _updates_per_step(self) -> int:
+        return self.config.num_iterations * -(-self.config.completions_per_step // self.config.optimizer_batch_size)
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    def _begin(self) -> checkpoint.Position:
+        """An empty folder with the settings, or the state in which an earlier run stopped."""
+        if self.config.resume:
+            position = checkpoint.load(self.folder, self.policy, self.optimizer, self.scheduler)
+            self.engine.load_weights(self.policy)
+            say(f"Going on after step {position.step} of {self.num_steps}")
+            return position
+        clear(self.folder)
+        describe_run(self.folder, as_dict(self.config), {"num_steps": self.num_steps, "prompts": len(self.prompts)})
+        if self._evaluates:
+            self.evaluations["before"] = self.evaluate()
+            self._write_evaluations()
+        return checkpoint.Position(0, 0)
+
+    def _finish(self) -> None:
+        if self._evaluates:
+            self.evaluations["after"] = self.evaluate()
+            self._write_evaluations()
+        self.save_model(self.folder)
+        say(f"Saved the trained model to {self.folder}", "green")
+
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self.config.eval_prompts and self.eval_prompts)
+
+    def _write_evaluations(self) -> None:
+        path = self.folder / "evaluation.json"
+        figures = {name: evaluation.figures() for name, evaluation in self.evaluations.items()}
+        write_json(path, figures)
+
+    def _save_checkpoint(self, position: checkpoint.Position) -> None:
+        if self.ranks.is_main:
+            checkpoint.save(self.folder, position, self.policy, self.optimizer, self.scheduler)
+
+    def _encode(self, rows: Sequence[Any], part: str) -> list[Prompt]:
+        limit, action = self.config.max_prompt_length, self.config.long_prompts
+        prompts, long = encode_prompts(self.tokenizer, rows, max_prompt_length=limit, long_prompts=action)
+        if long:
+            did = "cut from the left" if action == "cut" else "left out"
+            say(f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {did}.", "yellow")
+        if rows and not prompts:
+            raise DataError(f"Every {part} prompt is longer than max_prompt_length {limit}: raise it.")
+        return prompts
+
+
+# --- helpers of the constructor -------------------------------------------------------------------------------------
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _name_of(model: str | PreTrainedModel) -> str:
+    return model if isinstance(model, str) else str(model.config.name_or_path)
+
+
+def _reward_functions(rewards: Any) -> list[RewardFunction]:
+    """Reward functions as they are; names of reward-model folders, all checked before the first is loaded."""
+    listed = _as_list(rewards)
+    if not listed:
+        raise ConfigError("reward_funcs is empty: give at least one function or reward model.")
+    for reward in listed:
+        if isinstance(reward, str):
+            check_reward_folder(reward)
+    return [load_reward_model(reward) if isinstance(reward, str) else reward for reward in listed]
+
+
+def _prompt_rows(dataset: Iterable[Any] | None, name: str) -> list[PromptRow]:
+    """Rows of a data set, mappings with a ``prompt`` or PromptRows, as PromptRows."""
+    rows: list[PromptRow] = []
+    for number, row in enumerate(dataset if dataset is not None else []):
+        if isinstance(row, PromptRow):
+            rows.append(row)
+            continue
+        prompt = row.get("prompt") if isinstance(row, Mapping) else row
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError(f"Row {number} of {name} has no text in its column 'prompt'.")
+        columns = {key: value for key, value in row.items() if key != "prompt"} if isinstance(row, Mapping) else {}
+        rows.append(PromptRow(prompt, columns, number))
+    return rows
+
+
+def _check_context(model: str | PreTrainedModel, config: ReinforceConfig) -> None:
+    limit = context_length(load_config(model) if isinstance(model, str) else model.config)
+    wanted = config.max_prompt_length + config.max_new_tokens
+    if limit is not None and wanted > limit:
+        raise ConfigError(
+            f"max_prompt_length {config.max_prompt_length} + max_new_tokens {config.max_new_tokens} = {wanted} exceed "
+            f"the model's context of {limit} tokens: lower one of the two."
+        )
+
+
+def _warn_of_bias(config: ReinforceConfig) -> None:
+    if config.top_p < 1 or config.top_k > 0:
+        say(
+            f"top_p {config.top_p:g} and top_k {config.top_k} cut the sampled distribution but not the trained one, so "
+            "the policy ratio is biased; train with top_p 1 and top_k 0 unless this is what you want to study.",
+            "yellow",
+        )

@@ -1,0 +1,160 @@
+"""Train a reward model from preference pairs with TRL's RewardTrainer.
+
+Ours around it: the split by prompt before training, one framing for training and scoring, the score read where the
+attention mask ends, held-out figures, and a card with a fingerprint beside the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from reinforcepp.config import RewardModelConfig, as_dict
+from reinforcepp.data import load_preferences
+from reinforcepp.errors import DataError
+from reinforcepp.models import context_length, load_config, load_tokenizer, new_reward_model, weight_bytes
+from reinforcepp.observe import Progress, say
+from reinforcepp.rewards.measure import measure
+from reinforcepp.rewards.trained import RewardCard, TrainedReward, save_reward_model
+from reinforcepp.run_folder import check_output, clear
+from reinforcepp.tokens import encode_answer
+from reinforcepp.types import Preference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def train_reward_model(config: RewardModelConfig) -> RewardCard:
+    """Train, measure and save a reward model as ``config`` says; returns its card.
+
+    Raises:
+        ReinforceError: for anything wrong with data, model or folder, before any weight is loaded.
+    """
+    folder = check_output(config.output_dir, overwrite=config.overwrite, needed_bytes=weight_bytes(config.model))
+    data, train, heldout = load_preferences(
+        config.data,
+        heldout_fraction=config.heldout_fraction,
+        seed=config.seed,
+        prompt_column=config.prompt_column,
+        chosen_column=config.chosen_column,
+        rejected_column=config.rejected_column,
+    )
+    say(data.summary())
+    tokenizer = load_tokenizer(config.model)
+    limit = min(config.max_length, context_length(load_config(config.model)) or config.max_length)
+    train = _within(tokenizer, train, limit, "training")
+    heldout = _within(tokenizer, heldout, limit, "held-out")
+    if not train:
+        raise DataError(f"No training pair of {data.source} fits into max_length {limit} tokens: raise max_length.")
+
+    model = new_reward_model(config.model, seed=config.seed)
+    _fit(model, tokenizer, train, config)
+    scorer = TrainedReward(model.eval(), tokenizer, batch_size=config.batch_size * 2)
+    on_train = measure(scorer, train)
+    card = RewardCard(
+        base_model=config.model,
+        data=data.source,
+        data_sha256=data.sha256,
+        train_pairs=len(train),
+        heldout_pairs=len(heldout),
+        figures=asdict(measure(scorer, heldout)) if heldout else {},
+        score_mean=on_train.mean_score,
+        score_std=on_train.score_std,
+        settings=as_dict(config),
+        fingerprint=scorer.fingerprint(),
+    )
+    clear(folder)
+    save_reward_model(scorer, card, folder)
+    report(card)
+    say(f"Saved the reward model to {folder}", "green")
+    return card
+
+
+def report(card: RewardCard) -> None:
+    """Tell what the reward model is worth, in a few lines."""
+    if not card.heldout_pairs:
+        say("No pair was held out, so nothing is known about this reward model beyond its training data.", "yellow")
+        return
+    f = card.figures
+    ties = f", {f['ties']} ties" if f["ties"] else ""
+    say(
+        f"Held out {f['pairs']} pairs: accuracy {f['accuracy']:.2f}{ties} (the longer one wins: {f['longer_wins']:.2f}), "
+        f"margin {f['mean_margin']:.2f}, calibration error {f['calibration_error']:.2f}, "
+        f"correlation of score with length {f['length_correlation']:+.2f}"
+    )
+    if f["pairs"] >= 20 and f["accuracy"] < 0.6:
+        say("That is near chance: a policy trained against it won't improve. Add data or train longer.", "yellow")
+
+
+def _within(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], limit: int, part: str) -> list[Preference]:
+    kept = [
+        p for p in pairs if max(len(encode_answer(tokenizer, p.prompt, a)) for a in (p.chosen, p.rejected)) <= limit
+    ]
+    if len(kept) < len(pairs):
+        left_out = [p.row for p in pairs if p not in kept]
+        rows = ", ".join(map(str, left_out[:5])) + (", …" if len(left_out) > 5 else "")
+        say(
+            f"Left out {len(left_out)} {part} pairs longer than {limit} tokens (rows {rows}); raise max_length to keep them."
+        )
+    return kept
+
+
+def _fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], config: RewardModelConfig
+) -> None:
+    from datasets import Dataset
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [
+        {
+            "chosen_ids": encode_answer(tokenizer, p.prompt, p.chosen),
+            "rejected_ids": encode_answer(tokenizer, p.prompt, p.rejected),
+        }
+        for p in pairs
+    ]
+    steps = math.ceil(len(rows) / config.batch_size) * config.num_train_epochs
+    with tempfile.TemporaryDirectory() as scratch, Progress("reward model", steps) as progress:
+        arguments = RewardConfig(
+            output_dir=scratch,
+            per_device_train_batch_size=config.micro_batch_size,
+            gradient_accumulation_steps=config.accumulation,
+            num_train_epochs=config.num_train_epochs,
+            learning_rate=config.learning_rate,
+            center_rewards_coefficient=config.center_rewards_coefficient,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            seed=config.seed,
+        )
+        trainer = RewardTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[_progress_callback(progress)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.train()
+
+
+def _progress_callback(progress: Progress) -> Any:
+    from transformers import TrainerCallback
+
+    class ShowProgress(TrainerCallback):  # type: ignore[misc]
+        """Feeds TRL's figures to the progress line."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if logs and "accuracy" in logs:
+                progress.step(f"loss {logs['loss']:.3f}, accuracy {logs['accuracy']:.2f}")
+
+    return ShowProgress()

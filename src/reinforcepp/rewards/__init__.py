@@ -1,0 +1,14 @@
+"""Where rewards come from: a trained reward model or any Python function of the same signature."""
+
+from reinforcepp.rewards.functions import RewardFunction, RewardScores, score_with
+from reinforcepp.rewards.trained import RewardCard, TrainedReward, check_reward_folder, load_reward_model
+
+__all__ = [
+    "RewardCard",
+    "RewardFunction",
+    "RewardScores",
+    "TrainedReward",
+    "check_reward_folder",
+    "load_reward_model",
+    "score_with",
+]

@@ -1,0 +1,147 @@
+"""A trained reward model: scoring texts, the card saved beside it, and the proof that a folder is what it says.
+
+The card holds the scores of eight probe texts. Loading scores them again and refuses a folder that answers otherwise:
+a head that was freshly initialised, weights swapped underneath, another tokenizer or another frame all show there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reinforcepp.errors import ModelError
+from reinforcepp.models import context_length, load_reward_weights, load_tokenizer, resolve, save_model, write_json
+from reinforcepp.tokens import encode_answer, pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CARD_NAME = "reward_model.json"
+FINGERPRINT_TOLERANCE = 1e-2
+
+PROBES = [
+    ("How do I see which process listens on port 443?", "Run ss -ltnp 'sport = :443' and read the last column."),
+    ("How do I see which process listens on port 443?", "Just restart the server."),
+    ("What does a default route do?", "It says where packets go when no other route matches."),
+    ("What does a default route do?", ""),
+    ("Why is the Wi-Fi slow?", "Measure signal and channel load before changing anything; 5 GHz often helps."),
+    ("Why is the Wi-Fi slow?", "slow slow slow slow slow slow"),
+    ("Schreib mir ein Gedicht.", "Über allen Gipfeln ist Ruh, das ist von Goethe."),
+    ("x", "y"),
+]
+
+
+@dataclass(frozen=True)
+class RewardCard:
+    """What a reward model was made from and how well it does; saved as ``reward_model.json``."""
+
+    base_model: str
+    data: str
+    data_sha256: str
+    train_pairs: int
+    heldout_pairs: int
+    figures: dict[str, Any]
+    score_mean: float
+    score_std: float
+    settings: dict[str, Any]
+    fingerprint: list[float]
+
+
+class TrainedReward:
+    """A reward model as a reward function; framing and ending of texts are those it was trained with.
+
+    Args:
+        model: sequence classifier with one output, reading its score at the last attended token.
+        tokenizer: its own tokenizer, which may be another one than the policy's.
+        batch_size: texts scored at a time.
+    """
+
+    name = "reward_model"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], finish_reason: Sequence[str] | None = None, **_: Any
+    ) -> list[float]:
+        """One score per completion. A completion cut off at the length limit gets no EOS that it didn't say."""
+        reasons = finish_reason or ["stop"] * len(prompts)
+        rows = [
+            encode_answer(self.tokenizer, prompt, completion, ended=reason == "stop")
+            for prompt, completion, reason in zip(prompts, completions, reasons, strict=True)
+        ]
+        return self.score_rows(rows)
+
+    def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Scores of framed, tokenised texts; one over the model's context loses tokens from the left."""
+        limit = context_length(self.model.config) or max(len(row) for row in rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = [0.0] * len(rows)
+        with torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                ids_BL, mask_BL = pad([rows[i][-limit:] for i in chosen], int(self.tokenizer.pad_token_id))  # type: ignore[arg-type]
+                device = self.model.device
+                logits_B1 = self.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits
+                for i, score in zip(chosen, logits_B1.float().squeeze(-1).tolist(), strict=True):
+                    scores[i] = score
+        return scores
+
+    def fingerprint(self) -> list[float]:
+        """The scores of the probe texts."""
+        return self([prompt for prompt, _ in PROBES], [answer for _, answer in PROBES])
+
+
+def save_reward_model(reward: TrainedReward, card: RewardCard, folder: Path) -> None:
+    """Weights, tokenizer and, last of all, the card that makes the folder a reward model."""
+    save_model(reward.model, reward.tokenizer, folder)
+    write_json(folder / CARD_NAME, asdict(card))
+
+
+def check_reward_folder(name: str) -> RewardCard:
+    """The card of a reward-model folder, read without loading weights.
+
+    Raises:
+        ModelError: if the folder is missing or has no card, with the cure.
+    """
+    folder = Path(name).expanduser()
+    train = f"Train one first: reinforcepp reward --data YOUR.csv --output_dir {name}"
+    if not folder.is_dir():
+        raise ModelError(f"There is no reward model folder {name}. {train}")
+    resolve(name)
+    path = folder / CARD_NAME
+    if not path.is_file():
+        raise ModelError(f"The folder {name} is not a reward model: it has no {CARD_NAME}. {train}")
+    try:
+        return RewardCard(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({error}). {train}") from error
+
+
+def load_reward_model(name: str) -> TrainedReward:
+    """Load a reward model and prove that it is the one its card describes.
+
+    Raises:
+        ModelError: for a folder whose head is missing, of another shape, or scores the probe texts differently.
+    """
+    card = check_reward_folder(name)
+    folder = Path(name).expanduser()
+    reward = TrainedReward(load_reward_weights(folder), load_tokenizer(str(folder)))
+    tolerance = FINGERPRINT_TOLERANCE * max(1.0, card.score_std)
+    actual = reward.fingerprint()
+    gaps = [abs(a - b) for a, b in zip(actual, card.fingerprint, strict=False)]
+    if len(card.fingerprint) != len(PROBES) or max(gaps) > tolerance:
+        worst = f"by up to {max(gaps):.3g}" if gaps else "entirely"
+        raise ModelError(
+            f"The reward model in {name} scores its probe texts differently than when it was saved ({worst}): its weights, "
+            "tokenizer or template were changed since, or its head was freshly initialised. Restore the folder or train "
+            "the reward model again."
+        )
+    return reward

@@ -1,0 +1,302 @@
+"""The training loop on tiny models: it learns, and no setting that only divides the work changes the result."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
+from reinforcepp.models import load_policy, load_tokenizer
+from reinforcepp.types import Completion
+
+PROMPTS = [{"prompt": f"How do I check host {i}?", "topic": str(i)} for i in range(11)]
+TIMINGS = ("time/", "step_time")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("base")))
+
+
+def spread(prompts, completions, completion_ids, **_):
+    """A reward that differs from row to row."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def trainer(base, folder, reward=spread, train=PROMPTS, evaluation=None, **settings):
+    defaults = {"max_new_tokens": 6, "max_prompt_length": 40, "batch_size": 8, "learning_rate": 1e-3, "seed": 5}
+    args = ReinforceConfig(output_dir=str(folder), **(defaults | settings))
+    return ReinforceTrainer(base, reward, args, train, evaluation)
+
+
+def weights(trained):
+    return {name: value.clone() for name, value in trained.policy.state_dict().items()}
+
+
+def assert_equal_weights(one, other, tolerance=0.0):
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def without_timings(metrics):
+    return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in metrics]
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+
+
+def likes_early_tokens(prompts, completions, completion_ids, **_):
+    return [sum(token < 160 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kl_coef": 0.01},
+        {"kl_coef": 0.01, "estimator": "reinforce_plus_plus_baseline", "num_generations": 4, "batch_size": 8},
+        {
+            "kl_coef": 0.01,
+            "mini_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_iterations": 2,
+            "batch_size": 16,
+        },
+    ],
+    ids=["plain", "baseline", "several-optimiser-steps"],
+)
+def test_it_learns_on_held_out_prompts(base, tmp_path, settings):
+    held_out = [{"prompt": f"Why does router {i} drop packets?"} for i in range(20)]
+    run = trainer(
+        base,
+        tmp_path / "run",
+        likes_early_tokens,
+        evaluation=held_out,
+        max_steps=15,
+        **({"batch_size": 32, "learning_rate": 4e-3, "train": PROMPTS * 3} | settings),
+    )
+    run.train()
+    before, after = run.evaluations["before"], run.evaluations["after"]
+    assert before.kl == pytest.approx(0, abs=1e-5)
+    assert after.reward > before.reward + 0.15
+    assert after.kl > 0.001
+
+
+def test_the_kl_coefficient_holds_the_policy_back(base, tmp_path):
+    kls = []
+    for kl_coef in (0.0, 0.5):
+        run = trainer(
+            base,
+            tmp_path / str(kl_coef),
+            likes_early_tokens,
+            max_steps=10,
+            kl_coef=kl_coef,
+            batch_size=11,
+            learning_rate=4e-3,
+        )
+        kls.append(run.train()[-1]["kl"])
+    assert kls[1] < 0.6 * kls[0]
+
+
+# --- what only divides the work changes nothing ----------------------------------------------------------------------
+
+
+def test_micro_batches_change_nothing(base, tmp_path):
+    one = trainer(base, tmp_path / "1", mini_batch_size=8)
+    four = trainer(base, tmp_path / "4", mini_batch_size=2)
+    one_log, four_log = one.train(), four.train()
+    key_bias = [name for name in weights(one) if name.endswith("c_attn.bias")]  # no gradient but rounding reaches it
+    assert_equal_weights(*({k: v for k, v in weights(run).items() if k not in key_bias} for run in (one, four)), 1e-5)
+    moments = [[s["exp_avg"] for s in run.optimizer.state_dict()["state"].values()] for run in (one, four)]
+    for a, b in zip(*moments, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for a, b in zip(one_log, four_log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["learning_rate"] == b["learning_rate"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_more_padding_changes_nothing(base, tmp_path):
+    """A pad token of its own and EOS as pad token give the same weights."""
+    tokenizer = load_tokenizer(base)
+    other = load_tokenizer(base)
+    other.pad_token = other.convert_ids_to_tokens(77)
+    runs = []
+    for name, chosen in (("eos", tokenizer), ("own", other)):
+        args = ReinforceConfig(
+            output_dir=str(tmp_path / name), max_new_tokens=6, max_prompt_length=40, batch_size=8, learning_rate=1e-3
+        )
+        run = ReinforceTrainer(base, spread, args, PROMPTS, processing_class=chosen)
+        run.train()
+        runs.append(weights(run))
+    assert_equal_weights(runs[0], runs[1], 1e-6)
+
+
+def test_every_prompt_is_used_once_per_epoch(base, tmp_path):
+    seen = []
+
+    def record(prompts, completions, topic):
+        seen.append(list(topic))
+        return [0.0] * len(prompts)
+
+    log = trainer(base, tmp_path / "run", record, num_train_epochs=2).train()
+    assert [len(batch) for batch in seen] == [8, 3, 8, 3]
+    assert sorted(t for batch in seen[:2] for t in batch) == sorted(str(i) for i in range(11))
+    assert [m["epoch"] for m in log] == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_the_schedule_steps_once_per_optimiser_step(base, tmp_path):
+    settings = {"lr_scheduler_type": "linear", "mini_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    run = trainer(base, tmp_path / "run", train=PROMPTS[:8], **settings)
+    log = run.train()
+    assert run.scheduler.last_epoch == 8  # 4 batches of 8 rows, 4 rows per optimiser step
+    assert run.scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+    assert [m["learning_rate"] for m in log] == pytest.approx([1e-3 * (1 - (2 * i + 0.5) / 8) for i in range(4)])
+
+
+# --- the mistakes of others -----------------------------------------------------------------------------------------
+
+
+def test_dropout_in_the_configuration_still_gives_ratio_one(tmp_path):
+    folder = tiny.save(tmp_path / "base", embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
+    log = trainer(str(folder), tmp_path / "run", max_steps=2).train()
+    for m in log:
+        assert m["sampling/logprob_gap_max"] < 1e-4 and abs(m["approx_kl"]) < 1e-6 and m["clip_ratio/region_mean"] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_the_temperature_is_in_the_trainers_log_probabilities(base, tmp_path, temperature):
+    log = trainer(base, tmp_path / "run", max_steps=1, temperature=temperature).train()
+    assert log[0]["sampling/logprob_gap_max"] < 1e-4
+
+
+def test_the_reward_reaches_the_last_sampled_token_and_its_eos(base, tmp_path):
+    """A completion that ended counts its EOS although the pad token is the same."""
+    run = trainer(base, tmp_path / "run")
+    prompt = run.prompts[0]
+    completions = [
+        Completion(prompt, (5, 0), (-1.0, -1.0), "", "stop"),
+        Completion(prompt, (5, 6, 7, 8), (-1.0,) * 4, "", "length"),
+    ]
+    batch, _, _ = run._score(completions)
+    assert batch.mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert (batch.old_logprobs_BT[0, 2:] == 0).all() and (batch.old_logprobs_BT[0, :2] < 0).all()
+
+
+def test_the_reference_stays_where_it_was(base, tmp_path):
+    run = trainer(base, tmp_path / "run")
+    before = {name: value.clone() for name, value in run.reference.state_dict().items()}
+    run.train()
+    assert_equal_weights(before, dict(run.reference.state_dict()))
+    changed = [name for name, value in weights(run).items() if not torch.equal(value, before[name])]
+    assert len(changed) == len(before)
+
+
+def test_rewards_are_clipped_before_they_are_centred(base, tmp_path):
+    def extreme(prompts, completions, completion_ids, **_):
+        return [30.0 if i % 2 else 20.0 for i in range(len(prompts))]
+
+    log = trainer(base, tmp_path / "run", extreme, max_steps=1, reward_clip=10.0, kl_coef=0.0).train()
+    assert log[0]["grad_norm"] == pytest.approx(0, abs=1e-6)
+    assert log[0]["reward"] == pytest.approx(25)
+
+
+# --- records --------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_the_keys_that_users_of_trl_know(base, tmp_path):
+    folder = tmp_path / "run"
+    trainer(base, folder, max_steps=2).train()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    expected = {
+        "reward",
+        "reward_std",
+        "kl",
+        "entropy",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "num_tokens",
+        "step_time",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "step",
+        "rewards/spread/mean",
+    }
+    assert len(lines) == 2 and expected <= set(lines[0])
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert lines[1]["num_tokens"] > lines[0]["num_tokens"] > 0
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[1]["kl"] > 0
+
+
+def test_the_saved_model_loads_and_answers_like_the_trained_one(base, tmp_path):
+    run = trainer(base, tmp_path / "run")
+    run.train()
+    assert_equal_weights(weights(run), dict(load_policy(str(tmp_path / "run")).state_dict()))
+    assert load_tokenizer(str(tmp_path / "run")).chat_template == run.tokenizer.chat_template
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(base, tmp_path):
+    settings = {"max_steps": 5, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
+    whole = trainer(base, tmp_path / "whole", **settings)
+    whole_log = whole.train()
+
+    class PowerCut(Exception):
+        pass
+
+    calls = []
+
+    def failing(prompts, completions, completion_ids, **_):
+        calls.append(1)
+        if len(calls) == 4:
+            raise PowerCut
+        return spread(prompts, completions, completion_ids)
+
+    failing.__name__ = "spread"
+    with pytest.raises(PowerCut):
+        trainer(base, tmp_path / "cut", failing, save_every=2, **settings).train()
+    resumed = trainer(base, tmp_path / "cut", save_every=2, resume=True, **settings)
+    log = resumed.train()
+    assert without_timings(log) == without_timings(whole_log)
+    assert_equal_weights(weights(whole), weights(resumed))
+
+
+# --- misuse ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"train": []}, DataError, "train_dataset is empty"),
+        ({"train": [{"question": "x"}]}, DataError, "Row 0 of train_dataset has no text"),
+        ({"reward": []}, ConfigError, "reward_funcs is empty"),
+        ({"max_new_tokens": 400, "max_length": 600}, ConfigError, "context of 256"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_training(base, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        trainer(base, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(base, tmp_path):
+    run = trainer(base, tmp_path / "run")
+    before = weights(run)
+
+    def poison(module, inputs, output):
+        if output.logits.requires_grad:
+            output.logits.register_hook(lambda gradient: gradient * float("nan"))
+
+    run.policy.register_forward_hook(poison)
+    with pytest.raises(TrainingDiverged, match="step 1"):
+        run.train()
+    assert_equal_weights(before, weights(run))
+
+
+def test_sampling_that_biases_the_ratio_is_told(base, tmp_path, capsys):
+    trainer(base, tmp_path / "run", top_p=0.9)
+    assert "biased" in capsys.readouterr().err

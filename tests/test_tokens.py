@@ -1,0 +1,115 @@
+"""Framing, padding, masks and log-probabilities."""
+
+import pytest
+import tiny
+import torch
+
+from reinforcepp import tokens
+from reinforcepp.data import PromptRow
+from reinforcepp.errors import DataError, ModelError
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = tokens.PLAIN_TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("temperature", "logprob", "entropy"), [(1.0, -0.407606, 0.832396), (0.5, -0.142932, 0.441057)]
+)
+def test_g10_temperature_and_entropy(temperature, logprob, entropy):
+    logprobs, entropies = tokens.token_logprobs(torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[0]]), temperature)
+    assert logprobs.item() == pytest.approx(logprob, abs=1e-5)
+    assert entropies.item() == pytest.approx(entropy, abs=1e-5)
+
+
+def test_log_probabilities_are_float32_whatever_the_logits_are():
+    logits = torch.tensor([[[8.0, 8.03, -4.0]]], dtype=torch.bfloat16)
+    logprobs, _ = tokens.token_logprobs(logits, torch.tensor([[1]]))
+    assert logprobs.dtype == torch.float32
+    assert logprobs.item() == pytest.approx(logits.float().log_softmax(-1)[0, 0, 1].item(), abs=1e-6)
+
+
+def test_plain_frame_and_its_completion(tokenizer):
+    assert tokens.frame_prompt(tokenizer, "Why?") == "Question: Why?\nAnswer:"
+    assert tokens.frame_completion(tokenizer, "Why?", "Because.") == " Because."
+
+
+def test_an_answer_ends_with_one_eos_unless_it_was_cut_off(tokenizer):
+    eos = tokenizer.eos_token_id
+    ended = tokens.encode_answer(tokenizer, "Why?", "Because.")
+    cut = tokens.encode_answer(tokenizer, "Why?", "Because.", ended=False)
+    assert ended == [*cut, eos] and eos not in cut
+
+
+def test_a_template_with_text_after_the_eos_still_ends_with_it(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert tokens.frame_completion(tokenizer, "Why?", "Because.") == "Because."
+    assert tokens.encode_answer(tokenizer, "Why?", "Because.")[-1] == tokenizer.eos_token_id
+
+
+def test_a_template_that_contradicts_itself_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ModelError, match="training and use would disagree"):
+        tokens.frame_completion(tokenizer, "Why?", "Because.")
+
+
+def rows(*texts):
+    return [PromptRow(text, {"topic": text[:1]}, i) for i, text in enumerate(texts)]
+
+
+def test_long_prompts_are_cut_from_the_left_and_keep_their_frame(tokenizer):
+    long = "alpha beta gamma delta " * 20 + "the end?"
+    prompts, too_long = tokens.encode_prompts(tokenizer, rows("Why?", long), max_prompt_length=40)
+    assert too_long == [1] and [p.key for p in prompts] == [0, 1]
+    text = tokenizer.decode(prompts[1].ids)
+    assert len(prompts[1].ids) <= 40
+    assert text.startswith("Question: ") and text.endswith("the end?\nAnswer:")
+    assert prompts[1].columns == {"topic": "a"}
+
+
+def test_long_prompts_are_dropped_on_request(tokenizer):
+    prompts, too_long = tokens.encode_prompts(
+        tokenizer, rows("x " * 200, "Why?"), max_prompt_length=40, long_prompts="drop"
+    )
+    assert too_long == [0] and [p.key for p in prompts] == [1]
+
+
+def test_a_cut_inside_a_character_leaves_no_broken_one(tokenizer):
+    prompts, _ = tokens.encode_prompts(tokenizer, rows("日本語のネットワーク" * 20), max_prompt_length=41)
+    assert "\ufffd" not in tokenizer.decode(prompts[0].ids)
+
+
+def test_no_room_beside_the_frame_is_an_error(tokenizer):
+    with pytest.raises(DataError, match="leaves no room"):
+        tokens.encode_prompts(tokenizer, rows("x " * 50), max_prompt_length=5)
+
+
+def test_masks_come_from_lengths_not_from_ids():
+    ids, mask = tokens.pad([[5, 0], [7, 0, 0]], pad_id=0)
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]] and ids.tolist() == [[5, 0, 0], [7, 0, 0]]
+    _, left = tokens.pad([[5, 0], [7, 0, 0]], pad_id=0, left=True)
+    assert left.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert tokens.position_ids(left).tolist() == [[0, 0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_padded_log_probabilities_equal_unpadded_ones(family):
+    """Rows of different lengths, beside and without each other; EOS, which is also the pad token, counts."""
+    model = tiny.model(family)
+    prompts, responses = [[5, 6, 7, 8, 9, 10], [11, 12]], [[20, 0], [21, 22, 23, 24, 0]]
+    with torch.no_grad():
+        together, entropy, mask = tokens.response_logprobs(
+            model, prompts, responses, pad_id=0, temperature=0.7, width=9
+        )
+        assert mask.sum(-1).tolist() == [2, 5] and together.shape == entropy.shape == (2, 9)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            expected = (logits / 0.7).log_softmax(-1)[range(len(response)), response]
+            torch.testing.assert_close(together[i, : len(response)], expected, atol=2e-5, rtol=0)
