@@ -27,7 +27,14 @@ def spread(prompts, completions, completion_ids, **_):
 
 
 def trainer(base, folder, reward=spread, train=PROMPTS, evaluation=None, **settings):
-    defaults = {"max_new_tokens": 6, "max_prompt_length": 40, "batch_size": 8, "learning_rate": 1e-3, "seed": 5}
+    defaults = {
+        "max_new_tokens": 6,
+        "max_prompt_length": 40,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "seed": 5,
+        "rollout": "transformers",
+    }
     args = ReinforceConfig(output_dir=str(folder), **(defaults | settings))
     return ReinforceTrainer(base, reward, args, train, evaluation)
 
@@ -126,7 +133,12 @@ def test_more_padding_changes_nothing(base, tmp_path):
     runs = []
     for name, chosen in (("eos", tokenizer), ("own", other)):
         args = ReinforceConfig(
-            output_dir=str(tmp_path / name), max_new_tokens=6, max_prompt_length=40, batch_size=8, learning_rate=1e-3
+            output_dir=str(tmp_path / name),
+            max_new_tokens=6,
+            max_prompt_length=40,
+            batch_size=8,
+            learning_rate=1e-3,
+            rollout="transformers",
         )
         run = ReinforceTrainer(base, spread, args, PROMPTS, processing_class=chosen)
         run.train()

@@ -124,16 +124,16 @@ class Worker:
 def _generate_plainly(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[list[int]]:
-    """transformers' own ``generate`` on one padded batch; what follows the end of an answer is left out."""
+    """The library's own ``generate`` on one padded batch; what follows the end of an answer is left out."""
     import torch
 
     from reinforcepp.models import eos_ids
     from reinforcepp.tokens import pad
 
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets one
+    pad_id = int(tokenizer.pad_token_id)
     ids_BL, mask_BL = (x.to(model.device) for x in pad(prompts, pad_id, left=True))
     ends = eos_ids(model, tokenizer)
-    drawn = {"do_sample": False}
+    drawn: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
         drawn = {

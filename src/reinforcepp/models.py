@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reinforcepp import builtin
-from reinforcepp.errors import ModelError, nearest
+from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.tokens import PLAIN_TEMPLATE, position_ids
 
 if TYPE_CHECKING:
@@ -133,6 +133,16 @@ def context_length(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return int(length) if length else None
+
+
+def check_context(config: PreTrainedConfig, max_prompt_length: int, max_new_tokens: int) -> None:
+    """Refuse limits that the model's context can't hold."""
+    limit = context_length(config)
+    if limit is not None and max_prompt_length + max_new_tokens > limit:
+        raise ConfigError(
+            f"max_prompt_length {max_prompt_length} + max_new_tokens {max_new_tokens} exceed the model's context of "
+            f"{limit} tokens: lower one of the two."
+        )
 
 
 def weight_bytes(name: str) -> int:

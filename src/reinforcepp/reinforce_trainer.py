@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +19,19 @@ from transformers import get_scheduler
 from reinforcepp import algorithm, checkpoint
 from reinforcepp.batching import PromptBatches, micro_batches, optimizer_batches
 from reinforcepp.config import ReinforceConfig, as_dict
-from reinforcepp.data import PromptRow
+from reinforcepp.data import prompt_rows
 from reinforcepp.distributed import Ranks
-from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
+from reinforcepp.errors import DataError, TrainingDiverged
 from reinforcepp.evaluation import Evaluation, evaluate
-from reinforcepp.models import context_length, load_config, load_policy, load_tokenizer, save_model, write_json
+from reinforcepp.models import check_context, load_config, load_policy, load_tokenizer, save_model, write_json
 from reinforcepp.observe import Clock, MetricLog, Progress, read_metrics, say, step_metrics
 from reinforcepp.observe.interrupt import graceful_interrupt
-from reinforcepp.rewards import RewardFunction, RewardScores, check_reward_folder, load_reward_model, score_with
+from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, score_with
+from reinforcepp.rollout.canary import check_sync
+from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
 from reinforcepp.rollout.engine import RolloutEngine, request_seed
-from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.run_folder import check_output, clear, describe_run
-from reinforcepp.tokens import encode_prompts, response_logprobs
+from reinforcepp.tokens import encode_prompts, pad_values, response_logprobs
 from reinforcepp.types import Completion, Prompt, RolloutBatch, Sampling
 
 if TYPE_CHECKING:
@@ -68,16 +69,18 @@ class ReinforceTrainer:
     ) -> None:
         self.config = args or ReinforceConfig()
         self.folder = check_output(self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume)
-        self.tokenizer = processing_class or load_tokenizer(_name_of(model))
-        _check_context(model, self.config)
+        model_config = load_config(model) if isinstance(model, str) else model.config
+        check_context(model_config, self.config.max_prompt_length, self.config.max_new_tokens)
+        choice = choose_engine(self.config.rollout, model_config, torch.float32)
+        self.tokenizer = processing_class or load_tokenizer(str(model_config.name_or_path))
         _warn_of_bias(self.config)
-        self.prompts = self._encode(_prompt_rows(train_dataset, "train_dataset"), "training")
+        self.prompts = self._encode(prompt_rows(train_dataset, "train_dataset"), "training")
         if not self.prompts:
             raise DataError("train_dataset is empty: give at least one row with a prompt.")
-        self.eval_prompts = self._encode(_prompt_rows(eval_dataset or [], "eval_dataset"), "held-out")
+        self.eval_prompts = self._encode(prompt_rows(eval_dataset, "eval_dataset"), "held-out")
         self.batches = PromptBatches(self.prompts, self.config.batch_size, self.config.seed)
         self.num_steps = self.config.max_steps or self.batches.steps_per_epoch * self.config.num_train_epochs
-        self.rewards = _reward_functions(reward_funcs)
+        self.rewards = load_rewards(reward_funcs)
 
         self.ranks = Ranks(self.config.mixed_precision)
         policy = load_policy(model) if isinstance(model, str) else model
@@ -94,7 +97,7 @@ class ReinforceTrainer:
             num_warmup_steps=self.config.warmup_steps,
             num_training_steps=self.num_steps * self._updates_per_step,
         )
-        self.engine = engine or TransformersEngine(self.policy, self.tokenizer, self.config.rollout_batch_size)
+        self.engine = engine or self._start_engine(choice)
         self.evaluations: dict[str, Evaluation] = {}
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ class ReinforceTrainer:
                 advantages_BT = self._advantages(batch)
                 stats = self._update(batch, advantages_BT, step)
                 clock.lap("update")
-                self.engine.load_weights(self.policy)
+                self._sync(step)
                 clock.lap("sync")
                 place = {"step": step + 1, "epoch": (step + 1) / self.batches.steps_per_epoch}
                 metrics = place | step_metrics(batch, scores, entropy) | stats | clock.seconds()
@@ -165,6 +168,7 @@ class ReinforceTrainer:
         batch = RolloutBatch(
             completions=completions,
             mask_BT=mask_BT,
+            rollout_logprobs_BT=pad_values([c.logprobs for c in completions]).to(device),
             old_logprobs_BT=old_BT,
             ref_logprobs_BT=ref_BT,
             rewards_B=algorithm.clip_rewards(rewards_B, self.config.reward_clip),
@@ -237,12 +241,28 @@ class ReinforceTrainer:
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
+            weights_BT=self._importance_weights(batch, rows),
             denominator=tokens,
         )
         if config.kl_in_loss:
             k2_BT = algorithm.kl_estimate(logprobs_BT, batch.ref_logprobs_BT[rows], "k2")
             loss = loss + config.kl_in_loss * algorithm.masked_mean(k2_BT, mask_BT, tokens)
         return loss, stats
+
+    def _importance_weights(self, batch: RolloutBatch, rows: list[int]) -> Tensor | None:
+        """Correction for an engine whose log-probabilities are not the trainer's own."""
+        config = self.config
+        mode = config.importance_correction
+        if mode == "auto":
+            mode = "off" if self.engine.shares_trainer_forward else "tis"
+        return algorithm.rollout_weights(
+            batch.old_logprobs_BT[rows],
+            batch.rollout_logprobs_BT[rows],
+            batch.mask_BT[rows],
+            mode=mode,
+            low=config.importance_low,
+            high=config.importance_high,
+        )
 
     def _forward(
         self, model: Any, completions: Sequence[Completion], rows: Sequence[int], width: int
@@ -255,6 +275,12 @@ class ReinforceTrainer:
             temperature=self.config.temperature,
             width=width,
         )
+
+    def _sync(self, step: int) -> None:
+        """Hand the new weights to the engine; the first time and now and then, prove that it has them."""
+        self.engine.load_weights(self.policy)
+        if not self.engine.shares_trainer_forward and step % self.config.sync_check_every == 0:
+            check_sync(self.engine, self.policy, self.tokenizer)
 
     # --- before, beside and after -----------------------------------------------------------------------------------
 
@@ -306,6 +332,18 @@ class ReinforceTrainer:
         figures = {name: evaluation.figures() for name, evaluation in self.evaluations.items()}
         write_json(path, figures)
 
+    def _start_engine(self, choice: EngineChoice) -> RolloutEngine:
+        config = self.config
+        say(f"Completions come from {choice.name}: {choice.reason}.")
+        return start_engine(
+            choice,
+            self.policy,
+            self.tokenizer,
+            max_length=config.max_prompt_length + config.max_new_tokens,
+            batch_size=config.rollout_batch_size,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        )
+
     def _save_checkpoint(self, position: checkpoint.Position) -> None:
         if self.ranks.is_main:
             checkpoint.save(self.folder, position, self.policy, self.optimizer, self.scheduler)
@@ -319,53 +357,6 @@ class ReinforceTrainer:
         if rows and not prompts:
             raise DataError(f"Every {part} prompt is longer than max_prompt_length {limit}: raise it.")
         return prompts
-
-
-# --- helpers of the constructor -------------------------------------------------------------------------------------
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _name_of(model: str | PreTrainedModel) -> str:
-    return model if isinstance(model, str) else str(model.config.name_or_path)
-
-
-def _reward_functions(rewards: Any) -> list[RewardFunction]:
-    """Reward functions as they are; names of reward-model folders, all checked before the first is loaded."""
-    listed = _as_list(rewards)
-    if not listed:
-        raise ConfigError("reward_funcs is empty: give at least one function or reward model.")
-    for reward in listed:
-        if isinstance(reward, str):
-            check_reward_folder(reward)
-    return [load_reward_model(reward) if isinstance(reward, str) else reward for reward in listed]
-
-
-def _prompt_rows(dataset: Iterable[Any] | None, name: str) -> list[PromptRow]:
-    """Rows of a data set, mappings with a ``prompt`` or PromptRows, as PromptRows."""
-    rows: list[PromptRow] = []
-    for number, row in enumerate(dataset if dataset is not None else []):
-        if isinstance(row, PromptRow):
-            rows.append(row)
-            continue
-        prompt = row.get("prompt") if isinstance(row, Mapping) else row
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError(f"Row {number} of {name} has no text in its column 'prompt'.")
-        columns = {key: value for key, value in row.items() if key != "prompt"} if isinstance(row, Mapping) else {}
-        rows.append(PromptRow(prompt, columns, number))
-    return rows
-
-
-def _check_context(model: str | PreTrainedModel, config: ReinforceConfig) -> None:
-    limit = context_length(load_config(model) if isinstance(model, str) else model.config)
-    wanted = config.max_prompt_length + config.max_new_tokens
-    if limit is not None and wanted > limit:
-        raise ConfigError(
-            f"max_prompt_length {config.max_prompt_length} + max_new_tokens {config.max_new_tokens} = {wanted} exceed "
-            f"the model's context of {limit} tokens: lower one of the two."
-        )
 
 
 def _warn_of_bias(config: ReinforceConfig) -> None:

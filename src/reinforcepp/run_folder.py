@@ -96,7 +96,7 @@ def check_resume(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / RUN_FILE
     try:
         began: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is missing or damaged, so the run can't be resumed: start with --overwrite."
         ) from error

@@ -127,6 +127,11 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tu
     return ids_BL, mask_BL
 
 
+def pad_values(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Ragged rows of numbers side by side, 0 where a row has ended. -> (B, T)"""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
 def position_ids(mask_BL: Tensor) -> Tensor:
     """Positions counted from each row's first attended token, so that left padding changes nothing. -> (B, L)"""
     return (mask_BL.cumsum(-1) - 1).clamp_min(0)

@@ -73,11 +73,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """One rollout batch, scored and ready for the update. ``mask_BT`` is 1 on sampled tokens, EOS included."""
+    """One rollout batch, scored and ready for the update. ``mask_BT`` is 1 on sampled tokens, EOS included.
+
+    Log-probabilities are the sampling engine's (``rollout``), the trainer's own before the update (``old``) and the
+    reference's; all are 0 where masked.
+    """
 
     completions: list[Completion]
     mask_BT: torch.Tensor
+    rollout_logprobs_BT: torch.Tensor
     old_logprobs_BT: torch.Tensor
-    ref_logprobs_BT: torch.Tensor | None
+    ref_logprobs_BT: torch.Tensor
     rewards_B: torch.Tensor
     group_ids_B: torch.Tensor

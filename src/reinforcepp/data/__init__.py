@@ -2,7 +2,7 @@
 
 from reinforcepp.data._table import Skipped
 from reinforcepp.data.preferences import PreferenceData, load_preferences, read_preferences
-from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, read_prompts
+from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, prompt_rows, read_prompts
 from reinforcepp.data.sources import DataFiles, resolve_data
 from reinforcepp.data.split import split_by_prompt
 
@@ -14,6 +14,7 @@ __all__ = [
     "Skipped",
     "load_preferences",
     "load_prompts",
+    "prompt_rows",
     "read_preferences",
     "read_prompts",
     "resolve_data",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reinforcepp.data._table import Skipped, count, describe_skipped, read_table, sift
 from reinforcepp.data.sources import resolve_data
@@ -18,7 +19,7 @@ class PromptRow:
     """A prompt as the file has it. ``columns`` are the row's other cells, for reward functions; ``row`` is its line."""
 
     prompt: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, Any]
     row: int = 0
 
 
@@ -83,3 +84,21 @@ def load_prompts(
     digest = hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest()
     both = PromptData(str(source), digest, train.prompts + heldout.prompts, train.skipped + heldout.skipped)
     return both, list(train.prompts), list(heldout.prompts)
+
+
+def prompt_rows(dataset: Iterable[Any] | None, name: str) -> list[PromptRow]:
+    """Rows of a data set in memory: mappings with a ``prompt``, as ``datasets`` gives them, or PromptRows.
+
+    Raises:
+        DataError: A row has no text in its column ``prompt``; ``name`` tells which data set it is in.
+    """
+    rows: list[PromptRow] = []
+    for number, row in enumerate(dataset if dataset is not None else []):
+        if isinstance(row, PromptRow):
+            rows.append(row)
+            continue
+        prompt = row.get("prompt") if isinstance(row, Mapping) else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError(f"Row {number} of {name} has no text in its column 'prompt'.")
+        rows.append(PromptRow(prompt, {key: value for key, value in row.items() if key != "prompt"}, number))
+    return rows

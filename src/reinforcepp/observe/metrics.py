@@ -37,10 +37,7 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, entropy: float) -> d
 
 def _sampling_gap(batch: RolloutBatch) -> dict[str, float]:
     """How far the engine's log-probabilities of what it sampled are from the trainer's."""
-    rollout_BT = torch.zeros_like(batch.old_logprobs_BT)
-    for i, completion in enumerate(batch.completions):
-        rollout_BT[i, : len(completion.ids)] = torch.tensor(completion.logprobs)
-    gap_BT = torch.where(batch.mask_BT.bool(), rollout_BT - batch.old_logprobs_BT, 0.0)
+    gap_BT = batch.rollout_logprobs_BT - batch.old_logprobs_BT
     return {
         "sampling/logprob_gap_mean": float(masked_mean(gap_BT.abs(), batch.mask_BT)),
         "sampling/logprob_gap_max": float(gap_BT.abs().max()),

@@ -1,7 +1,7 @@
 """Where rewards come from: a trained reward model or any Python function of the same signature."""
 
 from reinforcepp.rewards.functions import RewardFunction, RewardScores, score_with
-from reinforcepp.rewards.trained import RewardCard, TrainedReward, check_reward_folder, load_reward_model
+from reinforcepp.rewards.trained import RewardCard, TrainedReward, check_reward_folder, load_reward_model, load_rewards
 
 __all__ = [
     "RewardCard",
@@ -10,5 +10,6 @@ __all__ = [
     "TrainedReward",
     "check_reward_folder",
     "load_reward_model",
+    "load_rewards",
     "score_with",
 ]

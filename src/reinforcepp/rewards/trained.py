@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reinforcepp.errors import ModelError
+from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models import context_length, load_reward_weights, load_tokenizer, resolve, save_model, write_json
+from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.tokens import encode_answer, pad
 
 if TYPE_CHECKING:
@@ -145,3 +146,14 @@ def load_reward_model(name: str) -> TrainedReward:
             "the reward model again."
         )
     return reward
+
+
+def load_rewards(rewards: str | RewardFunction | Sequence[str | RewardFunction]) -> list[RewardFunction]:
+    """Reward functions as they are; folders of trained models, all checked before the first is loaded."""
+    listed = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+    if not listed:
+        raise ConfigError("reward_funcs is empty: give at least one function or reward model.")
+    for reward in listed:
+        if isinstance(reward, str):
+            check_reward_folder(reward)
+    return [load_reward_model(reward) if isinstance(reward, str) else reward for reward in listed]

@@ -10,7 +10,7 @@ from reinforcepp.errors import RolloutError
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class RolloutEngine(Protocol):
@@ -51,3 +51,16 @@ def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, context_length
                 f"A prompt of {len(prompt.ids)} tokens and max_new_tokens {max_new_tokens} exceed the model's context "
                 f"of {context_length}: lower max_new_tokens or max_prompt_length. The prompt begins {prompt.text[:60]!r}."
             )
+
+
+def completed(
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: frozenset[int],
+    prompt: Prompt,
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+) -> Completion:
+    """The record of what was sampled; its text leaves out the id that ended it."""
+    ended = ids[-1] in eos_ids
+    text = tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True)
+    return Completion(prompt, tuple(ids), tuple(logprobs), str(text).strip(), "stop" if ended else "length")

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from reinforcepp.models import context_length, eos_ids
-from reinforcepp.rollout.engine import check_prompts, request_seed
+from reinforcepp.rollout.engine import check_prompts, completed, request_seed
 from reinforcepp.tokens import pad, position_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -69,11 +63,13 @@ class TransformersEngine:
         by_length = sorted(rows, key=lambda row: len(row.prompt.ids))
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad():
-            for start in range(0, len(by_length), self.batch_size):
-                self._decode(by_length[start : start + self.batch_size], sampling)
-        self.model.train(was_training)
-        return [self._completion(row) for row in rows]
+        try:
+            with torch.no_grad():
+                for start in range(0, len(by_length), self.batch_size):
+                    self._decode(by_length[start : start + self.batch_size], sampling)
+        finally:
+            self.model.train(was_training)
+        return [completed(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs) for row in rows]
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; copies only from another model object."""
@@ -85,52 +81,65 @@ class TransformersEngine:
 
     def _decode(self, rows: list[_Row], sampling: Sampling) -> None:
         """Fill in ``rows`` together, dropping each from the batch once it has ended."""
-        device = self.model.device
-        processors = _processors(sampling)
-        ids_BL, mask_BL = (x.to(device) for x in pad([row.prompt.ids for row in rows], self._pad_id, left=True))
-        uniforms_BT = torch.stack([row.uniforms for row in rows]).to(device)
         cache = DynamicCache(config=self.model.config)
-        history_BL, step_ids = ids_BL, ids_BL
-        positions = position_ids(mask_BL)
+        logits_BV, mask_BL, seen_BV = self._prefill(rows, cache)
+        positions_B1 = position_ids(mask_BL)[:, -1:]
+        uniforms_BT = torch.stack([row.uniforms for row in rows]).to(logits_BV.device)
         for t in range(sampling.max_new_tokens):
-            output = self.model(
-                input_ids=step_ids,
-                attention_mask=mask_BL,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits_BV = processors(history_BL, output.logits[:, -1].float())
+            logits_BV = _filtered(logits_BV, seen_BV, sampling)
             next_B, logprobs_B = _draw(logits_BV, uniforms_BT[:, t], greedy=sampling.temperature == 0)
             chosen, scores = next_B.tolist(), logprobs_B.tolist()
             for row, token, score in zip(rows, chosen, scores, strict=True):
                 row.ids.append(token)
                 row.logprobs.append(score)
             going = [i for i, token in enumerate(chosen) if token not in self.eos_ids]
-            if not going:
+            if not going or t + 1 == sampling.max_new_tokens:
                 return
-            step_ids, positions = next_B[:, None], positions[:, -1:] + 1
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
-            history_BL = torch.cat([history_BL, step_ids], dim=1)
             if len(going) < len(rows):
-                keep = torch.tensor(going, device=device)
+                keep = torch.tensor(going, device=next_B.device)
                 cache.batch_select_indices(keep)
-                step_ids, positions, mask_BL, history_BL, uniforms_BT = (
-                    x[keep] for x in (step_ids, positions, mask_BL, history_BL, uniforms_BT)
+                next_B, positions_B1, mask_BL, uniforms_BT, seen_BV = (
+                    x[keep] for x in (next_B, positions_B1, mask_BL, uniforms_BT, seen_BV)
                 )
                 rows = [rows[i] for i in going]
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
+            positions_B1 = positions_B1 + 1
+            seen_BV.scatter_(1, next_B[:, None], True)
+            logits_BV = self._forward(next_B[:, None], mask_BL, positions_B1, cache)
+
+    def _prefill(self, rows: list[_Row], cache: DynamicCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Run each different prompt once and give every row its prompt's share of the cache; ``P`` counts the different prompts.
+
+        Returns:
+            ``(logits_BV, mask_BL, seen_BV)``: logits of the first token, what of the prompt is attended to, and which
+            tokens occur in it.
+        """
+        places = {ids: i for i, ids in enumerate(dict.fromkeys(row.prompt.ids for row in rows))}
+        ids_PL, mask_PL = (x.to(self.model.device) for x in pad(list(places), self._pad_id, left=True))
+        logits_PV = self._forward(ids_PL, mask_PL, position_ids(mask_PL), cache)
+        seen_PV = torch.zeros(logits_PV.shape, dtype=torch.bool, device=logits_PV.device)
+        seen_PV.scatter_(1, torch.where(mask_PL == 1, ids_PL, ids_PL[:, -1:]), True)  # the last column is never padding
+        origin_B = torch.tensor([places[row.prompt.ids] for row in rows], device=logits_PV.device)
+        if len(places) < len(rows):
+            cache.batch_select_indices(origin_B)
+        return logits_PV[origin_B], mask_PL[origin_B], seen_PV[origin_B]
+
+    def _forward(self, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor, cache: DynamicCache) -> Tensor:
+        """Extend the cache by ``ids_BL``; logits after its last column, in float32. -> (B, V)"""
+        output = self.model(
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            position_ids=positions_BL,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV: Tensor = output.logits[:, -1].float()
+        return logits_BV
 
     @property
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets one
-
-    def _completion(self, row: _Row) -> Completion:
-        ended = row.ids[-1] in self.eos_ids
-        text = self.tokenizer.decode(row.ids[:-1] if ended else row.ids, skip_special_tokens=True)
-        return Completion(
-            row.prompt, tuple(row.ids), tuple(row.logprobs), str(text).strip(), "stop" if ended else "length"
-        )
 
 
 def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> Tensor:
@@ -138,18 +147,26 @@ def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> Tensor:
     return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
-def _processors(sampling: Sampling) -> LogitsProcessorList:
-    """The library's own filters, in the order in which ``generate`` applies them."""
-    processors = LogitsProcessorList()
+def _filtered(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Repetition penalty on the tokens seen so far, then temperature, top-k and top-p, as ``generate`` does them.
+
+    The penalty is the one filter that looks back; the library's own would take the padding for seen tokens, and with
+    pad = EOS the end of an answer would be penalised in some rows and not in others.
+    """
     if sampling.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature not in (0, 1):
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.temperature != 0 and sampling.top_k > 0:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.temperature != 0 and sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    return processors
+        penalised_BV = torch.where(
+            logits_BV < 0, logits_BV * sampling.repetition_penalty, logits_BV / sampling.repetition_penalty
+        )
+        logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
+    if sampling.temperature == 0:
+        return logits_BV
+    logits_BV = logits_BV / sampling.temperature
+    no_ids: Any = None  # these two filters don't read the ids
+    if sampling.top_k > 0:
+        logits_BV = TopKLogitsWarper(sampling.top_k)(no_ids, logits_BV)
+    if sampling.top_p < 1:
+        logits_BV = TopPLogitsWarper(sampling.top_p)(no_ids, logits_BV)
+    return logits_BV
 
 
 def _draw(logits_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,80 @@
+"""Writes the tables of README.md from the committed result files; ``--check`` only says whether they are up to date.
+
+python benchmarks/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def demo_seeds(result: dict[str, Any]) -> str:
+    columns = {
+        "seed": "{}",
+        "rm_accuracy": "{:.2f}",
+        "gold_before": "{:.2f}",
+        "gold_after": "{:.2f}",
+        "kl": "{:.3f}",
+        "distinct": "{:.2f}",
+        "length_ratio": "{:.2f}",
+        "seconds": "{:.0f}",
+    }
+    titles = [
+        "seed",
+        "reward model, held-out accuracy",
+        "gold score before",
+        "after",
+        "KL, nats per token",
+        "distinct answers per topic",
+        "length ratio",
+        "seconds",
+    ]
+    rows = [[form.format(row[key]) for key, form in columns.items()] for row in result["rows"]]
+    means = {key: fmean(row[key] for row in result["rows"]) for key in columns}
+    rows.append(["mean", *(form.format(means[key]) for key, form in list(columns.items())[1:])])
+    return table(titles, rows) + made_by(result)
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def made_by(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return f"\n`{result['command']}`, {result['date']}, {machine['cpu']}, {machine['cores']} cores.\n"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo_seeds": demo_seeds}
+
+
+def filled(text: str) -> str:
+    """``text`` with every marked table made anew; a table without a result file stays as it is."""
+    for name, render in TABLES.items():
+        path = HERE / "results" / f"{name}.json"
+        if path.exists():
+            body = render(json.loads(path.read_text(encoding="utf-8")))
+            pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    new = filled(text)
+    if "--check" in sys.argv:
+        sys.exit("README.md is out of date: run python benchmarks/tables.py" if new != text else 0)
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Which engine generates, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from reinforcepp.errors import RolloutError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from reinforcepp.rollout.engine import RolloutEngine
+
+EngineName = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine and the reason for it, to be told to the user."""
+
+    name: EngineName
+    reason: str
+
+
+def choose_engine(wanted: str, config: PreTrainedConfig, dtype: torch.dtype) -> EngineChoice:
+    """``auto`` is vLLM where it can run the model, else transformers; anything else is what was asked for.
+
+    Args:
+        wanted: ``auto``, ``transformers`` or ``vllm``.
+        config: the model's.
+        dtype: what the engine's copy of the weights would have.
+
+    Raises:
+        RolloutError: vLLM was asked for by name and can't run the model; nothing has been loaded by then.
+    """
+    if wanted == "transformers":
+        return EngineChoice("transformers", "asked for")
+    from reinforcepp.rollout.vllm_integration import vllm_status
+
+    usable, reason = vllm_status(config, dtype)
+    if usable:
+        return EngineChoice("vllm", "asked for" if wanted == "vllm" else reason)
+    if wanted == "vllm":
+        raise RolloutError(f"vLLM can't be used: {reason}; --rollout auto falls back to transformers.")
+    return EngineChoice("transformers", reason)
+
+
+def start_engine(
+    choice: EngineChoice,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    batch_size: int,
+    gpu_memory_utilization: float | None = None,
+) -> RolloutEngine:
+    """The chosen engine, with ``model``'s weights, for sequences of up to ``max_length`` tokens."""
+    if choice.name == "vllm":
+        from reinforcepp.rollout.vllm_integration import VllmEngine
+
+        return VllmEngine(model, tokenizer, max_length=max_length, gpu_memory_utilization=gpu_memory_utilization)
+    from reinforcepp.rollout.transformers_engine import TransformersEngine
+
+    return TransformersEngine(model, tokenizer, batch_size)

@@ -1,0 +1,464 @@
+"""Generation with vLLM, in this process. The only module that imports vllm, and it does so when an engine is started.
+
+What this module owes to vLLM 0.32 on a CPU:
+
+- Weights are prepacked there, so an update goes through ``reload_weights`` with the whole state dict; a tied lm_head has
+  a packed copy of its own and has to be named like any other weight.
+- Keys and values of prompts outlive an update, so the prefix cache is emptied with each one.
+- Starting and generating disturb the global random state, which is put back.
+- ``canary.check_sync`` is what says whether all this worked.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from reinforcepp import models
+from reinforcepp.errors import RolloutError
+from reinforcepp.rollout.engine import check_prompts, completed, request_seed
+from reinforcepp.rollout.weights import base_model, full_weights
+from reinforcepp.types import Completion, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MIB = 1 << 20
+CPU_CACHE_CAP = 256 * MIB
+"""Size of the key-value cache on a CPU where one sequence doesn't need more and nobody asked for more."""
+CPU_BLOCK = 32
+"""Tokens of a cache block on a CPU. vLLM's own 128 would share no prompt shorter than that between its samples."""
+MAX_RESTARTS = 3
+
+# vLLM keeps its parallel groups in globals of the process, so only the last engine may tear them down, and not even
+# that one if the process group was the trainer's before.
+_alive = 0
+_group_is_the_trainers = False
+
+
+# --- can vLLM run it? -----------------------------------------------------------------------------------------------
+
+
+def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether vLLM runs such a model on this machine, and if not, why and what to do."""
+    if importlib.util.find_spec("vllm") is None:
+        return False, f"vLLM isn't installed; to get it: {_install_command()}"
+    platform = _import_vllm().platforms.current_platform
+    if not platform.is_cpu() and not torch.cuda.is_available():
+        return False, f"the installed vLLM is for GPUs and this machine has none; instead: {_install_command()}"
+    text = config.get_text_config()
+    architecture = _architecture(config)
+    from vllm.model_executor.models import ModelRegistry
+
+    if architecture not in ModelRegistry.get_supported_archs():
+        return False, f"vLLM doesn't know the model family {architecture}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"vLLM doesn't run models in {dtype}"
+    if platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if _head_size(text) not in sizes:
+            listed = ", ".join(map(str, sizes))
+            return (
+                False,
+                f"vLLM on a CPU runs attention heads of size {listed}, but the model's have {_head_size(text)}",
+            )
+    return True, f"vLLM runs {architecture} on this machine's {'CPU' if platform.is_cpu() else 'GPU'}"
+
+
+def _install_command() -> str:
+    if torch.cuda.is_available():
+        return "pip install vllm==0.32.0"
+    return "pip install --no-deps -r requirements-reinforce-cpu.txt"
+
+
+def _import_vllm() -> Any:
+    """Import vllm, in process and quiet unless the user's environment says otherwise."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    with _random_state_kept():
+        import vllm
+        import vllm.platforms
+    return vllm
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    """The model class; a configuration made in code names none, and then it is that of its type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
+    return str(named[0])
+
+
+def _head_size(text: Any) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    text = config.get_text_config()
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * text.num_hidden_layers * kv_heads * _head_size(text) * dtype.itemsize
+
+
+def cache_budget(one: int, sequences: int, available: int, cap: int | None) -> int:
+    """Bytes for the key-value cache: what the batch needs, at most ``cap``, but at least one sequence of ``one`` bytes.
+
+    A smaller cache than the batch needs is no error: the engine lets sequences wait for each other.
+
+    Raises:
+        RolloutError: not even one sequence fits into ``available``.
+    """
+    if one > available:
+        raise RolloutError(
+            f"The key-value cache of one sequence needs {one / MIB:.0f} MiB, but {max(available, 0) / MIB:.0f} MiB are "
+            "free: lower max_prompt_length or max_new_tokens, use a smaller dtype, or use --rollout transformers."
+        )
+    wanted = one * sequences if cap is None else min(one * sequences, cap)
+    return max(one, min(wanted, available))
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+
+class VllmEngine:
+    """Rollouts by vLLM, which holds its own copy of the weights.
+
+    Args:
+        model: a live model, whose weights are handed over in memory, or the name of a saved one.
+        tokenizer: its tokenizer, with EOS; prompts and completions cross the border as token ids.
+        dtype: of the copy; by default that of the live model or of the saved one's configuration.
+        max_length: prompt and completion together, in tokens; the model's context by default. It bounds the cache.
+        max_num_seqs: completions generated at a time; results don't depend on it.
+        cache_bytes: size of the key-value cache; by default what the batch needs, within bounds.
+        gpu_memory_utilization: share of the GPU's memory, instead of one measured when the engine starts.
+        tensor_parallel_size: GPUs that share the model.
+        threads: CPU threads; vLLM fixes their number for the process.
+
+    Raises:
+        RolloutError: vLLM isn't installed, can't run the model, or lacks memory; the message names the cure.
+    """
+
+    name = "vllm"
+    shares_trainer_forward = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype | None = None,
+        max_length: int | None = None,
+        max_num_seqs: int = 128,
+        cache_bytes: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        tensor_parallel_size: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            self.config = models.load_config(model)
+            self.eos_ids = _saved_eos_ids(model, tokenizer)
+        else:
+            self.config = _config_with_architecture(base_model(model))
+            self.eos_ids = models.eos_ids(model, tokenizer)
+        own_dtype = self.config.dtype if isinstance(model, str) else model.dtype
+        self.dtype: torch.dtype = dtype or own_dtype or torch.float32
+        usable, reason = vllm_status(self.config, self.dtype)
+        if not usable:
+            raise RolloutError(f"vLLM can't be used: {reason}; --rollout transformers needs no vLLM.")
+        self.tokenizer = tokenizer
+        self.context = models.context_length(self.config)
+        self.max_length = max_length or self.context
+        if self.context is not None and self.max_length is not None and self.max_length > self.context:
+            raise RolloutError(
+                f"The engine was asked for sequences of {self.max_length} tokens, but the model's context is "
+                f"{self.context}: lower max_prompt_length or max_new_tokens."
+            )
+        self.max_num_seqs = max_num_seqs
+        self.restarts = 0
+        self._source: PreTrainedModel | str = model
+        self._tensor_parallel_size = tensor_parallel_size
+        self._on_gpu = not _import_vllm().platforms.current_platform.is_cpu()
+        self._asleep = False
+        self._memory = self._memory_settings(cache_bytes, gpu_memory_utilization)
+        self._llm: Any = None
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._start()
+
+    # --- the protocol ---
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
+        check_prompts(prompts, sampling.max_new_tokens, self.context)
+        check_prompts(prompts, sampling.max_new_tokens, self.max_length)
+        if not prompts:
+            return []
+        rows = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
+        while True:
+            try:
+                with _random_state_kept():
+                    self.wake_up()
+                    outputs = self._llm.generate(
+                        [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows],
+                        [self._parameters(sampling, prompt, sample) for prompt, sample in rows],
+                        use_tqdm=False,
+                    )
+                    self.sleep()
+                break
+            except _engine_failures() as error:
+                self._restart(error)
+        sampled = [output.outputs[0] for output in outputs]
+        return [
+            completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
+            for (prompt, _), out in zip(rows, sampled, strict=True)
+        ]
+
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; adapters are merged into the copy."""
+        self._source = model
+        with _random_state_kept():
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
+            self._reload(model)
+            self.forget_prompts()
+
+    def forget_prompts(self) -> None:
+        """Empty the prefix cache: the next prompts are computed anew."""
+        self._llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
+        global _alive
+        if self._llm is None:
+            return
+        client = self._llm.llm_engine.engine_core
+        _alive -= 1
+        if _alive == 0 and not _group_is_the_trainers:
+            client.shutdown()
+        else:
+            client._finalizer.detach()
+            client.engine_core.model_executor.shutdown()
+            client.engine_core.scheduler.shutdown()
+        self._llm = None
+        gc.collect()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+
+    # --- one GPU for trainer and engine ---
+
+    def sleep(self) -> None:
+        """On a GPU that the trainer needs too: move the weights to main memory and drop the cache. Else nothing."""
+        if self._on_gpu and not isinstance(self._source, str):
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def wake_up(self) -> None:
+        """Undo :meth:`sleep`; done by ``generate`` itself."""
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    # --- inside ---
+
+    def _memory_settings(self, cache_bytes: int | None, gpu_memory_utilization: float | None) -> dict[str, Any]:
+        """What ``LLM`` is told about memory."""
+        if gpu_memory_utilization is not None and self._on_gpu:
+            return {"gpu_memory_utilization": gpu_memory_utilization}
+        one = cache_bytes_per_token(self.config, self.dtype) * _in_blocks(self.max_length or 2048)
+        if not self._on_gpu:
+            import psutil  # vllm depends on it
+
+            available = psutil.virtual_memory().available
+            bound = available if cache_bytes is None else min(cache_bytes, available)
+            cap = CPU_CACHE_CAP if cache_bytes is None else cache_bytes
+            return {"kv_cache_memory_bytes": cache_budget(one, self.max_num_seqs, bound, cap)}
+        free, total = torch.cuda.mem_get_info()
+        weights = _weight_bytes(self._source, self.config, self.dtype) // self._tensor_parallel_size
+        activations = total // 20
+        room = int(0.95 * free) - weights - activations
+        cache = cache_budget(
+            one, self.max_num_seqs, room if cache_bytes is None else min(cache_bytes, room), cache_bytes
+        )
+        return {"gpu_memory_utilization": (weights + activations + cache) / total}
+
+    def _start(self) -> None:
+        """Start vLLM and see that it has the weights of the model it stands for."""
+        global _alive, _group_is_the_trainers
+        vllm = _import_vllm()
+        if _alive == 0:
+            _group_is_the_trainers = torch.distributed.is_initialized()
+        with _random_state_kept(), self._folder() as (folder, load_format):
+            try:
+                self._llm = vllm.LLM(
+                    model=folder,
+                    runner="generate",
+                    load_format=load_format,
+                    dtype=str(self.dtype).removeprefix("torch."),
+                    max_model_len=self.max_length,
+                    max_num_seqs=self.max_num_seqs,
+                    generation_config="vllm",
+                    logprobs_mode="processed_logprobs",
+                    enable_prefix_caching=True,
+                    tensor_parallel_size=self._tensor_parallel_size,
+                    **self._memory,
+                    **self._platform_settings(),
+                )
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                raise RolloutError(
+                    f"vLLM can't start with this model: {_first_line(error)} (--rollout transformers needs no vLLM.)"
+                ) from error
+            _alive += 1
+            if load_format == "dummy":
+                assert not isinstance(self._source, str)
+                self._reload(self._source)
+
+    def _platform_settings(self) -> dict[str, Any]:
+        if self._on_gpu:
+            return {"enable_sleep_mode": not isinstance(self._source, str)}
+        _count_ranks_eagerly()
+        return {"enforce_eager": True, "block_size": CPU_BLOCK}
+
+    @contextmanager
+    def _folder(self) -> Iterator[tuple[str, str]]:
+        """A folder for vLLM to start from, and how it gets its weights."""
+        if isinstance(self._source, str):
+            yield models.resolve(self._source), "auto"
+            return
+        with tempfile.TemporaryDirectory(prefix="reinforcepp-vllm-") as folder:
+            self.config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            if self._tensor_parallel_size == 1:
+                yield folder, "dummy"
+            else:
+                _write_weights(self._source, Path(folder))
+                yield folder, "auto"
+
+    def _reload(self, model: PreTrainedModel) -> None:
+        if self._tensor_parallel_size == 1:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(model)})
+            return
+        with tempfile.TemporaryDirectory(prefix="reinforcepp-vllm-") as folder:  # the workers are other processes
+            _write_weights(model, Path(folder))
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+
+    def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=request_seed(sampling.seed, prompt.key, sample),
+            logprobs=0,
+            flat_logprobs=True,
+            ignore_eos=True,
+            stop_token_ids=sorted(self.eos_ids),
+            detokenize=False,
+        )
+
+    def _restart(self, error: Exception) -> None:
+        """Start again with the current weights after a failure in the middle of a batch; the batch is then done again."""
+        self.restarts += 1
+        if isinstance(error, torch.OutOfMemoryError) or self.restarts > MAX_RESTARTS:
+            raise RolloutError(
+                f"vLLM failed while generating ({self.restarts} times in this run): {_first_line(error)} It was started "
+                f"for {self.max_num_seqs} completions at a time; lower max_num_seqs, or use --rollout transformers."
+            ) from error
+        self.close()
+        self._asleep = False
+        self._start()
+
+
+# --- small things ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put back the global random state of torch, NumPy and Python."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+def _count_ranks_eagerly() -> None:
+    """Keep vLLM from compiling, in 8 to 25 s and with a C++ compiler, the function that ranks the sampled token.
+
+    Its log-probabilities come with a rank that isn't used here; without compilation it is the same two operations.
+    """
+    from vllm.v1.sample import sampler
+
+    compiled = sampler.batched_count_greater_than
+    sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
+def _engine_failures() -> tuple[type[Exception], ...]:
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    return RuntimeError, EngineDeadError, EngineGenerateError
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else f"{type(error).__name__}."
+
+
+def _in_blocks(tokens: int) -> int:
+    """Tokens that a sequence's blocks hold, and one block more, which vLLM keeps for itself."""
+    return (-(-tokens // CPU_BLOCK) + 1) * CPU_BLOCK
+
+
+def _config_with_architecture(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy that names its architecture, which a configuration made in code doesn't."""
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
+
+
+def _saved_eos_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    from transformers import GenerationConfig
+
+    try:
+        own = GenerationConfig.from_pretrained(models.resolve(name)).eos_token_id
+    except OSError:  # the file is optional
+        own = models.load_config(name).get_text_config().eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
+
+
+def _weight_bytes(source: PreTrainedModel | str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    if not isinstance(source, str):
+        return sum(p.numel() for p in base_model(source).parameters()) * dtype.itemsize
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
+
+
+def _write_weights(model: PreTrainedModel, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in full_weights(model)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
