@@ -105,7 +105,9 @@ def test_g5_token_losses():
 
 def test_clip_bounds_are_not_swapped():
     ratios, advantages = tensor([[1.25, 0.75]]).log(), tensor([[1, -1]])
-    loss, _ = algorithm.policy_loss(ratios, torch.zeros(1, 2), advantages, torch.ones(1, 2), clip_low=0.1, clip_high=0.3)
+    loss, _ = algorithm.policy_loss(
+        ratios, torch.zeros(1, 2), advantages, torch.ones(1, 2), clip_low=0.1, clip_high=0.3
+    )
     close(loss, (-1.25 + 0.9) / 2)
 
 

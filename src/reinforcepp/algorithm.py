@@ -73,7 +73,7 @@ def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Te
     mask_BT = mask_BT.bool()
     rewards_BT = torch.where(mask_BT, rewards_BT, 0.0)
     returns_BT = torch.zeros_like(rewards_BT)
-    following_B = torch.zeros_like(rewards_BT[:, 0]) if rewards_BT.shape[1] else None
+    following_B = rewards_BT.new_zeros(rewards_BT.shape[0])
     for t in reversed(range(rewards_BT.shape[1])):
         returns_BT[:, t] = rewards_BT[:, t] + gamma * following_B
         following_B = torch.where(mask_BT[:, t], returns_BT[:, t], following_B)

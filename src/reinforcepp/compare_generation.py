@@ -24,11 +24,12 @@ from reinforcepp.observe import say
 from reinforcepp.types import Sampling
 
 WAYS = {
-    "one_by_one": "transformers, one by one",
-    "batched": "transformers, batched",
-    "engine": "this package's transformers engine",
+    "one_by_one": "one by one",
+    "batched": "batched",
+    "engine": "our engine",
     "vllm": "vLLM",
 }
+"""``one_by_one`` and ``batched`` are transformers' own ``generate``, ``engine`` is this package's transformers engine."""
 Prompts = Sequence[Sequence[int]]
 
 
@@ -132,13 +133,14 @@ def compare(comparison: Comparison, ways: Sequence[str] = tuple(WAYS)) -> dict[s
             processes[way] = Process(way, comparison)
             stack.callback(processes[way].close)
         quality = _greedy(processes, comparison)
-        memory = processes["one_by_one"].ask(do="bandwidth")
-        rounds = []
+        rounds: list[Any] = []
         for turn in range(comparison.rounds):
             say(f"round {turn + 1} of {comparison.rounds} ...")
             order = list(ways)[turn % len(ways) :] + list(ways)[: turn % len(ways)]
             rounds += [_run(processes[way], comparison, size, turn) for size in comparison.sizes for way in order]
-    rows = _summary([r for r in rounds if r is not None], memory)
+        rounds = [measured for measured in rounds if measured is not None]
+        memory = processes["one_by_one"].ask(do="bandwidth")  # last, for it takes memory itself
+    rows = _summary(rounds, memory)
     started = {way: p.startup_seconds for way, p in processes.items()}
     peaks = {way: max(row["peak_rss_mib"] for row in rows if row["way"] == way) for way in ways}
     return {
@@ -151,7 +153,7 @@ def compare(comparison: Comparison, ways: Sequence[str] = tuple(WAYS)) -> dict[s
         "weight_bytes": memory["weight_bytes"],
         "headline_batch_size": comparison.headline,
         "summary": rows,
-        "rounds": [r for r in rounds if r is not None],
+        "rounds": rounds,
         "settings": {
             **asdict(comparison.sampling),
             "model": comparison.model,
@@ -271,7 +273,7 @@ def show(result: Mapping[str, Any]) -> None:
     settings = result["settings"]
     table = Table(title=f"{settings['model']}, {settings['dtype']}, {settings['max_new_tokens']} new tokens")
     table.add_column("way")
-    for name in ("batch", "tokens/s", "min to max", "whole set, s", "latency, s", "p95, s", "of bandwidth"):
+    for name in ("batch", "tokens/s", "min to max", "set, s", "latency, s", "p95, s", "bandwidth"):
         table.add_column(name, justify="right")
     for row in result["summary"]:
         spread = f"{row['tokens_per_second_min']:.0f} to {row['tokens_per_second_max']:.0f}"

@@ -39,7 +39,8 @@ def generate(config: GenerateConfig) -> list[Completion]:
     prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
     if long:
         say(
-            f"{len(long)} prompts are longer than {config.max_prompt_length} tokens and were cut from the left.",
+            f"{len(long)} of {len(texts)} prompts are longer than {config.max_prompt_length} tokens and were cut from "
+            "the left.",
             "yellow",
         )
     engine = TransformersEngine(load_policy(config.model), tokenizer)

@@ -257,7 +257,7 @@ def _score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
         rows_B = torch.arange(input_ids.shape[0], device=input_ids.device)
         return SequenceClassifierOutput(logits=model.score(hidden_BLD[rows_B, places_BL.argmax(-1)]))
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     return model
 
 

@@ -300,7 +300,7 @@ class ReinforceTrainer:
 
     @property
     def _pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id)
 
     def _begin(self) -> checkpoint.Position:
         """An empty folder with the settings, or the state in which an earlier run stopped."""

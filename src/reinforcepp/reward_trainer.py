@@ -150,7 +150,7 @@ def _fit(
 def _progress_callback(progress: Progress) -> Any:
     from transformers import TrainerCallback
 
-    class ShowProgress(TrainerCallback):  # type: ignore[misc]
+    class ShowProgress(TrainerCallback):
         """Feeds TRL's figures to the progress line."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

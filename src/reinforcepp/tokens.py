@@ -66,7 +66,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends an answer."""
-    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]  # models.load_tokenizer refuses a tokenizer without one
+    return int(tokenizer.eos_token_id)
 
 
 def encode_prompts(

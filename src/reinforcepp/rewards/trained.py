@@ -88,7 +88,7 @@ class TrainedReward:
         with torch.inference_mode():
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
-                ids_BL, mask_BL = pad([rows[i][-limit:] for i in chosen], int(self.tokenizer.pad_token_id))  # type: ignore[arg-type]
+                ids_BL, mask_BL = pad([rows[i][-limit:] for i in chosen], int(self.tokenizer.pad_token_id))
                 device = self.model.device
                 logits_B1 = self.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits
                 for i, score in zip(chosen, logits_B1.float().squeeze(-1).tolist(), strict=True):
@@ -150,7 +150,7 @@ def load_reward_model(name: str) -> TrainedReward:
 
 def load_rewards(rewards: str | RewardFunction | Sequence[str | RewardFunction]) -> list[RewardFunction]:
     """Reward functions as they are; folders of trained models, all checked before the first is loaded."""
-    listed = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+    listed: list[Any] = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     if not listed:
         raise ConfigError("reward_funcs is empty: give at least one function or reward model.")
     for reward in listed:

@@ -139,7 +139,7 @@ class TransformersEngine:
 
     @property
     def _pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]  # load_tokenizer sets one
+        return int(self.tokenizer.pad_token_id)
 
 
 def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> Tensor:

@@ -1,0 +1,34 @@
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint builtin benchmarks clean
+
+# Both are for scripts/setup_venv.sh, which explains them.
+export PYTHON PACKAGES
+
+help: ## this list
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
+	@echo "PYTHON=/path/to/python3.11 chooses the interpreter, PACKAGES=cpu or PACKAGES=cuda the packages."
+
+venv: ## create .venv and install into it, where that is not done yet
+	@scripts/setup_venv.sh
+
+demo: venv ## reward model, REINFORCE++, generate, compare: offline, under runs/demo
+	.venv/bin/reinforcepp demo --output_dir runs/demo --overwrite
+
+test: lint ## style checks, types and the tests (PYTEST_ARGS="-k loss" for some of them)
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: venv ## style checks and types only
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+builtin: venv ## make the built-in model and data anew (an hour)
+	.venv/bin/python scripts/make_builtin.py
+
+benchmarks: venv ## run every script in benchmarks/, each of which writes its file under benchmarks/results (hours)
+	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; .venv/bin/python "$$script"; done
+
+clean: ## remove caches and build products; .venv, runs/ and models/ stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache src/*.egg-info
+	find src tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,110 @@
+#!/bin/sh
+# Creates .venv and installs what the project needs; does nothing when that is already there.
+# `make venv` runs it. Settings, from the environment:
+#   PYTHON     the interpreter to build on (default: the first of python3.11, 3.12, 3.13, python3 that is 3.11 or later)
+#   PACKAGES   cuda, cpu or plain, which is without vLLM (default: cuda where an NVIDIA driver is present, else cpu
+#              on Linux and plain elsewhere, since vLLM for CPUs is built for Linux)
+set -eu
+cd "$(dirname "$0")/.."
+
+venv=.venv
+stamp=$venv/.installed    # the fingerprint of the requirements that are completely installed
+kind=$venv/.packages      # which packages this environment was begun for
+
+die() {
+    echo "error: $1" >&2
+    exit 1
+}
+
+nvidia_driver() {
+    [ -e /proc/driver/nvidia/version ] || nvidia-smi >/dev/null 2>&1
+}
+
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# False too for what an interrupted removal leaves behind: an interpreter that takes itself for the system's.
+usable() {
+    new_enough "$venv/bin/python" && "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null
+}
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        new_enough "$PYTHON" || die "PYTHON=$PYTHON does not run, or is older than Python 3.11. Name another: make PYTHON=/path/to/python3.11"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3.11 python3.12 python3.13 python3 python; do
+        if new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 or later found. Install it (Debian and Ubuntu: apt install python3.11 python3.11-venv), or say where it is: make PYTHON=/path/to/python3.11"
+}
+
+pip() {
+    # Errors only: warnings about the user's own pip settings would bury them.
+    PIP_REQUIRE_VIRTUALENV=1 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input "$@"
+}
+
+if [ -n "${PACKAGES:-}" ]; then
+    packages=$PACKAGES why="PACKAGES=$PACKAGES"
+elif nvidia_driver; then
+    packages=cuda why="NVIDIA driver found"
+elif [ "$(uname -s)" = Linux ]; then
+    packages=cpu why="no NVIDIA driver found"
+else
+    packages=plain why="no NVIDIA driver found, not Linux"
+fi
+case $packages in
+    cuda) what="CUDA packages" room=16 size="roughly 10 GB, ten minutes" ;;
+    cpu) what="CPU packages" room=5 size="about 2.9 GB, two to four minutes" ;;
+    plain) what="packages without vLLM" room=4 size="about 1.6 GB, two minutes" ;;
+    *) die "PACKAGES=$packages is none of cuda, cpu, plain" ;;
+esac
+
+fingerprint="$packages $(cat pyproject.toml requirements*.txt scripts/setup_venv.sh | cksum)"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$fingerprint" ] && usable; then
+    exit 0
+fi
+
+trap 'echo "interrupted: the same command takes it up again" >&2; exit 130' INT TERM
+started=$(date +%s)
+rm -f "$stamp"
+python=
+if ! usable || [ "$(cat "$kind" 2>/dev/null || echo "$packages")" != "$packages" ]; then
+    python=$(find_python)
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+    [ "$free" -ge "$room" ] || die "$free GB free on this disk, the install needs $room"
+fi
+echo "$why: installing the $what into $venv, $size (make PACKAGES=cpu or PACKAGES=cuda chooses)"
+if [ -n "$python" ]; then
+    echo "[1/3] creating $venv with $("$python" --version 2>&1)"
+    rm -rf "$venv"
+    "$python" -m venv "$venv" ||
+        die "$python can't create an environment (Debian and Ubuntu: apt install python3-venv, or the one for your version)"
+else
+    echo "[1/3] $venv is there"
+fi
+echo "$packages" >"$kind"
+
+failed="the install failed; the lines above say why. Once that is put right, the same command takes it up again."
+if [ "$packages" = cpu ]; then
+    # First torch: its CPU build where an index that pip knows has it, else PyPI's with the CUDA libraries it links to.
+    torch=$(sed -n 's/^torch==\([0-9.]*\)$/\1/p' requirements-reinforce.txt)
+    echo "[2/3] PyTorch $torch for the CPU"
+    (pip --no-deps "torch==$torch+cpu") 2>/dev/null || pip "torch==$torch" || die "$failed"
+    echo "[3/3] vLLM, transformers and the rest"
+    pip --no-deps -r requirements-reinforce-cpu.txt -r requirements-dev.txt || die "$failed"
+else
+    [ "$packages" = cuda ] && file=requirements-reinforce-cuda.txt || file=requirements-reinforce.txt
+    echo "[2/3] PyTorch, transformers and the rest ($file)"
+    pip -r "$file" || die "$failed"
+    echo "[3/3] tools for tests and style checks"
+    pip -r requirements-dev.txt || die "$failed"
+fi
+
+echo "$fingerprint" >"$stamp"
+echo "installed in $(($(date +%s) - started)) s"

@@ -1,0 +1,23 @@
+"""Every setting of every verb: frozen dataclasses that check themselves. Loads no torch.
+
+The text under a field is its one description: ``--help`` shows it. A value that is out of range or contradicts
+another one is a ``ConfigError`` that names the cure; nothing here changes what a user has set.
+"""
+
+from __future__ import annotations
+
+from reinforcepp.config.files import as_dict, read_yaml
+from reinforcepp.config.reinforce import ReinforceConfig
+from reinforcepp.config.verbs import VERBS, Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
+
+__all__ = [
+    "VERBS",
+    "Columns",
+    "DemoConfig",
+    "GenerateConfig",
+    "ReinforceConfig",
+    "RewardModelConfig",
+    "TrainConfig",
+    "as_dict",
+    "read_yaml",
+]

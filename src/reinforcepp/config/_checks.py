@@ -1,0 +1,72 @@
+"""Checks that several configurations share; each failure is a ``ConfigError`` that names the setting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from reinforcepp.errors import ConfigError
+
+SEEDS = 2**32  # what the random generators of all libraries take
+
+
+def positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be greater than 0, not {value}.")
+
+
+def not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{name} must not be negative, but is {value}.")
+
+
+def fraction(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{name} must be at least 0 and below 1, not {value}.")
+
+
+def check_numbers(config: Any) -> None:
+    for name, value in asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, not {value}.")
+    if not 0 <= config.seed < SEEDS:
+        raise ConfigError(f"seed must be from 0 to {SEEDS - 1}, not {config.seed}.")
+
+
+def filled(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name).strip():
+            raise ConfigError(f"{name} is empty: leave it out for its default, or give a name.")
+
+
+def check_apart(config: Any, *names: str) -> None:
+    """Nothing that a run starts from may lie in the folder that it writes, and with overwrite clears."""
+    output = Path(config.output_dir).expanduser().resolve()
+    for name in names:
+        source = Path(getattr(config, name)).expanduser().resolve()
+        if output in (source, *source.parents):
+            raise ConfigError(
+                f"output_dir {config.output_dir} holds the {name} {getattr(config, name)} that the run starts from: "
+                "give another output_dir."
+            )
+
+
+def check_sampling(config: Any) -> None:
+    positive(config, "max_new_tokens", "max_prompt_length")
+    not_negative(config, "top_k", "temperature")
+    if not 0 < config.top_p <= 1:
+        raise ConfigError(f"top_p must be above 0 and at most 1, not {config.top_p}.")
+
+
+def check_output(config: Any) -> None:
+    filled(config, "output_dir")
+    if config.overwrite and getattr(config, "resume", False):
+        raise ConfigError("overwrite and resume contradict each other: give one of the two.")

@@ -1,0 +1,51 @@
+"""Configurations from and to plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from reinforcepp.errors import ConfigError, nearest
+
+
+def read_yaml(path: str, config_class: type) -> dict[str, Any]:
+    """Settings of a YAML file, each a field of ``config_class``.
+
+    Raises:
+        ConfigError: for a file that is missing, isn't a mapping, holds an unknown key (the nearest is suggested), or
+            more or less than one plain value under a key.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no configuration file {path}.") from None
+    except OSError as error:
+        raise ConfigError(f"The configuration file {path} can't be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings as 'name: value' lines.")
+    defaults = {field.name: field.default for field in fields(config_class)}
+    for key, value in values.items():
+        if key not in defaults:
+            raise ConfigError(f"{path}: there is no setting {key!r}.{nearest(str(key), defaults)}")
+        _check_yaml_value(f"{path}: {key}", value, defaults[key])
+    return values
+
+
+def _check_yaml_value(where: str, value: Any, default: Any) -> None:
+    if value is None and default is not None:
+        raise ConfigError(f"{where} has no value: give one, or remove the line for the default.")
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise ConfigError(f"{where} must be a single value, not {value!r}.")
+    if isinstance(default, bool) != isinstance(value, bool):
+        kind = "true or false" if isinstance(default, bool) else "a value of its own"
+        raise ConfigError(f"{where} must be {kind}, not {value!r}.")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain values, for JSON and for display."""
+    return asdict(config)

@@ -1,0 +1,175 @@
+"""Settings of the algorithm and its training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from reinforcepp.config._checks import check_numbers, check_output, check_sampling, not_negative, positive
+from reinforcepp.errors import ConfigError
+
+DEFAULT_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class ReinforceConfig:
+    """Settings of REINFORCE++ training."""
+
+    output_dir: str = "runs/train"
+    """Folder for the trained model, the metrics and the checkpoints."""
+    seed: int = 42
+    """Decides the order of the prompts and every sampled token."""
+
+    batch_size: int = 8
+    """Prompts per training step; the last batch of an epoch may be shorter."""
+    num_generations: int = 1
+    """Completions sampled per prompt; the estimator reinforce_plus_plus_baseline needs at least 2."""
+    mini_batch_size: int | None = None
+    """Completions per forward and backward pass; less needs less memory and changes nothing else. Default: 8."""
+    gradient_accumulation_steps: int | None = None
+    """Mini-batches per optimiser step. Default: as many as there are, so one optimiser step per rollout batch."""
+    num_iterations: int = 1
+    """How often each rollout batch is trained on."""
+    num_train_epochs: int = 1
+    """Passes over the prompts."""
+    max_steps: int = 0
+    """Training steps (rollout batches); 0 follows num_train_epochs."""
+
+    max_length: int = 512
+    """Limit for prompt and completion together, in tokens."""
+    max_prompt_length: int = 128
+    """Limit for the framed prompt, in tokens."""
+    max_new_tokens: int = 384
+    """Limit for a completion, in tokens."""
+    long_prompts: Literal["cut", "drop"] = "cut"
+    """What happens to a prompt over the limit: its text is cut from the left, or it is left out. Either is reported."""
+
+    estimator: Literal["reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "reinforce_plus_plus"
+    """How advantages are estimated."""
+    kl_coef: float = 0.1
+    """Weight of the KL to the reference policy; higher keeps the policy closer to where it started."""
+    gamma: float = 1.0
+    """Discount per token."""
+    clip_low: float = 0.2
+    """How far below 1 the policy ratio counts; matters only with several optimiser steps per batch."""
+    clip_high: float = 0.2
+    """How far above 1 the policy ratio counts."""
+    dual_clip: float | None = None
+    """Bound on the loss of tokens with a negative advantage, in multiples of it; off by default."""
+    reward_clip: float | None = None
+    """Rewards are cut to plus or minus this before anything else; off by default."""
+    normalize_over: Literal["tokens", "sequences"] = "tokens"
+    """Population of the advantage normalisation: every token (the paper's code) or every sequence once."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Optimiser steps over which the learning rate rises to its peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    temperature: float = 1.0
+    """Sampling temperature of rollouts, also applied to every log-probability in training."""
+    top_p: float = 1.0
+    """Nucleus sampling of rollouts. Anything but 1 biases the policy ratio, so training samples the full distribution."""
+    top_k: int = 0
+    """Top-k sampling of rollouts; 0 is off. Anything else biases the policy ratio."""
+    rollout: Literal["auto", "transformers", "vllm"] = "auto"
+    """Engine that generates the rollouts; auto takes vLLM on a GPU where it can run the model, else transformers."""
+    rollout_batch_size: int = 64
+    """Completions the transformers engine generates at a time; memory grows with it, results don't change."""
+    importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"
+    """Correction for an engine whose log-probabilities differ from the trainer's; auto is tis for vLLM, else off."""
+    importance_low: float = 0.5
+    """Lower bound of the importance weight."""
+    importance_high: float = 2.0
+    """Upper bound of the importance weight."""
+    sync_check_every: int = 50
+    """Steps between checks that the rollout engine really holds the trainer's weights; the first sync is always checked."""
+    vllm_gpu_memory_utilization: float | None = None
+    """Share of the GPU's memory for vLLM; measured by default."""
+
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 computes in bfloat16; weights, optimiser, log-probabilities and reductions stay float32."""
+    eval_prompts: int = 64
+    """Held-out prompts answered before and after training; 0 skips the comparison."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 keeps only the one written at an interruption."""
+    overwrite: bool = False
+    """Replace the run that output_dir holds."""
+    resume: bool = False
+    """Go on from the last checkpoint in output_dir."""
+
+    def __post_init__(self) -> None:
+        """Check each value, then what they mean together."""
+        check_numbers(self)
+        check_output(self)
+        check_sampling(self)
+        positive(self, "temperature")
+        positive(self, "batch_size", "num_generations", "mini_batch_size", "gradient_accumulation_steps")
+        positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high", "reward_clip")
+        positive(self, "learning_rate", "max_grad_norm", "rollout_batch_size", "importance_low", "sync_check_every")
+        not_negative(
+            self, "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "eval_prompts", "save_every"
+        )
+        if self.gamma > 1:
+            raise ConfigError(f"gamma must be at most 1, not {self.gamma}.")
+        if self.clip_low >= 1:
+            raise ConfigError(f"clip_low must be below 1, not {self.clip_low}.")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ConfigError(f"dual_clip must be greater than 1, not {self.dual_clip}.")
+        if self.vllm_gpu_memory_utilization is not None and not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"vllm_gpu_memory_utilization must be above 0 and at most 1, not {self.vllm_gpu_memory_utilization}."
+            )
+        if self.importance_high < self.importance_low:
+            raise ConfigError(f"importance_high {self.importance_high} is below importance_low {self.importance_low}.")
+        if self.max_prompt_length + self.max_new_tokens > self.max_length:
+            raise ConfigError(
+                f"max_prompt_length {self.max_prompt_length} + max_new_tokens {self.max_new_tokens} exceed max_length "
+                f"{self.max_length}: lower one of the two or raise max_length."
+            )
+        if self.estimator == "reinforce_plus_plus_baseline" and self.num_generations < 2:
+            raise ConfigError(
+                "The estimator reinforce_plus_plus_baseline compares samples of one prompt: set num_generations to 2 or "
+                "more, or use the estimator reinforce_plus_plus."
+            )
+        if self.estimator == "reinforce_plus_plus_baseline" and self.gamma != 1:
+            raise ConfigError("The estimator reinforce_plus_plus_baseline needs gamma 1.")
+        if self.optimizer_batch_size > self.completions_per_step:
+            raise ConfigError(
+                f"mini_batch_size {self.micro_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps} "
+                f"is {self.optimizer_batch_size} completions per optimiser step, but a rollout batch holds only "
+                f"{self.completions_per_step} (batch_size x num_generations): lower them or raise batch_size."
+            )
+
+    @property
+    def completions_per_step(self) -> int:
+        """Completions in a full rollout batch."""
+        return self.batch_size * self.num_generations
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Completions per forward and backward pass."""
+        return self.mini_batch_size or min(DEFAULT_MICRO_BATCH, self.completions_per_step)
+
+    @property
+    def optimizer_batch_size(self) -> int:
+        """Completions per optimiser step."""
+        if self.gradient_accumulation_steps is None:
+            return self.completions_per_step
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def kl_in_reward(self) -> float:
+        """Weight of the k1 KL in the token rewards; the baseline estimator has it in the loss instead."""
+        return self.kl_coef if self.estimator == "reinforce_plus_plus" else 0.0
+
+    @property
+    def kl_in_loss(self) -> float:
+        """Weight of the k2 KL in the loss."""
+        return self.kl_coef - self.kl_in_reward

@@ -1,0 +1,195 @@
+"""Settings of each verb of the command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from reinforcepp.config._checks import (
+    check_apart,
+    check_numbers,
+    check_output,
+    check_sampling,
+    filled,
+    fraction,
+    not_negative,
+    positive,
+)
+from reinforcepp.config.reinforce import ReinforceConfig
+from reinforcepp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the data file's columns."""
+
+    prompt_column: str = "prompt"
+    """Column with the prompt."""
+    chosen_column: str = "chosen"
+    """Column with the preferred answer."""
+    rejected_column: str = "rejected"
+    """Column with the answer that was not preferred."""
+    heldout_fraction: float = 0.1
+    """Share of the prompts kept out of training and used for the figures; built-in data brings its own split."""
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """What a training starts from."""
+
+    model: str = "builtin:tiny"
+    """Policy to start from, also the reference: builtin:tiny, a folder or a hub name."""
+    data: str = "builtin:network"
+    """CSV file with prompts, or builtin:network."""
+    reward_model: str = "models/reward_model"
+    """Folder that the reward verb wrote."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(ReinforceConfig, Columns, TrainInputs):
+    """Train a policy against a reward model with REINFORCE++."""
+
+    def __post_init__(self) -> None:
+        """Check what training adds to the algorithm's settings."""
+        super().__post_init__()
+        fraction(self, "heldout_fraction")
+        filled(self, "model", "data", "reward_model")
+        check_apart(self, "model", "data", "reward_model")
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """What a reward model starts from."""
+
+    model: str = "builtin:tiny"
+    """Language model that gets the scoring head: builtin:tiny, a folder or a hub name."""
+    data: str = "builtin:network"
+    """CSV file with prompt, chosen and rejected answers, or builtin:network."""
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(Columns, RewardInputs):
+    """Train a reward model from a preference file."""
+
+    output_dir: str = "models/reward_model"
+    """Folder for the reward model and its card."""
+    seed: int = 42
+    """Decides the split, the order of the pairs and the fresh head."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW; falls linearly to 0."""
+    num_train_epochs: int = 3
+    """Passes over the training pairs."""
+    batch_size: int = 8
+    """Pairs per optimiser step."""
+    mini_batch_size: int | None = None
+    """Pairs per forward and backward pass; needs to divide batch_size. Default: the whole batch."""
+    gradient_accumulation_steps: int | None = None
+    """Mini-batches per optimiser step; together with mini_batch_size it gives batch_size."""
+    max_length: int = 512
+    """Pairs with a longer framed answer, in tokens, are left out and counted."""
+    center_rewards_coefficient: float = 0.01
+    """Weight of the penalty that keeps scores centred on 0."""
+    overwrite: bool = False
+    """Replace the reward model that output_dir holds."""
+
+    def __post_init__(self) -> None:
+        """Check each value, then what they mean together."""
+        check_numbers(self)
+        check_output(self)
+        positive(self, "learning_rate", "num_train_epochs", "batch_size", "mini_batch_size", "max_length")
+        positive(self, "gradient_accumulation_steps")
+        not_negative(self, "center_rewards_coefficient")
+        fraction(self, "heldout_fraction")
+        filled(self, "model", "data")
+        check_apart(self, "model", "data")
+        if self.micro_batch_size * self.accumulation != self.batch_size:
+            raise ConfigError(
+                f"mini_batch_size {self.micro_batch_size} x gradient_accumulation_steps {self.accumulation} is not "
+                f"batch_size {self.batch_size}: leave one of the three out, or make them agree."
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Pairs per forward and backward pass."""
+        return self.mini_batch_size or max(1, self.batch_size // (self.gradient_accumulation_steps or 1))
+
+    @property
+    def accumulation(self) -> int:
+        """Mini-batches per optimiser step."""
+        return self.gradient_accumulation_steps or max(1, self.batch_size // self.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answer prompts with a trained model."""
+
+    model: str = "builtin:tiny"
+    """Model that answers: builtin:tiny, a folder or a hub name."""
+    prompt: str | None = None
+    """The prompt; without it and prompts_file, prompts are read from standard input, one per line."""
+    prompts_file: str | None = None
+    """Text file with one prompt per line."""
+    num_samples: int = 1
+    """Answers per prompt."""
+    max_prompt_length: int = 128
+    """Limit for the framed prompt, in tokens."""
+    max_new_tokens: int = 384
+    """Limit for an answer, in tokens."""
+    temperature: float = 0.7
+    """0 always takes the likeliest token, 1 samples the model's own distribution."""
+    top_p: float = 0.9
+    """Sample only from the likeliest tokens that make up this probability."""
+    top_k: int = 50
+    """Sample only from this many likeliest tokens; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that already occurred less likely."""
+    seed: int = 42
+    """The same seed gives the same answers."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """Engine that generates; auto takes vLLM for many prompts where it can run the model, else transformers."""
+    output: str | None = None
+    """File for the answers as JSON lines (prompt, completion, finish_reason); default: text on the terminal."""
+
+    def __post_init__(self) -> None:
+        """Check each value, then what they mean together."""
+        check_numbers(self)
+        filled(self, "model")
+        check_sampling(self)
+        positive(self, "repetition_penalty")
+        positive(self, "num_samples")
+        if self.prompt is not None and self.prompts_file is not None:
+            raise ConfigError("prompt and prompts_file contradict each other: give one of the two.")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ConfigError("prompt is empty: give the text to answer.")
+        if self.output is not None and self.output == self.prompts_file:
+            raise ConfigError(f"output and prompts_file are both {self.output}: give output another name.")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Run the whole job offline on the built-in model and data: reward model, REINFORCE++, generation, comparison."""
+
+    output_dir: str = "runs/demo"
+    """Folder for everything the demo writes."""
+    seed: int = 0
+    """Seed of the reward model and of the training."""
+    max_steps: int = 40
+    """Training steps of 64 completions."""
+    rollout: Literal["auto", "transformers", "vllm"] = "transformers"
+    """Engine that generates the rollouts."""
+    overwrite: bool = False
+    """Replace an earlier demo in output_dir."""
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        check_numbers(self)
+        check_output(self)
+        positive(self, "max_steps")
+
+
+VERBS: dict[str, type] = {
+    "reward": RewardModelConfig,
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "demo": DemoConfig,
+}

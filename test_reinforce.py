@@ -1,0 +1,14 @@
+"""Try a trained model, and compare vLLM with transformers.
+
+python test_reinforce.py --mode compare_performance | test_generation | test_vllm ...
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+    from reinforcepp.compare_cli import main
+
+    sys.exit(main())

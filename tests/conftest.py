@@ -1,0 +1,50 @@
+"""Fixtures that several test files share: tiny model folders and a small preference file, each made once."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything; the ones about the hub switch this off
+
+PAIRS = [
+    ("How do I see my routes?", "Run ip route and read the default line.", "Reboot it."),
+    ("Which process listens on port 80?", "Run ss -ltnp and look for :80.", "Nobody knows."),
+    ("Why can't this host resolve names?", "Compare dig with dig @1.1.1.1.", "Buy a new router."),
+    ("How do I restart the network?", "Use systemctl restart NetworkManager.", "Pull the plug."),
+    ("Is the gateway up?", "Ping it three times and read the loss.", "Certainly, why not."),
+    ("How do I trace a route?", "Run mtr -rw and read the loss per hop.", "Ask the provider."),
+    ("Where is the DNS server set?", "resolvectl status names it per link.", "In the BIOS."),
+    ("What is my address?", "ip -br addr tells it.", "It is always 127.0.0.1."),
+]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model with a context of 512 tokens."""
+    import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("models") / "tiny-gpt2", n_positions=512)
+
+
+@pytest.fixture(scope="session")
+def pairs_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight short preference pairs."""
+    path = tmp_path_factory.mktemp("data") / "pairs.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("prompt", "chosen", "rejected"), *PAIRS])
+    return path
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, pairs_csv: Path) -> Path:
+    """A reward model that the reward verb has written."""
+    from reinforcepp.cli import main
+
+    folder = tmp_path_factory.mktemp("rewards") / "reward_model"
+    arguments = ["--model", model_folder, "--data", pairs_csv, "--output_dir", folder, "--num_train_epochs", 1]
+    assert main(["reward", *map(str, arguments)]) == 0
+    return folder

@@ -1,0 +1,123 @@
+"""The canary sees each way in which a weight sync has been known to fail. Real vLLM, tied and untied, three families."""
+
+import importlib.util
+
+import pytest
+import torch
+from rollout.contract import prepared_model, prepared_tokenizer
+
+from reinforcepp.errors import RolloutError
+from reinforcepp.rollout import vllm_integration as integration
+from reinforcepp.rollout.canary import check_sync, probe_prompts
+from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.rollout.vllm_integration import VllmEngine
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+
+SHAPES = [
+    ("gpt2", True, torch.float32),
+    ("gpt2", False, torch.float32),
+    ("llama", True, torch.float32),
+    ("llama", False, torch.bfloat16),
+    ("qwen2", True, torch.bfloat16),
+    ("qwen2", False, torch.float32),
+]
+
+
+class Bench:
+    """An engine, and a supply of trainers of its shape."""
+
+    def __init__(self, family: str, tied: bool, dtype: torch.dtype) -> None:
+        self.family, self.tied, self.dtype = family, tied, dtype
+        self.tokenizer = prepared_tokenizer()
+        self.seed = 0
+        self.engine = VllmEngine(self.trainer(), self.tokenizer)
+
+    def trainer(self, seed: int = 0):
+        return prepared_model(self.family, tied=self.tied, seed=seed).to(self.dtype)
+
+    def next_trainer(self):
+        """Other weights; the engine has run the probes with the present ones, so its cache is full of them."""
+        check_sync(self.engine, self.trainer(self.seed), self.tokenizer)
+        self.seed += 1
+        return self.trainer(self.seed)
+
+    def check(self, trainer):
+        return check_sync(self.engine, trainer, self.tokenizer)
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda s: f"{s[0]}-{'tied' if s[1] else 'untied'}-{str(s[2])[6:]}")
+def bench(request):
+    bench = Bench(*request.param)
+    yield bench
+    bench.engine.close()
+
+
+@needs_vllm
+def test_three_syncs_are_in_step(bench):
+    for _ in range(3):
+        trainer = bench.next_trainer()
+        bench.engine.load_weights(trainer)
+        report = bench.check(trainer)
+        assert report.agreement == 1
+        assert report.tokens >= 16
+        assert report.logprob_gap_max < (1e-4 if bench.dtype == torch.float32 else 0.2)
+
+
+@needs_vllm
+@pytest.mark.parametrize("sabotage", ["sync skipped", "prefix cache kept", "lm_head left out"])
+def test_a_failed_sync_is_caught(bench, sabotage, monkeypatch):
+    trainer = bench.next_trainer()
+    with monkeypatch.context() as patch:
+        if sabotage == "prefix cache kept":
+            patch.setattr(bench.engine._llm, "reset_prefix_cache", lambda: None)
+        if sabotage == "lm_head left out":
+            whole = integration.full_weights
+            patch.setattr(integration, "full_weights", lambda m: (w for w in whole(m) if "lm_head" not in w[0]))
+        if sabotage != "sync skipped":
+            bench.engine.load_weights(trainer)
+        with pytest.raises(RolloutError, match=r"out of step.*agree on \d+%.*differ by up to [\d.]+ nats"):
+            bench.check(trainer)
+    bench.engine.load_weights(trainer)
+    bench.check(trainer)
+
+
+@needs_vllm
+def test_a_skipped_update_of_one_percent_is_caught_in_float32(bench):
+    if bench.dtype != torch.float32:
+        pytest.skip("in bfloat16 one per cent is rounding")
+    trainer = bench.next_trainer()
+    bench.engine.load_weights(trainer)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=generator))
+    with pytest.raises(RolloutError, match="out of step"):
+        bench.check(trainer)
+    bench.engine.load_weights(trainer)
+    bench.check(trainer)
+    bench.engine.load_weights(bench.trainer(bench.seed))
+
+
+def test_the_transformers_engine_is_in_step_with_itself():
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    model.train()
+    report = check_sync(TransformersEngine(model, tokenizer), model, tokenizer)
+    assert report.logprob_gap_max < 1e-5
+    assert model.training
+
+
+def test_weights_that_are_not_numbers_are_caught():
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    engine = TransformersEngine(prepared_model(), tokenizer)
+    with torch.no_grad():
+        model.transformer.wpe.weight.fill_(float("nan"))
+    with pytest.raises(RolloutError, match="out of step"):
+        check_sync(engine, model, tokenizer)
+
+
+def test_probes_fill_a_cache_block_and_fit_the_context():
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    assert all(len(prompt.ids) > 2 * integration.CPU_BLOCK for prompt in probe_prompts(model, tokenizer))
+    small = prepared_model(n_positions=40)
+    assert all(len(prompt.ids) == 24 for prompt in probe_prompts(small, tokenizer))

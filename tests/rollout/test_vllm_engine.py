@@ -1,0 +1,235 @@
+"""The contract, with real vLLM, and what is peculiar to it: memory, adapters, saved models, failures."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
+
+from reinforcepp.errors import RolloutError
+from reinforcepp.rollout import vllm_integration as integration
+from reinforcepp.rollout.canary import check_sync
+from reinforcepp.rollout.choose import choose_engine
+from reinforcepp.rollout.vllm_integration import VllmEngine
+from reinforcepp.types import Prompt, Sampling
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+
+
+@pytest.fixture(scope="module")
+def shared_engine():
+    """One engine for the whole file; each test that loads other weights puts these back."""
+    engine = VllmEngine(prepared_model(), prepared_tokenizer())
+    yield engine
+    engine.close()
+
+
+@needs_vllm
+class TestVllmEngine(EngineContract):
+    @pytest.fixture
+    def engine(self, shared_engine):
+        return shared_engine
+
+
+# --- what it does beside the contract -------------------------------------------------------------------------------
+
+
+@needs_vllm
+def test_samples_of_a_prompt_share_its_cache(shared_engine, monkeypatch):
+    outputs = []
+    generate = shared_engine._llm.generate
+    monkeypatch.setattr(shared_engine._llm, "generate", lambda *a, **k: outputs.extend(generate(*a, **k)) or outputs)
+    prompt = Prompt("long", tuple(range(40, 140)), 0)
+    shared_engine._llm.reset_prefix_cache()
+    shared_engine.generate([prompt], Sampling(2, num_samples=4))
+    assert [output.num_cached_tokens for output in outputs] == [0, 96, 96, 96]
+
+
+@needs_vllm
+def test_more_rows_than_run_at_a_time_and_a_cache_for_one_are_only_slower():
+    model, tokenizer = prepared_model("qwen2"), prepared_tokenizer()
+    prompts, sampling = prompts_of(tokenizer), Sampling(40, num_samples=3, seed=2)
+    one_sequence = integration.cache_bytes_per_token(model.config, torch.float32) * integration._in_blocks(256)
+    engine = VllmEngine(model, tokenizer, max_num_seqs=4, cache_bytes=one_sequence)
+    narrow = engine.generate(prompts, sampling)
+    engine.close()
+    engine = VllmEngine(model, tokenizer)
+    wide = engine.generate(prompts, sampling)
+    engine.close()
+    assert drawn(narrow) == drawn(wide)
+
+
+@needs_vllm
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_a_saved_model_is_generated_with_and_can_be_updated(tmp_path, family):
+    model, tokenizer = prepared_model(family), prepared_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = VllmEngine(str(tmp_path), tokenizer)
+    try:
+        for completion in engine.generate(prompts_of(tokenizer), Sampling(16, temperature=0)):
+            assert completion.ids == generate_plainly(model, completion.prompt, 16)
+        other = prepared_model(family, seed=1)
+        engine.load_weights(other)
+        check_sync(engine, other, tokenizer)
+    finally:
+        engine.close()
+
+
+@needs_vllm
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_lora_is_merged_on_the_fly_and_the_trainers_weights_stay(family):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = prepared_tokenizer()
+    targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "v_proj", "down_proj"]
+    adapted = get_peft_model(
+        prepared_model(family), LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2")
+    )
+    engine = VllmEngine(adapted, tokenizer)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    try:
+        with pytest.raises(RolloutError, match="out of step"):
+            check_sync(engine, adapted, tokenizer)
+        engine.load_weights(adapted)
+        check_sync(engine, adapted, tokenizer)
+    finally:
+        engine.close()
+    assert all(torch.equal(before[name], weight) for name, weight in adapted.state_dict().items())
+
+
+@needs_vllm
+def test_a_failure_in_a_batch_is_survived_with_the_current_weights():
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    engine = VllmEngine(prepared_model(seed=3), tokenizer)
+    engine.load_weights(model)
+
+    def fail(*_, **__):
+        raise RuntimeError("the worker is gone")
+
+    try:
+        engine._llm.generate = fail
+        prompts = prompts_of(tokenizer)
+        for completion in engine.generate(prompts, Sampling(8, temperature=0)):
+            assert completion.ids == generate_plainly(model, completion.prompt, 8)
+        assert engine.restarts == 1
+        engine.restarts = integration.MAX_RESTARTS
+        engine._llm.generate = fail
+        with pytest.raises(RolloutError, match="the worker is gone"):
+            engine.generate(prompts, Sampling(8))
+    finally:
+        engine.close()
+
+
+# --- what is refused, and what auto does then -----------------------------------------------------------------------
+
+
+def test_without_vllm_the_way_to_get_it_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    with pytest.raises(RolloutError, match=r"isn't installed.*pip install --no-deps -r requirements-reinforce-cpu.txt"):
+        VllmEngine(model, tokenizer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_engine("auto", model.config, torch.float32).name == "transformers"
+    assert "pip install vllm==0.32.0" in choose_engine("auto", model.config, torch.float32).reason
+
+
+@needs_vllm
+def test_a_head_size_it_does_not_run_is_refused_and_auto_falls_back():
+    model = tiny.model("gpt2", n_embd=48)
+    with pytest.raises(RolloutError, match=r"heads of size 32, 64.*have 24"):
+        VllmEngine(model, prepared_tokenizer())
+    choice = choose_engine("auto", model.config, torch.float32)
+    assert choice.name == "transformers"
+    assert "24" in choice.reason
+    with pytest.raises(RolloutError, match="24"):
+        choose_engine("vllm", model.config, torch.float32)
+
+
+@needs_vllm
+def test_a_family_it_does_not_know_is_refused():
+    config = prepared_model().config
+    config.architectures = ["WordSaladForCausalLM"]
+    with pytest.raises(RolloutError, match="family WordSaladForCausalLM"):
+        choose_engine("vllm", config, torch.float32)
+
+
+@needs_vllm
+def test_what_auto_takes_and_why():
+    config = prepared_model().config
+    assert choose_engine("auto", config, torch.float32).name == "vllm"
+    assert choose_engine("transformers", config, torch.float32).name == "transformers"
+    if not torch.cuda.is_available():
+        assert "no GPU" in choose_engine("auto", config, torch.float32, only_on_gpu=True).reason
+
+
+@needs_vllm
+def test_a_cache_too_small_for_one_sequence_is_refused():
+    with pytest.raises(RolloutError, match="one sequence needs"):
+        VllmEngine(prepared_model(), prepared_tokenizer(), cache_bytes=1000)
+
+
+@needs_vllm
+def test_a_length_beyond_the_context_is_refused():
+    with pytest.raises(RolloutError, match=r"300 tokens.*context is 256"):
+        VllmEngine(prepared_model(), prepared_tokenizer(), max_length=300)
+
+
+def test_cache_sizes():
+    gpt2 = prepared_model().config  # 2 layers, 2 heads of 32
+    assert integration.cache_bytes_per_token(gpt2, torch.float32) == 2 * 2 * 2 * 32 * 4
+    assert integration.cache_bytes_per_token(prepared_model("qwen2").config, torch.bfloat16) == 2 * 2 * 1 * 32 * 2
+    assert integration.cache_budget(10, 4, available=100, cap=None) == 40
+    assert integration.cache_budget(10, 4, available=25, cap=None) == 25
+    assert integration.cache_budget(10, 4, available=100, cap=15) == 15
+    assert integration.cache_budget(10, 4, available=100, cap=5) == 10
+    with pytest.raises(RolloutError, match=r"needs 2 MiB, but 1 MiB are free"):
+        integration.cache_budget(2 << 20, 4, available=1 << 20, cap=None)
+
+
+def test_the_module_imports_without_vllm():
+    code = "import sys, reinforcepp.rollout.vllm_integration; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}).returncode == 0
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), needs_vllm]
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls):
+        return prepared_model("qwen2", hidden_size=128).to("cuda", torch.bfloat16)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, model):
+        engine = VllmEngine(model, prepared_tokenizer(), gpu_memory_utilization=0.3)
+        yield engine
+        engine.close()
+
+    def test_it_is_in_step_after_updates(self, engine, model):
+        tokenizer = prepared_tokenizer()
+        check_sync(engine, model, tokenizer)
+        for seed in (1, 2):
+            model.load_state_dict(prepared_model("qwen2", hidden_size=128, seed=seed).state_dict())
+            engine.load_weights(model)
+            check_sync(engine, model, tokenizer)
+
+    def test_it_gives_memory_back_while_it_sleeps(self, engine):
+        engine.wake_up()
+        awake, _ = torch.cuda.mem_get_info()
+        engine.sleep()
+        asleep, total = torch.cuda.mem_get_info()
+        assert asleep - awake > 0.1 * total

@@ -1,0 +1,305 @@
+"""Settings: what is refused, what the derived values are, and how a YAML file and flags come together."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+
+from reinforcepp import cli
+from reinforcepp.config import (
+    VERBS,
+    DemoConfig,
+    GenerateConfig,
+    ReinforceConfig,
+    RewardModelConfig,
+    TrainConfig,
+    as_dict,
+)
+from reinforcepp.errors import ConfigError
+
+# Zero means "off", "none" or "as long as there is data" here; everywhere else it is a mistake.
+ZERO_IS_FINE = {
+    "reward": {"seed", "heldout_fraction", "center_rewards_coefficient"},
+    "train": {
+        *("seed", "heldout_fraction", "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "top_k"),
+        *("eval_prompts", "save_every"),
+    },
+    "generate": {"seed", "temperature", "top_k"},
+    "demo": {"seed"},
+}
+
+
+def numeric_fields(verb: str, *kinds: type) -> list[str]:
+    hints = typing.get_type_hints(VERBS[verb])
+    return [name for name, hint in hints.items() if {hint, *typing.get_args(hint)} & set(kinds) and hint is not bool]
+
+
+NUMBERS = [(verb, name) for verb in VERBS for name in numeric_fields(verb, int, float)]
+FLOATS = [(verb, name) for verb in VERBS for name in numeric_fields(verb, float)]
+
+
+def refusal(verb: str, **settings) -> str:
+    with pytest.raises(ConfigError) as caught:
+        VERBS[verb](**settings)
+    return str(caught.value)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_lists_of_numeric_settings_are_not_empty():
+    assert {verb for verb, _ in NUMBERS} == set(VERBS)
+    assert ("train", "learning_rate") in FLOATS
+    assert ("train", "gradient_accumulation_steps") in NUMBERS
+    assert ("train", "overwrite") not in NUMBERS
+
+
+@pytest.mark.parametrize(("verb", "name"), NUMBERS)
+def test_negative_numbers_are_refused(verb, name):
+    message = refusal(verb, **{name: -1})
+    assert name in message
+    assert "-1" in message
+
+
+@pytest.mark.parametrize(("verb", "name"), NUMBERS)
+def test_zero_is_refused_where_it_means_nothing(verb, name):
+    if name in ZERO_IS_FINE[verb]:
+        assert getattr(VERBS[verb](**{name: 0}), name) == 0
+    else:
+        assert name in refusal(verb, **{name: 0})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("verb", "name"), FLOATS)
+def test_what_is_no_finite_number_is_refused(verb, name, value):
+    message = refusal(verb, **{name: value})
+    assert name in message
+    assert str(value) in message
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_seeds_that_some_library_refuses_are_refused_here(verb):
+    assert "4294967295" in refusal(verb, seed=2**32)
+    assert VERBS[verb](seed=2**32 - 1).seed == 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("top_p", 1.0, 1.01),
+        ("gamma", 1.0, 1.01),
+        ("clip_low", 0.99, 1.0),
+        ("dual_clip", 1.01, 1.0),
+        ("heldout_fraction", 0.99, 1.0),
+        ("vllm_gpu_memory_utilization", 1.0, 1.01),
+    ],
+)
+def test_upper_and_lower_bounds(name, good, bad):
+    assert getattr(TrainConfig(**{name: good}), name) == good
+    assert name in refusal("train", **{name: bad})
+
+
+# --- settings that contradict each other ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings", "named"),
+    [
+        ("train", {"overwrite": True, "resume": True}, ["overwrite", "resume"]),
+        ("train", {"max_prompt_length": 200, "max_new_tokens": 313}, ["200", "313", "max_length", "512"]),
+        ("train", {"estimator": "reinforce_plus_plus_baseline"}, ["num_generations", "2"]),
+        ("train", {"estimator": "reinforce_plus_plus_baseline", "num_generations": 4, "gamma": 0.9}, ["gamma", "1"]),
+        ("train", {"mini_batch_size": 4, "gradient_accumulation_steps": 4}, ["4 x", "16", "8", "batch_size"]),
+        ("train", {"mini_batch_size": 16, "gradient_accumulation_steps": 1}, ["16", "8"]),
+        ("train", {"importance_low": 3.0}, ["importance_high 2.0", "importance_low 3.0"]),
+        ("train", {"model": "runs/a", "output_dir": "runs/a"}, ["output_dir", "model", "runs/a"]),
+        ("train", {"reward_model": "m/rm", "output_dir": "m"}, ["output_dir", "reward_model", "m/rm"]),
+        ("train", {"data": "m/x.csv", "output_dir": "./m/../m"}, ["output_dir", "data"]),
+        ("train", {"model": " "}, ["model", "empty"]),
+        ("train", {"reward_model": ""}, ["reward_model", "empty"]),
+        ("train", {"output_dir": ""}, ["output_dir", "empty"]),
+        ("reward", {"model": "a", "output_dir": "a"}, ["output_dir", "model"]),
+        ("reward", {"data": ""}, ["data", "empty"]),
+        ("reward", {"output_dir": ""}, ["output_dir", "empty"]),
+        ("reward", {"mini_batch_size": 3}, ["3", "8", "batch_size"]),
+        ("reward", {"gradient_accumulation_steps": 3}, ["3", "8", "batch_size"]),
+        ("reward", {"batch_size": 2, "gradient_accumulation_steps": 4}, ["4", "2", "batch_size"]),
+        ("generate", {"prompt": "a", "prompts_file": "b"}, ["prompt", "prompts_file"]),
+        ("generate", {"prompt": " \n"}, ["prompt", "empty"]),
+        ("generate", {"model": ""}, ["model", "empty"]),
+        ("generate", {"prompts_file": "a.txt", "output": "a.txt"}, ["prompts_file", "output", "a.txt"]),
+        ("demo", {"output_dir": ""}, ["output_dir", "empty"]),
+    ],
+)
+def test_contradictions_are_refused_with_both_sides_named(verb, settings, named):
+    message = refusal(verb, **settings)
+    assert [word for word in named if word not in message] == []
+
+
+def test_a_model_beside_the_output_is_fine():
+    assert TrainConfig(model="runs/a", reward_model="runs/rm", output_dir="runs/ab").output_dir == "runs/ab"
+
+
+# --- derived values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "completions", "micro", "per_update"),
+    [
+        ({}, 8, 8, 8),
+        ({"batch_size": 64}, 64, 8, 64),
+        ({"batch_size": 3}, 3, 3, 3),
+        ({"batch_size": 4, "num_generations": 6}, 24, 8, 24),
+        ({"batch_size": 64, "mini_batch_size": 16}, 64, 16, 64),
+        ({"batch_size": 64, "mini_batch_size": 16, "gradient_accumulation_steps": 2}, 64, 16, 32),
+        ({"batch_size": 64, "gradient_accumulation_steps": 1}, 64, 8, 8),
+        ({"batch_size": 10, "mini_batch_size": 4, "gradient_accumulation_steps": 2}, 10, 4, 8),
+        ({"batch_size": 2, "mini_batch_size": 16}, 2, 16, 2),
+    ],
+)
+def test_batch_sizes_of_policy_training(settings, completions, micro, per_update):
+    config = ReinforceConfig(**settings)
+    sizes = (config.completions_per_step, config.micro_batch_size, config.optimizer_batch_size)
+    assert sizes == (completions, micro, per_update)
+
+
+@pytest.mark.parametrize(
+    ("settings", "micro", "accumulation"),
+    [
+        ({}, 8, 1),
+        ({"batch_size": 7}, 7, 1),
+        ({"mini_batch_size": 2}, 2, 4),
+        ({"gradient_accumulation_steps": 4}, 2, 4),
+        ({"gradient_accumulation_steps": 8}, 1, 8),
+        ({"mini_batch_size": 2, "gradient_accumulation_steps": 4}, 2, 4),
+        ({"batch_size": 12, "mini_batch_size": 3, "gradient_accumulation_steps": 4}, 3, 4),
+    ],
+)
+def test_batch_sizes_of_reward_training(settings, micro, accumulation):
+    config = RewardModelConfig(**settings)
+    assert (config.micro_batch_size, config.accumulation) == (micro, accumulation)
+    assert config.micro_batch_size * config.accumulation == config.batch_size
+
+
+def test_the_kl_is_either_in_the_reward_or_in_the_loss():
+    plain = ReinforceConfig(kl_coef=0.3)
+    baseline = ReinforceConfig(kl_coef=0.3, estimator="reinforce_plus_plus_baseline", num_generations=2)
+    assert (plain.kl_in_reward, plain.kl_in_loss) == (0.3, 0.0)
+    assert (baseline.kl_in_reward, baseline.kl_in_loss) == (0.0, 0.3)
+
+
+def test_rollouts_sample_the_full_distribution_by_default_and_generation_does_not():
+    train, generate = TrainConfig(), GenerateConfig()
+    assert (train.temperature, train.top_p, train.top_k) == (1.0, 1.0, 0)
+    assert (generate.temperature, generate.top_p, generate.top_k) == (0.7, 0.9, 50)
+
+
+def test_documented_defaults():
+    train = TrainConfig()
+    assert (train.max_length, train.max_prompt_length, train.max_new_tokens, train.seed) == (512, 128, 384, 42)
+    assert (train.prompt_column, train.chosen_column, train.rejected_column) == ("prompt", "chosen", "rejected")
+
+
+@pytest.mark.parametrize("config_class", [*VERBS.values(), ReinforceConfig])
+def test_configurations_are_frozen_and_plain(config_class):
+    config = config_class()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    assert config_class(**as_dict(config)) == config
+
+
+def test_the_demo_uses_no_engine_that_has_to_be_installed():
+    assert DemoConfig().rollout == "transformers"
+
+
+# --- YAML and flags ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parsed(tmp_path):
+    """``parsed(yaml, "train", *flags)`` is the configuration that the command would run with."""
+
+    def parse(yaml: str, verb: str = "train", *flags: str):
+        path = tmp_path / "settings.yaml"
+        path.write_text(yaml, encoding="utf-8")
+        return cli.parse(verb, ["--config", str(path), *flags])
+
+    return parse
+
+
+def test_the_file_replaces_defaults_and_flags_replace_the_file(parsed):
+    config = parsed("batch_size: 32\nkl_coef: 0.2\n", "train", "--kl_coef", "0.3")
+    assert (config.batch_size, config.kl_coef, config.gamma) == (32, 0.3, 1.0)
+
+
+def test_flags_win_wherever_they_stand(parsed, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("batch_size: 32\nresume: true\n")
+    config = cli.parse("train", ["--batch_size", "16", f"--config={path}", "--no_resume"])
+    assert (config.batch_size, config.resume) == (16, False)
+
+
+def test_dashes_and_underscores_in_flags_are_the_same():
+    assert cli.parse("train", ["--batch-size", "16"]).batch_size == 16
+
+
+def test_kinds_of_values(parsed):
+    config = parsed(
+        "learning_rate: 1e-5\nkl_coef: 0\noverwrite: true\nresume: false\nreward_clip: null\ndual_clip: 3\n"
+        "mini_batch_size:\nmodel: 'my model'\noutput_dir: -x\nestimator: reinforce_plus_plus\nmax_steps: 7\n"
+    )
+    assert config == TrainConfig(
+        learning_rate=1e-5, kl_coef=0.0, overwrite=True, dual_clip=3.0, model="my model", output_dir="-x", max_steps=7
+    )
+    assert isinstance(config.learning_rate, float)
+    assert isinstance(config.kl_coef, float)
+
+
+def test_texts_that_look_like_flags_stay_texts(parsed):
+    assert parsed("prompt: '--help me: = now'", "generate").prompt == "--help me: = now"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "named"),
+    [
+        ("bacth_size: 3", ["settings.yaml", "'bacth_size'", "Did you mean 'batch_size'"]),
+        ("1: 3", ["settings.yaml", "no setting 1"]),
+        ("config: other.yaml", ["no setting 'config'"]),
+        ("prompt: hello", ["no setting 'prompt'"]),  # a setting of another verb
+        ("- batch_size", ["settings.yaml", "name: value"]),
+        ("batch_size", ["settings.yaml", "name: value"]),
+        ("", ["settings.yaml", "name: value"]),
+        ("batch_size: [1, 2]", ["settings.yaml", "batch_size", "single value", "[1, 2]"]),
+        ("model: {a: 1}", ["model", "single value"]),
+        ("model:", ["model", "no value"]),
+        ("batch_size: true", ["batch_size", "True"]),
+        ("overwrite: 1", ["overwrite", "true or false", "1"]),
+        ("overwrite: 'yes'", ["overwrite", "true or false", "'yes'"]),
+        ("learning_rate: .nan", ["learning_rate", "finite", "nan"]),
+        ("learning_rate: -.inf", ["learning_rate", "finite", "-inf"]),
+        ("batch_size: -3", ["batch_size", "-3"]),
+        ("a: b: c", ["settings.yaml", "YAML", "line 1"]),
+        ("\tbatch_size: 3", ["settings.yaml", "YAML", "line 1"]),
+    ],
+)
+def test_mistakes_in_the_file_are_named(parsed, yaml, named):
+    with pytest.raises(ConfigError) as caught:
+        parsed(yaml)
+    assert [word for word in named if word not in str(caught.value)] == []
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path):
+    with pytest.raises(ConfigError, match=r"no configuration file .*none\.yaml"):
+        cli.parse("train", ["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(ConfigError, match="directory"):
+        cli.parse("train", ["--config", str(tmp_path)])
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9")
+    with pytest.raises(ConfigError, match=r"latin\.yaml"):
+        cli.parse("train", ["--config", str(tmp_path / "latin.yaml")])
+    with pytest.raises(ConfigError, match="--config needs the name"):
+        cli.parse("train", ["--config"])
+    with pytest.raises(ConfigError, match="configuration file"):
+        cli.parse("train", ["--config="])

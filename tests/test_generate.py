@@ -1,0 +1,217 @@
+"""The generate verb: where prompts come from, where answers go, and what sampling settings do."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+from reinforcepp import cli
+from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.types import Completion
+
+PROMPT = "How do I see my routes?"
+
+
+@pytest.fixture
+def answer(model_folder, capsys):
+    """``answer("--prompt", ...)`` is what the command wrote to standard output and to standard error."""
+
+    def run(*flags: str) -> tuple[str, str]:
+        sizes = ["--max_prompt_length", "64", "--max_new_tokens", "12"]
+        assert cli.main(["generate", "--model", str(model_folder), *sizes, *flags]) == 0
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(model_folder, capsys, monkeypatch):
+    """``refused("--prompt", ...)`` is the one line that the command said; no weights may be loaded."""
+    monkeypatch.setattr("reinforcepp.generate.load_policy", lambda *_: pytest.fail("weights were loaded"))
+
+    def run(*flags: str) -> str:
+        assert cli.main(["generate", "--model", str(model_folder), *flags]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+def stdin(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def engine_says(monkeypatch, *texts: str) -> list:
+    """The engine answers with ``texts`` in turn; returns the list into which it puts what it was asked."""
+    asked = []
+
+    def generate(self, prompts, sampling):
+        asked.extend([prompts, sampling])
+        each = [prompt for prompt in prompts for _ in range(sampling.num_samples)]
+        return [Completion(prompt, (1,), (0.0,), texts[i % len(texts)], "stop") for i, prompt in enumerate(each)]
+
+    monkeypatch.setattr(TransformersEngine, "generate", generate)
+    return asked
+
+
+# --- where prompts come from ------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_gives_one_answer_and_nothing_else(answer):
+    out, err = answer("--prompt", PROMPT)
+    assert out.strip()
+    assert PROMPT not in out
+    assert err == ""
+
+
+def test_a_file_of_prompts(answer, tmp_path, monkeypatch):
+    engine_says(monkeypatch, "first", "second", "third")
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff  Wie heißt der Router?\r\n\r\n   \nWhy?\nWhere?".encode())
+    out, _ = answer("--prompts_file", str(path))
+    assert out == "> Wie heißt der Router?\nfirst\n> Why?\nsecond\n> Where?\nthird\n"
+
+
+def test_standard_input(answer, monkeypatch):
+    engine_says(monkeypatch, "a", "b")
+    stdin(monkeypatch, "Why?\n\nÜber was?\n".encode())
+    assert answer().out == "> Why?\na\n> Über was?\nb\n"
+
+
+def test_the_answer_is_the_same_however_the_prompt_comes(answer, tmp_path, monkeypatch):
+    direct = answer("--prompt", PROMPT).out
+    (tmp_path / "p.txt").write_text(PROMPT)
+    stdin(monkeypatch, PROMPT.encode())
+    assert direct == answer("--prompts_file", str(tmp_path / "p.txt")).out == answer().out
+
+
+def test_a_long_prompt_is_cut_and_told(answer, monkeypatch):
+    asked = engine_says(monkeypatch, "a")
+    _, err = answer("--prompt", "why " * 200 + "now?")
+    assert "1 of 1 prompts" in err
+    assert "64 tokens" in err
+    assert "cut from the left" in err
+    assert len(asked[0][0].ids) <= 64
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"", ["standard input holds no prompt", "--prompt"]),
+        (b" \n\n", ["standard input holds no prompt"]),
+        (b"fine\nna\xefve\n", ["standard input", "not UTF-8", "line 2", "iconv"]),
+    ],
+)
+def test_unusable_standard_input(refused, monkeypatch, data, named):
+    stdin(monkeypatch, data)
+    message = refused()
+    assert [word for word in named if word not in message] == []
+
+
+def test_unusable_files_and_settings(refused, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"a\nb\ncaf\xe9\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "No such file" in refused("--prompts_file", str(tmp_path / "none.txt"))
+    assert "directory" in refused("--prompts_file", str(tmp_path))
+    assert "line 3" in refused("--prompts_file", str(tmp_path / "latin.txt"))
+    assert "holds no prompt" in refused("--prompts_file", str(tmp_path / "empty.txt"))
+    assert "prompt is empty" in refused("--prompt", " ")
+    assert "512 tokens" in refused("--prompt", PROMPT, "--max_new_tokens", "385")
+    assert "max_prompt_length 3 leaves no room" in refused("--prompt", PROMPT, "--max_prompt_length", "3")
+
+
+# --- where answers go -------------------------------------------------------------------------------------------------
+
+
+def test_several_samples_are_told_apart(answer, monkeypatch):
+    engine_says(monkeypatch, "one\nand more", "two")
+    assert answer("--prompt", "Why?", "--num_samples", "2").out == "> Why?\none\nand more\n> Why?\ntwo\n"
+
+
+def test_samples_differ(answer, tmp_path):
+    answer("--prompt", PROMPT, "--num_samples", "3", "--output", str(tmp_path / "a.jsonl"), "--temperature", "1")
+    answers = [json.loads(line)["completion"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(answers) == len(set(answers)) == 3
+
+
+def test_json_lines(answer, tmp_path, monkeypatch):
+    engine_says(monkeypatch, "Zeile\nzwei \u001b[2J ü", "b")
+    (tmp_path / "p.txt").write_text("Why?\nWhere?\n")
+    out, err = answer("--prompts_file", str(tmp_path / "p.txt"), "--output", str(tmp_path / "a.jsonl"))
+    assert out == ""
+    assert str(tmp_path / "a.jsonl") in err.replace("\n", "")
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert records == [
+        {"prompt": "Why?", "completion": "Zeile\nzwei \u001b[2J ü", "finish_reason": "stop"},
+        {"prompt": "Where?", "completion": "b", "finish_reason": "stop"},
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "p.txt"]
+
+
+def test_a_place_that_can_not_be_written_is_refused_first(refused, tmp_path, monkeypatch):
+    assert "no folder" in refused("--prompt", PROMPT, "--output", str(tmp_path / "none" / "a.jsonl"))
+    assert "name of a file" in refused("--prompt", PROMPT, "--output", str(tmp_path))
+    assert "name of a file" in refused("--prompt", PROMPT, "--output", "")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "no permission" in refused("--prompt", PROMPT, "--output", str(tmp_path / "a.jsonl"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_can_not_steer_the_terminal(answer, monkeypatch):
+    engine_says(monkeypatch, "a\x1b[2Jb\x07c\x9b1md\re\u202ef\x00g\ttab ü 漢 🙂\nnext")
+    out, _ = answer("--prompt", PROMPT)
+    assert out == "a\ufffd[2Jb\ufffdc\ufffd1md\ufffde\ufffdf\ufffdg\ttab ü 漢 🙂\nnext\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(model_folder, monkeypatch, capsys):
+    engine_says(monkeypatch, "a")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert cli.main(["generate", "--model", str(model_folder), "--prompt", "Why?"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_decides_the_answer(answer):
+    first = answer("--prompt", PROMPT, "--seed", "5").out
+    assert answer("--prompt", PROMPT, "--seed", "5").out == first
+    assert answer("--prompt", PROMPT, "--seed", "6").out != first
+
+
+def test_temperature_zero_takes_the_likeliest_token(answer, model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = tokenizer(f"Question: {PROMPT}\nAnswer:")["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + 12 and ids[-1] != tokenizer.eos_token_id:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(ids[start:], skip_special_tokens=True)
+    for seed in "12":
+        path = tmp_path / f"{seed}.jsonl"
+        answer("--prompt", PROMPT, "--temperature", "0", "--seed", seed, "--output", str(path))
+        assert json.loads(path.read_text())["completion"].strip() == expected.strip()
+
+
+def test_every_sampling_setting_reaches_the_engine(answer, monkeypatch):
+    asked = engine_says(monkeypatch, "a")
+    flags = "--temperature 0.3 --top_p 0.4 --top_k 7 --repetition_penalty 1.3 --num_samples 2 --seed 9"
+    answer("--prompt", PROMPT, *flags.split())
+    sampling = asked[1]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.3, 0.4, 7)
+    assert (sampling.repetition_penalty, sampling.num_samples, sampling.seed) == (1.3, 2, 9)
+    assert sampling.max_new_tokens == 12
