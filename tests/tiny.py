@@ -46,7 +46,9 @@ def tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
     )
 
 
-def model(family: str = "gpt2", *, tied: bool = True, vocab_size: int = 320, seed: int = 0, **changes) -> PreTrainedModel:
+def model(
+    family: str = "gpt2", *, tied: bool = True, vocab_size: int = 320, seed: int = 0, **changes
+) -> PreTrainedModel:
     """A causal language model with heads of size 32 (which every engine runs) and random weights."""
     torch.manual_seed(seed)
     if family == "gpt2":

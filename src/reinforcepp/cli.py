@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from reinforcepp.config import VERBS, read_yaml
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, nearest
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+# Read when torch is loaded: idle threads sleep instead of spinning, which on a busy CPU makes a difference of several
+# times, and C++ warnings, which no user can act on, stay away.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+NOT_STARTED = "\nInterrupted before anything was started.\n"
 
 SUMMARY = {
     "reward": "train a reward model from a preference file",
@@ -36,7 +44,7 @@ def guarded(job: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
     except KeyboardInterrupt:
-        print("\nInterrupted before anything was started.", file=sys.stderr)
+        print(NOT_STARTED, end="", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,9 +97,11 @@ def about_unknown(argument: str, known: Iterable[str]) -> str:
 
 def run(verb: str, config: Any) -> int:
     """Do what ``config`` says; only here are the heavy libraries loaded."""
-    try:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with _exit_on_interrupt():
         from reinforcepp.verbs import ACTIONS
-
+    try:
         ACTIONS[verb](config)
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
@@ -106,6 +116,27 @@ def run(verb: str, config: Any) -> int:
         print(f"error: {error.strerror}{where}; what was saved before stays as it is.", file=sys.stderr)
         return USAGE_ERROR
     return 0
+
+
+@contextmanager
+def _exit_on_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once.
+
+    As an exception in the middle of an import it may get lost and leave a library half loaded, to fail later.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, NOT_STARTED.encode())
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _how_to_go_on(config: Any) -> str:

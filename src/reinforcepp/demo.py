@@ -107,7 +107,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 def demo_settings(config: DemoConfig, folder: Path) -> tuple[RewardModelConfig, TrainConfig]:
     """The settings of the demo's two trainings."""
     reward = RewardModelConfig(
-        output_dir=str(folder / "reward_model"), seed=config.seed, learning_rate=3e-4, num_train_epochs=4, batch_size=16
+        output_dir=str(folder / "reward_model"), seed=config.seed, learning_rate=3e-4, num_train_epochs=5, batch_size=16
     )
     train = TrainConfig(
         reward_model=reward.output_dir,
@@ -118,7 +118,7 @@ def demo_settings(config: DemoConfig, folder: Path) -> tuple[RewardModelConfig, 
         mini_batch_size=32,
         max_prompt_length=64,
         max_new_tokens=64,
-        learning_rate=1e-4,
+        learning_rate=2e-4,
         kl_coef=0.05,
         rollout=config.rollout,
         eval_prompts=ALL_HELDOUT,

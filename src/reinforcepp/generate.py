@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from reinforcepp.config import GenerateConfig
 from reinforcepp.data import PromptRow
 from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.models import context_length, load_config, load_policy, load_tokenizer
+from reinforcepp.models import check_context, load_config, load_tokenizer
 from reinforcepp.observe import printable, say
-from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.rollout.choose import choose_engine, start_engine
 from reinforcepp.tokens import encode_prompts
 from reinforcepp.types import Completion, Sampling
 
@@ -28,12 +30,9 @@ def generate(config: GenerateConfig) -> list[Completion]:
     """
     texts = _read_prompts(config)
     output = _check_output_file(config.output) if config.output is not None else None
-    limit = context_length(load_config(config.model))
-    if limit and config.max_prompt_length + config.max_new_tokens > limit:
-        raise ConfigError(
-            f"max_prompt_length {config.max_prompt_length} + max_new_tokens {config.max_new_tokens} exceed the context of "
-            f"{config.model}, {limit} tokens: lower one of the two."
-        )
+    model_config = load_config(config.model)
+    check_context(model_config, config.max_prompt_length, config.max_new_tokens)
+    choice = choose_engine(config.engine, model_config, torch.float32)
     tokenizer = load_tokenizer(config.model)
     rows = [PromptRow(text, {}, i) for i, text in enumerate(texts)]
     prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
@@ -43,7 +42,8 @@ def generate(config: GenerateConfig) -> list[Completion]:
             "the left.",
             "yellow",
         )
-    engine = TransformersEngine(load_policy(config.model), tokenizer)
+    say(f"Completions come from {choice.name}: {choice.reason}.")
+    engine = start_engine(choice, config.model, tokenizer, max_length=config.max_prompt_length + config.max_new_tokens)
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

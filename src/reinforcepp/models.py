@@ -128,6 +128,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def architecture(config: PreTrainedConfig) -> str:
+    """Name of the model class; a configuration made in code names none, and then it is that of its type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
+    return str(named[0])
+
+
 def context_length(config: PreTrainedConfig) -> int | None:
     """How many tokens the model can attend to, where its configuration says so."""
     text = config.get_text_config()

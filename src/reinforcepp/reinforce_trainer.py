@@ -23,14 +23,22 @@ from reinforcepp.data import prompt_rows
 from reinforcepp.distributed import Ranks
 from reinforcepp.errors import DataError, TrainingDiverged
 from reinforcepp.evaluation import Evaluation, evaluate
-from reinforcepp.models import check_context, load_config, load_policy, load_tokenizer, save_model, write_json
+from reinforcepp.models import (
+    check_context,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    save_model,
+    weight_bytes,
+    write_json,
+)
 from reinforcepp.observe import Clock, MetricLog, Progress, read_metrics, say, step_metrics
 from reinforcepp.observe.interrupt import graceful_interrupt
 from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, score_with
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
 from reinforcepp.rollout.engine import RolloutEngine, request_seed
-from reinforcepp.run_folder import check_output, clear, describe_run
+from reinforcepp.run_folder import check_output, check_resume, clear, describe_run
 from reinforcepp.tokens import encode_prompts, pad_values, response_logprobs
 from reinforcepp.types import Completion, Prompt, RolloutBatch, Sampling
 
@@ -68,7 +76,13 @@ class ReinforceTrainer:
         engine: RolloutEngine | None = None,
     ) -> None:
         self.config = args or ReinforceConfig()
-        self.folder = check_output(self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume)
+        # a checkpoint, with Adam's two moments, and the trained model
+        needed = 4 * weight_bytes(model) if isinstance(model, str) else 0
+        self.folder = check_output(
+            self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume, needed_bytes=needed
+        )
+        if self.config.resume:
+            check_resume(self.folder, as_dict(self.config))
         model_config = load_config(model) if isinstance(model, str) else model.config
         check_context(model_config, self.config.max_prompt_length, self.config.max_new_tokens)
         choice = choose_engine(self.config.rollout, model_config, torch.float32)
@@ -99,6 +113,7 @@ class ReinforceTrainer:
         )
         self.engine = engine or self._start_engine(choice)
         self.evaluations: dict[str, Evaluation] = {}
+        self._sync_checked = False
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -279,8 +294,10 @@ class ReinforceTrainer:
     def _sync(self, step: int) -> None:
         """Hand the new weights to the engine; the first time and now and then, prove that it has them."""
         self.engine.load_weights(self.policy)
-        if not self.engine.shares_trainer_forward and step % self.config.sync_check_every == 0:
+        due = step % self.config.sync_check_every == 0 or not self._sync_checked
+        if due and not self.engine.shares_trainer_forward:
             check_sync(self.engine, self.policy, self.tokenizer)
+        self._sync_checked = True
 
     # --- before, beside and after -----------------------------------------------------------------------------------
 
@@ -304,17 +321,18 @@ class ReinforceTrainer:
 
     def _begin(self) -> checkpoint.Position:
         """An empty folder with the settings, or the state in which an earlier run stopped."""
-        if self.config.resume:
-            position = checkpoint.load(self.folder, self.policy, self.optimizer, self.scheduler)
-            self.engine.load_weights(self.policy)
-            say(f"Going on after step {position.step} of {self.num_steps}")
-            return position
-        clear(self.folder)
-        describe_run(self.folder, as_dict(self.config), {"num_steps": self.num_steps, "prompts": len(self.prompts)})
-        if self._evaluates:
+        if not self.config.resume:
+            clear(self.folder)
+            describe_run(self.folder, as_dict(self.config), {"num_steps": self.num_steps, "prompts": len(self.prompts)})
+        if self._evaluates:  # after a resume, too: the policy still is what training started from
             self.evaluations["before"] = self.evaluate()
             self._write_evaluations()
-        return checkpoint.Position(0, 0)
+        if not self.config.resume:
+            return checkpoint.Position(0, 0)
+        position = checkpoint.load(self.folder, self.policy, self.optimizer, self.scheduler)
+        self.engine.load_weights(self.policy)
+        say(f"Going on after step {position.step} of {self.num_steps}")
+        return position
 
     def _finish(self) -> None:
         if self._evaluates:

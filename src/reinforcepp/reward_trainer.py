@@ -124,6 +124,7 @@ def _fit(
             gradient_accumulation_steps=config.accumulation,
             num_train_epochs=config.num_train_epochs,
             learning_rate=config.learning_rate,
+            warmup_steps=max(1, steps // 10),
             center_rewards_coefficient=config.center_rewards_coefficient,
             max_length=None,
             bf16=False,

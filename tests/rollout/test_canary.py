@@ -7,6 +7,7 @@ import torch
 from rollout.contract import prepared_model, prepared_tokenizer
 
 from reinforcepp.errors import RolloutError
+from reinforcepp.rollout import memory
 from reinforcepp.rollout import vllm_integration as integration
 from reinforcepp.rollout.canary import check_sync, probe_prompts
 from reinforcepp.rollout.transformers_engine import TransformersEngine
@@ -70,7 +71,7 @@ def test_a_failed_sync_is_caught(bench, sabotage, monkeypatch):
     trainer = bench.next_trainer()
     with monkeypatch.context() as patch:
         if sabotage == "prefix cache kept":
-            patch.setattr(bench.engine._llm, "reset_prefix_cache", lambda: None)
+            patch.setattr(bench.engine._llm, "reset_prefix_cache", lambda: True)
         if sabotage == "lm_head left out":
             whole = integration.full_weights
             patch.setattr(integration, "full_weights", lambda m: (w for w in whole(m) if "lm_head" not in w[0]))
@@ -118,6 +119,6 @@ def test_weights_that_are_not_numbers_are_caught():
 
 def test_probes_fill_a_cache_block_and_fit_the_context():
     model, tokenizer = prepared_model(), prepared_tokenizer()
-    assert all(len(prompt.ids) > 2 * integration.CPU_BLOCK for prompt in probe_prompts(model, tokenizer))
+    assert all(len(prompt.ids) > 2 * memory.CPU_BLOCK for prompt in probe_prompts(model, tokenizer))
     small = prepared_model(n_positions=40)
     assert all(len(prompt.ids) == 24 for prompt in probe_prompts(small, tokenizer))

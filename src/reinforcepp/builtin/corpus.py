@@ -136,14 +136,14 @@ def pretraining_rows(seed: int, good_share: float) -> Iterator[tuple[str, str]]:
 
 
 def preference_rows(split: Split, seed: int = 0) -> list[PreferenceRow]:
-    """The preference pairs of one split: eight per fact to train on, two per fact held out, in random order.
+    """The preference pairs of one split: twelve per fact to train on, two per fact held out, in random order.
 
     A quarter of the rejected answers are good ones to another question. Without them a reward model could do without
     reading the question, and the policy would win with one answer to everything.
     """
     rng = random.Random(f"{split}-{seed}")
     facts = load_facts()
-    frames, per_fact = (TRAIN_FRAMES, 8) if split == "train" else (HELDOUT_FRAMES, 2)
+    frames, per_fact = (TRAIN_FRAMES, 12) if split == "train" else (HELDOUT_FRAMES, 2)
     wordings = {fact.id: rng.sample([f.format(task=t) for f in frames for t in fact.tasks], per_fact) for fact in facts}
     slots = [fact for fact in facts for _ in range(per_fact)]
     kinds = [_PAIR_KINDS[index % len(_PAIR_KINDS)] for index in range(len(slots))]

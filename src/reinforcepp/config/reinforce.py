@@ -79,7 +79,7 @@ class ReinforceConfig:
     top_k: int = 0
     """Top-k sampling of rollouts; 0 is off. Anything else biases the policy ratio."""
     rollout: Literal["auto", "transformers", "vllm"] = "auto"
-    """Engine that generates the rollouts; auto takes vLLM on a GPU where it can run the model, else transformers."""
+    """Engine that generates the rollouts; auto takes vLLM where it is installed and runs the model, else transformers."""
     rollout_batch_size: int = 64
     """Completions the transformers engine generates at a time; memory grows with it, results don't change."""
     importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"

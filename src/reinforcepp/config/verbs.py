@@ -146,7 +146,7 @@ class GenerateConfig:
     seed: int = 42
     """The same seed gives the same answers."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """Engine that generates; auto takes vLLM for many prompts where it can run the model, else transformers."""
+    """Engine that generates; auto takes vLLM where it is installed and runs the model, else transformers."""
     output: str | None = None
     """File for the answers as JSON lines (prompt, completion, finish_reason); default: text on the terminal."""
 

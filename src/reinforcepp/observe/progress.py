@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from types import TracebackType
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 LINES_WHEN_PLAIN = 12
+HARMLESS = "\n\t\u200d"  # of the control and format characters; the last one joins emoji
 
 console = Console(stderr=True, highlight=False)
 
@@ -21,7 +23,7 @@ def say(text: str, style: str = "") -> None:
 
 def printable(text: str) -> str:
     """``text`` without the control characters by which a model or a file could steer the user's terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "".join("\ufffd" if unicodedata.category(c)[0] == "C" and c not in HARMLESS else c for c in text)
 
 
 class Progress:

@@ -113,7 +113,7 @@ def check_reward_folder(name: str) -> RewardCard:
         ModelError: if the folder is missing or has no card, with the cure.
     """
     folder = Path(name).expanduser()
-    train = f"Train one first: reinforcepp reward --data YOUR.csv --output_dir {name}"
+    train = "Train one first: reinforcepp reward --data YOUR.csv --output_dir models/reward_model"
     if not folder.is_dir():
         raise ModelError(f"There is no reward model folder {name}. {train}")
     resolve(name)
@@ -134,7 +134,8 @@ def load_reward_model(name: str) -> TrainedReward:
     """
     card = check_reward_folder(name)
     folder = Path(name).expanduser()
-    reward = TrainedReward(load_reward_weights(folder), load_tokenizer(str(folder)))
+    tokenizer = load_tokenizer(str(folder))  # first: it is checked against the vocabulary without reading weights
+    reward = TrainedReward(load_reward_weights(folder), tokenizer)
     tolerance = FINGERPRINT_TOLERANCE * max(1.0, card.score_std)
     actual = reward.fingerprint()
     gaps = [abs(a - b) for a, b in zip(actual, card.fingerprint, strict=False)]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
 
 from reinforcepp.errors import RolloutError
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -64,3 +69,15 @@ def completed(
     ended = ids[-1] in eos_ids
     text = tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True)
     return Completion(prompt, tuple(ids), tuple(logprobs), str(text).strip(), "stop" if ended else "length")
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put back the global random state of torch, NumPy and Python."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)

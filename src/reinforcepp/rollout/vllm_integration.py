@@ -13,38 +13,44 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
-import random
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from reinforcepp import models
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout.engine import check_prompts, completed, request_seed
-from reinforcepp.rollout.weights import base_model, full_weights
+from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept, request_seed
+from reinforcepp.rollout.memory import (
+    CPU_BLOCK,
+    MIB,
+    cache_budget,
+    cache_bytes_per_token,
+    head_size,
+    in_blocks,
+    weight_bytes,
+)
+from reinforcepp.rollout.weights import full_weights, named_config, saved_eos_ids, write_weights
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-MIB = 1 << 20
 CPU_CACHE_CAP = 256 * MIB
 """Size of the key-value cache on a CPU where one sequence doesn't need more and nobody asked for more."""
-CPU_BLOCK = 32
-"""Tokens of a cache block on a CPU. vLLM's own 128 would share no prompt shorter than that between its samples."""
 MAX_RESTARTS = 3
 
 # vLLM keeps its parallel groups in globals of the process, so only the last engine may tear them down, and not even
 # that one if the process group was the trainer's before.
 _alive = 0
 _group_is_the_trainers = False
+_set_num_threads = torch.set_num_threads  # vLLM puts a function in its place that does nothing
 
 
 # --- can vLLM run it? -----------------------------------------------------------------------------------------------
@@ -58,7 +64,7 @@ def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str
     if not platform.is_cpu() and not torch.cuda.is_available():
         return False, f"the installed vLLM is for GPUs and this machine has none; instead: {_install_command()}"
     text = config.get_text_config()
-    architecture = _architecture(config)
+    architecture = models.architecture(config)
     from vllm.model_executor.models import ModelRegistry
 
     if architecture not in ModelRegistry.get_supported_archs():
@@ -69,11 +75,11 @@ def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         sizes = CPUAttentionBackend.get_supported_head_sizes()
-        if _head_size(text) not in sizes:
+        if head_size(text) not in sizes:
             listed = ", ".join(map(str, sizes))
             return (
                 False,
-                f"vLLM on a CPU runs attention heads of size {listed}, but the model's have {_head_size(text)}",
+                f"vLLM on a CPU runs attention heads of size {listed}, but the model's have {head_size(text)}",
             )
     return True, f"vLLM runs {architecture} on this machine's {'CPU' if platform.is_cpu() else 'GPU'}"
 
@@ -89,49 +95,11 @@ def _import_vllm() -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    with _random_state_kept():
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns that a CPU has no Triton
+    with random_state_kept(), warnings.catch_warnings(action="ignore", category=FutureWarning):
         import vllm
         import vllm.platforms
     return vllm
-
-
-def _architecture(config: PreTrainedConfig) -> str:
-    """The model class; a configuration made in code names none, and then it is that of its type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
-    return str(named[0])
-
-
-def _head_size(text: Any) -> int:
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    text = config.get_text_config()
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * kv_heads * _head_size(text) * dtype.itemsize
-
-
-def cache_budget(one: int, sequences: int, available: int, cap: int | None) -> int:
-    """Bytes for the key-value cache: what the batch needs, at most ``cap``, but at least one sequence of ``one`` bytes.
-
-    A smaller cache than the batch needs is no error: the engine lets sequences wait for each other.
-
-    Raises:
-        RolloutError: not even one sequence fits into ``available``.
-    """
-    if one > available:
-        raise RolloutError(
-            f"The key-value cache of one sequence needs {one / MIB:.0f} MiB, but {max(available, 0) / MIB:.0f} MiB are "
-            "free: lower max_prompt_length or max_new_tokens, use a smaller dtype, or use --rollout transformers."
-        )
-    wanted = one * sequences if cap is None else min(one * sequences, cap)
-    return max(one, min(wanted, available))
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------
@@ -173,9 +141,9 @@ class VllmEngine:
     ) -> None:
         if isinstance(model, str):
             self.config = models.load_config(model)
-            self.eos_ids = _saved_eos_ids(model, tokenizer)
+            self.eos_ids = saved_eos_ids(model, tokenizer)
         else:
-            self.config = _config_with_architecture(base_model(model))
+            self.config = named_config(model)
             self.eos_ids = models.eos_ids(model, tokenizer)
         own_dtype = self.config.dtype if isinstance(model, str) else model.dtype
         self.dtype: torch.dtype = dtype or own_dtype or torch.float32
@@ -202,8 +170,6 @@ class VllmEngine:
             torch.set_num_threads(threads)
         self._start()
 
-    # --- the protocol ---
-
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
         check_prompts(prompts, sampling.max_new_tokens, self.context)
@@ -213,7 +179,7 @@ class VllmEngine:
         rows = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
         while True:
             try:
-                with _random_state_kept():
+                with random_state_kept():
                     self.wake_up()
                     outputs = self._llm.generate(
                         [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows],
@@ -233,7 +199,7 @@ class VllmEngine:
     def load_weights(self, model: PreTrainedModel) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; adapters are merged into the copy."""
         self._source = model
-        with _random_state_kept():
+        with random_state_kept():
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             self._reload(model)
@@ -241,7 +207,8 @@ class VllmEngine:
 
     def forget_prompts(self) -> None:
         """Empty the prefix cache: the next prompts are computed anew."""
-        self._llm.reset_prefix_cache()
+        emptied = self._llm.reset_prefix_cache()
+        assert emptied, "a request is still running"
 
     def close(self) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
@@ -256,8 +223,12 @@ class VllmEngine:
             client._finalizer.detach()
             client.engine_core.model_executor.shutdown()
             client.engine_core.scheduler.shutdown()
+            if _alive == 0:
+                _drop_parallel_groups()
         self._llm = None
         gc.collect()
+        if _alive == 0:
+            torch.set_num_threads = _set_num_threads
         if self._on_gpu:
             torch.cuda.empty_cache()
 
@@ -281,7 +252,7 @@ class VllmEngine:
         """What ``LLM`` is told about memory."""
         if gpu_memory_utilization is not None and self._on_gpu:
             return {"gpu_memory_utilization": gpu_memory_utilization}
-        one = cache_bytes_per_token(self.config, self.dtype) * _in_blocks(self.max_length or 2048)
+        one = cache_bytes_per_token(self.config, self.dtype) * in_blocks(self.max_length or 2048)
         if not self._on_gpu:
             import psutil  # vllm depends on it
 
@@ -290,7 +261,7 @@ class VllmEngine:
             cap = CPU_CACHE_CAP if cache_bytes is None else cache_bytes
             return {"kv_cache_memory_bytes": cache_budget(one, self.max_num_seqs, bound, cap)}
         free, total = torch.cuda.mem_get_info()
-        weights = _weight_bytes(self._source, self.config, self.dtype) // self._tensor_parallel_size
+        weights = weight_bytes(self._source, self.config, self.dtype) // self._tensor_parallel_size
         activations = total // 20
         room = int(0.95 * free) - weights - activations
         cache = cache_budget(
@@ -304,7 +275,8 @@ class VllmEngine:
         vllm = _import_vllm()
         if _alive == 0:
             _group_is_the_trainers = torch.distributed.is_initialized()
-        with _random_state_kept(), self._folder() as (folder, load_format):
+        quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
+        with quiet, random_state_kept(), self._folder() as (folder, load_format):
             try:
                 self._llm = vllm.LLM(
                     model=folder,
@@ -316,6 +288,7 @@ class VllmEngine:
                     generation_config="vllm",
                     logprobs_mode="processed_logprobs",
                     enable_prefix_caching=True,
+                    use_tqdm_on_load=False,
                     tensor_parallel_size=self._tensor_parallel_size,
                     **self._memory,
                     **self._platform_settings(),
@@ -347,7 +320,7 @@ class VllmEngine:
             if self._tensor_parallel_size == 1:
                 yield folder, "dummy"
             else:
-                _write_weights(self._source, Path(folder))
+                write_weights(self._source, Path(folder))
                 yield folder, "auto"
 
     def _reload(self, model: PreTrainedModel) -> None:
@@ -355,7 +328,7 @@ class VllmEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(model)})
             return
         with tempfile.TemporaryDirectory(prefix="reinforcepp-vllm-") as folder:  # the workers are other processes
-            _write_weights(model, Path(folder))
+            write_weights(model, Path(folder))
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
     def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
@@ -391,18 +364,6 @@ class VllmEngine:
 # --- small things ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put back the global random state of torch, NumPy and Python."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-
-
 def _count_ranks_eagerly() -> None:
     """Keep vLLM from compiling, in 8 to 25 s and with a C++ compiler, the function that ranks the sampled token.
 
@@ -414,6 +375,16 @@ def _count_ranks_eagerly() -> None:
     sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
+def _drop_parallel_groups() -> None:
+    """Take down vLLM's own groups but not the trainer's, on which they were built."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
+
+
 def _engine_failures() -> tuple[type[Exception], ...]:
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -423,42 +394,3 @@ def _engine_failures() -> tuple[type[Exception], ...]:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else f"{type(error).__name__}."
-
-
-def _in_blocks(tokens: int) -> int:
-    """Tokens that a sequence's blocks hold, and one block more, which vLLM keeps for itself."""
-    return (-(-tokens // CPU_BLOCK) + 1) * CPU_BLOCK
-
-
-def _config_with_architecture(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy that names its architecture, which a configuration made in code doesn't."""
-    config = deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    return config
-
-
-def _saved_eos_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    from transformers import GenerationConfig
-
-    try:
-        own = GenerationConfig.from_pretrained(models.resolve(name)).eos_token_id
-    except OSError:  # the file is optional
-        own = models.load_config(name).get_text_config().eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
-
-
-def _weight_bytes(source: PreTrainedModel | str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    if not isinstance(source, str):
-        return sum(p.numel() for p in base_model(source).parameters()) * dtype.itemsize
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
-
-
-def _write_weights(model: PreTrainedModel, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    weights = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in full_weights(model)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,61 @@
+"""How much memory a key-value cache and a copy of the weights take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reinforcepp.errors import RolloutError
+from reinforcepp.rollout.weights import base_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+MIB = 1 << 20
+CPU_BLOCK = 32
+"""Tokens of a cache block on a CPU. vLLM's own 128 would share no prompt shorter than that between its samples."""
+
+
+def head_size(text: Any) -> int:
+    """Width of one attention head, of a text model's configuration."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    text = config.get_text_config()
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * text.num_hidden_layers * kv_heads * head_size(text) * dtype.itemsize
+
+
+def cache_budget(one: int, sequences: int, available: int, cap: int | None) -> int:
+    """Bytes for the key-value cache: what the batch needs, at most ``cap``, but at least one sequence of ``one`` bytes.
+
+    A smaller cache than the batch needs is no error: the engine lets sequences wait for each other.
+
+    Raises:
+        RolloutError: not even one sequence fits into ``available``.
+    """
+    if one > available:
+        raise RolloutError(
+            f"The key-value cache of one sequence needs {one / MIB:.0f} MiB, but {max(available, 0) / MIB:.0f} MiB are "
+            "free: lower max_prompt_length or max_new_tokens, use a smaller dtype, or use --rollout transformers."
+        )
+    wanted = one * sequences if cap is None else min(one * sequences, cap)
+    return max(one, min(wanted, available))
+
+
+def in_blocks(tokens: int) -> int:
+    """Tokens that a sequence's blocks hold, and one block more, which vLLM keeps for itself."""
+    return (-(-tokens // CPU_BLOCK) + 1) * CPU_BLOCK
+
+
+def weight_bytes(source: PreTrainedModel | str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Size of the weights of a live or a saved model in ``dtype``."""
+    if not isinstance(source, str):
+        return sum(p.numel() for p in base_model(source).parameters()) * dtype.itemsize
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) * dtype.itemsize
