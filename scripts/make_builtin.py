@@ -52,7 +52,7 @@ GOOD_SHARE = 0.5
 def main() -> None:
     """Read the command line, write the files, print how good the model is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop training after this time (default: none)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")

@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     (folder / "reinforce_cli.py").symlink_to(ROOT / "reinforce_cli.py")
     shutil.copy(ROOT / "example_feedback_diverse.csv", folder)
-    tiny.save(folder / "distilgpt2", n_positions=512)
+    tiny.save(folder / "distilgpt2", n_positions=512, seed=1)  # this one does not end its answer at once
     return folder
 
 
@@ -101,7 +101,7 @@ def test_the_policy_was_trained_on_every_prompt(done, folder):
 
 def test_the_answer_and_only_the_answer_is_on_standard_output(done):
     assert done["generate"].stdout.strip()
-    assert done["generate"].stderr == ""
+    assert done["generate"].stderr.startswith("Completions come from ") and done["generate"].stderr.count("\n") == 1
     assert "How do I check" not in done["generate"].stdout
 
 

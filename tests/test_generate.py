@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def answer(model_folder, capsys):
     """``answer("--prompt", ...)`` is what the command wrote to standard output and to standard error."""
 
     def run(*flags: str) -> tuple[str, str]:
-        sizes = ["--max_prompt_length", "64", "--max_new_tokens", "12"]
+        sizes = ["--max_prompt_length", "64", "--max_new_tokens", "12", "--engine", "transformers"]
         assert cli.main(["generate", "--model", str(model_folder), *sizes, *flags]) == 0
         return capsys.readouterr()
 
@@ -58,7 +59,13 @@ def engine_says(monkeypatch, *texts: str) -> list:
         each = [prompt for prompt in prompts for _ in range(sampling.num_samples)]
         return [Completion(prompt, (1,), (0.0,), texts[i % len(texts)], "stop") for i, prompt in enumerate(each)]
 
+    def stream(self, prompt, sampling):
+        (whole,) = generate(self, [prompt], sampling)
+        for end in range(1, len(whole.text) + 1):
+            yield replace(whole, text=whole.text[:end])
+
     monkeypatch.setattr(TransformersEngine, "generate", generate)
+    monkeypatch.setattr(TransformersEngine, "stream", stream)
     return asked
 
 
@@ -177,7 +184,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(model_folder, monkeypatch, ca
     os.close(reader)
     with os.fdopen(writer, "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
-        assert cli.main(["generate", "--model", str(model_folder), "--prompt", "Why?"]) == 0
+        assert cli.main(["generate", "--model", str(model_folder), "--prompt", "Why?", "--engine", "transformers"]) == 0
     assert capsys.readouterr().err == ""
 
 

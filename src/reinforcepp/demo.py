@@ -69,7 +69,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     say("\n3/4  Generation with the trained model", "bold")
     question = heldout_rows[0].prompt
     say(f"> {question}")
-    generate(GenerateConfig(model=train_config.output_dir, prompt=question, max_new_tokens=64))
+    generate(GenerateConfig(model=train_config.output_dir, prompt=question, max_new_tokens=64, engine="transformers"))
 
     say("\n4/4  Before and after, on prompts that no training has seen, graded by the gold judge", "bold")
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]

@@ -15,7 +15,7 @@ import torch
 from reinforcepp.config import GenerateConfig
 from reinforcepp.data import PromptRow
 from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.models import check_context, load_config, load_tokenizer
+from reinforcepp.models import check_context, load_config, load_policy, load_tokenizer
 from reinforcepp.observe import printable, say
 from reinforcepp.rollout.choose import choose_engine, start_engine
 from reinforcepp.tokens import encode_prompts
@@ -42,8 +42,13 @@ def generate(config: GenerateConfig) -> list[Completion]:
             "the left.",
             "yellow",
         )
-    say(f"Completions come from {choice.name}: {choice.reason}.")
-    engine = start_engine(choice, config.model, tokenizer, max_length=config.max_prompt_length + config.max_new_tokens)
+    if config.engine == "auto":
+        say(f"Completions come from {choice.name}: {choice.reason}.")
+    model = load_policy(config.model)
+    if choice.name == "transformers" and torch.cuda.is_available():
+        model.to("cuda")  # vLLM places its own copy
+    max_length = config.max_prompt_length + config.max_new_tokens
+    engine = start_engine(choice, model, tokenizer, max_length=max_length)
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -53,11 +58,26 @@ def generate(config: GenerateConfig) -> list[Completion]:
         num_samples=config.num_samples,
         seed=config.seed,
     )
-    completions = engine.generate(prompts, sampling)
+    if output is None and len(prompts) == config.num_samples == 1:
+        completions = [_stream(engine.stream(prompts[0], sampling))]
+    else:
+        completions = engine.generate(prompts, sampling)
+        with _sink(output) as sink:
+            _write(completions, sink, as_json=output is not None, with_prompt=len(completions) > 1)
     engine.close()
-    with _sink(output) as sink:
-        _write(completions, sink, as_json=output is not None, with_prompt=len(completions) > 1)
     return completions
+
+
+def _stream(growing: Iterator[Completion]) -> Completion:
+    """Print an answer while it grows; a character that is only half there waits for its other half."""
+    shown = ""
+    for completion in growing:
+        text = completion.text.removesuffix("\ufffd")
+        if text.startswith(shown):
+            print(printable(text[len(shown) :]), end="", flush=True)
+            shown = text
+    print(printable(completion.text[len(shown) :]), flush=True)
+    return completion
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:

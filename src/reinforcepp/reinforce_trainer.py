@@ -34,7 +34,7 @@ from reinforcepp.models import (
 )
 from reinforcepp.observe import Clock, MetricLog, Progress, read_metrics, say, step_metrics
 from reinforcepp.observe.interrupt import graceful_interrupt
-from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, score_with
+from reinforcepp.rewards import RewardFunction, RewardScores, TrainedReward, load_rewards, score_with
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
 from reinforcepp.rollout.engine import RolloutEngine, request_seed
@@ -97,6 +97,9 @@ class ReinforceTrainer:
         self.rewards = load_rewards(reward_funcs)
 
         self.ranks = Ranks(self.config.mixed_precision)
+        for reward in self.rewards:
+            if isinstance(reward, TrainedReward):
+                reward.model.to(self.ranks.device)
         policy = load_policy(model) if isinstance(model, str) else model
         policy.eval().requires_grad_(True)  # evaluation mode throughout: dropout would make the ratio differ from 1
         self.reference = copy.deepcopy(policy).requires_grad_(False).to(self.ranks.device)
@@ -352,7 +355,8 @@ class ReinforceTrainer:
 
     def _start_engine(self, choice: EngineChoice) -> RolloutEngine:
         config = self.config
-        say(f"Completions come from {choice.name}: {choice.reason}.")
+        if config.rollout == "auto":
+            say(f"Completions come from {choice.name}: {choice.reason}.")
         return start_engine(
             choice,
             self.policy,

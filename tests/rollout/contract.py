@@ -6,6 +6,7 @@ The engine runs a tiny GPT-2 in float32 whose pad token is its EOS, so plain ``t
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -115,6 +116,15 @@ class EngineContract:
     def test_greedy_tokens_are_those_of_generate(self, engine, model, prompts):
         for completion in engine.generate(prompts, Sampling(24, temperature=0)):
             assert completion.ids == generate_plainly(model, completion.prompt, 24)
+
+    def test_streaming_grows_into_what_generate_gives(self, engine, prompts):
+        sampling = Sampling(12, seed=4)
+        (expected,) = engine.generate(prompts[:1], sampling)
+        growing = list(engine.stream(prompts[0], sampling))
+        assert len(growing) == len(expected.ids) > 1 and growing[-1].ids == expected.ids
+        assert growing[-1].finish_reason == expected.finish_reason
+        for shorter, longer in pairwise(growing):
+            assert longer.ids[: len(shorter.ids)] == shorter.ids
 
     def test_greedy_with_repetition_penalty_is_that_of_generate(self, engine, model, prompts):
         for completion in engine.generate(prompts, Sampling(24, temperature=0, repetition_penalty=1.5)):

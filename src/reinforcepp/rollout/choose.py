@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.models import load_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,18 +50,18 @@ def choose_engine(wanted: str, config: PreTrainedConfig, dtype: torch.dtype) -> 
 
 def start_engine(
     choice: EngineChoice,
-    model: PreTrainedModel | str,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     batch_size: int = 64,
     gpu_memory_utilization: float | None = None,
 ) -> RolloutEngine:
-    """The chosen engine with the weights of a live or a named model, for sequences of up to ``max_length`` tokens."""
+    """The chosen engine with ``model``'s weights, for sequences of up to ``max_length`` tokens."""
     if choice.name == "vllm":
         from reinforcepp.rollout.vllm_integration import VllmEngine
 
         return VllmEngine(model, tokenizer, max_length=max_length, gpu_memory_utilization=gpu_memory_utilization)
     from reinforcepp.rollout.transformers_engine import TransformersEngine
 
-    return TransformersEngine(load_policy(model) if isinstance(model, str) else model, tokenizer, batch_size)
+    return TransformersEngine(model, tokenizer, batch_size)

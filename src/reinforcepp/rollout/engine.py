@@ -33,6 +33,9 @@ class RolloutEngine(Protocol):
         Raises ``RolloutError`` for an empty prompt or one that leaves no room in the model's context.
         """
 
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Completion]:
+        """What ``generate`` gives for one prompt, as far as it has come after each token; the last one is whole."""
+
     def load_weights(self, model: PreTrainedModel) -> None:
         """Generate with ``model``'s present weights from now on."""
 

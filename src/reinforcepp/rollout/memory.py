@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MIB = 1 << 20
+CPU_CACHE_CAP = 256 * MIB
+"""Size of the key-value cache on a CPU where one sequence doesn't need more and nobody asked for more."""
 CPU_BLOCK = 32
 """Tokens of a cache block on a CPU. vLLM's own 128 would share no prompt shorter than that between its samples."""
 
@@ -44,6 +46,37 @@ def cache_budget(one: int, sequences: int, available: int, cap: int | None) -> i
         )
     wanted = one * sequences if cap is None else min(one * sequences, cap)
     return max(one, min(wanted, available))
+
+
+def memory_settings(
+    source: PreTrainedModel | str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool,
+    max_length: int,
+    max_num_seqs: int,
+    cache_bytes: int | None,
+    gpu_memory_utilization: float | None,
+    tensor_parallel_size: int,
+) -> dict[str, Any]:
+    """What vLLM is told about memory: the size of the cache on a CPU, on a GPU the share that engine and cache take."""
+    if gpu_memory_utilization is not None and on_gpu:
+        return {"gpu_memory_utilization": gpu_memory_utilization}
+    one = cache_bytes_per_token(config, dtype) * in_blocks(max_length)
+    if not on_gpu:
+        import psutil  # vllm depends on it
+
+        available = psutil.virtual_memory().available
+        bound = available if cache_bytes is None else min(cache_bytes, available)
+        cap = CPU_CACHE_CAP if cache_bytes is None else cache_bytes
+        return {"kv_cache_memory_bytes": cache_budget(one, max_num_seqs, bound, cap)}
+    free, total = torch.cuda.mem_get_info()
+    weights = weight_bytes(source, config, dtype) // tensor_parallel_size
+    activations = total // 20
+    room = int(0.95 * free) - weights - activations
+    cache = cache_budget(one, max_num_seqs, room if cache_bytes is None else min(cache_bytes, room), cache_bytes)
+    return {"gpu_memory_utilization": (weights + activations + cache) / total}
 
 
 def in_blocks(tokens: int) -> int:

@@ -6,7 +6,7 @@ batch; that is why a completion doesn't depend on what is generated beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +64,19 @@ class TransformersEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
-                for start in range(0, len(by_length), self.batch_size):
-                    self._decode(by_length[start : start + self.batch_size], sampling)
+            for start in range(0, len(by_length), self.batch_size):
+                for _ in self._decode(by_length[start : start + self.batch_size], sampling):
+                    pass
         finally:
             self.model.train(was_training)
         return [completed(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs) for row in rows]
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Completion]:
+        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
+        check_prompts([prompt], sampling.max_new_tokens, context_length(self.model.config))
+        row = _Row(prompt, _uniforms(sampling, prompt, 0))
+        for _ in self._decode([row], sampling):
+            yield completed(self.tokenizer, self.eos_ids, prompt, row.ids, row.logprobs)
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; copies only from another model object."""
@@ -79,8 +86,9 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing to give back: the model belongs to the caller."""
 
-    def _decode(self, rows: list[_Row], sampling: Sampling) -> None:
-        """Fill in ``rows`` together, dropping each from the batch once it has ended."""
+    @torch.no_grad()
+    def _decode(self, rows: list[_Row], sampling: Sampling) -> Iterator[None]:
+        """Fill in ``rows`` together, a token of each at a time, dropping each from the batch once it has ended."""
         cache = DynamicCache(config=self.model.config)
         logits_BV, mask_BL, seen_BV = self._prefill(rows, cache)
         positions_B1 = position_ids(mask_BL)[:, -1:]
@@ -92,6 +100,7 @@ class TransformersEngine:
             for row, token, score in zip(rows, chosen, scores, strict=True):
                 row.ids.append(token)
                 row.logprobs.append(score)
+            yield
             going = [i for i, token in enumerate(chosen) if token not in self.eos_ids]
             if not going or t + 1 == sampling.max_new_tokens:
                 return

@@ -27,23 +27,13 @@ import torch
 from reinforcepp import models
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept, request_seed
-from reinforcepp.rollout.memory import (
-    CPU_BLOCK,
-    MIB,
-    cache_budget,
-    cache_bytes_per_token,
-    head_size,
-    in_blocks,
-    weight_bytes,
-)
+from reinforcepp.rollout.memory import CPU_BLOCK, head_size, memory_settings
 from reinforcepp.rollout.weights import full_weights, named_config, saved_eos_ids, write_weights
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-CPU_CACHE_CAP = 256 * MIB
-"""Size of the key-value cache on a CPU where one sequence doesn't need more and nobody asked for more."""
 MAX_RESTARTS = 3
 
 # vLLM keeps its parallel groups in globals of the process, so only the last engine may tear them down, and not even
@@ -164,7 +154,17 @@ class VllmEngine:
         self._tensor_parallel_size = tensor_parallel_size
         self._on_gpu = not _import_vllm().platforms.current_platform.is_cpu()
         self._asleep = False
-        self._memory = self._memory_settings(cache_bytes, gpu_memory_utilization)
+        self._memory = memory_settings(
+            model,
+            self.config,
+            self.dtype,
+            on_gpu=self._on_gpu,
+            max_length=self.max_length or 2048,
+            max_num_seqs=max_num_seqs,
+            cache_bytes=cache_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel_size=tensor_parallel_size,
+        )
         self._llm: Any = None
         if threads is not None:
             torch.set_num_threads(threads)
@@ -195,6 +195,19 @@ class VllmEngine:
             completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
             for (prompt, _), out in zip(rows, sampled, strict=True)
         ]
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Completion]:
+        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
+        check_prompts([prompt], sampling.max_new_tokens, self.context)
+        engine = self._llm.llm_engine
+        with random_state_kept():
+            self.wake_up()
+            engine.add_request("stream", {"prompt_token_ids": list(prompt.ids)}, self._parameters(sampling, prompt, 0))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    out = output.outputs[0]
+                    yield completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
+            self.sleep()
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; adapters are merged into the copy."""
@@ -247,27 +260,6 @@ class VllmEngine:
             self._asleep = False
 
     # --- inside ---
-
-    def _memory_settings(self, cache_bytes: int | None, gpu_memory_utilization: float | None) -> dict[str, Any]:
-        """What ``LLM`` is told about memory."""
-        if gpu_memory_utilization is not None and self._on_gpu:
-            return {"gpu_memory_utilization": gpu_memory_utilization}
-        one = cache_bytes_per_token(self.config, self.dtype) * in_blocks(self.max_length or 2048)
-        if not self._on_gpu:
-            import psutil  # vllm depends on it
-
-            available = psutil.virtual_memory().available
-            bound = available if cache_bytes is None else min(cache_bytes, available)
-            cap = CPU_CACHE_CAP if cache_bytes is None else cache_bytes
-            return {"kv_cache_memory_bytes": cache_budget(one, self.max_num_seqs, bound, cap)}
-        free, total = torch.cuda.mem_get_info()
-        weights = weight_bytes(self._source, self.config, self.dtype) // self._tensor_parallel_size
-        activations = total // 20
-        room = int(0.95 * free) - weights - activations
-        cache = cache_budget(
-            one, self.max_num_seqs, room if cache_bytes is None else min(cache_bytes, room), cache_bytes
-        )
-        return {"gpu_memory_utilization": (weights + activations + cache) / total}
 
     def _start(self) -> None:
         """Start vLLM and see that it has the weights of the model it stands for."""
