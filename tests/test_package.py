@@ -297,3 +297,10 @@ def test_the_version_has_one_source():
 
 def test_the_package_says_it_is_typed():
     assert (SOURCE / "py.typed").is_file()
+
+
+def test_the_tables_of_the_readme_are_those_of_the_result_files():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/tables.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

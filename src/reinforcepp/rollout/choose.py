@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from reinforcepp.errors import RolloutError
+from reinforcepp.models import context_length
+from reinforcepp.rollout.canary import NEW_TOKENS, PROBE_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +63,9 @@ def start_engine(
     if choice.name == "vllm":
         from reinforcepp.rollout.vllm_integration import VllmEngine
 
-        return VllmEngine(model, tokenizer, max_length=max_length, gpu_memory_utilization=gpu_memory_utilization)
+        wide = max(max_length, PROBE_TOKENS + NEW_TOKENS)  # the canary's prompts must fit as well
+        limit = min(wide, context_length(model.config) or wide)
+        return VllmEngine(model, tokenizer, max_length=limit, gpu_memory_utilization=gpu_memory_utilization)
     from reinforcepp.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(model, tokenizer, batch_size)

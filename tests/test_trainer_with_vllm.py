@@ -1,0 +1,63 @@
+"""The training loop with rollouts by vLLM: in step after each update, corrected, and stopped when it isn't."""
+
+import importlib.util
+
+import pytest
+import tiny
+import torch
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.errors import RolloutError
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture
+def trainer(base, tmp_path):
+    def likes_early_tokens(prompts, completions, completion_ids, **_):
+        return [sum(token < 160 for token in ids) / len(ids) for ids in completion_ids]
+
+    args = ReinforceConfig(
+        output_dir=str(tmp_path / "run"),
+        rollout="vllm",
+        max_new_tokens=8,
+        max_prompt_length=40,
+        batch_size=8,
+        max_steps=4,
+        learning_rate=1e-2,
+        temperature=0.8,
+        eval_prompts=0,
+    )
+    built = ReinforceTrainer(base, likes_early_tokens, args, PROMPTS)
+    yield built
+    built.engine.close()
+
+
+def test_every_step_samples_from_the_present_weights(trainer):
+    log = trainer.train()
+    assert len(log) == 4 and log[-1]["kl"] > 0.001
+    for metrics in log:
+        assert metrics["sampling/logprob_gap_max"] < 1e-3 and metrics["sampling/kl"] < 1e-5
+
+
+def test_tokens_are_weighted_by_the_gap_to_the_engine(trainer):
+    """An engine that overstates its log-probabilities by ln 1.25 has its tokens counted at 0.8."""
+    completions = trainer.engine.generate(trainer.prompts, trainer._sampling(0))
+    batch, _, _ = trainer._score(completions)
+    batch.rollout_logprobs_BT.add_(torch.log(torch.tensor(1.25)) * batch.mask_BT)
+    weights = trainer._importance_weights(batch, list(range(8)))
+    torch.testing.assert_close(
+        weights[batch.mask_BT.bool()], torch.full((int(batch.mask_BT.sum()),), 0.8), atol=1e-3, rtol=0
+    )
+
+
+def test_a_sync_that_does_nothing_stops_the_run_with_the_figures(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.engine, "load_weights", lambda model: None)
+    with pytest.raises(RolloutError, match=r"out of step.*differ by up to"):
+        trainer.train()
