@@ -119,6 +119,7 @@ def demo_settings(config: DemoConfig, folder: Path) -> tuple[RewardModelConfig, 
         max_prompt_length=64,
         max_new_tokens=64,
         learning_rate=2e-4,
+        lr_scheduler_type="linear",  # sampling at temperature 1 needs a policy that has come to rest
         kl_coef=0.05,
         rollout=config.rollout,
         eval_prompts=ALL_HELDOUT,

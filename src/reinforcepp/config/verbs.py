@@ -173,7 +173,7 @@ class DemoConfig:
     """Folder for everything the demo writes."""
     seed: int = 0
     """Seed of the reward model and of the training."""
-    max_steps: int = 40
+    max_steps: int = 90
     """Training steps of 64 completions."""
     rollout: Literal["auto", "transformers", "vllm"] = "transformers"
     """Engine that generates the rollouts."""
