@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from reinforcepp.cli import about_unknown, guarded
-from reinforcepp.errors import ConfigError, DataError, nearest
+from reinforcepp.data import read_prompt_lines
+from reinforcepp.errors import ConfigError, nearest
 
 MODES = {
     "compare_performance": "one-by-one and batched transformers generation and vLLM, side by side",
@@ -96,16 +97,7 @@ def _read_prompts(settings: argparse.Namespace) -> list[str]:
         raise ConfigError("Give either --prompt or --prompts_file.")
     if settings.prompt is not None:
         return [settings.prompt]
-    try:
-        lines = Path(settings.prompts_file).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"{settings.prompts_file} can't be read: {error.strerror}; check --prompts_file.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{settings.prompts_file} is not UTF-8; convert it with iconv -t utf-8.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise DataError(f"{settings.prompts_file} holds no prompt: give one per line.")
-    return prompts
+    return read_prompt_lines(settings.prompts_file)
 
 
 def _encode(settings: argparse.Namespace, model: str, texts: Sequence[str]) -> tuple[Any, list[Any]]:

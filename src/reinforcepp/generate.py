@@ -13,8 +13,8 @@ from typing import TextIO
 import torch
 
 from reinforcepp.config import GenerateConfig
-from reinforcepp.data import PromptRow
-from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.data import PromptRow, read_prompt_lines
+from reinforcepp.errors import ConfigError
 from reinforcepp.models import check_context, load_config, load_policy, load_tokenizer
 from reinforcepp.observe import printable, say
 from reinforcepp.rollout.choose import choose_engine, start_engine
@@ -85,20 +85,7 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
         return [config.prompt]
     if config.prompts_file is None and sys.stdin.isatty():
         say("Type one prompt per line, then Ctrl-D.")
-    name = config.prompts_file or "standard input"
-    try:
-        data = Path(config.prompts_file).read_bytes() if config.prompts_file else sys.stdin.buffer.read()
-    except OSError as error:
-        raise DataError(f"{name} can't be read: {error.strerror}; check prompts_file.") from error
-    try:
-        lines = data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        row = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{name} is not UTF-8: see line {row}; convert it with iconv -t utf-8.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise DataError(f"{name} holds no prompt: give one per line, or use --prompt.")
-    return prompts
+    return read_prompt_lines(config.prompts_file)
 
 
 def _check_output_file(name: str) -> Path:

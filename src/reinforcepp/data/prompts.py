@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,28 @@ def load_prompts(
     digest = hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest()
     both = PromptData(str(source), digest, train.prompts + heldout.prompts, train.skipped + heldout.skipped)
     return both, list(train.prompts), list(heldout.prompts)
+
+
+def read_prompt_lines(path: str | None) -> list[str]:
+    """The lines with text of a file, or of standard input, one prompt each.
+
+    Raises:
+        DataError: It can't be read, is not UTF-8, or holds no prompt.
+    """
+    name = path or "standard input"
+    try:
+        data = Path(path).expanduser().read_bytes() if path else sys.stdin.buffer.read()
+    except OSError as error:
+        raise DataError(f"{name} can't be read: {error.strerror}; check prompts_file.") from error
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{name} is not UTF-8: see line {row}; convert it with iconv -t utf-8.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{name} holds no prompt: give one per line, or use --prompt.")
+    return prompts
 
 
 def prompt_rows(dataset: Iterable[Any] | None, name: str) -> list[PromptRow]:
