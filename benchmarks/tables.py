@@ -44,6 +44,33 @@ def demo_seeds(result: dict[str, Any]) -> str:
     return table(titles, rows) + made_by(result)
 
 
+def generation_cpu(result: dict[str, Any]) -> str:
+    names = {
+        "one_by_one": "transformers, one prompt after another",
+        "batched": "transformers, batched",
+        "engine": "this package's transformers engine",
+        "vllm": "vLLM",
+    }
+    rows = [
+        [
+            names[row["way"]],
+            "1" if row["way"] == "one_by_one" else str(row["batch_size"]),
+            f"{row['tokens_per_second']:.0f} ({row['tokens_per_second_min']:.0f} to {row['tokens_per_second_max']:.0f})",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_rss_mib']:.0f}",
+        ]
+        for row in result["summary"]
+        if row["batch_size"] == result["headline_batch_size"] or row["way"] == "one_by_one"
+    ]
+    said = (
+        f"\n{result['settings']['dtype']}: vLLM makes {result['vllm_over_one_by_one']:.1f} times the tokens of one-by-one "
+        f"generation and {result['vllm_over_batched']:.1f} times those of batched generation; {result['greedy_agreement']:.1%} "
+        f"of greedy tokens agree, log-probabilities within {result['max_logprob_gap']:.1g} nats.\n"
+    )
+    titles = ["way", "prompts at a time", "tokens per second, median (range)", "seconds for all", "peak memory, MiB"]
+    return table(titles, rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -54,7 +81,7 @@ def made_by(result: dict[str, Any]) -> str:
     return f"\n`{result['command']}`, {result['date']}, {machine['cpu']}, {machine['cores']} cores.\n"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo_seeds": demo_seeds}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo_seeds": demo_seeds, "generation_cpu": generation_cpu}
 
 
 def filled(text: str) -> str:
