@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -272,6 +273,14 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(base, tmp_path):
     log = resumed.train()
     assert without_timings(log) == without_timings(whole_log)
     assert_equal_weights(weights(whole), weights(resumed))
+
+
+def test_a_model_and_a_plain_tokenizer_in_memory_will_do(tmp_path):
+    args = ReinforceConfig(str(tmp_path / "run"), max_new_tokens=4, max_prompt_length=40, rollout="transformers")
+    run = ReinforceTrainer(tiny.model(), spread, args, PROMPTS, processing_class=tiny.tokenizer())
+    assert len(run.train()) == 2
+    with pytest.raises(ConfigError, match="processing_class"):
+        ReinforceTrainer(tiny.model(), spread, replace(args, output_dir=str(tmp_path / "other")), PROMPTS)
 
 
 # --- misuse ---------------------------------------------------------------------------------------------------------

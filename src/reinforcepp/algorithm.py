@@ -85,7 +85,8 @@ def subtract_group_mean(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
 
     Raises ``ConfigError`` for a group of one sample, whose advantage would always be 0.
     """
-    _, group_B, size_G = torch.unique(group_ids_B, return_inverse=True, return_counts=True)
+    ids_B = torch.as_tensor(group_ids_B, device=rewards_B.device)
+    _, group_B, size_G = torch.unique(ids_B, return_inverse=True, return_counts=True)
     if (size_G < 2).any():
         raise ConfigError(
             f"{int((size_G < 2).sum())} of {len(size_G)} prompts have a single sample, so their advantage would always "

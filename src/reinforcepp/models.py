@@ -101,14 +101,21 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with EOS, pad token and chat template, checked against the model's vocabulary.
-
-    Without a pad token EOS serves; without a chat template the plain frame does, and is saved along.
-    """
+    """The model's tokenizer, made ready by :func:`prepare_tokenizer`."""
     from transformers import AutoTokenizer
 
     with _told(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    return prepare_tokenizer(tokenizer, load_config(name), name)
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str
+) -> PreTrainedTokenizerBase:
+    """See that the tokenizer has EOS, pad token and chat template and no more tokens than the model ``name``.
+
+    Without a pad token EOS serves; without a chat template the plain frame does, and is saved along.
+    """
     if tokenizer.vocab_size < 2:  # what the library makes of a folder without tokenizer files
         raise ModelError(f"{name} holds no tokenizer: copy its files (tokenizer.json) from the model's origin.")
     if tokenizer.eos_token_id is None:
@@ -119,13 +126,23 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    vocabulary = load_config(name).get_text_config().vocab_size
+    vocabulary = config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise ModelError(
             f"The tokenizer of {name} has {len(tokenizer)} tokens, but the model only {vocabulary}: they don't belong "
             "together; copy the tokenizer files from the model's origin or resize the model's embeddings."
         )
     return tokenizer
+
+
+def tokenizer_for(config: PreTrainedConfig, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that a caller gave, made ready, or the one that belongs to the model of ``config``."""
+    name = str(config.name_or_path)
+    if given is not None:
+        return prepare_tokenizer(given, config, name or "the given model")
+    if not name:
+        raise ConfigError("A model that was made in memory brings no tokenizer: give one as processing_class.")
+    return load_tokenizer(name)
 
 
 def architecture(config: PreTrainedConfig) -> str:

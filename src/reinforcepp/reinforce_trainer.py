@@ -27,8 +27,8 @@ from reinforcepp.models import (
     check_context,
     load_config,
     load_policy,
-    load_tokenizer,
     save_model,
+    tokenizer_for,
     weight_bytes,
     write_json,
 )
@@ -85,8 +85,8 @@ class ReinforceTrainer:
             check_resume(self.folder, as_dict(self.config))
         model_config = load_config(model) if isinstance(model, str) else model.config
         check_context(model_config, self.config.max_prompt_length, self.config.max_new_tokens)
-        choice = choose_engine(self.config.rollout, model_config, torch.float32)
-        self.tokenizer = processing_class or load_tokenizer(str(model_config.name_or_path))
+        choice = choose_engine(self.config.rollout, model_config, torch.float32) if engine is None else None
+        self.tokenizer = tokenizer_for(model_config, processing_class)
         _warn_of_bias(self.config)
         self.prompts = self._encode(prompt_rows(train_dataset, "train_dataset"), "training")
         if not self.prompts:
@@ -114,7 +114,10 @@ class ReinforceTrainer:
             num_warmup_steps=self.config.warmup_steps,
             num_training_steps=self.num_steps * self._updates_per_step,
         )
-        self.engine = engine or self._start_engine(choice)
+        if choice is not None:
+            engine = self._start_engine(choice)
+        assert engine is not None
+        self.engine = engine
         self.evaluations: dict[str, Evaluation] = {}
         self._sync_checked = False
 
