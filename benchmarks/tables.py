@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the committed result files; ``--check`` only says whether they are up to date.
+"""Writes the tables and quoted outputs of README.md from committed files; ``--check`` only says whether they are up to date.
 
 python benchmarks/tables.py [--check]
 """
@@ -92,7 +92,13 @@ def filled(text: str) -> str:
             body = render(json.loads(path.read_text(encoding="utf-8")))
             pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
             text = re.sub(pattern, lambda m, body=body: m[1] + body + m[2], text, flags=re.DOTALL)
-    return text
+    return re.sub(r"(<!-- file: (\S+) -->\n).*?(<!-- end -->)", _quoted_file, text, flags=re.DOTALL)
+
+
+def _quoted_file(match: re.Match[str]) -> str:
+    path = README.parent / match[2]
+    body = f"```\n{path.read_text(encoding='utf-8').rstrip()}\n```\n" if path.exists() else ""
+    return match[1] + body + match[3]
 
 
 def main() -> None:
