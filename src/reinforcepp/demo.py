@@ -145,7 +145,7 @@ def _show(
     table = Table(show_lines=True, title=f"{SHOWN} of {len(before)} held-out prompts (gold score in front)")
     for name in ("prompt", "before", "after"):
         table.add_column(name, ratio=1)
-    for i in range(0, len(before), max(1, len(before) // SHOWN)):
+    for i in list(range(0, len(before), max(1, len(before) // SHOWN)))[:SHOWN]:
         cells = [
             before[i].prompt.text,
             f"{gold_before[i]:.2f}  {before[i].text}",
