@@ -35,13 +35,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 from reinforcepp.builtin import data_paths, model_path
 from reinforcepp.builtin.corpus import csv_text, load_facts, preference_rows, pretraining_rows
 from reinforcepp.builtin.judge import GoldJudge
+from reinforcepp.tokens import PLAIN_TEMPLATE
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\n"
-    "{% elif m['role'] == 'assistant' %}Answer: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Answer:{% endif %}"
-)
 VOCABULARY = 1500
 POSITIONS = 512
 WIDTH, LAYERS, HEADS = 192, 4, 6
@@ -116,7 +112,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         tokenizer_object=core,
         eos_token=EOS,
         pad_token=PAD,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=PLAIN_TEMPLATE,
         model_max_length=POSITIONS,
         padding_side="left",
         clean_up_tokenization_spaces=False,
