@@ -2,12 +2,15 @@
 
 import math
 import random
+from statistics import mean, stdev
 
 import pytest
 import torch
 
 from reinforcepp import algorithm
+from reinforcepp.critic import value_loss
 from reinforcepp.errors import ConfigError
+from reinforcepp.gae import gae
 
 NAN = float("nan")
 
@@ -113,7 +116,7 @@ def test_clip_bounds_are_not_swapped():
 
 def test_g6_reward_is_clipped_before_centring():
     clipped = algorithm.clip_rewards(tensor([30, 20]), 10)
-    close(algorithm.subtract_group_mean(clipped, torch.tensor([0, 0])), [0, 0])
+    close(algorithm.group_advantages(clipped, torch.tensor([0, 0]), "group_mean", scaled=False), [0, 0])
     assert algorithm.clip_rewards(tensor([30]), None) == 30
 
 
@@ -233,15 +236,106 @@ def test_policy_loss_equals_a_naive_loop(seed):
     close(stats["clip_fraction"], clipped / len(losses))
 
 
+@pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "rloo", "grpo"])
 @pytest.mark.parametrize("seed", range(10))
-def test_group_baseline_equals_a_naive_loop_after_a_shuffle(seed):
+def test_group_estimators_equal_a_naive_loop_after_a_shuffle(seed, estimator):
     rng = random.Random(seed)
     ids = [g for g in range(4) for _ in range(rng.randint(2, 4))]
     rng.shuffle(ids)
     rewards = [rng.gauss(0, 1) for _ in ids]
     groups = {g: [r for r, i in zip(rewards, ids, strict=True) if i == g] for g in ids}
-    expected = [r - sum(groups[g]) / len(groups[g]) for r, g in zip(rewards, ids, strict=True)]
-    close(algorithm.subtract_group_mean(tensor(rewards), torch.tensor(ids)), expected)
+    own = {
+        "reinforce_plus_plus_baseline": lambda r, g: r - mean(g),
+        "rloo": lambda r, g: r - (sum(g) - r) / (len(g) - 1),
+        "grpo": lambda r, g: (r - mean(g)) / (stdev(g) + 1e-4),
+    }[estimator]
+    expected = [own(r, groups[g]) for r, g in zip(rewards, ids, strict=True)]
+    lengths = [rng.randint(1, 5) for _ in ids]
+    actual, _ = algorithm.raw_returns(
+        tensor(rewards),
+        None,
+        mask_of(lengths),
+        kl_coef=0.0,
+        gamma=1.0,
+        estimator=estimator,
+        group_ids_B=torch.tensor(ids),
+    )
+    width = max(lengths)
+    close(actual, [[a] * n + [0.0] * (width - n) for a, n in zip(expected, lengths, strict=True)], 1e-4)
+
+
+def test_rloo_has_the_kl_of_the_whole_answer_in_its_reward_and_normalises_nothing():
+    kl = tensor([[0.5, 0.5, NAN], [1, 1, 1]])
+    advantages, _ = algorithm.advantages(
+        tensor([3, 1]), kl, mask_of([2, 3]), kl_coef=0.1, estimator="rloo", group_ids_B=torch.tensor([4, 4])
+    )
+    close(advantages, [[2.2, 2.2, 0], [-2.2, -2.2, -2.2]])  # rewards 2.9 and 0.7, each against the other
+
+
+def test_grpo_divides_by_the_groups_own_deviation():
+    advantages, _ = algorithm.advantages(
+        tensor([1, 3, 10, 10]),
+        None,
+        mask_of([1, 2, 1, 1]),
+        kl_coef=0.0,
+        estimator="grpo",
+        group_ids_B=torch.tensor([0, 0, 1, 1]),
+    )
+    scale = 1 / (math.sqrt(2) + 1e-4)
+    close(advantages, [[-scale, 0], [scale, scale], [0, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_gae_equals_a_naive_loop(seed):
+    """Sums of discounted deltas over the tokens that count, written out."""
+    _, values, mask, _, _ = random_batch(seed)
+    rng = random.Random(seed)
+    gamma, lam = rng.choice([1.0, 0.95]), rng.choice([1.0, 0.95, 0.0])
+    token_rewards = [[rng.gauss(0, 1) for _ in row] for row in mask]
+    expected = []
+    for r, v, m in zip(token_rewards, values, mask, strict=True):
+        places = [t for t, one in enumerate(m) if one]
+        following = [*places[1:], None][: len(places)]
+        deltas = [
+            r[t] + (gamma * v[u] if u is not None else 0.0) - v[t] for t, u in zip(places, following, strict=True)
+        ]
+        row = [0.0] * len(m)
+        for i, t in enumerate(places):
+            row[t] = sum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:]))
+        expected.append(row)
+    actual, returns = gae(tensor(token_rewards), tensor(values), tensor(mask), gamma=gamma, lam=lam)
+    close(actual, expected, 1e-4)
+    close(
+        returns,
+        [[(a + v) * m for a, v, m in zip(*rows, strict=True)] for rows in zip(expected, values, mask, strict=True)],
+        1e-4,
+    )
+
+
+def test_gae_ignores_what_is_masked():
+    mask = tensor([[1, 0, 1, 0]])
+    spoilt = gae(tensor([[0, NAN, 1, NAN]]), tensor([[0.5, NAN, 0.25, NAN]]), mask, gamma=1.0, lam=1.0)
+    close(spoilt[0], [[0.5, 0, 0.75, 0]])
+    close(spoilt[1], [[1, 0, 1, 0]])
+
+
+def test_ppo_is_gae_over_the_same_rewards_then_normalised():
+    values = tensor([[0.3, -0.2, 0.1], [0.4, 0.2, 0]])
+    advantages, returns = algorithm.advantages(**G1, kl_coef=0.1, estimator="ppo", values_BT=values, gae_lambda=1.0)
+    raw = tensor([[0.95, 0.97, 0.96], [-0.99, -1.01, 0]]) - values
+    flat = raw[G1["mask_BT"].bool()]
+    close(returns, [[0.95, 0.97, 0.96], [-0.99, -1.01, 0]])
+    close(advantages[G1["mask_BT"].bool()], ((flat - flat.mean()) / flat.std(correction=0)).tolist())
+    with pytest.raises(ConfigError, match="values_BT"):
+        algorithm.advantages(**G1, kl_coef=0.1, estimator="ppo")
+
+
+def test_the_value_loss_takes_the_worse_of_the_moved_and_the_clipped_value():
+    values, old, returns = tensor([[1, 0.1, 3, 9]]), tensor([[0, 0, 0, 0]]), tensor([[2, 1, 2, 0]])
+    mask = tensor([[1, 1, 1, 0]])
+    # squares of (1 or .2) - 2, (.1 or .1) - 1, (3 or .2) - 2, the last masked
+    close(value_loss(values, old, returns, mask, clip=0.2), (1.8**2 + 0.9**2 + 1.8**2) / 2 / 3)
+    close(value_loss(values, old, returns, mask, clip=None), (1 + 0.9**2 + 1) / 2 / 3)
 
 
 # --- properties (G12) -----------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(command, named, capsys, m
         ("train --batch_size abc", ["--batch_size", "abc", "--help"]),
         ("train --batch_size 2.5", ["--batch_size", "2.5"]),
         ("train --batch_size", ["--batch_size", "value"]),
-        ("train --estimator ppo", ["--estimator", "ppo", "reinforce_plus_plus_baseline"]),
+        ("train --estimator ppu", ["--estimator", "ppu", "reinforce_plus_plus_baseline"]),
         ("train --rollout vlm", ["--rollout", "vlm", "transformers"]),
     ],
 )

@@ -72,8 +72,12 @@ def likes_early_tokens(prompts, completions, completion_ids, **_):
             "num_iterations": 2,
             "batch_size": 16,
         },
+        {"kl_coef": 0.01, "mixed_precision": "bf16"},
+        {"kl_coef": 0.01, "estimator": "rloo", "num_generations": 4, "batch_size": 8},
+        {"kl_coef": 0.01, "estimator": "grpo", "num_generations": 4, "batch_size": 8},
+        {"kl_coef": 0.01, "estimator": "ppo", "critic_learning_rate": 1e-2},
     ],
-    ids=["plain", "baseline", "several-optimiser-steps"],
+    ids=["plain", "baseline", "several-optimiser-steps", "bf16", "rloo", "grpo", "ppo"],
 )
 def test_it_learns_on_held_out_prompts(base, tmp_path, settings):
     held_out = [{"prompt": f"Why does router {i} drop packets?"} for i in range(20)]
@@ -114,7 +118,7 @@ def test_micro_batches_change_nothing(base, tmp_path):
     one_log, four_log = one.train(), four.train()
     key_bias = [name for name in weights(one) if name.endswith("c_attn.bias")]  # no gradient but rounding reaches it
     assert_equal_weights(*({k: v for k, v in weights(run).items() if k not in key_bias} for run in (one, four)), 1e-5)
-    moments = [[s["exp_avg"] for s in run.optimizer.state_dict()["state"].values()] for run in (one, four)]
+    moments = [[s["exp_avg"] for s in run.learner.optimizer.state_dict()["state"].values()] for run in (one, four)]
     for a, b in zip(*moments, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     for a, b in zip(one_log, four_log, strict=True):
@@ -161,9 +165,61 @@ def test_the_schedule_steps_once_per_optimiser_step(base, tmp_path):
     settings = {"lr_scheduler_type": "linear", "mini_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
     run = trainer(base, tmp_path / "run", train=PROMPTS[:8], **settings)
     log = run.train()
-    assert run.scheduler.last_epoch == 8  # 4 batches of 8 rows, 4 rows per optimiser step
-    assert run.scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+    assert run.learner.scheduler.last_epoch == 8  # 4 batches of 8 rows, 4 rows per optimiser step
+    assert run.learner.scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
     assert [m["learning_rate"] for m in log] == pytest.approx([1e-3 * (1 - (2 * i + 0.5) / 8) for i in range(4)])
+
+
+def test_leaving_out_the_pass_that_the_update_repeats_changes_nothing(base, tmp_path):
+    """On policy the engine's log-probabilities stand for the trainer's: same weights, same figures."""
+    short, long = (trainer(base, tmp_path / name, temperature=0.8) for name in ("short", "long"))
+    assert short.update.on_policy
+    long.update.on_policy = False
+    short_log, long_log = short.train(), long.train()
+    key_bias = [name for name in weights(short) if name.endswith("c_attn.bias")]
+    assert_equal_weights(*({k: v for k, v in weights(run).items() if k not in key_bias} for run in (short, long)), 5e-5)
+    for a, b in zip(without_timings(short_log), without_timings(long_log), strict=True):
+        assert a == pytest.approx(b, abs=1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mini_batch_size": 2, "gradient_accumulation_steps": 1},
+        {"num_iterations": 2},
+        {"top_p": 0.9},
+        {"top_k": 5},
+    ],
+    ids=str,
+)
+def test_that_pass_is_only_left_out_where_the_ratio_is_one(base, tmp_path, changes):
+    assert not trainer(base, tmp_path / "run", **changes).update.on_policy
+
+
+def test_where_memory_runs_out_fewer_at_a_time_give_the_same_result(base, tmp_path, capsys):
+    enough, little = (trainer(base, tmp_path / name, mini_batch_size=size) for name, size in (("a", 2), ("b", 8)))
+
+    def run_out(module, arguments, named):
+        if torch.is_grad_enabled() and len(named["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
+
+    little.policy.register_forward_pre_hook(run_out, with_kwargs=True)
+    enough.train()
+    little.train()
+    assert_equal_weights(weights(enough), weights(little))
+    assert "mini_batch_size 4; going on with 2" in " ".join(capsys.readouterr().err.split())
+
+
+def test_where_not_even_one_completion_fits_the_cure_is_told(base, tmp_path):
+    run = trainer(base, tmp_path / "run")
+
+    def run_out(module, arguments, named):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
+
+    run.policy.register_forward_pre_hook(run_out, with_kwargs=True)
+    with pytest.raises(ConfigError, match=r"1 completions at a time: lower max_new_tokens"):
+        run.train()
 
 
 # --- the mistakes of others -----------------------------------------------------------------------------------------
@@ -184,13 +240,13 @@ def test_the_temperature_is_in_the_trainers_log_probabilities(base, tmp_path, te
 
 def test_the_reward_reaches_the_last_sampled_token_and_its_eos(base, tmp_path):
     """A completion that ended counts its EOS although the pad token is the same."""
-    run = trainer(base, tmp_path / "run")
+    run = trainer(base, tmp_path / "run", mini_batch_size=2, gradient_accumulation_steps=1)
     prompt = run.prompts[0]
     completions = [
         Completion(prompt, (5, 0), (-1.0, -1.0), "", "stop"),
         Completion(prompt, (5, 6, 7, 8), (-1.0,) * 4, "", "length"),
     ]
-    batch, _, _ = run._score(completions)
+    batch, _ = run._score(completions)
     assert batch.mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert (batch.old_logprobs_BT[0, 2:] == 0).all() and (batch.old_logprobs_BT[0, :2] < 0).all()
 
@@ -243,15 +299,19 @@ def test_the_log_has_the_keys_that_users_of_trl_know(base, tmp_path):
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[1]["kl"] > 0
 
 
-def test_the_saved_model_loads_and_answers_like_the_trained_one(base, tmp_path):
-    run = trainer(base, tmp_path / "run")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_saved_model_loads_and_answers_like_the_trained_one(base, tmp_path, precision):
+    run = trainer(base, tmp_path / "run", mixed_precision=precision)
     run.train()
-    assert_equal_weights(weights(run), dict(load_policy(str(tmp_path / "run")).state_dict()))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert_equal_weights(weights(run), dict(load_policy(str(tmp_path / "run"), dtype).state_dict()))
     assert load_tokenizer(str(tmp_path / "run")).chat_template == run.tokenizer.chat_template
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(base, tmp_path):
+@pytest.mark.parametrize("kind", [{}, {"mixed_precision": "bf16"}, {"estimator": "ppo"}], ids=["plain", "bf16", "ppo"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(base, tmp_path, kind):
     settings = {"max_steps": 5, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
+    settings |= kind
     whole = trainer(base, tmp_path / "whole", **settings)
     whole_log = whole.train()
 

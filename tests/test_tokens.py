@@ -2,7 +2,6 @@
 
 import pytest
 import tiny
-import torch
 
 from reinforcepp import tokens
 from reinforcepp.data import PromptRow
@@ -15,22 +14,6 @@ def tokenizer():
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = tokens.PLAIN_TEMPLATE
     return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("temperature", "logprob", "entropy"), [(1.0, -0.407606, 0.832396), (0.5, -0.142932, 0.441057)]
-)
-def test_g10_temperature_and_entropy(temperature, logprob, entropy):
-    logprobs, entropies = tokens.token_logprobs(torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[0]]), temperature)
-    assert logprobs.item() == pytest.approx(logprob, abs=1e-5)
-    assert entropies.item() == pytest.approx(entropy, abs=1e-5)
-
-
-def test_log_probabilities_are_float32_whatever_the_logits_are():
-    logits = torch.tensor([[[8.0, 8.03, -4.0]]], dtype=torch.bfloat16)
-    logprobs, _ = tokens.token_logprobs(logits, torch.tensor([[1]]))
-    assert logprobs.dtype == torch.float32
-    assert logprobs.item() == pytest.approx(logits.float().log_softmax(-1)[0, 0, 1].item(), abs=1e-6)
 
 
 def test_plain_frame_and_its_completion(tokenizer):
@@ -97,19 +80,3 @@ def test_masks_come_from_lengths_not_from_ids():
     _, left = tokens.pad([[5, 0], [7, 0, 0]], pad_id=0, left=True)
     assert left.tolist() == [[0, 1, 1], [1, 1, 1]]
     assert tokens.position_ids(left).tolist() == [[0, 0, 1], [0, 1, 2]]
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
-def test_padded_log_probabilities_equal_unpadded_ones(family):
-    """Rows of different lengths, beside and without each other; EOS, which is also the pad token, counts."""
-    model = tiny.model(family)
-    prompts, responses = [[5, 6, 7, 8, 9, 10], [11, 12]], [[20, 0], [21, 22, 23, 24, 0]]
-    with torch.no_grad():
-        together, entropy, mask = tokens.response_logprobs(
-            model, prompts, responses, pad_id=0, temperature=0.7, width=9
-        )
-        assert mask.sum(-1).tolist() == [2, 5] and together.shape == entropy.shape == (2, 9)
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-            expected = (logits / 0.7).log_softmax(-1)[range(len(response)), response]
-            torch.testing.assert_close(together[i, : len(response)], expected, atol=2e-5, rtol=0)

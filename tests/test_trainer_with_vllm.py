@@ -8,6 +8,7 @@ import torch
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import RolloutError
+from reinforcepp.rollout.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
@@ -49,12 +50,25 @@ def test_every_step_samples_from_the_present_weights(trainer):
 def test_tokens_are_weighted_by_the_gap_to_the_engine(trainer):
     """An engine that overstates its log-probabilities by ln 1.25 has its tokens counted at 0.8."""
     completions = trainer.engine.generate(trainer.prompts, trainer._sampling(0))
-    batch, _, _ = trainer._score(completions)
+    batch, _ = trainer._score(completions)
+    advantages, _ = trainer.update.advantages(batch)
+    assert trainer.update.correction == "tis" and not trainer.update.on_policy
+    rows, tokens = list(range(8)), batch.mask_BT.sum()
+    advantages = advantages.abs()  # the token mean of normalised advantages would be 0
+    exact, _ = trainer.update._policy_loss(batch, advantages, rows, tokens)
     batch.rollout_logprobs_BT.add_(torch.log(torch.tensor(1.25)) * batch.mask_BT)
-    weights = trainer._importance_weights(batch, list(range(8)))
-    torch.testing.assert_close(
-        weights[batch.mask_BT.bool()], torch.full((int(batch.mask_BT.sum()),), 0.8), atol=1e-3, rtol=0
+    corrected, _ = trainer.update._policy_loss(batch, advantages, rows, tokens)
+    assert corrected.item() == pytest.approx(0.8 * exact.item(), rel=1e-3) and exact.item() < -0.1
+
+
+def test_both_engines_sample_the_same_completions(trainer):
+    """They draw alike from the same seeds, so with the same weights they say the same."""
+    own = TransformersEngine(trainer.policy, trainer.tokenizer)
+    sampling = trainer._sampling(3)
+    pairs = zip(
+        own.generate(trainer.prompts, sampling), trainer.engine.generate(trainer.prompts, sampling), strict=True
     )
+    assert all(a.ids == b.ids for a, b in pairs)
 
 
 def test_a_sync_that_does_nothing_stops_the_run_with_the_figures(trainer, monkeypatch):

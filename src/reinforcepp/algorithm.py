@@ -1,6 +1,7 @@
-"""REINFORCE++ as pure functions over tensors.
+"""REINFORCE++, and the estimators beside it, as pure functions over tensors.
 
 Source: Hu et al., "REINFORCE++: Stabilizing Critic-Free Policy Optimization", arXiv 2501.03262v9, cited as [v9].
+What each estimator is made of stands in ``estimators``.
 
 A batch is B sequences of T response tokens. ``mask_BT`` is 1 on tokens the policy sampled, EOS included, and 0
 elsewhere (padding, tool output); whatever stands in a masked slot, NaN included, has no influence on anything.
@@ -13,19 +14,21 @@ has advantages of exactly 0, and exponents are clamped so that no gradient overf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.estimators import RECIPES
+from reinforcepp.gae import gae
 
 KlKind = Literal["k1", "k2", "k3"]
-Estimator = Literal["reinforce_plus_plus", "reinforce_plus_plus_baseline"]
 Population = Literal["tokens", "sequences"]
 Correction = Literal["tis", "icepop", "off"]
 
-ESTIMATORS: tuple[Estimator, ...] = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+GROUP_SCALE_FLOOR = 1e-4
 VARIANCE_FLOOR = 1e-8
 MAX_EXPONENT = 20.0
 
@@ -80,8 +83,16 @@ def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Te
     return torch.where(mask_BT, returns_BT, 0.0)
 
 
-def subtract_group_mean(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
-    """R - mean of the R with the same group id, wherever they stand. [v9 Eq. 6] -> (B,)
+class Group(NamedTuple):
+    """For each sequence, of the sequences with the same group id, wherever they stand: mean, deviation, number. (B,)"""
+
+    mean: Tensor
+    deviation: Tensor
+    size: Tensor
+
+
+def group_moments(rewards_B: Tensor, group_ids_B: Tensor) -> Group:
+    """Mean and sample standard deviation (n - 1) of the rewards of each sequence's group.
 
     Raises ``ConfigError`` for a group of one sample, whose advantage would always be 0.
     """
@@ -92,9 +103,27 @@ def subtract_group_mean(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
             f"{int((size_G < 2).sum())} of {len(size_G)} prompts have a single sample, so their advantage would always "
             "be 0: set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
         )
+
+    def mean_of(values_B: Tensor, divisor_G: Tensor) -> Tensor:
+        sum_G = torch.zeros(len(size_G), device=values_B.device).index_add_(0, group_B, values_B)
+        return (sum_G / divisor_G)[group_B]
+
     rewards_B = rewards_B.float()
-    sum_G = torch.zeros(len(size_G), device=rewards_B.device).index_add_(0, group_B, rewards_B)
-    return rewards_B - (sum_G / size_G)[group_B]
+    mean_B = mean_of(rewards_B, size_G)
+    variance_B = mean_of((rewards_B - mean_B).square(), size_G - 1)
+    return Group(mean_B, variance_B.sqrt(), size_G[group_B])
+
+
+def group_advantages(rewards_B: Tensor, group_ids_B: Tensor, baseline: str, *, scaled: bool) -> Tensor:
+    """R - mean of the group [v9 Eq. 6], or of its other samples (RLOO); ``scaled`` by its deviation (GRPO). -> (B,)
+
+    GRPO's divisor is the sample deviation + 1e-4, as in TRL.
+    """
+    group = group_moments(rewards_B, group_ids_B)
+    centred_B = rewards_B.float() - group.mean
+    if baseline == "leave_one_out":
+        centred_B = centred_B * group.size / (group.size - 1)
+    return centred_B / (group.deviation + GROUP_SCALE_FLOOR) if scaled else centred_B
 
 
 # --- global normalisation -------------------------------------------------------------------------------------------
@@ -141,27 +170,41 @@ def raw_returns(
     *,
     kl_coef: float,
     gamma: float,
-    estimator: Estimator,
+    estimator: str,
     group_ids_B: Tensor | None,
-) -> Tensor:
-    """What is to be normalised: returns-to-go [v9 Eq. 4] or, per token, R - group mean [v9 Eq. 6]. -> (B, T)"""
-    if estimator == "reinforce_plus_plus":
-        return returns_to_go(token_rewards(rewards_B, kl_BT, mask_BT, kl_coef), mask_BT, gamma)
-    if estimator == "reinforce_plus_plus_baseline":
-        if kl_coef != 0:
-            raise ConfigError(
-                f"reinforce_plus_plus_baseline takes no KL in the reward, but kl_coef is {kl_coef}: pass 0 here and "
-                "add the k2 KL to the loss."
-            )
-        if gamma != 1:
-            raise ConfigError(f"reinforce_plus_plus_baseline needs gamma 1, not {gamma}.")
-        if group_ids_B is None:
-            raise ConfigError("reinforce_plus_plus_baseline needs group_ids_B, the prompt id of each sequence.")
-        centred_B = subtract_group_mean(rewards_B, group_ids_B)
-        return torch.where(mask_BT.bool(), centred_B.unsqueeze(-1), 0.0)
-    raise ConfigError(
-        f"unknown estimator {estimator!r}: choose {' or '.join(ESTIMATORS)}.{nearest(estimator, ESTIMATORS)}"
-    )
+    values_BT: Tensor | None = None,
+    gae_lambda: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Advantages before any normalisation over the batch, and what a critic is to learn.
+
+    Per token: returns-to-go [v9 Eq. 4], or GAE on the same rewards. Per sequence: R, less the KL of its tokens where
+    the estimator has it in the reward, compared within its group [v9 Eq. 6] and given to each token. -> (B, T), (B, T)
+    """
+    if estimator not in RECIPES:
+        raise ConfigError(f"unknown estimator {estimator!r}: choose {', '.join(RECIPES)}.{nearest(estimator, RECIPES)}")
+    recipe = RECIPES[estimator]
+    if recipe.kl_in_loss and kl_coef != 0:
+        raise ConfigError(
+            f"{estimator} takes no KL in the reward, but kl_coef is {kl_coef}: pass 0 here and add the k2 KL to the loss."
+        )
+    if not recipe.grouped:
+        rewards_BT = token_rewards(rewards_B, kl_BT, mask_BT, kl_coef)
+        if not recipe.critic:
+            returns_BT = returns_to_go(rewards_BT, mask_BT, gamma)
+            return returns_BT, returns_BT
+        if values_BT is None:
+            raise ConfigError(f"{estimator} needs values_BT, a critic's estimates.")
+        return gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=gae_lambda)
+    if gamma != 1:
+        raise ConfigError(f"{estimator} needs gamma 1, not {gamma}.")
+    if group_ids_B is None:
+        raise ConfigError(f"{estimator} needs group_ids_B, the prompt id of each sequence.")
+    sums_B = rewards_B.float()
+    if kl_BT is not None and kl_coef != 0:
+        sums_B = sums_B - kl_coef * torch.where(mask_BT.bool(), kl_BT.float(), 0.0).sum(-1)
+    own_B = group_advantages(sums_B, group_ids_B, recipe.baseline, scaled=recipe.scale == "group")
+    spread_BT = torch.where(mask_BT.bool(), own_B.unsqueeze(-1), 0.0)
+    return spread_BT, spread_BT
 
 
 def advantages(
@@ -171,9 +214,12 @@ def advantages(
     *,
     kl_coef: float,
     gamma: float = 1.0,
-    estimator: Estimator = "reinforce_plus_plus",
+    estimator: str = "reinforce_plus_plus",
     group_ids_B: Tensor | None = None,
     normalize_over: Population = "tokens",
+    values_BT: Tensor | None = None,
+    gae_lambda: float = 1.0,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> tuple[Tensor, Tensor]:
     """``(advantages_BT, returns_BT)`` of a whole global batch. [v9 Eq. 4 to 8]
 
@@ -181,23 +227,36 @@ def advantages(
         rewards_B: one score per sequence.
         kl_BT: per-token k1 of the sampling policy against the reference; may be None when ``kl_coef`` is 0.
         mask_BT: 1 on sampled tokens.
-        kl_coef: weight of the KL in the reward; must be 0 for the baseline estimator.
-        gamma: discount per token; must be 1 for the baseline estimator.
-        estimator: which of the paper's two.
-        group_ids_B: prompt id of each sequence, needed by the baseline estimator.
+        kl_coef: weight of the KL in the reward; must be 0 for an estimator that has it in the loss.
+        gamma: discount per token; must be 1 for an estimator that compares the samples of a prompt.
+        estimator: a name from ``estimators.RECIPES``.
+        group_ids_B: prompt id of each sequence, needed to compare the samples of a prompt.
         normalize_over: ``tokens`` (the paper's code) or ``sequences``, each sequence counting once.
+        values_BT: a critic's estimates before each token, needed by ppo.
+        gae_lambda: ppo's trade between the critic's estimates and what was seen.
+        sum_over_ranks: adds up what each rank passes in; by default this batch is all there is.
 
     Raises:
         ConfigError: for arguments that contradict each other, or a group of one sample.
     """
-    returns_BT = raw_returns(
-        rewards_B, kl_BT, mask_BT, kl_coef=kl_coef, gamma=gamma, estimator=estimator, group_ids_B=group_ids_B
+    raw_BT, returns_BT = raw_returns(
+        rewards_B,
+        kl_BT,
+        mask_BT,
+        kl_coef=kl_coef,
+        gamma=gamma,
+        estimator=estimator,
+        group_ids_B=group_ids_B,
+        values_BT=values_BT,
+        gae_lambda=gae_lambda,
     )
-    values_BT, counted_BT = population(returns_BT, mask_BT, normalize_over)
-    count, total = count_and_sum(values_BT, counted_BT)
+    if RECIPES[estimator].scale != "batch":
+        return raw_BT, returns_BT
+    values_BT, counted_BT = population(raw_BT, mask_BT, normalize_over)
+    count, total = sum_over_ranks(count_and_sum(values_BT, counted_BT))
     mean = total / count.clamp_min(1)
-    variance = squared_deviation(values_BT, counted_BT, mean) / count.clamp_min(1)
-    return normalize(returns_BT, mask_BT, Moments(mean, variance)), returns_BT
+    variance = sum_over_ranks(squared_deviation(values_BT, counted_BT, mean)) / count.clamp_min(1)
+    return normalize(raw_BT, mask_BT, Moments(mean, variance)), returns_BT
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------

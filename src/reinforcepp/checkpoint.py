@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reinforcepp.errors import ModelError
+from reinforcepp.learner import Learner
 from reinforcepp.models import write_json
 
 FOLDER = "checkpoints"
@@ -30,23 +32,19 @@ class Position:
     metrics_bytes: int
 
 
-def save(
-    run: Path, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
-) -> Path:
+def save(run: Path, position: Position, learners: Mapping[str, Learner]) -> Path:
     """Write a checkpoint under a temporary name, flush it, rename it, then drop the ones before it."""
     final = run / FOLDER / f"step-{position.step:06d}"
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, partial / "policy.safetensors")
-    tensors, groups = _split(optimizer.state_dict())
-    save_file(tensors, partial / "optimizer.safetensors")
-    state = {
-        "step": position.step,
-        "metrics_bytes": position.metrics_bytes,
-        "optimizer_groups": groups,
-        "scheduler": scheduler.state_dict(),
-    }
+    state: dict[str, Any] = {"step": position.step, "metrics_bytes": position.metrics_bytes}
+    for name, learner in learners.items():
+        model, optimizer, scheduler = learner.state()
+        save_file({k: v.detach().cpu().clone() for k, v in model.items()}, partial / f"{name}.safetensors")
+        tensors, groups = _split(optimizer)
+        save_file(tensors, partial / f"{name}_optimizer.safetensors")
+        state[name] = {"optimizer_groups": groups, "scheduler": scheduler}
     write_json(partial / "state.json", state)
     for path in [*partial.iterdir(), partial]:
         _flush(path)
@@ -59,16 +57,16 @@ def save(
     return final
 
 
-def load(run: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> Position:
-    """Restore the last whole checkpoint of ``run`` into the given objects."""
+def load(run: Path, learners: Mapping[str, Learner]) -> Position:
+    """Restore the last whole checkpoint of ``run`` into the given learners."""
     whole = sorted(p for p in (run / FOLDER).glob("step-*") if p.suffix != ".partial")
     if not whole:
         raise ModelError(f"{run / FOLDER} holds no whole checkpoint: start again with --overwrite.")
     folder = whole[-1]
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    model.load_state_dict(load_file(folder / "policy.safetensors"))
-    optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), state["optimizer_groups"]))
-    scheduler.load_state_dict(state["scheduler"])
+    for name, learner in learners.items():
+        optimizer = _join(load_file(folder / f"{name}_optimizer.safetensors"), state[name]["optimizer_groups"])
+        learner.load_state(load_file(folder / f"{name}.safetensors"), optimizer, state[name]["scheduler"])
     return Position(state["step"], state["metrics_bytes"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,13 +18,18 @@ T = TypeVar("T")
 class Ranks:
     """This process among those that train together; alone, everything here is the identity."""
 
-    def __init__(self, mixed_precision: str = "no") -> None:
-        self._accelerator = Accelerator(mixed_precision=mixed_precision)
+    def __init__(self) -> None:
+        self._accelerator = Accelerator()
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return bool(self._accelerator.is_main_process)
+
+    @property
+    def count(self) -> int:
+        """How many processes train together."""
+        return int(self._accelerator.num_processes)
 
     @property
     def device(self) -> torch.device:
@@ -40,10 +44,6 @@ class Ranks:
         """The plain model inside a prepared one."""
         return self._accelerator.unwrap_model(model)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Compute in the chosen precision; parameters and reductions stay float32."""
-        return self._accelerator.autocast()
-
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's part of what all ranks hold in common."""
         return list(items[self._accelerator.process_index :: self._accelerator.num_processes])
@@ -56,6 +56,6 @@ class Ranks:
         """Accumulate gradients of a loss whose denominator is global: ranks add up instead of averaging."""
         self._accelerator.backward(loss * self._accelerator.num_processes)
 
-    def clip_gradients(self, model: Any, limit: float) -> float:
+    def clip_gradients(self, parameters: Sequence[Tensor], limit: float) -> float:
         """Scale gradients down to norm ``limit``; returns the norm before."""
-        return float(self._accelerator.clip_grad_norm_(model.parameters(), limit))
+        return float(self._accelerator.clip_grad_norm_(parameters, limit))

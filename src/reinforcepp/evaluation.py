@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from reinforcepp.algorithm import kl_estimate, masked_mean
+from reinforcepp.logprobs import response_logprobs
 from reinforcepp.rewards import RewardFunction, score_with
 from reinforcepp.rollout.engine import RolloutEngine
-from reinforcepp.tokens import response_logprobs
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

@@ -99,7 +99,7 @@ class Worker:
         """Log-probabilities of ``completions`` by the plain model."""
         import torch
 
-        from reinforcepp.tokens import response_logprobs
+        from reinforcepp.logprobs import response_logprobs
 
         rows = []
         for prompt, ids in zip(prompts, completions, strict=True):

@@ -6,23 +6,22 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import get_scheduler
 
 from reinforcepp import algorithm, checkpoint
-from reinforcepp.batching import PromptBatches, micro_batches, optimizer_batches
+from reinforcepp.batching import PromptBatches, micro_batches
 from reinforcepp.config import ReinforceConfig, as_dict
+from reinforcepp.critic import Critic
 from reinforcepp.data import prompt_rows
 from reinforcepp.distributed import Ranks
-from reinforcepp.errors import DataError, TrainingDiverged
+from reinforcepp.errors import DataError
 from reinforcepp.evaluation import Evaluation, evaluate
+from reinforcepp.learner import Learner, compute_dtype
 from reinforcepp.models import (
     check_context,
     load_config,
@@ -34,12 +33,14 @@ from reinforcepp.models import (
 )
 from reinforcepp.observe import Clock, MetricLog, Progress, read_metrics, say, step_metrics
 from reinforcepp.observe.interrupt import graceful_interrupt
+from reinforcepp.policy_update import PolicyUpdate
+from reinforcepp.precision import cast_parameters
 from reinforcepp.rewards import RewardFunction, RewardScores, TrainedReward, load_rewards, score_with
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
 from reinforcepp.rollout.engine import RolloutEngine, request_seed
 from reinforcepp.run_folder import check_output, check_resume, clear, describe_run
-from reinforcepp.tokens import encode_prompts, pad_values, response_logprobs
+from reinforcepp.tokens import encode_prompts, pad_values
 from reinforcepp.types import Completion, Prompt, RolloutBatch, Sampling
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class ReinforceTrainer:
             check_resume(self.folder, as_dict(self.config))
         model_config = load_config(model) if isinstance(model, str) else model.config
         check_context(model_config, self.config.max_prompt_length, self.config.max_new_tokens)
-        choice = choose_engine(self.config.rollout, model_config, torch.float32) if engine is None else None
+        dtype = compute_dtype(self.config)
+        choice = choose_engine(self.config.rollout, model_config, dtype) if engine is None else None
         self.tokenizer = tokenizer_for(model_config, processing_class)
         _warn_of_bias(self.config)
         self.prompts = self._encode(prompt_rows(train_dataset, "train_dataset"), "training")
@@ -96,28 +98,22 @@ class ReinforceTrainer:
         self.num_steps = self.config.max_steps or self.batches.steps_per_epoch * self.config.num_train_epochs
         self.rewards = load_rewards(reward_funcs)
 
-        self.ranks = Ranks(self.config.mixed_precision)
+        self.ranks = Ranks()
         for reward in self.rewards:
             if isinstance(reward, TrainedReward):
+                cast_parameters(reward.model, dtype)
                 reward.model.to(self.ranks.device)
         policy = load_policy(model) if isinstance(model, str) else model
-        policy.eval().requires_grad_(True)  # evaluation mode throughout: dropout would make the ratio differ from 1
-        self.reference = copy.deepcopy(policy).requires_grad_(False).to(self.ranks.device)
-        optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
-        )
-        self.model, self.optimizer = self.ranks.prepare(policy, optimizer)
-        self.policy = self.ranks.unwrap(self.model)
-        self.scheduler = get_scheduler(
-            self.config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=self.config.warmup_steps,
-            num_training_steps=self.num_steps * self._updates_per_step,
-        )
+        updates = self.num_steps * self._updates_per_step
+        self.critic = Critic(policy, self.ranks, self.config, steps=updates) if self.config.recipe.critic else None
+        self.learner = Learner(policy, self.ranks, self.config, learning_rate=self.config.learning_rate, steps=updates)
+        self.policy = self.learner.plain
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         if choice is not None:
             engine = self._start_engine(choice)
         assert engine is not None
         self.engine = engine
+        self.update = self._policy_update()
         self.evaluations: dict[str, Evaluation] = {}
         self._sync_checked = False
 
@@ -137,15 +133,14 @@ class ReinforceTrainer:
                 clock = Clock()
                 completions = self.engine.generate(self._prompts_of(step), self._sampling(step))
                 clock.lap("rollout")
-                batch, scores, entropy = self._score(completions)
+                batch, scores = self._score(completions)
                 clock.lap("score")
-                advantages_BT = self._advantages(batch)
-                stats = self._update(batch, advantages_BT, step)
+                stats = self.update.run(batch, step)
                 clock.lap("update")
                 self._sync(step)
                 clock.lap("sync")
                 place = {"step": step + 1, "epoch": (step + 1) / self.batches.steps_per_epoch}
-                metrics = place | step_metrics(batch, scores, entropy) | stats | clock.seconds()
+                metrics = place | step_metrics(batch, scores) | stats | clock.seconds()
                 tokens_seen += metrics["num_tokens"]
                 metrics["num_tokens"] = tokens_seen
                 if self.ranks.is_main:
@@ -175,16 +170,19 @@ class ReinforceTrainer:
             seed=request_seed(config.seed, step, 0),
         )
 
-    def _score(self, completions: list[Completion]) -> tuple[RolloutBatch, RewardScores, float]:
-        """Rewards, and log-probabilities under the policy that sampled and under the reference."""
+    def _score(self, completions: list[Completion]) -> tuple[RolloutBatch, RewardScores]:
+        """Rewards, and log-probabilities under the reference and, unless the update gives them, under the policy."""
         scores = score_with(self.rewards, completions)
         width = max(len(c.ids) for c in completions)
         shape, device = (len(completions), width), self.ranks.device
         old_BT, ref_BT, entropy_BT, mask_BT = (torch.zeros(shape, device=device) for _ in range(4))
-        with torch.no_grad(), self.ranks.autocast():
-            for rows in micro_batches(completions, range(len(completions)), self.config.micro_batch_size):
-                old_BT[rows], entropy_BT[rows], mask_BT[rows] = self._forward(self.model, completions, rows, width)
-                ref_BT[rows], _, _ = self._forward(self.reference, completions, rows, width)
+        with torch.no_grad():
+            for rows in micro_batches(completions, range(len(completions)), self.update.micro_batch_size):
+                ref_BT[rows], _, mask_BT[rows] = self.update.logprobs(self.reference, completions, rows, width)
+                if not self.update.on_policy:
+                    old_BT[rows], entropy_BT[rows], _ = self.update.logprobs(
+                        self.learner.model, completions, rows, width
+                    )
         rewards_B = torch.tensor(scores.total, device=device)
         batch = RolloutBatch(
             completions=completions,
@@ -192,110 +190,11 @@ class ReinforceTrainer:
             rollout_logprobs_BT=pad_values([c.logprobs for c in completions]).to(device),
             old_logprobs_BT=old_BT,
             ref_logprobs_BT=ref_BT,
+            entropy_BT=entropy_BT,
             rewards_B=algorithm.clip_rewards(rewards_B, self.config.reward_clip),
             group_ids_B=torch.tensor([c.prompt.key for c in completions], device=device),
         )
-        return batch, scores, float(algorithm.masked_mean(entropy_BT, mask_BT))
-
-    def _advantages(self, batch: RolloutBatch) -> Tensor:
-        """Normalised over every sampled token of the batch on all ranks."""
-        config = self.config
-        kl_BT = algorithm.kl_estimate(batch.old_logprobs_BT, batch.ref_logprobs_BT, "k1")
-        returns_BT = algorithm.raw_returns(
-            batch.rewards_B,
-            kl_BT,
-            batch.mask_BT,
-            kl_coef=config.kl_in_reward,
-            gamma=config.gamma,
-            estimator=config.estimator,
-            group_ids_B=batch.group_ids_B,
-        )
-        values_BT, counted_BT = algorithm.population(returns_BT, batch.mask_BT, config.normalize_over)
-        count, total = self.ranks.sum(algorithm.count_and_sum(values_BT, counted_BT))
-        mean = total / count
-        variance = self.ranks.sum(algorithm.squared_deviation(values_BT, counted_BT, mean)) / count
-        return algorithm.normalize(returns_BT, batch.mask_BT, algorithm.Moments(mean, variance))
-
-    def _update(self, batch: RolloutBatch, advantages_BT: Tensor, step: int) -> dict[str, float]:
-        """One or several optimiser steps on the batch; returns their mean loss, clip fraction and gradient norm."""
-        config = self.config
-        history: list[dict[str, float]] = []
-        for iteration in range(config.num_iterations):
-            for rows in optimizer_batches(
-                len(batch.completions), config.optimizer_batch_size, request_seed(config.seed, step, iteration)
-            ):
-                tokens = self.ranks.sum(batch.mask_BT[rows].sum())
-                totals: dict[str, Tensor] = {}
-                for micro in micro_batches(batch.completions, rows, config.micro_batch_size):
-                    with self.ranks.autocast():
-                        loss, stats = self._loss(batch, advantages_BT, micro, tokens)
-                    self.ranks.backward(loss)
-                    for name, value in {"loss": loss.detach(), **stats}.items():
-                        totals[name] = totals.get(name, torch.zeros_like(value)) + value
-                norm = self.ranks.clip_gradients(self.model, config.max_grad_norm)
-                if not math.isfinite(norm):
-                    raise TrainingDiverged(
-                        f"The gradient of step {step + 1} is {norm}: the weights were left as they are. Lower "
-                        f"learning_rate ({config.learning_rate:g}) and start again or resume from a checkpoint."
-                    )
-                rate = self.scheduler.get_last_lr()[0]
-                self.optimizer.step()
-                self.scheduler.step()
-                self.optimizer.zero_grad()
-                summed = {name: float(self.ranks.sum(value)) for name, value in totals.items()}
-                history.append(summed | {"grad_norm": norm, "learning_rate": rate})
-        mean = {name: sum(h[name] for h in history) / len(history) for name in history[0]}
-        mean["clip_ratio/region_mean"] = mean.pop("clip_fraction")
-        return mean
-
-    def _loss(
-        self, batch: RolloutBatch, advantages_BT: Tensor, rows: list[int], tokens: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's share of the optimiser step's token mean."""
-        config = self.config
-        logprobs_BT, _, mask_BT = self._forward(self.model, batch.completions, rows, advantages_BT.shape[1])
-        loss, stats = algorithm.policy_loss(
-            logprobs_BT,
-            batch.old_logprobs_BT[rows],
-            advantages_BT[rows],
-            mask_BT,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            weights_BT=self._importance_weights(batch, rows),
-            denominator=tokens,
-        )
-        if config.kl_in_loss:
-            k2_BT = algorithm.kl_estimate(logprobs_BT, batch.ref_logprobs_BT[rows], "k2")
-            loss = loss + config.kl_in_loss * algorithm.masked_mean(k2_BT, mask_BT, tokens)
-        return loss, stats
-
-    def _importance_weights(self, batch: RolloutBatch, rows: list[int]) -> Tensor | None:
-        """Correction for an engine whose log-probabilities are not the trainer's own."""
-        config = self.config
-        mode = config.importance_correction
-        if mode == "auto":
-            mode = "off" if self.engine.shares_trainer_forward else "tis"
-        return algorithm.rollout_weights(
-            batch.old_logprobs_BT[rows],
-            batch.rollout_logprobs_BT[rows],
-            batch.mask_BT[rows],
-            mode=mode,
-            low=config.importance_low,
-            high=config.importance_high,
-        )
-
-    def _forward(
-        self, model: Any, completions: Sequence[Completion], rows: Sequence[int], width: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return response_logprobs(
-            model,
-            [completions[i].prompt.ids for i in rows],
-            [completions[i].ids for i in rows],
-            pad_id=self._pad_id,
-            temperature=self.config.temperature,
-            width=width,
-        )
+        return batch, scores
 
     def _sync(self, step: int) -> None:
         """Hand the new weights to the engine; the first time and now and then, prove that it has them."""
@@ -317,6 +216,26 @@ class ReinforceTrainer:
         """Write the policy as a folder that ``from_pretrained`` reads."""
         save_model(self.policy, self.tokenizer, Path(folder))
 
+    def _policy_update(self) -> PolicyUpdate:
+        """How batches will be used, now that it is known which engine samples them."""
+        config, own_forward = self.config, self.engine.shares_trainer_forward
+        mode = config.importance_correction
+        full_distribution = config.top_p == 1 and config.top_k == 0
+        return PolicyUpdate(
+            config,
+            self.ranks,
+            self.learner,
+            self.critic,
+            pad_id=self._pad_id,
+            correction=("off" if own_forward else "tis") if mode == "auto" else mode,
+            on_policy=own_forward and full_distribution and self._updates_per_step == 1,
+        )
+
+    @property
+    def _learners(self) -> dict[str, Learner]:
+        """What a checkpoint holds."""
+        return {"policy": self.learner} | ({"critic": self.critic} if self.critic is not None else {})
+
     @property
     def _updates_per_step(self) -> int:
         return self.config.num_iterations * -(-self.config.completions_per_step // self.config.optimizer_batch_size)
@@ -335,7 +254,7 @@ class ReinforceTrainer:
             self._write_evaluations()
         if not self.config.resume:
             return checkpoint.Position(0, 0)
-        position = checkpoint.load(self.folder, self.policy, self.optimizer, self.scheduler)
+        position = checkpoint.load(self.folder, self._learners)
         self.engine.load_weights(self.policy)
         say(f"Going on after step {position.step} of {self.num_steps}")
         return position
@@ -371,7 +290,7 @@ class ReinforceTrainer:
 
     def _save_checkpoint(self, position: checkpoint.Position) -> None:
         if self.ranks.is_main:
-            checkpoint.save(self.folder, position, self.policy, self.optimizer, self.scheduler)
+            checkpoint.save(self.folder, position, self._learners)
 
     def _encode(self, rows: Sequence[Any], part: str) -> list[Prompt]:
         limit, action = self.config.max_prompt_length, self.config.long_prompts

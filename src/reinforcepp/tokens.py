@@ -17,7 +17,7 @@ from reinforcepp.errors import DataError, ModelError
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\n"
@@ -135,62 +135,3 @@ def pad_values(rows: Sequence[Sequence[float]]) -> Tensor:
 def position_ids(mask_BL: Tensor) -> Tensor:
     """Positions counted from each row's first attended token, so that left padding changes nothing. -> (B, L)"""
     return (mask_BL.cumsum(-1) - 1).clamp_min(0)
-
-
-# --- log-probabilities ----------------------------------------------------------------------------------------------
-
-
-def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each id and entropy of its distribution, softmax(logits / temperature) in float32.
-
-    Returns:
-        ``(logprobs_BT, entropy_BT)``; the entropy, in nats, carries no gradient.
-    """
-    logits_BTV = logits_BTV.float() / temperature
-    log_z_BT = logits_BTV.logsumexp(-1)
-    logprobs_BT = logits_BTV.gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1) - log_z_BT
-    with torch.no_grad():
-        probs_BTV = (logits_BTV - log_z_BT.unsqueeze(-1)).exp()
-        entropy_BT = log_z_BT - (probs_BTV * logits_BTV).sum(-1)
-    return logprobs_BT, entropy_BT
-
-
-def response_logprobs(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    *,
-    pad_id: int,
-    temperature: float = 1.0,
-    width: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score ``responses`` after ``prompts`` in one forward pass.
-
-    Prompts are padded on the left and responses on the right, so the responses share their columns and only their
-    logits are computed. ``width`` pads the result to a common T.
-
-    Returns:
-        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, all zero beyond a response's end.
-    """
-    device = next(model.parameters()).device
-    prompt_ids, prompt_mask = pad(prompts, pad_id, left=True)
-    response_ids, response_mask = pad(responses, pad_id)
-    ids_BL = torch.cat([prompt_ids, response_ids], dim=1).to(device)
-    mask_BL = torch.cat([prompt_mask, response_mask], dim=1).to(device)
-    length = response_ids.shape[1]
-    logits_BTV = model(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        position_ids=position_ids(mask_BL),
-        use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits[:, :-1]
-    logprobs_BT, entropy_BT = token_logprobs(logits_BTV, ids_BL[:, -length:], temperature)
-    mask_BT = response_mask.to(device, torch.float32)
-    logprobs_BT, entropy_BT = (torch.where(mask_BT.bool(), x, 0.0) for x in (logprobs_BT, entropy_BT))
-    if width is not None:
-        padding = (0, width - length)
-        logprobs_BT, entropy_BT, mask_BT = (
-            torch.nn.functional.pad(x, padding) for x in (logprobs_BT, entropy_BT, mask_BT)
-        )
-    return logprobs_BT, entropy_BT, mask_BT

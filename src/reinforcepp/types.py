@@ -76,7 +76,8 @@ class RolloutBatch:
     """One rollout batch, scored and ready for the update. ``mask_BT`` is 1 on sampled tokens, EOS included.
 
     Log-probabilities are the sampling engine's (``rollout``), the trainer's own before the update (``old``) and the
-    reference's; all are 0 where masked.
+    reference's; all are 0 where masked. ``old`` and ``entropy`` are empty at first where the update's own forward pass
+    will give them: see ``PolicyUpdate.on_policy``.
     """
 
     completions: list[Completion]
@@ -84,5 +85,6 @@ class RolloutBatch:
     rollout_logprobs_BT: torch.Tensor
     old_logprobs_BT: torch.Tensor
     ref_logprobs_BT: torch.Tensor
+    entropy_BT: torch.Tensor
     rewards_B: torch.Tensor
     group_ids_B: torch.Tensor

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reinforcepp import tokens
 from reinforcepp.errors import RolloutError
+from reinforcepp.logprobs import response_logprobs
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -134,7 +135,7 @@ class EngineContract:
     def test_logprobs_are_the_models_own(self, engine, model, prompts, temperature):
         completions = engine.generate(prompts, Sampling(16, temperature=temperature, num_samples=2))
         with torch.no_grad():
-            expected, _, mask = tokens.response_logprobs(
+            expected, _, mask = response_logprobs(
                 model,
                 [c.prompt.ids for c in completions],
                 [c.ids for c in completions],

@@ -129,6 +129,37 @@ def test_a_failure_in_a_batch_is_survived_with_the_current_weights():
         engine.close()
 
 
+@needs_vllm
+def test_where_memory_runs_out_it_goes_on_with_the_largest_batch_that_fits():
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    engine = VllmEngine(model, tokenizer, max_num_seqs=4)
+    start, fits = engine._start, 1
+
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
+
+    def start_in_little_memory():
+        start()
+        if engine.max_num_seqs > fits:
+            engine._llm.generate = run_out
+
+    try:
+        engine._start = start_in_little_memory
+        engine._llm.generate = run_out
+        prompts = prompts_of(tokenizer)
+        with pytest.warns(UserWarning, match="going on with") as told:
+            completions = engine.generate(prompts, Sampling(8, temperature=0))
+        assert "2 completions at a time; going on with 1" in str(told[-1].message)
+        assert [c.ids for c in completions] == [generate_plainly(model, prompt, 8) for prompt in prompts]
+        assert engine.restarts == 0
+        fits = 0
+        engine._llm.generate = run_out
+        with pytest.raises(RolloutError, match=r"even one completion.*1.5 GiB"):
+            engine.generate(prompts, Sampling(8))
+    finally:
+        engine.close()
+
+
 # --- what is refused, and what auto does then -----------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from reinforcepp.config._checks import check_numbers, check_output, check_sampling, not_negative, positive
 from reinforcepp.errors import ConfigError
+from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
 
 DEFAULT_MICRO_BATCH = 8
 
@@ -23,7 +24,7 @@ class ReinforceConfig:
     batch_size: int = 8
     """Prompts per training step; the last batch of an epoch may be shorter."""
     num_generations: int = 1
-    """Completions sampled per prompt; the estimator reinforce_plus_plus_baseline needs at least 2."""
+    """Completions sampled per prompt; estimators that compare them (all with baseline, rloo, grpo) need at least 2."""
     mini_batch_size: int | None = None
     """Completions per forward and backward pass; less needs less memory and changes nothing else. Default: 8."""
     gradient_accumulation_steps: int | None = None
@@ -44,8 +45,8 @@ class ReinforceConfig:
     long_prompts: Literal["cut", "drop"] = "cut"
     """What happens to a prompt over the limit: its text is cut from the left, or it is left out. Either is reported."""
 
-    estimator: Literal["reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "reinforce_plus_plus"
-    """How advantages are estimated."""
+    estimator: EstimatorName = "reinforce_plus_plus"
+    """How advantages are estimated; rloo, grpo and ppo are there to compare with."""
     kl_coef: float = 0.1
     """Weight of the KL to the reference policy; higher keeps the policy closer to where it started."""
     gamma: float = 1.0
@@ -60,6 +61,13 @@ class ReinforceConfig:
     """Rewards are cut to plus or minus this before anything else; off by default."""
     normalize_over: Literal["tokens", "sequences"] = "tokens"
     """Population of the advantage normalisation: every token (the paper's code) or every sequence once."""
+
+    gae_lambda: float = 0.95
+    """Only ppo: 0 trusts the critic's next estimate alone, 1 what was seen alone."""
+    value_clip: float | None = 0.2
+    """Only ppo: how far a value may move from the one at sampling before it stops counting."""
+    critic_learning_rate: float | None = None
+    """Only ppo: peak learning rate of the critic. Default: learning_rate."""
 
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW."""
@@ -80,8 +88,8 @@ class ReinforceConfig:
     """Top-k sampling of rollouts; 0 is off. Anything else biases the policy ratio."""
     rollout: Literal["auto", "transformers", "vllm"] = "auto"
     """Engine that generates the rollouts; auto takes vLLM where it is installed and runs the model, else transformers."""
-    rollout_batch_size: int = 64
-    """Completions the transformers engine generates at a time; memory grows with it, results don't change."""
+    rollout_batch_size: int = 128
+    """Completions generated at a time; memory grows with it, results don't change."""
     importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"
     """Correction for an engine whose log-probabilities differ from the trainer's; auto is tis for vLLM, else off."""
     importance_low: float = 0.5
@@ -116,8 +124,11 @@ class ReinforceConfig:
         not_negative(
             self, "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "eval_prompts", "save_every"
         )
-        if self.gamma > 1:
-            raise ConfigError(f"gamma must be at most 1, not {self.gamma}.")
+        positive(self, "value_clip", "critic_learning_rate")
+        not_negative(self, "gae_lambda")
+        for name in ("gamma", "gae_lambda"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name} must be at most 1, not {getattr(self, name)}.")
         if self.clip_low >= 1:
             raise ConfigError(f"clip_low must be below 1, not {self.clip_low}.")
         if self.dual_clip is not None and self.dual_clip <= 1:
@@ -133,19 +144,24 @@ class ReinforceConfig:
                 f"max_prompt_length {self.max_prompt_length} + max_new_tokens {self.max_new_tokens} exceed max_length "
                 f"{self.max_length}: lower one of the two or raise max_length."
             )
-        if self.estimator == "reinforce_plus_plus_baseline" and self.num_generations < 2:
+        if self.recipe.grouped and self.num_generations < 2:
             raise ConfigError(
-                "The estimator reinforce_plus_plus_baseline compares samples of one prompt: set num_generations to 2 or "
-                "more, or use the estimator reinforce_plus_plus."
+                f"The estimator {self.estimator} compares samples of one prompt: set num_generations to 2 or more, or use "
+                "the estimator reinforce_plus_plus."
             )
-        if self.estimator == "reinforce_plus_plus_baseline" and self.gamma != 1:
-            raise ConfigError("The estimator reinforce_plus_plus_baseline needs gamma 1.")
+        if self.recipe.grouped and self.gamma != 1:
+            raise ConfigError(f"The estimator {self.estimator} needs gamma 1, because it has no rewards per token.")
         if self.optimizer_batch_size > self.completions_per_step:
             raise ConfigError(
                 f"mini_batch_size {self.micro_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps} "
                 f"is {self.optimizer_batch_size} completions per optimiser step, but a rollout batch holds only "
                 f"{self.completions_per_step} (batch_size x num_generations): lower them or raise batch_size."
             )
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the estimator is made of."""
+        return RECIPES[self.estimator]
 
     @property
     def completions_per_step(self) -> int:
@@ -166,8 +182,8 @@ class ReinforceConfig:
 
     @property
     def kl_in_reward(self) -> float:
-        """Weight of the k1 KL in the token rewards; the baseline estimator has it in the loss instead."""
-        return self.kl_coef if self.estimator == "reinforce_plus_plus" else 0.0
+        """Weight of the k1 KL in the rewards; some estimators have it in the loss instead."""
+        return 0.0 if self.recipe.kl_in_loss else self.kl_coef
 
     @property
     def kl_in_loss(self) -> float:

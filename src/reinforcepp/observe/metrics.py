@@ -14,8 +14,8 @@ from reinforcepp.rewards import RewardScores
 from reinforcepp.types import RolloutBatch
 
 
-def step_metrics(batch: RolloutBatch, scores: RewardScores, entropy: float) -> dict[str, float]:
-    """Figures of one rollout batch, under the keys that TRL uses; ``kl`` is the token mean of k3, in nats."""
+def step_metrics(batch: RolloutBatch, scores: RewardScores) -> dict[str, float]:
+    """Figures of one rollout batch after its update, under the keys that TRL uses; ``kl`` is the token mean of k3, in nats."""
     rewards_B = torch.tensor(scores.total)
     lengths = [len(c.ids) for c in batch.completions]
     clipped = [c.finish_reason == "length" for c in batch.completions]
@@ -25,7 +25,7 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, entropy: float) -> d
         "reward_std": float(rewards_B.std(correction=0)),
         **{f"rewards/{name}/mean": sum(s) / len(s) for name, s in scores.by_function.items()},
         "kl": float(masked_mean(kl_BT, batch.mask_BT)),
-        "entropy": entropy,
+        "entropy": float(masked_mean(batch.entropy_BT, batch.mask_BT)),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),

@@ -65,7 +65,13 @@ def start_engine(
 
         wide = max(max_length, PROBE_TOKENS + NEW_TOKENS)  # the canary's prompts must fit as well
         limit = min(wide, context_length(model.config) or wide)
-        return VllmEngine(model, tokenizer, max_length=limit, gpu_memory_utilization=gpu_memory_utilization)
+        return VllmEngine(
+            model,
+            tokenizer,
+            max_length=limit,
+            max_num_seqs=batch_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
     from reinforcepp.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(model, tokenizer, batch_size)

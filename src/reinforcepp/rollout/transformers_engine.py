@@ -1,8 +1,4 @@
-"""Generation with the trainer's own model: batched, key-value cache, rows leave the batch when they end.
-
-Tokens are drawn by inverting the cumulative distribution at uniform numbers that belong to the request, not to the
-batch; that is why a completion doesn't depend on what is generated beside it.
-"""
+"""Generation with the trainer's own model: batched, key-value cache, rows leave the batch when they end."""
 
 from __future__ import annotations
 
@@ -16,7 +12,9 @@ from transformers import DynamicCache
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from reinforcepp.models import context_length, eos_ids
+from reinforcepp.rollout.draw import draw, uniforms
 from reinforcepp.rollout.engine import check_prompts, completed, request_seed
+from reinforcepp.rollout.packed import packed
 from reinforcepp.tokens import pad, position_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -64,9 +62,10 @@ class TransformersEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(by_length), self.batch_size):
-                for _ in self._decode(by_length[start : start + self.batch_size], sampling):
-                    pass
+            with packed(self.model, min(len(rows), self.batch_size)):
+                for start in range(0, len(by_length), self.batch_size):
+                    for _ in self._decode(by_length[start : start + self.batch_size], sampling):
+                        pass
         finally:
             self.model.train(was_training)
         return [completed(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs) for row in rows]
@@ -95,7 +94,7 @@ class TransformersEngine:
         uniforms_BT = torch.stack([row.uniforms for row in rows]).to(logits_BV.device)
         for t in range(sampling.max_new_tokens):
             logits_BV = _filtered(logits_BV, seen_BV, sampling)
-            next_B, logprobs_B = _draw(logits_BV, uniforms_BT[:, t], greedy=sampling.temperature == 0)
+            next_B, logprobs_B = draw(logits_BV, uniforms_BT[:, t] if sampling.temperature > 0 else None)
             chosen, scores = next_B.tolist(), logprobs_B.tolist()
             for row, token, score in zip(rows, chosen, scores, strict=True):
                 row.ids.append(token)
@@ -152,8 +151,7 @@ class TransformersEngine:
 
 
 def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> Tensor:
-    generator = torch.Generator().manual_seed(request_seed(sampling.seed, prompt.key, sample))
-    return torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+    return uniforms(request_seed(sampling.seed, prompt.key, sample), sampling.max_new_tokens)
 
 
 def _filtered(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -176,16 +174,3 @@ def _filtered(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         logits_BV = TopPLogitsWarper(sampling.top_p)(no_ids, logits_BV)
     return logits_BV
-
-
-def _draw(logits_BV: Tensor, uniforms_B: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:
-    """The token at each row's uniform number, and its log-probability. -> (B,), (B,)"""
-    logprobs_BV = logits_BV.log_softmax(-1)
-    if greedy:
-        next_B = logits_BV.argmax(-1)
-    else:
-        cumulative_BV = logprobs_BV.exp().double().cumsum(-1)
-        threshold_B1 = (uniforms_B * cumulative_BV[:, -1]).unsqueeze(-1)
-        next_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
-        next_B = next_B.clamp_max(logits_BV.shape[-1] - 1)
-    return next_B, logprobs_BV.gather(-1, next_B.unsqueeze(-1)).squeeze(-1)

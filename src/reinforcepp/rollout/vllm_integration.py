@@ -1,4 +1,4 @@
-"""Generation with vLLM, in this process. The only module that imports vllm, and it does so when an engine is started.
+"""Generation with vLLM, in this process; vllm is only imported when an engine is started.
 
 What this module owes to vLLM 0.32 on a CPU:
 
@@ -28,6 +28,7 @@ from reinforcepp import models
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept, request_seed
 from reinforcepp.rollout.memory import CPU_BLOCK, head_size, memory_settings
+from reinforcepp.rollout.vllm_cpu import spare_work
 from reinforcepp.rollout.weights import full_weights, named_config, saved_eos_ids, write_weights
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -297,7 +298,7 @@ class VllmEngine:
     def _platform_settings(self) -> dict[str, Any]:
         if self._on_gpu:
             return {"enable_sleep_mode": not isinstance(self._source, str)}
-        _count_ranks_eagerly()
+        spare_work()
         return {"enforce_eager": True, "block_size": CPU_BLOCK}
 
     @contextmanager
@@ -341,30 +342,35 @@ class VllmEngine:
         )
 
     def _restart(self, error: Exception) -> None:
-        """Start again with the current weights after a failure in the middle of a batch; the batch is then done again."""
-        self.restarts += 1
-        if isinstance(error, torch.OutOfMemoryError) or self.restarts > MAX_RESTARTS:
-            raise RolloutError(
-                f"vLLM failed while generating ({self.restarts} times in this run): {_first_line(error)} It was started "
-                f"for {self.max_num_seqs} completions at a time; lower max_num_seqs, or use --rollout transformers."
-            ) from error
+        """Start again with the current weights after a failure in the middle of a batch; the batch is then done again.
+
+        Where memory ran out, with half as many completions at a time: results don't depend on their number.
+        """
+        if isinstance(error, torch.OutOfMemoryError):
+            if self.max_num_seqs == 1:
+                raise RolloutError(
+                    "There is too little memory to generate even one completion at a time: lower max_prompt_length or "
+                    f"max_new_tokens, or use a smaller dtype. ({_first_line(error)})"
+                ) from error
+            self.max_num_seqs //= 2
+            warnings.warn(
+                f"Memory ran out with {2 * self.max_num_seqs} completions at a time; going on with {self.max_num_seqs}. "
+                f"Set rollout_batch_size {self.max_num_seqs} to start like that.",
+                stacklevel=3,
+            )
+        else:
+            self.restarts += 1
+            if self.restarts > MAX_RESTARTS:
+                raise RolloutError(
+                    f"vLLM failed while generating, {self.restarts} times in this run: {_first_line(error)} "
+                    "--rollout transformers needs no vLLM."
+                ) from error
         self.close()
         self._asleep = False
         self._start()
 
 
 # --- small things ---------------------------------------------------------------------------------------------------
-
-
-def _count_ranks_eagerly() -> None:
-    """Keep vLLM from compiling, in 8 to 25 s and with a C++ compiler, the function that ranks the sampled token.
-
-    Its log-probabilities come with a rank that isn't used here; without compilation it is the same two operations.
-    """
-    from vllm.v1.sample import sampler
-
-    compiled = sampler.batched_count_greater_than
-    sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 def _drop_parallel_groups() -> None:

@@ -1,0 +1,315 @@
+"""One trainer's steps in a process of its own, for benchmarks/peers.py; also makes the models they all start from."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+SHAPES = {
+    "82m": {"n_layer": 6, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
+    "20m": {"n_layer": 4, "n_embd": 320, "n_head": 5, "vocab_size": 50257},
+    "124m": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
+    "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 320},
+}
+PROMPT_TOKENS = 32
+EOS = 0
+WARM_UP = 1
+KL = 0.05
+
+
+# --- what all start from --------------------------------------------------------------------------------------------
+
+
+def make_models(folder: Path, shape: dict[str, int]) -> None:
+    """``policy`` and ``reward`` with random weights, and a tokenizer whose tokens are words, so texts come back as they were.
+
+    EOS can't be sampled: the first coordinate of what goes into the output layer is always 1, and EOS alone has a
+    weight there, a large negative one. So every completion has exactly as many tokens as it may have.
+    """
+    torch.manual_seed(0)
+    words = {"<eos>": EOS} | {f"w{i}": i for i in range(1, shape["vocab_size"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+    config = GPT2Config(**shape, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS, num_labels=1)
+    policy = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        policy.transformer.ln_f.weight[0] = 0
+        policy.transformer.ln_f.bias[0] = 1
+        policy.transformer.wte.weight[:, 0] = 0
+        policy.transformer.wte.weight[EOS, 0] = -1e4
+    for name, model in (("policy", policy), ("reward", GPT2ForSequenceClassification(config))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def prompts(count: int, vocabulary: int) -> list[str]:
+    """Random words; no two prompts begin alike."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(1, vocabulary, (count, PROMPT_TOKENS), generator=generator).tolist()
+    return [" ".join(f"w{i}" for i in row) for row in rows]
+
+
+# --- the trainers ---------------------------------------------------------------------------------------------------
+
+
+class Phases:
+    """Seconds spent in chosen methods, step by step."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, float] = {}
+        self.steps: list[dict[str, float]] = []
+
+    def watch(self, owner: Any, method: str, phase: str) -> None:
+        """Count the time in ``owner.method`` as ``phase``."""
+        inner = getattr(owner, method)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*arguments, **named)
+            finally:
+                self.now[phase] = self.now.get(phase, 0.0) + time.perf_counter() - start
+
+        setattr(owner, method, timed)
+
+    def end_step(self) -> None:
+        """The step that ends now."""
+        self.steps.append(self.now)
+        self.now = {}
+
+
+class StepTimes(TrainerCallback):
+    """When each optimiser step of a transformers trainer ended."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+        self.phases.end_step()
+
+
+def run_ours(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float], dict[str, list[float]]]:
+    """This package's trainer, with either rollout engine, or as PPO."""
+    from reinforcepp import ReinforceConfig, ReinforceTrainer
+    from reinforcepp.models import load_tokenizer
+    from reinforcepp.rewards import TrainedReward
+
+    tokenizer = load_tokenizer(str(folder / "policy"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    dtype = torch.float32 if job["setting"] == "float32" else torch.bfloat16
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=dtype, num_labels=1)
+    steps = WARM_UP + job["steps"]
+    config = ReinforceConfig(
+        output_dir=output,
+        overwrite=True,
+        batch_size=job["completions"],
+        mini_batch_size=min(16, job["completions"]),
+        max_steps=steps,
+        max_prompt_length=PROMPT_TOKENS,
+        max_new_tokens=job["new_tokens"],
+        max_length=PROMPT_TOKENS + job["new_tokens"],
+        kl_coef=KL,
+        estimator="ppo" if job["name"] == "ours_ppo" else "reinforce_plus_plus",
+        rollout="vllm" if job["name"] == "ours_vllm" else "transformers",
+        mixed_precision="no" if job["setting"] == "float32" else "bf16",
+        sync_check_every=1000,
+        eval_prompts=0,
+    )
+    rows = [{"prompt": text} for text in prompts(job["completions"] * steps, tokenizer.vocab_size)]
+    trainer = ReinforceTrainer(
+        str(folder / "policy"), TrainedReward(reward.eval(), tokenizer), config, rows, processing_class=tokenizer
+    )
+    log = trainer.train()[WARM_UP:]
+    assert all(m["completions/min_length"] == job["new_tokens"] for m in log), "completions of another length"
+    phases = {phase: [m[f"time/{phase}"] for m in log] for phase in ("rollout", "score", "update", "sync")}
+    return [m["step_time"] for m in log], phases
+
+
+def run_trl_group(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float], dict[str, list[float]]]:
+    """TRL's RLOOTrainer or GRPOTrainer."""
+    import trl
+    from datasets import Dataset
+
+    kind = {"trl_rloo": "RLOO", "trl_grpo": "GRPO"}[job["name"]]
+    steps = WARM_UP + job["steps"]
+    settings = trl_settings(job, output) | {
+        "per_device_train_batch_size": job["completions"],
+        "max_completion_length": job["new_tokens"],
+        "num_generations": 2,
+        "beta": KL,
+        "max_steps": steps,
+        "temperature": 1.0,
+    }
+    policy, reward, tokenizer = load_all(folder, job["setting"])
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=policy,
+        reward_funcs=reward,
+        args=getattr(trl, f"{kind}Config")(**settings),
+        train_dataset=Dataset.from_dict({"prompt": prompts(job["completions"] * steps, tokenizer.vocab_size)}),
+        processing_class=tokenizer,
+        reward_processing_classes=tokenizer,
+    )
+    phases = Phases()
+    phases.watch(trainer, "_generate", "rollout")
+    phases.watch(trainer, "_generate_and_score_completions", "rollout and score")
+    return trained(trainer, phases)
+
+
+def run_trl_ppo(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float], dict[str, list[float]]]:
+    """TRL's PPOTrainer, one epoch over each batch."""
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import ppo_trainer as module
+
+    steps = WARM_UP + job["steps"]
+    policy, reward, tokenizer = load_all(folder, job["setting"])
+    reference, _, _ = load_all(folder, job["setting"])
+    _, value, _ = load_all(folder, job["setting"])
+    settings = trl_settings(job, output) | {
+        "per_device_train_batch_size": job["completions"],
+        "response_length": job["new_tokens"],
+        "total_episodes": job["completions"] * steps,
+        "num_ppo_epochs": 1,
+        "num_sample_generations": 0,
+        "kl_coef": KL,
+        "temperature": 1.0,
+        "local_rollout_forward_batch_size": job["completions"],
+    }
+    texts = prompts(job["completions"] * steps, tokenizer.vocab_size)
+    data = Dataset.from_list([{"input_ids": tokenizer(text)["input_ids"]} for text in texts])
+    trainer = PPOTrainer(
+        args=PPOConfig(**settings),
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=data,
+    )
+    phases = Phases()
+    phases.watch(module, "batch_generation", "rollout")
+    return trained(trainer, phases)
+
+
+def trl_settings(job: dict[str, Any], output: str) -> dict[str, Any]:
+    return {
+        "output_dir": output,
+        "bf16": job["setting"] == "autocast",
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "learning_rate": 1e-5,
+    }
+
+
+def load_all(folder: Path, setting: str) -> tuple[Any, Any, Any]:
+    dtype = torch.bfloat16 if setting == "weights" else torch.float32
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype)
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=dtype, num_labels=1)
+    return policy, reward, PreTrainedTokenizerFast.from_pretrained(folder / "policy", padding_side="left")
+
+
+def trained(trainer: Any, phases: Phases) -> tuple[list[float], dict[str, list[float]]]:
+    """Train; seconds between the ends of steps, the warm-up left out."""
+    callback = StepTimes(phases)
+    trainer.add_callback(callback)
+    trainer.train()
+    seconds = [b - a for a, b in zip(callback.ends, callback.ends[1:], strict=False)][WARM_UP - 1 :]
+    steps = phases.steps[WARM_UP:]
+    return seconds, {name: [step[name] for step in steps] for name in (steps[0] if steps else {})}
+
+
+RUN: dict[str, Callable[..., tuple[list[float], dict[str, list[float]]]]] = {
+    "ours": run_ours,
+    "ours_vllm": run_ours,
+    "ours_ppo": run_ours,
+    "trl_rloo": run_trl_group,
+    "trl_grpo": run_trl_group,
+    "trl_ppo": run_trl_ppo,
+}
+
+
+# --- the machine's limits -------------------------------------------------------------------------------------------
+
+
+def rates(dtype: torch.dtype) -> dict[str, float]:
+    """Operations a second of a large matrix product, and bytes a second read from memory."""
+    a = torch.randn(2048, 2048).to(dtype)
+    block = torch.ones(1 << 26)
+    product = min(timed(lambda: a @ a) for _ in range(5))
+    read = min(timed(lambda: block.sum()) for _ in range(5))
+    return {"flops": 2 * 2048**3 / product, "bytes": block.numel() * 4 / read}
+
+
+def timed(job: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def bounds(folder: Path, job: dict[str, Any], dtype: torch.dtype, rate: dict[str, float]) -> dict[str, float]:
+    """Least seconds of each phase: operations over the rate of products, or bytes over that of reading, if more.
+
+    Counted are products with weights (attention and everything element by element are left out): two operations a
+    weight and token forward, four backward; the output layer for response tokens only.
+    """
+    config = GPT2Config.from_pretrained(folder / "policy")
+    body = 12 * config.n_layer * config.n_embd**2
+    head = config.vocab_size * config.n_embd
+    rows, new = job["completions"], job["new_tokens"]
+    tokens = rows * (PROMPT_TOKENS + new)
+    decode = max(2 * (body + head) * rows / rate["flops"], (body + head) * dtype.itemsize / rate["bytes"])
+    forward = 2 * (body * tokens + head * rows * new) / rate["flops"]
+    adam = (body + head) * 28 / rate["bytes"]  # read weight, gradient and two moments, write all but the gradient
+    return {
+        "rollout": 2 * body * rows * PROMPT_TOKENS / rate["flops"] + new * decode,
+        "score": forward + 2 * body * tokens / rate["flops"],
+        "update": 3 * forward + adam,
+    }
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    folder = Path(job["folder"])
+    with tempfile.TemporaryDirectory() as output:
+        seconds, phases = RUN[job["name"]](job, folder, output)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    dtype = torch.float32 if job["setting"] == "float32" else torch.bfloat16
+    rate = rates(dtype)
+    result = {
+        "seconds": seconds,
+        "phases": phases,
+        "peak_rss_mib": peak,
+        "rates": rate,
+        "bounds": bounds(folder, job, dtype, rate),
+    }
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""PPO's critic: a second model, as large as the policy, that learns which value each token's context has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from reinforcepp.algorithm import masked_mean
+from reinforcepp.config import ReinforceConfig
+from reinforcepp.distributed import Ranks
+from reinforcepp.learner import Learner
+from reinforcepp.logprobs import response_states
+from reinforcepp.types import Completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def value_loss(
+    values_BT: Tensor,
+    old_values_BT: Tensor,
+    returns_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip: float | None,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """Token mean of half the larger of (V - R)² and (V' - R)², V' being V within ``clip`` of the old value. -> ()"""
+    error_BT = (values_BT - returns_BT).square()
+    if clip is not None:
+        clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip)
+        error_BT = torch.maximum(error_BT, (clipped_BT - returns_BT).square())
+    return masked_mean(error_BT / 2, mask_BT, denominator)
+
+
+class Critic(Learner):
+    """The policy's layers with one output instead of the vocabulary; it begins at 0, so the first values are 0."""
+
+    def __init__(self, policy: PreTrainedModel, ranks: Ranks, config: ReinforceConfig, *, steps: int) -> None:
+        model = copy.deepcopy(policy)
+        width = model.get_output_embeddings().weight.shape[1]
+        model.set_output_embeddings(nn.Linear(width, 1, bias=False))
+        nn.init.zeros_(model.get_output_embeddings().weight)
+        rate = config.critic_learning_rate or config.learning_rate
+        super().__init__(model, ranks, config, learning_rate=rate, steps=steps)
+
+    def values(self, completions: Sequence[Completion], rows: Sequence[int], width: int, pad_id: int) -> Tensor:
+        """The value before each response token, padded to ``width`` columns. -> (rows, width)"""
+        values_BT1, _, mask_BT = response_states(
+            self.model, [completions[i].prompt.ids for i in rows], [completions[i].ids for i in rows], pad_id=pad_id
+        )
+        values_BT = torch.where(mask_BT, values_BT1.squeeze(-1).float(), 0.0)
+        return nn.functional.pad(values_BT, (0, width - values_BT.shape[1]))

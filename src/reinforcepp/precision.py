@@ -1,0 +1,91 @@
+"""Computing in bfloat16 while weights are learnt in float32.
+
+A step of the optimiser is often smaller than bfloat16's distance between two numbers, so the weights that are learnt
+are kept in float32; the model computes with their rounded copies, as the rollout engine does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the parameters; buffers stay, because rotary frequencies need their float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW, in one pass over memory, on float32 masters of parameters that are kept in a narrower type.
+
+    Make it before ``cast_parameters``, so that the masters begin with all their digits. A parameter that is float32 is
+    its own master. Gradients of several backward passes are added up in float32: ``collect`` moves them to the masters
+    and is due after every pass. ``early`` moves each as soon as it is there, so that never all are held twice; not for
+    data-parallel training, which first has to add them up over ranks.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], dtype: torch.dtype = torch.float32, *, early: bool = False, **settings: Any
+    ) -> None:
+        self.live = [p for p in parameters if p.requires_grad]
+        narrow = dtype != torch.float32
+        self.masters = [p.detach().float().clone().requires_grad_() if narrow else p for p in self.live]
+        super().__init__(self.masters, fused=True, **settings)
+        if narrow and early:
+            for live, master in zip(self.live, self.masters, strict=True):
+                live.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    partial(_move_gradient, master=master)
+                )
+
+    def collect(self) -> None:
+        """Add the parameters' gradients to their masters' and free them."""
+        for live, master in zip(self.live, self.masters, strict=True):
+            if live is not master:
+                _move_gradient(live, master)
+
+    def step(self, closure: Any = None) -> Any:
+        """Update the masters, then round them into the parameters."""
+        result = super().step(closure)
+        self.publish()
+        return result
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the parameters."""
+        for live, master in zip(self.live, self.masters, strict=True):
+            if live is not master:
+                live.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's state and the masters."""
+        state: dict[str, Any] = super().state_dict()
+        own = [(i, m) for i, (p, m) in enumerate(zip(self.live, self.masters, strict=True)) if p is not m]
+        state["state"] = {i: dict(values) for i, values in state["state"].items()}
+        for i, master in own:
+            state["state"].setdefault(i, {})["master"] = master.detach()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        rest = {i: dict(values) for i, values in state_dict["state"].items()}
+        for i, values in rest.items():
+            if "master" in values:
+                self.masters[i].copy_(values.pop("master"))
+        super().load_state_dict(state_dict | {"state": {i: values for i, values in rest.items() if values}})
+        self.publish()
+
+
+def _move_gradient(live: Tensor, master: Tensor) -> None:
+    if live.grad is None:
+        return
+    if master.grad is None:
+        master.grad = live.grad.float()
+    else:
+        master.grad += live.grad
+    live.grad = None

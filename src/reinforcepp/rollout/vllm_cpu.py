@@ -1,0 +1,49 @@
+"""What vLLM 0.32 is spared on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reinforcepp.rollout.draw import draw
+
+
+def spare_work() -> None:
+    """Exchange three things that vLLM does on a CPU, a seventh of a decode step, for others with the same outcome.
+
+    - It draws tokens by the Gumbel trick, two logarithms for each token of the vocabulary; ``draw`` needs one exponential.
+    - It counts each sampled token's rank in the vocabulary, by a function that is compiled first, in 8 to 25 s; nobody
+      reads ranks here.
+    - It computes GPT-2's activation in eight passes over memory; torch has the same function in one.
+    """
+    from vllm.model_executor.layers import activation
+    from vllm.v1.sample import sampler
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.TopKTopPSampler.forward_cpu = _sample
+    sampler.batched_count_greater_than = _no_ranks
+    activation.NewGELU.forward_native = _tanh_gelu
+
+
+def _sample(
+    _self: Any, logits_BV: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    logits_BV = apply_top_k_top_p(logits_BV, k, p)
+    uniforms_B = torch.rand(len(logits_BV), dtype=torch.float64)
+    for row, generator in generators.items():
+        uniforms_B[row] = torch.rand((), generator=generator, dtype=torch.float64)
+    ids_B, logprobs_B = draw(logits_BV, uniforms_B)
+    log_z_B1 = logits_BV.gather(-1, ids_B[:, None]).float() - logprobs_B[:, None]
+    return ids_B, logits_BV.float() - log_z_B1
+
+
+def _no_ranks(logprobs_BV: Tensor, _sampled_B1: Tensor) -> Tensor:
+    return logprobs_BV.new_zeros(logprobs_BV.shape[0], dtype=torch.int64)
+
+
+def _tanh_gelu(_self: Any, x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")

@@ -1,0 +1,42 @@
+"""Packed weights: the same model, only faster, and only for as long as it lasts."""
+
+import pytest
+import tiny
+import torch
+
+from reinforcepp.rollout.packed import packed
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_model_computes_what_it_did(family, dtype):
+    model, ids = tiny.model(family).to(dtype), torch.arange(24).view(2, 12)
+    expected = model(ids).logits
+    with packed(model, 2):
+        replaced = [m for m in model.modules() if "forward" in vars(m)]
+        actual = model(ids).logits
+    assert len(replaced) > 8
+    tolerance = 1e-4 if dtype == torch.float32 else 0.5
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-2)
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
+@torch.no_grad()
+def test_it_has_the_weights_of_the_moment():
+    model, ids = tiny.model(), torch.arange(12)[None]
+    with packed(model, 1):
+        first = model(ids).logits
+    model.transformer.h[0].mlp.c_fc.weight.mul_(2)
+    expected = model(ids).logits
+    with packed(model, 1):
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=0)
+    assert not torch.allclose(first, expected, atol=1e-2)
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = tiny.model()
+    with pytest.raises(KeyboardInterrupt), packed(model, 1):
+        raise KeyboardInterrupt
+    model(torch.arange(4)[None]).logits.sum().backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad is not None

@@ -1,0 +1,98 @@
+"""Log-probabilities of sampled tokens: goldens, and that no way of dividing the work changes value or gradient."""
+
+import pytest
+import tiny
+import torch
+
+from reinforcepp import logprobs as module
+from reinforcepp.logprobs import head_logprobs, response_logprobs, token_logprobs
+
+
+@pytest.mark.parametrize(
+    ("temperature", "logprob", "entropy"), [(1.0, -0.407606, 0.832396), (0.5, -0.142932, 0.441057)]
+)
+def test_g10_temperature_and_entropy(temperature, logprob, entropy):
+    logprobs, entropies = token_logprobs(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0]), temperature)
+    assert logprobs.item() == pytest.approx(logprob, abs=1e-5)
+    assert entropies.item() == pytest.approx(entropy, abs=1e-5)
+
+
+def test_log_probabilities_are_float32_whatever_the_logits_are():
+    logits = torch.tensor([[8.0, 8.03, -4.0]], dtype=torch.bfloat16)
+    logprobs, _ = token_logprobs(logits, torch.tensor([1]))
+    assert logprobs.dtype == torch.float32
+    assert logprobs.item() == pytest.approx(logits.float().log_softmax(-1)[0, 1].item(), abs=1e-6)
+
+
+def plainly(logits, ids, temperature):
+    """The definition, by autograd."""
+    scaled = (logits.float() / temperature).log_softmax(-1)
+    return scaled[range(len(ids)), ids], -(scaled.exp() * scaled).sum(-1)
+
+
+@pytest.fixture(params=["whole", "in-blocks", "in-chunks"])
+def divided(request, monkeypatch):
+    if request.param != "whole":
+        monkeypatch.setattr(module, "BLOCK_BYTES", {"cpu": 3 * 4 * 50})
+    if request.param == "in-chunks":
+        monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 4 * 50)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_value_and_gradient_are_those_of_the_definition(divided, temperature):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=True)
+    hidden, ids, slope = torch.randn(13, 16, requires_grad=True), torch.randint(50, (13,)), torch.randn(13)
+    expected, entropy = plainly(head(hidden), ids, temperature)
+    inputs = (hidden, head.weight, head.bias)
+    gradients = torch.autograd.grad((expected * slope).sum(), inputs)
+    actual, actual_entropy = head_logprobs(head, hidden, ids, temperature)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual_entropy, entropy, atol=1e-5, rtol=0)
+    assert not actual_entropy.requires_grad
+    for one, other in zip(torch.autograd.grad((actual * slope).sum(), inputs), gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_chunks_hold_no_more_logits_than_they_should(monkeypatch):
+    """What the backward pass keeps is bounded, however many tokens there are."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 4 * 50)
+    head, hidden, kept = torch.nn.Linear(16, 50), torch.randn(40, 16, requires_grad=True), []
+
+    def keep(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        head_logprobs(head, hidden, torch.zeros(40, dtype=torch.long))
+    assert kept and all(shape[-1] != 50 or len(shape) < 2 for shape in kept if tuple(shape) != (50, 16))
+
+
+def test_a_model_that_caps_its_logits_is_scored_with_the_cap():
+    model = tiny.model()
+    forward = type(model).forward
+
+    def capped(self, *arguments, **named):
+        output = forward(self, *arguments, **named)
+        output.logits = 5 * torch.tanh(output.logits / 5)
+        return output
+
+    model.forward = capped.__get__(model)
+    prompt, response = [5, 6, 7], [20, 21, 0]
+    actual, _, _ = response_logprobs(model, [prompt], [response], pad_id=0)
+    logits = model(torch.tensor([prompt + response])).logits[0, 2:-1]
+    torch.testing.assert_close(actual[0], plainly(logits, response, 1.0)[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_padded_log_probabilities_equal_unpadded_ones(family):
+    """Rows of different lengths, beside and without each other; EOS, which is also the pad token, counts."""
+    model = tiny.model(family)
+    prompts, responses = [[5, 6, 7, 8, 9, 10], [11, 12]], [[20, 0], [21, 22, 23, 24, 0]]
+    with torch.no_grad():
+        together, entropy, mask = response_logprobs(model, prompts, responses, pad_id=0, temperature=0.7, width=9)
+        assert mask.sum(-1).tolist() == [2, 5] and together.shape == entropy.shape == (2, 9)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            expected = (logits / 0.7).log_softmax(-1)[range(len(response)), response]
+            torch.testing.assert_close(together[i, : len(response)], expected, atol=2e-5, rtol=0)

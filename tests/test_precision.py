@@ -1,0 +1,108 @@
+"""Float32 masters of bfloat16 parameters."""
+
+import pytest
+import torch
+
+from reinforcepp.precision import MasterAdamW, cast_parameters
+
+
+def linear():
+    torch.manual_seed(0)
+    return torch.nn.Linear(4, 3)
+
+
+def train(model, optimizer, steps, passes=1):
+    torch.manual_seed(1)
+    for _ in range(steps):
+        for _ in range(passes):
+            inputs = torch.randn(8, 4).to(model.weight.dtype)
+            model(inputs).float().square().mean().backward()
+            optimizer.collect()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_in_float32_it_is_adamw():
+    ours, theirs = linear(), linear()
+    optimizer = MasterAdamW(ours.parameters(), lr=0.1, weight_decay=0.1)
+    train(ours, optimizer, 5)
+    plain = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.1)
+    plain.collect = lambda: None
+    train(theirs, plain, 5)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_steps_too_small_for_bfloat16_add_up():
+    model = linear()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = MasterAdamW(model.parameters(), torch.bfloat16, lr=1e-4, weight_decay=0.0)
+    cast_parameters(model, torch.bfloat16)
+    train(model, optimizer, 1)
+    assert (model.weight == 1).all()  # the next number below 1 is 0.996
+    train(model, optimizer, 59)
+    assert (model.weight < 1).all()
+    torch.testing.assert_close(model.weight, optimizer.masters[0].bfloat16(), rtol=0, atol=0)
+
+
+def test_gradients_of_several_passes_are_added_up_in_float32():
+    model = linear()
+    optimizer = MasterAdamW(model.parameters(), torch.bfloat16, lr=0.0)
+    cast_parameters(model, torch.bfloat16)
+    for gradient in (1.0, 2.0**-10, 2.0**-10):
+        model.bias.grad = torch.full((3,), gradient, dtype=torch.bfloat16)
+        optimizer.collect()
+        assert model.bias.grad is None
+    assert optimizer.masters[1].grad.tolist() == [1 + 2.0**-9] * 3
+
+
+def test_gradients_moved_early_are_the_same():
+    runs = []
+    for early in (False, True):
+        model = linear()
+        optimizer = MasterAdamW(model.parameters(), torch.bfloat16, early=early, lr=1e-2)
+        cast_parameters(model, torch.bfloat16)
+        if early:
+            model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+            assert model.weight.grad is None and optimizer.masters[0].grad is not None
+            optimizer.zero_grad()
+        train(model, optimizer, 5, passes=2)
+        runs.append(model.weight)
+    assert torch.equal(*runs)
+
+
+def test_masters_begin_with_all_their_digits():
+    model = linear()
+    exact = model.weight.detach().clone()
+    optimizer = MasterAdamW(model.parameters(), torch.bfloat16)
+    cast_parameters(model, torch.bfloat16)
+    assert torch.equal(optimizer.masters[0], exact) and not torch.equal(model.weight.float(), exact)
+
+
+def test_buffers_keep_their_digits():
+    model = linear()
+    model.register_buffer("frequencies", torch.tensor([1 / 3]))
+    cast_parameters(model, torch.bfloat16)
+    assert model.frequencies.dtype == torch.float32 and model.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_goes_on_where_it_was(dtype):
+    runs = []
+    for interrupted in (False, True):
+        model = linear()
+        optimizer = MasterAdamW(model.parameters(), dtype, lr=1e-3)
+        cast_parameters(model, dtype)
+        train(model, optimizer, 3)
+        if interrupted:
+            weights, state = model.state_dict(), optimizer.state_dict()
+            model = linear()
+            optimizer = MasterAdamW(model.parameters(), dtype, lr=7.0)
+            cast_parameters(model, dtype)
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+        train(model, optimizer, 3)
+        runs.append((model, optimizer))
+    (one, first), (other, second) = runs
+    assert torch.equal(one.weight, other.weight)
+    assert all(torch.equal(a, b) for a, b in zip(first.masters, second.masters, strict=True))
