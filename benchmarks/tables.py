@@ -1,4 +1,4 @@
-"""Writes the tables and quoted outputs of README.md from committed files; ``--check`` only says whether they are up to date.
+"""Writes the tables and quoted outputs of README.md and docs/ from committed files; ``--check`` only says if they are current.
 
 python benchmarks/tables.py [--check]
 """
@@ -71,6 +71,82 @@ def generation_cpu(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def rollout_cpu(result: dict[str, Any]) -> str:
+    rows = []
+    for precision, name in (("no", "float32"), ("bf16", "bfloat16")):
+        if precision not in result:
+            continue
+        own = result[precision]
+        for engine, phases in own["seconds"].items():
+            seconds = [f"{phases[phase]:.2f}" for phase in ("generate", "score", "sync")]
+            rows.append([name, engine, *seconds, f"{sum(phases.values()):.2f}", f"{own['added_mib'][engine]:.0f}"])
+    titles = ["dtype", "engine", "generate, s", "score, s", "sync, s", "together, s", "memory added, MiB"]
+    said = "".join(
+        f"\n{name}: the phase is {own['transformers_over_vllm']:.2f} times as long with transformers "
+        f"({own['transformers_over_vllm_range'][0]:.2f} to {own['transformers_over_vllm_range'][1]:.2f}); vLLM takes "
+        f"{own['sync_seconds_per_100m_parameters']:.2f} s to take over 100 million weights, and "
+        f"{own['added_beyond_weights_mib']:.0f} MiB beyond the size of its weights.\n"
+        for precision, name in (("no", "float32"), ("bf16", "bfloat16"))
+        if (own := result.get(precision))
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
+def demo_engines(result: dict[str, Any]) -> str:
+    """Both results of demo_seeds.py, side by side; ``result`` is that of vLLM."""
+    other = json.loads((HERE / "results" / "demo_seeds.json").read_text(encoding="utf-8"))
+    rows = []
+    for one in (other, result):
+        finals = [row["gold_after"] for row in one["rows"]]
+        spread = f"{min(finals):.3f} to {max(finals):.3f}"
+        rows.append([one["rollout"], ", ".join(f"{f:.3f}" for f in finals), f"{fmean(finals):.3f}", spread])
+    titles = ["engine", "gold score after training, by seed", "mean", "range"]
+    return table(titles, rows) + made_by(result)
+
+
+TRAINERS = {
+    "ours": "**this package, REINFORCE++**",
+    "ours_vllm": "this package, REINFORCE++, rollouts by vLLM",
+    "ours_ppo": "this package, PPO",
+    "trl_rloo": "TRL RLOO",
+    "trl_grpo": "TRL GRPO",
+    "trl_ppo": "TRL PPO (1.12.0), one epoch",
+}
+
+
+def peers_cpu(result: dict[str, Any]) -> str:
+    rows = []
+    for precision, by_name in result["seconds"].items():
+        compared = result if precision == next(iter(result["seconds"])) else result[precision]
+        for name, title in TRAINERS.items():
+            if name not in by_name:
+                continue
+            ratios = [
+                f"{compared[key][name]['median']:.2f} ({compared[key][name]['min']:.2f} to {compared[key][name]['max']:.2f})"
+                if name in compared[key]
+                else "1"
+                for key in ("speedup", "memory_ratio")
+            ]
+            setting = result["best_bf16_setting"][name]["chosen"] if precision == "bf16" and "trl" in name else ""
+            rows.append(
+                [
+                    precision + (f", {setting}" if setting else ""),
+                    title,
+                    f"{by_name[name]['median']:.1f}",
+                    ratios[0],
+                    f"{result['peak_rss_mib'][precision][name]['median']:.0f}",
+                    ratios[1],
+                ]
+            )
+    titles = ["precision", "trainer", "seconds a step", "its time over ours", "peak MiB", "our memory over its"]
+    said = "".join(
+        f"\n{precision}: of what the machine's matrix products and memory allow, our step reaches {own['step']:.0%} "
+        f"(rollout {own['rollout']:.0%}, scoring {own['score']:.0%}, update {own['update']:.0%}).\n"
+        for precision, own in result["limit_fraction"].items()
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -81,13 +157,22 @@ def made_by(result: dict[str, Any]) -> str:
     return f"\n`{result['command']}`, {result['date']}, {machine['cpu']}, {machine['cores']} cores.\n"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo_seeds": demo_seeds, "generation_cpu": generation_cpu}
+TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    "demo_seeds": (demo_seeds, "demo_seeds"),
+    "generation_cpu": (generation_cpu, "generation_cpu"),
+    "generation_cpu_bf16": (generation_cpu, "generation_cpu_bf16"),
+    "rollout_cpu": (rollout_cpu, "rollout_cpu"),
+    "peers_cpu": (peers_cpu, "peers_cpu"),
+    "demo_engines": (demo_engines, "demo_seeds_vllm"),
+}
+"""For each table, what makes it and from which result file."""
+PAGES = (README, README.parent / "docs" / "vllm.md")
 
 
 def filled(text: str) -> str:
     """``text`` with every marked table made anew; a table without a result file stays as it is."""
-    for name, render in TABLES.items():
-        path = HERE / "results" / f"{name}.json"
+    for name, (render, source) in TABLES.items():
+        path = HERE / "results" / f"{source}.json"
         if path.exists():
             body = render(json.loads(path.read_text(encoding="utf-8")))
             pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
@@ -102,11 +187,13 @@ def _quoted_file(match: re.Match[str]) -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    new = filled(text)
+    old = {path: path.read_text(encoding="utf-8") for path in PAGES}
+    stale = {path: filled(text) for path, text in old.items() if filled(text) != text}
     if "--check" in sys.argv:
-        sys.exit("README.md is out of date: run python benchmarks/tables.py" if new != text else 0)
-    README.write_text(new, encoding="utf-8")
+        names = ", ".join(path.name for path in stale)
+        sys.exit(f"{names} out of date: run python benchmarks/tables.py" if stale else 0)
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,13 @@ ZERO_IS_FINE = {
     "reward": {"seed", "heldout_fraction", "center_rewards_coefficient"},
     "train": {
         *("seed", "heldout_fraction", "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "top_k"),
-        *("eval_prompts", "save_every", "gae_lambda"),
+        *("eval_prompts", "eval_every", "save_every", "gae_lambda"),
     },
     "generate": {"seed", "temperature", "top_k"},
+    "compare-algorithms": {
+        *("seed", "heldout_fraction", "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "top_k"),
+        *("eval_prompts", "eval_every", "save_every", "gae_lambda"),
+    },
     "demo": {"seed"},
 }
 

@@ -269,6 +269,17 @@ def test_rewards_are_clipped_before_they_are_centred(base, tmp_path):
     assert log[0]["reward"] == pytest.approx(25)
 
 
+def test_evaluations_in_the_course_of_training(base, tmp_path):
+    held_out = [{"prompt": "Why does the router drop packets?"}]
+    run = trainer(base, tmp_path / "run", evaluation=held_out, max_steps=5, eval_every=2)
+    plain = trainer(base, tmp_path / "plain", evaluation=held_out, max_steps=5)
+    run.train()
+    plain.train()
+    assert list(run.evaluations) == ["before", "step 2", "step 4", "after"]
+    assert list(json.loads((tmp_path / "run" / "evaluation.json").read_text())) == list(run.evaluations)
+    assert_equal_weights(weights(run), weights(plain))
+
+
 # --- records --------------------------------------------------------------------------------------------------------
 
 

@@ -115,10 +115,10 @@ class Process:
 
 
 def _environment() -> dict[str, str]:
-    """So that a process waiting for its turn leaves the processor to the others, and finds this package."""
+    """So that a process waiting for its turn soon leaves the processor to the others, and finds this package."""
     source = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    return {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": path}
+    return {"GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": path}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -62,11 +62,16 @@ class Worker:
                 model, self.tokenizer, dtype=precision, max_length=max_length, max_num_seqs=largest, **vllm
             )
             return
-        self.model: PreTrainedModel = models.load_policy(model, precision).to(self.device)
         if way == "engine":
             from reinforcepp.rollout.transformers_engine import TransformersEngine
 
+            self.model: PreTrainedModel = models.load_policy(model, precision).to(self.device)
             self.engine = TransformersEngine(self.model, self.tokenizer, batch_size=largest)
+            return
+        from transformers import AutoModelForCausalLM
+
+        # not load_policy, which makes GPT-2 faster: this is what a user of the library has
+        self.model = AutoModelForCausalLM.from_pretrained(models.resolve(model), dtype=precision).to(self.device).eval()
 
     def run(self, prompts: list[list[int]], sampling: dict[str, Any]) -> Answer:
         """Continue ``prompts``; a prompt's latency runs from the beginning of the whole set to its own last token."""

@@ -101,7 +101,8 @@ class ReinforceTrainer:
         self.ranks = Ranks()
         for reward in self.rewards:
             if isinstance(reward, TrainedReward):
-                cast_parameters(reward.model, dtype)
+                if self.config.mixed_precision == "bf16":
+                    cast_parameters(reward.model, dtype)
                 reward.model.to(self.ranks.device)
         policy = load_policy(model) if isinstance(model, str) else model
         updates = self.num_steps * self._updates_per_step
@@ -146,6 +147,7 @@ class ReinforceTrainer:
                 if self.ranks.is_main:
                     log.write(metrics)
                     progress.step(f"reward {metrics['reward']:+.3f}  kl {metrics['kl']:.4f}")
+                self._evaluate_if_due(step + 1)
                 done = checkpoint.Position(step + 1, log.position)
                 if stop.requested or (config.save_every and done.step % config.save_every == 0):
                     self._save_checkpoint(done)
@@ -249,9 +251,7 @@ class ReinforceTrainer:
         if not self.config.resume:
             clear(self.folder)
             describe_run(self.folder, as_dict(self.config), {"num_steps": self.num_steps, "prompts": len(self.prompts)})
-        if self._evaluates:  # after a resume, too: the policy still is what training started from
-            self.evaluations["before"] = self.evaluate()
-            self._write_evaluations()
+        self._evaluate("before")  # after a resume, too: the policy still is what training started from
         if not self.config.resume:
             return checkpoint.Position(0, 0)
         position = checkpoint.load(self.folder, self._learners)
@@ -260,20 +260,20 @@ class ReinforceTrainer:
         return position
 
     def _finish(self) -> None:
-        if self._evaluates:
-            self.evaluations["after"] = self.evaluate()
-            self._write_evaluations()
+        self._evaluate("after")
         self.save_model(self.folder)
         say(f"Saved the trained model to {self.folder}", "green")
 
-    @property
-    def _evaluates(self) -> bool:
-        return bool(self.config.eval_prompts and self.eval_prompts)
+    def _evaluate(self, when: str) -> None:
+        """Answer the held-out prompts, if there are any, and write down all evaluations so far."""
+        if self.config.eval_prompts and self.eval_prompts:
+            self.evaluations[when] = self.evaluate()
+            figures = {name: evaluation.figures() for name, evaluation in self.evaluations.items()}
+            write_json(self.folder / "evaluation.json", figures)
 
-    def _write_evaluations(self) -> None:
-        path = self.folder / "evaluation.json"
-        figures = {name: evaluation.figures() for name, evaluation in self.evaluations.items()}
-        write_json(path, figures)
+    def _evaluate_if_due(self, step: int) -> None:
+        if self.config.eval_every and step % self.config.eval_every == 0 and step < self.num_steps:
+            self._evaluate(f"step {step}")
 
     def _start_engine(self, choice: EngineChoice) -> RolloutEngine:
         config = self.config

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from reinforcepp.config import DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
+from reinforcepp.config import CompareAlgorithmsConfig, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.observe import say
 from reinforcepp.reinforce_trainer import ReinforceTrainer
@@ -38,7 +39,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
 
 def tell_difference(trainer: ReinforceTrainer) -> None:
     """One sentence on the held-out prompts before and after training."""
-    if set(trainer.evaluations) != {"before", "after"}:
+    if not {"before", "after"} <= set(trainer.evaluations):
         return
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]
     error = (before.reward_error**2 + after.reward_error**2) ** 0.5
@@ -65,4 +66,21 @@ def demo(config: DemoConfig) -> None:
     run_demo(config)
 
 
-ACTIONS: dict[str, Callable[[Any], Any]] = {"reward": reward, "train": train, "generate": generate, "demo": demo}
+def compare_algorithms(config: CompareAlgorithmsConfig) -> None:
+    """Every estimator, several seeds, one page."""
+    from reinforcepp import algorithm_comparison, algorithm_page
+
+    comparison = algorithm_comparison.compare_algorithms(config)
+    algorithm_comparison.tell(comparison)
+    page = Path(config.output_dir).expanduser() / "comparison.html"
+    algorithm_page.write_page(comparison, page)
+    say(f"{algorithm_page.verdict(comparison)} Everything is on the page {page}.", "green")
+
+
+ACTIONS: dict[str, Callable[[Any], Any]] = {
+    "reward": reward,
+    "train": train,
+    "generate": generate,
+    "compare-algorithms": compare_algorithms,
+    "demo": demo,
+}

@@ -10,7 +10,7 @@ import torch
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout import memory
+from reinforcepp.rollout import memory, transfer
 from reinforcepp.rollout import vllm_integration as integration
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import choose_engine
@@ -229,6 +229,28 @@ def test_the_module_imports_without_vllm():
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}).returncode == 0
 
 
+def test_weights_travel_in_chunks_that_hold_each_once():
+    weights = [(f"w{i}", torch.full((size,), float(i))) for i, size in enumerate([10, 10, 50, 5, 5, 5])]
+    chunks = list(transfer.in_chunks(weights, 4 * 20))
+    assert [[name for name, _ in chunk] for chunk in chunks] == [["w0", "w1"], ["w2"], ["w3", "w4", "w5"]]
+    message = transfer.update([("a.weight", torch.zeros(2, 3, dtype=torch.bfloat16))], [{"card": ()}])
+    assert message == {
+        "names": ["a.weight"],
+        "dtype_names": ["bfloat16"],
+        "shapes": [[2, 3]],
+        "ipc_handles": [{"card": ()}],
+    }
+
+
+@needs_vllm
+def test_the_message_is_one_that_vllm_takes():
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
+
+    weights = [("a", torch.zeros(2)), ("b", torch.zeros(3, 3))]
+    IPCWeightTransferUpdateInfo(**transfer.update(weights, [{"card": ()}, {"card": ()}]))
+    IPCWeightTransferInitInfo(packed=False)
+
+
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), needs_vllm]
@@ -263,3 +285,16 @@ class TestOnGpu:
         engine.sleep()
         asleep, total = torch.cuda.mem_get_info()
         assert asleep - awake > 0.1 * total
+
+    def test_weights_reach_a_model_in_a_process_of_its_own(self, model):
+        tokenizer = prepared_tokenizer()
+        engine = VllmEngine(model, tokenizer, gpu_memory_utilization=0.2, apart=True)
+        try:
+            check_sync(engine, model, tokenizer)
+            model.load_state_dict(prepared_model("qwen2", hidden_size=128, seed=5).state_dict())
+            with pytest.raises(RolloutError, match="out of step"):
+                check_sync(engine, model, tokenizer)
+            engine.load_weights(model)
+            check_sync(engine, model, tokenizer)
+        finally:
+            engine.close()

@@ -6,13 +6,23 @@ another one is a ``ConfigError`` that names the cure; nothing here changes what 
 
 from __future__ import annotations
 
+from reinforcepp.config.compare import CompareAlgorithmsConfig
 from reinforcepp.config.files import as_dict, read_yaml
 from reinforcepp.config.reinforce import ReinforceConfig
-from reinforcepp.config.verbs import VERBS, Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
+from reinforcepp.config.verbs import Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
+
+VERBS: dict[str, type] = {
+    "reward": RewardModelConfig,
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "compare-algorithms": CompareAlgorithmsConfig,
+    "demo": DemoConfig,
+}
 
 __all__ = [
     "VERBS",
     "Columns",
+    "CompareAlgorithmsConfig",
     "DemoConfig",
     "GenerateConfig",
     "ReinforceConfig",

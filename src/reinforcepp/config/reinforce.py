@@ -105,6 +105,8 @@ class ReinforceConfig:
     """bf16 computes in bfloat16; weights, optimiser, log-probabilities and reductions stay float32."""
     eval_prompts: int = 64
     """Held-out prompts answered before and after training; 0 skips the comparison."""
+    eval_every: int = 0
+    """Steps between further answers to them in the course of training; 0 is never."""
     save_every: int = 0
     """Steps between checkpoints; 0 keeps only the one written at an interruption."""
     overwrite: bool = False
@@ -122,7 +124,15 @@ class ReinforceConfig:
         positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high", "reward_clip")
         positive(self, "learning_rate", "max_grad_norm", "rollout_batch_size", "importance_low", "sync_check_every")
         not_negative(
-            self, "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "eval_prompts", "save_every"
+            self,
+            "max_steps",
+            "kl_coef",
+            "gamma",
+            "warmup_steps",
+            "weight_decay",
+            "eval_prompts",
+            "eval_every",
+            "save_every",
         )
         positive(self, "value_clip", "critic_learning_rate")
         not_negative(self, "gae_lambda")

@@ -185,11 +185,3 @@ class DemoConfig:
         check_numbers(self)
         check_output(self)
         positive(self, "max_steps")
-
-
-VERBS: dict[str, type] = {
-    "reward": RewardModelConfig,
-    "train": TrainConfig,
-    "generate": GenerateConfig,
-    "demo": DemoConfig,
-}

@@ -19,7 +19,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +27,9 @@ from reinforcepp import models
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept, request_seed
 from reinforcepp.rollout.memory import CPU_BLOCK, head_size, memory_settings
+from reinforcepp.rollout.transfer import send_weights
 from reinforcepp.rollout.vllm_cpu import spare_work
-from reinforcepp.rollout.weights import full_weights, named_config, saved_eos_ids, write_weights
+from reinforcepp.rollout.weights import full_weights, named_config, saved_eos_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class VllmEngine:
         cache_bytes: size of the key-value cache; by default what the batch needs, within bounds.
         gpu_memory_utilization: share of the GPU's memory, instead of one measured when the engine starts.
         tensor_parallel_size: GPUs that share the model.
+        apart: run the model in a process of its own even on one GPU; with several each always has one.
         threads: CPU threads; vLLM fixes their number for the process.
 
     Raises:
@@ -128,6 +129,7 @@ class VllmEngine:
         cache_bytes: int | None = None,
         gpu_memory_utilization: float | None = None,
         tensor_parallel_size: int = 1,
+        apart: bool = False,
         threads: int | None = None,
     ) -> None:
         if isinstance(model, str):
@@ -154,6 +156,7 @@ class VllmEngine:
         self._source: PreTrainedModel | str = model
         self._tensor_parallel_size = tensor_parallel_size
         self._on_gpu = not _import_vllm().platforms.current_platform.is_cpu()
+        self._apart = self._on_gpu and (apart or tensor_parallel_size > 1)
         self._asleep = False
         self._memory = memory_settings(
             model,
@@ -293,9 +296,14 @@ class VllmEngine:
             _alive += 1
             if load_format == "dummy":
                 assert not isinstance(self._source, str)
+                if self._apart:
+                    self._llm.collective_rpc("init_weight_transfer_engine", args=({"packed": False},))
                 self._reload(self._source)
 
     def _platform_settings(self) -> dict[str, Any]:
+        if self._apart:
+            own = {"distributed_executor_backend": "mp", "weight_transfer_config": {"backend": "ipc"}}
+            return own | {"enable_sleep_mode": not isinstance(self._source, str)}
         if self._on_gpu:
             return {"enable_sleep_mode": not isinstance(self._source, str)}
         spare_work()
@@ -310,19 +318,14 @@ class VllmEngine:
         with tempfile.TemporaryDirectory(prefix="reinforcepp-vllm-") as folder:
             self.config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            if self._tensor_parallel_size == 1:
-                yield folder, "dummy"
-            else:
-                write_weights(self._source, Path(folder))
-                yield folder, "auto"
+            yield folder, "dummy"
 
     def _reload(self, model: PreTrainedModel) -> None:
-        if self._tensor_parallel_size == 1:
+        if self._apart:
+            devices = [torch.device("cuda", i) for i in range(self._tensor_parallel_size)]
+            send_weights(self._llm.collective_rpc, full_weights(model), devices)
+        else:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(model)})
-            return
-        with tempfile.TemporaryDirectory(prefix="reinforcepp-vllm-") as folder:  # the workers are other processes
-            write_weights(model, Path(folder))
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
     def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
         from vllm import SamplingParams

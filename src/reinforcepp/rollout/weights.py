@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,11 +62,3 @@ def full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             for adapter in () if layer.disable_adapters or layer.merged else layer.active_adapters:
                 weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
         yield re.sub(r"\.modules_to_save\.[^.]+\.", ".", name.replace(".base_layer.", ".")), weight
-
-
-def write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Save every entry of :func:`full_weights` as ``model.safetensors``, tied ones twice."""
-    from safetensors.torch import save_file
-
-    weights = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in full_weights(model)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
