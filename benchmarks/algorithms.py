@@ -8,13 +8,15 @@ The reward model is trained first, as the demo does it. An interrupted compariso
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from results import write_result
 
 from reinforcepp.algorithm_comparison import compare_algorithms, tell
 from reinforcepp.algorithm_page import write_page
-from reinforcepp.config import CompareAlgorithmsConfig, RewardModelConfig
+from reinforcepp.config import CompareAlgorithmsConfig, DemoConfig
+from reinforcepp.demo import demo_settings
 from reinforcepp.reward_trainer import train_reward_model
 from reinforcepp.rewards.trained import CARD_NAME
 
@@ -30,33 +32,25 @@ def main() -> None:
     parser.add_argument("--name", default="algorithms")
     arguments = parser.parse_args()
     folder = Path(arguments.folder)
-    reward = folder / "reward_model"
-    if not (reward / CARD_NAME).is_file():
-        train_reward_model(
-            RewardModelConfig(output_dir=str(reward), seed=0, learning_rate=3e-4, num_train_epochs=5, batch_size=16)
-        )
+    reward, train = demo_settings(DemoConfig(seed=0), folder)
+    if not (Path(reward.output_dir) / CARD_NAME).is_file():
+        train_reward_model(reward)
+    changes = {
+        "output_dir": str(folder / "comparison"),
+        "batch_size": 16,
+        "num_generations": 4,
+        "max_steps": arguments.max_steps,
+        "critic_learning_rate": 5 * train.learning_rate,
+        "rollout": "transformers",
+        "eval_every": 15,
+        "resume": arguments.resume,
+        "overwrite": not arguments.resume,
+    }
     config = CompareAlgorithmsConfig(
-        output_dir=str(folder / "comparison"),
-        reward_model=str(reward),
-        seed=0,
+        **(asdict(train) | changes),
         seeds=arguments.seeds,
-        max_steps=arguments.max_steps,
-        batch_size=16,
-        num_generations=4,
-        mini_batch_size=32,
-        max_prompt_length=64,
-        max_new_tokens=64,
-        learning_rate=2e-4,
-        lr_scheduler_type="linear",
-        critic_learning_rate=1e-3,
-        kl_coef=0.05,
-        rollout="transformers",
-        eval_prompts=1000,
-        eval_every=15,
         sensitivity=not arguments.no_sensitivity,
         processes=arguments.processes,
-        resume=arguments.resume,
-        overwrite=not arguments.resume,
     )
     comparison = compare_algorithms(config)
     tell(comparison)

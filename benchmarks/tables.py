@@ -147,6 +147,22 @@ def peers_cpu(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def ablation_cpu(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["optimisation"],
+            row["phase"],
+            f"{row['expected_seconds']:.2f}",
+            f"{row['seconds_saved']:.2f} ({min(row['seconds_saved_by_round']):.2f} to "
+            f"{max(row['seconds_saved_by_round']):.2f})",
+        ]
+        for row in result["optimisations"]
+    ]
+    titles = ["optimisation", "phase", "expected, s", "saved, s: median (range)"]
+    said = f"\nWith all of them a step takes {result['step_seconds']:.2f} s.\n"
+    return table(titles, rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -160,13 +176,13 @@ def made_by(result: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "demo_seeds": (demo_seeds, "demo_seeds"),
     "generation_cpu": (generation_cpu, "generation_cpu"),
-    "generation_cpu_bf16": (generation_cpu, "generation_cpu_bf16"),
     "rollout_cpu": (rollout_cpu, "rollout_cpu"),
+    "ablation_cpu": (ablation_cpu, "ablation_cpu"),
     "peers_cpu": (peers_cpu, "peers_cpu"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
 }
 """For each table, what makes it and from which result file."""
-PAGES = (README, README.parent / "docs" / "vllm.md")
+PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))
 
 
 def filled(text: str) -> str:

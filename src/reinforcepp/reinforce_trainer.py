@@ -77,8 +77,8 @@ class ReinforceTrainer:
         engine: RolloutEngine | None = None,
     ) -> None:
         self.config = args or ReinforceConfig()
-        # a checkpoint, with Adam's two moments, and the trained model
-        needed = 4 * weight_bytes(model) if isinstance(model, str) else 0
+        # a checkpoint, with Adam's two moments, the same of a critic, and the trained model
+        needed = (8 if self.config.recipe.critic else 4) * weight_bytes(model) if isinstance(model, str) else 0
         self.folder = check_output(
             self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume, needed_bytes=needed
         )

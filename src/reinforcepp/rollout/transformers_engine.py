@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from reinforcepp.models import context_length, eos_ids
+from reinforcepp.rollout.cache import roomy_cache
 from reinforcepp.rollout.draw import draw, uniforms
 from reinforcepp.rollout.engine import check_prompts, completed, request_seed
 from reinforcepp.rollout.packed import packed
@@ -19,7 +19,7 @@ from reinforcepp.tokens import pad, position_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -88,7 +88,7 @@ class TransformersEngine:
     @torch.no_grad()
     def _decode(self, rows: list[_Row], sampling: Sampling) -> Iterator[None]:
         """Fill in ``rows`` together, a token of each at a time, dropping each from the batch once it has ended."""
-        cache = DynamicCache(config=self.model.config)
+        cache = roomy_cache(self.model.config)
         logits_BV, mask_BL, seen_BV = self._prefill(rows, cache)
         positions_B1 = position_ids(mask_BL)[:, -1:]
         uniforms_BT = torch.stack([row.uniforms for row in rows]).to(logits_BV.device)

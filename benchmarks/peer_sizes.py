@@ -1,0 +1,76 @@
+"""How a training step's time and memory grow with the work: ours and TRL's GRPO, the fastest of the peers.
+
+python benchmarks/peer_sizes.py
+
+From the work of benchmarks/peers.py, one thing at a time is made larger: completions, tokens per completion, parameters.
+Written to benchmarks/results/peer_sizes_cpu.json, with a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from peer_worker import SHAPES, make_models
+from peers import measured
+from results import FOLDER, write_result
+
+TRAINERS = {"ours": "weights", "trl_grpo": "weights"}  # all weights in bfloat16: TRL's faster way
+BASE = {"shape": "82m", "completions": 16, "new_tokens": 64}
+VARIED: dict[str, list[Any]] = {
+    "completions": [16, 64, 256],
+    "new_tokens": [32, 128, 512],
+    "shape": ["20m", "82m", "124m"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1, help="measured of each, after a warm-up step")
+    parser.add_argument("--name", default="peer_sizes_cpu")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for varied, values in VARIED.items():
+            for value in values:
+                work = BASE | {varied: value}
+                models = Path(folder) / str(work["shape"])
+                if not models.is_dir():
+                    make_models(models, SHAPES[work["shape"]])
+                for name, setting in TRAINERS.items():
+                    size = argparse.Namespace(**work, steps=arguments.steps)
+                    found = measured(name, setting, str(models), size)
+                    row = {"varied": varied, "trainer": name, **work, "seconds": median(found["seconds"])}
+                    rows.append(row | {"peak_rss_mib": found["peak_rss_mib"]})
+                    print(json.dumps(rows[-1]), flush=True)
+    write_result(arguments.name, {"rows": rows})
+    plot(rows, FOLDER / f"{arguments.name}.png")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds and memory of a step against each thing that was varied."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    grid = figure.subplots(2, len(VARIED))
+    for column, (varied, values) in enumerate(VARIED.items()):
+        for axes, key, unit in zip(
+            grid[:, column], ("seconds", "peak_rss_mib"), ("seconds a step", "peak MiB"), strict=True
+        ):
+            for name, color in zip(TRAINERS, ("#1f5fa8", "#d1812e"), strict=True):
+                own = [row[key] for row in rows if (row["varied"], row["trainer"]) == (varied, name)]
+                axes.plot(range(len(values)), own, marker="o", color=color, label=name)
+            axes.set_xticks(range(len(values)), [str(value) for value in values])
+            axes.set(xlabel=varied, ylabel=unit)
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+    grid[0][0].legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The cache that grows in strides holds what the library's holds."""
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache
+
+from reinforcepp.rollout import cache as module
+from reinforcepp.rollout.cache import RoomyLayer, roomy_cache
+
+
+@pytest.mark.parametrize("room", [0, 1, 5, 128])
+def test_it_holds_what_the_librarys_cache_holds(monkeypatch, room):
+    monkeypatch.setattr(module, "ROOM", room)
+    config = tiny.model("llama").config
+    caches = [DynamicCache(config=config), roomy_cache(config)]
+    assert all(type(layer) is RoomyLayer for layer in caches[1].layers)
+    generator = torch.Generator().manual_seed(0)
+    for tokens, rows in ((4, 3), (1, 3), (1, 3), (7, 2), (1, 2)):
+        if rows == 2 and caches[0].layers[0].keys.shape[0] == 3:
+            for cache in caches:
+                cache.batch_select_indices(torch.tensor([2, 0]))
+        for layer in range(2):
+            new = [torch.randn(rows, 1, tokens, 32, generator=generator) for _ in range(2)]
+            (keys, values), (own_keys, own_values) = (cache.update(*new, layer) for cache in caches)
+            assert torch.equal(keys, own_keys) and torch.equal(values, own_values)
+        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
+@torch.no_grad()
+def test_a_full_space_is_not_copied_for_each_token():
+    layer = RoomyLayer()
+    layer.update(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
+    place = layer.keys.data_ptr()
+    for _ in range(module.ROOM):
+        layer.update(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
+    assert layer.keys.data_ptr() == place and layer.keys.shape[-2] == 4 + module.ROOM
+    layer.update(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
+    assert layer.keys.data_ptr() != place and layer.keys[0, 0, 4:].eq(1).all()
