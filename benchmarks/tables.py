@@ -93,8 +93,8 @@ def rollout_cpu(result: dict[str, Any]) -> str:
 
 
 def demo_engines(result: dict[str, Any]) -> str:
-    """Both results of demo_seeds.py, side by side; ``result`` is that of vLLM."""
-    other = json.loads((HERE / "results" / "demo_seeds.json").read_text(encoding="utf-8"))
+    """Two results of demo_seeds.py, side by side; ``result`` is that of vLLM."""
+    other = json.loads((HERE / "results" / "demo_seeds_one_core.json").read_text(encoding="utf-8"))
     rows = []
     for one in (other, result):
         finals = [row["gold_after"] for row in one["rows"]]

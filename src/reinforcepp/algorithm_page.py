@@ -14,7 +14,7 @@ COLORS = ("#1f5fa8", "#2a9d6f", "#d1812e", "#7b5ea7", "#c0395a")
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
@@ -31,8 +31,8 @@ def write_page(comparison: Mapping[str, Any], path: Path) -> None:
         f"<p>Model {escape(settings['model'])}, reward model {escape(settings['reward_model'])}; {settings['seeds']} seeds, "
         f"{settings['max_steps']} steps of {settings['batch_size'] * settings['num_generations']} completions, learning "
         f"rate {settings['learning_rate']:g}, KL coefficient {settings['kl_coef']:g}. Held-out prompts; ± is the 95 % "
-        "interval over seeds.</p>",
-        _table(["estimator", *COLUMNS], [[n, *(f(o) for f in COLUMNS.values())] for n, o in _items(comparison)]),
+        "interval over seeds. The target is nine tenths of the way from the start to the best final score.</p>",
+        *(_by_estimator(comparison, columns) for columns in (OUTCOME, COST)),
         _picture(draw_frontier, comparison, "Score against KL to the reference, one line for each estimator"),
         _picture(draw_curves, comparison, "Score against training step, with the range over seeds"),
         _picture(draw_phases, comparison, "Seconds of a step by phase"),
@@ -75,18 +75,26 @@ def plus_minus(value: Mapping[str, float] | None, digits: int) -> str:
     return "-" if value is None else f"{value['mean']:.{digits}f} ± {value['interval']:.{digits}f}"
 
 
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+Columns = dict[str, Callable[[Mapping[str, Any]], str]]
+OUTCOME: Columns = {
     "final score": lambda own: plus_minus(_final(own), 3),
     "worst seed": lambda own: f"{own['worst_seed']:.3f}",
     "reward": lambda own: plus_minus(own["final"]["reward"], 2),
     "KL, nats a token": lambda own: plus_minus(own["final"]["kl"], 3),
+    "runs that diverged": lambda own: str(own["diverged"]),
+}
+COST: Columns = {
     "seconds to target": lambda own: plus_minus(own["to_target"]["seconds"], 0),
     "tokens to target": lambda own: plus_minus(own["to_target"]["tokens"], 0),
     "seconds a step": lambda own: plus_minus(own["step_seconds"], 2),
     "peak MiB": lambda own: plus_minus(own["peak_rss_mib"], 0),
-    "diverged": lambda own: str(own["diverged"]),
     "lines of code": lambda own: str(own["lines_of_code"]),
 }
+
+
+def _by_estimator(comparison: Mapping[str, Any], columns: Columns) -> str:
+    rows = [[name, *(column(own) for column in columns.values())] for name, own in _items(comparison)]
+    return _table(["estimator", *columns], rows)
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -163,4 +171,4 @@ def draw_phases(axes: Any, comparison: Mapping[str, Any]) -> None:
         begin = [a + b for a, b in zip(begin, seconds, strict=True)]
     axes.set(xlabel="seconds a step")
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=len(COLORS))
