@@ -144,6 +144,15 @@ def peers_cpu(result: dict[str, Any]) -> str:
         f"(rollout {own['rollout']:.0%}, scoring {own['score']:.0%}, update {own['update']:.0%}).\n"
         for precision, own in result["limit_fraction"].items()
     )
+    soundings = [
+        f"{TRAINERS[name]} {own['seconds']['autocast']:.1f} s"
+        for name, own in result["best_bf16_setting"].items()
+        if "seconds" in own
+    ]
+    if soundings:
+        said += (
+            f"\nWith float32 weights and autocast, which keeps small updates, a step took: {', '.join(soundings)}.\n"
+        )
     return table(titles, rows) + said + made_by(result)
 
 
