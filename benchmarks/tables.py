@@ -26,7 +26,6 @@ def demo_seeds(result: dict[str, Any]) -> str:
         "kl": "{:.3f}",
         "distinct": "{:.2f}",
         "length_ratio": "{:.2f}",
-        "seconds": "{:.0f}",
     }
     titles = [
         "seed",
@@ -36,7 +35,6 @@ def demo_seeds(result: dict[str, Any]) -> str:
         "KL, nats per token",
         "distinct answers per topic",
         "length ratio",
-        "seconds",
     ]
     rows = [[form.format(row[key]) for key, form in columns.items()] for row in result["rows"]]
     means = {key: fmean(row[key] for row in result["rows"]) for key in columns}
@@ -94,7 +92,7 @@ def rollout_cpu(result: dict[str, Any]) -> str:
 
 def demo_engines(result: dict[str, Any]) -> str:
     """Two results of demo_seeds.py, side by side; ``result`` is that of vLLM."""
-    other = json.loads((HERE / "results" / "demo_seeds_one_core.json").read_text(encoding="utf-8"))
+    other = json.loads((HERE / "results" / "demo_seeds.json").read_text(encoding="utf-8"))
     rows = []
     for one in (other, result):
         finals = [row["gold_after"] for row in one["rows"]]
