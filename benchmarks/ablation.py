@@ -19,16 +19,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peer_worker import EOS, PROMPT_TOKENS, SHAPES, make_models, prompts, rates
+from peer_worker import EOS, PROMPT_TOKENS, SHAPES, build_ours, make_models, products, rates
 from results import write_result
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 from transformers.activations import NewGELUActivation
 
-from reinforcepp import ReinforceConfig, ReinforceTrainer, logprobs
-from reinforcepp.models import load_tokenizer
+from reinforcepp import ReinforceTrainer, logprobs
 from reinforcepp.observe import Clock
-from reinforcepp.rewards import TrainedReward
 from reinforcepp.rollout import transformers_engine
 
 COMPLETIONS, NEW_TOKENS = 16, 64
@@ -43,7 +40,8 @@ def main() -> None:
     shape = SHAPES[arguments.shape]
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), shape)
-        trainer = build(Path(folder))
+        job = {"name": "ours", "setting": "weights", "completions": COMPLETIONS, "new_tokens": NEW_TOKENS, "steps": 7}
+        trainer = build_ours(job, Path(folder), str(Path(folder) / "run"))
         rate = rates(torch.bfloat16)
         for warm_up in range(2):
             one_step(trainer, warm_up)
@@ -69,26 +67,6 @@ def main() -> None:
     ]
     result = {"step_seconds": base, "optimisations": optimisations, "machine_rates": rate, "rounds": seconds}
     write_result(arguments.name, {"shape": shape} | result)
-
-
-def build(folder: Path) -> ReinforceTrainer:
-    """A trainer as benchmarks/peers.py has it."""
-    tokenizer = load_tokenizer(str(folder / "policy"))
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.bfloat16, num_labels=1)
-    config = ReinforceConfig(
-        output_dir=str(folder / "run"),
-        batch_size=COMPLETIONS,
-        mini_batch_size=COMPLETIONS,
-        max_prompt_length=PROMPT_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        rollout="transformers",
-        mixed_precision="bf16",
-        eval_prompts=0,
-    )
-    rows = [{"prompt": text} for text in prompts(COMPLETIONS * 8, tokenizer.vocab_size)]
-    rewards = TrainedReward(reward.eval(), tokenizer)
-    return ReinforceTrainer(str(folder / "policy"), rewards, config, rows, processing_class=tokenizer)
 
 
 def one_step(trainer: ReinforceTrainer, step: int) -> dict[str, float]:
@@ -180,11 +158,11 @@ def many_passes(trainer: ReinforceTrainer) -> Iterator[None]:
 
 
 def body(shape: dict[str, int]) -> int:
-    return 12 * shape["n_layer"] * shape["n_embd"] ** 2
+    return products(shape)[0]
 
 
 def head(shape: dict[str, int]) -> int:
-    return shape["vocab_size"] * shape["n_embd"]
+    return products(shape)[1]
 
 
 TOKENS = COMPLETIONS * (PROMPT_TOKENS + NEW_TOKENS)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+
+if TYPE_CHECKING:
+    from reinforcepp import ReinforceTrainer
 
 SHAPES = {
     "82m": {"n_layer": 6, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
@@ -110,8 +113,8 @@ class StepTimes(TrainerCallback):
         self.phases.end_step()
 
 
-def run_ours(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float], dict[str, list[float]]]:
-    """This package's trainer, with either rollout engine, or as PPO."""
+def build_ours(job: dict[str, Any], folder: Path, output: str) -> ReinforceTrainer:
+    """This package's trainer, with either rollout engine, or as PPO; what it imports, the peers' processes do without."""
     from reinforcepp import ReinforceConfig, ReinforceTrainer
     from reinforcepp.models import load_tokenizer
     from reinforcepp.rewards import TrainedReward
@@ -138,10 +141,13 @@ def run_ours(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float
         eval_prompts=0,
     )
     rows = [{"prompt": text} for text in prompts(job["completions"] * steps, tokenizer.vocab_size)]
-    trainer = ReinforceTrainer(
-        str(folder / "policy"), TrainedReward(reward.eval(), tokenizer), config, rows, processing_class=tokenizer
-    )
-    log = trainer.train()[WARM_UP:]
+    rewards = TrainedReward(reward.eval(), tokenizer)
+    return ReinforceTrainer(str(folder / "policy"), rewards, config, rows, processing_class=tokenizer)
+
+
+def run_ours(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float], dict[str, list[float]]]:
+    """This package's trainer."""
+    log = build_ours(job, folder, output).train()[WARM_UP:]
     assert all(m["completions/min_length"] == job["new_tokens"] for m in log), "completions of another length"
     phases = {phase: [m[f"time/{phase}"] for m in log] for phase in ("rollout", "score", "update", "sync")}
     return [m["step_time"] for m in log], phases
@@ -272,6 +278,11 @@ def timed(job: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def products(shape: dict[str, int]) -> tuple[int, int]:
+    """Weights that tokens are multiplied with: in the layers, and in the output layer."""
+    return 12 * shape["n_layer"] * shape["n_embd"] ** 2, shape["vocab_size"] * shape["n_embd"]
+
+
 def bounds(folder: Path, job: dict[str, Any], dtype: torch.dtype, rate: dict[str, float]) -> dict[str, float]:
     """Least seconds of each phase: operations over the rate of products, or bytes over that of reading, if more.
 
@@ -279,8 +290,7 @@ def bounds(folder: Path, job: dict[str, Any], dtype: torch.dtype, rate: dict[str
     weight and token forward, four backward; the output layer for response tokens only.
     """
     config = GPT2Config.from_pretrained(folder / "policy")
-    body = 12 * config.n_layer * config.n_embd**2
-    head = config.vocab_size * config.n_embd
+    body, head = products(config.to_dict())
     rows, new = job["completions"], job["new_tokens"]
     tokens = rows * (PROMPT_TOKENS + new)
     decode = max(2 * (body + head) * rows / rate["flops"], (body + head) * dtype.itemsize / rate["bytes"])

@@ -26,8 +26,8 @@ from results import FOLDER, write_result
 PPO_PACKAGES = FOLDER.parents[1] / "build" / "trl-1.12.0"
 OURS = ("ours", "ours_vllm", "ours_ppo")
 PEERS = ("trl_rloo", "trl_grpo", "trl_ppo")
-PRECISIONS = {"float32": ["float32"], "bf16": ["autocast", "weights"]}
-"""What a trainer may be run with: TRL computes in bfloat16 by autocast, or with all its weights in bfloat16."""
+BF16_SETTINGS = ("autocast", "weights")
+"""TRL computes in bfloat16 by autocast, or with all its weights in bfloat16."""
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         best = {name: best_setting(name, folder, arguments) for name in arguments.trainers}
         for turn in range(arguments.rounds):
             for precision in arguments.precisions:
-                for name in arguments.trainers[turn % 2 :: 1] + arguments.trainers[: turn % 2]:
+                for name in arguments.trainers[turn % 2 :] + arguments.trainers[: turn % 2]:
                     setting = "float32" if precision == "float32" else best[name]["chosen"]
                     row = measured(name, setting, folder, arguments)
                     rows.append({"round": turn, "trainer": name, "precision": precision, "setting": setting} | row)
@@ -61,7 +61,7 @@ def best_setting(name: str, folder: str, arguments: argparse.Namespace) -> dict[
     """Of the ways a trainer can compute in bfloat16, the one whose step is shortest."""
     if name in OURS or "bf16" not in arguments.precisions:
         return {"chosen": "weights"}
-    seconds = {s: measured(name, s, folder, arguments, steps=1)["seconds"][0] for s in PRECISIONS["bf16"]}
+    seconds = {s: measured(name, s, folder, arguments, steps=1)["seconds"][0] for s in BF16_SETTINGS}
     print(name, seconds, flush=True)
     return {"chosen": min(seconds, key=seconds.__getitem__), "seconds": seconds}
 

@@ -148,12 +148,11 @@ def squared_deviation(values_BT: Tensor, mask_BT: Tensor, mean: Tensor) -> Tenso
     return torch.where(mask_BT.bool(), values_BT.double() - mean, 0.0).square().sum()
 
 
-def population(values_BT: Tensor, mask_BT: Tensor, over: Population) -> tuple[Tensor, Tensor]:
-    """The values that mean and variance are taken over: each token's, or only the first token's of each sequence."""
+def population(mask_BT: Tensor, over: Population) -> Tensor:
+    """Where the values stand that mean and variance are taken over: every token, or the first token of each sequence."""
     if over == "tokens":
-        return values_BT, mask_BT
-    first_BT = mask_BT.bool() & (mask_BT.bool().cumsum(-1) == 1)
-    return values_BT, first_BT
+        return mask_BT
+    return mask_BT.bool() & (mask_BT.bool().cumsum(-1) == 1)
 
 
 def normalize(values_BT: Tensor, mask_BT: Tensor, moments: Moments) -> Tensor:
@@ -252,10 +251,10 @@ def advantages(
     )
     if RECIPES[estimator].scale != "batch":
         return raw_BT, returns_BT
-    values_BT, counted_BT = population(raw_BT, mask_BT, normalize_over)
-    count, total = sum_over_ranks(count_and_sum(values_BT, counted_BT))
+    counted_BT = population(mask_BT, normalize_over)
+    count, total = sum_over_ranks(count_and_sum(raw_BT, counted_BT))
     mean = total / count.clamp_min(1)
-    variance = sum_over_ranks(squared_deviation(values_BT, counted_BT, mean)) / count.clamp_min(1)
+    variance = sum_over_ranks(squared_deviation(raw_BT, counted_BT, mean)) / count.clamp_min(1)
     return normalize(raw_BT, mask_BT, Moments(mean, variance)), returns_BT
 
 
