@@ -92,7 +92,7 @@ def rollout_cpu(result: dict[str, Any]) -> str:
 
 def demo_engines(result: dict[str, Any]) -> str:
     """Two results of demo_seeds.py, side by side; ``result`` is that of vLLM."""
-    other = json.loads((HERE / "results" / "demo_seeds.json").read_text(encoding="utf-8"))
+    other = json.loads((HERE / "results" / "demo_seeds_90_steps.json").read_text(encoding="utf-8"))
     rows = []
     for one in (other, result):
         finals = [row["gold_after"] for row in one["rows"]]
@@ -170,6 +170,58 @@ def ablation_cpu(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def profile_cpu(result: dict[str, Any]) -> str:
+    before, after = result["before"], result["after"]
+    rows = [
+        [f"**{phase}**", f"{before['phases'][f'time/{phase}']:.2f}", f"{after['phases'][f'time/{phase}']:.2f}"]
+        for phase in ("rollout", "score", "update")
+    ]
+    rows.append(["**step**", *(f"{when['phases']['step_time']:.2f}" for when in (before, after))])
+    names = sorted(before["groups"], key=lambda name: -after["groups"].get(name, 0.0))
+    rows += [[name, f"{before['groups'][name]:.2f}", f"{after['groups'].get(name, 0.0):.2f}"] for name in names]
+    return table(["", "before, s", "after, s"], rows) + made_by(result)
+
+
+def kill(result: dict[str, Any]) -> str:
+    names = {"policy": "policy", "reward": "reward model"}
+    rows = []
+    for kind, name in names.items():
+        own = result[kind]
+        kills = [kill for row in own["rows"] for kill in row["kills"] if kill["killed"]]
+        writing = sum("write" in kill for kill in kills)
+        rows.append([name, str(own["points"]), str(len(kills)), str(writing), str(own["identical"])])
+    titles = [
+        "training",
+        "runs disturbed",
+        "kills that met a running training",
+        "of these, while writing",
+        "byte-identical",
+    ]
+    return table(titles, rows) + made_by(result)
+
+
+def fuzz(result: dict[str, Any]) -> str:
+    columns = ("cases", "results", "named_errors", "hangs")
+    rows = [[kind, *(f"{own[column]:,}" for column in columns)] for kind, own in result["kinds"].items()]
+    rows.append(["all", *(f"{result[column]:,}" for column in columns)])
+    said = f"\nTracebacks: {result['tracebacks']}.\n"
+    return table(["kind of input", "cases", "correct results", "named errors", "hangs"], rows) + said + made_by(result)
+
+
+def soak(result: dict[str, Any]) -> str:
+    rss, disk = result["rss_mib"], result["disk_mib"]
+    rows = [
+        ["resident memory, MiB", f"{rss['settled']:.0f}", f"{rss['end']:.0f}"],
+        ["open files", "", f"{result['fd_growth']:+.0f}"],
+        ["run folder, MiB", f"{disk['settled']:.0f}", f"{disk['end']:.0f}"],
+    ]
+    said = (
+        f"\n{result['steps']} steps. From step 51 on memory changes by {result['rss_slope_mib_per_100_steps']:+.2f} MiB per "
+        "100 steps.\n"
+    )
+    return table(["", "after 50 steps", "at the end"], rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -177,7 +229,8 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 def made_by(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    return f"\n`{result['command']}`, {result['date']}, {machine['cpu']}, {machine['cores']} cores.\n"
+    cores = f"{machine['cores']} core" + ("s" if machine["cores"] > 1 else "")
+    return f"\n`{result['command']}`, {result['date']}, {machine['cpu']}, {cores}.\n"
 
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
@@ -186,6 +239,10 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "rollout_cpu": (rollout_cpu, "rollout_cpu"),
     "ablation_cpu": (ablation_cpu, "ablation_cpu"),
     "peers_cpu": (peers_cpu, "peers_cpu"),
+    "profile_cpu": (profile_cpu, "profile_cpu"),
+    "kill": (kill, "kill"),
+    "fuzz": (fuzz, "fuzz"),
+    "soak": (soak, "soak"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
 }
 """For each table, what makes it and from which result file."""

@@ -86,7 +86,9 @@ def test_the_policy_was_trained_on_every_prompt(done, folder):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3]  # 22 prompts, 8 at a time
     assert metrics[-1]["epoch"] == 1.0
-    assert {"reward", "kl", "entropy", "completions/mean_length", "num_tokens", "step_time"} <= metrics[0].keys()
+    assert {"reward", "kl", "entropy", "completions/mean_length", "num_tokens"} <= metrics[0].keys()
+    timings = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
+    assert len(timings) == 3 and {"step_time", "time/rollout", "time/update"} <= timings[0].keys()
     settings = json.loads((run / "run.json").read_text())["settings"]
     assert {k: settings[k] for k in ("learning_rate", "kl_coef", "batch_size", "max_new_tokens", "seed")} == {
         **{"learning_rate": 1e-5, "kl_coef": 0.1, "batch_size": 8},

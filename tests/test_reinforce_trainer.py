@@ -11,6 +11,7 @@ import torch
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
 from reinforcepp.models import load_policy, load_tokenizer
+from reinforcepp.observe import read_metrics
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "topic": str(i)} for i in range(11)]
@@ -302,7 +303,7 @@ def test_evaluations_in_the_course_of_training(base, tmp_path):
 def test_the_log_has_the_keys_that_users_of_trl_know(base, tmp_path):
     folder = tmp_path / "run"
     trainer(base, folder, max_steps=2).train()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     expected = {
         "reward",
         "reward_std",
@@ -389,7 +390,7 @@ def test_what_does_not_fit_together_is_refused_before_training(base, tmp_path, c
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(base, tmp_path):
-    run = trainer(base, tmp_path / "run")
+    run = trainer(base, tmp_path / "run", max_skipped_updates=0)
     before = weights(run)
 
     def poison(module, inputs, output):
@@ -397,7 +398,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(base, tmp
             output.logits.register_hook(lambda gradient: gradient * float("nan"))
 
     run.policy.register_forward_hook(poison)
-    with pytest.raises(TrainingDiverged, match="step 1"):
+    with pytest.raises(TrainingDiverged, match="Step 1: the gradient of the policy is nan"):
         run.train()
     assert_equal_weights(before, weights(run))
 

@@ -11,7 +11,7 @@ import pytest
 
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.errors import ConfigError
-from reinforcepp.run_folder import check_output, check_resume, clear, describe_run
+from reinforcepp.run_folder import check_output, check_unchanged, clear, describe_run, noted_settings
 
 
 def refusal(folder: Path, **settings) -> str:
@@ -81,8 +81,21 @@ def test_an_interrupted_run_may_be_resumed_or_overwritten(interrupted):
 @pytest.mark.parametrize("left", ["checkpoints/step-000003.partial/state.json", "checkpoints/step-000003/x"])
 def test_half_a_checkpoint_is_none(finished, left):
     fill(finished, left)
-    assert "no checkpoint to resume from" in refusal(finished, resume=True)
     assert "--resume" not in refusal(finished)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_may_be_resumed(finished):
+    assert check_output(str(finished), overwrite=False, resume=True) == finished
+    (finished / "run.json").unlink()
+    assert "no checkpoint to resume from" in refusal(finished, resume=True)
+
+
+def test_a_checkpoint_of_another_run_goes_on_in_a_free_folder(interrupted, tmp_path):
+    path = str(interrupted / "checkpoints" / "step-000003")
+    assert check_output(str(interrupted), overwrite=False, resume=path) == interrupted
+    assert check_output(str(tmp_path / "free"), overwrite=False, resume=path) == tmp_path / "free"
+    other = fill(tmp_path / "other", "run.json")
+    assert "already holds a run" in refusal(other, resume=path)
 
 
 def test_there_must_be_something_to_resume(tmp_path):
@@ -178,23 +191,33 @@ def test_a_run_notes_its_settings(tmp_path):
     assert json.loads((tmp_path / "a" / "run.json").read_text()) == {"settings": {"seed": 1}, "num_steps": 3}
 
 
-def test_the_same_settings_may_go_on_also_longer(tmp_path):
-    begun = TrainConfig(learning_rate=3e-5, clip_high=0.27)
-    describe_run(tmp_path, as_dict(begun), {})
-    more = {"resume": True, "max_steps": 9, "output_dir": "moved", "save_every": 5}
-    check_resume(tmp_path, as_dict(TrainConfig(learning_rate=3e-5, clip_high=0.27, **more)))
+def test_the_same_settings_may_go_on_wherever_the_run_is(tmp_path):
+    begun = as_dict(TrainConfig(learning_rate=3e-5, clip_high=0.27))
+    more = {"resume": True, "output_dir": "moved", "save_every": 5, "keep_last": 7}
+    check_unchanged(begun, as_dict(TrainConfig(learning_rate=3e-5, clip_high=0.27, **more)))
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "was"),
-    [("learning_rate", 2e-5, "1e-05"), ("model", "other", "builtin:tiny"), ("batch_size", 16, "8"), ("seed", 1, "42")],
-)
-def test_other_settings_may_not(tmp_path, name, value, was):
-    describe_run(tmp_path, as_dict(TrainConfig()), {})
+def test_all_other_settings_are_named_with_the_way_to_allow_them():
+    began, now = as_dict(TrainConfig()), as_dict(TrainConfig(learning_rate=2e-5, batch_size=16, max_steps=9))
     with pytest.raises(ConfigError) as caught:
-        check_resume(tmp_path, as_dict(TrainConfig(resume=True, **{name: value})))
-    for word in (str(tmp_path), f"{name} {was}, not {value}", "--overwrite"):
-        assert word in str(caught.value)
+        check_unchanged(began, now)
+    for words in (
+        "learning_rate was 1e-05 and is 2e-05",
+        "batch_size was 8 and is 16",
+        "max_steps was 0 and is 9",
+        "--allow_changes batch_size,max_steps,learning_rate",
+        "--overwrite",
+    ):
+        assert words in str(caught.value)
+    with pytest.raises(ConfigError, match=r"settings \(batch_size was 8 and is 16\)"):
+        check_unchanged(began, now, ["learning_rate", "max_steps"])
+    check_unchanged(began, now, ["learning_rate", "max_steps", "batch_size"])
+
+
+def test_a_setting_that_the_run_did_not_know_yet_does_not_stop_it():
+    began = as_dict(TrainConfig())
+    del began["kl_target"]
+    check_unchanged(began, as_dict(TrainConfig(kl_target=0.1)))
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", "[]"])
@@ -202,4 +225,4 @@ def test_without_its_notes_a_run_can_not_be_resumed(tmp_path, text):
     if text is not None:
         (tmp_path / "run.json").write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json is missing or damaged.*--overwrite"):
-        check_resume(tmp_path, as_dict(TrainConfig()))
+        noted_settings(tmp_path)

@@ -24,11 +24,11 @@ from reinforcepp import algorithm, critic, gae
 from reinforcepp.config import CompareAlgorithmsConfig, TrainConfig, as_dict
 from reinforcepp.errors import ModelError
 from reinforcepp.estimators import RECIPES
-from reinforcepp.models import write_json
+from reinforcepp.files import write_json
 from reinforcepp.observe import Progress, say
 from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.rewards.trained import check_reward_folder
-from reinforcepp.run_folder import check_output, check_resume, clear, describe_run
+from reinforcepp.run_folder import check_output, check_unchanged, clear, describe_run, noted_settings
 
 RATES = (1 / 3, 1.0, 3.0)
 BATCHES = (4, 8, 32)
@@ -44,7 +44,7 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> dict[str, Any]:
     check_reward_folder(config.reward_model)
     folder = Path(config.output_dir).expanduser()
     if config.resume:
-        check_resume(folder, as_dict(config))
+        check_unchanged(noted_settings(folder), as_dict(config))
     else:
         check_output(config.output_dir, overwrite=config.overwrite)
         clear(folder)
@@ -87,7 +87,8 @@ def planned_grid(config: CompareAlgorithmsConfig, folder: Path) -> Iterator[Trai
 
 def _training(config: CompareAlgorithmsConfig, folder: Path, **changes: Any) -> TrainConfig:
     own = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    training = TrainConfig(**(own | changes | {"overwrite": True, "resume": False}))
+    fresh = {"overwrite": True, "resume": False, "allow_changes": None, "save_every": 0, "keep_best": None}
+    training = TrainConfig(**(own | changes | fresh))
     return replace(training, output_dir=str(run_folder(folder, training) / "work"))
 
 

@@ -19,8 +19,8 @@ from reinforcepp.config import TrainConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.evaluation import Evaluation
-from reinforcepp.models import write_json
-from reinforcepp.observe import read_metrics
+from reinforcepp.files import write_json
+from reinforcepp.observe import LOGS, read_metrics
 from reinforcepp.reinforce_trainer import ReinforceTrainer
 
 PHASES = ("rollout", "score", "update", "sync")
@@ -45,7 +45,7 @@ def run(config: TrainConfig, *, gold: bool, split_seed: int) -> dict[str, Any]:
         diverged = str(error)
     finally:
         trainer.engine.close()
-    log = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    log = read_metrics(Path(config.output_dir))
     judge = GoldJudge() if gold else None
     steps = {name: _step(name, len(log)) for name in trainer.evaluations}
     return {
@@ -63,9 +63,9 @@ def run(config: TrainConfig, *, gold: bool, split_seed: int) -> dict[str, Any]:
             }
             for name, evaluation in trainer.evaluations.items()
         ],
-        "phase_seconds": {phase: median(m[f"time/{phase}"] for m in log) for phase in PHASES} if log else {},
+        "phase_seconds": {phase: median(m.get(f"time/{phase}", 0.0) for m in log) for phase in PHASES} if log else {},
         "step_seconds": median(m["step_time"] for m in log) if log else None,
-        "largest_kl": max((m["kl"] for m in log), default=0.0),
+        "largest_kl": max((m["kl"] for m in log if "kl" in m), default=0.0),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         / (1024 if sys.platform != "darwin" else 2**20),
     }
@@ -91,7 +91,8 @@ def main() -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config = TrainConfig(**job["settings"])
     result = run(config, gold=job["gold"], split_seed=job["split_seed"])
-    shutil.copy(Path(config.output_dir) / "metrics.jsonl", folder)
+    for name in LOGS:
+        shutil.copy(Path(config.output_dir) / name, folder)
     shutil.rmtree(config.output_dir)  # the trained model: many runs of it would fill the disk
     write_json(folder / "result.json", result)
 

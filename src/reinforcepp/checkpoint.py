@@ -1,96 +1,239 @@
-"""Checkpoints of a training run: whole or absent, no pickle, and enough to go on as if nothing had happened.
+"""Checkpoints of a run: whole or absent, without pickle, with all that decides what the run does next.
 
-The order of the prompts and every sampled token derive from (seed, step) alone, so weights, optimiser, schedule and the
-number of finished steps decide the future; a checkpoint holds just these.
+A checkpoint of a policy is itself a model folder, so ``generate --model RUN/checkpoints/step-000050`` works.
+
+    config.json, model.safetensors, tokenizer...   the policy
+    policy_optimizer.safetensors                   AdamW's moments, and float32 masters where it computes in bfloat16
+    critic.safetensors, critic_optimizer...        only ppo
+    rollout.safetensors, rollout.json              a rollout batch that has been used for some of its optimiser steps
+    state.json                                     position, settings, schedule, random generators, counters, versions
+    metrics.jsonl, timings.jsonl                   the log up to here
+    manifest.json                                  size and SHA-256 of each of these
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reinforcepp.errors import ModelError
+from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
 from reinforcepp.learner import Learner
-from reinforcepp.models import write_json
+from reinforcepp.observe import LOGS, say
 
 FOLDER = "checkpoints"
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{6,})(?:\+(\d+))?")
+LIBRARIES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy")
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Position:
-    """How far a run has come: finished steps, and the length in bytes of its metric log at that point."""
+class Checkpoint:
+    """One that is whole."""
 
-    step: int
-    metrics_bytes: int
+    folder: Path
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """Contents of state.json."""
+        return dict(json.loads((self.folder / STATE).read_text(encoding="utf-8")))
+
+    @property
+    def step(self) -> int:
+        """Finished training steps."""
+        return place_of(self.folder)[0]
+
+    def tensors(self, name: str) -> Tensors:
+        """Contents of NAME.safetensors.
+
+        Raises:
+            ModelError: if it is something else.
+        """
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{path} can't be read as safetensors ({error}): resume from another checkpoint."
+            ) from error
 
 
-def save(run: Path, position: Position, learners: Mapping[str, Learner]) -> Path:
-    """Write a checkpoint under a temporary name, flush it, rename it, then drop the ones before it."""
-    final = run / FOLDER / f"step-{position.step:06d}"
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    state: dict[str, Any] = {"step": position.step, "metrics_bytes": position.metrics_bytes}
+def name_of(step: int, updates: int = 0) -> str:
+    """Name of the folder after ``step`` steps and, of the step that follows, ``updates`` optimiser steps."""
+    return f"step-{step:06d}" + (f"+{updates}" if updates else "")
+
+
+def place_of(folder: Path) -> tuple[int, int]:
+    """Finished steps and optimiser steps, from the folder's name; (-1, 0) for what is no checkpoint."""
+    match = NAME.fullmatch(folder.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+
+
+def listed(run: Path) -> list[Path]:
+    """All folders of a run that bear a checkpoint's name, the oldest first."""
+    return sorted((p for p in (run / FOLDER).glob("step-*") if place_of(p)[0] >= 0), key=place_of)
+
+
+def newest(run: Path) -> Checkpoint | None:
+    """The last whole checkpoint of a run; damaged ones are named and passed over."""
+    for folder in reversed(listed(run)):
+        if (damaged := damage(folder)) is None:
+            return Checkpoint(folder)
+        say(f"The checkpoint {folder} is damaged ({damaged}); the one before it is used.", "yellow")
+    return None
+
+
+def chosen(run: Path, resume: bool | str) -> Checkpoint | None:
+    """The checkpoint that the setting ``resume`` means; None to begin at the beginning.
+
+    Raises:
+        ModelError: if there is one, but none that is whole.
+    """
+    if isinstance(resume, str):
+        return given(resume)
+    if not resume:
+        return None
+    found = newest(run)
+    if found is None and listed(run):
+        raise ModelError(f"All checkpoints in {run / FOLDER} are damaged: start again with --overwrite.")
+    if found is None:
+        say("The run was stopped before its first checkpoint: it begins again.", "yellow")
+    return found
+
+
+def given(path: str) -> Checkpoint:
+    """The checkpoint in a folder that the user names.
+
+    Raises:
+        ModelError: if it is none, or damaged.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / STATE).is_file():
+        raise ModelError(f"{path} is not a checkpoint: give a folder like RUN/{FOLDER}/{name_of(50)}.")
+    if (damaged := damage(folder)) is not None:
+        raise ModelError(f"The checkpoint {path} is damaged ({damaged}): give an earlier one.")
+    return Checkpoint(folder)
+
+
+def save(
+    run: Path,
+    place: tuple[int, int],
+    state: Mapping[str, Any],
+    fill: Callable[[Path], None],
+    *,
+    keep_last: int,
+    keep: str | None = None,
+) -> bool:
+    """Write a checkpoint and drop those that need not be kept; where the disk is full, say so and go on without it.
+
+    Args:
+        run: the run's folder.
+        place: finished steps, and optimiser steps of the one that follows.
+        state: what goes into state.json.
+        fill: writes all other files into the folder that it is given.
+        keep_last: number of checkpoints to keep.
+        keep: name of one to keep in any case, the best.
+
+    Returns:
+        Whether it was written.
+    """
+    final = run / FOLDER / name_of(*place)
+    try:
+        with whole_folder(final) as folder, disk_errors():
+            fill(folder)
+            for name in LOGS:
+                if (run / name).is_file():
+                    shutil.copyfile(run / name, folder / name)
+            write_json(folder / STATE, {**state, "versions": {name: version(name) for name in LIBRARIES}})
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        before = listed(run)
+        rest = f"{before[-1].name} is the last" if before else "there is none before it"
+        say(
+            f"The checkpoint after step {place[0]} could not be saved: {error.strerror}. {rest}; training goes on. "
+            "Free some space, or lower keep_last.",
+            "yellow",
+        )
+        return False
+    _prune(run, place, keep_last, keep)
+    return True
+
+
+def fill_with(learners: Mapping[str, Learner], folder: Path) -> dict[str, Any]:
+    """Write the learners' tensors; returns what belongs into the state.
+
+    The policy's weights are left out: they are saved as a model folder.
+    """
+    state: dict[str, Any] = {}
     for name, learner in learners.items():
         model, optimizer, scheduler = learner.state()
-        save_file({k: v.detach().cpu().clone() for k, v in model.items()}, partial / f"{name}.safetensors")
-        tensors, groups = _split(optimizer)
-        save_file(tensors, partial / f"{name}_optimizer.safetensors")
-        state[name] = {"optimizer_groups": groups, "scheduler": scheduler}
-    write_json(partial / "state.json", state)
-    for path in [*partial.iterdir(), partial]:
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _flush(final.parent)
-    for older in final.parent.iterdir():
-        if older != final:
-            shutil.rmtree(older)
-    return final
+        if name != "policy":
+            save_file({k: v.detach().cpu().clone() for k, v in model.items()}, folder / f"{name}.safetensors")
+        state[name] = {"optimizer_groups": save_optimizer(optimizer, name, folder), "scheduler": scheduler}
+    return state
 
 
-def load(run: Path, learners: Mapping[str, Learner]) -> Position:
-    """Restore the last whole checkpoint of ``run`` into the given learners."""
-    whole = sorted(p for p in (run / FOLDER).glob("step-*") if p.suffix != ".partial")
-    if not whole:
-        raise ModelError(f"{run / FOLDER} holds no whole checkpoint: start again with --overwrite.")
-    folder = whole[-1]
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+def load_into(learners: Mapping[str, Learner], checkpoint: Checkpoint, policy: Tensors) -> None:
+    """Bring learners where they were; ``policy`` holds its weights, as loaded from the checkpoint's model folder."""
     for name, learner in learners.items():
-        optimizer = _join(load_file(folder / f"{name}_optimizer.safetensors"), state[name]["optimizer_groups"])
-        learner.load_state(load_file(folder / f"{name}.safetensors"), optimizer, state[name]["scheduler"])
-    return Position(state["step"], state["metrics_bytes"])
+        state = checkpoint.state["learners"][name]
+        optimizer = load_optimizer(checkpoint, name, state["optimizer_groups"])
+        learner.load_state(policy if name == "policy" else checkpoint.tensors(name), optimizer, state["scheduler"])
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Optimiser state as flat tensors named ``index/name`` beside plain numbers."""
+def save_optimizer(state: Mapping[str, Any], name: str, folder: Path) -> list[dict[str, Any]]:
+    """Write an optimiser's tensors as ``index/name``; returns its groups, which are plain values."""
     tensors = {
-        f"{index}/{name}": torch.as_tensor(value).detach().cpu().clone()
+        f"{index}/{key}": torch.as_tensor(value).detach().cpu().clone()
         for index, values in state["state"].items()
-        for name, value in values.items()
+        for key, value in values.items()
     }
-    return tensors, state["param_groups"]
+    save_file(tensors, folder / f"{name}_optimizer.safetensors")
+    groups: list[dict[str, Any]] = state["param_groups"]
+    return groups
 
 
-def _join(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition("/")
-        state.setdefault(int(index), {})[name] = value
+def load_optimizer(checkpoint: Checkpoint, name: str, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state that :func:`save_optimizer` wrote."""
+    state: dict[int, Tensors] = {}
+    for key, value in checkpoint.tensors(f"{name}_optimizer").items():
+        index, _, field = key.partition("/")
+        state.setdefault(int(index), {})[field] = value
     return {"state": state, "param_groups": groups}
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """One short word for a whole configuration."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _prune(run: Path, place: tuple[int, int], keep_last: int, keep: str | None) -> None:
+    """Drop older checkpoints, later ones of a future that was given up, and what a crash left half written."""
+    kept = [folder for folder in listed(run) if place_of(folder) <= place][-keep_last:]
+    for folder in (run / FOLDER).iterdir():
+        if folder not in kept and folder.name != keep:
+            shutil.rmtree(_out_of_the_way(folder))
+
+
+def _out_of_the_way(folder: Path) -> Path:
+    """Under another name, so that a folder half removed isn't taken for a checkpoint."""
+    if folder.name.endswith(PARTIAL):
+        return folder
+    target = folder.with_name(folder.name + ".dropped" + PARTIAL)
+    shutil.rmtree(target, ignore_errors=True)
+    return folder.rename(target)

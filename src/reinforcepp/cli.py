@@ -21,6 +21,7 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 # milliseconds cost several times the time on a busy CPU, and none at all a tenth on a quiet one. C++ warnings, which no
 # user can act on, stay away.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+MAY_STAND_ALONE = ("resume",)  # flags with or without a value
 NOT_STARTED = "\nInterrupted before anything was started.\n"
 
 SUMMARY = {
@@ -33,7 +34,7 @@ SUMMARY = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 2 wrong input, 1 failed later, 130 interrupted."""
+    """Run one verb; returns the exit code: 0 done, 2 wrong input, 1 failed later, 130 or 143 stopped by a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _dispatch(arguments))
 
@@ -71,7 +72,7 @@ def parse(verb: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
     import tyro
 
     config_class = VERBS[verb]
-    flags, path = _take_config_flag(arguments)
+    flags, path = _take_config_flag(_with_values(arguments))
     values = dict(defaults or {}) | (read_yaml(path, config_class) if path is not None else {})
     # tyro would put the sentences of our checks into a box of its own, so it fills a class that doesn't check yet.
     unchecked = type(config_class.__name__, (config_class,), {"__post_init__": lambda self: None})
@@ -108,7 +109,7 @@ def run(verb: str, config: Any) -> int:
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
         print(f"\nInterrupted{reason}. {_how_to_go_on(config)}", file=sys.stderr)
-        return INTERRUPTED
+        return getattr(interrupt, "exit_code", INTERRUPTED)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -162,10 +163,25 @@ def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
+def _with_values(arguments: list[str]) -> list[str]:
+    """``--resume`` without a path as ``--resume=True``, so that every flag that may have a value has one."""
+    shown = list(arguments)
+    for place, argument in enumerate(arguments):
+        name = argument.removeprefix("--")
+        after = arguments[place + 1] if place + 1 < len(arguments) else "--"
+        if argument.startswith("--no_") and (plain := name.removeprefix("no_")) in MAY_STAND_ALONE:
+            shown[place] = f"--{plain}=False"
+        elif argument.startswith("--") and name in MAY_STAND_ALONE and after.startswith("--"):
+            shown[place] = f"{argument}=True"
+    return shown
+
+
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
     flags: list[str] = []
     for key, value in values.items():
-        if isinstance(value, bool):
+        if key in MAY_STAND_ALONE:
+            flags.append(f"--{key}={value}")
+        elif isinstance(value, bool):
             flags.append(f"--{key}" if value else f"--no_{key}")
         elif value is not None:
             flags.append(f"--{key}={value}")

@@ -223,7 +223,7 @@ def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
 def _write(settings: argparse.Namespace, result: dict[str, Any]) -> None:
     if settings.output is None:
         return
-    from reinforcepp.models import write_json
+    from reinforcepp.files import write_json
     from reinforcepp.observe import say
 
     versions = {"python": platform.python_version()}

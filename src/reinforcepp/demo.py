@@ -17,8 +17,8 @@ from rich.text import Text
 from reinforcepp.builtin.judge import GoldJudge
 from reinforcepp.config import DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 from reinforcepp.data import load_prompts
+from reinforcepp.files import write_json
 from reinforcepp.generate import generate
-from reinforcepp.models import write_json
 from reinforcepp.observe import console, printable, say
 from reinforcepp.observe.curve import draw_curve
 from reinforcepp.reinforce_trainer import ReinforceTrainer

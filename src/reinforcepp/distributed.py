@@ -52,6 +52,11 @@ class Ranks:
         """Element-wise sum over ranks."""
         return self._accelerator.reduce(values, reduction="sum")
 
+    def max(self, values: Tensor) -> Tensor:
+        """Largest value over ranks, of single numbers."""
+        gathered: Tensor = self._accelerator.gather(values)
+        return gathered.max()
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a loss whose denominator is global: ranks add up instead of averaging."""
         self._accelerator.backward(loss * self._accelerator.num_processes)

@@ -6,6 +6,7 @@
     ├── ModelError              a model folder or name can't be used for what was asked
     ├── RolloutError            generation failed or the engine is out of step with the trainer
     └── TrainingDiverged        training was stopped because going on would be pointless
+        └── UnusableUpdate      one update can't be made; training leaves it out, and stops after several in a row
 
 Each message is one sentence that says what was wrong, where, and what to do about it.
 The command line prints it without a traceback and exits with code 2.
@@ -39,6 +40,10 @@ class RolloutError(ReinforceError):
 
 class TrainingDiverged(ReinforceError):
     """Training was stopped because a value left the range in which it can recover."""
+
+
+class UnusableUpdate(TrainingDiverged):
+    """A reward, log-probability, loss or gradient isn't finite, or a policy ratio is out of all bounds."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -71,7 +71,11 @@ class Worker:
         from transformers import AutoModelForCausalLM
 
         # not load_policy, which makes GPT-2 faster: this is what a user of the library has
-        self.model = AutoModelForCausalLM.from_pretrained(models.resolve(model), dtype=precision).to(self.device).eval()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(models.resolve(model), dtype=precision, **models.ONLY_WEIGHTS)
+            .to(self.device)
+            .eval()
+        )
 
     def run(self, prompts: list[list[int]], sampling: dict[str, Any]) -> Answer:
         """Continue ``prompts``; a prompt's latency runs from the beginning of the whole set to its own last token."""

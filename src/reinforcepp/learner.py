@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,10 @@ from reinforcepp.precision import MasterAdamW, cast_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PROBES = 8
+SURELY_SEEN = 1e-6
+"""Steps of smaller learning rates may be less than float32's distance between two numbers near 1."""
 
 
 class Learner:
@@ -58,28 +62,45 @@ class Learner:
         self._ranks.backward(loss)
         self._masters.collect()
 
-    def step(self, place: str) -> dict[str, float]:
-        """Clip the gradients, update the weights; returns ``grad_norm`` and ``learning_rate``; errors name ``place``.
+    def clip(self) -> float:
+        """Scale the gathered gradients down to ``max_grad_norm``; returns their norm before."""
+        return self._ranks.clip_gradients(self._masters.masters, self._max_grad_norm)
+
+    def step(self, norm: float) -> dict[str, float]:
+        """Update the weights with gradients whose ``norm`` is known to be finite; returns it and the learning rate.
 
         Raises:
-            TrainingDiverged: the gradient isn't finite; the weights are left as they are.
+            TrainingDiverged: the weights did not change, though they should have.
         """
-        norm = self._ranks.clip_gradients(self._masters.masters, self._max_grad_norm)
         rate = self.scheduler.get_last_lr()[0]
-        if not math.isfinite(norm):
-            raise TrainingDiverged(
-                f"The gradient of {place} is {norm}: the weights were left as they are. Lower learning_rate ({rate:g} now) "
-                "and start again or resume from a checkpoint."
-            )
+        probes = self._probes() if rate >= SURELY_SEEN and norm > 0 else []
         self.optimizer.step()
+        if probes and all(torch.equal(weight, before) for weight, before in probes):
+            raise TrainingDiverged(
+                f"The optimiser step changed no weight, at learning rate {rate:g} and gradient norm {norm:.3g}: the optimiser "
+                "holds other parameters than the model, or the gradients don't reach it."
+            )
         self.scheduler.step()
         self.optimizer.zero_grad()
         return {"grad_norm": norm, "learning_rate": rate}
+
+    def scale_rate(self, factor: float) -> None:
+        """Multiply the learning rate, now and for the rest of the schedule."""
+        self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
+        for group in self._masters.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
 
     def drop_gradients(self) -> None:
         """Forget what ``backward`` has gathered."""
         self.model.zero_grad()
         self.optimizer.zero_grad()
+
+    def _probes(self) -> list[tuple[Tensor, Tensor]]:
+        """Some of the smallest weights that have a gradient, each with a copy."""
+        small = sorted(self._masters.masters, key=Tensor.numel)
+        moved = (p for p in small if p.grad is not None and bool(p.grad.any()))
+        return [(p, p.detach().clone()) for p in islice(moved, PROBES)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """State dicts of model, optimiser and schedule."""

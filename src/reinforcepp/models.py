@@ -7,7 +7,8 @@ vocabulary, a reward model without its head) is refused before any weight is rea
 
 from __future__ import annotations
 
-import json
+import hashlib
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from reinforcepp import builtin
 from reinforcepp.errors import ConfigError, ModelError, nearest
+from reinforcepp.files import PARTIAL, disk_errors, flush
 from reinforcepp.tokens import PLAIN_TEMPLATE, position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+NO_CODE = {"trust_remote_code": False}  # said aloud, or the library would ask on the terminal
+ONLY_WEIGHTS = {"use_safetensors": True, **NO_CODE}
 LARGE = 500 << 20  # bytes of weights from which loading takes long enough to show progress
 
 HUB_CURE = (
@@ -63,12 +67,22 @@ def _told(name: str) -> Iterator[None]:
     """Turn what the libraries raise for a model that can't be had into one sentence with the cure."""
     from safetensors import SafetensorError
 
-    if not Path(resolve(name)).is_dir():
+    folder = Path(resolve(name))
+    if not folder.is_dir():
         _look_for_hub()
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        if Path(resolve(name)).is_dir():
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"The model {name} brings code of its own, which is never run here: take a model that transformers knows."
+            ) from error
+        if "pytorch_model" in str(error) or (any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))):
+            raise ModelError(
+                f"{name} holds no safetensors weights, and nothing else is loaded, because a pickle can run any code: convert "
+                "it where you trust it (load it with transformers, call save_pretrained), or take another model."
+            ) from error
+        if folder.is_dir():
             first = str(error).strip().splitlines()[0]
             raise ModelError(f"The model folder {name} can't be loaded: {first}") from error
         raise ModelError(
@@ -97,7 +111,7 @@ def load_config(name: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     with _told(name):
-        return AutoConfig.from_pretrained(resolve(name))
+        return AutoConfig.from_pretrained(resolve(name), **NO_CODE)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -105,7 +119,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _told(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **NO_CODE)
     return prepare_tokenizer(tokenizer, load_config(name), name)
 
 
@@ -199,7 +213,7 @@ def _from_pretrained(auto_class: Any, name: str, *, fresh: str | None = None, **
     """
     with _told(name), _bars_if_large(name), _without_report():
         model, found = auto_class.from_pretrained(
-            resolve(name), output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            resolve(name), output_loading_info=True, ignore_mismatched_sizes=True, **ONLY_WEIGHTS, **settings
         )
     mismatched = {key for key, *_ in found["mismatched_keys"]}
     missing = {key for key in found["missing_keys"] if fresh is None or not key.startswith(fresh)}
@@ -223,11 +237,27 @@ def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights as safetensors, configuration, tokenizer and chat template."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _bars(sum(p.nbytes for p in model.parameters()) >= LARGE):
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Weights as safetensors, configuration, tokenizer and chat template; each file appears whole or not at all."""
+    partial = folder / f"model{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    with _bars(sum(p.nbytes for p in model.parameters()) >= LARGE), disk_errors():
+        model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for path in sorted(partial.iterdir()):
+        flush(path)
+        path.replace(folder / path.name)
+    partial.rmdir()
+    flush(folder)
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """One short word for a model's weights: each tensor's name, shape and first mebibyte."""
+    seen = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        head = tensor.detach().flatten()[: (1 << 20) // tensor.element_size()]
+        seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        seen.update(head.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()[:16]
 
 
 # --- reward models --------------------------------------------------------------------------------------------------
@@ -325,10 +355,3 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that the file is either the old or the new one, never half of it."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from reinforcepp import algorithm
+from reinforcepp.batch_in_use import BatchInUse
 from reinforcepp.batching import micro_batches, optimizer_batches
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.critic import Critic, value_loss
 from reinforcepp.distributed import Ranks
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, UnusableUpdate
+from reinforcepp.guardrails import Guardrails
 from reinforcepp.learner import Learner
 from reinforcepp.logprobs import response_logprobs
 from reinforcepp.observe import say
+from reinforcepp.rewards import RewardScores
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.types import Completion, RolloutBatch
+
+LARGEST = "log_ratio_max"  # of what a micro-batch tells, the one figure that isn't a sum
 
 
 class PolicyUpdate:
@@ -33,6 +38,10 @@ class PolicyUpdate:
         on_policy: each batch is used for one optimiser step and was sampled, from the full distribution, by the trainer's
             own forward pass. Its log-probabilities then are the engine's, so the pass that would give them again is
             left out: the ratio is 1 by definition.
+        guard: decides whether an update is made.
+        between: called before every micro-batch and optimiser step, where nothing is half done.
+
+    ``kl_coef`` is the coefficient in force.
     """
 
     def __init__(
@@ -45,6 +54,8 @@ class PolicyUpdate:
         pad_id: int,
         correction: algorithm.Correction,
         on_policy: bool,
+        guard: Guardrails,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.ranks = ranks
@@ -53,27 +64,34 @@ class PolicyUpdate:
         self.pad_id = pad_id
         self.correction = correction
         self.on_policy = on_policy
+        self.guard = guard
+        self.between = between
+        self.kl_coef = config.kl_coef
         self.micro_batch_size = config.micro_batch_size
 
-    def run(self, batch: RolloutBatch, step: int) -> dict[str, float]:
-        """All optimiser steps on a batch; returns their mean loss, clip fraction, gradient norm and learning rate."""
-        config = self.config
-        values_BT = self._values(batch)
-        advantages_BT, returns_BT = self.advantages(batch, values_BT)
-        history: list[dict[str, float]] = []
-        for iteration in range(config.num_iterations):
+    def begin(self, batch: RolloutBatch, scores: RewardScores) -> BatchInUse:
+        """What :meth:`run` works on."""
+        return BatchInUse(batch, scores, self._values(batch))
+
+    def run(self, work: BatchInUse, step: int) -> dict[str, float]:
+        """All optimiser steps on a batch that have not been made; returns the mean of what they tell."""
+        config, batch = self.config, work.batch
+        advantages_BT, returns_BT = self.advantages(batch, work.values_BT)
+        planned = [
+            rows
+            for iteration in range(config.num_iterations)
             for rows in optimizer_batches(
                 len(batch.completions), config.optimizer_batch_size, request_seed(config.seed, step, iteration)
-            ):
-                totals = self._accumulate(batch, advantages_BT, values_BT, returns_BT, rows)
-                stats = self.policy.step(f"step {step + 1}")
-                if self.critic is not None:
-                    stats["critic/grad_norm"] = self.critic.step(f"step {step + 1} of the critic")["grad_norm"]
-                summed = {name: float(self.ranks.sum(value)) for name, value in totals.items()}
-                history.append(summed | stats)
-        mean = {name: sum(h[name] for h in history) / len(history) for name in history[0]}
-        mean["clip_ratio/region_mean"] = mean.pop("clip_fraction")
-        return mean
+            )
+        ]
+        for rows in planned[len(work.history) :]:
+            work.history.append(self._optimizer_step(work, advantages_BT, returns_BT, rows, step))
+        told: dict[str, list[float]] = {}
+        for row in work.history:
+            for name, value in row.items():
+                told.setdefault(name, []).append(value)
+        mean = {name: sum(values) / len(values) for name, values in told.items()}
+        return mean | {"skipped_updates": sum(told["skipped_updates"])}
 
     def advantages(self, batch: RolloutBatch, values_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Advantages, normalised over the batches of all ranks as the estimator says, and returns for a critic."""
@@ -83,7 +101,7 @@ class PolicyUpdate:
             batch.rewards_B,
             algorithm.kl_estimate(own_BT, batch.ref_logprobs_BT, "k1"),
             batch.mask_BT,
-            kl_coef=config.kl_in_reward,
+            kl_coef=0.0 if config.recipe.kl_in_loss else self.kl_coef,
             gamma=config.gamma,
             estimator=config.estimator,
             group_ids_B=batch.group_ids_B,
@@ -108,6 +126,29 @@ class PolicyUpdate:
 
     # --- inside ---
 
+    def _optimizer_step(
+        self, work: BatchInUse, advantages_BT: Tensor, returns_BT: Tensor, rows: Sequence[int], step: int
+    ) -> dict[str, float]:
+        """Gradients, a look at them, and the step, unless the guard leaves it out."""
+        totals = self._accumulate(work.batch, advantages_BT, work.values_BT, returns_BT, rows)
+        self.between()
+        log_ratio = float(self.ranks.max(totals.pop(LARGEST)))
+        told = {name: float(self.ranks.sum(value)) for name, value in totals.items()}
+        told["clip_ratio/region_mean"] = told.pop("clip_fraction")
+        learners = {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
+        norms = {name: learner.clip() for name, learner in learners.items()}
+        try:
+            self.guard.check_update(told["loss"] + told.get("critic/loss", 0.0), log_ratio, norms)
+        except UnusableUpdate as fault:
+            for learner in learners.values():
+                learner.drop_gradients()
+            self.guard.leave_out(fault, step + 1)
+            return {"skipped_updates": 1.0}
+        self.guard.made()
+        if self.critic is not None:
+            told["critic/grad_norm"] = self.critic.step(norms["critic"])["grad_norm"]
+        return told | self.policy.step(norms["policy"]) | {"skipped_updates": 0.0}
+
     def _accumulate(
         self,
         batch: RolloutBatch,
@@ -122,6 +163,7 @@ class PolicyUpdate:
             totals: dict[str, Tensor] = {}
             try:
                 for micro in micro_batches(batch.completions, rows, self.micro_batch_size):
+                    self.between()
                     loss, stats = self._policy_loss(batch, advantages_BT, micro, tokens)
                     self.policy.backward(loss)
                     stats["loss"] = loss.detach()
@@ -130,7 +172,8 @@ class PolicyUpdate:
                         self.critic.backward(loss)
                         stats["critic/loss"] = loss.detach()
                     for name, value in stats.items():
-                        totals[name] = totals.get(name, torch.zeros_like(value)) + value
+                        before = totals.get(name, torch.zeros_like(value))
+                        totals[name] = torch.maximum(before, value) if name == LARGEST else before + value
                 return totals
             except torch.OutOfMemoryError as error:
                 self._take_fewer(error)
@@ -162,9 +205,11 @@ class PolicyUpdate:
             ),
             denominator=tokens,
         )
-        if config.kl_in_loss:
+        if config.recipe.kl_in_loss:
             k2_BT = algorithm.kl_estimate(logprobs_BT, batch.ref_logprobs_BT[rows], "k2")
-            loss = loss + config.kl_in_loss * algorithm.masked_mean(k2_BT, mask_BT, tokens)
+            loss = loss + self.kl_coef * algorithm.masked_mean(k2_BT, mask_BT, tokens)
+        log_ratio_BT = (logprobs_BT.detach() - batch.old_logprobs_BT[rows]).abs()
+        stats[LARGEST] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
         return loss, stats
 
     def _critic_loss(

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reinforcepp import algorithm, checkpoint
+from reinforcepp import algorithm, checkpoint, random_state
+from reinforcepp.batch_in_use import BatchInUse
 from reinforcepp.batching import PromptBatches, micro_batches
 from reinforcepp.config import ReinforceConfig, as_dict
 from reinforcepp.critic import Critic
 from reinforcepp.data import prompt_rows
 from reinforcepp.distributed import Ranks
-from reinforcepp.errors import DataError
+from reinforcepp.errors import ConfigError, DataError, TrainingDiverged, UnusableUpdate
 from reinforcepp.evaluation import Evaluation, evaluate
+from reinforcepp.files import write_json
+from reinforcepp.guardrails import Guardrails, RollBack
 from reinforcepp.learner import Learner, compute_dtype
 from reinforcepp.models import (
     check_context,
@@ -29,17 +34,18 @@ from reinforcepp.models import (
     save_model,
     tokenizer_for,
     weight_bytes,
-    write_json,
 )
-from reinforcepp.observe import Clock, MetricLog, Progress, read_metrics, say, step_metrics
-from reinforcepp.observe.interrupt import graceful_interrupt
+from reinforcepp.observe import Clock, Progress, note_event, read_metrics, say, step_metrics
+from reinforcepp.observe.interrupt import Interrupted, Stop, StopAsked, stop_signals
+from reinforcepp.observe.watchdog import Watchdog
+from reinforcepp.policy_run import PolicyRun, fingerprints
 from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import cast_parameters
 from reinforcepp.rewards import RewardFunction, RewardScores, TrainedReward, load_rewards, score_with
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
-from reinforcepp.rollout.engine import RolloutEngine, request_seed
-from reinforcepp.run_folder import check_output, check_resume, clear, describe_run
+from reinforcepp.rollout.engine import RolloutEngine, random_state_kept, request_seed
+from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.tokens import encode_prompts, pad_values
 from reinforcepp.types import Completion, Prompt, RolloutBatch, Sampling
 
@@ -77,13 +83,16 @@ class ReinforceTrainer:
         engine: RolloutEngine | None = None,
     ) -> None:
         self.config = args or ReinforceConfig()
-        # a checkpoint, with Adam's two moments, the same of a critic, and the trained model
-        needed = (8 if self.config.recipe.critic else 4) * weight_bytes(model) if isinstance(model, str) else 0
+        # the checkpoints and the one being written, with Adam's two moments, the same of a critic, and the trained model
+        copies = (6 if self.config.recipe.critic else 3) * (self.config.keep_last + 1) + 1
+        needed = copies * weight_bytes(model) if isinstance(model, str) else 0
         self.folder = check_output(
             self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume, needed_bytes=needed
         )
-        if self.config.resume:
-            check_resume(self.folder, as_dict(self.config))
+        self._resumed = checkpoint.chosen(self.folder, self.config.resume)
+        if self._resumed is not None:
+            began = self._resumed.state["settings"]
+            check_unchanged(began, as_dict(self.config), self.config.allowed_changes)
         model_config = load_config(model) if isinstance(model, str) else model.config
         check_context(model_config, self.config.max_prompt_length, self.config.max_new_tokens)
         dtype = compute_dtype(self.config)
@@ -110,51 +119,83 @@ class ReinforceTrainer:
         self.learner = Learner(policy, self.ranks, self.config, learning_rate=self.config.learning_rate, steps=updates)
         self.policy = self.learner.plain
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        inputs = fingerprints(self.reference, [*self.prompts, *self.eval_prompts], self.rewards)
+        if self._resumed is not None:
+            check_unchanged(self._resumed.state["inputs"], inputs, self.config.allowed_changes)
+        if self.ranks.count > 1 and self.config.kl_action == "rollback":
+            raise ConfigError("kl_action rollback works in one process only: use stop.")
         if choice is not None:
             engine = self._start_engine(choice)
         assert engine is not None
         self.engine = engine
+        self.guard = Guardrails(self.config, partial(note_event, self.folder))
         self.update = self._policy_update()
+        self.run = PolicyRun(self.folder, self.update, self.tokenizer, inputs, self._prompts_of)
         self.evaluations: dict[str, Evaluation] = {}
+        self._stop, self._watchdog = Stop(), Watchdog(self.folder, 0)
         self._sync_checked = False
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> list[dict[str, float]]:
-        """Run all steps, or those that are left after a resume; returns the metrics of every step."""
-        config = self.config
-        position = self._begin()
-        with (
-            closing(MetricLog(self.folder / "metrics.jsonl", position.metrics_bytes)) as log,
-            Progress("training", self.num_steps, position.step) as progress,
-            graceful_interrupt() as stop,
-        ):
-            tokens_seen = read_metrics(log.path)[-1]["num_tokens"] if position.step else 0.0
-            for step in range(position.step, self.num_steps):
-                clock = Clock()
-                completions = self.engine.generate(self._prompts_of(step), self._sampling(step))
-                clock.lap("rollout")
-                batch, scores = self._score(completions)
-                clock.lap("score")
-                stats = self.update.run(batch, step)
-                clock.lap("update")
-                self._sync(step)
-                clock.lap("sync")
-                place = {"step": step + 1, "epoch": (step + 1) / self.batches.steps_per_epoch}
-                metrics = place | step_metrics(batch, scores) | stats | clock.seconds()
-                tokens_seen += metrics["num_tokens"]
-                metrics["num_tokens"] = tokens_seen
-                if self.ranks.is_main:
-                    log.write(metrics)
-                    progress.step(f"reward {metrics['reward']:+.3f}  kl {metrics['kl']:.4f}")
-                self._evaluate_if_due(step + 1)
-                done = checkpoint.Position(step + 1, log.position)
-                if stop.requested or (config.save_every and done.step % config.save_every == 0):
-                    self._save_checkpoint(done)
-                if stop.requested and done.step < self.num_steps:
-                    raise KeyboardInterrupt(f"after step {done.step} of {self.num_steps}")
-        self._finish()
-        return read_metrics(self.folder / "metrics.jsonl")
+        """Run all steps, or those that are left after a resume; returns the metrics of every step.
+
+        Raises:
+            TrainingDiverged: a guardrail stopped the run; the trainer then has the last checkpoint's weights.
+            KeyboardInterrupt: a signal stopped it, and a checkpoint is saved.
+        """
+        with stop_signals() as self._stop, Watchdog(self.folder, self.config.watchdog_seconds) as self._watchdog:
+            try:
+                self._begin()
+                self._steps()
+                self._finish()
+            except StopAsked as stop:
+                self._watchdog.beat("checkpoint")
+                self.run.save()
+                place = f"after step {self.run.state.step} of {self.num_steps}"
+                raise Interrupted(place, self._stop.exit_code) from stop
+            except TrainingDiverged as error:
+                raise TrainingDiverged(f"{error} {self.run.to_last_good()}") from error
+            finally:
+                self.run.log.close()
+        return read_metrics(self.folder)
+
+    def _steps(self) -> None:
+        run, config = self.run, self.config
+        with Progress("training", self.num_steps, run.state.step) as progress:
+            self._evaluate_if_due(run.state.step)  # the run may have been stopped in the middle of it
+            while run.state.step < self.num_steps:
+                step, clock = run.state.step, Clock()
+                run.state.random = random_state.capture()
+                metrics = {"step": step + 1, "epoch": (step + 1) / self.batches.steps_per_epoch}
+                try:
+                    run.work = run.work or self._rollout(step, clock)
+                    metrics |= self.update.run(run.work, step)
+                    clock.lap("update")
+                    self._sync(step)
+                    clock.lap("sync")
+                    metrics |= step_metrics(run.work.batch, run.work.scores)
+                except UnusableUpdate as fault:  # of rewards or log-probabilities: there is nothing to train on
+                    if self.ranks.count > 1:  # the others train on theirs
+                        raise
+                    self.guard.leave_out(fault, step + 1)
+                    metrics["skipped_updates"] = 1.0
+                run.finish_step(metrics, clock.seconds())
+                progress.step(f"reward {metrics.get('reward', nan):+.3f}  kl {metrics.get('kl', nan):.4f}")
+                try:
+                    self.guard.check_step(metrics)
+                except RollBack as told:
+                    run.roll_back(str(told))
+                    self.engine.load_weights(self.policy)
+                    progress.done = run.state.step
+                    continue
+                run.state.step += 1
+                run.state.random = random_state.capture()
+                self._evaluate_if_due(run.state.step)
+                if config.save_every and run.state.step % config.save_every == 0:
+                    self._watchdog.beat("checkpoint")
+                    run.save(metrics)
+                self._check_stop()
 
     # --- the phases of a step ---------------------------------------------------------------------------------------
 
@@ -172,6 +213,18 @@ class ReinforceTrainer:
             seed=request_seed(config.seed, step, 0),
         )
 
+    def _rollout(self, step: int, clock: Clock) -> BatchInUse:
+        """Completions of this step's prompts, scored."""
+        self._watchdog.beat(f"rollout of step {step + 1}")
+        with self._interruptible():
+            completions = self.engine.generate(self._prompts_of(step), self._sampling(step))
+            clock.lap("rollout")
+            self._watchdog.beat(f"scoring of step {step + 1}")
+            batch, scores = self._score(completions)
+            work = self.update.begin(batch, scores)
+            clock.lap("score")
+        return work
+
     def _score(self, completions: list[Completion]) -> tuple[RolloutBatch, RewardScores]:
         """Rewards, and log-probabilities under the reference and, unless the update gives them, under the policy."""
         scores = score_with(self.rewards, completions)
@@ -185,6 +238,8 @@ class ReinforceTrainer:
                     old_BT[rows], entropy_BT[rows], _ = self.update.logprobs(
                         self.learner.model, completions, rows, width
                     )
+        if not bool(torch.isfinite(torch.stack([ref_BT, old_BT])).all()):
+            raise UnusableUpdate("a completion's log-probability isn't finite under the policy or its reference")
         rewards_B = torch.tensor(scores.total, device=device)
         batch = RolloutBatch(
             completions=completions,
@@ -200,6 +255,7 @@ class ReinforceTrainer:
 
     def _sync(self, step: int) -> None:
         """Hand the new weights to the engine; the first time and now and then, prove that it has them."""
+        self._watchdog.beat(f"weight sync of step {step + 1}")
         self.engine.load_weights(self.policy)
         due = step % self.config.sync_check_every == 0 or not self._sync_checked
         if due and not self.engine.shares_trainer_forward:
@@ -231,12 +287,9 @@ class ReinforceTrainer:
             pad_id=self._pad_id,
             correction=("off" if own_forward else "tis") if mode == "auto" else mode,
             on_policy=own_forward and full_distribution and self._updates_per_step == 1,
+            guard=self.guard,
+            between=self._between,
         )
-
-    @property
-    def _learners(self) -> dict[str, Learner]:
-        """What a checkpoint holds."""
-        return {"policy": self.learner} | ({"critic": self.critic} if self.critic is not None else {})
 
     @property
     def _updates_per_step(self) -> int:
@@ -246,18 +299,24 @@ class ReinforceTrainer:
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
-    def _begin(self) -> checkpoint.Position:
+    def _begin(self) -> None:
         """An empty folder with the settings, or the state in which an earlier run stopped."""
-        if not self.config.resume:
+        resumed = self._resumed
+        if resumed is None:
             clear(self.folder)
+        if resumed is None or not (self.folder / RUN_FILE).is_file():
             describe_run(self.folder, as_dict(self.config), {"num_steps": self.num_steps, "prompts": len(self.prompts)})
+        if resumed is None:
+            random_state.seed_all(self.config.seed)
+            self.run.state.random = random_state.capture()
+        self.run.log.open(self.folder)
         self._evaluate("before")  # after a resume, too: the policy still is what training started from
-        if not self.config.resume:
-            return checkpoint.Position(0, 0)
-        position = checkpoint.load(self.folder, self._learners)
-        self.engine.load_weights(self.policy)
-        say(f"Going on after step {position.step} of {self.num_steps}")
-        return position
+        if resumed is not None:
+            self.run.restore(resumed)
+            self.engine.load_weights(self.policy)
+            say(f"Going on after step {self.run.state.step} of {self.num_steps}")
+        elif self.config.kl_action == "rollback":
+            self.run.save()
 
     def _finish(self) -> None:
         self._evaluate("after")
@@ -267,13 +326,16 @@ class ReinforceTrainer:
     def _evaluate(self, when: str) -> None:
         """Answer the held-out prompts, if there are any, and write down all evaluations so far."""
         if self.config.eval_prompts and self.eval_prompts:
-            self.evaluations[when] = self.evaluate()
-            figures = {name: evaluation.figures() for name, evaluation in self.evaluations.items()}
-            write_json(self.folder / "evaluation.json", figures)
+            self._watchdog.beat(f"evaluation {when!r}")
+            with self._interruptible(), random_state_kept():
+                self.evaluations[when] = self.evaluate()
+            self.run.state.evaluations[when] = self.evaluations[when].figures()
+            write_json(self.folder / "evaluation.json", self.run.state.evaluations)
 
     def _evaluate_if_due(self, step: int) -> None:
-        if self.config.eval_every and step % self.config.eval_every == 0 and step < self.num_steps:
-            self._evaluate(f"step {step}")
+        every, when = self.config.eval_every, f"step {step}"
+        if every and 0 < step < self.num_steps and step % every == 0 and when not in self.run.state.evaluations:
+            self._evaluate(when)
 
     def _start_engine(self, choice: EngineChoice) -> RolloutEngine:
         config = self.config
@@ -288,9 +350,23 @@ class ReinforceTrainer:
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         )
 
-    def _save_checkpoint(self, position: checkpoint.Position) -> None:
-        if self.ranks.is_main:
-            checkpoint.save(self.folder, position, self._learners)
+    # --- stopping, keeping, going back ------------------------------------------------------------------------------
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        """Around work that can be done again; several ranks only stop together, between two steps."""
+        return self._stop.anywhere() if self.ranks.count == 1 else nullcontext()
+
+    def _between(self) -> None:
+        """Called before each micro-batch and each optimiser step."""
+        self._watchdog.beat(f"update of step {self.run.state.step + 1}")
+        if self.ranks.count == 1:
+            self._stop.check()
+
+    def _check_stop(self) -> None:
+        """Between two steps: has any rank been asked to stop?"""
+        asked = torch.tensor(float(self._stop.number is not None), device=self.ranks.device)
+        if float(self.ranks.sum(asked)):
+            raise StopAsked
 
     def _encode(self, rows: Sequence[Any], part: str) -> list[Prompt]:
         limit, action = self.config.max_prompt_length, self.config.long_prompts

@@ -1,4 +1,4 @@
-"""Train a reward model from preference pairs with TRL's RewardTrainer.
+"""Train a reward model from preference pairs with TRL's RewardTrainer (see ``resumable``).
 
 Ours around it: the split by prompt before training, one framing for training and scoring, the score read where the
 attention mask ends, held-out figures, and a card with a fingerprint beside the weights.
@@ -9,17 +9,22 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from reinforcepp import checkpoint
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import load_preferences
 from reinforcepp.errors import DataError
-from reinforcepp.models import context_length, load_config, load_tokenizer, new_reward_model, weight_bytes
-from reinforcepp.observe import Progress, say
+from reinforcepp.models import context_length, load_config, load_tokenizer, new_reward_model, weight_bytes, weights_hash
+from reinforcepp.observe import MetricLog, Progress, restore_logs, say
+from reinforcepp.observe.interrupt import Interrupted, StopAsked, stop_signals
+from reinforcepp.observe.watchdog import Watchdog
 from reinforcepp.rewards.measure import measure
 from reinforcepp.rewards.trained import RewardCard, TrainedReward, save_reward_model
-from reinforcepp.run_folder import check_output, clear
+from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.tokens import encode_answer
 from reinforcepp.types import Preference
 
@@ -33,7 +38,18 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
     Raises:
         ReinforceError: for anything wrong with data, model or folder, before any weight is loaded.
     """
-    folder = check_output(config.output_dir, overwrite=config.overwrite, needed_bytes=weight_bytes(config.model))
+    copies = (
+        3 * (config.keep_last + 1) + 1
+    )  # the checkpoints and the one being written, with Adam's moments, and the model
+    folder = check_output(
+        config.output_dir,
+        overwrite=config.overwrite,
+        resume=config.resume,
+        needed_bytes=copies * weight_bytes(config.model),
+    )
+    saved = checkpoint.chosen(folder, config.resume)
+    if saved is not None:
+        check_unchanged(saved.state["settings"], as_dict(config), config.allowed_changes)
     data, train, heldout = load_preferences(
         config.data,
         heldout_fraction=config.heldout_fraction,
@@ -51,7 +67,14 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
         raise DataError(f"No training pair of {data.source} fits into max_length {limit} tokens: raise max_length.")
 
     model = new_reward_model(config.model, seed=config.seed)
-    _fit(model, tokenizer, train, config)
+    inputs = {"model": weights_hash(model), "data": data.sha256}
+    if saved is not None:
+        check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
+    else:
+        clear(folder)
+    if not (folder / RUN_FILE).is_file():
+        describe_run(folder, as_dict(config), {"train_pairs": len(train), "heldout_pairs": len(heldout)})
+    _fit(model, tokenizer, train, config, folder, inputs, saved)
     scorer = TrainedReward(model.eval(), tokenizer, batch_size=config.batch_size * 2)
     on_train = measure(scorer, train)
     card = RewardCard(
@@ -66,7 +89,6 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
         settings=as_dict(config),
         fingerprint=scorer.fingerprint(),
     )
-    clear(folder)
     save_reward_model(scorer, card, folder)
     report(card)
     say(f"Saved the reward model to {folder}", "green")
@@ -103,11 +125,20 @@ def _within(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], lim
 
 
 def _fit(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], config: RewardModelConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Preference],
+    config: RewardModelConfig,
+    folder: Path,
+    inputs: dict[str, str],
+    saved: checkpoint.Checkpoint | None,
 ) -> None:
+    """Train ``model``, from the checkpoint ``saved`` on if there is one; stop, after saving, where a signal asks for it."""
     from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig
+
+    from reinforcepp.resumable import Keeper, ResumableRewardTrainer
 
     rows = [
         {
@@ -117,7 +148,19 @@ def _fit(
         for p in pairs
     ]
     steps = math.ceil(len(rows) / config.batch_size) * config.num_train_epochs
-    with tempfile.TemporaryDirectory() as scratch, Progress("reward model", steps) as progress:
+    begun = 0
+    if saved is not None:
+        begun = saved.step
+        restore_logs(saved.folder, folder)
+        say(f"Going on after step {begun} of {steps}")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        closing(MetricLog()) as log,
+        Progress("reward model", steps, begun) as progress,
+        stop_signals() as stop,
+        Watchdog(folder, config.watchdog_seconds) as watchdog,
+    ):
+        log.open(folder)
         arguments = RewardConfig(
             output_dir=scratch,
             per_device_train_batch_size=config.micro_batch_size,
@@ -130,32 +173,31 @@ def _fit(
             bf16=False,
             gradient_checkpointing=False,
             logging_steps=1,
-            save_strategy="no",
+            logging_nan_inf_filter=False,
+            save_strategy="no",  # no more than the Keeper asks for
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
             seed=config.seed,
         )
-        trainer = RewardTrainer(
+        keeper = Keeper(log, progress, stop, watchdog)
+        trainer = ResumableRewardTrainer(
+            settings=config,
+            folder=folder,
+            inputs=inputs,
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            callbacks=[_progress_callback(progress)],
+            callbacks=[keeper],
         )
+        keeper.attend(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        trainer.train()
-
-
-def _progress_callback(progress: Progress) -> Any:
-    from transformers import TrainerCallback
-
-    class ShowProgress(TrainerCallback):
-        """Feeds TRL's figures to the progress line."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if logs and "accuracy" in logs:
-                progress.step(f"loss {logs['loss']:.3f}, accuracy {logs['accuracy']:.2f}")
-
-    return ShowProgress()
+        try:
+            trainer.train(resume_from_checkpoint=None if saved is None else str(saved.folder))
+        except StopAsked as asked:
+            done = trainer.state.global_step
+            if done:
+                trainer._save_checkpoint(model)
+            raise Interrupted(f"after step {done} of {steps}", stop.exit_code) from asked

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from reinforcepp.errors import ConfigError
-from reinforcepp.models import write_json
+from reinforcepp.files import PARTIAL, write_json
 
 RUN_FILE = "run.json"
 MARKS = (RUN_FILE, "reward_model.json")  # a folder without one of them is none of ours, whatever else is in it
 OURS = (
     *MARKS,
     "metrics.jsonl",
+    "timings.jsonl",
+    "events.jsonl",
+    "stacks.txt",
     "evaluation.json",
     "checkpoints",
+    "model.partial",
     "policy",
     "reward_model",
     "result.json",
@@ -38,23 +43,27 @@ OURS = (
     "vocab.json",
     "merges.txt",
 )
-# What a resumed run may set otherwise: where it is, how long it goes on, what it saves and how fast it is.
+# What a resumed run may set otherwise without a word: where it is, what it keeps and what it checks.
 FREE_ON_RESUME = (
     "output_dir",
     "overwrite",
     "resume",
-    "max_steps",
-    "num_train_epochs",
+    "allow_changes",
     "save_every",
+    "keep_last",
+    "keep_best",
+    "watchdog_seconds",
     "processes",
-    "rollout_batch_size",
     "sync_check_every",
     "vllm_gpu_memory_utilization",
 )
 
 
-def check_output(output_dir: str, *, overwrite: bool, resume: bool = False, needed_bytes: int = 0) -> Path:
+def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False, needed_bytes: int = 0) -> Path:
     """Check that a run can write to ``output_dir``; changes nothing.
+
+    ``resume`` is what the setting says: a run goes on there, from a checkpoint of its own or, in a folder that is free,
+    from the one at that path.
 
     Raises:
         ConfigError: if the folder holds something already, can't be written, or the disk is too full.
@@ -67,12 +76,14 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool = False, need
             f"{output_dir} is on a disk with {_size(free)} free, but this run writes about {_size(needed_bytes)}: "
             "free some space or give another output_dir."
         )
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if resume:
-        if not _has_checkpoint(folder):
-            raise ConfigError(f"{output_dir} holds no checkpoint to resume from: start without --resume.")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    held = [name for name in names if not (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in OURS)]
+    own = isinstance(resume, str) and folder.resolve() in Path(resume).expanduser().resolve().parents
+    if resume is True and not (_has_checkpoint(folder) or (folder / RUN_FILE).is_file()):
+        raise ConfigError(f"{output_dir} holds no checkpoint to resume from: start without --resume.")
+    if resume is True or own:
         return folder
-    foreign = [name for name in held if name.removesuffix(".partial") not in OURS and not name.startswith("model-")]
+    foreign = [name for name in held if name not in OURS and not name.startswith("model-")]
     if not _is_marked(folder):
         foreign = held  # a model from elsewhere, for example, whose files have the names of a saved policy's
     if foreign:
@@ -90,25 +101,38 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool = False, need
     return folder
 
 
-def check_resume(folder: Path, settings: dict[str, Any]) -> None:
-    """Check that ``settings`` are those with which the run in ``folder`` was started, as far as they matter.
+def noted_settings(folder: Path) -> dict[str, Any]:
+    """The settings with which the run in ``folder`` was started.
 
     Raises:
-        ConfigError: if one differs, or the run didn't note them.
+        ConfigError: if it didn't note them.
     """
     path = folder / RUN_FILE
     try:
-        began: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        return dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is missing or damaged, so the run can't be resumed: start with --overwrite."
         ) from error
-    for name, value in settings.items():
-        if name not in FREE_ON_RESUME and name in began and began[name] != value:
-            raise ConfigError(
-                f"The run in {folder} was started with {name} {began[name]}, not {value}: resume it with the same "
-                "settings, or start anew with --overwrite or in another folder."
-            )
+
+
+def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+    """Check that a run goes on with the settings it was begun with, as far as they decide what it does.
+
+    Raises:
+        ConfigError: naming all that differ, except for those in ``allowed``.
+    """
+    changed = {
+        name: f"{name} was {began[name]} and is {value}"
+        for name, value in now.items()
+        if name in began and began[name] != value and name not in FREE_ON_RESUME and name not in allowed
+    }
+    if changed:
+        raise ConfigError(
+            f"The run was started with other settings ({'; '.join(changed.values())}): resume it with the same ones, name "
+            f"those that you mean to change (--allow_changes {','.join(changed)}), or start anew in another folder or with "
+            "--overwrite."
+        )
 
 
 def clear(folder: Path) -> None:

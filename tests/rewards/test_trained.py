@@ -104,16 +104,16 @@ def test_a_truncated_answer_gets_no_forged_eos(trained):
 
 def test_training_and_scoring_frame_alike(base, data, tmp_path, monkeypatch):
     """The rows TRL is given are those that scoring makes of the same pair."""
-    import trl
+    from reinforcepp import resumable
 
     seen = []
 
-    class Spy(trl.RewardTrainer):
+    class Spy(resumable.ResumableRewardTrainer):
         def __init__(self, **kwargs):
             seen.extend(kwargs["train_dataset"]["chosen_ids"])
             super().__init__(**kwargs)
 
-    monkeypatch.setattr(trl, "RewardTrainer", Spy)
+    monkeypatch.setattr(resumable, "ResumableRewardTrainer", Spy)
     output = tmp_path / "rm"
     train_reward_model(
         RewardModelConfig(model=str(base), data=str(data), output_dir=str(output), num_train_epochs=1, batch_size=40)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, nearest
 
 SEEDS = 2**32  # what the random generators of all libraries take
 
@@ -33,7 +33,17 @@ def fraction(config: Any, *names: str) -> None:
             raise ConfigError(f"{name} must be at least 0 and below 1, not {value}.")
 
 
-def check_numbers(config: Any) -> None:
+def check_values(config: Any) -> None:
+    """What holds for every setting by its type: numbers are finite, a choice is one of those there are."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices = [
+            choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)
+        ]
+        value = getattr(config, name)
+        if choices and value is not None and value not in choices:
+            raise ConfigError(
+                f"{name} must be one of {', '.join(choices)}, not {value!r}.{nearest(str(value), choices)}"
+            )
     for name, value in asdict(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, not {value}.")

@@ -36,6 +36,8 @@ class CompareAlgorithmsConfig(TrainConfig):
         """Check what the comparison adds to the settings of a training."""
         super().__post_init__()
         positive(self, "seeds", "processes")
+        if isinstance(self.resume, str):
+            raise ConfigError("A comparison goes on from what its output_dir holds: give --resume without a path.")
         if self.seeds < 2:
             raise ConfigError("seeds must be at least 2: one run can't show how far results scatter.")
         for name in self.names:

@@ -28,11 +28,12 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings as 'name: value' lines.")
-    defaults = {field.name: field.default for field in fields(config_class)}
+    known = {field.name: field for field in fields(config_class)}
     for key, value in values.items():
-        if key not in defaults:
-            raise ConfigError(f"{path}: there is no setting {key!r}.{nearest(str(key), defaults)}")
-        _check_yaml_value(f"{path}: {key}", value, defaults[key])
+        if key not in known:
+            raise ConfigError(f"{path}: there is no setting {key!r}.{nearest(str(key), known)}")
+        if not (isinstance(value, str) and known[key].type == "bool | str"):
+            _check_yaml_value(f"{path}: {key}", value, known[key].default)
     return values
 
 

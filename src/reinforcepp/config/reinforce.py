@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from reinforcepp.config._checks import check_numbers, check_output, check_sampling, not_negative, positive
+from reinforcepp.config._checks import check_sampling, check_values, fraction, not_negative, positive
+from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.errors import ConfigError
 from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
 
@@ -13,7 +14,7 @@ DEFAULT_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ReinforceConfig:
+class ReinforceConfig(Keeping):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"
@@ -107,17 +108,27 @@ class ReinforceConfig:
     """Held-out prompts answered before and after training; 0 skips the comparison."""
     eval_every: int = 0
     """Steps between further answers to them in the course of training; 0 is never."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 keeps only the one written at an interruption."""
-    overwrite: bool = False
-    """Replace the run that output_dir holds."""
-    resume: bool = False
-    """Go on from the last checkpoint in output_dir."""
+
+    kl_target: float | None = None
+    """KL to the start, in nats per token, to which kl_coef is adapted in the course of training; off by default."""
+    kl_horizon: float = 10_000.0
+    """Completions over which an error of a fifth in the KL changes kl_coef by a fifth; matters only with kl_target."""
+    kl_limit: float | None = 5.0
+    """KL to the start, in nats per token, over which the policy counts as run off; None switches the rule off."""
+    kl_action: Literal["stop", "rollback"] = "stop"
+    """Over kl_limit: stop, or go back to the last checkpoint and on at half the learning rate, three times at most."""
+    ratio_limit: float = 10_000.0
+    """An update in which a token's policy ratio, or its inverse, is larger is left out; 0 is off."""
+    collapse_length: float = 0.1
+    """Stop when completions stay shorter than this share of what they were in the first step; 0 is off."""
+    collapse_entropy: float = 0.01
+    """Stop when the entropy stays below this share of the first step's; 0 is off."""
+    collapse_distinct: float = 0.1
+    """Stop when the share of distinct completions stays below this share of the first step's; 0 is off."""
 
     def __post_init__(self) -> None:
         """Check each value, then what they mean together."""
-        check_numbers(self)
-        check_output(self)
+        check_values(self)
         check_sampling(self)
         positive(self, "temperature")
         positive(self, "batch_size", "num_generations", "mini_batch_size", "gradient_accumulation_steps")
@@ -132,8 +143,17 @@ class ReinforceConfig:
             "weight_decay",
             "eval_prompts",
             "eval_every",
-            "save_every",
+            "ratio_limit",
         )
+        check_keeping(self)
+        positive(self, "kl_target", "kl_horizon", "kl_limit")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ConfigError("kl_target adapts kl_coef, which is 0: give it a positive value to begin with.")
+        fraction(self, "collapse_length", "collapse_entropy", "collapse_distinct")
+        if 0 < self.ratio_limit <= 1 + self.clip_high:
+            raise ConfigError(
+                f"ratio_limit {self.ratio_limit:g} would leave out ordinary updates: set it far above 1, or 0 for off."
+            )
         positive(self, "value_clip", "critic_learning_rate")
         not_negative(self, "gae_lambda")
         for name in ("gamma", "gae_lambda"):
@@ -189,13 +209,3 @@ class ReinforceConfig:
         if self.gradient_accumulation_steps is None:
             return self.completions_per_step
         return self.micro_batch_size * self.gradient_accumulation_steps
-
-    @property
-    def kl_in_reward(self) -> float:
-        """Weight of the k1 KL in the rewards; some estimators have it in the loss instead."""
-        return 0.0 if self.recipe.kl_in_loss else self.kl_coef
-
-    @property
-    def kl_in_loss(self) -> float:
-        """Weight of the k2 KL in the loss."""
-        return self.kl_coef - self.kl_in_reward

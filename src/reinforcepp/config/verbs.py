@@ -7,14 +7,15 @@ from typing import Literal
 
 from reinforcepp.config._checks import (
     check_apart,
-    check_numbers,
     check_output,
     check_sampling,
+    check_values,
     filled,
     fraction,
     not_negative,
     positive,
 )
+from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.errors import ConfigError
 
@@ -68,7 +69,7 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(Columns, RewardInputs):
+class RewardModelConfig(Keeping, Columns, RewardInputs):
     """Train a reward model from a preference file."""
 
     output_dir: str = "models/reward_model"
@@ -89,13 +90,11 @@ class RewardModelConfig(Columns, RewardInputs):
     """Pairs with a longer framed answer, in tokens, are left out and counted."""
     center_rewards_coefficient: float = 0.01
     """Weight of the penalty that keeps scores centred on 0."""
-    overwrite: bool = False
-    """Replace the reward model that output_dir holds."""
 
     def __post_init__(self) -> None:
         """Check each value, then what they mean together."""
-        check_numbers(self)
-        check_output(self)
+        check_values(self)
+        check_keeping(self)
         positive(self, "learning_rate", "num_train_epochs", "batch_size", "mini_batch_size", "max_length")
         positive(self, "gradient_accumulation_steps")
         not_negative(self, "center_rewards_coefficient")
@@ -152,7 +151,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         """Check each value, then what they mean together."""
-        check_numbers(self)
+        check_values(self)
         filled(self, "model")
         check_sampling(self)
         positive(self, "repetition_penalty")
@@ -173,7 +172,7 @@ class DemoConfig:
     """Folder for everything the demo writes."""
     seed: int = 0
     """Seed of the reward model and of the training."""
-    max_steps: int = 90
+    max_steps: int = 125
     """Training steps of 64 completions."""
     rollout: Literal["auto", "transformers", "vllm"] = "transformers"
     """Engine that generates the rollouts."""
@@ -182,6 +181,6 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        check_numbers(self)
+        check_values(self)
         check_output(self)
         positive(self, "max_steps")

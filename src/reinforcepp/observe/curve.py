@@ -18,6 +18,7 @@ def draw_curve(metrics: Sequence[dict[str, float]], path: Path, title: str) -> N
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     figure.suptitle(title)
+    metrics = [m for m in metrics if all(key in m for key, *_ in PANELS)]  # others had rewards that weren't finite
     steps = [m["step"] for m in metrics]
     for axes, (key, name, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         values = [m[key] for m in metrics]

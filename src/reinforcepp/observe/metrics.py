@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import time
+from math import isfinite
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from reinforcepp.algorithm import kl_estimate, masked_mean
+from reinforcepp.files import PARTIAL
+from reinforcepp.observe.progress import say
 from reinforcepp.rewards import RewardScores
 from reinforcepp.types import RolloutBatch
+
+LOGS = ("metrics.jsonl", "timings.jsonl")
+EVENTS = "events.jsonl"
+TIMINGS = ("time/", "step_time")
 
 
 def step_metrics(batch: RolloutBatch, scores: RewardScores) -> dict[str, float]:
@@ -30,6 +38,7 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores) -> dict[str, float]:
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(clipped) / len(clipped),
+        "completions/distinct_ratio": len({c.ids for c in batch.completions}) / len(lengths),
         "num_tokens": float(sum(lengths) + sum(len(c.prompt.ids) for c in batch.completions)),
         **_sampling_gap(batch),
     }
@@ -64,30 +73,48 @@ class Clock:
 
 
 class MetricLog:
-    """Appends to ``metrics.jsonl``; opened at a byte position, it forgets what came after it."""
+    """Appends to ``metrics.jsonl``, one line per step, and what the clock says to ``timings.jsonl``.
 
-    def __init__(self, path: Path, position: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file = open(path, "ab")  # noqa: SIM115  (closed by close)
-        self._file.truncate(position)
+    So the metrics of two runs that did the same are the same bytes.
+    """
 
-    @property
-    def position(self) -> int:
-        """Length of the log in bytes."""
-        return os.fstat(self._file.fileno()).st_size
+    def __init__(self) -> None:
+        self._files: list[BinaryIO] = []
+
+    def open(self, folder: Path) -> None:
+        """Append to the log in ``folder`` from now on."""
+        self._files = [open(folder / name, "ab") for name in LOGS]  # noqa: SIM115  (closed by close)
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Append one step's metrics, rounded to what a float32 holds."""
-        line = {key: round(v, 8) if isinstance(v, float) else v for key, v in metrics.items()}
-        self._file.write((json.dumps(line) + "\n").encode())
-        self._file.flush()
+        """Append one step's metrics, rounded to what a float32 holds; a value that isn't finite is left out."""
+        finite = {key: round(float(v), 8) if isinstance(v, float) else v for key, v in metrics.items() if isfinite(v)}
+        timings = {key: finite.pop(key) for key in list(finite) if key.startswith(TIMINGS)}
+        for file, line in zip(self._files, (finite, timings), strict=True):
+            file.write((json.dumps(line) + "\n").encode())
+            file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the files."""
+        while self._files:
+            self._files.pop().close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All steps of a metric log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All steps of the log in ``folder``, timings included."""
+    lines = [(folder / name).read_text(encoding="utf-8").splitlines() for name in LOGS]
+    return [json.loads(own) | json.loads(timings) for own, timings in zip(*lines, strict=False)]
+
+
+def restore_logs(source: Path, folder: Path) -> None:
+    """Put the log of ``folder`` back to what it was when it was copied to ``source``."""
+    for name in LOGS:
+        partial = folder / (name + PARTIAL)
+        shutil.copyfile(source / name, partial)
+        partial.replace(folder / name)
+
+
+def note_event(folder: Path, text: str) -> None:
+    """Something out of the ordinary: told, and noted in events.jsonl, which no resume takes back."""
+    say(text, "yellow")
+    with open(folder / EVENTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": text}, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
 """Where rewards come from: a trained reward model or any Python function of the same signature."""
 
-from reinforcepp.rewards.functions import RewardFunction, RewardScores, score_with
+from reinforcepp.rewards.functions import RewardFunction, RewardScores, name_of, score_with
 from reinforcepp.rewards.trained import RewardCard, TrainedReward, check_reward_folder, load_reward_model, load_rewards
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "check_reward_folder",
     "load_reward_model",
     "load_rewards",
+    "name_of",
     "score_with",
 ]

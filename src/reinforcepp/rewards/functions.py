@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from reinforcepp.errors import ConfigError, TrainingDiverged
+from reinforcepp.errors import ConfigError, UnusableUpdate
 from reinforcepp.types import Completion
 
 
@@ -41,7 +41,7 @@ def score_with(functions: Sequence[RewardFunction], completions: Sequence[Comple
 
     Raises:
         ConfigError: if a function returns something other than one number per completion.
-        TrainingDiverged: if a score is not finite.
+        UnusableUpdate: if a score is not finite.
     """
     prompts = [c.prompt.text for c in completions]
     texts = [c.text for c in completions]
@@ -76,7 +76,7 @@ def _checked(name: str, scores: Any, texts: list[str]) -> list[float]:
         raise ConfigError(f"The reward function {name} returned {len(numbers)} scores for {len(texts)} completions.")
     for number, text in zip(numbers, texts, strict=True):
         if not math.isfinite(number):
-            raise TrainingDiverged(
+            raise UnusableUpdate(
                 f"The reward function {name} gave {number} to the completion that begins {text[:60]!r}; "
                 "every reward must be a finite number."
             )

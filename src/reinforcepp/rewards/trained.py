@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.models import context_length, load_reward_weights, load_tokenizer, resolve, save_model, write_json
+from reinforcepp.files import write_json
+from reinforcepp.models import context_length, load_reward_weights, load_tokenizer, resolve, save_model
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.tokens import encode_answer, pad
 

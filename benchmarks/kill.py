@@ -1,0 +1,217 @@
+"""Kill a training at many moments and resume it: is what comes out, byte for byte, what an undisturbed run writes?
+
+python benchmarks/kill.py [--points 40]
+
+Both trainers, on tiny models in float32 on the CPU, with several optimiser steps per batch, a checkpoint after every step
+and a reward function that draws random numbers of its own. Half of the kills come after a random time, half at a random
+one of the moments in which files are written, some of those with half of the file on the disk. Every tenth run is killed
+twice. Written to benchmarks/results/kill.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import write_result
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from reinforcepp import checkpoint, files, models
+from reinforcepp.builtin import model_path
+from reinforcepp.config import ReinforceConfig, RewardModelConfig
+from reinforcepp.files import write_json
+from reinforcepp.models import load_tokenizer
+from reinforcepp.reinforce_trainer import ReinforceTrainer
+from reinforcepp.resumable import ResumableRewardTrainer  # noqa: F401  (loaded here, once, for all the forks)
+from reinforcepp.reward_trainer import train_reward_model
+
+COMPARED = {
+    "policy": ("model.safetensors", "metrics.jsonl", "evaluation.json"),
+    "reward": ("model.safetensors", "metrics.jsonl", "reward_model.json"),
+}
+PROMPTS = [{"prompt": f"Why does host {i} answer slowly?"} for i in range(11)]
+WRITES = ((files, "flush"), (files, "move"), (checkpoint, "save_file"), (models, "flush"), (shutil, "copyfile"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=40, help="for each trainer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="write there instead of benchmarks/results/kill.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder))
+        each = {kind: try_points(kind, Path(folder), arguments.points, arguments.seed) for kind in COMPARED}
+    total = {key: sum(result[key] for result in each.values()) for key in ("points", "identical")}
+    result = total | each
+    if arguments.output:
+        write_json(Path(arguments.output), result)
+    else:
+        write_result("kill", result)
+
+
+def make_inputs(folder: Path) -> None:
+    """A tiny model and a preference file."""
+    tokenizer = load_tokenizer(str(model_path()))
+    torch.manual_seed(0)
+    end = tokenizer.eos_token_id
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer)}
+    config = GPT2Config(**sizes, bos_token_id=end, eos_token_id=end)
+    GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with open(folder / "pairs.csv", "w", encoding="utf-8", newline="") as file:
+        rows = [(f"Is host {i} up?", f"Ping it {i} times.", "Who knows.") for i in range(11)]
+        csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
+
+
+def train(kind: str, inputs: Path, output: Path) -> None:
+    """One training to its end, going on from what ``output`` holds."""
+    torch.set_num_threads(1)
+    kept = {"output_dir": str(output), "seed": 3, "save_every": 1, "resume": (output / "run.json").is_file()}
+    if kind == "reward":
+        train_reward_model(
+            RewardModelConfig(
+                **kept,
+                model=str(inputs / "model"),
+                data=str(inputs / "pairs.csv"),
+                batch_size=4,
+                mini_batch_size=2,
+                num_train_epochs=3,
+                heldout_fraction=0.2,
+            )
+        )
+        return
+    config = ReinforceConfig(
+        **kept,
+        batch_size=8,
+        mini_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_iterations=2,
+        max_steps=5,
+        max_new_tokens=6,
+        max_prompt_length=40,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        eval_prompts=3,
+        eval_every=2,
+        keep_best="reward",
+        rollout="transformers",
+    )
+    ReinforceTrainer(str(inputs / "model"), noisy, config, PROMPTS, eval_dataset=PROMPTS[:3]).train()
+
+
+def noisy(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that draws from a global random generator."""
+    return [sum(ids) % 7 / 7 + random.random() for ids in completion_ids]
+
+
+def in_child(job: Callable[[], None], *, after: float | None = None) -> int:
+    """Do ``job`` in a fork, which is killed ``after`` so many seconds; returns its exit code."""
+
+    def run() -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        job()
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    if after is not None:
+        time.sleep(after)
+        if child.pid is not None:
+            os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return child.exitcode or 0
+
+
+def killed_at_write(job: Callable[[], None], moment: int, count: Any = None) -> None:
+    """Do ``job``, but end the process at the ``moment``-th time that something is written; ``count`` counts them."""
+    seen = 0
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*positional: Any, **named: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if count is not None:
+                count.value = seen
+            if seen == moment:
+                if function.__name__ == "save_file":  # half of it gets there
+                    function(*positional, **named)
+                    os.truncate(positional[1], os.path.getsize(positional[1]) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*positional, **named)
+
+        return call
+
+    for module, name in WRITES:
+        setattr(module, name, watched(getattr(module, name)))
+    job()
+
+
+def try_points(kind: str, inputs: Path, points: int, seed: int) -> dict[str, Any]:
+    """The undisturbed run, then ``points`` disturbed ones; tells how many came out the same."""
+    whole, draw = inputs / f"{kind}-whole", random.Random(seed)
+    count = multiprocessing.Value("i", 0)
+    begin = time.monotonic()
+    code = in_child(lambda: killed_at_write(lambda: train(kind, inputs, whole), 0, count))
+    seconds, writes = time.monotonic() - begin, count.value
+    assert code == 0, f"the undisturbed {kind} training ended with {code}"
+    expected = hashes(kind, whole)
+    rows = []
+    for point in range(points):
+        folder = inputs / f"{kind}-{point}"
+        kills = []
+        for _ in range(2 if point % 10 == 9 else 1):
+            job = lambda folder=folder: train(kind, inputs, folder)  # noqa: E731
+            if point % 2:
+                moment = draw.randint(1, writes)
+                code = in_child(lambda job=job, moment=moment: killed_at_write(job, moment))
+                kills.append({"write": moment, "killed": code == -signal.SIGKILL})
+            else:
+                after = draw.uniform(0, seconds)
+                code = in_child(job, after=after)
+                kills.append({"seconds": round(after, 3), "killed": code == -signal.SIGKILL})
+        code = in_child(lambda folder=folder: train(kind, inputs, folder))
+        found = hashes(kind, folder) if code == 0 else {}
+        rows.append({"point": point, "kills": kills, "exit_code": code, "identical": found == expected})
+        print(kind, rows[-1], flush=True)
+        if found == expected:
+            shutil.rmtree(folder)
+    return {
+        "points": points,
+        "killed": sum(any(kill["killed"] for kill in row["kills"]) for row in rows),
+        "identical": sum(row["identical"] for row in rows),
+        "writes_in_a_run": writes,
+        "seconds_of_a_run": seconds,
+        "compared": COMPARED[kind],
+        "sha256": expected,
+        "rows": rows,
+    }
+
+
+def hashes(kind: str, folder: Path) -> dict[str, str]:
+    """SHA-256 of each file that is compared; of the reward model's card without the settings, which name the folder."""
+    found = {}
+    for name in COMPARED[kind]:
+        contents = (folder / name).read_bytes()
+        if name == "reward_model.json":
+            contents = json.dumps(json.loads(contents) | {"settings": None}).encode()
+        found[name] = hashlib.sha256(contents).hexdigest()
+    return found
+
+
+if __name__ == "__main__":
+    main()

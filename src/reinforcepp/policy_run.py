@@ -1,0 +1,161 @@
+"""A policy training's folder and state: what its checkpoints hold, and how they bring it back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reinforcepp import checkpoint, random_state
+from reinforcepp.batch_in_use import BatchInUse
+from reinforcepp.config import as_dict
+from reinforcepp.errors import TrainingDiverged
+from reinforcepp.kl_control import adapted
+from reinforcepp.learner import Learner, compute_dtype
+from reinforcepp.models import load_policy, save_model, weights_hash
+from reinforcepp.observe import MetricLog, note_event, restore_logs
+from reinforcepp.policy_update import PolicyUpdate
+from reinforcepp.rewards import RewardFunction, TrainedReward, name_of
+from reinforcepp.run_state import RunState, better
+from reinforcepp.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PolicyRun:
+    """Everything that decides what the run does next, apart from its settings.
+
+    Args:
+        folder: where it writes.
+        update: holds the settings, the learners, the guardrails and the KL coefficient in force.
+        tokenizer: saved with the policy.
+        inputs: fingerprints of what the run starts from.
+        prompts_of: the prompts of a step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        update: PolicyUpdate,
+        tokenizer: PreTrainedTokenizerBase,
+        inputs: Mapping[str, str],
+        prompts_of: Callable[[int], list[Prompt]],
+    ) -> None:
+        self.folder = folder
+        self.config = update.config
+        self.update = update
+        self.tokenizer = tokenizer
+        self.inputs = inputs
+        self.prompts_of = prompts_of
+        self.state = RunState()
+        self.log = MetricLog()
+        self.work: BatchInUse | None = None
+        """The batch of the unfinished step."""
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """The policy, and the critic if there is one."""
+        critic = self.update.critic
+        return {"policy": self.update.policy} | ({"critic": critic} if critic is not None else {})
+
+    def finish_step(self, metrics: dict[str, float], timings: Mapping[str, float]) -> None:
+        """Write a step's figures down and adapt the KL coefficient to them."""
+        self.work = None
+        self.state.num_tokens += metrics.get("num_tokens", 0.0)
+        metrics["num_tokens"] = self.state.num_tokens
+        target = self.config.kl_target
+        if target is not None and "kl" in metrics:
+            metrics["kl_coef"] = self.update.kl_coef
+            self.update.kl_coef = adapted(
+                self.update.kl_coef,
+                metrics["kl"],
+                target=target,
+                completions=self.config.completions_per_step,
+                horizon=self.config.kl_horizon,
+            )
+        if self.update.ranks.is_main:
+            self.log.write({**metrics, **timings})
+
+    def save(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Write a checkpoint; ``metrics`` are those of the step just made, None where a step is unfinished."""
+        if not self.update.ranks.is_main:
+            return
+        state, work = self.state, self.work
+        updates = len(work.history) if work is not None else 0
+        if metrics is not None:
+            state.best = better(state.best, self.config.keep_best, metrics, checkpoint.name_of(state.step))
+        if metrics is not None or updates:  # else the step is begun again, with the random numbers it had
+            state.random = random_state.capture()
+        state.guard, state.kl_coef = self.update.guard.as_dict(), self.update.kl_coef
+        settings = as_dict(self.config)
+        held: dict[str, Any] = {
+            "settings": settings,
+            "settings_hash": checkpoint.settings_hash(settings),
+            "inputs": dict(self.inputs),
+            "run": asdict(state),
+        }
+
+        def fill(folder: Path) -> None:
+            held["learners"] = checkpoint.fill_with(self.learners, folder)
+            save_model(self.update.policy.plain, self.tokenizer, folder)
+            if work is not None and updates:
+                work.save(folder)
+
+        keep = state.best["checkpoint"] if state.best else None
+        checkpoint.save(self.folder, (state.step, updates), held, fill, keep_last=self.config.keep_last, keep=keep)
+
+    def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
+        """Bring weights, counters, random generators and, unless told otherwise, the log where they were."""
+        policy = load_policy(str(saved.folder), compute_dtype(self.config))
+        checkpoint.load_into(self.learners, saved, dict(policy.state_dict()))
+        vars(self.state).update(saved.state["run"])
+        self.update.guard.load(self.state.guard)
+        self.update.kl_coef = self.state.kl_coef
+        self.work = BatchInUse.load(saved.folder, self.prompts_of(self.state.step), self.update.ranks.device)
+        random_state.restore(self.state.random)
+        if log:
+            self.log.close()
+            restore_logs(saved.folder, self.folder)
+            self.log.open(self.folder)
+
+    def roll_back(self, told: str) -> None:
+        """To the last checkpoint, and on from there with smaller steps."""
+        saved = checkpoint.newest(self.folder)
+        if saved is None:
+            raise TrainingDiverged(f"{told}, and there is no checkpoint to go back to.")
+        guard = self.update.guard
+        often = guard.state.rollbacks
+        self.restore(saved)
+        for learner in self.learners.values():
+            learner.scale_rate(0.5 ** (often - guard.state.rollbacks))
+        guard.state.rollbacks = often
+        note_event(self.folder, f"{told}: back to step {self.state.step}, and on at half the learning rate.")
+
+    def to_last_good(self) -> str:
+        """Restore the last checkpoint for whoever goes on using the trainer; returns what the user should know."""
+        saved = checkpoint.newest(self.folder)
+        if saved is None:
+            return "No checkpoint was saved before: start again, with --overwrite."
+        self.restore(saved, log=False)
+        return (
+            f"The last good state is {saved.folder}: go on from it with --resume and other settings, named with "
+            "--allow_changes."
+        )
+
+
+def fingerprints(
+    model: PreTrainedModel, prompts: Sequence[Prompt], rewards: Sequence[RewardFunction]
+) -> dict[str, str]:
+    """What a run starts from, each in one word, by the name of its setting."""
+    texts = json.dumps([(prompt.text, prompt.ids) for prompt in prompts])
+    return {
+        "model": weights_hash(model),
+        "data": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "reward_model": " ".join(
+            weights_hash(r.model) if isinstance(r, TrainedReward) else name_of(r) for r in rewards
+        ),
+    }

@@ -1,0 +1,52 @@
+"""A training that hangs is ended with the stacks of all threads."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import reinforcepp
+from reinforcepp.observe.watchdog import STACKS, Watchdog
+
+PROGRAM = """
+import sys, threading, time
+from pathlib import Path
+from reinforcepp.observe.watchdog import Watchdog
+
+def waits_for_ever():
+    time.sleep(600)
+
+with Watchdog(Path(sys.argv[1]), 0.4) as watchdog:
+    watchdog.beat("rollout of step 7")
+    threading.Thread(target=waits_for_ever, daemon=True).start()
+    time.sleep(600)
+"""
+
+
+def test_a_hang_is_ended_and_explained(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(reinforcepp.__file__).parents[1])}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "No progress for 0.4 seconds in the phase 'rollout of step 7'" in done.stderr
+    assert str(tmp_path / STACKS) in done.stderr and "watchdog_seconds" in done.stderr
+    stacks = (tmp_path / STACKS).read_text()
+    assert "rollout of step 7" in stacks
+    assert "waits_for_ever" in stacks and "<module>" in stacks, "the stacks of all threads"
+
+
+def test_progress_keeps_it_quiet(tmp_path):
+    with Watchdog(tmp_path, 0.3) as watchdog:
+        for _ in range(8):
+            time.sleep(0.1)
+            watchdog.beat("update")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outside_its_block_and_at_0_it_does_not_watch(tmp_path):
+    with Watchdog(tmp_path, 0.2):
+        pass
+    with Watchdog(tmp_path, 0):
+        time.sleep(0.5)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,271 @@
+"""Each rule alone, then in a training that runs into it."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.errors import ConfigError, TrainingDiverged, UnusableUpdate
+from reinforcepp.guardrails import PATIENCE, Guardrails, RollBack
+
+PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
+FINE = {"step": 1, "kl": 0.1, "entropy": 2.0, "completions/mean_length": 20.0, "completions/distinct_ratio": 1.0}
+
+
+def guard(**settings):
+    said = []
+    return Guardrails(ReinforceConfig(**settings), said.append), said
+
+
+# --- the rules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "log_ratio", "norms", "named"),
+    [
+        (math.nan, 0.0, {"policy": 1.0}, "the loss is nan"),
+        (0.1, 0.0, {"policy": math.inf}, "the gradient of the policy is inf"),
+        (0.1, 0.0, {"policy": 1.0, "critic": math.nan}, "the gradient of the critic is nan"),
+        (0.1, 9.3, {"policy": 1.0}, r"e\^9\.3, over ratio_limit 10000"),
+        (0.1, math.nan, {"policy": 1.0}, "ratio"),
+    ],
+)
+def test_an_update_that_can_not_be_made(loss, log_ratio, norms, named):
+    rules, _ = guard()
+    with pytest.raises(UnusableUpdate, match=named):
+        rules.check_update(loss, log_ratio, norms)
+    rules.check_update(0.1, 9.2, {"policy": 1.0})  # ln 10000 = 9.21
+
+
+def test_the_ratio_rule_can_be_switched_off():
+    guard(ratio_limit=0)[0].check_update(0.1, 50.0, {"policy": 1.0})
+
+
+def test_several_in_a_row_stop_the_run():
+    rules, said = guard(max_skipped_updates=2)
+    fault = UnusableUpdate("the loss is nan")
+    rules.leave_out(fault, 1)
+    rules.leave_out(fault, 2)
+    rules.made()
+    rules.leave_out(fault, 4)
+    rules.leave_out(fault, 5)
+    with pytest.raises(TrainingDiverged, match="Step 6: the loss is nan, and the 2 updates before"):
+        rules.leave_out(fault, 6)
+    assert len(said) == 4 and "1 in a row, 2 allowed" in said[0]
+
+
+def test_kl_over_the_limit_stops_or_goes_back():
+    rules, _ = guard()
+    rules.check_step(FINE | {"kl": 4.99})
+    with pytest.raises(TrainingDiverged, match=r"5\.01 nats per token in step 1, over kl_limit 5"):
+        rules.check_step(FINE | {"kl": 5.01})
+    guard(kl_limit=None)[0].check_step(FINE | {"kl": 1e9})
+    rules, _ = guard(kl_action="rollback", kl_limit=1.0)
+    for _ in range(3):
+        with pytest.raises(RollBack):
+            rules.check_step(FINE | {"kl": 2.0})
+    with pytest.raises(TrainingDiverged, match="after going back 3 times"):
+        rules.check_step(FINE | {"kl": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "enough", "said"),
+    [
+        ("completions/mean_length", 1.9, 2.1, "length"),
+        ("entropy", 0.019, 0.021, "entropy"),
+        ("completions/distinct_ratio", 0.09, 0.11, "distinct"),
+    ],
+)
+def test_collapse(name, low, enough, said):
+    rules, _ = guard()
+    rules.check_step(FINE)
+    for _ in range(PATIENCE - 1):
+        rules.check_step(FINE | {name: low})
+    rules.check_step(FINE | {name: enough})  # it came back
+    for _ in range(PATIENCE - 1):
+        rules.check_step(FINE | {name: low})
+    with pytest.raises(TrainingDiverged, match=f"The .*{said}.* has been below"):
+        rules.check_step(FINE | {name: low})
+
+
+@pytest.mark.parametrize("setting", ["collapse_length", "collapse_entropy", "collapse_distinct"])
+def test_collapse_rules_can_be_switched_off(setting):
+    rules, _ = guard(**{setting: 0})
+    name = next(key for key, (_, share) in rules.shares.items() if share == 0)
+    rules.check_step(FINE)
+    for _ in range(2 * PATIENCE):
+        rules.check_step(FINE | {name: 0.0})
+
+
+def test_what_the_rules_remember_survives_a_checkpoint():
+    rules, _ = guard()
+    rules.check_step(FINE)
+    for _ in range(PATIENCE - 1):
+        rules.check_step(FINE | {"entropy": 0.0})
+    again, _ = guard()
+    again.load(json.loads(json.dumps(rules.as_dict())))
+    with pytest.raises(TrainingDiverged, match="entropy"):
+        again.check_step(FINE | {"entropy": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"kl_target": 0.0}, "kl_target must be greater than 0"),
+        ({"kl_target": 0.1, "kl_horizon": -1.0}, "kl_horizon must be greater than 0"),
+        ({"kl_target": 0.1, "kl_coef": 0.0}, "kl_target adapts kl_coef, which is 0"),
+        ({"kl_limit": 0.0}, "kl_limit must be greater than 0"),
+        ({"ratio_limit": 1.1}, "ratio_limit 1.1 would leave out ordinary updates"),
+        ({"collapse_entropy": 1.0}, "collapse_entropy must be at least 0 and below 1"),
+        ({"max_skipped_updates": -1}, "max_skipped_updates must not be negative"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        ReinforceConfig(**settings)
+
+
+# --- in a training --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("base")))
+
+
+def trainer(base, folder, reward, **settings):
+    defaults = {"max_new_tokens": 6, "max_prompt_length": 40, "batch_size": 8, "learning_rate": 1e-3, "seed": 5}
+    args = ReinforceConfig(output_dir=str(folder), **(defaults | {"rollout": "transformers"} | settings))
+    return ReinforceTrainer(base, reward, args, PROMPTS)
+
+
+def fine(prompts, completions, completion_ids, **_):
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+class BadAt:
+    """A reward function that gives NaN in some of its calls."""
+
+    __name__ = "fine"
+
+    def __init__(self, *calls):
+        self.calls, self.seen = calls, 0
+
+    def __call__(self, prompts, completions, completion_ids, **_):
+        self.seen += 1
+        scores = fine(prompts, completions, completion_ids)
+        return [math.nan, *scores[1:]] if self.seen in self.calls else scores
+
+
+def weights(run):
+    return {name: value.clone() for name, value in run.policy.state_dict().items()}
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_reward_that_is_not_finite_costs_one_update(base, tmp_path, capsys):
+    run = trainer(base, tmp_path / "run", BadAt(2), max_steps=4)
+    log = run.train()
+    assert [m["skipped_updates"] for m in log] == [0, 1, 0, 0]
+    assert "reward" not in log[1] and "reward" in log[2]
+    assert "gave nan" in capsys.readouterr().err
+    events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert len(events) == 1 and events[0].startswith("Step 2: The reward function fine gave nan")
+
+
+def test_too_many_stop_the_run_with_the_last_good_weights(base, tmp_path):
+    whole = trainer(base, tmp_path / "whole", fine, max_steps=2, lr_scheduler_type="constant")
+    whole.train()
+    run = trainer(base, tmp_path / "run", BadAt(3, 4), max_steps=9, max_skipped_updates=1, save_every=2)
+    with pytest.raises(
+        TrainingDiverged, match=r"Step 4.*mend the reward function\. The last good state is .*step-000002"
+    ):
+        run.train()
+    assert equal(weights(run), weights(whole))
+    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(log) == 3, "what led to the stop stays to be read"
+
+
+def poisoned(run, *passes):
+    """Some backward passes give NaN gradients."""
+    seen = []
+
+    def hook(module, inputs, output):
+        if output.logits.requires_grad:
+            seen.append(1)
+            if len(seen) in passes:
+                output.logits.register_hook(lambda gradient: gradient * float("nan"))
+
+    run.policy.register_forward_hook(hook)
+
+
+def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(base, tmp_path):
+    run = trainer(base, tmp_path / "run", fine, max_steps=3)
+    poisoned(run, 2)
+    seen = []
+    step = run.learner.step
+    run.learner.step = lambda norm: (seen.append(norm), step(norm))[1]
+    log = run.train()
+    assert [m["skipped_updates"] for m in log] == [0, 1, 0]
+    assert len(seen) == 2 and all(map(math.isfinite, seen))
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+    moments = run.learner.optimizer.state_dict()["state"].values()
+    assert all(torch.isfinite(m["exp_avg"]).all() and float(m["step"]) == 2 for m in moments)
+
+
+def test_with_several_updates_per_batch_only_the_bad_one_is_left_out(base, tmp_path):
+    run = trainer(base, tmp_path / "run", fine, max_steps=2, mini_batch_size=4, gradient_accumulation_steps=1)
+    poisoned(run, 2)
+    log = run.train()
+    assert [m["skipped_updates"] for m in log] == [1, 0]
+    assert math.isfinite(log[0]["loss"]) and log[0]["grad_norm"] > 0
+
+
+def test_ratios_that_explode_are_not_trained_on(base, tmp_path):
+    settings = {"mini_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1.0, "ratio_limit": 1.5}
+    with pytest.raises(TrainingDiverged, match="over ratio_limit"):
+        trainer(base, tmp_path / "run", fine, max_steps=20, kl_limit=None, max_skipped_updates=0, **settings).train()
+
+
+def test_kl_over_the_limit_stops_a_training(base, tmp_path):
+    run = trainer(base, tmp_path / "run", fine, max_steps=20, learning_rate=0.05, kl_limit=0.5, kl_coef=0.0)
+    with pytest.raises(TrainingDiverged, match="over kl_limit"):
+        run.train()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_or_sends_it_back_with_smaller_steps(base, tmp_path):
+    settings = {"max_steps": 12, "learning_rate": 0.02, "kl_limit": 0.6, "kl_coef": 0.0, "save_every": 2}
+    run = trainer(base, tmp_path / "run", fine, kl_action="rollback", lr_scheduler_type="constant", **settings)
+    try:
+        log = run.train()
+    except TrainingDiverged as error:
+        assert "after going back 3 times" in str(error)
+        log = []
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "on at half the learning rate" in events
+    rate = run.learner.scheduler.get_last_lr()[0]
+    assert rate == pytest.approx(0.02 * 0.5 ** events.count("on at half")) or not log
+    if log:
+        assert [m["step"] for m in log] == list(range(1, 13))
+        assert log[-1]["learning_rate"] == pytest.approx(rate)
+
+
+def test_the_coefficient_follows_the_kl(base, tmp_path):
+    settings = {"max_steps": 8, "learning_rate": 5e-3, "kl_target": 1e-4, "kl_horizon": 40.0, "kl_coef": 0.1}
+    log = trainer(base, tmp_path / "run", fine, **settings).train()
+    coefs = [m["kl_coef"] for m in log]
+    assert coefs[0] == 0.1 and coefs[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 40))  # the first KL is 0
+    assert log[-1]["kl"] > 1.2e-4 and coefs[-1] == pytest.approx(coefs[-2] * (1 + 0.2 * 8 / 40), rel=1e-6)
+
+
+def test_weights_that_do_not_move_are_noticed(base, tmp_path):
+    run = trainer(base, tmp_path / "run", fine)
+    run.learner.optimizer.step = lambda: None
+    with pytest.raises(TrainingDiverged, match="changed no weight"):
+        run.train()

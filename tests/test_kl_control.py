@@ -1,0 +1,24 @@
+"""The adaptive coefficient, by hand."""
+
+import pytest
+
+from reinforcepp.kl_control import adapted
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (0.06, 0.1 * (1 + 0.2 * 64 / 1000)),  # a fifth too large: the most that counts
+        (0.5, 0.1 * (1 + 0.2 * 64 / 1000)),
+        (0.055, 0.1 * (1 + 0.1 * 64 / 1000)),
+        (0.05, 0.1),
+        (0.045, 0.1 * (1 - 0.1 * 64 / 1000)),
+        (0.0, 0.1 * (1 - 0.2 * 64 / 1000)),
+    ],
+)
+def test_by_hand(kl, expected):
+    assert adapted(0.1, kl, target=0.05, completions=64, horizon=1000) == pytest.approx(expected, rel=1e-12)
+
+
+def test_it_never_becomes_negative():
+    assert adapted(0.1, 0.0, target=0.05, completions=64, horizon=1) == 0.0

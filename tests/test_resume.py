@@ -1,0 +1,460 @@
+"""Stopping, keeping and going on: signals, checkpoints in the middle of a step, damage, full disks, other settings."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer, checkpoint
+from reinforcepp.config import RewardModelConfig
+from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.models import load_policy
+from reinforcepp.observe.interrupt import Interrupted
+from reinforcepp.reward_trainer import train_reward_model
+
+PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(11)]
+SEVERAL = {"mini_batch_size": 2, "gradient_accumulation_steps": 1, "num_iterations": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("base")))
+
+
+def noisy(prompts, completions, completion_ids, **_):
+    """It draws from a global generator, whose state a checkpoint therefore has to hold."""
+    return [sum(ids) % 7 / 7 + random.random() + float(torch.rand(())) for ids in completion_ids]
+
+
+def trainer(base, folder, reward=noisy, **settings):
+    defaults = {
+        "max_new_tokens": 6,
+        "max_prompt_length": 40,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "seed": 5,
+        "max_steps": 4,
+        "save_every": 1,
+        "lr_scheduler_type": "cosine",
+        "rollout": "transformers",
+    }
+    return ReinforceTrainer(base, reward, ReinforceConfig(output_dir=str(folder), **(defaults | settings)), PROMPTS)
+
+
+def files(folder):
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "metrics.jsonl")}
+
+
+def steps(folder):
+    return [path.name for path in checkpoint.listed(folder)]
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+def stopping(run, moment, number=signal.SIGTERM):
+    """Send the process a signal at the ``moment``-th point between micro-batches."""
+    seen = []
+    between = run.update.between
+
+    def ask():
+        seen.append(1)
+        if len(seen) == moment:
+            os.kill(os.getpid(), number)
+        between()
+
+    run.update.between = ask
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment", "name"),
+    [
+        ({}, 1, "step-000000"),  # before anything was trained
+        ({}, 5, "step-000002"),  # a batch of 8 is one micro-batch and one optimiser step
+        (SEVERAL, 4, "step-000000+1"),
+        (SEVERAL, 22, "step-000001+2"),
+        (SEVERAL | {"estimator": "ppo"}, 8, "step-000000+3"),
+        (SEVERAL | {"mixed_precision": "bf16"}, 8, "step-000000+3"),
+        (SEVERAL | {"estimator": "reinforce_plus_plus_baseline", "num_generations": 2}, 8, "step-000000+3"),
+    ],
+    ids=lambda value: None if isinstance(value, int) else str(value),
+)
+def test_a_signal_in_the_middle_of_a_step_loses_nothing(base, tmp_path, capsys, kind, moment, name):
+    whole = trainer(base, tmp_path / "whole", **kind)
+    whole.train()
+    run = trainer(base, tmp_path / "run", **kind)
+    stopping(run, moment)
+    with pytest.raises(Interrupted) as stop:
+        run.train()
+    assert stop.value.exit_code == 143
+    assert steps(tmp_path / "run")[-1] == name
+    assert "SIGTERM: stopping as soon as nothing is half done" in capsys.readouterr().err
+    trainer(base, tmp_path / "run", resume=True, **kind).train()
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_a_signal_while_completions_are_made_does_not_wait_for_them(base, tmp_path):
+    trainer(base, tmp_path / "whole").train()
+    run = trainer(base, tmp_path / "run")
+    calls = []
+
+    def interrupted(prompts, completions, completion_ids, **_):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it went on")
+        return noisy(prompts, completions, completion_ids)
+
+    interrupted.__name__ = "noisy"
+    run.rewards[0] = interrupted
+    with pytest.raises(Interrupted) as stop:
+        run.train()
+    assert (stop.value.exit_code, str(stop.value)) == (130, "after step 2 of 4")
+    assert run.engine is not None and steps(tmp_path / "run")[-1] == "step-000002"
+    trainer(base, tmp_path / "run", resume=True).train()
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_a_signal_in_an_evaluation(base, tmp_path):
+    """The evaluation is made when the run goes on."""
+    held_out = [{"prompt": "Why does the router drop packets?"}]
+    runs = []
+    for name in ("whole", "run"):
+        run = trainer(base, tmp_path / name, eval_every=2)
+        run.eval_prompts = run._encode([tiny_row(row) for row in held_out], "held-out")
+        runs.append(run)
+    runs[0].train()
+    evaluate = runs[1].evaluate
+
+    def asked():
+        if runs[1].run.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate()
+
+    runs[1].evaluate = asked
+    with pytest.raises(Interrupted):
+        runs[1].train()
+    again = trainer(base, tmp_path / "run", eval_every=2, resume=True, allow_changes="data")
+    again.eval_prompts = runs[0].eval_prompts
+    again.train()
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == (tmp_path / "whole" / "evaluation.json").read_bytes()
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def tiny_row(row):
+    from reinforcepp.data import prompt_rows
+
+    return prompt_rows([row], "x")[0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_process_at_once(number, code):
+    program = f"""
+import os
+from reinforcepp.observe.interrupt import stop_signals
+with stop_signals() as stop:
+    os.kill(os.getpid(), {int(number)})
+    print("first", flush=True)
+    os.kill(os.getpid(), {int(number)})
+    print("second", flush=True)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "first\n"), done.stderr
+    assert "What was saved before is whole" in done.stderr
+
+
+# --- which checkpoint -------------------------------------------------------------------------------------------------
+
+
+def test_only_the_last_ones_are_kept(base, tmp_path):
+    trainer(base, tmp_path / "run", max_steps=6, keep_last=3).train()
+    assert steps(tmp_path / "run") == ["step-000004", "step-000005", "step-000006"]
+
+
+@pytest.mark.parametrize(("metric", "choose"), [("reward", max), ("-reward", min)])
+def test_the_best_one_is_kept_too(base, tmp_path, metric, choose):
+    log = trainer(base, tmp_path / "run", max_steps=6, keep_last=1, keep_best=metric).train()
+    rewards = [m["reward"] for m in log]
+    best = f"step-{rewards.index(choose(rewards)) + 1:06d}"
+    assert set(steps(tmp_path / "run")) == {best, "step-000006"}
+
+
+def test_a_metric_that_is_none_is_named(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"keep_best names 'rewrad'.*Did you mean 'reward'"):
+        trainer(base, tmp_path / "run", keep_best="rewrad").train()
+
+
+def test_a_checkpoint_is_a_model(base, tmp_path):
+    run = trainer(base, tmp_path / "run")
+    run.train()
+    saved = load_policy(str(tmp_path / "run" / "checkpoints" / "step-000004")).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in run.policy.state_dict().items())
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(base, tmp_path, capsys):
+    trainer(base, tmp_path / "whole").train()
+    trainer(base, tmp_path / "run").train()
+    weights = tmp_path / "run" / "checkpoints" / "step-000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    run = trainer(base, tmp_path / "run", resume=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step-000004 is damaged (the contents of model.safetensors have changed)" in said
+    run.train()
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_if_all_are_damaged_nothing_is_begun_again(base, tmp_path):
+    trainer(base, tmp_path / "run").train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for folder in checkpoint.listed(tmp_path / "run"):
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"All checkpoints in .* are damaged: start again with --overwrite"):
+        trainer(base, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_may_go_on_from_an_earlier_checkpoint_also_elsewhere(base, tmp_path):
+    trainer(base, tmp_path / "whole", keep_last=9).train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    second = str(tmp_path / "run" / "checkpoints" / "step-000002")
+    for output in ("run", "elsewhere"):
+        again = trainer(base, tmp_path / output, resume=second, keep_last=9)
+        assert again._resumed.step == 2
+        again.train()
+        assert files(tmp_path / output) == files(tmp_path / "whole")
+    assert steps(tmp_path / "elsewhere") == ["step-000003", "step-000004"]
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [("nowhere", "nowhere is not a checkpoint"), ("run", "run is not a checkpoint"), ("harmed", "harmed is damaged")],
+)
+def test_what_is_no_checkpoint_is_refused(base, tmp_path, path, named):
+    trainer(base, tmp_path / "run").train()
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000003", tmp_path / "harmed")
+    (tmp_path / "harmed" / "metrics.jsonl").unlink()
+    with pytest.raises(ModelError, match=named):
+        trainer(base, tmp_path / "new", resume=str(tmp_path / path))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_never_saved_begins_again(base, tmp_path, capsys):
+    trainer(base, tmp_path / "whole").train()
+    trainer(base, tmp_path / "run").train()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    trainer(base, tmp_path / "run", resume=True).train()
+    assert "stopped before its first checkpoint: it begins again" in capsys.readouterr().err
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+# --- other settings, other inputs -------------------------------------------------------------------------------------
+
+
+def test_changed_settings_are_listed_and_may_be_allowed(base, tmp_path):
+    trainer(base, tmp_path / "run").train()
+    with pytest.raises(ConfigError, match=r"max_steps was 4 and is 6; learning_rate was 0\.001 and is 0\.01") as caught:
+        trainer(base, tmp_path / "run", resume=True, learning_rate=0.01, max_steps=6)
+    assert "--allow_changes max_steps,learning_rate" in str(caught.value)
+    changed = {"learning_rate": 0.01, "max_steps": 6, "allow_changes": "max_steps, learning_rate"}
+    log = trainer(base, tmp_path / "run", resume=True, **changed).train()
+    assert [m["step"] for m in log] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("what", ["data", "model", "reward_model"])
+def test_inputs_that_changed_under_the_same_name_are_noticed(base, tmp_path, what, monkeypatch):
+    shutil.copytree(base, tmp_path / "base")
+    trainer(str(tmp_path / "base"), tmp_path / "run").train()
+    reward = noisy
+    if what == "data":
+        monkeypatch.setitem(PROMPTS[0], "prompt", "Is it raining?")
+    elif what == "model":
+        tiny.save(tmp_path / "base", seed=1)
+    else:
+        reward = lambda prompts, completions, **_: [0.0] * len(prompts)  # noqa: E731
+    with pytest.raises(ConfigError, match=f"{what} was .* and is "):
+        trainer(str(tmp_path / "base"), tmp_path / "run", reward, resume=True)
+    trainer(str(tmp_path / "base"), tmp_path / "run", reward, resume=True, allow_changes=what)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"allow_changes": "lerning_rate", "resume": True}, "names 'lerning_rate'.*Did you mean 'learning_rate'"),
+        ({"allow_changes": "learning_rate"}, "add --resume"),
+        ({"keep_best": "reward", "save_every": 0}, "save_every is 0"),
+        ({"keep_best": "-"}, "keep_best is empty"),
+        ({"keep_last": 0}, "keep_last must be greater than 0"),
+        ({"resume": ""}, "resume is empty"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        ReinforceConfig(**settings)
+
+
+# --- disks and malice -------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_while_saving_is_told_and_training_goes_on(base, tmp_path, capsys, monkeypatch):
+    trainer(base, tmp_path / "whole").train()
+    saved = []
+
+    def full(tensors, path, **_):
+        saved.append(path)
+        if len(saved) in (2, 3):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    trainer(base, tmp_path / "run").train()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "after step 2 could not be saved: No space left on device. step-000001 is the last; training goes on" in said
+    assert "after step 3 could not be saved" in said
+    assert steps(tmp_path / "run") == ["step-000001", "step-000004"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two mebibytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs rights that this user hasn't")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_on_a_disk_that_really_is_full(base, small_disk, tmp_path, capsys, monkeypatch):
+    """One checkpoint fits, a second doesn't, and at the end the model doesn't either; with more room it goes on."""
+    trainer(base, tmp_path / "whole").train()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device"):
+        trainer(base, small_disk / "run").train()
+    kept = checkpoint.listed(small_disk / "run")
+    assert [folder.name for folder in kept] == ["step-000001"] and checkpoint.damage(kept[0]) is None
+    assert "could not be saved: No space left on device" in " ".join(capsys.readouterr().err.split())
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    trainer(base, small_disk / "run", resume=True).train()
+    assert files(small_disk / "run") == files(tmp_path / "whole")
+
+
+def test_a_pickle_in_a_checkpoint_is_not_loaded(base, tmp_path):
+    """Even with a manifest that vouches for it: weights and optimiser state are read as safetensors, nothing else."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'harm'}",)
+
+    from reinforcepp.files import whole_folder
+
+    trainer(base, tmp_path / "run").train()
+    good = tmp_path / "run" / "checkpoints" / "step-000004"
+    for name in ("policy_optimizer.safetensors", "model.safetensors"):
+        with whole_folder(tmp_path / "evil") as folder:
+            for path in good.iterdir():
+                if path.name != "manifest.json":
+                    shutil.copy(path, folder)
+            (folder / name).write_bytes(pickle.dumps(Evil()))
+            if name == "model.safetensors":
+                (folder / name).rename(folder / "pytorch_model.bin")
+        with pytest.raises(ModelError, match="safetensors"):
+            trainer(base, tmp_path / name, resume=str(tmp_path / "evil")).train()
+        assert not (tmp_path / "harm").exists()
+
+
+def test_no_pickle_is_written(base, tmp_path):
+    trainer(base, tmp_path / "run", estimator="ppo").train()
+    suffixes = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".jinja"}
+
+
+# --- reward models ----------------------------------------------------------------------------------------------------
+
+
+def reward_config(base, pairs_csv, folder, **settings):
+    return RewardModelConfig(
+        **({"batch_size": 4, "mini_batch_size": 2, "num_train_epochs": 3, "save_every": 2, "seed": 1} | settings),
+        model=str(base),
+        data=str(pairs_csv),
+        output_dir=str(folder),
+    )
+
+
+def reward_files(folder):
+    card = json.loads((folder / "reward_model.json").read_text()) | {"settings": None}
+    return files(folder) | {"card": card}
+
+
+@pytest.mark.parametrize("moment", [1, 2, 5, 6])
+def test_a_signal_in_reward_training_loses_nothing(base, pairs_csv, tmp_path, monkeypatch, moment):
+    """Dropout draws from torch's generator, whose state therefore has to come back, too."""
+    from reinforcepp import resumable
+
+    train_reward_model(reward_config(base, pairs_csv, tmp_path / "whole"))
+    seen = []
+    beat = resumable.Keeper.on_substep_end
+
+    def ask(self, *positional, **named):
+        seen.append(1)
+        if len(seen) == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+        beat(self, *positional, **named)
+
+    monkeypatch.setattr(resumable.Keeper, "on_substep_end", ask)
+    with pytest.raises(Interrupted) as stop:
+        train_reward_model(reward_config(base, pairs_csv, tmp_path / "run"))
+    assert stop.value.exit_code == 143
+    train_reward_model(reward_config(base, pairs_csv, tmp_path / "run", resume=True))
+    assert reward_files(tmp_path / "run") == reward_files(tmp_path / "whole")
+
+
+def test_reward_training_keeps_its_best(base, pairs_csv, tmp_path):
+    train_reward_model(reward_config(base, pairs_csv, tmp_path / "run", save_every=1, keep_last=1, keep_best="-loss"))
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    best = min(log, key=lambda m: m["loss"])["step"]
+    assert set(steps(tmp_path / "run")) == {f"step-{best:06d}", f"step-{len(log):06d}"}
+
+
+def test_reward_training_leaves_out_a_gradient_that_is_not_finite(base, pairs_csv, tmp_path, monkeypatch):
+    from reinforcepp import reward_trainer
+    from reinforcepp.errors import TrainingDiverged
+
+    new = reward_trainer.new_reward_model
+
+    def poisoned(*positional, **named):
+        model = new(*positional, **named)
+        seen = []
+
+        def hook(gradient):
+            seen.append(1)
+            return gradient * float("nan") if len(seen) in bad else gradient
+
+        model.score.weight.register_hook(hook)
+        return model
+
+    monkeypatch.setattr(reward_trainer, "new_reward_model", poisoned)
+    bad = (3,)  # two micro-batches a step, so the second step
+    train_reward_model(reward_config(base, pairs_csv, tmp_path / "run"))
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["skipped_updates"] for m in log] == [0, 1] + [0] * (len(log) - 2)
+    bad = range(99)
+    with pytest.raises(TrainingDiverged, match="nor were those of the 3 steps before"):
+        train_reward_model(reward_config(base, pairs_csv, tmp_path / "other"))

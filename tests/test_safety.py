@@ -1,0 +1,89 @@
+"""What must never happen: code out of a model folder, secrets in files, a model's text steering terminal or page."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from reinforcepp import cli
+from reinforcepp.errors import ModelError
+from reinforcepp.models import load_config, load_policy, load_tokenizer
+from reinforcepp.observe import printable
+
+SECRETS = {
+    "HF_TOKEN": "hf_SecretSecretSecretSecret",
+    "WANDB_API_KEY": "wandbSecretSecretSecret",
+    "MY_PASSWORD": "passwordSecretSecret",
+}
+
+
+def test_secrets_reach_no_file_and_no_message(tmp_path, model_folder, reward_folder, pairs_csv, monkeypatch, capfd):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    shared = ["--model", str(model_folder), "--data", str(pairs_csv), "--save_every", "1"]
+    assert cli.main(["reward", *shared, "--output_dir", "reward", "--num_train_epochs", "1"]) == 0
+    small = ["--max_steps", "2", "--max_prompt_length", "64", "--max_new_tokens", "8", "--rollout", "transformers"]
+    assert cli.main(["train", *shared, "--output_dir", "run", "--reward_model", str(reward_folder), *small]) == 0
+    said = capfd.readouterr()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for value in SECRETS.values():
+        assert value not in said.out + said.err
+        assert not [path for path in files if value.encode() in path.read_bytes()]
+
+
+@pytest.fixture
+def with_code(tmp_path, model_folder):
+    """A model folder that brings code of its own, for its class and its tokenizer."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w').close()\nclass Own: pass\n")
+    named = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        config = json.loads((folder / name).read_text())
+        config |= {"auto_map": named, "model_type": "own_type"} if name == "config.json" else {"auto_map": named}
+        (folder / name).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_config, load_policy, load_tokenizer])
+def test_code_in_a_model_folder_is_not_run(with_code, tmp_path, load, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked either
+    with pytest.raises(ModelError, match="code of its own"):
+        load(str(with_code))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_pickled_weights_are_not_loaded(tmp_path, model_folder):
+    shutil.copytree(model_folder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    torch.save(load_policy(str(model_folder)).state_dict(), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ModelError, match="holds no safetensors weights"):
+        load_policy(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "a\rb", "\u202egnp.exe", "\x08", "\x00", "\ufeffx"]
+)
+def test_a_models_text_can_not_steer_the_terminal(text):
+    shown = printable(text)
+    assert not set(shown) & set("\x1b\x9b\r\u202e\x07\x08\x00\ufeff")
+    assert printable("Grüße, 東京 🙂\n\tok") == "Grüße, 東京 🙂\n\tok"
+
+
+def test_names_in_data_make_no_files(tmp_path, model_folder, reward_folder, monkeypatch):
+    """A prompt, a column name or an answer is never part of a path."""
+    monkeypatch.chdir(tmp_path)
+    Path("data.csv").write_text(
+        "prompt,chosen,rejected,../../evil\n"
+        + "".join(f'"../../etc/passwd{i}",/tmp/evil{i},~/evil{i},../x\n' for i in range(6))
+    )
+    flags = ["--max_steps", "1", "--max_prompt_length", "64", "--max_new_tokens", "8", "--rollout", "transformers"]
+    inputs = ["--model", str(model_folder), "--reward_model", str(reward_folder), "--data", "data.csv"]
+    assert cli.main(["train", *inputs, "--output_dir", "run", *flags]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "run"]
+    assert not [path for path in Path("run").rglob("*") if "evil" in path.name or "passwd" in path.name]
