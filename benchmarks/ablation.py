@@ -40,7 +40,14 @@ def main() -> None:
     shape = SHAPES[arguments.shape]
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), shape)
-        job = {"name": "ours", "setting": "weights", "completions": COMPLETIONS, "new_tokens": NEW_TOKENS, "steps": 7}
+        job = {
+            "name": "ours",
+            "setting": "weights",
+            "completions": COMPLETIONS,
+            "new_tokens": NEW_TOKENS,
+            "steps": 7,
+            "warm_up": 0,
+        }
         trainer = build_ours(job, Path(folder), str(Path(folder) / "run"))
         rate = rates(torch.bfloat16)
         for warm_up in range(2):

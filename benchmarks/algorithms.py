@@ -8,13 +8,15 @@ The reward model is trained first, as the demo does it. An interrupted compariso
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from results import write_result
 
 from reinforcepp.algorithm_comparison import compare_algorithms, tell
-from reinforcepp.algorithm_page import write_page
+from reinforcepp.algorithm_page import draw_curves, draw_frontier, write_page
 from reinforcepp.config import CompareAlgorithmsConfig, DemoConfig
 from reinforcepp.demo import demo_settings
 from reinforcepp.reward_trainer import train_reward_model
@@ -55,7 +57,16 @@ def main() -> None:
     comparison = compare_algorithms(config)
     tell(comparison)
     write_page(comparison, folder / "comparison" / "comparison.html")
-    write_result(arguments.name, comparison)
+    plot(write_result(arguments.name, comparison))
+
+
+def plot(result: Path) -> None:
+    """Score against KL and against the step, beside the result file."""
+    comparison = json.loads(result.read_text(encoding="utf-8"))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, draw in zip(figure.subplots(1, 2), (draw_frontier, draw_curves), strict=True):
+        draw(axes, comparison)
+    figure.savefig(result.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from results import FOLDER, write_result
 
 TRAINERS = {"ours": "weights", "trl_grpo": "weights"}  # all weights in bfloat16: TRL's faster way
 
+LARGE = 4096
+"""Sampled tokens from which a step takes so long that a warm-up wouldn't show in it."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,7 +32,9 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--shapes", nargs="+", default=["20m", "82m", "124m"], choices=SHAPES)
     parser.add_argument("--base_shape", default="82m", choices=SHAPES, help="where something else is varied")
-    parser.add_argument("--steps", type=int, default=1, help="measured of each, after a warm-up step")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="measured of each; after a warm-up step if steps are short"
+    )
     parser.add_argument("--name", default="peer_sizes_cpu")
     arguments = parser.parse_args()
     base = {"shape": arguments.base_shape, "completions": 16, "new_tokens": 64}
@@ -43,7 +48,8 @@ def main() -> None:
                 if not models.is_dir():
                     make_models(models, SHAPES[work["shape"]])
                 for name, setting in TRAINERS.items():
-                    size = argparse.Namespace(**work, steps=arguments.steps)
+                    large = int(work["completions"]) * int(work["new_tokens"]) >= LARGE
+                    size = argparse.Namespace(**work, steps=arguments.steps, warm_up=0 if large else 1)
                     found = measured(name, setting, str(models), size)
                     row = {"varied": what, "trainer": name, **work, "seconds": median(found["seconds"])}
                     rows.append(row | {"peak_rss_mib": found["peak_rss_mib"]})

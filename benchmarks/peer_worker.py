@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
     TrainerCallback,
 )
 
@@ -31,10 +36,16 @@ SHAPES = {
     "20m": {"n_layer": 4, "n_embd": 320, "n_head": 5, "vocab_size": 50257},
     "124m": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
     "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 320},
+    # Qwen2's, for a GPU
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "tiny_qwen2": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
+for name in ("0.5b", "1.5b", "tiny_qwen2"):
+    vocabulary = 320 if name.startswith("tiny") else 151_936
+    SHAPES[name] |= {"num_key_value_heads": 2, "vocab_size": vocabulary, "tie_word_embeddings": True}
 PROMPT_TOKENS = 32
 EOS = 0
-WARM_UP = 1
 KL = 0.05
 
 
@@ -42,26 +53,39 @@ KL = 0.05
 
 
 def make_models(folder: Path, shape: dict[str, int]) -> None:
-    """``policy`` and ``reward`` with random weights, and a tokenizer whose tokens are words, so texts come back as they were.
-
-    EOS can't be sampled: the first coordinate of what goes into the output layer is always 1, and EOS alone has a
-    weight there, a large negative one. So every completion has exactly as many tokens as it may have.
-    """
+    """``policy`` and ``reward`` with random weights, and a tokenizer whose tokens are words, so texts come back as they were."""
     torch.manual_seed(0)
     words = {"<eos>": EOS} | {f"w{i}": i for i in range(1, shape["vocab_size"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
-    config = GPT2Config(**shape, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS, num_labels=1)
+    ends = {"bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS, "num_labels": 1}
+    policy, reward = _qwen2(shape, ends) if "hidden_size" in shape else _gpt2(shape, ends)
+    for name, model in (("policy", policy), ("reward", reward)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def _gpt2(shape: dict[str, int], ends: dict[str, int]) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """EOS can't be sampled, so every completion has exactly as many tokens as it may have.
+
+    The first coordinate of what goes into the output layer is always 1, and EOS alone has a weight there, a large
+    negative one.
+    """
+    config = GPT2Config(**shape, **ends)
     policy = GPT2LMHeadModel(config)
     with torch.no_grad():
         policy.transformer.ln_f.weight[0] = 0
         policy.transformer.ln_f.bias[0] = 1
         policy.transformer.wte.weight[:, 0] = 0
         policy.transformer.wte.weight[EOS, 0] = -1e4
-    for name, model in (("policy", policy), ("reward", GPT2ForSequenceClassification(config))):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    return policy, GPT2ForSequenceClassification(config)
+
+
+def _qwen2(shape: dict[str, int], ends: dict[str, int]) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """With random weights every token is about as likely as any other: EOS comes once in 152,000."""
+    config = Qwen2Config(**shape, **ends)
+    return Qwen2ForCausalLM(config), Qwen2ForSequenceClassification(config)
 
 
 def prompts(count: int, vocabulary: int) -> list[str]:
@@ -101,11 +125,15 @@ class Phases:
 
 
 class StepTimes(TrainerCallback):
-    """When each optimiser step of a transformers trainer ended."""
+    """When training began and each optimiser step of a transformers trainer ended."""
 
     def __init__(self, phases: Phases) -> None:
         self.phases = phases
         self.ends: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The first step begins."""
+        self.ends.append(time.perf_counter())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the time."""
@@ -116,14 +144,15 @@ class StepTimes(TrainerCallback):
 def build_ours(job: dict[str, Any], folder: Path, output: str) -> ReinforceTrainer:
     """This package's trainer, with either rollout engine, or as PPO; what it imports, the peers' processes do without."""
     from reinforcepp import ReinforceConfig, ReinforceTrainer
-    from reinforcepp.models import load_tokenizer
+    from reinforcepp.models import load_config, prepare_tokenizer
     from reinforcepp.rewards import TrainedReward
 
-    tokenizer = load_tokenizer(str(folder / "policy"))
+    name = str(folder / "policy")
+    tokenizer = prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained(name), load_config(name), name)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
     dtype = torch.float32 if job["setting"] == "float32" else torch.bfloat16
     reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=dtype, num_labels=1)
-    steps = WARM_UP + job["steps"]
+    steps = job["warm_up"] + job["steps"]
     config = ReinforceConfig(
         output_dir=output,
         overwrite=True,
@@ -147,8 +176,9 @@ def build_ours(job: dict[str, Any], folder: Path, output: str) -> ReinforceTrain
 
 def run_ours(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float], dict[str, list[float]]]:
     """This package's trainer."""
-    log = build_ours(job, folder, output).train()[WARM_UP:]
-    assert all(m["completions/min_length"] == job["new_tokens"] for m in log), "completions of another length"
+    log = build_ours(job, folder, output).train()[job["warm_up"] :]
+    lengths = [m["completions/mean_length"] for m in log]
+    assert min(lengths) > 0.99 * job["new_tokens"], f"completions of other lengths: {lengths}"
     phases = {phase: [m[f"time/{phase}"] for m in log] for phase in ("rollout", "score", "update", "sync")}
     return [m["step_time"] for m in log], phases
 
@@ -159,7 +189,7 @@ def run_trl_group(job: dict[str, Any], folder: Path, output: str) -> tuple[list[
     from datasets import Dataset
 
     kind = {"trl_rloo": "RLOO", "trl_grpo": "GRPO"}[job["name"]]
-    steps = WARM_UP + job["steps"]
+    steps = job["warm_up"] + job["steps"]
     settings = trl_settings(job, output) | {
         "per_device_train_batch_size": job["completions"],
         "max_completion_length": job["new_tokens"],
@@ -180,7 +210,7 @@ def run_trl_group(job: dict[str, Any], folder: Path, output: str) -> tuple[list[
     phases = Phases()
     phases.watch(trainer, "_generate", "rollout")
     phases.watch(trainer, "_generate_and_score_completions", "rollout and score")
-    return trained(trainer, phases)
+    return trained(trainer, phases, job["warm_up"])
 
 
 def run_trl_ppo(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float], dict[str, list[float]]]:
@@ -189,7 +219,7 @@ def run_trl_ppo(job: dict[str, Any], folder: Path, output: str) -> tuple[list[fl
     from trl.experimental.ppo import PPOConfig, PPOTrainer
     from trl.experimental.ppo import ppo_trainer as module
 
-    steps = WARM_UP + job["steps"]
+    steps = job["warm_up"] + job["steps"]
     policy, reward, tokenizer = load_all(folder, job["setting"])
     reference, _, _ = load_all(folder, job["setting"])
     _, value, _ = load_all(folder, job["setting"])
@@ -216,7 +246,7 @@ def run_trl_ppo(job: dict[str, Any], folder: Path, output: str) -> tuple[list[fl
     )
     phases = Phases()
     phases.watch(module, "batch_generation", "rollout")
-    return trained(trainer, phases)
+    return trained(trainer, phases, job["warm_up"])
 
 
 def trl_settings(job: dict[str, Any], output: str) -> dict[str, Any]:
@@ -240,13 +270,13 @@ def load_all(folder: Path, setting: str) -> tuple[Any, Any, Any]:
     return policy, reward, PreTrainedTokenizerFast.from_pretrained(folder / "policy", padding_side="left")
 
 
-def trained(trainer: Any, phases: Phases) -> tuple[list[float], dict[str, list[float]]]:
+def trained(trainer: Any, phases: Phases, warm_up: int) -> tuple[list[float], dict[str, list[float]]]:
     """Train; seconds between the ends of steps, the warm-up left out."""
     callback = StepTimes(phases)
     trainer.add_callback(callback)
     trainer.train()
-    seconds = [b - a for a, b in zip(callback.ends, callback.ends[1:], strict=False)][WARM_UP - 1 :]
-    steps = phases.steps[WARM_UP:]
+    seconds = [b - a for a, b in zip(callback.ends, callback.ends[1:], strict=False)][warm_up:]
+    steps = phases.steps[warm_up:]
     return seconds, {name: [step[name] for step in steps] for name in (steps[0] if steps else {})}
 
 
@@ -263,24 +293,41 @@ RUN: dict[str, Callable[..., tuple[list[float], dict[str, list[float]]]]] = {
 # --- the machine's limits -------------------------------------------------------------------------------------------
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def rates(dtype: torch.dtype) -> dict[str, float]:
     """Operations a second of a large matrix product, and bytes a second read from memory."""
-    a = torch.randn(2048, 2048).to(dtype)
-    block = torch.ones(1 << 26)
+    size = 8192 if DEVICE == "cuda" else 2048
+    a = torch.randn(size, size, device=DEVICE).to(dtype)
+    block = torch.ones(1 << (30 if DEVICE == "cuda" else 26), device=DEVICE)
     product = min(timed(lambda: a @ a) for _ in range(5))
     read = min(timed(lambda: block.sum()) for _ in range(5))
-    return {"flops": 2 * 2048**3 / product, "bytes": block.numel() * 4 / read}
+    return {"flops": 2 * size**3 / product, "bytes": block.numel() * 4 / read}
+
+
+def peak_mib() -> float:
+    """The process's largest resident memory; on a GPU, that of tensors there."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def timed(job: Callable[[], Any]) -> float:
     start = time.perf_counter()
     job()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def products(shape: dict[str, int]) -> tuple[int, int]:
     """Weights that tokens are multiplied with: in the layers, and in the output layer."""
-    return 12 * shape["n_layer"] * shape["n_embd"] ** 2, shape["vocab_size"] * shape["n_embd"]
+    if "n_embd" in shape:
+        return 12 * shape["n_layer"] * shape["n_embd"] ** 2, shape["vocab_size"] * shape["n_embd"]
+    width, keys = shape["hidden_size"], shape["num_key_value_heads"] / shape["num_attention_heads"]
+    layer = width**2 * (2 + 2 * keys) + 3 * width * shape["intermediate_size"]
+    return int(shape["num_hidden_layers"] * layer), shape["vocab_size"] * width
 
 
 def bounds(folder: Path, job: dict[str, Any], dtype: torch.dtype, rate: dict[str, float]) -> dict[str, float]:
@@ -289,8 +336,7 @@ def bounds(folder: Path, job: dict[str, Any], dtype: torch.dtype, rate: dict[str
     Counted are products with weights (attention and everything element by element are left out): two operations a
     weight and token forward, four backward; the output layer for response tokens only.
     """
-    config = GPT2Config.from_pretrained(folder / "policy")
-    body, head = products(config.to_dict())
+    body, head = products(AutoConfig.from_pretrained(folder / "policy").to_dict())
     rows, new = job["completions"], job["new_tokens"]
     tokens = rows * (PROMPT_TOKENS + new)
     decode = max(2 * (body + head) * rows / rate["flops"], (body + head) * dtype.itemsize / rate["bytes"])
@@ -303,12 +349,27 @@ def bounds(folder: Path, job: dict[str, Any], dtype: torch.dtype, rate: dict[str
     }
 
 
+def utilisation(folder: Path, job: dict[str, Any], dtype: torch.dtype, rate: dict[str, float]) -> dict[str, float]:
+    """Seconds that the update's products and the reading of the weights for every new token take by themselves.
+
+    Over the seconds that were taken, they are the update's MFU, against the rate of products measured here, and the share
+    of the memory's bandwidth that decoding uses.
+    """
+    body, head = products(AutoConfig.from_pretrained(folder / "policy").to_dict())
+    rows, new = job["completions"], job["new_tokens"]
+    products_of_update = 6 * (body * rows * (PROMPT_TOKENS + new) + head * rows * new)
+    return {
+        "update_products": products_of_update / rate["flops"],
+        "decode_reads": new * (body + head) * dtype.itemsize / rate["bytes"],
+    }
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     folder = Path(job["folder"])
     with tempfile.TemporaryDirectory() as output:
         seconds, phases = RUN[job["name"]](job, folder, output)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mib()
     dtype = torch.float32 if job["setting"] == "float32" else torch.bfloat16
     rate = rates(dtype)
     result = {
@@ -317,6 +378,7 @@ def main() -> None:
         "peak_rss_mib": peak,
         "rates": rate,
         "bounds": bounds(folder, job, dtype, rate),
+        "utilisation": utilisation(folder, job, dtype, rate),
     }
     print("RESULT " + json.dumps(result))
 

@@ -5,7 +5,10 @@ bash benchmarks/setup_peers.sh && python benchmarks/peers.py
 The work: a GPT-2-shaped policy with random weights made on the spot, a reward model and a reference of the same shape,
 16 completions of exactly 64 tokens (8 prompts of 32 tokens, twice each), one optimiser step. TRL's RLOO and GRPO come
 from the installed release; its PPO from 1.12.0, the last that had one, which setup_peers.sh puts aside. Every trainer
-runs in a process of its own; the processes take turns. Written to benchmarks/results/peers_cpu.json, with a plot.
+runs in a process of its own; the processes take turns. Written to benchmarks/results/peers_cpu.json.
+
+On a GPU: python benchmarks/peers.py --shape 0.5b --precisions bf16 --name peers_cuda_0.5b, and 1.5b likewise; memory then is
+that of the GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peer_worker import SHAPES, make_models
+from peer_worker import DEVICE, SHAPES, make_models
 from results import FOLDER, write_result
 
 PPO_PACKAGES = FOLDER.parents[1] / "build" / "trl-1.12.0"
@@ -28,18 +31,24 @@ OURS = ("ours", "ours_vllm", "ours_ppo")
 PEERS = ("trl_rloo", "trl_grpo", "trl_ppo")
 BF16_SETTINGS = ("autocast", "weights")
 """TRL computes in bfloat16 by autocast, or with all its weights in bfloat16."""
+PRECISIONS = {
+    "bf16": (*OURS, *PEERS),
+    "bf16_masters": ("ours", *PEERS),
+    "float32": ("ours", *PEERS),
+}
+"""Who is measured in each: TRL in its faster way, TRL with the float32 weights that ours always has, all in float32."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
-    parser.add_argument("--precisions", nargs="+", default=["bf16", "float32"], choices=["bf16", "float32"])
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--shape", default="82m", choices=SHAPES)
     parser.add_argument("--completions", type=int, default=16)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="measured in each round, after a warm-up step")
-    parser.add_argument("--name", default="peers_cpu")
+    parser.add_argument("--name", default=f"peers_{DEVICE}")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -47,8 +56,10 @@ def main() -> None:
         best = {name: best_setting(name, folder, arguments) for name in arguments.trainers}
         for turn in range(arguments.rounds):
             for precision in arguments.precisions:
-                for name in arguments.trainers[turn % 2 :] + arguments.trainers[: turn % 2]:
-                    setting = "float32" if precision == "float32" else best[name]["chosen"]
+                names = [name for name in arguments.trainers if name in PRECISIONS[precision]]
+                for name in names[turn % 2 :] + names[: turn % 2]:
+                    setting = {"float32": "float32", "bf16": best[name]["chosen"]}.get(precision)
+                    setting = setting or ("weights" if name in OURS else "autocast")
                     row = measured(name, setting, folder, arguments)
                     rows.append({"round": turn, "trainer": name, "precision": precision, "setting": setting} | row)
                     print(json.dumps({k: v for k, v in rows[-1].items() if k != "phases"}), flush=True)
@@ -77,6 +88,7 @@ def measured(
         "completions": arguments.completions,
         "new_tokens": arguments.new_tokens,
         "steps": steps or arguments.steps,
+        "warm_up": getattr(arguments, "warm_up", 1),
     }
     path = [str(PPO_PACKAGES)] if name == "trl_ppo" else []
     environment = os.environ | {
@@ -142,7 +154,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def limits(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
     """How near our phases come to what the machine could do, measured in the same runs."""
-    result: dict[str, Any] = {"limit_fraction": {}, "machine_rates": {}}
+    result: dict[str, Any] = {"limit_fraction": {}, "utilisation": {}, "machine_rates": {}}
     for precision in arguments.precisions:
         own = [row for row in rows if (row["trainer"], row["precision"]) == ("ours", precision)]
         if not own:
@@ -152,6 +164,11 @@ def limits(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[st
         fractions = {phase: bounds[phase] / taken[phase] for phase in bounds}
         fractions["step"] = sum(bounds.values()) / median(s for row in own for s in row["seconds"])
         result["limit_fraction"][precision] = fractions
+        alone = {key: median(row["utilisation"][key] for row in own) for key in own[0]["utilisation"]}
+        result["utilisation"][precision] = {
+            "update_mfu": alone["update_products"] / taken["update"],
+            "decode_bandwidth": alone["decode_reads"] / taken["rollout"],
+        }
         result["machine_rates"][precision] = {key: median(row["rates"][key] for row in own) for key in own[0]["rates"]}
     return result
 

@@ -54,7 +54,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), SHAPES[arguments.shape])
-        job = {"name": "ours", "setting": "weights", "completions": COMPLETIONS, "new_tokens": NEW_TOKENS, "steps": 7}
+        job = {
+            "name": "ours",
+            "setting": "weights",
+            "completions": COMPLETIONS,
+            "new_tokens": NEW_TOKENS,
+            "steps": 7,
+            "warm_up": 0,
+        }
         trainer = build_ours(job, Path(folder), str(Path(folder) / "run"))
         result = {when: profiled(trainer, plain=when == "before") for when in ("before", "after")}
     write_result(arguments.name, {"shape": SHAPES[arguments.shape]} | result)

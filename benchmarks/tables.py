@@ -112,6 +112,13 @@ TRAINERS = {
 }
 
 
+PRECISIONS = {
+    "bf16": "bfloat16, each in its fastest setting",
+    "bf16_masters": "bfloat16 with float32 weights",
+    "float32": "float32",
+}
+
+
 def peers_cpu(result: dict[str, Any]) -> str:
     rows = []
     for precision, by_name in result["seconds"].items():
@@ -125,10 +132,9 @@ def peers_cpu(result: dict[str, Any]) -> str:
                 else "1"
                 for key in ("speedup", "memory_ratio")
             ]
-            setting = result["best_bf16_setting"][name]["chosen"] if precision == "bf16" and "trl" in name else ""
             rows.append(
                 [
-                    precision + (f", {setting}" if setting else ""),
+                    PRECISIONS[precision],
                     title,
                     f"{by_name[name]['median']:.1f}",
                     ratios[0],
@@ -138,19 +144,11 @@ def peers_cpu(result: dict[str, Any]) -> str:
             )
     titles = ["precision", "trainer", "seconds a step", "its time over ours", "peak MiB", "our memory over its"]
     said = "".join(
-        f"\n{precision}: of what the machine's matrix products and memory allow, our step reaches {own['step']:.0%} "
-        f"(rollout {own['rollout']:.0%}, scoring {own['score']:.0%}, update {own['update']:.0%}).\n"
+        f"\n{PRECISIONS[precision].split(',')[0]}: of what the machine's matrix products and memory allow, our step reaches "
+        f"{own['step']:.0%} (rollout {own['rollout']:.0%}, scoring {own['score']:.0%}, update {own['update']:.0%}).\n"
         for precision, own in result["limit_fraction"].items()
+        if precision != "bf16_masters"  # ours is the same as in bf16
     )
-    soundings = [
-        f"{TRAINERS[name]} {own['seconds']['autocast']:.1f} s"
-        for name, own in result["best_bf16_setting"].items()
-        if "seconds" in own
-    ]
-    if soundings:
-        said += (
-            f"\nWith float32 weights and autocast, which keeps small updates, a step took: {', '.join(soundings)}.\n"
-        )
     return table(titles, rows) + said + made_by(result)
 
 
@@ -168,6 +166,85 @@ def ablation_cpu(result: dict[str, Any]) -> str:
     titles = ["optimisation", "phase", "expected, s", "saved, s: median (range)"]
     said = f"\nWith all of them a step takes {result['step_seconds']:.2f} s.\n"
     return table(titles, rows) + said + made_by(result)
+
+
+def algorithms(result: dict[str, Any]) -> str:
+    """Every estimator beside PPO; a winner is named only where 95 % intervals don't overlap."""
+    by_name, grid = result["estimators"], result["sensitivity"]
+    names = list(by_name)
+    measure = by_name["ppo"]["measure"]
+
+    def pair(get: Callable[[dict[str, Any]], dict[str, float] | None], digits: int) -> Callable[[str], str]:
+        return lambda name: plus_minus(get(by_name[name]), digits)
+
+    lines: list[tuple[str, Callable[[str], str], str]] = [
+        (
+            f"output quality: {measure} score after training",
+            pair(lambda own: own["final"][measure], 3),
+            apart(by_name, lambda own: own["final"][measure], more_is_better=True),
+        ),
+        ("KL to the start, nats a token", pair(lambda own: own["final"]["kl"], 3), ""),
+        (
+            "training speed: seconds a step",
+            pair(lambda own: own["step_seconds"], 2),
+            apart(by_name, lambda own: own["step_seconds"], more_is_better=False),
+        ),
+        (
+            f"seconds to a {measure} score of {by_name['ppo']['target']:.2f}",
+            pair(lambda own: own["to_target"]["seconds"], 0),
+            apart(by_name, lambda own: own["to_target"]["seconds"], more_is_better=False),
+        ),
+        ("sampled tokens to it, thousands", lambda name: thousands(by_name[name]["to_target"]["tokens"]), ""),
+        ("stability: worst seed", lambda name: f"{by_name[name]['worst_seed']:.3f}", ""),
+        (
+            "worst of 9 settings (deviation over them)",
+            lambda name: f"{grid[name]['worst']:.3f} ({grid[name]['spread']:.3f})",
+            "",
+        ),
+        (
+            "runs that diverged",
+            lambda name: str(by_name[name]["diverged"] + sum(cell["diverged"] for cell in grid[name]["cells"])),
+            "",
+        ),
+        (
+            "memory: peak MiB",
+            pair(lambda own: own["peak_rss_mib"], 0),
+            apart(by_name, lambda own: own["peak_rss_mib"], more_is_better=False),
+        ),
+        ("implementation size: lines only for it", lambda name: str(by_name[name]["lines_of_code"]), ""),
+    ]
+    rows = [[title, *(cell(name) for name in names), verdict] for title, cell, verdict in lines]
+    titles = ["", *(f"`{name}`" for name in names), "REINFORCE++ against PPO"]
+    settings = result["settings"]
+    said = (
+        f"\n{settings['seeds']} seeds, {settings['max_steps']} steps of {settings['batch_size'] * settings['num_generations']} "
+        "completions each, the same prompts, samples and steps for all; ± is the 95 % interval over seeds. The grid: learning "
+        "rate times 1/3, 1, 3 and 4, 8, 32 completions a step, one seed each.\n"
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
+def plus_minus(value: dict[str, float] | None, digits: int) -> str:
+    return "not reached by all" if value is None else f"{value['mean']:.{digits}f} ± {value['interval']:.{digits}f}"
+
+
+def thousands(value: dict[str, float] | None) -> str:
+    return plus_minus(value and {key: number / 1000 for key, number in value.items()}, 0)
+
+
+def apart(
+    by_name: dict[str, Any], get: Callable[[dict[str, Any]], dict[str, float] | None], *, more_is_better: bool
+) -> str:
+    """Which of the two is ahead, if their intervals don't overlap."""
+    ours, theirs = get(by_name["reinforce_plus_plus"]), get(by_name["ppo"])
+    if ours is None or theirs is None:
+        return "PPO ahead" if ours is None and theirs else "REINFORCE++ ahead" if ours else ""
+    gap = ours["mean"] - theirs["mean"]
+    if abs(gap) <= ours["interval"] + theirs["interval"]:
+        return "no difference shown"
+    ratio = max(ours["mean"], theirs["mean"]) / min(ours["mean"], theirs["mean"])
+    winner = "REINFORCE++" if (gap > 0) == more_is_better else "PPO"
+    return f"{winner} ahead, {ratio:.2f} times"
 
 
 def profile_cpu(result: dict[str, Any]) -> str:
@@ -239,6 +316,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "rollout_cpu": (rollout_cpu, "rollout_cpu"),
     "ablation_cpu": (ablation_cpu, "ablation_cpu"),
     "peers_cpu": (peers_cpu, "peers_cpu"),
+    "algorithms": (algorithms, "algorithms"),
     "profile_cpu": (profile_cpu, "profile_cpu"),
     "kill": (kill, "kill"),
     "fuzz": (fuzz, "fuzz"),

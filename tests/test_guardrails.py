@@ -239,21 +239,54 @@ def test_kl_over_the_limit_stops_a_training(base, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def tripping(run, error, *steps):
+    """The rules find fault after these steps, the first time round."""
+    left = list(steps)
+
+    def check(metrics):
+        if left and metrics["step"] == left[0]:
+            left.pop(0)
+            run.guard.state.rollbacks += isinstance(error, RollBack)
+            raise error
+
+    run.guard.check_step = check
+
+
 def test_or_sends_it_back_with_smaller_steps(base, tmp_path):
-    settings = {"max_steps": 12, "learning_rate": 0.02, "kl_limit": 0.6, "kl_coef": 0.0, "save_every": 2}
-    run = trainer(base, tmp_path / "run", fine, kl_action="rollback", lr_scheduler_type="constant", **settings)
-    try:
-        log = run.train()
-    except TrainingDiverged as error:
-        assert "after going back 3 times" in str(error)
-        log = []
-    events = (tmp_path / "run" / "events.jsonl").read_text()
-    assert "on at half the learning rate" in events
-    rate = run.learner.scheduler.get_last_lr()[0]
-    assert rate == pytest.approx(0.02 * 0.5 ** events.count("on at half")) or not log
-    if log:
-        assert [m["step"] for m in log] == list(range(1, 13))
-        assert log[-1]["learning_rate"] == pytest.approx(rate)
+    settings = {"max_steps": 6, "kl_action": "rollback", "save_every": 2, "lr_scheduler_type": "constant"}
+    run = trainer(base, tmp_path / "run", fine, **settings)
+    tripping(run, RollBack("The KL is too large"), 2, 4, 4)
+    log = run.train()
+    assert [m["step"] for m in log] == list(range(1, 7))
+    # back to the start at half the rate, then twice to step 2, whose checkpoint was saved at half the rate
+    assert [m["learning_rate"] for m in log] == pytest.approx([5e-4, 5e-4, 1.25e-4, 1.25e-4, 1.25e-4, 1.25e-4])
+    events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event.partition(": ")[2][:14] for event in events] == ["back to step 0", "back to step 2", "back to step 2"]
+
+
+def test_a_stop_leaves_the_weights_of_the_last_checkpoint(base, tmp_path):
+    settings = {"max_steps": 6, "save_every": 2, "lr_scheduler_type": "constant"}
+    whole = trainer(base, tmp_path / "whole", fine, **(settings | {"max_steps": 2}))
+    whole.train()
+    run = trainer(base, tmp_path / "run", fine, **settings)
+    tripping(run, TrainingDiverged("It has collapsed."), 4)
+    with pytest.raises(TrainingDiverged, match=r"It has collapsed\. The last good state is .*step-000002: go on"):
+        run.train()
+    assert equal(weights(run), weights(whole))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"estimator": "reinforce_plus_plus_baseline", "num_generations": 2}],
+    ids=["in-the-reward", "in-the-loss"],
+)
+def test_the_coefficient_in_force_is_the_one_that_is_used(base, tmp_path, kind):
+    runs = [trainer(base, tmp_path / str(c), fine, kl_coef=c, max_steps=3, **kind) for c in (0.1, 0.5, 0.2)]
+    runs[2].update.kl_coef = 0.5
+    for run in runs:
+        run.train()
+    assert equal(weights(runs[1]), weights(runs[2]))
+    assert not equal(weights(runs[0]), weights(runs[1]))
 
 
 def test_the_coefficient_follows_the_kl(base, tmp_path):

@@ -182,6 +182,14 @@ def test_only_the_last_ones_are_kept(base, tmp_path):
     assert steps(tmp_path / "run") == ["step-000004", "step-000005", "step-000006"]
 
 
+def test_a_future_that_was_given_up_counts_for_nothing(tmp_path):
+    for name in ("step-000001", "step-000002", "step-000002+3", "step-000003", "step-000004", "step-000005.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    checkpoint._prune(tmp_path, (3, 0), 2, "step-000001")
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step-000001", "step-000002+3", "step-000003"}
+
+
 @pytest.mark.parametrize(("metric", "choose"), [("reward", max), ("-reward", min)])
 def test_the_best_one_is_kept_too(base, tmp_path, metric, choose):
     log = trainer(base, tmp_path / "run", max_steps=6, keep_last=1, keep_best=metric).train()
@@ -256,6 +264,26 @@ def test_a_run_that_never_saved_begins_again(base, tmp_path, capsys):
     trainer(base, tmp_path / "run", resume=True).train()
     assert "stopped before its first checkpoint: it begins again" in capsys.readouterr().err
     assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_the_coefficient_and_what_the_guardrails_remember_come_back(base, tmp_path):
+    adaptive = {"kl_target": 1e-4, "kl_horizon": 40.0, "keep_last": 9}
+    whole = trainer(base, tmp_path / "whole", **adaptive)
+    whole.train()
+    second = str(tmp_path / "whole" / "checkpoints" / "step-000002")
+    run = trainer(base, tmp_path / "run", resume=second, **adaptive)
+    run.train()
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert run.guard.state == whole.guard.state and run.guard.state.at_first["entropy"] > 0
+
+
+def test_other_libraries_are_told(base, tmp_path, capsys, monkeypatch):
+    trainer(base, tmp_path / "run").train()
+    assert checkpoint.newest(tmp_path / "run").state["versions"].keys() >= {"torch", "transformers"}
+    monkeypatch.setattr(checkpoint, "_versions", lambda: {"torch": "9.9"})
+    trainer(base, tmp_path / "run", resume=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"torch {torch.__version__.split('+')[0]}" in said and "now 9.9" in said
 
 
 # --- other settings, other inputs -------------------------------------------------------------------------------------
@@ -405,9 +433,17 @@ def reward_files(folder):
 
 @pytest.mark.parametrize("moment", [1, 2, 5, 6])
 def test_a_signal_in_reward_training_loses_nothing(base, pairs_csv, tmp_path, monkeypatch, moment):
-    """Dropout draws from torch's generator, whose state therefore has to come back, too."""
-    from reinforcepp import resumable
+    """The scores draw from torch's generator, as dropout would, so its state has to come back, too."""
+    from reinforcepp import resumable, reward_trainer
 
+    new = reward_trainer.new_reward_model
+
+    def with_noise(*positional, **named):
+        model = new(*positional, **named)
+        model.score.register_forward_hook(lambda module, inputs, output: output + 0.1 * torch.rand_like(output))
+        return model
+
+    monkeypatch.setattr(reward_trainer, "new_reward_model", with_noise)
     train_reward_model(reward_config(base, pairs_csv, tmp_path / "whole"))
     seen = []
     beat = resumable.Keeper.on_substep_end

@@ -18,9 +18,10 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,23 @@ def chosen(run: Path, resume: bool | str) -> Checkpoint | None:
     Raises:
         ModelError: if there is one, but none that is whole.
     """
-    if isinstance(resume, str):
-        return given(resume)
     if not resume:
         return None
-    found = newest(run)
+    found = given(resume) if isinstance(resume, str) else newest(run)
     if found is None and listed(run):
         raise ModelError(f"All checkpoints in {run / FOLDER} are damaged: start again with --overwrite.")
     if found is None:
         say("The run was stopped before its first checkpoint: it begins again.", "yellow")
+        return None
+    now = _versions()
+    other = [
+        f"{name} {was}, now {now.get(name)}" for name, was in found.state["versions"].items() if now.get(name) != was
+    ]
+    if other:
+        say(
+            f"The run was stopped with other libraries ({'; '.join(other)}), so it may go on a little differently.",
+            "yellow",
+        )
     return found
 
 
@@ -158,7 +167,7 @@ def save(
             for name in LOGS:
                 if (run / name).is_file():
                     shutil.copyfile(run / name, folder / name)
-            write_json(folder / STATE, {**state, "versions": {name: version(name) for name in LIBRARIES}})
+            write_json(folder / STATE, {**state, "versions": _versions()})
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -220,6 +229,15 @@ def load_optimizer(checkpoint: Checkpoint, name: str, groups: list[dict[str, Any
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """One short word for a whole configuration."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _prune(run: Path, place: tuple[int, int], keep_last: int, keep: str | None) -> None:

@@ -87,6 +87,7 @@ class Learner:
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate, now and for the rest of the schedule."""
         self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
+        self.scheduler._last_lr = [rate * factor for rate in self.scheduler.get_last_lr()]
         for group in self._masters.param_groups:
             group["lr"] *= factor
             group["initial_lr"] *= factor
