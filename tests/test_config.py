@@ -76,6 +76,14 @@ def test_zero_is_refused_where_it_means_nothing(verb, name):
         assert name in refusal(verb, **{name: 0})
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_choice_is_one_of_those_there_are(verb):
+    for name, hint in typing.get_type_hints(VERBS[verb]).items():
+        if typing.get_origin(hint) is typing.Literal:
+            message = refusal(verb, **{name: f"{typing.get_args(hint)[0]}x"})
+            assert f"{name} must be one of" in message and f"Did you mean {typing.get_args(hint)[0]!r}?" in message
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("verb", "name"), FLOATS)
 def test_what_is_no_finite_number_is_refused(verb, name, value):
