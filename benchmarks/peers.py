@@ -39,6 +39,13 @@ PRECISIONS = {
 """Who is measured in each: TRL in its faster way, TRL with the float32 weights that ours always has, all in float32."""
 
 
+MEANING = {
+    "speedup": "seconds of a step of theirs over seconds of one of ours, round by round; above 1, ours is faster",
+    "memory_ratio": "our peak memory over theirs, round by round; below 1, ours takes less",
+    "limit_fraction": "least seconds that the machine's rates allow over seconds taken, by phase of our step",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
@@ -49,11 +56,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="measured in each round, after a warm-up step")
     parser.add_argument("--name", default=f"peers_{DEVICE}")
+    parser.add_argument("--add", action="store_true", help="to what the result file holds in other precisions")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows, best, commands = earlier(arguments) if arguments.add else ([], {}, [])
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), SHAPES[arguments.shape])
-        best = {name: best_setting(name, folder, arguments) for name in arguments.trainers}
+        best = {name: best_setting(name, folder, arguments) for name in arguments.trainers} | best
         for turn in range(arguments.rounds):
             for precision in arguments.precisions:
                 names = [name for name in arguments.trainers if name in PRECISIONS[precision]]
@@ -63,9 +71,19 @@ def main() -> None:
                     row = measured(name, setting, folder, arguments)
                     rows.append({"round": turn, "trainer": name, "precision": precision, "setting": setting} | row)
                     print(json.dumps({k: v for k, v in rows[-1].items() if k != "phases"}), flush=True)
-    result = {"work": vars(arguments) | {"model": SHAPES[arguments.shape]}, "best_bf16_setting": best}
-    result |= summary(rows) | limits(rows, arguments) | {"rounds": rows}
-    write_result(arguments.name, result)
+            work = vars(arguments) | {"model": SHAPES[arguments.shape]}
+            result = {"meaning": MEANING, "work": work, "best_bf16_setting": best, "earlier_commands": commands}
+            write_result(arguments.name, result | summary(rows) | limits(rows) | {"rounds": rows})
+
+
+def earlier(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Rounds in other precisions, settings and commands of an earlier result on the same work."""
+    found = json.loads((FOLDER / f"{arguments.name}.json").read_text(encoding="utf-8"))
+    for name in ("shape", "completions", "new_tokens"):
+        if found["work"][name] != getattr(arguments, name):
+            sys.exit(f"{arguments.name}.json has {name} {found['work'][name]}: give the same, or another --name.")
+    rows = [row for row in found["rounds"] if row["precision"] not in arguments.precisions]
+    return rows, found["best_bf16_setting"], [*found.get("earlier_commands", []), found["command"]]
 
 
 def best_setting(name: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -152,10 +170,10 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def limits(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+def limits(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How near our phases come to what the machine could do, measured in the same runs."""
     result: dict[str, Any] = {"limit_fraction": {}, "utilisation": {}, "machine_rates": {}}
-    for precision in arguments.precisions:
+    for precision in dict.fromkeys(row["precision"] for row in rows):
         own = [row for row in rows if (row["trainer"], row["precision"]) == ("ours", precision)]
         if not own:
             continue
@@ -164,11 +182,12 @@ def limits(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[st
         fractions = {phase: bounds[phase] / taken[phase] for phase in bounds}
         fractions["step"] = sum(bounds.values()) / median(s for row in own for s in row["seconds"])
         result["limit_fraction"][precision] = fractions
-        alone = {key: median(row["utilisation"][key] for row in own) for key in own[0]["utilisation"]}
-        result["utilisation"][precision] = {
-            "update_mfu": alone["update_products"] / taken["update"],
-            "decode_bandwidth": alone["decode_reads"] / taken["rollout"],
-        }
+        if "utilisation" in own[0]:
+            alone = {key: median(row["utilisation"][key] for row in own) for key in own[0]["utilisation"]}
+            result["utilisation"][precision] = {
+                "update_mfu": alone["update_products"] / taken["update"],
+                "decode_bandwidth": alone["decode_reads"] / taken["rollout"],
+            }
         result["machine_rates"][precision] = {key: median(row["rates"][key] for row in own) for key in own[0]["rates"]}
     return result
 

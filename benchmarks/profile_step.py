@@ -86,9 +86,9 @@ def profiled(trainer: ReinforceTrainer, *, plain: bool) -> dict[str, Any]:
 
 def group_of(name: str) -> str:
     """Which group an operation's time is counted in."""
-    if not name.startswith("aten::"):
+    package, _, short = name.rpartition("::")
+    if package not in ("aten", "mkldnn"):
         return "AdamW" if "adam" in name.lower() else REST
-    short = name.removeprefix("aten::")
     parts = set(short.strip("_").split("_"))
     return next(
         (g for g, words in GROUPS.items() if any(w in parts or (len(w) > 4 and w in short) for w in words)), REST

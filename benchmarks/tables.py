@@ -149,6 +149,17 @@ def peers_cpu(result: dict[str, Any]) -> str:
         for precision, own in result["limit_fraction"].items()
         if precision != "bf16_masters"  # ours is the same as in bf16
     )
+    for precision, by_name in result["seconds"].items():
+        if precision != "bf16_masters":
+            least = result["limit_fraction"][precision]["step"] * by_name["ours"]["median"]
+            others = ", ".join(
+                f"{by_name[name]['median'] / least:.1f} times as fast as {TRAINERS[name].removesuffix(', one epoch')}"
+                for name in ("trl_rloo", "trl_grpo", "trl_ppo")
+                if name in by_name
+            )
+            said += (
+                f"\n{PRECISIONS[precision].split(',')[0]}: a step at these limits would take {least:.1f} s, {others}.\n"
+            )
     return table(titles, rows) + said + made_by(result)
 
 

@@ -151,6 +151,17 @@ def test_a_signal_in_an_evaluation(base, tmp_path):
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
+def test_a_signal_while_a_run_is_being_resumed_costs_nothing(base, tmp_path):
+    trainer(base, tmp_path / "run").train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = trainer(base, tmp_path / "run", resume=True)
+    again.eval_prompts = again.prompts[:1]
+    again.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        again.train()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 def tiny_row(row):
     from reinforcepp.data import prompt_rows
 

@@ -83,8 +83,8 @@ class ReinforceTrainer:
         engine: RolloutEngine | None = None,
     ) -> None:
         self.config = args or ReinforceConfig()
-        # the checkpoints and the one being written, with Adam's two moments, the same of a critic, and the trained model
-        copies = (6 if self.config.recipe.critic else 3) * (self.config.keep_last + 1) + 1
+        # the checkpoints, with Adam's two moments, the same of a critic, and the trained model
+        copies = (6 if self.config.recipe.critic else 3) * self.config.checkpoints_at_most + 1
         needed = copies * weight_bytes(model) if isinstance(model, str) else 0
         self.folder = check_output(
             self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume, needed_bytes=needed
@@ -151,9 +151,10 @@ class ReinforceTrainer:
                 self._finish()
             except StopAsked as stop:
                 self._watchdog.beat("checkpoint")
-                self.run.save()
-                place = f"after step {self.run.state.step} of {self.num_steps}"
-                raise Interrupted(place, self._stop.exit_code) from stop
+                if self._resumed is None:  # else nothing has happened since the checkpoint that is to be restored
+                    self.run.save()
+                done = self._resumed.step if self._resumed else self.run.state.step
+                raise Interrupted(f"after step {done} of {self.num_steps}", self._stop.exit_code) from stop
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error} {self.run.to_last_good()}") from error
             finally:
@@ -313,6 +314,7 @@ class ReinforceTrainer:
         self._evaluate("before")  # after a resume, too: the policy still is what training started from
         if resumed is not None:
             self.run.restore(resumed)
+            self._resumed = None
             self.engine.load_weights(self.policy)
             say(f"Going on after step {self.run.state.step} of {self.num_steps}")
         elif self.config.kl_action == "rollback":

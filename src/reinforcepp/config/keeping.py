@@ -36,6 +36,11 @@ class Keeping:
     """Settings, with commas between them, that a resumed run is meant to have otherwise than when it was stopped."""
 
     @property
+    def checkpoints_at_most(self) -> int:
+        """Checkpoints that are on the disk at a time, the one being written among them."""
+        return self.keep_last + (self.keep_best is not None) + 1 if self.save_every else 1
+
+    @property
     def allowed_changes(self) -> list[str]:
         """The names in allow_changes."""
         return [name.strip() for name in (self.allow_changes or "").split(",") if name.strip()]
