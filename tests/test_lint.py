@@ -233,6 +233,7 @@ MOJIBAKE = [
     "it’s “quoted” – so…",
     "¿Qué pasó mañana?",
     "São é à",
+    "« oui », n° 5",
     "Привет",
     "日本",
     "👍 ok",
@@ -417,6 +418,20 @@ def test_lengths_are_measured_with_the_models_own_tokenizer(write, model_folder)
     assert "max_length 512" in found(path, model=str(model_folder), max_length=100_000)["long-pair"].message
 
 
+def test_what_just_fits_is_not_too_long(write):
+    from reinforcepp.models import load_tokenizer
+    from reinforcepp.tokens import encode, encode_answer, frame_prompt
+
+    rows, tokenizer = sound(), load_tokenizer("builtin:tiny")
+    prompts = max(len(encode(tokenizer, frame_prompt(tokenizer, prompt))) for prompt, _, _ in rows)
+    pairs = max(len(encode_answer(tokenizer, row[0], answer)) for row in rows for answer in row[1:])
+    path = write(rows)
+    assert found(path, model="builtin:tiny", max_prompt_length=prompts, max_length=pairs) == {}
+    findings = found(path, model="builtin:tiny", max_prompt_length=prompts - 1, max_length=pairs - 1)
+    assert set(findings) == {"long-prompt", "long-pair"}
+    assert f"the longest with {pairs}" in findings["long-pair"].message
+
+
 def test_a_model_that_is_not_there_is_told(write):
     with pytest.raises(ModelError, match=r"\./none"):
         lint(LintConfig(data=write(sound()), model="./none"))
@@ -437,6 +452,9 @@ def test_a_file_of_prompts(write):
 def test_one_answer_without_the_other_is_a_mistake(write):
     with pytest.raises(DataError, match="no column 'rejected'"):
         found(write([("a", "b")], head=("prompt", "chosen")))
+    # Nor is a file one of prompts only if the user has named columns for the answers.
+    with pytest.raises(DataError, match="no column 'good'"):
+        found(write([("a", "b")], head=("prompt", "x")), chosen_column="good", rejected_column="bad")
     with pytest.raises(DataError, match="no column 'worse'"):
         found(write([("a", "b")], head=("prompt", "chosen")), chosen_column="chosen", rejected_column="worse")
 

@@ -44,6 +44,8 @@ def mended(text: str) -> str:
 
 def without_controls(text: str) -> str:
     """``text`` without terminal escapes, control characters and byte order marks; a break of some kind is a space."""
+    if not has_controls(text):
+        return text
     text = _ESCAPE.sub("", text)
     return "".join(" " if is_control(c) and c.isspace() else c for c in text if not is_control(c) or c.isspace())
 
