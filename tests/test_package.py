@@ -58,6 +58,7 @@ LAYERS = [
     "resumable",
     "reward_trainer",
     "reinforce_trainer",
+    "lint",
     "generate",
     "generation_worker",
     "compare_generation",

@@ -22,6 +22,7 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 # user can act on, stay away.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 MAY_STAND_ALONE = ("resume",)  # flags with or without a value
+POSITIONAL = {"lint": "data"}  # verb -> the setting whose value may stand without its flag
 NOT_STARTED = "\nInterrupted before anything was started.\n"
 
 SUMMARY = {
@@ -29,12 +30,13 @@ SUMMARY = {
     "train": "train a policy against it with REINFORCE++",
     "generate": "answer prompts with a trained model",
     "compare-algorithms": "train with every estimator and compare the outcomes",
+    "lint": "find what is wrong with a data file, and clean it",
     "demo": "the whole job, offline, on the built-in model and data",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 2 wrong input, 1 failed later, 130 or 143 stopped by a signal."""
+    """Run one verb; returns the exit code: 0 done, 2 wrong input, 1 failed or found fault, 130 or 143 stopped by a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _dispatch(arguments))
 
@@ -84,10 +86,17 @@ def parse(verb: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
         use_underscores=True,
         return_unknown_args=True,
     )
-    settings, unknown = parsed
+    settings, unknown = vars(parsed[0]), parsed[1]
+    name = POSITIONAL.get(verb)
+    if name and unknown and not unknown[0].startswith("-") and not _is_given(name, flags):
+        settings[name] = unknown.pop(0)
     if unknown:
-        raise ConfigError(f"{about_unknown(unknown[0], list(vars(settings)))} See reinforcepp {verb} --help.")
-    return config_class(**vars(settings))
+        raise ConfigError(f"{about_unknown(unknown[0], list(settings))} See reinforcepp {verb} --help.")
+    return config_class(**settings)
+
+
+def _is_given(name: str, flags: Iterable[str]) -> bool:
+    return any(flag.partition("=")[0] == f"--{name}" for flag in flags)
 
 
 def about_unknown(argument: str, known: Iterable[str]) -> str:
@@ -99,13 +108,13 @@ def about_unknown(argument: str, known: Iterable[str]) -> str:
 
 
 def run(verb: str, config: Any) -> int:
-    """Do what ``config`` says; only here are the heavy libraries loaded."""
+    """Do what ``config`` says; only here are the heavy libraries loaded. An action may name the exit code."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with _exit_on_interrupt():
         from reinforcepp.verbs import ACTIONS
     try:
-        ACTIONS[verb](config)
+        outcome = ACTIONS[verb](config)
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
         print(f"\nInterrupted{reason}. {_how_to_go_on(config)}", file=sys.stderr)
@@ -118,7 +127,7 @@ def run(verb: str, config: Any) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror}{where}; what was saved before stays as it is.", file=sys.stderr)
         return USAGE_ERROR
-    return 0
+    return outcome if isinstance(outcome, int) else 0
 
 
 @contextmanager

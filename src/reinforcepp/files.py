@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from reinforcepp.errors import ConfigError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -19,11 +21,35 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that the file is either the old or the new one, never half of it."""
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file to fill: at the end of the block it is on the disk and takes the name ``path``, or nothing does."""
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    flush(partial)
-    partial.replace(path)
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+        flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush(path.parent)
+
+
+def check_output_file(name: str, setting: str = "output") -> Path:
+    """The path of a file that the user names in ``setting``; a ConfigError if it can't be written there."""
+    output = Path(name).expanduser()
+    if not name or output.is_dir():
+        raise ConfigError(f"{setting} must be the name of a file, not {name or 'empty'!r}.")
+    if not output.parent.is_dir():
+        raise ConfigError(f"{name} can't be written: there is no folder {output.parent}; create it first.")
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"{name} can't be written: there is no permission to write in {output.parent}.")
+    return output
 
 
 def flush(path: Path) -> None:

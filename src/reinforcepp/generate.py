@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 
 from reinforcepp.config import GenerateConfig
 from reinforcepp.data import PromptRow, read_prompt_lines
-from reinforcepp.errors import ConfigError
+from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.models import check_context, load_config, load_policy, load_tokenizer
 from reinforcepp.observe import printable, say
 from reinforcepp.rollout.choose import choose_engine, start_engine
@@ -29,7 +28,7 @@ def generate(config: GenerateConfig) -> list[Completion]:
         ReinforceError: for a missing file, no prompt, or a model that can't be loaded.
     """
     texts = _read_prompts(config)
-    output = _check_output_file(config.output) if config.output is not None else None
+    output = check_output_file(config.output) if config.output is not None else None
     model_config = load_config(config.model)
     check_context(model_config, config.max_prompt_length, config.max_new_tokens)
     choice = choose_engine(config.engine, model_config, torch.float32)
@@ -88,27 +87,14 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
     return read_prompt_lines(config.prompts_file)
 
 
-def _check_output_file(name: str) -> Path:
-    output = Path(name).expanduser()
-    if not name or output.is_dir():
-        raise ConfigError(f"output must be the name of a file, not {name or 'empty'!r}.")
-    if not output.parent.is_dir():
-        raise ConfigError(f"{name} can't be written: there is no folder {output.parent}; create it first.")
-    if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"{name} can't be written: there is no permission to write in {output.parent}.")
-    return output
-
-
 @contextmanager
 def _sink(output: Path | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         sys.stdout.flush()  # so that a reader that has gone shows here, not when Python ends
         return
-    partial = output.with_name(output.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole_file(output) as file:
         yield file
-    partial.replace(output)
     say(f"Wrote {output}", "green")
 
 

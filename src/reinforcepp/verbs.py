@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.config import CompareAlgorithmsConfig, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
+from reinforcepp.config import (
+    CompareAlgorithmsConfig,
+    DemoConfig,
+    GenerateConfig,
+    LintConfig,
+    RewardModelConfig,
+    TrainConfig,
+)
 from reinforcepp.data import load_prompts
 from reinforcepp.observe import say
 from reinforcepp.reinforce_trainer import ReinforceTrainer
@@ -77,10 +84,18 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> None:
     say(f"{algorithm_page.verdict(comparison)} Everything is on the page {page}.", "green")
 
 
+def lint(config: LintConfig) -> int:
+    """What is wrong with a data file; the exit code tells whether it is too much."""
+    from reinforcepp.lint.command import run_lint
+
+    return run_lint(config)
+
+
 ACTIONS: dict[str, Callable[[Any], Any]] = {
     "reward": reward,
     "train": train,
     "generate": generate,
     "compare-algorithms": compare_algorithms,
+    "lint": lint,
     "demo": demo,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from reinforcepp.config.compare import CompareAlgorithmsConfig
 from reinforcepp.config.files import as_dict, read_yaml
+from reinforcepp.config.lint import LintConfig
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.verbs import Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 
@@ -16,6 +17,7 @@ VERBS: dict[str, type] = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "compare-algorithms": CompareAlgorithmsConfig,
+    "lint": LintConfig,
     "demo": DemoConfig,
 }
 
@@ -25,6 +27,7 @@ __all__ = [
     "CompareAlgorithmsConfig",
     "DemoConfig",
     "GenerateConfig",
+    "LintConfig",
     "ReinforceConfig",
     "RewardModelConfig",
     "TrainConfig",

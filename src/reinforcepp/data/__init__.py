@@ -1,6 +1,6 @@
 """Reading and checking preference and prompt data; a file's mistakes come out as one-sentence ``DataError``s."""
 
-from reinforcepp.data._table import Skipped
+from reinforcepp.data._table import Row, Skipped, Table, count, normalize, read_table, sift
 from reinforcepp.data.preferences import PreferenceData, load_preferences, read_preferences
 from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, prompt_rows, read_prompt_lines, read_prompts
 from reinforcepp.data.sources import DataFiles, resolve_data
@@ -11,13 +11,19 @@ __all__ = [
     "PreferenceData",
     "PromptData",
     "PromptRow",
+    "Row",
     "Skipped",
+    "Table",
+    "count",
     "load_preferences",
     "load_prompts",
+    "normalize",
     "prompt_rows",
     "read_preferences",
     "read_prompt_lines",
     "read_prompts",
+    "read_table",
     "resolve_data",
+    "sift",
     "split_by_prompt",
 ]

@@ -1,0 +1,109 @@
+"""A data file from its name to the report: reading, the rules, and lengths by the model's own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from reinforcepp.config import Columns, LintConfig
+from reinforcepp.data import Row, Table, read_table, resolve_data, sift
+from reinforcepp.lint import rules
+from reinforcepp.lint.findings import SEVERITIES, Checked, Entry, Finding, Report, Sheet, named, several
+
+
+def lint(config: LintConfig) -> Report:
+    """Everything that is wrong with ``config.data``.
+
+    Raises:
+        ConfigError: Two of the column settings are the same.
+        DataError: The file can't be read as a table, or lacks a column.
+        ModelError: The model, where one is named, has no tokenizer that can be used.
+    """
+    files = resolve_data(config.data)
+    sheets = [read_sheet(path, config)[1] for path in (files.train, files.heldout) if path is not None]
+    findings = [finding for sheet in sheets for finding in rules.check_sheet(sheet, config.near_duplicate)]
+    findings += _without_answers(sheets[0], config)
+    train, heldout = sheets if len(sheets) > 1 else rules.halves(sheets[0], config.heldout_fraction, config.seed)
+    findings += rules.leakage(train, heldout, config.near_duplicate)
+    if config.model is not None:
+        findings += _lengths(sheets, config.model, config)
+    ordered = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+    checked = tuple(Checked(sheet.name, sheet.noun, sheet.rows, len(sheet.entries)) for sheet in sheets)
+    return Report(config.data, checked, tuple(ordered))
+
+
+def read_sheet(path: Path, columns: Columns) -> tuple[Table, Sheet]:
+    """A file as it is and as the rules see it: pairs if it has a column of answers, else prompts alone."""
+    flags = {"prompt_column": columns.prompt_column}
+    answers = {"chosen_column": columns.chosen_column, "rejected_column": columns.rejected_column}
+    table = read_table(path, flags)
+    # A name that the user chose is meant to be there, and one answer without the other is a mistake.
+    if any(name in table.rows[0].cells for name in answers.values()) or _chosen_by_user(columns):
+        flags |= answers
+        table = read_table(path, flags)
+    names = tuple(flags.values())
+    return table, sheet_of(path.name, table.rows, names)
+
+
+def sheet_of(name: str, rows: Sequence[Row], columns: tuple[str, ...]) -> Sheet:
+    """The rows as the rules see them."""
+
+    def fault(texts: Sequence[str]) -> str | None:
+        return f"with {' equal to '.join(columns[1:])}" if len(texts) > 1 and texts[1] == texts[2] else None
+
+    kept, skipped = sift(rows, columns, fault)
+    entries = tuple(Entry(row.number, tuple(row.cells[column] for column in columns)) for row in kept)
+    return Sheet(name, columns, len(rows), entries, skipped)
+
+
+def _chosen_by_user(columns: Columns) -> bool:
+    usual = Columns()
+    return (columns.chosen_column, columns.rejected_column) != (usual.chosen_column, usual.rejected_column)
+
+
+def _without_answers(sheet: Sheet, columns: Columns) -> list[Finding]:
+    if sheet.noun == "pair":
+        return []
+    message = (
+        f"There are no columns {columns.chosen_column!r} and {columns.rejected_column!r}, so this was checked as a file "
+        "of prompts"
+    )
+    cure = "if it has answers, name their columns with --chosen_column and --rejected_column"
+    return [Finding("prompts-only", "info", sheet.name, message, cure)]
+
+
+def _lengths(sheets: Sequence[Sheet], model: str, config: LintConfig) -> list[Finding]:
+    """What training would cut or leave out; here, for once, a tokenizer and with it torch is loaded."""
+    from reinforcepp.models import context_length, load_config, load_tokenizer
+    from reinforcepp.tokens import encode_answer, encode_prompts
+
+    tokenizer = load_tokenizer(model)
+    limit = min(config.max_length, context_length(load_config(model)) or config.max_length)
+    found = []
+    for sheet in sheets:
+        _, places = encode_prompts(
+            tokenizer, sheet.entries, max_prompt_length=config.max_prompt_length, long_prompts="drop"
+        )
+        long = tuple(sheet.entries[place].row for place in places)
+        if long:
+            message = (
+                f"{several(len(long), 'prompt', 'is', 'are')} over max_prompt_length "
+                f"{config.max_prompt_length} in tokens of {model} ({named(long)})"
+            )
+            cure = "shorten or raise the limit, or training cuts them from the left"
+            found.append(Finding("long-prompt", "warning", sheet.name, message, cure, long))
+        lengths = {
+            entry.row: max(
+                (len(encode_answer(tokenizer, entry.prompt, answer)) for answer in entry.texts[1:]), default=0
+            )
+            for entry in sheet.entries
+        }
+        long = tuple(row for row, length in lengths.items() if length > limit)
+        if long:
+            message = (
+                f"{several(len(long), 'pair', 'is', 'are')} over max_length {limit} in tokens of "
+                f"{model}, the longest with {max(lengths.values())} ({named(long)})"
+            )
+            cure = "shorten them or raise max_length as far as the model's context goes, or the reward model won't see them"
+            found.append(Finding("long-pair", "warning", sheet.name, message, cure, long))
+    return found
