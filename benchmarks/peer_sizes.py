@@ -3,6 +3,7 @@
 python benchmarks/peer_sizes.py
 
 From the work of benchmarks/peers.py, one thing at a time is made larger: completions, tokens per completion, parameters.
+One step is measured of each, the first, when AdamW has no moments yet; benchmarks/peers.py has figures of later steps.
 Written to benchmarks/results/peer_sizes_cpu.json, with a plot.
 """
 
@@ -22,9 +23,6 @@ from results import FOLDER, write_result
 
 TRAINERS = {"ours": "weights", "trl_grpo": "weights"}  # all weights in bfloat16: TRL's faster way
 
-LARGE = 4096
-"""Sampled tokens from which a step takes so long that a warm-up wouldn't show in it."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,14 +30,12 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--shapes", nargs="+", default=["20m", "82m", "124m"], choices=SHAPES)
     parser.add_argument("--base_shape", default="82m", choices=SHAPES, help="where something else is varied")
-    parser.add_argument(
-        "--steps", type=int, default=1, help="measured of each; after a warm-up step if steps are short"
-    )
     parser.add_argument("--name", default="peer_sizes_cpu")
     arguments = parser.parse_args()
     base = {"shape": arguments.base_shape, "completions": 16, "new_tokens": 64}
     varied = {"completions": arguments.completions, "new_tokens": arguments.new_tokens, "shape": arguments.shapes}
     rows: list[dict[str, Any]] = []
+    known: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for what, values in varied.items():
             for value in values:
@@ -48,11 +44,12 @@ def main() -> None:
                 if not models.is_dir():
                     make_models(models, SHAPES[work["shape"]])
                 for name, setting in TRAINERS.items():
-                    large = int(work["completions"]) * int(work["new_tokens"]) >= LARGE
-                    size = argparse.Namespace(**work, steps=arguments.steps, warm_up=0 if large else 1)
-                    found = measured(name, setting, str(models), size)
-                    row = {"varied": what, "trainer": name, **work, "seconds": median(found["seconds"])}
-                    rows.append(row | {"peak_rss_mib": found["peak_rss_mib"]})
+                    size = argparse.Namespace(**work, steps=1, warm_up=0)
+                    place = json.dumps([name, work])
+                    if place not in known:
+                        found = measured(name, setting, str(models), size)
+                        known[place] = {"seconds": median(found["seconds"]), "peak_rss_mib": found["peak_rss_mib"]}
+                    rows.append({"varied": what, "trainer": name, **work, **known[place]})
                     print(json.dumps(rows[-1]), flush=True)
     write_result(arguments.name, {"rows": rows})
     plot(rows, varied, FOLDER / f"{arguments.name}.png")
@@ -66,7 +63,7 @@ def plot(rows: list[dict[str, Any]], varied: Mapping[str, Sequence[Any]], path: 
     grid = figure.subplots(2, len(varied))
     for column, (what, values) in enumerate(varied.items()):
         for axes, key, unit in zip(
-            grid[:, column], ("seconds", "peak_rss_mib"), ("seconds a step", "peak MiB"), strict=True
+            grid[:, column], ("seconds", "peak_rss_mib"), ("seconds of the first step", "peak MiB in it"), strict=True
         ):
             for name, color in zip(TRAINERS, ("#1f5fa8", "#d1812e"), strict=True):
                 own = [row[key] for row in rows if (row["varied"], row["trainer"]) == (what, name)]

@@ -45,6 +45,7 @@ for name in ("0.5b", "1.5b", "tiny_qwen2"):
     vocabulary = 320 if name.startswith("tiny") else 151_936
     SHAPES[name] |= {"num_key_value_heads": 2, "vocab_size": vocabulary, "tie_word_embeddings": True}
 PROMPT_TOKENS = 32
+MINI_BATCH = 16  # completions at a time, for every trainer
 EOS = 0
 KL = 0.05
 
@@ -157,7 +158,7 @@ def build_ours(job: dict[str, Any], folder: Path, output: str) -> ReinforceTrain
         output_dir=output,
         overwrite=True,
         batch_size=job["completions"],
-        mini_batch_size=min(16, job["completions"]),
+        mini_batch_size=min(MINI_BATCH, job["completions"]),
         max_steps=steps,
         max_prompt_length=PROMPT_TOKENS,
         max_new_tokens=job["new_tokens"],
@@ -191,7 +192,6 @@ def run_trl_group(job: dict[str, Any], folder: Path, output: str) -> tuple[list[
     kind = {"trl_rloo": "RLOO", "trl_grpo": "GRPO"}[job["name"]]
     steps = job["warm_up"] + job["steps"]
     settings = trl_settings(job, output) | {
-        "per_device_train_batch_size": job["completions"],
         "max_completion_length": job["new_tokens"],
         "num_generations": 2,
         "beta": KL,
@@ -224,14 +224,13 @@ def run_trl_ppo(job: dict[str, Any], folder: Path, output: str) -> tuple[list[fl
     reference, _, _ = load_all(folder, job["setting"])
     _, value, _ = load_all(folder, job["setting"])
     settings = trl_settings(job, output) | {
-        "per_device_train_batch_size": job["completions"],
         "response_length": job["new_tokens"],
         "total_episodes": job["completions"] * steps,
         "num_ppo_epochs": 1,
         "num_sample_generations": 0,
         "kl_coef": KL,
         "temperature": 1.0,
-        "local_rollout_forward_batch_size": job["completions"],
+        "local_rollout_forward_batch_size": min(MINI_BATCH, job["completions"]),
     }
     texts = prompts(job["completions"] * steps, tokenizer.vocab_size)
     data = Dataset.from_list([{"input_ids": tokenizer(text)["input_ids"]} for text in texts])
@@ -252,6 +251,8 @@ def run_trl_ppo(job: dict[str, Any], folder: Path, output: str) -> tuple[list[fl
 def trl_settings(job: dict[str, Any], output: str) -> dict[str, Any]:
     return {
         "output_dir": output,
+        "per_device_train_batch_size": min(MINI_BATCH, job["completions"]),
+        "gradient_accumulation_steps": max(1, job["completions"] // MINI_BATCH),
         "bf16": job["setting"] == "autocast",
         "gradient_checkpointing": False,
         "report_to": "none",

@@ -149,6 +149,15 @@ def peers_cpu(result: dict[str, Any]) -> str:
         for precision, own in result["limit_fraction"].items()
         if precision != "bf16_masters"  # ours is the same as in bf16
     )
+    soundings = [
+        f"{TRAINERS[name]} {own['seconds']['autocast']:.1f} s"
+        for name, own in result["best_bf16_setting"].items()
+        if "seconds" in own
+    ]
+    if soundings and "bf16_masters" not in result["seconds"]:
+        said += (
+            f"\nWith float32 weights and autocast, which keeps small updates, one step took: {', '.join(soundings)}.\n"
+        )
     for precision, by_name in result["seconds"].items():
         if precision != "bf16_masters":
             least = result["limit_fraction"][precision]["step"] * by_name["ours"]["median"]
@@ -160,7 +169,8 @@ def peers_cpu(result: dict[str, Any]) -> str:
             said += (
                 f"\n{PRECISIONS[precision].split(',')[0]}: a step at these limits would take {least:.1f} s, {others}.\n"
             )
-    return table(titles, rows) + said + made_by(result)
+    earlier = "".join(f"\n`{command}`, before, same file.\n" for command in result.get("earlier_commands", []))
+    return table(titles, rows) + said + earlier + made_by(result)
 
 
 def ablation_cpu(result: dict[str, Any]) -> str:

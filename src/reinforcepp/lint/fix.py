@@ -77,7 +77,9 @@ def clean(rows: tuple[Row, ...], columns: tuple[str, ...]) -> tuple[list[Row], l
             different = [name for name in columns if before.cells[name] != after.cells[name]]
             changes.append(
                 Change(
-                    *(before.number, "changed", "encoding mended or control characters stripped"),
+                    before.number,
+                    "changed",
+                    "encoding mended or control characters stripped",
                     before={name: before.cells[name] for name in different},
                     after={name: after.cells[name] for name in different},
                 )

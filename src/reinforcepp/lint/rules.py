@@ -85,7 +85,11 @@ def contradictions(sheet: Sheet) -> list[Finding]:
     pairs = tuple((second, first) for first, second in found)
     return [
         Finding(
-            *("contradiction", "error", sheet.name, message, "decide which one is right and remove the other"),
+            "contradiction",
+            "error",
+            sheet.name,
+            message,
+            "decide which one is right and remove the other",
             rows=rows,
             pairs=pairs,
             examples=_prompts_of(sheet, rows[:1]),
@@ -119,7 +123,10 @@ def _prompts_of(sheet: Sheet, rows: Sequence[int]) -> tuple[str, ...]:
 def damaged_text(sheet: Sheet) -> list[Finding]:
     """UTF-8 that was read as another encoding."""
     return _harm(
-        *(sheet, "damaged-text", lambda text: mended(text) != text, "text that was read with the wrong encoding"),
+        sheet,
+        "damaged-text",
+        lambda text: mended(text) != text,
+        "text that was read with the wrong encoding",
         cure="mend it with --fix, and export the file as UTF-8 next time",
     )
 
@@ -127,7 +134,10 @@ def damaged_text(sheet: Sheet) -> list[Finding]:
 def control_characters(sheet: Sheet) -> list[Finding]:
     """Terminal escapes, control characters, byte order marks."""
     return _harm(
-        *(sheet, "control-characters", lambda text: has_controls(mended(text)), "control characters"),
+        sheet,
+        "control-characters",
+        lambda text: has_controls(mended(text)),
+        "control characters",
         cure="strip them with --fix",
     )
 
@@ -135,7 +145,10 @@ def control_characters(sheet: Sheet) -> list[Finding]:
 def lost_characters(sheet: Sheet) -> list[Finding]:
     """What can't be mended."""
     return _harm(
-        *(sheet, "lost-characters", lambda text: lost_at(text) >= 0, "characters that an earlier conversion destroyed"),
+        sheet,
+        "lost-characters",
+        lambda text: lost_at(text) >= 0,
+        "characters that an earlier conversion destroyed",
         cure="type them again, or take the text from its origin",
         fixable=False,
     )
