@@ -40,15 +40,7 @@ def main() -> None:
     shape = SHAPES[arguments.shape]
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), shape)
-        job = {
-            "name": "ours",
-            "setting": "weights",
-            "completions": COMPLETIONS,
-            "new_tokens": NEW_TOKENS,
-            "steps": 7,
-            "warm_up": 0,
-        }
-        trainer = build_ours(job, Path(folder), str(Path(folder) / "run"))
+        trainer = trainer_in(Path(folder))
         rate = rates(torch.bfloat16)
         for warm_up in range(2):
             one_step(trainer, warm_up)
@@ -74,6 +66,12 @@ def main() -> None:
     ]
     result = {"step_seconds": base, "optimisations": optimisations, "machine_rates": rate, "rounds": seconds}
     write_result(arguments.name, {"shape": shape} | result)
+
+
+def trainer_in(folder: Path) -> ReinforceTrainer:
+    """This package's trainer on the models in ``folder``."""
+    sizes = {"completions": COMPLETIONS, "new_tokens": NEW_TOKENS, "steps": 7, "warm_up": 0}
+    return build_ours({"name": "ours", "setting": "weights"} | sizes, folder, str(folder / "run"))
 
 
 def one_step(trainer: ReinforceTrainer, step: int) -> dict[str, float]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import COMPLETIONS, NEW_TOKENS, WITHOUT, one_step
-from peer_worker import SHAPES, build_ours, make_models
+from ablation import WITHOUT, one_step, trainer_in
+from peer_worker import SHAPES, make_models
 from results import write_result
 from torch.profiler import ProfilerActivity, profile
 
@@ -54,15 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_models(Path(folder), SHAPES[arguments.shape])
-        job = {
-            "name": "ours",
-            "setting": "weights",
-            "completions": COMPLETIONS,
-            "new_tokens": NEW_TOKENS,
-            "steps": 7,
-            "warm_up": 0,
-        }
-        trainer = build_ours(job, Path(folder), str(Path(folder) / "run"))
+        trainer = trainer_in(Path(folder))
         result = {when: profiled(trainer, plain=when == "before") for when in ("before", "after")}
     write_result(arguments.name, {"shape": SHAPES[arguments.shape]} | result)
 
