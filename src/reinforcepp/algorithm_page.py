@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from reinforcepp.page import page
+
 COLORS = ("#1f5fa8", "#2a9d6f", "#d1812e", "#7b5ea7", "#c0395a")
 
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap; }
+table { display: block; overflow-x: auto; }
+th, td { text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
 """
@@ -40,12 +40,7 @@ def write_page(comparison: Mapping[str, Any], path: Path) -> None:
     if comparison["sensitivity"]:
         sections.append("<h2>Sensitivity</h2><p>Final score with other learning rates and batch sizes, one seed.</p>")
         sections.append(_grid(comparison["sensitivity"]))
-    body = "\n".join(sections)
-    path.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Estimators compared</title><style>{STYLE}</style><body>{body}</body></html>\n",
-        encoding="utf-8",
-    )
+    path.write_text(page("Estimators compared", "\n".join(sections), STYLE), encoding="utf-8")
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:

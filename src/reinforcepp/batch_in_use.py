@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from reinforcepp.checkpoint import Checkpoint
 from reinforcepp.files import write_json
 from reinforcepp.rewards import RewardScores
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 
-TENSORS, REST = "rollout.safetensors", "rollout.json"
+TENSORS, REST = "rollout", "rollout.json"
 
 
 @dataclass
@@ -31,7 +32,10 @@ class BatchInUse:
         tensors = {name: getattr(self.batch, name) for name in _tensor_names()}
         if self.values_BT is not None:
             tensors["values_BT"] = self.values_BT
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / TENSORS)
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            folder / f"{TENSORS}.safetensors",
+        )
         completions = [
             {"ids": c.ids, "logprobs": c.logprobs, "text": c.text, "finish_reason": c.finish_reason}
             for c in self.batch.completions
@@ -40,12 +44,12 @@ class BatchInUse:
         write_json(folder / REST, {"completions": completions, "scores": scores, "history": self.history})
 
     @staticmethod
-    def load(folder: Path, prompts: Sequence[Prompt], device: torch.device) -> BatchInUse | None:
+    def load(saved: Checkpoint, prompts: Sequence[Prompt], device: torch.device) -> BatchInUse | None:
         """What :meth:`save` wrote, if anything; ``prompts`` are those of the step."""
-        if not (folder / REST).is_file():
+        if not (saved.folder / REST).is_file():
             return None
-        rest = json.loads((folder / REST).read_text(encoding="utf-8"))
-        tensors = {name: value.to(device) for name, value in load_file(folder / TENSORS).items()}
+        rest = json.loads((saved.folder / REST).read_text(encoding="utf-8"))
+        tensors = {name: value.to(device) for name, value in saved.tensors(TENSORS).items()}
         values_BT = tensors.pop("values_BT", None)
         samples = len(rest["completions"]) // len(prompts)
         completions = [

@@ -18,10 +18,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from reinforcepp.config import Keeping, as_dict
 from reinforcepp.errors import ModelError
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
 from reinforcepp.learner import Learner
 from reinforcepp.observe import LOGS, say
+from reinforcepp.run_folder import check_unchanged
+from reinforcepp.versions import versions_of
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -98,12 +99,14 @@ def newest(run: Path) -> Checkpoint | None:
     return None
 
 
-def chosen(run: Path, resume: bool | str) -> Checkpoint | None:
+def chosen(run: Path, config: Keeping) -> Checkpoint | None:
     """The checkpoint that the setting ``resume`` means; None to begin at the beginning.
 
     Raises:
         ModelError: if there is one, but none that is whole.
+        ConfigError: if its run had other settings than ``config``, which doesn't name them as meant.
     """
+    resume = config.resume
     if not resume:
         return None
     found = given(resume) if isinstance(resume, str) else newest(run)
@@ -121,6 +124,7 @@ def chosen(run: Path, resume: bool | str) -> Checkpoint | None:
             f"The run was stopped with other libraries ({'; '.join(other)}), so it may go on a little differently.",
             "yellow",
         )
+    check_unchanged(found.state["settings"], as_dict(config), config.allowed_changes)
     return found
 
 
@@ -226,18 +230,15 @@ def load_optimizer(checkpoint: Checkpoint, name: str, groups: list[dict[str, Any
     return {"state": state, "param_groups": groups}
 
 
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """One short word for a whole configuration."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def described(config: Keeping, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What a checkpoint says of the run: its settings, one short word for all of them, and what it starts from."""
+    settings = as_dict(config)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return {"settings": settings, "settings_hash": digest, "inputs": dict(inputs)}
 
 
 def _versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
-    found = {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return versions_of(LIBRARIES)
 
 
 def _prune(run: Path, place: tuple[int, int], keep_last: int, keep: str | None) -> None:

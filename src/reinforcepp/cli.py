@@ -15,6 +15,7 @@ from typing import Any
 
 from reinforcepp.config import VERBS, read_yaml
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, nearest
+from reinforcepp.run_folder import has_checkpoint
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 # Read when torch is loaded. An idle thread looks about 30 microseconds for new work before it sleeps: the usual
@@ -153,7 +154,7 @@ def _exit_on_interrupt() -> Iterator[None]:
 
 def _how_to_go_on(config: Any) -> str:
     folder = Path(getattr(config, "output_dir", "")).expanduser()
-    if hasattr(config, "resume") and any(folder.glob("checkpoints/step-*[0-9]/state.json")):
+    if hasattr(config, "resume") and has_checkpoint(folder):
         instead = " instead of --overwrite" if config.overwrite else ""
         return f"A checkpoint is saved in {folder}; the same command with --resume{instead} goes on from it."
     held = hasattr(config, "output_dir") and folder.is_dir() and any(folder.iterdir())

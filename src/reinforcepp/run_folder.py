@@ -79,7 +79,7 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     held = [name for name in names if not (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in OURS)]
     own = isinstance(resume, str) and folder.resolve() in Path(resume).expanduser().resolve().parents
-    if resume is True and not (_has_checkpoint(folder) or (folder / RUN_FILE).is_file()):
+    if resume is True and not (has_checkpoint(folder) or (folder / RUN_FILE).is_file()):
         raise ConfigError(f"{output_dir} holds no checkpoint to resume from: start without --resume.")
     if resume is True or own:
         return folder
@@ -94,7 +94,7 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
     if held and not overwrite:
         cure = (
             "--resume to go on with it, or --overwrite to replace it"
-            if _has_checkpoint(folder)
+            if has_checkpoint(folder)
             else "--overwrite to replace it"
         )
         raise ConfigError(f"{output_dir} already holds a run ({_some(held)}): give {cure}, or another folder.")
@@ -147,7 +147,8 @@ def describe_run(folder: Path, settings: dict[str, Any], facts: dict[str, Any]) 
     write_json(folder / RUN_FILE, {"settings": settings, **facts})
 
 
-def _has_checkpoint(folder: Path) -> bool:
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has saved something to go on from."""
     return any(folder.glob("checkpoints/step-*[0-9]/state.json"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from reinforcepp.config.compare import CompareAlgorithmsConfig
 from reinforcepp.config.files import as_dict, read_yaml
+from reinforcepp.config.keeping import Keeping
 from reinforcepp.config.lint import LintConfig
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.verbs import Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
@@ -27,6 +28,7 @@ __all__ = [
     "CompareAlgorithmsConfig",
     "DemoConfig",
     "GenerateConfig",
+    "Keeping",
     "LintConfig",
     "ReinforceConfig",
     "RewardModelConfig",

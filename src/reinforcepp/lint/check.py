@@ -84,26 +84,25 @@ def _lengths(sheets: Sequence[Sheet], model: str, config: LintConfig) -> list[Fi
         _, places = encode_prompts(
             tokenizer, sheet.entries, max_prompt_length=config.max_prompt_length, long_prompts="drop"
         )
-        long = tuple(sheet.entries[place].row for place in places)
-        if long:
-            message = (
-                f"{several(len(long), 'prompt', 'is', 'are')} over max_prompt_length "
-                f"{config.max_prompt_length} in tokens of {model} ({named(long)})"
-            )
-            cure = "shorten or raise the limit, or training cuts them from the left"
-            found.append(Finding("long-prompt", "warning", sheet.name, message, cure, long))
+        limited = f"over max_prompt_length {config.max_prompt_length} in tokens of {model}"
+        cure = "shorten or raise the limit, or training cuts them from the left"
+        found += _too_long(sheet, "long-prompt", "prompt", [sheet.entries[i].row for i in places], limited, cure)
         lengths = {
             entry.row: max(
                 (len(encode_answer(tokenizer, entry.prompt, answer)) for answer in entry.texts[1:]), default=0
             )
             for entry in sheet.entries
         }
-        long = tuple(row for row, length in lengths.items() if length > limit)
-        if long:
-            message = (
-                f"{several(len(long), 'pair', 'is', 'are')} over max_length {limit} in tokens of "
-                f"{model}, the longest with {max(lengths.values())} ({named(long)})"
-            )
-            cure = "shorten them or raise max_length as far as the model's context goes, or the reward model won't see them"
-            found.append(Finding("long-pair", "warning", sheet.name, message, cure, long))
+        longest = max(lengths.values(), default=0)
+        limited = f"over max_length {limit} in tokens of {model}, the longest with {longest}"
+        cure = "shorten them or raise max_length as far as the model's context goes, or the reward model won't see them"
+        rows = [row for row, length in lengths.items() if length > limit]
+        found += _too_long(sheet, "long-pair", "pair", rows, limited, cure)
     return found
+
+
+def _too_long(sheet: Sheet, rule: str, noun: str, rows: Sequence[int], limited: str, cure: str) -> list[Finding]:
+    if not rows:
+        return []
+    message = f"{several(len(rows), noun, 'is', 'are')} {limited} ({named(rows)})"
+    return [Finding(rule, "warning", sheet.name, message, cure, tuple(rows))]

@@ -8,14 +8,12 @@ from typing import NamedTuple
 
 from reinforcepp.data import count
 from reinforcepp.lint.findings import Finding, Report
+from reinforcepp.page import page
 
 COLORS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid #8886; text-align: left; vertical-align: top; }
+th, td { text-align: left; vertical-align: top; }
 .error { color: #c0395a; } .warning { color: #b8701c; } .info { color: #2f7fc1; }
 li, summary { overflow-wrap: anywhere; }
 """
@@ -50,10 +48,7 @@ def as_page(report: Report) -> str:
     if report.findings:
         head = "".join(f"<th>{name}</th>" for name in ("severity", "rule", "file", "what, and what to do"))
         parts.append(f"<table><tr>{head}</tr>{''.join(map(_table_row, report.findings))}</table>")
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    )
+    return page(title, "".join(parts), STYLE)
 
 
 def summary(report: Report) -> str:

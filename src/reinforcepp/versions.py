@@ -1,0 +1,16 @@
+"""Versions of installed packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those of ``packages`` that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
