@@ -32,6 +32,7 @@ ZERO_IS_FINE = {
     "train": TRAINING,
     "generate": {"seed", "temperature", "top_k"},
     "compare-algorithms": TRAINING,
+    "plan": {*TRAINING, "gpus"},
     "lint": {"seed", "heldout_fraction"},
     "demo": {"seed"},
 }

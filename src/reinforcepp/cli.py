@@ -32,6 +32,7 @@ SUMMARY = {
     "train": "train a policy against it with REINFORCE++",
     "generate": "answer prompts with a trained model",
     "compare-algorithms": "train with every estimator and compare the outcomes",
+    "plan": "tell, before anything is loaded, whether a training fits into memory and how long a step takes",
     "lint": "find what is wrong with a data file, and clean it",
     "doctor": "say in plain words what went wrong in a training",
     "demo": "the whole job, offline, on the built-in model and data",

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed import Ranks
 from reinforcepp.errors import TrainingDiverged
-from reinforcepp.precision import MasterAdamW, cast_parameters
+from reinforcepp.precision import MasterAdamW, cast_parameters, compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,8 +112,3 @@ class Learner:
         self.plain.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)
-
-
-def compute_dtype(config: ReinforceConfig) -> torch.dtype:
-    """What models compute in."""
-    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32

@@ -49,7 +49,7 @@ def response_logprobs(
     """
     plain = unwrapped(model)
     head = plain.get_output_embeddings() if _head_gives_logits(plain) else nn.Identity()
-    with _skipped(head):
+    with skipped(head):
         hidden_BTD, ids_BT, mask_BT = response_states(model, prompts, responses, pad_id=pad_id)
     logprobs_N, entropy_N = head_logprobs(head, hidden_BTD[mask_BT], ids_BT[mask_BT], temperature)
     spread = hidden_BTD.new_zeros(mask_BT.shape, dtype=torch.float32)
@@ -187,7 +187,7 @@ def _head_gives_logits(model: Any) -> bool:
         ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
         head = model.get_output_embeddings()
         whole = model(input_ids=ids, use_cache=False).logits
-        with _skipped(head):
+        with skipped(head):
             hidden = model(input_ids=ids, use_cache=False).logits
         same_shape = hidden.shape[-1] == head.weight.shape[-1]
         _plain_heads[model] = same_shape and torch.allclose(head(hidden), whole, atol=1e-4, rtol=1e-3)
@@ -195,7 +195,7 @@ def _head_gives_logits(model: Any) -> bool:
 
 
 @contextmanager
-def _skipped(head: nn.Module) -> Iterator[None]:
+def skipped(head: nn.Module) -> Iterator[None]:
     """While it lasts the model puts out what would have gone into ``head``; its wrappers and hooks all still run."""
     head.forward = _unchanged
     try:

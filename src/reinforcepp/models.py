@@ -236,6 +236,27 @@ def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype, auto_class: str = "AutoModelForCausalLM"
+) -> PreTrainedModel:
+    """The model that :func:`load_policy` would load, with shapes and no contents: it takes no memory.
+
+    Raises:
+        ModelError: transformers has no model of the wanted class for such a configuration.
+    """
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers, auto_class).from_config(config, dtype=dtype, **NO_CODE)
+    except ValueError as error:
+        raise ModelError(
+            f"{config.name_or_path or 'The model'} is of the type {config.model_type}, which is no causal language model: "
+            "give one that is."
+        ) from error
+    return _with_fused_gelu(model.eval())
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Weights as safetensors, configuration, tokenizer and chat template; each file appears whole or not at all."""
     partial = folder / f"model{PARTIAL}"

@@ -13,12 +13,13 @@ from reinforcepp import checkpoint, random_state
 from reinforcepp.batch_in_use import BatchInUse
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.kl_control import adapted
-from reinforcepp.learner import Learner, compute_dtype
+from reinforcepp.learner import Learner
 from reinforcepp.models import load_policy, save_model, weights_hash
 from reinforcepp.observe import MetricLog, note_event, restore_logs
 from reinforcepp.observe.answers import COMPLETIONS, restore_answers, save_answers, step_file
 from reinforcepp.observe.step import rollout_columns
 from reinforcepp.policy_update import PolicyUpdate
+from reinforcepp.precision import compute_dtype
 from reinforcepp.rewards import RewardFunction, TrainedReward, name_of
 from reinforcepp.run_state import RunState, better
 from reinforcepp.types import Prompt

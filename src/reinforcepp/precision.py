@@ -13,6 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reinforcepp.config import ReinforceConfig
+
+
+def compute_dtype(config: ReinforceConfig) -> torch.dtype:
+    """What models compute in."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Round the parameters; buffers stay, because rotary frequencies need their float32."""
@@ -39,14 +46,14 @@ class MasterAdamW(torch.optim.AdamW):
         if narrow and early:
             for live, master in zip(self.live, self.masters, strict=True):
                 live.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(_move_gradient, master=master)
+                    partial(move_gradient, master=master)
                 )
 
     def collect(self) -> None:
         """Add the parameters' gradients to their masters' and free them."""
         for live, master in zip(self.live, self.masters, strict=True):
             if live is not master:
-                _move_gradient(live, master)
+                move_gradient(live, master)
 
     def step(self, closure: Any = None) -> Any:
         """Update the masters, then round them into the parameters."""
@@ -81,7 +88,8 @@ class MasterAdamW(torch.optim.AdamW):
         self.publish()
 
 
-def _move_gradient(live: Tensor, master: Tensor) -> None:
+def move_gradient(live: Tensor, master: Tensor) -> None:
+    """Add a parameter's gradient to that of its master and free it."""
     if live.grad is None:
         return
     if master.grad is None:

@@ -26,7 +26,7 @@ from reinforcepp.errors import ConfigError, DataError, TrainingDiverged, Unusabl
 from reinforcepp.evaluation import Evaluation, evaluate
 from reinforcepp.files import write_json
 from reinforcepp.guardrails import Guardrails, RollBack
-from reinforcepp.learner import Learner, compute_dtype
+from reinforcepp.learner import Learner
 from reinforcepp.models import (
     check_context,
     load_config,
@@ -43,7 +43,7 @@ from reinforcepp.observe.step import step_metrics
 from reinforcepp.observe.watchdog import Watchdog
 from reinforcepp.policy_run import PolicyRun, fingerprints
 from reinforcepp.policy_update import PolicyUpdate
-from reinforcepp.precision import cast_parameters
+from reinforcepp.precision import cast_parameters, compute_dtype
 from reinforcepp.preparation import encode, warn_of_bias
 from reinforcepp.rewards import (
     RewardFunction,

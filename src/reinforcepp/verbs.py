@@ -12,6 +12,7 @@ from reinforcepp.config import (
     DoctorConfig,
     GenerateConfig,
     LintConfig,
+    PlanConfig,
     RewardModelConfig,
     TrainConfig,
 )
@@ -101,6 +102,13 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> None:
     say(f"{algorithm_page.verdict(comparison)} Everything is on the page {page}.", "green")
 
 
+def plan(config: PlanConfig) -> int:
+    """Memory and time of a training; the exit code tells whether it fits."""
+    from reinforcepp.plan.command import run_plan
+
+    return run_plan(config)
+
+
 def lint(config: LintConfig) -> int:
     """What is wrong with a data file; the exit code tells whether it is too much."""
     from reinforcepp.lint.command import run_lint
@@ -120,6 +128,7 @@ ACTIONS: dict[str, Callable[[Any], Any]] = {
     "train": train,
     "generate": generate,
     "compare-algorithms": compare_algorithms,
+    "plan": plan,
     "lint": lint,
     "doctor": doctor,
     "demo": demo,

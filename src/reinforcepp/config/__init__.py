@@ -11,6 +11,7 @@ from reinforcepp.config.doctor import DoctorConfig
 from reinforcepp.config.files import as_dict, read_yaml
 from reinforcepp.config.keeping import Keeping
 from reinforcepp.config.lint import LintConfig
+from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.verbs import Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 
@@ -19,6 +20,7 @@ VERBS: dict[str, type] = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "compare-algorithms": CompareAlgorithmsConfig,
+    "plan": PlanConfig,
     "lint": LintConfig,
     "doctor": DoctorConfig,
     "demo": DemoConfig,
@@ -33,6 +35,7 @@ __all__ = [
     "GenerateConfig",
     "Keeping",
     "LintConfig",
+    "PlanConfig",
     "ReinforceConfig",
     "RewardModelConfig",
     "TrainConfig",

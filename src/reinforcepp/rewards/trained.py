@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CARD_NAME = "reward_model.json"
 FINGERPRINT_TOLERANCE = 1e-2
+SCORED_AT_A_TIME = 64
 
 PROBES = [
     ("How do I see which process listens on port 443?", "Run ss -ltnp 'sport = :443' and read the last column."),
@@ -69,7 +70,9 @@ class TrainedReward:
     card: RewardCard | None = None
     """What it was made from, where it was loaded from a folder."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = SCORED_AT_A_TIME
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size

@@ -38,6 +38,11 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
             del module.forward
 
 
+def packed_weights(model: nn.Module) -> int:
+    """How many weights :func:`packed` makes copies of; an output layer that shares the embeddings' counts."""
+    return sum(weight.numel() for module in model.modules() if (weight := _output_by_input(module)) is not None)
+
+
 def _available(model: nn.Module) -> bool:
     parameter: Tensor = next(model.parameters())
     built_in = hasattr(torch.ops.mkldnn, "_linear_pointwise")

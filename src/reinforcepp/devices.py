@@ -1,0 +1,47 @@
+"""Accelerators that a training can be planned for: the one place that knows their names. Imports no torch.
+
+Figures are those of the vendor's data sheets, for the SXM module where there are several: memory, TFLOP/s of matrix
+products in bfloat16 (dense, so half of what sheets call "with sparsity", and with float32 sums) and in float32 outside
+the tensor cores, which is what torch takes by default, and bandwidth of the memory.
+
+    b200        NVIDIA DGX B200 datasheet, an eighth of the system's
+    h200, h100  NVIDIA H200 and H100 Tensor Core GPU datasheets
+    a100        NVIDIA A100 Tensor Core GPU datasheet, 80 GB
+    l40s, l4    NVIDIA L40S and L4 Tensor Core GPU datasheets
+    a10         NVIDIA A10 Tensor Core GPU datasheet
+    rtx4090     NVIDIA Ada GPU Architecture whitepaper, appendix A
+    rtx3090     NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+DeviceName = Literal["auto", "cpu", "b200", "h200", "h100", "a100", "l40s", "l4", "a10", "rtx4090", "rtx3090"]
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What a data sheet says."""
+
+    title: str
+    gigabytes: float
+    """Memory, in units of 10^9 bytes; what can be used of it is about this number of GiB less a few per cent."""
+    bf16_tflops: float
+    float32_tflops: float
+    gigabytes_per_second: float
+
+
+ACCELERATORS = {
+    "b200": Accelerator("NVIDIA B200", 180, 2250, 75, 8000),
+    "h200": Accelerator("NVIDIA H200", 141, 989, 67, 4800),
+    "h100": Accelerator("NVIDIA H100", 80, 989, 67, 3350),
+    "a100": Accelerator("NVIDIA A100", 80, 312, 19.5, 2039),
+    "l40s": Accelerator("NVIDIA L40S", 48, 362, 91.6, 864),
+    "l4": Accelerator("NVIDIA L4", 24, 121, 30.3, 300),
+    "a10": Accelerator("NVIDIA A10", 24, 125, 31.2, 600),
+    "rtx4090": Accelerator("NVIDIA GeForce RTX 4090", 24, 165.2, 82.6, 1008),
+    "rtx3090": Accelerator("NVIDIA GeForce RTX 3090", 24, 71, 35.6, 936),
+}
+assert ("auto", "cpu", *ACCELERATORS) == get_args(DeviceName)

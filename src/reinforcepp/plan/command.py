@@ -1,0 +1,117 @@
+"""The verb: read configurations, count, tell."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from reinforcepp.builtin import JUDGE_NAME
+from reinforcepp.config import PlanConfig
+from reinforcepp.errors import RolloutError
+from reinforcepp.models import check_context, load_config
+from reinforcepp.plan import report
+from reinforcepp.plan.machine import machine_for
+from reinforcepp.plan.memory import Job, Rows, phases
+from reinforcepp.plan.report import Plan
+from reinforcepp.plan.search import largest, with_micro
+from reinforcepp.plan.shapes import Body, Size, asked_shape, trained_shape
+from reinforcepp.plan.timing import step_seconds
+from reinforcepp.precision import compute_dtype
+from reinforcepp.rollout.choose import EngineName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+TOO_LARGE = 1
+
+
+def run_plan(config: PlanConfig) -> int:
+    """Show the plan of the training that ``config`` describes; returns 1 where it doesn't fit, else 0.
+
+    Raises:
+        ReinforceError: As :func:`make_plan`.
+    """
+    plan = make_plan(config)
+    if config.format == "json":
+        sys.stdout.write(report.as_json(plan))
+    else:
+        terminal = Console(highlight=False)
+        for part in report.as_text(plan):
+            terminal.print(part, soft_wrap=isinstance(part, str), markup=False)
+    sys.stdout.flush()
+    return 0 if plan.fits else TOO_LARGE
+
+
+def make_plan(config: PlanConfig) -> Plan:
+    """Memory, largest batches and time of a training, from the configurations of its models.
+
+    Raises:
+        ModelError: a model's configuration is missing or can't be counted.
+        ConfigError: the settings exceed the model's context, or nobody knows how large the device is.
+    """
+    dtype = compute_dtype(config)
+    policy_config = load_config(config.model)
+    check_context(policy_config, config.max_prompt_length, config.max_new_tokens)
+    machine = machine_for(config, dtype)
+    job, said = _job(config, policy_config, dtype, machine.gpus)
+    rows = Rows.of(config, machine.gpus)
+    limits = largest(job, config, machine.memory)
+    fewer = with_micro(rows, config, max(1, min(rows.micro, limits.mini_batch_size)))
+    fewer = replace(fewer, at_a_time=max(1, min(rows.at_a_time, limits.rollout_batch_size)))
+    return Plan(
+        config=config,
+        machine=machine,
+        job=job,
+        rows=rows,
+        phases=phases(job, rows),
+        limits=limits,
+        smaller=phases(job, fewer),
+        seconds=step_seconds(job, rows, config, machine),
+        said=tuple(said),
+    )
+
+
+def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype, gpus: int) -> tuple[Job, list[str]]:
+    """What is trained with what, and which of it is assumed."""
+    said: list[str] = []
+    size = Size(config.max_prompt_length, config.max_new_tokens)
+    early = gpus <= 1
+
+    def asked(name: str, what: str) -> Body:
+        if Path(name).expanduser().is_dir():
+            return asked_shape(load_config(name), dtype, size)
+        said.append(f"There is no folder {name} yet: the {what} is taken to be as large as the policy.")
+        return asked_shape(policy_config, dtype, size)
+
+    engine, reason = _engine(config)
+    said.append(reason)
+    judge = config.judge_name
+    return Job(
+        policy=trained_shape(policy_config, dtype, size, early=early),
+        reward=asked(config.reward_model, "reward model"),
+        critic=trained_shape(policy_config, dtype, size, early=early, values=True) if config.recipe.critic else None,
+        judge=asked(judge, "judge") if judge is not None and judge != JUDGE_NAME else None,
+        size=size,
+        dtype=dtype,
+        engine=engine,
+        gpus=gpus,
+    ), said
+
+
+def _engine(config: PlanConfig) -> tuple[EngineName, str]:
+    """The engine that the training would take, as far as can be told without starting it."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if config.rollout == "transformers" or (config.rollout == "auto" and not installed):
+        return "transformers", "Completions come from transformers."
+    if not installed:
+        raise RolloutError(
+            "rollout is vllm, which isn't installed here: plan with --rollout transformers, or install it."
+        )
+    why = ", which is installed here" if config.rollout == "auto" else ""
+    return "vllm", f"Completions come from vLLM{why}."

@@ -1,0 +1,316 @@
+"""Bytes of each part of a training on one device, in each phase of a step: arithmetic on shapes and settings.
+
+A phase holds what stands all the time (weights, AdamW's moments, reference, reward model, critic) and what it needs for
+itself. The peak of a training is that of its largest phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from reinforcepp.config import ReinforceConfig
+from reinforcepp.evaluation import BATCH as EVALUATION_ROWS
+from reinforcepp.logprobs import BLOCK_BYTES, CHUNK_BYTES
+from reinforcepp.plan.shapes import Body, Pass, Shape, Size
+from reinforcepp.rewards.trained import SCORED_AT_A_TIME
+from reinforcepp.rollout.cache import ROOM
+from reinforcepp.rollout.choose import EngineName
+from reinforcepp.rollout.memory import CPU_CACHE_CAP, cache_budget, in_blocks
+
+MIB = 1 << 20
+LIBRARIES = {"cpu": 480 * MIB, "gpu": 600 * MIB}
+"""Python, torch, transformers and the rest before any model; on a GPU the context and the libraries' own buffers."""
+VLLM = {"cpu": 220 * MIB, "gpu": 0}
+"""What vLLM adds to them."""
+ALLOCATOR = {"cpu": 0.3, "gpu": 0.05}
+"""Of what is made and freed in every step, the share that is held beside it because freed blocks have the wrong size.
+
+On a CPU glibc's allocator can't give a freed block to a request of the same size where it has to be aligned, as tensors
+are, before 2.38; benchmarks/planner.py fits the share. On a GPU it is a guess.
+"""
+FLOAT = 4
+MOMENTS = 2 * FLOAT  # AdamW's two, for each weight
+
+Parts = Mapping[str, float]
+"""Bytes by the name of what takes them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training, as far as its memory and its time depend on anything but the settings of its batches."""
+
+    policy: Shape
+    reward: Body
+    critic: Shape | None
+    judge: Body | None
+    size: Size
+    dtype: torch.dtype
+    engine: EngineName
+    gpus: int
+    """0 for a CPU."""
+
+    @property
+    def place(self) -> str:
+        """Which of the constants above hold."""
+        return "gpu" if self.gpus else "cpu"
+
+    @property
+    def narrow(self) -> bool:
+        """Whether weights are learnt in float32 beside those that the model computes with."""
+        return self.dtype != torch.float32
+
+    @property
+    def learners(self) -> list[Shape]:
+        """The policy, and the critic if there is one."""
+        return [self.policy] + ([self.critic] if self.critic is not None else [])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Completions on one device."""
+
+    step: int
+    """Of a training step."""
+    prompts: int
+    """Different prompts among them."""
+    evaluated: int
+    """Of an evaluation."""
+    at_a_time: int
+    """Generated together, at most."""
+    micro: int
+    """Per forward and backward pass."""
+    passes: int
+    """Forward and backward passes of an optimiser step."""
+
+    @staticmethod
+    def of(config: ReinforceConfig, gpus: int) -> Rows:
+        """What a device gets of the batches that ``config`` describes."""
+        prompts = -(-config.batch_size // max(1, gpus))
+        step = prompts * config.num_generations
+        micro = min(config.micro_batch_size, step)
+        update = min(config.optimizer_batch_size, step)
+        return Rows(step, prompts, config.eval_prompts, config.rollout_batch_size, micro, -(-update // micro))
+
+
+# --- what stands all the time ---------------------------------------------------------------------------------------
+
+
+def standing(job: Job) -> dict[str, float]:
+    """What is there from the first optimiser step on."""
+    item, policy = job.dtype.itemsize, job.policy.parameters
+    parts: dict[str, float] = {"policy": item * policy}
+    if job.narrow:
+        parts["float32 weights"] = FLOAT * policy
+    parts["AdamW's moments"] = MOMENTS * policy
+    parts["reference"] = item * policy
+    parts["reward model"] = item * job.reward.parameters
+    if job.judge is not None:
+        parts["judge"] = item * job.judge.parameters
+    if job.critic is not None:
+        parts["critic"] = (item + FLOAT * job.narrow + MOMENTS) * job.critic.parameters
+    if job.gpus > 1:
+        parts["gradient buckets"] = item * sum(learner.parameters for learner in job.learners)
+    return parts
+
+
+def loading(job: Job) -> dict[str, float]:
+    """When the models are there and the policy is about to be cast; reward model first, reference last."""
+    item, policy = job.dtype.itemsize, job.policy.parameters
+    parts: dict[str, float] = {"reward model": item * job.reward.parameters}
+    if job.critic is not None:
+        parts["critic"] = (item + FLOAT * job.narrow) * job.critic.parameters
+    if job.narrow:
+        parts |= {"policy": FLOAT * policy, "float32 weights": FLOAT * policy}
+    else:
+        parts |= {"policy": item * policy, "reference": item * policy}
+    return parts
+
+
+# --- what a phase needs for itself ----------------------------------------------------------------------------------
+
+
+def generating(job: Job, rows: Rows) -> dict[str, float]:
+    """Rollouts of a step or of an evaluation, whichever takes more."""
+    if job.engine == "vllm":
+        return by_vllm(job, rows) if job.gpus else {}
+    sets = [(min(rows.step, rows.at_a_time), rows.prompts)]
+    if rows.evaluated:
+        sets.append((min(rows.evaluated, rows.at_a_time), rows.evaluated))
+    moments = [_prefill(job, number, prompts) for number, prompts in sets]
+    moments += [_decoding(job, number) for number, _ in sets]
+    parts = max(moments, key=total)
+    if not job.gpus:
+        parts["packed weights"] = job.dtype.itemsize * job.policy.packed
+    return parts
+
+
+def _prefill(job: Job, rows: int, prompts: int) -> dict[str, float]:
+    prompts = min(rows, prompts)
+    cache = prompts * (job.size.prompt + ROOM) * job.policy.cache_per_token
+    return {"activations": job.policy.prefill.peak.at(prompts).other, "key-value cache": cache}
+
+
+def _decoding(job: Job, rows: int) -> dict[str, float]:
+    """At the last token. The cache grows, or loses rows that have ended, a layer at a time, and that layer is held twice."""
+    policy = job.policy
+    cache = rows * cache_room(job.size) * policy.cache_per_token
+    return {"key-value cache": cache * (1 + 1 / policy.layers), "logits": rows * drawing_bytes(job)}
+
+
+def cache_room(size: Size) -> int:
+    """Tokens for which the transformers engine's cache has room at the end: it grows in strides."""
+    room = size.prompt + ROOM
+    while room < size.length - 1:  # the last token is drawn and not looked back at
+        room += ROOM + 1
+    return room
+
+
+def drawing_bytes(job: Job) -> int:
+    """For each row that a token is drawn for: logits before and after the temperature, and which tokens occurred."""
+    copies = 2 * FLOAT + (job.dtype.itemsize if job.narrow else 0) + 1
+    return copies * job.policy.vocabulary
+
+
+def by_vllm(job: Job, rows: Rows) -> dict[str, float]:
+    """The engine's own weights and its cache.
+
+    On a CPU the packed output layer doesn't share the embeddings' memory, the cache has a limit, and both are there all
+    the time; on a GPU they are only there while completions are generated.
+    """
+    policy = job.policy
+    one = policy.cache_per_token * in_blocks(job.size.length)
+    cache = cache_budget(one, rows.at_a_time, one * rows.at_a_time, None if job.gpus else CPU_CACHE_CAP)
+    weights = policy.parameters + (policy.head if policy.tied and not job.gpus else 0)
+    return {"vLLM's weights": job.dtype.itemsize * weights, "key-value cache": cache}
+
+
+def scoring(job: Job, rows: Rows) -> dict[str, float]:
+    """The reward model, then the reference, without gradients."""
+    texts = min(SCORED_AT_A_TIME, max(rows.step, rows.evaluated))
+    asked = max(rows.micro, min(EVALUATION_ROWS, rows.evaluated))
+    moments = [{"activations": float(job.reward.score.peak.at(texts).other)}]
+    if job.judge is not None:
+        moments.append({"activations": float(job.judge.score.peak.at(min(SCORED_AT_A_TIME, rows.evaluated)).other)})
+    for learner in job.learners:
+        moments.append({"activations": float(learner.score.peak.at(asked).other)})
+        kept = learner.score.at_head.at(asked)
+        moments.append({"activations": kept, "logits": chunk_bytes(job, learner, asked) + block_bytes(job, learner, asked)})
+    return max(moments, key=total)
+
+
+def training(job: Job, rows: Rows) -> dict[str, float]:
+    """The forward and backward pass with the most alive: policy first, then the critic, over each micro-batch."""
+    moments = []
+    whole = [FLOAT * learner.parameters for learner in job.learners]
+    for place, learner in enumerate(job.learners):
+        before, others = sum(whole[:place]), sum(whole) - whole[place]
+        moments.append(_with_gradients(job, learner, learner.first, rows.micro, before))
+        if rows.passes > 1:
+            moments.append(_with_gradients(job, learner, learner.later, rows.micro, others))
+    return max(moments, key=total)
+
+
+def _with_gradients(job: Job, learner: Shape, one: Pass, rows: int, others: float) -> dict[str, float]:
+    """A pass of ``learner`` while the other learner has ``others`` bytes of gradients."""
+    gradients, other = one.peak.at(rows)
+    alive = {"gradients": gradients + others, "activations": float(other), "logits": 0.0}
+    if not learner.logits_apart:  # they are among the activations, but for a critic, which has none
+        return alive | {"logits": float(block_bytes(job, learner, rows)) if learner.vocabulary > 1 else 0.0}
+    logits, head = logits_bytes(job, learner, rows)
+    kept = one.at_head.at(rows) + head
+    at_head = {"gradients": one.at_head.gradients + others, "activations": kept, "logits": logits}
+    return max(alive, at_head, key=total)
+
+
+def logits_bytes(job: Job, learner: Shape, rows: int) -> tuple[float, float]:
+    """At the most: bytes of logits and their gradients in the backward pass, and of the output layer's gradient.
+
+    Logits that fit into a chunk are kept; else they are computed again chunk by chunk, and the output layer's gradient of
+    one chunk is added to that of those before. Either logits, gradient and blocks in float32 are there, or the gradient
+    and what becomes of it.
+    """
+    chunk = chunk_bytes(job, learner, rows)
+    chunks = -(-rows * job.size.new * learner.vocabulary * job.dtype.itemsize // chunk) if chunk else 1
+    head = learner.head * job.dtype.itemsize
+    softmax = (2.0 * chunk + block_bytes(job, learner, rows), float(head * (chunks > 1)))
+    product = (float(chunk), float(head * min(chunks, 2)))
+    return max(softmax, product, key=sum)
+
+
+def chunk_bytes(job: Job, learner: Shape, rows: int) -> int:
+    """Logits that are there at a time, in the model's own dtype."""
+    if not learner.logits_apart:
+        return 0
+    row = learner.vocabulary * job.dtype.itemsize
+    return min(rows * job.size.new, max(1, CHUNK_BYTES // row)) * row
+
+
+def block_bytes(job: Job, learner: Shape, rows: int) -> int:
+    """Probabilities, and logits where they aren't there already, in float32 that softmax works on at a time."""
+    row = FLOAT * learner.vocabulary
+    limit = CHUNK_BYTES if job.gpus else BLOCK_BYTES["cpu"]
+    return (1 + job.narrow) * min(rows * job.size.new, max(1, limit // row)) * row
+
+
+def stepping(job: Job) -> dict[str, float]:
+    """AdamW has all gradients and works in place."""
+    return {"gradients": float(FLOAT * sum(learner.parameters for learner in job.learners))}
+
+
+def saving(job: Job) -> dict[str, float]:
+    """A checkpoint copies one learner's optimiser to main memory before it is written; of a GPU it takes nothing."""
+    if job.gpus:
+        return {}
+    copied = MOMENTS + FLOAT * job.narrow
+    return {"checkpoint copies": float(copied * max(learner.parameters for learner in job.learners))}
+
+
+def batch_bytes(job: Job, rows: Rows) -> float:
+    """The rollout batch: five tensors, advantages and returns, their float64 steps, and on a CPU Python's own numbers."""
+    per_token = 7 * FLOAT + 3 * 8
+    if not job.gpus:
+        per_token += 2 * 8 + 32 + 24  # two tuples of pointers to an int and a float
+    return float(rows.step * job.size.new * per_token)
+
+
+PHASES = ("load", "rollout", "score", "update", "adamw", "save")
+PARTS = (
+    "policy",
+    "float32 weights",
+    "AdamW's moments",
+    "reference",
+    "reward model",
+    "judge",
+    "critic",
+    "gradients",
+    "gradient buckets",
+    "activations",
+    "logits",
+    "key-value cache",
+    "packed weights",
+    "vLLM's weights",
+    "rollout batch",
+    "checkpoint copies",
+    "allocator",
+    "libraries",
+)
+"""In the order in which they are told."""
+
+
+def phases(job: Job, rows: Rows) -> dict[str, dict[str, float]]:
+    """The parts of each phase."""
+    libraries = {"libraries": float(LIBRARIES[job.place] + (VLLM[job.place] if job.engine == "vllm" else 0))}
+    engine = by_vllm(job, rows) if job.engine == "vllm" and not job.gpus else {}
+    stands = libraries | standing(job) | engine | {"rollout batch": batch_bytes(job, rows)}
+    own = (generating(job, rows), scoring(job, rows), training(job, rows), stepping(job), saving(job))
+    share = ALLOCATOR[job.place]
+    later = [stands | parts | {"allocator": share * total(parts)} for parts in own]
+    return dict(zip(PHASES, [libraries | loading(job) | engine, *later], strict=True))
+
+
+def total(parts: Parts) -> float:
+    """Bytes of all parts."""
+    return sum(parts.values())

@@ -1,0 +1,200 @@
+"""The plan as a table and a few sentences for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from reinforcepp.config import PlanConfig
+from reinforcepp.plan.machine import GIB, Machine
+from reinforcepp.plan.memory import ALLOCATOR, MIB, PARTS, Job, Rows, total
+from reinforcepp.plan.search import MOST_PROMPTS, Largest
+from reinforcepp.plan.timing import OF_MEASURED, OF_SHEET
+
+SHOWN_IN_GIB = 10 * GIB
+NARROW = 0.9
+"""Share of the memory from which on a fit is no certainty."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner found."""
+
+    config: PlanConfig
+    machine: Machine
+    job: Job
+    rows: Rows
+    phases: dict[str, dict[str, float]]
+    """Bytes by phase and part."""
+    limits: Largest
+    smaller: dict[str, dict[str, float]]
+    """The same with the largest mini_batch_size and rollout_batch_size that fit, or with 1 where none does."""
+    seconds: dict[str, float] | None
+    """Of a step, by phase."""
+    said: tuple[str, ...]
+    """What was assumed of this training."""
+
+    @property
+    def peak_phase(self) -> str:
+        """Where the most memory is needed."""
+        return max(self.phases, key=lambda name: total(self.phases[name]))
+
+    @property
+    def peak(self) -> float:
+        """Bytes needed there."""
+        return total(self.phases[self.peak_phase])
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is that much."""
+        return self.peak <= self.machine.memory
+
+
+def verdict(plan: Plan) -> str:
+    """One sentence: does it fit, and if not, what would?"""
+    needed = f"{gib(plan.peak)} of {gib(plan.machine.memory)} GiB"
+    each = " on each GPU" if plan.machine.gpus > 1 else ""
+    if plan.fits:
+        spare = plan.peak < NARROW * plan.machine.memory
+        close = "" if spare else " That is close: the estimate may be off by a tenth."
+        return f"Fits: {needed}{each}, the most of it in the phase {plan.peak_phase!r}.{close}"
+    needed = f"Does not fit: {needed}{each} in the phase {plan.peak_phase!r}"
+    limits, rows = plan.limits, plan.rows
+    least = max(total(parts) for parts in plan.smaller.values())
+    if least > plan.machine.memory:
+        fewer = ", fewer eval_prompts" if rows.evaluated > rows.step else ""
+        return (
+            f"{needed}. Even one completion at a time takes {gib(least)} GiB: take a device with more memory, a smaller "
+            f"model{fewer}, or shorter prompts and completions."
+        )
+    changes = [f"--mini_batch_size {limits.mini_batch_size}"] if limits.mini_batch_size < rows.micro else []
+    generated = min(rows.at_a_time, max(rows.step, rows.evaluated))
+    if limits.rollout_batch_size < generated:
+        changes.append(f"--rollout_batch_size {limits.rollout_batch_size}")
+    return f"{needed}. It fits with {' '.join(changes)}: {gib(least)} GiB, and the same result."
+
+
+def as_text(plan: Plan) -> Iterator[str | Table]:
+    """The plan for people."""
+    yield _subject(plan)
+    yield _table(plan)
+    yield verdict(plan)
+    yield ""
+    yield from _limits(plan)
+    yield _times(plan)
+    yield ""
+    for sentence in assumptions(plan):
+        yield f"- {sentence}"
+
+
+def as_json(plan: Plan) -> str:
+    """The plan for programs; memory in bytes, time in seconds."""
+    told: dict[str, Any] = {
+        "fits": plan.fits,
+        "verdict": verdict(plan),
+        "memory": {"peak": round(plan.peak), "available": round(plan.machine.memory), "peak_phase": plan.peak_phase},
+        "phases": {phase: {part: round(size) for part, size in parts.items()} for phase, parts in plan.phases.items()},
+        "largest_that_fits": asdict(plan.limits),
+        "seconds": plan.seconds and plan.seconds | {"step": sum(plan.seconds.values())},
+        "device": {"name": plan.machine.title, "gpus": plan.machine.gpus},
+        "engine": plan.job.engine,
+        "parameters": {"policy": plan.job.policy.parameters, "reward_model": plan.job.reward.parameters},
+        "assumptions": list(assumptions(plan)),
+    }
+    return json.dumps(told, indent=2) + "\n"
+
+
+def gib(size: float) -> str:
+    """In GiB, with as many digits as matter."""
+    return f"{size / GIB:.1f}" if size >= 10 * GIB else f"{size / GIB:.2f}"
+
+
+# --- parts of the text ----------------------------------------------------------------------------------------------
+
+
+def _subject(plan: Plan) -> str:
+    rows, config = plan.rows, plan.config
+    devices = f"{plan.machine.gpus} x {plan.machine.title}" if plan.machine.gpus > 1 else plan.machine.title
+    each = " on each" if plan.machine.gpus > 1 else ""
+    return (
+        f"{config.model}, {_count(plan.job.policy.parameters)} parameters, {config.estimator}, "
+        f"{str(plan.job.dtype).removeprefix('torch.')}, on {devices} with {gib(plan.machine.memory)} GiB.\n"
+        f"A step{each}: {rows.step} completions of {config.max_new_tokens} tokens to prompts of "
+        f"{config.max_prompt_length}, {min(rows.at_a_time, rows.step)} generated and {rows.micro} trained on at a time."
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
+
+
+def _table(plan: Plan) -> Table:
+    """Parts down, phases across; the largest phase stands out."""
+    unit, name = (GIB, "GiB") if plan.peak >= SHOWN_IN_GIB else (MIB, "MiB")
+    form = "{:,.1f}" if unit == GIB else "{:,.0f}"
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    grid.add_column(name, no_wrap=True)
+    for phase in plan.phases:
+        grid.add_column(phase, justify="right", style="bold" if phase == plan.peak_phase else "")
+    for part in PARTS:
+        sizes = [parts.get(part, 0.0) for parts in plan.phases.values()]
+        if max(sizes) >= unit / 20:
+            grid.add_row(part, *(form.format(size / unit) if size else "" for size in sizes))
+    grid.add_section()
+    grid.add_row("together", *(form.format(total(parts) / unit) for parts in plan.phases.values()))
+    return grid
+
+
+def _limits(plan: Plan) -> Iterator[str]:
+    limits, rows = plan.limits, plan.rows
+    yield "The largest that fit, each with the other settings as they are:"
+    whole = " (all of a step)" if limits.mini_batch_size == rows.step else ""
+    yield f"  mini_batch_size     {limits.mini_batch_size or 'none'}{whole}"
+    whole = " (all of them)" if limits.rollout_batch_size == max(rows.step, rows.evaluated) else ""
+    yield f"  rollout_batch_size  {limits.rollout_batch_size or 'none'}{whole}"
+    devices = max(1, plan.machine.gpus)
+    more = " or more" if limits.batch_size >= MOST_PROMPTS // devices * devices else ""
+    yield f"  batch_size          {limits.batch_size or 'none'}{more}"
+
+
+def _times(plan: Plan) -> str:
+    if plan.seconds is None:
+        return "Time of a step: name the GPU (--device) to have it estimated."
+    parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in plan.seconds.items())
+    return f"Time of a step: about {sum(plan.seconds.values()):.1f} s ({parts})."
+
+
+def assumptions(plan: Plan) -> Iterator[str]:
+    """What the figures rest on."""
+    yield from plan.said
+    machine, rates = plan.machine, plan.machine.rates
+    yield "Every prompt and completion is counted at its full length; shorter ones take less memory and time."
+    if machine.gpus > 1:
+        yield (
+            "Training is data-parallel: every GPU holds all weights, gradients and moments, so more GPUs share rows only. "
+            "The time of exchanging gradients is not counted."
+        )
+    share = ALLOCATOR[plan.job.place]
+    if machine.gpus:
+        yield (
+            f"The CUDA context and {share:.0%} for what the allocator can't use are guesses: the estimate has been checked "
+            "against measured peaks on CPUs only."
+        )
+    else:
+        yield f"{share:.0%} of what a phase makes and frees are added for what the allocator can't use."
+    if rates is not None:
+        shares = OF_MEASURED if rates.measured else OF_SHEET
+        whose = "measured here just now" if rates.measured else "from the data sheet"
+        yield (
+            f"Time: {_tera(rates.operations)} and {rates.bytes / 1e9:,.0f} GB/s, {whose}, of which passes are taken to reach "
+            f"{shares.products:.0%} and {shares.reading:.0%}."
+        )
+
+
+def _tera(rate: float) -> str:
+    return f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"

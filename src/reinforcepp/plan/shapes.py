@@ -1,0 +1,287 @@
+"""What the planner knows of a model: sizes, operations and the peaks of its passes, from its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from reinforcepp.errors import ModelError
+from reinforcepp.logprobs import skipped
+from reinforcepp.models import empty_model
+from reinforcepp.plan.trace import FLOPS, ROWS, Line, Live, Moment, Peak, attention_on_shapes, line_of, peak_of
+from reinforcepp.precision import move_gradient
+from reinforcepp.rollout.memory import cache_bytes_per_token
+from reinforcepp.rollout.packed import packed_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# What a model's code may raise when it is given no numbers to compute with.
+NEEDS_NUMBERS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Memory of one pass over a micro-batch in bytes, apart from the weights and from logits that are computed apart."""
+
+    peak: Peak
+    """The most that is alive at a time."""
+    at_head: Line
+    """What is alive when the last hidden states are there and the output layer's turn comes."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A model that is only asked, as a reward model is."""
+
+    parameters: int
+    score: Pass
+    """Of prompts with completions."""
+    row_flops: int
+    """Operations of the forward pass of one such row, without an output layer that is computed apart."""
+
+
+@dataclass(frozen=True)
+class Shape(Body):
+    """A model that generates and is trained."""
+
+    layers: int
+    vocabulary: int
+    head: int
+    """Weights of the output layer."""
+    tied: bool
+    """Whether they are those of the embeddings."""
+    logits_apart: bool
+    """Whether logits are computed for response tokens alone, and in chunks: not where a model scales or caps them."""
+    packed: int
+    """Weights of which generation on a CPU makes packed copies."""
+    cache_per_token: int
+    """Bytes of keys and values."""
+    token_flops: int
+    """Operations for one more token of a completion, output layer included, looking back at others not."""
+    token_calls: int
+    """Calls of the library for it."""
+    prompt_flops: int
+    """Operations of the forward pass of one prompt."""
+    prefill: Pass
+    """Of prompts alone."""
+    first: Pass
+    """Forward and backward where no gradient was there before."""
+    later: Pass
+    """The same where all gradients are."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens of a row."""
+
+    prompt: int
+    new: int
+
+    @property
+    def length(self) -> int:
+        """Prompt and completion."""
+        return self.prompt + self.new
+
+
+def trained_shape(
+    config: PreTrainedConfig, dtype: torch.dtype, size: Size, *, early: bool = True, values: bool = False
+) -> Shape:
+    """What there is to know of a policy, or of a critic with one value for an output.
+
+    Args:
+        config: the model's.
+        dtype: what it computes in.
+        size: of the rows.
+        early: gradients move to float32 one by one, as they do in a training of one process.
+        values: the output layer has one output instead of the vocabulary.
+
+    Raises:
+        ModelError: it is no causal language model, or its code can't be run on shapes.
+    """
+    with _told(config), attention_on_shapes():
+        model = empty_model(config, dtype)
+        if values:
+            width = model.get_output_embeddings().weight.shape[1]
+            model.set_output_embeddings(nn.Linear(width, 1, bias=False, device="meta", dtype=dtype))
+        head = model.get_output_embeddings()
+        apart = not values and _gives_logits(model, head)
+        skip = partial(skipped, head) if apart else nullcontext
+        passes = [_two_passes(model, head if apart else None, skip, rows, size, early=early) for rows in ROWS]
+        first, later = (
+            Pass(peak_of([moments for moments, _ in both]), line_of([at_head for _, at_head in both]))
+            for both in zip(*passes, strict=True)
+        )
+        weights = head.weight.numel()
+        with skip():
+            calls, flops = _cost(lambda: _answers(model, 1, Size(1, 0)))
+            return Shape(
+                parameters=sum(p.numel() for p in model.parameters()),
+                score=_asking(lambda rows: _answers(model, rows, size)),
+                row_flops=_cost(lambda: _answers(model, 1, size))[1],
+                layers=config.get_text_config().num_hidden_layers,
+                vocabulary=head.weight.shape[0],
+                head=weights,
+                tied=head.weight is model.get_input_embeddings().weight,
+                logits_apart=apart,
+                packed=packed_weights(model),
+                cache_per_token=cache_bytes_per_token(config, dtype),
+                token_flops=flops + (2 * weights if apart else 0),
+                token_calls=calls,
+                prompt_flops=_cost(lambda: _answers(model, 1, Size(size.prompt, 0)))[1],
+                prefill=_asking(lambda rows: _answers(model, rows, Size(size.prompt, 0))),
+                first=first,
+                later=later,
+            )
+
+
+def asked_shape(config: PreTrainedConfig, dtype: torch.dtype, size: Size) -> Body:
+    """What there is to know of a reward model; arguments and errors are those of :func:`trained_shape`."""
+    with _told(config), attention_on_shapes():
+        model = empty_model(config, dtype, "AutoModel")
+        score_weights = config.get_text_config().hidden_size
+        return Body(
+            parameters=sum(p.numel() for p in model.parameters()) + score_weights,
+            score=_asking(lambda rows: model(**_inputs(rows, size)).last_hidden_state),
+            row_flops=_cost(lambda: model(**_inputs(1, size)).last_hidden_state)[1],
+        )
+
+
+@contextmanager
+def _told(config: PreTrainedConfig) -> Iterator[None]:
+    try:
+        yield
+    except NEEDS_NUMBERS as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"What a model of the type {config.model_type} takes can't be told without loading it: its code doesn't run on "
+            f"shapes alone ({reason})."
+        ) from error
+
+
+# --- the passes -----------------------------------------------------------------------------------------------------
+
+
+def _inputs(rows: int, size: Size) -> dict[str, Any]:
+    """Rows that are padded, as rows of different length are."""
+    ids = torch.zeros(rows, size.length, dtype=torch.long, device="meta")
+    mask = torch.zeros(rows, 1, size.length, size.length, dtype=torch.bool, device="meta")
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": ids, "use_cache": False}
+
+
+def _answers(model: Any, rows: int, size: Size) -> Tensor:
+    """What ``model`` puts out before each new token, or where there are none after the last. -> (rows, new, X)"""
+    output_BTX: Tensor = model(**_inputs(rows, size), logits_to_keep=size.new + 1).logits
+    return output_BTX[:, :-1] if size.new else output_BTX
+
+
+def _gives_logits(model: Any, head: nn.Module) -> bool:
+    """Whether the model's logits are what its output layer puts out: some models scale or cap them afterwards."""
+    seen: list[Tensor] = []
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        logits_BTV = model(**_inputs(1, Size(4, 0))).logits
+    hook.remove()
+    return len(seen) == 1 and seen[0].untyped_storage()._cdata == logits_BTV.untyped_storage()._cdata
+
+
+def _two_passes(
+    model: PreTrainedModel,
+    head: nn.Module | None,
+    skip: Callable[[], AbstractContextManager[None]],
+    rows: int,
+    size: Size,
+    *,
+    early: bool,
+) -> list[tuple[list[Moment], Moment]]:
+    """Forward and backward, twice: what was alive after every operation, and when the output layer's turn came.
+
+    Where the logits are computed apart, ``head`` is the output layer and ``skip`` leaves it out of the model.
+    """
+    passes = []
+    live = Live()
+    with _gradients(model, live, early=early) as collect, live:
+        for _ in range(2):
+            begin = len(live.moments)
+            with skip():
+                output_BTX = _answers(model, rows, size)
+            output_NX = output_BTX.reshape(-1, output_BTX.shape[-1])
+            live.note()
+            at_head = live.moments[-1]
+            # One token is enough to have the output layer's gradient; what logits take is added by the planner.
+            result = _Kept.apply(output_NX) if head is None else head(output_NX[:1])  # type: ignore[no-untyped-call]
+            del output_BTX, output_NX
+            result.sum().backward()
+            del result
+            collect()
+            passes.append((live.moments[begin:], at_head))
+    return passes
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps its input for the backward pass, as log-probabilities keep their logits."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor) -> Tensor:
+        ctx.save_for_backward(given)
+        return given.new_empty(len(given))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+@contextmanager
+def _gradients(model: PreTrainedModel, live: Live, *, early: bool) -> Iterator[Callable[[], None]]:
+    """Gradients go where ``MasterAdamW`` has them go; gives what is due after each pass, and drops them at the end."""
+    narrow = model.dtype != torch.float32
+    masters = {p: torch.empty_like(p, dtype=torch.float32) if narrow else p for p in model.parameters()}
+    sizes = dict.fromkeys(masters, 0)
+
+    def arrived(parameter: Tensor, *, move: bool) -> None:
+        if move:
+            move_gradient(parameter, masters[parameter])
+        size = sum(t.grad.nbytes for t in {parameter, masters[parameter]} if t.grad is not None)
+        live.gradients += size - sizes[parameter]
+        sizes[parameter] = size
+        live.note()
+
+    def collect() -> None:
+        for parameter in masters:
+            arrived(parameter, move=narrow)
+
+    hooks = [p.register_post_accumulate_grad_hook(partial(arrived, move=narrow and early)) for p in masters]
+    try:
+        yield collect
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+
+
+@torch.no_grad()
+def _asking(ask: Callable[[int], Tensor]) -> Pass:
+    """A forward pass without gradients; ``ask`` makes it with so many rows."""
+    runs, at_head = [], []
+    for rows in ROWS:
+        with Live() as live:
+            output = ask(rows)
+            runs.append(live.moments)
+            at_head.append(live.moments[-1])
+            del output
+    return Pass(peak_of(runs), line_of(at_head))
+
+
+@torch.no_grad()
+def _cost(ask: Callable[[], Tensor]) -> tuple[int, int]:
+    """Calls of the library and floating-point operations of a forward pass."""
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter, Live() as live:
+        ask()
+    return live.operations, counter.get_total_flops()

@@ -1,0 +1,109 @@
+"""Seconds of a training step by its phases: operations over the rate of products, or bytes over that of memory.
+
+A roofline: what the machine could do, times the share of it that a pass of this kind reaches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from reinforcepp.config import ReinforceConfig
+from reinforcepp.plan.machine import Machine, Rates
+from reinforcepp.plan.memory import FLOAT, MOMENTS, Job, Rows, chunk_bytes
+from reinforcepp.plan.shapes import Shape
+
+BACKWARD = 2
+"""Operations of a backward pass, in forward passes."""
+CALL_SECONDS = 10e-6
+"""Python's and torch's own time for one call of the library; generation by transformers makes thousands for a token."""
+
+
+class Shares(NamedTuple):
+    """Of the rate of products and of that of reading memory, what a pass reaches."""
+
+    products: float
+    reading: float
+
+
+# Of rates measured as large products and long reads: about what benchmarks/peers.py finds of this package's own step.
+# Of a data sheet's: the training of Llama 3 reached 38 to 43 % of the products (arXiv 2407.21783, section 3.3); the
+# share of reading is a guess.
+OF_MEASURED, OF_SHEET = Shares(0.7, 0.7), Shares(0.4, 0.6)
+
+
+def step_seconds(job: Job, rows: Rows, config: ReinforceConfig, machine: Machine) -> dict[str, float] | None:
+    """Rollout, scoring and update of one step, on the device with the most rows; None where no rates are known."""
+    rates = machine.rates
+    if rates is None:
+        return None
+    shares = OF_MEASURED if rates.measured else OF_SHEET
+    products, reading = rates.operations * shares.products, rates.bytes * shares.reading
+    usual = Rates(products, reading, rates.measured)
+    return {
+        "rollout": rollout_seconds(job, rows, usual),
+        "scoring": scoring_operations(job, rows, config) / products,
+        "update": update_operations(job, rows, config) / products + adam_bytes(job, rows, config) / reading,
+    }
+
+
+def rollout_seconds(job: Job, rows: Rows, rates: Rates) -> float:
+    """Prompts once, then a token of each completion at a time."""
+    policy, size = job.policy, job.size
+    prompts = rows.prompts * (policy.prompt_flops + 2 * policy.head) / rates.operations
+    seconds, left = prompts, rows.step
+    while left > 0:
+        together = min(left, rows.at_a_time)
+        context = size.prompt + size.new / 2
+        read = job.dtype.itemsize * policy.packed + together * context * policy.cache_per_token
+        work = [read / rates.bytes, together * policy.token_flops / rates.operations]
+        calls = CALL_SECONDS * policy.token_calls if job.engine == "transformers" else 0.0
+        # a GPU works while the next calls are prepared, a CPU can't
+        seconds += size.new * (max(*work, calls) if job.gpus else max(work) + calls)
+        left -= together
+    return seconds
+
+
+def answer_operations(learner: Shape, new: int) -> float:
+    """Forward pass of one row, with logits of the completion alone where they are computed apart."""
+    return learner.row_flops + (2 * learner.head * new if learner.logits_apart else 0)
+
+
+def scoring_operations(job: Job, rows: Rows, config: ReinforceConfig) -> float:
+    """Reward model, reference, the policy where the update doesn't give its log-probabilities, and the critic."""
+    own = answer_operations(job.policy, job.size.new)
+    passes = [float(job.reward.row_flops), own]
+    if not on_policy(job, rows, config):
+        passes.append(own)
+    if job.critic is not None:
+        passes.append(job.critic.row_flops)
+    return rows.step * sum(passes)
+
+
+def update_operations(job: Job, rows: Rows, config: ReinforceConfig) -> float:
+    """Forward and backward of each learner, and logits again where they were too many to be kept."""
+    total = 0.0
+    for learner in job.learners:
+        total += (1 + BACKWARD) * answer_operations(learner, job.size.new)
+        kept = rows.micro * job.size.new * learner.vocabulary * job.dtype.itemsize <= chunk_bytes(
+            job, learner, rows.micro
+        )
+        if learner.logits_apart and not kept:
+            total += 2 * learner.head * job.size.new
+    return total * rows.step * config.num_iterations
+
+
+def adam_bytes(job: Job, rows: Rows, config: ReinforceConfig) -> float:
+    """AdamW reads weight, gradient and moments and writes all but the gradient, and in bfloat16 the rounded weight."""
+    each = 2 * (FLOAT + MOMENTS) + FLOAT + (job.dtype.itemsize if job.narrow else 0)
+    return float(each * sum(learner.parameters for learner in job.learners) * updates(rows, config))
+
+
+def updates(rows: Rows, config: ReinforceConfig) -> int:
+    """Optimiser steps of a training step."""
+    return config.num_iterations * -(-rows.step // min(config.optimizer_batch_size, rows.step))
+
+
+def on_policy(job: Job, rows: Rows, config: ReinforceConfig) -> bool:
+    """Whether the update's own pass gives the log-probabilities of sampling: see ``PolicyUpdate``."""
+    own_forward = job.engine == "transformers"
+    return own_forward and config.top_p == 1 and config.top_k == 0 and updates(rows, config) == 1

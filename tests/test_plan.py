@@ -1,0 +1,810 @@
+"""The planner: shapes and bytes that can be counted by hand, real passes beside it, the largest batches, what it tells."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforcepp import cli, models
+from reinforcepp.config import PlanConfig
+from reinforcepp.config.reinforce import ReinforceConfig
+from reinforcepp.critic import Critic
+from reinforcepp.devices import ACCELERATORS
+from reinforcepp.distributed import Ranks
+from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.learner import Learner
+from reinforcepp.logprobs import CHUNK_BYTES, response_logprobs
+from reinforcepp.plan import machine, memory, report, search, timing
+from reinforcepp.plan.command import make_plan
+from reinforcepp.plan.memory import Job, Rows
+from reinforcepp.plan.shapes import Pass, Shape, Size, asked_shape, trained_shape
+from reinforcepp.plan.trace import Line, Live, Peak, peak_of
+from reinforcepp.types import Completion, Prompt
+
+F32, BF16 = torch.float32, torch.bfloat16
+SIZE = Size(prompt=12, new=20)
+# of tests/tiny.py
+WIDTH, HEADS, LAYERS, VOCABULARY, POSITIONS, INNER = 64, 2, 2, 320, 256, 128
+GPT2 = VOCABULARY * WIDTH + POSITIONS * WIDTH + LAYERS * (12 * WIDTH**2 + 13 * WIDTH) + 2 * WIDTH
+LLAMA = 2 * VOCABULARY * WIDTH + LAYERS * (WIDTH * WIDTH * 3 + 3 * WIDTH * INNER + 2 * WIDTH) + WIDTH
+
+
+@cache
+def shape(family: str = "gpt2", dtype: torch.dtype = F32, size: Size = SIZE, **changes) -> Shape:
+    return trained_shape(tiny.model(family, tied=family != "llama").config, dtype, size, **changes)
+
+
+@cache
+def job(dtype: torch.dtype = F32, gpus: int = 0, critic: bool = False, engine: str = "transformers") -> Job:
+    early = gpus <= 1
+    return Job(
+        policy=shape(dtype=dtype, early=early),
+        reward=asked_shape(tiny.model().config, dtype, SIZE),
+        critic=shape(dtype=dtype, early=early, values=True) if critic else None,
+        judge=None,
+        size=SIZE,
+        dtype=dtype,
+        engine=engine,
+        gpus=gpus,
+    )
+
+
+def rows(step: int = 8, micro: int = 4, passes: int = 2, evaluated: int = 0, at_a_time: int = 128) -> Rows:
+    return Rows(step, step, evaluated, at_a_time, micro, passes)
+
+
+def config(**changes) -> PlanConfig:
+    lengths = {"max_prompt_length": SIZE.prompt, "max_new_tokens": SIZE.new, "eval_prompts": 0}
+    return PlanConfig(**(lengths | changes))
+
+
+# --- what is counted of a model -------------------------------------------------------------------------------------
+
+
+def test_parameters_are_those_of_the_real_model():
+    assert GPT2 == 136_960 and LLAMA == 115_008
+    for family, expected in (("gpt2", GPT2), ("llama", LLAMA)):
+        assert shape(family).parameters == expected
+        assert expected == sum(p.numel() for p in tiny.model(family, tied=family != "llama").parameters())
+
+
+def test_a_reward_model_has_a_score_in_the_place_of_the_vocabulary():
+    assert asked_shape(tiny.model().config, F32, SIZE).parameters == GPT2 + WIDTH
+    llama = tiny.model("llama", tied=False).config
+    assert asked_shape(llama, F32, SIZE).parameters == LLAMA - VOCABULARY * WIDTH + WIDTH
+
+
+def test_a_critic_has_an_output_layer_of_its_own():
+    values = shape(values=True)
+    assert (values.parameters, values.head, values.vocabulary) == (GPT2 + WIDTH, WIDTH, 1)
+    assert shape("llama", values=True).parameters == LLAMA - VOCABULARY * WIDTH + WIDTH
+
+
+def test_sizes_of_the_output_layer_the_cache_and_the_packed_weights():
+    policy = shape()
+    assert (policy.head, policy.tied, policy.vocabulary, policy.layers) == (20_480, True, 320, 2)
+    assert policy.packed == LAYERS * 12 * WIDTH**2 + VOCABULARY * WIDTH == 118_784
+    assert policy.cache_per_token == 2 * LAYERS * WIDTH * 4 == 1024
+    llama = shape("llama", BF16)
+    assert llama.cache_per_token == 2 * LAYERS * (WIDTH // 2) * 2 == 256  # one head of keys for two of queries
+    assert not llama.tied
+
+
+def test_operations_are_two_for_each_weight_and_token_and_those_of_attention():
+    policy, body = shape(), LAYERS * 12 * WIDTH**2
+    pairs = 4 * WIDTH * LAYERS
+    assert policy.row_flops == 2 * body * SIZE.length + pairs * SIZE.length**2
+    assert policy.prompt_flops == 2 * body * SIZE.prompt + pairs * SIZE.prompt**2
+    assert policy.token_flops == 2 * (body + VOCABULARY * WIDTH) + pairs
+    assert asked_shape(tiny.model().config, F32, SIZE).row_flops == policy.row_flops
+
+
+def test_what_gpt2_keeps_for_the_backward_pass():
+    """Of a token in a layer: input and output of both norms, queries, keys and values, attention's output, and four times
+    the width before and after the activation; the norms' statistics, attention's sums, and a row of the mask."""
+    length = SIZE.length
+    layer = 16 * WIDTH + 4 + HEADS + length
+    last = 2 * WIDTH + 2
+    floats = (LAYERS * layer + last) * length + SIZE.new * WIDTH
+    line = shape().first.at_head
+    assert line == Line(gradients=0, constant=0, per_row=4 * floats + 8 * length)
+    assert shape().later.at_head.gradients == 4 * GPT2
+
+
+def test_the_score_pass_keeps_nothing_but_its_last_states():
+    line = shape().score.at_head
+    assert line.at(3) == 3 * 4 * WIDTH * SIZE.length
+    assert shape().score.peak.at(3).other < shape().first.peak.at(3).other / 3
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_gradients_end_up_in_float32(early):
+    last = shape(dtype=BF16, early=early).later.at_head
+    assert last.gradients == 4 * GPT2
+    most = sum(shape(dtype=BF16, early=early).later.peak.at(1)) / GPT2
+    assert (most < 5) if early else (most > 6)  # bytes a weight: one by one, or all in bfloat16 beside float32
+
+
+def test_a_model_that_caps_its_logits_has_them_in_its_own_pass():
+    from transformers import Gemma2Config
+
+    capped = Gemma2Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=VOCABULARY,
+    )
+    assert capped.final_logit_softcapping
+    with_cap = trained_shape(capped, F32, SIZE)
+    capped.final_logit_softcapping = None
+    without = trained_shape(capped, F32, SIZE)
+    assert (with_cap.logits_apart, without.logits_apart) == (False, True)
+    assert with_cap.first.at_head.per_row - without.first.at_head.per_row > 4 * VOCABULARY * SIZE.new
+    assert memory.chunk_bytes(job(), with_cap, 4) == 0
+
+
+def test_a_mixture_of_experts_can_be_counted():
+    from transformers import MixtralConfig
+
+    mixture = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=VOCABULARY,
+    )
+    assert trained_shape(mixture, F32, SIZE).parameters > 4 * 3 * 64 * 128
+
+
+def test_other_models_are_refused():
+    from transformers import CLIPConfig, MptConfig
+
+    with pytest.raises(ModelError, match="clip, which is no causal language model"):
+        trained_shape(CLIPConfig(), F32, SIZE)
+    with pytest.raises(ModelError, match=r"type mpt .* doesn't run on shapes alone"):
+        broken = MptConfig(d_model=64, n_heads=2, n_layers=1, vocab_size=VOCABULARY)
+        broken.d_model = None
+        trained_shape(broken, F32, SIZE)
+
+
+# --- beside real passes ---------------------------------------------------------------------------------------------
+
+
+def real_peak(family: str, dtype: torch.dtype, number: int, passes: int, values: bool) -> int:
+    """Most bytes alive in real passes of the trainer's own code, apart from the weights."""
+    settings = ReinforceConfig(mixed_precision="bf16" if dtype == BF16 else "no")
+    model = models._with_fused_gelu(tiny.model(family, tied=family != "llama"))
+    kind = (lambda *args, learning_rate, **named: Critic(*args, **named)) if values else Learner
+    learner = kind(model, Ranks(), settings, learning_rate=1e-5, steps=1)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [SIZE.prompt - i % 3 for i in range(number)]  # of different length, so that they are padded
+    prompts, answers = (
+        [tuple(torch.randint(1, VOCABULARY, (n,), generator=generator).tolist()) for n in sizes]
+        for sizes in (lengths, [SIZE.new] * number)
+    )
+    completions = [
+        Completion(Prompt("", ids, 0), answer, (), "", "length") for ids, answer in zip(prompts, answers, strict=True)
+    ]
+
+    def run() -> torch.Tensor:
+        if values:
+            return learner.values(completions, range(number), SIZE.new, 0)
+        return response_logprobs(learner.model, prompts, answers, pad_id=0)[0]
+
+    run().sum().backward()  # what is set up at the first pass isn't counted
+    learner.drop_gradients()
+    with Live() as live:
+        for _ in range(passes):
+            learner.backward(run().sum())
+    return max(map(sum, live.moments))
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", F32), ("gpt2", BF16), ("llama", F32), ("qwen2", BF16)])
+def test_the_peak_of_a_real_update(family, dtype, passes, values):
+    number = 6
+    learner = shape(family, dtype, values=values)
+    counted = replace(job(dtype), policy=learner)
+    expected = sum(memory.training(counted, rows(number, number, passes)).values())
+    real = real_peak(family, dtype, number, passes, values)
+    assert expected == pytest.approx(real, rel=0.06)
+
+
+# --- lines and peaks ------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1000), st.integers(0, 1000), st.integers(0, 50)),
+        min_size=1,
+        max_size=30,
+    ),
+    st.integers(1, 500),
+)
+def test_the_peak_of_many_moments_is_that_of_the_largest(moments, number):
+    few, many = ([(g, c + s * n) for g, c, s in moments] for n in (2, 4))
+    from reinforcepp.plan.trace import Moment
+
+    peak = peak_of([[Moment(*m) for m in few], [Moment(*m) for m in many]])
+    assert sum(peak.at(number)) == max(g + c + s * number for g, c, s in moments)
+
+
+def test_runs_of_different_length_give_the_line_through_their_peaks():
+    from reinforcepp.plan.trace import Moment
+
+    peak = peak_of([[Moment(0, 10), Moment(0, 30)], [Moment(0, 50), Moment(0, 20), Moment(0, 40)]])
+    assert peak.at(6) == (0, 70)
+
+
+def test_what_is_alive_is_counted_while_it_lives():
+    with Live() as live:
+        a = torch.zeros(100)
+        b = a * 2
+        del a
+        c = b[:50]  # a view takes nothing
+        del b
+        d = c + 1
+    assert [m.other for m in live.moments] == [400, 800, 400, 600]
+    assert (d.numel(), live.operations) == (50, 4)
+
+
+# --- bytes of the parts ---------------------------------------------------------------------------------------------
+
+
+def test_what_stands_all_the_time():
+    plain = memory.standing(job())
+    reward = GPT2 + WIDTH
+    assert plain == {
+        "policy": 4 * GPT2,
+        "AdamW's moments": 8 * GPT2,
+        "reference": 4 * GPT2,
+        "reward model": 4 * reward,
+    }
+    assert memory.standing(job(BF16)) == {
+        "policy": 2 * GPT2,
+        "float32 weights": 4 * GPT2,
+        "AdamW's moments": 8 * GPT2,
+        "reference": 2 * GPT2,
+        "reward model": 2 * reward,
+    }
+    assert memory.standing(job(critic=True))["critic"] == 12 * (GPT2 + WIDTH)
+    assert memory.standing(job(BF16, critic=True))["critic"] == 14 * (GPT2 + WIDTH)
+    assert "gradient buckets" not in memory.standing(job(gpus=1))
+    assert memory.standing(job(BF16, gpus=2))["gradient buckets"] == 2 * GPT2
+    judged = replace(job(), judge=job().reward)
+    assert memory.standing(judged)["judge"] == 4 * reward
+
+
+def test_while_models_are_loaded():
+    assert memory.loading(job()) == {"policy": 4 * GPT2, "reference": 4 * GPT2, "reward model": 4 * (GPT2 + WIDTH)}
+    assert memory.loading(job(BF16, critic=True)) == {
+        "policy": 4 * GPT2,
+        "float32 weights": 4 * GPT2,
+        "reward model": 2 * (GPT2 + WIDTH),
+        "critic": 6 * (GPT2 + WIDTH),
+    }
+
+
+def test_the_optimiser_step_and_the_checkpoint():
+    assert memory.stepping(job()) == {"gradients": 4 * GPT2}
+    assert memory.stepping(job(critic=True)) == {"gradients": 4 * (2 * GPT2 + WIDTH)}
+    assert memory.saving(job()) == {"checkpoint copies": 8 * GPT2}
+    assert memory.saving(job(BF16)) == {"checkpoint copies": 12 * GPT2}
+    assert memory.saving(job(gpus=1)) == {}
+
+
+@pytest.mark.parametrize(("prompt", "new", "room"), [(32, 64, 160), (32, 129, 160), (32, 130, 289), (32, 448, 547)])
+def test_room_of_the_cache(prompt, new, room):
+    from reinforcepp.rollout.cache import roomy_cache
+
+    assert memory.cache_room(Size(prompt, new)) == room
+    model = tiny.model("llama", num_hidden_layers=1)
+    cache = roomy_cache(model.config)
+    layer = cache.layers[0]
+    layer.update(torch.zeros(1, 1, prompt, 4), torch.zeros(1, 1, prompt, 4))
+    for _ in range(new - 1):
+        layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+    assert layer._spaces[0].shape[-2] == room
+
+
+def test_rollouts_by_transformers():
+    parts = memory.generating(job(), rows(step=8, at_a_time=5))
+    cache = 5 * (12 + 128) * 1024
+    assert parts == {
+        "key-value cache": cache * 1.5,  # one of two layers is held twice
+        "logits": 5 * VOCABULARY * (4 + 4 + 1),
+        "packed weights": 4 * 118_784,
+    }
+    evaluated = memory.generating(job(), rows(step=8, evaluated=20))
+    assert evaluated["key-value cache"] == 20 * (12 + 128) * 1024 * 1.5
+    on_gpu = memory.generating(job(BF16, gpus=1), rows(step=8))
+    assert "packed weights" not in on_gpu
+    assert on_gpu["logits"] == 8 * VOCABULARY * (4 + 4 + 2 + 1)
+
+
+def test_a_long_prompt_with_many_rows_peaks_before_the_first_token():
+    long = replace(job(), size=Size(200, 2), policy=shape(size=Size(200, 2)))
+    parts = memory.generating(long, rows(step=8))
+    assert parts["activations"] == long.policy.prefill.peak.at(8).other > 0
+    shared = memory.generating(long, replace(rows(step=8), prompts=1))
+    assert shared.get("activations", 0) == 0
+
+
+def test_vllm_holds_its_own_weights_all_the_time_on_a_cpu_only():
+    here, there = job(engine="vllm"), job(gpus=1, engine="vllm")
+    blocks = 64 * 1024  # two of 32 tokens for 32, one of them spare
+    assert memory.by_vllm(here, rows(at_a_time=4)) == {
+        "vLLM's weights": 4 * (GPT2 + 20_480),
+        "key-value cache": 4 * blocks,
+    }
+    assert memory.by_vllm(there, rows(at_a_time=4))["vLLM's weights"] == 4 * GPT2
+    assert memory.by_vllm(here, rows(at_a_time=10**6))["key-value cache"] == 256 << 20
+    everywhere, rollout_only = memory.phases(here, rows()), memory.phases(there, rows())
+    assert all("vLLM's weights" in parts for parts in everywhere.values())
+    assert [name for name, parts in rollout_only.items() if "vLLM's weights" in parts] == ["rollout"]
+
+
+def test_the_rollout_batch():
+    assert memory.batch_bytes(job(gpus=1), rows(step=10)) == 10 * 20 * (7 * 4 + 3 * 8)
+    assert memory.batch_bytes(job(), rows(step=10)) == 10 * 20 * (7 * 4 + 3 * 8 + 72)
+
+
+# --- logits ---------------------------------------------------------------------------------------------------------
+
+
+def test_logits_that_fit_into_a_chunk_are_kept_with_their_gradient():
+    policy = shape()
+    assert memory.chunk_bytes(job(), policy, 4) == 4 * 20 * VOCABULARY * 4
+    assert memory.block_bytes(job(), policy) == 2 * (2 << 20)
+    logits, weights = memory.logits_bytes(job(), policy, 4)
+    assert (logits, weights) == (2 * 4 * 20 * VOCABULARY * 4 + (4 << 20), 0)
+
+
+def test_more_logits_are_computed_in_chunks():
+    large = replace(shape(), vocabulary=1 << 20, head=1 << 24)
+    per_chunk = CHUNK_BYTES // (4 << 20)
+    assert memory.chunk_bytes(job(), large, 100) == CHUNK_BYTES == per_chunk * (4 << 20)
+    # two chunks' worth of logits and blocks with one gradient of the output layer, or one with two of them
+    blocks = 2 * (4 << 20)
+    assert memory.logits_bytes(job(), large, 100) == (2 * CHUNK_BYTES + blocks, 4 << 24)
+    heavy = replace(large, head=1 << 27)
+    assert memory.logits_bytes(job(), heavy, 100) == (CHUNK_BYTES, 2 * (4 << 27))
+    single = replace(heavy, vocabulary=VOCABULARY)
+    assert memory.logits_bytes(job(), single, 1) == (20 * VOCABULARY * 4, 4 << 27)
+
+
+def test_a_gpu_works_on_a_chunk_at_a_time():
+    assert memory.block_bytes(job(gpus=1), shape()) == 2 * CHUNK_BYTES
+
+
+# --- phases ---------------------------------------------------------------------------------------------------------
+
+
+def passing(line: Line, at_head: Line | None = None) -> Pass:
+    return Pass(Peak((line,)), at_head or line)
+
+
+def made_up(first: Line, later: Line, **changes) -> Shape:
+    return replace(shape(), logits_apart=False, vocabulary=1, first=passing(first), later=passing(later), **changes)
+
+
+def test_gradients_of_earlier_passes_count_when_there_are_any():
+    policy = made_up(Line(0, 1000, 10), Line(500, 1000, 10))
+    one = replace(job(), policy=policy)
+    assert memory.training(one, rows(micro=3, passes=1)) == {"gradients": 0, "activations": 1030, "logits": 0}
+    assert memory.training(one, rows(micro=3, passes=2)) == {"gradients": 500, "activations": 1030, "logits": 0}
+
+
+def test_of_policy_and_critic_each_works_beside_the_gradients_of_the_other():
+    policy = made_up(Line(0, 9000, 0), Line(400, 9000, 0), parameters=100)
+    critic = made_up(Line(0, 5000, 0), Line(800, 5000, 0), parameters=200)
+    both = replace(job(), policy=policy, critic=critic)
+    assert memory.training(both, rows(passes=1))["gradients"] == 0
+    assert memory.training(both, rows(passes=2)) == {"gradients": 1200, "activations": 9000, "logits": 0}
+    larger = replace(both, critic=replace(critic, first=passing(Line(0, 9000, 0)), later=passing(Line(800, 9000, 0))))
+    assert memory.training(larger, rows(passes=1)) == {"gradients": 400, "activations": 9000, "logits": 0}
+
+
+def test_scoring_takes_sixty_four_texts_at_a_time_and_asks_micro_batches():
+    reward = replace(job().reward, score=passing(Line(0, 0, 1000)))
+    policy = replace(shape(), score=Pass(Peak((Line(0, 0, 10),)), Line(0, 0, 10)))
+    asked = replace(job(), reward=reward, policy=policy)
+    assert memory.scoring(asked, rows(step=200))["activations"] == 64_000
+    assert memory.scoring(asked, rows(step=5, evaluated=30))["activations"] == 30_000
+    free = replace(asked, reward=replace(reward, score=passing(Line(0, 0, 0))))
+    chunk = 4 * 20 * VOCABULARY * 4
+    assert memory.scoring(free, rows(micro=4)) == {"activations": 40, "logits": chunk + (4 << 20)}
+    assert memory.scoring(free, rows(micro=4, evaluated=30))["activations"] == 160
+    judged = replace(free, judge=replace(reward, score=passing(Line(0, 0, 10**6))))
+    assert memory.scoring(judged, rows(evaluated=3))["activations"] == 3 * 10**6
+
+
+def test_every_phase_has_what_stands_and_its_own():
+    found = memory.phases(job(), rows())
+    assert tuple(found) == memory.PHASES
+    for name in memory.PHASES[1:]:
+        assert memory.standing(job()).items() <= found[name].items()
+        own = [part for part in found[name] if part not in (*memory.standing(job()), "libraries", "rollout batch")]
+        counted = sum(found[name][part] for part in own if part != "allocator")
+        assert found[name]["allocator"] == pytest.approx(memory.ALLOCATOR["cpu"] * counted)
+    assert {part for parts in found.values() for part in parts} <= set(memory.PARTS)
+    assert all(parts["libraries"] == memory.LIBRARIES["cpu"] for parts in found.values())
+    with_vllm = memory.phases(job(engine="vllm"), rows())
+    assert with_vllm["save"]["libraries"] == memory.LIBRARIES["cpu"] + memory.VLLM["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "expected"),
+    [
+        ({}, 0, Rows(8, 8, 0, 128, 8, 1)),
+        ({"batch_size": 10, "num_generations": 3, "mini_batch_size": 4}, 1, Rows(30, 10, 0, 128, 4, 8)),
+        ({"batch_size": 10, "mini_batch_size": 4, "gradient_accumulation_steps": 2}, 0, Rows(10, 10, 0, 128, 4, 2)),
+        ({"batch_size": 10, "mini_batch_size": 8}, 4, Rows(3, 3, 0, 128, 3, 1)),
+        ({"eval_prompts": 7, "rollout_batch_size": 5}, 0, Rows(8, 8, 7, 5, 8, 1)),
+    ],
+)
+def test_rows_of_a_device(changes, gpus, expected):
+    assert Rows.of(config(**changes), gpus) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 200), st.sampled_from([0, 1]), st.booleans())
+def test_more_rows_never_take_less(step, micro, at_a_time, gpus, critic):
+    one = job(gpus=gpus, critic=critic)
+
+    def peaks(step: int, micro: int, at_a_time: int) -> list[float]:
+        return [memory.total(p) for p in memory.phases(one, rows(step, micro, 2, at_a_time=at_a_time)).values()]
+
+    before = peaks(step, micro, at_a_time)
+    for larger in (
+        peaks(step + 1, micro, at_a_time),
+        peaks(step, micro + 1, at_a_time),
+        peaks(step, micro, at_a_time + 1),
+    ):
+        assert all(a <= b for a, b in zip(before, larger, strict=True))
+
+
+def test_longer_rows_take_more():
+    sizes = [Size(12, 20), Size(13, 20), Size(12, 40), Size(50, 200)]
+    for short, long in pairwise(sizes):
+        peaks = [
+            sum(memory.training(replace(job(), policy=shape(size=size), size=size), rows()).values())
+            for size in (short, long)
+        ]
+        assert peaks[0] < peaks[1]
+
+
+# --- the largest batches --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0.9, 1.6),
+    st.integers(2, 24),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from(["transformers", "vllm"]),
+    st.integers(1, 3),
+)
+def test_the_largest_that_fits_fits_and_one_more_does_not(factor, batch_size, accumulation, engine, mini):
+    one = job(engine=engine)
+    wanted = config(batch_size=batch_size, mini_batch_size=min(mini, batch_size // 2), eval_prompts=3)
+    wanted = replace(wanted, gradient_accumulation_steps=accumulation)
+    limit = factor * max(memory.total(p) for p in memory.phases(one, Rows.of(wanted, 0)).values())
+    found = search.largest(one, wanted, limit)
+
+    def fits(changed: Rows, names=memory.PHASES) -> bool:
+        return all(memory.total(memory.phases(one, changed)[name]) <= limit for name in names)
+
+    now = Rows.of(wanted, 0)
+    others = [name for name in memory.PHASES if name != "rollout"]
+    upper = batch_size if accumulation is None else batch_size // accumulation
+    sizes = [n for n in range(1, upper + 1) if fits(search.with_micro(now, wanted, n), others)]
+    assert found.mini_batch_size == max(sizes, default=0)
+    generated = memory.PHASES if engine == "vllm" else ["rollout"]
+    numbers = [n for n in range(1, max(batch_size, 3) + 1) if fits(replace(now, at_a_time=n), generated)]
+    assert found.rollout_batch_size == max(numbers, default=0)
+    if found.batch_size:
+        assert fits(search.with_prompts(now, wanted, found.batch_size))
+    if found.batch_size < search.MOST_PROMPTS:
+        assert not fits(search.with_prompts(now, wanted, found.batch_size + 1))
+
+
+def test_other_batches_are_those_of_other_settings():
+    wanted = config(batch_size=12, num_generations=2, mini_batch_size=4)
+    assert search.with_micro(Rows.of(wanted, 0), wanted, 5) == Rows.of(replace(wanted, mini_batch_size=5), 0)
+    assert search.with_prompts(Rows.of(wanted, 0), wanted, 3) == Rows.of(replace(wanted, batch_size=3), 0)
+    plain = config(batch_size=2)
+    assert search.with_prompts(Rows.of(plain, 0), plain, 30) == Rows.of(config(batch_size=30), 0)
+
+
+def test_a_single_pass_may_fit_where_two_smaller_ones_do_not():
+    assert search.most(8, lambda size: size in (1, 2, 3, 8)) == 8
+    assert search.most(8, lambda size: size <= 5) == 5
+    assert search.most(8, lambda size: False) == 0
+    assert search.most(1, lambda size: True) == 1
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+def test_adamw_moves_twenty_eight_bytes_a_weight():
+    assert timing.adam_bytes(job(), rows(), config()) == 28 * GPT2
+    assert timing.adam_bytes(job(BF16), rows(), config()) == 30 * GPT2
+    assert timing.adam_bytes(job(), rows(), config(num_iterations=3)) == 3 * 28 * GPT2
+    several = config(mini_batch_size=2, gradient_accumulation_steps=2)
+    assert timing.adam_bytes(job(), Rows.of(several, 0), several) == 2 * 28 * GPT2
+
+
+def test_operations_of_scoring_and_update():
+    policy, answers = shape(), shape().row_flops + 2 * 20_480 * 20
+    assert timing.answer_operations(policy, 20) == answers
+    assert timing.update_operations(job(), rows(step=8), config()) == 3 * 8 * answers
+    assert timing.update_operations(job(), rows(step=8), config(num_iterations=2)) == 6 * 8 * answers
+    assert timing.scoring_operations(job(), rows(step=8, passes=1), config()) == 8 * (policy.row_flops + answers)
+    again = config(num_iterations=2)  # the policy has moved on, so its own log-probabilities are asked for
+    assert timing.scoring_operations(job(), rows(step=8), again) == 8 * (policy.row_flops + 2 * answers)
+    chunks = replace(job(), policy=replace(policy, vocabulary=1 << 20))
+    assert timing.update_operations(chunks, rows(step=8), config()) == 8 * (3 * answers + 2 * 20_480 * 20)
+    both = job(critic=True)
+    assert timing.update_operations(both, rows(step=8), config()) == 24 * (answers + both.critic.row_flops)
+    assert timing.scoring_operations(both, rows(step=8, passes=1), config()) == 8 * (
+        policy.row_flops + answers + both.critic.row_flops
+    )
+
+
+def test_seconds_of_a_rollout():
+    policy = replace(shape(), token_calls=0)
+    slow_memory = machine.Rates(operations=1e30, bytes=1e6, measured=True)
+    read = 4 * 118_784 + 8 * (12 + 10) * 1024
+    assert timing.rollout_seconds(replace(job(), policy=policy), rows(8), slow_memory) == pytest.approx(20 * read / 1e6)
+    in_two = 20 * (2 * 4 * 118_784 + 8 * (12 + 10) * 1024) / 1e6
+    two = timing.rollout_seconds(replace(job(), policy=policy), rows(8, at_a_time=4), slow_memory)
+    assert two == pytest.approx(in_two)
+    slow_products = machine.Rates(operations=1e6, bytes=1e30, measured=True)
+    work = 8 * (policy.prompt_flops + 2 * 20_480) + 20 * 8 * policy.token_flops
+    assert timing.rollout_seconds(replace(job(), policy=policy), rows(8), slow_products) == pytest.approx(work / 1e6)
+    nothing_else = machine.Rates(operations=1e30, bytes=1e30, measured=True)
+    calls = 20 * shape().token_calls * timing.CALL_SECONDS
+    assert timing.rollout_seconds(job(), rows(8), nothing_else) == pytest.approx(calls)
+    assert timing.rollout_seconds(job(engine="vllm"), rows(8), nothing_else) == pytest.approx(0)
+
+
+def test_a_gpu_is_prepared_for_while_it_works():
+    rates = machine.Rates(operations=1e30, bytes=1e9, measured=False)
+    read = 20 * (4 * 118_784 + 8 * 22 * 1024) / 1e9
+    calls = 20 * shape().token_calls * timing.CALL_SECONDS
+    on_gpu = timing.rollout_seconds(job(gpus=1), rows(8), rates)
+    assert on_gpu == pytest.approx(max(read, calls))
+    assert timing.rollout_seconds(job(), rows(8), rates) == pytest.approx(read + calls)
+
+
+def test_a_step_reaches_a_share_of_the_rates():
+    device = machine.Machine("x", 1, 1e12, machine.Rates(1e9, 1e9, measured=False))
+    seconds = timing.step_seconds(job(gpus=1), rows(8), config(), device)
+    update = timing.update_operations(job(gpus=1), rows(8), config()) / (0.4 * 1e9) + 28 * GPT2 / (0.6 * 1e9)
+    assert seconds["update"] == pytest.approx(update)
+    here = replace(device, rates=machine.Rates(1e9, 1e9, measured=True))
+    assert timing.step_seconds(job(gpus=1), rows(8), config(), here)["scoring"] == pytest.approx(
+        timing.scoring_operations(job(gpus=1), rows(8), config()) / 0.7e9
+    )
+    assert timing.step_seconds(job(gpus=1), rows(8), config(), replace(device, rates=None)) is None
+
+
+# --- the device -----------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_data_sheet():
+    found = machine.machine_for(config(device="h100"), BF16)
+    assert (found.title, found.gpus, found.memory) == ("NVIDIA H100", 1, 80e9)
+    assert found.rates == machine.Rates(989e12, 3350e9, measured=False)
+    assert machine.machine_for(config(device="h100"), F32).rates.operations == 67e12
+    assert machine.machine_for(config(device="l4", gpu_memory=20.0, gpus=3), BF16).memory == 20 << 30
+    assert machine.machine_for(config(device="l4", gpus=3), BF16).gpus == 3
+    for sheet in ACCELERATORS.values():
+        assert sheet.float32_tflops < sheet.bf16_tflops
+
+
+def test_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    here = machine.machine_for(config(gpus=0), F32)
+    assert here.gpus == 0 and here.memory == machine.main_memory() and here.rates.measured
+    assert here.rates.operations > 1e8 and here.rates.bytes > 1e8
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)
+    before = machine.main_memory()
+    limit.write_text("1000000\n")
+    assert machine.main_memory() == 1_000_000
+    limit.write_text("max\n")
+    assert machine.main_memory() == before
+    unknown = machine.machine_for(config(gpus=2, gpu_memory=24.0), F32)
+    assert (unknown.gpus, unknown.memory, unknown.rates) == (2, 24 << 30, None)
+    with pytest.raises(ConfigError, match=r"no GPU that could be asked, and gpus is 2.*--device.*--gpu_memory"):
+        machine.machine_for(config(gpus=2), F32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"device": "cpu", "gpus": 2}, "device cpu has no GPUs, but gpus is 2"),
+        ({"device": "h100", "gpus": 0}, "device h100 is a GPU, but gpus is 0"),
+        ({"gpus": 9}, "batch_size 8 can't be shared by 9 GPUs"),
+        ({"device": "h10"}, "device must be one of auto, cpu, b200.*Did you mean 'h100'"),
+        ({"gpu_memory": 0.0}, "gpu_memory must be greater than 0"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        config(**changes)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with a model of which there is only the configuration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    tiny.model("llama", tied=False).config.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+LENGTHS = ("--max_prompt_length", "12", "--max_new_tokens", "20", "--max_length", "64")
+ASKED = ("plan", "--model", "model", *LENGTHS, "--rollout", "transformers")
+
+
+def run(capsys, *flags: str) -> tuple[int, str, str]:
+    code = cli.main([*ASKED, *flags])
+    return code, *capsys.readouterr()
+
+
+def test_a_plan_as_text(folder, capsys):
+    code, out, err = run(capsys, "--device", "h100", "--gpus", "2", "--batch_size", "16")
+    assert (code, err) == (0, "")
+    assert "model, 0.1 million parameters, reinforce_plus_plus, float32, on 2 x NVIDIA H100 with 74.5 GiB." in out
+    assert "A step on each: 8 completions of 20 tokens to prompts of 12, 8 generated and 8 trained on at a time." in out
+    assert max(len(line) for line in out.split("Fits:")[0].splitlines()[2:]) <= 80
+    lines = {line.split("  ")[0].strip(): line for line in out.splitlines()}
+    assert {"AdamW's moments", "gradients", "activations", "key-value cache", "gradient buckets", "together"} <= set(
+        lines
+    )
+    assert "load" in lines["MiB"] and "adamw" in lines["MiB"]
+    assert "Fits: " in out and " of 74.5 GiB on each GPU" in out
+    assert "mini_batch_size     8 (all of a step)" in out and "Time of a step: about" in out
+    assert "There is no folder models/reward_model yet: the reward model is taken to be as large as the policy." in out
+    assert "every GPU holds all weights" in out
+    assert list(folder.iterdir()) == [folder / "model"]
+
+
+def test_a_plan_as_json(folder, capsys):
+    code, out, err = run(capsys, "--device", "rtx4090", "--format", "json", "--mixed_precision", "bf16")
+    told = json.loads(out)
+    assert (code, err, told["fits"]) == (0, "", True)
+    assert told["parameters"] == {"policy": LLAMA, "reward_model": LLAMA - VOCABULARY * WIDTH + WIDTH}
+    assert told["phases"]["adamw"]["AdamW's moments"] == 8 * LLAMA
+    assert told["phases"]["update"]["policy"] == 2 * LLAMA
+    peak = told["memory"]["peak_phase"]
+    assert told["memory"]["peak"] == pytest.approx(sum(told["phases"][peak].values()), abs=20)
+    assert told["memory"]["peak"] >= max(sum(parts.values()) for parts in told["phases"].values()) - 20
+    assert told["memory"]["available"] == 24e9
+    assert told["largest_that_fits"] == {"mini_batch_size": 8, "rollout_batch_size": 64, "batch_size": 65536}
+    seconds = told["seconds"]
+    assert seconds["step"] == pytest.approx(seconds["rollout"] + seconds["scoring"] + seconds["update"])
+    assert told["device"] == {"name": "NVIDIA GeForce RTX 4090", "gpus": 1} and told["engine"] == "transformers"
+
+
+def least(capsys, *flags: str) -> dict:
+    return json.loads(run(capsys, "--format", "json", "--device", "h100", "--eval_prompts", "0", *flags)[1])
+
+
+def test_what_does_not_fit_is_told_with_what_would(folder, capsys):
+    flags = ("--batch_size", "64", "--mini_batch_size", "64")
+    full = least(capsys, *flags)
+    half = least(capsys, "--batch_size", "64", "--mini_batch_size", "20")
+    between = (half["memory"]["peak"] + 1000) / 2**30
+    assert half["memory"]["peak"] < full["memory"]["peak"]
+    limited = ("--device", "h100", "--eval_prompts", "0", "--gpu_memory", str(between))
+    code, out, err = run(capsys, *flags, *limited)
+    assert (code, err) == (1, "")
+    assert "Does not fit: " in out and "in the phase 'update'. It fits with --mini_batch_size 20: " in out
+    assert "mini_batch_size     20\n" in out
+    code, out, _ = run(capsys, "--batch_size", "64", "--mini_batch_size", "20", *limited)
+    assert code == 0 and "That is close: the estimate may be off by a tenth." in out
+    assert run(capsys, "--batch_size", "64", "--mini_batch_size", "21", *limited)[0] == 1
+
+
+def test_what_can_not_fit_is_told_as_such(folder, capsys):
+    code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "0")
+    assert code == 1
+    assert "Even one completion at a time takes" in out and "take a device with more memory" in out
+    assert "mini_batch_size     none" in out and "batch_size          none" in out
+    assert "eval_prompts" not in out
+    code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "64")
+    assert "fewer eval_prompts" in out
+
+
+def test_an_unknown_device_with_known_memory_has_no_time(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, out, _ = run(capsys, "--gpus", "2", "--gpu_memory", "24")
+    assert code == 0 and "of 24.0 GiB" in out
+    assert "Time of a step: name the GPU (--device) to have it estimated." in out
+
+
+def test_settings_of_a_training_in_a_file_are_understood(folder, capsys):
+    (folder / "recipe.yaml").write_text(
+        "model: model\ndata: nowhere.csv\nreward_model: model\nestimator: grpo\nnum_generations: 4\nbatch_size: 16\n"
+        "mini_batch_size: 8\nmax_prompt_length: 12\nmax_new_tokens: 20\nlearning_rate: 1e-6\noutput_dir: runs/x\n"
+        "save_every: 10\nmixed_precision: bf16\nrollout: transformers\nreport_to: [tensorboard]\n"
+    )
+    assert cli.main(["plan", "--config", "recipe.yaml", "--device", "a100"]) == 0
+    out = capsys.readouterr().out
+    assert "grpo, bfloat16, on NVIDIA A100" in out and "64 completions of 20 tokens" in out
+    assert "taken to be as large" not in out
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--model", "nothing/here/atall"), ["no model folder nothing/here/atall"]),
+        (("--gpus", "3", "--gpu_memory", "0"), ["gpu_memory must be greater than 0"]),
+        (("--gpus", "3"), ["no GPU that could be asked", "--device", "--gpu_memory"]),
+        (("--max_length", "600", "--max_new_tokens", "500"), ["exceed the model's context of 256"]),
+        (("--batch_size", "2", "--device", "h100", "--gpus", "4"), ["batch_size 2", "4 GPUs"]),
+        (("--judge", "models/other", "--reward_model", "."), [". is not a model", "config.json"]),
+    ],
+)
+def test_mistakes_are_one_sentence(folder, capsys, monkeypatch, flags, named):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, out, err = run(capsys, *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert [word for word in named if word not in err] == []
+
+
+def test_an_unknown_device_is_refused(folder):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*ASKED, "--device", "h1000"])
+    assert stop.value.code == 2
+
+
+def test_the_engine_is_the_one_that_training_would_take(folder, monkeypatch):
+    from reinforcepp.errors import RolloutError
+    from reinforcepp.plan import command
+
+    for installed in (True, False):
+        monkeypatch.setattr(
+            command.importlib.util, "find_spec", lambda name, found=installed: object() if found else None
+        )
+        assert command._engine(config())[0] == ("vllm" if installed else "transformers")
+        assert command._engine(config(rollout="transformers"))[0] == "transformers"
+    with pytest.raises(RolloutError, match="isn't installed here"):
+        command._engine(config(rollout="vllm"))
+
+
+def test_a_judge_takes_memory_and_the_built_in_one_none(folder):
+    own = config(model="model", rollout="transformers", device="h100", data="mine.csv")
+    assert make_plan(own).job.judge is None
+    assert make_plan(replace(own, data="builtin:network")).job.judge is None
+    judged = make_plan(replace(own, judge="model", reward_model="model"))
+    assert judged.phases["score"]["judge"] == 4 * (LLAMA - VOCABULARY * WIDTH + WIDTH)
+    assert not any("taken to be" in sentence for sentence in judged.said)
+
+
+def test_figures_are_shown_with_the_digits_that_matter():
+    assert [report.gib(x * 2**30) for x in (0.123, 9.994, 12.34)] == ["0.12", "9.99", "12.3"]
