@@ -217,6 +217,7 @@ def summary(rows: dict[str, dict[str, Any]], device: str) -> dict[str, Any]:
         "largest_error": max(errors),
         "largest_error_above_libraries": max(abs(row["error_above_libraries"]) for row in checked.values()),
         "median_time_ratio": median(row["time_ratio"] for row in checked.values()),
+        "time_ratio_range": [choose(row["time_ratio"] for row in checked.values()) for choose in (min, max)],
         "configurations": checked,
         "calibration": {name: rows[name] for name in CALIBRATION},
     }

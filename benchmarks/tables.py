@@ -335,6 +335,39 @@ def doctor(result: dict[str, Any]) -> str:
     return table(["fault", "put in by", "found", "also found"], rows) + said + made_by(result)
 
 
+def planner(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{own['estimated']:.0f}",
+            f"{own['measured']:.0f}",
+            f"{own['error']:+.1%}",
+            f"{own['error_above_libraries']:+.1%}",
+            own["peak_phase"],
+            f"{own['time_ratio']:.2f}",
+        ]
+        for name, own in result["configurations"].items()
+    ]
+    titles = [
+        "configuration",
+        "estimated, MiB",
+        "measured",
+        "error",
+        "error above libraries",
+        "largest phase",
+        "estimated over measured time",
+    ]
+    fit, libraries = result["allocator"], result["libraries"]["measured"]
+    said = (
+        f"\nThe largest error is {result['largest_error']:.1%}, above libraries {result['largest_error_above_libraries']:.1%}. "
+        f"Libraries take {libraries['transformers']:.0f} MiB, with vLLM {libraries['vllm']:.0f} MiB. The allocator's share, "
+        f"fitted on {', '.join(fit['fitted'])}: {', '.join(f'{share:.2f}' for share in fit['fitted'].values())}; the planner "
+        f"takes {fit['in_planner']:.2f}. Estimated times are {result['time_ratio_range'][0]:.2f} to "
+        f"{result['time_ratio_range'][1]:.2f} times the measured ones, {result['median_time_ratio']:.2f} in the median.\n"
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -357,6 +390,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "kill": (kill, "kill"),
     "fuzz": (fuzz, "fuzz"),
     "soak": (soak, "soak"),
+    "planner": (planner, "planner"),
     "doctor": (doctor, "doctor"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
 }

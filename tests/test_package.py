@@ -109,6 +109,7 @@ def loaded_by(*arguments: str) -> set[str]:
         ("-c", "import reinforcepp.config"),
         ("-m", "reinforcepp", "--help"),
         ("-m", "reinforcepp", "train", "--help"),
+        ("-m", "reinforcepp", "plan", "--help"),
         ("-m", "reinforcepp", "lint", "builtin:network", "--fail_on", "never"),
     ],
     ids=" ".join,

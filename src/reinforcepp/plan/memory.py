@@ -197,7 +197,9 @@ def scoring(job: Job, rows: Rows) -> dict[str, float]:
     for learner in job.learners:
         moments.append({"activations": float(learner.score.peak.at(asked).other)})
         kept = learner.score.at_head.at(asked)
-        moments.append({"activations": kept, "logits": chunk_bytes(job, learner, asked) + block_bytes(job, learner, asked)})
+        moments.append(
+            {"activations": kept, "logits": chunk_bytes(job, learner, asked) + block_bytes(job, learner, asked)}
+        )
     return max(moments, key=total)
 
 
