@@ -19,8 +19,8 @@ from reinforcepp.algorithm_comparison import compare_algorithms, tell
 from reinforcepp.algorithm_page import draw_curves, draw_frontier, write_page
 from reinforcepp.config import CompareAlgorithmsConfig, DemoConfig
 from reinforcepp.demo import demo_settings
+from reinforcepp.reward_card import REWARD_CARD
 from reinforcepp.reward_trainer import train_reward_model
-from reinforcepp.rewards.trained import CARD_NAME
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(arguments.folder)
     reward, train = demo_settings(DemoConfig(seed=0), folder)
-    if not (Path(reward.output_dir) / CARD_NAME).is_file():
+    if not (Path(reward.output_dir) / REWARD_CARD).is_file():
         train_reward_model(reward)
     changes = {
         "output_dir": str(folder / "comparison"),

@@ -242,7 +242,7 @@ def findings(case: Case, rewards: dict[str, str], folder: Path, steps: int) -> l
         "kl_coef": 0.05,
         "rollout": "transformers",
         "save_every": 0,
-        "eval_prompts": EVALUATED if case.judge else 0,
+        "eval_prompts": (EVALUATED if steps >= LONG_RUN else EVALUATED // 3) if case.judge else 0,
         "seed": 0,
     }
     tokenizer = load_tokenizer("builtin:tiny")

@@ -40,7 +40,7 @@ from reinforcepp.reward_trainer import train_reward_model
 
 COMPARED = {
     "policy": ("model.safetensors", "metrics.jsonl", "evaluation.json", "completions", "evaluations"),
-    "reward": ("model.safetensors", "metrics.jsonl", "reward_model.json"),
+    "reward": ("model.safetensors", "metrics.jsonl", "reward_model.json", "heldout.parquet", "report.html"),
 }
 PROMPTS = [{"prompt": f"Why does host {i} answer slowly?"} for i in range(11)]
 WRITES = ((files, "flush"), (files, "move"), (checkpoint, "save_file"), (models, "flush"), (shutil, "copyfile"))

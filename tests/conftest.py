@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from browser import chromium, window  # noqa: F401  (fixtures)
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command does: idle threads on a busy machine cost seconds
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything; the ones about the hub switch this off

@@ -90,13 +90,15 @@ def test_help_names_the_verbs(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert [
-        verb for verb in ("reward", "train", "generate", "plan", "lint", "demo", "--config") if verb not in out
+        verb
+        for verb in ("reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo", "--config")
+        if verb not in out
     ] == []
     assert cli.main([]) == 2
     assert capsys.readouterr().out == out
 
 
-@pytest.mark.parametrize("verb", ["reward", "train", "generate", "plan", "lint", "demo"])
+@pytest.mark.parametrize("verb", ["reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"])
 def test_help_of_a_verb_tells_every_setting_with_its_description_and_default(verb, capsys):
     from reinforcepp.config import VERBS
 
@@ -107,7 +109,8 @@ def test_help_of_a_verb_tells_every_setting_with_its_description_and_default(ver
     words = " ".join(out.replace("│", " ").split())
     for name, value in vars(VERBS[verb]()).items():
         assert f"--{name}" in out
-        assert f"(default: {value})" in words or isinstance(value, (bool, tuple))
+        shown = " ".join(value) if isinstance(value, tuple) else value
+        assert f"(default: {shown})" in words or isinstance(value, bool)
     if verb == "train":
         assert "biases the policy ratio, so training samples the full distribution" in words
 
@@ -238,10 +241,10 @@ def test_unusable_prompt_data(refused, case):
 
 
 def test_a_column_by_another_name(refused):
-    Path("bad.csv").write_text("question,good,bad\na,b,c\nd,e,f\n")
+    Path("bad.csv").write_text("ask,good,bad\na,b,c\nd,e,f\n")
     message = refused("train", "--data", "bad.csv")
-    assert [word for word in ("'prompt'", "'question', 'good', 'bad'", "--prompt_column") if word not in message] == []
-    assert "--chosen_column" in refused("reward", "--data", "bad.csv", "--prompt_column", "question")
+    assert [word for word in ("'prompt'", "'ask', 'good', 'bad'", "--prompt_column") if word not in message] == []
+    assert "--chosen_column" in refused("reward", "--data", "bad.csv", "--prompt_column", "ask")
     assert "both name" in refused("reward", "--chosen_column", "a", "--rejected_column", "a")
 
 

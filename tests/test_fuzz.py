@@ -6,7 +6,7 @@ from scripts import result_of
 def test_bad_input_ends_in_a_named_error(tmp_path):
     result = result_of("fuzz", tmp_path, "--cases", "50")
     assert result["tracebacks"] == result["hangs"] == 0, result["failures"]
-    assert result["cases"] >= 390
-    for kind in ("csv", "damaged csv", "settings", "rewards"):
+    assert result["cases"] >= 490
+    for kind in ("csv", "damaged csv", "json and parquet", "json of any shape", "settings", "rewards"):
         found = result["kinds"][kind]
         assert found["results"] and found["named_errors"], f"{kind}: both outcomes must occur, or little was tried"

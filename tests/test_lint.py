@@ -477,6 +477,136 @@ def test_the_core_needs_no_torch():
     assert done.stdout == "False\n", done.stderr
 
 
+# --- other formats ------------------------------------------------------------------------------------------------------------
+
+
+def as_lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def as_parquet(path: Path, rows: list[dict]) -> str:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def turns(prompt: str, chosen: str, rejected: str) -> dict:
+    """The same as conversations that hold their prompt."""
+    asked = {"role": "user", "content": prompt}
+    return {
+        name: [asked, {"role": "assistant", "content": text}]
+        for name, text in (("chosen", chosen), ("rejected", rejected))
+    }
+
+
+@pytest.mark.parametrize("shape", [pair, turns])
+@pytest.mark.parametrize("writer", [as_lines, as_parquet])
+def test_every_format_is_checked_alike(write, tmp_path, writer, shape):
+    rows = sound()
+    rows[3] = (rows[3][0], "the  same", "the same")
+    rows[5] = (rows[5][0], "cafÃ©", rows[5][2])
+    rows += [rows[0], (rows[7][0], rows[7][2], rows[7][1])]
+    suffix = {as_lines: "jsonl", as_parquet: "parquet"}[writer]
+    other = found(writer(tmp_path / f"other.{suffix}", [shape(*row) for row in rows]))
+    assert ("read-as" in other) == (shape is turns)
+    if shape is turns:
+        finding = other.pop("read-as")
+        assert finding.severity == "info" and "prompts are what 'chosen' and 'rejected' begin with" in finding.message
+    plain = found(write(rows))
+    assert list(other) == list(plain) and {"equal", "duplicate", "contradiction", "damaged-text"} <= set(other)
+    for rule, finding in other.items():
+        assert finding.rows == tuple(row - 1 for row in plain[rule].rows)  # there is no header
+
+
+def test_rows_of_another_shape(tmp_path):
+    rows = [turns(*row) for row in sound()]
+    rows[2]["chosen"][0] = {"role": "user", "content": "Something else?"}
+    finding = found(as_lines(tmp_path / "data.jsonl", rows))["shape"]
+    assert (finding.severity, finding.rows, finding.fixable) == ("error", (3,), True)
+    assert "answers to different prompts in row 3" in finding.message
+
+
+def test_rows_of_several_files_are_told_apart(tmp_path):
+    rows = [pair(*row) for row in sound()]
+    as_lines(tmp_path / "a.jsonl", rows[:12])
+    as_lines(tmp_path / "b.jsonl", [*rows[12:], rows[0], {**rows[3], "chosen": ""}])
+    findings = found(f"{tmp_path}/*.jsonl")
+    assert set(findings) == {"duplicate", "empty"}
+    assert findings["duplicate"].pairs == (("b.jsonl:13", "a.jsonl:1"),)
+    assert "chosen in row b.jsonl:14" in findings["empty"].message
+
+
+FAULTY = [
+    {**pair("Is the cafÃ© open?", "itâ€™s open", "no"), "n": 1, "more": {"l": [1.5, None]}, "note": " Ã¼ "},
+    {**pair("Is it up?", "yes", "no"), "n": 2},
+    {**pair("Is it up?", "yes", "no"), "n": 3},
+]
+
+
+def test_a_copy_of_json_lines_keeps_types_and_other_columns(tmp_path):
+    path, copy = as_lines(tmp_path / "data.jsonl", FAULTY), tmp_path / "copy.jsonl"
+    assert cli.main(["lint", path, "--fix", str(copy), "--fail_on", "never"]) == 0
+    rows = [json.loads(line) for line in copy.read_text(encoding="utf-8").splitlines()]
+    assert rows == [{**FAULTY[0], **pair("Is the café open?", "it’s open", "no")}, FAULTY[1]]
+    log = [json.loads(line) for line in Path(f"{copy}.log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(each["row"], each["action"]) for each in log] == [(1, "changed"), (3, "dropped")]
+    assert cli.main(["lint", str(copy), "--fix", str(tmp_path / "again.jsonl"), "--fail_on", "never"]) == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == copy.read_bytes()
+
+
+def test_a_copy_of_conversations_stays_one(tmp_path):
+    shaped = [turns(row["prompt"], row["chosen"], row["rejected"]) for row in FAULTY]
+    shaped.append({"chosen": [{"role": "user", "content": "x"}], "rejected": "y"})
+    path, copy = as_lines(tmp_path / "data.ndjson", shaped), tmp_path / "copy.ndjson"
+    assert cli.main(["lint", path, "--fix", str(copy), "--fail_on", "never"]) == 0
+    rows = [json.loads(line) for line in copy.read_text(encoding="utf-8").splitlines()]
+    assert rows == [turns("Is the café open?", "it’s open", "no"), shaped[1]]
+
+
+def test_a_copy_of_tsv_is_tsv(tmp_path):
+    path, copy = tmp_path / "data.tsv", tmp_path / "copy.tsv"
+    path.write_text('prompt\tchosen\tx\trejected\nwhy?\t"a\tb"\t1,2\tc\nwhy?\t"a\tb"\t1,2\tc\n')
+    assert cli.main(["lint", str(path), "--fix", str(copy), "--fail_on", "never"]) == 0
+    assert copy.read_text() == 'prompt\tchosen\tx\trejected\nwhy?\t"a\tb"\t1,2\tc\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "fix", "said"),
+    [
+        ("data.parquet", "out.parquet", "copy of one file, .csv, .tsv, .jsonl or .ndjson"),
+        ("data.json", "out.json", "copy of one file"),
+        ("a.jsonl,b.jsonl", "out.jsonl", "copy of one file"),
+        ("*.jsonl", "out.jsonl", "copy of one file"),
+        ("folder", "out.jsonl", "copy of one file"),
+        ("folder.csv", "out.csv", "copy of one file"),
+        ("a.jsonl", "out.csv", "the copy is a .jsonl file: give a name that ends in .jsonl"),
+        ("a.csv", "out.jsonl", "the copy is a .csv file"),
+    ],
+)
+def test_copies_that_are_not_made(tmp_path, monkeypatch, data, fix, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl", "a.csv"):
+        Path(name).touch()
+    Path("folder.csv").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        LintConfig(data=data, fix=fix)
+    assert said in str(caught.value)
+
+
+def test_a_copy_is_offered_where_it_can_be_made(tmp_path, capsys):
+    rows = [pair(*row) for row in [*sound(), sound()[0]]]
+    for writer, name, offered in ((as_lines, "x.jsonl", True), (as_parquet, "x.parquet", False)):
+        assert cli.main(["lint", writer(tmp_path / name, rows)]) == 0
+        assert ("(--fix OUT.jsonl)" in capsys.readouterr().out) == offered
+
+
 # --- the cleaned copy ---------------------------------------------------------------------------------------------------------
 
 
@@ -625,7 +755,7 @@ def test_the_data_may_stand_anywhere_without_its_flag(write, capsys, monkeypatch
         (b"prompt,chosen,rejected\n", "no row"),
         (b"prompt,chosen,rejected\na,caf\xe9,b\n", "isn't valid UTF-8"),
         (b'prompt,chosen,rejected\na,"b,c\n', "double quote"),
-        (b"question,chosen,rejected\na,b,c\n", "no column 'prompt'"),
+        (b"q,x\na,b\n", "no column 'prompt'"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, capsys, contents, named):

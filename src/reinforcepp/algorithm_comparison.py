@@ -125,7 +125,8 @@ def _run(config: CompareAlgorithmsConfig, path: Path, run: TrainConfig) -> dict[
 
 
 def _job(config: CompareAlgorithmsConfig, run: TrainConfig) -> dict[str, Any]:
-    return {"settings": asdict(run), "split_seed": config.seed}
+    job: dict[str, Any] = json.loads(json.dumps({"settings": as_dict(run), "split_seed": config.seed}))
+    return job  # as it comes back from its file
 
 
 def _is_done(path: Path, job: dict[str, Any]) -> bool:

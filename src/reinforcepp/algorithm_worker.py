@@ -34,6 +34,8 @@ def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
         heldout_fraction=config.heldout_fraction,
         seed=split_seed,
         prompt_column=config.prompt_column,
+        chosen_column=config.chosen_column,
+        rejected_column=config.rejected_column,
     )
     trainer = ReinforceTrainer(
         config.model, config.reward_model, config, train_rows, eval_dataset=heldout_rows, judge=config.judge_name

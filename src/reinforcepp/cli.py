@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,17 +25,19 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 MAY_STAND_ALONE = ("resume",)  # flags with or without a value
 # Settings whose values may stand without their flags, in this order
-POSITIONAL = {"lint": ("data",), "doctor": ("run",)}
+POSITIONAL = {"lint": ("data",), "doctor": ("run",), "report": ("runs",), "compare": ("model_a", "model_b")}
 NOT_STARTED = "\nInterrupted before anything was started.\n"
 
 SUMMARY = {
     "reward": "train a reward model from a preference file",
     "train": "train a policy against it with REINFORCE++",
     "generate": "answer prompts with a trained model",
+    "compare": "tell which of two models answers better, with a page to judge for yourself",
     "compare-algorithms": "train with every estimator and compare the outcomes",
     "plan": "tell, before anything is loaded, whether a training fits into memory and how long a step takes",
     "lint": "find what is wrong with a data file, and clean it",
     "doctor": "say in plain words what went wrong in a training",
+    "report": "show what became of a training, or of several, on one page",
     "demo": "the whole job, offline, on the built-in model and data",
 }
 
@@ -94,8 +97,9 @@ def parse(verb: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
     for name in POSITIONAL.get(verb, ()):
         if unknown and not unknown[0].startswith("-") and not _is_given(name, flags):
             several = isinstance(settings[name], tuple)
-            settings[name] = tuple(unknown) if several else unknown[0]
-            unknown = [] if several else unknown[1:]
+            words = list(takewhile(lambda word: not word.startswith("-"), unknown)) if several else unknown[:1]
+            settings[name] = tuple(words) if several else words[0]
+            unknown = unknown[len(words) :]
     if unknown:
         raise ConfigError(f"{about_unknown(unknown[0], list(settings))} See reinforcepp {verb} --help.")
     return config_class(**settings)

@@ -14,7 +14,6 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
-from reinforcepp.builtin.judge import GoldJudge
 from reinforcepp.config import DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.files import write_json
@@ -22,6 +21,7 @@ from reinforcepp.generate import generate
 from reinforcepp.observe import console, printable, say
 from reinforcepp.observe.curve import draw_curve
 from reinforcepp.reinforce_trainer import ReinforceTrainer
+from reinforcepp.report import PAGE, write_report
 from reinforcepp.reward_trainer import train_reward_model
 from reinforcepp.run_folder import check_output, clear
 from reinforcepp.types import Completion
@@ -61,7 +61,12 @@ def run_demo(config: DemoConfig) -> DemoResult:
     say("\n2/4  REINFORCE++: the policy learns to give answers that the reward model scores high", "bold")
     _, train_rows, heldout_rows = load_prompts(train_config.data, heldout_fraction=0, seed=config.seed)
     trainer = ReinforceTrainer(
-        train_config.model, train_config.reward_model, train_config, train_rows, eval_dataset=heldout_rows
+        train_config.model,
+        train_config.reward_model,
+        train_config,
+        train_rows,
+        eval_dataset=heldout_rows,
+        judge=train_config.judge_name,
     )
     metrics = trainer.train()
     draw_curve(metrics, folder / "training_curve.png", f"REINFORCE++ on {train_config.model}, seed {config.seed}")
@@ -73,7 +78,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
     say("\n4/4  Before and after, on prompts that no training has seen, graded by the gold judge", "bold")
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]
-    gold_before, gold_after = _gold(before.completions), _gold(after.completions)
+    gold_before, gold_after = before.judgements, after.judgements
+    assert gold_before is not None and gold_after is not None, "the demo's data has a judge"
     _show(before.completions, after.completions, gold_before, gold_after)
     result = DemoResult(
         seed=config.seed,
@@ -100,7 +106,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
         f"{result.distinct:.2f} distinct answers per topic, length x {result.length_ratio:.2f}, {result.seconds:.0f} s.",
         "bold",
     )
-    say(f"Everything is in {folder}: reward_model/, policy/, training_curve.png, comparison.json", "green")
+    write_report([folder / "policy"], folder / PAGE)
+    say(f"Everything is in {folder}: {PAGE}, reward_model/, policy/, training_curve.png, comparison.json", "green")
     return result
 
 
@@ -125,11 +132,6 @@ def demo_settings(config: DemoConfig, folder: Path) -> tuple[RewardModelConfig, 
         eval_prompts=ALL_HELDOUT,
     )
     return reward, train
-
-
-def _gold(completions: Sequence[Completion]) -> list[float]:
-    judge = GoldJudge()
-    return [judge.score(c.prompt.text, c.text) for c in completions]
 
 
 def _distinct(completions: Sequence[Completion]) -> float:

@@ -77,8 +77,9 @@ class Ranks:
         self._accelerator.log(dict(values), step=step)
 
     def end_trackers(self) -> None:
-        """Have everything written."""
-        self._accelerator.end_training()
+        """Have everything written. Accelerate's own end would also end the process group that vLLM goes on to use."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
     def prepare(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Model and optimiser as the engine runs them."""

@@ -29,9 +29,10 @@ PACKAGES = (
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and device of this process, the command that started it, and the time."""
+    program = os.path.basename(sys.argv[0])
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["reinforcepp" if program == "__main__.py" else program, *sys.argv[1:]]),
         "environment": {
             "python": platform.python_version(),
             **versions_of(PACKAGES),

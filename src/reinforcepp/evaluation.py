@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from reinforcepp.algorithm import kl_estimate, masked_mean
+from reinforcepp.algorithm import kl_estimate
 from reinforcepp.logprobs import response_logprobs
 from reinforcepp.observe.answers import columns_of
 from reinforcepp.rewards import RewardFunction, score_with
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH = 16
+Logprobs = tuple[Tensor, Tensor]
+"""``(logprobs_BT, mask_BT)`` of a batch of completions."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,12 @@ def evaluate(
         reward_error=standard_error(scores),
         judge=None if judgements is None else fmean(judgements),
         judge_error=None if judgements is None else standard_error(judgements),
-        kl=_mean_kl(completions, policy, reference, sampling.temperature, pad_id),
+        kl=mean_kl(
+            kl_sums(
+                answer_logprobs(policy, completions, sampling.temperature, pad_id),
+                answer_logprobs(reference, completions, sampling.temperature, pad_id),
+            )
+        ),
         length=fmean(len(c.ids) for c in completions),
         truncated=fmean(c.finish_reason == "length" for c in completions),
         distinct=len({c.text for c in completions}) / len(completions),
@@ -94,19 +102,34 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def _mean_kl(
-    completions: Sequence[Completion],
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    temperature: float,
-    pad_id: int,
-) -> float:
-    total = tokens = 0.0
+def answer_logprobs(
+    model: PreTrainedModel, completions: Sequence[Completion], temperature: float, pad_id: int
+) -> list[Logprobs]:
+    """``(logprobs_BT, mask_BT)`` of the completions' tokens under ``model``, sixteen completions after another.
+
+    They are on the CPU, so that the model may be gone when they are used.
+    """
+    batches = []
     for start in range(0, len(completions), BATCH):
         rows = completions[start : start + BATCH]
         prompts, responses = [c.prompt.ids for c in rows], [c.ids for c in rows]
-        own_BT, _, mask_BT = response_logprobs(policy, prompts, responses, pad_id=pad_id, temperature=temperature)
-        ref_BT, _, _ = response_logprobs(reference, prompts, responses, pad_id=pad_id, temperature=temperature)
-        total += float(masked_mean(kl_estimate(own_BT, ref_BT, "k3"), mask_BT, 1.0))
-        tokens += float(mask_BT.sum())
-    return total / max(1.0, tokens)
+        logprobs_BT, _, mask_BT = response_logprobs(model, prompts, responses, pad_id=pad_id, temperature=temperature)
+        batches.append((logprobs_BT.cpu(), mask_BT.cpu()))
+    return batches
+
+
+def kl_sums(own: Sequence[Logprobs], reference: Sequence[Logprobs]) -> list[tuple[float, int]]:
+    """Of each answer, the sum of k3 over its tokens, in nats, and their number.
+
+    Both sides are what :func:`answer_logprobs` gave of the same answers, ``own`` under the model that said them.
+    """
+    sums = []
+    for (own_BT, mask_BT), (ref_BT, _) in zip(own, reference, strict=True):
+        kl_B = (kl_estimate(own_BT, ref_BT, "k3") * mask_BT).double().sum(-1)
+        sums += list(zip(kl_B.tolist(), mask_BT.sum(-1).int().tolist(), strict=True))
+    return sums
+
+
+def mean_kl(sums: Sequence[tuple[float, int]]) -> float:
+    """Mean over all tokens of what :func:`kl_sums` gave."""
+    return sum(kl for kl, _ in sums) / max(1, sum(tokens for _, tokens in sums))

@@ -22,14 +22,18 @@ from reinforcepp.models import context_length, load_config, load_tokenizer, new_
 from reinforcepp.observe import MetricLog, Progress, restore_logs, say
 from reinforcepp.observe.interrupt import Interrupted, StopAsked, stop_signals
 from reinforcepp.observe.watchdog import Watchdog
-from reinforcepp.rewards.measure import measure
-from reinforcepp.rewards.trained import RewardCard, TrainedReward, save_reward_model
+from reinforcepp.reward_card import RewardCard
+from reinforcepp.reward_report import analyse, save_pairs, summary, tell, write_page
+from reinforcepp.rewards.measure import score_pairs
+from reinforcepp.rewards.trained import TrainedReward, save_reward_model
 from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.tokens import encode_answer
 from reinforcepp.types import Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPORT_FILE = "report.html"
 
 
 def train_reward_model(config: RewardModelConfig) -> RewardCard:
@@ -74,39 +78,32 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
         describe_run(folder, as_dict(config), {"train_pairs": len(train), "heldout_pairs": len(heldout)})
     _fit(model, tokenizer, train, config, folder, inputs, saved)
     scorer = TrainedReward(model.eval(), tokenizer, batch_size=config.batch_size * 2)
-    on_train = measure(scorer, train)
+    on_train = summary(score_pairs(scorer, train))
+    pairs = score_pairs(scorer, heldout)
+    analysis = analyse(pairs) if pairs else None
     card = RewardCard(
         base_model=config.model,
         data=data.source,
         data_sha256=data.sha256,
         train_pairs=len(train),
         heldout_pairs=len(heldout),
-        figures=asdict(measure(scorer, heldout)) if heldout else {},
+        figures=asdict(analysis.figures) if analysis else {},
         score_mean=on_train.mean_score,
         score_std=on_train.score_std,
         settings=as_dict(config),
         fingerprint=scorer.fingerprint(),
+        train_accuracy=on_train.accuracy,
     )
+    if pairs:
+        save_pairs(pairs, folder)  # before the card, which tells that all is there
     save_reward_model(scorer, card, folder)
-    report(card)
-    say(f"Saved the reward model to {folder}", "green")
-    return card
-
-
-def report(card: RewardCard) -> None:
-    """Tell what the reward model is worth, in a few lines."""
-    if not card.heldout_pairs:
-        say("No pair was held out, so nothing is known about this reward model beyond its training data.", "yellow")
-        return
-    f = card.figures
-    ties = f", {f['ties']} ties" if f["ties"] else ""
+    tell(card, analysis)
+    if analysis:
+        write_page(card, pairs, analysis, folder / REPORT_FILE)
     say(
-        f"Held out {f['pairs']} pairs: accuracy {f['accuracy']:.2f}{ties} (the longer one wins: {f['longer_wins']:.2f}), "
-        f"margin {f['mean_margin']:.2f}, calibration error {f['calibration_error']:.2f}, "
-        f"correlation of score with length {f['length_correlation']:+.2f}"
+        f"Saved the reward model to {folder}" + (f", its report to {folder / REPORT_FILE}" if analysis else ""), "green"
     )
-    if f["pairs"] >= 20 and f["accuracy"] < 0.6:
-        say("That is near chance: a policy trained against it won't improve. Add data or train longer.", "yellow")
+    return card
 
 
 def _within(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], limit: int, part: str) -> list[Preference]:

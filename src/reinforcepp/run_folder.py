@@ -13,7 +13,8 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.files import PARTIAL, write_json
 
 RUN_FILE = "run.json"
-MARKS = (RUN_FILE, "reward_model.json")  # a folder without one of them is none of ours, whatever else is in it
+REWARD_CARD = "reward_model.json"
+MARKS = (RUN_FILE, REWARD_CARD)  # a folder without one of them is none of ours, whatever else is in it
 OURS = (
     *MARKS,
     "metrics.jsonl",
@@ -24,6 +25,7 @@ OURS = (
     "completions",
     "evaluations",
     "trackers",
+    "heldout.parquet",
     "report.html",
     "checkpoints",
     "model.partial",
@@ -32,6 +34,9 @@ OURS = (
     "result.json",
     "comparison.json",
     "comparison.html",
+    "compare.json",
+    "compare.html",
+    "answers.jsonl",
     "runs",
     "training_curve.png",
     "config.json",

@@ -10,7 +10,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.observe import EVENTS, read_metrics
-from reinforcepp.run_folder import MARKS, RUN_FILE
+from reinforcepp.run_folder import MARKS, REWARD_CARD, RUN_FILE
 
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 
@@ -56,6 +56,10 @@ def find_run(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {name}: give the output_dir of a training.")
+    if (folder / REWARD_CARD).is_file():
+        raise ConfigError(
+            f"{name} is a reward model, not the training of a policy: reinforcepp report {name} shows it."
+        )
     for candidate in (folder, folder / "policy"):
         if (candidate / RUN_FILE).is_file() and (candidate / METRICS).is_file():
             return candidate

@@ -14,16 +14,40 @@ if TYPE_CHECKING:
     import torch
 
 FinishReason = Literal["stop", "length"]
+RowId = int | str
+"""A row's number in its file, as ``data`` counts; where several files are read, a text with the file's name: ``b.csv:5``."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One human judgement: of two answers to ``prompt``, ``chosen`` was preferred. ``row`` is its line in the file."""
+    """One human judgement: of two answers to ``prompt``, ``chosen`` was preferred. ``row`` is its number in the file."""
 
     prompt: str
     chosen: str
     rejected: str
-    row: int = 0
+    row: RowId = 0
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A judgement beside what a reward model says of both answers.
+
+    Lengths are those of the answers in tokens, EOS included, without prompt and frame.
+    """
+
+    row: RowId
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    chosen_length: int
+    rejected_length: int
+
+    @property
+    def margin(self) -> float:
+        """By how much the chosen answer is ahead; below 0 the model disagrees, at 0 it is undecided."""
+        return self.chosen_score - self.rejected_score
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import (
     CompareAlgorithmsConfig,
+    CompareConfig,
     DemoConfig,
     DoctorConfig,
     GenerateConfig,
     LintConfig,
     PlanConfig,
+    ReportConfig,
     RewardModelConfig,
     TrainConfig,
 )
+from reinforcepp.difference import change_of
 from reinforcepp.observe import say
 
 if TYPE_CHECKING:
@@ -37,7 +40,12 @@ def train(config: TrainConfig) -> ReinforceTrainer:
     from reinforcepp.run_record import read_run
 
     data, train_rows, heldout_rows = load_prompts(
-        config.data, heldout_fraction=config.heldout_fraction, seed=config.seed, prompt_column=config.prompt_column
+        config.data,
+        heldout_fraction=config.heldout_fraction,
+        seed=config.seed,
+        prompt_column=config.prompt_column,
+        chosen_column=config.chosen_column,
+        rejected_column=config.rejected_column,
     )
     say(data.summary())
     trainer = ReinforceTrainer(
@@ -61,20 +69,12 @@ def tell_difference(trainer: ReinforceTrainer) -> None:
     if not {"before", "after"} <= set(trainer.evaluations):
         return
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]
-    told = [_change("reward", (before.reward, before.reward_error), (after.reward, after.reward_error))]
-    if before.judge is not None and after.judge is not None:
-        told.append(_change("judge", (before.judge, before.judge_error or 0), (after.judge, after.judge_error or 0)))
+    figures = before.figures(), after.figures()
+    told = [str(change) for name in ("reward", "judge") if (change := change_of(name, *figures)) is not None]
     say(
         f"Held-out prompts ({len(after.completions)}): {', '.join(told)}, KL to the start {after.kl:.4f} nats per token, "
         f"length {before.length:.0f} -> {after.length:.0f} tokens"
     )
-
-
-def _change(name: str, before: tuple[float, float], after: tuple[float, float]) -> str:
-    """What became of a mean, given with its standard error."""
-    gain, error = after[0] - before[0], (before[1] ** 2 + after[1] ** 2) ** 0.5
-    shown = "better" if gain > 2 * error else "worse" if gain < -2 * error else "no difference shown"
-    return f"{name} {before[0]:+.3f} -> {after[0]:+.3f} ({gain:+.3f} ± {2 * error:.3f}: {shown})"
 
 
 def generate(config: GenerateConfig) -> None:
@@ -89,6 +89,13 @@ def demo(config: DemoConfig) -> None:
     from reinforcepp.demo import run_demo
 
     run_demo(config)
+
+
+def compare(config: CompareConfig) -> None:
+    """Two models' answers to the same prompts."""
+    from reinforcepp.compare.command import run_compare
+
+    run_compare(config)
 
 
 def compare_algorithms(config: CompareAlgorithmsConfig) -> None:
@@ -123,14 +130,23 @@ def doctor(config: DoctorConfig) -> int:
     return run_doctor(config)
 
 
+def report(config: ReportConfig) -> None:
+    """What became of a training, as a page."""
+    from reinforcepp.report import run_report
+
+    run_report(config)
+
+
 ACTIONS: dict[str, Callable[[Any], Any]] = {
     "reward": reward,
     "train": train,
     "generate": generate,
+    "compare": compare,
     "compare-algorithms": compare_algorithms,
     "plan": plan,
     "lint": lint,
     "doctor": doctor,
+    "report": report,
     "demo": demo,
 }
 
@@ -138,6 +154,7 @@ LOADS = {
     "reward": "reinforcepp.reward_trainer",
     "train": "reinforcepp.reinforce_trainer",
     "generate": "reinforcepp.generate",
+    "compare": "reinforcepp.compare.command",
     "compare-algorithms": "reinforcepp.algorithm_comparison",
     "demo": "reinforcepp.demo",
 }

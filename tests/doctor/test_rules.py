@@ -10,7 +10,7 @@ import pytest
 
 from reinforcepp.doctor import SEVERITIES, diagnose
 from reinforcepp.doctor.rules import RULES
-from reinforcepp.doctor.signs import FEWEST, course, gain, surely_rises
+from reinforcepp.doctor.signs import FEWEST, course, since_start, surely_rises
 from reinforcepp.run_record import RunRecord
 
 STEPS = 40
@@ -231,12 +231,12 @@ def test_a_rise_counts_beyond_twice_its_standard_error():
     assert not surely_rises(run(reward=rising(0, -1)).metrics, 16)
 
 
-def test_a_gain_is_since_before_with_twice_its_error():
-    change, error = gain(judged(0.4, None, error=0.03), "reward")
-    assert change == pytest.approx(0.4) and error == pytest.approx(2 * 0.03 * 2**0.5)
+def test_a_change_is_since_before_with_its_error():
+    change = since_start(judged(0.4, None, error=0.03), "reward")
+    assert change.gain == pytest.approx(0.4) and change.error == pytest.approx(0.03 * 2**0.5)
     running = {"before": {"reward": 0.0}, "step 10": {"reward": 0.1}, "step 20": {"reward": 0.3}}
-    assert gain(running, "reward")[0] == pytest.approx(0.3)
-    assert gain({"before": {"reward": 0.0}}, "reward") is None and gain(running, "judge") is None
+    assert since_start(running, "reward").gain == pytest.approx(0.3)
+    assert since_start({"before": {"reward": 0.0}}, "reward") is None and since_start(running, "judge") is None
 
 
 def test_the_docs_tell_of_every_finding():

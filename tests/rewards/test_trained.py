@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 
 import pytest
 import tiny
@@ -10,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reinforcepp.config import RewardModelConfig
-from reinforcepp.errors import ModelError
+from reinforcepp.errors import ModelError, TrainingDiverged
 from reinforcepp.models import load_tokenizer, new_reward_model
 from reinforcepp.reward_trainer import train_reward_model
 from reinforcepp.rewards import TrainedReward, check_reward_folder, load_reward_model
-from reinforcepp.rewards.measure import calibration_error, correlation, measure
+from reinforcepp.rewards.measure import score_pairs
 from reinforcepp.tokens import encode_answer
 from reinforcepp.types import Preference
 
@@ -70,6 +69,15 @@ def test_the_card_says_where_it_comes_from(trained, base, data):
     assert card["data"] == str(data) and card["base_model"] == str(base) and len(card["data_sha256"]) == 64
     assert len(card["fingerprint"]) == 8 and len(set(card["fingerprint"])) == 8
     assert card["score_std"] > 0 and math.isfinite(card["score_mean"])
+    assert 0.5 < card["train_accuracy"] <= 1
+
+
+def test_a_card_from_before_there_was_an_accuracy_on_training_pairs_loads(copy):
+    card = json.loads((copy / "reward_model.json").read_text())
+    del card["train_accuracy"]
+    (copy / "reward_model.json").write_text(json.dumps(card))
+    assert check_reward_folder(str(copy)).train_accuracy is None
+    assert load_reward_model(str(copy)).card is not None
 
 
 def test_a_loaded_model_scores_as_the_saved_one(trained):
@@ -176,33 +184,47 @@ def test_a_missing_folder_is_refused():
         check_reward_folder("nowhere")
 
 
-# --- figures --------------------------------------------------------------------------------------------------------
+# --- scoring pairs ----------------------------------------------------------------------------------------------------
 
 
 class ByLength(TrainedReward):
-    """Scores a row by its length, so every figure is known."""
+    """Scores a row by its length, so every score is known."""
 
     def score_rows(self, rows):
         return [float(len(row)) for row in rows]
 
 
-def test_figures_of_a_reward_that_only_sees_length(base):
-    reward = ByLength(None, load_tokenizer(str(base)))
-    pairs = [Preference("q", "a b c d", "a"), Preference("q", "a", "a b c d"), Preference("q", "a b", "a b")]
-    figures = asdict(measure(reward, pairs))
-    assert figures["accuracy"] == figures["longer_wins"] and figures["length_correlation"] == pytest.approx(1)
-    assert figures["ties"] == 1 and figures["accuracy"] == pytest.approx(0.5)
-    assert figures["mean_margin"] == pytest.approx(0)
+def test_pairs_keep_their_order_texts_and_rows(base):
+    tokenizer = load_tokenizer(str(base))
+    pairs = [Preference("q", "a b c d", "a", 7), Preference("a longer q", "a", "a b", 3)]
+    scored = score_pairs(ByLength(None, tokenizer), pairs)
+    assert [(p.prompt, p.chosen, p.rejected, p.row) for p in scored] == [
+        ("q", "a b c d", "a", 7),
+        ("a longer q", "a", "a b", 3),
+    ]
+    for pair, one in zip(pairs, scored, strict=True):
+        assert one.chosen_score == len(encode_answer(tokenizer, pair.prompt, pair.chosen))
+        assert one.rejected_score == len(encode_answer(tokenizer, pair.prompt, pair.rejected))
+    assert score_pairs(ByLength(None, tokenizer), []) == []
 
 
-def test_calibration_error():
-    assert calibration_error([50.0, 50.0]) == pytest.approx(0, abs=1e-6)
-    assert calibration_error([-50.0, 50.0]) == pytest.approx(0.5, abs=1e-6)
-    confidence = 1 / (1 + math.exp(-1))
-    assert calibration_error([1.0, 1.0, 1.0, -1.0]) == pytest.approx(abs(confidence - 0.75))
+def test_lengths_are_those_of_the_answers_alone(base):
+    tokenizer = load_tokenizer(str(base))
+    short, long = score_pairs(
+        ByLength(None, tokenizer), [Preference("q", "a b", "a"), Preference("a much longer question", "a b", "a")]
+    )
+    ended = len(tokenizer(" a b", add_special_tokens=False)["input_ids"]) + 1
+    assert (short.chosen_length, short.rejected_length) == (long.chosen_length, long.rejected_length)
+    assert short.chosen_length == ended > short.rejected_length
 
 
-def test_correlation():
-    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
-    assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert correlation([1, 1, 1], [3, 2, 1]) == 0
+@pytest.mark.parametrize("broken", [{"chosen"}, {"rejected"}, {"chosen", "rejected"}])
+def test_a_score_that_is_not_finite_is_refused(base, broken):
+    class Broken(TrainedReward):
+        def score_rows(self, rows):
+            kinds.append("rejected" if kinds else "chosen")
+            return [math.inf if kinds[-1] in broken else 0.0 for _ in rows]
+
+    kinds: list[str] = []
+    with pytest.raises(TrainingDiverged, match=r"row 9 isn't finite\. Lower learning_rate"):
+        score_pairs(Broken(None, load_tokenizer(str(base))), [Preference("q", "a", "b", 9)])

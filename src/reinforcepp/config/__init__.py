@@ -7,22 +7,26 @@ another one is a ``ConfigError`` that names the cure; nothing here changes what 
 from __future__ import annotations
 
 from reinforcepp.config.compare import CompareAlgorithmsConfig
+from reinforcepp.config.compare_models import CompareConfig
 from reinforcepp.config.doctor import DoctorConfig
 from reinforcepp.config.files import as_dict, read_yaml
 from reinforcepp.config.keeping import Keeping
 from reinforcepp.config.lint import LintConfig
 from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.reinforce import ReinforceConfig
+from reinforcepp.config.report import ReportConfig
 from reinforcepp.config.verbs import Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 
 VERBS: dict[str, type] = {
     "reward": RewardModelConfig,
     "train": TrainConfig,
     "generate": GenerateConfig,
+    "compare": CompareConfig,
     "compare-algorithms": CompareAlgorithmsConfig,
     "plan": PlanConfig,
     "lint": LintConfig,
     "doctor": DoctorConfig,
+    "report": ReportConfig,
     "demo": DemoConfig,
 }
 
@@ -30,6 +34,7 @@ __all__ = [
     "VERBS",
     "Columns",
     "CompareAlgorithmsConfig",
+    "CompareConfig",
     "DemoConfig",
     "DoctorConfig",
     "GenerateConfig",
@@ -37,6 +42,7 @@ __all__ = [
     "LintConfig",
     "PlanConfig",
     "ReinforceConfig",
+    "ReportConfig",
     "RewardModelConfig",
     "TrainConfig",
     "as_dict",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.files import listed
 
 JUDGE, JUDGED_DATA = "builtin:judge", "builtin:network"
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
@@ -54,22 +56,29 @@ def check_values(config: Any) -> None:
     for name, value in asdict(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, not {value}.")
-    if not 0 <= config.seed < SEEDS:
+    if hasattr(config, "seed") and not 0 <= config.seed < SEEDS:
         raise ConfigError(f"seed must be from 0 to {SEEDS - 1}, not {config.seed}.")
 
 
 def filled(config: Any, *names: str) -> None:
+    """A name or path is given, and where it begins with the home folder of a user, there is that user."""
     for name in names:
-        if not getattr(config, name).strip():
+        value = getattr(config, name)
+        if not value.strip():
             raise ConfigError(f"{name} is empty: leave it out for its default, or give a name.")
+        if value.startswith("~") and os.path.expanduser(value) == value:
+            raise ConfigError(
+                f"{name} is {value}, but there is no home folder {value.partition('/')[0]}: write the path out, or put "
+                "./ before a name that begins so."
+            )
 
 
 def check_apart(config: Any, *names: str) -> None:
     """Nothing that a run starts from may lie in the folder that it writes, and with overwrite clears."""
     output = Path(config.output_dir).expanduser().resolve()
     for name in names:
-        source = Path(getattr(config, name)).expanduser().resolve()
-        if output in (source, *source.parents):
+        sources = [path.expanduser().resolve() for path in listed(getattr(config, name))]
+        if any(output in (source, *source.parents) for source in sources):
             raise ConfigError(
                 f"output_dir {config.output_dir} holds the {name} {getattr(config, name)} that the run starts from: "
                 "give another output_dir."
@@ -83,11 +92,9 @@ def judge_for(judge: str, data: str) -> str | None:
     return None if judge == "none" else judge
 
 
-def check_judge(judge: str, data: str) -> None:
+def check_judge(judge: str, data: str, cure: str = "use judge none, or another reward model") -> None:
     if judge == JUDGE and data != JUDGED_DATA:
-        raise ConfigError(
-            f"judge {JUDGE} knows {JUDGED_DATA} only: for other data use judge none, or another reward model."
-        )
+        raise ConfigError(f"judge {JUDGE} knows {JUDGED_DATA} only: for other data {cure}.")
 
 
 def check_trackers(config: Any) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from reinforcepp.config._checks import check_values, filled, fraction, positive
 from reinforcepp.config.verbs import Columns
 from reinforcepp.errors import ConfigError
+from reinforcepp.files import listed
 
 LOWEST_SIMILARITY = 0.5
+FIXABLE = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class LintInputs:
     """What is checked."""
 
     data: str = "builtin:network"
-    """CSV file to check, with pairs or with prompts only; it may also stand right after the verb, without the flag."""
+    """Data to check, with pairs or with prompts only, as for the other verbs; it may also stand right after the verb,
+    without the flag."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class LintConfig(Columns, LintInputs):
     near_duplicate: float = 0.8
     """Share of common runs of three words from which two texts resemble each other; 0.5 to 1."""
     fix: str | None = None
-    """CSV file for a cleaned copy; what was changed goes into a second file, whose name has .log.jsonl at its end."""
+    """File for a cleaned copy, in the format of the data (CSV, TSV or JSONL); what was changed goes into a second file,
+    whose name has .log.jsonl at its end."""
     format: Literal["text", "json", "html"] = "text"
     """Form of the report."""
     output: str | None = None
@@ -58,5 +63,11 @@ class LintConfig(Columns, LintInputs):
     def _check_fix(self, fix: str) -> None:
         if self.data.startswith("builtin:"):
             raise ConfigError(f"fix makes a copy of a file, and {self.data} is none of yours: leave fix out.")
-        if not fix.lower().endswith(".csv"):
-            raise ConfigError(f"fix is {fix}, but the copy is a CSV file: give a name that ends in .csv.")
+        suffix = Path(self.data).suffix.lower()
+        if suffix not in FIXABLE or listed(self.data) != [Path(self.data)] or Path(self.data).is_dir():
+            raise ConfigError(
+                f"fix makes a copy of one file, {', '.join(FIXABLE[:-1])} or {FIXABLE[-1]}, and data is {self.data}: "
+                "leave fix out, or give such a file."
+            )
+        if Path(fix).suffix.lower() != suffix:
+            raise ConfigError(f"fix is {fix}, but the copy is a {suffix} file: give a name that ends in {suffix}.")

@@ -43,7 +43,8 @@ class TrainInputs:
     model: str = "builtin:tiny"
     """Policy to start from, also the reference: builtin:tiny, a folder or a hub name."""
     data: str = "builtin:network"
-    """CSV file with prompts, or builtin:network."""
+    """CSV, TSV, JSON, JSONL or Parquet file with prompts, a folder or pattern of such files, several with commas between
+    them, or builtin:network."""
     reward_model: str = "models/reward_model"
     """Folder that the reward verb wrote."""
     judge: str = "auto"
@@ -76,7 +77,8 @@ class RewardInputs:
     model: str = "builtin:tiny"
     """Language model that gets the scoring head: builtin:tiny, a folder or a hub name."""
     data: str = "builtin:network"
-    """CSV file with prompt, chosen and rejected answers, or builtin:network."""
+    """CSV, TSV, JSON, JSONL or Parquet file with prompt, chosen and rejected answers, a folder or pattern of such files,
+    several with commas between them, or builtin:network."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Reading and checking preference and prompt data; a file's mistakes come out as one-sentence ``DataError``s."""
 
-from reinforcepp.data._table import Row, Skipped, Table, count, normalize, read_table, sift
+from reinforcepp.data._columns import Names
+from reinforcepp.data._table import Row, Skipped, Table, normalize, read_table, sift
+from reinforcepp.data._text import count
 from reinforcepp.data.preferences import PreferenceData, load_preferences, read_preferences
 from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, prompt_rows, read_prompt_lines, read_prompts
 from reinforcepp.data.sources import DataFiles, resolve_data
@@ -8,6 +10,7 @@ from reinforcepp.data.split import split_by_prompt
 
 __all__ = [
     "DataFiles",
+    "Names",
     "PreferenceData",
     "PromptData",
     "PromptRow",

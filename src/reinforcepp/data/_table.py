@@ -1,55 +1,66 @@
-"""From the bytes of a CSV file to checked rows, and from those to the usable ones.
+"""From data files to checked rows, and from those to the usable ones.
 
-A row's number is the line on which it starts, as a text editor counts: the header is row 1. A spreadsheet shows the
-same number as long as no cell above it spans several lines.
+A row's number is the one that its reader gives it: the line on which it starts, as a text editor counts, in CSV, TSV
+and JSONL files, its place from 1 in lists, Parquet and Arrow files. With several files, their names stand before it.
 
-What concerns the file as a whole (encoding, quoting, columns, a row of the wrong width) is a ``DataError``, because
-reading on would misread data. What concerns the contents of one row is a ``Skipped`` record.
+What concerns a file as a whole (encoding, quoting, columns, a row that isn't built like the others) is a ``DataError``,
+because reading on would misread data. What concerns the contents of one row is a ``Skipped`` record.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import io
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from reinforcepp.errors import ConfigError, DataError, nearest
+from reinforcepp.data._columns import Layout, Names, check_distinct, find_columns
+from reinforcepp.data._files import files_of, read_file
+from reinforcepp.data._messages import TOLD, Pair, content_of, holds_conversation, pair_of, prompt_of
+from reinforcepp.data._text import Records, count
+from reinforcepp.types import RowId
 
-# Python's own limit, 131,072 characters, is less than a long document; ten million only ever is an unclosed quote.
-_MAX_CELL_CHARACTERS = 10_000_000
 _ROWS_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Row:
-    """One record: the line it starts on, and its stripped cells by column name."""
+    """One record: its number, its cells as the file has them by column, and the texts that are trained on, stripped.
 
-    number: int
-    cells: Mapping[str, str]
+    ``texts`` are the prompt and, of a pair, chosen and rejected; ``fault`` is why there are none.
+    """
+
+    number: RowId
+    cells: Mapping[str, Any]
+    texts: tuple[str, ...]
+    layout: Layout
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """All records of the file ``source``; ``sha256`` is of the file's bytes."""
+    """All records of ``source``; ``columns`` are what its texts are called, ``notes`` what the user should know of it.
+
+    ``sha256`` is of the file's bytes; for several files, of their digests, joined.
+    """
 
     source: str
     sha256: str
+    columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Skipped:
     """A row that was left out. ``reason`` reads well after a count; ``duplicate_of`` is the row that was kept."""
 
-    row: int
+    row: RowId
     reason: str
-    duplicate_of: int | None = None
+    duplicate_of: RowId | None = None
 
     def __str__(self) -> str:
         """``row 9: duplicate of row 4``."""
@@ -61,51 +72,85 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def read_table(path: str | Path, columns: Mapping[str, str]) -> Table:
-    """Read a UTF-8 CSV file that has a header.
-
-    Cells are stripped, and line breaks within them become line feeds. Blank lines are passed over.
+def read_table(source: str | Path, names: Names, *, pairs: bool | None) -> Table:
+    """Read prompts, or pairs with their prompts.
 
     Args:
-        path: The file.
-        columns: For each setting that names a required column (``prompt_column``), the name it has.
+        source: A file, a folder of such files or of a data set that ``datasets`` saved, a pattern, or several of these
+            with commas between them.
+        names: What the columns are called. Where the usual ones aren't there, others that mean the same are taken.
+        pairs: Whether to read answers too; None does if there are columns with answers.
 
     Raises:
-        ConfigError: Two settings name the same column.
-        DataError: The file can't be read, isn't well-formed, lacks a column or has no row below its header.
+        ConfigError: Two of the names are the same.
+        DataError: A file can't be read, isn't well-formed, lacks a column or has no row.
     """
-    path = Path(path)
-    _check_distinct(columns)
-    raw = _read_bytes(path, columns.values())
-    records = _parse(path, _decode(path, raw))
-    if not records:
-        raise DataError(f"{path}: the file is empty; its first row must name the columns {_quoted(columns.values())}.")
-    header_row, names = records.pop(0)
-    header = [name.strip() for name in names]
-    _check_header(f"{path}, row {header_row}", header, columns)
-    if not records:
-        raise DataError(f"{path}: there is no row below the header; add data to the file.")
-    rows = [Row(number, _cells(path, number, header, record)) for number, record in records]
-    return Table(str(path), hashlib.sha256(raw).hexdigest(), tuple(rows))
+    if pairs is not False:
+        check_distinct(names)
+    files = files_of(source)
+    read = [(path, *read_file(path)) for path in files]
+    layouts = [find_columns(path, records, names, pairs) for path, _, records in read]
+    if pairs is None:
+        pairs = any(layout.answers for layout in layouts)
+        layouts = [find_columns(path, records, names, pairs) for path, _, records in read]
+    rows: list[Row] = []
+    seen: Counter[str] = Counter()
+    for (path, _, records), layout in zip(read, layouts, strict=True):
+        rows += _rows(path, records, layout, pairs, path_in_numbers=len(files) > 1, seen=seen)
+    digests = [hashlib.sha256(raw).hexdigest() for _, raw, _ in read]
+    notes = list(dict.fromkeys(note for layout in layouts for note in layout.notes))
+    notes += [TOLD[key].format(count(number, "row")) for key, number in seen.items() if number]
+    columns = (layouts[0].prompt or names.prompt, *((layouts[0].answers or ()) if pairs else ()))
+    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Table(_called(source, files), digests[0] if len(files) == 1 else joined, columns, tuple(rows), tuple(notes))
+
+
+def _called(source: str | Path, files: Sequence[Path]) -> str:
+    """How messages call the source."""
+    if len(files) == 1 or Path(source).is_dir():
+        return str(source) if Path(source).exists() else str(files[0])
+    return f"{files[0]} and {count(len(files) - 1, 'more file')}"
+
+
+def _rows(
+    path: Path, records: Records, layout: Layout, pairs: bool, *, path_in_numbers: bool, seen: Counter[str]
+) -> Iterable[Row]:
+    for number, cells in records.rows:
+        pair = _texts(cells, layout, f"{path}, row {number}", pairs, seen)
+        texts = (pair.prompt, pair.chosen, pair.rejected) if pairs else (pair.prompt,)
+        yield Row(f"{path.name}:{number}" if path_in_numbers else number, cells, texts, layout, pair.fault)
+
+
+def _texts(cells: Mapping[str, Any], layout: Layout, where: str, pairs: bool, seen: Counter[str]) -> Pair:
+    answers = [cells.get(name) for name in layout.answers or ()]
+    prompt = content_of(cells.get(layout.prompt), layout.prompt, where) if layout.prompt else None
+    # The prompt of a pair has to be the same for the reward model and for the policy, also where the answers say more
+    # of it than the prompt column does.
+    if pairs or prompt is None or (answers and holds_conversation(*answers)):
+        chosen, rejected = (
+            content_of(cell, name, where) for cell, name in zip(answers, layout.answers or (), strict=True)
+        )
+        return pair_of(prompt, chosen, rejected, seen)
+    return prompt_of(prompt, seen)
 
 
 def sift(
     rows: Iterable[Row], columns: Sequence[str], fault: Callable[[Sequence[str]], str | None] = lambda texts: None
 ) -> tuple[list[Row], tuple[Skipped, ...]]:
-    """Divide rows into the usable ones and those left out: an empty cell, a fault, or a repetition of an earlier row.
+    """Divide rows into the usable ones and those left out: an empty text, a fault, or a repetition of an earlier row.
 
     Args:
         rows: What ``read_table`` gave.
-        columns: The columns that have to be filled in and that make a row the repetition of another.
-        fault: Given the normalised texts of those columns, what is wrong with them, if anything.
+        columns: What the rows' texts are called.
+        fault: Given a row's normalised texts, what is wrong with them, if anything.
     """
     kept: list[Row] = []
     skipped: list[Skipped] = []
-    first_rows: dict[tuple[str, ...], int] = {}
+    first_rows: dict[tuple[str, ...], RowId] = {}
     for row in rows:
-        texts = tuple(normalize(row.cells[name]) for name in columns)
+        texts = tuple(map(normalize, row.texts))
         empty = [name for name, text in zip(columns, texts, strict=True) if not text]
-        reason = f"empty {empty[0]}" if empty else fault(texts)
+        reason = row.fault or (f"empty {empty[0]}" if empty else fault(texts))
         if reason:
             skipped.append(Skipped(row.number, reason))
         elif texts in first_rows:
@@ -114,11 +159,6 @@ def sift(
             first_rows[texts] = row.number
             kept.append(row)
     return kept, tuple(skipped)
-
-
-def count(number: int, noun: str) -> str:
-    """``1 row``, ``3 rows``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def describe_skipped(skipped: Sequence[Skipped]) -> str:
@@ -132,126 +172,3 @@ def describe_skipped(skipped: Sequence[Skipped]) -> str:
         label = count(number, reason) if reason == "duplicate" else f"{number:,} {reason}"
         parts.append(f"{label} ({'row' if number == 1 else 'rows'} {named})")
     return f"left out {count(len(skipped), 'row')}: {', '.join(parts)}"
-
-
-def _check_distinct(columns: Mapping[str, str]) -> None:
-    flags: dict[str, str] = {}
-    for flag, name in columns.items():
-        if name in flags:
-            raise ConfigError(f"--{flags[name]} and --{flag} both name the column {name!r}; give each its own.")
-        flags[name] = flag
-
-
-def _read_bytes(path: Path, columns: Iterable[str]) -> bytes:
-    try:
-        if path.is_dir():
-            example = min((each.name for each in path.glob("*.csv")), default=None)
-            hint = f", such as {example!r}" if example else ""
-            raise DataError(f"{path} is a folder; give the path of a CSV file in it{hint}.")
-        if not path.parent.is_dir():
-            raise DataError(f"{path}: there is no folder {str(path.parent)!r}; check the path.")
-        if not path.exists():
-            hint = nearest(path.name, (each.name for each in path.parent.iterdir() if each.is_file()))
-            raise DataError(f"{path}: there is no such file; check the path.{hint}")
-        if path.suffix.lower() != ".csv":
-            kind = f"{path.suffix} files can't be read" if path.suffix else "a file without an extension isn't read"
-            raise DataError(f"{path}: {kind}; convert it to a .csv file with the columns {_quoted(columns)}.")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the path and its permissions.") from error
-
-
-def _decode(path: Path, raw: bytes) -> str:
-    """The text, its lines ended by line feeds; spreadsheets write a byte order mark, which says nothing here."""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(
-            f"{path}, row 1: the file is UTF-16, not UTF-8; convert it with `iconv -f utf-16 -t utf-8` "
-            "or save it as 'CSV UTF-8' in a spreadsheet."
-        )
-    data = raw.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    if (zero := data.find(b"\0")) >= 0:
-        raise DataError(
-            f"{path}, row {_line(data, zero)}: there is a NUL byte, so this is no plain text; "
-            "save it again as 'CSV UTF-8', or remove such bytes with `tr -d '\\000'`."
-        )
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, row {_line(data, error.start)}: byte 0x{data[error.start]:02x} isn't valid UTF-8; "
-            "convert the file with `iconv -f latin1 -t utf-8` or save it as 'CSV UTF-8' in a spreadsheet."
-        ) from error
-
-
-def _line(data: bytes, position: int) -> int:
-    return data.count(b"\n", 0, position) + 1
-
-
-def _parse(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """The records that aren't blank lines, each with the line it starts on."""
-    # The limit is the csv module's and so the whole process's: put it back.
-    limit_before = csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    reader = csv.reader(io.StringIO(text), strict=True)
-    records: list[tuple[int, list[str]]] = []
-    number = 1
-    try:
-        for record in reader:
-            if len(record) > 1 or any(cell.strip() for cell in record):
-                records.append((number, record))
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, row {number}: {_quoting_fault(str(error))}") from error
-    finally:
-        csv.field_size_limit(limit_before)
-    return records
-
-
-def _quoting_fault(error: str) -> str:
-    if "field limit" in error:
-        return (
-            f"a cell is longer than {_MAX_CELL_CHARACTERS:,} characters, most likely because a double quote "
-            "that opens it is never closed; close it or shorten the cell."
-        )
-    if "end of data" in error:
-        return 'a double quote that opens a cell is never closed; close it, and write quotes within a cell twice ("").'
-    return (
-        "text follows the double quote that closes a cell; close each quoted cell right before its comma, "
-        'and write quotes within it twice ("").'
-    )
-
-
-def _check_header(where: str, header: Sequence[str], columns: Mapping[str, str]) -> None:
-    # Nameless columns are common (a trailing comma, a saved index) and harmless.
-    repeated = [name for name, number in Counter(header).items() if name and number > 1]
-    if repeated:
-        raise DataError(f"{where}: the header names {repeated[0]!r} more than once; rename or remove one of them.")
-    for flag, name in columns.items():
-        if name in header:
-            continue
-        for separator, spoken in ((";", "semicolons"), ("\t", "tabs")):
-            if name in [each.strip().strip('"') for each in header[0].split(separator)]:
-                raise DataError(f"{where}: cells are separated by {spoken}; save the file with commas instead.")
-        raise DataError(
-            f"{where}: the header has no column {name!r}, only {_quoted(header)}; "
-            f"rename the column meant or name it with --{flag}.{nearest(name, header)}"
-        )
-
-
-def _quoted(names: Iterable[str]) -> str:
-    """Names for a message, cut short in case the file has no header and these are data."""
-    shown = [repr(name if len(name) <= 40 else f"{name[:37]}...") for name in names]
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
-
-
-def _cells(path: Path, number: int, header: Sequence[str], record: Sequence[str]) -> dict[str, str]:
-    if len(record) != len(header):
-        cause = (
-            "an unquoted comma is the likely cause, so put cells that hold commas in double quotes."
-            if len(record) > len(header)
-            else "an unquoted line break or a missing comma is the likely cause, so put cells that hold line breaks "
-            "in double quotes and keep the comma of an empty cell."
-        )
-        raise DataError(
-            f"{path}, row {number}: {count(len(record), 'cell')} where the header has {len(header)}; {cause}"
-        )
-    return {name: cell.strip() for name, cell in zip(header, record, strict=True) if name}

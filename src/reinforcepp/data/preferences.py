@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reinforcepp.data._table import Skipped, count, describe_skipped, normalize, read_table, sift
+from reinforcepp.data._columns import Names
+from reinforcepp.data._table import Skipped, describe_skipped, normalize, read_table, sift
+from reinforcepp.data._text import count
 from reinforcepp.data.sources import resolve_data
 from reinforcepp.data.split import split_by_prompt
 from reinforcepp.errors import DataError
-from reinforcepp.types import Preference
+from reinforcepp.types import Preference, RowId
 
 # One pair can't be both learned from and checked against.
 _MIN_PAIRS = 2
@@ -19,20 +21,21 @@ _MIN_PAIRS = 2
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """The usable pairs of a file, in its order, and the rows left out.
+    """The usable pairs of a file, in its order, the rows left out, and notes on how it was read.
 
-    ``sha256`` is of the file's bytes; for built-in data, of the digests of its two files, joined.
+    ``sha256`` is of the file's bytes; for several files, as built-in data has, of their digests, joined.
     """
 
     source: str
     sha256: str
     pairs: tuple[Preference, ...]
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = ()
 
     @property
-    def contradictions(self) -> tuple[tuple[int, int], ...]:
+    def contradictions(self) -> tuple[tuple[RowId, RowId], ...]:
         """The rows of pairs that prefer the same two answers to the same prompt in opposite ways."""
-        rows: dict[tuple[str, str, str], int] = {}
+        rows: dict[tuple[str, str, str], RowId] = {}
         found = []
         for pair in self.pairs:
             prompt, chosen, rejected = map(normalize, (pair.prompt, pair.chosen, pair.rejected))
@@ -43,7 +46,7 @@ class PreferenceData:
 
     def summary(self) -> str:
         """``my.csv: 24 usable pairs; left out 3 rows: 1 empty chosen (row 5), 2 duplicates (rows 8, 9)``."""
-        parts = [f"{Path(self.source).name}: {count(len(self.pairs), 'usable pair')}"]
+        parts = [f"{Path(self.source).name}: {count(len(self.pairs), 'usable pair')}", *self.notes]
         if self.skipped:
             parts.append(describe_skipped(self.skipped))
         if contradictions := self.contradictions:
@@ -60,35 +63,31 @@ def read_preferences(
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
 ) -> PreferenceData:
-    """Read preference pairs from a CSV file, leaving out rows that say nothing.
+    """Read preference pairs from a file or several (see ``read_table``), leaving out rows that say nothing.
 
     Left out are rows with an empty cell, with ``chosen`` equal to ``rejected``, and repetitions of an earlier row, all
-    judged by the normalised text. Pairs that contradict each other are kept, as people do disagree. Row numbers are
-    the lines on which rows start, the header being row 1.
+    judged by the normalised text, and rows whose conversations don't come down to one prompt and two answers. Pairs
+    that contradict each other are kept, as people do disagree.
 
     Raises:
         ConfigError: Two of the column settings are the same.
-        DataError: The file can't be read as CSV, lacks a column, or has fewer than 2 usable pairs.
+        DataError: A file can't be read, lacks a column, or has fewer than 2 usable pairs.
     """
-    names = (prompt_column, chosen_column, rejected_column)
-    table = read_table(path, dict(zip(("prompt_column", "chosen_column", "rejected_column"), names, strict=True)))
+    table = read_table(path, Names(prompt_column, chosen_column, rejected_column), pairs=True)
 
     def fault(texts: Sequence[str]) -> str | None:
         _, chosen, rejected = texts
-        return f"with {chosen_column} equal to {rejected_column}" if chosen == rejected else None
+        return f"with {' equal to '.join(table.columns[1:])}" if chosen == rejected else None
 
-    kept, skipped = sift(table.rows, names, fault)
-    pairs = tuple(
-        Preference(row.cells[prompt_column], row.cells[chosen_column], row.cells[rejected_column], row.number)
-        for row in kept
-    )
+    kept, skipped = sift(table.rows, table.columns, fault)
+    pairs = tuple(Preference(row.texts[0], row.texts[1], row.texts[2], row.number) for row in kept)
     if len(pairs) < _MIN_PAIRS:
         left_out = f" ({describe_skipped(skipped)})" if skipped else ""
         raise DataError(
             f"{table.source}: {count(len(pairs), 'usable pair')}, but at least {_MIN_PAIRS} are needed{left_out}; "
             f"{'correct those rows or add more' if skipped else 'add more rows'}."
         )
-    return PreferenceData(table.source, table.sha256, pairs, skipped)
+    return PreferenceData(table.source, table.sha256, pairs, skipped, table.notes)
 
 
 def load_preferences(

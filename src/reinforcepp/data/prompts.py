@@ -4,69 +4,93 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.data._table import Skipped, count, describe_skipped, read_table, sift
+from reinforcepp.data._columns import Names
+from reinforcepp.data._messages import content_of, prompt_of
+from reinforcepp.data._table import Skipped, describe_skipped, read_table, sift
+from reinforcepp.data._text import count
 from reinforcepp.data.sources import resolve_data
 from reinforcepp.data.split import split_by_prompt
 from reinforcepp.errors import DataError
+from reinforcepp.types import RowId
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt as the file has it. ``columns`` are the row's other cells, for reward functions; ``row`` is its line."""
+    """A prompt as the file has it. ``columns`` are the row's other cells, for reward functions; ``row`` is its number."""
 
     prompt: str
     columns: Mapping[str, Any]
-    row: int = 0
+    row: RowId = 0
 
 
 @dataclass(frozen=True)
 class PromptData:
-    """The distinct prompts of a file, in order of first appearance, and the rows left out.
+    """The distinct prompts of a file, in order of first appearance, the rows left out, and notes on how it was read.
 
-    ``sha256`` is of the file's bytes; for built-in data, of the digests of its two files, joined.
+    ``sha256`` is of the file's bytes; for several files, as built-in data has, of their digests, joined.
     """
 
     source: str
     sha256: str
     prompts: tuple[PromptRow, ...]
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """``my.csv: 24 prompts; left out 2 rows: 2 duplicates (rows 8, 9)``."""
-        parts = [f"{Path(self.source).name}: {count(len(self.prompts), 'prompt')}"]
+        parts = [f"{Path(self.source).name}: {count(len(self.prompts), 'prompt')}", *self.notes]
         return "; ".join([*parts, describe_skipped(self.skipped)] if self.skipped else parts)
 
 
-def read_prompts(path: str | Path, *, prompt_column: str = "prompt") -> PromptData:
-    """Read the distinct prompts of a CSV file; a prompt's other columns are those of the row where it appears first.
+def read_prompts(
+    path: str | Path,
+    *,
+    prompt_column: str = "prompt",
+    chosen_column: str = "chosen",
+    rejected_column: str = "rejected",
+) -> PromptData:
+    """Read the distinct prompts of a file or several (see ``read_table``).
 
-    Left out are rows with an empty prompt and those that repeat an earlier row's prompt, judged by the normalised
-    text. Row numbers are the lines on which rows start, the header being row 1.
+    A prompt's other columns are those of the row where it appears first, with the types that the file gives them. Left
+    out are rows with an empty prompt and those that repeat an earlier row's prompt, judged by the normalised text. The
+    columns with answers matter only where the prompt is inside of them.
 
     Raises:
-        DataError: The file can't be read as CSV, lacks the column, or has no usable prompt.
+        DataError: A file can't be read, lacks the column, or there is no usable prompt.
     """
-    table = read_table(path, {"prompt_column": prompt_column})
-    kept, skipped = sift(table.rows, (prompt_column,))
+    table = read_table(path, Names(prompt_column, chosen_column, rejected_column), pairs=False)
+    kept, skipped = sift(table.rows, table.columns)
     if not kept:
         raise DataError(
             f"{table.source}: there is no usable prompt ({describe_skipped(skipped)}); "
-            f"fill in the column {prompt_column!r} or name another with --prompt_column."
+            f"fill in the column {table.columns[0]!r} or name another with --prompt_column."
         )
     prompts = []
+    notes = table.notes
     for row in kept:
-        columns = {name: cell for name, cell in row.cells.items() if name != prompt_column}
-        prompts.append(PromptRow(row.cells[prompt_column], columns, row.number))
-    return PromptData(table.source, table.sha256, tuple(prompts), skipped)
+        columns = {name: cell for name, cell in row.cells.items() if name != row.layout.prompt}
+        graded = columns.get("reward_model")
+        if isinstance(graded, Mapping) and "ground_truth" in graded and "ground_truth" not in columns:
+            columns["ground_truth"] = graded["ground_truth"]
+            notes = (*table.notes, "reward functions get ground_truth out of the column 'reward_model'")
+        prompts.append(PromptRow(row.texts[0], columns, row.number))
+    return PromptData(table.source, table.sha256, tuple(prompts), skipped, notes)
 
 
 def load_prompts(
-    source: str | Path, *, heldout_fraction: float, seed: int, prompt_column: str = "prompt"
+    source: str | Path,
+    *,
+    heldout_fraction: float,
+    seed: int,
+    prompt_column: str = "prompt",
+    chosen_column: str = "chosen",
+    rejected_column: str = "rejected",
 ) -> tuple[PromptData, list[PromptRow], list[PromptRow]]:
     """All prompts of ``source``, then the training and the held-out ones.
 
@@ -77,11 +101,17 @@ def load_prompts(
         ConfigError: ``heldout_fraction`` isn't in [0, 1).
         DataError: As ``read_prompts``, or ``source`` names built-in data that doesn't exist.
     """
+
+    def read(path: Path) -> PromptData:
+        return read_prompts(
+            path, prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column
+        )
+
     files = resolve_data(source)
-    train = read_prompts(files.train, prompt_column=prompt_column)
+    train = read(files.train)
     if files.heldout is None:
         return train, *split_by_prompt(train.prompts, heldout_fraction, seed)
-    heldout = read_prompts(files.heldout, prompt_column=prompt_column)
+    heldout = read(files.heldout)
     digest = hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest()
     both = PromptData(str(source), digest, train.prompts + heldout.prompts, train.skipped + heldout.skipped)
     return both, list(train.prompts), list(heldout.prompts)
@@ -112,15 +142,20 @@ def read_prompt_lines(path: str | None) -> list[str]:
 def prompt_rows(dataset: Iterable[Any] | None, name: str) -> list[PromptRow]:
     """Rows of a data set in memory: mappings with a ``prompt``, as ``datasets`` gives them, or PromptRows.
 
+    A prompt is text or a list of messages.
+
     Raises:
-        DataError: A row has no text in its column ``prompt``; ``name`` tells which data set it is in.
+        DataError: A row has neither in its column ``prompt``; ``name`` tells which data set it is in.
     """
     rows: list[PromptRow] = []
     for number, row in enumerate(dataset if dataset is not None else []):
         if isinstance(row, PromptRow):
             rows.append(row)
             continue
-        prompt = row.get("prompt") if isinstance(row, Mapping) else None
+        cell = row.get("prompt") if isinstance(row, Mapping) else None
+        prompt = cell
+        if isinstance(cell, list):
+            prompt = prompt_of(content_of(cell, "prompt", f"Row {number} of {name}"), Counter()).prompt
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(f"Row {number} of {name} has no text in its column 'prompt'.")
         rows.append(PromptRow(prompt, {key: value for key, value in row.items() if key != "prompt"}, number))

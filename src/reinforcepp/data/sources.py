@@ -19,7 +19,7 @@ class DataFiles(NamedTuple):
 
 
 def resolve_data(source: str | Path) -> DataFiles:
-    """The files that ``source`` stands for: ``builtin:network`` or the path of a CSV file, which isn't opened here.
+    """The files that ``source`` stands for: ``builtin:network`` or what ``read_table`` takes, which isn't opened here.
 
     Raises:
         DataError: There is no built-in data of that name.
@@ -30,7 +30,7 @@ def resolve_data(source: str | Path) -> DataFiles:
     if name not in _BUILTIN:
         raise DataError(
             f"There is no built-in data {name!r}, only {', '.join(map(repr, _BUILTIN))}; "
-            f"use that or give the path of a CSV file.{nearest(name, _BUILTIN)}"
+            f"use that or give the path of a file.{nearest(name, _BUILTIN)}"
         )
     from reinforcepp.builtin import data_paths
 

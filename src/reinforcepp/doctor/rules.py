@@ -11,7 +11,7 @@ from collections.abc import Callable
 from statistics import median
 
 from reinforcepp.doctor.finding import Finding
-from reinforcepp.doctor.signs import FEWEST, course, gain, surely_rises
+from reinforcepp.doctor.signs import FEWEST, course, since_start, surely_rises
 from reinforcepp.run_record import RunRecord
 
 KL_FAR = 1.0  # nats per token; aligned models end at a few tenths
@@ -106,7 +106,7 @@ def length_change(run: RunRecord) -> Finding | None:
 
 def reward_hacking(run: RunRecord) -> Finding | None:
     """The training reward rises while the answers get worse."""
-    reward, judge = gain(run.evaluations, "reward"), gain(run.evaluations, "judge")
+    reward, judge = since_start(run.evaluations, "reward"), since_start(run.evaluations, "judge")
     cure = (
         "Read the highest-rewarded samples: what they share is what the reward overpays. Mend the reward (more pairs with "
         "that flaw rejected, or a rule against it), raise kl_coef, or stop earlier (eval_every, keep_best)."
@@ -114,11 +114,11 @@ def reward_hacking(run: RunRecord) -> Finding | None:
     title = "The reward rises while the answers get worse"
     cause = "The policy has found what the reward overpays."
     if judge is not None:
-        rose = surely_rises(run.metrics, _completions(run)) or (reward is not None and reward[0] > reward[1])
-        if not rose or judge[0] >= -judge[1]:
+        rose = surely_rises(run.metrics, _completions(run)) or (reward is not None and reward.shown == "better")
+        if not rose or judge.shown != "worse":
             return None
         evidence = (
-            f"The judge's held-out mean changed by {judge[0]:+.3f} (± {judge[1]:.3f}), while the training reward rose."
+            f"The judge's held-out mean changed by {judge.gain:+.3f} (± {2 * judge.error:.3f}), while the reward rose."
         )
         return Finding("reward_hacking", "serious", title, evidence, cause, cure)
     if not surely_rises(run.metrics, _completions(run)):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from reinforcepp.difference import Change, change_of
+
 EARLY, LATE = (3, 20), (3, 50)  # steps, at least and at most; between them a fifth of the run
 FEWEST = 8
 """Steps before anything is said about a course."""
@@ -49,19 +51,12 @@ def surely_rises(metrics: Sequence[Mapping[str, float]], completions: int) -> bo
     return reward.change > 2 * error
 
 
-def gain(evaluations: Mapping[str, Mapping[str, float]], name: str) -> tuple[float, float] | None:
-    """How much a held-out mean has changed since ``before``, and twice the standard error of the change.
-
-    Compared with the evaluation after the training or, while it runs, with the last one.
-    """
+def since_start(evaluations: Mapping[str, Mapping[str, float]], name: str) -> Change | None:
+    """What became of a held-out mean since ``before``: until the end or, while the training runs, the last evaluation."""
     names = list(evaluations)
     if "before" not in names or len(names) < 2:
         return None
-    first, last = evaluations["before"], evaluations["after" if "after" in names else names[-1]]
-    if name not in first or name not in last:
-        return None
-    error = math.hypot(first.get(f"{name}_error", 0.0), last.get(f"{name}_error", 0.0))
-    return last[name] - first[name], 2 * error
+    return change_of(name, evaluations["before"], evaluations["after" if "after" in names else names[-1]])
 
 
 def _steps(total: int, window: tuple[int, int]) -> int:

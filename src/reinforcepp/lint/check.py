@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reinforcepp.config import Columns, LintConfig
-from reinforcepp.data import Row, Table, read_table, resolve_data, sift
+from reinforcepp.data import Names, Row, Table, read_table, resolve_data, sift
 from reinforcepp.lint import rules
 from reinforcepp.lint.findings import SEVERITIES, Checked, Entry, Finding, Report, Sheet, named, several
+from reinforcepp.types import RowId
 
 
 def lint(config: LintConfig) -> Report:
@@ -20,8 +21,10 @@ def lint(config: LintConfig) -> Report:
         ModelError: The model, where one is named, has no tokenizer that can be used.
     """
     files = resolve_data(config.data)
-    sheets = [read_sheet(path, config)[1] for path in (files.train, files.heldout) if path is not None]
-    findings = [finding for sheet in sheets for finding in rules.check_sheet(sheet, config.near_duplicate)]
+    read = [read_sheet(path, config) for path in (files.train, files.heldout) if path is not None]
+    sheets = [sheet for _, sheet in read]
+    findings = [finding for table, sheet in read for finding in _guessed(table, sheet)]
+    findings += [finding for sheet in sheets for finding in rules.check_sheet(sheet, config.near_duplicate)]
     findings += _without_answers(sheets[0], config)
     train, heldout = sheets if len(sheets) > 1 else rules.halves(sheets[0], config.heldout_fraction, config.seed)
     findings += rules.leakage(train, heldout, config.near_duplicate)
@@ -33,16 +36,10 @@ def lint(config: LintConfig) -> Report:
 
 
 def read_sheet(path: Path, columns: Columns) -> tuple[Table, Sheet]:
-    """A file as it is and as the rules see it: pairs if it has a column of answers, else prompts alone."""
-    flags = {"prompt_column": columns.prompt_column}
-    answers = {"chosen_column": columns.chosen_column, "rejected_column": columns.rejected_column}
-    table = read_table(path, flags)
-    # A name that the user chose is meant to be there, and one answer without the other is a mistake.
-    if any(name in table.rows[0].cells for name in answers.values()) or _chosen_by_user(columns):
-        flags |= answers
-        table = read_table(path, flags)
-    names = tuple(flags.values())
-    return table, sheet_of(path.name, table.rows, names)
+    """A file as it is and as the rules see it: pairs if it has columns of answers, else prompts alone."""
+    names = Names(columns.prompt_column, columns.chosen_column, columns.rejected_column)
+    table = read_table(path, names, pairs=None)
+    return table, sheet_of(Path(table.source).name, table.rows, table.columns)
 
 
 def sheet_of(name: str, rows: Sequence[Row], columns: tuple[str, ...]) -> Sheet:
@@ -52,13 +49,16 @@ def sheet_of(name: str, rows: Sequence[Row], columns: tuple[str, ...]) -> Sheet:
         return f"with {' equal to '.join(columns[1:])}" if len(texts) > 1 and texts[1] == texts[2] else None
 
     kept, skipped = sift(rows, columns, fault)
-    entries = tuple(Entry(row.number, tuple(row.cells[column] for column in columns)) for row in kept)
+    entries = tuple(Entry(row.number, row.texts) for row in kept)
     return Sheet(name, columns, len(rows), entries, skipped)
 
 
-def _chosen_by_user(columns: Columns) -> bool:
-    usual = Columns()
-    return (columns.chosen_column, columns.rejected_column) != (usual.chosen_column, usual.rejected_column)
+def _guessed(table: Table, sheet: Sheet) -> list[Finding]:
+    """What reading the file took for granted."""
+    if not table.notes:
+        return []
+    cure = "name the columns with --prompt_column, --chosen_column and --rejected_column if that isn't what is meant"
+    return [Finding("read-as", "info", sheet.name, f"Of how this is read: {'; '.join(table.notes)}", cure)]
 
 
 def _without_answers(sheet: Sheet, columns: Columns) -> list[Finding]:
@@ -101,7 +101,7 @@ def _lengths(sheets: Sequence[Sheet], model: str, config: LintConfig) -> list[Fi
     return found
 
 
-def _too_long(sheet: Sheet, rule: str, noun: str, rows: Sequence[int], limited: str, cure: str) -> list[Finding]:
+def _too_long(sheet: Sheet, rule: str, noun: str, rows: Sequence[RowId], limited: str, cure: str) -> list[Finding]:
     if not rows:
         return []
     message = f"{several(len(rows), noun, 'is', 'are')} {limited} ({named(rows)})"

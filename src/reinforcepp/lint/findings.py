@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from reinforcepp.data import Skipped, count, normalize
+from reinforcepp.types import RowId
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -19,9 +20,9 @@ _EXCERPT = 100
 
 @dataclass(frozen=True)
 class Entry:
-    """A row that training would use: its line in the file, and its prompt, chosen and rejected, or its prompt alone."""
+    """A row that training would use: its number in the file, and its prompt, chosen and rejected, or its prompt alone."""
 
-    row: int
+    row: RowId
     texts: tuple[str, ...]
 
     @property
@@ -59,8 +60,8 @@ class Finding:
     file: str
     message: str
     cure: str
-    rows: tuple[int, ...] = ()
-    pairs: tuple[tuple[int, int], ...] = ()
+    rows: tuple[RowId, ...] = ()
+    pairs: tuple[tuple[RowId, RowId], ...] = ()
     examples: tuple[str, ...] = ()
     fixable: bool = False
 
@@ -119,12 +120,12 @@ def several(number: int, noun: str, one: str, many: str) -> str:
     return f"{count(number, noun)} {one if number == 1 else many}"
 
 
-def named(rows: Sequence[int]) -> str:
+def named(rows: Sequence[RowId]) -> str:
     """``row 4`` or ``rows 4, 9``."""
     return f"{'row' if len(rows) == 1 else 'rows'} {first_few(map(str, rows))}"
 
 
-def examples(parts: Iterable[tuple[int, str]]) -> tuple[str, ...]:
+def examples(parts: Iterable[tuple[RowId, str]]) -> tuple[str, ...]:
     """The first few rows with a piece of their text, each on one line."""
     return tuple(f"row {row}: {excerpt(text)}" for row, text in list(parts)[:_EXAMPLES])
 

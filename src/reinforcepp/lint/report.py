@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
+from reinforcepp.config.lint import FIXABLE
 from reinforcepp.data import count
 from reinforcepp.lint.findings import Finding, Report
 from reinforcepp.page import page
@@ -57,7 +59,9 @@ def summary(report: Report) -> str:
         return "Nothing is wrong with it."
     counted = ", ".join(count(number, severity) for severity, number in report.counts.items() if number)
     fixable = sum(finding.fixable for finding in report.findings)
-    return counted + (f"; a cleaned copy (--fix OUT.csv) is without {fixable} of them." if fixable else ".")
+    ending = Path(report.data).suffix.lower()
+    can_be_fixed = fixable and ending in FIXABLE
+    return counted + (f"; a cleaned copy (--fix OUT{ending}) is without {fixable} of them." if can_be_fixed else ".")
 
 
 def _sizes(report: Report) -> list[str]:

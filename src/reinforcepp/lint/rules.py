@@ -12,7 +12,7 @@ from reinforcepp.data import PreferenceData, Skipped, count, split_by_prompt
 from reinforcepp.lint.damage import cleaned, has_controls, lost_at, mended
 from reinforcepp.lint.findings import Entry, Finding, Severity, Sheet, examples, excerpt, first_few, named, several
 from reinforcepp.lint.similar import across, near_duplicates, words
-from reinforcepp.types import Preference
+from reinforcepp.types import Preference, RowId
 
 ENOUGH, LEAST = 20, 2  # usable rows
 REPEATED_WORDS = 4  # a shorter prompt occurs in an answer by chance
@@ -36,9 +36,11 @@ def check_sheet(sheet: Sheet, near_duplicate: float) -> list[Finding]:
 
 
 def left_out(sheet: Sheet) -> list[Finding]:
-    """Empty cells, chosen equal to rejected, exact duplicates: the rows that training leaves out."""
+    """Empty cells, chosen equal to rejected, other shapes, exact duplicates: the rows that training leaves out."""
+    same = f"with {' equal to '.join(sheet.columns[1:])}"
     empty = [each for each in sheet.skipped if each.reason.startswith("empty ")]
-    equal = [each for each in sheet.skipped if each.reason.startswith("with ")]
+    equal = [each for each in sheet.skipped if each.reason == same]
+    other = [each for each in sheet.skipped if each.reason.startswith("with ") and each.reason != same]
     again = [each for each in sheet.skipped if each.duplicate_of is not None]
     found = []
     if empty:
@@ -47,6 +49,10 @@ def left_out(sheet: Sheet) -> list[Finding]:
     if equal:
         what = f"{' equal to '.join(sheet.columns[1:])} ({named(_rows(equal))})"
         found.append(_skip("equal", "error", sheet, equal, what, "remove them, or correct the answer that was copied"))
+    if other:
+        cells = first_few(f"{each.reason.removeprefix('with ')} in row {each.row}" for each in other)
+        cure = "bring them into the shape of a prompt and two answers, or remove them"
+        found.append(_skip("shape", "error", sheet, other, f"another shape ({cells})", cure))
     if again:
         shown = first_few(f"{each.row} as {each.duplicate_of}" for each in again)
         message = f"{several(len(again), 'row', 'says', 'say')} the same as an earlier row ({shown})"
@@ -62,11 +68,11 @@ def _skip(rule: str, severity: Severity, sheet: Sheet, skipped: Sequence[Skipped
     return Finding(rule, severity, sheet.name, message, cure, _rows(skipped), fixable=True)
 
 
-def _rows(skipped: Iterable[Skipped]) -> tuple[int, ...]:
+def _rows(skipped: Iterable[Skipped]) -> tuple[RowId, ...]:
     return tuple(each.row for each in skipped)
 
 
-def contradicting(sheet: Sheet) -> tuple[tuple[int, int], ...]:
+def contradicting(sheet: Sheet) -> tuple[tuple[RowId, RowId], ...]:
     """The rows of each two pairs that prefer the same two answers in opposite ways."""
     if sheet.noun == "prompt":
         return ()
@@ -81,7 +87,8 @@ def contradictions(sheet: Sheet) -> list[Finding]:
         return []
     shown = first_few(f"rows {first} and {second}" for first, second in found)
     message = f"The same two answers to a prompt are preferred both ways, {count(len(found), 'time')} ({shown})"
-    rows = tuple(sorted(row for pair in found for row in pair))
+    involved = {row for pair in found for row in pair}
+    rows = tuple(entry.row for entry in sheet.entries if entry.row in involved)
     pairs = tuple((second, first) for first, second in found)
     return [
         Finding(
@@ -113,7 +120,7 @@ def near_duplicate_rows(sheet: Sheet, threshold: float) -> list[Finding]:
     return [Finding("near-duplicate", severity, sheet.name, message, cure, rows, pairs, _prompts_of(sheet, pairs[0]))]
 
 
-def _prompts_of(sheet: Sheet, rows: Sequence[int]) -> tuple[str, ...]:
+def _prompts_of(sheet: Sheet, rows: Sequence[RowId]) -> tuple[str, ...]:
     return examples((entry.row, entry.prompt) for entry in sheet.entries if entry.row in rows)
 
 

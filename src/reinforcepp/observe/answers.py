@@ -66,7 +66,12 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 def steps_with_answers(run: Path) -> list[int]:
     """The steps whose completions ``run`` holds, in order."""
-    return sorted({_step(path) for path in (run / COMPLETIONS).glob("step-*.parquet")})
+    return sorted({step for step, _ in files_of_steps(run)})
+
+
+def files_of_steps(run: Path) -> list[tuple[int, Path]]:
+    """Step and file of all completions that ``run`` holds, in order."""
+    return sorted((_step(path), path) for path in (run / COMPLETIONS).glob("step-*.parquet"))
 
 
 def restore_answers(source: Path, run: Path, step: int) -> None:

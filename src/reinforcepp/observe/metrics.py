@@ -63,10 +63,17 @@ class MetricLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All steps of the log in ``folder``, timings included."""
-    texts = [(folder / name).read_text(encoding="utf-8") for name in LOGS]
-    lines = [text[: text.rfind("\n") + 1].splitlines() for text in texts]  # of a running training the last may be half
-    return [json.loads(own) | json.loads(timings) for own, timings in zip(*lines, strict=False)]
+    """All steps of the log in ``folder``, timings included if there are any."""
+    own, timings = (_whole_lines(folder / name) for name in LOGS)
+    if not (folder / LOGS[1]).is_file():
+        timings = ["{}"] * len(own)
+    return [json.loads(step) | json.loads(seconds) for step, seconds in zip(own, timings, strict=False)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Of a running training the last line may be half."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def restore_logs(source: Path, folder: Path) -> None:

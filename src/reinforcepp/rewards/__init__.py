@@ -1,8 +1,8 @@
 """Where rewards come from: a trained reward model or any Python function of the same signature."""
 
+from reinforcepp.reward_card import RewardCard
 from reinforcepp.rewards.functions import GoldReward, RewardFunction, RewardScores, name_of, score_with
 from reinforcepp.rewards.trained import (
-    RewardCard,
     TrainedReward,
     check_reward_folder,
     describe_reward,

@@ -6,9 +6,8 @@ a head that was freshly initialised, weights swapped underneath, another tokeniz
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,14 @@ from reinforcepp.builtin import JUDGE_NAME
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
 from reinforcepp.models import context_length, load_reward_weights, load_tokenizer, resolve, save_model
+from reinforcepp.reward_card import HOW_TO_TRAIN, RewardCard, read_card
 from reinforcepp.rewards.functions import GoldReward, RewardFunction, name_of
+from reinforcepp.run_folder import REWARD_CARD
 from reinforcepp.tokens import encode_answer, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CARD_NAME = "reward_model.json"
 FINGERPRINT_TOLERANCE = 1e-2
 SCORED_AT_A_TIME = 64
 
@@ -38,22 +38,6 @@ PROBES = [
     ("Schreib mir ein Gedicht.", "Über allen Gipfeln ist Ruh, das ist von Goethe."),
     ("x", "y"),
 ]
-
-
-@dataclass(frozen=True)
-class RewardCard:
-    """What a reward model was made from and how well it does; saved as ``reward_model.json``."""
-
-    base_model: str
-    data: str
-    data_sha256: str
-    train_pairs: int
-    heldout_pairs: int
-    figures: dict[str, Any]
-    score_mean: float
-    score_std: float
-    settings: dict[str, Any]
-    fingerprint: list[float]
 
 
 class TrainedReward:
@@ -111,7 +95,7 @@ class TrainedReward:
 def save_reward_model(reward: TrainedReward, card: RewardCard, folder: Path) -> None:
     """Weights, tokenizer and, last of all, the card that makes the folder a reward model."""
     save_model(reward.model, reward.tokenizer, folder)
-    write_json(folder / CARD_NAME, asdict(card))
+    write_json(folder / REWARD_CARD, asdict(card))
 
 
 def check_reward_folder(name: str) -> RewardCard:
@@ -121,17 +105,10 @@ def check_reward_folder(name: str) -> RewardCard:
         ModelError: if the folder is missing or has no card, with the cure.
     """
     folder = Path(name).expanduser()
-    train = "Train one first: reinforcepp reward --data YOUR.csv --output_dir models/reward_model"
     if not folder.is_dir():
-        raise ModelError(f"There is no reward model folder {name}. {train}")
+        raise ModelError(f"There is no reward model folder {name}. {HOW_TO_TRAIN}")
     resolve(name)
-    path = folder / CARD_NAME
-    if not path.is_file():
-        raise ModelError(f"The folder {name} is not a reward model: it has no {CARD_NAME}. {train}")
-    try:
-        return RewardCard(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path} is damaged ({error}). {train}") from error
+    return read_card(folder)
 
 
 def load_reward_model(name: str) -> TrainedReward:

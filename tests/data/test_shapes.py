@@ -1,0 +1,377 @@
+"""Conversations, prompts inside of answers, and the column names of other tools: one prompt and two answers come out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from reinforcepp.data import prompt_rows, read_preferences, read_prompts
+from reinforcepp.data._columns import ANSWERS, PROMPTS
+from reinforcepp.errors import ConfigError, DataError
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows, name="data.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def texts(data):
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in data.pairs]
+
+
+def prompts(data):
+    return [row.prompt for row in data.prompts]
+
+
+SKY = ("What color is the sky?", "It is blue.", "It is green.")
+SUN = ("Where is the sun?", "In the sky.", "In the sea.")
+
+
+def explicit(asked, good, bad):
+    return {"prompt": [user(asked)], "chosen": [assistant(good)], "rejected": [assistant(bad)]}
+
+
+def implicit(asked, good, bad):
+    return {"chosen": [user(asked), assistant(good)], "rejected": [user(asked), assistant(bad)]}
+
+
+def sharegpt(asked, good, bad):
+    turn = {"from": "human", "value": asked}
+    return {
+        "conversations": [turn],
+        "chosen": {"from": "gpt", "value": good},
+        "rejected": {"from": "gpt", "value": bad},
+    }
+
+
+def with_all(asked, good, bad):
+    """A text as prompt beside whole conversations, as UltraFeedback's binarised form has it."""
+    return {"prompt": asked, **implicit(asked, good, bad), "messages": [user(asked), assistant(good)], "score": 8.5}
+
+
+def verl(asked, good, bad):
+    return {"data_source": "x", "prompt": [user(asked)], "chosen": good, "rejected": bad, "extra_info": {"index": 0}}
+
+
+def dialogue(asked, good, bad):
+    start = f"\n\nHuman: {asked}\n\nAssistant: "
+    return {"chosen": start + good, "rejected": start + bad}
+
+
+def in_parts(asked, good, bad):
+    parts = [{"type": "text", "text": asked[:5]}, {"type": "text", "text": asked[5:]}]
+    return {**explicit(asked, good, bad), "prompt": [user(parts)]}
+
+
+# --- TRL's shapes, and those of other tools -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda *pair: dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)),
+        explicit,
+        implicit,
+        sharegpt,
+        with_all,
+        verl,
+        dialogue,
+        in_parts,
+        lambda asked, good, bad: {"question": asked, "response_chosen": good, "response_rejected": bad},
+        lambda asked, good, bad: {"question": asked, "response_j": good, "response_k": bad},
+        lambda asked, good, bad: {"input": asked, "chosen": good, "rejected": bad},
+        lambda asked, good, bad: {"context_messages": [user(asked)], "chosen": good, "rejected": bad},
+    ],
+)
+def test_each_shape_of_a_pair_is_the_same_pair(write, shape):
+    path = write(shape(*SKY), shape(*SUN))
+    assert texts(read_preferences(path)) == [SKY, SUN]
+    assert prompts(read_prompts(path)) == [SKY[0], SUN[0]]
+
+
+def test_two_texts_that_begin_alike_share_their_prompt_in_whole_words(write):
+    rows = [
+        {"chosen": "The sky is blue.", "rejected": "The sky is brown."},  # "b" is no part of the prompt
+        {"chosen": "The sun is up", "rejected": "The sun is up now"},  # nor is what one of them lacks
+        {"chosen": "The sun", "rejected": "A moon"},
+        {"chosen": "The same.", "rejected": "The same."},
+    ]
+    data = read_preferences(write(*rows))
+    assert texts(data) == [("The sky is", "blue.", "brown."), ("The sun is", "up", "up now")]
+    assert [each.reason for each in data.skipped] == ["empty prompt", "with chosen equal to rejected"]
+    assert data.notes == ("prompts are what 'chosen' and 'rejected' begin with",)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "The sky is"}, "The sky is"),
+        ({"prompt": [user("The sky?")]}, "The sky?"),
+        ({"prompt": user("The sky?")}, "The sky?"),
+        ({"messages": [user("The sky?"), assistant("Blue.")]}, "The sky?"),
+        ({"conversations": [{"from": "human", "value": "The sky?"}, {"from": "gpt", "value": "Blue."}]}, "The sky?"),
+        ({"context_messages": [user("The sky?")]}, "The sky?"),
+        ({"instruction": "The sky?"}, "The sky?"),
+        ({"prompt": [{"role": "user", "content": "The sky?", "name": None, "from": None}]}, "The sky?"),
+        ({"prompt": [{"role": None, "content": None, "from": "human", "value": "The sky?"}]}, "The sky?"),
+    ],
+)
+def test_each_shape_of_a_prompt(write, row, prompt):
+    assert prompts(read_prompts(write(row))) == [prompt]
+
+
+def test_a_row_for_verl_keeps_all_that_its_reward_functions_need(write):
+    row = {
+        "data_source": "gsm8k",
+        "prompt": [user("2 + 2?")],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+        "extra_info": {"split": "train", "index": 0},
+    }
+    data = read_prompts(write(row))
+    rest = {name: value for name, value in row.items() if name != "prompt"}
+    assert data.prompts[0].columns == {**rest, "ground_truth": "4"}
+    assert data.summary() == "data.jsonl: 1 prompt; reward functions get ground_truth out of the column 'reward_model'"
+    own = read_prompts(write({**row, "ground_truth": "four"}))
+    assert own.prompts[0].columns["ground_truth"] == "four" and own.notes == ()
+
+
+def test_prompts_in_memory_may_be_messages():
+    rows = prompt_rows([{"prompt": [system("Be brief."), user("Why?")], "n": 1}], "train_dataset")
+    assert [(row.prompt, row.columns) for row in rows] == [("Be brief.\n\nWhy?", {"n": 1})]
+    for prompt in ([], [system("Be brief.")], 3, [user("")]):
+        with pytest.raises(DataError, match="Row 0 of train_dataset has no text"):
+            prompt_rows([{"prompt": prompt}], "train_dataset")
+    with pytest.raises(DataError, match="Row 0 of train_dataset: a message in 'prompt' has the role 'tool'"):
+        prompt_rows([{"prompt": [{"role": "tool", "content": "x"}]}], "train_dataset")
+
+
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_the_shapes_of_the_docs_are_the_same_pair(write):
+    decoder, rows = json.JSONDecoder(), []
+    for block in re.findall(r"```json\n(.*?)```", DOCS, re.DOTALL):
+        place = 0
+        while place < len(block):
+            row, place = decoder.raw_decode(block, place)
+            rows.append(row)
+            place += 1  # the end of the line
+    assert len(rows) == 4
+    for row in rows:
+        data = read_preferences(write(row, json.loads(json.dumps(row).replace("sky", "sea"))))
+        assert texts(data) == [("The sky is", "blue.", "green."), ("The sea is", "blue.", "green.")]
+
+
+def test_the_docs_name_every_column_that_is_recognised():
+    table = DOCS[DOCS.index("also known as") : DOCS.index("Two that would do")]
+    named = set(re.findall(r"`(\w+)`", table)) - {"prompt", "chosen"}
+    assert named == {*PROMPTS, *(name for couple in ANSWERS for name in couple)}
+
+
+# --- conversations as one text --------------------------------------------------------------------------------------------
+
+LONG = [system("Be brief."), user("Up?"), assistant("Yes."), user("Sure?")]
+FOLDED = "Be brief.\n\nUp?\nAnswer: Yes.\nQuestion: Sure?"
+
+
+def test_a_conversation_becomes_one_text_and_that_is_told(write):
+    path = write(
+        {"prompt": LONG, "chosen": [assistant("I am.")], "rejected": [assistant("No.")]},
+        {"prompt": "", "chosen": [*LONG, assistant("Ping it.")], "rejected": [*LONG, assistant("Why?")]},
+        {"prompt": "Sure?", "chosen": [*LONG, assistant("So it says.")], "rejected": [*LONG, assistant("Sure.")]},
+        explicit(*SKY),
+    )
+    data = read_preferences(path)
+    assert texts(data) == [
+        (FOLDED, "I am.", "No."),
+        (FOLDED, "Ping it.", "Why?"),
+        (FOLDED, "So it says.", "Sure."),
+        SKY,
+    ]
+    told = "3 rows whose prompt has a system message or earlier turns, written into one text"
+    assert data.notes == (told,)
+    assert prompts(read_prompts(path)) == [FOLDED, SKY[0]]
+
+
+def test_one_text_is_what_the_plain_frame_makes_of_the_turns():
+    import tiny
+    from transformers import PreTrainedTokenizerFast
+
+    from reinforcepp.tokens import PLAIN_TEMPLATE, frame_prompt
+
+    tokenizer = tiny.tokenizer()
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    turns = LONG[1:]
+    (row,) = prompt_rows([{"prompt": turns}], "x")
+    framed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # The frame ends an earlier answer with the token of the end, the text with a line.
+    assert frame_prompt(tokenizer, row.prompt) == framed.replace(tokenizer.eos_token, "\n")
+
+
+def test_a_prompt_ends_with_the_last_question(write):
+    data = read_prompts(write({"messages": [*LONG, assistant("I am."), assistant("Bye.")]}, {"messages": LONG[:3]}))
+    assert prompts(data) == [FOLDED, "Be brief.\n\nUp?"]
+    assert "2 rows whose prompt ends with an answer, left off" in data.notes
+
+
+def test_what_both_conversations_begin_with_is_the_prompt(write):
+    chosen = [user("a"), assistant("b"), user("c"), assistant("good")]
+    rejected = [user("a"), assistant("b"), user("c"), assistant("bad"), assistant("worse")]
+    data = read_preferences(write({"chosen": chosen, "rejected": rejected}, implicit(*SKY)))
+    assert texts(data)[0] == ("a\nAnswer: b\nQuestion: c", "good", "bad\nworse")
+
+
+def test_dialogues_written_as_text(write):
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: I "
+    data = read_preferences(write({"chosen": start + "know", "rejected": start + "do not"}, dialogue(*SKY)))
+    assert texts(data)[0] == ("a\nAnswer: b\nQuestion: c", "I know", "I do not")
+    assert "2 rows read as conversations of Human and Assistant" in data.notes
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("x")]},
+            "with answers that go on after another message of the user",
+        ),
+        (
+            {"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"},
+            "with a prompt that doesn't end with a user message",
+        ),
+        ({"prompt": "z", **implicit("a", "b", "c")}, "with a prompt that isn't the one of its answers"),
+        ({"prompt": [user("z")], **implicit("a", "b", "c")}, "with a prompt that isn't the one of its answers"),
+        (
+            {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [assistant("c")]},
+            "with a whole conversation beside an answer alone",
+        ),
+        (
+            {"prompt": [user("a"), system("s"), user("b")], "chosen": "c", "rejected": "d"},
+            "with a system message that isn't the first message",
+        ),
+        ({"prompt": [], "chosen": "c", "rejected": "d"}, "empty prompt"),
+        ({"prompt": [user(" ")], "chosen": "c", "rejected": "d"}, "empty prompt"),
+        ({"prompt": [user("a"), assistant("b"), user("")], "chosen": "c", "rejected": "d"}, "empty prompt"),
+        ({"prompt": [user("a")], "chosen": [], "rejected": "d"}, "empty chosen"),
+        ({"prompt": [user("a")], "chosen": "b", "rejected": [assistant(None)]}, "empty rejected"),
+        (implicit("a", "b", " b "), "with chosen equal to rejected"),
+        (
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("b")]},
+            "with answers to different prompts",
+        ),
+    ],
+)
+def test_rows_that_are_no_pair_are_left_out_and_told(write, row, reason):
+    data = read_preferences(write(explicit(*SKY), {"prompt": None, **row}, explicit(*SUN)))
+    assert texts(data) == [SKY, SUN]
+    assert [(each.row, each.reason) for each in data.skipped] == [(2, reason)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ([{"role": "tool", "content": "x"}], "has the role 'tool', not one of 'system', 'user', 'assistant'"),
+        ([{"role": 3, "content": "x"}], "has the role 3"),
+        ([{"content": "x"}], "has no role"),
+        ([{"role": "user", "content": 3}], "the content of a message in 'chosen' isn't text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "the content of a message in 'chosen' isn't text"),
+        ("[{'role': 'user', 'content': 'x'}]", "'chosen' holds a list of messages written out as text"),
+        (4.5, "'chosen' holds 4.5, where text or a list of messages is expected"),
+    ],
+)
+def test_cells_that_are_neither_text_nor_messages(write, cell, said):
+    with pytest.raises(DataError) as caught:
+        read_preferences(write(explicit(*SKY), {"prompt": "a", "chosen": cell, "rejected": "b"}))
+    assert "data.jsonl, row 2: " in str(caught.value) and said in str(caught.value)
+
+
+# --- names of columns -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_recognised_is_told(write):
+    rows = [{"question": a, "response_chosen": b, "response_rejected": c} for a, b, c in (SKY, SUN)]
+    told = "prompts from the column 'question'; chosen and rejected from the columns 'response_chosen' and 'response_rejected'"
+    assert read_preferences(write(*rows)).summary() == f"data.jsonl: 2 usable pairs; {told}"
+    data = read_prompts(write(*rows))
+    assert data.summary() == "data.jsonl: 2 prompts; prompts from the column 'question'"
+    assert data.prompts[0].columns == {"response_chosen": SKY[1], "response_rejected": SKY[2]}
+
+
+def test_reasons_name_the_columns_that_were_read(write):
+    rows = [{"question": a, "better": b, "worse": c} for a, b, c in (SKY, SUN, ("x", "", "y"), ("x", "y", "y"))]
+    reasons = [each.reason for each in read_preferences(write(*rows)).skipped]
+    assert reasons == ["empty better", "with better equal to worse"]
+
+
+def test_the_usual_name_and_the_one_that_was_set_come_first(write):
+    path = write({"prompt": "a", "question": "b", "q": "c"})
+    assert prompts(read_prompts(path)) == ["a"] and read_prompts(path).notes == ()
+    assert prompts(read_prompts(path, prompt_column="q")) == ["c"]
+    pair = {"prompt": "p", "chosen": "g", "rejected": "b", "response_j": "j", "response_k": "k"}
+    path = write(pair, {**pair, "prompt": "q"})
+    assert texts(read_preferences(path))[0] == ("p", "g", "b")
+    found = read_preferences(path, chosen_column="response_k", rejected_column="response_j")
+    assert texts(found)[0] == ("p", "k", "j")
+
+
+def test_what_could_be_either_is_not_guessed(write):
+    with pytest.raises(DataError, match=r"may be in 'instruction', 'input'; name the one meant with --prompt_column"):
+        read_prompts(write({"instruction": "a", "input": "b"}))
+    row = {"prompt": "a", "better": "b", "worse": "c", "response_j": "d", "response_k": "e"}
+    with pytest.raises(DataError, match=r"'response_j', 'response_k' or 'better', 'worse'; name those meant"):
+        read_preferences(write(row, row))
+    assert prompts(read_prompts(write(row))) == ["a"]  # answers that nobody asked for can be whatever they are
+
+
+def test_nothing_is_taken_in_place_of_a_name_that_was_set(write):
+    path = write(*[{"question": a, "better": b, "worse": c} for a, b, c in (SKY, SUN)])
+    with pytest.raises(DataError, match=r"no column 'questoin', only .*--prompt_column. Did you mean 'question'"):
+        read_prompts(path, prompt_column="questoin")
+    with pytest.raises(DataError, match=r"no column 'bettr', only .*--chosen_column"):
+        read_preferences(path, chosen_column="bettr")
+    with pytest.raises(DataError, match="no column 'good'"):  # nor is a prompt looked for inside of answers
+        read_prompts(write(implicit(*SKY)), prompt_column="good")
+    with pytest.raises(ConfigError, match="--chosen_column and --rejected_column both name the column 'better'"):
+        read_preferences(path, chosen_column="better", rejected_column="better")
+
+
+def test_a_column_of_answers_is_no_prompt(write):
+    rows = [{"question": a, "input": b, "query": c} for a, b, c in (SKY, SUN)]
+    assert texts(read_preferences(write(*rows), chosen_column="input", rejected_column="query")) == [SKY, SUN]
+
+
+def test_one_of_two_columns_is_no_couple(write):
+    with pytest.raises(DataError, match="no column 'chosen', only 'prompt', 'response_chosen', 'rejected'"):
+        read_preferences(write({"prompt": "a", "response_chosen": "b", "rejected": "c"}))
+
+
+def test_each_of_several_files_is_recognised_by_itself(write, tmp_path):
+    write({"prompt": SKY[0], "chosen": SKY[1], "rejected": SKY[2]}, name="a.jsonl")
+    write(implicit(*SUN), name="b.jsonl")
+    data = read_preferences(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")
+    assert texts(data) == [SKY, SUN]
+    assert data.notes == ("prompts are what 'chosen' and 'rejected' begin with",)
+    write({"prompt": "a"}, name="b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl: the file has no column 'chosen'"):
+        read_preferences(f"{tmp_path}/*.jsonl")

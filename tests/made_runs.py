@@ -1,0 +1,142 @@
+"""Folders as trainings leave them behind, made up: any length, any gap, any text."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reinforcepp.config import TrainConfig, as_dict
+from reinforcepp.observe.answers import evaluation_file, save_answers, step_file
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "<a href=\"javascript:document.title='owned'\">x</a> </textarea>&lt;b&gt; \u202egnp.exe \x1b[31m ${1} \u2028 -->"
+)
+KEPT = "HOSTILE-END"
+
+
+def figures(reward: float, judge: float | None = None, **more: float) -> dict[str, float]:
+    """An evaluation's figures; means have a standard error of 0.1 for the reward and 0.02 for the judge."""
+    judged = {} if judge is None else {"judge": judge, "judge_error": 0.02}
+    told = {
+        "reward": reward,
+        "reward_error": 0.1,
+        **judged,
+        "kl": 0.05,
+        "length": 20.0,
+        "truncated": 0.0,
+        "distinct": 0.9,
+    }
+    return told | more
+
+
+def step_of(step: int, draw: random.Random) -> dict[str, float]:
+    """What the log says of a step, timings included."""
+    reward = 2 * (1 - math.exp(-step / 20)) + draw.gauss(0, 0.2)
+    return {
+        "step": step,
+        "epoch": step / 10,
+        "loss": draw.gauss(0, 1e-3),
+        "grad_norm": 0.2 + draw.random(),
+        "learning_rate": 1e-5,
+        "skipped_updates": 0.0,
+        "clip_ratio/region_mean": 0.1 * draw.random(),
+        "reward": reward,
+        "reward_std": 0.7,
+        "rewards/style/mean": reward - 1,
+        "rewards/<b>length</b>/mean": 1.0,
+        "kl": 0.001 * step + 0.01 * draw.random(),
+        "entropy": 1.5,
+        "completions/mean_length": 20 + draw.random(),
+        "completions/min_length": 4,
+        "completions/max_length": 40,
+        "completions/clipped_ratio": 0.1 * draw.random(),
+        "num_tokens": 1000.0 * step,
+        "time/rollout": 1.0 + draw.random(),
+        "time/update": 1.0,
+        "step_time": 2.0,
+    }
+
+
+def make_run(
+    folder: Path,
+    steps: int = 12,
+    *,
+    evaluations: Mapping[str, Mapping[str, float]] | None = None,
+    logged: int = 12,
+    text: str = "",
+    skipped: tuple[int, ...] = (),
+    heldout: int = 8,
+    settings: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """A run of ``steps`` steps, of which ``logged`` have completions; ``text`` is part of all that the model says."""
+    draw = random.Random(3)
+    folder.mkdir(parents=True)
+    if evaluations is None:
+        evaluations = {"before": figures(0.0, 0.4), "after": figures(2.0, 0.8, length=25.0)}
+    config = as_dict(TrainConfig(output_dir=str(folder), reward_model="models/rm", batch_size=16)) | dict(
+        settings or {}
+    )
+    told = {
+        "kind": "TrainConfig",
+        "num_steps": steps,
+        "prompts": 100,
+        "heldout_prompts": heldout,
+        "inputs": {"model": "0123456789abcdef", "data": "fedcba9876543210", "reward_model": "00ff00ff00ff00ff"},
+        "rewards": [{"name": "reward_model", "card": {"base_model": "builtin:tiny", "figures": {"accuracy": 0.91}}}],
+        "judge": "judge",
+        "started": "2026-11-22T10:00:00+0000",
+        "command": "reinforcepp train --max_steps 12",
+        "environment": {"python": "3.11.7", "torch": "2.13.0", "device": "cpu"},
+    } | dict(facts or {})
+    (folder / "run.json").write_text(json.dumps({"settings": config} | told), encoding="utf-8")
+    log = [step_of(step, draw) for step in range(1, steps + 1)]
+    for step in skipped:
+        log[step - 1] = {key: log[step - 1][key] for key in ("step", "num_tokens", "step_time")} | {
+            "skipped_updates": 1.0
+        }
+    timed = ("time/", "step_time")
+    for name, wanted in (("metrics.jsonl", False), ("timings.jsonl", True)):
+        lines = [json.dumps({k: v for k, v in step.items() if k.startswith(timed) == wanted}) for step in log]
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps(evaluations), encoding="utf-8")
+    for step in range(1, min(logged, steps) + 1):
+        save_answers(folder / "completions" / step_file(step), completions(step, text, draw))
+    for when, own in evaluations.items():
+        save_answers(evaluation_file(folder, when), heldout_answers(when, own["reward"], heldout, text, "judge" in own))
+    return folder
+
+
+def completions(step: int, text: str, draw: random.Random, number: int = 16) -> dict[str, list[Any]]:
+    """A step's table; rewards rise with the step and with the length."""
+    rewards = [round(step / 10 + i / 100 + draw.gauss(0, 0.001), 6) for i in range(number)]
+    return {
+        "step": [step] * number,
+        "prompt": [f"Prompt {i}? {text}" for i in range(number)],
+        "completion": [f"Answer {i} of step {step}. {text}" for i in range(number)],
+        "reward": rewards,
+        "reward/style": rewards,
+        "reward/<b>length</b>": [0.0] * number,
+        "kl": [0.01] * number,
+        "length": [4 + i for i in range(number)],
+        "finish_reason": ["stop"] * (number - 1) + ["length"],
+    }
+
+
+def heldout_answers(when: str, reward: float, number: int, text: str, judged: bool) -> dict[str, list[Any]]:
+    """An evaluation's table; the last prompt loses what the first gains."""
+    sign = 0 if when == "before" else 1
+    rewards = [reward + sign * (number / 2 - i) for i in range(number)]
+    return {
+        "prompt": [f"Held-out {i}? {text}" for i in range(number)],
+        "completion": [f"{when} says {i}. {text}" for i in range(number)],
+        "reward": rewards,
+        **({"judge": [i / number for i in range(number)]} if judged else {}),
+        "length": [10 + i for i in range(number)],
+        "finish_reason": ["stop"] * number,
+    }

@@ -1,0 +1,351 @@
+"""The files of a reward training and the report made of them."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import pytest
+from pyarrow import parquet
+from rich.console import Console
+from scored import pair, pairs
+
+from reinforcepp import reward_report
+from reinforcepp.cli import main
+from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.files import write_json
+from reinforcepp.observe import progress
+from reinforcepp.observe.answers import save_answers
+from reinforcepp.reward_card import RewardCard, read_card
+from reinforcepp.reward_report import analyse, save_pairs, tell, write_reward_report
+from reinforcepp.reward_report.command import COLUMNS, read_pairs
+from reinforcepp.rewards import load_reward_model
+
+NASTY = '</script><script>alert("x")</script><img src=x onerror=alert(1)> [red]\x1b[31m\x9b2J\u202e & "quotes" \'too\''
+
+
+def card_for(scored, **changes):
+    """A card as a training would have written it."""
+    made = {
+        "base_model": "some/model",
+        "data": "my.csv",
+        "data_sha256": "0" * 64,
+        "train_pairs": 200,
+        "heldout_pairs": len(scored),
+        "figures": asdict(analyse(scored).figures) if scored else {},
+        "score_mean": 0.0,
+        "score_std": 1.0,
+        "settings": {},
+        "fingerprint": [0.0] * 8,
+        "train_accuracy": 0.97,
+    }
+    return RewardCard(**(made | changes))
+
+
+def folder_of(scored, folder, **changes):
+    """A reward model's folder, as far as the report is concerned."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "reward_model.json", asdict(card_for(scored, **changes)))
+    save_pairs(scored, folder)
+    return folder
+
+
+def varied(count=120):
+    return pairs([(-1) ** (i % 7 == 0) * (0.1 + i % 13) for i in range(count)], [i % 9 - 4 for i in range(count)])
+
+
+# --- what a training writes -------------------------------------------------------------------------------------------
+
+
+def test_a_training_writes_the_pairs_it_held_out(reward_folder):
+    read, card = read_pairs(reward_folder), read_card(reward_folder)
+    assert len(read) == card.heldout_pairs > 0
+    assert parquet.read_table(reward_folder / "heldout.parquet").column_names == list(COLUMNS)
+    assert asdict(analyse(read).figures) == card.figures
+    reward = load_reward_model(str(reward_folder))
+    for one in read:
+        scores = reward([one.prompt, one.prompt], [one.chosen, one.rejected])
+        assert scores == pytest.approx([one.chosen_score, one.rejected_score], abs=1e-4)
+
+
+def test_a_training_writes_the_page(reward_folder, tmp_path):
+    verdict = write_reward_report(reward_folder, tmp_path / "again.html")
+    assert verdict.startswith("Too few held-out pairs to tell: ")
+    assert (reward_folder / "report.html").read_bytes() == (tmp_path / "again.html").read_bytes()
+    assert verdict in (reward_folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_without_held_out_pairs_there_is_none(model_folder, pairs_csv, tmp_path, capfd):
+    flags = ["--model", model_folder, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--num_train_epochs", 1]
+    assert main(["reward", *map(str, flags), "--heldout_fraction", "0"]) == 0
+    assert "No pair was held out, so nothing is known" in capfd.readouterr().err
+    assert not {"heldout.parquet", "report.html"} & {path.name for path in (tmp_path / "rm").iterdir()}
+    with pytest.raises(ConfigError, match=r"nothing to report: train again with --heldout_fraction 0\.1"):
+        write_reward_report(tmp_path / "rm", tmp_path / "report.html")
+
+
+def test_a_folder_with_these_files_is_one_of_ours(reward_folder, model_folder, pairs_csv, tmp_path):
+    folder = tmp_path / "rm"
+    shutil.copytree(reward_folder, folder)
+    flags = ["--model", model_folder, "--data", pairs_csv, "--output_dir", folder, "--num_train_epochs", 1]
+    assert main(["reward", *map(str, flags), "--overwrite"]) == 0
+    assert (folder / "heldout.parquet").read_bytes() == (reward_folder / "heldout.parquet").read_bytes()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(folder, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        write_reward_report(folder, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+    return str(caught.value)
+
+
+def test_an_older_folder_is_told_to_be_trained_again(tmp_path):
+    folder = folder_of(varied(), tmp_path / "rm")
+    (folder / "heldout.parquet").unlink()
+    assert refused(folder, tmp_path) == (
+        f"{folder} has no heldout.parquet, which the report is made of: train the reward model again with the same "
+        "settings and --overwrite."
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("row,prompt\n"),
+        lambda path: save_answers(path, {"row": [1]}),
+        lambda path: save_answers(path, {name: ["x"] * 120 for name in COLUMNS}),
+        lambda path: save_answers(path, {name: [None] * 120 for name in COLUMNS}),
+        lambda path: save_pairs([pair(float("nan"))] * 120, path.parent),
+    ],
+    ids=["cut", "empty", "text", "no columns", "strings", "nothing", "nan"],
+)
+def test_a_damaged_file_is_named(damage, tmp_path):
+    folder = folder_of(varied(), tmp_path / "rm")
+    damage(folder / "heldout.parquet")
+    message = refused(folder, tmp_path)
+    assert (
+        message.startswith(f"{folder / 'heldout.parquet'} is damaged (") and "train the reward model again" in message
+    )
+
+
+def test_another_models_pairs_are_refused(tmp_path):
+    folder = folder_of(varied(), tmp_path / "rm")
+    save_pairs(varied(7), folder)
+    assert "holds 7 pairs, but the card speaks of 120" in refused(folder, tmp_path)
+
+
+def test_a_folder_that_is_no_reward_model_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"no reward_model\.json"):
+        write_reward_report(tmp_path, tmp_path / "report.html")
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What is said of some pairs, as one text."""
+
+    def ask(scored, **changes):
+        console = Console(width=110, highlight=False)
+        for module in (progress, reward_report.terminal):
+            monkeypatch.setattr(module, "console", console)
+        with console.capture() as capture:
+            tell(card_for(scored, **changes), analyse(scored))
+        return capture.get()
+
+    return ask
+
+
+def test_the_terminal_tells_figures_tables_and_the_verdict(told):
+    text = told(varied())
+    assert "Held out 120 pairs: accuracy 0.85 (the longer one wins: 0.49)" in text
+    plain = text.replace("┃", "│")
+    assert "│ margin " in plain and "│ chosen answer " in plain and "│ about as long " in plain
+    assert text.rstrip().splitlines()[-1].startswith("Good: accuracy 0.85 on 120 held-out pairs")
+
+
+def test_few_pairs_make_no_tables(told):
+    text = told(varied(39))
+    assert "┃" not in text and len(text.splitlines()) == 2
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def parsed(text):
+    """Tags with their attributes, and the text that is shown."""
+    tags, shown = [], []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: tags.append((tag, dict(attrs)))
+    parser.handle_data = shown.append
+    parser.feed(text)
+    return tags, "".join(shown)
+
+
+def hostile(folder):
+    scored = [
+        *varied(),
+        pair(-50.0, row=999, prompt=NASTY, chosen="c" + NASTY, rejected="r" + NASTY),
+        pair(-49.0, row=998, rejected=NASTY + "long " * 200 + NASTY),
+    ]
+    return folder_of(scored, folder, base_model=NASTY, data=NASTY, settings={"x": NASTY})
+
+
+def page_of(scored, folder, **changes):
+    """The page on some pairs, as a path."""
+    write_reward_report(folder_of(scored, folder / "rm", **changes), folder / "report.html")
+    return folder / "report.html"
+
+
+def drawn(text):
+    """What the charts of a page are given, in their order."""
+    blocks = re.findall(r'<script type="application/json">(.*?)</script>', text)
+    return [json.loads(block) for block in blocks]
+
+
+def test_hostile_text_is_shown_as_text(tmp_path):
+    write_reward_report(hostile(tmp_path / "rm"), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    tags, shown = parsed(text)
+    assert not {"img", "link", "iframe", "b"} & {tag for tag, _ in tags}
+    assert not [attrs for _, attrs in tags if {"src", "href", "onerror"} & attrs.keys()]
+    assert shown.count('</script><script>alert("x")</script><img src=x') >= 9, (
+        "model, title, data, four texts, and the start of one of them"
+    )
+    assert not set(text) & set("\x1b\x9b\u202e")
+
+
+def test_the_page_says_what_the_figures_are(tmp_path):
+    scored = varied()
+    text = page_of(scored, tmp_path).read_text(encoding="utf-8")
+    _, shown = parsed(text)
+    found = analyse(scored)
+    assert "accuracy0.850 0.78 to 0.900 ties; chance is 0.5" in shown
+    assert "on training pairs0.970" in shown and f"if the longer answer won{found.figures.longer_wins:.3f}" in shown
+    assert f"without length{found.without_length:.3f}" in shown
+    assert f"{found.figures.length_correlation:+.2f}correlation; of ranks {found.rank_correlation:+.2f}" in shown
+    assert "the 120 pairs on 120 prompts" in shown
+    for bucket in [*found.by_margin, *found.by_length_difference, *found.by_length]:
+        right = bucket.right
+        assert f"{bucket.label}{right.count}{right.value:.2f} {right.low:.2f} to {right.high:.2f}" in shown
+    for b in found.calibration:
+        assert f"{b.confidence:.2f}{b.right.count}{b.right.value:.2f} " in shown and f"--due:{b.confidence:.1%}" in text
+    first = found.by_margin[0].right
+    assert f"--low:{first.low:.1%};--high:{first.high:.1%};--at:{first.value:.1%}" in text
+
+
+def test_the_charts_are_given_the_figures(tmp_path):
+    scored = varied()
+    calibration, scores, lengths = drawn(page_of(scored, tmp_path).read_text(encoding="utf-8"))
+    bins = analyse(scored).calibration
+    (curve,) = calibration["series"]
+    assert calibration["diagonal"] and curve["n"] == [b.right.count for b in bins]
+    assert curve["x"] == pytest.approx([b.confidence for b in bins], abs=1e-5)
+    assert curve["y"] == pytest.approx([b.right.value for b in bins], abs=1e-5)
+    assert [own["name"] for own in scores["series"]] == ["chosen", "rejected"]
+    assert [sum(own["y"]) for own in scores["series"]] == pytest.approx([1, 1])
+    assert scores["series"][0]["y"] != scores["series"][1]["y"]
+    lowest = [own["y"][0] for own in scores["series"]]
+    edge = scores["edges"][1]
+    assert lowest == pytest.approx(
+        [sum(getattr(p, key) < edge for p in scored) / 120 for key in ("chosen_score", "rejected_score")], abs=1e-5
+    )
+    assert scores["edges"][-1] == pytest.approx(max(p.chosen_score for p in scored))
+    for own, length, score in zip(
+        lengths["series"], ("chosen_length", "rejected_length"), ("chosen_score", "rejected_score"), strict=True
+    ):
+        assert own["x"] == [getattr(p, length) for p in scored]
+        assert own["y"] == pytest.approx([getattr(p, score) for p in scored])
+        assert own["labels"][:2] == ["row 0", "row 1"]
+
+
+def test_of_many_pairs_some_are_drawn(tmp_path):
+    text = page_of(varied(3100), tmp_path).read_text(encoding="utf-8")
+    assert [len(own["x"]) for own in drawn(text)[2]["series"]] == [1034, 1034]
+    assert "; 1034 of 3100 pairs" in text
+
+
+def test_worst_errors_are_listed_with_their_texts(tmp_path):
+    scored = [*varied(), pair(-70.5, 3, row=777, prompt="Why?", chosen="Because.", rejected="x" * 5000)]
+    _, shown = parsed(page_of(scored, tmp_path).read_text(encoding="utf-8"))
+    listed = shown[shown.index("Worst errors") :]
+    assert (
+        "Row 777, margin -70.50PromptWhy?Chosen, score -70.50, 13 tokensBecause.Rejected, score 0.00, 10 tokens"
+        in listed
+    )
+    assert "x" * 400 + "… (5,000 characters)" + "x" * 5000 in listed
+    assert listed.count("Row ") == 19 and listed.index("Row 777") < listed.index("Row 77,")
+
+
+def test_without_errors_none_are_listed(tmp_path):
+    _, shown = parsed(page_of(pairs([1.0] * 30), tmp_path).read_text(encoding="utf-8"))
+    assert "No pair is in the wrong order." in shown and "Row " not in shown
+
+
+def test_a_card_that_lacks_what_is_new_has_a_page(tmp_path):
+    folder = folder_of(varied(), tmp_path / "rm")
+    card = json.loads((folder / "reward_model.json").read_text())
+    del card["train_accuracy"]
+    (folder / "reward_model.json").write_text(json.dumps(card))
+    assert write_reward_report(folder, tmp_path / "report.html").startswith("Good: accuracy 0.85")
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_there_is_a_page_for_any_number_of_pairs(count, tmp_path):
+    for name, scored in {"some": varied(count), "ties": pairs([0.0] * count), "one": [pair(-1.0)] * count}.items():
+        (tmp_path / name).mkdir()
+        assert page_of(scored, tmp_path / name).stat().st_size > 10_000
+
+
+# --- the page in a browser --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (1100, "dark"), (390, "light"), (390, "dark")])
+def test_the_page_in_a_browser(window, tmp_path, width, scheme):
+    write_reward_report(hostile(tmp_path / "rm"), tmp_path / "report.html")
+    browser = window(width=width, scheme=scheme)
+    page = browser.open(tmp_path / "report.html")
+    page.wait_for_selector(".chart canvas")
+    assert page.locator(".chart canvas").count() == 3
+    assert browser.complaints == [] and browser.overflow() <= 0
+    assert browser.low_contrasts() == []
+    assert page.locator("ol.errors > li").count() == 20
+
+
+def test_pictures_of_shares_are_where_the_scale_says(window, tmp_path):
+    page = window().open(page_of(pairs([1.0] * 30 + [-1.0] * 10), tmp_path))
+    (left, right), at = (
+        page.eval_on_selector(".scale", "e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right]"),
+        page.eval_on_selector(
+            ".track .at", "e => (e.getBoundingClientRect().left + e.getBoundingClientRect().right) / 2"
+        ),
+    )
+    assert at == pytest.approx(left + 0.75 * (right - left), abs=1.5)
+
+
+def test_every_figure_can_be_read_without_seeing_the_charts(window, tmp_path):
+    page = window().open(page_of(varied(), tmp_path))
+    told = page.eval_on_selector_all(".plot", "all => all.map((e) => e.getAttribute('aria-label'))")
+    assert [text.split(".")[0] for text in told] == ["Calibration", "Scores", "Score and length"]
+    assert page.locator(".numbers").count() == 3
+    assert page.locator("table.buckets caption").all_inner_texts() == [
+        "By margin",
+        "By length difference",
+        "By length",
+        "By confidence",
+    ]
+
+
+def test_a_long_text_unfolds(window, tmp_path):
+    scored = [pair(-5.0, row=1, rejected="word " * 1000)]
+    page = window().open(page_of(scored, tmp_path))
+    before = page.evaluate("document.documentElement.scrollHeight")
+    page.locator("details.text summary").click()
+    assert page.evaluate("document.documentElement.scrollHeight") > before + 200

@@ -1,0 +1,21 @@
+"""Scored pairs as the tests want them."""
+
+from reinforcepp.types import ScoredPair
+
+
+def pair(margin=1.0, longer=0, *, length=10, row=0, base=0.0, **texts):
+    """A pair whose chosen answer is ahead by ``margin`` and has ``longer`` tokens more than the ``length`` of the other."""
+    given = {"prompt": f"p{row}", "chosen": f"c{row}", "rejected": f"r{row}"} | texts
+    return ScoredPair(
+        row=row,
+        **given,
+        chosen_score=base + margin,
+        rejected_score=base,
+        chosen_length=length + longer,
+        rejected_length=length,
+    )
+
+
+def pairs(margins, longer=None):
+    """One pair for each margin, in this order."""
+    return [pair(m, more, row=i) for i, (m, more) in enumerate(zip(margins, longer or [0] * len(margins), strict=True))]

@@ -1,0 +1,315 @@
+"""The page of a comparison, in a browser: what it hides and shows, votes by mouse and keyboard, hostile text, light and dark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reinforcepp.compare.page import as_page
+from reinforcepp.compare.result import Figures, ModelComparison, Pair
+from reinforcepp.compare.statistics import Outcome, Rate
+from reinforcepp.config import CompareConfig, as_dict
+from reinforcepp.page import embedded, page
+
+HOSTILE = (
+    "<script>document.title = 'owned'</script>",
+    "<img src=x onerror=\"document.title = 'owned'\">",
+    "</script><script>document.title = 'owned'</script>",
+    "<!--<script>",
+    "]]>--></style></textarea><svg onload=\"document.title = 'owned'\">",
+    "\x1b[2J\x1b]0;owned\x07 and \u202egnp.exe",
+    "line\u2028separator\u2029 & &lt;b&gt; {left_out} %s \\u003c \ud800",
+    "x" * 2000,
+    "مرحبا <b>",
+)
+
+
+def pair(prompt: str, a: str, b: str, scores: tuple[float, float] = (0.25, 0.75)) -> Pair:
+    better = "tie" if scores[0] == scores[1] else "AB"[scores[0] < scores[1]]
+    return Pair(prompt, 0, a, b, *scores, better, "stop", "length")
+
+
+def comparison(pairs: list[Pair], model_b: str = "runs/b", notes: tuple[str, ...] = ("Take care.",)) -> ModelComparison:
+    figures = Figures(0.5, 0.05, 20.0, 80.0, 0.0, 1.0, 0.3, 0.7, None, None, 1.5)
+    rate = Rate(0.66, 0.6, 0.71)
+    return ModelComparison(
+        settings=as_dict(CompareConfig(model_b=model_b)),
+        judge="builtin:judge",
+        reference="A",
+        chosen_answers=3,
+        outcome=Outcome(len(pairs), 5, 1, 1, 6, rate, rate, 0.5, 0.4),
+        figures={"A": figures, "B": figures},
+        notes=notes,
+        pairs=tuple(pairs),
+    )
+
+
+FIVE = [
+    pair(f"Question {i}?", f"alpha {i}", f"beta {i}", ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0))[i % 3]) for i in range(5)
+]
+
+
+@pytest.fixture
+def opened(window, tmp_path):
+    """``opened(comparison, ...)`` is the :class:`browser.Window` that shows it."""
+
+    def show(found: ModelComparison, **settings):
+        path = tmp_path / "compare.html"
+        path.write_text(as_page(found), encoding="utf-8")
+        shown = window(**settings)
+        shown.open(path)
+        return shown
+
+    return show
+
+
+def texts(shown) -> dict[str, str]:
+    """What stands in the parts of the page that change, by id; the text is the page's, not its source."""
+    ids = ("place", "prompt", "text-1", "text-2", "cut-1", "cut-2", "name-1", "name-2", "told", "tally")
+    return {name: shown.page.locator(f"#{name}").inner_text() for name in ids}
+
+
+def side(text: str) -> str:
+    return "A" if text.startswith("alpha") else "B"
+
+
+# --- blind ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_scores_are_hidden_until_the_reader_chooses(opened):
+    shown = opened(comparison(FIVE))
+    before = texts(shown)
+    assert before["name-1"] == before["name-2"] == before["told"] == "" and before["tally"] == "No votes yet."
+    section = shown.page.locator("#voting").inner_text()
+    assert "runs/b" not in section and "score" not in section.replace("Show all names and scores", "")
+    shown.page.get_by_role("button", name="Answer 1").click()
+    after = texts(shown)
+    names = {"A": "A: builtin:tiny, judge's score 0", "B": "B: runs/b, judge's score 1"}
+    for i in "12":
+        assert after[f"text-{i}"] == before[f"text-{i}"]
+        assert after[f"name-{i}"] == names[side(after[f"text-{i}"])]
+    chosen = side(before["text-1"])
+    assert after["told"] == f"You chose answer 1, which is {chosen}'s" + (
+        ", like the judge." if chosen == "B" else "; the judge prefers B."
+    )
+    assert shown.complaints == []
+
+
+def test_either_order_occurs_and_the_seed_decides_it():
+    many = comparison([pair(f"Question {i}?", f"alpha {i}", f"beta {i}") for i in range(40)])
+
+    def order(found: ModelComparison) -> list[str]:
+        data = as_page(found).partition('id="data">')[2].partition("</script>")[0]
+        return [shown["answers"][0]["side"] for shown in json.loads(data)["pairs"]]
+
+    assert 8 < order(many).count("A") < 32
+    assert order(many) == order(many)
+    many.settings["seed"] = 1
+    assert order(many) != order(comparison(list(many.pairs)))
+
+
+def test_votes_by_mouse(opened):
+    shown = opened(comparison(FIVE))
+    wins = {"A": 0, "B": 0, "tie": 0}
+    agreed = 0
+    for place, choice in enumerate(("Answer 1", "Answer 2", "Tie", "Answer 2", "Answer 1")):
+        now = texts(shown)
+        assert (now["place"], now["prompt"]) == (f"Prompt {place + 1} of 5", f"Question {place}?")
+        shown.page.get_by_role("button", name=choice).click()
+        own = "tie" if choice == "Tie" else side(now[f"text-{choice[-1]}"])
+        wins[own] += 1
+        agreed += own == FIVE[place].better
+        assert shown.page.get_by_role("button", name="Answer 1").is_disabled()  # a vote is not taken back: it was blind
+        if place < 4:
+            shown.page.get_by_role("button", name="Next").click()
+    rate = (wins["B"] + wins["tie"] / 2) / 5
+    assert texts(shown)["tally"] == (
+        f"Your votes, 5 of 5: A {wins['A']}, B {wins['B']}, ties {wins['tie']}; win rate of B {rate:.2f}. "
+        f"The judge agrees with you on {agreed}."
+    )
+    assert shown.page.get_by_role("button", name="Next").is_disabled()
+    assert shown.complaints == []
+
+
+def test_votes_by_keyboard(opened):
+    shown = opened(comparison(FIVE))
+    keyboard = shown.page.keyboard
+    keyboard.press("ArrowLeft")  # there is nothing before the first
+    keyboard.press("2")
+    keyboard.press("1")  # too late
+    assert "You chose answer 2" in texts(shown)["told"]
+    keyboard.press("Enter")  # the focus is on Next
+    assert texts(shown)["prompt"] == "Question 1?"
+    assert shown.page.evaluate("document.activeElement.id") == "prompt"
+    keyboard.press("Control+1")  # the browser's own
+    assert texts(shown)["told"] == ""
+    keyboard.press("0")
+    assert "You called it a tie" in texts(shown)["told"]
+    keyboard.press("ArrowRight")
+    keyboard.press("ArrowRight")
+    assert texts(shown)["prompt"] == "Question 3?"
+    keyboard.press("ArrowLeft")
+    keyboard.press("Tab")  # from the prompt to the first of the choices
+    assert shown.page.evaluate("document.activeElement.dataset.vote") == "1"
+    keyboard.press("Space")
+    assert "Your votes, 3 of 5" in texts(shown)["tally"]
+    assert shown.complaints == []
+
+
+def test_showing_all_names_ends_the_voting_as_long_as_it_lasts(opened):
+    shown = opened(comparison(FIVE))
+    shown.page.get_by_label("Show all names and scores").check()
+    now = texts(shown)
+    assert "builtin:tiny" in now["name-1"] + now["name-2"] and "Votes count only while names are hidden" in now["told"]
+    shown.page.keyboard.press("1")
+    assert shown.page.get_by_role("button", name="Tie").is_disabled() and texts(shown)["tally"] == "No votes yet."
+    shown.page.keyboard.press("ArrowRight")
+    assert "runs/b" in shown.page.locator("#answers").inner_text()
+    shown.page.get_by_label("Show all names and scores").uncheck()
+    assert "runs/b" not in shown.page.locator("#answers").inner_text()
+    shown.page.keyboard.press("1")
+    assert "Your votes, 1 of 5" in texts(shown)["tally"]
+
+
+def test_votes_outlast_a_reload_but_not_other_answers(opened, tmp_path):
+    shown = opened(comparison(FIVE))
+    shown.page.keyboard.press("1")
+    shown.page.reload()
+    assert "Your votes, 1 of 5" in texts(shown)["tally"] and texts(shown)["prompt"] == "Question 1?"
+    (tmp_path / "compare.html").write_text(as_page(comparison([*FIVE[:4], pair("New?", "alpha", "beta")])))
+    shown.page.reload()
+    assert texts(shown)["tally"] == "No votes yet."
+    (tmp_path / "compare.html").write_text(as_page(comparison(FIVE)))
+    shown.page.reload()
+    shown.page.get_by_role("button", name="Forget my votes").click()
+    assert texts(shown)["tally"] == "No votes yet." and shown.page.locator("#forget").is_hidden()
+    shown.page.reload()
+    assert texts(shown)["tally"] == "No votes yet."
+
+
+@pytest.mark.parametrize("kept", ["[9, 9, 9, 9, 9]", "[1]", "{", "null", '"x"'])
+def test_votes_that_make_no_sense_are_none(opened, kept):
+    shown = opened(comparison(FIVE))
+    shown.page.keyboard.press("1")
+    shown.page.evaluate("(kept) => localStorage.setItem(Object.keys(localStorage)[0], kept)", kept)
+    shown.page.reload()
+    assert texts(shown)["tally"] == "No votes yet." and shown.complaints == []
+
+
+def test_equal_answers_are_no_question(opened):
+    shown = opened(comparison([pair("Same?", "one", "one", (1.0, 1.0)), *FIVE]))
+    assert texts(shown)["place"] == "Prompt 1 of 5" and "1 pair of equal answers is left out." in shown.page.content()
+    shown = opened(comparison([pair("Same?", "one", "one", (1.0, 1.0))] * 2))
+    assert "gave the same answers" in shown.page.locator("body").inner_text()
+    assert shown.page.locator("script").count() == 0 and shown.complaints == []
+
+
+def test_an_empty_answer_and_one_that_was_cut_off_are_told(opened):
+    shown = opened(comparison([pair("Why?", "", "beta and on")]))
+    now = texts(shown)
+    empty, cut = ("1", "2") if now["text-1"] == "(empty)" else ("2", "1")
+    assert now[f"text-{empty}"] == "(empty)" and now[f"cut-{empty}"] == ""
+    assert now[f"text-{cut}"] == "beta and on" and now[f"cut-{cut}"] == "cut off at the length limit"
+
+
+def test_without_scripts_the_figures_are_there(chromium, tmp_path):
+    (tmp_path / "compare.html").write_text(as_page(comparison(FIVE)), encoding="utf-8")
+    context = chromium.new_context(java_script_enabled=False)
+    shown = context.new_page()
+    shown.goto((tmp_path / "compare.html").as_uri())
+    told = shown.locator("body").inner_text()
+    context.close()
+    assert "Verdict: B is better" in told and "switched off" in told and "Answer 1" not in told
+
+
+# --- hostile text -----------------------------------------------------------------------------------------------------
+
+
+def test_hostile_text_is_shown_as_text_and_nothing_of_it_runs(opened):
+    found = comparison(
+        [pair(text, f"alpha {text}", f"beta {text}") for text in HOSTILE], model_b=HOSTILE[0], notes=HOSTILE
+    )
+    shown = opened(found)
+    for text in HOSTILE:
+        plain = "".join("\ufffd" if c in "\x1b\x07\u202e\ud800" else c for c in text)
+        assert shown.page.locator("#prompt").text_content() == plain
+        shown.page.keyboard.press("1")
+        said = {shown.page.locator(f"#text-{i}").text_content() for i in "12"}
+        assert said == {f"alpha {plain}", f"beta {plain}"}
+        assert HOSTILE[0] in shown.page.locator("#answers").inner_text()
+        shown.page.keyboard.press("ArrowRight")
+    assert shown.page.title() == "Two models compared"
+    assert shown.page.locator("img, svg, textarea").count() == 0
+    assert shown.page.locator("script").count() == opened(comparison(FIVE)).page.locator("script").count()
+    body = shown.page.locator("body").inner_text()
+    assert HOSTILE[0] in body and HOSTILE[2] in body
+    assert shown.complaints == []
+
+
+def test_nothing_but_the_pages_own_script_may_run(window, tmp_path):
+    """The second defence: were some text to get into the page as markup, the browser would refuse to run it."""
+    body = "<p id=x>safe</p><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+    body += (
+        "<a href=\"javascript:document.title = 'owned'\">link</a><link rel=stylesheet href=https://example.org/x.css>"
+    )
+    path = tmp_path / "page.html"
+    for script, expected in (("", "safe"), ("document.getElementById('x').textContent = 'ran';", "ran")):
+        path.write_text(page("Mine", body, "", script), encoding="utf-8")
+        shown = window()
+        opened = shown.open(path)
+        opened.locator("a").click()
+        assert opened.title() == "Mine" and opened.locator("#x").inner_text() == expected
+        # the script, the picture and its handler, the style sheet and the link
+        assert " ".join(shown.complaints).count("violates the following Content Security Policy directive") == 5
+
+
+def test_embedded_data_comes_back_as_it_was():
+    value = {"texts": list(HOSTILE), "number": 1.5, "none": None}
+    element = embedded("data", value)
+    inner = element.removeprefix('<script type="application/json" id="data">').removesuffix("</script>")
+    assert json.loads(inner) == value
+    assert inner.isascii() and not set("<>&") & set(inner)
+
+
+# --- looks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1100])
+def test_the_page_can_be_read_everywhere(opened, scheme, width):
+    long = pair("How " * 80 + "x" * 300, "y" * 400, "z " * 300, (1 / 3, 2 / 3))
+    shown = opened(comparison([long, *FIVE], model_b="/a/very/long/path/" * 12), scheme=scheme, width=width)
+    for key in ("", "1", "ArrowRight", "2"):
+        if key:
+            shown.page.keyboard.press(key)
+        assert shown.low_contrasts() == []
+        assert shown.overflow() == 0
+    dark = shown.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert dark == (scheme == "dark")
+    columns = shown.page.locator("#answers").evaluate("(grid) => getComputedStyle(grid).gridTemplateColumns")
+    assert len(columns.split()) == (1 if width == 360 else 2)
+    assert shown.complaints == []
+
+
+def test_the_check_for_contrast_sees(window, tmp_path):
+    path = tmp_path / "grey.html"
+    path.write_text(
+        page("Grey", "<p style='color:#888'>faint</p><p style='color:#666'>clear</p>", ""), encoding="utf-8"
+    )
+    shown = window()
+    shown.open(path)
+    assert [text for text, _ in shown.low_contrasts()] == ["faint"]
+    path.write_text(page("Wide", "<div style='width: 2000px'>wide</div>", ""), encoding="utf-8")
+    shown.open(path)
+    assert shown.overflow() > 500
+
+
+def test_all_controls_are_buttons_with_a_name(opened):
+    shown = opened(comparison(FIVE))
+    names = [button.inner_text() for button in shown.page.locator("#voting").get_by_role("button").all()]
+    assert names == ["Answer 1 1", "Tie 0", "Answer 2 2", "Previous", "Next"]
+    assert shown.page.locator("[onclick], [onload]").count() == 0
+    assert shown.page.get_by_role("status").count() == 1
+    assert Path(shown.page.url.removeprefix("file://")).stat().st_size < 60_000
