@@ -43,6 +43,7 @@ LAYERS = [
     "logprobs",
     "data",
     "batching",
+    "adapters",
     "models",
     "run_folder",
     "reward_card",

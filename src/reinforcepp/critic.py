@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from reinforcepp.adapters import with_adapter
 from reinforcepp.algorithm import masked_mean
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed import Ranks
@@ -45,6 +46,8 @@ class Critic(Learner):
         width = model.get_output_embeddings().weight.shape[1]
         model.set_output_embeddings(nn.Linear(width, 1, bias=False))
         nn.init.zeros_(model.get_output_embeddings().weight)
+        if config.use_peft:
+            model = with_adapter(model, config, seed=config.seed, head=model.get_output_embeddings())
         rate = config.critic_learning_rate or config.learning_rate
         super().__init__(model, ranks, config, learning_rate=rate, steps=steps)
 

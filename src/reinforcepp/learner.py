@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from reinforcepp.adapters import is_adapted, load_trained_weights, trained_weights
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed import Ranks
 from reinforcepp.errors import TrainingDiverged
@@ -36,7 +37,9 @@ class Learner:
     def __init__(
         self, model: PreTrainedModel, ranks: Ranks, config: ReinforceConfig, *, learning_rate: float, steps: int
     ) -> None:
-        model.eval().requires_grad_(True).to(ranks.device)
+        model.eval().to(ranks.device)
+        if not is_adapted(model):  # else the adapter alone is trained
+            model.requires_grad_(True)
         dtype = compute_dtype(config)
         self._masters = MasterAdamW(
             model.parameters(),
@@ -104,11 +107,11 @@ class Learner:
         return [(p, p.detach().clone()) for p in islice(moved, PROBES)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """State dicts of model, optimiser and schedule."""
-        return self.plain.state_dict(), self.optimizer.state_dict(), self.scheduler.state_dict()
+        """State dicts of what is trained of the model, of optimiser and schedule."""
+        return trained_weights(self.plain), self.optimizer.state_dict(), self.scheduler.state_dict()
 
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
-        self.plain.load_state_dict(model)
+        load_trained_weights(self.plain, model)
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)

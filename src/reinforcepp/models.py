@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from reinforcepp import builtin
+from reinforcepp.adapters import ADAPTER_CONFIG, ADAPTER_PREFIX, base_of, is_adapted, is_adapter, merged
 from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import PARTIAL, disk_errors, flush
 from reinforcepp.tokens import PLAIN_TEMPLATE, position_ids
@@ -49,7 +50,7 @@ def resolve(name: str) -> str:
         return str(builtin.model_path())
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or is_adapter(folder):
             return str(folder)
         beside = sorted(p.parent.name for p in folder.glob("*/config.json"))
         inside = f" It holds {', '.join(beside)}: give its path." if beside else ""
@@ -110,8 +111,26 @@ def load_config(name: str) -> PreTrainedConfig:
     """The model's configuration, without its weights."""
     from transformers import AutoConfig
 
+    if (base := _base_of_adapter(name)) is not None:
+        config = load_config(base)
+        config.name_or_path = resolve(name)  # where its tokenizer is
+        return config
     with _told(name):
         return AutoConfig.from_pretrained(resolve(name), **NO_CODE)
+
+
+def _base_of_adapter(name: str) -> str | None:
+    """The model that an adapter's folder belongs to; None if ``name`` is no adapter."""
+    folder = Path(resolve(name))
+    if not is_adapter(folder):
+        return None
+    base = base_of(folder)
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ModelError(
+            f"The adapter in {name} belongs to the model {base}, which isn't there: put it back, or set "
+            f"base_model_name_or_path in {folder / ADAPTER_CONFIG} to where it is."
+        )
+    return base
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -200,9 +219,16 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
 
 
 def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model in evaluation mode: dropout would make the policy ratio differ from 1."""
+    """A causal language model in evaluation mode: dropout would make the policy ratio differ from 1.
+
+    An adapter is merged into its model.
+    """
     from transformers import AutoModelForCausalLM
 
+    if (base := _base_of_adapter(name)) is not None:
+        model = merged(load_policy(base, dtype), Path(resolve(name))).eval()
+        model.config.name_or_path = resolve(name)
+        return model
     return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype).eval()
 
 
@@ -258,11 +284,18 @@ def empty_model(
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights as safetensors, configuration, tokenizer and chat template; each file appears whole or not at all."""
+    """Weights as safetensors, configuration, tokenizer and chat template; each file appears whole or not at all.
+
+    Of a model with an adapter the adapter alone is saved.
+    """
     partial = folder / f"model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     with _bars(sum(p.nbytes for p in model.parameters()) >= LARGE), disk_errors():
-        model.save_pretrained(partial)
+        if is_adapted(model):
+            model.save_pretrained(partial, save_embedding_layers=False)
+            (partial / "README.md").unlink()  # a template with nothing filled in
+        else:
+            model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     for path in sorted(partial.iterdir()):
         flush(path)
@@ -286,12 +319,10 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 def new_reward_model(name: str, seed: int) -> PreTrainedModel:
     """The language model ``name`` with a fresh scoring head, to be trained."""
-    from transformers import AutoModelForSequenceClassification
-
     torch.manual_seed(seed)
-    model = _from_pretrained(
-        AutoModelForSequenceClassification, name, fresh="score.", num_labels=1, dtype=torch.float32
-    )
+    model = _classifier(_base_of_adapter(name) or name)
+    if _base_of_adapter(name) is not None:
+        model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return _score_at_last_attended(model)
@@ -299,13 +330,29 @@ def new_reward_model(name: str, seed: int) -> PreTrainedModel:
 
 def load_reward_weights(folder: Path) -> PreTrainedModel:
     """A trained reward model; refuses a folder whose scoring head is missing or of the wrong shape."""
-    from safetensors import safe_open
+    _check_head(folder)
+    if (base := _base_of_adapter(str(folder))) is not None:
+        return _score_at_last_attended(merged(_classifier(base), folder)).eval()
+    return _score_at_last_attended(_classifier(str(folder), fresh=None)).eval()
+
+
+def _classifier(name: str, fresh: str | None = "score.") -> PreTrainedModel:
+    """A model with one score for an output; its weights under ``fresh`` need not be there."""
     from transformers import AutoModelForSequenceClassification
+
+    return _from_pretrained(
+        AutoModelForSequenceClassification, name, fresh=fresh, num_labels=1, dtype=torch.float32
+    )
+
+
+def _check_head(folder: Path) -> None:
+    from safetensors import safe_open
 
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            shapes |= {key: list(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+            for key in weights.keys():  # noqa: SIM118
+                shapes[key.removeprefix(ADAPTER_PREFIX)] = list(weights.get_slice(key).get_shape())
     if not shapes:
         raise ModelError(
             f"{folder} holds no safetensors weights, so it isn't a reward model; train one with the reward verb."
@@ -322,8 +369,6 @@ def load_reward_weights(folder: Path) -> PreTrainedModel:
             f"The scoring head in {folder} has shape {head}, but a reward model of this size has [1, {hidden}]: "
             "train the reward model again."
         )
-    model = _from_pretrained(AutoModelForSequenceClassification, str(folder), num_labels=1, dtype=torch.float32)
-    return _score_at_last_attended(model).eval()
 
 
 def _score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,7 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from reinforcepp import checkpoint, random_state
+from reinforcepp.adapters import is_adapted, saved_adapter
 from reinforcepp.batch_in_use import BatchInUse
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.kl_control import adapted
@@ -113,8 +116,7 @@ class PolicyRun:
 
     def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
         """Bring weights, counters, random generators and, unless told otherwise, the log where they were."""
-        policy = load_policy(str(saved.folder), compute_dtype(self.config))
-        checkpoint.load_into(self.learners, saved, dict(policy.state_dict()))
+        checkpoint.load_into(self.learners, saved, self._policy_weights(saved.folder))
         vars(self.state).update(saved.state["run"])
         self.update.guard.load(self.state.guard)
         self.update.kl_coef = self.state.kl_coef
@@ -125,6 +127,12 @@ class PolicyRun:
             restore_logs(saved.folder, self.folder)
             self.log.open(self.folder)
             restore_answers(saved.folder.parent.parent, self.folder, saved.step)
+
+    def _policy_weights(self, folder: Path) -> dict[str, Tensor]:
+        """What a checkpoint holds of the policy."""
+        if is_adapted(self.update.policy.plain):
+            return saved_adapter(folder)
+        return dict(load_policy(str(folder), compute_dtype(self.config)).state_dict())
 
     def roll_back(self, told: str) -> None:
         """To the last checkpoint, and on from there with smaller steps."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from reinforcepp.adapters import is_adapted
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.errors import DataError
+from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.models import load_policy
 from reinforcepp.observe import say
+from reinforcepp.precision import compute_dtype
 from reinforcepp.tokens import encode_prompts
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, config: ReinforceConfig) -> list[Prompt]:
@@ -29,6 +34,27 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, c
     if rows and not prompts:
         raise DataError(f"Every {part} prompt is longer than max_prompt_length {limit}: raise it.")
     return prompts
+
+
+def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTrainedModel:
+    """The model that training starts from, loaded where it is given by name.
+
+    Raises:
+        ConfigError: it can't have an adapter, or not a second one.
+    """
+    if isinstance(model, str):
+        # Weights that are trained are rounded later, when the optimiser has all their digits.
+        return load_policy(model, compute_dtype(config) if config.use_peft else torch.float32)
+    if config.use_peft and is_adapted(model):
+        raise ConfigError("use_peft adds an adapter, but the given model has one: leave use_peft out to train that.")
+    if config.use_peft and not model.config.name_or_path:
+        raise ConfigError(
+            "use_peft saves the adapter alone, so the model has to be found again, but the given one was made in memory: "
+            "save it and give its folder."
+        )
+    if config.recipe.critic and is_adapted(model):
+        raise ConfigError("The estimator ppo can't copy a model with an adapter: give the model, and use_peft.")
+    return model
 
 
 def warn_of_bias(config: ReinforceConfig) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reinforcepp import algorithm, checkpoint, random_state
+from reinforcepp.adapters import reference_of, with_adapter
 from reinforcepp.batch_in_use import BatchInUse
 from reinforcepp.batching import PromptBatches, micro_batches
 from reinforcepp.config import ReinforceConfig, as_dict
@@ -30,7 +30,6 @@ from reinforcepp.learner import Learner
 from reinforcepp.models import (
     check_context,
     load_config,
-    load_policy,
     save_model,
     tokenizer_for,
     weight_bytes,
@@ -44,7 +43,7 @@ from reinforcepp.observe.watchdog import Watchdog
 from reinforcepp.policy_run import PolicyRun, fingerprints
 from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import cast_parameters, compute_dtype
-from reinforcepp.preparation import encode, warn_of_bias
+from reinforcepp.preparation import encode, start_policy, warn_of_bias
 from reinforcepp.rewards import (
     RewardFunction,
     RewardScores,
@@ -100,7 +99,7 @@ class ReinforceTrainer:
         self.config = args or ReinforceConfig()
         # the checkpoints, with Adam's two moments, the same of a critic, and the trained model
         copies = (6 if self.config.recipe.critic else 3) * self.config.checkpoints_at_most + 1
-        needed = copies * weight_bytes(model) if isinstance(model, str) else 0
+        needed = copies * weight_bytes(model) if isinstance(model, str) and not self.config.use_peft else 0
         self.folder = check_output(
             self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume, needed_bytes=needed
         )
@@ -128,12 +127,14 @@ class ReinforceTrainer:
                 if self.config.mixed_precision == "bf16":
                     cast_parameters(reward.model, dtype)
                 reward.model.to(self.ranks.device)
-        policy = load_policy(model) if isinstance(model, str) else model
+        policy = start_policy(model, self.config)
         updates = self.num_steps * self._updates_per_step
         self.critic = Critic(policy, self.ranks, self.config, steps=updates) if self.config.recipe.critic else None
+        if self.config.use_peft:
+            policy = with_adapter(policy, self.config, seed=self.config.seed)
         self.learner = Learner(policy, self.ranks, self.config, learning_rate=self.config.learning_rate, steps=updates)
         self.policy = self.learner.plain
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self.reference = reference_of(self.policy)
         inputs = fingerprints(self.reference, [*self.prompts, *self.eval_prompts], self.rewards)
         if self._resumed is not None:
             check_unchanged(self._resumed.state["inputs"], inputs, self.config.allowed_changes)

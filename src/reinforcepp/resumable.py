@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from trl import RewardTrainer
 
 from reinforcepp import checkpoint, random_state
+from reinforcepp.adapters import is_adapted, load_trained_weights, saved_adapter
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models import load_reward_weights, save_model
@@ -69,7 +70,11 @@ class ResumableRewardTrainer(RewardTrainer):
         checkpoint.save(self.folder, place, state, fill, keep_last=self.settings.keep_last, keep=keep)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.load_state_dict(load_reward_weights(Path(resume_from_checkpoint)).state_dict())
+        folder = Path(resume_from_checkpoint)
+        adapted = is_adapted(self.model)
+        load_trained_weights(
+            self.model, saved_adapter(folder) if adapted else dict(load_reward_weights(folder).state_dict())
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:

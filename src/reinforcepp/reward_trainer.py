@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reinforcepp import checkpoint
+from reinforcepp.adapters import with_adapter
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import load_preferences
 from reinforcepp.errors import DataError
@@ -70,6 +71,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
 
     model = new_reward_model(config.model, seed=config.seed)
     inputs = {"model": weights_hash(model), "data": data.sha256}
+    if config.use_peft:
+        model = with_adapter(model, config, seed=config.seed, head=model.score)
     if saved is not None:
         check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
     else:

@@ -42,6 +42,8 @@ OURS = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
+from reinforcepp.config.adapters import Adapters, check_adapters
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.errors import ConfigError
 from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
@@ -14,7 +15,7 @@ DEFAULT_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(Keeping):
+class ReinforceConfig(Adapters, Keeping):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"
@@ -151,6 +152,7 @@ class ReinforceConfig(Keeping):
             "ratio_limit",
         )
         check_keeping(self)
+        check_adapters(self)
         positive(self, "kl_target", "kl_horizon", "kl_limit")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ConfigError("kl_target adapts kl_coef, which is 0: give it a positive value to begin with.")

@@ -17,6 +17,7 @@ from reinforcepp.config._checks import (
     not_negative,
     positive,
 )
+from reinforcepp.config.adapters import Adapters, check_adapters
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.errors import ConfigError
@@ -82,7 +83,7 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(Keeping, Columns, RewardInputs):
+class RewardModelConfig(Adapters, Keeping, Columns, RewardInputs):
     """Train a reward model from a preference file."""
 
     output_dir: str = "models/reward_model"
@@ -108,6 +109,7 @@ class RewardModelConfig(Keeping, Columns, RewardInputs):
         """Check each value, then what they mean together."""
         check_values(self)
         check_keeping(self)
+        check_adapters(self)
         positive(self, "learning_rate", "num_train_epochs", "batch_size", "mini_batch_size", "max_length")
         positive(self, "gradient_accumulation_steps")
         not_negative(self, "center_rewards_coefficient")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reinforcepp.adapters import base_model
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout.weights import base_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reinforcepp import models
+from reinforcepp.adapters import full_weights
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept, request_seed
 from reinforcepp.rollout.memory import CPU_BLOCK, head_size, memory_settings
 from reinforcepp.rollout.transfer import send_weights
 from reinforcepp.rollout.vllm_cpu import spare_work
-from reinforcepp.rollout.weights import full_weights, named_config, saved_eos_ids
+from reinforcepp.rollout.weights import named_config, saved_eos_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

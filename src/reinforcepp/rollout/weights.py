@@ -1,25 +1,15 @@
-"""What an engine outside the trainer is given of a model: configuration, ends of answers, weights with adapters merged."""
+"""What an engine outside the trainer is given of a model beside its weights: configuration and ends of answers."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from reinforcepp import models
+from reinforcepp.adapters import base_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The language model itself, without what peft wraps round it."""
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
-    return base
 
 
 def named_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -39,26 +29,3 @@ def saved_eos_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
         own = models.load_config(name).get_text_config().eos_token_id
     listed = own if isinstance(own, list) else [own]
     return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
-
-
-@torch.no_grad()
-def full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every entry of the state dict, tied ones under both names.
-
-    LoRA adapters are added to a copy of the weight they adapt, one weight at a time: merging in place and taking it
-    out again would leave rounding errors in the trainer's own weights.
-    """
-    base = base_model(model)
-    adapted: dict[str, Any] = {
-        f"{name}.base_layer.weight": module
-        for name, module in base.named_modules()
-        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight")
-    }
-    for name, weight in base.state_dict().items():
-        if "lora_" in name or ".original_module." in name:
-            continue
-        if name in adapted:
-            layer = adapted[name]
-            for adapter in () if layer.disable_adapters or layer.merged else layer.active_adapters:
-                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
-        yield re.sub(r"\.modules_to_save\.[^.]+\.", ".", name.replace(".base_layer.", ".")), weight
