@@ -29,7 +29,6 @@ SPARE = 8  # of the vocabulary, for tokens that a family's own tokenizer class b
 FAMILIES = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
     "llama": ("LlamaConfig", "LlamaForCausalLM", "LlamaForSequenceClassification"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
 }
 
 
