@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_scheduler
 
-from reinforcepp.adapters import is_adapted, load_trained_weights, trained_weights
+from reinforcepp.adapters import base_model, is_adapted, load_trained_weights, trained_weights
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed import Ranks
-from reinforcepp.errors import TrainingDiverged
-from reinforcepp.precision import MasterAdamW, cast_parameters, compute_dtype
+from reinforcepp.errors import ConfigError, TrainingDiverged
+from reinforcepp.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +43,8 @@ class Learner:
         if not is_adapted(model):  # else the adapter alone is trained
             model.requires_grad_(True)
         dtype = compute_dtype(config)
+        self._switches = switches(model, checkpointing=config.gradient_checkpointing)
+        self._scale = LossScale(dtype)
         self._masters = MasterAdamW(
             model.parameters(),
             dtype,
@@ -53,6 +57,8 @@ class Learner:
         self._max_grad_norm = config.max_grad_norm
         self.model, self.optimizer = ranks.prepare(model, self._masters)
         self.plain = ranks.unwrap(self.model)
+        if config.torch_compile:  # not the plain model: generation has ways of its own that a compiler doesn't know
+            self.model = torch.compile(self.model)
         self.scheduler = get_scheduler(
             config.lr_scheduler_type,
             self._masters,
@@ -60,14 +66,28 @@ class Learner:
             num_training_steps=steps,
         )
 
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around a forward pass and the backward pass that follows it, which may do the first again."""
+        for part in self._switches:
+            part.training = True
+        try:
+            yield
+        finally:
+            for part in self._switches:
+                part.training = False
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
-        self._ranks.backward(loss)
+        self._ranks.backward(self._scale.lift(loss))
         self._masters.collect()
 
     def clip(self) -> float:
         """Scale the gathered gradients down to ``max_grad_norm``; returns their norm before."""
-        return self._ranks.clip_gradients(self._masters.masters, self._max_grad_norm)
+        self._scale.lower(self._masters.masters)
+        norm = self._ranks.clip_gradients(self._masters.masters, self._max_grad_norm)
+        self._scale.adapt(norm)
+        return norm
 
     def step(self, norm: float) -> dict[str, float]:
         """Update the weights with gradients whose ``norm`` is known to be finite; returns it and the learning rate.
@@ -108,10 +128,35 @@ class Learner:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """State dicts of what is trained of the model, of optimiser and schedule."""
-        return trained_weights(self.plain), self.optimizer.state_dict(), self.scheduler.state_dict()
+        course = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
+        return trained_weights(self.plain), self.optimizer.state_dict(), course
 
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
         load_trained_weights(self.plain, model)
         self.optimizer.load_state_dict(optimizer)
-        self.scheduler.load_state_dict(scheduler)
+        self._scale.load_state_dict(scheduler["loss_scale"])
+        self.scheduler.load_state_dict({name: value for name, value in scheduler.items() if name != "loss_scale"})
+
+
+def switches(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:
+    """The parts of ``model`` that do something else while learning, and whose own ``training`` says so.
+
+    The model as a whole stays in evaluation mode, because its dropout would make the policy ratio differ from 1. Its
+    layers look at their own flag to decide whether to keep their activations or to compute them again, and an adapter's
+    dropout, where it is asked for, at its own.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    parts: list[nn.Module] = []
+    if checkpointing:
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        parts += [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+        if not parts:
+            raise ConfigError(
+                f"gradient_checkpointing: the layers of a {model.config.model_type} model can't be computed again; leave it out."
+            )
+    for part in model.modules():
+        dropouts = [p for p in getattr(part, "lora_dropout", {}).values() if isinstance(p, nn.Dropout)]
+        parts += [part, *dropouts] if dropouts else []
+    return parts

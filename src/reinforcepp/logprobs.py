@@ -90,7 +90,8 @@ def response_states(
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside what data-parallel training wraps round it."""
+    """The model inside what the compiler and data-parallel training wrap round it."""
+    model = getattr(model, "_orig_mod", model)
     return getattr(model, "module", model)
 
 

@@ -218,18 +218,18 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froze
 # --- causal language models -----------------------------------------------------------------------------------------
 
 
-def load_policy(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
     """A causal language model in evaluation mode: dropout would make the policy ratio differ from 1.
 
-    An adapter is merged into its model.
+    An adapter is merged into its model. ``settings`` are further arguments of ``from_pretrained``.
     """
     from transformers import AutoModelForCausalLM
 
     if (base := _base_of_adapter(name)) is not None:
-        model = merged(load_policy(base, dtype), Path(resolve(name))).eval()
+        model = merged(load_policy(base, dtype, **settings), Path(resolve(name))).eval()
         model.config.name_or_path = resolve(name)
         return model
-    return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype).eval()
+    return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, **settings).eval()
 
 
 def _from_pretrained(auto_class: Any, name: str, *, fresh: str | None = None, **settings: Any) -> PreTrainedModel:

@@ -164,12 +164,14 @@ class PolicyUpdate:
             try:
                 for micro in micro_batches(batch.completions, rows, self.micro_batch_size):
                     self.between()
-                    loss, stats = self._policy_loss(batch, advantages_BT, micro, tokens)
-                    self.policy.backward(loss)
+                    with self.policy.learning():
+                        loss, stats = self._policy_loss(batch, advantages_BT, micro, tokens)
+                        self.policy.backward(loss)
                     stats["loss"] = loss.detach()
                     if self.critic is not None and values_BT is not None:
-                        loss = self._critic_loss(batch, values_BT, returns_BT, micro, tokens)
-                        self.critic.backward(loss)
+                        with self.critic.learning():
+                            loss = self._critic_loss(batch, values_BT, returns_BT, micro, tokens)
+                            self.critic.backward(loss)
                         stats["critic/loss"] = loss.detach()
                     for name, value in stats.items():
                         before = totals.get(name, torch.zeros_like(value))

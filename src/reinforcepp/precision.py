@@ -1,12 +1,13 @@
-"""Computing in bfloat16 while weights are learnt in float32.
+"""Computing in 16 bits while weights are learnt in float32.
 
-A step of the optimiser is often smaller than bfloat16's distance between two numbers, so the weights that are learnt
-are kept in float32; the model computes with their rounded copies, as the rollout engine does.
+A step of the optimiser is often smaller than the distance between two numbers of 16 bits, so the weights that are
+learnt are kept in float32; the model computes with their rounded copies, as the rollout engine does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,56 @@ from reinforcepp.config import ReinforceConfig
 
 def compute_dtype(config: ReinforceConfig) -> torch.dtype:
     """What models compute in."""
-    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the parameters; buffers stay, because rotary frequencies need their float32."""
+    """Round the parameters; buffers stay, because rotary frequencies need their float32, and weights of 4 bits do, too."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+class LossScale:
+    """Lifts losses so that gradients in float16 don't vanish, and lowers them again; with other types it is 1.
+
+    After a gradient that isn't finite it falls to a quarter; after ``PATIENCE`` good ones in a row it is doubled.
+    """
+
+    START, PATIENCE = 2.0**13, 500
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.narrow = dtype == torch.float16
+        self.value = self.START if self.narrow else 1.0
+        self.good = 0
+
+    def lift(self, loss: Tensor) -> Tensor:
+        """The loss that is to go backward."""
+        return loss * self.value if self.narrow else loss
+
+    def lower(self, parameters: Iterable[Tensor]) -> None:
+        """Gradients of what :meth:`lift` gave become those of the loss."""
+        for parameter in parameters if self.narrow else ():
+            if parameter.grad is not None:
+                parameter.grad /= self.value
+
+    def adapt(self, norm: float) -> None:
+        """To the norm of an update's gradients."""
+        if not self.narrow:
+            return
+        self.good = self.good + 1 if math.isfinite(norm) else 0
+        if self.good == 0:
+            self.value = max(1.0, self.value / 4)
+        elif self.good % self.PATIENCE == 0:
+            self.value *= 2
+
+    def state_dict(self) -> dict[str, float]:
+        """What decides its next values."""
+        return {"value": self.value, "good": self.good}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.value, self.good = state["value"], int(state["good"])
 
 
 class MasterAdamW(torch.optim.AdamW):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from reinforcepp.adapters import is_adapted
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.config.computing import Computing
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models import load_policy
 from reinforcepp.observe import say
@@ -44,7 +46,8 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
     """
     if isinstance(model, str):
         # Weights that are trained are rounded later, when the optimiser has all their digits.
-        return load_policy(model, compute_dtype(config) if config.use_peft else torch.float32)
+        dtype = compute_dtype(config) if config.use_peft else torch.float32
+        return load_policy(model, dtype, **attention(config))
     if config.use_peft and is_adapted(model):
         raise ConfigError("use_peft adds an adapter, but the given model has one: leave use_peft out to train that.")
     if config.use_peft and not model.config.name_or_path:
@@ -55,6 +58,24 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
     if config.recipe.critic and is_adapted(model):
         raise ConfigError("The estimator ppo can't copy a model with an adapter: give the model, and use_peft.")
     return model
+
+
+def attention(config: Computing) -> dict[str, str]:
+    """What ``from_pretrained`` is to be told of attention.
+
+    Raises:
+        ConfigError: what is asked for isn't installed.
+    """
+    wanted = config.attn_implementation
+    if wanted == "auto":
+        return {}
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(wanted)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"attn_implementation {wanted} needs the package {package}, which isn't installed: install it where there is a "
+            "GPU that it supports, or use sdpa."
+        )
+    return {"attn_implementation": wanted}
 
 
 def warn_of_bias(config: ReinforceConfig) -> None:

@@ -124,7 +124,7 @@ class ReinforceTrainer:
         self.ranks = Ranks(self.config.report_to, self.folder)
         for reward in [*self.rewards, self.judge]:
             if isinstance(reward, TrainedReward):
-                if self.config.mixed_precision == "bf16":
+                if dtype != torch.float32:
                     cast_parameters(reward.model, dtype)
                 reward.model.to(self.ranks.device)
         policy = start_policy(model, self.config)
@@ -303,7 +303,7 @@ class ReinforceTrainer:
             self.critic,
             pad_id=self._pad_id,
             correction=("off" if own_forward else "tis") if mode == "auto" else mode,
-            on_policy=own_forward and full_distribution and self._updates_per_step == 1,
+            on_policy=own_forward and full_distribution and self._updates_per_step == 1 and not config.lora_dropout,
             guard=self.guard,
             between=self._between,
         )

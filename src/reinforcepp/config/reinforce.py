@@ -7,6 +7,7 @@ from typing import Literal
 
 from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
 from reinforcepp.config.adapters import Adapters, check_adapters
+from reinforcepp.config.computing import Computing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.errors import ConfigError
 from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
@@ -15,7 +16,7 @@ DEFAULT_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(Adapters, Keeping):
+class ReinforceConfig(Adapters, Computing, Keeping):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"
@@ -103,8 +104,6 @@ class ReinforceConfig(Adapters, Keeping):
     vllm_gpu_memory_utilization: float | None = None
     """Share of the GPU's memory for vLLM; measured by default."""
 
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 computes in bfloat16; weights, optimiser, log-probabilities and reductions stay float32."""
     eval_prompts: int = 64
     """Held-out prompts answered before and after training; 0 skips the comparison."""
     eval_every: int = 0
