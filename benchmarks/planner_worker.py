@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from reinforcepp import verbs
 from reinforcepp.config import TrainConfig
-from reinforcepp.models import load_reward_weights
 from reinforcepp.observe import Clock
 from reinforcepp.policy_run import PolicyRun
+from reinforcepp.reward_models import load_reward_weights
 from reinforcepp.rewards import RewardCard, TrainedReward
 from reinforcepp.rewards.trained import save_reward_model
 

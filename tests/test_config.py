@@ -23,12 +23,12 @@ from reinforcepp.errors import ConfigError
 KEEPING = {"save_every", "max_skipped_updates", "watchdog_seconds"}
 TRAINING = {
     *("seed", "heldout_fraction", "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "top_k"),
-    *("eval_prompts", "eval_every", "gae_lambda", "ratio_limit"),
+    *("eval_prompts", "eval_every", "gae_lambda", "ratio_limit", "lora_dropout"),
     *("collapse_length", "collapse_entropy", "collapse_distinct"),
     *KEEPING,
 }
 ZERO_IS_FINE = {
-    "reward": {"seed", "heldout_fraction", "center_rewards_coefficient", *KEEPING},
+    "reward": {"seed", "heldout_fraction", "center_rewards_coefficient", "lora_dropout", *KEEPING},
     "train": TRAINING,
     "generate": {"seed", "temperature", "top_k"},
     "compare": {"seed", "heldout_fraction", "temperature", "top_k", "max_prompts", "tie_margin"},

@@ -45,6 +45,7 @@ LAYERS = [
     "batching",
     "adapters",
     "models",
+    "reward_models",
     "run_folder",
     "reward_card",
     "run_state",

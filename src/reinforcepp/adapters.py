@@ -50,7 +50,9 @@ def base_of(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}): copy the adapter from its origin again.") from error
     if not isinstance(name, str) or not name:
-        raise ModelError(f"{path} doesn't name its model: set base_model_name_or_path to the model's folder or hub name.")
+        raise ModelError(
+            f"{path} doesn't name its model: set base_model_name_or_path to the model's folder or hub name."
+        )
     return name
 
 
@@ -61,10 +63,11 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         ModelError: the adapter doesn't fit the model.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"The adapter in {folder} can't be added to {base_of(folder)}: {reason}") from error
     plain: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
@@ -158,6 +161,7 @@ class WithoutAdapter:
         return getattr(self._model, name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """What the model says with the adapter switched off."""
         with self._model.disable_adapter():
             return self._model(*arguments, **named)
 

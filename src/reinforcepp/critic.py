@@ -45,6 +45,7 @@ class Critic(Learner):
         model = copy.deepcopy(policy)
         width = model.get_output_embeddings().weight.shape[1]
         model.set_output_embeddings(nn.Linear(width, 1, bias=False))
+        model.config.tie_word_embeddings = False
         nn.init.zeros_(model.get_output_embeddings().weight)
         if config.use_peft:
             model = with_adapter(model, config, seed=config.seed, head=model.get_output_embeddings())

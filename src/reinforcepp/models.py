@@ -18,13 +18,12 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from torch import Tensor
 
 from reinforcepp import builtin
-from reinforcepp.adapters import ADAPTER_CONFIG, ADAPTER_PREFIX, base_of, is_adapted, is_adapter, merged
+from reinforcepp.adapters import ADAPTER_CONFIG, base_of, is_adapted, is_adapter, merged
 from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import PARTIAL, disk_errors, flush
-from reinforcepp.tokens import PLAIN_TEMPLATE, position_ids
+from reinforcepp.tokens import PLAIN_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -111,7 +110,7 @@ def load_config(name: str) -> PreTrainedConfig:
     """The model's configuration, without its weights."""
     from transformers import AutoConfig
 
-    if (base := _base_of_adapter(name)) is not None:
+    if (base := model_of_adapter(name)) is not None:
         config = load_config(base)
         config.name_or_path = resolve(name)  # where its tokenizer is
         return config
@@ -119,7 +118,7 @@ def load_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(resolve(name), **NO_CODE)
 
 
-def _base_of_adapter(name: str) -> str | None:
+def model_of_adapter(name: str) -> str | None:
     """The model that an adapter's folder belongs to; None if ``name`` is no adapter."""
     folder = Path(resolve(name))
     if not is_adapter(folder):
@@ -225,14 +224,14 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
     """
     from transformers import AutoModelForCausalLM
 
-    if (base := _base_of_adapter(name)) is not None:
+    if (base := model_of_adapter(name)) is not None:
         model = merged(load_policy(base, dtype, **settings), Path(resolve(name))).eval()
         model.config.name_or_path = resolve(name)
         return model
-    return _from_pretrained(AutoModelForCausalLM, name, dtype=dtype, **settings).eval()
+    return load_weights(AutoModelForCausalLM, name, dtype=dtype, **settings).eval()
 
 
-def _from_pretrained(auto_class: Any, name: str, *, fresh: str | None = None, **settings: Any) -> PreTrainedModel:
+def load_weights(auto_class: Any, name: str, *, fresh: str | None = None, **settings: Any) -> PreTrainedModel:
     """Load weights that fit their configuration; but for those under ``fresh``, none may be missing.
 
     The library would initialise what is missing at random and go on.
@@ -314,83 +313,7 @@ def weights_hash(model: PreTrainedModel) -> str:
     return seen.hexdigest()[:16]
 
 
-# --- reward models --------------------------------------------------------------------------------------------------
-
-
-def new_reward_model(name: str, seed: int) -> PreTrainedModel:
-    """The language model ``name`` with a fresh scoring head, to be trained."""
-    torch.manual_seed(seed)
-    model = _classifier(_base_of_adapter(name) or name)
-    if _base_of_adapter(name) is not None:
-        model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
-    tokenizer = load_tokenizer(name)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return _score_at_last_attended(model)
-
-
-def load_reward_weights(folder: Path) -> PreTrainedModel:
-    """A trained reward model; refuses a folder whose scoring head is missing or of the wrong shape."""
-    _check_head(folder)
-    if (base := _base_of_adapter(str(folder))) is not None:
-        return _score_at_last_attended(merged(_classifier(base), folder)).eval()
-    return _score_at_last_attended(_classifier(str(folder), fresh=None)).eval()
-
-
-def _classifier(name: str, fresh: str | None = "score.") -> PreTrainedModel:
-    """A model with one score for an output; its weights under ``fresh`` need not be there."""
-    from transformers import AutoModelForSequenceClassification
-
-    return _from_pretrained(
-        AutoModelForSequenceClassification, name, fresh=fresh, num_labels=1, dtype=torch.float32
-    )
-
-
-def _check_head(folder: Path) -> None:
-    from safetensors import safe_open
-
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118
-                shapes[key.removeprefix(ADAPTER_PREFIX)] = list(weights.get_slice(key).get_shape())
-    if not shapes:
-        raise ModelError(
-            f"{folder} holds no safetensors weights, so it isn't a reward model; train one with the reward verb."
-        )
-    hidden = load_config(str(folder)).get_text_config().hidden_size
-    head = shapes.get("score.weight")
-    if head is None:
-        raise ModelError(
-            f"{folder} holds no scoring head (score.weight): it is a language model, not a reward model, and a fresh head "
-            "would score at random. Train a reward model first, or give the folder that training wrote."
-        )
-    if head != [1, hidden]:
-        raise ModelError(
-            f"The scoring head in {folder} has shape {head}, but a reward model of this size has [1, {hidden}]: "
-            "train the reward model again."
-        )
-
-
-def _score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
-    """Make ``model`` read its score where the attention mask ends.
-
-    The library looks for the last token that isn't the pad token, which misses the EOS where pad and EOS are one.
-    """
-    from transformers.modeling_outputs import SequenceClassifierOutput
-
-    def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
-        hidden_BLD = model.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
-        places_BL = torch.arange(input_ids.shape[1], device=input_ids.device) * attention_mask
-        rows_B = torch.arange(input_ids.shape[0], device=input_ids.device)
-        return SequenceClassifierOutput(logits=model.score(hidden_BLD[rows_B, places_BL.argmax(-1)]))
-
-    model.forward = forward
-    return model
+# --- what the library shows meanwhile ---------------------------------------------------------------------------------
 
 
 def _bars_if_large(name: str) -> AbstractContextManager[None]:

@@ -128,7 +128,7 @@ class ReinforceTrainer:
                     cast_parameters(reward.model, dtype)
                 reward.model.to(self.ranks.device)
         policy = start_policy(model, self.config)
-        updates = self.num_steps * self._updates_per_step
+        updates = self.num_steps * self.config.updates_per_step
         self.critic = Critic(policy, self.ranks, self.config, steps=updates) if self.config.recipe.critic else None
         if self.config.use_peft:
             policy = with_adapter(policy, self.config, seed=self.config.seed)
@@ -303,14 +303,10 @@ class ReinforceTrainer:
             self.critic,
             pad_id=self._pad_id,
             correction=("off" if own_forward else "tis") if mode == "auto" else mode,
-            on_policy=own_forward and full_distribution and self._updates_per_step == 1 and not config.lora_dropout,
+            on_policy=own_forward and full_distribution and config.updates_per_step == 1 and not config.lora_dropout,
             guard=self.guard,
             between=self._between,
         )
-
-    @property
-    def _updates_per_step(self) -> int:
-        return self.config.num_iterations * -(-self.config.completions_per_step // self.config.optimizer_batch_size)
 
     @property
     def _pad_id(self) -> int:

@@ -17,10 +17,11 @@ from reinforcepp import checkpoint, random_state
 from reinforcepp.adapters import is_adapted, load_trained_weights, saved_adapter
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import TrainingDiverged
-from reinforcepp.models import load_reward_weights, save_model
+from reinforcepp.models import save_model
 from reinforcepp.observe import Clock, MetricLog, Progress, say
 from reinforcepp.observe.interrupt import Stop
 from reinforcepp.observe.watchdog import Watchdog
+from reinforcepp.reward_models import load_reward_weights
 from reinforcepp.run_state import better
 
 TRAINER_STATE = "trainer_state.json"

@@ -14,16 +14,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from reinforcepp import checkpoint
 from reinforcepp.adapters import with_adapter
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import load_preferences
-from reinforcepp.errors import DataError
-from reinforcepp.models import context_length, load_config, load_tokenizer, new_reward_model, weight_bytes, weights_hash
+from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.models import context_length, load_config, load_tokenizer, weight_bytes, weights_hash
 from reinforcepp.observe import MetricLog, Progress, restore_logs, say
 from reinforcepp.observe.interrupt import Interrupted, StopAsked, stop_signals
 from reinforcepp.observe.watchdog import Watchdog
+from reinforcepp.preparation import attention
 from reinforcepp.reward_card import RewardCard
+from reinforcepp.reward_models import new_reward_model
 from reinforcepp.reward_report import analyse, save_pairs, summary, tell, write_page
 from reinforcepp.rewards.measure import score_pairs
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model
@@ -52,6 +56,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
         resume=config.resume,
         needed_bytes=copies * weight_bytes(config.model),
     )
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision fp16 needs a GPU when a reward model is trained: use bf16.")
     saved = checkpoint.chosen(folder, config)
     data, train, heldout = load_preferences(
         config.data,
@@ -69,7 +75,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
     if not train:
         raise DataError(f"No training pair of {data.source} fits into max_length {limit} tokens: raise max_length.")
 
-    model = new_reward_model(config.model, seed=config.seed)
+    model = new_reward_model(config.model, config.seed, **attention(config))
     inputs = {"model": weights_hash(model), "data": data.sha256}
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed, head=model.score)
@@ -168,8 +174,11 @@ def _fit(
             warmup_steps=max(1, steps // 10),
             center_rewards_coefficient=config.center_rewards_coefficient,
             max_length=None,
-            bf16=False,
-            gradient_checkpointing=False,
+            use_cpu=not torch.accelerator.is_available(),
+            bf16=config.mixed_precision == "bf16",
+            fp16=config.mixed_precision == "fp16",
+            gradient_checkpointing=config.gradient_checkpointing,
+            torch_compile=config.torch_compile,
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="no",  # no more than the Keeper asks for
@@ -199,3 +208,4 @@ def _fit(
             if done:
                 trainer._save_checkpoint(model)
             raise Interrupted(f"after step {done} of {steps}", stop.exit_code) from asked
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scores are computed in float32

@@ -136,6 +136,9 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     Raises:
         ConfigError: naming all that differ, except for those in ``allowed``.
     """
+    began, now = (
+        json.loads(json.dumps(dict(settings))) for settings in (began, now)
+    )  # one may have been read from a file
     changed = {
         name: f"{name} was {began[name]} and is {value}"
         for name, value in now.items()

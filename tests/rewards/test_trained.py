@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ModelError, TrainingDiverged
-from reinforcepp.models import load_tokenizer, new_reward_model
+from reinforcepp.models import load_tokenizer
+from reinforcepp.reward_models import new_reward_model
 from reinforcepp.reward_trainer import train_reward_model
 from reinforcepp.rewards import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.rewards.measure import score_pairs

@@ -39,7 +39,9 @@ def check_adapters(config: Any) -> None:
     if not targets or not all(name.strip() for name in targets):
         raise ConfigError("lora_target_modules is empty: name layers, as in q_proj v_proj, or leave it at all-linear.")
     if "all-linear" in targets and len(targets) > 1:
-        raise ConfigError("lora_target_modules names all-linear and others, but all-linear is all there are: give one of them.")
+        raise ConfigError(
+            "lora_target_modules names all-linear and others, but all-linear is all there are: give one of them."
+        )
     if not config.use_peft:
         chosen = [name for name in Adapters.__dataclass_fields__ if getattr(config, name) != getattr(Adapters, name)]
         if chosen:

@@ -215,3 +215,8 @@ class ReinforceConfig(Adapters, Computing, Keeping):
         if self.gradient_accumulation_steps is None:
             return self.completions_per_step
         return self.micro_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser steps on a full rollout batch."""
+        return self.num_iterations * -(-self.completions_per_step // self.optimizer_batch_size)

@@ -18,6 +18,7 @@ from reinforcepp.config._checks import (
     positive,
 )
 from reinforcepp.config.adapters import Adapters, check_adapters
+from reinforcepp.config.computing import Computing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.errors import ConfigError
@@ -83,7 +84,7 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(Adapters, Keeping, Columns, RewardInputs):
+class RewardModelConfig(Adapters, Computing, Keeping, Columns, RewardInputs):
     """Train a reward model from a preference file."""
 
     output_dir: str = "models/reward_model"

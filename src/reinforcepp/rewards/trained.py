@@ -16,8 +16,9 @@ import torch
 from reinforcepp.builtin import JUDGE_NAME
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
-from reinforcepp.models import context_length, load_reward_weights, load_tokenizer, resolve, save_model
+from reinforcepp.models import context_length, load_tokenizer, resolve, save_model
 from reinforcepp.reward_card import HOW_TO_TRAIN, RewardCard, read_card
+from reinforcepp.reward_models import load_reward_weights
 from reinforcepp.rewards.functions import GoldReward, RewardFunction, name_of
 from reinforcepp.run_folder import REWARD_CARD
 from reinforcepp.tokens import encode_answer, pad

@@ -1,0 +1,363 @@
+"""LoRA: nothing but the adapter is trained, the reference is the model without it, and saved it says what it said live."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.adapters import (
+    ADAPTER_WEIGHTS,
+    WithoutAdapter,
+    base_model,
+    full_weights,
+    load_trained_weights,
+    reference_of,
+    trained_weights,
+    with_adapter,
+)
+from reinforcepp.cli import main
+from reinforcepp.config.adapters import Adapters
+from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.models import load_config, load_policy, load_tokenizer, save_model
+from reinforcepp.reward_models import load_reward_weights, new_reward_model
+from reinforcepp.rewards import load_reward_model
+
+FAMILIES = ["gpt2", "llama", "qwen2"]
+VARIANTS = [{}, {"use_rslora": True}, {"use_dora": True}]
+IDS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return {family: str(tiny.save(tmp_path_factory.mktemp(family), family)) for family in FAMILIES}
+
+
+def adapted(base, seed=1, **settings):
+    """A model with an adapter that has been somewhere: fresh ones say nothing."""
+    model = with_adapter(load_policy(base), Adapters(use_peft=True, lora_r=4, **settings), seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def assert_same(one, other, atol=1e-5):
+    torch.testing.assert_close(one, other, atol=atol, rtol=1e-5)
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", VARIANTS, ids=["lora", "rslora", "dora"])
+def test_a_fresh_adapter_says_nothing_and_is_all_that_learns(bases, family, settings):
+    plain = load_policy(bases[family])
+    model = with_adapter(load_policy(bases[family]), Adapters(use_peft=True, lora_r=4, **settings), seed=0)
+    assert_same(logits(model), logits(plain))
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learning and all("lora_" in name for name in learning)
+    linear = {
+        name.rsplit(".", 1)[-1] for name, p in plain.named_modules() if p.__class__.__name__ in ("Linear", "Conv1D")
+    }
+    targets = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in learning}
+    assert targets == linear - {"lm_head"}
+
+
+def test_rank_alpha_and_rslora_are_peft_s(bases):
+    for settings, scale in [({}, 8.0), ({"use_rslora": True}, 16.0), ({"lora_alpha": 4.0}, 1.0)]:
+        model = with_adapter(load_policy(bases["llama"]), Adapters(use_peft=True, lora_r=4, **settings), seed=0)
+        layer = base_model(model).model.layers[0].self_attn.q_proj
+        assert layer.scaling["default"] == scale
+        assert layer.lora_A["default"].weight.shape == (4, 64)
+
+
+def test_the_seed_decides_its_first_weights_and_leaves_the_others_alone(bases):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    one, same, other = (
+        trained_weights(with_adapter(load_policy(bases["gpt2"]), Adapters(use_peft=True), seed=seed))
+        for seed in (0, 0, 1)
+    )
+    assert torch.rand(1) == expected
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", VARIANTS, ids=["lora", "rslora", "dora"])
+def test_merged_it_says_the_same_live_and_saved(bases, tmp_path, family, settings):
+    model = adapted(bases[family], **settings)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    live = tiny.model(family)
+    live.load_state_dict(dict(full_weights(model)))
+    said = logits(model)
+    assert_same(logits(live), said)
+    assert not torch.allclose(said, logits(load_policy(bases[family])), atol=0.1)
+    save_model(model, load_tokenizer(bases[family]), tmp_path)
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "README.md").exists()
+    loaded = load_policy(str(tmp_path))
+    assert type(loaded) is type(live)
+    assert_same(logits(loaded), said)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert_same(logits(model), said, atol=0)
+
+
+def test_peft_itself_loads_what_is_saved(bases, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    model = adapted(bases["llama"])
+    save_model(model, load_tokenizer(bases["llama"]), tmp_path)
+    assert_same(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_the_reference_is_the_same_weights_with_the_adapter_off(bases):
+    plain, model = load_policy(bases["llama"]), adapted(bases["llama"])
+    reference = reference_of(model)
+    assert isinstance(reference, WithoutAdapter)
+    assert_same(logits(reference), logits(plain))
+    assert not torch.allclose(logits(model), logits(plain), atol=0.1)
+    own, held = plain.state_dict(), reference.state_dict()
+    assert own.keys() == held.keys() and all(torch.equal(own[name], held[name]) for name in own)
+    places = {p.data_ptr() for p in model.parameters()}
+    assert all(tensor.data_ptr() in places for tensor in held.values())  # no second copy
+    copied = reference_of(plain)
+    assert copied is not plain and not any(p.requires_grad for p in copied.parameters())
+
+
+def test_trained_weights_come_back(bases):
+    one, other = adapted(bases["gpt2"], seed=1), adapted(bases["gpt2"], seed=2)
+    taken = {name: value.clone() for name, value in trained_weights(one).items()}
+    load_trained_weights(other, taken)
+    assert_same(logits(other), logits(one), atol=0)
+
+
+def test_an_adapter_on_an_adapter(bases, tmp_path):
+    first = adapted(bases["llama"])
+    save_model(first, load_tokenizer(bases["llama"]), tmp_path / "first")
+    second = adapted(str(tmp_path / "first"), seed=5)
+    save_model(second, load_tokenizer(bases["llama"]), tmp_path / "second")
+    assert_same(logits(load_policy(str(tmp_path / "second"))), logits(second))
+    assert json.loads((tmp_path / "second/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "first"
+    )
+    assert load_config(str(tmp_path / "second")).name_or_path == str(tmp_path / "second")
+
+
+def test_the_built_in_model_is_named_so_that_it_is_found_on_any_machine(tmp_path):
+    model = adapted("builtin:tiny")
+    save_model(model, load_tokenizer("builtin:tiny"), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "builtin:tiny"
+    assert_same(logits(load_policy(str(tmp_path))), logits(model), atol=1e-4)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_are_not_there(bases):
+    with pytest.raises(ConfigError, match=r"lora_target_modules query names no layer .* this model has .*q_proj"):
+        adapted(bases["llama"], lora_target_modules=("query",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"lora_r": 8}, "add --use_peft"),
+        ({"load_in_4bit": True}, "add --use_peft"),
+        ({"use_peft": True, "lora_target_modules": ()}, "lora_target_modules is empty"),
+        ({"use_peft": True, "lora_target_modules": ("all-linear", "q_proj")}, "give one of them"),
+        ({"use_peft": True, "load_in_4bit": True, "use_dora": True}, "use_dora needs"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        ReinforceConfig(**settings)
+
+
+def test_folders_that_cannot_be_merged(bases, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    save_model(adapted(str(base)), load_tokenizer(bases["llama"]), tmp_path / "adapter")
+    weights = tmp_path / "adapter" / ADAPTER_WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    with pytest.raises(ModelError, match=r"can't be added to"):
+        load_policy(str(tmp_path / "adapter"))
+    weights.write_bytes(whole)
+    shutil.rmtree(base)
+    with pytest.raises(
+        ModelError, match=r"belongs to the model .*base, which isn't there: put it back, or set base_model"
+    ):
+        load_config(str(tmp_path / "adapter"))
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": None}))
+    with pytest.raises(ModelError, match="doesn't name its model"):
+        load_config(str(tmp_path / "adapter"))
+    config.write_text("{")
+    with pytest.raises(ModelError, match="is damaged"):
+        load_config(str(tmp_path / "adapter"))
+
+
+def test_models_in_memory(bases, tmp_path):
+    made = {"processing_class": tiny.tokenizer(), "train_dataset": PROMPTS, "reward_funcs": likes_early_tokens}
+    settings = {"max_new_tokens": 4, "max_prompt_length": 40, "rollout": "transformers", "eval_prompts": 0}
+    with pytest.raises(ConfigError, match="save it and give its folder"):
+        ReinforceTrainer(tiny.model(), args=ReinforceConfig(str(tmp_path / "a"), use_peft=True, **settings), **made)
+    given = adapted(bases["gpt2"])
+    with pytest.raises(ConfigError, match="leave use_peft out to train that"):
+        ReinforceTrainer(given, args=ReinforceConfig(str(tmp_path / "b"), use_peft=True, **settings), **made)
+    with pytest.raises(ConfigError, match="ppo can't copy a model with an adapter"):
+        ReinforceTrainer(given, args=ReinforceConfig(str(tmp_path / "c"), estimator="ppo", **settings), **made)
+    run = ReinforceTrainer(given, args=ReinforceConfig(str(tmp_path / "d"), max_steps=1, **settings), **made)
+    own = {name: p.clone() for name, p in run.policy.named_parameters()}
+    run.train()
+    changed = {name for name, p in run.policy.named_parameters() if not torch.equal(p, own[name])}
+    assert changed and all("lora_" in name for name in changed)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(32)]
+HELD_OUT = [{"prompt": f"Why does router {i} drop packets?"} for i in range(20)]
+
+
+def likes_early_tokens(prompts, completions, completion_ids, **_):
+    return [sum(token < 160 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def trainer(base, folder, **settings):
+    usual = {
+        "max_new_tokens": 6,
+        "max_prompt_length": 40,
+        "batch_size": 32,
+        "learning_rate": 1e-2,
+        "kl_coef": 0.003,
+        "seed": 5,
+        "rollout": "transformers",
+        "use_peft": True,
+    }
+    return ReinforceTrainer(
+        base, likes_early_tokens, ReinforceConfig(output_dir=str(folder), **(usual | settings)), PROMPTS, HELD_OUT
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mixed_precision": "bf16"},
+        {"lora_dropout": 0.1, "gradient_checkpointing": True},
+        {"estimator": "ppo", "critic_learning_rate": 1e-2, "max_steps": 50},
+    ],
+    ids=["plain", "bf16", "dropout", "ppo"],
+)
+def test_it_learns_on_held_out_prompts_and_changes_nothing_but_the_adapter(bases, tmp_path, settings):
+    run = trainer(bases["llama"], tmp_path / "run", **({"max_steps": 30} | settings))
+    own = {name: p.clone() for name, p in run.policy.named_parameters() if "lora_" not in name}
+    run.train()
+    before, after = run.evaluations["before"], run.evaluations["after"]
+    assert before.kl == pytest.approx(0, abs=1e-5)
+    assert after.reward > before.reward + 0.15
+    assert after.kl > 0.001
+    assert all(torch.equal(p, own[name]) for name, p in run.policy.named_parameters() if name in own)
+    saved = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
+    assert saved == [ADAPTER_WEIGHTS]
+    if not settings:
+        plain = load_policy(str(tmp_path / "run"))
+        assert_same(logits(plain), logits(run.policy))
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixed_precision": "bf16", "lora_dropout": 0.2}, {"estimator": "ppo"}])
+def test_a_resumed_run_ends_with_the_same_adapter(bases, tmp_path, settings):
+    usual = {"max_steps": 4, "save_every": 2, "keep_last": 5, "eval_prompts": 4} | settings
+    trainer(bases["gpt2"], tmp_path / "whole", **usual).train()
+    checkpoint = tmp_path / "whole/checkpoints/step-000002"
+    assert not list(checkpoint.glob("model*.safetensors"))
+    trainer(bases["gpt2"], tmp_path / "again", **usual, resume=str(checkpoint)).train()
+    one, other = ((tmp_path / run / ADAPTER_WEIGHTS).read_bytes() for run in ("whole", "again"))
+    assert one == other
+
+
+def test_dropout_is_for_learning_alone(bases, tmp_path):
+    run = trainer(bases["llama"], tmp_path / "run", lora_dropout=0.5)
+    assert not run.update.on_policy  # the pass that learns isn't the one that sampled
+    with torch.no_grad():
+        for name, parameter in run.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    quiet = logits(run.policy)
+    assert_same(logits(run.policy), quiet, atol=0)
+    with run.learner.learning():
+        assert not torch.allclose(logits(run.policy), quiet)
+    assert_same(logits(run.policy), quiet, atol=0)
+
+
+# --- reward models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [[], ["--use_dora"], ["--mixed_precision", "bf16", "--gradient_checkpointing"]])
+def test_a_reward_model_keeps_its_head(bases, pairs_csv, tmp_path, settings):
+    arguments = [
+        "--model",
+        bases["llama"],
+        "--data",
+        pairs_csv,
+        "--output_dir",
+        tmp_path / "rm",
+        "--use_peft",
+        *settings,
+    ]
+    assert main(["reward", *map(str, arguments), "--num_train_epochs", "2", "--learning_rate", "0.01"]) == 0
+    loaded = load_reward_model(str(tmp_path / "rm"))  # proves that it scores its probes as it did when it was saved
+    assert max(abs(a - b) for a, b in zip(loaded.fingerprint(), loaded.card.fingerprint, strict=True)) < 1e-4
+    fresh = new_reward_model(bases["llama"], seed=42)
+    assert not torch.equal(loaded.model.score.weight, fresh.score.weight)
+    assert torch.equal(loaded.model.model.embed_tokens.weight, fresh.model.embed_tokens.weight)
+
+
+def test_scores_merged_equal_those_of_the_adapter(bases, tmp_path):
+    model = new_reward_model(bases["qwen2"], seed=0).eval()
+    model = with_adapter(model, Adapters(use_peft=True), seed=0, head=model.score)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    save_model(model, load_tokenizer(bases["qwen2"]), tmp_path)
+    asked = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    with torch.no_grad():
+        assert_same(load_reward_weights(tmp_path)(**asked).logits, model(**asked).logits)
+
+
+def test_an_adapter_without_a_head_is_no_reward_model(bases, tmp_path):
+    save_model(adapted(bases["llama"]), load_tokenizer(bases["llama"]), tmp_path)
+    with pytest.raises(ModelError, match="holds no scoring head"):
+        load_reward_weights(tmp_path)
+
+
+def test_a_reward_model_may_start_from_an_adapter(bases, tmp_path):
+    model = adapted(bases["llama"])
+    save_model(model, load_tokenizer(bases["llama"]), tmp_path)
+    started = new_reward_model(str(tmp_path), seed=0).eval()
+    with torch.no_grad():
+        own = base_model(load_policy(str(tmp_path))).model(input_ids=IDS).last_hidden_state
+        assert_same(started.model(input_ids=IDS).last_hidden_state, own)
+
+
+def test_a_resumed_reward_training_ends_with_the_same_adapter(bases, pairs_csv, tmp_path):
+    usual = ["reward", "--model", bases["gpt2"], "--data", str(pairs_csv), "--use_peft", "--batch_size", "2"]
+    usual += ["--save_every", "2", "--keep_last", "9", "--lora_dropout", "0.1", "--num_train_epochs", "2"]
+    assert main([*usual, "--output_dir", str(tmp_path / "whole")]) == 0
+    checkpoint = str(tmp_path / "whole/checkpoints/step-000004")
+    assert main([*usual, "--output_dir", str(tmp_path / "again"), "--resume", checkpoint]) == 0
+    one, other = ((tmp_path / run / ADAPTER_WEIGHTS).read_bytes() for run in ("whole", "again"))
+    assert one == other

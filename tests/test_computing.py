@@ -1,0 +1,210 @@
+"""How a model computes: 16 bits, activations computed again, attention, the compiler; what comes out stays the same."""
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.cli import main
+from reinforcepp.config import RewardModelConfig
+from reinforcepp.errors import ConfigError, TrainingDiverged
+from reinforcepp.precision import LossScale
+from reinforcepp.preparation import attention
+from reinforcepp.rewards import load_reward_model
+
+PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("base"), "llama"))
+
+
+def spread(prompts, completions, completion_ids, **_):
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def trainer(base, folder, reward=spread, **settings):
+    usual = {
+        "max_new_tokens": 6,
+        "max_prompt_length": 40,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "mini_batch_size": 4,
+        "rollout": "transformers",
+        "eval_prompts": 0,
+    }
+    return ReinforceTrainer(base, reward, ReinforceConfig(output_dir=str(folder), **(usual | settings)), PROMPTS)
+
+
+def trained(base, folder, **settings):
+    run = trainer(base, folder, **settings)
+    run.train()
+    return run
+
+
+def largest_gap(one, other):
+    theirs = other.policy.state_dict()
+    return max(
+        float((value.float() - theirs[name].float()).abs().max()) for name, value in one.policy.state_dict().items()
+    )
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"mixed_precision": "bf16"}, {"estimator": "ppo"}], ids=["float32", "bf16", "ppo"]
+)
+def test_activations_computed_again_give_the_same_weights(base, tmp_path, settings, monkeypatch):
+    plain = trained(base, tmp_path / "plain", **settings)
+    again = trainer(base, tmp_path / "again", gradient_checkpointing=True, **settings)
+    layer = next(part for part in again.policy.modules() if isinstance(part, GradientCheckpointingLayer))
+    forwards = []
+    layer.self_attn.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    again.train()
+    assert largest_gap(plain, again) == 0
+    learning = sum(forwards)
+    assert learning == 2 * 3 * 2  # each of a step's two micro-batches, and in the backward pass once more
+    assert not again.policy.training and not any(part.training for part in again.policy.modules())
+
+
+def test_nothing_is_computed_again_unless_asked_for(base, tmp_path):
+    run = trainer(base, tmp_path / "run")
+    layer = next(part for part in run.policy.modules() if isinstance(part, GradientCheckpointingLayer))
+    forwards = []
+    layer.self_attn.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    run.train()
+    assert sum(forwards) == 3 * 2
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_what_was_asked_for(base, tmp_path):
+    usual, eager = trained(base, tmp_path / "a"), trained(base, tmp_path / "b", attn_implementation="eager")
+    assert usual.policy.config._attn_implementation == "sdpa"
+    assert eager.policy.config._attn_implementation == "eager"
+    assert largest_gap(usual, eager) < 1e-5
+
+
+def test_attention_that_is_not_installed():
+    with pytest.raises(ConfigError, match="flash_attention_2 needs the package flash_attn, which isn't installed"):
+        attention(ReinforceConfig(attn_implementation="flash_attention_2"))
+    assert attention(RewardModelConfig()) == {}
+
+
+# --- the compiler ---------------------------------------------------------------------------------------------------
+
+
+def test_compiled_it_learns_the_same(base, tmp_path, monkeypatch):
+    plain = trained(base, tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # all but the machine code
+    compiled = trained(base, tmp_path / "compiled", torch_compile=True)
+    assert hasattr(compiled.learner.model, "_orig_mod") and not hasattr(compiled.policy, "_orig_mod")
+    assert largest_gap(plain, compiled) < 1e-6
+    torch._dynamo.reset()
+
+
+# --- float16 --------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_scale_by_hand():
+    scale = LossScale(torch.float16)
+    assert scale.lift(torch.tensor(0.5)) == 4096
+    weight = torch.zeros(2, requires_grad=True)
+    weight.grad = torch.tensor([8192.0, 16384.0])
+    scale.lower([weight, torch.zeros(1, requires_grad=True)])
+    assert weight.grad.tolist() == [1, 2]
+    scale.adapt(float("inf"))
+    assert scale.value == 2048
+    scale.adapt(float("nan"))
+    assert scale.value == 512
+    for _ in range(499):
+        scale.adapt(1.0)
+    assert scale.value == 512
+    scale.adapt(1.0)
+    assert scale.value == 1024
+    other = LossScale(torch.float16)
+    other.load_state_dict(scale.state_dict())
+    assert vars(other) == vars(scale)
+    for _ in range(20):
+        scale.adapt(float("inf"))
+    assert scale.value == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_types_need_no_scale(dtype):
+    scale = LossScale(dtype)
+    scale.adapt(float("inf"))
+    weight = torch.zeros(1, requires_grad=True)
+    weight.grad = torch.ones(1)
+    scale.lower([weight])
+    assert (scale.lift(torch.tensor(3.0)), weight.grad) == (3, 1)
+
+
+def test_float16_learns_what_float32_learns(base, tmp_path):
+    wide = trained(base, tmp_path / "wide")
+    narrow = trained(base, tmp_path / "narrow", mixed_precision="fp16")
+    assert narrow.policy.dtype == torch.float16
+    start = trainer(base, tmp_path / "start").policy.state_dict()
+    moved = {name: value - start[name] for name, value in wide.policy.state_dict().items()}
+    master = dict(
+        zip([name for name, _ in narrow.policy.named_parameters()], narrow.learner._masters.masters, strict=True)
+    )
+    one = torch.cat([moved[name].flatten() for name in master])
+    other = torch.cat([(value.detach() - start[name]).flatten() for name, value in master.items()])
+    assert torch.cosine_similarity(one, other, dim=0) > 0.8
+
+
+def test_gradients_too_large_for_float16_cost_an_update_and_lower_the_scale(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(LossScale, "START", 2.0**40)
+    run = trainer(base, tmp_path / "run", mixed_precision="fp16", max_steps=1)
+    skipped = [row["skipped_updates"] for row in run.train()]
+    assert skipped == [1.0]
+    assert run.learner._scale.value == 2.0**38
+    with pytest.raises(TrainingDiverged):
+        trainer(base, tmp_path / "next", mixed_precision="fp16", max_steps=5).train()
+
+
+def test_the_loss_scale_is_resumed(base, tmp_path):
+    usual = {"mixed_precision": "fp16", "save_every": 1, "keep_last": 9}
+    first = trainer(base, tmp_path / "whole", **usual)
+    first.learner._scale.value = 64.0
+    first.train()
+    again = trainer(base, tmp_path / "again", **usual, resume=str(tmp_path / "whole/checkpoints/step-000002"))
+    again.train()
+    assert again.learner._scale.value == 64.0
+    assert largest_gap(first, again) == 0
+
+
+# --- reward models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["--mixed_precision", "bf16"], ["--gradient_checkpointing"], ["--attn_implementation", "eager"]],
+    ids=" ".join,
+)
+def test_reward_models_take_the_same_settings(base, pairs_csv, tmp_path, settings, monkeypatch):
+    import trl
+
+    seen = []
+    made = trl.RewardConfig
+    monkeypatch.setattr(trl, "RewardConfig", lambda **named: seen.append(named) or made(**named))
+    arguments = ["--model", base, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--num_train_epochs", "1"]
+    assert main(["reward", *map(str, arguments), *settings]) == 0
+    loaded = load_reward_model(str(tmp_path / "rm"))
+    assert max(abs(a - b) for a, b in zip(loaded.fingerprint(), loaded.card.fingerprint, strict=True)) < 1e-5
+    assert seen[0]["bf16"] == ("bf16" in settings)
+    assert seen[0]["gradient_checkpointing"] == ("--gradient_checkpointing" in settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_reward_model_in_float16_needs_a_gpu(base, pairs_csv, tmp_path, capsys):
+    arguments = ["--model", base, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--mixed_precision", "fp16"]
+    assert main(["reward", *map(str, arguments)]) == 2
+    assert "fp16 needs a GPU when a reward model is trained: use bf16" in capsys.readouterr().err
