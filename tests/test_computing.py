@@ -12,7 +12,7 @@ from reinforcepp.cli import main
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.precision import LossScale
-from reinforcepp.preparation import attention
+from reinforcepp.preparation import loading
 from reinforcepp.rewards import load_reward_model
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
@@ -93,8 +93,8 @@ def test_attention_is_what_was_asked_for(base, tmp_path):
 
 def test_attention_that_is_not_installed():
     with pytest.raises(ConfigError, match="flash_attention_2 needs the package flash_attn, which isn't installed"):
-        attention(ReinforceConfig(attn_implementation="flash_attention_2"))
-    assert attention(RewardModelConfig()) == {}
+        loading(ReinforceConfig(attn_implementation="flash_attention_2"))
+    assert loading(RewardModelConfig()) == {}
 
 
 # --- the compiler ---------------------------------------------------------------------------------------------------

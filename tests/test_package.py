@@ -95,7 +95,10 @@ LAYERS = [
 UPWARD: dict[tuple[str, str], str] = {}
 
 # Engines that these files alone may name.
-ONLY_IN = {"vllm": {"rollout/vllm_integration.py", "rollout/vllm_cpu.py"}, "accelerate": {"distributed.py"}}
+ONLY_IN = {
+    "vllm": {f"rollout/vllm_{part}.py" for part in ("integration", "adapter", "cpu", "support")},
+    "accelerate": {"distributed.py"},
+}
 
 
 # --- what importing loads ---------------------------------------------------------------------------------------------

@@ -93,6 +93,12 @@ def with_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
+    if in_4bit(model):
+        for part in model.modules():
+            if hasattr(part, "support_avx512bf16_for_cpu"):
+                part.support_avx512bf16_for_cpu = (
+                    False  # or it repacks its weights for use only, without a backward pass
+                )
     targets = settings.lora_target_modules
     names = {part: name for name, part in model.named_modules()}
     config = LoraConfig(
@@ -136,6 +142,11 @@ def _is_linear(part: Any) -> bool:
 def is_adapted(model: Any) -> bool:
     """Whether peft has wrapped ``model``."""
     return hasattr(model, "peft_config")
+
+
+def in_4bit(model: Any) -> bool:
+    """Whether the weights of ``model`` are those of QLoRA."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from reinforcepp.adapters import base_model, is_adapted, load_trained_weights, trained_weights
+from reinforcepp.adapters import base_model, in_4bit, is_adapted, load_trained_weights, trained_weights
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
@@ -39,7 +39,9 @@ class Learner:
     def __init__(
         self, model: PreTrainedModel, ranks: Ranks, config: ReinforceConfig, *, learning_rate: float, steps: int
     ) -> None:
-        model.eval().to(ranks.device)
+        model.eval()
+        if not in_4bit(model):  # else it is there already, and may not be moved
+            model.to(ranks.device)
         if not is_adapted(model):  # else the adapter alone is trained
             model.requires_grad_(True)
         dtype = compute_dtype(config)

@@ -225,6 +225,10 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
     from transformers import AutoModelForCausalLM
 
     if (base := model_of_adapter(name)) is not None:
+        if "quantization_config" in settings:
+            raise ConfigError(
+                f"load_in_4bit can't round an adapter: export {name} to a plain model first, and give that."
+            )
         model = merged(load_policy(base, dtype, **settings), Path(resolve(name))).eval()
         model.config.name_or_path = resolve(name)
         return model

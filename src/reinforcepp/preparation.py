@@ -47,7 +47,7 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
     if isinstance(model, str):
         # Weights that are trained are rounded later, when the optimiser has all their digits.
         dtype = compute_dtype(config) if config.use_peft else torch.float32
-        return load_policy(model, dtype, **attention(config))
+        return load_policy(model, dtype, **loading(config))
     if config.use_peft and is_adapted(model):
         raise ConfigError("use_peft adds an adapter, but the given model has one: leave use_peft out to train that.")
     if config.use_peft and not model.config.name_or_path:
@@ -60,12 +60,16 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
     return model
 
 
-def attention(config: Computing) -> dict[str, str]:
-    """What ``from_pretrained`` is to be told of attention.
+def loading(config: Computing) -> dict[str, Any]:
+    """What ``from_pretrained`` is to be told of attention and of weights in 4 bits.
 
     Raises:
         ConfigError: what is asked for isn't installed.
     """
+    return _attention(config) | _in_4bit(config)
+
+
+def _attention(config: Computing) -> dict[str, Any]:
     wanted = config.attn_implementation
     if wanted == "auto":
         return {}
@@ -76,6 +80,24 @@ def attention(config: Computing) -> dict[str, str]:
             "GPU that it supports, or use sdpa."
         )
     return {"attn_implementation": wanted}
+
+
+def _in_4bit(config: Computing) -> dict[str, Any]:
+    if not config.load_in_4bit:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit needs bitsandbytes, which isn't installed: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(config),
+        llm_int8_skip_modules=["lm_head", "score"],
+    )
+    place = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+    return {"quantization_config": quantization, "device_map": {"": place}}
 
 
 def warn_of_bias(config: ReinforceConfig) -> None:

@@ -108,7 +108,8 @@ class ReinforceTrainer:
         model_config = load_config(model) if isinstance(model, str) else model.config
         check_context(model_config, self.config.max_prompt_length, self.config.max_new_tokens)
         dtype = compute_dtype(self.config)
-        choice = choose_engine(self.config.rollout, model_config, dtype) if engine is None else None
+        wanted = "transformers" if self.config.load_in_4bit else self.config.rollout
+        choice = choose_engine(wanted, model_config, dtype) if engine is None else None
         self.tokenizer = tokenizer_for(model_config, processing_class)
         warn_of_bias(self.config)
         train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")

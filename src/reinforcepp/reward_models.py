@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reinforcepp.adapters import ADAPTER_PREFIX, merged
-from reinforcepp.errors import ModelError
+from reinforcepp.adapters import ADAPTER_PREFIX, in_4bit, merged
+from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models import load_config, load_policy, load_tokenizer, load_weights, model_of_adapter
 from reinforcepp.tokens import position_ids
 
@@ -23,6 +23,10 @@ def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = _classifier(model_of_adapter(name) or name, **settings)
     if model_of_adapter(name) is not None:
+        if in_4bit(model):
+            raise ConfigError(
+                f"load_in_4bit can't round an adapter: export {name} to a plain model first, and give that."
+            )
         model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -21,13 +21,13 @@ from reinforcepp.adapters import with_adapter
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import load_preferences
 from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.models import context_length, load_config, load_tokenizer, weight_bytes, weights_hash
+from reinforcepp.models import context_length, load_config, load_tokenizer, save_model, weight_bytes, weights_hash
 from reinforcepp.observe import MetricLog, Progress, restore_logs, say
 from reinforcepp.observe.interrupt import Interrupted, StopAsked, stop_signals
 from reinforcepp.observe.watchdog import Watchdog
-from reinforcepp.preparation import attention
+from reinforcepp.preparation import loading
 from reinforcepp.reward_card import RewardCard
-from reinforcepp.reward_models import new_reward_model
+from reinforcepp.reward_models import load_reward_weights, new_reward_model
 from reinforcepp.reward_report import analyse, save_pairs, summary, tell, write_page
 from reinforcepp.rewards.measure import score_pairs
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model
@@ -75,7 +75,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
     if not train:
         raise DataError(f"No training pair of {data.source} fits into max_length {limit} tokens: raise max_length.")
 
-    model = new_reward_model(config.model, config.seed, **attention(config))
+    model = new_reward_model(config.model, config.seed, **loading(config))
     inputs = {"model": weights_hash(model), "data": data.sha256}
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed, head=model.score)
@@ -86,7 +86,11 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
     if not (folder / RUN_FILE).is_file():
         describe_run(folder, as_dict(config), {"train_pairs": len(train), "heldout_pairs": len(heldout)})
     _fit(model, tokenizer, train, config, folder, inputs, saved)
-    scorer = TrainedReward(model.eval(), tokenizer, batch_size=config.batch_size * 2)
+    used = model.eval()
+    if config.load_in_4bit:  # whoever uses it adds the adapter to weights in full
+        save_model(model, tokenizer, folder)
+        used = load_reward_weights(folder)
+    scorer = TrainedReward(used, tokenizer, batch_size=config.batch_size * 2)
     on_train = summary(score_pairs(scorer, train))
     pairs = score_pairs(scorer, heldout)
     analysis = analyse(pairs) if pairs else None
@@ -105,7 +109,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
     )
     if pairs:
         save_pairs(pairs, folder)  # before the card, which tells that all is there
-    save_reward_model(scorer, card, folder)
+    save_reward_model(TrainedReward(model, tokenizer), card, folder)
     tell(card, analysis)
     if analysis:
         write_page(card, pairs, analysis, folder / REPORT_FILE)
@@ -198,6 +202,9 @@ def _fit(
             processing_class=tokenizer,
             callbacks=[keeper],
         )
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the trainer rounds adapters beside weights of 4 bits
+                parameter.data = parameter.data.float()
         keeper.attend(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)

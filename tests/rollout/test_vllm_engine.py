@@ -9,11 +9,14 @@ import tiny
 import torch
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
 
+from reinforcepp.adapters import with_adapter
+from reinforcepp.config.adapters import Adapters
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout import memory, transfer
 from reinforcepp.rollout import vllm_integration as integration
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import choose_engine
+from reinforcepp.rollout.vllm_adapter import takes_adapter
 from reinforcepp.rollout.vllm_integration import VllmEngine
 from reinforcepp.types import Prompt, Sampling
 
@@ -81,29 +84,45 @@ def test_a_saved_model_is_generated_with_and_can_be_updated(tmp_path, family):
 
 
 @needs_vllm
-@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-def test_lora_is_merged_on_the_fly_and_the_trainers_weights_stay(family):
-    from peft import LoraConfig, get_peft_model
-
+@pytest.mark.parametrize(
+    ("family", "settings", "alone"),
+    [
+        ("qwen2", {}, True),
+        ("llama", {"use_rslora": True}, True),
+        ("llama", {"use_dora": True}, False),  # vLLM has no DoRA
+        ("gpt2", {}, False),  # and no adapters for GPT-2
+    ],
+)
+def test_the_adapter_travels_alone_or_merged_and_the_trainers_weights_stay(family, settings, alone, monkeypatch):
     tokenizer = prepared_tokenizer()
-    targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "v_proj", "down_proj"]
-    adapted = get_peft_model(
-        prepared_model(family), LoraConfig(r=4, target_modules=targets, fan_in_fan_out=family == "gpt2")
-    )
-    engine = VllmEngine(adapted, tokenizer)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(1))
-    before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    plain = prepared_model(family)
+    model = with_adapter(prepared_model(family), Adapters(use_peft=True, lora_r=4, **settings), seed=0)
+    assert takes_adapter(model) == alone
+    engine = VllmEngine(model, tokenizer)
+    sent = []
+    reload = engine._reload_weights
+    monkeypatch.setattr(engine, "_reload_weights", lambda weights: sent.append(1) or reload(weights))
     try:
-        with pytest.raises(RolloutError, match="out of step"):
-            check_sync(engine, adapted, tokenizer)
-        engine.load_weights(adapted)
-        check_sync(engine, adapted, tokenizer)
+        for seed in (1, 2):  # the second takes the place of the first
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.normal_(generator=torch.Generator().manual_seed(seed))
+            before = {name: weight.clone() for name, weight in model.state_dict().items()}
+            with pytest.raises(RolloutError, match="out of step"):
+                check_sync(engine, model, tokenizer)
+            engine.load_weights(model)
+            check_sync(engine, model, tokenizer)
+        assert len(sent) == (0 if alone else 2)
+        assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+        (streamed,) = [list(engine.stream(prompt, Sampling(4, 0.0)))[-1] for prompt in prompts_of(tokenizer)[:1]]
+        assert streamed.ids == engine.generate(prompts_of(tokenizer)[:1], Sampling(4, 0.0))[0].ids
+        engine.load_weights(plain)  # another model altogether
+        check_sync(engine, plain, tokenizer)
+        engine.load_weights(model)
+        check_sync(engine, model, tokenizer)
     finally:
         engine.close()
-    assert all(torch.equal(before[name], weight) for name, weight in adapted.state_dict().items())
 
 
 @needs_vllm

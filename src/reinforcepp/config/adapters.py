@@ -46,5 +46,7 @@ def check_adapters(config: Any) -> None:
         chosen = [name for name in Adapters.__dataclass_fields__ if getattr(config, name) != getattr(Adapters, name)]
         if chosen:
             raise ConfigError(f"{chosen[0]} is a setting of LoRA, which is off: add --use_peft, or leave it out.")
+    if config.load_in_4bit and getattr(config, "rollout", None) == "vllm":
+        raise ConfigError("vLLM can't share weights of 4 bits with a training: use --rollout transformers, or auto.")
     if config.load_in_4bit and config.use_dora:
         raise ConfigError("use_dora needs the weights that load_in_4bit rounds away: give one of the two.")

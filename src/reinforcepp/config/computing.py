@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from reinforcepp.config.adapters import Adapters
+
 
 @dataclass(frozen=True)
-class Computing:
-    """How a model computes while it is trained."""
+class Computing(Adapters):
+    """How a model is trained, be it a policy or a reward model."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """bf16 and fp16 compute in 16 bits; weights that learn, optimiser, log-probabilities and reductions stay float32."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
-from reinforcepp.config.adapters import Adapters, check_adapters
+from reinforcepp.config.adapters import check_adapters
 from reinforcepp.config.computing import Computing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.errors import ConfigError
@@ -16,7 +16,7 @@ DEFAULT_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(Adapters, Computing, Keeping):
+class ReinforceConfig(Computing, Keeping):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"

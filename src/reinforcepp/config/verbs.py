@@ -17,7 +17,7 @@ from reinforcepp.config._checks import (
     not_negative,
     positive,
 )
-from reinforcepp.config.adapters import Adapters, check_adapters
+from reinforcepp.config.adapters import check_adapters
 from reinforcepp.config.computing import Computing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.reinforce import ReinforceConfig
@@ -84,7 +84,7 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(Adapters, Computing, Keeping, Columns, RewardInputs):
+class RewardModelConfig(Computing, Keeping, Columns, RewardInputs):
     """Train a reward model from a preference file."""
 
     output_dir: str = "models/reward_model"

@@ -40,7 +40,7 @@ def choose_engine(wanted: str, config: PreTrainedConfig, dtype: torch.dtype) -> 
     """
     if wanted == "transformers":
         return EngineChoice("transformers", "asked for")
-    from reinforcepp.rollout.vllm_integration import vllm_status
+    from reinforcepp.rollout.vllm_support import vllm_status
 
     usable, reason = vllm_status(config, dtype)
     if usable:

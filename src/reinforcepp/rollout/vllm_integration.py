@@ -12,29 +12,29 @@ What this module owes to vLLM 0.32 on a CPU:
 from __future__ import annotations
 
 import gc
-import importlib.util
-import logging
-import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from reinforcepp import models
-from reinforcepp.adapters import full_weights
+from reinforcepp.adapters import WithoutAdapter, full_weights
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept, request_seed
-from reinforcepp.rollout.memory import CPU_BLOCK, head_size, memory_settings
+from reinforcepp.rollout.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.transfer import send_weights
+from reinforcepp.rollout.vllm_adapter import AdapterCopy, takes_adapter
 from reinforcepp.rollout.vllm_cpu import spare_work
+from reinforcepp.rollout.vllm_support import import_vllm, vllm_status
 from reinforcepp.rollout.weights import named_config, saved_eos_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_RESTARTS = 3
 
@@ -43,55 +43,6 @@ MAX_RESTARTS = 3
 _alive = 0
 _group_is_the_trainers = False
 _set_num_threads = torch.set_num_threads  # vLLM puts a function in its place that does nothing
-
-
-# --- can vLLM run it? -----------------------------------------------------------------------------------------------
-
-
-def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether vLLM runs such a model on this machine, and if not, why and what to do."""
-    if importlib.util.find_spec("vllm") is None:
-        return False, f"vLLM isn't installed; to get it: {_install_command()}"
-    platform = _import_vllm().platforms.current_platform
-    if not platform.is_cpu() and not torch.cuda.is_available():
-        return False, f"the installed vLLM is for GPUs and this machine has none; instead: {_install_command()}"
-    text = config.get_text_config()
-    architecture = models.architecture(config)
-    from vllm.model_executor.models import ModelRegistry
-
-    if architecture not in ModelRegistry.get_supported_archs():
-        return False, f"vLLM doesn't know the model family {architecture}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False, f"vLLM doesn't run models in {dtype}"
-    if platform.is_cpu():
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-        sizes = CPUAttentionBackend.get_supported_head_sizes()
-        if head_size(text) not in sizes:
-            listed = ", ".join(map(str, sizes))
-            return (
-                False,
-                f"vLLM on a CPU runs attention heads of size {listed}, but the model's have {head_size(text)}",
-            )
-    return True, f"vLLM runs {architecture} on this machine's {'CPU' if platform.is_cpu() else 'GPU'}"
-
-
-def _install_command() -> str:
-    if torch.cuda.is_available():
-        return "pip install vllm==0.32.0"
-    return "pip install --no-deps -r requirements-reinforce-cpu.txt"
-
-
-def _import_vllm() -> Any:
-    """Import vllm, in process and quiet unless the user's environment says otherwise."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns that a CPU has no Triton
-    with random_state_kept(), warnings.catch_warnings(action="ignore", category=FutureWarning):
-        import vllm
-        import vllm.platforms
-    return vllm
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------
@@ -156,7 +107,7 @@ class VllmEngine:
         self.restarts = 0
         self._source: PreTrainedModel | str = model
         self._tensor_parallel_size = tensor_parallel_size
-        self._on_gpu = not _import_vllm().platforms.current_platform.is_cpu()
+        self._on_gpu = not import_vllm().platforms.current_platform.is_cpu()
         self._apart = self._on_gpu and (apart or tensor_parallel_size > 1)
         self._asleep = False
         self._memory = memory_settings(
@@ -171,6 +122,7 @@ class VllmEngine:
             tensor_parallel_size=tensor_parallel_size,
         )
         self._llm: Any = None
+        self._adapter: AdapterCopy | None = None
         if threads is not None:
             torch.set_num_threads(threads)
         self._start()
@@ -190,6 +142,7 @@ class VllmEngine:
                         [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows],
                         [self._parameters(sampling, prompt, sample) for prompt, sample in rows],
                         use_tqdm=False,
+                        lora_request=self._adapter and self._adapter.request,
                     )
                     self.sleep()
                 break
@@ -207,7 +160,9 @@ class VllmEngine:
         engine = self._llm.llm_engine
         with random_state_kept():
             self.wake_up()
-            engine.add_request("stream", {"prompt_token_ids": list(prompt.ids)}, self._parameters(sampling, prompt, 0))
+            given = {"prompt_token_ids": list(prompt.ids)}
+            lora = self._adapter and self._adapter.request
+            engine.add_request("stream", given, self._parameters(sampling, prompt, 0), lora_request=lora)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     out = output.outputs[0]
@@ -215,7 +170,9 @@ class VllmEngine:
             self.sleep()
 
     def load_weights(self, model: PreTrainedModel) -> None:
-        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; adapters are merged into the copy."""
+        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; adapters travel alone or, where
+        vLLM can't add them itself, are merged into the copy.
+        """
         self._source = model
         with random_state_kept():
             if self._asleep:
@@ -244,6 +201,8 @@ class VllmEngine:
             if _alive == 0:
                 _drop_parallel_groups()
         self._llm = None
+        if self._adapter is not None:
+            self._adapter.close()
         gc.collect()
         if _alive == 0:
             torch.set_num_threads = _set_num_threads
@@ -269,9 +228,10 @@ class VllmEngine:
     def _start(self) -> None:
         """Start vLLM and see that it has the weights of the model it stands for."""
         global _alive, _group_is_the_trainers
-        vllm = _import_vllm()
+        vllm = import_vllm()
         if _alive == 0:
             _group_is_the_trainers = torch.distributed.is_initialized()
+        self._adapter = AdapterCopy(self._source) if takes_adapter(self._source) else None
         quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
         with quiet, random_state_kept(), self._folder() as (folder, load_format):
             try:
@@ -289,6 +249,7 @@ class VllmEngine:
                     tensor_parallel_size=self._tensor_parallel_size,
                     **self._memory,
                     **self._platform_settings(),
+                    **(self._adapter.settings if self._adapter else {}),
                 )
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 raise RolloutError(
@@ -322,11 +283,22 @@ class VllmEngine:
             yield folder, "dummy"
 
     def _reload(self, model: PreTrainedModel) -> None:
+        adapter = self._adapter
+        if adapter is None or not adapter.belongs_to(model):
+            self._reload_weights(full_weights(model))
+            if adapter is not None:
+                adapter.forget(self._llm)
+            return
+        if not adapter.beside_its_model:
+            self._reload_weights(WithoutAdapter(model).state_dict().items())
+        adapter.update(self._llm, model)
+
+    def _reload_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self._apart:
             devices = [torch.device("cuda", i) for i in range(self._tensor_parallel_size)]
-            send_weights(self._llm.collective_rpc, full_weights(model), devices)
+            send_weights(self._llm.collective_rpc, weights, devices)
         else:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(model)})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
 
     def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
         from vllm import SamplingParams

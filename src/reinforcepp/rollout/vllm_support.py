@@ -1,0 +1,64 @@
+"""Whether vLLM is there and runs a model, and how it is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reinforcepp import models
+from reinforcepp.rollout.engine import random_state_kept
+from reinforcepp.rollout.memory import head_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether vLLM runs such a model on this machine, and if not, why and what to do."""
+    if importlib.util.find_spec("vllm") is None:
+        return False, f"vLLM isn't installed; to get it: {_install_command()}"
+    platform = import_vllm().platforms.current_platform
+    if not platform.is_cpu() and not torch.cuda.is_available():
+        return False, f"the installed vLLM is for GPUs and this machine has none; instead: {_install_command()}"
+    text = config.get_text_config()
+    architecture = models.architecture(config)
+    from vllm.model_executor.models import ModelRegistry
+
+    if architecture not in ModelRegistry.get_supported_archs():
+        return False, f"vLLM doesn't know the model family {architecture}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"vLLM doesn't run models in {dtype}"
+    if platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if head_size(text) not in sizes:
+            listed = ", ".join(map(str, sizes))
+            return (
+                False,
+                f"vLLM on a CPU runs attention heads of size {listed}, but the model's have {head_size(text)}",
+            )
+    return True, f"vLLM runs {architecture} on this machine's {'CPU' if platform.is_cpu() else 'GPU'}"
+
+
+def _install_command() -> str:
+    if torch.cuda.is_available():
+        return "pip install vllm==0.32.0"
+    return "pip install --no-deps -r requirements-reinforce-cpu.txt"
+
+
+def import_vllm() -> Any:
+    """Import vllm, in process and quiet unless the user's environment says otherwise."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns that a CPU has no Triton
+    with random_state_kept(), warnings.catch_warnings(action="ignore", category=FutureWarning):
+        import vllm
+        import vllm.platforms
+    return vllm
