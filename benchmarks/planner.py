@@ -134,7 +134,8 @@ def compared(job: dict[str, Any], device: str) -> dict[str, Any]:
         settings = job["settings"] | inputs | {"output_dir": f"{folder}/run"}
         worker(job | {"folder": folder, "make": True})
         plan = make_plan(PlanConfig(**settings, gpus=int(device == "cuda")))
-        found = worker({"folder": folder, "make": False, "settings": settings})
+        copied = job.get("copied_reference", False)
+        found = worker({"folder": folder, "make": False, "settings": settings, "copied_reference": copied})
     return {
         "settings": {name: value for name, value in settings.items() if name not in {*inputs, "output_dir"}},
         "policy": job["policy"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import random
@@ -14,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reinforcepp import verbs
+from reinforcepp import reinforce_trainer, verbs
 from reinforcepp.config import TrainConfig
 from reinforcepp.observe import Clock
 from reinforcepp.policy_run import PolicyRun
@@ -141,6 +142,8 @@ def main() -> None:
     if job["make"]:
         make(folder, job)
         return
+    if job.get("copied_reference"):
+        reinforce_trainer.reference_of = lambda policy: copy.deepcopy(policy).requires_grad_(False)
     peaks = Peaks()
     watch(peaks)
     trainer = verbs.train(TrainConfig(**job["settings"]))

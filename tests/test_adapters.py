@@ -1,5 +1,6 @@
 """LoRA: nothing but the adapter is trained, the reference is the model without it, and saved it says what it said live."""
 
+import importlib.util
 import json
 import shutil
 
@@ -361,3 +362,51 @@ def test_a_resumed_reward_training_ends_with_the_same_adapter(bases, pairs_csv, 
     assert main([*usual, "--output_dir", str(tmp_path / "again"), "--resume", checkpoint]) == 0
     one, other = ((tmp_path / run / ADAPTER_WEIGHTS).read_bytes() for run in ("whole", "again"))
     assert one == other
+
+
+# --- QLoRA ----------------------------------------------------------------------------------------------------------
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed"
+)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("settings", [{}, {"mixed_precision": "bf16", "gradient_checkpointing": True}])
+def test_beside_weights_of_4_bits_the_adapter_learns(bases, tmp_path, settings):
+    run = trainer(bases["llama"], tmp_path / "run", load_in_4bit=True, max_steps=30, **settings)
+    layer = base_model(run.policy).model.layers[0].self_attn.q_proj
+    rounded = layer.base_layer.weight.detach().clone()
+    assert rounded.dtype == torch.uint8 and base_model(run.policy).lm_head.weight.is_floating_point()
+    run.train()
+    before, after = run.evaluations["before"], run.evaluations["after"]
+    assert before.kl == pytest.approx(0, abs=1e-5)
+    assert after.reward > before.reward + 0.15
+    assert torch.equal(layer.base_layer.weight, rounded)
+    used, plain = load_policy(str(tmp_path / "run")), load_policy(bases["llama"])
+    learnt = used.model.layers[0].self_attn.q_proj.weight - plain.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(learnt, layer.get_delta_weight("default").float(), atol=1e-5, rtol=1e-2)
+
+
+@needs_bitsandbytes
+def test_a_reward_model_of_4_bits_scores_as_its_card_says(bases, pairs_csv, tmp_path):
+    arguments = ["--model", bases["llama"], "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--use_peft"]
+    assert main(["reward", *map(str, arguments), "--load_in_4bit", "--learning_rate", "0.01"]) == 0
+    loaded = load_reward_model(str(tmp_path / "rm"))
+    assert max(abs(a - b) for a, b in zip(loaded.fingerprint(), loaded.card.fingerprint, strict=True)) < 1e-5
+
+
+@needs_bitsandbytes
+def test_adapters_are_not_rounded(bases, tmp_path):
+    save_model(adapted(bases["llama"]), load_tokenizer(bases["llama"]), tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"can't round an adapter: export .*adapter to a plain model"):
+        trainer(str(tmp_path / "adapter"), tmp_path / "run", load_in_4bit=True)
+
+
+def test_4_bits_need_a_package_and_an_engine_of_the_trainers_own(bases, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="vLLM can't share weights of 4 bits"):
+        ReinforceConfig(use_peft=True, load_in_4bit=True, rollout="vllm")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(ConfigError, match="isn't installed: pip install bitsandbytes"):
+        trainer(bases["llama"], tmp_path / "run", load_in_4bit=True)

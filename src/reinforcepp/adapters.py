@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."
 """What peft writes before the names of weights."""
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and on a CPU it asks for more packages
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ def with_adapter(
         try:
             adapted: PreTrainedModel = get_peft_model(model, config)
         except ValueError as error:
-            layers = sorted({name.rsplit(".", 1)[-1] for part, name in names.items() if _is_linear(part)})
+            layers = sorted({name.rsplit(".", 1)[-1] for part, name in names.items() if is_linear(part)})
             raise ConfigError(
                 f"lora_target_modules {' '.join(targets)} names no layer that can have an adapter; this model has "
                 f"{', '.join(layers)}."
@@ -133,7 +136,8 @@ def _lasting_name(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _is_linear(part: Any) -> bool:
+def is_linear(part: Any) -> bool:
+    """Whether ``part`` is a layer that multiplies by a matrix, be it torch's or GPT-2's."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(part, (nn.Linear, Conv1D))

@@ -93,9 +93,11 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
     said.append(reason)
     judge = config.judge_name
     return Job(
-        policy=trained_shape(policy_config, dtype, size, early=early),
+        policy=trained_shape(policy_config, dtype, size, config, early=early),
         reward=asked(config.reward_model, "reward model"),
-        critic=trained_shape(policy_config, dtype, size, early=early, values=True) if config.recipe.critic else None,
+        critic=trained_shape(policy_config, dtype, size, config, early=early, values=True)
+        if config.recipe.critic
+        else None,
         judge=asked(judge, "judge") if judge is not None and judge != JUDGE_NAME else None,
         size=size,
         dtype=dtype,
@@ -107,6 +109,8 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
 def _engine(config: PlanConfig) -> tuple[EngineName, str]:
     """The engine that the training would take, as far as can be told without starting it."""
     installed = importlib.util.find_spec("vllm") is not None
+    if config.load_in_4bit:
+        return "transformers", "Completions come from transformers, because vLLM can't share weights of 4 bits."
     if config.rollout == "transformers" or (config.rollout == "auto" and not installed):
         return "transformers", "Completions come from transformers."
     if not installed:

@@ -100,32 +100,35 @@ class Rows:
 
 def standing(job: Job) -> dict[str, float]:
     """What is there from the first optimiser step on."""
-    item, policy = job.dtype.itemsize, job.policy.parameters
-    parts: dict[str, float] = {"policy": item * policy}
+    item, policy = job.dtype.itemsize, job.policy
+    parts: dict[str, float] = {"policy": policy.stored}
     if job.narrow:
-        parts["float32 weights"] = FLOAT * policy
-    parts["AdamW's moments"] = MOMENTS * policy
-    parts["reference"] = item * policy
+        parts["float32 weights"] = FLOAT * policy.trained
+    parts["AdamW's moments"] = MOMENTS * policy.trained
+    if not policy.adapted:  # else it is the policy without its adapter
+        parts["reference"] = policy.stored
     parts["reward model"] = item * job.reward.parameters
     if job.judge is not None:
         parts["judge"] = item * job.judge.parameters
     if job.critic is not None:
-        parts["critic"] = (item + FLOAT * job.narrow + MOMENTS) * job.critic.parameters
+        parts["critic"] = job.critic.stored + (FLOAT * job.narrow + MOMENTS) * job.critic.trained
     if job.gpus > 1:
-        parts["gradient buckets"] = item * sum(learner.parameters for learner in job.learners)
+        parts["gradient buckets"] = item * sum(learner.trained for learner in job.learners)
     return parts
 
 
 def loading(job: Job) -> dict[str, float]:
     """When the models are there and the policy is about to be cast; reward model first, reference last."""
-    item, policy = job.dtype.itemsize, job.policy.parameters
-    parts: dict[str, float] = {"reward model": item * job.reward.parameters}
+    policy = job.policy
+    parts: dict[str, float] = {"reward model": job.dtype.itemsize * job.reward.parameters}
     if job.critic is not None:
-        parts["critic"] = (item + FLOAT * job.narrow) * job.critic.parameters
-    if job.narrow:
-        parts |= {"policy": FLOAT * policy, "float32 weights": FLOAT * policy}
+        parts["critic"] = job.critic.stored + FLOAT * job.narrow * job.critic.trained
+    if policy.adapted:
+        parts |= {"policy": policy.stored}
+    elif job.narrow:
+        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": FLOAT * policy.parameters}
     else:
-        parts |= {"policy": item * policy, "reference": item * policy}
+        parts |= {"policy": policy.stored, "reference": policy.stored}
     return parts
 
 
@@ -206,7 +209,7 @@ def scoring(job: Job, rows: Rows) -> dict[str, float]:
 def training(job: Job, rows: Rows) -> dict[str, float]:
     """The forward and backward pass with the most alive: policy first, then the critic, over each micro-batch."""
     moments = []
-    whole = [FLOAT * learner.parameters for learner in job.learners]
+    whole = [FLOAT * learner.trained for learner in job.learners]
     for place, learner in enumerate(job.learners):
         before, others = sum(whole[:place]), sum(whole) - whole[place]
         moments.append(_with_gradients(job, learner, learner.first, rows.micro, before))
@@ -259,7 +262,7 @@ def block_bytes(job: Job, learner: Shape, rows: int) -> int:
 
 def stepping(job: Job) -> dict[str, float]:
     """AdamW has all gradients and works in place."""
-    return {"gradients": float(FLOAT * sum(learner.parameters for learner in job.learners))}
+    return {"gradients": float(FLOAT * sum(learner.trained for learner in job.learners))}
 
 
 def saving(job: Job) -> dict[str, float]:
@@ -267,7 +270,7 @@ def saving(job: Job) -> dict[str, float]:
     if job.gpus:
         return {}
     copied = MOMENTS + FLOAT * job.narrow
-    return {"checkpoint copies": float(copied * max(learner.parameters for learner in job.learners))}
+    return {"checkpoint copies": float(copied * max(learner.trained for learner in job.learners))}
 
 
 def batch_bytes(job: Job, rows: Rows) -> float:

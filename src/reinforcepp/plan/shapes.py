@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from reinforcepp.adapters import is_linear, with_adapter
+from reinforcepp.config.computing import Computing
 from reinforcepp.errors import ModelError
+from reinforcepp.learner import switches
 from reinforcepp.logprobs import skipped
 from reinforcepp.models import empty_model
 from reinforcepp.plan.trace import FLOPS, ROWS, Line, Live, Moment, Peak, attention_on_shapes, line_of, peak_of
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # What a model's code may raise when it is given no numbers to compute with.
+NF4_BYTES = (4 + (8 + 32 / 256) / 64) / 8
+"""Of one weight in 4 bits, with a scale of 8 bits for 64 of them and one of 32 bits for 256 of those."""
 NEEDS_NUMBERS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, IndexError, KeyError)
 
 
@@ -52,6 +57,10 @@ class Body:
 class Shape(Body):
     """A model that generates and is trained."""
 
+    trained: int
+    """Parameters that learn: all, or those of the adapter."""
+    stored: int
+    """Bytes of the parameters, as the model computes with them."""
     layers: int
     vocabulary: int
     head: int
@@ -77,6 +86,11 @@ class Shape(Body):
     later: Pass
     """The same where all gradients are."""
 
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is what learns."""
+        return self.trained < self.parameters
+
 
 @dataclass(frozen=True)
 class Size:
@@ -92,7 +106,13 @@ class Size:
 
 
 def trained_shape(
-    config: PreTrainedConfig, dtype: torch.dtype, size: Size, *, early: bool = True, values: bool = False
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    size: Size,
+    settings: Computing | None = None,
+    *,
+    early: bool = True,
+    values: bool = False,
 ) -> Shape:
     """What there is to know of a policy, or of a critic with one value for an output.
 
@@ -100,6 +120,7 @@ def trained_shape(
         config: the model's.
         dtype: what it computes in.
         size: of the rows.
+        settings: whether an adapter is trained, and activations are computed again.
         early: gradients move to float32 one by one, as they do in a training of one process.
         values: the output layer has one output instead of the vocabulary.
 
@@ -113,8 +134,16 @@ def trained_shape(
             model.set_output_embeddings(nn.Linear(width, 1, bias=False, device="meta", dtype=dtype))
         head = model.get_output_embeddings()
         apart = not values and _gives_logits(model, head)
+        tied = head.weight is model.get_input_embeddings().weight
+        settings = settings or Computing()
+        stored = dtype.itemsize * sum(p.numel() for p in model.parameters())
+        if settings.use_peft:
+            own = stored if not settings.load_in_4bit else _in_4bit(model, head)
+            model = with_adapter(model, settings, seed=0, head=head if values else None)
+            stored = own + dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
+            head = model.get_output_embeddings()
         skip = partial(skipped, head) if apart else nullcontext
-        passes = [_two_passes(model, head if apart else None, skip, rows, size, early=early) for rows in ROWS]
+        passes = [_two_passes(model, head if apart else None, skip, rows, size, settings, early=early) for rows in ROWS]
         first, later = (
             Pass(peak_of([moments for moments, _ in both]), line_of([at_head for _, at_head in both]))
             for both in zip(*passes, strict=True)
@@ -124,14 +153,16 @@ def trained_shape(
             calls, flops = _cost(lambda: _answers(model, 1, Size(1, 0)))
             return Shape(
                 parameters=sum(p.numel() for p in model.parameters()),
+                trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                stored=stored,
                 score=_asking(lambda rows: _answers(model, rows, size)),
                 row_flops=_cost(lambda: _answers(model, 1, size))[1],
                 layers=config.get_text_config().num_hidden_layers,
                 vocabulary=head.weight.shape[0],
                 head=weights,
-                tied=head.weight is model.get_input_embeddings().weight,
+                tied=tied,
                 logits_apart=apart,
-                packed=packed_weights(model),
+                packed=0 if settings.load_in_4bit else packed_weights(model),
                 cache_per_token=cache_bytes_per_token(config, dtype),
                 token_flops=flops + (2 * weights if apart else 0),
                 token_calls=calls,
@@ -140,6 +171,13 @@ def trained_shape(
                 first=first,
                 later=later,
             )
+
+
+def _in_4bit(model: PreTrainedModel, head: nn.Module) -> int:
+    """Bytes of a model whose layers' weights, but not those of embeddings and output, are rounded as QLoRA does."""
+    layers = {part.weight for part in model.modules() if is_linear(part) and part is not head}
+    whole = sum(p.nbytes for p in model.parameters() if p not in layers)
+    return whole + round(NF4_BYTES * sum(weight.numel() for weight in layers))
 
 
 def asked_shape(config: PreTrainedConfig, dtype: torch.dtype, size: Size) -> Body:
@@ -198,6 +236,7 @@ def _two_passes(
     skip: Callable[[], AbstractContextManager[None]],
     rows: int,
     size: Size,
+    settings: Computing,
     *,
     early: bool,
 ) -> list[tuple[list[Moment], Moment]]:
@@ -207,6 +246,8 @@ def _two_passes(
     """
     passes = []
     live = Live()
+    for part in (parts := switches(model, checkpointing=settings.gradient_checkpointing)):
+        part.training = True
     with _gradients(model, live, early=early) as collect, live:
         for _ in range(2):
             begin = len(live.moments)
@@ -222,6 +263,8 @@ def _two_passes(
             del result
             collect()
             passes.append((live.moments[begin:], at_head))
+    for part in parts:
+        part.training = False
     return passes
 
 
@@ -242,7 +285,8 @@ class _Kept(torch.autograd.Function):
 def _gradients(model: PreTrainedModel, live: Live, *, early: bool) -> Iterator[Callable[[], None]]:
     """Gradients go where ``MasterAdamW`` has them go; gives what is due after each pass, and drops them at the end."""
     narrow = model.dtype != torch.float32
-    masters = {p: torch.empty_like(p, dtype=torch.float32) if narrow else p for p in model.parameters()}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    masters = {p: torch.empty_like(p, dtype=torch.float32) if narrow else p for p in learning}
     sizes = dict.fromkeys(masters, 0)
 
     def arrived(parameter: Tensor, *, move: bool) -> None:

@@ -12,8 +12,8 @@ from reinforcepp.plan.machine import Machine, Rates
 from reinforcepp.plan.memory import FLOAT, MOMENTS, Job, Rows, chunk_bytes
 from reinforcepp.plan.shapes import Shape
 
-BACKWARD = 2
-"""Operations of a backward pass, in forward passes."""
+BACKWARD, FROZEN_BACKWARD = 2, 1
+"""Operations of a backward pass, in forward passes; weights that don't learn have no gradients of their own."""
 CALL_SECONDS = 10e-6
 """Python's and torch's own time for one call of the library; generation by transformers makes thousands for a token."""
 
@@ -83,7 +83,8 @@ def update_operations(job: Job, rows: Rows, config: ReinforceConfig) -> float:
     """Forward and backward of each learner, and logits again where they were too many to be kept."""
     total = 0.0
     for learner in job.learners:
-        total += (1 + BACKWARD) * answer_operations(learner, job.size.new)
+        passes = 1 + (FROZEN_BACKWARD if learner.adapted else BACKWARD) + config.gradient_checkpointing
+        total += passes * answer_operations(learner, job.size.new)
         kept = rows.micro * job.size.new * learner.vocabulary * job.dtype.itemsize <= chunk_bytes(
             job, learner, rows.micro
         )
@@ -95,7 +96,7 @@ def update_operations(job: Job, rows: Rows, config: ReinforceConfig) -> float:
 def adam_bytes(job: Job, rows: Rows, config: ReinforceConfig) -> float:
     """AdamW reads weight, gradient and moments and writes all but the gradient, and in bfloat16 the rounded weight."""
     each = 2 * (FLOAT + MOMENTS) + FLOAT + (job.dtype.itemsize if job.narrow else 0)
-    return float(each * sum(learner.parameters for learner in job.learners) * updates(rows, config))
+    return float(each * sum(learner.trained for learner in job.learners) * updates(rows, config))
 
 
 def updates(rows: Rows, config: ReinforceConfig) -> int:
@@ -106,4 +107,5 @@ def updates(rows: Rows, config: ReinforceConfig) -> int:
 def on_policy(job: Job, rows: Rows, config: ReinforceConfig) -> bool:
     """Whether the update's own pass gives the log-probabilities of sampling: see ``PolicyUpdate``."""
     own_forward = job.engine == "transformers"
-    return own_forward and config.top_p == 1 and config.top_k == 0 and updates(rows, config) == 1
+    whole = config.top_p == 1 and config.top_k == 0 and not config.lora_dropout
+    return own_forward and whole and updates(rows, config) == 1
