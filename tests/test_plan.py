@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import pairwise
 
@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforcepp import cli, models
+from reinforcepp.adapters import with_adapter
 from reinforcepp.config import PlanConfig
+from reinforcepp.config.computing import Computing
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.critic import Critic
 from reinforcepp.devices import ACCELERATORS
@@ -186,10 +188,15 @@ def test_other_models_are_refused():
 # --- beside real passes ---------------------------------------------------------------------------------------------
 
 
-def real_peak(family: str, dtype: torch.dtype, number: int, passes: int, values: bool) -> int:
+def real_peak(
+    family: str, dtype: torch.dtype, number: int, passes: int, values: bool, computing: Computing | None = None
+) -> int:
     """Most bytes alive in real passes of the trainer's own code, apart from the weights."""
-    settings = ReinforceConfig(mixed_precision="bf16" if dtype == BF16 else "no")
+    chosen = asdict(computing or Computing()) | {"mixed_precision": "bf16" if dtype == BF16 else "no"}
+    settings = ReinforceConfig(**chosen)
     model = models._with_fused_gelu(tiny.model(family, tied=family != "llama"))
+    if settings.use_peft:
+        model = with_adapter(model, settings, seed=0)
     kind = (lambda *args, learning_rate, **named: Critic(*args, **named)) if values else Learner
     learner = kind(model, Ranks(), settings, learning_rate=1e-5, steps=1)
     generator = torch.Generator().manual_seed(0)
@@ -211,7 +218,8 @@ def real_peak(family: str, dtype: torch.dtype, number: int, passes: int, values:
     learner.drop_gradients()
     with Live() as live:
         for _ in range(passes):
-            learner.backward(run().sum())
+            with learner.learning():
+                learner.backward(run().sum())
     return max(map(sum, live.moments))
 
 
@@ -225,6 +233,55 @@ def test_the_peak_of_a_real_update(family, dtype, passes, values):
     expected = sum(memory.training(counted, rows(number, number, passes)).values())
     real = real_peak(family, dtype, number, passes, values)
     assert expected == pytest.approx(real, rel=0.06)
+
+
+LORA = Computing(use_peft=True, lora_r=4)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    "settings", [LORA, replace(LORA, gradient_checkpointing=True), Computing(gradient_checkpointing=True)], ids=str
+)
+def test_the_peak_of_a_real_update_with_adapters_or_recomputed_activations(settings, dtype, family, passes):
+    number = 6
+    learner = shape(family, dtype, settings=settings)
+    expected = sum(memory.training(replace(job(dtype), policy=learner), rows(number, number, passes)).values())
+    assert expected == pytest.approx(real_peak(family, dtype, number, passes, False, settings), rel=0.06)
+
+
+def test_of_an_adapter():
+    rank, learner = 4, shape("llama", settings=LORA)
+    per_layer = rank * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + WIDTH // 2) + 3 * (WIDTH + INNER))
+    assert learner.trained == LAYERS * per_layer
+    assert learner.parameters == LLAMA + learner.trained
+    assert learner.stored == 4 * learner.parameters
+    adapted = replace(job(), policy=learner)
+    assert memory.standing(adapted) == {
+        "policy": 4 * learner.parameters,
+        "AdamW's moments": 8 * learner.trained,
+        "reward model": 4 * (GPT2 + WIDTH),
+    }
+    assert memory.loading(adapted) == {"policy": 4 * learner.parameters, "reward model": 4 * (GPT2 + WIDTH)}
+    assert memory.stepping(adapted) == {"gradients": 4 * learner.trained}
+    assert memory.saving(adapted) == {"checkpoint copies": 8 * learner.trained}
+    narrow = replace(job(BF16), policy=shape("llama", BF16, settings=LORA))
+    assert memory.standing(narrow)["float32 weights"] == 4 * learner.trained
+    plain = config()
+    assert timing.update_operations(adapted, rows(), plain) < 0.75 * timing.update_operations(job(), rows(), plain) * (
+        learner.row_flops / job().policy.row_flops
+    )
+    again = timing.update_operations(job(), rows(), config(gradient_checkpointing=True))
+    assert again == pytest.approx(4 / 3 * timing.update_operations(job(), rows(), plain))
+
+
+def test_of_weights_in_4_bits():
+    learner = shape("llama", BF16, settings=replace(LORA, load_in_4bit=True))
+    linear = LLAMA - 2 * VOCABULARY * WIDTH - (2 * LAYERS + 1) * WIDTH
+    own = 2 * (LLAMA - linear) + round(linear * (4 + 8 / 64 + 32 / 256 / 64) / 8)
+    assert learner.stored == own + 2 * learner.trained
+    assert learner.packed == 0
 
 
 # --- lines and peaks ------------------------------------------------------------------------------------------------
@@ -417,8 +474,8 @@ def test_gradients_of_earlier_passes_count_when_there_are_any():
 
 
 def test_of_policy_and_critic_each_works_beside_the_gradients_of_the_other():
-    policy = made_up(Line(0, 9000, 0), Line(400, 9000, 0), parameters=100)
-    critic = made_up(Line(0, 5000, 0), Line(800, 5000, 0), parameters=200)
+    policy = made_up(Line(0, 9000, 0), Line(400, 9000, 0), trained=100)
+    critic = made_up(Line(0, 5000, 0), Line(800, 5000, 0), trained=200)
     both = replace(job(), policy=policy, critic=critic)
     assert memory.training(both, rows(passes=1))["gradients"] == 0
     assert memory.training(both, rows(passes=2)) == {"gradients": 1200, "activations": 9000, "logits": 0}

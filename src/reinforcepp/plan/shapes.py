@@ -19,7 +19,7 @@ from reinforcepp.learner import switches
 from reinforcepp.logprobs import skipped
 from reinforcepp.models import empty_model
 from reinforcepp.plan.trace import FLOPS, ROWS, Line, Live, Moment, Peak, attention_on_shapes, line_of, peak_of
-from reinforcepp.precision import move_gradient
+from reinforcepp.precision import cast_parameters, move_gradient
 from reinforcepp.rollout.memory import cache_bytes_per_token
 from reinforcepp.rollout.packed import packed_weights
 
@@ -140,6 +140,7 @@ def trained_shape(
         if settings.use_peft:
             own = stored if not settings.load_in_4bit else _in_4bit(model, head)
             model = with_adapter(model, settings, seed=0, head=head if values else None)
+            cast_parameters(model, dtype)
             stored = own + dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
             head = model.get_output_embeddings()
         skip = partial(skipped, head) if apart else nullcontext
