@@ -4,17 +4,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 TEXT = [
     "How do I check the IP address of my Linux machine?",
@@ -22,6 +14,20 @@ TEXT = [
     "Why can't this host resolve names? Look at resolvectl status and try dig.",
     "Question: Answer: restart ping the gateway, then trace the route to the server.",
 ]
+
+
+HEADS: dict[str, object] = {"head_dim": 32}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", HEADS),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "gemma": ("Gemma", HEADS),
+    "gemma2": ("Gemma2", HEADS | {"query_pre_attn_scalar": 32, "sliding_window": 128}),
+    "phi": ("Phi", {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3", {}),
+}
+"""Names of the classes and settings of their own; beside GPT-2, which names everything in its own way."""
 
 
 @cache
@@ -66,11 +72,10 @@ def model(
             "max_position_embeddings": 256,
             "tie_word_embeddings": tied,
         }
-        config_class, model_class = {
-            "llama": (LlamaConfig, LlamaForCausalLM),
-            "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        }[family]
-        built = model_class(config_class(**(settings | changes), vocab_size=vocab_size, eos_token_id=0, bos_token_id=0))
+        name, own = FAMILIES[family]
+        config_class, model_class = (getattr(transformers, name + part) for part in ("Config", "ForCausalLM"))
+        ends = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+        built = model_class(config_class(**(settings | own | changes), vocab_size=vocab_size, **ends))
     with torch.no_grad():  # wider than the default initialisation, so that choices aren't near-ties
         for parameter in built.parameters():
             if parameter.ndim > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.adapters import base_model, is_adapted
+from reinforcepp.rollout.vllm_support import model_class
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -20,10 +21,9 @@ def takes_adapter(model: PreTrainedModel | str) -> bool:
     """Whether ``model`` has an adapter that vLLM runs beside the weights of such a model; else it has to be merged."""
     if isinstance(model, str) or not is_adapted(model) or len(model.peft_config) != 1:
         return False
-    from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_lora
 
-    family = ModelRegistry._try_load_model_cls(type(base_model(model)).__name__)
+    family = model_class(type(base_model(model)).__name__)
     lora = _settings(model)
     plain = not (
         lora.use_dora or lora.modules_to_save or lora.bias != "none" or lora.rank_pattern or lora.alpha_pattern

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import warnings
@@ -31,6 +32,12 @@ def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str
 
     if architecture not in ModelRegistry.get_supported_archs():
         return False, f"vLLM doesn't know the model family {architecture}"
+    own = model_class(architecture)
+    if own is None or own.__module__.startswith("vllm.model_executor.models.transformers"):
+        return (
+            False,
+            f"vLLM runs {architecture} by changing transformers' own class, with which the trainer then can't work",
+        )
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False, f"vLLM doesn't run models in {dtype}"
     if platform.is_cpu():
@@ -62,3 +69,21 @@ def import_vllm() -> Any:
         import vllm
         import vllm.platforms
     return vllm
+
+
+def model_class(architecture: str) -> type | None:
+    """VLLM's own class for the models that transformers calls ``architecture``."""
+    from vllm.model_executor.models import ModelRegistry
+
+    found: type | None = ModelRegistry._try_load_model_cls(architecture)
+    return found
+
+
+def has_output_layer(architecture: str) -> bool:
+    """Whether vLLM's model has one beside the embeddings: Gemma's has none, and can't be given weights for it."""
+    found = model_class(architecture)
+    if found is None:
+        return True
+    own = [vars(part) for part in found.__mro__ if part.__module__.startswith("vllm.")]
+    makers = [names["__init__"] for names in own if "__init__" in names]
+    return any("self.lm_head" in inspect.getsource(maker) for maker in makers)
