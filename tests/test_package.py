@@ -40,6 +40,7 @@ LAYERS = [
     "kl_control",
     "algorithm",
     "tokens",
+    "framing",
     "logprobs",
     "data",
     "batching",

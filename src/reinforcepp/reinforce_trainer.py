@@ -25,6 +25,7 @@ from reinforcepp.environment import environment
 from reinforcepp.errors import ConfigError, DataError, TrainingDiverged, UnusableUpdate
 from reinforcepp.evaluation import Evaluation, evaluate
 from reinforcepp.files import write_json
+from reinforcepp.framing import framed
 from reinforcepp.guardrails import Guardrails, RollBack
 from reinforcepp.learner import Learner
 from reinforcepp.models import (
@@ -110,7 +111,7 @@ class ReinforceTrainer:
         dtype = compute_dtype(self.config)
         wanted = "transformers" if self.config.load_in_4bit else self.config.rollout
         choice = choose_engine(wanted, model_config, dtype) if engine is None else None
-        self.tokenizer = tokenizer_for(model_config, processing_class)
+        self.tokenizer = framed(tokenizer_for(model_config, processing_class), self.config)
         warn_of_bias(self.config)
         train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")
         self.prompts = encode(self.tokenizer, train_rows, "training", self.config)

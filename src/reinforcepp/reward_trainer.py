@@ -21,6 +21,7 @@ from reinforcepp.adapters import with_adapter
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import load_preferences
 from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.framing import framed
 from reinforcepp.models import context_length, load_config, load_tokenizer, save_model, weight_bytes, weights_hash
 from reinforcepp.observe import MetricLog, Progress, restore_logs, say
 from reinforcepp.observe.interrupt import Interrupted, StopAsked, stop_signals
@@ -68,7 +69,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
         rejected_column=config.rejected_column,
     )
     say(data.summary())
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = framed(load_tokenizer(config.model), config)
     limit = min(config.max_length, context_length(load_config(config.model)) or config.max_length)
     train = _within(tokenizer, train, limit, "training")
     heldout = _within(tokenizer, heldout, limit, "held-out")

@@ -8,6 +8,7 @@ from typing import Literal
 from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
 from reinforcepp.config.adapters import check_adapters
 from reinforcepp.config.computing import Computing
+from reinforcepp.config.framing import Framing, check_framing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.errors import ConfigError
 from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
@@ -16,7 +17,7 @@ DEFAULT_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(Computing, Keeping):
+class ReinforceConfig(Framing, Computing, Keeping):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"
@@ -152,6 +153,7 @@ class ReinforceConfig(Computing, Keeping):
         )
         check_keeping(self)
         check_adapters(self)
+        check_framing(self)
         positive(self, "kl_target", "kl_horizon", "kl_limit")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ConfigError("kl_target adapts kl_coef, which is 0: give it a positive value to begin with.")

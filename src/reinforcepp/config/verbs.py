@@ -19,6 +19,7 @@ from reinforcepp.config._checks import (
 )
 from reinforcepp.config.adapters import check_adapters
 from reinforcepp.config.computing import Computing
+from reinforcepp.config.framing import Framing, check_framing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.errors import ConfigError
@@ -84,7 +85,7 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(Computing, Keeping, Columns, RewardInputs):
+class RewardModelConfig(Framing, Computing, Keeping, Columns, RewardInputs):
     """Train a reward model from a preference file."""
 
     output_dir: str = "models/reward_model"
@@ -111,6 +112,7 @@ class RewardModelConfig(Computing, Keeping, Columns, RewardInputs):
         check_values(self)
         check_keeping(self)
         check_adapters(self)
+        check_framing(self)
         positive(self, "learning_rate", "num_train_epochs", "batch_size", "mini_batch_size", "max_length")
         positive(self, "gradient_accumulation_steps")
         not_negative(self, "center_rewards_coefficient")

@@ -1,0 +1,87 @@
+"""The frame: a template or a system prompt of one's own, stored with the model and used wherever it answers."""
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reinforcepp.cli import main
+from reinforcepp.config.framing import Framing
+from reinforcepp.errors import ConfigError
+from reinforcepp.framing import framed, with_system_prompt
+from reinforcepp.models import load_tokenizer, prepare_tokenizer
+from reinforcepp.observe.answers import COMPLETIONS
+from reinforcepp.tokens import frame_completion, frame_prompt
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+NO_SYSTEM = CHAT.replace("in messages", "in messages if m['role'] != 'system'")
+
+
+def tokenizer(**settings):
+    return framed(prepare_tokenizer(tiny.tokenizer(), tiny.model().config, "tiny"), Framing(**settings))
+
+
+def test_a_system_prompt_comes_first_and_only_where_there_is_none():
+    plain = tokenizer(system_prompt="Be short.")
+    assert frame_prompt(plain, "Why?") == "Be short.\n\nQuestion: Why?\nAnswer:"
+    chat = tokenizer(chat_template=CHAT, system_prompt="Be short.")
+    assert frame_prompt(chat, "Why?") == "<system>Be short.<user>Why?<assistant>"
+    assert frame_completion(chat, "Why?", "So.") == "So."
+    own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Why?"}]
+    assert chat.apply_chat_template(own, tokenize=False) == "<system>Be long.<user>Why?"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip))
+def test_any_text_may_be_a_system_prompt(text):
+    own = tiny.tokenizer()
+    own.chat_template = with_system_prompt(CHAT, text)
+    written = own.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+    assert written == f"<system>{text}<user>Why?"
+
+
+def test_a_template_from_a_file(tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(CHAT, encoding="utf-8")
+    assert frame_prompt(tokenizer(chat_template=str(path)), "Why?") == "<user>Why?<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"chat_template": "no/such.jinja"}, "there is no file no/such.jinja"),
+        ({"chat_template": "{% for %}"}, "can't frame a prompt and its answer"),
+        ({"chat_template": "{{ messages[0]['content'] }}!"}, "can't frame|leaves out"),
+        ({"chat_template": "{{ 'x' }}"}, "leaves out the prompt or the answer"),
+        ({"chat_template": "{{ raise_exception('only pairs') }}"}, "can't frame a prompt and its answer: only pairs"),
+        (
+            {"chat_template": NO_SYSTEM, "system_prompt": "Be short."},
+            "writes no message of the role system",
+        ),
+    ],
+)
+def test_templates_that_cannot_be_worked_with(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        tokenizer(**settings)
+
+
+@pytest.mark.parametrize("name", ["chat_template", "system_prompt"])
+def test_nothing_is_no_frame(name, capsys):
+    assert main(["train", f"--{name}", " "]) == 2
+    assert f"{name} is empty" in capsys.readouterr().err
+
+
+def test_the_frame_is_stored_with_both_models(model_folder, pairs_csv, tmp_path):
+    import pyarrow.parquet as pq
+
+    usual = ["--model", str(model_folder), "--data", str(pairs_csv), "--system_prompt", "Be 'short'.\nAlways."]
+    assert main(["reward", *usual, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "rm")]) == 0
+    short = ["--max_new_tokens", "4", "--max_steps", "1", "--batch_size", "2", "--rollout", "transformers"]
+    train = ["train", *usual, *short, "--reward_model", str(tmp_path / "rm"), "--output_dir", str(tmp_path / "run")]
+    assert main(train) == 0
+    for folder in ("rm", "run"):
+        assert frame_prompt(load_tokenizer(str(tmp_path / folder)), "Why?").startswith("Be 'short'.\nAlways.")
+    seen = pq.read_table(tmp_path / "run" / COMPLETIONS / "step-000001.parquet").to_pylist()
+    assert seen and all("Be 'short'" not in row["prompt"] for row in seen)  # the frame is no part of the data
