@@ -368,6 +368,50 @@ def planner(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def families(result: dict[str, Any]) -> str:
+    """Verbs across; where one doesn't run, a number stands for the sentence that is said."""
+    told: list[str] = []
+
+    def cell(engines: dict[str, str]) -> str:
+        marks = []
+        for engine, said in engines.items():
+            if said == "passed":
+                marks.append(engine)
+            else:
+                told.append(said) if said not in told else None
+                marks.append(f"{engine}: ({told.index(said) + 1})")
+        return ", ".join(marks)
+
+    found = result["families"]
+    verbs = list(next(iter(found.values())))
+    rows = [[family, *(cell(verbs_of[verb]) for verb in verbs)] for family, verbs_of in found.items()]
+    notes = "".join(f"\n({number}) {sentence}\n" for number, sentence in enumerate(told, 1))
+    return table(["family", *verbs], rows) + notes + made_by(result)
+
+
+def lora_memory(result: dict[str, Any]) -> str:
+    found = result["configurations"]
+    whole = found["all weights"]["measured_above_libraries"]
+    rows = [
+        [
+            name,
+            f"{row['measured']:.0f}",
+            f"{row['measured_above_libraries']:.0f}",
+            f"{row['measured_above_libraries'] / whole:.2f}",
+            f"{row['estimated']:.0f}",
+            f"{row['estimated'] / row['measured'] - 1:+.1%}",
+        ]
+        for name, row in found.items()
+    ]
+    titles = ["training", "peak, MiB", "above libraries", "of all weights'", "estimated by the planner", "error"]
+    said = (
+        f"\nA Llama shape of {result['float32_weights'] / 4 * (1 << 20) / 1e6:.0f} million weights. Sharing the reference "
+        f"saves {result['saved_by_sharing_the_reference']:.0f} MiB; one copy of the weights is "
+        f"{result['float32_weights']:.0f} MiB.\n"
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -392,6 +436,8 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "soak": (soak, "soak"),
     "planner": (planner, "planner"),
     "doctor": (doctor, "doctor"),
+    "families": (families, "families"),
+    "lora_memory": (lora_memory, "lora_memory"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
 }
 """For each table, what makes it and from which result file."""
