@@ -68,6 +68,9 @@ FREE_ON_RESUME = (
     "log_completions",
     "report_to",
     "vllm_gpu_memory_utilization",
+    "reward_timeout",
+    "reward_attempts",
+    "reward_batch_size",
 )
 
 

@@ -69,7 +69,7 @@ def test_anything_else_is_an_error_that_names_the_function(returned, error, mess
 
 
 def test_the_gold_judge_is_a_reward_by_its_name():
-    (judge,) = load_rewards("builtin:judge")
+    (judge,) = load_rewards("builtin:judge").functions
     (row,) = load_prompts("builtin:network", heldout_fraction=0, seed=0)[2][:1]
     assert judge([row.prompt] * 2, ["", "Buy a new router."]) == [0.0, 0.0] and name_of(judge) == "judge"
     train = resolve_data("builtin:network").train

@@ -7,6 +7,7 @@ from typing import Literal
 
 from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
 from reinforcepp.config.keeping import Keeping, check_keeping
+from reinforcepp.config.rewards import RewardSettings, check_reward_settings
 from reinforcepp.errors import ConfigError
 from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
 
@@ -14,7 +15,7 @@ DEFAULT_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(Keeping):
+class ReinforceConfig(RewardSettings, Keeping):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"
@@ -58,8 +59,6 @@ class ReinforceConfig(Keeping):
     """How far above 1 the policy ratio counts."""
     dual_clip: float | None = None
     """Bound on the loss of tokens with a negative advantage, in multiples of it; off by default."""
-    reward_clip: float | None = None
-    """Rewards are cut to plus or minus this before anything else; off by default."""
     normalize_over: Literal["tokens", "sequences"] = "tokens"
     """Population of the advantage normalisation: every token (the paper's code) or every sequence once."""
 
@@ -137,7 +136,7 @@ class ReinforceConfig(Keeping):
         check_sampling(self)
         positive(self, "temperature")
         positive(self, "batch_size", "num_generations", "mini_batch_size", "gradient_accumulation_steps")
-        positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high", "reward_clip")
+        positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high")
         positive(self, "learning_rate", "max_grad_norm", "rollout_batch_size", "importance_low", "sync_check_every")
         not_negative(
             self,
@@ -151,6 +150,7 @@ class ReinforceConfig(Keeping):
             "ratio_limit",
         )
         check_keeping(self)
+        check_reward_settings(self)
         positive(self, "kl_target", "kl_horizon", "kl_limit")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ConfigError("kl_target adapts kl_coef, which is 0: give it a positive value to begin with.")

@@ -20,9 +20,10 @@ from reinforcepp.plan.machine import machine_for
 from reinforcepp.plan.memory import Job, Rows, phases
 from reinforcepp.plan.report import Plan
 from reinforcepp.plan.search import largest, with_micro
-from reinforcepp.plan.shapes import Body, Size, asked_shape, trained_shape
+from reinforcepp.plan.shapes import Body, Size, asked_shape, together, trained_shape
 from reinforcepp.plan.timing import step_seconds
 from reinforcepp.precision import compute_dtype
+from reinforcepp.reward_sources import parse_source
 from reinforcepp.rollout.choose import EngineName
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
     engine, reason = _engine(config)
     said.append(reason)
     judge = config.judge_name
+    sources = [parse_source(text) for text in config.reward_sources]
+    said += [f"What {source.target} takes for itself isn't counted." for source in sources if source.kind == "function"]
     return Job(
         policy=trained_shape(policy_config, dtype, size, early=early),
-        reward=asked(config.reward_model, "reward model"),
+        reward=together([asked(source.target, "reward model") for source in sources if source.kind == "model"]),
         critic=trained_shape(policy_config, dtype, size, early=early, values=True) if config.recipe.critic else None,
         judge=asked(judge, "judge") if judge is not None and judge != JUDGE_NAME else None,
         size=size,
