@@ -91,14 +91,28 @@ def test_help_names_the_verbs(capsys):
     out = capsys.readouterr().out
     assert [
         verb
-        for verb in ("reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo", "--config")
+        for verb in (
+            "reward",
+            "train",
+            "generate",
+            "compare",
+            "plan",
+            "lint",
+            "report",
+            "doctor",
+            "serve-reward",
+            "demo",
+            "--config",
+        )
         if verb not in out
     ] == []
     assert cli.main([]) == 2
     assert capsys.readouterr().out == out
 
 
-@pytest.mark.parametrize("verb", ["reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "serve-reward", "demo"]
+)
 def test_help_of_a_verb_tells_every_setting_with_its_description_and_default(verb, capsys):
     from reinforcepp.config import VERBS
 

@@ -94,7 +94,7 @@ class RemoteReward:
     def _scores(self, client: httpx2.Client, rows: dict[str, list[Any]]) -> list[float | None]:
         retrying = Retrying(
             stop=stop_after_attempt(self.attempts),
-            wait=wait_exponential_jitter(initial=self.first_pause, max=LONGEST_PAUSE, jitter=self.first_pause),
+            wait=wait_exponential_jitter(multiplier=self.first_pause, max=LONGEST_PAUSE, jitter=self.first_pause),
             retry=retry_if_exception_type(_MayPass),
             before_sleep=self._tell,
             reraise=True,
