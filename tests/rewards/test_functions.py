@@ -225,5 +225,5 @@ def test_an_exception_in_an_async_function_names_it():
     async def late(completions):
         raise KeyError("x")
 
-    with pytest.raises(RewardError, match="function late failed.*KeyError"):
+    with pytest.raises(RewardError, match=r"function late failed.*KeyError"):
         score_with([late], COMPLETIONS)
