@@ -250,6 +250,14 @@ def test_the_command_takes_all_of_them(base, tmp_path, monkeypatch, reward_folde
     assert told["reward"] == pytest.approx(total, abs=1e-5)
     assert cli.main(["report", "out"]) == 0 and cli.main(["doctor", "out", "--fail_on", "never"]) == 0
     capsys.readouterr()
+    assert cli.main(["train", *flags, "--overwrite", "--save_every", "1", *rewards]) == 0
+    assert cli.main(["train", *flags, "--resume", *rewards]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", *flags, "--resume", *rewards[:-1]]) == 2
+    assert "rewards was [" in capsys.readouterr().err
+    (tmp_path / "mine.py").write_text("async def polite(completions):\n    return [1] * len(completions)\n")
+    assert cli.main(["train", *flags, "--resume", *rewards]) == 2
+    assert "reward_model was " in capsys.readouterr().err
     assert cli.main(["train", *flags, "--overwrite", "--rewards", "mine.py:rude"]) == 2
     assert "mine.py holds no function 'rude'" in capsys.readouterr().err
     (tmp_path / "broken.py").write_text("def f(completions):\n    return 1 / 0\n")
