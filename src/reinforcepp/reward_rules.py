@@ -203,7 +203,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """``pattern``, kept compiled by ``re``; a ConfigError if it isn't a regular expression."""
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"{pattern!r} is not a regular expression: {error}.") from error
 
 

@@ -101,6 +101,7 @@ def test_repetition_takes_off_the_share_of_runs_said_before():
         ("length?min=", "'min=' is no option"),
         ("regex", "needs a pattern"),
         ("regex?pattern=(", "'\\(' is not a regular expression"),
+        ("regex?pattern=a{99999999999}", "not a regular expression"),
         ("exact_match?pattern=(", "not a regular expression"),
         ("format?tags=a b", "tags must be names"),
         ("repetition?n=0", "n must be at least 1"),

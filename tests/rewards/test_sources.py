@@ -89,6 +89,7 @@ def test_rewards_from_flags_and_yaml_are_the_same(tmp_path):
         ({"rewards": ("runs/x/rm",), "output_dir": "runs/x"}, "holds the rewards runs/x/rm"),
         ({"rewards": ("runs/x/f.py:f",), "output_dir": "runs/x"}, "holds the rewards runs/x/f.py"),
         ({"rewards": ("~nobody-here/rm",)}, "no home folder"),
+        ({"rewards": ("http://h/x",), "reward_timeout": 600.0, "reward_attempts": 3}, "raise watchdog_seconds"),
         ({"truncation_penalty": -1.0}, "truncation_penalty must not be negative"),
         ({"reward_timeout": 0.0}, "reward_timeout"),
         ({"reward_attempts": 0}, "reward_attempts"),
@@ -99,6 +100,12 @@ def test_rewards_from_flags_and_yaml_are_the_same(tmp_path):
 def test_settings_that_cant_be_meant_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**settings)
+
+
+def test_the_watchdog_leaves_time_for_a_server_that_fails():
+    slow = {"reward_timeout": 600.0, "reward_attempts": 3}
+    assert TrainConfig(rewards=("http://h/x",), watchdog_seconds=1801.0, **slow)
+    assert TrainConfig(rewards=("http://h/x",), watchdog_seconds=0.0, **slow) and TrainConfig(**slow)
 
 
 def test_the_unused_reward_model_may_lie_where_the_run_writes():

@@ -53,4 +53,4 @@ def _check_yaml_value(where: str, value: Any, default: Any) -> None:
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain values, for JSON and for display."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return asdict(config)

@@ -51,5 +51,11 @@ def check_rewards(config: Any) -> None:
         if source.path is not None:
             filled_path("rewards", source.path)
             check_apart_from(config, "rewards", source.path)
+        longest = config.reward_timeout * config.reward_attempts
+        if source.kind == "server" and 0 < config.watchdog_seconds <= longest:
+            raise ConfigError(
+                f"reward_timeout {config.reward_timeout:g} x reward_attempts {config.reward_attempts} is {longest:g} s, in which "
+                f"the watchdog ends the run ({config.watchdog_seconds:g} s): lower one of the two or raise watchdog_seconds."
+            )
     if not config.rewards:
         check_apart_from(config, "reward_model", config.reward_model)
