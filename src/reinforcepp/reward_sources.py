@@ -3,7 +3,7 @@
 builtin:judge                        the built-in data's judge
 rule:NAME?OPTION=VALUE&...           a rule of ``reward_rules``
 http://HOST:PORT/get_reward          a reward server
-MODULE:FUNCTION, FILE.py:FUNCTION    a Python function
+MODULE:FUNCTION, FILE.py:FUNCTION    a Python function, unless a folder has that name
 anything else                        the folder of a reward model
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
@@ -45,7 +46,7 @@ class RewardSource:
 
 
 def parse_source(text: str) -> RewardSource:
-    """What ``text`` means; nothing is read or loaded for that.
+    """What ``text`` means; no file is read for that, and nothing is loaded.
 
     Raises:
         ConfigError: if it is empty or means nothing, if a rule is wrong, or if a URL is one that can't be asked or holds
@@ -71,7 +72,8 @@ def parse_source(text: str) -> RewardSource:
         return RewardSource("server", target, weight)
     if target.partition("?")[0] in RULES:
         raise ConfigError(f"{target} is a rule: write rule:{target}, or ./{target} for a folder of that name.")
-    return RewardSource("function" if FUNCTION.fullmatch(target) else "model", target, weight)
+    function = FUNCTION.fullmatch(target) and not Path(target).expanduser().is_dir()
+    return RewardSource("function" if function else "model", target, weight)
 
 
 def check_url(url: str) -> None:

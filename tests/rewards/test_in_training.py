@@ -30,10 +30,10 @@ def some(prompts, completions, completion_ids, graded, **_):
     return [score if marked else None for score, marked in zip(whole, graded, strict=True)]
 
 
-def trainer(base, folder, rewards=spread, prompts=PROMPTS, evaluation=None, weights=None, **settings):
+def trainer(base, folder, rewards=spread, prompts=PROMPTS, evaluation=None, weights=None, judge=None, **settings):
     defaults = {"max_new_tokens": 6, "max_prompt_length": 40, "batch_size": 8, "seed": 5, "rollout": "transformers"}
     args = ReinforceConfig(output_dir=str(folder), **(defaults | {"learning_rate": 1e-3, "max_steps": 1} | settings))
-    return ReinforceTrainer(base, rewards, args, prompts, evaluation, reward_weights=weights)
+    return ReinforceTrainer(base, rewards, args, prompts, evaluation, judge=judge, reward_weights=weights)
 
 
 def log(folder):
@@ -155,8 +155,9 @@ def test_a_step_stopped_in_the_middle_goes_on_with_the_same_rows(base, tmp_path)
 
 
 def test_held_out_answers_that_are_not_scored_have_no_part_in_the_figures(base, tmp_path):
-    run = trainer(base, tmp_path / "run", some, evaluation=PROMPTS)
+    run = trainer(base, tmp_path / "run", some, evaluation=PROMPTS, judge="2*rule:regex?pattern=.")
     run.train()
+    assert set(run.evaluations["after"].judgements) <= {0, 2}
     after = run.evaluations["after"]
     known = [reward for reward in after.rewards if reward is not None]
     assert 0 < len(known) < len(after.rewards) == 8

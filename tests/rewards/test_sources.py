@@ -34,6 +34,11 @@ def test_what_a_text_means(text, kind, target, weight):
     assert parse_source(text) == RewardSource(kind, target, weight)
 
 
+def test_a_folder_with_a_colon_in_its_name_is_a_folder(tmp_path):
+    (tmp_path / "rm:v2").mkdir()
+    assert parse_source(f"{tmp_path}/rm:v2").kind == "model" and parse_source(f"{tmp_path}/rm:v3").kind == "function"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -68,6 +73,8 @@ def test_a_url_with_a_secret_is_refused_and_not_repeated(url):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(rewards=(url,))
     assert "hush" not in str(caught.value)
+    with pytest.raises(ConfigError):
+        TrainConfig(judge=url)
 
 
 def test_rewards_from_flags_and_yaml_are_the_same(tmp_path):
@@ -90,6 +97,7 @@ def test_rewards_from_flags_and_yaml_are_the_same(tmp_path):
         ({"rewards": ("runs/x/f.py:f",), "output_dir": "runs/x"}, "holds the rewards runs/x/f.py"),
         ({"rewards": ("~nobody-here/rm",)}, "no home folder"),
         ({"rewards": ("http://h/x",), "reward_timeout": 600.0, "reward_attempts": 3}, "raise watchdog_seconds"),
+        ({"judge": "rule:lenght"}, "Did you mean 'length'"),
         ({"truncation_penalty": -1.0}, "truncation_penalty must not be negative"),
         ({"reward_timeout": 0.0}, "reward_timeout"),
         ({"reward_attempts": 0}, "reward_attempts"),

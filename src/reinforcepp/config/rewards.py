@@ -38,7 +38,7 @@ def check_reward_settings(config: Any) -> None:
 
 
 def check_rewards(config: Any) -> None:
-    """Check what a training's reward is made of, as far as that can be told without reading anything."""
+    """Check what a training's reward, and its judge, are made of, as far as that can be told without reading anything."""
     default = {field.name: field.default for field in fields(config)}["reward_model"]
     if config.rewards and config.reward_model != default:
         raise ConfigError(
@@ -57,5 +57,7 @@ def check_rewards(config: Any) -> None:
                 f"reward_timeout {config.reward_timeout:g} x reward_attempts {config.reward_attempts} is {longest:g} s, in which "
                 f"the watchdog ends the run ({config.watchdog_seconds:g} s): lower one of the two or raise watchdog_seconds."
             )
+    if config.judge_name is not None:
+        parse_source(config.judge_name)
     if not config.rewards:
         check_apart_from(config, "reward_model", config.reward_model)

@@ -55,7 +55,7 @@ class TrainInputs:
     my_rewards.py:helpful, http://127.0.0.1:5000/get_reward, builtin:judge. Default: reward_model alone."""
     judge: str = "auto"
     """Scores held-out answers and takes no part in training: builtin:judge, which knows builtin:network, the folder of
-    another reward model, or none; auto is builtin:judge for builtin:network, else none."""
+    another reward model or whatever else rewards takes, or none; auto is builtin:judge for builtin:network, else none."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from reinforcepp.builtin import JUDGE_NAME
 from reinforcepp.config import PlanConfig
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import check_context, load_config
@@ -99,7 +98,7 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
         policy=trained_shape(policy_config, dtype, size, early=early),
         reward=together([asked(source.target, "reward model") for source in sources if source.kind == "model"]),
         critic=trained_shape(policy_config, dtype, size, early=early, values=True) if config.recipe.critic else None,
-        judge=asked(judge, "judge") if judge is not None and judge != JUDGE_NAME else None,
+        judge=asked(judge, "judge") if judge is not None and parse_source(judge).kind == "model" else None,
         size=size,
         dtype=dtype,
         engine=engine,
