@@ -246,6 +246,7 @@ def test_a_training_whose_server_is_killed_stops_and_goes_on_when_it_is_back(
             run.train()
     assert "The run is saved after step 2 of 4: go on with --resume." in str(stop.value)
     assert len(read_metrics(tmp_path / "run")) == 2, "no step may be made without scores"
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
     port = int(url.rpartition(":")[2].partition("/")[0])
     with serving(reward, port):
         training(model_folder, tmp_path / "run", [url, nothing], resume=True).train()

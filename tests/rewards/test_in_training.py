@@ -221,6 +221,7 @@ def test_a_function_that_fails_stops_the_run_with_a_checkpoint(base, tmp_path):
         RewardError, match=r"shaky failed .*gone\. The run is saved after step 2 of 4: go on with --resume"
     ):
         trainer(base, tmp_path / "run", shaky, max_steps=4).train()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
     trainer(base, tmp_path / "run", shaky, max_steps=4, resume=True).train()
     calls = [0] * 9
     trainer(base, tmp_path / "whole", shaky, max_steps=4).train()
