@@ -186,6 +186,23 @@ def test_a_port_in_use_and_a_host_of_others_are_told_before_the_model_loads(rewa
     assert "port must be from 0 to 65535" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("host", "token", "warned"), [("127.0.0.1", "", False), ("0.0.0.0", "", True), ("0.0.0.0", "hush", False)]
+)
+def test_settings_reach_the_server_and_an_open_address_is_warned_of(
+    reward_folder, monkeypatch, capsys, host, token, warned
+):
+    served = []
+    monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", token)
+    monkeypatch.setattr(RewardServer, "serve_forever", lambda server, poll_interval: served.append(server.reward))
+    flags = ["--host", host, "--port", "0", "--batch_size", "3", "--reward_normalize"]
+    assert cli.main(["serve-reward", str(reward_folder), *flags]) == 0
+    err = capsys.readouterr().err
+    assert ("Whoever reaches this address may ask" in err) == warned and "hush" not in err
+    (reward,) = served
+    assert reward.batch_size == 3 and reward.scaled([reward.card.score_mean]) == [0]
+
+
 @contextmanager
 def started(reward_folder):
     """``reinforcepp serve-reward`` as a process; gives it and its address."""
