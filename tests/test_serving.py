@@ -142,6 +142,17 @@ def test_refusals_over_http(reward, given, status, message):
         assert asked(server, body={"query": []})[0] == 200, "the server must go on"
 
 
+def test_what_was_sent_with_a_refused_request_is_not_taken_for_the_next_one(reward):
+    with serving(reward) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        for path, kept in (("/get_reward", None), ("/score", "close")):
+            connection.request("POST", path, body=b'{"query": []}')
+            response = connection.getresponse()
+            response.read()
+            assert response.getheader("Connection") == kept
+        connection.close()
+
+
 def test_who_lacks_the_token_gets_nothing(reward, monkeypatch):
     monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", "hush")
     body = {"query": QUERIES}
