@@ -374,7 +374,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 @needs_bitsandbytes
 @pytest.mark.parametrize("settings", [{}, {"mixed_precision": "bf16", "gradient_checkpointing": True}])
 def test_beside_weights_of_4_bits_the_adapter_learns(bases, tmp_path, settings):
-    run = trainer(bases["llama"], tmp_path / "run", load_in_4bit=True, max_steps=30, **settings)
+    run = trainer(bases["llama"], tmp_path / "run", load_in_4bit=True, max_steps=45, **settings)
     layer = base_model(run.policy).model.layers[0].self_attn.q_proj
     rounded = layer.base_layer.weight.detach().clone()
     assert rounded.dtype == torch.uint8 and base_model(run.policy).lm_head.weight.is_floating_point()

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reinforcepp import cli, verbs
+from reinforcepp.config import VERBS
 from reinforcepp.errors import DataError, TrainingDiverged
 
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "8"]
@@ -91,17 +92,29 @@ def test_help_names_the_verbs(capsys):
     out = capsys.readouterr().out
     assert [
         verb
-        for verb in ("reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo", "--config")
+        for verb in (
+            "reward",
+            "train",
+            "generate",
+            "compare",
+            "plan",
+            "lint",
+            "report",
+            "doctor",
+            "serve-reward",
+            "demo",
+            "--config",
+        )
         if verb not in out
     ] == []
     assert cli.main([]) == 2
     assert capsys.readouterr().out == out
 
 
-@pytest.mark.parametrize("verb", ["reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "serve-reward", "demo"]
+)
 def test_help_of_a_verb_tells_every_setting_with_its_description_and_default(verb, capsys):
-    from reinforcepp.config import VERBS
-
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])
     assert stop.value.code == 0

@@ -23,7 +23,7 @@ from reinforcepp.errors import ConfigError
 KEEPING = {"save_every", "max_skipped_updates", "watchdog_seconds"}
 TRAINING = {
     *("seed", "heldout_fraction", "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "top_k"),
-    *("eval_prompts", "eval_every", "gae_lambda", "ratio_limit", "lora_dropout"),
+    *("truncation_penalty", "eval_prompts", "eval_every", "gae_lambda", "ratio_limit", "lora_dropout"),
     *("collapse_length", "collapse_entropy", "collapse_distinct"),
     *KEEPING,
 }
@@ -36,6 +36,7 @@ ZERO_IS_FINE = {
     "plan": {*TRAINING, "gpus"},
     "lint": {"seed", "heldout_fraction"},
     "report": {"samples"},
+    "serve-reward": {"port"},
     "demo": {"seed"},
 }
 

@@ -138,7 +138,7 @@ def test_the_folder_says_where_the_run_came_from(base, tmp_path):
     assert (
         told["kind"] == "ReinforceConfig"
         and told["prompts"] == 8
-        and told["rewards"] == [{"name": "length", "card": None}]
+        and told["rewards"] == [{"name": "length", "weight": 1.0, "card": None}]
     )
     assert (
         {"torch", "python", "processor", "device"} <= set(told["environment"]) and told["started"] and told["command"]

@@ -26,6 +26,8 @@ HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm
 # Each may import those before it in the list, never those after.
 LAYERS = [
     "errors",
+    "reward_rules",
+    "reward_sources",
     "files",
     "versions",
     "difference",
@@ -78,6 +80,7 @@ LAYERS = [
     "report",
     "compare",
     "generate",
+    "serving",
     "generation_worker",
     "compare_generation",
     "algorithm_worker",

@@ -871,5 +871,21 @@ def test_a_judge_takes_memory_and_the_built_in_one_none(folder):
     assert not any("taken to be" in sentence for sentence in judged.said)
 
 
+def test_the_models_among_the_rewards_take_memory_and_time_and_nothing_else_does(folder):
+    own = config(model="model", rollout="transformers", device="h100", data="mine.csv")
+    size = LLAMA - VOCABULARY * WIDTH + WIDTH
+    without = make_plan(replace(own, rewards=("rule:length", "mine.py:f", "http://h/x")))
+    assert without.job.reward.parameters == without.job.reward.row_flops == 0
+    assert (
+        without.phases["score"]["reward model"] == 0
+        and "What mine.py:f takes for itself isn't counted." in without.said
+    )
+    one = make_plan(replace(own, rewards=("0.5*model", "rule:length")))
+    two = make_plan(replace(own, rewards=("0.5*model", "./model")))
+    assert [plan.job.reward.parameters for plan in (one, two)] == [size, 2 * size]
+    assert two.job.reward.row_flops == 2 * one.job.reward.row_flops > 0
+    assert two.job.reward.score.peak.at(64) == one.job.reward.score.peak.at(64) != without.job.reward.score.peak.at(64)
+
+
 def test_figures_are_shown_with_the_digits_that_matter():
     assert [report.gib(x * 2**30) for x in (0.123, 9.994, 12.34)] == ["0.12", "9.99", "12.3"]

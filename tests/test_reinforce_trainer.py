@@ -362,7 +362,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(base, tmp_path, kind):
     whole = trainer(base, tmp_path / "whole", **settings)
     whole_log = whole.train()
 
-    class PowerCut(Exception):
+    class PowerCut(BaseException):
         pass
 
     calls = []

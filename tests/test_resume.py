@@ -118,7 +118,7 @@ def test_a_signal_while_completions_are_made_does_not_wait_for_them(base, tmp_pa
         return noisy(prompts, completions, completion_ids)
 
     interrupted.__name__ = "noisy"
-    run.rewards[0] = interrupted
+    run.rewards.functions[0] = interrupted
     with pytest.raises(Interrupted) as stop:
         run.train()
     assert (stop.value.exit_code, str(stop.value)) == (130, "after step 2 of 4")

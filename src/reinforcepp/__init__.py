@@ -27,6 +27,7 @@ _HOME = {
     "ConfigError": "errors",
     "DataError": "errors",
     "ModelError": "errors",
+    "RewardError": "errors",
     "RolloutError": "errors",
     "TrainingDiverged": "errors",
 }

@@ -41,7 +41,8 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def compare_algorithms(config: CompareAlgorithmsConfig) -> dict[str, Any]:
     """Do every run that isn't done yet and write ``comparison.json``; returns what it holds."""
-    check_reward_folder(config.reward_model)
+    if not config.rewards:
+        check_reward_folder(config.reward_model)
     folder = Path(config.output_dir).expanduser()
     if config.resume:
         check_unchanged(noted_settings(folder), as_dict(config))

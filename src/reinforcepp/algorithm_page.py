@@ -25,10 +25,11 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
 def write_page(comparison: Mapping[str, Any], path: Path) -> None:
     """Tables and pictures of ``comparison.json``."""
     settings = comparison["settings"]
+    rewards = settings.get("rewards") or [settings["reward_model"]]
     sections = [
         f"<h1>Estimators compared on {escape(settings['data'])}</h1>",
         f"<p>{escape(verdict(comparison))}</p>",
-        f"<p>Model {escape(settings['model'])}, reward model {escape(settings['reward_model'])}; {settings['seeds']} seeds, "
+        f"<p>Model {escape(settings['model'])}, reward {escape(', '.join(rewards))}; {settings['seeds']} seeds, "
         f"{settings['max_steps']} steps of {settings['batch_size'] * settings['num_generations']} completions, learning "
         f"rate {settings['learning_rate']:g}, KL coefficient {settings['kl_coef']:g}. Held-out prompts; ± is the 95 % "
         "interval over seeds. The target is nine tenths of the way from the start to the best final score.</p>",

@@ -38,7 +38,7 @@ def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
         rejected_column=config.rejected_column,
     )
     trainer = ReinforceTrainer(
-        config.model, config.reward_model, config, train_rows, eval_dataset=heldout_rows, judge=config.judge_name
+        config.model, config.reward_sources, config, train_rows, eval_dataset=heldout_rows, judge=config.judge_name
     )
     diverged = None
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -37,10 +37,10 @@ class BatchInUse:
             folder / f"{TENSORS}.safetensors",
         )
         completions = [
-            {"ids": c.ids, "logprobs": c.logprobs, "text": c.text, "finish_reason": c.finish_reason}
+            {"prompt": c.prompt.key, "ids": c.ids, "logprobs": c.logprobs, "text": c.text, "finish": c.finish_reason}
             for c in self.batch.completions
         ]
-        scores = {"total": self.scores.total, "by_function": self.scores.by_function}
+        scores = asdict(self.scores)
         write_json(folder / REST, {"completions": completions, "scores": scores, "history": self.history})
 
     @staticmethod
@@ -51,10 +51,10 @@ class BatchInUse:
         rest = json.loads((saved.folder / REST).read_text(encoding="utf-8"))
         tensors = {name: value.to(device) for name, value in saved.tensors(TENSORS).items()}
         values_BT = tensors.pop("values_BT", None)
-        samples = len(rest["completions"]) // len(prompts)
+        by_key = {prompt.key: prompt for prompt in prompts}
         completions = [
-            Completion(prompts[i // samples], tuple(c["ids"]), tuple(c["logprobs"]), c["text"], c["finish_reason"])
-            for i, c in enumerate(rest["completions"])
+            Completion(by_key[c["prompt"]], tuple(c["ids"]), tuple(c["logprobs"]), c["text"], c["finish"])
+            for c in rest["completions"]
         ]
         batch = RolloutBatch(completions=completions, **tensors)
         return BatchInUse(batch, RewardScores(**rest["scores"]), values_BT, rest["history"])

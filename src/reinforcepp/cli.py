@@ -25,7 +25,13 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 MAY_STAND_ALONE = ("resume",)  # flags with or without a value
 # Settings whose values may stand without their flags, in this order
-POSITIONAL = {"lint": ("data",), "doctor": ("run",), "report": ("runs",), "compare": ("model_a", "model_b")}
+POSITIONAL = {
+    "lint": ("data",),
+    "doctor": ("run",),
+    "report": ("runs",),
+    "compare": ("model_a", "model_b"),
+    "serve-reward": ("model",),
+}
 NOT_STARTED = "\nInterrupted before anything was started.\n"
 
 SUMMARY = {
@@ -38,6 +44,7 @@ SUMMARY = {
     "lint": "find what is wrong with a data file, and clean it",
     "doctor": "say in plain words what went wrong in a training",
     "report": "show what became of a training, or of several, on one page",
+    "serve-reward": "answer requests for a reward model's scores over HTTP",
     "demo": "the whole job, offline, on the built-in model and data",
 }
 

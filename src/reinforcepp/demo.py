@@ -78,8 +78,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
     say("\n4/4  Before and after, on prompts that no training has seen, graded by the gold judge", "bold")
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]
-    gold_before, gold_after = before.judgements, after.judgements
-    assert gold_before is not None and gold_after is not None, "the demo's data has a judge"
+    gold_before, gold_after = _known(before.judgements), _known(after.judgements)
     _show(before.completions, after.completions, gold_before, gold_after)
     result = DemoResult(
         seed=config.seed,
@@ -139,6 +138,11 @@ def _distinct(completions: Sequence[Completion]) -> float:
     for completion in completions:
         one_per_topic.setdefault(str(completion.prompt.columns["topic"]), completion.text)
     return len(set(one_per_topic.values())) / len(one_per_topic)
+
+
+def _known(judgements: list[float | None] | None) -> list[float]:
+    assert judgements is not None, "the demo's data has a judge"
+    return [score for score in judgements if score is not None]
 
 
 def _show(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from reinforcepp.algorithm import kl_estimate
+from reinforcepp.errors import RewardError
 from reinforcepp.logprobs import response_logprobs
 from reinforcepp.observe.answers import columns_of
-from reinforcepp.rewards import RewardFunction, score_with
+from reinforcepp.rewards import RewardSum
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -31,9 +32,9 @@ class Evaluation:
     """Figures over the held-out prompts, one completion each, and the completions themselves.
 
     ``reward_error`` is the standard error of the mean reward; ``judge`` is what a judge that takes no part in training
-    thinks of the same answers, None without one; ``kl`` the mean over tokens of k3 against the
-    reference, in nats; ``truncated`` the share cut off at the length limit; ``distinct`` the number of different
-    answers over the number of prompts; ``length`` the mean in tokens.
+    thinks of the same answers, None without one; answers that weren't scored have no part in either. ``kl`` is the mean
+    over tokens of k3 against the reference, in nats; ``truncated`` the share cut off at the length limit;
+    ``distinct`` the number of different answers over the number of prompts; ``length`` the mean in tokens.
     """
 
     reward: float
@@ -45,8 +46,8 @@ class Evaluation:
     truncated: float
     distinct: float
     completions: list[Completion]
-    rewards: list[float]
-    judgements: list[float] | None
+    rewards: list[float | None]
+    judgements: list[float | None] | None
 
     def figures(self) -> dict[str, float]:
         """The numbers alone, for a JSON file."""
@@ -65,21 +66,30 @@ def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    rewards: Sequence[RewardFunction],
+    rewards: RewardSum,
     policy: PreTrainedModel,
     reference: PreTrainedModel,
     pad_id: int,
-    judge: RewardFunction | None = None,
+    judge: RewardSum | None = None,
 ) -> Evaluation:
-    """Answer ``prompts`` once each and score the answers."""
+    """Answer ``prompts`` once each and score the answers.
+
+    Raises:
+        RewardError: if a reward function or server fails, or none of the answers is scored.
+    """
     completions = engine.generate(prompts, sampling)
-    scores = score_with(rewards, completions).total
-    judgements = None if judge is None else score_with([judge], completions).total
+    scores = rewards.score(completions)
+    judgements = None if judge is None else judge.score(completions)
+    for who, said in (("rewards", scores), ("judge", judgements)):
+        if said is not None and not said.known:
+            raise RewardError(
+                f"The {who} scored none of the held-out answers: with --eval_prompts 0 they aren't asked for."
+            )
     return Evaluation(
-        reward=fmean(scores),
-        reward_error=standard_error(scores),
-        judge=None if judgements is None else fmean(judgements),
-        judge_error=None if judgements is None else standard_error(judgements),
+        reward=fmean(scores.known),
+        reward_error=standard_error(scores.known),
+        judge=None if judgements is None else fmean(judgements.known),
+        judge_error=None if judgements is None else standard_error(judgements.known),
         kl=mean_kl(
             kl_sums(
                 answer_logprobs(policy, completions, sampling.temperature, pad_id),
@@ -90,8 +100,8 @@ def evaluate(
         truncated=fmean(c.finish_reason == "length" for c in completions),
         distinct=len({c.text for c in completions}) / len(completions),
         completions=completions,
-        rewards=scores,
-        judgements=judgements,
+        rewards=scores.total,
+        judgements=None if judgements is None else judgements.total,
     )
 
 

@@ -71,7 +71,7 @@ class Monitor:
         if work is not None and "reward" in metrics:
             told["step_tokens"] = float(sum(len(c.ids) for c in work.batch.completions))
             first = work.batch.completions[0]
-            self._sample = Sample(first.prompt.text, first.text, work.scores.total[0])
+            self._sample = Sample(first.prompt.text, first.text, work.scores.known[0])
         self._history.append(told)
         del self._history[FIRST:-LAST]
         if step % CHECK_EVERY == 0 or step == self.num_steps:

@@ -23,7 +23,7 @@ from reinforcepp.observe.answers import COMPLETIONS, restore_answers, save_answe
 from reinforcepp.observe.step import rollout_columns
 from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import compute_dtype
-from reinforcepp.rewards import RewardFunction, TrainedReward, name_of
+from reinforcepp.rewards import RewardSum
 from reinforcepp.run_state import RunState, better
 from reinforcepp.types import Prompt
 
@@ -159,15 +159,11 @@ class PolicyRun:
         )
 
 
-def fingerprints(
-    model: PreTrainedModel, prompts: Sequence[Prompt], rewards: Sequence[RewardFunction]
-) -> dict[str, str]:
+def fingerprints(model: PreTrainedModel, prompts: Sequence[Prompt], rewards: RewardSum) -> dict[str, str]:
     """What a run starts from, each in one word, by the name of its setting."""
     texts = json.dumps([(prompt.text, prompt.ids) for prompt in prompts])
     return {
         "model": weights_hash(model),
         "data": hashlib.sha256(texts.encode()).hexdigest()[:16],
-        "reward_model": " ".join(
-            weights_hash(r.model) if isinstance(r, TrainedReward) else name_of(r) for r in rewards
-        ),
+        "reward_model": rewards.fingerprint(),
     }

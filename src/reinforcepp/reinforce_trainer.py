@@ -22,7 +22,7 @@ from reinforcepp.critic import Critic
 from reinforcepp.data import prompt_rows
 from reinforcepp.distributed import Ranks, check_trackers
 from reinforcepp.environment import environment
-from reinforcepp.errors import ConfigError, DataError, TrainingDiverged, UnusableUpdate
+from reinforcepp.errors import ConfigError, DataError, RewardError, TrainingDiverged, UnusableUpdate
 from reinforcepp.evaluation import Evaluation, evaluate
 from reinforcepp.files import write_json
 from reinforcepp.framing import framed
@@ -45,15 +45,7 @@ from reinforcepp.policy_run import PolicyRun, fingerprints
 from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import cast_parameters, compute_dtype
 from reinforcepp.preparation import encode, start_policy, warn_of_bias
-from reinforcepp.rewards import (
-    RewardFunction,
-    RewardScores,
-    TrainedReward,
-    describe_reward,
-    load_rewards,
-    name_of,
-    score_with,
-)
+from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, only_scored
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
 from reinforcepp.rollout.engine import RolloutEngine, random_state_kept, request_seed
@@ -73,14 +65,15 @@ class ReinforceTrainer:
 
     Args:
         model: a model name or folder, or a loaded model (which is then trained in place).
-        reward_funcs: one or several functions ``f(prompts, completions, **columns) -> list[float]``, or folders of
-            trained reward models; their scores are added up.
+        reward_funcs: one or several functions ``f(prompts, completions, **columns) -> list[float]``, or what the setting
+            ``rewards`` takes: folders of reward models, rules, servers; their scores are added up.
         args: the settings.
         train_dataset: rows with a ``prompt`` (mappings, or a ``datasets.Dataset``); other columns go to reward functions.
         eval_dataset: held-out rows, answered before and after training.
         processing_class: the tokenizer; default: the one that belongs to ``model``.
         engine: generates the rollouts; default: as ``args.rollout`` says.
         judge: a reward function, or its folder, that scores the held-out answers and takes no part in training.
+        reward_weights: one for each of reward_funcs; default: 1.
 
     Raises:
         ReinforceError: for settings, data or models that don't fit together, before training starts.
@@ -96,6 +89,7 @@ class ReinforceTrainer:
         processing_class: PreTrainedTokenizerBase | None = None,
         engine: RolloutEngine | None = None,
         judge: str | RewardFunction | None = None,
+        reward_weights: Sequence[float] | None = None,
     ) -> None:
         self.config = args or ReinforceConfig()
         # the checkpoints, with Adam's two moments, the same of a critic, and the trained model
@@ -120,15 +114,14 @@ class ReinforceTrainer:
         self.eval_prompts = encode(self.tokenizer, eval_rows, "held-out", self.config)
         self.batches = PromptBatches(self.prompts, self.config.batch_size, self.config.seed)
         self.num_steps = self.config.max_steps or self.batches.steps_per_epoch * self.config.num_train_epochs
-        self.rewards = load_rewards(reward_funcs)
-        self.judge = load_rewards(judge)[0] if judge is not None else None
+        self.rewards = load_rewards(reward_funcs, self.config, reward_weights)
+        self.judge = load_rewards(judge) if judge is not None else None
 
         self.ranks = Ranks(self.config.report_to, self.folder)
-        for reward in [*self.rewards, self.judge]:
-            if isinstance(reward, TrainedReward):
-                if dtype != torch.float32:
-                    cast_parameters(reward.model, dtype)
-                reward.model.to(self.ranks.device)
+        for reward in [*self.rewards.trained, *(self.judge.trained if self.judge else ())]:
+            if dtype != torch.float32:
+                cast_parameters(reward.model, dtype)
+            reward.model.to(self.ranks.device)
         policy = start_policy(model, self.config)
         updates = self.num_steps * self.config.updates_per_step
         self.critic = Critic(policy, self.ranks, self.config, steps=updates) if self.config.recipe.critic else None
@@ -160,6 +153,7 @@ class ReinforceTrainer:
 
         Raises:
             TrainingDiverged: a guardrail stopped the run; the trainer then has the last checkpoint's weights.
+            RewardError: a reward function or server failed, and a checkpoint is saved.
             KeyboardInterrupt: a signal stopped it, and a checkpoint is saved.
         """
         with stop_signals() as self._stop, Watchdog(self.folder, self.config.watchdog_seconds) as self._watchdog:
@@ -168,11 +162,9 @@ class ReinforceTrainer:
                 self._steps()
                 self._finish()
             except StopAsked as stop:
-                self._watchdog.beat("checkpoint")
-                if self._resumed is None:  # else nothing has happened since the checkpoint that is to be restored
-                    self.run.save()
-                done = self._resumed.step if self._resumed else self.run.state.step
-                raise Interrupted(f"after step {done} of {self.num_steps}", self._stop.exit_code) from stop
+                raise Interrupted(self._keep(), self._stop.exit_code) from stop
+            except RewardError as error:
+                raise RewardError(f"{error} The run is saved {self._keep()}: go on with --resume.") from error
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error} {self.run.to_last_good()}") from error
             finally:
@@ -245,7 +237,8 @@ class ReinforceTrainer:
 
     def _score(self, completions: list[Completion]) -> tuple[RolloutBatch, RewardScores]:
         """Rewards, and log-probabilities under the reference and, unless the update gives them, under the policy."""
-        scores = score_with(self.rewards, completions)
+        grouped, alone = self.config.recipe.grouped, self.ranks.count == 1
+        completions, scores = only_scored(completions, self.rewards.score(completions), grouped=grouped, alone=alone)
         width = max(len(c.ids) for c in completions)
         shape, device = (len(completions), width), self.ranks.device
         old_BT, ref_BT, entropy_BT, mask_BT = (torch.zeros(shape, device=device) for _ in range(4))
@@ -258,7 +251,7 @@ class ReinforceTrainer:
                     )
         if not bool(torch.isfinite(torch.stack([ref_BT, old_BT])).all()):
             raise UnusableUpdate("a completion's log-probability isn't finite under the policy or its reference")
-        rewards_B = torch.tensor(scores.total, device=device)
+        rewards_B = torch.tensor(scores.known, device=device)
         batch = RolloutBatch(
             completions=completions,
             mask_BT=mask_BT,
@@ -341,8 +334,8 @@ class ReinforceTrainer:
             "prompts": len(self.prompts),
             "heldout_prompts": len(self.eval_prompts),
             "inputs": self.run.inputs,
-            "rewards": [describe_reward(reward) for reward in self.rewards],
-            "judge": name_of(self.judge) if self.judge else None,
+            "rewards": self.rewards.describe(),
+            "judge": self.judge.names[0] if self.judge else None,
             **environment(self.ranks.device),
         }
 
@@ -381,6 +374,13 @@ class ReinforceTrainer:
         )
 
     # --- stopping, keeping, going back ------------------------------------------------------------------------------
+
+    def _keep(self) -> str:
+        """Save what is done of a run that stops, and say how far that is."""
+        self._watchdog.beat("checkpoint")
+        if self._resumed is None:  # else nothing has happened since the checkpoint that is to be restored
+            self.run.save()
+        return f"after step {self._resumed.step if self._resumed else self.run.state.step} of {self.num_steps}"
 
     def _interruptible(self) -> AbstractContextManager[None]:
         """Around work that can be done again; several ranks only stop together, between two steps."""

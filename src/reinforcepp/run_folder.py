@@ -70,6 +70,9 @@ FREE_ON_RESUME = (
     "log_completions",
     "report_to",
     "vllm_gpu_memory_utilization",
+    "reward_timeout",
+    "reward_attempts",
+    "reward_batch_size",
 )
 
 
@@ -142,7 +145,10 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     changed = {
         name: f"{name} was {began[name]} and is {value}"
         for name, value in now.items()
-        if name in began and began[name] != value and name not in FREE_ON_RESUME and name not in allowed
+        if name in began
+        and _as_noted(began[name]) != _as_noted(value)
+        and name not in FREE_ON_RESUME
+        and name not in allowed
     }
     if changed:
         raise ConfigError(
@@ -150,6 +156,10 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
             f"those that you mean to change (--allow_changes {','.join(changed)}), or start anew in another folder or with "
             "--overwrite."
         )
+
+
+def _as_noted(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # JSON has no tuples
 
 
 def clear(folder: Path) -> None:

@@ -16,6 +16,7 @@ from reinforcepp.config import (
     PlanConfig,
     ReportConfig,
     RewardModelConfig,
+    ServeRewardConfig,
     TrainConfig,
 )
 from reinforcepp.difference import change_of
@@ -50,7 +51,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
     say(data.summary())
     trainer = ReinforceTrainer(
         model=config.model,
-        reward_funcs=config.reward_model,
+        reward_funcs=config.reward_sources,
         args=config,
         train_dataset=train_rows,
         eval_dataset=heldout_rows,
@@ -137,6 +138,13 @@ def report(config: ReportConfig) -> None:
     run_report(config)
 
 
+def serve_reward(config: ServeRewardConfig) -> None:
+    """Answer requests for a reward model's scores, until a signal comes."""
+    from reinforcepp.serving import serve
+
+    serve(config)
+
+
 ACTIONS: dict[str, Callable[[Any], Any]] = {
     "reward": reward,
     "train": train,
@@ -147,6 +155,7 @@ ACTIONS: dict[str, Callable[[Any], Any]] = {
     "lint": lint,
     "doctor": doctor,
     "report": report,
+    "serve-reward": serve_reward,
     "demo": demo,
 }
 
@@ -156,6 +165,7 @@ LOADS = {
     "generate": "reinforcepp.generate",
     "compare": "reinforcepp.compare.command",
     "compare-algorithms": "reinforcepp.algorithm_comparison",
+    "serve-reward": "reinforcepp.serving",
     "demo": "reinforcepp.demo",
 }
 """The module that brings a verb's heavy libraries, loaded while a signal ends the process at once; others need none."""

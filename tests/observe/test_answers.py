@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from reinforcepp.observe import answers
-from reinforcepp.observe.step import repetition, rollout_columns, step_metrics
+from reinforcepp.observe.step import rollout_columns, step_metrics
+from reinforcepp.reward_rules import repeated_share
 from reinforcepp.rewards import RewardScores
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 
@@ -102,7 +103,7 @@ def test_evaluations_are_filed_by_name(tmp_path):
     [("", 0.0), ("a b c", 0.0), ("a b c d", 0.0), ("a a a a a a", 2 / 3), ("a b c d a b c d", 1 / 5)],
 )
 def test_repetition_counts_runs_of_four_words(text, expected):
-    assert repetition(text) == pytest.approx(expected)
+    assert repeated_share(text, 4) == pytest.approx(expected)
 
 
 def test_signal_and_saturation_are_measured():

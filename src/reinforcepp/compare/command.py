@@ -31,7 +31,7 @@ from reinforcepp.data import Names, PromptRow, count, load_prompts, normalize, r
 from reinforcepp.evaluation import mean_kl, standard_error
 from reinforcepp.files import whole_file, write_json
 from reinforcepp.observe import say
-from reinforcepp.rewards import TrainedReward, check_reward_folder, load_rewards, score_with
+from reinforcepp.rewards import check_reward_folder, load_rewards
 from reinforcepp.run_folder import check_output, clear, describe_run
 from reinforcepp.types import Completion
 
@@ -139,12 +139,12 @@ def judged(config: CompareConfig, answers: Mapping[str, Sequence[Completion]]) -
 
     What both models said is scored once: its score would hang, by rounding, on the other texts of its batch.
     """
-    (judge,) = load_rewards(config.judge_name)
-    if isinstance(judge, TrainedReward) and torch.cuda.is_available():
-        judge.model.to("cuda")
+    judge = load_rewards(config.judge_name)
+    for reward in judge.trained if torch.cuda.is_available() else ():
+        reward.model.to("cuda")
     different = {_identity(answer): answer for side in SIDES for answer in answers[side]}
     say(f"{config.judge_name} scores {count(len(different), 'different answer')}")
-    scores = dict(zip(different, score_with([judge], list(different.values())).total, strict=True))
+    scores = dict(zip(different, judge.score(list(different.values())).known, strict=True))
     return {side: [scores[_identity(answer)] for answer in answers[side]] for side in SIDES}
 
 

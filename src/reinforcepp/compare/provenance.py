@@ -34,7 +34,8 @@ def doubts(config: CompareConfig) -> list[str]:
 def _pleases_the_judge(config: CompareConfig, run: Mapping[str, Any]) -> bool:
     if config.judge_name == JUDGE_NAME:
         return False
-    if _same(run.get("settings", {}).get("reward_model"), config.judge_name):
+    settings = run.get("settings", {})
+    if not settings.get("rewards") and _same(settings.get("reward_model"), config.judge_name):
         return True
     fingerprint = check_reward_folder(config.judge_name).fingerprint  # finds it under another name, too
     return any((reward.get("card") or {}).get("fingerprint") == fingerprint for reward in run.get("rewards", ()))

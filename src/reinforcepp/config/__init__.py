@@ -15,7 +15,15 @@ from reinforcepp.config.lint import LintConfig
 from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.report import ReportConfig
-from reinforcepp.config.verbs import Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
+from reinforcepp.config.rewards import RewardSettings
+from reinforcepp.config.verbs import (
+    Columns,
+    DemoConfig,
+    GenerateConfig,
+    RewardModelConfig,
+    ServeRewardConfig,
+    TrainConfig,
+)
 
 VERBS: dict[str, type] = {
     "reward": RewardModelConfig,
@@ -27,6 +35,7 @@ VERBS: dict[str, type] = {
     "lint": LintConfig,
     "doctor": DoctorConfig,
     "report": ReportConfig,
+    "serve-reward": ServeRewardConfig,
     "demo": DemoConfig,
 }
 
@@ -44,6 +53,8 @@ __all__ = [
     "ReinforceConfig",
     "ReportConfig",
     "RewardModelConfig",
+    "RewardSettings",
+    "ServeRewardConfig",
     "TrainConfig",
     "as_dict",
     "read_yaml",

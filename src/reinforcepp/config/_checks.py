@@ -63,26 +63,32 @@ def check_values(config: Any) -> None:
 def filled(config: Any, *names: str) -> None:
     """A name or path is given, and where it begins with the home folder of a user, there is that user."""
     for name in names:
-        value = getattr(config, name)
-        if not value.strip():
-            raise ConfigError(f"{name} is empty: leave it out for its default, or give a name.")
-        if value.startswith("~") and os.path.expanduser(value) == value:
-            raise ConfigError(
-                f"{name} is {value}, but there is no home folder {value.partition('/')[0]}: write the path out, or put "
-                "./ before a name that begins so."
-            )
+        filled_path(name, getattr(config, name))
+
+
+def filled_path(name: str, value: str) -> None:
+    if not value.strip():
+        raise ConfigError(f"{name} is empty: leave it out for its default, or give a name.")
+    if value.startswith("~") and os.path.expanduser(value) == value:
+        raise ConfigError(
+            f"{name} is {value}, but there is no home folder {value.partition('/')[0]}: write the path out, or put "
+            "./ before a name that begins so."
+        )
 
 
 def check_apart(config: Any, *names: str) -> None:
     """Nothing that a run starts from may lie in the folder that it writes, and with overwrite clears."""
-    output = Path(config.output_dir).expanduser().resolve()
     for name in names:
-        sources = [path.expanduser().resolve() for path in listed(getattr(config, name))]
-        if any(output in (source, *source.parents) for source in sources):
-            raise ConfigError(
-                f"output_dir {config.output_dir} holds the {name} {getattr(config, name)} that the run starts from: "
-                "give another output_dir."
-            )
+        check_apart_from(config, name, getattr(config, name))
+
+
+def check_apart_from(config: Any, name: str, value: str) -> None:
+    output = Path(config.output_dir).expanduser().resolve()
+    sources = [path.expanduser().resolve() for path in listed(value)]
+    if any(output in (source, *source.parents) for source in sources):
+        raise ConfigError(
+            f"output_dir {config.output_dir} holds the {name} {value} that the run starts from: give another output_dir."
+        )
 
 
 def judge_for(judge: str, data: str) -> str | None:

@@ -10,6 +10,7 @@ from reinforcepp.config.adapters import check_adapters
 from reinforcepp.config.computing import Computing
 from reinforcepp.config.framing import Framing, check_framing
 from reinforcepp.config.keeping import Keeping, check_keeping
+from reinforcepp.config.rewards import RewardSettings, check_reward_settings
 from reinforcepp.errors import ConfigError
 from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
 
@@ -17,7 +18,7 @@ DEFAULT_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(Framing, Computing, Keeping):
+class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"
@@ -61,8 +62,6 @@ class ReinforceConfig(Framing, Computing, Keeping):
     """How far above 1 the policy ratio counts."""
     dual_clip: float | None = None
     """Bound on the loss of tokens with a negative advantage, in multiples of it; off by default."""
-    reward_clip: float | None = None
-    """Rewards are cut to plus or minus this before anything else; off by default."""
     normalize_over: Literal["tokens", "sequences"] = "tokens"
     """Population of the advantage normalisation: every token (the paper's code) or every sequence once."""
 
@@ -138,7 +137,7 @@ class ReinforceConfig(Framing, Computing, Keeping):
         check_sampling(self)
         positive(self, "temperature")
         positive(self, "batch_size", "num_generations", "mini_batch_size", "gradient_accumulation_steps")
-        positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high", "reward_clip")
+        positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high")
         positive(self, "learning_rate", "max_grad_norm", "rollout_batch_size", "importance_low", "sync_check_every")
         not_negative(
             self,
@@ -154,6 +153,7 @@ class ReinforceConfig(Framing, Computing, Keeping):
         check_keeping(self)
         check_adapters(self)
         check_framing(self)
+        check_reward_settings(self)
         positive(self, "kl_target", "kl_horizon", "kl_limit")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ConfigError("kl_target adapts kl_coef, which is 0: give it a positive value to begin with.")

@@ -22,7 +22,10 @@ from reinforcepp.config.computing import Computing
 from reinforcepp.config.framing import Framing, check_framing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.reinforce import ReinforceConfig
+from reinforcepp.config.rewards import check_rewards
 from reinforcepp.errors import ConfigError
+
+LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,12 @@ class TrainInputs:
     them, or builtin:network."""
     reward_model: str = "models/reward_model"
     """Folder that the reward verb wrote."""
+    rewards: tuple[str, ...] = ()
+    """What is rewarded instead, added up, each with a weight or without: 0.5*models/reward_model, rule:length?max=200,
+    my_rewards.py:helpful, http://127.0.0.1:5000/get_reward, builtin:judge. Default: reward_model alone."""
     judge: str = "auto"
     """Scores held-out answers and takes no part in training: builtin:judge, which knows builtin:network, the folder of
-    another reward model, or none; auto is builtin:judge for builtin:network, else none."""
+    another reward model or whatever else rewards takes, or none; auto is builtin:judge for builtin:network, else none."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,43 @@ class TrainConfig(ReinforceConfig, Columns, TrainInputs):
         super().__post_init__()
         fraction(self, "heldout_fraction")
         filled(self, "model", "data", "reward_model", "judge")
-        check_apart(self, "model", "data", "reward_model", "judge")
+        check_apart(self, "model", "data", "judge")
+        check_rewards(self)
         check_judge(self.judge, self.data)
 
     @property
     def judge_name(self) -> str | None:
         """The judge there is in fact, None for none."""
         return judge_for(self.judge, self.data)
+
+    @property
+    def reward_sources(self) -> tuple[str, ...]:
+        """What the reward is made of."""
+        return self.rewards or (self.reward_model,)
+
+
+@dataclass(frozen=True)
+class ServeRewardConfig:
+    """Answer requests for a reward model's scores over HTTP, in the protocol of OpenRLHF's reward servers."""
+
+    model: str = "models/reward_model"
+    """Folder that the reward verb wrote."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is this machine only, 0.0.0.0 is all of its addresses."""
+    port: int = 5000
+    """Port to listen on; 0 takes one that is free."""
+    batch_size: int = 64
+    """Texts scored at a time."""
+    reward_normalize: bool = False
+    """Scores less the mean, over the deviation, that the model's card holds."""
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        check_values(self)
+        filled(self, "model", "host")
+        positive(self, "batch_size")
+        if not 0 <= self.port <= LAST_PORT:
+            raise ConfigError(f"port must be from 0 to {LAST_PORT}, not {self.port}.")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,11 @@ def save_answers(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
-    parquet.write_table(pyarrow.table(dict(columns)), partial, compression="zstd")
+    table = {  # a column of rewards stays one of numbers where no answer of a step was scored
+        name: pyarrow.array(values, pyarrow.float64()) if name.startswith(("reward", "judge")) else values
+        for name, values in columns.items()
+    }
+    parquet.write_table(pyarrow.table(table), partial, compression="zstd")
     partial.replace(path)
 
 

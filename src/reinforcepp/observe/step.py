@@ -9,6 +9,7 @@ import torch
 
 from reinforcepp.algorithm import kl_estimate, masked_mean
 from reinforcepp.observe.answers import columns_of
+from reinforcepp.reward_rules import repeated_share
 from reinforcepp.rewards import RewardScores
 from reinforcepp.types import RolloutBatch
 
@@ -18,10 +19,12 @@ REPEATED_WORDS = 4
 def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float | None = None) -> dict[str, float]:
     """Figures of one rollout batch after its update, under the keys that TRL uses; ``kl`` is the token mean of k3, in nats.
 
+    ``completions/left_out_ratio`` is the share of completions that no reward scored, or that this left alone with their
+    prompt where an estimator compares; it is there only if there are any, and nothing else counts them.
     ``completions/repeated_ratio`` is the mean share of runs of four words that occurred before in the same completion,
     ``reward_top_ratio`` the share of completions with the highest reward there is in the batch.
     """
-    rewards_B = torch.tensor(scores.total)
+    rewards_B = torch.tensor(scores.known)
     lengths = [len(c.ids) for c in batch.completions]
     clipped = [c.finish_reason == "length" for c in batch.completions]
     kl_BT = kl_estimate(batch.old_logprobs_BT, batch.ref_logprobs_BT, "k3")
@@ -35,7 +38,7 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float |
             else {"reward_clipped_ratio": float((rewards_B.abs() > reward_clip).float().mean())}
         ),
         **_groups_without_signal(batch, rewards_B),
-        **{f"rewards/{name}/mean": sum(s) / len(s) for name, s in scores.by_function.items()},
+        **_by_function(scores),
         "kl": float(masked_mean(kl_BT, batch.mask_BT)),
         "entropy": float(masked_mean(batch.entropy_BT, batch.mask_BT)),
         "completions/mean_length": sum(lengths) / len(lengths),
@@ -43,7 +46,8 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float |
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(clipped) / len(clipped),
         "completions/distinct_ratio": len({c.ids for c in batch.completions}) / len(lengths),
-        "completions/repeated_ratio": sum(repetition(c.text) for c in batch.completions) / len(lengths),
+        "completions/repeated_ratio": sum(repeated_share(c.text, REPEATED_WORDS) for c in batch.completions)
+        / len(lengths),
         "num_tokens": float(sum(lengths) + sum(len(c.prompt.ids) for c in batch.completions)),
         **_sampling_gap(batch),
     }
@@ -64,11 +68,13 @@ def rollout_columns(batch: RolloutBatch, scores: RewardScores, step: int) -> dic
     }
 
 
-def repetition(text: str) -> float:
-    """Share of the runs of four words that occurred before in ``text``; 0 for short texts."""
-    words = text.split()
-    runs = [tuple(words[i : i + REPEATED_WORDS]) for i in range(len(words) - REPEATED_WORDS + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+def _by_function(scores: RewardScores) -> dict[str, float]:
+    """The mean of each function over what it scored, without its weight, and the share of what none did."""
+    known = {name: [score for score in own if score is not None] for name, own in scores.by_function.items()}
+    means = {f"rewards/{name}/mean": sum(own) / len(own) for name, own in known.items() if own}
+    if not scores.left_out:
+        return means
+    return means | {"completions/left_out_ratio": scores.left_out / (scores.left_out + len(scores.total))}
 
 
 def _groups_without_signal(batch: RolloutBatch, rewards_B: torch.Tensor) -> dict[str, float]:

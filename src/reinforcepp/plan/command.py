@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from reinforcepp.builtin import JUDGE_NAME
 from reinforcepp.config import PlanConfig
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import check_context, load_config
@@ -20,9 +19,10 @@ from reinforcepp.plan.machine import machine_for
 from reinforcepp.plan.memory import Job, Rows, phases
 from reinforcepp.plan.report import Plan
 from reinforcepp.plan.search import largest, with_micro
-from reinforcepp.plan.shapes import Body, Size, asked_shape, trained_shape
+from reinforcepp.plan.shapes import Body, Size, asked_shape, together, trained_shape
 from reinforcepp.plan.timing import step_seconds
 from reinforcepp.precision import compute_dtype
+from reinforcepp.reward_sources import parse_source
 from reinforcepp.rollout.choose import EngineName
 
 if TYPE_CHECKING:
@@ -92,13 +92,15 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
     engine, reason = _engine(config)
     said.append(reason)
     judge = config.judge_name
+    sources = [parse_source(text) for text in config.reward_sources]
+    said += [f"What {source.target} takes for itself isn't counted." for source in sources if source.kind == "function"]
     return Job(
         policy=trained_shape(policy_config, dtype, size, config, early=early),
-        reward=asked(config.reward_model, "reward model"),
+        reward=together([asked(source.target, "reward model") for source in sources if source.kind == "model"]),
         critic=trained_shape(policy_config, dtype, size, config, early=early, values=True)
         if config.recipe.critic
         else None,
-        judge=asked(judge, "judge") if judge is not None and judge != JUDGE_NAME else None,
+        judge=asked(judge, "judge") if judge is not None and parse_source(judge).kind == "model" else None,
         size=size,
         dtype=dtype,
         engine=engine,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +51,16 @@ class Body:
     """Of prompts with completions."""
     row_flops: int
     """Operations of the forward pass of one such row, without an output layer that is computed apart."""
+
+
+def together(bodies: Sequence[Body]) -> Body:
+    """What several models, asked one after another, are as one; none are a model of no size."""
+    lines = tuple(line for body in bodies for line in body.score.peak.lines) or (Line(0, 0.0, 0.0),)
+    return Body(
+        parameters=sum(body.parameters for body in bodies),
+        score=Pass(Peak(lines), lines[0]),
+        row_flops=sum(body.row_flops for body in bodies),
+    )
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,10 @@ def _by_function(runs: Runs) -> list[str]:
     lines = [Line(title, steps_of(record), [s.get(metric) for s in record.metrics]) for metric, title in titles.items()]
     return [
         line_chart(
-            "Reward by function", lines, note="mean of each; their sum is the reward", points=_points(len(lines))
+            "Reward by function",
+            lines,
+            note="mean of each; their weighted sum is the reward",
+            points=_points(len(lines)),
         )
     ]
 

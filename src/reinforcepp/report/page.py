@@ -82,7 +82,8 @@ def _of_one(name: str, record: RunRecord, samples: int, findings: Sequence[Findi
 def _origin(record: RunRecord) -> str:
     settings, rewards = record.settings, record.facts.get("rewards") or ()
     trained = f"{settings['model']} trained" if "model" in settings else "A model that was passed in, trained"
-    against = settings.get("reward_model") or ", ".join(str(reward.get("name")) for reward in rewards)
+    named = settings.get("rewards") or filter(None, [settings.get("reward_model")])
+    against = ", ".join(named) or ", ".join(str(reward.get("name")) for reward in rewards)
     parts = [f"{trained} with {settings.get('estimator', 'an estimator that it does not tell')}"]
     parts += [f"on {settings['data']}"] if "data" in settings else []
     parts += [f"against {against}"] if against else []

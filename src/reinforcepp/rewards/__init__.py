@@ -1,25 +1,32 @@
-"""Where rewards come from: a trained reward model or any Python function of the same signature."""
+"""Where rewards come from: trained models, Python functions, servers and rules, and any weighted sum of them."""
 
 from reinforcepp.reward_card import RewardCard
-from reinforcepp.rewards.functions import GoldReward, RewardFunction, RewardScores, name_of, score_with
-from reinforcepp.rewards.trained import (
-    TrainedReward,
-    check_reward_folder,
-    describe_reward,
-    load_reward_model,
-    load_rewards,
+from reinforcepp.rewards.functions import (
+    GoldReward,
+    RewardFunction,
+    RewardScores,
+    distinct_names,
+    name_of,
+    only_scored,
+    score_with,
 )
+from reinforcepp.rewards.load import RewardSum, load_rewards
+from reinforcepp.rewards.remote import RemoteReward
+from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 
 __all__ = [
     "GoldReward",
+    "RemoteReward",
     "RewardCard",
     "RewardFunction",
     "RewardScores",
+    "RewardSum",
     "TrainedReward",
     "check_reward_folder",
-    "describe_reward",
+    "distinct_names",
     "load_reward_model",
     "load_rewards",
     "name_of",
+    "only_scored",
     "score_with",
 ]

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import Sequence
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from reinforcepp.builtin.judge import GoldJudge
-from reinforcepp.errors import ConfigError, UnusableUpdate
+from reinforcepp.errors import ConfigError, ReinforceError, RewardError, UnusableUpdate, nearest
 from reinforcepp.types import Completion
 
 
 class RewardFunction(Protocol):
-    """``f(prompts, completions, **columns) -> list[float]``, one score per completion, higher is better.
+    """``f(prompts, completions, **columns) -> list[float | None]``, one score per completion, higher is better.
 
     ``columns`` holds the data's other columns, one value per completion, and ``completion_ids`` and
-    ``finish_reason``; a function that doesn't take keyword arguments gets only those it names.
+    ``finish_reason``; a function that doesn't take keyword arguments gets only those it names. None is "not scored".
+    An ``async def`` does as well.
     """
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Any:
         """Score each completion."""
 
 
@@ -43,10 +48,20 @@ class GoldReward:
 
 @dataclass(frozen=True)
 class RewardScores:
-    """What the reward functions said: ``total[i]`` is the sum over functions for completion i."""
+    """What the reward functions said of each completion.
 
-    total: list[float]
-    by_function: dict[str, list[float]]
+    ``total`` is the weighted sum over the functions that scored it, None where none did; ``by_function`` is what each
+    said by itself. ``left_out`` is the number of completions that :func:`only_scored` has taken away.
+    """
+
+    total: list[float | None]
+    by_function: dict[str, list[float | None]]
+    left_out: int = 0
+
+    @property
+    def known(self) -> list[float]:
+        """The sums that there are."""
+        return [total for total in self.total if total is not None]
 
 
 def name_of(function: RewardFunction) -> str:
@@ -54,46 +69,166 @@ def name_of(function: RewardFunction) -> str:
     return str(getattr(function, "__name__", None) or getattr(function, "name", None) or type(function).__name__)
 
 
-def score_with(functions: Sequence[RewardFunction], completions: Sequence[Completion]) -> RewardScores:
-    """Score ``completions`` with every function and add the scores up.
+def distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
+    """The name of each; of those that share one, all but the first get a number."""
+    names: list[str] = []
+    for function in functions:
+        name, number = name_of(function), 1
+        while name in names:
+            name, number = f"{name_of(function)}_{number}", number + 1
+        names.append(name)
+    return names
+
+
+def score_with(
+    functions: Sequence[RewardFunction],
+    completions: Sequence[Completion],
+    weights: Sequence[float] | None = None,
+    truncation_penalty: float = 0.0,
+) -> RewardScores:
+    """Score ``completions`` with every function and add the scores up, each times its weight.
+
+    Functions are called one after another; what those among them that are ``async`` return is then awaited together.
+    ``truncation_penalty`` is taken off what was cut off at the length limit.
 
     Raises:
-        ConfigError: if a function returns something other than one number per completion.
+        ConfigError: if a function wants a column that isn't there, or returns something other than one number or None
+            per completion.
+        RewardError: if a function raises an exception.
         UnusableUpdate: if a score is not finite.
     """
-    prompts = [c.prompt.text for c in completions]
     texts = [c.text for c in completions]
+    given = _arguments(completions)
+    names = distinct_names(functions)
+    said = [_called(name, function, given) for name, function in zip(names, functions, strict=True)]
+    scores = [_checked(name, answer, texts) for name, answer in zip(names, _awaited(names, said), strict=True)]
+    factors = [1.0] * len(functions) if weights is None else weights
+    total: list[float | None] = []
+    for i, completion in enumerate(completions):
+        parts = [factor * score for factor, own in zip(factors, scores, strict=True) if (score := own[i]) is not None]
+        penalty = truncation_penalty if completion.finish_reason == "length" else 0.0
+        total.append(math.fsum([*parts, -penalty]) if parts else None)
+    return RewardScores(total, dict(zip(names, scores, strict=True)))
+
+
+def only_scored(
+    completions: list[Completion], scores: RewardScores, *, grouped: bool, alone: bool = True
+) -> tuple[list[Completion], RewardScores]:
+    """The completions that a function scored and their scores, so that the others have no part in anything.
+
+    Where samples of a prompt are compared (``grouped``), one that is left alone has nothing to be compared with and
+    goes, too. ``alone`` says that no other process trains on other completions of the batch.
+
+    Raises:
+        UnusableUpdate: if none is left.
+        ConfigError: if some are to go and other processes train, too: all have to make the same number of passes.
+    """
+    kept = [i for i, total in enumerate(scores.total) if total is not None]
+    if grouped:
+        samples = Counter(completions[i].prompt.key for i in kept)
+        kept = [i for i in kept if samples[completions[i].prompt.key] > 1]
+    if len(kept) == len(completions):
+        return completions, scores
+    if not alone:
+        raise ConfigError("A reward gave None for a completion, which works in one process only: give it a number.")
+    if not kept:
+        raise UnusableUpdate("no completion of the batch was scored by a reward")
+    by_function = {name: [own[i] for i in kept] for name, own in scores.by_function.items()}
+    left = RewardScores([scores.total[i] for i in kept], by_function, len(completions) - len(kept))
+    return [completions[i] for i in kept], left
+
+
+# --- calling --------------------------------------------------------------------------------------------------------
+
+
+def _arguments(completions: Sequence[Completion]) -> dict[str, list[Any]]:
     names = sorted({name for c in completions for name in c.prompt.columns})
     columns: dict[str, list[Any]] = {name: [c.prompt.columns.get(name) for c in completions] for name in names}
-    columns["completion_ids"] = [list(c.ids) for c in completions]
-    columns["finish_reason"] = [c.finish_reason for c in completions]
-    by_function: dict[str, list[float]] = {}
-    for function in functions:
-        name = name_of(function)
-        if name in by_function:
-            name = f"{name}_{len(by_function)}"
-        scores = function(prompts=prompts, completions=texts, **_accepted(function, columns))
-        by_function[name] = _checked(name, scores, texts)
-    total = [math.fsum(scores) for scores in zip(*by_function.values(), strict=True)]
-    return RewardScores(total, by_function)
+    return columns | {
+        "prompts": [c.prompt.text for c in completions],
+        "completions": [c.text for c in completions],
+        "completion_ids": [list(c.ids) for c in completions],
+        "finish_reason": [c.finish_reason for c in completions],
+    }
 
 
-def _accepted(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return {key: value for key, value in columns.items() if key not in ("prompts", "completions")}
-    return {key: value for key, value in columns.items() if key in parameters}
-
-
-def _checked(name: str, scores: Any, texts: list[str]) -> list[float]:
+def _called(name: str, function: RewardFunction, given: dict[str, list[Any]]) -> Any:
+    accepted = _accepted(name, function, given)
     try:
-        numbers = [float(score) for score in scores]
+        return function(**accepted)
+    except ReinforceError:
+        raise
+    except Exception as error:  # the user's own code, in which anything may go wrong
+        raise failed(name, error) from error
+
+
+def _accepted(name: str, function: RewardFunction, given: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    parameters = inspect.signature(function).parameters
+    for parameter in parameters.values():
+        named = parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        if named and parameter.default is parameter.empty and parameter.name not in given:
+            raise ConfigError(
+                f"The reward function {name} wants {parameter.name!r}, which the data has no column for; it gets "
+                f"{', '.join(given)}.{nearest(parameter.name, given)}"
+            )
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return given
+    return {key: value for key, value in given.items() if key in parameters}
+
+
+def _awaited(names: Sequence[str], said: list[Any]) -> list[Any]:
+    """``said`` with the results of what is awaitable in it, all awaited together in one loop."""
+
+    async def result(name: str, answer: Awaitable[Any]) -> Any:
+        try:
+            return await answer
+        except ReinforceError:
+            raise
+        except Exception as error:  # the user's own code
+            raise failed(name, error) from error
+
+    async def all_results() -> list[Any]:
+        return await asyncio.gather(*(result(names[i], said[i]) for i in waiting))
+
+    waiting = [i for i, answer in enumerate(said) if inspect.isawaitable(answer)]
+    if not waiting:
+        return said
+    if _in_a_loop():  # a notebook's, which can't be waited for from within
+        with ThreadPoolExecutor(1) as other:
+            results = other.submit(lambda: asyncio.run(all_results())).result()
+    else:
+        results = asyncio.run(all_results())
+    known = dict(zip(waiting, results, strict=True))
+    return [known.get(i, answer) for i, answer in enumerate(said)]
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def failed(name: str, error: Exception) -> RewardError:
+    """What the user is told of an exception in a reward function: its name, place and words."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    words = traceback.format_exception_only(error)[-1].strip()
+    return RewardError(f"The reward function {name} failed{where}: {words.rstrip('.')}.")
+
+
+def _checked(name: str, scores: Any, texts: list[str]) -> list[float | None]:
+    try:
+        numbers = [None if score is None else float(score) for score in scores]
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"The reward function {name} must return a list of numbers, one per completion.") from error
+        raise ConfigError(
+            f"The reward function {name} must return a list of numbers, one, or None, for each completion."
+        ) from error
     if len(numbers) != len(texts):
         raise ConfigError(f"The reward function {name} returned {len(numbers)} scores for {len(texts)} completions.")
     for number, text in zip(numbers, texts, strict=True):
-        if not math.isfinite(number):
+        if number is not None and not math.isfinite(number):
             raise UnusableUpdate(
                 f"The reward function {name} gave {number} to the completion that begins {text[:60]!r}; "
                 "every reward must be a finite number."

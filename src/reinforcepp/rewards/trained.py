@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reinforcepp.builtin import JUDGE_NAME
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
 from reinforcepp.models import context_length, load_tokenizer, resolve, save_model
 from reinforcepp.reward_card import HOW_TO_TRAIN, RewardCard, read_card
 from reinforcepp.reward_models import load_reward_weights
-from reinforcepp.rewards.functions import GoldReward, RewardFunction, name_of
 from reinforcepp.run_folder import REWARD_CARD
 from reinforcepp.tokens import encode_answer, pad
 
@@ -61,6 +59,7 @@ class TrainedReward:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self._scale: tuple[float, float] | None = None
 
     def __call__(
         self, prompts: list[str], completions: list[str], finish_reason: Sequence[str] | None = None, **_: Any
@@ -71,7 +70,27 @@ class TrainedReward:
             encode_answer(self.tokenizer, prompt, completion, ended=reason == "stop")
             for prompt, completion, reason in zip(prompts, completions, reasons, strict=True)
         ]
-        return self.score_rows(rows)
+        return self.scaled(self.score_rows(rows))
+
+    def normalize(self) -> None:
+        """From now on give scores less the mean, over the deviation, that the card holds of the training pairs.
+
+        Raises:
+            ConfigError: if there is no card, or its deviation is 0.
+        """
+        if self.card is None or not self.card.score_std > 0:
+            lack = "no card" if self.card is None else "scores without any spread on its card"
+            raise ConfigError(
+                f"reward_normalize needs mean and deviation from a reward model's card, but {self.name} has {lack}: leave it out."
+            )
+        self._scale = self.card.score_mean, self.card.score_std
+
+    def scaled(self, scores: list[float]) -> list[float]:
+        """What a caller is given for ``scores``: themselves, or normalised."""
+        if self._scale is None:
+            return scores
+        mean, deviation = self._scale
+        return [(score - mean) / deviation for score in scores]
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Scores of framed, tokenised texts; one over the model's context loses tokens from the left."""
@@ -90,7 +109,7 @@ class TrainedReward:
 
     def fingerprint(self) -> list[float]:
         """The scores of the probe texts."""
-        return self([prompt for prompt, _ in PROBES], [answer for _, answer in PROBES])
+        return self.score_rows([encode_answer(self.tokenizer, prompt, answer) for prompt, answer in PROBES])
 
 
 def save_reward_model(reward: TrainedReward, card: RewardCard, folder: Path) -> None:
@@ -134,24 +153,3 @@ def load_reward_model(name: str) -> TrainedReward:
         )
     reward.card = card
     return reward
-
-
-def load_rewards(rewards: str | RewardFunction | Sequence[str | RewardFunction]) -> list[RewardFunction]:
-    """Reward functions as they are; folders of trained models, all checked before the first is loaded; builtin:judge."""
-    listed: list[Any] = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
-    if not listed:
-        raise ConfigError("reward_funcs is empty: give at least one function or reward model.")
-    for reward in listed:
-        if isinstance(reward, str) and reward != JUDGE_NAME:
-            check_reward_folder(reward)
-    return [_load(reward) if isinstance(reward, str) else reward for reward in listed]
-
-
-def _load(name: str) -> RewardFunction:
-    return GoldReward() if name == JUDGE_NAME else load_reward_model(name)
-
-
-def describe_reward(reward: RewardFunction) -> dict[str, Any]:
-    """Its name and, for a model loaded from a folder, what it was made from."""
-    card = getattr(reward, "card", None)
-    return {"name": name_of(reward), "card": asdict(card) if isinstance(card, RewardCard) else None}

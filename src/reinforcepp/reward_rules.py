@@ -1,0 +1,224 @@
+"""Rewards that need no model: the rules behind ``rule:NAME?OPTION=VALUE&OPTION=VALUE``. Imports no torch.
+
+Each rule is a frozen record of its options and, called like any reward function, scores completions; ``name`` is what
+its scores are logged under. ``None`` means that a rule has nothing to say of a completion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from reinforcepp.errors import ConfigError, nearest
+
+UNITS = ("tokens", "words", "characters")
+
+
+@dataclass(frozen=True)
+class Length:
+    """1 from ``min`` to ``max`` ``unit``; below it falls evenly to 0 at no length, above it to 0 at twice ``max``."""
+
+    min: int = 0
+    max: int | None = None
+    unit: str = "tokens"
+    name: str = "length"
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.unit not in UNITS:
+            raise ConfigError(f"unit must be one of {', '.join(UNITS)}, not {self.unit!r}.{nearest(self.unit, UNITS)}")
+        if self.min < 0 or (self.max is not None and self.max < 1):
+            raise ConfigError(f"min must not be negative and max at least 1, not {self.min} and {self.max}.")
+        if self.max is not None and self.min > self.max:
+            raise ConfigError(f"min {self.min} is over max {self.max}.")
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], completion_ids: Sequence[Sequence[int]] = (), **_: Any
+    ) -> list[float | None]:
+        """0 to 1."""
+        if self.unit == "tokens":
+            return [self._of(len(ids)) for ids in completion_ids]
+        return [self._of(len(text.split() if self.unit == "words" else text)) for text in completions]
+
+    def _of(self, length: int) -> float:
+        if length < self.min:
+            return length / self.min
+        if self.max is not None and length > self.max:
+            return max(0.0, 2 - length / self.max)
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Regex:
+    """1 where ``pattern`` is found, else 0."""
+
+    pattern: str
+    name: str = "regex"
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        compiled(self.pattern)
+
+    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        """0 or 1."""
+        pattern = compiled(self.pattern)
+        return [float(pattern.search(text) is not None) for text in completions]
+
+
+@dataclass(frozen=True)
+class Format:
+    """1 where a completion is its ``tags`` in this order, each once, with text inside and nothing beside them; else 0."""
+
+    tags: str = "think,answer"
+    name: str = "format"
+
+    def __post_init__(self) -> None:
+        """Check the names of the tags."""
+        for tag in self.tags.split(","):
+            if not re.fullmatch(r"[\w-]+", tag):
+                raise ConfigError(
+                    f"tags must be names with commas between them, as in think,answer, not {self.tags!r}."
+                )
+
+    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        """0 or 1."""
+        tags = self.tags.split(",")
+        inside = rf"((?:(?!</?(?:{'|'.join(tags)})>).)*)"
+        pattern = re.compile(r"\s*".join(rf"<{tag}>{inside}</{tag}>" for tag in tags), re.DOTALL)
+        matches = [pattern.fullmatch(text.strip()) for text in completions]
+        return [float(match is not None and all(part.strip() for part in match.groups())) for match in matches]
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """1 where a completion is what the data's ``column`` says, else 0; a row without a value there is not scored.
+
+    With a ``pattern``, its last match is compared instead of the whole completion: its first group, if it has one.
+    Numbers are compared as numbers, other texts without regard to case, spaces and a full stop at the end.
+    """
+
+    column: str = "answer"
+    pattern: str | None = None
+    name: str = "exact_match"
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        if self.pattern is not None:
+            compiled(self.pattern)
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        """0 or 1, or None."""
+        if self.column not in columns:
+            there = sorted(set(columns) - {"completion_ids", "finish_reason"})
+            raise ConfigError(
+                f"The rule {self.name} compares with the column {self.column!r}, which the data lacks; it has "
+                f"{', '.join(there) or 'no column beside the prompt'}.{nearest(self.column, there)}"
+            )
+        return [
+            None
+            if wanted is None or not str(wanted).strip()
+            else float(comparable(self._said(text)) == comparable(wanted))
+            for text, wanted in zip(completions, columns[self.column], strict=True)
+        ]
+
+    def _said(self, text: str) -> str:
+        if self.pattern is None:
+            return text
+        matches = list(compiled(self.pattern).finditer(text))
+        if not matches:
+            return ""
+        return (matches[-1][1] or "") if matches[-1].re.groups else matches[-1][0]
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Minus the share of the runs of ``n`` words that occurred before in the same completion: 0 down to -1."""
+
+    n: int = 3
+    name: str = "repetition"
+
+    def __post_init__(self) -> None:
+        """Check the number of words."""
+        if self.n < 1:
+            raise ConfigError(f"n must be at least 1, not {self.n}.")
+
+    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        """-1 to 0."""
+        return [-repeated_share(text, self.n) for text in completions]
+
+
+Rule = Length | Regex | Format | ExactMatch | Repetition
+RULES: dict[str, type[Rule]] = {
+    "length": Length,
+    "regex": Regex,
+    "format": Format,
+    "exact_match": ExactMatch,
+    "repetition": Repetition,
+}
+
+
+def make_rule(text: str) -> Rule:
+    """The rule that ``NAME?OPTION=VALUE&OPTION=VALUE`` means; a value is taken as it stands, nothing in it is decoded.
+
+    Raises:
+        ConfigError: for a rule or an option there is none of, a value that doesn't fit, or an option that is missing.
+    """
+    name, _, options = text.partition("?")
+    if name not in RULES:
+        raise ConfigError(f"There is no rule {name!r}: there are {', '.join(RULES)}.{nearest(name, RULES)}")
+    try:
+        return RULES[name](**_options(name, options))
+    except ConfigError as error:
+        raise ConfigError(f"rule:{text}: {error}") from None
+
+
+def _options(rule: str, text: str) -> Mapping[str, Any]:
+    known = {field.name: field for field in fields(RULES[rule])}
+    given: dict[str, Any] = {}
+    for part in re.split(r"&(?=\w+=)", text) if text else ():  # so that a pattern may hold an & of its own
+        option, equals, value = part.partition("=")
+        if not equals or not value:
+            raise ConfigError(f"{part!r} is no option: write OPTION=VALUE, several with & between them.")
+        if option not in known:
+            raise ConfigError(f"there is no option {option!r}, only {', '.join(known)}.{nearest(option, known)}")
+        if option in given:
+            raise ConfigError(f"the option {option} is there twice.")
+        given[option] = _number(option, value) if "int" in str(known[option].type) else value
+    if rule == "regex" and "pattern" not in given:
+        raise ConfigError("it needs a pattern, as in rule:regex?pattern=^Yes.")
+    return given
+
+
+def _number(option: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"{option} must be a whole number, not {value!r}.") from None
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """``pattern``, kept compiled by ``re``; a ConfigError if it isn't a regular expression."""
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{pattern!r} is not a regular expression: {error}.") from error
+
+
+def comparable(value: Any) -> str | Decimal:
+    """A number, or a text in a form that is the same for texts that mean the same."""
+    text = " ".join(str(value).split()).rstrip(".").casefold()
+    try:
+        number = Decimal(text.replace(",", ""))
+    except InvalidOperation:
+        return text
+    return number if number.is_finite() else text
+
+
+def repeated_share(text: str, words: int) -> float:
+    """Share of the runs of so many ``words`` that occurred before in ``text``; 0 for short texts."""
+    said = text.split()
+    runs = [tuple(said[i : i + words]) for i in range(len(said) - words + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -1,0 +1,212 @@
+"""The client of reward servers, against a server on loopback that answers what each test wants."""
+
+import json
+import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from reinforcepp.config import ReinforceConfig
+from reinforcepp.errors import ConfigError, RewardError, UnusableUpdate
+from reinforcepp.rewards import RemoteReward, load_rewards
+from reinforcepp.types import Completion, Prompt
+
+TEXTS = ["one", "two", "three", "four", "five"]
+
+
+def completion(text, finish="stop", **columns):
+    return Completion(Prompt("q: ", (1,), 0, columns), (5,), (-1.0,), text, finish)
+
+
+class Fake:
+    """``answers`` are given in turn, the last for good: (status, body), or None to break off in the middle."""
+
+    def __init__(self):
+        self.asked, self.headers, self.answers = [], [], [(200, None)]
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.asked.append(asked)
+                fake.headers.append(dict(self.headers))
+                answer = fake.answers.pop(0) if len(fake.answers) > 1 else fake.answers[0]
+                if answer is None:
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+                    return
+                status, body = answer
+                if body is None:
+                    body = {"rewards": [len(query) - 3 for query in asked["query"]]}
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/get_reward"
+
+
+@pytest.fixture
+def fake():
+    fake = Fake()
+    threading.Thread(target=fake.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield fake
+    fake.server.shutdown()
+    fake.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def remote(fake, **settings):
+    return RemoteReward(fake.url, **({"first_pause": 0.01} | settings))
+
+
+def ask(fake, **settings):
+    return remote(fake, **settings)(["q: "] * 5, TEXTS)
+
+
+def test_what_is_sent_is_the_protocol(fake):
+    rewards = load_rewards(fake.url, ReinforceConfig(reward_label_column="answer"))
+    scores = rewards.score([completion("one", answer=1), completion("three", "length", other=2)])
+    assert scores.total == [3, 5]
+    assert fake.asked == [
+        {
+            "query": ["q: one", "q: three"],
+            "prompts": ["q: ", "q: "],
+            "labels": [1, None],
+            "finish_reason": ["stop", "length"],
+        }
+    ]
+    assert fake.headers[0]["Content-Type"] == "application/json" and "Authorization" not in fake.headers[0]
+    assert rewards.names == [f"127.0.0.1-{fake.server.server_port}"] and rewards.fingerprint() == fake.url
+
+
+def test_settings_reach_the_client(fake):
+    settings = ReinforceConfig(reward_timeout=7, reward_attempts=2, reward_batch_size=3, reward_label_column="x")
+    (client,) = load_rewards(fake.url, settings).functions
+    assert (client.timeout, client.attempts, client.batch_size, client.label_column) == (7, 2, 3, "x")
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(2, [2, 2, 1]), (5, [5]), (64, [5]), (1, [1] * 5)])
+def test_completions_are_asked_for_in_batches_and_stay_in_order(fake, size, sizes):
+    assert ask(fake, batch_size=size) == [3, 3, 5, 4, 4]
+    assert [len(asked["query"]) for asked in fake.asked] == sizes
+    assert [text for asked in fake.asked for text in asked["query"]] == [f"q: {text}" for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    "body", [{"rewards": [1, 2, None, 4, 5.5]}, {"scores": [1, 2, None, 4, 5.5]}, [1, 2, None, 4, 5.5]]
+)
+def test_what_servers_of_all_ages_answer_is_understood(fake, body):
+    fake.answers = [(200, body)]
+    assert ask(fake) == [1, 2, None, 4, 5.5]
+
+
+@pytest.mark.parametrize("failure", [(500, b"x"), (503, b""), (429, b""), (408, b""), (599, b""), None])
+def test_a_failure_that_may_pass_is_tried_again(fake, failure, caplog):
+    fake.answers = [failure, failure, (200, None)]
+    with caplog.at_level(logging.WARNING):
+        assert ask(fake, attempts=3) == [3, 3, 5, 4, 4]
+    assert len(fake.asked) == 3 and fake.asked[0] == fake.asked[2]
+    assert [f"failure {i} of 3" in caplog.messages[i - 1] for i in (1, 2)] == [True, True] and len(caplog.messages) == 2
+
+
+def test_the_run_stops_after_so_many_failures_in_a_row(fake):
+    fake.answers = [(500, b"no memory\x1b[2J")]
+    with pytest.raises(
+        RewardError, match=r"failed 3 times in a row.*answered 500 Internal Server Error 'no memory\\x1b"
+    ) as caught:
+        ask(fake, attempts=3)
+    assert len(fake.asked) == 3 and fake.url in str(caught.value)
+
+
+def test_failures_with_an_answer_between_them_are_not_in_a_row(fake):
+    fail = (500, b"")
+    fake.answers = [fail, fail, (200, None), fail, fail, (200, None), (200, None)]
+    assert ask(fake, attempts=3, batch_size=2) == [3, 3, 5, 4, 4]
+
+
+def test_pauses_double_and_are_never_the_same(fake, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    fake.answers = [(500, b"")]
+    with pytest.raises(RewardError):
+        ask(fake, attempts=8, first_pause=1.0)
+    assert len(pauses) == 7
+    for i, pause in enumerate(pauses):
+        assert min(2**i, 30) <= pause <= min(2**i + 1, 30)
+    assert len({round(pause % 1, 6) for pause in pauses[:5]}) == 5
+
+
+def test_a_server_that_isnt_there_and_one_that_is_slow(fake):
+    gone = Fake()
+    gone.server.server_close()
+    with pytest.raises(RewardError, match=r"failed 2 times in a row.*can't be reached"):
+        ask(gone, attempts=2)
+    lonely = Fake()  # it listens, and nobody answers
+    with pytest.raises(RewardError, match=r"failed once, and reward_attempts is 1.*no answer within 0\.2 s"):
+        ask(lonely, attempts=1, timeout=0.2)
+    lonely.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, b""), "answered 404 Not Found: is that the address.*get_reward"),
+        ((401, b""), "answered 401 Unauthorized: set REINFORCEPP_REWARD_TOKEN"),
+        ((403, b""), "set REINFORCEPP_REWARD_TOKEN"),
+        ((400, {"error": "bad prompt"}), "answered 400 Bad Request '.*bad prompt"),
+        ((302, b""), "answered 302"),
+        ((200, b"<html>"), "isn't JSON: '<html>'"),
+        ((200, {"reward": [1] * 5}), "no list 'rewards': .*'reward'"),
+        ((200, 3), "no list 'rewards'"),
+        ((200, {"rewards": [1.0]}), "1 scores for 5 completions"),
+        ((200, {"rewards": [1.0] * 6}), "6 scores for 5 completions"),
+    ],
+)
+def test_what_wont_pass_stops_at_once_with_a_sentence(fake, answer, message):
+    fake.answers = [answer]
+    with pytest.raises(RewardError, match=message):
+        ask(fake)
+    assert len(fake.asked) == 1
+
+
+def test_a_score_that_is_no_number_is_refused_like_that_of_any_function(fake):
+    fake.answers = [(200, b'{"rewards": [NaN]}')]
+    with pytest.raises(UnusableUpdate, match="gave nan"):
+        load_rewards(fake.url).score([completion("a")])
+    fake.answers = [(200, {"rewards": ["high"]})]
+    with pytest.raises(ConfigError, match="list of numbers"):
+        load_rewards(fake.url).score([completion("a")])
+
+
+def test_values_of_labels_that_json_lacks_are_sent_as_text(fake):
+    import datetime
+
+    load_rewards(fake.url).score([completion("a", label=datetime.date(2026, 1, 2))])
+    assert fake.asked[0]["labels"] == ["2026-01-02"]
+
+
+def test_the_token_is_sent_and_never_told(fake, monkeypatch, caplog):
+    monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", "hush-123")
+    fake.answers = [(500, b""), (401, b"")]
+    with caplog.at_level(logging.DEBUG), pytest.raises(RewardError) as caught:
+        ask(fake)
+    assert [headers["Authorization"] for headers in fake.headers] == ["Bearer hush-123"] * 2
+    assert "hush" not in f"{caught.value}{caplog.text}{remote(fake).name}"
+
+
+@pytest.mark.parametrize("token", ["hush\n", "hu sh", "hüsh"])
+def test_a_token_that_no_header_can_hold_is_refused_without_being_told(fake, monkeypatch, token):
+    monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", token)
+    with pytest.raises(ConfigError, match="REINFORCEPP_REWARD_TOKEN holds characters") as caught:
+        remote(fake)
+    assert token not in str(caught.value)

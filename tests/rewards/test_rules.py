@@ -1,0 +1,113 @@
+"""Rules: goldens for each, the bounds on both sides, and one sentence for every mistake."""
+
+import pytest
+
+from reinforcepp.errors import ConfigError
+from reinforcepp.reward_rules import comparable, make_rule
+
+
+def scores(rule, *texts, **columns):
+    return make_rule(rule)([""] * len(texts), list(texts), **columns)
+
+
+@pytest.mark.parametrize(
+    ("rule", "lengths", "expected"),
+    [
+        ("length?min=4&max=8", [0, 2, 4, 8, 12, 16, 99], [0, 0.5, 1, 1, 0.5, 0, 0]),
+        ("length?max=4", [0, 4, 5], [1, 1, 0.75]),
+        ("length?min=4", [1, 400], [0.25, 1]),
+        ("length", [0, 7], [1, 1]),
+    ],
+)
+def test_length_is_1_within_its_bounds_and_falls_evenly_outside(rule, lengths, expected):
+    given = {"completion_ids": [[5] * n for n in lengths]}
+    assert scores(rule, *["a b"] * len(lengths), **given) == pytest.approx(expected)
+
+
+def test_length_counts_in_the_unit_that_is_asked_for():
+    assert scores("length?min=4&unit=words", "a bb", "a b c d") == [0.5, 1]
+    assert scores("length?min=4&unit=characters", "a bb", "ab") == [1, 0.5]
+
+
+def test_regex_finds_its_pattern_anywhere_and_takes_it_as_it_stands():
+    assert scores(r"regex?pattern=\d+ ms", "it took 12 ms", "it took long") == [1, 0]
+    assert scores("regex?pattern=a+b", "aab", "a+b") == [1, 0]
+    assert scores("regex?pattern=^(?i)x$".replace("^(?i)", "(?i)^"), "X", "xx") == [1, 0]
+    assert scores("regex?pattern=a=1&b%20", "a=1&b%20", "a=1&b ") == [1, 0]
+    assert make_rule("regex?name=numbers&pattern=&name&").name == "numbers"
+
+
+def test_format_wants_its_tags_in_order_once_with_something_inside():
+    good = "<think>a\nb</think>\n<answer>c</answer>"
+    wrong = [
+        "<answer>c</answer><think>a</think>",
+        f"well {good}",
+        f"{good} done",
+        "<think>a</think>",
+        "<think> </think><answer>c</answer>",
+        "<think>a<think>b</think><answer>c</answer>",
+        "<think>a</think><answer>c</answer><answer>d</answer>",
+        "",
+    ]
+    assert scores("format", good, f" {good}\n", *wrong) == [1, 1] + [0] * len(wrong)
+    assert scores("format?tags=plan", "<plan>x</plan>", good) == [1, 0]
+
+
+def test_exact_match_compares_texts_and_numbers():
+    said = ["Paris", " paris. ", "Rome", "1,200", "1200.0", ""]
+    wanted = ["paris", "Paris", "Paris", 1200, "1200", "x"]
+    assert scores("exact_match", *said, answer=wanted) == [1, 1, 0, 1, 1, 0]
+
+
+def test_exact_match_takes_the_last_match_and_its_group():
+    pattern = r"exact_match?column=gold&pattern=is (\d+)"
+    assert scores(pattern, "it is 3, no, it is 4", "it is 4 or it is 3", "no idea", gold=[4, 4, 4]) == [1, 0, 0]
+    assert scores(r"exact_match?pattern=\d+", "1 then 2", answer=["2"]) == [1]
+
+
+def test_exact_match_scores_no_row_without_an_answer():
+    assert scores("exact_match", "a", "b", "c", answer=[None, "b", " "]) == [None, 1, None]
+    with pytest.raises(ConfigError, match=r"column 'answr', which the data lacks; it has answer, topic\..*'answer'"):
+        scores("exact_match?column=answr", "a", answer=["a"], topic=["b"], completion_ids=[[1]], finish_reason=["stop"])
+    with pytest.raises(ConfigError, match="no column beside the prompt"):
+        scores("exact_match", "a", completion_ids=[[1]])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("nan", "NaN", True), ("nan", "1", False), ("1e2", "100", True), ("-1", "1", False), ("a  b", "A b.", True)],
+)
+def test_what_counts_as_the_same(one, other, same):
+    assert (comparable(one) == comparable(other)) is same
+
+
+def test_repetition_takes_off_the_share_of_runs_said_before():
+    assert scores("repetition", "a b c d", "a b c a b c", "x y", "") == pytest.approx([0, -0.25, 0, 0])
+    assert scores("repetition?n=1", "a a a b") == [-0.5]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("lenght?min=1", "no rule 'lenght'.*Did you mean 'length'"),
+        ("length?mix=1", "rule:length.mix=1: there is no option 'mix'.*Did you mean 'min'"),
+        ("length?min=few", "min must be a whole number, not 'few'"),
+        ("length?min=-1", "min must not be negative"),
+        ("length?max=0", "max at least 1"),
+        ("length?min=9&max=8", "min 9 is over max 8"),
+        ("length?unit=token", "unit must be one of.*Did you mean 'tokens'"),
+        ("length?min=1&min=2", "min is there twice"),
+        ("length?min", "'min' is no option"),
+        ("length?min=", "'min=' is no option"),
+        ("regex", "needs a pattern"),
+        ("regex?pattern=(", "'\\(' is not a regular expression"),
+        ("regex?pattern=a{99999999999}", "not a regular expression"),
+        ("exact_match?pattern=(", "not a regular expression"),
+        ("format?tags=a b", "tags must be names"),
+        ("repetition?n=0", "n must be at least 1"),
+        ("", "no rule ''"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_cure(rule, message):
+    with pytest.raises(ConfigError, match=message):
+        make_rule(rule)

@@ -1,0 +1,272 @@
+"""How rewards are named: what each text means, what is refused before anything is loaded, and what a sum is made of."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from reinforcepp.cli import parse
+from reinforcepp.config import ReinforceConfig, TrainConfig
+from reinforcepp.errors import ConfigError, ModelError, RewardError
+from reinforcepp.reward_sources import RewardSource, parse_source
+from reinforcepp.rewards import TrainedReward, load_reward_model, load_rewards, name_of
+from reinforcepp.types import Completion, Prompt
+
+GOOD = [Completion(Prompt("q?", (1,), 0, {"answer": "b"}), (5, 6), (-1.0, -1.0), "a", "stop")]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "target", "weight"),
+    [
+        ("models/rm", "model", "models/rm", 1),
+        ("0.5*models/rm", "model", "models/rm", 0.5),
+        (" -2 * rule:regex?pattern=2*3 ", "rule", "regex?pattern=2*3", -2),
+        ("1e-1*builtin:judge", "judge", "builtin:judge", 0.1),
+        ("my.rewards:helpful", "function", "my.rewards:helpful", 1),
+        ("0*./x y.py:f", "function", "./x y.py:f", 0),
+        (".5*http://h:1/get_reward?model=2", "server", "http://h:1/get_reward?model=2", 0.5),
+        ("https://h/", "server", "https://h/", 1),
+        ("2*3*x", "model", "3*x", 2),
+        ("C:/models/rm", "model", "C:/models/rm", 1),
+    ],
+)
+def test_what_a_text_means(text, kind, target, weight):
+    assert parse_source(text) == RewardSource(kind, target, weight)
+
+
+def test_a_folder_with_a_colon_in_its_name_is_a_folder(tmp_path):
+    (tmp_path / "rm:v2").mkdir()
+    assert parse_source(f"{tmp_path}/rm:v2").kind == "model" and parse_source(f"{tmp_path}/rm:v3").kind == "function"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("0.5*", "empty"),
+        ("1e999*x", "finite number, not inf"),
+        ("builtin:jugde", "Did you mean 'builtin:judge'"),
+        ("rule:lenght", "Did you mean 'length'"),
+        ("length?max=3", "write rule:length"),
+        ("http://", "no address"),
+        ("http://h:abc/x", "no address"),
+        ("http://h:0/x", "no address"),
+    ],
+)
+def test_what_means_nothing_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_source(text)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:hush@h:1/",
+        "http://hush@h:1/",
+        "http://h:1/?api_key=hush",
+        "http://h:1/?a=b&access_token=hush",
+        "http://u:p/hush@h/",
+        "http://u:hush@h:abc/",
+    ],
+)
+def test_a_url_with_a_secret_is_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(rewards=(url,))
+    assert "hush" not in str(caught.value)
+    with pytest.raises(ConfigError):
+        TrainConfig(judge=url)
+
+
+def test_rewards_from_flags_and_yaml_are_the_same(tmp_path):
+    texts = ("-0.5*rule:length?max=20", "models/rm", r"rule:regex?pattern=^\d+: -x$")
+    file = tmp_path / "a.yaml"
+    file.write_text("rewards:\n" + "".join(f"  - '{text}'\n" for text in texts) + "reward_clip: 3\n")
+    from_file = parse("train", ["--config", str(file)])
+    assert from_file == parse("train", ["--rewards", *texts, "--reward_clip", "3"])
+    assert from_file.reward_sources == texts and from_file.reward_clip == 3
+    assert parse("train", ["--reward_model", "models/x"]).reward_sources == ("models/x",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewards": ("rule:lenght",)}, "Did you mean 'length'"),
+        ({"rewards": ("models/a",), "reward_model": "models/b"}, "rewards take the place of reward_model"),
+        ({"rewards": ("rule:length", "rule:length")}, "twice"),
+        ({"rewards": ("runs/x/rm",), "output_dir": "runs/x"}, "holds the rewards runs/x/rm"),
+        ({"rewards": ("runs/x/f.py:f",), "output_dir": "runs/x"}, "holds the rewards runs/x/f.py"),
+        ({"rewards": ("~nobody-here/rm",)}, "no home folder"),
+        ({"rewards": ("http://h/x",), "reward_timeout": 600.0, "reward_attempts": 3}, "raise watchdog_seconds"),
+        ({"judge": "rule:lenght"}, "Did you mean 'length'"),
+        ({"truncation_penalty": -1.0}, "truncation_penalty must not be negative"),
+        ({"reward_timeout": 0.0}, "reward_timeout"),
+        ({"reward_attempts": 0}, "reward_attempts"),
+        ({"reward_batch_size": 0}, "reward_batch_size"),
+        ({"reward_label_column": ""}, "reward_label_column is empty"),
+    ],
+)
+def test_settings_that_cant_be_meant_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
+
+
+def test_the_watchdog_leaves_time_for_a_server_that_fails():
+    slow = {"reward_timeout": 600.0, "reward_attempts": 3}
+    assert TrainConfig(rewards=("http://h/x",), watchdog_seconds=1801.0, **slow)
+    assert TrainConfig(rewards=("http://h/x",), watchdog_seconds=0.0, **slow) and TrainConfig(**slow)
+
+
+def test_the_unused_reward_model_may_lie_where_the_run_writes():
+    assert TrainConfig(rewards=("rule:length",), output_dir="models").rewards
+    with pytest.raises(ConfigError, match="holds the reward_model"):
+        TrainConfig(output_dir="models")
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+def half(prompts, completions):
+    return [0.5] * len(completions)
+
+
+def test_weights_come_from_names_and_from_python():
+    rewards = load_rewards(["2*rule:regex?pattern=a", half, "rule:exact_match"], weights=[1, -1, 10])
+    assert (rewards.weights, rewards.names) == ([2, -1, 10], ["regex", "half", "exact_match"])
+    scores = rewards.score(GOOD)
+    assert scores.total == [1.5]
+    assert scores.by_function == {"regex": [1.0], "half": [0.5], "exact_match": [0.0]}
+    assert rewards.fingerprint() == "2*regex?pattern=a -1*half 10*exact_match"
+    assert [part["weight"] for part in rewards.describe()] == [2, -1, 10]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [([1.0], "1 reward_weights for 2 rewards"), ([1.0, math.nan], "finite")]
+)
+def test_weights_that_dont_fit_are_refused(weights, message):
+    with pytest.raises(ConfigError, match=message):
+        load_rewards([half, half], weights=weights)
+
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(ConfigError, match="reward_funcs is empty"):
+        load_rewards([])
+
+
+def test_a_missing_model_is_told_before_anything_is_loaded(reward_folder, monkeypatch):
+    monkeypatch.setattr("reinforcepp.rewards.load.load_reward_model", lambda name: pytest.fail("it was loaded"))
+    with pytest.raises(ModelError, match="no reward model folder nowhere"):
+        load_rewards([str(reward_folder), "nowhere"])
+
+
+def test_several_models_are_told_apart_by_their_folders(reward_folder, tmp_path):
+    (tmp_path / "other").symlink_to(reward_folder)
+    one, other = str(reward_folder), str(tmp_path / "other")
+    assert load_rewards(one).names == ["reward_model"]
+    both = load_rewards([one, f"0.5*{other}"])
+    assert both.names == ["reward_model", "other"] and [part["card"] is None for part in both.describe()] == [False] * 2
+    first, second = both.score(GOOD).by_function.values()
+    assert first == second and both.score(GOOD).total == pytest.approx([1.5 * first[0]])
+    assert both.fingerprint().split()[1] == f"0.5*{both.fingerprint().split()[0]}"
+
+
+# --- normalisation ----------------------------------------------------------------------------------------------------
+
+
+def test_normalised_scores_are_those_less_the_cards_mean_over_its_deviation(reward_folder):
+    raw, normal = (
+        load_rewards(str(reward_folder), ReinforceConfig(reward_normalize=on)).score(GOOD).total[0]
+        for on in (False, True)
+    )
+    card = load_reward_model(str(reward_folder)).card
+    assert card.score_std != 1 and normal == pytest.approx((raw - card.score_mean) / card.score_std, abs=1e-6)
+
+
+def test_normalising_changes_neither_the_fingerprint_nor_raw_rows(reward_folder):
+    reward = load_reward_model(str(reward_folder))
+    before = reward.fingerprint()
+    reward.normalize()
+    assert reward.fingerprint() == before
+
+
+def test_normalising_needs_a_card_with_a_spread(reward_folder):
+    with pytest.raises(ConfigError, match="none among the rewards"):
+        load_rewards("rule:length", ReinforceConfig(reward_normalize=True))
+    loaded = load_reward_model(str(reward_folder))
+    with pytest.raises(ConfigError, match="has no card"):
+        load_rewards(TrainedReward(loaded.model, loaded.tokenizer), ReinforceConfig(reward_normalize=True))
+    object.__setattr__(loaded.card, "score_std", 0.0)
+    with pytest.raises(ConfigError, match="without any spread"):
+        loaded.normalize()
+
+
+# --- the user's own functions -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/", *__import__("sys").path])
+    return tmp_path
+
+
+def written(place: Path, name: str, text: str) -> str:
+    (place / name).write_text(text)
+    return name
+
+
+def test_a_function_of_a_module_in_the_current_folder(place):
+    written(place, "rewards_of_mine_1.py", "def f(prompts, completions, **_):\n    return [2.0] * len(prompts)\n")
+    rewards = load_rewards("0.5*rewards_of_mine_1:f")
+    assert rewards.score(GOOD).total == [1.0] and rewards.names == ["f"]
+
+
+def test_a_function_of_a_file_by_its_path_with_what_it_imports(place):
+    (place / "deep").mkdir()
+    written(place / "deep", "helper_of_mine_2.py", "VALUE = 3.0\n")
+    written(place / "deep", "json.py", "import helper_of_mine_2 as h\ndef f(completions):\n    return [h.VALUE]\n")
+    rewards = load_rewards("deep/json.py:f")
+    assert rewards.score(GOOD).total == [3.0]
+    assert "dumps" in vars(__import__("json")), "the file's name must not hide another module"
+
+
+def test_a_resumed_run_notices_that_a_function_has_changed(place):
+    found = set()
+    for value in (1, 2, 2):
+        written(place, "mine.py", f"def f(completions):\n    return [{value}]\n")
+        found.add(load_rewards("mine.py:f").fingerprint())
+        assert load_rewards("mine.py:f").score(GOOD).total == [value]
+    assert len(found) == 2 and all(one.startswith("mine.py:f@") for one in found)
+
+
+def test_nothing_is_run_that_isnt_named(place):
+    written(place, "mine.py", "open('run', 'w')\ndef f(completions):\n    return [1]\n")
+    TrainConfig(rewards=("mine.py:f",))
+    assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "error", "message"),
+    [
+        (None, "nowhere_of_mine:f", ConfigError, r"no Python module nowhere_of_mine.*file\.py:function"),
+        (None, "nowhere.py:f", ConfigError, "no file nowhere.py"),
+        ("def helpful(): pass", "x.py:helpfull", ConfigError, "no function 'helpfull'.*Did you mean 'helpful'"),
+        ("f = 3", "x.py:f", ConfigError, "can't be called"),
+        (
+            "import no_such_thing_here",
+            "x.py:f",
+            RewardError,
+            r"x\.py failed.*line 1.*No module named 'no_such_thing_here'",
+        ),
+        ("def f(:", "x.py:f", RewardError, "x.py failed.*SyntaxError"),
+        ("1 / 0", "y_of_mine_3:f", RewardError, "y_of_mine_3 failed.*ZeroDivisionError"),
+    ],
+)
+def test_a_function_that_isnt_there_is_one_sentence(place, text, source, error, message):
+    if text is not None:
+        written(place, f"{source.partition(':')[0].removesuffix('.py')}.py", text)
+    with pytest.raises(error, match=message):
+        load_rewards(source)
+
+
+def test_a_module_is_named_by_what_it_is_called():
+    assert name_of(load_rewards("rule:regex?name=polite&pattern=please").functions[0]) == "polite"

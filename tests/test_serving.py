@@ -1,0 +1,346 @@
+"""``serve-reward`` on loopback: what it answers, what it refuses, and a training against it whose server is killed."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
+from reinforcepp.errors import RewardError
+from reinforcepp.models import load_tokenizer
+from reinforcepp.observe import read_metrics
+from reinforcepp.rewards import load_reward_model, load_rewards
+from reinforcepp.serving import BadRequest, RewardServer, score_request
+from reinforcepp.tokens import encode_answer, frame_completion, frame_prompt
+from reinforcepp.types import Completion, Prompt
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, ANSWERS = ["Is the gateway up?", "What is my address?"], [" Ping it.", " ip addr tells it."]
+QUERIES = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def reward(reward_folder):
+    return load_reward_model(str(reward_folder))
+
+
+@contextmanager
+def serving(reward, port=0):
+    server = RewardServer("127.0.0.1", port, "rm")
+    server.reward = reward
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def asked(server, method="POST", path="/get_reward", body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    connection.request(method, path, body=data, headers=headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+# --- what it answers --------------------------------------------------------------------------------------------------
+
+
+def test_a_served_model_scores_as_the_same_model_at_home(reward, reward_folder):
+    completions = [
+        Completion(Prompt(prompt, (1,), i), (5,), (-1.0,), answer, finish)
+        for finish in ("stop", "length")
+        for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True))
+    ]
+    with serving(reward) as server:
+        away = load_rewards(f"http://127.0.0.1:{server.server_port}/get_reward").score(completions).total
+    home = load_rewards(str(reward_folder)).score(completions).total
+    assert away == pytest.approx(home, abs=1e-6) and len(set(home)) == 4
+
+
+def test_health_and_both_names_of_scores(reward):
+    with serving(reward) as server:
+        assert asked(server, "GET", "/health") == (200, {"status": "ok", "model": "rm"})
+        status, said = asked(server, body={"query": QUERIES, "prompts": PROMPTS})
+    assert status == 200 and said["rewards"] == said["scores"] == score_request(
+        reward, {"query": QUERIES, "prompts": PROMPTS}
+    )
+
+
+def test_without_prompts_a_query_is_taken_as_framed(reward):
+    tokenizer = reward.tokenizer
+    framed = [
+        frame_prompt(tokenizer, p) + frame_completion(tokenizer, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)
+    ]
+    rows = [encode_answer(tokenizer, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    expected = pytest.approx(reward.score_rows(rows), abs=0.05)  # prompt and answer are tokenised together here
+    assert score_request(reward, {"query": framed}) == expected
+    assert score_request(reward, {"query": [text + tokenizer.eos_token for text in framed]}) == expected
+    assert score_request(reward, {"query": []}) == []
+
+
+def test_normalised_scores_are_served_normalised(reward_folder):
+    raw, normal = load_reward_model(str(reward_folder)), load_reward_model(str(reward_folder))
+    normal.normalize()
+    for request in ({"query": QUERIES, "prompts": PROMPTS}, {"query": QUERIES}):
+        expected = [(s - raw.card.score_mean) / raw.card.score_std for s in score_request(raw, request)]
+        assert score_request(normal, request) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ([], "no list 'query'"),
+        ({"queries": []}, "no list 'query'"),
+        ({"query": "x"}, "'query' must be a list of texts"),
+        ({"query": ["x", 3]}, "'query' must be a list of texts"),
+        ({"query": ["xy"], "prompts": ["y"]}, "query 0 doesn't begin with prompt 0"),
+        ({"query": ["xy"], "prompts": []}, "'prompts' holds 0 texts for 1 queries"),
+        ({"query": ["xy"], "prompts": ["x"], "finish_reason": ["stop"] * 2}, "'finish_reason' holds 2"),
+    ],
+)
+def test_a_request_that_isnt_of_the_protocol_is_told_what_is_wrong(reward, request_, message):
+    with pytest.raises(BadRequest, match=message) as caught:
+        score_request(reward, request_)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "message"),
+    [
+        ({"body": b"{"}, 400, "isn't JSON"),
+        ({"body": b"\xff"}, 400, "isn't JSON"),
+        ({"body": {"query": 3}}, 400, "list of texts"),
+        ({"path": "/score", "body": {}}, 404, "POST /get_reward"),
+        ({"method": "GET", "path": "/"}, 404, "GET /health"),
+        ({"body": b"", "Content-Length": "999999999"}, 413, "over 64 MiB"),
+        ({"body": b"", "Content-Length": "-1"}, 411, "how long"),
+    ],
+)
+def test_refusals_over_http(reward, given, status, message):
+    with serving(reward) as server:
+        told, said = asked(server, **given)
+        assert told == status and message in said["error"]
+        assert asked(server, body={"query": []})[0] == 200, "the server must go on"
+
+
+def test_what_was_sent_with_a_refused_request_is_not_taken_for_the_next_one(reward):
+    with serving(reward) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        for path, kept in (("/get_reward", None), ("/score", "close")):
+            connection.request("POST", path, body=b'{"query": []}')
+            response = connection.getresponse()
+            response.read()
+            assert response.getheader("Connection") == kept
+        connection.close()
+
+
+def test_who_lacks_the_token_gets_nothing(reward, monkeypatch):
+    monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", "hush")
+    body = {"query": QUERIES}
+    with serving(reward) as server:
+        for headers in ({}, {"Authorization": "Bearer hus"}, {"Authorization": "hush"}):
+            assert asked(server, body=body, **headers) == (401, {"error": "The token is missing or wrong."})
+        assert asked(server, body=body, Authorization="Bearer hush")[0] == 200
+        assert asked(server, "GET", "/health")[0] == 200
+
+
+def test_requests_at_the_same_time_are_all_answered(reward):
+    results = []
+    with serving(reward) as server:
+        request = {"query": QUERIES, "prompts": PROMPTS}
+        threads = [threading.Thread(target=lambda: results.append(asked(server, body=request))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 8 and all(result == results[0] for result in results) and results[0][0] == 200
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_in_use_and_a_host_of_others_are_told_before_the_model_loads(reward_folder, monkeypatch, capsys):
+    monkeypatch.setattr("reinforcepp.serving.load_reward_model", lambda name: pytest.fail("it was loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["serve-reward", str(reward_folder), "--port", str(port)]) == 2
+        assert re.fullmatch(
+            rf"error: 127\.0\.0\.1 port {port} can't be listened on \(.*\): give another --port, or 0.*\n",
+            capsys.readouterr().err,
+        )
+    assert cli.main(["serve-reward", str(reward_folder), "--host", "192.0.2.1", "--port", "0"]) == 2
+    assert "give another --host" in capsys.readouterr().err
+    assert cli.main(["serve-reward", "nowhere"]) == 2
+    assert "no reward model folder nowhere" in capsys.readouterr().err
+    assert cli.main(["serve-reward", "--port", "70000"]) == 2
+    assert "port must be from 0 to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "warned"), [("127.0.0.1", "", False), ("0.0.0.0", "", True), ("0.0.0.0", "hush", False)]
+)
+def test_settings_reach_the_server_and_an_open_address_is_warned_of(
+    reward_folder, monkeypatch, capsys, host, token, warned
+):
+    served = []
+    monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", token)
+    monkeypatch.setattr(RewardServer, "serve_forever", lambda server, poll_interval: served.append(server.reward))
+    flags = ["--host", host, "--port", "0", "--batch_size", "3", "--reward_normalize"]
+    assert cli.main(["serve-reward", str(reward_folder), *flags]) == 0
+    err = capsys.readouterr().err
+    assert ("Whoever reaches this address may ask" in err) == warned and "hush" not in err
+    (reward,) = served
+    assert reward.batch_size == 3 and reward.scaled([reward.card.score_mean]) == [0]
+
+
+@contextmanager
+def started(reward_folder):
+    """``reinforcepp serve-reward`` as a process; gives it and its address."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "reinforcepp", "serve-reward", str(reward_folder), "--port", "0"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        told = ""
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+/get_reward", told)):
+            line = process.stderr.readline()
+            assert line, f"it ended: {told}"
+            told += line
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def training(model_folder, folder, rewards, **settings):
+    args = ReinforceConfig(
+        output_dir=str(folder),
+        max_new_tokens=6,
+        max_prompt_length=40,
+        batch_size=4,
+        max_steps=4,
+        rollout="transformers",
+        learning_rate=1e-3,
+        reward_attempts=2,
+        **settings,
+    )
+    trainer = ReinforceTrainer(str(model_folder), rewards, args, [{"prompt": f"Why is host {i} up?"} for i in range(9)])
+    trainer.rewards.functions[0].first_pause = 0.01
+    return trainer
+
+
+def without_times(folder):
+    return [{k: v for k, v in m.items() if not k.startswith(("time/", "step_time"))} for m in read_metrics(folder)]
+
+
+def test_a_training_whose_server_is_killed_stops_and_goes_on_when_it_is_back(
+    model_folder, reward_folder, reward, tmp_path
+):
+    calls = []
+
+    def nothing(prompts, completions):
+        calls.append(1)
+        if len(calls) == 2:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        return [0.0] * len(prompts)
+
+    with started(reward_folder) as (process, url):
+        run = training(model_folder, tmp_path / "run", [url, nothing])
+        with pytest.raises(
+            RewardError, match=r"reward server http.* failed 2 times in a row.*can't be reached"
+        ) as stop:
+            run.train()
+    assert "The run is saved after step 2 of 4: go on with --resume." in str(stop.value)
+    assert len(read_metrics(tmp_path / "run")) == 2, "no step may be made without scores"
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+    port = int(url.rpartition(":")[2].partition("/")[0])
+    with serving(reward, port):
+        training(model_folder, tmp_path / "run", [url, nothing], resume=True).train()
+        training(model_folder, tmp_path / "whole", [url, nothing]).train()
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+    assert f"rewards/127.0.0.1-{port}/mean" in read_metrics(tmp_path / "run")[0]
+
+
+def test_a_server_that_comes_back_in_time_costs_nothing(model_folder, reward, tmp_path):
+    with serving(reward) as server:
+        port = server.server_port
+        whole = training(model_folder, tmp_path / "whole", f"http://127.0.0.1:{port}/get_reward").train()
+    run = training(model_folder, tmp_path / "run", f"http://127.0.0.1:{port}/get_reward")
+    (client,) = run.rewards.functions
+    back, failures = [], []
+
+    def comes_back(state):
+        failures.append(state)
+        back.append(serving(reward, port))
+        back[-1].__enter__()
+
+    client._tell = comes_back
+    try:
+        assert [m["reward"] for m in run.train()] == [m["reward"] for m in whole]
+    finally:
+        back[0].__exit__(None, None, None)
+    assert len(failures) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_cleanly(reward_folder, number):
+    with started(reward_folder) as (process, url):
+        connection = http.client.HTTPConnection(url.split("/")[2], timeout=10)
+        connection.request("GET", "/health")
+        assert json.loads(connection.getresponse().read())["model"] == str(reward_folder)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0
+        rest = process.stderr.read()
+    assert rest == "Stopped.\n"
+
+
+# --- another tokenizer ------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_may_have_another_tokenizer_than_the_policy(tmp_path, reward_folder):
+    """The policy's ids mean nothing to it: it is given the text, and makes ids of its own."""
+    folder = tiny.save(tmp_path / "policy", "llama", vocab_size=290)
+    own, others = load_tokenizer(str(folder)), load_tokenizer(str(reward_folder))
+    assert own("restart the server")["input_ids"] != others("restart the server")["input_ids"]
+    assert len(own) != len(others)
+    run = ReinforceTrainer(
+        str(folder),
+        str(reward_folder),
+        ReinforceConfig(
+            str(tmp_path / "run"), max_new_tokens=8, max_prompt_length=60, max_steps=1, rollout="transformers"
+        ),
+        [{"prompt": prompt} for prompt in PROMPTS],
+    )
+    seen = []
+    score_rows = run.rewards.trained[0].score_rows
+    run.rewards.trained[0].score_rows = lambda rows: seen.extend(rows) or score_rows(rows)
+    completions = run.engine.generate(run.prompts, run._sampling(0))
+    scores = run.rewards.score(completions)
+    rows = [encode_answer(others, c.prompt.text, c.text, ended=c.finish_reason == "stop") for c in completions]
+    assert seen == rows and all(max(row) < len(others) for row in rows)
+    assert scores.total == pytest.approx(load_reward_model(str(reward_folder)).score_rows(rows), abs=1e-6)
+    assert run.train()[0]["rewards/reward_model/mean"] == pytest.approx(sum(scores.total) / len(scores.total), abs=1e-5)
