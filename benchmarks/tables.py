@@ -398,8 +398,11 @@ def lora_memory(result: dict[str, Any]) -> str:
             f"{row['measured']:.0f}",
             f"{row['measured_above_libraries']:.0f}",
             f"{row['measured_above_libraries'] / whole:.2f}",
-            f"{row['estimated']:.0f}",
-            f"{row['estimated'] / row['measured'] - 1:+.1%}",
+            *(
+                [f"{row['estimated']:.0f}", f"{row['estimated'] / row['measured'] - 1:+.1%}"]
+                if "copied" not in name
+                else ["", ""]
+            ),
         ]
         for name, row in found.items()
     ]
