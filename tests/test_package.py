@@ -75,6 +75,9 @@ LAYERS = [
     "report",
     "compare",
     "generate",
+    "chat",
+    "export",
+    "serve",
     "generation_worker",
     "compare_generation",
     "algorithm_worker",
@@ -93,7 +96,10 @@ LAYERS = [
 UPWARD: dict[tuple[str, str], str] = {}
 
 # Engines that these files alone may name.
-ONLY_IN = {"vllm": {"rollout/vllm_integration.py", "rollout/vllm_cpu.py"}, "accelerate": {"distributed.py"}}
+ONLY_IN = {
+    "vllm": {"rollout/vllm_integration.py", "rollout/vllm_cpu.py", "rollout/vllm_server.py"},
+    "accelerate": {"distributed.py"},
+}
 
 
 # --- what importing loads ---------------------------------------------------------------------------------------------
@@ -117,6 +123,10 @@ def loaded_by(*arguments: str) -> set[str]:
         ("-m", "reinforcepp", "train", "--help"),
         ("-m", "reinforcepp", "plan", "--help"),
         ("-m", "reinforcepp", "compare", "--help"),
+        ("-m", "reinforcepp", "chat", "--help"),
+        ("-m", "reinforcepp", "serve", "--help"),
+        ("-m", "reinforcepp", "export", "--help"),
+        ("-m", "reinforcepp", "push", "--help"),
         ("-m", "reinforcepp", "lint", "builtin:network", "--fail_on", "never"),
     ],
     ids=" ".join,

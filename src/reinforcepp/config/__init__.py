@@ -15,12 +15,17 @@ from reinforcepp.config.lint import LintConfig
 from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.report import ReportConfig
-from reinforcepp.config.verbs import Columns, DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
+from reinforcepp.config.use import ChatConfig, ExportConfig, GenerateConfig, PushConfig, ServeConfig
+from reinforcepp.config.verbs import Columns, DemoConfig, RewardModelConfig, TrainConfig
 
 VERBS: dict[str, type] = {
     "reward": RewardModelConfig,
     "train": TrainConfig,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "serve": ServeConfig,
+    "export": ExportConfig,
+    "push": PushConfig,
     "compare": CompareConfig,
     "compare-algorithms": CompareAlgorithmsConfig,
     "plan": PlanConfig,
@@ -32,18 +37,22 @@ VERBS: dict[str, type] = {
 
 __all__ = [
     "VERBS",
+    "ChatConfig",
     "Columns",
     "CompareAlgorithmsConfig",
     "CompareConfig",
     "DemoConfig",
     "DoctorConfig",
+    "ExportConfig",
     "GenerateConfig",
     "Keeping",
     "LintConfig",
     "PlanConfig",
+    "PushConfig",
     "ReinforceConfig",
     "ReportConfig",
     "RewardModelConfig",
+    "ServeConfig",
     "TrainConfig",
     "as_dict",
     "read_yaml",

@@ -17,7 +17,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -200,17 +200,20 @@ class VllmEngine:
             for (prompt, _), out in zip(rows, sampled, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Completion]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
         check_prompts([prompt], sampling.max_new_tokens, self.context)
         engine = self._llm.llm_engine
         with random_state_kept():
             self.wake_up()
             engine.add_request("stream", {"prompt_token_ids": list(prompt.ids)}, self._parameters(sampling, prompt, 0))
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    out = output.outputs[0]
-                    yield completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
+            try:
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        out = output.outputs[0]
+                        yield completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
+            finally:
+                engine.abort_request(["stream"])  # if it is given up
             self.sleep()
 
     def load_weights(self, model: PreTrainedModel) -> None:
