@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import threading
@@ -84,6 +85,8 @@ class _Chat:
     def talk(self) -> int:
         """Read and answer until the user leaves."""
         on_terminal = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # a byte that isn't UTF-8 must not end the conversation
         if on_terminal:
             say(f"{self.config.model} answers. /help lists the commands, Ctrl-D leaves.")
         while True:
