@@ -27,7 +27,7 @@ from reinforcepp.rollout.vllm_integration import vllm_status
 from reinforcepp.rollout.vllm_server import environment_key, server_command, server_environment, vllm_is_for_gpus
 from reinforcepp.tokens import PLAIN_TEMPLATE
 
-USUAL_LENGTH = 4096  # of a model that doesn't say how many tokens it can attend to
+USUAL_LENGTH = 8192  # a model may have room for a million tokens, and the server would reserve memory for them
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -40,11 +40,10 @@ def run_server(config: ServeConfig) -> int:
     key = _key(config)
     source = find_source(config.model)
     model_config = load_config(source.name)
-    length = config.max_length or context_length(model_config) or USUAL_LENGTH
-    if config.max_length is not None and length > (context_length(model_config) or length):
-        raise ConfigError(
-            f"max_length {length} exceeds the model's context of {context_length(model_config)} tokens: lower it."
-        )
+    context = context_length(model_config) or USUAL_LENGTH
+    length = config.max_length or min(context, USUAL_LENGTH)
+    if length > context:
+        raise ConfigError(f"max_length {length} exceeds the model's context of {context} tokens: lower it.")
     _check_port(config)
     dtype: torch.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.float32
     usable, reason = vllm_status(model_config, dtype)
@@ -98,8 +97,8 @@ def _check_port(config: ServeConfig) -> None:
 
 def _run(command: list[str], environment: dict[str, str], config: ServeConfig, name: str, *, with_key: bool) -> int:
     """Start the server, tell when it answers, and wait for its end."""
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "") else "[::1]" if config.host == "::" else config.host
-    url = f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{config.port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
     if not with_key and not _is_loopback(config.host):
         say("Everybody who reaches this address can use the model: set VLLM_API_KEY to ask for a key.", "yellow")
     say(f"Starting vLLM with {config.model}; this takes up to a minute.")

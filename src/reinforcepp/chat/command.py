@@ -93,11 +93,13 @@ class _Chat:
             try:
                 line = _read_line(on_terminal)
             except EOFError:
+                if on_terminal:
+                    print()  # the shell goes on under the conversation
                 return 0
             except KeyboardInterrupt:
                 if not on_terminal:
                     return INTERRUPTED
-                say("Ctrl-D or /quit leaves.")
+                say("\nCtrl-D or /quit leaves.")
                 continue
             if line in ("/quit", "/exit"):
                 return 0

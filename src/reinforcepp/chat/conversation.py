@@ -92,15 +92,14 @@ class Conversation:
         if not 1 <= chosen <= last:
             raise DataError(f"There is no answer {chosen}: the last question has answers 1 to {last}.")
         rejected = last if chosen != last else last - 1
+        both = " and ".join(map(str, sorted((chosen, rejected))))
         better, worse = self.answers[chosen - 1], self.answers[rejected - 1]
         if frozenset((chosen, rejected)) in self.judged:
-            raise DataError(f"Answers {chosen} and {rejected} have been compared already.")
+            raise DataError(f"Answers {both} have been compared already.")
         if better.prompt.text != worse.prompt.text:
-            raise DataError(
-                f"Answers {chosen} and {rejected} are to different conversations: /regenerate gives another."
-            )
+            raise DataError(f"Answers {both} are to different conversations: /regenerate gives another.")
         if " ".join(better.text.split()) == " ".join(worse.text.split()):
-            raise DataError(f"Answers {chosen} and {rejected} say the same: /regenerate gives another one.")
+            raise DataError(f"Answers {both} say the same: /regenerate gives another one.")
         if not (better.text and worse.text):
             raise DataError("One of the two answers is empty, and nothing can be learned from that: /regenerate.")
         save(better.prompt.columns["messages"], better.text, worse.text)

@@ -131,7 +131,7 @@ class ServeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the weights; auto takes that of the model."""
     max_length: int | None = None
-    """Limit for prompt and answer together, in tokens. Default: the model's context."""
+    """Limit for prompt and answer together, in tokens. Default: the model's context, at most 8192."""
     batch_size: int = 64
     """Answers generated at a time; more wait."""
 
