@@ -43,8 +43,11 @@ class Server:
         self.process = subprocess.Popen(
             command, env=os.environ | own, stdout=self.log.open("w"), stderr=subprocess.STDOUT
         )
+        end = time.monotonic() + 300
         while "Ctrl-C stops" not in self.said:
-            assert self.process.poll() is None, self.said
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.process.terminate()
+                pytest.fail(self.said)
             time.sleep(0.3)
 
     @property

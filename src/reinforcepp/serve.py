@@ -40,9 +40,9 @@ def run_server(config: ServeConfig) -> int:
     key = _key(config)
     source = find_source(config.model)
     model_config = load_config(source.name)
-    context = context_length(model_config) or USUAL_LENGTH
-    length = config.max_length or min(context, USUAL_LENGTH)
-    if length > context:
+    context = context_length(model_config)
+    length = config.max_length or min(context or USUAL_LENGTH, USUAL_LENGTH)
+    if context is not None and length > context:
         raise ConfigError(f"max_length {length} exceeds the model's context of {context} tokens: lower it.")
     _check_port(config)
     dtype: torch.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.float32
