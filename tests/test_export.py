@@ -62,6 +62,17 @@ def test_the_folder_is_what_transformers_reads(trained, tmp_path, model_folder):
     assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, tokenizer.eos_token_id)
 
 
+def test_the_tokens_that_end_an_answer_are_added_where_a_model_names_none(tmp_path, model_folder):
+    from transformers import GenerationConfig
+
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in told.items() if "token_id" not in key}))
+    assert cli.main(["export", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
+
+
 def test_the_number_format_is_the_model_s_own_or_the_one_asked_for(trained, tmp_path):
     from safetensors.torch import load_file
 
