@@ -410,3 +410,32 @@ def test_4_bits_need_a_package_and_an_engine_of_the_trainers_own(bases, tmp_path
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(ConfigError, match="isn't installed: pip install bitsandbytes"):
         trainer(bases["llama"], tmp_path / "run", load_in_4bit=True)
+
+
+# --- exported and served --------------------------------------------------------------------------------------------
+
+
+def test_exported_it_is_a_plain_model_or_stays_alone(bases, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run = trainer(bases["llama"], tmp_path / "run", max_steps=2, learning_rate=0.05)
+    run.train()
+    assert main(["export", str(tmp_path / "run"), "--merge", "--output_dir", str(tmp_path / "plain")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert_same(logits(plain), logits(run.policy))
+    assert not list((tmp_path / "plain").glob("adapter*"))
+    assert main(["export", str(tmp_path / "run"), "--no_merge", "--output_dir", str(tmp_path / "alone")]) == 0
+    assert sorted(path.name for path in (tmp_path / "alone").glob("*.safetensors")) == [ADAPTER_WEIGHTS]
+    assert_same(logits(load_policy(str(tmp_path / "alone"))), logits(run.policy))
+
+
+def test_it_is_served_merged(bases, tmp_path):
+    from reinforcepp.export.source import find_source
+    from reinforcepp.serve import _plain_folder
+
+    model = adapted(bases["llama"])
+    save_model(model, load_tokenizer(bases["llama"]), tmp_path / "adapter")
+    folder = _plain_folder(find_source(str(tmp_path / "adapter")), tmp_path / "plain")
+    assert folder == str(tmp_path / "plain")
+    assert_same(logits(load_policy(folder)), logits(model))
+    assert _plain_folder(find_source(bases["llama"]), tmp_path / "no") == bases["llama"]

@@ -20,6 +20,8 @@ from reinforcepp import cli, verbs
 from reinforcepp.config import VERBS
 from reinforcepp.errors import DataError, TrainingDiverged
 
+USER_VERBS = ["reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
+USER_VERBS += ["chat", "serve", "serve-reward", "export", "push"]
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "8"]
 
 
@@ -90,30 +92,12 @@ def acting(monkeypatch):
 def test_help_names_the_verbs(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert [
-        verb
-        for verb in (
-            "reward",
-            "train",
-            "generate",
-            "compare",
-            "plan",
-            "lint",
-            "report",
-            "doctor",
-            "serve-reward",
-            "demo",
-            "--config",
-        )
-        if verb not in out
-    ] == []
+    assert [verb for verb in (*USER_VERBS, "--config") if verb not in out] == []
     assert cli.main([]) == 2
     assert capsys.readouterr().out == out
 
 
-@pytest.mark.parametrize(
-    "verb", ["reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "serve-reward", "demo"]
-)
+@pytest.mark.parametrize("verb", USER_VERBS)
 def test_help_of_a_verb_tells_every_setting_with_its_description_and_default(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])

@@ -31,10 +31,12 @@ ZERO_IS_FINE = {
     "reward": {"seed", "heldout_fraction", "center_rewards_coefficient", "lora_dropout", *KEEPING},
     "train": TRAINING,
     "generate": {"seed", "temperature", "top_k"},
+    "chat": {"seed", "temperature", "top_k"},
     "compare": {"seed", "heldout_fraction", "temperature", "top_k", "max_prompts", "tie_margin"},
     "compare-algorithms": TRAINING,
     "plan": {*TRAINING, "gpus"},
     "lint": {"seed", "heldout_fraction"},
+    "serve": set(),
     "report": {"samples"},
     "serve-reward": {"port"},
     "demo": {"seed"},
@@ -60,7 +62,7 @@ def refusal(verb: str, **settings) -> str:
 
 
 def test_the_lists_of_numeric_settings_are_not_empty():
-    assert {verb for verb, _ in NUMBERS} == set(VERBS) - {"doctor"}
+    assert {verb for verb, _ in NUMBERS} == set(VERBS) - {"doctor", "export", "push"}
     assert ("train", "learning_rate") in FLOATS
     assert ("train", "gradient_accumulation_steps") in NUMBERS
     assert ("train", "overwrite") not in NUMBERS

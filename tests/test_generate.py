@@ -222,3 +222,46 @@ def test_every_sampling_setting_reaches_the_engine(answer, monkeypatch):
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.3, 0.4, 7)
     assert (sampling.repetition_penalty, sampling.num_samples, sampling.seed) == (1.3, 2, 9)
     assert sampling.max_new_tokens == 12
+
+
+# --- rewards and the best of several ------------------------------------------------------------------------------------
+
+
+def written(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_best_of_several_is_the_one_that_the_reward_model_scores_highest(answer, tmp_path, reward_folder):
+    (tmp_path / "p.txt").write_text(f"{PROMPT}\nWhy?\n")
+    flags = ["--prompts_file", str(tmp_path / "p.txt"), "--temperature", "1", "--reward_model", str(reward_folder)]
+    answer(*flags, "--num_samples", "5", "--output", str(tmp_path / "all.jsonl"))
+    answer(*flags, "--best_of", "5", "--output", str(tmp_path / "best.jsonl"))
+    every, best = written(tmp_path / "all.jsonl"), written(tmp_path / "best.jsonl")
+    groups = [every[:5], every[5:]]
+    assert all(len({record["reward"] for record in group}) == 5 for group in groups)
+    assert best == [max(group, key=lambda record: record["reward"]) for group in groups]
+    assert [group.index(record) for group, record in zip(groups, best, strict=True)] != [0, 0]
+
+
+def test_rewards_are_those_of_the_reward_model(answer, tmp_path, reward_folder):
+    from reinforcepp.rewards import load_reward_model
+
+    answer("--prompt", PROMPT, "--reward_model", str(reward_folder), "--output", str(tmp_path / "a.jsonl"))
+    (record,) = written(tmp_path / "a.jsonl")
+    said = {"prompts": [PROMPT], "completions": [record["completion"]], "finish_reason": [record["finish_reason"]]}
+    assert record["reward"] == pytest.approx(load_reward_model(str(reward_folder))(**said)[0])
+
+
+def test_as_text_the_score_stands_under_the_answer(answer, monkeypatch, reward_folder):
+    monkeypatch.setattr("reinforcepp.generate.load_reward_model", lambda _: lambda **_: [-0.5, 1.25, 1.25])
+    engine_says(monkeypatch, "worse", "first of the best", "second")
+    flags = ["--prompt", PROMPT, "--reward_model", str(reward_folder), "--best_of", "3"]
+    assert answer(*flags).out == "first of the best\n(reward +1.250)\n"
+
+
+def test_contradictions_about_the_best_of_several(refused, tmp_path, model_folder):
+    assert "best_of needs a reward model" in refused("--prompt", PROMPT, "--best_of", "4")
+    flags = ["--prompt", PROMPT, "--best_of", "4", "--reward_model"]
+    assert "num_samples and best_of" in refused(*flags, "x", "--num_samples", "2")
+    assert "no reward model folder" in refused(*flags, str(tmp_path / "none"))
+    assert "reward_model.json" in refused(*flags, str(model_folder))

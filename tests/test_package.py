@@ -80,7 +80,10 @@ LAYERS = [
     "report",
     "compare",
     "generate",
-    "serving",
+    "reward_server",
+    "chat",
+    "export",
+    "serve",
     "generation_worker",
     "compare_generation",
     "algorithm_worker",
@@ -100,7 +103,7 @@ UPWARD: dict[tuple[str, str], str] = {}
 
 # Engines that these files alone may name.
 ONLY_IN = {
-    "vllm": {f"rollout/vllm_{part}.py" for part in ("integration", "adapter", "cpu", "support")},
+    "vllm": {f"rollout/vllm_{part}.py" for part in ("integration", "adapter", "cpu", "server", "support")},
     "accelerate": {"distributed.py"},
 }
 
@@ -126,6 +129,10 @@ def loaded_by(*arguments: str) -> set[str]:
         ("-m", "reinforcepp", "train", "--help"),
         ("-m", "reinforcepp", "plan", "--help"),
         ("-m", "reinforcepp", "compare", "--help"),
+        ("-m", "reinforcepp", "chat", "--help"),
+        ("-m", "reinforcepp", "serve", "--help"),
+        ("-m", "reinforcepp", "export", "--help"),
+        ("-m", "reinforcepp", "push", "--help"),
         ("-m", "reinforcepp", "lint", "builtin:network", "--fail_on", "never"),
     ],
     ids=" ".join,

@@ -30,7 +30,7 @@ POSITIONAL = {
     "doctor": ("run",),
     "report": ("runs",),
     "compare": ("model_a", "model_b"),
-    "serve-reward": ("model",),
+    **dict.fromkeys(("serve-reward", "chat", "serve", "export", "push"), ("model",)),
 }
 NOT_STARTED = "\nInterrupted before anything was started.\n"
 
@@ -38,6 +38,10 @@ SUMMARY = {
     "reward": "train a reward model from a preference file",
     "train": "train a policy against it with REINFORCE++",
     "generate": "answer prompts with a trained model",
+    "chat": "talk with a trained model on the terminal, and note which answers are better",
+    "serve": "serve a trained model with vLLM to OpenAI's clients",
+    "export": "write a trained model to a plain folder, with a model card",
+    "push": "export a trained model and upload it to the Hugging Face hub",
     "compare": "tell which of two models answers better, with a page to judge for yourself",
     "compare-algorithms": "train with every estimator and compare the outcomes",
     "plan": "tell, before anything is loaded, whether a training fits into memory and how long a step takes",

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
 from reinforcepp.config import GenerateConfig
+from reinforcepp.config.use import Answering
 from reinforcepp.data import PromptRow, read_prompt_lines
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.models import check_context, load_config, load_policy, load_tokenizer
 from reinforcepp.observe import printable, say
-from reinforcepp.rollout.choose import choose_engine, start_engine
+from reinforcepp.rewards import check_reward_folder, load_reward_model, score_all
+from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
+from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.tokens import encode_prompts
 from reinforcepp.types import Completion, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def generate(config: GenerateConfig) -> list[Completion]:
@@ -29,6 +35,8 @@ def generate(config: GenerateConfig) -> list[Completion]:
     """
     texts = _read_prompts(config)
     output = check_output_file(config.output) if config.output is not None else None
+    if config.reward_model is not None:
+        check_reward_folder(config.reward_model)
     model_config = load_config(config.model)
     check_context(model_config, config.max_prompt_length, config.max_new_tokens)
     choice = choose_engine(config.engine, model_config, torch.float32)
@@ -41,40 +49,67 @@ def generate(config: GenerateConfig) -> list[Completion]:
             "the left.",
             "yellow",
         )
+    reward = load_reward_model(config.reward_model) if config.reward_model is not None else None
+    engine = load_engine(config, choice, tokenizer, config.max_prompt_length + config.max_new_tokens)
+    sampling = sampling_of(config, config.best_of or config.num_samples)
+    if output is None and reward is None and len(prompts) == sampling.num_samples == 1:
+        completions = [show_growing(engine.stream(prompts[0], sampling))]
+    else:
+        completions = engine.generate(prompts, sampling)
+        rewards = score_all(reward, completions) if reward is not None else None
+        if config.best_of is not None and rewards is not None:
+            kept = best_places(rewards, config.best_of)
+            completions, rewards = [completions[i] for i in kept], [rewards[i] for i in kept]
+        with _sink(output) as sink:
+            _write(completions, rewards, sink, as_json=output is not None, with_prompt=len(completions) > 1)
+    engine.close()
+    return completions
+
+
+def load_engine(
+    config: Answering, choice: EngineChoice, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> RolloutEngine:
+    """The chosen engine with the model's weights, for sequences of up to ``max_length`` tokens."""
     if config.engine == "auto":
         say(f"Completions come from {choice.name}: {choice.reason}.")
     model = load_policy(config.model)
     if choice.name == "transformers" and torch.cuda.is_available():
         model.to("cuda")  # vLLM places its own copy
-    max_length = config.max_prompt_length + config.max_new_tokens
-    engine = start_engine(choice, model, tokenizer, max_length=max_length)
-    sampling = Sampling(
+    return start_engine(choice, model, tokenizer, max_length=max_length)
+
+
+def sampling_of(config: Answering, num_samples: int = 1) -> Sampling:
+    """How a verb's settings say that answers are drawn."""
+    return Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         repetition_penalty=config.repetition_penalty,
-        num_samples=config.num_samples,
+        num_samples=num_samples,
         seed=config.seed,
     )
-    if output is None and len(prompts) == config.num_samples == 1:
-        completions = [_stream(engine.stream(prompts[0], sampling))]
-    else:
-        completions = engine.generate(prompts, sampling)
-        with _sink(output) as sink:
-            _write(completions, sink, as_json=output is not None, with_prompt=len(completions) > 1)
-    engine.close()
-    return completions
 
 
-def _stream(growing: Iterator[Completion]) -> Completion:
-    """Print an answer while it grows; a character that is only half there waits for its other half."""
+def best_places(rewards: Sequence[float], group: int) -> list[int]:
+    """Of each ``group`` of rewards that follow one another, the place of the highest, the first of equals."""
+    starts = range(0, len(rewards), group)
+    return [max(range(start, start + group), key=lambda i: rewards[i]) for start in starts]
+
+
+def show_growing(growing: Iterator[Completion], stopped: Callable[[], bool] = lambda: False) -> Completion:
+    """Print an answer while it grows, until it ends or is ``stopped``; returns it as far as it came.
+
+    A character that is only half there waits for its other half.
+    """
     shown = ""
     for completion in growing:
         text = completion.text.removesuffix("\ufffd")
         if text.startswith(shown):
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
+        if stopped():
+            break
     print(printable(completion.text[len(shown) :]), flush=True)
     return completion
 
@@ -98,15 +133,28 @@ def _sink(output: Path | None) -> Iterator[TextIO]:
     say(f"Wrote {output}", "green")
 
 
-def _write(completions: Sequence[Completion], sink: TextIO, *, as_json: bool, with_prompt: bool) -> None:
-    for completion in completions:
+def _write(
+    completions: Sequence[Completion],
+    rewards: Sequence[float] | None,
+    sink: TextIO,
+    *,
+    as_json: bool,
+    with_prompt: bool,
+) -> None:
+    for i, completion in enumerate(completions):
         if as_json:
             record = {
                 "prompt": completion.prompt.text,
                 "completion": completion.text,
                 "finish_reason": completion.finish_reason,
-            }
+            } | ({"reward": rewards[i]} if rewards is not None else {})
             sink.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:
             prompt = f"> {completion.prompt.text}\n" if with_prompt else ""
-            sink.write(printable(prompt + completion.text) + "\n")
+            told = f"\n({told_reward(rewards[i])})" if rewards is not None else ""
+            sink.write(printable(prompt + completion.text) + told + "\n")
+
+
+def told_reward(reward: float) -> str:
+    """A reward model's score, to be shown beside an answer."""
+    return f"reward {reward:+.3f}"

@@ -7,7 +7,7 @@ apart from each other, so the border between them is always a token border.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -36,6 +36,36 @@ def frame_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The text that the model continues: ``prompt`` in the tokenizer's chat template, ready for an answer."""
     messages = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def frame_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """The text that the model continues after ``messages``, each with ``role`` and ``content``, the last one the user's.
+
+    A system message for which the template has no place stands in front of the first question.
+
+    Raises:
+        ModelError: the template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    def framed(shown: Sequence[Mapping[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template(list(shown), tokenize=False, add_generation_prompt=True))
+
+    try:
+        if messages[0]["role"] != "system":
+            return framed(messages)
+        system, first, *rest = messages
+        try:
+            text = framed(messages)
+        except TemplateError:  # some refuse a system message
+            text = ""
+        if text and text != framed(messages[1:]):
+            return text
+        return framed([{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+    except TemplateError as error:
+        raise ModelError(
+            f"The model's chat template can't write this conversation: {error}; begin a new one."
+        ) from error
 
 
 def frame_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:

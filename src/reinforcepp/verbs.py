@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import (
+    ChatConfig,
     CompareAlgorithmsConfig,
     CompareConfig,
     DemoConfig,
     DoctorConfig,
+    ExportConfig,
     GenerateConfig,
     LintConfig,
     PlanConfig,
+    PushConfig,
     ReportConfig,
     RewardModelConfig,
+    ServeConfig,
     ServeRewardConfig,
     TrainConfig,
 )
@@ -85,6 +89,34 @@ def generate(config: GenerateConfig) -> None:
     answer(config)
 
 
+def chat(config: ChatConfig) -> int:
+    """Talk on the terminal; the exit code tells whether Ctrl-C ended it."""
+    from reinforcepp.chat.command import run_chat
+
+    return run_chat(config)
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve a model until a signal comes."""
+    from reinforcepp.serve import run_server
+
+    return run_server(config)
+
+
+def export(config: ExportConfig) -> None:
+    """Write a plain folder with a model card."""
+    from reinforcepp.export.command import run_export
+
+    run_export(config)
+
+
+def push(config: PushConfig) -> None:
+    """Export and upload."""
+    from reinforcepp.export.push import run_push
+
+    run_push(config)
+
+
 def demo(config: DemoConfig) -> None:
     """The whole job on the built-in model."""
     from reinforcepp.demo import run_demo
@@ -140,7 +172,7 @@ def report(config: ReportConfig) -> None:
 
 def serve_reward(config: ServeRewardConfig) -> None:
     """Answer requests for a reward model's scores, until a signal comes."""
-    from reinforcepp.serving import serve
+    from reinforcepp.reward_server import serve
 
     serve(config)
 
@@ -149,6 +181,10 @@ ACTIONS: dict[str, Callable[[Any], Any]] = {
     "reward": reward,
     "train": train,
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "export": export,
+    "push": push,
     "compare": compare,
     "compare-algorithms": compare_algorithms,
     "plan": plan,
@@ -163,9 +199,13 @@ LOADS = {
     "reward": "reinforcepp.reward_trainer",
     "train": "reinforcepp.reinforce_trainer",
     "generate": "reinforcepp.generate",
+    "chat": "reinforcepp.chat.command",
+    "serve": "reinforcepp.serve",
+    "export": "reinforcepp.export.command",
+    "push": "reinforcepp.export.push",
     "compare": "reinforcepp.compare.command",
     "compare-algorithms": "reinforcepp.algorithm_comparison",
-    "serve-reward": "reinforcepp.serving",
+    "serve-reward": "reinforcepp.reward_server",
     "demo": "reinforcepp.demo",
 }
 """The module that brings a verb's heavy libraries, loaded while a signal ends the process at once; others need none."""

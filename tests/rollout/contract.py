@@ -5,6 +5,7 @@ The engine runs a tiny GPT-2 in float32 whose pad token is its EOS, so plain ``t
 
 import random
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 
@@ -117,6 +118,15 @@ class EngineContract:
     def test_greedy_tokens_are_those_of_generate(self, engine, model, prompts):
         for completion in engine.generate(prompts, Sampling(24, temperature=0)):
             assert completion.ids == generate_plainly(model, completion.prompt, 24)
+
+    def test_a_stream_that_is_given_up_leaves_the_engine_as_it_was(self, engine, prompts):
+        sampling = Sampling(12, seed=3)
+        expected = engine.generate(prompts, sampling)
+        with closing(engine.stream(prompts[0], sampling)) as growing:
+            assert len(next(growing).ids) == 1
+        growing = list(engine.stream(prompts[1], sampling))
+        assert len(growing) == len(expected[1].ids) and growing[-1].ids == expected[1].ids
+        assert [c.ids for c in engine.generate(prompts, sampling)] == [c.ids for c in expected]
 
     def test_streaming_grows_into_what_generate_gives(self, engine, prompts):
         sampling = Sampling(12, seed=4)

@@ -16,19 +16,17 @@ from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.report import ReportConfig
 from reinforcepp.config.rewards import RewardSettings
-from reinforcepp.config.verbs import (
-    Columns,
-    DemoConfig,
-    GenerateConfig,
-    RewardModelConfig,
-    ServeRewardConfig,
-    TrainConfig,
-)
+from reinforcepp.config.use import ChatConfig, ExportConfig, GenerateConfig, PushConfig, ServeConfig
+from reinforcepp.config.verbs import Columns, DemoConfig, RewardModelConfig, ServeRewardConfig, TrainConfig
 
 VERBS: dict[str, type] = {
     "reward": RewardModelConfig,
     "train": TrainConfig,
     "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "serve": ServeConfig,
+    "export": ExportConfig,
+    "push": PushConfig,
     "compare": CompareConfig,
     "compare-algorithms": CompareAlgorithmsConfig,
     "plan": PlanConfig,
@@ -41,19 +39,23 @@ VERBS: dict[str, type] = {
 
 __all__ = [
     "VERBS",
+    "ChatConfig",
     "Columns",
     "CompareAlgorithmsConfig",
     "CompareConfig",
     "DemoConfig",
     "DoctorConfig",
+    "ExportConfig",
     "GenerateConfig",
     "Keeping",
     "LintConfig",
     "PlanConfig",
+    "PushConfig",
     "ReinforceConfig",
     "ReportConfig",
     "RewardModelConfig",
     "RewardSettings",
+    "ServeConfig",
     "ServeRewardConfig",
     "TrainConfig",
     "as_dict",

@@ -112,7 +112,7 @@ def check_trackers(config: Any) -> None:
 
 
 def check_sampling(config: Any) -> None:
-    positive(config, "max_new_tokens", "max_prompt_length")
+    positive(config, "max_new_tokens")
     not_negative(config, "top_k", "temperature")
     if not 0 < config.top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1, not {config.top_p}.")

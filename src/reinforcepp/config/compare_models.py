@@ -82,6 +82,7 @@ class CompareConfig(Columns, CompareInputs):
         check_values(self)
         check_output(self)
         check_sampling(self)
+        positive(self, "max_prompt_length")
         fraction(self, "heldout_fraction")
         positive(self, "num_samples")
         not_negative(self, "max_prompts", "tie_margin")

@@ -135,6 +135,7 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
         check_values(self)
         check_trackers(self)
         check_sampling(self)
+        positive(self, "max_prompt_length")
         positive(self, "temperature")
         positive(self, "batch_size", "num_generations", "mini_batch_size", "gradient_accumulation_steps")
         positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high")

@@ -9,7 +9,6 @@ from reinforcepp.config._checks import (
     check_apart,
     check_judge,
     check_output,
-    check_sampling,
     check_values,
     filled,
     fraction,
@@ -170,52 +169,6 @@ class RewardModelConfig(Framing, Computing, Keeping, Columns, RewardInputs):
     def accumulation(self) -> int:
         """Mini-batches per optimiser step."""
         return self.gradient_accumulation_steps or max(1, self.batch_size // self.micro_batch_size)
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Answer prompts with a trained model."""
-
-    model: str = "builtin:tiny"
-    """Model that answers: builtin:tiny, a folder or a hub name."""
-    prompt: str | None = None
-    """The prompt; without it and prompts_file, prompts are read from standard input, one per line."""
-    prompts_file: str | None = None
-    """Text file with one prompt per line."""
-    num_samples: int = 1
-    """Answers per prompt."""
-    max_prompt_length: int = 128
-    """Limit for the framed prompt, in tokens."""
-    max_new_tokens: int = 384
-    """Limit for an answer, in tokens."""
-    temperature: float = 0.7
-    """0 always takes the likeliest token, 1 samples the model's own distribution."""
-    top_p: float = 0.9
-    """Sample only from the likeliest tokens that make up this probability."""
-    top_k: int = 50
-    """Sample only from this many likeliest tokens; 0 is off."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens that already occurred less likely."""
-    seed: int = 42
-    """The same seed gives the same answers."""
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """Engine that generates; auto takes vLLM where it is installed and runs the model, else transformers."""
-    output: str | None = None
-    """File for the answers as JSON lines (prompt, completion, finish_reason); default: text on the terminal."""
-
-    def __post_init__(self) -> None:
-        """Check each value, then what they mean together."""
-        check_values(self)
-        filled(self, "model")
-        check_sampling(self)
-        positive(self, "repetition_penalty")
-        positive(self, "num_samples")
-        if self.prompt is not None and self.prompts_file is not None:
-            raise ConfigError("prompt and prompts_file contradict each other: give one of the two.")
-        if self.prompt is not None and not self.prompt.strip():
-            raise ConfigError("prompt is empty: give the text to answer.")
-        if self.output is not None and self.output == self.prompts_file:
-            raise ConfigError(f"output and prompts_file are both {self.output}: give output another name.")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Reading and checking preference and prompt data; a file's mistakes come out as one-sentence ``DataError``s."""
 
 from reinforcepp.data._columns import Names
+from reinforcepp.data._messages import conversation_text
 from reinforcepp.data._table import Row, Skipped, Table, normalize, read_table, sift
 from reinforcepp.data._text import count
 from reinforcepp.data.preferences import PreferenceData, load_preferences, read_preferences
@@ -17,6 +18,7 @@ __all__ = [
     "Row",
     "Skipped",
     "Table",
+    "conversation_text",
     "count",
     "load_preferences",
     "load_prompts",

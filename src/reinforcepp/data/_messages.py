@@ -128,6 +128,11 @@ def pair_of(prompt: Content | None, chosen: Content, rejected: Content, seen: Co
     return framed._replace(chosen=better, rejected=worse)
 
 
+def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """The text as which a prompt of these messages is trained on; each has ``role`` and ``content``."""
+    return _text([Message(message["role"], message["content"]) for message in messages])
+
+
 def holds_conversation(*cells: Any) -> bool:
     """Whether each cell is a list of messages that doesn't begin with an answer."""
     starts = [cell[0] if isinstance(cell, list) and cell else None for cell in cells]

@@ -8,6 +8,7 @@ from reinforcepp.rewards.functions import (
     distinct_names,
     name_of,
     only_scored,
+    score_all,
     score_with,
 )
 from reinforcepp.rewards.load import RewardSum, load_rewards
@@ -28,5 +29,6 @@ __all__ = [
     "load_rewards",
     "name_of",
     "only_scored",
+    "score_all",
     "score_with",
 ]

@@ -80,6 +80,13 @@ def distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
     return names
 
 
+def score_all(reward: RewardFunction, completions: Sequence[Completion]) -> list[float]:
+    """Scores by a reward that leaves none out, as trained models and judges do."""
+    scores = score_with([reward], completions).total
+    assert all(score is not None for score in scores), f"{name_of(reward)} left a completion out"
+    return [float(score) for score in scores if score is not None]
+
+
 def score_with(
     functions: Sequence[RewardFunction],
     completions: Sequence[Completion],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,8 +33,11 @@ class RolloutEngine(Protocol):
         Raises ``RolloutError`` for an empty prompt or one that leaves no room in the model's context.
         """
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Completion]:
-        """What ``generate`` gives for one prompt, as far as it has come after each token; the last one is whole."""
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
+        """What ``generate`` gives for one prompt, as far as it has come after each token; the last one is whole.
+
+        Closed before, it gives the answer up, and the engine is as it was.
+        """
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """Generate with ``model``'s present weights from now on."""

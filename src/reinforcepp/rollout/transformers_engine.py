@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class TransformersEngine:
             self.model.train(was_training)
         return [completed(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs) for row in rows]
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Completion]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
         check_prompts([prompt], sampling.max_new_tokens, context_length(self.model.config))
         row = _Row(prompt, _uniforms(sampling, prompt, 0))

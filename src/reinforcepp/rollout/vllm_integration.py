@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +154,7 @@ class VllmEngine:
             for (prompt, _), out in zip(rows, sampled, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Completion]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
         check_prompts([prompt], sampling.max_new_tokens, self.context)
         engine = self._llm.llm_engine
@@ -163,10 +163,13 @@ class VllmEngine:
             given = {"prompt_token_ids": list(prompt.ids)}
             lora = self._adapter and self._adapter.request
             engine.add_request("stream", given, self._parameters(sampling, prompt, 0), lora_request=lora)
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    out = output.outputs[0]
-                    yield completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
+            try:
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        out = output.outputs[0]
+                        yield completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
+            finally:
+                engine.abort_request(["stream"])  # if it is given up
             self.sleep()
 
     def load_weights(self, model: PreTrainedModel) -> None:

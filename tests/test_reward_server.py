@@ -19,8 +19,8 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
 from reinforcepp.errors import RewardError
 from reinforcepp.models import load_tokenizer
 from reinforcepp.observe import read_metrics
+from reinforcepp.reward_server import BadRequest, RewardServer, score_request
 from reinforcepp.rewards import load_reward_model, load_rewards
-from reinforcepp.serving import BadRequest, RewardServer, score_request
 from reinforcepp.tokens import encode_answer, frame_completion, frame_prompt
 from reinforcepp.types import Completion, Prompt
 
@@ -179,7 +179,7 @@ def test_requests_at_the_same_time_are_all_answered(reward):
 
 
 def test_a_port_in_use_and_a_host_of_others_are_told_before_the_model_loads(reward_folder, monkeypatch, capsys):
-    monkeypatch.setattr("reinforcepp.serving.load_reward_model", lambda name: pytest.fail("it was loaded"))
+    monkeypatch.setattr("reinforcepp.reward_server.load_reward_model", lambda name: pytest.fail("it was loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,0 +1,100 @@
+"""A hub of our own, which speaks as much of the real one's language as an upload needs, on this machine alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Hub(ThreadingHTTPServer):
+    """``repos`` are the repositories with their files, ``tokens`` maps each valid token to its owner."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[str, dict[str, Any]] = {}
+        self.tokens: dict[str, str] = {}
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        self._answer(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def _answer(self, body: bytes) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append(path)
+        owner = self.server.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if owner is None:
+            return self._send({"error": "Invalid username or password."}, 401)
+        if path == "/api/whoami-v2":
+            return self._send({"name": owner, "type": "user", "auth": {}})
+        if path == "/api/repos/create":
+            return self._create(json.loads(body), owner)
+        if path == "/api/validate-yaml":
+            return self._send({"errors": [], "warnings": []})
+        _, _, _, user, name, *rest = path.split("/")
+        repo = self.server.repos.get(f"{user}/{name}")
+        if repo is None:
+            return self._send({"error": "Repository not found"}, 404, error_code="RepoNotFound")
+        if not rest or rest[0] == "revision":
+            return self._send({"id": f"{user}/{name}", "private": repo["private"], "sha": "0" * 40, "siblings": []})
+        if rest[0] == "preupload":
+            files = json.loads(body)["files"]
+            return self._send(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        assert rest[0] == "commit", path
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                repo["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        url = f"{self.server.url}/{user}/{name}/commit/{'1' * 40}"
+        return self._send({"commitUrl": url, "commitOid": "1" * 40})
+
+    def _create(self, wanted: dict[str, Any], owner: str) -> None:
+        user = wanted.get("organization") or owner
+        name = f"{user}/{wanted['name']}"
+        if user != owner:
+            return self._send({"error": "You don't have the rights to create a model under this namespace"}, 403)
+        if name in self.server.repos:
+            return self._send({"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409)
+        private = wanted.get("private") is True or wanted.get("visibility") == "private"
+        self.server.repos[name] = {"private": private, "files": {}}
+        return self._send({"url": f"{self.server.url}/{name}"})
+
+    def _send(self, value: dict[str, Any], code: int = 200, error_code: str = "") -> None:
+        body = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if error_code:
+            self.send_header("X-Error-Code", error_code)
+        self.end_headers()
+        self.wfile.write(body)

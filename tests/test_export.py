@@ -1,0 +1,250 @@
+"""The export verb: a plain folder that everybody reads, and a card that tells what the model is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from made_runs import HOSTILE, figures, make_run
+
+from reinforcepp import cli
+from reinforcepp.export import card as cards
+from reinforcepp.export.card import escaped, model_card
+from reinforcepp.export.source import Source, find_source
+from reinforcepp.run_record import read_run
+
+
+@pytest.fixture
+def trained(tmp_path, model_folder):
+    """The folder of a training that is done: made-up figures beside a real model."""
+    run = make_run(tmp_path / "runs" / "train")
+    shutil.copytree(model_folder, run, dirs_exist_ok=True)
+    return run
+
+
+def card_of(run, **changes) -> str:
+    return model_card(Source(str(run), read_run(run), **({"step": 12} | changes)), "someone/model")
+
+
+def refusal(capsys, *arguments: object) -> str:
+    assert cli.main(list(map(str, arguments))) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_what_transformers_reads(trained, tmp_path, model_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    out = tmp_path / "out"
+    assert cli.main(["export", str(trained), "--output_dir", str(out)]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    framed = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert framed == "Question: Why?\nAnswer:"
+    exported, original = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, model_folder))
+    weights, before = exported.state_dict(), original.state_dict()
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+    settings = GenerationConfig.from_pretrained(out)
+    assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, tokenizer.eos_token_id)
+
+
+def test_the_tokens_that_end_an_answer_are_added_where_a_model_names_none(tmp_path, model_folder):
+    from transformers import GenerationConfig
+
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        told = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in told.items() if "token_id" not in key}))
+    assert cli.main(["export", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
+
+
+def test_the_number_format_is_the_model_s_own_or_the_one_asked_for(trained, tmp_path):
+    from safetensors.torch import load_file
+
+    def types(*flags: str) -> set[torch.dtype]:
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        assert cli.main(["export", "--model", str(trained), "--output_dir", str(out), *flags]) == 0
+        return {tensor.dtype for tensor in load_file(out / "model.safetensors").values()}
+
+    assert types() == types("--dtype", "float32") == {torch.float32}
+    assert types("--dtype", "bfloat16") == {torch.bfloat16}
+    shutil.copytree(tmp_path / "out", trained, dirs_exist_ok=True)
+    assert types() == {torch.bfloat16}
+
+
+def test_what_can_not_be_exported_is_refused_in_a_sentence(trained, tmp_path, capsys, reward_folder, model_folder):
+    assert "is a reward model" in refusal(capsys, "export", reward_folder, "--output_dir", tmp_path / "out")
+    assert "no model folder" in refusal(capsys, "export", tmp_path / "none", "--output_dir", tmp_path / "out")
+    assert "isn't empty" in refusal(capsys, "export", trained, "--output_dir", trained)
+    unfinished = make_run(tmp_path / "unfinished")
+    assert "no config.json" in refusal(capsys, "export", unfinished, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_training_names_its_checkpoint(tmp_path, capsys, model_folder):
+    from reinforcepp.files import whole_folder
+
+    run = make_run(tmp_path / "run", 40)
+    (run / "checkpoints").mkdir()
+    with whole_folder(run / "checkpoints" / "step-000010") as folder:
+        shutil.copytree(model_folder, folder, dirs_exist_ok=True)
+        (folder / "state.json").write_text("{}")
+    message = refusal(capsys, "export", run, "--output_dir", tmp_path / "out")
+    assert "isn't finished" in message and str(run / "checkpoints" / "step-000010") in message
+    source = find_source(str(run / "checkpoints" / "step-000010"))
+    assert source.step == 10 and source.record.facts["num_steps"] == 40
+
+
+def test_a_demo_s_folder_means_its_policy(trained, tmp_path):
+    trained.rename(tmp_path / "runs" / "policy")
+    assert find_source(str(tmp_path / "runs")).name == str(tmp_path / "runs" / "policy")
+
+
+def test_nothing_is_left_of_an_export_that_fails(trained, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("reinforcepp.export.command.model_card", fail)
+    with pytest.raises(RuntimeError):
+        cli.main(["export", str(trained), "--output_dir", str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_tells_data_reward_model_settings_and_results(tmp_path):
+    rewards = {
+        "name": "reward_model",
+        "card": {
+            "base_model": "distilgpt2",
+            "data": "feedback/my.csv",
+            "data_sha256": "ab" * 32,
+            "train_pairs": 731,
+            "heldout_pairs": 122,
+            "figures": {"accuracy": 0.9131},
+        },
+    }
+    evaluations = {
+        "before": figures(0.0, 0.4, kl=0.0),
+        "after": figures(2.0, 0.8, length=25.0, kl=0.0512, truncated=0.25, distinct=0.75),
+    }
+    settings = {"data": "data/prompts.jsonl", "learning_rate": 3e-5, "eval_prompts": 6, "model": "distilgpt2"}
+    run = make_run(tmp_path / "run", settings=settings, facts={"rewards": [rewards]}, evaluations=evaluations)
+    card = card_of(run)
+    rows = [
+        "| prompts from | prompts.jsonl |",
+        "| prompts trained on | 100 |",
+        "| prompts held out | 8 |",
+        "| fingerprint of the prompts | fedcba9876543210 |",
+        "| fingerprint of the weights at the start | 0123456789abcdef |",
+        "| made from | distilgpt2 |",
+        "| preferences from | my.csv |",
+        f"| SHA-256 of the preferences | {'ab' * 32} |",
+        "| pairs trained on | 731 |",
+        "| pairs held out | 122 |",
+        "| accuracy on held-out pairs | 0.913 |",
+        "| learning\\_rate | 3e-05 | 1e-05 |",
+        "| batch\\_size | 16 | 8 |",
+        "| reward | 0.000 | 2.000 | +2.000 ± 0.283\\: better |",
+        "| judge \\(judge\\), which took no part in training | 0.400 | 0.800 | +0.400 ± 0.057\\: better |",
+        "| KL to the start, nats per token | 0.0000 | 0.0512 |  |",
+        "| length, tokens | 20.0 | 25.0 |  |",
+        "| cut off at the length limit | 0% | 25% |  |",
+        "| different answers | 90% | 75% |  |",
+    ]
+    lines = card.splitlines()
+    assert [row for row in rows if row not in lines] == []
+    assert "One answer to each of 6 held-out prompts." in card
+    assert "estimator reinforce\\_plus\\_plus, 12 of 12 steps" in card
+    assert "gamma" not in card, "a setting at its default"
+    assert 'from_pretrained("someone/model")' in card
+
+
+def test_the_front_matter_is_what_the_hub_reads(tmp_path):
+    from huggingface_hub import ModelCard
+
+    def told(model: str) -> dict:
+        run = make_run(tmp_path / f"run of {abs(hash(model))}", settings={"model": model})
+        return ModelCard(card_of(run)).data.to_dict()
+
+    known = told("distilgpt2")
+    assert known["base_model"] == "distilgpt2"
+    assert (known["library_name"], known["pipeline_tag"]) == ("transformers", "text-generation")
+    assert "rlhf" in known["tags"]
+    assert told("Qwen/Qwen2.5-0.5B")["base_model"] == "Qwen/Qwen2.5-0.5B"
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    for no_hub_name in ("builtin:tiny", "/home/me/base", "models/of/mine", "models/base", "a: b\nlicense: mit"):
+        assert not {"base_model", "license"} & told(no_hub_name).keys()
+
+
+def test_a_card_never_tells_where_files_are(tmp_path):
+    settings = {"model": "/home/me/base", "data": "/home/me/a.csv,/home/me/b.csv", "reward_model": "/home/me/rm"}
+    reward = {"name": "r", "card": {"base_model": "/home/me/base", "data": "/home/me/prefs.csv"}}
+    run = make_run(
+        tmp_path / "run",
+        settings={**settings, "judge": "/home/me/j", "resume": "/home/me/c"},
+        facts={"rewards": [reward]},
+    )
+    card = card_of(run)
+    assert "/home" not in card and str(tmp_path) not in card
+    assert "| prompts from | a.csv, b.csv |" in card
+
+
+def test_text_of_users_is_shown_as_it_is(tmp_path):
+    rendered = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table").render
+    name = "a|b [x](javascript:1) `c` **d** <img src=x> & @me\n# e"
+    run = make_run(
+        tmp_path / "run",
+        settings={"model": f"x/y/{HOSTILE}", "lr_scheduler_type": name, "data": name},
+        facts={"rewards": [{"name": HOSTILE, "card": None}], "judge": name},
+    )
+    page = rendered(card_of(run).partition("\n---\n")[2])
+    assert "<script" not in page and "<img" not in page and "<a " not in page and "<strong>" not in page
+    assert "\x1b" not in page and "\u202e" not in page
+    cell = "a|b [x](javascript:1) `c` **d** &lt;img src=x&gt; &amp; @me # e"
+    assert f"<td>{cell}</td>" in page
+
+
+def test_escaping_leaves_plain_words_alone():
+    assert escaped("my-file 2.0, v+1") == "my-file 2.0, v+1"
+    assert escaped("*a*\n|b|") == r"\*a\* \|b\|"
+
+
+def test_a_checkpoint_is_told_as_what_it_is(tmp_path):
+    evaluations = {"before": figures(0.0), "step 10": figures(1.5), "after": figures(9.0)}
+    run = make_run(tmp_path / "run", evaluations=evaluations)
+    assert "| reward | 0.000 | 1.500 |" in card_of(run, step=10) and "9.000" not in card_of(run, step=10)
+    assert "10 of 12 steps" in card_of(run, step=10)
+    assert "Nothing was measured of this state" in card_of(run, step=8)
+
+
+def test_a_model_of_unknown_origin_has_a_card_too(model_folder):
+    card = model_card(find_source(str(model_folder)), "tiny")
+    assert "Nothing is noted of how it was trained" in card
+    assert "PATH_OF_THIS_FOLDER" in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+
+
+def test_the_card_s_code_runs(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["export", str(trained), "--output_dir", str(out)]) == 0
+    code = (out / cards.CARD).read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace("PATH_OF_THIS_FOLDER", str(out)).replace("256", "5"), {})
+    assert json.loads((out / "config.json").read_text())["model_type"] == "gpt2"

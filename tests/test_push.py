@@ -1,0 +1,120 @@
+"""The push verb against a hub on this machine: what arrives there, and what is said where nothing can."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub import serving
+from made_runs import make_run
+
+from reinforcepp.config import PushConfig
+from reinforcepp.errors import ConfigError
+
+TOKEN = "hf_aVerySecretToken"
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+@pytest.fixture
+def hub():
+    with serving() as hub:
+        hub.tokens[TOKEN] = "ada"
+        yield hub
+
+
+@pytest.fixture
+def run(tmp_path, model_folder):
+    folder = make_run(tmp_path / "policy", settings={"model": "distilgpt2"})
+    shutil.copytree(model_folder, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def push(tmp_path, run):
+    """``push(endpoint, token, *flags)``: the command's exit code and what it said; the token is never part of that.
+
+    It is a process of its own, as the address of the hub is read when its library is imported.
+    """
+
+    def start(endpoint: str, token: str | None, *flags: str) -> tuple[int, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        own |= {"PYTHONPATH": str(SOURCE)} | ({"HF_TOKEN": token} if token else {})
+        own |= dict.fromkeys(("no_proxy", "NO_PROXY"), "*")
+        command = [sys.executable, "-m", "reinforcepp", "push", str(run), *flags]
+        done = subprocess.run(command, env=kept | own, capture_output=True, text=True, timeout=200, check=False)
+        said = done.stdout + done.stderr
+        assert token is None or token not in said
+        assert "Traceback" not in said
+        return done.returncode, said
+
+    return start
+
+
+def test_the_model_and_its_card_arrive(hub, push, run, tmp_path):
+    from safetensors.torch import load_file
+
+    code, said = push(hub.url, TOKEN, "--repo", "aligned", "--private")
+    assert code == 0, said
+    assert f"Uploaded to {hub.url}/ada/aligned" in said.replace("\n", "")
+    repo = hub.repos["ada/aligned"]
+    assert repo["private"] is True
+    files = repo["files"]
+    assert set(files) - {".gitattributes"} == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
+    }
+    (tmp_path / "arrived").write_bytes(files["model.safetensors"])
+    arrived, sent = load_file(tmp_path / "arrived"), load_file(run / "model.safetensors")
+    assert arrived.keys() == sent.keys() and all(bool((arrived[k] == sent[k]).all()) for k in sent)
+    card = files["README.md"].decode()
+    assert "base_model: distilgpt2" in card and "# ada/aligned" in card and 'from_pretrained("ada/aligned")' in card
+    assert sorted(path.name for path in run.parent.iterdir() if path.name != "arrived" and path.name != "home") == [
+        "policy"
+    ]
+
+
+def test_a_repository_that_is_there_is_written_again_but_never_made_public_by_accident(hub, push):
+    hub.repos["ada/policy"] = {"private": False, "files": {}}
+    code, said = push(hub.url, TOKEN, "--private")
+    assert code == 2 and "everybody can see it" in said
+    assert hub.repos["ada/policy"]["files"] == {}
+    code, said = push(hub.url, TOKEN)
+    assert code == 0, said
+    assert "README.md" in hub.repos["ada/policy"]["files"]
+
+
+def error_of(outcome: tuple[int, str]) -> str:
+    code, said = outcome
+    assert code == 2, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_without_a_token_one_sentence_says_how_to_get_one(hub, push):
+    message = error_of(push(hub.url, None))
+    assert "hf auth login" in message and "HF_TOKEN" in message
+    assert hub.asked == []
+
+
+def test_a_hub_that_refuses_or_is_not_there(hub, push):
+    assert "doesn't accept the token" in error_of(push(hub.url, "hf_wrong"))
+    assert "may not write there" in error_of(push(hub.url, TOKEN, "--repo", "someone/else"))
+    assert hub.repos == {}
+    assert "can't be reached" in error_of(push("http://127.0.0.1:9", TOKEN))
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "../x", "", "a/", "-x", "a--b", "a..b", "x.", "a\nb"])
+def test_names_that_no_hub_allows(name):
+    with pytest.raises(ConfigError, match="no name that the hub allows"):
+        PushConfig(model="runs/train", repo=name)
+
+
+def test_the_name_is_that_of_the_folder_unless_given():
+    assert PushConfig(model="runs/train").repository == "train"
+    assert PushConfig(model="runs/train", repo="ada/x").repository == "ada/x"

@@ -1,0 +1,267 @@
+"""The serve verb: what it refuses, and the real server on the CPU, spoken to by OpenAI's own client."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from reinforcepp import cli
+from reinforcepp.builtin import model_path
+from reinforcepp.models import load_config
+from reinforcepp.rollout.vllm_server import server_command, server_environment
+from reinforcepp.tokens import PLAIN_TEMPLATE
+
+SOURCE = Path(__file__).parents[1] / "src"
+KEY = "sk-quite-secret"
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+
+
+# --- the real server --------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """``reinforcepp serve`` in a process of its own, ready to be asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.log = folder / "log"
+        (folder / "key").write_text(f"{KEY}\n")
+        command = [sys.executable, "-m", "reinforcepp", "serve", "builtin:tiny", "--port", str(self.port)]
+        command += ["--api_key_file", str(folder / "key")]
+        own = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            command, env=os.environ | own, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+        )
+        end = time.monotonic() + 300
+        while "Ctrl-C stops" not in self.said:
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.process.terminate()
+                pytest.fail(self.said)
+            time.sleep(0.3)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def children(self) -> list[int]:
+        """Every process that has come from it."""
+        found, todo = [], [self.process.pid]
+        while todo:
+            pid = todo.pop()
+            try:
+                children = [
+                    int(child)
+                    for task in Path(f"/proc/{pid}/task").iterdir()
+                    for child in (task / "children").read_text().split()
+                ]
+            except OSError:
+                children = []
+            found += children
+            todo += children
+        return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    if server.process.poll() is None:
+        server.process.terminate()
+        server.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    httpx = pytest.importorskip("httpx")
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key=KEY, http_client=httpx.Client(trust_env=False)
+    )
+
+
+@needs_vllm
+class TestServer:
+    def test_the_official_client_is_answered_as_generate_answers(self, client, capsys):
+        flags = ["--prompt", "How do I see my routes?", "--temperature", "0", "--engine", "transformers"]
+        assert cli.main(["generate", *flags, "--max_new_tokens", "40"]) == 0
+        expected = capsys.readouterr().out.strip()
+        assert [model.id for model in client.models.list()] == ["builtin:tiny"]
+        answer = client.chat.completions.create(
+            model="builtin:tiny",
+            messages=[{"role": "user", "content": "How do I see my routes?"}],
+            temperature=0,
+            max_tokens=40,
+        )
+        assert answer.choices[0].message.content.strip() == expected
+        assert answer.choices[0].finish_reason == "stop"
+
+    def test_it_streams(self, client):
+        def said(stream: bool):
+            return client.chat.completions.create(
+                model="builtin:tiny",
+                messages=[{"role": "user", "content": "Which port is open?"}],
+                seed=3,
+                max_tokens=12,
+                stream=stream,
+            )
+
+        parts = [part.choices[0].delta.content or "" for part in said(True) if part.choices]
+        assert len(parts) > 5
+        assert "".join(parts) == said(False).choices[0].message.content
+
+    def test_without_the_key_nobody_is_served_and_nobody_sees_it(self, client, server):
+        import openai
+
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="wrong").models.list()
+        for pid in [server.process.pid, *server.children()]:
+            assert KEY not in Path(f"/proc/{pid}/cmdline").read_text()
+        assert KEY not in server.said
+        assert "which asks for a key" in server.said
+
+    def test_a_port_that_is_taken_is_refused(self, server, capsys, monkeypatch):
+        monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: pytest.fail("vLLM was loaded"))
+        assert cli.main(["serve", "--port", str(server.port)]) == 2
+        err = capsys.readouterr().err
+        assert f"127.0.0.1:{server.port} can't be listened on" in err and err.count("\n") == 1
+
+    def test_a_signal_ends_it_with_all_that_belongs_to_it(self, server):  # the last one of the class
+        children = server.children()
+        assert len(children) >= 2
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=60) == 128 + signal.SIGINT
+        end = time.monotonic() + 30
+        while any(alive(pid) for pid in children):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        assert "Traceback" not in server.said
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """``refused("--x", ...)``: the one sentence; no server may have been started."""
+    monkeypatch.setattr("reinforcepp.serve.subprocess.Popen", lambda *_, **__: pytest.fail("a server was started"))
+
+    def run(*flags: object) -> str:
+        assert cli.main(["serve", "--port", str(free_port()), *map(str, flags)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+def test_what_can_not_be_served(refused, monkeypatch, tmp_path, reward_folder):
+    assert "is a reward model" in refused(reward_folder)
+    assert "no model folder" in refused(tmp_path / "none")
+    assert "exceeds the model's context of 512" in refused("--max_length", 513)
+    assert "can't be listened on" in refused("--host", "192.0.2.1")
+    monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: (False, "vLLM isn't installed; to get it: pip"))
+    assert "builtin:tiny can't be served: vLLM isn't installed; to get it: pip." in refused()
+
+
+def test_keys_that_are_none(refused, tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "two").write_text("secret-one secret-two\n")
+    assert "no file" in refused("--api_key_file", tmp_path / "none")
+    assert "one line" in refused("--api_key_file", tmp_path / "empty")
+    message = refused("--api_key_file", tmp_path / "two")
+    assert "one line" in message and "secret" not in message
+
+
+def test_a_key_on_the_command_line_is_no_setting(refused):
+    message = refused("--api_key", "sk-secret")
+    assert "--api_key_file" in message and "sk-secret" not in message
+
+
+def test_a_server_that_fails_is_told(monkeypatch, capfd):
+    monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: (True, ""))
+    monkeypatch.setattr("reinforcepp.serve.vllm_is_for_gpus", lambda: False)
+    command = [sys.executable, "-c", "import sys; sys.exit('what it said')"]
+    monkeypatch.setattr("reinforcepp.serve.server_command", lambda *_, **__: command)
+    assert cli.main(["serve", "--port", str(free_port())]) == 2
+    err = capfd.readouterr().err
+    assert "what it said\n" in err and "error: vLLM's server ended with exit code 1" in err
+
+
+def test_who_may_come_in_is_told(monkeypatch, capfd):
+    monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: (True, ""))
+    monkeypatch.setattr("reinforcepp.serve.vllm_is_for_gpus", lambda: False)
+    monkeypatch.setattr("reinforcepp.serve.server_command", lambda *_, **__: [sys.executable, "-c", ""])
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    warned = []
+    for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+        assert cli.main(["serve", "--port", str(free_port()), "--host", host]) == 2
+        warned.append("Everybody who reaches this address" in capfd.readouterr().err.replace("\n", " "))
+    assert warned == [False, False, True]
+
+
+def test_a_tokenizer_without_a_template_gets_the_frame_of_the_training(monkeypatch, tmp_path, model_folder):
+    shown = []
+
+    def command(*_, chat_template, **__) -> list[str]:
+        shown.append(None if chat_template is None else Path(chat_template).read_text())
+        return [sys.executable, "-c", ""]
+
+    monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: (True, ""))
+    monkeypatch.setattr("reinforcepp.serve.vllm_is_for_gpus", lambda: False)
+    monkeypatch.setattr("reinforcepp.serve.server_command", command)
+    templated = shutil.copytree(model_folder, tmp_path / "templated")
+    (templated / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    for model in (model_folder, templated):
+        assert cli.main(["serve", str(model), "--port", str(free_port())]) == 2
+    assert shown == [PLAIN_TEMPLATE, None]
+
+
+# --- command and environment ------------------------------------------------------------------------------------------
+
+
+def command_for(*, on_gpu: bool, **changes) -> list[str]:
+    told = {"host": "::1", "port": 9, "name": "n", "max_length": 64, "batch_size": 4, "chat_template": None} | changes
+    config = load_config("builtin:tiny")
+    return server_command(str(model_path()), config, torch.bfloat16, on_gpu=on_gpu, **told)
+
+
+def test_the_command_has_what_a_cpu_needs_and_a_gpu_not():
+    cpu, gpu = command_for(on_gpu=False), command_for(on_gpu=True)
+    per_token = 2 * 4 * 192 * 2  # keys and values of 4 layers in bfloat16
+    assert f"--kv-cache-memory-bytes={4 * 96 * per_token}" in cpu
+    assert {"--enforce-eager", "--block-size=32"} <= set(cpu)
+    assert not [flag for flag in gpu if flag.startswith(("--kv-cache", "--enforce", "--block"))]
+    assert {"--dtype=bfloat16", "--max-model-len=64", "--max-num-seqs=4", "--served-model-name=n"} <= set(gpu)
+    assert not [flag for flag in gpu if flag.startswith("--chat-template")]
+    assert "--chat-template=/t" in command_for(on_gpu=True, chat_template="/t")
+
+
+def test_the_environment_of_the_server():
+    told = server_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO", "A": "b"}, "k")
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in told
+    assert (told["VLLM_API_KEY"], told["VLLM_LOGGING_LEVEL"], told["A"]) == ("k", "INFO", "b")
+    assert "VLLM_API_KEY" not in server_environment({"VLLM_API_KEY": "old"}, None)
