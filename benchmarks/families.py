@@ -18,6 +18,7 @@ from pathlib import Path
 from results import write_result
 
 from reinforcepp import cli
+from reinforcepp.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny
@@ -44,18 +45,21 @@ def outcomes(family: str, folder: Path) -> dict[str, dict[str, str]]:
     def run(verb: str, engine: str, *arguments: str) -> None:
         told.setdefault(verb, {})[engine] = said(list(arguments))
 
+    trained, adapted = str(folder / "transformers"), str(folder / "lora-transformers")
+
     run("reward", "transformers", "reward", "--model", base, "--data", data, "--output_dir", str(folder / "rm"))
-    lora = str(folder / "lora")
     for engine in ("transformers", "vllm"):
         out = str(folder / engine)
         train = ["train", "--model", base, "--data", data, *reward, *TRAIN, "--rollout", engine]
         run("train", engine, *train, "--output_dir", out)
         resumed = ["--output_dir", str(folder / f"{engine}-2"), "--resume", f"{out}/checkpoints/step-000001"]
-        run("resume", engine, *train, *resumed)
-        run("train, LoRA", engine, *train, "--use_peft", "--output_dir", f"{lora}-{engine}")
+        if told["train"][engine] == PASSED:
+            run("resume", engine, *train, *resumed)
+        else:  # there is nothing to go on from
+            told.setdefault("resume", {})[engine] = told["train"][engine]
+        run("train, LoRA", engine, *train, "--use_peft", "--output_dir", str(folder / f"lora-{engine}"))
         prompt = ["--prompt", "Is the gateway up?", *LENGTHS, "--engine", engine]
-        run("generate", engine, "generate", "--model", out, *prompt)
-    trained, adapted = str(folder / "transformers"), f"{lora}-transformers"
+        run("generate", engine, "generate", "--model", trained, *prompt)
     asked = ["--data", data, *LENGTHS, "--output_dir", str(folder / "comparison"), "--judge", str(folder / "rm")]
     run("compare", "transformers", "compare", base, trained, *asked)
     run("export", "transformers", "export", adapted, "--output_dir", str(folder / "plain"))
@@ -84,12 +88,16 @@ def table(families: list[str]) -> Iterator[tuple[str, dict[str, dict[str, str]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
-    families = parser.parse_args().families
+    parser.add_argument("--output", help="write there instead of benchmarks/results/families.json")
+    arguments = parser.parse_args()
+    families = arguments.families
     found = {}
     for family, told in table(families):
         found[family] = told
         print(family, told, flush=True)
-    if families == list(FAMILIES):
+    if arguments.output:
+        write_json(Path(arguments.output), {"families": found})
+    elif families == list(FAMILIES):
         write_result(
             "families", {"meaning": "family -> verb -> engine -> passed, or what is said instead", "families": found}
         )
