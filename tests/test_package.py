@@ -76,6 +76,7 @@ LAYERS = [
     "reward_trainer",
     "reinforce_trainer",
     "plan",
+    "dry_run",
     "lint",
     "report",
     "compare",

@@ -43,7 +43,13 @@ def follow(page: Path, folder: Path) -> str:
 
 
 def test_every_tutorial_has_a_test():
-    assert {page.stem for page in TUTORIALS} == {"reward_function", "math_with_rules"}
+    elsewhere = {"feedback"}  # test_tutorial_feedback.py answers the conversation in it
+    assert {page.stem for page in TUTORIALS} == {
+        "reward_function",
+        "math_with_rules",
+        "my_csv",
+        "chat_lora",
+    } | elsewhere
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
@@ -71,3 +77,20 @@ def test_math_with_rules(tmp_path):
     assert len(steps) == 3
     for name in ("exact_match", "regex", "repetition"):
         assert all(f"rewards/{name}/mean" in step for step in steps)
+
+
+def test_my_csv(tmp_path):
+    said = follow(ROOT / "docs/tutorials/my_csv.md", tmp_path)
+    assert "Fits: " in said and "the completion that follows is what is trained on" in said
+    assert len(read_metrics(tmp_path / "runs/mine")) == 3
+    assert (tmp_path / "models/mine/report.html").is_file() and (tmp_path / "runs/mine/report.html").is_file()
+
+
+def test_chat_lora(tmp_path):
+    said = follow(ROOT / "docs/tutorials/chat_lora.md", tmp_path)
+    assert said.count("<system>\\nYou are a patient network engineer.\\n<user>\\n") == 3
+    assert "adapter_model.safetensors" in said and "\n reference " not in said
+    assert not list((tmp_path / "runs/chat").glob("model*.safetensors"))
+    assert (tmp_path / "models/chat/model.safetensors").is_file()
+    template = (tmp_path / "models/chat/chat_template.jinja").read_text(encoding="utf-8")
+    assert "You are a patient network engineer." in template

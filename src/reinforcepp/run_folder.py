@@ -59,6 +59,7 @@ FREE_ON_RESUME = (
     "output_dir",
     "overwrite",
     "resume",
+    "dry_run",
     "allow_changes",
     "save_every",
     "keep_last",

@@ -177,9 +177,28 @@ def serve_reward(config: ServeRewardConfig) -> None:
     serve(config)
 
 
+def _reward_or_show(config: RewardModelConfig) -> None:
+    """Train a reward model, or show what it would be trained on."""
+    if not config.dry_run:
+        return reward(config)
+    from reinforcepp.dry_run import show_reward_training
+
+    show_reward_training(config)
+
+
+def _train_or_show(config: TrainConfig) -> None:
+    """Train a policy, or show what it would be trained on."""
+    if not config.dry_run:
+        train(config)
+        return
+    from reinforcepp.dry_run import show_training
+
+    show_training(config)
+
+
 ACTIONS: dict[str, Callable[[Any], Any]] = {
-    "reward": reward,
-    "train": train,
+    "reward": _reward_or_show,
+    "train": _train_or_show,
     "generate": generate,
     "chat": chat,
     "serve": serve,

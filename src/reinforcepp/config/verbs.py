@@ -28,6 +28,14 @@ LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
+class Looking:
+    """Whether a training is only to be looked at."""
+
+    dry_run: bool = False
+    """Show the settings, the plan and the first rows as they are tokenised, and stop; nothing is loaded or written."""
+
+
+@dataclass(frozen=True)
 class Columns:
     """Names of the data file's columns."""
 
@@ -61,7 +69,7 @@ class TrainInputs:
 
 
 @dataclass(frozen=True)
-class TrainConfig(ReinforceConfig, Columns, TrainInputs):
+class TrainConfig(Looking, ReinforceConfig, Columns, TrainInputs):
     """Train a policy against a reward model with REINFORCE++."""
 
     def __post_init__(self) -> None:
@@ -120,7 +128,7 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(Framing, Computing, Keeping, Columns, RewardInputs):
+class RewardModelConfig(Looking, Framing, Computing, Keeping, Columns, RewardInputs):
     """Train a reward model from a preference file."""
 
     output_dir: str = "models/reward_model"

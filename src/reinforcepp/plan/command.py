@@ -40,12 +40,18 @@ def run_plan(config: PlanConfig) -> int:
     plan = make_plan(config)
     if config.format == "json":
         sys.stdout.write(report.as_json(plan))
+        sys.stdout.flush()
     else:
-        terminal = Console(highlight=False)
-        for part in report.as_text(plan):
-            terminal.print(part, soft_wrap=isinstance(part, str), markup=False)
-    sys.stdout.flush()
+        show_plan(plan)
     return 0 if plan.fits else TOO_LARGE
+
+
+def show_plan(plan: Plan) -> None:
+    """Tell a plan to people."""
+    terminal = Console(highlight=False)
+    for part in report.as_text(plan):
+        terminal.print(part, soft_wrap=isinstance(part, str), markup=False)
+    sys.stdout.flush()
 
 
 def make_plan(config: PlanConfig) -> Plan:

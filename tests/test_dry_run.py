@@ -1,0 +1,62 @@
+"""``--dry_run``: all that a training starts from is shown, nothing is loaded and nothing written."""
+
+import pytest
+import yaml
+
+from reinforcepp import models
+from reinforcepp.cli import main
+from reinforcepp.config import TrainConfig, as_dict
+from reinforcepp.dry_run import settings
+from reinforcepp.models import load_tokenizer
+from reinforcepp.tokens import encode, encode_answer, frame_prompt
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded_or_written(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(models, "load_weights", refuse)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert list(tmp_path.iterdir()) == []
+
+
+def shown(capsys, *arguments) -> str:
+    assert main(list(map(str, arguments))) == 0
+    return capsys.readouterr().out
+
+
+def test_a_policy_training(model_folder, reward_folder, pairs_csv, capsys):
+    arguments = ["--model", model_folder, "--reward_model", reward_folder, "--data", pairs_csv, "--batch_size", 4]
+    out = shown(capsys, "train", *arguments, "--dry_run", "--rollout", "transformers", "--system_prompt", "Be short.")
+    assert "  batch_size: 4  # default: 8\n" in out and "  learning_rate: 1.0e-05\n" in out
+    assert "Fits: " in out and "AdamW's moments" in out
+    assert out.count("the completion that follows is what is trained on") == 3
+    assert out.count(r"Be short.\n\nQuestion: ") == 3
+
+
+def test_the_tokens_are_those_that_the_model_gets(model_folder, pairs_csv, capsys):
+    out = shown(capsys, "reward", "--model", model_folder, "--data", pairs_csv, "--dry_run")
+    assert out.count("the score is read at the last") == 6
+    tokenizer = load_tokenizer(str(model_folder))
+    prompt, chosen = "How do I see my routes?", "Run ip route and read the default line."
+    ids, length = encode_answer(tokenizer, prompt, chosen), len(encode(tokenizer, frame_prompt(tokenizer, prompt)))
+    if f"'Question: {prompt}" in out:  # unless it is held out
+        tokens = " ".join(f"{str(tokenizer.decode([i]))!r}:{i}" for i in ids)
+        assert f"  tokens  {tokens}\n" in out
+        assert f"  mask    {' '.join('0' * length + '1' * (len(ids) - length))}\n" in out
+    assert str(tokenizer.eos_token) in out
+
+
+def test_the_settings_are_a_configuration_file():
+    config = TrainConfig(report_to=("tensorboard",), system_prompt="No: 'yes'.", batch_size=3)
+    read = yaml.safe_load("\n".join(settings(config)))
+    assert read == {name: list(v) if isinstance(v, tuple) else v for name, v in as_dict(config).items()}
+
+
+def test_mistakes_are_told_as_they_are_without_it(capsys, pairs_csv):
+    assert main(["train", "--dry_run", "--data", "no.csv"]) == 2
+    assert "no.csv" in capsys.readouterr().err
+    assert main(["reward", "--dry_run", "--data", str(pairs_csv), "--model", "no/such/model"]) == 2
+    assert "no/such/model" in capsys.readouterr().err
