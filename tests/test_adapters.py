@@ -186,6 +186,12 @@ def test_settings_that_contradict_each_other(settings, named):
         ReinforceConfig(**settings)
 
 
+def test_settings_from_json_are_the_same():
+    assert ReinforceConfig(lora_target_modules=["all-linear"]).use_peft is False
+    adapted_by_list = with_adapter(tiny.model(), Adapters(use_peft=True, lora_target_modules=["all-linear"]), seed=0)
+    assert len(trained_weights(adapted_by_list)) == 2 * 2 * 4
+
+
 def test_folders_that_cannot_be_merged(bases, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(bases["llama"], base)

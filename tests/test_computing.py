@@ -88,7 +88,7 @@ def test_attention_is_what_was_asked_for(base, tmp_path):
     usual, eager = trained(base, tmp_path / "a"), trained(base, tmp_path / "b", attn_implementation="eager")
     assert usual.policy.config._attn_implementation == "sdpa"
     assert eager.policy.config._attn_implementation == "eager"
-    assert largest_gap(usual, eager) < 1e-5
+    assert largest_gap(usual, eager) < 1e-4
 
 
 def test_attention_that_is_not_installed():

@@ -102,7 +102,7 @@ def with_adapter(
                 part.support_avx512bf16_for_cpu = (
                     False  # or it repacks its weights for use only, without a backward pass
                 )
-    targets = settings.lora_target_modules
+    targets = tuple(settings.lora_target_modules)
     names = {part: name for name, part in model.named_modules()}
     config = LoraConfig(
         r=settings.lora_r,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from reinforcepp.config._checks import fraction, positive
@@ -35,7 +35,7 @@ def check_adapters(config: Any) -> None:
     """Check these settings of a configuration."""
     positive(config, "lora_r", "lora_alpha")
     fraction(config, "lora_dropout")
-    targets = config.lora_target_modules
+    targets = tuple(config.lora_target_modules)  # a list, where the settings come from a file
     if not targets or not all(name.strip() for name in targets):
         raise ConfigError("lora_target_modules is empty: name layers, as in q_proj v_proj, or leave it at all-linear.")
     if "all-linear" in targets and len(targets) > 1:
@@ -43,7 +43,9 @@ def check_adapters(config: Any) -> None:
             "lora_target_modules names all-linear and others, but all-linear is all there are: give one of them."
         )
     if not config.use_peft:
-        chosen = [name for name in Adapters.__dataclass_fields__ if getattr(config, name) != getattr(Adapters, name)]
+        default = Adapters()
+        own = {field.name: getattr(config, field.name) for field in fields(Adapters)} | {"lora_target_modules": targets}
+        chosen = [name for name, value in own.items() if value != getattr(default, name)]
         if chosen:
             raise ConfigError(f"{chosen[0]} is a setting of LoRA, which is off: add --use_peft, or leave it out.")
     if config.load_in_4bit and getattr(config, "rollout", None) == "vllm":
