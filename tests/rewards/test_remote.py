@@ -9,7 +9,8 @@ import pytest
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, RewardError, UnusableUpdate
-from reinforcepp.rewards import RemoteReward, load_rewards
+from reinforcepp.rewards import load_rewards
+from reinforcepp.rewards.remote import RemoteReward
 from reinforcepp.types import Completion, Prompt
 
 TEXTS = ["one", "two", "three", "four", "five"]

@@ -12,12 +12,10 @@ from reinforcepp.rewards.functions import (
     score_with,
 )
 from reinforcepp.rewards.load import RewardSum, load_rewards
-from reinforcepp.rewards.remote import RemoteReward
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 
 __all__ = [
     "GoldReward",
-    "RemoteReward",
     "RewardCard",
     "RewardFunction",
     "RewardScores",

@@ -22,7 +22,6 @@ from reinforcepp.rewards.functions import (
     name_of,
     score_with,
 )
-from reinforcepp.rewards.remote import RemoteReward
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.rewards.user import identity, load_function
 from reinforcepp.types import Completion
@@ -132,6 +131,8 @@ def _light(source: RewardSource, settings: RewardSettings) -> Any:
         case "function":
             return load_function(source.target)
         case "server":
+            from reinforcepp.rewards.remote import RemoteReward  # its libraries are for servers alone
+
             return RemoteReward(
                 source.target,
                 timeout=settings.reward_timeout,
