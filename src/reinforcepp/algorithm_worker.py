@@ -33,9 +33,7 @@ def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
         config.data,
         heldout_fraction=config.heldout_fraction,
         seed=split_seed,
-        prompt_column=config.prompt_column,
-        chosen_column=config.chosen_column,
-        rejected_column=config.rejected_column,
+        **config.column_names,
     )
     trainer = ReinforceTrainer(
         config.model, config.reward_sources, config, train_rows, eval_dataset=heldout_rows, judge=config.judge_name

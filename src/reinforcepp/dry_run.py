@@ -81,5 +81,4 @@ def _write(title: str, lines: Iterable[str]) -> None:
 
 
 def _columns(config: TrainConfig | RewardModelConfig) -> dict[str, Any]:
-    names = ("heldout_fraction", "seed", "prompt_column", "chosen_column", "rejected_column")
-    return {name: getattr(config, name) for name in names}
+    return {"heldout_fraction": config.heldout_fraction, "seed": config.seed, **config.column_names}

@@ -63,8 +63,8 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill: at the end of the block it gets a manifest, is on the disk, and takes the name ``final``.
+def appearing_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name ``final`` at the end of the block.
 
     Whatever happens before leaves nothing but, after a power cut or a kill, a folder with another name.
     """
@@ -73,15 +73,22 @@ def whole_folder(final: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        move(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """An :func:`appearing_folder` that gets a manifest and is on the disk before it appears."""
+    with appearing_folder(final) as partial:
+        yield partial
         paths = sorted(path for path in partial.iterdir() if path.is_file())
         described = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
         write_json(partial / MANIFEST, {"files": described})
         for path in [*paths, partial]:
             flush(path)
-        move(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def move(source: Path, target: Path) -> None:

@@ -290,7 +290,6 @@ class ReinforceTrainer:
         """How batches will be used, now that it is known which engine samples them."""
         config, own_forward = self.config, self.engine.shares_trainer_forward
         mode = config.importance_correction
-        full_distribution = config.top_p == 1 and config.top_k == 0
         return PolicyUpdate(
             config,
             self.ranks,
@@ -298,7 +297,7 @@ class ReinforceTrainer:
             self.critic,
             pad_id=self._pad_id,
             correction=("off" if own_forward else "tis") if mode == "auto" else mode,
-            on_policy=own_forward and full_distribution and config.updates_per_step == 1 and not config.lora_dropout,
+            on_policy=own_forward and config.learns_as_sampled and config.updates_per_step == 1,
             guard=self.guard,
             between=self._between,
         )

@@ -64,9 +64,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
         config.data,
         heldout_fraction=config.heldout_fraction,
         seed=config.seed,
-        prompt_column=config.prompt_column,
-        chosen_column=config.chosen_column,
-        rejected_column=config.rejected_column,
+        **config.column_names,
     )
     say(data.summary())
     tokenizer = framed(load_tokenizer(config.model), config)

@@ -48,9 +48,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
         config.data,
         heldout_fraction=config.heldout_fraction,
         seed=config.seed,
-        prompt_column=config.prompt_column,
-        chosen_column=config.chosen_column,
-        rejected_column=config.rejected_column,
+        **config.column_names,
     )
     say(data.summary())
     trainer = ReinforceTrainer(

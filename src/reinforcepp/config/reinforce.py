@@ -220,6 +220,11 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
         return self.micro_batch_size * self.gradient_accumulation_steps
 
     @property
+    def learns_as_sampled(self) -> bool:
+        """Whether a pass that learns sees the distribution that was sampled: nothing cut off, nothing dropped at random."""
+        return self.top_p == 1 and self.top_k == 0 and not self.lora_dropout
+
+    @property
     def updates_per_step(self) -> int:
         """Optimiser steps on a full rollout batch."""
         return self.num_iterations * -(-self.completions_per_step // self.optimizer_batch_size)

@@ -48,6 +48,11 @@ class Columns:
     heldout_fraction: float = 0.1
     """Share of the prompts kept out of training and used for the figures; built-in data brings its own split."""
 
+    @property
+    def column_names(self) -> dict[str, str]:
+        """The three names, as whatever reads data takes them."""
+        return {name: getattr(self, name) for name in ("prompt_column", "chosen_column", "rejected_column")}
+
 
 @dataclass(frozen=True)
 class TrainInputs:

@@ -10,7 +10,7 @@ from reinforcepp.config import ExportConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.export.card import CARD, model_card
 from reinforcepp.export.source import Source, find_source, plain_model
-from reinforcepp.files import PARTIAL, flush, move
+from reinforcepp.files import appearing_folder, flush
 from reinforcepp.models import load_tokenizer, save_model, weight_bytes
 from reinforcepp.observe import say
 from reinforcepp.run_folder import check_output
@@ -27,15 +27,8 @@ def run_export(config: ExportConfig) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{config.output_dir} isn't empty, and nothing is replaced: give another output_dir.")
     check_output(config.output_dir, overwrite=False, needed_bytes=weight_bytes(source.name))
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with appearing_folder(folder) as partial:
         write_folder(source, config.dtype, partial, folder.name, merge=config.merge)
-        move(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     say(f"Wrote {config.output_dir}, with {CARD} as its model card.", "green")
 
 

@@ -107,5 +107,4 @@ def updates(rows: Rows, config: ReinforceConfig) -> int:
 def on_policy(job: Job, rows: Rows, config: ReinforceConfig) -> bool:
     """Whether the update's own pass gives the log-probabilities of sampling: see ``PolicyUpdate``."""
     own_forward = job.engine == "transformers"
-    whole = config.top_p == 1 and config.top_k == 0 and not config.lora_dropout
-    return own_forward and whole and updates(rows, config) == 1
+    return own_forward and config.learns_as_sampled and updates(rows, config) == 1
