@@ -27,7 +27,7 @@ def show_training(config: TrainConfig) -> None:
     Raises:
         ReinforceError: whatever would stop the training before its weights are read.
     """
-    data, rows, _ = load_prompts(config.data, **_columns(config))
+    data, rows, _ = load_prompts(config.data, **_columns(config), renamed=config.renamed)
     tokenizer = framed(load_tokenizer(config.model), config)
     plan = make_plan(PlanConfig(**{name.name: getattr(config, name.name) for name in fields(TrainConfig)}))
     _write("Settings", settings(config))

@@ -49,6 +49,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
         heldout_fraction=config.heldout_fraction,
         seed=config.seed,
         **config.column_names,
+        renamed=config.renamed,
     )
     say(data.summary())
     trainer = ReinforceTrainer(

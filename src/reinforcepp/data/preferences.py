@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reinforcepp.data._columns import Names
-from reinforcepp.data._table import Skipped, describe_skipped, normalize, read_table, sift
+from reinforcepp.data._table import Row, Skipped, describe_skipped, normalize, read_table, sift
 from reinforcepp.data._text import count
 from reinforcepp.data.sources import resolve_data
-from reinforcepp.data.split import split_by_prompt
+from reinforcepp.data.split import split_by_prompt, weighted
 from reinforcepp.errors import DataError
 from reinforcepp.types import Preference, RowId
 
@@ -80,7 +80,7 @@ def read_preferences(
         return f"with {' equal to '.join(table.columns[1:])}" if chosen == rejected else None
 
     kept, skipped = sift(table.rows, table.columns, fault)
-    pairs = tuple(Preference(row.texts[0], row.texts[1], row.texts[2], row.number) for row in kept)
+    pairs = tuple(preference(row) for row in kept)
     if len(pairs) < _MIN_PAIRS:
         left_out = f" ({describe_skipped(skipped)})" if skipped else ""
         raise DataError(
@@ -88,6 +88,12 @@ def read_preferences(
             f"{'correct those rows or add more' if skipped else 'add more rows'}."
         )
     return PreferenceData(table.source, table.sha256, pairs, skipped, table.notes)
+
+
+def preference(row: Row) -> Preference:
+    """What a usable row says."""
+    prompt, chosen, rejected = row.texts
+    return Preference(prompt, chosen, rejected, row.number, row.weight)
 
 
 def load_preferences(
@@ -99,7 +105,7 @@ def load_preferences(
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
 ) -> tuple[PreferenceData, list[Preference], list[Preference]]:
-    """All preference data of ``source``, then its training and its held-out pairs.
+    """All preference data of ``source``, then its training pairs, as often as their weights say, and its held-out pairs.
 
     A file is split by prompt (``split_by_prompt``). Built-in data comes split: ``heldout_fraction`` and ``seed`` don't
     apply to it, and row numbers are those of the file that a pair is in.
@@ -117,7 +123,8 @@ def load_preferences(
     files = resolve_data(source)
     train = read(files.train)
     if files.heldout is None:
-        return train, *split_by_prompt(train.pairs, heldout_fraction, seed)
+        pairs, heldout_pairs = split_by_prompt(train.pairs, heldout_fraction, seed)
+        return train, weighted(pairs, seed), heldout_pairs
     heldout = read(files.heldout)
     digest = hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest()
     both = PreferenceData(str(source), digest, train.pairs + heldout.pairs, train.skipped + heldout.skipped)

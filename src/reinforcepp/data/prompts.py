@@ -12,21 +12,27 @@ from typing import Any
 
 from reinforcepp.data._columns import Names
 from reinforcepp.data._messages import content_of, prompt_of
-from reinforcepp.data._table import Skipped, describe_skipped, read_table, sift
-from reinforcepp.data._text import count
+from reinforcepp.data._table import Row, Skipped, describe_skipped, read_table, sift
+from reinforcepp.data._text import count, quoted
 from reinforcepp.data.sources import resolve_data
-from reinforcepp.data.split import split_by_prompt
-from reinforcepp.errors import DataError
+from reinforcepp.data.split import split_by_prompt, weighted
+from reinforcepp.errors import DataError, nearest
 from reinforcepp.types import RowId
+
+GRADED = "reward functions get ground_truth out of the column 'reward_model'"
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt as the file has it. ``columns`` are the row's other cells, for reward functions; ``row`` is its number."""
+    """A prompt as the file has it. ``columns`` are the row's other cells, for reward functions; ``row`` is its number.
+
+    ``weight`` is how often it counts in training.
+    """
 
     prompt: str
     columns: Mapping[str, Any]
     row: RowId = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,17 @@ def read_prompts(
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
+    renamed: Mapping[str, str] | None = None,
 ) -> PromptData:
     """Read the distinct prompts of a file or several (see ``read_table``).
 
     A prompt's other columns are those of the row where it appears first, with the types that the file gives them. Left
     out are rows with an empty prompt and those that repeat an earlier row's prompt, judged by the normalised text. The
-    columns with answers matter only where the prompt is inside of them.
+    columns with answers matter only where the prompt is inside of them. ``renamed`` gives other columns the names, its
+    keys, by which reward functions know them.
 
     Raises:
-        DataError: A file can't be read, lacks the column, or there is no usable prompt.
+        DataError: A file can't be read, lacks a column, or there is no usable prompt.
     """
     table = read_table(path, Names(prompt_column, chosen_column, rejected_column), pairs=False)
     kept, skipped = sift(table.rows, table.columns)
@@ -71,16 +79,30 @@ def read_prompts(
             f"{table.source}: there is no usable prompt ({describe_skipped(skipped)}); "
             f"fill in the column {table.columns[0]!r} or name another with --prompt_column."
         )
-    prompts = []
-    notes = table.notes
-    for row in kept:
-        columns = {name: cell for name, cell in row.cells.items() if name != row.layout.prompt}
-        graded = columns.get("reward_model")
-        if isinstance(graded, Mapping) and "ground_truth" in graded and "ground_truth" not in columns:
-            columns["ground_truth"] = graded["ground_truth"]
-            notes = (*table.notes, "reward functions get ground_truth out of the column 'reward_model'")
-        prompts.append(PromptRow(row.texts[0], columns, row.number))
-    return PromptData(table.source, table.sha256, tuple(prompts), skipped, notes)
+    prompts = tuple(prompt_row(row, renamed or {}) for row in kept)
+    graded = any("ground_truth" in p.columns and "reward_model" in p.columns for p in prompts)
+    notes = (*table.notes, GRADED) if graded and not any("ground_truth" in row.cells for row in kept) else table.notes
+    return PromptData(table.source, table.sha256, prompts, skipped, notes)
+
+
+def prompt_row(row: Row, renamed: Mapping[str, str]) -> PromptRow:
+    """What training and reward functions get of a usable row.
+
+    Raises:
+        DataError: It has no column of those that are to be renamed.
+    """
+    columns = {name: cell for name, cell in row.cells.items() if name != row.layout.prompt}
+    for name, column in renamed.items():
+        if column not in columns:
+            raise DataError(
+                f"Row {row.number}: there is no column {column!r} that could be called {name!r}, as --columns says; "
+                f"there are {quoted(columns)}.{nearest(column, columns)}"
+            )
+        columns[name] = columns.pop(column)
+    graded = columns.get("reward_model")
+    if isinstance(graded, Mapping) and "ground_truth" in graded:
+        columns.setdefault("ground_truth", graded["ground_truth"])
+    return PromptRow(row.texts[0], columns, row.number, row.weight)
 
 
 def load_prompts(
@@ -91,8 +113,9 @@ def load_prompts(
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
+    renamed: Mapping[str, str] | None = None,
 ) -> tuple[PromptData, list[PromptRow], list[PromptRow]]:
-    """All prompts of ``source``, then the training and the held-out ones.
+    """All prompts of ``source``, then those for training, as often as their weights say, and the held-out ones.
 
     A file is split as ``load_preferences`` splits it: with the same fraction and seed, a prompt that is on one side
     there is on the same side here. Built-in data comes split.
@@ -104,13 +127,18 @@ def load_prompts(
 
     def read(path: Path) -> PromptData:
         return read_prompts(
-            path, prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column
+            path,
+            prompt_column=prompt_column,
+            chosen_column=chosen_column,
+            rejected_column=rejected_column,
+            renamed=renamed,
         )
 
     files = resolve_data(source)
     train = read(files.train)
     if files.heldout is None:
-        return train, *split_by_prompt(train.prompts, heldout_fraction, seed)
+        rows, heldout_rows = split_by_prompt(train.prompts, heldout_fraction, seed)
+        return train, weighted(rows, seed), heldout_rows
     heldout = read(files.heldout)
     digest = hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest()
     both = PromptData(str(source), digest, train.prompts + heldout.prompts, train.skipped + heldout.skipped)

@@ -1,13 +1,15 @@
-"""Holding out some prompts, so that what was learned is judged on questions that were never seen."""
+"""Holding out some prompts, so that what was learned is judged on questions never seen; and rows that count more or less."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from reinforcepp.data._table import normalize
 from reinforcepp.errors import ConfigError
+from reinforcepp.types import RowId
 
 
 class HasPrompt(Protocol):
@@ -19,7 +21,22 @@ class HasPrompt(Protocol):
         ...
 
 
+class HasWeight(HasPrompt, Protocol):
+    """A row that says how often it counts."""
+
+    @property
+    def weight(self) -> float:
+        """How often."""
+        ...
+
+    @property
+    def row(self) -> RowId:
+        """Its number."""
+        ...
+
+
 T = TypeVar("T", bound=HasPrompt)
+W = TypeVar("W", bound=HasWeight)
 
 
 def split_by_prompt(rows: Sequence[T], heldout_fraction: float, seed: int) -> tuple[list[T], list[T]]:
@@ -42,6 +59,22 @@ def split_by_prompt(rows: Sequence[T], heldout_fraction: float, seed: int) -> tu
         [row for row, prompt in zip(rows, prompts, strict=True) if prompt not in heldout],
         [row for row, prompt in zip(rows, prompts, strict=True) if prompt in heldout],
     )
+
+
+def weighted(rows: Sequence[W], seed: int) -> list[W]:
+    """Each row as often as its weight says; of a fraction, the rows that a hash of seed, number and prompt picks.
+
+    A weight of 2.5 is each row twice and half of them a third time, one of 0.1 a tenth of the rows.
+    """
+    return [row for row in rows for _ in range(times(row.weight, f"{row.row}:{row.prompt}", seed))]
+
+
+def times(weight: float, row: str, seed: int) -> int:
+    """How often a row counts, by what names it."""
+    if weight == int(weight):
+        return int(weight)
+    share = int.from_bytes(_rank(seed, row)[:8], "big") / 2**64
+    return math.floor(weight) + (share < weight % 1)
 
 
 def _rank(seed: int, prompt: str) -> bytes:
