@@ -120,7 +120,7 @@ def test_columns_by_other_names(tmp_path):
     pairs = load_preferences(path, heldout_fraction=0, seed=0, **RewardModelConfig(columns=names).column_names)[1]
     assert (pairs[0].prompt, pairs[0].chosen, pairs[0].rejected) == ("1 + 1?", "2", "3")
     assert LintConfig(columns=names).column_names == config.column_names
-    with pytest.raises(DataError, match="no column 'anwser' that could be called 'solution'.*mean 'answer'"):
+    with pytest.raises(DataError, match=r"no column 'anwser' that could be called 'solution'.*mean 'answer'"):
         read_prompts(path, prompt_column="ask", renamed={"solution": "anwser"})
 
 
@@ -229,7 +229,7 @@ def test_parts_that_a_data_set_has_not(repository, split, told):
 def test_of_several_splits_one_has_to_be_named():
     rows = datasets.Dataset.from_dict({"prompt": ["a"]})
     assert _one_split(DataName("org/name"), datasets.DatasetDict(only=rows)) is rows
-    with pytest.raises(DataError, match="has 2 splits, 'a', 'b'; name one of them, as in org/name.split=a"):
+    with pytest.raises(DataError, match=r"has 2 splits, 'a', 'b'; name one of them, as in org/name.split=a"):
         _one_split(DataName("org/name"), datasets.DatasetDict(a=rows, b=rows))
 
 
