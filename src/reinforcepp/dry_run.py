@@ -81,4 +81,5 @@ def _write(title: str, lines: Iterable[str]) -> None:
 
 
 def _columns(config: TrainConfig | RewardModelConfig) -> dict[str, Any]:
-    return {"heldout_fraction": config.heldout_fraction, "seed": config.seed, **config.column_names}
+    names = {"heldout_fraction": config.heldout_fraction, "seed": config.seed, **config.column_names}
+    return names | {"streaming": config.streaming}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +19,11 @@ import torch
 from reinforcepp import checkpoint
 from reinforcepp.adapters import with_adapter
 from reinforcepp.config import RewardModelConfig, as_dict
-from reinforcepp.data import load_preferences
+from reinforcepp.data import SpooledRows, load_preferences
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.framing import framed
 from reinforcepp.models import context_length, load_config, load_tokenizer, save_model, weight_bytes, weights_hash
-from reinforcepp.observe import MetricLog, Progress, restore_logs, say
+from reinforcepp.observe import MetricLog, Progress, reading_progress, restore_logs, say
 from reinforcepp.observe.interrupt import Interrupted, StopAsked, stop_signals
 from reinforcepp.observe.watchdog import Watchdog
 from reinforcepp.preparation import loading
@@ -37,9 +37,11 @@ from reinforcepp.tokens import encode_answer
 from reinforcepp.types import Preference
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REPORT_FILE = "report.html"
+MOST_SCORED = 2000
 
 
 def train_reward_model(config: RewardModelConfig) -> RewardCard:
@@ -60,12 +62,15 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("mixed_precision fp16 needs a GPU when a reward model is trained: use bf16.")
     saved = checkpoint.chosen(folder, config)
-    data, train, heldout = load_preferences(
-        config.data,
-        heldout_fraction=config.heldout_fraction,
-        seed=config.seed,
-        **config.column_names,
-    )
+    with reading_progress(config.streaming) as told:
+        data, train, heldout = load_preferences(
+            config.data,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            **config.column_names,
+            streaming=config.streaming,
+            told=told,
+        )
     say(data.summary())
     tokenizer = framed(load_tokenizer(config.model), config)
     limit = min(config.max_length, context_length(load_config(config.model)) or config.max_length)
@@ -90,8 +95,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
         save_model(model, tokenizer, folder)
         used = load_reward_weights(folder)
     scorer = TrainedReward(used, tokenizer, batch_size=config.batch_size * 2)
-    on_train = summary(score_pairs(scorer, train))
-    pairs = score_pairs(scorer, heldout)
+    on_train = summary(score_pairs(scorer, _scored_of(train)))
+    pairs = score_pairs(scorer, _scored_of(heldout))
     analysis = analyse(pairs) if pairs else None
     card = RewardCard(
         base_model=config.model,
@@ -118,17 +123,30 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
     return card
 
 
-def _within(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], limit: int, part: str) -> list[Preference]:
-    kept = [
-        p for p in pairs if max(len(encode_answer(tokenizer, p.prompt, a)) for a in (p.chosen, p.rejected)) <= limit
+def _within(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], limit: int, part: str
+) -> Sequence[Preference]:
+    long = [
+        place
+        for place, p in enumerate(pairs)
+        if max(len(encode_answer(tokenizer, p.prompt, a)) for a in (p.chosen, p.rejected)) > limit
     ]
-    if len(kept) < len(pairs):
-        left_out = [p.row for p in pairs if p not in kept]
-        rows = ", ".join(map(str, left_out[:5])) + (", …" if len(left_out) > 5 else "")
-        say(
-            f"Left out {len(left_out)} {part} pairs longer than {limit} tokens (rows {rows}); raise max_length to keep them."
-        )
-    return kept
+    if not long:
+        return pairs
+    rows = ", ".join(str(pairs[place].row) for place in long[:5]) + (", …" if len(long) > 5 else "")
+    say(f"Left out {len(long)} {part} pairs longer than {limit} tokens (rows {rows}); raise max_length to keep them.")
+    if isinstance(pairs, SpooledRows):
+        return pairs.without(long)
+    left_out = set(long)
+    return [pair for place, pair in enumerate(pairs) if place not in left_out]
+
+
+def _scored_of(pairs: Sequence[Preference]) -> Sequence[Preference]:
+    """Of pairs on the disk those that figures are made of: to score millions would take as long as to train on them."""
+    if not isinstance(pairs, SpooledRows) or len(pairs) <= MOST_SCORED:
+        return pairs
+    say(f"Figures are those of {MOST_SCORED:,} of {len(pairs):,} pairs, evenly spread.")
+    return list(pairs.spread(MOST_SCORED))
 
 
 def _fit(
@@ -141,20 +159,12 @@ def _fit(
     saved: checkpoint.Checkpoint | None,
 ) -> None:
     """Train ``model``, from the checkpoint ``saved`` on if there is one; stop, after saving, where a signal asks for it."""
-    from datasets import Dataset
     from transformers import PrinterCallback, ProgressCallback
     from trl import RewardConfig
 
     from reinforcepp.resumable import Keeper, ResumableRewardTrainer
 
-    rows = [
-        {
-            "chosen_ids": encode_answer(tokenizer, p.prompt, p.chosen),
-            "rejected_ids": encode_answer(tokenizer, p.prompt, p.rejected),
-        }
-        for p in pairs
-    ]
-    steps = math.ceil(len(rows) / config.batch_size) * config.num_train_epochs
+    steps = math.ceil(len(pairs) / config.batch_size) * config.num_train_epochs
     begun = 0
     if saved is not None:
         begun = saved.step
@@ -197,7 +207,7 @@ def _fit(
             inputs=inputs,
             model=model,
             args=arguments,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=_tokenised(tokenizer, pairs, scratch),
             processing_class=tokenizer,
             callbacks=[keeper],
         )
@@ -215,3 +225,17 @@ def _fit(
                 trainer._save_checkpoint(model)
             raise Interrupted(f"after step {done} of {steps}", stop.exit_code) from asked
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # scores are computed in float32
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference], scratch: str) -> Dataset:
+    """What TRL trains on; of pairs on the disk it is in ``scratch``."""
+    from datasets import Dataset
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        for pair in pairs:
+            answers = {"chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+            yield {name: encode_answer(tokenizer, pair.prompt, answer) for name, answer in answers.items()}
+
+    if not isinstance(pairs, SpooledRows):
+        return Dataset.from_list(list(rows()))
+    return Dataset.from_generator(rows, cache_dir=scratch, fingerprint=pairs.digest)

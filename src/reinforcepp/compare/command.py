@@ -120,7 +120,7 @@ def prompts_to_answer(config: CompareConfig) -> list[PromptRow]:
         rows = [rows[place] for place in places]
     which = f"{count(len(rows), 'held-out prompt')}" if heldout else f"no prompt is held out, so all {len(rows)}"
     say(f"{data.summary()}; {which} to answer")
-    return rows
+    return list(rows)
 
 
 def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow]) -> list[Chosen]:

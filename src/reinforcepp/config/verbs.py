@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from reinforcepp.config._checks import (
     check_apart,
@@ -53,7 +53,7 @@ class Columns:
     """Share of the prompts kept out of training and used for the figures; built-in data brings its own split."""
 
     @property
-    def column_names(self) -> dict[str, str]:
+    def column_names(self) -> dict[str, Any]:
         """The three names, as whatever reads data takes them."""
         named = self._named
         return {f"{name}_column": named.get(name, getattr(self, f"{name}_column")) for name in TEXTS}
@@ -66,6 +66,15 @@ class Columns:
     @property
     def _named(self) -> dict[str, str]:
         return dict(text.split("=", 1) for text in self.columns)
+
+
+@dataclass(frozen=True)
+class Reading(Columns):
+    """How the data is read."""
+
+    streaming: bool = False
+    """For data larger than memory: check every row in one pass over the files and keep the rows on the disk, where each is
+    read when its turn comes; they need about as much room in TMPDIR as the files have."""
 
 
 def check_columns(config: Columns) -> None:
@@ -105,7 +114,7 @@ class TrainInputs:
 
 
 @dataclass(frozen=True)
-class TrainConfig(Looking, ReinforceConfig, Columns, TrainInputs):
+class TrainConfig(Looking, ReinforceConfig, Reading, TrainInputs):
     """Train a policy against a reward model with REINFORCE++."""
 
     def __post_init__(self) -> None:
@@ -164,7 +173,7 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(Looking, Framing, Computing, Keeping, Columns, RewardInputs):
+class RewardModelConfig(Looking, Framing, Computing, Keeping, Reading, RewardInputs):
     """Train a reward model from a preference file."""
 
     output_dir: str = "models/reward_model"

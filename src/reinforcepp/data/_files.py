@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,12 @@ class Part:
         names = tuple(dict.fromkeys(chain.from_iterable(piece.names for piece in pieces)))
         rows = list(chain.from_iterable(piece.rows for piece in pieces))
         return Records(names, rows, pieces[0].header_row, pieces[0].separators)
+
+    def size(self) -> int:
+        """About how many bytes it has."""
+        return (
+            os.path.getsize(self.path) if self.dataset is None else self.dataset.info.dataset_size or len(self.dataset)
+        )
 
     def digest(self) -> str:
         """Hash of its contents."""

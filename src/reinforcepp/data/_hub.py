@@ -27,8 +27,8 @@ def hub_pieces(path: Path, dataset: Dataset) -> Iterator[Records]:
     number, names = 1, tuple(dataset.column_names)
     for table in dataset.with_format("arrow").iter(PIECE_ROWS):
         cells = table.to_pylist()
-        yield Records(names, list(enumerate(cells, number)))
         number += len(cells)
+        yield Records(names, list(enumerate(cells, number - len(cells))), share=(number - 1) / len(dataset))
     if number == 1:
         raise DataError(f"{path}: there is no row in it; take another split or data set.")
 

@@ -56,7 +56,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """A row that was left out. ``reason`` reads well after a count; ``duplicate_of`` is the row that was kept."""
 
@@ -165,8 +165,7 @@ def sift(
     first_rows: dict[tuple[str, ...], RowId] = {}
     for row in rows:
         texts = tuple(map(normalize, row.texts))
-        empty = [name for name, text in zip(columns, texts, strict=True) if not text]
-        reason = row.fault or (f"empty {empty[0]}" if empty else fault(texts))
+        reason = unusable(row, texts, columns) or fault(texts)
         if reason:
             skipped.append(Skipped(row.number, reason))
         elif texts in first_rows:
@@ -175,6 +174,11 @@ def sift(
             first_rows[texts] = row.number
             kept.append(row)
     return kept, tuple(skipped)
+
+
+def unusable(row: Row, texts: Sequence[str], columns: Sequence[str]) -> str | None:
+    """Why nothing can be learned from a row with these ``texts``, normalised; None if something can."""
+    return row.fault or next((f"empty {name}" for name, text in zip(columns, texts, strict=True) if not text), None)
 
 
 def describe_skipped(skipped: Sequence[Skipped]) -> str:
