@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.config import PlanConfig, RewardModelConfig, TrainConfig, as_dict
-from reinforcepp.data import load_preferences, load_prompts
+from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
+from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.framing import framed
 from reinforcepp.models import load_tokenizer
 from reinforcepp.observe import printable, say
 from reinforcepp.plan.command import make_plan, show_plan
+from reinforcepp.sft_trainer import lesson
 from reinforcepp.tokens import encode, encode_answer, encode_prompts, frame_completion, frame_prompt
 
 if TYPE_CHECKING:
@@ -57,6 +58,19 @@ def show_reward_training(config: RewardModelConfig) -> None:
     say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
 
 
+def show_warm_up(config: SftConfig) -> None:
+    """Settings and first rows of a supervised warm-up; errors are those of :func:`show_training`."""
+    data, rows, _ = load_texts(config.data, **_columns(config))
+    tokenizer = framed(load_tokenizer(config.model), config)
+    _write("Settings", settings(config))
+    for number, row in enumerate(rows[:ROWS], 1):
+        one = lesson(tokenizer, row)
+        ids = [*one.given, *one.learnt]
+        shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.given))
+        _write(f"Row {number} (row {row.row}): {len(ids)} tokens; what the mask has as 1 is learnt", shown)
+    say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+
+
 def settings(config: Any) -> Iterator[str]:
     """Every setting as a line of YAML, with the default behind those that differ from it."""
     import yaml
@@ -80,5 +94,5 @@ def _write(title: str, lines: Iterable[str]) -> None:
     sys.stdout.write(printable("\n".join([f"\n{title}", *(f"  {line}" for line in lines)])) + "\n")
 
 
-def _columns(config: TrainConfig | RewardModelConfig) -> dict[str, Any]:
+def _columns(config: TrainConfig | RewardModelConfig | SftConfig) -> dict[str, Any]:
     return {"heldout_fraction": config.heldout_fraction, "seed": config.seed, **config.column_names}

@@ -8,9 +8,11 @@ from reinforcepp.data.preferences import PreferenceData, load_preferences, read_
 from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, prompt_rows, read_prompt_lines, read_prompts
 from reinforcepp.data.sources import DataFiles, resolve_data
 from reinforcepp.data.split import split_by_prompt
+from reinforcepp.data.texts import Demonstration, TextData, load_texts, read_texts
 
 __all__ = [
     "DataFiles",
+    "Demonstration",
     "Names",
     "PreferenceData",
     "PromptData",
@@ -18,16 +20,19 @@ __all__ = [
     "Row",
     "Skipped",
     "Table",
+    "TextData",
     "conversation_text",
     "count",
     "load_preferences",
     "load_prompts",
+    "load_texts",
     "normalize",
     "prompt_rows",
     "read_preferences",
     "read_prompt_lines",
     "read_prompts",
     "read_table",
+    "read_texts",
     "resolve_data",
     "sift",
     "split_by_prompt",

@@ -1,0 +1,106 @@
+"""What trainings on the rows of a file, of a reward model or a warm-up, do alike before their first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from reinforcepp import checkpoint
+from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
+from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.models import context_length, load_config, weight_bytes
+from reinforcepp.observe import say
+from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
+from reinforcepp.types import RowId
+
+Settings = RewardModelConfig | SftConfig
+
+
+class Numbered(Protocol):
+    """Anything with a row number."""
+
+    @property
+    def row(self) -> RowId:
+        """The row's number in its file."""
+        ...
+
+
+T = TypeVar("T", bound=Numbered)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a training writes and what it starts from: fingerprints of its inputs, and the checkpoint it goes on from."""
+
+    folder: Path
+    inputs: Mapping[str, str]
+    saved: checkpoint.Checkpoint | None
+
+
+def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
+    """The folder to write to, which is left as it is for now, and the checkpoint to go on from.
+
+    Raises:
+        ConfigError: the folder can't be used, or the settings can't on this machine.
+        ModelError: there are checkpoints, but none that is whole.
+    """
+    copies = 3 * (config.keep_last + 1) + 1  # checkpoints, with Adam's moments, the one being written, and the model
+    folder = check_output(
+        config.output_dir,
+        overwrite=config.overwrite,
+        resume=config.resume,
+        needed_bytes=copies * weight_bytes(config.model),
+    )
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision fp16 needs a GPU in this training: use bf16.")
+    return folder, checkpoint.chosen(folder, config)
+
+
+def begin(
+    folder: Path,
+    config: Settings,
+    inputs: Mapping[str, str],
+    saved: checkpoint.Checkpoint | None,
+    facts: Mapping[str, Any],
+) -> Beginning:
+    """Clear the folder, or check that the checkpoint's run began with the same; note settings and ``facts``.
+
+    Raises:
+        ConfigError: the data or the model is another than when the run was stopped.
+    """
+    if saved is not None:
+        check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
+    else:
+        clear(folder)
+    if not (folder / RUN_FILE).is_file():
+        describe_run(folder, as_dict(config), dict(facts))
+    return Beginning(folder, inputs, saved)
+
+
+def length_limit(config: Settings) -> int:
+    """How many tokens a row may have: no more than the model can attend to."""
+    return min(config.max_length, context_length(load_config(config.model)) or config.max_length)
+
+
+def within(rows: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> list[T]:
+    """The rows of at most ``limit`` tokens; of those left out, called ``what``, number and rows are told."""
+    kept: list[T] = []
+    left_out: list[T] = []
+    for row in rows:
+        (kept if length(row) <= limit else left_out).append(row)
+    if left_out:
+        named = ", ".join(str(row.row) for row in left_out[:5]) + (", …" if len(left_out) > 5 else "")
+        say(
+            f"Left out {len(left_out)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them."
+        )
+    return kept
+
+
+def check_left(rows: Sequence[Any], what: str, source: str, limit: int) -> None:
+    """Raises a DataError if none of the training rows of ``source``, one of which is called ``what``, is left."""
+    if not rows:
+        raise DataError(f"No training {what} of {source} fits into max_length {limit} tokens: raise max_length.")
