@@ -216,7 +216,7 @@ def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, 
     with pytest.raises(Interrupted) as stop:
         train_language_model(config(model_folder, pairs_csv, tmp_path / "run", **settings))
     assert stop.value.exit_code == 143
-    with pytest.raises(ConfigError, match="learning_rate was 0.001 and is 0.1"):
+    with pytest.raises(ConfigError, match=r"learning_rate was 0\.001 and is 0\.1"):
         train_language_model(
             config(model_folder, pairs_csv, tmp_path / "run", **settings, learning_rate=0.1, resume=True)
         )
