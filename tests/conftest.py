@@ -10,6 +10,8 @@ import pytest
 from browser import chromium, window  # noqa: F401  (fixtures)
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command does: idle threads on a busy machine cost seconds
+if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the processor
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything; the ones about the hub switch this off
 
 PAIRS = [

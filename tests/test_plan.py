@@ -286,6 +286,38 @@ def test_of_weights_in_4_bits():
     assert learner.packed == 0
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_what_adamw_needs_in_main_memory(dtype):
+    learner = shape("gpt2", dtype, offload=True)
+    away = replace(job(dtype, gpus=1), policy=learner, offload=True)
+    here = replace(away, policy=shape("gpt2", dtype), offload=False)
+    assert set(memory.standing(away)) == {"policy", "reference", "reward model"}
+    assert memory.stepping(away) == {"gradients": 0}
+    one, many = rows(passes=1), rows(passes=3)
+    assert memory.training(away, one)["gradients"] == memory.training(away, many)["gradients"]
+    assert memory.training(away, many)["gradients"] <= 2 * VOCABULARY * WIDTH * dtype.itemsize
+    assert sum(memory.training(away, many).values()) < sum(memory.training(here, many).values())
+    assert timing.adam_seconds(away, one, config(), 1e15) > timing.adam_seconds(here, one, config(), 1e15)
+    assert timing.adam_seconds(away, many, config(), 1.0) > timing.adam_seconds(away, one, config(), 1.0)
+
+
+def test_a_plan_with_the_optimizer_in_main_memory(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    settings = {
+        "model": str(tmp_path),
+        "gpus": 1,
+        "gpu_memory": 1.0,
+        "mixed_precision": "bf16",
+        "rollout": "transformers",
+    }
+    here, away = (make_plan(config(**settings, offload_optimizer=offload)) for offload in (False, True))
+    assert memory.total(here.phases["adamw"]) - memory.total(away.phases["adamw"]) >= 16 * GPT2
+    assert any("16 bytes a weight" in said for said in report.assumptions(away))
+    assert not any("main memory" in said for said in report.assumptions(here))
+    on_cpu = make_plan(config(model=str(tmp_path), device="cpu", offload_optimizer=True))
+    assert "AdamW's moments" in on_cpu.phases["adamw"]
+
+
 # --- lines and peaks ------------------------------------------------------------------------------------------------
 
 

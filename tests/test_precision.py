@@ -71,6 +71,57 @@ def test_gradients_moved_early_are_the_same():
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("early", [False, True])
+def test_masters_in_another_place_learn_the_same(dtype, early):
+    runs = []
+    for place in (None, torch.device("cpu")):
+        model = linear()
+        optimizer = MasterAdamW(model.parameters(), dtype, early=early, place=place, lr=1e-2)
+        cast_parameters(model, dtype)
+        if place is not None:
+            assert all(master is not live for master, live in zip(optimizer.masters, optimizer.live, strict=True))
+            model(torch.ones(1, 4, dtype=dtype)).sum().backward()
+            assert (model.weight.grad is None) == early
+            optimizer.collect()
+            assert model.weight.grad is None and optimizer.masters[0].grad is not None
+            optimizer.zero_grad()
+        train(model, optimizer, 5, passes=2)
+        runs.append(model.weight)
+    assert torch.equal(*runs)
+
+
+def test_a_checkpoint_goes_on_with_masters_in_another_place_or_without():
+    here, there = None, torch.device("cpu")
+    ends = []
+    for before, after in ((here, here), (here, there), (there, here)):
+        model = linear()
+        optimizer = MasterAdamW(model.parameters(), place=before, lr=1e-2)
+        train(model, optimizer, 3)
+        state, weights = optimizer.state_dict(), {name: w.clone() for name, w in model.state_dict().items()}
+        fresh = torch.nn.Linear(4, 3)
+        resumed = MasterAdamW(fresh.parameters(), place=after, lr=1e-2)
+        fresh.load_state_dict(weights)
+        resumed.load_state_dict(state)
+        train(fresh, resumed, 2)
+        ends.append(fresh.weight)
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_optimizer_leaves_no_trace_of_itself():
+    model = torch.nn.Linear(1024, 1024, bias=False).cuda()
+    before = torch.cuda.memory_allocated()
+    optimizer = MasterAdamW(model.parameters(), early=True, place=torch.device("cpu"), lr=1e-2)
+    start = model.weight.clone()
+    model(torch.ones(1, 1024, device="cuda")).sum().backward()
+    optimizer.step()
+    assert torch.cuda.memory_allocated() - before < 2 * start.nbytes  # the copy made here, and what cuBLAS keeps
+    assert optimizer.masters[0].device.type == "cpu" and optimizer.state[optimizer.masters[0]]["exp_avg"].is_cpu
+    assert not torch.equal(model.weight, start)
+
+
 def test_masters_begin_with_all_their_digits():
     model = linear()
     exact = model.weight.detach().clone()

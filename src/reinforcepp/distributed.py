@@ -82,8 +82,8 @@ class Ranks:
             tracker.finish()
 
     def prepare(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Model and optimiser as the engine runs them."""
-        return self._accelerator.prepare(model, optimizer)
+        """Model and optimiser as the engine runs them; the optimiser's tensors stay where they are."""
+        return self._accelerator.prepare(model, optimizer, device_placement=[None, False])
 
     def unwrap(self, model: Any) -> PreTrainedModel:
         """The plain model inside a prepared one."""

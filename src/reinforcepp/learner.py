@@ -20,6 +20,7 @@ from reinforcepp.precision import LossScale, MasterAdamW, cast_parameters, compu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MAIN_MEMORY = torch.device("cpu")
 PROBES = 8
 SURELY_SEEN = 1e-6
 """Steps of smaller learning rates may be less than float32's distance between two numbers near 1."""
@@ -51,6 +52,7 @@ class Learner:
             model.parameters(),
             dtype,
             early=ranks.count == 1,
+            place=MAIN_MEMORY if config.offload_optimizer and ranks.device != MAIN_MEMORY else None,
             lr=learning_rate,
             weight_decay=config.weight_decay,
         )

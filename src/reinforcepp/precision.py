@@ -75,19 +75,26 @@ class MasterAdamW(torch.optim.AdamW):
     """AdamW, in one pass over memory, on float32 masters of parameters that are kept in a narrower type.
 
     Make it before ``cast_parameters``, so that the masters begin with all their digits. A parameter that is float32 is
-    its own master. Gradients of several backward passes are added up in float32: ``collect`` moves them to the masters
+    its own master, unless ``place`` is given: there all masters are kept, with their gradients and moments, and there
+    the step is made. Gradients of several backward passes are added up in float32: ``collect`` moves them to the masters
     and is due after every pass. ``early`` moves each as soon as it is there, so that never all are held twice; not for
     data-parallel training, which first has to add them up over ranks.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], dtype: torch.dtype = torch.float32, *, early: bool = False, **settings: Any
+        self,
+        parameters: Iterable[Tensor],
+        dtype: torch.dtype = torch.float32,
+        *,
+        early: bool = False,
+        place: torch.device | None = None,
+        **settings: Any,
     ) -> None:
         self.live = [p for p in parameters if p.requires_grad]
-        narrow = dtype != torch.float32
-        self.masters = [p.detach().float().clone().requires_grad_() if narrow else p for p in self.live]
+        apart = dtype != torch.float32 or place is not None
+        self.masters = [_master(p, place) if apart else p for p in self.live]
         super().__init__(self.masters, fused=True, **settings)
-        if narrow and early:
+        if apart and early:
             for live, master in zip(self.live, self.masters, strict=True):
                 live.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     partial(move_gradient, master=master)
@@ -125,19 +132,23 @@ class MasterAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
         rest = {i: dict(values) for i, values in state_dict["state"].items()}
-        for i, values in rest.items():
-            if "master" in values:
-                self.masters[i].copy_(values.pop("master"))
+        for i, master in enumerate(self.masters):  # float32 parameters that were their own masters have none apart
+            master.copy_(rest.get(i, {}).pop("master", self.live[i]))
         super().load_state_dict(state_dict | {"state": {i: values for i, values in rest.items() if values}})
         self.publish()
 
 
+def _master(parameter: Tensor, place: torch.device | None) -> Tensor:
+    return parameter.detach().to(place or parameter.device, torch.float32, copy=True).requires_grad_()
+
+
 def move_gradient(live: Tensor, master: Tensor) -> None:
-    """Add a parameter's gradient to that of its master and free it."""
+    """Add a parameter's gradient to that of its master, wherever that is, and free it."""
     if live.grad is None:
         return
+    gradient = live.grad.to(master.device)
     if master.grad is None:
-        master.grad = live.grad.float()
+        master.grad = gradient.float()
     else:
-        master.grad += live.grad
+        master.grad += gradient
     live.grad = None

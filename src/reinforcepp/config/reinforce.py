@@ -82,6 +82,9 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    offload_optimizer: bool = False
+    """Keep what AdamW needs in main memory and let the CPU make its steps: the GPU then holds neither float32 weights nor
+    gradients nor moments, 16 bytes less a weight that learns; steps take longer. Without a GPU it changes nothing."""
 
     temperature: float = 1.0
     """Sampling temperature of rollouts, also applied to every log-probability in training."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from reinforcepp.data._text import Records, count, decode
+from reinforcepp.data._text import Records, count, in_pieces, text_pieces
 from reinforcepp.errors import DataError
 
 # Python's own limit, 131,072 characters, is less than a long document; ten million only ever is an unclosed quote.
@@ -19,19 +19,19 @@ _MAX_CELL_CHARACTERS = 10_000_000
 _SPOKEN = {",": "comma", "\t": "tab", ";": "semicolon"}
 
 
-def read_csv(path: Path, raw: bytes, delimiter: str = ",") -> Records:
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[Records]:
     """The rows below a header; cells are stripped, line breaks in them are line feeds, blank lines are passed over.
 
     Raises:
         DataError: The file isn't well-formed, or has no row below its header.
     """
-    text = decode(path, raw, save_as="save it as 'CSV UTF-8' in a spreadsheet")
-    records = _parse(path, text, delimiter)
-    if not records:
+    records = _parse(path, delimiter)
+    first = next(records, None)
+    if first is None:
         raise DataError(
             f"{path}: the file is empty; its first row must name the columns, such as 'prompt', 'chosen', 'rejected'."
         )
-    header_row, names = records.pop(0)
+    header_row, names = first
     header = [name.strip() for name in names]
     # Nameless columns are common (a trailing comma, a saved index) and harmless.
     repeated = [name for name, number in Counter(header).items() if name and number > 1]
@@ -39,30 +39,36 @@ def read_csv(path: Path, raw: bytes, delimiter: str = ",") -> Records:
         raise DataError(
             f"{path}, row {header_row}: the header names {repeated[0]!r} more than once; rename or remove one of them."
         )
-    if not records:
-        raise DataError(f"{path}: there is no row below the header; add data to the file.")
-    rows = [(number, _cells(path, number, header, record, delimiter)) for number, record in records]
+    rows = ((number, _cells(path, number, header, record, delimiter)) for number, record in records)
     others = {f"{_SPOKEN[other]}s": other for other in _SPOKEN if other != delimiter}
-    return Records(tuple(header), rows, header_row, others)
+    empty = True
+    for piece in in_pieces(rows):
+        yield Records(tuple(header), piece, header_row, others)
+        empty = False
+    if empty:
+        raise DataError(f"{path}: there is no row below the header; add data to the file.")
 
 
-def _parse(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+def _parse(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The records that aren't blank lines, each with the line it starts on."""
     # The limit is the csv module's and so the whole process's: put it back.
     limit_before = csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    reader = csv.reader(io.StringIO(text), strict=True, delimiter=delimiter)
-    records: list[tuple[int, list[str]]] = []
+    reader = csv.reader(_lines(path), strict=True, delimiter=delimiter)
     number = 1
     try:
         for record in reader:
             if len(record) > 1 or any(cell.strip() for cell in record):
-                records.append((number, record))
+                yield number, record
             number = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, row {number}: {_quoting_fault(str(error), _SPOKEN[delimiter])}") from error
     finally:
         csv.field_size_limit(limit_before)
-    return records
+
+
+def _lines(path: Path) -> Iterator[str]:
+    for _, text in text_pieces(path, save_as="save it as 'CSV UTF-8' in a spreadsheet"):
+        yield from io.StringIO(text)
 
 
 def _quoting_fault(error: str, separator: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from reinforcepp.data._csv import read_csv
@@ -13,9 +14,9 @@ from reinforcepp.data._json import read_json, read_json_lines
 from reinforcepp.data._parquet import read_arrow, read_parquet
 from reinforcepp.data._text import Records
 from reinforcepp.errors import DataError, nearest
-from reinforcepp.files import listed
+from reinforcepp.files import listed, sha256
 
-READERS: Mapping[str, Callable[[Path, bytes], Records]] = {
+READERS: Mapping[str, Callable[[Path], Iterator[Records]]] = {
     ".csv": read_csv,
     ".tsv": partial(read_csv, delimiter="\t"),
     ".jsonl": read_json_lines,
@@ -49,18 +50,26 @@ def files_of(source: str | Path) -> list[Path]:
     return files
 
 
-def read_file(path: Path) -> tuple[bytes, Records]:
-    """The bytes of a file, and what they mean to the reader that its name asks for.
+def read_file(path: Path) -> tuple[str, Records]:
+    """The hash of a file's bytes, and what they mean to the reader that its name asks for.
 
     Raises:
         DataError: The file can't be read, or isn't well-formed.
     """
+    pieces = list(file_pieces(path))
+    first = pieces[0]
+    names = tuple(dict.fromkeys(chain.from_iterable(piece.names for piece in pieces)))
+    rows = list(chain.from_iterable(piece.rows for piece in pieces))
+    return sha256(path), Records(names, rows, first.header_row, first.separators)
+
+
+def file_pieces(path: Path) -> Iterator[Records]:
+    """What a file holds, some of its rows at a time and at least one piece; errors are those of :func:`read_file`."""
     try:
         _check_there(path)
-        raw = path.read_bytes()
+        yield from READERS[path.suffix.lower()](path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return raw, READERS[path.suffix.lower()](path, raw)
 
 
 def _check_there(path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reinforcepp.data._text import Records, decode
+from reinforcepp.data._text import Records, decode, in_pieces, text_pieces
 from reinforcepp.errors import DataError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -26,34 +26,41 @@ class _Fault(ValueError):
     """What is wrong with a value, in words."""
 
 
-def read_json_lines(path: Path, raw: bytes) -> Records:
+def read_json_lines(path: Path) -> Iterator[Records]:
     """One object a line; blank lines are passed over.
 
     Raises:
         DataError: A line isn't valid JSON or no object, or there is none.
     """
-    rows = []
-    for number, line in enumerate(decode(path, raw, save_as=_SAVE_AS).split("\n"), 1):
-        if line.strip():
-            where = f"{path}, row {number}"
-            value, end = _value(line, _after_space(line, 0), where, f"; {_ONE_A_LINE}.")
-            if (end := _after_space(line, end)) < len(line):
-                raise DataError(f"{where}, character {end + 1}: text follows the end of the value; {_ONE_A_LINE}.")
-            rows.append((number, _object(value, where)))
-    return _records(path, rows)
+    return _records(path, _lines(path))
 
 
-def read_json(path: Path, raw: bytes) -> Records:
+def read_json(path: Path) -> Iterator[Records]:
     """A list of objects; a file that has one object a line instead, as many with this name do, is read as that.
+
+    A list is read whole before its first element is given.
 
     Raises:
         DataError: The file isn't valid JSON or holds something else.
     """
-    text = decode(path, raw, save_as=_SAVE_AS)
-    if not text.lstrip().startswith("["):
-        return read_json_lines(path, raw)
-    rows = [(number, _object(value, f"{path}, row {number}")) for number, value in _elements(path, text)]
-    return _records(path, rows)
+    _, start = next(text_pieces(path, save_as=_SAVE_AS))
+    if not start.lstrip().startswith("["):
+        return read_json_lines(path)
+    text = decode(path, path.read_bytes(), save_as=_SAVE_AS)
+    return _records(
+        path, ((number, _object(value, f"{path}, row {number}")) for number, value in _elements(path, text))
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for first, text in text_pieces(path, save_as=_SAVE_AS):
+        for number, line in enumerate(text.split("\n"), first):
+            if line.strip():
+                where = f"{path}, row {number}"
+                value, end = _value(line, _after_space(line, 0), where, f"; {_ONE_A_LINE}.")
+                if (end := _after_space(line, end)) < len(line):
+                    raise DataError(f"{where}, character {end + 1}: text follows the end of the value; {_ONE_A_LINE}.")
+                yield number, _object(value, where)
 
 
 def _elements(path: Path, text: str) -> Iterator[tuple[int, Any]]:
@@ -116,10 +123,13 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _records(path: Path, rows: list[tuple[int, Mapping[str, Any]]]) -> Records:
-    if not rows:
+def _records(path: Path, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> Iterator[Records]:
+    empty = True
+    for piece in in_pieces(rows):
+        yield Records(tuple(dict.fromkeys(name for _, cells in piece for name in cells)), piece)
+        empty = False
+    if empty:
         raise DataError(f"{path}: the file is empty; put at least one object with a prompt into it.")
-    return Records(tuple(dict.fromkeys(name for _, cells in rows for name in cells)), rows)
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def read_table(source: str | Path, names: Names, *, pairs: bool | None) -> Table
     seen: Counter[str] = Counter()
     for (path, _, records), layout in zip(read, layouts, strict=True):
         rows += _rows(path, records, layout, pairs, path_in_numbers=len(files) > 1, seen=seen)
-    digests = [hashlib.sha256(raw).hexdigest() for _, raw, _ in read]
+    digests = [digest for _, digest, _ in read]
     notes = list(dict.fromkeys(note for layout in layouts for note in layout.notes))
     notes += [TOLD[key].format(count(number, "row")) for key, number in seen.items() if number]
     columns = (layouts[0].prompt or names.prompt, *((layouts[0].answers or ()) if pairs else ()))

@@ -87,7 +87,7 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
     """What is trained with what, and which of it is assumed."""
     said: list[str] = []
     size = Size(config.max_prompt_length, config.max_new_tokens)
-    early = gpus <= 1
+    early, offload = gpus <= 1, config.offload_optimizer and gpus > 0
 
     def asked(name: str, what: str) -> Body:
         if Path(name).expanduser().is_dir():
@@ -101,9 +101,9 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
     sources = [parse_source(text) for text in config.reward_sources]
     said += [f"What {source.target} takes for itself isn't counted." for source in sources if source.kind == "function"]
     return Job(
-        policy=trained_shape(policy_config, dtype, size, config, early=early),
+        policy=trained_shape(policy_config, dtype, size, config, early=early, offload=offload),
         reward=together([asked(source.target, "reward model") for source in sources if source.kind == "model"]),
-        critic=trained_shape(policy_config, dtype, size, config, early=early, values=True)
+        critic=trained_shape(policy_config, dtype, size, config, early=early, offload=offload, values=True)
         if config.recipe.critic
         else None,
         judge=asked(judge, "judge") if judge is not None and parse_source(judge).kind == "model" else None,
@@ -111,6 +111,7 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
         dtype=dtype,
         engine=engine,
         gpus=gpus,
+        offload=offload,
     ), said
 
 

@@ -51,6 +51,8 @@ class Job:
     engine: EngineName
     gpus: int
     """0 for a CPU."""
+    offload: bool = False
+    """What AdamW needs is in main memory, and the policy's on a GPU."""
 
     @property
     def place(self) -> str:
@@ -66,6 +68,21 @@ class Job:
     def learners(self) -> list[Shape]:
         """The policy, and the critic if there is one."""
         return [self.policy] + ([self.critic] if self.critic is not None else [])
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of a weight's gradient between two passes."""
+        return 0 if self.offload else FLOAT
+
+    @property
+    def master(self) -> int:
+        """Bytes of what a weight is learnt in beside what it computes in."""
+        return FLOAT * self.narrow * (not self.offload)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of AdamW's two for each weight."""
+        return 0 if self.offload else MOMENTS
 
 
 @dataclass(frozen=True)
@@ -102,16 +119,17 @@ def standing(job: Job) -> dict[str, float]:
     """What is there from the first optimiser step on."""
     item, policy = job.dtype.itemsize, job.policy
     parts: dict[str, float] = {"policy": policy.stored}
-    if job.narrow:
-        parts["float32 weights"] = FLOAT * policy.trained
-    parts["AdamW's moments"] = MOMENTS * policy.trained
+    if job.master:
+        parts["float32 weights"] = job.master * policy.trained
+    if job.moments:
+        parts["AdamW's moments"] = job.moments * policy.trained
     if not policy.adapted:  # else it is the policy without its adapter
         parts["reference"] = policy.stored
     parts["reward model"] = item * job.reward.parameters
     if job.judge is not None:
         parts["judge"] = item * job.judge.parameters
     if job.critic is not None:
-        parts["critic"] = job.critic.stored + (FLOAT * job.narrow + MOMENTS) * job.critic.trained
+        parts["critic"] = job.critic.stored + (job.master + job.moments) * job.critic.trained
     if job.gpus > 1:
         parts["gradient buckets"] = item * sum(learner.trained for learner in job.learners)
     return parts
@@ -122,11 +140,11 @@ def loading(job: Job) -> dict[str, float]:
     policy = job.policy
     parts: dict[str, float] = {"reward model": job.dtype.itemsize * job.reward.parameters}
     if job.critic is not None:
-        parts["critic"] = job.critic.stored + FLOAT * job.narrow * job.critic.trained
+        parts["critic"] = job.critic.stored + job.master * job.critic.trained
     if policy.adapted:
         parts |= {"policy": policy.stored}
     elif job.narrow:
-        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": FLOAT * policy.parameters}
+        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": job.master * policy.parameters}
     else:
         parts |= {"policy": policy.stored, "reference": policy.stored}
     return parts
@@ -209,7 +227,7 @@ def scoring(job: Job, rows: Rows) -> dict[str, float]:
 def training(job: Job, rows: Rows) -> dict[str, float]:
     """The forward and backward pass with the most alive: policy first, then the critic, over each micro-batch."""
     moments = []
-    whole = [FLOAT * learner.trained for learner in job.learners]
+    whole = [job.gradient * learner.trained for learner in job.learners]
     for place, learner in enumerate(job.learners):
         before, others = sum(whole[:place]), sum(whole) - whole[place]
         moments.append(_with_gradients(job, learner, learner.first, rows.micro, before))
@@ -262,7 +280,7 @@ def block_bytes(job: Job, learner: Shape, rows: int) -> int:
 
 def stepping(job: Job) -> dict[str, float]:
     """AdamW has all gradients and works in place."""
-    return {"gradients": float(FLOAT * sum(learner.trained for learner in job.learners))}
+    return {"gradients": float(job.gradient * sum(learner.trained for learner in job.learners))}
 
 
 def saving(job: Job) -> dict[str, float]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.plan.machine import GIB, Machine
-from reinforcepp.plan.memory import ALLOCATOR, MIB, PARTS, Job, Rows, total
+from reinforcepp.plan.memory import ALLOCATOR, FLOAT, MIB, MOMENTS, PARTS, Job, Rows, total
 from reinforcepp.plan.search import MOST_PROMPTS, Largest
 from reinforcepp.plan.timing import OF_MEASURED, OF_SHEET
 
@@ -178,6 +178,13 @@ def assumptions(plan: Plan) -> Iterator[str]:
         yield (
             "Training is data-parallel: every GPU holds all weights, gradients and moments, so more GPUs share rows only. "
             "The time of exchanging gradients is not counted."
+        )
+    if plan.job.offload:
+        each = 2 * FLOAT + MOMENTS
+        needed = each * machine.gpus * sum(learner.trained for learner in plan.job.learners)
+        yield (
+            f"AdamW's step is made in main memory, of which it takes {gib(needed)} GiB, {each} bytes a weight; that isn't "
+            "checked, and the time of it is a guess."
         )
     share = ALLOCATOR[plan.job.place]
     if machine.gpus:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,7 @@ def trained_shape(
     settings: Computing | None = None,
     *,
     early: bool = True,
+    offload: bool = False,
     values: bool = False,
 ) -> Shape:
     """What there is to know of a policy, or of a critic with one value for an output.
@@ -132,6 +133,7 @@ def trained_shape(
         size: of the rows.
         settings: whether an adapter is trained, and activations are computed again.
         early: gradients move to float32 one by one, as they do in a training of one process.
+        offload: they move to another device's memory.
         values: the output layer has one output instead of the vocabulary.
 
     Raises:
@@ -154,7 +156,8 @@ def trained_shape(
             stored = own + dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
             head = model.get_output_embeddings()
         skip = partial(skipped, head) if apart else nullcontext
-        passes = [_two_passes(model, head if apart else None, skip, rows, size, settings, early=early) for rows in ROWS]
+        moves = Moves(early, offload)
+        passes = [_two_passes(model, head if apart else None, skip, rows, size, settings, moves) for rows in ROWS]
         first, later = (
             Pass(peak_of([moments for moments, _ in both]), line_of([at_head for _, at_head in both]))
             for both in zip(*passes, strict=True)
@@ -218,6 +221,13 @@ def _told(config: PreTrainedConfig) -> Iterator[None]:
 # --- the passes -----------------------------------------------------------------------------------------------------
 
 
+class Moves(NamedTuple):
+    """How gradients go to the float32 masters: each at once or all after a pass, and whether to another memory."""
+
+    early: bool
+    away: bool
+
+
 def _inputs(rows: int, size: Size) -> dict[str, Any]:
     """Rows that are padded, as rows of different length are."""
     ids = torch.zeros(rows, size.length, dtype=torch.long, device="meta")
@@ -248,8 +258,7 @@ def _two_passes(
     rows: int,
     size: Size,
     settings: Computing,
-    *,
-    early: bool,
+    moves: Moves,
 ) -> list[tuple[list[Moment], Moment]]:
     """Forward and backward, twice: what was alive after every operation, and when the output layer's turn came.
 
@@ -259,7 +268,7 @@ def _two_passes(
     live = Live()
     for part in (parts := switches(model, checkpointing=settings.gradient_checkpointing)):
         part.training = True
-    with _gradients(model, live, early=early) as collect, live:
+    with _gradients(model, live, moves) as collect, live:
         for _ in range(2):
             begin = len(live.moments)
             with skip():
@@ -293,15 +302,17 @@ class _Kept(torch.autograd.Function):
 
 
 @contextmanager
-def _gradients(model: PreTrainedModel, live: Live, *, early: bool) -> Iterator[Callable[[], None]]:
+def _gradients(model: PreTrainedModel, live: Live, moves: Moves) -> Iterator[Callable[[], None]]:
     """Gradients go where ``MasterAdamW`` has them go; gives what is due after each pass, and drops them at the end."""
-    narrow = model.dtype != torch.float32
+    apart = model.dtype != torch.float32 or moves.away
     learning = [p for p in model.parameters() if p.requires_grad]
-    masters = {p: torch.empty_like(p, dtype=torch.float32) if narrow else p for p in learning}
+    masters = {p: torch.empty_like(p, dtype=torch.float32) if apart else p for p in learning}
     sizes = dict.fromkeys(masters, 0)
 
     def arrived(parameter: Tensor, *, move: bool) -> None:
-        if move:
+        if move and moves.away:
+            parameter.grad = None
+        elif move:
             move_gradient(parameter, masters[parameter])
         size = sum(t.grad.nbytes for t in {parameter, masters[parameter]} if t.grad is not None)
         live.gradients += size - sizes[parameter]
@@ -310,9 +321,9 @@ def _gradients(model: PreTrainedModel, live: Live, *, early: bool) -> Iterator[C
 
     def collect() -> None:
         for parameter in masters:
-            arrived(parameter, move=narrow)
+            arrived(parameter, move=apart)
 
-    hooks = [p.register_post_accumulate_grad_hook(partial(arrived, move=narrow and early)) for p in masters]
+    hooks = [p.register_post_accumulate_grad_hook(partial(arrived, move=apart and moves.early)) for p in masters]
     try:
         yield collect
     finally:

@@ -14,6 +14,8 @@ from reinforcepp.plan.shapes import Shape
 
 BACKWARD, FROZEN_BACKWARD = 2, 1
 """Operations of a backward pass, in forward passes; weights that don't learn have no gradients of their own."""
+MAIN_MEMORY, LINK = 100e9, 10e9
+"""Bytes a second of a server's main memory, and between it and a GPU from memory that isn't pinned: guesses."""
 CALL_SECONDS = 10e-6
 """Python's and torch's own time for one call of the library; generation by transformers makes thousands for a token."""
 
@@ -42,7 +44,7 @@ def step_seconds(job: Job, rows: Rows, config: ReinforceConfig, machine: Machine
     return {
         "rollout": rollout_seconds(job, rows, usual),
         "scoring": scoring_operations(job, rows, config) / products,
-        "update": update_operations(job, rows, config) / products + adam_bytes(job, rows, config) / reading,
+        "update": update_operations(job, rows, config) / products + adam_seconds(job, rows, config, reading),
     }
 
 
@@ -91,6 +93,16 @@ def update_operations(job: Job, rows: Rows, config: ReinforceConfig) -> float:
         if learner.logits_apart and not kept:
             total += 2 * learner.head * job.size.new
     return total * rows.step * config.num_iterations
+
+
+def adam_seconds(job: Job, rows: Rows, config: ReinforceConfig, reading: float) -> float:
+    """AdamW's step where its tensors are; from main memory gradients and weights have to travel."""
+    needed = adam_bytes(job, rows, config)
+    if not job.offload:
+        return needed / reading
+    there_and_back = rows.passes + 1
+    carried = there_and_back * job.dtype.itemsize * sum(learner.trained for learner in job.learners)
+    return needed / MAIN_MEMORY + carried * updates(rows, config) / LINK
 
 
 def adam_bytes(job: Job, rows: Rows, config: ReinforceConfig) -> float:
