@@ -1,6 +1,6 @@
 """The documented interface, mapped onto the ``reinforcepp`` command.
 
-python reinforce_cli.py --mode train_reward | train_rlhf | generate ...
+python reinforce_cli.py --mode train_sft | train_reward | train_rlhf | generate ...
 """
 
 import sys

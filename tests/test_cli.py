@@ -20,7 +20,7 @@ from reinforcepp import cli, verbs
 from reinforcepp.config import VERBS
 from reinforcepp.errors import DataError, TrainingDiverged
 
-USER_VERBS = ["reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
+USER_VERBS = ["sft", "reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
 USER_VERBS += ["chat", "serve", "serve-reward", "export", "push"]
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "8"]
 
@@ -52,7 +52,8 @@ def refused(place, capsys, monkeypatch):
 
     def run(verb: str, *flags: str, may_load: bool = False) -> str:
         inputs = {"--model": "model", "--data": "pairs.csv", "--output_dir": "out", "--reward_model": "reward"}
-        wanted = {"reward": ("--model", "--data", "--output_dir"), "train": tuple(inputs)}.get(verb, ("--model",))
+        own = ("--model", "--data", "--output_dir")
+        wanted = {"sft": own, "reward": own, "train": tuple(inputs)}.get(verb, ("--model",))
         given = [word for name in wanted if name not in flags for word in (name, inputs[name])]
         given += ["--rollout", "transformers"] if verb == "train" else []
         before = listing(place)
@@ -336,7 +337,7 @@ BAD_MODELS = {
 }
 
 
-@pytest.mark.parametrize("verb", ["reward", "train", "generate"])
+@pytest.mark.parametrize("verb", ["sft", "reward", "train", "generate"])
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_unusable_models(refused, verb, case):
     make, name, named = BAD_MODELS[case]
@@ -353,7 +354,7 @@ BAD_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("verb", ["reward", "train", "generate"])
+@pytest.mark.parametrize("verb", ["sft", "reward", "train", "generate"])
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_unusable_weights(refused, verb, case):
     make, named = BAD_WEIGHTS[case]
@@ -449,7 +450,7 @@ def test_a_reward_model_that_answers_otherwise_than_when_it_was_saved(refused):
 # --- the output folder ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["reward", "train"])
+@pytest.mark.parametrize("verb", ["sft", "reward", "train"])
 def test_output_folders_that_can_not_be_used(refused, verb, monkeypatch):
     assert "pairs.csv is a file" in refused(verb, "--output_dir", "pairs.csv/out")
     copy("reward", "taken")

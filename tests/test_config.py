@@ -28,6 +28,7 @@ TRAINING = {
     *KEEPING,
 }
 ZERO_IS_FINE = {
+    "sft": {"seed", "heldout_fraction", "lora_dropout", *KEEPING},
     "reward": {"seed", "heldout_fraction", "center_rewards_coefficient", "lora_dropout", *KEEPING},
     "train": TRAINING,
     "generate": {"seed", "temperature", "top_k"},

@@ -11,10 +11,11 @@ from reinforcepp import cli
 from reinforcepp.config import VERBS
 from reinforcepp.errors import ConfigError, nearest
 
-USAGE = "usage: reinforce_cli.py --mode {train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
+USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
 
 # mode -> the verb, and the flags of this interface that have another name there
 MODES: dict[str, tuple[str, dict[str, str]]] = {
+    "train_sft": ("sft", {"model_name": "model", "data_path": "data", "sft_model_path": "output_dir"}),
     "train_reward": ("reward", {"model_name": "model", "data_path": "data", "reward_model_path": "output_dir"}),
     "train_rlhf": (
         "train",
@@ -29,6 +30,7 @@ MODES: dict[str, tuple[str, dict[str, str]]] = {
 }
 # Where this interface's defaults differ from the verbs', under the verbs' names.
 DEFAULTS = {
+    "train_sft": {"model": "distilgpt2", "data": "example_feedback_diverse.csv", "output_dir": "models/sft_model"},
     "train_reward": {"model": "distilgpt2", "data": "example_feedback_diverse.csv"},
     "train_rlhf": {"model": "distilgpt2", "data": "example_feedback_diverse.csv", "output_dir": "models/rlhf_model"},
     "generate": {"model": "models/rlhf_model"},

@@ -35,6 +35,7 @@ POSITIONAL = {
 NOT_STARTED = "\nInterrupted before anything was started.\n"
 
 SUMMARY = {
+    "sft": "fine-tune a language model on answers or plain text, as a warm-up before the rest",
     "reward": "train a reward model from a preference file",
     "train": "train a policy against it with REINFORCE++",
     "generate": "answer prompts with a trained model",

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.config import PlanConfig, RewardModelConfig, TrainConfig, as_dict
-from reinforcepp.data import load_preferences, load_prompts
+from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
+from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.framing import framed
 from reinforcepp.models import load_tokenizer
 from reinforcepp.observe import printable, say
 from reinforcepp.plan.command import make_plan, show_plan
+from reinforcepp.sft_trainer import lesson
 from reinforcepp.tokens import encode, encode_answer, encode_prompts, frame_completion, frame_prompt
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def show_training(config: TrainConfig) -> None:
     Raises:
         ReinforceError: whatever would stop the training before its weights are read.
     """
-    data, rows, _ = load_prompts(config.data, **_columns(config), renamed=config.renamed)
+    data, rows, _ = load_prompts(config.data, **_columns(config), renamed=config.renamed, streaming=config.streaming)
     tokenizer = framed(load_tokenizer(config.model), config)
     plan = make_plan(PlanConfig(**{name.name: getattr(config, name.name) for name in fields(TrainConfig)}))
     _write("Settings", settings(config))
@@ -44,7 +45,7 @@ def show_training(config: TrainConfig) -> None:
 
 def show_reward_training(config: RewardModelConfig) -> None:
     """Settings and first pairs of a reward training; errors are those of :func:`show_training`."""
-    data, pairs, _ = load_preferences(config.data, **_columns(config))
+    data, pairs, _ = load_preferences(config.data, **_columns(config), streaming=config.streaming)
     tokenizer = framed(load_tokenizer(config.model), config)
     _write("Settings", settings(config))
     for number, pair in enumerate(pairs[:ROWS], 1):
@@ -54,6 +55,19 @@ def show_reward_training(config: RewardModelConfig) -> None:
             prompt_length = len(encode(tokenizer, frame_prompt(tokenizer, pair.prompt)))
             shown = _row(tokenizer, framed_text + str(tokenizer.eos_token), ids, prompt_length)
             _write(f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last", shown)
+    say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+
+
+def show_warm_up(config: SftConfig) -> None:
+    """Settings and first rows of a supervised warm-up; errors are those of :func:`show_training`."""
+    data, rows, _ = load_texts(config.data, **_columns(config))
+    tokenizer = framed(load_tokenizer(config.model), config)
+    _write("Settings", settings(config))
+    for number, row in enumerate(rows[:ROWS], 1):
+        one = lesson(tokenizer, row)
+        ids = [*one.given, *one.learnt]
+        shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.given))
+        _write(f"Row {number} (row {row.row}): {len(ids)} tokens; what the mask has as 1 is learnt", shown)
     say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
 
 
@@ -80,6 +94,5 @@ def _write(title: str, lines: Iterable[str]) -> None:
     sys.stdout.write(printable("\n".join([f"\n{title}", *(f"  {line}" for line in lines)])) + "\n")
 
 
-def _columns(config: TrainConfig | RewardModelConfig) -> dict[str, Any]:
-    names = {"heldout_fraction": config.heldout_fraction, "seed": config.seed, **config.column_names}
-    return names | {"streaming": config.streaming}
+def _columns(config: TrainConfig | RewardModelConfig | SftConfig) -> dict[str, Any]:
+    return {"heldout_fraction": config.heldout_fraction, "seed": config.seed, **config.column_names}

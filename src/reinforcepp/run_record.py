@@ -42,6 +42,11 @@ class RunRecord:
         return [reward["card"] for reward in self.facts.get("rewards", ()) if reward.get("card")]
 
     @property
+    def is_warm_up(self) -> bool:
+        """Whether it was no RL but a supervised warm-up."""
+        return self.facts.get("kind") == "SftConfig"
+
+    @property
     def finished(self) -> bool:
         """Whether all steps are done."""
         return bool(self.metrics) and self.metrics[-1]["step"] >= self.facts.get("num_steps", float("inf"))
@@ -62,6 +67,11 @@ def find_run(name: str) -> Path:
         )
     for candidate in (folder, folder / "policy"):
         if (candidate / RUN_FILE).is_file() and (candidate / METRICS).is_file():
+            if read_run(candidate).is_warm_up:
+                raise ConfigError(
+                    f"{name} is a supervised warm-up, not the training of a policy: how it went is in {candidate / METRICS} "
+                    f"and {candidate / EVALUATION}."
+                )
             return candidate
     marked = [mark for mark in MARKS if (folder / mark).is_file()]
     why = "it holds no steps yet" if marked else f"it has no {RUN_FILE}"

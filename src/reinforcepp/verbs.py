@@ -21,6 +21,7 @@ from reinforcepp.config import (
     RewardModelConfig,
     ServeConfig,
     ServeRewardConfig,
+    SftConfig,
     TrainConfig,
 )
 from reinforcepp.difference import change_of
@@ -179,6 +180,17 @@ def serve_reward(config: ServeRewardConfig) -> None:
     serve(config)
 
 
+def _sft_or_show(config: SftConfig) -> None:
+    """Fine-tune a language model, or show what it would be trained on."""
+    if config.dry_run:
+        from reinforcepp.dry_run import show_warm_up
+
+        return show_warm_up(config)
+    from reinforcepp.sft_trainer import train_language_model
+
+    train_language_model(config)
+
+
 def _reward_or_show(config: RewardModelConfig) -> None:
     """Train a reward model, or show what it would be trained on."""
     if not config.dry_run:
@@ -199,6 +211,7 @@ def _train_or_show(config: TrainConfig) -> None:
 
 
 ACTIONS: dict[str, Callable[[Any], Any]] = {
+    "sft": _sft_or_show,
     "reward": _reward_or_show,
     "train": _train_or_show,
     "generate": generate,
@@ -217,6 +230,7 @@ ACTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 LOADS = {
+    "sft": "reinforcepp.sft_trainer",
     "reward": "reinforcepp.reward_trainer",
     "train": "reinforcepp.reinforce_trainer",
     "generate": "reinforcepp.generate",

@@ -280,9 +280,9 @@ def test_a_resumed_run_knows_its_data_again(tmp_path, model_folder, capsys):
 
 
 def test_figures_of_many_pairs_are_those_of_some(tmp_path, model_folder, monkeypatch, capsys):
-    monkeypatch.setattr("reinforcepp.reward_trainer.MOST_SCORED", 2)
+    monkeypatch.setattr("reinforcepp.supervised.MOST_MEASURED", 2)
     run("reward", tmp_path / "rm", write(tmp_path / "a.jsonl", ROWS), "--model", model_folder, "--streaming")
-    assert "Figures are those of 2 of 10 pairs, evenly spread." in capsys.readouterr().err
+    assert "Figures are those of 2 of 10 rows, evenly spread." in capsys.readouterr().err
     card = json.loads((tmp_path / "rm" / "reward_model.json").read_text())
     assert card["train_pairs"] == 10 and card["heldout_pairs"] == 2
 

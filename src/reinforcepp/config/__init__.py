@@ -16,10 +16,12 @@ from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.report import ReportConfig
 from reinforcepp.config.rewards import RewardSettings
+from reinforcepp.config.sft import SftConfig
 from reinforcepp.config.use import ChatConfig, ExportConfig, GenerateConfig, PushConfig, ServeConfig
 from reinforcepp.config.verbs import Columns, DemoConfig, RewardModelConfig, ServeRewardConfig, TrainConfig
 
 VERBS: dict[str, type] = {
+    "sft": SftConfig,
     "reward": RewardModelConfig,
     "train": TrainConfig,
     "generate": GenerateConfig,
@@ -57,6 +59,7 @@ __all__ = [
     "RewardSettings",
     "ServeConfig",
     "ServeRewardConfig",
+    "SftConfig",
     "TrainConfig",
     "as_dict",
     "read_yaml",

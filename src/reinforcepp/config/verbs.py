@@ -18,6 +18,7 @@ from reinforcepp.config._checks import (
 )
 from reinforcepp.config.adapters import check_adapters
 from reinforcepp.config.computing import Computing
+from reinforcepp.config.fitting import Fitting, check_fitting
 from reinforcepp.config.framing import Framing, check_framing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.reinforce import ReinforceConfig
@@ -173,7 +174,7 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig(Looking, Framing, Computing, Keeping, Reading, RewardInputs):
+class RewardModelConfig(Looking, Framing, Computing, Keeping, Fitting, Reading, RewardInputs):
     """Train a reward model from a preference file."""
 
     output_dir: str = "models/reward_model"
@@ -182,16 +183,6 @@ class RewardModelConfig(Looking, Framing, Computing, Keeping, Reading, RewardInp
     """Decides the split, the order of the pairs and the fresh head."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW; falls linearly to 0."""
-    num_train_epochs: int = 3
-    """Passes over the training pairs."""
-    batch_size: int = 8
-    """Pairs per optimiser step."""
-    mini_batch_size: int | None = None
-    """Pairs per forward and backward pass; needs to divide batch_size. Default: the whole batch."""
-    gradient_accumulation_steps: int | None = None
-    """Mini-batches per optimiser step; together with mini_batch_size it gives batch_size."""
-    max_length: int = 512
-    """Pairs with a longer framed answer, in tokens, are left out and counted."""
     center_rewards_coefficient: float = 0.01
     """Weight of the penalty that keeps scores centred on 0."""
 
@@ -201,27 +192,11 @@ class RewardModelConfig(Looking, Framing, Computing, Keeping, Reading, RewardInp
         check_keeping(self)
         check_adapters(self)
         check_framing(self)
-        positive(self, "learning_rate", "num_train_epochs", "batch_size", "mini_batch_size", "max_length")
-        positive(self, "gradient_accumulation_steps")
+        check_fitting(self)
         not_negative(self, "center_rewards_coefficient")
         check_columns(self)
         filled(self, "model", "data")
         check_apart(self, "model", "data")
-        if self.micro_batch_size * self.accumulation != self.batch_size:
-            raise ConfigError(
-                f"mini_batch_size {self.micro_batch_size} x gradient_accumulation_steps {self.accumulation} is not "
-                f"batch_size {self.batch_size}: leave one of the three out, or make them agree."
-            )
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Pairs per forward and backward pass."""
-        return self.mini_batch_size or max(1, self.batch_size // (self.gradient_accumulation_steps or 1))
-
-    @property
-    def accumulation(self) -> int:
-        """Mini-batches per optimiser step."""
-        return self.gradient_accumulation_steps or max(1, self.batch_size // self.micro_batch_size)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, prompt
 from reinforcepp.data.sources import DataFiles, resolve_data
 from reinforcepp.data.split import split_by_prompt
 from reinforcepp.data.spool import SpooledRows
+from reinforcepp.data.texts import Demonstration, TextData, load_texts, read_texts
 
 __all__ = [
     "DataFiles",
+    "Demonstration",
     "Names",
     "PreferenceData",
     "PromptData",
@@ -20,17 +22,20 @@ __all__ = [
     "Skipped",
     "SpooledRows",
     "Table",
+    "TextData",
     "contradictions_in",
     "conversation_text",
     "count",
     "load_preferences",
     "load_prompts",
+    "load_texts",
     "normalize",
     "prompt_rows",
     "read_preferences",
     "read_prompt_lines",
     "read_prompts",
     "read_table",
+    "read_texts",
     "resolve_data",
     "sift",
     "split_by_prompt",

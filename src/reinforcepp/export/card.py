@@ -36,7 +36,9 @@ def model_card(source: Source, name: str) -> str:
     """The card in Markdown, front matter for the hub included, of a model that is called ``name``: USER/NAME, or a folder's."""
     record = source.record
     parts = [_front_matter(record), f"# {escaped(name)}", _introduction(source)]
-    if record is not None:
+    if record is not None and record.is_warm_up:
+        parts += [_warm_up(source, record), _settings(record)]
+    elif record is not None:
         parts += [_data(record), _rewards(record), _results(source, record), _settings(record)]
     return "\n\n".join([*parts, _use(name)]) + "\n"
 
@@ -61,13 +63,28 @@ def _introduction(source: Source) -> str:
     package = f"reinforcepp {versions_of(['reinforcepp']).get('reinforcepp', '')}".strip()
     if record is None:
         return f"A causal language model, exported by {package}. Nothing is noted of how it was trained."
+    start = escaped(_model(record, record.settings.get("model", "A language model")))
+    if record.is_warm_up:
+        return f"{start}, fine-tuned on {record.facts.get('rows', 'unknown')} rows by {package}."
     estimator = escaped(record.settings.get("estimator", "unknown"))
     steps = record.facts.get("num_steps")
     done = f"{source.step} of {steps} steps" if source.step is not None else f"{steps} steps"
-    return (
-        f"{escaped(_model(record, record.settings.get('model', 'A language model')))}, aligned with REINFORCE++ (estimator "
-        f"{estimator}, {done}) by {package}."
-    )
+    return f"{start}, aligned with REINFORCE++ (estimator {estimator}, {done}) by {package}."
+
+
+def _warm_up(source: Source, record: RunRecord) -> str:
+    inputs, measured = record.facts.get("inputs", {}), record.evaluations
+    rows = [
+        ("rows from", _file_names(record.settings.get("data", "unknown"))),
+        ("fingerprint of the rows", inputs.get("data", "unknown")),
+        ("fingerprint of the weights at the start", inputs.get("model", "unknown")),
+    ]
+    if {"before", "after"} <= measured.keys() and not source.is_checkpoint:
+        rows.append(("held-out rows", int(measured["after"]["rows"])))
+        for name in ("loss", "perplexity"):
+            figures = [f"{measured[when][name]:.4g}" for when in ("before", "after")]
+            rows.append((f"their {name}, before and after", " and ".join(figures)))
+    return "## Data and results\n\n" + _table(("", ""), rows)
 
 
 def _data(record: RunRecord) -> str:

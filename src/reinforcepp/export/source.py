@@ -30,6 +30,11 @@ class Source:
     step: int | None
 
     @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is what a training saved on its way."""
+        return Path(self.name).parent.name == checkpoint.FOLDER
+
+    @property
     def is_last(self) -> bool:
         """Whether it is what the whole training led to, not a checkpoint on the way."""
         return self.record is not None and self.step == self.record.facts.get("num_steps")
@@ -55,13 +60,13 @@ def find_source(name: str) -> Source:
     if not _holds_model(folder):
         resolve(name)
         return Source(name, None, None)
-    is_checkpoint = folder.parent.name == checkpoint.FOLDER
-    run = folder.parent.parent if is_checkpoint else folder
+    source = Source(str(folder), None, None)
+    run = folder.parent.parent if source.is_checkpoint else folder
     if not (run / RUN_FILE).is_file():
-        return Source(str(folder), None, None)
+        return source
     record = read_run(run)
     done = int(record.metrics[-1]["step"]) if record.metrics else None
-    return Source(str(folder), record, checkpoint.place_of(folder)[0] if is_checkpoint else done)
+    return Source(str(folder), record, checkpoint.place_of(folder)[0] if source.is_checkpoint else done)
 
 
 def _holds_model(folder: Path) -> bool:

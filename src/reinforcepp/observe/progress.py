@@ -29,12 +29,12 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def reading_progress(shown: bool) -> Iterator[Callable[[float], None]]:
-    """Progress of reading large data: gives what is to be told which share of it has been read."""
+def reading_progress(shown: bool, title: str = "reading data") -> Iterator[Callable[[float], None]]:
+    """Progress of a pass over large data: gives what is to be told which share of it is done."""
     if not shown:
         yield lambda share: None
         return
-    with Progress("reading data, %", 100) as progress:
+    with Progress(f"{title}, %", 100) as progress:
 
         def told(share: float) -> None:
             while progress.done < min(100, int(100 * share)):

@@ -1,0 +1,65 @@
+"""Settings of the supervised warm-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reinforcepp.config._checks import check_apart, check_values, filled, fraction
+from reinforcepp.config.adapters import check_adapters
+from reinforcepp.config.computing import Computing
+from reinforcepp.config.fitting import Fitting, check_fitting
+from reinforcepp.config.framing import Framing, check_framing
+from reinforcepp.config.keeping import Keeping, check_keeping
+from reinforcepp.config.verbs import Looking
+
+
+@dataclass(frozen=True)
+class SftInputs:
+    """What a supervised warm-up starts from."""
+
+    model: str = "builtin:tiny"
+    """Language model to start from: builtin:tiny, a folder or a hub name."""
+    data: str = "builtin:network"
+    """CSV, TSV, JSON, JSONL or Parquet file with prompts and answers, conversations or plain text, a folder or pattern of
+    such files, several with commas between them, or builtin:network."""
+    prompt_column: str = "prompt"
+    """Column with the prompt."""
+    completion_column: str = "completion"
+    """Column with the answer to learn; where there is none, the chosen answer of a preference file is."""
+    chosen_column: str = "chosen"
+    """Column with the preferred answer of a preference file."""
+    messages_column: str = "messages"
+    """Column with conversations, whose last answer is learnt; looked for where there are no prompts with answers."""
+    text_column: str = "text"
+    """Column with plain text, learnt as a whole; looked for where there is nothing of the above."""
+    heldout_fraction: float = 0.1
+    """Share of the prompts kept out of training and used for the figures; built-in data brings its own split."""
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """The five names, as whatever reads data takes them."""
+        kinds = ("prompt", "completion", "chosen", "messages", "text")
+        return {f"{kind}_column": getattr(self, f"{kind}_column") for kind in kinds}
+
+
+@dataclass(frozen=True)
+class SftConfig(Looking, Framing, Computing, Keeping, Fitting, SftInputs):
+    """Fine-tune a language model on answers or plain text, as a warm-up before RL."""
+
+    output_dir: str = "models/sft"
+    """Folder for the fine-tuned model."""
+    seed: int = 42
+    """Decides the split and the order of the rows."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW; falls linearly to 0. Adapters take about ten times as much."""
+
+    def __post_init__(self) -> None:
+        """Check each value, then what they mean together."""
+        check_values(self)
+        check_keeping(self)
+        check_adapters(self)
+        check_framing(self)
+        check_fitting(self)
+        fraction(self, "heldout_fraction")
+        filled(self, "model", "data")
+        check_apart(self, "model", "data")

@@ -1,0 +1,360 @@
+"""The supervised warm-up: it learns what is shown, on the answer alone, framed as in RL, and survives being stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_framing import CHAT
+
+from reinforcepp import resumable
+from reinforcepp.cli import main
+from reinforcepp.config import SftConfig
+from reinforcepp.config.framing import Framing
+from reinforcepp.data import Demonstration, PromptRow, load_texts
+from reinforcepp.errors import ConfigError, TrainingDiverged
+from reinforcepp.framing import framed
+from reinforcepp.logprobs import response_logprobs
+from reinforcepp.models import load_policy, load_tokenizer
+from reinforcepp.observe.interrupt import Interrupted
+from reinforcepp.sft_trainer import held_out, lesson, train_language_model
+from reinforcepp.tokens import encode_answer, encode_prompts
+
+DIRECTIONS = ("north", "south", "east", "west")
+COLOURS = ("red", "green", "blue", "white", "black", "grey")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A model without dropout, which tells the same whether it learns or not."""
+    return tiny.save(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Plain text with a rule to it."""
+    path = tmp_path_factory.mktemp("texts") / "texts.csv"
+    lines = [f"The {c} host in the {d} answers the {c} host." for c in COLOURS for d in DIRECTIONS]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["text"], *[[line] for line in lines]])
+    return path
+
+
+def config(model, data, folder, **settings) -> SftConfig:
+    usual = {"batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-3, "heldout_fraction": 0.25, "save_every": 0}
+    return SftConfig(model=str(model), data=str(data), output_dir=str(folder), **(usual | settings))
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- what is learnt ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frame", [{}, {"chat_template": CHAT}, {"system_prompt": "Be short."}], ids=["plain", "chat", "system"]
+)
+def test_prompt_and_answer_are_the_tokens_of_rl_and_only_the_answer_is_learnt(llama, frame):
+    tokenizer = framed(load_tokenizer(str(llama)), Framing(**frame))
+    one = lesson(tokenizer, Demonstration("Why?", "Because of DNS.", 7))
+    (prompt,), _ = encode_prompts(tokenizer, [PromptRow("Why?", {})], max_prompt_length=99)
+    assert tuple(one.given) == prompt.ids
+    assert [*one.given, *one.learnt] == encode_answer(tokenizer, "Why?", "Because of DNS.")
+    assert tokenizer.decode(one.learnt).strip() == "Because of DNS.<|endoftext|>"
+    assert one.row == 7 and one.length == len(one.given) + len(one.learnt)
+
+
+def test_of_a_text_all_is_learnt_and_that_it_ends(llama):
+    tokenizer = load_tokenizer(str(llama))
+    one = lesson(tokenizer, Demonstration(None, "Run ip addr show."))
+    ids = tokenizer("Run ip addr show.")["input_ids"]
+    assert one.given == ids[:1] and one.learnt == [*ids[1:], tokenizer.eos_token_id]
+    assert lesson(tokenizer, Demonstration(None, "Run ip addr show.<|endoftext|>")) == one
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[dict]:
+    """What the trainer's loss is given, batch by batch."""
+    seen = []
+    original = resumable.ResumableSftTrainer.compute_loss
+
+    def spy(self, model, inputs, **named):
+        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return original(self, model, inputs, **named)
+
+    monkeypatch.setattr(resumable.ResumableSftTrainer, "compute_loss", spy)
+    return seen
+
+
+def test_the_loss_of_a_step_is_minus_the_mean_log_probability_that_rl_gives_its_answers(
+    llama, pairs_csv, tmp_path, batches
+):
+    settings = {"batch_size": 6, "mini_batch_size": 3, "num_train_epochs": 1, "system_prompt": "Be short."}
+    train_language_model(config(llama, pairs_csv, tmp_path / "out", **settings))
+    tokenizer = framed(load_tokenizer(str(llama)), Framing(system_prompt="Be short."))
+    _, rows, _ = load_texts(pairs_csv, heldout_fraction=0.25, seed=42)
+    lessons = {tuple(one.given + one.learnt): one for one in (lesson(tokenizer, row) for row in rows)}
+    assert len(batches) == 2 and len(lessons) == 6
+    seen = []
+    for batch in batches:
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            one = lessons[tuple(ids[mask.bool()].tolist())]
+            assert labels.tolist() == [-100] * len(one.given) + one.learnt + [-100] * (len(ids) - one.length)
+            seen.append(one)
+    assert len(seen) == 6
+    given, learnt = [one.given for one in seen], [one.learnt for one in seen]
+    logprobs, _, mask = response_logprobs(load_policy(str(llama)), given, learnt, pad_id=0)
+    assert log(tmp_path / "out")[0]["loss"] == pytest.approx(-(logprobs.sum() / mask.sum()).item(), abs=1e-4)
+
+
+def test_held_out_figures_by_a_loop_over_tokens(llama):
+    model, tokenizer = load_policy(str(llama)), load_tokenizer(str(llama))
+    rows = [
+        Demonstration("Why?", "Because."),
+        Demonstration("Is the gateway up?", "Yes."),
+        Demonstration(None, "So it is."),
+    ]
+    lessons = [lesson(tokenizer, row) for row in rows]
+    total, tokens = 0.0, 0
+    for one in lessons:
+        logits = model(input_ids=torch.tensor([one.given + one.learnt])).logits[0].log_softmax(-1)
+        for place, token in enumerate(one.learnt):
+            total -= logits[len(one.given) + place - 1, token].item()
+            tokens += 1
+    found = held_out(model, lessons, pad_id=tokenizer.eos_token_id, at_a_time=2)
+    assert (found.tokens, found.rows) == (tokens, 3)
+    assert found.loss == pytest.approx(total / tokens, abs=1e-5)
+    assert found.perplexity == pytest.approx(torch.tensor(found.loss).exp().item(), rel=1e-4)
+
+
+def test_unseen_text_is_foretold_better(llama, texts, tmp_path, capsys):
+    figures = train_language_model(config(llama, texts, tmp_path / "out", num_train_epochs=6, learning_rate=5e-3))
+    before, after = figures["before"], figures["after"]
+    assert after.loss < before.loss - 2 and after.loss < 1.5
+    assert (before.rows, before.tokens) == (after.rows, after.tokens) == (6, after.tokens)
+    said = capsys.readouterr().err
+    assert f"loss {before.loss:.3f} -> {after.loss:.3f} nats per token" in said.replace("\n", " ")
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["before"] == vars(before) and written["after"] == vars(after)
+    # What was written is what was measured.
+    tokenizer = load_tokenizer(str(tmp_path / "out"))
+    _, _, unseen = load_texts(texts, heldout_fraction=0.25, seed=42)
+    lessons = [lesson(tokenizer, row) for row in unseen]
+    saved = held_out(load_policy(str(tmp_path / "out")), lessons, pad_id=tokenizer.eos_token_id, at_a_time=6)
+    assert saved.loss == pytest.approx(after.loss, abs=1e-6)
+
+
+def test_micro_batches_change_nothing(llama, pairs_csv, tmp_path):
+    for name, micro in (("whole", 6), ("split", 1)):
+        train_language_model(config(llama, pairs_csv, tmp_path / name, batch_size=6, mini_batch_size=micro))
+    whole, split = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "split"))
+    assert max(float((whole[name] - split[name]).abs().max()) for name in whole) < 1e-4
+
+
+def test_a_model_that_got_worse_is_called_so(llama, pairs_csv, tmp_path, capsys):
+    train_language_model(config(llama, pairs_csv, tmp_path / "out", learning_rate=1.0))
+    assert "it got worse on what it hasn't seen" in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_held_out_rows_that_is_said(llama, pairs_csv, tmp_path, capsys):
+    found = train_language_model(config(llama, pairs_csv, tmp_path / "out", heldout_fraction=0.0, num_train_epochs=1))
+    assert found == {"before": None, "after": None}
+    assert "No row was held out" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == {}
+
+
+# --- what it computes with --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mixed_precision": "bf16", "gradient_checkpointing": True}, {"use_peft": True, "learning_rate": 1e-2}],
+    ids=["bf16", "lora"],
+)
+def test_it_learns_with_less_memory_too(llama, pairs_csv, tmp_path, settings):
+    figures = train_language_model(config(llama, pairs_csv, tmp_path / "out", num_train_epochs=4, **settings))
+    assert figures["after"].loss < figures["before"].loss - 0.3
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == ("use_peft" in settings)
+
+
+def test_but_for_the_weights_the_model_stays_as_it_was(llama, pairs_csv, tmp_path):
+    train_language_model(config(llama, pairs_csv, tmp_path / "out", save_every=1, num_train_epochs=1))
+    for name in ("config.json", "generation_config.json"):
+        start = json.loads((llama / name).read_text())
+        for folder in (tmp_path / "out", *(tmp_path / "out" / "checkpoints").iterdir()):
+            assert json.loads((folder / name).read_text()) == start
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(value.dtype) for value in saved.values()} == {"torch.float32"}
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("moment", "extra"), [(2, {}), (5, {}), (3, {"use_peft": True})], ids=["2", "5", "lora"])
+def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, moment, extra):
+    """GPT-2 learns with dropout, so the state of the random generators has to come back, too."""
+    settings = {"batch_size": 2, "mini_batch_size": 1, "save_every": 2, "keep_last": 1, **extra}
+    train_language_model(config(model_folder, pairs_csv, tmp_path / "whole", **settings))
+    seen = []
+    beat = resumable.Keeper.on_substep_end
+
+    def ask(self, *positional, **named):
+        seen.append(1)
+        if len(seen) == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+        beat(self, *positional, **named)
+
+    monkeypatch.setattr(resumable.Keeper, "on_substep_end", ask)
+    with pytest.raises(Interrupted) as stop:
+        train_language_model(config(model_folder, pairs_csv, tmp_path / "run", **settings))
+    assert stop.value.exit_code == 143
+    with pytest.raises(ConfigError, match=r"learning_rate was 0\.001 and is 0\.1"):
+        train_language_model(
+            config(model_folder, pairs_csv, tmp_path / "run", **settings, learning_rate=0.1, resume=True)
+        )
+    train_language_model(config(model_folder, pairs_csv, tmp_path / "run", **settings, resume=True))
+    weights = "adapter_model.safetensors" if extra else "model.safetensors"
+    for name in (weights, "metrics.jsonl", "evaluation.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    assert len(log(tmp_path / "run")) == 6
+
+
+def test_a_changed_file_is_not_gone_on_with(llama, pairs_csv, tmp_path):
+    data = tmp_path / "pairs.csv"
+    data.write_bytes(pairs_csv.read_bytes())
+    train_language_model(config(llama, data, tmp_path / "run", num_train_epochs=1, save_every=1))
+    data.write_text(data.read_text() + "One more?,Yes.,No.\n")
+    with pytest.raises(ConfigError, match="data was"):
+        train_language_model(config(llama, data, tmp_path / "run", num_train_epochs=1, save_every=1, resume=True))
+
+
+def test_gradients_that_are_not_finite_are_left_out_and_then_stop_it(llama, pairs_csv, tmp_path, monkeypatch):
+    original = resumable.ResumableSftTrainer.compute_loss
+    monkeypatch.setattr(
+        resumable.ResumableSftTrainer,
+        "compute_loss",
+        lambda self, *positional, **named: original(self, *positional, **named) * float("nan"),
+    )
+    with pytest.raises(TrainingDiverged, match="nor were those of the 1 steps before"):
+        train_language_model(config(llama, pairs_csv, tmp_path / "run", max_skipped_updates=1))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, llama, pairs_csv) -> Path:
+    """The working directory, with ``model`` and ``pairs.csv``."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(llama)
+    Path("pairs.csv").write_bytes(pairs_csv.read_bytes())
+    return tmp_path
+
+
+SFT = ["sft", "--model", "model", "--data", "pairs.csv", "--num_train_epochs", "1", "--output_dir", "warm"]
+
+
+def test_what_it_writes_is_a_model_for_every_other_verb(place, capsys):
+    assert main([*SFT, "--system_prompt", "Be short."]) == 0
+    assert "pairs.csv: 8 rows; answers from the column 'chosen'" in capsys.readouterr().err
+    few = ["--data", "pairs.csv", "--max_prompt_length", "64", "--max_new_tokens", "4", "--rollout", "transformers"]
+    rule = ["--rewards", "rule:length?max=20", "--max_steps", "1", "--batch_size", "2", "--eval_prompts", "0"]
+    for arguments in (
+        ["reward", "--model", "warm", "--data", "pairs.csv", "--num_train_epochs", "1"],
+        ["train", "--model", "warm", *few, *rule],
+        ["generate", "--model", "warm", "--prompt", "Why?", "--max_new_tokens", "4", "--engine", "transformers"],
+        ["export", "warm", "--output_dir", "plain"],
+    ):
+        assert main(arguments) == 0, capsys.readouterr().err
+    assert "Be short." in load_tokenizer("runs/train").chat_template
+    card = Path("plain/README.md").read_text()
+    assert "fine-tuned on 7 rows by reinforcepp" in card and "their loss, before and after" in card
+    assert "| num\\_train\\_epochs | 1 | 3 |" in card
+    capsys.readouterr()
+    for verb in ("report", "doctor"):
+        assert main([verb, "warm"]) == 2
+        assert "warm is a supervised warm-up" in capsys.readouterr().err
+
+
+def test_an_adapter_is_a_model_for_the_next_training(place, capsys):
+    assert main([*SFT, "--use_peft"]) == 0
+    assert main([*SFT[:1], "--model", "warm", *SFT[3:-1], "again"]) == 0
+    start, end = (load_policy(name).state_dict() for name in ("warm", "again"))
+    assert not any(torch.equal(start[name], end[name]) for name in start if "proj" in name)
+
+
+def test_the_classic_interface(place, capsys):
+    from reinforcepp import classic
+
+    arguments = [
+        "--model_name",
+        "model",
+        "--data_path",
+        "pairs.csv",
+        "--sft_model_path",
+        "warm",
+        "--num_train_epochs",
+        "1",
+    ]
+    assert classic.main(["--mode", "train_sft", *arguments]) == 0
+    assert Path("warm/model.safetensors").is_file()
+    assert classic.main(["--help"]) == 0
+    assert "train_sft (the verb sft" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_what_is_learnt(place, capsys):
+    before = sorted(place.iterdir())
+    assert main([*SFT, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    tokenizer = load_tokenizer("model")
+    _, rows, _ = load_texts("pairs.csv", heldout_fraction=0.1, seed=42)
+    one = lesson(tokenizer, rows[0])
+    assert f"  mask    {'0 ' * len(one.given)}{'1 ' * len(one.learnt)}".rstrip() + "\n" in out
+    assert "Row 3 (row " in out and "Row 4" not in out and "num_train_epochs: 1  # default: 3" in out
+    assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "said"),
+    [
+        (["a,b", "1,2"], [], ["bad.csv", "no column 'text'", "--text_column"]),
+        (["text"], [], ["bad.csv"]),
+        (
+            ["text,n", "A dog barks at the gate.,1"],
+            ["--max_length", "4"],
+            ["No training row of bad.csv", "max_length 4"],
+        ),
+        (["text,n", "A dog barks.,1"], ["--mixed_precision", "fp16"], ["fp16", "GPU"]),
+        (["text,n", "A dog barks.,1"], ["--batch_size", "8", "--mini_batch_size", "3"], ["mini_batch_size 3"]),
+        (["text,n", "A dog barks.,1"], ["--output_dir", "model"], ["output_dir"]),
+        (["text,n", "A dog barks.,1"], ["--model", "nowhere/at/all"], ["nowhere/at/all"]),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(place, capsys, rows, flags, said):
+    if torch.cuda.is_available() and "fp16" in flags:
+        pytest.skip("there is a GPU")
+    Path("bad.csv").write_text("\n".join(rows) + "\n")
+    assert main(["sft", "--model", "model", "--data", "bad.csv", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert [words for words in said if words not in err] == []
+    assert not Path("models").exists()
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(place, capsys):
+    Path("long.csv").write_text(
+        "text,n\n" + "\n".join(f"Host {i} is up.,{i}" for i in range(6)) + f"\n{'ping ' * 99},9\n"
+    )
+    flags = ["--max_length", "20", "--num_train_epochs", "1", "--heldout_fraction", "0"]
+    assert main(["sft", "--model", "model", "--data", "long.csv", *flags]) == 0
+    assert "Left out 1 training rows longer than 20 tokens (rows 8)" in capsys.readouterr().err
+    assert json.loads(Path("models/sft/run.json").read_text())["rows"] == 6
