@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
 DEFAULT_MICRO_BATCH = 8
 ENGINES = ("auto", "transformers", "vllm")
 RAY = "ray://"
+RAY_ADDRESS = re.compile(r"ray://(auto|local|[^\s/:]+:\d{1,5})")
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
 def check_rollout(config: ReinforceConfig) -> None:
     """Check what names the engine."""
     named, pool = config.rollout, config.rollout.startswith(RAY)
-    if named not in ENGINES and not (pool and named != RAY):
+    if named not in ENGINES and not RAY_ADDRESS.fullmatch(named):
         raise ConfigError(
             f"rollout must be one of {', '.join(ENGINES)}, or {RAY}auto, {RAY}local, {RAY}HOST:PORT, not {named!r}."
             f"{nearest(named, [*ENGINES, RAY + 'auto', RAY + 'local'])}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 Values = tuple[str, Any]
 """A tensor's type, and its values in an array that may share memory with others."""
+CONNECT_SECONDS = 10
 START_SECONDS = 180
 """Within this time the first worker has to be ready."""
 LOOK_SECONDS = 1.0
@@ -308,6 +310,8 @@ def connect(address: str) -> tuple[Any, bool]:
 
     if ray.is_initialized():
         return ray, False
+    if ":" in address:
+        _look_for(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU see what there is
     try:
         ray.init(
@@ -323,6 +327,18 @@ def connect(address: str) -> tuple[Any, bool]:
             "or use --rollout ray://local."
         ) from error
     return ray, True
+
+
+def _look_for(address: str) -> None:
+    """Raises a RolloutError if nobody listens at ``host:port``, for which Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise RolloutError(
+            f"Nobody answers at {address} ({error.strerror or error}): give the address that `ray start --head` told, and look "
+            "whether this machine may connect to it."
+        ) from error
 
 
 # --- tensors in the object store ------------------------------------------------------------------------------------
