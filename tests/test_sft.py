@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_framing import CHAT
 
-from reinforcepp import resumable
+from reinforcepp import ReinforceConfig, ReinforceTrainer, resumable
 from reinforcepp.cli import main
 from reinforcepp.config import SftConfig
 from reinforcepp.config.framing import Framing
@@ -183,6 +183,29 @@ def test_it_learns_with_less_memory_too(llama, pairs_csv, tmp_path, settings):
     figures = train_language_model(config(llama, pairs_csv, tmp_path / "out", num_train_epochs=4, **settings))
     assert figures["after"].loss < figures["before"].loss - 0.3
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == ("use_peft" in settings)
+
+
+def test_rl_may_follow_in_the_same_process_in_its_own_precision(llama, pairs_csv, tmp_path):
+    """Accelerate, which both trainers use, has one precision for a process."""
+    train_language_model(config(llama, pairs_csv, tmp_path / "warm", mixed_precision="bf16", num_train_epochs=1))
+    for precision in ("bf16", "no"):
+        args = ReinforceConfig(
+            output_dir=str(tmp_path / precision),
+            mixed_precision=precision,
+            max_steps=1,
+            max_new_tokens=4,
+            max_prompt_length=40,
+            rollout="transformers",
+        )
+        run = ReinforceTrainer(
+            str(tmp_path / "warm"),
+            lambda prompts, completions, **_: list(map(len, completions)),
+            args,
+            [{"prompt": "Why?"}],
+        )
+        run.train()
+        weights = run.policy.get_input_embeddings().weight
+        assert run.policy(input_ids=torch.tensor([[1, 2]])).logits.dtype == weights.dtype
 
 
 def test_but_for_the_weights_the_model_stays_as_it_was(llama, pairs_csv, tmp_path):
