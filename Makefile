@@ -16,7 +16,7 @@ demo: venv ## reward model, REINFORCE++, generate, compare: offline, under runs/
 	.venv/bin/reinforcepp demo --output_dir runs/demo --overwrite
 
 test: lint ## style checks, types and the tests (PYTEST_ARGS="-k loss" for some of them)
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: venv ## style checks and types only
 	.venv/bin/ruff check .

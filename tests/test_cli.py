@@ -380,7 +380,7 @@ def test_a_model_that_is_neither_here_nor_to_be_fetched(refused, monkeypatch, tm
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("reinforcepp.models.getproxies", dict)
+    monkeypatch.setattr("reinforcepp.hub.getproxies", dict)
     begin = time.monotonic()
     message = refused("train", "--model", name)
     assert time.monotonic() - begin < 10

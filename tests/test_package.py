@@ -29,6 +29,8 @@ LAYERS = [
     "reward_rules",
     "reward_sources",
     "files",
+    "hub",
+    "data_names",
     "versions",
     "difference",
     "page",

@@ -34,6 +34,8 @@ def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
         heldout_fraction=config.heldout_fraction,
         seed=split_seed,
         **config.column_names,
+        renamed=config.renamed,
+        streaming=config.streaming,
     )
     trainer = ReinforceTrainer(
         config.model, config.reward_sources, config, train_rows, eval_dataset=heldout_rows, judge=config.judge_name

@@ -28,7 +28,7 @@ def show_training(config: TrainConfig) -> None:
     Raises:
         ReinforceError: whatever would stop the training before its weights are read.
     """
-    data, rows, _ = load_prompts(config.data, **_columns(config))
+    data, rows, _ = load_prompts(config.data, **_columns(config), renamed=config.renamed, streaming=config.streaming)
     tokenizer = framed(load_tokenizer(config.model), config)
     plan = make_plan(PlanConfig(**{name.name: getattr(config, name.name) for name in fields(TrainConfig)}))
     _write("Settings", settings(config))
@@ -45,7 +45,7 @@ def show_training(config: TrainConfig) -> None:
 
 def show_reward_training(config: RewardModelConfig) -> None:
     """Settings and first pairs of a reward training; errors are those of :func:`show_training`."""
-    data, pairs, _ = load_preferences(config.data, **_columns(config))
+    data, pairs, _ = load_preferences(config.data, **_columns(config), streaming=config.streaming)
     tokenizer = framed(load_tokenizer(config.model), config)
     _write("Settings", settings(config))
     for number, pair in enumerate(pairs[:ROWS], 1):

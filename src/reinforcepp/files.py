@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -139,20 +138,3 @@ def disk_errors() -> Iterator[None]:
             if f"os error {code})" in str(error):
                 raise OSError(code, os.strerror(code)) from error
         raise
-
-
-def listed(source: str | Path) -> list[Path]:
-    """The paths that a setting for data stands for: one, several with commas between them, patterns with ``*`` and the like.
-
-    What exists under the whole name is that file, commas and all; a pattern that fits nothing stays as it is.
-    """
-    if os.path.exists(source):
-        return [Path(source)]
-    found: list[Path] = []
-    for name in filter(None, map(str.strip, str(source).split(","))):
-        try:
-            matches = sorted(glob.glob(name)) if not os.path.exists(name) else []
-        except ValueError:  # a NUL character in it
-            matches = []
-        found += map(Path, matches or [name])
-    return found

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 
@@ -23,6 +20,7 @@ from reinforcepp import builtin
 from reinforcepp.adapters import ADAPTER_CONFIG, base_of, is_adapted, is_adapter, merged
 from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import PARTIAL, disk_errors, flush
+from reinforcepp.hub import look_for_hub
 from reinforcepp.tokens import PLAIN_TEMPLATE
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ def _told(name: str) -> Iterator[None]:
 
     folder = Path(resolve(name))
     if not folder.is_dir():
-        _look_for_hub()
+        look_for_hub()
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -88,22 +86,6 @@ def _told(name: str) -> Iterator[None]:
         raise ModelError(
             f"There is no model folder {name!r} here, and it can't be fetched from the hub. {HUB_CURE.format(name=name)}"
         ) from error
-
-
-def _look_for_hub() -> None:
-    """Go offline if the hub can't be reached: its library would retry every file for half a minute.
-
-    A model that was fetched before still loads then. Behind a proxy a look of our own says nothing.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or getproxies():
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=3).close()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,13 @@ from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import compute_dtype
 from reinforcepp.rewards import RewardSum
 from reinforcepp.run_state import RunState, better
+from reinforcepp.tokens import LazyPrompts
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WITNESSES = 100
 
 
 class PolicyRun:
@@ -159,9 +163,14 @@ class PolicyRun:
         )
 
 
-def fingerprints(model: PreTrainedModel, prompts: Sequence[Prompt], rewards: RewardSum) -> dict[str, str]:
-    """What a run starts from, each in one word, by the name of its setting."""
-    texts = json.dumps([(prompt.text, prompt.ids) for prompt in prompts])
+def fingerprints(model: PreTrainedModel, parts: Sequence[Sequence[Prompt]], rewards: RewardSum) -> dict[str, str]:
+    """What a run starts from, each in one word, by the name of its setting; ``parts`` are its prompts.
+
+    Of prompts on the disk that is a hash of their texts, and the tokens of some.
+    """
+    on_disk = [prompts for prompts in parts if isinstance(prompts, LazyPrompts)]
+    seen = chain.from_iterable(p[:WITNESSES] if isinstance(p, LazyPrompts) else p for p in parts)
+    texts = json.dumps([*((prompt.text, prompt.ids) for prompt in seen), *(prompts.digest for prompts in on_disk)])
     return {
         "model": weights_hash(model),
         "data": hashlib.sha256(texts.encode()).hexdigest()[:16],

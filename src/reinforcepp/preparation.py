@@ -11,27 +11,42 @@ import torch
 from reinforcepp.adapters import is_adapted
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.config.computing import Computing
+from reinforcepp.data import SpooledRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models import load_policy
 from reinforcepp.observe import say
 from reinforcepp.precision import compute_dtype
-from reinforcepp.tokens import encode_prompts
+from reinforcepp.tokens import LazyPrompts, encode_prompt, encode_prompts
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, config: ReinforceConfig) -> list[Prompt]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, config: ReinforceConfig
+) -> Sequence[Prompt]:
     """The prompts of ``rows`` as the policy sees them; those that are too long are cut or left out, and counted.
+
+    Rows on the disk are tokenised when their turn comes, so those that are cut then can't be counted now.
 
     Raises:
         DataError: if none is left.
     """
     limit, action = config.max_prompt_length, config.long_prompts
-    prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit, long_prompts=action)
+    did = "cut from the left" if action == "cut" else "left out"
+    prompts: Sequence[Prompt]
+    if isinstance(rows, SpooledRows) and action == "cut":
+        if part == "training":
+            say(f"Prompts are tokenised when their turn comes; what is longer than {limit} tokens is {did}.")
+        return LazyPrompts(tokenizer, rows, limit, rows.digest)
+    if isinstance(rows, SpooledRows):
+        long = [i for i, row in enumerate(rows) if encode_prompt(tokenizer, row, i, limit)[1]]
+        fitting = rows.without(long)
+        prompts = LazyPrompts(tokenizer, fitting, limit, fitting.digest)
+    else:
+        prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit, long_prompts=action)
     if long:
-        did = "cut from the left" if action == "cut" else "left out"
         say(f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {did}.", "yellow")
     if rows and not prompts:
         raise DataError(f"Every {part} prompt is longer than max_prompt_length {limit}: raise it.")

@@ -130,7 +130,7 @@ class ReinforceTrainer:
         self.learner = Learner(policy, self.ranks, self.config, learning_rate=self.config.learning_rate, steps=updates)
         self.policy = self.learner.plain
         self.reference = reference_of(self.policy)
-        inputs = fingerprints(self.reference, [*self.prompts, *self.eval_prompts], self.rewards)
+        inputs = fingerprints(self.reference, [self.prompts, self.eval_prompts], self.rewards)
         if self._resumed is not None:
             check_unchanged(self._resumed.state["inputs"], inputs, self.config.allowed_changes)
         if self.ranks.count > 1 and self.config.kl_action == "rollback":

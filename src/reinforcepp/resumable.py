@@ -220,7 +220,7 @@ def fit(
     trainer_class: type[Resumable],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | Dataset,
     config: Settings,
     begun: Beginning,
 ) -> None:
@@ -248,7 +248,7 @@ def fit(
             begun=begun,
             model=model,
             args=trainer_class.arguments(config, output_dir=scratch, **_arguments(config, steps)),
-            train_dataset=Dataset.from_list(list(rows)),
+            train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
             processing_class=tokenizer,
             callbacks=[keeper],
         )

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from reinforcepp import checkpoint
 from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
+from reinforcepp.data import SpooledRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models import context_length, load_config, weight_bytes
-from reinforcepp.observe import say
+from reinforcepp.observe import reading_progress, say
 from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.types import RowId
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Settings = RewardModelConfig | SftConfig
+MOST_MEASURED = 2000
 
 
 class Numbered(Protocol):
@@ -88,16 +93,61 @@ def length_limit(config: Settings) -> int:
 
 def within(rows: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> list[T]:
     """The rows of at most ``limit`` tokens; of those left out, called ``what``, number and rows are told."""
-    kept: list[T] = []
-    left_out: list[T] = []
-    for row in rows:
-        (kept if length(row) <= limit else left_out).append(row)
-    if left_out:
-        named = ", ".join(str(row.row) for row in left_out[:5]) + (", …" if len(left_out) > 5 else "")
-        say(
-            f"Left out {len(left_out)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them."
-        )
-    return kept
+    long = [place for place, row in enumerate(rows) if length(row) > limit]
+    _tell_left_out(rows, long, limit, what)
+    left_out = set(long)
+    return [row for place, row in enumerate(rows) if place not in left_out]
+
+
+def tokenised(
+    rows: Sequence[T], ids_of: Callable[[T], Mapping[str, list[int]]], limit: int, what: str, scratch: str
+) -> tuple[Sequence[T], Sequence[Mapping[str, list[int]]] | Dataset]:
+    """The rows of at most ``limit`` tokens, and what ``ids_of`` makes of them; of rows on the disk that is in ``scratch``."""
+    from datasets import Dataset, Features, List, Value
+
+    long: list[int] = []
+
+    def short() -> Iterator[Mapping[str, list[int]]]:
+        with reading_progress(isinstance(rows, SpooledRows), "tokenising") as told:
+            for place, row in enumerate(rows):
+                ids = ids_of(row)
+                if longest(ids) > limit:
+                    long.append(place)
+                else:
+                    yield ids
+                told((place + 1) / len(rows))
+
+    kept: Sequence[T]
+    made: Sequence[Mapping[str, list[int]]] | Dataset
+    if isinstance(rows, SpooledRows):
+        features = Features({name: List(Value("int32")) for name in (ids_of(rows[0]) if rows else {})})
+        made = Dataset.from_generator(short, features=features, cache_dir=scratch, fingerprint=rows.digest)
+        kept = rows.without(long)
+    else:
+        made = list(short())
+        left_out = set(long)
+        kept = [row for place, row in enumerate(rows) if place not in left_out]
+    _tell_left_out(rows, long, limit, what)
+    return kept, made
+
+
+def longest(ids: Mapping[str, list[int]]) -> int:
+    """Tokens of the longest of them."""
+    return max(map(len, ids.values()))
+
+
+def some_of(rows: Sequence[T]) -> Sequence[T]:
+    """Of rows on the disk those that figures are made of: to measure millions would take as long as to train on them."""
+    if not isinstance(rows, SpooledRows) or len(rows) <= MOST_MEASURED:
+        return rows
+    say(f"Figures are those of {MOST_MEASURED:,} of {len(rows):,} rows, evenly spread.")
+    return list(rows.spread(MOST_MEASURED))
+
+
+def _tell_left_out(rows: Sequence[Numbered], long: Sequence[int], limit: int, what: str) -> None:
+    if long:
+        named = ", ".join(str(rows[place].row) for place in long[:5]) + (", …" if len(long) > 5 else "")
+        say(f"Left out {len(long)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them.")
 
 
 def check_left(rows: Sequence[Any], what: str, source: str, limit: int) -> None:

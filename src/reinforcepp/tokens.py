@@ -8,7 +8,7 @@ apart from each other, so the border between them is always a token border.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -118,14 +118,50 @@ def encode_prompts(
     prompts: list[Prompt] = []
     too_long: list[int] = []
     for key, row in enumerate(rows):
-        ids = encode(tokenizer, frame_prompt(tokenizer, row.prompt))
-        if len(ids) > max_prompt_length:
+        prompt, long = encode_prompt(tokenizer, row, key, max_prompt_length)
+        if long:
             too_long.append(key)
-            if long_prompts == "drop":
-                continue
-            ids = _cut_left(tokenizer, row.prompt, max_prompt_length)
-        prompts.append(Prompt(row.prompt, tuple(ids), key, dict(getattr(row, "columns", {}))))
+        if not long or long_prompts == "cut":
+            prompts.append(prompt)
     return prompts, too_long
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Any, key: int, limit: int) -> tuple[Prompt, bool]:
+    """One row's prompt, cut if it has to be, and whether it had."""
+    ids = encode(tokenizer, frame_prompt(tokenizer, row.prompt))
+    long = len(ids) > limit
+    if long:
+        ids = _cut_left(tokenizer, row.prompt, limit)
+    return Prompt(row.prompt, tuple(ids), key, dict(getattr(row, "columns", {}))), long
+
+
+class LazyPrompts(Sequence[Prompt]):
+    """The prompts of ``rows``, each framed and tokenised, and cut to ``limit`` tokens, when it is asked for.
+
+    ``digest`` names the contents of the rows.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], limit: int, digest: str) -> None:
+        self.tokenizer, self.rows, self.limit, self.digest = tokenizer, rows, limit, digest
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
+        """One prompt, or several at once."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        place %= len(self)
+        return encode_prompt(self.tokenizer, self.rows[place], place, self.limit)[0]
 
 
 def _cut_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> list[int]:

@@ -20,12 +20,16 @@ RowId = int | str
 
 @dataclass(frozen=True)
 class Preference:
-    """One human judgement: of two answers to ``prompt``, ``chosen`` was preferred. ``row`` is its number in the file."""
+    """One human judgement: of two answers to ``prompt``, ``chosen`` was preferred.
+
+    ``row`` is its number in the file, ``weight`` how often it counts in training.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     row: RowId = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

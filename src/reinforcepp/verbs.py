@@ -26,7 +26,7 @@ from reinforcepp.config import (
     TrainConfig,
 )
 from reinforcepp.difference import change_of
-from reinforcepp.observe import say
+from reinforcepp.observe import reading_progress, say
 
 if TYPE_CHECKING:
     from reinforcepp.reinforce_trainer import ReinforceTrainer
@@ -46,12 +46,16 @@ def train(config: TrainConfig) -> ReinforceTrainer:
     from reinforcepp.reinforce_trainer import ReinforceTrainer
     from reinforcepp.run_record import read_run
 
-    data, train_rows, heldout_rows = load_prompts(
-        config.data,
-        heldout_fraction=config.heldout_fraction,
-        seed=config.seed,
-        **config.column_names,
-    )
+    with reading_progress(config.streaming) as told:
+        data, train_rows, heldout_rows = load_prompts(
+            config.data,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            **config.column_names,
+            renamed=config.renamed,
+            streaming=config.streaming,
+            told=told,
+        )
     say(data.summary())
     trainer = ReinforceTrainer(
         model=config.model,

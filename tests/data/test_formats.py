@@ -254,7 +254,7 @@ def test_a_folder_that_datasets_saved(saved):
     assert data.prompts[1] == PromptRow("p1", {"n": 1, "l": [{"a": 1}]}, 2)
     assert data.summary() == "one: 3 prompts"
     assert [row.prompt for row in read_prompts(saved / "sharded").prompts] == ["p0", "p1", "p2"]
-    assert "holds several data sets, test, train; give the folder of one" in refusal(saved / "parts")
+    assert "holds several data sets, test, train; name one of them" in refusal(saved / "parts")
     assert len(read_prompts(saved / "parts" / "train").prompts) == 3
 
 

@@ -82,8 +82,9 @@ def compare_models(config: CompareConfig) -> ModelComparison:
     reference = reference_of(config)
     notes = [*doubts(config), *said.notes, *report.limits(outcome)]
     if not chosen:
+        column = config.column_names["chosen_column"]
         notes.append(
-            f"The perplexity is left out: {config.data} has no answers in a column {config.chosen_column!r} for these prompts."
+            f"The perplexity is left out: {config.data} has no answers in a column {column!r} for these prompts."
         )
     return ModelComparison(
         settings=as_dict(config),
@@ -107,7 +108,11 @@ def prompts_to_answer(config: CompareConfig) -> list[PromptRow]:
         ReinforceError: as :func:`~reinforcepp.data.load_prompts`.
     """
     data, seen, heldout = load_prompts(
-        config.data, heldout_fraction=config.heldout_fraction, seed=config.seed, prompt_column=config.prompt_column
+        config.data,
+        heldout_fraction=config.heldout_fraction,
+        seed=config.seed,
+        **config.column_names,
+        renamed=config.renamed,
     )
     rows = heldout or seen
     if 0 < config.max_prompts < len(rows):
@@ -115,17 +120,18 @@ def prompts_to_answer(config: CompareConfig) -> list[PromptRow]:
         rows = [rows[place] for place in places]
     which = f"{count(len(rows), 'held-out prompt')}" if heldout else f"no prompt is held out, so all {len(rows)}"
     say(f"{data.summary()}; {which} to answer")
-    return rows
+    return list(rows)
 
 
 def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow]) -> list[Chosen]:
     """Each different answer that the data calls chosen for one of the prompts; none where it has no such texts."""
     files = resolve_data(config.data)
-    table = read_table(files.heldout or files.train, Names(config.prompt_column), pairs=False)
+    names = Names(*config.column_names.values())
+    table = read_table(files.heldout or files.train, names, pairs=False)
     wanted = {normalize(row.prompt) for row in rows}
     different: dict[tuple[str, str], Chosen] = {}
     for row in table.rows:
-        prompt, chosen = row.texts[0], row.cells.get(config.chosen_column)
+        prompt, chosen = row.texts[0], row.cells.get(names.chosen)
         if isinstance(chosen, str) and chosen.strip() and normalize(prompt) in wanted:
             different.setdefault((normalize(prompt), normalize(chosen)), (prompt, chosen))
     return list(different.values())

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from reinforcepp.data_names import listed
 from reinforcepp.errors import ConfigError, nearest
-from reinforcepp.files import listed
 
 JUDGE, JUDGED_DATA = "builtin:judge", "builtin:network"
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
@@ -84,7 +84,7 @@ def check_apart(config: Any, *names: str) -> None:
 
 def check_apart_from(config: Any, name: str, value: str) -> None:
     output = Path(config.output_dir).expanduser().resolve()
-    sources = [path.expanduser().resolve() for path in listed(value)]
+    sources = [path.expanduser().resolve() for path in listed(value) or [Path(value)]]
     if any(output in (source, *source.parents) for source in sources):
         raise ConfigError(
             f"output_dir {config.output_dir} holds the {name} {value} that the run starts from: give another output_dir."

@@ -16,12 +16,11 @@ from reinforcepp.config._checks import (
     check_sampling,
     check_values,
     filled,
-    fraction,
     judge_for,
     not_negative,
     positive,
 )
-from reinforcepp.config.verbs import Columns
+from reinforcepp.config.verbs import Columns, check_columns
 from reinforcepp.errors import ConfigError
 
 FEWEST_RESAMPLES = 100
@@ -83,7 +82,7 @@ class CompareConfig(Columns, CompareInputs):
         check_output(self)
         check_sampling(self)
         positive(self, "max_prompt_length")
-        fraction(self, "heldout_fraction")
+        check_columns(self)
         positive(self, "num_samples")
         not_negative(self, "max_prompts", "tie_margin")
         if self.bootstrap_samples < FEWEST_RESAMPLES:

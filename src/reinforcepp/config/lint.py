@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from reinforcepp.config._checks import check_values, filled, fraction, positive
-from reinforcepp.config.verbs import Columns
+from reinforcepp.config._checks import check_values, filled, positive
+from reinforcepp.config.verbs import Columns, check_columns
+from reinforcepp.data_names import listed
 from reinforcepp.errors import ConfigError
-from reinforcepp.files import listed
 
 LOWEST_SIMILARITY = 0.5
 FIXABLE = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -52,7 +52,7 @@ class LintConfig(Columns, LintInputs):
         """Check each value, then what they mean together."""
         check_values(self)
         positive(self, "max_prompt_length", "max_length")
-        fraction(self, "heldout_fraction")
+        check_columns(self)
         filled(self, "data")
         filled(self, *(name for name in ("model", "fix", "output") if getattr(self, name) is not None))
         if not LOWEST_SIMILARITY <= self.near_duplicate <= 1:

@@ -4,10 +4,11 @@ from reinforcepp.data._columns import Names
 from reinforcepp.data._messages import conversation_text
 from reinforcepp.data._table import Row, Skipped, Table, normalize, read_table, sift
 from reinforcepp.data._text import count
-from reinforcepp.data.preferences import PreferenceData, load_preferences, read_preferences
+from reinforcepp.data.preferences import PreferenceData, contradictions_in, load_preferences, read_preferences
 from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, prompt_rows, read_prompt_lines, read_prompts
 from reinforcepp.data.sources import DataFiles, resolve_data
 from reinforcepp.data.split import split_by_prompt
+from reinforcepp.data.spool import SpooledRows
 from reinforcepp.data.texts import Demonstration, TextData, load_texts, read_texts
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "PromptRow",
     "Row",
     "Skipped",
+    "SpooledRows",
     "Table",
     "TextData",
+    "contradictions_in",
     "conversation_text",
     "count",
     "load_preferences",

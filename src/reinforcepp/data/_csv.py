@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from reinforcepp.data._text import Records, count, in_pieces, text_pieces
+from reinforcepp.data._text import Reading, Records, count, in_pieces, text_pieces
 from reinforcepp.errors import DataError
 
 # Python's own limit, 131,072 characters, is less than a long document; ten million only ever is an unclosed quote.
@@ -25,7 +25,8 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Records]:
     Raises:
         DataError: The file isn't well-formed, or has no row below its header.
     """
-    records = _parse(path, delimiter)
+    reading = Reading()
+    records = _parse(path, delimiter, reading)
     first = next(records, None)
     if first is None:
         raise DataError(
@@ -43,17 +44,17 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Records]:
     others = {f"{_SPOKEN[other]}s": other for other in _SPOKEN if other != delimiter}
     empty = True
     for piece in in_pieces(rows):
-        yield Records(tuple(header), piece, header_row, others)
+        yield Records(tuple(header), piece, header_row, others, reading.share)
         empty = False
     if empty:
         raise DataError(f"{path}: there is no row below the header; add data to the file.")
 
 
-def _parse(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _parse(path: Path, delimiter: str, reading: Reading) -> Iterator[tuple[int, list[str]]]:
     """The records that aren't blank lines, each with the line it starts on."""
     # The limit is the csv module's and so the whole process's: put it back.
     limit_before = csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    reader = csv.reader(_lines(path), strict=True, delimiter=delimiter)
+    reader = csv.reader(_lines(path, reading), strict=True, delimiter=delimiter)
     number = 1
     try:
         for record in reader:
@@ -66,8 +67,8 @@ def _parse(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(limit_before)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    for _, text in text_pieces(path, save_as="save it as 'CSV UTF-8' in a spreadsheet"):
+def _lines(path: Path, reading: Reading) -> Iterator[str]:
+    for _, text in text_pieces(path, reading, save_as="save it as 'CSV UTF-8' in a spreadsheet"):
         yield from io.StringIO(text)
 
 

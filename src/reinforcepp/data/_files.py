@@ -1,20 +1,28 @@
-"""From what a data setting says to the files it means, and from a file's name to its reader."""
+"""From what a data setting says to the files and data sets it means, and from a file's name to its reader."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reinforcepp.data._csv import read_csv
+from reinforcepp.data._hub import dataset_digest, fetch, hub_pieces
 from reinforcepp.data._json import read_json, read_json_lines
 from reinforcepp.data._parquet import read_arrow, read_parquet
 from reinforcepp.data._text import Records
+from reinforcepp.data_names import DataName, data_names
 from reinforcepp.errors import DataError, nearest
-from reinforcepp.files import listed, sha256
+from reinforcepp.files import sha256
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 READERS: Mapping[str, Callable[[Path], Iterator[Records]]] = {
     ".csv": read_csv,
@@ -30,46 +38,74 @@ KINDS = "CSV, TSV, JSON, JSONL and Parquet files"
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
-def files_of(source: str | Path) -> list[Path]:
-    """The files behind ``source``: one, several with commas between them, patterns, and folders of such files.
+@dataclass(frozen=True)
+class Part:
+    """One file or data set among those that a setting names; ``path`` is what messages call it."""
+
+    path: Path
+    weight: float = 1.0
+    dataset: Dataset | None = None
+    """Of the hub."""
+
+    def pieces(self) -> Iterator[Records]:
+        """Some of its rows at a time, and at least one piece.
+
+        Raises:
+            DataError: It can't be read, or isn't well-formed.
+        """
+        if self.dataset is not None:
+            yield from hub_pieces(self.path, self.dataset)
+            return
+        try:
+            _check_there(self.path)
+            yield from READERS[self.path.suffix.lower()](self.path)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+    def records(self) -> Records:
+        """All of its rows; errors are those of :meth:`pieces`."""
+        pieces = list(self.pieces())
+        names = tuple(dict.fromkeys(chain.from_iterable(piece.names for piece in pieces)))
+        rows = list(chain.from_iterable(piece.rows for piece in pieces))
+        return Records(names, rows, pieces[0].header_row, pieces[0].separators)
+
+    def size(self) -> int:
+        """About how many bytes it has."""
+        return (
+            os.path.getsize(self.path) if self.dataset is None else self.dataset.info.dataset_size or len(self.dataset)
+        )
+
+    def digest(self) -> str:
+        """Hash of its contents."""
+        return sha256(self.path) if self.dataset is None else dataset_digest(self.dataset)
+
+
+def parts_of(source: str | Path) -> list[Part]:
+    """The files and data sets behind ``source``: see ``data_names``; of a folder all of its files.
 
     Raises:
+        ConfigError: An option of one of them is wrong.
         DataError: One of them isn't there, can't be read, or doesn't say which files of a folder are meant.
     """
-    files: list[Path] = []
-    for path in listed(source):
-        try:
-            files += _in_folder(path) if path.is_dir() else [path]
-        except OSError as error:
-            raise _unreadable(path, error) from error
-    repeated = [path for path, number in Counter(files).items() if number > 1]
+    parts = [part for name in data_names(source) for part in _parts(name)]
+    repeated = [path for path, number in Counter(part.path for part in parts).items() if number > 1]
     if repeated:
         raise DataError(f"{source}: the file {str(repeated[0])!r} is named twice; name it once.")
-    if not files:
+    if not parts:
         raise DataError(f"{str(source)!r} names no data file; give the path of one.")
-    return files
+    return parts
 
 
-def read_file(path: Path) -> tuple[str, Records]:
-    """The hash of a file's bytes, and what they mean to the reader that its name asks for.
-
-    Raises:
-        DataError: The file can't be read, or isn't well-formed.
-    """
-    pieces = list(file_pieces(path))
-    first = pieces[0]
-    names = tuple(dict.fromkeys(chain.from_iterable(piece.names for piece in pieces)))
-    rows = list(chain.from_iterable(piece.rows for piece in pieces))
-    return sha256(path), Records(names, rows, first.header_row, first.separators)
-
-
-def file_pieces(path: Path) -> Iterator[Records]:
-    """What a file holds, some of its rows at a time and at least one piece; errors are those of :func:`read_file`."""
-    try:
-        _check_there(path)
-        yield from READERS[path.suffix.lower()](path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+def _parts(name: DataName) -> Iterator[Part]:
+    if name.hub:
+        split = f"?split={name.split}" if name.split else ""
+        yield Part(Path(name.name + split), name.weight, fetch(name))
+    for path in name.paths:
+        try:
+            for file in _in_folder(path, name) if path.is_dir() else [path]:
+                yield Part(file, name.weight)
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
 
 def _check_there(path: Path) -> None:
@@ -85,13 +121,22 @@ def _check_there(path: Path) -> None:
         raise DataError(f"{path}: {kind}, only {KINDS}; convert it to one of these, such as .jsonl.")
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path, name: DataName) -> list[Path]:
     """The data files of a folder that ``datasets`` saved, or of any other that holds files of one format."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(each.parent.name for each in folder.glob("*/state.json"))
+        if name.split not in splits:
+            raise DataError(
+                f"{folder} holds several data sets, {', '.join(splits)}; name one of them, as in {folder}?split={splits[0]}."
+                if splits
+                else f"{folder} is a folder of data sets without any in it; save it again."
+            )
+        return _saved_by_datasets(folder / str(name.split))
+    chosen = next((option for option in ("split", "revision", "subset") if getattr(name, option)), None)
+    if chosen:
+        raise DataError(f"{folder} is a folder with one data set in it, of which there is no {chosen}; leave it out.")
     if (folder / "state.json").is_file():
         return _saved_by_datasets(folder)
-    if (folder / "dataset_dict.json").is_file():
-        parts = sorted(each.parent.name for each in folder.glob("*/state.json"))
-        raise DataError(f"{folder} holds several data sets, {', '.join(parts)}; give the folder of one of them.")
     found = sorted(
         each
         for each in folder.iterdir()

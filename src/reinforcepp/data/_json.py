@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reinforcepp.data._text import Records, decode, in_pieces, text_pieces
+from reinforcepp.data._text import Reading, Records, decode, in_pieces, text_pieces
 from reinforcepp.errors import DataError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -32,7 +32,8 @@ def read_json_lines(path: Path) -> Iterator[Records]:
     Raises:
         DataError: A line isn't valid JSON or no object, or there is none.
     """
-    return _records(path, _lines(path))
+    reading = Reading()
+    return _records(path, _lines(path, reading), reading)
 
 
 def read_json(path: Path) -> Iterator[Records]:
@@ -43,17 +44,16 @@ def read_json(path: Path) -> Iterator[Records]:
     Raises:
         DataError: The file isn't valid JSON or holds something else.
     """
-    _, start = next(text_pieces(path, save_as=_SAVE_AS))
+    _, start = next(text_pieces(path, Reading(), save_as=_SAVE_AS))
     if not start.lstrip().startswith("["):
         return read_json_lines(path)
     text = decode(path, path.read_bytes(), save_as=_SAVE_AS)
-    return _records(
-        path, ((number, _object(value, f"{path}, row {number}")) for number, value in _elements(path, text))
-    )
+    rows = ((number, _object(value, f"{path}, row {number}")) for number, value in _elements(path, text))
+    return _records(path, rows, Reading())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for first, text in text_pieces(path, save_as=_SAVE_AS):
+def _lines(path: Path, reading: Reading) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for first, text in text_pieces(path, reading, save_as=_SAVE_AS):
         for number, line in enumerate(text.split("\n"), first):
             if line.strip():
                 where = f"{path}, row {number}"
@@ -123,10 +123,11 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _records(path: Path, rows: Iterator[tuple[int, Mapping[str, Any]]]) -> Iterator[Records]:
+def _records(path: Path, rows: Iterator[tuple[int, Mapping[str, Any]]], reading: Reading) -> Iterator[Records]:
     empty = True
     for piece in in_pieces(rows):
-        yield Records(tuple(dict.fromkeys(name for _, cells in piece for name in cells)), piece)
+        names = dict.fromkeys(name for _, cells in piece for name in cells)
+        yield Records(tuple(names), piece, share=reading.share)
         empty = False
     if empty:
         raise DataError(f"{path}: the file is empty; put at least one object with a prompt into it.")

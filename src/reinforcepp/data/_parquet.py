@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from reinforcepp.data._text import PIECE_ROWS, Records
 from reinforcepp.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
+
+
+class Opened(NamedTuple):
+    """A file's schema, its batches, and how much of it has been read with so many rows."""
+
+    schema: pyarrow.Schema
+    batches: Iterator[pyarrow.RecordBatch]
+    share: Callable[[int], float]
 
 
 def read_parquet(path: Path) -> Iterator[Records]:
@@ -23,9 +32,10 @@ def read_parquet(path: Path) -> Iterator[Records]:
     """
     from pyarrow import parquet
 
-    def batches(file: BinaryIO) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
+    def batches(file: BinaryIO) -> Opened:
         opened = parquet.ParquetFile(file, pre_buffer=False)
-        return opened.schema_arrow, opened.iter_batches(batch_size=PIECE_ROWS)
+        number = opened.metadata.num_rows
+        return Opened(opened.schema_arrow, opened.iter_batches(batch_size=PIECE_ROWS), lambda read: read / number)
 
     return _records(path, "Parquet", batches)
 
@@ -38,38 +48,40 @@ def read_arrow(path: Path) -> Iterator[Records]:
     """
     from pyarrow import ipc
 
-    def batches(file: BinaryIO) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
-        footed = file.read(6) == b"ARROW1"
+    def batches(file: BinaryIO) -> Opened:
+        footed, size = file.read(6) == b"ARROW1", os.fstat(file.fileno()).st_size
         file.seek(0)
         if not footed:
             stream = ipc.open_stream(file)
-            return stream.schema, iter(stream)
+            return Opened(stream.schema, iter(stream), lambda read: file.tell() / size)
         opened = ipc.open_file(file)
-        return opened.schema, map(opened.get_batch, range(opened.num_record_batches))
+        places = range(opened.num_record_batches)
+        return Opened(opened.schema, map(opened.get_batch, places), lambda read: file.tell() / size)
 
     return _records(path, "Arrow", batches)
 
 
-def _records(path: Path, kind: str, batches: Callable[[BinaryIO], Any]) -> Iterator[Records]:
+def _records(path: Path, kind: str, open_batches: Callable[[BinaryIO], Opened]) -> Iterator[Records]:
     with open(path, "rb") as file:
         with _readable(path, kind):
-            schema, pieces = batches(file)
-        names = tuple(schema.names)
+            opened = open_batches(file)
+        names = tuple(opened.schema.names)
         repeated = [name for name, number in Counter(names).items() if number > 1]
         if repeated:
             raise DataError(f"{path}: there are two columns {repeated[0]!r}; rename or remove one of them.")
         number = 1
         while True:
             with _readable(path, kind):
-                batch = next(pieces, None)
+                batch = next(opened.batches, None)
                 if batch is not None:
                     batch.validate(full=True)  # offsets and UTF-8 too: nothing below looks outside of its buffer
             if batch is None:
                 break
             for start in range(0, batch.num_rows if names else 0, PIECE_ROWS):
                 cells = _cells(path, batch.slice(start, PIECE_ROWS))
-                yield Records(names, list(enumerate(cells, number)))
+                rows = list(enumerate(cells, number))
                 number += len(cells)
+                yield Records(names, rows, share=opened.share(number - 1))
         if number == 1:
             raise DataError(f"{path}: there is no row in it; add data to the file.")
 

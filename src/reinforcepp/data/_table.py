@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.data._columns import Layout, Names, check_distinct, find_columns
-from reinforcepp.data._files import files_of, read_file
+from reinforcepp.data._files import Part, parts_of
 from reinforcepp.data._messages import TOLD, Pair, content_of, holds_conversation, pair_of, prompt_of
 from reinforcepp.data._text import Records, count
 from reinforcepp.types import RowId
@@ -30,7 +30,8 @@ _ROWS_NAMED = 5
 class Row:
     """One record: its number, its cells as the file has them by column, and the texts that are trained on, stripped.
 
-    ``texts`` are the prompt and, of a pair, chosen and rejected; ``fault`` is why there are none.
+    ``texts`` are the prompt and, of a pair, chosen and rejected; ``fault`` is why there are none. ``weight`` is how often
+    it counts in training.
     """
 
     number: RowId
@@ -38,6 +39,7 @@ class Row:
     texts: tuple[str, ...]
     layout: Layout
     fault: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """A row that was left out. ``reason`` reads well after a count; ``duplicate_of`` is the row that was kept."""
 
@@ -76,8 +78,8 @@ def read_table(source: str | Path, names: Names, *, pairs: bool | None) -> Table
     """Read prompts, or pairs with their prompts.
 
     Args:
-        source: A file, a folder of such files or of a data set that ``datasets`` saved, a pattern, or several of these
-            with commas between them.
+        source: A file, a folder of such files or of a data set that ``datasets`` saved, a pattern, a data set of the hub,
+            or several of these with commas between them.
         names: What the columns are called. Where the usual ones aren't there, others that mean the same are taken.
         pairs: Whether to read answers too; None does if there are columns with answers.
 
@@ -87,38 +89,52 @@ def read_table(source: str | Path, names: Names, *, pairs: bool | None) -> Table
     """
     if pairs is not False:
         check_distinct(names)
-    files = files_of(source)
-    read = [(path, *read_file(path)) for path in files]
-    layouts = [find_columns(path, records, names, pairs) for path, _, records in read]
+    parts = parts_of(source)
+    read = [(part, part.records()) for part in parts]
+    layouts = [find_columns(part.path, records, names, pairs) for part, records in read]
     if pairs is None:
         pairs = any(layout.answers for layout in layouts)
-        layouts = [find_columns(path, records, names, pairs) for path, _, records in read]
+        layouts = [find_columns(part.path, records, names, pairs) for part, records in read]
     rows: list[Row] = []
     seen: Counter[str] = Counter()
-    for (path, _, records), layout in zip(read, layouts, strict=True):
-        rows += _rows(path, records, layout, pairs, path_in_numbers=len(files) > 1, seen=seen)
-    digests = [digest for _, digest, _ in read]
-    notes = list(dict.fromkeys(note for layout in layouts for note in layout.notes))
-    notes += [TOLD[key].format(count(number, "row")) for key, number in seen.items() if number]
+    for (part, records), layout in zip(read, layouts, strict=True):
+        rows += rows_of(part, records, layout, pairs, path_in_numbers=len(parts) > 1, seen=seen)
     columns = (layouts[0].prompt or names.prompt, *((layouts[0].answers or ()) if pairs else ()))
-    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Table(_called(source, files), digests[0] if len(files) == 1 else joined, columns, tuple(rows), tuple(notes))
+    notes = tuple(notes_on(parts, layouts, seen))
+    return Table(called(source, parts), digest_of(parts), columns, tuple(rows), notes)
 
 
-def _called(source: str | Path, files: Sequence[Path]) -> str:
+def digest_of(parts: Sequence[Part]) -> str:
+    """Hash of a file's bytes; of several, of their digests, joined."""
+    digests = [part.digest() for part in parts]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def notes_on(parts: Iterable[Part], layouts: Iterable[Layout], seen: Counter[str]) -> Iterable[str]:
+    """What the user should know of how the data was read."""
+    yield from dict.fromkeys(note for layout in layouts for note in layout.notes)
+    yield from (TOLD[key].format(count(number, "row")) for key, number in seen.items() if number)
+    yield from (f"rows of {part.path.name} count {part.weight:g} times" for part in parts if part.weight != 1)
+
+
+def called(source: str | Path, parts: Sequence[Part]) -> str:
     """How messages call the source."""
-    if len(files) == 1 or Path(source).is_dir():
-        return str(source) if Path(source).exists() else str(files[0])
-    return f"{files[0]} and {count(len(files) - 1, 'more file')}"
+    first = parts[0].path
+    if len(parts) == 1 or Path(source).is_dir():
+        return str(source) if Path(source).exists() else str(first)
+    return f"{first} and {count(len(parts) - 1, 'more file')}"
 
 
-def _rows(
-    path: Path, records: Records, layout: Layout, pairs: bool, *, path_in_numbers: bool, seen: Counter[str]
+def rows_of(
+    part: Part, records: Records, layout: Layout, pairs: bool, *, path_in_numbers: bool, seen: Counter[str]
 ) -> Iterable[Row]:
+    """Rows with the texts that ``layout`` finds in them; ``seen`` counts what is to be told of them."""
+    path = part.path
     for number, cells in records.rows:
         pair = _texts(cells, layout, f"{path}, row {number}", pairs, seen)
         texts = (pair.prompt, pair.chosen, pair.rejected) if pairs else (pair.prompt,)
-        yield Row(f"{path.name}:{number}" if path_in_numbers else number, cells, texts, layout, pair.fault)
+        named: RowId = f"{path.name}:{number}" if path_in_numbers else number
+        yield Row(named, cells, texts, layout, pair.fault, part.weight)
 
 
 def _texts(cells: Mapping[str, Any], layout: Layout, where: str, pairs: bool, seen: Counter[str]) -> Pair:
@@ -149,8 +165,7 @@ def sift(
     first_rows: dict[tuple[str, ...], RowId] = {}
     for row in rows:
         texts = tuple(map(normalize, row.texts))
-        empty = [name for name, text in zip(columns, texts, strict=True) if not text]
-        reason = row.fault or (f"empty {empty[0]}" if empty else fault(texts))
+        reason = unusable(row, texts, columns) or fault(texts)
         if reason:
             skipped.append(Skipped(row.number, reason))
         elif texts in first_rows:
@@ -159,6 +174,11 @@ def sift(
             first_rows[texts] = row.number
             kept.append(row)
     return kept, tuple(skipped)
+
+
+def unusable(row: Row, texts: Sequence[str], columns: Sequence[str]) -> str | None:
+    """Why nothing can be learned from a row with these ``texts``, normalised; None if something can."""
+    return row.fault or next((f"empty {name}" for name, text in zip(columns, texts, strict=True) if not text), None)
 
 
 def describe_skipped(skipped: Sequence[Skipped]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,7 @@ T = TypeVar("T")
 class Records:
     """What a reader found in a piece of a file: the columns' names in order, and each row's number and cells.
 
+    ``share`` is how much of the file has been read with this piece.
     ``header_row`` is where the names stand, in a format that has such a place. ``separators`` are, by what they are
     called, characters that may stand in a single name because the file separates its cells by them.
     """
@@ -29,9 +31,17 @@ class Records:
     rows: Sequence[tuple[int, Mapping[str, Any]]]
     header_row: int | None = None
     separators: Mapping[str, str] | None = None
+    share: float = 1.0
 
 
-def text_pieces(path: Path, *, save_as: str) -> Iterator[tuple[int, str]]:
+class Reading:
+    """How far a file has been read; ``share`` is told by whoever reads it."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+
+
+def text_pieces(path: Path, reading: Reading, *, save_as: str) -> Iterator[tuple[int, str]]:
     """A file's text in pieces of whole lines, each with the number of its first line.
 
     Raises:
@@ -40,7 +50,9 @@ def text_pieces(path: Path, *, save_as: str) -> Iterator[tuple[int, str]]:
     """
     line, rest = 1, b""
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while piece := file.read(PIECE_BYTES):
+            reading.share = min(1.0, file.tell() / size) if size else 1.0
             raw = rest + piece
             end = max(raw.rfind(b"\n"), raw.rfind(b"\r", 0, -1)) + 1
             rest = raw[end:]

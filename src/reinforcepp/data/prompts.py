@@ -5,28 +5,36 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reinforcepp.data._columns import Names
 from reinforcepp.data._messages import content_of, prompt_of
-from reinforcepp.data._table import Skipped, describe_skipped, read_table, sift
-from reinforcepp.data._text import count
+from reinforcepp.data._table import Row, Skipped, describe_skipped, read_table, sift
+from reinforcepp.data._text import count, quoted
 from reinforcepp.data.sources import resolve_data
-from reinforcepp.data.split import split_by_prompt
-from reinforcepp.errors import DataError
+from reinforcepp.data.split import split_by_prompt, weighted
+from reinforcepp.data.spool import SpooledRows
+from reinforcepp.data.streaming import Told, stream
+from reinforcepp.errors import DataError, nearest
 from reinforcepp.types import RowId
+
+GRADED = "reward functions get ground_truth out of the column 'reward_model'"
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt as the file has it. ``columns`` are the row's other cells, for reward functions; ``row`` is its number."""
+    """A prompt as the file has it. ``columns`` are the row's other cells, for reward functions; ``row`` is its number.
+
+    ``weight`` is how often it counts in training.
+    """
 
     prompt: str
     columns: Mapping[str, Any]
     row: RowId = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class PromptData:
 
     source: str
     sha256: str
-    prompts: tuple[PromptRow, ...]
+    prompts: Sequence[PromptRow]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...] = ()
 
@@ -54,33 +62,53 @@ def read_prompts(
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
+    renamed: Mapping[str, str] | None = None,
 ) -> PromptData:
     """Read the distinct prompts of a file or several (see ``read_table``).
 
     A prompt's other columns are those of the row where it appears first, with the types that the file gives them. Left
     out are rows with an empty prompt and those that repeat an earlier row's prompt, judged by the normalised text. The
-    columns with answers matter only where the prompt is inside of them.
+    columns with answers matter only where the prompt is inside of them. ``renamed`` gives other columns the names, its
+    keys, by which reward functions know them.
 
     Raises:
-        DataError: A file can't be read, lacks the column, or there is no usable prompt.
+        DataError: A file can't be read, lacks a column, or there is no usable prompt.
     """
     table = read_table(path, Names(prompt_column, chosen_column, rejected_column), pairs=False)
     kept, skipped = sift(table.rows, table.columns)
-    if not kept:
+    prompts = tuple(prompt_row(row, renamed or {}) for row in kept)
+    graded = any("ground_truth" in p.columns and "reward_model" in p.columns for p in prompts)
+    notes = (*table.notes, GRADED) if graded and not any("ground_truth" in row.cells for row in kept) else table.notes
+    return _some(PromptData(table.source, table.sha256, prompts, skipped, notes), table.columns)
+
+
+def _some(data: PromptData, columns: Sequence[str]) -> PromptData:
+    if not data.prompts:
         raise DataError(
-            f"{table.source}: there is no usable prompt ({describe_skipped(skipped)}); "
-            f"fill in the column {table.columns[0]!r} or name another with --prompt_column."
+            f"{data.source}: there is no usable prompt ({describe_skipped(data.skipped)}); "
+            f"fill in the column {columns[0]!r} or name another with --prompt_column."
         )
-    prompts = []
-    notes = table.notes
-    for row in kept:
-        columns = {name: cell for name, cell in row.cells.items() if name != row.layout.prompt}
-        graded = columns.get("reward_model")
-        if isinstance(graded, Mapping) and "ground_truth" in graded and "ground_truth" not in columns:
-            columns["ground_truth"] = graded["ground_truth"]
-            notes = (*table.notes, "reward functions get ground_truth out of the column 'reward_model'")
-        prompts.append(PromptRow(row.texts[0], columns, row.number))
-    return PromptData(table.source, table.sha256, tuple(prompts), skipped, notes)
+    return data
+
+
+def prompt_row(row: Row, renamed: Mapping[str, str]) -> PromptRow:
+    """What training and reward functions get of a usable row.
+
+    Raises:
+        DataError: It has no column of those that are to be renamed.
+    """
+    columns = {name: cell for name, cell in row.cells.items() if name != row.layout.prompt}
+    for name, column in renamed.items():
+        if column not in columns:
+            raise DataError(
+                f"Row {row.number}: there is no column {column!r} that could be called {name!r}, as --columns says; "
+                f"there are {quoted(columns)}.{nearest(column, columns)}"
+            )
+        columns[name] = columns.pop(column)
+    graded = columns.get("reward_model")
+    if isinstance(graded, Mapping) and "ground_truth" in graded:
+        columns.setdefault("ground_truth", graded["ground_truth"])
+    return PromptRow(row.texts[0], columns, row.number, row.weight)
 
 
 def load_prompts(
@@ -91,11 +119,15 @@ def load_prompts(
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
-) -> tuple[PromptData, list[PromptRow], list[PromptRow]]:
-    """All prompts of ``source``, then the training and the held-out ones.
+    renamed: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    told: Told = lambda share: None,
+) -> tuple[PromptData, Sequence[PromptRow], Sequence[PromptRow]]:
+    """All prompts of ``source``, then those for training, as often as their weights say, and the held-out ones.
 
     A file is split as ``load_preferences`` splits it: with the same fraction and seed, a prompt that is on one side
-    there is on the same side here. Built-in data comes split.
+    there is on the same side here. Built-in data comes split. ``streaming`` and ``told`` are as for
+    ``load_preferences``.
 
     Raises:
         ConfigError: ``heldout_fraction`` isn't in [0, 1).
@@ -104,17 +136,48 @@ def load_prompts(
 
     def read(path: Path) -> PromptData:
         return read_prompts(
-            path, prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column
+            path,
+            prompt_column=prompt_column,
+            chosen_column=chosen_column,
+            rejected_column=rejected_column,
+            renamed=renamed,
         )
 
     files = resolve_data(source)
+    if streaming and files.heldout is None:
+        names = Names(prompt_column, chosen_column, rejected_column)
+        return _stream(files.train, names, renamed or {}, heldout_fraction, seed, told)
     train = read(files.train)
     if files.heldout is None:
-        return train, *split_by_prompt(train.prompts, heldout_fraction, seed)
+        rows, heldout_rows = split_by_prompt(train.prompts, heldout_fraction, seed)
+        return train, weighted(rows, seed), heldout_rows
     heldout = read(files.heldout)
     digest = hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest()
-    both = PromptData(str(source), digest, train.prompts + heldout.prompts, train.skipped + heldout.skipped)
+    prompts = (*train.prompts, *heldout.prompts)
+    both = PromptData(str(source), digest, prompts, train.skipped + heldout.skipped)
     return both, list(train.prompts), list(heldout.prompts)
+
+
+def _stream(
+    source: Path, names: Names, renamed: Mapping[str, str], heldout_fraction: float, seed: int, told: Told
+) -> tuple[PromptData, Sequence[PromptRow], Sequence[PromptRow]]:
+    read = stream(
+        source,
+        names,
+        pairs=False,
+        seed=seed,
+        fault=lambda columns, texts: None,
+        values=lambda row: [prompt_row(row, renamed).columns],
+        told=told,
+    )
+
+    def make(values: Sequence[Any]) -> PromptRow:
+        row, (prompt,), columns = values
+        return PromptRow(prompt, columns, row)
+
+    data = PromptData(read.source, read.sha256, read.rows(read.kept, make), read.skipped, read.notes)
+    train, heldout = read.split(heldout_fraction, seed)
+    return _some(data, read.columns or names), read.rows(train, make), read.rows(heldout, make)
 
 
 def read_prompt_lines(path: str | None) -> list[str]:
@@ -139,14 +202,17 @@ def read_prompt_lines(path: str | None) -> list[str]:
     return prompts
 
 
-def prompt_rows(dataset: Iterable[Any] | None, name: str) -> list[PromptRow]:
-    """Rows of a data set in memory: mappings with a ``prompt``, as ``datasets`` gives them, or PromptRows.
+def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]:
+    """Rows of a data set in memory: mappings with a ``prompt``, as ``datasets`` gives them, or PromptRows; spooled rows are
+    left as they are.
 
     A prompt is text or a list of messages.
 
     Raises:
         DataError: A row has neither in its column ``prompt``; ``name`` tells which data set it is in.
     """
+    if isinstance(dataset, SpooledRows):
+        return dataset
     rows: list[PromptRow] = []
     for number, row in enumerate(dataset if dataset is not None else []):
         if isinstance(row, PromptRow):

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reinforcepp.data._columns import PROMPTS, Layout, _answers, _missing, _prompt
-from reinforcepp.data._files import files_of, read_file
-from reinforcepp.data._messages import TOLD
-from reinforcepp.data._table import Row, Skipped, _called, _rows, describe_skipped, sift
+from reinforcepp.data._files import parts_of
+from reinforcepp.data._table import Row, Skipped, called, describe_skipped, digest_of, notes_on, rows_of, sift
 from reinforcepp.data._text import Records, count, quoted
 from reinforcepp.data.sources import resolve_data
-from reinforcepp.data.split import split_by_prompt
+from reinforcepp.data.split import split_by_prompt, weighted
 from reinforcepp.errors import DataError
 from reinforcepp.types import RowId
 
@@ -38,11 +37,15 @@ _NO_QUESTION = {"with answers to different prompts": "without a question"}
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A text to learn: ``completion``, as the answer to ``asked`` or, where that is None, by itself."""
+    """A text to learn: ``completion``, as the answer to ``asked`` or, where that is None, by itself.
+
+    ``weight`` is how often it counts in training.
+    """
 
     asked: str | None
     completion: str
     row: RowId = 0
+    weight: float = 1.0
 
     @property
     def prompt(self) -> str:
@@ -77,7 +80,7 @@ def load_texts(
     messages_column: str = USUAL.messages,
     text_column: str = USUAL.text,
 ) -> tuple[TextData, list[Demonstration], list[Demonstration]]:
-    """All rows of ``source``, then the training and the held-out ones.
+    """All rows of ``source``, then those for training, as often as their weights say, and the held-out ones.
 
     A file is split as ``load_preferences`` splits it: with the same fraction and seed, a prompt that is on one side
     there is on the same side here. Built-in data comes split.
@@ -90,7 +93,8 @@ def load_texts(
     files = resolve_data(source)
     train = read_texts(files.train, names)
     if files.heldout is None:
-        return train, *split_by_prompt(train.rows, heldout_fraction, seed)
+        rows, heldout_rows = split_by_prompt(train.rows, heldout_fraction, seed)
+        return train, weighted(rows, seed), heldout_rows
     heldout = read_texts(files.heldout, names)
     digest = hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest()
     both = TextData(str(source), digest, train.rows + heldout.rows, train.skipped + heldout.skipped, train.notes)
@@ -106,18 +110,16 @@ def read_texts(source: str | Path, names: TextNames = USUAL) -> TextData:
     Raises:
         DataError: A file can't be read, has no column to learn from, or there is no usable row.
     """
-    files = files_of(source)
-    read = [(path, *read_file(path)) for path in files]
-    digests = [digest for _, digest, _ in read]
-    notes: list[str] = []
+    parts = parts_of(source)
+    layouts: list[Layout] = []
     seen: Counter[str] = Counter()
     answers: list[Row] = []
     texts: list[Row] = []
-    for path, _, records in read:
-        layout = _layout(path, records, names)
-        notes += layout.notes
+    for part in parts:
+        records = part.records()
+        layouts.append(layout := _layout(part.path, records, names))
         pairs = layout.answers is not None
-        rows = _rows(path, records, layout, pairs, path_in_numbers=len(files) > 1, seen=seen)
+        rows = rows_of(part, records, layout, pairs, path_in_numbers=len(parts) > 1, seen=seen)
         if pairs:
             answers += [
                 replace(row, texts=row.texts[:2], fault=_NO_QUESTION.get(row.fault or "", row.fault)) for row in rows
@@ -126,17 +128,15 @@ def read_texts(source: str | Path, names: TextNames = USUAL) -> TextData:
             texts += rows
     learnt, skipped = sift(answers, ("prompt", "answer"))
     plain, left_out = sift(texts, ("text",))
-    found = [Demonstration(row.texts[0], row.texts[1], row.number) for row in learnt]
-    found += [Demonstration(None, row.texts[0], row.number) for row in plain]
-    called = _called(source, files)
+    found = [Demonstration(row.texts[0], row.texts[1], row.number, row.weight) for row in learnt]
+    found += [Demonstration(None, row.texts[0], row.number, row.weight) for row in plain]
+    name = called(source, parts)
     if not found:
         raise DataError(
-            f"{called}: there is no usable row ({describe_skipped((*skipped, *left_out))}); fill in the columns or name others."
+            f"{name}: there is no usable row ({describe_skipped((*skipped, *left_out))}); fill in the columns or name others."
         )
-    notes += [TOLD[key].format(count(number, "row")) for key, number in seen.items() if number]
-    joined = hashlib.sha256("".join(digests).encode()).hexdigest()
-    digest = digests[0] if len(files) == 1 else joined
-    return TextData(called, digest, tuple(found), (*skipped, *left_out), tuple(dict.fromkeys(notes)))
+    notes = tuple(notes_on(parts, layouts, seen))
+    return TextData(name, digest_of(parts), tuple(found), (*skipped, *left_out), notes)
 
 
 def _layout(path: Path, records: Records, names: TextNames) -> Layout:

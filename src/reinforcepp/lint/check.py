@@ -37,8 +37,7 @@ def lint(config: LintConfig) -> Report:
 
 def read_sheet(path: Path, columns: Columns) -> tuple[Table, Sheet]:
     """A file as it is and as the rules see it: pairs if it has columns of answers, else prompts alone."""
-    names = Names(columns.prompt_column, columns.chosen_column, columns.rejected_column)
-    table = read_table(path, names, pairs=None)
+    table = read_table(path, Names(*columns.column_names.values()), pairs=None)
     return table, sheet_of(Path(table.source).name, table.rows, table.columns)
 
 
@@ -64,10 +63,8 @@ def _guessed(table: Table, sheet: Sheet) -> list[Finding]:
 def _without_answers(sheet: Sheet, columns: Columns) -> list[Finding]:
     if sheet.noun == "pair":
         return []
-    message = (
-        f"There are no columns {columns.chosen_column!r} and {columns.rejected_column!r}, so this was checked as a file "
-        "of prompts"
-    )
+    _, chosen, rejected = columns.column_names.values()
+    message = f"There are no columns {chosen!r} and {rejected!r}, so this was checked as a file of prompts"
     cure = "if it has answers, name their columns with --chosen_column and --rejected_column"
     return [Finding("prompts-only", "info", sheet.name, message, cure)]
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
-from reinforcepp.data import PreferenceData, Skipped, count, split_by_prompt
+from reinforcepp.data import Skipped, contradictions_in, count, split_by_prompt
 from reinforcepp.lint.damage import cleaned, has_controls, lost_at, mended
 from reinforcepp.lint.findings import Entry, Finding, Severity, Sheet, examples, excerpt, first_few, named, several
 from reinforcepp.lint.similar import across, near_duplicates, words
@@ -77,7 +77,7 @@ def contradicting(sheet: Sheet) -> tuple[tuple[RowId, RowId], ...]:
     if sheet.noun == "prompt":
         return ()
     pairs = tuple(Preference(e.texts[0], e.texts[1], e.texts[2], e.row) for e in sheet.entries)
-    return PreferenceData(sheet.name, "", pairs, ()).contradictions
+    return contradictions_in(pairs)
 
 
 def contradictions(sheet: Sheet) -> list[Finding]:

@@ -1,7 +1,7 @@
 """What a run tells: the metric log, the progress line, the training curve."""
 
 from reinforcepp.observe.metrics import EVENTS, LOGS, Clock, MetricLog, note_event, read_metrics, restore_logs
-from reinforcepp.observe.progress import Progress, console, printable, say
+from reinforcepp.observe.progress import Progress, console, printable, reading_progress, say
 
 __all__ = [
     "EVENTS",
@@ -13,6 +13,7 @@ __all__ = [
     "note_event",
     "printable",
     "read_metrics",
+    "reading_progress",
     "restore_logs",
     "say",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -24,6 +26,21 @@ def say(text: str, style: str = "") -> None:
 def printable(text: str) -> str:
     """``text`` without the control characters by which a model or a file could steer the user's terminal."""
     return "".join("\ufffd" if unicodedata.category(c)[0] == "C" and c not in HARMLESS else c for c in text)
+
+
+@contextmanager
+def reading_progress(shown: bool, title: str = "reading data") -> Iterator[Callable[[float], None]]:
+    """Progress of a pass over large data: gives what is to be told which share of it is done."""
+    if not shown:
+        yield lambda share: None
+        return
+    with Progress(f"{title}, %", 100) as progress:
+
+        def told(share: float) -> None:
+            while progress.done < min(100, int(100 * share)):
+                progress.step("")
+
+        yield told
 
 
 class Progress:
@@ -59,4 +76,4 @@ class Progress:
         elif self.done == self.total or self.done % max(1, self.total // LINES_WHEN_PLAIN) == 0:
             per_step = (time.monotonic() - self._begin) / (self.done - self._first)
             left = per_step * (self.total - self.done)
-            say(f"{self.title} {self.done}/{self.total}, {message}, {left:.0f} s left")
+            say(", ".join(filter(None, (f"{self.title} {self.done}/{self.total}", message, f"{left:.0f} s left"))))

@@ -1,0 +1,247 @@
+"""What a setting for data may name beside a file: options, weights, other columns, data sets of the hub."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from reinforcepp import cli
+from reinforcepp.config import LintConfig, RewardModelConfig, TrainConfig
+from reinforcepp.data import load_preferences, load_prompts, read_prompts
+from reinforcepp.data._files import Part
+from reinforcepp.data._hub import _one_split, dataset_digest, fetch, hub_pieces
+from reinforcepp.data.split import times
+from reinforcepp.data_names import DataName, data_names, listed
+from reinforcepp.errors import ConfigError, DataError
+
+
+def write_prompts(path, *prompts, **columns):
+    path.write_text("".join(json.dumps({"prompt": prompt} | columns) + "\n" for prompt in prompts))
+    return path
+
+
+def write_pairs(path, number, name=""):
+    rows = [{"prompt": f"{name}{i}?", "chosen": "yes", "rejected": "no"} for i in range(number)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_names_with_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert data_names("a.csv, org/name?split=train[:10%]+test&revision=v1&weight=0.5,part-?.csv,2*.csv") == [
+        DataName("a.csv"),
+        DataName("org/name", 0.5, "train[:10%]+test", "v1", hub=True),
+        DataName("part-?.csv"),
+        DataName("2*.csv"),
+    ]
+    assert data_names("hub:squad?subset=plain") == [DataName("squad", subset="plain", hub=True)]
+    for local in ("here/name", "./org/name", "org/name.csv", "org/a/b", "name", "*/name", "~/name"):
+        assert not data_names(local)[0].hub
+    odd = write_prompts(tmp_path / "a,b?weight=3", "x")
+    assert data_names("a,b?weight=3") == [DataName("a,b?weight=3")] and listed(odd) == [odd]
+    for number in "12":
+        write_prompts(tmp_path / f"p{number}.jsonl", number)
+    assert [str(path) for path in listed("p?.jsonl?weight=2,org/name")] == ["p1.jsonl", "p2.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a.csv?wieght=2", "no option 'wieght', only weight, split, revision, subset. Did you mean 'weight'?"),
+        ("a.csv?weight=", "weight has no value"),
+        ("a.csv?weight=0", "above 0"),
+        ("a.csv?weight=-1", "above 0"),
+        ("a.csv?weight=nan", "above 0"),
+        ("a.csv?weight=1001", "at most 1000"),
+        ("a.csv?weight=many", "not many"),
+        ("a.csv?split=train", "split is an option of data sets"),
+    ],
+)
+def test_options_that_mean_nothing(text, told):
+    with pytest.raises(ConfigError, match=r"\.$|\?$") as caught:
+        data_names(text)
+    assert told in str(caught.value)
+
+
+def test_wrong_options_end_the_command_in_one_sentence(capsys):
+    assert cli.main(["lint", "a.csv?weight=0"]) == 2
+    assert capsys.readouterr().err.startswith("error: a.csv?weight=0: a weight is how often each row counts")
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_count_as_often_as_their_weight_says(tmp_path):
+    few, many = write_pairs(tmp_path / "few.jsonl", 20, "f"), write_pairs(tmp_path / "many.jsonl", 400, "m")
+    source = f"{few}?weight=2.5,{many}?weight=0.1"
+    data, train, heldout = load_preferences(source, heldout_fraction=0.25, seed=3)
+    plain = load_preferences(f"{few},{many}", heldout_fraction=0.25, seed=3)
+    assert len(data.pairs) == 420 and "rows of few.jsonl count 2.5 times" in data.summary()
+    assert [p.prompt for p in heldout] == [p.prompt for p in plain[2]]  # once each, and the same
+    counted = Counter(pair.prompt for pair in train)
+    wanted = {pair.prompt for pair in plain[1]}
+    assert set(counted) <= wanted
+    in_few = [counted[p] for p in wanted if p.startswith("f")]
+    in_many = [counted[p] for p in wanted if p.startswith("m")]
+    assert set(in_few) == {2, 3} and set(in_many) == {0, 1}
+    assert 2.2 < sum(in_few) / len(in_few) < 2.8 and 0.05 < sum(in_many) / len(in_many) < 0.16
+    assert train == load_preferences(source, heldout_fraction=0.25, seed=3)[1]
+    assert train != load_preferences(source, heldout_fraction=0.25, seed=4)[1]
+    prompts = load_prompts(source, heldout_fraction=0.25, seed=3)[1]
+    assert Counter(row.prompt for row in prompts) == counted
+
+
+def test_a_share_of_many_rows():
+    assert 900 < sum(times(0.1, f"{i}", 0) for i in range(10_000)) < 1100
+    assert {times(3.0, f"{i}", 0) for i in range(100)} == {3}
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+def test_columns_by_other_names(tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = {"ask": "1 + 1?", "good": "2", "bad": "3", "answer": 2, "level": "easy"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"ask": "2 + 2?"}))
+    names = ("prompt=ask", "chosen=good", "rejected=bad", "solution=answer")
+    config = TrainConfig(data=str(path), columns=names)
+    assert config.column_names == {"prompt_column": "ask", "chosen_column": "good", "rejected_column": "bad"}
+    _, train, _ = load_prompts(path, heldout_fraction=0, seed=0, **config.column_names, renamed=config.renamed)
+    assert train[0].prompt == "1 + 1?"
+    assert train[0].columns == {"good": "2", "bad": "3", "solution": 2, "level": "easy"}
+    pairs = load_preferences(path, heldout_fraction=0, seed=0, **RewardModelConfig(columns=names).column_names)[1]
+    assert (pairs[0].prompt, pairs[0].chosen, pairs[0].rejected) == ("1 + 1?", "2", "3")
+    assert LintConfig(columns=names).column_names == config.column_names
+    with pytest.raises(DataError, match=r"no column 'anwser' that could be called 'solution'.*mean 'answer'"):
+        read_prompts(path, prompt_column="ask", renamed={"solution": "anwser"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"columns": ("prompt",)}, "NAME=COLUMN"),
+        ({"columns": ("=x",)}, "NAME=COLUMN"),
+        ({"columns": ("prompt=",)}, "NAME=COLUMN"),
+        ({"columns": ("prompt=a", "prompt=b")}, "prompt twice"),
+        ({"columns": ("prompt=a",), "prompt_column": "b"}, "prompt_column and columns both"),
+    ],
+)
+@pytest.mark.parametrize("kind", [TrainConfig, RewardModelConfig, LintConfig])
+def test_columns_that_mean_nothing(kind, settings, told):
+    with pytest.raises(ConfigError, match=told):
+        kind(**settings)
+
+
+def test_a_reward_function_gets_a_column_by_the_name_it_asks_for(tmp_path, model_folder):
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps({"ask": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(12)))
+    (tmp_path / "mine.py").write_text(
+        "def right(prompts, completions, solution, **columns):\n"
+        "    assert all(int(p.split()[0]) + 1 == int(s) for p, s in zip(prompts, solution))\n"
+        "    return [float(s in c) for s, c in zip(solution, completions)]\n"
+    )
+    arguments = ["train", "--model", model_folder, "--data", data, "--rewards", f"{tmp_path / 'mine.py'}:right"]
+    arguments += ["--columns", "prompt=ask", "solution=answer", "--output_dir", tmp_path / "run", "--max_steps", 1]
+    arguments += ["--batch_size", 2, "--max_new_tokens", 4, "--rollout", "transformers", "--eval_prompts", 0]
+    assert cli.main(list(map(str, arguments))) == 0
+
+
+# --- splits and the hub ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A data set as it lies on the hub: files by split."""
+    folder = tmp_path / "repository"
+    (folder / "data").mkdir(parents=True)
+    for split, number in (("train", 30), ("test", 4)):
+        rows = {"question": [f"{split} {i}?" for i in range(number)], "level": list(range(number))}
+        datasets.Dataset.from_dict(rows).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_a_split_of_a_folder_that_datasets_saved(tmp_path, repository):
+    datasets.load_dataset(str(repository)).save_to_disk(tmp_path / "saved")
+    assert len(read_prompts(f"{tmp_path / 'saved'}?split=test").prompts) == 4
+    for source, told in (
+        (f"{tmp_path / 'saved'}", "holds several data sets, test, train; name one of them, as in .*saved.split=test"),
+        (f"{tmp_path / 'saved'}?split=dev", "holds several data sets"),
+        (f"{tmp_path / 'saved' / 'test'}?split=test", "of which there is no split; leave it out"),
+    ):
+        with pytest.raises(DataError, match=told):
+            read_prompts(source)
+
+
+def test_rows_of_a_data_set_of_the_hub(repository):
+    """By the library's own way for names on the hub, which takes a folder that is laid out like one."""
+    dataset = fetch(DataName(str(repository), split="test", hub=True))
+    part = Part(repository, dataset=dataset)
+    records = part.records()
+    assert records.names == ("question", "level")
+    assert records.rows[3] == (4, {"question": "test 3?", "level": 3})
+    assert part.digest() == dataset_digest(fetch(DataName(str(repository), split="test", hub=True)))
+    usual = fetch(DataName(str(repository), hub=True))
+    assert len(usual) == 30 and dataset_digest(usual) != part.digest()
+    assert len(fetch(DataName(str(repository), split="train[:10%]+test", hub=True))) == 7
+    assert [len(piece.rows) for piece in hub_pieces(repository, datasets.concatenate_datasets([usual] * 50))] == [
+        1000,
+        500,
+    ]
+
+
+def test_a_data_set_of_the_hub_is_trained_on(repository, monkeypatch):
+    named = {}
+
+    def fetched(name):
+        named.update(vars(name))
+        return fetch(DataName(str(repository), name.weight, name.split, hub=True))
+
+    monkeypatch.setattr("reinforcepp.data._files.fetch", fetched)
+    data, train, heldout = load_prompts("org/name?split=test&revision=v2&weight=2", heldout_fraction=0.25, seed=0)
+    assert (named["name"], named["split"], named["revision"]) == ("org/name", "test", "v2")
+    assert (len(train), len(heldout)) == (6, 1)
+    assert data.summary().startswith("name?split=test: 4 prompts")
+
+
+@pytest.mark.parametrize(
+    ("split", "told"),
+    [("dev", "can't be had with split dev: .*dev"), ("train[", "can't be had"), ("train[::2]", "can't be had")],
+)
+def test_parts_that_a_data_set_has_not(repository, split, told):
+    with pytest.raises(DataError, match=told) as caught:
+        fetch(DataName(str(repository), split=split, hub=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_of_several_splits_one_has_to_be_named():
+    rows = datasets.Dataset.from_dict({"prompt": ["a"]})
+    assert _one_split(DataName("org/name"), datasets.DatasetDict(only=rows)) is rows
+    with pytest.raises(DataError, match=r"has 2 splits, 'a', 'b'; name one of them, as in org/name.split=a"):
+        _one_split(DataName("org/name"), datasets.DatasetDict(a=rows, b=rows))
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "no network"])
+def test_a_hub_that_can_not_be_reached(tmp_path, monkeypatch, capsys, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr("reinforcepp.hub.getproxies", dict)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--data", "org/name", "--output_dir", "run", "--rewards", "rule:length?max=9"]) == 2
+    told = capsys.readouterr().err
+    for words in ("There is no file or folder 'org/name' here", "hub can't be reached", "--repo-type dataset org/name"):
+        assert words in told
+    assert told.count("\n") == 1 and not (tmp_path / "run").exists()
