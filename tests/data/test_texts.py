@@ -134,6 +134,12 @@ def test_the_same_prompts_are_held_out_as_in_the_other_trainings(pairs_csv):
     assert {row.completion for row in train} == {row.chosen for row in pairs[1]}
 
 
+def test_rows_count_as_often_as_their_file_s_weight_says_and_held_out_ones_once(write):
+    path = write("a.csv", "text", *(f"Text number {i}." for i in range(10)))
+    _, train, heldout = load_texts(f"{path}?weight=2", heldout_fraction=0.3, seed=1)
+    assert (len(train), len(set(train)), len(heldout)) == (14, 7, 3)
+
+
 def test_built_in_data_comes_split():
     data, train, heldout = load_texts("builtin:network", heldout_fraction=0.5, seed=0)
     _, pairs, others = load_preferences("builtin:network", heldout_fraction=0.5, seed=0)
