@@ -415,6 +415,16 @@ def lora_memory(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def streaming(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{row['file_mib']:,}", str(row["peak_mib"]), f"{row['seconds_to_the_first_step']:.0f}"]
+        for name, row in result["runs"].items()
+    ]
+    titles = ["training", "file, MiB", "peak memory of the process, MiB", "seconds to the first step"]
+    said = f"\nThe largest file has {result['rows']:,} pairs. The model is `builtin:tiny`.\n"
+    return table(titles, rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -441,6 +451,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "doctor": (doctor, "doctor"),
     "families": (families, "families"),
     "lora_memory": (lora_memory, "lora_memory"),
+    "streaming": (streaming, "streaming"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
 }
 """For each table, what makes it and from which result file."""

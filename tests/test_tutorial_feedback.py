@@ -1,4 +1,4 @@
-"""docs/tutorials/feedback.md as a user follows it, command by command, and the commands of docs/use.md."""
+"""docs/tutorials/feedback.md as a user follows it, command by command."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp import cli
 from reinforcepp.data import read_preferences
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "tutorials" / "feedback.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^```bash\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
-USE = re.findall(r"^reinforcepp .*$", (ROOT / "docs" / "use.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +64,3 @@ def test_what_the_tutorial_says_of_the_outcome_is_so(followed):
     assert "warning: too-little" in said[1]
     assert "Too few held-out pairs to tell" in said[2]
     assert "no difference shown" in said[4]
-
-
-@pytest.mark.parametrize("command", USE)
-def test_the_commands_of_the_reference_are_understood(command):
-    _, verb, *rest = shlex.split(command)
-    assert cli.parse(verb, rest) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -121,7 +122,8 @@ def tokenised(
     made: Sequence[Mapping[str, list[int]]] | Dataset
     if isinstance(rows, SpooledRows):
         features = Features({name: List(Value("int32")) for name in (ids_of(rows[0]) if rows else {})})
-        made = Dataset.from_generator(short, features=features, cache_dir=scratch, fingerprint=rows.digest)
+        with without_bars():  # there is one already
+            made = Dataset.from_generator(short, features=features, cache_dir=scratch, fingerprint=rows.digest)
         kept = rows.without(long)
     else:
         made = list(short())
@@ -129,6 +131,20 @@ def tokenised(
         kept = [row for place, row in enumerate(rows) if place not in left_out]
     _tell_left_out(rows, long, limit, what)
     return kept, made
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The ``datasets`` library's own progress bars are off meanwhile."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def longest(ids: Mapping[str, list[int]]) -> int:

@@ -1,0 +1,64 @@
+"""Every command that README and docs show is one that exists, with settings that exist and values they take.
+
+Those of the tutorials are run as well, in test_tutorials.py and test_tutorial_feedback.py, the documented scripts in
+test_classic.py and test_compare_generation.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from reinforcepp import classic, cli, compare_cli
+from reinforcepp.config import VERBS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```.*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Page and words of each command, a line's continuations put together."""
+    found = []
+    for page in PAGES:
+        for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(reinforcepp|python \S+\.py) ", line):
+                    found.append((str(page.relative_to(ROOT)), line))
+    return found
+
+
+def words_of(line: str) -> list[str]:
+    """What the program is given, without what stands for something else in a text."""
+    words = shlex.split(re.sub(r"(\s[|<>&]| 2>).*", "", line), comments=True)
+    shown = [word for word in words if word != "..." or words[words.index(word) - 1].startswith("--")]
+    if "--config" in shown:
+        place = shown.index("--config")
+        del shown[place : place + 2]
+    return shown
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda text: text.replace("/", "-")[:60])
+def test_a_command_of_the_docs_is_understood(page, line, monkeypatch):
+    program, *words = words_of(line)
+    if program == "reinforcepp":
+        verb, *rest = words
+        assert verb in VERBS
+        if rest not in (["--help"], []):
+            cli.parse(verb, rest)
+        return
+    script, *rest = words
+    assert (ROOT / script).is_file()
+    if script == "reinforce_cli.py":
+        monkeypatch.setattr(cli, "run", lambda verb, config: 0)
+        assert classic.main(rest) == 0
+    elif script == "test_reinforce.py":
+        compare_cli._parser().parse_args(rest)
+
+
+def test_there_are_commands_of_every_verb():
+    shown = {words_of(line)[1] for _, line in commands() if line.startswith("reinforcepp ")}
+    assert set(VERBS) - shown <= {"demo"}, "make demo runs that"
