@@ -300,6 +300,7 @@ def test_what_it_writes_is_a_model_for_every_other_verb(place, capsys):
         assert main(arguments) == 0, capsys.readouterr().err
     assert "Be short." in load_tokenizer("runs/train").chat_template
     card = Path("plain/README.md").read_text()
+    assert "- sft\n" in card and "rlhf" not in card
     assert "fine-tuned on 7 rows by reinforcepp" in card and "their loss, before and after" in card
     assert "| num\\_train\\_epochs | 1 | 3 |" in card
     capsys.readouterr()
