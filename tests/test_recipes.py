@@ -28,6 +28,9 @@ SIZES = {
 """As their publishers give them."""
 
 
+TWO_STEPS = ["--max_steps", "2", "--eval_prompts", "8", "--rollout", "transformers"]
+
+
 def file(name: str) -> Path:
     return recipes.FOLDER / f"{name}.yaml"
 
@@ -169,11 +172,7 @@ def test_its_commands_run_as_they_stand(models, pairs_csv, tmp_path, monkeypatch
             launch = get_args_parser().parse_args(arguments[1:])
             assert (launch.module, launch.training_script, launch.nnodes) == (True, "reinforcepp", "2")
             arguments = arguments[arguments.index("-m") + 1 :]
-        few = (
-            ["--data", str(pairs_csv)]
-            if arguments[1] == "reward"
-            else ["--max_steps", "2", "--rollout", "transformers"]
-        )
+        few = ["--data", str(pairs_csv)] if arguments[1] == "reward" else TWO_STEPS
         assert arguments[0] == "reinforcepp" and cli.main([*arguments[1:], *few]) == 0
     steps = read_metrics(tmp_path / settings(name)["output_dir"])
     assert [step["step"] for step in steps] == [1, 2]
