@@ -111,6 +111,7 @@ UPWARD: dict[tuple[str, str], str] = {}
 ONLY_IN = {
     "vllm": {f"rollout/vllm_{part}.py" for part in ("integration", "adapter", "cpu", "server", "support")},
     "accelerate": {"distributed.py"},
+    "ray": {"rollout/ray_pool.py"},
 }
 
 

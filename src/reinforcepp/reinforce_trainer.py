@@ -370,6 +370,7 @@ class ReinforceTrainer:
             max_length=config.max_prompt_length + config.max_new_tokens,
             batch_size=config.rollout_batch_size,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            workers=config.rollout_workers,
         )
 
     # --- stopping, keeping, going back ------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ from reinforcepp.config.computing import Computing
 from reinforcepp.config.framing import Framing, check_framing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.rewards import RewardSettings, check_reward_settings
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
 
 DEFAULT_MICRO_BATCH = 8
+ENGINES = ("auto", "transformers", "vllm")
+RAY = "ray://"
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,12 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     """Nucleus sampling of rollouts. Anything but 1 biases the policy ratio, so training samples the full distribution."""
     top_k: int = 0
     """Top-k sampling of rollouts; 0 is off. Anything else biases the policy ratio."""
-    rollout: Literal["auto", "transformers", "vllm"] = "auto"
-    """Engine that generates the rollouts; auto takes vLLM where it is installed and runs the model, else transformers."""
+    rollout: str = "auto"
+    """Engine that generates the rollouts: transformers, vllm, or a pool of them by Ray: ray://auto for the cluster that this
+    machine is part of, ray://local, ray://HOST:PORT. auto takes vLLM where it is installed and runs the model, else
+    transformers."""
+    rollout_workers: int = 0
+    """Only Ray: engines in the pool, at most; 0 is one for each GPU of the cluster or, where it has none, for each CPU."""
     rollout_batch_size: int = 128
     """Completions generated at a time; memory grows with it, results don't change."""
     importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"
@@ -138,6 +144,7 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
         check_values(self)
         check_trackers(self)
         check_sampling(self)
+        check_rollout(self)
         positive(self, "max_prompt_length")
         positive(self, "temperature")
         positive(self, "batch_size", "num_generations", "mini_batch_size", "gradient_accumulation_steps")
@@ -231,3 +238,20 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     def updates_per_step(self) -> int:
         """Optimiser steps on a full rollout batch."""
         return self.num_iterations * -(-self.completions_per_step // self.optimizer_batch_size)
+
+
+def check_rollout(config: ReinforceConfig) -> None:
+    """Check what names the engine."""
+    named, pool = config.rollout, config.rollout.startswith(RAY)
+    if named not in ENGINES and not (pool and named != RAY):
+        raise ConfigError(
+            f"rollout must be one of {', '.join(ENGINES)}, or {RAY}auto, {RAY}local, {RAY}HOST:PORT, not {named!r}."
+            f"{nearest(named, [*ENGINES, RAY + 'auto', RAY + 'local'])}"
+        )
+    not_negative(config, "rollout_workers")
+    if config.rollout_workers and not pool:
+        raise ConfigError(
+            f"rollout_workers is a setting of {RAY} pools, and rollout is {named}: leave one of them out."
+        )
+    if pool and config.load_in_4bit:
+        raise ConfigError("Weights of 4 bits can't be handed to a Ray pool: use --rollout transformers, or auto.")

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from reinforcepp.config import PlanConfig
+from reinforcepp.config.reinforce import RAY
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import check_context, load_config
 from reinforcepp.plan import report
@@ -117,6 +118,11 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
 
 def _engine(config: PlanConfig) -> tuple[EngineName, str]:
     """The engine that the training would take, as far as can be told without starting it."""
+    if config.rollout.startswith(RAY):
+        return (
+            "ray",
+            "Completions come from a pool of Ray workers elsewhere: what they take and how long isn't counted.",
+        )
     installed = importlib.util.find_spec("vllm") is not None
     if config.load_in_4bit:
         return "transformers", "Completions come from transformers, because vLLM can't share weights of 4 bits."

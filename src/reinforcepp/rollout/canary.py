@@ -76,7 +76,8 @@ def check_sync(
         tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
         if model.device.type == "cuda":  # float32 kernels there may round to TF32, which has float16's precision
             tolerance = max(tolerance, TOLERANCES[torch.float16])
-    completions = engine.generate(probe_prompts(model, tokenizer), Sampling(NEW_TOKENS, temperature=0))
+    ask = getattr(engine, "generate_everywhere", engine.generate)  # a pool's workers are all asked
+    completions = ask(probe_prompts(model, tokenizer), Sampling(NEW_TOKENS, temperature=0))
     chosen_N, best_N = _trainer_logprobs(model, completions)
     engine_N = torch.tensor([logprob for c in completions for logprob in c.logprobs], dtype=torch.float64)
     gap_N = (engine_N - chosen_N).abs().nan_to_num(nan=float("inf"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from reinforcepp.config.reinforce import RAY
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import context_length
 from reinforcepp.rollout.canary import NEW_TOKENS, PROBE_TOKENS
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from reinforcepp.rollout.engine import RolloutEngine
 
-EngineName = Literal["transformers", "vllm"]
+EngineName = Literal["transformers", "vllm", "ray"]
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,23 @@ class EngineChoice:
 
     name: EngineName
     reason: str
+    address: str = ""
+    """Of the cluster, for Ray."""
 
 
 def choose_engine(wanted: str, config: PreTrainedConfig, dtype: torch.dtype) -> EngineChoice:
     """``auto`` is vLLM where it can run the model, else transformers; anything else is what was asked for.
 
     Args:
-        wanted: ``auto``, ``transformers`` or ``vllm``.
+        wanted: ``auto``, ``transformers``, ``vllm`` or ``ray://`` with an address.
         config: the model's.
         dtype: what the engine's copy of the weights would have.
 
     Raises:
         RolloutError: vLLM was asked for by name and can't run the model; nothing has been loaded by then.
     """
+    if wanted.startswith(RAY):
+        return EngineChoice("ray", "asked for", wanted.removeprefix(RAY))
     if wanted == "transformers":
         return EngineChoice("transformers", "asked for")
     from reinforcepp.rollout.vllm_support import vllm_status
@@ -58,8 +63,15 @@ def start_engine(
     max_length: int,
     batch_size: int = 64,
     gpu_memory_utilization: float | None = None,
+    workers: int = 0,
 ) -> RolloutEngine:
     """The chosen engine with ``model``'s weights, for sequences of up to ``max_length`` tokens."""
+    if choice.name == "ray":
+        from reinforcepp.rollout.ray_pool import RayEngine
+
+        return RayEngine(
+            choice.address, model, tokenizer, workers=workers, max_length=max_length, batch_size=batch_size
+        )
     if choice.name == "vllm":
         from reinforcepp.rollout.vllm_integration import VllmEngine
 

@@ -1,0 +1,200 @@
+"""The Ray pool on a real cluster of several nodes, on this machine: the engines' contract, workers killed, nodes joining."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from rollout.contract import EngineContract, prepared_model, prepared_tokenizer, prompts_of
+
+from reinforcepp.errors import RolloutError
+from reinforcepp.rollout import ray_pool
+from reinforcepp.rollout.canary import check_sync
+from reinforcepp.rollout.ray_pool import RayEngine, Recipe, Worker, as_array, as_tensor, connect, pack
+from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.rollout.weights import named_config
+from reinforcepp.types import Sampling
+
+ray = pytest.importorskip("ray")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without room for workers, and a node with room for two."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pool(cluster):
+    engine = RayEngine(
+        cluster.address, prepared_model(), prepared_tokenizer(), engine="transformers", max_length=200, batch_size=8
+    )
+    yield engine
+    engine.close()
+
+
+def pids() -> list[int]:
+    """Of the workers' processes, by the names that Ray gives them."""
+    started_here = psutil.Process().children(recursive=True)
+    return [p.pid for p in started_here if p.cmdline() and p.cmdline()[0].startswith("ray::Worker")]
+
+
+class TestRayEngine(EngineContract):
+    @pytest.fixture
+    def engine(self, pool, model):
+        pool.load_weights(model)
+        return pool
+
+
+def test_what_a_pool_answers_is_what_one_engine_does(pool):
+    model, tokenizer = prepared_model(seed=5), prepared_tokenizer()
+    pool.load_weights(model)
+    prompts, sampling = prompts_of(tokenizer), Sampling(12, num_samples=3, seed=2)
+    alone = TransformersEngine(model, tokenizer).generate(prompts, sampling)
+    assert [c.ids for c in pool.generate(prompts, sampling)] == [c.ids for c in alone]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_buffers_arrive_as_they_are(family, dtype):
+    model = prepared_model(family).to(dtype)
+    packed = pack(model)
+    state = model.state_dict()
+    assert packed.weights.keys() == state.keys()
+    assert all(torch.equal(as_tensor(values), state[name]) for name, values in packed.weights.items())
+    assert {name for name, _ in model.named_buffers()} == packed.buffers.keys()
+    if model.config.tie_word_embeddings:
+        own = [
+            values[1].ctypes.data
+            for name, values in packed.weights.items()
+            if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight"))
+        ]
+        assert len(own) == 2 and len(set(own)) == 1
+    narrow = torch.tensor([1.5, -2.25], dtype=torch.bfloat16)
+    assert torch.equal(as_tensor(as_array(narrow)), narrow)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_a_worker_makes_the_model_of_what_it_is_given(family):
+    """In this process; rotary frequencies, which aren't saved, come along, and tied weights stay tied."""
+    tokenizer, sampling = prepared_tokenizer(), Sampling(12, num_samples=2, seed=4)
+    prompts, worker = prompts_of(tokenizer), None
+    for seed in (0, 7):
+        model = prepared_model(family, seed=seed)
+        if worker is None:
+            config = named_config(model)
+            worker = Worker(Recipe(config, model.generation_config, model.dtype, tokenizer, "transformers", 200, 8))
+        assert worker.load(pack(model)) == "transformers"
+        expected = TransformersEngine(model, tokenizer).generate(prompts, sampling)
+        assert [c.ids for of_prompt in worker.answer(prompts, sampling) for c in of_prompt] == [c.ids for c in expected]
+
+
+@needs_vllm
+def test_a_worker_with_vllm():
+    tokenizer, sampling = prepared_tokenizer(), Sampling(12, temperature=0)
+    model = prepared_model()
+    config = named_config(model)
+    worker = Worker(Recipe(config, model.generation_config, model.dtype, tokenizer, "vllm", 200, 8))
+    try:
+        for seed in (0, 7):
+            model = prepared_model(seed=seed)
+            assert worker.load(pack(model)) == "vllm"
+            expected = TransformersEngine(model, tokenizer).generate(prompts_of(tokenizer), sampling)
+            answers = worker.answer(prompts_of(tokenizer), sampling)
+            assert [c.ids for of_prompt in answers for c in of_prompt] == [c.ids for c in expected]
+    finally:
+        worker.engine.close()
+
+
+def test_each_worker_is_seen_to_have_the_present_weights(pool):
+    tokenizer, model = prepared_tokenizer(), prepared_model()
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        pool.load_weights(model)
+        report = check_sync(pool, model, tokenizer)
+        assert report.tokens > 4 * 16  # of both workers
+    number = pool.crew.ready()[1]
+    old = pool.ray.put(pack(prepared_model(seed=9)))
+    pool.ray.get(pool.crew._actors[number].load.remote(old))  # one of them missed the update
+    with pytest.raises(RolloutError, match="out of step"):
+        check_sync(pool, model, tokenizer)
+
+
+def test_killed_workers_are_replaced_and_every_prompt_is_answered_once(pool):
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    pool.load_weights(model)
+    prompts = [p for key in range(20) for p in [prompts_of(tokenizer)[key % 7]]]
+    prompts = [type(p)(p.text, p.ids, key) for key, p in enumerate(prompts)]
+    sampling = Sampling(100, num_samples=4, seed=3)
+    undisturbed = pool.generate(prompts, sampling)
+    before = len(pool.tallies)
+    stop = threading.Event()
+
+    def kill():
+        for _ in range(2):
+            time.sleep(0.4)
+            there = pids()
+            if there and not stop.is_set():
+                os.kill(there[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        while killer.is_alive():
+            assert [c.ids for c in pool.generate(prompts, sampling)] == [c.ids for c in undisturbed]
+    finally:
+        stop.set()
+        killer.join()
+    assert sum(tally.lost for tally in pool.tallies[before:]) >= 1
+    check_sync(pool, model, tokenizer)
+
+
+def test_a_node_that_joins_is_used_and_one_that_leaves_is_not_missed(cluster, pool):
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    prompts, sampling = prompts_of(tokenizer), Sampling(8, seed=1)
+    expected = [c.ids for c in TransformersEngine(model, tokenizer).generate(prompts, sampling)]
+    pool.load_weights(model)
+    before = len(pool.crew.ready())
+    node = cluster.add_node(num_cpus=1)
+    pool.load_weights(model)
+    assert len(pool.crew.ready()) == before + 1
+    cluster.remove_node(node, allow_graceful=False)
+    assert [c.ids for c in pool.generate(prompts, sampling)] == expected
+    pool.load_weights(model)
+    assert [c.ids for c in pool.generate(prompts, sampling)] == expected
+
+
+def test_what_a_worker_refuses_is_told(pool):
+    prompt = prompts_of(prepared_tokenizer())[0]
+    with pytest.raises(RolloutError, match="exceed the model's context"):
+        pool.generate([prompt], Sampling(10_000))
+    with pytest.raises(RolloutError, match=r"A rollout worker failed: .*top_p"):
+        pool.generate([prompt], Sampling(2, top_p=-1.0))
+
+
+def test_a_cluster_without_room(cluster, monkeypatch):
+    monkeypatch.setattr(ray_pool, "START_SECONDS", 2)
+    monkeypatch.setattr(ray_pool.RayCrew, "_grow", lambda self: None)
+    with pytest.raises(RolloutError, match=r"No rollout worker was ready within 2 seconds; the cluster has .* CPUs"):
+        RayEngine(cluster.address, prepared_model(), prepared_tokenizer(), max_length=100)
+
+
+def test_without_ray_it_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RolloutError, match="pip install 'ray"):
+        connect("auto")
