@@ -28,7 +28,7 @@ SIZES = {
 """As their publishers give them."""
 
 
-TWO_STEPS = ["--max_steps", "2", "--eval_prompts", "8", "--rollout", "transformers"]
+TWO_STEPS = ["--max_steps", "2", "--batch_size", "16", "--eval_prompts", "8", "--rollout", "transformers"]
 
 
 def file(name: str) -> Path:

@@ -188,8 +188,9 @@ def test_it_learns_with_less_memory_too(llama, pairs_csv, tmp_path, settings):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == ("use_peft" in settings)
 
 
-def test_rl_may_follow_in_the_same_process_in_its_own_precision(llama, pairs_csv, tmp_path):
-    """Accelerate, which both trainers use, has one precision for a process."""
+def test_rl_may_follow_in_the_same_process_in_its_own_precision(llama, pairs_csv, tmp_path, monkeypatch):
+    """Accelerate, which both trainers use, has one precision for a process, and may be told of one by its launcher."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train_language_model(config(llama, pairs_csv, tmp_path / "warm", mixed_precision="bf16", num_train_epochs=1))
     for precision in ("bf16", "no"):
         args = ReinforceConfig(
