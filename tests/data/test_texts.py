@@ -74,7 +74,7 @@ def test_what_the_user_names_comes_first(write, names, expected):
     [
         ({"prompt": "Why?", "completion": "So.", "good": "Good."}, {"chosen": "good"}, ("Why?", "Good.")),
         ({"prompt": "Why?", "completion": "So.", "talk": TALK}, {"messages": "talk"}, ("Is it up?", "Yes.")),
-        ({"prompt": "Why?", "completion": "So.", "body": "B"}, {"text": "body"}, (None, "B")),
+        ({"prompt": "Why?", "completion": "So.", "messages": TALK, "body": "B"}, {"text": "body"}, (None, "B")),
         ({"ask": "Why?", "text": "T", "answer": "So."}, {"prompt": "ask"}, ("Why?", "So.")),
         (
             {"ask": "Why?", "prompt": "P", "completion": "So.", "chosen": "C"},
