@@ -99,7 +99,16 @@ def test_rows_count_as_often_as_their_weight_says(tmp_path):
     assert Counter(row.prompt for row in prompts) == counted
 
 
+def test_a_revision_is_asked_for(monkeypatch):
+    asked = []
+    rows = datasets.Dataset.from_dict({"prompt": ["a"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more)) or rows)
+    assert fetch(DataName("org/name", split="s", revision="v1", subset="easy", hub=True)) is rows
+    assert asked == [(("org/name", "easy"), {"split": "s", "revision": "v1"})]
+
+
 def test_a_share_of_many_rows():
+    assert len({tuple(times(0.5, f"{i}", seed) for i in range(20)) for seed in range(5)}) == 5
     assert 900 < sum(times(0.1, f"{i}", 0) for i in range(10_000)) < 1100
     assert {times(3.0, f"{i}", 0) for i in range(100)} == {3}
 

@@ -219,6 +219,20 @@ def test_pieces_of_a_text_are_the_text(lines, size):
             assert then == first + text.count("\n")
 
 
+def test_a_line_break_of_two_characters_between_two_pieces_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(_text, "PIECE_BYTES", 2)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a\r\nb\r\rc\n\nd")
+    assert next(_text.text_pieces(path, _text.Reading(), save_as="")) == (1, "a\n")
+    assert "".join(text for _, text in _text.text_pieces(path, _text.Reading(), save_as="")) == "a\nb\n\nc\n\nd"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_rows_without_lines_are_numbered_by_their_place(tmp_path, name):
+    path = write(tmp_path / name, ROWS)
+    assert [row.row for row in load_prompts(path, heldout_fraction=0, seed=0)[1]] == list(range(1, 13))
+
+
 # --- trainings ------------------------------------------------------------------------------------------------------
 
 
@@ -250,9 +264,10 @@ def same(one, other):
 
 
 def test_trainings_end_with_the_same_weights(tmp_path, model_folder, capsys):
-    path = write(tmp_path / "a.jsonl", ROWS + BAD)
-    reward = ["--model", model_folder, "--num_train_epochs", 1, "--max_length", 40]
+    path = write(tmp_path / "a.jsonl", [*ROWS, *BAD, ROWS[0] | {"prompt": "Too long? " * 30}])
+    reward = ["--model", model_folder, "--num_train_epochs", 1, "--max_length", 90]
     first = run("reward", tmp_path / "rm", path, *reward)
+    assert "Left out 1 training pairs longer than 90 tokens (rows 19)" in capsys.readouterr().err
     assert same(first, run("reward", tmp_path / "rm2", path, *reward, "--streaming"))
     cards = [json.loads((tmp_path / name / "reward_model.json").read_text()) for name in ("rm", "rm2")]
     for card in cards:
@@ -268,12 +283,13 @@ def test_trainings_end_with_the_same_weights(tmp_path, model_folder, capsys):
         run("train", tmp_path / folder, path, *policy, "--resume", *(["--streaming"] if folder == "policy2" else []))
 
 
-def test_a_resumed_run_knows_its_data_again(tmp_path, model_folder, capsys):
+def test_a_resumed_run_knows_its_data_again(tmp_path, model_folder, capsys, monkeypatch):
+    monkeypatch.setattr("reinforcepp.policy_run.WITNESSES", 1)
     path = write(tmp_path / "a.jsonl", ROWS)
     arguments = ["--model", model_folder, "--rewards", "rule:length?max=20", "--max_new_tokens", 4, "--streaming"]
     arguments += ["--rollout", "transformers", "--save_every", 1, "--max_steps", 2, "--eval_prompts", 0]
     run("train", tmp_path / "run", path, *arguments)
-    write(path, [*ROWS[:-1], ROWS[0] | {"prompt": "Changed?"}])
+    write(path, [*ROWS[:-1], ROWS[-1] | {"chosen": "Changed."}])
     wanted = ["train", "--data", path, "--output_dir", tmp_path / "run", "--heldout_fraction", 0.2, "--batch_size", 4]
     assert cli.main(list(map(str, [*wanted, *arguments, "--resume"]))) == 2
     assert "data" in capsys.readouterr().err
