@@ -206,7 +206,10 @@ def test_a_file_wins_over_the_defaults_and_flags_over_the_file(asked, tmp_path):
         ("--mode train_rlhf --rlhf-model-pth x", ["Did you mean '--rlhf_model_path'"]),
         ("--mode train_reward --kl_coef 0.1", ["train_reward", "--kl_coef", "belongs to train_rlhf"]),
         ("--mode train_reward --temperature 1", ["belongs to train_rlhf and generate"]),
-        ("--mode generate --data_path x.csv --prompt hi", ["--data_path", "belongs to train_reward and train_rlhf"]),
+        (
+            "--mode generate --data_path x.csv --prompt hi",
+            ["--data_path", "belongs to train_sft and train_reward and train_rlhf"],
+        ),
         ("--mode generate --prompt How do I", ["'do'", "quotes"]),
         ("--mode train_rlhf --batch_size -1", ["batch_size", "greater than 0", "-1"]),
     ],

@@ -21,7 +21,7 @@ from reinforcepp.config import VERBS
 from reinforcepp.errors import DataError, TrainingDiverged
 
 USER_VERBS = ["sft", "reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
-USER_VERBS += ["chat", "serve", "serve-reward", "export", "push"]
+USER_VERBS += ["chat", "serve", "serve-reward", "export", "push", "recipes"]
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "8"]
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_framing import CHAT
 
-from reinforcepp import resumable
+from reinforcepp import ReinforceConfig, ReinforceTrainer, resumable
 from reinforcepp.cli import main
 from reinforcepp.config import SftConfig
 from reinforcepp.config.framing import Framing
@@ -144,12 +144,15 @@ def test_unseen_text_is_foretold_better(llama, texts, tmp_path, capsys):
     assert f"loss {before.loss:.3f} -> {after.loss:.3f} nats per token" in said.replace("\n", " ")
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["before"] == vars(before) and written["after"] == vars(after)
-    # What was written is what was measured.
-    tokenizer = load_tokenizer(str(tmp_path / "out"))
-    _, _, unseen = load_texts(texts, heldout_fraction=0.25, seed=42)
+    assert after_again(tmp_path / "out", texts) == pytest.approx(after.loss, abs=1e-6)
+
+
+def after_again(folder: Path, data: Path) -> float:
+    """The held-out loss of what was written, which is to be the one that was told."""
+    tokenizer = load_tokenizer(str(folder))
+    _, _, unseen = load_texts(data, heldout_fraction=0.25, seed=42)
     lessons = [lesson(tokenizer, row) for row in unseen]
-    saved = held_out(load_policy(str(tmp_path / "out")), lessons, pad_id=tokenizer.eos_token_id, at_a_time=6)
-    assert saved.loss == pytest.approx(after.loss, abs=1e-6)
+    return held_out(load_policy(str(folder)), lessons, pad_id=tokenizer.eos_token_id, at_a_time=6).loss
 
 
 def test_micro_batches_change_nothing(llama, pairs_csv, tmp_path):
@@ -185,10 +188,37 @@ def test_it_learns_with_less_memory_too(llama, pairs_csv, tmp_path, settings):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == ("use_peft" in settings)
 
 
-def test_but_for_the_weights_the_model_stays_as_it_was(llama, pairs_csv, tmp_path):
-    train_language_model(config(llama, pairs_csv, tmp_path / "out", save_every=1, num_train_epochs=1))
+def test_rl_may_follow_in_the_same_process_in_its_own_precision(llama, pairs_csv, tmp_path, monkeypatch):
+    """Accelerate, which both trainers use, has one precision for a process, and may be told of one by its launcher."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train_language_model(config(llama, pairs_csv, tmp_path / "warm", mixed_precision="bf16", num_train_epochs=1))
+    for precision in ("bf16", "no"):
+        args = ReinforceConfig(
+            output_dir=str(tmp_path / precision),
+            mixed_precision=precision,
+            max_steps=1,
+            max_new_tokens=4,
+            max_prompt_length=40,
+            rollout="transformers",
+        )
+        run = ReinforceTrainer(
+            str(tmp_path / "warm"),
+            lambda prompts, completions, **_: list(map(len, completions)),
+            args,
+            [{"prompt": "Why?"}],
+        )
+        run.train()
+        weights = run.policy.get_input_embeddings().weight
+        assert run.policy(input_ids=torch.tensor([[1, 2]])).logits.dtype == weights.dtype
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_but_for_the_weights_the_model_stays_as_it_was(llama, model_folder, pairs_csv, tmp_path, family):
+    """GPT-2 names no pad token, and the library would."""
+    base = llama if family == "llama" else model_folder
+    train_language_model(config(base, pairs_csv, tmp_path / "out", save_every=1, num_train_epochs=1))
     for name in ("config.json", "generation_config.json"):
-        start = json.loads((llama / name).read_text())
+        start = json.loads((base / name).read_text())
         for folder in (tmp_path / "out", *(tmp_path / "out" / "checkpoints").iterdir()):
             assert json.loads((folder / name).read_text()) == start
     saved = load_file(tmp_path / "out" / "model.safetensors")
@@ -226,6 +256,9 @@ def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, 
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
     assert len(log(tmp_path / "run")) == 6
+    assert after_again(tmp_path / "run", pairs_csv) == pytest.approx(
+        json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]["loss"], abs=1e-5
+    )
 
 
 def test_a_changed_file_is_not_gone_on_with(llama, pairs_csv, tmp_path):
@@ -277,6 +310,7 @@ def test_what_it_writes_is_a_model_for_every_other_verb(place, capsys):
         assert main(arguments) == 0, capsys.readouterr().err
     assert "Be short." in load_tokenizer("runs/train").chat_template
     card = Path("plain/README.md").read_text()
+    assert "- sft\n" in card and "rlhf" not in card
     assert "fine-tuned on 7 rows by reinforcepp" in card and "their loss, before and after" in card
     assert "| num\\_train\\_epochs | 1 | 3 |" in card
     capsys.readouterr()

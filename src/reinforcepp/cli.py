@@ -30,6 +30,7 @@ POSITIONAL = {
     "doctor": ("run",),
     "report": ("runs",),
     "compare": ("model_a", "model_b"),
+    "recipes": ("action", "name", "file"),
     **dict.fromkeys(("serve-reward", "chat", "serve", "export", "push"), ("model",)),
 }
 NOT_STARTED = "\nInterrupted before anything was started.\n"
@@ -50,6 +51,7 @@ SUMMARY = {
     "doctor": "say in plain words what went wrong in a training",
     "report": "show what became of a training, or of several, on one page",
     "serve-reward": "answer requests for a reward model's scores over HTTP",
+    "recipes": "list and copy the configuration files that ship with the package",
     "demo": "the whole job, offline, on the built-in model and data",
 }
 

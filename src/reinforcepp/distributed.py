@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
@@ -41,7 +42,10 @@ class Ranks:
 
     def __init__(self, report_to: Sequence[str] = (), folder: Path | None = None) -> None:
         places = ProjectConfiguration(logging_dir=str(folder / TRACKERS)) if report_to and folder else None
-        self._accelerator = Accelerator(log_with=list(report_to) or None, project_config=places)
+        if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+            AcceleratorState._reset_state()  # a trainer of TRL in this process left its own there
+        # Precision is this package's own affair, whatever a launcher's settings or the environment say.
+        self._accelerator = Accelerator(mixed_precision="no", log_with=list(report_to) or None, project_config=places)
 
     @property
     def is_main(self) -> bool:

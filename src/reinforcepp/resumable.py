@@ -135,12 +135,14 @@ class ResumableSftTrainer(Resumable, SFTTrainer):
     shown = ("mean_token_accuracy", "token accuracy")
 
     def __init__(self, *, model: PreTrainedModel, **named: Any) -> None:
-        cached = model.config.use_cache
+        # The libraries write what suits a training into the configurations that are saved for use: no cache, and the
+        # tokenizer's pad token, whose embedding many models then never learn, though it may be the EOS.
+        settings = [model.config, model.config.get_text_config(), model.generation_config]
+        kept = [(each, dict(vars(each))) for each in settings if each is not None]
         super().__init__(model=model, **named)
-        # The library would write what suits a training into the configuration that is saved for use: no cache, and the
-        # tokenizer's pad token, whose embedding many models then never learn, EOS or not.
-        model.config.use_cache = cached
-        self.processing_class = None
+        for each, values in kept:
+            vars(each).update(values)
+        self.processing_class = None  # or it would be done again when training starts
 
     @staticmethod
     def arguments(config: SftConfig, **usual: Any) -> TrainingArguments:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token on which there is no loss."""
+LARGEST_LOSS = 700.0
+"""Whose exponential is still a number."""
 
 
 class Lesson(NamedTuple):
@@ -115,7 +117,7 @@ def held_out(model: PreTrainedModel, lessons: Sequence[Lesson], *, pad_id: int, 
         total -= float(logprobs_BT.double().sum())
         tokens += int(mask_BT.sum())
     loss = total / tokens
-    return HeldOut(loss, math.exp(loss), tokens, len(lessons))
+    return HeldOut(loss, math.exp(min(loss, LARGEST_LOSS)), tokens, len(lessons))
 
 
 def _figures(

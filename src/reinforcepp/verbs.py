@@ -17,6 +17,7 @@ from reinforcepp.config import (
     LintConfig,
     PlanConfig,
     PushConfig,
+    RecipesConfig,
     ReportConfig,
     RewardModelConfig,
     ServeConfig,
@@ -173,6 +174,13 @@ def report(config: ReportConfig) -> None:
     run_report(config)
 
 
+def recipes(config: RecipesConfig) -> None:
+    """The configuration files that ship with the package."""
+    from reinforcepp.recipes import run_recipes
+
+    run_recipes(config)
+
+
 def serve_reward(config: ServeRewardConfig) -> None:
     """Answer requests for a reward model's scores, until a signal comes."""
     from reinforcepp.reward_server import serve
@@ -226,6 +234,7 @@ ACTIONS: dict[str, Callable[[Any], Any]] = {
     "doctor": doctor,
     "report": report,
     "serve-reward": serve_reward,
+    "recipes": recipes,
     "demo": demo,
 }
 

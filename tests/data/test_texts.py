@@ -69,6 +69,24 @@ def test_what_the_user_names_comes_first(write, names, expected):
     assert learnt(read_texts(write("a.jsonl", row), TextNames(**names))) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("row", "names", "expected"),
+    [
+        ({"prompt": "Why?", "completion": "So.", "good": "Good."}, {"chosen": "good"}, ("Why?", "Good.")),
+        ({"prompt": "Why?", "completion": "So.", "talk": TALK}, {"messages": "talk"}, ("Is it up?", "Yes.")),
+        ({"prompt": "Why?", "completion": "So.", "messages": TALK, "body": "B"}, {"text": "body"}, (None, "B")),
+        ({"ask": "Why?", "text": "T", "answer": "So."}, {"prompt": "ask"}, ("Why?", "So.")),
+        (
+            {"ask": "Why?", "prompt": "P", "completion": "So.", "chosen": "C"},
+            {"completion": "completion"},
+            ("P", "So."),
+        ),
+    ],
+)
+def test_also_before_what_comes_first_otherwise(write, row, names, expected):
+    assert learnt(read_texts(write("a.jsonl", row), TextNames(**names))) == [expected]
+
+
 def test_rows_that_teach_nothing_are_left_out_and_told(write):
     odd = [
         {"messages": TALK},
@@ -112,7 +130,9 @@ def test_files_of_several_kinds(write, tmp_path):
         (["text,b", "1,2"], {"text": "tetx"}, ["no column 'tetx'", "--text_column", "Did you mean 'text'"]),
         (["text,b", ",2"], {}, ["no usable row", "1 empty text (row 2)"]),
         (["text"], {}, ["row"]),
-        ([{"text": TALK}], {}, ["row 1", "'text' holds a list", "--messages_column text"]),
+        ([{"text": TALK}], {}, ["row 1", "'text' holds messages", "--messages_column text"]),
+        ([{"text": TALK[0]}], {}, ["row 1", "'text' holds messages"]),
+        (["ask,text", "1,2"], {"prompt": "ask"}, ["no column 'completion'", "--completion_column"]),
         ([{"text": 3}], {}, ["row 1", "'text' holds 3"]),
         ([{"instruction": "I", "input": "J", "completion": "C"}], {}, ["'instruction', 'input'", "--prompt_column"]),
     ],
@@ -132,6 +152,12 @@ def test_the_same_prompts_are_held_out_as_in_the_other_trainings(pairs_csv):
     assert [row.prompt for row in heldout] == [row.prompt for row in pairs[2]] == [row.prompt for row in prompts[2]]
     assert len(heldout) == 3 and len(train) == 5
     assert {row.completion for row in train} == {row.chosen for row in pairs[1]}
+
+
+def test_rows_count_as_often_as_their_file_s_weight_says_and_held_out_ones_once(write):
+    path = write("a.csv", "text", *(f"Text number {i}." for i in range(10)))
+    _, train, heldout = load_texts(f"{path}?weight=2", heldout_fraction=0.3, seed=1)
+    assert (len(train), len(set(train)), len(heldout)) == (14, 7, 3)
 
 
 def test_built_in_data_comes_split():

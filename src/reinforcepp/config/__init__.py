@@ -13,6 +13,7 @@ from reinforcepp.config.files import as_dict, read_yaml
 from reinforcepp.config.keeping import Keeping
 from reinforcepp.config.lint import LintConfig
 from reinforcepp.config.plan import PlanConfig
+from reinforcepp.config.recipes import RecipesConfig
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.report import ReportConfig
 from reinforcepp.config.rewards import RewardSettings
@@ -36,6 +37,7 @@ VERBS: dict[str, type] = {
     "doctor": DoctorConfig,
     "report": ReportConfig,
     "serve-reward": ServeRewardConfig,
+    "recipes": RecipesConfig,
     "demo": DemoConfig,
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "LintConfig",
     "PlanConfig",
     "PushConfig",
+    "RecipesConfig",
     "ReinforceConfig",
     "ReportConfig",
     "RewardModelConfig",

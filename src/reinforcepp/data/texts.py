@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -149,29 +150,45 @@ def _layout(path: Path, records: Records, names: TextNames) -> Layout:
     for kind in own:
         if getattr(names, kind) not in records.names:
             raise _missing(path, records, kind, getattr(names, kind))
+    if not {"text", "messages"} & set(own) and (layout := _of_answers(path, records, names, own)):
+        return layout
     talks = [name for name in (names.messages, *MESSAGES) if name in records.names]
-    couple = _answers(path, records, (names.chosen, "rejected"), told=True)
-    guessed = [name for name in COMPLETIONS if name in records.names]
-    if names.completion in records.names and not {"text", "messages"} & set(own):
-        return _answered(path, records, names, names.completion)
-    if (couple or names.chosen in records.names) and not {"text", "messages"} & set(own):
-        if couple is None:
-            return _answered(path, records, names, names.chosen, note=True)
-        prompt, note = _prompt(path, records, names.prompt, couple)
-        return Layout(prompt, couple, (*([note] if note else []), f"answers from the column {couple[0]!r}"))
     if talks and "text" not in own:
         return Layout(None, (talks[0], talks[0]), (f"the last answers of the conversations in {talks[0]!r}",))
     if names.text in records.names:
         _check_plain(path, records, names.text)
         return Layout(names.text, None)
-    if len(guessed) == 1 and any(name in records.names for name in (names.prompt, *PROMPTS)):
-        return _answered(path, records, names, guessed[0], note=True)
+    guessed = _guessed(records)
+    if guessed is not None and any(name in records.names for name in (*PROMPTS, names.prompt)):
+        return _answered(path, records, names, guessed, note=True)
     where = f"{path}, row {records.header_row}: the header" if records.header_row else f"{path}: the file"
     raise DataError(
         f"{where} has no column {names.text!r}, {names.messages!r}, {names.completion!r} or {names.chosen!r} to learn from, "
         f"only {quoted(records.names)}; name one with --text_column, --messages_column, or --prompt_column and "
         "--completion_column."
     )
+
+
+def _of_answers(path: Path, records: Records, names: TextNames, own: Sequence[str]) -> Layout | None:
+    """Where prompts and answers are, if there are columns for them; ``own`` are the kinds whose columns the user named."""
+    if names.completion in records.names and ("chosen" not in own or "completion" in own):
+        return _answered(path, records, names, names.completion)
+    if couple := _answers(path, records, (names.chosen, "rejected"), told=True):
+        prompt, note = _prompt(path, records, names.prompt, couple)
+        return Layout(prompt, couple, (*([note] if note else []), f"answers from the column {couple[0]!r}"))
+    if names.chosen in records.names:
+        return _answered(path, records, names, names.chosen, note=True)
+    if "prompt" not in own:
+        return None
+    if (guessed := _guessed(records)) is None:  # but who names a prompt means that it has answers
+        raise _missing(path, records, "completion", names.completion)
+    return _answered(path, records, names, guessed, note=True)
+
+
+def _guessed(records: Records) -> str | None:
+    """A column that may be that of the answers, if there is one and no more."""
+    found = [name for name in COMPLETIONS if name in records.names]
+    return found[0] if len(found) == 1 else None
 
 
 def _answered(path: Path, records: Records, names: TextNames, answer: str, *, note: bool = False) -> Layout:
@@ -184,8 +201,8 @@ def _answered(path: Path, records: Records, names: TextNames, answer: str, *, no
 
 def _check_plain(path: Path, records: Records, name: str) -> None:
     for number, cells in records.rows:
-        if isinstance(cells.get(name), list):
+        if isinstance(cells.get(name), list | dict):
             raise DataError(
-                f"{path}, row {number}: {name!r} holds a list, where plain text is expected; if these are conversations, say "
-                f"--messages_column {name}."
+                f"{path}, row {number}: {name!r} holds messages, or another list, where plain text is expected; for "
+                f"conversations say --messages_column {name}."
             )

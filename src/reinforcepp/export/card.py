@@ -23,6 +23,7 @@ CARD = "README.md"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|~&:@])")
 TOLD_ELSEWHERE = ("model", "data", "reward_model", "judge")
 TAGS = ("reinforcepp", "reinforce-plus-plus", "rlhf", "text-generation")
+WARM_UP_TAGS = ("reinforcepp", "sft", "text-generation")
 LENGTHS = {
     "kl": ("KL to the start, nats per token", "{:.4f}"),
     "length": ("length, tokens", "{:.1f}"),
@@ -51,7 +52,8 @@ def escaped(text: Any) -> str:
 def _front_matter(record: RunRecord | None) -> str:
     import yaml
 
-    told: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(TAGS)}
+    tags = WARM_UP_TAGS if record is not None and record.is_warm_up else TAGS
+    told: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
     base = record.settings.get("model") if record is not None else None
     if record is not None and isinstance(base, str) and _hub_name(record, base):
         told = {"base_model": base, **told}
