@@ -31,6 +31,7 @@ STEPS = 3
 MEASURED_STEPS = 20
 COMMON = ["--model", "builtin:tiny", "--seed", "0"]
 TRAINING = ["--rewards", "rule:length?max=200", "--max_steps", STEPS, "--max_new_tokens", 16, "--eval_prompts", 8]
+REWARD = ["--streaming", "--batch_size", 8, "--mini_batch_size", 2]
 TRAINING += ["--rollout", "transformers", "--batch_size", 8]
 
 
@@ -54,8 +55,8 @@ def make_file(path: Path, size: int) -> int:
 
 def measured(verb: str, data: Path, folder: Path, *more: Any) -> dict[str, Any]:
     """Peak memory and seconds of a training; a reward model's is stopped after some steps."""
-    output = folder / "run"
-    arguments = [verb, *COMMON, "--data", data, "--output_dir", output, "--overwrite", *more]
+    output = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    arguments = [verb, *COMMON, "--data", data, "--output_dir", output, *more]
     begin = time.monotonic()
     environment = os.environ | {"TMPDIR": str(folder)}
     process = subprocess.Popen(
@@ -99,9 +100,10 @@ def main() -> None:
         make_file(small, settings.megabytes * MIB // 8)
         runs = {
             "train, streamed": ("train", large, *TRAINING, "--streaming"),
-            "reward, streamed": ("reward", large, "--streaming", "--batch_size", 8),
             "train, streamed, an eighth": ("train", small, *TRAINING, "--streaming"),
             "train, in memory, an eighth": ("train", small, *TRAINING),
+            "reward, streamed, an eighth": ("reward", small, *REWARD),
+            "reward, streamed": ("reward", large, *REWARD),
         }
         result["runs"] = {}
         for title, (verb, data, *more) in runs.items():

@@ -23,7 +23,15 @@ from reinforcepp.errors import ConfigError
 KEEPING = {"save_every", "max_skipped_updates", "watchdog_seconds"}
 TRAINING = {
     *("seed", "heldout_fraction", "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "top_k"),
-    *("truncation_penalty", "eval_prompts", "eval_every", "gae_lambda", "ratio_limit", "lora_dropout"),
+    *(
+        "rollout_workers",
+        "truncation_penalty",
+        "eval_prompts",
+        "eval_every",
+        "gae_lambda",
+        "ratio_limit",
+        "lora_dropout",
+    ),
     *("collapse_length", "collapse_entropy", "collapse_distinct"),
     *KEEPING,
 }

@@ -16,7 +16,7 @@ from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models import load_policy
 from reinforcepp.observe import say
 from reinforcepp.precision import compute_dtype
-from reinforcepp.tokens import LazyPrompts, encode_prompt, encode_prompts
+from reinforcepp.tokens import LazyPrompts, encode_prompts
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -41,7 +41,11 @@ def encode(
             say(f"Prompts are tokenised when their turn comes; what is longer than {limit} tokens is {did}.")
         return LazyPrompts(tokenizer, rows, limit, rows.digest)
     if isinstance(rows, SpooledRows):
-        long = [i for i, row in enumerate(rows) if encode_prompt(tokenizer, row, i, limit)[1]]
+        long = [
+            i
+            for i, row in enumerate(rows)
+            if not encode_prompts(tokenizer, [row], max_prompt_length=limit, long_prompts="drop")[0]
+        ]
         fitting = rows.without(long)
         prompts = LazyPrompts(tokenizer, fitting, limit, fitting.digest)
     else:

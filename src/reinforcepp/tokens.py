@@ -8,6 +8,7 @@ apart from each other, so the border between them is always a token border.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -118,21 +119,14 @@ def encode_prompts(
     prompts: list[Prompt] = []
     too_long: list[int] = []
     for key, row in enumerate(rows):
-        prompt, long = encode_prompt(tokenizer, row, key, max_prompt_length)
-        if long:
+        ids = encode(tokenizer, frame_prompt(tokenizer, row.prompt))
+        if len(ids) > max_prompt_length:
             too_long.append(key)
-        if not long or long_prompts == "cut":
-            prompts.append(prompt)
+            if long_prompts == "drop":
+                continue
+            ids = _cut_left(tokenizer, row.prompt, max_prompt_length)
+        prompts.append(Prompt(row.prompt, tuple(ids), key, dict(getattr(row, "columns", {}))))
     return prompts, too_long
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Any, key: int, limit: int) -> tuple[Prompt, bool]:
-    """One row's prompt, cut if it has to be, and whether it had."""
-    ids = encode(tokenizer, frame_prompt(tokenizer, row.prompt))
-    long = len(ids) > limit
-    if long:
-        ids = _cut_left(tokenizer, row.prompt, limit)
-    return Prompt(row.prompt, tuple(ids), key, dict(getattr(row, "columns", {}))), long
 
 
 class LazyPrompts(Sequence[Prompt]):
@@ -161,7 +155,8 @@ class LazyPrompts(Sequence[Prompt]):
         if not -len(self) <= place < len(self):
             raise IndexError(place)
         place %= len(self)
-        return encode_prompt(self.tokenizer, self.rows[place], place, self.limit)[0]
+        ((prompt,), _) = encode_prompts(self.tokenizer, [self.rows[place]], max_prompt_length=self.limit)
+        return replace(prompt, key=place)
 
 
 def _cut_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> list[int]:

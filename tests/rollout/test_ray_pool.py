@@ -12,8 +12,12 @@ import psutil
 import pytest
 import torch
 from rollout.contract import EngineContract, prepared_model, prepared_tokenizer, prompts_of
+from safetensors.torch import load_file
 
-from reinforcepp.errors import RolloutError
+from reinforcepp import cli
+from reinforcepp.config import ReinforceConfig
+from reinforcepp.errors import ConfigError, RolloutError
+from reinforcepp.observe.answers import COMPLETIONS, read_answers
 from reinforcepp.rollout import ray_pool
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.ray_pool import RayEngine, Recipe, Worker, as_array, as_tensor, connect, pack
@@ -192,6 +196,49 @@ def test_a_cluster_without_room(cluster, monkeypatch):
     monkeypatch.setattr(ray_pool.RayCrew, "_grow", lambda self: None)
     with pytest.raises(RolloutError, match=r"No rollout worker was ready within 2 seconds; the cluster has .* CPUs"):
         RayEngine(cluster.address, prepared_model(), prepared_tokenizer(), max_length=100)
+
+
+def test_where_there_is_no_cluster_it_is_told_at_once(monkeypatch):
+    begin = time.monotonic()
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
+    with pytest.raises(RolloutError, match="belongs to no Ray cluster: start one"):
+        connect("auto")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    for address in ("auto", "127.0.0.1:9"):
+        with pytest.raises(RolloutError, match=r"No Ray cluster answers at 127.0.0.1:9 \(Connection refused\)"):
+            connect(address)
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("rollout", ["ray://", "ray://nonsense", "ray://a:b", "ray:auto", "Ray://auto", "vlm"])
+def test_names_that_mean_no_engine(rollout):
+    with pytest.raises(ConfigError, match="rollout must be one of auto, transformers, vllm, or ray://auto"):
+        ReinforceConfig(rollout=rollout)
+
+
+def test_settings_of_pools():
+    assert ReinforceConfig(rollout="ray://10.0.0.1:6379", rollout_workers=3).rollout_workers == 3
+    with pytest.raises(ConfigError, match="rollout_workers is a setting of ray:// pools"):
+        ReinforceConfig(rollout_workers=3)
+    with pytest.raises(ConfigError, match="Weights of 4 bits can't be handed to a Ray pool"):
+        ReinforceConfig(rollout="ray://auto", use_peft=True, load_in_4bit=True)
+
+
+def test_a_training_by_a_pool_learns_what_one_process_does(cluster, model_folder, pairs_csv, tmp_path):
+    """The pool's workers draw the same samples, and the weights get as far apart as rounding makes them."""
+    ends = []
+    for rollout in (f"ray://{cluster.address}", "transformers"):
+        folder = tmp_path / rollout.partition(":")[0]
+        arguments = ["train", "--model", model_folder, "--data", pairs_csv, "--rewards", "rule:length?max=20"]
+        arguments += ["--rollout", rollout, "--output_dir", folder, "--max_new_tokens", 12, "--max_steps", 3]
+        arguments += ["--rollout_workers", 2] if rollout != "transformers" else []
+        assert cli.main(list(map(str, arguments))) == 0
+        ends.append((load_file(folder / "model.safetensors"), read_answers(folder / COMPLETIONS)))
+    (pooled, answers), (alone, expected) = ends
+    assert [row["completion"] for row in answers] == [row["completion"] for row in expected]
+    assert all(torch.allclose(pooled[name], weight, atol=1e-5) for name, weight in alone.items())
 
 
 def test_without_ray_it_is_told_how_to_get_it(monkeypatch):

@@ -307,11 +307,20 @@ def connect(address: str) -> tuple[Any, bool]:
     if importlib.util.find_spec("ray") is None:
         raise RolloutError("rollout ray:// needs Ray, which isn't installed: pip install 'ray>=2.50'")
     import ray
+    from ray._private.services import find_bootstrap_address
 
     if ray.is_initialized():
         return ray, False
-    if ":" in address:
-        _look_for(address)
+    found = address
+    if address == "auto":
+        found = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None) or ""
+        if not found:
+            raise RolloutError(
+                "This machine belongs to no Ray cluster: start one with `ray start --head`, join one with `ray start "
+                "--address=HOST:PORT`, or use --rollout ray://local."
+            )
+    if ":" in found:
+        _look_for(found.removeprefix("ray://"))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU see what there is
     try:
         ray.init(
@@ -321,10 +330,9 @@ def connect(address: str) -> tuple[Any, bool]:
             log_to_driver=False,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "on this machine" if address == "auto" else f"at {address}"
         raise RolloutError(
-            f"There is no Ray cluster {where} that could be joined ({_first_line(error)}): start one with `ray start --head`, "
-            "or use --rollout ray://local."
+            f"The Ray cluster {found} can't be joined ({_first_line(error)}): look at `ray status`, and whether this machine has "
+            "the versions of Ray and Python that the cluster has."
         ) from error
     return ray, True
 
@@ -336,8 +344,8 @@ def _look_for(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise RolloutError(
-            f"Nobody answers at {address} ({error.strerror or error}): give the address that `ray start --head` told, and look "
-            "whether this machine may connect to it."
+            f"No Ray cluster answers at {address} ({error.strerror or error}): give the address that `ray start --head` told, "
+            "look whether this machine may connect to it, or use --rollout ray://local."
         ) from error
 
 
