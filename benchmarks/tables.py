@@ -425,6 +425,28 @@ def streaming(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def equality(result: dict[str, Any]) -> str:
+    def largest(own: dict[str, Any], gap: str, *, resumed: bool) -> str:
+        found = [row[gap] for name, row in own["scenarios"].items() if name.endswith("goes on") == resumed]
+        return f"{max(found):.0e}" if found else ""
+
+    gaps = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap")
+    rows = [
+        [own["backend"], str(own["processes"])]
+        + [largest(own, gap, resumed=False) for gap in gaps]
+        + [largest(own, "max_weight_gap", resumed=True)]
+        for own in result["rows"]
+    ]
+    titles = ["backend", "processes", "advantages of the same batch", "advantages, whole run"]
+    titles += [f"weights after {result['steps']} steps", "weights of runs that went on"]
+    names = [name for name in result["rows"][0]["scenarios"] if not name.endswith("goes on")]
+    said = (
+        f"\nLargest absolute differences over {len(names)} trainings ({', '.join(names)}), at learning rate "
+        f"{result['learning_rate']:g}.\n"
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -452,6 +474,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "families": (families, "families"),
     "lora_memory": (lora_memory, "lora_memory"),
     "streaming": (streaming, "streaming"),
+    "equality": (equality, "equality"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
 }
 """For each table, what makes it and from which result file."""

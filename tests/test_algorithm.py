@@ -74,10 +74,8 @@ def test_g3_normalisation_is_global_over_ranks():
     rewards, mask = tensor([3, 1, -1, -3]), mask_of([2, 1, 2, 2])
     returns = algorithm.returns_to_go(algorithm.token_rewards(rewards, None, mask, 0.0), mask)
     ranks = [(returns[:2], mask[:2]), (returns[2:], mask[2:])]
-    count, total = sum(algorithm.count_and_sum(*rank) for rank in ranks)
-    mean = total / count
-    variance = sum(algorithm.squared_deviation(*rank, mean) for rank in ranks) / count
-    parts = [algorithm.normalize(*rank, algorithm.Moments(mean, variance)) for rank in ranks]
+    moments = algorithm.moments(sum(algorithm.moment_sums(*rank) for rank in ranks))
+    parts = [algorithm.normalize(*rank, moments) for rank in ranks]
     close(torch.cat(parts)[:, 0], [1.333946, 0.485071, -0.363803, -1.212678])
 
 

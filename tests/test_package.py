@@ -26,6 +26,7 @@ HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm
 # Each may import those before it in the list, never those after.
 LAYERS = [
     "errors",
+    "processes",
     "reward_rules",
     "reward_sources",
     "files",

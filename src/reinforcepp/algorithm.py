@@ -136,16 +136,25 @@ class Moments(NamedTuple):
     variance: Tensor
 
 
-def count_and_sum(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """First pass: (count, sum) over unmasked slots, float64; add these up over ranks. -> (2,)"""
+def moment_sums(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Count, sum, squared deviations from this part's own mean, and sum · mean; add these up over ranks. -> (4,) float64"""
     mask_BT = mask_BT.bool()
+    count = mask_BT.sum().double()
     total = torch.where(mask_BT, values_BT.double(), 0.0).sum()
-    return torch.stack([mask_BT.sum().double(), total])
+    mean = total / count.clamp_min(1)
+    deviation = torch.where(mask_BT, values_BT.double() - mean, 0.0).square().sum()
+    return torch.stack([count, total, deviation, total * mean])
 
 
-def squared_deviation(values_BT: Tensor, mask_BT: Tensor, mean: Tensor) -> Tensor:
-    """Second pass: sum of (value - mean)² over unmasked slots, float64; add these up over ranks. -> ()"""
-    return torch.where(mask_BT.bool(), values_BT.double() - mean, 0.0).square().sum()
+def moments(sums: Tensor) -> Moments:
+    """From the sum of all parts' :func:`moment_sums`: the deviations within parts, and those of the parts' means.
+
+    So one exchange is enough, and the variance still is that of two passes. [Chan, Golub and LeVeque 1983]
+    """
+    count, total, within, squares = sums
+    mean = total / count.clamp_min(1)
+    between = (squares - total * mean).clamp_min(0)
+    return Moments(mean, (within + between) / count.clamp_min(1))
 
 
 def population(mask_BT: Tensor, over: Population) -> Tensor:
@@ -252,10 +261,8 @@ def advantages(
     if RECIPES[estimator].scale != "batch":
         return raw_BT, returns_BT
     counted_BT = population(mask_BT, normalize_over)
-    count, total = sum_over_ranks(count_and_sum(raw_BT, counted_BT))
-    mean = total / count.clamp_min(1)
-    variance = sum_over_ranks(squared_deviation(raw_BT, counted_BT, mean)) / count.clamp_min(1)
-    return normalize(raw_BT, mask_BT, Moments(mean, variance)), returns_BT
+    over_all = moments(sum_over_ranks(moment_sums(raw_BT, counted_BT)))
+    return normalize(raw_BT, mask_BT, over_all), returns_BT
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------

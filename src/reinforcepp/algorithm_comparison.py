@@ -239,7 +239,7 @@ def lines_of_code(estimator: str) -> int:
     if recipe.grouped:
         parts += [algorithm.group_moments, algorithm.group_advantages]
     if recipe.scale == "batch":
-        parts += [algorithm.count_and_sum, algorithm.squared_deviation, algorithm.population, algorithm.normalize]
+        parts += [algorithm.moment_sums, algorithm.moments, algorithm.population, algorithm.normalize]
     if recipe.critic:
         parts += [gae.gae, critic.value_loss, critic.Critic, PolicyUpdate._values, PolicyUpdate._critic_loss]
     return sum(_code_lines(inspect.getsource(part)) for part in parts)

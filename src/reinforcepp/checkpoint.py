@@ -187,14 +187,13 @@ def save(
     return True
 
 
-def fill_with(learners: Mapping[str, Learner], folder: Path) -> dict[str, Any]:
-    """Write the learners' tensors; returns what belongs into the state.
+def fill_with(learnt: Mapping[str, tuple[Tensors, dict[str, Any], dict[str, Any]]], folder: Path) -> dict[str, Any]:
+    """Write the tensors of the learners' states; returns what belongs into the state.
 
     The policy's weights are left out: they are saved as a model folder.
     """
     state: dict[str, Any] = {}
-    for name, learner in learners.items():
-        model, optimizer, scheduler = learner.state()
+    for name, (model, optimizer, scheduler) in learnt.items():
         if name != "policy":
             save_file({k: v.detach().cpu().clone() for k, v in model.items()}, folder / f"{name}.safetensors")
         state[name] = {"optimizer_groups": save_optimizer(optimizer, name, folder), "scheduler": scheduler}

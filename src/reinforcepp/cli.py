@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 from reinforcepp.config import VERBS, read_yaml
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, nearest
+from reinforcepp.processes import is_main
 from reinforcepp.run_folder import has_checkpoint
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -67,10 +69,11 @@ def guarded(job: Callable[[], int]) -> int:
     try:
         return job()
     except ReinforceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell_failure(f"error: {error}")
         return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
     except KeyboardInterrupt:
-        print(NOT_STARTED, end="", file=sys.stderr)
+        if is_main():
+            print(NOT_STARTED, end="", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, head for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,6 +138,7 @@ def run(verb: str, config: Any) -> int:
     """Do what ``config`` says; only here are the heavy libraries loaded. An action may name the exit code."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for more packages
     with _exit_on_interrupt():
         from reinforcepp.verbs import ACTIONS, LOADS
 
@@ -144,7 +148,8 @@ def run(verb: str, config: Any) -> int:
         outcome = ACTIONS[verb](config)
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
-        print(f"\nInterrupted{reason}. {_how_to_go_on(config)}", file=sys.stderr)
+        if is_main():
+            print(f"\nInterrupted{reason}. {_how_to_go_on(config)}", file=sys.stderr)
         return getattr(interrupt, "exit_code", INTERRUPTED)
     except BrokenPipeError:
         raise
@@ -152,9 +157,18 @@ def run(verb: str, config: Any) -> int:
         if error.errno is None or not error.strerror:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}; what was saved before stays as it is.", file=sys.stderr)
+        _tell_failure(f"error: {error.strerror}{where}; what was saved before stays as it is.")
         return USAGE_ERROR
     return outcome if isinstance(outcome, int) else 0
+
+
+def _tell_failure(text: str) -> None:
+    """Once, where several processes run; before they have met only arguments were looked at, which are the same in all."""
+    distributed = sys.modules.get("reinforcepp.distributed")
+    if distributed is not None:
+        distributed.tell_failure(text)
+    elif is_main():
+        print(text, file=sys.stderr)
 
 
 @contextmanager
@@ -168,7 +182,8 @@ def _exit_on_interrupt() -> Iterator[None]:
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
-        os.write(2, NOT_STARTED.encode())
+        if is_main():
+            os.write(2, NOT_STARTED.encode())
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, leave)

@@ -54,8 +54,9 @@ class Critic(Learner):
 
     def values(self, completions: Sequence[Completion], rows: Sequence[int], width: int, pad_id: int) -> Tensor:
         """The value before each response token, padded to ``width`` columns. -> (rows, width)"""
+        model = self.model if torch.is_grad_enabled() else self.scoring
         values_BT1, _, mask_BT = response_states(
-            self.model, [completions[i].prompt.ids for i in rows], [completions[i].ids for i in rows], pad_id=pad_id
+            model, [completions[i].prompt.ids for i in rows], [completions[i].ids for i in rows], pad_id=pad_id
         )
         values_BT = torch.where(mask_BT, values_BT1.squeeze(-1).float(), 0.0)
         return nn.functional.pad(values_BT, (0, width - values_BT.shape[1]))

@@ -1,20 +1,33 @@
-"""The one module that names the training engine (Accelerate): devices, backward passes, sums over ranks."""
+"""The one module that names the training engine (Accelerate): devices, backward passes, sums over ranks, sharding.
+
+Several ranks hold one rule: whatever only some of them may run into happens inside :meth:`Ranks.agreed`, and between
+two collectives all do the same.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
-from torch import Tensor
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration, gather_object
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, ReinforceError
+from reinforcepp.processes import is_main, started
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +35,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TRACKERS = "trackers"
 PROJECT = "reinforcepp"
+NEVER = timedelta(days=365)
+FAILED, TOLD = "reinforcepp/failed", "reinforcepp/told"
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says of a partner that is gone."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -37,6 +54,60 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"report_to names {name}, which is not installed: pip install {package}")
 
 
+# --- meeting and failing --------------------------------------------------------------------------------------------
+
+
+def join(seconds: float) -> None:
+    """Meet the other processes, if a launcher has started several; due before anything that may fail in one alone.
+
+    Args:
+        seconds: without an answer of the others, after which waiting for them is an error; 0 is never.
+    """
+    # Or transformers would give every model's weights to the first process alone: each one scores with all of them.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if started() == 1:
+        return
+    if not is_main():  # what libraries have to say is said once
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    _group(timedelta(seconds=seconds) if seconds else NEVER)
+    sys.excepthook = _tell_unforeseen
+
+
+def tell_failure(text: str) -> None:
+    """Tell the user why this process ends; of several that fail, one after the other or all alike, the first one does."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        if is_main():
+            print(text, file=sys.stderr)
+        return
+    store = distributed.distributed_c10d._get_default_store()
+    try:
+        if store.add(FAILED, 1) == 1:
+            print(text, file=sys.stderr, flush=True)
+            store.set(TOLD, "yes")
+        else:  # the launcher ends all when one has ended, so the first one is given time for its sentence
+            store.wait([TOLD], timedelta(seconds=10))
+    except distributed.DistError:  # the process that kept the store is gone, and its launcher tells so
+        return
+
+
+def _tell_unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For ``sys.excepthook``: a process that merely lost its partner says so instead of showing a traceback."""
+    if any(sign in str(error) for sign in LOST):
+        tell_failure(
+            "error: Another process of this training ended without a word: it was killed, perhaps for lack of memory. The "
+            "launcher's report names it. Go on from the last checkpoint with --resume."
+        )
+    else:
+        tell_failure("".join(traceback.format_exception(kind, error, trace)).rstrip())
+
+
+def _group(timeout: timedelta | None = None) -> PartialState:
+    """The process group, made by the first call; without an accelerator Accelerate has to be told to use CPUs."""
+    named = {} if timeout is None or started() == 1 else {"timeout": timeout}
+    return PartialState(cpu=not torch.accelerator.is_available(), **named)
+
+
 class Ranks:
     """This process among those that train together; alone, everything here is the identity."""
 
@@ -44,8 +115,27 @@ class Ranks:
         places = ProjectConfiguration(logging_dir=str(folder / TRACKERS)) if report_to and folder else None
         if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
             AcceleratorState._reset_state()  # a trainer of TRL in this process left its own there
-        # Precision is this package's own affair, whatever a launcher's settings or the environment say.
-        self._accelerator = Accelerator(mixed_precision="no", log_with=list(report_to) or None, project_config=places)
+        state = _group()
+        self._accelerator = Accelerator(
+            mixed_precision="no",  # is this package's own affair, whatever a launcher or the environment say
+            cpu=state.device.type == "cpu",
+            log_with=list(report_to) or None,
+            project_config=places,
+        )
+        if self._accelerator.distributed_type != DistributedType.NO:
+            self._check_launch()
+
+    def _check_launch(self) -> None:
+        """Refuse what the launcher was told and can't be done; on CPUs Accelerate knows no sharding unless told here."""
+        state = self._accelerator.state
+        if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            # Accelerate copies the one state into the other now and then
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+        if state.distributed_type == DistributedType.DEEPSPEED:
+            raise ConfigError("The launcher is set to DeepSpeed, which is not supported: use FSDP2.")
+        if state.distributed_type == DistributedType.FSDP and not self.sharded:
+            raise ConfigError("The launcher is set to FSDP version 1: set fsdp_version to 2.")
 
     @property
     def is_main(self) -> bool:
@@ -85,17 +175,73 @@ class Ranks:
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
-    def prepare(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Model and optimiser as the engine runs them; the optimiser's tensors stay where they are."""
+    # --- models and gradients ---
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank keeps a part of every weight (FSDP2) instead of all of them."""
+        return bool(self._accelerator.is_fsdp2)
+
+    def prepare(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Model and optimiser as the engine runs them; sharded ones keep their weights in float32 and compute in ``dtype``."""
+        if self.sharded:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            # of operations in place on a model's output, of which there are none
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            self._accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+            return self._accelerator.prepare(model, optimizer)
+        # the optimiser's tensors stay where they are, be that in main memory
         return self._accelerator.prepare(model, optimizer, device_placement=[None, False])
 
-    def unwrap(self, model: Any) -> PreTrainedModel:
-        """The plain model inside a prepared one."""
-        return self._accelerator.unwrap_model(model)
+    def apart(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Around a pass whose gradients stay with this rank until those of a later pass are added up over ranks."""
+        return nullcontext() if self.sharded else self._accelerator.no_sync(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a loss whose denominator is global: ranks add up instead of averaging."""
+        self._accelerator.backward(loss * self._accelerator.num_processes)
+
+    def clip_gradients(self, parameters: Sequence[Tensor], limit: float) -> float:
+        """Scale gradients down to norm ``limit``; returns the norm before."""
+        return float(whole(self._accelerator.clip_grad_norm_(parameters, limit)))
+
+    # --- between ranks ---
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of what all ranks hold in common."""
-        return list(items[self._accelerator.process_index :: self._accelerator.num_processes])
+        """This rank's part of what all ranks hold in common; the parts of all, one after another, are the whole."""
+        begin, end = (len(items) * i // self.count for i in (self.index, self.index + 1))
+        return list(items[begin:end])
+
+    def agreed(self, part: Callable[[], T]) -> T:
+        """What ``part`` gives, once every rank has done it; an error that it raises on one of them is raised on all.
+
+        No collective may be in ``part``. Errors are those that this package raises on purpose, and memory that runs out.
+        """
+        if self.count == 1:
+            return part()
+        outcome: T | None = None
+        error: ReinforceError | None = None
+        try:
+            outcome = part()
+        except torch.OutOfMemoryError as lack:
+            error = ConfigError(
+                f"Memory ran out in process {self.index} of {self.count}: lower rollout_batch_size, mini_batch_size or "
+                f"max_new_tokens ({str(lack).splitlines()[0]})."
+            )
+        except ReinforceError as own:
+            error = own
+        for told in self.gather(error):
+            if told is not None:
+                raise told
+        return cast(T, outcome)
+
+    def gather(self, item: T) -> list[T]:
+        """The items of all ranks, in their order; tensors in them have to be on the CPU."""
+        gathered: list[T] = gather_object([item]) if self.count > 1 else [item]
+        return gathered
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
@@ -106,10 +252,22 @@ class Ranks:
         gathered: Tensor = self._accelerator.gather(values)
         return gathered.max()
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a loss whose denominator is global: ranks add up instead of averaging."""
-        self._accelerator.backward(loss * self._accelerator.num_processes)
+    def wait(self) -> None:
+        """Go on when all ranks are here."""
+        self._accelerator.wait_for_everyone()
 
-    def clip_gradients(self, parameters: Sequence[Tensor], limit: float) -> float:
-        """Scale gradients down to norm ``limit``; returns the norm before."""
-        return float(self._accelerator.clip_grad_norm_(parameters, limit))
+
+# --- sharded tensors ------------------------------------------------------------------------------------------------
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each rank holds a part; any other one as it is. Every rank has to ask."""
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full
+
+
+def sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """This rank's part of a ``tensor`` that every rank holds, cut as ``model`` is, if it is."""
+    if not isinstance(model, DTensor) or tensor.shape != model.shape:
+        return tensor
+    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reinforcepp.algorithm import kl_estimate
+from reinforcepp.distributed import Ranks
 from reinforcepp.errors import RewardError
 from reinforcepp.logprobs import response_logprobs
 from reinforcepp.observe.answers import columns_of
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH = 16
+Answers = tuple[list[Completion], list[float | None], list[float | None], list[tuple[float, int]]]
+"""Completions, their rewards, what a judge says of them, and their :func:`kl_sums`."""
 Logprobs = tuple[Tensor, Tensor]
 """``(logprobs_BT, mask_BT)`` of a batch of completions."""
 
@@ -71,37 +74,47 @@ def evaluate(
     reference: PreTrainedModel,
     pad_id: int,
     judge: RewardSum | None = None,
+    *,
+    ranks: Ranks,
 ) -> Evaluation:
-    """Answer ``prompts`` once each and score the answers.
+    """Answer ``prompts`` once each and score the answers; each rank does its share, and all get the whole.
 
     Raises:
         RewardError: if a reward function or server fails, or none of the answers is scored.
     """
-    completions = engine.generate(prompts, sampling)
-    scores = rewards.score(completions)
-    judgements = None if judge is None else judge.score(completions)
-    for who, said in (("rewards", scores), ("judge", judgements)):
-        if said is not None and not said.known:
+
+    def part() -> Answers:
+        own = ranks.share(prompts)
+        completions = engine.generate(own, sampling) if own else []
+        scored = [None if who is None else who.score(completions).total for who in (rewards, judge)]
+        kl = kl_sums(
+            answer_logprobs(policy, completions, sampling.temperature, pad_id),
+            answer_logprobs(reference, completions, sampling.temperature, pad_id),
+        )
+        return completions, scored[0] or [], scored[1] or [], kl
+
+    told = ranks.gather(ranks.agreed(part))
+    completions, scores, judgements, kl = (
+        [item for one in column for item in one] for column in zip(*told, strict=True)
+    )
+    known = [[score for score in said if score is not None] for said in (scores, judgements)]
+    for who, said in zip(("rewards", "judge"), known if judge is not None else known[:1], strict=False):
+        if not said:
             raise RewardError(
                 f"The {who} scored none of the held-out answers: with --eval_prompts 0 they aren't asked for."
             )
     return Evaluation(
-        reward=fmean(scores.known),
-        reward_error=standard_error(scores.known),
-        judge=None if judgements is None else fmean(judgements.known),
-        judge_error=None if judgements is None else standard_error(judgements.known),
-        kl=mean_kl(
-            kl_sums(
-                answer_logprobs(policy, completions, sampling.temperature, pad_id),
-                answer_logprobs(reference, completions, sampling.temperature, pad_id),
-            )
-        ),
+        reward=fmean(known[0]),
+        reward_error=standard_error(known[0]),
+        judge=None if judge is None else fmean(known[1]),
+        judge_error=None if judge is None else standard_error(known[1]),
+        kl=mean_kl(kl),
         length=fmean(len(c.ids) for c in completions),
         truncated=fmean(c.finish_reason == "length" for c in completions),
         distinct=len({c.text for c in completions}) / len(completions),
         completions=completions,
-        rewards=scores.total,
-        judgements=None if judgements is None else judgements.total,
+        rewards=scores,
+        judgements=None if judge is None else judgements,
     )
 
 

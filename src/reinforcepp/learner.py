@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from transformers import get_scheduler
 
 from reinforcepp.adapters import base_model, in_4bit, is_adapted, load_trained_weights, trained_weights
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.distributed import Ranks
+from reinforcepp.distributed import Ranks, sharded_like, whole
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
 
@@ -40,27 +41,38 @@ class Learner:
     def __init__(
         self, model: PreTrainedModel, ranks: Ranks, config: ReinforceConfig, *, learning_rate: float, steps: int
     ) -> None:
+        if ranks.sharded and config.offload_optimizer:
+            raise ConfigError(
+                "offload_optimizer is for whole weights: leave it out where FSDP2 shares them among processes."
+            )
         model.eval()
         if not in_4bit(model):  # else it is there already, and may not be moved
             model.to(ranks.device)
         if not is_adapted(model):  # else the adapter alone is trained
             model.requires_grad_(True)
         dtype = compute_dtype(config)
+        self.plain = model
+        """All weights, in what the model computes in, for whatever doesn't learn; see :meth:`refresh`."""
+        if ranks.sharded:
+            model = copy.deepcopy(model)
         self._switches = switches(model, checkpointing=config.gradient_checkpointing)
         self._scale = LossScale(dtype)
+        self._dtype = dtype
         self._masters = MasterAdamW(
             model.parameters(),
-            dtype,
+            torch.float32 if ranks.sharded else dtype,
             early=ranks.count == 1,
             place=MAIN_MEMORY if config.offload_optimizer and ranks.device != MAIN_MEMORY else None,
             lr=learning_rate,
             weight_decay=config.weight_decay,
         )
-        cast_parameters(model, dtype)
+        cast_parameters(self.plain, dtype)
         self._ranks = ranks
         self._max_grad_norm = config.max_grad_norm
-        self.model, self.optimizer = ranks.prepare(model, self._masters)
-        self.plain = ranks.unwrap(self.model)
+        self.model, self.optimizer = ranks.prepare(model, self._masters, dtype)
+        if ranks.sharded:
+            self._masters.take_over()
+        self._shards = self.model
         if config.torch_compile:  # not the plain model: generation has ways of its own that a compiler doesn't know
             self.model = torch.compile(self.model)
         self.scheduler = get_scheduler(
@@ -70,13 +82,23 @@ class Learner:
             num_training_steps=steps,
         )
 
+    @property
+    def scoring(self) -> Any:
+        """The model for passes that don't learn, of which other ranks may make more or fewer."""
+        return self.model if self._ranks.count == 1 and not self._ranks.sharded else self.plain
+
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Around a forward pass and the backward pass that follows it, which may do the first again."""
+    def learning(self, *, last: bool = True) -> Iterator[None]:
+        """Around a forward pass and the backward pass that follows it, which may do the first again.
+
+        Ranks add their gradients up in the ``last`` pass before an optimiser step. Masters take the gradients of every
+        pass, so with them each pass is a last one.
+        """
         for part in self._switches:
             part.training = True
         try:
-            yield
+            with nullcontext() if last or self._masters.narrow else self._ranks.apart(self._shards):
+                yield
         finally:
             for part in self._switches:
                 part.training = False
@@ -102,7 +124,7 @@ class Learner:
         rate = self.scheduler.get_last_lr()[0]
         probes = self._probes() if rate >= SURELY_SEEN and norm > 0 else []
         self.optimizer.step()
-        if probes and all(torch.equal(weight, before) for weight, before in probes):
+        if probes and not any(bool(whole((weight != before).any())) for weight, before in probes):
             raise TrainingDiverged(
                 f"The optimiser step changed no weight, at learning rate {rate:g} and gradient norm {norm:.3g}: the optimiser "
                 "holds other parameters than the model, or the gradients don't reach it."
@@ -127,20 +149,52 @@ class Learner:
     def _probes(self) -> list[tuple[Tensor, Tensor]]:
         """Some of the smallest weights that have a gradient, each with a copy."""
         small = sorted(self._masters.masters, key=Tensor.numel)
-        moved = (p for p in small if p.grad is not None and bool(p.grad.any()))
+        moved = (p for p in small if p.grad is not None and bool(whole(p.grad.any())))
         return [(p, p.detach().clone()) for p in islice(moved, PROBES)]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """State dicts of what is trained of the model, of optimiser and schedule."""
-        course = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
-        return trained_weights(self.plain), self.optimizer.state_dict(), course
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """After optimiser steps, bring ``plain`` up to date where it is a copy: one weight at a time on every rank."""
+        if self._ranks.sharded:
+            for shard, copied in zip(self._shards.parameters(), self.plain.parameters(), strict=True):
+                copied.copy_(whole(shard))
 
+    @torch.no_grad()
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """State dicts of what is trained of the model, of optimiser and schedule; every rank has to ask."""
+        course = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        if self._ranks.sharded:
+            optimizer["state"] = {i: self._whole_state(i, values) for i, values in optimizer["state"].items()}
+        return trained_weights(self.plain), optimizer, course
+
+    def _whole_state(self, index: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a sharded parameter what an optimiser that isn't sharded holds; only the rank that saves keeps it."""
+        master = {} if self._dtype == torch.float32 else {"master": self._masters.masters[index]}
+        full = ((name, whole(value)) for name, value in {**values, **master}.items())
+        return {name: value.cpu() for name, value in full if self._ranks.is_main}
+
+    @torch.no_grad()
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
-        """Take over what :meth:`state` gave."""
+        """Take over what :meth:`state` gave, also on another number of ranks."""
         load_trained_weights(self.plain, model)
+        if self._ranks.sharded:
+            optimizer = optimizer | {"state": self._shards_of(optimizer["state"])}
         self.optimizer.load_state_dict(optimizer)
         self._scale.load_state_dict(scheduler["loss_scale"])
         self.scheduler.load_state_dict({name: value for name, value in scheduler.items() if name != "loss_scale"})
+
+    def _shards_of(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """This rank's part of an optimiser's state and, on the way, of the weights, which have all digits there."""
+        for shard, full in zip(self._shards.parameters(), self.plain.parameters(), strict=True):
+            shard.copy_(sharded_like(full.to(shard.dtype), shard))
+        for index, values in states.items():
+            if "master" in values:
+                self._masters.masters[index].copy_(sharded_like(values["master"], self._masters.masters[index]))
+        return {
+            index: {n: sharded_like(v, self._masters.masters[index]) for n, v in values.items() if n != "master"}
+            for index, values in states.items()
+        }
 
 
 def switches(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from reinforcepp.adapters import ADAPTER_CONFIG, base_of, is_adapted, is_adapter
 from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import PARTIAL, disk_errors, flush
 from reinforcepp.hub import look_for_hub
+from reinforcepp.processes import is_main
 from reinforcepp.tokens import PLAIN_TEMPLATE
 
 if TYPE_CHECKING:
@@ -311,7 +312,7 @@ def _bars(shown: bool) -> Iterator[None]:
     """The library's progress bars, for models that take long enough to need one."""
     from transformers.utils import logging
 
-    if not shown:
+    if not (shown and is_main()):
         logging.disable_progress_bar()
     try:
         yield

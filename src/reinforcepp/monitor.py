@@ -68,6 +68,8 @@ class Monitor:
         """A step is done; ``metrics`` as logged, ``work`` what it trained on."""
         step, told = int(metrics["step"]), {**metrics, **timings}
         self.ranks.track(told, step)
+        if not self.ranks.is_main:
+            return
         if work is not None and "reward" in metrics:
             told["step_tokens"] = float(sum(len(c.ids) for c in work.batch.completions))
             first = work.batch.completions[0]
@@ -93,12 +95,12 @@ class Monitor:
         record = replace(self.record, metrics=self._history, evaluations=self.state.evaluations)
         self._diagnosis = diagnose(record)
         for finding in self._diagnosis.findings:
-            if finding.severity != "note" and finding.rule not in self._told and self.ranks.is_main:
+            if finding.severity != "note" and finding.rule not in self._told:
                 self._told.add(finding.rule)
                 say(f"Step {step}: {finding.title}. {finding.evidence} {finding.cure}", "yellow")
 
     def _logged(self) -> list[Mapping[str, float]]:
-        logged = read_metrics(self.record.folder)
+        logged = read_metrics(self.record.folder) if self.ranks.is_main else []
         return [*logged[:FIRST], *logged[max(FIRST, len(logged) - LAST) :]]
 
     def _view(self, step: int | None = None) -> RenderableType:

@@ -88,18 +88,19 @@ class PolicyRun:
                 completions=self.config.completions_per_step,
                 horizon=self.config.kl_horizon,
             )
+        if not self.update.ranks.is_main:
+            return metrics, timings, work
         if self.config.log_completions and work is not None and "reward" in metrics:
             step = int(metrics["step"])
-            path = self.folder / COMPLETIONS / step_file(step, self.update.ranks.index)
-            save_answers(path, rollout_columns(work.batch, work.scores, step))
-        if self.update.ranks.is_main:
-            self.log.write({**metrics, **timings})
+            save_answers(self.folder / COMPLETIONS / step_file(step), rollout_columns(work.batch, work.scores, step))
+        self.log.write({**metrics, **timings})
         return metrics, timings, work
 
     def save(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Write a checkpoint; ``metrics`` are those of the step just made, None where a step is unfinished."""
-        if not self.update.ranks.is_main:
-            return
+        """Write a checkpoint; ``metrics`` are those of the step just made, None where a step is unfinished.
+
+        Every rank has to call it, and goes on when it is written.
+        """
         state, work = self.state, self.work
         updates = len(work.history) if work is not None else 0
         if metrics is not None:
@@ -108,15 +109,18 @@ class PolicyRun:
             state.random = random_state.capture()
         state.guard, state.kl_coef = self.update.guard.as_dict(), self.update.kl_coef
         held = checkpoint.described(self.config, self.inputs) | {"run": asdict(state)}
+        learnt = {name: learner.state() for name, learner in self.learners.items()}
 
         def fill(folder: Path) -> None:
-            held["learners"] = checkpoint.fill_with(self.learners, folder)
+            held["learners"] = checkpoint.fill_with(learnt, folder)
             save_model(self.update.policy.plain, self.tokenizer, folder)
             if work is not None and updates:
                 work.save(folder)
 
         keep = state.best["checkpoint"] if state.best else None
-        checkpoint.save(self.folder, (state.step, updates), held, fill, keep_last=self.config.keep_last, keep=keep)
+        if self.update.ranks.is_main:
+            checkpoint.save(self.folder, (state.step, updates), held, fill, keep_last=self.config.keep_last, keep=keep)
+        self.update.ranks.wait()
 
     def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
         """Bring weights, counters, random generators and, unless told otherwise, the log where they were."""
@@ -126,7 +130,7 @@ class PolicyRun:
         self.update.kl_coef = self.state.kl_coef
         self.work = BatchInUse.load(saved, self.prompts_of(self.state.step), self.update.ranks.device)
         random_state.restore(self.state.random)
-        if log:
+        if log and self.update.ranks.is_main:
             self.log.close()
             restore_logs(saved.folder, self.folder)
             self.log.open(self.folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -70,13 +71,13 @@ class PolicyUpdate:
         self.micro_batch_size = config.micro_batch_size
 
     def begin(self, batch: RolloutBatch, scores: RewardScores) -> BatchInUse:
-        """What :meth:`run` works on."""
-        return BatchInUse(batch, scores, self._values(batch))
+        """What :meth:`run` works on, made of this rank's part of the batch; every rank gets all of it."""
+        values_BT = self._values(batch)
+        return BatchInUse(batch, scores, *self.advantages(batch, values_BT), values_BT).of_all(self.ranks)
 
     def run(self, work: BatchInUse, step: int) -> dict[str, float]:
         """All optimiser steps on a batch that have not been made; returns the mean of what they tell."""
         config, batch = self.config, work.batch
-        advantages_BT, returns_BT = self.advantages(batch, work.values_BT)
         planned = [
             rows
             for iteration in range(config.num_iterations)
@@ -84,8 +85,11 @@ class PolicyUpdate:
                 len(batch.completions), config.optimizer_batch_size, request_seed(config.seed, step, iteration)
             )
         ]
-        for rows in planned[len(work.history) :]:
-            work.history.append(self._optimizer_step(work, advantages_BT, returns_BT, rows, step))
+        left = planned[len(work.history) :]
+        for rows in left:
+            work.history.append(self._optimizer_step(work, rows, step))
+        if left:
+            self._after(batch)
         told: dict[str, list[float]] = {}
         for row in work.history:
             for name, value in row.items():
@@ -94,7 +98,7 @@ class PolicyUpdate:
         return mean | {"skipped_updates": sum(told["skipped_updates"])}
 
     def advantages(self, batch: RolloutBatch, values_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Advantages, normalised over the batches of all ranks as the estimator says, and returns for a critic."""
+        """Advantages, normalised over the parts of all ranks as the estimator says, and returns for a critic."""
         config = self.config
         own_BT = batch.rollout_logprobs_BT if self.on_policy else batch.old_logprobs_BT
         return algorithm.advantages(
@@ -126,14 +130,12 @@ class PolicyUpdate:
 
     # --- inside ---
 
-    def _optimizer_step(
-        self, work: BatchInUse, advantages_BT: Tensor, returns_BT: Tensor, rows: Sequence[int], step: int
-    ) -> dict[str, float]:
+    def _optimizer_step(self, work: BatchInUse, rows: Sequence[int], step: int) -> dict[str, float]:
         """Gradients, a look at them, and the step, unless the guard leaves it out."""
-        totals = self._accumulate(work.batch, advantages_BT, work.values_BT, returns_BT, rows)
+        totals = self._accumulate(work, rows)
         self.between()
         log_ratio = float(self.ranks.max(totals.pop(LARGEST)))
-        told = {name: float(self.ranks.sum(value)) for name, value in totals.items()}
+        told = dict(zip(totals, self.ranks.sum(torch.stack(list(totals.values()))).tolist(), strict=True))
         told["clip_ratio/region_mean"] = told.pop("clip_fraction")
         learners = {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
         norms = {name: learner.clip() for name, learner in learners.items()}
@@ -149,45 +151,60 @@ class PolicyUpdate:
             told["critic/grad_norm"] = self.critic.step(norms["critic"])["grad_norm"]
         return told | self.policy.step(norms["policy"]) | {"skipped_updates": 0.0}
 
-    def _accumulate(
-        self,
-        batch: RolloutBatch,
-        advantages_BT: Tensor,
-        values_BT: Tensor | None,
-        returns_BT: Tensor,
-        rows: Sequence[int],
-    ) -> dict[str, Tensor]:
+    def _accumulate(self, work: BatchInUse, rows: Sequence[int]) -> dict[str, Tensor]:
         """Gradients of one optimiser step, a micro-batch at a time; fewer completions at a time if memory runs out."""
-        tokens = self.ranks.sum(batch.mask_BT[rows].sum())
+        tokens = work.batch.mask_BT[rows].sum()
         while True:
             totals: dict[str, Tensor] = {}
+            passes = list(self._passes(work.batch, rows))
             try:
-                for micro in micro_batches(batch.completions, rows, self.micro_batch_size):
+                for place, (micro, weight) in enumerate(passes, 1):
                     self.between()
-                    with self.policy.learning():
-                        loss, stats = self._policy_loss(batch, advantages_BT, micro, tokens)
-                        self.policy.backward(loss)
+                    with self.policy.learning(last=place == len(passes)):
+                        loss, stats = self._policy_loss(work, micro, tokens, new=weight > 0)
+                        self.policy.backward(loss * weight)
                     stats["loss"] = loss.detach()
-                    if self.critic is not None and values_BT is not None:
-                        with self.critic.learning():
-                            loss = self._critic_loss(batch, values_BT, returns_BT, micro, tokens)
-                            self.critic.backward(loss)
+                    if self.critic is not None and work.values_BT is not None:
+                        with self.critic.learning(last=place == len(passes)):
+                            loss = self._critic_loss(work, micro, tokens)
+                            self.critic.backward(loss * weight)
                         stats["critic/loss"] = loss.detach()
                     for name, value in stats.items():
-                        before = totals.get(name, torch.zeros_like(value))
-                        totals[name] = torch.maximum(before, value) if name == LARGEST else before + value
+                        before, counted = totals.get(name, torch.zeros_like(value)), value * weight
+                        totals[name] = torch.maximum(before, counted) if name == LARGEST else before + counted
                 return totals
             except torch.OutOfMemoryError as error:
                 self._take_fewer(error)
 
+    def _passes(self, batch: RolloutBatch, rows: Sequence[int]) -> Iterator[tuple[list[int], float]]:
+        """This rank's micro-batches of an optimiser step, and what each counts for.
+
+        Every pass of one rank may wait for those of the others, so all make as many as the one with the most rows. One
+        that has none left repeats a row that counts for nothing.
+        """
+        most = math.ceil(math.ceil(len(rows) / self.ranks.count) / self.micro_batch_size)
+        own = list(micro_batches(batch.completions, self.ranks.share(rows), self.micro_batch_size))
+        yield from ((micro, 1.0) for micro in own)
+        yield from (([rows[0]], 0.0) for _ in range(most - len(own)))
+
+    @torch.no_grad()
+    def _after(self, batch: RolloutBatch) -> None:
+        """What each rank knows now is told to all: the weights, and log-probabilities of the rows it has trained on."""
+        self.policy.refresh()
+        if self.critic is not None:
+            self.critic.refresh()
+        if self.on_policy and self.ranks.count > 1:
+            for own_BT in (batch.old_logprobs_BT, batch.entropy_BT):
+                own_BT.copy_(self.ranks.sum(own_BT))
+
     def _policy_loss(
-        self, batch: RolloutBatch, advantages_BT: Tensor, rows: list[int], tokens: Tensor
+        self, work: BatchInUse, rows: list[int], tokens: Tensor, *, new: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's share of the optimiser step's token mean."""
-        config = self.config
+        """A micro-batch's share of the optimiser step's token mean; ``new`` if these rows are not repeated."""
+        config, batch, advantages_BT = self.config, work.batch, work.advantages_BT
         width = advantages_BT.shape[1]
         logprobs_BT, entropy_BT, mask_BT = self.logprobs(self.policy.model, batch.completions, rows, width)
-        if self.on_policy:
+        if self.on_policy and new:
             batch.old_logprobs_BT[rows], batch.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT
         loss, stats = algorithm.policy_loss(
             logprobs_BT,
@@ -214,15 +231,13 @@ class PolicyUpdate:
         stats[LARGEST] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
         return loss, stats
 
-    def _critic_loss(
-        self, batch: RolloutBatch, values_BT: Tensor, returns_BT: Tensor, rows: list[int], tokens: Tensor
-    ) -> Tensor:
-        assert self.critic is not None
+    def _critic_loss(self, work: BatchInUse, rows: list[int], tokens: Tensor) -> Tensor:
+        assert self.critic is not None and work.values_BT is not None
         return value_loss(
-            self.critic.values(batch.completions, rows, values_BT.shape[1], self.pad_id),
-            values_BT[rows],
-            returns_BT[rows],
-            batch.mask_BT[rows],
+            self.critic.values(work.batch.completions, rows, work.values_BT.shape[1], self.pad_id),
+            work.values_BT[rows],
+            work.returns_BT[rows],
+            work.batch.mask_BT[rows],
             clip=self.config.value_clip,
             denominator=tokens,
         )

@@ -100,6 +100,15 @@ class MasterAdamW(torch.optim.AdamW):
                     partial(move_gradient, master=master)
                 )
 
+    @property
+    def narrow(self) -> bool:
+        """Whether masters and parameters are two things."""
+        return any(live is not master for live, master in zip(self.live, self.masters, strict=True))
+
+    def take_over(self) -> None:
+        """The parameters, all their own masters, have been exchanged for their shards in the optimiser's groups."""
+        self.live = self.masters = [p for group in self.param_groups for p in group["params"]]
+
     def collect(self) -> None:
         """Add the parameters' gradients to their masters' and free them."""
         for live, master in zip(self.live, self.masters, strict=True):

@@ -20,21 +20,15 @@ from reinforcepp.batching import PromptBatches, micro_batches
 from reinforcepp.config import ReinforceConfig, as_dict
 from reinforcepp.critic import Critic
 from reinforcepp.data import prompt_rows
-from reinforcepp.distributed import Ranks, check_trackers
+from reinforcepp.distributed import Ranks, check_trackers, join
 from reinforcepp.environment import environment
-from reinforcepp.errors import ConfigError, DataError, RewardError, TrainingDiverged, UnusableUpdate
+from reinforcepp.errors import DataError, RewardError, TrainingDiverged, UnusableUpdate
 from reinforcepp.evaluation import Evaluation, evaluate
 from reinforcepp.files import write_json
 from reinforcepp.framing import framed
 from reinforcepp.guardrails import Guardrails, RollBack
 from reinforcepp.learner import Learner
-from reinforcepp.models import (
-    check_context,
-    load_config,
-    save_model,
-    tokenizer_for,
-    weight_bytes,
-)
+from reinforcepp.models import check_context, load_config, save_model, tokenizer_for, weight_bytes
 from reinforcepp.monitor import Monitor
 from reinforcepp.observe import Clock, note_event, read_metrics, say
 from reinforcepp.observe.answers import evaluation_file, save_answers
@@ -52,7 +46,7 @@ from reinforcepp.rollout.engine import RolloutEngine, random_state_kept, request
 from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.run_record import RunRecord
 from reinforcepp.tokens import pad_values
-from reinforcepp.types import Completion, Prompt, RolloutBatch, Sampling
+from reinforcepp.types import Completion, RolloutBatch, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +89,7 @@ class ReinforceTrainer:
         # the checkpoints, with Adam's two moments, the same of a critic, and the trained model
         copies = (6 if self.config.recipe.critic else 3) * self.config.checkpoints_at_most + 1
         needed = copies * weight_bytes(model) if isinstance(model, str) and not self.config.use_peft else 0
+        join(self.config.watchdog_seconds)
         self.folder = check_output(
             self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume, needed_bytes=needed
         )
@@ -133,15 +128,13 @@ class ReinforceTrainer:
         inputs = fingerprints(self.reference, [self.prompts, self.eval_prompts], self.rewards)
         if self._resumed is not None:
             check_unchanged(self._resumed.state["inputs"], inputs, self.config.allowed_changes)
-        if self.ranks.count > 1 and self.config.kl_action == "rollback":
-            raise ConfigError("kl_action rollback works in one process only: use stop.")
         if choice is not None:
             engine = self._start_engine(choice)
         assert engine is not None
         self.engine = engine
         self.guard = Guardrails(self.config, partial(note_event, self.folder))
         self.update = self._policy_update()
-        self.run = PolicyRun(self.folder, self.update, self.tokenizer, inputs, self._prompts_of)
+        self.run = PolicyRun(self.folder, self.update, self.tokenizer, inputs, self.batches.at)
         self.evaluations: dict[str, Evaluation] = {}
         self._stop, self._watchdog = Stop(), Watchdog(self.folder, 0)
         self._sync_checked = False
@@ -187,8 +180,6 @@ class ReinforceTrainer:
                     clock.lap("sync")
                     metrics |= step_metrics(run.work.batch, run.work.scores, config.reward_clip)
                 except UnusableUpdate as fault:  # of rewards or log-probabilities: there is nothing to train on
-                    if self.ranks.count > 1:  # the others train on theirs
-                        raise
                     self.guard.leave_out(fault, step + 1)
                     metrics["skipped_updates"] = 1.0
                 monitor.step(*run.finish_step(metrics, clock.seconds()))
@@ -209,9 +200,6 @@ class ReinforceTrainer:
 
     # --- the phases of a step ---------------------------------------------------------------------------------------
 
-    def _prompts_of(self, step: int) -> list[Prompt]:
-        return self.ranks.share(self.batches.at(step))
-
     def _sampling(self, step: int) -> Sampling:
         config = self.config
         return Sampling(
@@ -224,22 +212,28 @@ class ReinforceTrainer:
         )
 
     def _rollout(self, step: int, clock: Clock) -> BatchInUse:
-        """Completions of this step's prompts, scored."""
-        self._watchdog.beat(f"rollout of step {step + 1}")
-        with self._interruptible():
-            completions = self.engine.generate(self._prompts_of(step), self._sampling(step))
+        """Completions of this step's prompts, scored; each rank does its share."""
+
+        def part() -> tuple[RolloutBatch, RewardScores]:
+            self._watchdog.beat(f"rollout of step {step + 1}")
+            prompts = self.ranks.share(self.batches.at(step))
+            completions = self.engine.generate(prompts, self._sampling(step)) if prompts else []
             clock.lap("rollout")
             self._watchdog.beat(f"scoring of step {step + 1}")
-            batch, scores = self._score(completions)
-            work = self.update.begin(batch, scores)
+            return self._score(completions)
+
+        with self._interruptible():
+            work = self.update.begin(*self.ranks.agreed(part))
             clock.lap("score")
+        if not work.batch.completions:
+            raise UnusableUpdate("no completion of the batch was scored by a reward")
         return work
 
     def _score(self, completions: list[Completion]) -> tuple[RolloutBatch, RewardScores]:
         """Rewards, and log-probabilities under the reference and, unless the update gives them, under the policy."""
-        grouped, alone = self.config.recipe.grouped, self.ranks.count == 1
-        completions, scores = only_scored(completions, self.rewards.score(completions), grouped=grouped, alone=alone)
-        width = max(len(c.ids) for c in completions)
+        scores = self.rewards.score(completions)
+        completions, scores = only_scored(completions, scores, grouped=self.config.recipe.grouped)
+        width = max((len(c.ids) for c in completions), default=0)
         shape, device = (len(completions), width), self.ranks.device
         old_BT, ref_BT, entropy_BT, mask_BT = (torch.zeros(shape, device=device) for _ in range(4))
         with torch.no_grad():
@@ -247,7 +241,7 @@ class ReinforceTrainer:
                 ref_BT[rows], _, mask_BT[rows] = self.update.logprobs(self.reference, completions, rows, width)
                 if not self.update.on_policy:
                     old_BT[rows], entropy_BT[rows], _ = self.update.logprobs(
-                        self.learner.model, completions, rows, width
+                        self.learner.scoring, completions, rows, width
                     )
         if not bool(torch.isfinite(torch.stack([ref_BT, old_BT])).all()):
             raise UnusableUpdate("a completion's log-probability isn't finite under the policy or its reference")
@@ -260,7 +254,7 @@ class ReinforceTrainer:
             ref_logprobs_BT=ref_BT,
             entropy_BT=entropy_BT,
             rewards_B=algorithm.clip_rewards(rewards_B, self.config.reward_clip),
-            group_ids_B=torch.tensor([c.prompt.key for c in completions], device=device),
+            group_ids_B=torch.tensor([c.prompt.key for c in completions], dtype=torch.long, device=device),
         )
         return batch, scores
 
@@ -280,11 +274,13 @@ class ReinforceTrainer:
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, seed=EVALUATION_SEED)
         prompts = self.eval_prompts[: self.config.eval_prompts]
         models = self.policy, self.reference, self._pad_id
-        return evaluate(self.engine, prompts, sampling, self.rewards, *models, judge=self.judge)
+        return evaluate(self.engine, prompts, sampling, self.rewards, *models, judge=self.judge, ranks=self.ranks)
 
     def save_model(self, folder: str | Path) -> None:
-        """Write the policy as a folder that ``from_pretrained`` reads."""
-        save_model(self.policy, self.tokenizer, Path(folder))
+        """Write the policy as a folder that ``from_pretrained`` reads; of several processes, the main one does."""
+        if self.ranks.is_main:
+            save_model(self.policy, self.tokenizer, Path(folder))
+        self.ranks.wait()
 
     def _policy_update(self) -> PolicyUpdate:
         """How batches will be used, now that it is known which engine samples them."""
@@ -309,13 +305,16 @@ class ReinforceTrainer:
     def _begin(self) -> None:
         """An empty folder with the settings, or the state in which an earlier run stopped."""
         resumed = self._resumed
+        self.ranks.wait()  # until all have looked at the folder
         if resumed is None:
-            clear(self.folder)
             random_state.seed_all(self.config.seed)
             self.run.state.random = random_state.capture()
-        if resumed is None or not (self.folder / RUN_FILE).is_file():
-            describe_run(self.folder, as_dict(self.config), self._facts())
-        self.run.log.open(self.folder)
+        if self.ranks.is_main:
+            if resumed is None:
+                clear(self.folder)
+            if resumed is None or not (self.folder / RUN_FILE).is_file():
+                describe_run(self.folder, as_dict(self.config), self._facts())
+            self.run.log.open(self.folder)
         self._evaluate("before")  # after a resume, too: the policy still is what training started from
         if resumed is not None:
             self.run.restore(resumed)
@@ -350,6 +349,8 @@ class ReinforceTrainer:
             with self._interruptible(), random_state_kept():
                 self.evaluations[when] = self.evaluate()
             self.run.state.evaluations[when] = self.evaluations[when].figures()
+            if not self.ranks.is_main:
+                return
             if self._resumed is None:  # else the file is there, with what a reward that draws lots said then
                 save_answers(evaluation_file(self.folder, when), self.evaluations[when].columns())
             write_json(self.folder / "evaluation.json", self.run.state.evaluations)

@@ -101,7 +101,7 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
         raise ConfigError(f"{output_dir} holds no checkpoint to resume from: start without --resume.")
     if resume is True or own:
         return folder
-    foreign = [name for name in held if name not in OURS and not name.startswith("model-")]
+    foreign = [name for name in held if name not in OURS and not name.startswith(("model-", "stacks-"))]
     if not _is_marked(folder):
         foreign = held  # a model from elsewhere, for example, whose files have the names of a saved policy's
     if foreign:

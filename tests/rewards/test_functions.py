@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from reinforcepp.data import load_prompts, resolve_data
-from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged, UnusableUpdate
+from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
 from reinforcepp.rewards import RewardScores, distinct_names, load_rewards, name_of, only_scored, score_with
 from reinforcepp.types import Completion, Prompt
 
@@ -113,7 +113,7 @@ def kept(completions, totals, **settings):
 
 def test_what_is_not_scored_is_taken_out():
     assert kept(of_prompts(0, 1, 2), [1.0, None, 0.0], grouped=False) == (["0", "2"], [1.0, 0.0])
-    assert kept(of_prompts(0, 0), [1.0, 2.0], grouped=True, alone=False) == (["0", "1"], [1.0, 2.0])
+    assert kept(of_prompts(0, 0), [1.0, 2.0], grouped=True) == (["0", "1"], [1.0, 2.0])
 
 
 def test_what_is_left_alone_goes_where_samples_are_compared():
@@ -122,15 +122,10 @@ def test_what_is_left_alone_goes_where_samples_are_compared():
     assert kept(rows, totals, grouped=False)[1] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
-def test_a_batch_with_nothing_left_is_unusable():
+def test_nothing_may_be_left_of_one_process_share():
     for totals, grouped in (([None, None], False), ([None, 1.0], True)):
-        with pytest.raises(UnusableUpdate, match="no completion of the batch was scored"):
-            kept(of_prompts(0, 0), totals, grouped=grouped)
-
-
-def test_several_processes_cant_leave_anything_out():
-    with pytest.raises(ConfigError, match="one process only"):
-        kept(of_prompts(0, 1), [1.0, None], grouped=False, alone=False)
+        assert kept(of_prompts(0, 0), totals, grouped=grouped) == ([], [])
+    assert kept([], [], grouped=True) == ([], [])
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

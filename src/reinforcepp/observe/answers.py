@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 COMPLETIONS, EVALUATIONS = "completions", "evaluations"
 
 
-def step_file(step: int, rank: int = 0) -> str:
-    """The name of a step's file; where several processes train, each writes its own."""
-    return f"step-{step:06d}" + (f"-rank{rank}" if rank else "") + ".parquet"
+def step_file(step: int) -> str:
+    """The name of a step's file."""
+    return f"step-{step:06d}.parquet"
 
 
 def evaluation_file(run: Path, when: str) -> Path:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from reinforcepp.observe.progress import say
+from reinforcepp.processes import is_main
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,7 +57,8 @@ class Stop:
     def ask(self, number: int, frame: FrameType | None) -> None:
         """Take a signal."""
         if self.number is not None:
-            os.write(2, b"\nStopped at once. What was saved before is whole.\n")
+            if is_main():
+                os.write(2, b"\nStopped at once. What was saved before is whole.\n")
             os._exit(128 + number)
         self.number = number
         name = signal.Signals(number).name

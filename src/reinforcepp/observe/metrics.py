@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from reinforcepp.files import PARTIAL
 from reinforcepp.observe.progress import say
+from reinforcepp.processes import is_main
 
 LOGS = ("metrics.jsonl", "timings.jsonl")
 EVENTS = "events.jsonl"
@@ -86,6 +87,8 @@ def restore_logs(source: Path, folder: Path) -> None:
 
 def note_event(folder: Path, text: str) -> None:
     """Something out of the ordinary: told, and noted in events.jsonl, which no resume takes back."""
+    if not is_main():
+        return
     say(text, "yellow")
     with open(folder / EVENTS, "a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": text}, ensure_ascii=False) + "\n")

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from reinforcepp.processes import is_main
+
 LINES_WHEN_PLAIN = 12
 HARMLESS = "\n\t\u200d"  # of the control and format characters; the last one joins emoji
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, quiet=not is_main())
 
 
 def say(text: str, style: str = "") -> None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from reinforcepp.processes import is_main
+
 STACKS = "stacks.txt"
 
 
@@ -21,7 +23,7 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
-        self._path = folder / STACKS
+        self._path = folder / (STACKS if is_main() else f"{Path(STACKS).stem}-{os.environ['RANK']}.txt")
         self._seconds = seconds
         self._phase, self._last = "start", time.monotonic()
         self._over = threading.Event()
@@ -57,5 +59,6 @@ class Watchdog:
         told = (
             f"\nerror: {said} The stack of every thread is in {self._path}. Resume with --resume; if the phase is only "
         )
-        os.write(2, (told + "slow, set watchdog_seconds higher.\n").encode())
+        if is_main():
+            os.write(2, (told + "slow, set watchdog_seconds higher.\n").encode())
         os._exit(1)

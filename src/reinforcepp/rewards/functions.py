@@ -119,16 +119,12 @@ def score_with(
 
 
 def only_scored(
-    completions: list[Completion], scores: RewardScores, *, grouped: bool, alone: bool = True
+    completions: list[Completion], scores: RewardScores, *, grouped: bool
 ) -> tuple[list[Completion], RewardScores]:
     """The completions that a function scored and their scores, so that the others have no part in anything.
 
     Where samples of a prompt are compared (``grouped``), one that is left alone has nothing to be compared with and
-    goes, too. ``alone`` says that no other process trains on other completions of the batch.
-
-    Raises:
-        UnusableUpdate: if none is left.
-        ConfigError: if some are to go and other processes train, too: all have to make the same number of passes.
+    goes, too.
     """
     kept = [i for i, total in enumerate(scores.total) if total is not None]
     if grouped:
@@ -136,10 +132,6 @@ def only_scored(
         kept = [i for i in kept if samples[completions[i].prompt.key] > 1]
     if len(kept) == len(completions):
         return completions, scores
-    if not alone:
-        raise ConfigError("A reward gave None for a completion, which works in one process only: give it a number.")
-    if not kept:
-        raise UnusableUpdate("no completion of the batch was scored by a reward")
     by_function = {name: [own[i] for i in kept] for name, own in scores.by_function.items()}
     left = RewardScores([scores.total[i] for i in kept], by_function, len(completions) - len(kept))
     return [completions[i] for i in kept], left

@@ -39,7 +39,12 @@ class RewardSum:
     truncation_penalty: float = 0.0
 
     def score(self, completions: Sequence[Completion]) -> RewardScores:
-        """What each says of each completion, and their sum; errors are those of :func:`score_with`."""
+        """What each says of each completion, and their sum; errors are those of :func:`score_with`.
+
+        Where there is none, as may happen to one of several processes, no function is called.
+        """
+        if not completions:
+            return RewardScores([], {name: [] for name in self.names})
         return score_with(self.functions, completions, self.weights, self.truncation_penalty)
 
     @property

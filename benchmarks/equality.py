@@ -1,0 +1,261 @@
+"""Do 1, 2 and 3 processes train alike? The same run under DDP and under FSDP2, on CPUs with gloo, against one process.
+
+python benchmarks/equality.py
+
+Each scenario is a training of five steps in float32. Every second batch holds a single prompt, so that the other
+processes have no row, and the others don't divide by three. A scenario that goes on starts after two steps from what
+two processes saved: one and three processes from a checkpoint of the same kind, two under FSDP2 from one of DDP. All are
+compared with one process that knows of no launcher and was never stopped.
+
+``max_advantage_gap`` is to what one process makes of the very same batch; ``max_advantage_gap_of_run`` is to the other
+run's, whose log-probabilities are rounded otherwise, because other rows went through the model beside them.
+Written to benchmarks/results/equality.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from results import write_result
+
+from reinforcepp.files import write_json
+
+PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(5)]
+HELD_OUT = [{"prompt": f"Why does router {i} drop packets?"} for i in range(2)]
+SETTINGS: dict[str, Any] = {
+    "max_new_tokens": 12,
+    "num_generations": 2,
+    "max_prompt_length": 40,
+    "batch_size": 4,
+    "max_steps": 5,
+    "learning_rate": 1e-4,
+    "seed": 5,
+    "rollout": "transformers",
+    "eval_prompts": 2,
+    "eval_every": 2,
+}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "one step per batch": {"mini_batch_size": 1, "save_every": 2, "keep_last": 9},
+    "several steps per batch": {
+        "estimator": "reinforce_plus_plus_baseline",
+        "num_generations": 3,
+        "mini_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_iterations": 2,
+    },
+    "critic": {"estimator": "ppo", "mini_batch_size": 2, "critic_learning_rate": 1e-4, "save_every": 2, "keep_last": 9},
+    "not scored": {"mini_batch_size": 2, "max_skipped_updates": 4, "eval_prompts": 0},
+}
+ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic"}
+GAPS = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap", "max_metric_gap")
+SEEN = "seen.json"
+LAUNCHES = (2, 1, 3)  # the first one leaves checkpoints to go on from
+BACKENDS = ("DDP", "FSDP2")
+REFERENCE = "DDP:1"
+SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+def spread(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that differs from row to row."""
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def fussy(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """One that leaves some rows out, and once says what no update can be made from."""
+    scores: list[float | None] = [None if sum(ids) % 3 == 0 else sum(ids) % 7 / 7 for ids in completion_ids]
+    return [float("nan") if sum(ids) % 11 == 0 else s for s, ids in zip(scores, completion_ids, strict=True)]
+
+
+def make_model(folder: Path) -> str:
+    """A model with random weights wide enough for choices that aren't near-ties, and with the built-in tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from reinforcepp.models import load_tokenizer, save_model
+
+    tokenizer = load_tokenizer("builtin:tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    save_model(model, tokenizer, folder)
+    return str(folder)
+
+
+# --- in each process ------------------------------------------------------------------------------------------------
+
+
+def work(model: str, folder: Path, processes: int) -> None:
+    """All scenarios under DDP, then under FSDP2; the main process leaves what it saw in ``folder``."""
+    for backend in BACKENDS:
+        if backend == "FSDP2":
+            shard_from_now_on()
+        own = folder / f"{backend}:{processes}"
+        for name, settings in SCENARIOS.items():
+            train(model, own / name, settings)
+        if (backend, processes) == ("DDP", 2):
+            continue
+        source = folder / (f"{backend}:2" if processes != 2 else "DDP:2")
+        for name, origin in ORIGIN.items():
+            checkpoint = source / origin / "checkpoints" / "step-000002"
+            train(model, own / name, SCENARIOS[origin] | {"resume": str(checkpoint)})
+
+
+def shard_from_now_on() -> None:
+    """What ``accelerate launch --use_fsdp --fsdp_version 2`` sets; a process that is alone also lacks what torchrun does."""
+    from accelerate.state import AcceleratorState
+
+    os.environ.update(SHARDING)
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place})
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
+    """One training; its advantages go to a file beside its model."""
+    from reinforcepp import ReinforceConfig, ReinforceTrainer
+    from reinforcepp.models import weights_hash
+
+    args = ReinforceConfig(output_dir=str(folder), **(SETTINGS | settings))
+    reward = fussy if folder.name == "not scored" else spread
+    trainer = ReinforceTrainer(model, reward, args, PROMPTS, HELD_OUT)
+    assert trainer.ranks.sharded == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    begin, alone, seen = trainer.update.begin, copy.copy(trainer.update), []
+    alone.ranks = SimpleNamespace(sum=lambda part: part)  # type: ignore[assignment]
+
+    def noted(*arguments: Any) -> Any:
+        used = begin(*arguments)
+        of_same_batch, _ = alone.advantages(used.batch, used.values_BT)
+        answers = [c.ids for c in used.batch.completions]
+        rows = zip(used.advantages_BT.tolist(), answers, strict=True)
+        gap = float((used.advantages_BT - of_same_batch).abs().max()) if used.batch.completions else 0.0
+        seen.append({"ids": answers, "advantages": [row[: len(ids)] for row, ids in rows], "gap": gap})
+        return used
+
+    trainer.update.begin = noted  # type: ignore[method-assign]
+    trainer.train()
+    hashes = trainer.ranks.gather(weights_hash(trainer.policy))
+    assert len(set(hashes)) == 1, "the processes hold different weights"
+    if trainer.ranks.is_main:
+        (folder / SEEN).write_text(json.dumps(seen))
+
+
+# --- beside them ----------------------------------------------------------------------------------------------------
+
+
+def launch(processes: int, model: str, folder: Path) -> None:
+    """Run :func:`work` in so many processes; one is started without a launcher."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    command += [__file__, "--model", model, "--folder", str(folder), "--processes", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        raise SystemExit(f"{processes} processes failed:\n{done.stderr[-20000:]}")
+
+
+def compared(folder: Path, reference: Path) -> dict[str, Any]:
+    """Largest differences between a training and the one that it should equal, over the steps that it has made."""
+    from safetensors.torch import load_file
+
+    own, other = (json.loads((path / SEEN).read_text()) for path in (folder, reference))
+    steps, pairs = len(own), list(zip(own, other[-len(own) :], strict=True))
+    if any(one["ids"] != two["ids"] for one, two in pairs):
+        return {"steps": steps, "same_samples": False}
+    run_gaps = [
+        abs(a - b)
+        for one, two in pairs
+        for rows in zip(one["advantages"], two["advantages"], strict=True)
+        for a, b in zip(*rows, strict=True)
+    ]
+    one, two = (load_file(path / "model.safetensors") for path in (folder, reference))
+    return {
+        "steps": steps,
+        "same_samples": True,
+        "max_advantage_gap": max(step["gap"] for step in own),
+        "max_advantage_gap_of_run": max(run_gaps),
+        "max_weight_gap": max(float((one[name] - two[name]).abs().max()) for name in two),
+        "max_metric_gap": max(metric_gaps(folder, reference)),
+    }
+
+
+def metric_gaps(folder: Path, reference: Path) -> list[float]:
+    """Differences of what two trainings logged, steps and held-out figures; infinite where one lacks a figure."""
+    rows = []
+    for path in (folder, reference):
+        held_out = path / "evaluation.json"
+        evaluations = json.loads(held_out.read_text()) if held_out.is_file() else {}
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        rows.append([*map(json.loads, lines), *evaluations.values()])
+    gaps = []
+    for one, two in zip(*rows, strict=True):
+        gaps += [abs(one.get(name, inf) - two.get(name, inf)) for name in one.keys() | two.keys()]
+    return gaps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", help="write there instead of benchmarks/results/equality.json")
+    for name in ("--model", "--folder", "--processes"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder:
+        work(arguments.model, Path(arguments.folder), int(arguments.processes))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = make_model(folder / "model")
+        for processes in LAUNCHES:
+            print(f"{processes} processes", flush=True)
+            launch(processes, model, folder)
+        rows = [row(folder, backend, processes) for backend in BACKENDS for processes in sorted(LAUNCHES)]
+    result = {"learning_rate": SETTINGS["learning_rate"], "steps": SETTINGS["max_steps"], "rows": rows}
+    if arguments.output:
+        write_json(Path(arguments.output), result)
+    else:
+        write_result("equality", result)
+
+
+def row(folder: Path, backend: str, processes: int) -> dict[str, Any]:
+    """What became of one number of processes, and the largest gaps over its scenarios."""
+    own = folder / f"{backend}:{processes}"
+    scenarios = {
+        name: compared(own / name, folder / REFERENCE / ORIGIN.get(name, name))
+        for name in (*SCENARIOS, *ORIGIN)
+        if (own / name).is_dir()
+    }
+    largest = {gap: max(found.get(gap, inf) for found in scenarios.values()) for gap in GAPS}
+    return {"backend": backend, "processes": processes, **largest, "scenarios": scenarios}
+
+
+if __name__ == "__main__":
+    main()

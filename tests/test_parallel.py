@@ -1,0 +1,119 @@
+"""Several processes train as one does, tell it once, and end together, in real processes with gloo."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import scripts
+from reinforcepp.cli import main
+from reinforcepp.observe import read_metrics
+from reinforcepp.observe.answers import read_answers
+
+REWARD = """
+import os, signal
+calls = 0
+
+def out_of_memory(*_, **named):
+    import torch
+    raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
+
+def fails(prompts, completions, **_):
+    global calls
+    calls += 1
+    how = os.environ["HOW"] if os.environ["RANK"] == "1" and calls == 2 else ""
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "runs out of memory":
+        import torch
+        torch.Tensor.backward = out_of_memory
+    return [float(len(text) % 5) for text in completions]
+"""
+WAYS = ("does well", "is killed", "runs out of memory")
+
+
+# --- equality -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return scripts.result_of("equality", tmp_path_factory.mktemp("equality"))["rows"]
+
+
+def test_any_number_of_processes_trains_alike(rows):
+    assert [(row["backend"], row["processes"]) for row in rows] == [
+        (backend, processes) for backend in ("DDP", "FSDP2") for processes in (1, 2, 3)
+    ]
+    for row in rows:
+        assert row["max_advantage_gap"] <= 1e-6 and row["max_weight_gap"] <= 1e-5, row
+        assert row["max_metric_gap"] <= 1e-3, row
+
+
+def test_a_training_goes_on_with_another_number_of_processes(rows):
+    resumed = {
+        (row["backend"], row["processes"]): found["steps"]
+        for row in rows
+        for name, found in row["scenarios"].items()
+        if name == "goes on"
+    }
+    others = [("DDP", 1), ("DDP", 3), ("FSDP2", 1), ("FSDP2", 2), ("FSDP2", 3)]
+    assert resumed == dict.fromkeys(others, 3)  # and no more: it did not begin again
+
+
+# --- the documented command ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, model_folder, pairs_csv):
+    """For each of WAYS the run folder, exit code and what was printed; two processes each, of which the second one ..."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "own.py").write_text(REWARD)
+    started = {}
+    for how in WAYS:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        command += [scripts.ROOT / "reinforce_cli.py", "--mode", "train_rlhf", "--model_name", model_folder]
+        command += ["--data_path", pairs_csv, "--rewards", f"{folder / 'own.py'}:fails", "--max_steps", "2"]
+        command += ["--max_new_tokens", "6", "--max_prompt_length", "40", "--batch_size", "3", "--eval_prompts", "0"]
+        command += ["--rollout", "transformers", "--rlhf_model_path", folder / how]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HOW": how}
+        started[how] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    told = {how: process.communicate(timeout=300)[1] for how, process in started.items()}
+    return {how: (folder / how, started[how].returncode, text) for how, text in told.items()}
+
+
+def test_it_is_told_once_and_one_process_writes(launched):
+    folder, code, text = launched["does well"]
+    assert code == 0
+    for words in ("8 prompts", "training 2/2", "Saved the trained model", "Doctor: "):
+        assert text.count(words) == 1, text
+    assert (folder / "model.safetensors").is_file() and len(read_metrics(folder)) == 2
+    answers = read_answers(folder / "completions")
+    assert [row["step"] for row in answers] == [1, 1, 1, 2, 2, 2]
+    assert sorted(path.name for path in (folder / "completions").iterdir()) == [
+        "step-000001.parquet",
+        "step-000002.parquet",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("is killed", "error: Another process of this training ended without a word"),
+        ("runs out of memory", "error: Memory ran out while training on 3 completions at a time"),
+    ],
+)
+def test_one_that_fails_ends_all_with_its_own_words(launched, how, words):
+    folder, code, text = launched[how]
+    assert code != 0
+    assert text.count(words) == 1 and text.count("error: ") == 1, text
+    assert text.count("Traceback (most recent call last)") == 1, text  # the launcher's own
+    assert len(read_metrics(folder)) == 1
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_a_reward_model_is_trained_by_one_process(monkeypatch, capsys, tmp_path, pairs_csv):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["reward", "--data", str(pairs_csv), "--output_dir", str(tmp_path / "run")]) == 2
+    assert "is trained by one process, but the launcher has started 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
