@@ -447,6 +447,16 @@ def equality(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def ray_kill(result: dict[str, Any]) -> str:
+    rows = [
+        [name, *(str(found[key]) for key in ("prompts", "answered_once", "actors_killed", "given_out_again"))]
+        + [f"{found['reward_first']:.3f} -> {found['reward_last']:.3f}", f"`{found['weights']}`"]
+        for name, found in ((name, result[name]) for name in ("undisturbed", "disturbed"))
+    ]
+    titles = ["run", "prompts", "answered once", "workers killed", "prompts given out again", "reward", "weights in the end"]
+    return table(titles, rows) + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -475,6 +485,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "lora_memory": (lora_memory, "lora_memory"),
     "streaming": (streaming, "streaming"),
     "equality": (equality, "equality"),
+    "ray_kill": (ray_kill, "ray_kill"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
 }
 """For each table, what makes it and from which result file."""
