@@ -449,11 +449,23 @@ def equality(result: dict[str, Any]) -> str:
 
 def ray_kill(result: dict[str, Any]) -> str:
     rows = [
-        [name, *(str(found[key]) for key in ("prompts", "answered_once", "actors_killed", "given_out_again"))]
-        + [f"{found['reward_first']:.3f} -> {found['reward_last']:.3f}", f"`{found['weights']}`"]
-        for name, found in ((name, result[name]) for name in ("undisturbed", "disturbed"))
+        [
+            name,
+            *(str(result[name][key]) for key in ("prompts", "answered_once", "actors_killed", "given_out_again")),
+            f"{result[name]['reward_first']:.3f} -> {result[name]['reward_last']:.3f}",
+            f"`{result[name]['weights']}`",
+        ]
+        for name in ("undisturbed", "disturbed")
     ]
-    titles = ["run", "prompts", "answered once", "workers killed", "prompts given out again", "reward", "weights in the end"]
+    titles = [
+        "run",
+        "prompts",
+        "answered once",
+        "workers killed",
+        "prompts given out again",
+        "reward",
+        "weights in the end",
+    ]
     return table(titles, rows) + made_by(result)
 
 

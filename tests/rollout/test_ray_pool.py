@@ -241,6 +241,12 @@ def test_a_training_by_a_pool_learns_what_one_process_does(cluster, model_folder
     assert all(torch.allclose(pooled[name], weight, atol=1e-5) for name, weight in alone.items())
 
 
+def test_several_processes_that_train_have_no_pool(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RolloutError, match="of one process, and the launcher has started 2"):
+        connect("auto")
+
+
 def test_without_ray_it_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RolloutError, match="pip install 'ray"):

@@ -23,6 +23,7 @@ from torch import Tensor
 from reinforcepp.adapters import base_model, full_weights
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import context_length, empty_model, eos_ids
+from reinforcepp.processes import started
 from reinforcepp.rollout.choose import choose_engine, start_engine
 from reinforcepp.rollout.engine import check_prompts, completed
 from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
@@ -302,8 +303,13 @@ def connect(address: str) -> tuple[Any, bool]:
     """Ray, connected, and whether its cluster is this process's own.
 
     Raises:
-        RolloutError: It isn't installed, or there is nobody at ``address``.
+        RolloutError: It isn't installed, there is nobody at ``address``, or several processes train together.
     """
+    if started() > 1:
+        raise RolloutError(
+            f"A Ray pool serves a training of one process, and the launcher has started {started()}: leave the launcher out, "
+            "or use --rollout auto."
+        )
     if importlib.util.find_spec("ray") is None:
         raise RolloutError("rollout ray:// needs Ray, which isn't installed: pip install 'ray>=2.50'")
     import ray
