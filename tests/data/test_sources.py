@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from reinforcepp import cli
-from reinforcepp.config import LintConfig, RewardModelConfig, TrainConfig
+from reinforcepp.config import LintConfig, RewardModelConfig, SftConfig, TrainConfig
 from reinforcepp.data import load_preferences, load_prompts, read_prompts
 from reinforcepp.data._files import Part
 from reinforcepp.data._hub import _one_split, dataset_digest, fetch, hub_pieces
@@ -143,10 +143,20 @@ def test_columns_by_other_names(tmp_path):
         ({"columns": ("prompt=a",), "prompt_column": "b"}, "prompt_column and columns both"),
     ],
 )
-@pytest.mark.parametrize("kind", [TrainConfig, RewardModelConfig, LintConfig])
+@pytest.mark.parametrize("kind", [TrainConfig, RewardModelConfig, LintConfig, SftConfig])
 def test_columns_that_mean_nothing(kind, settings, told):
     with pytest.raises(ConfigError, match=told):
         kind(**settings)
+
+
+def test_columns_of_a_warm_up():
+    names = SftConfig(columns=("text=story",)).column_names
+    assert names == {
+        **{f"{kind}_column": kind for kind in ("prompt", "completion", "chosen", "messages")},
+        "text_column": "story",
+    }
+    with pytest.raises(ConfigError, match=r"names promt, which a warm-up has no use for.*mean 'prompt'"):
+        SftConfig(columns=("promt=x",))
 
 
 def test_a_reward_function_gets_a_column_by_the_name_it_asks_for(tmp_path, model_folder):

@@ -6,6 +6,7 @@ another one is a ``ConfigError`` that names the cure; nothing here changes what 
 
 from __future__ import annotations
 
+from reinforcepp.config.columns import Columns
 from reinforcepp.config.compare import CompareAlgorithmsConfig
 from reinforcepp.config.compare_models import CompareConfig
 from reinforcepp.config.doctor import DoctorConfig
@@ -19,7 +20,7 @@ from reinforcepp.config.report import ReportConfig
 from reinforcepp.config.rewards import RewardSettings
 from reinforcepp.config.sft import SftConfig
 from reinforcepp.config.use import ChatConfig, ExportConfig, GenerateConfig, PushConfig, ServeConfig
-from reinforcepp.config.verbs import Columns, DemoConfig, RewardModelConfig, ServeRewardConfig, TrainConfig
+from reinforcepp.config.verbs import DemoConfig, RewardModelConfig, ServeRewardConfig, TrainConfig
 
 VERBS: dict[str, type] = {
     "sft": SftConfig,

@@ -20,7 +20,7 @@ from reinforcepp.config._checks import (
     not_negative,
     positive,
 )
-from reinforcepp.config.verbs import Columns, check_columns
+from reinforcepp.config.columns import Columns, check_columns
 from reinforcepp.errors import ConfigError
 
 FEWEST_RESAMPLES = 100

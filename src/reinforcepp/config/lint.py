@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from reinforcepp.config._checks import check_values, filled, positive
-from reinforcepp.config.verbs import Columns, check_columns
+from reinforcepp.config.columns import Columns, check_columns
 from reinforcepp.data_names import listed
 from reinforcepp.errors import ConfigError
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reinforcepp.config._checks import check_apart, check_values, filled, fraction
+from reinforcepp.config._checks import check_apart, check_values, filled
 from reinforcepp.config.adapters import check_adapters
+from reinforcepp.config.columns import Mapped, check_columns
 from reinforcepp.config.computing import Computing
 from reinforcepp.config.fitting import Fitting, check_fitting
 from reinforcepp.config.framing import Framing, check_framing
 from reinforcepp.config.keeping import Keeping, check_keeping
 from reinforcepp.config.verbs import Looking
+from reinforcepp.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
-class SftInputs:
+class SftInputs(Mapped):
     """What a supervised warm-up starts from."""
+
+    TEXTS = ("prompt", "completion", "chosen", "messages", "text")
 
     model: str = "builtin:tiny"
     """Language model to start from: builtin:tiny, a folder or a hub name."""
@@ -32,14 +36,6 @@ class SftInputs:
     """Column with conversations, whose last answer is learnt; looked for where there are no prompts with answers."""
     text_column: str = "text"
     """Column with plain text, learnt as a whole; looked for where there is nothing of the above."""
-    heldout_fraction: float = 0.1
-    """Share of the prompts kept out of training and used for the figures; built-in data brings its own split."""
-
-    @property
-    def column_names(self) -> dict[str, str]:
-        """The five names, as whatever reads data takes them."""
-        kinds = ("prompt", "completion", "chosen", "messages", "text")
-        return {f"{kind}_column": getattr(self, f"{kind}_column") for kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,11 @@ class SftConfig(Looking, Framing, Computing, Keeping, Fitting, SftInputs):
         check_adapters(self)
         check_framing(self)
         check_fitting(self)
-        fraction(self, "heldout_fraction")
+        check_columns(self)
+        if self.renamed:
+            raise ConfigError(
+                f"columns names {next(iter(self.renamed))}, which a warm-up has no use for; it asks for "
+                f"{', '.join(self.TEXTS)}.{nearest(next(iter(self.renamed)), self.TEXTS)}"
+            )
         filled(self, "model", "data")
         check_apart(self, "model", "data")

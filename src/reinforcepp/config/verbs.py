@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from reinforcepp.config._checks import (
     check_apart,
@@ -11,12 +11,12 @@ from reinforcepp.config._checks import (
     check_output,
     check_values,
     filled,
-    fraction,
     judge_for,
     not_negative,
     positive,
 )
 from reinforcepp.config.adapters import check_adapters
+from reinforcepp.config.columns import Reading, check_columns
 from reinforcepp.config.computing import Computing
 from reinforcepp.config.fitting import Fitting, check_fitting
 from reinforcepp.config.framing import Framing, check_framing
@@ -26,7 +26,6 @@ from reinforcepp.config.rewards import check_rewards
 from reinforcepp.errors import ConfigError
 
 LAST_PORT = 65535
-TEXTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -35,64 +34,6 @@ class Looking:
 
     dry_run: bool = False
     """Show the settings, the plan and the first rows as they are tokenised, and stop; nothing is loaded or written."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the data file's columns."""
-
-    prompt_column: str = "prompt"
-    """Column with the prompt."""
-    chosen_column: str = "chosen"
-    """Column with the preferred answer."""
-    rejected_column: str = "rejected"
-    """Column with the answer that was not preferred."""
-    columns: tuple[str, ...] = ()
-    """The same for all at once, as in prompt=question chosen=better, and for what reward functions ask for, as in
-    solution=answer: the name wanted, and the file's."""
-    heldout_fraction: float = 0.1
-    """Share of the prompts kept out of training and used for the figures; built-in data brings its own split."""
-
-    @property
-    def column_names(self) -> dict[str, Any]:
-        """The three names, as whatever reads data takes them."""
-        named = self._named
-        return {f"{name}_column": named.get(name, getattr(self, f"{name}_column")) for name in TEXTS}
-
-    @property
-    def renamed(self) -> dict[str, str]:
-        """Columns of the file by the names that reward functions know them by."""
-        return {name: column for name, column in self._named.items() if name not in TEXTS}
-
-    @property
-    def _named(self) -> dict[str, str]:
-        return dict(text.split("=", 1) for text in self.columns)
-
-
-@dataclass(frozen=True)
-class Reading(Columns):
-    """How the data is read."""
-
-    streaming: bool = False
-    """For data larger than memory: check every row in one pass over the files and keep the rows on the disk, where each is
-    read when its turn comes; they need about as much room in TMPDIR as the files have."""
-
-
-def check_columns(config: Columns) -> None:
-    """Check the names of columns and the share that is held out."""
-    fraction(config, "heldout_fraction")
-    seen: set[str] = set()
-    for text in config.columns:
-        name, equals, column = text.partition("=")
-        if not (name.strip() and equals and column.strip()):
-            raise ConfigError(f"columns takes NAME=COLUMN, as in prompt=question, not {text!r}.")
-        if name in seen:
-            raise ConfigError(f"columns names {name} twice: leave one of them out.")
-        if name in TEXTS and getattr(config, f"{name}_column") != name:
-            raise ConfigError(
-                f"{name}_column and columns both say which column holds the {name}: leave one of them out."
-            )
-        seen.add(name)
 
 
 @dataclass(frozen=True)
