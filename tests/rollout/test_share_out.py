@@ -116,6 +116,41 @@ def test_an_answer_too_few_is_no_answer():
         board.answered("a", [1])
 
 
+def test_losses_between_answers_are_no_reason_to_stop(monkeypatch):
+    monkeypatch.setattr("reinforcepp.rollout.share_out.LOSSES", 0)
+    monkeypatch.setattr("reinforcepp.rollout.share_out.LOSSES_EACH", 1)
+
+    class EverySecondDies(Simulated):
+        def give(self, worker, places):
+            self.deaths = len(self.given) % 2
+            super().give(worker, places)
+
+    answers, tally = share_out(EverySecondDies(1), 20, 1)
+    assert len(answers) == 20 and tally.lost > 10
+
+
+def test_who_is_lost_while_idle_gets_nothing():
+    class Script:
+        """Two are there; the idle one goes, then the other with its piece, and a third does it."""
+
+        def __init__(self):
+            self.events = iter([Lost("b", "gone"), Lost("a", "gone"), Joined("c"), Answered("c", ["done"])])
+            self.given = []
+
+        def ready(self):
+            return ["a", "b"]
+
+        def give(self, worker, places):
+            self.given.append(worker)
+
+        def wait(self):
+            return next(self.events)
+
+    crew = Script()
+    answers, tally = share_out(crew, 1, 1)
+    assert (answers, crew.given, tally.lost, tally.again) == (["done"], ["a", "c"], 2, 1)
+
+
 def test_where_everyone_dies_it_stops_with_the_cause():
     with pytest.raises(RolloutError, match="lost one after the other without an answer, the last with: killed"):
         share_out(Simulated(3, deaths=1.0), 10, 2)
