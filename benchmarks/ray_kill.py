@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--every", type=float, default=20.0)
     settings = parser.parse_args()
+    os.environ.update(RAY_worker_niceness="0")  # by default they give way to everything else
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=1)

@@ -12,20 +12,14 @@ import logging
 import os
 import socket
 import time
-import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from reinforcepp.adapters import base_model, full_weights
 from reinforcepp.errors import RolloutError
-from reinforcepp.models import context_length, empty_model, eos_ids
+from reinforcepp.models import context_length, eos_ids
 from reinforcepp.processes import started
-from reinforcepp.rollout.choose import choose_engine, start_engine
 from reinforcepp.rollout.engine import check_prompts, completed
+from reinforcepp.rollout.ray_worker import Packed, Recipe, Worker, pack
 from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
 from reinforcepp.rollout.weights import named_config
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -33,70 +27,13 @@ from reinforcepp.types import Completion, Prompt, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Values = tuple[str, Any]
-"""A tensor's type, and its values in an array that may share memory with others."""
 CONNECT_SECONDS = 10
 START_SECONDS = 180
 """Within this time the first worker has to be ready."""
+PATIENCE_SECONDS = 10
+"""So long those who have the weights wait for those who don't."""
 LOOK_SECONDS = 1.0
 """How often the cluster is looked at for room for more workers while answers are waited for."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a worker starts from; weights come apart."""
-
-    config: Any
-    generation_config: Any
-    dtype: torch.dtype
-    tokenizer: Any
-    engine: str
-    max_length: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Weights, tied ones under both names, and the buffers that aren't saved with them, such as rotary frequencies."""
-
-    weights: Mapping[str, Values]
-    buffers: Mapping[str, Values]
-
-
-class Worker:
-    """What runs in each of Ray's processes: an engine of its own, and the weights that all on its machine share."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.engine: Any = None
-        self.model: Any = None
-
-    def load(self, packed: Packed) -> str:
-        """Generate with these weights from now on; returns the engine's name."""
-        recipe = self.recipe
-        if self.model is None:
-            self.model = empty_model(recipe.config, recipe.dtype)
-            self.model.generation_config = recipe.generation_config
-        place = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.load_state_dict({name: as_tensor(v).to(place) for name, v in packed.weights.items()}, assign=True)
-        self.model.tie_weights()
-        for name, values in packed.buffers.items():
-            owner, _, own = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[own] = as_tensor(values).to(place)
-        if self.engine is None:
-            choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
-            self.engine = start_engine(
-                choice, self.model, recipe.tokenizer, max_length=recipe.max_length, batch_size=recipe.batch_size
-            )
-        else:
-            self.engine.load_weights(self.model)
-        return str(self.engine.name)
-
-    def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """The completions of each prompt."""
-        completions = self.engine.generate(prompts, sampling)
-        number = sampling.num_samples
-        return [completions[i : i + number] for i in range(0, len(completions), number)]
 
 
 class RayEngine:
@@ -178,42 +115,55 @@ class RayEngine:
 class RayCrew:
     """Ray's actors as :func:`~reinforcepp.rollout.share_out.share_out` needs them.
 
-    An actor that dies is replaced; where the cluster grows, more are started.
+    An actor that dies is replaced; where the cluster grows, more are started. Who hasn't got the present weights is not ready.
     """
 
     def __init__(self, ray: Any, recipe: Recipe, workers: int) -> None:
         self._ray, self._most = ray, workers
         self._recipe = ray.put(recipe)
         self._weights: Any = None
+        self._version = 0
         self._actors: dict[int, Any] = {}
         self._ready: dict[int, None] = {}
-        self._tasks: dict[Any, tuple[int, str]] = {}
+        self._tasks: dict[Any, tuple[int, int]] = {}
+        """What is under way: whose it is, and the version of the weights that are loaded, 0 for a piece."""
         self._numbers = iter(range(1 << 62))
         self._looked = 0.0
         self._prompts: Sequence[Prompt] = ()
         self._sampling: Any = None
 
     def load(self, packed: Packed) -> None:
-        """Hand weights out, and wait until whoever is there has them."""
+        """Hand weights out, and wait until whoever is there has them; who takes long comes in later.
+
+        Raises:
+            RolloutError: nobody is ready in time.
+        """
         self._weights = self._ray.put(packed)
+        self._version += 1
         for number in list(self._ready):
             self._start_loading(number)
-        self._grow()
-        begin = time.monotonic()
-        while self._loading or not self._ready:
-            event = self.wait(begin + START_SECONDS)
-            if isinstance(event, Lost) and not self._actors:
-                raise RolloutError(f"No rollout worker could be started: {event.reason}")
+        begin, reason = time.monotonic(), ""
+        while not self._ready or (self._loading and time.monotonic() - begin < PATIENCE_SECONDS):
+            event = self._next()
+            reason = event.reason if isinstance(event, Lost) else reason
+            self._check_time(begin, reason)
 
     def ask(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """What is asked from now on."""
         self._prompts, self._sampling = prompts, self._ray.put(sampling)
 
     def each(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """All answers of each worker."""
-        asked = [self._actors[number].answer.remote(list(prompts), sampling) for number in self._ready]
-        answers: list[list[list[Completion]]] = self._ray.get(asked)
-        return [completion for of_worker in answers for of_prompt in of_worker for completion in of_prompt]
+        """All answers of each worker; of those that die meanwhile, none."""
+        answers: list[Completion] = []
+        while not answers:
+            asked = {number: self._actors[number].answer.remote(list(prompts), sampling) for number in self._ready}
+            for number, task in asked.items():
+                result = self._result(number, task)
+                if not isinstance(result, Lost):
+                    answers += [completion for of_prompt in result for completion in of_prompt]
+            if not self._ready:
+                self.wait()
+        return answers
 
     def ready(self) -> list[int]:
         """See :class:`~reinforcepp.rollout.share_out.Crew`."""
@@ -222,42 +172,18 @@ class RayCrew:
     def give(self, worker: int, places: Sequence[int]) -> None:
         """See :class:`~reinforcepp.rollout.share_out.Crew`."""
         prompts = [self._prompts[place] for place in places]
-        self._tasks[self._actors[worker].answer.remote(prompts, self._sampling)] = worker, "answer"
+        self._tasks[self._actors[worker].answer.remote(prompts, self._sampling)] = worker, 0
 
-    def wait(self, until: float | None = None) -> Any:
+    def wait(self) -> Any:
         """See :class:`~reinforcepp.rollout.share_out.Crew`.
 
         Raises:
-            RolloutError: at the time ``until`` there still is no worker, or one has refused what it was asked.
+            RolloutError: there is no worker for long, or one has refused what it was asked.
         """
-        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
-
-        while True:
-            if time.monotonic() - self._looked > LOOK_SECONDS:
-                self._grow()
-            done, _ = (
-                self._ray.wait(list(self._tasks), num_returns=1, timeout=LOOK_SECONDS) if self._tasks else ([], [])
-            )
-            if not done:
-                limit = until if until is not None else self._looked + START_SECONDS
-                if not self._ready and time.monotonic() > limit:
-                    raise RolloutError(self._too_small())
-                if not self._tasks:
-                    time.sleep(LOOK_SECONDS)
-                continue
-            number, kind = self._tasks.pop(done[0])
-            try:
-                result = self._ray.get(done[0])
-            except (RayActorError, OutOfMemoryError) as error:
-                self._forget(number)
-                self._grow()
-                return Lost(number, _first_line(error))
-            except RayTaskError as error:
-                raise RolloutError(f"A rollout worker failed: {_first_line(error.cause)}") from error
-            if kind == "answer":
-                return Answered(number, result)
-            self._ready[number] = None
-            return Joined(number)
+        begin = time.monotonic()
+        while (event := self._next()) is None:
+            self._check_time(begin)
+        return event
 
     def close(self) -> None:
         """Stop all workers."""
@@ -267,13 +193,48 @@ class RayCrew:
 
     # --- inside ---
 
+    def _next(self) -> Any:
+        """What happens within ``LOOK_SECONDS``; None if nothing does."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._grow()
+        if not self._tasks:
+            time.sleep(LOOK_SECONDS)
+            return None
+        done, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=LOOK_SECONDS)
+        if not done:
+            return None
+        number, version = self._tasks.pop(done[0])
+        result = self._result(number, done[0])
+        if isinstance(result, Lost):
+            return result
+        if version == 0:
+            return Answered(number, result)
+        if version < self._version:  # there have been others since
+            self._start_loading(number)
+            return None
+        self._ready[number] = None
+        return Joined(number)
+
+    def _result(self, number: int, task: Any) -> Any:
+        """What a worker's task gave, or that it is lost; then another one is started."""
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+        try:
+            return self._ray.get(task)
+        except (RayActorError, OutOfMemoryError) as error:
+            self._forget(number)
+            self._grow()
+            return Lost(number, _first_line(error))
+        except RayTaskError as error:
+            raise RolloutError(f"A rollout worker failed: {_first_line(error.cause)}") from error
+
     @property
     def _loading(self) -> bool:
-        return any(kind == "load" for _, kind in self._tasks.values())
+        return any(version for _, version in self._tasks.values())
 
     def _start_loading(self, number: int) -> None:
         self._ready.pop(number, None)
-        self._tasks[self._actors[number].load.remote(self._weights)] = number, "load"
+        self._tasks[self._actors[number].load.remote(self._weights)] = number, self._version
 
     def _forget(self, number: int) -> None:
         del self._actors[number]
@@ -291,11 +252,15 @@ class RayCrew:
             self._actors[number] = self._ray.remote(Worker).options(**needs).remote(self._recipe)
             self._start_loading(number)
 
-    def _too_small(self) -> str:
+    def _check_time(self, begin: float, reason: str = "") -> None:
+        """Raises a RolloutError if there has been nobody since ``begin``, which is too long ago."""
+        if self._ready or time.monotonic() - begin < START_SECONDS:
+            return
         resources = self._ray.cluster_resources()
-        return (
+        lost = f" The last one was lost with: {reason}" if reason else ""
+        raise RolloutError(
             f"No rollout worker was ready within {START_SECONDS} seconds; the cluster has {resources.get('CPU', 0):g} CPUs and "
-            f"{resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at `ray status`."
+            f"{resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at `ray status`.{lost}"
         )
 
 
@@ -353,36 +318,6 @@ def _look_for(address: str) -> None:
             f"No Ray cluster answers at {address} ({error.strerror or error}): give the address that `ray start --head` told, "
             "look whether this machine may connect to it, or use --rollout ray://local."
         ) from error
-
-
-# --- tensors in the object store ------------------------------------------------------------------------------------
-
-
-def pack(model: PreTrainedModel) -> Packed:
-    """What workers need of ``model``; memory that two weights share is one array."""
-    arrays: dict[int, Values] = {}
-
-    def shared(weight: Tensor) -> Values:
-        values = as_array(weight)
-        return arrays.setdefault(values[1].ctypes.data, values)  # which is kept, so its address is nobody else's
-
-    weights = {name: shared(weight) for name, weight in full_weights(model)}
-    return Packed(weights, {name: as_array(buffer) for name, buffer in base_model(model).named_buffers()})
-
-
-def as_array(weight: Tensor) -> Values:
-    """A tensor as NumPy holds it, which knows no bfloat16, and its type."""
-    plain = weight.detach().cpu().contiguous()
-    narrow = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
-    return str(plain.dtype).removeprefix("torch."), narrow.numpy()
-
-
-def as_tensor(values: Values) -> Tensor:
-    """What :func:`as_array` was given; the memory is shared."""
-    dtype, array = values
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that this memory can't be written to: nobody does
-        return torch.from_numpy(array).view(getattr(torch, dtype))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,106 @@
+"""What runs in each process of a Ray pool, and how weights get there. Ray itself is not named here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reinforcepp.adapters import base_model, full_weights
+from reinforcepp.models import empty_model
+from reinforcepp.rollout.choose import choose_engine, start_engine
+from reinforcepp.types import Completion, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Values = tuple[str, Any]
+"""A tensor's type, and its values in an array that may share memory with others."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a worker starts from; weights come apart."""
+
+    config: Any
+    generation_config: Any
+    dtype: torch.dtype
+    tokenizer: Any
+    engine: str
+    max_length: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights, tied ones under both names, and the buffers that aren't saved with them, such as rotary frequencies."""
+
+    weights: Mapping[str, Values]
+    buffers: Mapping[str, Values]
+
+
+class Worker:
+    """What runs in each of Ray's processes: an engine of its own, and the weights that all on its machine share."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.engine: Any = None
+        self.model: Any = None
+
+    def load(self, packed: Packed) -> str:
+        """Generate with these weights from now on; returns the engine's name."""
+        recipe = self.recipe
+        if self.model is None:
+            self.model = empty_model(recipe.config, recipe.dtype)
+            self.model.generation_config = recipe.generation_config
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.load_state_dict({name: as_tensor(v).to(place) for name, v in packed.weights.items()}, assign=True)
+        self.model.tie_weights()
+        for name, values in packed.buffers.items():
+            owner, _, own = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[own] = as_tensor(values).to(place)
+        if self.engine is None:
+            choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
+            self.engine = start_engine(
+                choice, self.model, recipe.tokenizer, max_length=recipe.max_length, batch_size=recipe.batch_size
+            )
+        else:
+            self.engine.load_weights(self.model)
+        return str(self.engine.name)
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """The completions of each prompt."""
+        completions = self.engine.generate(prompts, sampling)
+        number = sampling.num_samples
+        return [completions[i : i + number] for i in range(0, len(completions), number)]
+
+
+def pack(model: PreTrainedModel) -> Packed:
+    """What workers need of ``model``; memory that two weights share is one array."""
+    arrays: dict[int, Values] = {}
+
+    def shared(weight: Tensor) -> Values:
+        values = as_array(weight)
+        return arrays.setdefault(values[1].ctypes.data, values)  # which is kept, so its address is nobody else's
+
+    weights = {name: shared(weight) for name, weight in full_weights(model)}
+    return Packed(weights, {name: as_array(buffer) for name, buffer in base_model(model).named_buffers()})
+
+
+def as_array(weight: Tensor) -> Values:
+    """A tensor as NumPy holds it, which knows no bfloat16, and its type."""
+    plain = weight.detach().cpu().contiguous()
+    narrow = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
+    return str(plain.dtype).removeprefix("torch."), narrow.numpy()
+
+
+def as_tensor(values: Values) -> Tensor:
+    """What :func:`as_array` was given; the memory is shared."""
+    dtype, array = values
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this memory can't be written to: nobody does
+        return torch.from_numpy(array).view(getattr(torch, dtype))
