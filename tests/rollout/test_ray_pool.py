@@ -249,7 +249,7 @@ def test_settings_of_pools():
 
 def test_a_training_by_a_pool(cluster, model_folder, pairs_csv, tmp_path):
     """Of the same weights, those at the start, its workers draw what the trainer itself draws; then rounding sets them apart."""
-    cluster.add_node(num_cpus=1)  # the others are taken
+    cluster.add_node(num_cpus=4)  # the others are taken, or waited for
     drawn = []
     for rollout in (f"ray://{cluster.address}", "transformers"):
         folder = tmp_path / rollout.partition(":")[0]
