@@ -1,9 +1,10 @@
 """Rollout workers of a Ray pool killed at random: is every prompt answered once, and does training learn the same?
 
-    python benchmarks/ray_kill.py [--steps 12] [--every 20]
+    python benchmarks/ray_kill.py [--steps 12] [--every 8]
 
 A cluster of three nodes on this machine, a worker on each of two. The same training runs twice: left alone, and with a worker
-killed every few seconds by a signal that can't be caught. What is sampled depends on seed and prompt alone, so both have to
+killed every few seconds, in the middle of its answers, by a signal that can't be
+caught. What is sampled depends on seed and prompt alone, so both have to
 end with the same weights, bit by bit.
 """
 
@@ -48,16 +49,17 @@ class Watched(RayEngine):
         return completions
 
 
-def workers() -> list[psutil.Process]:
-    """Processes of the pool's workers."""
+def answering() -> list[psutil.Process]:
+    """Processes of workers in the middle of a piece, by the names that Ray gives them."""
     started = psutil.Process().children(recursive=True)
-    return [p for p in started if p.cmdline() and p.cmdline()[0].startswith("ray::Worker")]
+    return [p for p in started if p.cmdline() and p.cmdline()[0].startswith("ray::Worker.answer")]
 
 
 def killing(every: float, stop: threading.Event, killed: list[int]) -> None:
     draw = random.Random(0)
     while not stop.wait(draw.uniform(0.5, 1.5) * every):
-        there = workers()
+        while not (there := answering()) and not stop.wait(0.01):
+            pass
         if there:
             victim = draw.choice(there)
             os.kill(victim.pid, signal.SIGKILL)
@@ -71,13 +73,13 @@ def training(address: str, steps: int, every: float | None) -> dict[str, Any]:
         batch_size=16,
         num_generations=4,
         estimator="reinforce_plus_plus_baseline",
-        max_new_tokens=48,
+        max_new_tokens=256,
         learning_rate=1e-4,
         eval_prompts=0,
         output_dir=tempfile.mkdtemp(),
     )
     model, tokenizer = load_policy(MODEL), framed(load_tokenizer(MODEL), config)
-    engine = Watched(address, model, tokenizer, engine="transformers", workers=2, max_length=512, batch_size=32)
+    engine = Watched(address, model, tokenizer, engine="transformers", workers=2, max_length=400, batch_size=32)
     rows = load_prompts("builtin:network", heldout_fraction=0, seed=0)[1]
     trainer = ReinforceTrainer(model, ["builtin:judge"], config, rows, processing_class=tokenizer, engine=engine)
     stop, killed = threading.Event(), list[int]()
@@ -102,7 +104,7 @@ def training(address: str, steps: int, every: float | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--every", type=float, default=20.0)
+    parser.add_argument("--every", type=float, default=8.0)
     settings = parser.parse_args()
     os.environ.update(RAY_worker_niceness="0")  # by default they give way to everything else
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
