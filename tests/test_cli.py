@@ -155,7 +155,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(command, named, capsys, m
         ("train --batch_size 2.5", ["--batch_size", "2.5"]),
         ("train --batch_size", ["--batch_size", "value"]),
         ("train --estimator ppu", ["--estimator", "ppu", "reinforce_plus_plus_baseline"]),
-        ("train --rollout vlm", ["--rollout", "vlm", "transformers"]),
+        ("generate --engine vlm", ["--engine", "vlm", "transformers"]),
     ],
 )
 def test_values_of_the_wrong_kind_name_flag_and_value(command, named, capsys, monkeypatch):

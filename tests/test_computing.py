@@ -190,11 +190,11 @@ def test_the_loss_scale_is_resumed(base, tmp_path):
     ids=" ".join,
 )
 def test_reward_models_take_the_same_settings(base, pairs_csv, tmp_path, settings, monkeypatch):
-    import trl
+    from reinforcepp import resumable
 
     seen = []
-    made = trl.RewardConfig
-    monkeypatch.setattr(trl, "RewardConfig", lambda **named: seen.append(named) or made(**named))
+    made = resumable.RewardConfig
+    monkeypatch.setattr(resumable, "RewardConfig", lambda **named: seen.append(named) or made(**named))
     arguments = ["--model", base, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--num_train_epochs", "1"]
     assert main(["reward", *map(str, arguments), *settings]) == 0
     loaded = load_reward_model(str(tmp_path / "rm"))

@@ -50,14 +50,14 @@ def test_every_step_samples_from_the_present_weights(trainer):
 def test_tokens_are_weighted_by_the_gap_to_the_engine(trainer):
     """An engine that overstates its log-probabilities by ln 1.25 has its tokens counted at 0.8."""
     completions = trainer.engine.generate(trainer.prompts, trainer._sampling(0))
-    batch, _ = trainer._score(completions)
-    advantages, _ = trainer.update.advantages(batch)
+    work = trainer.update.begin(*trainer._score(completions))
+    batch = work.batch
     assert trainer.update.correction == "tis" and not trainer.update.on_policy
     rows, tokens = list(range(8)), batch.mask_BT.sum()
-    advantages = advantages.abs()  # the token mean of normalised advantages would be 0
-    exact, _ = trainer.update._policy_loss(batch, advantages, rows, tokens)
+    work.advantages_BT = work.advantages_BT.abs()  # the token mean of normalised advantages would be 0
+    exact, _ = trainer.update._policy_loss(work, rows, tokens, new=True)
     batch.rollout_logprobs_BT.add_(torch.log(torch.tensor(1.25)) * batch.mask_BT)
-    corrected, _ = trainer.update._policy_loss(batch, advantages, rows, tokens)
+    corrected, _ = trainer.update._policy_loss(work, rows, tokens, new=True)
     assert corrected.item() == pytest.approx(0.8 * exact.item(), rel=1e-3) and exact.item() < -0.1
 
 

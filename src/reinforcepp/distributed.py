@@ -76,7 +76,8 @@ def join(seconds: float) -> None:
 
 def tell_failure(text: str) -> None:
     """Tell the user why this process ends; of several that fail, one after the other or all alike, the first one does."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    # alone, a process group may be vLLM's
+    if started() == 1 or not (distributed.is_available() and distributed.is_initialized()):
         if is_main():
             print(text, file=sys.stderr)
         return

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Settings = RewardModelConfig | SftConfig
+SUBJECTS: Mapping[type, str] = {RewardModelConfig: "reward model", SftConfig: "model for a warm-up"}
 MOST_MEASURED = 2000
 
 
@@ -57,8 +58,8 @@ def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
     """
     if started() > 1:
         raise ConfigError(
-            f"This training is done by one process, but the launcher has started {started()}: leave out torchrun or "
-            "accelerate launch for this job."
+            f"A {SUBJECTS[type(config)]} is trained by one process, but the launcher has started {started()}: leave out torchrun "
+            "or accelerate launch for this job."
         )
     copies = 3 * (config.keep_last + 1) + 1  # checkpoints, with Adam's moments, the one being written, and the model
     folder = check_output(
@@ -68,7 +69,7 @@ def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
         needed_bytes=copies * weight_bytes(config.model),
     )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("mixed_precision fp16 needs a GPU in this training: use bf16.")
+        raise ConfigError(f"mixed_precision fp16 needs a GPU when a {SUBJECTS[type(config)]} is trained: use bf16.")
     return folder, checkpoint.chosen(folder, config)
 
 
