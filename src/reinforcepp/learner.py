@@ -97,7 +97,7 @@ class Learner:
         for part in self._switches:
             part.training = True
         try:
-            with nullcontext() if last or self._masters.narrow else self._ranks.apart(self._shards):
+            with nullcontext() if last or self._masters.apart else self._ranks.apart(self._shards):
                 yield
         finally:
             for part in self._switches:

@@ -101,7 +101,7 @@ class MasterAdamW(torch.optim.AdamW):
                 )
 
     @property
-    def narrow(self) -> bool:
+    def apart(self) -> bool:
         """Whether masters and parameters are two things."""
         return any(live is not master for live, master in zip(self.live, self.masters, strict=True))
 

@@ -72,9 +72,10 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
     say(data.summary())
     tokenizer = framed(load_tokenizer(config.model), config)
     limit = length_limit(config)
-    lessons, unseen = ([lesson(tokenizer, row) for row in rows] for rows in (train, heldout))
-    lessons = within(lessons, lambda one: one.length, limit, "training rows")
-    unseen = within(unseen, lambda one: one.length, limit, "held-out rows")
+    lessons, unseen = (
+        within([lesson(tokenizer, row) for row in rows], lambda one: one.length, limit, what)
+        for rows, what in ((train, "training rows"), (heldout, "held-out rows"))
+    )
     check_left(lessons, "row", data.source, limit)
 
     model = load_policy(config.model, **loading(config))

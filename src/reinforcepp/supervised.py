@@ -99,12 +99,9 @@ def length_limit(config: Settings) -> int:
     return min(config.max_length, context_length(load_config(config.model)) or config.max_length)
 
 
-def within(rows: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> list[T]:
+def within(rows: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> Sequence[T]:
     """The rows of at most ``limit`` tokens; of those left out, called ``what``, number and rows are told."""
-    long = [place for place, row in enumerate(rows) if length(row) > limit]
-    _tell_left_out(rows, long, limit, what)
-    left_out = set(long)
-    return [row for place, row in enumerate(rows) if place not in left_out]
+    return _without(rows, [place for place, row in enumerate(rows) if length(row) > limit], limit, what)
 
 
 def tokenised(
@@ -125,19 +122,14 @@ def tokenised(
                     yield ids
                 told((place + 1) / len(rows))
 
-    kept: Sequence[T]
     made: Sequence[Mapping[str, list[int]]] | Dataset
     if isinstance(rows, SpooledRows):
         features = Features({name: List(Value("int32")) for name in (ids_of(rows[0]) if rows else {})})
         with without_bars():  # there is one already
             made = Dataset.from_generator(short, features=features, cache_dir=scratch, fingerprint=rows.digest)
-        kept = rows.without(long)
     else:
         made = list(short())
-        left_out = set(long)
-        kept = [row for place, row in enumerate(rows) if place not in left_out]
-    _tell_left_out(rows, long, limit, what)
-    return kept, made
+    return _without(rows, long, limit, what), made
 
 
 @contextmanager
@@ -167,10 +159,16 @@ def some_of(rows: Sequence[T]) -> Sequence[T]:
     return list(rows.spread(MOST_MEASURED))
 
 
-def _tell_left_out(rows: Sequence[Numbered], long: Sequence[int], limit: int, what: str) -> None:
-    if long:
-        named = ", ".join(str(rows[place].row) for place in long[:5]) + (", …" if len(long) > 5 else "")
-        say(f"Left out {len(long)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them.")
+def _without(rows: Sequence[T], long: Sequence[int], limit: int, what: str) -> Sequence[T]:
+    """``rows`` but for those at the places ``long``, which are told."""
+    if not long:
+        return rows
+    named = ", ".join(str(rows[place].row) for place in long[:5]) + (", …" if len(long) > 5 else "")
+    say(f"Left out {len(long)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them.")
+    if isinstance(rows, SpooledRows):
+        return rows.without(long)
+    left_out = set(long)
+    return [row for place, row in enumerate(rows) if place not in left_out]
 
 
 def check_left(rows: Sequence[Any], what: str, source: str, limit: int) -> None:
