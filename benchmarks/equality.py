@@ -55,9 +55,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "num_iterations": 2,
     },
     "critic": {"estimator": "ppo", "mini_batch_size": 2, "critic_learning_rate": 1e-4, "save_every": 2, "keep_last": 9},
+    "ahead of time": {"staleness": 1, "mini_batch_size": 2, "num_iterations": 2, "save_every": 2, "keep_last": 9},
     "not scored": {"mini_batch_size": 2, "max_skipped_updates": 4, "eval_prompts": 0},
 }
-ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic"}
+ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic", "ahead goes on": "ahead of time"}
 GAPS = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap", "max_metric_gap")
 SEEN = "seen.json"
 LAUNCHES = (2, 1, 3)  # the first one leaves checkpoints to go on from

@@ -71,6 +71,7 @@ LAYERS = [
     "guardrails",
     "batch_in_use",
     "policy_update",
+    "sampler",
     "policy_run",
     "monitor",
     "evaluation",

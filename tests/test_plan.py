@@ -381,6 +381,7 @@ def test_what_stands_all_the_time():
     assert memory.standing(job(BF16, gpus=2))["gradient buckets"] == 2 * GPT2
     judged = replace(job(), judge=job().reward)
     assert memory.standing(judged)["judge"] == 4 * reward
+    assert memory.standing(replace(job(BF16), ahead=3))["copies to sample"] == 3 * 2 * GPT2
 
 
 def test_while_models_are_loaded():
@@ -541,6 +542,10 @@ def test_every_phase_has_what_stands_and_its_own():
         assert found[name]["allocator"] == pytest.approx(memory.ALLOCATOR["cpu"] * counted)
     assert {part for parts in found.values() for part in parts} <= set(memory.PARTS)
     assert all(parts["libraries"] == memory.LIBRARIES["cpu"] for parts in found.values())
+    ahead = memory.phases(replace(job(), ahead=1), rows())["update"]  # and beside it, completions are generated
+    beside = memory.generating(job(), rows())
+    assert ahead["packed weights"] == beside["packed weights"] and ahead["gradients"] == found["update"]["gradients"]
+    assert ahead["logits"] == pytest.approx(found["update"]["logits"] + beside["logits"])
     with_vllm = memory.phases(job(engine="vllm"), rows())
     assert with_vllm["save"]["libraries"] == memory.LIBRARIES["cpu"] + memory.VLLM["cpu"]
 

@@ -20,6 +20,7 @@ from reinforcepp.checkpoint import Checkpoint
 from reinforcepp.distributed import Ranks
 from reinforcepp.files import write_json
 from reinforcepp.rewards import RewardScores
+from reinforcepp.rollout.written import as_rows, from_rows
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 
 TENSORS, REST = "rollout", "rollout.json"
@@ -45,12 +46,8 @@ class BatchInUse:
         save_file(
             {name: value.contiguous() for name, value in self._tensors().items()}, folder / f"{TENSORS}.safetensors"
         )
-        completions = [
-            {"prompt": c.prompt.key, "ids": c.ids, "logprobs": c.logprobs, "text": c.text, "finish": c.finish_reason}
-            for c in self.batch.completions
-        ]
-        scores = asdict(self.scores)
-        write_json(folder / REST, {"completions": completions, "scores": scores, "history": self.history})
+        rows, scores = as_rows(self.batch.completions), asdict(self.scores)
+        write_json(folder / REST, {"completions": rows, "scores": scores, "history": self.history})
 
     def of_all(self, ranks: Ranks) -> BatchInUse:
         """This rank's batch and those of the others, one after another."""
@@ -89,11 +86,7 @@ class BatchInUse:
             return None
         rest = json.loads((saved.folder / REST).read_text(encoding="utf-8"))
         tensors = {name: value.to(device) for name, value in saved.tensors(TENSORS).items()}
-        by_key = {prompt.key: prompt for prompt in prompts}
-        completions = [
-            Completion(by_key[c["prompt"]], tuple(c["ids"]), tuple(c["logprobs"]), c["text"], c["finish"])
-            for c in rest["completions"]
-        ]
+        completions = from_rows(rest["completions"], prompts)
         return _made_of(completions, RewardScores(**rest["scores"]), tensors, rest["history"])
 
 

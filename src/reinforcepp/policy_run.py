@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -26,6 +26,7 @@ from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import compute_dtype
 from reinforcepp.rewards import RewardSum
 from reinforcepp.run_state import RunState, better
+from reinforcepp.sampler import Sampler, write_ahead
 from reinforcepp.tokens import LazyPrompts
 from reinforcepp.types import Prompt
 
@@ -41,25 +42,25 @@ class PolicyRun:
     Args:
         folder: where it writes.
         update: holds the settings, the learners, the guardrails and the KL coefficient in force.
+        sampler: may hold completions of the next steps.
         tokenizer: saved with the policy.
         inputs: fingerprints of what the run starts from.
-        prompts_of: the prompts of a step.
     """
 
     def __init__(
         self,
         folder: Path,
         update: PolicyUpdate,
+        sampler: Sampler,
         tokenizer: PreTrainedTokenizerBase,
         inputs: Mapping[str, str],
-        prompts_of: Callable[[int], list[Prompt]],
     ) -> None:
         self.folder = folder
         self.config = update.config
         self.update = update
+        self.sampler = sampler
         self.tokenizer = tokenizer
         self.inputs = inputs
-        self.prompts_of = prompts_of
         self.state = RunState()
         self.log = MetricLog()
         self.work: BatchInUse | None = None
@@ -110,12 +111,15 @@ class PolicyRun:
         state.guard, state.kl_coef = self.update.guard.as_dict(), self.update.kl_coef
         held = checkpoint.described(self.config, self.inputs) | {"run": asdict(state)}
         learnt = {name: learner.state() for name, learner in self.learners.items()}
+        waiting = self.sampler.waiting(state.step)
 
         def fill(folder: Path) -> None:
             held["learners"] = checkpoint.fill_with(learnt, folder)
             save_model(self.update.policy.plain, self.tokenizer, folder)
             if work is not None and updates:
                 work.save(folder)
+            if waiting:
+                write_ahead(waiting, folder)
 
         keep = state.best["checkpoint"] if state.best else None
         if self.update.ranks.is_main:
@@ -128,7 +132,8 @@ class PolicyRun:
         vars(self.state).update(saved.state["run"])
         self.update.guard.load(self.state.guard)
         self.update.kl_coef = self.state.kl_coef
-        self.work = BatchInUse.load(saved, self.prompts_of(self.state.step), self.update.ranks.device)
+        self.sampler.restore(saved)
+        self.work = BatchInUse.load(saved, self.sampler.prompts_of(self.state.step), self.update.ranks.device)
         random_state.restore(self.state.random)
         if log and self.update.ranks.is_main:
             self.log.close()

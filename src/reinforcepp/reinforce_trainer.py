@@ -40,11 +40,11 @@ from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import cast_parameters, compute_dtype
 from reinforcepp.preparation import encode, start_policy, warn_of_bias
 from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, only_scored
-from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
-from reinforcepp.rollout.engine import RolloutEngine, random_state_kept, request_seed
+from reinforcepp.rollout.engine import RolloutEngine, random_state_kept
 from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.run_record import RunRecord
+from reinforcepp.sampler import Sampler
 from reinforcepp.tokens import pad_values
 from reinforcepp.types import Completion, RolloutBatch, Sampling
 
@@ -134,10 +134,10 @@ class ReinforceTrainer:
         self.engine = engine
         self.guard = Guardrails(self.config, partial(note_event, self.folder))
         self.update = self._policy_update()
-        self.run = PolicyRun(self.folder, self.update, self.tokenizer, inputs, self.batches.at)
+        self.sampler = Sampler(self.config, self.engine, self.update, self.tokenizer, self.batches.at, self.num_steps)
+        self.run = PolicyRun(self.folder, self.update, self.sampler, self.tokenizer, inputs)
         self.evaluations: dict[str, Evaluation] = {}
         self._stop, self._watchdog = Stop(), Watchdog(self.folder, 0)
-        self._sync_checked = False
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -161,6 +161,7 @@ class ReinforceTrainer:
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error} {self.run.to_last_good()}") from error
             finally:
+                self.sampler.close()
                 self.run.log.close()
         return read_metrics(self.folder)
 
@@ -176,9 +177,11 @@ class ReinforceTrainer:
                     run.work = run.work or self._rollout(step, clock)
                     metrics |= self.update.run(run.work, step)
                     clock.lap("update")
-                    self._sync(step)
+                    self._watchdog.beat(f"weight sync of step {step + 1}")
+                    self.sampler.updated(step)
                     clock.lap("sync")
                     metrics |= step_metrics(run.work.batch, run.work.scores, config.reward_clip)
+                    metrics |= self.sampler.staleness(step)
                 except UnusableUpdate as fault:  # of rewards or log-probabilities: there is nothing to train on
                     self.guard.leave_out(fault, step + 1)
                     metrics["skipped_updates"] = 1.0
@@ -200,27 +203,15 @@ class ReinforceTrainer:
 
     # --- the phases of a step ---------------------------------------------------------------------------------------
 
-    def _sampling(self, step: int) -> Sampling:
-        config = self.config
-        return Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            num_samples=config.num_generations,
-            seed=request_seed(config.seed, step, 0),
-        )
-
     def _rollout(self, step: int, clock: Clock) -> BatchInUse:
         """Completions of this step's prompts, scored; each rank does its share."""
 
         def part() -> tuple[RolloutBatch, RewardScores]:
             self._watchdog.beat(f"rollout of step {step + 1}")
-            prompts = self.ranks.share(self.batches.at(step))
-            completions = self.engine.generate(prompts, self._sampling(step)) if prompts else []
+            sampled = self.sampler.at(step)
             clock.lap("rollout")
             self._watchdog.beat(f"scoring of step {step + 1}")
-            return self._score(completions)
+            return self._score(sampled.completions)
 
         with self._interruptible():
             work = self.update.begin(*self.ranks.agreed(part))
@@ -239,10 +230,13 @@ class ReinforceTrainer:
         with torch.no_grad():
             for rows in micro_batches(completions, range(len(completions)), self.update.micro_batch_size):
                 ref_BT[rows], _, mask_BT[rows] = self.update.logprobs(self.reference, completions, rows, width)
-                if not self.update.on_policy:
+                if not self.update.on_policy and not self.config.staleness:
                     old_BT[rows], entropy_BT[rows], _ = self.update.logprobs(
                         self.learner.scoring, completions, rows, width
                     )
+        if self.config.staleness:  # the weights that sampled are those of now no more
+            old_BT = pad_values([c.old_logprobs for c in completions]).to(device)
+            entropy_BT = pad_values([c.entropy for c in completions]).to(device)
         if not bool(torch.isfinite(torch.stack([ref_BT, old_BT])).all()):
             raise UnusableUpdate("a completion's log-probability isn't finite under the policy or its reference")
         rewards_B = torch.tensor(scores.known, device=device)
@@ -258,15 +252,6 @@ class ReinforceTrainer:
         )
         return batch, scores
 
-    def _sync(self, step: int) -> None:
-        """Hand the new weights to the engine; the first time and now and then, prove that it has them."""
-        self._watchdog.beat(f"weight sync of step {step + 1}")
-        self.engine.load_weights(self.policy)
-        due = step % self.config.sync_check_every == 0 or not self._sync_checked
-        if due and not self.engine.shares_trainer_forward:
-            check_sync(self.engine, self.policy, self.tokenizer)
-        self._sync_checked = True
-
     # --- before, beside and after -----------------------------------------------------------------------------------
 
     def evaluate(self) -> Evaluation:
@@ -274,6 +259,7 @@ class ReinforceTrainer:
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, seed=EVALUATION_SEED)
         prompts = self.eval_prompts[: self.config.eval_prompts]
         models = self.policy, self.reference, self._pad_id
+        self.sampler.hold_present()
         return evaluate(self.engine, prompts, sampling, self.rewards, *models, judge=self.judge, ranks=self.ranks)
 
     def save_model(self, folder: str | Path) -> None:
@@ -284,7 +270,7 @@ class ReinforceTrainer:
 
     def _policy_update(self) -> PolicyUpdate:
         """How batches will be used, now that it is known which engine samples them."""
-        config, own_forward = self.config, self.engine.shares_trainer_forward
+        config, own_forward, ahead = self.config, self.engine.shares_trainer_forward, self.config.staleness > 0
         mode = config.importance_correction
         return PolicyUpdate(
             config,
@@ -292,8 +278,8 @@ class ReinforceTrainer:
             self.learner,
             self.critic,
             pad_id=self._pad_id,
-            correction=("off" if own_forward else "tis") if mode == "auto" else mode,
-            on_policy=own_forward and config.learns_as_sampled and config.updates_per_step == 1,
+            correction=("tis" if ahead or not own_forward else "off") if mode == "auto" else mode,
+            on_policy=own_forward and not ahead and config.learns_as_sampled and config.updates_per_step == 1,
             guard=self.guard,
             between=self._between,
         )

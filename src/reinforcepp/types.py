@@ -89,7 +89,9 @@ class Sampling:
 class Completion:
     """What the policy sampled for one prompt: EOS is among ``ids`` if, and only if, it was sampled.
 
-    ``logprobs[i]`` is the log-probability of ``ids[i]`` under the distribution it was drawn from.
+    ``logprobs[i]`` is the log-probability of ``ids[i]`` under the distribution it was drawn from, as the engine computed
+    it. Of one that was sampled ahead of time, ``old_logprobs`` and ``entropy`` are the trainer's figures for the weights
+    that sampled it; of others they are empty.
     """
 
     prompt: Prompt
@@ -97,6 +99,8 @@ class Completion:
     logprobs: tuple[float, ...]
     text: str
     finish_reason: FinishReason
+    old_logprobs: tuple[float, ...] = ()
+    entropy: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -251,15 +251,18 @@ def test_a_training_by_a_pool(cluster, model_folder, pairs_csv, tmp_path):
     """Of the same weights, those at the start, its workers draw what the trainer itself draws; then rounding sets them apart."""
     cluster.add_node(num_cpus=4)  # the others are taken, or waited for
     drawn = []
-    for rollout in (f"ray://{cluster.address}", "transformers"):
-        folder = tmp_path / rollout.partition(":")[0]
+    pool = f"ray://{cluster.address}"
+    for rollout, staleness in ((pool, 0), (pool, 1), ("transformers", 0)):
+        folder = tmp_path / f"{rollout.partition(':')[0]}{staleness}"
         arguments = ["train", "--model", model_folder, "--data", pairs_csv, "--rewards", "rule:length?max=20"]
         arguments += ["--rollout", rollout, "--output_dir", folder, "--max_new_tokens", 12, "--max_steps", 2]
-        arguments += ["--rollout_workers", 1, "--sync_check_every", 1] if rollout != "transformers" else []
+        arguments += ["--rollout_workers", 1, "--sync_check_every", 1] if rollout == pool else []
+        arguments += ["--staleness", staleness] if staleness else []
         assert cli.main(list(map(str, arguments))) == 0
         drawn.append([row["completion"] for row in read_answers(folder / COMPLETIONS) if row["step"] == 1])
-        assert len(read_metrics(folder)) == 2
-    assert drawn[0] == drawn[1] and len(drawn[0]) > 4
+        log = read_metrics(folder)
+        assert len(log) == 2 and log[1].get("staleness", 0) == staleness
+    assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) > 4
 
 
 def test_several_processes_that_train_have_no_pool(monkeypatch):

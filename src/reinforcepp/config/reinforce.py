@@ -104,8 +104,12 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     """Only Ray: engines in the pool, at most; 0 is one for each GPU of the cluster or, where it has none, for each CPU."""
     rollout_batch_size: int = 128
     """Completions generated at a time; memory grows with it, results don't change."""
+    staleness: int = 0
+    """Steps by which generation runs ahead: the completions of a step come from the weights that many steps before, and are
+    generated while the steps between are trained on. 0 waits for the present weights."""
     importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"
-    """Correction for an engine whose log-probabilities differ from the trainer's; auto is tis for vLLM, else off."""
+    """Correction for an engine whose log-probabilities differ from the trainer's; auto is tis for any engine but
+    transformers, and with staleness, else off."""
     importance_low: float = 0.5
     """Lower bound of the importance weight."""
     importance_high: float = 2.0
@@ -250,7 +254,12 @@ def check_rollout(config: ReinforceConfig) -> None:
             f"rollout must be one of {', '.join(ENGINES)}, or {RAY}auto, {RAY}local, {RAY}HOST:PORT, not {named!r}."
             f"{nearest(named, [*ENGINES, RAY + 'auto', RAY + 'local'])}"
         )
-    not_negative(config, "rollout_workers")
+    not_negative(config, "rollout_workers", "staleness")
+    if config.staleness and named in ("auto", "vllm"):
+        raise ConfigError(
+            f"With staleness, completions are generated while the trainer computes, which rollout {named} can't: use one that "
+            "has processes of its own, --rollout ray://local, or a copy of the model in this one, --rollout transformers."
+        )
     if config.rollout_workers and not pool:
         raise ConfigError(
             f"rollout_workers is a setting of {RAY} pools, and rollout is {named}: leave one of them out."

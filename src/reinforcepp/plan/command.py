@@ -113,6 +113,7 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
         engine=engine,
         gpus=gpus,
         offload=offload,
+        ahead=config.staleness,
     ), said
 
 

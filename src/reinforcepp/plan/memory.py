@@ -53,6 +53,8 @@ class Job:
     """0 for a CPU."""
     offload: bool = False
     """What AdamW needs is in main memory, and the policy's on a GPU."""
+    ahead: int = 0
+    """Copies of the policy for steps whose completions are generated while others are trained on."""
 
     @property
     def place(self) -> str:
@@ -123,6 +125,8 @@ def standing(job: Job) -> dict[str, float]:
         parts["float32 weights"] = job.master * policy.trained
     if job.moments:
         parts["AdamW's moments"] = job.moments * policy.trained
+    if job.ahead:
+        parts["copies to sample"] = job.ahead * item * policy.trained
     if not policy.adapted:  # else it is the policy without its adapter
         parts["reference"] = policy.stored
     parts["reward model"] = item * job.reward.parameters
@@ -306,6 +310,7 @@ PARTS = (
     "policy",
     "float32 weights",
     "AdamW's moments",
+    "copies to sample",
     "reference",
     "reward model",
     "judge",
@@ -327,14 +332,21 @@ PARTS = (
 
 
 def phases(job: Job, rows: Rows) -> dict[str, dict[str, float]]:
-    """The parts of each phase."""
+    """The parts of each phase. What generates ahead of time has its own all the time."""
     libraries = {"libraries": float(LIBRARIES[job.place] + (VLLM[job.place] if job.engine == "vllm" else 0))}
     engine = by_vllm(job, rows) if job.engine == "vllm" and not job.gpus else {}
     stands = libraries | standing(job) | engine | {"rollout batch": batch_bytes(job, rows)}
-    own = (generating(job, rows), scoring(job, rows), training(job, rows), stepping(job), saving(job))
+    rollout = generating(job, rows)
+    trainer = (scoring(job, rows), training(job, rows), stepping(job), saving(job))
+    own = (rollout, *(_together(rollout, parts) if job.ahead else parts for parts in trainer))
     share = ALLOCATOR[job.place]
     later = [stands | parts | {"allocator": share * total(parts)} for parts in own]
     return dict(zip(PHASES, [libraries | loading(job) | engine, *later], strict=True))
+
+
+def _together(one: Parts, other: Parts) -> dict[str, float]:
+    """The parts of two phases at the same time."""
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in one.keys() | other.keys()}
 
 
 def total(parts: Parts) -> float:

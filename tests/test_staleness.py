@@ -1,0 +1,292 @@
+"""Completions sampled ahead of time: by which weights, scored by whom, beside what, and that nothing is lost of them."""
+
+import json
+import signal
+import threading
+
+import pytest
+import tiny
+import torch
+from test_guardrails import tripping
+from test_resume import SEVERAL, files, noisy, stopping, trainer
+
+from reinforcepp.algorithm import rollout_weights
+from reinforcepp.config import ReinforceConfig
+from reinforcepp.errors import ConfigError, RolloutError
+from reinforcepp.guardrails import RollBack
+from reinforcepp.logprobs import response_logprobs
+from reinforcepp.models import load_policy
+from reinforcepp.observe.interrupt import Interrupted
+from reinforcepp.rollout.engine import request_seed
+from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.types import Sampling
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("base")))
+
+
+def held(model):
+    """A model with the weights that ``model`` has now."""
+    copied = load_policy(model.config.name_or_path)
+    copied.load_state_dict(model.state_dict())
+    return copied
+
+
+class Apart:
+    """An engine with weights of its own, as those have that run elsewhere."""
+
+    name, shares_trainer_forward = "apart", False
+
+    def __init__(self, base, tokenizer):
+        self.engine = TransformersEngine(load_policy(base), tokenizer)
+
+    def generate(self, prompts, sampling):
+        return self.engine.generate(prompts, sampling)
+
+    def load_weights(self, model):
+        self.engine.load_weights(model)
+
+
+def apart(base, folder, **settings):
+    run = trainer(base, folder, **settings)
+    run.engine = run.sampler.engine = Apart(base, run.tokenizer)
+    return run
+
+
+def before_each(run, told):
+    """Call ``told`` with the step before the sampler has a step's prompts answered."""
+    generate = run.sampler._generate
+
+    def noted(engine, prompts, step):
+        told(step)
+        return generate(engine, prompts, step)
+
+    run.sampler._generate = noted
+
+
+# --- what is sampled ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+@pytest.mark.parametrize("make", [trainer, apart])
+def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(base, tmp_path, staleness, make):
+    run = make(base, tmp_path / "run", staleness=staleness, max_steps=5)
+    weights, batches = [held(run.policy)], []
+    update = run.update.run
+
+    def noted(work, step):
+        told = update(work, step)
+        weights.append(held(run.policy))
+        batches.append(work.batch)
+        return told
+
+    run.update.run = noted
+    log = run.train()
+    assert [m["staleness"] for m in log] == [min(step, staleness) for step in range(5)]
+    for step, batch in enumerate(batches):
+        sampler = weights[max(0, step - staleness)]
+        engine = TransformersEngine(sampler, run.tokenizer)
+        expected = engine.generate(run.batches.at(step), Sampling(6, seed=request_seed(5, step, 0)))
+        assert [c.ids for c in batch.completions] == [c.ids for c in expected]
+        asked, said = [c.prompt.ids for c in batch.completions], [c.ids for c in batch.completions]
+        with torch.no_grad():
+            by_sampler, by_present = (
+                response_logprobs(model, asked, said, pad_id=run.tokenizer.pad_token_id, temperature=1.0)
+                for model in (sampler, weights[step])
+            )
+        torch.testing.assert_close(batch.old_logprobs_BT, by_sampler[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(batch.entropy_BT, by_sampler[1] * by_sampler[2], atol=1e-5, rtol=0)
+        if step:
+            assert float((batch.old_logprobs_BT - by_present[0]).abs().max()) > 1e-4
+
+
+def test_without_it_the_present_weights_sample_and_nothing_is_copied(base, tmp_path):
+    run = trainer(base, tmp_path / "run")
+    assert "staleness" not in run.train()[-1]
+    assert run.sampler._copies == [] and not list((tmp_path / "run").rglob("ahead.json"))
+
+
+def test_an_adapter_shares_the_weights_that_do_not_learn(base, tmp_path):
+    run = trainer(base, tmp_path / "run", staleness=1, use_peft=True, lora_r=2)
+    (held,) = run.sampler._copies
+    pairs = list(zip(run.policy.parameters(), held.parameters(), strict=True))
+    assert sum(own is other for own, other in pairs) == sum(not own.requires_grad for own, _ in pairs) > 0
+    assert not any(other.requires_grad for own, other in pairs if own is not other)
+    before = [other.clone() for _, other in pairs]
+    run.train()
+    assert any(not torch.equal(one, other) for one, (_, other) in zip(before, pairs, strict=True))
+
+
+def test_the_difference_between_engine_and_trainer_is_corrected(base, tmp_path):
+    def mode(make=trainer, **settings):
+        run = make(base, tmp_path / "run", overwrite=True, **settings)
+        return run.update.correction, run.update.on_policy
+
+    assert mode() == ("off", True)
+    assert mode(staleness=1) == ("tis", False)
+    assert mode(staleness=1, importance_correction="icepop") == ("icepop", False)
+    assert mode(staleness=1, importance_correction="off") == ("off", False)
+    run = apart(base, tmp_path / "apart", staleness=1, max_steps=3)
+    seen = []
+    begin = run.update.begin
+
+    def noted(batch, scores):
+        weights_BT = rollout_weights(
+            batch.old_logprobs_BT, batch.rollout_logprobs_BT, batch.mask_BT, mode="tis", low=0.5, high=2.0
+        )
+        seen.append(float((weights_BT - 1)[batch.mask_BT.bool()].abs().max()))
+        return begin(batch, scores)
+
+    run.update.begin = noted
+    log = run.train()
+    assert max(seen) < 1e-4  # the same weights, so they differ by rounding alone, however old they are
+    assert max(m["sampling/logprob_gap_max"] for m in log) < 1e-4
+    assert [m["approx_kl"] > 1e-4 for m in log] == [False, True, True]  # how far the policy has come since
+
+
+# --- beside what ----------------------------------------------------------------------------------------------------
+
+
+def test_the_next_step_is_generated_while_this_one_is_trained_on(base, tmp_path):
+    """Each generation but the first waits until the update of the step before is under way, and the update for it."""
+    run = apart(base, tmp_path / "run", staleness=1, max_steps=3)
+    threads, updating, generating = [], threading.Semaphore(0), threading.Semaphore(0)
+    update = run.update.run
+
+    def before(step):
+        threads.append(threading.current_thread())
+        if step:
+            assert updating.acquire(timeout=60), "generation and update don't overlap"
+            generating.release()
+
+    def beside(work, step):
+        updating.release()
+        if step < 2:
+            assert generating.acquire(timeout=60), "generation and update don't overlap"
+        return update(work, step)
+
+    run.update.run = beside
+    before_each(run, before)
+    run.train()
+    assert len(threads) == 3 and threading.main_thread() not in threads
+
+
+def test_held_out_prompts_are_answered_by_the_present_weights(base, tmp_path):
+    run = apart(base, tmp_path / "run", staleness=2, max_steps=3, eval_every=1)
+    run.eval_prompts = run.prompts[:3]
+    seen = []
+    evaluate = run.evaluate
+
+    def noted():
+        result = evaluate()
+        pairs = zip(run.engine.engine.model.parameters(), run.policy.parameters(), strict=True)
+        seen.append(all(torch.equal(one, other) for one, other in pairs))
+        return result
+
+    run.evaluate = noted
+    run.train()
+    assert seen == [True] * 4
+
+
+def test_a_failing_engine_ends_the_training(base, tmp_path):
+    run = apart(base, tmp_path / "run", staleness=1)
+
+    def fails(step):
+        if step == 2:
+            raise RolloutError("All workers are gone.")
+
+    before_each(run, fails)
+    with pytest.raises(RolloutError, match="All workers are gone"):
+        run.train()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+# --- stopped and resumed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        ({"staleness": 1}, 1),
+        ({"staleness": 1}, 5),
+        ({"staleness": 2}, 5),
+        ({"staleness": 1} | SEVERAL, 22),
+        ({"staleness": 2, "use_peft": True, "lora_r": 2} | SEVERAL, 22),
+    ],
+    ids=str,
+)
+def test_what_was_sampled_ahead_outlives_a_stop(base, tmp_path, kind, moment):
+    whole = trainer(base, tmp_path / "whole", **kind)
+    whole.train()
+    run = trainer(base, tmp_path / "run", **kind)
+    stopping(run, moment, signal.SIGINT)
+    with pytest.raises(Interrupted):
+        run.train()
+    trainer(base, tmp_path / "run", resume=True, **kind).train()
+    if kind.get("use_peft"):
+        one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "run"))
+        assert one.read_bytes() == other.read_bytes()
+    else:
+        assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_a_stop_between_sampling_and_training_keeps_the_batch(base, tmp_path):
+    """The batch had been taken, and isn't in use yet."""
+    kind = {"staleness": 1}
+    trainer(base, tmp_path / "whole", **kind).train()
+    run = trainer(base, tmp_path / "run", **kind)
+    calls = []
+
+    def interrupted(prompts, completions, completion_ids, **_):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return noisy(prompts, completions, completion_ids)
+
+    interrupted.__name__ = "noisy"
+    run.rewards.functions[0] = interrupted
+    with pytest.raises(Interrupted):
+        run.train()
+    told = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "ahead.json").read_text())
+    assert {step: of_step["version"] for step, of_step in told.items()} == {"2": 1, "3": 2}
+    trainer(base, tmp_path / "run", resume=True, **kind).train()
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+def test_it_may_be_changed_when_a_run_goes_on(base, tmp_path):
+    for number, (before, after) in enumerate([(1, 0), (0, 1), (1, 2)]):
+        folder = tmp_path / str(number)
+        run = trainer(base, folder, staleness=before)
+        stopping(run, 3)
+        with pytest.raises(Interrupted):
+            run.train()
+        log = trainer(base, folder, staleness=after, resume=True, allow_changes="staleness").train()
+        assert len(log) == 4 and log[-1].get("staleness", 0) <= after
+
+
+def test_going_back_takes_the_batches_of_then(base, tmp_path):
+    settings = {"staleness": 1, "kl_action": "rollback", "save_every": 2, "max_steps": 5}
+    run = trainer(base, tmp_path / "run", **settings)
+    sampled = []
+    before_each(run, sampled.append)
+    tripping(run, RollBack("The KL is too large"), 3)
+    log = run.train()
+    assert [m["step"] for m in log] == [1, 2, 3, 4, 5]
+    assert [m["staleness"] for m in log] == [0, 1, 1, 1, 1]
+    assert sampled == [0, 1, 2, 3, 3, 4]  # that of step 2 came from the checkpoint
+
+
+# --- what it can't be combined with ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rollout", ["auto", "vllm"])
+def test_an_engine_that_cannot_run_beside_the_trainer_is_refused(rollout):
+    with pytest.raises(ConfigError, match=r"which rollout .* can't: use one that has processes of its own"):
+        ReinforceConfig(staleness=1, rollout=rollout)
+
+
+def test_it_is_not_negative():
+    with pytest.raises(ConfigError, match="staleness"):
+        ReinforceConfig(staleness=-1, rollout="transformers")
