@@ -22,6 +22,7 @@ def out_of_memory(*_, **named):
 def fails(prompts, completions, **_):
     global calls
     calls += 1
+    open(os.environ["MARK"] + "-{RANK} of {WORLD_SIZE}".format(**os.environ), "w").close()
     how = os.environ["HOW"] if os.environ["RANK"] == "1" and calls == 2 else ""
     if how == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -30,7 +31,10 @@ def fails(prompts, completions, **_):
         torch.Tensor.backward = out_of_memory
     return [float(len(text) % 5) for text in completions]
 """
-WAYS = ("does well", "is killed", "runs out of memory")
+WAYS = ("does well", "does well by accelerate", "is killed", "runs out of memory")
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+# --multi_gpu is what it finds out where there are GPUs; without any it would start one process
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
 # --- equality -------------------------------------------------------------------------------------------------------
@@ -71,20 +75,22 @@ def launched(tmp_path_factory, model_folder, pairs_csv):
     (folder / "own.py").write_text(REWARD)
     started = {}
     for how in WAYS:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        command = [sys.executable, *(ACCELERATE if "accelerate" in how else TORCHRUN)]
         command += [scripts.ROOT / "reinforce_cli.py", "--mode", "train_rlhf", "--model_name", model_folder]
         command += ["--data_path", pairs_csv, "--rewards", f"{folder / 'own.py'}:fails", "--max_steps", "2"]
         command += ["--max_new_tokens", "6", "--max_prompt_length", "40", "--batch_size", "3", "--eval_prompts", "0"]
         command += ["--rollout", "transformers", "--rlhf_model_path", folder / how]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HOW": how}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HOW": how, "MARK": str(folder / how)}
         started[how] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     told = {how: process.communicate(timeout=300)[1] for how, process in started.items()}
     return {how: (folder / how, started[how].returncode, text) for how, text in told.items()}
 
 
-def test_it_is_told_once_and_one_process_writes(launched):
-    folder, code, text = launched["does well"]
-    assert code == 0
+@pytest.mark.parametrize("how", ["does well", "does well by accelerate"])
+def test_it_is_told_once_and_one_process_writes(launched, how):
+    folder, code, text = launched[how]
+    assert code == 0, text
+    assert sorted(path.name for path in folder.parent.glob(f"{how}-*")) == [f"{how}-{rank} of 2" for rank in (0, 1)]
     for words in ("8 prompts", "training 2/2", "Saved the trained model", "Doctor: "):
         assert text.count(words) == 1, text
     assert (folder / "model.safetensors").is_file() and len(read_metrics(folder)) == 2

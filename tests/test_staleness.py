@@ -74,15 +74,21 @@ def before_each(run, told):
 def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(base, tmp_path, staleness, make):
     run = make(base, tmp_path / "run", staleness=staleness, max_steps=5)
     weights, batches = [held(run.policy)], []
+    updating = [threading.Event() for _ in range(5)]
     update = run.update.run
 
+    def late(step):  # when the batches of later steps are under way as well
+        assert step == 0 or updating[step - 1].wait(60)
+
     def noted(work, step):
+        updating[step].set()
         told = update(work, step)
         weights.append(held(run.policy))
         batches.append(work.batch)
         return told
 
     run.update.run = noted
+    before_each(run, late)
     log = run.train()
     assert [m["staleness"] for m in log] == [min(step, staleness) for step in range(5)]
     for step, batch in enumerate(batches):
