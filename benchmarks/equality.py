@@ -4,8 +4,8 @@ python benchmarks/equality.py
 
 Each scenario is a training of five steps in float32. Every second batch holds a single prompt, so that the other
 processes have no row, and the others don't divide by three. A scenario that goes on starts after two steps from what
-two processes saved: one and three processes from a checkpoint of the same kind, two under FSDP2 from one of DDP. All are
-compared with one process that knows of no launcher and was never stopped.
+two processes saved: two under FSDP2 from a checkpoint of DDP, three under DDP from one of FSDP2, the others from one of
+their own kind. All are compared with one process that knows of no launcher and was never stopped.
 
 ``max_advantage_gap`` is to what one process makes of the very same batch; ``max_advantage_gap_of_run`` is to the other
 run's, whose log-probabilities are rounded otherwise, because other rows went through the model beside them.
@@ -61,6 +61,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic", "ahead goes on": "ahead of time"}
 GAPS = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap", "max_metric_gap")
 SEEN = "seen.json"
+SOURCE = {("FSDP2", 2): "DDP:2", ("DDP", 3): "FSDP2:2"}  # others go on from what two processes saved in their own way
 LAUNCHES = (2, 1, 3)  # the first one leaves checkpoints to go on from
 BACKENDS = ("DDP", "FSDP2")
 REFERENCE = "DDP:1"
@@ -121,7 +122,7 @@ def work(model: str, folder: Path, processes: int) -> None:
             train(model, own / name, settings)
         if (backend, processes) == ("DDP", 2):
             continue
-        source = folder / (f"{backend}:2" if processes != 2 else "DDP:2")
+        source = folder / SOURCE.get((backend, processes), f"{backend}:2")
         for name, origin in ORIGIN.items():
             checkpoint = source / origin / "checkpoints" / "step-000002"
             train(model, own / name, SCENARIOS[origin] | {"resume": str(checkpoint)})

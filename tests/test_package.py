@@ -63,6 +63,7 @@ LAYERS = [
     "run_record",
     "doctor",
     "reward_report",
+    "shards",
     "distributed",
     "precision",
     "learner",

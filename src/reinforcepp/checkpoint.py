@@ -3,7 +3,8 @@
 A checkpoint of a policy is itself a model folder, so ``generate --model RUN/checkpoints/step-000050`` works.
 
     config.json, model.safetensors, tokenizer...   the policy
-    policy_optimizer.safetensors                   AdamW's moments, and float32 masters where it computes in bfloat16
+    policy_optimizer.safetensors                   AdamW's moments, and float32 masters where it computes in bfloat16;
+                                                   a folder with a file of each process where they are sharded
     critic.safetensors, critic_optimizer...        only ppo
     rollout.safetensors, rollout.json              a rollout batch that has been used for some of its optimiser steps
     state.json                                     position, settings, schedule, random generators, counters, versions
@@ -28,11 +29,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reinforcepp.config import Keeping, as_dict
+from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ModelError
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
 from reinforcepp.learner import Learner
 from reinforcepp.observe import LOGS, say
 from reinforcepp.run_folder import check_unchanged
+from reinforcepp.shards import Template, read_shards, write_shards
 from reinforcepp.versions import versions_of
 
 FOLDER = "checkpoints"
@@ -41,6 +44,8 @@ NAME = re.compile(r"step-(\d{6,})(?:\+(\d+))?")
 LIBRARIES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy")
 
 Tensors = dict[str, torch.Tensor]
+Learnt = tuple[Tensors, dict[str, Any], dict[str, Any]]
+"""State dicts of a model, its optimiser and its schedule."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class Checkpoint:
         """Finished training steps."""
         return place_of(self.folder)[0]
 
-    def tensors(self, name: str) -> Tensors:
-        """Contents of NAME.safetensors.
+    def tensors(self, name: str, like: Template = lambda name, shape: None) -> Tensors:
+        """Contents of NAME.safetensors or of the folder NAME with what several processes wrote, cut as ``like`` says.
 
         Raises:
             ModelError: if it is something else.
         """
+        if (self.folder / name).is_dir():
+            return read_shards(self.folder / name, like)
         path = self.folder / f"{name}.safetensors"
         try:
             return load_file(path)
@@ -173,22 +180,42 @@ def save(
                     shutil.copyfile(run / name, folder / name)
             write_json(folder / STATE, {**state, "versions": _versions()})
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        before = listed(run)
-        rest = f"{before[-1].name} is the last" if before else "there is none before it"
-        say(
-            f"The checkpoint after step {place[0]} could not be saved: {error.strerror}. {rest}; training goes on. "
-            "Free some space, or lower keep_last.",
-            "yellow",
-        )
+        tell_full_disk(error, run, place[0])
         return False
     _prune(run, place, keep_last, keep)
     return True
 
 
-def fill_with(learnt: Mapping[str, tuple[Tensors, dict[str, Any], dict[str, Any]]], folder: Path) -> dict[str, Any]:
-    """Write the tensors of the learners' states; returns what belongs into the state.
+def tell_full_disk(error: OSError, run: Path, step: int) -> None:
+    """Say that a checkpoint could not be saved, and that the run goes on; any other error is raised again."""
+    if error.errno not in DISK_FULL:
+        raise error
+    before = listed(run)
+    rest = f"{before[-1].name} is the last" if before else "there is none before it"
+    say(
+        f"The checkpoint after step {step} could not be saved: {error.strerror}. {rest}; training goes on. "
+        "Free some space, or lower keep_last.",
+        "yellow",
+    )
+
+
+def write_parts(run: Path, learnt: Mapping[str, Learnt], ranks: Ranks) -> None:
+    """Have every rank write its parts of sharded optimisers, for :func:`fill_with` to find; every rank has to call it.
+
+    Raises:
+        OSError: on all ranks, if one of them can't write.
+    """
+    for name, (_, optimizer, _) in learnt.items():
+        folder = _parts(run / FOLDER, name)
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        ranks.wait()
+        write_shards(_flat(optimizer), folder)
+
+
+def fill_with(learnt: Mapping[str, Learnt], folder: Path) -> dict[str, Any]:
+    """Write the tensors of the learners' states, or take what :func:`write_parts` wrote; returns what belongs into the state.
 
     The policy's weights are left out: they are saved as a model folder.
     """
@@ -196,7 +223,12 @@ def fill_with(learnt: Mapping[str, tuple[Tensors, dict[str, Any], dict[str, Any]
     for name, (model, optimizer, scheduler) in learnt.items():
         if name != "policy":
             save_file({k: v.detach().cpu().clone() for k, v in model.items()}, folder / f"{name}.safetensors")
-        state[name] = {"optimizer_groups": save_optimizer(optimizer, name, folder), "scheduler": scheduler}
+        if (parts := _parts(folder.parent, name)).is_dir():
+            parts.rename(folder / f"{name}_optimizer")
+            groups = optimizer["param_groups"]
+        else:
+            groups = save_optimizer(optimizer, name, folder)
+        state[name] = {"optimizer_groups": groups, "scheduler": scheduler}
     return state
 
 
@@ -204,29 +236,45 @@ def load_into(learners: Mapping[str, Learner], checkpoint: Checkpoint, policy: T
     """Bring learners where they were; ``policy`` holds its weights, as loaded from the checkpoint's model folder."""
     for name, learner in learners.items():
         state = checkpoint.state["learners"][name]
-        optimizer = load_optimizer(checkpoint, name, state["optimizer_groups"])
+        optimizer = load_optimizer(checkpoint, name, state["optimizer_groups"], learner.cut)
         learner.load_state(policy if name == "policy" else checkpoint.tensors(name), optimizer, state["scheduler"])
 
 
 def save_optimizer(state: Mapping[str, Any], name: str, folder: Path) -> list[dict[str, Any]]:
     """Write an optimiser's tensors as ``index/name``; returns its groups, which are plain values."""
-    tensors = {
-        f"{index}/{key}": torch.as_tensor(value).detach().cpu().clone()
-        for index, values in state["state"].items()
-        for key, value in values.items()
-    }
+    tensors = {name: value.detach().cpu().clone() for name, value in _flat(state).items()}
     save_file(tensors, folder / f"{name}_optimizer.safetensors")
     groups: list[dict[str, Any]] = state["param_groups"]
     return groups
 
 
-def load_optimizer(checkpoint: Checkpoint, name: str, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state that :func:`save_optimizer` wrote."""
+def load_optimizer(
+    checkpoint: Checkpoint,
+    name: str,
+    groups: list[dict[str, Any]],
+    cut: Callable[[int, torch.Size], torch.Tensor | None] = lambda index, shape: None,
+) -> dict[str, Any]:
+    """The state that :func:`save_optimizer` or :func:`write_parts` wrote; ``cut`` says like what parts of it are cut."""
     state: dict[int, Tensors] = {}
-    for key, value in checkpoint.tensors(f"{name}_optimizer").items():
+    found = checkpoint.tensors(f"{name}_optimizer", lambda key, shape: cut(int(key.partition("/")[0]), shape))
+    for key, value in found.items():
         index, _, field = key.partition("/")
         state.setdefault(int(index), {})[field] = value
     return {"state": state, "param_groups": groups}
+
+
+def _flat(optimizer: Mapping[str, Any]) -> Tensors:
+    """An optimiser's tensors, by the index of their parameter and their name."""
+    return {
+        f"{index}/{key}": torch.as_tensor(value)
+        for index, values in optimizer["state"].items()
+        for key, value in values.items()
+    }
+
+
+def _parts(checkpoints: Path, name: str) -> Path:
+    """Where the ranks write their parts until the checkpoint takes them; whatever is left there is dropped in time."""
+    return checkpoints / f"{name}_optimizer{PARTIAL}"
 
 
 def described(config: Keeping, inputs: Mapping[str, str]) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration, gather_object
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reinforcepp.errors import ConfigError, ReinforceError
 from reinforcepp.processes import is_main, started
+from reinforcepp.shards import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -256,19 +256,3 @@ class Ranks:
     def wait(self) -> None:
         """Go on when all ranks are here."""
         self._accelerator.wait_for_everyone()
-
-
-# --- sharded tensors ------------------------------------------------------------------------------------------------
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank holds a part; any other one as it is. Every rank has to ask."""
-    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full
-
-
-def sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """This rank's part of a ``tensor`` that every rank holds, cut as ``model`` is, if it is."""
-    if not isinstance(model, DTensor) or tensor.shape != model.shape:
-        return tensor
-    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)

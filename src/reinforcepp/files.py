@@ -83,10 +83,14 @@ def whole_folder(final: Path) -> Iterator[Path]:
     """An :func:`appearing_folder` that gets a manifest and is on the disk before it appears."""
     with appearing_folder(final) as partial:
         yield partial
-        paths = sorted(path for path in partial.iterdir() if path.is_file())
-        described = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+        inside = sorted(partial.rglob("*"))
+        paths = [path for path in inside if path.is_file()]
+        described = {
+            path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in paths
+        }
         write_json(partial / MANIFEST, {"files": described})
-        for path in [*paths, partial]:
+        for path in [*inside, partial]:
             flush(path)
 
 
@@ -108,8 +112,8 @@ def damage(folder: Path) -> str | None:
     try:
         described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, expected in described.items():
-            path = folder / Path(name).name
-            if not path.is_file():
+            path = folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"

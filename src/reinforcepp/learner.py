@@ -14,9 +14,10 @@ from transformers import get_scheduler
 
 from reinforcepp.adapters import base_model, in_4bit, is_adapted, load_trained_weights, trained_weights
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.distributed import Ranks, sharded_like, whole
+from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
+from reinforcepp.shards import sharded_like, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,18 +162,18 @@ class Learner:
 
     @torch.no_grad()
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """State dicts of what is trained of the model, of optimiser and schedule; every rank has to ask."""
+        """State dicts of what is trained of the model, of optimiser and schedule; sharded, each rank's has its own parts."""
         course = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
         optimizer = self.optimizer.state_dict()
-        if self._ranks.sharded:
-            optimizer["state"] = {i: self._whole_state(i, values) for i, values in optimizer["state"].items()}
+        if self._ranks.sharded and self._dtype != torch.float32:
+            masters = {index: {"master": master} for index, master in enumerate(self._masters.masters)}
+            optimizer["state"] = {index: {**own, **masters[index]} for index, own in optimizer["state"].items()}
         return trained_weights(self.plain), optimizer, course
 
-    def _whole_state(self, index: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of a sharded parameter what an optimiser that isn't sharded holds; only the rank that saves keeps it."""
-        master = {} if self._dtype == torch.float32 else {"master": self._masters.masters[index]}
-        full = ((name, whole(value)) for name, value in {**values, **master}.items())
-        return {name: value.cpu() for name, value in full if self._ranks.is_main}
+    def cut(self, index: int, shape: torch.Size) -> Tensor | None:
+        """What an optimiser's tensor of the parameter ``index`` is to be cut like; None if it is whole."""
+        master = self._masters.masters[index]
+        return master if self._ranks.sharded and master.shape == shape else None
 
     @torch.no_grad()
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:

@@ -112,6 +112,12 @@ class PolicyRun:
         held = checkpoint.described(self.config, self.inputs) | {"run": asdict(state)}
         learnt = {name: learner.state() for name, learner in self.learners.items()}
         waiting = self.sampler.waiting(state.step)
+        if self.update.ranks.sharded:
+            try:
+                checkpoint.write_parts(self.folder, learnt, self.update.ranks)
+            except OSError as error:
+                checkpoint.tell_full_disk(error, self.folder, state.step)
+                return
 
         def fill(folder: Path) -> None:
             held["learners"] = checkpoint.fill_with(learnt, folder)
