@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import scripts
+from reinforcepp.checkpoint import Checkpoint
 from reinforcepp.cli import main
+from reinforcepp.models import load_policy
 from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import read_answers
 
@@ -31,10 +35,19 @@ def fails(prompts, completions, **_):
         torch.Tensor.backward = out_of_memory
     return [float(len(text) % 5) for text in completions]
 """
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+FLAGS = ["--max_steps", "2", "--max_new_tokens", "6", "--max_prompt_length", "40", "--batch_size", "3"]
 WAYS = ("does well", "does well by accelerate", "is killed", "runs out of memory")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 # --multi_gpu is what it finds out where there are GPUs; without any it would start one process
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
+
+def training(launcher, model, data, folder):
+    """The documented command under a launcher."""
+    named = {"--mode": "train_rlhf", "--model_name": model, "--data_path": data, "--rlhf_model_path": folder}
+    command = [sys.executable, *launcher, str(scripts.ROOT / "reinforce_cli.py"), *FLAGS, "--eval_prompts", "0"]
+    return [*command, "--rollout", "transformers", *(str(word) for pair in named.items() for word in pair)]
 
 
 # --- equality -------------------------------------------------------------------------------------------------------
@@ -65,6 +78,32 @@ def test_a_training_goes_on_with_another_number_of_processes(rows):
     assert resumed == dict.fromkeys(others, 3)  # and no more: it did not begin again
 
 
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder, pairs_csv):
+    """In bfloat16, so that there are float32 weights among the parts; the run that goes on ends like the other one."""
+    environment = os.environ | SHARDED | {"OMP_NUM_THREADS": "1"}
+    for name, rest in (
+        ("whole", ["--save_every", "1"]),
+        ("again", ["--resume", str(tmp_path / "whole/checkpoints/step-000001"), "--save_every", "1"]),
+    ):
+        command = training(TORCHRUN, model_folder, pairs_csv, tmp_path / name)
+        command += ["--rewards", "rule:length?max=20", "--mixed_precision", "bf16", *rest]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    parts = sorted((tmp_path / "whole/checkpoints/step-000001/policy_optimizer").iterdir())
+    assert len(parts) == 2
+    masters = [[weight for name, weight in load_file(part).items() if name.endswith("/master")] for part in parts]
+    sizes = [sum(weight.numel() for weight in own) for own in masters]
+    assert {weight.dtype for own in masters for weight in own} == {torch.float32} and min(sizes) > 0
+    assert sum(sizes) == load_policy(str(tmp_path / "whole")).num_parameters()
+    one, other = (Checkpoint(tmp_path / name / "checkpoints/step-000002") for name in ("whole", "again"))
+    for name in ("model", "policy_optimizer"):
+        own, again = one.tensors(name), other.tensors(name)
+        assert own.keys() == again.keys() and all(torch.equal(own[key], again[key]) for key in own), name
+
+
 # --- the documented command ------------------------------------------------------------------------------------------
 
 
@@ -75,11 +114,12 @@ def launched(tmp_path_factory, model_folder, pairs_csv):
     (folder / "own.py").write_text(REWARD)
     started = {}
     for how in WAYS:
-        command = [sys.executable, *(ACCELERATE if "accelerate" in how else TORCHRUN)]
-        command += [scripts.ROOT / "reinforce_cli.py", "--mode", "train_rlhf", "--model_name", model_folder]
-        command += ["--data_path", pairs_csv, "--rewards", f"{folder / 'own.py'}:fails", "--max_steps", "2"]
-        command += ["--max_new_tokens", "6", "--max_prompt_length", "40", "--batch_size", "3", "--eval_prompts", "0"]
-        command += ["--rollout", "transformers", "--rlhf_model_path", folder / how]
+        launcher = ACCELERATE if "accelerate" in how else TORCHRUN
+        command = [
+            *training(launcher, model_folder, pairs_csv, folder / how),
+            "--rewards",
+            f"{folder / 'own.py'}:fails",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HOW": how, "MARK": str(folder / how)}
         started[how] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     told = {how: process.communicate(timeout=300)[1] for how, process in started.items()}

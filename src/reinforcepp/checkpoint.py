@@ -70,11 +70,10 @@ class Checkpoint:
         Raises:
             ModelError: if it is something else.
         """
-        if (self.folder / name).is_dir():
-            return read_shards(self.folder / name, like)
-        path = self.folder / f"{name}.safetensors"
+        parts = self.folder / name
+        path = parts if parts.is_dir() else self.folder / f"{name}.safetensors"
         try:
-            return load_file(path)
+            return read_shards(parts, like) if path is parts else load_file(path)
         except (OSError, SafetensorError) as error:
             raise ModelError(
                 f"{path} can't be read as safetensors ({error}): resume from another checkpoint."

@@ -5,6 +5,7 @@ Files are safetensors: each process writes one with its own parts, and says in i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -65,5 +66,6 @@ def read_shards(folder: Path, like: Template) -> dict[str, Tensor]:
         dtype = told.properties.dtype
         tensors[name] = torch.empty(told.size, dtype=dtype) if model is None else torch.empty_like(model, dtype=dtype)
     cut = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    load(tensors, storage_reader=reader, no_dist=not cut)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process alone reads
+        load(tensors, storage_reader=reader, no_dist=not cut)
     return tensors
