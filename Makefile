@@ -22,6 +22,8 @@ lint: venv ## style checks and types only
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/shellcheck --severity=warning scripts/*.sh benchmarks/*.sh examples/cluster/*.sh examples/cluster/slurm/*
+	.venv/bin/yamllint --strict examples
 
 builtin: venv ## make the built-in model and data anew (an hour)
 	.venv/bin/python scripts/make_builtin.py

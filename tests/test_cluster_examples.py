@@ -1,0 +1,148 @@
+"""The launch examples on one machine: with_ray.sh without ssh, Slurm's scripts with stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from reinforcepp import __version__, checkpoint, cli
+from reinforcepp.observe import read_metrics
+from reinforcepp.versions import versions_of
+from scripts import ROOT
+
+pytest.importorskip("ray")
+EXAMPLES = ROOT / "examples" / "cluster"
+BIN = Path(sys.executable).parent
+SRUN = """#!/usr/bin/env bash
+nodes=$SLURM_JOB_NUM_NODES
+while [[ ${1-} == --* ]]; do
+  if [[ $1 == --nodes=* ]]; then nodes=${1#*=}; fi
+  shift
+done
+trap 'kill $(jobs -p)' TERM
+for _ in $(seq "$nodes"); do "$@" <&0 & done
+wait
+"""
+SCONTROL = '#!/usr/bin/env bash\n[ "$*" = "show hostnames node[1-2]" ] && printf "%s\\n" 127.0.0.1 node2\n'
+NAMES = ("srun", "scontrol")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Environment of a machine that plays all nodes: a free port, and Slurm's commands as far as the scripts need them."""
+    for name, text in zip(NAMES, (SRUN, SCONTROL), strict=True):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_ID": "7",
+    }
+    path = os.pathsep.join([str(tmp_path), str(BIN), os.environ["PATH"]])
+    alone = {"PORT": port, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    python_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | alone | slurm | {"PYTHONPATH": python_path}
+
+
+def settings(model, data, folder, **more):
+    given = {"model": model, "data": data, "rewards": "rule:length?max=20", "output_dir": folder, "max_new_tokens": 8}
+    given |= {"max_prompt_length": 40, "batch_size": 3, "eval_prompts": 0, "save_every": 1} | more
+    return [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+
+
+def left(environment):
+    """Processes of the cluster that are still there."""
+    named = (f":{environment['PORT']}", f"port={environment['PORT']}")
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or ())
+        if any(name in words for name in named) and ("raylet" in words or "gcs_server" in words):
+            found.append(words)
+    return found
+
+
+def test_a_pool_for_the_time_of_a_training(place, tmp_path, model_folder, pairs_csv):
+    """By ssh's stand-in until it is told to end, then by Slurm's from where it stopped."""
+    flags = settings(model_folder, pairs_csv, tmp_path / "run", max_steps=200)
+    command = [EXAMPLES / "with_ray.sh", "localhost", "reinforcepp", "train", "--rollout", "ray://auto", *flags]
+    command += ["--staleness", "1", "--rollout_workers", "1"]
+    started = subprocess.Popen(command, env=place | {"ON": "env HOST={} bash -c"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run" / "checkpoints" / "step-000001").is_dir() and started.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    started.send_signal(signal.SIGTERM)
+    told = started.communicate(timeout=120)[1]
+    assert started.returncode == 143, told
+    done = max(checkpoint.place_of(folder)[0] for folder in checkpoint.listed(tmp_path / "run"))
+    assert 1 <= done < 200 and not left(place)
+
+    flags = settings(model_folder, pairs_csv, tmp_path / "run", max_steps=done + 2)
+    command = [
+        EXAMPLES / "slurm" / "ray_pool.sbatch",
+        *flags,
+        "--rollout_workers",
+        "1",
+        "--resume",
+        "--allow_changes",
+        "max_steps",
+    ]
+    place["WITH_RAY"] = str(EXAMPLES / "with_ray.sh")
+    again = subprocess.run(command, env=place, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    assert len(read_metrics(tmp_path / "run")) == done + 2 and (tmp_path / "run" / "model.safetensors").is_file()
+    assert not left(place)
+
+
+def test_a_port_in_use(place):
+    place["HEAD"] = "127.0.0.1"
+    with socket.create_server(("127.0.0.1", int(place["PORT"]))):
+        command = [EXAMPLES / "with_ray.sh", "localhost", "true"]
+        done = subprocess.run(command, env=place, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: Something listens on 127.0.0.1:{place['PORT']} already: stop it, or")
+
+
+def test_without_a_command_its_use_is_told(place):
+    done = subprocess.run(
+        [EXAMPLES / "with_ray.sh", "localhost"], env=place, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
+
+
+def test_several_trainers(place, tmp_path, model_folder, pairs_csv):
+    """Two nodes of one process each find each other and train together."""
+    flags = settings(model_folder, pairs_csv, tmp_path / "run", max_steps=2, rollout="transformers")
+    command = [EXAMPLES / "slurm" / "several_trainers.sbatch", *flags]
+    done = subprocess.run(command, env=place, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(tmp_path / "run")) == 2 and done.stderr.count("Saved the trained model") == 1
+
+
+def test_the_job_for_kubernetes_is_a_command_of_ours():
+    job = yaml.safe_load((EXAMPLES / "kuberay" / "train.yaml").read_text())
+    program, verb, *flags = job["spec"]["entrypoint"].split()
+    assert (program, verb) == ("reinforcepp", "train")
+    config = cli.parse(verb, flags)
+    cluster = job["spec"]["rayClusterSpec"]
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    mounts = head["template"]["spec"]["containers"][0]["volumeMounts"]
+    assert all(path.startswith(mounts[0]["mountPath"]) for path in (config.data, config.output_dir))
+    assert head["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"} and workers["minReplicas"] >= 1
+    images = {group["template"]["spec"]["containers"][0]["image"] for group in (head, workers)}
+    assert images == {f"registry.example/reinforcepp:{__version__}"}
+    own = versions_of(["ray"])["ray"]
+    assert cluster["rayVersion"] == own and (EXAMPLES / "kuberay" / "Dockerfile").read_text().count(own) == 2
