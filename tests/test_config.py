@@ -25,6 +25,7 @@ TRAINING = {
     *("seed", "heldout_fraction", "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "top_k"),
     *(
         "rollout_workers",
+        "reward_workers",
         "staleness",
         "truncation_penalty",
         "eval_prompts",

@@ -59,6 +59,7 @@ LAYERS = [
     "random_state",
     "rewards",
     "rollout",
+    "reward_pool",
     "observe",
     "run_record",
     "doctor",

@@ -39,6 +39,7 @@ from reinforcepp.policy_run import PolicyRun, fingerprints
 from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import cast_parameters, compute_dtype
 from reinforcepp.preparation import encode, start_policy, warn_of_bias
+from reinforcepp.reward_pool import pooled
 from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, only_scored
 from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
 from reinforcepp.rollout.engine import RolloutEngine, random_state_kept
@@ -113,10 +114,12 @@ class ReinforceTrainer:
         self.judge = load_rewards(judge) if judge is not None else None
 
         self.ranks = Ranks(self.config.report_to, self.folder)
+        elsewhere = self.rewards.trained if self.config.reward_workers else []
         for reward in [*self.rewards.trained, *(self.judge.trained if self.judge else ())]:
             if dtype != torch.float32:
                 cast_parameters(reward.model, dtype)
-            reward.model.to(self.ranks.device)
+            if reward not in elsewhere:
+                reward.model.to(self.ranks.device)
         policy = start_policy(model, self.config)
         updates = self.num_steps * self.config.updates_per_step
         self.critic = Critic(policy, self.ranks, self.config, steps=updates) if self.config.recipe.critic else None
@@ -132,6 +135,8 @@ class ReinforceTrainer:
             engine = self._start_engine(choice)
         assert engine is not None
         self.engine = engine
+        if self.config.reward_workers:
+            self.rewards = pooled(self.rewards, engine, self.config.reward_workers)
         self.guard = Guardrails(self.config, partial(note_event, self.folder))
         self.update = self._policy_update()
         self.sampler = Sampler(self.config, self.engine, self.update, self.tokenizer, self.batches.at, self.num_steps)
@@ -358,6 +363,7 @@ class ReinforceTrainer:
             batch_size=config.rollout_batch_size,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             workers=config.rollout_workers,
+            reserved=config.reward_workers * len(self.rewards.trained),
         )
 
     # --- stopping, keeping, going back ------------------------------------------------------------------------------

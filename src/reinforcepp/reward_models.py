@@ -30,15 +30,15 @@ def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
         model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return _score_at_last_attended(model)
+    return score_at_last_attended(model)
 
 
 def load_reward_weights(folder: Path) -> PreTrainedModel:
     """A trained reward model; refuses a folder whose scoring head is missing or of the wrong shape."""
     _check_head(folder)
     if (base := model_of_adapter(str(folder))) is not None:
-        return _score_at_last_attended(merged(_classifier(base), folder)).eval()
-    return _score_at_last_attended(_classifier(str(folder), fresh=None)).eval()
+        return score_at_last_attended(merged(_classifier(base), folder)).eval()
+    return score_at_last_attended(_classifier(str(folder), fresh=None)).eval()
 
 
 def _classifier(name: str, fresh: str | None = "score.", **settings: Any) -> PreTrainedModel:
@@ -75,7 +75,7 @@ def _check_head(folder: Path) -> None:
         )
 
 
-def _score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
+def score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
     """Make ``model`` read its score where the attention mask ends.
 
     The library looks for the last token that isn't the pad token, which misses the EOS where pad and EOS are one.

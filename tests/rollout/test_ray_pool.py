@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,6 +19,8 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, RolloutError
 from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import COMPLETIONS, read_answers
+from reinforcepp.reward_pool import PooledReward, pooled
+from reinforcepp.rewards import load_rewards
 from reinforcepp.rollout import ray_pool
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.ray_pool import RayEngine, connect
@@ -243,6 +246,8 @@ def test_settings_of_pools():
     assert ReinforceConfig(rollout="ray://10.0.0.1:6379", rollout_workers=3).rollout_workers == 3
     with pytest.raises(ConfigError, match="rollout_workers is a setting of ray:// pools"):
         ReinforceConfig(rollout_workers=3)
+    with pytest.raises(ConfigError, match="reward_workers is a setting of ray:// pools"):
+        ReinforceConfig(reward_workers=1)
     with pytest.raises(ConfigError, match="Weights of 4 bits can't be handed to a Ray pool"):
         ReinforceConfig(rollout="ray://auto", use_peft=True, load_in_4bit=True)
 
@@ -263,6 +268,54 @@ def test_a_training_by_a_pool(cluster, model_folder, pairs_csv, tmp_path):
         log = read_metrics(folder)
         assert len(log) == 2 and log[1].get("staleness", 0) == staleness
     assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) > 4
+
+
+def test_a_reward_model_in_the_pool(cluster, reward_folder):
+    """It scores as it does here, each text once, also when a worker dies in the middle; here nothing is left of it."""
+    rewards = load_rewards(str(reward_folder))
+    (alone,) = rewards.trained
+    asked = [f"How do I check host {i}?" for i in range(60)]
+    answers = [f"Run ping -c {i} host{i} and read the last line. " * (1 + i % 5) for i in range(60)]
+    expected, word = alone(asked, answers), rewards.fingerprint()
+    engine = SimpleNamespace(ray=connect(cluster.address)[0])
+    cluster.add_node(num_cpus=2)
+    alone.batch_size = 4
+    with pytest.raises(ConfigError, match="reward_workers need an engine by Ray"):
+        pooled(rewards, engine, 2)
+    reward = PooledReward(alone, engine.ray, 2)
+    try:
+        assert reward.card is not None and reward.name == "reward_model" and word
+        assert {p.device.type for p in reward.model.parameters()} == {"meta"}
+        assert reward(asked, answers) == pytest.approx(expected, abs=1e-5)
+        assert reward.tallies[-1].pieces >= 4
+        victim = reward.crew.ready()[0]
+        engine.ray.kill(reward.crew._actors[victim])
+        assert reward(asked, answers) == pytest.approx(expected, abs=1e-5)
+        assert reward.tallies[-1].lost == 1 and reward([], []) == []
+    finally:
+        reward.crew.close()
+
+
+def test_a_training_with_both_in_the_pool(cluster, model_folder, pairs_csv, reward_folder, tmp_path):
+    cluster.add_node(num_cpus=4)
+    seen = []
+    for workers in (0, 1):
+        folder = tmp_path / str(workers)
+        arguments = ["train", "--model", model_folder, "--data", pairs_csv, "--reward_model", reward_folder]
+        arguments += ["--output_dir", folder, "--max_new_tokens", 12, "--max_steps", 2, "--eval_prompts", 2]
+        pool = ["--rollout", f"ray://{cluster.address}", "--rollout_workers", 1, "--reward_workers", 1]
+        arguments += pool if workers else ["--rollout", "transformers"]
+        assert cli.main(list(map(str, arguments))) == 0
+        seen.append([row["reward"] for row in read_answers(folder / COMPLETIONS) if row["step"] == 1])
+        assert len(read_metrics(folder)) == 2
+    assert seen[1] == pytest.approx(seen[0], abs=1e-5)
+
+
+def test_a_pool_without_reward_models(cluster, model_folder, pairs_csv, tmp_path, capsys):
+    arguments = ["train", "--model", model_folder, "--data", pairs_csv, "--rewards", "rule:length?max=20"]
+    arguments += ["--output_dir", tmp_path / "run", "--rollout", f"ray://{cluster.address}", "--reward_workers", 1]
+    assert cli.main(list(map(str, arguments))) == 2
+    assert "reward_workers score with trained reward models, and there is none" in capsys.readouterr().err
 
 
 def test_several_processes_that_train_have_no_pool(monkeypatch):

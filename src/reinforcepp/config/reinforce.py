@@ -102,6 +102,9 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     transformers."""
     rollout_workers: int = 0
     """Only Ray: engines in the pool, at most; 0 is one for each GPU of the cluster or, where it has none, for each CPU."""
+    reward_workers: int = 0
+    """Only Ray: processes of the pool that score with the trained reward models, in the trainer's place; 0 is none. Each takes a
+    GPU or, where there is none, a CPU; rollouts get the rest."""
     rollout_batch_size: int = 128
     """Completions generated at a time; memory grows with it, results don't change."""
     staleness: int = 0
@@ -254,15 +257,14 @@ def check_rollout(config: ReinforceConfig) -> None:
             f"rollout must be one of {', '.join(ENGINES)}, or {RAY}auto, {RAY}local, {RAY}HOST:PORT, not {named!r}."
             f"{nearest(named, [*ENGINES, RAY + 'auto', RAY + 'local'])}"
         )
-    not_negative(config, "rollout_workers", "staleness")
+    not_negative(config, "rollout_workers", "reward_workers", "staleness")
     if config.staleness and named in ("auto", "vllm"):
         raise ConfigError(
             f"With staleness, completions are generated while the trainer computes, which rollout {named} can't: use one that "
             "has processes of its own, --rollout ray://local, or a copy of the model in this one, --rollout transformers."
         )
-    if config.rollout_workers and not pool:
-        raise ConfigError(
-            f"rollout_workers is a setting of {RAY} pools, and rollout is {named}: leave one of them out."
-        )
+    for setting in ("rollout_workers", "reward_workers"):
+        if getattr(config, setting) and not pool:
+            raise ConfigError(f"{setting} is a setting of {RAY} pools, and rollout is {named}: leave one of them out.")
     if pool and config.load_in_4bit:
         raise ConfigError("Weights of 4 bits can't be handed to a Ray pool: use --rollout transformers, or auto.")

@@ -64,13 +64,20 @@ def start_engine(
     batch_size: int = 64,
     gpu_memory_utilization: float | None = None,
     workers: int = 0,
+    reserved: int = 0,
 ) -> RolloutEngine:
     """The chosen engine with ``model``'s weights, for sequences of up to ``max_length`` tokens."""
     if choice.name == "ray":
         from reinforcepp.rollout.ray_pool import RayEngine
 
         return RayEngine(
-            choice.address, model, tokenizer, workers=workers, max_length=max_length, batch_size=batch_size
+            choice.address,
+            model,
+            tokenizer,
+            workers=workers,
+            max_length=max_length,
+            batch_size=batch_size,
+            reserved=reserved,
         )
     if choice.name == "vllm":
         from reinforcepp.rollout.vllm_integration import VllmEngine

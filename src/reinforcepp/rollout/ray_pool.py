@@ -48,6 +48,7 @@ class RayEngine:
         workers: how many, at most; 0 is as many as the cluster has GPUs, or, without any, CPUs.
         max_length: prompt and completion together, in tokens.
         batch_size: completions that a worker generates at a time.
+        reserved: GPUs or CPUs that are left to others.
 
     Raises:
         RolloutError: Ray isn't installed, the cluster can't be reached, or no worker can be started.
@@ -66,6 +67,7 @@ class RayEngine:
         workers: int = 0,
         max_length: int,
         batch_size: int = 64,
+        reserved: int = 0,
     ) -> None:
         self.tokenizer, self.dtype = tokenizer, model.dtype
         self.context = context_length(model.config)
@@ -76,7 +78,7 @@ class RayEngine:
         recipe = Recipe(
             named_config(model), model.generation_config, model.dtype, tokenizer, engine, max_length, batch_size
         )
-        self.crew = RayCrew(self.ray, recipe, workers)
+        self.crew = RayCrew(self.ray, Worker, recipe, workers, reserved)
         self.load_weights(model)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -116,10 +118,18 @@ class RayCrew:
     """Ray's actors as :func:`~reinforcepp.rollout.share_out.share_out` needs them.
 
     An actor that dies is replaced; where the cluster grows, more are started. Who hasn't got the present weights is not ready.
+
+    Args:
+        ray: the library, connected.
+        worker: of what class the actors are. They take a recipe, ``load`` packed weights, and ``answer`` a list, given what
+            else is asked, with one answer for each; ``kind`` is what they are called.
+        recipe: for each of them.
+        workers: how many, at most; 0 is as many as there is room for.
+        reserved: GPUs or CPUs that are left to others.
     """
 
-    def __init__(self, ray: Any, recipe: Recipe, workers: int) -> None:
-        self._ray, self._most = ray, workers
+    def __init__(self, ray: Any, worker: type[Any], recipe: Any, workers: int, reserved: int = 0) -> None:
+        self._ray, self._worker, self._most, self._reserved = ray, worker, workers, reserved
         self._recipe = ray.put(recipe)
         self._weights: Any = None
         self._version = 0
@@ -129,7 +139,7 @@ class RayCrew:
         """What is under way: whose it is, and the version of the weights that are loaded, 0 for a piece."""
         self._numbers = iter(range(1 << 62))
         self._looked = 0.0
-        self._prompts: Sequence[Prompt] = ()
+        self._prompts: Sequence[Any] = ()
         self._sampling: Any = None
 
     def load(self, packed: Packed) -> None:
@@ -148,8 +158,8 @@ class RayCrew:
             reason = event.reason if isinstance(event, Lost) else reason
             self._check_time(begin, reason)
 
-    def ask(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """What is asked from now on."""
+    def ask(self, prompts: Sequence[Any], sampling: Any) -> None:
+        """What is asked from now on, and how."""
         self._prompts, self._sampling = prompts, self._ray.put(sampling)
 
     def each(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -226,7 +236,7 @@ class RayCrew:
             self._grow()
             return Lost(number, _first_line(error))
         except RayTaskError as error:
-            raise RolloutError(f"A rollout worker failed: {_first_line(error.cause)}") from error
+            raise RolloutError(f"A {self._worker.kind} worker failed: {_first_line(error.cause)}") from error
 
     @property
     def _loading(self) -> bool:
@@ -246,10 +256,10 @@ class RayCrew:
         self._looked = time.monotonic()
         resources = self._ray.cluster_resources()
         needs = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": 1}
-        room = int(resources.get("GPU") or resources.get("CPU", 0))
+        room = max(1, int(resources.get("GPU") or resources.get("CPU", 0)) - self._reserved)
         for _ in range(len(self._actors), min(self._most or room, room)):
             number = next(self._numbers)
-            self._actors[number] = self._ray.remote(Worker).options(**needs).remote(self._recipe)
+            self._actors[number] = self._ray.remote(self._worker).options(**needs).remote(self._recipe)
             self._start_loading(number)
 
     def _check_time(self, begin: float, reason: str = "") -> None:
@@ -259,8 +269,9 @@ class RayCrew:
         resources = self._ray.cluster_resources()
         lost = f" The last one was lost with: {reason}" if reason else ""
         raise RolloutError(
-            f"No rollout worker was ready within {START_SECONDS} seconds; the cluster has {resources.get('CPU', 0):g} CPUs and "
-            f"{resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at `ray status`.{lost}"
+            f"No {self._worker.kind} worker was ready within {START_SECONDS} seconds; the cluster has "
+            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at "
+            f"`ray status`.{lost}"
         )
 
 

@@ -46,6 +46,8 @@ class Packed:
 class Worker:
     """What runs in each of Ray's processes: an engine of its own, and the weights that all on its machine share."""
 
+    kind = "rollout"
+
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.engine: Any = None
@@ -57,12 +59,7 @@ class Worker:
         if self.model is None:
             self.model = empty_model(recipe.config, recipe.dtype)
             self.model.generation_config = recipe.generation_config
-        place = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.load_state_dict({name: as_tensor(v).to(place) for name, v in packed.weights.items()}, assign=True)
-        self.model.tie_weights()
-        for name, values in packed.buffers.items():
-            owner, _, own = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[own] = as_tensor(values).to(place)
+        fill(self.model, packed)
         if self.engine is None:
             choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
             self.engine = start_engine(
@@ -77,6 +74,16 @@ class Worker:
         completions = self.engine.generate(prompts, sampling)
         number = sampling.num_samples
         return [completions[i : i + number] for i in range(0, len(completions), number)]
+
+
+def fill(model: PreTrainedModel, packed: Packed) -> None:
+    """Give ``model`` these weights and buffers, on the GPU if there is one."""
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    model.load_state_dict({name: as_tensor(v).to(place) for name, v in packed.weights.items()}, assign=True)
+    model.tie_weights()
+    for name, values in packed.buffers.items():
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._buffers[own] = as_tensor(values).to(place)
 
 
 def pack(model: PreTrainedModel) -> Packed:
