@@ -22,18 +22,20 @@ def write_result(name: str, measured: dict[str, Any]) -> Path:
     """Write ``results/NAME.json``."""
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps({**made(), **measured}, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+    return path
+
+
+def made() -> dict[str, Any]:
+    """The command that is running, when and where."""
     script = Path(sys.argv[0]).resolve()
-    command = shlex.join(["python", str(script.relative_to(FOLDER.parent.parent)), *sys.argv[1:]])
-    record = {
-        "command": command,
+    return {
+        "command": shlex.join(["python", str(script.relative_to(FOLDER.parent.parent)), *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(),
-        **measured,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
-    return path
 
 
 def versions() -> dict[str, str]:

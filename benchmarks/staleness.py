@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from results import FOLDER, write_result
+from results import FOLDER, made, write_result
 
 STALENESS = (0, 1)
 ENGINES = ("transformers", "ray://local")
@@ -194,11 +194,12 @@ def main() -> None:
         return
     path = FOLDER / "async.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
-    found = {part: before[part] for part in ("time", "learning") if part in before}
+    origin = {name: before[name] for name in made() if name in before}
+    found = {part: origin | before[part] for part in ("time", "learning") if part in before}
     if "time" in arguments.parts:
-        found["time"] = time_part()
+        found["time"] = made() | time_part()
     if "learning" in arguments.parts:
-        found["learning"] = learning_part(arguments.seeds)
+        found["learning"] = made() | learning_part(arguments.seeds)
     write_result("async", found)
     if len(found) == 2:
         plot(found, path.with_suffix(".png"))
