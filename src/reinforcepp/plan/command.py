@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from reinforcepp.config import PlanConfig
-from reinforcepp.config.reinforce import RAY
+from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import check_context, load_config
 from reinforcepp.plan import report
@@ -123,6 +123,8 @@ def _engine(config: PlanConfig) -> tuple[EngineName, str]:
             "ray",
             "Completions come from a pool of Ray workers elsewhere: what they take and how long isn't counted.",
         )
+    if server_addresses(config.rollout):
+        return "servers", "Completions come from vLLM's servers: what they take and how long isn't counted."
     installed = importlib.util.find_spec("vllm") is not None
     if config.load_in_4bit:
         return "transformers", "Completions come from transformers, because vLLM can't share weights of 4 bits."

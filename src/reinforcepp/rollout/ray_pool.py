@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import context_length, eos_ids
 from reinforcepp.processes import started
-from reinforcepp.rollout.engine import check_prompts, completed
+from reinforcepp.rollout.engine import check_prompts, grown
 from reinforcepp.rollout.ray_worker import Packed, Recipe, Worker, pack
 from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
 from reinforcepp.rollout.weights import named_config
@@ -98,8 +98,7 @@ class RayEngine:
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; it comes when it is whole, and then bit by bit."""
         (whole,) = self.generate([prompt], sampling)
-        for length in range(1, len(whole.ids) + 1):
-            yield completed(self.tokenizer, self.eos_ids, prompt, whole.ids[:length], whole.logprobs[:length])
+        yield from grown(self.tokenizer, self.eos_ids, whole)
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
