@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TESTED = "0.32."
 SHOWN = 300  # characters of what a server says
-EVENT = "data: "  # begins each line of a stream
+EVENT, END = b"data: ", b"data: [DONE]"  # lines of a stream
 TOKENS_PER_EVENT = 16
 
 log = logging.getLogger(__name__)
@@ -204,10 +204,8 @@ class VllmClient:
             if not response.is_success:
                 await response.aread()
                 self._read(response)
-            async for line in response.aiter_lines():
-                if not line.startswith(EVENT) or line == EVENT + "[DONE]":
-                    continue
-                part = _part(line.removeprefix(EVENT))
+            async for event in _events(response):
+                part = _part(event)
                 ids += part[0]
                 logprobs += part[1]
                 reason = part[2] or reason
@@ -314,7 +312,19 @@ def _facts(listed: Any, version: Any, info: Any) -> Facts:
     )
 
 
-def _part(event: str) -> tuple[list[int], list[float], str | None]:
+async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
+    """What a stream says, event by event. ``aiter_lines`` won't do: it also ends lines within texts, where they have an end
+    of line that JSON leaves as it is.
+    """
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(EVENT) and line.rstrip() != END:
+                yield line.removeprefix(EVENT)
+
+
+def _part(event: bytes) -> tuple[list[int], list[float], str | None]:
     """The tokens, their log-probabilities and, at the end, the reason for it."""
     try:
         said = json.loads(event)
