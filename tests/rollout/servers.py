@@ -75,7 +75,7 @@ class Served:
             max_length=256,
             batch_size=64,
             chat_template=None,
-            on_gpu=False,
+            on_gpu=torch.cuda.is_available(),
         )
         self.command += ["--logprobs-mode=processed_logprobs", *flags]
         self.command += ["--distributed-executor-backend=uni"]  # one process less to wait for

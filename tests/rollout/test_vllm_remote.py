@@ -115,8 +115,9 @@ def expected(model, prompts, sampling=GREEDY):
 
 
 class TestVllmServerEngine(EngineContract):
-    @pytest.fixture
-    def engine(self, engine_of, model):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, engine_of, model):
         engine = engine_of(0)
         engine.load_weights(model)
         return engine
@@ -292,6 +293,27 @@ def test_one_that_is_well_and_does_nothing_is_lost(served, engine_of, monkeypatc
     monkeypatch.undo()
     os.environ["VLLM_API_KEY"] = KEY
     wait_until(engine, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for the server")
+def test_weights_go_from_one_gpu_to_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    server = Served(tmp_path / "log", tiny.save(tmp_path / "base"), '--weight-transfer-config={"backend": "nccl"}')
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    try:
+        server.wait()
+        model, tokenizer = prepared_model().to("cuda:0"), prepared_tokenizer()
+        engine = VllmServerEngine([server.url], model, tokenizer, max_length=200, folder=tmp_path)
+        assert type(engine.crew._way(engine.crew.clients[0])).__name__ == "ByNccl"
+        check_sync(engine, model, tokenizer)
+        for seed in (1, 2):
+            model = prepared_model(seed=seed).to("cuda:0")
+            engine.load_weights(model)
+            check_sync(engine, model, tokenizer)
+        engine.close()
+    finally:
+        server.end()
 
 
 # --- trainings ------------------------------------------------------------------------------------------------------

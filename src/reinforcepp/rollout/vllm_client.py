@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import ssl
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,7 @@ class VllmClient:
         self.facts: Facts | None = None
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._last_sign = 0.0
+        self._tls = ssl.create_default_context()  # reads many certificates, and would be made for each connection
 
     # --- what it is asked ---
 
@@ -133,8 +136,9 @@ class VllmClient:
 
         async def all_of_them() -> list[list[Completion]]:
             rows = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
-            async with self._client(at_a_time) as client:
-                sampled = await asyncio.gather(*(self._sample(client, sampling, *row) for row in rows))
+            room = asyncio.Semaphore(at_a_time)
+            async with self._client() as client:
+                sampled = await asyncio.gather(*(self._sample(client, room, sampling, *row) for row in rows))
                 held = (await self._get(client, "/weight_info"))["weight_version"]
             if held != version:
                 raise Fault(
@@ -154,7 +158,7 @@ class VllmClient:
 
     async def _check(self) -> Facts:
         async with self._client() as client:
-            await self._get(client, "/health", seconds=self.patience.health)
+            await self._look_at_health(client)
             listed = await self._get(client, "/v1/models")
             version = await self._get(client, "/version")
             info = await self._get(client, "/server_info?config_format=json")
@@ -186,7 +190,7 @@ class VllmClient:
         self._read(response)
 
     async def _sample(
-        self, client: httpx2.AsyncClient, sampling: Sampling, prompt: Prompt, sample: int
+        self, client: httpx2.AsyncClient, room: asyncio.Semaphore, sampling: Sampling, prompt: Prompt, sample: int
     ) -> tuple[list[int], list[float]]:
         assert self.facts is not None, "a server is checked first"
         body = sampling_settings(sampling, prompt, sample, self.need.eos_ids) | {
@@ -200,7 +204,7 @@ class VllmClient:
         ids: list[int] = []
         logprobs: list[float] = []
         reason = None
-        async with client.stream("POST", "/v1/completions", json=body) as response:
+        async with room, client.stream("POST", "/v1/completions", json=body) as response:
             if not response.is_success:
                 await response.aread()
                 self._read(response)
@@ -214,8 +218,8 @@ class VllmClient:
             raise Fault(f"gave up in the middle of an answer ({reason or 'without a reason'})")
         return ids, logprobs
 
-    async def _get(self, client: httpx2.AsyncClient, path: str, *, seconds: float | None = None) -> Any:
-        return self._read(await client.get(path, timeout=seconds or self.patience.work))
+    async def _get(self, client: httpx2.AsyncClient, path: str) -> Any:
+        return self._read(await client.get(path))
 
     async def _post(self, path: str, body: Any = None, *, client: httpx2.AsyncClient | None = None) -> Any:
         if client is not None:
@@ -223,13 +227,18 @@ class VllmClient:
         async with self._client() as own:
             return self._read(await own.post(path, json=body))
 
-    def _client(self, at_a_time: int = 1) -> httpx2.AsyncClient:
-        """A client without limits of time but for connecting: see :meth:`_watched`."""
+    async def _look_at_health(self, client: httpx2.AsyncClient) -> None:
+        limits = httpx2.Timeout(self.patience.health, connect=self.patience.connect)
+        self._read(await client.get("/health", timeout=limits))
+
+    def _client(self) -> httpx2.AsyncClient:
+        """A client without limits of time: those are :meth:`_watched`'s."""
         return httpx2.AsyncClient(
             base_url=self.url,
             headers=self._headers,
-            timeout=httpx2.Timeout(None, connect=self.patience.connect),
-            limits=httpx2.Limits(max_connections=at_a_time),
+            verify=self._tls,
+            timeout=None,
+            limits=httpx2.Limits(),
             trust_env=False,
         )
 
@@ -273,6 +282,8 @@ class VllmClient:
             raise Fault(f"can't be reached (no connection within {self.patience.connect:g} s)") from error
         except httpx2.ConnectError as error:
             raise Fault(f"can't be reached ({_cause(error)})") from error
+        except httpx2.TimeoutException as error:
+            raise Fault("gave no answer in time") from error
         except httpx2.TransportError as error:
             raise Fault(f"broke off ({_cause(error)})") from error
         finally:
@@ -288,7 +299,7 @@ class VllmClient:
                 if time.monotonic() - self._last_sign > patience.work:
                     raise Fault(f"has shown no progress for {patience.work:g} s, though it says it is well")
                 try:
-                    await self._get(client, "/health", seconds=patience.health)
+                    await self._look_at_health(client)
                     missed = 0
                 except httpx2.TransportError as error:
                     missed += 1
@@ -339,9 +350,11 @@ def _part(event: bytes) -> tuple[list[int], list[float], str | None]:
 
 def _cause(error: BaseException) -> str:
     """What the system says, which the libraries in between put in other words."""
+    if isinstance(error, httpx2.TimeoutException):
+        return "nothing came in time"
     deepest, inner = str(error) or type(error).__name__, error.__cause__ or error.__context__
     while inner is not None:
-        if isinstance(inner, OSError) and inner.strerror:
-            deepest = inner.strerror
+        if isinstance(inner, OSError) and inner.errno:
+            deepest = os.strerror(inner.errno) if inner.errno > 0 else str(inner.strerror)
         inner = inner.__cause__ or inner.__context__
     return deepest

@@ -228,6 +228,8 @@ class ServerCrew:
 
     def ask(self, prompts: Sequence[Prompt], sampling: Sampling, at_a_time: int) -> None:
         """What is asked from now on."""
+        while self._answering:  # what was asked before, by somebody who was interrupted
+            self._next(look_for_others=False)
         self._asked = prompts, sampling, at_a_time
 
     def each(self) -> list[Completion]:
@@ -309,7 +311,7 @@ class ServerCrew:
         except RolloutError as error:
             if task == "answer" or strict:
                 raise
-            return self._lose(client, str(error), task)
+            return self._lose(client, f"is back and can't be used: {error}", task)
         if task == "answer":
             return Answered(client, result)
         if task == "check":

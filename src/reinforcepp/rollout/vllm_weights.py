@@ -47,7 +47,8 @@ class Way(Protocol):
 
 def weights_for_vllm(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """All weights under the names that vLLM takes, tied ones under both."""
-    named = has_output_layer(models.architecture(model.config))
+    tied = model.config.get_text_config().tie_word_embeddings
+    named = not tied or has_output_layer(models.architecture(model.config))
     return ((name, weight) for name, weight in full_weights(model) if named or not name.startswith("lm_head."))
 
 
@@ -71,9 +72,21 @@ class InFiles:
         self._present = None
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Write the weights if they aren't there; a run's folder is emptied when it begins."""
-        if self._present is not None and self._present.is_dir():
-            return
+        """Write the weights if they aren't there; a run's folder is emptied when it begins.
+
+        Raises:
+            RolloutError: the disk is full, or the folder can't be written to.
+        """
+        if self._present is None or not self._present.is_dir():
+            try:
+                self._write(model)
+            except OSError as error:
+                raise RolloutError(
+                    f"The weights for vLLM's servers can't be written to {self.path} ({error.strerror}): free some space, or "
+                    "give another output_dir."
+                ) from error
+
+    def _write(self, model: PreTrainedModel) -> None:
         self._empty.mkdir(parents=True, exist_ok=True)
         (self._empty / "model.safetensors").write_bytes(_packed([]))
         self._present = self.path / f"weights-{secrets.token_hex(4)}"
