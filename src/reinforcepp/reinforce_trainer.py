@@ -22,7 +22,7 @@ from reinforcepp.critic import Critic
 from reinforcepp.data import prompt_rows
 from reinforcepp.distributed import Ranks, check_trackers, join
 from reinforcepp.environment import environment
-from reinforcepp.errors import DataError, RewardError, RolloutError, TrainingDiverged, UnusableUpdate
+from reinforcepp.errors import DataError, EngineLost, RewardError, TrainingDiverged, UnusableUpdate
 from reinforcepp.evaluation import Evaluation, evaluate
 from reinforcepp.files import write_json
 from reinforcepp.framing import framed
@@ -146,7 +146,7 @@ class ReinforceTrainer:
 
         Raises:
             TrainingDiverged: a guardrail stopped the run; the trainer then has the last checkpoint's weights.
-            RewardError, RolloutError: no scores or no completions come any more, and a checkpoint is saved.
+            RewardError, EngineLost: no scores or no completions come any more, and a checkpoint is saved.
             KeyboardInterrupt: a signal stopped it, and a checkpoint is saved.
         """
         with stop_signals() as self._stop, Watchdog(self.folder, self.config.watchdog_seconds) as self._watchdog:
@@ -156,9 +156,7 @@ class ReinforceTrainer:
                 self._finish()
             except StopAsked as stop:
                 raise Interrupted(self._keep(), self._stop.exit_code) from stop
-            except (RewardError, RolloutError) as error:
-                if isinstance(error, RolloutError) and self.run.work is not None:  # in the sync: the step isn't done
-                    raise
+            except (RewardError, EngineLost) as error:
                 raise type(error)(f"{error} The run is saved {self._keep()}: go on with --resume.") from error
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error} {self.run.to_last_good()}") from error
@@ -203,13 +201,14 @@ class ReinforceTrainer:
     # --- the phases of a step ---------------------------------------------------------------------------------------
 
     def _sampling(self, step: int) -> Sampling:
+        config = self.config
         return Sampling(
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-            top_k=self.config.top_k,
-            num_samples=self.config.num_generations,
-            seed=request_seed(self.config.seed, step, 0),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            num_samples=config.num_generations,
+            seed=request_seed(config.seed, step, 0),
         )
 
     def _rollout(self, step: int, clock: Clock) -> BatchInUse:
@@ -350,12 +349,11 @@ class ReinforceTrainer:
             with self._interruptible(), random_state_kept():
                 self.evaluations[when] = self.evaluate()
             self.run.state.evaluations[when] = self.evaluations[when].figures()
-            if (
-                self.ranks.is_main and self._resumed is None
-            ):  # else it is there, with what a reward that draws lots said
+            if not self.ranks.is_main:
+                return
+            if self._resumed is None:  # else the file is there, with what a reward that draws lots said then
                 save_answers(evaluation_file(self.folder, when), self.evaluations[when].columns())
-            if self.ranks.is_main:
-                write_json(self.folder / "evaluation.json", self.run.state.evaluations)
+            write_json(self.folder / "evaluation.json", self.run.state.evaluations)
 
     def _evaluate_if_due(self, step: int) -> None:
         every, when = self.config.eval_every, f"step {step}"

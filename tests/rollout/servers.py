@@ -78,7 +78,6 @@ class Served:
             on_gpu=torch.cuda.is_available(),
         )
         self.command += ["--logprobs-mode=processed_logprobs", *flags]
-        self.command += ["--distributed-executor-backend=uni"]  # one process less to wait for
         if network:
             self.command = ["ip", "netns", "exec", network.name, *self.command]
         self.environment = server_environment(os.environ, KEY) | {

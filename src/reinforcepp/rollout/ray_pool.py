@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import EngineLost, RolloutError
 from reinforcepp.models import context_length, eos_ids
 from reinforcepp.processes import started
 from reinforcepp.rollout.engine import check_prompts, grown
@@ -257,7 +257,7 @@ class RayCrew:
             return
         resources = self._ray.cluster_resources()
         lost = f" The last one was lost with: {reason}" if reason else ""
-        raise RolloutError(
+        raise EngineLost(
             f"No rollout worker was ready within {START_SECONDS} seconds; the cluster has {resources.get('CPU', 0):g} CPUs and "
             f"{resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at `ray status`.{lost}"
         )

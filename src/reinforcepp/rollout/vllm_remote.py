@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from reinforcepp.errors import ConfigError, RolloutError
+from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.models import context_length, eos_ids
 from reinforcepp.processes import started
 from reinforcepp.rollout.canary import NEW_TOKENS, PROBE_TOKENS
@@ -173,7 +173,8 @@ class ServerCrew:
         """Give all servers that are there ``model``'s weights.
 
         Raises:
-            RolloutError: none is there; the first time also if one isn't fit to be trained against.
+            EngineLost: none is there.
+            RolloutError: the first time, if one isn't fit to be trained against.
         """
         first = self._model is None
         while self._tasks:  # of a server that was about to come back with older weights
@@ -188,7 +189,7 @@ class ServerCrew:
         while self._tasks:
             self._next(look_for_others=False, strict=first)
         if first and not self._ready:
-            raise RolloutError(self._none_left())
+            raise EngineLost(self._none_left())
         begin = time.monotonic()
         while not self._ready:
             self._next()
@@ -265,7 +266,7 @@ class ServerCrew:
         """See :class:`~reinforcepp.rollout.share_out.Crew`.
 
         Raises:
-            RolloutError: none of the servers comes back.
+            EngineLost: none of the servers comes back.
         """
         begin = time.monotonic()
         while (event := self._next()) is None:
@@ -344,12 +345,12 @@ class ServerCrew:
                 self._start(client, "check", client.check)
 
     def _check_time(self, begin: float) -> None:
-        """Raises a RolloutError if there has been nobody since ``begin``, which is too long ago."""
+        """Raises an EngineLost if there has been nobody since ``begin``, which is too long ago."""
         if self._ready or self._answering:
             return
         coming_back = self._patience.work if self._tasks else 0.0  # with a large model that takes its time
         if time.monotonic() - begin > self._patience.gone + coming_back:
-            raise RolloutError(self._none_left())
+            raise EngineLost(self._none_left())
 
     def _none_left(self) -> str:
         listed = "; ".join(f"{client.url} {absence.reason}" for client, absence in self._gone.items())
