@@ -44,7 +44,7 @@ def stream(*events: str) -> str:
 
 
 class Peer:
-    """Answers as vLLM's server does, but for what a test sets in ``says``: a text, or a status and a text, or a function."""
+    """Answers as vLLM's server does, but for what a test sets in ``says``: a text, a status and a text, a list, a function."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict, str | None]] = []
@@ -72,6 +72,13 @@ class Peer:
                 if path == "/v1/completions" and "stream" not in body:
                     said = "{}"  # the question whether it knows the last token
                 said = said() if callable(said) else said
+                if isinstance(said, list):  # slowly, a piece a second
+                    self.send_response(200)
+                    self.end_headers()
+                    for piece in said:
+                        self.wfile.write(piece.encode())
+                        time.sleep(1)
+                    return
                 status, text = said if isinstance(said, tuple) else (200, said)
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text.encode())))
@@ -83,7 +90,11 @@ class Peer:
             def log_message(self, *_) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_) -> None:
+                """Of those who don't wait for an answer."""
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -314,6 +325,17 @@ def test_an_answer_that_is_none_is_asked_for_elsewhere(peer, start, said, reason
     second.close()
 
 
+def test_one_that_is_slow_is_waited_for(peer, start):
+    """Longer than it may show nothing; now and then its health isn't told in time, but never twice in a row."""
+    engine = start(peer.url)
+    looks = iter(range(1000))
+    peer.says["/health"] = lambda: time.sleep(2 * (next(looks) % 2 == 0)) or ""
+    peer.says["/v1/completions"] = [*stream(event([5]), event([6]), event([0], reason="stop")).split("\n", 5)]
+    peer.says["/v1/completions"] = [piece + "\n" for piece in peer.says["/v1/completions"]]
+    (completion,) = engine.generate(prompts_of(prepared_tokenizer())[:1], Sampling(4))
+    assert completion.ids == (5, 6, 0) and engine.tallies[-1].lost == 0
+
+
 def test_a_request_that_no_server_takes_stops_the_run(peer, start):
     engine = start(peer.url)
     peer.says["/v1/completions"] = (400, '{"error": "top_k"}')
@@ -367,8 +389,7 @@ def test_an_answer_to_what_was_asked_before_is_not_taken(peer, start):
 def test_one_that_comes_back_as_another_is_not_used(peer, start):
     second = Peer()
     engine = start(peer.url, second.url)
-    second.says["/v1/completions"] = (500, "oh")
-    second.says["/v1/models"] = (401, "who are you?")
+    second.says["/v1/completions"] = second.says["/v1/models"] = (401, "who are you?")
     assert len(engine.generate(prompts_of(prepared_tokenizer())[:2], Sampling(4))) == 2
     end = time.monotonic() + 30
     while "wants another key" not in engine.crew._gone[engine.crew.clients[1]].reason:

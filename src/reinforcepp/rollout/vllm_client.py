@@ -46,6 +46,10 @@ class Failed(Fault):
     """It is there, and failed to do what it was asked."""
 
 
+class Unfit(RolloutError):
+    """It isn't a server that can be trained against: at the start a mistake of the user's."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long a server is waited for, in seconds."""
@@ -93,7 +97,8 @@ class Facts:
 class VllmClient:
     """A server at ``url``, spoken to with ``key``; for one thread at a time.
 
-    Its methods raise a ``Fault`` where the server can't be used now, and a ``RolloutError`` where it never can.
+    Its methods raise a ``Fault`` where the server can't be used now, ``Unfit`` where it never can, and another ``RolloutError``
+    where no server could do what is asked.
     """
 
     def __init__(self, url: str, key: str | None, need: Need, patience: Patience) -> None:
@@ -165,7 +170,7 @@ class VllmClient:
             try:
                 facts = _facts(listed, version, info)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise RolloutError(
+                raise Unfit(
                     f"What {self.url} says of itself isn't what a server of vLLM {TESTED}x says: {error!r}."
                 ) from error
             if not facts.version.startswith(TESTED):
@@ -246,9 +251,7 @@ class VllmClient:
         """What the server says, if it is an answer."""
         status, said = response.status_code, response.text[:SHOWN]
         if status in (401, 403):
-            raise RolloutError(
-                f"The vLLM server {self.url} wants another key: set {KEY} to the one that it was started with."
-            )
+            raise Unfit(f"The vLLM server {self.url} wants another key: set {KEY} to the one that it was started with.")
         if status == 404:
             self._refuse(f"doesn't offer {response.url.path}")
         if 400 <= status < 500 and status not in (408, 425, 429):
@@ -260,10 +263,10 @@ class VllmClient:
         try:
             return response.json()
         except ValueError as error:
-            raise RolloutError(f"At {self.url} is something else than a vLLM server; it said {said!r}.") from error
+            raise Unfit(f"At {self.url} is something else than a vLLM server; it said {said!r}.") from error
 
     def _refuse(self, why: str) -> None:
-        raise RolloutError(
+        raise Unfit(
             f"The vLLM server {self.url} {why}: start it by `{training_command(self.need.model, self.need.max_length)}`."
         )
 
@@ -354,6 +357,8 @@ def _cause(error: BaseException) -> str:
         return "nothing came in time"
     deepest, inner = str(error) or type(error).__name__, error.__cause__ or error.__context__
     while inner is not None:
+        if isinstance(inner, ssl.SSLError):
+            return str(inner)  # its number is none of the system's
         if isinstance(inner, OSError) and inner.errno:
             deepest = os.strerror(inner.errno) if inner.errno > 0 else str(inner.strerror)
         inner = inner.__cause__ or inner.__context__

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -21,6 +22,8 @@ from reinforcepp.rollout.vllm_weights import weights_for_vllm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+CLOSE_SECONDS = 10
 
 
 class ByNccl:
@@ -45,7 +48,8 @@ class ByNccl:
     def close(self) -> None:
         """Leave the groups."""
         for group in self._groups.values():
-            group.engine.shutdown()
+            with suppress(Fault):  # who is gone doesn't take part
+                _within(CLOSE_SECONDS, group.engine.shutdown)
         self._groups.clear()
 
 
@@ -130,3 +134,5 @@ def _within(seconds: float, work: Callable[[], None]) -> None:
         future.result(timeout=seconds)
     except TimeoutError as error:
         raise Fault(f"hasn't taken over the weights within {seconds:g} s") from error
+    except RuntimeError as error:  # NCCL's own
+        raise Fault(f"can't take over the weights by NCCL ({error})") from error

@@ -26,7 +26,7 @@ from reinforcepp.processes import started
 from reinforcepp.rollout.canary import NEW_TOKENS, PROBE_TOKENS
 from reinforcepp.rollout.engine import check_prompts, grown
 from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
-from reinforcepp.rollout.vllm_client import Failed, Fault, Need, Patience, VllmClient
+from reinforcepp.rollout.vllm_client import Failed, Fault, Need, Patience, Unfit, VllmClient
 from reinforcepp.rollout.vllm_nccl import ByNccl
 from reinforcepp.rollout.vllm_server import KEY, environment_key
 from reinforcepp.rollout.vllm_weights import EXTENSION, InFiles, InMessages, Way
@@ -310,9 +310,9 @@ class ServerCrew:
         except Fault as fault:
             return self._lose(client, str(fault), task)
         except RolloutError as error:
-            if task == "answer" or strict:
+            if strict or (task == "answer" and not isinstance(error, Unfit)):
                 raise
-            return self._lose(client, f"is back and can't be used: {error}", task)
+            return self._lose(client, f"can't be used any more: {error}", task)
         if task == "answer":
             return Answered(client, result)
         if task == "check":
