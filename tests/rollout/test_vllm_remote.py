@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 import signal
 import threading
@@ -36,9 +35,11 @@ GREEDY = Sampling(24, temperature=0)
 SHORT = Patience(connect=2, beat=0.5, health=2, work=60, gone=5)
 
 
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", KEY)
+@pytest.fixture(scope="module", autouse=True)
+def key():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,6 @@ def engine_of(served, tmp_path_factory):
 
     def engine(*numbers: int) -> VllmServerEngine:
         if numbers not in made:
-            os.environ["VLLM_API_KEY"] = KEY
             model = prepared_model(tied=numbers != (1,))
             made[numbers] = VllmServerEngine(
                 [served[number].url for number in numbers],
@@ -190,7 +190,6 @@ def test_a_folder_that_the_server_does_not_see_is_told_and_breaks_nothing(engine
     with pytest.raises(RolloutError, match=r"doesn't see the folder .*elsewhere.*put output_dir on a disk that both"):
         files.send(engine.crew.clients[0])
     monkeypatch.undo()
-    os.environ["VLLM_API_KEY"] = KEY
     check_sync(engine, model, tokenizer)
 
 
@@ -291,7 +290,6 @@ def test_one_that_is_well_and_does_nothing_is_lost(served, engine_of, monkeypatc
         for worker in workers:
             worker.resume()
     monkeypatch.undo()
-    os.environ["VLLM_API_KEY"] = KEY
     wait_until(engine, 1)
 
 

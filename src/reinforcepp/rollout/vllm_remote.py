@@ -136,7 +136,8 @@ class _Absence:
 
     reason: str
     again_at: float
-    pause: float = FIRST_PAUSE
+    pause: float
+    """How long it was left alone after its last fault, in seconds."""
 
 
 class ServerCrew:
