@@ -113,7 +113,9 @@ UPWARD: dict[tuple[str, str], str] = {}
 
 # Engines that these files alone may name.
 ONLY_IN = {
-    "vllm": {f"rollout/vllm_{part}.py" for part in ("integration", "adapter", "cpu", "server", "support")},
+    "vllm": {
+        f"rollout/vllm_{part}.py" for part in ("integration", "adapter", "cpu", "nccl", "server", "support", "worker")
+    },
     "accelerate": {"distributed.py"},
     "ray": {"rollout/ray_pool.py"},
 }

@@ -25,7 +25,7 @@ from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.learner import Learner
 from reinforcepp.logprobs import CHUNK_BYTES, response_logprobs
 from reinforcepp.plan import machine, memory, report, search, timing
-from reinforcepp.plan.command import make_plan
+from reinforcepp.plan.command import _engine, make_plan
 from reinforcepp.plan.memory import Job, Rows
 from reinforcepp.plan.shapes import Pass, Shape, Size, asked_shape, trained_shape
 from reinforcepp.plan.trace import Line, Live, Peak, peak_of
@@ -451,6 +451,16 @@ def test_vllm_holds_its_own_weights_all_the_time_on_a_cpu_only():
     everywhere, rollout_only = memory.phases(here, rows()), memory.phases(there, rows())
     assert all("vLLM's weights" in parts for parts in everywhere.values())
     assert [name for name, parts in rollout_only.items() if "vLLM's weights" in parts] == ["rollout"]
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_what_servers_take_elsewhere_is_not_counted(gpus):
+    assert memory.generating(job(gpus=gpus, engine="servers"), rows()) == {}
+    asked = config(rollout="vllm://a:1,b:2")
+    assert _engine(asked) == (
+        "servers",
+        "Completions come from vLLM's servers: what they take and how long isn't counted.",
+    )
 
 
 def test_the_rollout_batch():
@@ -920,6 +930,8 @@ def test_the_models_among_the_rewards_take_memory_and_time_and_nothing_else_does
     one = make_plan(replace(own, rewards=("0.5*model", "rule:length")))
     two = make_plan(replace(own, rewards=("0.5*model", "./model")))
     assert [plan.job.reward.parameters for plan in (one, two)] == [size, 2 * size]
+    elsewhere = make_plan(replace(own, rewards=("0.5*model",), rollout="ray://auto", reward_workers=1))
+    assert elsewhere.job.reward.parameters == 0
     assert two.job.reward.row_flops == 2 * one.job.reward.row_flops > 0
     assert two.job.reward.score.peak.at(64) == one.job.reward.score.peak.at(64) != without.job.reward.score.peak.at(64)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer, checkpoint
 from reinforcepp.config import RewardModelConfig
-from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.errors import ConfigError, EngineLost, ModelError
 from reinforcepp.models import load_policy
 from reinforcepp.observe.interrupt import Interrupted
 from reinforcepp.preparation import encode
@@ -123,6 +123,26 @@ def test_a_signal_while_completions_are_made_does_not_wait_for_them(base, tmp_pa
         run.train()
     assert (stop.value.exit_code, str(stop.value)) == (130, "after step 2 of 4")
     assert run.engine is not None and steps(tmp_path / "run")[-1] == "step-000002"
+    trainer(base, tmp_path / "run", resume=True).train()
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["generate", "load_weights"])
+def test_an_engine_that_is_lost_costs_nothing(base, tmp_path, method):
+    """In the second step, where it begins or where it ends."""
+    trainer(base, tmp_path / "whole").train()
+    run, calls = trainer(base, tmp_path / "run"), []
+    inner = getattr(run.engine, method)
+
+    def lost(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise EngineLost("Nobody is left.")
+        return inner(*given)
+
+    setattr(run.engine, method, lost)
+    with pytest.raises(EngineLost, match=r"Nobody is left. The run is saved after step 1 of 4: go on with --resume."):
+        run.train()
     trainer(base, tmp_path / "run", resume=True).train()
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 

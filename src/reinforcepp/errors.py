@@ -5,6 +5,7 @@
     ├── DataError               a data file can't be read or holds too little that is usable
     ├── ModelError              a model folder or name can't be used for what was asked
     ├── RolloutError            generation failed or the engine is out of step with the trainer
+    │   └── EngineLost          whoever generated is gone; what was trained until then is as it should be
     ├── RewardError             a reward function or a reward server failed
     └── TrainingDiverged        training was stopped because going on would be pointless
         └── UnusableUpdate      one update can't be made; training leaves it out, and stops after several in a row
@@ -37,6 +38,10 @@ class ModelError(ReinforceError):
 
 class RolloutError(ReinforceError):
     """Generation failed, or the engine doesn't hold the trainer's weights."""
+
+
+class EngineLost(RolloutError):
+    """Nobody is left to generate: training can go on where others are."""
 
 
 class RewardError(ReinforceError):

@@ -22,7 +22,7 @@ from reinforcepp.critic import Critic
 from reinforcepp.data import prompt_rows
 from reinforcepp.distributed import Ranks, check_trackers, join
 from reinforcepp.environment import environment
-from reinforcepp.errors import DataError, RewardError, TrainingDiverged, UnusableUpdate
+from reinforcepp.errors import DataError, EngineLost, RewardError, TrainingDiverged, UnusableUpdate
 from reinforcepp.evaluation import Evaluation, evaluate
 from reinforcepp.files import write_json
 from reinforcepp.framing import framed
@@ -151,7 +151,7 @@ class ReinforceTrainer:
 
         Raises:
             TrainingDiverged: a guardrail stopped the run; the trainer then has the last checkpoint's weights.
-            RewardError: a reward function or server failed, and a checkpoint is saved.
+            RewardError, EngineLost: no scores or no completions come any more, and a checkpoint is saved.
             KeyboardInterrupt: a signal stopped it, and a checkpoint is saved.
         """
         with stop_signals() as self._stop, Watchdog(self.folder, self.config.watchdog_seconds) as self._watchdog:
@@ -161,8 +161,8 @@ class ReinforceTrainer:
                 self._finish()
             except StopAsked as stop:
                 raise Interrupted(self._keep(), self._stop.exit_code) from stop
-            except RewardError as error:
-                raise RewardError(f"{error} The run is saved {self._keep()}: go on with --resume.") from error
+            except (RewardError, EngineLost) as error:
+                raise type(error)(f"{error} The run is saved {self._keep()}: go on with --resume.") from error
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error} {self.run.to_last_good()}") from error
             finally:
@@ -352,18 +352,18 @@ class ReinforceTrainer:
             self._evaluate(when)
 
     def _start_engine(self, choice: EngineChoice) -> RolloutEngine:
-        config = self.config
-        if config.rollout == "auto":
+        if self.config.rollout == "auto":
             say(f"Completions come from {choice.name}: {choice.reason}.")
         return start_engine(
             choice,
             self.policy,
             self.tokenizer,
-            max_length=config.max_prompt_length + config.max_new_tokens,
-            batch_size=config.rollout_batch_size,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-            workers=config.rollout_workers,
-            reserved=config.reward_workers * len(self.rewards.trained),
+            max_length=self.config.max_prompt_length + self.config.max_new_tokens,
+            batch_size=self.config.rollout_batch_size,
+            gpu_memory_utilization=self.config.vllm_gpu_memory_utilization,
+            workers=self.config.rollout_workers,
+            reserved=self.config.reward_workers * len(self.rewards.trained),
+            folder=self.folder,
         )
 
     # --- stopping, keeping, going back ------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from typing import Any
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import PARTIAL, write_json
 
+HANDED_OVER = f"rollout_weights{PARTIAL}"
+"""Weights on their way to a server; there only while a training runs."""
 RUN_FILE = "run.json"
 REWARD_CARD = "reward_model.json"
 MARKS = (RUN_FILE, REWARD_CARD)  # a folder without one of them is none of ours, whatever else is in it
@@ -29,6 +31,7 @@ OURS = (
     "report.html",
     "checkpoints",
     "model.partial",
+    HANDED_OVER.removesuffix(PARTIAL),
     "policy",
     "reward_model",
     "result.json",

@@ -19,6 +19,9 @@ DEFAULT_MICRO_BATCH = 8
 ENGINES = ("auto", "transformers", "vllm")
 RAY = "ray://"
 RAY_ADDRESS = re.compile(r"ray://(auto|local|[^\s/:]+:\d{1,5})")
+SERVERS = {"vllm://": "http://", "vllm+https://": "https://"}
+SERVER = r"([^\s/:,@\[\]]+|\[[0-9a-fA-F:.]+\]):\d{1,5}"
+SERVER_ADDRESSES = re.compile(rf"vllm(\+https)?://{SERVER}(,{SERVER})*")
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,9 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     top_k: int = 0
     """Top-k sampling of rollouts; 0 is off. Anything else biases the policy ratio."""
     rollout: str = "auto"
-    """Engine that generates the rollouts: transformers, vllm, or a pool of them by Ray: ray://auto for the cluster that this
-    machine is part of, ray://local, ray://HOST:PORT. auto takes vLLM where it is installed and runs the model, else
-    transformers."""
+    """Engine that generates the rollouts: transformers, vllm, a pool of them by Ray: ray://auto for the cluster that this
+    machine is part of, ray://local, ray://HOST:PORT, or servers that `vllm serve` runs: vllm://HOST:PORT,HOST:PORT, with
+    the key in VLLM_API_KEY. auto takes vLLM where it is installed and runs the model, else transformers."""
     rollout_workers: int = 0
     """Only Ray: engines in the pool, at most; 0 is one for each GPU of the cluster or, where it has none, for each CPU."""
     reward_workers: int = 0
@@ -252,19 +255,33 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
 def check_rollout(config: ReinforceConfig) -> None:
     """Check what names the engine."""
     named, pool = config.rollout, config.rollout.startswith(RAY)
-    if named not in ENGINES and not RAY_ADDRESS.fullmatch(named):
+    if named not in ENGINES and not RAY_ADDRESS.fullmatch(named) and not SERVER_ADDRESSES.fullmatch(named):
         raise ConfigError(
-            f"rollout must be one of {', '.join(ENGINES)}, or {RAY}auto, {RAY}local, {RAY}HOST:PORT, not {named!r}."
-            f"{nearest(named, [*ENGINES, RAY + 'auto', RAY + 'local'])}"
+            f"rollout must be one of {', '.join(ENGINES)}, or {RAY}auto, {RAY}local, {RAY}HOST:PORT, "
+            f"vllm://HOST:PORT,HOST:PORT, not {named!r}.{nearest(named, [*ENGINES, RAY + 'auto', RAY + 'local'])}"
         )
+    servers = server_addresses(named)
+    for address in servers:
+        if int(address.rpartition(":")[2]) not in range(1, 1 << 16) or servers.count(address) > 1:
+            raise ConfigError(f"rollout names {address}, which is no port or named twice: give each server once.")
     not_negative(config, "rollout_workers", "reward_workers", "staleness")
     if config.staleness and named in ("auto", "vllm"):
         raise ConfigError(
             f"With staleness, completions are generated while the trainer computes, which rollout {named} can't: use one that "
-            "has processes of its own, --rollout ray://local, or a copy of the model in this one, --rollout transformers."
+            "has processes of its own, --rollout ray://local or vllm://HOST:PORT, or a copy of the model in this one, --rollout "
+            "transformers."
         )
     for setting in ("rollout_workers", "reward_workers"):
         if getattr(config, setting) and not pool:
             raise ConfigError(f"{setting} is a setting of {RAY} pools, and rollout is {named}: leave one of them out.")
-    if pool and config.load_in_4bit:
-        raise ConfigError("Weights of 4 bits can't be handed to a Ray pool: use --rollout transformers, or auto.")
+    if (pool or servers) and config.load_in_4bit:
+        whom = "a Ray pool" if pool else "vLLM's servers"
+        raise ConfigError(f"Weights of 4 bits can't be handed to {whom}: use --rollout transformers, or auto.")
+
+
+def server_addresses(rollout: str) -> list[str]:
+    """Where the servers are that ``rollout`` names, if it names any."""
+    for prefix, scheme in SERVERS.items():
+        if rollout.startswith(prefix):
+            return [scheme + address for address in rollout.removeprefix(prefix).split(",")]
+    return []

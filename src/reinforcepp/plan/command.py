@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from reinforcepp.config import PlanConfig
-from reinforcepp.config.reinforce import RAY
+from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import check_context, load_config
 from reinforcepp.plan import report
@@ -100,10 +100,11 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
     said.append(reason)
     judge = config.judge_name
     sources = [parse_source(text) for text in config.reward_sources]
+    models = [source.target for source in sources if source.kind == "model"]
     said += [f"What {source.target} takes for itself isn't counted." for source in sources if source.kind == "function"]
     return Job(
         policy=trained_shape(policy_config, dtype, size, config, early=early, offload=offload),
-        reward=together([asked(source.target, "reward model") for source in sources if source.kind == "model"]),
+        reward=together([] if config.reward_workers else [asked(model, "reward model") for model in models]),
         critic=trained_shape(policy_config, dtype, size, config, early=early, offload=offload, values=True)
         if config.recipe.critic
         else None,
@@ -124,6 +125,8 @@ def _engine(config: PlanConfig) -> tuple[EngineName, str]:
             "ray",
             "Completions come from a pool of Ray workers elsewhere: what they take and how long isn't counted.",
         )
+    if server_addresses(config.rollout):
+        return "servers", "Completions come from vLLM's servers: what they take and how long isn't counted."
     installed = importlib.util.find_spec("vllm") is not None
     if config.load_in_4bit:
         return "transformers", "Completions come from transformers, because vLLM can't share weights of 4 bits."

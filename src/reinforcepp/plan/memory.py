@@ -161,6 +161,8 @@ def generating(job: Job, rows: Rows) -> dict[str, float]:
     """Rollouts of a step or of an evaluation, whichever takes more."""
     if job.engine == "vllm":
         return by_vllm(job, rows) if job.gpus else {}
+    if job.engine == "servers":
+        return {}
     if job.engine == "ray":
         return {} if job.gpus else {"weights handed out": float(job.dtype.itemsize * job.policy.parameters)}
     sets = [(min(rows.step, rows.at_a_time), rows.prompts)]

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from reinforcepp.config.reinforce import RAY
+from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import context_length
 from reinforcepp.rollout.canary import NEW_TOKENS, PROBE_TOKENS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from reinforcepp.rollout.engine import RolloutEngine
 
-EngineName = Literal["transformers", "vllm", "ray"]
+EngineName = Literal["transformers", "vllm", "ray", "servers"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,14 @@ class EngineChoice:
     name: EngineName
     reason: str
     address: str = ""
-    """Of the cluster, for Ray."""
+    """Of the cluster, for Ray; of the servers, as it was given, for vLLM's."""
 
 
 def choose_engine(wanted: str, config: PreTrainedConfig, dtype: torch.dtype) -> EngineChoice:
     """``auto`` is vLLM where it can run the model, else transformers; anything else is what was asked for.
 
     Args:
-        wanted: ``auto``, ``transformers``, ``vllm`` or ``ray://`` with an address.
+        wanted: ``auto``, ``transformers``, ``vllm``, or ``ray://`` or ``vllm://`` with an address.
         config: the model's.
         dtype: what the engine's copy of the weights would have.
 
@@ -43,6 +45,8 @@ def choose_engine(wanted: str, config: PreTrainedConfig, dtype: torch.dtype) -> 
     """
     if wanted.startswith(RAY):
         return EngineChoice("ray", "asked for", wanted.removeprefix(RAY))
+    if server_addresses(wanted):
+        return EngineChoice("servers", "asked for", wanted)
     if wanted == "transformers":
         return EngineChoice("transformers", "asked for")
     from reinforcepp.rollout.vllm_support import vllm_status
@@ -65,8 +69,12 @@ def start_engine(
     gpu_memory_utilization: float | None = None,
     workers: int = 0,
     reserved: int = 0,
+    folder: Path | None = None,
 ) -> RolloutEngine:
-    """The chosen engine with ``model``'s weights, for sequences of up to ``max_length`` tokens."""
+    """The chosen engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
+
+    ``folder`` is where servers find the weights.
+    """
     if choice.name == "ray":
         from reinforcepp.rollout.ray_pool import RayEngine
 
@@ -78,6 +86,14 @@ def start_engine(
             max_length=max_length,
             batch_size=batch_size,
             reserved=reserved,
+        )
+    if choice.name == "servers":
+        from reinforcepp.rollout.vllm_remote import VllmServerEngine
+
+        assert folder is not None, "servers get weights through a folder"
+        addresses = server_addresses(choice.address)
+        return VllmServerEngine(
+            addresses, model, tokenizer, max_length=max_length, batch_size=batch_size, folder=folder
         )
     if choice.name == "vllm":
         from reinforcepp.rollout.vllm_integration import VllmEngine

@@ -77,6 +77,12 @@ def completed(
     return Completion(prompt, tuple(ids), tuple(logprobs), str(text).strip(), "stop" if ended else "length")
 
 
+def grown(tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int], whole: Completion) -> Iterator[Completion]:
+    """What a stream of ``whole`` would have been, where an engine gives answers only when they are whole."""
+    for length in range(1, len(whole.ids) + 1):
+        yield completed(tokenizer, eos_ids, whole.prompt, whole.ids[:length], whole.logprobs[:length])
+
+
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Put back the global random state of torch, NumPy and Python."""

@@ -15,10 +15,10 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import EngineLost, RolloutError
 from reinforcepp.models import context_length, eos_ids
 from reinforcepp.processes import started
-from reinforcepp.rollout.engine import check_prompts, completed
+from reinforcepp.rollout.engine import check_prompts, grown
 from reinforcepp.rollout.ray_worker import Packed, Recipe, Worker, pack
 from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
 from reinforcepp.rollout.weights import named_config
@@ -100,8 +100,7 @@ class RayEngine:
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; it comes when it is whole, and then bit by bit."""
         (whole,) = self.generate([prompt], sampling)
-        for length in range(1, len(whole.ids) + 1):
-            yield completed(self.tokenizer, self.eos_ids, prompt, whole.ids[:length], whole.logprobs[:length])
+        yield from grown(self.tokenizer, self.eos_ids, whole)
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
@@ -268,7 +267,7 @@ class RayCrew:
             return
         resources = self._ray.cluster_resources()
         lost = f" The last one was lost with: {reason}" if reason else ""
-        raise RolloutError(
+        raise EngineLost(
             f"No {self._worker.kind} worker was ready within {START_SECONDS} seconds; the cluster has "
             f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at "
             f"`ray status`.{lost}"

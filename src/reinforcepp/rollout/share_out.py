@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import EngineLost
 
 A = TypeVar("A")
 W = TypeVar("W", bound=Hashable)
@@ -127,7 +127,7 @@ def share_out(crew: Crew[W, A], number: int, most: int) -> tuple[list[A], Tally]
     """Have ``number`` prompts answered by ``crew``, at most ``most`` at a time by each; the answers are in their order.
 
     Raises:
-        RolloutError: one worker after the other is lost without having answered anything.
+        EngineLost: one worker after the other is lost without having answered anything.
     """
     board: Board[W, A] = Board(number, most)
     tally = Tally()
@@ -151,7 +151,7 @@ def share_out(crew: Crew[W, A], number: int, most: int) -> tuple[list[A], Tally]
             tally.reasons.append(event.reason)
             in_a_row += 1
             if in_a_row > max(LOSSES, LOSSES_EACH * most_at_once):
-                raise RolloutError(
+                raise EngineLost(
                     f"{in_a_row} rollout workers were lost one after the other without an answer, the last with: "
                     f"{event.reason}"
                 )

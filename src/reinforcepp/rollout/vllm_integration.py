@@ -24,12 +24,12 @@ from torch import Tensor
 from reinforcepp import models
 from reinforcepp.adapters import WithoutAdapter, full_weights
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept, request_seed
+from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept
 from reinforcepp.rollout.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.transfer import send_weights
 from reinforcepp.rollout.vllm_adapter import AdapterCopy, takes_adapter
 from reinforcepp.rollout.vllm_cpu import spare_work
-from reinforcepp.rollout.vllm_support import has_output_layer, import_vllm, vllm_status
+from reinforcepp.rollout.vllm_support import has_output_layer, import_vllm, sampling_settings, vllm_status
 from reinforcepp.rollout.weights import named_config, saved_eos_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -308,19 +308,8 @@ class VllmEngine:
     def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=request_seed(sampling.seed, prompt.key, sample),
-            logprobs=0,
-            flat_logprobs=True,
-            ignore_eos=True,
-            stop_token_ids=sorted(self.eos_ids),
-            detokenize=False,
-        )
+        settings = sampling_settings(sampling, prompt, sample, self.eos_ids)
+        return SamplingParams(**settings, flat_logprobs=True, detokenize=False)
 
     def _restart(self, error: Exception) -> None:
         """Start again with the current weights after a failure in the middle of a batch; the batch is then done again.

@@ -88,6 +88,12 @@ def server_environment(given: Mapping[str, str], key: str | None) -> dict[str, s
     return quiet | kept | ({KEY: key} if key else {})
 
 
+def training_command(model: str, max_length: int) -> str:
+    """How a user starts a server to train against."""
+    flags = f"--max-model-len {max_length} --logprobs-mode processed_logprobs"
+    return f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} {flags}"
+
+
 def vllm_is_for_gpus() -> bool:
     """Whether the installed vLLM runs on GPUs; it must be installed."""
     from vllm.platforms import current_platform

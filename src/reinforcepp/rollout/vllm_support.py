@@ -1,4 +1,4 @@
-"""Whether vLLM is there and runs a model, and how it is imported."""
+"""Whether vLLM is there and runs a model, how it is imported, and how it is asked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reinforcepp import models
-from reinforcepp.rollout.engine import random_state_kept
+from reinforcepp.rollout.engine import random_state_kept, request_seed
 from reinforcepp.rollout.memory import head_size
+from reinforcepp.types import Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -81,9 +82,27 @@ def model_class(architecture: str) -> type | None:
 
 def has_output_layer(architecture: str) -> bool:
     """Whether vLLM's model has one beside the embeddings: Gemma's has none, and can't be given weights for it."""
+    if importlib.util.find_spec("vllm") is None:  # here, though a server elsewhere has it
+        return not architecture.startswith("Gemma")
+    import_vllm()
     found = model_class(architecture)
     if found is None:
         return True
     own = [vars(part) for part in found.__mro__ if part.__module__.startswith("vllm.")]
     makers = [names["__init__"] for names in own if "__init__" in names]
     return any("self.lm_head" in inspect.getsource(maker) for maker in makers)
+
+
+def sampling_settings(sampling: Sampling, prompt: Prompt, sample: int, eos_ids: frozenset[int]) -> dict[str, Any]:
+    """How vLLM is asked for one completion, in this process or by a server."""
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": request_seed(sampling.seed, prompt.key, sample),
+        "logprobs": 0,
+        "ignore_eos": True,
+        "stop_token_ids": sorted(eos_ids),
+    }

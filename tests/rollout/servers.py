@@ -1,0 +1,133 @@
+"""Real ``vllm serve`` processes on this CPU, one of them in a network of its own where that can be made."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
+
+import pytest
+import torch
+
+from reinforcepp.models import load_config
+from reinforcepp.rollout.vllm_server import server_command, server_environment
+
+SOURCE = Path(__file__).parents[2] / "src"
+KEY = "sk-quite-secret"
+START_SECONDS = 400
+
+
+class Network:
+    """A network namespace behind a cable that can be pulled out; ``host`` is the address in it."""
+
+    def __init__(self) -> None:
+        self.name, self.cable = f"rollout-{os.getpid()}", f"veth{os.getpid()}"
+        self.host = f"10.231.{os.getpid() % 250}.2"
+        here = self.host.removesuffix("2") + "1"
+        self._ip("netns", "add", self.name)
+        self._ip("link", "add", self.cable, "type", "veth", "peer", "name", "inside", "netns", self.name)
+        self._ip("addr", "add", f"{here}/24", "dev", self.cable)
+        self._ip("-n", self.name, "addr", "add", f"{self.host}/24", "dev", "inside")
+        for link in (["-n", self.name, "link", "set", "lo"], ["-n", self.name, "link", "set", "inside"]):
+            self._ip(*link, "up")
+        self.mend()
+
+    def cut(self) -> None:
+        self._ip("link", "set", self.cable, "down")
+
+    def mend(self) -> None:
+        self._ip("link", "set", self.cable, "up")
+
+    def remove(self) -> None:
+        self._ip("link", "del", self.cable)
+        self._ip("netns", "del", self.name)
+
+    @staticmethod
+    def _ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def network() -> Network | None:
+    """None where this user or this machine can't make one."""
+    try:
+        return Network()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Served:
+    """A server on a model folder, started and not yet waited for."""
+
+    def __init__(self, log: Path, model: Path, *flags: str, network: Network | None = None) -> None:
+        self.host, self.port, self.log = (network.host if network else "127.0.0.1"), free_port(), log
+        self.command = server_command(
+            str(model),
+            load_config(str(model)),
+            torch.float32,
+            host=self.host,
+            port=self.port,
+            name="served",
+            max_length=256,
+            batch_size=64,
+            chat_template=None,
+            on_gpu=torch.cuda.is_available(),
+        )
+        self.command += ["--logprobs-mode=processed_logprobs", *flags]
+        if network:
+            self.command = ["ip", "netns", "exec", network.name, *self.command]
+        self.environment = server_environment(os.environ, KEY) | {
+            "PYTHONPATH": str(SOURCE),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_SERVER_DEV_MODE": "1",
+        }
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.signal(signal.SIGKILL)
+                pytest.fail(self.log.read_text(errors="replace")[-3000:])
+            time.sleep(0.3)
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    def signal(self, number: int) -> None:
+        """To it and all that belongs to it."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait(timeout=60)
+
+    def _answers(self) -> bool:
+        try:
+            with build_opener(ProxyHandler({})).open(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (URLError, OSError):
+            return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

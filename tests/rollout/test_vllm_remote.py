@@ -1,0 +1,400 @@
+"""Rollouts by vLLM servers: the engines' contract over HTTP, weights that arrive, and servers that stop in every way."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import psutil
+import pytest
+import tiny
+import torch
+from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
+from rollout.servers import KEY, Served, network
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
+from reinforcepp.errors import RolloutError
+from reinforcepp.files import PARTIAL
+from reinforcepp.observe.answers import COMPLETIONS, read_answers
+from reinforcepp.rollout import vllm_remote
+from reinforcepp.rollout.canary import check_sync
+from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.rollout.vllm_client import Patience
+from reinforcepp.rollout.vllm_remote import VllmServerEngine
+from reinforcepp.rollout.vllm_weights import EXTENSION
+from reinforcepp.types import Sampling
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+GREEDY = Sampling(24, temperature=0)
+SHORT = Patience(connect=2, beat=0.5, health=2, work=60, gone=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def key():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cable():
+    made = network()
+    yield made
+    if made is not None:
+        made.remove()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, cable):
+    """One as ``vllm serve`` starts it, with tied weights, and one with our extension, untied, behind the cable."""
+    folder = tmp_path_factory.mktemp("served")
+    tied, untied = tiny.save(folder / "tied", seed=3), tiny.save(folder / "untied", seed=3, tied=False)
+    both = [
+        Served(folder / "plain.log", tied),
+        Served(folder / "extended.log", untied, f"--worker-extension-cls={EXTENSION}", network=cable),
+    ]
+    try:
+        for server in both:
+            server.wait()
+        yield both
+    finally:
+        for server in both:
+            server.end()
+
+
+@pytest.fixture(scope="module")
+def engine_of(served, tmp_path_factory):
+    """An engine on the servers with these numbers, made once."""
+    made = {}
+
+    def engine(*numbers: int) -> VllmServerEngine:
+        if numbers not in made:
+            model = prepared_model(tied=numbers != (1,))
+            made[numbers] = VllmServerEngine(
+                [served[number].url for number in numbers],
+                model,
+                prepared_tokenizer(),
+                max_length=200,
+                batch_size=16,
+                folder=tmp_path_factory.mktemp("run"),
+                patience=SHORT,
+            )
+        return made[numbers]
+
+    yield engine
+    for each in made.values():
+        each.close()
+
+
+@pytest.fixture
+def both(engine_of, monkeypatch):
+    monkeypatch.setattr(vllm_remote, "FIRST_PAUSE", 0.5)
+    monkeypatch.setattr(vllm_remote, "LONGEST_PAUSE", 1.0)
+    engine = engine_of(0, 1)
+    engine.load_weights(prepared_model())
+    wait_until(engine, 2)
+    return engine
+
+
+def wait_until(engine: VllmServerEngine, number: int) -> None:
+    """So many servers are ready; asking is what brings them back."""
+    end = time.monotonic() + 60
+    while len(engine.crew.ready()) < number:
+        assert time.monotonic() < end, engine.crew._gone
+        engine.crew._next()
+
+
+def expected(model, prompts, sampling=GREEDY):
+    return {p.key: [generate_plainly(model, p, sampling.max_new_tokens)] for p in prompts}
+
+
+class TestVllmServerEngine(EngineContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, engine_of, model):
+        engine = engine_of(0)
+        engine.load_weights(model)
+        return engine
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["tied, in files", "untied, in messages"])
+def test_each_update_arrives_and_one_that_does_not_is_seen(engine_of, monkeypatch, number):
+    engine, tokenizer = engine_of(number), prepared_tokenizer()
+    for seed in (6, 7):
+        model = prepared_model(seed=seed, tied=number == 0)
+        engine.load_weights(model)
+        assert check_sync(engine, model, tokenizer).tokens > 4
+    way = engine.crew._way(engine.crew.clients[0])
+    assert type(way).__name__ == ("InFiles", "InMessages")[number]
+    monkeypatch.setattr(way, "send", lambda server: None)
+    other = prepared_model(seed=8, tied=number == 0)
+    engine.load_weights(other)
+    with pytest.raises(RolloutError, match="out of step"):
+        check_sync(engine, other, tokenizer)
+
+
+def test_the_output_layer_is_part_of_an_update(engine_of):
+    """Of an untied model it has a copy of its own; of a tied one the server on a CPU has one, too."""
+    for number in (0, 1):
+        engine, tokenizer = engine_of(number), prepared_tokenizer()
+        model = prepared_model(tied=number == 0)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-1)
+        engine.load_weights(model)
+        check_sync(engine, model, tokenizer)
+
+
+def test_large_models_go_in_several_parts(engine_of, monkeypatch):
+    monkeypatch.setattr("reinforcepp.rollout.vllm_weights.CHUNK_BYTES", 50_000)
+    monkeypatch.setattr("reinforcepp.rollout.vllm_weights.MESSAGE_BYTES", 50_000)
+    for number in (0, 1):
+        engine, model = engine_of(number), prepared_model(seed=9, tied=number == 0)
+        engine.load_weights(model)
+        check_sync(engine, model, prepared_tokenizer())
+    assert len(list(engine_of(0).crew._files.path.glob("weights-*/*.safetensors"))) > 3
+
+
+def test_files_are_there_while_they_are_needed(served, tmp_path):
+    tokenizer, model = prepared_tokenizer(), prepared_model()
+    left = tmp_path / f"rollout_weights{PARTIAL}" / "weights-old"  # by a run that was killed
+    left.mkdir(parents=True)
+    engine = VllmServerEngine([served[0].url], model, tokenizer, max_length=200, folder=tmp_path)
+    assert not left.exists()
+    shutil.rmtree(left.parent)  # as a training does that begins
+    engine.crew._start_loading(engine.crew.clients[0])
+    wait_until(engine, 1)
+    check_sync(engine, model, tokenizer)
+    for _ in range(2):
+        engine.load_weights(model)
+        (present,) = left.parent.glob("weights-*")
+    assert (present / "model-00000.safetensors").stat().st_mode & 0o044, "a server may run as somebody else"
+    engine.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_the_server_does_not_see_is_told_and_breaks_nothing(engine_of, monkeypatch):
+    engine, tokenizer = engine_of(0), prepared_tokenizer()
+    model = prepared_model()
+    engine.load_weights(model)
+    files = engine.crew._files
+    monkeypatch.setattr(files, "path", files.path / "elsewhere")
+    with pytest.raises(RolloutError, match=r"doesn't see the folder .*elsewhere.*put output_dir on a disk that both"):
+        files.send(engine.crew.clients[0])
+    monkeypatch.undo()
+    check_sync(engine, model, tokenizer)
+
+
+def test_weights_of_another_training_are_not_answered_from(engine_of, both, caplog):
+    """Both use the plain server; each gets its own weights back when it notices."""
+    other, model = engine_of(0), prepared_model()
+    other.load_weights(prepared_model(seed=5))
+    prompts = prompts_of(prepared_tokenizer())
+    assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
+    assert both.tallies[-1].lost == 1 and "holds other weights" in both.tallies[-1].reasons[0]
+    assert "another training uses it" in caplog.text
+
+
+# --- whoever answers ------------------------------------------------------------------------------------------------
+
+
+def test_with_the_extension_a_server_draws_what_every_engine_draws(engine_of):
+    engine, model, tokenizer = engine_of(1), prepared_model(seed=5, tied=False), prepared_tokenizer()
+    engine.load_weights(model)
+    prompts, sampling = prompts_of(tokenizer), Sampling(12, num_samples=3, seed=2)
+    alone = TransformersEngine(model, tokenizer).generate(prompts, sampling)
+    assert [c.ids for c in engine.generate(prompts, sampling)] == [c.ids for c in alone]
+
+
+def test_prompts_are_shared_out_and_every_server_is_checked(both):
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    prompts = prompts_of(tokenizer, [f"Look at host {i}." for i in range(40)])
+    assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
+    assert both.tallies[-1].pieces >= 3 and both.tallies[-1].lost == 0
+    one = check_sync(TransformersEngine(model, tokenizer), model, tokenizer).tokens
+    assert check_sync(both, model, tokenizer).tokens == 2 * one
+
+
+def while_it_answers(engine: VllmServerEngine, number: int, strike, monkeypatch) -> None:
+    """Call ``strike`` when the server with that number has begun to answer."""
+    client, begun = engine.crew.clients[number], threading.Event()
+    inner = client._sample
+
+    async def sample(*arguments):
+        if not begun.is_set():
+            begun.set()
+            strike()
+        return await inner(*arguments)
+
+    monkeypatch.setattr(client, "_sample", sample)
+
+
+def test_one_that_is_stopped_is_lost_and_is_back_with_the_present_weights(served, both, monkeypatch, caplog):
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    prompts = prompts_of(tokenizer, [f"Look at host {i}." for i in range(24)])
+    while_it_answers(both, 0, lambda: served[0].signal(signal.SIGSTOP), monkeypatch)
+    try:
+        assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
+        tally = both.tallies[-1]
+        assert (tally.lost, tally.again > 0) == (1, True) and "no longer answers" in tally.reasons[0]
+        newer = prepared_model(seed=4)
+        both.load_weights(newer)
+        assert len(both.crew.ready()) == 1
+    finally:
+        served[0].signal(signal.SIGCONT)
+    wait_until(both, 2)
+    assert "is back, with the present weights" in caplog.text
+    one = check_sync(TransformersEngine(newer, tokenizer), newer, tokenizer).tokens
+    assert check_sync(both, newer, tokenizer).tokens == 2 * one
+
+
+def test_one_whose_network_is_cut_is_lost_and_is_back(cable, both, monkeypatch):
+    if cable is None:
+        pytest.skip("network namespaces need rights that this user or machine hasn't")
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    prompts = prompts_of(tokenizer, [f"Look at host {i}." for i in range(24)])
+    while_it_answers(both, 1, cable.cut, monkeypatch)
+    try:
+        assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
+        assert both.tallies[-1].lost == 1
+        both.load_weights(model)
+    finally:
+        cable.mend()
+    wait_until(both, 2)
+    check_sync(both, model, tokenizer)
+
+
+def test_one_that_is_well_and_does_nothing_is_lost(served, engine_of, monkeypatch):
+    """Its engine hangs, and its front says that all is well."""
+    engine = engine_of(0)
+    engine.load_weights(prepared_model())
+    client = engine.crew.clients[0]
+    monkeypatch.setattr(client, "patience", replace(SHORT, work=4))
+    children = psutil.Process(served[0].process.pid).children(recursive=True)
+    workers = [child for child in children if "Worker" in " ".join(child.cmdline())] or children
+    for worker in workers:
+        worker.suspend()
+    try:
+        engine.crew.ask(prompts_of(prepared_tokenizer()), GREEDY, 16)
+        engine.crew.give(client, [0])
+        assert "has shown no progress for 4 s" in engine.crew.wait().reason
+    finally:
+        for worker in workers:
+            worker.resume()
+    monkeypatch.undo()
+    wait_until(engine, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for the server")
+def test_weights_go_from_one_gpu_to_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    server = Served(tmp_path / "log", tiny.save(tmp_path / "base"), '--weight-transfer-config={"backend": "nccl"}')
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    try:
+        server.wait()
+        model, tokenizer = prepared_model().to("cuda:0"), prepared_tokenizer()
+        engine = VllmServerEngine([server.url], model, tokenizer, max_length=200, folder=tmp_path)
+        assert type(engine.crew._way(engine.crew.clients[0])).__name__ == "ByNccl"
+        check_sync(engine, model, tokenizer)
+        for seed in (1, 2):
+            model = prepared_model(seed=seed).to("cuda:0")
+            engine.load_weights(model)
+            check_sync(engine, model, tokenizer)
+        engine.close()
+    finally:
+        server.end()
+
+
+# --- trainings ------------------------------------------------------------------------------------------------------
+
+
+def likes_early_tokens(prompts, completions, completion_ids, **_):
+    return [sum(token < 160 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def training(base, folder, rollout, **changes) -> ReinforceTrainer:
+    settings = {"max_new_tokens": 8, "max_prompt_length": 40, "batch_size": 8, "max_steps": 3, "learning_rate": 1e-2}
+    settings |= {"eval_prompts": 0, "sync_check_every": 1, "rollout": rollout, "output_dir": str(folder)} | changes
+    prompts = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
+    return ReinforceTrainer(str(base), likes_early_tokens, ReinforceConfig(**settings), prompts)
+
+
+def test_a_training_learns_what_one_with_vllm_in_process_learns(served, tmp_path):
+    """From the server that draws as the engine in this process does."""
+    base, learnt = tiny.save(tmp_path / "base", tied=False), []
+    for name, rollout in (("server", f"vllm://{served[1].address}"), ("process", "vllm")):
+        trainer = training(base, tmp_path / name, rollout)
+        trainer.train()
+        trainer.engine.close()
+        said = [row["completion"] for row in read_answers(tmp_path / name / COMPLETIONS)]
+        learnt.append((said, trainer.policy.state_dict()))
+    assert learnt[0][0] == learnt[1][0] and len(learnt[0][0]) == 24
+    for name, weight in learnt[0][1].items():
+        torch.testing.assert_close(weight, learnt[1][1][name], rtol=0, atol=1e-6)
+    assert not torch.equal(learnt[0][1]["lm_head.weight"], tiny.model(tied=False).lm_head.weight)
+
+
+def test_a_wrong_key_is_told_and_never_shown(served, model_folder, pairs_csv, tmp_path, monkeypatch, capfd, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("VLLM_API_KEY", "sk-another")
+    arguments = ["train", "--model", model_folder, "--data", pairs_csv, "--rewards", "rule:length?max=20"]
+    arguments += ["--rollout", f"vllm://{served[0].address}", "--output_dir", tmp_path / "run", "--max_new_tokens", 12]
+    assert cli.main(list(map(str, arguments))) == 2
+    err = capfd.readouterr().err
+    assert "wants another key: set VLLM_API_KEY" in err and "Traceback" not in err
+    assert "sk-another" not in err + caplog.text
+
+
+def test_another_model_is_refused_before_anything_breaks(served, engine_of, tmp_path):
+    with pytest.raises(RolloutError, match=r"serves another model \(served\), one that doesn't know token 399"):
+        VllmServerEngine(
+            [served[0].url], prepared_model(vocab_size=400), prepared_tokenizer(), max_length=64, folder=tmp_path
+        )
+    with pytest.raises(
+        RolloutError, match=r"takes sequences of 256 tokens, but this training's have up to 300.*vllm serve"
+    ):
+        VllmServerEngine(
+            [served[0].url], prepared_model(n_positions=512), prepared_tokenizer(), max_length=300, folder=tmp_path
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_is_killed_then_none_is_left(served, tmp_path, monkeypatch):  # the last one: no server is left after it
+    """The first goes in the middle of the second step; the other before the third, and the run is saved."""
+    monkeypatch.setattr(vllm_remote, "FIRST_PAUSE", 0.5)
+    base = tiny.save(tmp_path / "base")
+    addresses = ",".join(server.address for server in served)
+    trainer = training(base, tmp_path / "run", f"vllm://{addresses}", max_steps=4, save_every=100)
+    for client in trainer.engine.crew.clients:
+        client.patience = SHORT
+    trainer.engine.crew._patience = SHORT
+    inner, steps = trainer.engine.generate, iter(range(100))
+
+    def generate(prompts, sampling):
+        step = next(steps)
+        if step == 1:
+            while_it_answers(trainer.engine, 1, lambda: served[1].signal(signal.SIGKILL), monkeypatch)
+        if step == 2:
+            served[0].signal(signal.SIGKILL)
+        return inner(prompts, sampling)
+
+    monkeypatch.setattr(trainer.engine, "generate", generate)
+    with pytest.raises(RolloutError) as told:
+        trainer.train()
+    message = str(told.value)
+    assert message.startswith("No vLLM server is left to generate: ")
+    assert all(server.url in message for server in served) and "can't be reached" in message
+    assert "The run is saved after step 2 of 4: go on with --resume." in message
+    answered = Counter((row["step"], row["prompt"]) for row in read_answers(tmp_path / "run" / COMPLETIONS))
+    assert len(answered) == 16 and set(answered.values()) == {1}
+    assert [tally.lost for tally in trainer.engine.tallies] == [0, 1]
+    trainer.engine.close()
