@@ -72,7 +72,7 @@ def before_each(run, told):
 @pytest.mark.parametrize("staleness", [1, 2])
 @pytest.mark.parametrize("make", [trainer, apart])
 def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(base, tmp_path, staleness, make):
-    run = make(base, tmp_path / "run", staleness=staleness, max_steps=5)
+    run = make(base, tmp_path / "run", staleness=staleness, max_steps=5, save_every=0)  # a checkpoint waits for all
     weights, batches = [held(run.policy)], []
     updating = [threading.Event() for _ in range(5)]
     update = run.update.run
