@@ -16,7 +16,7 @@ from rollout.contract import END_IDS, prepared_model, prepared_tokenizer, prompt
 
 from reinforcepp import ReinforceConfig
 from reinforcepp.config.reinforce import server_addresses
-from reinforcepp.errors import ConfigError, RolloutError
+from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.rollout import vllm_remote
 from reinforcepp.rollout.choose import choose_engine
 from reinforcepp.rollout.engine import request_seed
@@ -154,6 +154,14 @@ def test_a_server_without_what_a_training_needs_is_told_how_it_is_started(peer, 
         RolloutError, match=r"tells raw_logprobs.*--max-model-len 88 --logprobs-mode processed_logprobs`"
     ):
         start(peer.url)
+
+
+def test_one_that_is_unfit_stops_the_start_though_another_is_fit(peer, start):
+    fit = Peer()
+    peer.says["/v1/models"] = (401, "")
+    with pytest.raises(RolloutError, match=rf"^The vLLM server {peer.url} wants another key"):
+        start(fit.url, peer.url)
+    fit.close()
 
 
 def test_what_is_no_server_of_vllm(peer, start):
@@ -339,8 +347,9 @@ def test_one_that_is_slow_is_waited_for(peer, start):
 def test_a_request_that_no_server_takes_stops_the_run(peer, start):
     engine = start(peer.url)
     peer.says["/v1/completions"] = (400, '{"error": "top_k"}')
-    with pytest.raises(RolloutError, match=r"refuses /v1/completions: {.error.: .top_k.}"):
+    with pytest.raises(RolloutError, match=r"refuses /v1/completions: {.error.: .top_k.}") as told:
         engine.generate(prompts_of(prepared_tokenizer())[:1], Sampling(4))
+    assert not isinstance(told.value, EngineLost), "it would be asked of the others, and again"
 
 
 def test_one_that_answers_nothing_right_stops_the_run(peer, start):
