@@ -29,7 +29,7 @@ def largest(job: Job, config: ReinforceConfig, memory: float) -> Largest:
     A smaller mini_batch_size leaves the rollout as it is, and a smaller rollout_batch_size all other phases, so each is
     looked for in its own phases. A batch_size has to fit in all of them.
     """
-    rows = Rows.of(config, job.gpus)
+    rows = Rows.of(config, job.ranks)
     others = [name for name in PHASES if name != "rollout"]
     micro = most(widest_micro(config, rows), lambda size: _fits(job, with_micro(rows, config, size), memory, others))
     stays = job.engine == "vllm" and not job.gpus  # then the cache is there in all phases
@@ -37,11 +37,10 @@ def largest(job: Job, config: ReinforceConfig, memory: float) -> Largest:
         max(rows.step, rows.evaluated),
         lambda number: _fits(job, replace(rows, at_a_time=number), memory, PHASES if stays else ["rollout"]),
     )
-    devices = max(1, job.gpus)
     prompts = most(
-        MOST_PROMPTS // devices, lambda number: _fits(job, with_prompts(rows, config, number), memory, PHASES)
+        MOST_PROMPTS // job.ranks, lambda number: _fits(job, with_prompts(rows, config, number), memory, PHASES)
     )
-    return Largest(micro, generated, prompts * devices)
+    return Largest(micro, generated, prompts * job.ranks)
 
 
 def most(upper: int, fits: Callable[[int], bool]) -> int:

@@ -5,10 +5,14 @@ A roofline: what the machine could do, times the share of it that a pass of this
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
+
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.plan.machine import Machine, Rates
+from reinforcepp.plan.lengths import Floats, Lengths
+from reinforcepp.plan.machine import Rates
 from reinforcepp.plan.memory import FLOAT, MOMENTS, Job, Rows, chunk_bytes
 from reinforcepp.plan.shapes import Shape
 
@@ -33,36 +37,83 @@ class Shares(NamedTuple):
 OF_MEASURED, OF_SHEET = Shares(0.7, 0.7), Shares(0.4, 0.6)
 
 
-def step_seconds(job: Job, rows: Rows, config: ReinforceConfig, machine: Machine) -> dict[str, float] | None:
-    """Rollout, scoring and update of one step, on the device with the most rows; None where no rates are known."""
-    rates = machine.rates
-    if rates is None:
-        return None
-    shares = OF_MEASURED if rates.measured else OF_SHEET
-    products, reading = rates.operations * shares.products, rates.bytes * shares.reading
-    usual = Rates(products, reading, rates.measured)
+def step_seconds(job: Job, rows: Rows, config: ReinforceConfig, rates: Rates, lengths: Lengths) -> dict[str, float]:
+    """Rollout, scoring and update of one step, on the device with the most rows, at ``rates`` that passes reach."""
+    share = answered_share(job, lengths)
     return {
-        "rollout": rollout_seconds(job, rows, usual),
-        "scoring": scoring_operations(job, rows, config) / products,
-        "update": update_operations(job, rows, config) / products + adam_seconds(job, rows, config, reading),
+        "rollout": rollout_seconds(job, rows, rates, lengths),
+        "scoring": share * scoring_operations(job, rows, config) / rates.operations,
+        "update": pass_seconds(job, rows, config, rates, lengths) + adam_seconds(job, rows, config, rates.bytes),
     }
 
 
-def rollout_seconds(job: Job, rows: Rows, rates: Rates) -> float:
-    """Prompts once, then a token of each completion at a time."""
-    policy, size = job.policy, job.size
-    prompts = rows.prompts * (policy.prompt_flops + 2 * policy.head) / rates.operations
-    seconds, left = prompts, rows.step
-    while left > 0:
-        together = min(left, rows.at_a_time)
-        context = size.prompt + size.new / 2
-        read = job.dtype.itemsize * policy.packed + together * context * policy.cache_per_token
-        work = [read / rates.bytes, together * policy.token_flops / rates.operations]
-        calls = CALL_SECONDS * policy.token_calls if job.engine == "transformers" else 0.0
-        # a GPU works while the next calls are prepared, a CPU can't
-        seconds += size.new * (max(*work, calls) if job.gpus else max(work) + calls)
-        left -= together
-    return seconds
+def reached(rates: Rates) -> Rates:
+    """What passes reach of ``rates``."""
+    shares = OF_MEASURED if rates.measured else OF_SHEET
+    return Rates(rates.operations * shares.products, rates.bytes * shares.reading, rates.measured)
+
+
+def answered_share(job: Job, lengths: Lengths) -> float:
+    """Tokens of a row over what they can be at the most: rows of similar length are padded to the longest of them alone."""
+    return (job.size.prompt + lengths.mean) / job.size.length
+
+
+def rollout_seconds(job: Job, rows: Rows, rates: Rates, lengths: Lengths) -> float:
+    """Prompts once, then a token of each completion at a time, until the longest that are generated together has ended."""
+    return sum(batch_seconds(job, number, rates, lengths) for number in batches(rows)) + prompt_seconds(
+        job, rows.prompts, rates
+    )
+
+
+def waiting_seconds(job: Job, rows: Rows, rates: Rates, lengths: Lengths) -> float:
+    """How much longer the device takes whose completions are the longest of all; the others wait.
+
+    Lengths are independent, so between devices several batches in a row differ by the root of their number times what one
+    of them does.
+    """
+    number = min(rows.step, rows.at_a_time)
+    last_T = lengths.any_of(number * job.ranks) - lengths.any_of(number)
+    alone = float((last_T * token_seconds(job, np.ones_like(last_T), rates)).sum())
+    return alone * math.sqrt(len(batches(rows)))
+
+
+def batches(rows: Rows) -> list[int]:
+    """How many completions are generated together, one batch after the other."""
+    whole, left = divmod(rows.step, rows.at_a_time)
+    return [rows.at_a_time] * whole + [left] * (left > 0)
+
+
+def prompt_seconds(job: Job, prompts: int, rates: Rates) -> float:
+    """Different prompts before the first token."""
+    return prompts * (job.policy.prompt_flops + 2 * job.policy.head) / rates.operations
+
+
+def batch_seconds(job: Job, number: int, rates: Rates, lengths: Lengths) -> float:
+    """Expected seconds of so many completions that are generated together."""
+    any_T = lengths.any_of(number)
+    going_T = number * lengths.going_T / np.maximum(any_T, np.finfo(float).tiny)
+    return float((any_T * token_seconds(job, going_T, rates)).sum())
+
+
+def token_seconds(job: Job, going_T: Floats, rates: Rates) -> Floats:
+    """Seconds for one more token of each of ``going_T`` completions, at each place of them from the first on.
+
+    Weights are read once for all of them, keys and values for each.
+    """
+    policy = job.policy
+    weights = job.dtype.itemsize * policy.packed or policy.stored
+    context_T = job.size.prompt + np.arange(len(going_T)) + 0.5
+    read_T = (weights + going_T * context_T * policy.cache_per_token) / rates.bytes
+    work_T = np.maximum(read_T, going_T * policy.token_flops / rates.operations)
+    calls = CALL_SECONDS * policy.token_calls if job.engine == "transformers" else 0.0
+    # a GPU works while the next calls are prepared, a CPU can't
+    seconds_T: Floats = np.maximum(work_T, calls) if job.gpus else work_T + calls
+    return seconds_T
+
+
+def pass_seconds(job: Job, rows: Rows, config: ReinforceConfig, rates: Rates, lengths: Lengths) -> float:
+    """Forward and backward passes of an update."""
+    return answered_share(job, lengths) * update_operations(job, rows, config) / rates.operations
 
 
 def answer_operations(learner: Shape, new: int) -> float:
@@ -108,7 +159,7 @@ def adam_seconds(job: Job, rows: Rows, config: ReinforceConfig, reading: float) 
 def adam_bytes(job: Job, rows: Rows, config: ReinforceConfig) -> float:
     """AdamW reads weight, gradient and moments and writes all but the gradient, and in bfloat16 the rounded weight."""
     each = 2 * (FLOAT + MOMENTS) + FLOAT + (job.dtype.itemsize if job.narrow else 0)
-    return float(each * sum(learner.trained for learner in job.learners) * updates(rows, config))
+    return float(each * sum(learner.trained for learner in job.learners) / job.shards * updates(rows, config))
 
 
 def updates(rows: Rows, config: ReinforceConfig) -> int:
