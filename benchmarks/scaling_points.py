@@ -27,15 +27,16 @@ FITTED = {
     "gpt2 8M, ends by chance": point(gpt2(4, 320, 5, 8000), 32, 96, 24, ends=1 / 24),
 }
 CHECKED = {
-    "gpt2 0.9M, 24 rows": point(gpt2(4, 128, 4, 1000), 16, 128, 24),
-    "llama 2M": point(llama(4, 160, 448, (5, 5), 4000), 16, 64, 32),
-    "llama 21M": point(llama(6, 384, 1024, (6, 2), 16000), 48, 64, 16),
-    "gpt2 10M, long": point(gpt2(4, 384, 6, 8000), 32, 192, 12),
-    "llama 36M, wide": point(llama(3, 768, 2048, (12, 4), 12000), 24, 40, 16),
-    "gpt2 82M": point(gpt2(6, 768, 12), 32, 32, 4),
-    "llama 24M, vocabulary of 32k": point(llama(4, 320, 896, (5, 1), 32000), 32, 48, 24),
-    "gpt2 10M, ends by chance": point(gpt2(4, 384, 6, 8000), 32, 128, 32, ends=1 / 32),
-    "gpt2 29M, 4 a prompt": point(
-        gpt2(6, 512, 8, 20000), 64, 48, 4, num_generations=4, estimator="reinforce_plus_plus_baseline"
+    "gpt2 0.5M, 40 rows": point(gpt2(3, 96, 3, 1000), 16, 64, 40),
+    "llama 3M": point(llama(5, 192, 512, (6, 3), 4000), 24, 80, 12),
+    "llama 20M": point(llama(7, 320, 896, (5, 5), 16000), 40, 56, 20),
+    "gpt2 13M, long": point(gpt2(5, 384, 6, 10000), 32, 224, 10),
+    "llama 36M, wide": point(llama(3, 704, 1920, (11, 11), 12000), 24, 36, 20),
+    "gpt2 51M": point(gpt2(6, 640, 10, 32000), 32, 40, 6),
+    "llama 23M, vocabulary of 40k": point(llama(3, 256, 704, (4, 2), 40000), 32, 48, 16),
+    "gpt2 11M, ends by chance": point(gpt2(5, 352, 11, 8000), 32, 112, 28, ends=1 / 28),
+    "gpt2 24M, 4 a prompt": point(
+        gpt2(5, 512, 8, 16000), 64, 40, 5, num_generations=4, estimator="reinforce_plus_plus_baseline"
     ),
 }
+"""Shapes, batches and lengths that nothing was fitted on."""

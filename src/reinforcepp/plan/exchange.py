@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.devices import ACCELERATORS
-from reinforcepp.plan.machine import Rates
 from reinforcepp.plan.memory import FLOAT, Job, Rows
-from reinforcepp.plan.timing import LINK, updates
+from reinforcepp.plan.timing import LINK, Speeds
 
 OF_LINKS = 0.7
 """Of the speed of links, what exchanges reach: a guess."""
@@ -54,7 +53,7 @@ def exchange_seconds(job: Job, rows: Rows, config: PlanConfig, links: Links) -> 
     Whole weights: gradients are added up and handed out, in 16 bits after every pass, in float32 once for each optimiser
     step. Shards: each pass gathers the weights forward and again backward, and adds gradients up in float32.
     """
-    steps = updates(rows, config)
+    steps = config.updates_per_step
     passes = steps * rows.passes
     seconds = 0.0
     for learner in job.learners:
@@ -67,7 +66,7 @@ def exchange_seconds(job: Job, rows: Rows, config: PlanConfig, links: Links) -> 
     return seconds
 
 
-def sync_seconds(job: Job, rates: Rates, links: Links) -> float:
+def sync_seconds(job: Job, speeds: Speeds, links: Links) -> float:
     """Until whoever generates has the new weights.
 
     Shards are gathered in float32 for the copy that generates and scores. vLLM in the same process has its own weights
@@ -77,8 +76,8 @@ def sync_seconds(job: Job, rates: Rates, links: Links) -> float:
     weights = float(job.dtype.itemsize * job.policy.parameters)
     seconds = sum(gather_seconds(FLOAT * learner.parameters, links) for learner in job.learners) if job.sharded else 0.0
     if job.engine == "vllm":
-        seconds += 2 * weights / rates.bytes
+        seconds += 2 * weights / speeds.reading
     if job.engine == "ray":
-        carried = weights / (LINK if job.gpus else rates.bytes)
+        carried = weights / (LINK if job.gpus else speeds.reading)
         seconds += 2 * carried + math.ceil(math.log2(links.nodes + 1)) * weights / links.between
     return seconds

@@ -70,19 +70,19 @@ def full(new: int) -> Lengths:
 
 def ending_by_chance(mean: float, new: int) -> Lengths:
     """Any token may be the last with the same chance, which is such that the mean, with none over ``new``, is ``mean``."""
-    places_T = np.arange(new)
+    places_T: Floats = np.arange(new, dtype=np.float64)
     low, high = 0.0, 1.0  # of the chance to go on; the mean rises with it
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if (middle**places_T).sum() < mean else (low, middle)
     said = f"Completions are taken to have {mean:g} tokens in the mean, where any may be the last with the same chance."
-    return Lengths(high**places_T, said)
+    return Lengths(np.power(high, places_T), said)
 
 
 def measured(lengths: Iterable[int], new: int, of: str) -> Lengths:
     """Those there were; longer ones are cut at ``new`` tokens."""
     counted_T = np.bincount(np.clip(np.fromiter(lengths, np.int64), 1, new), minlength=new + 1)
-    going_T = counted_T[::-1].cumsum()[::-1][1:] / counted_T.sum()
+    going_T: Floats = counted_T[::-1].cumsum()[::-1][1:] / np.float64(counted_T.sum())
     said = f"Completions are taken to be as long as the {counted_T.sum():,} of {of}: {going_T.sum():.0f} tokens in the mean."
     return Lengths(going_T, said)
 

@@ -114,10 +114,11 @@ class Rows:
     @staticmethod
     def of(config: ReinforceConfig, ranks: int) -> Rows:
         """What one of ``ranks`` devices gets of the batches that ``config`` describes."""
-        prompts = -(-config.batch_size // max(1, ranks))
+        ranks = max(1, ranks)
+        prompts = -(-config.batch_size // ranks)
         step = prompts * config.num_generations
         micro = min(config.micro_batch_size, step)
-        update = min(config.optimizer_batch_size, step)
+        update = min(-(-config.optimizer_batch_size // ranks), step)
         return Rows(step, prompts, config.eval_prompts, config.rollout_batch_size, micro, -(-update // micro))
 
 

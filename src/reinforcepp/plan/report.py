@@ -287,7 +287,10 @@ def _of_many(plan: Plan) -> Iterator[str]:
         f"Links are taken to reach {' and '.join(speeds)}, {OF_LINKS:.0%} of what they could, and to work while passes compute."
     )
     if config.pooled:
-        yield f"The pool has {scale.devices} workers on {scale.nodes} machines, to whom the scheduler's own code deals prompts out in a simulation."
+        yield (
+            f"The pool has {scale.devices} workers on {scale.nodes} machines. The scheduler's own code deals prompts out to "
+            "simulated ones."
+        )
     if not machine.rates or not machine.rates.measured:
         yield "Time on GPUs, on one or on many, was never checked against a measurement."
 
