@@ -19,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,16 +28,15 @@ import torch
 import transformers
 from results import FOLDER, write_result
 from scaling_plot import plot
-from scaling_points import CHECKED, FITTED
+from scaling_points import CHECKED, FITTED, LARGE, USUAL, save_shape
+from scaling_pool import pool
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.plan import lengths, timing
 from reinforcepp.plan.command import make_plan
 from reinforcepp.plan.machine import Rates
 from reinforcepp.plan.memory import Job, Rows, total
-from reinforcepp.plan.pool import Conditions, SimulatedCrew, rounds
 from reinforcepp.plan.report import efficiency, speedup, verdict
-from reinforcepp.plan.scaling import seconds_of_pieces
 from reinforcepp.plan.shapes import Size, asked_shape, trained_shape
 
 WORKER = Path(__file__).parent / "scaling_worker.py"
@@ -191,25 +189,6 @@ def errors(points: Sequence[Point], shares: timing.Shares) -> dict[str, dict[str
 
 # --- projections ----------------------------------------------------------------------------------------------------
 
-MODELS = {
-    "7B": (4096, 14336, 32, 32, 8, 32000),
-    "70B": (8192, 28672, 80, 64, 8, 128256),
-}
-"""Width, inner width, layers, heads, heads of keys, vocabulary: Mistral's 7B and Llama 3's 70B."""
-USUAL: dict[str, Any] = {
-    "device": "h100",
-    "mixed_precision": "bf16",
-    "gradient_checkpointing": True,
-    "max_prompt_length": 512,
-    "max_new_tokens": 1024,
-    "max_length": 1536,
-    "mean_new_tokens": 400.0,
-    "batch_size": 1024,
-    "mini_batch_size": 4,
-    "rollout_batch_size": 32,
-    "eval_prompts": 0,
-    "rewards": ("http://127.0.0.1:5000/get_reward",),
-}
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 64, "lora_alpha": 128}
 PROJECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "7B, all weights, on 8 GPUs": ("7B", {"gpus": 8, "nodes": 1, "fsdp": True, "rollout": "vllm"}),
@@ -230,10 +209,8 @@ def projections() -> dict[str, Any]:
     """What `reinforcepp plan` says of each."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, shape in MODELS.items():
-            names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            sizes = dict(zip((*names, "num_key_value_heads", "vocab_size"), shape, strict=True))
-            transformers.LlamaConfig(**sizes, max_position_embeddings=4096).save_pretrained(f"{folder}/{name}")
+        for name in LARGE:
+            save_shape(name, f"{folder}/{name}")
         for title, (model, changes) in PROJECTED.items():
             plan = make_plan(PlanConfig(**(USUAL | {"model": f"{folder}/{model}"} | changes)))
             found[title] = {
@@ -258,71 +235,6 @@ def projections() -> dict[str, Any]:
             }
             print(title, json.dumps(found[title]["scales"][-1]), found[title]["verdict"], flush=True)
     return found
-
-
-# --- a pool ---------------------------------------------------------------------------------------------------------
-
-WORKERS = (1, 10, 100, 1000)
-FAILURES = (0.0, 0.1, 1.0)
-"""Of each worker, in an hour: 1,000 workers lose 100 and 1,000 of them."""
-PIECES = (1, 4)
-"""Of each worker in a step."""
-LOST_FOR, BETWEEN, SPREAD = 120.0, 30.0, 0.05
-"""Seconds until a worker is replaced, seconds that a step takes beside its rollout, deviation of workers' speeds."""
-STEPS = 5
-
-
-def pool() -> dict[str, Any]:
-    """Pools of all sizes, with and without failures, with one piece or several for each worker in a step."""
-    work = {name: value for name, value in USUAL.items() if name not in ("gradient_checkpointing", "rewards")}
-    with tempfile.TemporaryDirectory() as folder:
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        sizes = dict(zip((*names, "num_key_value_heads", "vocab_size"), MODELS["7B"], strict=True))
-        transformers.LlamaConfig(**sizes, max_position_embeddings=4096).save_pretrained(folder)
-        plan = make_plan(PlanConfig(**(work | {"model": folder, "rollout": "ray://auto", "rollout_workers": 1})))
-    rates = plan.machine.rates
-    assert rates is not None
-    rows = [
-        simulated(plan.job, timing.reached(rates), plan.config, workers, failures, pieces)
-        for pieces in PIECES
-        for failures in FAILURES
-        for workers in WORKERS
-    ]
-    return {
-        "meaning": "ideal: workers answer all the time, and nothing twice",
-        "settings": {"seconds_lost": LOST_FOR, "seconds_between": BETWEEN, "spread": SPREAD, "steps": STEPS},
-        "rows": rows,
-    }
-
-
-def simulated(
-    job: Job, speeds: timing.Speeds, config: PlanConfig, workers: int, failures: float, pieces: int
-) -> dict[str, Any]:
-    """Throughput against the ideal, what was done again, and the scheduler's own load."""
-    most = config.rollout_batch_size // config.num_generations
-    number = workers * most * pieces
-    known = lengths.lengths_for(replace(config, mean_new_tokens=config.mean_new_tokens))
-    lengths_PN = known.draw(np.random.default_rng(workers), number)[:, None]
-    conditions = Conditions(failures, LOST_FOR, SPREAD)
-    crew = SimulatedCrew(workers, seconds_of_pieces(job, speeds, lengths_PN), conditions, seed=workers)
-    found = rounds(crew, number, most, STEPS, BETWEEN)
-    seconds, scheduling = (sum(getattr(one, what) for one in found) for what in ("seconds", "scheduling"))
-    result = {
-        "workers": workers,
-        "failures_per_hour": failures,
-        "pieces": pieces,
-        "prompts": number,
-        "tokens_per_second": STEPS * float(lengths_PN.sum()) / seconds,
-        "share_of_ideal": sum(one.useful for one in found) / workers / seconds,
-        "rollout_seconds": seconds / STEPS,
-        "lost": sum(one.tally.lost for one in found),
-        "again_share": sum(one.tally.again for one in found) / (STEPS * number),
-        "scheduler_microseconds_per_prompt": 1e6 * scheduling / (STEPS * number),
-        "scheduler_share_of_time": scheduling / seconds,
-        "mean_pieces": fmean(one.tally.pieces for one in found),
-    }
-    print(json.dumps(result), flush=True)
-    return result
 
 
 if __name__ == "__main__":

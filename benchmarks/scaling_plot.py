@@ -1,2 +1,5 @@
 """The plot of benchmarks/scaling.py."""
-def plot(result, path): pass
+
+
+def plot(result, path):
+    pass

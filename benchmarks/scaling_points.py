@@ -1,10 +1,11 @@
-"""The trainings of benchmarks/scaling.py: what constants are fitted on, and what they are checked on."""
+"""The trainings of benchmarks/scaling.py: what constants are fitted on, what they are checked on, and large ones."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from planner import configuration, gpt2, llama
+from transformers import LlamaConfig
 
 
 def point(policy: dict[str, Any], prompt: int, new: int, batch_size: int, **changes: Any) -> dict[str, Any]:
@@ -40,3 +41,30 @@ CHECKED = {
     ),
 }
 """Shapes, batches and lengths that nothing was fitted on."""
+
+LARGE = {
+    "7B": llama(32, 4096, 14336, (32, 8), 32000),
+    "70B": llama(80, 8192, 28672, (64, 8), 128256) | {"tie_word_embeddings": False},
+}
+"""Mistral's 7B and Llama 3's 70B."""
+USUAL: dict[str, Any] = {
+    "device": "h100",
+    "mixed_precision": "bf16",
+    "gradient_checkpointing": True,
+    "max_prompt_length": 512,
+    "max_new_tokens": 1024,
+    "max_length": 1536,
+    "mean_new_tokens": 400.0,
+    "batch_size": 1024,
+    "mini_batch_size": 4,
+    "rollout_batch_size": 32,
+    "eval_prompts": 0,
+    "rewards": ("http://127.0.0.1:5000/get_reward",),
+}
+"""How those are trained: completions end by chance, and a server gives the rewards."""
+
+
+def save_shape(name: str, folder: str) -> None:
+    """The configuration of a large model, which is all that a plan needs."""
+    settings = {key: value for key, value in LARGE[name].items() if key != "family"}
+    LlamaConfig(**settings, max_position_embeddings=4096).save_pretrained(folder)

@@ -54,8 +54,8 @@ class SimulatedCrew:
     """Workers' seconds in pieces that were answered."""
     simulating: float = 0.0
     """Seconds of this machine's processor in what here stands for workers, so that the scheduler's own can be told apart."""
-    _slowness: dict[int, float] = field(default_factory=dict)
-    """Of each worker that is there."""
+    slowness: dict[int, float] = field(default_factory=dict)
+    """Of each worker that is there, how many times the usual seconds it takes."""
     _busy: dict[int, tuple[Sequence[int], float]] = field(default_factory=dict)
     _events: list[_Event] = field(default_factory=list)
     _number: int = 0
@@ -68,15 +68,15 @@ class SimulatedCrew:
 
     def ready(self) -> list[int]:
         """See :class:`~reinforcepp.rollout.share_out.Crew`."""
-        return [worker for worker in self._slowness if worker not in self._busy]
+        return [worker for worker in self.slowness if worker not in self._busy]
 
     def give(self, worker: int, places: Sequence[int]) -> None:
         """See :class:`~reinforcepp.rollout.share_out.Crew`."""
         begin = time.process_time()
-        assert worker in self._slowness and worker not in self._busy, "who gets a piece is there and has none"
-        seconds = self.seconds_of(places) * self._slowness[worker]
+        assert worker in self.slowness and worker not in self._busy, "who gets a piece is there and has none"
+        seconds = self.seconds_of(places) * self.slowness[worker]
         self._busy[worker] = places, seconds
-        self._later(seconds, "answers", worker)
+        self.later(seconds, "answers", worker)
         self.simulating += time.process_time() - begin
 
     def wait(self) -> Happened:
@@ -98,25 +98,26 @@ class SimulatedCrew:
         self.now, _, what, worker = heapq.heappop(self._events)
         if what == "joins":
             return Joined(self._join())
-        if worker not in self._slowness:  # what a lost one would have done
+        if worker not in self.slowness:  # what a lost one would have done
             return None
         if what == "answers":
             places, seconds = self._busy.pop(worker)
             self.useful += seconds
             return Answered(worker, list(places))
-        del self._slowness[worker]
+        del self.slowness[worker]
         self._busy.pop(worker, None)
-        self._later(self.conditions.start_seconds, "joins", worker)
+        self.later(self.conditions.start_seconds, "joins", worker)
         return Lost(worker, "lost in the simulation")
 
     def _join(self) -> int:
         worker = self._number
-        self._slowness[worker] = self._draw.lognormvariate(0.0, self.conditions.spread)
+        self.slowness[worker] = self._draw.lognormvariate(0.0, self.conditions.spread)
         rate = self.conditions.failures_per_hour / HOUR
-        self._later(self._draw.expovariate(rate) if rate else float("inf"), "is lost", worker)
+        self.later(self._draw.expovariate(rate) if rate else float("inf"), "is lost", worker)
         return worker
 
-    def _later(self, seconds: float, what: str, worker: int) -> None:
+    def later(self, seconds: float, what: str, worker: int) -> None:
+        """After so many seconds a worker "joins", "answers" or "is lost"."""
         self._number += 1
         if seconds < float("inf"):
             heapq.heappush(self._events, _Event(self.now + seconds, self._number, what, worker))
