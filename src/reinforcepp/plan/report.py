@@ -13,13 +13,15 @@ from rich.table import Table
 from reinforcepp.config import PlanConfig
 from reinforcepp.plan.exchange import OF_LINKS, links_for
 from reinforcepp.plan.machine import GIB, Machine
-from reinforcepp.plan.memory import ALLOCATOR, FLOAT, MIB, MOMENTS, PARTS, Job, Rows, loading, total
+from reinforcepp.plan.memory import ALLOCATOR, FLOAT, LIBRARIES, MIB, MOMENTS, PARTS, Job, Rows, loading, total
 from reinforcepp.plan.memory import standing as standing_parts
 from reinforcepp.plan.scaling import Scale
 from reinforcepp.plan.search import MOST_PROMPTS, Largest
 from reinforcepp.plan.timing import OF_MEASURED, OF_SHEET
 
 SHOWN_IN_GIB = 10 * GIB
+ENDLESS = 1 << 40
+"""Devices, of which each has next to nothing of what is in shards."""
 NARROW = 0.9
 """Share of the memory from which on a fit is no certainty."""
 
@@ -89,25 +91,27 @@ def verdict(plan: Plan) -> str:
 
 def _less_standing(plan: Plan) -> str:
     """What would make the models themselves smaller, where several devices have them."""
-    job, memory = plan.job, plan.machine.memory
+    job, memory = plan.job, plan.machine.memory - LIBRARIES[plan.job.place]
     if job.ranks == 1:
         return ""
-    cut_up = replace(job, sharded=True)
-    standing, in_shards = (total(standing_parts(one)) for one in (job, cut_up))
-    least = max(in_shards, total(loading(cut_up)))
-    if not job.sharded and not job.policy.adapted and not job.offload and least < min(memory, standing):
-        return f" In shards (--fsdp) the models themselves take {gib(least)} GiB instead of {gib(standing)}."
-    whole = max(standing, total(loading(job)))
-    if whole > memory:
-        adapters = "" if job.policy.adapted else ", adapters with whole weights in 4 bits (--use_peft --load_in_4bit)"
-        server = (
-            ", a reward model behind a server (--rewards http://HOST:PORT/get_reward)" if job.reward.parameters else ""
-        )
+    whole = job.policy.adapted or job.offload
+    cut_up = job if whole else replace(job, sharded=True)
+    if not (job.sharded or whole) and _models(cut_up) < min(memory, _models(job)):
         return (
-            f" More GPUs don't help: the models themselves take {gib(whole)} GiB on each, whole ones among them. Less is taken "
-            f"by{adapters.removeprefix(',')}{server if adapters else server.removeprefix(',')}."
+            f" In shards (--fsdp) the models themselves take {gib(_models(cut_up))} GiB instead of {gib(_models(job))}."
         )
-    return ""
+    least = _models(replace(cut_up, ranks=ENDLESS))
+    if least <= memory:
+        return " More machines (--nodes) make the parts smaller." if job.sharded else ""
+    cures = [] if job.policy.adapted else ["adapters to weights of 4 bits (--use_peft --load_in_4bit)"]
+    cures += ["a reward model behind a server (--rewards http://HOST:PORT/get_reward)"] if job.reward.parameters else []
+    cure = f" Less is taken by {' and '.join(cures)}." if cures else ""
+    return f" More GPUs don't help: of the models {gib(least)} GiB are on each, whole.{cure}"
+
+
+def _models(job: Job) -> float:
+    """Bytes of all models, of what they learn with, and of what they are loaded with."""
+    return max(total(standing_parts(job)), total(loading(job)))
 
 
 def as_text(plan: Plan) -> Iterator[str | Table]:
