@@ -2,7 +2,7 @@
 
 python benchmarks/scaling.py
 
-Real steps: tiny to small shapes, trained by the train verb on one core, by turns, each phase timed in seconds of the processor.
+Real steps: tiny to small shapes, trained by the train verb on one core, each phase timed in seconds of the processor.
 Five constants (``reinforcepp.plan.timing.Shares``) are fitted on some and predict the others. Projections are those of
 `reinforcepp plan`, for GPUs by data sheets and shares that were never checked on one. The pool: the scheduler's own code
 (``rollout.share_out``) with simulated workers; seconds that the scheduler takes are real ones of this processor.
@@ -42,49 +42,47 @@ from reinforcepp.plan.shapes import Size, asked_shape, trained_shape
 WORKER = Path(__file__).parent / "scaling_worker.py"
 PHASES = {"rollout": "rollout", "scoring": "score", "update": "update"}
 """Ours, and the trainer's names for them."""
-TURNS = 2
 FIRST_STEP, LAST_STEP = 0.5, 0.004
 """Of the logarithm of a constant, while it is fitted."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured_before", action="store_true", help="real steps are those of the result file")
     parser.add_argument("--name", default="scaling")
-    name = parser.parse_args().name
-    result = {"step": fit_and_check(measured(FITTED | CHECKED))}
-    result |= {"projections": projections(), "pool": pool()}
-    write_result(name, result)
-    plot(result, FOLDER / f"{name}.png")
+    arguments = parser.parse_args()
+    before = FOLDER / f"{arguments.name}.json"
+    kept = json.loads(before.read_text(encoding="utf-8"))["measured"] if arguments.measured_before else None
+    found = kept or measured(FITTED | CHECKED)
+    result = {"measured": found, "step": fit_and_check(found), "projections": projections(), "pool": pool()}
+    write_result(arguments.name, result)
+    plot(result, FOLDER / f"{arguments.name}.png")
 
 
 # --- real steps -----------------------------------------------------------------------------------------------------
 
 
 def measured(points: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each training took in the better one of two turns, since who else works here only ever slows it down."""
+    """What each training took, and the machine's rates, the best there were: who else works here only ever slows it down."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in points}
-    for _ in range(TURNS):
-        worker = subprocess.run(
-            [sys.executable, str(WORKER)],
-            input="".join(json.dumps(point) + "\n" for point in points.values()),
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
-        lines = [line.removeprefix("RESULT ") for line in worker.stdout.splitlines() if line.startswith("RESULT ")]
-        if len(lines) < len(points):
-            sys.exit(f"{list(points)[len(lines)]} failed:\n{worker.stderr[-3000:]}")
-        for name, line in zip(points, lines, strict=True):
-            found[name].append(json.loads(line))
-            print(name, line, flush=True)
-    rates = {kind: max(row[kind] for rows in found.values() for row in rows) for kind in ("operations", "bytes")}
+    worker = subprocess.run(
+        [sys.executable, str(WORKER)],
+        input="".join(json.dumps(point) + "\n" for point in points.values()),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    lines = [line.removeprefix("RESULT ") for line in worker.stdout.splitlines() if line.startswith("RESULT ")]
+    if len(lines) < len(points):
+        sys.exit(f"{list(points)[len(lines)]} failed")
+    found = {name: json.loads(line) for name, line in zip(points, lines, strict=True)}
+    rates = {kind: max(row[kind] for row in found.values()) for kind in ("operations", "bytes")}
     return {
         name: rates
-        | {phase: min(row["seconds"][own] for row in rows) for phase, own in PHASES.items()}
-        | {"wall_seconds": min(row["wall_seconds"] for row in rows), "mean_length": rows[0]["mean_length"]}
-        for name, rows in found.items()
+        | {phase: row["seconds"][own] for phase, own in PHASES.items()}
+        | {"wall_seconds": row["wall_seconds"], "mean_length": row["mean_length"]}
+        for name, row in found.items()
     }
 
 
@@ -157,7 +155,7 @@ def fit(points: Sequence[Point]) -> timing.Shares:
         for place in range(len(shares)):
             for factor in (math.exp(step), math.exp(-step)):
                 tried = shares._replace(**{shares._fields[place]: shares[place] * factor})
-                if (found := distance(tried)) < best:
+                if max(tried[:3]) <= 1 and (found := distance(tried)) < best:
                     shares, best = tried, found
         if best == before:
             step /= 2

@@ -25,6 +25,8 @@ FITTED = {
     "llama 9M": point(llama(6, 256, 704, (8, 4), 8000), 32, 96, 16),
     "gpt2 29M": point(gpt2(6, 512, 8, 20000), 32, 48, 8),
     "llama 57M": point(llama(8, 576, 1536, (9, 3), 24000), 32, 32, 8),
+    "gpt2 29M, 1 row": point(gpt2(6, 512, 8, 20000), 32, 48, 1),
+    "llama 57M, 2 rows": point(llama(8, 576, 1536, (9, 3), 24000), 32, 32, 2),
     "gpt2 8M, ends by chance": point(gpt2(4, 320, 5, 8000), 32, 96, 24, ends=1 / 24),
 }
 CHECKED = {
@@ -35,6 +37,7 @@ CHECKED = {
     "llama 36M, wide": point(llama(3, 704, 1920, (11, 11), 12000), 24, 36, 20),
     "gpt2 51M": point(gpt2(6, 640, 10, 32000), 32, 40, 6),
     "llama 23M, vocabulary of 40k": point(llama(3, 256, 704, (4, 2), 40000), 32, 48, 16),
+    "gpt2 39M, 2 rows": point(gpt2(6, 576, 9, 24000), 32, 40, 2),
     "gpt2 11M, ends by chance": point(gpt2(5, 352, 11, 8000), 32, 112, 28, ends=1 / 28),
     "gpt2 24M, 4 a prompt": point(
         gpt2(5, 512, 8, 16000), 64, 40, 5, num_generations=4, estimator="reinforce_plus_plus_baseline"
