@@ -29,6 +29,8 @@ LOST_FOR, BETWEEN, SPREAD = 120.0, 30.0, 0.05
 STEPS = 10
 EVENTS = 100
 """Of Ray, that are timed."""
+PATIENCE = 120.0
+"""Seconds until one of them has to have come."""
 
 
 def pool() -> dict[str, Any]:
@@ -85,53 +87,59 @@ def simulated(plan: Plan, workers: int, failures: float, pieces: int, call: floa
 # --- Ray's own calls ------------------------------------------------------------------------------------------------
 
 
-class Echo:
-    """Answers when it is let go."""
-
-    def __init__(self, answers: Any) -> None:
-        import asyncio
-
-        self.answers, self.gate = answers, asyncio.Queue()  # type: ignore[var-annotated]
-
-    async def answer(self, prompts: Any, sampling: Any) -> Any:
-        """As ``ray_worker.Worker`` does."""
-        await self.gate.get()
-        return self.answers
-
-    async def let_go(self, number: int) -> None:
-        """So many of those that wait."""
-        for _ in range(number):
-            self.gate.put_nowait(None)
-
-
 def ray_calls(plan: Plan) -> dict[int, float]:
     """Seconds of this process that Ray takes to hand a piece out, to see that it is done and to bring the answers.
 
-    One actor stands for all workers, with as many tasks waiting as they would have: what it costs to wait grows with them.
+    One actor stands for all workers, with as many tasks under way as they would have: looking at them takes longer, the more
+    there are.
     """
     import ray
 
     size, most = plan.job.size, plan.config.rollout_batch_size
     prompts = [Prompt("", tuple(range(size.prompt)), key) for key in range(most)]
-    ids = tuple(range(int(lengths.lengths_for(plan.config).mean)))
+    ids = tuple(range(round(lengths.lengths_for(plan.config).mean)))
     answers = [[Completion(prompt, ids, tuple(map(float, ids)), "", "stop")] for prompt in prompts]
     ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False, num_cpus=1)
+    actor = ray.remote(echo()).options(max_concurrency=2 * max(WORKERS)).remote(answers)
     sampling, found = ray.put(None), {}
+    tasks: dict[Any, int] = {}
+
+    def event(number: int) -> None:
+        """A piece is answered, and its worker is given another one."""
+        actor.let_go.remote()
+        (done, *_), _ = ray.wait(list(tasks), num_returns=1, timeout=PATIENCE)
+        ray.get(done)
+        del tasks[done]
+        tasks[actor.answer.remote(prompts, sampling)] = number
+
     for workers in WORKERS:
-        actor = ray.remote(Echo).options(max_concurrency=2 * max(WORKERS)).remote(answers)
-        tasks = {actor.answer.remote(prompts, sampling): place for place in range(workers)}
-        begin = None
-        for event in range(EVENTS + 1):
-            if event == 1:  # the first one sets things up
-                begin = time.process_time()
-            actor.let_go.remote(1)
-            (done, *_), _ = ray.wait(list(tasks), num_returns=1)
-            ray.get(done)
-            del tasks[done]
-            tasks[actor.answer.remote(prompts, sampling)] = event
-        assert begin is not None
+        tasks |= {actor.answer.remote(prompts, sampling): place for place in range(workers - len(tasks))}
+        event(0)  # sets things up
+        begin = time.process_time()
+        for number in range(EVENTS):
+            event(number)
         found[workers] = (time.process_time() - begin) / EVENTS
         print(f"Ray with {workers} tasks: {1e3 * found[workers]:.2f} ms a piece", flush=True)
-        ray.kill(actor)
     ray.shutdown()
     return found
+
+
+def echo() -> type:
+    """A class that Ray can send as it is, without what this module imports."""
+
+    class Echo:
+        """Answers as ``ray_worker.Worker`` does, when it is let go."""
+
+        def __init__(self, answers: Any) -> None:
+            import asyncio
+
+            self.answers, self.gate = answers, asyncio.Queue()
+
+        async def answer(self, prompts: Any, sampling: Any) -> Any:
+            await self.gate.get()
+            return self.answers
+
+        async def let_go(self) -> None:
+            self.gate.put_nowait(None)
+
+    return Echo

@@ -49,16 +49,16 @@ class SimulatedCrew:
     seconds_of: Callable[[Sequence[int]], float]
     conditions: Conditions = Conditions()
     seed: int = 0
-    now: float = 0.0
-    useful: float = 0.0
+    now: float = field(default=0.0, init=False)
+    useful: float = field(default=0.0, init=False)
     """Workers' seconds in pieces that were answered."""
-    simulating: float = 0.0
+    simulating: float = field(default=0.0, init=False)
     """Seconds of this machine's processor in what here stands for workers, so that the scheduler's own can be told apart."""
-    slowness: dict[int, float] = field(default_factory=dict)
+    slowness: dict[int, float] = field(default_factory=dict, init=False)
     """Of each worker that is there, how many times the usual seconds it takes."""
-    _busy: dict[int, tuple[Sequence[int], float]] = field(default_factory=dict)
-    _events: list[_Event] = field(default_factory=list)
-    _number: int = 0
+    _busy: dict[int, tuple[Sequence[int], float]] = field(default_factory=dict, init=False)
+    _events: list[_Event] = field(default_factory=list, init=False)
+    _number: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         """Have all workers there."""

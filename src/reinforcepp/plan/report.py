@@ -274,9 +274,11 @@ def assumptions(plan: Plan) -> Iterator[str]:
         whose = "measured here just now" if rates.measured else "from the data sheet"
         yield (
             f"Time: {_tera(rates.operations)} and {rates.bytes / 1e9:,.0f} GB/s, {whose}, of which passes are taken to reach "
-            f"{shares.products:.0%} and {shares.reading:.0%}."
+            f"{shares.products:.0%} and {shares.reading:.0%}, decoding {shares.decoding:.0%} of the products."
         )
     yield from _of_many(plan)
+    if machine.gpus and rates is not None:
+        yield "Time on GPUs, on one or on many, was never checked against a measurement."
 
 
 def _of_many(plan: Plan) -> Iterator[str]:
@@ -285,7 +287,11 @@ def _of_many(plan: Plan) -> Iterator[str]:
         return
     config, machine, scale = plan.config, plan.machine, plan.scales[-1]
     links = links_for(config, scale.nodes, machine.gpus)
-    speeds = [f"{links.inside / 1e9:,.0f} GB/s between the GPUs of a machine"] if machine.gpus > 1 else []
+    speeds = (
+        [f"{links.inside / 1e9:,.0f} GB/s between the GPUs of a machine"]
+        if machine.gpus > 1 and not config.pooled
+        else []
+    )
     speeds += [f"{links.between / 1e9:,.0f} GB/s between machines"] if scale.nodes > 1 or config.pooled else []
     yield (
         f"Links are taken to reach {' and '.join(speeds)}, {OF_LINKS:.0%} of what they could, and to work while passes compute."
@@ -295,8 +301,6 @@ def _of_many(plan: Plan) -> Iterator[str]:
             f"The pool has {scale.devices} workers on {scale.nodes} machines. The scheduler's own code deals prompts out to "
             "simulated ones."
         )
-    if not machine.rates or not machine.rates.measured:
-        yield "Time on GPUs, on one or on many, was never checked against a measurement."
 
 
 def _tera(rate: float) -> str:
