@@ -216,7 +216,7 @@ def test_how_new_weights_get_to_who_generates():
     shards = exchange.sync_seconds(job(sharded=True, ranks=32), speeds, links)
     assert shards == pytest.approx(2 * weights / 1000 + exchange.gather_seconds(40_000, links))
     pool = exchange.sync_seconds(job(engine="ray"), speeds, links)
-    assert pool == pytest.approx(2 * weights / timing.LINK + 3 * weights / 100)  # the trainer, then 2, 4 and all 5 machines
+    assert pool == pytest.approx(2 * weights / timing.LINK + 3 * weights / 100)  # 1 has them, 2, 4, all 5
     assert exchange.sync_seconds(job(engine="ray", gpus=0), speeds, links) == pytest.approx(
         2 * weights / 1000 + 3 * weights / 100
     )
