@@ -501,6 +501,74 @@ def staleness(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(time) + made_by(learning)
 
 
+def scaling_steps(result: dict[str, Any]) -> str:
+    step = result["step"]
+    rows = []
+    for name, own in step["checked"].items():
+        phases = [f"{own['predicted'][phase]:.2f} / {own['measured'][phase]:.2f}" for phase in own["measured"]]
+        rows.append([name, *phases, f"{own['step']['error']:+.0%}"])
+    for worst, title in (("median", "median error"), ("worst", "worst error")):
+        own = step["errors"]["checked"]
+        rows.append([f"**{title}**", *(f"{own[phase][worst]:.0%}" for phase in (*_PHASES, "step"))])
+    own = step["errors"]["fitted"]
+    rows.append(["median (worst) of those fitted on"] + [f"{e['median']:.0%} ({e['worst']:.0%})" for e in own.values()])
+    constants, rates = step["constants"], step["rates"]
+    said = (
+        f"\nSeconds of the processor, predicted / measured. The rates are {rates['operations'] / 1e9:.0f} GFLOP/s and "
+        f"{rates['bytes'] / 1e9:.0f} GB/s. Fitted on {len(step['fitted'])} other trainings: passes reach "
+        f"{constants['products']:.0%} of the products, decoding {constants['decoding']:.0%} of them and "
+        f"{constants['reading']:.0%} of reading; a call takes {1e6 * constants['call']:.0f} µs in decoding, "
+        f"{1e6 * constants['pass_call']:.0f} µs in a pass. "
+        f"The planner's rounded constants: step {step['errors_of_planner']['step']['median']:.0%} in the median, "
+        f"{step['errors_of_planner']['step']['worst']:.0%} at worst.\n"
+    )
+    return table(["training", *_PHASES, "step"], rows) + said + made_by(result)
+
+
+_PHASES = ("rollout", "scoring", "update")
+
+
+def scaling_projections(result: dict[str, Any]) -> str:
+    rows = []
+    phases = ("rollout", "waiting", "scoring", "update", "exchange", "sync")
+    for name, own in result["projections"].items():
+        last = own["scales"][-1]
+        fits = "fits" if own["fits"] else "**does not fit**"
+        seconds = [f"{last['seconds'][phase]:.1f}" for phase in phases]
+        gained = f"{last['speedup']:.1f} of {last['devices'] / own['scales'][0]['devices']:g}"
+        rate = f"{last['tokens_per_second']:,.0f}"
+        rows.append([name, *seconds, f"{last['step']:.1f}", rate, gained, f"{own['memory_gib']:.0f} GiB, {fits}"])
+    titles = ["training", *phases, "step, s", "tokens/s", "speed-up against one machine", "memory of a GPU"]
+    return table(titles, rows) + made_by(result)
+
+
+def scaling_pool(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{own['workers']:,}",
+            str(own["pieces"]),
+            f"{own['failures_per_hour']:g}",
+            f"{own['tokens_per_second']:,.0f}",
+            f"{own['share_of_ideal']:.0%}",
+            f"{own['lost']:,}",
+            f"{own['again_share']:.2%}",
+            f"{own['scheduler_microseconds_per_prompt']:.1f}",
+            f"{own['scheduler_share_of_time']:.2%}",
+            f"{own['ray_share_of_time']:.1%}",
+        ]
+        for own in result["pool"]["rows"]
+        if own["workers"] > 1 or own["failures_per_hour"] == 0
+    ]
+    titles = ["workers", "pieces each", "failures an hour, each", "tokens/s", "of ideal", "lost", "prompts done again"]
+    titles += ["scheduler, µs a prompt", "scheduler, of the time", "Ray's calls, of the time"]
+    settings = result["pool"]["settings"]
+    said = (
+        f"\n{settings['steps']} steps each. A lost worker is replaced after {settings['seconds_lost']:.0f} s. "
+        f"Workers' speeds differ by {settings['spread']:.0%}.\n"
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -531,6 +599,9 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "equality": (equality, "equality"),
     "ray_kill": (ray_kill, "ray_kill"),
     "async": (staleness, "async"),
+    "scaling_steps": (scaling_steps, "scaling"),
+    "scaling_projections": (scaling_projections, "scaling"),
+    "scaling_pool": (scaling_pool, "scaling"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
 }
 """For each table, what makes it and from which result file."""

@@ -24,7 +24,7 @@ from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.learner import Learner
 from reinforcepp.logprobs import CHUNK_BYTES, response_logprobs
-from reinforcepp.plan import machine, memory, report, search, timing
+from reinforcepp.plan import lengths, machine, memory, report, search, timing
 from reinforcepp.plan.command import _engine, make_plan
 from reinforcepp.plan.memory import Job, Rows
 from reinforcepp.plan.shapes import Pass, Shape, Size, asked_shape, trained_shape
@@ -56,6 +56,7 @@ def job(dtype: torch.dtype = F32, gpus: int = 0, critic: bool = False, engine: s
         dtype=dtype,
         engine=engine,
         gpus=gpus,
+        ranks=max(1, gpus),
     )
 
 
@@ -655,11 +656,11 @@ def test_a_single_pass_may_fit_where_two_smaller_ones_do_not():
 
 
 def test_adamw_moves_twenty_eight_bytes_a_weight():
-    assert timing.adam_bytes(job(), rows(), config()) == 28 * GPT2
-    assert timing.adam_bytes(job(BF16), rows(), config()) == 30 * GPT2
-    assert timing.adam_bytes(job(), rows(), config(num_iterations=3)) == 3 * 28 * GPT2
+    assert timing.adam_bytes(job(), config()) == 28 * GPT2
+    assert timing.adam_bytes(job(BF16), config()) == 30 * GPT2
+    assert timing.adam_bytes(job(), config(num_iterations=3)) == 3 * 28 * GPT2
     several = config(mini_batch_size=2, gradient_accumulation_steps=2)
-    assert timing.adam_bytes(job(), Rows.of(several, 0), several) == 2 * 28 * GPT2
+    assert timing.adam_bytes(job(), several) == 2 * 28 * GPT2
 
 
 def test_operations_of_scoring_and_update():
@@ -667,54 +668,92 @@ def test_operations_of_scoring_and_update():
     assert timing.answer_operations(policy, 20) == answers
     assert timing.update_operations(job(), rows(step=8), config()) == 3 * 8 * answers
     assert timing.update_operations(job(), rows(step=8), config(num_iterations=2)) == 6 * 8 * answers
-    assert timing.scoring_operations(job(), rows(step=8, passes=1), config()) == 8 * (policy.row_flops + answers)
+    assert timing.rewarding_operations(job(), rows(step=8)) == 8 * policy.row_flops
+    assert timing.asking_operations(job(), rows(step=8, passes=1), config()) == 8 * answers
     again = config(num_iterations=2)  # the policy has moved on, so its own log-probabilities are asked for
-    assert timing.scoring_operations(job(), rows(step=8), again) == 8 * (policy.row_flops + 2 * answers)
+    assert timing.asking_operations(job(), rows(step=8), again) == 8 * 2 * answers
     chunks = replace(job(), policy=replace(policy, vocabulary=1 << 20))
     assert timing.update_operations(chunks, rows(step=8), config()) == 8 * (3 * answers + 2 * 20_480 * 20)
     both = job(critic=True)
     assert timing.update_operations(both, rows(step=8), config()) == 24 * (answers + both.critic.row_flops)
-    assert timing.scoring_operations(both, rows(step=8, passes=1), config()) == 8 * (
-        policy.row_flops + answers + both.critic.row_flops
-    )
+    assert timing.asking_operations(both, rows(step=8, passes=1), config()) == 8 * (answers + both.critic.row_flops)
+
+
+FULL = lengths.full(SIZE.new)
+NEVER = 1e30
+
+
+def speeds(products: float = NEVER, decoding: float = NEVER, reading: float = NEVER, **calls: float) -> timing.Speeds:
+    return timing.Speeds(products, decoding, reading, **calls)
 
 
 def test_seconds_of_a_rollout():
-    policy = replace(shape(), token_calls=0)
-    slow_memory = machine.Rates(operations=1e30, bytes=1e6, measured=True)
+    policy, one = shape(), job()
     read = 4 * 118_784 + 8 * (12 + 10) * 1024
-    assert timing.rollout_seconds(replace(job(), policy=policy), rows(8), slow_memory) == pytest.approx(20 * read / 1e6)
+    assert timing.rollout_seconds(one, rows(8), speeds(reading=1e6), FULL) == pytest.approx(20 * read / 1e6)
     in_two = 20 * (2 * 4 * 118_784 + 8 * (12 + 10) * 1024) / 1e6
-    two = timing.rollout_seconds(replace(job(), policy=policy), rows(8, at_a_time=4), slow_memory)
-    assert two == pytest.approx(in_two)
-    slow_products = machine.Rates(operations=1e6, bytes=1e30, measured=True)
-    work = 8 * (policy.prompt_flops + 2 * 20_480) + 20 * 8 * policy.token_flops
-    assert timing.rollout_seconds(replace(job(), policy=policy), rows(8), slow_products) == pytest.approx(work / 1e6)
-    nothing_else = machine.Rates(operations=1e30, bytes=1e30, measured=True)
-    calls = 20 * shape().token_calls * timing.CALL_SECONDS
-    assert timing.rollout_seconds(job(), rows(8), nothing_else) == pytest.approx(calls)
-    assert timing.rollout_seconds(job(engine="vllm"), rows(8), nothing_else) == pytest.approx(0)
+    assert timing.rollout_seconds(one, rows(8, at_a_time=4), speeds(reading=1e6), FULL) == pytest.approx(in_two)
+    assert timing.batches(rows(8, at_a_time=3)) == [3, 3, 2]
+    prompts = 8 * (policy.prompt_flops + 2 * 20_480) / 1e6
+    assert timing.rollout_seconds(one, rows(8), speeds(products=1e6), FULL) == pytest.approx(prompts)
+    tokens = 20 * 8 * policy.token_flops / 1e6
+    assert timing.rollout_seconds(one, rows(8), speeds(decoding=1e6), FULL) == pytest.approx(tokens)
+    calls = 20 * policy.token_calls * 1e-5
+    assert timing.rollout_seconds(one, rows(8), speeds(call=1e-5), FULL) == pytest.approx(calls)
+    assert timing.rollout_seconds(job(engine="vllm"), rows(8), speeds(call=1e-5), FULL) == pytest.approx(0)
+    both = speeds(reading=1e6, decoding=1e6)
+    assert timing.rollout_seconds(one, rows(8), both, FULL) == pytest.approx(max(tokens, 20 * read / 1e6))
+
+
+def test_weights_of_4_bits_are_read_as_they_are_stored():
+    narrow = replace(job(), policy=replace(shape(), packed=0, stored=1000, cache_per_token=0))
+    assert timing.rollout_seconds(narrow, rows(8), speeds(reading=1e6), FULL) == pytest.approx(20 * 1000 / 1e6)
 
 
 def test_a_gpu_is_prepared_for_while_it_works():
-    rates = machine.Rates(operations=1e30, bytes=1e9, measured=False)
     read = 20 * (4 * 118_784 + 8 * 22 * 1024) / 1e9
-    calls = 20 * shape().token_calls * timing.CALL_SECONDS
-    on_gpu = timing.rollout_seconds(job(gpus=1), rows(8), rates)
-    assert on_gpu == pytest.approx(max(read, calls))
-    assert timing.rollout_seconds(job(), rows(8), rates) == pytest.approx(read + calls)
+    for call in (1e-6, 2e-5):
+        calls, slow = 20 * shape().token_calls * call, speeds(reading=1e9, call=call)
+        assert timing.rollout_seconds(job(gpus=1), rows(8), slow, FULL) == pytest.approx(max(read, calls))
+        assert timing.rollout_seconds(job(), rows(8), slow, FULL) == pytest.approx(read + calls)
+    passes = 3 * 2 * shape().token_calls * 1e-4
+    work = timing.update_operations(job(), rows(8), config()) / 1e9
+    slow = speeds(products=1e9, pass_call=1e-4)
+    assert timing.pass_seconds(job(gpus=1), rows(8), config(), slow, FULL) == pytest.approx(max(work, passes))
+    assert timing.pass_seconds(job(), rows(8), config(), slow, FULL) == pytest.approx(work + passes)
+
+
+def test_calls_of_scoring():
+    calls = shape().token_calls
+
+    def counted(one: Job, step: int, wanted: PlanConfig) -> float:
+        return timing.scoring_seconds(one, rows(step, micro=4), wanted, speeds(pass_call=1.0), FULL) / calls
+
+    assert counted(job(), 8, config()) == pytest.approx(1 + 2)  # the reward model all at once, the reference in two
+    assert counted(job(), 80, config(batch_size=80)) == pytest.approx(2 + 20)
+    assert counted(job(), 8, config(num_iterations=2)) == pytest.approx(1 + 2 * 2)
+    assert counted(job(critic=True), 8, config()) == pytest.approx(1 + 2 * 2)
+    assert counted(replace(job(), reward=replace(job().reward, parameters=0)), 8, config()) == pytest.approx(2)
 
 
 def test_a_step_reaches_a_share_of_the_rates():
-    device = machine.Machine("x", 1, 1e12, machine.Rates(1e9, 1e9, measured=False))
-    seconds = timing.step_seconds(job(gpus=1), rows(8), config(), device)
-    update = timing.update_operations(job(gpus=1), rows(8), config()) / (0.4 * 1e9) + 28 * GPT2 / (0.6 * 1e9)
-    assert seconds["update"] == pytest.approx(update)
-    here = replace(device, rates=machine.Rates(1e9, 1e9, measured=True))
-    assert timing.step_seconds(job(gpus=1), rows(8), config(), here)["scoring"] == pytest.approx(
-        timing.scoring_operations(job(gpus=1), rows(8), config()) / 0.7e9
+    sheet = timing.reached(machine.Rates(1e9, 1e9, measured=False))
+    assert sheet == timing.Speeds(0.4e9, 0.4e9, 0.6e9, 10e-6, 10e-6)
+    here = timing.reached(machine.Rates(1e9, 2e9, measured=True))
+    shares = timing.OF_MEASURED
+    assert here == (shares.products * 1e9, shares.decoding * 1e9, shares.reading * 2e9, shares.call, shares.pass_call)
+    assert timing.reached(machine.Rates(10.0, 10.0, measured=True), timing.Shares(0.1, 0.2, 0.3, 4, 5)) == (
+        1,
+        2,
+        3,
+        4,
+        5,
     )
-    assert timing.step_seconds(job(gpus=1), rows(8), config(), replace(device, rates=None)) is None
+    seconds = timing.step_seconds(job(gpus=1), rows(8), config(), speeds(products=1e6, reading=1e9), FULL)
+    operations = timing.update_operations(job(gpus=1), rows(8), config())
+    assert seconds["update"] == pytest.approx(operations / 1e6 + 28 * GPT2 / 1e9)
+    scoring = timing.rewarding_operations(job(), rows(8)) + timing.asking_operations(job(), rows(8), config())
+    assert seconds["scoring"] == pytest.approx(scoring / 1e6)
 
 
 # --- the device -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Figures are those of the vendor's data sheets, for the SXM module where there are several: memory, TFLOP/s of matrix
 products in bfloat16 (dense, so half of what sheets call "with sparsity", and with float32 sums) and in float32 outside
-the tensor cores, which is what torch takes by default, and bandwidth of the memory.
+the tensor cores, which is what torch takes by default, bandwidth of the memory, and bandwidth to the other GPUs of the
+machine, one way (sheets add both ways up): NVLink where there is a switch for all, else PCIe of 16 lanes.
 
     b200        NVIDIA DGX B200 datasheet, an eighth of the system's
     h200, h100  NVIDIA H200 and H100 Tensor Core GPU datasheets
@@ -31,17 +32,18 @@ class Accelerator:
     bf16_tflops: float
     float32_tflops: float
     gigabytes_per_second: float
+    link_gigabytes_per_second: float
 
 
 ACCELERATORS = {
-    "b200": Accelerator("NVIDIA B200", 180, 2250, 75, 8000),
-    "h200": Accelerator("NVIDIA H200", 141, 989, 67, 4800),
-    "h100": Accelerator("NVIDIA H100", 80, 989, 67, 3350),
-    "a100": Accelerator("NVIDIA A100", 80, 312, 19.5, 2039),
-    "l40s": Accelerator("NVIDIA L40S", 48, 362, 91.6, 864),
-    "l4": Accelerator("NVIDIA L4", 24, 121, 30.3, 300),
-    "a10": Accelerator("NVIDIA A10", 24, 125, 31.2, 600),
-    "rtx4090": Accelerator("NVIDIA GeForce RTX 4090", 24, 165.2, 82.6, 1008),
-    "rtx3090": Accelerator("NVIDIA GeForce RTX 3090", 24, 71, 35.6, 936),
+    "b200": Accelerator("NVIDIA B200", 180, 2250, 75, 8000, 900),
+    "h200": Accelerator("NVIDIA H200", 141, 989, 67, 4800, 450),
+    "h100": Accelerator("NVIDIA H100", 80, 989, 67, 3350, 450),
+    "a100": Accelerator("NVIDIA A100", 80, 312, 19.5, 2039, 300),
+    "l40s": Accelerator("NVIDIA L40S", 48, 362, 91.6, 864, 32),
+    "l4": Accelerator("NVIDIA L4", 24, 121, 30.3, 300, 32),
+    "a10": Accelerator("NVIDIA A10", 24, 125, 31.2, 600, 32),
+    "rtx4090": Accelerator("NVIDIA GeForce RTX 4090", 24, 165.2, 82.6, 1008, 32),
+    "rtx3090": Accelerator("NVIDIA GeForce RTX 3090", 24, 71, 35.6, 936, 32),
 }
 assert ("auto", "cpu", *ACCELERATORS) == get_args(DeviceName)

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-import heapq
-import random
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforcepp.errors import RolloutError
+from reinforcepp.plan.pool import Conditions, SimulatedCrew
 from reinforcepp.rollout.share_out import Answered, Board, Joined, Lost, share_out
 
 
-class Simulated:
-    """Workers that take a while for each piece and die now and then; lost ones are replaced."""
+class Simulated(SimulatedCrew):
+    """Workers that take a while for each piece and die in the middle of some; lost ones are replaced, some join late."""
 
     def __init__(self, workers: int, *, deaths: float = 0.0, seed: int = 0, joining: int = 0) -> None:
-        self.draw, self.deaths, self.now = random.Random(seed), deaths, 0.0
-        self.names = iter(range(10**9))
-        self.there = {next(self.names) for _ in range(workers)}
-        self.busy: dict[int, list[int]] = {}
-        self.events: list[tuple[float, int, str]] = []
+        super().__init__(workers, lambda places: self._draw.expovariate(0.1), Conditions(start_seconds=5.0), seed)
+        self.deaths = deaths
         self.given: list[int] = []
         for _ in range(joining):
-            self.join(self.draw.uniform(0, 20))
-
-    def join(self, after: float) -> None:
-        heapq.heappush(self.events, (self.now + after, next(self.names), "joins"))
-
-    def ready(self):
-        return sorted(self.there - set(self.busy))
+            self.later(self._draw.uniform(0, 20), "joins", -1)
 
     def give(self, worker, places):
-        assert worker in self.there and worker not in self.busy
-        self.busy[worker] = list(places)
+        super().give(worker, places)
         self.given += places
-        end = "dies" if self.draw.random() < self.deaths else "answers"
-        heapq.heappush(self.events, (self.now + self.draw.expovariate(0.1), worker, end))
-
-    def wait(self):
-        self.now, worker, what = heapq.heappop(self.events)
-        if what == "joins":
-            self.there.add(worker)
-            return Joined(worker)
-        places = self.busy.pop(worker)
-        if what == "answers":
-            return Answered(worker, [f"answer {place}" for place in places])
-        self.there.remove(worker)
-        self.join(5.0)
-        return Lost(worker, "killed")
+        if self._draw.random() < self.deaths:
+            self.later(0.0, "is lost", worker)
 
 
 @settings(deadline=None)
@@ -66,7 +42,7 @@ def test_every_prompt_is_answered_once(number, workers, joining, most, deaths, s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reinforcepp.rollout.share_out.LOSSES", 1000)
         answers, tally = share_out(crew, number, most)
-    assert answers == [f"answer {place}" for place in range(number)]
+    assert answers == list(range(number))
     assert len(crew.given) == number + tally.again and set(crew.given) == set(range(number))
     assert tally.lost == len(tally.reasons) and (tally.lost > 0 or tally.again == 0)
 
@@ -78,14 +54,8 @@ def test_what_fits_is_divided_evenly_at_once():
 
 
 def test_more_than_fits_is_taken_as_workers_finish():
-    class OneIsSlow(Simulated):
-        def give(self, worker, places):
-            super().give(worker, places)
-            _, *rest = self.events.pop(next(i for i, e in enumerate(self.events) if e[1] == worker))
-            heapq.heapify(self.events)
-            heapq.heappush(self.events, (self.now + (100.0 if worker == 0 else 1.0), *rest))
-
-    crew = OneIsSlow(4)
+    crew = SimulatedCrew(4, lambda places: 1.0)
+    crew.slowness[0] = 100.0
     _, tally = share_out(crew, 80, 2)
     assert tally.pieces == 40 and crew.now == 100.0  # the slow one had a single piece
 
@@ -93,7 +63,7 @@ def test_more_than_fits_is_taken_as_workers_finish():
 def test_a_worker_that_joins_in_the_middle_is_used():
     crew = Simulated(1, joining=1, seed=1)
     share_out(crew, 50, 2)
-    assert len(crew.there) == 2 and crew.given == list(range(50))
+    assert len(crew.slowness) == 2 and crew.given == list(range(50))
 
 
 def test_what_a_lost_worker_had_comes_first_again():
@@ -152,5 +122,7 @@ def test_who_is_lost_while_idle_gets_nothing():
 
 
 def test_where_everyone_dies_it_stops_with_the_cause():
-    with pytest.raises(RolloutError, match="lost one after the other without an answer, the last with: killed"):
+    with pytest.raises(
+        RolloutError, match="lost one after the other without an answer, the last with: lost in the simulation"
+    ):
         share_out(Simulated(3, deaths=1.0), 10, 2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from reinforcepp.config._checks import not_negative, positive
+from reinforcepp.config._checks import filled, not_negative, positive
+from reinforcepp.config.reinforce import RAY
 from reinforcepp.config.verbs import TrainConfig
 from reinforcepp.devices import DeviceName
 from reinforcepp.errors import ConfigError
@@ -16,7 +17,19 @@ class PlanConfig(TrainConfig):
     """Tell, before anything is loaded, whether a training fits into memory and how long a step takes."""
 
     gpus: int | None = None
-    """GPUs that train together, each with a copy of everything; 0 is the CPU. Default: those of this machine."""
+    """GPUs of each machine; all train together. 0 is the CPU. Default: those of this machine, 1 with a named device."""
+    nodes: int | None = None
+    """Machines, each with so many GPUs: then the step is also told for fewer machines, with what they tell each other. With
+    rollout ray://... they are the pool's, with a worker on each GPU, and one more device trains. Default: 1."""
+    fsdp: bool = False
+    """Weights, gradients and moments are in shards, one on each GPU, as under a launcher with FSDP2: docs/parallel.md."""
+    network_gbps: float = 400.0
+    """Gbit/s between two machines, over all adapters that one has."""
+    mean_new_tokens: float | None = None
+    """Mean length of a completion in tokens, where any token may be the last one with the same chance. Default:
+    max_new_tokens, the most that it can be. Memory is always counted for max_new_tokens."""
+    lengths_from: str | None = None
+    """Folder of a training run whose completions tell instead how long they are."""
     device: DeviceName = "auto"
     """What to plan for: auto is this machine, cpu its processor, anything else a GPU by the vendor's data sheet."""
     gpu_memory: float | None = None
@@ -28,13 +41,37 @@ class PlanConfig(TrainConfig):
         """Check what planning adds to the settings of a training."""
         super().__post_init__()
         not_negative(self, "gpus")
-        positive(self, "gpu_memory")
+        positive(self, "nodes", "gpu_memory", "network_gbps")
         if self.device == "cpu" and self.gpus:
             raise ConfigError(f"device cpu has no GPUs, but gpus is {self.gpus}: name the GPU, as in --device h100.")
         if self.device not in ("auto", "cpu") and self.gpus == 0:
             raise ConfigError(f"device {self.device} is a GPU, but gpus is 0: leave gpus out, or set it to 1 or more.")
-        if self.gpus is not None and self.gpus > self.batch_size:
+        self._check_sharing()
+        self._check_lengths()
+
+    @property
+    def pooled(self) -> bool:
+        """Whether completions come from other devices than those that train."""
+        return self.rollout.startswith(RAY)
+
+    def _check_sharing(self) -> None:
+        devices = (self.nodes or 1) * max(1, self.gpus or 1)
+        if devices > self.batch_size and not self.pooled:
+            of = f"{self.nodes} nodes x {self.gpus or 1}" if (self.nodes or 1) > 1 else f"{self.gpus}"
             raise ConfigError(
-                f"batch_size {self.batch_size} can't be shared by {self.gpus} GPUs: each needs at least one prompt, so "
-                "raise it or take fewer GPUs."
+                f"batch_size {self.batch_size} can't be shared by {of} GPUs: each needs at least one prompt, so raise it or "
+                "take fewer."
             )
+        if self.fsdp and self.pooled:
+            raise ConfigError("A Ray pool serves a training of one process, which has no shards: leave fsdp out.")
+        if self.fsdp and self.offload_optimizer:
+            raise ConfigError("offload_optimizer is for whole weights, and fsdp cuts them up: leave one of them out.")
+
+    def _check_lengths(self) -> None:
+        mean, most = self.mean_new_tokens, self.max_new_tokens
+        if mean is not None and not 1 <= mean <= most:
+            raise ConfigError(f"mean_new_tokens must be from 1 to max_new_tokens, which is {most}, not {mean:g}.")
+        if self.lengths_from is not None:
+            filled(self, "lengths_from")
+            if mean is not None:
+                raise ConfigError("mean_new_tokens and lengths_from both say how long completions are: give one.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,17 @@ import torch
 from rich.console import Console
 
 from reinforcepp.config import PlanConfig
-from reinforcepp.config.reinforce import RAY, server_addresses
+from reinforcepp.config.reinforce import server_addresses
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import check_context, load_config
 from reinforcepp.plan import report
+from reinforcepp.plan.lengths import lengths_for
 from reinforcepp.plan.machine import machine_for
 from reinforcepp.plan.memory import Job, Rows, phases
 from reinforcepp.plan.report import Plan
+from reinforcepp.plan.scaling import nodes_of, scales
 from reinforcepp.plan.search import largest, with_micro
 from reinforcepp.plan.shapes import Body, Size, asked_shape, together, trained_shape
-from reinforcepp.plan.timing import step_seconds
 from reinforcepp.precision import compute_dtype
 from reinforcepp.reward_sources import parse_source
 from reinforcepp.rollout.choose import EngineName
@@ -61,15 +63,19 @@ def make_plan(config: PlanConfig) -> Plan:
     Raises:
         ModelError: a model's configuration is missing or can't be counted.
         ConfigError: the settings exceed the model's context, or nobody knows how large the device is.
+        DataError: there are no completions where lengths are to be from.
     """
     dtype = compute_dtype(config)
     policy_config = load_config(config.model)
     check_context(policy_config, config.max_prompt_length, config.max_new_tokens)
+    lengths = lengths_for(config)
     machine = machine_for(config, dtype)
-    job, said = _job(config, policy_config, dtype, machine.gpus)
-    rows = Rows.of(config, machine.gpus)
+    nodes = nodes_of(config, max(1, machine.gpus))
+    ranks = 1 if config.pooled else nodes * max(1, machine.gpus)
+    job, said = _job(config, policy_config, dtype, ranks, on_gpu=machine.gpus > 0)
+    rows = Rows.of(config, ranks)
     limits = largest(job, config, machine.memory)
-    fewer = with_micro(rows, config, max(1, min(rows.micro, limits.mini_batch_size)))
+    fewer = with_micro(rows, config, max(1, min(rows.micro, limits.mini_batch_size)), ranks)
     fewer = replace(fewer, at_a_time=max(1, min(rows.at_a_time, limits.rollout_batch_size)))
     return Plan(
         config=config,
@@ -79,16 +85,29 @@ def make_plan(config: PlanConfig) -> Plan:
         phases=phases(job, rows),
         limits=limits,
         smaller=phases(job, fewer),
-        seconds=step_seconds(job, rows, config, machine),
-        said=tuple(said),
+        scales=tuple(scales(job, config, machine, lengths, nodes)),
+        said=(*said, lengths.said),
     )
 
 
-def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype, gpus: int) -> tuple[Job, list[str]]:
+def _job(
+    config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype, ranks: int, *, on_gpu: bool
+) -> tuple[Job, list[str]]:
     """What is trained with what, and which of it is assumed."""
     said: list[str] = []
     size = Size(config.max_prompt_length, config.max_new_tokens)
-    early, offload = gpus <= 1, config.offload_optimizer and gpus > 0
+    offload = config.offload_optimizer and on_gpu
+    shards = ranks if config.fsdp else 1
+    trained = partial(
+        trained_shape,
+        policy_config,
+        dtype,
+        size,
+        config,
+        early=ranks == 1 or config.fsdp,
+        offload=offload,
+        shards=shards,
+    )
 
     def asked(name: str, what: str) -> Body:
         if Path(name).expanduser().is_dir():
@@ -103,27 +122,28 @@ def _job(config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype
     models = [source.target for source in sources if source.kind == "model"]
     said += [f"What {source.target} takes for itself isn't counted." for source in sources if source.kind == "function"]
     return Job(
-        policy=trained_shape(policy_config, dtype, size, config, early=early, offload=offload),
+        policy=trained(),
         reward=together([] if config.reward_workers else [asked(model, "reward model") for model in models]),
-        critic=trained_shape(policy_config, dtype, size, config, early=early, offload=offload, values=True)
-        if config.recipe.critic
-        else None,
+        critic=trained(values=True) if config.recipe.critic else None,
         judge=asked(judge, "judge") if judge is not None and parse_source(judge).kind == "model" else None,
         size=size,
         dtype=dtype,
         engine=engine,
-        gpus=gpus,
+        gpus=ranks if on_gpu else 0,
         offload=offload,
         ahead=config.staleness,
+        ranks=ranks,
+        sharded=config.fsdp,
     ), said
 
 
 def _engine(config: PlanConfig) -> tuple[EngineName, str]:
     """The engine that the training would take, as far as can be told without starting it."""
-    if config.rollout.startswith(RAY):
+    if config.pooled:
         return (
             "ray",
-            "Completions come from a pool of Ray workers elsewhere: what they take and how long isn't counted.",
+            "Completions come from a pool of Ray workers elsewhere: what they take isn't counted. Each is taken to be as fast as "
+            "the device that trains, with vLLM.",
         )
     if server_addresses(config.rollout):
         return "servers", "Completions come from vLLM's servers: what they take and how long isn't counted."

@@ -50,11 +50,15 @@ class Job:
     dtype: torch.dtype
     engine: EngineName
     gpus: int
-    """0 for a CPU."""
+    """Of all machines; 0 for a CPU."""
     offload: bool = False
     """What AdamW needs is in main memory, and the policy's on a GPU."""
     ahead: int = 0
     """Copies of the policy for steps whose completions are generated while others are trained on."""
+    ranks: int = 1
+    """Devices that train together."""
+    sharded: bool = False
+    """Each has a part of what is learnt, and all of what is only asked."""
 
     @property
     def place(self) -> str:
@@ -72,19 +76,24 @@ class Job:
         return [self.policy] + ([self.critic] if self.critic is not None else [])
 
     @property
-    def gradient(self) -> int:
+    def shards(self) -> int:
+        """Devices that one weight that learns is spread over."""
+        return self.ranks if self.sharded else 1
+
+    @property
+    def gradient(self) -> float:
         """Bytes of a weight's gradient between two passes."""
-        return 0 if self.offload else FLOAT
+        return 0 if self.offload else FLOAT / self.shards
 
     @property
-    def master(self) -> int:
-        """Bytes of what a weight is learnt in beside what it computes in."""
-        return FLOAT * self.narrow * (not self.offload)
+    def master(self) -> float:
+        """Bytes of what a weight is learnt in beside what it computes in; shards are beside a whole copy, see ``Learner``."""
+        return FLOAT / self.shards * (self.narrow or self.sharded) * (not self.offload)
 
     @property
-    def moments(self) -> int:
+    def moments(self) -> float:
         """Bytes of AdamW's two for each weight."""
-        return 0 if self.offload else MOMENTS
+        return 0 if self.offload else MOMENTS / self.shards
 
 
 @dataclass(frozen=True)
@@ -105,12 +114,13 @@ class Rows:
     """Forward and backward passes of an optimiser step."""
 
     @staticmethod
-    def of(config: ReinforceConfig, gpus: int) -> Rows:
-        """What a device gets of the batches that ``config`` describes."""
-        prompts = -(-config.batch_size // max(1, gpus))
+    def of(config: ReinforceConfig, ranks: int) -> Rows:
+        """What one of ``ranks`` devices gets of the batches that ``config`` describes."""
+        ranks = max(1, ranks)
+        prompts = -(-config.batch_size // ranks)
         step = prompts * config.num_generations
         micro = min(config.micro_batch_size, step)
-        update = min(config.optimizer_batch_size, step)
+        update = min(-(-config.optimizer_batch_size // ranks), step)
         return Rows(step, prompts, config.eval_prompts, config.rollout_batch_size, micro, -(-update // micro))
 
 
@@ -122,7 +132,8 @@ def standing(job: Job) -> dict[str, float]:
     item, policy = job.dtype.itemsize, job.policy
     parts: dict[str, float] = {"policy": policy.stored}
     if job.master:
-        parts["float32 weights"] = job.master * policy.trained
+        # who cuts weights up cuts those up that don't learn, too
+        parts["float32 weights"] = job.master * (policy.parameters if job.sharded else policy.trained)
     if job.moments:
         parts["AdamW's moments"] = job.moments * policy.trained
     if job.ahead:
@@ -134,21 +145,27 @@ def standing(job: Job) -> dict[str, float]:
         parts["judge"] = item * job.judge.parameters
     if job.critic is not None:
         parts["critic"] = job.critic.stored + (job.master + job.moments) * job.critic.trained
-    if job.gpus > 1:
+    if job.ranks > 1 and not job.sharded:
         parts["gradient buckets"] = item * sum(learner.trained for learner in job.learners)
     return parts
 
 
 def loading(job: Job) -> dict[str, float]:
-    """When the models are there and the policy is about to be cast; reward model first, reference last."""
+    """When the models are there and the policy is about to be cast; reward model first, reference last.
+
+    Before weights are cut up every device has them twice, whole and in float32.
+    """
     policy = job.policy
+    whole = FLOAT if job.sharded else job.master
     parts: dict[str, float] = {"reward model": job.dtype.itemsize * job.reward.parameters}
     if job.critic is not None:
-        parts["critic"] = job.critic.stored + job.master * job.critic.trained
-    if policy.adapted:
+        parts["critic"] = job.critic.stored + whole * job.critic.trained
+    if job.sharded:
+        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": whole * policy.parameters}
+    elif policy.adapted:
         parts |= {"policy": policy.stored}
     elif job.narrow:
-        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": job.master * policy.parameters}
+        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": whole * policy.parameters}
     else:
         parts |= {"policy": policy.stored, "reference": policy.stored}
     return parts
@@ -241,7 +258,23 @@ def training(job: Job, rows: Rows) -> dict[str, float]:
         moments.append(_with_gradients(job, learner, learner.first, rows.micro, before))
         if rows.passes > 1:
             moments.append(_with_gradients(job, learner, learner.later, rows.micro, others))
-    return max(moments, key=total)
+    return max(moments, key=total) | gathered(job)
+
+
+def gathered(job: Job) -> dict[str, float]:
+    """Shards of which a pass needs the whole: a layer at work and the next, embeddings and output, and a layer's gradient.
+
+    The gradient is there as the model computes it and, to be added up, in float32.
+    """
+    if not job.sharded:
+        return {}
+    item = job.dtype.itemsize
+    sizes = []
+    for learner in job.learners:
+        outside = learner.head * (1 if learner.tied else 2)
+        layer = (learner.parameters - outside) / learner.layers
+        sizes.append(item * (2 * layer + outside) + (item + FLOAT) * layer)
+    return {"gathered weights": max(sizes)}
 
 
 def _with_gradients(job: Job, learner: Shape, one: Pass, rows: int, others: float) -> dict[str, float]:
@@ -319,6 +352,7 @@ PARTS = (
     "critic",
     "gradients",
     "gradient buckets",
+    "gathered weights",
     "activations",
     "logits",
     "key-value cache",

@@ -29,19 +29,21 @@ def largest(job: Job, config: ReinforceConfig, memory: float) -> Largest:
     A smaller mini_batch_size leaves the rollout as it is, and a smaller rollout_batch_size all other phases, so each is
     looked for in its own phases. A batch_size has to fit in all of them.
     """
-    rows = Rows.of(config, job.gpus)
+    rows = Rows.of(config, job.ranks)
     others = [name for name in PHASES if name != "rollout"]
-    micro = most(widest_micro(config, rows), lambda size: _fits(job, with_micro(rows, config, size), memory, others))
+    micro = most(
+        widest_micro(config, rows), lambda size: _fits(job, with_micro(rows, config, size, job.ranks), memory, others)
+    )
     stays = job.engine == "vllm" and not job.gpus  # then the cache is there in all phases
     generated = most(
         max(rows.step, rows.evaluated),
         lambda number: _fits(job, replace(rows, at_a_time=number), memory, PHASES if stays else ["rollout"]),
     )
-    devices = max(1, job.gpus)
     prompts = most(
-        MOST_PROMPTS // devices, lambda number: _fits(job, with_prompts(rows, config, number), memory, PHASES)
+        MOST_PROMPTS // job.ranks,
+        lambda number: _fits(job, with_prompts(rows, config, number, job.ranks), memory, PHASES),
     )
-    return Largest(micro, generated, prompts * devices)
+    return Largest(micro, generated, prompts * job.ranks)
 
 
 def most(upper: int, fits: Callable[[int], bool]) -> int:
@@ -66,18 +68,18 @@ def widest_micro(config: ReinforceConfig, rows: Rows) -> int:
     return max(1, min(rows.step, config.completions_per_step // config.gradient_accumulation_steps))
 
 
-def with_micro(rows: Rows, config: ReinforceConfig, size: int) -> Rows:
-    """``rows`` with another mini_batch_size."""
+def with_micro(rows: Rows, config: ReinforceConfig, size: int, ranks: int = 1) -> Rows:
+    """``rows`` of one of ``ranks`` devices with another mini_batch_size."""
     steps = config.gradient_accumulation_steps
-    update = rows.step if steps is None else min(rows.step, size * steps)
+    update = rows.step if steps is None else min(rows.step, -(-size * steps // ranks))
     return replace(rows, micro=size, passes=-(-update // size))
 
 
-def with_prompts(rows: Rows, config: ReinforceConfig, prompts: int) -> Rows:
-    """``rows`` with another number of prompts."""
+def with_prompts(rows: Rows, config: ReinforceConfig, prompts: int, ranks: int = 1) -> Rows:
+    """``rows`` of one of ``ranks`` devices with another number of prompts."""
     step = prompts * config.num_generations
     micro = min(config.mini_batch_size or DEFAULT_MICRO_BATCH, step)
-    return with_micro(replace(rows, prompts=prompts, step=step), config, micro)
+    return with_micro(replace(rows, prompts=prompts, step=step), config, micro, ranks)
 
 
 def _fits(job: Job, rows: Rows, memory: float, names: Iterable[str]) -> bool:

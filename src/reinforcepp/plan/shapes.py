@@ -123,6 +123,7 @@ def trained_shape(
     *,
     early: bool = True,
     offload: bool = False,
+    shards: int = 1,
     values: bool = False,
 ) -> Shape:
     """What there is to know of a policy, or of a critic with one value for an output.
@@ -134,6 +135,7 @@ def trained_shape(
         settings: whether an adapter is trained, and activations are computed again.
         early: gradients move to float32 one by one, as they do in a training of one process.
         offload: they move to another device's memory.
+        shards: a device keeps one of so many parts of each.
         values: the output layer has one output instead of the vocabulary.
 
     Raises:
@@ -156,7 +158,7 @@ def trained_shape(
             stored = own + dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
             head = model.get_output_embeddings()
         skip = partial(skipped, head) if apart else nullcontext
-        moves = Moves(early, offload)
+        moves = Moves(early, offload, shards)
         passes = [_two_passes(model, head if apart else None, skip, rows, size, settings, moves) for rows in ROWS]
         first, later = (
             Pass(peak_of([moments for moments, _ in both]), line_of([at_head for _, at_head in both]))
@@ -222,10 +224,11 @@ def _told(config: PreTrainedConfig) -> Iterator[None]:
 
 
 class Moves(NamedTuple):
-    """How gradients go to the float32 masters: each at once or all after a pass, and whether to another memory."""
+    """How gradients go to the float32 masters: each at once or all after a pass, whether to another memory, in how many parts."""
 
     early: bool
     away: bool
+    shards: int = 1
 
 
 def _inputs(rows: int, size: Size) -> dict[str, Any]:
@@ -265,7 +268,7 @@ def _two_passes(
     Where the logits are computed apart, ``head`` is the output layer and ``skip`` leaves it out of the model.
     """
     passes = []
-    live = Live()
+    live = Live(moves.shards)
     for part in (parts := switches(model, checkpointing=settings.gradient_checkpointing)):
         part.training = True
     with _gradients(model, live, moves) as collect, live:

@@ -56,10 +56,11 @@ class Peak:
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it lasts every tensor that is made is counted for as long as it lives."""
+    """While it lasts every tensor that is made is counted for as long as it lives; of gradients one of so many ``shards``."""
 
-    def __init__(self) -> None:
+    def __init__(self, shards: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._shards = shards
         self.moments: list[Moment] = []
         self.gradients = 0
         self.operations = 0
@@ -84,7 +85,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self) -> None:
         """Write down what is alive now."""
-        self.moments.append(Moment(self.gradients, self._bytes - self.gradients))
+        self.moments.append(Moment(self.gradients // self._shards, self._bytes - self.gradients))
 
     def _gone(self, place: int) -> None:
         self._bytes -= self._alive.pop(place)

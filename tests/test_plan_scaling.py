@@ -1,0 +1,522 @@
+"""Many machines: lengths of completions, links, shards, a simulated pool, and what the planner tells of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforcepp import cli
+from reinforcepp.config import PlanConfig
+from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.observe.answers import COMPLETIONS, save_answers, step_file
+from reinforcepp.plan import exchange, lengths, memory, scaling, timing
+from reinforcepp.plan.exchange import Links
+from reinforcepp.plan.machine import Machine, Rates
+from reinforcepp.plan.memory import Job, Rows
+from reinforcepp.plan.pool import Conditions, SimulatedCrew, rounds
+from reinforcepp.plan.shapes import Body, Pass, Shape, Size, trained_shape
+from reinforcepp.plan.trace import Line, Peak
+
+F32, BF16 = torch.float32, torch.bfloat16
+NEW = 64
+NOTHING = Pass(Peak((Line(0, 0.0, 0.0),)), Line(0, 0.0, 0.0))
+SHAPE = Shape(
+    parameters=10_000,
+    score=NOTHING,
+    row_flops=2_000_000,
+    trained=10_000,
+    stored=20_000,
+    layers=4,
+    vocabulary=100,
+    head=1000,
+    tied=False,
+    logits_apart=True,
+    packed=9000,
+    cache_per_token=16,
+    token_flops=20_000,
+    token_calls=50,
+    prompt_flops=300_000,
+    prefill=NOTHING,
+    first=NOTHING,
+    later=NOTHING,
+)
+REWARD = Body(parameters=5000, score=NOTHING, row_flops=1_000_000)
+
+
+def job(dtype: torch.dtype = BF16, **changes) -> Job:
+    usual = {"critic": None, "judge": None, "size": Size(16, NEW), "dtype": dtype, "engine": "vllm", "gpus": 1}
+    return Job(**({"policy": SHAPE, "reward": REWARD} | usual | changes))
+
+
+def config(**changes) -> PlanConfig:
+    usual = {
+        "max_prompt_length": 16,
+        "max_new_tokens": NEW,
+        "max_length": 128,
+        "eval_prompts": 0,
+        "batch_size": 64,
+        "rollout": "vllm",
+        "mixed_precision": "bf16",
+        "device": "h100",
+    }
+    return PlanConfig(**(usual | changes))
+
+
+GPU = Machine("a GPU", 8, 1e9, Rates(1e9, 1e8, measured=False))
+EVERY = timing.Speeds(1e9, 1e9, 1e9)
+CHANCE = lengths.ending_by_chance(20, NEW)
+
+
+# --- lengths --------------------------------------------------------------------------------------------------------
+
+
+def test_completions_of_full_length():
+    full = lengths.full(NEW)
+    assert full.mean == NEW and full.longest(1) == pytest.approx(NEW) == full.longest(1000)
+    assert set(full.draw(np.random.default_rng(0), 50)) == {NEW}
+
+
+@pytest.mark.parametrize("mean", [1, 7, 40, NEW])
+def test_any_token_may_be_the_last(mean):
+    found = lengths.ending_by_chance(mean, NEW)
+    assert found.mean == pytest.approx(mean)
+    on = found.going_T[1:] / found.going_T[:-1] if mean > 1 else np.zeros(1)
+    assert np.allclose(on, on[0])  # the same chance to go on after each token
+    drawn = found.draw(np.random.default_rng(0), 20_000)
+    assert drawn.min() >= 1 and drawn.max() <= NEW
+    assert drawn.mean() == pytest.approx(mean, rel=0.02)
+
+
+def test_lengths_that_there_were():
+    found = lengths.measured([1, 2, 2, 5, 100], 8, "somewhere")
+    assert found.going_T.tolist() == [1, 0.8, 0.4, 0.4, 0.4, 0.2, 0.2, 0.2]
+    assert found.mean == pytest.approx((1 + 2 + 2 + 5 + 8) / 5)
+    drawn = found.draw(np.random.default_rng(0), 10_000)
+    assert sorted(set(drawn)) == [1, 2, 5, 8]
+    assert (drawn == 2).mean() == pytest.approx(0.4, abs=0.02)
+
+
+def test_the_longest_of_several():
+    found = lengths.measured([1, 3], 3, "somewhere")
+    assert found.longest(1) == pytest.approx(2)
+    assert found.longest(2) == pytest.approx(3 * 0.75 + 1 * 0.25)
+    drawn = CHANCE.draw(np.random.default_rng(1), 30_000 * 12).reshape(-1, 12)
+    assert CHANCE.longest(12) == pytest.approx(drawn.max(1).mean(), rel=0.01)
+
+
+def test_lengths_come_from_a_run_or_a_mean(tmp_path):
+    save_answers(tmp_path / COMPLETIONS / step_file(1), {"completion": ["a", "b"], "length": [2, 4]})
+    save_answers(tmp_path / COMPLETIONS / step_file(2), {"completion": ["c"], "length": [6]})
+    found = lengths.lengths_for(config(lengths_from=str(tmp_path)))
+    assert found.mean == pytest.approx(4) and "the 3 of" in found.said
+    assert lengths.lengths_for(config(mean_new_tokens=10.0)).mean == pytest.approx(10)
+    assert lengths.lengths_for(config()).mean == NEW
+    (tmp_path / COMPLETIONS / step_file(2)).write_bytes(b"nothing")
+    with pytest.raises(DataError, match="can't be read as the completions of a step"):
+        lengths.lengths_for(config(lengths_from=str(tmp_path)))
+    with pytest.raises(DataError, match="holds no completions to take lengths from"):
+        lengths.lengths_for(config(lengths_from=str(tmp_path / "nowhere")))
+
+
+# --- rollouts -------------------------------------------------------------------------------------------------------
+
+
+def by_hand(one: Job, drawn: list[int], speeds: timing.Speeds) -> float:
+    """A token of each after the other, as long as any goes on."""
+    seconds, policy = 0.0, one.policy
+    for t in range(max(drawn)):
+        going = sum(length > t for length in drawn)
+        read = one.dtype.itemsize * policy.packed + going * (one.size.prompt + t + 0.5) * policy.cache_per_token
+        seconds += max(read / speeds.reading, going * policy.token_flops / speeds.decoding)
+    return seconds
+
+
+def test_a_batch_lasts_until_its_longest_has_ended():
+    speeds = timing.Speeds(1e9, 1e6, 1e6)
+    drawn = CHANCE.draw(np.random.default_rng(0), 2000 * 8).reshape(-1, 8)
+    simulated = np.mean([by_hand(job(), list(row), speeds) for row in drawn])
+    assert timing.batch_seconds(job(), 8, speeds, CHANCE) == pytest.approx(simulated, rel=0.02)
+    pieces = scaling.seconds_of_pieces(job(), speeds, drawn.reshape(-1, 1))
+    prompts = 8 * (SHAPE.prompt_flops + 2 * SHAPE.head) / 1e9
+    assert pieces(range(8)) == pytest.approx(by_hand(job(), list(drawn[0]), speeds) + prompts)
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_waiting_is_until_the_slowest_device_has_ended(times):
+    speeds = timing.Speeds(1e9, 1e9, 1e5)  # reading weights is what takes time
+    policy = replace(SHAPE, cache_per_token=0)
+    one, ranks, number = job(policy=policy, ranks=6), 6, 8
+    drawn = CHANCE.draw(np.random.default_rng(0), 4000 * ranks * times * number)
+    longest = drawn.reshape(4000, ranks, times, number).max(3).sum(2)
+    weights = 2 * policy.packed / speeds.reading
+    expected = weights * (longest.max(1) - longest.mean(1)).mean()
+    rows = Rows(number * times, number * times, 0, number, 8, 1)
+    assert timing.waiting_seconds(one, rows, speeds, CHANCE) == pytest.approx(expected, rel=0.25 if times > 1 else 0.03)
+    assert timing.waiting_seconds(replace(one, ranks=1), rows, speeds, CHANCE) == 0
+    assert timing.waiting_seconds(one, rows, speeds, lengths.full(NEW)) == pytest.approx(0, abs=1e-9)
+
+
+def test_shorter_completions_take_less_of_everything():
+    rows, wanted = Rows(64, 64, 0, 128, 8, 8), config()
+    full = timing.step_seconds(job(), rows, wanted, EVERY, lengths.full(NEW))
+    short = timing.step_seconds(job(), rows, wanted, EVERY, CHANCE)
+    adam = timing.adam_seconds(job(), rows, wanted, 1e9)
+    assert (short["update"] - adam) / (full["update"] - adam) == pytest.approx((16 + 20) / (16 + NEW))
+    operations = timing.rewarding_operations(job(), rows) * (16 + CHANCE.longest(64)) / (16 + NEW)
+    operations += timing.asking_operations(job(), rows, wanted) * (16 + 20) / (16 + NEW)
+    assert short["scoring"] == pytest.approx(operations / 1e9)
+    assert short["rollout"] < full["rollout"]
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+def test_seconds_of_gathering():
+    links = Links(nodes=4, per_node=8, inside=100.0, between=10.0)
+    assert exchange.gather_seconds(800.0, links) == pytest.approx(800 * 3 / 4 / 10 + 800 * 7 / 8 / 100)
+    assert exchange.gather_seconds(800.0, Links(1, 1, 100.0, 10.0)) == 0
+    found = exchange.links_for(config(network_gbps=80.0), 4, 8)
+    assert (found.inside, found.between) == (pytest.approx(0.7 * 450e9), pytest.approx(0.7 * 10e9))
+    unknown = exchange.links_for(config(device="auto", gpus=8, gpu_memory=1.0), 1, 8)
+    assert unknown.inside == pytest.approx(0.7 * 32e9)
+
+
+def test_what_is_exchanged():
+    links = Links(2, 1, 1.0, 10.0)  # half of what is gathered, at 10 bytes a second
+    rows = Rows(64, 64, 0, 128, 8, 5)
+    twice = config(batch_size=64, mini_batch_size=8, gradient_accumulation_steps=4)
+    assert twice.updates_per_step == 2
+
+    def seconds(one: Job, wanted: PlanConfig = twice) -> float:
+        return exchange.exchange_seconds(one, rows, wanted, links) * 20
+
+    assert seconds(job(F32)) == pytest.approx(2 * 2 * 4 * 10_000)  # once for each of two optimiser steps
+    assert seconds(job(BF16)) == pytest.approx(2 * 5 * 2 * 2 * 10_000)  # after each of their five passes
+    shards = job(BF16, sharded=True, ranks=2)
+    assert seconds(shards) == pytest.approx(2 * 5 * (2 * 2 + 4) * 10_000)
+    adapter = replace(SHAPE, trained=100)
+    assert seconds(replace(shards, policy=adapter)) == pytest.approx(2 * 5 * (2 * 2 * 10_000 + 4 * 100))
+    assert seconds(job(F32, critic=SHAPE)) == 2 * seconds(job(F32))
+
+
+def test_how_new_weights_get_to_who_generates():
+    speeds = timing.Speeds(1.0, 1.0, 1000.0)
+    links = Links(4, 8, 1e6, 100.0)
+    weights = 2 * 10_000
+    assert exchange.sync_seconds(job(engine="transformers"), speeds, links) == 0
+    assert exchange.sync_seconds(job(), speeds, links) == pytest.approx(2 * weights / 1000)
+    shards = exchange.sync_seconds(job(sharded=True, ranks=32), speeds, links)
+    assert shards == pytest.approx(2 * weights / 1000 + exchange.gather_seconds(40_000, links))
+    pool = exchange.sync_seconds(job(engine="ray"), speeds, links)
+    assert pool == pytest.approx(2 * weights / timing.LINK + 3 * weights / 100)  # 1 has them, 2, 4, all 5
+    assert exchange.sync_seconds(job(engine="ray", gpus=0), speeds, links) == pytest.approx(
+        2 * weights / 1000 + 3 * weights / 100
+    )
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.floats(1, 1e9))
+def test_more_bytes_and_slower_links_never_take_less(nodes, per_node, size):
+    links = Links(nodes, per_node, 100.0, 10.0)
+    now = exchange.gather_seconds(size, links)
+    assert now <= exchange.gather_seconds(2 * size, links)
+    assert now <= exchange.gather_seconds(size, replace(links, between=5.0))
+    assert now <= exchange.gather_seconds(size, replace(links, inside=5.0))
+    assert now <= exchange.gather_seconds(size, replace(links, nodes=nodes + 1))
+
+
+# --- many machines --------------------------------------------------------------------------------------------------
+
+
+def test_machines_are_doubled_up_to_all_of_them():
+    found = scaling.scales(job(), config(), GPU, CHANCE, 6)
+    assert [(one.nodes, one.devices) for one in found] == [(1, 8), (2, 16), (4, 32), (6, 48)]
+    assert scaling.scales(job(), config(), replace(GPU, rates=None), CHANCE, 6) == []
+    assert [one.nodes for one in scaling.scales(job(), config(), GPU, CHANCE, 1)] == [1]
+    for one in found:
+        assert one.tokens_per_second == pytest.approx(64 * 20 / one.step)
+        assert one.step == pytest.approx(sum(one.seconds.values()))
+
+
+def test_the_phases_are_those_of_a_device_and_of_its_links():
+    wanted = config(network_gbps=1e-6, mini_batch_size=2)
+    (one,) = scaling.scales(job(), wanted, replace(GPU, gpus=1), CHANCE, 1)
+    speeds = timing.reached(GPU.rates)
+    alone = timing.step_seconds(job(), Rows.of(wanted, 1), wanted, speeds, CHANCE)
+    assert {name: one.seconds[name] for name in alone} == alone
+    assert one.seconds["waiting"] == one.seconds["exchange"] == 0 < one.seconds["sync"]
+    *_, many = scaling.scales(job(), wanted, GPU, CHANCE, 4)
+    rows, links = Rows.of(wanted, 32), exchange.links_for(wanted, 4, 8)
+    on_32 = job(ranks=32, gpus=32)
+    hidden = timing.pass_seconds(on_32, rows, wanted, speeds, CHANCE)
+    assert many.seconds["exchange"] == pytest.approx(exchange.exchange_seconds(on_32, rows, wanted, links) - hidden)
+    assert many.seconds["waiting"] == timing.waiting_seconds(on_32, rows, speeds, CHANCE) > 0
+    fast = scaling.on_nodes(job(), replace(wanted, network_gbps=1e9), GPU, CHANCE, 4)
+    assert fast.seconds["exchange"] == 0  # it is hidden behind the passes
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.booleans(), st.sampled_from(["vllm", "transformers"]), st.floats(1, NEW))
+def test_more_machines_never_compute_longer(nodes, sharded, engine, mean):
+    one, found = job(sharded=sharded, engine=engine), lengths.ending_by_chance(mean, NEW)
+    steps = [scaling.on_nodes(one, config(), GPU, found, number) for number in (nodes, nodes + 1)]
+    for phase in ("rollout", "scoring", "update"):
+        assert steps[1].seconds[phase] <= steps[0].seconds[phase] * (1 + 1e-9)
+    assert steps[0].seconds["exchange"] <= steps[1].seconds["exchange"]
+    alone = scaling.on_nodes(one, config(), GPU, found, 1)
+    assert steps[1].step * (nodes + 1) >= alone.step * (1 - 1e-9)  # never more than ideal
+
+
+def test_a_pool_generates_and_one_device_trains():
+    wanted = config(rollout="ray://auto", rollout_batch_size=4, batch_size=256)
+    pooled = job(engine="ray")
+    found = scaling.scales(pooled, wanted, GPU, CHANCE, 4)
+    assert [one.devices for one in found] == [8, 16, 32]
+    assert len({one.seconds["update"] for one in found}) == len({one.seconds["scoring"] for one in found}) == 1
+    for few, many in pairwise(found):
+        assert many.seconds["rollout"] < few.seconds["rollout"] and many.seconds["waiting"] > 0
+    limited = scaling.on_nodes(pooled, replace(wanted, rollout_workers=5), GPU, CHANCE, 4)
+    assert limited.devices == 5
+    own, waiting = scaling.pool_seconds(pooled, wanted, timing.reached(GPU.rates), lengths.full(NEW), 64)
+    assert waiting == pytest.approx(0) and own > 0  # all are given four each
+
+
+def test_machines_of_a_pool():
+    assert scaling.nodes_of(config(nodes=3, gpus=8), 8) == 3
+    assert scaling.nodes_of(config(), 8) == 1
+    pooled = config(rollout="ray://auto", rollout_workers=1000)
+    assert scaling.nodes_of(pooled, 8) == 125
+    assert scaling.nodes_of(replace(pooled, nodes=2), 8) == 2
+
+
+# --- a simulated pool -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    workers=st.integers(1, 40),
+    number=st.integers(1, 300),
+    most=st.integers(1, 20),
+    failures=st.sampled_from([0.0, 30.0, 200.0]),
+    spread=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 1000),
+)
+def test_throughput_is_never_above_ideal_and_everything_is_answered(workers, number, most, failures, spread, seed):
+    crew = SimulatedCrew(workers, lambda places: 1.0 + len(places), Conditions(failures, 20.0, spread), seed)
+    for one in rounds(crew, number, most, 3, between=10.0):  # which asserts that each prompt is answered once
+        assert 0 < one.useful <= workers * one.seconds * (1 + 1e-9)
+        assert one.tally.lost > 0 or one.tally.again == 0
+        assert one.scheduling >= 0
+    assert len(crew.slowness) <= workers
+
+
+def test_without_failures_all_are_busy_to_the_end():
+    (one,) = rounds(SimulatedCrew(4, lambda places: float(len(places))), 64, 4, 1)
+    assert (one.seconds, one.useful, one.tally.pieces, one.tally.lost) == (16.0, 64.0, 16, 0)
+
+
+def test_failures_come_as_often_as_they_should_and_cost_time():
+    def course(failures: float) -> tuple[float, int]:
+        crew = SimulatedCrew(50, lambda places: 60.0, Conditions(failures, 120.0), seed=3)
+        found = rounds(crew, 500, 1, 4)
+        return sum(one.seconds for one in found), sum(one.tally.lost for one in found)
+
+    calm, none = course(0.0)
+    hard, lost = course(10.0)
+    assert (calm, none) == (4 * 600.0, 0) and hard > calm
+    assert lost == pytest.approx(50 * 10 * hard / 3600, rel=0.35)
+
+
+def test_workers_come_and_go_between_rollouts():
+    crew = SimulatedCrew(3, lambda places: 1.0, Conditions(failures_per_hour=3600.0, start_seconds=50.0), seed=0)
+    crew.idle(40.0)
+    assert crew.now == 40.0 and crew.ready() == []
+    assert len(crew._events) == 3  # each is replaced
+    crew.idle(70.0)
+    assert crew.now == 110.0
+
+
+def test_the_same_seed_is_the_same_course():
+    def course(seed: int) -> list[float]:
+        crew = SimulatedCrew(5, lambda places: 1.0, Conditions(100.0, 3.0, 0.5), seed)
+        return [one.seconds for one in rounds(crew, 40, 2, 3)]
+
+    assert course(1) == course(1) != course(2)
+
+
+# --- shards in memory -----------------------------------------------------------------------------------------------
+
+
+def test_what_stands_in_shards():
+    whole, shards = job(BF16, ranks=8), job(BF16, ranks=8, sharded=True)
+    assert memory.standing(whole)["gradient buckets"] == 2 * 10_000
+    found = memory.standing(shards)
+    assert "gradient buckets" not in found
+    assert (found["float32 weights"], found["AdamW's moments"]) == (4 * 10_000 / 8, 8 * 10_000 / 8)
+    assert (found["policy"], found["reference"], found["reward model"]) == (20_000, 20_000, 10_000)
+    assert memory.stepping(shards) == {"gradients": 4 * 10_000 / 8}
+    in_float32 = memory.standing(job(F32, ranks=8, sharded=True))
+    assert in_float32["float32 weights"] == 4 * 10_000 / 8  # beside the copy that generates
+    adapter = replace(shards, policy=replace(SHAPE, trained=100))
+    assert memory.standing(adapter)["float32 weights"] == 4 * 10_000 / 8
+    assert memory.standing(adapter)["AdamW's moments"] == 8 * 100 / 8
+    assert timing.adam_bytes(shards, config()) == timing.adam_bytes(whole, config()) / 8
+
+
+def test_before_weights_are_cut_up_they_are_there_twice():
+    found = memory.loading(job(BF16, ranks=8, sharded=True, critic=SHAPE))
+    assert found == {
+        "policy": 40_000,
+        "float32 weights": 40_000,
+        "reward model": 10_000,
+        "critic": 20_000 + 40_000,
+    }
+    assert memory.loading(job(BF16, ranks=8))["float32 weights"] == 40_000
+
+
+def test_what_is_gathered_for_a_pass():
+    shards = job(BF16, ranks=8, sharded=True)
+    layer = (10_000 - 2 * 1000) / 4
+    assert memory.gathered(shards) == {"gathered weights": 2 * (2 * layer + 2000) + (2 + 4) * layer}
+    tied = replace(shards, policy=replace(SHAPE, tied=True))
+    layer = (10_000 - 1000) / 4
+    assert memory.gathered(tied) == {"gathered weights": 2 * (2 * layer + 1000) + (2 + 4) * layer}
+    assert memory.gathered(job()) == {}
+    assert "gathered weights" in memory.training(shards, Rows(8, 8, 0, 8, 8, 1))
+
+
+def test_gradients_in_shards_are_traced():
+    model = tiny.model("llama").config
+    whole, shards = (trained_shape(model, BF16, Size(12, 20), shards=number) for number in (1, 4))
+    assert shards.later.at_head.gradients == whole.later.at_head.gradients // 4
+    assert shards.later.at_head.constant == whole.later.at_head.constant
+    assert shards.later.peak.at(2).gradients < whole.later.peak.at(2).gradients / 3
+
+
+def test_rows_of_an_optimiser_step_are_shared_too():
+    wanted = config(batch_size=64, mini_batch_size=8, gradient_accumulation_steps=4)
+    assert Rows.of(wanted, 1) == Rows(64, 64, 0, 128, 8, 4)
+    assert Rows.of(wanted, 8) == Rows(8, 8, 0, 128, 8, 1)
+    assert Rows.of(wanted, 2) == Rows(32, 32, 0, 128, 8, 2)
+
+
+# --- settings and the command ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"nodes": 0}, "nodes must be greater than 0"),
+        ({"network_gbps": 0.0}, "network_gbps must be greater than 0"),
+        ({"nodes": 9, "gpus": 8}, "batch_size 64 can't be shared by 9 nodes x 8 GPUs"),
+        ({"mean_new_tokens": 65.0}, "from 1 to max_new_tokens, which is 64, not 65"),
+        ({"mean_new_tokens": 0.5}, "from 1 to max_new_tokens"),
+        ({"mean_new_tokens": 5.0, "lengths_from": "runs/x"}, "give one"),
+        ({"lengths_from": " "}, "lengths_from is empty"),
+        ({"fsdp": True, "rollout": "ray://auto"}, "leave fsdp out"),
+        ({"fsdp": True, "offload_optimizer": True}, "leave one of them out"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        config(**changes)
+
+
+def test_a_pool_may_have_more_workers_than_prompts():
+    assert config(nodes=9, gpus=8, rollout="ray://auto").pooled
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with a model of which there is only the configuration."""
+    monkeypatch.chdir(tmp_path)
+    tiny.model("llama", tied=False).config.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+SIZES = (
+    "--max_prompt_length 12 --max_new_tokens 20 --max_length 64 --batch_size 64 --eval_prompts 0 --mixed_precision bf16"
+)
+ASKED = ("plan", "--model", "model", *SIZES.split(), "--device", "h100", "--rollout", "transformers")
+
+
+def told(capsys, *flags: str) -> tuple[int, str]:
+    code = cli.main([*ASKED, *flags])
+    out, err = capsys.readouterr()
+    assert code != 2 or (out == "" and err.count("\n") == 1)
+    return code, out + err
+
+
+def test_a_table_of_machines(folder, capsys):
+    code, out = told(capsys, "--gpus", "8", "--nodes", "4", "--mean_new_tokens", "8")
+    assert code == 0
+    assert "on 4 x 8 x NVIDIA H100" in out and "A step on each: 2 completions" in out
+    lines = {line.split("  ")[0].strip(): line.split() for line in out.splitlines()}
+    assert lines["machines"][1:] == ["1", "2", "4"] and lines["GPUs"][1:] == ["8", "16", "32"]
+    assert lines["efficiency"][1] == "100%" and lines["speed-up"][1] == "1.00"
+    assert {"rollout, s", "waiting, s", "scoring, s", "update, s", "step, s", "tokens a second"} <= set(lines)
+    assert "Time on GPUs, on one or on many, was never checked against a measurement." in out
+    assert "8 tokens in the mean" in out
+    _, out = told(capsys, "--gpus", "8")
+    assert "machines" not in out.split("Time of a step")[1].split("- ")[0]
+
+
+def test_a_table_of_machines_as_json(folder, capsys):
+    code, out = told(capsys, "--gpus", "8", "--nodes", "2", "--fsdp", "--format", "json")
+    found = json.loads(out)
+    assert code == 0 and [one["devices"] for one in found["scaling"]] == [8, 16]
+    one, two = found["scaling"]
+    assert two["speedup"] == pytest.approx(two["tokens_per_second"] / one["tokens_per_second"])
+    assert two["efficiency"] == pytest.approx(two["speedup"] / 2)
+    assert found["seconds"]["step"] == pytest.approx(sum(two["seconds"].values()))
+    parameters = found["parameters"]["policy"]
+    assert found["phases"]["adamw"]["AdamW's moments"] == pytest.approx(8 * parameters / 16, abs=1)
+    assert any("one of 16 parts" in sentence for sentence in found["assumptions"])
+
+
+def test_a_pool_in_the_plan(folder, capsys):
+    ray = ("--rollout", "ray://auto", "--rollout_workers", "1000", "--gpus", "8")
+    code, out = told(capsys, *ray, "--batch_size", "4000", "--nodes", "125")
+    assert code == 0 and "on NVIDIA H100 with" in out
+    lines = {line.split("  ")[0].strip(): line.split() for line in out.splitlines()}
+    assert lines["workers"][1:] == ["8", "16", "32", "64", "128", "256", "512", "1000"]
+    assert "The pool has 1000 workers on 125 machines." in out and "sync, s" in lines
+    _, out = told(capsys, *ray)
+    assert "The pool has 1000 workers on 125 machines." in out
+
+
+def test_what_does_not_fit_is_told_with_its_cure(folder, capsys):
+    weights = json.loads(told(capsys, "--format", "json")[1])["parameters"]["policy"]
+
+    def verdict(bytes_of_a_weight: float, *flags: str) -> str:
+        room = str((memory.LIBRARIES["gpu"] + bytes_of_a_weight * weights) / 2**30)
+        code, out = told(capsys, "--gpus", "8", "--nodes", "8", "--gpu_memory", room, *flags)
+        assert code == 1
+        return out
+
+    assert "In shards (--fsdp) the models themselves take" in verdict(12)
+    reward = "a reward model behind a server (--rewards http://HOST:PORT/get_reward)"
+    both = f"Less is taken by adapters to weights of 4 bits (--use_peft --load_in_4bit) and {reward}."
+    assert "More GPUs don't help: of the models" in (out := verdict(9)) and both in out
+    assert "More GPUs don't help" in (out := verdict(9, "--fsdp")) and both in out
+    assert "More machines (--nodes) make the parts smaller." in verdict(10.1, "--fsdp")
+    adapted = verdict(3, "--use_peft")
+    assert "In shards" not in adapted and f"Less is taken by {reward}." in adapted
+    assert "Less is taken" not in verdict(1, "--use_peft", "--rewards", "http://127.0.0.1:1/x")
+
+
+def test_mistakes_are_one_sentence(folder, capsys):
+    for flags, named in (
+        (("--nodes", "9", "--gpus", "8"), "9 nodes x 8 GPUs"),
+        (("--lengths_from", "nowhere"), "nowhere holds no completions"),
+        (("--mean_new_tokens", "21"), "max_new_tokens, which is 20"),
+    ):
+        code, err = told(capsys, *flags)
+        assert code == 2 and err.startswith("error: ") and named in err
