@@ -5,7 +5,7 @@
 ``time``: a step with ``staleness`` 0 and 1, in alternating rounds, each process with one thread: completions by a copy of the
 model in the trainer's process, and by a pool of one worker beside it. ``learning``: the demo's training with both, for each
 seed with the same reward model; held-out prompts are graded by the judge that no training sees. A part that isn't measured
-keeps what the file says of it.
+keeps what the file says of it; without any, the picture is drawn again.
 """
 
 from __future__ import annotations
@@ -179,13 +179,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         left = [a + b for a, b in zip(left, seconds, strict=True)]
     bars.invert_yaxis()
     bars.set(title="a step of the trainer", xlabel="seconds")
-    bars.legend(loc="lower center", ncols=4, bbox_to_anchor=(0.5, -0.45), frameon=False)
+    bars.legend(loc="upper center", ncols=4, bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["time", "learning"], default=["time", "learning"])
+    parser.add_argument("--parts", nargs="*", choices=["time", "learning"], default=["time", "learning"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -200,7 +200,8 @@ def main() -> None:
         found["time"] = made() | time_part()
     if "learning" in arguments.parts:
         found["learning"] = made() | learning_part(arguments.seeds)
-    write_result("async", found)
+    if arguments.parts:
+        write_result("async", found)
     if len(found) == 2:
         plot(found, path.with_suffix(".png"))
 
