@@ -969,6 +969,10 @@ def test_the_models_among_the_rewards_take_memory_and_time_and_nothing_else_does
     one = make_plan(replace(own, rewards=("0.5*model", "rule:length")))
     two = make_plan(replace(own, rewards=("0.5*model", "./model")))
     assert [plan.job.reward.parameters for plan in (one, two)] == [size, 2 * size]
+    assert any(
+        "a step then takes as long as the rollout or as the rest" in told
+        for told in make_plan(replace(own, staleness=1)).said
+    )
     elsewhere = make_plan(replace(own, rewards=("0.5*model",), rollout="ray://auto", reward_workers=1))
     assert elsewhere.job.reward.parameters == 0
     assert two.job.reward.row_flops == 2 * one.job.reward.row_flops > 0

@@ -114,8 +114,8 @@ class Sampler:
 
     def waiting(self, step: int) -> dict[int, Sampled]:
         """What is sampled for ``step`` and those that follow, on all ranks; all of them have to ask."""
-        wait(self._jobs.values())
-        own = {at: job.result() for at, job in self._jobs.items() if at >= step and job.exception() is None}
+        under_way = {at: job for at, job in self._jobs.items() if at >= step}
+        own = {at: job.result() for at, job in under_way.items() if job.exception() is None}  # each is waited for
         told = self._ranks.gather(own)
         return {
             at: Sampled([c for part in told for c in part[at].completions], sampled.version)

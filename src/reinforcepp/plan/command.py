@@ -117,6 +117,11 @@ def _job(
 
     engine, reason = _engine(config)
     said.append(reason)
+    if config.staleness:
+        said.append(
+            "With staleness, whoever generates on a device of their own does so beside the rest: a step then takes as long as "
+            "the rollout or as the rest, whichever is longer, and not the sum."
+        )
     judge = config.judge_name
     sources = [parse_source(text) for text in config.reward_sources]
     models = [source.target for source in sources if source.kind == "model"]

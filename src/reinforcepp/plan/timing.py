@@ -40,7 +40,7 @@ class Shares(NamedTuple):
 # Of rates measured as large products and long reads: fitted by benchmarks/scaling.py on one core.
 # Of a data sheet's: the training of Llama 3 reached 38 to 43 % of the products (arXiv 2407.21783, section 3.3); all else is a
 # guess.
-OF_MEASURED, OF_SHEET = Shares(0.85, 0.4, 0.26, 30e-6, 80e-6), Shares(0.4, 0.4, 0.6, 10e-6, 10e-6)
+OF_MEASURED, OF_SHEET = Shares(0.84, 0.45, 0.38, 20e-6, 60e-6), Shares(0.4, 0.4, 0.6, 10e-6, 10e-6)
 
 
 class Speeds(NamedTuple):
