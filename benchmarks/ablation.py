@@ -77,7 +77,7 @@ def trainer_in(folder: Path) -> ReinforceTrainer:
 def one_step(trainer: ReinforceTrainer, step: int) -> dict[str, float]:
     """Seconds of the phases of a step."""
     clock = Clock()
-    completions = trainer.engine.generate(trainer._prompts_of(step), trainer._sampling(step))
+    completions = trainer.sampler.at(step).completions
     clock.lap("rollout")
     work = trainer.update.begin(*trainer._score(completions))
     clock.lap("score")

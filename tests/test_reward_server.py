@@ -338,7 +338,7 @@ def test_a_reward_model_may_have_another_tokenizer_than_the_policy(tmp_path, rew
     seen = []
     score_rows = run.rewards.trained[0].score_rows
     run.rewards.trained[0].score_rows = lambda rows: seen.extend(rows) or score_rows(rows)
-    completions = run.engine.generate(run.prompts, run._sampling(0))
+    completions = run.engine.generate(run.prompts, run.sampler.sampling(0))
     scores = run.rewards.score(completions)
     rows = [encode_answer(others, c.prompt.text, c.text, ended=c.finish_reason == "stop") for c in completions]
     assert seen == rows and all(max(row) < len(others) for row in rows)

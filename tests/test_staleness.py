@@ -51,7 +51,7 @@ class Apart:
 
 def apart(base, folder, **settings):
     run = trainer(base, folder, **settings)
-    run.engine = run.sampler.engine = Apart(base, run.tokenizer)
+    run.engine = Apart(base, run.tokenizer)
     return run
 
 
@@ -194,6 +194,16 @@ def test_held_out_prompts_are_answered_by_the_present_weights(base, tmp_path):
     run.evaluate = noted
     run.train()
     assert seen == [True] * 4
+
+
+def test_what_was_sampled_is_gone_with_the_training(base, tmp_path):
+    run = apart(base, tmp_path / "run", staleness=1)
+    run.train()
+    assert run.sampler._jobs == {}
+    run.eval_prompts = run.prompts[:2]
+    run.evaluate()
+    pairs = zip(run.engine.engine.model.parameters(), run.policy.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_a_failing_engine_ends_the_training(base, tmp_path):

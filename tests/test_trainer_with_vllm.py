@@ -49,7 +49,7 @@ def test_every_step_samples_from_the_present_weights(trainer):
 
 def test_tokens_are_weighted_by_the_gap_to_the_engine(trainer):
     """An engine that overstates its log-probabilities by ln 1.25 has its tokens counted at 0.8."""
-    completions = trainer.engine.generate(trainer.prompts, trainer._sampling(0))
+    completions = trainer.engine.generate(trainer.prompts, trainer.sampler.sampling(0))
     work = trainer.update.begin(*trainer._score(completions))
     batch = work.batch
     assert trainer.update.correction == "tis" and not trainer.update.on_policy
@@ -64,7 +64,7 @@ def test_tokens_are_weighted_by_the_gap_to_the_engine(trainer):
 def test_both_engines_sample_the_same_completions(trainer):
     """They draw alike from the same seeds, so with the same weights they say the same."""
     own = TransformersEngine(trainer.policy, trainer.tokenizer)
-    sampling = trainer._sampling(3)
+    sampling = trainer.sampler.sampling(3)
     pairs = zip(
         own.generate(trainer.prompts, sampling), trainer.engine.generate(trainer.prompts, sampling), strict=True
     )

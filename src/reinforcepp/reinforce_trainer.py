@@ -134,15 +134,23 @@ class ReinforceTrainer:
         if choice is not None:
             engine = self._start_engine(choice)
         assert engine is not None
-        self.engine = engine
         if self.config.reward_workers:
             self.rewards = pooled(self.rewards, engine, self.config.reward_workers)
         self.guard = Guardrails(self.config, partial(note_event, self.folder))
-        self.update = self._policy_update()
-        self.sampler = Sampler(self.config, self.engine, self.update, self.tokenizer, self.batches.at, self.num_steps)
+        self.update = self._policy_update(engine)
+        self.sampler = Sampler(self.config, engine, self.update, self.tokenizer, self.batches.at, self.num_steps)
         self.run = PolicyRun(self.folder, self.update, self.sampler, self.tokenizer, inputs)
         self.evaluations: dict[str, Evaluation] = {}
         self._stop, self._watchdog = Stop(), Watchdog(self.folder, 0)
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """What generates, for training and for evaluations."""
+        return self.sampler.engine
+
+    @engine.setter
+    def engine(self, engine: RolloutEngine) -> None:
+        self.sampler.engine = engine
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -273,9 +281,9 @@ class ReinforceTrainer:
             save_model(self.policy, self.tokenizer, Path(folder))
         self.ranks.wait()
 
-    def _policy_update(self) -> PolicyUpdate:
-        """How batches will be used, now that it is known which engine samples them."""
-        config, own_forward, ahead = self.config, self.engine.shares_trainer_forward, self.config.staleness > 0
+    def _policy_update(self, engine: RolloutEngine) -> PolicyUpdate:
+        """How batches will be used that ``engine`` samples."""
+        config, own_forward, ahead = self.config, engine.shares_trainer_forward, self.config.staleness > 0
         mode = config.importance_correction
         return PolicyUpdate(
             config,

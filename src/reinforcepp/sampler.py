@@ -90,6 +90,18 @@ class Sampler:
         self._begin(step + ahead, step)
         return sampled
 
+    def sampling(self, step: int) -> Sampling:
+        """How completions of a step are drawn."""
+        config = self.config
+        return Sampling(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            num_samples=config.num_generations,
+            seed=request_seed(config.seed, step, 0),
+        )
+
     def staleness(self, step: int) -> dict[str, float]:
         """How many steps older than the policy the weights were that sampled for ``step``, under its name as a metric."""
         job = self._jobs.get(step)
@@ -102,13 +114,14 @@ class Sampler:
 
     def hold_present(self) -> None:
         """Have the engine generate with the policy's present weights, for what isn't a step's rollout."""
-        if self._jobs:
+        if self.config.staleness:
             wait(self._jobs.values())
             self.engine.load_weights(self._policy)
 
     def close(self) -> None:
-        """End what is under way."""
+        """End what is under way, and forget what was sampled."""
         self._thread.shutdown(cancel_futures=True)
+        self._thread, self._jobs = ThreadPoolExecutor(1, "rollout"), {}
 
     # --- in checkpoints ---
 
@@ -156,16 +169,7 @@ class Sampler:
         return Sampled(self._scored(held, self._generate(engine, prompts, step)), version)
 
     def _generate(self, engine: RolloutEngine, prompts: Sequence[Prompt], step: int) -> list[Completion]:
-        config = self.config
-        sampling = Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            num_samples=config.num_generations,
-            seed=request_seed(config.seed, step, 0),
-        )
-        return engine.generate(prompts, sampling) if prompts else []
+        return engine.generate(prompts, self.sampling(step)) if prompts else []
 
     def _hand_over(self, model: PreTrainedModel, step: int) -> None:
         """Hand weights to the engine; the first time and now and then, prove that it has them."""

@@ -198,7 +198,7 @@ def test_every_function_is_logged_by_itself_and_the_sum_with_its_weights(base, t
 
 def test_the_sum_is_clipped_with_the_penalty_in_it(base, tmp_path):
     run = trainer(base, tmp_path / "run", "rule:regex?pattern=.", weights=[3], truncation_penalty=1.5, reward_clip=2.0)
-    completions = run.engine.generate(run.prompts, run._sampling(0))
+    completions = run.engine.generate(run.prompts, run.sampler.sampling(0))
     batch, scores = run._score(completions)
     expected = [3 - 1.5 * (c.finish_reason == "length") for c in completions]
     assert scores.total == expected and batch.rewards_B.tolist() == [min(2.0, value) for value in expected]

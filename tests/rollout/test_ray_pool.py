@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -268,6 +269,13 @@ def test_a_training_by_a_pool(cluster, model_folder, pairs_csv, tmp_path):
         log = read_metrics(folder)
         assert len(log) == 2 and log[1].get("staleness", 0) == staleness
     assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) > 4
+
+
+def test_a_machine_with_another_version_is_told():
+    model = prepared_model()
+    worker = Worker(Recipe(named_config(model), None, model.dtype, prepared_tokenizer(), "transformers", 200, 8))
+    with pytest.raises(RolloutError, match=r"The trainer has reinforcepp 0\.0\.9, and .*, a machine of the pool, has"):
+        worker.load(replace(pack(model), version="0.0.9"))
 
 
 def test_a_reward_model_in_the_pool(cluster, reward_folder):

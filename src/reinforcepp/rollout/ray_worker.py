@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from reinforcepp.adapters import base_model, full_weights
+from reinforcepp.errors import RolloutError
 from reinforcepp.models import empty_model
 from reinforcepp.rollout.choose import choose_engine, start_engine
 from reinforcepp.types import Completion, Prompt, Sampling
+from reinforcepp.versions import versions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +44,8 @@ class Packed:
 
     weights: Mapping[str, Values]
     buffers: Mapping[str, Values]
+    version: str
+    """Of this package, where they were packed."""
 
 
 class Worker:
@@ -77,7 +82,16 @@ class Worker:
 
 
 def fill(model: PreTrainedModel, packed: Packed) -> None:
-    """Give ``model`` these weights and buffers, on the GPU if there is one."""
+    """Give ``model`` these weights and buffers, on the GPU if there is one.
+
+    Raises:
+        RolloutError: this machine has another version of this package than the one that packed them.
+    """
+    if packed.version != own_version():
+        raise RolloutError(
+            f"The trainer has reinforcepp {packed.version}, and {socket.gethostname()}, a machine of the pool, has "
+            f"{own_version()}: install the same version on all of them."
+        )
     place = "cuda" if torch.cuda.is_available() else "cpu"
     model.load_state_dict({name: as_tensor(v).to(place) for name, v in packed.weights.items()}, assign=True)
     model.tie_weights()
@@ -95,7 +109,13 @@ def pack(model: PreTrainedModel) -> Packed:
         return arrays.setdefault(values[1].ctypes.data, values)  # which is kept, so its address is nobody else's
 
     weights = {name: shared(weight) for name, weight in full_weights(model)}
-    return Packed(weights, {name: as_array(buffer) for name, buffer in base_model(model).named_buffers()})
+    buffers = {name: as_array(buffer) for name, buffer in base_model(model).named_buffers()}
+    return Packed(weights, buffers, own_version())
+
+
+def own_version() -> str:
+    """Of this package, here; nothing where it is used without being installed."""
+    return versions_of(["reinforcepp"]).get("reinforcepp", "")
 
 
 def as_array(weight: Tensor) -> Values:
