@@ -1,11 +1,12 @@
-"""Do 1, 2 and 3 processes train alike? The same run under DDP and under FSDP2, on CPUs with gloo, against one process.
+"""Do 1, 2 and 3 processes train alike? The same run under each engine, on CPUs with gloo, against one process.
 
 python benchmarks/equality.py
 
 Each scenario is a training of five steps in float32. Every second batch holds a single prompt, so that the other
 processes have no row, and the others don't divide by three. A scenario that goes on starts after two steps from what
-two processes saved: two under FSDP2 from a checkpoint of DDP, three under DDP from one of FSDP2, the others from one of
-their own kind. All are compared with one process that knows of no launcher and was never stopped.
+two processes saved: two under FSDP2 and under ZeRO 3 from a checkpoint of DDP, three under DDP from one of FSDP2 and
+under ZeRO 2 from one of ZeRO 3, the others from one of their own kind. All are compared with one process that knows of
+no launcher and was never stopped.
 
 ``max_advantage_gap`` is to what one process makes of the very same batch; ``max_advantage_gap_of_run`` is to the other
 run's, whose log-probabilities are rounded otherwise, because other rows went through the model beside them.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import socket
@@ -61,11 +63,25 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic", "ahead goes on": "ahead of time"}
 GAPS = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap", "max_metric_gap")
 SEEN = "seen.json"
-SOURCE = {("FSDP2", 2): "DDP:2", ("DDP", 3): "FSDP2:2"}  # others go on from what two processes saved in their own way
+SOURCE = {("FSDP2", 2): "DDP:2", ("ZeRO 3", 2): "DDP:2", ("DDP", 3): "FSDP2:2", ("ZeRO 2", 3): "ZeRO 3:2"}
 LAUNCHES = (2, 1, 3)  # the first one leaves checkpoints to go on from
-BACKENDS = ("DDP", "FSDP2")
+BACKENDS: dict[str, dict[str, str]] = {  # what `accelerate launch` sets for each
+    "DDP": {},
+    "FSDP2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    },
+    "ZeRO 2": {
+        "ACCELERATE_USE_FSDP": "false",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    },
+    "ZeRO 3": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+if importlib.util.find_spec("deepspeed") is None:
+    BACKENDS = {name: said for name, said in BACKENDS.items() if "ZeRO" not in name}
 REFERENCE = "DDP:1"
-SHARDING = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 
 
 def spread(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -113,10 +129,10 @@ def make_model(folder: Path) -> str:
 
 
 def work(model: str, folder: Path, processes: int) -> None:
-    """All scenarios under DDP, then under FSDP2; the main process leaves what it saw in ``folder``."""
+    """All scenarios under each backend; the main process leaves what it saw in ``folder``."""
     for backend in BACKENDS:
-        if backend == "FSDP2":
-            shard_from_now_on()
+        if backend != "DDP":
+            launched_as(backend)
         own = folder / f"{backend}:{processes}"
         for name, settings in SCENARIOS.items():
             train(model, own / name, settings)
@@ -128,11 +144,11 @@ def work(model: str, folder: Path, processes: int) -> None:
             train(model, own / name, SCENARIOS[origin] | {"resume": str(checkpoint)})
 
 
-def shard_from_now_on() -> None:
-    """What ``accelerate launch --use_fsdp --fsdp_version 2`` sets; a process that is alone also lacks what torchrun does."""
+def launched_as(backend: str) -> None:
+    """From now on; a process that is alone also lacks what torchrun sets."""
     from accelerate.state import AcceleratorState
 
-    os.environ.update(SHARDING)
+    os.environ.update(BACKENDS[backend])
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -149,7 +165,8 @@ def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
     args = ReinforceConfig(output_dir=str(folder), **(SETTINGS | settings))
     reward = fussy if folder.name == "not scored" else spread
     trainer = ReinforceTrainer(model, reward, args, PROMPTS, HELD_OUT)
-    assert trainer.ranks.sharded == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    assert trainer.ranks.sharded == (folder.parent.name[:3] != "DDP")
+    assert trainer.ranks.zero == (folder.parent.name[:4] == "ZeRO")
     begin, alone, seen = trainer.update.begin, copy.copy(trainer.update), []
     alone.ranks = SimpleNamespace(sum=lambda part: part)  # type: ignore[assignment]
 

@@ -65,8 +65,10 @@ LAYERS = [
     "doctor",
     "reward_report",
     "shards",
-    "distributed",
     "precision",
+    "training_engine",
+    "zero",
+    "distributed",
     "learner",
     "critic",
     "checkpoint",
@@ -116,7 +118,8 @@ ONLY_IN = {
     "vllm": {
         f"rollout/vllm_{part}.py" for part in ("integration", "adapter", "cpu", "nccl", "server", "support", "worker")
     },
-    "accelerate": {"distributed.py"},
+    "accelerate": {"distributed.py", "training_engine.py", "zero.py"},
+    "deepspeed": {"zero.py"},
     "ray": {"rollout/ray_pool.py"},
 }
 

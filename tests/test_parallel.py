@@ -1,5 +1,7 @@
 """Several processes train as one does, tell it once, and end together, in real processes with gloo."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import scripts
+from reinforcepp import zero
 from reinforcepp.checkpoint import Checkpoint
 from reinforcepp.cli import main
+from reinforcepp.errors import ConfigError
 from reinforcepp.models import load_policy
 from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import read_answers
@@ -35,12 +39,18 @@ def fails(prompts, completions, **_):
         torch.Tensor.backward = out_of_memory
     return [float(len(text) % 5) for text in completions]
 """
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+SHARDED = {
+    "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
+    "ZeRO 3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+BACKENDS = ["DDP", "FSDP2"] + ["ZeRO 2", "ZeRO 3"] * (importlib.util.find_spec("deepspeed") is not None)
 FLAGS = ["--max_steps", "2", "--max_new_tokens", "6", "--max_prompt_length", "40", "--batch_size", "3"]
-WAYS = ("does well", "does well by accelerate", "is killed", "runs out of memory")
+WAYS = ["does well", "does well by accelerate", "is killed", "runs out of memory"]
+WAYS += ["does well by accelerate with DeepSpeed"] * ("ZeRO 3" in BACKENDS)
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-# --multi_gpu is what it finds out where there are GPUs; without any it would start one process
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+# --multi_gpu (below) is what it finds out where there are GPUs; without any it would start one process
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+DEEPSPEED = ["--use_deepspeed", "--zero_stage", "2"]
 
 
 def training(launcher, model, data, folder):
@@ -60,7 +70,7 @@ def rows(tmp_path_factory):
 
 def test_any_number_of_processes_trains_alike(rows):
     assert [(row["backend"], row["processes"]) for row in rows] == [
-        (backend, processes) for backend in ("DDP", "FSDP2") for processes in (1, 2, 3)
+        (backend, processes) for backend in BACKENDS for processes in (1, 2, 3)
     ]
     for row in rows:
         assert row["max_advantage_gap"] <= 1e-6 and row["max_weight_gap"] <= 1e-5, row
@@ -74,16 +84,17 @@ def test_a_training_goes_on_with_another_number_of_processes(rows):
         for name, found in row["scenarios"].items()
         if name == "goes on"
     }
-    others = [("DDP", 1), ("DDP", 3), ("FSDP2", 1), ("FSDP2", 2), ("FSDP2", 3)]
+    others = [(row["backend"], row["processes"]) for row in rows if (row["backend"], row["processes"]) != ("DDP", 2)]
     assert resumed == dict.fromkeys(others, 3)  # and no more: it did not begin again
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder, pairs_csv):
+@pytest.mark.parametrize("backend", sorted(SHARDED.keys() & set(BACKENDS)))
+def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder, pairs_csv, backend):
     """In bfloat16, so that there are float32 weights among the parts; the run that goes on ends like the other one."""
-    environment = os.environ | SHARDED | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | SHARDED[backend] | {"OMP_NUM_THREADS": "1"}
     for name, rest in (
         ("whole", ["--save_every", "1"]),
         ("again", ["--resume", str(tmp_path / "whole/checkpoints/step-000001"), "--save_every", "1"]),
@@ -95,6 +106,10 @@ def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder,
     parts = sorted((tmp_path / "whole/checkpoints/step-000001/policy_optimizer").iterdir())
     assert len(parts) == 2
     masters = [[weight for name, weight in load_file(part).items() if name.endswith("/master")] for part in parts]
+    begin = enumerate(load_policy(str(model_folder)).parameters())
+    learnt = Checkpoint(tmp_path / "whole/checkpoints/step-000001").tensors("policy_optimizer")
+    moved = max(float((learnt[f"{index}/master"] - weight.detach()).abs().max()) for index, weight in begin)
+    assert moved <= 1.1e-5  # a step of the learning rate and no more: they began with all digits
     sizes = [sum(weight.numel() for weight in own) for own in masters]
     assert {weight.dtype for own in masters for weight in own} == {torch.float32} and min(sizes) > 0
     assert sum(sizes) == load_policy(str(tmp_path / "whole")).num_parameters()
@@ -114,7 +129,9 @@ def launched(tmp_path_factory, model_folder, pairs_csv):
     (folder / "own.py").write_text(REWARD)
     started = {}
     for how in WAYS:
-        launcher = ACCELERATE if "accelerate" in how else TORCHRUN
+        launcher = TORCHRUN
+        if "accelerate" in how:
+            launcher = [*ACCELERATE, *(DEEPSPEED if "DeepSpeed" in how else ["--multi_gpu"])]
         command = [
             *training(launcher, model_folder, pairs_csv, folder / how),
             "--rewards",
@@ -126,7 +143,7 @@ def launched(tmp_path_factory, model_folder, pairs_csv):
     return {how: (folder / how, started[how].returncode, text) for how, text in told.items()}
 
 
-@pytest.mark.parametrize("how", ["does well", "does well by accelerate"])
+@pytest.mark.parametrize("how", [how for how in WAYS if how.startswith("does well")])
 def test_it_is_told_once_and_one_process_writes(launched, how):
     folder, code, text = launched[how]
     assert code == 0, text
@@ -163,3 +180,54 @@ def test_a_reward_model_is_trained_by_one_process(monkeypatch, capsys, tmp_path,
     assert main(["reward", "--data", str(pairs_csv), "--output_dir", str(tmp_path / "run")]) == 2
     assert "is trained by one process, but the launcher has started 2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# --- what DeepSpeed is told -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "told"),
+    [
+        ({"zero_optimization": {"stage": 1}}, torch.float32, "ZeRO stage 1: use stage 2 or 3"),
+        ({}, torch.float32, "ZeRO stage 0: use stage 2 or 3"),
+        ({"zero_optimization": {"stage": 2}}, torch.float16, "fp16 can't be had with DeepSpeed: use bf16"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, torch.float32, "sets offload_param"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            torch.float32,
+            "offload_optimizer",
+        ),
+        ({"zero_optimization": {"stage": 2}, "scheduler": {}}, torch.float32, "has its own scheduler: leave it out"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {}}, torch.float32, "has its own optimizer: leave it out"),
+    ],
+)
+def test_what_deepspeed_can_not_do_here_is_told(config, dtype, told):
+    with pytest.raises(ConfigError, match=told):
+        zero.complete(config, dtype)
+
+
+def test_the_training_decides_what_it_has_settings_for():
+    config = {"zero_optimization": {"stage": 2}, "gradient_clipping": 7.0, "fp16": {"enabled": True}, "prescale": 1}
+    zero.complete(config, torch.bfloat16)
+    assert config["bf16"] == {"enabled": True} and config["fp16"] == {"enabled": False}
+    assert config["gradient_clipping"] == 0 and config["prescale"] == 1
+    assert config["communication_data_type"] == config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_the_launchers_file_may_have_a_precision_and_is_told_where_it_can_not_be_used(monkeypatch, tmp_path):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    assert "bf16" not in zero.launched_plugin().deepspeed_config
+    file.write_text(json.dumps({"bf16": {"enabled": True}}))
+    with pytest.raises(ConfigError, match=r"DeepSpeed configuration can't be used: .*ZeRO"):
+        zero.launched_plugin()
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match=r"DeepSpeed configuration can't be used: .*none\.json"):
+        zero.launched_plugin()
+
+
+def test_without_deepspeed_it_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="which isn't installed: pip install deepspeed, or use FSDP2"):
+        zero.prepare_deepspeed(cpu=True)

@@ -1,4 +1,4 @@
-"""The one module that names the training engine (Accelerate): devices, backward passes, sums over ranks, sharding.
+"""The processes that train together, by Accelerate: how they meet and fail, on what device, sums over them.
 
 Several ranks hold one rule: whatever only some of them may run into happens inside :meth:`Ranks.agreed`, and between
 two collectives all do the same.
@@ -11,8 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +21,21 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration, gather_object
-from torch import Tensor, distributed, nn
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+    gather_object,
+)
+from torch import Tensor, distributed
+from transformers.integrations import unset_hf_deepspeed_config
 
 from reinforcepp.errors import ConfigError, ReinforceError
+from reinforcepp.precision import MasterAdamW
 from reinforcepp.processes import is_main, started
-from reinforcepp.shards import whole
+from reinforcepp.training_engine import AccelerateEngine, Engine
+from reinforcepp.zero import ZeroEngine, asked_for, complete, launched_plugin, prepare_deepspeed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,8 +113,14 @@ def _tell_unforeseen(kind: type[BaseException], error: BaseException, trace: Tra
 
 def _group(timeout: timedelta | None = None) -> PartialState:
     """The process group, made by the first call; without an accelerator Accelerate has to be told to use CPUs."""
+    if (
+        cpu := not torch.accelerator.is_available()
+    ):  # or DeepSpeed, which others import where it is installed, would tell so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if asked_for():
+        prepare_deepspeed(cpu=cpu)
     named = {} if timeout is None or started() == 1 else {"timeout": timeout}
-    return PartialState(cpu=not torch.accelerator.is_available(), **named)
+    return PartialState(cpu=cpu, **named)
 
 
 class Ranks:
@@ -117,24 +131,31 @@ class Ranks:
         if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
             AcceleratorState._reset_state()  # a trainer of TRL in this process left its own there
         state = _group()
+        known = "deepspeed_plugins" in AcceleratorState._shared_state  # which Accelerate won't be told twice
+        plugin = launched_plugin() if asked_for() and not known else None
         self._accelerator = Accelerator(
             mixed_precision="no",  # is this package's own affair, whatever a launcher or the environment say
             cpu=state.device.type == "cpu",
             log_with=list(report_to) or None,
             project_config=places,
+            deepspeed_plugin=plugin,
         )
         if self._accelerator.distributed_type != DistributedType.NO:
-            self._check_launch()
+            self._check_launch(plugin)
 
-    def _check_launch(self) -> None:
+    def _check_launch(self, plugin: DeepSpeedPlugin | None) -> None:
         """Refuse what the launcher was told and can't be done; on CPUs Accelerate knows no sharding unless told here."""
         state = self._accelerator.state
         if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             # Accelerate copies the one state into the other now and then
             PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+        if state.distributed_type == DistributedType.MULTI_CPU and plugin is not None:
+            plugin.select(_from_accelerator_state=True)
+            state.deepspeed_plugins = {"default": plugin}
+            PartialState().distributed_type = state.distributed_type = DistributedType.DEEPSPEED
         if state.distributed_type == DistributedType.DEEPSPEED:
-            raise ConfigError("The launcher is set to DeepSpeed, which is not supported: use FSDP2.")
+            unset_hf_deepspeed_config()  # or transformers would cut up every model that is loaded
         if state.distributed_type == DistributedType.FSDP and not self.sharded:
             raise ConfigError("The launcher is set to FSDP version 1: set fsdp_version to 2.")
 
@@ -180,11 +201,31 @@ class Ranks:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank keeps a part of every weight (FSDP2) instead of all of them."""
-        return bool(self._accelerator.is_fsdp2)
+        """Whether each rank keeps a part of every weight (FSDP2, DeepSpeed) instead of all of them."""
+        return bool(self._accelerator.is_fsdp2) or self.zero
 
-    def prepare(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> tuple[Any, Any]:
-        """Model and optimiser as the engine runs them; sharded ones keep their weights in float32 and compute in ``dtype``."""
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed is who does that."""
+        return bool(self._accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    def prepare(
+        self, model: PreTrainedModel, optimizer: MasterAdamW, dtype: torch.dtype, weights: Iterable[Tensor]
+    ) -> Engine:
+        """Model and optimiser as the engine runs them; sharded ones keep their weights in float32 and compute in ``dtype``.
+
+        Args:
+            model: to be trained.
+            optimizer: of its parameters.
+            dtype: what sharded ones compute in.
+            weights: the model's, with all digits.
+        """
+        if self.zero:
+            complete(self._accelerator.state.deepspeed_plugin.deepspeed_config, dtype)
+            self._accelerator.deepspeed_engine_wrapped = None  # of another model
+            prepared, _ = self._accelerator.prepare(model, optimizer)
+            unset_hf_deepspeed_config()
+            return ZeroEngine(prepared, optimizer, weights, self.index, self.count)
         if self.sharded:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -193,21 +234,11 @@ class Ranks:
 
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             self._accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-            return self._accelerator.prepare(model, optimizer)
-        # the optimiser's tensors stay where they are, be that in main memory
-        return self._accelerator.prepare(model, optimizer, device_placement=[None, False])
-
-    def apart(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Around a pass whose gradients stay with this rank until those of a later pass are added up over ranks."""
-        return nullcontext() if self.sharded else self._accelerator.no_sync(model)
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a loss whose denominator is global: ranks add up instead of averaging."""
-        self._accelerator.backward(loss * self._accelerator.num_processes)
-
-    def clip_gradients(self, parameters: Sequence[Tensor], limit: float) -> float:
-        """Scale gradients down to norm ``limit``; returns the norm before."""
-        return float(whole(self._accelerator.clip_grad_norm_(parameters, limit)))
+            prepared, wrapped = self._accelerator.prepare(model, optimizer)
+            optimizer.take_over()
+        else:  # the optimiser's tensors stay where they are, be that in main memory
+            prepared, wrapped = self._accelerator.prepare(model, optimizer, device_placement=[None, False])
+        return AccelerateEngine(self._accelerator, prepared, wrapped, optimizer)
 
     # --- between ranks ---
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,6 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
-from reinforcepp.shards import sharded_like, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,13 +67,13 @@ class Learner:
             lr=learning_rate,
             weight_decay=config.weight_decay,
         )
-        cast_parameters(self.plain, dtype)
         self._ranks = ranks
         self._max_grad_norm = config.max_grad_norm
-        self.model, self.optimizer = ranks.prepare(model, self._masters, dtype)
-        if ranks.sharded:
-            self._masters.take_over()
-        self._shards = self.model
+        if not ranks.sharded:  # parts begin with all digits
+            cast_parameters(model, dtype)
+        self.engine = ranks.prepare(model, self._masters, dtype, self.plain.parameters())
+        cast_parameters(self.plain, dtype)
+        self.model = self.engine.model
         if config.torch_compile:  # not the plain model: generation has ways of its own that a compiler doesn't know
             self.model = torch.compile(self.model)
         self.scheduler = get_scheduler(
@@ -98,7 +98,7 @@ class Learner:
         for part in self._switches:
             part.training = True
         try:
-            with nullcontext() if last or self._masters.apart else self._ranks.apart(self._shards):
+            with nullcontext() if last or self._masters.apart else self.engine.apart():
                 yield
         finally:
             for part in self._switches:
@@ -106,13 +106,13 @@ class Learner:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
-        self._ranks.backward(self._scale.lift(loss))
+        self.engine.backward(self._scale.lift(loss))
         self._masters.collect()
 
     def clip(self) -> float:
         """Scale the gathered gradients down to ``max_grad_norm``; returns their norm before."""
         self._scale.lower(self._masters.masters)
-        norm = self._ranks.clip_gradients(self._masters.masters, self._max_grad_norm)
+        norm = self.engine.clip(self._max_grad_norm)
         self._scale.adapt(norm)
         return norm
 
@@ -124,14 +124,13 @@ class Learner:
         """
         rate = self.scheduler.get_last_lr()[0]
         probes = self._probes() if rate >= SURELY_SEEN and norm > 0 else []
-        self.optimizer.step()
-        if probes and not any(bool(whole((weight != before).any())) for weight, before in probes):
+        self.engine.step()
+        if probes and all(torch.equal(self.engine.weight(weight), before) for weight, before in probes):
             raise TrainingDiverged(
                 f"The optimiser step changed no weight, at learning rate {rate:g} and gradient norm {norm:.3g}: the optimiser "
                 "holds other parameters than the model, or the gradients don't reach it."
             )
         self.scheduler.step()
-        self.optimizer.zero_grad()
         return {"grad_norm": norm, "learning_rate": rate}
 
     def scale_rate(self, factor: float) -> None:
@@ -144,58 +143,41 @@ class Learner:
 
     def drop_gradients(self) -> None:
         """Forget what ``backward`` has gathered."""
-        self.model.zero_grad()
-        self.optimizer.zero_grad()
+        self.engine.drop()
 
     def _probes(self) -> list[tuple[Tensor, Tensor]]:
         """Some of the smallest weights that have a gradient, each with a copy."""
-        small = sorted(self._masters.masters, key=Tensor.numel)
-        moved = (p for p in small if p.grad is not None and bool(whole(p.grad.any())))
-        return [(p, p.detach().clone()) for p in islice(moved, PROBES)]
+        sizes = [p.numel() for p in self.plain.parameters() if p.requires_grad]
+        small = [master for _, master in sorted(zip(sizes, self._masters.masters, strict=True), key=itemgetter(0))]
+        moved = (p for p in small if (gradient := self.engine.gradient(p)) is not None and bool(gradient.any()))
+        return [(p, self.engine.weight(p).detach().clone()) for p in islice(moved, PROBES)]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """After optimiser steps, bring ``plain`` up to date where it is a copy: one weight at a time on every rank."""
         if self._ranks.sharded:
-            for shard, copied in zip(self._shards.parameters(), self.plain.parameters(), strict=True):
-                copied.copy_(whole(shard))
+            for shard, copied in zip(self.engine.model.parameters(), self.plain.parameters(), strict=True):
+                if copied.requires_grad:
+                    copied.copy_(self.engine.weight(shard))
 
     @torch.no_grad()
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """State dicts of what is trained of the model, of optimiser and schedule; sharded, each rank's has its own parts."""
         course = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
-        optimizer = self.optimizer.state_dict()
-        if self._ranks.sharded and self._dtype != torch.float32:
-            masters = {index: {"master": master} for index, master in enumerate(self._masters.masters)}
-            optimizer["state"] = {index: {**own, **masters[index]} for index, own in optimizer["state"].items()}
-        return trained_weights(self.plain), optimizer, course
+        return trained_weights(self.plain), self.engine.state(masters=self._dtype != torch.float32), course
 
     def cut(self, index: int, shape: torch.Size) -> Tensor | None:
         """What an optimiser's tensor of the parameter ``index`` is to be cut like; None if it is whole."""
         master = self._masters.masters[index]
-        return master if self._ranks.sharded and master.shape == shape else None
+        return master if self._ranks.sharded and not self._ranks.zero and master.shape == shape else None
 
     @torch.no_grad()
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave, also on another number of ranks."""
         load_trained_weights(self.plain, model)
-        if self._ranks.sharded:
-            optimizer = optimizer | {"state": self._shards_of(optimizer["state"])}
-        self.optimizer.load_state_dict(optimizer)
+        self.engine.load_state(optimizer, self.plain.parameters())
         self._scale.load_state_dict(scheduler["loss_scale"])
         self.scheduler.load_state_dict({name: value for name, value in scheduler.items() if name != "loss_scale"})
-
-    def _shards_of(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        """This rank's part of an optimiser's state and, on the way, of the weights, which have all digits there."""
-        for shard, full in zip(self._shards.parameters(), self.plain.parameters(), strict=True):
-            shard.copy_(sharded_like(full.to(shard.dtype), shard))
-        for index, values in states.items():
-            if "master" in values:
-                self._masters.masters[index].copy_(sharded_like(values["master"], self._masters.masters[index]))
-        return {
-            index: {n: sharded_like(v, self._masters.masters[index]) for n, v in values.items() if n != "master"}
-            for index, values in states.items()
-        }
 
 
 def switches(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:

@@ -184,9 +184,11 @@ _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 @torch.no_grad()
 def _head_gives_logits(model: Any) -> bool:
     """Whether this model's logits are its output layer's, as they come: some models scale or cap them afterwards."""
+    head = model.get_output_embeddings()
+    if hasattr(head.weight, "ds_id"):  # DeepSpeed keeps a part of it here, and the model has to ask for the rest itself
+        return False
     if model not in _plain_heads:
         ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-        head = model.get_output_embeddings()
         whole = model(input_ids=ids, use_cache=False).logits
         with skipped(head):
             hidden = model(input_ids=ids, use_cache=False).logits
