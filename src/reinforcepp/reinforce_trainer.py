@@ -39,7 +39,7 @@ from reinforcepp.policy_run import PolicyRun, fingerprints
 from reinforcepp.policy_update import PolicyUpdate
 from reinforcepp.precision import cast_parameters, compute_dtype
 from reinforcepp.preparation import encode, start_policy, warn_of_bias
-from reinforcepp.reward_pool import pooled
+from reinforcepp.reward_pool import for_a_pool, pooled
 from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, only_scored
 from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
 from reinforcepp.rollout.engine import RolloutEngine, random_state_kept
@@ -114,7 +114,7 @@ class ReinforceTrainer:
         self.judge = load_rewards(judge) if judge is not None else None
 
         self.ranks = Ranks(self.config.report_to, self.folder)
-        elsewhere = self.rewards.trained if self.config.reward_workers else []
+        elsewhere = for_a_pool(self.rewards, self.config.reward_workers)
         for reward in [*self.rewards.trained, *(self.judge.trained if self.judge else ())]:
             if dtype != torch.float32:
                 cast_parameters(reward.model, dtype)

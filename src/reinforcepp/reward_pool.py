@@ -78,15 +78,24 @@ class PooledReward(TrainedReward):
         return scores
 
 
+def for_a_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]:
+    """Those of ``rewards`` that :func:`pooled` will put into a pool, if there are ``workers`` for it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if workers and not rewards.trained:
+        raise ConfigError("reward_workers score with trained reward models, and there is none among the rewards.")
+    return rewards.trained if workers else []
+
+
 def pooled(rewards: RewardSum, engine: RolloutEngine, workers: int) -> RewardSum:
     """``rewards`` with the trained models in a pool of ``workers`` each, beside that of ``engine``.
 
     Raises:
-        ConfigError: there is no such model among them, or no pool.
+        ConfigError: there is no pool.
         RolloutError: no worker can be started.
     """
-    if not rewards.trained:
-        raise ConfigError("reward_workers score with trained reward models, and there is none among the rewards.")
     if not isinstance(engine, RayEngine):
         raise ConfigError("reward_workers need an engine by Ray: leave engine out, or reward_workers.")
     functions: list[RewardFunction] = [
