@@ -113,9 +113,8 @@ def _tell_unforeseen(kind: type[BaseException], error: BaseException, trace: Tra
 
 def _group(timeout: timedelta | None = None) -> PartialState:
     """The process group, made by the first call; without an accelerator Accelerate has to be told to use CPUs."""
-    if (
-        cpu := not torch.accelerator.is_available()
-    ):  # or DeepSpeed, which others import where it is installed, would tell so
+    cpu = not torch.accelerator.is_available()
+    if cpu:  # or DeepSpeed, which others import where it is installed, would warn of that
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if asked_for():
         prepare_deepspeed(cpu=cpu)

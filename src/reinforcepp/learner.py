@@ -44,7 +44,7 @@ class Learner:
     ) -> None:
         if ranks.sharded and config.offload_optimizer:
             raise ConfigError(
-                "offload_optimizer is for whole weights: leave it out where FSDP2 shares them among processes."
+                "offload_optimizer is for whole weights: leave it out where processes share them (FSDP2, DeepSpeed)."
             )
         model.eval()
         if not in_4bit(model):  # else it is there already, and may not be moved

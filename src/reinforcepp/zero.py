@@ -156,7 +156,8 @@ class ZeroEngine:
     def drop(self) -> None:
         """See :class:`~reinforcepp.training_engine.Engine`; only after the last pass before a step."""
         for gradients in self._zero.averaged_gradients.values():
-            gradients[0].fill_(torch.nan)
+            for gradient in gradients[:1]:
+                gradient.fill_(torch.nan)
         self.model.step()
 
     def weight(self, parameter: Tensor) -> Tensor:
@@ -198,12 +199,14 @@ class ZeroEngine:
         self._adam.param_groups[0].update({name: value for name, value in group.items() if name != "params"})
         self._take(weights)
         for index, parameter in enumerate(self._adam.live):
-            held = state["state"].get(index, {})
-            for name in MOMENTS if held else ():
+            held = state["state"].get(index)
+            if held is None:  # of a run that hadn't made a step
+                continue
+            for name in MOMENTS:
                 self._set(parameter, held[name], name)
             if "master" in held:
                 self._set(parameter, held["master"])
-            for flat in self._flats if held else ():
+            for flat in self._flats:
                 self._adam.state[flat]["step"].copy_(held["step"])
 
     # --- inside ---
