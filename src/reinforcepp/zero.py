@@ -42,7 +42,7 @@ def prepare_deepspeed(*, cpu: bool) -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            "The launcher is set to DeepSpeed, which isn't installed: pip install deepspeed, or use FSDP2."
+            "The launcher is set to DeepSpeed, which isn't installed: pip install 'deepspeed>=0.19,<0.20', or use FSDP2."
         )
     import deepspeed
 
