@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import itertools
 import json
 import os
 import socket
@@ -58,7 +59,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "critic": {"estimator": "ppo", "mini_batch_size": 2, "critic_learning_rate": 1e-4, "save_every": 2, "keep_last": 9},
     "ahead of time": {"staleness": 1, "mini_batch_size": 2, "num_iterations": 2, "save_every": 2, "keep_last": 9},
-    "not scored": {"mini_batch_size": 2, "max_skipped_updates": 4, "eval_prompts": 0},
+    "not scored": {"mini_batch_size": 2, "max_skipped_updates": 9, "eval_prompts": 0},
 }
 ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic", "ahead goes on": "ahead of time"}
 GAPS = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap", "max_metric_gap")
@@ -144,6 +145,20 @@ def work(model: str, folder: Path, processes: int) -> None:
             train(model, own / name, SCENARIOS[origin] | {"resume": str(checkpoint)})
 
 
+def leave_some_out(guard: Any) -> None:
+    """Every third update, when its gradients are there."""
+    check, calls = guard.check_update, itertools.count()
+
+    def refuse(*found: Any) -> None:
+        check(*found)
+        if next(calls) % 3 == 1:
+            from reinforcepp.errors import UnusableUpdate
+
+            raise UnusableUpdate("it was told to be left out")
+
+    guard.check_update = refuse
+
+
 def launched_as(backend: str) -> None:
     """From now on; a process that is alone also lacks what torchrun sets."""
     from accelerate.state import AcceleratorState
@@ -180,6 +195,8 @@ def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
         return used
 
     trainer.update.begin = noted  # type: ignore[method-assign]
+    if folder.name == "not scored":
+        leave_some_out(trainer.guard)
     trainer.train()
     hashes = trainer.ranks.gather(weights_hash(trainer.policy))
     assert len(set(hashes)) == 1, "the processes hold different weights"
