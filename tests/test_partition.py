@@ -6,15 +6,15 @@ The machines are network namespaces, joined by a cable.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
-from network import network
+from network import Network, network
 
 from reinforcepp import checkpoint, cli
 from reinforcepp.distributed import _tell_unforeseen
@@ -36,10 +36,11 @@ import sys
 from reinforcepp import cli
 from reinforcepp.rollout import ray_pool
 
-ray_pool.START_SECONDS, ray_pool.HEAD_SECONDS, ray_pool.CONNECT_SECONDS = 20, 4, 2
+ray_pool.HEAD_SECONDS, ray_pool.CONNECT_SECONDS = 4, 2
 inner = ray_pool.share_out
 
 def told(crew, *rest):
+    ray_pool.START_SECONDS = 5  # once it has started
     answers, tally = inner(crew, *rest)
     print(len(crew.ready()), tally.lost, tally.again, flush=True)
     return answers, tally
@@ -47,11 +48,10 @@ def told(crew, *rest):
 ray_pool.share_out = told
 sys.exit(cli.main(sys.argv[1:]))
 """
-HEALTH = {  # after 3 seconds instead of Ray's 65 a machine from which nothing comes is held to be gone
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
+HEALTH = {  # after 8 seconds instead of Ray's 65 a machine from which nothing comes is held to be gone
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "2",
     "RAY_gcs_server_request_timeout_seconds": "2",
     "RAY_worker_niceness": "0",
     "RAY_AUTH_MODE": "token",
@@ -62,8 +62,8 @@ HEALTH = {  # after 3 seconds instead of Ray's 65 a machine from which nothing c
 class Machines:
     """Two of them; what is started there ends with them."""
 
-    def __init__(self, place: Path) -> None:
-        self.network, self.place = network(apart=True), place
+    def __init__(self, joined: Network, place: Path) -> None:
+        self.network, self.place = joined, place
         self.started: list[psutil.Popen] = []
 
     def start(self, far: bool, *command: str, **environment: str) -> psutil.Popen:
@@ -74,6 +74,11 @@ class Machines:
             process = psutil.Popen(words, env=os.environ | plain | environment, stdout=log, stderr=subprocess.STDOUT)
         self.started.append(process)
         return process
+
+    def kill(self, process: psutil.Popen) -> None:
+        """It and what it has started."""
+        for each in [*process.children(recursive=True), process]:
+            each.kill()
 
     def log(self, number: int) -> Path:
         return self.place / f"log-{number}"
@@ -94,21 +99,25 @@ class Machines:
 
 
 @pytest.fixture
-def machines(tmp_path):
-    made = Machines(tmp_path)
-    if made.network is None:
+def machines():
+    joined = network(apart=True)
+    if joined is None:
         pytest.skip("network namespaces need rights that this user or machine hasn't")
-    yield made
-    made.end()
+    with TemporaryDirectory(prefix="m") as place:  # a short path, as those of sockets have to be
+        made = Machines(joined, Path(place))
+        try:
+            yield made
+        finally:
+            made.end()
 
 
-def until(sign, *processes: psutil.Popen, seconds: float = 120):
-    """Wait for what ``sign`` gives, while these processes run."""
+def until(sign, machines: Machines, *processes: psutil.Popen, seconds: float = 120) -> None:
+    """Wait for a sign of these processes, which run."""
     end = time.monotonic() + seconds
-    while not (found := sign()):
-        assert time.monotonic() < end and all(process.poll() is None for process in processes)
+    while not sign():
+        if time.monotonic() > end or any(process.poll() is not None for process in processes):
+            pytest.fail("\n\n".join(machines.text(process)[-4000:] for process in processes))
         time.sleep(0.05)
-    return found
 
 
 def training(model, data, folder, *more: object) -> list[str]:
@@ -146,7 +155,7 @@ def test_machines_that_train_together_are_parted(machines, how, model_folder, pa
     folder = tmp_path / "run"
     flags = training(model_folder, pairs_csv, folder, "--rollout", "transformers", "--save_every", 1)
     both = processes(machines, [*flags, "--watchdog_seconds", "5"])
-    until((folder / "checkpoints" / "step-000001").is_dir, *both)
+    until((folder / "checkpoints" / "step-000001").is_dir, machines, *both)
     getattr(machines.network, how)()
     for process in both:
         assert process.wait(60) == 1
@@ -194,18 +203,63 @@ def test_what_gloo_says_in_our_words(capsys, said, words):
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
-def ray_node(machines: Machines, far: bool, cpus: int, head_far: bool = False, head: bool = False) -> psutil.Popen:
+def ray_node(machines: Machines, far: bool, cpus: int, head: bool = False, head_far: bool = False) -> psutil.Popen:
     ends = (machines.network.here, machines.network.host)
     whom = ["--head", "--port", PORT, "--include-dashboard=false", "--temp-dir", machines.place]
-    whom = whom if head else [f"--address={ends[head_far]}:{PORT}"]
+    whom = whom if head else ["--address", f"{ends[head_far]}:{PORT}"]
     command = ["-m", "ray.scripts.scripts", "start", *whom, "--node-ip-address", ends[far], "--num-cpus", cpus]
     node = machines.start(far, *command, "--disable-usage-stats", "--block", **HEALTH)
-    if head:
-        until(lambda: subprocess.run([*machines.network.command(far), sys.executable, "-c", LISTENS, ends[far]]).returncode == 0)
+    until(lambda: "Ray runtime started" in machines.text(node), machines, node)
     return node
 
 
-def pool(machines, model, data, folder, *more) -> psutil.Popen:
-    head = machines.network.host
-    flags = training(model, data, folder, "--rollout", f"ray://{head}:{PORT}", *more)
-    return machines.start(False, "-c", POOL, "train", *flags, **HEALTH)
+def pool(machines: Machines, head: str, *flags: object) -> psutil.Popen:
+    return machines.start(False, "-c", POOL, "train", *flags, "--rollout", f"ray://{head}:{PORT}", **HEALTH)
+
+
+def shared_out(machines: Machines, process: psutil.Popen) -> list[list[int]]:
+    """For each step: workers that were ready, those that were lost, prompts that were given out again."""
+    lines = [line.split() for line in machines.text(process).splitlines()]
+    return [list(map(int, words)) for words in lines if len(words) == 3 and all(word.isdigit() for word in words)]
+
+
+def test_a_node_of_the_pool_is_cut_off_and_comes_back(machines, model_folder, pairs_csv, tmp_path):
+    """Then it is cut off again when there is no other one."""
+    pytest.importorskip("ray")
+    folder, net = tmp_path / "run", machines.network
+    ray_node(machines, far=False, cpus=0, head=True)
+    other, far = ray_node(machines, far=False, cpus=1), ray_node(machines, far=True, cpus=1)
+    trainer = pool(machines, net.here, *training(model_folder, pairs_csv, folder, "--max_steps", 4000))
+    until(lambda: [2, 0, 0] in shared_out(machines, trainer), machines, trainer)
+    net.cut()
+    until(lambda: any(lost == 1 and again for _, lost, again in shared_out(machines, trainer)), machines, trainer)
+    steps = len(shared_out(machines, trainer))
+    until(lambda: len(shared_out(machines, trainer)) > steps + 1, machines, trainer)
+    assert shared_out(machines, trainer)[-1] == [1, 0, 0]
+    net.mend()
+    far.wait(60)  # Ray ends it when it is told that it was held to be dead
+    far = ray_node(machines, far=True, cpus=1)
+    until(lambda: shared_out(machines, trainer)[-1] == [2, 0, 0], machines, trainer)
+    net.cut()
+    machines.kill(other)
+    assert trainer.wait(90) == 2
+    text = machines.text(trainer)
+    assert "error: No rollout worker was ready within 5 seconds; the cluster has 0 CPUs" in text and "lost with" in text
+    assert "The run is saved after step" in text and "Traceback" not in text, text
+    goes_on(model_folder, pairs_csv, folder)
+
+
+def test_the_head_of_the_pool_is_cut_off(machines, model_folder, pairs_csv, tmp_path):
+    pytest.importorskip("ray")
+    folder, net = tmp_path / "run", machines.network
+    ray_node(machines, far=True, cpus=1, head=True)
+    ray_node(machines, far=False, cpus=0, head_far=True)
+    trainer = pool(machines, net.host, *training(model_folder, pairs_csv, folder))
+    until(lambda: shared_out(machines, trainer), machines, trainer)
+    net.lose()
+    until(lambda: "error: " in machines.text(trainer), machines, trainer)
+    machines.kill(trainer)  # Ray takes its leave of the head for two minutes
+    text = machines.text(trainer)
+    assert f"error: The head of the Ray cluster, {net.host}:{PORT}, can't be reached any more, for 4 seconds" in text
+    assert "The run is saved after step" in text and "Traceback" not in text, text
+    goes_on(model_folder, pairs_csv, folder)

@@ -143,6 +143,8 @@ class RayCrew:
         self._head = ray.get_runtime_context().gcs_address
         self._head_gone: float | None = None
         """Since when the head can't be reached."""
+        self._reason = ""
+        """Why the last worker was lost."""
         self._prompts: Sequence[Any] = ()
         self._sampling: Any = None
 
@@ -156,11 +158,10 @@ class RayCrew:
         self._version += 1
         for number in list(self._ready):
             self._start_loading(number)
-        begin, reason = time.monotonic(), ""
+        begin = time.monotonic()
         while not self._ready or (self._loading and time.monotonic() - begin < PATIENCE_SECONDS):
-            event = self._next()
-            reason = event.reason if isinstance(event, Lost) else reason
-            self._check_time(begin, reason)
+            self._next()
+            self._check_time(begin)
 
     def ask(self, prompts: Sequence[Any], sampling: Any) -> None:
         """What is asked from now on, and how."""
@@ -236,9 +237,10 @@ class RayCrew:
         try:
             return self._ray.get(task)
         except (RayActorError, OutOfMemoryError) as error:
+            self._reason = _first_line(error)
             self._forget(number)
             self._grow()
-            return Lost(number, _first_line(error))
+            return Lost(number, self._reason)
         except RayTaskError as error:
             raise RolloutError(f"A {self._worker.kind} worker failed: {_first_line(error.cause)}") from error
 
@@ -279,12 +281,12 @@ class RayCrew:
             )
         return not reason
 
-    def _check_time(self, begin: float, reason: str = "") -> None:
+    def _check_time(self, begin: float) -> None:
         """Raises a RolloutError if there has been nobody since ``begin``, which is too long ago."""
         if self._ready or time.monotonic() - begin < START_SECONDS:
             return
         resources = self._ray.cluster_resources()
-        lost = f" The last one was lost with: {reason}" if reason else ""
+        lost = f" The last one was lost with: {self._reason}" if self._reason else ""
         raise EngineLost(
             f"No {self._worker.kind} worker was ready within {START_SECONDS} seconds; the cluster has "
             f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at "
