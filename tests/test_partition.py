@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +34,7 @@ LOST = "they hang, or their machines can't be reached any more"  # the group's w
 WAITS = "others that hang, or whose machines can't be reached any more"  # the watchdog's, where it is the first
 PORT = 29500
 POOL = """
-import sys
+import os, sys, time
 from reinforcepp import cli
 from reinforcepp.rollout import ray_pool
 
@@ -41,6 +43,9 @@ inner = ray_pool.share_out
 
 def told(crew, *rest):
     ray_pool.START_SECONDS = 5  # once it has started
+    while os.path.exists(os.environ["PAUSE"]):
+        print("paused", flush=True)
+        time.sleep(0.2)
     answers, tally = inner(crew, *rest)
     print(len(crew.ready()), tally.lost, tally.again, flush=True)
     return answers, tally
@@ -48,9 +53,9 @@ def told(crew, *rest):
 ray_pool.share_out = told
 sys.exit(cli.main(sys.argv[1:]))
 """
-HEALTH = {  # after 8 seconds instead of Ray's 65 a machine from which nothing comes is held to be gone
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "3000",
+HEALTH = {  # after 5 seconds instead of Ray's 65 a machine from which nothing comes is held to be gone
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "2",
     "RAY_gcs_server_request_timeout_seconds": "2",
     "RAY_worker_niceness": "0",
@@ -98,8 +103,8 @@ class Machines:
         self.network.remove()
 
 
-@pytest.fixture
-def machines():
+@contextmanager
+def two_machines() -> Iterator[Machines]:
     joined = network(apart=True)
     if joined is None:
         pytest.skip("network namespaces need rights that this user or machine hasn't")
@@ -109,6 +114,12 @@ def machines():
             yield made
         finally:
             made.end()
+
+
+@pytest.fixture
+def machines():
+    with two_machines() as made:
+        yield made
 
 
 def until(sign, machines: Machines, *processes: psutil.Popen, seconds: float = 120) -> None:
@@ -150,19 +161,25 @@ def processes(machines: Machines, flags: list[str], *launcher: str) -> list[psut
     return started
 
 
-@pytest.mark.parametrize("how", ["cut", "lose"])
-def test_machines_that_train_together_are_parted(machines, how, model_folder, pairs_csv, tmp_path):
-    folder = tmp_path / "run"
-    flags = training(model_folder, pairs_csv, folder, "--rollout", "transformers", "--save_every", 1)
-    both = processes(machines, [*flags, "--watchdog_seconds", "5"])
-    until((folder / "checkpoints" / "step-000001").is_dir, machines, *both)
-    getattr(machines.network, how)()
-    for process in both:
-        assert process.wait(60) == 1
-        text = machines.text(process)
-        assert text.count(LOST) + text.count(WAITS) == 1 and "--resume" in text and text.count("error: ") == 1, text
-        assert "reinforcepp/cli.py" not in text  # a traceback is the launcher's own
-    goes_on(model_folder, pairs_csv, folder)
+def test_machines_that_train_together_are_parted(model_folder, pairs_csv, tmp_path):
+    """By a cable that is pulled out, and by one on which packets are lost."""
+    with two_machines() as cut, two_machines() as lossy:
+        runs = []
+        for machines, strike in ((cut, cut.network.cut), (lossy, lossy.network.lose)):
+            folder = tmp_path / strike.__name__
+            flags = training(model_folder, pairs_csv, folder, "--rollout", "transformers", "--save_every", 1)
+            both = processes(machines, [*flags, "--watchdog_seconds", "6"])
+            runs.append((machines, strike, folder, both))
+        for machines, strike, folder, both in runs:
+            until((folder / "checkpoints" / "step-000001").is_dir, machines, *both)
+            strike()
+        for machines, _, folder, both in runs:
+            for process in both:
+                assert process.wait(60) == 1
+                text = machines.text(process)
+                assert text.count(LOST) + text.count(WAITS) == 1 and text.count("error: ") == 1, text
+                assert "--resume" in text and "reinforcepp/cli.py" not in text  # a traceback is the launcher's own
+            goes_on(model_folder, pairs_csv, folder)
 
 
 def test_the_first_machine_is_not_there_or_its_port_is_taken(machines, model_folder, pairs_csv, tmp_path):
@@ -178,7 +195,9 @@ def test_the_first_machine_is_not_there_or_its_port_is_taken(machines, model_fol
     for process, port, words in ((nobody, PORT, "timed out after 2000ms"), (first, PORT + 1, "EADDRINUSE")):
         assert process.wait(60) == 2, machines.text(process)
         text = machines.text(process)
-        assert f"error: This process and the others of its training don't meet at {machines.network.here}:{port}" in text
+        assert (
+            f"error: This process and the others of its training don't meet at {machines.network.here}:{port}" in text
+        )
         assert words in text and "Traceback" not in text
     assert taken.poll() is None
 
@@ -213,8 +232,15 @@ def ray_node(machines: Machines, far: bool, cpus: int, head: bool = False, head_
     return node
 
 
+def pause(machines: Machines) -> Path:
+    """While there is such a file, the trainer stands before it shares prompts out."""
+    return machines.place / "pause"
+
+
 def pool(machines: Machines, head: str, *flags: object) -> psutil.Popen:
-    return machines.start(False, "-c", POOL, "train", *flags, "--rollout", f"ray://{head}:{PORT}", **HEALTH)
+    return machines.start(
+        False, "-c", POOL, "train", *flags, "--rollout", f"ray://{head}:{PORT}", PAUSE=str(pause(machines)), **HEALTH
+    )
 
 
 def shared_out(machines: Machines, process: psutil.Popen) -> list[list[int]]:
@@ -224,14 +250,16 @@ def shared_out(machines: Machines, process: psutil.Popen) -> list[list[int]]:
 
 
 def test_a_node_of_the_pool_is_cut_off_and_comes_back(machines, model_folder, pairs_csv, tmp_path):
-    """Then it is cut off again when there is no other one."""
     pytest.importorskip("ray")
     folder, net = tmp_path / "run", machines.network
-    ray_node(machines, far=False, cpus=0, head=True)
-    other, far = ray_node(machines, far=False, cpus=1), ray_node(machines, far=True, cpus=1)
+    ray_node(machines, far=False, cpus=1, head=True)
+    far = ray_node(machines, far=True, cpus=1)
     trainer = pool(machines, net.here, *training(model_folder, pairs_csv, folder, "--max_steps", 4000))
     until(lambda: [2, 0, 0] in shared_out(machines, trainer), machines, trainer)
+    pause(machines).touch()
+    until(lambda: "paused" in machines.text(trainer), machines, trainer)
     net.cut()
+    pause(machines).unlink()
     until(lambda: any(lost == 1 and again for _, lost, again in shared_out(machines, trainer)), machines, trainer)
     steps = len(shared_out(machines, trainer))
     until(lambda: len(shared_out(machines, trainer)) > steps + 1, machines, trainer)
@@ -240,13 +268,6 @@ def test_a_node_of_the_pool_is_cut_off_and_comes_back(machines, model_folder, pa
     far.wait(60)  # Ray ends it when it is told that it was held to be dead
     far = ray_node(machines, far=True, cpus=1)
     until(lambda: shared_out(machines, trainer)[-1] == [2, 0, 0], machines, trainer)
-    net.cut()
-    machines.kill(other)
-    assert trainer.wait(90) == 2
-    text = machines.text(trainer)
-    assert "error: No rollout worker was ready within 5 seconds; the cluster has 0 CPUs" in text and "lost with" in text
-    assert "The run is saved after step" in text and "Traceback" not in text, text
-    goes_on(model_folder, pairs_csv, folder)
 
 
 def test_the_head_of_the_pool_is_cut_off(machines, model_folder, pairs_csv, tmp_path):

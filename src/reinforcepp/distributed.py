@@ -42,7 +42,13 @@ NEVER = timedelta(days=365)
 FAILED, TOLD = "reinforcepp/failed", "reinforcepp/told"
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo says of a partner that is gone."""
-SILENT = ("Timed out waiting", "Application timeout", "Connection timed out", "No route to host", "Network is unreachable")
+SILENT = (
+    "Timed out waiting",
+    "Application timeout",
+    "Connection timed out",
+    "No route to host",
+    "Network is unreachable",
+)
 """What gloo says of one from which nothing comes."""
 ANSWER_SECONDS = 5
 """Within this time the store of the process group answers, if its machine can be reached."""

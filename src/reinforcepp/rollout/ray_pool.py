@@ -276,8 +276,8 @@ class RayCrew:
         self._head_gone = (self._head_gone or begin) if reason else None
         if self._head_gone is not None and time.monotonic() - self._head_gone > HEAD_SECONDS:
             raise EngineLost(
-                f"The head of the Ray cluster, {self._head}, can't be reached any more, for {HEAD_SECONDS} seconds ({reason}): look "
-                "at its machine and at the network."
+                f"The head of the Ray cluster, {self._head}, can't be reached any more, for {HEAD_SECONDS} seconds ({reason}): "
+                "look at its machine and at the network."
             )
         return not reason
 
