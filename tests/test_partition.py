@@ -122,7 +122,7 @@ def machines():
         yield made
 
 
-def until(sign, machines: Machines, *processes: psutil.Popen, seconds: float = 120) -> None:
+def until(sign, machines: Machines, *processes: psutil.Popen, seconds: float = 240) -> None:
     """Wait for a sign of these processes, which run."""
     end = time.monotonic() + seconds
     while not sign():
