@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +36,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from reinforcepp.errors import ConfigError, ReinforceError
 from reinforcepp.precision import MasterAdamW
-from reinforcepp.processes import is_main, started
+from reinforcepp.processes import is_first_here, is_main, started
 from reinforcepp.training_engine import AccelerateEngine, Engine
 from reinforcepp.zero import ZeroEngine, asked_for, complete, launched_plugin, prepare_deepspeed
 
@@ -47,6 +50,16 @@ NEVER = timedelta(days=365)
 FAILED, TOLD = "reinforcepp/failed", "reinforcepp/told"
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo says of a partner that is gone."""
+SILENT = (
+    "Timed out waiting",
+    "Application timeout",
+    "Connection timed out",
+    "No route to host",
+    "Network is unreachable",
+)
+"""What gloo says of one from which nothing comes."""
+ANSWER_SECONDS = 5
+"""Within this time the store of the process group answers, if its machine can be reached."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -78,7 +91,15 @@ def join(seconds: float) -> None:
     if not is_main():  # what libraries have to say is said once
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    _group(timedelta(seconds=seconds) if seconds else NEVER)
+    try:
+        _group(timedelta(seconds=seconds) if seconds else NEVER)
+    except distributed.DistError as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            f"This process and the others of its training don't meet at {place} ({str(error).splitlines()[0]}): look whether the "
+            "machine of the first process has this address, the port is free there, all are started and each may connect to "
+            "the others."
+        ) from error
     sys.excepthook = _tell_unforeseen
 
 
@@ -86,9 +107,18 @@ def tell_failure(text: str) -> None:
     """Tell the user why this process ends; of several that fail, one after the other or all alike, the first one does."""
     # alone, a process group may be vLLM's
     if started() == 1 or not (distributed.is_available() and distributed.is_initialized()):
-        if is_main():
+        if is_first_here():
             print(text, file=sys.stderr)
         return
+    # in a thread of its own: the store waits without end for a machine that can't be reached any more
+    telling = threading.Thread(target=_tell_once, args=(text,), daemon=True)
+    telling.start()
+    telling.join(ANSWER_SECONDS if is_first_here() else 2 * ANSWER_SECONDS)
+    if telling.is_alive() and is_first_here():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _tell_once(text: str) -> None:
     store = distributed.distributed_c10d._get_default_store()
     try:
         if store.add(FAILED, 1) == 1:
@@ -101,11 +131,19 @@ def tell_failure(text: str) -> None:
 
 
 def _tell_unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For ``sys.excepthook``: a process that merely lost its partner says so instead of showing a traceback."""
-    if any(sign in str(error) for sign in LOST):
+    """For ``sys.excepthook``: a process that merely lost its partners says so instead of showing a traceback."""
+    said = str(error)
+    if any(sign in said for sign in SILENT):
+        waited = re.search(r"Timed out waiting (\d+)ms", said)
+        since = f" since {time.strftime('%X', time.localtime(time.time() - int(waited[1]) / 1000))}" if waited else ""
         tell_failure(
-            "error: Another process of this training ended without a word: it was killed, perhaps for lack of memory. The "
-            "launcher's report names it. Go on from the last checkpoint with --resume."
+            f"error: No answer from other processes of this training{since}: they hang, or their machines can't be reached any "
+            "more. Go on from the last checkpoint with --resume; if they are only slow, set watchdog_seconds higher."
+        )
+    elif any(sign in said for sign in LOST):
+        tell_failure(
+            "error: Another process of this training ended without a word: it was killed, perhaps for lack of memory, or its "
+            "machine can't be reached any more. The launcher's report names it. Go on from the last checkpoint with --resume."
         )
     else:
         tell_failure("".join(traceback.format_exception(kind, error, trace)).rstrip())

@@ -36,6 +36,18 @@ def test_a_hang_is_ended_and_explained(tmp_path):
     assert "waits_for_ever" in stacks and "<module>" in stacks, "the stacks of all threads"
 
 
+def test_the_first_process_of_each_machine_tells_of_the_others(tmp_path):
+    for local, words in (
+        ("0", "It may wait for others that hang, or whose machines can't be reached any more."),
+        ("1", ""),
+    ):
+        several = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": local}
+        environment = os.environ | {"PYTHONPATH": str(Path(reinforcepp.__file__).parents[1])} | several
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and (words in done.stderr if words else not done.stderr)
+
+
 def test_progress_keeps_it_quiet(tmp_path):
     with Watchdog(tmp_path, 0.3) as watchdog:
         for _ in range(8):

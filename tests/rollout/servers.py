@@ -13,6 +13,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 import torch
+from network import Network
 
 from reinforcepp.models import load_config
 from reinforcepp.rollout.vllm_server import server_command, server_environment
@@ -20,44 +21,6 @@ from reinforcepp.rollout.vllm_server import server_command, server_environment
 SOURCE = Path(__file__).parents[2] / "src"
 KEY = "sk-quite-secret"
 START_SECONDS = 400
-
-
-class Network:
-    """A network namespace behind a cable that can be pulled out; ``host`` is the address in it."""
-
-    def __init__(self) -> None:
-        self.name, self.cable = f"rollout-{os.getpid()}", f"veth{os.getpid()}"
-        self.host = f"10.231.{os.getpid() % 250}.2"
-        here = self.host.removesuffix("2") + "1"
-        self._ip("netns", "add", self.name)
-        self._ip("link", "add", self.cable, "type", "veth", "peer", "name", "inside", "netns", self.name)
-        self._ip("addr", "add", f"{here}/24", "dev", self.cable)
-        self._ip("-n", self.name, "addr", "add", f"{self.host}/24", "dev", "inside")
-        for link in (["-n", self.name, "link", "set", "lo"], ["-n", self.name, "link", "set", "inside"]):
-            self._ip(*link, "up")
-        self.mend()
-
-    def cut(self) -> None:
-        self._ip("link", "set", self.cable, "down")
-
-    def mend(self) -> None:
-        self._ip("link", "set", self.cable, "up")
-
-    def remove(self) -> None:
-        self._ip("link", "del", self.cable)
-        self._ip("netns", "del", self.name)
-
-    @staticmethod
-    def _ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-def network() -> Network | None:
-    """None where this user or this machine can't make one."""
-    try:
-        return Network()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 class Served:

@@ -15,8 +15,9 @@ import psutil
 import pytest
 import tiny
 import torch
+from network import network
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
-from rollout.servers import KEY, Served, network
+from rollout.servers import KEY, Served
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
 from reinforcepp.errors import RolloutError

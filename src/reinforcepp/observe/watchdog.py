@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from reinforcepp.processes import is_main
+from reinforcepp.processes import is_first_here, is_main, started
 
 STACKS = "stacks.txt"
 
@@ -56,9 +56,10 @@ class Watchdog:
             file.write(said + " What every thread was doing:\n\n")
             file.flush()
             faulthandler.dump_traceback(file)
-        told = (
-            f"\nerror: {said} The stack of every thread is in {self._path}. Resume with --resume; if the phase is only "
+        others = (
+            " It may wait for others that hang, or whose machines can't be reached any more." if started() > 1 else ""
         )
-        if is_main():
-            os.write(2, (told + "slow, set watchdog_seconds higher.\n").encode())
+        told = f"\nerror: {said}{others} The stack of every thread is in {self._path}. Resume with --resume; "
+        if is_first_here():
+            os.write(2, (told + "if the phase is only slow, set watchdog_seconds higher.\n").encode())
         os._exit(1)

@@ -34,6 +34,8 @@ PATIENCE_SECONDS = 10
 """So long those who have the weights wait for those who don't."""
 LOOK_SECONDS = 1.0
 """How often the cluster is looked at for room for more workers while answers are waited for."""
+HEAD_SECONDS = 30
+"""So long the cluster's head may be out of reach; after 60 Ray itself ends processes, without a checkpoint."""
 
 
 class RayEngine:
@@ -138,6 +140,11 @@ class RayCrew:
         """What is under way: whose it is, and the version of the weights that are loaded, 0 for a piece."""
         self._numbers = iter(range(1 << 62))
         self._looked = 0.0
+        self._head = ray.get_runtime_context().gcs_address
+        self._head_gone: float | None = None
+        """Since when the head can't be reached."""
+        self._reason = ""
+        """Why the last worker was lost."""
         self._prompts: Sequence[Any] = ()
         self._sampling: Any = None
 
@@ -151,11 +158,10 @@ class RayCrew:
         self._version += 1
         for number in list(self._ready):
             self._start_loading(number)
-        begin, reason = time.monotonic(), ""
+        begin = time.monotonic()
         while not self._ready or (self._loading and time.monotonic() - begin < PATIENCE_SECONDS):
-            event = self._next()
-            reason = event.reason if isinstance(event, Lost) else reason
-            self._check_time(begin, reason)
+            self._next()
+            self._check_time(begin)
 
     def ask(self, prompts: Sequence[Any], sampling: Any) -> None:
         """What is asked from now on, and how."""
@@ -231,9 +237,10 @@ class RayCrew:
         try:
             return self._ray.get(task)
         except (RayActorError, OutOfMemoryError) as error:
+            self._reason = _first_line(error)
             self._forget(number)
             self._grow()
-            return Lost(number, _first_line(error))
+            return Lost(number, self._reason)
         except RayTaskError as error:
             raise RolloutError(f"A {self._worker.kind} worker failed: {_first_line(error.cause)}") from error
 
@@ -252,7 +259,9 @@ class RayCrew:
 
     def _grow(self) -> None:
         """Start as many workers as there is room for."""
-        self._looked = time.monotonic()
+        head_answers, self._looked = self._head_answers(), time.monotonic()
+        if not head_answers:  # what Ray would ask it waits without end
+            return
         resources = self._ray.cluster_resources()
         needs = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": 1}
         room = max(1, int(resources.get("GPU") or resources.get("CPU", 0)) - self._reserved)
@@ -261,12 +270,23 @@ class RayCrew:
             self._actors[number] = self._ray.remote(self._worker).options(**needs).remote(self._recipe)
             self._start_loading(number)
 
-    def _check_time(self, begin: float, reason: str = "") -> None:
+    def _head_answers(self) -> bool:
+        """Whether the cluster's head can be reached; raises EngineLost if it can't for long."""
+        begin, reason = time.monotonic(), _silence_of(self._head)
+        self._head_gone = (self._head_gone or begin) if reason else None
+        if self._head_gone is not None and time.monotonic() - self._head_gone > HEAD_SECONDS:
+            raise EngineLost(
+                f"The head of the Ray cluster, {self._head}, can't be reached any more, for {HEAD_SECONDS} seconds ({reason}): "
+                "look at its machine and at the network."
+            )
+        return not reason
+
+    def _check_time(self, begin: float) -> None:
         """Raises a RolloutError if there has been nobody since ``begin``, which is too long ago."""
         if self._ready or time.monotonic() - begin < START_SECONDS:
             return
         resources = self._ray.cluster_resources()
-        lost = f" The last one was lost with: {reason}" if reason else ""
+        lost = f" The last one was lost with: {self._reason}" if self._reason else ""
         raise EngineLost(
             f"No {self._worker.kind} worker was ready within {START_SECONDS} seconds; the cluster has "
             f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at "
@@ -320,14 +340,21 @@ def connect(address: str) -> tuple[Any, bool]:
 
 def _look_for(address: str) -> None:
     """Raises a RolloutError if nobody listens at ``host:port``, for which Ray itself would wait for minutes."""
+    if reason := _silence_of(address):
+        raise RolloutError(
+            f"No Ray cluster answers at {address} ({reason}): give the address that `ray start --head` told, "
+            "look whether this machine may connect to it, or use --rollout ray://local."
+        )
+
+
+def _silence_of(address: str) -> str:
+    """Why nobody can be reached at ``host:port``; empty if somebody listens there."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise RolloutError(
-            f"No Ray cluster answers at {address} ({error.strerror or error}): give the address that `ray start --head` told, "
-            "look whether this machine may connect to it, or use --rollout ray://local."
-        ) from error
+        return str(error.strerror or error)
+    return ""
 
 
 def _first_line(error: BaseException) -> str:
