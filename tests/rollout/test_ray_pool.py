@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -17,14 +18,14 @@ from rollout.contract import EngineContract, prepared_model, prepared_tokenizer,
 
 from reinforcepp import cli
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.errors import ConfigError, RolloutError
+from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import COMPLETIONS, read_answers
 from reinforcepp.reward_pool import PooledReward, pooled
 from reinforcepp.rewards import load_rewards
 from reinforcepp.rollout import ray_pool
 from reinforcepp.rollout.canary import check_sync
-from reinforcepp.rollout.ray_pool import RayEngine, connect
+from reinforcepp.rollout.ray_pool import RayCrew, RayEngine, connect
 from reinforcepp.rollout.ray_worker import Recipe, Worker, as_array, as_tensor, pack
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.weights import named_config
@@ -325,6 +326,41 @@ def test_a_pool_without_reward_models(model_folder, pairs_csv, tmp_path, capsys)
     arguments += ["--output_dir", tmp_path / "run", "--rollout", "ray://192.0.2.1:6379", "--reward_workers", 1]
     assert cli.main(list(map(str, arguments))) == 2
     assert "reward_workers score with trained reward models, and there is none" in capsys.readouterr().err
+
+
+def crew_of(head="127.0.0.1:9"):
+    """Without workers, on a cluster of which only the head's address is there."""
+    context = SimpleNamespace(gcs_address=head)
+    return RayCrew(
+        SimpleNamespace(put=lambda value: value, get_runtime_context=lambda: context, cluster_resources=dict),
+        Worker,
+        None,
+        1,
+    )
+
+
+def test_the_last_loss_is_named_when_nobody_is_left():
+    crew = crew_of()
+    crew._check_time(time.monotonic())  # there is time left
+    crew._reason = "The node was parted from the others."
+    with pytest.raises(EngineLost, match=r"No rollout worker was ready .* was lost with: The node was parted"):
+        crew._check_time(time.monotonic() - 1e6)
+    crew._ready[3] = None
+    crew._check_time(time.monotonic() - 1e6)
+
+
+def test_a_head_that_is_away_for_long_ends_the_run(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        crew = crew_of(":".join(map(str, server.getsockname())))
+        assert crew._head_answers() and crew._head_gone is None
+    assert not crew._head_answers()  # and Ray isn't asked for anything
+    crew._ray.cluster_resources = None
+    crew._grow()
+    since = crew._head_gone
+    assert since is not None and not crew._head_answers() and crew._head_gone == since
+    monkeypatch.setattr(ray_pool, "HEAD_SECONDS", -1)
+    with pytest.raises(EngineLost, match=r"The head of the Ray cluster, 127\.0\.0\.1:\d+, can't be reached any more"):
+        crew._head_answers()
 
 
 def test_several_processes_that_train_have_no_pool(monkeypatch):
