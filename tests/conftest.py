@@ -26,6 +26,22 @@ PAIRS = [
 ]
 
 
+LONG = (
+    "test_trainings",
+    "test_parallel",
+    "test_families",
+    "test_tutorials",
+    "test_partition",
+    "test_ray_pool",
+    "test_vllm_remote",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, or at the end one process would work alone."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal language model with a context of 512 tokens."""

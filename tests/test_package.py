@@ -27,6 +27,7 @@ HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm
 LAYERS = [
     "errors",
     "processes",
+    "waiting",
     "reward_rules",
     "reward_sources",
     "files",

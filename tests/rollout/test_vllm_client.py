@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -9,6 +10,7 @@ import ssl
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -452,6 +454,18 @@ def test_addresses_that_can_not_be():
         ReinforceConfig(rollout="vllm://a:1", use_peft=True, load_in_4bit=True)
     with pytest.raises(ConfigError, match="rollout_workers is a setting of ray:// pools"):
         ReinforceConfig(rollout="vllm://a:1", rollout_workers=2)
+
+
+def test_a_client_works_where_a_loop_runs(peer):
+    """As in a notebook."""
+
+    async def notebook():
+        return VllmClient(peer.url, None, None, SHORT).get("/version")
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        assert elsewhere.submit(asyncio.run, notebook()).result() == VllmClient(peer.url, None, None, SHORT).get(
+            "/version"
+        )
 
 
 def test_a_client_is_checked_before_it_is_asked(peer):

@@ -8,13 +8,13 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from reinforcepp.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError, ReinforceError, RewardError, UnusableUpdate, nearest
 from reinforcepp.types import Completion
+from reinforcepp.waiting import outcome
 
 
 class RewardFunction(Protocol):
@@ -192,21 +192,8 @@ def _awaited(names: Sequence[str], said: list[Any]) -> list[Any]:
     waiting = [i for i, answer in enumerate(said) if inspect.isawaitable(answer)]
     if not waiting:
         return said
-    if _in_a_loop():  # a notebook's, which can't be waited for from within
-        with ThreadPoolExecutor(1) as other:
-            results = other.submit(lambda: asyncio.run(all_results())).result()
-    else:
-        results = asyncio.run(all_results())
-    known = dict(zip(waiting, results, strict=True))
+    known = dict(zip(waiting, outcome(all_results()), strict=True))
     return [known.get(i, answer) for i, answer in enumerate(said)]
-
-
-def _in_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 def failed(name: str, error: Exception) -> RewardError:

@@ -25,6 +25,7 @@ from reinforcepp.rollout.engine import completed
 from reinforcepp.rollout.vllm_server import KEY, training_command
 from reinforcepp.rollout.vllm_support import sampling_settings
 from reinforcepp.types import Completion, Prompt, Sampling
+from reinforcepp.waiting import outcome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,12 +113,12 @@ class VllmClient:
 
     def check(self) -> Facts:
         """See that the server is one that can be trained against."""
-        self.facts = asyncio.run(self._watched(self._check()))
+        self.facts = outcome(self._watched(self._check()))
         return self.facts
 
     def post(self, path: str, body: Any = None) -> Any:
         """What an endpoint answers."""
-        return asyncio.run(self._watched(self._post(path, body)))
+        return outcome(self._watched(self._post(path, body)))
 
     def get(self, path: str) -> Any:
         """What an endpoint says."""
@@ -126,7 +127,7 @@ class VllmClient:
             async with self._client() as client:
                 return await self._get(client, path)
 
-        return asyncio.run(self._watched(work()))
+        return outcome(self._watched(work()))
 
     def answer(
         self,
@@ -157,7 +158,7 @@ class VllmClient:
             number = sampling.num_samples
             return [whole[i : i + number] for i in range(0, len(whole), number)]
 
-        return asyncio.run(self._watched(all_of_them()))
+        return outcome(self._watched(all_of_them()))
 
     # --- inside ---
 
