@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import scripts
-from reinforcepp import zero
+from reinforcepp import distributed, zero
 from reinforcepp.checkpoint import Checkpoint
 from reinforcepp.cli import main
 from reinforcepp.errors import ConfigError
@@ -198,6 +198,21 @@ def test_a_reward_model_is_trained_by_one_process(monkeypatch, capsys, tmp_path,
     assert main(["reward", "--data", str(pairs_csv), "--output_dir", str(tmp_path / "run")]) == 2
     assert "is trained by one process, but the launcher has started 2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_with_another_version_is_told(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(distributed, "own_version", lambda: "0.1.0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        distributed._compare_versions()
+    monkeypatch.setattr(distributed, "own_version", lambda: "0.0.9")
+    with pytest.raises(
+        ConfigError, match=r"first process of this training has reinforcepp 0\.1\.0, and .* has 0\.0\.9"
+    ):
+        distributed._compare_versions()
 
 
 # --- what DeepSpeed is told -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ from reinforcepp.errors import ConfigError, ReinforceError
 from reinforcepp.precision import MasterAdamW
 from reinforcepp.processes import is_first_here, is_main, started
 from reinforcepp.training_engine import AccelerateEngine, Engine
+from reinforcepp.versions import own_version
 from reinforcepp.zero import ZeroEngine, asked_for, complete, launched_plugin, prepare_deepspeed
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ T = TypeVar("T")
 TRACKERS = "trackers"
 PROJECT = "reinforcepp"
 NEVER = timedelta(days=365)
-FAILED, TOLD = "reinforcepp/failed", "reinforcepp/told"
+FAILED, TOLD, VERSION = "reinforcepp/failed", "reinforcepp/told", "reinforcepp/version"
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo says of a partner that is gone."""
 SILENT = (
@@ -102,6 +104,20 @@ def join(seconds: float) -> None:
             "the others."
         ) from error
     sys.excepthook = _tell_unforeseen
+    _compare_versions()
+
+
+def _compare_versions() -> None:
+    """Raises a ConfigError where this machine has another version of this package than the first process's."""
+    store, own = distributed.distributed_c10d._get_default_store(), own_version()
+    if is_main():
+        store.set(VERSION, own)
+    first = store.get(VERSION).decode()
+    if first != own:
+        raise ConfigError(
+            f"The first process of this training has reinforcepp {first}, and {socket.gethostname()} has {own}: install the same "
+            "version on all machines."
+        )
 
 
 def tell_failure(text: str) -> None:

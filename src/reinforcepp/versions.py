@@ -14,3 +14,8 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def own_version() -> str:
+    """Of this package, here; nothing where it is used without being installed."""
+    return versions_of(["reinforcepp"]).get("reinforcepp", "")

@@ -16,7 +16,7 @@ from reinforcepp.errors import RolloutError
 from reinforcepp.models import empty_model
 from reinforcepp.rollout.choose import choose_engine, start_engine
 from reinforcepp.types import Completion, Prompt, Sampling
-from reinforcepp.versions import versions_of
+from reinforcepp.versions import own_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,11 +111,6 @@ def pack(model: PreTrainedModel) -> Packed:
     weights = {name: shared(weight) for name, weight in full_weights(model)}
     buffers = {name: as_array(buffer) for name, buffer in base_model(model).named_buffers()}
     return Packed(weights, buffers, own_version())
-
-
-def own_version() -> str:
-    """Of this package, here; nothing where it is used without being installed."""
-    return versions_of(["reinforcepp"]).get("reinforcepp", "")
 
 
 def as_array(weight: Tensor) -> Values:
