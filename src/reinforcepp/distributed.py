@@ -127,9 +127,8 @@ def tell_failure(text: str) -> None:
         if is_first_here():
             print(text, file=sys.stderr)
         return
-    if (
-        threading.current_thread() is threading.main_thread()
-    ):  # the launcher, which ends all, is quicker on a busy machine
+    # on a busy machine the launcher, which ends all when one has ended, may else be quicker
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # in a thread of its own: the store waits without end for a machine that can't be reached any more
     telling = threading.Thread(target=_tell_once, args=(text,), daemon=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from reinforcepp.adapters import base_model, in_4bit, is_adapted, load_trained_weights, trained_weights
@@ -169,7 +170,7 @@ class Learner:
     def cut(self, index: int, shape: torch.Size) -> Tensor | None:
         """What an optimiser's tensor of the parameter ``index`` is to be cut like; None if it is whole."""
         master = self._masters.masters[index]
-        return master if self._ranks.sharded and not self._ranks.zero and master.shape == shape else None
+        return master if isinstance(master, DTensor) and master.shape == shape else None
 
     @torch.no_grad()
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:

@@ -255,9 +255,8 @@ class PolicyUpdate:
     def _take_fewer(self, error: torch.OutOfMemoryError) -> None:
         """Halve the micro-batch and tell; gradients are sums over rows, so the step's result stays what it was."""
         size = self.micro_batch_size
-        if (
-            size == 1 or self.ranks.count > 1 or self.ranks.zero
-        ):  # a sum over ranks that can't be taken back is under way
+        # of several ranks, and with DeepSpeed, a sum over ranks is under way that can't be taken back
+        if size == 1 or self.ranks.count > 1 or self.ranks.zero:
             cure = "lower max_new_tokens or max_prompt_length" if size == 1 else f"set mini_batch_size to {size // 2}"
             raise ConfigError(
                 f"Memory ran out while training on {size} completions at a time: {cure}, or use --mixed_precision bf16."

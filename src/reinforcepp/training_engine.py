@@ -112,7 +112,7 @@ class AccelerateEngine:
         self._optimizer.load_state_dict(state)
 
     def _shards_of(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        """This rank's part of an optimiser's state and, on the way, of the weights, which have all digits there."""
+        """This rank's part of an optimiser's state; the weights with all digits that are in it become the masters."""
         masters = self._adam.masters
         for index, values in states.items():
             if "master" in values:
