@@ -442,10 +442,10 @@ def test_a_long_prompt_with_many_rows_peaks_before_the_first_token():
 
 def test_vllm_holds_its_own_weights_all_the_time_on_a_cpu_only():
     here, there = job(engine="vllm"), job(gpus=1, engine="vllm")
-    blocks = 64 * 1024  # two of 32 tokens for 32, one of them spare
+    block = 32 * 1024  # of the 32 tokens of a sequence
     assert memory.by_vllm(here, rows(at_a_time=4)) == {
         "vLLM's weights": 4 * (GPT2 + 20_480),
-        "key-value cache": 4 * blocks,
+        "key-value cache": (4 + 1) * block,
     }
     assert memory.by_vllm(there, rows(at_a_time=4))["vLLM's weights"] == 4 * GPT2
     assert memory.by_vllm(here, rows(at_a_time=10**6))["key-value cache"] == 256 << 20

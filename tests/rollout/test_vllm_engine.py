@@ -1,9 +1,11 @@
 """The contract, with real vLLM, and what is peculiar to it: memory, adapters, saved models, failures."""
 
+import ctypes
 import importlib.util
 import subprocess
 import sys
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -12,7 +14,7 @@ from rollout.contract import EngineContract, drawn, generate_plainly, prepared_m
 from reinforcepp.adapters import with_adapter
 from reinforcepp.config.adapters import Adapters
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout import memory, transfer
+from reinforcepp.rollout import memory, transfer, vllm_cpu
 from reinforcepp.rollout import vllm_integration as integration
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.choose import choose_engine
@@ -53,10 +55,36 @@ def test_samples_of_a_prompt_share_its_cache(shared_engine, monkeypatch):
 
 
 @needs_vllm
+def test_embeddings_that_only_look_tokens_up_have_no_packed_copy(shared_engine):
+    shared_engine.generate([Prompt("short", (40, 41), 0)], Sampling(2))
+    model = shared_engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    assert not is_packed(model.transformer.wte)
+    assert is_packed(model.lm_head)  # or each token would take longer
+    shared_engine.load_weights(prepared_model())
+    assert not is_packed(model.lm_head)  # the earlier one is gone before the next is made
+
+
+def is_packed(layer):
+    return getattr(layer.cpu_linear, "func", None) is not vllm_cpu._pack_and_multiply
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_what_is_freed_is_given_back():
+    own = psutil.Process()
+    blocks = [bytearray(100_000) for _ in range(2000)]  # too small for glibc to give back one by one
+    last = bytearray(100_000)  # or glibc would give back the end of its heap
+    del blocks
+    before = own.memory_info().rss
+    vllm_cpu.give_back_freed()
+    assert before - own.memory_info().rss > 100 << 20
+    del last
+
+
+@needs_vllm
 def test_more_rows_than_run_at_a_time_and_a_cache_for_one_are_only_slower():
     model, tokenizer = prepared_model("qwen2"), prepared_tokenizer()
     prompts, sampling = prompts_of(tokenizer), Sampling(40, num_samples=3, seed=2)
-    one_sequence = memory.cache_bytes_per_token(model.config, torch.float32) * memory.in_blocks(256)
+    one_sequence = memory.cache_bytes_per_token(model.config, torch.float32) * (256 + memory.CPU_BLOCK)
     engine = VllmEngine(model, tokenizer, max_num_seqs=4, cache_bytes=one_sequence)
     narrow = engine.generate(prompts, sampling)
     engine.close()
@@ -235,12 +263,14 @@ def test_cache_sizes():
     gpt2 = prepared_model().config  # 2 layers, 2 heads of 32
     assert memory.cache_bytes_per_token(gpt2, torch.float32) == 2 * 2 * 2 * 32 * 4
     assert memory.cache_bytes_per_token(prepared_model("qwen2").config, torch.bfloat16) == 2 * 2 * 1 * 32 * 2
-    assert memory.cache_budget(10, 4, available=100, cap=None) == 40
-    assert memory.cache_budget(10, 4, available=25, cap=None) == 25
-    assert memory.cache_budget(10, 4, available=100, cap=15) == 15
-    assert memory.cache_budget(10, 4, available=100, cap=5) == 10
-    with pytest.raises(RolloutError, match=r"needs 2 MiB, but 1 MiB are free"):
-        memory.cache_budget(2 << 20, 4, available=1 << 20, cap=None)
+    block = 10 * memory.CPU_BLOCK
+    sequences = 10, 2 * memory.CPU_BLOCK - 1, 4  # two blocks each, and vLLM's own
+    assert memory.cache_budget(*sequences, available=100 * block, cap=None) == 9 * block
+    assert memory.cache_budget(*sequences, available=5 * block, cap=None) == 5 * block
+    assert memory.cache_budget(*sequences, available=100 * block, cap=4 * block) == 4 * block
+    assert memory.cache_budget(*sequences, available=100 * block, cap=1) == 3 * block
+    with pytest.raises(RolloutError, match=r"needs 64 MiB, but 1 MiB are free"):
+        memory.cache_budget(1 << 20, 1, 4, available=1 << 20, cap=None)
 
 
 def test_the_module_imports_without_vllm():

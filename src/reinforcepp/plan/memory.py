@@ -18,7 +18,7 @@ from reinforcepp.plan.shapes import Body, Pass, Shape, Size
 from reinforcepp.rewards.trained import SCORED_AT_A_TIME
 from reinforcepp.rollout.cache import ROOM
 from reinforcepp.rollout.choose import EngineName
-from reinforcepp.rollout.memory import CPU_CACHE_CAP, cache_budget, in_blocks
+from reinforcepp.rollout.memory import CPU_CACHE_CAP, cache_budget
 
 MIB = 1 << 20
 LIBRARIES = {"cpu": 480 * MIB, "gpu": 600 * MIB}
@@ -31,6 +31,7 @@ ALLOCATOR = {"cpu": 0.3, "gpu": 0.05}
 On a CPU glibc's allocator can't give a freed block to a request of the same size where it has to be aligned, as tensors
 are, before 2.38; benchmarks/planner.py fits the share. On a GPU it is a guess.
 """
+UNBOUNDED = 1 << 62
 FLOAT = 4
 MOMENTS = 2 * FLOAT  # AdamW's two, for each weight
 
@@ -223,13 +224,13 @@ def drawing_bytes(job: Job) -> int:
 def by_vllm(job: Job, rows: Rows) -> dict[str, float]:
     """The engine's own weights and its cache.
 
-    On a CPU the packed output layer doesn't share the embeddings' memory, the cache has a limit, and both are there all
-    the time; on a GPU they are only there while completions are generated.
+    On a CPU the output layer has a packed copy beside it, the cache has a limit, and both are there all the time; on a GPU
+    they are only there while completions are generated.
     """
     policy = job.policy
-    one = policy.cache_per_token * in_blocks(job.size.length)
-    cache = cache_budget(one, rows.at_a_time, one * rows.at_a_time, None if job.gpus else CPU_CACHE_CAP)
-    weights = policy.parameters + (policy.head if policy.tied and not job.gpus else 0)
+    sequences = policy.cache_per_token, job.size.length, rows.at_a_time
+    cache = cache_budget(*sequences, UNBOUNDED, None if job.gpus else CPU_CACHE_CAP)
+    weights = policy.parameters + (0 if job.gpus else policy.head)
     return {"vLLM's weights": job.dtype.itemsize * weights, "key-value cache": cache}
 
 

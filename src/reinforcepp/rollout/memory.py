@@ -31,21 +31,30 @@ def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * kv_heads * head_size(text) * dtype.itemsize
 
 
-def cache_budget(one: int, sequences: int, available: int, cap: int | None) -> int:
-    """Bytes for the key-value cache: what the batch needs, at most ``cap``, but at least one sequence of ``one`` bytes.
+def cache_budget(per_token: int, length: int, sequences: int, available: int, cap: int | None) -> int:
+    """Bytes for the key-value cache: what the batch needs, at most ``cap``, but at least what one sequence needs.
 
     A smaller cache than the batch needs is no error: the engine lets sequences wait for each other.
+
+    Args:
+        per_token: bytes.
+        length: of a sequence, in tokens.
+        sequences: that are generated at a time.
+        available: bytes.
+        cap: bytes; None is none.
 
     Raises:
         RolloutError: not even one sequence fits into ``available``.
     """
-    if one > available:
+    block = per_token * CPU_BLOCK
+    one = block * -(-length // CPU_BLOCK)
+    least, wanted = one + block, one * sequences + block  # vLLM keeps one block for itself
+    if least > available:
         raise RolloutError(
-            f"The key-value cache of one sequence needs {one / MIB:.0f} MiB, but {max(available, 0) / MIB:.0f} MiB are "
+            f"The key-value cache of one sequence needs {least / MIB:.0f} MiB, but {max(available, 0) / MIB:.0f} MiB are "
             "free: lower max_prompt_length or max_new_tokens, use a smaller dtype, or use --rollout transformers."
         )
-    wanted = one * sequences if cap is None else min(one * sequences, cap)
-    return max(one, min(wanted, available))
+    return max(least, min(wanted, available, wanted if cap is None else cap))
 
 
 def memory_settings(
@@ -63,25 +72,20 @@ def memory_settings(
     """What vLLM is told about memory: the size of the cache on a CPU, on a GPU the share that engine and cache take."""
     if gpu_memory_utilization is not None and on_gpu:
         return {"gpu_memory_utilization": gpu_memory_utilization}
-    one = cache_bytes_per_token(config, dtype) * in_blocks(max_length)
+    sequences = cache_bytes_per_token(config, dtype), max_length, max_num_seqs
     if not on_gpu:
         import psutil  # vllm depends on it
 
         available = psutil.virtual_memory().available
         bound = available if cache_bytes is None else min(cache_bytes, available)
         cap = CPU_CACHE_CAP if cache_bytes is None else cache_bytes
-        return {"kv_cache_memory_bytes": cache_budget(one, max_num_seqs, bound, cap)}
+        return {"kv_cache_memory_bytes": cache_budget(*sequences, bound, cap)}
     free, total = torch.cuda.mem_get_info()
     weights = weight_bytes(source, config, dtype) // tensor_parallel_size
     activations = total // 20
     room = int(0.95 * free) - weights - activations
-    cache = cache_budget(one, max_num_seqs, room if cache_bytes is None else min(cache_bytes, room), cache_bytes)
+    cache = cache_budget(*sequences, room if cache_bytes is None else min(cache_bytes, room), cache_bytes)
     return {"gpu_memory_utilization": (weights + activations + cache) / total}
-
-
-def in_blocks(tokens: int) -> int:
-    """Tokens that a sequence's blocks hold, and one block more, which vLLM keeps for itself."""
-    return (-(-tokens // CPU_BLOCK) + 1) * CPU_BLOCK
 
 
 def weight_bytes(source: PreTrainedModel | str, config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -1,7 +1,9 @@
-"""What vLLM 0.32 is spared on a CPU."""
+"""What vLLM 0.32 is spared on a CPU, and what is given back there."""
 
 from __future__ import annotations
 
+import ctypes
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +13,31 @@ from reinforcepp.rollout.draw import draw
 
 
 def spare_work() -> None:
-    """Exchange three things that vLLM does on a CPU, a seventh of a decode step, for others with the same outcome.
+    """Exchange four things that vLLM does on a CPU for others with the same outcome; the first three are a seventh of a step.
 
     - It draws tokens by the Gumbel trick, two logarithms for each token of the vocabulary; ``draw`` needs one exponential.
     - It counts each sampled token's rank in the vocabulary, by a function that is compiled first, in 8 to 25 s; nobody
       reads ranks here.
     - It computes GPT-2's activation in eight passes over memory; torch has the same function in one.
+    - It packs each matrix over the vocabulary a second time with every load of weights, also those that only look up tokens.
+      Here it is packed when it is first multiplied with.
     """
     from vllm.model_executor.layers import activation
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
     from vllm.v1.sample import sampler
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.TopKTopPSampler.forward_cpu = _sample
     sampler.batched_count_greater_than = _no_ranks
     activation.NewGELU.forward_native = _tanh_gelu
+    UnquantizedEmbeddingMethod.process_weights_after_loading = _unpacked
+
+
+def give_back_freed() -> None:
+    """Give back to the system what is free in this process, where the C library can: glibc keeps it, up to 100 MiB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _sample(
@@ -47,3 +60,16 @@ def _no_ranks(logprobs_BV: Tensor, _sampled_B1: Tensor) -> Tensor:
 
 def _tanh_gelu(_self: Any, x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def _unpacked(_self: Any, layer: Any) -> None:
+    """In place of packing ``layer``, which may have packed weights of before."""
+    layer.cpu_linear = partial(_pack_and_multiply, layer)
+
+
+def _pack_and_multiply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    product: Tensor = layer.cpu_linear(x, weight, bias)
+    return product

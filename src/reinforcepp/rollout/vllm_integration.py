@@ -28,7 +28,7 @@ from reinforcepp.rollout.engine import check_prompts, completed, random_state_ke
 from reinforcepp.rollout.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.transfer import send_weights
 from reinforcepp.rollout.vllm_adapter import AdapterCopy, takes_adapter
-from reinforcepp.rollout.vllm_cpu import spare_work
+from reinforcepp.rollout.vllm_cpu import give_back_freed, spare_work
 from reinforcepp.rollout.vllm_support import has_output_layer, import_vllm, sampling_settings, vllm_status
 from reinforcepp.rollout.weights import named_config, saved_eos_ids
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -148,6 +148,8 @@ class VllmEngine:
                 break
             except _engine_failures() as error:
                 self._restart(error)
+        if not self._on_gpu:
+            give_back_freed()
         sampled = [output.outputs[0] for output in outputs]
         return [
             completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
