@@ -1,4 +1,4 @@
-"""Runs a script of benchmarks/ as a user does, and reads the result it writes."""
+"""Runs commands as a user does: scripts of benchmarks/, whose results it reads, and what several processes do together."""
 
 import json
 import os
@@ -18,3 +18,12 @@ def result_of(name: str, folder: Path, *flags: str) -> dict[str, Any]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(output.read_text())
+
+
+def launched(processes: int, *command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python *command`` with one thread, under torchrun if there are to be several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    search = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")])
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "RAY_worker_niceness": "0"} | environment
+    words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
+    return subprocess.run(words, env=given, capture_output=True, text=True, timeout=300)

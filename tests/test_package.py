@@ -70,6 +70,7 @@ LAYERS = [
     "training_engine",
     "zero",
     "distributed",
+    "shared_engine",
     "learner",
     "critic",
     "checkpoint",

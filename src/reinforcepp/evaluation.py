@@ -85,7 +85,7 @@ def evaluate(
 
     def part() -> Answers:
         own = ranks.share(prompts)
-        completions = engine.generate(own, sampling) if own else []
+        completions = engine.generate(own, sampling)  # without any, too: all processes may share the engine
         scored = [None if who is None else who.score(completions).total for who in (rewards, judge)]
         kl = kl_sums(
             answer_logprobs(policy, completions, sampling.temperature, pad_id),

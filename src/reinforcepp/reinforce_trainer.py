@@ -41,11 +41,12 @@ from reinforcepp.precision import cast_parameters, compute_dtype
 from reinforcepp.preparation import encode, start_policy, warn_of_bias
 from reinforcepp.reward_pool import for_a_pool, pooled
 from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, only_scored
-from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
+from reinforcepp.rollout.choose import EngineChoice, choose_engine
 from reinforcepp.rollout.engine import RolloutEngine, random_state_kept
 from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.run_record import RunRecord
 from reinforcepp.sampler import Sampler
+from reinforcepp.shared_engine import start_for_all
 from reinforcepp.tokens import pad_values
 from reinforcepp.types import Completion, RolloutBatch, Sampling
 
@@ -362,17 +363,8 @@ class ReinforceTrainer:
     def _start_engine(self, choice: EngineChoice) -> RolloutEngine:
         if self.config.rollout == "auto":
             say(f"Completions come from {choice.name}: {choice.reason}.")
-        return start_engine(
-            choice,
-            self.policy,
-            self.tokenizer,
-            max_length=self.config.max_prompt_length + self.config.max_new_tokens,
-            batch_size=self.config.rollout_batch_size,
-            gpu_memory_utilization=self.config.vllm_gpu_memory_utilization,
-            workers=self.config.rollout_workers,
-            reserved=self.config.reward_workers * len(self.rewards.trained),
-            folder=self.folder,
-        )
+        reserved = self.config.reward_workers * len(self.rewards.trained)
+        return start_for_all(choice, self.policy, self.tokenizer, self.config, self.ranks, reserved, self.folder)
 
     # --- stopping, keeping, going back ------------------------------------------------------------------------------
 

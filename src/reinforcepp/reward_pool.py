@@ -10,6 +10,7 @@ import torch
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.models import empty_model
+from reinforcepp.processes import started
 from reinforcepp.reward_models import score_at_last_attended
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.load import RewardSum
@@ -82,8 +83,13 @@ def for_a_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]:
     """Those of ``rewards`` that :func:`pooled` will put into a pool, if there are ``workers`` for it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or several processes train together.
     """
+    if workers and started() > 1:
+        raise ConfigError(
+            f"reward_workers score for a training of one process, and the launcher has started {started()}: leave reward_workers "
+            "out, and each process scores its own completions."
+        )
     if workers and not rewards.trained:
         raise ConfigError("reward_workers score with trained reward models, and there is none among the rewards.")
     return rewards.trained if workers else []

@@ -169,7 +169,7 @@ class Sampler:
         return Sampled(self._scored(held, self._generate(engine, prompts, step)), version)
 
     def _generate(self, engine: RolloutEngine, prompts: Sequence[Prompt], step: int) -> list[Completion]:
-        return engine.generate(prompts, self.sampling(step)) if prompts else []
+        return engine.generate(prompts, self.sampling(step))  # without any, too: all processes may share the engine
 
     def _hand_over(self, model: PreTrainedModel, step: int) -> None:
         """Hand weights to the engine; the first time and now and then, prove that it has them."""

@@ -21,7 +21,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import COMPLETIONS, read_answers
-from reinforcepp.reward_pool import PooledReward, pooled
+from reinforcepp.reward_pool import PooledReward, for_a_pool, pooled
 from reinforcepp.rewards import load_rewards
 from reinforcepp.rollout import ray_pool
 from reinforcepp.rollout.canary import check_sync
@@ -363,10 +363,10 @@ def test_a_head_that_is_away_for_long_ends_the_run(monkeypatch):
         crew._head_answers()
 
 
-def test_several_processes_that_train_have_no_pool(monkeypatch):
+def test_several_processes_that_train_have_no_scorers(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RolloutError, match="of one process, and the launcher has started 2"):
-        connect("auto")
+    with pytest.raises(ConfigError, match="of one process, and the launcher has started 2: leave reward_workers out"):
+        for_a_pool(load_rewards("rule:length?max=20"), 1)
 
 
 def test_without_ray_it_is_told_how_to_get_it(monkeypatch):

@@ -19,6 +19,7 @@ from network import network
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
 from rollout.servers import KEY, Served
 
+import scripts
 from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
 from reinforcepp.errors import RolloutError
 from reinforcepp.files import PARTIAL
@@ -342,6 +343,19 @@ def test_a_training_learns_what_one_with_vllm_in_process_learns(served, tmp_path
     for name, weight in learnt[0][1].items():
         torch.testing.assert_close(weight, learnt[1][1][name], rtol=0, atol=1e-6)
     assert not torch.equal(learnt[0][1]["lm_head.weight"], tiny.model(tied=False).lm_head.weight)
+
+
+def test_a_server_serves_several_processes(served, tmp_path, pairs_csv):
+    """Two processes are given by the server what one process draws by itself."""
+    base, said = tiny.save(tmp_path / "base", tied=False), []
+    for processes, rollout in ((1, "transformers"), (2, f"vllm://{served[1].address}")):
+        run = tmp_path / f"by-{processes}"
+        words = ["train", "--model", base, "--data", pairs_csv, "--rewards", "rule:length?max=20", "--output_dir", run]
+        words += ["--rollout", rollout, "--max_steps", 2, "--batch_size", 3, "--max_new_tokens", 8, "--eval_prompts", 0]
+        done = scripts.launched(processes, "-m", "reinforcepp", *words, "--max_prompt_length", 40)
+        assert done.returncode == 0, done.stderr
+        said.append(sorted((row["step"], row["completion"]) for row in read_answers(run / COMPLETIONS)))
+    assert said[0] == said[1] and len(said[0]) == 6
 
 
 def test_a_wrong_key_is_told_and_never_shown(served, model_folder, pairs_csv, tmp_path, monkeypatch, capfd, caplog):

@@ -31,6 +31,11 @@ class EngineChoice:
     address: str = ""
     """Of the cluster, for Ray; of the servers, as it was given, for vLLM's."""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it works in processes of others: one engine then serves all processes that train together."""
+        return self.name in ("ray", "servers")
+
 
 def choose_engine(wanted: str, config: PreTrainedConfig, dtype: torch.dtype) -> EngineChoice:
     """``auto`` is vLLM where it can run the model, else transformers; anything else is what was asked for.

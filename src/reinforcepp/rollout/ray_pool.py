@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from reinforcepp.errors import EngineLost, RolloutError
 from reinforcepp.models import context_length, eos_ids
-from reinforcepp.processes import started
 from reinforcepp.rollout.engine import check_prompts, grown
 from reinforcepp.rollout.ray_worker import Packed, Recipe, Worker, pack
 from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
@@ -298,13 +297,8 @@ def connect(address: str) -> tuple[Any, bool]:
     """Ray, connected, and whether its cluster is this process's own.
 
     Raises:
-        RolloutError: It isn't installed, there is nobody at ``address``, or several processes train together.
+        RolloutError: it isn't installed, or there is nobody at ``address``.
     """
-    if started() > 1:
-        raise RolloutError(
-            f"A Ray pool serves a training of one process, and the launcher has started {started()}: leave the launcher out, "
-            "or use --rollout auto."
-        )
     if importlib.util.find_spec("ray") is None:
         raise RolloutError("rollout ray:// needs Ray, which isn't installed: pip install 'ray>=2.50'")
     import ray

@@ -53,6 +53,8 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
         check_prompts(prompts, sampling.max_new_tokens, context_length(self.model.config))
+        if not prompts:
+            return []
         rows = [
             _Row(prompt, _uniforms(sampling, prompt, sample))
             for prompt in prompts

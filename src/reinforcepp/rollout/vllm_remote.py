@@ -22,7 +22,6 @@ import torch
 
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.models import context_length, eos_ids
-from reinforcepp.processes import started
 from reinforcepp.rollout.canary import NEW_TOKENS, PROBE_TOKENS
 from reinforcepp.rollout.engine import check_prompts, grown
 from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
@@ -74,11 +73,6 @@ class VllmServerEngine:
         folder: Path,
         patience: Patience | None = None,
     ) -> None:
-        if started() > 1:
-            raise RolloutError(
-                f"vLLM servers serve a training of one process, and the launcher has started {started()}: leave the launcher "
-                "out, or use --rollout auto."
-            )
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.context = context_length(model.config)
         self.eos_ids = eos_ids(model, tokenizer)

@@ -1,0 +1,134 @@
+"""A pool that serves several processes, in real processes: the same training as by one, and errors that all are told."""
+
+import importlib.util
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+import scripts
+from reinforcepp.observe import read_metrics
+from reinforcepp.observe.answers import COMPLETIONS, read_answers
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray isn't installed")
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+REWARD = """
+def spread(prompts, completions, completion_ids, **_):
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+"""
+ASKING = """
+import json, sys, threading
+import tiny, torch
+from rollout.contract import prepared_model, prepared_tokenizer
+from reinforcepp.distributed import FirstRank, Ranks, join
+from reinforcepp.errors import EngineLost
+from reinforcepp.shared_engine import SharedEngine
+from reinforcepp.types import Completion, Prompt, Sampling
+
+join(60)
+ranks = Ranks()
+seen = []
+
+class Engine:
+    name, dtype, fails = "pool", torch.bfloat16, False
+
+    def generate(self, prompts, sampling):
+        if self.fails:
+            raise EngineLost("nobody is left")
+        seen.append(len(prompts))
+        return [
+            Completion(p, (p.key, sample, ranks.index), (0.0,) * 3, p.text, "stop")
+            for p in prompts for sample in range(sampling.num_samples)
+        ]
+
+    def generate_everywhere(self, prompts, sampling):
+        return 2 * self.generate(prompts, sampling)
+
+    def load_weights(self, model):
+        self.dtype, self.fails = torch.float32, model == "bad"
+
+    def close(self):
+        seen.append("closed")
+
+held = []
+def start():
+    held.append(Engine())
+    return held[0]
+
+engine = SharedEngine(FirstRank(ranks, 60), start, prepared_model(), prepared_tokenizer())
+told = {"started": len(held), "name": engine.name, "dtype": str(engine.dtype)}
+own = [Prompt(f"{ranks.index}", (1,), 10 * ranks.index + i) for i in range([2, 0, 1][ranks.index])]
+
+def ask():  # while the training uses its own group
+    told["answers"] = [(c.prompt.key, c.text, c.ids) for c in engine.generate(own, Sampling(3, num_samples=2))]
+
+thread = threading.Thread(target=ask)
+thread.start()
+told["sum"] = [float(ranks.sum(torch.tensor(1.0))) for _ in range(50)][-1]
+thread.join()
+told["everywhere"] = [c.ids for c in engine.generate_everywhere(own[:1], Sampling(3))]
+(*_, whole) = engine.stream(Prompt("s", (1,), 7 + ranks.index), Sampling(3))
+told["streamed"] = whole.prompt.key
+engine.load_weights("bad")
+told["later"] = str(engine.dtype)
+try:
+    engine.generate(own, Sampling(3))
+except EngineLost as error:
+    told["error"] = str(error)
+engine.close()
+told["seen"] = seen
+open(f"{sys.argv[1]}/{ranks.index}", "w").write(json.dumps(told))
+"""
+
+
+def test_all_processes_are_served_by_the_engine_of_the_first(tmp_path):
+    (tmp_path / "asking.py").write_text(ASKING)
+    done = scripts.launched(3, tmp_path / "asking.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second, third = (json.loads((tmp_path / str(i)).read_text()) for i in range(3))
+    assert [own["started"] for own in (first, second, third)] == [1, 0, 0]
+    assert first["answers"] == [[key, "0", [key, sample, 0]] for key in (0, 1) for sample in (0, 1)]
+    assert second["answers"] == []
+    assert third["answers"] == [[20, "2", [20, sample, 0]] for sample in (0, 1)]
+    assert first["seen"] == [3, 1, 3, "closed"] and second["seen"] == third["seen"] == []
+    for index, own in enumerate((first, second, third)):
+        assert (own["name"], own["dtype"], own["later"]) == ("pool", "torch.bfloat16", "torch.float32")
+        assert own["sum"] == 3 and own["streamed"] == 7 + index
+        assert own["everywhere"] == 2 * [[0, 0, 0]]  # the first one's prompts, to all
+        assert own["error"] == "nobody is left"
+
+
+def train(folder, model, data, count, *rest, **environment):
+    reward = folder.parent / "spread.py"
+    reward.write_text(REWARD)
+    named = {"--mode": "train_rlhf", "--model_name": model, "--data_path": data, "--rlhf_model_path": folder}
+    named |= {"--rewards": f"{reward}:spread", "--learning_rate": "1e-4", "--eval_prompts": "3", "--batch_size": "3"}
+    named |= {"--max_steps": "3", "--max_new_tokens": "8", "--max_prompt_length": "40", "--mini_batch_size": "2"}
+    words = [word for pair in named.items() for word in pair]
+    return scripts.launched(count, scripts.ROOT / "reinforce_cli.py", *words, *rest, **environment)
+
+
+@needs_ray
+def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_csv):
+    """Ahead of time, so that a thread asks while the training goes on; the one generates by itself what the pool does."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone, pool = ["--rollout", "transformers"], ["--rollout", "ray://local", "--rollout_workers", "1"]
+    for folder, count, rest, environment in ((one, 1, alone, {}), (two, 2, pool, SHARDED)):
+        done = train(folder, model_folder, pairs_csv, count, "--staleness", "1", *rest, **environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("Saved the trained model") == 1
+    texts = [sorted((row["step"], row["completion"]) for row in read_answers(run / COMPLETIONS)) for run in (one, two)]
+    assert texts[0] == texts[1] and len(texts[0]) > 4
+    assert [line["staleness"] for line in read_metrics(two)] == [0, 1, 1]
+    begun, weights, others = (load_file(folder / "model.safetensors") for folder in (model_folder, one, two))
+    names = [name for name in begun if not name.endswith("attn.c_attn.bias")]  # that of the keys moves at random
+    assert max(float((weights[name] - others[name]).abs().max()) for name in names) <= 1e-5
+    assert max(float((weights[name] - begun[name]).abs().max()) for name in names) > 1e-4
+
+
+@needs_ray
+def test_what_the_first_cannot_reach_all_are_told_once(tmp_path, model_folder, pairs_csv):
+    done = train(tmp_path / "run", model_folder, pairs_csv, 2, "--rollout", "ray://127.0.0.1:9")
+    assert done.returncode != 0
+    assert done.stderr.count("error: No Ray cluster answers at 127.0.0.1:9") == 1
+    assert "Traceback" not in done.stderr.split("error: No Ray")[0]
