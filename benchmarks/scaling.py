@@ -188,6 +188,7 @@ def errors(points: Sequence[Point], shares: timing.Shares) -> dict[str, dict[str
 # --- projections ----------------------------------------------------------------------------------------------------
 
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 64, "lora_alpha": 128}
+POOL: dict[str, Any] = {"rollout": "ray://auto", "rollout_workers": 1000}
 PROJECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "7B, all weights, on 8 GPUs": ("7B", {"gpus": 8, "nodes": 1, "fsdp": True, "rollout": "vllm"}),
     "7B, all weights, on 64 GPUs": ("7B", {"gpus": 8, "nodes": 8, "fsdp": True, "rollout": "vllm"}),
@@ -198,7 +199,11 @@ PROJECTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "7B, LoRA on one GPU, 1,000 rollout workers": (
         "7B",
-        {"gpus": 8, "nodes": 125, "rollout": "ray://auto", "rollout_workers": 1000, "batch_size": 32_000} | LORA,
+        {"gpus": 8, "nodes": 125, "batch_size": 32_000} | POOL | LORA,
+    ),
+    "7B, all weights, on 64 GPUs, 1,000 rollout workers": (
+        "7B",
+        {"gpus": 8, "nodes": 125, "batch_size": 32_000, "trainers": 64, "fsdp": True} | POOL,
     ),
 }
 

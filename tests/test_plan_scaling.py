@@ -211,15 +211,19 @@ def test_how_new_weights_get_to_who_generates():
     speeds = timing.Speeds(1.0, 1.0, 1000.0)
     links = Links(4, 8, 1e6, 100.0)
     weights = 2 * 10_000
-    assert exchange.sync_seconds(job(engine="transformers"), speeds, links) == 0
-    assert exchange.sync_seconds(job(), speeds, links) == pytest.approx(2 * weights / 1000)
-    shards = exchange.sync_seconds(job(sharded=True, ranks=32), speeds, links)
-    assert shards == pytest.approx(2 * weights / 1000 + exchange.gather_seconds(40_000, links))
-    pool = exchange.sync_seconds(job(engine="ray"), speeds, links)
+    alone = Links(1, 1, 1.0, 1.0)
+
+    def seconds(of, trainers=links):
+        return exchange.sync_seconds(of, speeds, trainers, links)
+
+    assert seconds(job(engine="transformers")) == 0
+    assert seconds(job()) == pytest.approx(2 * weights / 1000)
+    gathered = exchange.gather_seconds(40_000, links)
+    assert seconds(job(sharded=True, ranks=32)) == pytest.approx(2 * weights / 1000 + gathered)
+    pool = seconds(job(engine="ray"), alone)
     assert pool == pytest.approx(2 * weights / timing.LINK + 3 * weights / 100)  # 1 has them, 2, 4, all 5
-    assert exchange.sync_seconds(job(engine="ray", gpus=0), speeds, links) == pytest.approx(
-        2 * weights / 1000 + 3 * weights / 100
-    )
+    assert seconds(job(engine="ray", gpus=0), alone) == pytest.approx(2 * weights / 1000 + 3 * weights / 100)
+    assert seconds(job(engine="ray", sharded=True, ranks=32)) == pytest.approx(pool + gathered)
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.floats(1, 1e9))
@@ -286,6 +290,24 @@ def test_a_pool_generates_and_one_device_trains():
     assert limited.devices == 5
     own, waiting = scaling.pool_seconds(pooled, wanted, timing.reached(GPU.rates), lengths.full(NEW), 64)
     assert waiting == pytest.approx(0) and own > 0  # all are given four each
+
+
+def test_several_train_beside_a_pool():
+    wanted = config(rollout="ray://auto", rollout_batch_size=4, batch_size=256, device="h100")
+    one, many = (
+        scaling.on_nodes(job(engine="ray", ranks=ranks, gpus=ranks), replace(wanted, trainers=ranks), GPU, CHANCE, 4)
+        for ranks in (1, 16)
+    )
+    assert one.devices == many.devices == 32  # the pool's
+    for phase in ("rollout", "waiting", "sync"):
+        assert many.seconds[phase] == one.seconds[phase]
+    for phase in ("scoring", "update"):
+        assert many.seconds[phase] < one.seconds[phase] / 4
+    assert one.seconds["exchange"] == 0
+    slow = replace(wanted, trainers=16, network_gbps=1e-6)
+    assert scaling.on_nodes(job(engine="ray", ranks=16, gpus=16), slow, GPU, CHANCE, 4).seconds["exchange"] > 1
+    slow = replace(slow, trainers=8)  # of one machine
+    assert scaling.on_nodes(job(engine="ray", ranks=8, gpus=8), slow, GPU, CHANCE, 4).seconds["exchange"] < 1
 
 
 def test_machines_of_a_pool():
@@ -420,7 +442,11 @@ def test_rows_of_an_optimiser_step_are_shared_too():
         ({"mean_new_tokens": 0.5}, "from 1 to max_new_tokens"),
         ({"mean_new_tokens": 5.0, "lengths_from": "runs/x"}, "give one"),
         ({"lengths_from": " "}, "lengths_from is empty"),
-        ({"fsdp": True, "rollout": "ray://auto"}, "leave fsdp out"),
+        ({"fsdp": True, "rollout": "ray://auto"}, "set trainers to more than 1, or leave fsdp out"),
+        ({"trainers": 2}, "add rollout ray://..., or leave trainers out"),
+        ({"trainers": 0}, "trainers"),
+        ({"trainers": 65, "rollout": "ray://auto"}, "batch_size 64 can't be shared by 65 GPUs"),
+        ({"trainers": 2, "rollout": "ray://auto", "reward_workers": 1}, "leave them out, or trainers"),
         ({"fsdp": True, "offload_optimizer": True}, "leave one of them out"),
     ],
 )
@@ -489,6 +515,10 @@ def test_a_pool_in_the_plan(folder, capsys):
     assert lines["workers"][1:] == ["8", "16", "32", "64", "128", "256", "512", "1000"]
     assert "The pool has 1000 workers on 125 machines." in out and "sync, s" in lines
     _, out = told(capsys, *ray)
+    assert "The pool has 1000 workers on 125 machines." in out
+    _, out = told(capsys, *ray, "--trainers", "16", "--fsdp")
+    assert "on 16 x NVIDIA H100 with" in out and "A step on each: 4 completions" in out
+    assert "Every GPU holds one of 16 parts" in out and "GB/s between the GPUs of a machine and " in out
     assert "The pool has 1000 workers on 125 machines." in out
 
 

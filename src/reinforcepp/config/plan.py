@@ -20,7 +20,9 @@ class PlanConfig(TrainConfig):
     """GPUs of each machine; all train together. 0 is the CPU. Default: those of this machine, 1 with a named device."""
     nodes: int | None = None
     """Machines, each with so many GPUs: then the step is also told for fewer machines, with what they tell each other. With
-    rollout ray://... they are the pool's, with a worker on each GPU, and one more device trains. Default: 1."""
+    rollout ray://... they are the pool's, with a worker on each GPU, and others train. Default: 1."""
+    trainers: int = 1
+    """Devices that train where a pool generates, each in a process of its own, as under a launcher."""
     fsdp: bool = False
     """Weights, gradients and moments are in shards, one on each GPU, as under a launcher with FSDP2: docs/parallel.md."""
     network_gbps: float = 400.0
@@ -41,7 +43,7 @@ class PlanConfig(TrainConfig):
         """Check what planning adds to the settings of a training."""
         super().__post_init__()
         not_negative(self, "gpus")
-        positive(self, "nodes", "gpu_memory", "network_gbps")
+        positive(self, "nodes", "trainers", "gpu_memory", "network_gbps")
         if self.device == "cpu" and self.gpus:
             raise ConfigError(f"device cpu has no GPUs, but gpus is {self.gpus}: name the GPU, as in --device h100.")
         if self.device not in ("auto", "cpu") and self.gpus == 0:
@@ -55,17 +57,28 @@ class PlanConfig(TrainConfig):
         return self.rollout.startswith(RAY)
 
     def _check_sharing(self) -> None:
-        devices = (self.nodes or 1) * max(1, self.gpus or 1)
-        if devices > self.batch_size and not self.pooled:
-            of = f"{self.nodes} nodes x {self.gpus or 1}" if (self.nodes or 1) > 1 else f"{self.gpus}"
+        if self.trainers > 1:
+            self._check_trainers()
+        devices = self.trainers if self.pooled else (self.nodes or 1) * max(1, self.gpus or 1)
+        if devices > self.batch_size:
+            spread = (self.nodes or 1) > 1 and not self.pooled
+            of = f"{self.nodes} nodes x {self.gpus or 1}" if spread else f"{devices}"
             raise ConfigError(
                 f"batch_size {self.batch_size} can't be shared by {of} GPUs: each needs at least one prompt, so raise it or "
                 "take fewer."
             )
-        if self.fsdp and self.pooled:
-            raise ConfigError("A Ray pool serves a training of one process, which has no shards: leave fsdp out.")
+        if self.fsdp and self.pooled and self.trainers == 1:
+            raise ConfigError("One device that trains has no shards: set trainers to more than 1, or leave fsdp out.")
         if self.fsdp and self.offload_optimizer:
             raise ConfigError("offload_optimizer is for whole weights, and fsdp cuts them up: leave one of them out.")
+
+    def _check_trainers(self) -> None:
+        if not self.pooled:
+            raise ConfigError(
+                "trainers are those beside a pool: add rollout ray://..., or leave trainers out, and all GPUs train."
+            )
+        if self.reward_workers:
+            raise ConfigError("reward_workers score for a training of one process: leave them out, or trainers.")
 
     def _check_lengths(self) -> None:
         mean, most = self.mean_new_tokens, self.max_new_tokens

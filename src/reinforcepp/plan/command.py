@@ -71,7 +71,7 @@ def make_plan(config: PlanConfig) -> Plan:
     lengths = lengths_for(config)
     machine = machine_for(config, dtype)
     nodes = nodes_of(config, max(1, machine.gpus))
-    ranks = 1 if config.pooled else nodes * max(1, machine.gpus)
+    ranks = config.trainers if config.pooled else nodes * max(1, machine.gpus)
     job, said = _job(config, policy_config, dtype, ranks, on_gpu=machine.gpus > 0)
     rows = Rows.of(config, ranks)
     limits = largest(job, config, machine.memory)

@@ -66,8 +66,8 @@ def exchange_seconds(job: Job, rows: Rows, config: PlanConfig, links: Links) -> 
     return seconds
 
 
-def sync_seconds(job: Job, speeds: Speeds, links: Links) -> float:
-    """Until whoever generates has the new weights.
+def sync_seconds(job: Job, speeds: Speeds, links: Links, pool: Links) -> float:
+    """Until whoever generates has the new weights, over ``links`` of those that train and those of a ``pool``.
 
     Shards are gathered in float32 for the copy that generates and scores. vLLM in the same process has its own weights
     overwritten. A pool's weights go to main memory, to one machine after the other where those that have them hand them on,
@@ -79,5 +79,5 @@ def sync_seconds(job: Job, speeds: Speeds, links: Links) -> float:
         seconds += 2 * weights / speeds.reading
     if job.engine == "ray":
         carried = weights / (LINK if job.gpus else speeds.reading)
-        seconds += 2 * carried + math.ceil(math.log2(links.nodes + 1)) * weights / links.between
+        seconds += 2 * carried + math.ceil(math.log2(pool.nodes + 1)) * weights / pool.between
     return seconds

@@ -102,7 +102,8 @@ def _less_standing(plan: Plan) -> str:
         )
     least = _models(replace(cut_up, ranks=ENDLESS))
     if least <= memory:
-        return " More machines (--nodes) make the parts smaller." if job.sharded else ""
+        more = "GPUs that train (--trainers)" if plan.config.pooled else "machines (--nodes)"
+        return f" More {more} make the parts smaller." if job.sharded else ""
     cures = [] if job.policy.adapted else ["adapters to weights of 4 bits (--use_peft --load_in_4bit)"]
     cures += ["a reward model behind a server (--rewards http://HOST:PORT/get_reward)"] if job.reward.parameters else []
     cure = f" Less is taken by {' and '.join(cures)}." if cures else ""
@@ -160,8 +161,9 @@ def gib(size: float) -> str:
 
 def _subject(plan: Plan) -> str:
     rows, config = plan.rows, plan.config
-    devices = f"{plan.machine.gpus} x {plan.machine.title}" if plan.job.gpus > 1 else plan.machine.title
-    nodes = "" if plan.config.pooled or not plan.scales or plan.scales[-1].nodes == 1 else f"{plan.scales[-1].nodes} x "
+    number = config.trainers if config.pooled else plan.machine.gpus
+    devices = f"{number} x {plan.machine.title}" if plan.job.gpus > 1 else plan.machine.title
+    nodes = "" if config.pooled or not plan.scales or plan.scales[-1].nodes == 1 else f"{plan.scales[-1].nodes} x "
     devices = nodes + devices
     each = " on each" if plan.job.ranks > 1 else ""
     return (
@@ -256,7 +258,8 @@ def assumptions(plan: Plan) -> Iterator[str]:
         yield "Training is data-parallel: every GPU holds all weights, gradients and moments, so more GPUs share rows only."
     if plan.job.offload:
         each = 2 * FLOAT + MOMENTS
-        needed = each * max(1, machine.gpus) * sum(learner.trained for learner in plan.job.learners)
+        beside = min(plan.job.ranks, max(1, machine.gpus))
+        needed = each * beside * sum(learner.trained for learner in plan.job.learners)
         yield (
             f"AdamW's step is made in main memory, of which it takes {gib(needed)} GiB, {each} bytes a weight; that isn't "
             "checked, and the time of it is a guess."
@@ -289,7 +292,7 @@ def _of_many(plan: Plan) -> Iterator[str]:
     links = links_for(config, scale.nodes, machine.gpus)
     speeds = (
         [f"{links.inside / 1e9:,.0f} GB/s between the GPUs of a machine"]
-        if machine.gpus > 1 and not config.pooled
+        if machine.gpus > 1 and (config.trainers > 1 or not config.pooled)
         else []
     )
     speeds += [f"{links.between / 1e9:,.0f} GB/s between machines"] if scale.nodes > 1 or config.pooled else []

@@ -68,25 +68,25 @@ def on_nodes(job: Job, config: PlanConfig, machine: Machine, lengths: Lengths, n
     links, speeds = links_for(config, nodes, per_node), reached(machine.rates)
     if config.pooled:
         devices = min(config.rollout_workers or devices, devices)
-        rows = Rows.of(config, 1)
-        alone = step_seconds(job, rows, config, speeds, lengths)
-        own, waiting = pool_seconds(job, config, speeds, lengths, devices)
-        exchange = 0.0
+        among = links_for(config, -(-job.ranks // per_node), min(job.ranks, per_node))
     else:
-        job = replace(job, ranks=devices, gpus=devices if machine.gpus else 0)
-        rows = Rows.of(config, devices)
-        alone = step_seconds(job, rows, config, speeds, lengths)
+        job, among = replace(job, ranks=devices, gpus=devices if machine.gpus else 0), links
+    rows = Rows.of(config, job.ranks)
+    alone = step_seconds(job, rows, config, speeds, lengths)
+    if config.pooled:
+        own, waiting = pool_seconds(job, config, speeds, lengths, devices)
+    else:
         own, waiting = alone["rollout"], waiting_seconds(job, rows, speeds, lengths)
-        # links work while passes compute
-        hidden = pass_seconds(job, rows, config, speeds, lengths)
-        exchange = max(0.0, exchange_seconds(job, rows, config, links) - hidden)
+    # links work while passes compute
+    hidden = pass_seconds(job, rows, config, speeds, lengths)
+    exchange = max(0.0, exchange_seconds(job, rows, config, among) - hidden)
     seconds = {
         "rollout": own,
         "waiting": waiting,
         "scoring": alone["scoring"],
         "update": alone["update"],
         "exchange": exchange,
-        "sync": sync_seconds(job, speeds, links),
+        "sync": sync_seconds(job, speeds, among, links),
     }
     return Scale(nodes, devices, seconds, config.completions_per_step * lengths.mean / sum(seconds.values()))
 
