@@ -203,7 +203,7 @@ PROJECTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "7B, all weights, on 64 GPUs, 1,000 rollout workers": (
         "7B",
-        {"gpus": 8, "nodes": 125, "batch_size": 32_000, "trainers": 64, "fsdp": True} | POOL,
+        {"gpus": 8, "nodes": 125, "batch_size": 32_000, "trainers": 64, "fsdp": True, "mini_batch_size": 16} | POOL,
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-COLORS = ("#1f5fa8", "#d1812e", "#4a8f5c", "#9b4f96", "#7a7a7a")
+COLORS = ("#1f5fa8", "#d1812e", "#4a8f5c", "#9b4f96", "#7a7a7a", "#b03030")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -58,7 +58,7 @@ def _courses(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _throughput(axes: Any, rows: list[dict[str, Any]]) -> None:
-    for (name, own), color in zip(_courses(rows).items(), [*COLORS, "#b03030"], strict=True):
+    for (name, own), color in zip(_courses(rows).items(), COLORS, strict=True):
         workers = [row["workers"] for row in own]
         axes.plot(workers, [row["tokens_per_second"] for row in own], marker="o", color=color, label=name)
     first = rows[0]
@@ -70,7 +70,7 @@ def _throughput(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _load(axes: Any, rows: list[dict[str, Any]]) -> None:
-    for (name, own), color in zip(_courses(rows).items(), [*COLORS, "#b03030"], strict=True):
+    for (name, own), color in zip(_courses(rows).items(), COLORS, strict=True):
         workers = [row["workers"] for row in own]
         axes.plot(workers, [row["scheduler_share_of_time"] for row in own], marker="o", color=color, label=name)
         if own[0]["failures_per_hour"] == 0:

@@ -316,6 +316,16 @@ def test_machines_of_a_pool():
     pooled = config(rollout="ray://auto", rollout_workers=1000)
     assert scaling.nodes_of(pooled, 8) == 125
     assert scaling.nodes_of(replace(pooled, nodes=2), 8) == 2
+    shared = replace(pooled, vllm_tensor_parallel_size=4)
+    assert scaling.nodes_of(shared, 8) == 500
+    few = replace(shared, rollout_workers=0, batch_size=256)
+    whole, parts = (scaling.on_nodes(job(engine="ray"), one, GPU, CHANCE, 4) for one in (pooled, few))
+    assert (whole.devices, parts.devices) == (32, 8)
+    alone, four = (
+        scaling.pool_seconds(job(engine="ray"), few, speeds, CHANCE, 8)[0]
+        for speeds in (timing.reached(GPU.rates), scaling.together(timing.reached(GPU.rates), few))
+    )
+    assert parts.seconds["rollout"] == pytest.approx(four) and alone / 4.01 < four < alone
 
 
 # --- a simulated pool -----------------------------------------------------------------------------------------------

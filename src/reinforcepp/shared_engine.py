@@ -47,6 +47,7 @@ def start_for_all(
         max_length=config.max_prompt_length + config.max_new_tokens,
         batch_size=config.rollout_batch_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
         workers=config.rollout_workers,
         reserved=reserved,
         folder=folder,

@@ -250,6 +250,8 @@ def test_settings_of_pools():
         ReinforceConfig(rollout_workers=3)
     with pytest.raises(ConfigError, match="reward_workers is a setting of ray:// pools"):
         ReinforceConfig(reward_workers=1)
+    with pytest.raises(ConfigError, match=r"vllm_tensor_parallel_size is a setting of ray:// pools.*vllm serve"):
+        ReinforceConfig(vllm_tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="Weights of 4 bits can't be handed to a Ray pool"):
         ReinforceConfig(rollout="ray://auto", use_peft=True, load_in_4bit=True)
 
@@ -347,6 +349,32 @@ def test_the_last_loss_is_named_when_nobody_is_left():
         crew._check_time(time.monotonic() - 1e6)
     crew._ready[3] = None
     crew._check_time(time.monotonic() - 1e6)
+
+
+@pytest.mark.parametrize(
+    ("there", "needs", "started"), [({"GPU": 7.0, "CPU": 9.0}, {"num_gpus": 3}, 2), ({"CPU": 9.0}, {"num_gpus": 3}, 3)]
+)
+def test_workers_take_as_many_gpus_as_share_their_model(there, needs, started, monkeypatch):
+    crew = crew_of()
+    crew._gpus, crew._most = 3, 0
+    asked = []
+    actor = SimpleNamespace(load=SimpleNamespace(remote=lambda weights: object()))
+    made = SimpleNamespace(remote=lambda recipe: actor)
+    crew._ray.remote = lambda worker: SimpleNamespace(options=lambda **given: asked.append(given) or made)
+    crew._ray.cluster_resources = lambda: there
+    monkeypatch.setattr(crew, "_head_answers", lambda: True)
+    crew._grow()
+    assert asked == [needs] * started
+    crew._ready.clear()
+    with pytest.raises(EngineLost, match="of which each worker needs 3: look at"):
+        crew._check_time(time.monotonic() - 1e6)
+
+
+def test_a_shared_model_needs_vllm():
+    model = prepared_model()
+    recipe = Recipe(named_config(model), model.generation_config, model.dtype, None, "transformers", 200, 8, 2)
+    with pytest.raises(RolloutError, match=r"vllm_tensor_parallel_size is 2, and on .* vLLM can't be used"):
+        Worker(recipe).load(pack(model))
 
 
 def test_a_head_that_is_away_for_long_ends_the_run(monkeypatch):

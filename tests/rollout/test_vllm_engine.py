@@ -335,6 +335,17 @@ class TestOnGpu:
         asleep, total = torch.cuda.mem_get_info()
         assert asleep - awake > 0.1 * total
 
+    def test_it_stays_where_no_trainer_needs_the_gpu(self, model):
+        engine = VllmEngine(model.cpu(), prepared_tokenizer(), gpu_memory_utilization=0.2, alone=True)
+        try:
+            engine.sleep()
+            assert not engine._asleep
+            check_sync(engine, model.to("cuda"), prepared_tokenizer())
+            engine.load_weights(model.cpu())
+            check_sync(engine, model.to("cuda"), prepared_tokenizer())
+        finally:
+            engine.close()
+
     def test_weights_reach_a_model_in_a_process_of_its_own(self, model):
         tokenizer = prepared_tokenizer()
         engine = VllmEngine(model, tokenizer, gpu_memory_utilization=0.2, apart=True)

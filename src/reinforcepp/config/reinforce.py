@@ -124,6 +124,8 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     """Steps between checks that the rollout engine really holds the trainer's weights; the first sync is always checked."""
     vllm_gpu_memory_utilization: float | None = None
     """Share of the GPU's memory for vLLM; measured by default."""
+    vllm_tensor_parallel_size: int = 1
+    """Only Ray: GPUs of a machine that share the model in each engine of the pool."""
 
     eval_prompts: int = 64
     """Held-out prompts answered before and after training; 0 skips the comparison."""
@@ -270,6 +272,12 @@ def check_rollout(config: ReinforceConfig) -> None:
             f"With staleness, completions are generated while the trainer computes, which rollout {named} can't: use one that "
             "has processes of its own, --rollout ray://local or vllm://HOST:PORT, or a copy of the model in this one, --rollout "
             "transformers."
+        )
+    positive(config, "vllm_tensor_parallel_size")
+    if config.vllm_tensor_parallel_size > 1 and not pool:
+        raise ConfigError(
+            f"vllm_tensor_parallel_size is a setting of {RAY} pools, and rollout is {named}: servers are started with "
+            "`vllm serve --tensor-parallel-size`, and the trainer's own vLLM has one GPU."
         )
     for setting in ("rollout_workers", "reward_workers"):
         if getattr(config, setting) and not pool:

@@ -147,8 +147,8 @@ def _engine(config: PlanConfig) -> tuple[EngineName, str]:
     if config.pooled:
         return (
             "ray",
-            "Completions come from a pool of Ray workers elsewhere: what they take isn't counted. Each is taken to be as fast as "
-            "the device that trains, with vLLM.",
+            "Completions come from a pool of Ray workers elsewhere: what they take isn't counted. Each of their devices is taken "
+            "to be as fast as one that trains, with vLLM.",
         )
     if server_addresses(config.rollout):
         return "servers", "Completions come from vLLM's servers: what they take and how long isn't counted."

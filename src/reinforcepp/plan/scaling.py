@@ -35,7 +35,7 @@ class Scale:
 
     nodes: int
     devices: int
-    """That train, or with a pool that generate."""
+    """That train, or with a pool its workers."""
     seconds: dict[str, float]
     """By phase."""
     tokens_per_second: float
@@ -49,7 +49,8 @@ class Scale:
 
 def nodes_of(config: PlanConfig, per_node: int) -> int:
     """How many machines ``config`` means: of a pool as many as its workers need, if it isn't said."""
-    return config.nodes or (-(-config.rollout_workers // per_node) if config.pooled else 0) or 1
+    gpus = config.rollout_workers * config.vllm_tensor_parallel_size if config.pooled else 0
+    return config.nodes or -(-gpus // per_node) or 1
 
 
 def scales(job: Job, config: PlanConfig, machine: Machine, lengths: Lengths, nodes: int) -> list[Scale]:
@@ -67,6 +68,7 @@ def on_nodes(job: Job, config: PlanConfig, machine: Machine, lengths: Lengths, n
     devices = nodes * per_node
     links, speeds = links_for(config, nodes, per_node), reached(machine.rates)
     if config.pooled:
+        devices = max(1, devices // config.vllm_tensor_parallel_size)
         devices = min(config.rollout_workers or devices, devices)
         among = links_for(config, -(-job.ranks // per_node), min(job.ranks, per_node))
     else:
@@ -74,7 +76,7 @@ def on_nodes(job: Job, config: PlanConfig, machine: Machine, lengths: Lengths, n
     rows = Rows.of(config, job.ranks)
     alone = step_seconds(job, rows, config, speeds, lengths)
     if config.pooled:
-        own, waiting = pool_seconds(job, config, speeds, lengths, devices)
+        own, waiting = pool_seconds(job, config, together(speeds, config), lengths, devices)
     else:
         own, waiting = alone["rollout"], waiting_seconds(job, rows, speeds, lengths)
     # links work while passes compute
@@ -89,6 +91,14 @@ def on_nodes(job: Job, config: PlanConfig, machine: Machine, lengths: Lengths, n
         "sync": sync_seconds(job, speeds, among, links),
     }
     return Scale(nodes, devices, seconds, config.completions_per_step * lengths.mean / sum(seconds.values()))
+
+
+def together(speeds: Speeds, config: PlanConfig) -> Speeds:
+    """Of the GPUs that share a worker's model, as if they had nothing to tell each other."""
+    size = config.vllm_tensor_parallel_size
+    return speeds._replace(
+        products=size * speeds.products, decoding=size * speeds.decoding, reading=size * speeds.reading
+    )
 
 
 def pool_seconds(job: Job, config: PlanConfig, speeds: Speeds, lengths: Lengths, workers: int) -> tuple[float, float]:

@@ -72,13 +72,15 @@ def start_engine(
     max_length: int,
     batch_size: int = 64,
     gpu_memory_utilization: float | None = None,
+    tensor_parallel_size: int = 1,
+    alone: bool = False,
     workers: int = 0,
     reserved: int = 0,
     folder: Path | None = None,
 ) -> RolloutEngine:
     """The chosen engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
 
-    ``folder`` is where servers find the weights.
+    ``folder`` is where servers find the weights; ``alone`` has its GPU who shares it with no trainer.
     """
     if choice.name == "ray":
         from reinforcepp.rollout.ray_pool import RayEngine
@@ -88,6 +90,7 @@ def start_engine(
             model,
             tokenizer,
             workers=workers,
+            tensor_parallel_size=tensor_parallel_size,
             max_length=max_length,
             batch_size=batch_size,
             reserved=reserved,
@@ -111,6 +114,8 @@ def start_engine(
             max_length=limit,
             max_num_seqs=batch_size,
             gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel_size=tensor_parallel_size,
+            alone=alone,
         )
     from reinforcepp.rollout.transformers_engine import TransformersEngine
 

@@ -46,7 +46,8 @@ class RayEngine:
         model: whose weights are handed out.
         tokenizer: its tokenizer.
         engine: of each worker: ``auto``, ``transformers`` or ``vllm``.
-        workers: how many, at most; 0 is as many as the cluster has GPUs, or, without any, CPUs.
+        workers: how many, at most; 0 is as many as the cluster has GPUs for, or, without any, CPUs.
+        tensor_parallel_size: GPUs that share the model in each of them.
         max_length: prompt and completion together, in tokens.
         batch_size: completions that a worker generates at a time.
         reserved: GPUs or CPUs that are left to others.
@@ -66,6 +67,7 @@ class RayEngine:
         *,
         engine: str = "auto",
         workers: int = 0,
+        tensor_parallel_size: int = 1,
         max_length: int,
         batch_size: int = 64,
         reserved: int = 0,
@@ -77,9 +79,16 @@ class RayEngine:
         self.tallies: list[Tally] = []
         self.ray, self._own = connect(address)
         recipe = Recipe(
-            named_config(model), model.generation_config, model.dtype, tokenizer, engine, max_length, batch_size
+            named_config(model),
+            model.generation_config,
+            model.dtype,
+            tokenizer,
+            engine,
+            max_length,
+            batch_size,
+            tensor_parallel_size,
         )
-        self.crew = RayCrew(self.ray, Worker, recipe, workers, reserved)
+        self.crew = RayCrew(self.ray, Worker, recipe, workers, reserved, tensor_parallel_size)
         self.load_weights(model)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -126,10 +135,13 @@ class RayCrew:
         recipe: for each of them.
         workers: how many, at most; 0 is as many as there is room for.
         reserved: GPUs or CPUs that are left to others.
+        gpus: of each; where it is one and the cluster has none, a CPU.
     """
 
-    def __init__(self, ray: Any, worker: type[Any], recipe: Any, workers: int, reserved: int = 0) -> None:
-        self._ray, self._worker, self._most, self._reserved = ray, worker, workers, reserved
+    def __init__(
+        self, ray: Any, worker: type[Any], recipe: Any, workers: int, reserved: int = 0, gpus: int = 1
+    ) -> None:
+        self._ray, self._worker, self._most, self._reserved, self._gpus = ray, worker, workers, reserved, gpus
         self._recipe = ray.put(recipe)
         self._weights: Any = None
         self._version = 0
@@ -262,8 +274,9 @@ class RayCrew:
         if not head_answers:  # what Ray would ask it waits without end
             return
         resources = self._ray.cluster_resources()
-        needs = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": 1}
-        room = max(1, int(resources.get("GPU") or resources.get("CPU", 0)) - self._reserved)
+        needs = {"num_gpus": self._gpus} if resources.get("GPU") or self._gpus > 1 else {"num_cpus": 1}
+        free = int(resources.get("GPU") or resources.get("CPU", 0)) - self._reserved
+        room = max(1, free // self._gpus)
         for _ in range(len(self._actors), min(self._most or room, room)):
             number = next(self._numbers)
             self._actors[number] = self._ray.remote(self._worker).options(**needs).remote(self._recipe)
@@ -288,8 +301,8 @@ class RayCrew:
         lost = f" The last one was lost with: {self._reason}" if self._reason else ""
         raise EngineLost(
             f"No {self._worker.kind} worker was ready within {START_SECONDS} seconds; the cluster has "
-            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, of which each worker needs one: look at "
-            f"`ray status`.{lost}"
+            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, of which each worker needs "
+            f"{self._gpus if self._gpus > 1 else 'one'}: look at `ray status`.{lost}"
         )
 
 

@@ -36,6 +36,8 @@ class Recipe:
     engine: str
     max_length: int
     batch_size: int
+    tensor_parallel_size: int = 1
+    """GPUs of each worker."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,25 @@ class Worker:
     def load(self, packed: Packed) -> str:
         """Generate with these weights from now on; returns the engine's name."""
         recipe = self.recipe
+        choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
+        if recipe.tensor_parallel_size > 1 and choice.name != "vllm":
+            raise RolloutError(
+                f"vllm_tensor_parallel_size is {recipe.tensor_parallel_size}, and on {socket.gethostname()} vLLM can't be used: "
+                f"{choice.reason}."
+            )
         if self.model is None:
             self.model = empty_model(recipe.config, recipe.dtype)
             self.model.generation_config = recipe.generation_config
-        fill(self.model, packed)
+        fill(self.model, packed, on_gpu=choice.name == "transformers")  # vLLM has a copy of its own there
         if self.engine is None:
-            choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
             self.engine = start_engine(
-                choice, self.model, recipe.tokenizer, max_length=recipe.max_length, batch_size=recipe.batch_size
+                choice,
+                self.model,
+                recipe.tokenizer,
+                max_length=recipe.max_length,
+                batch_size=recipe.batch_size,
+                tensor_parallel_size=recipe.tensor_parallel_size,
+                alone=True,
             )
         else:
             self.engine.load_weights(self.model)
@@ -81,8 +94,8 @@ class Worker:
         return [completions[i : i + number] for i in range(0, len(completions), number)]
 
 
-def fill(model: PreTrainedModel, packed: Packed) -> None:
-    """Give ``model`` these weights and buffers, on the GPU if there is one.
+def fill(model: PreTrainedModel, packed: Packed, *, on_gpu: bool = True) -> None:
+    """Give ``model`` these weights and buffers, in the memory that they are in or, ``on_gpu``, on the GPU if there is one.
 
     Raises:
         RolloutError: this machine has another version of this package than the one that packed them.
@@ -92,7 +105,7 @@ def fill(model: PreTrainedModel, packed: Packed) -> None:
             f"The trainer has reinforcepp {packed.version}, and {socket.gethostname()}, a machine of the pool, has "
             f"{own_version()}: install the same version on all of them."
         )
-    place = "cuda" if torch.cuda.is_available() else "cpu"
+    place = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
     model.load_state_dict({name: as_tensor(v).to(place) for name, v in packed.weights.items()}, assign=True)
     model.tie_weights()
     for name, values in packed.buffers.items():

@@ -61,6 +61,7 @@ class VllmEngine:
         gpu_memory_utilization: share of the GPU's memory, instead of one measured when the engine starts.
         tensor_parallel_size: GPUs that share the model.
         apart: run the model in a process of its own even on one GPU; with several each always has one.
+        alone: no trainer needs the GPU between two calls, so weights and cache stay there.
         threads: CPU threads; vLLM fixes their number for the process.
 
     Raises:
@@ -82,6 +83,7 @@ class VllmEngine:
         gpu_memory_utilization: float | None = None,
         tensor_parallel_size: int = 1,
         apart: bool = False,
+        alone: bool = False,
         threads: int | None = None,
     ) -> None:
         if isinstance(model, str):
@@ -109,6 +111,7 @@ class VllmEngine:
         self._tensor_parallel_size = tensor_parallel_size
         self._on_gpu = not import_vllm().platforms.current_platform.is_cpu()
         self._apart = self._on_gpu and (apart or tensor_parallel_size > 1)
+        self._sleeps = self._on_gpu and not (alone or isinstance(model, str))
         self._asleep = False
         self._memory = memory_settings(
             model,
@@ -218,7 +221,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """On a GPU that the trainer needs too: move the weights to main memory and drop the cache. Else nothing."""
-        if self._on_gpu and not isinstance(self._source, str):
+        if self._sleeps:
             self._llm.sleep(level=1)
             self._asleep = True
 
@@ -270,9 +273,9 @@ class VllmEngine:
     def _platform_settings(self) -> dict[str, Any]:
         if self._apart:
             own = {"distributed_executor_backend": "mp", "weight_transfer_config": {"backend": "ipc"}}
-            return own | {"enable_sleep_mode": not isinstance(self._source, str)}
+            return own | {"enable_sleep_mode": self._sleeps}
         if self._on_gpu:
-            return {"enable_sleep_mode": not isinstance(self._source, str)}
+            return {"enable_sleep_mode": self._sleeps}
         spare_work()
         return {"enforce_eager": True, "block_size": CPU_BLOCK}
 
