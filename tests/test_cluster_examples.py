@@ -100,7 +100,7 @@ def test_a_pool_for_the_time_of_a_training(place, tmp_path, model_folder, pairs_
         "--allow_changes",
         "max_steps",
     ]
-    place["WITH_RAY"] = str(EXAMPLES / "with_ray.sh")
+    place |= {"WITH_RAY": str(EXAMPLES / "with_ray.sh"), "SLURM_GPUS_ON_NODE": "2"}  # two train from here on
     again = subprocess.run(command, env=place, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     assert len(read_metrics(tmp_path / "run")) == done + 2 and (tmp_path / "run" / "model.safetensors").is_file()

@@ -6,33 +6,19 @@ The machines are network namespaces, joined by a cable.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
-from network import Network, network
+from machines import PORT, Machines, training, two_machines
+from network import network
 
 from reinforcepp import checkpoint, cli
 from reinforcepp.distributed import _tell_unforeseen
 from reinforcepp.observe import read_metrics
-from scripts import ROOT
 
-SLOW = """
-import time
-
-def slow(prompts, completions, **_):
-    time.sleep(0.2)
-    return [float(len(text) % 5) for text in completions]
-"""
 LOST = "they hang, or their machines can't be reached any more"  # the group's words
 WAITS = "others that hang, or whose machines can't be reached any more"  # the watchdog's, where it is the first
-PORT = 29500
 POOL = """
 import os, sys, time
 from reinforcepp import cli
@@ -64,78 +50,18 @@ HEALTH = {  # after 5 seconds instead of Ray's 65 a machine from which nothing c
 }
 
 
-class Machines:
-    """Two of them; what is started there ends with them."""
-
-    def __init__(self, joined: Network, place: Path) -> None:
-        self.network, self.place = joined, place
-        self.started: list[psutil.Popen] = []
-
-    def start(self, far: bool, *command: str, **environment: str) -> psutil.Popen:
-        """Run a command of Python's on one of them, what it prints is in ``log`` of its place among the commands."""
-        plain = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        words = [*self.network.command(far), sys.executable, *map(str, command)]
-        with self.log(len(self.started)).open("w") as log:
-            process = psutil.Popen(words, env=os.environ | plain | environment, stdout=log, stderr=subprocess.STDOUT)
-        self.started.append(process)
-        return process
-
-    def kill(self, process: psutil.Popen) -> None:
-        """It and what it has started."""
-        for each in [*process.children(recursive=True), process]:
-            each.kill()
-
-    def log(self, number: int) -> Path:
-        return self.place / f"log-{number}"
-
-    def text(self, process: psutil.Popen) -> str:
-        return self.log(self.started.index(process)).read_text(errors="replace")
-
-    def end(self) -> None:
-        """Whoever is in these namespaces, also what was left to itself."""
-        for name in filter(None, (self.network.name, self.network.near)):
-            found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
-            for number in found.stdout.split():
-                if psutil.pid_exists(int(number)):
-                    psutil.Process(int(number)).kill()
-        for process in self.started:
-            process.wait(60)
-        self.network.remove()
-
-
-@contextmanager
-def two_machines() -> Iterator[Machines]:
-    joined = network(apart=True)
-    if joined is None:
+@pytest.fixture
+def rights():
+    """To make network namespaces."""
+    if (tried := network()) is None:
         pytest.skip("network namespaces need rights that this user or machine hasn't")
-    with TemporaryDirectory(prefix="m") as place:  # a short path, as those of sockets have to be
-        made = Machines(joined, Path(place))
-        try:
-            yield made
-        finally:
-            made.end()
+    tried.remove()
 
 
 @pytest.fixture
-def machines():
+def machines(rights):
     with two_machines() as made:
         yield made
-
-
-def until(sign, machines: Machines, *processes: psutil.Popen, seconds: float = 240) -> None:
-    """Wait for a sign of these processes, which run."""
-    end = time.monotonic() + seconds
-    while not sign():
-        if time.monotonic() > end or any(process.poll() is not None for process in processes):
-            pytest.fail("\n\n".join(machines.text(process)[-4000:] for process in processes))
-        time.sleep(0.05)
-
-
-def training(model, data, folder, *more: object) -> list[str]:
-    (folder.parent / "own.py").write_text(SLOW)
-    named = {"model": model, "data": data, "rewards": f"{folder.parent / 'own.py'}:slow", "output_dir": folder}
-    named |= {"max_steps": 400, "max_new_tokens": 6, "max_prompt_length": 40, "batch_size": 4, "eval_prompts": 0}
-    return [str(word) for name, value in named.items() for word in (f"--{name}", value)] + list(map(str, more))
 
 
 def goes_on(model, data, folder) -> None:
@@ -149,29 +75,17 @@ def goes_on(model, data, folder) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def processes(machines: Machines, flags: list[str], *launcher: str) -> list[psutil.Popen]:
-    """One on each machine."""
-    started = []
-    for rank in (0, 1):
-        command = ["-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", rank, "--nproc_per_node", "1"]
-        command += ["--master_addr", machines.network.here, "--master_port", PORT, *launcher]
-        interface = "inside" if rank else machines.network.cable
-        command += ["-m", "reinforcepp", "train", *flags]
-        started.append(machines.start(bool(rank), *command, GLOO_SOCKET_IFNAME=interface))
-    return started
-
-
-def test_machines_that_train_together_are_parted(model_folder, pairs_csv, tmp_path):
+def test_machines_that_train_together_are_parted(rights, model_folder, pairs_csv, tmp_path):
     """By a cable that is pulled out, and by one on which packets are lost."""
     with two_machines() as cut, two_machines() as lossy:
         runs = []
         for machines, strike in ((cut, cut.network.cut), (lossy, lossy.network.lose)):
             folder = tmp_path / strike.__name__
             flags = training(model_folder, pairs_csv, folder, "--rollout", "transformers", "--save_every", 1)
-            both = processes(machines, [*flags, "--watchdog_seconds", "6"])
+            both = machines.processes([*flags, "--watchdog_seconds", "6"])
             runs.append((machines, strike, folder, both))
         for machines, strike, folder, both in runs:
-            until((folder / "checkpoints" / "step-000001").is_dir, machines, *both)
+            machines.until((folder / "checkpoints" / "step-000001").is_dir, *both)
             strike()
         for machines, _, folder, both in runs:
             for process in both:
@@ -222,16 +136,6 @@ def test_what_gloo_says_in_our_words(capsys, said, words):
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
-def ray_node(machines: Machines, far: bool, cpus: int, head: bool = False, head_far: bool = False) -> psutil.Popen:
-    ends = (machines.network.here, machines.network.host)
-    whom = ["--head", "--port", PORT, "--include-dashboard=false", "--temp-dir", machines.place]
-    whom = whom if head else ["--address", f"{ends[head_far]}:{PORT}"]
-    command = ["-m", "ray.scripts.scripts", "start", *whom, "--node-ip-address", ends[far], "--num-cpus", cpus]
-    node = machines.start(far, *command, "--disable-usage-stats", "--block", **HEALTH)
-    until(lambda: "Ray runtime started" in machines.text(node), machines, node)
-    return node
-
-
 def pause(machines: Machines) -> Path:
     """While there is such a file, the trainer stands before it shares prompts out."""
     return machines.place / "pause"
@@ -252,33 +156,33 @@ def shared_out(machines: Machines, process: psutil.Popen) -> list[list[int]]:
 def test_a_node_of_the_pool_is_cut_off_and_comes_back(machines, model_folder, pairs_csv, tmp_path):
     pytest.importorskip("ray")
     folder, net = tmp_path / "run", machines.network
-    ray_node(machines, far=False, cpus=1, head=True)
-    far = ray_node(machines, far=True, cpus=1)
+    machines.ray_node(far=False, cpus=1, head=True, **HEALTH)
+    far = machines.ray_node(far=True, cpus=1, **HEALTH)
     trainer = pool(machines, net.here, *training(model_folder, pairs_csv, folder, "--max_steps", 4000))
-    until(lambda: [2, 0, 0] in shared_out(machines, trainer), machines, trainer)
+    machines.until(lambda: [2, 0, 0] in shared_out(machines, trainer), trainer)
     pause(machines).touch()
-    until(lambda: "paused" in machines.text(trainer), machines, trainer)
+    machines.until(lambda: "paused" in machines.text(trainer), trainer)
     net.cut()
     pause(machines).unlink()
-    until(lambda: any(lost == 1 and again for _, lost, again in shared_out(machines, trainer)), machines, trainer)
+    machines.until(lambda: any(lost == 1 and again for _, lost, again in shared_out(machines, trainer)), trainer)
     steps = len(shared_out(machines, trainer))
-    until(lambda: len(shared_out(machines, trainer)) > steps + 1, machines, trainer)
+    machines.until(lambda: len(shared_out(machines, trainer)) > steps + 1, trainer)
     assert shared_out(machines, trainer)[-1] == [1, 0, 0]
     net.mend()
     far.wait(60)  # Ray ends it when it is told that it was held to be dead
-    far = ray_node(machines, far=True, cpus=1)
-    until(lambda: shared_out(machines, trainer)[-1] == [2, 0, 0], machines, trainer)
+    far = machines.ray_node(far=True, cpus=1, **HEALTH)
+    machines.until(lambda: shared_out(machines, trainer)[-1] == [2, 0, 0], trainer)
 
 
 def test_the_head_of_the_pool_is_cut_off(machines, model_folder, pairs_csv, tmp_path):
     pytest.importorskip("ray")
     folder, net = tmp_path / "run", machines.network
-    ray_node(machines, far=True, cpus=1, head=True)
-    ray_node(machines, far=False, cpus=0, head_far=True)
+    machines.ray_node(far=True, cpus=1, head=True, **HEALTH)
+    machines.ray_node(far=False, cpus=0, head_far=True, **HEALTH)
     trainer = pool(machines, net.host, *training(model_folder, pairs_csv, folder))
-    until(lambda: shared_out(machines, trainer), machines, trainer)
+    machines.until(lambda: shared_out(machines, trainer), trainer)
     net.lose()
-    until(lambda: "error: " in machines.text(trainer), machines, trainer)
+    machines.until(lambda: "error: " in machines.text(trainer), trainer)
     machines.kill(trainer)  # Ray takes its leave of the head for two minutes
     text = machines.text(trainer)
     assert f"error: The head of the Ray cluster, {net.host}:{PORT}, can't be reached any more, for 4 seconds" in text

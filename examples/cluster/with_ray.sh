@@ -2,6 +2,7 @@
 # A Ray cluster for the time of one command: other hosts generate, this one trains.
 #
 #   examples/cluster/with_ray.sh "gpu1 gpu2" reinforcepp train --rollout ray://auto --output_dir runs/train ...
+#   examples/cluster/with_ray.sh "gpu1 gpu2" torchrun --nproc_per_node 8 -m reinforcepp train --rollout ray://auto ...
 #
 # The hosts are reached by ssh, without a password, and have this package and Ray installed as here. When the command
 # ends, so does the cluster; Ctrl-C and TERM let the training save first. In the environment, where a default doesn't fit:
