@@ -121,7 +121,7 @@ class Learner:
         Raises:
             TrainingDiverged: the weights did not change, though they should have.
         """
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         probes = self._probes() if rate >= SURELY_SEEN and norm > 0 else []
         self.engine.step()
         if probes and all(torch.equal(self.engine.weight(weight), before) for weight, before in probes):
