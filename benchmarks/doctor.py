@@ -43,7 +43,7 @@ NOTHING_STOPS = {
     "collapse_distinct": 0.0,
 }
 LONG_RUN = 30
-EVALUATED = 48
+EVALUATED, HELD_OUT = 48, 80
 
 
 # --- rewards that are no good -----------------------------------------------------------------------------------------
@@ -129,6 +129,8 @@ class Case:
     random_model: bool = False
     steps: int = 0
     """At least so many, where a fault takes its time."""
+    short: int = 0
+    """So many where --steps is below 30, and a fault takes more of them or fewer than others."""
 
     def described(self) -> dict[str, Any]:
         told = {
@@ -148,22 +150,22 @@ GROUPS = {"estimator": "grpo", "num_generations": 4, "batch_size": 4}
 FAULTS = [
     Case("kl_explosion", vowels, FASTER),
     Case("kl_inert", change=share_reference),
-    Case("entropy_collapse", vowels, NARROW, random_model=True, steps=60),
-    Case("length_drift", words, FREE | {"max_new_tokens": 96}, steps=20),
-    Case("length_collapse", brevity, FREE | {"learning_rate": 2e-3}, steps=20),
-    Case("reward_hacking", backticks, FREE, judge=True),
-    Case("reward_hacking", echo, FREE, steps=20),
+    Case("entropy_collapse", vowels, NARROW, random_model=True, steps=60, short=40),
+    Case("length_drift", words, FREE | {"max_new_tokens": 96}, short=15),
+    Case("length_collapse", brevity, FREE | {"learning_rate": 2e-3}, short=15),
+    Case("reward_hacking", backticks, FREE, judge=True, short=10),
+    Case("reward_hacking", echo, FREE, short=20),
     Case("no_signal", constant),
     Case("no_signal", by_prompt, GROUPS),
     Case("reward_saturated", extreme, {"reward_clip": 10.0}),
     Case("reward_saturated", nearly_all),
     Case("truncation", settings={"max_new_tokens": 12}),
-    Case("gradient_spikes", change=jumping_gradients),
-    Case("learning_rate_low", settings={"learning_rate": 1e-8}),
+    Case("gradient_spikes", change=jumping_gradients, short=10),
+    Case("learning_rate_low", settings={"learning_rate": 1e-8}, short=10),
     Case("engine_out_of_step", vowels, FREE, change=stale_engine),
-    Case("reward_model_chance", "chance"),
-    Case("reward_model_length", "length"),
-    Case("few_prompts", prompts=8),
+    Case("reward_model_chance", "chance", short=2),
+    Case("reward_model_length", "length", short=2),
+    Case("few_prompts", prompts=8, short=2),
 ]
 
 
@@ -209,7 +211,7 @@ def make_rewards(folder: Path, steps: int) -> dict[str, str]:
     with open(data_paths()[0], encoding="utf-8", newline="") as file:
         pairs = list(csv.DictReader(file))
     lots = random.Random(0)
-    pairs = lots.sample(pairs, 400)
+    pairs = lots.sample(pairs, 400 if steps >= LONG_RUN else 160)
     turned = [(p["prompt"], *lots.sample([p["chosen"], p["rejected"]], 2)) for p in pairs]
     padding = " Then look at the result, and do the same on the other side, to be sure of it."
     longer = [(p["prompt"], p["chosen"] + padding, p["chosen"]) for p in pairs]
@@ -218,7 +220,9 @@ def make_rewards(folder: Path, steps: int) -> dict[str, str]:
         path = folder / f"{name}.csv"
         with open(path, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
-        made[name] = train_reward(folder / name, data=str(path), num_train_epochs=1, heldout_fraction=0.2)
+        made[name] = train_reward(
+            folder / name, data=str(path), num_train_epochs=1, heldout_fraction=HELD_OUT / len(pairs)
+        )
     if steps >= LONG_RUN:
         made["sound"] = train_reward(folder / "sound", num_train_epochs=5, learning_rate=3e-4)
     return made
@@ -237,7 +241,7 @@ def findings(case: Case, rewards: dict[str, str], folder: Path, steps: int) -> l
         "batch_size": 16,
         "max_new_tokens": 64,
         "max_prompt_length": 64,
-        "max_steps": max(steps, case.steps),
+        "max_steps": max(steps, case.steps) if steps >= LONG_RUN else case.short or steps,
         "learning_rate": 1e-4,
         "kl_coef": 0.05,
         "rollout": "transformers",

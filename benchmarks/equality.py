@@ -1,8 +1,8 @@
 """Do 1, 2 and 3 processes train alike? The same run under each engine, on CPUs with gloo, against one process.
 
-python benchmarks/equality.py
+python benchmarks/equality.py [--steps 5]
 
-Each scenario is a training of five steps in float32. Every second batch holds a single prompt, so that the other
+Each scenario is a training of so many steps in float32. Every second batch holds a single prompt, so that the other
 processes have no row, and the others don't divide by three. A scenario that goes on starts after two steps from what
 two processes saved: two under FSDP2 and under ZeRO 3 from a checkpoint of DDP, three under DDP from one of FSDP2 and
 under ZeRO 2 from one of ZeRO 3, the others from one of their own kind. All are compared with one process that knows of
@@ -17,31 +17,38 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import tempfile
+import time
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from results import write_result
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from reinforcepp import ReinforceConfig, ReinforceTrainer  # loaded here, once, for all the forks
 from reinforcepp.files import write_json
+from reinforcepp.models import load_tokenizer, save_model, weights_hash
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(5)]
 HELD_OUT = [{"prompt": f"Why does router {i} drop packets?"} for i in range(2)]
+STEPS = 5
 SETTINGS: dict[str, Any] = {
     "max_new_tokens": 12,
     "num_generations": 2,
     "max_prompt_length": 40,
     "batch_size": 4,
-    "max_steps": 5,
+    "max_steps": STEPS,
     "learning_rate": 1e-4,
     "seed": 5,
     "rollout": "transformers",
@@ -82,6 +89,9 @@ BACKENDS: dict[str, dict[str, str]] = {  # what `accelerate launch` sets for eac
 }
 if importlib.util.find_spec("deepspeed") is None:
     BACKENDS = {name: said for name, said in BACKENDS.items() if "ZeRO" not in name}
+else:
+    importlib.import_module("deepspeed.runtime.zero.utils")
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # it loads the compiler, as every start would
 REFERENCE = "DDP:1"
 
 
@@ -98,11 +108,6 @@ def fussy(prompts: list[str], completions: list[str], completion_ids: list[list[
 
 def make_model(folder: Path) -> str:
     """A model with random weights wide enough for choices that aren't near-ties, and with the built-in tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from reinforcepp.models import load_tokenizer, save_model
-
     tokenizer = load_tokenizer("builtin:tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -174,9 +179,6 @@ def launched_as(backend: str) -> None:
 
 def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
     """One training; its advantages go to a file beside its model."""
-    from reinforcepp import ReinforceConfig, ReinforceTrainer
-    from reinforcepp.models import weights_hash
-
     args = ReinforceConfig(output_dir=str(folder), **(SETTINGS | settings))
     reward = fussy if folder.name == "not scored" else spread
     trainer = ReinforceTrainer(model, reward, args, PROMPTS, HELD_OUT)
@@ -208,21 +210,41 @@ def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
 
 
 def launch(processes: int, model: str, folder: Path) -> None:
-    """Run :func:`work` in so many processes; one is started without a launcher."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    command += [__file__, "--model", model, "--folder", str(folder), "--processes", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode:
-        raise SystemExit(f"{processes} processes failed:\n{done.stderr[-20000:]}")
+    """Run :func:`work` in so many processes, forks that needn't load anything again; one is told of no others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    started = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        log = folder / f"log-{processes}-{rank}"
+        started.append(
+            context.Process(target=placed, args=(log, place if processes > 1 else {}, model, folder, processes))
+        )
+        started[-1].start()
+    end = time.monotonic() + 600
+    for process in started:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
+        process.join()
+    if any(process.exitcode for process in started):
+        told = "\n".join((folder / f"log-{processes}-{rank}").read_text()[-10000:] for rank in range(processes))
+        raise SystemExit(f"{processes} processes failed:\n{told}")
+
+
+def placed(log: Path, place: dict[str, Any], *arguments: Any) -> None:
+    """:func:`work` with what a launcher would set, printing to ``log``."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update({name: str(value) for name, value in place.items()})
+    work(*arguments)
 
 
 def compared(folder: Path, reference: Path) -> dict[str, Any]:
     """Largest differences between a training and the one that it should equal, over the steps that it has made."""
-    from safetensors.torch import load_file
-
     own, other = (json.loads((path / SEEN).read_text()) for path in (folder, reference))
     steps, pairs = len(own), list(zip(own, other[-len(own) :], strict=True))
     if any(one["ids"] != two["ids"] for one, two in pairs):
@@ -260,16 +282,15 @@ def metric_gaps(folder: Path, reference: Path) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output", help="write there instead of benchmarks/results/equality.json")
-    for name in ("--model", "--folder", "--processes"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.folder:
-        work(arguments.model, Path(arguments.folder), int(arguments.processes))
-        return
+    SETTINGS["max_steps"] = arguments.steps
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = make_model(folder / "model")
+        gc.freeze()  # DeepSpeed collects garbage whenever it begins, and what is here so far is none
         for processes in LAUNCHES:
             print(f"{processes} processes", flush=True)
             launch(processes, model, folder)

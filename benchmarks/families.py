@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import sys
 import tempfile
@@ -61,6 +62,7 @@ def outcomes(family: str, folder: Path) -> dict[str, dict[str, str]]:
         prompt = ["--prompt", "Is the gateway up?", *LENGTHS, "--engine", engine]
         run("generate", engine, "generate", "--model", trained, *prompt)
     asked = ["--data", data, *LENGTHS, "--output_dir", str(folder / "comparison"), "--judge", str(folder / "rm")]
+    asked += ["--engine", "transformers"]
     run("compare", "transformers", "compare", base, trained, *asked)
     run("export", "transformers", "export", adapted, "--output_dir", str(folder / "plain"))
     return told
@@ -68,6 +70,7 @@ def outcomes(family: str, folder: Path) -> dict[str, dict[str, str]]:
 
 def said(arguments: list[str]) -> str:
     """``passed``, or what a command of reinforcepp says instead of success."""
+    gc.freeze()  # vLLM collects garbage again and again, among a million objects that stay, until it thaws them at its end
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         code = cli.main(arguments)

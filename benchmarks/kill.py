@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -54,6 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder))
+        gc.freeze()  # what is loaded here is no garbage in the forks, which would look for some among it
         each = {kind: try_points(kind, Path(folder), arguments.points, arguments.seed) for kind in COMPARED}
     total = {key: sum(result[key] for result in each.values()) for key in ("points", "identical")}
     result = total | each

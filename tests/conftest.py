@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 from pathlib import Path
 
@@ -40,6 +41,32 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, or at the end one process would work alone."""
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+# --- the garbage collector ------------------------------------------------------------------------------------------
+
+# torch, transformers and vLLM make a million objects that stay: a collection that looks at them takes half a second, and
+# each vLLM engine that starts and ends makes eight, each reward model's training one. So they are frozen. vLLM thaws all.
+thaw, thawed = gc.unfreeze, True
+
+
+def unfreeze() -> None:
+    global thawed
+    thawed = True
+    thaw()
+
+
+gc.unfreeze = unfreeze
+
+
+def pytest_runtest_setup() -> None:
+    global thawed
+    if thawed:
+        gc.freeze()
+        thawed = False
+
+
+# --- what tests work on ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -130,6 +131,15 @@ def test_two_models(compared):
     assert "4 held-out prompts to answer" in err and "answers of A 1/1" in err and "answers of B 1/1" in err
     # What is written is ours, so that it can be replaced, and only when that is asked for.
     assert cli.main(["compare", "a", "a", "--data", "pairs.csv", "--judge", "reward", "--output_dir", "out"]) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+def test_both_engines_answer_alike(compared):
+    said = []
+    for engine in ("transformers", "vllm"):
+        compared("a", "near", "--engine", engine)
+        said.append([(row["answer_a"], row["answer_b"]) for row in answers()])
+    assert said[0] == said[1] and any(a != b for a, b in said[0])
 
 
 def test_a_model_is_no_better_than_itself(compared):

@@ -22,21 +22,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reinforcepp.config import Keeping, as_dict
-from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ModelError
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
-from reinforcepp.learner import Learner
 from reinforcepp.observe import LOGS, say
 from reinforcepp.run_folder import check_unchanged
-from reinforcepp.shards import Template, read_shards, write_shards
 from reinforcepp.versions import versions_of
+
+if TYPE_CHECKING:  # who exports a model needs none of these, and they load what takes a second
+    from reinforcepp.distributed import Ranks
+    from reinforcepp.learner import Learner
+    from reinforcepp.shards import Template
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -70,6 +72,8 @@ class Checkpoint:
         Raises:
             ModelError: if it is something else.
         """
+        from reinforcepp.shards import read_shards
+
         parts = self.folder / name
         path = parts if parts.is_dir() else self.folder / f"{name}.safetensors"
         try:
@@ -204,6 +208,8 @@ def write_parts(run: Path, learnt: Mapping[str, Learnt], ranks: Ranks) -> None:
     Raises:
         OSError: on all ranks, if one of them can't write.
     """
+    from reinforcepp.shards import write_shards
+
     for name, (_, optimizer, _) in learnt.items():
         folder = _parts(run / FOLDER, name)
         if ranks.is_main:

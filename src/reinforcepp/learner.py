@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from reinforcepp.adapters import base_model, in_4bit, is_adapted, load_trained_weights, trained_weights
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
+from reinforcepp.schedule import share_of_peak
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,12 +79,8 @@ class Learner:
         self.model = self.engine.model
         if config.torch_compile:  # not the plain model: generation has ways of its own that a compiler doesn't know
             self.model = torch.compile(self.model)
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type,
-            self._masters,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=steps,
-        )
+        course = partial(share_of_peak, kind=config.lr_scheduler_type, warmup=config.warmup_steps, steps=steps)
+        self.scheduler = LambdaLR(self._masters, course)
 
     @property
     def scoring(self) -> Any:
@@ -123,7 +121,7 @@ class Learner:
         Raises:
             TrainingDiverged: the weights did not change, though they should have.
         """
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         probes = self._probes() if rate >= SURELY_SEEN and norm > 0 else []
         self.engine.step()
         if probes and all(torch.equal(self.engine.weight(weight), before) for weight, before in probes):

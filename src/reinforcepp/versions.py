@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+
+_version = cache(version)  # each reads and parses a file, and every checkpoint asks for ten of them
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
@@ -12,7 +15,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
+            found[package] = _version(package)
     return found
 
 

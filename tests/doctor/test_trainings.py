@@ -9,7 +9,7 @@ import scripts
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    return scripts.result_of("doctor", tmp_path_factory.mktemp("doctor"), "--steps", "10", "--seeds", "5")
+    return scripts.result_of("doctor", tmp_path_factory.mktemp("doctor"), "--steps", "8", "--seeds", "5")
 
 
 def test_every_fault_is_found(result):
