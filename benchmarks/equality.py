@@ -1,8 +1,8 @@
 """Do 1, 2 and 3 processes train alike? The same run under each engine, on CPUs with gloo, against one process.
 
-python benchmarks/equality.py [--steps 5]
+python benchmarks/equality.py
 
-Each scenario is a training of so many steps in float32. Every second batch holds a single prompt, so that the other
+Each scenario is a training of five steps in float32. Every second batch holds a single prompt, so that the other
 processes have no row, and the others don't divide by three. A scenario that goes on starts after two steps from what
 two processes saved: two under FSDP2 and under ZeRO 3 from a checkpoint of DDP, three under DDP from one of FSDP2 and
 under ZeRO 2 from one of ZeRO 3, the others from one of their own kind. All are compared with one process that knows of
@@ -42,13 +42,12 @@ from reinforcepp.models import load_tokenizer, save_model, weights_hash
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(5)]
 HELD_OUT = [{"prompt": f"Why does router {i} drop packets?"} for i in range(2)]
-STEPS = 5
 SETTINGS: dict[str, Any] = {
     "max_new_tokens": 12,
     "num_generations": 2,
     "max_prompt_length": 40,
     "batch_size": 4,
-    "max_steps": STEPS,
+    "max_steps": 5,
     "learning_rate": 1e-4,
     "seed": 5,
     "rollout": "transformers",
@@ -282,10 +281,8 @@ def metric_gaps(folder: Path, reference: Path) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--output", help="write there instead of benchmarks/results/equality.json")
     arguments = parser.parse_args()
-    SETTINGS["max_steps"] = arguments.steps
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -20,9 +20,11 @@ ASKING = """
 import json, sys, threading
 import tiny, torch
 from rollout.contract import prepared_model, prepared_tokenizer
-from reinforcepp.distributed import FirstRank, Ranks, join
+from pathlib import Path
+from reinforcepp import ReinforceConfig, shared_engine
+from reinforcepp.distributed import Ranks, join
 from reinforcepp.errors import EngineLost
-from reinforcepp.shared_engine import SharedEngine
+from reinforcepp.rollout.choose import EngineChoice
 from reinforcepp.types import Completion, Prompt, Sampling
 
 join(60)
@@ -51,11 +53,14 @@ class Engine:
         seen.append("closed")
 
 held = []
-def start():
+def start(*_, **settings):
     held.append(Engine())
-    return held[0]
+    return held[-1]
 
-engine = SharedEngine(FirstRank(ranks, 60), start, prepared_model(), prepared_tokenizer())
+shared_engine.start_engine = start
+given = prepared_model(), prepared_tokenizer(), ReinforceConfig(watchdog_seconds=60), ranks, 0, Path("run")
+assert shared_engine.start_for_all(EngineChoice("vllm", ""), *given) is held.pop()
+engine = shared_engine.start_for_all(EngineChoice("ray", "", "auto"), *given)
 told = {"started": len(held), "name": engine.name, "dtype": str(engine.dtype)}
 own = [Prompt(f"{ranks.index}", (1,), 10 * ranks.index + i) for i in range([2, 0, 1][ranks.index])]
 
