@@ -3,7 +3,8 @@
 python benchmarks/rollout.py [--precisions no bf16] [--rounds 3]
 
 On the 82-million-parameter shape of benchmarks/generation.py. Each engine runs in a process of its own, in turns, so
-that load on the machine meets both alike; written to benchmarks/results/rollout_cpu.json.
+that load on the machine meets both alike; written to benchmarks/results/rollout_cpu.json. ``limit`` is what no engine could
+beat: one that takes no longer for generating than the matrix products alone take at the machine's peak, measured beside it.
 """
 
 from __future__ import annotations
@@ -80,8 +81,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "sync_seconds_per_100m_parameters": sync / of["vllm"][0]["parameters"] * 1e8,
             "added_mib": {e: median(row["added_mib"] for row in of[e]) for e in ENGINES},
             "added_beyond_weights_mib": median(r["added_mib"] - r["engine_weights_mib"] for r in of["vllm"]),
+            "limit": limit(of["vllm"], median(totals["transformers"])),
         }
     return result
+
+
+def limit(rows: list[dict[str, Any]], transformers: float) -> dict[str, float]:
+    """What the ratio would be if generating were nothing but products of matrices at the fastest rate that was seen."""
+    rate = max(row["operations_per_second"] for row in rows)
+    generate = median(row["operations"] for row in rows) / rate
+    at_best = transformers / (generate + median(row["score"] for row in rows))
+    return {"operations_per_second": rate, "generate_seconds": generate, "transformers_over_vllm": at_best}
 
 
 def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +129,29 @@ def measure(folder: str, engine: str, precision: str, prompts: list[list[int]], 
     parameters = sum(p.numel() for p in model.parameters())
     own = parameters * dtype.itemsize / MIB if engine == "vllm" else 0.0
     tokens = sum(len(c.ids) for c in completions)
-    return {**seconds, "tokens": tokens, "added_mib": added / MIB, "engine_weights_mib": own, "parameters": parameters}
+    head, places = (model.get_parameter(f"transformer.{name}.weight").numel() for name in ("wte", "wpe"))
+    layers = parameters - head - places
+    operations = 2 * (layers * (tokens + sum(len(p.ids) for p in requests)) + head * tokens)
+    return {
+        **seconds,
+        "tokens": tokens,
+        "added_mib": added / MIB,
+        "engine_weights_mib": own,
+        "parameters": parameters,
+        "operations": operations,
+        "operations_per_second": product_rate(dtype),
+    }
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Additions and multiplications a second in a product that is large enough to reach the machine's peak."""
+    a, b = torch.randn(4096, 1024).to(dtype), torch.randn(1024, 4096).to(dtype)
+    seconds = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - begin)
+    return 2 * a.numel() * b.shape[1] / min(seconds)
 
 
 @torch.no_grad()

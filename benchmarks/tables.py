@@ -83,7 +83,10 @@ def rollout_cpu(result: dict[str, Any]) -> str:
         f"\n{name}: the phase is {own['transformers_over_vllm']:.2f} times as long with transformers "
         f"({own['transformers_over_vllm_range'][0]:.2f} to {own['transformers_over_vllm_range'][1]:.2f}); vLLM takes "
         f"{own['sync_seconds_per_100m_parameters']:.2f} s to take over 100 million weights, and "
-        f"{own['added_beyond_weights_mib']:.0f} MiB beyond the size of its weights.\n"
+        f"{own['added_beyond_weights_mib']:.0f} MiB beyond the size of its weights. An engine that generated at the "
+        f"{own['limit']['operations_per_second'] / 1e9:.0f} GFLOP/s of large matrix products, in "
+        f"{own['limit']['generate_seconds']:.2f} s, would make the phase "
+        f"{own['limit']['transformers_over_vllm']:.2f} times as fast.\n"
         for precision, name in (("no", "float32"), ("bf16", "bfloat16"))
         if (own := result.get(precision))
     )
@@ -447,6 +450,34 @@ def equality(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+STRUCK = {"cut": "the cable is pulled out", "lose": "packets are lost"}
+
+
+def partition_torchrun(result: dict[str, Any]) -> str:
+    rows = [
+        [STRUCK[row["strike"]], row["who"], f"{row['told']:.1f}", f"{row['ended']:.1f}"]
+        for row in result["rows"]
+        if row["scenario"] == "torchrun"
+    ]
+    said = f"\nWith `--watchdog_seconds {result['watchdog_seconds']}`; two machines, network namespaces.\n"
+    return table(["network", "process", "tells so after, s", "has ended after, s"], rows) + said + made_by(result)
+
+
+def partition_ray(result: dict[str, Any]) -> str:
+    parted = {"ray node": "a machine of the pool, of two", "ray head": "the head, with the only worker"}
+    rows = [
+        [
+            parted[row["scenario"]],
+            STRUCK[row["strike"]],
+            *(f"{row[what]:.0f}" if what in row else "" for what in ("goes_on", "told", "ended")),
+        ]
+        for row in result["rows"]
+        if row["scenario"] in parted
+    ]
+    titles = ["parted from the trainer", "network", "next step after, s", "tells so after, s", "has ended after, s"]
+    return table(titles, rows) + made_by(result)
+
+
 def ray_kill(result: dict[str, Any]) -> str:
     rows = [
         [
@@ -599,6 +630,8 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "streaming": (streaming, "streaming"),
     "equality": (equality, "equality"),
     "ray_kill": (ray_kill, "ray_kill"),
+    "partition_torchrun": (partition_torchrun, "partition"),
+    "partition_ray": (partition_ray, "partition"),
     "async": (staleness, "async"),
     "scaling_steps": (scaling_steps, "scaling"),
     "scaling_projections": (scaling_projections, "scaling"),
