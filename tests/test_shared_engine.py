@@ -107,7 +107,7 @@ def train(folder, model, data, count, *rest, **environment):
     reward = folder.parent / "spread.py"
     reward.write_text(REWARD)
     named = {"--mode": "train_rlhf", "--model_name": model, "--data_path": data, "--rlhf_model_path": folder}
-    named |= {"--rewards": f"{reward}:spread", "--learning_rate": "1e-4", "--eval_prompts": "3", "--batch_size": "3"}
+    named |= {"--rewards": f"{reward}:spread", "--learning_rate": "1e-4", "--eval_prompts": "3", "--batch_size": "5"}
     named |= {"--max_steps": "3", "--max_new_tokens": "8", "--max_prompt_length": "40", "--mini_batch_size": "2"}
     words = [word for pair in named.items() for word in pair]
     return scripts.launched(count, scripts.ROOT / "reinforce_cli.py", *words, *rest, **environment)
@@ -115,7 +115,10 @@ def train(folder, model, data, count, *rest, **environment):
 
 @needs_ray
 def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_csv):
-    """Ahead of time, so that a thread asks while the training goes on; the one generates by itself what the pool does."""
+    """Ahead of time, so that a thread asks while the training goes on; the second batch is a single prompt.
+
+    One process alone generates by itself what the pool does.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     alone, pool = ["--rollout", "transformers"], ["--rollout", "ray://local", "--rollout_workers", "1"]
     for folder, count, rest, environment in ((one, 1, alone, {}), (two, 2, pool, SHARDED)):
