@@ -319,6 +319,7 @@ def test_machines_of_a_pool():
     shared = replace(pooled, vllm_tensor_parallel_size=4)
     assert scaling.nodes_of(shared, 8) == 500
     few = replace(shared, rollout_workers=0, batch_size=256)
+    assert scaling.together(timing.Speeds(1.0, 2.0, 3.0, 4.0, 5.0), few) == (4.0, 8.0, 12.0, 4.0, 5.0)
     whole, parts = (scaling.on_nodes(job(engine="ray"), one, GPU, CHANCE, 4) for one in (pooled, few))
     assert (whole.devices, parts.devices) == (32, 8)
     alone, four = (
