@@ -252,7 +252,7 @@ def command_for(*, on_gpu: bool, **changes) -> list[str]:
 def test_the_command_has_what_a_cpu_needs_and_a_gpu_not():
     cpu, gpu = command_for(on_gpu=False), command_for(on_gpu=True)
     per_token = 2 * 4 * 192 * 2  # keys and values of 4 layers in bfloat16
-    assert f"--kv-cache-memory-bytes={4 * 96 * per_token}" in cpu
+    assert f"--kv-cache-memory-bytes={(4 * 64 + 32) * per_token}" in cpu
     assert {"--enforce-eager", "--block-size=32"} <= set(cpu)
     assert not [flag for flag in gpu if flag.startswith(("--kv-cache", "--enforce", "--block"))]
     assert {"--dtype=bfloat16", "--max-model-len=64", "--max-num-seqs=4", "--served-model-name=n"} <= set(gpu)
