@@ -14,7 +14,7 @@ from torch import Tensor
 from reinforcepp.adapters import base_model, full_weights
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import empty_model
-from reinforcepp.rollout.choose import choose_engine, start_engine
+from reinforcepp.rollout.choose import EngineChoice, choose_engine, start_engine
 from reinforcepp.types import Completion, Prompt, Sampling
 from reinforcepp.versions import own_version
 
@@ -57,25 +57,22 @@ class Worker:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.choice: EngineChoice | None = None
         self.engine: Any = None
         self.model: Any = None
 
     def load(self, packed: Packed) -> str:
         """Generate with these weights from now on; returns the engine's name."""
         recipe = self.recipe
-        choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
-        if recipe.tensor_parallel_size > 1 and choice.name != "vllm":
-            raise RolloutError(
-                f"vllm_tensor_parallel_size is {recipe.tensor_parallel_size}, and on {socket.gethostname()} vLLM can't be used: "
-                f"{choice.reason}."
-            )
+        if self.choice is None:
+            self.choice = self._choose()
         if self.model is None:
             self.model = empty_model(recipe.config, recipe.dtype)
             self.model.generation_config = recipe.generation_config
-        fill(self.model, packed, on_gpu=choice.name == "transformers")  # vLLM has a copy of its own there
+        fill(self.model, packed, on_gpu=self.choice.name == "transformers")  # vLLM has a copy of its own there
         if self.engine is None:
             self.engine = start_engine(
-                choice,
+                self.choice,
                 self.model,
                 recipe.tokenizer,
                 max_length=recipe.max_length,
@@ -92,6 +89,16 @@ class Worker:
         completions = self.engine.generate(prompts, sampling)
         number = sampling.num_samples
         return [completions[i : i + number] for i in range(0, len(completions), number)]
+
+    def _choose(self) -> EngineChoice:
+        recipe = self.recipe
+        choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
+        if recipe.tensor_parallel_size > 1 and choice.name != "vllm":
+            raise RolloutError(
+                f"vllm_tensor_parallel_size is {recipe.tensor_parallel_size}, and on {socket.gethostname()} vLLM can't be used: "
+                f"{choice.reason}."
+            )
+        return choice
 
 
 def fill(model: PreTrainedModel, packed: Packed, *, on_gpu: bool = True) -> None:
