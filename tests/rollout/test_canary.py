@@ -66,15 +66,16 @@ def test_three_syncs_are_in_step(bench):
 
 
 @needs_vllm
-@pytest.mark.parametrize("sabotage", ["sync skipped", "prefix cache kept", "lm_head left out"])
+@pytest.mark.parametrize("sabotage", ["sync skipped", "prefix cache kept", "output layer left out"])
 def test_a_failed_sync_is_caught(bench, sabotage, monkeypatch):
     trainer = bench.next_trainer()
     with monkeypatch.context() as patch:
         if sabotage == "prefix cache kept":
             patch.setattr(bench.engine._llm, "reset_prefix_cache", lambda: True)
-        if sabotage == "lm_head left out":
-            whole = integration.full_weights
-            patch.setattr(integration, "full_weights", lambda m: (w for w in whole(m) if "lm_head" not in w[0]))
+        if sabotage == "output layer left out":
+            whole, layer = integration.full_weights, ("wte", "embed_tokens") if bench.tied else "lm_head"
+            kept = lambda name: not name.removesuffix(".weight").endswith(layer)  # noqa: E731
+            patch.setattr(integration, "full_weights", lambda m: ((n, w) for n, w in whole(m) if kept(n)))
         if sabotage != "sync skipped":
             bench.engine.load_weights(trainer)
         with pytest.raises(RolloutError, match=r"out of step.*agree on \d+%.*differ by up to [\d.]+ nats"):

@@ -55,13 +55,18 @@ def test_samples_of_a_prompt_share_its_cache(shared_engine, monkeypatch):
 
 
 @needs_vllm
-def test_embeddings_that_only_look_tokens_up_have_no_packed_copy(shared_engine):
-    shared_engine.generate([Prompt("short", (40, 41), 0)], Sampling(2))
-    model = shared_engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
-    assert not is_packed(model.transformer.wte)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_output_layer_is_packed_once_and_no_other_matrix_over_the_vocabulary_is(tied):
+    trainer = prepared_model(tied=tied)
+    engine = VllmEngine(trainer, prepared_tokenizer())
+    engine.generate([Prompt("short", (40, 41), 0)], Sampling(2))
+    model = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    assert (model.lm_head is model.transformer.wte) == tied
     assert is_packed(model.lm_head)  # or each token would take longer
-    shared_engine.load_weights(prepared_model())
+    assert is_packed(model.transformer.wte) == tied
+    engine.load_weights(trainer)
     assert not is_packed(model.lm_head)  # the earlier one is gone before the next is made
+    engine.close()
 
 
 def is_packed(layer):

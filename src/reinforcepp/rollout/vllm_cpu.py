@@ -13,7 +13,7 @@ from reinforcepp.rollout.draw import draw
 
 
 def spare_work() -> None:
-    """Exchange four things that vLLM does on a CPU for others with the same outcome; the first three are a seventh of a step.
+    """Exchange five things that vLLM does on a CPU for others with the same outcome; the first three are a seventh of a step.
 
     - It draws tokens by the Gumbel trick, two logarithms for each token of the vocabulary; ``draw`` needs one exponential.
     - It counts each sampled token's rank in the vocabulary, by a function that is compiled first, in 8 to 25 s; nobody
@@ -21,6 +21,7 @@ def spare_work() -> None:
     - It computes GPT-2's activation in eight passes over memory; torch has the same function in one.
     - It packs each matrix over the vocabulary a second time with every load of weights, also those that only look up tokens.
       Here it is packed when it is first multiplied with.
+    - It loads an output layer that is tied to the embeddings as a layer of its own. Here it is the embeddings.
     """
     from vllm.model_executor.layers import activation
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -31,6 +32,7 @@ def spare_work() -> None:
     sampler.batched_count_greater_than = _no_ranks
     activation.NewGELU.forward_native = _tanh_gelu
     UnquantizedEmbeddingMethod.process_weights_after_loading = _unpacked
+    UnquantizedEmbeddingMethod.tie_weights = _the_embeddings
 
 
 def give_back_freed() -> None:
@@ -65,6 +67,10 @@ def _tanh_gelu(_self: Any, x: Tensor) -> Tensor:
 def _unpacked(_self: Any, layer: Any) -> None:
     """In place of packing ``layer``, which may have packed weights of before."""
     layer.cpu_linear = partial(_pack_and_multiply, layer)
+
+
+def _the_embeddings(_self: Any, _output_layer: Any, embeddings: Any) -> Any:
+    return embeddings
 
 
 def _pack_and_multiply(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

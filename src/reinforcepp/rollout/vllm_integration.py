@@ -2,8 +2,8 @@
 
 What this module owes to vLLM 0.32 on a CPU:
 
-- Weights are prepacked there, so an update goes through ``reload_weights`` with the whole state dict; a tied lm_head has
-  a packed copy of its own and has to be named like any other weight.
+- Weights are prepacked there, so an update goes through ``reload_weights`` with the whole state dict, but for a tied
+  lm_head, which is the embeddings.
 - Keys and values of prompts outlive an update, so the prefix cache is emptied with each one.
 - Starting and generating disturb the global random state, which is put back.
 - ``canary.check_sync`` is what says whether all this worked.
@@ -29,7 +29,7 @@ from reinforcepp.rollout.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.transfer import send_weights
 from reinforcepp.rollout.vllm_adapter import AdapterCopy, takes_adapter
 from reinforcepp.rollout.vllm_cpu import give_back_freed, spare_work
-from reinforcepp.rollout.vllm_support import has_output_layer, import_vllm, sampling_settings, vllm_status
+from reinforcepp.rollout.vllm_support import import_vllm, sampling_settings, vllm_status
 from reinforcepp.rollout.weights import named_config, saved_eos_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -302,7 +302,7 @@ class VllmEngine:
         adapter.update(self._llm, model)
 
     def _reload_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        if not has_output_layer(models.architecture(self.config)):
+        if self.config.get_text_config().tie_word_embeddings:
             weights = ((name, weight) for name, weight in weights if not name.startswith("lm_head."))
         if self._apart:
             devices = [torch.device("cuda", i) for i in range(self._tensor_parallel_size)]
