@@ -71,6 +71,7 @@ LAYERS = [
     "training_engine",
     "zero",
     "distributed",
+    "first_rank",
     "shared_engine",
     "learner",
     "critic",

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 import scripts
 from reinforcepp import distributed, zero
 from reinforcepp.checkpoint import Checkpoint
-from reinforcepp.cli import main
 from reinforcepp.errors import ConfigError
 from reinforcepp.models import load_policy
 from reinforcepp.observe import read_metrics
@@ -191,13 +190,6 @@ def test_one_that_fails_ends_all_with_its_own_words(launched, how, words):
     assert text.count("Traceback (most recent call last)") == 1, text  # the launcher's own
     assert len(read_metrics(folder)) == 1
     assert not (folder / "model.safetensors").exists()
-
-
-def test_a_reward_model_is_trained_by_one_process(monkeypatch, capsys, tmp_path, pairs_csv):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["reward", "--data", str(pairs_csv), "--output_dir", str(tmp_path / "run")]) == 2
-    assert "is trained by one process, but the launcher has started 2" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_machine_with_another_version_is_told(monkeypatch):

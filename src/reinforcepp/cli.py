@@ -159,6 +159,8 @@ def run(verb: str, config: Any) -> int:
         where = f" ({error.filename})" if error.filename else ""
         _tell_failure(f"error: {error.strerror}{where}; what was saved before stays as it is.")
         return USAGE_ERROR
+    if (distributed := sys.modules.get("reinforcepp.distributed")) is not None:
+        distributed.leave()
     return outcome if isinstance(outcome, int) else 0
 
 

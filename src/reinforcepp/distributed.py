@@ -46,7 +46,6 @@ from reinforcepp.zero import ZeroEngine, asked_for, complete, launched_plugin, p
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Q = TypeVar("Q")
 T = TypeVar("T")
 TRACKERS = "trackers"
 PROJECT = "reinforcepp"
@@ -119,6 +118,12 @@ def _compare_versions() -> None:
             f"The first process of this training has reinforcepp {first}, and {socket.gethostname()} has {own}: install the same "
             "version on all machines."
         )
+
+
+def leave() -> None:
+    """End what :func:`join` began; due where all has gone well and the process ends, or its threads may outlive what they use."""
+    if started() > 1 and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def tell_failure(text: str) -> None:
@@ -342,47 +347,10 @@ class Ranks:
         gathered: Tensor = self._accelerator.gather(values)
         return gathered.max()
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.sum(torch.tensor(float(here), device=self.device)))
+
     def wait(self) -> None:
         """Go on when all ranks are here."""
         self._accelerator.wait_for_everyone()
-
-
-class FirstRank:
-    """The first of several ranks, which does for all what it alone can.
-
-    All ranks ask it alike, in the same order, through a process group of its own: so a thread can ask while the training uses
-    its group.
-
-    Args:
-        ranks: those of the training.
-        seconds: without an answer, after which waiting for it is an error; 0 is never.
-    """
-
-    def __init__(self, ranks: Ranks, seconds: float) -> None:
-        self._count, self._here = ranks.count, ranks.is_main
-        self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=seconds) if seconds else NEVER)
-
-    def answers(self, question: Q, answer: Callable[[Sequence[Q]], Sequence[T]]) -> T:
-        """The first rank's answer to this rank's question; ``answer`` is called there, with the questions of all ranks.
-
-        Raises:
-            ReinforceError: on all ranks, what ``answer`` raised.
-        """
-        questions: list[Any] | None = [None] * self._count if self._here else None
-        distributed.gather_object(question, questions, dst=0, group=self._group)
-        told: list[Any] | None = None
-        if questions is not None:
-            try:
-                told = [(own, None) for own in answer(questions)]
-            except ReinforceError as error:
-                told = [(None, error)] * self._count
-        received: list[Any] = [None]
-        distributed.scatter_object_list(received, told, src=0, group=self._group)
-        outcome, failure = received[0]
-        if failure is not None:
-            raise failure
-        return cast(T, outcome)
-
-    def does(self, what: Callable[[], T]) -> T:
-        """What the first rank gets from ``what``, which is called there alone; errors are those of :meth:`answers`."""
-        return self.answers(None, lambda asked: [what()] * len(asked))

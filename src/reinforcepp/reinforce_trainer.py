@@ -387,6 +387,5 @@ class ReinforceTrainer:
 
     def _check_stop(self) -> None:
         """Between two steps: has any rank been asked to stop?"""
-        asked = torch.tensor(float(self._stop.number is not None), device=self.ranks.device)
-        if float(self.ranks.sum(asked)):
+        if self.ranks.any(self._stop.number is not None):
             raise StopAsked

@@ -32,6 +32,8 @@ from reinforcepp.supervised import Beginning, Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from reinforcepp.distributed import Ranks
+
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -84,7 +86,9 @@ class Resumable(Trainer):
             self.state.save_to_json(str(folder / TRAINER_STATE))
 
         keep = self.best["checkpoint"] if self.best else None
-        checkpoint.save(self.begun.folder, place, state, fill, keep_last=self.settings.keep_last, keep=keep)
+        if self.begun.ranks.is_main:
+            checkpoint.save(self.begun.folder, place, state, fill, keep_last=self.settings.keep_last, keep=keep)
+        self.begun.ranks.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -158,8 +162,8 @@ class ResumableSftTrainer(Resumable, SFTTrainer):
 class Keeper(TrainerCallback):
     """Between the steps of a training: log, progress, checkpoints, signals and unusable gradients."""
 
-    def __init__(self, log: MetricLog, progress: Progress, stop: Stop, watchdog: Watchdog) -> None:
-        self.log, self.progress, self.stop, self.watchdog = log, progress, stop, watchdog
+    def __init__(self, log: MetricLog, progress: Progress, stop: Stop, watchdog: Watchdog, ranks: Ranks) -> None:
+        self.log, self.progress, self.stop, self.watchdog, self._ranks = log, progress, stop, watchdog, ranks
         self.trainer: Any = None
         self._clock, self._skipped, self._left_out = Clock(), 0, False
 
@@ -168,17 +172,19 @@ class Keeper(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A step's time begins."""
+        """A step's time begins; several processes only stop together, here."""
+        if self._ranks.count > 1 and self._ranks.any(self.stop.number is not None):
+            raise StopAsked
         self._clock = Clock()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After a micro-batch that isn't a step's last: nothing is half done but gradients, which are given up."""
         self.watchdog.beat(f"step {state.global_step + 1}")
-        self.stop.check()
+        self._check_stop()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave an update out whose gradient isn't finite; stop after several in a row."""
-        self.stop.check()
+        """Leave an update out whose gradient isn't finite, which then is so on all processes; stop after several in a row."""
+        self._check_stop()
         gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
         self._left_out = not all(bool(torch.isfinite(g).all()) for g in gradients)
         self._skipped = self._skipped + 1 if self._left_out else 0
@@ -209,13 +215,18 @@ class Keeper(TrainerCallback):
         metrics = {"step": state.global_step} | {name: float(logs[name]) for name in names if name in logs}
         metrics["skipped_updates"] = float(self._left_out)
         self.trainer.last_metrics = metrics
-        self.log.write(metrics | self._clock.seconds())
+        if self._ranks.is_main:
+            self.log.write(metrics | self._clock.seconds())
         name, words = self.trainer.shown
         self.progress.step(f"loss {logs['loss']:.3f}, {words} {logs[name]:.2f}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After a checkpoint: stop here if asked to."""
-        self.stop.check()
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self._ranks.count == 1:
+            self.stop.check()
 
 
 def fit(
@@ -233,8 +244,10 @@ def fit(
         TrainingDiverged: several gradients in a row weren't finite.
     """
     steps, saved = math.ceil(len(rows) / config.batch_size) * config.num_train_epochs, begun.saved
+    ranks = begun.ranks
     if saved is not None:
-        restore_logs(saved.folder, begun.folder)
+        if ranks.is_main:
+            restore_logs(saved.folder, begun.folder)
         say(f"Going on after step {saved.step} of {steps}")
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -243,13 +256,14 @@ def fit(
         stop_signals() as stop,
         Watchdog(begun.folder, config.watchdog_seconds) as watchdog,
     ):
-        log.open(begun.folder)
-        keeper = Keeper(log, progress, stop, watchdog)
+        if ranks.is_main:
+            log.open(begun.folder)
+        keeper = Keeper(log, progress, stop, watchdog, ranks)
         trainer = trainer_class(
             settings=config,
             begun=begun,
             model=model,
-            args=trainer_class.arguments(config, output_dir=scratch, **_arguments(config, steps)),
+            args=trainer_class.arguments(config, output_dir=scratch, **_arguments(config, steps, ranks.count)),
             train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
             processing_class=tokenizer,
             callbacks=[keeper],
@@ -270,11 +284,13 @@ def fit(
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # what follows is computed in float32
 
 
-def _arguments(config: Settings, steps: int) -> dict[str, Any]:
-    """What all of TRL's trainers are told."""
+def _arguments(config: Settings, steps: int, processes: int) -> dict[str, Any]:
+    """What all of TRL's trainers are told; of an optimiser step's rows each process has the same number."""
+    share = config.batch_size // processes
+    at_a_time = math.gcd(config.micro_batch_size, share)
     return {
-        "per_device_train_batch_size": config.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation,
+        "per_device_train_batch_size": at_a_time,
+        "gradient_accumulation_steps": share // at_a_time,
         "num_train_epochs": config.num_train_epochs,
         "learning_rate": config.learning_rate,
         "warmup_steps": steps // 10,
@@ -290,5 +306,6 @@ def _arguments(config: Settings, steps: int) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
         "seed": config.seed,
     }

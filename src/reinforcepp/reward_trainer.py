@@ -6,12 +6,16 @@ attention mask ends, held-out figures, and a card with a fingerprint beside the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from reinforcepp.adapters import with_adapter
 from reinforcepp.config import RewardModelConfig, as_dict
-from reinforcepp.data import load_preferences
+from reinforcepp.data import PreferenceData, load_preferences
+from reinforcepp.first_rank import FirstRank
 from reinforcepp.framing import framed
 from reinforcepp.models import load_tokenizer, save_model, weights_hash
 from reinforcepp.observe import reading_progress, say
@@ -21,15 +25,29 @@ from reinforcepp.reward_models import load_reward_weights, new_reward_model
 from reinforcepp.reward_report import analyse, save_pairs, summary, tell, write_page
 from reinforcepp.rewards.measure import score_pairs
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model
-from reinforcepp.supervised import begin, check_left, length_limit, longest, open_folder, some_of, tokenised, within
+from reinforcepp.supervised import (
+    begin,
+    check_left,
+    length_limit,
+    longest,
+    meet,
+    open_folder,
+    some_of,
+    tokenised,
+    within,
+)
 from reinforcepp.tokens import encode_answer
 from reinforcepp.types import Preference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REPORT_FILE = "report.html"
 
 
 def train_reward_model(config: RewardModelConfig) -> RewardCard:
-    """Train, measure and save a reward model as ``config`` says; returns its card.
+    """Train, measure and save a reward model as ``config`` says; returns its card. Of several processes the first one measures
+    and saves.
 
     Raises:
         ReinforceError: for anything wrong with data, model or folder, before any weight is loaded.
@@ -39,6 +57,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
 
 
 def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
+    ranks = meet(config)
+    first = FirstRank(ranks, config.watchdog_seconds)
     folder, saved = open_folder(config)
     with reading_progress(config.streaming) as told:
         data, train, heldout = load_preferences(
@@ -65,11 +85,29 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     inputs = {"model": weights_hash(model), "data": data.sha256}
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed, head=model.score)
-    begun = begin(folder, config, inputs, saved, {"train_pairs": len(train), "heldout_pairs": len(heldout)})
+    facts = {"train_pairs": len(train), "heldout_pairs": len(heldout)}
+    begun = begin(folder, config, inputs, saved, facts, ranks)
     from reinforcepp.resumable import ResumableRewardTrainer, fit  # which loads TRL
 
     fit(ResumableRewardTrainer, model, tokenizer, rows, config, begun)
-    used = model.eval()
+
+    def measure_and_save() -> RewardCard:
+        return _measure_and_save(model.eval(), tokenizer, config, begun.folder, data, train, heldout)
+
+    return first.does(measure_and_save)
+
+
+def _measure_and_save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RewardModelConfig,
+    folder: Path,
+    data: PreferenceData,
+    train: Sequence[Preference],
+    heldout: Sequence[Preference],
+) -> RewardCard:
+    """What the model is worth, on the pairs that it learnt and on others, written beside it."""
+    used = model
     if config.load_in_4bit:  # whoever uses it adds the adapter to weights in full
         save_model(model, tokenizer, folder)
         used = load_reward_weights(folder)

@@ -17,13 +17,14 @@ from reinforcepp.adapters import in_4bit, with_adapter
 from reinforcepp.config import SftConfig
 from reinforcepp.data import Demonstration, load_texts
 from reinforcepp.files import write_json
+from reinforcepp.first_rank import FirstRank
 from reinforcepp.framing import framed
 from reinforcepp.logprobs import response_logprobs
 from reinforcepp.models import load_policy, load_tokenizer, save_model, weights_hash
 from reinforcepp.observe import say
 from reinforcepp.preparation import loading
 from reinforcepp.run_record import EVALUATION
-from reinforcepp.supervised import Beginning, begin, check_left, length_limit, open_folder, within
+from reinforcepp.supervised import Beginning, begin, check_left, length_limit, meet, open_folder, within
 from reinforcepp.tokens import encode, encode_answer, eos_id, frame_prompt
 
 if TYPE_CHECKING:
@@ -60,11 +61,13 @@ class HeldOut:
 
 def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
     """Fine-tune, measure and save a language model as ``config`` says; returns the figures ``before`` and ``after``,
-    None if no row is held out.
+    None if no row is held out. Of several processes the first one measures and saves.
 
     Raises:
         ReinforceError: for anything wrong with data, model or folder, before any weight is loaded.
     """
+    ranks = meet(config)
+    first = FirstRank(ranks, config.watchdog_seconds)
     folder, saved = open_folder(config)
     data, train, heldout = load_texts(
         config.data, heldout_fraction=config.heldout_fraction, seed=config.seed, **config.column_names
@@ -85,15 +88,19 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
     else:
         model.requires_grad_(True)  # an adapter that was merged leaves them off
     facts = {"kind": type(config).__name__, "rows": len(lessons), "heldout_rows": len(unseen), "inputs": inputs}
-    begun = begin(folder, config, inputs, saved, facts)
-    figures = {"before": _figures(model, unseen, tokenizer, config)}
+    begun = begin(folder, config, inputs, saved, facts, ranks)
+    before = first.does(lambda: _figures(model, unseen, tokenizer, config))
     _fit(model, tokenizer, lessons, config, begun)
-    figures["after"] = _figures(model.eval(), unseen, tokenizer, config)
-    save_model(model, tokenizer, folder)
-    write_json(folder / EVALUATION, {when: asdict(of) for when, of in figures.items() if of is not None})
-    _tell(figures["before"], figures["after"])
-    say(f"Saved the model to {folder}", "green")
-    return figures
+
+    def measure_and_save() -> dict[str, HeldOut | None]:
+        figures = {"before": before, "after": _figures(model.eval(), unseen, tokenizer, config)}
+        save_model(model, tokenizer, folder)
+        write_json(folder / EVALUATION, {when: asdict(of) for when, of in figures.items() if of is not None})
+        _tell(figures["before"], figures["after"])
+        say(f"Saved the model to {folder}", "green")
+        return figures
+
+    return first.does(measure_and_save)
 
 
 def lesson(tokenizer: PreTrainedTokenizerBase, row: Demonstration) -> Lesson:

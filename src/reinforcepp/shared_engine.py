@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.distributed import FirstRank, Ranks
+from reinforcepp.distributed import Ranks
+from reinforcepp.first_rank import FirstRank
 from reinforcepp.models import eos_ids
 from reinforcepp.rollout.choose import EngineChoice, start_engine
 from reinforcepp.rollout.engine import RolloutEngine, grown

@@ -13,10 +13,10 @@ import torch
 from reinforcepp import checkpoint
 from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
 from reinforcepp.data import SpooledRows
+from reinforcepp.distributed import Ranks, join
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models import context_length, load_config, weight_bytes
 from reinforcepp.observe import reading_progress, say
-from reinforcepp.processes import started
 from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.types import RowId
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Settings = RewardModelConfig | SftConfig
-SUBJECTS: Mapping[type, str] = {RewardModelConfig: "reward model", SftConfig: "model for a warm-up"}
+SUBJECTS: Mapping[type, str] = {RewardModelConfig: "A reward model", SftConfig: "A model for a warm-up"}
 MOST_MEASURED = 2000
 
 
@@ -42,11 +42,36 @@ T = TypeVar("T", bound=Numbered)
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a training writes and what it starts from: fingerprints of its inputs, and the checkpoint it goes on from."""
+    """Where a training writes and what it starts from: fingerprints of its inputs, the checkpoint it goes on from, and who
+    takes part.
+    """
 
     folder: Path
     inputs: Mapping[str, str]
     saved: checkpoint.Checkpoint | None
+    ranks: Ranks
+
+
+def meet(config: Settings) -> Ranks:
+    """The processes that train together; due before anything that may fail in one alone.
+
+    Raises:
+        ConfigError: they don't meet, or can't train this way.
+    """
+    join(config.watchdog_seconds)
+    ranks, subject = Ranks(), SUBJECTS[type(config)]
+    if ranks.sharded:
+        raise ConfigError(
+            f"{subject} is trained whole on each process: leave FSDP and DeepSpeed out for this job; --use_peft needs less "
+            "memory."
+        )
+    if config.batch_size % ranks.count:
+        fitting = ranks.count * max(1, round(config.batch_size / ranks.count))
+        raise ConfigError(
+            f"{subject} is trained with batches of {config.batch_size}, and the launcher has started {ranks.count} processes: "
+            f"give a batch_size that they can share evenly, such as {fitting}, or start fewer of them."
+        )
+    return ranks
 
 
 def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
@@ -56,11 +81,6 @@ def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
         ConfigError: the folder can't be used, or the settings can't on this machine.
         ModelError: there are checkpoints, but none that is whole.
     """
-    if started() > 1:
-        raise ConfigError(
-            f"A {SUBJECTS[type(config)]} is trained by one process, but the launcher has started {started()}: leave out torchrun "
-            "or accelerate launch for this job."
-        )
     copies = 3 * (config.keep_last + 1) + 1  # checkpoints, with Adam's moments, the one being written, and the model
     folder = check_output(
         config.output_dir,
@@ -69,7 +89,7 @@ def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
         needed_bytes=copies * weight_bytes(config.model),
     )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError(f"mixed_precision fp16 needs a GPU when a {SUBJECTS[type(config)]} is trained: use bf16.")
+        raise ConfigError(f"{SUBJECTS[type(config)]} is trained with mixed_precision fp16 only on a GPU: use bf16.")
     return folder, checkpoint.chosen(folder, config)
 
 
@@ -79,19 +99,22 @@ def begin(
     inputs: Mapping[str, str],
     saved: checkpoint.Checkpoint | None,
     facts: Mapping[str, Any],
+    ranks: Ranks,
 ) -> Beginning:
-    """Clear the folder, or check that the checkpoint's run began with the same; note settings and ``facts``.
+    """Clear the folder, or check that the checkpoint's run began with the same; note settings and ``facts``. All call it.
 
     Raises:
         ConfigError: the data or the model is another than when the run was stopped.
     """
     if saved is not None:
         check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
-    else:
-        clear(folder)
-    if not (folder / RUN_FILE).is_file():
-        describe_run(folder, as_dict(config), dict(facts))
-    return Beginning(folder, inputs, saved)
+    ranks.wait()  # until all have looked at the folder
+    if ranks.is_main:
+        if saved is None:
+            clear(folder)
+        if not (folder / RUN_FILE).is_file():
+            describe_run(folder, as_dict(config), dict(facts))
+    return Beginning(folder, inputs, saved, ranks)
 
 
 def length_limit(config: Settings) -> int:
