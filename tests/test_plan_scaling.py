@@ -457,7 +457,6 @@ def test_rows_of_an_optimiser_step_are_shared_too():
         ({"trainers": 2}, "add rollout ray://..., or leave trainers out"),
         ({"trainers": 0}, "trainers"),
         ({"trainers": 65, "rollout": "ray://auto"}, "batch_size 64 can't be shared by 65 GPUs"),
-        ({"trainers": 2, "rollout": "ray://auto", "reward_workers": 1}, "leave them out, or trainers"),
         ({"fsdp": True, "offload_optimizer": True}, "leave one of them out"),
     ],
 )

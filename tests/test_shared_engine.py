@@ -12,9 +12,17 @@ from reinforcepp.observe.answers import COMPLETIONS, read_answers
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray isn't installed")
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+SCORERS = ["--reward_workers", "1"]
 REWARD = """
+import os
+
 def spread(prompts, completions, completion_ids, **_):
     return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+def fails(prompts, completions, completion_ids, **_):
+    if os.environ.get("RANK") == os.environ.get("FAILS"):
+        raise ValueError("out of order")
+    return spread(prompts, completions, completion_ids)
 """
 ASKING = """
 import json, sys, threading
@@ -103,26 +111,29 @@ def test_all_processes_are_served_by_the_engine_of_the_first(tmp_path):
         assert own["error"] == "nobody is left"
 
 
-def train(folder, model, data, count, *rest, **environment):
-    reward = folder.parent / "spread.py"
-    reward.write_text(REWARD)
+def train(folder, model, data, count, *rest, reward="spread", trained=(), **environment):
+    """By ``reward`` and the reward models in the folders ``trained``."""
+    functions = folder.parent / "functions.py"
+    functions.write_text(REWARD)
     named = {"--mode": "train_rlhf", "--model_name": model, "--data_path": data, "--rlhf_model_path": folder}
-    named |= {"--rewards": f"{reward}:spread", "--learning_rate": "1e-4", "--eval_prompts": "3", "--batch_size": "5"}
-    named |= {"--max_steps": "3", "--max_new_tokens": "8", "--max_prompt_length": "40", "--mini_batch_size": "2"}
-    words = [word for pair in named.items() for word in pair]
+    named |= {"--learning_rate": "1e-4", "--eval_prompts": "3", "--batch_size": "5", "--mini_batch_size": "2"}
+    named |= {"--max_steps": "3", "--max_new_tokens": "8", "--max_prompt_length": "40"}
+    words = [word for pair in named.items() for word in pair] + ["--rewards", f"{functions}:{reward}", *trained]
     return scripts.launched(count, scripts.ROOT / "reinforce_cli.py", *words, *rest, **environment)
 
 
 @needs_ray
-def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_csv):
+def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_csv, reward_folder):
     """Ahead of time, so that a thread asks while the training goes on; the second batch is a single prompt.
 
-    One process alone generates by itself what the pool does.
+    One process alone generates and scores by itself what the pool does.
     """
     one, two = tmp_path / "one", tmp_path / "two"
-    alone, pool = ["--rollout", "transformers"], ["--rollout", "ray://local", "--rollout_workers", "1"]
+    alone, pool = ["--rollout", "transformers"], ["--rollout", "ray://local", "--rollout_workers", "1", *SCORERS]
     for folder, count, rest, environment in ((one, 1, alone, {}), (two, 2, pool, SHARDED)):
-        done = train(folder, model_folder, pairs_csv, count, "--staleness", "1", *rest, **environment)
+        done = train(
+            folder, model_folder, pairs_csv, count, "--staleness", "1", *rest, trained=[reward_folder], **environment
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("Saved the trained model") == 1
     texts = [sorted((row["step"], row["completion"]) for row in read_answers(run / COMPLETIONS)) for run in (one, two)]
@@ -132,6 +143,16 @@ def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_cs
     names = [name for name in begun if not name.endswith("attn.c_attn.bias")]  # that of the keys moves at random
     assert max(float((weights[name] - others[name]).abs().max()) for name in names) <= 1e-5
     assert max(float((weights[name] - begun[name]).abs().max()) for name in names) > 1e-4
+
+
+@needs_ray
+def test_a_reward_that_fails_in_one_process_is_told_by_all(tmp_path, model_folder, pairs_csv, reward_folder):
+    """And none waits for scores that the one will never ask for."""
+    pool = ["--rollout", "ray://local", "--rollout_workers", "1", *SCORERS]
+    named = {"reward": "fails", "trained": [reward_folder], "FAILS": "1"}
+    done = train(tmp_path / "run", model_folder, pairs_csv, 2, *pool, "--watchdog_seconds", "600", **named)
+    assert done.returncode != 0
+    assert done.stderr.count("error: The reward function fails failed") == 1 and "out of order" in done.stderr
 
 
 @needs_ray

@@ -313,7 +313,8 @@ class Ranks:
     def agreed(self, part: Callable[[], T]) -> T:
         """What ``part`` gives, once every rank has done it; an error that it raises on one of them is raised on all.
 
-        No collective may be in ``part``. Errors are those that this package raises on purpose, and memory that runs out.
+        No collective may be in ``part``, but what all ask a :class:`~reinforcepp.first_rank.FirstRank` before anything in it can
+        fail on one rank alone. Errors are those that this package raises on purpose, and memory that runs out.
         """
         if self.count == 1:
             return part()

@@ -25,6 +25,7 @@ from reinforcepp.environment import environment
 from reinforcepp.errors import DataError, EngineLost, RewardError, TrainingDiverged, UnusableUpdate
 from reinforcepp.evaluation import Evaluation, evaluate
 from reinforcepp.files import write_json
+from reinforcepp.first_rank import FirstRank
 from reinforcepp.framing import framed
 from reinforcepp.guardrails import Guardrails, RollBack
 from reinforcepp.learner import Learner
@@ -136,7 +137,8 @@ class ReinforceTrainer:
             engine = self._start_engine(choice)
         assert engine is not None
         if self.config.reward_workers:
-            self.rewards = pooled(self.rewards, engine, self.config.reward_workers)
+            first = FirstRank(self.ranks, self.config.watchdog_seconds)
+            self.rewards = pooled(self.rewards, engine, self.config.reward_workers, first)
         self.guard = Guardrails(self.config, partial(note_event, self.folder))
         self.update = self._policy_update(engine)
         self.sampler = Sampler(self.config, engine, self.update, self.tokenizer, self.batches.at, self.num_steps)
@@ -219,16 +221,12 @@ class ReinforceTrainer:
 
     def _rollout(self, step: int, clock: Clock) -> BatchInUse:
         """Completions of this step's prompts, scored; each rank does its share."""
-
-        def part() -> tuple[RolloutBatch, RewardScores]:
+        with self._interruptible():
             self._watchdog.beat(f"rollout of step {step + 1}")
-            sampled = self.sampler.at(step)
+            sampled = self.ranks.agreed(lambda: self.sampler.at(step))
             clock.lap("rollout")
             self._watchdog.beat(f"scoring of step {step + 1}")
-            return self._score(sampled.completions)
-
-        with self._interruptible():
-            work = self.update.begin(*self.ranks.agreed(part))
+            work = self.update.begin(*self.ranks.agreed(lambda: self._score(sampled.completions)))
             clock.lap("score")
         if not work.batch.completions:
             raise UnusableUpdate("no completion of the batch was scored by a reward")

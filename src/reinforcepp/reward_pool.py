@@ -1,16 +1,20 @@
-"""Trained reward models in processes of a Ray pool, so that they take none of the trainer's memory and time."""
+"""Trained reward models in processes of a Ray pool, so that they take none of the trainer's memory and time.
+
+Of several processes that train, the first one has the pool and asks it for all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 
 from reinforcepp.errors import ConfigError
+from reinforcepp.first_rank import FirstRank
 from reinforcepp.models import empty_model
-from reinforcepp.processes import started
 from reinforcepp.reward_models import score_at_last_attended
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.load import RewardSum
@@ -19,6 +23,7 @@ from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.ray_pool import RayCrew, RayEngine
 from reinforcepp.rollout.ray_worker import Packed, fill, pack
 from reinforcepp.rollout.share_out import Tally, share_out
+from reinforcepp.shared_engine import SharedEngine
 
 
 @dataclass(frozen=True)
@@ -54,58 +59,74 @@ class PooledReward(TrainedReward):
 
     Args:
         reward: what it stands for. Its weights are handed out, and given up here.
-        ray: the library, connected.
+        ray: gives the library, connected; called by the first process.
         workers: of the pool.
+        first: the process that has the pool.
+
+    Raises:
+        ReinforceError: in all processes, what ``ray`` raised, or that no worker can be started.
     """
 
-    def __init__(self, reward: TrainedReward, ray: Any, workers: int) -> None:
+    together = True
+
+    def __init__(self, reward: TrainedReward, ray: Callable[[], Any], workers: int, first: FirstRank) -> None:
         super().__init__(reward.model, reward.tokenizer, reward.batch_size)
         self.name, self.card, self._scale = reward.name, reward.card, reward._scale
         self.tallies: list[Tally] = []
-        model = reward.model
-        recipe = ScorerRecipe(model.config, model.dtype, reward.tokenizer, reward.batch_size)
-        self.crew = RayCrew(ray, Scorer, recipe, workers)
-        self.crew.load(pack(model))
+        self.crew: Any = None
+        """There where the pool is."""
+        self._first, model = first, reward.model
+
+        def start() -> None:
+            recipe = ScorerRecipe(model.config, model.dtype, reward.tokenizer, reward.batch_size)
+            self.crew = RayCrew(ray(), Scorer, recipe, workers)
+            self.crew.load(pack(model))
+
+        first.does(start)
         model.to("meta")
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """See :meth:`TrainedReward.score_rows`; each text is scored once, whoever dies."""
+        return self._first.answers(rows, self._score_for_all)
+
+    def _score_for_all(self, asked: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        rows = [row for own in asked for row in own]
         if not rows:
-            return []
+            return [[] for _ in asked]
         self.crew.ask(rows, None)
-        scores: list[float]
         scores, tally = share_out(self.crew, len(rows), self.batch_size)
         self.tallies.append(tally)
-        return scores
+        told = iter(scores)
+        return [list(islice(told, len(own))) for own in asked]
 
 
 def for_a_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]:
     """Those of ``rewards`` that :func:`pooled` will put into a pool, if there are ``workers`` for it.
 
     Raises:
-        ConfigError: there is none, or several processes train together.
+        ConfigError: there is none.
     """
-    if workers and started() > 1:
-        raise ConfigError(
-            f"reward_workers score for a training of one process, and the launcher has started {started()}: leave reward_workers "
-            "out, and each process scores its own completions."
-        )
     if workers and not rewards.trained:
         raise ConfigError("reward_workers score with trained reward models, and there is none among the rewards.")
     return rewards.trained if workers else []
 
 
-def pooled(rewards: RewardSum, engine: RolloutEngine, workers: int) -> RewardSum:
-    """``rewards`` with the trained models in a pool of ``workers`` each, beside that of ``engine``.
+def pooled(rewards: RewardSum, engine: RolloutEngine, workers: int, first: FirstRank) -> RewardSum:
+    """``rewards`` with the trained models in a pool of ``workers`` each, beside that of ``engine``; all processes call this.
 
     Raises:
         ConfigError: there is no pool.
         RolloutError: no worker can be started.
     """
-    if not isinstance(engine, RayEngine):
-        raise ConfigError("reward_workers need an engine by Ray: leave engine out, or reward_workers.")
+
+    def ray() -> Any:
+        own = engine.own if isinstance(engine, SharedEngine) else engine
+        if not isinstance(own, RayEngine):
+            raise ConfigError("reward_workers need an engine by Ray: leave engine out, or reward_workers.")
+        return own.ray
+
     functions: list[RewardFunction] = [
-        PooledReward(function, engine.ray, workers) if isinstance(function, TrainedReward) else function
+        PooledReward(function, ray, workers, first) if isinstance(function, TrainedReward) else function
         for function in rewards.functions
     ]
     return replace(rewards, functions=functions)

@@ -81,12 +81,12 @@ class SharedEngine:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self._first, self._tokenizer, self._eos_ids = first, tokenizer, eos_ids(model, tokenizer)
-        self._engine: Any = None
+        self.own: Any = None
         """There where the engine is."""
 
         def begin() -> tuple[str, Any]:
-            self._engine = start()
-            return self._engine.name, self._engine.dtype
+            self.own = start()
+            return self.own.name, self.own.dtype
 
         self.name, self.dtype = first.does(begin)
 
@@ -94,14 +94,14 @@ class SharedEngine:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
 
         def answers(asked: Sequence[Sequence[Prompt]]) -> list[list[Completion]]:
-            completions = iter(self._engine.generate([prompt for own in asked for prompt in own], sampling))
+            completions = iter(self.own.generate([prompt for own in asked for prompt in own], sampling))
             return [list(islice(completions, len(own) * sampling.num_samples)) for own in asked]
 
         return self._first.answers(list(prompts), answers)
 
     def generate_everywhere(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """What each of the workers or servers answers to the first process's ``prompts``."""
-        completions: list[Completion] = self._first.does(lambda: self._engine.generate_everywhere(prompts, sampling))
+        completions: list[Completion] = self._first.does(lambda: self.own.generate_everywhere(prompts, sampling))
         return completions
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
@@ -113,12 +113,12 @@ class SharedEngine:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; they are those of the first process."""
 
         def load() -> Any:
-            self._engine.load_weights(model)
-            return self._engine.dtype  # servers that come and go differ
+            self.own.load_weights(model)
+            return self.own.dtype  # servers that come and go differ
 
         self.dtype = self._first.does(load)
 
     def close(self) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; nobody waits for the others."""
-        if self._engine is not None:
-            self._engine.close()
+        if self.own is not None:
+            self.own.close()

@@ -224,3 +224,25 @@ def test_an_exception_in_an_async_function_names_it():
 
     with pytest.raises(RewardError, match=r"function late failed.*KeyError"):
         score_with([late], COMPLETIONS)
+
+
+def test_what_all_processes_ask_together_comes_first_and_also_without_completions():
+    """Or one whose own function fails, or that has no completion, would leave the others waiting."""
+    called = []
+
+    class Together:
+        together = True
+
+        def __call__(self, prompts, completions, **_):
+            called.append(f"together, {len(completions)}")
+            return [10.0] * len(completions)
+
+    def own(prompts, completions, **_):
+        called.append("own")
+        return [1.0] * len(completions)
+
+    rewards = load_rewards([own, Together()])
+    scores = rewards.score(COMPLETIONS)
+    assert called == [f"together, {len(COMPLETIONS)}", "own"]
+    assert list(scores.by_function) == ["own", "Together"] and scores.by_function["own"][0] == 1.0
+    assert rewards.score([]).total == [] and called[2:] == ["together, 0"]

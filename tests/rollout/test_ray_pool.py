@@ -18,10 +18,12 @@ from rollout.contract import EngineContract, prepared_model, prepared_tokenizer,
 
 from reinforcepp import cli
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
+from reinforcepp.first_rank import FirstRank
 from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import COMPLETIONS, read_answers
-from reinforcepp.reward_pool import PooledReward, for_a_pool, pooled
+from reinforcepp.reward_pool import PooledReward, pooled
 from reinforcepp.rewards import load_rewards
 from reinforcepp.rollout import ray_pool
 from reinforcepp.rollout.canary import check_sync
@@ -288,12 +290,12 @@ def test_a_reward_model_in_the_pool(cluster, reward_folder):
     asked = [f"How do I check host {i}?" for i in range(60)]
     answers = [f"Run ping -c {i} host{i} and read the last line. " * (1 + i % 5) for i in range(60)]
     expected, word = alone(asked, answers), rewards.fingerprint()
-    engine = SimpleNamespace(ray=connect(cluster.address)[0])
+    engine, first = SimpleNamespace(ray=connect(cluster.address)[0]), FirstRank(Ranks(), 0)
     cluster.add_node(num_cpus=2)
     alone.batch_size = 4
     with pytest.raises(ConfigError, match="reward_workers need an engine by Ray"):
-        pooled(rewards, engine, 2)
-    reward = PooledReward(alone, engine.ray, 2)
+        pooled(rewards, engine, 2, first)
+    reward = PooledReward(alone, lambda: engine.ray, 2, first)
     try:
         assert reward.card is not None and reward.name == "reward_model" and word
         assert {p.device.type for p in reward.model.parameters()} == {"meta"}
@@ -389,12 +391,6 @@ def test_a_head_that_is_away_for_long_ends_the_run(monkeypatch):
     monkeypatch.setattr(ray_pool, "HEAD_SECONDS", -1)
     with pytest.raises(EngineLost, match=r"The head of the Ray cluster, 127\.0\.0\.1:\d+, can't be reached any more"):
         crew._head_answers()
-
-
-def test_several_processes_that_train_have_no_scorers(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="of one process, and the launcher has started 2: leave reward_workers out"):
-        for_a_pool(load_rewards("rule:length?max=20"), 1)
 
 
 def test_without_ray_it_is_told_how_to_get_it(monkeypatch):

@@ -77,8 +77,6 @@ class PlanConfig(TrainConfig):
             raise ConfigError(
                 "trainers are those beside a pool: add rollout ray://..., or leave trainers out, and all GPUs train."
             )
-        if self.reward_workers:
-            raise ConfigError("reward_workers score for a training of one process: leave them out, or trainers.")
 
     def _check_lengths(self) -> None:
         mean, most = self.mean_new_tokens, self.max_new_tokens

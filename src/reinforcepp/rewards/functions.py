@@ -69,6 +69,13 @@ def name_of(function: RewardFunction) -> str:
     return str(getattr(function, "__name__", None) or getattr(function, "name", None) or type(function).__name__)
 
 
+def asks_together(function: RewardFunction) -> bool:
+    """Whether all processes that train together have to call it alike: without completions, too, and before any other,
+    which may fail in one of them.
+    """
+    return bool(getattr(function, "together", False))
+
+
 def distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
     """The name of each; of those that share one, all but the first get a number."""
     names: list[str] = []
@@ -95,7 +102,8 @@ def score_with(
 ) -> RewardScores:
     """Score ``completions`` with every function and add the scores up, each times its weight.
 
-    Functions are called one after another; what those among them that are ``async`` return is then awaited together.
+    Functions are called one after another, first those that :func:`asks_together` names; what those among them that are
+    ``async`` return is then awaited together.
     ``truncation_penalty`` is taken off what was cut off at the length limit.
 
     Raises:
@@ -107,8 +115,10 @@ def score_with(
     texts = [c.text for c in completions]
     given = _arguments(completions)
     names = distinct_names(functions)
-    said = [_called(name, function, given) for name, function in zip(names, functions, strict=True)]
-    scores = [_checked(name, answer, texts) for name, answer in zip(names, _awaited(names, said), strict=True)]
+    order = sorted(range(len(functions)), key=lambda i: not asks_together(functions[i]))
+    answers = {i: _called(names[i], functions[i], given) for i in order}
+    said = _awaited(names, [answers[i] for i in range(len(functions))])
+    scores = [_checked(name, answer, texts) for name, answer in zip(names, said, strict=True)]
     factors = [1.0] * len(functions) if weights is None else weights
     total: list[float | None] = []
     for i, completion in enumerate(completions):

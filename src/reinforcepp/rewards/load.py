@@ -18,6 +18,7 @@ from reinforcepp.rewards.functions import (
     GoldReward,
     RewardFunction,
     RewardScores,
+    asks_together,
     distinct_names,
     name_of,
     score_with,
@@ -41,9 +42,11 @@ class RewardSum:
     def score(self, completions: Sequence[Completion]) -> RewardScores:
         """What each says of each completion, and their sum; errors are those of :func:`score_with`.
 
-        Where there is none, as may happen to one of several processes, no function is called.
+        Where there is none, as may happen to one of several processes, no function is called but those that all call together.
         """
         if not completions:
+            for function in filter(asks_together, self.functions):
+                function([], [])
             return RewardScores([], {name: [] for name in self.names})
         return score_with(self.functions, completions, self.weights, self.truncation_penalty)
 
