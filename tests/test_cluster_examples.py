@@ -24,13 +24,20 @@ EXAMPLES = ROOT / "examples" / "cluster"
 BIN = Path(sys.executable).parent
 SRUN = """#!/usr/bin/env bash
 nodes=$SLURM_JOB_NUM_NODES
+kill_on_bad_exit=0
 while [[ ${1-} == --* ]]; do
   if [[ $1 == --nodes=* ]]; then nodes=${1#*=}; fi
+  if [[ $1 == --kill-on-bad-exit=1 ]]; then kill_on_bad_exit=1; fi
   shift
 done
 trap 'kill $(jobs -p)' TERM
-for _ in $(seq "$nodes"); do "$@" <&0 & done
-wait
+for i in $(seq "$nodes"); do SLURM_NODEID=$((i - 1)) "$@" <&0 & done
+code=0
+for _ in $(seq "$nodes"); do
+  wait -n || code=$?
+  if (( kill_on_bad_exit && code )); then kill $(jobs -p); fi
+done
+exit "$code"
 """
 SCONTROL = '#!/usr/bin/env bash\n[ "$*" = "show hostnames node[1-2]" ] && printf "%s\\n" 127.0.0.1 node2\n'
 NAMES = ("srun", "scontrol")
@@ -107,13 +114,25 @@ def test_a_pool_for_the_time_of_a_training(place, tmp_path, model_folder, pairs_
     assert not left(place)
 
 
-def test_a_port_in_use(place):
+@pytest.mark.parametrize("command", [["with_ray.sh", "localhost", "true"], ["slurm/several_trainers.sbatch"]])
+def test_a_port_in_use(place, command):
+    """By one who says nothing, of whom a torchrun would wait for an answer without end."""
     place["HEAD"] = "127.0.0.1"
     with socket.create_server(("127.0.0.1", int(place["PORT"]))):
-        command = [EXAMPLES / "with_ray.sh", "localhost", "true"]
-        done = subprocess.run(command, env=place, capture_output=True, text=True, timeout=60)
+        words = [EXAMPLES / command[0], *command[1:]]
+        done = subprocess.run(words, env=place, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: Something listens on 127.0.0.1:{place['PORT']} already: stop it, or")
+    assert done.stderr.startswith(f"error: Something listens on 127.0.0.1:{place['PORT']} already: ")
+
+
+def test_a_node_that_can_not_begin_ends_all(place, tmp_path):
+    """Else the other one would wait for it for as long as torchrun does."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text('#!/usr/bin/env bash\n[ "$SLURM_NODEID" = 1 ] && exit 3\nexec sleep 300\n')
+    torchrun.chmod(0o755)
+    begin = time.monotonic()
+    done = subprocess.run([EXAMPLES / "slurm" / "several_trainers.sbatch"], env=place, timeout=120)
+    assert done.returncode != 0 and time.monotonic() - begin < 60
 
 
 def test_without_a_command_its_use_is_told(place):
