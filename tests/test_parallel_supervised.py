@@ -15,7 +15,7 @@ from reinforcepp.reward_card import read_card
 TRAININGS = """
 import json, os, signal, sys
 from pathlib import Path
-from reinforcepp import resumable
+from reinforcepp import resumable, reward_trainer, sft_trainer
 from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.observe.interrupt import Interrupted
@@ -36,6 +36,15 @@ def stop_after_three(keeper, args, state, control, **named):
     if state.global_step == 3 and os.environ.get("RANK", "0") == str(started() - 1):
         os.kill(os.getpid(), signal.SIGTERM)  # of which the others know nothing
     return as_ever(keeper, args, state, control, **named)
+
+told["saved"] = []
+for trainer in (reward_trainer, sft_trainer):
+    def save_and_tell(*given, save=trainer.save_model):
+        told["saved"].append(str(given[-1].name))
+        save(*given)
+    trainer.save_model = save_and_tell
+write_page = reward_trainer.write_page
+reward_trainer.write_page = lambda *given: told["saved"].append("page") or write_page(*given)
 
 card = trained("reward", "reward")
 told["pairs"] = [card.train_pairs, card.heldout_pairs, card.train_accuracy]
@@ -109,6 +118,7 @@ def test_all_processes_are_given_what_the_first_one_measured(runs, processes):
     assert several[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     assert all(own["pairs"] == several[0]["pairs"] and own["losses"] == several[0]["losses"] for own in several)
     assert read_card(folder / f"reward-{processes}").train_pairs == 24
+    assert several[0]["saved"][:2] == ["page", f"sft-{processes}"] and not any(own["saved"] for own in several[1:])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
