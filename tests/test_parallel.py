@@ -118,6 +118,25 @@ def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder,
         assert own.keys() == again.keys() and all(torch.equal(own[key], again[key]) for key in own), name
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed")
+def test_adapters_beside_weights_of_4_bits_learn_alike_in_shards(tmp_path, model_folder, pairs_csv):
+    def learnt(name, launcher, environment):
+        command = [*training(launcher, model_folder, pairs_csv, tmp_path / name), "--learning_rate", "1e-4"]
+        command += ["--rewards", f"{reward}:spread", "--use_peft", "--load_in_4bit"]
+        given = os.environ | environment | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / name / "adapter_model.safetensors")
+
+    reward = tmp_path / "reward.py"
+    reward.write_text("def spread(completion_ids, **_):\n    return [sum(ids) % 7 / 7 for ids in completion_ids]\n")
+    one = learnt("one", [], {})
+    assert max(float(weight.abs().max()) for name, weight in one.items() if "lora_B" in name) > 1e-4
+    for backend in sorted(SHARDED.keys() & set(BACKENDS)):
+        several = learnt(backend.replace(" ", "_"), TORCHRUN, SHARDED[backend])
+        assert max(float((one[name] - several[name]).abs().max()) for name in one) <= 1e-6, backend
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", BACKENDS)
