@@ -423,8 +423,10 @@ def test_gradients_through_weights_of_4_bits_are_those_through_the_rounded_weigh
 
 
 @needs_bitsandbytes
-def test_a_reward_model_of_4_bits_scores_as_its_card_says(bases, pairs_csv, tmp_path):
-    arguments = ["--model", bases["llama"], "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--use_peft"]
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_reward_model_of_4_bits_scores_as_its_card_says(bases, pairs_csv, tmp_path, family):
+    arguments = ["--model", bases[family], "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--use_peft"]
     assert main(["reward", *map(str, arguments), "--load_in_4bit", "--learning_rate", "0.01"]) == 0
     loaded = load_reward_model(str(tmp_path / "rm"))
     assert max(abs(a - b) for a, b in zip(loaded.fingerprint(), loaded.card.fingerprint, strict=True)) < 1e-5

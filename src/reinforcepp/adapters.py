@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -69,7 +70,10 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from safetensors import SafetensorError
 
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+        with warnings.catch_warnings():
+            # it was trained beside weights of 4 bits, which GPT-2 lays out otherwise in full; peft sees that itself
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
     except (SafetensorError, RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"The adapter in {folder} can't be added to {base_of(folder)}: {reason}") from error
