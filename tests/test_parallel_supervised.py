@@ -59,6 +59,8 @@ if started() == 2:
         told["stopped"] = str(stop)
     resumable.Keeper.on_step_end = as_ever
     trained("reward", "stopped", resume=True)
+else:
+    trained("reward", "gone on", resume=str(folder / "stopped-2/checkpoints/step-000003"))
 if started() > 1:
     try:
         trained("sft", "refused", batch_size=7, mini_batch_size=7)
@@ -83,7 +85,7 @@ def runs(tmp_path_factory):
             ]
             csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
     printed = {}
-    for processes in (1, 2, 3):
+    for processes in (2, 1, 3):  # the others go on from what two have left
         done = scripts.launched(processes, folder / "trainings.py", folder)
         assert done.returncode == 0, done.stderr
         printed[processes] = done.stderr
@@ -136,6 +138,15 @@ def test_one_that_is_told_to_stop_stops_all_and_they_go_on(runs):
     assert max(float((one[name] - stopped[name]).abs().max()) for name in one) <= 1e-6
     assert [step["step"] for step in read_metrics(folder / "stopped-2")] == list(range(1, 9))
     assert "Going on after step 3 of 8" in printed[2]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_another_number_of_processes_goes_on(runs, processes):
+    folder, _ = runs
+    one, other = (load_file(folder / name / "model.safetensors") for name in ("reward-1", f"gone on-{processes}"))
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-5
+    steps = [step["step"] for step in read_metrics(folder / f"gone on-{processes}")]
+    assert steps == list(range(1, 9))
 
 
 @pytest.mark.parametrize(("processes", "fitting"), [(2, 8), (3, 6)])

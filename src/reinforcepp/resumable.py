@@ -5,6 +5,7 @@ Transformers would pickle its checkpoints and write them in place; here they are
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -249,6 +250,8 @@ def fit(
         if ranks.is_main:
             restore_logs(saved.folder, begun.folder)
         say(f"Going on after step {saved.step} of {steps}")
+        # of rows per process, which there may be more or fewer of now; what must not change has been compared
+        logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     with (
         tempfile.TemporaryDirectory() as scratch,
         closing(MetricLog()) as log,
