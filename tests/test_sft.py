@@ -188,6 +188,13 @@ def test_it_learns_with_less_memory_too(llama, pairs_csv, tmp_path, settings):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == ("use_peft" in settings)
 
 
+def test_the_launchers_precision_is_not_the_trainings(llama, pairs_csv, tmp_path, monkeypatch):
+    for name in ("alone", "launched"):
+        train_language_model(config(llama, pairs_csv, tmp_path / name, num_train_epochs=1))
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert log(tmp_path / "alone") == log(tmp_path / "launched")
+
+
 def test_rl_may_follow_in_the_same_process_in_its_own_precision(llama, pairs_csv, tmp_path, monkeypatch):
     """Accelerate, which both trainers use, has one precision for a process, and may be told of one by its launcher."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

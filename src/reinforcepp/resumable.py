@@ -262,11 +262,13 @@ def fit(
         if ranks.is_main:
             log.open(begun.folder)
         keeper = Keeper(log, progress, stop, watchdog, ranks)
+        arguments = trainer_class.arguments(config, output_dir=scratch, **_arguments(config, steps, ranks.count))
+        arguments.mixed_precision = config.mixed_precision  # else the launcher's would do where the setting is "no"
         trainer = trainer_class(
             settings=config,
             begun=begun,
             model=model,
-            args=trainer_class.arguments(config, output_dir=scratch, **_arguments(config, steps, ranks.count)),
+            args=arguments,
             train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
             processing_class=tokenizer,
             callbacks=[keeper],
