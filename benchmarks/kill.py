@@ -169,7 +169,8 @@ def try_points(kind: str, inputs: Path, points: int, seed: int) -> dict[str, Any
     count = multiprocessing.Value("i", 0)
     begin = time.monotonic()
     code = in_child(lambda: killed_at_write(lambda: train(kind, inputs, whole), 0, count))
-    seconds, writes = time.monotonic() - begin, count.value
+    seconds = longest = time.monotonic() - begin
+    writes = count.value
     assert code == 0, f"the undisturbed {kind} training ended with {code}"
     expected = hashes(kind, whole)
     rows = []
@@ -183,8 +184,10 @@ def try_points(kind: str, inputs: Path, points: int, seed: int) -> dict[str, Any
                 code = in_child(lambda job=job, moment=moment: killed_at_write(job, moment))
                 kills.append({"write": moment, "killed": code == -signal.SIGKILL})
             else:
-                after = draw.uniform(0, seconds)
+                after = draw.uniform(0, longest)
                 code = in_child(job, after=after)
+                if code != -signal.SIGKILL:  # the run had ended: it takes less time than the undisturbed one did
+                    longest = after
                 kills.append({"seconds": round(after, 3), "killed": code == -signal.SIGKILL})
         code = in_child(lambda folder=folder: train(kind, inputs, folder))
         found = hashes(kind, folder) if code == 0 else {}
