@@ -122,7 +122,7 @@ def test_a_port_in_use(place, command):
         words = [EXAMPLES / command[0], *command[1:]]
         done = subprocess.run(words, env=place, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: Something listens on 127.0.0.1:{place['PORT']} already: ")
+    assert done.stderr.startswith(f"error: Something listens on 127.0.0.1:{place['PORT']} already: stop it, or")
 
 
 def test_a_node_that_can_not_begin_ends_all(place, tmp_path):

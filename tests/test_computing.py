@@ -207,4 +207,4 @@ def test_reward_models_take_the_same_settings(base, pairs_csv, tmp_path, setting
 def test_a_reward_model_in_float16_needs_a_gpu(base, pairs_csv, tmp_path, capsys):
     arguments = ["--model", base, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--mixed_precision", "fp16"]
     assert main(["reward", *map(str, arguments)]) == 2
-    assert "A reward model is trained with mixed_precision fp16 only on a GPU: use bf16" in capsys.readouterr().err
+    assert "fp16 needs a GPU when a reward model is trained: use bf16" in capsys.readouterr().err

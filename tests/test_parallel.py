@@ -39,7 +39,7 @@ def fails(prompts, completions, **_):
     return [float(len(text) % 5) for text in completions]
 """
 SHARDED = {
-    "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
+    "FSDP2": scripts.FSDP2,
     "ZeRO 3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 BACKENDS = ["DDP", "FSDP2"] + ["ZeRO 2", "ZeRO 3"] * (importlib.util.find_spec("deepspeed") is not None)

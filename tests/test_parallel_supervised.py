@@ -19,7 +19,7 @@ from reinforcepp import resumable, reward_trainer, sft_trainer
 from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.observe.interrupt import Interrupted
-from reinforcepp.processes import is_main, started
+from reinforcepp.processes import started
 from reinforcepp.reward_trainer import train_reward_model
 from reinforcepp.sft_trainer import train_language_model
 
@@ -167,11 +167,10 @@ def test_it_is_told_once(runs):
 
 
 def test_shards_are_refused_in_one_sentence(tmp_path, model_folder, pairs_csv):
-    shards = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     named = {"--mode": "train_reward", "--model_name": model_folder, "--data_path": pairs_csv}
     words = [word for pair in named.items() for word in pair]
     done = scripts.launched(
-        2, scripts.ROOT / "reinforce_cli.py", *words, "--reward_model_path", tmp_path / "run", **shards
+        2, scripts.ROOT / "reinforce_cli.py", *words, "--reward_model_path", tmp_path / "run", **scripts.FSDP2
     )
     assert done.returncode != 0
     assert (

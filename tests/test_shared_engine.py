@@ -11,7 +11,6 @@ from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import COMPLETIONS, read_answers
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray isn't installed")
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 SCORERS = ["--reward_workers", "1"]
 REWARD = """
 import os
@@ -130,7 +129,7 @@ def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_cs
     """
     one, two = tmp_path / "one", tmp_path / "two"
     alone, pool = ["--rollout", "transformers"], ["--rollout", "ray://local", "--rollout_workers", "1", *SCORERS]
-    for folder, count, rest, environment in ((one, 1, alone, {}), (two, 2, pool, SHARDED)):
+    for folder, count, rest, environment in ((one, 1, alone, {}), (two, 2, pool, scripts.FSDP2)):
         done = train(
             folder, model_folder, pairs_csv, count, "--staleness", "1", *rest, trained=[reward_folder], **environment
         )

@@ -250,7 +250,7 @@ def fit(
         if ranks.is_main:
             restore_logs(saved.folder, begun.folder)
         say(f"Going on after step {saved.step} of {steps}")
-        # of rows per process, which there may be more or fewer of now; what must not change has been compared
+        # it would warn of rows per process, which may be more or fewer now; what must not change has been compared
         logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     with (
         tempfile.TemporaryDirectory() as scratch,

@@ -90,11 +90,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     from reinforcepp.resumable import ResumableRewardTrainer, fit  # which loads TRL
 
     fit(ResumableRewardTrainer, model, tokenizer, rows, config, begun)
-
-    def measure_and_save() -> RewardCard:
-        return _measure_and_save(model.eval(), tokenizer, config, begun.folder, data, train, heldout)
-
-    return first.does(measure_and_save)
+    return first.does(lambda: _measure_and_save(model.eval(), tokenizer, config, folder, data, train, heldout))
 
 
 def _measure_and_save(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Settings = RewardModelConfig | SftConfig
-SUBJECTS: Mapping[type, str] = {RewardModelConfig: "A reward model", SftConfig: "A model for a warm-up"}
+SUBJECTS: Mapping[type, str] = {RewardModelConfig: "reward model", SftConfig: "model for a warm-up"}
 MOST_MEASURED = 2000
 
 
@@ -62,13 +62,13 @@ def meet(config: Settings) -> Ranks:
     ranks, subject = Ranks(), SUBJECTS[type(config)]
     if ranks.sharded:
         raise ConfigError(
-            f"{subject} is trained whole on each process: leave FSDP and DeepSpeed out for this job; --use_peft needs less "
+            f"A {subject} is trained whole on each process: leave FSDP and DeepSpeed out for this job; --use_peft needs less "
             "memory."
         )
     if config.batch_size % ranks.count:
         fitting = ranks.count * max(1, round(config.batch_size / ranks.count))
         raise ConfigError(
-            f"{subject} is trained with batches of {config.batch_size}, and the launcher has started {ranks.count} processes: "
+            f"A {subject} is trained with batches of {config.batch_size}, and the launcher has started {ranks.count} processes: "
             f"give a batch_size that they can share evenly, such as {fitting}, or start fewer of them."
         )
     return ranks
@@ -89,7 +89,7 @@ def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
         needed_bytes=copies * weight_bytes(config.model),
     )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError(f"{SUBJECTS[type(config)]} is trained with mixed_precision fp16 only on a GPU: use bf16.")
+        raise ConfigError(f"mixed_precision fp16 needs a GPU when a {SUBJECTS[type(config)]} is trained: use bf16.")
     return folder, checkpoint.chosen(folder, config)
 
 
