@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from reinforcepp.adapters import with_adapter
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import PreferenceData, load_preferences
-from reinforcepp.first_rank import FirstRank
 from reinforcepp.framing import framed
 from reinforcepp.models import load_tokenizer, save_model, weights_hash
 from reinforcepp.observe import reading_progress, say
@@ -57,8 +56,7 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
 
 
 def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
-    ranks = meet(config)
-    first = FirstRank(ranks, config.watchdog_seconds)
+    meet(config)
     folder, saved = open_folder(config)
     with reading_progress(config.streaming) as told:
         data, train, heldout = load_preferences(
@@ -86,11 +84,14 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed, head=model.score)
     facts = {"train_pairs": len(train), "heldout_pairs": len(heldout)}
-    begun = begin(folder, config, inputs, saved, facts, ranks)
+    begun = begin(folder, config, inputs, saved, facts)
+    from reinforcepp.first_rank import FirstRank
     from reinforcepp.resumable import ResumableRewardTrainer, fit  # which loads TRL
 
     fit(ResumableRewardTrainer, model, tokenizer, rows, config, begun)
-    return first.does(lambda: _measure_and_save(model.eval(), tokenizer, config, folder, data, train, heldout))
+    return FirstRank(begun.ranks, config.watchdog_seconds).does(
+        lambda: _measure_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
+    )
 
 
 def _measure_and_save(

@@ -17,7 +17,6 @@ from reinforcepp.adapters import in_4bit, with_adapter
 from reinforcepp.config import SftConfig
 from reinforcepp.data import Demonstration, load_texts
 from reinforcepp.files import write_json
-from reinforcepp.first_rank import FirstRank
 from reinforcepp.framing import framed
 from reinforcepp.logprobs import response_logprobs
 from reinforcepp.models import load_policy, load_tokenizer, save_model, weights_hash
@@ -66,8 +65,7 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
     Raises:
         ReinforceError: for anything wrong with data, model or folder, before any weight is loaded.
     """
-    ranks = meet(config)
-    first = FirstRank(ranks, config.watchdog_seconds)
+    meet(config)
     folder, saved = open_folder(config)
     data, train, heldout = load_texts(
         config.data, heldout_fraction=config.heldout_fraction, seed=config.seed, **config.column_names
@@ -88,7 +86,10 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
     else:
         model.requires_grad_(True)  # an adapter that was merged leaves them off
     facts = {"kind": type(config).__name__, "rows": len(lessons), "heldout_rows": len(unseen), "inputs": inputs}
-    begun = begin(folder, config, inputs, saved, facts, ranks)
+    begun = begin(folder, config, inputs, saved, facts)
+    from reinforcepp.first_rank import FirstRank  # which loads Accelerate
+
+    first = FirstRank(begun.ranks, config.watchdog_seconds)
     before = first.does(lambda: _figures(model, unseen, tokenizer, config))
     _fit(model, tokenizer, lessons, config, begun)
 

@@ -13,15 +13,17 @@ import torch
 from reinforcepp import checkpoint
 from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
 from reinforcepp.data import SpooledRows
-from reinforcepp.distributed import Ranks, join
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models import context_length, load_config, weight_bytes
 from reinforcepp.observe import reading_progress, say
+from reinforcepp.processes import started
 from reinforcepp.run_folder import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.types import RowId
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from reinforcepp.distributed import Ranks
 
 Settings = RewardModelConfig | SftConfig
 SUBJECTS: Mapping[type, str] = {RewardModelConfig: "reward model", SftConfig: "model for a warm-up"}
@@ -52,12 +54,16 @@ class Beginning:
     ranks: Ranks
 
 
-def meet(config: Settings) -> Ranks:
-    """The processes that train together; due before anything that may fail in one alone.
+def meet(config: Settings) -> None:
+    """Meet the other processes, if there are any; due before anything that may fail in one alone.
 
     Raises:
         ConfigError: they don't meet, or can't train this way.
     """
+    if started() == 1:
+        return
+    from reinforcepp.distributed import Ranks, join  # which takes seconds: alone, a wrong path is told before
+
     join(config.watchdog_seconds)
     ranks, subject = Ranks(), SUBJECTS[type(config)]
     if ranks.sharded:
@@ -71,7 +77,6 @@ def meet(config: Settings) -> Ranks:
             f"A {subject} is trained with batches of {config.batch_size}, and the launcher has started {ranks.count} processes: "
             f"give a batch_size that they can share evenly, such as {fitting}, or start fewer of them."
         )
-    return ranks
 
 
 def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
@@ -99,7 +104,6 @@ def begin(
     inputs: Mapping[str, str],
     saved: checkpoint.Checkpoint | None,
     facts: Mapping[str, Any],
-    ranks: Ranks,
 ) -> Beginning:
     """Clear the folder, or check that the checkpoint's run began with the same; note settings and ``facts``. All call it.
 
@@ -108,6 +112,9 @@ def begin(
     """
     if saved is not None:
         check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
+    from reinforcepp.distributed import Ranks
+
+    ranks = Ranks()
     ranks.wait()  # until all have looked at the folder
     if ranks.is_main:
         if saved is None:
