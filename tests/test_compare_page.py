@@ -176,6 +176,7 @@ def test_showing_all_names_ends_the_voting_as_long_as_it_lasts(opened):
 def test_votes_outlast_a_reload_but_not_other_answers(opened, tmp_path):
     shown = opened(comparison(FIVE))
     shown.page.keyboard.press("1")
+    assert "Your votes, 1 of 5" in texts(shown)["tally"]
     shown.page.reload()
     assert "Your votes, 1 of 5" in texts(shown)["tally"] and texts(shown)["prompt"] == "Question 1?"
     (tmp_path / "compare.html").write_text(as_page(comparison([*FIVE[:4], pair("New?", "alpha", "beta")])))

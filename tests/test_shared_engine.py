@@ -24,12 +24,12 @@ def fails(prompts, completions, completion_ids, **_):
     return spread(prompts, completions, completion_ids)
 """
 ASKING = """
-import json, sys, threading
+import atexit, json, sys, threading
 import tiny, torch
 from rollout.contract import prepared_model, prepared_tokenizer
 from pathlib import Path
 from reinforcepp import ReinforceConfig, shared_engine
-from reinforcepp.distributed import Ranks, join
+from reinforcepp.distributed import Ranks, join, leave
 from reinforcepp.errors import EngineLost
 from reinforcepp.rollout.choose import EngineChoice
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -90,6 +90,14 @@ except EngineLost as error:
 engine.close()
 told["seen"] = seen
 open(f"{sys.argv[1]}/{ranks.index}", "w").write(json.dumps(told))
+
+class Late:
+    def __del__(self):
+        print("Python's own end")
+
+late = Late()
+atexit.register(print, "at exit")
+leave(0)
 """
 
 
@@ -97,6 +105,7 @@ def test_all_processes_are_served_by_the_engine_of_the_first(tmp_path):
     (tmp_path / "asking.py").write_text(ASKING)
     done = scripts.launched(3, tmp_path / "asking.py", tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("at exit") == 3 and "own end" not in done.stdout
     first, second, third = (json.loads((tmp_path / str(i)).read_text()) for i in range(3))
     assert [own["started"] for own in (first, second, third)] == [1, 0, 0]
     assert first["answers"] == [[key, "0", [key, sample, 0]] for key in (0, 1) for sample in (0, 1)]

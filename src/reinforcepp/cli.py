@@ -66,6 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(job: Callable[[], int]) -> int:
     """Do ``job``; what goes wrong on purpose becomes one line and an exit code instead of a traceback."""
+    code = _outcome(job)
+    if (distributed := sys.modules.get("reinforcepp.distributed")) is not None:
+        distributed.leave(code)
+    return code
+
+
+def _outcome(job: Callable[[], int]) -> int:
     try:
         return job()
     except ReinforceError as error:
@@ -159,8 +166,6 @@ def run(verb: str, config: Any) -> int:
         where = f" ({error.filename})" if error.filename else ""
         _tell_failure(f"error: {error.strerror}{where}; what was saved before stays as it is.")
         return USAGE_ERROR
-    if (distributed := sys.modules.get("reinforcepp.distributed")) is not None:
-        distributed.leave()
     return outcome if isinstance(outcome, int) else 0
 
 

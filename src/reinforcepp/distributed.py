@@ -6,6 +6,7 @@ two collectives all do the same.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -120,10 +122,21 @@ def _compare_versions() -> None:
         )
 
 
-def leave() -> None:
-    """End what :func:`join` began; due where all has gone well and the process ends, or its threads may outlive what they use."""
-    if started() > 1 and distributed.is_initialized():
+def leave(code: int) -> None:
+    """End this process with ``code`` if it is one of several that have met; due when nothing is left to do, or nothing happens.
+
+    Python's own end is left out, apart from the functions of atexit: it aborts a process in which a thread of gloo's is just
+    about to drop a tensor of the last message, which happens on a busy machine.
+    """
+    if started() == 1 or not distributed.is_initialized():
+        return
+    if code == 0:
         distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def tell_failure(text: str) -> None:
