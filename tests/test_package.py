@@ -124,7 +124,7 @@ ONLY_IN = {
     },
     "accelerate": {"distributed.py", "training_engine.py", "zero.py"},
     "deepspeed": {"zero.py"},
-    "ray": {"rollout/ray_pool.py"},
+    "ray": {"rollout/ray_crew.py"},
 }
 
 

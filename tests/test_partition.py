@@ -22,13 +22,13 @@ WAITS = "others that hang, or whose machines can't be reached any more"  # the w
 POOL = """
 import os, sys, time
 from reinforcepp import cli
-from reinforcepp.rollout import ray_pool
+from reinforcepp.rollout import ray_crew, ray_pool
 
-ray_pool.HEAD_SECONDS, ray_pool.CONNECT_SECONDS = 4, 2
+ray_crew.HEAD_SECONDS, ray_crew.CONNECT_SECONDS = 4, 2
 inner = ray_pool.share_out
 
 def told(crew, *rest):
-    ray_pool.START_SECONDS = 5  # once it has started
+    ray_crew.START_SECONDS = 5  # once it has started
     while os.path.exists(os.environ["PAUSE"]):
         print("paused", flush=True)
         time.sleep(0.2)

@@ -20,7 +20,8 @@ from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.load import RewardSum
 from reinforcepp.rewards.trained import TrainedReward
 from reinforcepp.rollout.engine import RolloutEngine
-from reinforcepp.rollout.ray_pool import RayCrew, RayEngine
+from reinforcepp.rollout.ray_crew import RayCrew
+from reinforcepp.rollout.ray_pool import RayEngine
 from reinforcepp.rollout.ray_worker import Packed, fill, pack
 from reinforcepp.rollout.share_out import Tally, share_out
 from reinforcepp.shared_engine import SharedEngine

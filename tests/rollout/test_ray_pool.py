@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from rollout import without_nccl
 from rollout.contract import EngineContract, prepared_model, prepared_tokenizer, prompts_of
 
 from reinforcepp import cli
@@ -25,15 +26,18 @@ from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import COMPLETIONS, read_answers
 from reinforcepp.reward_pool import PooledReward, pooled
 from reinforcepp.rewards import load_rewards
-from reinforcepp.rollout import ray_pool
+from reinforcepp.rollout import ray_crew, ray_pool, vllm_nccl
 from reinforcepp.rollout.canary import check_sync
-from reinforcepp.rollout.ray_pool import RayCrew, RayEngine, connect
+from reinforcepp.rollout.ray_crew import RayCrew, connect
+from reinforcepp.rollout.ray_pool import RayEngine
 from reinforcepp.rollout.ray_worker import Recipe, Worker, as_array, as_tensor, pack
 from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.rollout.vllm_nccl import ToPool
 from reinforcepp.rollout.weights import named_config
 from reinforcepp.types import Sampling
 
 ray = pytest.importorskip("ray")
+load = RayCrew._start_loading
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 
 
@@ -119,7 +123,7 @@ def test_a_worker_makes_the_model_of_what_it_is_given(family):
 
 
 @needs_vllm
-def test_a_worker_with_vllm():
+def test_a_worker_with_vllm(monkeypatch):
     tokenizer, sampling = prepared_tokenizer(), Sampling(12, temperature=0)
     model = prepared_model()
     config = named_config(model)
@@ -131,8 +135,104 @@ def test_a_worker_with_vllm():
             expected = TransformersEngine(model, tokenizer).generate(prompts_of(tokenizer), sampling)
             answers = worker.answer(prompts_of(tokenizer), sampling)
             assert [c.ids for of_prompt in answers for c in of_prompt] == [c.ids for c in expected]
+        assert worker.in_group() is None  # without a GPU
+        monkeypatch.setattr(worker.engine, "transfer", lambda *step: None)  # which brings weights past this process
+        later = prepared_model(seed=8)
+        worker.took_over(lambda: pack(later))
+        worker.engine._in_group = True
+        worker.engine._restart(RuntimeError("failed in the middle of a batch"))
+        check_sync(worker.engine, later, tokenizer)
+        assert not worker.engine._in_group
     finally:
         worker.engine.close()
+
+
+@needs_vllm
+def test_weights_go_straight_to_workers_by_vllms_own_transfer(cluster, monkeypatch):
+    """Real workers with vLLM; of vLLM's NCCL transfer only the broadcast itself goes another way."""
+    ray.cloudpickle.register_pickle_by_value(without_nccl)
+    without_nccl.stand_in(monkeypatch.setattr)
+    monkeypatch.setattr(ray_pool, "Worker", without_nccl.Taker)
+    tokenizer = prepared_tokenizer()
+    cluster.add_node(num_cpus=2)
+    engine = RayEngine(
+        cluster.address, prepared_model(), tokenizer, engine="vllm", workers=2, max_length=200, batch_size=8
+    )
+    while len(engine.crew.ready()) < 2:
+        engine.crew.wait()
+    engine._to_gpus = ToPool(engine.ray)
+    by_store = []
+    monkeypatch.setattr(RayCrew, "_start_loading", lambda crew, number: by_store.append(number) or load(crew, number))
+    try:
+        for seed in (1, 2):
+            model = prepared_model(seed=seed)
+            engine.load_weights(model)
+            check_sync(engine, model, tokenizer)
+        assert by_store == [] and len(engine._to_gpus._workers) == 2
+        dead, left = engine.crew.ready()
+        ray.kill(engine.crew.actors[dead])
+        for seed in (3, 4):  # who takes its place gets the weights of now, and later ones as the others do
+            model = prepared_model(seed=seed)
+            engine.load_weights(model)
+            while len(engine.crew.ready()) < 2:
+                engine.crew.wait()
+            check_sync(engine, model, tokenizer)
+            assert len(by_store) == 1 and len(engine._to_gpus._workers) == seed - 2
+        assert left in engine._to_gpus._workers
+    finally:
+        engine.close()
+
+
+@pytest.mark.gpu
+@needs_vllm
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for a worker")
+def test_weights_go_from_one_gpu_to_a_workers(cluster):
+    """Where ``CUDA_VISIBLE_DEVICES`` says nothing else, the trainer has the first GPU and Ray gives away the second."""
+    tokenizer, model = prepared_tokenizer(), prepared_model().to("cuda:0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+    try:
+        cluster.add_node(num_cpus=1, num_gpus=1)
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    engine = RayEngine(cluster.address, model, tokenizer, engine="vllm", workers=1, max_length=200, batch_size=8)
+    try:
+        for seed in (1, 2):
+            model = prepared_model(seed=seed).to("cuda:0")
+            engine.load_weights(model)
+            check_sync(engine, model, tokenizer)
+        assert len(engine._to_gpus._workers) == 1
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("trouble", ["refused", "hangs"])
+def test_where_the_transfer_fails_weights_go_by_the_store(trouble, monkeypatch):
+    """Those that may still wait for the rest of it are replaced; it isn't tried again."""
+    replaced = []
+    engine = object.__new__(RayEngine)
+    engine.crew = SimpleNamespace(
+        actors={2: "two", 5: "five", 7: "of another kind"},
+        told=lambda question: {2: True, 5: False, 7: None},
+        replace=lambda numbers: replaced.extend(numbers),
+    )
+    engine._to_gpus = ToPool(ray)
+
+    def send(model, workers, later, anew):
+        assert workers == {2: "two", 5: "five"} and anew
+        if trouble == "hangs":
+            threading.Event().wait(30)
+        raise ray.exceptions.RaySystemError("Duplicate GPU detected")
+
+    monkeypatch.setattr(engine._to_gpus, "_send", send)
+    monkeypatch.setattr(vllm_nccl, "POOL_SECONDS", 0.1 if trouble == "hangs" else 20)
+    why = {
+        "refused": r"can't take over the weights by NCCL \(.*Duplicate GPU",
+        "hangs": r"hasn't taken over .* within 0\.1 s",
+    }
+    with pytest.warns(UserWarning, match=f"The pool {why[trouble]}.*from now on weights go through Ray's object store"):
+        assert engine._transfer(None, None) == set()
+    assert replaced == [2, 5]
+    assert engine._transfer(None, None) == set() and replaced == [2, 5]
 
 
 def test_each_worker_is_seen_to_have_the_present_weights(pool):
@@ -146,7 +246,7 @@ def test_each_worker_is_seen_to_have_the_present_weights(pool):
         assert report.tokens > 4 * 16  # of both workers
     number = pool.crew.ready()[1]
     old = pool.ray.put(pack(prepared_model(seed=9)))
-    pool.ray.get(pool.crew._actors[number].load.remote(old))  # one of them missed the update
+    pool.ray.get(pool.crew.actors[number].load.remote(old))  # one of them missed the update
     with pytest.raises(RolloutError, match="out of step"):
         check_sync(pool, model, tokenizer)
 
@@ -203,7 +303,7 @@ def test_weights_that_come_late_are_not_taken_for_the_present_ones(pool, monkeyp
     pool.load_weights(model)
     crew, number = pool.crew, pool.crew.ready()[0]
     crew._start_loading(number)
-    monkeypatch.setattr(ray_pool, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(ray_crew, "PATIENCE_SECONDS", 0)
     late = prepared_model(seed=3)
     pool.load_weights(late)
     while number not in crew.ready():
@@ -220,8 +320,8 @@ def test_what_a_worker_refuses_is_told(pool):
 
 
 def test_a_cluster_without_room(cluster, monkeypatch):
-    monkeypatch.setattr(ray_pool, "START_SECONDS", 2)
-    monkeypatch.setattr(ray_pool.RayCrew, "_grow", lambda self: None)
+    monkeypatch.setattr(ray_crew, "START_SECONDS", 2)
+    monkeypatch.setattr(ray_crew.RayCrew, "_grow", lambda self: None)
     with pytest.raises(RolloutError, match=r"No rollout worker was ready within 2 seconds; the cluster has .* CPUs"):
         RayEngine(cluster.address, prepared_model(), prepared_tokenizer(), max_length=100)
 
@@ -302,7 +402,7 @@ def test_a_reward_model_in_the_pool(cluster, reward_folder):
         assert reward(asked, answers) == pytest.approx(expected, abs=1e-5)
         assert reward.tallies[-1].pieces >= 4
         victim = reward.crew.ready()[0]
-        engine.ray.kill(reward.crew._actors[victim])
+        engine.ray.kill(reward.crew.actors[victim])
         assert reward(asked, answers) == pytest.approx(expected, abs=1e-5)
         assert reward.tallies[-1].lost == 1 and reward([], []) == []
     finally:
@@ -388,7 +488,7 @@ def test_a_head_that_is_away_for_long_ends_the_run(monkeypatch):
     crew._grow()
     since = crew._head_gone
     assert since is not None and not crew._head_answers() and crew._head_gone == since
-    monkeypatch.setattr(ray_pool, "HEAD_SECONDS", -1)
+    monkeypatch.setattr(ray_crew, "HEAD_SECONDS", -1)
     with pytest.raises(EngineLost, match=r"The head of the Ray cluster, 127\.0\.0\.1:\d+, can't be reached any more"):
         crew._head_answers()
 

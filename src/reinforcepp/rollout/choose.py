@@ -74,6 +74,7 @@ def start_engine(
     gpu_memory_utilization: float | None = None,
     tensor_parallel_size: int = 1,
     alone: bool = False,
+    weight_transfer: str = "",
     workers: int = 0,
     reserved: int = 0,
     folder: Path | None = None,
@@ -116,6 +117,7 @@ def start_engine(
             gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size,
             alone=alone,
+            weight_transfer=weight_transfer,
         )
     from reinforcepp.rollout.transformers_engine import TransformersEngine
 

@@ -1,40 +1,29 @@
-"""Rollouts by engines on many devices or machines, which Ray places and watches; ray is only imported here.
+"""Rollouts by engines on many devices or machines, which Ray places and watches.
 
 The trainer puts its weights once into Ray's object store. Ray brings them once to each machine, where every worker reads the
-same memory. What is sampled depends on seed, prompt and sample number alone, so it doesn't matter who answers what, or how often
-something had to be done again because a worker died.
+same memory; between GPUs vLLM's own weight transfer takes them straight there. What is sampled depends on seed, prompt and
+sample number alone, so it doesn't matter who answers what, or how often something had to be done again because a worker died.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
-import os
-import socket
-import time
-from collections.abc import Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
 
-from reinforcepp.errors import EngineLost, RolloutError
 from reinforcepp.models import context_length, eos_ids
 from reinforcepp.rollout.engine import check_prompts, grown
-from reinforcepp.rollout.ray_worker import Packed, Recipe, Worker, pack
-from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
+from reinforcepp.rollout.ray_crew import Later, RayCrew, connect
+from reinforcepp.rollout.ray_worker import Recipe, Worker, pack
+from reinforcepp.rollout.share_out import Tally, share_out
+from reinforcepp.rollout.vllm_client import Fault
+from reinforcepp.rollout.vllm_nccl import BACKEND, ToPool
 from reinforcepp.rollout.weights import named_config
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CONNECT_SECONDS = 10
-START_SECONDS = 180
-"""Within this time the first worker has to be ready."""
-PATIENCE_SECONDS = 10
-"""So long those who have the weights wait for those who don't."""
-LOOK_SECONDS = 1.0
-"""How often the cluster is looked at for room for more workers while answers are waited for."""
-HEAD_SECONDS = 30
-"""So long the cluster's head may be out of reach; after 60 Ray itself ends processes, without a checkpoint."""
 
 
 class RayEngine:
@@ -78,6 +67,8 @@ class RayEngine:
         self.batch_size = batch_size
         self.tallies: list[Tally] = []
         self.ray, self._own = connect(address)
+        straight = model.device.type == "cuda" and importlib.util.find_spec("vllm") is not None
+        self._to_gpus = ToPool(self.ray) if straight else None
         recipe = Recipe(
             named_config(model),
             model.generation_config,
@@ -87,6 +78,7 @@ class RayEngine:
             max_length,
             batch_size,
             tensor_parallel_size,
+            BACKEND if self._to_gpus else "",
         )
         self.crew = RayCrew(self.ray, Worker, recipe, workers, reserved, tensor_parallel_size)
         self.load_weights(model)
@@ -114,256 +106,32 @@ class RayEngine:
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
-        self.crew.load(pack(model))
+        self.crew.load(pack(model), lambda later: self._transfer(model, later))
 
     def close(self) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; a cluster of others goes on."""
+        if self._to_gpus is not None:
+            self._to_gpus.close()
         self.crew.close()
         if self._own:
             self.ray.shutdown()
 
-
-class RayCrew:
-    """Ray's actors as :func:`~reinforcepp.rollout.share_out.share_out` needs them.
-
-    An actor that dies is replaced; where the cluster grows, more are started. Who hasn't got the present weights is not ready.
-
-    Args:
-        ray: the library, connected.
-        worker: of what class the actors are. They take a recipe, ``load`` packed weights, and ``answer`` a list, given what
-            else is asked, with one answer for each; ``kind`` is what they are called.
-        recipe: for each of them.
-        workers: how many, at most; 0 is as many as there is room for.
-        reserved: GPUs or CPUs that are left to others.
-        gpus: of each; where it is one and the cluster has none, a CPU.
-    """
-
-    def __init__(
-        self, ray: Any, worker: type[Any], recipe: Any, workers: int, reserved: int = 0, gpus: int = 1
-    ) -> None:
-        self._ray, self._worker, self._most, self._reserved, self._gpus = ray, worker, workers, reserved, gpus
-        self._recipe = ray.put(recipe)
-        self._weights: Any = None
-        self._version = 0
-        self._actors: dict[int, Any] = {}
-        self._ready: dict[int, None] = {}
-        self._tasks: dict[Any, tuple[int, int]] = {}
-        """What is under way: whose it is, and the version of the weights that are loaded, 0 for a piece."""
-        self._numbers = iter(range(1 << 62))
-        self._looked = 0.0
-        self._head = ray.get_runtime_context().gcs_address
-        self._head_gone: float | None = None
-        """Since when the head can't be reached."""
-        self._reason = ""
-        """Why the last worker was lost."""
-        self._prompts: Sequence[Any] = ()
-        self._sampling: Any = None
-
-    def load(self, packed: Packed) -> None:
-        """Hand weights out, and wait until whoever is there has them; who takes long comes in later.
-
-        Raises:
-            RolloutError: nobody is ready in time.
-        """
-        self._weights = self._ray.put(packed)
-        self._version += 1
-        for number in list(self._ready):
-            self._start_loading(number)
-        begin = time.monotonic()
-        while not self._ready or (self._loading and time.monotonic() - begin < PATIENCE_SECONDS):
-            self._next()
-            self._check_time(begin)
-
-    def ask(self, prompts: Sequence[Any], sampling: Any) -> None:
-        """What is asked from now on, and how."""
-        self._prompts, self._sampling = prompts, self._ray.put(sampling)
-
-    def each(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """All answers of each worker; of those that die meanwhile, none."""
-        answers: list[Completion] = []
-        while not answers:
-            asked = {number: self._actors[number].answer.remote(list(prompts), sampling) for number in self._ready}
-            for number, task in asked.items():
-                result = self._result(number, task)
-                if not isinstance(result, Lost):
-                    answers += [completion for of_prompt in result for completion in of_prompt]
-            if not self._ready:
-                self.wait()
-        return answers
-
-    def ready(self) -> list[int]:
-        """See :class:`~reinforcepp.rollout.share_out.Crew`."""
-        return list(self._ready)
-
-    def give(self, worker: int, places: Sequence[int]) -> None:
-        """See :class:`~reinforcepp.rollout.share_out.Crew`."""
-        prompts = [self._prompts[place] for place in places]
-        self._tasks[self._actors[worker].answer.remote(prompts, self._sampling)] = worker, 0
-
-    def wait(self) -> Any:
-        """See :class:`~reinforcepp.rollout.share_out.Crew`.
-
-        Raises:
-            RolloutError: there is no worker for long, or one has refused what it was asked.
-        """
-        begin = time.monotonic()
-        while (event := self._next()) is None:
-            self._check_time(begin)
-        return event
-
-    def close(self) -> None:
-        """Stop all workers."""
-        for number in list(self._actors):
-            self._ray.kill(self._actors[number])
-            self._forget(number)
-
-    # --- inside ---
-
-    def _next(self) -> Any:
-        """What happens within ``LOOK_SECONDS``; None if nothing does."""
-        if time.monotonic() - self._looked > LOOK_SECONDS:
-            self._grow()
-        if not self._tasks:
-            time.sleep(LOOK_SECONDS)
-            return None
-        done, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=LOOK_SECONDS)
-        if not done:
-            return None
-        number, version = self._tasks.pop(done[0])
-        result = self._result(number, done[0])
-        if isinstance(result, Lost):
-            return result
-        if version == 0:
-            return Answered(number, result)
-        if version < self._version:  # there have been others since
-            self._start_loading(number)
-            return None
-        self._ready[number] = None
-        return Joined(number)
-
-    def _result(self, number: int, task: Any) -> Any:
-        """What a worker's task gave, or that it is lost; then another one is started."""
-        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
-
+    def _transfer(self, model: PreTrainedModel, later: Later) -> set[int]:
+        """Give the weights to those who take them from GPU to GPU; gives their numbers, none if it can't be done."""
+        if self._to_gpus is None:
+            return set()
+        joined = {number: of for number, of in self.crew.told("in_group").items() if of is not None}
+        if not joined:
+            return set()
+        workers = {number: self.crew.actors[number] for number in joined}
         try:
-            return self._ray.get(task)
-        except (RayActorError, OutOfMemoryError) as error:
-            self._reason = _first_line(error)
-            self._forget(number)
-            self._grow()
-            return Lost(number, self._reason)
-        except RayTaskError as error:
-            raise RolloutError(f"A {self._worker.kind} worker failed: {_first_line(error.cause)}") from error
-
-    @property
-    def _loading(self) -> bool:
-        return any(version for _, version in self._tasks.values())
-
-    def _start_loading(self, number: int) -> None:
-        self._ready.pop(number, None)
-        self._tasks[self._actors[number].load.remote(self._weights)] = number, self._version
-
-    def _forget(self, number: int) -> None:
-        del self._actors[number]
-        self._ready.pop(number, None)
-        self._tasks = {task: of for task, of in self._tasks.items() if of[0] != number}
-
-    def _grow(self) -> None:
-        """Start as many workers as there is room for."""
-        head_answers, self._looked = self._head_answers(), time.monotonic()
-        if not head_answers:  # what Ray would ask it waits without end
-            return
-        resources = self._ray.cluster_resources()
-        needs = {"num_gpus": self._gpus} if resources.get("GPU") or self._gpus > 1 else {"num_cpus": 1}
-        free = int(resources.get("GPU") or resources.get("CPU", 0)) - self._reserved
-        room = max(1, free // self._gpus)
-        for _ in range(len(self._actors), min(self._most or room, room)):
-            number = next(self._numbers)
-            self._actors[number] = self._ray.remote(self._worker).options(**needs).remote(self._recipe)
-            self._start_loading(number)
-
-    def _head_answers(self) -> bool:
-        """Whether the cluster's head can be reached; raises EngineLost if it can't for long."""
-        begin, reason = time.monotonic(), _silence_of(self._head)
-        self._head_gone = (self._head_gone or begin) if reason else None
-        if self._head_gone is not None and time.monotonic() - self._head_gone > HEAD_SECONDS:
-            raise EngineLost(
-                f"The head of the Ray cluster, {self._head}, can't be reached any more, for {HEAD_SECONDS} seconds ({reason}): "
-                "look at its machine and at the network."
+            self._to_gpus.send(model, workers, later, anew=not all(joined.values()))
+        except Fault as fault:
+            warnings.warn(
+                f"The pool {fault}: from now on weights go through Ray's object store, not straight from GPU to GPU.",
+                stacklevel=2,
             )
-        return not reason
-
-    def _check_time(self, begin: float) -> None:
-        """Raises a RolloutError if there has been nobody since ``begin``, which is too long ago."""
-        if self._ready or time.monotonic() - begin < START_SECONDS:
-            return
-        resources = self._ray.cluster_resources()
-        lost = f" The last one was lost with: {self._reason}" if self._reason else ""
-        raise EngineLost(
-            f"No {self._worker.kind} worker was ready within {START_SECONDS} seconds; the cluster has "
-            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, of which each worker needs "
-            f"{self._gpus if self._gpus > 1 else 'one'}: look at `ray status`.{lost}"
-        )
-
-
-def connect(address: str) -> tuple[Any, bool]:
-    """Ray, connected, and whether its cluster is this process's own.
-
-    Raises:
-        RolloutError: it isn't installed, or there is nobody at ``address``.
-    """
-    if importlib.util.find_spec("ray") is None:
-        raise RolloutError("rollout ray:// needs Ray, which isn't installed: pip install 'ray>=2.50'")
-    import ray
-    from ray._private.services import find_bootstrap_address
-
-    if ray.is_initialized():
-        return ray, False
-    found = address
-    if address == "auto":
-        found = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None) or ""
-        if not found:
-            raise RolloutError(
-                "This machine belongs to no Ray cluster: start one with `ray start --head`, join one with `ray start "
-                "--address=HOST:PORT`, or use --rollout ray://local."
-            )
-    if ":" in found:
-        _look_for(found.removeprefix("ray://"))
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU see what there is
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == "local" else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RolloutError(
-            f"The Ray cluster {found} can't be joined ({_first_line(error)}): look at `ray status`, and whether this machine has "
-            "the versions of Ray and Python that the cluster has."
-        ) from error
-    return ray, True
-
-
-def _look_for(address: str) -> None:
-    """Raises a RolloutError if nobody listens at ``host:port``, for which Ray itself would wait for minutes."""
-    if reason := _silence_of(address):
-        raise RolloutError(
-            f"No Ray cluster answers at {address} ({reason}): give the address that `ray start --head` told, "
-            "look whether this machine may connect to it, or use --rollout ray://local."
-        )
-
-
-def _silence_of(address: str) -> str:
-    """Why nobody can be reached at ``host:port``; empty if somebody listens there."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        return str(error.strerror or error)
-    return ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:200]
+            self._to_gpus = None
+            self.crew.replace(workers)  # they may wait for the others without end
+            return set()
+        return set(workers)

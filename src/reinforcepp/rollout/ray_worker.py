@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,8 @@ class Recipe:
     batch_size: int
     tensor_parallel_size: int = 1
     """GPUs of each worker."""
+    weight_transfer: str = ""
+    """Backend of vLLM's own weight transfer, by which a worker of one GPU gets all weights but the first."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +60,42 @@ class Worker:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.choice: EngineChoice | None = None
         self.engine: Any = None
-        self.model: Any = None
 
     def load(self, packed: Packed) -> str:
         """Generate with these weights from now on; returns the engine's name."""
         recipe = self.recipe
-        if self.choice is None:
-            self.choice = self._choose()
-        if self.model is None:
-            self.model = empty_model(recipe.config, recipe.dtype)
-            self.model.generation_config = recipe.generation_config
-        fill(self.model, packed, on_gpu=self.choice.name == "transformers")  # vLLM has a copy of its own there
+        model = self._filled(packed)
         if self.engine is None:
             self.engine = start_engine(
                 self.choice,
-                self.model,
+                model,
                 recipe.tokenizer,
                 max_length=recipe.max_length,
                 batch_size=recipe.batch_size,
                 tensor_parallel_size=recipe.tensor_parallel_size,
                 alone=True,
+                weight_transfer=recipe.weight_transfer if recipe.tensor_parallel_size == 1 else "",
             )
         else:
-            self.engine.load_weights(self.model)
+            self.engine.load_weights(model)
         return str(self.engine.name)
+
+    def in_group(self) -> bool | None:
+        """Whether it can take weights by vLLM's own transfer at once; False is where it has to join first, None never."""
+        return self.engine.in_group if self.engine.name == "vllm" else None
+
+    def join(self, message: dict[str, Any]) -> None:
+        """See :meth:`~reinforcepp.rollout.vllm_integration.VllmEngine.join`."""
+        self.engine.join(message)
+
+    def transfer(self, step: str, *message: Any) -> None:
+        """See :meth:`~reinforcepp.rollout.vllm_integration.VllmEngine.transfer`."""
+        self.engine.transfer(step, *message)
+
+    def took_over(self, later: Callable[[], Packed]) -> None:
+        """Generate with what was transferred; ``later`` gives the same weights, should they be needed here."""
+        self.engine.took_over(lambda: self._filled(later()))
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """The completions of each prompt."""
@@ -90,7 +103,9 @@ class Worker:
         number = sampling.num_samples
         return [completions[i : i + number] for i in range(0, len(completions), number)]
 
-    def _choose(self) -> EngineChoice:
+    @cached_property
+    def choice(self) -> EngineChoice:
+        """Which engine it is here."""
         recipe = self.recipe
         choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
         if recipe.tensor_parallel_size > 1 and choice.name != "vllm":
@@ -99,6 +114,17 @@ class Worker:
                 f"{choice.reason}."
             )
         return choice
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """For the weights that come packed."""
+        model = empty_model(self.recipe.config, self.recipe.dtype)
+        model.generation_config = self.recipe.generation_config
+        return model
+
+    def _filled(self, packed: Packed) -> PreTrainedModel:
+        fill(self.model, packed, on_gpu=self.choice.name == "transformers")  # vLLM has a copy of its own there
+        return self.model
 
 
 def fill(model: PreTrainedModel, packed: Packed, *, on_gpu: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Dealing prompts out to workers that are fast or slow, come and go: every prompt is answered once, whoever dies.
 
 Pure bookkeeping: who the workers are and how they are spoken to is the business of a ``Crew``, a real one
-(``ray_pool``) or a simulated one (benchmarks/scaling.py).
+(``ray_crew``) or a simulated one (benchmarks/scaling.py).
 """
 
 from __future__ import annotations

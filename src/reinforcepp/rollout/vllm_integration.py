@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,7 @@ class VllmEngine:
         tensor_parallel_size: GPUs that share the model.
         apart: run the model in a process of its own even on one GPU; with several each always has one.
         alone: no trainer needs the GPU between two calls, so weights and cache stay there.
+        weight_transfer: backend of vLLM's own weight transfer, for weights that don't come through ``load_weights``.
         threads: CPU threads; vLLM fixes their number for the process.
 
     Raises:
@@ -84,6 +85,7 @@ class VllmEngine:
         tensor_parallel_size: int = 1,
         apart: bool = False,
         alone: bool = False,
+        weight_transfer: str = "",
         threads: int | None = None,
     ) -> None:
         if isinstance(model, str):
@@ -111,6 +113,9 @@ class VllmEngine:
         self._tensor_parallel_size = tensor_parallel_size
         self._on_gpu = not import_vllm().platforms.current_platform.is_cpu()
         self._apart = self._on_gpu and (apart or tensor_parallel_size > 1)
+        self._weight_transfer = weight_transfer
+        self._in_group = False
+        self._latest: Callable[[], PreTrainedModel] | None = None
         self._sleeps = self._on_gpu and not (alone or isinstance(model, str))
         self._asleep = False
         self._memory = memory_settings(
@@ -181,12 +186,34 @@ class VllmEngine:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; adapters travel alone or, where
         vLLM can't add them itself, are merged into the copy.
         """
-        self._source = model
+        self._source, self._latest = model, None
         with random_state_kept():
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             self._reload(model)
             self.forget_prompts()
+
+    @property
+    def in_group(self) -> bool | None:
+        """Whether it can take part in the next transfer: it has joined; False is before that, None never."""
+        return self._in_group if self._on_gpu and self._weight_transfer else None
+
+    def join(self, message: dict[str, Any]) -> None:
+        """Meet the trainer, and who else gets its weights, as vLLM's own weight transfer says."""
+        self.transfer("shutdown_weight_transfer_engine")  # of an earlier group
+        self.transfer("init_weight_transfer_engine", message)
+        self._in_group = True
+
+    def transfer(self, step: str, *message: Any) -> None:
+        """A step of the transfer, a method of vLLM's workers; :meth:`took_over` is the last one."""
+        with random_state_kept():
+            self._llm.collective_rpc(step, args=message)
+
+    def took_over(self, latest: Callable[[], PreTrainedModel]) -> None:
+        """Generate with the weights that came; ``latest`` gives them, should the engine have to start again."""
+        self.transfer("finish_weight_update")
+        self._latest = latest
+        self.forget_prompts()
 
     def forget_prompts(self) -> None:
         """Empty the prefix cache: the next prompts are computed anew."""
@@ -274,10 +301,11 @@ class VllmEngine:
         if self._apart:
             own = {"distributed_executor_backend": "mp", "weight_transfer_config": {"backend": "ipc"}}
             return own | {"enable_sleep_mode": self._sleeps}
+        transfer = {"weight_transfer_config": {"backend": self._weight_transfer}} if self._weight_transfer else {}
         if self._on_gpu:
-            return {"enable_sleep_mode": self._sleeps}
+            return transfer | {"enable_sleep_mode": self._sleeps}
         spare_work()
-        return {"enforce_eager": True, "block_size": CPU_BLOCK}
+        return transfer | {"enforce_eager": True, "block_size": CPU_BLOCK}
 
     @contextmanager
     def _folder(self) -> Iterator[tuple[str, str]]:
@@ -342,6 +370,9 @@ class VllmEngine:
                 ) from error
         self.close()
         self._asleep = False
+        self._in_group = False
+        if self._latest is not None:
+            self._source, self._latest = self._latest(), None
         self._start()
 
 
