@@ -18,7 +18,8 @@ from network import Network
 from reinforcepp.models import load_config
 from reinforcepp.rollout.vllm_server import server_command, server_environment
 
-SOURCE = Path(__file__).parents[2] / "src"
+TESTS = Path(__file__).parents[1]
+SOURCE = TESTS.parent / "src"
 KEY = "sk-quite-secret"
 START_SECONDS = 400
 
@@ -44,7 +45,7 @@ class Served:
         if network:
             self.command = ["ip", "netns", "exec", network.name, *self.command]
         self.environment = server_environment(os.environ, KEY) | {
-            "PYTHONPATH": str(SOURCE),
+            "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS}",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_SERVER_DEV_MODE": "1",

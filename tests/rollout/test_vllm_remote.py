@@ -18,6 +18,7 @@ import torch
 from network import network
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
 from rollout.servers import KEY, Served
+from rollout.without_nccl import stand_in
 
 import scripts
 from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
@@ -28,7 +29,8 @@ from reinforcepp.rollout import vllm_remote
 from reinforcepp.rollout.canary import check_sync
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm_client import Patience
-from reinforcepp.rollout.vllm_remote import VllmServerEngine
+from reinforcepp.rollout.vllm_nccl import ByNccl
+from reinforcepp.rollout.vllm_remote import ServerCrew, VllmServerEngine
 from reinforcepp.rollout.vllm_weights import EXTENSION
 from reinforcepp.types import Sampling
 
@@ -295,25 +297,41 @@ def test_one_that_is_well_and_does_nothing_is_lost(served, engine_of, monkeypatc
     wait_until(engine, 1)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for the server")
-def test_weights_go_from_one_gpu_to_another(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    server = Served(tmp_path / "log", tiny.save(tmp_path / "base"), '--weight-transfer-config={"backend": "nccl"}')
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+def for_nccl(folder, *flags) -> Served:
+    return Served(folder / "log", tiny.save(folder / "base"), '--weight-transfer-config={"backend": "nccl"}', *flags)
+
+
+def takes_weights_by_nccl(server, folder, device) -> None:
     try:
         server.wait()
-        model, tokenizer = prepared_model().to("cuda:0"), prepared_tokenizer()
-        engine = VllmServerEngine([server.url], model, tokenizer, max_length=200, folder=tmp_path)
-        assert type(engine.crew._way(engine.crew.clients[0])).__name__ == "ByNccl"
+        model, tokenizer = prepared_model().to(device), prepared_tokenizer()
+        engine = VllmServerEngine([server.url], model, tokenizer, max_length=200, folder=folder)
+        assert type(engine.crew._way(engine.crew.clients[0])) is ByNccl
         check_sync(engine, model, tokenizer)
         for seed in (1, 2):
-            model = prepared_model(seed=seed).to("cuda:0")
+            model = prepared_model(seed=seed).to(device)
             engine.load_weights(model)
             check_sync(engine, model, tokenizer)
         engine.close()
     finally:
         server.end()
+
+
+def test_weights_go_straight_to_a_server_by_vllms_own_transfer(tmp_path, monkeypatch):
+    """Of which only the broadcast itself goes another way."""
+    stand_in(monkeypatch.setattr)
+    monkeypatch.setattr(ServerCrew, "_way", lambda self, client: self._nccl)
+    server = for_nccl(tmp_path, "--worker-extension-cls=rollout.nccl_extension.Worker")
+    takes_weights_by_nccl(server, tmp_path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for the server")
+def test_weights_go_from_one_gpu_to_another(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        server = for_nccl(tmp_path)
+    takes_weights_by_nccl(server, tmp_path, "cuda:0")
 
 
 # --- trainings ------------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def _source(model: PreTrainedModel) -> Any:
             return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            # On a GPU a tied output layer is the embeddings, and vLLM refuses it where it comes in another message than they.
+            # A tied output layer has the embeddings' memory there; where it is the embeddings, vLLM refuses a second message.
             tied = model.config.get_text_config().tie_word_embeddings
             return ((name, w) for name, w in full_weights(model) if not (tied and name.startswith("lm_head.")))
 
