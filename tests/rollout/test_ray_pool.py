@@ -207,18 +207,21 @@ def test_weights_go_from_one_gpu_to_a_workers(cluster):
 
 @pytest.mark.parametrize("trouble", ["refused", "hangs"])
 def test_where_the_transfer_fails_weights_go_by_the_store(trouble, monkeypatch):
-    """Those that may still wait for the rest of it are replaced; it isn't tried again."""
-    replaced = []
+    """Those that may still wait for the rest of it are replaced; after two failures in a row it isn't tried again."""
+    replaced, sent = [], []
     engine = object.__new__(RayEngine)
     engine.crew = SimpleNamespace(
         actors={2: "two", 5: "five", 7: "of another kind"},
         told=lambda question: {2: True, 5: False, 7: None},
         replace=lambda numbers: replaced.extend(numbers),
     )
-    engine._to_gpus = ToPool(ray)
+    engine._to_gpus, engine._failed = ToPool(ray), 0
 
     def send(model, workers, later, anew):
         assert workers == {2: "two", 5: "five"} and anew
+        sent.append(workers)
+        if model == "works":
+            return
         if trouble == "hangs":
             threading.Event().wait(30)
         raise ray.exceptions.RaySystemError("Duplicate GPU detected")
@@ -228,11 +231,16 @@ def test_where_the_transfer_fails_weights_go_by_the_store(trouble, monkeypatch):
     why = {
         "refused": r"can't take over the weights by NCCL \(.*Duplicate GPU",
         "hangs": r"hasn't taken over .* within 0\.1 s",
-    }
-    with pytest.warns(UserWarning, match=f"The pool {why[trouble]}.*from now on weights go through Ray's object store"):
-        assert engine._transfer(None, None) == set()
-    assert replaced == [2, 5]
-    assert engine._transfer(None, None) == set() and replaced == [2, 5]
+    }[trouble]
+    for what in ("fails", "works", "fails", "fails again"):
+        if what == "works":
+            assert engine._transfer(what, None) == {2, 5}
+            continue
+        which = "from now on weights" if what == "fails again" else "these weights"
+        with pytest.warns(UserWarning, match=f"The pool {why}.*: {which} go through Ray's object store"):
+            assert engine._transfer(what, None) == set()
+    assert replaced == [2, 5] * 3
+    assert engine._transfer("works", None) == set() and len(sent) == 4
 
 
 def test_each_worker_is_seen_to_have_the_present_weights(pool):

@@ -25,6 +25,9 @@ from reinforcepp.types import Completion, Prompt, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TRIES = 2
+"""So many transfers one after the other may fail: one does where a worker dies in the middle of it."""
+
 
 class RayEngine:
     """Rollouts by a pool of workers; see :class:`~reinforcepp.rollout.engine.RolloutEngine`.
@@ -69,6 +72,7 @@ class RayEngine:
         self.ray, self._own = connect(address)
         straight = model.device.type == "cuda" and importlib.util.find_spec("vllm") is not None
         self._to_gpus = ToPool(self.ray) if straight else None
+        self._failed = 0
         recipe = Recipe(
             named_config(model),
             model.generation_config,
@@ -126,12 +130,15 @@ class RayEngine:
         workers = {number: self.crew.actors[number] for number in joined}
         try:
             self._to_gpus.send(model, workers, later, anew=not all(joined.values()))
+            self._failed = 0
         except Fault as fault:
+            self._failed += 1
+            which = "from now on weights" if self._failed == TRIES else "these weights"
             warnings.warn(
-                f"The pool {fault}: from now on weights go through Ray's object store, not straight from GPU to GPU.",
-                stacklevel=2,
+                f"The pool {fault}: {which} go through Ray's object store, not straight from GPU to GPU.", stacklevel=2
             )
-            self._to_gpus = None
+            if self._failed == TRIES:
+                self._to_gpus = None
             self.crew.replace(workers)  # they may wait for the others without end
             return set()
         return set(workers)
