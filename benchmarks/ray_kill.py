@@ -1,6 +1,6 @@
 """Rollout workers of a Ray pool killed at random: is every prompt answered once, and does training learn the same?
 
-    python benchmarks/ray_kill.py [--steps 12] [--every 8]
+    python benchmarks/ray_kill.py [--steps 24] [--every 5]
 
 A cluster of three nodes on this machine, a worker on each of two. The same training runs twice: left alone, and with a worker
 killed every few seconds, in the middle of its answers, by a signal that can't be
@@ -103,8 +103,8 @@ def training(address: str, steps: int, every: float | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--every", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--every", type=float, default=5.0)
     settings = parser.parse_args()
     os.environ.update(RAY_worker_niceness="0")  # by default they give way to everything else
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
