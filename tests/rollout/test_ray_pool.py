@@ -22,6 +22,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed import Ranks
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.first_rank import FirstRank
+from reinforcepp.models import weights_hash
 from reinforcepp.observe import read_metrics
 from reinforcepp.observe.answers import COMPLETIONS, read_answers
 from reinforcepp.reward_pool import PooledReward, pooled
@@ -168,6 +169,7 @@ def test_weights_go_straight_to_workers_by_vllms_own_transfer(cluster, monkeypat
             model = prepared_model(seed=seed)
             engine.load_weights(model)
             check_sync(engine, model, tokenizer)
+            assert set(engine.crew.told("kept").values()) == {weights_hash(model)}
         assert by_store == [] and len(engine._to_gpus._workers) == 2
         dead, left = engine.crew.ready()
         ray.kill(engine.crew.actors[dead])

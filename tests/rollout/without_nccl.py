@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from reinforcepp.models import weights_hash
 from reinforcepp.rollout.ray_worker import Recipe, Worker
 
 
@@ -14,6 +15,7 @@ class OverStore:
 
     def __init__(self, group: Any, device: Any) -> None:
         self.group = group
+        assert group.all_gather_obj(group.rank) == list(range(group.world_size))  # as NCCL's members meet
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any) -> None:
         tensor.copy_(self.group.broadcast_obj(tensor, src))
@@ -44,3 +46,7 @@ class Taker(Worker):
 
     def in_group(self) -> bool:
         return bool(self.engine._in_group)
+
+    def kept(self) -> str:
+        """Of the weights that it would start again with."""
+        return weights_hash(self.engine._latest())
