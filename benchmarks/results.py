@@ -28,10 +28,11 @@ def write_result(name: str, measured: dict[str, Any]) -> Path:
 
 
 def made() -> dict[str, Any]:
-    """The command that is running, when and where."""
+    """The command that is running, when and where; of paths that mean something on this machine alone only the name is told."""
     script = Path(sys.argv[0]).resolve()
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", str(script.relative_to(FOLDER.parent.parent)), *sys.argv[1:]]),
+        "command": shlex.join(["python", str(script.relative_to(FOLDER.parent.parent)), *given]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": versions(),

@@ -376,6 +376,12 @@ def test_the_package_says_it_is_typed():
     assert (SOURCE / "py.typed").is_file()
 
 
+def test_the_commands_of_result_files_name_no_path_of_the_machine_that_made_them():
+    files = list((ROOT / "benchmarks/results").glob("*.json"))
+    assert [path.name for path in files if re.search(r'"command": ".* /', path.read_text(encoding="utf-8"))] == []
+    assert len(files) > 20
+
+
 def test_the_tables_of_the_readme_are_those_of_the_result_files():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/tables.py"), "--check"], capture_output=True, text=True, check=False
