@@ -56,6 +56,12 @@ class UnusableUpdate(TrainingDiverged):
     """A reward, log-probability, loss or gradient isn't finite, or a policy ratio is out of all bounds."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what it says, at most 200 characters; its type's name where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:200]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the known word closest to ``word``, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

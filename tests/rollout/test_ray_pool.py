@@ -150,7 +150,7 @@ def test_a_worker_with_vllm(monkeypatch):
 
 @needs_vllm
 def test_weights_go_straight_to_workers_by_vllms_own_transfer(cluster, monkeypatch):
-    """Real workers with vLLM; of vLLM's NCCL transfer only the broadcast itself goes another way."""
+    """Real workers with vLLM; of vLLM's NCCL transfer the broadcast goes another way, and unpacked."""
     ray.cloudpickle.register_pickle_by_value(without_nccl)
     without_nccl.stand_in(monkeypatch.setattr)
     monkeypatch.setattr(ray_pool, "Worker", without_nccl.Taker)

@@ -318,7 +318,7 @@ def takes_weights_by_nccl(server, folder, device) -> None:
 
 
 def test_weights_go_straight_to_a_server_by_vllms_own_transfer(tmp_path, monkeypatch):
-    """Of which only the broadcast itself goes another way."""
+    """Of which the broadcast goes another way, and unpacked."""
     stand_in(monkeypatch.setattr)
     monkeypatch.setattr(ServerCrew, "_way", lambda self, client: self._nccl)
     server = for_nccl(tmp_path, "--worker-extension-cls=rollout.nccl_extension.Worker")

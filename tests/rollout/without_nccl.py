@@ -1,4 +1,4 @@
-"""vLLM's own NCCL weight transfer where there is no GPU: tensors go through the group's TCP store, all else is vLLM's."""
+"""vLLM's own NCCL weight transfer where there is no GPU: tensors go through the group's TCP store, one by one."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 
 from reinforcepp.models import weights_hash
 from reinforcepp.rollout.ray_worker import Recipe, Worker
+from reinforcepp.rollout.vllm_nccl import BACKEND
 
 
 class OverStore:
@@ -42,7 +43,7 @@ class Taker(Worker):
 
     def __init__(self, recipe: Recipe) -> None:
         stand_in()
-        super().__init__(replace(recipe, weight_transfer="nccl"))
+        super().__init__(replace(recipe, weight_transfer=BACKEND))
 
     def in_group(self) -> bool:
         return bool(self.engine._in_group)

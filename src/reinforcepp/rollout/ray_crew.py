@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforcepp.errors import EngineLost, RolloutError
+from reinforcepp.errors import EngineLost, RolloutError, first_line
 from reinforcepp.rollout.ray_worker import Packed
 from reinforcepp.rollout.share_out import Answered, Joined, Lost
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -97,9 +97,9 @@ class RayCrew:
             self._next()
             self._check_time(begin)
 
-    def told(self, question: str) -> dict[int, Any]:
-        """What those who are ready say, by a method of theirs without arguments; who has died meanwhile is replaced."""
-        asked = {number: getattr(self.actors[number], question).remote() for number in self._ready}
+    def told(self, question: str, *given: Any) -> dict[int, Any]:
+        """What those who are ready say, by a method of theirs; who has died meanwhile is replaced."""
+        asked = {number: getattr(self.actors[number], question).remote(*given) for number in self._ready}
         answers = {number: self._result(number, task) for number, task in asked.items()}
         return {number: answer for number, answer in answers.items() if not isinstance(answer, Lost)}
 
@@ -116,11 +116,8 @@ class RayCrew:
         """All answers of each worker; of those that die meanwhile, none."""
         answers: list[Completion] = []
         while not answers:
-            asked = {number: self.actors[number].answer.remote(list(prompts), sampling) for number in self._ready}
-            for number, task in asked.items():
-                result = self._result(number, task)
-                if not isinstance(result, Lost):
-                    answers += [completion for of_prompt in result for completion in of_prompt]
+            for own in self.told("answer", list(prompts), sampling).values():
+                answers += [completion for of_prompt in own for completion in of_prompt]
             if not self._ready:
                 self.wait()
         return answers
@@ -180,12 +177,12 @@ class RayCrew:
         try:
             return self._ray.get(task)
         except (RayActorError, OutOfMemoryError) as error:
-            self._reason = _first_line(error)
+            self._reason = first_line(error)
             self._forget(number)
             self._grow()
             return Lost(number, self._reason)
         except RayTaskError as error:
-            raise RolloutError(f"A {self._worker.kind} worker failed: {_first_line(error.cause)}") from error
+            raise RolloutError(f"A {self._worker.kind} worker failed: {first_line(error.cause)}") from error
 
     @property
     def _loading(self) -> bool:
@@ -276,7 +273,7 @@ def connect(address: str) -> tuple[Any, bool]:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RolloutError(
-            f"The Ray cluster {found} can't be joined ({_first_line(error)}): look at `ray status`, and whether this machine has "
+            f"The Ray cluster {found} can't be joined ({first_line(error)}): look at `ray status`, and whether this machine has "
             "the versions of Ray and Python that the cluster has."
         ) from error
     return ray, True
@@ -299,8 +296,3 @@ def _silence_of(address: str) -> str:
     except OSError as error:
         return str(error.strerror or error)
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:200]

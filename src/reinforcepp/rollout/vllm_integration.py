@@ -29,7 +29,7 @@ from reinforcepp.rollout.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.transfer import send_weights
 from reinforcepp.rollout.vllm_adapter import AdapterCopy, takes_adapter
 from reinforcepp.rollout.vllm_cpu import give_back_freed, spare_work
-from reinforcepp.rollout.vllm_support import import_vllm, sampling_settings, vllm_status
+from reinforcepp.rollout.vllm_support import import_vllm, sampling_settings, vllm_status, without_tied
 from reinforcepp.rollout.weights import named_config, saved_eos_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -330,8 +330,7 @@ class VllmEngine:
         adapter.update(self._llm, model)
 
     def _reload_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        if self.config.get_text_config().tie_word_embeddings:
-            weights = ((name, weight) for name, weight in weights if not name.startswith("lm_head."))
+        weights = without_tied(self.config, weights)
         if self._apart:
             devices = [torch.device("cuda", i) for i in range(self._tensor_parallel_size)]
             send_weights(self._llm.collective_rpc, weights, devices)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from reinforcepp.adapters import full_weights
+from reinforcepp.errors import first_line
 from reinforcepp.rollout.vllm_client import Fault, VllmClient
+from reinforcepp.rollout.vllm_support import without_tied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,17 +119,8 @@ class ToPool:
         Raises:
             Fault: it hasn't worked; who was to take part may still wait for the rest.
         """
-        lost = self._ray.exceptions.RayError
-
-        def work() -> None:
-            try:
-                self._send(model, dict(workers), later, anew)
-            except lost as error:
-                cause = getattr(error, "cause", None) or error
-                raise Fault(f"can't take over the weights by NCCL ({str(cause).strip().splitlines()[0]})") from error
-
         try:
-            _within(POOL_SECONDS, work)
+            _within(POOL_SECONDS, lambda: self._send(model, dict(workers), later, anew), self._ray.exceptions.RayError)
         except Fault:
             self.close()
             raise
@@ -193,9 +186,7 @@ def _source(model: PreTrainedModel) -> Any:
             return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            # A tied output layer has the embeddings' memory there; where it is the embeddings, vLLM refuses a second message.
-            tied = model.config.get_text_config().tie_word_embeddings
-            return ((name, w) for name, w in full_weights(model) if not (tied and name.startswith("lm_head.")))
+            return iter(without_tied(model.config, full_weights(model)))
 
     return Source()
 
@@ -214,9 +205,10 @@ def _own_host(url: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Do ``work``; NCCL itself would wait for ever for a peer that is gone."""
+def _within(seconds: float, work: Callable[[], None], *lost: type[Exception]) -> None:
+    """Do ``work``; NCCL itself would wait for ever for a peer that is gone. What it raises, or ``lost``, is a Fault."""
     future: Future[None] = Future()
+    expected: tuple[type[Exception], ...] = (RuntimeError, *lost)
 
     def run() -> None:
         try:
@@ -230,5 +222,6 @@ def _within(seconds: float, work: Callable[[], None]) -> None:
         future.result(timeout=seconds)
     except TimeoutError as error:
         raise Fault(f"hasn't taken over the weights within {seconds:g} s") from error
-    except RuntimeError as error:  # NCCL's own
-        raise Fault(f"can't take over the weights by NCCL ({error})") from error
+    except expected as error:
+        cause = getattr(error, "cause", None) or error  # Ray names what was wrong in another process
+        raise Fault(f"can't take over the weights by NCCL ({first_line(cause)})") from error

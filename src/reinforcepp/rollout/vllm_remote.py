@@ -26,7 +26,7 @@ from reinforcepp.rollout.canary import NEW_TOKENS, PROBE_TOKENS
 from reinforcepp.rollout.engine import check_prompts, grown
 from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
 from reinforcepp.rollout.vllm_client import Failed, Fault, Need, Patience, Unfit, VllmClient
-from reinforcepp.rollout.vllm_nccl import ByNccl
+from reinforcepp.rollout.vllm_nccl import BACKEND, ByNccl
 from reinforcepp.rollout.vllm_server import KEY, environment_key
 from reinforcepp.rollout.vllm_weights import EXTENSION, InFiles, InMessages, Way
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -211,7 +211,7 @@ class ServerCrew:
         assert client.facts is not None, "a server is checked first"
         if client.facts.extension == EXTENSION:
             return self._messages
-        if client.facts.weight_transfer == "nccl" and self._model.device.type == "cuda":
+        if client.facts.weight_transfer == BACKEND and self._model.device.type == "cuda":
             return self._nccl
         return self._files
 

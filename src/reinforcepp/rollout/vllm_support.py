@@ -7,9 +7,11 @@ import inspect
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from reinforcepp import models
 from reinforcepp.rollout.engine import random_state_kept, request_seed
@@ -91,6 +93,12 @@ def has_output_layer(architecture: str) -> bool:
     own = [vars(part) for part in found.__mro__ if part.__module__.startswith("vllm.")]
     makers = [names["__init__"] for names in own if "__init__" in names]
     return any("self.lm_head" in inspect.getsource(maker) for maker in makers)
+
+
+def without_tied(config: PreTrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """All but an output layer that is tied: there it has the embeddings' memory, or is them and is refused a second time."""
+    tied = config.get_text_config().tie_word_embeddings
+    return ((name, weight) for name, weight in weights if not (tied and name.startswith("lm_head.")))
 
 
 def sampling_settings(sampling: Sampling, prompt: Prompt, sample: int, eos_ids: frozenset[int]) -> dict[str, Any]:
