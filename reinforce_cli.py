@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from reinforcepp.classic import main
+from reinforcepp.commands.legacy_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

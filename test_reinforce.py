@@ -9,6 +9,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-    from reinforcepp.compare_cli import main
+    from reinforcepp.commands.engine_benchmark.cli import main
 
     sys.exit(main())

@@ -24,8 +24,9 @@ from results import write_result
 from torch import nn
 from transformers.activations import NewGELUActivation
 
-from reinforcepp import ReinforceTrainer, logprobs
-from reinforcepp.observe import Clock
+from reinforcepp import ReinforceTrainer
+from reinforcepp.models import logprobs
+from reinforcepp.monitoring import Clock
 from reinforcepp.rollout import transformers_engine
 
 COMPLETIONS, NEW_TOKENS = 16, 64

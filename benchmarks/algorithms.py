@@ -15,12 +15,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from results import write_result
 
-from reinforcepp.algorithm_comparison import compare_algorithms, tell
-from reinforcepp.algorithm_page import draw_curves, draw_frontier, write_page
+from reinforcepp.commands.compare_estimators.run import compare_algorithms, tell
+from reinforcepp.commands.demo import demo_settings
 from reinforcepp.config import CompareAlgorithmsConfig, DemoConfig
-from reinforcepp.demo import demo_settings
-from reinforcepp.reward_card import REWARD_CARD
-from reinforcepp.reward_trainer import train_reward_model
+from reinforcepp.reports.estimators import draw_curves, draw_frontier, write_page
+from reinforcepp.rewards.card import REWARD_CARD
+from reinforcepp.training.reward_trainer import train_reward_model
 
 
 def main() -> None:

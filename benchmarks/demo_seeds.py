@@ -12,8 +12,8 @@ from pathlib import Path
 
 from results import write_result
 
+from reinforcepp.commands.demo import run_demo
 from reinforcepp.config import DemoConfig
-from reinforcepp.demo import run_demo
 
 TARGETS = {"rm_accuracy": 0.90, "gold_before": 0.60, "gold_after": 0.90, "length_factor": 1.5}
 

@@ -24,16 +24,16 @@ import torch
 from results import write_result
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from reinforcepp.builtin import data_paths
 from reinforcepp.config import ReinforceConfig, RewardModelConfig
 from reinforcepp.data import load_prompts
-from reinforcepp.doctor import diagnose
+from reinforcepp.data.builtin import data_paths
 from reinforcepp.files import write_json
-from reinforcepp.models import load_tokenizer
-from reinforcepp.reinforce_trainer import ReinforceTrainer
-from reinforcepp.reward_trainer import train_reward_model
+from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.monitoring.doctor import diagnose
+from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.rewards import GoldReward
-from reinforcepp.run_record import read_run
+from reinforcepp.training.reinforce_trainer import ReinforceTrainer
+from reinforcepp.training.reward_trainer import train_reward_model
 
 NOTHING_STOPS = {
     "kl_limit": None,

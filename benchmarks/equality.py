@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer  # loaded here, once, for all the forks
 from reinforcepp.files import write_json
-from reinforcepp.models import load_tokenizer, save_model, weights_hash
+from reinforcepp.models.loading import load_tokenizer, save_model, weights_hash
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(5)]
 HELD_OUT = [{"prompt": f"Why does router {i} drop packets?"} for i in range(2)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from results import write_result
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

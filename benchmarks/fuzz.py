@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from results import write_result
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.config import VERBS
 from reinforcepp.data import read_preferences, read_prompts
 from reinforcepp.data._table import normalize

@@ -17,7 +17,7 @@ from results import FOLDER, write_result
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from reinforcepp.compare_generation import Comparison, compare, plot, show
+from reinforcepp.commands.engine_benchmark.run import Comparison, compare, plot, show
 from reinforcepp.types import Sampling
 
 SHAPES = {

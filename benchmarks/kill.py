@@ -30,14 +30,16 @@ import torch
 from results import write_result
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from reinforcepp import checkpoint, files, models
-from reinforcepp.builtin import model_path
+from reinforcepp import files
 from reinforcepp.config import ReinforceConfig, RewardModelConfig
+from reinforcepp.data.builtin import model_path
 from reinforcepp.files import write_json
-from reinforcepp.models import load_tokenizer
-from reinforcepp.reinforce_trainer import ReinforceTrainer
-from reinforcepp.resumable import ResumableRewardTrainer  # noqa: F401  (loaded here, once, for all the forks)
-from reinforcepp.reward_trainer import train_reward_model
+from reinforcepp.models import loading as models
+from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.training import checkpoint
+from reinforcepp.training.reinforce_trainer import ReinforceTrainer
+from reinforcepp.training.resumable import ResumableRewardTrainer  # noqa: F401  (loaded here, once, for all the forks)
+from reinforcepp.training.reward_trainer import train_reward_model
 
 COMPARED = {
     "policy": ("model.safetensors", "metrics.jsonl", "evaluation.json", "completions", "evaluations"),

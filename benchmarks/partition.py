@@ -26,7 +26,7 @@ from results import write_result
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from machines import PORT, Machines, training, two_machines
 
-from reinforcepp.observe import read_metrics
+from reinforcepp.monitoring import read_metrics
 
 WATCHDOG = 10
 STALL = 5.0

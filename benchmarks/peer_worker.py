@@ -145,7 +145,7 @@ class StepTimes(TrainerCallback):
 def build_ours(job: dict[str, Any], folder: Path, output: str) -> ReinforceTrainer:
     """This package's trainer, with either rollout engine, or as PPO; what it imports, the peers' processes do without."""
     from reinforcepp import ReinforceConfig, ReinforceTrainer
-    from reinforcepp.models import load_config, prepare_tokenizer
+    from reinforcepp.models.loading import load_config, prepare_tokenizer
     from reinforcepp.rewards import TrainedReward
 
     name = str(folder / "policy")

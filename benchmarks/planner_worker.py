@@ -15,13 +15,14 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reinforcepp import reinforce_trainer, verbs
+from reinforcepp.commands import table as verbs
 from reinforcepp.config import TrainConfig
-from reinforcepp.observe import Clock
-from reinforcepp.policy_run import PolicyRun
-from reinforcepp.reward_models import load_reward_weights
+from reinforcepp.models.reward_models import load_reward_weights
+from reinforcepp.monitoring import Clock
 from reinforcepp.rewards import RewardCard, TrainedReward
 from reinforcepp.rewards.trained import save_reward_model
+from reinforcepp.training import reinforce_trainer
+from reinforcepp.training.policy_run import PolicyRun
 
 MIB = 1 << 20
 CUDA = torch.cuda.is_available()

@@ -26,9 +26,9 @@ from results import write_result
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.data import load_prompts
-from reinforcepp.framing import framed
-from reinforcepp.models import load_policy, load_tokenizer, weights_hash
-from reinforcepp.rollout.ray_pool import RayEngine
+from reinforcepp.models.chat_template import framed
+from reinforcepp.models.loading import load_policy, load_tokenizer, weights_hash
+from reinforcepp.rollout.ray.engine import RayEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 
 MODEL = "builtin:tiny"

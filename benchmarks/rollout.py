@@ -24,9 +24,10 @@ import torch
 from generation import SHAPES, random_prompts, save_random_model
 from results import write_result
 
-from reinforcepp.logprobs import response_logprobs
-from reinforcepp.models import load_policy, load_tokenizer
-from reinforcepp.rollout.choose import EngineChoice, start_engine
+from reinforcepp.models.loading import load_policy, load_tokenizer
+from reinforcepp.models.logprobs import response_logprobs
+from reinforcepp.rollout.factory import start_engine
+from reinforcepp.rollout.selection import EngineChoice
 from reinforcepp.types import Prompt, Sampling
 
 ENGINES = ("transformers", "vllm")

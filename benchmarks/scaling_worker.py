@@ -18,11 +18,11 @@ import torch
 from planner_worker import EOS, make
 from transformers import AutoModelForCausalLM
 
-from reinforcepp import verbs
+from reinforcepp.commands import table as verbs
 from reinforcepp.config import TrainConfig
-from reinforcepp.observe import Clock
+from reinforcepp.models.precision import compute_dtype
+from reinforcepp.monitoring import Clock
 from reinforcepp.plan import machine
-from reinforcepp.precision import compute_dtype
 
 STEPS, WARM_UP = 4, 1
 

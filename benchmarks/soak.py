@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from results import write_result
 
+from reinforcepp.commands.demo import demo_settings
 from reinforcepp.config import DemoConfig, TrainConfig
 from reinforcepp.data import load_prompts
-from reinforcepp.demo import demo_settings
-from reinforcepp.reinforce_trainer import ReinforceTrainer
-from reinforcepp.reward_trainer import train_reward_model
+from reinforcepp.training.reinforce_trainer import ReinforceTrainer
+from reinforcepp.training.reward_trainer import train_reward_model
 
 SETTLED = 50
 """Steps after which memory should have stopped growing."""

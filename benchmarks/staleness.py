@@ -98,10 +98,10 @@ def time_part() -> dict[str, Any]:
 def learning_part(seeds: list[int]) -> dict[str, Any]:
     """Held-out gold scores in the course of training."""
     from reinforcepp import ReinforceTrainer
+    from reinforcepp.commands.demo import demo_settings
     from reinforcepp.config import DemoConfig
     from reinforcepp.data import load_prompts
-    from reinforcepp.demo import demo_settings
-    from reinforcepp.reward_trainer import train_reward_model
+    from reinforcepp.training.reward_trainer import train_reward_model
 
     rows = []
     for seed in seeds:

@@ -23,8 +23,8 @@ from typing import Any
 
 from results import write_result
 
-from reinforcepp.builtin import data_paths
 from reinforcepp.data import load_preferences
+from reinforcepp.data.builtin import data_paths
 
 MIB = 1 << 20
 STEPS = 3

@@ -235,7 +235,6 @@ def algorithms(result: dict[str, Any]) -> str:
             pair(lambda own: own["peak_rss_mib"], 0),
             apart(by_name, lambda own: own["peak_rss_mib"], more_is_better=False),
         ),
-        ("implementation size: lines only for it", lambda name: str(by_name[name]["lines_of_code"]), ""),
     ]
     rows = [[title, *(cell(name) for name in names), verdict] for title, cell, verdict in lines]
     titles = ["", *(f"`{name}`" for name in names), "REINFORCE++ against PPO"]

@@ -32,10 +32,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
-from reinforcepp.builtin import data_paths, model_path
-from reinforcepp.builtin.corpus import csv_text, load_facts, preference_rows, pretraining_rows
-from reinforcepp.builtin.judge import GoldJudge
-from reinforcepp.tokens import PLAIN_TEMPLATE
+from reinforcepp.data.builtin import data_paths, model_path
+from reinforcepp.data.builtin.corpus import csv_text, load_facts, preference_rows, pretraining_rows
+from reinforcepp.data.builtin.judge import GoldJudge
+from reinforcepp.models.tokenization import PLAIN_TEMPLATE
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 1500

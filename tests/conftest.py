@@ -89,7 +89,7 @@ def pairs_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reward_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, pairs_csv: Path) -> Path:
     """A reward model that the reward verb has written."""
-    from reinforcepp.cli import main
+    from reinforcepp.commands.cli import main
 
     folder = tmp_path_factory.mktemp("rewards") / "reward_model"
     arguments = ["--model", model_folder, "--data", pairs_csv, "--output_dir", folder, "--num_train_epochs", 1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.config import TrainConfig, as_dict
-from reinforcepp.observe.answers import evaluation_file, save_answers, step_file
+from reinforcepp.monitoring.completion_log import evaluation_file, save_answers, step_file
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"

@@ -9,7 +9,11 @@ import tiny
 import torch
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
-from reinforcepp.adapters import (
+from reinforcepp.commands.cli import main
+from reinforcepp.config.lora import Adapters
+from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, save_model
+from reinforcepp.models.lora import (
     ADAPTER_WEIGHTS,
     WithoutAdapter,
     base_model,
@@ -19,13 +23,9 @@ from reinforcepp.adapters import (
     trained_weights,
     with_adapter,
 )
-from reinforcepp.cli import main
-from reinforcepp.config.adapters import Adapters
-from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.models import load_config, load_policy, load_tokenizer, save_model
-from reinforcepp.preparation import start_policy
-from reinforcepp.reward_models import load_reward_weights, new_reward_model
+from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
 from reinforcepp.rewards import load_reward_model
+from reinforcepp.training.setup import start_policy
 
 FAMILIES = ["gpt2", "llama", "qwen2"]
 VARIANTS = [{}, {"use_rslora": True}, {"use_dora": True}]
@@ -466,8 +466,8 @@ def test_exported_it_is_a_plain_model_or_stays_alone(bases, tmp_path):
 
 
 def test_it_is_served_merged(bases, tmp_path):
-    from reinforcepp.export.source import find_source
-    from reinforcepp.serve import _plain_folder
+    from reinforcepp.commands.export.source import find_source
+    from reinforcepp.commands.serve import _plain_folder
 
     model = adapted(bases["llama"])
     save_model(model, load_tokenizer(bases["llama"]), tmp_path / "adapter")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp import algorithm_comparison as comparison
-from reinforcepp.algorithm_page import verdict, write_page
+from reinforcepp.algorithm.estimators import RECIPES
+from reinforcepp.commands.compare_estimators import run as comparison
 from reinforcepp.config import CompareAlgorithmsConfig
 from reinforcepp.errors import ConfigError
-from reinforcepp.estimators import RECIPES
+from reinforcepp.reports.estimators import verdict, write_page
 
 
 def run_of(name, seed, scores, kl=0.1, diverged=None):
@@ -128,7 +128,7 @@ def test_the_grid_has_every_cell_once():
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory):
     from reinforcepp.config import RewardModelConfig
-    from reinforcepp.reward_trainer import train_reward_model
+    from reinforcepp.training.reward_trainer import train_reward_model
 
     folder = tmp_path_factory.mktemp("reward") / "model"
     train_reward_model(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reinforcepp.batching import PromptBatches, micro_batches, optimizer_batches
+from reinforcepp.training.batches import PromptBatches, micro_batches, optimizer_batches
 from reinforcepp.types import Completion, Prompt
 
 

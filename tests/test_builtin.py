@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from reinforcepp.builtin import data_paths, model_path
-from reinforcepp.builtin.corpus import (
+from reinforcepp.data.builtin import data_paths, model_path
+from reinforcepp.data.builtin.corpus import (
     HELDOUT_FRAMES,
     TRAIN_FRAMES,
     Fact,
@@ -20,7 +20,7 @@ from reinforcepp.builtin.corpus import (
     preference_rows,
     pretraining_rows,
 )
-from reinforcepp.builtin.judge import GoldJudge
+from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import DataError
 
 FACTS = load_facts()
@@ -148,7 +148,7 @@ def test_judge_reads_questions_as_people_type_them(judge):
 
 
 def test_judge_and_corpus_import_no_torch():
-    code = "import sys, reinforcepp.builtin.judge; sys.exit('torch' in sys.modules)"
+    code = "import sys, reinforcepp.data.builtin.judge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp import charts
-from reinforcepp.charts import palette, words
-from reinforcepp.charts.thin import thin
-from reinforcepp.page import COLORS, embedded, page
+from reinforcepp.reports import charts
+from reinforcepp.reports.charts import palette, words
+from reinforcepp.reports.charts.thin import thin
+from reinforcepp.reports.html import COLORS, embedded, page
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "reinforcepp"
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;\u2028"

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from reinforcepp import cli
-from reinforcepp.chat.conversation import Conversation
-from reinforcepp.chat.preferences import PreferenceFile
+from reinforcepp.commands import cli
+from reinforcepp.commands.chat.conversation import Conversation
+from reinforcepp.commands.chat.preferences import PreferenceFile
 from reinforcepp.data import Names, conversation_text, read_preferences, read_table
 from reinforcepp.errors import ConfigError, DataError, ModelError
-from reinforcepp.models import prepare_tokenizer
+from reinforcepp.models.loading import prepare_tokenizer
+from reinforcepp.models.tokenization import frame_conversation
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.tokens import frame_conversation
 from reinforcepp.types import Completion, Prompt
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -328,7 +328,9 @@ def test_a_jsonl_goes_on_behind_what_it_holds(tmp_path):
 
 
 def test_a_file_that_can_not_take_pairs_is_refused_before_anything_is_loaded(chat, monkeypatch, tmp_path):
-    monkeypatch.setattr("reinforcepp.chat.command.load_config", lambda *_: pytest.fail("the model was looked at"))
+    monkeypatch.setattr(
+        "reinforcepp.commands.chat.command.load_config", lambda *_: pytest.fail("the model was looked at")
+    )
     (tmp_path / "other.csv").write_text("question,response_chosen,response_rejected\na,b,c\n")
     (tmp_path / "damaged.jsonl").write_text('{"prompt": "a", \n')
     assert "must end in .jsonl or .csv" in chat("", "--preferences", "p.txt", code=2).err

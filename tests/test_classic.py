@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from reinforcepp import classic, cli
+from reinforcepp.commands import cli
+from reinforcepp.commands import legacy_cli as classic
 from reinforcepp.config import GenerateConfig, RewardModelConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from reinforcepp import cli, verbs
+from reinforcepp.commands import cli
+from reinforcepp.commands import table as verbs
 from reinforcepp.config import VERBS
 from reinforcepp.errors import DataError, TrainingDiverged
 
@@ -380,7 +381,7 @@ def test_a_model_that_is_neither_here_nor_to_be_fetched(refused, monkeypatch, tm
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("reinforcepp.hub.getproxies", dict)
+    monkeypatch.setattr("reinforcepp.runtime.getproxies", dict)
     begin = time.monotonic()
     message = refused("train", "--model", name)
     assert time.monotonic() - begin < 10
@@ -551,7 +552,7 @@ class Swallow:
                 raise ImportError("half loaded") from None
 
 sys.meta_path.insert(0, Swallow())
-from reinforcepp.cli import main
+from reinforcepp.commands.cli import main
 sys.exit(main(["train"]))
 """
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}

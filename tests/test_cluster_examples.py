@@ -14,9 +14,11 @@ import psutil
 import pytest
 import yaml
 
-from reinforcepp import __version__, checkpoint, cli
-from reinforcepp.observe import read_metrics
-from reinforcepp.versions import versions_of
+from reinforcepp import __version__
+from reinforcepp.commands import cli
+from reinforcepp.monitoring import read_metrics
+from reinforcepp.runtime import versions_of
+from reinforcepp.training import checkpoint
 from scripts import ROOT
 
 pytest.importorskip("ray")

@@ -15,17 +15,17 @@ import pytest
 import tiny
 import torch
 
-from reinforcepp import cli
-from reinforcepp.builtin.judge import GoldJudge
-from reinforcepp.compare import report
-from reinforcepp.compare.command import chosen_answers, compare_models, prompts_to_answer
-from reinforcepp.compare.provenance import doubts
-from reinforcepp.compare.result import distinct_runs, distinct_share, mean_by_prompt
-from reinforcepp.compare.statistics import Outcome, Rate
+from reinforcepp.commands import cli
+from reinforcepp.commands.compare.command import chosen_answers, compare_models, prompts_to_answer
+from reinforcepp.commands.compare.provenance import doubts
 from reinforcepp.config import CompareConfig
 from reinforcepp.data import load_prompts
+from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError
-from reinforcepp.models import load_policy, load_tokenizer
+from reinforcepp.models.loading import load_policy, load_tokenizer
+from reinforcepp.reports.comparison import text as report
+from reinforcepp.reports.comparison.result import distinct_runs, distinct_share, mean_by_prompt
+from reinforcepp.reports.comparison.statistics import Outcome, Rate
 
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "12", "--engine", "transformers"]
 SMALL += ["--heldout_fraction", "0.5", "--bootstrap_samples", "200"]
@@ -261,7 +261,7 @@ def token_mean(values: list[list[float]]) -> float:
 @pytest.fixture
 def with_ids(monkeypatch):
     """Sampled ids by side and answer, which the files don't hold."""
-    from reinforcepp.compare import answering
+    from reinforcepp.commands.compare import answering
 
     kept: dict[str, list[list[int]]] = {}
     original = answering._answers
@@ -308,7 +308,7 @@ def test_only_one_model_is_in_memory_at_a_time(place, monkeypatch):
     import gc
     import weakref
 
-    from reinforcepp.compare import answering
+    from reinforcepp.commands.compare import answering
 
     alive: list[weakref.ref] = []
     loaded: list[str] = []

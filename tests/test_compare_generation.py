@@ -4,8 +4,8 @@ import json
 import pytest
 import tiny
 
-from reinforcepp import compare_generation as comparing
-from reinforcepp.compare_cli import main
+from reinforcepp.commands.engine_benchmark import run as comparing
+from reinforcepp.commands.engine_benchmark.cli import main
 from reinforcepp.types import Sampling
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp.compare.page import as_page
-from reinforcepp.compare.result import Figures, ModelComparison, Pair
-from reinforcepp.compare.statistics import Outcome, Rate
 from reinforcepp.config import CompareConfig, as_dict
-from reinforcepp.page import embedded, page
+from reinforcepp.reports.comparison.page import as_page
+from reinforcepp.reports.comparison.result import Figures, ModelComparison, Pair
+from reinforcepp.reports.comparison.statistics import Outcome, Rate
+from reinforcepp.reports.html import embedded, page
 
 HOSTILE = (
     "<script>document.title = 'owned'</script>",

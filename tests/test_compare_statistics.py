@@ -8,8 +8,15 @@ import random
 import numpy as np
 import pytest
 
-from reinforcepp.compare import statistics
-from reinforcepp.compare.statistics import FEWEST_DECIDED, Rate, compare, equal_length_rates, length_terms, win_rates
+from reinforcepp.reports.comparison import statistics
+from reinforcepp.reports.comparison.statistics import (
+    FEWEST_DECIDED,
+    Rate,
+    compare,
+    equal_length_rates,
+    length_terms,
+    win_rates,
+)
 
 
 def outcome(scores_a, scores_b, lengths_a=None, lengths_b=None, **settings):

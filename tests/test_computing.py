@@ -8,12 +8,12 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
-from reinforcepp.cli import main
+from reinforcepp.commands.cli import main
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ConfigError, TrainingDiverged
-from reinforcepp.precision import LossScale
-from reinforcepp.preparation import loading
+from reinforcepp.models.precision import LossScale
 from reinforcepp.rewards import load_reward_model
+from reinforcepp.training.setup import loading
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
 
@@ -190,7 +190,7 @@ def test_the_loss_scale_is_resumed(base, tmp_path):
     ids=" ".join,
 )
 def test_reward_models_take_the_same_settings(base, pairs_csv, tmp_path, settings, monkeypatch):
-    from reinforcepp import resumable
+    from reinforcepp.training import resumable
 
     seen = []
     made = resumable.RewardConfig

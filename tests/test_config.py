@@ -7,7 +7,7 @@ import typing
 
 import pytest
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.config import (
     VERBS,
     DemoConfig,

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp import classic, cli, compare_cli
+from reinforcepp.commands import cli
+from reinforcepp.commands import legacy_cli as classic
+from reinforcepp.commands.engine_benchmark import cli as compare_cli
 from reinforcepp.config import VERBS
 
 ROOT = Path(__file__).parents[1]

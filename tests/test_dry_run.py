@@ -3,12 +3,12 @@
 import pytest
 import yaml
 
-from reinforcepp import models
-from reinforcepp.cli import main
+from reinforcepp.commands.cli import main
+from reinforcepp.commands.dry_run import settings
 from reinforcepp.config import TrainConfig, as_dict
-from reinforcepp.dry_run import settings
-from reinforcepp.models import load_tokenizer
-from reinforcepp.tokens import encode, encode_answer, frame_prompt
+from reinforcepp.models import loading as models
+from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.models.tokenization import encode, encode_answer, frame_prompt
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import torch
 import yaml
 from made_runs import HOSTILE, figures, make_run
 
-from reinforcepp import cli
-from reinforcepp.export import card as cards
-from reinforcepp.export.card import escaped, model_card
-from reinforcepp.export.source import Source, find_source
-from reinforcepp.run_record import read_run
+from reinforcepp.commands import cli
+from reinforcepp.commands.export import card as cards
+from reinforcepp.commands.export.card import escaped, model_card
+from reinforcepp.commands.export.source import Source, find_source
+from reinforcepp.monitoring.run_record import read_run
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_nothing_is_left_of_an_export_that_fails(trained, tmp_path, monkeypatch)
     def fail(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("reinforcepp.export.command.model_card", fail)
+    monkeypatch.setattr("reinforcepp.commands.export.command.model_card", fail)
     with pytest.raises(RuntimeError):
         cli.main(["export", str(trained), "--output_dir", str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]

@@ -5,13 +5,13 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reinforcepp.cli import main
-from reinforcepp.config.framing import Framing
+from reinforcepp.commands.cli import main
+from reinforcepp.config.chat_template import Framing
 from reinforcepp.errors import ConfigError
-from reinforcepp.framing import framed, with_system_prompt
-from reinforcepp.models import load_tokenizer, prepare_tokenizer
-from reinforcepp.observe.answers import COMPLETIONS
-from reinforcepp.tokens import frame_completion, frame_prompt
+from reinforcepp.models.chat_template import framed, with_system_prompt
+from reinforcepp.models.loading import load_tokenizer, prepare_tokenizer
+from reinforcepp.models.tokenization import frame_completion, frame_prompt
+from reinforcepp.monitoring.completion_log import COMPLETIONS
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.types import Completion
 
@@ -33,7 +33,7 @@ def answer(model_folder, capsys):
 @pytest.fixture
 def refused(model_folder, capsys, monkeypatch):
     """``refused("--prompt", ...)`` is the one line that the command said; no weights may be loaded."""
-    monkeypatch.setattr("reinforcepp.generate.load_policy", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("reinforcepp.commands.generate.load_policy", lambda *_: pytest.fail("weights were loaded"))
 
     def run(*flags: str) -> str:
         assert cli.main(["generate", "--model", str(model_folder), *flags]) == 2
@@ -253,7 +253,7 @@ def test_rewards_are_those_of_the_reward_model(answer, tmp_path, reward_folder):
 
 
 def test_as_text_the_score_stands_under_the_answer(answer, monkeypatch, reward_folder):
-    monkeypatch.setattr("reinforcepp.generate.load_reward_model", lambda _: lambda **_: [-0.5, 1.25, 1.25])
+    monkeypatch.setattr("reinforcepp.commands.generate.load_reward_model", lambda _: lambda **_: [-0.5, 1.25, 1.25])
     engine_says(monkeypatch, "worse", "first of the best", "second")
     flags = ["--prompt", PROMPT, "--reward_model", str(reward_folder), "--best_of", "3"]
     assert answer(*flags).out == "first of the best\n(reward +1.250)\n"

@@ -9,7 +9,7 @@ import torch
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, TrainingDiverged, UnusableUpdate
-from reinforcepp.guardrails import PATIENCE, Guardrails, RollBack
+from reinforcepp.training.guardrails import PATIENCE, Guardrails, RollBack
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
 FINE = {"step": 1, "kl": 0.1, "entropy": 2.0, "completions/mean_length": 20.0, "completions/distinct_ratio": 1.0}

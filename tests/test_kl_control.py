@@ -2,7 +2,7 @@
 
 import pytest
 
-from reinforcepp.kl_control import adapted
+from reinforcepp.algorithm.kl import adapted
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
+from reinforcepp.commands.lint import damage, rules, similar
+from reinforcepp.commands.lint.check import lint
+from reinforcepp.commands.lint.findings import Finding, Report
 from reinforcepp.config import LintConfig
 from reinforcepp.errors import ConfigError, DataError, ModelError
-from reinforcepp.lint import damage, rules, similar
-from reinforcepp.lint.check import lint
-from reinforcepp.lint.findings import Finding, Report
 
 HEAD = ("prompt", "chosen", "rejected")
 EXAMPLE = Path(__file__).parent.parent / "example_feedback_diverse.csv"
@@ -419,8 +419,8 @@ def test_lengths_are_measured_with_the_models_own_tokenizer(write, model_folder)
 
 
 def test_what_just_fits_is_not_too_long(write):
-    from reinforcepp.models import load_tokenizer
-    from reinforcepp.tokens import encode, encode_answer, frame_prompt
+    from reinforcepp.models.loading import load_tokenizer
+    from reinforcepp.models.tokenization import encode, encode_answer, frame_prompt
 
     rows, tokenizer = sound(), load_tokenizer("builtin:tiny")
     prompts = max(len(encode(tokenizer, frame_prompt(tokenizer, prompt))) for prompt, _, _ in rows)
@@ -470,7 +470,7 @@ def test_columns_by_other_names(write):
 def test_the_core_needs_no_torch():
     import subprocess
 
-    code = f"import sys; from reinforcepp.lint.check import lint, LintConfig; lint(LintConfig(data={str(EXAMPLE)!r})); "
+    code = f"import sys; from reinforcepp.commands.lint.check import lint, LintConfig; lint(LintConfig(data={str(EXAMPLE)!r})); "
     done = subprocess.run(
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True
     )

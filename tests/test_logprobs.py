@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from reinforcepp import logprobs as module
-from reinforcepp.logprobs import head_logprobs, response_logprobs, token_logprobs
+from reinforcepp.models import logprobs as module
+from reinforcepp.models.logprobs import head_logprobs, response_logprobs, token_logprobs
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import pytest
 import tiny
 from rich.console import Console
 
-from reinforcepp import ReinforceConfig, ReinforceTrainer, monitor
-from reinforcepp.cli import main
-from reinforcepp.distributed import check_trackers
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.commands.cli import main
+from reinforcepp.distributed.ranks import check_trackers
 from reinforcepp.errors import ConfigError
-from reinforcepp.observe import progress, read_metrics
+from reinforcepp.monitoring import progress, read_metrics
+from reinforcepp.training import monitor
 
 PROMPTS = [{"prompt": f"Why does host {i} answer slowly?"} for i in range(8)]
 
@@ -112,7 +113,7 @@ def test_nothing_is_reported_unasked(base, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_starts(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("reinforcepp.distributed.get_available_trackers", list)
+    monkeypatch.setattr("reinforcepp.distributed.ranks.get_available_trackers", list)
     with pytest.raises(ConfigError, match="mlflow, which is not installed: pip install mlflow"):
         train(base, tmp_path / "run", report_to=("mlflow",))
     assert not (tmp_path / "run").exists()

@@ -23,108 +23,37 @@ FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(path.relative_to(SOURCE)) for path in FILES]
 HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "matplotlib")
 
-# Each may import those before it in the list, never those after.
-LAYERS = [
-    "errors",
-    "processes",
-    "waiting",
-    "reward_rules",
-    "reward_sources",
-    "files",
-    "hub",
-    "data_names",
-    "versions",
-    "difference",
-    "page",
-    "charts",
-    "estimators",
-    "devices",
-    "config",
-    "types",
-    "builtin",
-    "gae",
-    "kl_control",
-    "schedule",
+# A room imports only the rooms above it here, and itself.
+ROOMS = [
+    "root",  # errors, types, files, run_dir, runtime
     "algorithm",
-    "tokens",
-    "framing",
-    "logprobs",
+    "config",
     "data",
-    "batching",
-    "adapters",
     "models",
-    "reward_models",
-    "run_folder",
-    "reward_card",
-    "run_state",
-    "environment",
-    "random_state",
     "rewards",
-    "rollout",
-    "observe",
-    "run_record",
-    "doctor",
-    "reward_report",
-    "shards",
-    "precision",
-    "training_engine",
-    "zero",
     "distributed",
-    "first_rank",
-    "shared_engine",
-    "reward_pool",
-    "learner",
-    "critic",
-    "checkpoint",
-    "guardrails",
-    "batch_in_use",
-    "policy_update",
-    "sampler",
-    "policy_run",
-    "monitor",
-    "evaluation",
-    "preparation",
-    "supervised",
-    "resumable",
-    "reward_trainer",
-    "sft_trainer",
-    "reinforce_trainer",
+    "rollout",
+    "monitoring",
+    "reports",
+    "training",
     "plan",
-    "dry_run",
-    "lint",
-    "report",
-    "compare",
-    "generate",
-    "reward_server",
-    "chat",
-    "export",
-    "serve",
-    "recipes",
-    "generation_worker",
-    "compare_generation",
-    "algorithm_worker",
-    "algorithm_comparison",
-    "algorithm_page",
-    "demo",
-    "verbs",
-    "cli",
-    "classic",
-    "compare_cli",
-    "__main__",
-    "__init__",
+    "commands",
+    "face",  # __init__ and __main__
 ]
-
-# (importing file, imported layer) -> why this one import may point upward.
-UPWARD: dict[tuple[str, str], str] = {}
+ROOT_FILES = ["errors", "types", "files", "run_dir", "runtime"]
 
 # Engines that these files alone may name.
 ONLY_IN = {
     "vllm": {
-        f"rollout/vllm_{part}.py" for part in ("integration", "adapter", "cpu", "nccl", "server", "support", "worker")
+        "rollout/vllm_integration.py",
+        *(
+            f"rollout/vllm/{part}.py"
+            for part in ("compat", "cpu_patches", "lora", "nccl", "server", "worker_extension")
+        ),
     },
-    "accelerate": {"distributed.py", "training_engine.py", "zero.py"},
-    "deepspeed": {"zero.py"},
-    "ray": {"rollout/ray_crew.py"},
+    "accelerate": {"distributed/ranks.py", "distributed/backends.py", "distributed/deepspeed.py"},
+    "deepspeed": {"distributed/deepspeed.py"},
+    "ray": {"rollout/ray/actor_pool.py"},
 }
 
 
@@ -167,7 +96,7 @@ def test_loads_nothing_heavy(arguments):
 
 def test_a_training_loads_what_it_needs():
     """Each of the others takes seconds at every start."""
-    loaded = loaded_by("-c", "import reinforcepp.reinforce_trainer")
+    loaded = loaded_by("-c", "import reinforcepp.training.reinforce_trainer")
     assert loaded & {*HEAVY, "bitsandbytes", "deepspeed"} == {"torch", "transformers", "accelerate"}
 
 
@@ -198,69 +127,127 @@ def imports(tree: ast.AST, file: str) -> Iterator[tuple[int, str]]:
         yield from ((statement.lineno, ".".join([*base, alias.name])) for alias in statement.names)
 
 
-def layer_of(name: str) -> str | None:
-    """The layer of a dotted name, None for another package; what ``reinforcepp`` itself re-exports is at the top."""
-    top, *rest = name.split(".")
-    if top != "reinforcepp":
-        return None
-    return rest[0] if rest and rest[0] in LAYERS else "__init__"
+def room_of(module: str) -> str:
+    """The room of a dotted module name below ``reinforcepp``."""
+    first = module.split(".")[0]
+    return first if first in ROOMS else "root" if first in ROOT_FILES else "face"
+
+
+def dotted(file: str) -> str:
+    """The module name below ``reinforcepp`` of a file; the package's own name for its ``__init__``."""
+    return ".".join(Path(file).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+MODULES = {dotted(name): name for name in NAMES}
+
+
+def imported_files(source: str, file: str) -> Iterator[tuple[int, str]]:
+    """Line and module (below ``reinforcepp``) of each file of this package that ``file`` imports."""
+    for line, name in imports(ast.parse(source), file):
+        top, _, module = name.partition(".")
+        if top == "reinforcepp":
+            while module not in MODULES:
+                module = module.rpartition(".")[0]
+            yield line, module
 
 
 def misplaced(source: str, file: str) -> list[str]:
-    """The imports of ``file`` that point upward, and its imports of an engine that is another file's."""
-    own = Path(file).parts[0].removesuffix(".py")
+    """The imports of ``file`` from a room below its own, and its imports of a library that only other files may name."""
+    room = room_of(dotted(file))
     found = []
     for line, name in imports(ast.parse(source), file):
-        engine = name.split(".")[0]
-        if file not in ONLY_IN.get(engine, {file}):
-            found.append(f"{file}:{line} imports {engine}, which only {sorted(ONLY_IN[engine])} may")
-        layer = layer_of(name)
-        if layer and own in LAYERS and LAYERS.index(layer) > LAYERS.index(own) and (file, layer) not in UPWARD:
-            found.append(f"{file}:{line} imports {name}, which is above {own}")
+        library = name.split(".")[0]
+        if file not in ONLY_IN.get(library, {file}):
+            found.append(f"{file}:{line} imports {library}, which only {sorted(ONLY_IN[library])} may")
+    for line, module in imported_files(source, file):
+        if ROOMS.index(room_of(module)) > ROOMS.index(room):
+            found.append(f"{file}:{line} imports {module or 'reinforcepp'}, from a room below {room}")
     return found
 
 
-def test_every_module_has_a_layer():
-    modules = {Path(name).parts[0].removesuffix(".py") for name in NAMES}
-    assert modules <= set(LAYERS), f"give {modules - set(LAYERS)} a place in LAYERS"
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in sorted(graph.get(module, ())):
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1 or module in graph.get(module, ()):
+                found.append(sorted(group))
+
+    for module in sorted(graph):
+        if module not in index:
+            visit(module)
+    return found
 
 
-@pytest.mark.parametrize("file", [name for name in NAMES if name != "__init__.py"])
-def test_imports_point_down(file):
+def test_every_module_has_a_room():
+    rooms = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == set(ROOMS) - {"root", "face"}
+    assert {path.stem for path in SOURCE.glob("*.py")} == {*ROOT_FILES, "__init__", "__main__"}
+
+
+@pytest.mark.parametrize("file", NAMES)
+def test_imports_point_up_the_table_of_rooms(file):
     assert misplaced((SOURCE / file).read_text(encoding="utf-8"), file) == []
+
+
+def test_no_files_import_each_other():
+    graph = {
+        module: {other for _, other in imported_files((SOURCE / file).read_text(encoding="utf-8"), file)}
+        for module, file in MODULES.items()
+    }
+    assert cycles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [
+        ({"a": {"b"}, "b": set()}, []),
+        ({"a": {"a"}}, [["a"]]),
+        ({"a": {"b"}, "b": {"a"}}, [["a", "b"]]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}, [["a", "b", "c"]]),
+    ],
+)
+def test_the_check_for_cycles_sees(graph, found):
+    assert cycles(graph) == found
 
 
 @pytest.mark.parametrize(
     ("file", "source", "count"),
     [
-        ("tokens.py", "from reinforcepp.types import Prompt", 0),
-        ("tokens.py", "from reinforcepp.models import resolve", 1),
-        ("tokens.py", "from reinforcepp import models", 1),
-        ("tokens.py", "import reinforcepp.models as m", 1),
-        ("tokens.py", "from reinforcepp import ReinforceConfig", 1),
-        ("tokens.py", "def f():\n    from reinforcepp.models import resolve", 1),
-        ("tokens.py", "if TYPE_CHECKING:\n    from reinforcepp.models import resolve", 0),
+        ("models/tokenization.py", "from reinforcepp.types import Prompt", 0),
+        ("models/tokenization.py", "from reinforcepp.models.loading import resolve", 0),
+        ("models/tokenization.py", "from reinforcepp.rewards import card", 1),
+        ("models/tokenization.py", "import reinforcepp.rewards.card as m", 1),
+        ("models/tokenization.py", "from reinforcepp import ReinforceConfig", 1),
+        ("models/tokenization.py", "def f():\n    from reinforcepp.rewards.card import RewardCard", 1),
+        ("models/tokenization.py", "if TYPE_CHECKING:\n    from reinforcepp.rewards.card import RewardCard", 0),
+        ("errors.py", "from reinforcepp.algorithm import kl", 1),
         ("data/split.py", "from ._table import normalize", 0),
         ("data/split.py", "from ..errors import DataError", 0),
-        ("data/split.py", "from ..models import resolve", 1),
-        ("data/split.py", "from .. import models", 1),
-        ("models.py", "import vllm", 1),
-        ("models.py", "from accelerate.utils import gather", 1),
-        ("distributed.py", "from accelerate import Accelerator", 0),
+        ("data/split.py", "from ..models.loading import resolve", 1),
+        ("models/loading.py", "import vllm", 1),
+        ("models/loading.py", "from accelerate.utils import gather", 1),
+        ("distributed/ranks.py", "from accelerate import Accelerator", 0),
         ("rollout/vllm_integration.py", "from vllm import LLM", 0),
         ("rollout/engine.py", "def f():\n    import vllm", 1),
     ],
 )
-def test_the_check_for_direction_sees(file, source, count):
+def test_the_check_for_rooms_sees(file, source, count):
     assert len(misplaced(source, file)) == count
-
-
-def test_upward_exceptions_are_in_use():
-    used = set()
-    for file in {file for file, _ in UPWARD}:
-        tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
-        used |= {(file, layer_of(name)) for _, name in imports(tree, file)}
-    assert set(UPWARD) <= used
 
 
 # --- shape and safety of the source -----------------------------------------------------------------------------------

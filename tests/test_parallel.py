@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 import scripts
-from reinforcepp import distributed, zero
-from reinforcepp.checkpoint import Checkpoint
+from reinforcepp.distributed import deepspeed as zero
+from reinforcepp.distributed import ranks as distributed
 from reinforcepp.errors import ConfigError
-from reinforcepp.models import load_policy
-from reinforcepp.observe import read_metrics
-from reinforcepp.observe.answers import read_answers
+from reinforcepp.models.loading import load_policy
+from reinforcepp.monitoring import read_metrics
+from reinforcepp.monitoring.completion_log import read_answers
+from reinforcepp.training.checkpoint import Checkpoint
 
 REWARD = """
 import os, signal

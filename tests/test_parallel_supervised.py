@@ -9,8 +9,8 @@ import tiny
 from safetensors.torch import load_file
 
 import scripts
-from reinforcepp.observe import read_metrics
-from reinforcepp.reward_card import read_card
+from reinforcepp.monitoring import read_metrics
+from reinforcepp.rewards.card import read_card
 
 TRAININGS = """
 import json, os, signal, sys

@@ -13,9 +13,10 @@ import pytest
 from machines import PORT, Machines, training, two_machines
 from network import network
 
-from reinforcepp import checkpoint, cli
-from reinforcepp.distributed import _tell_unforeseen
-from reinforcepp.observe import read_metrics
+from reinforcepp.commands import cli
+from reinforcepp.distributed.ranks import _tell_unforeseen
+from reinforcepp.monitoring import read_metrics
+from reinforcepp.training import checkpoint
 
 LOST = "they hang, or their machines can't be reached any more"  # the group's words
 WAITS = "others that hang, or whose machines can't be reached any more"  # the watchdog's, where it is the first
@@ -92,7 +93,9 @@ def test_machines_that_train_together_are_parted(rights, model_folder, pairs_csv
                 assert process.wait(60) == 1
                 text = machines.text(process)
                 assert text.count(LOST) + text.count(WAITS) == 1 and text.count("error: ") == 1, text
-                assert "--resume" in text and "reinforcepp/cli.py" not in text  # a traceback is the launcher's own
+                assert (
+                    "--resume" in text and "reinforcepp/commands/cli.py" not in text
+                )  # a traceback is the launcher's own
             goes_on(model_folder, pairs_csv, folder)
 
 

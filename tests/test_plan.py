@@ -13,22 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforcepp import cli, models
-from reinforcepp.adapters import with_adapter
+from reinforcepp.commands import cli
 from reinforcepp.config import PlanConfig
-from reinforcepp.config.computing import Computing
+from reinforcepp.config.accelerators import ACCELERATORS
+from reinforcepp.config.precision import Computing
 from reinforcepp.config.reinforce import ReinforceConfig
-from reinforcepp.critic import Critic
-from reinforcepp.devices import ACCELERATORS
-from reinforcepp.distributed import Ranks
+from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.learner import Learner
-from reinforcepp.logprobs import CHUNK_BYTES, response_logprobs
+from reinforcepp.models import loading as models
+from reinforcepp.models.logprobs import CHUNK_BYTES, response_logprobs
+from reinforcepp.models.lora import with_adapter
 from reinforcepp.plan import lengths, machine, memory, report, search, timing
 from reinforcepp.plan.command import _engine, make_plan
 from reinforcepp.plan.memory import Job, Rows
 from reinforcepp.plan.shapes import Pass, Shape, Size, asked_shape, trained_shape
 from reinforcepp.plan.trace import Line, Live, Peak, peak_of
+from reinforcepp.training.critic import Critic
+from reinforcepp.training.learner import Learner
 from reinforcepp.types import Completion, Prompt
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -405,7 +406,7 @@ def test_the_optimiser_step_and_the_checkpoint():
 
 @pytest.mark.parametrize(("prompt", "new", "room"), [(32, 64, 160), (32, 129, 160), (32, 130, 289), (32, 448, 547)])
 def test_room_of_the_cache(prompt, new, room):
-    from reinforcepp.rollout.cache import roomy_cache
+    from reinforcepp.rollout.kv_cache import roomy_cache
 
     assert memory.cache_room(Size(prompt, new)) == room
     model = tiny.model("llama", num_hidden_layers=1)

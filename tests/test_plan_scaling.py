@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.config import PlanConfig
 from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.observe.answers import COMPLETIONS, save_answers, step_file
+from reinforcepp.monitoring.completion_log import COMPLETIONS, save_answers, step_file
 from reinforcepp.plan import exchange, lengths, memory, scaling, timing
 from reinforcepp.plan.exchange import Links
 from reinforcepp.plan.machine import Machine, Rates

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reinforcepp.precision import MasterAdamW, cast_parameters
+from reinforcepp.models.precision import MasterAdamW, cast_parameters
 
 
 def linear():

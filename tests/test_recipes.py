@@ -12,10 +12,10 @@ import torch
 import yaml
 from transformers import Qwen2Config
 
-from reinforcepp import cli, recipes
+from reinforcepp.commands import cli, recipes
+from reinforcepp.commands.demo import demo_settings
 from reinforcepp.config import DemoConfig, RewardModelConfig, TrainConfig, as_dict, read_yaml
-from reinforcepp.demo import demo_settings
-from reinforcepp.observe import read_metrics
+from reinforcepp.monitoring import read_metrics
 
 ROOT = Path(__file__).parents[1]
 NAMES = recipes.names()

@@ -10,8 +10,8 @@ import torch
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
-from reinforcepp.models import load_policy, load_tokenizer
-from reinforcepp.observe import read_metrics
+from reinforcepp.models.loading import load_policy, load_tokenizer
+from reinforcepp.monitoring import read_metrics
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "topic": str(i)} for i in range(11)]

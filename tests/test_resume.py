@@ -15,13 +15,14 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from reinforcepp import ReinforceConfig, ReinforceTrainer, checkpoint
+from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ConfigError, EngineLost, ModelError
-from reinforcepp.models import load_policy
-from reinforcepp.observe.interrupt import Interrupted
-from reinforcepp.preparation import encode
-from reinforcepp.reward_trainer import train_reward_model
+from reinforcepp.models.loading import load_policy
+from reinforcepp.monitoring.signals import Interrupted
+from reinforcepp.training import checkpoint
+from reinforcepp.training.reward_trainer import train_reward_model
+from reinforcepp.training.setup import encode
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(11)]
 SEVERAL = {"mini_batch_size": 2, "gradient_accumulation_steps": 1, "num_iterations": 2}
@@ -467,7 +468,7 @@ def reward_files(folder):
 @pytest.mark.parametrize("moment", [1, 2, 5, 6])
 def test_a_signal_in_reward_training_loses_nothing(base, pairs_csv, tmp_path, monkeypatch, moment):
     """The scores draw from torch's generator, as dropout would, so its state has to come back, too."""
-    from reinforcepp import resumable, reward_trainer
+    from reinforcepp.training import resumable, reward_trainer
 
     new = reward_trainer.new_reward_model
 
@@ -503,8 +504,8 @@ def test_reward_training_keeps_its_best(base, pairs_csv, tmp_path):
 
 
 def test_reward_training_leaves_out_a_gradient_that_is_not_finite(base, pairs_csv, tmp_path, monkeypatch):
-    from reinforcepp import reward_trainer
     from reinforcepp.errors import TrainingDiverged
+    from reinforcepp.training import reward_trainer
 
     new = reward_trainer.new_reward_model
 

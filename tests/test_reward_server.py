@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.commands import cli
+from reinforcepp.commands.reward_server import BadRequest, RewardServer, score_request
 from reinforcepp.errors import RewardError
-from reinforcepp.models import load_tokenizer
-from reinforcepp.observe import read_metrics
-from reinforcepp.reward_server import BadRequest, RewardServer, score_request
+from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.models.tokenization import encode_answer, frame_completion, frame_prompt
+from reinforcepp.monitoring import read_metrics
 from reinforcepp.rewards import load_reward_model, load_rewards
-from reinforcepp.tokens import encode_answer, frame_completion, frame_prompt
 from reinforcepp.types import Completion, Prompt
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +180,9 @@ def test_requests_at_the_same_time_are_all_answered(reward):
 
 
 def test_a_port_in_use_and_a_host_of_others_are_told_before_the_model_loads(reward_folder, monkeypatch, capsys):
-    monkeypatch.setattr("reinforcepp.reward_server.load_reward_model", lambda name: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "reinforcepp.commands.reward_server.load_reward_model", lambda name: pytest.fail("it was loaded")
+    )
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -11,7 +11,7 @@ import pytest
 
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.errors import ConfigError
-from reinforcepp.run_folder import check_output, check_unchanged, clear, describe_run, noted_settings
+from reinforcepp.run_dir import check_output, check_unchanged, clear, describe_run, noted_settings
 
 
 def refusal(folder: Path, **settings) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.errors import ModelError
-from reinforcepp.models import load_config, load_policy, load_tokenizer
-from reinforcepp.observe import printable
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer
+from reinforcepp.monitoring import printable
 
 SECRETS = {
     "HF_TOKEN": "hf_SecretSecretSecretSecret",

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from reinforcepp import cli
-from reinforcepp.builtin import model_path
-from reinforcepp.models import load_config
-from reinforcepp.rollout.vllm_server import server_command, server_environment
-from reinforcepp.tokens import PLAIN_TEMPLATE
+from reinforcepp.commands import cli
+from reinforcepp.data.builtin import model_path
+from reinforcepp.models.loading import load_config
+from reinforcepp.models.tokenization import PLAIN_TEMPLATE
+from reinforcepp.rollout.vllm.server import server_command, server_environment
 
 SOURCE = Path(__file__).parents[1] / "src"
 KEY = "sk-quite-secret"
@@ -137,7 +137,7 @@ class TestServer:
         assert "which asks for a key" in server.said
 
     def test_a_port_that_is_taken_is_refused(self, server, capsys, monkeypatch):
-        monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: pytest.fail("vLLM was loaded"))
+        monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: pytest.fail("vLLM was loaded"))
         assert cli.main(["serve", "--port", str(server.port)]) == 2
         err = capsys.readouterr().err
         assert f"127.0.0.1:{server.port} can't be listened on" in err and err.count("\n") == 1
@@ -167,7 +167,9 @@ def alive(pid: int) -> bool:
 @pytest.fixture
 def refused(capsys, monkeypatch):
     """``refused("--x", ...)``: the one sentence; no server may have been started."""
-    monkeypatch.setattr("reinforcepp.serve.subprocess.Popen", lambda *_, **__: pytest.fail("a server was started"))
+    monkeypatch.setattr(
+        "reinforcepp.commands.serve.subprocess.Popen", lambda *_, **__: pytest.fail("a server was started")
+    )
 
     def run(*flags: object) -> str:
         assert cli.main(["serve", "--port", str(free_port()), *map(str, flags)]) == 2
@@ -183,7 +185,9 @@ def test_what_can_not_be_served(refused, monkeypatch, tmp_path, reward_folder):
     assert "no model folder" in refused(tmp_path / "none")
     assert "exceeds the model's context of 512" in refused("--max_length", 513)
     assert "can't be listened on" in refused("--host", "192.0.2.1")
-    monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: (False, "vLLM isn't installed; to get it: pip"))
+    monkeypatch.setattr(
+        "reinforcepp.commands.serve.vllm_status", lambda *_: (False, "vLLM isn't installed; to get it: pip")
+    )
     assert "builtin:tiny can't be served: vLLM isn't installed; to get it: pip." in refused()
 
 
@@ -202,19 +206,19 @@ def test_a_key_on_the_command_line_is_no_setting(refused):
 
 
 def test_a_server_that_fails_is_told(monkeypatch, capfd):
-    monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: (True, ""))
-    monkeypatch.setattr("reinforcepp.serve.vllm_is_for_gpus", lambda: False)
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: (True, ""))
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_is_for_gpus", lambda: False)
     command = [sys.executable, "-c", "import sys; sys.exit('what it said')"]
-    monkeypatch.setattr("reinforcepp.serve.server_command", lambda *_, **__: command)
+    monkeypatch.setattr("reinforcepp.commands.serve.server_command", lambda *_, **__: command)
     assert cli.main(["serve", "--port", str(free_port())]) == 2
     err = capfd.readouterr().err
     assert "what it said\n" in err and "error: vLLM's server ended with exit code 1" in err
 
 
 def test_who_may_come_in_is_told(monkeypatch, capfd):
-    monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: (True, ""))
-    monkeypatch.setattr("reinforcepp.serve.vllm_is_for_gpus", lambda: False)
-    monkeypatch.setattr("reinforcepp.serve.server_command", lambda *_, **__: [sys.executable, "-c", ""])
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: (True, ""))
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_is_for_gpus", lambda: False)
+    monkeypatch.setattr("reinforcepp.commands.serve.server_command", lambda *_, **__: [sys.executable, "-c", ""])
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     warned = []
     for host in ("127.0.0.1", "localhost", "0.0.0.0"):
@@ -230,9 +234,9 @@ def test_a_tokenizer_without_a_template_gets_the_frame_of_the_training(monkeypat
         shown.append(None if chat_template is None else Path(chat_template).read_text())
         return [sys.executable, "-c", ""]
 
-    monkeypatch.setattr("reinforcepp.serve.vllm_status", lambda *_: (True, ""))
-    monkeypatch.setattr("reinforcepp.serve.vllm_is_for_gpus", lambda: False)
-    monkeypatch.setattr("reinforcepp.serve.server_command", command)
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: (True, ""))
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_is_for_gpus", lambda: False)
+    monkeypatch.setattr("reinforcepp.commands.serve.server_command", command)
     templated = shutil.copytree(model_folder, tmp_path / "templated")
     (templated / "chat_template.jinja").write_text("{{ messages[0].content }}")
     for model in (model_folder, templated):

@@ -14,18 +14,19 @@ import torch
 from safetensors.torch import load_file
 from test_framing import CHAT
 
-from reinforcepp import ReinforceConfig, ReinforceTrainer, resumable
-from reinforcepp.cli import main
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.commands.cli import main
 from reinforcepp.config import SftConfig
-from reinforcepp.config.framing import Framing
+from reinforcepp.config.chat_template import Framing
 from reinforcepp.data import Demonstration, PromptRow, load_texts
 from reinforcepp.errors import ConfigError, TrainingDiverged
-from reinforcepp.framing import framed
-from reinforcepp.logprobs import response_logprobs
-from reinforcepp.models import load_policy, load_tokenizer
-from reinforcepp.observe.interrupt import Interrupted
-from reinforcepp.sft_trainer import held_out, lesson, train_language_model
-from reinforcepp.tokens import encode_answer, encode_prompts
+from reinforcepp.models.chat_template import framed
+from reinforcepp.models.loading import load_policy, load_tokenizer
+from reinforcepp.models.logprobs import response_logprobs
+from reinforcepp.models.tokenization import encode_answer, encode_prompts
+from reinforcepp.monitoring.signals import Interrupted
+from reinforcepp.training import resumable
+from reinforcepp.training.sft_trainer import held_out, lesson, train_language_model
 
 DIRECTIONS = ("north", "south", "east", "west")
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
@@ -334,7 +335,7 @@ def test_an_adapter_is_a_model_for_the_next_training(place, capsys):
 
 
 def test_the_classic_interface(place, capsys):
-    from reinforcepp import classic
+    from reinforcepp.commands import legacy_cli as classic
 
     arguments = [
         "--model_name",

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
-from reinforcepp.checkpoint import Checkpoint, load_optimizer
+from reinforcepp.distributed.shards import read_shards, write_shards
 from reinforcepp.errors import ModelError
-from reinforcepp.shards import read_shards, write_shards
+from reinforcepp.training.checkpoint import Checkpoint, load_optimizer
 
 TENSORS = {"0/exp_avg": torch.arange(12.0).view(4, 3), "0/step": torch.tensor(7.0), "1/master": torch.ones(5)}
 

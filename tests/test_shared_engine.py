@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 import scripts
-from reinforcepp.observe import read_metrics
-from reinforcepp.observe.answers import COMPLETIONS, read_answers
+from reinforcepp.monitoring import read_metrics
+from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray isn't installed")
 SCORERS = ["--reward_workers", "1"]

@@ -10,15 +10,15 @@ import torch
 from test_guardrails import tripping
 from test_resume import SEVERAL, files, noisy, stopping, trainer
 
-from reinforcepp.algorithm import rollout_weights
+from reinforcepp.algorithm.losses import rollout_weights
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, RolloutError
-from reinforcepp.guardrails import RollBack
-from reinforcepp.logprobs import response_logprobs
-from reinforcepp.models import load_policy
-from reinforcepp.observe.interrupt import Interrupted
+from reinforcepp.models.loading import load_policy
+from reinforcepp.models.logprobs import response_logprobs
+from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.training.guardrails import RollBack
 from reinforcepp.types import Sampling
 
 

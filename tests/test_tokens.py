@@ -3,9 +3,9 @@
 import pytest
 import tiny
 
-from reinforcepp import tokens
 from reinforcepp.data import PromptRow
 from reinforcepp.errors import DataError, ModelError
+from reinforcepp.models import tokenization as tokens
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp.observe import read_metrics
-from reinforcepp.observe.answers import read_answers
+from reinforcepp.monitoring import read_metrics
+from reinforcepp.monitoring.completion_log import read_answers
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))

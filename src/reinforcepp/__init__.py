@@ -1,24 +1,49 @@
 """REINFORCE++ RLHF: from a CSV of human preferences to an aligned language model.
 
-The public names below load on first use, so importing the package is instant.
+The public names load on first use, so importing the package is instant.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getattr__`` loads the same names
+    from reinforcepp.config import GenerateConfig as GenerateConfig
+    from reinforcepp.config import ReinforceConfig as ReinforceConfig
+    from reinforcepp.config import RewardModelConfig as RewardModelConfig
+    from reinforcepp.config import SftConfig as SftConfig
+    from reinforcepp.errors import ConfigError as ConfigError
+    from reinforcepp.errors import DataError as DataError
+    from reinforcepp.errors import ModelError as ModelError
+    from reinforcepp.errors import ReinforceError as ReinforceError
+    from reinforcepp.errors import RewardError as RewardError
+    from reinforcepp.errors import RolloutError as RolloutError
+    from reinforcepp.errors import TrainingDiverged as TrainingDiverged
+    from reinforcepp.models.loading import load_policy as load_policy
+    from reinforcepp.models.loading import load_tokenizer as load_tokenizer
+    from reinforcepp.rewards import load_reward_model as load_reward_model
+    from reinforcepp.rollout.engine import RolloutEngine as RolloutEngine
+    from reinforcepp.rollout.transformers_engine import TransformersEngine as TransformersEngine
+    from reinforcepp.training.reinforce_trainer import ReinforceTrainer as ReinforceTrainer
+    from reinforcepp.training.reward_trainer import train_reward_model as train_reward_model
+    from reinforcepp.types import Completion as Completion
+    from reinforcepp.types import Prompt as Prompt
+    from reinforcepp.types import Sampling as Sampling
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "ReinforceTrainer": "reinforce_trainer",
+_MODULES = {
+    "ReinforceTrainer": "training.reinforce_trainer",
     "ReinforceConfig": "config",
     "RewardModelConfig": "config",
+    "SftConfig": "config",
     "GenerateConfig": "config",
-    "train_reward_model": "reward_trainer",
+    "train_reward_model": "training.reward_trainer",
     "load_reward_model": "rewards",
-    "load_policy": "models",
-    "load_tokenizer": "models",
+    "load_policy": "models.loading",
+    "load_tokenizer": "models.loading",
+    "RolloutEngine": "rollout.engine",
     "TransformersEngine": "rollout.transformers_engine",
     "Prompt": "types",
     "Sampling": "types",
@@ -32,13 +57,13 @@ _HOME = {
     "TrainingDiverged": "errors",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'reinforcepp' has no attribute {name!r}")
-    return getattr(import_module(f"reinforcepp.{_HOME[name]}"), name)
+    return getattr(import_module(f"reinforcepp.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,7 @@
 
 import sys
 
-from reinforcepp.cli import main
+from reinforcepp.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from pyarrow import ipc
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.config import TrainConfig
 from reinforcepp.data import PromptRow, load_preferences, load_prompts, read_preferences, read_prompts
 from reinforcepp.errors import ConfigError, DataError

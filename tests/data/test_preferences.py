@@ -270,7 +270,7 @@ def test_prompts_need_one_column_and_one_usable_row(write):
 def builtin(write, monkeypatch):
     """A stand-in for the built-in data: two files whose split is given."""
     train, heldout = write(HEADER + TWO_PAIRS, "train.csv"), write(HEADER + "p3,a,b\np4,a,b\n", "heldout.csv")
-    monkeypatch.setattr("reinforcepp.builtin.data_paths", lambda: (train, heldout))
+    monkeypatch.setattr("reinforcepp.data.builtin.data_paths", lambda: (train, heldout))
     return train, heldout
 
 

@@ -217,7 +217,7 @@ def test_one_text_is_what_the_plain_frame_makes_of_the_turns():
     import tiny
     from transformers import PreTrainedTokenizerFast
 
-    from reinforcepp.tokens import PLAIN_TEMPLATE, frame_prompt
+    from reinforcepp.models.tokenization import PLAIN_TEMPLATE, frame_prompt
 
     tokenizer = tiny.tokenizer()
     assert isinstance(tokenizer, PreTrainedTokenizerFast)

@@ -9,13 +9,13 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.config import LintConfig, RewardModelConfig, SftConfig, TrainConfig
+from reinforcepp.config.data_spec import DataName, data_names, listed
 from reinforcepp.data import load_preferences, load_prompts, read_prompts
 from reinforcepp.data._files import Part
 from reinforcepp.data._hub import _one_split, dataset_digest, fetch, hub_pieces
 from reinforcepp.data.split import times
-from reinforcepp.data_names import DataName, data_names, listed
 from reinforcepp.errors import ConfigError, DataError
 
 
@@ -257,7 +257,7 @@ def test_a_hub_that_can_not_be_reached(tmp_path, monkeypatch, capsys, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
-    monkeypatch.setattr("reinforcepp.hub.getproxies", dict)
+    monkeypatch.setattr("reinforcepp.runtime.getproxies", dict)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--data", "org/name", "--output_dir", "run", "--rewards", "rule:length?max=9"]) == 2
     told = capsys.readouterr().err

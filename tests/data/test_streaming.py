@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from pyarrow import ipc
 from safetensors.torch import load_file
 
-from reinforcepp import cli
-from reinforcepp.batching import PromptBatches
+from reinforcepp.commands import cli
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import SpooledRows, _text, load_preferences, load_prompts
-from reinforcepp.data.spool import Spool
+from reinforcepp.data.row_store import Spool
 from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.framing import framed
-from reinforcepp.models import tokenizer_for
-from reinforcepp.preparation import encode
-from reinforcepp.tokens import LazyPrompts
+from reinforcepp.models.chat_template import framed
+from reinforcepp.models.loading import tokenizer_for
+from reinforcepp.models.tokenization import LazyPrompts
+from reinforcepp.training.batches import PromptBatches
+from reinforcepp.training.setup import encode
 
 ROWS = [
     {
@@ -159,7 +159,7 @@ def test_a_full_disk(tmp_path):
         pytest.skip("this system has no /dev/full")
     spool = Spool()
     spool._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    from reinforcepp.data.spool import spooled
+    from reinforcepp.data.row_store import spooled
 
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
         spooled(spool, ["x"], "a.csv, row 1")
@@ -284,7 +284,7 @@ def test_trainings_end_with_the_same_weights(tmp_path, model_folder, capsys):
 
 
 def test_a_resumed_run_knows_its_data_again(tmp_path, model_folder, capsys, monkeypatch):
-    monkeypatch.setattr("reinforcepp.policy_run.WITNESSES", 1)
+    monkeypatch.setattr("reinforcepp.training.policy_run.WITNESSES", 1)
     path = write(tmp_path / "a.jsonl", ROWS)
     arguments = ["--model", model_folder, "--rewards", "rule:length?max=20", "--max_new_tokens", 4, "--streaming"]
     arguments += ["--rollout", "transformers", "--save_every", 1, "--max_steps", 2, "--eval_prompts", 0]
@@ -296,7 +296,7 @@ def test_a_resumed_run_knows_its_data_again(tmp_path, model_folder, capsys, monk
 
 
 def test_figures_of_many_pairs_are_those_of_some(tmp_path, model_folder, monkeypatch, capsys):
-    monkeypatch.setattr("reinforcepp.supervised.MOST_MEASURED", 2)
+    monkeypatch.setattr("reinforcepp.training.supervised_loop.MOST_MEASURED", 2)
     run("reward", tmp_path / "rm", write(tmp_path / "a.jsonl", ROWS), "--model", model_folder, "--streaming")
     assert "Figures are those of 2 of 10 rows, evenly spread." in capsys.readouterr().err
     card = json.loads((tmp_path / "rm" / "reward_model.json").read_text())

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from reinforcepp.cli import main
+from reinforcepp.commands.cli import main
 
 
 @pytest.fixture(scope="module")

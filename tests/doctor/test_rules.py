@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp.doctor import SEVERITIES, diagnose
-from reinforcepp.doctor.rules import RULES
-from reinforcepp.doctor.signs import FEWEST, course, since_start, surely_rises
-from reinforcepp.run_record import RunRecord
+from reinforcepp.monitoring.doctor import SEVERITIES, diagnose
+from reinforcepp.monitoring.doctor.rules import RULES
+from reinforcepp.monitoring.doctor.trends import FEWEST, course, since_start, surely_rises
+from reinforcepp.monitoring.run_record import RunRecord
 
 STEPS = 40
 CARD = {"figures": {"pairs": 80, "accuracy": 0.9, "longer_wins": 0.55, "length_correlation": 0.2}}

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from reinforcepp.observe import answers
-from reinforcepp.observe.step import rollout_columns, step_metrics
-from reinforcepp.reward_rules import repeated_share
+from reinforcepp.config.reward_rules import repeated_share
+from reinforcepp.monitoring import completion_log as answers
+from reinforcepp.monitoring.step_metrics import rollout_columns, step_metrics
 from reinforcepp.rewards import RewardScores
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from reinforcepp.observe.live import BLOCKS, Moment, Sample, duration, sparkline, trend, view
+from reinforcepp.monitoring.live_view import BLOCKS, Moment, Sample, duration, sparkline, trend, view
 
 
 def history(steps=30, **changes):

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import reinforcepp
-from reinforcepp.observe.watchdog import STACKS, Watchdog
+from reinforcepp.monitoring.watchdog import STACKS, Watchdog
 
 PROGRAM = """
 import sys, threading, time

@@ -15,14 +15,15 @@ import pytest
 import yaml
 from made_runs import HOSTILE, figures, make_run
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
+from reinforcepp.commands import report as command
 from reinforcepp.config import ReportConfig, TrainConfig, as_dict, read_yaml
-from reinforcepp.difference import Change, change_of
 from reinforcepp.errors import ConfigError
-from reinforcepp.observe.answers import evaluation_file
-from reinforcepp.report import command, curves, html, samples, settings, summary
-from reinforcepp.report.page import report_page
-from reinforcepp.run_record import RunRecord, read_run
+from reinforcepp.monitoring.completion_log import evaluation_file
+from reinforcepp.monitoring.metric_delta import Change, change_of
+from reinforcepp.monitoring.run_record import RunRecord, read_run
+from reinforcepp.reports.run import curves, html, samples, settings, summary
+from reinforcepp.reports.run.page import report_page
 
 MEGABYTES = 1e6
 
@@ -183,7 +184,7 @@ def test_the_best_paid_are_found_wherever_they_are_and_each_text_once(tmp_path):
 
     from made_runs import completions
 
-    from reinforcepp.observe.answers import save_answers, step_file
+    from reinforcepp.monitoring.completion_log import save_answers, step_file
 
     folder = make_run(tmp_path / "run", steps=9, logged=9)
     for step, places in ((5, (2, 5, 9)), (7, (1,))):
@@ -230,7 +231,7 @@ def test_pairs_belong_to_one_prompt_and_the_largest_gain_comes_first(tmp_path):
 
 
 def test_pairs_are_matched_by_their_prompt(tmp_path):
-    from reinforcepp.observe.answers import read_answers, save_answers
+    from reinforcepp.monitoring.completion_log import read_answers, save_answers
 
     folder = make_run(tmp_path / "run", heldout=6)
     path = evaluation_file(folder, "after")
@@ -580,7 +581,7 @@ def test_settings_from_a_file(tmp_path):
 
 def test_a_report_loads_no_torch(tmp_path):
     make_run(tmp_path / "run")
-    code = "import sys; from reinforcepp.cli import main; main(['report', sys.argv[1]]); print('torch' in sys.modules)"
+    code = "import sys; from reinforcepp.commands.cli import main; main(['report', sys.argv[1]]); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")],
         capture_output=True,

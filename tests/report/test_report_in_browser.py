@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from made_runs import HOSTILE, figures, make_run
 
-from reinforcepp import cli
-from reinforcepp.observe import printable
-from reinforcepp.report import write_report
+from reinforcepp.commands import cli
+from reinforcepp.commands.report import write_report
+from reinforcepp.monitoring import printable
 
 PAINTED = """() => [...document.querySelectorAll("figure.chart canvas")].map((canvas) => {
   const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;

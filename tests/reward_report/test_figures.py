@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scored import pair, pairs
 
-from reinforcepp.reward_report import analyse
-from reinforcepp.reward_report import figures as f
+from reinforcepp.reports.reward_model import analyse
+from reinforcepp.reports.reward_model import figures as f
 from reinforcepp.types import ScoredPair
 
 # --- how often it is right --------------------------------------------------------------------------------------------

@@ -11,16 +11,16 @@ from pyarrow import parquet
 from rich.console import Console
 from scored import pair, pairs
 
-from reinforcepp import reward_report
-from reinforcepp.cli import main
+from reinforcepp.commands.cli import main
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
-from reinforcepp.observe import progress
-from reinforcepp.observe.answers import save_answers
-from reinforcepp.reward_card import RewardCard, read_card
-from reinforcepp.reward_report import analyse, save_pairs, tell, write_reward_report
-from reinforcepp.reward_report.command import COLUMNS, read_pairs
+from reinforcepp.monitoring import progress
+from reinforcepp.monitoring.completion_log import save_answers
+from reinforcepp.reports import reward_model as reward_report
+from reinforcepp.reports.reward_model import analyse, save_pairs, tell, write_reward_report
+from reinforcepp.reports.reward_model.write import COLUMNS, read_pairs
 from reinforcepp.rewards import load_reward_model
+from reinforcepp.rewards.card import RewardCard, read_card
 
 NASTY = '</script><script>alert("x")</script><img src=x onerror=alert(1)> [red]\x1b[31m\x9b2J\u202e & "quotes" \'too\''
 

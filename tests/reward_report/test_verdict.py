@@ -3,9 +3,9 @@
 import pytest
 from scored import pair, pairs
 
-from reinforcepp.reward_report import analyse
-from reinforcepp.reward_report import verdict as v
-from reinforcepp.reward_report.figures import share
+from reinforcepp.reports.reward_model import analyse
+from reinforcepp.reports.reward_model import verdict as v
+from reinforcepp.reports.reward_model.figures import share
 
 
 def verdict(scored, train_accuracy=None):

@@ -6,10 +6,11 @@ import pytest
 import tiny
 import torch
 
-from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.commands import cli
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
-from reinforcepp.observe import read_metrics
-from reinforcepp.observe.answers import read_answers
+from reinforcepp.monitoring import read_metrics
+from reinforcepp.monitoring.completion_log import read_answers
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "graded": i % 3 > 0} for i in range(8)]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from reinforcepp.config.reward_rules import comparable, make_rule
 from reinforcepp.errors import ConfigError
-from reinforcepp.reward_rules import comparable, make_rule
 
 
 def scores(rule, *texts, **columns):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp.cli import parse
+from reinforcepp.commands.cli import parse
 from reinforcepp.config import ReinforceConfig, TrainConfig
+from reinforcepp.config.reward_spec import RewardSource, parse_source
 from reinforcepp.errors import ConfigError, ModelError, RewardError
-from reinforcepp.reward_sources import RewardSource, parse_source
 from reinforcepp.rewards import TrainedReward, load_reward_model, load_rewards, name_of
 from reinforcepp.types import Completion, Prompt
 
@@ -153,7 +153,7 @@ def test_an_empty_list_is_refused():
 
 
 def test_a_missing_model_is_told_before_anything_is_loaded(reward_folder, monkeypatch):
-    monkeypatch.setattr("reinforcepp.rewards.load.load_reward_model", lambda name: pytest.fail("it was loaded"))
+    monkeypatch.setattr("reinforcepp.rewards.sources.load_reward_model", lambda name: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match="no reward model folder nowhere"):
         load_rewards([str(reward_folder), "nowhere"])
 

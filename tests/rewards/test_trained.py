@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ModelError, TrainingDiverged
-from reinforcepp.models import load_tokenizer
-from reinforcepp.reward_models import new_reward_model
-from reinforcepp.reward_trainer import train_reward_model
+from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.models.reward_models import new_reward_model
+from reinforcepp.models.tokenization import encode_answer
 from reinforcepp.rewards import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.rewards.measure import score_pairs
-from reinforcepp.tokens import encode_answer
+from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.types import Preference
 
 HEADER = "prompt,chosen,rejected\n"
@@ -113,7 +113,7 @@ def test_a_truncated_answer_gets_no_forged_eos(trained):
 
 def test_training_and_scoring_frame_alike(base, data, tmp_path, monkeypatch):
     """The rows TRL is given are those that scoring makes of the same pair."""
-    from reinforcepp import resumable
+    from reinforcepp.training import resumable
 
     seen = []
 

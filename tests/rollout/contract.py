@@ -15,9 +15,9 @@ import tiny
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reinforcepp import tokens
 from reinforcepp.errors import RolloutError
-from reinforcepp.logprobs import response_logprobs
+from reinforcepp.models import tokenization as tokens
+from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 

@@ -5,7 +5,7 @@ With our own extension beside it a tied output layer has the embeddings' memory,
 
 from rollout.without_nccl import stand_in
 
-from reinforcepp.rollout.vllm_worker import Worker
+from reinforcepp.rollout.vllm.worker_extension import Worker
 
 __all__ = ["Worker"]
 

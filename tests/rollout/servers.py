@@ -15,8 +15,8 @@ import pytest
 import torch
 from network import Network
 
-from reinforcepp.models import load_config
-from reinforcepp.rollout.vllm_server import server_command, server_environment
+from reinforcepp.models.loading import load_config
+from reinforcepp.rollout.vllm.server import server_command, server_environment
 
 TESTS = Path(__file__).parents[1]
 SOURCE = TESTS.parent / "src"

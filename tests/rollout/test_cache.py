@@ -5,8 +5,8 @@ import tiny
 import torch
 from transformers import DynamicCache
 
-from reinforcepp.rollout import cache as module
-from reinforcepp.rollout.cache import RoomyLayer, roomy_cache
+from reinforcepp.rollout import kv_cache as module
+from reinforcepp.rollout.kv_cache import RoomyLayer, roomy_cache
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 128])

@@ -7,11 +7,11 @@ import torch
 from rollout.contract import prepared_model, prepared_tokenizer
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout import memory
 from reinforcepp.rollout import vllm_integration as integration
-from reinforcepp.rollout.canary import check_sync, probe_prompts
 from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.rollout.vllm import memory
 from reinforcepp.rollout.vllm_integration import VllmEngine
+from reinforcepp.rollout.weight_sync_check import check_sync, probe_prompts
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 

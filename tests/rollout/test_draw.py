@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reinforcepp.rollout.draw import BLOCK, draw, uniforms
+from reinforcepp.rollout.sampling import BLOCK, draw, uniforms
 
 
 def naively(logits, number):

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from reinforcepp.rollout.packed import packed
+from reinforcepp.rollout.mkldnn_linear import packed
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])

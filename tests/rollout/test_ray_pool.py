@@ -17,23 +17,25 @@ import torch
 from rollout import without_nccl
 from rollout.contract import EngineContract, prepared_model, prepared_tokenizer, prompts_of
 
-from reinforcepp import cli
+from reinforcepp.commands import cli
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.distributed import Ranks
+from reinforcepp.distributed.rank_zero import FirstRank
+from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
-from reinforcepp.first_rank import FirstRank
-from reinforcepp.models import weights_hash
-from reinforcepp.observe import read_metrics
-from reinforcepp.observe.answers import COMPLETIONS, read_answers
-from reinforcepp.reward_pool import PooledReward, pooled
+from reinforcepp.models.loading import weights_hash
+from reinforcepp.monitoring import read_metrics
+from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
 from reinforcepp.rewards import load_rewards
-from reinforcepp.rollout import ray_crew, ray_pool, vllm_nccl
-from reinforcepp.rollout.canary import check_sync
-from reinforcepp.rollout.ray_crew import RayCrew, connect
-from reinforcepp.rollout.ray_pool import RayEngine
-from reinforcepp.rollout.ray_worker import Recipe, Worker, as_array, as_tensor, pack
+from reinforcepp.rollout.ray import actor_pool as ray_crew
+from reinforcepp.rollout.ray import engine as ray_pool
+from reinforcepp.rollout.ray.actor_pool import RayCrew, connect
+from reinforcepp.rollout.ray.engine import RayEngine
+from reinforcepp.rollout.ray.reward_pool import PooledReward, pooled
+from reinforcepp.rollout.ray.worker import Recipe, Worker, as_array, as_tensor, pack
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.rollout.vllm_nccl import ToPool
+from reinforcepp.rollout.vllm import nccl as vllm_nccl
+from reinforcepp.rollout.vllm.nccl import ToPool
+from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.rollout.weights import named_config
 from reinforcepp.types import Sampling
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from reinforcepp.errors import RolloutError
 from reinforcepp.plan.pool import Conditions, SimulatedCrew
-from reinforcepp.rollout.share_out import Answered, Board, Joined, Lost, share_out
+from reinforcepp.rollout.dispatch import Answered, Board, Joined, Lost, share_out
 
 
 class Simulated(SimulatedCrew):
@@ -40,7 +40,7 @@ class Simulated(SimulatedCrew):
 def test_every_prompt_is_answered_once(number, workers, joining, most, deaths, seed):
     crew = Simulated(workers, joining=joining, deaths=deaths, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reinforcepp.rollout.share_out.LOSSES", 1000)
+        patch.setattr("reinforcepp.rollout.dispatch.LOSSES", 1000)
         answers, tally = share_out(crew, number, most)
     assert answers == list(range(number))
     assert len(crew.given) == number + tally.again and set(crew.given) == set(range(number))
@@ -87,8 +87,8 @@ def test_an_answer_too_few_is_no_answer():
 
 
 def test_losses_between_answers_are_no_reason_to_stop(monkeypatch):
-    monkeypatch.setattr("reinforcepp.rollout.share_out.LOSSES", 0)
-    monkeypatch.setattr("reinforcepp.rollout.share_out.LOSSES_EACH", 1)
+    monkeypatch.setattr("reinforcepp.rollout.dispatch.LOSSES", 0)
+    monkeypatch.setattr("reinforcepp.rollout.dispatch.LOSSES_EACH", 1)
 
     class EverySecondDies(Simulated):
         def give(self, worker, places):

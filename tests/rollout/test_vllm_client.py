@@ -19,12 +19,12 @@ from rollout.contract import END_IDS, prepared_model, prepared_tokenizer, prompt
 from reinforcepp import ReinforceConfig
 from reinforcepp.config.reinforce import server_addresses
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
-from reinforcepp.rollout import vllm_remote
-from reinforcepp.rollout.choose import choose_engine
 from reinforcepp.rollout.engine import request_seed
-from reinforcepp.rollout.vllm_client import Patience, VllmClient
-from reinforcepp.rollout.vllm_remote import VllmServerEngine
-from reinforcepp.rollout.vllm_weights import EXTENSION
+from reinforcepp.rollout.selection import choose_engine
+from reinforcepp.rollout.vllm import server_engine as vllm_remote
+from reinforcepp.rollout.vllm.client import Patience, VllmClient
+from reinforcepp.rollout.vllm.server_engine import VllmServerEngine
+from reinforcepp.rollout.vllm.weight_transfer import EXTENSION
 from reinforcepp.types import Sampling
 
 KEY = "sk-quite-secret"

@@ -11,15 +11,17 @@ import tiny
 import torch
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
 
-from reinforcepp.adapters import with_adapter
-from reinforcepp.config.adapters import Adapters
+from reinforcepp.config.lora import Adapters
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout import memory, transfer, vllm_cpu
+from reinforcepp.models.lora import with_adapter
+from reinforcepp.rollout import transfer
 from reinforcepp.rollout import vllm_integration as integration
-from reinforcepp.rollout.canary import check_sync
-from reinforcepp.rollout.choose import choose_engine
-from reinforcepp.rollout.vllm_adapter import takes_adapter
+from reinforcepp.rollout.selection import choose_engine
+from reinforcepp.rollout.vllm import cpu_patches as vllm_cpu
+from reinforcepp.rollout.vllm import memory
+from reinforcepp.rollout.vllm.lora import takes_adapter
 from reinforcepp.rollout.vllm_integration import VllmEngine
+from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.types import Prompt, Sampling
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")

@@ -21,17 +21,18 @@ from rollout.servers import KEY, Served
 from rollout.without_nccl import stand_in
 
 import scripts
-from reinforcepp import ReinforceConfig, ReinforceTrainer, cli
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.commands import cli
 from reinforcepp.errors import RolloutError
 from reinforcepp.files import PARTIAL
-from reinforcepp.observe.answers import COMPLETIONS, read_answers
-from reinforcepp.rollout import vllm_remote
-from reinforcepp.rollout.canary import check_sync
+from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.rollout.vllm_client import Patience
-from reinforcepp.rollout.vllm_nccl import ByNccl
-from reinforcepp.rollout.vllm_remote import ServerCrew, VllmServerEngine
-from reinforcepp.rollout.vllm_weights import EXTENSION
+from reinforcepp.rollout.vllm import server_engine as vllm_remote
+from reinforcepp.rollout.vllm.client import Patience
+from reinforcepp.rollout.vllm.nccl import ByNccl
+from reinforcepp.rollout.vllm.server_engine import ServerCrew, VllmServerEngine
+from reinforcepp.rollout.vllm.weight_transfer import EXTENSION
+from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.types import Sampling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
@@ -158,8 +159,8 @@ def test_the_output_layer_is_part_of_an_update(engine_of):
 
 
 def test_large_models_go_in_several_parts(engine_of, monkeypatch):
-    monkeypatch.setattr("reinforcepp.rollout.vllm_weights.CHUNK_BYTES", 50_000)
-    monkeypatch.setattr("reinforcepp.rollout.vllm_weights.MESSAGE_BYTES", 50_000)
+    monkeypatch.setattr("reinforcepp.rollout.vllm.weight_transfer.CHUNK_BYTES", 50_000)
+    monkeypatch.setattr("reinforcepp.rollout.vllm.weight_transfer.MESSAGE_BYTES", 50_000)
     for number in (0, 1):
         engine, model = engine_of(number), prepared_model(seed=9, tied=number == 0)
         engine.load_weights(model)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from reinforcepp.models import weights_hash
-from reinforcepp.rollout.ray_worker import Recipe, Worker
-from reinforcepp.rollout.vllm_nccl import BACKEND
+from reinforcepp.models.loading import weights_hash
+from reinforcepp.rollout.ray.worker import Recipe, Worker
+from reinforcepp.rollout.vllm.nccl import BACKEND
 
 
 class OverStore:

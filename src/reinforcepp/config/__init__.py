@@ -6,12 +6,13 @@ another one is a ``ConfigError`` that names the cure; nothing here changes what 
 
 from __future__ import annotations
 
+from reinforcepp.config.checkpointing import Keeping
 from reinforcepp.config.columns import Columns
-from reinforcepp.config.compare import CompareAlgorithmsConfig
+from reinforcepp.config.compare_estimators import CompareAlgorithmsConfig
 from reinforcepp.config.compare_models import CompareConfig
 from reinforcepp.config.doctor import DoctorConfig
 from reinforcepp.config.files import as_dict, read_yaml
-from reinforcepp.config.keeping import Keeping
+from reinforcepp.config.inference import ChatConfig, ExportConfig, GenerateConfig, PushConfig, ServeConfig
 from reinforcepp.config.lint import LintConfig
 from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.recipes import RecipesConfig
@@ -19,8 +20,7 @@ from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.report import ReportConfig
 from reinforcepp.config.rewards import RewardSettings
 from reinforcepp.config.sft import SftConfig
-from reinforcepp.config.use import ChatConfig, ExportConfig, GenerateConfig, PushConfig, ServeConfig
-from reinforcepp.config.verbs import DemoConfig, RewardModelConfig, ServeRewardConfig, TrainConfig
+from reinforcepp.config.training import DemoConfig, RewardModelConfig, ServeRewardConfig, TrainConfig
 
 VERBS: dict[str, type] = {
     "sft": SftConfig,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from reinforcepp.data_names import listed
+from reinforcepp.config.data_spec import listed
 from reinforcepp.errors import ConfigError, nearest
 
 JUDGE, JUDGED_DATA = "builtin:judge", "builtin:network"

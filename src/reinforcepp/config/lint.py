@@ -8,7 +8,7 @@ from typing import Literal
 
 from reinforcepp.config._checks import check_values, filled, positive
 from reinforcepp.config.columns import Columns, check_columns
-from reinforcepp.data_names import listed
+from reinforcepp.config.data_spec import listed
 from reinforcepp.errors import ConfigError
 
 LOWEST_SIMILARITY = 0.5

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reinforcepp.config._checks import filled, not_negative, positive
+from reinforcepp.config.accelerators import DeviceName
 from reinforcepp.config.reinforce import RAY
-from reinforcepp.config.verbs import TrainConfig
-from reinforcepp.devices import DeviceName
+from reinforcepp.config.training import TrainConfig
 from reinforcepp.errors import ConfigError
 
 

@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from reinforcepp.algorithm.estimators import RECIPES, EstimatorName, Recipe
 from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
-from reinforcepp.config.adapters import check_adapters
-from reinforcepp.config.computing import Computing
-from reinforcepp.config.framing import Framing, check_framing
-from reinforcepp.config.keeping import Keeping, check_keeping
+from reinforcepp.config.chat_template import Framing, check_framing
+from reinforcepp.config.checkpointing import Keeping, check_keeping
+from reinforcepp.config.lora import check_adapters
+from reinforcepp.config.precision import Computing
 from reinforcepp.config.rewards import RewardSettings, check_reward_settings
 from reinforcepp.errors import ConfigError, nearest
-from reinforcepp.estimators import RECIPES, EstimatorName, Recipe
 
 DEFAULT_MICRO_BATCH = 8
 ENGINES = ("auto", "transformers", "vllm")

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from reinforcepp.config._checks import check_apart_from, filled, filled_path, not_negative, positive
+from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.errors import ConfigError
-from reinforcepp.reward_sources import parse_source
 
 
 @dataclass(frozen=True)

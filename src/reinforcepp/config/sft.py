@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reinforcepp.config._checks import check_apart, check_values, filled
-from reinforcepp.config.adapters import check_adapters
+from reinforcepp.config.chat_template import Framing, check_framing
+from reinforcepp.config.checkpointing import Keeping, check_keeping
 from reinforcepp.config.columns import Mapped, check_columns
-from reinforcepp.config.computing import Computing
-from reinforcepp.config.fitting import Fitting, check_fitting
-from reinforcepp.config.framing import Framing, check_framing
-from reinforcepp.config.keeping import Keeping, check_keeping
-from reinforcepp.config.verbs import Looking
+from reinforcepp.config.lora import check_adapters
+from reinforcepp.config.precision import Computing
+from reinforcepp.config.supervised import Fitting, check_fitting
+from reinforcepp.config.training import Looking
 from reinforcepp.errors import ConfigError, nearest
 
 

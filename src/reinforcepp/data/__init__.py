@@ -2,13 +2,13 @@
 
 from reinforcepp.data._columns import Names
 from reinforcepp.data._messages import conversation_text
-from reinforcepp.data._table import Row, Skipped, Table, normalize, read_table, sift
+from reinforcepp.data._table import Row, Skipped, Table, normalize, read_table, sift, words
 from reinforcepp.data._text import count
 from reinforcepp.data.preferences import PreferenceData, contradictions_in, load_preferences, read_preferences
 from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, prompt_rows, read_prompt_lines, read_prompts
+from reinforcepp.data.row_store import SpooledRows
 from reinforcepp.data.sources import DataFiles, resolve_data
 from reinforcepp.data.split import split_by_prompt
-from reinforcepp.data.spool import SpooledRows
 from reinforcepp.data.texts import Demonstration, TextData, load_texts, read_texts
 
 __all__ = [
@@ -39,4 +39,5 @@ __all__ = [
     "resolve_data",
     "sift",
     "split_by_prompt",
+    "words",
 ]

@@ -12,12 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reinforcepp.config.data_spec import DataName, data_names
 from reinforcepp.data._csv import read_csv
 from reinforcepp.data._hub import dataset_digest, fetch, hub_pieces
 from reinforcepp.data._json import read_json, read_json_lines
 from reinforcepp.data._parquet import read_arrow, read_parquet
 from reinforcepp.data._text import Records
-from reinforcepp.data_names import DataName, data_names
 from reinforcepp.errors import DataError, nearest
 from reinforcepp.files import sha256
 

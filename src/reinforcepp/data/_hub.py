@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reinforcepp.config.data_spec import DataName
 from reinforcepp.data._text import PIECE_ROWS, Records, count, quoted
-from reinforcepp.data_names import DataName
 from reinforcepp.errors import DataError
-from reinforcepp.hub import look_for_hub
+from reinforcepp.runtime import look_for_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset

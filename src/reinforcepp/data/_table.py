@@ -10,6 +10,7 @@ because reading on would misread data. What concerns the contents of one row is 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,9 @@ from reinforcepp.data._text import Records, count
 from reinforcepp.types import RowId
 
 _ROWS_NAMED = 5
+
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Japanese and Chinese put no spaces between words
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class Skipped:
 def normalize(text: str) -> str:
     """The form in which texts are compared: Unicode NFC, each run of whitespace one space. Case counts."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text, without case and punctuation."""
+    return _WORD.findall(normalize(text).casefold())
 
 
 def read_table(source: str | Path, names: Names, *, pairs: bool | None) -> Table:

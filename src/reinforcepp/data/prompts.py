@@ -14,9 +14,9 @@ from reinforcepp.data._columns import Names
 from reinforcepp.data._messages import content_of, prompt_of
 from reinforcepp.data._table import Row, Skipped, describe_skipped, read_table, sift
 from reinforcepp.data._text import count, quoted
+from reinforcepp.data.row_store import SpooledRows
 from reinforcepp.data.sources import resolve_data
 from reinforcepp.data.split import split_by_prompt, weighted
-from reinforcepp.data.spool import SpooledRows
 from reinforcepp.data.streaming import Told, stream
 from reinforcepp.errors import DataError, nearest
 from reinforcepp.types import RowId

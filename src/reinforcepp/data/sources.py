@@ -32,7 +32,7 @@ def resolve_data(source: str | Path) -> DataFiles:
             f"There is no built-in data {name!r}, only {', '.join(map(repr, _BUILTIN))}; "
             f"use that or give the path of a file.{nearest(name, _BUILTIN)}"
         )
-    from reinforcepp.builtin import data_paths
+    from reinforcepp.data.builtin import data_paths
 
     train, heldout = data_paths()
     return DataFiles(Path(train), Path(heldout))

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from reinforcepp.data._columns import Layout, Names, check_distinct, find_columns
 from reinforcepp.data._files import Part, parts_of
 from reinforcepp.data._table import Row, Skipped, called, digest_of, normalize, notes_on, rows_of, unusable
+from reinforcepp.data.row_store import Places, Spool, SpooledRows, spooled
 from reinforcepp.data.split import check_fraction, number_heldout, rank, times
-from reinforcepp.data.spool import Places, Spool, SpooledRows, spooled
 from reinforcepp.types import RowId
 
 T = TypeVar("T")

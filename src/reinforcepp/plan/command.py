@@ -14,8 +14,10 @@ from rich.console import Console
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.config.reinforce import server_addresses
+from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.errors import RolloutError
-from reinforcepp.models import check_context, load_config
+from reinforcepp.models.loading import check_context, load_config
+from reinforcepp.models.precision import compute_dtype
 from reinforcepp.plan import report
 from reinforcepp.plan.lengths import lengths_for
 from reinforcepp.plan.machine import machine_for
@@ -24,9 +26,7 @@ from reinforcepp.plan.report import Plan
 from reinforcepp.plan.scaling import nodes_of, scales
 from reinforcepp.plan.search import largest, with_micro
 from reinforcepp.plan.shapes import Body, Size, asked_shape, together, trained_shape
-from reinforcepp.precision import compute_dtype
-from reinforcepp.reward_sources import parse_source
-from reinforcepp.rollout.choose import EngineName
+from reinforcepp.rollout.selection import EngineName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

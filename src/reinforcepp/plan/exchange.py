@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from reinforcepp.config import PlanConfig
-from reinforcepp.devices import ACCELERATORS
+from reinforcepp.config.accelerators import ACCELERATORS
 from reinforcepp.plan.memory import FLOAT, Job, Rows
 from reinforcepp.plan.timing import LINK, Speeds
 

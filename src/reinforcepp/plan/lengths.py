@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.errors import DataError
-from reinforcepp.observe.answers import files_of_steps
+from reinforcepp.monitoring.completion_log import files_of_steps
 
 Floats = NDArray[np.float64]
 HALVINGS = 60

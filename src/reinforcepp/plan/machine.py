@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from reinforcepp.config import PlanConfig
-from reinforcepp.devices import ACCELERATORS
+from reinforcepp.config.accelerators import ACCELERATORS
 from reinforcepp.errors import ConfigError
 
 GIB = 1 << 30

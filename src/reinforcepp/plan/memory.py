@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.evaluation import BATCH as EVALUATION_ROWS
-from reinforcepp.logprobs import BLOCK_BYTES, CHUNK_BYTES
+from reinforcepp.models.logprobs import BLOCK_BYTES, CHUNK_BYTES
 from reinforcepp.plan.shapes import Body, Pass, Shape, Size
 from reinforcepp.rewards.trained import SCORED_AT_A_TIME
-from reinforcepp.rollout.cache import ROOM
-from reinforcepp.rollout.choose import EngineName
-from reinforcepp.rollout.memory import CPU_CACHE_CAP, cache_budget
+from reinforcepp.rollout.kv_cache import ROOM
+from reinforcepp.rollout.selection import EngineName
+from reinforcepp.rollout.vllm.memory import CPU_CACHE_CAP, cache_budget
+from reinforcepp.training.evaluation import BATCH as EVALUATION_ROWS
 
 MIB = 1 << 20
 LIBRARIES = {"cpu": 480 * MIB, "gpu": 600 * MIB}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from reinforcepp.rollout.share_out import Answered, Joined, Lost, Tally, share_out
+from reinforcepp.rollout.dispatch import Answered, Joined, Lost, Tally, share_out
 
 HOUR = 3600.0
 Happened = Joined[int] | Answered[int, int] | Lost[int]
@@ -36,7 +36,7 @@ class _Event(NamedTuple):
 
 @dataclass
 class SimulatedCrew:
-    """Workers for :func:`~reinforcepp.rollout.share_out.share_out` that take no time but that of ``now``.
+    """Workers for :func:`~reinforcepp.rollout.dispatch.share_out` that take no time but that of ``now``.
 
     Args:
         workers: how many; each that is lost is replaced.
@@ -67,11 +67,11 @@ class SimulatedCrew:
             self._join()
 
     def ready(self) -> list[int]:
-        """See :class:`~reinforcepp.rollout.share_out.Crew`."""
+        """See :class:`~reinforcepp.rollout.dispatch.Crew`."""
         return [worker for worker in self.slowness if worker not in self._busy]
 
     def give(self, worker: int, places: Sequence[int]) -> None:
-        """See :class:`~reinforcepp.rollout.share_out.Crew`."""
+        """See :class:`~reinforcepp.rollout.dispatch.Crew`."""
         begin = time.process_time()
         assert worker in self.slowness and worker not in self._busy, "who gets a piece is there and has none"
         seconds = self.seconds_of(places) * self.slowness[worker]
@@ -80,7 +80,7 @@ class SimulatedCrew:
         self.simulating += time.process_time() - begin
 
     def wait(self) -> Happened:
-        """See :class:`~reinforcepp.rollout.share_out.Crew`."""
+        """See :class:`~reinforcepp.rollout.dispatch.Crew`."""
         begin = time.process_time()
         while (happened := self._next()) is None:
             pass

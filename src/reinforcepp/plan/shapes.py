@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from reinforcepp.adapters import is_linear, with_adapter
-from reinforcepp.config.computing import Computing
+from reinforcepp.config.precision import Computing
 from reinforcepp.errors import ModelError
-from reinforcepp.learner import switches
-from reinforcepp.logprobs import skipped
-from reinforcepp.models import empty_model
+from reinforcepp.models.loading import empty_model
+from reinforcepp.models.logprobs import skipped
+from reinforcepp.models.lora import is_linear, with_adapter
+from reinforcepp.models.precision import cast_parameters, move_gradient
 from reinforcepp.plan.trace import FLOPS, ROWS, Line, Live, Moment, Peak, attention_on_shapes, line_of, peak_of
-from reinforcepp.precision import cast_parameters, move_gradient
-from reinforcepp.rollout.memory import cache_bytes_per_token
-from reinforcepp.rollout.packed import packed_weights
+from reinforcepp.rollout.mkldnn_linear import packed_weights
+from reinforcepp.rollout.vllm.memory import cache_bytes_per_token
+from reinforcepp.training.learner import switches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -1,6 +1,6 @@
 """Where rewards come from: trained models, Python functions, servers and rules, and any weighted sum of them."""
 
-from reinforcepp.reward_card import RewardCard
+from reinforcepp.rewards.card import RewardCard
 from reinforcepp.rewards.functions import (
     GoldReward,
     RewardFunction,
@@ -11,7 +11,7 @@ from reinforcepp.rewards.functions import (
     score_all,
     score_with,
 )
-from reinforcepp.rewards.load import RewardSum, load_rewards
+from reinforcepp.rewards.sources import RewardSum, load_rewards
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 
 __all__ = [

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from reinforcepp.builtin.judge import GoldJudge
+from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError, ReinforceError, RewardError, UnusableUpdate, nearest
+from reinforcepp.runtime import outcome
 from reinforcepp.types import Completion
-from reinforcepp.waiting import outcome
 
 
 class RewardFunction(Protocol):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from reinforcepp.errors import TrainingDiverged
+from reinforcepp.models.tokenization import encode, encode_answer, frame_prompt
 from reinforcepp.rewards.trained import TrainedReward
-from reinforcepp.tokens import encode, encode_answer, frame_prompt
 from reinforcepp.types import Preference, ScoredPair
 
 

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
+from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError, RewardError
-from reinforcepp.reward_sources import TOKEN_VARIABLE
 
 PASSING = {408, 425, 429, *range(500, 600)}
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds

@@ -15,11 +15,11 @@ import torch
 
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
-from reinforcepp.models import context_length, load_tokenizer, resolve, save_model
-from reinforcepp.reward_card import HOW_TO_TRAIN, RewardCard, read_card
-from reinforcepp.reward_models import load_reward_weights
-from reinforcepp.run_folder import REWARD_CARD
-from reinforcepp.tokens import encode_answer, pad
+from reinforcepp.models.loading import context_length, load_tokenizer, resolve, save_model
+from reinforcepp.models.reward_models import load_reward_weights
+from reinforcepp.models.tokenization import encode_answer, pad
+from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
+from reinforcepp.run_dir import REWARD_CARD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

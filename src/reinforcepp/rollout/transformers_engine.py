@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from reinforcepp.models import context_length, eos_ids
-from reinforcepp.rollout.cache import roomy_cache
-from reinforcepp.rollout.draw import draw, uniforms
+from reinforcepp.models.loading import context_length, eos_ids
+from reinforcepp.models.tokenization import pad, position_ids
 from reinforcepp.rollout.engine import check_prompts, completed, request_seed
-from reinforcepp.rollout.packed import packed
-from reinforcepp.tokens import pad, position_ids
+from reinforcepp.rollout.kv_cache import roomy_cache
+from reinforcepp.rollout.mkldnn_linear import packed
+from reinforcepp.rollout.sampling import draw, uniforms
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

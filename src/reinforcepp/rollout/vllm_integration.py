@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reinforcepp import models
-from reinforcepp.adapters import WithoutAdapter, full_weights
 from reinforcepp.errors import RolloutError
+from reinforcepp.models import loading as models
+from reinforcepp.models.lora import WithoutAdapter, full_weights
 from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept
-from reinforcepp.rollout.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.transfer import send_weights
-from reinforcepp.rollout.vllm_adapter import AdapterCopy, takes_adapter
-from reinforcepp.rollout.vllm_cpu import give_back_freed, spare_work
-from reinforcepp.rollout.vllm_support import import_vllm, sampling_settings, vllm_status, without_tied
+from reinforcepp.rollout.vllm.compat import import_vllm, sampling_settings, vllm_status, without_tied
+from reinforcepp.rollout.vllm.cpu_patches import give_back_freed, spare_work
+from reinforcepp.rollout.vllm.lora import AdapterCopy, takes_adapter
+from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.weights import named_config, saved_eos_ids
 from reinforcepp.types import Completion, Prompt, Sampling
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
-from reinforcepp import models
-from reinforcepp.adapters import base_model
+from reinforcepp.models import loading as models
+from reinforcepp.models.lora import base_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ def named_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def saved_eos_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All ids that end an answer of a saved model: see :func:`~reinforcepp.models.eos_ids`."""
+    """All ids that end an answer of a saved model: see :func:`~reinforcepp.models.loading.eos_ids`."""
     from transformers import GenerationConfig
 
     try:

@@ -1,0 +1,200 @@
+"""``reinforcepp chat``: read a line, answer it or do what it says, until the user leaves."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+
+from reinforcepp.commands.chat.conversation import Conversation
+from reinforcepp.commands.chat.preferences import PreferenceFile
+from reinforcepp.commands.generate import load_engine, sampling_of, show_growing, told_reward
+from reinforcepp.config import ChatConfig
+from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError, nearest
+from reinforcepp.models.loading import context_length, load_config, load_tokenizer
+from reinforcepp.monitoring import say
+from reinforcepp.rewards import RewardFunction, check_reward_folder, load_reward_model, score_all
+from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.rollout.selection import choose_engine
+from reinforcepp.types import Prompt
+
+INTERRUPTED = 130
+USUAL_LENGTH = 4096  # a model may have room for a million tokens, and the engine would reserve memory for them
+HELP = """/regenerate     another answer to the same question
+/prefer [N]     note that the last answer, or answer N, is better than the other one
+/system [TEXT]  begin the conversation with a system message, or without one
+/reset          forget the conversation
+/help           this list
+/quit           leave; so does Ctrl-D. Ctrl-C stops an answer
+//...           a message that begins with a single /"""
+
+
+def run_chat(config: ChatConfig) -> int:
+    """Talk until the input ends; returns the exit code.
+
+    Raises:
+        ReinforceError: for a model, a reward model or a file for preferences that can't be used.
+    """
+    preferences = PreferenceFile(config.preferences)
+    if config.reward_model is not None:
+        check_reward_folder(config.reward_model)
+    model_config = load_config(config.model)
+    length = _length(config, context_length(model_config))
+    choice = choose_engine(config.engine, model_config, torch.float32)
+    tokenizer = load_tokenizer(config.model)
+    reward = load_reward_model(config.reward_model) if config.reward_model is not None else None
+    conversation = Conversation(tokenizer, length - config.max_new_tokens, config.system)
+    engine = load_engine(config, choice, tokenizer, length)
+    chat = _Chat(config, engine, reward, conversation, preferences)
+    try:
+        return chat.talk()
+    finally:
+        engine.close()
+
+
+def _length(config: ChatConfig, context: int | None) -> int:
+    """How many tokens conversation and answer may have together."""
+    if config.max_length is not None and context is not None and config.max_length > context:
+        raise ConfigError(f"max_length {config.max_length} exceeds the model's context of {context} tokens: lower it.")
+    length = config.max_length or min(context or USUAL_LENGTH, USUAL_LENGTH)
+    if length <= config.max_new_tokens:
+        raise ConfigError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a question in the {length} tokens of the "
+            "conversation: lower it."
+        )
+    return length
+
+
+@dataclass
+class _Chat:
+    """The parties of a conversation, and what each command does."""
+
+    config: ChatConfig
+    engine: RolloutEngine
+    reward: RewardFunction | None
+    conversation: Conversation
+    preferences: PreferenceFile
+
+    def talk(self) -> int:
+        """Read and answer until the user leaves."""
+        on_terminal = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # a byte that isn't UTF-8 must not end the conversation
+        if on_terminal:
+            say(f"{self.config.model} answers. /help lists the commands, Ctrl-D leaves.")
+        while True:
+            try:
+                line = _read_line(on_terminal)
+            except EOFError:
+                if on_terminal:
+                    print()  # the shell goes on under the conversation
+                return 0
+            except KeyboardInterrupt:
+                if not on_terminal:
+                    return INTERRUPTED
+                say("\nCtrl-D or /quit leaves.")
+                continue
+            if line in ("/quit", "/exit"):
+                return 0
+            try:
+                self._do(line)
+            except (DataError, ModelError, RolloutError) as error:
+                say(str(error), "yellow")
+            except OSError as error:
+                if not error.strerror:
+                    raise
+                say(f"{self.preferences.path} can't be written: {error.strerror}; nothing was added to it.", "yellow")
+
+    def _do(self, line: str) -> None:
+        """What one line asks for; an empty one nothing."""
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].partition(" ")
+            commands: dict[str, Callable[[str], None]] = {
+                "regenerate": self._regenerate,
+                "prefer": self._prefer,
+                "system": self._system,
+                "reset": self._reset,
+                "help": lambda _: say(HELP),
+            }
+            if name not in commands:
+                known = [f"/{command}" for command in (*commands, "quit")]
+                raise DataError(f"There is no command /{name}.{nearest(f'/{name}', known)} /help lists them all.")
+            commands[name](rest.strip())
+        elif line:
+            self._answer(lambda: self.conversation.ask(line.removeprefix("/") if line[0] == "/" else line))
+
+    def _answer(self, ask: Callable[[], Prompt]) -> None:
+        """Answer what ``ask`` makes of the conversation, and show what the reward model thinks of it."""
+        before = self.conversation.left_out
+        prompt = ask()
+        if (more := self.conversation.left_out - before) > 0:
+            turns = "turn of the conversation is" if more == 1 else "turns of the conversation are"
+            say(f"The context is full: the oldest {more} {turns} left out from here on.", "yellow")
+        with _stop_on_interrupt() as stopped, closing(self.engine.stream(prompt, sampling_of(self.config))) as growing:
+            completion = show_growing(growing, stopped)
+            was_stopped = stopped()
+        number = self.conversation.answered(completion)
+        notes = [f"answer {number}"] if number > 1 else []
+        if self.reward is not None:
+            notes.append(told_reward(score_all(self.reward, [completion])[0]))
+        if completion.finish_reason == "length":
+            notes.append("stopped" if was_stopped else f"cut off after {self.config.max_new_tokens} tokens")
+        if notes:
+            say(f"({', '.join(notes)})", "dim")
+
+    def _regenerate(self, _: str) -> None:
+        if self.config.temperature == 0:
+            raise DataError("With temperature 0 every answer is the same: start with --temperature 0.7.")
+        self._answer(self.conversation.ask_again)
+
+    def _prefer(self, rest: str) -> None:
+        if rest and not (rest.isascii() and rest.isdigit()):
+            raise DataError(f"/prefer takes the number of an answer, not {rest!r}.")
+        better, worse = self.conversation.prefer(int(rest) if rest else None, self.preferences.append)
+        say(f"Answer {better} is better than answer {worse}: added to {self.preferences.path}.", "green")
+
+    def _system(self, rest: str) -> None:
+        self.conversation.system = rest or None
+        say("The next answers follow this system message." if rest else "There is no system message now.")
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        say("The conversation begins anew.")
+
+
+def _read_line(on_terminal: bool) -> str:
+    if on_terminal:
+        import readline  # noqa: F401  (gives input() history and editing)
+
+        return input("> " if sys.stdout.isatty() else "").strip()
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.strip()
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C has come in this block; a second one ends the program, as an answer may hang before its first token."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: bool(came)
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)

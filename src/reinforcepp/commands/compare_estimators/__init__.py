@@ -1,0 +1,1 @@
+"""`compare-algorithms`: estimators compared over seeds."""

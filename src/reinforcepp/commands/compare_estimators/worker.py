@@ -1,0 +1,95 @@
+"""One run of one estimator, in a process of its own: what ``compare_algorithms`` collects.
+
+Called with a folder whose ``job.json`` holds the training's settings; leaves ``result.json``
+and the metric log there.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from reinforcepp.config import TrainConfig
+from reinforcepp.data import load_prompts
+from reinforcepp.errors import TrainingDiverged
+from reinforcepp.files import write_json
+from reinforcepp.monitoring import LOGS, read_metrics
+from reinforcepp.training.reinforce_trainer import ReinforceTrainer
+
+PHASES = ("rollout", "score", "update", "sync")
+
+
+def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
+    """Train as ``config`` says; returns the figures of every evaluation, of the steps, and whether it diverged.
+
+    ``split_seed`` decides the held-out prompts, which are the same for all runs that are compared.
+    """
+    _, train_rows, heldout_rows = load_prompts(
+        config.data,
+        heldout_fraction=config.heldout_fraction,
+        seed=split_seed,
+        **config.column_names,
+        renamed=config.renamed,
+        streaming=config.streaming,
+    )
+    trainer = ReinforceTrainer(
+        config.model, config.reward_sources, config, train_rows, eval_dataset=heldout_rows, judge=config.judge_name
+    )
+    diverged = None
+    try:
+        trainer.train()
+    except TrainingDiverged as error:
+        diverged = str(error)
+    finally:
+        trainer.engine.close()
+    log = read_metrics(Path(config.output_dir))
+    steps = {name: _step(name, len(log)) for name in trainer.evaluations}
+    return {
+        "estimator": config.estimator,
+        "seed": config.seed,
+        "learning_rate": config.learning_rate,
+        "completions": config.completions_per_step,
+        "diverged": diverged,
+        "evaluations": [
+            {
+                "step": steps[name],
+                "seconds": sum(m["step_time"] for m in log[: steps[name]]),
+                "tokens": log[steps[name] - 1]["num_tokens"] if steps[name] else 0.0,
+                **evaluation.figures(),
+            }
+            for name, evaluation in trainer.evaluations.items()
+        ],
+        "phase_seconds": {phase: median(m.get(f"time/{phase}", 0.0) for m in log) for phase in PHASES} if log else {},
+        "step_seconds": median(m["step_time"] for m in log) if log else None,
+        "largest_kl": max((m["kl"] for m in log if "kl" in m), default=0.0),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (1024 if sys.platform != "darwin" else 2**20),
+    }
+
+
+def _step(name: str, last: int) -> int:
+    """The step after which the evaluation ``before``, ``step N`` or ``after`` was made."""
+    if name.startswith("step "):
+        return int(name.removeprefix("step "))
+    return 0 if name == "before" else last
+
+
+def main() -> None:
+    """Do the job of the folder that the command line names."""
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    config = TrainConfig(**job["settings"])
+    result = run(config, split_seed=job["split_seed"])
+    for name in LOGS:
+        shutil.copy(Path(config.output_dir) / name, folder)
+    shutil.rmtree(config.output_dir)  # the trained model: many runs of it would fill the disk
+    write_json(folder / "result.json", result)
+
+
+if __name__ == "__main__":
+    main()

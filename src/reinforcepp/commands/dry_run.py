@@ -1,0 +1,98 @@
+"""``--dry_run``: everything that a training would start from, shown instead of begun. No weight is read, no file written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
+from reinforcepp.data import load_preferences, load_prompts, load_texts
+from reinforcepp.models.chat_template import framed
+from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.models.tokenization import encode, encode_answer, encode_prompts, frame_completion, frame_prompt
+from reinforcepp.monitoring import printable, say
+from reinforcepp.plan.command import make_plan, show_plan
+from reinforcepp.training.sft_trainer import lesson
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS = 3
+
+
+def show_training(config: TrainConfig) -> None:
+    """Settings, plan and first prompts of a policy training.
+
+    Raises:
+        ReinforceError: whatever would stop the training before its weights are read.
+    """
+    data, rows, _ = load_prompts(config.data, **_columns(config), renamed=config.renamed, streaming=config.streaming)
+    tokenizer = framed(load_tokenizer(config.model), config)
+    plan = make_plan(PlanConfig(**{name.name: getattr(config, name.name) for name in fields(TrainConfig)}))
+    _write("Settings", settings(config))
+    sys.stdout.write("\nPlan\n")
+    show_plan(plan)
+    limit, action = config.max_prompt_length, config.long_prompts
+    prompts, _ = encode_prompts(tokenizer, rows[:ROWS], max_prompt_length=limit, long_prompts=action)
+    for number, prompt in enumerate(prompts, 1):
+        text = str(tokenizer.decode(prompt.ids))
+        note = "; the completion that follows is what is trained on"
+        _write(f"Prompt {number}: {len(prompt.ids)} tokens{note}", _row(tokenizer, text, prompt.ids, len(prompt.ids)))
+    say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+
+
+def show_reward_training(config: RewardModelConfig) -> None:
+    """Settings and first pairs of a reward training; errors are those of :func:`show_training`."""
+    data, pairs, _ = load_preferences(config.data, **_columns(config), streaming=config.streaming)
+    tokenizer = framed(load_tokenizer(config.model), config)
+    _write("Settings", settings(config))
+    for number, pair in enumerate(pairs[:ROWS], 1):
+        for kind, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            ids = encode_answer(tokenizer, pair.prompt, answer)
+            framed_text = frame_prompt(tokenizer, pair.prompt) + frame_completion(tokenizer, pair.prompt, answer)
+            prompt_length = len(encode(tokenizer, frame_prompt(tokenizer, pair.prompt)))
+            shown = _row(tokenizer, framed_text + str(tokenizer.eos_token), ids, prompt_length)
+            _write(f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last", shown)
+    say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+
+
+def show_warm_up(config: SftConfig) -> None:
+    """Settings and first rows of a supervised warm-up; errors are those of :func:`show_training`."""
+    data, rows, _ = load_texts(config.data, **_columns(config))
+    tokenizer = framed(load_tokenizer(config.model), config)
+    _write("Settings", settings(config))
+    for number, row in enumerate(rows[:ROWS], 1):
+        one = lesson(tokenizer, row)
+        ids = [*one.given, *one.learnt]
+        shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.given))
+        _write(f"Row {number} (row {row.row}): {len(ids)} tokens; what the mask has as 1 is learnt", shown)
+    say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+
+
+def settings(config: Any) -> Iterator[str]:
+    """Every setting as a line of YAML, with the default behind those that differ from it."""
+    import yaml
+
+    defaults = as_dict(type(config)())
+    for name, value in as_dict(config).items():
+        plain = list(value) if isinstance(value, tuple) else value
+        written = yaml.safe_dump(plain, allow_unicode=True, default_flow_style=True, width=10_000)
+        line = f"{name}: {written.strip().removesuffix('...').strip()}"
+        yield line if value == defaults[name] else f"{line}  # default: {defaults[name]}"
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], prompt_length: int) -> Iterator[str]:
+    """The framed text, its tokens with their ids, and which of them are an answer's."""
+    yield f"text    {text!r}"
+    yield "tokens  " + " ".join(f"{str(tokenizer.decode([i]))!r}:{i}" for i in ids)
+    yield "mask    " + " ".join("0" if place < prompt_length else "1" for place in range(len(ids)))
+
+
+def _write(title: str, lines: Iterable[str]) -> None:
+    sys.stdout.write(printable("\n".join([f"\n{title}", *(f"  {line}" for line in lines)])) + "\n")
+
+
+def _columns(config: TrainConfig | RewardModelConfig | SftConfig) -> dict[str, Any]:
+    return {"heldout_fraction": config.heldout_fraction, "seed": config.seed, **config.column_names}

@@ -1,0 +1,1 @@
+"""`test_reinforce.py`: rollout engines measured against plain generation."""

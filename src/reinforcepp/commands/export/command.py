@@ -1,0 +1,49 @@
+"""``reinforcepp export``: a model in a folder of its own, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from reinforcepp.commands.export.card import CARD, model_card
+from reinforcepp.commands.export.source import Source, find_source, plain_model
+from reinforcepp.config import ExportConfig
+from reinforcepp.errors import ConfigError
+from reinforcepp.files import appearing_folder, flush
+from reinforcepp.models.loading import load_tokenizer, save_model, weight_bytes
+from reinforcepp.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from reinforcepp.monitoring import say
+from reinforcepp.run_dir import check_output
+
+
+def run_export(config: ExportConfig) -> None:
+    """Write the folder.
+
+    Raises:
+        ReinforceError: for a model that can't be had, or a folder that isn't free.
+    """
+    source = find_source(config.model)
+    folder = Path(config.output_dir).expanduser()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{config.output_dir} isn't empty, and nothing is replaced: give another output_dir.")
+    check_output(config.output_dir, overwrite=False, needed_bytes=weight_bytes(source.name))
+    with appearing_folder(folder) as partial:
+        write_folder(source, config.dtype, partial, folder.name, merge=config.merge)
+    say(f"Wrote {config.output_dir}, with {CARD} as its model card.", "green")
+
+
+def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: bool = True) -> None:
+    """Put the model, its tokenizer and its card, in which it is called ``name``, into a folder that is there.
+
+    An adapter is merged into its model, or stays alone.
+    """
+    if merge or not is_adapter(Path(source.name)):
+        model, tokenizer = plain_model(source.name, dtype)
+        save_model(model, tokenizer, folder)
+    else:
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(Path(source.name) / file, folder / file)
+        load_tokenizer(source.name).save_pretrained(folder)
+    card = folder / CARD
+    card.write_text(model_card(source, name), encoding="utf-8")
+    flush(card)

@@ -1,0 +1,63 @@
+"""``reinforcepp push``: a model and its card on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from reinforcepp.commands.export.command import write_folder
+from reinforcepp.commands.export.source import find_source
+from reinforcepp.config import PushConfig
+from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.monitoring import say
+
+# Connections fail with errors of the library that the hub's client takes, which differs by version.
+UNREACHABLE: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+REASONS = {
+    401: "it doesn't accept the token: log in again (hf auth login), or set HF_TOKEN to a token that is valid",
+    403: "the token may not write there: take one with write access, or a repo of your own",
+}
+
+
+def run_push(config: PushConfig) -> None:
+    """Export to a folder that is gone afterwards, and upload that.
+
+    Raises:
+        ConfigError: there is no token, or the repository is public and shouldn't be.
+        ModelError: the model can't be had, or the hub can't be reached or refuses.
+    """
+    source = find_source(config.model)
+    if get_token() is None:
+        raise ConfigError("There is no token for the hub: log in with `hf auth login`, or set HF_TOKEN to your token.")
+    api = HfApi()
+    with _told():
+        owner = str(api.whoami()["name"])
+    repo = config.repository if "/" in config.repository else f"{owner}/{config.repository}"
+    with tempfile.TemporaryDirectory(prefix="reinforcepp-push-") as name:
+        write_folder(source, config.dtype, Path(name), repo)
+        with _told():
+            api.create_repo(repo, private=config.private, exist_ok=True)
+            if config.private and not api.model_info(repo).private:
+                raise ConfigError(
+                    f"{repo} is there already and everybody can see it: make it private on the hub, or give another repo."
+                )
+            api.upload_folder(repo_id=repo, folder_path=name, commit_message="Upload by reinforcepp")
+    say(f"Uploaded to {constants.ENDPOINT}/{repo}", "green")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the hub or the way to it has against something, as one sentence. A token is in none of these errors."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        code = error.response.status_code
+        reason = REASONS.get(code, f"it answers {code}: {error.server_message or 'without a reason'}")
+        raise ModelError(f"The hub {constants.ENDPOINT} refuses: {reason}.") from error
+    except UNREACHABLE as error:
+        raise ModelError(f"The hub {constants.ENDPOINT} can't be reached: see that there is a network.") from error

@@ -1,0 +1,89 @@
+"""What the user means by a trained model: a training's folder or a model's, and what is known of its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from reinforcepp.errors import ModelError
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, resolve
+from reinforcepp.models.lora import is_adapter
+from reinforcepp.monitoring.run_record import RunRecord, read_run
+from reinforcepp.run_dir import REWARD_CARD, RUN_FILE
+from reinforcepp.training import checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's name as ``load_policy`` takes it, the record of its training if there is one, and after which step it is."""
+
+    name: str
+    record: RunRecord | None
+    step: int | None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is what a training saved on its way."""
+        return Path(self.name).parent.name == checkpoint.FOLDER
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is what the whole training led to, not a checkpoint on the way."""
+        return self.record is not None and self.step == self.record.facts.get("num_steps")
+
+
+def find_source(name: str) -> Source:
+    """The model that ``name`` means: a folder of a model, of a training, of a checkpoint or of a demo, or a hub name.
+
+    Raises:
+        ModelError: if there is none, or it is a reward model.
+    """
+    folder = Path(name).expanduser()
+    if (folder / REWARD_CARD).is_file():
+        raise ModelError(f"{name} is a reward model, which scores answers and gives none: give the folder of a policy.")
+    if folder.is_dir() and not _holds_model(folder):
+        if _holds_model(folder / "policy"):
+            folder = folder / "policy"
+        elif (saved := checkpoint.newest(folder)) is not None:
+            raise ModelError(
+                f"The training in {name} isn't finished: go on with it (--resume), or give its newest checkpoint, "
+                f"{saved.folder}."
+            )
+    if not _holds_model(folder):
+        resolve(name)
+        return Source(name, None, None)
+    source = Source(str(folder), None, None)
+    run = folder.parent.parent if source.is_checkpoint else folder
+    if not (run / RUN_FILE).is_file():
+        return source
+    record = read_run(run)
+    done = int(record.metrics[-1]["step"]) if record.metrics else None
+    return Source(str(folder), record, checkpoint.place_of(folder)[0] if source.is_checkpoint else done)
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether ``folder`` holds a model, or an adapter that belongs to one."""
+    return (folder / CONFIG).is_file() or is_adapter(folder)
+
+
+def plain_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer as everybody can load them, with nothing beside them; ``dtype`` auto leaves it as it was saved.
+
+    An adapter is merged into the model that it belongs to.
+    """
+    tokenizer = load_tokenizer(name)
+    wanted: torch.dtype = (load_config(name).dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    model = load_policy(name, wanted)
+    settings = model.generation_config
+    if settings is not None:  # without these an answer would go on after its end
+        settings.eos_token_id = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
+        settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id
+    return model, tokenizer

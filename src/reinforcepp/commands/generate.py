@@ -1,0 +1,161 @@
+"""Answer prompts with a model: one prompt, a file of them, or standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import torch
+
+from reinforcepp.config import GenerateConfig
+from reinforcepp.config.inference import Answering
+from reinforcepp.data import PromptRow, read_prompt_lines
+from reinforcepp.files import check_output_file, whole_file
+from reinforcepp.models.loading import check_context, load_config, load_policy, load_tokenizer
+from reinforcepp.models.tokenization import encode_prompts
+from reinforcepp.monitoring import printable, say
+from reinforcepp.rewards import check_reward_folder, load_reward_model, score_all
+from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.rollout.factory import start_engine
+from reinforcepp.rollout.selection import EngineChoice, choose_engine
+from reinforcepp.types import Completion, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate(config: GenerateConfig) -> list[Completion]:
+    """Answer every prompt of ``config`` and write the answers out; returns them in order.
+
+    Raises:
+        ReinforceError: for a missing file, no prompt, or a model that can't be loaded.
+    """
+    texts = _read_prompts(config)
+    output = check_output_file(config.output) if config.output is not None else None
+    if config.reward_model is not None:
+        check_reward_folder(config.reward_model)
+    model_config = load_config(config.model)
+    check_context(model_config, config.max_prompt_length, config.max_new_tokens)
+    choice = choose_engine(config.engine, model_config, torch.float32)
+    tokenizer = load_tokenizer(config.model)
+    rows = [PromptRow(text, {}, i) for i, text in enumerate(texts)]
+    prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
+    if long:
+        say(
+            f"{len(long)} of {len(texts)} prompts are longer than {config.max_prompt_length} tokens and were cut from "
+            "the left.",
+            "yellow",
+        )
+    reward = load_reward_model(config.reward_model) if config.reward_model is not None else None
+    engine = load_engine(config, choice, tokenizer, config.max_prompt_length + config.max_new_tokens)
+    sampling = sampling_of(config, config.best_of or config.num_samples)
+    if output is None and reward is None and len(prompts) == sampling.num_samples == 1:
+        completions = [show_growing(engine.stream(prompts[0], sampling))]
+    else:
+        completions = engine.generate(prompts, sampling)
+        rewards = score_all(reward, completions) if reward is not None else None
+        if config.best_of is not None and rewards is not None:
+            kept = best_places(rewards, config.best_of)
+            completions, rewards = [completions[i] for i in kept], [rewards[i] for i in kept]
+        with _sink(output) as sink:
+            _write(completions, rewards, sink, as_json=output is not None, with_prompt=len(completions) > 1)
+    engine.close()
+    return completions
+
+
+def load_engine(
+    config: Answering, choice: EngineChoice, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> RolloutEngine:
+    """The chosen engine with the model's weights, for sequences of up to ``max_length`` tokens."""
+    if config.engine == "auto":
+        say(f"Completions come from {choice.name}: {choice.reason}.")
+    model = load_policy(config.model)
+    if choice.name == "transformers" and torch.cuda.is_available():
+        model.to("cuda")  # vLLM places its own copy
+    return start_engine(choice, model, tokenizer, max_length=max_length)
+
+
+def sampling_of(config: Answering, num_samples: int = 1) -> Sampling:
+    """How a verb's settings say that answers are drawn."""
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        repetition_penalty=config.repetition_penalty,
+        num_samples=num_samples,
+        seed=config.seed,
+    )
+
+
+def best_places(rewards: Sequence[float], group: int) -> list[int]:
+    """Of each ``group`` of rewards that follow one another, the place of the highest, the first of equals."""
+    starts = range(0, len(rewards), group)
+    return [max(range(start, start + group), key=lambda i: rewards[i]) for start in starts]
+
+
+def show_growing(growing: Iterator[Completion], stopped: Callable[[], bool] = lambda: False) -> Completion:
+    """Print an answer while it grows, until it ends or is ``stopped``; returns it as far as it came.
+
+    A character that is only half there waits for its other half.
+    """
+    shown = ""
+    for completion in growing:
+        text = completion.text.removesuffix("\ufffd")
+        if text.startswith(shown):
+            print(printable(text[len(shown) :]), end="", flush=True)
+            shown = text
+        if stopped():
+            break
+    print(printable(completion.text[len(shown) :]), flush=True)
+    return completion
+
+
+def _read_prompts(config: GenerateConfig) -> list[str]:
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.prompts_file is None and sys.stdin.isatty():
+        say("Type one prompt per line, then Ctrl-D.")
+    return read_prompt_lines(config.prompts_file)
+
+
+@contextmanager
+def _sink(output: Path | None) -> Iterator[TextIO]:
+    if output is None:
+        yield sys.stdout
+        sys.stdout.flush()  # so that a reader that has gone shows here, not when Python ends
+        return
+    with whole_file(output) as file:
+        yield file
+    say(f"Wrote {output}", "green")
+
+
+def _write(
+    completions: Sequence[Completion],
+    rewards: Sequence[float] | None,
+    sink: TextIO,
+    *,
+    as_json: bool,
+    with_prompt: bool,
+) -> None:
+    for i, completion in enumerate(completions):
+        if as_json:
+            record = {
+                "prompt": completion.prompt.text,
+                "completion": completion.text,
+                "finish_reason": completion.finish_reason,
+            } | ({"reward": rewards[i]} if rewards is not None else {})
+            sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            prompt = f"> {completion.prompt.text}\n" if with_prompt else ""
+            told = f"\n({told_reward(rewards[i])})" if rewards is not None else ""
+            sink.write(printable(prompt + completion.text) + told + "\n")
+
+
+def told_reward(reward: float) -> str:
+    """A reward model's score, to be shown beside an answer."""
+    return f"reward {reward:+.3f}"

@@ -1,0 +1,112 @@
+"""The interface of ``reinforce_cli.py``: one ``--mode`` and one set of flag names, mapped onto the verbs."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+
+from reinforcepp.commands import cli
+from reinforcepp.config import VERBS
+from reinforcepp.errors import ConfigError, nearest
+
+USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
+
+# mode -> the verb, and the flags of this interface that have another name there
+MODES: dict[str, tuple[str, dict[str, str]]] = {
+    "train_sft": ("sft", {"model_name": "model", "data_path": "data", "sft_model_path": "output_dir"}),
+    "train_reward": ("reward", {"model_name": "model", "data_path": "data", "reward_model_path": "output_dir"}),
+    "train_rlhf": (
+        "train",
+        {
+            "model_name": "model",
+            "data_path": "data",
+            "reward_model_path": "reward_model",
+            "rlhf_model_path": "output_dir",
+        },
+    ),
+    "generate": ("generate", {"rlhf_model_path": "model", "model_name": "model"}),
+}
+# Where this interface's defaults differ from the verbs', under the verbs' names.
+DEFAULTS = {
+    "train_sft": {"model": "distilgpt2", "data": "example_feedback_diverse.csv", "output_dir": "models/sft_model"},
+    "train_reward": {"model": "distilgpt2", "data": "example_feedback_diverse.csv"},
+    "train_rlhf": {"model": "distilgpt2", "data": "example_feedback_diverse.csv", "output_dir": "models/rlhf_model"},
+    "generate": {"model": "models/rlhf_model"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Translate the flags and run the verb; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return cli.guarded(lambda: _dispatch(arguments))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    mode, rest = _take_mode(arguments)
+    if mode is None:
+        if {"-h", "--help"} & set(rest):
+            print(_help())
+            return 0
+        raise ConfigError(f"--mode is missing: give {', '.join(MODES)}. See reinforce_cli.py --help.")
+    if mode not in MODES:
+        raise ConfigError(f"There is no mode {mode!r}, only {', '.join(MODES)}.{nearest(mode, MODES)}")
+    verb = MODES[mode][0]
+    return cli.run(verb, cli.parse(verb, _translate(mode, rest), DEFAULTS[mode]))
+
+
+def _take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
+    rest, mode = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name == "--mode":
+            mode = value if equals else next(remaining, None)
+        else:
+            rest.append(argument)
+    return mode, rest
+
+
+def _translate(mode: str, arguments: list[str]) -> list[str]:
+    """Flags under the verb's names; one that the mode doesn't know is an error here, where its own names are known."""
+    verb, names = MODES[mode]
+    known = {*names, *(field.name for field in fields(VERBS[verb])), "config", "help"}
+    # In generate the trained model answers; the base model's name only says what it was trained from.
+    has_trained = any(a.partition("=")[0] == "--rlhf_model_path" for a in arguments)
+    translated: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not argument.startswith("--"):
+            translated.append(argument)
+        elif name not in known and name.removeprefix("no_") not in known:
+            others = [other for other in MODES if name in (*MODES[other][1], *_flags(other))]
+            elsewhere = f" It belongs to {' and '.join(others)}." if others else ""
+            raise ConfigError(f"In {mode}: {cli.about_unknown(argument, () if others else known)}{elsewhere}")
+        elif mode == "generate" and name == "model_name" and has_trained:
+            if not equals:
+                next(remaining, None)
+        else:
+            translated.append(f"--{names.get(name, name)}{equals}{value}")
+    return translated
+
+
+def _flags(mode: str) -> list[str]:
+    """The mode's flags under this interface's names, in the verb's order."""
+    verb, names = MODES[mode]
+    own = {target: flag for flag, target in names.items()}
+    return [own.get(field.name, field.name) for field in fields(VERBS[verb])]
+
+
+def _help() -> str:
+    lines = [USAGE, ""]
+    for mode, (verb, _) in MODES.items():
+        flags = " ".join(f"--{flag}" for flag in _flags(mode))
+        wrapped = textwrap.fill(flags, 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        lines += [f"{mode} (the verb {verb} of the reinforcepp command):", wrapped, ""]
+    lines.append(
+        "reinforce_cli.py --mode MODE --help tells a mode's settings under the names of the reinforcepp command."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,6 @@
+"""Checking a data file before anything is trained on it: rules, reports and a cleaned copy."""
+
+from reinforcepp.commands.lint.check import lint
+from reinforcepp.commands.lint.findings import Finding, Report
+
+__all__ = ["Finding", "Report", "lint"]

@@ -1,0 +1,213 @@
+"""``reinforcepp serve-reward``: a reward model behind HTTP, for ``rewards/remote.py`` and other clients of the protocol.
+
+    POST /get_reward  {"query": [...], "prompts": [...], "finish_reason": [...]} -> {"rewards": [...], "scores": [...]}
+    GET /health       {"status": "ok", "model": ...}
+
+A ``query`` is the prompt and the completion behind it, in plain words: the model's own frame is put around them here.
+Without ``prompts``, each is taken to be framed already. What is wrong is told as {"error": sentence} with a status of 4xx.
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+from reinforcepp.config import ServeRewardConfig
+from reinforcepp.config.reward_spec import TOKEN_VARIABLE
+from reinforcepp.errors import ConfigError
+from reinforcepp.models.tokenization import encode, eos_id
+from reinforcepp.monitoring import say
+from reinforcepp.rewards import TrainedReward, check_reward_folder, load_reward_model
+from reinforcepp.rewards.remote import authorization
+
+LARGEST_REQUEST = 64 * 2**20  # bytes
+SECONDS_TO_SEND = 60.0
+
+
+class BadRequest(Exception):
+    """A request that can't be answered: status and sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def score_request(reward: TrainedReward, asked: Any) -> list[float]:
+    """The scores of what a request asks for.
+
+    Raises:
+        BadRequest: if it isn't of the protocol.
+    """
+    queries = _texts(asked, "query")
+    if queries is None:
+        raise BadRequest(400, "There is no list 'query' in the request.")
+    prompts, reasons = _texts(asked, "prompts", len(queries)), _texts(asked, "finish_reason", len(queries))
+    if not queries:
+        return []
+    if prompts is None:
+        eos = str(reward.tokenizer.eos_token)
+        rows = [[*encode(reward.tokenizer, q.removesuffix(eos)), eos_id(reward.tokenizer)] for q in queries]
+        return reward.scaled(reward.score_rows(rows))
+    for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
+        if not query.startswith(prompt):
+            raise BadRequest(
+                400, f"query {i} doesn't begin with prompt {i}, so it can't be told what the completion is."
+            )
+    completions = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
+    return reward(prompts, completions, finish_reason=reasons)
+
+
+def _texts(asked: Any, name: str, count: int | None = None) -> list[str] | None:
+    values = asked.get(name) if isinstance(asked, dict) else None
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise BadRequest(400, f"{name!r} must be a list of texts.")
+    if count is not None and len(values) != count:
+        raise BadRequest(400, f"{name!r} holds {len(values)} texts for {count} queries.")
+    return values
+
+
+class RewardServer(ThreadingHTTPServer):
+    """Listens from the start and answers once ``reward`` is set; requests are scored one after another."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, host: str, port: int, title: str) -> None:
+        super().__init__((host, port), Handler)
+        self.title = title
+        self.wanted = authorization().get("Authorization")
+        self.reward: TrainedReward | None = None
+        self.scoring = threading.Lock()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = SECONDS_TO_SEND
+    server: RewardServer
+
+    def do_GET(self) -> None:
+        """Say that all is well."""
+        if self.path != "/health":
+            return self._refuse(BadRequest(404, "There is only POST /get_reward and GET /health."))
+        self._answer(200, {"status": "ok", "model": self.server.title})
+
+    def do_POST(self) -> None:
+        """Score."""
+        try:
+            body = self._body()
+            reward = self.server.reward
+            assert reward is not None
+            with self.server.scoring:
+                scores = score_request(reward, body)
+        except BadRequest as refusal:
+            return self._refuse(refusal)
+        except torch.OutOfMemoryError:
+            return self._refuse(BadRequest(500, "Memory ran out: start the server with a smaller --batch_size."))
+        self._answer(200, {"rewards": scores, "scores": scores})
+
+    def _body(self) -> Any:
+        """What was sent, after all that speaks against reading it."""
+        if self.path not in ("/", "/get_reward"):
+            raise BadRequest(404, "There is only POST /get_reward and GET /health.")
+        wanted = self.server.wanted
+        if wanted and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), wanted.encode()):
+            raise BadRequest(401, "The token is missing or wrong.")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise BadRequest(411, "The request doesn't say how long it is.")
+        if int(length) > LARGEST_REQUEST:
+            raise BadRequest(413, f"The request is over {LARGEST_REQUEST // 2**20} MiB: send fewer texts at a time.")
+        try:
+            return json.loads(self.rfile.read(int(length)))
+        except ValueError:
+            raise BadRequest(400, "The request isn't JSON.") from None
+
+    def _refuse(self, refusal: BadRequest) -> None:
+        self.close_connection = True  # what was sent may not have been read
+        self._answer(refusal.status, {"error": str(refusal)})
+
+    def _answer(self, status: int, said: dict[str, Any]) -> None:
+        body = json.dumps(said).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing of each request."""
+
+
+def serve(config: ServeRewardConfig) -> None:
+    """Answer requests until SIGINT or SIGTERM comes.
+
+    Raises:
+        ModelError: if the model can't be loaded.
+        ConfigError: if the address can't be listened on.
+    """
+    check_reward_folder(config.model)
+    with _listening(config) as server:
+        reward = load_reward_model(config.model)
+        reward.batch_size = config.batch_size
+        if config.reward_normalize:
+            reward.normalize()
+        if torch.cuda.is_available():
+            reward.model.to("cuda")
+        server.reward = reward
+        if server.server_address[0] not in ("127.0.0.1", "::1") and server.wanted is None:
+            say(f"Whoever reaches this address may ask: set {TOKEN_VARIABLE} to have them show a token.", "yellow")
+        say(f"{config.model} answers on http://{config.host}:{server.server_port}/get_reward; Ctrl-C ends it.")
+        with _until_signal(server):
+            server.serve_forever(poll_interval=0.1)
+    say("Stopped.")
+
+
+def _listening(config: ServeRewardConfig) -> RewardServer:
+    try:
+        return RewardServer(config.host, config.port, config.model)
+    except OSError as error:
+        cure = "give another --host, an address of this machine."
+        if error.errno == errno.EADDRINUSE:
+            cure = "give another --port, or 0 for one that is free."
+        if error.errno == errno.EACCES:
+            cure = "give another --port, from 1024 up."
+        raise ConfigError(
+            f"{config.host} port {config.port} can't be listened on ({error.strerror}): {cure}"
+        ) from error
+
+
+@contextmanager
+def _until_signal(server: RewardServer) -> Iterator[None]:
+    """In this block the first signal ends ``serve_forever``; outside the main thread signals stay where they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, frame: Any) -> None:
+        threading.Thread(target=server.shutdown).start()  # it waits for the loop that this very thread is in
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,6 +1,0 @@
-"""What went wrong in a training, or goes wrong in one that runs, in plain words."""
-
-from reinforcepp.doctor.diagnosis import Diagnosis, diagnose
-from reinforcepp.doctor.finding import SEVERITIES, Finding
-
-__all__ = ["SEVERITIES", "Diagnosis", "Finding", "diagnose"]

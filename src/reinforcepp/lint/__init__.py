@@ -1,6 +1,0 @@
-"""Checking a data file before anything is trained on it: rules, reports and a cleaned copy."""
-
-from reinforcepp.lint.check import lint
-from reinforcepp.lint.findings import Finding, Report
-
-__all__ = ["Finding", "Report", "lint"]

@@ -1,0 +1,211 @@
+"""Log-probabilities of sampled tokens, without ever holding all logits in float32.
+
+Three things keep the vocabulary-sized part of the work small, and none changes a result:
+
+- logits are computed for response tokens only, not for prompts and not for padding;
+- softmax and its gradient are worked out in blocks that fit the processor's cache;
+- where even the logits themselves would be large they are computed in chunks, and again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reinforcepp.models.tokenization import pad, position_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_BYTES = 128 << 20
+"""Logits, in the model's own dtype, that are kept for the backward pass; beyond it they are computed again."""
+BLOCK_BYTES = {"cpu": 2 << 20}
+"""Float32 logits worked on at a time: on a CPU what stays in its cache, elsewhere a chunk."""
+
+
+def response_logprobs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    temperature: float = 1.0,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score ``responses`` after ``prompts`` in one forward pass.
+
+    Prompts are padded on the left and responses on the right, so the responses share their columns. ``width`` pads the
+    result to a common T.
+
+    Returns:
+        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, all zero beyond a response's end; the entropy, in
+        nats, carries no gradient.
+    """
+    plain = unwrapped(model)
+    head = plain.get_output_embeddings() if _head_gives_logits(plain) else nn.Identity()
+    with skipped(head):
+        hidden_BTD, ids_BT, mask_BT = response_states(model, prompts, responses, pad_id=pad_id)
+    logprobs_N, entropy_N = head_logprobs(head, hidden_BTD[mask_BT], ids_BT[mask_BT], temperature)
+    spread = hidden_BTD.new_zeros(mask_BT.shape, dtype=torch.float32)
+    padding = (0, 0 if width is None else width - mask_BT.shape[1])
+    logprobs_BT, entropy_BT, mask_BT = (
+        nn.functional.pad(x, padding)
+        for x in (
+            spread.masked_scatter(mask_BT, logprobs_N),
+            spread.masked_scatter(mask_BT, entropy_N),
+            mask_BT.float(),
+        )
+    )
+    return logprobs_BT, entropy_BT, mask_BT
+
+
+def response_states(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``model`` puts out just before each response token, with the tokens and where they are real.
+
+    Returns:
+        ``(output_BTX, ids_BT, mask_BT)``; X is whatever the model's output has: logits, hidden states or a value.
+    """
+    device = next(model.parameters()).device
+    prompt_ids, prompt_mask = pad(prompts, pad_id, left=True)
+    response_ids, response_mask = pad(responses, pad_id)
+    ids_BL = torch.cat([prompt_ids, response_ids], dim=1).to(device)
+    mask_BL = torch.cat([prompt_mask, response_mask], dim=1).to(device)
+    length = response_ids.shape[1]
+    output_BTX = model(
+        input_ids=ids_BL,
+        attention_mask=mask_BL,
+        position_ids=position_ids(mask_BL),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    ).logits[:, :-1]
+    return output_BTX, ids_BL[:, -length:], response_mask.to(device).bool()
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what the compiler and data-parallel training wrap round it."""
+    model = getattr(model, "_orig_mod", model)
+    return getattr(model, "module", model)
+
+
+# --- from hidden states to log-probabilities ------------------------------------------------------------------------
+
+
+def head_logprobs(head: nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each id and entropy of its distribution, softmax(head(hidden) / temperature) in float32.
+
+    Returns:
+        ``(logprobs_N, entropy_N)``; the entropy, in nats, carries no gradient.
+    """
+    weight = getattr(head, "weight", None)
+    columns = hidden_ND.shape[-1] if weight is None else weight.shape[0]
+    rows = max(1, CHUNK_BYTES // (columns * hidden_ND.element_size()))
+
+    def chunk(part_ND: Tensor, part_N: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(head(part_ND), part_N, temperature)
+
+    if len(ids_N) <= rows or weight is None:
+        return chunk(hidden_ND, ids_N)
+    again = torch.is_grad_enabled()
+    parts = [
+        checkpoint(chunk, part_ND, part_N, use_reentrant=False) if again else chunk(part_ND, part_N)
+        for part_ND, part_N in zip(torch.split(hidden_ND, rows), torch.split(ids_N, rows), strict=True)
+    ]
+    logprobs_N, entropy_N = (torch.cat(side) for side in zip(*parts, strict=True))
+    return logprobs_N, entropy_N
+
+
+def token_logprobs(logits_NV: Tensor, ids_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each id and entropy of its distribution, softmax(logits / temperature) in float32.
+
+    Returns:
+        ``(logprobs_N, entropy_N)``; the entropy, in nats, carries no gradient.
+    """
+    logprobs_N, entropy_N = _TokenLogprobs.apply(logits_NV, ids_N, temperature)  # type: ignore[no-untyped-call]
+    return logprobs_N, entropy_N
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Keeps the logits as they came and nothing else; d logp / d logits = (onehot - softmax) / temperature."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logprobs_N, entropy_N = (torch.empty(len(ids_N), device=logits_NV.device) for _ in range(2))
+        for rows in _blocks(logits_NV):
+            block_NV, probs_NV = _softmax(logits_NV[rows], temperature)
+            best_N1, where_N1 = probs_NV.max(-1, keepdim=True)  # at least 1/V, so its logarithm is exact enough
+            log_z_N1 = block_NV.gather(-1, where_N1) - best_N1.log()
+            logprobs_N[rows] = (block_NV.gather(-1, ids_N[rows, None]) - log_z_N1).squeeze(-1)
+            entropy_N[rows] = log_z_N1.squeeze(-1) - torch.linalg.vecdot(probs_NV, block_NV)
+        ctx.save_for_backward(logits_NV, ids_N)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy_N)
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, ids_N = ctx.saved_tensors
+        slope_N1 = (gradients[0] / ctx.temperature).unsqueeze(-1)
+        gradient_NV = torch.empty_like(logits_NV)
+        for rows in _blocks(logits_NV):
+            _, probs_NV = _softmax(logits_NV[rows], ctx.temperature)
+            probs_NV.mul_(-slope_N1[rows]).scatter_add_(-1, ids_N[rows, None], slope_N1[rows])
+            gradient_NV[rows] = probs_NV
+        return gradient_NV, None, None
+
+
+def _softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``(logits / temperature, softmax of it)`` in float32."""
+    scaled_NV = logits_NV.float()
+    if temperature != 1:
+        scaled_NV = scaled_NV / temperature
+    return scaled_NV, scaled_NV.softmax(-1)
+
+
+def _blocks(logits_NV: Tensor) -> Iterator[slice]:
+    limit = BLOCK_BYTES.get(logits_NV.device.type, CHUNK_BYTES)
+    rows = max(1, limit // (4 * logits_NV.shape[-1]))
+    for start in range(0, len(logits_NV), rows):
+        yield slice(start, start + rows)
+
+
+# --- model and head apart -------------------------------------------------------------------------------------------
+
+_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _head_gives_logits(model: Any) -> bool:
+    """Whether this model's logits are its output layer's, as they come: some models scale or cap them afterwards."""
+    head = model.get_output_embeddings()
+    if hasattr(head.weight, "ds_id"):  # DeepSpeed keeps a part of it here, and the model has to ask for the rest itself
+        return False
+    if model not in _plain_heads:
+        ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+        whole = model(input_ids=ids, use_cache=False).logits
+        with skipped(head):
+            hidden = model(input_ids=ids, use_cache=False).logits
+        same_shape = hidden.shape[-1] == head.weight.shape[-1]
+        _plain_heads[model] = same_shape and torch.allclose(head(hidden), whole, atol=1e-4, rtol=1e-3)
+    return _plain_heads[model]
+
+
+@contextmanager
+def skipped(head: nn.Module) -> Iterator[None]:
+    """While it lasts the model puts out what would have gone into ``head``; its wrappers and hooks all still run."""
+    head.forward = _unchanged
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden

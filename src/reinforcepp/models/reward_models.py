@@ -1,0 +1,97 @@
+"""Load language models with a scoring head for an output, fresh or trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, load_weights, model_of_adapter
+from reinforcepp.models.lora import ADAPTER_PREFIX, in_4bit, merged
+from reinforcepp.models.tokenization import position_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
+    """The language model ``name`` with a fresh scoring head, to be trained; ``settings`` go to ``from_pretrained``."""
+    torch.manual_seed(seed)
+    model = _classifier(model_of_adapter(name) or name, **settings)
+    if model_of_adapter(name) is not None:
+        if in_4bit(model):
+            raise ConfigError(
+                f"load_in_4bit can't round an adapter: export {name} to a plain model first, and give that."
+            )
+        model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
+    tokenizer = load_tokenizer(name)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return score_at_last_attended(model)
+
+
+def load_reward_weights(folder: Path) -> PreTrainedModel:
+    """A trained reward model; refuses a folder whose scoring head is missing or of the wrong shape."""
+    _check_head(folder)
+    if (base := model_of_adapter(str(folder))) is not None:
+        return score_at_last_attended(merged(_classifier(base), folder)).eval()
+    return score_at_last_attended(_classifier(str(folder), fresh=None)).eval()
+
+
+def _classifier(name: str, fresh: str | None = "score.", **settings: Any) -> PreTrainedModel:
+    """A model with one score for an output; its weights under ``fresh`` need not be there."""
+    from transformers import AutoModelForSequenceClassification
+
+    own = {"num_labels": 1, "dtype": torch.float32}
+    return load_weights(AutoModelForSequenceClassification, name, fresh=fresh, **own, **settings)
+
+
+def _check_head(folder: Path) -> None:
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                shapes[key.removeprefix(ADAPTER_PREFIX)] = list(weights.get_slice(key).get_shape())
+    if not shapes:
+        raise ModelError(
+            f"{folder} holds no safetensors weights, so it isn't a reward model; train one with the reward verb."
+        )
+    hidden = load_config(str(folder)).get_text_config().hidden_size
+    head = shapes.get("score.weight")
+    if head is None:
+        raise ModelError(
+            f"{folder} holds no scoring head (score.weight): it is a language model, not a reward model, and a fresh head "
+            "would score at random. Train a reward model first, or give the folder that training wrote."
+        )
+    if head != [1, hidden]:
+        raise ModelError(
+            f"The scoring head in {folder} has shape {head}, but a reward model of this size has [1, {hidden}]: "
+            "train the reward model again."
+        )
+
+
+def score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
+    """Make ``model`` read its score where the attention mask ends.
+
+    The library looks for the last token that isn't the pad token, which misses the EOS where pad and EOS are one.
+    """
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    def forward(self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
+        hidden_BLD = self.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        places_BL = torch.arange(input_ids.shape[1], device=input_ids.device) * attention_mask
+        rows_B = torch.arange(input_ids.shape[0], device=input_ids.device)
+        return SequenceClassifierOutput(logits=self.score(hidden_BLD[rows_B, places_BL.argmax(-1)]))
+
+    model.forward = MethodType(forward, model)
+    return model

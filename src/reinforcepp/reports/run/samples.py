@@ -1,0 +1,289 @@
+"""Which of a run's answers to show: of its beginning, middle and end, the best paid ones, and held-out ones twice."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reinforcepp.monitoring import Progress
+from reinforcepp.monitoring.completion_log import COMPLETIONS, evaluation_file, files_of_steps, read_answers
+from reinforcepp.monitoring.run_record import RunRecord
+
+POINTS = 700  # of the early and of the late third, in reward against length
+LOOKED_AT = 1000  # of the best paid completions, to find different ones
+OLDER = "it is from an older version, or they were removed"
+
+_Answer = dict[str, Any]
+WORTH_TELLING = 300  # files, from which reading takes a while
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion; ``seen`` counts it among those that were looked at."""
+
+    step: int
+    prompt: str
+    completion: str
+    reward: float
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    kl: float | None = None
+    length: int | None = None
+    finish_reason: str | None = None
+    seen: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that belong together, under a title."""
+
+    title: str
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is shown of a run's completions, or why nothing is.
+
+    ``early`` and ``late`` are (length, reward, step) of completions of the first and the last third of the steps.
+    """
+
+    groups: Sequence[Group] = ()
+    early: Sequence[tuple[int, float, int]] = ()
+    late: Sequence[tuple[int, float, int]] = ()
+    missing: str | None = None
+    damaged: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A held-out prompt with two answers, of before and of later; figures are (before, later)."""
+
+    prompt: str
+    answers: tuple[str, str]
+    rewards: tuple[float | None, float | None]
+    judge: tuple[float | None, float | None]
+    lengths: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def change(self) -> float:
+        """What the reward has gained; 0 where one of the two is unknown."""
+        before, after = self.rewards
+        return after - before if before is not None and after is not None else 0.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Held-out answers before and ``when``, the largest gain first; or why there are none."""
+
+    when: str = "after"
+    pairs: Sequence[Pair] = ()
+    missing: str | None = None
+
+
+class _Row(NamedTuple):
+    """What a completion was worth, negative so that the best come first, and where it is."""
+
+    cost: float
+    step: int
+    file: Path
+    place: int
+    length: int | None
+
+
+def choose_samples(record: RunRecord, number: int) -> Samples:
+    """``number`` completions each of the first, the middle and the last step, and of the highest reward there was.
+
+    Of a step, they are spread from its lowest reward to its highest.
+    """
+    files = files_of_steps(record.folder)
+    if not files or not number:
+        return Samples(missing=_why_none(record, number))
+    scan = _Scan(files)
+    best = heapq.nsmallest(LOOKED_AT, scan.rows())
+    if not best:
+        return Samples(missing=f"None of the files in {COMPLETIONS} can be read.", damaged=scan.damaged)
+    tables = _Tables()
+    steps = sorted({step for step, _ in scan.readable})
+    chosen: dict[int, str] = {}
+    for name, step in (("Early", steps[0]), ("Middle", steps[len(steps) // 2]), ("Late", steps[-1])):
+        chosen.setdefault(step, f"{name}: step {step}")
+    groups = [
+        Group(title, [tables.sample(row) for row in _spread(scan.of_step(step), number)])
+        for step, title in chosen.items()
+    ]
+    groups.append(Group("Highest reward of the whole run", _highest(best, number, tables)))
+    return Samples(groups, scan.early, scan.late, None, scan.damaged)
+
+
+def choose_pairs(record: RunRecord) -> Pairs:
+    """The held-out answers before training beside the latest ones."""
+    when = latest(record.evaluations)
+    if "before" not in record.evaluations:
+        return Pairs(missing="No held-out prompts were answered, see eval_prompts and heldout_fraction.")
+    if when is None:
+        return Pairs(missing="Held-out prompts were answered before training, but not yet again.")
+    try:
+        before, after = (read_answers(evaluation_file(record.folder, name)) for name in ("before", when))
+    except (OSError, ValueError) as error:
+        return Pairs(when, missing=f"The answers to held-out prompts can't be read: {error}.")
+    if not before or not after:
+        return Pairs(
+            when,
+            missing="The run holds no answers to held-out prompts: it is from an older version, or they were removed.",
+        )
+    pairs = [
+        Pair(
+            str(one["prompt"]),
+            (str(one["completion"]), str(other["completion"])),
+            (_number(one.get("reward")), _number(other.get("reward"))),
+            (_number(one.get("judge")), _number(other.get("judge"))),
+            (_number(one.get("length")), _number(other.get("length"))),
+        )
+        for one, other in _matched(before, after)
+    ]
+    return Pairs(when, sorted(pairs, key=lambda pair: -pair.change))
+
+
+def latest(evaluations: Mapping[str, Any]) -> str | None:
+    """The name of the last evaluation that isn't the first: after, or else step N."""
+    steps = [name for name in evaluations if name.startswith("step ")]
+    return "after" if "after" in evaluations else max(steps, key=step_of, default=None)
+
+
+def step_of(name: str) -> int:
+    """The N of an evaluation called ``step N``."""
+    return int(name.removeprefix("step "))
+
+
+# --- completions ------------------------------------------------------------------------------------------------------
+
+
+def _why_none(record: RunRecord, number: int) -> str:
+    if not number:
+        return "No samples were asked for (samples is 0)."
+    if record.settings.get("log_completions") is False:
+        return "The run kept no completions, because log_completions was off."
+    return f"The run holds no completions: {OLDER}."
+
+
+class _Scan:
+    """Goes through all completions once, without their texts: a long run has millions."""
+
+    def __init__(self, files: Sequence[tuple[int, Path]]) -> None:
+        self.files = files
+        self.readable: list[tuple[int, Path]] = []
+        self.damaged: list[str] = []
+        self.early: list[tuple[int, float, int]] = []
+        self.late: list[tuple[int, float, int]] = []
+
+    def rows(self) -> Iterator[_Row]:
+        """Every completion; on the way, points of the early and the late third are kept."""
+        third = len(self.files) // 3
+        quiet = len(self.files) < WORTH_TELLING
+        with nullcontext() if quiet else Progress("reading completions", len(self.files)) as progress:
+            for i, (step, file) in enumerate(self.files):
+                rows = self._of_file(step, file)
+                if rows:
+                    self.readable.append((step, file))
+                for points, place in ((self.early, i), (self.late, len(self.files) - 1 - i)):
+                    if place < third:
+                        points += _points(rows, POINTS * (place + 1) // third - POINTS * place // third)
+                yield from rows
+                if progress is not None:
+                    progress.step(f"step {step}")
+
+    def of_step(self, step: int) -> list[_Row]:
+        """The completions of one step."""
+        return [row for own, file in self.readable if own == step for row in self._of_file(own, file)]
+
+    def _of_file(self, step: int, file: Path) -> list[_Row]:
+        from pyarrow import parquet
+
+        try:
+            columns = parquet.ParquetFile(file).read(columns=["reward", "length"]).to_pydict()
+        except (OSError, ValueError):
+            self.damaged.append(file.name)
+            return []
+        rewards = columns.get("reward", [])
+        lengths = columns.get("length", [None] * len(rewards))
+        return [
+            _Row(-float(reward), step, file, place, length)
+            for place, (reward, length) in enumerate(zip(rewards, lengths, strict=True))
+            if reward is not None and math.isfinite(reward)
+        ]
+
+
+class _Tables:
+    """Files that were read as a whole, each once."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, list[dict[str, Any]]] = {}
+
+    def row(self, row: _Row) -> dict[str, Any]:
+        if row.file not in self._read:
+            self._read[row.file] = read_answers(row.file)
+        return self._read[row.file][row.place]
+
+    def sample(self, row: _Row, seen: int = 1) -> Sample:
+        held = self.row(row)
+        parts = {name.removeprefix("reward/"): v for name, v in held.items() if name.startswith("reward/")}
+        return Sample(
+            step=row.step,
+            prompt=str(held.get("prompt", "")),
+            completion=str(held.get("completion", "")),
+            reward=-row.cost,
+            rewards={name: value for name, value in parts.items() if value is not None} if len(parts) > 1 else {},
+            kl=_number(held.get("kl")),
+            length=row.length,
+            finish_reason=held.get("finish_reason"),
+            seen=seen,
+        )
+
+
+def _spread(rows: Sequence[_Row], number: int) -> list[_Row]:
+    """``number`` of ``rows`` at equal distances in the order of their rewards, the highest first."""
+    ranked = sorted(rows)
+    if len(ranked) <= number:
+        return ranked
+    if number == 1:
+        return [ranked[len(ranked) // 2]]
+    return [ranked[round(i * (len(ranked) - 1) / (number - 1))] for i in range(number)]
+
+
+def _highest(ranked: Sequence[_Row], number: int, tables: _Tables) -> list[Sample]:
+    """The completions of highest reward, each text once, the first time that it was said."""
+    first: dict[str, _Row] = {}
+    seen: dict[str, int] = {}
+    for row in ranked:
+        text = str(tables.row(row).get("completion", ""))
+        if text not in first and len(first) == number:
+            break
+        first.setdefault(text, row)
+        seen[text] = seen.get(text, 0) + 1
+    return [tables.sample(row, seen[text]) for text, row in first.items()]
+
+
+def _points(rows: Sequence[_Row], number: int) -> list[tuple[int, float, int]]:
+    """At most ``number`` of ``rows``, at equal distances."""
+    known = [(row.length, -row.cost, row.step) for row in rows if row.length is not None]
+    return known if len(known) <= number else [known[i * len(known) // number] for i in range(number)]
+
+
+# --- held-out answers -------------------------------------------------------------------------------------------------
+
+
+def _matched(before: Sequence[_Answer], after: Sequence[_Answer]) -> list[tuple[_Answer, _Answer]]:
+    """Rows of the same prompt; where a prompt occurs several times, its answers go by their order."""
+    waiting: dict[str, list[_Answer]] = {}
+    for row in after:
+        waiting.setdefault(row["prompt"], []).append(row)
+    return [(row, waiting[row["prompt"]].pop(0)) for row in before if waiting.get(row["prompt"])]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

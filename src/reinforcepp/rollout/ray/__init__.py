@@ -1,0 +1,1 @@
+"""Rollout and reward workers on a Ray cluster."""

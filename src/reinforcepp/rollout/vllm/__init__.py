@@ -1,0 +1,1 @@
+"""Everything that names vLLM: in-process engine, servers, weight transfer."""

@@ -1,0 +1,124 @@
+"""Proof that a rollout engine generates with the trainer's present weights.
+
+The engine continues fixed probe prompts greedily and the trainer scores what came out: wherever the engine holds the
+same weights, each token is the trainer's own first choice and both give it the same log-probability, up to rounding.
+The probes are the same each time and longer than a cache block, so keys and values left over from older weights show
+as well. A weight update too small to move a log-probability by the tolerance can't be told from rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from reinforcepp.errors import RolloutError
+from reinforcepp.models import tokenization as tokens
+from reinforcepp.models.loading import context_length
+from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.types import Completion, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+"""Largest difference of two log-probabilities, in nats, that rounding explains, by the coarser of the two dtypes."""
+
+PROBES = (
+    "A router forwards packets between networks and picks the next hop by the longest matching prefix. ",
+    "Le facteur apporte une lettre chaque matin, sauf le dimanche, et parle du temps qu'il fera demain. ",
+    "def area(width, height):\n    return width * height\n\nprint(area(3, 4), area(5, 6), area(7, 8))\n",
+    "0 1 1 2 3 5 8 13 21 34 55 89 144 233 377 610 987 1597 2584 4181 6765 10946 17711 28657 46368 ",
+)
+PROBE_TOKENS = 72
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """How far engine and trainer are apart on the probe prompts, in nats."""
+
+    tokens: int
+    """Tokens compared."""
+    agreement: float
+    """Share of the engine's greedy tokens that are the trainer's first choice, or as likely up to the tolerance."""
+    logprob_gap_mean: float
+    logprob_gap_max: float
+    tolerance: float
+
+    @property
+    def in_step(self) -> bool:
+        """Whether rounding explains the differences."""
+        return (
+            self.agreement == 1
+            and self.logprob_gap_max <= self.tolerance
+            and self.logprob_gap_mean <= self.tolerance / 4
+        )
+
+
+def check_sync(
+    engine: RolloutEngine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tolerance: float | None = None
+) -> SyncReport:
+    """Compare ``engine`` with ``model`` on the probe prompts.
+
+    Args:
+        engine: what generates.
+        model: what is trained; left in the mode it is in.
+        tokenizer: of both.
+        tolerance: largest difference of log-probabilities, in nats; by default that of the coarser dtype of the two.
+
+    Raises:
+        RolloutError: they are further apart than rounding explains.
+    """
+    if tolerance is None:
+        dtypes = {model.dtype, getattr(engine, "dtype", model.dtype)}
+        tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
+        if model.device.type == "cuda":  # float32 kernels there may round to TF32, which has float16's precision
+            tolerance = max(tolerance, TOLERANCES[torch.float16])
+    ask = getattr(engine, "generate_everywhere", engine.generate)  # a pool's workers are all asked
+    completions = ask(probe_prompts(model, tokenizer), Sampling(NEW_TOKENS, temperature=0))
+    chosen_N, best_N = _trainer_logprobs(model, completions)
+    engine_N = torch.tensor([logprob for c in completions for logprob in c.logprobs], dtype=torch.float64)
+    gap_N = (engine_N - chosen_N).abs().nan_to_num(nan=float("inf"))
+    report = SyncReport(
+        tokens=len(gap_N),
+        agreement=float((best_N - chosen_N <= tolerance).double().mean()),
+        logprob_gap_mean=float(gap_N.mean()),
+        logprob_gap_max=float(gap_N.max()),
+        tolerance=tolerance,
+    )
+    if not report.in_step:
+        raise RolloutError(
+            f"The {engine.name} engine is out of step with the trainer: on {report.tokens} probe tokens they agree on "
+            f"{report.agreement:.0%}, and their log-probabilities differ by up to {report.logprob_gap_max:.3g} nats "
+            f"(mean {report.logprob_gap_mean:.3g}, tolerance {tolerance:g}), so rollouts would come from other weights than "
+            "those trained; use --rollout transformers and report the model's family."
+        )
+    return report
+
+
+def probe_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The fixed prompts, cut to what fits into the model's context."""
+    context = context_length(model.config)
+    length = PROBE_TOKENS if context is None else max(1, min(PROBE_TOKENS, context - NEW_TOKENS))
+    return [
+        Prompt(text, tuple(tokens.encode(tokenizer, text * PROBE_TOKENS)[:length]), key)
+        for key, text in enumerate(PROBES)
+    ]
+
+
+@torch.no_grad()
+def _trainer_logprobs(model: PreTrainedModel, completions: list[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of each sampled token and of the trainer's first choice in its place. -> (N,), (N,)"""
+    was_training = model.training
+    model.eval()
+    chosen, best = [], []
+    for completion in completions:
+        ids = torch.tensor([[*completion.prompt.ids, *completion.ids]], device=model.device)
+        logits_TV = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion.ids) + 1).logits[0, :-1]
+        logprobs_TV = logits_TV.float().log_softmax(-1).double().cpu()
+        chosen.append(logprobs_TV.gather(-1, torch.tensor(completion.ids)[:, None]).squeeze(-1))
+        best.append(logprobs_TV.max(-1).values)
+    model.train(was_training)
+    return torch.cat(chosen), torch.cat(best)

@@ -1,0 +1,1 @@
+"""The trainers: reward model, SFT and REINFORCE++."""

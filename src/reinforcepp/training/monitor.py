@@ -1,0 +1,122 @@
+"""What a policy training shows and reports while it runs: live view or plain lines, trackers, and the doctor's word."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from math import nan
+from types import TracebackType
+
+from rich.console import RenderableType
+from rich.live import Live
+
+from reinforcepp.distributed.ranks import Ranks
+from reinforcepp.monitoring import Progress, console, read_metrics, say
+from reinforcepp.monitoring.doctor import Diagnosis, diagnose
+from reinforcepp.monitoring.live_view import Moment, Sample, duration, view
+from reinforcepp.monitoring.run_record import RunRecord
+from reinforcepp.training.run_state import RunState
+from reinforcepp.training.update_batch import BatchInUse
+
+CHECK_EVERY = 5
+FIRST, LAST = 20, 250  # steps kept: those by which the doctor tells early from late
+
+
+class Monitor:
+    """``with Monitor(...) as monitor: monitor.step(...)`` after each step; only the main process shows anything.
+
+    Args:
+        record: the run's folder, settings and facts.
+        state: how far the run is, and its evaluations.
+        ranks: reports to the trackers.
+        num_steps: at which the run ends.
+    """
+
+    def __init__(self, record: RunRecord, state: RunState, ranks: Ranks, num_steps: int) -> None:
+        self.record = record
+        self.state = state
+        self.ranks = ranks
+        self.num_steps = num_steps
+        self._told: set[str] = set()
+        self._diagnosis = Diagnosis((), state.step, num_steps)
+        self._history = self._logged()
+        self._begin, self._first = time.monotonic(), state.step
+        self._sample: Sample | None = None
+        self._live: Live | None = None
+        self._lines: Progress | None = None
+
+    def __enter__(self) -> Monitor:
+        """Begin to show and to report."""
+        self.ranks.start_trackers(self.record.settings, self.state.step)
+        if self.ranks.is_main and console.is_terminal:
+            self._live = Live(self._view(), console=console, refresh_per_second=4)
+            self._live.start()
+        elif self.ranks.is_main:
+            self._lines = Progress("training", self.num_steps, self.state.step)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the view as it stands and close the trackers."""
+        if self._live:
+            self._live.stop()
+        self.ranks.end_trackers()
+
+    def step(self, metrics: Mapping[str, float], timings: Mapping[str, float], work: BatchInUse | None) -> None:
+        """A step is done; ``metrics`` as logged, ``work`` what it trained on."""
+        step, told = int(metrics["step"]), {**metrics, **timings}
+        self.ranks.track(told, step)
+        if not self.ranks.is_main:
+            return
+        if work is not None and "reward" in metrics:
+            told["step_tokens"] = float(sum(len(c.ids) for c in work.batch.completions))
+            first = work.batch.completions[0]
+            self._sample = Sample(first.prompt.text, first.text, work.scores.known[0])
+        self._history.append(told)
+        del self._history[FIRST:-LAST]
+        if step % CHECK_EVERY == 0 or step == self.num_steps:
+            self._check(step)
+        if self._lines:
+            self._lines.step(f"reward {metrics.get('reward', nan):+.3f}  kl {metrics.get('kl', nan):.4f}")
+        if self._live:
+            self._live.update(self._view(step))
+
+    def went_back(self) -> None:
+        """The run has gone back to an earlier step."""
+        self._history = self._logged()
+        self._begin, self._first = time.monotonic(), self.state.step
+        if self._lines:
+            self._lines.done = self.state.step
+
+    def _check(self, step: int) -> None:
+        """Ask the doctor, and tell each fault once."""
+        record = replace(self.record, metrics=self._history, evaluations=self.state.evaluations)
+        self._diagnosis = diagnose(record)
+        for finding in self._diagnosis.findings:
+            if finding.severity != "note" and finding.rule not in self._told:
+                self._told.add(finding.rule)
+                say(f"Step {step}: {finding.title}. {finding.evidence} {finding.cure}", "yellow")
+
+    def _logged(self) -> list[Mapping[str, float]]:
+        logged = read_metrics(self.record.folder) if self.ranks.is_main else []
+        return [*logged[:FIRST], *logged[max(FIRST, len(logged) - LAST) :]]
+
+    def _view(self, step: int | None = None) -> RenderableType:
+        step, s = self.state.step if step is None else step, self.record.settings
+        done = step - self._first
+        left = (time.monotonic() - self._begin) / done * (self.num_steps - step) if done else nan
+        return view(
+            Moment(
+                title="  ·  ".join(str(s[name]) for name in ("model", "estimator") if name in s),
+                step=step,
+                num_steps=self.num_steps,
+                left=duration(left) if done else "-",
+                history=self._history,
+                kl_limit=self.record.settings.get("kl_limit"),
+                health=(self._diagnosis.sentence, self._diagnosis.worst),
+                sample=self._sample,
+            ),
+            console.width,
+        )
