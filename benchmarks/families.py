@@ -2,7 +2,7 @@
 
     python benchmarks/families.py [--families gpt2 llama ...]
 
-"passed", or the sentence that the user is told instead. tests/test_families.py does the same and holds the table.
+"passed", or the sentence that the user is told instead. tests/models/test_families.py does the same and holds the table.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from reinforcepp.commands import cli
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.runtime import versions_of
 from reinforcepp.training import checkpoint
-from scripts import ROOT
+from scripts import ROOT, SOURCE
 
 pytest.importorskip("ray")
 EXAMPLES = ROOT / "examples" / "cluster"
@@ -62,7 +62,7 @@ def place(tmp_path):
     }
     path = os.pathsep.join([str(tmp_path), str(BIN), os.environ["PATH"]])
     alone = {"PORT": port, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-    python_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    python_path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
     return os.environ | alone | slurm | {"PYTHONPATH": python_path}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,8 @@ from reinforcepp.commands import cli
 from reinforcepp.commands import legacy_cli as classic
 from reinforcepp.commands.engine_benchmark import cli as compare_cli
 from reinforcepp.config import VERBS
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples/cluster/README.md"]
 BLOCK = re.compile(r"^```.*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -7,13 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from reinforcepp.data import read_preferences
+from scripts import ROOT, SOURCE
 
-ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "tutorials" / "feedback.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^```bash\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
 
@@ -26,7 +25,7 @@ def followed(tmp_path_factory):
     command = folder / "bin" / "reinforcepp"
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m reinforcepp "$@"\n')
     command.chmod(0o755)
-    own = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
+    own = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(SOURCE)}
     own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     said = []
     for script in COMMANDS:

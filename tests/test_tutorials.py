@@ -10,8 +10,8 @@ import pytest
 
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import read_answers
+from scripts import ROOT, SOURCE
 
-ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -25,7 +25,7 @@ def follow(page: Path, folder: Path) -> str:
         (tools / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": str(SOURCE),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }

@@ -6,13 +6,13 @@ import csv
 import re
 from difflib import SequenceMatcher
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 
 from reinforcepp.data import read_preferences
+from scripts import ROOT
 
-PATH = Path(__file__).parents[2] / "example_feedback_diverse.csv"
+PATH = ROOT / "example_feedback_diverse.csv"
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from reinforcepp.data import prompt_rows, read_preferences, read_prompts
 from reinforcepp.data._columns import ANSWERS, PROMPTS
 from reinforcepp.errors import ConfigError, DataError
+from scripts import ROOT
 
 
 def system(text):
@@ -165,7 +165,7 @@ def test_prompts_in_memory_may_be_messages():
         prompt_rows([{"prompt": [{"role": "tool", "content": "x"}]}], "train_dataset")
 
 
-DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def test_the_shapes_of_the_docs_are_the_same_pair(write):

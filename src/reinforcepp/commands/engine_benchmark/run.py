@@ -116,7 +116,7 @@ class Process:
 
 def _environment() -> dict[str, str]:
     """So that a process waiting for its turn soon leaves the processor to the others, and finds this package."""
-    source = str(Path(__file__).resolve().parents[1])
+    source = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     return {"GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": path}
 

@@ -16,8 +16,8 @@ from reinforcepp.commands import cli, recipes
 from reinforcepp.commands.demo import demo_settings
 from reinforcepp.config import DemoConfig, RewardModelConfig, TrainConfig, as_dict, read_yaml
 from reinforcepp.monitoring import read_metrics
+from scripts import ROOT
 
-ROOT = Path(__file__).parents[1]
 NAMES = recipes.names()
 QWEN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 SIZES = {

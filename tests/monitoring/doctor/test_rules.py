@@ -12,6 +12,7 @@ from reinforcepp.monitoring.doctor import SEVERITIES, diagnose
 from reinforcepp.monitoring.doctor.rules import RULES
 from reinforcepp.monitoring.doctor.trends import FEWEST, course, since_start, surely_rises
 from reinforcepp.monitoring.run_record import RunRecord
+from scripts import ROOT
 
 STEPS = 40
 CARD = {"figures": {"pairs": 80, "accuracy": 0.9, "longer_wins": 0.55, "length_correlation": 0.2}}
@@ -240,6 +241,6 @@ def test_a_change_is_since_before_with_its_error():
 
 
 def test_the_docs_tell_of_every_finding():
-    text = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
     told = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert told == {case[0] for case in CASES}

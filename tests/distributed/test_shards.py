@@ -1,6 +1,6 @@
 """Files of several processes' parts: read as a whole and as other parts; what can't be written is the system's own error.
 
-Real processes write and read them in tests/test_parallel.py.
+Real processes write and read them in tests/distributed/test_parallel.py.
 """
 
 import json

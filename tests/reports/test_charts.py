@@ -16,8 +16,9 @@ from reinforcepp.reports import charts
 from reinforcepp.reports.charts import palette, words
 from reinforcepp.reports.charts.thin import thin
 from reinforcepp.reports.html import COLORS, embedded, page
+from scripts import SOURCE
 
-SOURCE = Path(__file__).resolve().parent.parent / "src" / "reinforcepp"
+CHARTS = SOURCE / "reinforcepp" / "reports"
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;\u2028"
 
 # --- thinning -----------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def test_no_two_of_sixteen_series_look_the_same():
 
 
 def test_the_vendored_library_is_what_its_readme_says():
-    folder = SOURCE / "vendor" / "uplot"
+    folder = CHARTS / "vendor" / "uplot"
     told = dict(re.findall(r"\| `(.*?)` \| `([0-9a-f]{64})` \|", (folder / "README.md").read_text(encoding="utf-8")))
     assert set(told) == {"uPlot.iife.min.js", "uPlot.min.css"}
     for name, digest in told.items():

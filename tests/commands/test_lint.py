@@ -20,9 +20,10 @@ from reinforcepp.commands.lint.check import lint
 from reinforcepp.commands.lint.findings import Finding, Report
 from reinforcepp.config import LintConfig
 from reinforcepp.errors import ConfigError, DataError, ModelError
+from scripts import ROOT
 
 HEAD = ("prompt", "chosen", "rejected")
-EXAMPLE = Path(__file__).parent.parent / "example_feedback_diverse.csv"
+EXAMPLE = ROOT / "example_feedback_diverse.csv"
 NAMES = (
     "router",
     "gateway",

@@ -20,6 +20,7 @@ from reinforcepp.commands import cli
 from reinforcepp.commands import table as verbs
 from reinforcepp.config import VERBS
 from reinforcepp.errors import DataError, TrainingDiverged
+from scripts import SOURCE
 
 USER_VERBS = ["sft", "reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
 USER_VERBS += ["chat", "serve", "serve-reward", "export", "push", "recipes"]
@@ -555,7 +556,7 @@ sys.meta_path.insert(0, Swallow())
 from reinforcepp.commands.cli import main
 sys.exit(main(["train"]))
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "\nInterrupted before anything was started.\n")
 
@@ -576,7 +577,7 @@ def stopped(tmp_path_factory, model_folder, reward_folder, pairs_csv) -> Path:
         (folder / name).symlink_to(source)
     (folder / "pairs.csv").symlink_to(pairs_csv)
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment["PYTHONPATH"] = str(Path(cli.__file__).parents[1])
+    environment["PYTHONPATH"] = str(SOURCE)
     with open(folder / "said", "w") as said:
         command = [sys.executable, "-m", "reinforcepp", *train(*LONG)]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)

@@ -15,8 +15,7 @@ import tiny
 from reinforcepp.commands import cli
 from reinforcepp.commands import legacy_cli as classic
 from reinforcepp.config import GenerateConfig, RewardModelConfig, TrainConfig
-
-ROOT = Path(__file__).resolve().parent.parent
+from scripts import ROOT
 
 COMMANDS = {
     "train_reward": "python reinforce_cli.py --mode train_reward --model_name distilgpt2 "

@@ -26,8 +26,7 @@ from reinforcepp.models.loading import prepare_tokenizer
 from reinforcepp.models.tokenization import frame_conversation
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.types import Completion, Prompt
-
-SOURCE = Path(__file__).parents[1] / "src"
+from scripts import SOURCE
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.training import checkpoint
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.training.setup import encode
+from scripts import SOURCE
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(11)]
 SEVERAL = {"mini_batch_size": 2, "gradient_accumulation_steps": 1, "num_iterations": 2}
@@ -202,7 +203,7 @@ with stop_signals() as stop:
     os.kill(os.getpid(), {int(number)})
     print("second", flush=True)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (code, "first\n"), done.stderr
     assert "What was saved before is whole" in done.stderr

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hub import serving
@@ -14,9 +13,9 @@ from made_runs import make_run
 
 from reinforcepp.config import PushConfig
 from reinforcepp.errors import ConfigError
+from scripts import SOURCE
 
 TOKEN = "hf_aVerySecretToken"
-SOURCE = Path(__file__).parents[1] / "src"
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import tiny
@@ -24,8 +23,8 @@ from reinforcepp.models.tokenization import encode_answer, frame_completion, fra
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.rewards import load_reward_model, load_rewards
 from reinforcepp.types import Completion, Prompt
+from scripts import SOURCE
 
-ROOT = Path(__file__).parents[1]
 PROMPTS, ANSWERS = ["Is the gateway up?", "What is my address?"], [" Ping it.", " ip addr tells it."]
 QUERIES = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
 
@@ -220,7 +219,7 @@ def test_settings_reach_the_server_and_an_open_address_is_warned_of(
 @contextmanager
 def started(reward_folder):
     """``reinforcepp serve-reward`` as a process; gives it and its address."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "reinforcepp", "serve-reward", str(reward_folder), "--port", "0"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:

@@ -24,6 +24,7 @@ from reinforcepp.monitoring.metric_delta import Change, change_of
 from reinforcepp.monitoring.run_record import RunRecord, read_run
 from reinforcepp.reports.run import curves, html, samples, settings, summary
 from reinforcepp.reports.run.page import report_page
+from scripts import SOURCE
 
 MEGABYTES = 1e6
 
@@ -586,6 +587,6 @@ def test_a_report_loads_no_torch(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "run")],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")},
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
     )
     assert done.stdout == "False\n", done.stderr

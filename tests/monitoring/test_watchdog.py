@@ -4,10 +4,9 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import reinforcepp
 from reinforcepp.monitoring.watchdog import STACKS, Watchdog
+from scripts import SOURCE
 
 PROGRAM = """
 import sys, threading, time
@@ -25,7 +24,7 @@ with Watchdog(Path(sys.argv[1]), 0.4) as watchdog:
 
 
 def test_a_hang_is_ended_and_explained(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(reinforcepp.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -42,7 +41,7 @@ def test_the_first_process_of_each_machine_tells_of_the_others(tmp_path):
         ("1", ""),
     ):
         several = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": local}
-        environment = os.environ | {"PYTHONPATH": str(Path(reinforcepp.__file__).parents[1])} | several
+        environment = os.environ | {"PYTHONPATH": str(SOURCE)} | several
         command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1 and (words in done.stderr if words else not done.stderr)

@@ -20,8 +20,8 @@ from reinforcepp.data.builtin import model_path
 from reinforcepp.models.loading import load_config
 from reinforcepp.models.tokenization import PLAIN_TEMPLATE
 from reinforcepp.rollout.vllm.server import server_command, server_environment
+from scripts import SOURCE
 
-SOURCE = Path(__file__).parents[1] / "src"
 KEY = "sk-quite-secret"
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from models.test_chat_template import CHAT
 from safetensors.torch import load_file
-from test_framing import CHAT
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands.cli import main

@@ -7,8 +7,8 @@ import threading
 import pytest
 import tiny
 import torch
-from test_guardrails import tripping
-from test_resume import SEVERAL, files, noisy, stopping, trainer
+from training.test_guardrails import tripping
+from training.test_resume import SEVERAL, files, noisy, stopping, trainer
 
 from reinforcepp.algorithm.losses import rollout_weights
 from reinforcepp.config import ReinforceConfig
