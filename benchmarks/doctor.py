@@ -31,7 +31,7 @@ from reinforcepp.files import write_json
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.run_record import read_run
-from reinforcepp.rewards import GoldReward
+from reinforcepp.rewards.functions import GoldReward
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 from reinforcepp.training.reward_trainer import train_reward_model
 

@@ -38,7 +38,7 @@ from reinforcepp.data import read_preferences, read_prompts
 from reinforcepp.data._table import normalize
 from reinforcepp.errors import ReinforceError
 from reinforcepp.files import write_json
-from reinforcepp.rewards import score_with
+from reinforcepp.rewards.functions import score_with
 from reinforcepp.types import Completion, Prompt
 
 COLUMNS = ("prompt", "chosen", "rejected")

@@ -146,7 +146,7 @@ def build_ours(job: dict[str, Any], folder: Path, output: str) -> ReinforceTrain
     """This package's trainer, with either rollout engine, or as PPO; what it imports, the peers' processes do without."""
     from reinforcepp import ReinforceConfig, ReinforceTrainer
     from reinforcepp.models.loading import load_config, prepare_tokenizer
-    from reinforcepp.rewards import TrainedReward
+    from reinforcepp.rewards.trained import TrainedReward
 
     name = str(folder / "policy")
     tokenizer = prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained(name), load_config(name), name)

@@ -19,8 +19,8 @@ from reinforcepp.commands import table as verbs
 from reinforcepp.config import TrainConfig
 from reinforcepp.models.reward_models import load_reward_weights
 from reinforcepp.monitoring import Clock
-from reinforcepp.rewards import RewardCard, TrainedReward
-from reinforcepp.rewards.trained import save_reward_model
+from reinforcepp.rewards.card import RewardCard
+from reinforcepp.rewards.trained import TrainedReward, save_reward_model
 from reinforcepp.training import reinforce_trainer
 from reinforcepp.training.policy_run import PolicyRun
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getatt
     from reinforcepp.errors import TrainingDiverged as TrainingDiverged
     from reinforcepp.models.loading import load_policy as load_policy
     from reinforcepp.models.loading import load_tokenizer as load_tokenizer
-    from reinforcepp.rewards import load_reward_model as load_reward_model
+    from reinforcepp.rewards.trained import load_reward_model as load_reward_model
     from reinforcepp.rollout.engine import RolloutEngine as RolloutEngine
     from reinforcepp.rollout.transformers_engine import TransformersEngine as TransformersEngine
     from reinforcepp.training.reinforce_trainer import ReinforceTrainer as ReinforceTrainer
@@ -40,7 +40,7 @@ _MODULES = {
     "SftConfig": "config",
     "GenerateConfig": "config",
     "train_reward_model": "training.reward_trainer",
-    "load_reward_model": "rewards",
+    "load_reward_model": "rewards.trained",
     "load_policy": "models.loading",
     "load_tokenizer": "models.loading",
     "RolloutEngine": "rollout.engine",

@@ -167,7 +167,7 @@ def test_an_answer_that_is_cut_off_is_told(chat, model_says):
 
 
 def test_the_reward_model_s_score_stands_beside_the_answer(chat, model_says, reward_folder):
-    from reinforcepp.rewards import load_reward_model
+    from reinforcepp.rewards.trained import load_reward_model
 
     model_says("Run ip route.", "Reboot.")
     _, err = chat("How?\n/regenerate\nAnd then?\n", "--reward_model", str(reward_folder))

@@ -244,7 +244,7 @@ def test_the_best_of_several_is_the_one_that_the_reward_model_scores_highest(ans
 
 
 def test_rewards_are_those_of_the_reward_model(answer, tmp_path, reward_folder):
-    from reinforcepp.rewards import load_reward_model
+    from reinforcepp.rewards.trained import load_reward_model
 
     answer("--prompt", PROMPT, "--reward_model", str(reward_folder), "--output", str(tmp_path / "a.jsonl"))
     (record,) = written(tmp_path / "a.jsonl")

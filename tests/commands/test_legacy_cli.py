@@ -66,7 +66,7 @@ def test_no_library_warns_on_the_way(done, mode):
 
 
 def test_the_reward_model_and_its_card(done, folder):
-    from reinforcepp.rewards import load_reward_model
+    from reinforcepp.rewards.trained import load_reward_model
 
     card = json.loads((folder / "models/reward_model/reward_model.json").read_text())
     assert (card["base_model"], card["data"]) == ("distilgpt2", "example_feedback_diverse.csv")

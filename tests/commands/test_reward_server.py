@@ -21,7 +21,8 @@ from reinforcepp.errors import RewardError
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.models.tokenization import encode_answer, frame_completion, frame_prompt
 from reinforcepp.monitoring import read_metrics
-from reinforcepp.rewards import load_reward_model, load_rewards
+from reinforcepp.rewards.sources import load_rewards
+from reinforcepp.rewards.trained import load_reward_model
 from reinforcepp.types import Completion, Prompt
 from scripts import SOURCE
 

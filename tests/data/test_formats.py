@@ -407,7 +407,7 @@ def test_text_files_and_help_load_neither_pyarrow_nor_pandas(write):
     path = write("data.jsonl", as_lines(ROWS))
     for code in (
         f"from reinforcepp.data import read_prompts; read_prompts({str(path)!r})",
-        "from reinforcepp import cli; cli.main(['lint', '--help'])",
+        "from reinforcepp.commands import cli; cli.main(['lint', '--help'])",
     ):
         code = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\n"
         code += "print(sorted({'pyarrow', 'pandas', 'torch', 'datasets'} & set(sys.modules)), file=sys.stderr)"

@@ -12,7 +12,7 @@ from reinforcepp.commands.cli import main
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.precision import LossScale
-from reinforcepp.rewards import load_reward_model
+from reinforcepp.rewards.trained import load_reward_model
 from reinforcepp.training.setup import loading
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]

@@ -24,7 +24,7 @@ from reinforcepp.models.lora import (
     with_adapter,
 )
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
-from reinforcepp.rewards import load_reward_model
+from reinforcepp.rewards.trained import load_reward_model
 from reinforcepp.training.setup import start_policy
 
 FAMILIES = ["gpt2", "llama", "qwen2"]

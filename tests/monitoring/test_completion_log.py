@@ -10,7 +10,7 @@ import torch
 from reinforcepp.config.reward_rules import repeated_share
 from reinforcepp.monitoring import completion_log as answers
 from reinforcepp.monitoring.step_metrics import rollout_columns, step_metrics
-from reinforcepp.rewards import RewardScores
+from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from reinforcepp.data import load_prompts, resolve_data
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
-from reinforcepp.rewards import RewardScores, distinct_names, load_rewards, name_of, only_scored, score_with
+from reinforcepp.rewards.functions import RewardScores, distinct_names, name_of, only_scored, score_with
+from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.types import Completion, Prompt
 
 COMPLETIONS = [

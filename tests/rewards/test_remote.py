@@ -9,8 +9,8 @@ import pytest
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, RewardError, UnusableUpdate
-from reinforcepp.rewards import load_rewards
 from reinforcepp.rewards.remote import RemoteReward
+from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.types import Completion, Prompt
 
 TEXTS = ["one", "two", "three", "four", "five"]

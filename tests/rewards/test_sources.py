@@ -9,7 +9,9 @@ from reinforcepp.commands.cli import parse
 from reinforcepp.config import ReinforceConfig, TrainConfig
 from reinforcepp.config.reward_spec import RewardSource, parse_source
 from reinforcepp.errors import ConfigError, ModelError, RewardError
-from reinforcepp.rewards import TrainedReward, load_reward_model, load_rewards, name_of
+from reinforcepp.rewards.functions import name_of
+from reinforcepp.rewards.sources import load_rewards
+from reinforcepp.rewards.trained import TrainedReward, load_reward_model
 from reinforcepp.types import Completion, Prompt
 
 GOOD = [Completion(Prompt("q?", (1,), 0, {"answer": "b"}), (5, 6), (-1.0, -1.0), "a", "stop")]

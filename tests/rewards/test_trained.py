@@ -13,8 +13,8 @@ from reinforcepp.errors import ModelError, TrainingDiverged
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.models.reward_models import new_reward_model
 from reinforcepp.models.tokenization import encode_answer
-from reinforcepp.rewards import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.rewards.measure import score_pairs
+from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.types import Preference
 

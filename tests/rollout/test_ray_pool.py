@@ -25,7 +25,7 @@ from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.models.loading import weights_hash
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
-from reinforcepp.rewards import load_rewards
+from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rollout.ray import actor_pool as ray_crew
 from reinforcepp.rollout.ray import engine as ray_pool
 from reinforcepp.rollout.ray.actor_pool import RayCrew, connect

@@ -19,7 +19,7 @@ from reinforcepp.commands.report import PAGE, write_report
 from reinforcepp.config import DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.files import write_json
-from reinforcepp.monitoring import console, printable, say
+from reinforcepp.monitoring import console, echo, printable
 from reinforcepp.monitoring.curve import draw_curve
 from reinforcepp.run_dir import check_output, clear
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
@@ -55,10 +55,10 @@ def run_demo(config: DemoConfig) -> DemoResult:
     clear(folder)
     reward_config, train_config = demo_settings(config, folder)
 
-    say("1/4  Reward model: learns from pairs which of two answers people preferred", "bold")
+    echo("1/4  Reward model: learns from pairs which of two answers people preferred", "bold")
     card = train_reward_model(reward_config)
 
-    say("\n2/4  REINFORCE++: the policy learns to give answers that the reward model scores high", "bold")
+    echo("\n2/4  REINFORCE++: the policy learns to give answers that the reward model scores high", "bold")
     _, train_rows, heldout_rows = load_prompts(train_config.data, heldout_fraction=0, seed=config.seed)
     trainer = ReinforceTrainer(
         train_config.model,
@@ -71,12 +71,12 @@ def run_demo(config: DemoConfig) -> DemoResult:
     metrics = trainer.train()
     draw_curve(metrics, folder / "training_curve.png", f"REINFORCE++ on {train_config.model}, seed {config.seed}")
 
-    say("\n3/4  Generation with the trained model", "bold")
+    echo("\n3/4  Generation with the trained model", "bold")
     question = heldout_rows[0].prompt
-    say(f"> {question}")
+    echo(f"> {question}")
     generate(GenerateConfig(model=train_config.output_dir, prompt=question, max_new_tokens=64, engine="transformers"))
 
-    say("\n4/4  Before and after, on prompts that no training has seen, graded by the gold judge", "bold")
+    echo("\n4/4  Before and after, on prompts that no training has seen, graded by the gold judge", "bold")
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]
     gold_before, gold_after = _known(before.judgements), _known(after.judgements)
     _show(before.completions, after.completions, gold_before, gold_after)
@@ -99,14 +99,14 @@ def run_demo(config: DemoConfig) -> DemoResult:
             for a, b, ga, gb in rows
         ],
     )
-    say(
+    echo(
         f"Reward model, held-out accuracy {result.rm_accuracy:.2f}. Gold score {result.gold_before:.2f} -> "
         f"{result.gold_after:.2f} on {len(gold_after)} held-out prompts, KL {result.kl:.3f} nats per token, "
         f"{result.distinct:.2f} distinct answers per topic, length x {result.length_ratio:.2f}, {result.seconds:.0f} s.",
         "bold",
     )
     write_report([folder / "policy"], folder / PAGE)
-    say(f"Everything is in {folder}: {PAGE}, reward_model/, policy/, training_curve.png, comparison.json", "green")
+    echo(f"Everything is in {folder}: {PAGE}, reward_model/, policy/, training_curve.png, comparison.json", "green")
     return result
 
 

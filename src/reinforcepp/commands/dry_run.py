@@ -12,7 +12,7 @@ from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.models.chat_template import framed
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.models.tokenization import encode, encode_answer, encode_prompts, frame_completion, frame_prompt
-from reinforcepp.monitoring import printable, say
+from reinforcepp.monitoring import echo, printable
 from reinforcepp.plan.command import make_plan, show_plan
 from reinforcepp.training.sft_trainer import lesson
 
@@ -40,7 +40,7 @@ def show_training(config: TrainConfig) -> None:
         text = str(tokenizer.decode(prompt.ids))
         note = "; the completion that follows is what is trained on"
         _write(f"Prompt {number}: {len(prompt.ids)} tokens{note}", _row(tokenizer, text, prompt.ids, len(prompt.ids)))
-    say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+    echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
 
 
 def show_reward_training(config: RewardModelConfig) -> None:
@@ -55,7 +55,7 @@ def show_reward_training(config: RewardModelConfig) -> None:
             prompt_length = len(encode(tokenizer, frame_prompt(tokenizer, pair.prompt)))
             shown = _row(tokenizer, framed_text + str(tokenizer.eos_token), ids, prompt_length)
             _write(f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last", shown)
-    say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+    echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
 
 
 def show_warm_up(config: SftConfig) -> None:
@@ -68,7 +68,7 @@ def show_warm_up(config: SftConfig) -> None:
         ids = [*one.given, *one.learnt]
         shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.given))
         _write(f"Row {number} (row {row.row}): {len(ids)} tokens; what the mask has as 1 is learnt", shown)
-    say(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+    echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
 
 
 def settings(config: Any) -> Iterator[str]:

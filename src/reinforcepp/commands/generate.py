@@ -17,8 +17,9 @@ from reinforcepp.data import PromptRow, read_prompt_lines
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.models.loading import check_context, load_config, load_policy, load_tokenizer
 from reinforcepp.models.tokenization import encode_prompts
-from reinforcepp.monitoring import printable, say
-from reinforcepp.rewards import check_reward_folder, load_reward_model, score_all
+from reinforcepp.monitoring import echo, printable
+from reinforcepp.rewards.functions import score_all
+from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
@@ -45,7 +46,7 @@ def generate(config: GenerateConfig) -> list[Completion]:
     rows = [PromptRow(text, {}, i) for i, text in enumerate(texts)]
     prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
     if long:
-        say(
+        echo(
             f"{len(long)} of {len(texts)} prompts are longer than {config.max_prompt_length} tokens and were cut from "
             "the left.",
             "yellow",
@@ -72,7 +73,7 @@ def load_engine(
 ) -> RolloutEngine:
     """The chosen engine with the model's weights, for sequences of up to ``max_length`` tokens."""
     if config.engine == "auto":
-        say(f"Completions come from {choice.name}: {choice.reason}.")
+        echo(f"Completions come from {choice.name}: {choice.reason}.")
     model = load_policy(config.model)
     if choice.name == "transformers" and torch.cuda.is_available():
         model.to("cuda")  # vLLM places its own copy
@@ -119,7 +120,7 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
     if config.prompt is not None:
         return [config.prompt]
     if config.prompts_file is None and sys.stdin.isatty():
-        say("Type one prompt per line, then Ctrl-D.")
+        echo("Type one prompt per line, then Ctrl-D.")
     return read_prompt_lines(config.prompts_file)
 
 
@@ -131,7 +132,7 @@ def _sink(output: Path | None) -> Iterator[TextIO]:
         return
     with whole_file(output) as file:
         yield file
-    say(f"Wrote {output}", "green")
+    echo(f"Wrote {output}", "green")
 
 
 def _write(

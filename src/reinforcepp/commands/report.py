@@ -8,7 +8,7 @@ from pathlib import Path
 from reinforcepp.config import ReportConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.run_record import RunRecord, find_run, read_run
 from reinforcepp.reports.html import GENERATOR
@@ -33,15 +33,15 @@ def run_report(config: ReportConfig) -> None:
     folders = [find_run(name) for name in config.runs]
     output = _check_page(config.output if config.output is not None else default)
     for name, record in write_report(folders, output, config.samples).items():
-        say((f"{name}: " if len(folders) > 1 else "") + summary.verdict(record).text)
-    say(f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser.", "green")
+        echo((f"{name}: " if len(folders) > 1 else "") + summary.verdict(record).text)
+    echo(f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser.", "green")
 
 
 def _report_reward_model(config: ReportConfig) -> None:
     folder = Path(config.runs[0]).expanduser()
     output = _check_page(config.output if config.output is not None else str(folder / PAGE))
-    say(write_reward_report(folder, output))
-    say(f"Wrote {output}: open it in a browser.", "green")
+    echo(write_reward_report(folder, output))
+    echo(f"Wrote {output}: open it in a browser.", "green")
 
 
 def write_report(folders: Sequence[Path], output: Path, samples: int = ReportConfig.samples) -> dict[str, RunRecord]:

@@ -25,9 +25,9 @@ from reinforcepp.config import ServeRewardConfig
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.tokenization import encode, eos_id
-from reinforcepp.monitoring import say
-from reinforcepp.rewards import TrainedReward, check_reward_folder, load_reward_model
+from reinforcepp.monitoring import echo
 from reinforcepp.rewards.remote import authorization
+from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 
 LARGEST_REQUEST = 64 * 2**20  # bytes
 SECONDS_TO_SEND = 60.0
@@ -173,11 +173,11 @@ def serve(config: ServeRewardConfig) -> None:
             reward.model.to("cuda")
         server.reward = reward
         if server.server_address[0] not in ("127.0.0.1", "::1") and server.wanted is None:
-            say(f"Whoever reaches this address may ask: set {TOKEN_VARIABLE} to have them show a token.", "yellow")
-        say(f"{config.model} answers on http://{config.host}:{server.server_port}/get_reward; Ctrl-C ends it.")
+            echo(f"Whoever reaches this address may ask: set {TOKEN_VARIABLE} to have them show a token.", "yellow")
+        echo(f"{config.model} answers on http://{config.host}:{server.server_port}/get_reward; Ctrl-C ends it.")
         with _until_signal(server):
             server.serve_forever(poll_interval=0.1)
-    say("Stopped.")
+    echo("Stopped.")
 
 
 def _listening(config: ServeRewardConfig) -> RewardServer:

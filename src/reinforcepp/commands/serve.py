@@ -25,7 +25,7 @@ from reinforcepp.errors import ConfigError, RolloutError
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer, resolve
 from reinforcepp.models.lora import is_adapter
 from reinforcepp.models.tokenization import PLAIN_TEMPLATE
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 from reinforcepp.rollout.vllm.compat import vllm_status
 from reinforcepp.rollout.vllm.server import environment_key, server_command, server_environment, vllm_is_for_gpus
 
@@ -111,8 +111,8 @@ def _run(command: list[str], environment: dict[str, str], config: ServeConfig, n
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
     if not with_key and not _is_loopback(config.host):
-        say("Everybody who reaches this address can use the model: set VLLM_API_KEY to ask for a key.", "yellow")
-    say(f"Starting vLLM with {config.model}; this takes up to a minute.")
+        echo("Everybody who reaches this address can use the model: set VLLM_API_KEY to ask for a key.", "yellow")
+    echo(f"Starting vLLM with {config.model}; this takes up to a minute.")
     child = subprocess.Popen(command, env=environment, start_new_session=True)  # so that Ctrl-C reaches it through us
     try:
         with _passing_signals(child) as came:
@@ -120,7 +120,7 @@ def _run(command: list[str], environment: dict[str, str], config: ServeConfig, n
                 time.sleep(0.2)
             if child.poll() is None:
                 asked = "a key" if with_key else "no key"
-                say(f"Serving {name} at {url}/v1, which asks for {asked}; Ctrl-C stops.", "green")
+                echo(f"Serving {name} at {url}/v1, which asks for {asked}; Ctrl-C stops.", "green")
             code = child.wait()
     finally:
         with suppress(ProcessLookupError):

@@ -25,7 +25,7 @@ from reinforcepp.config import (
     SftConfig,
     TrainConfig,
 )
-from reinforcepp.monitoring import reading_progress, say
+from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.monitoring.metric_delta import change_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
             streaming=config.streaming,
             told=told,
         )
-    say(data.summary())
+    echo(data.summary())
     trainer = ReinforceTrainer(
         model=config.model,
         reward_funcs=config.reward_sources,
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
     tell_difference(trainer)
     diagnosis = diagnose(read_run(trainer.folder))
     more = f" reinforcepp doctor {config.output_dir} tells more." if diagnosis.findings else ""
-    say(f"Doctor: {diagnosis.sentence}{more}", "yellow" if diagnosis.worst in ("serious", "warning") else "")
+    echo(f"Doctor: {diagnosis.sentence}{more}", "yellow" if diagnosis.worst in ("serious", "warning") else "")
     return trainer
 
 
@@ -80,7 +80,7 @@ def tell_difference(trainer: ReinforceTrainer) -> None:
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]
     figures = before.figures(), after.figures()
     told = [str(change) for name in ("reward", "judge") if (change := change_of(name, *figures)) is not None]
-    say(
+    echo(
         f"Held-out prompts ({len(after.completions)}): {', '.join(told)}, KL to the start {after.kl:.4f} nats per token, "
         f"length {before.length:.0f} -> {after.length:.0f} tokens"
     )
@@ -144,7 +144,7 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> None:
     algorithm_comparison.tell(comparison)
     page = Path(config.output_dir).expanduser() / "comparison.html"
     algorithm_page.write_page(comparison, page)
-    say(f"{algorithm_page.verdict(comparison)} Everything is on the page {page}.", "green")
+    echo(f"{algorithm_page.verdict(comparison)} Everything is on the page {page}.", "green")
 
 
 def plan(config: PlanConfig) -> int:

@@ -1,7 +1,7 @@
 """What a run tells: the metric log, the progress line, the training curve."""
 
 from reinforcepp.monitoring.metric_log import EVENTS, LOGS, Clock, MetricLog, note_event, read_metrics, restore_logs
-from reinforcepp.monitoring.progress import Progress, console, printable, reading_progress, say
+from reinforcepp.monitoring.progress import Progress, console, echo, printable, reading_progress
 
 __all__ = [
     "EVENTS",
@@ -10,10 +10,10 @@ __all__ = [
     "MetricLog",
     "Progress",
     "console",
+    "echo",
     "note_event",
     "printable",
     "read_metrics",
     "reading_progress",
     "restore_logs",
-    "say",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reinforcepp.files import PARTIAL
-from reinforcepp.monitoring.progress import say
+from reinforcepp.monitoring.progress import echo
 from reinforcepp.runtime import is_main
 
 LOGS = ("metrics.jsonl", "timings.jsonl")
@@ -89,6 +89,6 @@ def note_event(folder: Path, text: str) -> None:
     """Something out of the ordinary: told, and noted in events.jsonl, which no resume takes back."""
     if not is_main():
         return
-    say(text, "yellow")
+    echo(text, "yellow")
     with open(folder / EVENTS, "a", encoding="utf-8") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": text}, ensure_ascii=False) + "\n")

@@ -20,7 +20,7 @@ HARMLESS = "\n\t\u200d"  # of the control and format characters; the last one jo
 console = Console(stderr=True, highlight=False, quiet=not is_main())
 
 
-def say(text: str, style: str = "") -> None:
+def echo(text: str, style: str = "") -> None:
     """One line for the user, on standard error; ``text`` is shown as it is, markup and control characters inert."""
     console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
@@ -78,4 +78,4 @@ class Progress:
         elif self.done == self.total or self.done % max(1, self.total // LINES_WHEN_PLAIN) == 0:
             per_step = (time.monotonic() - self._begin) / (self.done - self._first)
             left = per_step * (self.total - self.done)
-            say(", ".join(filter(None, (f"{self.title} {self.done}/{self.total}", message, f"{left:.0f} s left"))))
+            echo(", ".join(filter(None, (f"{self.title} {self.done}/{self.total}", message, f"{left:.0f} s left"))))

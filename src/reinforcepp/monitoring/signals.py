@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from reinforcepp.monitoring.progress import say
+from reinforcepp.monitoring.progress import echo
 from reinforcepp.runtime import is_main
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -62,7 +62,7 @@ class Stop:
             os._exit(128 + number)
         self.number = number
         name = signal.Signals(number).name
-        say(f"{name}: stopping as soon as nothing is half done, and saving; a second signal stops at once.", "yellow")
+        echo(f"{name}: stopping as soon as nothing is half done, and saving; a second signal stops at once.", "yellow")
         if self._nothing_to_lose:
             raise StopAsked
 

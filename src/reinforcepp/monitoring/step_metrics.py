@@ -11,7 +11,7 @@ from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.algorithm.losses import masked_mean
 from reinforcepp.config.reward_rules import repeated_share
 from reinforcepp.monitoring.completion_log import columns_of
-from reinforcepp.rewards import RewardScores
+from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.types import RolloutBatch
 
 REPEATED_WORDS = 4

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from reinforcepp.config import Keeping, as_dict
 from reinforcepp.errors import ModelError
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
-from reinforcepp.monitoring import LOGS, say
+from reinforcepp.monitoring import LOGS, echo
 from reinforcepp.run_dir import check_unchanged
 from reinforcepp.runtime import versions_of
 
@@ -105,7 +105,7 @@ def newest(run: Path) -> Checkpoint | None:
     for folder in reversed(listed(run)):
         if (damaged := damage(folder)) is None:
             return Checkpoint(folder)
-        say(f"The checkpoint {folder} is damaged ({damaged}); the one before it is used.", "yellow")
+        echo(f"The checkpoint {folder} is damaged ({damaged}); the one before it is used.", "yellow")
     return None
 
 
@@ -123,14 +123,14 @@ def chosen(run: Path, config: Keeping) -> Checkpoint | None:
     if found is None and listed(run):
         raise ModelError(f"All checkpoints in {run / FOLDER} are damaged: start again with --overwrite.")
     if found is None:
-        say("The run was stopped before its first checkpoint: it begins again.", "yellow")
+        echo("The run was stopped before its first checkpoint: it begins again.", "yellow")
         return None
     now = _versions()
     other = [
         f"{name} {was}, now {now.get(name)}" for name, was in found.state["versions"].items() if now.get(name) != was
     ]
     if other:
-        say(
+        echo(
             f"The run was stopped with other libraries ({'; '.join(other)}), so it may go on a little differently.",
             "yellow",
         )
@@ -195,7 +195,7 @@ def tell_full_disk(error: OSError, run: Path, step: int) -> None:
         raise error
     before = listed(run)
     rest = f"{before[-1].name} is the last" if before else "there is none before it"
-    say(
+    echo(
         f"The checkpoint after step {step} could not be saved: {error.strerror}. {rest}; training goes on. "
         "Free some space, or lower keep_last.",
         "yellow",

@@ -16,7 +16,7 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import RewardError
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.monitoring.completion_log import columns_of
-from reinforcepp.rewards import RewardSum
+from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import TrainingDiverged, UnusableUpdate
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 
 PATIENCE = 5
 MOST_ROLLBACKS = 3
@@ -43,7 +43,7 @@ class GuardState:
 class Guardrails:
     """The rules with their settings."""
 
-    def __init__(self, config: ReinforceConfig, tell: Callable[[str], None] = say) -> None:
+    def __init__(self, config: ReinforceConfig, tell: Callable[[str], None] = echo) -> None:
         self.config = config
         self.tell = tell
         self.state = GuardState()

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.live import Live
 
 from reinforcepp.distributed.ranks import Ranks
-from reinforcepp.monitoring import Progress, console, read_metrics, say
+from reinforcepp.monitoring import Progress, console, echo, read_metrics
 from reinforcepp.monitoring.doctor import Diagnosis, diagnose
 from reinforcepp.monitoring.live_view import Moment, Sample, duration, view
 from reinforcepp.monitoring.run_record import RunRecord
@@ -97,7 +97,7 @@ class Monitor:
         for finding in self._diagnosis.findings:
             if finding.severity != "note" and finding.rule not in self._told:
                 self._told.add(finding.rule)
-                say(f"Step {step}: {finding.title}. {finding.evidence} {finding.cure}", "yellow")
+                echo(f"Step {step}: {finding.title}. {finding.evidence} {finding.cure}", "yellow")
 
     def _logged(self) -> list[Mapping[str, float]]:
         logged = read_metrics(self.record.folder) if self.ranks.is_main else []

@@ -21,7 +21,7 @@ from reinforcepp.models.tokenization import LazyPrompts
 from reinforcepp.monitoring import MetricLog, note_event, restore_logs
 from reinforcepp.monitoring.completion_log import COMPLETIONS, restore_answers, save_answers, step_file
 from reinforcepp.monitoring.step_metrics import rollout_columns
-from reinforcepp.rewards import RewardSum
+from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.training import checkpoint
 from reinforcepp.training import rng as random_state
 from reinforcepp.training.learner import Learner

@@ -15,8 +15,8 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, UnusableUpdate
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.monitoring import say
-from reinforcepp.rewards import RewardScores
+from reinforcepp.monitoring import echo
+from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.training.batches import micro_batches, optimizer_batches
 from reinforcepp.training.critic import Critic
@@ -267,7 +267,7 @@ class PolicyUpdate:
             if learner is not None:
                 learner.drop_gradients()
         self.micro_batch_size = size // 2
-        say(
+        echo(
             f"Memory ran out with mini_batch_size {size}; going on with {size // 2}, with the same result. Set "
             f"mini_batch_size {size // 2} to start like that.",
             "yellow",

@@ -25,14 +25,15 @@ from reinforcepp.models.loading import check_context, load_config, save_model, t
 from reinforcepp.models.lora import reference_of, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.models.tokenization import pad_values
-from reinforcepp.monitoring import Clock, note_event, read_metrics, say
+from reinforcepp.monitoring import Clock, echo, note_event, read_metrics
 from reinforcepp.monitoring.completion_log import evaluation_file, save_answers
 from reinforcepp.monitoring.environment import environment
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopAsked, stop_signals
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.monitoring.watchdog import Watchdog
-from reinforcepp.rewards import RewardFunction, RewardScores, load_rewards, only_scored
+from reinforcepp.rewards.functions import RewardFunction, RewardScores, only_scored
+from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rollout.engine import RolloutEngine, random_state_kept
 from reinforcepp.rollout.ray.reward_pool import for_a_pool, pooled
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
@@ -320,7 +321,7 @@ class ReinforceTrainer:
             self.run.restore(resumed)
             self._resumed = None
             self.engine.load_weights(self.policy)
-            say(f"Going on after step {self.run.state.step} of {self.num_steps}")
+            echo(f"Going on after step {self.run.state.step} of {self.num_steps}")
         elif self.config.kl_action == "rollback":
             self.run.save()
 
@@ -340,7 +341,7 @@ class ReinforceTrainer:
     def _finish(self) -> None:
         self._evaluate("after")
         self.save_model(self.folder)
-        say(f"Saved the trained model to {self.folder}", "green")
+        echo(f"Saved the trained model to {self.folder}", "green")
 
     def _evaluate(self, when: str) -> None:
         """Answer the held-out prompts, if there are any, and write down all evaluations so far."""
@@ -362,7 +363,7 @@ class ReinforceTrainer:
 
     def _start_engine(self, choice: EngineChoice) -> RolloutEngine:
         if self.config.rollout == "auto":
-            say(f"Completions come from {choice.name}: {choice.reason}.")
+            echo(f"Completions come from {choice.name}: {choice.reason}.")
         reserved = self.config.reward_workers * len(self.rewards.trained)
         return start_for_all(choice, self.policy, self.tokenizer, self.config, self.ranks, reserved, self.folder)
 

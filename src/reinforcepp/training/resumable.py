@@ -23,7 +23,7 @@ from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models.loading import load_policy, save_model
 from reinforcepp.models.lora import is_adapted, load_trained_weights, saved_adapter
 from reinforcepp.models.reward_models import load_reward_weights
-from reinforcepp.monitoring import Clock, MetricLog, Progress, restore_logs, say
+from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopAsked, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training import checkpoint
@@ -197,7 +197,7 @@ class Keeper(TrainerCallback):
             raise TrainingDiverged(
                 f"The gradient of step {step} isn't finite, nor were those of the {limit} steps before. Lower learning_rate."
             )
-        say(f"Step {step}: the gradient isn't finite; this update is left out ({self._skipped} in a row).", "yellow")
+        echo(f"Step {step}: the gradient isn't finite; this update is left out ({self._skipped} in a row).", "yellow")
         self.trainer.model.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
@@ -250,7 +250,7 @@ def fit(
     if saved is not None:
         if ranks.is_main:
             restore_logs(saved.folder, begun.folder)
-        say(f"Going on after step {saved.step} of {steps}")
+        echo(f"Going on after step {saved.step} of {steps}")
         # it would warn of rows per process, which may be more or fewer now; what must not change has been compared
         logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     with (

@@ -19,7 +19,7 @@ from reinforcepp.models.loading import load_tokenizer, save_model, weights_hash
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
 from reinforcepp.models.tokenization import encode_answer
-from reinforcepp.monitoring import reading_progress, say
+from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.reports.reward_model import analyse, save_pairs, summary, tell, write_page
 from reinforcepp.rewards.card import RewardCard
 from reinforcepp.rewards.measure import score_pairs
@@ -67,7 +67,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
             streaming=config.streaming,
             told=told,
         )
-    say(data.summary())
+    echo(data.summary())
     tokenizer = framed(load_tokenizer(config.model), config)
     limit = length_limit(config)
 
@@ -131,7 +131,7 @@ def _measure_and_save(
     tell(card, analysis)
     if analysis:
         write_page(card, pairs, analysis, folder / REPORT_FILE)
-    say(
+    echo(
         f"Saved the reward model to {folder}" + (f", its report to {folder / REPORT_FILE}" if analysis else ""), "green"
     )
     return card

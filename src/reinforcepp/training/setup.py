@@ -16,7 +16,7 @@ from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import is_adapted
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.tokenization import LazyPrompts, encode_prompts
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def encode(
     prompts: Sequence[Prompt]
     if isinstance(rows, SpooledRows) and action == "cut":
         if part == "training":
-            say(f"Prompts are tokenised when their turn comes; what is longer than {limit} tokens is {did}.")
+            echo(f"Prompts are tokenised when their turn comes; what is longer than {limit} tokens is {did}.")
         return LazyPrompts(tokenizer, rows, limit, rows.digest)
     if isinstance(rows, SpooledRows):
         long = [
@@ -51,7 +51,7 @@ def encode(
     else:
         prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit, long_prompts=action)
     if long:
-        say(f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {did}.", "yellow")
+        echo(f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {did}.", "yellow")
     if rows and not prompts:
         raise DataError(f"Every {part} prompt is longer than max_prompt_length {limit}: raise it.")
     return prompts
@@ -122,7 +122,7 @@ def _in_4bit(config: Computing) -> dict[str, Any]:
 def warn_of_bias(config: ReinforceConfig) -> None:
     """Tell where sampling and training see different distributions."""
     if config.top_p < 1 or config.top_k > 0:
-        say(
+        echo(
             f"top_p {config.top_p:g} and top_k {config.top_k} cut the sampled distribution but not the trained one, so "
             "the policy ratio is biased; train with top_p 1 and top_k 0 unless this is what you want to study.",
             "yellow",

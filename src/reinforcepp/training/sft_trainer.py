@@ -21,7 +21,7 @@ from reinforcepp.models.loading import load_policy, load_tokenizer, save_model, 
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.lora import in_4bit, with_adapter
 from reinforcepp.models.tokenization import encode, encode_answer, eos_id, frame_prompt
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_loop import Beginning, begin, check_left, length_limit, meet, open_folder, within
@@ -70,7 +70,7 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
     data, train, heldout = load_texts(
         config.data, heldout_fraction=config.heldout_fraction, seed=config.seed, **config.column_names
     )
-    say(data.summary())
+    echo(data.summary())
     tokenizer = framed(load_tokenizer(config.model), config)
     limit = length_limit(config)
     lessons, unseen = (
@@ -98,7 +98,7 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
         save_model(model, tokenizer, folder)
         write_json(folder / EVALUATION, {when: asdict(of) for when, of in figures.items() if of is not None})
         _tell(figures["before"], figures["after"])
-        say(f"Saved the model to {folder}", "green")
+        echo(f"Saved the model to {folder}", "green")
         return figures
 
     return first.does(measure_and_save)
@@ -158,13 +158,13 @@ def _fit(
 def _tell(before: HeldOut | None, after: HeldOut | None) -> None:
     """One sentence on the held-out rows before and after training."""
     if before is None or after is None:
-        say("No row was held out, so nothing is known about this model beyond its training data.", "yellow")
+        echo("No row was held out, so nothing is known about this model beyond its training data.", "yellow")
         return
     worse = after.loss > before.loss
     note = (
         ": it got worse on what it hasn't seen; fewer num_train_epochs or a lower learning_rate help" if worse else ""
     )
-    say(
+    echo(
         f"Held-out rows ({after.rows}, {after.tokens:,} tokens): loss {before.loss:.3f} -> {after.loss:.3f} nats per token, "
         f"perplexity {before.perplexity:.4g} -> {after.perplexity:.4g}{note}",
         "yellow" if worse else "",

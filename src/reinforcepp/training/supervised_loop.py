@@ -14,7 +14,7 @@ from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
 from reinforcepp.data import SpooledRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import context_length, load_config, weight_bytes
-from reinforcepp.monitoring import reading_progress, say
+from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, clear, describe_run
 from reinforcepp.runtime import started
 from reinforcepp.training import checkpoint
@@ -185,7 +185,7 @@ def some_of(rows: Sequence[T]) -> Sequence[T]:
     """Of rows on the disk those that figures are made of: to measure millions would take as long as to train on them."""
     if not isinstance(rows, SpooledRows) or len(rows) <= MOST_MEASURED:
         return rows
-    say(f"Figures are those of {MOST_MEASURED:,} of {len(rows):,} rows, evenly spread.")
+    echo(f"Figures are those of {MOST_MEASURED:,} of {len(rows):,} rows, evenly spread.")
     return list(rows.spread(MOST_MEASURED))
 
 
@@ -194,7 +194,7 @@ def _without(rows: Sequence[T], long: Sequence[int], limit: int, what: str) -> S
     if not long:
         return rows
     named = ", ".join(str(rows[place].row) for place in long[:5]) + (", …" if len(long) > 5 else "")
-    say(f"Left out {len(long)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them.")
+    echo(f"Left out {len(long)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them.")
     if isinstance(rows, SpooledRows):
         return rows.without(long)
     left_out = set(long)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.files import write_json
-from reinforcepp.rewards import RewardScores
+from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.training.checkpoint import Checkpoint
 from reinforcepp.types import Completion, Prompt, RolloutBatch

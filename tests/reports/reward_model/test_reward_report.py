@@ -19,8 +19,8 @@ from reinforcepp.monitoring.completion_log import save_answers
 from reinforcepp.reports import reward_model as reward_report
 from reinforcepp.reports.reward_model import analyse, save_pairs, tell, write_reward_report
 from reinforcepp.reports.reward_model.write import COLUMNS, read_pairs
-from reinforcepp.rewards import load_reward_model
 from reinforcepp.rewards.card import RewardCard, read_card
+from reinforcepp.rewards.trained import load_reward_model
 
 NASTY = '</script><script>alert("x")</script><img src=x onerror=alert(1)> [red]\x1b[31m\x9b2J\u202e & "quotes" \'too\''
 

@@ -19,8 +19,9 @@ from reinforcepp.commands.generate import load_engine, sampling_of, show_growing
 from reinforcepp.config import ChatConfig
 from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError, nearest
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer
-from reinforcepp.monitoring import say
-from reinforcepp.rewards import RewardFunction, check_reward_folder, load_reward_model, score_all
+from reinforcepp.monitoring import echo
+from reinforcepp.rewards.functions import RewardFunction, score_all
+from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.selection import choose_engine
 from reinforcepp.types import Prompt
@@ -88,7 +89,7 @@ class _Chat:
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")  # a byte that isn't UTF-8 must not end the conversation
         if on_terminal:
-            say(f"{self.config.model} answers. /help lists the commands, Ctrl-D leaves.")
+            echo(f"{self.config.model} answers. /help lists the commands, Ctrl-D leaves.")
         while True:
             try:
                 line = _read_line(on_terminal)
@@ -99,18 +100,18 @@ class _Chat:
             except KeyboardInterrupt:
                 if not on_terminal:
                     return INTERRUPTED
-                say("\nCtrl-D or /quit leaves.")
+                echo("\nCtrl-D or /quit leaves.")
                 continue
             if line in ("/quit", "/exit"):
                 return 0
             try:
                 self._do(line)
             except (DataError, ModelError, RolloutError) as error:
-                say(str(error), "yellow")
+                echo(str(error), "yellow")
             except OSError as error:
                 if not error.strerror:
                     raise
-                say(f"{self.preferences.path} can't be written: {error.strerror}; nothing was added to it.", "yellow")
+                echo(f"{self.preferences.path} can't be written: {error.strerror}; nothing was added to it.", "yellow")
 
     def _do(self, line: str) -> None:
         """What one line asks for; an empty one nothing."""
@@ -121,7 +122,7 @@ class _Chat:
                 "prefer": self._prefer,
                 "system": self._system,
                 "reset": self._reset,
-                "help": lambda _: say(HELP),
+                "help": lambda _: echo(HELP),
             }
             if name not in commands:
                 known = [f"/{command}" for command in (*commands, "quit")]
@@ -136,7 +137,7 @@ class _Chat:
         prompt = ask()
         if (more := self.conversation.left_out - before) > 0:
             turns = "turn of the conversation is" if more == 1 else "turns of the conversation are"
-            say(f"The context is full: the oldest {more} {turns} left out from here on.", "yellow")
+            echo(f"The context is full: the oldest {more} {turns} left out from here on.", "yellow")
         with _stop_on_interrupt() as stopped, closing(self.engine.stream(prompt, sampling_of(self.config))) as growing:
             completion = show_growing(growing, stopped)
             was_stopped = stopped()
@@ -147,7 +148,7 @@ class _Chat:
         if completion.finish_reason == "length":
             notes.append("stopped" if was_stopped else f"cut off after {self.config.max_new_tokens} tokens")
         if notes:
-            say(f"({', '.join(notes)})", "dim")
+            echo(f"({', '.join(notes)})", "dim")
 
     def _regenerate(self, _: str) -> None:
         if self.config.temperature == 0:
@@ -158,15 +159,15 @@ class _Chat:
         if rest and not (rest.isascii() and rest.isdigit()):
             raise DataError(f"/prefer takes the number of an answer, not {rest!r}.")
         better, worse = self.conversation.prefer(int(rest) if rest else None, self.preferences.append)
-        say(f"Answer {better} is better than answer {worse}: added to {self.preferences.path}.", "green")
+        echo(f"Answer {better} is better than answer {worse}: added to {self.preferences.path}.", "green")
 
     def _system(self, rest: str) -> None:
         self.conversation.system = rest or None
-        say("The next answers follow this system message." if rest else "There is no system message now.")
+        echo("The next answers follow this system message." if rest else "There is no system message now.")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        say("The conversation begins anew.")
+        echo("The conversation begins anew.")
 
 
 def _read_line(on_terminal: bool) -> str:

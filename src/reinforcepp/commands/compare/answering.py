@@ -16,7 +16,7 @@ from reinforcepp.errors import ModelError
 from reinforcepp.models.loading import check_context, context_length, load_config, load_policy, load_tokenizer
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import encode, encode_answer, encode_prompts, frame_prompt
-from reinforcepp.monitoring import Progress, say
+from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
 from reinforcepp.training.evaluation import BATCH, Logprobs, answer_logprobs, kl_sums
@@ -79,7 +79,7 @@ def make_ready(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, Re
         tokenizer = load_tokenizer(name)
         prompts, cut = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
         if cut and side in SIDES:
-            say(
+            echo(
                 f"{len(cut)} of {len(rows)} prompts are longer than {config.max_prompt_length} tokens of {side} and were cut "
                 "from the left.",
                 "yellow",
@@ -106,7 +106,7 @@ def choose_for_both(config: CompareConfig) -> EngineChoice:
     ]
     choice = next((each for each in choices if each.name == "transformers"), choices[0])
     if config.engine == "auto":
-        say(f"Completions come from {choice.name}: {choice.reason}.")
+        echo(f"Completions come from {choice.name}: {choice.reason}.")
     return choice
 
 

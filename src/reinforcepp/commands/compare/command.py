@@ -17,7 +17,7 @@ from reinforcepp.config import CompareConfig, as_dict
 from reinforcepp.data import Names, PromptRow, count, load_prompts, normalize, read_table, resolve_data
 from reinforcepp.data.builtin import JUDGE_NAME
 from reinforcepp.files import whole_file, write_json
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.page import as_page
 from reinforcepp.reports.comparison.result import (
@@ -30,7 +30,8 @@ from reinforcepp.reports.comparison.result import (
     mean_by_prompt,
 )
 from reinforcepp.reports.comparison.statistics import Array, compare, preferences, ratio_error
-from reinforcepp.rewards import check_reward_folder, load_rewards
+from reinforcepp.rewards.sources import load_rewards
+from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import check_output, clear, describe_run
 from reinforcepp.training.evaluation import mean_kl, standard_error
 from reinforcepp.types import Completion
@@ -53,7 +54,7 @@ def run_compare(config: CompareConfig) -> ModelComparison:
     write_json(folder / "compare.json", comparison.summary())
     with whole_file(folder / "compare.html") as file:
         file.write(as_page(comparison))
-    say(f"Everything is in {folder}: compare.json, answers.jsonl and, to judge for yourself, compare.html", "green")
+    echo(f"Everything is in {folder}: compare.json, answers.jsonl and, to judge for yourself, compare.html", "green")
     report.show(comparison)
     return comparison
 
@@ -119,7 +120,7 @@ def prompts_to_answer(config: CompareConfig) -> list[PromptRow]:
         places = sorted(random.Random(config.seed).sample(range(len(rows)), config.max_prompts))
         rows = [rows[place] for place in places]
     which = f"{count(len(rows), 'held-out prompt')}" if heldout else f"no prompt is held out, so all {len(rows)}"
-    say(f"{data.summary()}; {which} to answer")
+    echo(f"{data.summary()}; {which} to answer")
     return list(rows)
 
 
@@ -149,7 +150,7 @@ def judged(config: CompareConfig, answers: Mapping[str, Sequence[Completion]]) -
     for reward in judge.trained if torch.cuda.is_available() else ():
         reward.model.to("cuda")
     different = {_identity(answer): answer for side in SIDES for answer in answers[side]}
-    say(f"{config.judge_name} scores {count(len(different), 'different answer')}")
+    echo(f"{config.judge_name} scores {count(len(different), 'different answer')}")
     scores = dict(zip(different, judge.score(list(different.values())).known, strict=True))
     return {side: [scores[_identity(answer)] for answer in answers[side]] for side in SIDES}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from reinforcepp.config import CompareConfig
 from reinforcepp.data.builtin import JUDGE_NAME
-from reinforcepp.rewards import check_reward_folder
+from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import RUN_FILE
 
 SPLIT = ("seed", "heldout_fraction", "prompt_column")

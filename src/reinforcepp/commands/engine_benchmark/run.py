@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 from reinforcepp.types import Sampling
 
 WAYS = {
@@ -129,13 +129,13 @@ def compare(comparison: Comparison, ways: Sequence[str] = tuple(WAYS)) -> dict[s
     with ExitStack() as stack:
         processes = {}
         for way in ways:
-            say(f"starting {WAYS[way]} ...")
+            echo(f"starting {WAYS[way]} ...")
             processes[way] = Process(way, comparison)
             stack.callback(processes[way].close)
         quality = _greedy(processes, comparison)
         rounds: list[Any] = []
         for turn in range(comparison.rounds):
-            say(f"round {turn + 1} of {comparison.rounds} ...")
+            echo(f"round {turn + 1} of {comparison.rounds} ...")
             order = list(ways)[turn % len(ways) :] + list(ways)[: turn % len(ways)]
             rounds += [_run(processes[way], comparison, size, turn) for size in comparison.sizes for way in order]
         rounds = [measured for measured in rounds if measured is not None]

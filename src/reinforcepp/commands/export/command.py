@@ -12,7 +12,7 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.files import appearing_folder, flush
 from reinforcepp.models.loading import load_tokenizer, save_model, weight_bytes
 from reinforcepp.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 from reinforcepp.run_dir import check_output
 
 
@@ -29,7 +29,7 @@ def run_export(config: ExportConfig) -> None:
     check_output(config.output_dir, overwrite=False, needed_bytes=weight_bytes(source.name))
     with appearing_folder(folder) as partial:
         write_folder(source, config.dtype, partial, folder.name, merge=config.merge)
-    say(f"Wrote {config.output_dir}, with {CARD} as its model card.", "green")
+    echo(f"Wrote {config.output_dir}, with {CARD} as its model card.", "green")
 
 
 def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: bool = True) -> None:

@@ -14,7 +14,7 @@ from reinforcepp.commands.export.command import write_folder
 from reinforcepp.commands.export.source import find_source
 from reinforcepp.config import PushConfig
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 
 # Connections fail with errors of the library that the hub's client takes, which differs by version.
 UNREACHABLE: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
@@ -47,7 +47,7 @@ def run_push(config: PushConfig) -> None:
                     f"{repo} is there already and everybody can see it: make it private on the hub, or give another repo."
                 )
             api.upload_folder(repo_id=repo, folder_path=name, commit_message="Upload by reinforcepp")
-    say(f"Uploaded to {constants.ENDPOINT}/{repo}", "green")
+    echo(f"Uploaded to {constants.ENDPOINT}/{repo}", "green")
 
 
 @contextmanager

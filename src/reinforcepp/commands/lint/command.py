@@ -17,7 +17,7 @@ from reinforcepp.config import LintConfig
 from reinforcepp.data import count
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.monitoring import printable, say
+from reinforcepp.monitoring import echo, printable
 
 FAILED = 1
 
@@ -37,7 +37,7 @@ def run_lint(config: LintConfig) -> int:
     else:
         with whole_file(output) as file:
             file.write(_as_text(report, config.format))
-        say(f"{forms.summary(report)} Wrote {output}")
+        echo(f"{forms.summary(report)} Wrote {output}")
     if copy is not None:
         _tell_changes(write_fixed(Path(config.data), copy, config), copy)
     return FAILED if report.fails(config.fail_on) else 0
@@ -84,7 +84,7 @@ def _as_text(report: Report, form: str) -> str:
 
 def _tell_changes(changes: Sequence[Change], copy: Path) -> None:
     done = Counter(change.action for change in changes)
-    say(
+    echo(
         f"Wrote {copy}: {count(done['dropped'], 'row')} dropped, {done['changed']} changed, each told in {log_path(copy)}",
         "green",
     )

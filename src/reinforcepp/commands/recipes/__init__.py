@@ -14,7 +14,7 @@ from pathlib import Path
 from reinforcepp.config import RecipesConfig
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.monitoring import say
+from reinforcepp.monitoring import echo
 
 FOLDER = Path(__file__).parent
 REWARD = ".reward"
@@ -107,7 +107,7 @@ def copy(name: str, file: str | None, *, overwrite: bool) -> list[Path]:
         with whole_file(path) as written:
             written.write(_renamed(text, name, target))
     steps = " && ".join(_renamed(step, name, target) for step in recipe.commands)
-    say(f"Wrote {' and '.join(map(str, copies))}, for {recipe.hardware}. To start: {steps}")
+    echo(f"Wrote {' and '.join(map(str, copies))}, for {recipe.hardware}. To start: {steps}")
     return list(copies)
 
 

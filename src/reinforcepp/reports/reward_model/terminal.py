@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from reinforcepp.monitoring import console, say
+from reinforcepp.monitoring import console, echo
 from reinforcepp.reports.reward_model.figures import Analysis, Bucket
 from reinforcepp.reports.reward_model.verdict import is_sound, verdict
 from reinforcepp.rewards.card import RewardCard
@@ -17,11 +17,11 @@ ENOUGH_FOR_TABLES = 40
 def tell(card: RewardCard, analysis: Analysis | None) -> None:
     """Figures, verdict and, where there are enough pairs, in which of them the model is right."""
     if analysis is None:
-        say("No pair was held out, so nothing is known about this reward model beyond its training data.", "yellow")
+        echo("No pair was held out, so nothing is known about this reward model beyond its training data.", "yellow")
         return
     f = analysis.figures
     ties = f", {f.ties} ties" if f.ties else ""
-    say(
+    echo(
         f"Held out {f.pairs} pairs: accuracy {f.accuracy:.2f}{ties} (the longer one wins: {f.longer_wins:.2f}), "
         f"margin {f.mean_margin:.2f}, calibration error {f.calibration_error:.2f}, "
         f"correlation of score with length {f.length_correlation:+.2f}"
@@ -29,7 +29,7 @@ def tell(card: RewardCard, analysis: Analysis | None) -> None:
     if f.pairs >= ENOUGH_FOR_TABLES:
         console.print(bucket_table("margin", analysis.by_margin))
         console.print(bucket_table("chosen answer", analysis.by_length_difference))
-    say(verdict(analysis, card.train_accuracy), "green" if is_sound(analysis) else "yellow")
+    echo(verdict(analysis, card.train_accuracy), "green" if is_sound(analysis) else "yellow")
 
 
 def bucket_table(title: str, buckets: Sequence[Bucket]) -> Table:
