@@ -255,7 +255,7 @@ def test_the_check_for_rooms_sees(file, source, count):
 
 @pytest.mark.parametrize("file", NAMES)
 def test_no_file_is_long(file):
-    assert len((SOURCE / file).read_text(encoding="utf-8").splitlines()) <= 400
+    assert len((SOURCE / file).read_text(encoding="utf-8").splitlines()) <= 600
 
 
 def unsafe(source: str) -> list[str]:
