@@ -144,7 +144,7 @@ def main() -> None:
         make(folder, job)
         return
     if job.get("copied_reference"):
-        reinforce_trainer.reference_of = lambda policy: copy.deepcopy(policy).requires_grad_(False)
+        reinforce_trainer.make_reference = lambda policy: copy.deepcopy(policy).requires_grad_(False)
     peaks = Peaks()
     watch(peaks)
     trainer = verbs.train(TrainConfig(**job["settings"]))

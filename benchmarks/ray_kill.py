@@ -26,7 +26,7 @@ from results import write_result
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.data import load_prompts
-from reinforcepp.models.chat_template import framed
+from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_policy, load_tokenizer, weights_hash
 from reinforcepp.rollout.ray.engine import RayEngine
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -78,7 +78,7 @@ def training(address: str, steps: int, every: float | None) -> dict[str, Any]:
         eval_prompts=0,
         output_dir=tempfile.mkdtemp(),
     )
-    model, tokenizer = load_policy(MODEL), framed(load_tokenizer(MODEL), config)
+    model, tokenizer = load_policy(MODEL), with_chat_template(load_tokenizer(MODEL), config)
     engine = Watched(address, model, tokenizer, engine="transformers", workers=2, max_length=400, batch_size=32)
     rows = load_prompts("builtin:network", heldout_fraction=0, seed=0)[1]
     trainer = ReinforceTrainer(model, ["builtin:judge"], config, rows, processing_class=tokenizer, engine=engine)

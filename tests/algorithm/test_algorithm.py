@@ -9,18 +9,18 @@ import torch
 
 from reinforcepp.algorithm.advantages import (
     clip_rewards,
+    combine_moments,
     compute_advantages,
-    gae,
+    compute_gae,
     group_advantages,
     moment_sums,
-    moments,
     normalize,
-    raw_returns,
     returns_to_go,
     token_rewards,
+    unnormalized_advantages,
 )
 from reinforcepp.algorithm.kl import kl_estimate
-from reinforcepp.algorithm.losses import bradley_terry_loss, masked_mean, policy_loss, rollout_weights, value_loss
+from reinforcepp.algorithm.losses import bradley_terry_loss, importance_weights, masked_mean, policy_loss, value_loss
 from reinforcepp.errors import ConfigError
 
 NAN = float("nan")
@@ -85,7 +85,7 @@ def test_g3_normalisation_is_global_over_ranks():
     rewards, mask = tensor([3, 1, -1, -3]), mask_of([2, 1, 2, 2])
     returns = returns_to_go(token_rewards(rewards, None, mask, 0.0), mask)
     ranks = [(returns[:2], mask[:2]), (returns[2:], mask[2:])]
-    over_all = moments(sum(moment_sums(*rank) for rank in ranks))
+    over_all = combine_moments(sum(moment_sums(*rank) for rank in ranks))
     parts = [normalize(*rank, over_all) for rank in ranks]
     close(torch.cat(parts)[:, 0], [1.333946, 0.485071, -0.363803, -1.212678])
 
@@ -137,11 +137,11 @@ def test_g7_token_mean_over_the_whole_step():
 )
 def test_g8_correction_for_another_engines_samples(mode, weights, expected):
     old, rollout = tensor([[-1, -2, -0.5, -1]]), tensor([[-1.1, -4, 0.5, -1.05]])
-    actual = rollout_weights(old, rollout, torch.ones(1, 4), mode=mode, low=0.5, high=5)
+    actual = importance_weights(old, rollout, torch.ones(1, 4), mode=mode, low=0.5, high=5)
     close(actual, [weights])
     loss, _ = policy_loss(old, old, torch.ones(1, 4), torch.ones(1, 4), weights_BT=actual)
     close(loss, expected)
-    assert rollout_weights(old, rollout, torch.ones(1, 4), mode="off", low=0.5, high=5) is None
+    assert importance_weights(old, rollout, torch.ones(1, 4), mode="off", low=0.5, high=5) is None
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_group_estimators_equal_a_naive_loop_after_a_shuffle(seed, estimator):
     }[estimator]
     expected = [own(r, groups[g]) for r, g in zip(rewards, ids, strict=True)]
     lengths = [rng.randint(1, 5) for _ in ids]
-    actual, _ = raw_returns(
+    actual, _ = unnormalized_advantages(
         tensor(rewards),
         None,
         mask_of(lengths),
@@ -306,7 +306,7 @@ def test_gae_equals_a_naive_loop(seed):
         for i, t in enumerate(places):
             row[t] = sum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:]))
         expected.append(row)
-    actual, returns = gae(tensor(token_rewards), tensor(values), tensor(mask), gamma=gamma, lam=lam)
+    actual, returns = compute_gae(tensor(token_rewards), tensor(values), tensor(mask), gamma=gamma, lam=lam)
     close(actual, expected, 1e-4)
     close(
         returns,
@@ -317,7 +317,7 @@ def test_gae_equals_a_naive_loop(seed):
 
 def test_gae_ignores_what_is_masked():
     mask = tensor([[1, 0, 1, 0]])
-    spoilt = gae(tensor([[0, NAN, 1, NAN]]), tensor([[0.5, NAN, 0.25, NAN]]), mask, gamma=1.0, lam=1.0)
+    spoilt = compute_gae(tensor([[0, NAN, 1, NAN]]), tensor([[0.5, NAN, 0.25, NAN]]), mask, gamma=1.0, lam=1.0)
     close(spoilt[0], [[0.5, 0, 0.75, 0]])
     close(spoilt[1], [[1, 0, 1, 0]])
 

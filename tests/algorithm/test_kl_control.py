@@ -2,7 +2,7 @@
 
 import pytest
 
-from reinforcepp.algorithm.kl import adapted
+from reinforcepp.algorithm.kl import next_kl_coef
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,8 @@ from reinforcepp.algorithm.kl import adapted
     ],
 )
 def test_by_hand(kl, expected):
-    assert adapted(0.1, kl, target=0.05, completions=64, horizon=1000) == pytest.approx(expected, rel=1e-12)
+    assert next_kl_coef(0.1, kl, target=0.05, completions=64, horizon=1000) == pytest.approx(expected, rel=1e-12)
 
 
 def test_it_never_becomes_negative():
-    assert adapted(0.1, 0.0, target=0.05, completions=64, horizon=1) == 0.0
+    assert next_kl_coef(0.1, 0.0, target=0.05, completions=64, horizon=1) == 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reinforcepp.algorithm.estimators import RECIPES
+from reinforcepp.algorithm.estimators import ESTIMATORS
 from reinforcepp.commands.compare_estimators import run as comparison
 from reinforcepp.config import CompareAlgorithmsConfig
 from reinforcepp.errors import ConfigError
@@ -81,7 +81,7 @@ def test_the_grid_tells_the_worst_and_the_spread(made):
 
 
 def test_every_estimator_has_code_of_its_own():
-    lines = {name: comparison.lines_of_code(name) for name in RECIPES}
+    lines = {name: comparison.lines_of_code(name) for name in ESTIMATORS}
     assert min(lines.values()) > 5 and max(lines, key=lines.__getitem__) == "ppo"
 
 

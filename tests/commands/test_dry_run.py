@@ -8,7 +8,7 @@ from reinforcepp.commands.dry_run import settings
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.models import loading as models
 from reinforcepp.models.loading import load_tokenizer
-from reinforcepp.models.tokenization import encode, encode_answer, frame_prompt
+from reinforcepp.models.tokenization import encode, encode_example, format_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_the_tokens_are_those_that_the_model_gets(model_folder, pairs_csv, capsy
     assert out.count("the score is read at the last") == 6
     tokenizer = load_tokenizer(str(model_folder))
     prompt, chosen = "How do I see my routes?", "Run ip route and read the default line."
-    ids, length = encode_answer(tokenizer, prompt, chosen), len(encode(tokenizer, frame_prompt(tokenizer, prompt)))
+    ids, length = encode_example(tokenizer, prompt, chosen), len(encode(tokenizer, format_prompt(tokenizer, prompt)))
     if f"'Question: {prompt}" in out:  # unless it is held out
         tokens = " ".join(f"{str(tokenizer.decode([i]))!r}:{i}" for i in ids)
         assert f"  tokens  {tokens}\n" in out

@@ -421,11 +421,11 @@ def test_lengths_are_measured_with_the_models_own_tokenizer(write, model_folder)
 
 def test_what_just_fits_is_not_too_long(write):
     from reinforcepp.models.loading import load_tokenizer
-    from reinforcepp.models.tokenization import encode, encode_answer, frame_prompt
+    from reinforcepp.models.tokenization import encode, encode_example, format_prompt
 
     rows, tokenizer = sound(), load_tokenizer("builtin:tiny")
-    prompts = max(len(encode(tokenizer, frame_prompt(tokenizer, prompt))) for prompt, _, _ in rows)
-    pairs = max(len(encode_answer(tokenizer, row[0], answer)) for row in rows for answer in row[1:])
+    prompts = max(len(encode(tokenizer, format_prompt(tokenizer, prompt))) for prompt, _, _ in rows)
+    pairs = max(len(encode_example(tokenizer, row[0], answer)) for row in rows for answer in row[1:])
     path = write(rows)
     assert found(path, model="builtin:tiny", max_prompt_length=prompts, max_length=pairs) == {}
     findings = found(path, model="builtin:tiny", max_prompt_length=prompts - 1, max_length=pairs - 1)

@@ -19,7 +19,7 @@ from reinforcepp.commands import cli
 from reinforcepp.commands.reward_server import BadRequest, RewardServer, score_request
 from reinforcepp.errors import RewardError
 from reinforcepp.models.loading import load_tokenizer
-from reinforcepp.models.tokenization import encode_answer, frame_completion, frame_prompt
+from reinforcepp.models.tokenization import encode_example, format_completion, format_prompt
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rewards.trained import load_reward_model
@@ -89,9 +89,9 @@ def test_health_and_both_names_of_scores(reward):
 def test_without_prompts_a_query_is_taken_as_framed(reward):
     tokenizer = reward.tokenizer
     framed = [
-        frame_prompt(tokenizer, p) + frame_completion(tokenizer, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)
+        format_prompt(tokenizer, p) + format_completion(tokenizer, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)
     ]
-    rows = [encode_answer(tokenizer, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    rows = [encode_example(tokenizer, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     expected = pytest.approx(reward.score_rows(rows), abs=0.05)  # prompt and answer are tokenised together here
     assert score_request(reward, {"query": framed}) == expected
     assert score_request(reward, {"query": [text + tokenizer.eos_token for text in framed]}) == expected
@@ -343,7 +343,7 @@ def test_a_reward_model_may_have_another_tokenizer_than_the_policy(tmp_path, rew
     run.rewards.trained[0].score_rows = lambda rows: seen.extend(rows) or score_rows(rows)
     completions = run.engine.generate(run.prompts, run.sampler.sampling(0))
     scores = run.rewards.score(completions)
-    rows = [encode_answer(others, c.prompt.text, c.text, ended=c.finish_reason == "stop") for c in completions]
+    rows = [encode_example(others, c.prompt.text, c.text, ended=c.finish_reason == "stop") for c in completions]
     assert seen == rows and all(max(row) < len(others) for row in rows)
     assert scores.total == pytest.approx(load_reward_model(str(reward_folder)).score_rows(rows), abs=1e-6)
     assert run.train()[0]["rewards/reward_model/mean"] == pytest.approx(sum(scores.total) / len(scores.total), abs=1e-5)

@@ -217,7 +217,7 @@ def test_one_text_is_what_the_plain_frame_makes_of_the_turns():
     import tiny
     from transformers import PreTrainedTokenizerFast
 
-    from reinforcepp.models.tokenization import PLAIN_TEMPLATE, frame_prompt
+    from reinforcepp.models.tokenization import PLAIN_TEMPLATE, format_prompt
 
     tokenizer = tiny.tokenizer()
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
@@ -226,7 +226,7 @@ def test_one_text_is_what_the_plain_frame_makes_of_the_turns():
     (row,) = prompt_rows([{"prompt": turns}], "x")
     framed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     # The frame ends an earlier answer with the token of the end, the text with a line.
-    assert frame_prompt(tokenizer, row.prompt) == framed.replace(tokenizer.eos_token, "\n")
+    assert format_prompt(tokenizer, row.prompt) == framed.replace(tokenizer.eos_token, "\n")
 
 
 def test_a_prompt_ends_with_the_last_question(write):

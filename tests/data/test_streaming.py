@@ -21,7 +21,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import SpooledRows, _text, load_preferences, load_prompts
 from reinforcepp.data.row_store import Spool
 from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.models.chat_template import framed
+from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import tokenizer_for
 from reinforcepp.models.tokenization import LazyPrompts
 from reinforcepp.training.batches import PromptBatches
@@ -237,7 +237,7 @@ def test_rows_without_lines_are_numbered_by_their_place(tmp_path, name):
 
 
 def test_prompts_tokenised_when_their_turn_comes(tmp_path):
-    tokenizer = framed(tokenizer_for(tiny.model().config, tiny.tokenizer()), ReinforceConfig())
+    tokenizer = with_chat_template(tokenizer_for(tiny.model().config, tiny.tokenizer()), ReinforceConfig())
     path = write(tmp_path / "a.jsonl", [*ROWS, ROWS[0] | {"prompt": "long " * 200}])
     rows, spooled = (
         load_prompts(path, heldout_fraction=0, seed=0, streaming=streaming)[1] for streaming in (False, True)
@@ -296,7 +296,7 @@ def test_a_resumed_run_knows_its_data_again(tmp_path, model_folder, capsys, monk
 
 
 def test_figures_of_many_pairs_are_those_of_some(tmp_path, model_folder, monkeypatch, capsys):
-    monkeypatch.setattr("reinforcepp.training.supervised_loop.MOST_MEASURED", 2)
+    monkeypatch.setattr("reinforcepp.training.supervised_loop.MAX_MEASURED_ROWS", 2)
     run("reward", tmp_path / "rm", write(tmp_path / "a.jsonl", ROWS), "--model", model_folder, "--streaming")
     assert "Figures are those of 2 of 10 rows, evenly spread." in capsys.readouterr().err
     card = json.loads((tmp_path / "rm" / "reward_model.json").read_text())

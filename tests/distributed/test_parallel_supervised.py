@@ -52,12 +52,12 @@ figures = trained("sft", "sft")
 told["losses"] = [figures["before"].loss, figures["after"].loss]
 trained("reward", "uneven", "uneven", num_train_epochs=1, keep_best="accuracy", save_every=2)
 if started() == 2:
-    as_ever, resumable.Keeper.on_step_end = resumable.Keeper.on_step_end, stop_after_three
+    as_ever, resumable.TrainingCallback.on_step_end = resumable.TrainingCallback.on_step_end, stop_after_three
     try:
         trained("reward", "stopped")
     except Interrupted as stop:
         told["stopped"] = str(stop)
-    resumable.Keeper.on_step_end = as_ever
+    resumable.TrainingCallback.on_step_end = as_ever
     trained("reward", "stopped", resume=True)
 else:
     trained("reward", "gone on", resume=str(folder / "stopped-2/checkpoints/step-000003"))

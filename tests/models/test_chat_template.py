@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from reinforcepp.commands.cli import main
 from reinforcepp.config.chat_template import Framing
 from reinforcepp.errors import ConfigError
-from reinforcepp.models.chat_template import framed, with_system_prompt
+from reinforcepp.models.chat_template import with_chat_template, with_system_prompt
 from reinforcepp.models.loading import load_tokenizer, prepare_tokenizer
-from reinforcepp.models.tokenization import frame_completion, frame_prompt
+from reinforcepp.models.tokenization import format_completion, format_prompt
 from reinforcepp.monitoring.completion_log import COMPLETIONS
 
 CHAT = (
@@ -21,15 +21,15 @@ NO_SYSTEM = CHAT.replace("in messages", "in messages if m['role'] != 'system'")
 
 
 def tokenizer(**settings):
-    return framed(prepare_tokenizer(tiny.tokenizer(), tiny.model().config, "tiny"), Framing(**settings))
+    return with_chat_template(prepare_tokenizer(tiny.tokenizer(), tiny.model().config, "tiny"), Framing(**settings))
 
 
 def test_a_system_prompt_comes_first_and_only_where_there_is_none():
     plain = tokenizer(system_prompt="Be short.")
-    assert frame_prompt(plain, "Why?") == "Be short.\n\nQuestion: Why?\nAnswer:"
+    assert format_prompt(plain, "Why?") == "Be short.\n\nQuestion: Why?\nAnswer:"
     chat = tokenizer(chat_template=CHAT, system_prompt="Be short.")
-    assert frame_prompt(chat, "Why?") == "<system>Be short.<user>Why?<assistant>"
-    assert frame_completion(chat, "Why?", "So.") == "So."
+    assert format_prompt(chat, "Why?") == "<system>Be short.<user>Why?<assistant>"
+    assert format_completion(chat, "Why?", "So.") == "So."
     own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Why?"}]
     assert chat.apply_chat_template(own, tokenize=False) == "<system>Be long.<user>Why?"
 
@@ -45,7 +45,7 @@ def test_any_text_may_be_a_system_prompt(text):
 def test_a_template_from_a_file(tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(CHAT, encoding="utf-8")
-    assert frame_prompt(tokenizer(chat_template=str(path)), "Why?") == "<user>Why?<assistant>"
+    assert format_prompt(tokenizer(chat_template=str(path)), "Why?") == "<user>Why?<assistant>"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,6 @@ def test_the_frame_is_stored_with_both_models(model_folder, pairs_csv, tmp_path)
     train = ["train", *usual, *short, "--reward_model", str(tmp_path / "rm"), "--output_dir", str(tmp_path / "run")]
     assert main(train) == 0
     for folder in ("rm", "run"):
-        assert frame_prompt(load_tokenizer(str(tmp_path / folder)), "Why?").startswith("Be 'short'.\nAlways.")
+        assert format_prompt(load_tokenizer(str(tmp_path / folder)), "Why?").startswith("Be 'short'.\nAlways.")
     seen = pq.read_table(tmp_path / "run" / COMPLETIONS / "step-000001.parquet").to_pylist()
     assert seen and all("Be 'short'" not in row["prompt"] for row in seen)  # the frame is no part of the data

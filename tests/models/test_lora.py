@@ -15,12 +15,12 @@ from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, save_model
 from reinforcepp.models.lora import (
     ADAPTER_WEIGHTS,
-    WithoutAdapter,
+    AdapterDisabled,
     base_model,
     full_weights,
-    load_trained_weights,
-    reference_of,
-    trained_weights,
+    load_trainable_weights,
+    make_reference,
+    trainable_weights,
     with_adapter,
 )
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
@@ -88,7 +88,7 @@ def test_the_seed_decides_its_first_weights_and_leaves_the_others_alone(bases):
     expected = torch.rand(1)
     torch.manual_seed(3)
     one, same, other = (
-        trained_weights(with_adapter(load_policy(bases["gpt2"]), Adapters(use_peft=True), seed=seed))
+        trainable_weights(with_adapter(load_policy(bases["gpt2"]), Adapters(use_peft=True), seed=seed))
         for seed in (0, 0, 1)
     )
     assert torch.rand(1) == expected
@@ -125,22 +125,22 @@ def test_peft_itself_loads_what_is_saved(bases, tmp_path):
 
 def test_the_reference_is_the_same_weights_with_the_adapter_off(bases):
     plain, model = load_policy(bases["llama"]), adapted(bases["llama"])
-    reference = reference_of(model)
-    assert isinstance(reference, WithoutAdapter)
+    reference = make_reference(model)
+    assert isinstance(reference, AdapterDisabled)
     assert_same(logits(reference), logits(plain))
     assert not torch.allclose(logits(model), logits(plain), atol=0.1)
     own, held = plain.state_dict(), reference.state_dict()
     assert own.keys() == held.keys() and all(torch.equal(own[name], held[name]) for name in own)
     places = {p.data_ptr() for p in model.parameters()}
     assert all(tensor.data_ptr() in places for tensor in held.values())  # no second copy
-    copied = reference_of(plain)
+    copied = make_reference(plain)
     assert copied is not plain and not any(p.requires_grad for p in copied.parameters())
 
 
 def test_trained_weights_come_back(bases):
     one, other = adapted(bases["gpt2"], seed=1), adapted(bases["gpt2"], seed=2)
-    taken = {name: value.clone() for name, value in trained_weights(one).items()}
-    load_trained_weights(other, taken)
+    taken = {name: value.clone() for name, value in trainable_weights(one).items()}
+    load_trainable_weights(other, taken)
     assert_same(logits(other), logits(one), atol=0)
 
 
@@ -189,7 +189,7 @@ def test_settings_that_contradict_each_other(settings, named):
 def test_settings_from_json_are_the_same():
     assert ReinforceConfig(lora_target_modules=["all-linear"]).use_peft is False
     adapted_by_list = with_adapter(tiny.model(), Adapters(use_peft=True, lora_target_modules=["all-linear"]), seed=0)
-    assert len(trained_weights(adapted_by_list)) == 2 * 2 * 4
+    assert len(trainable_weights(adapted_by_list)) == 2 * 2 * 4
 
 
 def test_folders_that_cannot_be_merged(bases, tmp_path):

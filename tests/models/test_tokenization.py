@@ -17,14 +17,14 @@ def tokenizer():
 
 
 def test_plain_frame_and_its_completion(tokenizer):
-    assert tokens.frame_prompt(tokenizer, "Why?") == "Question: Why?\nAnswer:"
-    assert tokens.frame_completion(tokenizer, "Why?", "Because.") == " Because."
+    assert tokens.format_prompt(tokenizer, "Why?") == "Question: Why?\nAnswer:"
+    assert tokens.format_completion(tokenizer, "Why?", "Because.") == " Because."
 
 
 def test_an_answer_ends_with_one_eos_unless_it_was_cut_off(tokenizer):
     eos = tokenizer.eos_token_id
-    ended = tokens.encode_answer(tokenizer, "Why?", "Because.")
-    cut = tokens.encode_answer(tokenizer, "Why?", "Because.", ended=False)
+    ended = tokens.encode_example(tokenizer, "Why?", "Because.")
+    cut = tokens.encode_example(tokenizer, "Why?", "Because.", ended=False)
     assert ended == [*cut, eos] and eos not in cut
 
 
@@ -33,14 +33,14 @@ def test_a_template_with_text_after_the_eos_still_ends_with_it(tokenizer):
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    assert tokens.frame_completion(tokenizer, "Why?", "Because.") == "Because."
-    assert tokens.encode_answer(tokenizer, "Why?", "Because.")[-1] == tokenizer.eos_token_id
+    assert tokens.format_completion(tokenizer, "Why?", "Because.") == "Because."
+    assert tokens.encode_example(tokenizer, "Why?", "Because.")[-1] == tokenizer.eos_token_id
 
 
 def test_a_template_that_contradicts_itself_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ModelError, match="training and use would disagree"):
-        tokens.frame_completion(tokenizer, "Why?", "Because.")
+        tokens.format_completion(tokenizer, "Why?", "Because.")
 
 
 def rows(*texts):

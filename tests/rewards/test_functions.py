@@ -8,7 +8,7 @@ import pytest
 
 from reinforcepp.data import load_prompts, resolve_data
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
-from reinforcepp.rewards.functions import RewardScores, distinct_names, name_of, only_scored, score_with
+from reinforcepp.rewards.functions import RewardScores, drop_unscored, function_name, score_with, unique_names
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.types import Completion, Prompt
 
@@ -74,7 +74,7 @@ def test_anything_else_is_an_error_that_names_the_function(returned, error, mess
 def test_the_gold_judge_is_a_reward_by_its_name():
     (judge,) = load_rewards("builtin:judge").functions
     (row,) = load_prompts("builtin:network", heldout_fraction=0, seed=0)[2][:1]
-    assert judge([row.prompt] * 2, ["", "Buy a new router."]) == [0.0, 0.0] and name_of(judge) == "judge"
+    assert judge([row.prompt] * 2, ["", "Buy a new router."]) == [0.0, 0.0] and function_name(judge) == "judge"
     train = resolve_data("builtin:network").train
     with open(train, encoding="utf-8", newline="") as file:
         pairs = list(csv.DictReader(file))[:20]
@@ -106,9 +106,11 @@ def of_prompts(*keys):
 
 
 def kept(completions, totals, **settings):
-    rest, scores = only_scored(completions, RewardScores(totals, {"f": totals, "g": [None] * len(totals)}), **settings)
+    rest, scores = drop_unscored(
+        completions, RewardScores(totals, {"f": totals, "g": [None] * len(totals)}), **settings
+    )
     assert scores.by_function == {"f": scores.total, "g": [None] * len(rest)}
-    assert scores.left_out == len(completions) - len(rest)
+    assert scores.skipped == len(completions) - len(rest)
     return [c.text for c in rest], scores.total
 
 
@@ -136,7 +138,7 @@ def test_functions_of_one_name_are_logged_each_on_its_own():
     def length_1(completions):
         return [0.0, 0.0]
 
-    assert distinct_names([length, length_1, length, length]) == ["length", "length_1", "length_2", "length_3"]
+    assert unique_names([length, length_1, length, length]) == ["length", "length_1", "length_2", "length_3"]
     assert list(score_with([length, length], COMPLETIONS).by_function) == ["length", "length_1"]
 
 
@@ -232,7 +234,7 @@ def test_what_all_processes_ask_together_comes_first_and_also_without_completion
     called = []
 
     class Together:
-        together = True
+        collective = True
 
         def __call__(self, prompts, completions, **_):
             called.append(f"together, {len(completions)}")

@@ -88,7 +88,7 @@ def test_a_batch_is_used_as_if_what_is_not_scored_had_never_been_there(base, tmp
         return wanted(completion) and (completion.prompt.key, completion.ids) not in alone
 
     fewer.engine = Fewer(fewer.engine, also_alone)
-    if fewer.config.recipe.grouped:
+    if fewer.config.estimator_spec.grouped:
         generate = fewer.engine.engine.generate
 
         def noted(prompts, sampling):

@@ -9,7 +9,7 @@ from reinforcepp.commands.cli import parse
 from reinforcepp.config import ReinforceConfig, TrainConfig
 from reinforcepp.config.reward_spec import RewardSource, parse_source
 from reinforcepp.errors import ConfigError, ModelError, RewardError
-from reinforcepp.rewards.functions import name_of
+from reinforcepp.rewards.functions import function_name
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rewards.trained import TrainedReward, load_reward_model
 from reinforcepp.types import Completion, Prompt
@@ -271,4 +271,4 @@ def test_a_function_that_isnt_there_is_one_sentence(place, text, source, error, 
 
 
 def test_a_module_is_named_by_what_it_is_called():
-    assert name_of(load_rewards("rule:regex?name=polite&pattern=please").functions[0]) == "polite"
+    assert function_name(load_rewards("rule:regex?name=polite&pattern=please").functions[0]) == "polite"

@@ -12,7 +12,7 @@ from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ModelError, TrainingDiverged
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.models.reward_models import new_reward_model
-from reinforcepp.models.tokenization import encode_answer
+from reinforcepp.models.tokenization import encode_example
 from reinforcepp.rewards.measure import score_pairs
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.training.reward_trainer import train_reward_model
@@ -94,8 +94,8 @@ def test_the_score_is_read_at_the_eos_also_when_pad_equals_eos(base):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     model = new_reward_model(str(base), seed=0).eval()
     reward = TrainedReward(model, tokenizer)
-    row = encode_answer(tokenizer, "Why?", "Because.")
-    longer = encode_answer(tokenizer, "Why?", "Because of this and that and more.")
+    row = encode_example(tokenizer, "Why?", "Because.")
+    longer = encode_example(tokenizer, "Why?", "Because of this and that and more.")
     alone, without = reward.score_rows([row])[0], reward.score_rows([row[:-1]])[0]
     assert abs(alone - without) > 1e-3
     assert reward.score_rows([row, longer])[0] == pytest.approx(alone, abs=1e-5)
@@ -107,7 +107,7 @@ def test_the_score_is_read_at_the_eos_also_when_pad_equals_eos(base):
 def test_a_truncated_answer_gets_no_forged_eos(trained):
     reward = load_reward_model(str(trained[0]))
     ended, cut = reward(["Why?", "Why?"], ["Because", "Because"], finish_reason=["stop", "length"])
-    rows = [encode_answer(reward.tokenizer, "Why?", "Because", ended=e) for e in (True, False)]
+    rows = [encode_example(reward.tokenizer, "Why?", "Because", ended=e) for e in (True, False)]
     assert [ended, cut] == pytest.approx(reward.score_rows(rows), abs=1e-6) and ended != cut
 
 
@@ -129,7 +129,7 @@ def test_training_and_scoring_frame_alike(base, data, tmp_path, monkeypatch):
     )
     reward = load_reward_model(str(output))
     rows = {
-        tuple(encode_answer(reward.tokenizer, f"Question {i} about host {i * 7}?", f"Please try step {i}."))
+        tuple(encode_example(reward.tokenizer, f"Question {i} about host {i * 7}?", f"Please try step {i}."))
         for i in range(40)
     }
     assert len(seen) == 36 and {tuple(row) for row in seen} <= rows
@@ -204,8 +204,8 @@ def test_pairs_keep_their_order_texts_and_rows(base):
         ("a longer q", "a", "a b", 3),
     ]
     for pair, one in zip(pairs, scored, strict=True):
-        assert one.chosen_score == len(encode_answer(tokenizer, pair.prompt, pair.chosen))
-        assert one.rejected_score == len(encode_answer(tokenizer, pair.prompt, pair.rejected))
+        assert one.chosen_score == len(encode_example(tokenizer, pair.prompt, pair.chosen))
+        assert one.rejected_score == len(encode_example(tokenizer, pair.prompt, pair.rejected))
     assert score_pairs(ByLength(None, tokenizer), []) == []
 
 

@@ -481,7 +481,7 @@ def test_a_signal_in_reward_training_loses_nothing(base, pairs_csv, tmp_path, mo
     monkeypatch.setattr(reward_trainer, "new_reward_model", with_noise)
     train_reward_model(reward_config(base, pairs_csv, tmp_path / "whole"))
     seen = []
-    beat = resumable.Keeper.on_substep_end
+    beat = resumable.TrainingCallback.on_substep_end
 
     def ask(self, *positional, **named):
         seen.append(1)
@@ -489,7 +489,7 @@ def test_a_signal_in_reward_training_loses_nothing(base, pairs_csv, tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         beat(self, *positional, **named)
 
-    monkeypatch.setattr(resumable.Keeper, "on_substep_end", ask)
+    monkeypatch.setattr(resumable.TrainingCallback, "on_substep_end", ask)
     with pytest.raises(Interrupted) as stop:
         train_reward_model(reward_config(base, pairs_csv, tmp_path / "run"))
     assert stop.value.exit_code == 143

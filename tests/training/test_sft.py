@@ -20,13 +20,13 @@ from reinforcepp.config import SftConfig
 from reinforcepp.config.chat_template import Framing
 from reinforcepp.data import Demonstration, PromptRow, load_texts
 from reinforcepp.errors import ConfigError, TrainingDiverged
-from reinforcepp.models.chat_template import framed
+from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.models.tokenization import encode_answer, encode_prompts
+from reinforcepp.models.tokenization import encode_example, encode_prompts
 from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.training import resumable
-from reinforcepp.training.sft_trainer import held_out, lesson, train_language_model
+from reinforcepp.training.sft_trainer import evaluate_heldout, to_example, train_language_model
 
 DIRECTIONS = ("north", "south", "east", "west")
 COLOURS = ("red", "green", "blue", "white", "black", "grey")
@@ -64,21 +64,21 @@ def log(folder: Path) -> list[dict]:
     "frame", [{}, {"chat_template": CHAT}, {"system_prompt": "Be short."}], ids=["plain", "chat", "system"]
 )
 def test_prompt_and_answer_are_the_tokens_of_rl_and_only_the_answer_is_learnt(llama, frame):
-    tokenizer = framed(load_tokenizer(str(llama)), Framing(**frame))
-    one = lesson(tokenizer, Demonstration("Why?", "Because of DNS.", 7))
+    tokenizer = with_chat_template(load_tokenizer(str(llama)), Framing(**frame))
+    one = to_example(tokenizer, Demonstration("Why?", "Because of DNS.", 7))
     (prompt,), _ = encode_prompts(tokenizer, [PromptRow("Why?", {})], max_prompt_length=99)
     assert tuple(one.given) == prompt.ids
-    assert [*one.given, *one.learnt] == encode_answer(tokenizer, "Why?", "Because of DNS.")
+    assert [*one.given, *one.learnt] == encode_example(tokenizer, "Why?", "Because of DNS.")
     assert tokenizer.decode(one.learnt).strip() == "Because of DNS.<|endoftext|>"
     assert one.row == 7 and one.length == len(one.given) + len(one.learnt)
 
 
 def test_of_a_text_all_is_learnt_and_that_it_ends(llama):
     tokenizer = load_tokenizer(str(llama))
-    one = lesson(tokenizer, Demonstration(None, "Run ip addr show."))
+    one = to_example(tokenizer, Demonstration(None, "Run ip addr show."))
     ids = tokenizer("Run ip addr show.")["input_ids"]
     assert one.given == ids[:1] and one.learnt == [*ids[1:], tokenizer.eos_token_id]
-    assert lesson(tokenizer, Demonstration(None, "Run ip addr show.<|endoftext|>")) == one
+    assert to_example(tokenizer, Demonstration(None, "Run ip addr show.<|endoftext|>")) == one
 
 
 @pytest.fixture
@@ -100,9 +100,9 @@ def test_the_loss_of_a_step_is_minus_the_mean_log_probability_that_rl_gives_its_
 ):
     settings = {"batch_size": 6, "mini_batch_size": 3, "num_train_epochs": 1, "system_prompt": "Be short."}
     train_language_model(config(llama, pairs_csv, tmp_path / "out", **settings))
-    tokenizer = framed(load_tokenizer(str(llama)), Framing(system_prompt="Be short."))
+    tokenizer = with_chat_template(load_tokenizer(str(llama)), Framing(system_prompt="Be short."))
     _, rows, _ = load_texts(pairs_csv, heldout_fraction=0.25, seed=42)
-    lessons = {tuple(one.given + one.learnt): one for one in (lesson(tokenizer, row) for row in rows)}
+    lessons = {tuple(one.given + one.learnt): one for one in (to_example(tokenizer, row) for row in rows)}
     assert len(batches) == 2 and len(lessons) == 6
     seen = []
     for batch in batches:
@@ -123,14 +123,14 @@ def test_held_out_figures_by_a_loop_over_tokens(llama):
         Demonstration("Is the gateway up?", "Yes."),
         Demonstration(None, "So it is."),
     ]
-    lessons = [lesson(tokenizer, row) for row in rows]
+    lessons = [to_example(tokenizer, row) for row in rows]
     total, tokens = 0.0, 0
     for one in lessons:
         logits = model(input_ids=torch.tensor([one.given + one.learnt])).logits[0].log_softmax(-1)
         for place, token in enumerate(one.learnt):
             total -= logits[len(one.given) + place - 1, token].item()
             tokens += 1
-    found = held_out(model, lessons, pad_id=tokenizer.eos_token_id, at_a_time=2)
+    found = evaluate_heldout(model, lessons, pad_id=tokenizer.eos_token_id, at_a_time=2)
     assert (found.tokens, found.rows) == (tokens, 3)
     assert found.loss == pytest.approx(total / tokens, abs=1e-5)
     assert found.perplexity == pytest.approx(torch.tensor(found.loss).exp().item(), rel=1e-4)
@@ -152,8 +152,8 @@ def after_again(folder: Path, data: Path) -> float:
     """The held-out loss of what was written, which is to be the one that was told."""
     tokenizer = load_tokenizer(str(folder))
     _, _, unseen = load_texts(data, heldout_fraction=0.25, seed=42)
-    lessons = [lesson(tokenizer, row) for row in unseen]
-    return held_out(load_policy(str(folder)), lessons, pad_id=tokenizer.eos_token_id, at_a_time=6).loss
+    lessons = [to_example(tokenizer, row) for row in unseen]
+    return evaluate_heldout(load_policy(str(folder)), lessons, pad_id=tokenizer.eos_token_id, at_a_time=6).loss
 
 
 def test_micro_batches_change_nothing(llama, pairs_csv, tmp_path):
@@ -242,7 +242,7 @@ def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, 
     settings = {"batch_size": 2, "mini_batch_size": 1, "save_every": 2, "keep_last": 1, **extra}
     train_language_model(config(model_folder, pairs_csv, tmp_path / "whole", **settings))
     seen = []
-    beat = resumable.Keeper.on_substep_end
+    beat = resumable.TrainingCallback.on_substep_end
 
     def ask(self, *positional, **named):
         seen.append(1)
@@ -250,7 +250,7 @@ def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, 
             os.kill(os.getpid(), signal.SIGTERM)
         beat(self, *positional, **named)
 
-    monkeypatch.setattr(resumable.Keeper, "on_substep_end", ask)
+    monkeypatch.setattr(resumable.TrainingCallback, "on_substep_end", ask)
     with pytest.raises(Interrupted) as stop:
         train_language_model(config(model_folder, pairs_csv, tmp_path / "run", **settings))
     assert stop.value.exit_code == 143
@@ -359,7 +359,7 @@ def test_a_dry_run_shows_what_is_learnt(place, capsys):
     out = capsys.readouterr().out
     tokenizer = load_tokenizer("model")
     _, rows, _ = load_texts("pairs.csv", heldout_fraction=0.1, seed=42)
-    one = lesson(tokenizer, rows[0])
+    one = to_example(tokenizer, rows[0])
     assert f"  mask    {'0 ' * len(one.given)}{'1 ' * len(one.learnt)}".rstrip() + "\n" in out
     assert "Row 3 (row " in out and "Row 4" not in out and "num_train_epochs: 1  # default: 3" in out
     assert sorted(place.iterdir()) == before

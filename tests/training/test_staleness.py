@@ -10,7 +10,7 @@ import torch
 from training.test_guardrails import tripping
 from training.test_resume import SEVERAL, files, noisy, stopping, trainer
 
-from reinforcepp.algorithm.losses import rollout_weights
+from reinforcepp.algorithm.losses import importance_weights
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, RolloutError
 from reinforcepp.models.loading import load_policy
@@ -139,7 +139,7 @@ def test_the_difference_between_engine_and_trainer_is_corrected(base, tmp_path):
     begin = run.update.begin
 
     def noted(batch, scores):
-        weights_BT = rollout_weights(
+        weights_BT = importance_weights(
             batch.old_logprobs_BT, batch.rollout_logprobs_BT, batch.mask_BT, mode="tis", low=0.5, high=2.0
         )
         seen.append(float((weights_BT - 1)[batch.mask_BT.bool()].abs().max()))

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from reinforcepp.algorithm.estimators import RECIPES
+from reinforcepp.algorithm.estimators import ESTIMATORS
 from reinforcepp.errors import ConfigError, nearest
 
 Population = Literal["tokens", "sequences"]
@@ -60,7 +60,7 @@ def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Te
     return torch.where(mask_BT, returns_BT, 0.0)
 
 
-class Group(NamedTuple):
+class GroupMoments(NamedTuple):
     """For each sequence, of the sequences with the same group id, wherever they stand: mean, deviation, number. (B,)"""
 
     mean: Tensor
@@ -68,7 +68,7 @@ class Group(NamedTuple):
     size: Tensor
 
 
-def group_moments(rewards_B: Tensor, group_ids_B: Tensor) -> Group:
+def group_moments(rewards_B: Tensor, group_ids_B: Tensor) -> GroupMoments:
     """Mean and sample standard deviation (n - 1) of the rewards of each sequence's group.
 
     Raises ``ConfigError`` for a group of one sample, whose advantage would always be 0.
@@ -88,7 +88,7 @@ def group_moments(rewards_B: Tensor, group_ids_B: Tensor) -> Group:
     rewards_B = rewards_B.float()
     mean_B = mean_of(rewards_B, size_G)
     variance_B = mean_of((rewards_B - mean_B).square(), size_G - 1)
-    return Group(mean_B, variance_B.sqrt(), size_G[group_B])
+    return GroupMoments(mean_B, variance_B.sqrt(), size_G[group_B])
 
 
 def group_advantages(rewards_B: Tensor, group_ids_B: Tensor, baseline: str, *, scaled: bool) -> Tensor:
@@ -123,7 +123,7 @@ def moment_sums(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.stack([count, total, deviation, total * mean])
 
 
-def moments(sums: Tensor) -> Moments:
+def combine_moments(sums: Tensor) -> Moments:
     """From the sum of all parts' :func:`moment_sums`: the deviations within parts, and those of the parts' means.
 
     So one exchange is enough, and the variance still is that of two passes. [Chan, Golub and LeVeque 1983]
@@ -134,7 +134,7 @@ def moments(sums: Tensor) -> Moments:
     return Moments(mean, (within + between) / count.clamp_min(1))
 
 
-def population(mask_BT: Tensor, over: Population) -> Tensor:
+def population_mask(mask_BT: Tensor, over: Population) -> Tensor:
     """Where the values stand that mean and variance are taken over: every token, or the first token of each sequence."""
     if over == "tokens":
         return mask_BT
@@ -148,7 +148,7 @@ def normalize(values_BT: Tensor, mask_BT: Tensor, moments: Moments) -> Tensor:
     return (centred_BT * scale).float()
 
 
-def raw_returns(
+def unnormalized_advantages(
     rewards_B: Tensor,
     kl_BT: Tensor | None,
     mask_BT: Tensor,
@@ -165,21 +165,23 @@ def raw_returns(
     Per token: returns-to-go [v9 Eq. 4], or GAE on the same rewards. Per sequence: R, less the KL of its tokens where
     the estimator has it in the reward, compared within its group [v9 Eq. 6] and given to each token. -> (B, T), (B, T)
     """
-    if estimator not in RECIPES:
-        raise ConfigError(f"unknown estimator {estimator!r}: choose {', '.join(RECIPES)}.{nearest(estimator, RECIPES)}")
-    recipe = RECIPES[estimator]
-    if recipe.kl_in_loss and kl_coef != 0:
+    if estimator not in ESTIMATORS:
+        raise ConfigError(
+            f"unknown estimator {estimator!r}: choose {', '.join(ESTIMATORS)}.{nearest(estimator, ESTIMATORS)}"
+        )
+    spec = ESTIMATORS[estimator]
+    if spec.kl_in_loss and kl_coef != 0:
         raise ConfigError(
             f"{estimator} takes no KL in the reward, but kl_coef is {kl_coef}: pass 0 here and add the k2 KL to the loss."
         )
-    if not recipe.grouped:
+    if not spec.grouped:
         rewards_BT = token_rewards(rewards_B, kl_BT, mask_BT, kl_coef)
-        if not recipe.critic:
+        if not spec.uses_critic:
             returns_BT = returns_to_go(rewards_BT, mask_BT, gamma)
             return returns_BT, returns_BT
         if values_BT is None:
             raise ConfigError(f"{estimator} needs values_BT, a critic's estimates.")
-        return gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=gae_lambda)
+        return compute_gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=gae_lambda)
     if gamma != 1:
         raise ConfigError(f"{estimator} needs gamma 1, not {gamma}.")
     if group_ids_B is None:
@@ -187,7 +189,7 @@ def raw_returns(
     sums_B = rewards_B.float()
     if kl_BT is not None and kl_coef != 0:
         sums_B = sums_B - kl_coef * torch.where(mask_BT.bool(), kl_BT.float(), 0.0).sum(-1)
-    own_B = group_advantages(sums_B, group_ids_B, recipe.baseline, scaled=recipe.scale == "group")
+    own_B = group_advantages(sums_B, group_ids_B, spec.baseline, scaled=spec.scale == "group")
     spread_BT = torch.where(mask_BT.bool(), own_B.unsqueeze(-1), 0.0)
     return spread_BT, spread_BT
 
@@ -214,7 +216,7 @@ def compute_advantages(
         mask_BT: 1 on sampled tokens.
         kl_coef: weight of the KL in the reward; must be 0 for an estimator that has it in the loss.
         gamma: discount per token; must be 1 for an estimator that compares the samples of a prompt.
-        estimator: a name from ``estimators.RECIPES``.
+        estimator: a name from ``estimators.ESTIMATORS``.
         group_ids_B: prompt id of each sequence, needed to compare the samples of a prompt.
         normalize_over: ``tokens`` (the paper's code) or ``sequences``, each sequence counting once.
         values_BT: a critic's estimates before each token, needed by ppo.
@@ -224,7 +226,7 @@ def compute_advantages(
     Raises:
         ConfigError: for arguments that contradict each other, or a group of one sample.
     """
-    raw_BT, returns_BT = raw_returns(
+    raw_BT, returns_BT = unnormalized_advantages(
         rewards_B,
         kl_BT,
         mask_BT,
@@ -235,14 +237,16 @@ def compute_advantages(
         values_BT=values_BT,
         gae_lambda=gae_lambda,
     )
-    if RECIPES[estimator].scale != "batch":
+    if ESTIMATORS[estimator].scale != "batch":
         return raw_BT, returns_BT
-    counted_BT = population(mask_BT, normalize_over)
-    over_all = moments(sum_over_ranks(moment_sums(raw_BT, counted_BT)))
+    counted_BT = population_mask(mask_BT, normalize_over)
+    over_all = combine_moments(sum_over_ranks(moment_sums(raw_BT, counted_BT)))
     return normalize(raw_BT, mask_BT, over_all), returns_BT
 
 
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def compute_gae(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """A_t = delta_t + gamma·lam·A_{t+1}, delta_t = r_t + gamma·V_{t+1} - V_t; masked tokens are skipped.
 
     Returns:

@@ -16,7 +16,7 @@ Scale = Literal["batch", "group", "none"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EstimatorSpec:
     """How advantages come from rewards.
 
     ``baseline`` is what is subtracted: nothing, the mean of the prompt's samples, the mean of its other samples, or a
@@ -30,7 +30,7 @@ class Recipe:
     kl_in_loss: bool = False
 
     @property
-    def critic(self) -> bool:
+    def uses_critic(self) -> bool:
         """Whether a second model learns the values of contexts."""
         return self.baseline == "critic"
 
@@ -40,11 +40,11 @@ class Recipe:
         return self.baseline in ("group_mean", "leave_one_out")
 
 
-RECIPES: dict[str, Recipe] = {
-    "reinforce_plus_plus": Recipe("none", "batch"),
-    "reinforce_plus_plus_baseline": Recipe("group_mean", "batch", kl_in_loss=True),
-    "rloo": Recipe("leave_one_out", "none"),
-    "grpo": Recipe("group_mean", "group", kl_in_loss=True),
-    "ppo": Recipe("critic", "batch"),
+ESTIMATORS: dict[str, EstimatorSpec] = {
+    "reinforce_plus_plus": EstimatorSpec("none", "batch"),
+    "reinforce_plus_plus_baseline": EstimatorSpec("group_mean", "batch", kl_in_loss=True),
+    "rloo": EstimatorSpec("leave_one_out", "none"),
+    "grpo": EstimatorSpec("group_mean", "group", kl_in_loss=True),
+    "ppo": EstimatorSpec("critic", "batch"),
 }
-assert tuple(RECIPES) == get_args(EstimatorName)
+assert tuple(ESTIMATORS) == get_args(EstimatorName)

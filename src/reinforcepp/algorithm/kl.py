@@ -12,7 +12,7 @@ from reinforcepp.errors import ConfigError, nearest
 KlKind = Literal["k1", "k2", "k3"]
 
 MAX_EXPONENT = 20.0
-LARGEST_ERROR = 0.2
+MAX_RELATIVE_ERROR = 0.2
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
@@ -31,7 +31,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
     raise ConfigError(f"unknown KL estimator {kind!r}: choose k1, k2 or k3.{nearest(kind, ['k1', 'k2', 'k3'])}")
 
 
-def adapted(coef: float, kl: float, *, target: float, completions: int, horizon: float) -> float:
+def next_kl_coef(coef: float, kl: float, *, target: float, completions: int, horizon: float) -> float:
     """The coefficient for the next step: coef · (1 + clip(kl / target - 1, ±0.2) · completions / horizon).
 
     Args:
@@ -41,5 +41,5 @@ def adapted(coef: float, kl: float, *, target: float, completions: int, horizon:
         completions: number of completions in this step.
         horizon: completions over which an error of one fifth changes the coefficient by about a fifth.
     """
-    error = min(max(kl / target - 1, -LARGEST_ERROR), LARGEST_ERROR)
+    error = min(max(kl / target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
     return max(0.0, coef * (1 + error * completions / horizon))

@@ -43,7 +43,7 @@ def policy_loss(
         clip_low: how far the ratio may fall below 1 before it stops counting.
         clip_high: how far it may rise above 1.
         dual_clip: upper bound, in units of -A, of a negative-advantage token's loss; above 1, or None for off.
-        weights_BT: detached weights for tokens sampled by another engine, see :func:`rollout_weights`.
+        weights_BT: detached weights for tokens sampled by another engine, see :func:`importance_weights`.
         denominator: number of tokens in the whole optimiser step, over micro-batches and ranks; default this batch's.
 
     Returns:
@@ -71,7 +71,7 @@ def policy_loss(
     return loss, stats
 
 
-def rollout_weights(
+def importance_weights(
     old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor, *, mode: Correction, low: float, high: float
 ) -> Tensor | None:
     """W = exp(logp_old - logp_rollout) for tokens that another engine sampled, detached; None when ``off``. -> (B, T)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
 from reinforcepp.data import load_preferences, load_prompts, load_texts
-from reinforcepp.models.chat_template import framed
+from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_tokenizer
-from reinforcepp.models.tokenization import encode, encode_answer, encode_prompts, frame_completion, frame_prompt
+from reinforcepp.models.tokenization import encode, encode_example, encode_prompts, format_completion, format_prompt
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.plan.command import make_plan, show_plan
-from reinforcepp.training.sft_trainer import lesson
+from reinforcepp.training.sft_trainer import to_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ def show_training(config: TrainConfig) -> None:
         ReinforceError: whatever would stop the training before its weights are read.
     """
     data, rows, _ = load_prompts(config.data, **_columns(config), renamed=config.renamed, streaming=config.streaming)
-    tokenizer = framed(load_tokenizer(config.model), config)
+    tokenizer = with_chat_template(load_tokenizer(config.model), config)
     plan = make_plan(PlanConfig(**{name.name: getattr(config, name.name) for name in fields(TrainConfig)}))
     _write("Settings", settings(config))
     sys.stdout.write("\nPlan\n")
@@ -46,13 +46,13 @@ def show_training(config: TrainConfig) -> None:
 def show_reward_training(config: RewardModelConfig) -> None:
     """Settings and first pairs of a reward training; errors are those of :func:`show_training`."""
     data, pairs, _ = load_preferences(config.data, **_columns(config), streaming=config.streaming)
-    tokenizer = framed(load_tokenizer(config.model), config)
+    tokenizer = with_chat_template(load_tokenizer(config.model), config)
     _write("Settings", settings(config))
     for number, pair in enumerate(pairs[:ROWS], 1):
         for kind, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            ids = encode_answer(tokenizer, pair.prompt, answer)
-            framed_text = frame_prompt(tokenizer, pair.prompt) + frame_completion(tokenizer, pair.prompt, answer)
-            prompt_length = len(encode(tokenizer, frame_prompt(tokenizer, pair.prompt)))
+            ids = encode_example(tokenizer, pair.prompt, answer)
+            framed_text = format_prompt(tokenizer, pair.prompt) + format_completion(tokenizer, pair.prompt, answer)
+            prompt_length = len(encode(tokenizer, format_prompt(tokenizer, pair.prompt)))
             shown = _row(tokenizer, framed_text + str(tokenizer.eos_token), ids, prompt_length)
             _write(f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last", shown)
     echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
@@ -61,10 +61,10 @@ def show_reward_training(config: RewardModelConfig) -> None:
 def show_warm_up(config: SftConfig) -> None:
     """Settings and first rows of a supervised warm-up; errors are those of :func:`show_training`."""
     data, rows, _ = load_texts(config.data, **_columns(config))
-    tokenizer = framed(load_tokenizer(config.model), config)
+    tokenizer = with_chat_template(load_tokenizer(config.model), config)
     _write("Settings", settings(config))
     for number, row in enumerate(rows[:ROWS], 1):
-        one = lesson(tokenizer, row)
+        one = to_example(tokenizer, row)
         ids = [*one.given, *one.learnt]
         shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.given))
         _write(f"Row {number} (row {row.row}): {len(ids)} tokens; what the mask has as 1 is learnt", shown)

@@ -24,7 +24,7 @@ import torch
 from reinforcepp.config import ServeRewardConfig
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError
-from reinforcepp.models.tokenization import encode, eos_id
+from reinforcepp.models.tokenization import encode, eos_token_id
 from reinforcepp.monitoring import echo
 from reinforcepp.rewards.remote import authorization
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
@@ -55,7 +55,7 @@ def score_request(reward: TrainedReward, asked: Any) -> list[float]:
         return []
     if prompts is None:
         eos = str(reward.tokenizer.eos_token)
-        rows = [[*encode(reward.tokenizer, q.removesuffix(eos)), eos_id(reward.tokenizer)] for q in queries]
+        rows = [[*encode(reward.tokenizer, q.removesuffix(eos)), eos_token_id(reward.tokenizer)] for q in queries]
         return reward.scaled(reward.score_rows(rows))
     for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
         if not query.startswith(prompt):

@@ -23,7 +23,7 @@ from reinforcepp.commands.export.source import Source, find_source
 from reinforcepp.config import ServeConfig
 from reinforcepp.errors import ConfigError, RolloutError
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer, resolve
-from reinforcepp.models.lora import is_adapter
+from reinforcepp.models.lora import is_adapter_dir
 from reinforcepp.models.tokenization import PLAIN_TEMPLATE
 from reinforcepp.monitoring import echo
 from reinforcepp.rollout.vllm.compat import vllm_status
@@ -73,7 +73,7 @@ def run_server(config: ServeConfig) -> int:
 
 def _plain_folder(source: Source, place: Path) -> str:
     """Where the model is; an adapter is first merged into the model that it belongs to, in ``place``."""
-    if not is_adapter(Path(source.name)):
+    if not is_adapter_dir(Path(source.name)):
         return resolve(source.name)
     place.mkdir()
     write_folder(source, "auto", place, place.name)

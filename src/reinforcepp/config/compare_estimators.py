@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reinforcepp.algorithm.estimators import RECIPES
+from reinforcepp.algorithm.estimators import ESTIMATORS
 from reinforcepp.config._checks import positive
 from reinforcepp.config.training import TrainConfig
 from reinforcepp.errors import ConfigError, nearest
@@ -16,7 +16,7 @@ class CompareAlgorithmsConfig(TrainConfig):
 
     output_dir: str = "runs/algorithms"
     """Folder for every run, for comparison.json and for the page comparison.html."""
-    estimators: str = ",".join(RECIPES)
+    estimators: str = ",".join(ESTIMATORS)
     """Names of the estimators, with commas between them; the setting estimator itself is not used."""
     seeds: int = 5
     """Runs of each estimator, with the seeds seed, seed + 1, ..."""
@@ -38,13 +38,13 @@ class CompareAlgorithmsConfig(TrainConfig):
         if self.seeds < 2:
             raise ConfigError("seeds must be at least 2: one run can't show how far results scatter.")
         for name in self.names:
-            if name not in RECIPES:
+            if name not in ESTIMATORS:
                 raise ConfigError(
-                    f"estimators names {name!r}, which isn't one: {', '.join(RECIPES)}.{nearest(name, RECIPES)}"
+                    f"estimators names {name!r}, which isn't one: {', '.join(ESTIMATORS)}.{nearest(name, ESTIMATORS)}"
                 )
         if len(set(self.names)) < len(self.names):
             raise ConfigError(f"estimators names one twice: {self.estimators}.")
-        if self.num_generations < 2 and any(RECIPES[name].grouped for name in self.names):
+        if self.num_generations < 2 and any(ESTIMATORS[name].grouped for name in self.names):
             raise ConfigError("num_generations must be at least 2 for estimators that compare samples of one prompt.")
 
     @property

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from reinforcepp.algorithm.estimators import RECIPES, EstimatorName, Recipe
+from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
 from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
 from reinforcepp.config.chat_template import Framing, check_framing
 from reinforcepp.config.checkpointing import Keeping, check_keeping
@@ -207,12 +207,12 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
                 f"max_prompt_length {self.max_prompt_length} + max_new_tokens {self.max_new_tokens} exceed max_length "
                 f"{self.max_length}: lower one of the two or raise max_length."
             )
-        if self.recipe.grouped and self.num_generations < 2:
+        if self.estimator_spec.grouped and self.num_generations < 2:
             raise ConfigError(
                 f"The estimator {self.estimator} compares samples of one prompt: set num_generations to 2 or more, or use "
                 "the estimator reinforce_plus_plus."
             )
-        if self.recipe.grouped and self.gamma != 1:
+        if self.estimator_spec.grouped and self.gamma != 1:
             raise ConfigError(f"The estimator {self.estimator} needs gamma 1, because it has no rewards per token.")
         if self.optimizer_batch_size > self.completions_per_step:
             raise ConfigError(
@@ -222,9 +222,9 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
             )
 
     @property
-    def recipe(self) -> Recipe:
+    def estimator_spec(self) -> EstimatorSpec:
         """What the estimator is made of."""
-        return RECIPES[self.estimator]
+        return ESTIMATORS[self.estimator]
 
     @property
     def completions_per_step(self) -> int:

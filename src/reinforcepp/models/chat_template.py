@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from reinforcepp.config.chat_template import Framing
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.models.tokenization import frame_completion, frame_prompt
+from reinforcepp.models.tokenization import format_completion, format_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PROBE = "How do I see my routes?", "Run ip route."
 
 
-def framed(tokenizer: PreTrainedTokenizerBase, settings: Framing) -> PreTrainedTokenizerBase:
+def with_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Framing) -> PreTrainedTokenizerBase:
     """``tokenizer`` with the frame that ``settings`` ask for, which is saved with it.
 
     Raises:
@@ -56,7 +56,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase, settings: Framing) -> None:
     prompt, answer = PROBE
     name = "chat_template" if settings.chat_template is not None else "system_prompt"
     try:
-        start, end = frame_prompt(tokenizer, prompt), frame_completion(tokenizer, prompt, answer)
+        start, end = format_prompt(tokenizer, prompt), format_completion(tokenizer, prompt, answer)
     except (TemplateError, TypeError, ModelError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{name}: the template can't frame a prompt and its answer: {reason}") from error

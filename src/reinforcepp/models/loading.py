@@ -19,18 +19,18 @@ import torch
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import PARTIAL, disk_errors, flush
-from reinforcepp.models.lora import ADAPTER_CONFIG, base_of, is_adapted, is_adapter, merged
+from reinforcepp.models.lora import ADAPTER_CONFIG, base_model_name, has_adapter, is_adapter_dir, merge_adapter
 from reinforcepp.models.tokenization import PLAIN_TEMPLATE
 from reinforcepp.runtime import is_main, look_for_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-NO_CODE = {"trust_remote_code": False}  # said aloud, or the library would ask on the terminal
-ONLY_WEIGHTS = {"use_safetensors": True, **NO_CODE}
-LARGE = 500 << 20  # bytes of weights from which loading takes long enough to show progress
+NO_REMOTE_CODE = {"trust_remote_code": False}  # said aloud, or the library would ask on the terminal
+SAFETENSORS_ONLY = {"use_safetensors": True, **NO_REMOTE_CODE}
+PROGRESS_BAR_BYTES = 500 << 20  # bytes of weights from which loading takes long enough to show progress
 
-HUB_CURE = (
+HUB_FIX = (
     "Give the path of a model folder, or 'builtin:tiny', the small model that ships with this package and needs no "
     "network; to fetch a model once where there is a network: hf download {name} --local-dir {name}"
 )
@@ -47,7 +47,7 @@ def resolve(name: str) -> str:
         return str(builtin.model_path())
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if (folder / "config.json").is_file() or is_adapter(folder):
+        if (folder / "config.json").is_file() or is_adapter_dir(folder):
             return str(folder)
         beside = sorted(p.parent.name for p in folder.glob("*/config.json"))
         inside = f" It holds {', '.join(beside)}: give its path." if beside else ""
@@ -61,7 +61,7 @@ def resolve(name: str) -> str:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _load_errors(name: str) -> Iterator[None]:
     """Turn what the libraries raise for a model that can't be had into one sentence with the cure."""
     from safetensors import SafetensorError
 
@@ -84,7 +84,7 @@ def _told(name: str) -> Iterator[None]:
             first = str(error).strip().splitlines()[0]
             raise ModelError(f"The model folder {name} can't be loaded: {first}") from error
         raise ModelError(
-            f"There is no model folder {name!r} here, and it can't be fetched from the hub. {HUB_CURE.format(name=name)}"
+            f"There is no model folder {name!r} here, and it can't be fetched from the hub. {HUB_FIX.format(name=name)}"
         ) from error
 
 
@@ -92,20 +92,20 @@ def load_config(name: str) -> PreTrainedConfig:
     """The model's configuration, without its weights."""
     from transformers import AutoConfig
 
-    if (base := model_of_adapter(name)) is not None:
+    if (base := base_of_adapter(name)) is not None:
         config = load_config(base)
         config.name_or_path = resolve(name)  # where its tokenizer is
         return config
-    with _told(name):
-        return AutoConfig.from_pretrained(resolve(name), **NO_CODE)
+    with _load_errors(name):
+        return AutoConfig.from_pretrained(resolve(name), **NO_REMOTE_CODE)
 
 
-def model_of_adapter(name: str) -> str | None:
+def base_of_adapter(name: str) -> str | None:
     """The model that an adapter's folder belongs to; None if ``name`` is no adapter."""
     folder = Path(resolve(name))
-    if not is_adapter(folder):
+    if not is_adapter_dir(folder):
         return None
-    base = base_of(folder)
+    base = base_model_name(folder)
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise ModelError(
             f"The adapter in {name} belongs to the model {base}, which isn't there: put it back, or set "
@@ -118,8 +118,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, made ready by :func:`prepare_tokenizer`."""
     from transformers import AutoTokenizer
 
-    with _told(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **NO_CODE)
+    with _load_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **NO_REMOTE_CODE)
     return prepare_tokenizer(tokenizer, load_config(name), name)
 
 
@@ -189,7 +189,7 @@ def weight_bytes(name: str) -> int:
     return sum(path.stat().st_size for path in Path(resolve(name)).glob("*.safetensors"))
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """All ids that end an answer: the tokenizer's and those of the model's generation settings."""
     own = model.generation_config.eos_token_id if model.generation_config else None
     listed = own if isinstance(own, list) else [own]
@@ -206,12 +206,12 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
     """
     from transformers import AutoModelForCausalLM
 
-    if (base := model_of_adapter(name)) is not None:
+    if (base := base_of_adapter(name)) is not None:
         if "quantization_config" in settings:
             raise ConfigError(
                 f"load_in_4bit can't round an adapter: export {name} to a plain model first, and give that."
             )
-        model = merged(load_policy(base, dtype, **settings), Path(resolve(name))).eval()
+        model = merge_adapter(load_policy(base, dtype, **settings), Path(resolve(name))).eval()
         model.config.name_or_path = resolve(name)
         return model
     return load_weights(AutoModelForCausalLM, name, dtype=dtype, **settings).eval()
@@ -222,9 +222,9 @@ def load_weights(auto_class: Any, name: str, *, fresh: str | None = None, **sett
 
     The library would initialise what is missing at random and go on.
     """
-    with _told(name), _bars_if_large(name), _without_report():
+    with _load_errors(name), _bars_if_large(name), _without_report():
         model, found = auto_class.from_pretrained(
-            resolve(name), output_loading_info=True, ignore_mismatched_sizes=True, **ONLY_WEIGHTS, **settings
+            resolve(name), output_loading_info=True, ignore_mismatched_sizes=True, **SAFETENSORS_ONLY, **settings
         )
     mismatched = {key for key, *_ in found["mismatched_keys"]}
     missing = {key for key in found["missing_keys"] if fresh is None or not key.startswith(fresh)}
@@ -247,7 +247,7 @@ def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def empty_model(
+def meta_model(
     config: PreTrainedConfig, dtype: torch.dtype, auto_class: str = "AutoModelForCausalLM"
 ) -> PreTrainedModel:
     """The model that :func:`load_policy` would load, with shapes and no contents: it takes no memory.
@@ -259,7 +259,7 @@ def empty_model(
 
     try:
         with torch.device("meta"):
-            model = getattr(transformers, auto_class).from_config(config, dtype=dtype, **NO_CODE)
+            model = getattr(transformers, auto_class).from_config(config, dtype=dtype, **NO_REMOTE_CODE)
     except ValueError as error:
         raise ModelError(
             f"{config.name_or_path or 'The model'} is of the type {config.model_type}, which is no causal language model: "
@@ -275,8 +275,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     partial = folder / f"model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
-    with _bars(sum(p.nbytes for p in model.parameters()) >= LARGE), disk_errors():
-        if is_adapted(model):
+    with _bars(sum(p.nbytes for p in model.parameters()) >= PROGRESS_BAR_BYTES), disk_errors():
+        if has_adapter(model):
             model.save_pretrained(partial, save_embedding_layers=False)
             (partial / "README.md").unlink()  # a template with nothing filled in
         else:
@@ -303,7 +303,7 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 
 def _bars_if_large(name: str) -> AbstractContextManager[None]:
-    return _bars(not Path(resolve(name)).is_dir() or weight_bytes(name) >= LARGE)
+    return _bars(not Path(resolve(name)).is_dir() or weight_bytes(name) >= PROGRESS_BAR_BYTES)
 
 
 @contextmanager

@@ -47,9 +47,9 @@ def response_logprobs(
         ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, all zero beyond a response's end; the entropy, in
         nats, carries no gradient.
     """
-    plain = unwrapped(model)
+    plain = unwrap_model(model)
     head = plain.get_output_embeddings() if _head_gives_logits(plain) else nn.Identity()
-    with skipped(head):
+    with bypass_head(head):
         hidden_BTD, ids_BT, mask_BT = response_states(model, prompts, responses, pad_id=pad_id)
     logprobs_N, entropy_N = head_logprobs(head, hidden_BTD[mask_BT], ids_BT[mask_BT], temperature)
     spread = hidden_BTD.new_zeros(mask_BT.shape, dtype=torch.float32)
@@ -89,7 +89,7 @@ def response_states(
     return output_BTX, ids_BL[:, -length:], response_mask.to(device).bool()
 
 
-def unwrapped(model: Any) -> Any:
+def unwrap_model(model: Any) -> Any:
     """The model inside what the compiler and data-parallel training wrap round it."""
     model = getattr(model, "_orig_mod", model)
     return getattr(model, "module", model)
@@ -190,7 +190,7 @@ def _head_gives_logits(model: Any) -> bool:
     if model not in _plain_heads:
         ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
         whole = model(input_ids=ids, use_cache=False).logits
-        with skipped(head):
+        with bypass_head(head):
             hidden = model(input_ids=ids, use_cache=False).logits
         same_shape = hidden.shape[-1] == head.weight.shape[-1]
         _plain_heads[model] = same_shape and torch.allclose(head(hidden), whole, atol=1e-4, rtol=1e-3)
@@ -198,7 +198,7 @@ def _head_gives_logits(model: Any) -> bool:
 
 
 @contextmanager
-def skipped(head: nn.Module) -> Iterator[None]:
+def bypass_head(head: nn.Module) -> Iterator[None]:
     """While it lasts the model puts out what would have gone into ``head``; its wrappers and hooks all still run."""
     head.forward = _unchanged
     try:

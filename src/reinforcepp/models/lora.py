@@ -37,12 +37,12 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and 
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def is_adapter(folder: Path) -> bool:
+def is_adapter_dir(folder: Path) -> bool:
     """Whether ``folder`` holds an adapter and no model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def base_of(folder: Path) -> str:
+def base_model_name(folder: Path) -> str:
     """The name of the model that the adapter in ``folder`` belongs to.
 
     Raises:
@@ -60,7 +60,7 @@ def base_of(folder: Path) -> str:
     return name
 
 
-def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """``model`` with the adapter in ``folder`` added to its weights, which are changed; no adapter is left.
 
     Raises:
@@ -76,7 +76,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
     except (SafetensorError, RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"The adapter in {folder} can't be added to {base_of(folder)}: {reason}") from error
+        raise ModelError(f"The adapter in {folder} can't be added to {base_model_name(folder)}: {reason}") from error
     plain: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return plain
 
@@ -100,7 +100,7 @@ def with_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
-    if in_4bit(model):
+    if is_4bit(model):
         for part in model.modules():
             if hasattr(part, "support_avx512bf16_for_cpu"):
                 part.support_avx512bf16_for_cpu = (
@@ -147,30 +147,30 @@ def is_linear(part: Any) -> bool:
     return isinstance(part, (nn.Linear, Conv1D))
 
 
-def is_adapted(model: Any) -> bool:
+def has_adapter(model: Any) -> bool:
     """Whether peft has wrapped ``model``."""
     return hasattr(model, "peft_config")
 
 
-def in_4bit(model: Any) -> bool:
+def is_4bit(model: Any) -> bool:
     """Whether the weights of ``model`` are those of QLoRA."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
     """The language model itself, without what peft wraps round it."""
-    base: PreTrainedModel = model.get_base_model() if is_adapted(model) else model
+    base: PreTrainedModel = model.get_base_model() if has_adapter(model) else model
     return base
 
 
-def reference_of(policy: PreTrainedModel) -> PreTrainedModel:
+def make_reference(policy: PreTrainedModel) -> PreTrainedModel:
     """The policy as it is before training: a copy, or where an adapter is trained the policy without it."""
-    if is_adapted(policy):
-        return cast("PreTrainedModel", WithoutAdapter(policy))
+    if has_adapter(policy):
+        return cast("PreTrainedModel", AdapterDisabled(policy))
     return copy.deepcopy(policy).requires_grad_(False)
 
 
-class WithoutAdapter:
+class AdapterDisabled:
     """A model as it was before its adapter was trained: the same weights with the adapter switched off, no copy."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -193,18 +193,18 @@ class WithoutAdapter:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-def trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def trainable_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a training changes, by the names under which it is saved: all weights, or those of the adapter."""
-    if not is_adapted(model):
+    if not has_adapter(model):
         return dict(model.state_dict())
     from peft import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def load_trained_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Take over what :func:`trained_weights` gave."""
-    if not is_adapted(model):
+def load_trainable_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Take over what :func:`trainable_weights` gave."""
+    if not has_adapter(model):
         model.load_state_dict(weights)
         return
     from peft import set_peft_model_state_dict
@@ -213,8 +213,8 @@ def load_trained_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> 
     assert not told.unexpected_keys, told.unexpected_keys
 
 
-def saved_adapter(folder: Path) -> dict[str, Tensor]:
-    """The weights of a saved adapter, for :func:`load_trained_weights`."""
+def load_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a saved adapter, for :func:`load_trainable_weights`."""
     return load_file(folder / ADAPTER_WEIGHTS)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, load_weights, model_of_adapter
-from reinforcepp.models.lora import ADAPTER_PREFIX, in_4bit, merged
+from reinforcepp.models.loading import base_of_adapter, load_config, load_policy, load_tokenizer, load_weights
+from reinforcepp.models.lora import ADAPTER_PREFIX, is_4bit, merge_adapter
 from reinforcepp.models.tokenization import position_ids
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
     """The language model ``name`` with a fresh scoring head, to be trained; ``settings`` go to ``from_pretrained``."""
     torch.manual_seed(seed)
-    model = _classifier(model_of_adapter(name) or name, **settings)
-    if model_of_adapter(name) is not None:
-        if in_4bit(model):
+    model = _classifier(base_of_adapter(name) or name, **settings)
+    if base_of_adapter(name) is not None:
+        if is_4bit(model):
             raise ConfigError(
                 f"load_in_4bit can't round an adapter: export {name} to a plain model first, and give that."
             )
@@ -36,8 +36,8 @@ def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
 def load_reward_weights(folder: Path) -> PreTrainedModel:
     """A trained reward model; refuses a folder whose scoring head is missing or of the wrong shape."""
     _check_head(folder)
-    if (base := model_of_adapter(str(folder))) is not None:
-        return score_at_last_attended(merged(_classifier(base), folder)).eval()
+    if (base := base_of_adapter(str(folder))) is not None:
+        return score_at_last_attended(merge_adapter(_classifier(base), folder)).eval()
     return score_at_last_attended(_classifier(str(folder), fresh=None)).eval()
 
 

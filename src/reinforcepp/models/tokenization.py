@@ -33,13 +33,13 @@ LongPrompts = Literal["cut", "drop"]
 # --- framing --------------------------------------------------------------------------------------------------------
 
 
-def frame_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The text that the model continues: ``prompt`` in the tokenizer's chat template, ready for an answer."""
     messages = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def frame_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+def format_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
     """The text that the model continues after ``messages``, each with ``role`` and ``content``, the last one the user's.
 
     A system message for which the template has no place stands in front of the first question.
@@ -69,11 +69,11 @@ def frame_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Ma
         ) from error
 
 
-def frame_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
-    """What follows :func:`frame_prompt` when the model answers ``answer``, up to and without the EOS."""
+def format_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
+    """What follows :func:`format_prompt` when the model answers ``answer``, up to and without the EOS."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    start = frame_prompt(tokenizer, prompt)
+    start = format_prompt(tokenizer, prompt)
     if not whole.startswith(start):
         raise ModelError(
             "The chat template writes a prompt differently when an answer follows it, so training and use would "
@@ -89,14 +89,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, ended: bool = True) -> list[int]:
+def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, ended: bool = True) -> list[int]:
     """Ids of framed prompt and answer, closed by EOS only if the answer ``ended`` by itself."""
-    ids = encode(tokenizer, frame_prompt(tokenizer, prompt))
-    ids += encode(tokenizer, frame_completion(tokenizer, prompt, answer))
-    return [*ids, eos_id(tokenizer)] if ended else ids
+    ids = encode(tokenizer, format_prompt(tokenizer, prompt))
+    ids += encode(tokenizer, format_completion(tokenizer, prompt, answer))
+    return [*ids, eos_token_id(tokenizer)] if ended else ids
 
 
-def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends an answer."""
     return int(tokenizer.eos_token_id)
 
@@ -119,7 +119,7 @@ def encode_prompts(
     prompts: list[Prompt] = []
     too_long: list[int] = []
     for key, row in enumerate(rows):
-        ids = encode(tokenizer, frame_prompt(tokenizer, row.prompt))
+        ids = encode(tokenizer, format_prompt(tokenizer, row.prompt))
         if len(ids) > max_prompt_length:
             too_long.append(key)
             if long_prompts == "drop":
@@ -161,16 +161,16 @@ class LazyPrompts(Sequence[Prompt]):
 
 def _cut_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> list[int]:
     content = encode(tokenizer, prompt)
-    keep = limit - len(encode(tokenizer, frame_prompt(tokenizer, "")))
+    keep = limit - len(encode(tokenizer, format_prompt(tokenizer, "")))
     while keep > 0:
         text = str(tokenizer.decode(content[-keep:])).lstrip("\ufffd")
-        ids = encode(tokenizer, frame_prompt(tokenizer, text))
+        ids = encode(tokenizer, format_prompt(tokenizer, text))
         if len(ids) <= limit:
             return ids
         keep -= len(ids) - limit
     raise DataError(
         f"max_prompt_length {limit} leaves no room for a prompt beside the model's own frame of "
-        f"{len(encode(tokenizer, frame_prompt(tokenizer, '')))} tokens; raise it."
+        f"{len(encode(tokenizer, format_prompt(tokenizer, '')))} tokens; raise it."
     )
 
 

@@ -73,9 +73,9 @@ def _by_function(scores: RewardScores) -> dict[str, float]:
     """The mean of each function over what it scored, without its weight, and the share of what none did."""
     known = {name: [score for score in own if score is not None] for name, own in scores.by_function.items()}
     means = {f"rewards/{name}/mean": sum(own) / len(own) for name, own in known.items() if own}
-    if not scores.left_out:
+    if not scores.skipped:
         return means
-    return means | {"completions/left_out_ratio": scores.left_out / (scores.left_out + len(scores.total))}
+    return means | {"completions/left_out_ratio": scores.skipped / (scores.skipped + len(scores.total))}
 
 
 def _groups_without_signal(batch: RolloutBatch, rewards_B: torch.Tensor) -> dict[str, float]:

@@ -129,7 +129,7 @@ def _job(
     return Job(
         policy=trained(),
         reward=together([] if config.reward_workers else [asked(model, "reward model") for model in models]),
-        critic=trained(values=True) if config.recipe.critic else None,
+        critic=trained(values=True) if config.estimator_spec.uses_critic else None,
         judge=asked(judge, "judge") if judge is not None and parse_source(judge).kind == "model" else None,
         size=size,
         dtype=dtype,

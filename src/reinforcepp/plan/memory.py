@@ -14,7 +14,7 @@ import torch
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.logprobs import BLOCK_BYTES, CHUNK_BYTES
 from reinforcepp.plan.shapes import Body, Pass, Shape, Size
-from reinforcepp.rewards.trained import SCORED_AT_A_TIME
+from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 from reinforcepp.rollout.kv_cache import ROOM
 from reinforcepp.rollout.selection import EngineName
 from reinforcepp.rollout.vllm.memory import CPU_CACHE_CAP, cache_budget
@@ -236,11 +236,11 @@ def by_vllm(job: Job, rows: Rows) -> dict[str, float]:
 
 def scoring(job: Job, rows: Rows) -> dict[str, float]:
     """The reward model, then the reference, without gradients."""
-    texts = min(SCORED_AT_A_TIME, max(rows.step, rows.evaluated))
+    texts = min(SCORING_BATCH_SIZE, max(rows.step, rows.evaluated))
     asked = max(rows.micro, min(EVALUATION_ROWS, rows.evaluated))
     moments = [{"activations": float(job.reward.score.peak.at(texts).other)}]
     if job.judge is not None:
-        moments.append({"activations": float(job.judge.score.peak.at(min(SCORED_AT_A_TIME, rows.evaluated)).other)})
+        moments.append({"activations": float(job.judge.score.peak.at(min(SCORING_BATCH_SIZE, rows.evaluated)).other)})
     for learner in job.learners:
         moments.append({"activations": float(learner.score.peak.at(asked).other)})
         kept = learner.score.at_head.at(asked)

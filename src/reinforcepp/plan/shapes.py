@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reinforcepp.config.precision import Computing
 from reinforcepp.errors import ModelError
-from reinforcepp.models.loading import empty_model
-from reinforcepp.models.logprobs import skipped
+from reinforcepp.models.loading import meta_model
+from reinforcepp.models.logprobs import bypass_head
 from reinforcepp.models.lora import is_linear, with_adapter
 from reinforcepp.models.precision import cast_parameters, move_gradient
 from reinforcepp.plan.trace import FLOPS, ROWS, Line, Live, Moment, Peak, attention_on_shapes, line_of, peak_of
@@ -142,7 +142,7 @@ def trained_shape(
         ModelError: it is no causal language model, or its code can't be run on shapes.
     """
     with _told(config), attention_on_shapes():
-        model = empty_model(config, dtype)
+        model = meta_model(config, dtype)
         if values:
             width = model.get_output_embeddings().weight.shape[1]
             model.set_output_embeddings(nn.Linear(width, 1, bias=False, device="meta", dtype=dtype))
@@ -157,7 +157,7 @@ def trained_shape(
             cast_parameters(model, dtype)
             stored = own + dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
             head = model.get_output_embeddings()
-        skip = partial(skipped, head) if apart else nullcontext
+        skip = partial(bypass_head, head) if apart else nullcontext
         moves = Moves(early, offload, shards)
         passes = [_two_passes(model, head if apart else None, skip, rows, size, settings, moves) for rows in ROWS]
         first, later = (
@@ -199,7 +199,7 @@ def _in_4bit(model: PreTrainedModel, head: nn.Module) -> int:
 def asked_shape(config: PreTrainedConfig, dtype: torch.dtype, size: Size) -> Body:
     """What there is to know of a reward model; arguments and errors are those of :func:`trained_shape`."""
     with _told(config), attention_on_shapes():
-        model = empty_model(config, dtype, "AutoModel")
+        model = meta_model(config, dtype, "AutoModel")
         score_weights = config.get_text_config().hidden_size
         return Body(
             parameters=sum(p.numel() for p in model.parameters()) + score_weights,

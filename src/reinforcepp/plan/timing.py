@@ -15,7 +15,7 @@ from reinforcepp.plan.lengths import Floats, Lengths
 from reinforcepp.plan.machine import Rates
 from reinforcepp.plan.memory import FLOAT, MOMENTS, Job, Rows, chunk_bytes
 from reinforcepp.plan.shapes import Shape
-from reinforcepp.rewards.trained import SCORED_AT_A_TIME
+from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 
 BACKWARD, FROZEN_BACKWARD = 2, 1
 """Operations of a backward pass, in forward passes; weights that don't learn have no gradients of their own."""
@@ -71,11 +71,11 @@ def step_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, 
 
 def scoring_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, lengths: Lengths) -> float:
     """Forward passes of the reward model, whose rows are padded to the longest, and of those that give log-probabilities."""
-    padded = lengths.longest(min(rows.step, SCORED_AT_A_TIME))
+    padded = lengths.longest(min(rows.step, SCORING_BATCH_SIZE))
     rewards = answered_share(job, padded) * rewarding_operations(job, rows)
     asked = answered_share(job, lengths.mean) * asking_operations(job, rows, config)
     models = 1 + (not on_policy(job, config)) + (job.critic is not None)
-    passes = -(-rows.step // SCORED_AT_A_TIME) * (job.reward.parameters > 0) + models * -(-rows.step // rows.micro)
+    passes = -(-rows.step // SCORING_BATCH_SIZE) * (job.reward.parameters > 0) + models * -(-rows.step // rows.micro)
     return _with_calls(job, (rewards + asked) / speeds.products, speeds.pass_call * passes * job.policy.token_calls)
 
 

@@ -51,12 +51,12 @@ class RewardScores:
     """What the reward functions said of each completion.
 
     ``total`` is the weighted sum over the functions that scored it, None where none did; ``by_function`` is what each
-    said by itself. ``left_out`` is the number of completions that :func:`only_scored` has taken away.
+    said by itself. ``skipped`` is the number of completions that :func:`drop_unscored` has taken away.
     """
 
     total: list[float | None]
     by_function: dict[str, list[float | None]]
-    left_out: int = 0
+    skipped: int = 0
 
     @property
     def known(self) -> list[float]:
@@ -64,25 +64,25 @@ class RewardScores:
         return [total for total in self.total if total is not None]
 
 
-def name_of(function: RewardFunction) -> str:
+def function_name(function: RewardFunction) -> str:
     """The name under which a function's scores are logged."""
     return str(getattr(function, "__name__", None) or getattr(function, "name", None) or type(function).__name__)
 
 
-def asks_together(function: RewardFunction) -> bool:
+def is_collective(function: RewardFunction) -> bool:
     """Whether all processes that train together have to call it alike: without completions, too, and before any other,
     which may fail in one of them.
     """
-    return bool(getattr(function, "together", False))
+    return bool(getattr(function, "collective", False))
 
 
-def distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
+def unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     """The name of each; of those that share one, all but the first get a number."""
     names: list[str] = []
     for function in functions:
-        name, number = name_of(function), 1
+        name, number = function_name(function), 1
         while name in names:
-            name, number = f"{name_of(function)}_{number}", number + 1
+            name, number = f"{function_name(function)}_{number}", number + 1
         names.append(name)
     return names
 
@@ -90,7 +90,7 @@ def distinct_names(functions: Sequence[RewardFunction]) -> list[str]:
 def score_all(reward: RewardFunction, completions: Sequence[Completion]) -> list[float]:
     """Scores by a reward that leaves none out, as trained models and judges do."""
     scores = score_with([reward], completions).total
-    assert all(score is not None for score in scores), f"{name_of(reward)} left a completion out"
+    assert all(score is not None for score in scores), f"{function_name(reward)} left a completion out"
     return [float(score) for score in scores if score is not None]
 
 
@@ -102,7 +102,7 @@ def score_with(
 ) -> RewardScores:
     """Score ``completions`` with every function and add the scores up, each times its weight.
 
-    Functions are called one after another, first those that :func:`asks_together` names; what those among them that are
+    Functions are called one after another, first those that :func:`is_collective` names; what those among them that are
     ``async`` return is then awaited together.
     ``truncation_penalty`` is taken off what was cut off at the length limit.
 
@@ -114,8 +114,8 @@ def score_with(
     """
     texts = [c.text for c in completions]
     given = _arguments(completions)
-    names = distinct_names(functions)
-    order = sorted(range(len(functions)), key=lambda i: not asks_together(functions[i]))
+    names = unique_names(functions)
+    order = sorted(range(len(functions)), key=lambda i: not is_collective(functions[i]))
     answers = {i: _called(names[i], functions[i], given) for i in order}
     said = _awaited(names, [answers[i] for i in range(len(functions))])
     scores = [_checked(name, answer, texts) for name, answer in zip(names, said, strict=True)]
@@ -128,7 +128,7 @@ def score_with(
     return RewardScores(total, dict(zip(names, scores, strict=True)))
 
 
-def only_scored(
+def drop_unscored(
     completions: list[Completion], scores: RewardScores, *, grouped: bool
 ) -> tuple[list[Completion], RewardScores]:
     """The completions that a function scored and their scores, so that the others have no part in anything.
@@ -168,7 +168,7 @@ def _called(name: str, function: RewardFunction, given: dict[str, list[Any]]) ->
     except ReinforceError:
         raise
     except Exception as error:  # the user's own code, in which anything may go wrong
-        raise failed(name, error) from error
+        raise reward_error(name, error) from error
 
 
 def _accepted(name: str, function: RewardFunction, given: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -194,7 +194,7 @@ def _awaited(names: Sequence[str], said: list[Any]) -> list[Any]:
         except ReinforceError:
             raise
         except Exception as error:  # the user's own code
-            raise failed(name, error) from error
+            raise reward_error(name, error) from error
 
     async def all_results() -> list[Any]:
         return await asyncio.gather(*(result(names[i], said[i]) for i in waiting))
@@ -206,7 +206,7 @@ def _awaited(names: Sequence[str], said: list[Any]) -> list[Any]:
     return [known.get(i, answer) for i, answer in enumerate(said)]
 
 
-def failed(name: str, error: Exception) -> RewardError:
+def reward_error(name: str, error: Exception) -> RewardError:
     """What the user is told of an exception in a reward function: its name, place and words."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from reinforcepp.errors import TrainingDiverged
-from reinforcepp.models.tokenization import encode, encode_answer, frame_prompt
+from reinforcepp.models.tokenization import encode, encode_example, format_prompt
 from reinforcepp.rewards.trained import TrainedReward
 from reinforcepp.types import Preference, ScoredPair
 
@@ -20,9 +20,9 @@ def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[Scor
     if not pairs:
         return []
     tokenizer = reward.tokenizer
-    starts = [len(encode(tokenizer, frame_prompt(tokenizer, p.prompt))) for p in pairs]
-    chosen = [encode_answer(tokenizer, p.prompt, p.chosen) for p in pairs]
-    rejected = [encode_answer(tokenizer, p.prompt, p.rejected) for p in pairs]
+    starts = [len(encode(tokenizer, format_prompt(tokenizer, p.prompt))) for p in pairs]
+    chosen = [encode_example(tokenizer, p.prompt, p.chosen) for p in pairs]
+    rejected = [encode_example(tokenizer, p.prompt, p.rejected) for p in pairs]
     chosen_scores, rejected_scores = reward.score_rows(chosen), reward.score_rows(rejected)
     for pair, *scores in zip(pairs, chosen_scores, rejected_scores, strict=True):
         if not all(map(math.isfinite, scores)):

@@ -18,13 +18,13 @@ from reinforcepp.rewards.functions import (
     GoldReward,
     RewardFunction,
     RewardScores,
-    asks_together,
-    distinct_names,
-    name_of,
+    function_name,
+    is_collective,
     score_with,
+    unique_names,
 )
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
-from reinforcepp.rewards.user import identity, load_function
+from reinforcepp.rewards.user import load_function, source_digest
 from reinforcepp.types import Completion
 
 Reward = str | RewardFunction
@@ -45,7 +45,7 @@ class RewardSum:
         Where there is none, as may happen to one of several processes, no function is called but those that all call together.
         """
         if not completions:
-            for function in filter(asks_together, self.functions):
+            for function in filter(is_collective, self.functions):
                 function([], [])
             return RewardScores([], {name: [] for name in self.names})
         return score_with(self.functions, completions, self.weights, self.truncation_penalty)
@@ -53,7 +53,7 @@ class RewardSum:
     @property
     def names(self) -> list[str]:
         """Under what each is logged."""
-        return distinct_names(self.functions)
+        return unique_names(self.functions)
 
     @property
     def trained(self) -> list[TrainedReward]:
@@ -161,5 +161,5 @@ def _normalize(functions: Sequence[RewardFunction]) -> None:
 
 def _identity(source: RewardSource | None, function: RewardFunction) -> str:
     if source is None or source.kind in ("judge", "model"):
-        return name_of(function)
-    return identity(source.target) if source.kind == "function" else source.target
+        return function_name(function)
+    return source_digest(source.target) if source.kind == "function" else source.target

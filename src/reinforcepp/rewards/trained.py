@@ -17,7 +17,7 @@ from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
 from reinforcepp.models.loading import context_length, load_tokenizer, resolve, save_model
 from reinforcepp.models.reward_models import load_reward_weights
-from reinforcepp.models.tokenization import encode_answer, pad
+from reinforcepp.models.tokenization import encode_example, pad
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
 from reinforcepp.run_dir import REWARD_CARD
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FINGERPRINT_TOLERANCE = 1e-2
-SCORED_AT_A_TIME = 64
+SCORING_BATCH_SIZE = 64
 
 PROBES = [
     ("How do I see which process listens on port 443?", "Run ss -ltnp 'sport = :443' and read the last column."),
@@ -54,7 +54,7 @@ class TrainedReward:
     """What it was made from, where it was loaded from a folder."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = SCORED_AT_A_TIME
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = SCORING_BATCH_SIZE
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -67,7 +67,7 @@ class TrainedReward:
         """One score per completion. A completion cut off at the length limit gets no EOS that it didn't say."""
         reasons = finish_reason or ["stop"] * len(prompts)
         rows = [
-            encode_answer(self.tokenizer, prompt, completion, ended=reason == "stop")
+            encode_example(self.tokenizer, prompt, completion, ended=reason == "stop")
             for prompt, completion, reason in zip(prompts, completions, reasons, strict=True)
         ]
         return self.scaled(self.score_rows(rows))
@@ -109,7 +109,7 @@ class TrainedReward:
 
     def fingerprint(self) -> list[float]:
         """The scores of the probe texts."""
-        return self.score_rows([encode_answer(self.tokenizer, prompt, answer) for prompt, answer in PROBES])
+        return self.score_rows([encode_example(self.tokenizer, prompt, answer) for prompt, answer in PROBES])
 
 
 def save_reward_model(reward: TrainedReward, card: RewardCard, folder: Path) -> None:

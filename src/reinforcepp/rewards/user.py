@@ -11,7 +11,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError, ReinforceError, nearest
 from reinforcepp.files import sha256
-from reinforcepp.rewards.functions import RewardFunction, failed
+from reinforcepp.rewards.functions import RewardFunction, reward_error
 
 
 def load_function(source: str) -> RewardFunction:
@@ -31,7 +31,7 @@ def load_function(source: str) -> RewardFunction:
     return function
 
 
-def identity(source: str) -> str:
+def source_digest(source: str) -> str:
     """``source`` and what its code is now, in one word, so that a resumed run notices a change."""
     file = getattr(_loaded(source.rpartition(":")[0]), "__file__", None)
     return f"{source}@{sha256(Path(file))[:16]}" if file is not None else source
@@ -45,7 +45,7 @@ def _loaded(where: str) -> ModuleType:
         return import_module(where)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{where}.".startswith(f"{error.name}."):  # something that the module imports
-            raise failed(where, error) from error
+            raise reward_error(where, error) from error
         raise ConfigError(
             f"There is no Python module {where}, neither in {Path.cwd()} nor installed: give the function as "
             "path/to/file.py:function, or the folder of a reward model that exists."
@@ -53,7 +53,7 @@ def _loaded(where: str) -> ModuleType:
     except ReinforceError:
         raise
     except Exception as error:  # the user's own code, in which anything may go wrong
-        raise failed(where, error) from error
+        raise reward_error(where, error) from error
 
 
 def _of_file(path: Path) -> ModuleType:
@@ -72,7 +72,7 @@ def _of_file(path: Path) -> ModuleType:
         del sys.modules[name]
         if isinstance(error, ReinforceError):
             raise
-        raise failed(str(path), error) from error
+        raise reward_error(str(path), error) from error
     return module
 
 

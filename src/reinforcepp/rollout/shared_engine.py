@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.rank_zero import FirstRank
 from reinforcepp.distributed.ranks import Ranks
-from reinforcepp.models.loading import eos_ids
+from reinforcepp.models.loading import eos_token_ids
 from reinforcepp.rollout.engine import RolloutEngine, grown
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice
@@ -81,7 +81,7 @@ class SharedEngine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self._first, self._tokenizer, self._eos_ids = first, tokenizer, eos_ids(model, tokenizer)
+        self._first, self._tokenizer, self._eos_ids = first, tokenizer, eos_token_ids(model, tokenizer)
         self.own: Any = None
         """There where the engine is."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from reinforcepp.models.loading import context_length, eos_ids
+from reinforcepp.models.loading import context_length, eos_token_ids
 from reinforcepp.models.tokenization import pad, position_ids
 from reinforcepp.rollout.engine import check_prompts, completed, request_seed
 from reinforcepp.rollout.kv_cache import roomy_cache
@@ -48,7 +48,7 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.eos_ids = eos_ids(model, tokenizer)
+        self.eos_ids = eos_token_ids(model, tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""

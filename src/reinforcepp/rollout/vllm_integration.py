@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import loading as models
-from reinforcepp.models.lora import WithoutAdapter, full_weights
+from reinforcepp.models.lora import AdapterDisabled, full_weights
 from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept
 from reinforcepp.rollout.transfer import send_weights
 from reinforcepp.rollout.vllm.compat import import_vllm, sampling_settings, vllm_status, without_tied
@@ -93,7 +93,7 @@ class VllmEngine:
             self.eos_ids = saved_eos_ids(model, tokenizer)
         else:
             self.config = named_config(model)
-            self.eos_ids = models.eos_ids(model, tokenizer)
+            self.eos_ids = models.eos_token_ids(model, tokenizer)
         own_dtype = self.config.dtype if isinstance(model, str) else model.dtype
         self.dtype: torch.dtype = dtype or own_dtype or torch.float32
         usable, reason = vllm_status(self.config, self.dtype)
@@ -326,7 +326,7 @@ class VllmEngine:
                 adapter.forget(self._llm)
             return
         if not adapter.beside_its_model:
-            self._reload_weights(WithoutAdapter(model).state_dict().items())
+            self._reload_weights(AdapterDisabled(model).state_dict().items())
         adapter.update(self._llm, model)
 
     def _reload_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -20,7 +20,7 @@ def named_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def saved_eos_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All ids that end an answer of a saved model: see :func:`~reinforcepp.models.loading.eos_ids`."""
+    """All ids that end an answer of a saved model: see :func:`~reinforcepp.models.loading.eos_token_ids`."""
     from transformers import GenerationConfig
 
     try:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
-from reinforcepp.models.lora import base_model, in_4bit, is_adapted, load_trained_weights, trained_weights
+from reinforcepp.models.lora import base_model, has_adapter, is_4bit, load_trainable_weights, trainable_weights
 from reinforcepp.models.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
 from reinforcepp.training.schedule import share_of_peak
 
@@ -50,9 +50,9 @@ class Learner:
                 "offload_optimizer is for whole weights: leave it out where processes share them (FSDP2, DeepSpeed)."
             )
         model.eval()
-        if not in_4bit(model):  # else it is there already, and may not be moved
+        if not is_4bit(model):  # else it is there already, and may not be moved
             model.to(ranks.device)
-        if not is_adapted(model):  # else the adapter alone is trained
+        if not has_adapter(model):  # else the adapter alone is trained
             model.requires_grad_(True)
         dtype = compute_dtype(config)
         self.plain = model
@@ -163,7 +163,7 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """State dicts of what is trained of the model, of optimiser and schedule; sharded, each rank's has its own parts."""
         course = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
-        return trained_weights(self.plain), self.engine.state(masters=self._dtype != torch.float32), course
+        return trainable_weights(self.plain), self.engine.state(masters=self._dtype != torch.float32), course
 
     def cut(self, index: int, shape: torch.Size) -> Tensor | None:
         """What an optimiser's tensor of the parameter ``index`` is to be cut like; None if it is whole."""
@@ -173,7 +173,7 @@ class Learner:
     @torch.no_grad()
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave, also on another number of ranks."""
-        load_trained_weights(self.plain, model)
+        load_trainable_weights(self.plain, model)
         self.engine.load_state(optimizer, self.plain.parameters())
         self._scale.load_state_dict(scheduler["loss_scale"])
         self.scheduler.load_state_dict({name: value for name, value in scheduler.items() if name != "loss_scale"})

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from reinforcepp.algorithm.kl import adapted
+from reinforcepp.algorithm.kl import next_kl_coef
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models.loading import load_policy, save_model, weights_hash
-from reinforcepp.models.lora import is_adapted, saved_adapter
+from reinforcepp.models.lora import has_adapter, load_adapter_weights
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.tokenization import LazyPrompts
 from reinforcepp.monitoring import MetricLog, note_event, restore_logs
@@ -83,7 +83,7 @@ class PolicyRun:
         target = self.config.kl_target
         if target is not None and "kl" in metrics:
             metrics["kl_coef"] = self.update.kl_coef
-            self.update.kl_coef = adapted(
+            self.update.kl_coef = next_kl_coef(
                 self.update.kl_coef,
                 metrics["kl"],
                 target=target,
@@ -150,8 +150,8 @@ class PolicyRun:
 
     def _policy_weights(self, folder: Path) -> dict[str, Tensor]:
         """What a checkpoint holds of the policy."""
-        if is_adapted(self.update.policy.plain):
-            return saved_adapter(folder)
+        if has_adapter(self.update.policy.plain):
+            return load_adapter_weights(folder)
         return dict(load_policy(str(folder), compute_dtype(self.config)).state_dict())
 
     def roll_back(self, told: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reinforcepp.algorithm.advantages import compute_advantages
 from reinforcepp.algorithm.kl import kl_estimate
-from reinforcepp.algorithm.losses import Correction, masked_mean, policy_loss, rollout_weights, value_loss
+from reinforcepp.algorithm.losses import Correction, importance_weights, masked_mean, policy_loss, value_loss
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, UnusableUpdate
@@ -107,7 +107,7 @@ class PolicyUpdate:
             batch.rewards_B,
             kl_estimate(own_BT, batch.ref_logprobs_BT, "k1"),
             batch.mask_BT,
-            kl_coef=0.0 if config.recipe.kl_in_loss else self.kl_coef,
+            kl_coef=0.0 if config.estimator_spec.kl_in_loss else self.kl_coef,
             gamma=config.gamma,
             estimator=config.estimator,
             group_ids_B=batch.group_ids_B,
@@ -216,7 +216,7 @@ class PolicyUpdate:
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
-            weights_BT=rollout_weights(
+            weights_BT=importance_weights(
                 batch.old_logprobs_BT[rows],
                 batch.rollout_logprobs_BT[rows],
                 batch.mask_BT[rows],
@@ -226,7 +226,7 @@ class PolicyUpdate:
             ),
             denominator=tokens,
         )
-        if config.recipe.kl_in_loss:
+        if config.estimator_spec.kl_in_loss:
             k2_BT = kl_estimate(logprobs_BT, batch.ref_logprobs_BT[rows], "k2")
             loss = loss + self.kl_coef * masked_mean(k2_BT, mask_BT, tokens)
         log_ratio_BT = (logprobs_BT.detach() - batch.old_logprobs_BT[rows]).abs()

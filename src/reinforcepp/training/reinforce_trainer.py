@@ -20,9 +20,9 @@ from reinforcepp.distributed.rank_zero import FirstRank
 from reinforcepp.distributed.ranks import Ranks, check_trackers, join
 from reinforcepp.errors import DataError, EngineLost, RewardError, TrainingDiverged, UnusableUpdate
 from reinforcepp.files import write_json
-from reinforcepp.models.chat_template import framed
+from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import check_context, load_config, save_model, tokenizer_for, weight_bytes
-from reinforcepp.models.lora import reference_of, with_adapter
+from reinforcepp.models.lora import make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.models.tokenization import pad_values
 from reinforcepp.monitoring import Clock, echo, note_event, read_metrics
@@ -32,7 +32,7 @@ from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopAsked, stop_signals
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.monitoring.watchdog import Watchdog
-from reinforcepp.rewards.functions import RewardFunction, RewardScores, only_scored
+from reinforcepp.rewards.functions import RewardFunction, RewardScores, drop_unscored
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rollout.engine import RolloutEngine, random_state_kept
 from reinforcepp.rollout.ray.reward_pool import for_a_pool, pooled
@@ -93,7 +93,7 @@ class ReinforceTrainer:
     ) -> None:
         self.config = args or ReinforceConfig()
         # the checkpoints, with Adam's two moments, the same of a critic, and the trained model
-        copies = (6 if self.config.recipe.critic else 3) * self.config.checkpoints_at_most + 1
+        copies = (6 if self.config.estimator_spec.uses_critic else 3) * self.config.checkpoints_at_most + 1
         needed = copies * weight_bytes(model) if isinstance(model, str) and not self.config.use_peft else 0
         join(self.config.watchdog_seconds)
         self.folder = check_output(
@@ -106,7 +106,7 @@ class ReinforceTrainer:
         dtype = compute_dtype(self.config)
         wanted = "transformers" if self.config.load_in_4bit else self.config.rollout
         choice = choose_engine(wanted, model_config, dtype) if engine is None else None
-        self.tokenizer = framed(tokenizer_for(model_config, processing_class), self.config)
+        self.tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), self.config)
         warn_of_bias(self.config)
         train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")
         self.prompts = encode(self.tokenizer, train_rows, "training", self.config)
@@ -127,12 +127,14 @@ class ReinforceTrainer:
                 reward.model.to(self.ranks.device)
         policy = start_policy(model, self.config)
         updates = self.num_steps * self.config.updates_per_step
-        self.critic = Critic(policy, self.ranks, self.config, steps=updates) if self.config.recipe.critic else None
+        self.critic = (
+            Critic(policy, self.ranks, self.config, steps=updates) if self.config.estimator_spec.uses_critic else None
+        )
         if self.config.use_peft:
             policy = with_adapter(policy, self.config, seed=self.config.seed)
         self.learner = Learner(policy, self.ranks, self.config, learning_rate=self.config.learning_rate, steps=updates)
         self.policy = self.learner.plain
-        self.reference = reference_of(self.policy)
+        self.reference = make_reference(self.policy)
         inputs = fingerprints(self.reference, [self.prompts, self.eval_prompts], self.rewards)
         if self._resumed is not None:
             check_unchanged(self._resumed.state["inputs"], inputs, self.config.allowed_changes)
@@ -238,7 +240,7 @@ class ReinforceTrainer:
     def _score(self, completions: list[Completion]) -> tuple[RolloutBatch, RewardScores]:
         """Rewards, and log-probabilities under the reference and, unless the update gives them, under the policy."""
         scores = self.rewards.score(completions)
-        completions, scores = only_scored(completions, scores, grouped=self.config.recipe.grouped)
+        completions, scores = drop_unscored(completions, scores, grouped=self.config.estimator_spec.grouped)
         width = max((len(c.ids) for c in completions), default=0)
         shape, device = (len(completions), width), self.ranks.device
         old_BT, ref_BT, entropy_BT, mask_BT = (torch.zeros(shape, device=device) for _ in range(4))

@@ -21,7 +21,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models.loading import load_policy, save_model
-from reinforcepp.models.lora import is_adapted, load_trained_weights, saved_adapter
+from reinforcepp.models.lora import has_adapter, load_adapter_weights, load_trainable_weights
 from reinforcepp.models.reward_models import load_reward_weights
 from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopAsked, stop_signals
@@ -29,7 +29,7 @@ from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training import checkpoint
 from reinforcepp.training import rng as random_state
 from reinforcepp.training.run_state import better
-from reinforcepp.training.supervised_loop import Beginning, Settings
+from reinforcepp.training.supervised_loop import RunContext, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 TRAINER_STATE = "trainer_state.json"
 
 
-class Resumable(Trainer):
+class CheckpointedTrainer(Trainer):
     """Saves and restores all that decides the next step; nothing is unpickled. A mixin for TRL's trainers.
 
     ``settings`` is the run's configuration, ``begun`` what it starts from.
@@ -54,7 +54,7 @@ class Resumable(Trainer):
     shown = ("", "")
     """The one that the progress line shows, under TRL's name and in words."""
 
-    def __init__(self, *, settings: Settings, begun: Beginning, **named: Any) -> None:
+    def __init__(self, *, settings: Settings, begun: RunContext, **named: Any) -> None:
         super().__init__(**named)
         self.settings = settings
         self.begun = begun
@@ -94,9 +94,9 @@ class Resumable(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        adapted = is_adapted(self.model)
-        load_trained_weights(
-            self.model, saved_adapter(folder) if adapted else dict(self.saved_model(folder).state_dict())
+        adapted = has_adapter(self.model)
+        load_trainable_weights(
+            self.model, load_adapter_weights(folder) if adapted else dict(self.saved_model(folder).state_dict())
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
@@ -112,7 +112,7 @@ class Resumable(Trainer):
             random_state.restore(checkpoint.Checkpoint(Path(checkpoint_folder)).state["random"])
 
 
-class ResumableRewardTrainer(Resumable, RewardTrainer):
+class ResumableRewardTrainer(CheckpointedTrainer, RewardTrainer):
     """Learns from pairs: rows of ``chosen_ids`` and ``rejected_ids``."""
 
     title = "reward model"
@@ -132,7 +132,7 @@ class ResumableRewardTrainer(Resumable, RewardTrainer):
         return load_reward_weights(folder)
 
 
-class ResumableSftTrainer(Resumable, SFTTrainer):
+class ResumableSftTrainer(CheckpointedTrainer, SFTTrainer):
     """Learns texts: rows of ``input_ids`` and ``labels``, which are -100 where nothing is learnt."""
 
     title = "warm-up"
@@ -161,7 +161,7 @@ class ResumableSftTrainer(Resumable, SFTTrainer):
         return load_policy(str(folder))
 
 
-class Keeper(TrainerCallback):
+class TrainingCallback(TrainerCallback):
     """Between the steps of a training: log, progress, checkpoints, signals and unusable gradients."""
 
     def __init__(self, log: MetricLog, progress: Progress, stop: Stop, watchdog: Watchdog, ranks: Ranks) -> None:
@@ -169,7 +169,7 @@ class Keeper(TrainerCallback):
         self.trainer: Any = None
         self._clock, self._skipped, self._left_out = Clock(), 0, False
 
-    def attend(self, trainer: Resumable) -> None:
+    def attend(self, trainer: CheckpointedTrainer) -> None:
         """The trainer whose callback this is."""
         self.trainer = trainer
 
@@ -232,12 +232,12 @@ class Keeper(TrainerCallback):
 
 
 def fit(
-    trainer_class: type[Resumable],
+    trainer_class: type[CheckpointedTrainer],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]] | Dataset,
     config: Settings,
-    begun: Beginning,
+    begun: RunContext,
 ) -> None:
     """Train ``model`` on tokenised ``rows``, from the checkpoint on that ``begun`` has if it has one.
 
@@ -262,7 +262,7 @@ def fit(
     ):
         if ranks.is_main:
             log.open(begun.folder)
-        keeper = Keeper(log, progress, stop, watchdog, ranks)
+        keeper = TrainingCallback(log, progress, stop, watchdog, ranks)
         arguments = trainer_class.arguments(config, output_dir=scratch, **_arguments(config, steps, ranks.count))
         arguments.mixed_precision = config.mixed_precision  # else the launcher's would do where the setting is "no"
         trainer = trainer_class(
@@ -308,7 +308,7 @@ def _arguments(config: Settings, steps: int, processes: int) -> dict[str, Any]:
         "torch_compile": config.torch_compile,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "save_strategy": "no",  # no more than the Keeper asks for
+        "save_strategy": "no",  # no more than the callback asks for
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

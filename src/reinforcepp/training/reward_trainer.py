@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import PreferenceData, load_preferences
-from reinforcepp.models.chat_template import framed
+from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_tokenizer, save_model, weights_hash
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
-from reinforcepp.models.tokenization import encode_answer
+from reinforcepp.models.tokenization import encode_example
 from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.reports.reward_model import analyse, save_pairs, summary, tell, write_page
 from reinforcepp.rewards.card import RewardCard
@@ -27,14 +27,14 @@ from reinforcepp.rewards.trained import TrainedReward, save_reward_model
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_loop import (
     begin,
-    check_left,
+    check_not_empty,
+    join_ranks,
     length_limit,
     longest,
-    meet,
-    open_folder,
-    some_of,
-    tokenised,
-    within,
+    open_run_dir,
+    sample_rows,
+    skip_long,
+    tokenize_rows,
 )
 from reinforcepp.types import Preference
 
@@ -56,8 +56,8 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
 
 
 def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
-    meet(config)
-    folder, saved = open_folder(config)
+    join_ranks(config)
+    folder, saved = open_run_dir(config)
     with reading_progress(config.streaming) as told:
         data, train, heldout = load_preferences(
             config.data,
@@ -68,16 +68,16 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
             told=told,
         )
     echo(data.summary())
-    tokenizer = framed(load_tokenizer(config.model), config)
+    tokenizer = with_chat_template(load_tokenizer(config.model), config)
     limit = length_limit(config)
 
     def ids_of(pair: Preference) -> dict[str, list[int]]:
         answers = {"chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
-        return {name: encode_answer(tokenizer, pair.prompt, answer) for name, answer in answers.items()}
+        return {name: encode_example(tokenizer, pair.prompt, answer) for name, answer in answers.items()}
 
-    train, rows = tokenised(train, ids_of, limit, "training pairs", scratch)
-    heldout = within(some_of(heldout), lambda pair: longest(ids_of(pair)), limit, "held-out pairs")
-    check_left(train, "pair", data.source, limit)
+    train, rows = tokenize_rows(train, ids_of, limit, "training pairs", scratch)
+    heldout = skip_long(sample_rows(heldout), lambda pair: longest(ids_of(pair)), limit, "held-out pairs")
+    check_not_empty(train, "pair", data.source, limit)
 
     model = new_reward_model(config.model, config.seed, **loading(config))
     inputs = {"model": weights_hash(model), "data": data.sha256}
@@ -109,7 +109,7 @@ def _measure_and_save(
         save_model(model, tokenizer, folder)
         used = load_reward_weights(folder)
     scorer = TrainedReward(used, tokenizer, batch_size=config.batch_size * 2)
-    on_train = summary(score_pairs(scorer, some_of(train)))
+    on_train = summary(score_pairs(scorer, sample_rows(train)))
     pairs = score_pairs(scorer, heldout)
     analysis = analyse(pairs) if pairs else None
     card = RewardCard(

@@ -19,7 +19,7 @@ import torch
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.files import write_json
-from reinforcepp.models.lora import load_trained_weights, trained_weights
+from reinforcepp.models.lora import load_trainable_weights, trainable_weights
 from reinforcepp.rollout.engine import RolloutEngine, request_seed
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.rollout.transformers_engine import TransformersEngine
@@ -156,7 +156,7 @@ class Sampler:
         if step in self._jobs or step >= self._steps:
             return
         held = self._copies[step % len(self._copies)]  # the step that had it is through
-        load_trained_weights(held, trained_weights(self._policy))
+        load_trainable_weights(held, trainable_weights(self._policy))
         self._jobs[step] = self._thread.submit(self._ahead, held, self._own_prompts(step), step, version)
 
     def _ahead(self, held: PreTrainedModel, prompts: Sequence[Prompt], step: int, version: int) -> Sampled:

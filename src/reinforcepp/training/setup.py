@@ -13,7 +13,7 @@ from reinforcepp.config.precision import Computing
 from reinforcepp.data import SpooledRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import load_policy
-from reinforcepp.models.lora import is_adapted
+from reinforcepp.models.lora import has_adapter
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.tokenization import LazyPrompts, encode_prompts
 from reinforcepp.monitoring import echo
@@ -67,14 +67,14 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
         # Weights that are trained are rounded later, when the optimiser has all their digits.
         dtype = compute_dtype(config) if config.use_peft else torch.float32
         return load_policy(model, dtype, **loading(config))
-    if config.use_peft and is_adapted(model):
+    if config.use_peft and has_adapter(model):
         raise ConfigError("use_peft adds an adapter, but the given model has one: leave use_peft out to train that.")
     if config.use_peft and not model.config.name_or_path:
         raise ConfigError(
             "use_peft saves the adapter alone, so the model has to be found again, but the given one was made in memory: "
             "save it and give its folder."
         )
-    if config.recipe.critic and is_adapted(model):
+    if config.estimator_spec.uses_critic and has_adapter(model):
         raise ConfigError("The estimator ppo can't copy a model with an adapter: give the model, and use_peft.")
     return model
 

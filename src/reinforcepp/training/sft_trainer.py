@@ -16,26 +16,34 @@ import torch
 from reinforcepp.config import SftConfig
 from reinforcepp.data import Demonstration, load_texts
 from reinforcepp.files import write_json
-from reinforcepp.models.chat_template import framed
+from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_policy, load_tokenizer, save_model, weights_hash
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.models.lora import in_4bit, with_adapter
-from reinforcepp.models.tokenization import encode, encode_answer, eos_id, frame_prompt
+from reinforcepp.models.lora import is_4bit, with_adapter
+from reinforcepp.models.tokenization import encode, encode_example, eos_token_id, format_prompt
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.training.setup import loading
-from reinforcepp.training.supervised_loop import Beginning, begin, check_left, length_limit, meet, open_folder, within
+from reinforcepp.training.supervised_loop import (
+    RunContext,
+    begin,
+    check_not_empty,
+    join_ranks,
+    length_limit,
+    open_run_dir,
+    skip_long,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100
+IGNORED_LABEL = -100
 """The label of a token on which there is no loss."""
-LARGEST_LOSS = 700.0
+MAX_EXPONENT_LOSS = 700.0
 """Whose exponential is still a number."""
 
 
-class Lesson(NamedTuple):
+class SftExample(NamedTuple):
     """Tokens that are given, and those that are learnt after them."""
 
     given: list[int]
@@ -49,7 +57,7 @@ class Lesson(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutMetrics:
     """The mean loss of held-out tokens in nats, its exponential, and how many tokens of how many rows it is of."""
 
     loss: float
@@ -58,26 +66,26 @@ class HeldOut:
     rows: int
 
 
-def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
+def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
     """Fine-tune, measure and save a language model as ``config`` says; returns the figures ``before`` and ``after``,
     None if no row is held out. Of several processes the first one measures and saves.
 
     Raises:
         ReinforceError: for anything wrong with data, model or folder, before any weight is loaded.
     """
-    meet(config)
-    folder, saved = open_folder(config)
+    join_ranks(config)
+    folder, saved = open_run_dir(config)
     data, train, heldout = load_texts(
         config.data, heldout_fraction=config.heldout_fraction, seed=config.seed, **config.column_names
     )
     echo(data.summary())
-    tokenizer = framed(load_tokenizer(config.model), config)
+    tokenizer = with_chat_template(load_tokenizer(config.model), config)
     limit = length_limit(config)
     lessons, unseen = (
-        within([lesson(tokenizer, row) for row in rows], lambda one: one.length, limit, what)
+        skip_long([to_example(tokenizer, row) for row in rows], lambda one: one.length, limit, what)
         for rows, what in ((train, "training rows"), (heldout, "held-out rows"))
     )
-    check_left(lessons, "row", data.source, limit)
+    check_not_empty(lessons, "row", data.source, limit)
 
     model = load_policy(config.model, **loading(config))
     inputs = {"model": weights_hash(model), "data": data.sha256}
@@ -93,7 +101,7 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
     before = first.does(lambda: _figures(model, unseen, tokenizer, config))
     _fit(model, tokenizer, lessons, config, begun)
 
-    def measure_and_save() -> dict[str, HeldOut | None]:
+    def measure_and_save() -> dict[str, HeldOutMetrics | None]:
         figures = {"before": before, "after": _figures(model.eval(), unseen, tokenizer, config)}
         save_model(model, tokenizer, folder)
         write_json(folder / EVALUATION, {when: asdict(of) for when, of in figures.items() if of is not None})
@@ -104,19 +112,21 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOut | None]:
     return first.does(measure_and_save)
 
 
-def lesson(tokenizer: PreTrainedTokenizerBase, row: Demonstration) -> Lesson:
+def to_example(tokenizer: PreTrainedTokenizerBase, row: Demonstration) -> SftExample:
     """What is learnt of ``row``: an answer and its EOS after the framed prompt, or all of a text, and that it ends."""
     if row.asked is None:
         ids = list(tokenizer(row.completion)["input_ids"])  # as the tokenizer begins texts, which frames do themselves
-        if ids[-1] != eos_id(tokenizer):
-            ids.append(eos_id(tokenizer))
-        return Lesson(ids[:1], ids[1:], row.row)
-    given = encode(tokenizer, frame_prompt(tokenizer, row.asked))
-    return Lesson(given, encode_answer(tokenizer, row.asked, row.completion)[len(given) :], row.row)
+        if ids[-1] != eos_token_id(tokenizer):
+            ids.append(eos_token_id(tokenizer))
+        return SftExample(ids[:1], ids[1:], row.row)
+    given = encode(tokenizer, format_prompt(tokenizer, row.asked))
+    return SftExample(given, encode_example(tokenizer, row.asked, row.completion)[len(given) :], row.row)
 
 
 @torch.no_grad()
-def held_out(model: PreTrainedModel, lessons: Sequence[Lesson], *, pad_id: int, at_a_time: int) -> HeldOut:
+def evaluate_heldout(
+    model: PreTrainedModel, lessons: Sequence[SftExample], *, pad_id: int, at_a_time: int
+) -> HeldOutMetrics:
     """How well ``model``, in evaluation mode, foretells what is learnt of ``lessons``, by RL's own log-probabilities."""
     total, tokens = 0.0, 0
     for start in range(0, len(lessons), at_a_time):
@@ -126,36 +136,36 @@ def held_out(model: PreTrainedModel, lessons: Sequence[Lesson], *, pad_id: int, 
         total -= float(logprobs_BT.double().sum())
         tokens += int(mask_BT.sum())
     loss = total / tokens
-    return HeldOut(loss, math.exp(min(loss, LARGEST_LOSS)), tokens, len(lessons))
+    return HeldOutMetrics(loss, math.exp(min(loss, MAX_EXPONENT_LOSS)), tokens, len(lessons))
 
 
 def _figures(
-    model: PreTrainedModel, lessons: Sequence[Lesson], tokenizer: PreTrainedTokenizerBase, config: SftConfig
-) -> HeldOut | None:
+    model: PreTrainedModel, lessons: Sequence[SftExample], tokenizer: PreTrainedTokenizerBase, config: SftConfig
+) -> HeldOutMetrics | None:
     if not lessons:
         return None
-    if torch.accelerator.is_available() and not in_4bit(model):  # which is there already
+    if torch.accelerator.is_available() and not is_4bit(model):  # which is there already
         model.to(torch.accelerator.current_accelerator())
-    return held_out(model, lessons, pad_id=eos_id(tokenizer), at_a_time=config.micro_batch_size)
+    return evaluate_heldout(model, lessons, pad_id=eos_token_id(tokenizer), at_a_time=config.micro_batch_size)
 
 
 def _fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    lessons: Sequence[Lesson],
+    lessons: Sequence[SftExample],
     config: SftConfig,
-    begun: Beginning,
+    begun: RunContext,
 ) -> None:
     from reinforcepp.training.resumable import ResumableSftTrainer, fit  # which loads TRL
 
     rows = [
-        {"input_ids": [*one.given, *one.learnt], "labels": [*[IGNORED] * len(one.given), *one.learnt]}
+        {"input_ids": [*one.given, *one.learnt], "labels": [*[IGNORED_LABEL] * len(one.given), *one.learnt]}
         for one in lessons
     ]
     fit(ResumableSftTrainer, model, tokenizer, rows, config, begun)
 
 
-def _tell(before: HeldOut | None, after: HeldOut | None) -> None:
+def _tell(before: HeldOutMetrics | None, after: HeldOutMetrics | None) -> None:
     """One sentence on the held-out rows before and after training."""
     if before is None or after is None:
         echo("No row was held out, so nothing is known about this model beyond its training data.", "yellow")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Settings = RewardModelConfig | SftConfig
 SUBJECTS: Mapping[type, str] = {RewardModelConfig: "reward model", SftConfig: "model for a warm-up"}
-MOST_MEASURED = 2000
+MAX_MEASURED_ROWS = 2000
 
 
 class Numbered(Protocol):
@@ -43,7 +43,7 @@ T = TypeVar("T", bound=Numbered)
 
 
 @dataclass(frozen=True)
-class Beginning:
+class RunContext:
     """Where a training writes and what it starts from: fingerprints of its inputs, the checkpoint it goes on from, and who
     takes part.
     """
@@ -54,7 +54,7 @@ class Beginning:
     ranks: Ranks
 
 
-def meet(config: Settings) -> None:
+def join_ranks(config: Settings) -> None:
     """Meet the other processes, if there are any; due before anything that may fail in one alone.
 
     Raises:
@@ -79,7 +79,7 @@ def meet(config: Settings) -> None:
         )
 
 
-def open_folder(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
+def open_run_dir(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
     """The folder to write to, which is left as it is for now, and the checkpoint to go on from.
 
     Raises:
@@ -104,7 +104,7 @@ def begin(
     inputs: Mapping[str, str],
     saved: checkpoint.Checkpoint | None,
     facts: Mapping[str, Any],
-) -> Beginning:
+) -> RunContext:
     """Clear the folder, or check that the checkpoint's run began with the same; note settings and ``facts``. All call it.
 
     Raises:
@@ -121,7 +121,7 @@ def begin(
             clear(folder)
         if not (folder / RUN_FILE).is_file():
             describe_run(folder, as_dict(config), dict(facts))
-    return Beginning(folder, inputs, saved, ranks)
+    return RunContext(folder, inputs, saved, ranks)
 
 
 def length_limit(config: Settings) -> int:
@@ -129,12 +129,12 @@ def length_limit(config: Settings) -> int:
     return min(config.max_length, context_length(load_config(config.model)) or config.max_length)
 
 
-def within(rows: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> Sequence[T]:
+def skip_long(rows: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> Sequence[T]:
     """The rows of at most ``limit`` tokens; of those left out, called ``what``, number and rows are told."""
     return _without(rows, [place for place, row in enumerate(rows) if length(row) > limit], limit, what)
 
 
-def tokenised(
+def tokenize_rows(
     rows: Sequence[T], ids_of: Callable[[T], Mapping[str, list[int]]], limit: int, what: str, scratch: str
 ) -> tuple[Sequence[T], Sequence[Mapping[str, list[int]]] | Dataset]:
     """The rows of at most ``limit`` tokens, and what ``ids_of`` makes of them; of rows on the disk that is in ``scratch``."""
@@ -155,7 +155,7 @@ def tokenised(
     made: Sequence[Mapping[str, list[int]]] | Dataset
     if isinstance(rows, SpooledRows):
         features = Features({name: List(Value("int32")) for name in (ids_of(rows[0]) if rows else {})})
-        with without_bars():  # there is one already
+        with no_progress_bars():  # there is one already
             made = Dataset.from_generator(short, features=features, cache_dir=scratch, fingerprint=rows.digest)
     else:
         made = list(short())
@@ -163,7 +163,7 @@ def tokenised(
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """The ``datasets`` library's own progress bars are off meanwhile."""
     import datasets
 
@@ -181,12 +181,12 @@ def longest(ids: Mapping[str, list[int]]) -> int:
     return max(map(len, ids.values()))
 
 
-def some_of(rows: Sequence[T]) -> Sequence[T]:
+def sample_rows(rows: Sequence[T]) -> Sequence[T]:
     """Of rows on the disk those that figures are made of: to measure millions would take as long as to train on them."""
-    if not isinstance(rows, SpooledRows) or len(rows) <= MOST_MEASURED:
+    if not isinstance(rows, SpooledRows) or len(rows) <= MAX_MEASURED_ROWS:
         return rows
-    echo(f"Figures are those of {MOST_MEASURED:,} of {len(rows):,} rows, evenly spread.")
-    return list(rows.spread(MOST_MEASURED))
+    echo(f"Figures are those of {MAX_MEASURED_ROWS:,} of {len(rows):,} rows, evenly spread.")
+    return list(rows.spread(MAX_MEASURED_ROWS))
 
 
 def _without(rows: Sequence[T], long: Sequence[int], limit: int, what: str) -> Sequence[T]:
@@ -201,7 +201,7 @@ def _without(rows: Sequence[T], long: Sequence[int], limit: int, what: str) -> S
     return [row for place, row in enumerate(rows) if place not in left_out]
 
 
-def check_left(rows: Sequence[Any], what: str, source: str, limit: int) -> None:
+def check_not_empty(rows: Sequence[Any], what: str, source: str, limit: int) -> None:
     """Raises a DataError if none of the training rows of ``source``, one of which is called ``what``, is left."""
     if not rows:
         raise DataError(f"No training {what} of {source} fits into max_length {limit} tokens: raise max_length.")

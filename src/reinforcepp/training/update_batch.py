@@ -67,7 +67,7 @@ class BatchInUse:
                     name: [score for _, scores, _ in told for score in scores.by_function[name]]
                     for name in self.scores.by_function
                 },
-                sum(scores.left_out for _, scores, _ in told),
+                sum(scores.skipped for _, scores, _ in told),
             ),
             joined,
             [],

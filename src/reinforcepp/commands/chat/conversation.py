@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from reinforcepp.data import conversation_text
 from reinforcepp.errors import DataError
-from reinforcepp.models.tokenization import encode, frame_conversation
+from reinforcepp.models.tokenization import encode, format_conversation
 from reinforcepp.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Conversation:
         """The prompt that fits into ``room``, and how many turns had to be left out for it."""
         for left_out in range(self.left_out, len(turns) + 1):
             messages = _messages(self.system, turns[left_out:], question)
-            ids = encode(self.tokenizer, frame_conversation(self.tokenizer, messages))
+            ids = encode(self.tokenizer, format_conversation(self.tokenizer, messages))
             if len(ids) <= self.room:
                 self.asked += 1
                 text = conversation_text(messages)

@@ -15,7 +15,7 @@ from reinforcepp.data import PromptRow
 from reinforcepp.errors import ModelError
 from reinforcepp.models.loading import check_context, context_length, load_config, load_policy, load_tokenizer
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.models.tokenization import encode, encode_answer, encode_prompts, frame_prompt
+from reinforcepp.models.tokenization import encode, encode_example, encode_prompts, format_prompt
 from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
@@ -242,7 +242,7 @@ def _fitting(ready: Mapping[str, Ready], chosen: Sequence[Chosen], said: Said) -
 
 
 def _fits(ready: Ready, pair: Chosen) -> bool:
-    length = len(encode_answer(ready.tokenizer, *pair))
+    length = len(encode_example(ready.tokenizer, *pair))
     return ready.context is None or length <= ready.context
 
 
@@ -251,7 +251,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs
     """Of the chosen answers: exp of the mean negative log-likelihood per token, in nats, framed, with EOS."""
     framed = []
     for prompt, answer in pairs:
-        ids, whole = encode(tokenizer, frame_prompt(tokenizer, prompt)), encode_answer(tokenizer, prompt, answer)
+        ids, whole = encode(tokenizer, format_prompt(tokenizer, prompt)), encode_example(tokenizer, prompt, answer)
         framed.append((ids, whole[len(ids) :]))
     framed.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of like length need little padding
     total = tokens = 0.0

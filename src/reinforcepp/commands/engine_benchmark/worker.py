@@ -72,7 +72,7 @@ class Worker:
 
         # not load_policy, which makes GPT-2 faster: this is what a user of the library has
         self.model = (
-            AutoModelForCausalLM.from_pretrained(models.resolve(model), dtype=precision, **models.ONLY_WEIGHTS)
+            AutoModelForCausalLM.from_pretrained(models.resolve(model), dtype=precision, **models.SAFETENSORS_ONLY)
             .to(self.device)
             .eval()
         )
@@ -136,12 +136,12 @@ def _generate_plainly(
     """The library's own ``generate`` on one padded batch; what follows the end of an answer is left out."""
     import torch
 
-    from reinforcepp.models.loading import eos_ids
+    from reinforcepp.models.loading import eos_token_ids
     from reinforcepp.models.tokenization import pad
 
     pad_id = int(tokenizer.pad_token_id)
     ids_BL, mask_BL = (x.to(model.device) for x in pad(prompts, pad_id, left=True))
-    ends = eos_ids(model, tokenizer)
+    ends = eos_token_ids(model, tokenizer)
     drawn: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)

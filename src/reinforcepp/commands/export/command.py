@@ -11,7 +11,7 @@ from reinforcepp.config import ExportConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import appearing_folder, flush
 from reinforcepp.models.loading import load_tokenizer, save_model, weight_bytes
-from reinforcepp.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from reinforcepp.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter_dir
 from reinforcepp.monitoring import echo
 from reinforcepp.run_dir import check_output
 
@@ -37,7 +37,7 @@ def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: 
 
     An adapter is merged into its model, or stays alone.
     """
-    if merge or not is_adapter(Path(source.name)):
+    if merge or not is_adapter_dir(Path(source.name)):
         model, tokenizer = plain_model(source.name, dtype)
         save_model(model, tokenizer, folder)
     else:

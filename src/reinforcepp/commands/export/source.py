@@ -10,7 +10,7 @@ import torch
 
 from reinforcepp.errors import ModelError
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, resolve
-from reinforcepp.models.lora import is_adapter
+from reinforcepp.models.lora import is_adapter_dir
 from reinforcepp.monitoring.run_record import RunRecord, read_run
 from reinforcepp.run_dir import REWARD_CARD, RUN_FILE
 from reinforcepp.training import checkpoint
@@ -71,7 +71,7 @@ def find_source(name: str) -> Source:
 
 def _holds_model(folder: Path) -> bool:
     """Whether ``folder`` holds a model, or an adapter that belongs to one."""
-    return (folder / CONFIG).is_file() or is_adapter(folder)
+    return (folder / CONFIG).is_file() or is_adapter_dir(folder)
 
 
 def plain_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -72,7 +72,7 @@ def _without_answers(sheet: Sheet, columns: Columns) -> list[Finding]:
 def _lengths(sheets: Sequence[Sheet], model: str, config: LintConfig) -> list[Finding]:
     """What training would cut or leave out; here, for once, a tokenizer and with it torch is loaded."""
     from reinforcepp.models.loading import context_length, load_config, load_tokenizer
-    from reinforcepp.models.tokenization import encode_answer, encode_prompts
+    from reinforcepp.models.tokenization import encode_example, encode_prompts
 
     tokenizer = load_tokenizer(model)
     limit = min(config.max_length, context_length(load_config(model)) or config.max_length)
@@ -86,7 +86,7 @@ def _lengths(sheets: Sequence[Sheet], model: str, config: LintConfig) -> list[Fi
         found += _too_long(sheet, "long-prompt", "prompt", [sheet.entries[i].row for i in places], limited, cure)
         lengths = {
             entry.row: max(
-                (len(encode_answer(tokenizer, entry.prompt, answer)) for answer in entry.texts[1:]), default=0
+                (len(encode_example(tokenizer, entry.prompt, answer)) for answer in entry.texts[1:]), default=0
             )
             for entry in sheet.entries
         }

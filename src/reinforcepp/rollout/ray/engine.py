@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from reinforcepp.models.loading import context_length, eos_ids
+from reinforcepp.models.loading import context_length, eos_token_ids
 from reinforcepp.rollout.dispatch import Tally, share_out
 from reinforcepp.rollout.engine import check_prompts, grown
 from reinforcepp.rollout.ray.actor_pool import Later, RayCrew, connect
@@ -66,7 +66,7 @@ class RayEngine:
     ) -> None:
         self.tokenizer, self.dtype = tokenizer, model.dtype
         self.context = context_length(model.config)
-        self.eos_ids = eos_ids(model, tokenizer)
+        self.eos_ids = eos_token_ids(model, tokenizer)
         self.batch_size = batch_size
         self.tallies: list[Tally] = []
         self.ray, self._own = connect(address)

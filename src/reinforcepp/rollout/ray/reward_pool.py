@@ -14,7 +14,7 @@ import torch
 
 from reinforcepp.distributed.rank_zero import FirstRank
 from reinforcepp.errors import ConfigError
-from reinforcepp.models.loading import empty_model
+from reinforcepp.models.loading import meta_model
 from reinforcepp.models.reward_models import score_at_last_attended
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum
@@ -43,7 +43,7 @@ class Scorer:
     kind = "scoring"
 
     def __init__(self, recipe: ScorerRecipe) -> None:
-        model = empty_model(recipe.config, recipe.dtype, "AutoModelForSequenceClassification").eval()
+        model = meta_model(recipe.config, recipe.dtype, "AutoModelForSequenceClassification").eval()
         self.reward = TrainedReward(score_at_last_attended(model), recipe.tokenizer, recipe.batch_size)
 
     def load(self, packed: Packed) -> None:
@@ -68,7 +68,7 @@ class PooledReward(TrainedReward):
         ReinforceError: in all processes, what ``ray`` raised, or that no worker can be started.
     """
 
-    together = True
+    collective = True
 
     def __init__(self, reward: TrainedReward, ray: Callable[[], Any], workers: int, first: FirstRank) -> None:
         super().__init__(reward.model, reward.tokenizer, reward.batch_size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.models.loading import empty_model
+from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import base_model, full_weights
 from reinforcepp.rollout.in_process import start_in_process_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
@@ -119,7 +119,7 @@ class Worker:
     @cached_property
     def model(self) -> PreTrainedModel:
         """For the weights that come packed."""
-        model = empty_model(self.recipe.config, self.recipe.dtype)
+        model = meta_model(self.recipe.config, self.recipe.dtype)
         model.generation_config = self.recipe.generation_config
         return model
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.models.lora import base_model, is_adapted
+from reinforcepp.models.lora import base_model, has_adapter
 from reinforcepp.rollout.vllm.compat import model_class
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ MEMORY_FOLDER = Path("/dev/shm")
 
 def takes_adapter(model: PreTrainedModel | str) -> bool:
     """Whether ``model`` has an adapter that vLLM runs beside the weights of such a model; else it has to be merged."""
-    if isinstance(model, str) or not is_adapted(model) or len(model.peft_config) != 1:
+    if isinstance(model, str) or not has_adapter(model) or len(model.peft_config) != 1:
         return False
     from vllm.model_executor.models.interfaces import supports_lora
 
@@ -57,7 +57,7 @@ class AdapterCopy:
 
     def belongs_to(self, model: PreTrainedModel) -> bool:
         """Whether the weights that vLLM has are those beside which ``model`` has its adapter."""
-        return is_adapted(model) and base_model(model) is self.base
+        return has_adapter(model) and base_model(model) is self.base
 
     def update(self, llm: Any, model: PreTrainedModel) -> None:
         """Hand over the adapter of ``model`` and drop the one before."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
-from reinforcepp.models.loading import context_length, eos_ids
+from reinforcepp.models.loading import context_length, eos_token_ids
 from reinforcepp.rollout.dispatch import Answered, Joined, Lost, Tally, share_out
 from reinforcepp.rollout.engine import check_prompts, grown
 from reinforcepp.rollout.vllm.client import Failed, Fault, Need, Patience, Unfit, VllmClient
@@ -75,7 +75,7 @@ class VllmServerEngine:
     ) -> None:
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.context = context_length(model.config)
-        self.eos_ids = eos_ids(model, tokenizer)
+        self.eos_ids = eos_token_ids(model, tokenizer)
         self.tallies: list[Tally] = []
         wide = max(max_length, PROBE_TOKENS + NEW_TOKENS)  # the canary's prompts must fit as well
         limit = min(wide, self.context or wide)
