@@ -20,7 +20,7 @@ import tiny
 from reinforcepp.commands import cli
 from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.commands.chat.preferences import PreferenceFile
-from reinforcepp.data import Names, conversation_text, read_preferences, read_table
+from reinforcepp.data import ColumnNames, conversation_text, read_preferences, read_table
 from reinforcepp.errors import ConfigError, DataError, ModelError
 from reinforcepp.models.loading import prepare_tokenizer
 from reinforcepp.models.tokenization import format_conversation
@@ -316,7 +316,7 @@ def test_a_csv_gets_one_header_and_its_own_order_of_columns(tmp_path):
     path.write_text("note,rejected,prompt,chosen\nx,b,P,a")  # without a line feed at its end
     PreferenceFile(str(path)).append([user("Q")], "good", "bad")
     assert list(csv.reader(path.open()))[2] == ["", "bad", "Q", "good"]
-    assert len(read_table(path, Names(), pairs=True).rows) == 2
+    assert len(read_table(path, ColumnNames(), pairs=True).rows) == 2
 
 
 def test_a_jsonl_goes_on_behind_what_it_holds(tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from reinforcepp.commands import cli
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.data import SpooledRows, _text, load_preferences, load_prompts
+from reinforcepp.data import DiskRows, _text, load_preferences, load_prompts
 from reinforcepp.data.row_store import Spool
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.chat_template import with_chat_template
@@ -85,9 +85,9 @@ def test_the_same_as_in_memory(tmp_path, name, fraction, seed, load):
     for source in (str(path), f"{path}?weight=1.5,{other}?weight=0.4"):
         shares = []
         whole = load(source, heldout_fraction=fraction, seed=seed)
-        streamed = load(source, heldout_fraction=fraction, seed=seed, streaming=True, told=shares.append)
+        streamed = load(source, heldout_fraction=fraction, seed=seed, streaming=True, on_progress=shares.append)
         for ours, theirs in zip(streamed[1:], whole[1:], strict=True):
-            assert isinstance(ours, SpooledRows)
+            assert isinstance(ours, DiskRows)
             assert [_plain(row) for row in ours] == [_plain(row) for row in theirs]
         ours, theirs = streamed[0], whole[0]
         assert (ours.source, ours.sha256, ours.notes) == (theirs.source, theirs.sha256, theirs.notes)
@@ -176,7 +176,7 @@ def test_a_spool_gives_back_what_it_was_given(rows, data):
     digest = spool.close_for_writing()
     assert [spool.read(i) for i in range(len(spool))] == [list(row) for row in rows]
     places = data.draw(st.lists(st.integers(0, max(0, len(rows) - 1)), max_size=30)) if rows else []
-    some = SpooledRows(spool, np.array(places, np.int64), tuple, digest)
+    some = DiskRows(spool, np.array(places, np.int64), tuple, digest)
     assert list(some) == [rows[i] for i in places] and len(some) == len(places)
     assert list(some[1:5]) == [rows[i] for i in places[1:5]]
     left_out = data.draw(st.sets(st.integers(0, max(0, len(places) - 1)))) if places else set()
@@ -190,7 +190,7 @@ def test_a_spool_names_its_contents():
         spool = Spool()
         for row in rows:
             spool.append([row])
-        return SpooledRows(spool, np.array(places), tuple, spool.close_for_writing()).digest
+        return DiskRows(spool, np.array(places), tuple, spool.close_for_writing()).digest
 
     assert digest([0, 1], "a", "b") == digest([0, 1], "a", "b")
     assert (

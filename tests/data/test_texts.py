@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from reinforcepp.data import Demonstration, load_preferences, load_prompts, load_texts, read_texts
-from reinforcepp.data.texts import TextNames
+from reinforcepp.data import SftRow, load_preferences, load_prompts, load_texts, read_texts
+from reinforcepp.data.texts import SftColumnNames
 from reinforcepp.errors import DataError
 
 TALK = [{"role": "user", "content": "Is it up?"}, {"role": "assistant", "content": "Yes."}]
@@ -25,7 +25,7 @@ def write(tmp_path):
 
 
 def learnt(data) -> list[tuple[str | None, str]]:
-    return [(row.asked, row.completion) for row in data.rows]
+    return [(row.question, row.completion) for row in data.rows]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_row_s_text(write, row, asked, completion):
 )
 def test_what_the_user_names_comes_first(write, names, expected):
     row = {"prompt": "Why?", "chosen": "C", "rejected": "R", "body": "B", "talk": TALK, "other": "O", "ask": "Really?"}
-    assert learnt(read_texts(write("a.jsonl", row), TextNames(**names))) == [expected]
+    assert learnt(read_texts(write("a.jsonl", row), SftColumnNames(**names))) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_the_user_names_comes_first(write, names, expected):
     ],
 )
 def test_also_before_what_comes_first_otherwise(write, row, names, expected):
-    assert learnt(read_texts(write("a.jsonl", row), TextNames(**names))) == [expected]
+    assert learnt(read_texts(write("a.jsonl", row), SftColumnNames(**names))) == [expected]
 
 
 def test_rows_that_teach_nothing_are_left_out_and_told(write):
@@ -140,7 +140,7 @@ def test_files_of_several_kinds(write, tmp_path):
 def test_what_can_not_be_read_is_told_in_a_sentence(write, rows, names, said):
     path = write("a.csv" if isinstance(rows[0], str) else "a.jsonl", *rows)
     with pytest.raises(DataError) as caught:
-        read_texts(path, TextNames(**names))
+        read_texts(path, SftColumnNames(**names))
     assert [words for words in ("a.", *said) if words not in str(caught.value)] == []
 
 
@@ -172,4 +172,4 @@ def test_texts_are_held_out_by_themselves(write):
     path = write("a.csv", "text", *(f"Text number {i}." for i in range(10)))
     _, train, heldout = load_texts(path, heldout_fraction=0.3, seed=1)
     assert (len(train), len(heldout)) == (7, 3)
-    assert all(isinstance(row, Demonstration) and row.asked is None for row in train)
+    assert all(isinstance(row, SftRow) and row.question is None for row in train)

@@ -18,7 +18,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands.cli import main
 from reinforcepp.config import SftConfig
 from reinforcepp.config.chat_template import Framing
-from reinforcepp.data import Demonstration, PromptRow, load_texts
+from reinforcepp.data import PromptRow, SftRow, load_texts
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_policy, load_tokenizer
@@ -65,7 +65,7 @@ def log(folder: Path) -> list[dict]:
 )
 def test_prompt_and_answer_are_the_tokens_of_rl_and_only_the_answer_is_learnt(llama, frame):
     tokenizer = with_chat_template(load_tokenizer(str(llama)), Framing(**frame))
-    one = to_example(tokenizer, Demonstration("Why?", "Because of DNS.", 7))
+    one = to_example(tokenizer, SftRow("Why?", "Because of DNS.", 7))
     (prompt,), _ = encode_prompts(tokenizer, [PromptRow("Why?", {})], max_prompt_length=99)
     assert tuple(one.given) == prompt.ids
     assert [*one.given, *one.learnt] == encode_example(tokenizer, "Why?", "Because of DNS.")
@@ -75,10 +75,10 @@ def test_prompt_and_answer_are_the_tokens_of_rl_and_only_the_answer_is_learnt(ll
 
 def test_of_a_text_all_is_learnt_and_that_it_ends(llama):
     tokenizer = load_tokenizer(str(llama))
-    one = to_example(tokenizer, Demonstration(None, "Run ip addr show."))
+    one = to_example(tokenizer, SftRow(None, "Run ip addr show."))
     ids = tokenizer("Run ip addr show.")["input_ids"]
     assert one.given == ids[:1] and one.learnt == [*ids[1:], tokenizer.eos_token_id]
-    assert to_example(tokenizer, Demonstration(None, "Run ip addr show.<|endoftext|>")) == one
+    assert to_example(tokenizer, SftRow(None, "Run ip addr show.<|endoftext|>")) == one
 
 
 @pytest.fixture
@@ -119,9 +119,9 @@ def test_the_loss_of_a_step_is_minus_the_mean_log_probability_that_rl_gives_its_
 def test_held_out_figures_by_a_loop_over_tokens(llama):
     model, tokenizer = load_policy(str(llama)), load_tokenizer(str(llama))
     rows = [
-        Demonstration("Why?", "Because."),
-        Demonstration("Is the gateway up?", "Yes."),
-        Demonstration(None, "So it is."),
+        SftRow("Why?", "Because."),
+        SftRow("Is the gateway up?", "Yes."),
+        SftRow(None, "So it is."),
     ]
     lessons = [to_example(tokenizer, row) for row in rows]
     total, tokens = 0.0, 0

@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
     from reinforcepp.monitoring.run_record import read_run
     from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 
-    with reading_progress(config.streaming) as told:
+    with reading_progress(config.streaming) as on_progress:
         data, train_rows, heldout_rows = load_prompts(
             config.data,
             heldout_fraction=config.heldout_fraction,
@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
             **config.column_names,
             renamed=config.renamed,
             streaming=config.streaming,
-            told=told,
+            on_progress=on_progress,
         )
     echo(data.summary())
     trainer = ReinforceTrainer(

@@ -9,7 +9,7 @@ from reinforcepp.data._text import Records, quoted
 from reinforcepp.errors import ConfigError, DataError, nearest
 
 
-class Names(NamedTuple):
+class ColumnNames(NamedTuple):
     """What the columns are set to be called; the defaults are the usual names."""
 
     prompt: str = "prompt"
@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-USUAL = Names()
+USUAL = ColumnNames()
 PROMPTS = ("question", "instruction", "query", "input", "context_messages", "messages", "conversations", "problem")
 ANSWERS = (
     ("response_chosen", "response_rejected"),
@@ -37,7 +37,7 @@ ANSWERS = (
 )
 
 
-def check_distinct(names: Names) -> None:
+def check_distinct(names: ColumnNames) -> None:
     """Raises a ConfigError if two settings name one column."""
     flags: dict[str, str] = {}
     for flag, name in names._asdict().items():
@@ -48,7 +48,7 @@ def check_distinct(names: Names) -> None:
         flags[name] = flag
 
 
-def find_columns(path: Path, records: Records, names: Names, pairs: bool | None) -> Layout:
+def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool | None) -> Layout:
     """Where prompts and answers are.
 
     Args:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.data._columns import Layout, Names, check_distinct, find_columns
+from reinforcepp.data._columns import ColumnNames, Layout, check_distinct, find_columns
 from reinforcepp.data._files import Part, parts_of
 from reinforcepp.data._messages import TOLD, Pair, content_of, holds_conversation, pair_of, prompt_of
 from reinforcepp.data._text import Records, count
@@ -83,7 +83,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(normalize(text).casefold())
 
 
-def read_table(source: str | Path, names: Names, *, pairs: bool | None) -> Table:
+def read_table(source: str | Path, names: ColumnNames, *, pairs: bool | None) -> Table:
     """Read prompts, or pairs with their prompts.
 
     Args:
@@ -159,7 +159,7 @@ def _texts(cells: Mapping[str, Any], layout: Layout, where: str, pairs: bool, se
     return prompt_of(prompt, seen)
 
 
-def sift(
+def filter_rows(
     rows: Iterable[Row], columns: Sequence[str], fault: Callable[[Sequence[str]], str | None] = lambda texts: None
 ) -> tuple[list[Row], tuple[Skipped, ...]]:
     """Divide rows into the usable ones and those left out: an empty text, a fault, or a repetition of an earlier row.

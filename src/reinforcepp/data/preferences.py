@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.data._columns import Names
-from reinforcepp.data._table import Skipped, describe_skipped, normalize, read_table, sift
+from reinforcepp.data._columns import ColumnNames
+from reinforcepp.data._table import Skipped, describe_skipped, filter_rows, normalize, read_table
 from reinforcepp.data._text import count
 from reinforcepp.data.sources import resolve_data
 from reinforcepp.data.split import split_by_prompt, weighted
-from reinforcepp.data.streaming import Told, contradictions, stream
+from reinforcepp.data.streaming import OnProgress, contradictions, stream
 from reinforcepp.errors import DataError
 from reinforcepp.types import Preference, RowId
 
@@ -65,8 +65,8 @@ def read_preferences(
         ConfigError: Two of the column settings are the same.
         DataError: A file can't be read, lacks a column, or has fewer than 2 usable pairs.
     """
-    table = read_table(path, Names(prompt_column, chosen_column, rejected_column), pairs=True)
-    kept, skipped = sift(table.rows, table.columns, lambda texts: _fault(table.columns, texts))
+    table = read_table(path, ColumnNames(prompt_column, chosen_column, rejected_column), pairs=True)
+    kept, skipped = filter_rows(table.rows, table.columns, lambda texts: _fault(table.columns, texts))
     pairs = tuple(Preference(r.texts[0], r.texts[1], r.texts[2], r.number, r.weight) for r in kept)
     data = PreferenceData(table.source, table.sha256, pairs, skipped, table.notes, contradictions_in(pairs))
     return _enough(data)
@@ -108,13 +108,13 @@ def load_preferences(
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
     streaming: bool = False,
-    told: Told = lambda share: None,
+    on_progress: OnProgress = lambda share: None,
 ) -> tuple[PreferenceData, Sequence[Preference], Sequence[Preference]]:
     """All preference data of ``source``, then its training pairs, as often as their weights say, and its held-out pairs.
 
     A file is split by prompt (``split_by_prompt``). Built-in data comes split: ``heldout_fraction`` and ``seed`` don't
     apply to it, and row numbers are those of the file that a pair is in. With ``streaming``
-    the pairs stay on the disk, and ``told`` is told which share of the files has been read; built-in data is small.
+    the pairs stay on the disk, and ``on_progress`` is told which share of the files has been read; built-in data is small.
 
     Raises:
         ConfigError: ``heldout_fraction`` isn't in [0, 1), or two of the column settings are the same.
@@ -128,8 +128,8 @@ def load_preferences(
 
     files = resolve_data(source)
     if streaming and files.heldout is None:
-        names = Names(prompt_column, chosen_column, rejected_column)
-        return _stream(files.train, names, heldout_fraction, seed, told)
+        names = ColumnNames(prompt_column, chosen_column, rejected_column)
+        return _stream(files.train, names, heldout_fraction, seed, on_progress)
     train = read(files.train)
     if files.heldout is None:
         pairs, heldout_pairs = split_by_prompt(train.pairs, heldout_fraction, seed)
@@ -142,9 +142,9 @@ def load_preferences(
 
 
 def _stream(
-    source: Path, names: Names, heldout_fraction: float, seed: int, told: Told
+    source: Path, names: ColumnNames, heldout_fraction: float, seed: int, on_progress: OnProgress
 ) -> tuple[PreferenceData, Sequence[Preference], Sequence[Preference]]:
-    read = stream(source, names, pairs=True, seed=seed, fault=_fault, values=lambda row: [], told=told)
+    read = stream(source, names, pairs=True, seed=seed, fault=_fault, values=lambda row: [], on_progress=on_progress)
 
     def make(values: Sequence[Any]) -> Preference:
         row, (prompt, chosen, rejected) = values

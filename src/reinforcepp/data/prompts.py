@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.data._columns import Names
+from reinforcepp.data._columns import ColumnNames
 from reinforcepp.data._messages import content_of, prompt_of
-from reinforcepp.data._table import Row, Skipped, describe_skipped, read_table, sift
+from reinforcepp.data._table import Row, Skipped, describe_skipped, filter_rows, read_table
 from reinforcepp.data._text import count, quoted
-from reinforcepp.data.row_store import SpooledRows
+from reinforcepp.data.row_store import DiskRows
 from reinforcepp.data.sources import resolve_data
 from reinforcepp.data.split import split_by_prompt, weighted
-from reinforcepp.data.streaming import Told, stream
+from reinforcepp.data.streaming import OnProgress, stream
 from reinforcepp.errors import DataError, nearest
 from reinforcepp.types import RowId
 
@@ -74,8 +74,8 @@ def read_prompts(
     Raises:
         DataError: A file can't be read, lacks a column, or there is no usable prompt.
     """
-    table = read_table(path, Names(prompt_column, chosen_column, rejected_column), pairs=False)
-    kept, skipped = sift(table.rows, table.columns)
+    table = read_table(path, ColumnNames(prompt_column, chosen_column, rejected_column), pairs=False)
+    kept, skipped = filter_rows(table.rows, table.columns)
     prompts = tuple(prompt_row(row, renamed or {}) for row in kept)
     graded = any("ground_truth" in p.columns and "reward_model" in p.columns for p in prompts)
     notes = (*table.notes, GRADED) if graded and not any("ground_truth" in row.cells for row in kept) else table.notes
@@ -121,12 +121,12 @@ def load_prompts(
     rejected_column: str = "rejected",
     renamed: Mapping[str, str] | None = None,
     streaming: bool = False,
-    told: Told = lambda share: None,
+    on_progress: OnProgress = lambda share: None,
 ) -> tuple[PromptData, Sequence[PromptRow], Sequence[PromptRow]]:
     """All prompts of ``source``, then those for training, as often as their weights say, and the held-out ones.
 
     A file is split as ``load_preferences`` splits it: with the same fraction and seed, a prompt that is on one side
-    there is on the same side here. Built-in data comes split. ``streaming`` and ``told`` are as for
+    there is on the same side here. Built-in data comes split. ``streaming`` and ``on_progress`` are as for
     ``load_preferences``.
 
     Raises:
@@ -145,8 +145,8 @@ def load_prompts(
 
     files = resolve_data(source)
     if streaming and files.heldout is None:
-        names = Names(prompt_column, chosen_column, rejected_column)
-        return _stream(files.train, names, renamed or {}, heldout_fraction, seed, told)
+        names = ColumnNames(prompt_column, chosen_column, rejected_column)
+        return _stream(files.train, names, renamed or {}, heldout_fraction, seed, on_progress)
     train = read(files.train)
     if files.heldout is None:
         rows, heldout_rows = split_by_prompt(train.prompts, heldout_fraction, seed)
@@ -159,7 +159,12 @@ def load_prompts(
 
 
 def _stream(
-    source: Path, names: Names, renamed: Mapping[str, str], heldout_fraction: float, seed: int, told: Told
+    source: Path,
+    names: ColumnNames,
+    renamed: Mapping[str, str],
+    heldout_fraction: float,
+    seed: int,
+    on_progress: OnProgress,
 ) -> tuple[PromptData, Sequence[PromptRow], Sequence[PromptRow]]:
     read = stream(
         source,
@@ -168,7 +173,7 @@ def _stream(
         seed=seed,
         fault=lambda columns, texts: None,
         values=lambda row: [prompt_row(row, renamed).columns],
-        told=told,
+        on_progress=on_progress,
     )
 
     def make(values: Sequence[Any]) -> PromptRow:
@@ -211,7 +216,7 @@ def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]
     Raises:
         DataError: A row has neither in its column ``prompt``; ``name`` tells which data set it is in.
     """
-    if isinstance(dataset, SpooledRows):
+    if isinstance(dataset, DiskRows):
         return dataset
     rows: list[PromptRow] = []
     for number, row in enumerate(dataset if dataset is not None else []):

@@ -59,7 +59,7 @@ class Spool:
         return values
 
 
-class SpooledRows(Sequence[T], Generic[T]):
+class DiskRows(Sequence[T], Generic[T]):
     """Some rows of a spool, in the order of ``places``, each made by ``make`` from its values when asked for.
 
     ``digest`` names their contents.
@@ -77,23 +77,23 @@ class SpooledRows(Sequence[T], Generic[T]):
     def __getitem__(self, place: int) -> T: ...
 
     @overload
-    def __getitem__(self, place: slice) -> SpooledRows[T]: ...
+    def __getitem__(self, place: slice) -> DiskRows[T]: ...
 
-    def __getitem__(self, place: int | slice) -> T | SpooledRows[T]:
+    def __getitem__(self, place: int | slice) -> T | DiskRows[T]:
         """One row, or some of them, which stay on the disk."""
         if isinstance(place, slice):
-            return SpooledRows(self._spool, self._places[place], self._make, self.digest)
+            return DiskRows(self._spool, self._places[place], self._make, self.digest)
         return self._make(self._spool.read(int(self._places[place])))
 
-    def without(self, places: Sequence[int]) -> SpooledRows[T]:
+    def without(self, places: Sequence[int]) -> DiskRows[T]:
         """All but those at ``places`` of these."""
-        return SpooledRows(self._spool, np.delete(self._places, np.asarray(places, np.int64)), self._make, self.digest)
+        return DiskRows(self._spool, np.delete(self._places, np.asarray(places, np.int64)), self._make, self.digest)
 
-    def spread(self, number: int) -> SpooledRows[T]:
+    def spread(self, number: int) -> DiskRows[T]:
         """At most ``number`` of them, evenly spread."""
         if number >= len(self):
             return self
-        return SpooledRows(
+        return DiskRows(
             self._spool, self._places[np.linspace(0, len(self) - 1, number).astype(int)], self._make, self.digest
         )
 

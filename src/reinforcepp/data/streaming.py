@@ -17,16 +17,16 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforcepp.data._columns import Layout, Names, check_distinct, find_columns
+from reinforcepp.data._columns import ColumnNames, Layout, check_distinct, find_columns
 from reinforcepp.data._files import Part, parts_of
 from reinforcepp.data._table import Row, Skipped, called, digest_of, normalize, notes_on, rows_of, unusable
-from reinforcepp.data.row_store import Places, Spool, SpooledRows, spooled
+from reinforcepp.data.row_store import DiskRows, Places, Spool, spooled
 from reinforcepp.data.split import check_fraction, number_heldout, rank, times
 from reinforcepp.types import RowId
 
 T = TypeVar("T")
 Hashes = NDArray[np.uint64]
-Told = Callable[[float], None]
+OnProgress = Callable[[float], None]
 """Is told which share of the files has been read."""
 
 
@@ -51,9 +51,9 @@ class Streamed:
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
 
-    def rows(self, places: Places, make: Callable[[list[Any]], T]) -> SpooledRows[T]:
+    def rows(self, places: Places, make: Callable[[list[Any]], T]) -> DiskRows[T]:
         """The rows at ``places`` of the spool."""
-        return SpooledRows(self.spool, places, make, self.digest)
+        return DiskRows(self.spool, places, make, self.digest)
 
     def split(self, heldout_fraction: float, seed: int) -> tuple[Places, Places]:
         """Usable rows for training, as often as their weights say, and those held out: see ``split_by_prompt``."""
@@ -76,13 +76,13 @@ class Streamed:
 
 def stream(
     source: str | Path,
-    names: Names,
+    names: ColumnNames,
     *,
     pairs: bool,
     seed: int,
     fault: Callable[[Sequence[str], Sequence[str]], str | None],
     values: Callable[[Row], list[Any]],
-    told: Told,
+    on_progress: OnProgress,
 ) -> Streamed:
     """Read ``source`` in one pass.
 
@@ -93,7 +93,7 @@ def stream(
         seed: Decides the split, which the hashes of the prompts are for.
         fault: Given the names of a row's texts and the texts, normalised: what is wrong with them, if anything.
         values: What is to be kept of a usable row beside its number and texts, as plain values.
-        told: Is told which share has been read.
+        on_progress: Is told which share has been read.
 
     Raises:
         ConfigError, DataError: as ``read_table``.
@@ -105,7 +105,7 @@ def stream(
     texts, mirrored, prompts, weights = array("Q"), array("Q"), array("Q"), array("d")
     skipped: list[Skipped] = []
     columns: tuple[str, ...] = ()
-    for row, layout in _rows(parts, names, pairs, seen, told):
+    for row, layout in _rows(parts, names, pairs, seen, on_progress):
         if not layouts or layouts[-1] is not layout:
             layouts.append(layout)
         columns = columns or (layout.prompt or names.prompt, *((layout.answers or ()) if pairs else ()))
@@ -154,7 +154,7 @@ def contradictions(streamed: Streamed) -> tuple[tuple[RowId, RowId], ...]:
 
 
 def _rows(
-    parts: Sequence[Part], names: Names, pairs: bool, seen: Counter[str], told: Told
+    parts: Sequence[Part], names: ColumnNames, pairs: bool, seen: Counter[str], on_progress: OnProgress
 ) -> Iterator[tuple[Row, Layout]]:
     """All rows, with the columns of their file, which are those of its first piece."""
     sizes = [part.size() for part in parts]
@@ -165,9 +165,9 @@ def _rows(
             layout = layout or find_columns(part.path, records, names, pairs)
             for row in rows_of(part, records, layout, pairs, path_in_numbers=len(parts) > 1, seen=seen):
                 yield row, layout
-            told((done + min(1.0, records.share) * size) / sum(sizes))
+            on_progress((done + min(1.0, records.share) * size) / sum(sizes))
         done += size
-        told(done / sum(sizes))
+        on_progress(done / sum(sizes))
 
 
 def _first(hashes: Hashes) -> tuple[Places, list[tuple[int, int]]]:

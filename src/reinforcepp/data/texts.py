@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from reinforcepp.data._columns import PROMPTS, Layout, _answers, _missing, _prompt
 from reinforcepp.data._files import parts_of
-from reinforcepp.data._table import Row, Skipped, called, describe_skipped, digest_of, notes_on, rows_of, sift
+from reinforcepp.data._table import Row, Skipped, called, describe_skipped, digest_of, filter_rows, notes_on, rows_of
 from reinforcepp.data._text import Records, count, quoted
 from reinforcepp.data.sources import resolve_data
 from reinforcepp.data.split import split_by_prompt, weighted
@@ -19,7 +19,7 @@ from reinforcepp.errors import DataError
 from reinforcepp.types import RowId
 
 
-class TextNames(NamedTuple):
+class SftColumnNames(NamedTuple):
     """What the columns are set to be called; the defaults are the usual names."""
 
     prompt: str = "prompt"
@@ -29,7 +29,7 @@ class TextNames(NamedTuple):
     text: str = "text"
 
 
-USUAL = TextNames()
+USUAL = SftColumnNames()
 COMPLETIONS = ("response", "answer", "output")
 MESSAGES = ("conversations", "conversation")
 _NO_QUESTION = {"with answers to different prompts": "without a question"}
@@ -37,13 +37,13 @@ _NO_QUESTION = {"with answers to different prompts": "without a question"}
 
 
 @dataclass(frozen=True)
-class Demonstration:
-    """A text to learn: ``completion``, as the answer to ``asked`` or, where that is None, by itself.
+class SftRow:
+    """A text to learn: ``completion``, as the answer to ``question`` or, where that is None, by itself.
 
     ``weight`` is how often it counts in training.
     """
 
-    asked: str | None
+    question: str | None
     completion: str
     row: RowId = 0
     weight: float = 1.0
@@ -51,7 +51,7 @@ class Demonstration:
     @property
     def prompt(self) -> str:
         """By what it is held out; a text that answers nothing is its own."""
-        return self.completion if self.asked is None else self.asked
+        return self.completion if self.question is None else self.question
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TextData:
 
     source: str
     sha256: str
-    rows: tuple[Demonstration, ...]
+    rows: tuple[SftRow, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...] = ()
 
@@ -80,7 +80,7 @@ def load_texts(
     chosen_column: str = USUAL.chosen,
     messages_column: str = USUAL.messages,
     text_column: str = USUAL.text,
-) -> tuple[TextData, list[Demonstration], list[Demonstration]]:
+) -> tuple[TextData, list[SftRow], list[SftRow]]:
     """All rows of ``source``, then those for training, as often as their weights say, and the held-out ones.
 
     A file is split as ``load_preferences`` splits it: with the same fraction and seed, a prompt that is on one side
@@ -90,7 +90,7 @@ def load_texts(
         ConfigError: ``heldout_fraction`` isn't in [0, 1).
         DataError: A file can't be read, has no column to learn from, or there is no usable row.
     """
-    names = TextNames(prompt_column, completion_column, chosen_column, messages_column, text_column)
+    names = SftColumnNames(prompt_column, completion_column, chosen_column, messages_column, text_column)
     files = resolve_data(source)
     train = read_texts(files.train, names)
     if files.heldout is None:
@@ -102,7 +102,7 @@ def load_texts(
     return both, list(train.rows), list(heldout.rows)
 
 
-def read_texts(source: str | Path, names: TextNames = USUAL) -> TextData:
+def read_texts(source: str | Path, names: SftColumnNames = USUAL) -> TextData:
     """Read answers with their prompts, conversations or plain text from a file or several (see ``read_table``).
 
     Left out are rows with an empty text, repetitions of an earlier row, and conversations without a question or whose
@@ -127,10 +127,10 @@ def read_texts(source: str | Path, names: TextNames = USUAL) -> TextData:
             ]
         else:
             texts += rows
-    learnt, skipped = sift(answers, ("prompt", "answer"))
-    plain, left_out = sift(texts, ("text",))
-    found = [Demonstration(row.texts[0], row.texts[1], row.number, row.weight) for row in learnt]
-    found += [Demonstration(None, row.texts[0], row.number, row.weight) for row in plain]
+    learnt, skipped = filter_rows(answers, ("prompt", "answer"))
+    plain, left_out = filter_rows(texts, ("text",))
+    found = [SftRow(row.texts[0], row.texts[1], row.number, row.weight) for row in learnt]
+    found += [SftRow(None, row.texts[0], row.number, row.weight) for row in plain]
     name = called(source, parts)
     if not found:
         raise DataError(
@@ -140,7 +140,7 @@ def read_texts(source: str | Path, names: TextNames = USUAL) -> TextData:
     return TextData(name, digest_of(parts), tuple(found), (*skipped, *left_out), notes)
 
 
-def _layout(path: Path, records: Records, names: TextNames) -> Layout:
+def _layout(path: Path, records: Records, names: SftColumnNames) -> Layout:
     """Where a file's prompts and answers, its conversations or its texts are.
 
     Where there are several of them, what the user named comes first, then answers, conversations, texts. Without an answer
@@ -169,7 +169,7 @@ def _layout(path: Path, records: Records, names: TextNames) -> Layout:
     )
 
 
-def _of_answers(path: Path, records: Records, names: TextNames, own: Sequence[str]) -> Layout | None:
+def _of_answers(path: Path, records: Records, names: SftColumnNames, own: Sequence[str]) -> Layout | None:
     """Where prompts and answers are, if there are columns for them; ``own`` are the kinds whose columns the user named."""
     if names.completion in records.names and ("chosen" not in own or "completion" in own):
         return _answered(path, records, names, names.completion)
@@ -191,7 +191,7 @@ def _guessed(records: Records) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _answered(path: Path, records: Records, names: TextNames, answer: str, *, note: bool = False) -> Layout:
+def _answered(path: Path, records: Records, names: SftColumnNames, answer: str, *, note: bool = False) -> Layout:
     prompt, told = _prompt(path, records, names.prompt, (answer, answer))
     if prompt is None:
         raise _missing(path, records, "prompt", names.prompt)

@@ -58,14 +58,14 @@ def train_reward_model(config: RewardModelConfig) -> RewardCard:
 def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     join_ranks(config)
     folder, saved = open_run_dir(config)
-    with reading_progress(config.streaming) as told:
+    with reading_progress(config.streaming) as on_progress:
         data, train, heldout = load_preferences(
             config.data,
             heldout_fraction=config.heldout_fraction,
             seed=config.seed,
             **config.column_names,
             streaming=config.streaming,
-            told=told,
+            on_progress=on_progress,
         )
     echo(data.summary())
     tokenizer = with_chat_template(load_tokenizer(config.model), config)

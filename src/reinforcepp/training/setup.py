@@ -10,7 +10,7 @@ import torch
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.config.precision import Computing
-from reinforcepp.data import SpooledRows
+from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import has_adapter
@@ -36,11 +36,11 @@ def encode(
     limit, action = config.max_prompt_length, config.long_prompts
     did = "cut from the left" if action == "cut" else "left out"
     prompts: Sequence[Prompt]
-    if isinstance(rows, SpooledRows) and action == "cut":
+    if isinstance(rows, DiskRows) and action == "cut":
         if part == "training":
             echo(f"Prompts are tokenised when their turn comes; what is longer than {limit} tokens is {did}.")
         return LazyPrompts(tokenizer, rows, limit, rows.digest)
-    if isinstance(rows, SpooledRows):
+    if isinstance(rows, DiskRows):
         long = [
             i
             for i, row in enumerate(rows)

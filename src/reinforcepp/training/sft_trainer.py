@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from reinforcepp.config import SftConfig
-from reinforcepp.data import Demonstration, load_texts
+from reinforcepp.data import SftRow, load_texts
 from reinforcepp.files import write_json
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_policy, load_tokenizer, save_model, weights_hash
@@ -112,15 +112,15 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
     return first.does(measure_and_save)
 
 
-def to_example(tokenizer: PreTrainedTokenizerBase, row: Demonstration) -> SftExample:
+def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:
     """What is learnt of ``row``: an answer and its EOS after the framed prompt, or all of a text, and that it ends."""
-    if row.asked is None:
+    if row.question is None:
         ids = list(tokenizer(row.completion)["input_ids"])  # as the tokenizer begins texts, which frames do themselves
         if ids[-1] != eos_token_id(tokenizer):
             ids.append(eos_token_id(tokenizer))
         return SftExample(ids[:1], ids[1:], row.row)
-    given = encode(tokenizer, format_prompt(tokenizer, row.asked))
-    return SftExample(given, encode_example(tokenizer, row.asked, row.completion)[len(given) :], row.row)
+    given = encode(tokenizer, format_prompt(tokenizer, row.question))
+    return SftExample(given, encode_example(tokenizer, row.question, row.completion)[len(given) :], row.row)
 
 
 @torch.no_grad()

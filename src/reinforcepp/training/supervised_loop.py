@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
-from reinforcepp.data import SpooledRows
+from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import context_length, load_config, weight_bytes
 from reinforcepp.monitoring import echo, reading_progress
@@ -143,17 +143,17 @@ def tokenize_rows(
     long: list[int] = []
 
     def short() -> Iterator[Mapping[str, list[int]]]:
-        with reading_progress(isinstance(rows, SpooledRows), "tokenising") as told:
+        with reading_progress(isinstance(rows, DiskRows), "tokenising") as on_progress:
             for place, row in enumerate(rows):
                 ids = ids_of(row)
                 if longest(ids) > limit:
                     long.append(place)
                 else:
                     yield ids
-                told((place + 1) / len(rows))
+                on_progress((place + 1) / len(rows))
 
     made: Sequence[Mapping[str, list[int]]] | Dataset
-    if isinstance(rows, SpooledRows):
+    if isinstance(rows, DiskRows):
         features = Features({name: List(Value("int32")) for name in (ids_of(rows[0]) if rows else {})})
         with no_progress_bars():  # there is one already
             made = Dataset.from_generator(short, features=features, cache_dir=scratch, fingerprint=rows.digest)
@@ -183,7 +183,7 @@ def longest(ids: Mapping[str, list[int]]) -> int:
 
 def sample_rows(rows: Sequence[T]) -> Sequence[T]:
     """Of rows on the disk those that figures are made of: to measure millions would take as long as to train on them."""
-    if not isinstance(rows, SpooledRows) or len(rows) <= MAX_MEASURED_ROWS:
+    if not isinstance(rows, DiskRows) or len(rows) <= MAX_MEASURED_ROWS:
         return rows
     echo(f"Figures are those of {MAX_MEASURED_ROWS:,} of {len(rows):,} rows, evenly spread.")
     return list(rows.spread(MAX_MEASURED_ROWS))
@@ -195,7 +195,7 @@ def _without(rows: Sequence[T], long: Sequence[int], limit: int, what: str) -> S
         return rows
     named = ", ".join(str(rows[place].row) for place in long[:5]) + (", …" if len(long) > 5 else "")
     echo(f"Left out {len(long)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them.")
-    if isinstance(rows, SpooledRows):
+    if isinstance(rows, DiskRows):
         return rows.without(long)
     left_out = set(long)
     return [row for place, row in enumerate(rows) if place not in left_out]

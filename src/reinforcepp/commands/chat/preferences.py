@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from reinforcepp.data import Names, conversation_text, read_table
+from reinforcepp.data import ColumnNames, conversation_text, read_table
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file
 
@@ -33,7 +33,7 @@ class PreferenceFile:
             return
         if not os.access(self.path, os.W_OK):
             raise ConfigError(f"{name} can't be written: there is no permission; give another file.")
-        read_table(self.path, Names(), pairs=True)
+        read_table(self.path, ColumnNames(), pairs=True)
         if self._is_csv:
             self._columns = _header(self.path)
 

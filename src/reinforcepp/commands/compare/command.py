@@ -14,7 +14,7 @@ import torch
 from reinforcepp.commands.compare.answering import SIDES, Chosen, Said, ask, choose_for_both, make_ready, reference_of
 from reinforcepp.commands.compare.provenance import doubts
 from reinforcepp.config import CompareConfig, as_dict
-from reinforcepp.data import Names, PromptRow, count, load_prompts, normalize, read_table, resolve_data
+from reinforcepp.data import ColumnNames, PromptRow, count, load_prompts, normalize, read_table, resolve_data
 from reinforcepp.data.builtin import JUDGE_NAME
 from reinforcepp.files import whole_file, write_json
 from reinforcepp.monitoring import echo
@@ -127,7 +127,7 @@ def prompts_to_answer(config: CompareConfig) -> list[PromptRow]:
 def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow]) -> list[Chosen]:
     """Each different answer that the data calls chosen for one of the prompts; none where it has no such texts."""
     files = resolve_data(config.data)
-    names = Names(*config.column_names.values())
+    names = ColumnNames(*config.column_names.values())
     table = read_table(files.heldout or files.train, names, pairs=False)
     wanted = {normalize(row.prompt) for row in rows}
     different: dict[tuple[str, str], Chosen] = {}

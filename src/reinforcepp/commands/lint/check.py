@@ -8,7 +8,7 @@ from pathlib import Path
 from reinforcepp.commands.lint import rules
 from reinforcepp.commands.lint.findings import SEVERITIES, Checked, Entry, Finding, Report, Sheet, named, several
 from reinforcepp.config import Columns, LintConfig
-from reinforcepp.data import Names, Row, Table, read_table, resolve_data, sift
+from reinforcepp.data import ColumnNames, Row, Table, filter_rows, read_table, resolve_data
 from reinforcepp.types import RowId
 
 
@@ -37,7 +37,7 @@ def lint(config: LintConfig) -> Report:
 
 def read_sheet(path: Path, columns: Columns) -> tuple[Table, Sheet]:
     """A file as it is and as the rules see it: pairs if it has columns of answers, else prompts alone."""
-    table = read_table(path, Names(*columns.column_names.values()), pairs=None)
+    table = read_table(path, ColumnNames(*columns.column_names.values()), pairs=None)
     return table, sheet_of(Path(table.source).name, table.rows, table.columns)
 
 
@@ -47,7 +47,7 @@ def sheet_of(name: str, rows: Sequence[Row], columns: tuple[str, ...]) -> Sheet:
     def fault(texts: Sequence[str]) -> str | None:
         return f"with {' equal to '.join(columns[1:])}" if len(texts) > 1 and texts[1] == texts[2] else None
 
-    kept, skipped = sift(rows, columns, fault)
+    kept, skipped = filter_rows(rows, columns, fault)
     entries = tuple(Entry(row.number, row.texts) for row in kept)
     return Sheet(name, columns, len(rows), entries, skipped)
 
