@@ -182,7 +182,7 @@ def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
     reward = fussy if folder.name == "not scored" else spread
     trainer = ReinforceTrainer(model, reward, args, PROMPTS, HELD_OUT)
     assert trainer.ranks.sharded == (folder.parent.name[:3] != "DDP")
-    assert trainer.ranks.zero == (folder.parent.name[:4] == "ZeRO")
+    assert trainer.ranks.uses_deepspeed == (folder.parent.name[:4] == "ZeRO")
     begin, alone, seen = trainer.update.begin, copy.copy(trainer.update), []
     alone.ranks = SimpleNamespace(sum=lambda part: part)  # type: ignore[assignment]
 

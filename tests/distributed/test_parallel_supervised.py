@@ -15,13 +15,13 @@ from reinforcepp.rewards.card import read_card
 TRAININGS = """
 import json, os, signal, sys
 from pathlib import Path
-from reinforcepp import resumable, reward_trainer, sft_trainer
+from reinforcepp.training import resumable, reward_trainer, sft_trainer
 from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import ConfigError
-from reinforcepp.observe.interrupt import Interrupted
-from reinforcepp.processes import started
-from reinforcepp.reward_trainer import train_reward_model
-from reinforcepp.sft_trainer import train_language_model
+from reinforcepp.monitoring.signals import Interrupted
+from reinforcepp.runtime import started
+from reinforcepp.training.reward_trainer import train_reward_model
+from reinforcepp.training.sft_trainer import train_language_model
 
 folder = Path(sys.argv[1])
 usual = {"model": str(folder / "model"), "batch_size": 6, "num_train_epochs": 2, "learning_rate": 1e-3}

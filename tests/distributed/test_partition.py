@@ -14,16 +14,16 @@ from machines import PORT, Machines, training, two_machines
 from network import network
 
 from reinforcepp.commands import cli
-from reinforcepp.distributed.ranks import _tell_unforeseen
+from reinforcepp.distributed.ranks import _report_uncaught
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.training import checkpoint
 
-LOST = "they hang, or their machines can't be reached any more"  # the group's words
+LOST = "They hang, or their nodes are unreachable"  # in the report of the process group
 WAITS = "others that hang, or whose machines can't be reached any more"  # the watchdog's, where it is the first
 POOL = """
 import os, sys, time
-from reinforcepp import cli
-from reinforcepp.rollout import ray_crew, ray_pool
+from reinforcepp.commands import cli
+from reinforcepp.rollout.ray import actor_pool as ray_crew, engine as ray_pool
 
 ray_crew.HEAD_SECONDS, ray_crew.CONNECT_SECONDS = 4, 2
 inner = ray_pool.share_out
@@ -112,9 +112,7 @@ def test_the_first_machine_is_not_there_or_its_port_is_taken(machines, model_fol
     for process, port, words in ((nobody, PORT, "timed out after 2000ms"), (first, PORT + 1, "EADDRINUSE")):
         assert process.wait(60) == 2, machines.text(process)
         text = machines.text(process)
-        assert (
-            f"error: This process and the others of its training don't meet at {machines.network.here}:{port}" in text
-        )
+        assert f"can't connect to the other ranks at {machines.network.here}:{port}" in text
         assert words in text and "Traceback" not in text
     assert taken.poll() is None
 
@@ -126,12 +124,12 @@ def test_the_first_machine_is_not_there_or_its_port_is_taken(machines, model_fol
         ("Application timeout caused pair closure", LOST),
         ("Read error [10.0.0.2]:9: Connection timed out", LOST),
         ("Write error [10.0.0.2]:9: No route to host", LOST),
-        ("Connection closed by peer [10.0.0.2]:9", "ended without a word"),
+        ("Connection closed by peer [10.0.0.2]:9", "exited without an error message"),
         ("shapes differ", "RuntimeError: shapes differ"),
     ],
 )
 def test_what_gloo_says_in_our_words(capsys, said, words):
-    _tell_unforeseen(RuntimeError, RuntimeError(said), None)
+    _report_uncaught(RuntimeError, RuntimeError(said), None)
     told = capsys.readouterr().err
     assert words in told and ("--resume" in told) == told.startswith("error: ") == (said not in told)
 

@@ -11,7 +11,7 @@ from scripts import SOURCE
 PROGRAM = """
 import sys, threading, time
 from pathlib import Path
-from reinforcepp.observe.watchdog import Watchdog
+from reinforcepp.monitoring.watchdog import Watchdog
 
 def waits_for_ever():
     time.sleep(600)

@@ -19,7 +19,7 @@ from rollout.contract import EngineContract, prepared_model, prepared_tokenizer,
 
 from reinforcepp.commands import cli
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.distributed.rank_zero import FirstRank
+from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.models.loading import weights_hash
@@ -402,7 +402,7 @@ def test_a_reward_model_in_the_pool(cluster, reward_folder):
     asked = [f"How do I check host {i}?" for i in range(60)]
     answers = [f"Run ping -c {i} host{i} and read the last line. " * (1 + i % 5) for i in range(60)]
     expected, word = alone(asked, answers), rewards.fingerprint()
-    engine, first = SimpleNamespace(ray=connect(cluster.address)[0]), FirstRank(Ranks(), 0)
+    engine, first = SimpleNamespace(ray=connect(cluster.address)[0]), RankZero(Ranks(), 0)
     cluster.add_node(num_cpus=2)
     alone.batch_size = 4
     with pytest.raises(ConfigError, match="reward_workers need an engine by Ray"):

@@ -28,13 +28,14 @@ import atexit, json, sys, threading
 import tiny, torch
 from rollout.contract import prepared_model, prepared_tokenizer
 from pathlib import Path
-from reinforcepp import ReinforceConfig, shared_engine
-from reinforcepp.distributed import Ranks, join, leave
+from reinforcepp import ReinforceConfig
+from reinforcepp.rollout import shared_engine
+from reinforcepp.distributed.ranks import Ranks, exit_process, init_process_group
 from reinforcepp.errors import EngineLost
-from reinforcepp.rollout.choose import EngineChoice
+from reinforcepp.rollout.selection import EngineChoice
 from reinforcepp.types import Completion, Prompt, Sampling
 
-join(60)
+init_process_group(60)
 ranks = Ranks()
 seen = []
 
@@ -97,7 +98,7 @@ class Late:
 
 late = Late()
 atexit.register(print, "at exit")
-leave(0)
+exit_process(0)
 """
 
 

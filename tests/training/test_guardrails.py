@@ -214,7 +214,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(base, tm
     assert [m["skipped_updates"] for m in log] == [0, 1, 0]
     assert len(seen) == 2 and all(map(math.isfinite, seen))
     assert all(torch.isfinite(value).all() for value in weights(run).values())
-    moments = run.learner.engine.state(masters=False)["state"].values()
+    moments = run.learner.backend.state_dict(masters=False)["state"].values()
     assert all(torch.isfinite(m["exp_avg"]).all() and float(m["step"]) == 2 for m in moments)
 
 
@@ -299,6 +299,6 @@ def test_the_coefficient_follows_the_kl(base, tmp_path):
 
 def test_weights_that_do_not_move_are_noticed(base, tmp_path):
     run = trainer(base, tmp_path / "run", fine)
-    run.learner.engine.step = lambda: None
+    run.learner.backend.step = lambda: None
     with pytest.raises(TrainingDiverged, match="changed no weight"):
         run.train()

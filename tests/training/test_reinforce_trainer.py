@@ -119,7 +119,9 @@ def test_micro_batches_change_nothing(base, tmp_path):
     one_log, four_log = one.train(), four.train()
     key_bias = [name for name in weights(one) if name.endswith("c_attn.bias")]  # no gradient but rounding reaches it
     assert_equal_weights(*({k: v for k, v in weights(run).items() if k not in key_bias} for run in (one, four)), 1e-5)
-    moments = [[s["exp_avg"] for s in run.learner.engine.state(masters=False)["state"].values()] for run in (one, four)]
+    moments = [
+        [s["exp_avg"] for s in run.learner.backend.state_dict(masters=False)["state"].values()] for run in (one, four)
+    ]
     for a, b in zip(*moments, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     for a, b in zip(one_log, four_log, strict=True):

@@ -196,7 +196,7 @@ def tiny_row(row):
 def test_a_second_signal_ends_the_process_at_once(number, code):
     program = f"""
 import os
-from reinforcepp.observe.interrupt import stop_signals
+from reinforcepp.monitoring.signals import stop_signals
 with stop_signals() as stop:
     os.kill(os.getpid(), {int(number)})
     print("first", flush=True)

@@ -68,7 +68,7 @@ def guarded(job: Callable[[], int]) -> int:
     """Do ``job``; what goes wrong on purpose becomes one line and an exit code instead of a traceback."""
     code = _outcome(job)
     if (distributed := sys.modules.get("reinforcepp.distributed.ranks")) is not None:
-        distributed.leave(code)
+        distributed.exit_process(code)
     return code
 
 
@@ -76,7 +76,7 @@ def _outcome(job: Callable[[], int]) -> int:
     try:
         return job()
     except ReinforceError as error:
-        _tell_failure(f"error: {error}")
+        _report_failure(f"error: {error}")
         return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
     except KeyboardInterrupt:
         if is_main():
@@ -164,16 +164,16 @@ def run(verb: str, config: Any) -> int:
         if error.errno is None or not error.strerror:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _tell_failure(f"error: {error.strerror}{where}; what was saved before stays as it is.")
+        _report_failure(f"error: {error.strerror}{where}; what was saved before stays as it is.")
         return USAGE_ERROR
     return outcome if isinstance(outcome, int) else 0
 
 
-def _tell_failure(text: str) -> None:
+def _report_failure(text: str) -> None:
     """Once, where several processes run; before they have met only arguments were looked at, which are the same in all."""
     distributed = sys.modules.get("reinforcepp.distributed.ranks")
     if distributed is not None:
-        distributed.tell_failure(text)
+        distributed.report_failure(text)
     elif is_main():
         print(text, file=sys.stderr)
 

@@ -212,9 +212,9 @@ def _reward_or_show(config: RewardModelConfig) -> None:
 def _train_or_show(config: TrainConfig) -> None:
     """Train a policy, or show what it would be trained on."""
     if not config.dry_run:
-        from reinforcepp.distributed.ranks import join
+        from reinforcepp.distributed.ranks import init_process_group
 
-        join(config.watchdog_seconds)
+        init_process_group(config.watchdog_seconds)
         train(config)
         return
     from reinforcepp.commands.dry_run import show_training

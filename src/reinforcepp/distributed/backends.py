@@ -1,4 +1,4 @@
-"""A model and its optimiser as Accelerate runs them: alone, copied to all ranks (DDP) or in parts (FSDP2)."""
+"""The training backend interface, and its implementation by Accelerate: one process, DDP, or FSDP2."""
 
 from __future__ import annotations
 
@@ -8,116 +8,121 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from reinforcepp.distributed.shards import sharded_like, whole
+from reinforcepp.distributed.shards import full_tensor, shard_like
 from reinforcepp.models.precision import MasterAdamW
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Engine(Protocol):
-    """Gradients and steps of one model; every rank has to do the same."""
+class TrainingBackend(Protocol):
+    """Runs forward passes, gradients, and optimizer steps of one model. Every rank must make the same calls."""
 
     model: Any
-    """What the passes that learn go through."""
+    """The module that training forward passes call."""
 
-    def apart(self) -> AbstractContextManager[Any]:
-        """Around a pass that isn't the last one before a step: gradients may stay with this rank."""
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Return a context for passes before the last one of an optimizer step; gradients can stay on this rank."""
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a loss whose denominator is global: ranks add up instead of averaging."""
+        """Accumulate gradients. The loss has a global denominator, so ranks sum gradients instead of averaging them."""
 
     def clip(self, limit: float) -> float:
-        """Scale gradients down to norm ``limit``, at the latest in the step; returns the norm before."""
+        """Clip gradients to norm ``limit``, at the latest in :meth:`step`; returns the norm before clipping."""
 
     def step(self) -> None:
-        """Update the weights, and forget the gradients."""
+        """Update the weights and clear the gradients."""
 
-    def drop(self) -> None:
-        """Forget the gradients."""
+    def discard_gradients(self) -> None:
+        """Clear the gradients without an update."""
 
-    def weight(self, parameter: Tensor) -> Tensor:
-        """All of a parameter that is trained."""
+    def full_weight(self, parameter: Tensor) -> Tensor:
+        """Return all of a trained parameter, gathered if it is sharded."""
 
-    def gradient(self, parameter: Tensor) -> Tensor | None:
-        """All of its gradient."""
+    def full_gradient(self, parameter: Tensor) -> Tensor | None:
+        """Return all of a parameter's gradient, gathered if it is sharded."""
 
-    def state(self, *, masters: bool) -> dict[str, Any]:
-        """The optimiser's state dict, of which each rank's may hold a part; with the float32 weights if they are ``masters``."""
+    def state_dict(self, *, masters: bool) -> dict[str, Any]:
+        """Return the optimizer's state dict; a sharded backend returns this rank's part.
+
+        Args:
+            masters: include the float32 master weights.
+        """
 
     def load_state(self, state: dict[str, Any], weights: Iterable[Tensor]) -> None:
-        """Take over what :meth:`state` gave on any number of ranks, and the model's ``weights``."""
+        """Load a state that :meth:`state_dict` returned on any number of ranks, and the model's ``weights``."""
 
 
-class AccelerateEngine:
-    """See :class:`Engine`.
+class AccelerateBackend(TrainingBackend):
+    """A :class:`TrainingBackend` for a single process, DDP, and FSDP2.
 
     Args:
-        accelerator: Accelerate's.
-        model: as it has prepared it.
-        optimizer: as it has prepared it.
-        adam: what it has prepared.
+        accelerator: the Accelerator that prepared the model.
+        model: the prepared model.
+        optimizer: the prepared optimizer.
+        adam: the optimizer before it was prepared.
     """
 
     def __init__(self, accelerator: Accelerator, model: Any, optimizer: Any, adam: MasterAdamW) -> None:
         self.model, self._accelerator, self._optimizer, self._adam = model, accelerator, optimizer, adam
         self._sharded = bool(accelerator.is_fsdp2)
 
-    def apart(self) -> AbstractContextManager[Any]:
-        """See :class:`Engine`."""
+    @override
+    def no_sync(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._sharded else self._accelerator.no_sync(self.model)
 
+    @override
     def backward(self, loss: Tensor) -> None:
-        """See :class:`Engine`."""
         self._accelerator.backward(loss * self._accelerator.num_processes)
 
+    @override
     def clip(self, limit: float) -> float:
-        """See :class:`Engine`."""
-        return float(whole(self._accelerator.clip_grad_norm_(self._adam.masters, limit)))
+        return float(full_tensor(self._accelerator.clip_grad_norm_(self._adam.masters, limit)))
 
+    @override
     def step(self) -> None:
-        """See :class:`Engine`."""
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def drop(self) -> None:
-        """See :class:`Engine`."""
+    @override
+    def discard_gradients(self) -> None:
         self.model.zero_grad()
         self._optimizer.zero_grad()
 
-    def weight(self, parameter: Tensor) -> Tensor:
-        """See :class:`Engine`."""
-        return whole(parameter)
+    @override
+    def full_weight(self, parameter: Tensor) -> Tensor:
+        return full_tensor(parameter)
 
-    def gradient(self, parameter: Tensor) -> Tensor | None:
-        """See :class:`Engine`."""
-        return None if parameter.grad is None else whole(parameter.grad)
+    @override
+    def full_gradient(self, parameter: Tensor) -> Tensor | None:
+        return None if parameter.grad is None else full_tensor(parameter.grad)
 
-    def state(self, *, masters: bool) -> dict[str, Any]:
-        """See :class:`Engine`."""
+    @override
+    def state_dict(self, *, masters: bool) -> dict[str, Any]:
         state: dict[str, Any] = self._optimizer.state_dict()
         if self._sharded and masters:
-            held = {index: {"master": master} for index, master in enumerate(self._adam.masters)}
-            state["state"] = {index: {**own, **held[index]} for index, own in state["state"].items()}
+            values_of = state["state"]
+            state["state"] = {i: {**values, "master": self._adam.masters[i]} for i, values in values_of.items()}
         return state
 
+    @override
     @torch.no_grad()
     def load_state(self, state: dict[str, Any], weights: Iterable[Tensor]) -> None:
-        """See :class:`Engine`."""
         if self._sharded:
             for shard, full in zip(self.model.parameters(), weights, strict=True):
-                shard.copy_(sharded_like(full.to(shard.dtype), shard))
-            state = state | {"state": self._shards_of(state["state"])}
+                shard.copy_(shard_like(full.to(shard.dtype), shard))
+            state = state | {"state": self._shard_state(state["state"])}
         self._optimizer.load_state_dict(state)
 
-    def _shards_of(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        """This rank's part of an optimiser's state; the weights with all digits that are in it become the masters."""
+    def _shard_state(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """Return this rank's shards of an optimizer state; float32 weights in the state are copied to the masters."""
         masters = self._adam.masters
         for index, values in states.items():
             if "master" in values:
-                masters[index].copy_(sharded_like(values["master"], masters[index]))
+                masters[index].copy_(shard_like(values["master"], masters[index]))
         return {
-            index: {n: sharded_like(v, masters[index]) for n, v in values.items() if n != "master"}
+            index: {n: shard_like(v, masters[index]) for n, v in values.items() if n != "master"}
             for index, values in states.items()
         }

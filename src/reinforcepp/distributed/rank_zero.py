@@ -1,4 +1,4 @@
-"""What the first of several processes does for all of them."""
+"""Work that rank 0 does for all ranks."""
 
 from __future__ import annotations
 
@@ -8,52 +8,52 @@ from typing import Any, TypeVar, cast
 
 from torch import distributed
 
-from reinforcepp.distributed.ranks import NEVER, Ranks
+from reinforcepp.distributed.ranks import NO_TIMEOUT, Ranks
 from reinforcepp.errors import ReinforceError
 
 Q = TypeVar("Q")
 T = TypeVar("T")
 
 
-class FirstRank:
-    """The first of several ranks, which does for all what it alone can.
+class RankZero:
+    """Runs functions on rank 0 for all ranks.
 
-    All ranks ask it alike, in the same order, through a process group of its own: so a thread can ask while the training uses
-    its group.
+    All ranks must make the same calls in the same order. Calls use a process group of their own, so a thread can make them
+    while the training uses the default group.
 
     Args:
-        ranks: those of the training.
-        seconds: without an answer, after which waiting for it is an error; 0 is never.
+        ranks: the ranks of the training.
+        timeout_seconds: raise an error after this long without an answer; 0 disables the timeout.
     """
 
-    def __init__(self, ranks: Ranks, seconds: float) -> None:
-        self._count, self._here = ranks.count, ranks.is_main
-        timeout = timedelta(seconds=seconds) if seconds else NEVER
+    def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
+        self._count, self._is_zero = ranks.count, ranks.is_main
+        timeout = timedelta(seconds=timeout_seconds) if timeout_seconds else NO_TIMEOUT
         self._group = distributed.new_group(backend="gloo", timeout=timeout) if ranks.count > 1 else None
 
-    def answers(self, question: Q, answer: Callable[[Sequence[Q]], Sequence[T]]) -> T:
-        """The first rank's answer to this rank's question; ``answer`` is called there, with the questions of all ranks.
+    def map(self, item: Q, function: Callable[[Sequence[Q]], Sequence[T]]) -> T:
+        """Return this rank's result of ``function``, which rank 0 calls with the items of all ranks.
 
         Raises:
-            ReinforceError: on all ranks, what ``answer`` raised.
+            ReinforceError: on all ranks, if ``function`` raises it on rank 0.
         """
         if self._group is None:
-            return answer([question])[0]
-        questions: list[Any] | None = [None] * self._count if self._here else None
-        distributed.gather_object(question, questions, dst=0, group=self._group)
-        told: list[Any] | None = None
-        if questions is not None:
+            return function([item])[0]
+        items: list[Any] | None = [None] * self._count if self._is_zero else None
+        distributed.gather_object(item, items, dst=0, group=self._group)
+        outcomes: list[Any] | None = None
+        if items is not None:
             try:
-                told = [(own, None) for own in answer(questions)]
+                outcomes = [(result, None) for result in function(items)]
             except ReinforceError as error:
-                told = [(None, error)] * self._count
+                outcomes = [(None, error)] * self._count
         received: list[Any] = [None]
-        distributed.scatter_object_list(received, told, src=0, group=self._group)
-        outcome, failure = received[0]
+        distributed.scatter_object_list(received, outcomes, src=0, group=self._group)
+        result, failure = received[0]
         if failure is not None:
             raise failure
-        return cast(T, outcome)
+        return cast(T, result)
 
-    def does(self, what: Callable[[], T]) -> T:
-        """What the first rank gets from ``what``, which is called there alone; errors are those of :meth:`answers`."""
-        return self.answers(None, lambda asked: [what()] * len(asked))
+    def run(self, function: Callable[[], T]) -> T:
+        """Return the result of ``function``, which only rank 0 calls; raises as :meth:`map`."""
+        return self.map(None, lambda items: [function()] * len(items))

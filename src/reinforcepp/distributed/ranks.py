@@ -1,7 +1,7 @@
-"""The processes that train together, by Accelerate: how they meet and fail, on what device, sums over them.
+"""Data-parallel ranks through Accelerate: process group, failure reports, devices, trackers, and collectives.
 
-Several ranks hold one rule: whatever only some of them may run into happens inside :meth:`Ranks.agreed`, and between
-two collectives all do the same.
+With several ranks, code that can fail on only some of them must run inside :meth:`Ranks.run_or_raise_all`. Between two
+collectives, all ranks must run the same code.
 """
 
 from __future__ import annotations
@@ -38,9 +38,15 @@ from accelerate.utils import (
 from torch import Tensor, distributed
 from transformers.integrations import unset_hf_deepspeed_config
 
-from reinforcepp.distributed.backends import AccelerateEngine, Engine
-from reinforcepp.distributed.deepspeed import ZeroEngine, asked_for, complete, launched_plugin, prepare_deepspeed
-from reinforcepp.errors import ConfigError, ReinforceError
+from reinforcepp.distributed.backends import AccelerateBackend, TrainingBackend
+from reinforcepp.distributed.deepspeed import (
+    DeepSpeedBackend,
+    complete_config,
+    deepspeed_requested,
+    launcher_plugin,
+    prepare_deepspeed,
+)
+from reinforcepp.errors import ConfigError, ReinforceError, first_line
 from reinforcepp.models.precision import MasterAdamW
 from reinforcepp.runtime import is_first_here, is_main, own_version, started
 
@@ -50,82 +56,82 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TRACKERS = "trackers"
 PROJECT = "reinforcepp"
-NEVER = timedelta(days=365)
-FAILED, TOLD, VERSION = "reinforcepp/failed", "reinforcepp/told", "reinforcepp/version"
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""What gloo says of a partner that is gone."""
-SILENT = (
+NO_TIMEOUT = timedelta(days=365)
+FAILED, REPORTED, VERSION = "reinforcepp/failed", "reinforcepp/reported", "reinforcepp/version"
+"""Keys in the store of the process group."""
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""Texts of gloo's errors about a rank that exited."""
+PEER_SILENT = (
     "Timed out waiting",
     "Application timeout",
     "Connection timed out",
     "No route to host",
     "Network is unreachable",
 )
-"""What gloo says of one from which nothing comes."""
-ANSWER_SECONDS = 5
-"""Within this time the store of the process group answers, if its machine can be reached."""
+"""Texts of gloo's errors about a rank that doesn't answer."""
+STORE_TIMEOUT_SECONDS = 5
+"""Time in which the store of the process group answers if its node is reachable."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that what is to be reported to is installed.
+    """Check that the packages of the trackers ``names`` are installed.
 
     Raises:
-        ConfigError: naming what isn't, and how to install it.
+        ConfigError: one is missing.
     """
-    there = {str(tracker.value) for tracker in get_available_trackers()} if names else set()
+    available = {str(tracker.value) for tracker in get_available_trackers()} if names else set()
     for name in names:
-        if name not in there:
+        if name not in available:
             package = {"comet_ml": "comet-ml"}.get(name, name)
-            raise ConfigError(f"report_to names {name}, which is not installed: pip install {package}")
+            raise ConfigError(f"report_to: {name} isn't installed. Run pip install {package}.")
 
 
-# --- meeting and failing --------------------------------------------------------------------------------------------
-
-
-def join(seconds: float) -> None:
-    """Meet the other processes, if a launcher has started several; due before anything that may fail in one alone.
+def init_process_group(timeout_seconds: float) -> None:
+    """Connect to the other ranks if a launcher has started several. Call this before anything that can fail on one alone.
 
     Args:
-        seconds: without an answer of the others, after which waiting for them is an error; 0 is never.
+        timeout_seconds: raise an error after waiting this long for other ranks; 0 disables the timeout.
+
+    Raises:
+        ConfigError: the ranks can't connect, or run different versions of this package.
     """
-    # Or transformers would give every model's weights to the first process alone: each one scores with all of them.
+    # Otherwise transformers would load each model's weights on rank 0 alone, but every rank scores with all of them.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if started() == 1:
         return
-    if not is_main():  # what libraries have to say is said once
+    if not is_main():  # Libraries log and warn once, on rank 0.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     try:
-        _group(timedelta(seconds=seconds) if seconds else NEVER)
+        _process_state(timedelta(seconds=timeout_seconds) if timeout_seconds else NO_TIMEOUT)
     except distributed.DistError as error:
-        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ConfigError(
-            f"This process and the others of its training don't meet at {place} ({str(error).splitlines()[0]}): look whether the "
-            "machine of the first process has this address, the port is free there, all are started and each may connect to "
-            "the others."
+            f"Rank {os.environ.get('RANK', '?')} can't connect to the other ranks at {address} ({first_line(error)}). Check "
+            "that the node of rank 0 has this address, that the port is free there, that all ranks were started, and that "
+            "every node can connect to the others."
         ) from error
-    sys.excepthook = _tell_unforeseen
+    sys.excepthook = _report_uncaught
     _compare_versions()
 
 
 def _compare_versions() -> None:
-    """Raises a ConfigError where this machine has another version of this package than the first process's."""
-    store, own = distributed.distributed_c10d._get_default_store(), own_version()
+    """Raise a ConfigError if this rank runs another version of this package than rank 0."""
+    store, local = distributed.distributed_c10d._get_default_store(), own_version()
     if is_main():
-        store.set(VERSION, own)
-    first = store.get(VERSION).decode()
-    if first != own:
+        store.set(VERSION, local)
+    version = store.get(VERSION).decode()
+    if version != local:
         raise ConfigError(
-            f"The first process of this training has reinforcepp {first}, and {socket.gethostname()} has {own}: install the same "
-            "version on all machines."
+            f"Rank 0 runs reinforcepp {version}, but {socket.gethostname()} runs {local}. Install the same version on all nodes."
         )
 
 
-def leave(code: int) -> None:
-    """End this process with ``code`` if it is one of several that have met; due when nothing is left to do, or nothing happens.
+def exit_process(code: int) -> None:
+    """End this process with ``code`` if it belongs to a process group; otherwise return.
 
-    Python's own end is left out, apart from the functions of atexit: it aborts a process in which a thread of gloo's is just
-    about to drop a tensor of the last message, which happens on a busy machine.
+    This skips Python's finalization except for the functions of atexit. With a busy CPU, finalization can abort the process
+    while a thread of gloo frees a tensor of the last message.
     """
     if started() == 1 or not distributed.is_initialized():
         return
@@ -138,137 +144,137 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def tell_failure(text: str) -> None:
-    """Tell the user why this process ends; of several that fail, one after the other or all alike, the first one does."""
-    # alone, a process group may be vLLM's
+def report_failure(text: str) -> None:
+    """Print why this process ends. If several ranks fail, only the first one prints."""
+    # A single process can have a process group, too: that of vLLM.
     if started() == 1 or not (distributed.is_available() and distributed.is_initialized()):
         if is_first_here():
             print(text, file=sys.stderr)
         return
-    # on a busy machine the launcher, which ends all when one has ended, may else be quicker
+    # The launcher ends all ranks when one has ended, and could otherwise end this one before it prints.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # in a thread of its own: the store waits without end for a machine that can't be reached any more
-    telling = threading.Thread(target=_tell_once, args=(text,), daemon=True)
-    telling.start()
-    telling.join(ANSWER_SECONDS if is_first_here() else 2 * ANSWER_SECONDS)
-    if telling.is_alive() and is_first_here():
+    # This needs a thread because the store blocks forever if its node is unreachable.
+    reporting = threading.Thread(target=_report_once, args=(text,), daemon=True)
+    reporting.start()
+    reporting.join(STORE_TIMEOUT_SECONDS if is_first_here() else 2 * STORE_TIMEOUT_SECONDS)
+    if reporting.is_alive() and is_first_here():
         print(text, file=sys.stderr, flush=True)
 
 
-def _tell_once(text: str) -> None:
+def _report_once(text: str) -> None:
     store = distributed.distributed_c10d._get_default_store()
     try:
         if store.add(FAILED, 1) == 1:
             print(text, file=sys.stderr, flush=True)
-            store.set(TOLD, "yes")
-        else:  # the launcher ends all when one has ended, so the first one is given time for its sentence
-            store.wait([TOLD], timedelta(seconds=10))
-    except distributed.DistError:  # the process that kept the store is gone, and its launcher tells so
+            store.set(REPORTED, "yes")
+        else:  # The launcher ends all ranks when one has ended, so this one waits until the first one has printed.
+            store.wait([REPORTED], timedelta(seconds=2 * STORE_TIMEOUT_SECONDS))
+    except distributed.DistError:  # The rank that hosts the store has exited, and its launcher reports that.
         return
 
 
-def _tell_unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For ``sys.excepthook``: a process that merely lost its partners says so instead of showing a traceback."""
-    said = str(error)
-    if any(sign in said for sign in SILENT):
-        waited = re.search(r"Timed out waiting (\d+)ms", said)
+def _report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an uncaught exception, as ``sys.excepthook``. For a lost connection to other ranks, omit the traceback."""
+    message = str(error)
+    if any(text in message for text in PEER_SILENT):
+        waited = re.search(r"Timed out waiting (\d+)ms", message)
         since = f" since {time.strftime('%X', time.localtime(time.time() - int(waited[1]) / 1000))}" if waited else ""
-        tell_failure(
-            f"error: No answer from other processes of this training{since}: they hang, or their machines can't be reached any "
-            "more. Go on from the last checkpoint with --resume; if they are only slow, set watchdog_seconds higher."
+        report_failure(
+            f"error: No answer from other ranks{since}. They hang, or their nodes are unreachable. Resume from the last "
+            "checkpoint with --resume. If the ranks are only slow, raise watchdog_seconds."
         )
-    elif any(sign in said for sign in LOST):
-        tell_failure(
-            "error: Another process of this training ended without a word: it was killed, perhaps for lack of memory, or its "
-            "machine can't be reached any more. The launcher's report names it. Go on from the last checkpoint with --resume."
+    elif any(text in message for text in PEER_LOST):
+        report_failure(
+            "error: Another rank exited without an error message. It was killed, possibly for lack of memory, or its node is "
+            "unreachable. The launcher's report names the rank. Resume from the last checkpoint with --resume."
         )
     else:
-        tell_failure("".join(traceback.format_exception(kind, error, trace)).rstrip())
+        report_failure("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
-def _group(timeout: timedelta | None = None) -> PartialState:
-    """The process group, made by the first call; without an accelerator Accelerate has to be told to use CPUs."""
-    cpu = not torch.accelerator.is_available()
-    if cpu:  # or DeepSpeed, which others import where it is installed, would warn of that
+def _process_state(timeout: timedelta | None = None) -> PartialState:
+    """Return Accelerate's process state; the first call creates the process group."""
+    cpu = not torch.accelerator.is_available()  # Accelerate doesn't choose CPUs by itself.
+    if cpu:  # Other libraries import DeepSpeed if it is installed, and it would warn about a missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if asked_for():
+    if deepspeed_requested():
         prepare_deepspeed(cpu=cpu)
-    named = {} if timeout is None or started() == 1 else {"timeout": timeout}
-    return PartialState(cpu=cpu, **named)
+    options = {} if timeout is None or started() == 1 else {"timeout": timeout}
+    return PartialState(cpu=cpu, **options)
 
 
 class Ranks:
-    """This process among those that train together; alone, everything here is the identity."""
+    """The ranks that train together, seen from this one. With a single rank, every collective is the identity."""
 
     def __init__(self, report_to: Sequence[str] = (), folder: Path | None = None) -> None:
-        places = ProjectConfiguration(logging_dir=str(folder / TRACKERS)) if report_to and folder else None
+        project = ProjectConfiguration(logging_dir=str(folder / TRACKERS)) if report_to and folder else None
         if AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
-            AcceleratorState._reset_state()  # a trainer of TRL in this process left its own there
-        state = _group()
-        known = "deepspeed_plugins" in AcceleratorState._shared_state  # which Accelerate won't be told twice
-        plugin = launched_plugin() if asked_for() and not known else None
+            AcceleratorState._reset_state()  # A TRL trainer in this process has left its precision there.
+        state = _process_state()
+        known = "deepspeed_plugins" in AcceleratorState._shared_state  # Accelerate accepts the plugin only once.
+        plugin = launcher_plugin() if deepspeed_requested() and not known else None
         self._accelerator = Accelerator(
-            mixed_precision="no",  # is this package's own affair, whatever a launcher or the environment say
+            mixed_precision="no",  # This package handles precision, whatever the launcher or environment set.
             cpu=state.device.type == "cpu",
             log_with=list(report_to) or None,
-            project_config=places,
+            project_config=project,
             deepspeed_plugin=plugin,
         )
         if self._accelerator.distributed_type != DistributedType.NO:
             self._check_launch(plugin)
 
     def _check_launch(self, plugin: DeepSpeedPlugin | None) -> None:
-        """Refuse what the launcher was told and can't be done; on CPUs Accelerate knows no sharding unless told here."""
+        """Raise a ConfigError for unsupported launcher settings. On CPUs, also set the type of sharding in Accelerate."""
         state = self._accelerator.state
         if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
-            # Accelerate copies the one state into the other now and then
+            # Accelerate sometimes copies one of the two states to the other.
             PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
         if state.distributed_type == DistributedType.MULTI_CPU and plugin is not None:
             plugin.select(_from_accelerator_state=True)
             state.deepspeed_plugins = {"default": plugin}
             PartialState().distributed_type = state.distributed_type = DistributedType.DEEPSPEED
         if state.distributed_type == DistributedType.DEEPSPEED:
-            unset_hf_deepspeed_config()  # or transformers would cut up every model that is loaded
+            unset_hf_deepspeed_config()  # Otherwise transformers would partition every model it loads.
         if state.distributed_type == DistributedType.FSDP and not self.sharded:
-            raise ConfigError("The launcher is set to FSDP version 1: set fsdp_version to 2.")
+            raise ConfigError("The launcher is configured for FSDP version 1. Set fsdp_version to 2.")
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this is rank 0, which writes files and prints."""
         return bool(self._accelerator.is_main_process)
 
     @property
     def index(self) -> int:
-        """Which of the processes this is."""
+        """Index of this rank."""
         return int(self._accelerator.process_index)
 
     @property
     def count(self) -> int:
-        """How many processes train together."""
+        """Number of ranks."""
         return int(self._accelerator.num_processes)
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """Device of this rank."""
         return self._accelerator.device
 
     def start_trackers(self, settings: Mapping[str, Any], step: int) -> None:
-        """Tell the trackers of a run that begins, or goes on, after ``step``."""
+        """Start the trackers of a run that begins or resumes after ``step``."""
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
-        # what a stopped run reported of the steps that are done again is not to be shown
-        again = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        # Steps after the checkpoint run again, so TensorBoard must hide what the stopped run logged for them.
+        options = {"tensorboard": {"purge_step": step + 1}} if step else {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of libraries about their own parts
-            self._accelerator.init_trackers(PROJECT, config=plain, init_kwargs=again)
+            warnings.simplefilter("ignore")  # Trackers warn about their own internals.
+            self._accelerator.init_trackers(PROJECT, config=plain, init_kwargs=options)
 
     def track(self, values: Mapping[str, float], step: int) -> None:
-        """Report a step's figures."""
+        """Log the metrics of a step to the trackers."""
         self._accelerator.log(dict(values), step=step)
 
     def end_trackers(self) -> None:
-        """Have everything written. Accelerate's own end would also end the process group that vLLM goes on to use."""
+        """Flush and close the trackers. Accelerate's ``end_training`` would also destroy the process group vLLM uses."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
@@ -276,94 +282,94 @@ class Ranks:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank keeps a part of every weight (FSDP2, DeepSpeed) instead of all of them."""
-        return bool(self._accelerator.is_fsdp2) or self.zero
+        """Whether each rank holds a shard of every weight (FSDP2, DeepSpeed) instead of all weights."""
+        return bool(self._accelerator.is_fsdp2) or self.uses_deepspeed
 
     @property
-    def zero(self) -> bool:
-        """Whether DeepSpeed is who does that."""
+    def uses_deepspeed(self) -> bool:
+        """Whether the training backend is DeepSpeed."""
         return bool(self._accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def prepare(
         self, model: PreTrainedModel, optimizer: MasterAdamW, dtype: torch.dtype, weights: Iterable[Tensor]
-    ) -> Engine:
-        """Model and optimiser as the engine runs them; sharded ones keep their weights in float32 and compute in ``dtype``.
+    ) -> TrainingBackend:
+        """Return the training backend of a model. A sharded model keeps float32 weights and computes in ``dtype``.
 
         Args:
-            model: to be trained.
-            optimizer: of its parameters.
-            dtype: what sharded ones compute in.
-            weights: the model's, with all digits.
+            model: the model to train.
+            optimizer: the optimizer of the model's parameters.
+            dtype: the compute dtype of a sharded model.
+            weights: the model's weights at full precision.
         """
-        if self.zero:
-            complete(self._accelerator.state.deepspeed_plugin.deepspeed_config, dtype)
-            self._accelerator.deepspeed_engine_wrapped = None  # of another model
+        if self.uses_deepspeed:
+            complete_config(self._accelerator.state.deepspeed_plugin.deepspeed_config, dtype)
+            self._accelerator.deepspeed_engine_wrapped = None  # It belongs to the model that was prepared before.
             prepared, _ = self._accelerator.prepare(model, optimizer)
             unset_hf_deepspeed_config()
-            return ZeroEngine(prepared, optimizer, weights, self.index, self.count)
+            return DeepSpeedBackend(prepared, optimizer, weights, self.index, self.count)
         if self.sharded:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
-            # of operations in place on a model's output, of which there are none
+            # The warning is about in-place operations on a model's output, which this package doesn't make.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             self._accelerator.state.fsdp_plugin.mixed_precision_policy = policy
             prepared, wrapped = self._accelerator.prepare(model, optimizer)
             optimizer.take_over()
-        else:  # the optimiser's tensors stay where they are, be that in main memory
+        else:  # The optimizer's tensors stay on their device, which can be the CPU.
             prepared, wrapped = self._accelerator.prepare(model, optimizer, device_placement=[None, False])
-        return AccelerateEngine(self._accelerator, prepared, wrapped, optimizer)
+        return AccelerateBackend(self._accelerator, prepared, wrapped, optimizer)
 
-    # --- between ranks ---
+    # --- communication between ranks ---
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of what all ranks hold in common; the parts of all, one after another, are the whole."""
+    def local_slice(self, items: Sequence[T]) -> list[T]:
+        """Return this rank's contiguous slice of ``items``; the slices of all ranks in order are all items."""
         begin, end = (len(items) * i // self.count for i in (self.index, self.index + 1))
         return list(items[begin:end])
 
-    def agreed(self, part: Callable[[], T]) -> T:
-        """What ``part`` gives, once every rank has done it; an error that it raises on one of them is raised on all.
+    def run_or_raise_all(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on every rank and return its result. If it raises on one rank, raise that error on all ranks.
 
-        No collective may be in ``part``, but what all ask a :class:`FirstRank` before anything in it can
-        fail on one rank alone. Errors are those that this package raises on purpose, and memory that runs out.
+        ``function`` must not contain a collective, except for calls of :class:`RankZero` before anything in it can fail on
+        one rank alone. The errors shared between ranks are :class:`ReinforceError` and running out of GPU memory.
         """
         if self.count == 1:
-            return part()
-        outcome: T | None = None
-        error: ReinforceError | None = None
+            return function()
+        result: T | None = None
+        failure: ReinforceError | None = None
         try:
-            outcome = part()
-        except torch.OutOfMemoryError as lack:
-            error = ConfigError(
-                f"Memory ran out in process {self.index} of {self.count}: lower rollout_batch_size, mini_batch_size or "
-                f"max_new_tokens ({str(lack).splitlines()[0]})."
+            result = function()
+        except torch.OutOfMemoryError as error:
+            failure = ConfigError(
+                f"Out of memory on rank {self.index} of {self.count} ({first_line(error)}). Lower rollout_batch_size, "
+                "mini_batch_size, or max_new_tokens."
             )
-        except ReinforceError as own:
-            error = own
-        for told in self.gather(error):
-            if told is not None:
-                raise told
-        return cast(T, outcome)
+        except ReinforceError as error:
+            failure = error
+        for shared in self.gather(failure):
+            if shared is not None:
+                raise shared
+        return cast(T, result)
 
     def gather(self, item: T) -> list[T]:
-        """The items of all ranks, in their order; tensors in them have to be on the CPU."""
+        """Return the items of all ranks in rank order; tensors in them must be on the CPU."""
         gathered: list[T] = gather_object([item]) if self.count > 1 else [item]
         return gathered
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks."""
+        """Return the element-wise sum over ranks."""
         return self._accelerator.reduce(values, reduction="sum")
 
-    def max(self, values: Tensor) -> Tensor:
-        """Largest value over ranks, of single numbers."""
-        gathered: Tensor = self._accelerator.gather(values)
+    def max(self, value: Tensor) -> Tensor:
+        """Return the largest ``value``, a scalar tensor, over ranks."""
+        gathered: Tensor = self._accelerator.gather(value)
         return gathered.max()
 
-    def any(self, here: bool) -> bool:
-        """Whether it is so on any rank."""
-        return bool(self.sum(torch.tensor(float(here), device=self.device)))
+    def any(self, condition: bool) -> bool:
+        """Return whether ``condition`` holds on any rank."""
+        return bool(self.sum(torch.tensor(float(condition), device=self.device)))
 
-    def wait(self) -> None:
-        """Go on when all ranks are here."""
+    def barrier(self) -> None:
+        """Block until all ranks have reached this call."""
         self._accelerator.wait_for_everyone()

@@ -1,6 +1,6 @@
-"""Tensors of which each process holds a part: made whole, cut, written and read, by torch.distributed.
+"""Sharded tensors: gather them, shard them, and write and read them as safetensors through torch.distributed.
 
-Files are safetensors: each process writes one with its own parts, and says in its header where in the whole they belong.
+Each rank writes one file with its own shards; the file's header records their offsets in the full tensors.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Template = Callable[[str, torch.Size], Tensor | None]
-"""For the name and the shape of a tensor, one that is cut as it is to be; None for the whole."""
+"""Maps a tensor's name and shape to a tensor that is sharded as the result must be; None for an unsharded result."""
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank holds a part; any other one as it is. Every rank has to ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return all of a sharded tensor, and any other tensor unchanged. Every rank must call this."""
     full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full
 
 
-def sharded_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """This rank's part of a ``tensor`` that every rank holds, cut as ``model`` is, if it is."""
-    if isinstance(tensor, DTensor) or not isinstance(model, DTensor) or tensor.shape != model.shape:
+def shard_like(tensor: Tensor, template: Tensor) -> Tensor:
+    """Return this rank's shard of a ``tensor`` that all ranks hold, sharded as ``template`` is.
+
+    Returns ``tensor`` unchanged if it is already sharded, ``template`` isn't sharded, or the shapes differ.
+    """
+    if isinstance(tensor, DTensor) or not isinstance(template, DTensor) or tensor.shape != template.shape:
         return tensor
-    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(template.device), template.device_mesh, template.placements, src_data_rank=None)
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write into ``folder``, each rank its own parts; every rank has to call it.
+    """Write this rank's shards into ``folder``. Every rank must call this.
 
     Raises:
         OSError: on all ranks, if one of them can't write.
@@ -51,21 +54,23 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
         raise
 
 
-def read_shards(folder: Path, like: Template) -> dict[str, Tensor]:
-    """What :func:`write_shards` wrote, by any number of ranks.
+def read_shards(folder: Path, template_of: Template) -> dict[str, Tensor]:
+    """Read tensors that any number of ranks wrote with :func:`write_shards`.
 
     Args:
-        folder: with the files.
-        like: says how each tensor is to be cut. If it cuts any, every rank has to call this.
+        folder: the folder with the files.
+        template_of: decides how each tensor is sharded. If it shards any, every rank must call this function.
     """
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Tensor] = {}
-    for name, told in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(told, TensorStorageMetadata)  # safetensors hold nothing else
-        model = like(name, told.size)
-        dtype = told.properties.dtype
-        tensors[name] = torch.empty(told.size, dtype=dtype) if model is None else torch.empty_like(model, dtype=dtype)
-    cut = any(isinstance(tensor, DTensor) for tensor in tensors.values())
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process alone reads
-        load(tensors, storage_reader=reader, no_dist=not cut)
+    for name, metadata in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(metadata, TensorStorageMetadata)  # Safetensors files hold only tensors.
+        template = template_of(name, metadata.size)
+        dtype = metadata.properties.dtype
+        tensors[name] = (
+            torch.empty(metadata.size, dtype=dtype) if template is None else torch.empty_like(template, dtype=dtype)
+        )
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch warns that only one process loads.
+        load(tensors, storage_reader=reader, no_dist=not sharded)
     return tensors

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.distributed.rank_zero import FirstRank
+from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.models.loading import eos_token_ids
 from reinforcepp.rollout.engine import RolloutEngine, grown
@@ -55,7 +55,7 @@ def start_for_all(
         folder=folder,
     )
     if choice.elsewhere and ranks.count > 1:
-        return SharedEngine(FirstRank(ranks, config.watchdog_seconds), start, model, tokenizer)
+        return SharedEngine(RankZero(ranks, config.watchdog_seconds), start, model, tokenizer)
     return start()
 
 
@@ -76,7 +76,7 @@ class SharedEngine:
 
     def __init__(
         self,
-        first: FirstRank,
+        first: RankZero,
         start: Callable[[], RolloutEngine],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -89,7 +89,7 @@ class SharedEngine:
             self.own = start()
             return self.own.name, self.own.dtype
 
-        self.name, self.dtype = first.does(begin)
+        self.name, self.dtype = first.run(begin)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
@@ -98,11 +98,11 @@ class SharedEngine:
             completions = iter(self.own.generate([prompt for own in asked for prompt in own], sampling))
             return [list(islice(completions, len(own) * sampling.num_samples)) for own in asked]
 
-        return self._first.answers(list(prompts), answers)
+        return self._first.map(list(prompts), answers)
 
     def generate_everywhere(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """What each of the workers or servers answers to the first process's ``prompts``."""
-        completions: list[Completion] = self._first.does(lambda: self.own.generate_everywhere(prompts, sampling))
+        completions: list[Completion] = self._first.run(lambda: self.own.generate_everywhere(prompts, sampling))
         return completions
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
@@ -117,7 +117,7 @@ class SharedEngine:
             self.own.load_weights(model)
             return self.own.dtype  # servers that come and go differ
 
-        self.dtype = self._first.does(load)
+        self.dtype = self._first.run(load)
 
     def close(self) -> None:
         """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; nobody waits for the others."""

@@ -215,7 +215,7 @@ def write_parts(run: Path, learnt: Mapping[str, Learnt], ranks: Ranks) -> None:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        ranks.wait()
+        ranks.barrier()
         write_shards(_flat(optimizer), folder)
 
 

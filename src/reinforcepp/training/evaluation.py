@@ -84,7 +84,7 @@ def evaluate(
     """
 
     def part() -> Answers:
-        own = ranks.share(prompts)
+        own = ranks.local_slice(prompts)
         completions = engine.generate(own, sampling)  # without any, too: all processes may share the engine
         scored = [None if who is None else who.score(completions).total for who in (rewards, judge)]
         kl = kl_sums(
@@ -93,7 +93,7 @@ def evaluate(
         )
         return completions, scored[0] or [], scored[1] or [], kl
 
-    told = ranks.gather(ranks.agreed(part))
+    told = ranks.gather(ranks.run_or_raise_all(part))
     completions, scores, judgements, kl = (
         [item for one in column for item in one] for column in zip(*told, strict=True)
     )

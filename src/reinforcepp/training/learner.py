@@ -74,9 +74,9 @@ class Learner:
         self._max_grad_norm = config.max_grad_norm
         if not ranks.sharded:  # parts begin with all digits
             cast_parameters(model, dtype)
-        self.engine = ranks.prepare(model, self._masters, dtype, self.plain.parameters())
+        self.backend = ranks.prepare(model, self._masters, dtype, self.plain.parameters())
         cast_parameters(self.plain, dtype)
-        self.model = self.engine.model
+        self.model = self.backend.model
         if config.torch_compile:  # not the plain model: generation has ways of its own that a compiler doesn't know
             self.model = torch.compile(self.model)
         course = partial(share_of_peak, kind=config.lr_scheduler_type, warmup=config.warmup_steps, steps=steps)
@@ -97,7 +97,7 @@ class Learner:
         for part in self._switches:
             part.training = True
         try:
-            with nullcontext() if last or self._masters.apart else self.engine.apart():
+            with nullcontext() if last or self._masters.apart else self.backend.no_sync():
                 yield
         finally:
             for part in self._switches:
@@ -105,13 +105,13 @@ class Learner:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
-        self.engine.backward(self._scale.lift(loss))
+        self.backend.backward(self._scale.lift(loss))
         self._masters.collect()
 
     def clip(self) -> float:
         """Scale the gathered gradients down to ``max_grad_norm``; returns their norm before."""
         self._scale.lower(self._masters.masters)
-        norm = self.engine.clip(self._max_grad_norm)
+        norm = self.backend.clip(self._max_grad_norm)
         self._scale.adapt(norm)
         return norm
 
@@ -123,8 +123,8 @@ class Learner:
         """
         rate = float(self.scheduler.get_last_lr()[0])
         probes = self._probes() if rate >= SURELY_SEEN and norm > 0 else []
-        self.engine.step()
-        if probes and all(torch.equal(self.engine.weight(weight), before) for weight, before in probes):
+        self.backend.step()
+        if probes and all(torch.equal(self.backend.full_weight(weight), before) for weight, before in probes):
             raise TrainingDiverged(
                 f"The optimiser step changed no weight, at learning rate {rate:g} and gradient norm {norm:.3g}: the optimiser "
                 "holds other parameters than the model, or the gradients don't reach it."
@@ -142,28 +142,28 @@ class Learner:
 
     def drop_gradients(self) -> None:
         """Forget what ``backward`` has gathered."""
-        self.engine.drop()
+        self.backend.discard_gradients()
 
     def _probes(self) -> list[tuple[Tensor, Tensor]]:
         """Some of the smallest weights that have a gradient, each with a copy."""
         sizes = [p.numel() for p in self.plain.parameters() if p.requires_grad]
         small = [master for _, master in sorted(zip(sizes, self._masters.masters, strict=True), key=itemgetter(0))]
-        moved = (p for p in small if (gradient := self.engine.gradient(p)) is not None and bool(gradient.any()))
-        return [(p, self.engine.weight(p).detach().clone()) for p in islice(moved, PROBES)]
+        moved = (p for p in small if (gradient := self.backend.full_gradient(p)) is not None and bool(gradient.any()))
+        return [(p, self.backend.full_weight(p).detach().clone()) for p in islice(moved, PROBES)]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """After optimiser steps, bring ``plain`` up to date where it is a copy: one weight at a time on every rank."""
         if self._ranks.sharded:
-            for shard, copied in zip(self.engine.model.parameters(), self.plain.parameters(), strict=True):
+            for shard, copied in zip(self.backend.model.parameters(), self.plain.parameters(), strict=True):
                 if copied.requires_grad:
-                    copied.copy_(self.engine.weight(shard))
+                    copied.copy_(self.backend.full_weight(shard))
 
     @torch.no_grad()
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """State dicts of what is trained of the model, of optimiser and schedule; sharded, each rank's has its own parts."""
         course = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
-        return trainable_weights(self.plain), self.engine.state(masters=self._dtype != torch.float32), course
+        return trainable_weights(self.plain), self.backend.state_dict(masters=self._dtype != torch.float32), course
 
     def cut(self, index: int, shape: torch.Size) -> Tensor | None:
         """What an optimiser's tensor of the parameter ``index`` is to be cut like; None if it is whole."""
@@ -174,7 +174,7 @@ class Learner:
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave, also on another number of ranks."""
         load_trainable_weights(self.plain, model)
-        self.engine.load_state(optimizer, self.plain.parameters())
+        self.backend.load_state(optimizer, self.plain.parameters())
         self._scale.load_state_dict(scheduler["loss_scale"])
         self.scheduler.load_state_dict({name: value for name, value in scheduler.items() if name != "loss_scale"})
 

@@ -131,7 +131,7 @@ class PolicyRun:
         keep = state.best["checkpoint"] if state.best else None
         if self.update.ranks.is_main:
             checkpoint.save(self.folder, (state.step, updates), held, fill, keep_last=self.config.keep_last, keep=keep)
-        self.update.ranks.wait()
+        self.update.ranks.barrier()
 
     def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
         """Bring weights, counters, random generators and, unless told otherwise, the log where they were."""

@@ -75,7 +75,7 @@ class PolicyUpdate:
     def begin(self, batch: RolloutBatch, scores: RewardScores) -> BatchInUse:
         """What :meth:`run` works on, made of this rank's part of the batch; every rank gets all of it."""
         values_BT = self._values(batch)
-        return BatchInUse(batch, scores, *self.advantages(batch, values_BT), values_BT).of_all(self.ranks)
+        return BatchInUse(batch, scores, *self.advantages(batch, values_BT), values_BT).gather(self.ranks)
 
     def run(self, work: BatchInUse, step: int) -> dict[str, float]:
         """All optimiser steps on a batch that have not been made; returns the mean of what they tell."""
@@ -185,7 +185,7 @@ class PolicyUpdate:
         that has none left repeats a row that counts for nothing.
         """
         most = math.ceil(math.ceil(len(rows) / self.ranks.count) / self.micro_batch_size)
-        own = list(micro_batches(batch.completions, self.ranks.share(rows), self.micro_batch_size))
+        own = list(micro_batches(batch.completions, self.ranks.local_slice(rows), self.micro_batch_size))
         yield from ((micro, 1.0) for micro in own)
         yield from (([rows[0]], 0.0) for _ in range(most - len(own)))
 
@@ -258,7 +258,7 @@ class PolicyUpdate:
         """Halve the micro-batch and tell; gradients are sums over rows, so the step's result stays what it was."""
         size = self.micro_batch_size
         # of several ranks, and with DeepSpeed, a sum over ranks is under way that can't be taken back
-        if size == 1 or self.ranks.count > 1 or self.ranks.zero:
+        if size == 1 or self.ranks.count > 1 or self.ranks.uses_deepspeed:
             cure = "lower max_new_tokens or max_prompt_length" if size == 1 else f"set mini_batch_size to {size // 2}"
             raise ConfigError(
                 f"Memory ran out while training on {size} completions at a time: {cure}, or use --mixed_precision bf16."

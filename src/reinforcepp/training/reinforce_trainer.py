@@ -16,8 +16,8 @@ import torch
 from reinforcepp.algorithm.advantages import clip_rewards
 from reinforcepp.config import ReinforceConfig, as_dict
 from reinforcepp.data import prompt_rows
-from reinforcepp.distributed.rank_zero import FirstRank
-from reinforcepp.distributed.ranks import Ranks, check_trackers, join
+from reinforcepp.distributed.rank_zero import RankZero
+from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
 from reinforcepp.errors import DataError, EngineLost, RewardError, TrainingDiverged, UnusableUpdate
 from reinforcepp.files import write_json
 from reinforcepp.models.chat_template import with_chat_template
@@ -95,7 +95,7 @@ class ReinforceTrainer:
         # the checkpoints, with Adam's two moments, the same of a critic, and the trained model
         copies = (6 if self.config.estimator_spec.uses_critic else 3) * self.config.checkpoints_at_most + 1
         needed = copies * weight_bytes(model) if isinstance(model, str) and not self.config.use_peft else 0
-        join(self.config.watchdog_seconds)
+        init_process_group(self.config.watchdog_seconds)
         self.folder = check_output(
             self.config.output_dir, overwrite=self.config.overwrite, resume=self.config.resume, needed_bytes=needed
         )
@@ -142,7 +142,7 @@ class ReinforceTrainer:
             engine = self._start_engine(choice)
         assert engine is not None
         if self.config.reward_workers:
-            first = FirstRank(self.ranks, self.config.watchdog_seconds)
+            first = RankZero(self.ranks, self.config.watchdog_seconds)
             self.rewards = pooled(self.rewards, engine, self.config.reward_workers, first)
         self.guard = Guardrails(self.config, partial(note_event, self.folder))
         self.update = self._policy_update(engine)
@@ -228,10 +228,10 @@ class ReinforceTrainer:
         """Completions of this step's prompts, scored; each rank does its share."""
         with self._interruptible():
             self._watchdog.beat(f"rollout of step {step + 1}")
-            sampled = self.ranks.agreed(lambda: self.sampler.at(step))
+            sampled = self.ranks.run_or_raise_all(lambda: self.sampler.at(step))
             clock.lap("rollout")
             self._watchdog.beat(f"scoring of step {step + 1}")
-            work = self.update.begin(*self.ranks.agreed(lambda: self._score(sampled.completions)))
+            work = self.update.begin(*self.ranks.run_or_raise_all(lambda: self._score(sampled.completions)))
             clock.lap("score")
         if not work.batch.completions:
             raise UnusableUpdate("no completion of the batch was scored by a reward")
@@ -283,7 +283,7 @@ class ReinforceTrainer:
         """Write the policy as a folder that ``from_pretrained`` reads; of several processes, the main one does."""
         if self.ranks.is_main:
             save_model(self.policy, self.tokenizer, Path(folder))
-        self.ranks.wait()
+        self.ranks.barrier()
 
     def _policy_update(self, engine: RolloutEngine) -> PolicyUpdate:
         """How batches will be used that ``engine`` samples."""
@@ -308,7 +308,7 @@ class ReinforceTrainer:
     def _begin(self) -> None:
         """An empty folder with the settings, or the state in which an earlier run stopped."""
         resumed = self._resumed
-        self.ranks.wait()  # until all have looked at the folder
+        self.ranks.barrier()  # until all have looked at the folder
         if resumed is None:
             random_state.seed_all(self.config.seed)
             self.run.state.random = random_state.capture()

@@ -90,7 +90,7 @@ class CheckpointedTrainer(Trainer):
         keep = self.best["checkpoint"] if self.best else None
         if self.begun.ranks.is_main:
             checkpoint.save(self.begun.folder, place, state, fill, keep_last=self.settings.keep_last, keep=keep)
-        self.begun.ranks.wait()
+        self.begun.ranks.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

@@ -85,11 +85,11 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
         model = with_adapter(model, config, seed=config.seed, head=model.score)
     facts = {"train_pairs": len(train), "heldout_pairs": len(heldout)}
     begun = begin(folder, config, inputs, saved, facts)
-    from reinforcepp.distributed.rank_zero import FirstRank
+    from reinforcepp.distributed.rank_zero import RankZero
     from reinforcepp.training.resumable import ResumableRewardTrainer, fit  # which loads TRL
 
     fit(ResumableRewardTrainer, model, tokenizer, rows, config, begun)
-    return FirstRank(begun.ranks, config.watchdog_seconds).does(
+    return RankZero(begun.ranks, config.watchdog_seconds).run(
         lambda: _measure_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
     )
 

@@ -149,7 +149,7 @@ class Sampler:
     # --- inside ---
 
     def _own_prompts(self, step: int) -> list[Prompt]:
-        return self._ranks.share(self.prompts_of(step))
+        return self._ranks.local_slice(self.prompts_of(step))
 
     def _begin(self, step: int, version: int) -> None:
         """Have ``step`` sampled by the policy as it is after ``version`` steps, if it isn't yet."""

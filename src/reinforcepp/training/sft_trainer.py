@@ -95,10 +95,10 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
         model.requires_grad_(True)  # an adapter that was merged leaves them off
     facts = {"kind": type(config).__name__, "rows": len(lessons), "heldout_rows": len(unseen), "inputs": inputs}
     begun = begin(folder, config, inputs, saved, facts)
-    from reinforcepp.distributed.rank_zero import FirstRank  # which loads Accelerate
+    from reinforcepp.distributed.rank_zero import RankZero  # which loads Accelerate
 
-    first = FirstRank(begun.ranks, config.watchdog_seconds)
-    before = first.does(lambda: _figures(model, unseen, tokenizer, config))
+    first = RankZero(begun.ranks, config.watchdog_seconds)
+    before = first.run(lambda: _figures(model, unseen, tokenizer, config))
     _fit(model, tokenizer, lessons, config, begun)
 
     def measure_and_save() -> dict[str, HeldOutMetrics | None]:
@@ -109,7 +109,7 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
         echo(f"Saved the model to {folder}", "green")
         return figures
 
-    return first.does(measure_and_save)
+    return first.run(measure_and_save)
 
 
 def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:

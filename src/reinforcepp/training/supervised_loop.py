@@ -62,9 +62,12 @@ def join_ranks(config: Settings) -> None:
     """
     if started() == 1:
         return
-    from reinforcepp.distributed.ranks import Ranks, join  # which takes seconds: alone, a wrong path is told before
+    from reinforcepp.distributed.ranks import (
+        Ranks,
+        init_process_group,
+    )  # which takes seconds: alone, a wrong path is told before
 
-    join(config.watchdog_seconds)
+    init_process_group(config.watchdog_seconds)
     ranks, subject = Ranks(), SUBJECTS[type(config)]
     if ranks.sharded:
         raise ConfigError(
@@ -115,7 +118,7 @@ def begin(
     from reinforcepp.distributed.ranks import Ranks
 
     ranks = Ranks()
-    ranks.wait()  # until all have looked at the folder
+    ranks.barrier()  # until all have looked at the folder
     if ranks.is_main:
         if saved is None:
             clear(folder)

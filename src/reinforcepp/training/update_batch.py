@@ -49,7 +49,7 @@ class BatchInUse:
         rows, scores = as_rows(self.batch.completions), asdict(self.scores)
         write_json(folder / REST, {"completions": rows, "scores": scores, "history": self.history})
 
-    def of_all(self, ranks: Ranks) -> BatchInUse:
+    def gather(self, ranks: Ranks) -> BatchInUse:
         """This rank's batch and those of the others, one after another."""
         if ranks.count == 1:
             return self

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from reinforcepp.distributed.rank_zero import FirstRank
+from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.reward_models import score_at_last_attended
@@ -70,7 +70,7 @@ class PooledReward(TrainedReward):
 
     collective = True
 
-    def __init__(self, reward: TrainedReward, ray: Callable[[], Any], workers: int, first: FirstRank) -> None:
+    def __init__(self, reward: TrainedReward, ray: Callable[[], Any], workers: int, first: RankZero) -> None:
         super().__init__(reward.model, reward.tokenizer, reward.batch_size)
         self.name, self.card, self._scale = reward.name, reward.card, reward._scale
         self.tallies: list[Tally] = []
@@ -83,12 +83,12 @@ class PooledReward(TrainedReward):
             self.crew = RayCrew(ray(), Scorer, recipe, workers)
             self.crew.load(pack(model))
 
-        first.does(start)
+        first.run(start)
         model.to("meta")
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """See :meth:`TrainedReward.score_rows`; each text is scored once, whoever dies."""
-        return self._first.answers(rows, self._score_for_all)
+        return self._first.map(rows, self._score_for_all)
 
     def _score_for_all(self, asked: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         rows = [row for own in asked for row in own]
@@ -112,7 +112,7 @@ def for_a_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]:
     return rewards.trained if workers else []
 
 
-def pooled(rewards: RewardSum, engine: RolloutEngine, workers: int, first: FirstRank) -> RewardSum:
+def pooled(rewards: RewardSum, engine: RolloutEngine, workers: int, first: RankZero) -> RewardSum:
     """``rewards`` with the trained models in a pool of ``workers`` each, beside that of ``engine``; all processes call this.
 
     Raises:
