@@ -55,17 +55,23 @@ SETTINGS: dict[str, Any] = {
     "eval_every": 2,
 }
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "one step per batch": {"mini_batch_size": 1, "save_every": 2, "keep_last": 9},
+    "one step per batch": {"micro_batch_size": 1, "save_every": 2, "keep_last": 9},
     "several steps per batch": {
         "estimator": "reinforce_plus_plus_baseline",
         "num_generations": 3,
-        "mini_batch_size": 2,
+        "micro_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "num_iterations": 2,
     },
-    "critic": {"estimator": "ppo", "mini_batch_size": 2, "critic_learning_rate": 1e-4, "save_every": 2, "keep_last": 9},
-    "ahead of time": {"staleness": 1, "mini_batch_size": 2, "num_iterations": 2, "save_every": 2, "keep_last": 9},
-    "not scored": {"mini_batch_size": 2, "max_skipped_updates": 9, "eval_prompts": 0},
+    "critic": {
+        "estimator": "ppo",
+        "micro_batch_size": 2,
+        "critic_learning_rate": 1e-4,
+        "save_every": 2,
+        "keep_last": 9,
+    },
+    "ahead of time": {"staleness": 1, "micro_batch_size": 2, "num_iterations": 2, "save_every": 2, "keep_last": 9},
+    "not scored": {"micro_batch_size": 2, "max_skipped_updates": 9, "eval_prompts": 0},
 }
 ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic", "ahead goes on": "ahead of time"}
 GAPS = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap", "max_metric_gap")

@@ -92,7 +92,7 @@ def train(kind: str, inputs: Path, output: Path) -> None:
                 model=str(inputs / "model"),
                 data=str(inputs / "pairs.csv"),
                 batch_size=4,
-                mini_batch_size=2,
+                micro_batch_size=2,
                 num_train_epochs=3,
                 heldout_fraction=0.2,
             )
@@ -101,7 +101,7 @@ def train(kind: str, inputs: Path, output: Path) -> None:
     config = ReinforceConfig(
         **kept,
         batch_size=8,
-        mini_batch_size=2,
+        micro_batch_size=2,
         gradient_accumulation_steps=2,
         num_iterations=2,
         max_steps=5,

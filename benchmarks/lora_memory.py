@@ -16,7 +16,7 @@ from planner import BASELINES, LLAMA_REWARD, compared, configuration, llama
 from results import write_result
 
 SIZE = llama(12, 768, 2048, (12, 4), 32000)
-USUAL: dict[str, Any] = {"batch_size": 8, "mini_batch_size": 4, "new": 64}
+USUAL: dict[str, Any] = {"batch_size": 8, "micro_batch_size": 4, "new": 64}
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "all weights": {},

@@ -158,7 +158,7 @@ def build_ours(job: dict[str, Any], folder: Path, output: str) -> ReinforceTrain
         output_dir=output,
         overwrite=True,
         batch_size=job["completions"],
-        mini_batch_size=min(MINI_BATCH, job["completions"]),
+        micro_batch_size=min(MINI_BATCH, job["completions"]),
         max_steps=steps,
         max_prompt_length=PROMPT_TOKENS,
         max_new_tokens=job["new_tokens"],

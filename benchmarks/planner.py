@@ -73,38 +73,38 @@ BASELINES = {
 """Models that take nothing, so that what is measured is what the libraries take."""
 
 CALIBRATION = {
-    "gpt2 29M": configuration(gpt2(6, 512, 8, 20000), batch_size=16, mini_batch_size=8),
-    "llama 57M": configuration(llama(8, 576, 1536, (9, 3), 24000), batch_size=8, mini_batch_size=4, new=96),
+    "gpt2 29M": configuration(gpt2(6, 512, 8, 20000), batch_size=16, micro_batch_size=8),
+    "llama 57M": configuration(llama(8, 576, 1536, (9, 3), 24000), batch_size=8, micro_batch_size=4, new=96),
     "llama 57M, bf16": configuration(
-        llama(8, 576, 1536, (9, 3), 24000), batch_size=16, mini_batch_size=8, mixed_precision="bf16"
+        llama(8, 576, 1536, (9, 3), 24000), batch_size=16, micro_batch_size=8, mixed_precision="bf16"
     ),
-    "gpt2 10M, long": configuration(gpt2(4, 384, 6, 8000), batch_size=32, mini_batch_size=16, new=160),
+    "gpt2 10M, long": configuration(gpt2(4, 384, 6, 8000), batch_size=32, micro_batch_size=16, new=160),
 }
 """What the allocator's share is fitted on."""
 
 CHECKED = {
     "gpt2 82M": configuration(MEDIUM, batch_size=8),
-    "gpt2 82M, bf16": configuration(MEDIUM, batch_size=16, mini_batch_size=16, mixed_precision="bf16"),
-    "gpt2 82M, 4 passes": configuration(MEDIUM, batch_size=16, mini_batch_size=4, eval_prompts=16),
-    "gpt2 82M, ppo": configuration(MEDIUM, batch_size=8, mini_batch_size=4, new=32, estimator="ppo"),
-    "gpt2 8M, many rows": configuration(SMALL, batch_size=64, mini_batch_size=32, prompt=64, new=192),
+    "gpt2 82M, bf16": configuration(MEDIUM, batch_size=16, micro_batch_size=16, mixed_precision="bf16"),
+    "gpt2 82M, 4 passes": configuration(MEDIUM, batch_size=16, micro_batch_size=4, eval_prompts=16),
+    "gpt2 82M, ppo": configuration(MEDIUM, batch_size=8, micro_batch_size=4, new=32, estimator="ppo"),
+    "gpt2 8M, many rows": configuration(SMALL, batch_size=64, micro_batch_size=32, prompt=64, new=192),
     "gpt2 8M, many rows, bf16": configuration(
-        SMALL, batch_size=32, mini_batch_size=32, prompt=64, new=192, mixed_precision="bf16"
+        SMALL, batch_size=32, micro_batch_size=32, prompt=64, new=192, mixed_precision="bf16"
     ),
-    "gpt2 8M, long completions": configuration(SMALL, batch_size=48, mini_batch_size=2, new=448),
-    "llama 125M": configuration(LLAMA, LLAMA_REWARD, batch_size=8, mini_batch_size=4, new=128),
+    "gpt2 8M, long completions": configuration(SMALL, batch_size=48, micro_batch_size=2, new=448),
+    "llama 125M": configuration(LLAMA, LLAMA_REWARD, batch_size=8, micro_batch_size=4, new=128),
     "llama 125M, 4 a prompt, bf16": configuration(
         LLAMA,
         LLAMA_REWARD,
         batch_size=4,
         num_generations=4,
-        mini_batch_size=16,
+        micro_batch_size=16,
         estimator="reinforce_plus_plus_baseline",
         mixed_precision="bf16",
     ),
     "llama 115M, vocabulary of 152k": configuration(WORDY, batch_size=8),
     "gpt2 82M, bf16, vLLM": configuration(
-        MEDIUM, batch_size=16, mini_batch_size=16, mixed_precision="bf16", rollout="vllm"
+        MEDIUM, batch_size=16, micro_batch_size=16, mixed_precision="bf16", rollout="vllm"
     ),
 }
 

@@ -195,7 +195,7 @@ PROJECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "70B, all weights, on 64 GPUs": ("70B", {"gpus": 8, "nodes": 8, "fsdp": True, "rollout": "vllm"}),
     "70B, QLoRA, on 64 GPUs": (
         "70B",
-        {"gpus": 8, "nodes": 8, "rollout": "transformers", "load_in_4bit": True, "mini_batch_size": 2} | LORA,
+        {"gpus": 8, "nodes": 8, "rollout": "transformers", "load_in_4bit": True, "micro_batch_size": 2} | LORA,
     ),
     "7B, LoRA on one GPU, 1,000 rollout workers": (
         "7B",
@@ -203,7 +203,7 @@ PROJECTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "7B, all weights, on 64 GPUs, 1,000 rollout workers": (
         "7B",
-        {"gpus": 8, "nodes": 125, "batch_size": 32_000, "trainers": 64, "fsdp": True, "mini_batch_size": 16} | POOL,
+        {"gpus": 8, "nodes": 125, "batch_size": 32_000, "trainers": 64, "fsdp": True, "micro_batch_size": 16} | POOL,
     ),
 }
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 def point(policy: dict[str, Any], prompt: int, new: int, batch_size: int, **changes: Any) -> dict[str, Any]:
     """A training by transformers, in float32, from its shape, lengths and batch."""
     ends = {"ends": changes.pop("ends")} if "ends" in changes else {}
-    micro = changes.pop("mini_batch_size", min(8, batch_size))
-    job = configuration(policy, None, prompt, new, batch_size=batch_size, mini_batch_size=micro, **changes)
+    micro = changes.pop("micro_batch_size", min(8, batch_size))
+    job = configuration(policy, None, prompt, new, batch_size=batch_size, micro_batch_size=micro, **changes)
     without = ("max_steps", "save_every")
     return job | ends | {"settings": {name: v for name, v in job["settings"].items() if name not in without}}
 
@@ -59,7 +59,7 @@ USUAL: dict[str, Any] = {
     "max_length": 1536,
     "mean_new_tokens": 400.0,
     "batch_size": 1024,
-    "mini_batch_size": 4,
+    "micro_batch_size": 4,
     "rollout_batch_size": 32,
     "eval_prompts": 0,
     "rewards": ("http://127.0.0.1:5000/get_reward",),

@@ -45,7 +45,7 @@ def train(folder: Path, arguments: argparse.Namespace) -> list[dict[str, float]]
     train_reward_model(reward)
     own = {
         "batch_size": arguments.batch_size,
-        "mini_batch_size": arguments.batch_size,
+        "micro_batch_size": arguments.batch_size,
         "max_steps": arguments.steps,
         "max_new_tokens": 32,
         "eval_prompts": 8,

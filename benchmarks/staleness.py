@@ -43,7 +43,7 @@ def measure(engine: str, staleness: int) -> dict[str, float]:
         config = ReinforceConfig(
             max_steps=STEPS,
             batch_size=64,
-            mini_batch_size=32,
+            micro_batch_size=32,
             max_prompt_length=64,
             max_new_tokens=64,
             rollout=engine,

@@ -31,7 +31,7 @@ STEPS = 3
 MEASURED_STEPS = 20
 COMMON = ["--model", "builtin:tiny", "--seed", "0"]
 TRAINING = ["--rewards", "rule:length?max=200", "--max_steps", STEPS, "--max_new_tokens", 16, "--eval_prompts", 8]
-REWARD = ["--streaming", "--batch_size", 8, "--mini_batch_size", 2]
+REWARD = ["--streaming", "--batch_size", 8, "--micro_batch_size", 2]
 TRAINING += ["--rollout", "transformers", "--batch_size", 8]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.errors import ConfigError
+from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.run_dir import check_output, check_unchanged, clear, describe_run, noted_settings
 
 
@@ -218,6 +219,27 @@ def test_a_setting_that_the_run_did_not_know_yet_does_not_stop_it():
     began = as_dict(TrainConfig())
     del began["kl_target"]
     check_unchanged(began, as_dict(TrainConfig(kl_target=0.1)))
+
+
+@pytest.fixture
+def stored():
+    """Settings as version 0.1.0 stored them."""
+    settings = as_dict(TrainConfig(micro_batch_size=4))
+    return {"mini_batch_size" if name == "micro_batch_size" else name: value for name, value in settings.items()}
+
+
+def test_settings_stored_under_an_old_name_are_compared_with_the_current_one(stored):
+    check_unchanged(stored, as_dict(TrainConfig(micro_batch_size=4)))
+    now = TrainConfig(micro_batch_size=2, resume=True, allow_changes="mini_batch_size")
+    with pytest.raises(ConfigError, match=r"micro_batch_size was 4 and is 2"):
+        check_unchanged(stored, as_dict(now))
+    check_unchanged(stored, as_dict(now), now.allowed_changes)
+
+
+def test_stored_settings_are_read_under_their_current_names(tmp_path, stored):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": stored}))
+    assert noted_settings(tmp_path)["micro_batch_size"] == 4
+    assert read_run(tmp_path).settings["micro_batch_size"] == 4
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", "[]"])

@@ -12,6 +12,9 @@ from typing import Any
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import PARTIAL, write_json
 
+RENAMED_SETTINGS = {"mini_batch_size": "micro_batch_size"}
+"""Settings by their old names, with the current ones; runs of 0.1.0 are stored under the old names."""
+
 HANDED_OVER = f"rollout_weights{PARTIAL}"
 """Weights on their way to a server; there only while a training runs."""
 RUN_FILE = "run.json"
@@ -80,6 +83,28 @@ FREE_ON_RESUME = (
 )
 
 
+def rename_settings(settings: Mapping[str, Any], known: Collection[str] | None = None) -> dict[str, Any]:
+    """Return ``settings`` under their current names, whether a user gave them or an earlier version stored them.
+
+    Args:
+        settings: Values by the names of settings.
+        known: The settings that exist where these values go; by default every current name does.
+
+    Raises:
+        ConfigError: If a setting has a value under its old and its current name.
+    """
+    current = dict(settings)
+    for old, new in RENAMED_SETTINGS.items():
+        if old not in current or (known is not None and new not in known):
+            continue
+        value = current.pop(old)
+        if value is not None and current.get(new) is not None:
+            raise ConfigError(f"{old} and {new}: both are given, but {old} is the old name of {new}. Remove {old}.")
+        if current.get(new) is None:
+            current[new] = value
+    return current
+
+
 def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False, needed_bytes: int = 0) -> Path:
     """Check that a run can write to ``output_dir``; changes nothing.
 
@@ -130,7 +155,7 @@ def noted_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN_FILE
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        return rename_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is missing or damaged, so the run can't be resumed: start with --overwrite."
@@ -143,9 +168,8 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     Raises:
         ConfigError: naming all that differ, except for those in ``allowed``.
     """
-    began, now = (
-        json.loads(json.dumps(dict(settings))) for settings in (began, now)
-    )  # one may have been read from a file
+    # One of the two was read from a file, where a tuple is a list.
+    began, now = (json.loads(json.dumps(rename_settings(settings))) for settings in (began, now))
     changed = {
         name: f"{name} was {began[name]} and is {value}"
         for name, value in now.items()

@@ -136,7 +136,7 @@ def test_version(capsys):
         ("train --batch_size 0", ["batch_size must be greater than 0, not 0"]),
         ("train --learning_rate nan", ["learning_rate", "finite", "nan"]),
         ("train --resume --overwrite", ["overwrite", "resume"]),
-        ("reward --mini_batch_size 3", ["mini_batch_size 3", "batch_size 8"]),
+        ("reward --micro_batch_size 3", ["micro_batch_size 3", "batch_size 8"]),
         ("demo --max_steps 0", ["max_steps"]),
     ],
 )

@@ -138,7 +138,7 @@ def test_every_documented_flag_is_taken(asked):
     sizes = "--batch_size 8 --mini_batch_size 4 --gradient_accumulation_steps 2 --max_length 300 --seed 7"
     paths = "--model_name m --data_path d --reward_model_path rm"
     shared = {"prompt_column": "p", "chosen_column": "c", "rejected_column": "r", "seed": 7, "max_length": 300}
-    shared |= {"batch_size": 8, "mini_batch_size": 4, "gradient_accumulation_steps": 2, "model": "m", "data": "d"}
+    shared |= {"batch_size": 8, "micro_batch_size": 4, "gradient_accumulation_steps": 2, "model": "m", "data": "d"}
     _, reward = asked(f"--mode train_reward {paths} {columns} {sizes}")
     assert reward == RewardModelConfig(output_dir="rm", **shared)
     lengths = "--max_prompt_length 100 --max_new_tokens 200"

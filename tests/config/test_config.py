@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import typing
 
 import pytest
@@ -152,8 +154,8 @@ def test_upper_and_lower_bounds(name, good, bad):
         ("train", {"max_prompt_length": 200, "max_new_tokens": 313}, ["200", "313", "max_length", "512"]),
         ("train", {"estimator": "reinforce_plus_plus_baseline"}, ["num_generations", "2"]),
         ("train", {"estimator": "reinforce_plus_plus_baseline", "num_generations": 4, "gamma": 0.9}, ["gamma", "1"]),
-        ("train", {"mini_batch_size": 4, "gradient_accumulation_steps": 4}, ["4 x", "16", "8", "batch_size"]),
-        ("train", {"mini_batch_size": 16, "gradient_accumulation_steps": 1}, ["16", "8"]),
+        ("train", {"micro_batch_size": 4, "gradient_accumulation_steps": 4}, ["4 x", "16", "8", "batch_size"]),
+        ("train", {"micro_batch_size": 16, "gradient_accumulation_steps": 1}, ["16", "8"]),
         ("train", {"importance_low": 3.0}, ["importance_high 2.0", "importance_low 3.0"]),
         ("train", {"model": "runs/a", "output_dir": "runs/a"}, ["output_dir", "model", "runs/a"]),
         ("train", {"reward_model": "m/rm", "output_dir": "m"}, ["output_dir", "reward_model", "m/rm"]),
@@ -164,7 +166,7 @@ def test_upper_and_lower_bounds(name, good, bad):
         ("reward", {"model": "a", "output_dir": "a"}, ["output_dir", "model"]),
         ("reward", {"data": ""}, ["data", "empty"]),
         ("reward", {"output_dir": ""}, ["output_dir", "empty"]),
-        ("reward", {"mini_batch_size": 3}, ["3", "8", "batch_size"]),
+        ("reward", {"micro_batch_size": 3}, ["3", "8", "batch_size"]),
         ("reward", {"gradient_accumulation_steps": 3}, ["3", "8", "batch_size"]),
         ("reward", {"batch_size": 2, "gradient_accumulation_steps": 4}, ["4", "2", "batch_size"]),
         ("generate", {"prompt": "a", "prompts_file": "b"}, ["prompt", "prompts_file"]),
@@ -193,16 +195,16 @@ def test_a_model_beside_the_output_is_fine():
         ({"batch_size": 64}, 64, 8, 64),
         ({"batch_size": 3}, 3, 3, 3),
         ({"batch_size": 4, "num_generations": 6}, 24, 8, 24),
-        ({"batch_size": 64, "mini_batch_size": 16}, 64, 16, 64),
-        ({"batch_size": 64, "mini_batch_size": 16, "gradient_accumulation_steps": 2}, 64, 16, 32),
+        ({"batch_size": 64, "micro_batch_size": 16}, 64, 16, 64),
+        ({"batch_size": 64, "micro_batch_size": 16, "gradient_accumulation_steps": 2}, 64, 16, 32),
         ({"batch_size": 64, "gradient_accumulation_steps": 1}, 64, 8, 8),
-        ({"batch_size": 10, "mini_batch_size": 4, "gradient_accumulation_steps": 2}, 10, 4, 8),
-        ({"batch_size": 2, "mini_batch_size": 16}, 2, 16, 2),
+        ({"batch_size": 10, "micro_batch_size": 4, "gradient_accumulation_steps": 2}, 10, 4, 8),
+        ({"batch_size": 2, "micro_batch_size": 16}, 2, 16, 2),
     ],
 )
 def test_batch_sizes_of_policy_training(settings, completions, micro, per_update):
     config = ReinforceConfig(**settings)
-    sizes = (config.completions_per_step, config.micro_batch_size, config.optimizer_batch_size)
+    sizes = (config.completions_per_step, config.effective_micro_batch_size, config.optimizer_batch_size)
     assert sizes == (completions, micro, per_update)
 
 
@@ -211,17 +213,17 @@ def test_batch_sizes_of_policy_training(settings, completions, micro, per_update
     [
         ({}, 8, 1),
         ({"batch_size": 7}, 7, 1),
-        ({"mini_batch_size": 2}, 2, 4),
+        ({"micro_batch_size": 2}, 2, 4),
         ({"gradient_accumulation_steps": 4}, 2, 4),
         ({"gradient_accumulation_steps": 8}, 1, 8),
-        ({"mini_batch_size": 2, "gradient_accumulation_steps": 4}, 2, 4),
-        ({"batch_size": 12, "mini_batch_size": 3, "gradient_accumulation_steps": 4}, 3, 4),
+        ({"micro_batch_size": 2, "gradient_accumulation_steps": 4}, 2, 4),
+        ({"batch_size": 12, "micro_batch_size": 3, "gradient_accumulation_steps": 4}, 3, 4),
     ],
 )
 def test_batch_sizes_of_reward_training(settings, micro, accumulation):
     config = RewardModelConfig(**settings)
-    assert (config.micro_batch_size, config.accumulation) == (micro, accumulation)
-    assert config.micro_batch_size * config.accumulation == config.batch_size
+    assert (config.effective_micro_batch_size, config.accumulation) == (micro, accumulation)
+    assert config.effective_micro_batch_size * config.accumulation == config.batch_size
 
 
 def test_rollouts_sample_the_full_distribution_by_default_and_generation_does_not():
@@ -246,6 +248,59 @@ def test_configurations_are_frozen_and_plain(config_class):
 
 def test_the_demo_uses_no_engine_that_has_to_be_installed():
     assert DemoConfig().rollout == "transformers"
+
+
+# --- renamed settings ---------------------------------------------------------------------------------------------------
+
+WITH_OLD_NAMES = [ReinforceConfig, *(VERBS[verb] for verb in ("sft", "reward", "train", "plan", "compare-algorithms"))]
+
+
+@pytest.mark.parametrize("config_class", WITH_OLD_NAMES)
+def test_python_accepts_the_old_name_of_a_setting(config_class):
+    config = config_class(mini_batch_size=4)
+    assert config == config_class(micro_batch_size=4)
+    assert config.micro_batch_size == config.mini_batch_size == 4
+    assert not hasattr(config, "macro_batch_size")
+    assert hash(config) == hash(config_class(micro_batch_size=4))
+
+
+@pytest.mark.parametrize("config_class", WITH_OLD_NAMES)
+def test_the_old_name_leaves_dataclass_functions_intact(config_class):
+    config = config_class(mini_batch_size=4)
+    assert dataclasses.replace(config, batch_size=4) == config_class(batch_size=4, micro_batch_size=4)
+    assert dataclasses.replace(config, micro_batch_size=2).micro_batch_size == 2
+    assert dataclasses.replace(config_class(), mini_batch_size=2).micro_batch_size == 2
+    assert as_dict(config)["micro_batch_size"] == 4
+    assert "mini_batch_size" not in as_dict(config)
+    assert pickle.loads(pickle.dumps(config)) == copy.copy(config) == config
+    for name in ("micro_batch_size", "mini_batch_size"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, name, 8)
+
+
+def test_an_old_and_a_current_name_together_are_an_error(parsed):
+    named = r"mini_batch_size and micro_batch_size"
+    with pytest.raises(ConfigError, match=named):
+        ReinforceConfig(mini_batch_size=4, micro_batch_size=4)
+    with pytest.raises(ConfigError, match=rf"settings\.yaml.*{named}"):
+        parsed("mini_batch_size: 4\nmicro_batch_size: 4\n")
+    with pytest.raises(ConfigError, match=named):
+        cli.parse("train", ["--mini_batch_size", "4", "--micro-batch-size=4"])
+
+
+@pytest.mark.parametrize("flags", ["--mini_batch_size 4", "--mini-batch-size 4", "--mini_batch_size=4"])
+def test_the_command_line_accepts_the_old_name_of_a_setting(flags):
+    assert cli.parse("train", flags.split()) == TrainConfig(micro_batch_size=4)
+
+
+def test_a_file_accepts_the_old_name_of_a_setting(parsed):
+    assert parsed("mini_batch_size: 4") == TrainConfig(micro_batch_size=4)
+    assert parsed("mini_batch_size: 4", "train", "--micro_batch_size", "2").micro_batch_size == 2
+    assert parsed("micro_batch_size: 4", "train", "--mini_batch_size", "2").micro_batch_size == 2
+    with pytest.raises(ConfigError, match="'mini_batch_size'"):
+        parsed("mini_batch_size: 4", "generate")
+    with pytest.raises(ConfigError, match="--mini_batch_size"):
+        cli.parse("generate", ["--mini_batch_size", "4"])
 
 
 # --- YAML and flags ---------------------------------------------------------------------------------------------------
@@ -282,7 +337,7 @@ def test_dashes_and_underscores_in_flags_are_the_same():
 def test_kinds_of_values(parsed):
     config = parsed(
         "learning_rate: 1e-5\nkl_coef: 0\noverwrite: true\nresume: false\nreward_clip: null\ndual_clip: 3\n"
-        "mini_batch_size:\nmodel: 'my model'\noutput_dir: -x\nestimator: reinforce_plus_plus\nmax_steps: 7\n"
+        "micro_batch_size:\nmodel: 'my model'\noutput_dir: -x\nestimator: reinforce_plus_plus\nmax_steps: 7\n"
     )
     assert config == TrainConfig(
         learning_rate=1e-5, kl_coef=0.0, overwrite=True, dual_clip=3.0, model="my model", output_dir="-x", max_steps=7

@@ -29,7 +29,7 @@ told = {}
 
 def trained(kind, name, rows="even", **settings):
     config_class, train = {"reward": (RewardModelConfig, train_reward_model), "sft": (SftConfig, train_language_model)}[kind]
-    given = {"data": str(folder / f"{rows}.csv"), "heldout_fraction": 0.2, "mini_batch_size": 3, "save_every": 0}
+    given = {"data": str(folder / f"{rows}.csv"), "heldout_fraction": 0.2, "micro_batch_size": 3, "save_every": 0}
     return train(config_class(**usual | given | settings, output_dir=str(folder / f"{name}-{started()}")))
 
 def stop_after_three(keeper, args, state, control, **named):
@@ -63,7 +63,7 @@ else:
     trained("reward", "gone on", resume=str(folder / "stopped-2/checkpoints/step-000003"))
 if started() > 1:
     try:
-        trained("sft", "refused", batch_size=7, mini_batch_size=7)
+        trained("sft", "refused", batch_size=7, micro_batch_size=7)
     except ConfigError as error:
         told["refused"] = str(error)
 (folder / f"told-{started()}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(told))

@@ -33,7 +33,7 @@ def trainer(base, folder, reward=spread, **settings):
         "max_prompt_length": 40,
         "max_steps": 3,
         "learning_rate": 1e-3,
-        "mini_batch_size": 4,
+        "micro_batch_size": 4,
         "rollout": "transformers",
         "eval_prompts": 0,
     }

@@ -566,9 +566,9 @@ def test_every_phase_has_what_stands_and_its_own():
     ("changes", "gpus", "expected"),
     [
         ({}, 0, Rows(8, 8, 0, 128, 8, 1)),
-        ({"batch_size": 10, "num_generations": 3, "mini_batch_size": 4}, 1, Rows(30, 10, 0, 128, 4, 8)),
-        ({"batch_size": 10, "mini_batch_size": 4, "gradient_accumulation_steps": 2}, 0, Rows(10, 10, 0, 128, 4, 2)),
-        ({"batch_size": 10, "mini_batch_size": 8}, 4, Rows(3, 3, 0, 128, 3, 1)),
+        ({"batch_size": 10, "num_generations": 3, "micro_batch_size": 4}, 1, Rows(30, 10, 0, 128, 4, 8)),
+        ({"batch_size": 10, "micro_batch_size": 4, "gradient_accumulation_steps": 2}, 0, Rows(10, 10, 0, 128, 4, 2)),
+        ({"batch_size": 10, "micro_batch_size": 8}, 4, Rows(3, 3, 0, 128, 3, 1)),
         ({"eval_prompts": 7, "rollout_batch_size": 5}, 0, Rows(8, 8, 7, 5, 8, 1)),
     ],
 )
@@ -616,7 +616,7 @@ def test_longer_rows_take_more():
 )
 def test_the_largest_that_fits_fits_and_one_more_does_not(factor, batch_size, accumulation, engine, mini):
     one = job(engine=engine)
-    wanted = config(batch_size=batch_size, mini_batch_size=min(mini, batch_size // 2), eval_prompts=3)
+    wanted = config(batch_size=batch_size, micro_batch_size=min(mini, batch_size // 2), eval_prompts=3)
     wanted = replace(wanted, gradient_accumulation_steps=accumulation)
     limit = factor * max(memory.total(p) for p in memory.phases(one, Rows.of(wanted, 0)).values())
     found = search.largest(one, wanted, limit)
@@ -628,7 +628,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(factor, batch_size, ac
     others = [name for name in memory.PHASES if name != "rollout"]
     upper = batch_size if accumulation is None else batch_size // accumulation
     sizes = [n for n in range(1, upper + 1) if fits(search.with_micro(now, wanted, n), others)]
-    assert found.mini_batch_size == max(sizes, default=0)
+    assert found.micro_batch_size == max(sizes, default=0)
     generated = memory.PHASES if engine == "vllm" else ["rollout"]
     numbers = [n for n in range(1, max(batch_size, 3) + 1) if fits(replace(now, at_a_time=n), generated)]
     assert found.rollout_batch_size == max(numbers, default=0)
@@ -639,8 +639,8 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(factor, batch_size, ac
 
 
 def test_other_batches_are_those_of_other_settings():
-    wanted = config(batch_size=12, num_generations=2, mini_batch_size=4)
-    assert search.with_micro(Rows.of(wanted, 0), wanted, 5) == Rows.of(replace(wanted, mini_batch_size=5), 0)
+    wanted = config(batch_size=12, num_generations=2, micro_batch_size=4)
+    assert search.with_micro(Rows.of(wanted, 0), wanted, 5) == Rows.of(replace(wanted, micro_batch_size=5), 0)
     assert search.with_prompts(Rows.of(wanted, 0), wanted, 3) == Rows.of(replace(wanted, batch_size=3), 0)
     plain = config(batch_size=2)
     assert search.with_prompts(Rows.of(plain, 0), plain, 30) == Rows.of(config(batch_size=30), 0)
@@ -660,7 +660,7 @@ def test_adamw_moves_twenty_eight_bytes_a_weight():
     assert timing.adam_bytes(job(), config()) == 28 * GPT2
     assert timing.adam_bytes(job(BF16), config()) == 30 * GPT2
     assert timing.adam_bytes(job(), config(num_iterations=3)) == 3 * 28 * GPT2
-    several = config(mini_batch_size=2, gradient_accumulation_steps=2)
+    several = config(micro_batch_size=2, gradient_accumulation_steps=2)
     assert timing.adam_bytes(job(), several) == 2 * 28 * GPT2
 
 
@@ -837,7 +837,7 @@ def test_a_plan_as_text(folder, capsys):
     )
     assert "load" in lines["MiB"] and "adamw" in lines["MiB"]
     assert "Fits: " in out and " of 74.5 GiB on each GPU" in out
-    assert "mini_batch_size     8 (all of a step)" in out and "Time of a step: about" in out
+    assert "micro_batch_size    8 (all of a step)" in out and "Time of a step: about" in out
     assert "There is no folder models/reward_model yet: the reward model is taken to be as large as the policy." in out
     assert "every GPU holds all weights" in out
     assert list(folder.iterdir()) == [folder / "model"]
@@ -854,7 +854,8 @@ def test_a_plan_as_json(folder, capsys):
     assert told["memory"]["peak"] == pytest.approx(sum(told["phases"][peak].values()), abs=20)
     assert told["memory"]["peak"] >= max(sum(parts.values()) for parts in told["phases"].values()) - 20
     assert told["memory"]["available"] == 24e9
-    assert told["largest_that_fits"] == {"mini_batch_size": 8, "rollout_batch_size": 64, "batch_size": 65536}
+    largest = {"micro_batch_size": 8, "mini_batch_size": 8, "rollout_batch_size": 64, "batch_size": 65536}
+    assert told["largest_that_fits"] == largest
     seconds = told["seconds"]
     assert seconds["step"] == pytest.approx(seconds["rollout"] + seconds["scoring"] + seconds["update"])
     assert told["device"] == {"name": "NVIDIA GeForce RTX 4090", "gpus": 1} and told["engine"] == "transformers"
@@ -865,26 +866,26 @@ def least(capsys, *flags: str) -> dict:
 
 
 def test_what_does_not_fit_is_told_with_what_would(folder, capsys):
-    flags = ("--batch_size", "64", "--mini_batch_size", "64")
+    flags = ("--batch_size", "64", "--micro_batch_size", "64")
     full = least(capsys, *flags)
-    half = least(capsys, "--batch_size", "64", "--mini_batch_size", "20")
+    half = least(capsys, "--batch_size", "64", "--micro_batch_size", "20")
     between = (half["memory"]["peak"] + 1000) / 2**30
     assert half["memory"]["peak"] < full["memory"]["peak"]
     limited = ("--device", "h100", "--eval_prompts", "0", "--gpu_memory", str(between))
     code, out, err = run(capsys, *flags, *limited)
     assert (code, err) == (1, "")
-    assert "Does not fit: " in out and "in the phase 'update'. It fits with --mini_batch_size 20: " in out
-    assert "mini_batch_size     20\n" in out
-    code, out, _ = run(capsys, "--batch_size", "64", "--mini_batch_size", "20", *limited)
+    assert "Does not fit: " in out and "in the phase 'update'. It fits with --micro_batch_size 20: " in out
+    assert "micro_batch_size    20\n" in out
+    code, out, _ = run(capsys, "--batch_size", "64", "--micro_batch_size", "20", *limited)
     assert code == 0 and "That is close: the estimate may be off by a tenth." in out
-    assert run(capsys, "--batch_size", "64", "--mini_batch_size", "21", *limited)[0] == 1
+    assert run(capsys, "--batch_size", "64", "--micro_batch_size", "21", *limited)[0] == 1
 
 
 def test_what_can_not_fit_is_told_as_such(folder, capsys):
     code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "0")
     assert code == 1
     assert "Even one completion at a time takes" in out and "take a device with more memory" in out
-    assert "mini_batch_size     none" in out and "batch_size          none" in out
+    assert "micro_batch_size    none" in out and "batch_size          none" in out
     assert "eval_prompts" not in out
     code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "64")
     assert "fewer eval_prompts" in out
@@ -900,7 +901,7 @@ def test_an_unknown_device_with_known_memory_has_no_time(folder, capsys, monkeyp
 def test_settings_of_a_training_in_a_file_are_understood(folder, capsys):
     (folder / "recipe.yaml").write_text(
         "model: model\ndata: nowhere.csv\nreward_model: model\nestimator: grpo\nnum_generations: 4\nbatch_size: 16\n"
-        "mini_batch_size: 8\nmax_prompt_length: 12\nmax_new_tokens: 20\nlearning_rate: 1e-6\noutput_dir: runs/x\n"
+        "micro_batch_size: 8\nmax_prompt_length: 12\nmax_new_tokens: 20\nlearning_rate: 1e-6\noutput_dir: runs/x\n"
         "save_every: 10\nmixed_precision: bf16\nrollout: transformers\nreport_to: [tensorboard]\n"
     )
     assert cli.main(["plan", "--config", "recipe.yaml", "--device", "a100"]) == 0

@@ -192,7 +192,7 @@ def test_seconds_of_gathering():
 def test_what_is_exchanged():
     links = Links(2, 1, 1.0, 10.0)  # half of what is gathered, at 10 bytes a second
     rows = Rows(64, 64, 0, 128, 8, 5)
-    twice = config(batch_size=64, mini_batch_size=8, gradient_accumulation_steps=4)
+    twice = config(batch_size=64, micro_batch_size=8, gradient_accumulation_steps=4)
     assert twice.updates_per_step == 2
 
     def seconds(one: Job, wanted: PlanConfig = twice) -> float:
@@ -250,7 +250,7 @@ def test_machines_are_doubled_up_to_all_of_them():
 
 
 def test_the_phases_are_those_of_a_device_and_of_its_links():
-    wanted = config(network_gbps=1e-6, mini_batch_size=2)
+    wanted = config(network_gbps=1e-6, micro_batch_size=2)
     (one,) = scaling.scales(job(), wanted, replace(GPU, gpus=1), CHANCE, 1)
     speeds = timing.reached(GPU.rates)
     alone = timing.step_seconds(job(), Rows.of(wanted, 1), wanted, speeds, CHANCE)
@@ -434,7 +434,7 @@ def test_gradients_in_shards_are_traced():
 
 
 def test_rows_of_an_optimiser_step_are_shared_too():
-    wanted = config(batch_size=64, mini_batch_size=8, gradient_accumulation_steps=4)
+    wanted = config(batch_size=64, micro_batch_size=8, gradient_accumulation_steps=4)
     assert Rows.of(wanted, 1) == Rows(64, 64, 0, 128, 8, 4)
     assert Rows.of(wanted, 8) == Rows(8, 8, 0, 128, 8, 1)
     assert Rows.of(wanted, 2) == Rows(32, 32, 0, 128, 8, 2)

@@ -62,7 +62,7 @@ class Fewer:
         {"estimator": "grpo", "num_generations": 3},
         {"estimator": "rloo", "num_generations": 3},
         {"estimator": "ppo"},
-        {"gradient_accumulation_steps": 1, "mini_batch_size": 2, "num_iterations": 2},
+        {"gradient_accumulation_steps": 1, "micro_batch_size": 2, "num_iterations": 2},
         {"normalize_over": "sequences", "reward_clip": 0.5, "kl_coef": 0.0},
     ],
     ids=["plain", "baseline", "grpo", "rloo", "ppo", "several-updates", "sequences"],
@@ -132,7 +132,7 @@ def test_a_step_that_nothing_scores_is_left_out_and_several_stop_the_run(base, t
 
 def test_a_step_stopped_in_the_middle_goes_on_with_the_same_rows(base, tmp_path):
     """The unfinished batch that a checkpoint holds lacks rows, so its prompts can't be told by counting."""
-    settings = {"gradient_accumulation_steps": 1, "mini_batch_size": 2, "max_steps": 3}
+    settings = {"gradient_accumulation_steps": 1, "micro_batch_size": 2, "max_steps": 3}
     trainer(base, tmp_path / "whole", some, **settings).train()
     run = trainer(base, tmp_path / "run", some, **settings)
     between = run.update.between

@@ -125,7 +125,7 @@ def train(folder, model, data, count, *rest, reward="spread", trained=(), **envi
     functions = folder.parent / "functions.py"
     functions.write_text(REWARD)
     named = {"--mode": "train_rlhf", "--model_name": model, "--data_path": data, "--rlhf_model_path": folder}
-    named |= {"--learning_rate": "1e-4", "--eval_prompts": "3", "--batch_size": "5", "--mini_batch_size": "2"}
+    named |= {"--learning_rate": "1e-4", "--eval_prompts": "3", "--batch_size": "5", "--micro_batch_size": "2"}
     named |= {"--max_steps": "3", "--max_new_tokens": "8", "--max_prompt_length": "40"}
     words = [word for pair in named.items() for word in pair] + ["--rewards", f"{functions}:{reward}", *trained]
     return scripts.launched(count, scripts.ROOT / "reinforce_cli.py", *words, *rest, **environment)

@@ -219,7 +219,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(base, tm
 
 
 def test_with_several_updates_per_batch_only_the_bad_one_is_left_out(base, tmp_path):
-    run = trainer(base, tmp_path / "run", fine, max_steps=2, mini_batch_size=4, gradient_accumulation_steps=1)
+    run = trainer(base, tmp_path / "run", fine, max_steps=2, micro_batch_size=4, gradient_accumulation_steps=1)
     poisoned(run, 2)
     log = run.train()
     assert [m["skipped_updates"] for m in log] == [1, 0]
@@ -227,7 +227,7 @@ def test_with_several_updates_per_batch_only_the_bad_one_is_left_out(base, tmp_p
 
 
 def test_ratios_that_explode_are_not_trained_on(base, tmp_path):
-    settings = {"mini_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1.0, "ratio_limit": 1.5}
+    settings = {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1.0, "ratio_limit": 1.5}
     with pytest.raises(TrainingDiverged, match="over ratio_limit"):
         trainer(base, tmp_path / "run", fine, max_steps=20, kl_limit=None, max_skipped_updates=0, **settings).train()
 

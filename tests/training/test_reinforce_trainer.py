@@ -68,7 +68,7 @@ def likes_early_tokens(prompts, completions, completion_ids, **_):
         {"kl_coef": 0.01, "estimator": "reinforce_plus_plus_baseline", "num_generations": 4, "batch_size": 8},
         {
             "kl_coef": 0.01,
-            "mini_batch_size": 4,
+            "micro_batch_size": 4,
             "gradient_accumulation_steps": 2,
             "num_iterations": 2,
             "batch_size": 16,
@@ -114,8 +114,8 @@ def test_the_kl_coefficient_holds_the_policy_back(base, tmp_path, settings):
 
 
 def test_micro_batches_change_nothing(base, tmp_path):
-    one = trainer(base, tmp_path / "1", mini_batch_size=8)
-    four = trainer(base, tmp_path / "4", mini_batch_size=2)
+    one = trainer(base, tmp_path / "1", micro_batch_size=8)
+    four = trainer(base, tmp_path / "4", micro_batch_size=2)
     one_log, four_log = one.train(), four.train()
     key_bias = [name for name in weights(one) if name.endswith("c_attn.bias")]  # no gradient but rounding reaches it
     assert_equal_weights(*({k: v for k, v in weights(run).items() if k not in key_bias} for run in (one, four)), 1e-5)
@@ -165,7 +165,7 @@ def test_every_prompt_is_used_once_per_epoch(base, tmp_path):
 
 
 def test_the_schedule_steps_once_per_optimiser_step(base, tmp_path):
-    settings = {"lr_scheduler_type": "linear", "mini_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    settings = {"lr_scheduler_type": "linear", "micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
     run = trainer(base, tmp_path / "run", train=PROMPTS[:8], **settings)
     log = run.train()
     assert run.learner.scheduler.last_epoch == 8  # 4 batches of 8 rows, 4 rows per optimiser step
@@ -188,7 +188,7 @@ def test_leaving_out_the_pass_that_the_update_repeats_changes_nothing(base, tmp_
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mini_batch_size": 2, "gradient_accumulation_steps": 1},
+        {"micro_batch_size": 2, "gradient_accumulation_steps": 1},
         {"num_iterations": 2},
         {"top_p": 0.9},
         {"top_k": 5},
@@ -200,7 +200,7 @@ def test_that_pass_is_only_left_out_where_the_ratio_is_one(base, tmp_path, chang
 
 
 def test_where_memory_runs_out_fewer_at_a_time_give_the_same_result(base, tmp_path, capsys):
-    enough, little = (trainer(base, tmp_path / name, mini_batch_size=size) for name, size in (("a", 2), ("b", 4)))
+    enough, little = (trainer(base, tmp_path / name, micro_batch_size=size) for name, size in (("a", 2), ("b", 4)))
     passes = []
 
     def run_out(module, arguments, named):
@@ -214,7 +214,7 @@ def test_where_memory_runs_out_fewer_at_a_time_give_the_same_result(base, tmp_pa
     enough.train()
     little.train()
     assert_equal_weights(weights(enough), weights(little))
-    assert "mini_batch_size 4; going on with 2" in " ".join(capsys.readouterr().err.split())
+    assert "micro_batch_size 4; going on with 2" in " ".join(capsys.readouterr().err.split())
 
 
 def test_where_not_even_one_completion_fits_the_cure_is_told(base, tmp_path):
@@ -259,7 +259,7 @@ def test_the_temperature_is_in_the_trainers_log_probabilities(base, tmp_path, te
 
 def test_the_reward_reaches_the_last_sampled_token_and_its_eos(base, tmp_path):
     """A completion that ended counts its EOS although the pad token is the same."""
-    run = trainer(base, tmp_path / "run", mini_batch_size=2, gradient_accumulation_steps=1)
+    run = trainer(base, tmp_path / "run", micro_batch_size=2, gradient_accumulation_steps=1)
     prompt = run.prompts[0]
     completions = [
         Completion(prompt, (5, 0), (-1.0, -1.0), "", "stop"),
@@ -359,7 +359,7 @@ def test_the_saved_model_loads_and_answers_like_the_trained_one(base, tmp_path, 
 
 @pytest.mark.parametrize("kind", [{}, {"mixed_precision": "bf16"}, {"estimator": "ppo"}], ids=["plain", "bf16", "ppo"])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(base, tmp_path, kind):
-    settings = {"max_steps": 5, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
+    settings = {"max_steps": 5, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
     settings |= kind
     whole = trainer(base, tmp_path / "whole", **settings)
     whole_log = whole.train()

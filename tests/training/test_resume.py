@@ -26,7 +26,7 @@ from reinforcepp.training.setup import encode
 from scripts import SOURCE
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(11)]
-SEVERAL = {"mini_batch_size": 2, "gradient_accumulation_steps": 1, "num_iterations": 2}
+SEVERAL = {"micro_batch_size": 2, "gradient_accumulation_steps": 1, "num_iterations": 2}
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +454,7 @@ def test_no_pickle_is_written(base, tmp_path):
 
 def reward_config(base, pairs_csv, folder, **settings):
     return RewardModelConfig(
-        **({"batch_size": 4, "mini_batch_size": 2, "num_train_epochs": 3, "save_every": 2, "seed": 1} | settings),
+        **({"batch_size": 4, "micro_batch_size": 2, "num_train_epochs": 3, "save_every": 2, "seed": 1} | settings),
         model=str(base),
         data=str(pairs_csv),
         output_dir=str(folder),

@@ -98,7 +98,7 @@ def batches(monkeypatch) -> list[dict]:
 def test_the_loss_of_a_step_is_minus_the_mean_log_probability_that_rl_gives_its_answers(
     llama, pairs_csv, tmp_path, batches
 ):
-    settings = {"batch_size": 6, "mini_batch_size": 3, "num_train_epochs": 1, "system_prompt": "Be short."}
+    settings = {"batch_size": 6, "micro_batch_size": 3, "num_train_epochs": 1, "system_prompt": "Be short."}
     train_language_model(config(llama, pairs_csv, tmp_path / "out", **settings))
     tokenizer = with_chat_template(load_tokenizer(str(llama)), Framing(system_prompt="Be short."))
     _, rows, _ = load_texts(pairs_csv, heldout_fraction=0.25, seed=42)
@@ -158,7 +158,7 @@ def after_again(folder: Path, data: Path) -> float:
 
 def test_micro_batches_change_nothing(llama, pairs_csv, tmp_path):
     for name, micro in (("whole", 6), ("split", 1)):
-        train_language_model(config(llama, pairs_csv, tmp_path / name, batch_size=6, mini_batch_size=micro))
+        train_language_model(config(llama, pairs_csv, tmp_path / name, batch_size=6, micro_batch_size=micro))
     whole, split = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "split"))
     assert max(float((whole[name] - split[name]).abs().max()) for name in whole) < 1e-4
 
@@ -239,7 +239,7 @@ def test_but_for_the_weights_the_model_stays_as_it_was(llama, model_folder, pair
 @pytest.mark.parametrize(("moment", "extra"), [(2, {}), (5, {}), (3, {"use_peft": True})], ids=["2", "5", "lora"])
 def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, moment, extra):
     """GPT-2 learns with dropout, so the state of the random generators has to come back, too."""
-    settings = {"batch_size": 2, "mini_batch_size": 1, "save_every": 2, "keep_last": 1, **extra}
+    settings = {"batch_size": 2, "micro_batch_size": 1, "save_every": 2, "keep_last": 1, **extra}
     train_language_model(config(model_folder, pairs_csv, tmp_path / "whole", **settings))
     seen = []
     beat = resumable.TrainingCallback.on_substep_end
@@ -376,7 +376,7 @@ def test_a_dry_run_shows_what_is_learnt(place, capsys):
             ["No training row of bad.csv", "max_length 4"],
         ),
         (["text,n", "A dog barks.,1"], ["--mixed_precision", "fp16"], ["fp16", "GPU"]),
-        (["text,n", "A dog barks.,1"], ["--batch_size", "8", "--mini_batch_size", "3"], ["mini_batch_size 3"]),
+        (["text,n", "A dog barks.,1"], ["--batch_size", "8", "--micro_batch_size", "3"], ["micro_batch_size 3"]),
         (["text,n", "A dog barks.,1"], ["--output_dir", "model"], ["output_dir"]),
         (["text,n", "A dog barks.,1"], ["--model", "nowhere/at/all"], ["nowhere/at/all"]),
     ],

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from reinforcepp.config import VERBS, read_yaml
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, nearest
-from reinforcepp.run_dir import has_checkpoint
+from reinforcepp.run_dir import RENAMED_SETTINGS, has_checkpoint, rename_settings
 from reinforcepp.runtime import is_main
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -105,7 +106,7 @@ def parse(verb: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
     import tyro
 
     config_class = VERBS[verb]
-    flags, path = _take_config_flag(_with_values(arguments))
+    flags, path = _take_config_flag(_with_values(_with_current_names(arguments, config_class)))
     values = dict(defaults or {}) | (read_yaml(path, config_class) if path is not None else {})
     # tyro would put the sentences of our checks into a box of its own, so it fills a class that doesn't check yet.
     unchecked = type(config_class.__name__, (config_class,), {"__post_init__": lambda self: None})
@@ -219,6 +220,26 @@ def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
         elif (path := value if equals else next(remaining, None)) is None:
             raise ConfigError("--config needs the name of a YAML file.")
     return rest, path
+
+
+def _with_current_names(arguments: list[str], config_class: type) -> list[str]:
+    """Return ``arguments`` with flags of renamed settings under the current names.
+
+    Raises:
+        ConfigError: If a setting is given by its old and its current name.
+    """
+    current = list(arguments)
+    known = {field.name for field in fields(config_class)}
+    given: dict[str, bool] = {}
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--"):
+            given[name] = True
+        if flag.startswith("--") and RENAMED_SETTINGS.get(name) in known:
+            current[index] = f"--{RENAMED_SETTINGS[name]}{equals}{value}"
+    rename_settings(given, known)
+    return current
 
 
 def _with_values(arguments: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from reinforcepp.commands import cli
 from reinforcepp.config import VERBS
 from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.run_dir import RENAMED_SETTINGS
 
 USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
 
@@ -71,7 +72,8 @@ def _take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
 def _translate(mode: str, arguments: list[str]) -> list[str]:
     """Flags under the verb's names; one that the mode doesn't know is an error here, where its own names are known."""
     verb, names = MODES[mode]
-    known = {*names, *(field.name for field in fields(VERBS[verb])), "config", "help"}
+    settings = {field.name for field in fields(VERBS[verb])}
+    known = {*names, *settings, *(old for old, new in RENAMED_SETTINGS.items() if new in settings), "config", "help"}
     # In generate the trained model answers; the base model's name only says what it was trained from.
     has_trained = any(a.partition("=")[0] == "--rlhf_model_path" for a in arguments)
     translated: list[str] = []
@@ -82,7 +84,9 @@ def _translate(mode: str, arguments: list[str]) -> list[str]:
         if not argument.startswith("--"):
             translated.append(argument)
         elif name not in known and name.removeprefix("no_") not in known:
-            others = [other for other in MODES if name in (*MODES[other][1], *_flags(other))]
+            others = [
+                other for other in MODES if RENAMED_SETTINGS.get(name, name) in (*MODES[other][1], *_flags(other))
+            ]
             elsewhere = f" It belongs to {' and '.join(others)}." if others else ""
             raise ConfigError(f"In {mode}: {cli.about_unknown(argument, () if others else known)}{elsewhere}")
         elif mode == "generate" and name == "model_name" and has_trained:

@@ -7,6 +7,7 @@ from typing import Any
 
 from reinforcepp.config._checks import check_output, not_negative, positive
 from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.run_dir import RENAMED_SETTINGS
 
 INPUTS = ("model", "data", "reward_model")
 """What a run starts from; it may have changed under the same name."""
@@ -43,7 +44,8 @@ class Keeping:
     @property
     def allowed_changes(self) -> list[str]:
         """The names in allow_changes."""
-        return [name.strip() for name in (self.allow_changes or "").split(",") if name.strip()]
+        names = [name.strip() for name in (self.allow_changes or "").split(",")]
+        return [RENAMED_SETTINGS.get(name, name) for name in names if name]
 
 
 def check_keeping(config: Any) -> None:

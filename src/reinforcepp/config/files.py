@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.run_dir import rename_settings
 
 
 def read_yaml(path: str, config_class: type) -> dict[str, Any]:
@@ -29,6 +30,10 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings as 'name: value' lines.")
     known = {field.name: field for field in fields(config_class)}
+    try:
+        values = rename_settings(values, known)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"{path}: there is no setting {key!r}.{nearest(str(key), known)}")

@@ -8,6 +8,7 @@ from typing import Literal
 
 from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
 from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
+from reinforcepp.config.base import Config
 from reinforcepp.config.chat_template import Framing, check_framing
 from reinforcepp.config.checkpointing import Keeping, check_keeping
 from reinforcepp.config.lora import check_adapters
@@ -25,7 +26,7 @@ SERVER_ADDRESSES = re.compile(rf"vllm(\+https)?://{SERVER}(,{SERVER})*")
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
+class ReinforceConfig(RewardSettings, Framing, Computing, Keeping, Config):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"
@@ -37,10 +38,10 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
     """Prompts per training step; the last batch of an epoch may be shorter."""
     num_generations: int = 1
     """Completions sampled per prompt; estimators that compare them (all with baseline, rloo, grpo) need at least 2."""
-    mini_batch_size: int | None = None
+    micro_batch_size: int | None = None
     """Completions per forward and backward pass; less needs less memory and changes nothing else. Default: 8."""
     gradient_accumulation_steps: int | None = None
-    """Mini-batches per optimiser step. Default: as many as there are, so one optimiser step per rollout batch."""
+    """Micro-batches per optimizer step. Default: as many as there are, so one optimiser step per rollout batch."""
     num_iterations: int = 1
     """How often each rollout batch is trained on."""
     num_train_epochs: int = 1
@@ -161,7 +162,7 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
         check_rollout(self)
         positive(self, "max_prompt_length")
         positive(self, "temperature")
-        positive(self, "batch_size", "num_generations", "mini_batch_size", "gradient_accumulation_steps")
+        positive(self, "batch_size", "num_generations", "micro_batch_size", "gradient_accumulation_steps")
         positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high")
         positive(self, "learning_rate", "max_grad_norm", "rollout_batch_size", "importance_low", "sync_check_every")
         not_negative(
@@ -216,9 +217,10 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
             raise ConfigError(f"The estimator {self.estimator} needs gamma 1, because it has no rewards per token.")
         if self.optimizer_batch_size > self.completions_per_step:
             raise ConfigError(
-                f"mini_batch_size {self.micro_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps} "
-                f"is {self.optimizer_batch_size} completions per optimiser step, but a rollout batch holds only "
-                f"{self.completions_per_step} (batch_size x num_generations): lower them or raise batch_size."
+                f"micro_batch_size {self.effective_micro_batch_size} x gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} is {self.optimizer_batch_size} completions per optimizer step, but a "
+                f"rollout batch holds only {self.completions_per_step} (batch_size x num_generations). Lower one of the two "
+                "or raise batch_size."
             )
 
     @property
@@ -232,16 +234,16 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping):
         return self.batch_size * self.num_generations
 
     @property
-    def micro_batch_size(self) -> int:
+    def effective_micro_batch_size(self) -> int:
         """Completions per forward and backward pass."""
-        return self.mini_batch_size or min(DEFAULT_MICRO_BATCH, self.completions_per_step)
+        return self.micro_batch_size or min(DEFAULT_MICRO_BATCH, self.completions_per_step)
 
     @property
     def optimizer_batch_size(self) -> int:
         """Completions per optimiser step."""
         if self.gradient_accumulation_steps is None:
             return self.completions_per_step
-        return self.micro_batch_size * self.gradient_accumulation_steps
+        return self.effective_micro_batch_size * self.gradient_accumulation_steps
 
     @property
     def learns_as_sampled(self) -> bool:

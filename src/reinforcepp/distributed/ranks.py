@@ -343,7 +343,7 @@ class Ranks:
         except torch.OutOfMemoryError as error:
             failure = ConfigError(
                 f"Out of memory on rank {self.index} of {self.count} ({first_line(error)}). Lower rollout_batch_size, "
-                "mini_batch_size, or max_new_tokens."
+                "micro_batch_size, or max_new_tokens."
             )
         except ReinforceError as error:
             failure = error

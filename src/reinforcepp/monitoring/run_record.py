@@ -10,7 +10,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring import EVENTS, read_metrics
-from reinforcepp.run_dir import MARKS, REWARD_CARD, RUN_FILE
+from reinforcepp.run_dir import MARKS, REWARD_CARD, RUN_FILE, rename_settings
 
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 
@@ -85,7 +85,7 @@ def read_run(folder: Path) -> RunRecord:
         ConfigError: if a file is damaged.
     """
     told = _read(folder / RUN_FILE)
-    settings = told.pop("settings", {})
+    settings = rename_settings(told.pop("settings", {}))
     try:
         metrics = read_metrics(folder)
         events = [json.loads(line) for line in _lines(folder / EVENTS)]

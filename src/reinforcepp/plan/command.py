@@ -75,7 +75,7 @@ def make_plan(config: PlanConfig) -> Plan:
     job, said = _job(config, policy_config, dtype, ranks, on_gpu=machine.gpus > 0)
     rows = Rows.of(config, ranks)
     limits = largest(job, config, machine.memory)
-    fewer = with_micro(rows, config, max(1, min(rows.micro, limits.mini_batch_size)), ranks)
+    fewer = with_micro(rows, config, max(1, min(rows.micro, limits.micro_batch_size)), ranks)
     fewer = replace(fewer, at_a_time=max(1, min(rows.at_a_time, limits.rollout_batch_size)))
     return Plan(
         config=config,

@@ -120,7 +120,7 @@ class Rows:
         ranks = max(1, ranks)
         prompts = -(-config.batch_size // ranks)
         step = prompts * config.num_generations
-        micro = min(config.micro_batch_size, step)
+        micro = min(config.effective_micro_batch_size, step)
         update = min(-(-config.optimizer_batch_size // ranks), step)
         return Rows(step, prompts, config.eval_prompts, config.rollout_batch_size, micro, -(-update // micro))
 

@@ -38,7 +38,7 @@ class Plan:
     """Bytes by phase and part."""
     limits: Largest
     smaller: dict[str, dict[str, float]]
-    """The same with the largest mini_batch_size and rollout_batch_size that fit, or with 1 where none does."""
+    """The same with the largest micro_batch_size and rollout_batch_size that fit, or with 1 where none does."""
     scales: tuple[Scale, ...]
     """A step on 1, 2, 4, ... machines and, the last, on all; none where the device's speed isn't known."""
     said: tuple[str, ...]
@@ -82,7 +82,7 @@ def verdict(plan: Plan) -> str:
             f"{needed}. Even one completion at a time takes {gib(least)} GiB: take a device with more memory, a smaller "
             f"model{fewer}, or shorter prompts and completions.{_less_standing(plan)}"
         )
-    changes = [f"--mini_batch_size {limits.mini_batch_size}"] if limits.mini_batch_size < rows.micro else []
+    changes = [f"--micro_batch_size {limits.micro_batch_size}"] if limits.micro_batch_size < rows.micro else []
     generated = min(rows.at_a_time, max(rows.step, rows.evaluated))
     if limits.rollout_batch_size < generated:
         changes.append(f"--rollout_batch_size {limits.rollout_batch_size}")
@@ -137,7 +137,8 @@ def as_json(plan: Plan) -> str:
         "verdict": verdict(plan),
         "memory": {"peak": round(plan.peak), "available": round(plan.machine.memory), "peak_phase": plan.peak_phase},
         "phases": {phase: {part: round(size) for part, size in parts.items()} for phase, parts in plan.phases.items()},
-        "largest_that_fits": asdict(plan.limits),
+        # The setting's old name stays for programs that read it.
+        "largest_that_fits": asdict(plan.limits) | {"mini_batch_size": plan.limits.micro_batch_size},
         "seconds": plan.seconds and plan.seconds | {"step": sum(plan.seconds.values())},
         "scaling": [
             asdict(scale) | {"speedup": speedup(plan, scale), "efficiency": efficiency(plan, scale)}
@@ -198,8 +199,8 @@ def _table(plan: Plan) -> Table:
 def _limits(plan: Plan) -> Iterator[str]:
     limits, rows = plan.limits, plan.rows
     yield "The largest that fit, each with the other settings as they are:"
-    whole = " (all of a step)" if limits.mini_batch_size == rows.step else ""
-    yield f"  mini_batch_size     {limits.mini_batch_size or 'none'}{whole}"
+    whole = " (all of a step)" if limits.micro_batch_size == rows.step else ""
+    yield f"  micro_batch_size    {limits.micro_batch_size or 'none'}{whole}"
     whole = " (all of them)" if limits.rollout_batch_size == max(rows.step, rows.evaluated) else ""
     yield f"  rollout_batch_size  {limits.rollout_batch_size or 'none'}{whole}"
     ranks = plan.job.ranks

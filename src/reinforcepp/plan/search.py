@@ -17,7 +17,7 @@ MOST_PROMPTS = 1 << 16
 class Largest:
     """Settings at which memory is just enough; 0 where even 1 is too much."""
 
-    mini_batch_size: int
+    micro_batch_size: int
     rollout_batch_size: int
     batch_size: int
     """``MOST_PROMPTS`` or more where it is that."""
@@ -26,7 +26,7 @@ class Largest:
 def largest(job: Job, config: ReinforceConfig, memory: float) -> Largest:
     """The largest of each setting that fits into ``memory`` bytes.
 
-    A smaller mini_batch_size leaves the rollout as it is, and a smaller rollout_batch_size all other phases, so each is
+    A smaller micro_batch_size leaves the rollout as it is, and a smaller rollout_batch_size all other phases, so each is
     looked for in its own phases. A batch_size has to fit in all of them.
     """
     rows = Rows.of(config, job.ranks)
@@ -62,14 +62,14 @@ def most(upper: int, fits: Callable[[int], bool]) -> int:
 
 
 def widest_micro(config: ReinforceConfig, rows: Rows) -> int:
-    """The largest mini_batch_size that makes sense on one device."""
+    """The largest micro_batch_size that makes sense on one device."""
     if config.gradient_accumulation_steps is None:
         return rows.step
     return max(1, min(rows.step, config.completions_per_step // config.gradient_accumulation_steps))
 
 
 def with_micro(rows: Rows, config: ReinforceConfig, size: int, ranks: int = 1) -> Rows:
-    """``rows`` of one of ``ranks`` devices with another mini_batch_size."""
+    """``rows`` of one of ``ranks`` devices with another micro_batch_size."""
     steps = config.gradient_accumulation_steps
     update = rows.step if steps is None else min(rows.step, -(-size * steps // ranks))
     return replace(rows, micro=size, passes=-(-update // size))
@@ -78,7 +78,7 @@ def with_micro(rows: Rows, config: ReinforceConfig, size: int, ranks: int = 1) -
 def with_prompts(rows: Rows, config: ReinforceConfig, prompts: int, ranks: int = 1) -> Rows:
     """``rows`` of one of ``ranks`` devices with another number of prompts."""
     step = prompts * config.num_generations
-    micro = min(config.mini_batch_size or DEFAULT_MICRO_BATCH, step)
+    micro = min(config.micro_batch_size or DEFAULT_MICRO_BATCH, step)
     return with_micro(replace(rows, prompts=prompts, step=step), config, micro, ranks)
 
 

@@ -70,7 +70,7 @@ class PolicyUpdate:
         self.guard = guard
         self.between = between
         self.kl_coef = config.kl_coef
-        self.micro_batch_size = config.micro_batch_size
+        self.micro_batch_size = config.effective_micro_batch_size
 
     def begin(self, batch: RolloutBatch, scores: RewardScores) -> BatchInUse:
         """What :meth:`run` works on, made of this rank's part of the batch; every rank gets all of it."""
@@ -259,7 +259,7 @@ class PolicyUpdate:
         size = self.micro_batch_size
         # of several ranks, and with DeepSpeed, a sum over ranks is under way that can't be taken back
         if size == 1 or self.ranks.count > 1 or self.ranks.uses_deepspeed:
-            cure = "lower max_new_tokens or max_prompt_length" if size == 1 else f"set mini_batch_size to {size // 2}"
+            cure = "lower max_new_tokens or max_prompt_length" if size == 1 else f"set micro_batch_size to {size // 2}"
             raise ConfigError(
                 f"Memory ran out while training on {size} completions at a time: {cure}, or use --mixed_precision bf16."
             ) from error
@@ -268,7 +268,7 @@ class PolicyUpdate:
                 learner.drop_gradients()
         self.micro_batch_size = size // 2
         echo(
-            f"Memory ran out with mini_batch_size {size}; going on with {size // 2}, with the same result. Set "
-            f"mini_batch_size {size // 2} to start like that.",
+            f"Memory ran out with micro_batch_size {size}; going on with {size // 2}, with the same result. Set "
+            f"micro_batch_size {size // 2} to start like that.",
             "yellow",
         )

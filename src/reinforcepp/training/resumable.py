@@ -293,7 +293,7 @@ def fit(
 def _arguments(config: Settings, steps: int, processes: int) -> dict[str, Any]:
     """What all of TRL's trainers are told; of an optimiser step's rows each process has the same number."""
     share = config.batch_size // processes
-    at_a_time = math.gcd(config.micro_batch_size, share)
+    at_a_time = math.gcd(config.effective_micro_batch_size, share)
     return {
         "per_device_train_batch_size": at_a_time,
         "gradient_accumulation_steps": share // at_a_time,

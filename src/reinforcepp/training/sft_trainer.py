@@ -146,7 +146,7 @@ def _figures(
         return None
     if torch.accelerator.is_available() and not is_4bit(model):  # which is there already
         model.to(torch.accelerator.current_accelerator())
-    return evaluate_heldout(model, lessons, pad_id=eos_token_id(tokenizer), at_a_time=config.micro_batch_size)
+    return evaluate_heldout(model, lessons, pad_id=eos_token_id(tokenizer), at_a_time=config.effective_micro_batch_size)
 
 
 def _fit(

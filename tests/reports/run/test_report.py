@@ -265,7 +265,7 @@ def test_the_defaults_are_those_of_the_class_that_the_run_names():
 
 
 def test_the_recipe_gives_the_same_configuration(tmp_path):
-    config = TrainConfig(output_dir="out", learning_rate=3e-6, kl_limit=None, data="a: b.csv", mini_batch_size=4)
+    config = TrainConfig(output_dir="out", learning_rate=3e-6, kl_limit=None, data="a: b.csv", micro_batch_size=4)
     again = settings.recipe(record(settings=as_dict(config), facts={"kind": "TrainConfig"}))
     (tmp_path / "run.yaml").write_text(again.yaml, encoding="utf-8")
     assert read_yaml(str(tmp_path / "run.yaml"), TrainConfig)["learning_rate"] == 3e-6
