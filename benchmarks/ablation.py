@@ -28,6 +28,7 @@ from reinforcepp import ReinforceTrainer
 from reinforcepp.models import logprobs
 from reinforcepp.monitoring import Clock
 from reinforcepp.rollout import transformers_engine
+from reinforcepp.training.scoring import score, with_advantages
 
 COMPLETIONS, NEW_TOKENS = 16, 64
 
@@ -78,11 +79,12 @@ def trainer_in(folder: Path) -> ReinforceTrainer:
 def one_step(trainer: ReinforceTrainer, step: int) -> dict[str, float]:
     """Seconds of the phases of a step."""
     clock = Clock()
-    completions = trainer.sampler.at(step).completions
+    completions = trainer.rollouts.next(step)
     clock.lap("rollout")
-    work = trainer.update.begin(*trainer._score(completions))
+    scored = score(completions, trainer.rewards, trainer.update, trainer.reference)
+    work = with_advantages(*scored, trainer.update, trainer.run.state.kl_coef)
     clock.lap("score")
-    trainer.update.run(work, step)
+    trainer.update.run(work, step, trainer.run.state.kl_coef)
     clock.lap("update")
     assert all(len(c.ids) == NEW_TOKENS and EOS not in c.ids for c in completions)
     return clock.seconds()
@@ -155,7 +157,7 @@ def eight_passes(trainer: ReinforceTrainer) -> Iterator[None]:
 
 @contextmanager
 def many_passes(trainer: ReinforceTrainer) -> Iterator[None]:
-    groups = trainer.learner._masters.param_groups
+    groups = trainer.update.policy._masters.param_groups
     for group in groups:
         group["fused"], group["foreach"] = False, True
     yield

@@ -16,7 +16,6 @@ Written to benchmarks/results/equality.json.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import importlib.util
 import itertools
@@ -28,7 +27,6 @@ import tempfile
 import time
 from math import inf
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,6 +37,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reinforcepp import ReinforceConfig, ReinforceTrainer  # loaded here, once, for all the forks
 from reinforcepp.files import write_json
 from reinforcepp.models.loading import load_tokenizer, save_model, weights_hash
+from reinforcepp.training.batches import UpdateBatch
+from reinforcepp.training.scoring import batch_advantages
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(5)]
 HELD_OUT = [{"prompt": f"Why does router {i} drop packets?"} for i in range(2)]
@@ -189,21 +189,20 @@ def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
     trainer = ReinforceTrainer(model, reward, args, PROMPTS, HELD_OUT)
     assert trainer.ranks.sharded == (folder.parent.name[:3] != "DDP")
     assert trainer.ranks.uses_deepspeed == (folder.parent.name[:4] == "ZeRO")
-    begin, alone, seen = trainer.update.begin, copy.copy(trainer.update), []
-    alone.ranks = SimpleNamespace(sum=lambda part: part)  # type: ignore[assignment]
+    run, on_policy, seen = trainer.update.run, trainer.update.on_policy, []
 
-    def noted(*arguments: Any) -> Any:
-        used = begin(*arguments)
-        of_same_batch, _ = alone.advantages(used.batch, used.values_BT)
+    def recorded(used: UpdateBatch, step: int, kl_coef: float) -> dict[str, float]:
+        """Compare the advantages with those that one rank computes from the whole batch."""
+        whole_BT, _ = batch_advantages(used.batch, args, kl_coef, on_policy=on_policy, values_BT=used.values_BT)
         answers = [c.ids for c in used.batch.completions]
         rows = zip(used.advantages_BT.tolist(), answers, strict=True)
-        gap = float((used.advantages_BT - of_same_batch).abs().max()) if used.batch.completions else 0.0
+        gap = float((used.advantages_BT - whole_BT).abs().max())
         seen.append({"ids": answers, "advantages": [row[: len(ids)] for row, ids in rows], "gap": gap})
-        return used
+        return run(used, step, kl_coef)
 
-    trainer.update.begin = noted  # type: ignore[method-assign]
+    trainer.update.run = recorded  # type: ignore[method-assign]
     if folder.name == "not scored":
-        leave_some_out(trainer.guard)
+        leave_some_out(trainer.update.guardrails)
     trainer.train()
     hashes = trainer.ranks.gather(weights_hash(trainer.policy))
     assert len(set(hashes)) == 1, "the processes hold different weights"

@@ -57,10 +57,10 @@ def train(folder: Path, arguments: argparse.Namespace) -> list[dict[str, float]]
     _, prompts, heldout = load_prompts(config.data, heldout_fraction=0, seed=0)
     trainer = ReinforceTrainer(config.model, config.reward_model, config, prompts, eval_dataset=heldout)
     rows: list[dict[str, float]] = []
-    finish_step = trainer.run.finish_step
+    record = trainer.run.record
 
     def look(*positional: Any) -> None:
-        finish_step(*positional)
+        record(*positional)
         rows.append(
             {
                 "step": len(rows) + 1,
@@ -70,7 +70,7 @@ def train(folder: Path, arguments: argparse.Namespace) -> list[dict[str, float]]
             }
         )
 
-    trainer.run.finish_step = look  # type: ignore[method-assign]
+    trainer.run.record = look  # type: ignore[method-assign]
     trainer.train()
     trainer.engine.close()
     return rows

@@ -284,7 +284,7 @@ def test_trainings_end_with_the_same_weights(tmp_path, model_folder, capsys):
 
 
 def test_a_resumed_run_knows_its_data_again(tmp_path, model_folder, capsys, monkeypatch):
-    monkeypatch.setattr("reinforcepp.training.policy_run.WITNESSES", 1)
+    monkeypatch.setattr("reinforcepp.training.policy_run.DIGEST_PROMPTS", 1)
     path = write(tmp_path / "a.jsonl", ROWS)
     arguments = ["--model", model_folder, "--rewards", "rule:length?max=20", "--max_new_tokens", 4, "--streaming"]
     arguments += ["--rollout", "transformers", "--save_every", 1, "--max_steps", 2, "--eval_prompts", 0]

@@ -91,7 +91,6 @@ def test_a_training_goes_on_with_another_number_of_processes(rows):
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("backend", sorted(SHARDED.keys() & set(BACKENDS)))
 def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder, pairs_csv, backend):
     """In bfloat16, so that there are float32 weights among the parts; the run that goes on ends like the other one."""
@@ -120,7 +119,6 @@ def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder,
         assert own.keys() == again.keys() and all(torch.equal(own[key], again[key]) for key in own), name
 
 
-@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed")
 def test_adapters_beside_weights_of_4_bits_learn_alike_in_shards(tmp_path, model_folder, pairs_csv):
     def learnt(name, launcher, environment):
@@ -137,9 +135,7 @@ def test_adapters_beside_weights_of_4_bits_learn_alike_in_shards(tmp_path, model
     assert max(float(weight.abs().max()) for name, weight in one.items() if "lora_B" in name) > 1e-4
     for backend in sorted(SHARDED.keys() & set(BACKENDS)):
         several = learnt(backend.replace(" ", "_"), TORCHRUN, SHARDED[backend])
-        # Adam divides each gradient by its own size, so rounding moves a small one's weight by a part of the learning rate,
-        # 1e-4, and how large a part depends on the CPU. A lost shard or row moves most weights by all of it.
-        assert max(float((one[name] - several[name]).abs().max()) for name in one) <= 1e-5, backend
+        assert max(float((one[name] - several[name]).abs().max()) for name in one) <= 1e-6, backend
 
 
 @pytest.mark.gpu
@@ -189,7 +185,7 @@ def test_it_is_told_once_and_one_process_writes(launched, how):
     folder, code, text = launched[how]
     assert code == 0, text
     assert sorted(path.name for path in folder.parent.glob(f"{how}-*")) == [f"{how}-{rank} of 2" for rank in (0, 1)]
-    for words in ("8 prompts", "training 2/2", "Saved the trained model", "Doctor: "):
+    for words in ("8 prompts", "training 2/2", "Saved policy to", "Doctor: "):
         assert text.count(words) == 1, text
     assert (folder / "model.safetensors").is_file() and len(read_metrics(folder)) == 2
     answers = read_answers(folder / "completions")

@@ -11,6 +11,7 @@ from reinforcepp.commands import cli
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import read_answers
+from reinforcepp.training.scoring import score
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "graded": i % 3 > 0} for i in range(8)]
@@ -135,14 +136,14 @@ def test_a_step_stopped_in_the_middle_goes_on_with_the_same_rows(base, tmp_path)
     settings = {"gradient_accumulation_steps": 1, "micro_batch_size": 2, "max_steps": 3}
     trainer(base, tmp_path / "whole", some, **settings).train()
     run = trainer(base, tmp_path / "run", some, **settings)
-    between = run.update.between
+    safe_point = run.guard.heartbeat.safe_point
 
     def stop():
-        if run.run.state.step == 1 and run.run.work is not None and len(run.run.work.history) == 1:
-            run._stop.number = 2
-        between()
+        if run.run.state.step == 1 and run.run.batch is not None and len(run.run.batch.history) == 1:
+            run.guard.heartbeat.stop.number = 2
+        safe_point()
 
-    run.update.between = stop
+    run.guard.heartbeat.safe_point = stop
     with pytest.raises(KeyboardInterrupt):
         run.train()
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
@@ -199,8 +200,8 @@ def test_every_function_is_logged_by_itself_and_the_sum_with_its_weights(base, t
 
 def test_the_sum_is_clipped_with_the_penalty_in_it(base, tmp_path):
     run = trainer(base, tmp_path / "run", "rule:regex?pattern=.", weights=[3], truncation_penalty=1.5, reward_clip=2.0)
-    completions = run.engine.generate(run.prompts, run.sampler.sampling(0))
-    batch, scores = run._score(completions)
+    completions = run.engine.generate(run.prompts, run.rollouts.sampling(0))
+    batch, scores = score(completions, run.rewards, run.update, run.reference)
     expected = [3 - 1.5 * (c.finish_reason == "length") for c in completions]
     assert scores.total == expected and batch.rewards_B.tolist() == [min(2.0, value) for value in expected]
     assert 1.5 in expected
@@ -218,9 +219,7 @@ def test_a_function_that_fails_stops_the_run_with_a_checkpoint(base, tmp_path):
             raise OSError("the grader is gone")
         return spread(prompts, completions, completion_ids)
 
-    with pytest.raises(
-        RewardError, match=r"shaky failed .*gone\. The run is saved after step 2 of 4: go on with --resume"
-    ):
+    with pytest.raises(RewardError, match=r"shaky failed .*gone\. The run is saved after step 2 of 4: .*--resume"):
         trainer(base, tmp_path / "run", shaky, max_steps=4).train()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
     trainer(base, tmp_path / "run", shaky, max_steps=4, resume=True).train()

@@ -9,6 +9,7 @@ import torch
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.training.scoring import score, with_advantages
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
@@ -49,22 +50,23 @@ def test_every_step_samples_from_the_present_weights(trainer):
 
 def test_tokens_are_weighted_by_the_gap_to_the_engine(trainer):
     """An engine that overstates its log-probabilities by ln 1.25 has its tokens counted at 0.8."""
-    completions = trainer.engine.generate(trainer.prompts, trainer.sampler.sampling(0))
-    work = trainer.update.begin(*trainer._score(completions))
+    completions = trainer.engine.generate(trainer.prompts, trainer.rollouts.sampling(0))
+    scored = score(completions, trainer.rewards, trainer.update, trainer.reference)
+    work = with_advantages(*scored, trainer.update, trainer.config.kl_coef)
     batch = work.batch
     assert trainer.update.correction == "tis" and not trainer.update.on_policy
     rows, tokens = list(range(8)), batch.mask_BT.sum()
     work.advantages_BT = work.advantages_BT.abs()  # the token mean of normalised advantages would be 0
-    exact, _ = trainer.update._policy_loss(work, rows, tokens, new=True)
+    exact, _ = trainer.update._policy_loss(work, rows, tokens, trainer.config.kl_coef, new=True)
     batch.rollout_logprobs_BT.add_(torch.log(torch.tensor(1.25)) * batch.mask_BT)
-    corrected, _ = trainer.update._policy_loss(work, rows, tokens, new=True)
+    corrected, _ = trainer.update._policy_loss(work, rows, tokens, trainer.config.kl_coef, new=True)
     assert corrected.item() == pytest.approx(0.8 * exact.item(), rel=1e-3) and exact.item() < -0.1
 
 
 def test_both_engines_sample_the_same_completions(trainer):
     """They draw alike from the same seeds, so with the same weights they say the same."""
     own = TransformersEngine(trainer.policy, trainer.tokenizer)
-    sampling = trainer.sampler.sampling(3)
+    sampling = trainer.rollouts.sampling(3)
     pairs = zip(
         own.generate(trainer.prompts, sampling), trainer.engine.generate(trainer.prompts, sampling), strict=True
     )

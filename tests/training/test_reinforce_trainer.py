@@ -12,6 +12,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
 from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.monitoring import read_metrics
+from reinforcepp.training.scoring import score
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "topic": str(i)} for i in range(11)]
@@ -120,7 +121,8 @@ def test_micro_batches_change_nothing(base, tmp_path):
     key_bias = [name for name in weights(one) if name.endswith("c_attn.bias")]  # no gradient but rounding reaches it
     assert_equal_weights(*({k: v for k, v in weights(run).items() if k not in key_bias} for run in (one, four)), 1e-5)
     moments = [
-        [s["exp_avg"] for s in run.learner.backend.state_dict(masters=False)["state"].values()] for run in (one, four)
+        [s["exp_avg"] for s in run.update.policy.backend.state_dict(masters=False)["state"].values()]
+        for run in (one, four)
     ]
     for a, b in zip(*moments, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -168,8 +170,8 @@ def test_the_schedule_steps_once_per_optimiser_step(base, tmp_path):
     settings = {"lr_scheduler_type": "linear", "micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
     run = trainer(base, tmp_path / "run", train=PROMPTS[:8], **settings)
     log = run.train()
-    assert run.learner.scheduler.last_epoch == 8  # 4 batches of 8 rows, 4 rows per optimiser step
-    assert run.learner.scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+    assert run.update.policy.scheduler.last_epoch == 8  # 4 batches of 8 rows, 4 rows per optimiser step
+    assert run.update.policy.scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
     assert [m["learning_rate"] for m in log] == pytest.approx([1e-3 * (1 - (2 * i + 0.5) / 8) for i in range(4)])
 
 
@@ -214,7 +216,7 @@ def test_where_memory_runs_out_fewer_at_a_time_give_the_same_result(base, tmp_pa
     enough.train()
     little.train()
     assert_equal_weights(weights(enough), weights(little))
-    assert "micro_batch_size 4; going on with 2" in " ".join(capsys.readouterr().err.split())
+    assert "size 4; training continues with 2" in " ".join(capsys.readouterr().err.split())
 
 
 def test_where_not_even_one_completion_fits_the_cure_is_told(base, tmp_path):
@@ -225,7 +227,7 @@ def test_where_not_even_one_completion_fits_the_cure_is_told(base, tmp_path):
             raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
 
     run.policy.register_forward_pre_hook(run_out, with_kwargs=True)
-    with pytest.raises(ConfigError, match=r"1 completions at a time: lower max_new_tokens"):
+    with pytest.raises(ConfigError, match=r"1 completions at a time\. Lower max_new_tokens"):
         run.train()
 
 
@@ -265,7 +267,7 @@ def test_the_reward_reaches_the_last_sampled_token_and_its_eos(base, tmp_path):
         Completion(prompt, (5, 0), (-1.0, -1.0), "", "stop"),
         Completion(prompt, (5, 6, 7, 8), (-1.0,) * 4, "", "length"),
     ]
-    batch, _ = run._score(completions)
+    batch, _ = score(completions, run.rewards, run.update, run.reference)
     assert batch.mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert (batch.old_logprobs_BT[0, 2:] == 0).all() and (batch.old_logprobs_BT[0, :2] < 0).all()
 

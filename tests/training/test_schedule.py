@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from reinforcepp.training.schedule import share_of_peak
+from reinforcepp.training.learner import share_of_peak
 
 
 @pytest.mark.parametrize(

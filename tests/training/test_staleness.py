@@ -18,6 +18,7 @@ from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
 from reinforcepp.training.guardrails import RollBack
 from reinforcepp.types import Sampling
 
@@ -57,13 +58,13 @@ def apart(base, folder, **settings):
 
 def before_each(run, told):
     """Call ``told`` with the step before the sampler has a step's prompts answered."""
-    generate = run.sampler._generate
+    generate = run.rollouts._generate
 
     def noted(engine, prompts, step):
         told(step)
         return generate(engine, prompts, step)
 
-    run.sampler._generate = noted
+    run.rollouts._generate = noted
 
 
 # --- what is sampled ------------------------------------------------------------------------------------------------
@@ -80,9 +81,9 @@ def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(bas
     def late(step):  # when the batches of later steps are under way as well
         assert step == 0 or updating[step - 1].wait(60)
 
-    def noted(work, step):
+    def noted(work, step, kl_coef):
         updating[step].set()
-        told = update(work, step)
+        told = update(work, step, kl_coef)
         weights.append(held(run.policy))
         batches.append(work.batch)
         return told
@@ -94,7 +95,7 @@ def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(bas
     for step, batch in enumerate(batches):
         sampler = weights[max(0, step - staleness)]
         engine = TransformersEngine(sampler, run.tokenizer)
-        expected = engine.generate(run.batches.at(step), Sampling(6, seed=request_seed(5, step, 0)))
+        expected = engine.generate(run.rollouts.batches.at(step), Sampling(6, seed=request_seed(5, step, 0)))
         assert [c.ids for c in batch.completions] == [c.ids for c in expected]
         asked, said = [c.prompt.ids for c in batch.completions], [c.ids for c in batch.completions]
         with torch.no_grad():
@@ -111,12 +112,13 @@ def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(bas
 def test_without_it_the_present_weights_sample_and_nothing_is_copied(base, tmp_path):
     run = trainer(base, tmp_path / "run")
     assert "staleness" not in run.train()[-1]
-    assert run.sampler._copies == [] and not list((tmp_path / "run").rglob("ahead.json"))
+    assert not isinstance(run.rollouts, AsyncRolloutScheduler)
+    assert not list((tmp_path / "run").rglob("ahead.json"))
 
 
 def test_an_adapter_shares_the_weights_that_do_not_learn(base, tmp_path):
     run = trainer(base, tmp_path / "run", staleness=1, use_peft=True, lora_r=2)
-    (held,) = run.sampler._copies
+    (held,) = run.rollouts._copies
     pairs = list(zip(run.policy.parameters(), held.parameters(), strict=True))
     assert sum(own is other for own, other in pairs) == sum(not own.requires_grad for own, _ in pairs) > 0
     assert not any(other.requires_grad for own, other in pairs if own is not other)
@@ -136,16 +138,17 @@ def test_the_difference_between_engine_and_trainer_is_corrected(base, tmp_path):
     assert mode(staleness=1, importance_correction="off") == ("off", False)
     run = apart(base, tmp_path / "apart", staleness=1, max_steps=3)
     seen = []
-    begin = run.update.begin
+    update = run.update.run
 
-    def noted(batch, scores):
+    def noted(work, step, kl_coef):
+        batch = work.batch
         weights_BT = importance_weights(
             batch.old_logprobs_BT, batch.rollout_logprobs_BT, batch.mask_BT, mode="tis", low=0.5, high=2.0
         )
         seen.append(float((weights_BT - 1)[batch.mask_BT.bool()].abs().max()))
-        return begin(batch, scores)
+        return update(work, step, kl_coef)
 
-    run.update.begin = noted
+    run.update.run = noted
     log = run.train()
     assert max(seen) < 1e-4  # the same weights, so they differ by rounding alone, however old they are
     assert max(m["sampling/logprob_gap_max"] for m in log) < 1e-4
@@ -167,11 +170,11 @@ def test_the_next_step_is_generated_while_this_one_is_trained_on(base, tmp_path)
             assert updating.acquire(timeout=60), "generation and update don't overlap"
             generating.release()
 
-    def beside(work, step):
+    def beside(work, step, kl_coef):
         updating.release()
         if step < 2:
             assert generating.acquire(timeout=60), "generation and update don't overlap"
-        return update(work, step)
+        return update(work, step, kl_coef)
 
     run.update.run = beside
     before_each(run, before)
@@ -199,7 +202,7 @@ def test_held_out_prompts_are_answered_by_the_present_weights(base, tmp_path):
 def test_what_was_sampled_is_gone_with_the_training(base, tmp_path):
     run = apart(base, tmp_path / "run", staleness=1)
     run.train()
-    assert run.sampler._jobs == {}
+    assert run.rollouts._jobs == {}
     run.eval_prompts = run.prompts[:2]
     run.evaluate()
     pairs = zip(run.engine.engine.model.parameters(), run.policy.parameters(), strict=True)

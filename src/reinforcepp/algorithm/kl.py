@@ -31,15 +31,17 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KlKind) -> Tensor:
     raise ConfigError(f"unknown KL estimator {kind!r}: choose k1, k2 or k3.{nearest(kind, ['k1', 'k2', 'k3'])}")
 
 
-def next_kl_coef(coef: float, kl: float, *, target: float, completions: int, horizon: float) -> float:
+def next_kl_coef(coef: float, kl: float, *, target: float | None, completions: int, horizon: float) -> float:
     """The coefficient for the next step: coef · (1 + clip(kl / target - 1, ±0.2) · completions / horizon).
 
     Args:
         coef: the coefficient of this step.
         kl: mean KL to the reference, measured in this step, in nats per token.
-        target: the KL to be reached, in the same unit.
+        target: the KL to be reached, in the same unit; None keeps the coefficient.
         completions: number of completions in this step.
         horizon: completions over which an error of one fifth changes the coefficient by about a fifth.
     """
+    if target is None:
+        return coef
     error = min(max(kl / target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
     return max(0.0, coef * (1 + error * completions / horizon))

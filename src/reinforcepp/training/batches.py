@@ -1,19 +1,42 @@
-"""Which prompts belong to which step, and which rows to which pass: pure functions of seed, step and lengths.
+"""The batches of a step: its prompts, the scored rollout batch, its optimizer batches and micro-batches.
 
-No state here decides anything, so a resumed run goes on where it was, and no row is lost or doubled, whatever divides what.
+Prompts and rows are chosen by pure functions of seed, step and lengths. A resumed run therefore uses the same rows, and no
+row is lost or repeated, whether or not the sizes divide each other.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from reinforcepp.types import Completion, Prompt
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from reinforcepp.errors import ConfigError
+from reinforcepp.files import write_json
+from reinforcepp.monitoring import echo
+from reinforcepp.rewards.functions import RewardScores
+from reinforcepp.rollout.serialization import as_rows, from_rows
+from reinforcepp.types import Completion, Prompt, RolloutBatch
+
+if TYPE_CHECKING:
+    from reinforcepp.distributed.ranks import Ranks
+    from reinforcepp.training.checkpoint import Checkpoint
+
+TENSORS_FILE, DETAILS_FILE = "rollout", "rollout.json"
+SKIPPED_KEY = "left_out"
+"""The name of ``RewardScores.skipped`` in a checkpoint, which keeps the format of version 0.1.0."""
+UPDATE_TENSORS = ("advantages_BT", "returns_BT", "values_BT")
 
 
 class PromptBatches:
-    """Shuffled passes over ``prompts``; each prompt occurs exactly once per epoch, in a last batch that may be short."""
+    """Shuffled passes over ``prompts``: each prompt occurs exactly once per epoch; the last batch can be short."""
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
         self.prompts = prompts
@@ -23,17 +46,17 @@ class PromptBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in one pass."""
+        """Number of batches per epoch."""
         return -(-len(self.prompts) // self.batch_size)
 
     def at(self, step: int) -> list[Prompt]:
-        """The prompts of a step, counted from 0."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        chosen = self._order_of(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        """Return the prompts of a step on all ranks; steps count from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        chosen = self._order_of(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         return [self.prompts[i] for i in chosen]
 
     def _order_of(self, epoch: int) -> array[int]:
-        """Kept for the epoch: of millions of prompts, shuffling takes a second."""
+        """Return the shuffled order of an epoch; it is cached because shuffling millions of prompts takes a second."""
         if self._order[0] != epoch:
             order = array("q", range(len(self.prompts)))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
@@ -42,7 +65,7 @@ class PromptBatches:
 
 
 def optimizer_batches(rows: int, size: int, seed: int) -> Iterator[list[int]]:
-    """All row numbers, in chunks for one optimiser step each; shuffled if there are several, the last may be short."""
+    """Yield the row numbers of each optimizer step; shuffled if there are several steps. The last one can be short."""
     order = list(range(rows))
     if size < rows:
         random.Random(seed).shuffle(order)
@@ -51,7 +74,110 @@ def optimizer_batches(rows: int, size: int, seed: int) -> Iterator[list[int]]:
 
 
 def micro_batches(completions: Sequence[Completion], rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """``rows`` in chunks for one forward pass each, rows of similar length together to save padding."""
+    """Yield ``rows`` in chunks for one forward pass each; rows of similar length go together to save padding."""
     by_length = sorted(rows, key=lambda i: (len(completions[i].prompt.ids) + len(completions[i].ids), i))
     for start in range(0, len(by_length), size):
         yield by_length[start : start + size]
+
+
+def halved_micro_batch(size: int, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
+    """Return half of a micro-batch size that memory didn't suffice for, and print it.
+
+    Gradients are sums over rows, so the result of the optimizer step doesn't depend on the size.
+
+    Raises:
+        ConfigError: the size is 1, or other ranks wait in a sum of gradients that can't be interrupted.
+    """
+    if size == 1 or ranks.count > 1 or ranks.uses_deepspeed:
+        fix = "Lower max_new_tokens or max_prompt_length" if size == 1 else f"Set micro_batch_size to {size // 2}"
+        raise ConfigError(
+            f"micro_batch_size: memory ran out while training on {size} completions at a time. {fix}, or use "
+            "--mixed_precision bf16."
+        ) from error
+    echo(
+        f"Memory ran out with micro_batch_size {size}; training continues with {size // 2} and the same result. Set "
+        f"micro_batch_size to {size // 2} to start this way.",
+        "yellow",
+    )
+    return size // 2
+
+
+@dataclass
+class UpdateBatch:
+    """The rollout batch of all ranks with its advantages, and the statistics of the optimizer steps made so far.
+
+    Each rank generates and scores its own prompts. Then every rank gets the whole batch, because the choice of rows, the
+    metrics and the guardrails must not depend on the number of ranks. A checkpoint in the middle of a step holds this
+    batch; ``returns_BT`` are the critic's targets, ``values_BT`` its values before the update.
+    """
+
+    batch: RolloutBatch
+    scores: RewardScores
+    advantages_BT: Tensor
+    returns_BT: Tensor
+    values_BT: Tensor | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def gather(self, ranks: Ranks) -> UpdateBatch:
+        """Return the rows of all ranks, in the order of the ranks."""
+        if ranks.count == 1:
+            return self
+        parts = ranks.gather((self.batch.completions, self.scores, self._tensors()))
+        width = max(tensors["mask_BT"].shape[1] for _, _, tensors in parts)
+        joined = {
+            name: torch.cat([_padded(tensors[name], width) for _, _, tensors in parts]).to(ranks.device)
+            for name in parts[0][2]
+        }
+        return _update_batch(
+            [completion for completions, _, _ in parts for completion in completions],
+            RewardScores(
+                [total for _, scores, _ in parts for total in scores.total],
+                {
+                    name: [score for _, scores, _ in parts for score in scores.by_function[name]]
+                    for name in self.scores.by_function
+                },
+                sum(scores.skipped for _, scores, _ in parts),
+            ),
+            joined,
+            [],
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the batch to two files; the prompts are omitted, because data, seed and step determine them."""
+        tensors = {name: value.contiguous() for name, value in self._tensors().items()}
+        save_file(tensors, folder / f"{TENSORS_FILE}.safetensors")
+        rows = as_rows(self.batch.completions)
+        scores = {
+            "total": self.scores.total,
+            "by_function": self.scores.by_function,
+            SKIPPED_KEY: self.scores.skipped,
+        }
+        write_json(folder / DETAILS_FILE, {"completions": rows, "scores": scores, "history": self.history})
+
+    @staticmethod
+    def load(saved: Checkpoint, prompts: Sequence[Prompt], device: torch.device) -> UpdateBatch | None:
+        """Read the batch from a checkpoint, None if it holds none; ``prompts`` are those of the step."""
+        if not (saved.folder / DETAILS_FILE).is_file():
+            return None
+        details = json.loads((saved.folder / DETAILS_FILE).read_text(encoding="utf-8"))
+        tensors = {name: value.to(device) for name, value in saved.tensors(TENSORS_FILE).items()}
+        completions, scores = from_rows(details["completions"], prompts), details["scores"]
+        reward_scores = RewardScores(scores["total"], scores["by_function"], scores[SKIPPED_KEY])
+        return _update_batch(completions, reward_scores, tensors, details["history"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, on the CPU."""
+        rollout = {f.name: getattr(self.batch, f.name) for f in fields(RolloutBatch) if f.name != "completions"}
+        update = {name: value for name in UPDATE_TENSORS if (value := getattr(self, name)) is not None}
+        return {name: value.detach().cpu() for name, value in {**rollout, **update}.items()}
+
+
+def _update_batch(
+    completions: list[Completion], scores: RewardScores, tensors: dict[str, Tensor], history: list[dict[str, float]]
+) -> UpdateBatch:
+    update = {name: tensors.pop(name) for name in UPDATE_TENSORS if name in tensors}
+    return UpdateBatch(RolloutBatch(completions=completions, **tensors), scores, history=history, **update)
+
+
+def _padded(tensor: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(tensor, (0, width - tensor.shape[1])) if tensor.ndim == 2 else tensor

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reinforcepp.config import Keeping, as_dict
-from reinforcepp.errors import ModelError
+from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
 from reinforcepp.monitoring import LOGS, echo
 from reinforcepp.run_dir import check_unchanged
@@ -150,6 +150,25 @@ def given(path: str) -> Checkpoint:
     if (damaged := damage(folder)) is not None:
         raise ModelError(f"The checkpoint {path} is damaged ({damaged}): give an earlier one.")
     return Checkpoint(folder)
+
+
+def better(best: dict[str, Any], metric: str | None, metrics: Mapping[str, float], name: str) -> dict[str, Any]:
+    """Return the better of the best checkpoint so far and the new one called ``name``, by the metric of keep_best.
+
+    Raises:
+        ConfigError: the run doesn't measure that metric.
+    """
+    if metric is None:
+        return best
+    sign, key = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
+    if key not in metrics:
+        if metrics.get("skipped_updates"):
+            return best
+        raise ConfigError(f"keep_best names {key!r}, which is not among the metrics.{nearest(key, metrics)}")
+    value = metrics[key]
+    if best and sign * best["value"] >= sign * value:
+        return best
+    return {"metric": metric, "value": value, "checkpoint": name}
 
 
 def save(

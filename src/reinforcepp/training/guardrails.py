@@ -69,7 +69,7 @@ class Guardrails:
                 f"a token's policy ratio is e^{log_ratio:.1f}, over ratio_limit {self.config.ratio_limit:g}"
             )
 
-    def leave_out(self, fault: UnusableUpdate, step: int) -> None:
+    def skip(self, problem: UnusableUpdate, step: int) -> None:
         """Count an update that is not made.
 
         Raises:
@@ -79,12 +79,12 @@ class Guardrails:
         limit = self.config.max_skipped_updates
         if self.state.in_a_row > limit:
             raise TrainingDiverged(
-                f"Step {step}: {fault}, and the {limit} updates before could not be used either. Lower learning_rate or raise "
+                f"Step {step}: {problem}, and the {limit} updates before could not be used either. Lower learning_rate or raise "
                 "kl_coef; if it is the reward that isn't finite, mend the reward function."
             )
-        self.tell(f"Step {step}: {fault}; this update is left out ({self.state.in_a_row} in a row, {limit} allowed).")
+        self.tell(f"Step {step}: {problem}; this update is left out ({self.state.in_a_row} in a row, {limit} allowed).")
 
-    def made(self) -> None:
+    def update_made(self) -> None:
         """An update was made."""
         self.state.in_a_row = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,7 +21,6 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.lora import base_model, has_adapter, is_4bit, load_trainable_weights, trainable_weights
 from reinforcepp.models.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
-from reinforcepp.training.schedule import share_of_peak
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -177,6 +177,18 @@ class Learner:
         self.backend.load_state(optimizer, self.plain.parameters())
         self._scale.load_state_dict(scheduler["loss_scale"])
         self.scheduler.load_state_dict({name: value for name, value in scheduler.items() if name != "loss_scale"})
+
+
+def share_of_peak(step: int, *, kind: str, warmup: int, steps: int) -> float:
+    """Return the factor on the peak learning rate at optimizer step ``step`` of ``steps``, counted from 0.
+
+    step / warmup during the warmup; then, with t the finished share of the remaining steps, 1 (``constant``),
+    1 - t (``linear``) or (1 + cos πt) / 2 (``cosine``).
+    """
+    if step < warmup:
+        return step / warmup
+    done = min((step - warmup) / max(1, steps - warmup), 1.0)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
 
 
 def switches(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:

@@ -16,8 +16,8 @@ from reinforcepp.monitoring import Progress, console, echo, read_metrics
 from reinforcepp.monitoring.doctor import Diagnosis, diagnose
 from reinforcepp.monitoring.live_view import Moment, Sample, duration, view
 from reinforcepp.monitoring.run_record import RunRecord
-from reinforcepp.training.run_state import RunState
-from reinforcepp.training.update_batch import BatchInUse
+from reinforcepp.training.batches import UpdateBatch
+from reinforcepp.training.policy_run import RunState
 
 CHECK_EVERY = 5
 FIRST, LAST = 20, 250  # steps kept: those by which the doctor tells early from late
@@ -64,7 +64,7 @@ class Monitor:
             self._live.stop()
         self.ranks.end_trackers()
 
-    def step(self, metrics: Mapping[str, float], timings: Mapping[str, float], work: BatchInUse | None) -> None:
+    def step(self, metrics: Mapping[str, float], timings: Mapping[str, float], work: UpdateBatch | None) -> None:
         """A step is done; ``metrics`` as logged, ``work`` what it trained on."""
         step, told = int(metrics["step"]), {**metrics, **timings}
         self.ranks.track(told, step)
@@ -83,7 +83,7 @@ class Monitor:
         if self._live:
             self._live.update(self._view(step))
 
-    def went_back(self) -> None:
+    def rolled_back(self) -> None:
         """The run has gone back to an earlier step."""
         self._history = self._logged()
         self._begin, self._first = time.monotonic(), self.state.step

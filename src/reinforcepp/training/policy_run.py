@@ -1,147 +1,210 @@
-"""A policy training's folder and state: what its checkpoints hold, and how they bring it back."""
+"""The files and state of a policy training: logs, checkpoints, resuming, rolling back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from reinforcepp.algorithm.kl import next_kl_coef
+from reinforcepp.config import as_dict
 from reinforcepp.errors import TrainingDiverged
+from reinforcepp.files import write_json
 from reinforcepp.models.loading import load_policy, save_model, weights_hash
 from reinforcepp.models.lora import has_adapter, load_adapter_weights
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.tokenization import LazyPrompts
 from reinforcepp.monitoring import MetricLog, note_event, restore_logs
-from reinforcepp.monitoring.completion_log import COMPLETIONS, restore_answers, save_answers, step_file
+from reinforcepp.monitoring.completion_log import (
+    COMPLETIONS,
+    evaluation_file,
+    restore_answers,
+    save_answers,
+    step_file,
+)
 from reinforcepp.monitoring.step_metrics import rollout_columns
 from reinforcepp.rewards.sources import RewardSum
-from reinforcepp.training import checkpoint
-from reinforcepp.training import rng as random_state
-from reinforcepp.training.learner import Learner
+from reinforcepp.run_dir import RUN_FILE, clear, describe_run
+from reinforcepp.training import checkpoint, rng
+from reinforcepp.training.async_rollouts import PENDING_FILE
+from reinforcepp.training.batches import UpdateBatch
+from reinforcepp.training.evaluation import Evaluation
 from reinforcepp.training.policy_update import PolicyUpdate
-from reinforcepp.training.rollout_scheduler import Sampler, write_ahead
-from reinforcepp.training.run_state import RunState, better
-from reinforcepp.training.update_batch import BatchInUse
+from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WITNESSES = 100
+    from reinforcepp.training.monitor import Monitor
+
+DIGEST_PROMPTS = 100
+"""Prompts of a dataset on disk whose tokens are part of its fingerprint."""
+
+
+@dataclass
+class RunState:
+    """The state of a run apart from its weights; each field is JSON and part of every checkpoint."""
+
+    step: int = 0
+    """Finished training steps."""
+    num_tokens: float = 0.0
+    """Tokens of prompts and completions so far."""
+    kl_coef: float = 0.0
+    """The current KL coefficient."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """State of the guardrails."""
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics of the evaluations so far."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """The best checkpoint so far: its name, and the value of the metric."""
+    random: dict[str, Any] = field(default_factory=dict)
+    """The global random generators at the beginning of the unfinished step."""
 
 
 class PolicyRun:
-    """Everything that decides what the run does next, apart from its settings.
+    """Owns the files of a run, and everything that decides how it continues, apart from its settings.
 
     Args:
-        folder: where it writes.
-        update: holds the settings, the learners, the guardrails and the KL coefficient in force.
-        sampler: may hold completions of the next steps.
+        folder: the run directory.
+        update: owns the weights, the optimizers and the guardrails.
+        rollouts: owns the engine, and completions generated ahead.
         tokenizer: saved with the policy.
-        inputs: fingerprints of what the run starts from.
+        inputs: fingerprints of the run's inputs.
+        resumed: the checkpoint that the run resumes from, if any.
     """
 
     def __init__(
         self,
         folder: Path,
         update: PolicyUpdate,
-        sampler: Sampler,
+        rollouts: RolloutScheduler,
         tokenizer: PreTrainedTokenizerBase,
         inputs: Mapping[str, str],
+        resumed: checkpoint.Checkpoint | None = None,
     ) -> None:
         self.folder = folder
         self.config = update.config
         self.update = update
-        self.sampler = sampler
+        self.rollouts = rollouts
         self.tokenizer = tokenizer
         self.inputs = inputs
-        self.state = RunState()
+        self.resumed = resumed
+        """The checkpoint to resume from, until it is restored."""
+        self.state = RunState(kl_coef=self.config.kl_coef)
         self.log = MetricLog()
-        self.work: BatchInUse | None = None
+        self.monitor: Monitor | None = None
+        """Shows each recorded step, if set."""
+        self.batch: UpdateBatch | None = None
         """The batch of the unfinished step."""
+        self.metrics: dict[str, float] = {}
+        """The metrics of the last step."""
 
-    @property
-    def learners(self) -> dict[str, Learner]:
-        """The policy, and the critic if there is one."""
-        critic = self.update.critic
-        return {"policy": self.update.policy} | ({"critic": critic} if critic is not None else {})
+    # --- a step -----------------------------------------------------------------------------------------------------
 
-    def finish_step(
-        self, metrics: dict[str, float], timings: dict[str, float]
-    ) -> tuple[dict[str, float], dict[str, float], BatchInUse | None]:
-        """Write down a step's answers and figures, adapt the KL coefficient to them, and give them back, with the batch."""
-        work, self.work = self.work, None
+    def record(
+        self,
+        step: int,
+        batch: UpdateBatch | None,
+        metrics: Mapping[str, float],
+        timings: Mapping[str, float],
+        kl_coef: float | None = None,
+    ) -> None:
+        """Finish a step: log its metrics and completions, and take over the KL coefficient of the next step."""
+        self.batch = None
+        position = {"step": step + 1, "epoch": (step + 1) / self.rollouts.batches.steps_per_epoch}
         self.state.num_tokens += metrics.get("num_tokens", 0.0)
-        metrics["num_tokens"] = self.state.num_tokens
-        target = self.config.kl_target
-        if target is not None and "kl" in metrics:
-            metrics["kl_coef"] = self.update.kl_coef
-            self.update.kl_coef = next_kl_coef(
-                self.update.kl_coef,
-                metrics["kl"],
-                target=target,
-                completions=self.config.completions_per_step,
-                horizon=self.config.kl_horizon,
-            )
+        self.metrics = {**position, **metrics, "num_tokens": self.state.num_tokens}
+        if kl_coef is not None and self.config.kl_target is not None:
+            self.metrics["kl_coef"] = self.state.kl_coef
+            self.state.kl_coef = kl_coef
+        if self.update.ranks.is_main:
+            if self.config.log_completions and batch is not None:
+                columns = rollout_columns(batch.batch, batch.scores, step + 1)
+                save_answers(self.folder / COMPLETIONS / step_file(step + 1), columns)
+            self.log.write({**self.metrics, **timings})
+        if self.monitor is not None:
+            self.monitor.step(self.metrics, timings, batch)
+
+    def advance(self) -> None:
+        """Begin the next step."""
+        self.state.step += 1
+        self.state.random = rng.capture()
+
+    def record_evaluation(self, name: str, evaluation: Evaluation) -> None:
+        """Write the completions of an evaluation, and the metrics of all evaluations so far."""
+        self.state.evaluations[name] = evaluation.figures()
         if not self.update.ranks.is_main:
-            return metrics, timings, work
-        if self.config.log_completions and work is not None and "reward" in metrics:
-            step = int(metrics["step"])
-            save_answers(self.folder / COMPLETIONS / step_file(step), rollout_columns(work.batch, work.scores, step))
-        self.log.write({**metrics, **timings})
-        return metrics, timings, work
+            return
+        if self.resumed is None:  # otherwise the file exists; a reward that isn't deterministic would change it
+            save_answers(evaluation_file(self.folder, name), evaluation.columns())
+        write_json(self.folder / "evaluation.json", self.state.evaluations)
+
+    # --- begin, save, restore ---------------------------------------------------------------------------------------
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Create the run directory, or open that of a resumed run."""
+        self.update.ranks.barrier()  # until every rank has checked the directory
+        if self.resumed is None:
+            rng.seed_all(self.config.seed)
+            self.state.random = rng.capture()
+        if self.update.ranks.is_main:
+            if self.resumed is None:
+                clear(self.folder)
+            if self.resumed is None or not (self.folder / RUN_FILE).is_file():
+                describe_run(self.folder, as_dict(self.config), facts)
+            self.log.open(self.folder)
 
     def save(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Write a checkpoint; ``metrics`` are those of the step just made, None where a step is unfinished.
+        """Write a checkpoint; ``metrics`` are those of the step just finished, None in the middle of a step.
 
-        Every rank has to call it, and goes on when it is written.
+        Every rank must call this; it returns when the checkpoint is written.
         """
-        state, work = self.state, self.work
-        updates = len(work.history) if work is not None else 0
+        state, batch = self.state, self.batch
+        updates = len(batch.history) if batch is not None else 0
         if metrics is not None:
-            state.best = better(state.best, self.config.keep_best, metrics, checkpoint.name_of(state.step))
-        if updates:  # else the step is begun, or begun again, with the random numbers it had
-            state.random = random_state.capture()
-        state.guard, state.kl_coef = self.update.guard.as_dict(), self.update.kl_coef
-        held = checkpoint.described(self.config, self.inputs) | {"run": asdict(state)}
-        learnt = {name: learner.state() for name, learner in self.learners.items()}
-        waiting = self.sampler.waiting(state.step)
+            state.best = checkpoint.better(state.best, self.config.keep_best, metrics, checkpoint.name_of(state.step))
+        if updates:  # otherwise the step begins again, with the random numbers that it had
+            state.random = rng.capture()
+        state.guard = self.update.guardrails.as_dict()
+        content = checkpoint.described(self.config, self.inputs) | {"run": asdict(state)}
+        learners = {name: learner.state() for name, learner in self.update.learners.items()}
+        pending = self.rollouts.pending(state.step)
         if self.update.ranks.sharded:
             try:
-                checkpoint.write_parts(self.folder, learnt, self.update.ranks)
+                checkpoint.write_parts(self.folder, learners, self.update.ranks)
             except OSError as error:
                 checkpoint.tell_full_disk(error, self.folder, state.step)
                 return
 
-        def fill(folder: Path) -> None:
-            held["learners"] = checkpoint.fill_with(learnt, folder)
+        def write_files(folder: Path) -> None:
+            content["learners"] = checkpoint.fill_with(learners, folder)
             save_model(self.update.policy.plain, self.tokenizer, folder)
-            if work is not None and updates:
-                work.save(folder)
-            if waiting:
-                write_ahead(waiting, folder)
+            if batch is not None and updates:
+                batch.save(folder)
+            if pending:
+                write_json(folder / PENDING_FILE, pending)
 
         keep = state.best["checkpoint"] if state.best else None
         if self.update.ranks.is_main:
-            checkpoint.save(self.folder, (state.step, updates), held, fill, keep_last=self.config.keep_last, keep=keep)
+            position = state.step, updates
+            checkpoint.save(self.folder, position, content, write_files, keep_last=self.config.keep_last, keep=keep)
         self.update.ranks.barrier()
 
     def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
-        """Bring weights, counters, random generators and, unless told otherwise, the log where they were."""
-        checkpoint.load_into(self.learners, saved, self._policy_weights(saved.folder))
+        """Restore weights, counters, random generators and, with ``log``, the logs."""
+        checkpoint.load_into(self.update.learners, saved, self._policy_weights(saved.folder))
         vars(self.state).update(saved.state["run"])
-        self.update.guard.load(self.state.guard)
-        self.update.kl_coef = self.state.kl_coef
-        self.sampler.restore(saved)
-        self.work = BatchInUse.load(saved, self.sampler.prompts_of(self.state.step), self.update.ranks.device)
-        random_state.restore(self.state.random)
+        self.update.guardrails.load(self.state.guard)
+        self.rollouts.restore(saved.folder)
+        prompts = self.rollouts.batches.at(self.state.step)
+        self.batch = UpdateBatch.load(saved, prompts, self.update.ranks.device)
+        rng.restore(self.state.random)
         if log and self.update.ranks.is_main:
             self.log.close()
             restore_logs(saved.folder, self.folder)
@@ -149,44 +212,59 @@ class PolicyRun:
             restore_answers(saved.folder.parent.parent, self.folder, saved.step)
 
     def _policy_weights(self, folder: Path) -> dict[str, Tensor]:
-        """What a checkpoint holds of the policy."""
+        """Return the policy's trainable weights in a checkpoint."""
         if has_adapter(self.update.policy.plain):
             return load_adapter_weights(folder)
         return dict(load_policy(str(folder), compute_dtype(self.config)).state_dict())
 
-    def roll_back(self, told: str) -> None:
-        """To the last checkpoint, and on from there with smaller steps."""
+    def restore_resumed(self) -> None:
+        """Restore the checkpoint that the run resumes from."""
+        assert self.resumed is not None
+        self.restore(self.resumed)
+        self.resumed = None
+        self.rollouts.engine.load_weights(self.update.policy.plain)
+
+    def roll_back(self, reason: str) -> None:
+        """Restore the last checkpoint, and halve the learning rate."""
         saved = checkpoint.newest(self.folder)
         if saved is None:
-            raise TrainingDiverged(f"{told}, and there is no checkpoint to go back to.")
-        guard = self.update.guard
-        often = guard.state.rollbacks
+            raise TrainingDiverged(f"{reason}, and there is no checkpoint to roll back to.")
+        guardrails = self.update.guardrails
+        rollbacks = guardrails.state.rollbacks
         self.restore(saved)
-        for learner in self.learners.values():
-            learner.scale_rate(0.5 ** (often - guard.state.rollbacks))
-        guard.state.rollbacks = often
-        note_event(self.folder, f"{told}: back to step {self.state.step}, and on at half the learning rate.")
+        for learner in self.update.learners.values():
+            learner.scale_rate(0.5 ** (rollbacks - guardrails.state.rollbacks))
+        guardrails.state.rollbacks = rollbacks
+        note_event(self.folder, f"{reason}: rolled back to step {self.state.step} with half the learning rate.")
+        self.rollouts.engine.load_weights(self.update.policy.plain)
+        if self.monitor is not None:
+            self.monitor.rolled_back()
 
-    def to_last_good(self) -> str:
-        """Restore the last checkpoint for whoever goes on using the trainer; returns what the user should know."""
+    def restore_last_good(self) -> str:
+        """Restore the last checkpoint, so that the trainer can be used on; return what the user should know."""
         saved = checkpoint.newest(self.folder)
         if saved is None:
             return "No checkpoint was saved before: start again, with --overwrite."
         self.restore(saved, log=False)
         return (
-            f"The last good state is {saved.folder}: go on from it with --resume and other settings, named with "
+            f"The last good state is {saved.folder}: resume from it with --resume and other settings, named with "
             "--allow_changes."
         )
 
+    def close(self) -> None:
+        """Stop pending rollouts, and close the logs."""
+        self.rollouts.close()
+        self.log.close()
+
 
 def fingerprints(model: PreTrainedModel, parts: Sequence[Sequence[Prompt]], rewards: RewardSum) -> dict[str, str]:
-    """What a run starts from, each in one word, by the name of its setting; ``parts`` are its prompts.
+    """Return a short fingerprint of each input of a run, by the name of its setting; ``parts`` are its prompts.
 
-    Of prompts on the disk that is a hash of their texts, and the tokens of some.
+    The fingerprint of prompts on disk is a hash of their texts, and of the tokens of the first ones.
     """
     on_disk = [prompts for prompts in parts if isinstance(prompts, LazyPrompts)]
-    seen = chain.from_iterable(p[:WITNESSES] if isinstance(p, LazyPrompts) else p for p in parts)
-    texts = json.dumps([*((prompt.text, prompt.ids) for prompt in seen), *(prompts.digest for prompts in on_disk)])
+    hashed = chain.from_iterable(p[:DIGEST_PROMPTS] if isinstance(p, LazyPrompts) else p for p in parts)
+    texts = json.dumps([*((prompt.text, prompt.ids) for prompt in hashed), *(prompts.digest for prompts in on_disk)])
     return {
         "model": weights_hash(model),
         "data": hashlib.sha256(texts.encode()).hexdigest()[:16],

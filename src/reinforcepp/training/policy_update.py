@@ -1,50 +1,49 @@
-"""What happens with a scored rollout batch: advantages, then one or several optimiser steps."""
+"""Update the policy from one batch: one or several optimizer steps, each over one or several micro-batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from reinforcepp.algorithm.advantages import compute_advantages
 from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.algorithm.losses import Correction, importance_weights, masked_mean, policy_loss, value_loss
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
-from reinforcepp.errors import ConfigError, UnusableUpdate
+from reinforcepp.errors import UnusableUpdate
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.monitoring import echo
-from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.rollout.engine import request_seed
-from reinforcepp.training.batches import micro_batches, optimizer_batches
+from reinforcepp.training.batches import UpdateBatch, halved_micro_batch, micro_batches, optimizer_batches
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
-from reinforcepp.training.update_batch import BatchInUse
 from reinforcepp.types import Completion, RolloutBatch
 
-LARGEST = "log_ratio_max"  # of what a micro-batch tells, the one figure that isn't a sum
+if TYPE_CHECKING:
+    from reinforcepp.training.run_guard import Heartbeat
+
+LARGEST = "log_ratio_max"
+"""The only statistic of a micro-batch that is combined by maximum instead of by sum."""
 
 
 class PolicyUpdate:
-    """Updates the policy, and the critic where there is one, from one rollout batch at a time.
+    """Owns the policy, the critic, and their optimizers; updates them from one batch at a time.
 
     Args:
         config: the run's settings.
-        ranks: those who share each batch.
-        policy: what is trained.
-        critic: for the estimator ppo.
-        pad_id: of the tokenizer.
-        correction: of the rollout engine's log-probabilities: ``tis``, ``icepop`` or ``off``.
-        on_policy: each batch is used for one optimiser step and was sampled, from the full distribution, by the trainer's
-            own forward pass. Its log-probabilities then are the engine's, so the pass that would give them again is
-            left out: the ratio is 1 by definition.
-        guard: decides whether an update is made.
-        between: called before every micro-batch and optimiser step, where nothing is half done.
-
-    ``kl_coef`` is the coefficient in force.
+        ranks: the data-parallel ranks that share each batch.
+        policy: the policy with its optimizer.
+        critic: the critic with its optimizer, for the estimator ppo.
+        pad_id: the tokenizer's padding token.
+        correction: how the rollout engine's log-probabilities are corrected: ``tis``, ``icepop`` or ``off``.
+        on_policy: each batch gets one optimizer step and was sampled, from the full distribution, by the trainer's own
+            forward pass. The engine's log-probabilities are then the policy's, so the pass that would compute them
+            again is skipped: the ratio is 1 by definition.
+        guardrails: decide whether an optimizer step is made.
+        heartbeat: called before every micro-batch and optimizer step, where a stopped run loses nothing.
     """
 
     def __init__(
@@ -57,70 +56,47 @@ class PolicyUpdate:
         pad_id: int,
         correction: Correction,
         on_policy: bool,
-        guard: Guardrails,
-        between: Callable[[], None] = lambda: None,
+        guardrails: Guardrails,
+        heartbeat: Heartbeat,
     ) -> None:
         self.config = config
         self.ranks = ranks
         self.policy = policy
         self.critic = critic
+        self.learners: dict[str, Learner] = {"policy": policy} | ({"critic": critic} if critic is not None else {})
         self.pad_id = pad_id
         self.correction = correction
         self.on_policy = on_policy
-        self.guard = guard
-        self.between = between
-        self.kl_coef = config.kl_coef
+        self.guardrails = guardrails
+        self.heartbeat = heartbeat
         self.micro_batch_size = config.effective_micro_batch_size
 
-    def begin(self, batch: RolloutBatch, scores: RewardScores) -> BatchInUse:
-        """What :meth:`run` works on, made of this rank's part of the batch; every rank gets all of it."""
-        values_BT = self._values(batch)
-        return BatchInUse(batch, scores, *self.advantages(batch, values_BT), values_BT).gather(self.ranks)
-
-    def run(self, work: BatchInUse, step: int) -> dict[str, float]:
-        """All optimiser steps on a batch that have not been made; returns the mean of what they tell."""
-        config, batch = self.config, work.batch
+    def run(self, work: UpdateBatch, step: int, kl_coef: float) -> dict[str, float]:
+        """Make the optimizer steps on a batch that are still to be made; return the mean of their statistics."""
+        config, rows_in_batch = self.config, len(work.batch.completions)
         planned = [
             rows
             for iteration in range(config.num_iterations)
             for rows in optimizer_batches(
-                len(batch.completions), config.optimizer_batch_size, request_seed(config.seed, step, iteration)
+                rows_in_batch, config.optimizer_batch_size, request_seed(config.seed, step, iteration)
             )
         ]
-        left = planned[len(work.history) :]
-        for rows in left:
-            work.history.append(self._optimizer_step(work, rows, step))
-        if left:
-            self._after(batch)
-        told: dict[str, list[float]] = {}
+        remaining = planned[len(work.history) :]
+        for rows in remaining:
+            work.history.append(self._optimizer_step(work, rows, step, kl_coef))
+        if remaining:
+            self._share_results(work.batch)
+        stats: dict[str, list[float]] = {}
         for row in work.history:
             for name, value in row.items():
-                told.setdefault(name, []).append(value)
-        mean = {name: sum(values) / len(values) for name, values in told.items()}
-        return mean | {"skipped_updates": sum(told["skipped_updates"])}
-
-    def advantages(self, batch: RolloutBatch, values_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Advantages, normalised over the parts of all ranks as the estimator says, and returns for a critic."""
-        config = self.config
-        own_BT = batch.rollout_logprobs_BT if self.on_policy else batch.old_logprobs_BT
-        return compute_advantages(
-            batch.rewards_B,
-            kl_estimate(own_BT, batch.ref_logprobs_BT, "k1"),
-            batch.mask_BT,
-            kl_coef=0.0 if config.estimator_spec.kl_in_loss else self.kl_coef,
-            gamma=config.gamma,
-            estimator=config.estimator,
-            group_ids_B=batch.group_ids_B,
-            normalize_over=config.normalize_over,
-            values_BT=values_BT,
-            gae_lambda=config.gae_lambda,
-            sum_over_ranks=self.ranks.sum,
-        )
+                stats.setdefault(name, []).append(value)
+        mean = {name: sum(values) / len(values) for name, values in stats.items()}
+        return mean | {"skipped_updates": sum(stats["skipped_updates"])}
 
     def logprobs(
         self, model: object, completions: Sequence[Completion], rows: Sequence[int], width: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(logprobs, entropy, mask)`` of the chosen completions under ``model``, padded to ``width`` columns."""
+        """Return ``(logprobs_BT, entropy_BT, mask_BT)`` of the chosen completions under ``model``, ``width`` columns wide."""
         return response_logprobs(
             model,
             [completions[i].prompt.ids for i in rows],
@@ -130,110 +106,115 @@ class PolicyUpdate:
             width=width,
         )
 
-    # --- inside ---
+    @torch.no_grad()
+    def values(self, batch: RolloutBatch) -> Tensor | None:
+        """Return the critic's value before each token, None without a critic. -> (B, T)"""
+        if self.critic is None:
+            return None
+        values_BT = torch.zeros_like(batch.mask_BT)
+        for rows in micro_batches(batch.completions, range(len(batch.completions)), self.micro_batch_size):
+            values_BT[rows] = self.critic.values(batch.completions, rows, values_BT.shape[1], self.pad_id)
+        return values_BT
 
-    def _optimizer_step(self, work: BatchInUse, rows: Sequence[int], step: int) -> dict[str, float]:
-        """Gradients, a look at them, and the step, unless the guard leaves it out."""
-        totals = self._accumulate(work, rows)
-        self.between()
+    # --- one optimizer step -----------------------------------------------------------------------------------------
+
+    def _optimizer_step(self, work: UpdateBatch, rows: Sequence[int], step: int, kl_coef: float) -> dict[str, float]:
+        """Compute gradients, check them, and make the step unless the guardrails skip it."""
+        totals = self._accumulate(work, rows, kl_coef)
+        self.heartbeat.safe_point()
         log_ratio = float(self.ranks.max(totals.pop(LARGEST)))
-        told = dict(zip(totals, self.ranks.sum(torch.stack(list(totals.values()))).tolist(), strict=True))
-        told["clip_ratio/region_mean"] = told.pop("clip_fraction")
-        learners = {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
-        norms = {name: learner.clip() for name, learner in learners.items()}
+        stats = dict(zip(totals, self.ranks.sum(torch.stack(list(totals.values()))).tolist(), strict=True))
+        stats["clip_ratio/region_mean"] = stats.pop("clip_fraction")
+        norms = {name: learner.clip() for name, learner in self.learners.items()}
         try:
-            self.guard.check_update(told["loss"] + told.get("critic/loss", 0.0), log_ratio, norms)
-        except UnusableUpdate as fault:
-            for learner in learners.values():
-                learner.drop_gradients()
-            self.guard.leave_out(fault, step + 1)
+            self.guardrails.check_update(stats["loss"] + stats.get("critic/loss", 0.0), log_ratio, norms)
+        except UnusableUpdate as problem:
+            self._drop_gradients()
+            self.guardrails.skip(problem, step + 1)
             return {"skipped_updates": 1.0}
-        self.guard.made()
+        self.guardrails.update_made()
         if self.critic is not None:
-            told["critic/grad_norm"] = self.critic.step(norms["critic"])["grad_norm"]
-        return told | self.policy.step(norms["policy"]) | {"skipped_updates": 0.0}
+            stats["critic/grad_norm"] = self.critic.step(norms["critic"])["grad_norm"]
+        return stats | self.policy.step(norms["policy"]) | {"skipped_updates": 0.0}
 
-    def _accumulate(self, work: BatchInUse, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Gradients of one optimiser step, a micro-batch at a time; fewer completions at a time if memory runs out."""
-        tokens = work.batch.mask_BT[rows].sum()
+    def _accumulate(self, work: UpdateBatch, rows: Sequence[int], kl_coef: float) -> dict[str, Tensor]:
+        """Accumulate the gradients of one optimizer step; if memory runs out, start over with smaller micro-batches."""
         while True:
-            totals: dict[str, Tensor] = {}
-            passes = list(self._passes(work.batch, rows))
             try:
-                for place, (micro, weight) in enumerate(passes, 1):
-                    self.between()
-                    with self.policy.learning(last=place == len(passes)):
-                        loss, stats = self._policy_loss(work, micro, tokens, new=weight > 0)
-                        self.policy.backward(loss * weight)
-                    stats["loss"] = loss.detach()
-                    if self.critic is not None and work.values_BT is not None:
-                        with self.critic.learning(last=place == len(passes)):
-                            loss = self._critic_loss(work, micro, tokens)
-                            self.critic.backward(loss * weight)
-                        stats["critic/loss"] = loss.detach()
-                    for name, value in stats.items():
-                        before, counted = totals.get(name, torch.zeros_like(value)), value * weight
-                        totals[name] = torch.maximum(before, counted) if name == LARGEST else before + counted
-                return totals
+                return self._backward(work, rows, kl_coef)
             except torch.OutOfMemoryError as error:
-                self._take_fewer(error)
+                self.micro_batch_size = halved_micro_batch(self.micro_batch_size, self.ranks, error)
+                self._drop_gradients()
+
+    def _backward(self, work: UpdateBatch, rows: Sequence[int], kl_coef: float) -> dict[str, Tensor]:
+        """Run forward and backward passes over all micro-batches of one optimizer step; return summed statistics."""
+        tokens = work.batch.mask_BT[rows].sum()
+        totals: dict[str, Tensor] = {}
+        passes = list(self._passes(work.batch, rows))
+        for number, (micro, weight) in enumerate(passes, 1):
+            self.heartbeat.safe_point()
+            with self.policy.learning(last=number == len(passes)):
+                loss, stats = self._policy_loss(work, micro, tokens, kl_coef, new=weight > 0)
+                self.policy.backward(loss * weight)
+            stats["loss"] = loss.detach()
+            if self.critic is not None and work.values_BT is not None:
+                with self.critic.learning(last=number == len(passes)):
+                    loss = self._critic_loss(work, micro, tokens)
+                    self.critic.backward(loss * weight)
+                stats["critic/loss"] = loss.detach()
+            for name, value in stats.items():
+                before, counted = totals.get(name, torch.zeros_like(value)), value * weight
+                totals[name] = torch.maximum(before, counted) if name == LARGEST else before + counted
+        return totals
 
     def _passes(self, batch: RolloutBatch, rows: Sequence[int]) -> Iterator[tuple[list[int], float]]:
-        """This rank's micro-batches of an optimiser step, and what each counts for.
+        """Yield this rank's micro-batches of an optimizer step, each with its weight.
 
-        Every pass of one rank may wait for those of the others, so all make as many as the one with the most rows. One
-        that has none left repeats a row that counts for nothing.
+        Ranks wait for each other in every pass, so all make as many passes as the rank with the most rows. A rank
+        without rows left repeats one with weight 0.
         """
         most = math.ceil(math.ceil(len(rows) / self.ranks.count) / self.micro_batch_size)
-        own = list(micro_batches(batch.completions, self.ranks.local_slice(rows), self.micro_batch_size))
-        yield from ((micro, 1.0) for micro in own)
-        yield from (([rows[0]], 0.0) for _ in range(most - len(own)))
-
-    @torch.no_grad()
-    def _after(self, batch: RolloutBatch) -> None:
-        """What each rank knows now is told to all: the weights, and log-probabilities of the rows it has trained on."""
-        self.policy.refresh()
-        if self.critic is not None:
-            self.critic.refresh()
-        if self.on_policy and self.ranks.count > 1:
-            for own_BT in (batch.old_logprobs_BT, batch.entropy_BT):
-                own_BT.copy_(self.ranks.sum(own_BT))
+        local = list(micro_batches(batch.completions, self.ranks.local_slice(rows), self.micro_batch_size))
+        yield from ((micro, 1.0) for micro in local)
+        yield from (([rows[0]], 0.0) for _ in range(most - len(local)))
 
     def _policy_loss(
-        self, work: BatchInUse, rows: list[int], tokens: Tensor, *, new: bool
+        self, work: UpdateBatch, rows: list[int], tokens: Tensor, kl_coef: float, *, new: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's share of the optimiser step's token mean; ``new`` if these rows are not repeated."""
+        """Return a micro-batch's share of the token mean over ``tokens``; ``new`` if these rows aren't repeated."""
         config, batch, advantages_BT = self.config, work.batch, work.advantages_BT
         width = advantages_BT.shape[1]
         logprobs_BT, entropy_BT, mask_BT = self.logprobs(self.policy.model, batch.completions, rows, width)
         if self.on_policy and new:
             batch.old_logprobs_BT[rows], batch.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT
+        old_BT = batch.old_logprobs_BT[rows]
+        weights_BT = importance_weights(
+            old_BT,
+            batch.rollout_logprobs_BT[rows],
+            batch.mask_BT[rows],
+            mode=self.correction,
+            low=config.importance_low,
+            high=config.importance_high,
+        )
         loss, stats = policy_loss(
             logprobs_BT,
-            batch.old_logprobs_BT[rows],
+            old_BT,
             advantages_BT[rows],
             mask_BT,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
-            weights_BT=importance_weights(
-                batch.old_logprobs_BT[rows],
-                batch.rollout_logprobs_BT[rows],
-                batch.mask_BT[rows],
-                mode=self.correction,
-                low=config.importance_low,
-                high=config.importance_high,
-            ),
+            weights_BT=weights_BT,
             denominator=tokens,
         )
         if config.estimator_spec.kl_in_loss:
             k2_BT = kl_estimate(logprobs_BT, batch.ref_logprobs_BT[rows], "k2")
-            loss = loss + self.kl_coef * masked_mean(k2_BT, mask_BT, tokens)
-        log_ratio_BT = (logprobs_BT.detach() - batch.old_logprobs_BT[rows]).abs()
+            loss = loss + kl_coef * masked_mean(k2_BT, mask_BT, tokens)
+        log_ratio_BT = (logprobs_BT.detach() - old_BT).abs()
         stats[LARGEST] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
         return loss, stats
 
-    def _critic_loss(self, work: BatchInUse, rows: list[int], tokens: Tensor) -> Tensor:
+    def _critic_loss(self, work: UpdateBatch, rows: list[int], tokens: Tensor) -> Tensor:
         assert self.critic is not None and work.values_BT is not None
         return value_loss(
             self.critic.values(work.batch.completions, rows, work.values_BT.shape[1], self.pad_id),
@@ -245,30 +226,14 @@ class PolicyUpdate:
         )
 
     @torch.no_grad()
-    def _values(self, batch: RolloutBatch) -> Tensor | None:
-        """The critic's values when the batch was sampled."""
-        if self.critic is None:
-            return None
-        values_BT = torch.zeros_like(batch.mask_BT)
-        for rows in micro_batches(batch.completions, range(len(batch.completions)), self.micro_batch_size):
-            values_BT[rows] = self.critic.values(batch.completions, rows, values_BT.shape[1], self.pad_id)
-        return values_BT
+    def _share_results(self, batch: RolloutBatch) -> None:
+        """Give every rank the new weights and the log-probabilities of the rows that the other ranks trained on."""
+        for learner in self.learners.values():
+            learner.refresh()
+        if self.on_policy and self.ranks.count > 1:
+            for partial_BT in (batch.old_logprobs_BT, batch.entropy_BT):
+                partial_BT.copy_(self.ranks.sum(partial_BT))
 
-    def _take_fewer(self, error: torch.OutOfMemoryError) -> None:
-        """Halve the micro-batch and tell; gradients are sums over rows, so the step's result stays what it was."""
-        size = self.micro_batch_size
-        # of several ranks, and with DeepSpeed, a sum over ranks is under way that can't be taken back
-        if size == 1 or self.ranks.count > 1 or self.ranks.uses_deepspeed:
-            cure = "lower max_new_tokens or max_prompt_length" if size == 1 else f"set micro_batch_size to {size // 2}"
-            raise ConfigError(
-                f"Memory ran out while training on {size} completions at a time: {cure}, or use --mixed_precision bf16."
-            ) from error
-        for learner in (self.policy, self.critic):
-            if learner is not None:
-                learner.drop_gradients()
-        self.micro_batch_size = size // 2
-        echo(
-            f"Memory ran out with micro_batch_size {size}; going on with {size // 2}, with the same result. Set "
-            f"micro_batch_size {size // 2} to start like that.",
-            "yellow",
-        )
+    def _drop_gradients(self) -> None:
+        for learner in self.learners.values():
+            learner.drop_gradients()

@@ -28,7 +28,6 @@ from reinforcepp.monitoring.signals import Interrupted, Stop, StopAsked, stop_si
 from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training import checkpoint
 from reinforcepp.training import rng as random_state
-from reinforcepp.training.run_state import better
 from reinforcepp.training.supervised_loop import RunContext, Settings
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class CheckpointedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         place = (self.state.global_step, 0)
-        self.best = better(self.best, self.settings.keep_best, self.last_metrics, checkpoint.name_of(*place))
+        self.best = checkpoint.better(self.best, self.settings.keep_best, self.last_metrics, checkpoint.name_of(*place))
         state = checkpoint.described(self.settings, self.begun.inputs) | {
             "random": self.random,
             "best": self.best,

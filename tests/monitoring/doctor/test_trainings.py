@@ -7,9 +7,6 @@ import pytest
 import scripts
 
 
-pytestmark = pytest.mark.full  # test_rules.py has each rule on recorded metrics
-
-
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     return scripts.result_of("doctor", tmp_path_factory.mktemp("doctor"), "--steps", "8", "--seeds", "5")

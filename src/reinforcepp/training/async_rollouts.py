@@ -1,0 +1,167 @@
+"""Asynchronous rollouts: a thread generates the completions of later steps while the policy is updated.
+
+The result doesn't depend on timing: the completions of step n always come from the weights after step n - ``staleness``, at
+the beginning from the initial weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from reinforcepp.config import ReinforceConfig
+from reinforcepp.models.lora import load_trainable_weights, trainable_weights
+from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.rollout.serialization import as_rows, from_rows
+from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.training.batches import PromptBatches, micro_batches
+from reinforcepp.training.policy_update import PolicyUpdate
+from reinforcepp.training.rollout_scheduler import RolloutScheduler
+from reinforcepp.types import Completion, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PENDING_FILE = "ahead.json"
+
+
+@dataclass(frozen=True)
+class PendingRollout:
+    """Completions of a step, sampled by the policy as it was after ``version`` steps."""
+
+    completions: list[Completion]
+    version: int
+
+
+class AsyncRolloutScheduler(RolloutScheduler):
+    """Generates ``staleness`` steps ahead, with copies of the policy's weights.
+
+    Args:
+        config: the run's settings.
+        engine: generates the completions.
+        update: owns the policy; scores completions under the weights that sampled them.
+        tokenizer: the policy's tokenizer.
+        batches: the prompts of each step.
+        num_steps: steps of the run.
+    """
+
+    def __init__(
+        self,
+        config: ReinforceConfig,
+        engine: RolloutEngine,
+        update: PolicyUpdate,
+        tokenizer: PreTrainedTokenizerBase,
+        batches: PromptBatches,
+        num_steps: int,
+    ) -> None:
+        super().__init__(config, engine, update.policy.plain, tokenizer, batches, update.ranks)
+        self._update = update
+        self._num_steps = num_steps
+        self._copies = [copy_for_sampling(self.policy) for _ in range(config.staleness)]
+        self._thread = ThreadPoolExecutor(1, "rollout")
+        self._jobs: dict[int, Future[PendingRollout]] = {}
+
+    def next(self, step: int) -> list[Completion]:
+        """Return this rank's completions of a step, and start generating those of a later step."""
+        return self.ranks.run_or_raise_all(lambda: self._take(step))
+
+    def _take(self, step: int) -> list[Completion]:
+        ahead = self.config.staleness
+        for later in range(step, step + ahead):  # under way already, except in the first step
+            self._start(later, step)
+        completions = self._jobs[step].result().completions
+        self._jobs = {later: job for later, job in self._jobs.items() if later >= step}
+        self._start(step + ahead, step)
+        return completions
+
+    def sync(self, step: int) -> None:
+        """Do nothing: each rollout loads the weights that it samples from."""
+
+    def staleness(self, step: int) -> dict[str, float]:
+        """Return the metric ``staleness`` of a step: the age of the weights that sampled it, in steps."""
+        job = self._jobs.get(step)
+        return {"staleness": float(step - job.result().version)} if job is not None else {}
+
+    def use_current_weights(self) -> None:
+        """Wait for pending rollouts, then load the policy's current weights."""
+        wait(self._jobs.values())
+        self.engine.load_weights(self.policy)
+
+    def close(self) -> None:
+        """Stop pending rollouts and drop their completions."""
+        self._thread.shutdown(cancel_futures=True)
+        self._thread, self._jobs = ThreadPoolExecutor(1, "rollout"), {}
+
+    # --- checkpoints ---
+
+    def pending(self, step: int) -> dict[str, object]:
+        """Return the completions generated for ``step`` and later on all ranks, as JSON; every rank must call this."""
+        jobs = {later: job for later, job in self._jobs.items() if later >= step}
+        local = {later: job.result() for later, job in jobs.items() if job.exception() is None}  # waits for each job
+        parts = self.ranks.gather(local)
+        return {
+            str(later): {
+                "version": pending.version,
+                "completions": as_rows([c for part in parts for c in part[later].completions]),
+            }
+            for later, pending in local.items()
+            if all(later in part for part in parts)
+        }
+
+    def restore(self, checkpoint: Path) -> None:
+        """Resume with the completions that a checkpoint holds, and no others."""
+        wait(self._jobs.values())
+        self._jobs = {}
+        path = checkpoint / PENDING_FILE
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for step, rollout in ((int(name), rollout) for name, rollout in saved.items()):
+            local = {prompt.key for prompt in self._local_prompts(step)}
+            completions = from_rows(rollout["completions"], self.batches.at(step))
+            kept = [c for c in completions if c.prompt.key in local]
+            self._jobs[step] = Future()
+            self._jobs[step].set_result(PendingRollout(kept, rollout["version"]))
+
+    # --- inside ---
+
+    def _start(self, step: int, version: int) -> None:
+        """Start sampling ``step`` with the policy as it is after ``version`` steps, unless it is under way."""
+        if step in self._jobs or step >= self._num_steps:
+            return
+        model = self._copies[step % len(self._copies)]  # the step that used this copy is finished
+        load_trainable_weights(model, trainable_weights(self.policy))
+        self._jobs[step] = self._thread.submit(self._sample, model, self._local_prompts(step), step, version)
+
+    def _sample(self, model: PreTrainedModel, prompts: Sequence[Prompt], step: int, version: int) -> PendingRollout:
+        """In the thread: generate with ``model`` and score with it, because later no model has these weights."""
+        engine = self.engine
+        if isinstance(engine, TransformersEngine):
+            engine = TransformersEngine(model, self.tokenizer, engine.batch_size)
+        else:
+            self._load_weights(model, version)
+        return PendingRollout(self._with_logprobs(model, self._generate(engine, prompts, step)), version)
+
+    @torch.no_grad()
+    def _with_logprobs(self, model: PreTrainedModel, completions: list[Completion]) -> list[Completion]:
+        width = max((len(c.ids) for c in completions), default=0)
+        scored = list(completions)
+        for rows in micro_batches(completions, range(len(completions)), self._update.micro_batch_size):
+            logprobs_BT, entropy_BT, _ = self._update.logprobs(model, completions, rows, width)
+            for row, logprobs, entropy in zip(rows, logprobs_BT.tolist(), entropy_BT.tolist(), strict=True):
+                tokens = slice(len(completions[row].ids))
+                scored[row] = replace(
+                    completions[row], old_logprobs=tuple(logprobs[tokens]), entropy=tuple(entropy[tokens])
+                )
+        return scored
+
+
+def copy_for_sampling(policy: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy that generates while the policy is updated; frozen weights are shared with the policy."""
+    shared = {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False)

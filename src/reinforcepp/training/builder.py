@@ -1,0 +1,212 @@
+"""Assemble the parts of a policy training from settings, models, data and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reinforcepp.algorithm.losses import Correction
+from reinforcepp.config import ReinforceConfig
+from reinforcepp.data import prompt_rows
+from reinforcepp.distributed.rank_zero import RankZero
+from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
+from reinforcepp.errors import DataError
+from reinforcepp.models.chat_template import with_chat_template
+from reinforcepp.models.loading import check_context, load_config, tokenizer_for, weight_bytes
+from reinforcepp.models.lora import make_reference, with_adapter
+from reinforcepp.models.precision import cast_parameters, compute_dtype
+from reinforcepp.monitoring import echo, note_event
+from reinforcepp.rewards.functions import RewardFunction
+from reinforcepp.rewards.sources import RewardSum, load_rewards
+from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.rollout.ray.reward_pool import for_a_pool, pooled
+from reinforcepp.rollout.selection import choose_engine
+from reinforcepp.rollout.shared_engine import start_for_all
+from reinforcepp.run_dir import check_output, check_unchanged
+from reinforcepp.training import checkpoint
+from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
+from reinforcepp.training.batches import PromptBatches
+from reinforcepp.training.critic import Critic
+from reinforcepp.training.guardrails import Guardrails
+from reinforcepp.training.learner import Learner
+from reinforcepp.training.policy_run import PolicyRun, fingerprints
+from reinforcepp.training.policy_update import PolicyUpdate
+from reinforcepp.training.rollout_scheduler import RolloutScheduler
+from reinforcepp.training.run_guard import Heartbeat, RunGuard
+from reinforcepp.training.setup import encode, start_policy, warn_of_bias
+from reinforcepp.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """The parts of a policy training; each resource has one owner.
+
+    ``rollouts`` own the engine, ``update`` owns policy, critic and optimizers, ``run`` owns files and state, and ``guard``
+    surrounds the loop.
+    """
+
+    folder: Path
+    ranks: Ranks
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    num_steps: int
+    rewards: RewardSum
+    judge: RewardSum | None
+    reference: PreTrainedModel
+    update: PolicyUpdate
+    rollouts: RolloutScheduler
+    run: PolicyRun
+    guard: RunGuard
+
+
+def build(
+    model: str | PreTrainedModel,
+    reward_funcs: str | RewardFunction | Sequence[str | RewardFunction],
+    config: ReinforceConfig,
+    train_dataset: Iterable[Any] | None,
+    eval_dataset: Iterable[Any] | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    engine: RolloutEngine | None,
+    judge: str | RewardFunction | None,
+    reward_weights: Sequence[float] | None,
+) -> TrainingParts:
+    """Check everything that can be checked first, then load the models; the arguments are those of the trainer.
+
+    Raises:
+        ReinforceError: settings, data or models don't fit together.
+    """
+    folder, resumed = open_folder(model, config)
+    model_config = load_config(model) if isinstance(model, str) else model.config
+    check_context(model_config, config.max_prompt_length, config.max_new_tokens)
+    dtype = compute_dtype(config)
+    rollout = "transformers" if config.load_in_4bit else config.rollout
+    choice = choose_engine(rollout, model_config, dtype) if engine is None else None
+    tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
+    warn_of_bias(config)
+    prompts, eval_prompts = load_prompts(tokenizer, train_dataset, eval_dataset, config)
+    batches = PromptBatches(prompts, config.batch_size, config.seed)
+    num_steps = config.max_steps or batches.steps_per_epoch * config.num_train_epochs
+    rewards = load_rewards(reward_funcs, config, reward_weights)
+    judge_sum = load_rewards(judge) if judge is not None else None
+
+    ranks = Ranks(config.report_to, folder)
+    place_reward_models(rewards, judge_sum, config, ranks)
+    learner, critic = start_learners(model, config, ranks, updates=num_steps * config.updates_per_step)
+    reference = make_reference(learner.plain)
+    inputs = fingerprints(reference, [prompts, eval_prompts], rewards)
+    if resumed is not None:
+        check_unchanged(resumed.state["inputs"], inputs, config.allowed_changes)
+    if choice is not None:
+        if config.rollout == "auto":
+            echo(f"Completions come from {choice.name}: {choice.reason}.")
+        reserved = config.reward_workers * len(rewards.trained)
+        engine = start_for_all(choice, learner.plain, tokenizer, config, ranks, reserved, folder)
+    assert engine is not None
+    if config.reward_workers:
+        rewards = pooled(rewards, engine, config.reward_workers, RankZero(ranks, config.watchdog_seconds))
+
+    heartbeat = Heartbeat(folder, config.watchdog_seconds, ranks)
+    guardrails = Guardrails(config, partial(note_event, folder))
+    correction, on_policy = sampling_gap(config, engine)
+    update = PolicyUpdate(
+        config,
+        ranks,
+        learner,
+        critic,
+        pad_id=int(tokenizer.pad_token_id),
+        correction=correction,
+        on_policy=on_policy,
+        guardrails=guardrails,
+        heartbeat=heartbeat,
+    )
+    rollouts = (
+        AsyncRolloutScheduler(config, engine, update, tokenizer, batches, num_steps)
+        if config.staleness
+        else RolloutScheduler(config, engine, learner.plain, tokenizer, batches, ranks)
+    )
+    run = PolicyRun(folder, update, rollouts, tokenizer, inputs, resumed)
+    guard = RunGuard(run, guardrails, heartbeat, num_steps)
+    return TrainingParts(
+        folder=folder,
+        ranks=ranks,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        num_steps=num_steps,
+        rewards=rewards,
+        judge=judge_sum,
+        reference=reference,
+        update=update,
+        rollouts=rollouts,
+        run=run,
+        guard=guard,
+    )
+
+
+def open_folder(model: str | PreTrainedModel, config: ReinforceConfig) -> tuple[Path, checkpoint.Checkpoint | None]:
+    """Check the output directory and join the other ranks; return the directory and the checkpoint to resume from."""
+    # Each checkpoint holds the weights and AdamW's two moments, also of a critic; the trained model is one more copy.
+    copies = (6 if config.estimator_spec.uses_critic else 3) * config.checkpoints_at_most + 1
+    needed = copies * weight_bytes(model) if isinstance(model, str) and not config.use_peft else 0
+    init_process_group(config.watchdog_seconds)
+    folder = check_output(config.output_dir, overwrite=config.overwrite, resume=config.resume, needed_bytes=needed)
+    check_trackers(config.report_to)
+    return folder, checkpoint.chosen(folder, config)
+
+
+def load_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Iterable[Any] | None,
+    eval_dataset: Iterable[Any] | None,
+    config: ReinforceConfig,
+) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Return the training and held-out prompts.
+
+    Raises:
+        DataError: there is no training prompt.
+    """
+    train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")
+    prompts = encode(tokenizer, train_rows, "training", config)
+    if not prompts:
+        raise DataError("train_dataset is empty: give at least one row with a prompt.")
+    return prompts, encode(tokenizer, eval_rows, "held-out", config)
+
+
+def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: ReinforceConfig, ranks: Ranks) -> None:
+    """Move the trained reward models to this rank's device, except those that reward workers will hold."""
+    dtype = compute_dtype(config)
+    in_workers = for_a_pool(rewards, config.reward_workers)
+    for reward in [*rewards.trained, *(judge.trained if judge else ())]:
+        if dtype != torch.float32:
+            cast_parameters(reward.model, dtype)
+        if reward not in in_workers:
+            reward.model.to(ranks.device)
+
+
+def start_learners(
+    model: str | PreTrainedModel, config: ReinforceConfig, ranks: Ranks, *, updates: int
+) -> tuple[Learner, Critic | None]:
+    """Return the policy and, for the estimator ppo, its critic, each with an optimizer for ``updates`` steps."""
+    policy = start_policy(model, config)
+    critic = Critic(policy, ranks, config, steps=updates) if config.estimator_spec.uses_critic else None
+    if config.use_peft:
+        policy = with_adapter(policy, config, seed=config.seed)
+    return Learner(policy, ranks, config, learning_rate=config.learning_rate, steps=updates), critic
+
+
+def sampling_gap(config: ReinforceConfig, engine: RolloutEngine) -> tuple[Correction, bool]:
+    """Return how the engine's log-probabilities are corrected, and whether each batch is exactly on policy."""
+    same_forward, ahead = engine.shares_trainer_forward, config.staleness > 0
+    on_policy = same_forward and not ahead and config.learns_as_sampled and config.updates_per_step == 1
+    if config.importance_correction != "auto":
+        return config.importance_correction, on_policy
+    return "tis" if ahead or not same_forward else "off", on_policy
