@@ -412,7 +412,7 @@ def make_language_model() -> None:
 
 
 BAD_REWARDS = {
-    "absent": (lambda: shutil.rmtree("reward"), ["no reward model folder reward", "reinforcepp reward"]),
+    "absent": (lambda: shutil.rmtree("reward"), ["reward model folder not found", "reinforcepp reward"]),
     "no card": (
         lambda: Path("reward/reward_model.json").unlink(),
         ["reward", "not a reward model", "reward_model.json"],
@@ -420,8 +420,8 @@ BAD_REWARDS = {
     "damaged card": (lambda: Path("reward/reward_model.json").write_text("{}"), ["reward_model.json", "damaged"]),
     "no model": (lambda: Path("reward/config.json").unlink(), ["reward", "config.json"]),
     "no weights": (lambda: Path("reward/model.safetensors").unlink(), ["reward", "no safetensors weights"]),
-    "headless": (behead, ["reward", "no scoring head", "score.weight"]),
-    "a language model": (make_language_model, ["reward", "no scoring head", "language model"]),
+    "headless": (behead, ["reward", "no score head", "score.weight"]),
+    "a language model": (make_language_model, ["reward", "no score head", "language model"]),
     "another shape": (reshape_head, ["reward", "[2, 64]", "[1, 64]", "train the reward model again"]),
 }
 

@@ -267,7 +267,7 @@ def test_trainings_end_with_the_same_weights(tmp_path, model_folder, capsys):
     path = write(tmp_path / "a.jsonl", [*ROWS, *BAD, ROWS[0] | {"prompt": "Too long? " * 30}])
     reward = ["--model", model_folder, "--num_train_epochs", 1, "--max_length", 90]
     first = run("reward", tmp_path / "rm", path, *reward)
-    assert "Left out 1 training pairs longer than 90 tokens (rows 19)" in capsys.readouterr().err
+    assert "Skipped 1 training pairs longer than 90 tokens (rows 19)" in capsys.readouterr().err
     assert same(first, run("reward", tmp_path / "rm2", path, *reward, "--streaming"))
     cards = [json.loads((tmp_path / name / "reward_model.json").read_text()) for name in ("rm", "rm2")]
     for card in cards:
@@ -296,7 +296,7 @@ def test_a_resumed_run_knows_its_data_again(tmp_path, model_folder, capsys, monk
 
 
 def test_figures_of_many_pairs_are_those_of_some(tmp_path, model_folder, monkeypatch, capsys):
-    monkeypatch.setattr("reinforcepp.training.supervised_loop.MAX_MEASURED_ROWS", 2)
+    monkeypatch.setattr("reinforcepp.training.supervised_setup.MAX_MEASURED_ROWS", 2)
     run("reward", tmp_path / "rm", write(tmp_path / "a.jsonl", ROWS), "--model", model_folder, "--streaming")
     assert "Figures are those of 2 of 10 rows, evenly spread." in capsys.readouterr().err
     card = json.loads((tmp_path / "rm" / "reward_model.json").read_text())

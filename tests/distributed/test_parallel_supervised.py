@@ -1,4 +1,4 @@
-"""Reward models and warm-ups by several processes, in real processes: as by one, told once, stopped and gone on together."""
+"""Reward model training and SFT on several ranks: same result as on one, one report, and stopping and resuming together."""
 
 import csv
 import json
@@ -15,66 +15,66 @@ from reinforcepp.rewards.card import read_card
 TRAININGS = """
 import json, os, signal, sys
 from pathlib import Path
-from reinforcepp.training import resumable, reward_trainer, sft_trainer
 from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.runtime import started
+from reinforcepp.training import reward_trainer, sft_trainer, supervised_loop
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.training.sft_trainer import train_language_model
 
 folder = Path(sys.argv[1])
-usual = {"model": str(folder / "model"), "batch_size": 6, "num_train_epochs": 2, "learning_rate": 1e-3}
-told = {}
+common = {"model": str(folder / "model"), "batch_size": 6, "num_train_epochs": 2, "learning_rate": 1e-3}
+results = {}
 
 def trained(kind, name, rows="even", **settings):
     config_class, train = {"reward": (RewardModelConfig, train_reward_model), "sft": (SftConfig, train_language_model)}[kind]
     given = {"data": str(folder / f"{rows}.csv"), "heldout_fraction": 0.2, "micro_batch_size": 3, "save_every": 0}
-    return train(config_class(**usual | given | settings, output_dir=str(folder / f"{name}-{started()}")))
+    return train(config_class(**common | given | settings, output_dir=str(folder / f"{name}-{started()}")))
 
-def stop_after_three(keeper, args, state, control, **named):
+def stop_after_three(callback, args, state, control, **named):
     if state.global_step == 3 and os.environ.get("RANK", "0") == str(started() - 1):
-        os.kill(os.getpid(), signal.SIGTERM)  # of which the others know nothing
-    return as_ever(keeper, args, state, control, **named)
+        os.kill(os.getpid(), signal.SIGTERM)  # on one rank only
+    return original(callback, args, state, control, **named)
 
-told["saved"] = []
+results["saved"] = []
 for trainer in (reward_trainer, sft_trainer):
-    def save_and_tell(*given, save=trainer.save_model):
-        told["saved"].append(str(given[-1].name))
+    def save_and_record(*given, save=trainer.save_model):
+        results["saved"].append(str(given[-1].name))
         save(*given)
-    trainer.save_model = save_and_tell
+    trainer.save_model = save_and_record
 write_page = reward_trainer.write_page
-reward_trainer.write_page = lambda *given: told["saved"].append("page") or write_page(*given)
+reward_trainer.write_page = lambda *given: results["saved"].append("page") or write_page(*given)
 
 card = trained("reward", "reward")
-told["pairs"] = [card.train_pairs, card.heldout_pairs, card.train_accuracy]
+results["pairs"] = [card.train_pairs, card.heldout_pairs, card.train_accuracy]
 figures = trained("sft", "sft")
-told["losses"] = [figures["before"].loss, figures["after"].loss]
+results["losses"] = [figures["before"].loss, figures["after"].loss]
 trained("reward", "uneven", "uneven", num_train_epochs=1, keep_best="accuracy", save_every=2)
 if started() == 2:
-    as_ever, resumable.TrainingCallback.on_step_end = resumable.TrainingCallback.on_step_end, stop_after_three
+    original, supervised_loop.TrainingCallback.on_step_end = supervised_loop.TrainingCallback.on_step_end, stop_after_three
     try:
         trained("reward", "stopped")
     except Interrupted as stop:
-        told["stopped"] = str(stop)
-    resumable.TrainingCallback.on_step_end = as_ever
+        results["stopped"] = str(stop)
+    supervised_loop.TrainingCallback.on_step_end = original
     trained("reward", "stopped", resume=True)
 else:
-    trained("reward", "gone on", resume=str(folder / "stopped-2/checkpoints/step-000003"))
+    trained("reward", "resumed", resume=str(folder / "stopped-2/checkpoints/step-000003"))
 if started() > 1:
     try:
         trained("sft", "refused", batch_size=7, micro_batch_size=7)
     except ConfigError as error:
-        told["refused"] = str(error)
-(folder / f"told-{started()}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(told))
+        results["refused"] = str(error)
+(folder / f"results-{started()}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of what one, two and three processes trained; and what was printed by each number of them."""
+    """The folder of the runs on one, two and three ranks, and the output by number of ranks."""
     folder = tmp_path_factory.mktemp("together")
-    tiny.save(folder / "model", "llama")  # without dropout, and without weights whose gradient is rounding
+    tiny.save(folder / "model", "llama")  # no dropout, and no weights whose gradient is only rounding error
     (folder / "trainings.py").write_text(TRAININGS)
     for name, number in (("even", 30), ("uneven", 31)):
         dice = random.Random(0)
@@ -85,20 +85,20 @@ def runs(tmp_path_factory):
             ]
             csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
     printed = {}
-    for processes in (2, 1, 3):  # the others go on from what two have left
+    for processes in (2, 1, 3):  # one and three ranks resume from the checkpoint of two
         done = scripts.launched(processes, folder / "trainings.py", folder)
         assert done.returncode == 0, done.stderr
         printed[processes] = done.stderr
     return folder, printed
 
 
-def told(folder, processes):
-    return [json.loads((folder / f"told-{processes}-{rank}.json").read_text()) for rank in range(processes)]
+def results_of(folder, processes):
+    return [json.loads((folder / f"results-{processes}-{rank}.json").read_text()) for rank in range(processes)]
 
 
 @pytest.mark.parametrize("kind", ["reward", "sft"])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_trains_alike(runs, kind, processes):
+def test_any_number_of_ranks_trains_the_same_model(runs, kind, processes):
     folder, _ = runs
     one, several = (load_file(folder / f"{kind}-{n}" / "model.safetensors") for n in (1, processes))
     begin = load_file(folder / "model/model.safetensors")
@@ -112,68 +112,64 @@ def test_any_number_of_processes_trains_alike(runs, kind, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_all_processes_are_given_what_the_first_one_measured(runs, processes):
+def test_all_ranks_get_the_metrics_of_rank_0(runs, processes):
     folder, _ = runs
-    (alone,) = told(folder, 1)
-    several = told(folder, processes)
+    (alone,) = results_of(folder, 1)
+    several = results_of(folder, processes)
     assert several[0]["pairs"] == alone["pairs"] and alone["pairs"][:2] == [24, 6]
     assert several[0]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-    assert all(own["pairs"] == several[0]["pairs"] and own["losses"] == several[0]["losses"] for own in several)
+    assert all(rank["pairs"] == several[0]["pairs"] and rank["losses"] == several[0]["losses"] for rank in several)
     assert read_card(folder / f"reward-{processes}").train_pairs == 24
-    assert several[0]["saved"][:2] == ["page", f"sft-{processes}"] and not any(own["saved"] for own in several[1:])
+    assert several[0]["saved"][:2] == ["page", f"sft-{processes}"] and not any(rank["saved"] for rank in several[1:])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_rows_that_do_not_divide_make_no_more_steps(runs, processes):
+def test_rows_that_do_not_divide_evenly_add_no_step(runs, processes):
     folder, _ = runs
     log = read_metrics(folder / f"uneven-{processes}")
     assert len(log) == 5 and all(step["loss"] > 0 for step in log)
     assert len(list((folder / f"uneven-{processes}/checkpoints").iterdir())) == 2
 
 
-def test_one_that_is_told_to_stop_stops_all_and_they_go_on(runs):
+def test_a_signal_on_one_rank_stops_all_and_they_resume(runs):
     folder, printed = runs
-    assert [own["stopped"] for own in told(folder, 2)] == ["after step 3 of 8"] * 2
+    assert [rank["stopped"] for rank in results_of(folder, 2)] == ["after step 3 of 8"] * 2
     one, stopped = (load_file(folder / f"{name}-2" / "model.safetensors") for name in ("reward", "stopped"))
     assert max(float((one[name] - stopped[name]).abs().max()) for name in one) <= 1e-6
     assert [step["step"] for step in read_metrics(folder / "stopped-2")] == list(range(1, 9))
-    assert "Going on after step 3 of 8" in printed[2]
+    assert "Resuming after step 3 of 8" in printed[2]
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_another_number_of_processes_goes_on(runs, processes):
+def test_another_number_of_ranks_can_resume(runs, processes):
     folder, _ = runs
-    one, other = (load_file(folder / name / "model.safetensors") for name in ("reward-1", f"gone on-{processes}"))
+    one, other = (load_file(folder / name / "model.safetensors") for name in ("reward-1", f"resumed-{processes}"))
     assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-5
-    steps = [step["step"] for step in read_metrics(folder / f"gone on-{processes}")]
+    steps = [step["step"] for step in read_metrics(folder / f"resumed-{processes}")]
     assert steps == list(range(1, 9))
 
 
-@pytest.mark.parametrize(("processes", "fitting"), [(2, 8), (3, 6)])
-def test_a_batch_that_they_can_not_share_is_refused(runs, processes, fitting):
+@pytest.mark.parametrize(("processes", "divisible"), [(2, 8), (3, 6)])
+def test_a_batch_size_that_ranks_cannot_share_raises(runs, processes, divisible):
     folder, _ = runs
-    for own in told(folder, processes):
-        assert (
-            f"{processes} processes: give a batch_size that they can share evenly, such as {fitting}" in own["refused"]
-        )
+    for rank in results_of(folder, processes):
+        assert f"over {processes} processes" in rank["refused"] and f"batch_size to {divisible}" in rank["refused"]
     assert not (folder / f"refused-{processes}").exists()
 
 
-def test_it_is_told_once(runs):
+def test_messages_are_printed_once(runs):
     _, printed = runs
     for text in printed.values():
-        assert text.count("Saved the model to") == 1 and text.count("reward model 8/8") >= 1
+        assert text.count("Saved model to") == 1 and text.count("reward model 8/8") >= 1
         assert "Traceback" not in text and "Warning" not in text, text
 
 
-def test_shards_are_refused_in_one_sentence(tmp_path, model_folder, pairs_csv):
+def test_sharding_raises_a_short_error(tmp_path, model_folder, pairs_csv):
     named = {"--mode": "train_reward", "--model_name": model_folder, "--data_path": pairs_csv}
     words = [word for pair in named.items() for word in pair]
     done = scripts.launched(
         2, scripts.ROOT / "reinforce_cli.py", *words, "--reward_model_path", tmp_path / "run", **scripts.FSDP2
     )
     assert done.returncode != 0
-    assert (
-        done.stderr.count("error: A reward model is trained whole on each process: leave FSDP and DeepSpeed out") == 1
-    )
+    assert done.stderr.count("error: FSDP and DeepSpeed: reward model training keeps the whole model on each rank") == 1
     assert not (tmp_path / "run").exists()

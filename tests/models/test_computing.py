@@ -190,11 +190,11 @@ def test_the_loss_scale_is_resumed(base, tmp_path):
     ids=" ".join,
 )
 def test_reward_models_take_the_same_settings(base, pairs_csv, tmp_path, settings, monkeypatch):
-    from reinforcepp.training import resumable
+    from reinforcepp.training import supervised_loop
 
     seen = []
-    made = resumable.RewardConfig
-    monkeypatch.setattr(resumable, "RewardConfig", lambda **named: seen.append(named) or made(**named))
+    made = supervised_loop.RewardConfig
+    monkeypatch.setattr(supervised_loop, "RewardConfig", lambda **named: seen.append(named) or made(**named))
     arguments = ["--model", base, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--num_train_epochs", "1"]
     assert main(["reward", *map(str, arguments), *settings]) == 0
     loaded = load_reward_model(str(tmp_path / "rm"))
@@ -207,4 +207,4 @@ def test_reward_models_take_the_same_settings(base, pairs_csv, tmp_path, setting
 def test_a_reward_model_in_float16_needs_a_gpu(base, pairs_csv, tmp_path, capsys):
     arguments = ["--model", base, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--mixed_precision", "fp16"]
     assert main(["reward", *map(str, arguments)]) == 2
-    assert "fp16 needs a GPU when a reward model is trained: use bf16" in capsys.readouterr().err
+    assert "fp16 needs a GPU for reward model training" in capsys.readouterr().err

@@ -348,7 +348,7 @@ def test_scores_merged_equal_those_of_the_adapter(bases, tmp_path):
 
 def test_an_adapter_without_a_head_is_no_reward_model(bases, tmp_path):
     save_model(adapted(bases["llama"]), load_tokenizer(bases["llama"]), tmp_path)
-    with pytest.raises(ModelError, match="holds no scoring head"):
+    with pytest.raises(ModelError, match="no score head"):
         load_reward_weights(tmp_path)
 
 

@@ -24,7 +24,7 @@ def test_plain_frame_and_its_completion(tokenizer):
 def test_an_answer_ends_with_one_eos_unless_it_was_cut_off(tokenizer):
     eos = tokenizer.eos_token_id
     ended = tokens.encode_example(tokenizer, "Why?", "Because.")
-    cut = tokens.encode_example(tokenizer, "Why?", "Because.", ended=False)
+    cut = tokens.encode_example(tokenizer, "Why?", "Because.", finished=False)
     assert ended == [*cut, eos] and eos not in cut
 
 

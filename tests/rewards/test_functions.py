@@ -1,4 +1,4 @@
-"""Reward functions in TRL's signature: what they are given and what they may return."""
+"""Reward functions in TRL's signature: arguments and return values."""
 
 import asyncio
 import csv
@@ -26,7 +26,7 @@ def topic(completions, prompts, topic):
     return [float(t == "x") for t in topic]
 
 
-def test_scores_are_added_up_and_kept_apart():
+def test_scores_are_summed_and_kept_by_function():
     scores = score_with([length, topic], COMPLETIONS)
     assert scores.total == [3.0, 1.0]
     assert scores.by_function == {"length": [2.0, 1.0], "topic": [1.0, 0.0]}
@@ -49,7 +49,7 @@ def test_columns_are_aligned_with_completions():
     }
 
 
-def test_two_functions_of_one_name_are_both_counted():
+def test_functions_of_the_same_name_both_count():
     assert score_with([length, length], COMPLETIONS).total == [4.0, 2.0]
 
 
@@ -59,11 +59,11 @@ def test_two_functions_of_one_name_are_both_counted():
         ([1.0], ConfigError, "1 scores for 2 completions"),
         (None, ConfigError, "list of numbers"),
         (["high", "low"], ConfigError, "list of numbers"),
-        ([1.0, float("nan")], TrainingDiverged, "gave nan"),
-        ([float("inf"), 1.0], TrainingDiverged, "gave inf"),
+        ([1.0, float("nan")], TrainingDiverged, "returned nan"),
+        ([float("inf"), 1.0], TrainingDiverged, "returned inf"),
     ],
 )
-def test_anything_else_is_an_error_that_names_the_function(returned, error, message):
+def test_unusable_scores_raise_with_the_functions_name(returned, error, message):
     def wrong(prompts, completions):
         return returned
 
@@ -71,7 +71,7 @@ def test_anything_else_is_an_error_that_names_the_function(returned, error, mess
         score_with([wrong], COMPLETIONS)
 
 
-def test_the_gold_judge_is_a_reward_by_its_name():
+def test_the_gold_judge_is_available_by_name():
     (judge,) = load_rewards("builtin:judge").functions
     (row,) = load_prompts("builtin:network", heldout_fraction=0, seed=0)[2][:1]
     assert judge([row.prompt] * 2, ["", "Buy a new router."]) == [0.0, 0.0] and function_name(judge) == "judge"
@@ -86,18 +86,18 @@ def test_the_gold_judge_is_a_reward_by_its_name():
 # --- not scored -------------------------------------------------------------------------------------------------------
 
 
-def test_none_is_not_scored_and_the_other_functions_still_count():
+def test_none_means_not_scored_and_other_functions_still_count():
     scores = score_with([lambda completions: [None, 2.0], length], COMPLETIONS, [10.0, 1.0])
     assert scores.total == [2.0, 21.0] and scores.known == [2.0, 21.0]
     assert scores.by_function == {"<lambda>": [None, 2.0], "length": [2.0, 1.0]}
 
 
-def test_what_no_function_scores_has_no_sum_and_pays_no_penalty():
+def test_an_unscored_completion_has_no_total_and_no_penalty():
     scores = score_with([lambda completions: [1.0, None]], COMPLETIONS, truncation_penalty=5.0)
     assert scores.total == [1.0, None] and scores.known == [1.0]
 
 
-def test_only_what_was_cut_off_pays_the_penalty():
+def test_only_truncated_completions_pay_the_penalty():
     assert score_with([length], COMPLETIONS, [2.0], truncation_penalty=0.5).total == [4.0, 1.5]
 
 
@@ -114,18 +114,18 @@ def kept(completions, totals, **settings):
     return [c.text for c in rest], scores.total
 
 
-def test_what_is_not_scored_is_taken_out():
+def test_unscored_completions_are_dropped():
     assert kept(of_prompts(0, 1, 2), [1.0, None, 0.0], grouped=False) == (["0", "2"], [1.0, 0.0])
     assert kept(of_prompts(0, 0), [1.0, 2.0], grouped=True) == (["0", "1"], [1.0, 2.0])
 
 
-def test_what_is_left_alone_goes_where_samples_are_compared():
+def test_a_prompts_only_scored_sample_is_dropped_if_samples_are_compared():
     rows, totals = of_prompts(0, 0, 0, 1, 1, 2, 2), [1.0, None, 2.0, None, 3.0, 4.0, 5.0]
     assert kept(rows, totals, grouped=True) == (["0", "2", "5", "6"], [1.0, 2.0, 4.0, 5.0])
     assert kept(rows, totals, grouped=False)[1] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
-def test_nothing_may_be_left_of_one_process_share():
+def test_a_rank_can_end_up_without_completions():
     for totals, grouped in (([None, None], False), ([None, 1.0], True)):
         assert kept(of_prompts(0, 0), totals, grouped=grouped) == ([], [])
     assert kept([], [], grouped=True) == ([], [])
@@ -134,7 +134,7 @@ def test_nothing_may_be_left_of_one_process_share():
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_functions_of_one_name_are_logged_each_on_its_own():
+def test_functions_of_the_same_name_are_logged_separately():
     def length_1(completions):
         return [0.0, 0.0]
 
@@ -142,43 +142,41 @@ def test_functions_of_one_name_are_logged_each_on_its_own():
     assert list(score_with([length, length], COMPLETIONS).by_function) == ["length", "length_1"]
 
 
-# --- what goes wrong in them ------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------
 
 
-def test_an_exception_becomes_one_sentence_with_name_and_place():
+def test_an_exception_becomes_one_line_with_name_and_line_number():
     def broken(completions):
         return [1 / 0 for _ in completions]
 
     with pytest.raises(
-        RewardError, match=r"function broken failed \(.*test_functions\.py, line \d+\): ZeroDivision"
-    ) as told:
+        RewardError, match=r"function broken: failed \(.*test_functions\.py, line \d+\): ZeroDivision"
+    ) as caught:
         score_with([broken], COMPLETIONS)
-    assert isinstance(told.value.__cause__, ZeroDivisionError) and "\n" not in str(told.value)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) and "\n" not in str(caught.value)
 
 
-def test_errors_of_ours_stay_what_they_are():
-    def ours(completions):
-        raise ConfigError("mend it")
+def test_package_errors_pass_through():
+    def invalid(completions):
+        raise ConfigError("fix it")
 
-    with pytest.raises(ConfigError, match=r"^mend it$"):
-        score_with([ours], COMPLETIONS)
+    with pytest.raises(ConfigError, match=r"^fix it$"):
+        score_with([invalid], COMPLETIONS)
 
 
-def test_a_column_that_isnt_there_is_named():
+def test_a_missing_column_is_named():
     def graded(completions, topics):
         return [0.0, 0.0]
 
-    with pytest.raises(
-        ConfigError, match=r"graded wants 'topics', which the data has no column for.*Did you mean 'topic'"
-    ):
+    with pytest.raises(ConfigError, match=r"graded.*'topics' matches no column.*Did you mean 'topic'"):
         score_with([graded], COMPLETIONS)
 
 
-def test_a_function_gets_only_what_it_names():
-    def little(completions, topic="none"):
+def test_a_function_gets_only_the_arguments_it_names():
+    def named(completions, topic="none"):
         return [float(t == "y") for t in topic]
 
-    assert score_with([little], COMPLETIONS).total == [0.0, 1.0]
+    assert score_with([named], COMPLETIONS).total == [0.0, 1.0]
 
 
 # --- async ------------------------------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def test_async_functions_run_at_the_same_time_in_one_loop():
         loops.add(asyncio.get_running_loop())
         gate.append(asyncio.Event())
         order.append("first waits")
-        await asyncio.wait_for(gate[0].wait(), 30)  # only the other can let it go on
+        await asyncio.wait_for(gate[0].wait(), 30)  # only the other function can set it
         return [1.0, None]
 
     class Second:
@@ -200,16 +198,16 @@ def test_async_functions_run_at_the_same_time_in_one_loop():
             loops.add(asyncio.get_running_loop())
             while not gate:
                 await asyncio.sleep(0)
-            order.append("second goes on")
+            order.append("second runs")
             gate[0].set()
             return [10.0, 20.0]
 
     scores = score_with([first, length, Second()], COMPLETIONS)
-    assert scores.total == [13.0, 21.0] and len(loops) == 1 and order == ["first waits", "second goes on"]
+    assert scores.total == [13.0, 21.0] and len(loops) == 1 and order == ["first waits", "second runs"]
     assert list(scores.by_function) == ["first", "length", "Second"]
 
 
-def test_async_functions_work_within_a_loop_that_runs():
+def test_async_functions_work_within_a_running_loop():
     async def slow(completions):
         await asyncio.sleep(0)
         return [1.0, 2.0]
@@ -217,35 +215,35 @@ def test_async_functions_work_within_a_loop_that_runs():
     async def notebook():
         return score_with([slow], COMPLETIONS).total
 
-    with ThreadPoolExecutor(1) as elsewhere:  # the main thread may have a loop that runs: the browser's, for one
-        assert elsewhere.submit(asyncio.run, notebook()).result() == [1.0, 2.0]
+    with ThreadPoolExecutor(1) as executor:  # the main thread can have a running loop, such as the browser's
+        assert executor.submit(asyncio.run, notebook()).result() == [1.0, 2.0]
 
 
 def test_an_exception_in_an_async_function_names_it():
     async def late(completions):
         raise KeyError("x")
 
-    with pytest.raises(RewardError, match=r"function late failed.*KeyError"):
+    with pytest.raises(RewardError, match=r"function late: failed.*KeyError"):
         score_with([late], COMPLETIONS)
 
 
-def test_what_all_processes_ask_together_comes_first_and_also_without_completions():
-    """Or one whose own function fails, or that has no completion, would leave the others waiting."""
+def test_collective_functions_come_first_and_run_without_completions():
+    """Otherwise a rank whose local function fails, or that has no completions, leaves the others waiting."""
     called = []
 
-    class Together:
+    class Collective:
         collective = True
 
         def __call__(self, prompts, completions, **_):
-            called.append(f"together, {len(completions)}")
+            called.append(f"collective, {len(completions)}")
             return [10.0] * len(completions)
 
-    def own(prompts, completions, **_):
-        called.append("own")
+    def local(prompts, completions, **_):
+        called.append("local")
         return [1.0] * len(completions)
 
-    rewards = load_rewards([own, Together()])
+    rewards = load_rewards([local, Collective()])
     scores = rewards.score(COMPLETIONS)
-    assert called == [f"together, {len(COMPLETIONS)}", "own"]
-    assert list(scores.by_function) == ["own", "Together"] and scores.by_function["own"][0] == 1.0
-    assert rewards.score([]).total == [] and called[2:] == ["together, 0"]
+    assert called == [f"collective, {len(COMPLETIONS)}", "local"]
+    assert list(scores.by_function) == ["local", "Collective"] and scores.by_function["local"][0] == 1.0
+    assert rewards.score([]).total == [] and called[2:] == ["collective, 0"]

@@ -219,7 +219,7 @@ def test_a_function_that_fails_stops_the_run_with_a_checkpoint(base, tmp_path):
             raise OSError("the grader is gone")
         return spread(prompts, completions, completion_ids)
 
-    with pytest.raises(RewardError, match=r"shaky failed .*gone\. The run is saved after step 2 of 4: .*--resume"):
+    with pytest.raises(RewardError, match=r"shaky: failed .*gone\. The run is saved after step 2 of 4: .*--resume"):
         trainer(base, tmp_path / "run", shaky, max_steps=4).train()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
     trainer(base, tmp_path / "run", shaky, max_steps=4, resume=True).train()
@@ -261,8 +261,8 @@ def test_the_command_takes_all_of_them(base, tmp_path, monkeypatch, reward_folde
     assert cli.main(["train", *flags, "--resume", *rewards]) == 2
     assert "reward_model was " in capsys.readouterr().err
     assert cli.main(["train", *flags, "--overwrite", "--rewards", "mine.py:rude"]) == 2
-    assert "mine.py holds no function 'rude'" in capsys.readouterr().err
+    assert "mine.py: has no function 'rude'" in capsys.readouterr().err
     (tmp_path / "broken.py").write_text("def f(completions):\n    return 1 / 0\n")
     assert cli.main(["train", *flags, "--overwrite", "--rewards", "broken.py:f"]) == 2
     err = capsys.readouterr().err
-    assert "error: The reward function f failed" in err and "broken.py, line 2" in err and "Traceback" not in err
+    assert "error: Reward function f: failed" in err and "broken.py, line 2" in err and "Traceback" not in err

@@ -74,7 +74,7 @@ def ask(fake, **settings):
     return remote(fake, **settings)(["q: "] * 5, TEXTS)
 
 
-def test_what_is_sent_is_the_protocol(fake):
+def test_the_request_follows_the_protocol(fake):
     rewards = load_rewards(fake.url, ReinforceConfig(reward_label_column="answer"))
     scores = rewards.score([completion("one", answer=1), completion("three", "length", other=2)])
     assert scores.total == [3, 5]
@@ -97,7 +97,7 @@ def test_settings_reach_the_client(fake):
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(2, [2, 2, 1]), (5, [5]), (64, [5]), (1, [1] * 5)])
-def test_completions_are_asked_for_in_batches_and_stay_in_order(fake, size, sizes):
+def test_completions_are_sent_in_batches_and_stay_in_order(fake, size, sizes):
     assert ask(fake, batch_size=size) == [3, 3, 5, 4, 4]
     assert [len(asked["query"]) for asked in fake.asked] == sizes
     assert [text for asked in fake.asked for text in asked["query"]] == [f"q: {text}" for text in TEXTS]
@@ -106,13 +106,13 @@ def test_completions_are_asked_for_in_batches_and_stay_in_order(fake, size, size
 @pytest.mark.parametrize(
     "body", [{"rewards": [1, 2, None, 4, 5.5]}, {"scores": [1, 2, None, 4, 5.5]}, [1, 2, None, 4, 5.5]]
 )
-def test_what_servers_of_all_ages_answer_is_understood(fake, body):
+def test_all_response_formats_are_understood(fake, body):
     fake.answers = [(200, body)]
     assert ask(fake) == [1, 2, None, 4, 5.5]
 
 
 @pytest.mark.parametrize("failure", [(500, b"x"), (503, b""), (429, b""), (408, b""), (599, b""), None])
-def test_a_failure_that_may_pass_is_tried_again(fake, failure, caplog):
+def test_a_transient_failure_is_retried(fake, failure, caplog):
     fake.answers = [failure, failure, (200, None)]
     with caplog.at_level(logging.WARNING):
         assert ask(fake, attempts=3) == [3, 3, 5, 4, 4]
@@ -120,7 +120,7 @@ def test_a_failure_that_may_pass_is_tried_again(fake, failure, caplog):
     assert [f"failure {i} of 3" in caplog.messages[i - 1] for i in (1, 2)] == [True, True] and len(caplog.messages) == 2
 
 
-def test_the_run_stops_after_so_many_failures_in_a_row(fake):
+def test_the_run_stops_after_the_allowed_failures_in_a_row(fake):
     fake.answers = [(500, b"no memory\x1b[2J")]
     with pytest.raises(
         RewardError, match=r"failed 3 times in a row.*answered 500 Internal Server Error 'no memory\\x1b"
@@ -129,13 +129,13 @@ def test_the_run_stops_after_so_many_failures_in_a_row(fake):
     assert len(fake.asked) == 3 and fake.url in str(caught.value)
 
 
-def test_failures_with_an_answer_between_them_are_not_in_a_row(fake):
+def test_a_success_resets_the_failure_count(fake):
     fail = (500, b"")
     fake.answers = [fail, fail, (200, None), fail, fail, (200, None), (200, None)]
     assert ask(fake, attempts=3, batch_size=2) == [3, 3, 5, 4, 4]
 
 
-def test_pauses_double_and_are_never_the_same(fake, monkeypatch):
+def test_pauses_double_with_jitter(fake, monkeypatch):
     pauses = []
     monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
     fake.answers = [(500, b"")]
@@ -147,23 +147,23 @@ def test_pauses_double_and_are_never_the_same(fake, monkeypatch):
     assert len({round(pause % 1, 6) for pause in pauses[:5]}) == 5
 
 
-def test_a_server_that_isnt_there_and_one_that_is_slow(fake):
+def test_a_missing_server_and_a_slow_one(fake):
     gone = Fake()
     gone.server.server_close()
     with pytest.raises(RewardError, match=r"failed 2 times in a row.*can't be reached"):
         ask(gone, attempts=2)
-    lonely = Fake()  # it listens, and nobody answers
-    with pytest.raises(RewardError, match=r"failed once, and reward_attempts is 1.*no answer within 0\.2 s"):
-        ask(lonely, attempts=1, timeout=0.2)
-    lonely.server.server_close()
+    silent = Fake()  # it accepts connections and never responds
+    with pytest.raises(RewardError, match=r"failed once, and reward_attempts is 1.*no response within 0\.2 s"):
+        ask(silent, attempts=1, timeout=0.2)
+    silent.server.server_close()
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((404, b""), "answered 404 Not Found: is that the address.*get_reward"),
-        ((401, b""), "answered 401 Unauthorized: set REINFORCEPP_REWARD_TOKEN"),
-        ((403, b""), "set REINFORCEPP_REWARD_TOKEN"),
+        ((404, b""), "answered 404 Not Found.*get_reward"),
+        ((401, b""), "answered 401 Unauthorized.*REINFORCEPP_REWARD_TOKEN"),
+        ((403, b""), "answered 403.*REINFORCEPP_REWARD_TOKEN"),
         ((400, {"error": "bad prompt"}), "answered 400 Bad Request '.*bad prompt"),
         ((302, b""), "answered 302"),
         ((200, b"<html>"), "isn't JSON: '<html>'"),
@@ -173,30 +173,30 @@ def test_a_server_that_isnt_there_and_one_that_is_slow(fake):
         ((200, {"rewards": [1.0] * 6}), "6 scores for 5 completions"),
     ],
 )
-def test_what_wont_pass_stops_at_once_with_a_sentence(fake, answer, message):
+def test_a_permanent_failure_stops_at_once(fake, answer, message):
     fake.answers = [answer]
     with pytest.raises(RewardError, match=message):
         ask(fake)
     assert len(fake.asked) == 1
 
 
-def test_a_score_that_is_no_number_is_refused_like_that_of_any_function(fake):
+def test_a_score_that_is_not_a_number_raises(fake):
     fake.answers = [(200, b'{"rewards": [NaN]}')]
-    with pytest.raises(UnusableUpdate, match="gave nan"):
+    with pytest.raises(UnusableUpdate, match="returned nan"):
         load_rewards(fake.url).score([completion("a")])
     fake.answers = [(200, {"rewards": ["high"]})]
     with pytest.raises(ConfigError, match="list of numbers"):
         load_rewards(fake.url).score([completion("a")])
 
 
-def test_values_of_labels_that_json_lacks_are_sent_as_text(fake):
+def test_labels_that_json_lacks_are_sent_as_text(fake):
     import datetime
 
     load_rewards(fake.url).score([completion("a", label=datetime.date(2026, 1, 2))])
     assert fake.asked[0]["labels"] == ["2026-01-02"]
 
 
-def test_the_token_is_sent_and_never_told(fake, monkeypatch, caplog):
+def test_the_token_is_sent_and_never_logged(fake, monkeypatch, caplog):
     monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", "hush-123")
     fake.answers = [(500, b""), (401, b"")]
     with caplog.at_level(logging.DEBUG), pytest.raises(RewardError) as caught:
@@ -206,8 +206,8 @@ def test_the_token_is_sent_and_never_told(fake, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("token", ["hush\n", "hu sh", "hüsh"])
-def test_a_token_that_no_header_can_hold_is_refused_without_being_told(fake, monkeypatch, token):
+def test_an_invalid_token_raises_without_showing_it(fake, monkeypatch, token):
     monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", token)
-    with pytest.raises(ConfigError, match="REINFORCEPP_REWARD_TOKEN holds characters") as caught:
+    with pytest.raises(ConfigError, match="REINFORCEPP_REWARD_TOKEN: the token has invalid characters") as caught:
         remote(fake)
     assert token not in str(caught.value)

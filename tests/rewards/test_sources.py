@@ -1,4 +1,4 @@
-"""How rewards are named: what each text means, what is refused before anything is loaded, and what a sum is made of."""
+"""Reward names: their meaning, errors before anything loads, and the weighted sum."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ GOOD = [Completion(Prompt("q?", (1,), 0, {"answer": "b"}), (5, 6), (-1.0, -1.0),
         ("C:/models/rm", "model", "C:/models/rm", 1),
     ],
 )
-def test_what_a_text_means(text, kind, target, weight):
+def test_a_name_is_parsed(text, kind, target, weight):
     assert parse_source(text) == RewardSource(kind, target, weight)
 
 
@@ -55,7 +55,7 @@ def test_a_folder_with_a_colon_in_its_name_is_a_folder(tmp_path):
         ("http://h:0/x", "no address"),
     ],
 )
-def test_what_means_nothing_is_refused(text, message):
+def test_an_invalid_name_raises(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_source(text)
 
@@ -71,7 +71,7 @@ def test_what_means_nothing_is_refused(text, message):
         "http://u:hush@h:abc/",
     ],
 )
-def test_a_url_with_a_secret_is_refused_and_not_repeated(url):
+def test_a_url_with_a_secret_raises_without_showing_it(url):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(rewards=(url,))
     assert "hush" not in str(caught.value)
@@ -107,7 +107,7 @@ def test_rewards_from_flags_and_yaml_are_the_same(tmp_path):
         ({"reward_label_column": ""}, "reward_label_column is empty"),
     ],
 )
-def test_settings_that_cant_be_meant_are_refused(settings, message):
+def test_contradictory_settings_raise(settings, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**settings)
 
@@ -118,7 +118,7 @@ def test_the_watchdog_leaves_time_for_a_server_that_fails():
     assert TrainConfig(rewards=("http://h/x",), watchdog_seconds=0.0, **slow) and TrainConfig(**slow)
 
 
-def test_the_unused_reward_model_may_lie_where_the_run_writes():
+def test_an_unused_reward_model_can_be_in_the_output_dir():
     assert TrainConfig(rewards=("rule:length",), output_dir="models").rewards
     with pytest.raises(ConfigError, match="holds the reward_model"):
         TrainConfig(output_dir="models")
@@ -142,25 +142,25 @@ def test_weights_come_from_names_and_from_python():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [([1.0], "1 reward_weights for 2 rewards"), ([1.0, math.nan], "finite")]
+    ("weights", "message"), [([1.0], "reward_weights: 1 weights for 2 rewards"), ([1.0, math.nan], "finite")]
 )
-def test_weights_that_dont_fit_are_refused(weights, message):
+def test_weights_that_dont_match_raise(weights, message):
     with pytest.raises(ConfigError, match=message):
         load_rewards([half, half], weights=weights)
 
 
-def test_an_empty_list_is_refused():
-    with pytest.raises(ConfigError, match="reward_funcs is empty"):
+def test_an_empty_list_raises():
+    with pytest.raises(ConfigError, match="reward_funcs: empty"):
         load_rewards([])
 
 
-def test_a_missing_model_is_told_before_anything_is_loaded(reward_folder, monkeypatch):
+def test_a_missing_model_raises_before_anything_loads(reward_folder, monkeypatch):
     monkeypatch.setattr("reinforcepp.rewards.sources.load_reward_model", lambda name: pytest.fail("it was loaded"))
-    with pytest.raises(ModelError, match="no reward model folder nowhere"):
+    with pytest.raises(ModelError, match="nowhere: reward model folder not found"):
         load_rewards([str(reward_folder), "nowhere"])
 
 
-def test_several_models_are_told_apart_by_their_folders(reward_folder, tmp_path):
+def test_several_models_are_named_by_their_folders(reward_folder, tmp_path):
     (tmp_path / "other").symlink_to(reward_folder)
     one, other = str(reward_folder), str(tmp_path / "other")
     assert load_rewards(one).names == ["reward_model"]
@@ -171,10 +171,10 @@ def test_several_models_are_told_apart_by_their_folders(reward_folder, tmp_path)
     assert both.fingerprint().split()[1] == f"0.5*{both.fingerprint().split()[0]}"
 
 
-# --- normalisation ----------------------------------------------------------------------------------------------------
+# --- normalization ----------------------------------------------------------------------------------------------------
 
 
-def test_normalised_scores_are_those_less_the_cards_mean_over_its_deviation(reward_folder):
+def test_normalized_scores_subtract_the_cards_mean_and_divide_by_its_std(reward_folder):
     raw, normal = (
         load_rewards(str(reward_folder), ReinforceConfig(reward_normalize=on)).score(GOOD).total[0]
         for on in (False, True)
@@ -183,25 +183,25 @@ def test_normalised_scores_are_those_less_the_cards_mean_over_its_deviation(rewa
     assert card.score_std != 1 and normal == pytest.approx((raw - card.score_mean) / card.score_std, abs=1e-6)
 
 
-def test_normalising_changes_neither_the_fingerprint_nor_raw_rows(reward_folder):
+def test_normalizing_keeps_the_fingerprint(reward_folder):
     reward = load_reward_model(str(reward_folder))
     before = reward.fingerprint()
     reward.normalize()
     assert reward.fingerprint() == before
 
 
-def test_normalising_needs_a_card_with_a_spread(reward_folder):
+def test_normalizing_needs_a_card_with_a_positive_std(reward_folder):
     with pytest.raises(ConfigError, match="none among the rewards"):
         load_rewards("rule:length", ReinforceConfig(reward_normalize=True))
     loaded = load_reward_model(str(reward_folder))
     with pytest.raises(ConfigError, match="has no card"):
         load_rewards(TrainedReward(loaded.model, loaded.tokenizer), ReinforceConfig(reward_normalize=True))
     object.__setattr__(loaded.card, "score_std", 0.0)
-    with pytest.raises(ConfigError, match="without any spread"):
+    with pytest.raises(ConfigError, match="score_std 0"):
         loaded.normalize()
 
 
-# --- the user's own functions -------------------------------------------------------------------------------------------
+# --- user code -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -216,13 +216,13 @@ def written(place: Path, name: str, text: str) -> str:
     return name
 
 
-def test_a_function_of_a_module_in_the_current_folder(place):
+def test_a_module_in_the_current_folder(place):
     written(place, "rewards_of_mine_1.py", "def f(prompts, completions, **_):\n    return [2.0] * len(prompts)\n")
     rewards = load_rewards("0.5*rewards_of_mine_1:f")
     assert rewards.score(GOOD).total == [1.0] and rewards.names == ["f"]
 
 
-def test_a_function_of_a_file_by_its_path_with_what_it_imports(place):
+def test_a_file_by_its_path_with_its_imports(place):
     (place / "deep").mkdir()
     written(place / "deep", "helper_of_mine_2.py", "VALUE = 3.0\n")
     written(place / "deep", "json.py", "import helper_of_mine_2 as h\ndef f(completions):\n    return [h.VALUE]\n")
@@ -240,7 +240,7 @@ def test_a_resumed_run_notices_that_a_function_has_changed(place):
     assert len(found) == 2 and all(one.startswith("mine.py:f@") for one in found)
 
 
-def test_nothing_is_run_that_isnt_named(place):
+def test_checking_settings_runs_no_user_code(place):
     written(place, "mine.py", "open('run', 'w')\ndef f(completions):\n    return [1]\n")
     TrainConfig(rewards=("mine.py:f",))
     assert not (place / "run").exists()
@@ -249,26 +249,26 @@ def test_nothing_is_run_that_isnt_named(place):
 @pytest.mark.parametrize(
     ("text", "source", "error", "message"),
     [
-        (None, "nowhere_of_mine:f", ConfigError, r"no Python module nowhere_of_mine.*file\.py:function"),
-        (None, "nowhere.py:f", ConfigError, "no file nowhere.py"),
+        (None, "nowhere_of_mine:f", ConfigError, r"nowhere_of_mine: Python module not found.*file\.py:function"),
+        (None, "nowhere.py:f", ConfigError, r"nowhere\.py: file not found"),
         ("def helpful(): pass", "x.py:helpfull", ConfigError, "no function 'helpfull'.*Did you mean 'helpful'"),
         ("f = 3", "x.py:f", ConfigError, "can't be called"),
         (
             "import no_such_thing_here",
             "x.py:f",
             RewardError,
-            r"x\.py failed.*line 1.*No module named 'no_such_thing_here'",
+            r"x\.py: failed.*line 1.*No module named 'no_such_thing_here'",
         ),
-        ("def f(:", "x.py:f", RewardError, "x.py failed.*SyntaxError"),
-        ("1 / 0", "y_of_mine_3:f", RewardError, "y_of_mine_3 failed.*ZeroDivisionError"),
+        ("def f(:", "x.py:f", RewardError, r"x\.py: failed.*SyntaxError"),
+        ("1 / 0", "y_of_mine_3:f", RewardError, "y_of_mine_3: failed.*ZeroDivisionError"),
     ],
 )
-def test_a_function_that_isnt_there_is_one_sentence(place, text, source, error, message):
+def test_a_missing_function_raises_a_short_error(place, text, source, error, message):
     if text is not None:
         written(place, f"{source.partition(':')[0].removesuffix('.py')}.py", text)
     with pytest.raises(error, match=message):
         load_rewards(source)
 
 
-def test_a_module_is_named_by_what_it_is_called():
+def test_a_rule_can_be_named():
     assert function_name(load_rewards("rule:regex?name=polite&pattern=please").functions[0]) == "polite"

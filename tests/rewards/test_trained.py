@@ -1,4 +1,4 @@
-"""Reward models: where the score is read, what is measured, what is refused at loading."""
+"""Reward models: where the score is read, metrics, and errors when loading."""
 
 import json
 import math
@@ -13,8 +13,7 @@ from reinforcepp.errors import ModelError, TrainingDiverged
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.models.reward_models import new_reward_model
 from reinforcepp.models.tokenization import encode_example
-from reinforcepp.rewards.measure import score_pairs
-from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
+from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model, score_pairs
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.types import Preference
 
@@ -28,7 +27,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Polite answers are preferred; nothing else tells them apart."""
+    """Preference pairs that differ only in politeness."""
     path = tmp_path_factory.mktemp("data") / "pairs.csv"
     lines = [f"Question {i} about host {i * 7}?,Please try step {i}.,Shut up step {i}." for i in range(40)]
     path.write_text(HEADER + "\n".join(lines))
@@ -51,7 +50,7 @@ def trained(base, data, tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """A copy of the trained folder, to be damaged."""
+    """A copy of the trained folder, for tests that damage it."""
     target = tmp_path / "rm"
     target.mkdir()
     for path in trained[0].iterdir():
@@ -59,13 +58,13 @@ def copy(trained, tmp_path):
     return target
 
 
-def test_it_learns_on_held_out_prompts(trained):
+def test_training_generalizes_to_heldout_prompts(trained):
     card = trained[1]
     assert card.heldout_pairs == 10 and card.train_pairs == 30
     assert card.figures["accuracy"] >= 0.9 and card.figures["mean_margin"] > 0
 
 
-def test_the_card_says_where_it_comes_from(trained, base, data):
+def test_the_card_holds_origin_and_metrics(trained, base, data):
     card = json.loads((trained[0] / "reward_model.json").read_text())
     assert card["data"] == str(data) and card["base_model"] == str(base) and len(card["data_sha256"]) == 64
     assert len(card["fingerprint"]) == 8 and len(set(card["fingerprint"])) == 8
@@ -73,7 +72,7 @@ def test_the_card_says_where_it_comes_from(trained, base, data):
     assert 0.5 < card["train_accuracy"] <= 1
 
 
-def test_a_card_from_before_there_was_an_accuracy_on_training_pairs_loads(copy):
+def test_a_card_without_train_accuracy_loads(copy):
     card = json.loads((copy / "reward_model.json").read_text())
     del card["train_accuracy"]
     (copy / "reward_model.json").write_text(json.dumps(card))
@@ -81,15 +80,15 @@ def test_a_card_from_before_there_was_an_accuracy_on_training_pairs_loads(copy):
     assert load_reward_model(str(copy)).card is not None
 
 
-def test_a_loaded_model_scores_as_the_saved_one(trained):
+def test_a_loaded_model_scores_like_the_saved_one(trained):
     reward = load_reward_model(str(trained[0]))
     polite, rude = reward(["Question 3?", "Question 3?"], ["Please try step 3.", "Shut up step 3."])
     assert polite > rude
     assert reward.fingerprint() == pytest.approx(trained[1].fingerprint, abs=1e-4)
 
 
-def test_the_score_is_read_at_the_eos_also_when_pad_equals_eos(base):
-    """The EOS row must differ from the row without it, alone and beside a longer row."""
+def test_the_score_is_read_at_the_eos_even_if_pad_equals_eos(base):
+    """The EOS row must differ from the row without it, alone and batched with a longer row."""
     tokenizer = load_tokenizer(str(base))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     model = new_reward_model(str(base), seed=0).eval()
@@ -104,25 +103,25 @@ def test_the_score_is_read_at_the_eos_also_when_pad_equals_eos(base):
         assert model.score(hidden)[0, -1].item() == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_truncated_answer_gets_no_forged_eos(trained):
+def test_a_truncated_answer_gets_no_eos(trained):
     reward = load_reward_model(str(trained[0]))
-    ended, cut = reward(["Why?", "Why?"], ["Because", "Because"], finish_reason=["stop", "length"])
-    rows = [encode_example(reward.tokenizer, "Why?", "Because", ended=e) for e in (True, False)]
-    assert [ended, cut] == pytest.approx(reward.score_rows(rows), abs=1e-6) and ended != cut
+    finished, truncated = reward(["Why?", "Why?"], ["Because", "Because"], finish_reason=["stop", "length"])
+    rows = [encode_example(reward.tokenizer, "Why?", "Because", finished=e) for e in (True, False)]
+    assert [finished, truncated] == pytest.approx(reward.score_rows(rows), abs=1e-6) and finished != truncated
 
 
-def test_training_and_scoring_frame_alike(base, data, tmp_path, monkeypatch):
-    """The rows TRL is given are those that scoring makes of the same pair."""
-    from reinforcepp.training import resumable
+def test_training_and_scoring_share_the_prompt_format(base, data, tmp_path, monkeypatch):
+    """TRL's rows equal the rows that scoring builds from the same pairs."""
+    from reinforcepp.training import supervised_loop
 
     seen = []
 
-    class Spy(resumable.ResumableRewardTrainer):
+    class Spy(supervised_loop.ResumableRewardTrainer):
         def __init__(self, **kwargs):
             seen.extend(kwargs["train_dataset"]["chosen_ids"])
             super().__init__(**kwargs)
 
-    monkeypatch.setattr(resumable, "ResumableRewardTrainer", Spy)
+    monkeypatch.setattr(supervised_loop, "ResumableRewardTrainer", Spy)
     output = tmp_path / "rm"
     train_reward_model(
         RewardModelConfig(model=str(base), data=str(data), output_dir=str(output), num_train_epochs=1, batch_size=40)
@@ -135,7 +134,7 @@ def test_training_and_scoring_frame_alike(base, data, tmp_path, monkeypatch):
     assert len(seen) == 36 and {tuple(row) for row in seen} <= rows
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------------
 
 
 def edit_weights(folder, change):
@@ -145,43 +144,43 @@ def edit_weights(folder, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def test_a_missing_head_is_refused(copy):
+def test_a_missing_score_head_raises(copy):
     edit_weights(copy, lambda w: w.pop("score.weight"))
-    with pytest.raises(ModelError, match="no scoring head"):
+    with pytest.raises(ModelError, match="no score head"):
         load_reward_model(str(copy))
 
 
-def test_a_head_of_another_shape_is_refused(copy):
+def test_a_score_head_of_another_shape_raises(copy):
     edit_weights(copy, lambda w: w.update({"score.weight": torch.zeros(2, 64)}))
     with pytest.raises(ModelError, match=r"shape \[2, 64\]"):
         load_reward_model(str(copy))
 
 
-def test_a_fresh_head_is_refused(copy):
+def test_a_newly_initialized_score_head_raises(copy):
     edit_weights(copy, lambda w: w.update({"score.weight": torch.randn(1, 64) * 0.02}))
     with pytest.raises(ModelError, match="probe texts differently"):
         load_reward_model(str(copy))
 
 
-def test_another_template_is_refused(copy):
+def test_another_chat_template_raises(copy):
     (copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     with pytest.raises(ModelError, match="probe texts differently"):
         load_reward_model(str(copy))
 
 
-def test_a_folder_without_card_is_refused(base):
+def test_a_folder_without_a_card_raises(base):
     with pytest.raises(ModelError, match=r"no reward_model.json.*reinforcepp reward"):
         check_reward_folder(str(base))
 
 
-def test_a_damaged_card_is_refused(copy):
+def test_a_damaged_card_raises(copy):
     (copy / "reward_model.json").write_text("{")
     with pytest.raises(ModelError, match="damaged"):
         load_reward_model(str(copy))
 
 
-def test_a_missing_folder_is_refused():
-    with pytest.raises(ModelError, match=r"no reward model folder nowhere"):
+def test_a_missing_folder_raises():
+    with pytest.raises(ModelError, match="nowhere: reward model folder not found"):
         check_reward_folder("nowhere")
 
 
@@ -195,7 +194,7 @@ class ByLength(TrainedReward):
         return [float(len(row)) for row in rows]
 
 
-def test_pairs_keep_their_order_texts_and_rows(base):
+def test_scored_pairs_keep_order_texts_and_rows(base):
     tokenizer = load_tokenizer(str(base))
     pairs = [Preference("q", "a b c d", "a", 7), Preference("a longer q", "a", "a b", 3)]
     scored = score_pairs(ByLength(None, tokenizer), pairs)
@@ -209,7 +208,7 @@ def test_pairs_keep_their_order_texts_and_rows(base):
     assert score_pairs(ByLength(None, tokenizer), []) == []
 
 
-def test_lengths_are_those_of_the_answers_alone(base):
+def test_lengths_exclude_the_prompt(base):
     tokenizer = load_tokenizer(str(base))
     short, long = score_pairs(
         ByLength(None, tokenizer), [Preference("q", "a b", "a"), Preference("a much longer question", "a b", "a")]
@@ -220,7 +219,7 @@ def test_lengths_are_those_of_the_answers_alone(base):
 
 
 @pytest.mark.parametrize("broken", [{"chosen"}, {"rejected"}, {"chosen", "rejected"}])
-def test_a_score_that_is_not_finite_is_refused(base, broken):
+def test_a_score_that_is_not_finite_raises(base, broken):
     class Broken(TrainedReward):
         def score_rows(self, rows):
             kinds.append("rejected" if kinds else "chosen")

@@ -161,7 +161,7 @@ def test_a_reward_that_fails_in_one_process_is_told_by_all(tmp_path, model_folde
     named = {"reward": "fails", "trained": [reward_folder], "FAILS": "1"}
     done = train(tmp_path / "run", model_folder, pairs_csv, 2, *pool, "--watchdog_seconds", "600", **named)
     assert done.returncode != 0
-    assert done.stderr.count("error: The reward function fails failed") == 1 and "out of order" in done.stderr
+    assert done.stderr.count("error: Reward function fails: failed") == 1 and "out of order" in done.stderr
 
 
 @needs_ray

@@ -173,9 +173,9 @@ def test_a_reward_that_is_not_finite_costs_one_update(base, tmp_path, capsys):
     log = run.train()
     assert [m["skipped_updates"] for m in log] == [0, 1, 0, 0]
     assert "reward" not in log[1] and "reward" in log[2]
-    assert "gave nan" in capsys.readouterr().err
+    assert "returned nan" in capsys.readouterr().err
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert len(events) == 1 and events[0].startswith("Step 2: The reward function fine gave nan")
+    assert len(events) == 1 and events[0].startswith("Step 2: Reward function fine: returned nan")
 
 
 def test_too_many_stop_the_run_with_the_last_good_weights(base, tmp_path):

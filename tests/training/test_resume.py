@@ -470,9 +470,9 @@ def reward_files(folder):
 
 
 @pytest.mark.parametrize("moment", [1, 2, 5, 6])
-def test_a_signal_in_reward_training_loses_nothing(base, pairs_csv, tmp_path, monkeypatch, moment):
-    """The scores draw from torch's generator, as dropout would, so its state has to come back, too."""
-    from reinforcepp.training import resumable, reward_trainer
+def test_reward_training_stopped_by_a_signal_resumes_exactly(base, pairs_csv, tmp_path, monkeypatch, moment):
+    """The scores draw from torch's generator, as dropout would, so resuming must restore its state."""
+    from reinforcepp.training import reward_trainer, supervised_loop
 
     new = reward_trainer.new_reward_model
 
@@ -484,7 +484,7 @@ def test_a_signal_in_reward_training_loses_nothing(base, pairs_csv, tmp_path, mo
     monkeypatch.setattr(reward_trainer, "new_reward_model", with_noise)
     train_reward_model(reward_config(base, pairs_csv, tmp_path / "whole"))
     seen = []
-    beat = resumable.TrainingCallback.on_substep_end
+    beat = supervised_loop.TrainingCallback.on_substep_end
 
     def ask(self, *positional, **named):
         seen.append(1)
@@ -492,7 +492,7 @@ def test_a_signal_in_reward_training_loses_nothing(base, pairs_csv, tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         beat(self, *positional, **named)
 
-    monkeypatch.setattr(resumable.TrainingCallback, "on_substep_end", ask)
+    monkeypatch.setattr(supervised_loop.TrainingCallback, "on_substep_end", ask)
     with pytest.raises(Interrupted) as stop:
         train_reward_model(reward_config(base, pairs_csv, tmp_path / "run"))
     assert stop.value.exit_code == 143
@@ -507,7 +507,7 @@ def test_reward_training_keeps_its_best(base, pairs_csv, tmp_path):
     assert set(steps(tmp_path / "run")) == {f"step-{best:06d}", f"step-{len(log):06d}"}
 
 
-def test_reward_training_leaves_out_a_gradient_that_is_not_finite(base, pairs_csv, tmp_path, monkeypatch):
+def test_reward_training_skips_a_gradient_that_is_not_finite(base, pairs_csv, tmp_path, monkeypatch):
     from reinforcepp.errors import TrainingDiverged
     from reinforcepp.training import reward_trainer
 
@@ -530,5 +530,5 @@ def test_reward_training_leaves_out_a_gradient_that_is_not_finite(base, pairs_cs
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [m["skipped_updates"] for m in log] == [0, 1] + [0] * (len(log) - 2)
     bad = range(99)
-    with pytest.raises(TrainingDiverged, match="nor were those of the 3 steps before"):
+    with pytest.raises(TrainingDiverged, match="Step 4: the gradient isn't finite"):
         train_reward_model(reward_config(base, pairs_csv, tmp_path / "other"))

@@ -1,4 +1,4 @@
-"""The supervised warm-up: it learns what is shown, on the answer alone, framed as in RL, and survives being stopped."""
+"""SFT: loss on the answer alone, prompts formatted as in RL, held-out metrics, and exact resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import encode_example, encode_prompts
 from reinforcepp.monitoring.signals import Interrupted
-from reinforcepp.training import resumable
+from reinforcepp.training import supervised_loop
 from reinforcepp.training.sft_trainer import evaluate_heldout, to_example, train_language_model
 
 DIRECTIONS = ("north", "south", "east", "west")
@@ -57,103 +57,101 @@ def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- what is learnt ---------------------------------------------------------------------------------------------------
+# --- examples and loss ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "frame", [{}, {"chat_template": CHAT}, {"system_prompt": "Be short."}], ids=["plain", "chat", "system"]
 )
-def test_prompt_and_answer_are_the_tokens_of_rl_and_only_the_answer_is_learnt(llama, frame):
+def test_prompt_and_answer_have_the_tokens_of_rl_and_only_the_answer_has_a_loss(llama, frame):
     tokenizer = with_chat_template(load_tokenizer(str(llama)), Framing(**frame))
     one = to_example(tokenizer, SftRow("Why?", "Because of DNS.", 7))
     (prompt,), _ = encode_prompts(tokenizer, [PromptRow("Why?", {})], max_prompt_length=99)
-    assert tuple(one.given) == prompt.ids
-    assert [*one.given, *one.learnt] == encode_example(tokenizer, "Why?", "Because of DNS.")
-    assert tokenizer.decode(one.learnt).strip() == "Because of DNS.<|endoftext|>"
-    assert one.row == 7 and one.length == len(one.given) + len(one.learnt)
+    assert tuple(one.context) == prompt.ids
+    assert [*one.context, *one.target] == encode_example(tokenizer, "Why?", "Because of DNS.")
+    assert tokenizer.decode(one.target).strip() == "Because of DNS.<|endoftext|>"
+    assert one.row == 7 and one.length == len(one.context) + len(one.target)
 
 
-def test_of_a_text_all_is_learnt_and_that_it_ends(llama):
+def test_plain_text_has_a_loss_on_all_tokens_and_eos(llama):
     tokenizer = load_tokenizer(str(llama))
     one = to_example(tokenizer, SftRow(None, "Run ip addr show."))
     ids = tokenizer("Run ip addr show.")["input_ids"]
-    assert one.given == ids[:1] and one.learnt == [*ids[1:], tokenizer.eos_token_id]
+    assert one.context == ids[:1] and one.target == [*ids[1:], tokenizer.eos_token_id]
     assert to_example(tokenizer, SftRow(None, "Run ip addr show.<|endoftext|>")) == one
 
 
 @pytest.fixture
 def batches(monkeypatch) -> list[dict]:
-    """What the trainer's loss is given, batch by batch."""
+    """Inputs of the trainer's loss, batch by batch."""
     seen = []
-    original = resumable.ResumableSftTrainer.compute_loss
+    original = supervised_loop.ResumableSftTrainer.compute_loss
 
     def spy(self, model, inputs, **named):
         seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         return original(self, model, inputs, **named)
 
-    monkeypatch.setattr(resumable.ResumableSftTrainer, "compute_loss", spy)
+    monkeypatch.setattr(supervised_loop.ResumableSftTrainer, "compute_loss", spy)
     return seen
 
 
-def test_the_loss_of_a_step_is_minus_the_mean_log_probability_that_rl_gives_its_answers(
-    llama, pairs_csv, tmp_path, batches
-):
+def test_step_loss_is_the_negative_mean_of_rl_log_probabilities(llama, pairs_csv, tmp_path, batches):
     settings = {"batch_size": 6, "micro_batch_size": 3, "num_train_epochs": 1, "system_prompt": "Be short."}
     train_language_model(config(llama, pairs_csv, tmp_path / "out", **settings))
     tokenizer = with_chat_template(load_tokenizer(str(llama)), Framing(system_prompt="Be short."))
     _, rows, _ = load_texts(pairs_csv, heldout_fraction=0.25, seed=42)
-    lessons = {tuple(one.given + one.learnt): one for one in (to_example(tokenizer, row) for row in rows)}
-    assert len(batches) == 2 and len(lessons) == 6
+    examples = {tuple(one.context + one.target): one for one in (to_example(tokenizer, row) for row in rows)}
+    assert len(batches) == 2 and len(examples) == 6
     seen = []
     for batch in batches:
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-            one = lessons[tuple(ids[mask.bool()].tolist())]
-            assert labels.tolist() == [-100] * len(one.given) + one.learnt + [-100] * (len(ids) - one.length)
+            one = examples[tuple(ids[mask.bool()].tolist())]
+            assert labels.tolist() == [-100] * len(one.context) + one.target + [-100] * (len(ids) - one.length)
             seen.append(one)
     assert len(seen) == 6
-    given, learnt = [one.given for one in seen], [one.learnt for one in seen]
-    logprobs, _, mask = response_logprobs(load_policy(str(llama)), given, learnt, pad_id=0)
+    contexts, targets = [one.context for one in seen], [one.target for one in seen]
+    logprobs, _, mask = response_logprobs(load_policy(str(llama)), contexts, targets, pad_id=0)
     assert log(tmp_path / "out")[0]["loss"] == pytest.approx(-(logprobs.sum() / mask.sum()).item(), abs=1e-4)
 
 
-def test_held_out_figures_by_a_loop_over_tokens(llama):
+def test_heldout_metrics_match_a_loop_over_tokens(llama):
     model, tokenizer = load_policy(str(llama)), load_tokenizer(str(llama))
     rows = [
         SftRow("Why?", "Because."),
         SftRow("Is the gateway up?", "Yes."),
         SftRow(None, "So it is."),
     ]
-    lessons = [to_example(tokenizer, row) for row in rows]
+    examples = [to_example(tokenizer, row) for row in rows]
     total, tokens = 0.0, 0
-    for one in lessons:
-        logits = model(input_ids=torch.tensor([one.given + one.learnt])).logits[0].log_softmax(-1)
-        for place, token in enumerate(one.learnt):
-            total -= logits[len(one.given) + place - 1, token].item()
+    for one in examples:
+        logits = model(input_ids=torch.tensor([one.context + one.target])).logits[0].log_softmax(-1)
+        for place, token in enumerate(one.target):
+            total -= logits[len(one.context) + place - 1, token].item()
             tokens += 1
-    found = evaluate_heldout(model, lessons, pad_id=tokenizer.eos_token_id, at_a_time=2)
+    found = evaluate_heldout(model, examples, pad_id=tokenizer.eos_token_id, batch_size=2)
     assert (found.tokens, found.rows) == (tokens, 3)
     assert found.loss == pytest.approx(total / tokens, abs=1e-5)
     assert found.perplexity == pytest.approx(torch.tensor(found.loss).exp().item(), rel=1e-4)
 
 
-def test_unseen_text_is_foretold_better(llama, texts, tmp_path, capsys):
-    figures = train_language_model(config(llama, texts, tmp_path / "out", num_train_epochs=6, learning_rate=5e-3))
-    before, after = figures["before"], figures["after"]
+def test_heldout_loss_falls(llama, texts, tmp_path, capsys):
+    metrics = train_language_model(config(llama, texts, tmp_path / "out", num_train_epochs=6, learning_rate=5e-3))
+    before, after = metrics["before"], metrics["after"]
     assert after.loss < before.loss - 2 and after.loss < 1.5
     assert (before.rows, before.tokens) == (after.rows, after.tokens) == (6, after.tokens)
-    said = capsys.readouterr().err
-    assert f"loss {before.loss:.3f} -> {after.loss:.3f} nats per token" in said.replace("\n", " ")
+    err = capsys.readouterr().err
+    assert f"loss {before.loss:.3f} -> {after.loss:.3f}" in err.replace("\n", " ")
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert written["before"] == vars(before) and written["after"] == vars(after)
-    assert after_again(tmp_path / "out", texts) == pytest.approx(after.loss, abs=1e-6)
+    assert saved_heldout_loss(tmp_path / "out", texts) == pytest.approx(after.loss, abs=1e-6)
 
 
-def after_again(folder: Path, data: Path) -> float:
-    """The held-out loss of what was written, which is to be the one that was told."""
+def saved_heldout_loss(folder: Path, data: Path) -> float:
+    """Return the held-out loss of a saved model, which must equal the reported one."""
     tokenizer = load_tokenizer(str(folder))
     _, _, unseen = load_texts(data, heldout_fraction=0.25, seed=42)
-    lessons = [to_example(tokenizer, row) for row in unseen]
-    return evaluate_heldout(load_policy(str(folder)), lessons, pad_id=tokenizer.eos_token_id, at_a_time=6).loss
+    examples = [to_example(tokenizer, row) for row in unseen]
+    return evaluate_heldout(load_policy(str(folder)), examples, pad_id=tokenizer.eos_token_id, batch_size=6).loss
 
 
 def test_micro_batches_change_nothing(llama, pairs_csv, tmp_path):
@@ -163,19 +161,19 @@ def test_micro_batches_change_nothing(llama, pairs_csv, tmp_path):
     assert max(float((whole[name] - split[name]).abs().max()) for name in whole) < 1e-4
 
 
-def test_a_model_that_got_worse_is_called_so(llama, pairs_csv, tmp_path, capsys):
+def test_a_rising_heldout_loss_warns(llama, pairs_csv, tmp_path, capsys):
     train_language_model(config(llama, pairs_csv, tmp_path / "out", learning_rate=1.0))
-    assert "it got worse on what it hasn't seen" in " ".join(capsys.readouterr().err.split())
+    assert "loss on unseen rows rose" in " ".join(capsys.readouterr().err.split())
 
 
-def test_without_held_out_rows_that_is_said(llama, pairs_csv, tmp_path, capsys):
+def test_no_heldout_rows_warns(llama, pairs_csv, tmp_path, capsys):
     found = train_language_model(config(llama, pairs_csv, tmp_path / "out", heldout_fraction=0.0, num_train_epochs=1))
     assert found == {"before": None, "after": None}
-    assert "No row was held out" in capsys.readouterr().err
+    assert "no row was held out" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == {}
 
 
-# --- what it computes with --------------------------------------------------------------------------------------------
+# --- precision --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,20 +181,20 @@ def test_without_held_out_rows_that_is_said(llama, pairs_csv, tmp_path, capsys):
     [{"mixed_precision": "bf16", "gradient_checkpointing": True}, {"use_peft": True, "learning_rate": 1e-2}],
     ids=["bf16", "lora"],
 )
-def test_it_learns_with_less_memory_too(llama, pairs_csv, tmp_path, settings):
-    figures = train_language_model(config(llama, pairs_csv, tmp_path / "out", num_train_epochs=4, **settings))
-    assert figures["after"].loss < figures["before"].loss - 0.3
+def test_memory_saving_settings_train(llama, pairs_csv, tmp_path, settings):
+    metrics = train_language_model(config(llama, pairs_csv, tmp_path / "out", num_train_epochs=4, **settings))
+    assert metrics["after"].loss < metrics["before"].loss - 0.3
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == ("use_peft" in settings)
 
 
-def test_the_launchers_precision_is_not_the_trainings(llama, pairs_csv, tmp_path, monkeypatch):
+def test_the_launchers_precision_is_ignored(llama, pairs_csv, tmp_path, monkeypatch):
     for name in ("alone", "launched"):
         train_language_model(config(llama, pairs_csv, tmp_path / name, num_train_epochs=1))
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert log(tmp_path / "alone") == log(tmp_path / "launched")
 
 
-def test_rl_may_follow_in_the_same_process_in_its_own_precision(llama, pairs_csv, tmp_path, monkeypatch):
+def test_rl_can_follow_in_the_same_process_with_another_precision(llama, pairs_csv, tmp_path, monkeypatch):
     """Accelerate, which both trainers use, has one precision for a process, and may be told of one by its launcher."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train_language_model(config(llama, pairs_csv, tmp_path / "warm", mixed_precision="bf16", num_train_epochs=1))
@@ -221,7 +219,7 @@ def test_rl_may_follow_in_the_same_process_in_its_own_precision(llama, pairs_csv
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_but_for_the_weights_the_model_stays_as_it_was(llama, model_folder, pairs_csv, tmp_path, family):
+def test_training_changes_only_the_weights(llama, model_folder, pairs_csv, tmp_path, family):
     """GPT-2 names no pad token, and the library would."""
     base = llama if family == "llama" else model_folder
     train_language_model(config(base, pairs_csv, tmp_path / "out", save_every=1, num_train_epochs=1))
@@ -233,16 +231,16 @@ def test_but_for_the_weights_the_model_stays_as_it_was(llama, model_folder, pair
     assert {str(value.dtype) for value in saved.values()} == {"torch.float32"}
 
 
-# --- stopping and going on --------------------------------------------------------------------------------------------
+# --- stop and resume --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("moment", "extra"), [(2, {}), (5, {}), (3, {"use_peft": True})], ids=["2", "5", "lora"])
-def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, moment, extra):
-    """GPT-2 learns with dropout, so the state of the random generators has to come back, too."""
+def test_a_run_stopped_by_a_signal_resumes_exactly(model_folder, pairs_csv, tmp_path, monkeypatch, moment, extra):
+    """GPT-2 trains with dropout, so resuming must restore the random generators, too."""
     settings = {"batch_size": 2, "micro_batch_size": 1, "save_every": 2, "keep_last": 1, **extra}
     train_language_model(config(model_folder, pairs_csv, tmp_path / "whole", **settings))
     seen = []
-    beat = resumable.TrainingCallback.on_substep_end
+    beat = supervised_loop.TrainingCallback.on_substep_end
 
     def ask(self, *positional, **named):
         seen.append(1)
@@ -250,7 +248,7 @@ def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, 
             os.kill(os.getpid(), signal.SIGTERM)
         beat(self, *positional, **named)
 
-    monkeypatch.setattr(resumable.TrainingCallback, "on_substep_end", ask)
+    monkeypatch.setattr(supervised_loop.TrainingCallback, "on_substep_end", ask)
     with pytest.raises(Interrupted) as stop:
         train_language_model(config(model_folder, pairs_csv, tmp_path / "run", **settings))
     assert stop.value.exit_code == 143
@@ -264,12 +262,12 @@ def test_a_signal_loses_nothing(model_folder, pairs_csv, tmp_path, monkeypatch, 
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
     assert len(log(tmp_path / "run")) == 6
-    assert after_again(tmp_path / "run", pairs_csv) == pytest.approx(
+    assert saved_heldout_loss(tmp_path / "run", pairs_csv) == pytest.approx(
         json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]["loss"], abs=1e-5
     )
 
 
-def test_a_changed_file_is_not_gone_on_with(llama, pairs_csv, tmp_path):
+def test_resume_rejects_changed_data(llama, pairs_csv, tmp_path):
     data = tmp_path / "pairs.csv"
     data.write_bytes(pairs_csv.read_bytes())
     train_language_model(config(llama, data, tmp_path / "run", num_train_epochs=1, save_every=1))
@@ -278,14 +276,14 @@ def test_a_changed_file_is_not_gone_on_with(llama, pairs_csv, tmp_path):
         train_language_model(config(llama, data, tmp_path / "run", num_train_epochs=1, save_every=1, resume=True))
 
 
-def test_gradients_that_are_not_finite_are_left_out_and_then_stop_it(llama, pairs_csv, tmp_path, monkeypatch):
-    original = resumable.ResumableSftTrainer.compute_loss
+def test_gradients_that_are_not_finite_are_skipped_and_then_stop_training(llama, pairs_csv, tmp_path, monkeypatch):
+    original = supervised_loop.ResumableSftTrainer.compute_loss
     monkeypatch.setattr(
-        resumable.ResumableSftTrainer,
+        supervised_loop.ResumableSftTrainer,
         "compute_loss",
         lambda self, *positional, **named: original(self, *positional, **named) * float("nan"),
     )
-    with pytest.raises(TrainingDiverged, match="nor were those of the 1 steps before"):
+    with pytest.raises(TrainingDiverged, match="Step 2: the gradient isn't finite"):
         train_language_model(config(llama, pairs_csv, tmp_path / "run", max_skipped_updates=1))
 
 
@@ -304,7 +302,7 @@ def place(tmp_path, monkeypatch, llama, pairs_csv) -> Path:
 SFT = ["sft", "--model", "model", "--data", "pairs.csv", "--num_train_epochs", "1", "--output_dir", "warm"]
 
 
-def test_what_it_writes_is_a_model_for_every_other_verb(place, capsys):
+def test_every_other_command_accepts_the_saved_model(place, capsys):
     assert main([*SFT, "--system_prompt", "Be short."]) == 0
     assert "pairs.csv: 8 rows; answers from the column 'chosen'" in capsys.readouterr().err
     few = ["--data", "pairs.csv", "--max_prompt_length", "64", "--max_new_tokens", "4", "--rollout", "transformers"]
@@ -327,14 +325,14 @@ def test_what_it_writes_is_a_model_for_every_other_verb(place, capsys):
         assert "warm is a supervised warm-up" in capsys.readouterr().err
 
 
-def test_an_adapter_is_a_model_for_the_next_training(place, capsys):
+def test_the_next_training_accepts_an_adapter(place, capsys):
     assert main([*SFT, "--use_peft"]) == 0
     assert main([*SFT[:1], "--model", "warm", *SFT[3:-1], "again"]) == 0
     start, end = (load_policy(name).state_dict() for name in ("warm", "again"))
     assert not any(torch.equal(start[name], end[name]) for name in start if "proj" in name)
 
 
-def test_the_classic_interface(place, capsys):
+def test_the_legacy_interface(place, capsys):
     from reinforcepp.commands import legacy_cli as classic
 
     arguments = [
@@ -353,14 +351,14 @@ def test_the_classic_interface(place, capsys):
     assert "train_sft (the verb sft" in capsys.readouterr().out
 
 
-def test_a_dry_run_shows_what_is_learnt(place, capsys):
+def test_a_dry_run_shows_the_loss_mask(place, capsys):
     before = sorted(place.iterdir())
     assert main([*SFT, "--dry_run"]) == 0
     out = capsys.readouterr().out
     tokenizer = load_tokenizer("model")
     _, rows, _ = load_texts("pairs.csv", heldout_fraction=0.1, seed=42)
     one = to_example(tokenizer, rows[0])
-    assert f"  mask    {'0 ' * len(one.given)}{'1 ' * len(one.learnt)}".rstrip() + "\n" in out
+    assert f"  mask    {'0 ' * len(one.context)}{'1 ' * len(one.target)}".rstrip() + "\n" in out
     assert "Row 3 (row " in out and "Row 4" not in out and "num_train_epochs: 1  # default: 3" in out
     assert sorted(place.iterdir()) == before
 
@@ -373,7 +371,7 @@ def test_a_dry_run_shows_what_is_learnt(place, capsys):
         (
             ["text,n", "A dog barks at the gate.,1"],
             ["--max_length", "4"],
-            ["No training row of bad.csv", "max_length 4"],
+            ["bad.csv", "no training row", "max_length 4"],
         ),
         (["text,n", "A dog barks.,1"], ["--mixed_precision", "fp16"], ["fp16", "GPU"]),
         (["text,n", "A dog barks.,1"], ["--batch_size", "8", "--micro_batch_size", "3"], ["micro_batch_size 3"]),
@@ -381,7 +379,7 @@ def test_a_dry_run_shows_what_is_learnt(place, capsys):
         (["text,n", "A dog barks.,1"], ["--model", "nowhere/at/all"], ["nowhere/at/all"]),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(place, capsys, rows, flags, said):
+def test_mistakes_raise_a_short_error(place, capsys, rows, flags, said):
     if torch.cuda.is_available() and "fp16" in flags:
         pytest.skip("there is a GPU")
     Path("bad.csv").write_text("\n".join(rows) + "\n")
@@ -392,11 +390,11 @@ def test_mistakes_are_told_in_a_sentence(place, capsys, rows, flags, said):
     assert not Path("models").exists()
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted(place, capsys):
+def test_long_rows_are_skipped_and_counted(place, capsys):
     Path("long.csv").write_text(
         "text,n\n" + "\n".join(f"Host {i} is up.,{i}" for i in range(6)) + f"\n{'ping ' * 99},9\n"
     )
     flags = ["--max_length", "20", "--num_train_epochs", "1", "--heldout_fraction", "0"]
     assert main(["sft", "--model", "model", "--data", "long.csv", *flags]) == 0
-    assert "Left out 1 training rows longer than 20 tokens (rows 8)" in capsys.readouterr().err
+    assert "Skipped 1 training rows longer than 20 tokens (rows 8)" in capsys.readouterr().err
     assert json.loads(Path("models/sft/run.json").read_text())["rows"] == 6

@@ -65,8 +65,8 @@ def show_warm_up(config: SftConfig) -> None:
     _write("Settings", settings(config))
     for number, row in enumerate(rows[:ROWS], 1):
         one = to_example(tokenizer, row)
-        ids = [*one.given, *one.learnt]
-        shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.given))
+        ids = [*one.context, *one.target]
+        shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.context))
         _write(f"Row {number} (row {row.row}): {len(ids)} tokens; what the mask has as 1 is learnt", shown)
     echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
 

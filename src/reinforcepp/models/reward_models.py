@@ -1,4 +1,4 @@
-"""Load language models with a scoring head for an output, fresh or trained."""
+"""Load language models with a score head, newly initialized or trained."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
-    """The language model ``name`` with a fresh scoring head, to be trained; ``settings`` go to ``from_pretrained``."""
+    """Return the language model ``name`` with a newly initialized score head; ``settings`` go to ``from_pretrained``."""
     torch.manual_seed(seed)
     model = _classifier(base_of_adapter(name) or name, **settings)
     if base_of_adapter(name) is not None:
         if is_4bit(model):
             raise ConfigError(
-                f"load_in_4bit can't round an adapter: export {name} to a plain model first, and give that."
+                f"load_in_4bit: {name} is an adapter, which can't be quantized. Merge it first: reinforcepp export {name}"
             )
         model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
     tokenizer = load_tokenizer(name)
@@ -34,7 +34,11 @@ def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
 
 
 def load_reward_weights(folder: Path) -> PreTrainedModel:
-    """A trained reward model; refuses a folder whose scoring head is missing or of the wrong shape."""
+    """Load a trained reward model.
+
+    Raises:
+        ModelError: the score head is missing or has the wrong shape.
+    """
     _check_head(folder)
     if (base := base_of_adapter(str(folder))) is not None:
         return score_at_last_attended(merge_adapter(_classifier(base), folder)).eval()
@@ -42,11 +46,12 @@ def load_reward_weights(folder: Path) -> PreTrainedModel:
 
 
 def _classifier(name: str, fresh: str | None = "score.", **settings: Any) -> PreTrainedModel:
-    """A model with one score for an output; its weights under ``fresh`` need not be there."""
+    """Return a model with one score as its output; weights with the prefix ``fresh`` can be missing."""
     from transformers import AutoModelForSequenceClassification
 
-    own = {"num_labels": 1, "dtype": torch.float32}
-    return load_weights(AutoModelForSequenceClassification, name, fresh=fresh, **own, **settings)
+    return load_weights(
+        AutoModelForSequenceClassification, name, fresh=fresh, num_labels=1, dtype=torch.float32, **settings
+    )
 
 
 def _check_head(folder: Path) -> None:
@@ -58,27 +63,24 @@ def _check_head(folder: Path) -> None:
             for key in weights.keys():  # noqa: SIM118
                 shapes[key.removeprefix(ADAPTER_PREFIX)] = list(weights.get_slice(key).get_shape())
     if not shapes:
-        raise ModelError(
-            f"{folder} holds no safetensors weights, so it isn't a reward model; train one with the reward verb."
-        )
+        raise ModelError(f"{folder}: no safetensors weights, so it isn't a reward model. Train one: reinforcepp reward")
     hidden = load_config(str(folder)).get_text_config().hidden_size
     head = shapes.get("score.weight")
     if head is None:
         raise ModelError(
-            f"{folder} holds no scoring head (score.weight): it is a language model, not a reward model, and a fresh head "
-            "would score at random. Train a reward model first, or give the folder that training wrote."
+            f"{folder}: no score head (score.weight). It is a language model, not a reward model, and a newly initialized "
+            "head scores at random. Train a reward model: reinforcepp reward"
         )
     if head != [1, hidden]:
         raise ModelError(
-            f"The scoring head in {folder} has shape {head}, but a reward model of this size has [1, {hidden}]: "
-            "train the reward model again."
+            f"{folder}: the score head has shape {head}, but the model needs [1, {hidden}]. Train the reward model again."
         )
 
 
 def score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
-    """Make ``model`` read its score where the attention mask ends.
+    """Make ``model`` read its score at the last token in the attention mask, and return it.
 
-    The library looks for the last token that isn't the pad token, which misses the EOS where pad and EOS are one.
+    Transformers reads it at the last token that isn't the pad token, which misses the EOS if pad and EOS are the same.
     """
     from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -89,9 +91,9 @@ def score_at_last_attended(model: PreTrainedModel) -> PreTrainedModel:
             position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
-        places_BL = torch.arange(input_ids.shape[1], device=input_ids.device) * attention_mask
+        positions_BL = torch.arange(input_ids.shape[1], device=input_ids.device) * attention_mask
         rows_B = torch.arange(input_ids.shape[0], device=input_ids.device)
-        return SequenceClassifierOutput(logits=self.score(hidden_BLD[rows_B, places_BL.argmax(-1)]))
+        return SequenceClassifierOutput(logits=self.score(hidden_BLD[rows_B, positions_BL.argmax(-1)]))
 
     model.forward = MethodType(forward, model)
     return model

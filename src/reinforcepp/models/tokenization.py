@@ -89,11 +89,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, ended: bool = True) -> list[int]:
+def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, finished: bool = True) -> list[int]:
     """Ids of framed prompt and answer, closed by EOS only if the answer ``ended`` by itself."""
     ids = encode(tokenizer, format_prompt(tokenizer, prompt))
     ids += encode(tokenizer, format_completion(tokenizer, prompt, answer))
-    return [*ids, eos_token_id(tokenizer)] if ended else ids
+    return [*ids, eos_token_id(tokenizer)] if finished else ids
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,1 +1,1 @@
-"""Where rewards come from: reward models, Python functions, servers and rules, and any weighted sum of them."""
+"""Reward sources: trained models, Python functions, servers and rules, and their weighted sum."""

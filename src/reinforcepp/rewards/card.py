@@ -1,4 +1,4 @@
-"""The card in a reward model's folder: what it was made from and how well it does. Read without torch."""
+"""The card in a reward model's folder: its origin and evaluation metrics. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from reinforcepp.errors import ModelError
 from reinforcepp.run_dir import REWARD_CARD
 
-HOW_TO_TRAIN = "Train one first: reinforcepp reward --data YOUR.csv --output_dir models/reward_model"
+HOW_TO_TRAIN = "Train a reward model: reinforcepp reward --data YOUR.csv --output_dir models/reward_model"
 
 
 @dataclass(frozen=True)
 class RewardCard:
-    """What a reward model was made from and how well it does; saved as ``reward_model.json``.
+    """Origin and evaluation metrics of a reward model; saved as ``reward_model.json``.
 
-    ``figures`` are those of the held-out pairs, ``score_mean`` and ``score_std`` of the training pairs' scores, as is
-    ``train_accuracy``, which older cards lack.
+    ``figures`` holds metrics of the held-out pairs. ``score_mean``, ``score_std`` and ``train_accuracy`` describe the
+    training pairs; cards of version 0.1 lack the accuracy. ``fingerprint`` holds the scores of the probe texts.
     """
 
     base_model: str
@@ -35,15 +35,15 @@ class RewardCard:
 
 
 def read_card(folder: Path) -> RewardCard:
-    """The card of a reward model's folder.
+    """Return the card of a reward model's folder.
 
     Raises:
-        ModelError: if there is none or it is damaged, with the cure.
+        ModelError: the folder has no card, or a damaged one.
     """
     path = folder / REWARD_CARD
     if not path.is_file():
-        raise ModelError(f"The folder {folder} is not a reward model: it has no {REWARD_CARD}. {HOW_TO_TRAIN}")
+        raise ModelError(f"{folder}: not a reward model, because it has no {REWARD_CARD}. {HOW_TO_TRAIN}")
     try:
         return RewardCard(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ModelError(f"{path} is damaged ({error}). {HOW_TO_TRAIN}") from error
+        raise ModelError(f"{path}: damaged ({error}). {HOW_TO_TRAIN}") from error

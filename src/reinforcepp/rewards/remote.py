@@ -1,11 +1,11 @@
-"""A reward server, asked in the protocol of OpenRLHF's remote rewards.
+"""Client of a reward server with OpenRLHF's protocol for remote rewards.
 
     POST {"query": [prompt + completion, ...], "prompts": [...], "labels": [...], "finish_reason": [...]}
-    -> {"rewards": [...]}, a number or null for each; {"scores": [...]} and a plain list are taken, too
+    -> {"rewards": [...]}, a number or null per completion; {"scores": [...]} and a plain list are accepted, too
 
-``finish_reason`` is an addition of ours, which other servers ignore. A failure that may pass (no connection, no answer in
-time, 408, 425, 429, 5xx) is tried again after a pause that doubles each time; the last of several in a row, like any
-other failure, is a RewardError: a training stops then instead of going on with made-up scores.
+``finish_reason`` is an extension that other servers ignore. The client retries transient failures (no connection, timeout,
+408, 425, 429, 5xx) with exponential backoff. The last failure in a row raises a RewardError, as does any other failure, so
+that training stops instead of continuing with made-up scores.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError, RewardError
 
-PASSING = {408, 425, 429, *range(500, 600)}
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
-SHOWN = 200  # characters of what a server says
+TRANSIENT_STATUSES = {408, 425, 429, *range(500, 600)}
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0
+SHOWN_CHARACTERS = 200
+"""Characters of a server's response that an error shows."""
 
 log = logging.getLogger(__name__)
 
 
-class _MayPass(Exception):
-    """A failure after which the same request may succeed; its text ends a sentence about the server."""
+class _TransientError(Exception):
+    """A failure after which the same request can succeed."""
 
 
 class RemoteReward:
     """A reward server as a reward function.
 
     Args:
-        url: where it is asked.
-        timeout: seconds that an answer may take.
-        attempts: requests, all but one of them repetitions, before it counts as failed.
-        batch_size: completions in a request.
-        label_column: the data's column that is sent as labels.
-        first_pause: seconds before the first repetition, give or take a part of it.
+        url: address of the scoring endpoint.
+        timeout: seconds to wait for a response.
+        attempts: requests before the client gives up, including the first.
+        batch_size: completions per request.
+        label_column: column of the data that is sent as labels.
+        first_pause: seconds before the first retry, plus random jitter of up to as much.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class RemoteReward:
         attempts: int = 5,
         batch_size: int = 64,
         label_column: str = "label",
-        first_pause: float = FIRST_PAUSE,
+        first_pause: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         self.url = url
         self.timeout = timeout
@@ -66,17 +67,17 @@ class RemoteReward:
 
     @property
     def name(self) -> str:
-        """Host and port, for the metrics."""
+        """Host and port, under which the metrics are logged."""
         parts = urlsplit(self.url)
         return f"{parts.hostname}-{parts.port}" if parts.port else str(parts.hostname)
 
     def __call__(
         self, prompts: list[str], completions: list[str], finish_reason: Sequence[str] | None = None, **columns: Any
     ) -> list[float | None]:
-        """What the server says of each completion.
+        """Return the server's score of each completion.
 
         Raises:
-            RewardError: if it says nothing that can be used.
+            RewardError: the server failed or sent an unusable response.
         """
         rows = {
             "query": [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
@@ -87,45 +88,48 @@ class RemoteReward:
         scores: list[float | None] = []
         with httpx2.Client(timeout=self.timeout, headers=self.headers) as client:
             for start in range(0, len(prompts), self.batch_size):
-                part = {name: values[start : start + self.batch_size] for name, values in rows.items()}
-                scores += self._scores(client, part)
+                batch = {name: values[start : start + self.batch_size] for name, values in rows.items()}
+                scores += self._scores(client, batch)
         return scores
 
     def _scores(self, client: httpx2.Client, rows: dict[str, list[Any]]) -> list[float | None]:
         retrying = Retrying(
             stop=stop_after_attempt(self.attempts),
-            wait=wait_exponential_jitter(multiplier=self.first_pause, max=LONGEST_PAUSE, jitter=self.first_pause),
-            retry=retry_if_exception_type(_MayPass),
-            before_sleep=self._tell,
+            wait=wait_exponential_jitter(multiplier=self.first_pause, max=MAX_PAUSE_SECONDS, jitter=self.first_pause),
+            retry=retry_if_exception_type(_TransientError),
+            before_sleep=self._log_retry,
             reraise=True,
         )
         try:
-            answer = retrying(self._post, client, json.dumps(rows, default=str).encode())
-        except _MayPass as failure:
+            response = retrying(self._post, client, json.dumps(rows, default=str).encode())
+        except _TransientError as failure:
             times = f"{self.attempts} times in a row" if self.attempts > 1 else "once, and reward_attempts is 1"
             raise RewardError(
-                f"The reward server {self.url} failed {times}, the last time because it {failure}: without scores there is "
-                "nothing to train on."
+                f"{self.url}: the reward server failed {times}; it {failure}. Check the server, or raise reward_attempts."
             ) from failure
-        return self._read(answer, len(rows["query"]))
+        return self._read(response, len(rows["query"]))
 
     def _post(self, client: httpx2.Client, body: bytes) -> httpx2.Response:
         try:
             response = client.post(self.url, content=body)
         except httpx2.TimeoutException as error:
-            raise _MayPass(f"gave no answer within {self.timeout:g} s") from error
+            raise _TransientError(f"sent no response within {self.timeout:g} s") from error
         except httpx2.TransportError as error:
-            raise _MayPass(f"can't be reached or broke off ({error or type(error).__name__})") from error
-        if response.status_code in PASSING:
-            raise _MayPass(f"answered {_status(response)}")
+            raise _TransientError(
+                f"can't be reached or closed the connection ({error or type(error).__name__})"
+            ) from error
+        if response.status_code in TRANSIENT_STATUSES:
+            raise _TransientError(f"answered {_status(response)}")
         if not response.is_success:
-            raise RewardError(f"The reward server {self.url} answered {_status(response)}{_cure(response.status_code)}")
+            raise RewardError(
+                f"{self.url}: the reward server answered {_status(response)}. {_fix(response.status_code)}"
+            )
         return response
 
-    def _tell(self, state: RetryCallState) -> None:
+    def _log_retry(self, state: RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
         log.warning(
-            "The reward server %s %s; asking again in %.1f s (failure %d of %d).",
+            "Reward server %s %s. Retrying in %.1f s (failure %d of %d).",
             self.url,
             state.outcome.exception(),
             state.next_action.sleep,
@@ -135,43 +139,48 @@ class RemoteReward:
 
     def _read(self, response: httpx2.Response, count: int) -> list[float | None]:
         try:
-            said = response.json()
+            payload = response.json()
         except ValueError as error:
             raise RewardError(
-                f"The reward server {self.url} answered something that isn't JSON: {response.text[:SHOWN]!r}."
+                f"{self.url}: the reward server's response isn't JSON: {response.text[:SHOWN_CHARACTERS]!r}. {_fix(404)}"
             ) from error
-        scores = said.get("rewards", said.get("scores")) if isinstance(said, dict) else said
+        scores = payload.get("rewards", payload.get("scores")) if isinstance(payload, dict) else payload
         if not isinstance(scores, list):
             raise RewardError(
-                f"The answer of the reward server {self.url} has no list 'rewards': {str(said)[:SHOWN]!r}."
+                f"{self.url}: the reward server's response has no list 'rewards': {str(payload)[:SHOWN_CHARACTERS]!r}. "
+                'Send {"rewards": [...]}.'
             )
         if len(scores) != count:
-            raise RewardError(f"The reward server {self.url} gave {len(scores)} scores for {count} completions.")
+            raise RewardError(
+                f"{self.url}: the reward server sent {len(scores)} scores for {count} completions. Send one per completion."
+            )
         return scores
 
 
 def authorization() -> dict[str, str]:
-    """The header with the token that the environment holds, if any.
+    """Return the authorization header if the environment holds a token.
 
     Raises:
-        ConfigError: if it can't stand in a header; the token itself is never told.
+        ConfigError: the token has characters that a header can't hold. The message never shows the token.
     """
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not token:
         return {}
     if not (token.isascii() and token.isprintable() and " " not in token):
-        raise ConfigError(f"{TOKEN_VARIABLE} holds characters that no token has, such as a space or the end of a line.")
+        raise ConfigError(
+            f"{TOKEN_VARIABLE}: the token has invalid characters, such as a space or a line break. Set it to the token alone."
+        )
     return {"Authorization": f"Bearer {token}"}
 
 
 def _status(response: httpx2.Response) -> str:
-    said = f" {response.text[:SHOWN]!r}" if response.text else ""
-    return f"{response.status_code} {response.reason_phrase}{said}"
+    text = f" {response.text[:SHOWN_CHARACTERS]!r}" if response.text else ""
+    return f"{response.status_code} {response.reason_phrase}{text}"
 
 
-def _cure(status: int) -> str:
+def _fix(status: int) -> str:
     if status in (401, 403):
-        return f": set {TOKEN_VARIABLE} to the token that it wants."
+        return f"Set {TOKEN_VARIABLE} to the server's token."
     if status in (404, 405):
-        return ": is that the address that it scores under? Most end in /get_reward."
-    return "."
+        return "Check the address of the scoring endpoint; most end in /get_reward."
+    return "Check the server's log."

@@ -1,4 +1,4 @@
-"""From what the user names as rewards to one weighted sum of functions."""
+"""Turn the user's reward names and functions into one weighted sum."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from reinforcepp.rewards.functions import (
     RewardScores,
     function_name,
     is_collective,
+    load_function,
     score_with,
+    source_digest,
     unique_names,
 )
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
-from reinforcepp.rewards.user import load_function, source_digest
 from reinforcepp.types import Completion
 
 Reward = str | RewardFunction
@@ -32,7 +33,7 @@ Reward = str | RewardFunction
 
 @dataclass(frozen=True)
 class RewardSum:
-    """Reward functions, what each counts for, and what tells one from another of the same name."""
+    """Reward functions, their weights, and strings that identify them in a run's fingerprint."""
 
     functions: list[RewardFunction]
     weights: list[float]
@@ -40,9 +41,9 @@ class RewardSum:
     truncation_penalty: float = 0.0
 
     def score(self, completions: Sequence[Completion]) -> RewardScores:
-        """What each says of each completion, and their sum; errors are those of :func:`score_with`.
+        """Return every function's scores and their weighted sum; errors are those of :func:`score_with`.
 
-        Where there is none, as may happen to one of several processes, no function is called but those that all call together.
+        A rank without completions calls collective functions only.
         """
         if not completions:
             for function in filter(is_collective, self.functions):
@@ -52,24 +53,24 @@ class RewardSum:
 
     @property
     def names(self) -> list[str]:
-        """Under what each is logged."""
+        """Names under which the functions are logged."""
         return unique_names(self.functions)
 
     @property
     def trained(self) -> list[TrainedReward]:
-        """The trained models among them."""
+        """The trained reward models among the functions."""
         return [function for function in self.functions if isinstance(function, TrainedReward)]
 
     def fingerprint(self) -> str:
-        """What they are, for a run that is resumed to notice a change."""
+        """Return a string that changes with the functions and weights, so that a resumed run notices."""
         parts = []
-        for function, weight, own in zip(self.functions, self.weights, self.identities, strict=True):
-            what = weights_hash(function.model) if isinstance(function, TrainedReward) else own
-            parts.append(what if weight == 1 else f"{weight:g}*{what}")
+        for function, weight, name in zip(self.functions, self.weights, self.identities, strict=True):
+            identity = weights_hash(function.model) if isinstance(function, TrainedReward) else name
+            parts.append(identity if weight == 1 else f"{weight:g}*{identity}")
         return " ".join(parts)
 
     def describe(self) -> list[dict[str, Any]]:
-        """For the run's record: name, weight and, for a model loaded from a folder, what it was made from."""
+        """Return name, weight and, for a model from a folder, its card, for the run's record."""
         return [
             {"name": name, "weight": weight, "card": asdict(card) if isinstance(card, RewardCard) else None}
             for name, weight, card in zip(
@@ -81,30 +82,31 @@ class RewardSum:
 def load_rewards(
     rewards: Reward | Sequence[Reward], settings: RewardSettings | None = None, weights: Sequence[float] | None = None
 ) -> RewardSum:
-    """Functions as they are, and whatever :mod:`reinforcepp.config.reward_spec` can name; models are loaded last.
+    """Return the weighted sum of ``rewards``. All names are checked before a model is loaded.
 
     Args:
-        rewards: one or several of them.
-        settings: how they are asked and what is taken off; the defaults ask and take off nothing.
-        weights: one for each, on top of those written into their names.
+        rewards: one or several functions, or names as in :mod:`reinforcepp.config.reward_spec`.
+        settings: of reward servers, normalization and the truncation penalty.
+        weights: one per reward, multiplied by the weight in its name.
 
     Raises:
-        ReinforceError: for one that doesn't exist or can't be used, or weights that don't fit.
+        ReinforceError: a reward doesn't exist or can't be used, or the weights don't match.
     """
     settings = settings or RewardSettings()
     listed: list[Any] = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     if not listed:
-        raise ConfigError("reward_funcs is empty: give at least one function or reward model.")
+        raise ConfigError("reward_funcs: empty. Give at least one function or reward model.")
     factors = _factors(weights, len(listed))
     sources = [parse_source(reward) if isinstance(reward, str) else None for reward in listed]
     models = [source.target for source in sources if source is not None and source.kind == "model"]
     for folder in models:
         check_reward_folder(folder)
-    light = [
-        reward if source is None else _light(source, settings) for reward, source in zip(listed, sources, strict=True)
+    without_models = [
+        reward if source is None else _function_of(source, settings)
+        for reward, source in zip(listed, sources, strict=True)
     ]
     functions: list[RewardFunction] = []
-    for function, source in zip(light, sources, strict=True):
+    for function, source in zip(without_models, sources, strict=True):
         if source is not None and source.kind == "model":
             function = load_reward_model(source.target)
             function.name = Path(source.target).name if len(models) > 1 else function.name
@@ -113,7 +115,10 @@ def load_rewards(
         _normalize(functions)
     return RewardSum(
         functions,
-        [own * (source.weight if source is not None else 1.0) for own, source in zip(factors, sources, strict=True)],
+        [
+            factor * (source.weight if source is not None else 1.0)
+            for factor, source in zip(factors, sources, strict=True)
+        ],
         [_identity(source, function) for source, function in zip(sources, functions, strict=True)],
         settings.truncation_penalty,
     )
@@ -123,14 +128,14 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
-        raise ConfigError(f"There are {len(weights)} reward_weights for {count} rewards: give one for each.")
+        raise ConfigError(f"reward_weights: {len(weights)} weights for {count} rewards. Give one per reward.")
     if not all(math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"reward_weights must be finite numbers, not {list(weights)}.")
+        raise ConfigError(f"reward_weights: {list(weights)} aren't all finite. Give finite numbers.")
     return [float(weight) for weight in weights]
 
 
-def _light(source: RewardSource, settings: RewardSettings) -> Any:
-    """The function of a source that needs no weights; None for a model."""
+def _function_of(source: RewardSource, settings: RewardSettings) -> Any:
+    """Return the function of a source that loads no model; None for a model."""
     match source.kind:
         case "judge":
             return GoldReward()
@@ -139,7 +144,7 @@ def _light(source: RewardSource, settings: RewardSettings) -> Any:
         case "function":
             return load_function(source.target)
         case "server":
-            from reinforcepp.rewards.remote import RemoteReward  # its libraries are for servers alone
+            from reinforcepp.rewards.remote import RemoteReward  # loads HTTP libraries
 
             return RemoteReward(
                 source.target,
@@ -154,7 +159,9 @@ def _light(source: RewardSource, settings: RewardSettings) -> Any:
 def _normalize(functions: Sequence[RewardFunction]) -> None:
     trained = [function for function in functions if isinstance(function, TrainedReward)]
     if not trained:
-        raise ConfigError("reward_normalize works on trained reward models, and there is none among the rewards.")
+        raise ConfigError(
+            "reward_normalize: needs a trained reward model, but there is none among the rewards. Omit it."
+        )
     for reward in trained:
         reward.normalize()
 

@@ -1,7 +1,7 @@
-"""Train a reward model from preference pairs with TRL's RewardTrainer (see ``resumable``).
+"""Train a reward model on preference pairs with TRL's RewardTrainer (see ``supervised_loop``).
 
-Ours around it: the split by prompt before training, one framing for training and scoring, the score read where the
-attention mask ends, held-out figures, and a card with a fingerprint beside the weights.
+Added to TRL: pairs are split by prompt before training, training and scoring share one chat template, the score is read
+at the last attended token, held-out pairs are evaluated, and a card with a fingerprint is saved with the weights.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from reinforcepp.models.tokenization import encode_example
 from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.reports.reward_model import analyse, save_pairs, summary, tell, write_page
 from reinforcepp.rewards.card import RewardCard
-from reinforcepp.rewards.measure import score_pairs
-from reinforcepp.rewards.trained import TrainedReward, save_reward_model
+from reinforcepp.rewards.trained import TrainedReward, save_reward_model, score_pairs
 from reinforcepp.training.setup import loading
-from reinforcepp.training.supervised_loop import (
+from reinforcepp.training.supervised_setup import (
     begin,
     check_not_empty,
     join_ranks,
@@ -45,11 +44,10 @@ REPORT_FILE = "report.html"
 
 
 def train_reward_model(config: RewardModelConfig) -> RewardCard:
-    """Train, measure and save a reward model as ``config`` says; returns its card. Of several processes the first one measures
-    and saves.
+    """Train, evaluate and save a reward model; return its card. Rank 0 evaluates and saves.
 
     Raises:
-        ReinforceError: for anything wrong with data, model or folder, before any weight is loaded.
+        ReinforceError: the data, the model or the output directory can't be used; raised before weights are loaded.
     """
     with TemporaryDirectory() as scratch:
         return _train_reward_model(config, scratch)
@@ -84,17 +82,17 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed, head=model.score)
     facts = {"train_pairs": len(train), "heldout_pairs": len(heldout)}
-    begun = begin(folder, config, inputs, saved, facts)
+    run = begin(folder, config, inputs, saved, facts)
     from reinforcepp.distributed.rank_zero import RankZero
-    from reinforcepp.training.resumable import ResumableRewardTrainer, fit  # which loads TRL
+    from reinforcepp.training.supervised_loop import ResumableRewardTrainer, fit  # loads TRL
 
-    fit(ResumableRewardTrainer, model, tokenizer, rows, config, begun)
-    return RankZero(begun.ranks, config.watchdog_seconds).run(
-        lambda: _measure_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
+    fit(ResumableRewardTrainer, model, tokenizer, rows, config, run)
+    return RankZero(run.ranks, config.watchdog_seconds).run(
+        lambda: _evaluate_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
     )
 
 
-def _measure_and_save(
+def _evaluate_and_save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: RewardModelConfig,
@@ -103,12 +101,12 @@ def _measure_and_save(
     train: Sequence[Preference],
     heldout: Sequence[Preference],
 ) -> RewardCard:
-    """What the model is worth, on the pairs that it learnt and on others, written beside it."""
-    used = model
-    if config.load_in_4bit:  # whoever uses it adds the adapter to weights in full
+    """Evaluate the model on training and held-out pairs; save weights, card and report."""
+    evaluated = model
+    if config.load_in_4bit:  # inference merges the adapter into unquantized weights, so evaluate that model
         save_model(model, tokenizer, folder)
-        used = load_reward_weights(folder)
-    scorer = TrainedReward(used, tokenizer, batch_size=config.batch_size * 2)
+        evaluated = load_reward_weights(folder)
+    scorer = TrainedReward(evaluated, tokenizer, batch_size=config.batch_size * 2)
     on_train = summary(score_pairs(scorer, sample_rows(train)))
     pairs = score_pairs(scorer, heldout)
     analysis = analyse(pairs) if pairs else None
@@ -126,12 +124,11 @@ def _measure_and_save(
         train_accuracy=on_train.accuracy,
     )
     if pairs:
-        save_pairs(pairs, folder)  # before the card, which tells that all is there
+        save_pairs(pairs, folder)  # before the card, which marks the folder as complete
     save_reward_model(TrainedReward(model, tokenizer), card, folder)
     tell(card, analysis)
     if analysis:
         write_page(card, pairs, analysis, folder / REPORT_FILE)
-    echo(
-        f"Saved the reward model to {folder}" + (f", its report to {folder / REPORT_FILE}" if analysis else ""), "green"
-    )
+    report = f", report to {folder / REPORT_FILE}" if analysis else ""
+    echo(f"Saved reward model to {folder}{report}", "green")
     return card

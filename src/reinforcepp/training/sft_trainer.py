@@ -1,7 +1,7 @@
-"""Fine-tune a language model on answers or plain text with TRL's SFTTrainer, as a warm-up before RL (see ``resumable``).
+"""Fine-tune a language model on answers or plain text with TRL's SFTTrainer, before RL (see ``supervised_loop``).
 
-Ours around it: prompts and answers are framed and tokenised as the reward model and the policy see them, the loss is on
-the answer and its EOS alone, and held-out rows are measured before and after by the log-probabilities that RL works with.
+Added to TRL: prompts and answers are formatted and tokenized as RL and the reward model see them, only the answer and its
+EOS have a loss, and held-out rows are evaluated before and after training with RL's log-probabilities.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from reinforcepp.models.tokenization import encode, encode_example, eos_token_id
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.training.setup import loading
-from reinforcepp.training.supervised_loop import (
+from reinforcepp.training.supervised_setup import (
     RunContext,
     begin,
     check_not_empty,
@@ -38,27 +38,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
-"""The label of a token on which there is no loss."""
+"""Label of a token without a loss."""
 MAX_EXPONENT_LOSS = 700.0
-"""Whose exponential is still a number."""
+"""Largest loss whose exponential is finite in float64."""
 
 
 class SftExample(NamedTuple):
-    """Tokens that are given, and those that are learnt after them."""
+    """Token ids of the context, which have no loss, and of the target that follows it."""
 
-    given: list[int]
-    learnt: list[int]
+    context: list[int]
+    target: list[int]
     row: int | str = 0
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
-        return len(self.given) + len(self.learnt)
+        """Number of tokens."""
+        return len(self.context) + len(self.target)
 
 
 @dataclass(frozen=True)
 class HeldOutMetrics:
-    """The mean loss of held-out tokens in nats, its exponential, and how many tokens of how many rows it is of."""
+    """Mean loss of held-out target tokens in nats, its exponential, and the numbers of tokens and rows."""
 
     loss: float
     perplexity: float
@@ -67,11 +67,13 @@ class HeldOutMetrics:
 
 
 def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
-    """Fine-tune, measure and save a language model as ``config`` says; returns the figures ``before`` and ``after``,
-    None if no row is held out. Of several processes the first one measures and saves.
+    """Fine-tune, evaluate and save a language model. Rank 0 evaluates and saves.
+
+    Returns:
+        Metrics of the held-out rows ``before`` and ``after`` training; None if no row is held out.
 
     Raises:
-        ReinforceError: for anything wrong with data, model or folder, before any weight is loaded.
+        ReinforceError: the data, the model or the output directory can't be used; raised before weights are loaded.
     """
     join_ranks(config)
     folder, saved = open_run_dir(config)
@@ -81,101 +83,112 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
     echo(data.summary())
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     limit = length_limit(config)
-    lessons, unseen = (
-        skip_long([to_example(tokenizer, row) for row in rows], lambda one: one.length, limit, what)
-        for rows, what in ((train, "training rows"), (heldout, "held-out rows"))
+    examples, heldout_examples = (
+        skip_long([to_example(tokenizer, row) for row in rows], lambda example: example.length, limit, label)
+        for rows, label in ((train, "training rows"), (heldout, "held-out rows"))
     )
-    check_not_empty(lessons, "row", data.source, limit)
+    check_not_empty(examples, "row", data.source, limit)
 
     model = load_policy(config.model, **loading(config))
     inputs = {"model": weights_hash(model), "data": data.sha256}
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed)
     else:
-        model.requires_grad_(True)  # an adapter that was merged leaves them off
-    facts = {"kind": type(config).__name__, "rows": len(lessons), "heldout_rows": len(unseen), "inputs": inputs}
-    begun = begin(folder, config, inputs, saved, facts)
-    from reinforcepp.distributed.rank_zero import RankZero  # which loads Accelerate
+        model.requires_grad_(True)  # merging an adapter freezes the weights
+    facts = {
+        "kind": type(config).__name__,
+        "rows": len(examples),
+        "heldout_rows": len(heldout_examples),
+        "inputs": inputs,
+    }
+    run = begin(folder, config, inputs, saved, facts)
+    from reinforcepp.distributed.rank_zero import RankZero  # loads Accelerate
 
-    first = RankZero(begun.ranks, config.watchdog_seconds)
-    before = first.run(lambda: _figures(model, unseen, tokenizer, config))
-    _fit(model, tokenizer, lessons, config, begun)
+    first = RankZero(run.ranks, config.watchdog_seconds)
+    before = first.run(lambda: _evaluate(model, heldout_examples, tokenizer, config))
+    _fit(model, tokenizer, examples, config, run)
 
-    def measure_and_save() -> dict[str, HeldOutMetrics | None]:
-        figures = {"before": before, "after": _figures(model.eval(), unseen, tokenizer, config)}
+    def evaluate_and_save() -> dict[str, HeldOutMetrics | None]:
+        metrics = {"before": before, "after": _evaluate(model.eval(), heldout_examples, tokenizer, config)}
         save_model(model, tokenizer, folder)
-        write_json(folder / EVALUATION, {when: asdict(of) for when, of in figures.items() if of is not None})
-        _tell(figures["before"], figures["after"])
-        echo(f"Saved the model to {folder}", "green")
-        return figures
+        write_json(folder / EVALUATION, {when: asdict(of) for when, of in metrics.items() if of is not None})
+        _print_metrics(metrics["before"], metrics["after"])
+        echo(f"Saved model to {folder}", "green")
+        return metrics
 
-    return first.run(measure_and_save)
+    return first.run(evaluate_and_save)
 
 
 def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:
-    """What is learnt of ``row``: an answer and its EOS after the framed prompt, or all of a text, and that it ends."""
+    """Tokenize ``row``: the target is the answer and its EOS, or a whole text but for its first token, and its EOS."""
     if row.question is None:
-        ids = list(tokenizer(row.completion)["input_ids"])  # as the tokenizer begins texts, which frames do themselves
+        # The tokenizer adds its first token itself here. In a conversation the chat template writes it.
+        ids = list(tokenizer(row.completion)["input_ids"])
         if ids[-1] != eos_token_id(tokenizer):
             ids.append(eos_token_id(tokenizer))
         return SftExample(ids[:1], ids[1:], row.row)
-    given = encode(tokenizer, format_prompt(tokenizer, row.question))
-    return SftExample(given, encode_example(tokenizer, row.question, row.completion)[len(given) :], row.row)
+    context = encode(tokenizer, format_prompt(tokenizer, row.question))
+    return SftExample(context, encode_example(tokenizer, row.question, row.completion)[len(context) :], row.row)
 
 
 @torch.no_grad()
 def evaluate_heldout(
-    model: PreTrainedModel, lessons: Sequence[SftExample], *, pad_id: int, at_a_time: int
+    model: PreTrainedModel, examples: Sequence[SftExample], *, pad_id: int, batch_size: int
 ) -> HeldOutMetrics:
-    """How well ``model``, in evaluation mode, foretells what is learnt of ``lessons``, by RL's own log-probabilities."""
+    """Return the loss of ``model``, in evaluation mode, on the targets, from the log-probabilities that RL uses."""
     total, tokens = 0.0, 0
-    for start in range(0, len(lessons), at_a_time):
-        rows = lessons[start : start + at_a_time]
-        given, learnt = [row.given for row in rows], [row.learnt for row in rows]
-        logprobs_BT, _, mask_BT = response_logprobs(model, given, learnt, pad_id=pad_id)
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        contexts, targets = [row.context for row in batch], [row.target for row in batch]
+        logprobs_BT, _, mask_BT = response_logprobs(model, contexts, targets, pad_id=pad_id)
         total -= float(logprobs_BT.double().sum())
         tokens += int(mask_BT.sum())
     loss = total / tokens
-    return HeldOutMetrics(loss, math.exp(min(loss, MAX_EXPONENT_LOSS)), tokens, len(lessons))
+    return HeldOutMetrics(loss, math.exp(min(loss, MAX_EXPONENT_LOSS)), tokens, len(examples))
 
 
-def _figures(
-    model: PreTrainedModel, lessons: Sequence[SftExample], tokenizer: PreTrainedTokenizerBase, config: SftConfig
+def _evaluate(
+    model: PreTrainedModel, examples: Sequence[SftExample], tokenizer: PreTrainedTokenizerBase, config: SftConfig
 ) -> HeldOutMetrics | None:
-    if not lessons:
+    if not examples:
         return None
-    if torch.accelerator.is_available() and not is_4bit(model):  # which is there already
+    if torch.accelerator.is_available() and not is_4bit(model):  # a 4-bit model is on the GPU and can't be moved
         model.to(torch.accelerator.current_accelerator())
-    return evaluate_heldout(model, lessons, pad_id=eos_token_id(tokenizer), at_a_time=config.effective_micro_batch_size)
+    return evaluate_heldout(
+        model, examples, pad_id=eos_token_id(tokenizer), batch_size=config.effective_micro_batch_size
+    )
 
 
 def _fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    lessons: Sequence[SftExample],
+    examples: Sequence[SftExample],
     config: SftConfig,
-    begun: RunContext,
+    run: RunContext,
 ) -> None:
-    from reinforcepp.training.resumable import ResumableSftTrainer, fit  # which loads TRL
+    from reinforcepp.training.supervised_loop import ResumableSftTrainer, fit  # loads TRL
 
     rows = [
-        {"input_ids": [*one.given, *one.learnt], "labels": [*[IGNORED_LABEL] * len(one.given), *one.learnt]}
-        for one in lessons
+        {
+            "input_ids": [*example.context, *example.target],
+            "labels": [*[IGNORED_LABEL] * len(example.context), *example.target],
+        }
+        for example in examples
     ]
-    fit(ResumableSftTrainer, model, tokenizer, rows, config, begun)
+    fit(ResumableSftTrainer, model, tokenizer, rows, config, run)
 
 
-def _tell(before: HeldOutMetrics | None, after: HeldOutMetrics | None) -> None:
-    """One sentence on the held-out rows before and after training."""
+def _print_metrics(before: HeldOutMetrics | None, after: HeldOutMetrics | None) -> None:
     if before is None or after is None:
-        echo("No row was held out, so nothing is known about this model beyond its training data.", "yellow")
+        echo(
+            "heldout_fraction: no row was held out, so the model wasn't evaluated on unseen data. Raise heldout_fraction.",
+            "yellow",
+        )
         return
     worse = after.loss > before.loss
-    note = (
-        ": it got worse on what it hasn't seen; fewer num_train_epochs or a lower learning_rate help" if worse else ""
-    )
+    advice = ". The loss on unseen rows rose. Lower num_train_epochs or learning_rate." if worse else ""
     echo(
-        f"Held-out rows ({after.rows}, {after.tokens:,} tokens): loss {before.loss:.3f} -> {after.loss:.3f} nats per token, "
-        f"perplexity {before.perplexity:.4g} -> {after.perplexity:.4g}{note}",
+        f"Held-out rows ({after.rows}, {after.tokens:,} tokens): loss {before.loss:.3f} -> {after.loss:.3f} nats/token, "
+        f"perplexity {before.perplexity:.4g} -> {after.perplexity:.4g}{advice}",
         "yellow" if worse else "",
     )

@@ -1,210 +1,349 @@
-"""What trainings on the rows of a file, of a reward model or a warm-up, do alike before their first step."""
+"""Run TRL's trainers with the checkpoints, signal handling and guardrails that policy training has.
+
+Transformers pickles its checkpoints and writes them in place. Here a callback writes those of ``checkpoint`` instead,
+which are atomic and hold no pickle, and restores them when a run resumes. Importing this file loads TRL.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
-from reinforcepp.data import DiskRows
-from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.models.loading import context_length, load_config, weight_bytes
-from reinforcepp.monitoring import echo, reading_progress
-from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, clear, describe_run
-from reinforcepp.runtime import started
+from reinforcepp.config import RewardModelConfig, SftConfig
+from reinforcepp.errors import TrainingDiverged
+from reinforcepp.models.loading import load_policy, save_model
+from reinforcepp.models.lora import has_adapter, load_adapter_weights, load_trainable_weights
+from reinforcepp.models.reward_models import load_reward_weights
+from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_logs
+from reinforcepp.monitoring.signals import Interrupted, Stop, StopAsked, stop_signals
+from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training import checkpoint
-from reinforcepp.types import RowId
+from reinforcepp.training import rng as random_state
+from reinforcepp.training.supervised_setup import RunContext, SupervisedConfig
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from reinforcepp.distributed.ranks import Ranks
-
-Settings = RewardModelConfig | SftConfig
-SUBJECTS: Mapping[type, str] = {RewardModelConfig: "reward model", SftConfig: "model for a warm-up"}
-MAX_MEASURED_ROWS = 2000
+TRAINER_STATE = "trainer_state.json"
 
 
-class Numbered(Protocol):
-    """Anything with a row number."""
+class SupervisedTrainer(Trainer):
+    """What :func:`fit` needs to know of a TRL trainer; a mixin for both."""
 
-    @property
-    def row(self) -> RowId:
-        """The row's number in its file."""
-        ...
+    title: ClassVar[str]
+    """Title of the progress line."""
+    kind: ClassVar[str]
+    """Prefix of the optimizer's file in a checkpoint."""
+    logged: ClassVar[tuple[str, ...]]
+    """Metrics of a step, in addition to those that both trainers log."""
+    headline: ClassVar[tuple[str, str]]
+    """Metric that the progress line shows: TRL's name for it, and its label."""
+
+    @staticmethod
+    def arguments(config: Any, **common: Any) -> TrainingArguments:
+        """Return TRL's arguments; ``common`` holds those that both trainers share."""
+        raise NotImplementedError
+
+    @staticmethod
+    def load_model(folder: Path) -> PreTrainedModel:
+        """Load the model of a checkpoint that holds full weights."""
+        raise NotImplementedError
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load nothing, because :func:`fit` has loaded the weights. No public hook covers this step."""
 
 
-T = TypeVar("T", bound=Numbered)
+class ResumableRewardTrainer(SupervisedTrainer, RewardTrainer):
+    """Trains on pairs: rows of ``chosen_ids`` and ``rejected_ids``."""
+
+    title = "reward model"
+    kind = "reward"
+    logged = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward")
+    headline = ("accuracy", "accuracy")
+
+    @staticmethod
+    def arguments(config: RewardModelConfig, **common: Any) -> TrainingArguments:
+        """Return TRL's arguments, with at least one warmup step because the score head is newly initialized."""
+        common["warmup_steps"] = max(1, common["warmup_steps"])
+        return RewardConfig(center_rewards_coefficient=config.center_rewards_coefficient, **common)
+
+    @staticmethod
+    def load_model(folder: Path) -> PreTrainedModel:
+        """Load a reward model."""
+        return load_reward_weights(folder)
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """Where a training writes and what it starts from: fingerprints of its inputs, the checkpoint it goes on from, and who
-    takes part.
+class ResumableSftTrainer(SupervisedTrainer, SFTTrainer):
+    """Trains on texts: rows of ``input_ids`` and ``labels``, which are -100 on tokens without a loss."""
+
+    title = "SFT"
+    kind = "policy"
+    logged = ("entropy", "mean_token_accuracy")
+    headline = ("mean_token_accuracy", "token accuracy")
+
+    def __init__(self, *, model: PreTrainedModel, **named: Any) -> None:
+        # The libraries write training settings into the configurations that are saved for inference: no KV cache, and the
+        # tokenizer's pad token. Many models then don't train that token's embedding, although it may be the EOS.
+        configs = [model.config, model.config.get_text_config(), model.generation_config]
+        before = [(config, dict(vars(config))) for config in configs if config is not None]
+        super().__init__(model=model, **named)
+        for config, values in before:
+            vars(config).update(values)
+        self.processing_class = None  # otherwise train() aligns the special tokens again
+
+    @staticmethod
+    def arguments(config: SftConfig, **common: Any) -> TrainingArguments:
+        """Return TRL's arguments for rows that are tokenized already."""
+        return SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **common)
+
+    @staticmethod
+    def load_model(folder: Path) -> PreTrainedModel:
+        """Load a language model."""
+        return load_policy(str(folder))
+
+
+class TrainingCallback(TrainerCallback):
+    """Logs steps, saves and restores checkpoints, handles signals and skips updates that aren't finite.
+
+    Args:
+        trainer_class: the trainer, for the names of its metrics and files.
+        config: the run's settings.
+        run: folder, inputs, ranks and the checkpoint to resume from.
+        tokenizer: saved with every checkpoint.
+        log: metric log, open on rank 0 only.
+        progress: progress line.
+        stop: pending stop signal, if any.
+        watchdog: receives a heartbeat per micro-batch.
     """
 
-    folder: Path
-    inputs: Mapping[str, str]
-    saved: checkpoint.Checkpoint | None
-    ranks: Ranks
+    def __init__(
+        self,
+        trainer_class: type[SupervisedTrainer],
+        config: SupervisedConfig,
+        run: RunContext,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        log: MetricLog,
+        progress: Progress,
+        stop: Stop,
+        watchdog: Watchdog,
+    ) -> None:
+        self.trainer_class, self.config, self.run, self.tokenizer = trainer_class, config, run, tokenizer
+        self.log, self.progress, self.stop, self.watchdog = log, progress, stop, watchdog
+        self._best: dict[str, Any] = {}
+        self._metrics: dict[str, float] = {}
+        self._random: dict[str, Any] = {}
+        self._restore_random = run.saved is not None
+        self._clock, self._skipped_in_a_row = Clock(), 0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **live: Any) -> None:
+        """Restore optimizer and schedule if the run resumes."""
+        if self.run.saved is None:
+            return
+        saved = self.run.saved.state
+        groups = saved["optimizer_groups"]
+        live["optimizer"].load_state_dict(checkpoint.load_optimizer(self.run.saved, self.trainer_class.kind, groups))
+        live["lr_scheduler"].load_state_dict(saved["scheduler"])
+        self._best, self._random = saved["best"], saved["random"]
 
-def join_ranks(config: Settings) -> None:
-    """Meet the other processes, if there are any; due before anything that may fail in one alone.
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Restore the random generators if the run resumes at the start of an epoch."""
+        # At an epoch's start the data loader draws its seed from the restored generators, as it did in the first run.
+        # Within an epoch it first replays the order of the whole epoch, so on_step_begin restores them later.
+        if state.global_step % (state.max_steps // state.num_train_epochs) == 0:
+            self._restore_generators()
 
-    Raises:
-        ConfigError: they don't meet, or can't train this way.
-    """
-    if started() == 1:
-        return
-    from reinforcepp.distributed.ranks import (
-        Ranks,
-        init_process_group,
-    )  # which takes seconds: alone, a wrong path is told before
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the step timer. Stop here if another rank received a signal."""
+        self._restore_generators()
+        # Ranks can only stop together, and only between steps.
+        if self.run.ranks.count > 1 and self.run.ranks.any(self.stop.number is not None):
+            raise StopAsked
+        self._clock = Clock()
 
-    init_process_group(config.watchdog_seconds)
-    ranks, subject = Ranks(), SUBJECTS[type(config)]
-    if ranks.sharded:
-        raise ConfigError(
-            f"A {subject} is trained whole on each process: leave FSDP and DeepSpeed out for this job; --use_peft needs less "
-            "memory."
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop if a signal arrived: only gradients of an unfinished step are lost."""
+        self.watchdog.beat(f"step {state.global_step + 1}")
+        self._check_stop()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **live: Any) -> None:
+        """Skip an update whose gradient isn't finite, which holds on all ranks alike; raise after several in a row."""
+        self._check_stop()
+        model = live["model"]
+        finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if finite:
+            return
+        limit, step = self.config.max_skipped_updates, state.global_step + 1
+        if self._skipped_in_a_row > limit:
+            raise TrainingDiverged(
+                f"Step {step}: the gradient isn't finite, nor were those of the {limit} steps before. "
+                "Lower learning_rate."
+            )
+        echo(
+            f"Step {step}: skipped update (the gradient isn't finite). "
+            f"{self._skipped_in_a_row} of {limit} allowed in a row.",
+            "yellow",
         )
-    if config.batch_size % ranks.count:
-        fitting = ranks.count * max(1, round(config.batch_size / ranks.count))
-        raise ConfigError(
-            f"A {subject} is trained with batches of {config.batch_size}, and the launcher has started {ranks.count} processes: "
-            f"give a batch_size that they can share evenly, such as {fitting}, or start fewer of them."
-        )
+        model.zero_grad()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Capture the random generators as the next step finds them."""
+        self.watchdog.beat(f"step {state.global_step + 1}")
+        self._random = random_state.capture()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **live: Any) -> None:
+        """Log a finished step and save a checkpoint if one is due."""
+        if not logs or "loss" not in logs:  # the summary at the end of training
+            return
+        self._clock.lap("step")
+        names = ("loss", "grad_norm", "learning_rate", *self.trainer_class.logged, "epoch")
+        metrics = {"step": state.global_step} | {name: float(logs[name]) for name in names if name in logs}
+        metrics["skipped_updates"] = float(self._skipped_in_a_row > 0)
+        self._metrics = metrics
+        if self.run.ranks.is_main:
+            self.log.write(metrics | self._clock.seconds())
+        name, label = self.trainer_class.headline
+        self.progress.step(f"loss {logs['loss']:.3f}, {label} {logs[name]:.2f}")
+        if self.config.save_every and state.global_step % self.config.save_every == 0:
+            self.save(state, live["model"], live["optimizer"], live["lr_scheduler"])
+            self._check_stop()
+
+    def save(self, state: Any, model: PreTrainedModel, optimizer: Any, scheduler: Any) -> None:
+        """Write a checkpoint of the last finished step. Rank 0 writes; all ranks must call it."""
+        position = (state.global_step, 0)
+        self._best = checkpoint.better(self._best, self.config.keep_best, self._metrics, checkpoint.name_of(*position))
+        contents = checkpoint.described(self.config, self.run.inputs) | {
+            "random": self._random,
+            "best": self._best,
+            "scheduler": scheduler.state_dict(),
+        }
+
+        def fill(folder: Path) -> None:
+            save_model(model, self.tokenizer, folder)
+            contents["optimizer_groups"] = checkpoint.save_optimizer(
+                optimizer.state_dict(), self.trainer_class.kind, folder
+            )
+            state.save_to_json(str(folder / TRAINER_STATE))
+
+        keep = self._best["checkpoint"] if self._best else None
+        if self.run.ranks.is_main:
+            checkpoint.save(self.run.folder, position, contents, fill, keep_last=self.config.keep_last, keep=keep)
+        self.run.ranks.barrier()
+
+    def _restore_generators(self) -> None:
+        if self._restore_random:
+            random_state.restore(self._random)
+            self._restore_random = False
+
+    def _check_stop(self) -> None:
+        if self.run.ranks.count == 1:
+            self.stop.check()
 
 
-def open_run_dir(config: Settings) -> tuple[Path, checkpoint.Checkpoint | None]:
-    """The folder to write to, which is left as it is for now, and the checkpoint to go on from.
+def fit(
+    trainer_class: type[SupervisedTrainer],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]] | Dataset,
+    config: SupervisedConfig,
+    run: RunContext,
+) -> None:
+    """Train ``model`` on tokenized ``rows``, from the checkpoint ``run.saved`` if there is one.
 
     Raises:
-        ConfigError: the folder can't be used, or the settings can't on this machine.
-        ModelError: there are checkpoints, but none that is whole.
+        Interrupted: a signal stopped training; the finished steps are saved.
+        TrainingDiverged: the gradients of several steps in a row weren't finite.
     """
-    copies = 3 * (config.keep_last + 1) + 1  # checkpoints, with Adam's moments, the one being written, and the model
-    folder = check_output(
-        config.output_dir,
-        overwrite=config.overwrite,
-        resume=config.resume,
-        needed_bytes=copies * weight_bytes(config.model),
-    )
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError(f"mixed_precision fp16 needs a GPU when a {SUBJECTS[type(config)]} is trained: use bf16.")
-    return folder, checkpoint.chosen(folder, config)
-
-
-def begin(
-    folder: Path,
-    config: Settings,
-    inputs: Mapping[str, str],
-    saved: checkpoint.Checkpoint | None,
-    facts: Mapping[str, Any],
-) -> RunContext:
-    """Clear the folder, or check that the checkpoint's run began with the same; note settings and ``facts``. All call it.
-
-    Raises:
-        ConfigError: the data or the model is another than when the run was stopped.
-    """
+    steps, saved = math.ceil(len(rows) / config.batch_size) * config.num_train_epochs, run.saved
+    ranks = run.ranks
     if saved is not None:
-        check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
-    from reinforcepp.distributed.ranks import Ranks
+        if ranks.is_main:
+            restore_logs(saved.folder, run.folder)
+        echo(f"Resuming after step {saved.step} of {steps}")
+        # Transformers would warn that the batch size per process changed, which is allowed: only the global one counts.
+        logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        closing(MetricLog()) as log,
+        Progress(trainer_class.title, steps, 0 if saved is None else saved.step) as progress,
+        stop_signals() as stop,
+        Watchdog(run.folder, config.watchdog_seconds) as watchdog,
+    ):
+        if ranks.is_main:
+            log.open(run.folder)
+        callback = TrainingCallback(
+            trainer_class, config, run, tokenizer, log=log, progress=progress, stop=stop, watchdog=watchdog
+        )
+        arguments = trainer_class.arguments(config, output_dir=scratch, **_common_arguments(config, steps, ranks.count))
+        arguments.mixed_precision = config.mixed_precision  # with "no", the launcher's precision would apply otherwise
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
+            processing_class=tokenizer,
+            callbacks=[callback],
+        )
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # TRL casts adapters on 4-bit weights to bfloat16
+                parameter.data = parameter.data.float()
+        if saved is not None:
+            _load_weights(trainer_class, model, saved.folder)
+            # Transformers gets its own state alone, so that it can't unpickle a file of the checkpoint.
+            shutil.copyfile(saved.folder / TRAINER_STATE, Path(scratch) / TRAINER_STATE)
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        try:
+            trainer.train(resume_from_checkpoint=None if saved is None else scratch)
+        except StopAsked as asked:
+            done = trainer.state.global_step
+            if done:
+                callback.save(trainer.state, trainer.model, trainer.optimizer, trainer.lr_scheduler)
+            raise Interrupted(f"after step {done} of {steps}", stop.exit_code) from asked
+        # The caller evaluates in float32, so undo the wrapper for mixed precision.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
-    ranks = Ranks()
-    ranks.barrier()  # until all have looked at the folder
-    if ranks.is_main:
-        if saved is None:
-            clear(folder)
-        if not (folder / RUN_FILE).is_file():
-            describe_run(folder, as_dict(config), dict(facts))
-    return RunContext(folder, inputs, saved, ranks)
 
-
-def length_limit(config: Settings) -> int:
-    """How many tokens a row may have: no more than the model can attend to."""
-    return min(config.max_length, context_length(load_config(config.model)) or config.max_length)
-
-
-def skip_long(rows: Sequence[T], length: Callable[[T], int], limit: int, what: str) -> Sequence[T]:
-    """The rows of at most ``limit`` tokens; of those left out, called ``what``, number and rows are told."""
-    return _without(rows, [place for place, row in enumerate(rows) if length(row) > limit], limit, what)
-
-
-def tokenize_rows(
-    rows: Sequence[T], ids_of: Callable[[T], Mapping[str, list[int]]], limit: int, what: str, scratch: str
-) -> tuple[Sequence[T], Sequence[Mapping[str, list[int]]] | Dataset]:
-    """The rows of at most ``limit`` tokens, and what ``ids_of`` makes of them; of rows on the disk that is in ``scratch``."""
-    from datasets import Dataset, Features, List, Value
-
-    long: list[int] = []
-
-    def short() -> Iterator[Mapping[str, list[int]]]:
-        with reading_progress(isinstance(rows, DiskRows), "tokenising") as on_progress:
-            for place, row in enumerate(rows):
-                ids = ids_of(row)
-                if longest(ids) > limit:
-                    long.append(place)
-                else:
-                    yield ids
-                on_progress((place + 1) / len(rows))
-
-    made: Sequence[Mapping[str, list[int]]] | Dataset
-    if isinstance(rows, DiskRows):
-        features = Features({name: List(Value("int32")) for name in (ids_of(rows[0]) if rows else {})})
-        with no_progress_bars():  # there is one already
-            made = Dataset.from_generator(short, features=features, cache_dir=scratch, fingerprint=rows.digest)
+def _load_weights(trainer_class: type[SupervisedTrainer], model: PreTrainedModel, folder: Path) -> None:
+    if has_adapter(model):
+        load_trainable_weights(model, load_adapter_weights(folder))
     else:
-        made = list(short())
-    return _without(rows, long, limit, what), made
+        load_trainable_weights(model, dict(trainer_class.load_model(folder).state_dict()))
 
 
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """The ``datasets`` library's own progress bars are off meanwhile."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def longest(ids: Mapping[str, list[int]]) -> int:
-    """Tokens of the longest of them."""
-    return max(map(len, ids.values()))
-
-
-def sample_rows(rows: Sequence[T]) -> Sequence[T]:
-    """Of rows on the disk those that figures are made of: to measure millions would take as long as to train on them."""
-    if not isinstance(rows, DiskRows) or len(rows) <= MAX_MEASURED_ROWS:
-        return rows
-    echo(f"Figures are those of {MAX_MEASURED_ROWS:,} of {len(rows):,} rows, evenly spread.")
-    return list(rows.spread(MAX_MEASURED_ROWS))
-
-
-def _without(rows: Sequence[T], long: Sequence[int], limit: int, what: str) -> Sequence[T]:
-    """``rows`` but for those at the places ``long``, which are told."""
-    if not long:
-        return rows
-    named = ", ".join(str(rows[place].row) for place in long[:5]) + (", …" if len(long) > 5 else "")
-    echo(f"Left out {len(long)} {what} longer than {limit} tokens (rows {named}); raise max_length to keep them.")
-    if isinstance(rows, DiskRows):
-        return rows.without(long)
-    left_out = set(long)
-    return [row for place, row in enumerate(rows) if place not in left_out]
-
-
-def check_not_empty(rows: Sequence[Any], what: str, source: str, limit: int) -> None:
-    """Raises a DataError if none of the training rows of ``source``, one of which is called ``what``, is left."""
-    if not rows:
-        raise DataError(f"No training {what} of {source} fits into max_length {limit} tokens: raise max_length.")
+def _common_arguments(config: SupervisedConfig, steps: int, ranks: int) -> dict[str, Any]:
+    """Return the arguments that both trainers share; every rank gets the same number of a step's rows."""
+    rows_per_rank = config.batch_size // ranks
+    micro_batch = math.gcd(config.effective_micro_batch_size, rows_per_rank)
+    return {
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": rows_per_rank // micro_batch,
+        "num_train_epochs": config.num_train_epochs,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": steps // 10,
+        "max_length": None,
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": config.mixed_precision == "bf16",
+        "fp16": config.mixed_precision == "fp16",
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "torch_compile": config.torch_compile,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",  # TrainingCallback saves
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
+        "seed": config.seed,
+    }

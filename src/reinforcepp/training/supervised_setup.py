@@ -1,0 +1,228 @@
+"""Prepare supervised training of a reward model or a policy: ranks, run directory and rows that fit.
+
+Kept apart from ``supervised_loop``, because importing that loads TRL, which takes seconds: a wrong path or setting is
+reported before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+
+from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
+from reinforcepp.data import DiskRows
+from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.models.loading import context_length, load_config, weight_bytes
+from reinforcepp.monitoring import echo, reading_progress
+from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, clear, describe_run
+from reinforcepp.runtime import started
+from reinforcepp.training import checkpoint
+from reinforcepp.types import RowId
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from reinforcepp.distributed.ranks import Ranks
+
+SupervisedConfig = RewardModelConfig | SftConfig
+TASKS: Mapping[type, str] = {RewardModelConfig: "reward model training", SftConfig: "SFT"}
+MAX_MEASURED_ROWS = 2000
+SHOWN_ROWS = 5
+
+
+class HasRow(Protocol):
+    """Anything with a row number."""
+
+    @property
+    def row(self) -> RowId:
+        """Number of the row in its file."""
+        ...
+
+
+T = TypeVar("T", bound=HasRow)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run's directory, the fingerprints of its inputs, the checkpoint it resumes from, and its ranks."""
+
+    folder: Path
+    inputs: Mapping[str, str]
+    saved: checkpoint.Checkpoint | None
+    ranks: Ranks
+
+
+def join_ranks(config: SupervisedConfig) -> None:
+    """Connect to the other ranks, if there are any. Call it before anything that can fail on one rank alone.
+
+    Raises:
+        ConfigError: a rank didn't connect, or this task doesn't support the setup.
+    """
+    if started() == 1:
+        return
+    from reinforcepp.distributed.ranks import (  # takes seconds, and a single process doesn't need it
+        Ranks,
+        init_process_group,
+    )
+
+    init_process_group(config.watchdog_seconds)
+    ranks, task = Ranks(), TASKS[type(config)]
+    if ranks.sharded:
+        raise ConfigError(
+            f"FSDP and DeepSpeed: {task} keeps the whole model on each rank. Launch without them; --use_peft lowers memory."
+        )
+    if config.batch_size % ranks.count:
+        divisible = ranks.count * max(1, round(config.batch_size / ranks.count))
+        raise ConfigError(
+            f"batch_size: {config.batch_size} can't be split evenly over {ranks.count} processes. "
+            f"Set batch_size to {divisible}, or start fewer processes."
+        )
+
+
+def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint | None]:
+    """Return the output directory, still unchanged, and the checkpoint to resume from.
+
+    Raises:
+        ConfigError: the directory can't be used, or the hardware doesn't support a setting.
+        ModelError: there are checkpoints, but all are damaged.
+    """
+    # Space for the checkpoints with Adam's two moments, one more that is being written, and the final model.
+    copies = 3 * (config.keep_last + 1) + 1
+    folder = check_output(
+        config.output_dir,
+        overwrite=config.overwrite,
+        resume=config.resume,
+        needed_bytes=copies * weight_bytes(config.model),
+    )
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError(f"mixed_precision: fp16 needs a GPU for {TASKS[type(config)]}. Use bf16.")
+    return folder, checkpoint.chosen(folder, config)
+
+
+def begin(
+    folder: Path,
+    config: SupervisedConfig,
+    inputs: Mapping[str, str],
+    saved: checkpoint.Checkpoint | None,
+    facts: Mapping[str, Any],
+) -> RunContext:
+    """Clear the directory, or check that the inputs are those of the resumed run; record settings and ``facts``.
+
+    All ranks must call it.
+
+    Raises:
+        ConfigError: the data or the model changed since the run stopped.
+    """
+    if saved is not None:
+        check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
+    from reinforcepp.distributed.ranks import Ranks
+
+    ranks = Ranks()
+    ranks.barrier()  # until every rank has checked the directory
+    if ranks.is_main:
+        if saved is None:
+            clear(folder)
+        if not (folder / RUN_FILE).is_file():
+            describe_run(folder, as_dict(config), dict(facts))
+    return RunContext(folder, inputs, saved, ranks)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def length_limit(config: SupervisedConfig) -> int:
+    """Return the largest number of tokens in a row: ``max_length``, or the model's context if that is shorter."""
+    return min(config.max_length, context_length(load_config(config.model)) or config.max_length)
+
+
+def skip_long(rows: Sequence[T], length: Callable[[T], int], limit: int, label: str) -> Sequence[T]:
+    """Return the rows of at most ``limit`` tokens; report how many were skipped, and which."""
+    return _without(rows, [index for index, row in enumerate(rows) if length(row) > limit], limit, label)
+
+
+def tokenize_rows(
+    rows: Sequence[T], ids_of: Callable[[T], Mapping[str, list[int]]], limit: int, label: str, scratch: str
+) -> tuple[Sequence[T], Sequence[Mapping[str, list[int]]] | Dataset]:
+    """Return the rows of at most ``limit`` tokens, and their token ids.
+
+    Args:
+        rows: in memory or on disk.
+        ids_of: returns the token ids of a row, by column.
+        limit: tokens in the longest column of a row.
+        label: plural noun for the rows in the report of skipped ones.
+        scratch: folder for the token ids of rows on disk.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    too_long: list[int] = []
+
+    def tokenized() -> Iterator[Mapping[str, list[int]]]:
+        with reading_progress(isinstance(rows, DiskRows), "tokenizing") as report:
+            for index, row in enumerate(rows):
+                ids = ids_of(row)
+                if longest(ids) > limit:
+                    too_long.append(index)
+                else:
+                    yield ids
+                report((index + 1) / len(rows))
+
+    ids: Sequence[Mapping[str, list[int]]] | Dataset
+    if isinstance(rows, DiskRows):
+        features = Features({name: List(Value("int32")) for name in (ids_of(rows[0]) if rows else {})})
+        with no_progress_bars():  # reading_progress shows one
+            ids = Dataset.from_generator(tokenized, features=features, cache_dir=scratch, fingerprint=rows.digest)
+    else:
+        ids = list(tokenized())
+    return _without(rows, too_long, limit, label), ids
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Turn off the progress bars of ``datasets``."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def longest(ids: Mapping[str, list[int]]) -> int:
+    """Return the number of tokens in the longest column."""
+    return max(map(len, ids.values()))
+
+
+def sample_rows(rows: Sequence[T]) -> Sequence[T]:
+    """Return an evenly spaced sample of rows on disk, because evaluating millions takes as long as training on them."""
+    if not isinstance(rows, DiskRows) or len(rows) <= MAX_MEASURED_ROWS:
+        return rows
+    echo(f"Evaluating on {MAX_MEASURED_ROWS:,} of {len(rows):,} rows, evenly spaced.")
+    return list(rows.spread(MAX_MEASURED_ROWS))
+
+
+def check_not_empty(rows: Sequence[Any], noun: str, source: str, limit: int) -> None:
+    """Raise a DataError if no training row of ``source`` is left; ``noun`` names one row."""
+    if not rows:
+        raise DataError(f"{source}: no training {noun} fits into max_length {limit} tokens. Raise max_length.")
+
+
+def _without(rows: Sequence[T], too_long: Sequence[int], limit: int, label: str) -> Sequence[T]:
+    if not too_long:
+        return rows
+    named = ", ".join(str(rows[index].row) for index in too_long[:SHOWN_ROWS])
+    more = ", …" if len(too_long) > SHOWN_ROWS else ""
+    echo(
+        f"Skipped {len(too_long)} {label} longer than {limit} tokens (rows {named}{more}). Raise max_length to keep them."
+    )
+    if isinstance(rows, DiskRows):
+        return rows.without(too_long)
+    skipped = set(too_long)
+    return [row for index, row in enumerate(rows) if index not in skipped]
