@@ -1,11 +1,12 @@
 """Kill a training at many moments and resume it: is what comes out, byte for byte, what an undisturbed run writes?
 
-python benchmarks/kill.py [--points 40]
+python benchmarks/kill.py [--points 40 | --each_write]
 
 Both trainers, on tiny models in float32 on the CPU, with several optimiser steps per batch, a checkpoint after every step
 and a reward function that draws random numbers of its own. Half of the kills come after a random time, half at a random
 one of the moments in which files are written, some of those with half of the file on the disk. Every tenth run is killed
-twice. Written to benchmarks/results/kill.json.
+twice. With --each_write there is one kill per function that writes, in the middle of a run. Written to
+benchmarks/results/kill.json.
 """
 
 from __future__ import annotations
@@ -52,13 +53,17 @@ WRITES = ((files, "flush"), (files, "move"), (checkpoint, "save_file"), (models,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=40, help="for each trainer")
+    parser.add_argument(
+        "--each_write", action="store_true", help="one kill per function that writes, instead of --points"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="write there instead of benchmarks/results/kill.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder))
         gc.freeze()  # what is loaded here is no garbage in the forks, which would look for some among it
-        each = {kind: try_points(kind, Path(folder), arguments.points, arguments.seed) for kind in COMPARED}
+        points = 0 if arguments.each_write else arguments.points
+        each = {kind: try_points(kind, Path(folder), points, arguments.seed) for kind in COMPARED}
     total = {key: sum(result[key] for result in each.values()) for key in ("points", "identical")}
     result = total | each
     if arguments.output:
@@ -141,16 +146,17 @@ def in_child(job: Callable[[], None], *, after: float | None = None) -> int:
     return child.exitcode or 0
 
 
-def killed_at_write(job: Callable[[], None], moment: int, count: Any = None) -> None:
-    """Do ``job``, but end the process at the ``moment``-th time that something is written; ``count`` counts them."""
+def killed_at_write(job: Callable[[], None], moment: int, names: Path | None = None) -> None:
+    """Do ``job``, but end the process at the ``moment``-th write; ``names`` gets a line for each write, the function's name."""
     seen = 0
 
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*positional: Any, **named: Any) -> Any:
             nonlocal seen
             seen += 1
-            if count is not None:
-                count.value = seen
+            if names is not None:
+                with names.open("a") as lines:
+                    lines.write(f"{name}\n")
             if seen == moment:
                 if function.__name__ == "save_file":  # half of it gets there
                     function(*positional, **named)
@@ -161,30 +167,31 @@ def killed_at_write(job: Callable[[], None], moment: int, count: Any = None) -> 
         return call
 
     for module, name in WRITES:
-        setattr(module, name, watched(getattr(module, name)))
+        setattr(module, name, watched(f"{module.__name__}.{name}", getattr(module, name)))
     job()
 
 
 def try_points(kind: str, inputs: Path, points: int, seed: int) -> dict[str, Any]:
-    """The undisturbed run, then ``points`` disturbed ones; tells how many came out the same."""
+    """Train undisturbed, then ``points`` times with kills, 0 for one kill per function that writes; count equal results."""
     whole, draw = inputs / f"{kind}-whole", random.Random(seed)
-    count = multiprocessing.Value("i", 0)
+    names = inputs / f"{kind}-writes"
     begin = time.monotonic()
-    code = in_child(lambda: killed_at_write(lambda: train(kind, inputs, whole), 0, count))
+    code = in_child(lambda: killed_at_write(lambda: train(kind, inputs, whole), 0, names))
     seconds = longest = time.monotonic() - begin
-    writes = count.value
+    written = names.read_text().splitlines()
+    moments = [of_one[len(of_one) // 2] for of_one in occurrences(written).values()] if points == 0 else []
     assert code == 0, f"the undisturbed {kind} training ended with {code}"
     expected = hashes(kind, whole)
     rows = []
-    for point in range(points):
+    for point in range(points or len(moments)):
         folder = inputs / f"{kind}-{point}"
         kills = []
-        for _ in range(2 if point % 10 == 9 else 1):
+        for _ in range(2 if points and point % 10 == 9 else 1):
             job = lambda folder=folder: train(kind, inputs, folder)  # noqa: E731
-            if point % 2:
-                moment = draw.randint(1, writes)
+            if moments or point % 2:
+                moment = moments[point] if moments else draw.randint(1, len(written))
                 code = in_child(lambda job=job, moment=moment: killed_at_write(job, moment))
-                kills.append({"write": moment, "killed": code == -signal.SIGKILL})
+                kills.append({"write": moment, "function": written[moment - 1], "killed": code == -signal.SIGKILL})
             else:
                 after = draw.uniform(0, longest)
                 code = in_child(job, after=after)
@@ -198,15 +205,23 @@ def try_points(kind: str, inputs: Path, points: int, seed: int) -> dict[str, Any
         if found == expected:
             shutil.rmtree(folder)
     return {
-        "points": points,
+        "points": len(rows),
         "killed": sum(any(kill["killed"] for kill in row["kills"]) for row in rows),
         "identical": sum(row["identical"] for row in rows),
-        "writes_in_a_run": writes,
+        "writes_in_a_run": len(written),
         "seconds_of_a_run": seconds,
         "compared": COMPARED[kind],
         "sha256": expected,
         "rows": rows,
     }
+
+
+def occurrences(written: list[str]) -> dict[str, list[int]]:
+    """Return the moments, counted from 1, at which each function wrote."""
+    found: dict[str, list[int]] = {}
+    for moment, name in enumerate(written, 1):
+        found.setdefault(name, []).append(moment)
+    return found
 
 
 def hashes(kind: str, folder: Path) -> dict[str, str]:

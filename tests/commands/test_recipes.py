@@ -119,7 +119,13 @@ def shapes(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", NAMES)
+TRACED = {"cpu_demo", "math_rules"}
+"""Recipes in the default tier: tracing the passes of a model of billions of weights takes half a minute."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in TRACED else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
+)
 def test_the_planner_says_that_it_fits(shapes, capsys, name):
     assert plan(name) == 0
     out = capsys.readouterr().out

@@ -72,7 +72,7 @@ if started() > 1:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of the runs on one, two and three ranks, and the output by number of ranks."""
+    """The folder of the runs on one and two ranks, and a function that trains on a number of ranks and returns their output."""
     folder = tmp_path_factory.mktemp("together")
     tiny.save(folder / "model", "llama")  # no dropout, and no weights whose gradient is only rounding error
     (folder / "trainings.py").write_text(TRAININGS)
@@ -84,12 +84,21 @@ def runs(tmp_path_factory):
                 for i in range(number)
             ]
             csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
-    printed = {}
-    for processes in (2, 1, 3):  # one and three ranks resume from the checkpoint of two
-        done = scripts.launched(processes, folder / "trainings.py", folder)
-        assert done.returncode == 0, done.stderr
-        printed[processes] = done.stderr
-    return folder, printed
+    printed: dict[int, str] = {}
+
+    def trained(processes: int) -> str:
+        if processes not in printed:
+            done = scripts.forked(processes, folder / "trainings.py", folder)
+            assert done.returncode == 0, done.stderr
+            printed[processes] = done.stderr
+        return printed[processes]
+
+    trained(2)  # first, because the others resume from its checkpoint
+    trained(1)
+    return folder, trained
+
+
+THREE = pytest.param(3, marks=pytest.mark.full)
 
 
 def results_of(folder, processes):
@@ -97,9 +106,10 @@ def results_of(folder, processes):
 
 
 @pytest.mark.parametrize("kind", ["reward", "sft"])
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, THREE])
 def test_any_number_of_ranks_trains_the_same_model(runs, kind, processes):
-    folder, _ = runs
+    folder, trained = runs
+    trained(processes)
     one, several = (load_file(folder / f"{kind}-{n}" / "model.safetensors") for n in (1, processes))
     begin = load_file(folder / "model/model.safetensors")
     assert max(float((one[name] - begin[name]).abs().max()) for name in one.keys() & begin.keys()) > 1e-3
@@ -111,9 +121,10 @@ def test_any_number_of_ranks_trains_the_same_model(runs, kind, processes):
         assert step["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, THREE])
 def test_all_ranks_get_the_metrics_of_rank_0(runs, processes):
-    folder, _ = runs
+    folder, trained = runs
+    trained(processes)
     (alone,) = results_of(folder, 1)
     several = results_of(folder, processes)
     assert several[0]["pairs"] == alone["pairs"] and alone["pairs"][:2] == [24, 6]
@@ -123,43 +134,46 @@ def test_all_ranks_get_the_metrics_of_rank_0(runs, processes):
     assert several[0]["saved"][:2] == ["page", f"sft-{processes}"] and not any(rank["saved"] for rank in several[1:])
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, THREE])
 def test_rows_that_do_not_divide_evenly_add_no_step(runs, processes):
-    folder, _ = runs
+    folder, trained = runs
+    trained(processes)
     log = read_metrics(folder / f"uneven-{processes}")
     assert len(log) == 5 and all(step["loss"] > 0 for step in log)
     assert len(list((folder / f"uneven-{processes}/checkpoints").iterdir())) == 2
 
 
 def test_a_signal_on_one_rank_stops_all_and_they_resume(runs):
-    folder, printed = runs
+    folder, trained = runs
     assert [rank["stopped"] for rank in results_of(folder, 2)] == ["after step 3 of 8"] * 2
     one, stopped = (load_file(folder / f"{name}-2" / "model.safetensors") for name in ("reward", "stopped"))
     assert max(float((one[name] - stopped[name]).abs().max()) for name in one) <= 1e-6
     assert [step["step"] for step in read_metrics(folder / "stopped-2")] == list(range(1, 9))
-    assert "Resuming after step 3 of 8" in printed[2]
+    assert "Resuming after step 3 of 8" in trained(2)
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [1, THREE])
 def test_another_number_of_ranks_can_resume(runs, processes):
-    folder, _ = runs
+    folder, trained = runs
+    trained(processes)
     one, other = (load_file(folder / name / "model.safetensors") for name in ("reward-1", f"resumed-{processes}"))
     assert max(float((one[name] - other[name]).abs().max()) for name in one) <= 1e-5
     steps = [step["step"] for step in read_metrics(folder / f"resumed-{processes}")]
     assert steps == list(range(1, 9))
 
 
-@pytest.mark.parametrize(("processes", "divisible"), [(2, 8), (3, 6)])
+@pytest.mark.parametrize(("processes", "divisible"), [(2, 8), pytest.param(3, 6, marks=pytest.mark.full)])
 def test_a_batch_size_that_ranks_cannot_share_raises(runs, processes, divisible):
-    folder, _ = runs
+    folder, trained = runs
+    trained(processes)
     for rank in results_of(folder, processes):
         assert f"over {processes} processes" in rank["refused"] and f"batch_size to {divisible}" in rank["refused"]
     assert not (folder / f"refused-{processes}").exists()
 
 
 def test_messages_are_printed_once(runs):
-    _, printed = runs
-    for text in printed.values():
+    _, trained = runs
+    for text in map(trained, (1, 2)):
         assert text.count("Saved model to") == 1 and text.count("reward model 8/8") >= 1
         assert "Traceback" not in text and "Warning" not in text, text
 

@@ -104,7 +104,7 @@ exit_process(0)
 
 def test_all_processes_are_served_by_the_engine_of_the_first(tmp_path):
     (tmp_path / "asking.py").write_text(ASKING)
-    done = scripts.launched(3, tmp_path / "asking.py", tmp_path)
+    done = scripts.forked(3, tmp_path / "asking.py", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("at exit") == 3 and "own end" not in done.stdout
     first, second, third = (json.loads((tmp_path / str(i)).read_text()) for i in range(3))

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
-
-from reinforcepp.types import Sampling
 
 BLOCK = 256
 """Tokens of the vocabulary whose probabilities are added up together."""
@@ -50,25 +45,3 @@ def _at(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     inside_BJ = block_BJ.double().cumsum(-1)
     place_B1 = torch.searchsorted(inside_BJ, share_B1 * inside_BJ[:, -1:], right=True)
     return (block_B1 * BLOCK + place_B1).squeeze(-1)
-
-
-def filter_logits(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Repetition penalty on the tokens seen so far, then temperature, top-k and top-p, as ``generate`` does them.
-
-    The penalty is the one filter that looks back; the library's own would take the padding for seen tokens, and with
-    pad = EOS the end of an answer would be penalised in some rows and not in others.
-    """
-    if sampling.repetition_penalty != 1:
-        penalised_BV = torch.where(
-            logits_BV < 0, logits_BV * sampling.repetition_penalty, logits_BV / sampling.repetition_penalty
-        )
-        logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
-    if sampling.temperature == 0:
-        return logits_BV
-    logits_BV = logits_BV / sampling.temperature
-    no_ids: Any = None  # these two filters don't read the ids
-    if sampling.top_k > 0:
-        logits_BV = TopKLogitsWarper(sampling.top_k)(no_ids, logits_BV)
-    if sampling.top_p < 1:
-        logits_BV = TopPLogitsWarper(sampling.top_p)(no_ids, logits_BV)
-    return logits_BV

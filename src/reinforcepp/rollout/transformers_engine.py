@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from reinforcepp.models.loading import context_length, eos_token_ids
 from reinforcepp.models.tokenization import pad, position_ids
 from reinforcepp.rollout.engine import check_prompts, completed, request_seed
 from reinforcepp.rollout.kv_cache import roomy_cache
 from reinforcepp.rollout.mkldnn_linear import packed
-from reinforcepp.rollout.sampling import draw, filter_logits, uniforms
+from reinforcepp.rollout.sampling import draw, uniforms
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class TransformersEngine:
         positions_B1 = position_ids(mask_BL)[:, -1:]
         uniforms_BT = torch.stack([row.uniforms for row in rows]).to(logits_BV.device)
         for t in range(sampling.max_new_tokens):
-            logits_BV = filter_logits(logits_BV, seen_BV, sampling)
+            logits_BV = _filtered(logits_BV, seen_BV, sampling)
             next_B, logprobs_B = draw(logits_BV, uniforms_BT[:, t] if sampling.temperature > 0 else None)
             chosen, scores = next_B.tolist(), logprobs_B.tolist()
             for row, token, score in zip(rows, chosen, scores, strict=True):
@@ -153,3 +154,25 @@ class TransformersEngine:
 
 def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> Tensor:
     return uniforms(request_seed(sampling.seed, prompt.key, sample), sampling.max_new_tokens)
+
+
+def _filtered(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Repetition penalty on the tokens seen so far, then temperature, top-k and top-p, as ``generate`` does them.
+
+    The penalty is the one filter that looks back; the library's own would take the padding for seen tokens, and with
+    pad = EOS the end of an answer would be penalised in some rows and not in others.
+    """
+    if sampling.repetition_penalty != 1:
+        penalised_BV = torch.where(
+            logits_BV < 0, logits_BV * sampling.repetition_penalty, logits_BV / sampling.repetition_penalty
+        )
+        logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
+    if sampling.temperature == 0:
+        return logits_BV
+    logits_BV = logits_BV / sampling.temperature
+    no_ids: Any = None  # these two filters don't read the ids
+    if sampling.top_k > 0:
+        logits_BV = TopKLogitsWarper(sampling.top_k)(no_ids, logits_BV)
+    if sampling.top_p < 1:
+        logits_BV = TopPLogitsWarper(sampling.top_p)(no_ids, logits_BV)
+    return logits_BV

@@ -1,10 +1,12 @@
-"""Trainings with a fault each, and sound ones of five seeds: the doctor finds the former and has nothing to say of the latter."""
+"""Train with one injected problem each, and soundly with five seeds: the doctor finds each problem and no other."""
 
 from __future__ import annotations
 
 import pytest
 
 import scripts
+
+pytestmark = pytest.mark.full  # test_rules.py has each rule on recorded metrics
 
 
 @pytest.fixture(scope="module")
