@@ -50,9 +50,9 @@ class Watched(RayEngine):
 
 
 def answering() -> list[psutil.Process]:
-    """Processes of workers in the middle of a piece, by the names that Ray gives them."""
+    """Processes of workers in the middle of a chunk, by the names that Ray gives them."""
     started = psutil.Process().children(recursive=True)
-    return [p for p in started if p.cmdline() and p.cmdline()[0].startswith("ray::Worker.answer")]
+    return [p for p in started if p.cmdline() and p.cmdline()[0].startswith("ray::Worker.process")]
 
 
 def killing(every: float, stop: threading.Event, killed: list[int]) -> None:
@@ -89,12 +89,11 @@ def training(address: str, steps: int, every: float | None) -> dict[str, Any]:
     metrics = trainer.train()
     stop.set()
     engine.close()
-    tallies = engine.tallies
     return {
         "prompts": engine.asked,
         "answered_once": engine.answered_once,
         "actors_killed": len(killed),
-        "given_out_again": sum(tally.again for tally in tallies),
+        "given_out_again": sum(stats.requeued for stats in engine.dispatches),
         "reward_first": metrics[0]["reward"],
         "reward_last": metrics[-1]["reward"],
         "weights": weights_hash(trainer.policy),

@@ -5,7 +5,7 @@ python benchmarks/scaling.py
 Real steps: tiny to small shapes, trained by the train verb on one core, each phase timed in seconds of the processor.
 Five constants (``reinforcepp.plan.timing.Shares``) are fitted on some and predict the others. Projections are those of
 `reinforcepp plan`, for GPUs by data sheets and shares that were never checked on one. The pool: the scheduler's own code
-(``rollout.share_out``) with simulated workers; seconds that the scheduler takes are real ones of this processor.
+(``rollout.dispatch``) with simulated workers; seconds that the scheduler takes are real ones of this processor.
 Written to benchmarks/results/scaling.json, with a plot.
 """
 

@@ -14,7 +14,7 @@ from scaling_points import USUAL, save_shape
 from reinforcepp.config import PlanConfig
 from reinforcepp.plan import lengths, timing
 from reinforcepp.plan.command import make_plan
-from reinforcepp.plan.pool import Conditions, SimulatedCrew, rounds
+from reinforcepp.plan.pool import Conditions, SimulatedPool, rounds
 from reinforcepp.plan.report import Plan
 from reinforcepp.plan.scaling import seconds_of_pieces
 from reinforcepp.types import Completion, Prompt
@@ -62,10 +62,10 @@ def simulated(plan: Plan, workers: int, failures: float, pieces: int, call: floa
     number = workers * most * pieces
     lengths_PN = lengths.lengths_for(config).draw(np.random.default_rng(workers), number)[:, None]
     seconds_of = seconds_of_pieces(plan.job, timing.reached(rates), lengths_PN)
-    crew = SimulatedCrew(workers, seconds_of, Conditions(failures, LOST_FOR, SPREAD), seed=workers)
+    crew = SimulatedPool(workers, seconds_of, Conditions(failures, LOST_FOR, SPREAD), seed=workers)
     found = rounds(crew, number, most, STEPS, BETWEEN)
     seconds, scheduling = sum(one.seconds for one in found), sum(one.scheduling for one in found)
-    dealt = sum(one.tally.pieces for one in found)
+    dealt = sum(one.stats.chunks for one in found)
     result = {
         "workers": workers,
         "failures_per_hour": failures,
@@ -74,8 +74,8 @@ def simulated(plan: Plan, workers: int, failures: float, pieces: int, call: floa
         "tokens_per_second": STEPS * float(lengths_PN.sum()) / seconds,
         "share_of_ideal": sum(one.useful for one in found) / workers / seconds,
         "rollout_seconds": fmean(one.seconds for one in found),
-        "lost": sum(one.tally.lost for one in found),
-        "again_share": sum(one.tally.again for one in found) / (STEPS * number),
+        "lost": sum(one.stats.lost for one in found),
+        "again_share": sum(one.stats.requeued for one in found) / (STEPS * number),
         "scheduler_microseconds_per_prompt": 1e6 * scheduling / (STEPS * number),
         "scheduler_share_of_time": scheduling / seconds,
         "ray_share_of_time": call * dealt / seconds,

@@ -23,21 +23,22 @@ WAITS = "others that hang, or whose machines can't be reached any more"  # the w
 POOL = """
 import os, sys, time
 from reinforcepp.commands import cli
-from reinforcepp.rollout.ray import actor_pool as ray_crew, engine as ray_pool
+from reinforcepp.rollout import pooled_engine
+from reinforcepp.rollout.ray import actor_pool
 
-ray_crew.HEAD_SECONDS, ray_crew.CONNECT_SECONDS = 4, 2
-inner = ray_pool.share_out
+actor_pool.HEAD_TIMEOUT_SECONDS, actor_pool.CONNECT_TIMEOUT_SECONDS = 4, 2
+inner = pooled_engine.dispatch
 
-def told(crew, *rest):
-    ray_crew.START_SECONDS = 5  # once it has started
+def reporting(pool, *rest):
+    actor_pool.WORKER_READY_TIMEOUT_SECONDS = 5  # once it has started
     while os.path.exists(os.environ["PAUSE"]):
         print("paused", flush=True)
         time.sleep(0.2)
-    answers, tally = inner(crew, *rest)
-    print(len(crew.ready()), tally.lost, tally.again, flush=True)
-    return answers, tally
+    results, stats = inner(pool, *rest)
+    print(len(pool.ready()), stats.lost, stats.requeued, flush=True)
+    return results, stats
 
-ray_pool.share_out = told
+pooled_engine.dispatch = reporting
 sys.exit(cli.main(sys.argv[1:]))
 """
 HEALTH = {  # after 5 seconds instead of Ray's 65 a machine from which nothing comes is held to be gone

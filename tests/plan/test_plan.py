@@ -406,11 +406,11 @@ def test_the_optimiser_step_and_the_checkpoint():
 
 @pytest.mark.parametrize(("prompt", "new", "room"), [(32, 64, 160), (32, 129, 160), (32, 130, 289), (32, 448, 547)])
 def test_room_of_the_cache(prompt, new, room):
-    from reinforcepp.rollout.kv_cache import roomy_cache
+    from reinforcepp.rollout.kv_cache import preallocated_cache
 
     assert memory.cache_room(Size(prompt, new)) == room
     model = tiny.model("llama", num_hidden_layers=1)
-    cache = roomy_cache(model.config)
+    cache = preallocated_cache(model.config)
     layer = cache.layers[0]
     layer.update(torch.zeros(1, 1, prompt, 4), torch.zeros(1, 1, prompt, 4))
     for _ in range(new - 1):

@@ -21,7 +21,7 @@ from reinforcepp.plan import exchange, lengths, memory, scaling, timing
 from reinforcepp.plan.exchange import Links
 from reinforcepp.plan.machine import Machine, Rates
 from reinforcepp.plan.memory import Job, Rows
-from reinforcepp.plan.pool import Conditions, SimulatedCrew, rounds
+from reinforcepp.plan.pool import Conditions, SimulatedPool, rounds
 from reinforcepp.plan.shapes import Body, Pass, Shape, Size, trained_shape
 from reinforcepp.plan.trace import Line, Peak
 
@@ -342,24 +342,24 @@ def test_machines_of_a_pool():
     seed=st.integers(0, 1000),
 )
 def test_throughput_is_never_above_ideal_and_everything_is_answered(workers, number, most, failures, spread, seed):
-    crew = SimulatedCrew(workers, lambda places: 1.0 + len(places), Conditions(failures, 20.0, spread), seed)
+    crew = SimulatedPool(workers, lambda places: 1.0 + len(places), Conditions(failures, 20.0, spread), seed)
     for one in rounds(crew, number, most, 3, between=10.0):  # which asserts that each prompt is answered once
         assert 0 < one.useful <= workers * one.seconds * (1 + 1e-9)
-        assert one.tally.lost > 0 or one.tally.again == 0
+        assert one.stats.lost > 0 or one.stats.requeued == 0
         assert one.scheduling >= 0
     assert len(crew.slowness) <= workers
 
 
 def test_without_failures_all_are_busy_to_the_end():
-    (one,) = rounds(SimulatedCrew(4, lambda places: float(len(places))), 64, 4, 1)
-    assert (one.seconds, one.useful, one.tally.pieces, one.tally.lost) == (16.0, 64.0, 16, 0)
+    (one,) = rounds(SimulatedPool(4, lambda places: float(len(places))), 64, 4, 1)
+    assert (one.seconds, one.useful, one.stats.chunks, one.stats.lost) == (16.0, 64.0, 16, 0)
 
 
 def test_failures_come_as_often_as_they_should_and_cost_time():
     def course(failures: float) -> tuple[float, int]:
-        crew = SimulatedCrew(50, lambda places: 60.0, Conditions(failures, 120.0), seed=3)
+        crew = SimulatedPool(50, lambda places: 60.0, Conditions(failures, 120.0), seed=3)
         found = rounds(crew, 500, 1, 4)
-        return sum(one.seconds for one in found), sum(one.tally.lost for one in found)
+        return sum(one.seconds for one in found), sum(one.stats.lost for one in found)
 
     calm, none = course(0.0)
     hard, lost = course(10.0)
@@ -368,7 +368,7 @@ def test_failures_come_as_often_as_they_should_and_cost_time():
 
 
 def test_workers_come_and_go_between_rollouts():
-    crew = SimulatedCrew(3, lambda places: 1.0, Conditions(failures_per_hour=3600.0, start_seconds=50.0), seed=0)
+    crew = SimulatedPool(3, lambda places: 1.0, Conditions(failures_per_hour=3600.0, start_seconds=50.0), seed=0)
     crew.idle(40.0)
     assert crew.now == 40.0 and crew.ready() == []
     assert len(crew._events) == 3  # each is replaced
@@ -378,7 +378,7 @@ def test_workers_come_and_go_between_rollouts():
 
 def test_the_same_seed_is_the_same_course():
     def course(seed: int) -> list[float]:
-        crew = SimulatedCrew(5, lambda places: 1.0, Conditions(100.0, 3.0, 0.5), seed)
+        crew = SimulatedPool(5, lambda places: 1.0, Conditions(100.0, 3.0, 0.5), seed)
         return [one.seconds for one in rounds(crew, 40, 2, 3)]
 
     assert course(1) == course(1) != course(2)

@@ -1,6 +1,6 @@
-"""For the worker of a vLLM server without a GPU: being imported as its extension is what puts the stand-in in place.
+"""Worker extension of a vLLM server without a GPU: importing it replaces NCCL.
 
-With our own extension beside it a tied output layer has the embeddings' memory, as on a GPU.
+With our own extension a tied output layer shares the embeddings' memory, as on a GPU.
 """
 
 from rollout.without_nccl import stand_in

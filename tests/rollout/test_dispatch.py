@@ -1,4 +1,4 @@
-"""Every prompt is answered once, whoever dies, joins or is slow; tried with simulated crews."""
+"""Every prompt is processed once, whichever worker dies, joins or is slow; tested with simulated pools."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.plan.pool import Conditions, SimulatedCrew
-from reinforcepp.rollout.dispatch import Answered, Board, Joined, Lost, share_out
+from reinforcepp.plan.pool import Conditions, SimulatedPool
+from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady, WorkQueue, dispatch, dispatch_to_all
 
 
-class Simulated(SimulatedCrew):
-    """Workers that take a while for each piece and die in the middle of some; lost ones are replaced, some join late."""
+class Simulated(SimulatedPool):
+    """Workers that take a while per chunk and die in the middle of some; lost ones are replaced, and some join late."""
 
     def __init__(self, workers: int, *, deaths: float = 0.0, seed: int = 0, joining: int = 0) -> None:
-        super().__init__(workers, lambda places: self._draw.expovariate(0.1), Conditions(start_seconds=5.0), seed)
+        super().__init__(workers, lambda indices: self._draw.expovariate(0.1), Conditions(start_seconds=5.0), seed)
         self.deaths = deaths
-        self.given: list[int] = []
+        self.submitted: list[int] = []
         for _ in range(joining):
             self.later(self._draw.uniform(0, 20), "joins", -1)
 
-    def give(self, worker, places):
-        super().give(worker, places)
-        self.given += places
+    def submit(self, worker, indices):
+        super().submit(worker, indices)
+        self.submitted += indices
         if self._draw.random() < self.deaths:
             self.later(0.0, "is lost", worker)
 
@@ -37,92 +37,121 @@ class Simulated(SimulatedCrew):
     deaths=st.floats(0, 0.3),
     seed=st.integers(0, 10**6),
 )
-def test_every_prompt_is_answered_once(number, workers, joining, most, deaths, seed):
-    crew = Simulated(workers, joining=joining, deaths=deaths, seed=seed)
+def test_every_prompt_is_processed_once(number, workers, joining, most, deaths, seed):
+    pool = Simulated(workers, joining=joining, deaths=deaths, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reinforcepp.rollout.dispatch.LOSSES", 1000)
-        answers, tally = share_out(crew, number, most)
-    assert answers == list(range(number))
-    assert len(crew.given) == number + tally.again and set(crew.given) == set(range(number))
-    assert tally.lost == len(tally.reasons) and (tally.lost > 0 or tally.again == 0)
+        patch.setattr("reinforcepp.rollout.dispatch.MAX_LOSSES", 1000)
+        results, stats = dispatch(pool, number, most)
+    assert results == list(range(number))
+    assert len(pool.submitted) == number + stats.requeued and set(pool.submitted) == set(range(number))
+    assert stats.lost == len(stats.reasons) and (stats.lost > 0 or stats.requeued == 0)
 
 
-def test_what_fits_is_divided_evenly_at_once():
-    crew = Simulated(4)
-    _, tally = share_out(crew, 64, 128)
-    assert tally.pieces == 4 and crew.given == list(range(64))
+def test_prompts_that_fit_are_divided_evenly():
+    pool = Simulated(4)
+    _, stats = dispatch(pool, 64, 128)
+    assert stats.chunks == 4 and pool.submitted == list(range(64))
 
 
-def test_more_than_fits_is_taken_as_workers_finish():
-    crew = SimulatedCrew(4, lambda places: 1.0)
-    crew.slowness[0] = 100.0
-    _, tally = share_out(crew, 80, 2)
-    assert tally.pieces == 40 and crew.now == 100.0  # the slow one had a single piece
+def test_idle_workers_pull_further_chunks():
+    pool = SimulatedPool(4, lambda indices: 1.0)
+    pool.slowness[0] = 100.0
+    _, stats = dispatch(pool, 80, 2)
+    assert stats.chunks == 40 and pool.now == 100.0  # the slow one had a single chunk
 
 
 def test_a_worker_that_joins_in_the_middle_is_used():
-    crew = Simulated(1, joining=1, seed=1)
-    share_out(crew, 50, 2)
-    assert len(crew.slowness) == 2 and crew.given == list(range(50))
+    pool = Simulated(1, joining=1, seed=1)
+    dispatch(pool, 50, 2)
+    assert len(pool.slowness) == 2 and pool.submitted == list(range(50))
 
 
-def test_what_a_lost_worker_had_comes_first_again():
-    board: Board[str, int] = Board(6, 2)
-    assert (board.take("a", 3), board.take("b", 2)) == ((0, 1), (2, 3))
-    assert board.lost("a") == 2 and board.lost("a") == 0
-    assert board.take("c", 1) == (0, 1)
-    board.answered("c", [10, 11])
-    board.answered("b", [12, 13])
-    assert not board.done
-    assert board.take("c", 1) == (4, 5) and board.take("d", 1) == ()
-    board.answered("c", [14, 15])
-    assert board.done and board.answers() == [10, 11, 12, 13, 14, 15]
+def test_the_chunk_of_a_lost_worker_is_dispatched_first():
+    queue: WorkQueue[str, int] = WorkQueue(6, 2)
+    assert (queue.take("a", 3), queue.take("b", 2)) == ((0, 1), (2, 3))
+    assert queue.requeue("a") == 2 and queue.requeue("a") == 0
+    assert queue.take("c", 1) == (0, 1)
+    queue.complete("c", [10, 11])
+    queue.complete("b", [12, 13])
+    assert not queue.done
+    assert queue.take("c", 1) == (4, 5) and queue.take("d", 1) == ()
+    queue.complete("c", [14, 15])
+    assert queue.done and queue.results() == [10, 11, 12, 13, 14, 15]
 
 
-def test_an_answer_too_few_is_no_answer():
-    board: Board[str, int] = Board(2, 2)
-    board.take("a", 1)
+def test_a_chunk_needs_one_result_per_prompt():
+    queue: WorkQueue[str, int] = WorkQueue(2, 2)
+    queue.take("a", 1)
     with pytest.raises(AssertionError):
-        board.answered("a", [1])
+        queue.complete("a", [1])
 
 
-def test_losses_between_answers_are_no_reason_to_stop(monkeypatch):
-    monkeypatch.setattr("reinforcepp.rollout.dispatch.LOSSES", 0)
-    monkeypatch.setattr("reinforcepp.rollout.dispatch.LOSSES_EACH", 1)
+def test_losses_with_results_in_between_do_not_stop_the_run(monkeypatch):
+    monkeypatch.setattr("reinforcepp.rollout.dispatch.MAX_LOSSES", 0)
+    monkeypatch.setattr("reinforcepp.rollout.dispatch.MAX_LOSSES_PER_WORKER", 1)
 
     class EverySecondDies(Simulated):
-        def give(self, worker, places):
-            self.deaths = len(self.given) % 2
-            super().give(worker, places)
+        def submit(self, worker, indices):
+            self.deaths = len(self.submitted) % 2
+            super().submit(worker, indices)
 
-    answers, tally = share_out(EverySecondDies(1), 20, 1)
-    assert len(answers) == 20 and tally.lost > 10
+    results, stats = dispatch(EverySecondDies(1), 20, 1)
+    assert len(results) == 20 and stats.lost > 10
 
 
-def test_who_is_lost_while_idle_gets_nothing():
+def test_a_worker_lost_while_idle_gets_no_chunk():
     class Script:
-        """Two are there; the idle one goes, then the other with its piece, and a third does it."""
+        """Of two workers the idle one is lost, then the other with its chunk, and a third finishes it."""
 
         def __init__(self):
-            self.events = iter([Lost("b", "gone"), Lost("a", "gone"), Joined("c"), Answered("c", ["done"])])
-            self.given = []
+            self.events = iter(
+                [WorkerLost("b", "gone"), WorkerLost("a", "gone"), WorkerReady("c"), ChunkDone("c", ["done"])]
+            )
+            self.submitted = []
 
         def ready(self):
             return ["a", "b"]
 
-        def give(self, worker, places):
-            self.given.append(worker)
+        def submit(self, worker, indices):
+            self.submitted.append(worker)
 
         def wait(self):
             return next(self.events)
 
-    crew = Script()
-    answers, tally = share_out(crew, 1, 1)
-    assert (answers, crew.given, tally.lost, tally.again) == (["done"], ["a", "c"], 2, 1)
+    pool = Script()
+    results, stats = dispatch(pool, 1, 1)
+    assert (results, pool.submitted, stats.lost, stats.requeued) == (["done"], ["a", "c"], 2, 1)
 
 
-def test_where_everyone_dies_it_stops_with_the_cause():
-    with pytest.raises(
-        RolloutError, match="lost one after the other without an answer, the last with: lost in the simulation"
-    ):
-        share_out(Simulated(3, deaths=1.0), 10, 2)
+def test_too_many_losses_in_a_row_stop_with_the_cause():
+    with pytest.raises(RolloutError, match=r"workers in a row without a result.*lost in the simulation"):
+        dispatch(Simulated(3, deaths=1.0), 10, 2)
+
+
+def test_dispatch_to_all_returns_the_results_of_each_worker_that_is_not_lost():
+    class Script:
+        """Of two workers one is lost; then all are lost, and a third takes over."""
+
+        def __init__(self, *events):
+            self.events, self.workers = iter(events), {"a": None, "b": None}
+
+        def ready(self):
+            return list(self.workers)
+
+        def submit(self, worker, indices):
+            assert list(indices) == [0, 1]
+
+        def wait(self):
+            event = next(self.events)
+            if isinstance(event, WorkerLost):
+                del self.workers[event.worker]
+            if isinstance(event, WorkerReady):
+                self.workers[event.worker] = None
+            return event
+
+    lost_a, done_b = WorkerLost("a", "gone"), ChunkDone("b", [1, 2])
+    assert dispatch_to_all(Script(done_b, ChunkDone("a", [1, 2])), 2) == [[1, 2], [1, 2]]
+    assert dispatch_to_all(Script(lost_a, done_b), 2) == [[1, 2]]
+    joined_early = Script(lost_a, WorkerReady("c"), WorkerLost("b", "gone"), ChunkDone("c", [3, 4]))
+    joined_late = Script(lost_a, WorkerLost("b", "gone"), WorkerReady("c"), ChunkDone("c", [3, 4]))
+    assert dispatch_to_all(joined_early, 2) == dispatch_to_all(joined_late, 2) == [[3, 4]]

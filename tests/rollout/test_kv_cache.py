@@ -6,15 +6,15 @@ import torch
 from transformers import DynamicCache
 
 from reinforcepp.rollout import kv_cache as module
-from reinforcepp.rollout.kv_cache import RoomyLayer, roomy_cache
+from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 128])
 def test_it_holds_what_the_librarys_cache_holds(monkeypatch, room):
-    monkeypatch.setattr(module, "ROOM", room)
+    monkeypatch.setattr(module, "SPARE_TOKENS", room)
     config = tiny.model("llama").config
-    caches = [DynamicCache(config=config), roomy_cache(config)]
-    assert all(type(layer) is RoomyLayer for layer in caches[1].layers)
+    caches = [DynamicCache(config=config), preallocated_cache(config)]
+    assert all(type(layer) is PreallocatedLayer for layer in caches[1].layers)
     generator = torch.Generator().manual_seed(0)
     for tokens, rows in ((4, 3), (1, 3), (1, 3), (7, 2), (1, 2)):
         if rows == 2 and caches[0].layers[0].keys.shape[0] == 3:
@@ -29,11 +29,11 @@ def test_it_holds_what_the_librarys_cache_holds(monkeypatch, room):
 
 @torch.no_grad()
 def test_a_full_space_is_not_copied_for_each_token():
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     layer.update(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
     place = layer.keys.data_ptr()
-    for _ in range(module.ROOM):
+    for _ in range(module.SPARE_TOKENS):
         layer.update(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
-    assert layer.keys.data_ptr() == place and layer.keys.shape[-2] == 4 + module.ROOM
+    assert layer.keys.data_ptr() == place and layer.keys.shape[-2] == 4 + module.SPARE_TOKENS
     layer.update(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
     assert layer.keys.data_ptr() != place and layer.keys[0, 0, 4:].eq(1).all()

@@ -26,21 +26,21 @@ from reinforcepp.models.loading import weights_hash
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
 from reinforcepp.rewards.sources import load_rewards
-from reinforcepp.rollout.ray import actor_pool as ray_crew
-from reinforcepp.rollout.ray import engine as ray_pool
-from reinforcepp.rollout.ray.actor_pool import RayCrew, connect
+from reinforcepp.rollout.ray import actor_pool
+from reinforcepp.rollout.ray import engine as ray_engine
+from reinforcepp.rollout.ray.actor_pool import RayPool, connect
 from reinforcepp.rollout.ray.engine import RayEngine
-from reinforcepp.rollout.ray.reward_pool import PooledReward, pooled
-from reinforcepp.rollout.ray.worker import Recipe, Worker, as_array, as_tensor, pack
+from reinforcepp.rollout.ray.reward_pool import PooledReward, pool_rewards
+from reinforcepp.rollout.ray.worker import Worker, WorkerSpec, as_array, as_tensor, pack
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm import nccl as vllm_nccl
-from reinforcepp.rollout.vllm.nccl import ToPool
+from reinforcepp.rollout.vllm.nccl import NcclPoolTransfer
 from reinforcepp.rollout.weight_sync_check import check_sync
-from reinforcepp.rollout.weights import named_config
+from reinforcepp.rollout.weight_transfer import config_with_architecture
 from reinforcepp.types import Sampling
 
 ray = pytest.importorskip("ray")
-load = RayCrew._start_loading
+load = RayPool._start_loading
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 
 
@@ -118,34 +118,36 @@ def test_a_worker_makes_the_model_of_what_it_is_given(family):
     for seed in (0, 7):
         model = prepared_model(family, seed=seed)
         if worker is None:
-            config = named_config(model)
-            worker = Worker(Recipe(config, model.generation_config, model.dtype, tokenizer, "transformers", 200, 8))
+            config = config_with_architecture(model)
+            worker = Worker(WorkerSpec(config, model.generation_config, model.dtype, tokenizer, "transformers", 200, 8))
         assert worker.load(pack(model)) == "transformers"
         expected = TransformersEngine(model, tokenizer).generate(prompts, sampling)
-        assert [c.ids for of_prompt in worker.answer(prompts, sampling) for c in of_prompt] == [c.ids for c in expected]
+        assert [c.ids for of_prompt in worker.process(prompts, sampling) for c in of_prompt] == [
+            c.ids for c in expected
+        ]
 
 
 @needs_vllm
 def test_a_worker_with_vllm(monkeypatch):
     tokenizer, sampling = prepared_tokenizer(), Sampling(12, temperature=0)
     model = prepared_model()
-    config = named_config(model)
-    worker = Worker(Recipe(config, model.generation_config, model.dtype, tokenizer, "vllm", 200, 8))
+    config = config_with_architecture(model)
+    worker = Worker(WorkerSpec(config, model.generation_config, model.dtype, tokenizer, "vllm", 200, 8))
     try:
         for seed in (0, 7):
             model = prepared_model(seed=seed)
             assert worker.load(pack(model)) == "vllm"
             expected = TransformersEngine(model, tokenizer).generate(prompts_of(tokenizer), sampling)
-            answers = worker.answer(prompts_of(tokenizer), sampling)
+            answers = worker.process(prompts_of(tokenizer), sampling)
             assert [c.ids for of_prompt in answers for c in of_prompt] == [c.ids for c in expected]
-        assert worker.in_group() is None  # without a GPU
+        assert worker.in_transfer_group() is None  # without a GPU
         monkeypatch.setattr(worker.engine, "transfer", lambda *step: None)  # which brings weights past this process
         later = prepared_model(seed=8)
-        worker.took_over(lambda: pack(later))
-        worker.engine._in_group = True
+        worker.finish_transfer(lambda: pack(later))
+        worker.engine._in_transfer_group = True
         worker.engine._restart(RuntimeError("failed in the middle of a batch"))
         check_sync(worker.engine, later, tokenizer)
-        assert not worker.engine._in_group
+        assert not worker.engine._in_transfer_group
     finally:
         worker.engine.close()
 
@@ -155,34 +157,34 @@ def test_weights_go_straight_to_workers_by_vllms_own_transfer(cluster, monkeypat
     """Real workers with vLLM; of vLLM's NCCL transfer the broadcast goes another way, and unpacked."""
     ray.cloudpickle.register_pickle_by_value(without_nccl)
     without_nccl.stand_in(monkeypatch.setattr)
-    monkeypatch.setattr(ray_pool, "Worker", without_nccl.Taker)
+    monkeypatch.setattr(ray_engine, "Worker", without_nccl.Taker)
     tokenizer = prepared_tokenizer()
     cluster.add_node(num_cpus=2)
     engine = RayEngine(
         cluster.address, prepared_model(), tokenizer, engine="vllm", workers=2, max_length=200, batch_size=8
     )
-    while len(engine.crew.ready()) < 2:
-        engine.crew.wait()
-    engine._to_gpus = ToPool(engine.ray)
+    while len(engine.pool.ready()) < 2:
+        engine.pool.wait()
+    engine._nccl = NcclPoolTransfer(engine.ray)
     by_store = []
-    monkeypatch.setattr(RayCrew, "_start_loading", lambda crew, number: by_store.append(number) or load(crew, number))
+    monkeypatch.setattr(RayPool, "_start_loading", lambda pool, number: by_store.append(number) or load(pool, number))
     try:
         for seed in (1, 2):
             model = prepared_model(seed=seed)
             engine.load_weights(model)
             check_sync(engine, model, tokenizer)
-            assert set(engine.crew.told("kept").values()) == {weights_hash(model)}
-        assert by_store == [] and len(engine._to_gpus._workers) == 2
-        dead, left = engine.crew.ready()
-        ray.kill(engine.crew.actors[dead])
+            assert set(engine.pool.call_all("restart_hash").values()) == {weights_hash(model)}
+        assert by_store == [] and len(engine._nccl._workers) == 2
+        dead, left = engine.pool.ready()
+        ray.kill(engine.pool.actors[dead])
         for seed in (3, 4):  # who takes its place gets the weights of now, and later ones as the others do
             model = prepared_model(seed=seed)
             engine.load_weights(model)
-            while len(engine.crew.ready()) < 2:
-                engine.crew.wait()
+            while len(engine.pool.ready()) < 2:
+                engine.pool.wait()
             check_sync(engine, model, tokenizer)
-            assert len(by_store) == 1 and len(engine._to_gpus._workers) == seed - 2
-        assert left in engine._to_gpus._workers
+            assert len(by_store) == 1 and len(engine._nccl._workers) == seed - 2
+        assert left in engine._nccl._workers
     finally:
         engine.close()
 
@@ -204,7 +206,7 @@ def test_weights_go_from_one_gpu_to_a_workers(cluster):
             model = prepared_model(seed=seed).to("cuda:0")
             engine.load_weights(model)
             check_sync(engine, model, tokenizer)
-        assert len(engine._to_gpus._workers) == 1
+        assert len(engine._nccl._workers) == 1
     finally:
         engine.close()
 
@@ -214,15 +216,16 @@ def test_where_the_transfer_fails_weights_go_by_the_store(trouble, monkeypatch):
     """Those that may still wait for the rest of it are replaced; after two failures in a row it isn't tried again."""
     replaced, sent = [], []
     engine = object.__new__(RayEngine)
-    engine.crew = SimpleNamespace(
+    engine.pool = SimpleNamespace(
         actors={2: "two", 5: "five", 7: "of another kind"},
-        told=lambda question: {2: True, 5: False, 7: None},
+        call_all=lambda method: {2: True, 5: False, 7: None},
         replace=lambda numbers: replaced.extend(numbers),
     )
-    engine._to_gpus, engine._failed = ToPool(ray), 0
+    engine._nccl, engine._broadcast_failures = NcclPoolTransfer(ray), 0
 
-    def send(model, workers, later, anew):
-        assert workers == {2: "two", 5: "five"} and anew
+    def send(workers, rebuild):
+        model = engine._nccl._model
+        assert workers == {2: "two", 5: "five"} and rebuild
         sent.append(workers)
         if model == "works":
             return
@@ -230,21 +233,21 @@ def test_where_the_transfer_fails_weights_go_by_the_store(trouble, monkeypatch):
             threading.Event().wait(30)
         raise ray.exceptions.RaySystemError("Duplicate GPU detected")
 
-    monkeypatch.setattr(engine._to_gpus, "_send", send)
-    monkeypatch.setattr(vllm_nccl, "POOL_SECONDS", 0.1 if trouble == "hangs" else 20)
+    monkeypatch.setattr(engine._nccl, "_send", send)
+    monkeypatch.setattr(vllm_nccl, "POOL_TIMEOUT_SECONDS", 0.1 if trouble == "hangs" else 20)
     why = {
-        "refused": r"can't take over the weights by NCCL \(.*Duplicate GPU",
-        "hangs": r"hasn't taken over .* within 0\.1 s",
+        "refused": r"can't load the weights over NCCL \(.*Duplicate GPU",
+        "hangs": r"didn't load the weights within 0\.1 s",
     }[trouble]
     for what in ("fails", "works", "fails", "fails again"):
         if what == "works":
-            assert engine._transfer(what, None) == {2, 5}
+            assert engine._broadcast(what, None) == {2, 5}
             continue
-        which = "from now on weights" if what == "fails again" else "these weights"
-        with pytest.warns(UserWarning, match=f"The pool {why}.*: {which} go through Ray's object store"):
-            assert engine._transfer(what, None) == set()
+        which = "All further weights" if what == "fails again" else "These weights"
+        with pytest.warns(UserWarning, match=f"The Ray pool {why}.* {which} go through Ray's object store"):
+            assert engine._broadcast(what, None) == set()
     assert replaced == [2, 5] * 3
-    assert engine._transfer("works", None) == set() and len(sent) == 4
+    assert engine._broadcast("works", None) == set() and len(sent) == 4
 
 
 def test_each_worker_is_seen_to_have_the_present_weights(pool):
@@ -256,10 +259,10 @@ def test_each_worker_is_seen_to_have_the_present_weights(pool):
         pool.load_weights(model)
         report = check_sync(pool, model, tokenizer)
         assert report.tokens > 4 * 16  # of both workers
-    number = pool.crew.ready()[1]
+    number = pool.pool.ready()[1]
     old = pool.ray.put(pack(prepared_model(seed=9)))
-    pool.ray.get(pool.crew.actors[number].load.remote(old))  # one of them missed the update
-    with pytest.raises(RolloutError, match="out of step"):
+    pool.ray.get(pool.pool.actors[number].load.remote(old))  # one of them missed the update
+    with pytest.raises(RolloutError, match="out of sync"):
         check_sync(pool, model, tokenizer)
 
 
@@ -270,7 +273,7 @@ def test_killed_workers_are_replaced_and_every_prompt_is_answered_once(pool):
     prompts = [type(p)(p.text, p.ids, key) for key, p in enumerate(prompts)]
     sampling = Sampling(100, num_samples=4, seed=3)
     undisturbed = pool.generate(prompts, sampling)
-    before = len(pool.tallies)
+    before = len(pool.dispatches)
     stop = threading.Event()
 
     def kill():
@@ -288,7 +291,7 @@ def test_killed_workers_are_replaced_and_every_prompt_is_answered_once(pool):
     finally:
         stop.set()
         killer.join()
-    assert sum(tally.lost for tally in pool.tallies[before:]) >= 1
+    assert sum(stats.lost for stats in pool.dispatches[before:]) >= 1
     check_sync(pool, model, tokenizer)
 
 
@@ -297,12 +300,12 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_is_not_missed(cluster, po
     prompts, sampling = prompts_of(tokenizer), Sampling(8, seed=1)
     expected = [c.ids for c in TransformersEngine(model, tokenizer).generate(prompts, sampling)]
     pool.load_weights(model)
-    before = len(pool.crew.ready())
+    before = len(pool.pool.ready())
     node = cluster.add_node(num_cpus=1)
     begin = time.monotonic()
-    while len(pool.crew.ready()) == before and time.monotonic() - begin < 150:
-        pool.crew._next()
-    assert len(pool.crew.ready()) == before + 1
+    while len(pool.pool.ready()) == before and time.monotonic() - begin < 150:
+        pool.pool._poll()
+    assert len(pool.pool.ready()) == before + 1
     cluster.remove_node(node, allow_graceful=False)
     assert [c.ids for c in pool.generate(prompts, sampling)] == expected
     pool.load_weights(model)
@@ -313,13 +316,13 @@ def test_weights_that_come_late_are_not_taken_for_the_present_ones(pool, monkeyp
     """A worker that still loads when the next weights are handed out loads those before it gets a piece."""
     tokenizer, model = prepared_tokenizer(), prepared_model()
     pool.load_weights(model)
-    crew, number = pool.crew, pool.crew.ready()[0]
-    crew._start_loading(number)
-    monkeypatch.setattr(ray_crew, "PATIENCE_SECONDS", 0)
+    workers, number = pool.pool, pool.pool.ready()[0]
+    workers._start_loading(number)
+    monkeypatch.setattr(actor_pool, "LOAD_TIMEOUT_SECONDS", 0)
     late = prepared_model(seed=3)
     pool.load_weights(late)
-    while number not in crew.ready():
-        crew.wait()
+    while number not in workers.ready():
+        workers.wait()
     check_sync(pool, late, tokenizer)
 
 
@@ -332,9 +335,9 @@ def test_what_a_worker_refuses_is_told(pool):
 
 
 def test_a_cluster_without_room(cluster, monkeypatch):
-    monkeypatch.setattr(ray_crew, "START_SECONDS", 2)
-    monkeypatch.setattr(ray_crew.RayCrew, "_grow", lambda self: None)
-    with pytest.raises(RolloutError, match=r"No rollout worker was ready within 2 seconds; the cluster has .* CPUs"):
+    monkeypatch.setattr(actor_pool, "WORKER_READY_TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(RayPool, "_grow", lambda self: None)
+    with pytest.raises(RolloutError, match=r"no rollout worker was ready within 2 seconds. The cluster has .* CPUs"):
         RayEngine(cluster.address, prepared_model(), prepared_tokenizer(), max_length=100)
 
 
@@ -343,11 +346,11 @@ def test_where_there_is_no_cluster_it_is_told_at_once(monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
-    with pytest.raises(RolloutError, match="belongs to no Ray cluster: start one"):
+    with pytest.raises(RolloutError, match="belongs to no Ray cluster"):
         connect("auto")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     for address in ("auto", "127.0.0.1:9"):
-        with pytest.raises(RolloutError, match=r"No Ray cluster answers at 127.0.0.1:9 \(Connection refused\)"):
+        with pytest.raises(RolloutError, match=r"no Ray cluster responds at 127.0.0.1:9 \(Connection refused\)"):
             connect(address)
     assert time.monotonic() - begin < 20
 
@@ -390,8 +393,10 @@ def test_a_training_by_a_pool(cluster, model_folder, pairs_csv, tmp_path):
 
 def test_a_machine_with_another_version_is_told():
     model = prepared_model()
-    worker = Worker(Recipe(named_config(model), None, model.dtype, prepared_tokenizer(), "transformers", 200, 8))
-    with pytest.raises(RolloutError, match=r"The trainer has reinforcepp 0\.0\.9, and .*, a machine of the pool, has"):
+    worker = Worker(
+        WorkerSpec(config_with_architecture(model), None, model.dtype, prepared_tokenizer(), "transformers", 200, 8)
+    )
+    with pytest.raises(RolloutError, match=r"The trainer has reinforcepp 0\.0\.9, but .*, a node of the pool, has"):
         worker.load(replace(pack(model), version="0.0.9"))
 
 
@@ -405,20 +410,20 @@ def test_a_reward_model_in_the_pool(cluster, reward_folder):
     engine, first = SimpleNamespace(ray=connect(cluster.address)[0]), RankZero(Ranks(), 0)
     cluster.add_node(num_cpus=2)
     alone.batch_size = 4
-    with pytest.raises(ConfigError, match="reward_workers need an engine by Ray"):
-        pooled(rewards, engine, 2, first)
+    with pytest.raises(ConfigError, match=r"reward_workers .*engine doesn't run on Ray"):
+        pool_rewards(rewards, engine, 2, first)
     reward = PooledReward(alone, lambda: engine.ray, 2, first)
     try:
         assert reward.card is not None and reward.name == "reward_model" and word
         assert {p.device.type for p in reward.model.parameters()} == {"meta"}
         assert reward(asked, answers) == pytest.approx(expected, abs=1e-5)
-        assert reward.tallies[-1].pieces >= 4
-        victim = reward.crew.ready()[0]
-        engine.ray.kill(reward.crew.actors[victim])
+        assert reward.dispatches[-1].chunks >= 4
+        victim = reward.pool.ready()[0]
+        engine.ray.kill(reward.pool.actors[victim])
         assert reward(asked, answers) == pytest.approx(expected, abs=1e-5)
-        assert reward.tallies[-1].lost == 1 and reward([], []) == []
+        assert reward.dispatches[-1].lost == 1 and reward([], []) == []
     finally:
-        reward.crew.close()
+        reward.pool.close()
 
 
 def test_a_training_with_both_in_the_pool(cluster, model_folder, pairs_csv, reward_folder, tmp_path):
@@ -441,13 +446,13 @@ def test_a_pool_without_reward_models(model_folder, pairs_csv, tmp_path, capsys)
     arguments = ["train", "--model", model_folder, "--data", pairs_csv, "--rewards", "rule:length?max=20"]
     arguments += ["--output_dir", tmp_path / "run", "--rollout", "ray://192.0.2.1:6379", "--reward_workers", 1]
     assert cli.main(list(map(str, arguments))) == 2
-    assert "reward_workers score with trained reward models, and there is none" in capsys.readouterr().err
+    assert "none of the rewards is a trained reward model" in capsys.readouterr().err
 
 
-def crew_of(head="127.0.0.1:9"):
+def pool_of(head="127.0.0.1:9"):
     """Without workers, on a cluster of which only the head's address is there."""
     context = SimpleNamespace(gcs_address=head)
-    return RayCrew(
+    return RayPool(
         SimpleNamespace(put=lambda value: value, get_runtime_context=lambda: context, cluster_resources=dict),
         Worker,
         None,
@@ -456,53 +461,55 @@ def crew_of(head="127.0.0.1:9"):
 
 
 def test_the_last_loss_is_named_when_nobody_is_left():
-    crew = crew_of()
-    crew._check_time(time.monotonic())  # there is time left
-    crew._reason = "The node was parted from the others."
-    with pytest.raises(EngineLost, match=r"No rollout worker was ready .* was lost with: The node was parted"):
-        crew._check_time(time.monotonic() - 1e6)
-    crew._ready[3] = None
-    crew._check_time(time.monotonic() - 1e6)
+    pool = pool_of()
+    pool._check_time(time.monotonic())  # there is time left
+    pool._last_loss = "The node was parted from the others."
+    with pytest.raises(EngineLost, match=r"no rollout worker was ready .* was lost: The node was parted"):
+        pool._check_time(time.monotonic() - 1e6)
+    pool._ready[3] = None
+    pool._check_time(time.monotonic() - 1e6)
 
 
 @pytest.mark.parametrize(
     ("there", "needs", "started"), [({"GPU": 7.0, "CPU": 9.0}, {"num_gpus": 3}, 2), ({"CPU": 9.0}, {"num_gpus": 3}, 3)]
 )
 def test_workers_take_as_many_gpus_as_share_their_model(there, needs, started, monkeypatch):
-    crew = crew_of()
-    crew._gpus, crew._most = 3, 0
+    pool = pool_of()
+    pool._gpus, pool._max_workers = 3, 0
     asked = []
     actor = SimpleNamespace(load=SimpleNamespace(remote=lambda weights: object()))
-    made = SimpleNamespace(remote=lambda recipe: actor)
-    crew._ray.remote = lambda worker: SimpleNamespace(options=lambda **given: asked.append(given) or made)
-    crew._ray.cluster_resources = lambda: there
-    monkeypatch.setattr(crew, "_head_answers", lambda: True)
-    crew._grow()
+    made = SimpleNamespace(remote=lambda spec: actor)
+    pool._ray.remote = lambda worker: SimpleNamespace(options=lambda **given: asked.append(given) or made)
+    pool._ray.cluster_resources = lambda: there
+    monkeypatch.setattr(pool, "_head_responds", lambda: True)
+    pool._grow()
     assert asked == [needs] * started
-    crew._ready.clear()
-    with pytest.raises(EngineLost, match="of which each worker needs 3: look at"):
-        crew._check_time(time.monotonic() - 1e6)
+    pool._ready.clear()
+    with pytest.raises(EngineLost, match="each worker needs 3"):
+        pool._check_time(time.monotonic() - 1e6)
 
 
 def test_a_shared_model_needs_vllm():
     model = prepared_model()
-    recipe = Recipe(named_config(model), model.generation_config, model.dtype, None, "transformers", 200, 8, 2)
-    with pytest.raises(RolloutError, match=r"vllm_tensor_parallel_size is 2, and on .* vLLM can't be used"):
-        Worker(recipe).load(pack(model))
+    spec = WorkerSpec(
+        config_with_architecture(model), model.generation_config, model.dtype, None, "transformers", 200, 8, 2
+    )
+    with pytest.raises(RolloutError, match=r"vllm_tensor_parallel_size 2: vLLM can't be used on"):
+        Worker(spec).load(pack(model))
 
 
 def test_a_head_that_is_away_for_long_ends_the_run(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        crew = crew_of(":".join(map(str, server.getsockname())))
-        assert crew._head_answers() and crew._head_gone is None
-    assert not crew._head_answers()  # and Ray isn't asked for anything
-    crew._ray.cluster_resources = None
-    crew._grow()
-    since = crew._head_gone
-    assert since is not None and not crew._head_answers() and crew._head_gone == since
-    monkeypatch.setattr(ray_crew, "HEAD_SECONDS", -1)
-    with pytest.raises(EngineLost, match=r"The head of the Ray cluster, 127\.0\.0\.1:\d+, can't be reached any more"):
-        crew._head_answers()
+        pool = pool_of(":".join(map(str, server.getsockname())))
+        assert pool._head_responds() and pool._head_lost_at is None
+    assert not pool._head_responds()  # and Ray isn't asked for anything
+    pool._ray.cluster_resources = None
+    pool._grow()
+    since = pool._head_lost_at
+    assert since is not None and not pool._head_responds() and pool._head_lost_at == since
+    monkeypatch.setattr(actor_pool, "HEAD_TIMEOUT_SECONDS", -1)
+    with pytest.raises(EngineLost, match=r"the head of the Ray cluster, 127\.0\.0\.1:\d+, hasn't been reachable"):
+        pool._head_responds()
 
 
 def test_without_ray_it_is_told_how_to_get_it(monkeypatch):

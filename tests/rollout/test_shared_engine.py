@@ -29,7 +29,7 @@ import tiny, torch
 from rollout.contract import prepared_model, prepared_tokenizer
 from pathlib import Path
 from reinforcepp import ReinforceConfig
-from reinforcepp.rollout import shared_engine
+from reinforcepp.rollout import factory
 from reinforcepp.distributed.ranks import Ranks, exit_process, init_process_group
 from reinforcepp.errors import EngineLost
 from reinforcepp.rollout.selection import EngineChoice
@@ -65,10 +65,10 @@ def start(*_, **settings):
     held.append(Engine())
     return held[-1]
 
-shared_engine.start_engine = start
+factory.start_engine = start
 given = prepared_model(), prepared_tokenizer(), ReinforceConfig(watchdog_seconds=60), ranks, 0, Path("run")
-assert shared_engine.start_for_all(EngineChoice("vllm", ""), *given) is held.pop()
-engine = shared_engine.start_for_all(EngineChoice("ray", "", "auto"), *given)
+assert factory.start_training_engine(EngineChoice("vllm", ""), *given) is held.pop()
+engine = factory.start_training_engine(EngineChoice("ray", "", "auto"), *given)
 told = {"started": len(held), "name": engine.name, "dtype": str(engine.dtype)}
 own = [Prompt(f"{ranks.index}", (1,), 10 * ranks.index + i) for i in range([2, 0, 1][ranks.index])]
 
@@ -168,5 +168,5 @@ def test_a_reward_that_fails_in_one_process_is_told_by_all(tmp_path, model_folde
 def test_what_the_first_cannot_reach_all_are_told_once(tmp_path, model_folder, pairs_csv):
     done = train(tmp_path / "run", model_folder, pairs_csv, 2, "--rollout", "ray://127.0.0.1:9")
     assert done.returncode != 0
-    assert done.stderr.count("error: No Ray cluster answers at 127.0.0.1:9") == 1
-    assert "Traceback" not in done.stderr.split("error: No Ray")[0]
+    assert done.stderr.count("no Ray cluster responds at 127.0.0.1:9") == 1
+    assert "Traceback" not in done.stderr.split("error: --rollout")[0]

@@ -75,5 +75,5 @@ def test_both_engines_sample_the_same_completions(trainer):
 
 def test_a_sync_that_does_nothing_stops_the_run_with_the_figures(trainer, monkeypatch):
     monkeypatch.setattr(trainer.engine, "load_weights", lambda model: None)
-    with pytest.raises(RolloutError, match=r"out of step.*differ by up to"):
+    with pytest.raises(RolloutError, match=r"out of sync.*differ by up to"):
         trainer.train()

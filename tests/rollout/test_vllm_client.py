@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import socket
 import ssl
@@ -21,14 +22,14 @@ from reinforcepp.config.reinforce import server_addresses
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.selection import choose_engine
-from reinforcepp.rollout.vllm import server_engine as vllm_remote
-from reinforcepp.rollout.vllm.client import Patience, VllmClient
+from reinforcepp.rollout.vllm import server_pool
+from reinforcepp.rollout.vllm.client import Timeouts, VllmClient
 from reinforcepp.rollout.vllm.server_engine import VllmServerEngine
-from reinforcepp.rollout.vllm.weight_transfer import EXTENSION
+from reinforcepp.rollout.vllm.server_transfer import EXTENSION
 from reinforcepp.types import Sampling
 
 KEY = "sk-quite-secret"
-SHORT = Patience(connect=1, beat=0.1, health=1.5, work=2, gone=1)
+SHORT = Timeouts(connect=1, health_interval=0.1, health=1.5, progress=2, rejoin=1)
 CONFIG = {
     "model_config": {"dtype": "torch.bfloat16", "logprobs_mode": "processed_logprobs"},
     "parallel_config": {"worker_extension_cls": EXTENSION},
@@ -115,9 +116,9 @@ def peer():
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    monkeypatch.setattr(vllm_remote, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(vllm_remote, "FIRST_PAUSE", 0.1)
-    monkeypatch.setattr(vllm_remote, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(server_pool, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(server_pool, "FIRST_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(server_pool, "MAX_RETRY_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def start(tmp_path):
     made = []
 
     def engine(*urls: str, model=None, **settings) -> VllmServerEngine:
-        told = {"max_length": 64, "folder": tmp_path, "patience": SHORT, "batch_size": 4} | settings
+        told = {"max_length": 64, "folder": tmp_path, "timeouts": SHORT, "batch_size": 4} | settings
         made.append(VllmServerEngine(urls, model or prepared_model(), prepared_tokenizer(), **told))
         return made[-1]
 
@@ -146,32 +147,28 @@ def nobody() -> str:
 
 def test_a_server_without_what_a_training_needs_is_told_how_it_is_started(peer, start):
     peer.says["/server_info"] = (404, '{"detail":"Not Found"}')
-    with pytest.raises(
-        RolloutError, match=r"doesn't offer /server_info: start it by `VLLM_SERVER_DEV_MODE=1 vllm serve "
-    ):
+    with pytest.raises(RolloutError, match=r"doesn't offer /server_info.*\n *VLLM_SERVER_DEV_MODE=1 vllm serve "):
         start(peer.url)
     other = CONFIG | {"model_config": CONFIG["model_config"] | {"logprobs_mode": "raw_logprobs"}}
     peer.says["/server_info"] = json.dumps({"vllm_config": other})
-    with pytest.raises(
-        RolloutError, match=r"tells raw_logprobs.*--max-model-len 88 --logprobs-mode processed_logprobs`"
-    ):
+    with pytest.raises(RolloutError, match=r"raw_logprobs.*\n.*--max-model-len 88 --logprobs-mode processed_logprobs"):
         start(peer.url)
 
 
 def test_one_that_is_unfit_stops_the_start_though_another_is_fit(peer, start):
     fit = Peer()
     peer.says["/v1/models"] = (401, "")
-    with pytest.raises(RolloutError, match=rf"^The vLLM server {peer.url} wants another key"):
+    with pytest.raises(RolloutError, match=rf"VLLM_API_KEY: the vLLM server {peer.url} expects another key"):
         start(fit.url, peer.url)
     fit.close()
 
 
 def test_what_is_no_server_of_vllm(peer, start):
     peer.says["/server_info"] = "{}"
-    with pytest.raises(RolloutError, match=r"says of itself isn't what a server of vLLM 0.32.x says: KeyError"):
+    with pytest.raises(RolloutError, match=r"doesn't describe itself as vLLM 0.32.x .*KeyError"):
         start(peer.url)
     peer.says["/v1/models"] = "<html>"
-    with pytest.raises(RolloutError, match="is something else than a vLLM server; it said '<html>'"):
+    with pytest.raises(RolloutError, match="isn't a vLLM server; it answered '<html>'"):
         start(peer.url)
     peer.says["/health"] = (404, "")
     with pytest.raises(RolloutError, match="doesn't offer /health"):
@@ -183,7 +180,7 @@ def test_another_version_is_told(peer, start, caplog):
     assert "vLLM 0." not in caplog.text
     peer.says["/version"] = '{"version": "0.40.2"}'
     start(peer.url)
-    assert "runs vLLM 0.40.2; this was written against 0.32.x" in caplog.text
+    assert "runs vLLM 0.40.2" in caplog.text
 
 
 def test_nobody_answers(start):
@@ -192,11 +189,11 @@ def test_nobody_answers(start):
         addresses = {
             nobody(): r"can't be reached \(Connection refused\)",
             "http://no-such-host.invalid:8000": r"can't be reached \(.*(not known|resolution)",
-            f"http://127.0.0.1:{silent.getsockname()[1]}": "gave no answer in time",
+            f"http://127.0.0.1:{silent.getsockname()[1]}": "didn't respond in time",
             "http://192.0.2.1:8000": "can't be reached",
         }
         for address, why in addresses.items():
-            with pytest.raises(RolloutError, match=rf"^No vLLM server is left to generate: {address} {why}"):
+            with pytest.raises(RolloutError, match=rf"no vLLM server is available: {address} {why}"):
                 start(address)
         with pytest.raises(RolloutError) as told:
             start(*addresses)
@@ -216,7 +213,7 @@ def test_a_port_that_speaks_something_else(start):
                 connection.close()
 
         threading.Thread(target=speak, daemon=True).start()
-        with pytest.raises(RolloutError, match=r"No vLLM server is left to generate: .* broke off"):
+        with pytest.raises(RolloutError, match=r"no vLLM server is available: .* closed the connection"):
             start(f"http://127.0.0.1:{other.getsockname()[1]}")
 
 
@@ -224,10 +221,10 @@ def test_one_of_two_is_enough_and_the_other_may_come(peer, start, caplog):
     late = Peer()
     late.says["/health"] = (503, "not yet")
     engine = start(peer.url, late.url)
-    assert f"{late.url} failed with 503" in caplog.text and len(engine.crew.ready()) == 1
+    assert re.search(f"{late.url}.*failed with 503", caplog.text) and len(engine.pool.ready()) == 1
     late.says["/health"] = ""
-    engine.crew.wait()
-    assert len(engine.crew.ready()) == 2 and late.version == peer.version
+    engine.pool.wait()
+    assert len(engine.pool.ready()) == 2 and late.version == peer.version
     late.close()
 
 
@@ -259,7 +256,7 @@ def test_the_key_goes_in_a_header_and_nowhere_else(peer, start, monkeypatch):
     start(peer.url)
     assert {key for _, _, key in peer.asked} == {None}
     monkeypatch.setenv("VLLM_API_KEY", "sk one\n")
-    with pytest.raises(ConfigError, match="VLLM_API_KEY holds characters that no key has") as told:
+    with pytest.raises(ConfigError, match="VLLM_API_KEY: the key holds") as told:
         start(peer.url)
     assert "sk one" not in str(told.value)
 
@@ -303,16 +300,19 @@ def test_ends_of_lines_within_a_text_are_none_of_the_stream(peer, start):
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
-        (stream(event([5])), "gave up in the middle of an answer (without a reason)"),
-        (stream(event([5], reason="abort")), "gave up in the middle of an answer (abort)"),
-        (stream(event([], logprobs=(), reason="stop")), "gave up in the middle of an answer (stop)"),
-        (stream(event([5, 6], reason="stop")), "gave up in the middle of an answer (stop)"),
-        (stream('{"error": {"message": "no memory"}}'), "failed in the middle of an answer ({'message': 'no memory'})"),
-        (stream('{"choices": []}'), "answered something that can't be read"),
-        (stream("nonsense"), "answered something that can't be read"),
+        (stream(event([5])), "broke off in the middle of a completion (without a reason)"),
+        (stream(event([5], reason="abort")), "broke off in the middle of a completion (abort)"),
+        (stream(event([], logprobs=(), reason="stop")), "broke off in the middle of a completion (stop)"),
+        (stream(event([5, 6], reason="stop")), "broke off in the middle of a completion (stop)"),
+        (
+            stream('{"error": {"message": "no memory"}}'),
+            "failed in the middle of a completion ({'message': 'no memory'})",
+        ),
+        (stream('{"choices": []}'), "sent an unreadable response"),
+        (stream("nonsense"), "sent an unreadable response"),
         ((500, "oh"), "failed with 500"),
         (lambda: time.sleep(0.7) or (500, "late"), "failed with 500"),
-        (lambda: time.sleep(4) or "", "has shown no progress for 2 s"),
+        (lambda: time.sleep(4) or "", "made no progress for 2 s"),
     ],
     ids=range(10),
 )
@@ -324,8 +324,8 @@ def test_an_answer_that_is_none_is_asked_for_elsewhere(peer, start, said, reason
     peer.says["/v1/models"] = (500, "and it isn't taken back")
     completions = engine.generate(prompts, Sampling(4))
     assert [c.prompt.key for c in completions] == [0, 1] and {c.ids for c in completions} == {(5, 6, 0)}
-    tally = engine.tallies[-1]
-    assert (tally.lost, tally.again) == (1, 1) and reason in tally.reasons[0]
+    stats = engine.dispatches[-1]
+    assert (stats.lost, stats.requeued) == (1, 1) and reason in stats.reasons[0]
     second.close()
 
 
@@ -337,13 +337,13 @@ def test_one_that_is_slow_is_waited_for(peer, start):
     peer.says["/v1/completions"] = [*stream(event([5]), event([6]), event([0], reason="stop")).split("\n", 5)]
     peer.says["/v1/completions"] = [piece + "\n" for piece in peer.says["/v1/completions"]]
     (completion,) = engine.generate(prompts_of(prepared_tokenizer())[:1], Sampling(4))
-    assert completion.ids == (5, 6, 0) and engine.tallies[-1].lost == 0
+    assert completion.ids == (5, 6, 0) and engine.dispatches[-1].lost == 0
 
 
 def test_a_request_that_no_server_takes_stops_the_run(peer, start):
     engine = start(peer.url)
     peer.says["/v1/completions"] = (400, '{"error": "top_k"}')
-    with pytest.raises(RolloutError, match=r"refuses /v1/completions: {.error.: .top_k.}") as told:
+    with pytest.raises(RolloutError, match=r"rejected a request to /v1/completions: {.error.: .top_k.}") as told:
         engine.generate(prompts_of(prepared_tokenizer())[:1], Sampling(4))
     assert not isinstance(told.value, EngineLost), "it would be asked of the others, and again"
 
@@ -352,7 +352,7 @@ def test_one_that_answers_nothing_right_stops_the_run(peer, start):
     engine = start(peer.url)
     answers = iter(range(1000))
     peer.says["/v1/completions"] = lambda: (200, "{}") if next(answers) % 2 else (500, "oh")
-    with pytest.raises(RolloutError, match=r"lost one after the other"):
+    with pytest.raises(RolloutError, match=r"workers in a row without a result"):
         engine.generate(prompts_of(prepared_tokenizer())[:1], Sampling(4))
 
 
@@ -372,22 +372,22 @@ def test_while_weights_are_handed_over(peer, start):
     """A server whose cache isn't emptied isn't used; with none left that is told, and what it said where it can't take them."""
     engine = start(peer.url)
     peer.says["/reset_prefix_cache"] = '{"success": false}'
-    with pytest.raises(RolloutError, match="keeps what it has cached of older weights"):
+    with pytest.raises(RolloutError, match="didn't empty its prefix cache"):
         engine.load_weights(prepared_model())
     peer.says["/reset_prefix_cache"] = '{"success": true}'
-    engine.crew._patience = Patience(gone=60)
+    engine.pool._timeouts = Timeouts(rejoin=60)
     engine.load_weights(prepared_model())
     peer.says["/collective_rpc"] = (500, "size mismatch")
-    engine.crew._patience = SHORT
-    with pytest.raises(RolloutError, match=r"failed with 500.*size mismatch.*has to be started again"):
+    engine.pool._timeouts = SHORT
+    with pytest.raises(RolloutError, match=r"failed with 500.*size mismatch.*Restart the server"):
         engine.load_weights(prepared_model())
 
 
 def test_an_answer_to_what_was_asked_before_is_not_taken(peer, start):
     """As after an interrupt, when somebody goes on in the same process."""
     engine, prompts = start(peer.url), prompts_of(prepared_tokenizer())[:3]
-    engine.crew.ask(prompts, Sampling(4), 4)
-    engine.crew.give(engine.crew.clients[0], [0])
+    engine.pool.set_work(prompts, Sampling(4))
+    engine.pool.submit(engine.pool.clients[0], [0])
     assert [c.prompt.key for c in engine.generate(prompts[1:], Sampling(4))] == [1, 2]
 
 
@@ -397,10 +397,10 @@ def test_one_that_comes_back_as_another_is_not_used(peer, start):
     second.says["/v1/completions"] = second.says["/v1/models"] = (401, "who are you?")
     assert len(engine.generate(prompts_of(prepared_tokenizer())[:2], Sampling(4))) == 2
     end = time.monotonic() + 30
-    while "wants another key" not in engine.crew._gone[engine.crew.clients[1]].reason:
-        engine.crew._next()
+    while "expects another key" not in engine.pool._lost[engine.pool.clients[1]].reason:
+        engine.pool._poll()
         assert time.monotonic() < end
-    assert engine.crew.ready() == [engine.crew.clients[0]]
+    assert engine.pool.ready() == [engine.pool.clients[0]]
     second.close()
 
 
@@ -408,7 +408,7 @@ def test_a_folder_that_can_not_be_written_to_is_told(peer, start, tmp_path):
     plain = CONFIG | {"parallel_config": {"worker_extension_cls": ""}}
     peer.says["/server_info"] = json.dumps({"vllm_config": plain})
     (tmp_path / "file").touch()
-    with pytest.raises(RolloutError, match=r"can't be written to .*file.* \(Not a directory\): free some space"):
+    with pytest.raises(RolloutError, match=r"can't be written to .*file.* \(Not a directory\)"):
         start(peer.url, folder=tmp_path / "file")
 
 
@@ -465,4 +465,6 @@ def test_a_client_works_where_a_loop_runs(peer):
 def test_a_client_is_checked_before_it_is_asked(peer):
     client = VllmClient(peer.url, None, None, SHORT)
     with pytest.raises(AssertionError, match="checked first"):
-        client.answer(prepared_tokenizer(), prompts_of(prepared_tokenizer()), Sampling(4), at_a_time=1, version="")
+        client.generate(
+            prepared_tokenizer(), prompts_of(prepared_tokenizer()), Sampling(4), max_concurrent=1, version=""
+        )

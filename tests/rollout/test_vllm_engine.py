@@ -14,14 +14,13 @@ from rollout.contract import EngineContract, drawn, generate_plainly, prepared_m
 from reinforcepp.config.lora import Adapters
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.lora import with_adapter
-from reinforcepp.rollout import transfer
 from reinforcepp.rollout import vllm_integration as integration
 from reinforcepp.rollout.selection import choose_engine
-from reinforcepp.rollout.vllm import cpu_patches as vllm_cpu
-from reinforcepp.rollout.vllm import memory
-from reinforcepp.rollout.vllm.lora import takes_adapter
+from reinforcepp.rollout.vllm import cpu_patches, memory
+from reinforcepp.rollout.vllm.local_transfer import ReloadTransfer, ipc_message, supports_adapter
 from reinforcepp.rollout.vllm_integration import VllmEngine
 from reinforcepp.rollout.weight_sync_check import check_sync
+from reinforcepp.rollout.weight_transfer import in_chunks
 from reinforcepp.types import Prompt, Sampling
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
@@ -72,7 +71,7 @@ def test_the_output_layer_is_packed_once_and_no_other_matrix_over_the_vocabulary
 
 
 def is_packed(layer):
-    return getattr(layer.cpu_linear, "func", None) is not vllm_cpu._pack_and_multiply
+    return getattr(layer.cpu_linear, "func", None) is not cpu_patches._pack_and_multiply
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
@@ -82,7 +81,7 @@ def test_what_is_freed_is_given_back():
     last = bytearray(100_000)  # or glibc would give back the end of its heap
     del blocks
     before = own.memory_info().rss
-    vllm_cpu.give_back_freed()
+    cpu_patches.release_free_memory()
     assert before - own.memory_info().rss > 100 << 20
     del last
 
@@ -132,11 +131,11 @@ def test_the_adapter_travels_alone_or_merged_and_the_trainers_weights_stay(famil
     tokenizer = prepared_tokenizer()
     plain = prepared_model(family)
     model = with_adapter(prepared_model(family), Adapters(use_peft=True, lora_r=4, **settings), seed=0)
-    assert takes_adapter(model) == alone
+    assert supports_adapter(model) == alone
     engine = VllmEngine(model, tokenizer)
     sent = []
-    reload = engine._reload_weights
-    monkeypatch.setattr(engine, "_reload_weights", lambda weights: sent.append(1) or reload(weights))
+    push = ReloadTransfer.push
+    monkeypatch.setattr(ReloadTransfer, "push", lambda self, llm: sent.append(1) or push(self, llm))
     try:
         for seed in (1, 2):  # the second takes the place of the first
             with torch.no_grad():
@@ -144,7 +143,7 @@ def test_the_adapter_travels_alone_or_merged_and_the_trainers_weights_stay(famil
                     if "lora_B" in name:
                         parameter.normal_(generator=torch.Generator().manual_seed(seed))
             before = {name: weight.clone() for name, weight in model.state_dict().items()}
-            with pytest.raises(RolloutError, match="out of step"):
+            with pytest.raises(RolloutError, match="out of sync"):
                 check_sync(engine, model, tokenizer)
             engine.load_weights(model)
             check_sync(engine, model, tokenizer)
@@ -201,14 +200,14 @@ def test_where_memory_runs_out_it_goes_on_with_the_largest_batch_that_fits():
         engine._start = start_in_little_memory
         engine._llm.generate = run_out
         prompts = prompts_of(tokenizer)
-        with pytest.warns(UserWarning, match="going on with") as told:
+        with pytest.warns(UserWarning, match="Continuing with") as told:
             completions = engine.generate(prompts, Sampling(8, temperature=0))
-        assert "2 completions at a time; going on with 1" in str(told[-1].message)
+        assert "2 completions at a time. Continuing with 1" in str(told[-1].message)
         assert [c.ids for c in completions] == [generate_plainly(model, prompt, 8) for prompt in prompts]
         assert engine.restarts == 0
         fits = 0
         engine._llm.generate = run_out
-        with pytest.raises(RolloutError, match=r"even one completion.*1.5 GiB"):
+        with pytest.raises(RolloutError, match=r"one completion.*1.5 GiB"):
             engine.generate(prompts, Sampling(8))
     finally:
         engine.close()
@@ -262,7 +261,7 @@ def test_a_cache_too_small_for_one_sequence_is_refused():
 
 @needs_vllm
 def test_a_length_beyond_the_context_is_refused():
-    with pytest.raises(RolloutError, match=r"300 tokens.*context is 256"):
+    with pytest.raises(RolloutError, match=r"300 tokens.*context of 256"):
         VllmEngine(prepared_model(), prepared_tokenizer(), max_length=300)
 
 
@@ -287,9 +286,9 @@ def test_the_module_imports_without_vllm():
 
 def test_weights_travel_in_chunks_that_hold_each_once():
     weights = [(f"w{i}", torch.full((size,), float(i))) for i, size in enumerate([10, 10, 50, 5, 5, 5])]
-    chunks = list(transfer.in_chunks(weights, 4 * 20))
+    chunks = list(in_chunks(weights, 4 * 20))
     assert [[name for name, _ in chunk] for chunk in chunks] == [["w0", "w1"], ["w2"], ["w3", "w4", "w5"]]
-    message = transfer.update([("a.weight", torch.zeros(2, 3, dtype=torch.bfloat16))], [{"card": ()}])
+    message = ipc_message([("a.weight", torch.zeros(2, 3, dtype=torch.bfloat16))], [{"card": ()}])
     assert message == {
         "names": ["a.weight"],
         "dtype_names": ["bfloat16"],
@@ -303,7 +302,7 @@ def test_the_message_is_one_that_vllm_takes():
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
 
     weights = [("a", torch.zeros(2)), ("b", torch.zeros(3, 3))]
-    IPCWeightTransferUpdateInfo(**transfer.update(weights, [{"card": ()}, {"card": ()}]))
+    IPCWeightTransferUpdateInfo(**ipc_message(weights, [{"card": ()}, {"card": ()}]))
     IPCWeightTransferInitInfo(packed=False)
 
 
@@ -343,7 +342,7 @@ class TestOnGpu:
         assert asleep - awake > 0.1 * total
 
     def test_it_stays_where_no_trainer_needs_the_gpu(self, model):
-        engine = VllmEngine(model.cpu(), prepared_tokenizer(), gpu_memory_utilization=0.2, alone=True)
+        engine = VllmEngine(model.cpu(), prepared_tokenizer(), gpu_memory_utilization=0.2, exclusive_gpu=True)
         try:
             engine.sleep()
             assert not engine._asleep
@@ -355,11 +354,11 @@ class TestOnGpu:
 
     def test_weights_reach_a_model_in_a_process_of_its_own(self, model):
         tokenizer = prepared_tokenizer()
-        engine = VllmEngine(model, tokenizer, gpu_memory_utilization=0.2, apart=True)
+        engine = VllmEngine(model, tokenizer, gpu_memory_utilization=0.2, separate_process=True)
         try:
             check_sync(engine, model, tokenizer)
             model.load_state_dict(prepared_model("qwen2", hidden_size=128, seed=5).state_dict())
-            with pytest.raises(RolloutError, match="out of step"):
+            with pytest.raises(RolloutError, match="out of sync"):
                 check_sync(engine, model, tokenizer)
             engine.load_weights(model)
             check_sync(engine, model, tokenizer)

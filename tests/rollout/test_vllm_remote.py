@@ -27,17 +27,18 @@ from reinforcepp.errors import RolloutError
 from reinforcepp.files import PARTIAL
 from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.rollout.vllm import server_engine as vllm_remote
-from reinforcepp.rollout.vllm.client import Patience
-from reinforcepp.rollout.vllm.nccl import ByNccl
-from reinforcepp.rollout.vllm.server_engine import ServerCrew, VllmServerEngine
-from reinforcepp.rollout.vllm.weight_transfer import EXTENSION
+from reinforcepp.rollout.vllm import server_pool
+from reinforcepp.rollout.vllm.client import Timeouts
+from reinforcepp.rollout.vllm.nccl import NcclServerTransfer
+from reinforcepp.rollout.vllm.server_engine import VllmServerEngine
+from reinforcepp.rollout.vllm.server_pool import ServerPool
+from reinforcepp.rollout.vllm.server_transfer import EXTENSION
 from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.types import Sampling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 GREEDY = Sampling(24, temperature=0)
-SHORT = Patience(connect=2, beat=0.5, health=2, work=60, gone=5)
+SHORT = Timeouts(connect=2, health_interval=0.5, health=2, progress=60, rejoin=5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +89,7 @@ def engine_of(served, tmp_path_factory):
                 max_length=200,
                 batch_size=16,
                 folder=tmp_path_factory.mktemp("run"),
-                patience=SHORT,
+                timeouts=SHORT,
             )
         return made[numbers]
 
@@ -99,8 +100,8 @@ def engine_of(served, tmp_path_factory):
 
 @pytest.fixture
 def both(engine_of, monkeypatch):
-    monkeypatch.setattr(vllm_remote, "FIRST_PAUSE", 0.5)
-    monkeypatch.setattr(vllm_remote, "LONGEST_PAUSE", 1.0)
+    monkeypatch.setattr(server_pool, "FIRST_RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(server_pool, "MAX_RETRY_SECONDS", 1.0)
     engine = engine_of(0, 1)
     engine.load_weights(prepared_model())
     wait_until(engine, 2)
@@ -110,9 +111,9 @@ def both(engine_of, monkeypatch):
 def wait_until(engine: VllmServerEngine, number: int) -> None:
     """So many servers are ready; asking is what brings them back."""
     end = time.monotonic() + 60
-    while len(engine.crew.ready()) < number:
-        assert time.monotonic() < end, engine.crew._gone
-        engine.crew._next()
+    while len(engine.pool.ready()) < number:
+        assert time.monotonic() < end, engine.pool._lost
+        engine.pool._poll()
 
 
 def expected(model, prompts, sampling=GREEDY):
@@ -138,12 +139,12 @@ def test_each_update_arrives_and_one_that_does_not_is_seen(engine_of, monkeypatc
         model = prepared_model(seed=seed, tied=number == 0)
         engine.load_weights(model)
         assert check_sync(engine, model, tokenizer).tokens > 4
-    way = engine.crew._way(engine.crew.clients[0])
-    assert type(way).__name__ == ("InFiles", "InMessages")[number]
-    monkeypatch.setattr(way, "send", lambda server: None)
+    transfer = engine.pool._transfer_for(engine.pool.clients[0])
+    assert type(transfer).__name__ == ("FileTransfer", "MessageTransfer")[number]
+    monkeypatch.setattr(transfer, "push", lambda server: None)
     other = prepared_model(seed=8, tied=number == 0)
     engine.load_weights(other)
-    with pytest.raises(RolloutError, match="out of step"):
+    with pytest.raises(RolloutError, match="out of sync"):
         check_sync(engine, other, tokenizer)
 
 
@@ -159,13 +160,13 @@ def test_the_output_layer_is_part_of_an_update(engine_of):
 
 
 def test_large_models_go_in_several_parts(engine_of, monkeypatch):
-    monkeypatch.setattr("reinforcepp.rollout.vllm.weight_transfer.CHUNK_BYTES", 50_000)
-    monkeypatch.setattr("reinforcepp.rollout.vllm.weight_transfer.MESSAGE_BYTES", 50_000)
+    monkeypatch.setattr("reinforcepp.rollout.vllm.server_transfer.FILE_BYTES", 50_000)
+    monkeypatch.setattr("reinforcepp.rollout.vllm.server_transfer.MESSAGE_BYTES", 50_000)
     for number in (0, 1):
         engine, model = engine_of(number), prepared_model(seed=9, tied=number == 0)
         engine.load_weights(model)
         check_sync(engine, model, prepared_tokenizer())
-    assert len(list(engine_of(0).crew._files.path.glob("weights-*/*.safetensors"))) > 3
+    assert len(list(engine_of(0).pool._files.path.glob("weights-*/*.safetensors"))) > 3
 
 
 def test_files_are_there_while_they_are_needed(served, tmp_path):
@@ -175,7 +176,7 @@ def test_files_are_there_while_they_are_needed(served, tmp_path):
     engine = VllmServerEngine([served[0].url], model, tokenizer, max_length=200, folder=tmp_path)
     assert not left.exists()
     shutil.rmtree(left.parent)  # as a training does that begins
-    engine.crew._start_loading(engine.crew.clients[0])
+    engine.pool._start_loading(engine.pool.clients[0])
     wait_until(engine, 1)
     check_sync(engine, model, tokenizer)
     for _ in range(2):
@@ -190,10 +191,10 @@ def test_a_folder_that_the_server_does_not_see_is_told_and_breaks_nothing(engine
     engine, tokenizer = engine_of(0), prepared_tokenizer()
     model = prepared_model()
     engine.load_weights(model)
-    files = engine.crew._files
+    files = engine.pool._files
     monkeypatch.setattr(files, "path", files.path / "elsewhere")
-    with pytest.raises(RolloutError, match=r"doesn't see the folder .*elsewhere.*put output_dir on a disk that both"):
-        files.send(engine.crew.clients[0])
+    with pytest.raises(RolloutError, match=r"can't read the weight folder .*elsewhere"):
+        files.push(engine.pool.clients[0])
     monkeypatch.undo()
     check_sync(engine, model, tokenizer)
 
@@ -204,7 +205,7 @@ def test_weights_of_another_training_are_not_answered_from(engine_of, both, capl
     other.load_weights(prepared_model(seed=5))
     prompts = prompts_of(prepared_tokenizer())
     assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
-    assert both.tallies[-1].lost == 1 and "holds other weights" in both.tallies[-1].reasons[0]
+    assert both.dispatches[-1].lost == 1 and "holds other weights" in both.dispatches[-1].reasons[0]
     assert "another training uses it" in caplog.text
 
 
@@ -223,14 +224,14 @@ def test_prompts_are_shared_out_and_every_server_is_checked(both):
     model, tokenizer = prepared_model(), prepared_tokenizer()
     prompts = prompts_of(tokenizer, [f"Look at host {i}." for i in range(40)])
     assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
-    assert both.tallies[-1].pieces >= 3 and both.tallies[-1].lost == 0
+    assert both.dispatches[-1].chunks >= 3 and both.dispatches[-1].lost == 0
     one = check_sync(TransformersEngine(model, tokenizer), model, tokenizer).tokens
     assert check_sync(both, model, tokenizer).tokens == 2 * one
 
 
 def while_it_answers(engine: VllmServerEngine, number: int, strike, monkeypatch) -> None:
     """Call ``strike`` when the server with that number has begun to answer."""
-    client, begun = engine.crew.clients[number], threading.Event()
+    client, begun = engine.pool.clients[number], threading.Event()
     inner = client._sample
 
     async def sample(*arguments):
@@ -248,15 +249,15 @@ def test_one_that_is_stopped_is_lost_and_is_back_with_the_present_weights(served
     while_it_answers(both, 0, lambda: served[0].signal(signal.SIGSTOP), monkeypatch)
     try:
         assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
-        tally = both.tallies[-1]
-        assert (tally.lost, tally.again > 0) == (1, True) and "no longer answers" in tally.reasons[0]
+        stats = both.dispatches[-1]
+        assert (stats.lost, stats.requeued > 0) == (1, True) and "no longer responds" in stats.reasons[0]
         newer = prepared_model(seed=4)
         both.load_weights(newer)
-        assert len(both.crew.ready()) == 1
+        assert len(both.pool.ready()) == 1
     finally:
         served[0].signal(signal.SIGCONT)
     wait_until(both, 2)
-    assert "is back, with the present weights" in caplog.text
+    assert "is back and has the current weights" in caplog.text
     one = check_sync(TransformersEngine(newer, tokenizer), newer, tokenizer).tokens
     assert check_sync(both, newer, tokenizer).tokens == 2 * one
 
@@ -269,7 +270,7 @@ def test_one_whose_network_is_cut_is_lost_and_is_back(cable, both, monkeypatch):
     while_it_answers(both, 1, cable.cut, monkeypatch)
     try:
         assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
-        assert both.tallies[-1].lost == 1
+        assert both.dispatches[-1].lost == 1
         both.load_weights(model)
     finally:
         cable.mend()
@@ -281,16 +282,16 @@ def test_one_that_is_well_and_does_nothing_is_lost(served, engine_of, monkeypatc
     """Its engine hangs, and its front says that all is well."""
     engine = engine_of(0)
     engine.load_weights(prepared_model())
-    client = engine.crew.clients[0]
-    monkeypatch.setattr(client, "patience", replace(SHORT, work=4))
+    client = engine.pool.clients[0]
+    monkeypatch.setattr(client, "timeouts", replace(SHORT, progress=4))
     children = psutil.Process(served[0].process.pid).children(recursive=True)
     workers = [child for child in children if "Worker" in " ".join(child.cmdline())] or children
     for worker in workers:
         worker.suspend()
     try:
-        engine.crew.ask(prompts_of(prepared_tokenizer()), GREEDY, 16)
-        engine.crew.give(client, [0])
-        assert "has shown no progress for 4 s" in engine.crew.wait().reason
+        engine.pool.set_work(prompts_of(prepared_tokenizer()), GREEDY)
+        engine.pool.submit(client, [0])
+        assert "made no progress for 4 s" in engine.pool.wait().reason
     finally:
         for worker in workers:
             worker.resume()
@@ -307,7 +308,7 @@ def takes_weights_by_nccl(server, folder, device) -> None:
         server.wait()
         model, tokenizer = prepared_model().to(device), prepared_tokenizer()
         engine = VllmServerEngine([server.url], model, tokenizer, max_length=200, folder=folder)
-        assert type(engine.crew._way(engine.crew.clients[0])) is ByNccl
+        assert type(engine.pool._transfer_for(engine.pool.clients[0])) is NcclServerTransfer
         check_sync(engine, model, tokenizer)
         for seed in (1, 2):
             model = prepared_model(seed=seed).to(device)
@@ -321,7 +322,7 @@ def takes_weights_by_nccl(server, folder, device) -> None:
 def test_weights_go_straight_to_a_server_by_vllms_own_transfer(tmp_path, monkeypatch):
     """Of which the broadcast goes another way, and unpacked."""
     stand_in(monkeypatch.setattr)
-    monkeypatch.setattr(ServerCrew, "_way", lambda self, client: self._nccl)
+    monkeypatch.setattr(ServerPool, "_transfer_for", lambda self, client: self._nccl)
     server = for_nccl(tmp_path, "--worker-extension-cls=rollout.nccl_extension.Worker")
     takes_weights_by_nccl(server, tmp_path, "cpu")
 
@@ -384,12 +385,12 @@ def test_a_wrong_key_is_told_and_never_shown(served, model_folder, pairs_csv, tm
     arguments += ["--rollout", f"vllm://{served[0].address}", "--output_dir", tmp_path / "run", "--max_new_tokens", 12]
     assert cli.main(list(map(str, arguments))) == 2
     err = capfd.readouterr().err
-    assert "wants another key: set VLLM_API_KEY" in err and "Traceback" not in err
+    assert "expects another key. Set VLLM_API_KEY" in err and "Traceback" not in err
     assert "sk-another" not in err + caplog.text
 
 
 def test_another_model_is_refused_before_anything_breaks(served, engine_of, tmp_path):
-    with pytest.raises(RolloutError, match=r"serves another model \(served\), one that doesn't know token 399"):
+    with pytest.raises(RolloutError, match=r"serves another model \(served\).* lacks token 399"):
         VllmServerEngine(
             [served[0].url], prepared_model(vocab_size=400), prepared_tokenizer(), max_length=64, folder=tmp_path
         )
@@ -404,13 +405,13 @@ def test_another_model_is_refused_before_anything_breaks(served, engine_of, tmp_
 
 def test_one_is_killed_then_none_is_left(served, tmp_path, monkeypatch):  # the last one: no server is left after it
     """The first goes in the middle of the second step; the other before the third, and the run is saved."""
-    monkeypatch.setattr(vllm_remote, "FIRST_PAUSE", 0.5)
+    monkeypatch.setattr(server_pool, "FIRST_RETRY_SECONDS", 0.5)
     base = tiny.save(tmp_path / "base")
     addresses = ",".join(server.address for server in served)
     trainer = training(base, tmp_path / "run", f"vllm://{addresses}", max_steps=4, save_every=100)
-    for client in trainer.engine.crew.clients:
-        client.patience = SHORT
-    trainer.engine.crew._patience = SHORT
+    for client in trainer.engine.pool.clients:
+        client.timeouts = SHORT
+    trainer.engine.pool._timeouts = SHORT
     inner, steps = trainer.engine.generate, iter(range(100))
 
     def generate(prompts, sampling):
@@ -425,10 +426,10 @@ def test_one_is_killed_then_none_is_left(served, tmp_path, monkeypatch):  # the 
     with pytest.raises(RolloutError) as told:
         trainer.train()
     message = str(told.value)
-    assert message.startswith("No vLLM server is left to generate: ")
+    assert "no vLLM server is available: " in message
     assert all(server.url in message for server in served) and "can't be reached" in message
     assert "The run is saved after step 2 of 4" in message
     answered = Counter((row["step"], row["prompt"]) for row in read_answers(tmp_path / "run" / COMPLETIONS))
     assert len(answered) == 16 and set(answered.values()) == {1}
-    assert [tally.lost for tally in trainer.engine.tallies] == [0, 1]
+    assert [stats.lost for stats in trainer.engine.dispatches] == [0, 1]
     trainer.engine.close()

@@ -7,7 +7,7 @@ import torch
 from rollout.contract import prepared_model, prepared_tokenizer
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout import vllm_integration as integration
+from reinforcepp.rollout import weight_transfer
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm import memory
 from reinforcepp.rollout.vllm_integration import VllmEngine
@@ -73,12 +73,12 @@ def test_a_failed_sync_is_caught(bench, sabotage, monkeypatch):
         if sabotage == "prefix cache kept":
             patch.setattr(bench.engine._llm, "reset_prefix_cache", lambda: True)
         if sabotage == "output layer left out":
-            whole, layer = integration.full_weights, ("wte", "embed_tokens") if bench.tied else "lm_head"
+            whole, layer = weight_transfer.full_weights, ("wte", "embed_tokens") if bench.tied else "lm_head"
             kept = lambda name: not name.removesuffix(".weight").endswith(layer)  # noqa: E731
-            patch.setattr(integration, "full_weights", lambda m: ((n, w) for n, w in whole(m) if kept(n)))
+            patch.setattr(weight_transfer, "full_weights", lambda m: ((n, w) for n, w in whole(m) if kept(n)))
         if sabotage != "sync skipped":
             bench.engine.load_weights(trainer)
-        with pytest.raises(RolloutError, match=r"out of step.*agree on \d+%.*differ by up to [\d.]+ nats"):
+        with pytest.raises(RolloutError, match=r"out of sync.*agree on \d+%.*differ by up to [\d.]+ nats"):
             bench.check(trainer)
     bench.engine.load_weights(trainer)
     bench.check(trainer)
@@ -94,7 +94,7 @@ def test_a_skipped_update_of_one_percent_is_caught_in_float32(bench):
     with torch.no_grad():
         for parameter in trainer.parameters():
             parameter.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=generator))
-    with pytest.raises(RolloutError, match="out of step"):
+    with pytest.raises(RolloutError, match="out of sync"):
         bench.check(trainer)
     bench.engine.load_weights(trainer)
     bench.check(trainer)
@@ -114,7 +114,7 @@ def test_weights_that_are_not_numbers_are_caught():
     engine = TransformersEngine(prepared_model(), tokenizer)
     with torch.no_grad():
         model.transformer.wpe.weight.fill_(float("nan"))
-    with pytest.raises(RolloutError, match="out of step"):
+    with pytest.raises(RolloutError, match="out of sync"):
         check_sync(engine, model, tokenizer)
 
 

@@ -15,7 +15,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.logprobs import BLOCK_BYTES, CHUNK_BYTES
 from reinforcepp.plan.shapes import Body, Pass, Shape, Size
 from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
-from reinforcepp.rollout.kv_cache import ROOM
+from reinforcepp.rollout.kv_cache import SPARE_TOKENS
 from reinforcepp.rollout.selection import EngineName
 from reinforcepp.rollout.vllm.memory import CPU_CACHE_CAP, cache_budget
 from reinforcepp.training.evaluation import BATCH as EVALUATION_ROWS
@@ -196,7 +196,7 @@ def generating(job: Job, rows: Rows) -> dict[str, float]:
 
 def _prefill(job: Job, rows: int, prompts: int) -> dict[str, float]:
     prompts = min(rows, prompts)
-    cache = prompts * (job.size.prompt + ROOM) * job.policy.cache_per_token
+    cache = prompts * (job.size.prompt + SPARE_TOKENS) * job.policy.cache_per_token
     return {"activations": job.policy.prefill.peak.at(prompts).other, "key-value cache": cache}
 
 
@@ -209,9 +209,9 @@ def _decoding(job: Job, rows: int) -> dict[str, float]:
 
 def cache_room(size: Size) -> int:
     """Tokens for which the transformers engine's cache has room at the end: it grows in strides."""
-    room = size.prompt + ROOM
+    room = size.prompt + SPARE_TOKENS
     while room < size.length - 1:  # the last token is drawn and not looked back at
-        room += ROOM + 1
+        room += SPARE_TOKENS + 1
     return room
 
 

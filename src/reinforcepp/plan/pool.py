@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from reinforcepp.rollout.dispatch import Answered, Joined, Lost, Tally, share_out
+from reinforcepp.rollout.dispatch import ChunkDone, DispatchStats, WorkerLost, WorkerReady, dispatch
 
 HOUR = 3600.0
-Happened = Joined[int] | Answered[int, int] | Lost[int]
+Happened = WorkerReady[int] | ChunkDone[int, int] | WorkerLost[int]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class _Event(NamedTuple):
 
 
 @dataclass
-class SimulatedCrew:
-    """Workers for :func:`~reinforcepp.rollout.dispatch.share_out` that take no time but that of ``now``.
+class SimulatedPool:
+    """Workers for :func:`~reinforcepp.rollout.dispatch.dispatch` that take no time but that of ``now``.
 
     Args:
         workers: how many; each that is lost is replaced.
@@ -67,11 +67,11 @@ class SimulatedCrew:
             self._join()
 
     def ready(self) -> list[int]:
-        """See :class:`~reinforcepp.rollout.dispatch.Crew`."""
+        """See :class:`~reinforcepp.rollout.dispatch.WorkerPool`."""
         return [worker for worker in self.slowness if worker not in self._busy]
 
-    def give(self, worker: int, places: Sequence[int]) -> None:
-        """See :class:`~reinforcepp.rollout.dispatch.Crew`."""
+    def submit(self, worker: int, places: Sequence[int]) -> None:
+        """See :class:`~reinforcepp.rollout.dispatch.WorkerPool`."""
         begin = time.process_time()
         assert worker in self.slowness and worker not in self._busy, "who gets a piece is there and has none"
         seconds = self.seconds_of(places) * self.slowness[worker]
@@ -80,7 +80,7 @@ class SimulatedCrew:
         self.simulating += time.process_time() - begin
 
     def wait(self) -> Happened:
-        """See :class:`~reinforcepp.rollout.dispatch.Crew`."""
+        """See :class:`~reinforcepp.rollout.dispatch.WorkerPool`."""
         begin = time.process_time()
         while (happened := self._next()) is None:
             pass
@@ -97,17 +97,17 @@ class SimulatedCrew:
     def _next(self) -> Happened | None:
         self.now, _, what, worker = heapq.heappop(self._events)
         if what == "joins":
-            return Joined(self._join())
+            return WorkerReady(self._join())
         if worker not in self.slowness:  # what a lost one would have done
             return None
         if what == "answers":
             places, seconds = self._busy.pop(worker)
             self.useful += seconds
-            return Answered(worker, list(places))
+            return ChunkDone(worker, list(places))
         del self.slowness[worker]
         self._busy.pop(worker, None)
         self.later(self.conditions.start_seconds, "joins", worker)
-        return Lost(worker, "lost in the simulation")
+        return WorkerLost(worker, "lost in the simulation")
 
     def _join(self) -> int:
         worker = self._number
@@ -133,17 +133,17 @@ class Round:
     """Workers' seconds in pieces that were answered."""
     scheduling: float
     """Seconds of this machine's processor in the scheduler."""
-    tally: Tally
+    stats: DispatchStats
 
 
-def rounds(crew: SimulatedCrew, number: int, most: int, times: int, between: float = 0.0) -> list[Round]:
+def rounds(crew: SimulatedPool, number: int, most: int, times: int, between: float = 0.0) -> list[Round]:
     """``number`` prompts, at most ``most`` in a piece, dealt out so many times, with ``between`` seconds after each."""
     found = []
     for _ in range(times):
         begun, useful, simulating, begin = crew.now, crew.useful, crew.simulating, time.process_time()
-        answers, tally = share_out(crew, number, most)
+        answers, stats = dispatch(crew, number, most)
         taken = time.process_time() - begin - (crew.simulating - simulating)
         assert answers == list(range(number)), "every prompt is answered once, and in its place"
-        found.append(Round(crew.now - begun, crew.useful - useful, taken, tally))
+        found.append(Round(crew.now - begun, crew.useful - useful, taken, stats))
         crew.idle(between)
     return found

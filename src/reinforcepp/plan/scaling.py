@@ -14,7 +14,7 @@ from reinforcepp.plan.exchange import exchange_seconds, links_for, sync_seconds
 from reinforcepp.plan.lengths import Lengths
 from reinforcepp.plan.machine import Machine
 from reinforcepp.plan.memory import Job, Rows
-from reinforcepp.plan.pool import SimulatedCrew, rounds
+from reinforcepp.plan.pool import SimulatedPool, rounds
 from reinforcepp.plan.timing import (
     Speeds,
     pass_seconds,
@@ -108,7 +108,7 @@ def pool_seconds(job: Job, config: PlanConfig, speeds: Speeds, lengths: Lengths,
     found = []
     for attempt in range(TRIES):
         lengths_PN = lengths.draw(generator, config.completions_per_step).reshape(-1, config.num_generations)
-        crew = SimulatedCrew(workers, seconds_of_pieces(job, speeds, lengths_PN), seed=attempt)
+        crew = SimulatedPool(workers, seconds_of_pieces(job, speeds, lengths_PN), seed=attempt)
         found += rounds(crew, config.batch_size, most, 1)
     own = fmean(one.useful for one in found) / workers
     return own, fmean(one.seconds for one in found) - own

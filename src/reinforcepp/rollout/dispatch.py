@@ -1,7 +1,7 @@
-"""Dealing prompts out to workers that are fast or slow, come and go: every prompt is answered once, whoever dies.
+"""Dispatch work to workers that differ in speed, fail, and join late: every item is processed exactly once.
 
-Pure bookkeeping: who the workers are and how they are spoken to is the business of a ``Crew``, a real one
-(``ray_crew``) or a simulated one (benchmarks/scaling.py).
+This module is pure bookkeeping. A :class:`WorkerPool` knows its workers and how to reach them: Ray actors
+(``ray/actor_pool.py``), vLLM servers (``vllm/server_pool.py``) or simulated workers (``benchmarks/scaling``).
 """
 
 from __future__ import annotations
@@ -13,151 +13,177 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from reinforcepp.errors import EngineLost
 
-A = TypeVar("A")
+R = TypeVar("R")
 W = TypeVar("W", bound=Hashable)
-LOSSES, LOSSES_EACH = 10, 3
-"""Workers that may be lost in a row without an answer in between, in all and for each that there was: then something is
-wrong with all of them, not with a machine of many workers."""
+
+MAX_LOSSES, MAX_LOSSES_PER_WORKER = 10, 3
+"""Losses in a row, without a result in between, that a dispatch survives: in total, and per worker of the pool.
+
+More losses than the larger of the two point to a cause that all workers share.
+"""
 
 
 @dataclass(frozen=True)
-class Joined(Generic[W]):
-    """A worker is ready for its first piece."""
+class WorkerReady(Generic[W]):
+    """A worker can take its first chunk."""
 
     worker: W
 
 
 @dataclass(frozen=True)
-class Answered(Generic[W, A]):
-    """A worker has done its piece."""
+class ChunkDone(Generic[W, R]):
+    """A worker has finished its chunk."""
 
     worker: W
-    answers: Sequence[A]
+    results: Sequence[R]
 
 
 @dataclass(frozen=True)
-class Lost(Generic[W]):
-    """A worker is gone, and what it was doing with it."""
+class WorkerLost(Generic[W]):
+    """A worker is gone, and its unfinished chunk with it."""
 
     worker: W
     reason: str
 
 
-class Crew(Protocol[W, A]):
-    """Workers as ``share_out`` needs them."""
+class WorkerPool(Protocol[W, R]):
+    """Workers to which :func:`dispatch` can send chunks of items, which it names by their indices."""
 
     def ready(self) -> list[W]:
-        """Those that may be given a piece now."""
+        """Return the workers that can process items now."""
 
-    def give(self, worker: W, places: Sequence[int]) -> None:
-        """Have ``worker`` answer the prompts at ``places``; it has nothing else to do."""
+    def submit(self, worker: W, indices: Sequence[int]) -> None:
+        """Start processing the items at ``indices`` on ``worker``, which is idle."""
 
-    def wait(self) -> Joined[W] | Answered[W, A] | Lost[W]:
-        """What happens next."""
+    def wait(self) -> WorkerReady[W] | ChunkDone[W, R] | WorkerLost[W]:
+        """Block until something happens and return it."""
 
 
 @dataclass
-class Tally:
-    """What happened while prompts were dealt out."""
+class DispatchStats:
+    """Statistics of one dispatch."""
 
-    pieces: int = 0
+    chunks: int = 0
     lost: int = 0
-    again: int = 0
-    """Prompts that were given out a second time, because whoever had them was lost."""
+    """Workers that were lost."""
+    requeued: int = 0
+    """Items that were dispatched again because their worker was lost."""
     reasons: list[str] = field(default_factory=list)
+    """Why each worker was lost."""
 
 
-class Board(Generic[W, A]):
-    """Which prompts wait, who has which, and which are answered; a prompt is in one of these places at any time.
+class WorkQueue(Generic[W, R]):
+    """Items that wait, are in progress, or are done; at any time each item is in exactly one of these states.
 
     Args:
-        number: of prompts, which are named by their places.
-        most: prompts in a piece, at most: what a worker generates at a time.
+        count: number of items.
+        chunk_size: largest number of items in a chunk.
     """
 
-    def __init__(self, number: int, most: int) -> None:
-        self._waiting = deque(range(number))
-        self._held: dict[W, tuple[int, ...]] = {}
-        self._answers: dict[int, A] = {}
-        self._number, self._most = number, most
+    def __init__(self, count: int, chunk_size: int) -> None:
+        self._waiting = deque(range(count))
+        self._in_progress: dict[W, tuple[int, ...]] = {}
+        self._results: dict[int, R] = {}
+        self._count, self._chunk_size = count, chunk_size
 
     @property
     def done(self) -> bool:
-        """Whether every prompt is answered."""
-        return len(self._answers) == self._number
+        """Whether every item has a result."""
+        return len(self._results) == self._count
 
     @property
-    def working(self) -> int:
-        """Workers that have a piece."""
-        return len(self._held)
+    def busy(self) -> int:
+        """Number of workers that have a chunk."""
+        return len(self._in_progress)
 
-    def take(self, worker: W, workers: int) -> tuple[int, ...]:
-        """The next piece, empty where nothing waits.
+    def take(self, worker: W, idle: int) -> tuple[int, ...]:
+        """Return the next chunk for ``worker``, one of ``idle`` idle workers; empty if no item waits.
 
-        What waits is divided evenly among those who are free, since a batch takes nearly as long with half its rows; where
-        it is more than they can hold, they come back for the rest as they finish.
+        Waiting items are divided evenly among the idle workers, because a batch takes nearly as long with half its rows. If
+        they exceed ``chunk_size`` per worker, idle workers pull further chunks as they finish.
         """
-        assert worker not in self._held, "a worker has one piece at a time"
-        size = min(self._most, -(-len(self._waiting) // max(1, workers)))
-        piece = tuple(self._waiting.popleft() for _ in range(size))
-        if piece:
-            self._held[worker] = piece
-        return piece
+        assert worker not in self._in_progress, "a worker has one chunk at a time"
+        size = min(self._chunk_size, -(-len(self._waiting) // max(1, idle)))
+        chunk = tuple(self._waiting.popleft() for _ in range(size))
+        if chunk:
+            self._in_progress[worker] = chunk
+        return chunk
 
-    def answered(self, worker: W, answers: Sequence[A]) -> None:
-        """``worker`` has done its piece."""
-        piece = self._held.pop(worker)
-        assert len(piece) == len(answers), "a piece has one answer for each prompt"
-        for place, answer in zip(piece, answers, strict=True):
-            assert place not in self._answers, "a prompt is answered once"
-            self._answers[place] = answer
+    def complete(self, worker: W, results: Sequence[R]) -> None:
+        """Record the results of ``worker``'s chunk."""
+        chunk = self._in_progress.pop(worker)
+        assert len(chunk) == len(results), "a chunk has one result per item"
+        for index, result in zip(chunk, results, strict=True):
+            assert index not in self._results, "an item is processed once"
+            self._results[index] = result
 
-    def lost(self, worker: W) -> int:
-        """What ``worker`` had waits again, in front; returns how many prompts that are."""
-        piece = self._held.pop(worker, ())
-        self._waiting.extendleft(reversed(piece))
-        return len(piece)
+    def requeue(self, worker: W) -> int:
+        """Put the unfinished chunk of ``worker`` back to the front of the queue; return its number of items."""
+        chunk = self._in_progress.pop(worker, ())
+        self._waiting.extendleft(reversed(chunk))
+        return len(chunk)
 
-    def answers(self) -> list[A]:
-        """All answers, in the order of the prompts."""
-        return [self._answers[place] for place in range(self._number)]
+    def results(self) -> list[R]:
+        """Return all results in the order of the items."""
+        return [self._results[index] for index in range(self._count)]
 
 
-def share_out(crew: Crew[W, A], number: int, most: int) -> tuple[list[A], Tally]:
-    """Have ``number`` prompts answered by ``crew``, at most ``most`` at a time by each; the answers are in their order.
+def dispatch(pool: WorkerPool[W, R], count: int, chunk_size: int) -> tuple[list[R], DispatchStats]:
+    """Process ``count`` items on ``pool``, up to ``chunk_size`` at a time per worker; return the results in item order.
 
     Raises:
-        EngineLost: one worker after the other is lost without having answered anything.
+        EngineLost: Too many workers were lost in a row without a result.
     """
-    board: Board[W, A] = Board(number, most)
-    tally = Tally()
-    free = dict.fromkeys(crew.ready())
-    in_a_row = most_at_once = 0
-    while not board.done:
-        while free:
-            worker = next(iter(free))
-            piece = board.take(worker, len(free))
-            if not piece:
+    queue: WorkQueue[W, R] = WorkQueue(count, chunk_size)
+    stats = DispatchStats()
+    idle = dict.fromkeys(pool.ready())
+    losses_in_a_row = pool_size = 0
+    while not queue.done:
+        while idle:
+            worker = next(iter(idle))
+            chunk = queue.take(worker, len(idle))
+            if not chunk:
                 break
-            del free[worker]
-            crew.give(worker, piece)
-            tally.pieces += 1
-        most_at_once = max(most_at_once, len(free) + board.working)
-        event: Any = crew.wait()
-        if isinstance(event, Lost):
-            free.pop(event.worker, None)
-            tally.again += board.lost(event.worker)
-            tally.lost += 1
-            tally.reasons.append(event.reason)
-            in_a_row += 1
-            if in_a_row > max(LOSSES, LOSSES_EACH * most_at_once):
+            del idle[worker]
+            pool.submit(worker, chunk)
+            stats.chunks += 1
+        pool_size = max(pool_size, len(idle) + queue.busy)
+        event: Any = pool.wait()
+        if isinstance(event, WorkerLost):
+            idle.pop(event.worker, None)
+            stats.requeued += queue.requeue(event.worker)
+            stats.lost += 1
+            stats.reasons.append(event.reason)
+            losses_in_a_row += 1
+            if losses_in_a_row > max(MAX_LOSSES, MAX_LOSSES_PER_WORKER * pool_size):
                 raise EngineLost(
-                    f"{in_a_row} rollout workers were lost one after the other without an answer, the last with: "
-                    f"{event.reason}"
+                    f"Lost {losses_in_a_row} workers in a row without a result. The last one: {event.reason}. Fix this cause, "
+                    "then resume the run."
                 )
             continue
-        if isinstance(event, Answered):
-            board.answered(event.worker, event.answers)
-            in_a_row = 0
-        free[event.worker] = None
-    return board.answers(), tally
+        if isinstance(event, ChunkDone):
+            queue.complete(event.worker, event.results)
+            losses_in_a_row = 0
+        idle[event.worker] = None
+    return queue.results(), stats
+
+
+def dispatch_to_all(pool: WorkerPool[W, R], count: int) -> list[Sequence[R]]:
+    """Process all ``count`` items on every ready worker; return the results of each worker that wasn't lost meanwhile.
+
+    If all of them are lost, the workers that become ready next take their place.
+    """
+    finished: list[Sequence[R]] = []
+    while not finished:
+        busy = set(pool.ready())
+        for worker in pool.ready():
+            pool.submit(worker, range(count))
+        while busy:
+            event: Any = pool.wait()
+            if isinstance(event, ChunkDone):
+                finished.append(event.results)
+            if not isinstance(event, WorkerReady):
+                busy.discard(event.worker)
+        while not finished and not pool.ready():
+            pool.wait()
+    return finished

@@ -1,19 +1,61 @@
-"""Starting the engine that was chosen."""
+"""Start the selected engine."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from reinforcepp.config.reinforce import server_addresses
-from reinforcepp.rollout.in_process import start_in_process_engine
-from reinforcepp.rollout.selection import EngineChoice
+from reinforcepp.distributed.rank_zero import RankZero
+from reinforcepp.rollout.selection import EngineChoice, start_in_process_engine
+from reinforcepp.rollout.shared_engine import SharedEngine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from reinforcepp.config import ReinforceConfig
+    from reinforcepp.distributed.ranks import Ranks
     from reinforcepp.rollout.engine import RolloutEngine
+
+
+def start_training_engine(
+    choice: EngineChoice,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ReinforceConfig,
+    ranks: Ranks,
+    reserved: int,
+    folder: Path,
+) -> RolloutEngine:
+    """Return the engine of a training; all ranks call this. One remote engine serves all ranks.
+
+    Args:
+        choice: The selected engine.
+        model: The policy, with the same weights on all ranks.
+        tokenizer: Its tokenizer.
+        config: The training's settings.
+        ranks: The data-parallel ranks.
+        reserved: GPUs or CPUs of a Ray cluster that the engine doesn't use.
+        folder: Folder through which vLLM servers get the weights.
+    """
+    start = partial(
+        start_engine,
+        choice,
+        model,
+        tokenizer,
+        max_length=config.max_prompt_length + config.max_new_tokens,
+        batch_size=config.rollout_batch_size,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
+        workers=config.rollout_workers,
+        reserved=reserved,
+        folder=folder,
+    )
+    if choice.is_remote and ranks.count > 1:
+        return SharedEngine(RankZero(ranks, config.watchdog_seconds), start, model, tokenizer)
+    return start()
 
 
 def start_engine(
@@ -25,15 +67,14 @@ def start_engine(
     batch_size: int = 64,
     gpu_memory_utilization: float | None = None,
     tensor_parallel_size: int = 1,
-    alone: bool = False,
-    weight_transfer: str = "",
+    exclusive_gpu: bool = False,
     workers: int = 0,
     reserved: int = 0,
     folder: Path | None = None,
 ) -> RolloutEngine:
-    """The chosen engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
+    """Return the selected engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
 
-    ``folder`` is where servers find the weights; ``alone`` has its GPU who shares it with no trainer.
+    vLLM servers get the weights through ``folder``. ``exclusive_gpu`` means that no trainer shares the engine's GPU.
     """
     if choice.name == "ray":
         from reinforcepp.rollout.ray.engine import RayEngine
@@ -64,6 +105,5 @@ def start_engine(
         batch_size=batch_size,
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
-        alone=alone,
-        weight_transfer=weight_transfer,
+        exclusive_gpu=exclusive_gpu,
     )

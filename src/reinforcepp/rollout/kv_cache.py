@@ -1,4 +1,4 @@
-"""Keys and values during generation, without copying all of them for every token."""
+"""A KV cache for generation that doesn't copy all keys and values for every token."""
 
 from __future__ import annotations
 
@@ -9,44 +9,48 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 128
-"""Tokens that a cache makes room for at a time."""
+SPARE_TOKENS = 128
+"""Tokens by which the cache grows at a time."""
 
 
-def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The library's cache, its plain layers exchanged for ones that grow in strides; sliding windows stay as they are."""
+def preallocated_cache(config: PreTrainedConfig) -> DynamicCache:
+    """Return the library's cache with layers that grow in strides; layers with sliding windows stay as they are."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-class RoomyLayer(DynamicLayer):
-    """Holds keys and values in larger tensors, of which ``keys`` and ``values`` are the part in use."""
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer whose ``keys`` and ``values`` are views into larger tensors."""
 
     keys: Tensor
     values: Tensor
-    _spaces: tuple[Tensor, Tensor] | None = None
+    _buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append to what is held and return all of it: (B, heads, tokens, head size) each."""
+        """Append to the cache and return all of it: keys and values, each (B, heads, tokens, head size)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        held, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        if self._spaces is None or self._spaces[0].shape[-2] < end:
-            self._spaces = (_space(self.keys, key_states, held, end), _space(self.values, value_states, held, end))
-        for space, new in zip(self._spaces, (key_states, value_states), strict=True):
-            space[..., held:end, :] = new
-        self.keys, self.values = (space[..., :end, :] for space in self._spaces)
+        begin, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < end:
+            self._buffers = (
+                _grown(self.keys, key_states, begin, end),
+                _grown(self.values, value_states, begin, end),
+            )
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., begin:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``."""
         super().batch_select_indices(indices)
-        self._spaces = None
+        self._buffers = None
 
 
-def _space(held_tensor: Tensor, new: Tensor, held: int, end: int) -> Tensor:
-    space = torch.empty(*new.shape[:-2], end + ROOM, new.shape[-1], dtype=new.dtype, device=new.device)
-    if held:
-        space[..., :held, :] = held_tensor
-    return space
+def _grown(cached: Tensor, new: Tensor, begin: int, end: int) -> Tensor:
+    """Return a larger buffer that begins with the ``begin`` cached tokens; ``new`` gives its shape and type."""
+    buffer = torch.empty(*new.shape[:-2], end + SPARE_TOKENS, new.shape[-1], dtype=new.dtype, device=new.device)
+    if begin:
+        buffer[..., :begin, :] = cached
+    return buffer

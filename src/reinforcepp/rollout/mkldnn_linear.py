@@ -1,8 +1,8 @@
-"""Faster matrix products for generation on a CPU.
+"""Faster linear layers for generation on a CPU.
 
-The processor's matrix library wants weights in blocks, and torch puts them so anew for every product. Training does few
-large products, where that is little; generation does thousands of small ones, where it is half of the time and more.
-So for the length of a generation each weight has a copy in blocks.
+oneDNN wants weights in a blocked layout, and torch converts them anew for every matrix product. Training does few large
+products, so the conversion costs little there. Generation does thousands of small ones, where it takes half of the time or
+more. So each weight gets a blocked copy for the duration of a generation.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @contextmanager
 def packed(model: nn.Module, rows: int) -> Iterator[None]:
-    """While it lasts the linear layers of ``model`` compute with packed copies of their weights; nothing else changes.
+    """Let the linear layers of ``model`` compute with blocked copies of their weights inside the context.
 
     Args:
-        model: on a CPU; anywhere else, and where torch was built without that library, nothing is done.
-        rows: of a typical product, for which the packing is optimised.
+        model: A model on a CPU. On other devices, or if torch was built without oneDNN, nothing changes.
+        rows: Rows of a typical product, for which the layout is optimized.
     """
     layers: list[nn.Module] = []
     try:
@@ -39,20 +39,20 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 def packed_weights(model: nn.Module) -> int:
-    """How many weights :func:`packed` makes copies of; an output layer that shares the embeddings' counts."""
+    """Return how many weights :func:`packed` copies, including an output layer that shares the embeddings' memory."""
     return sum(weight.numel() for module in model.modules() if (weight := _output_by_input(module)) is not None)
 
 
 def _available(model: nn.Module) -> bool:
     parameter: Tensor = next(model.parameters())
     built_in = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    narrow = parameter.dtype == torch.bfloat16
-    supported = not narrow or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    is_bf16 = parameter.dtype == torch.bfloat16
+    supported = not is_bf16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return parameter.device.type == "cpu" and built_in and parameter.dtype in DTYPES and supported
 
 
 def _output_by_input(module: nn.Module) -> Tensor | None:
-    """The weight of a plain linear layer, as (output, input); GPT-2 has its own kind of layer, with it transposed."""
+    """Return the weight of a plain linear layer as (output, input); GPT-2's Conv1D stores it transposed."""
     from transformers.pytorch_utils import Conv1D
 
     weight: Any = getattr(module, "weight", None)
@@ -64,11 +64,11 @@ def _output_by_input(module: nn.Module) -> Tensor | None:
 
 
 def _forward(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-    own = None if bias is None else bias.detach()
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    fixed_bias = None if bias is None else bias.detach()
 
     def forward(x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, blocks, own, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, blocked, fixed_bias, "none", [], "")
         return product
 
     return forward

@@ -1,4 +1,4 @@
-"""Which engine generates, and why."""
+"""Select the engine that generates, and start one in this process."""
 
 from __future__ import annotations
 
@@ -9,50 +9,87 @@ import torch
 
 from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.errors import RolloutError
+from reinforcepp.models.loading import context_length
+from reinforcepp.rollout.weight_sync_check import NEW_TOKENS, PROBE_TOKENS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from reinforcepp.rollout.engine import RolloutEngine
 
 EngineName = Literal["transformers", "vllm", "ray", "servers"]
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The engine and the reason for it, to be told to the user."""
+    """The selected engine, and the reason to show the user."""
 
     name: EngineName
     reason: str
     address: str = ""
-    """Of the cluster, for Ray; of the servers, as it was given, for vLLM's."""
+    """Address of the Ray cluster, or the vLLM servers' addresses as the user wrote them."""
 
     @property
-    def elsewhere(self) -> bool:
-        """Whether it works in processes of others: one engine then serves all processes that train together."""
+    def is_remote(self) -> bool:
+        """Whether the engine runs in other processes, so that one engine serves all data-parallel ranks."""
         return self.name in ("ray", "servers")
 
 
-def choose_engine(wanted: str, config: PreTrainedConfig, dtype: torch.dtype) -> EngineChoice:
-    """``auto`` is vLLM where it can run the model, else transformers; anything else is what was asked for.
+def choose_engine(rollout: str, config: PreTrainedConfig, dtype: torch.dtype) -> EngineChoice:
+    """Return the engine for the setting ``rollout``: ``auto`` is vLLM if it can run the model, otherwise transformers.
 
     Args:
-        wanted: ``auto``, ``transformers``, ``vllm``, or ``ray://`` or ``vllm://`` with an address.
-        config: the model's.
-        dtype: what the engine's copy of the weights would have.
+        rollout: ``auto``, ``transformers``, ``vllm``, or ``ray://`` or ``vllm://`` with an address.
+        config: The model's configuration.
+        dtype: Data type of the engine's weights.
 
     Raises:
-        RolloutError: vLLM was asked for by name and can't run the model; nothing has been loaded by then.
+        RolloutError: ``rollout`` is ``vllm``, and vLLM can't run the model. Nothing is loaded before.
     """
-    if wanted.startswith(RAY):
-        return EngineChoice("ray", "asked for", wanted.removeprefix(RAY))
-    if server_addresses(wanted):
-        return EngineChoice("servers", "asked for", wanted)
-    if wanted == "transformers":
-        return EngineChoice("transformers", "asked for")
+    if rollout.startswith(RAY):
+        return EngineChoice("ray", "as requested", rollout.removeprefix(RAY))
+    if server_addresses(rollout):
+        return EngineChoice("servers", "as requested", rollout)
+    if rollout == "transformers":
+        return EngineChoice("transformers", "as requested")
     from reinforcepp.rollout.vllm.compat import vllm_status
 
     usable, reason = vllm_status(config, dtype)
     if usable:
-        return EngineChoice("vllm", "asked for" if wanted == "vllm" else reason)
-    if wanted == "vllm":
-        raise RolloutError(f"vLLM can't be used: {reason}; --rollout auto falls back to transformers.")
+        return EngineChoice("vllm", "as requested" if rollout == "vllm" else reason)
+    if rollout == "vllm":
+        raise RolloutError(f"--rollout vllm: {reason}. Use --rollout auto, which falls back to transformers.")
     return EngineChoice("transformers", reason)
+
+
+def start_in_process_engine(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    batch_size: int = 64,
+    gpu_memory_utilization: float | None = None,
+    tensor_parallel_size: int = 1,
+    exclusive_gpu: bool = False,
+    weight_transfer: str = "",
+) -> RolloutEngine:
+    """Return a ``vllm`` or ``transformers`` engine with ``model``'s weights, for sequences of up to ``max_length`` tokens."""
+    if name == "vllm":
+        from reinforcepp.rollout.vllm_integration import VllmEngine
+
+        longest = max(max_length, PROBE_TOKENS + NEW_TOKENS)  # the prompts of the weight-sync check must fit too
+        limit = min(longest, context_length(model.config) or longest)
+        return VllmEngine(
+            model,
+            tokenizer,
+            max_length=limit,
+            max_num_seqs=batch_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel_size=tensor_parallel_size,
+            exclusive_gpu=exclusive_gpu,
+            weight_transfer=weight_transfer,
+        )
+    from reinforcepp.rollout.transformers_engine import TransformersEngine
+
+    return TransformersEngine(model, tokenizer, batch_size)

@@ -1,4 +1,4 @@
-"""Completions in a checkpoint's JSON. Prompts are left out but for their keys: data, seed and step give them again."""
+"""Completions in a checkpoint's JSON. A prompt is stored as its key, because data, seed and step reproduce the rest."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from reinforcepp.types import Completion, Prompt
 
 
 def as_rows(completions: Sequence[Completion]) -> list[dict[str, Any]]:
-    """One row for each completion."""
+    """Return one JSON row per completion."""
     rows: list[dict[str, Any]] = []
     for c in completions:
         row = {"prompt": c.prompt.key, "ids": c.ids, "logprobs": c.logprobs, "text": c.text, "finish": c.finish_reason}
-        own = {"old_logprobs": c.old_logprobs, "entropy": c.entropy} if c.old_logprobs else {}
-        rows.append({**row, **own})
+        trainer_metrics = {"old_logprobs": c.old_logprobs, "entropy": c.entropy} if c.old_logprobs else {}
+        rows.append({**row, **trainer_metrics})
     return rows
 
 
 def from_rows(rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> list[Completion]:
-    """What :func:`as_rows` was given; ``prompts`` are those that were asked."""
+    """Return the completions that :func:`as_rows` serialized; ``prompts`` contains their prompts."""
     by_key = {prompt.key: prompt for prompt in prompts}
     return [
         Completion(

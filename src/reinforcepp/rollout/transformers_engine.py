@@ -1,4 +1,4 @@
-"""Generation with the trainer's own model: batched, key-value cache, rows leave the batch when they end."""
+"""Generation with the policy itself: batched, with a KV cache, and finished rows leave the batch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from reinforcepp.models.loading import context_length, eos_token_ids
 from reinforcepp.models.tokenization import pad, position_ids
-from reinforcepp.rollout.engine import check_prompts, completed, request_seed
-from reinforcepp.rollout.kv_cache import roomy_cache
+from reinforcepp.rollout.engine import check_prompts, request_seed, to_completion
+from reinforcepp.rollout.kv_cache import preallocated_cache
 from reinforcepp.rollout.mkldnn_linear import packed
 from reinforcepp.rollout.sampling import draw, uniforms
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -22,23 +22,13 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass
-class _Row:
-    """One completion in the making."""
-
-    prompt: Prompt
-    uniforms: Tensor
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
 class TransformersEngine:
-    """Rollouts by the model that is being trained; ``load_weights`` of that very model is free.
+    """Generation by the model that is being trained; :meth:`load_weights` of that same model costs nothing.
 
     Args:
-        model: a causal language model; used in evaluation mode, never copied.
-        tokenizer: its tokenizer, with EOS and pad token.
-        batch_size: completions generated at a time; memory grows with it, results don't change.
+        model: A causal language model; used in evaluation mode, never copied.
+        tokenizer: Its tokenizer, with EOS and pad token.
+        batch_size: Completions generated at a time; memory grows with it, results don't change.
     """
 
     name = "transformers"
@@ -51,15 +41,11 @@ class TransformersEngine:
         self.eos_ids = eos_token_ids(model, tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
+        """Return ``sampling.num_samples`` completions per prompt; prompts of similar length share a batch."""
         check_prompts(prompts, sampling.max_new_tokens, context_length(self.model.config))
         if not prompts:
             return []
-        rows = [
-            _Row(prompt, _uniforms(sampling, prompt, sample))
-            for prompt in prompts
-            for sample in range(sampling.num_samples)
-        ]
+        rows = [_Row.start(prompt, sample, sampling) for prompt in prompts for sample in range(sampling.num_samples)]
         by_length = sorted(rows, key=lambda row: len(row.prompt.ids))
         was_training = self.model.training
         self.model.eval()
@@ -70,72 +56,72 @@ class TransformersEngine:
                         pass
         finally:
             self.model.train(was_training)
-        return [completed(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs) for row in rows]
+        return [self._completion(row) for row in rows]
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
-        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
+        """Yield the growing completion of ``prompt`` after each token."""
         check_prompts([prompt], sampling.max_new_tokens, context_length(self.model.config))
-        row = _Row(prompt, _uniforms(sampling, prompt, 0))
+        row = _Row.start(prompt, 0, sampling)
         for _ in self._decode([row], sampling):
-            yield completed(self.tokenizer, self.eos_ids, prompt, row.ids, row.logprobs)
+            yield self._completion(row)
 
     def load_weights(self, model: PreTrainedModel) -> None:
-        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; copies only from another model object."""
+        """Generate with ``model``'s weights; they are copied only from another model object."""
         if model is not self.model:
             self.model.load_state_dict(model.state_dict())
 
     def close(self) -> None:
-        """Nothing to give back: the model belongs to the caller."""
+        """Do nothing: the model belongs to the caller."""
 
     @torch.no_grad()
     def _decode(self, rows: list[_Row], sampling: Sampling) -> Iterator[None]:
-        """Fill in ``rows`` together, a token of each at a time, dropping each from the batch once it has ended."""
-        cache = roomy_cache(self.model.config)
+        """Extend all ``rows`` by one token at a time, until each has sampled an end token or ``max_new_tokens``."""
+        cache = preallocated_cache(self.model.config)
         logits_BV, mask_BL, seen_BV = self._prefill(rows, cache)
         positions_B1 = position_ids(mask_BL)[:, -1:]
         uniforms_BT = torch.stack([row.uniforms for row in rows]).to(logits_BV.device)
         for t in range(sampling.max_new_tokens):
             logits_BV = _filtered(logits_BV, seen_BV, sampling)
             next_B, logprobs_B = draw(logits_BV, uniforms_BT[:, t] if sampling.temperature > 0 else None)
-            chosen, scores = next_B.tolist(), logprobs_B.tolist()
-            for row, token, score in zip(rows, chosen, scores, strict=True):
+            ids = next_B.tolist()
+            for row, token, logprob in zip(rows, ids, logprobs_B.tolist(), strict=True):
                 row.ids.append(token)
-                row.logprobs.append(score)
+                row.logprobs.append(logprob)
             yield
-            going = [i for i, token in enumerate(chosen) if token not in self.eos_ids]
-            if not going or t + 1 == sampling.max_new_tokens:
+            unfinished = [i for i, token in enumerate(ids) if token not in self.eos_ids]
+            if not unfinished or t + 1 == sampling.max_new_tokens:
                 return
-            if len(going) < len(rows):
-                keep = torch.tensor(going, device=next_B.device)
+            if len(unfinished) < len(rows):
+                keep = torch.tensor(unfinished, device=next_B.device)
                 cache.batch_select_indices(keep)
                 next_B, positions_B1, mask_BL, uniforms_BT, seen_BV = (
                     x[keep] for x in (next_B, positions_B1, mask_BL, uniforms_BT, seen_BV)
                 )
-                rows = [rows[i] for i in going]
+                rows = [rows[i] for i in unfinished]
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
             positions_B1 = positions_B1 + 1
             seen_BV.scatter_(1, next_B[:, None], True)
             logits_BV = self._forward(next_B[:, None], mask_BL, positions_B1, cache)
 
     def _prefill(self, rows: list[_Row], cache: DynamicCache) -> tuple[Tensor, Tensor, Tensor]:
-        """Run each different prompt once and give every row its prompt's share of the cache; ``P`` counts the different prompts.
+        """Run each distinct prompt once and copy its cache to its rows; ``P`` counts the distinct prompts.
 
         Returns:
-            ``(logits_BV, mask_BL, seen_BV)``: logits of the first token, what of the prompt is attended to, and which
-            tokens occur in it.
+            ``(logits_BV, mask_BL, seen_BV)``: logits of the first token, attention mask of the prompts, and which tokens occur in
+            each prompt.
         """
-        places = {ids: i for i, ids in enumerate(dict.fromkeys(row.prompt.ids for row in rows))}
-        ids_PL, mask_PL = (x.to(self.model.device) for x in pad(list(places), self._pad_id, left=True))
+        index_of = {ids: i for i, ids in enumerate(dict.fromkeys(row.prompt.ids for row in rows))}
+        ids_PL, mask_PL = (x.to(self.model.device) for x in pad(list(index_of), self._pad_id, left=True))
         logits_PV = self._forward(ids_PL, mask_PL, position_ids(mask_PL), cache)
         seen_PV = torch.zeros(logits_PV.shape, dtype=torch.bool, device=logits_PV.device)
         seen_PV.scatter_(1, torch.where(mask_PL == 1, ids_PL, ids_PL[:, -1:]), True)  # the last column is never padding
-        origin_B = torch.tensor([places[row.prompt.ids] for row in rows], device=logits_PV.device)
-        if len(places) < len(rows):
-            cache.batch_select_indices(origin_B)
-        return logits_PV[origin_B], mask_PL[origin_B], seen_PV[origin_B]
+        prompt_B = torch.tensor([index_of[row.prompt.ids] for row in rows], device=logits_PV.device)
+        if len(index_of) < len(rows):
+            cache.batch_select_indices(prompt_B)
+        return logits_PV[prompt_B], mask_PL[prompt_B], seen_PV[prompt_B]
 
     def _forward(self, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor, cache: DynamicCache) -> Tensor:
-        """Extend the cache by ``ids_BL``; logits after its last column, in float32. -> (B, V)"""
+        """Extend the cache by ``ids_BL``; return the logits after its last column, in float32. -> (B, V)"""
         output = self.model(
             input_ids=ids_BL,
             attention_mask=mask_BL,
@@ -147,26 +133,41 @@ class TransformersEngine:
         logits_BV: Tensor = output.logits[:, -1].float()
         return logits_BV
 
+    def _completion(self, row: _Row) -> Completion:
+        return to_completion(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs)
+
     @property
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
 
-def _uniforms(sampling: Sampling, prompt: Prompt, sample: int) -> Tensor:
-    return uniforms(request_seed(sampling.seed, prompt.key, sample), sampling.max_new_tokens)
+@dataclass
+class _Row:
+    """A completion in progress."""
+
+    prompt: Prompt
+    uniforms: Tensor
+    """One random number per token, (T,)."""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, prompt: Prompt, sample: int, sampling: Sampling) -> _Row:
+        seed = request_seed(sampling.seed, prompt.key, sample)
+        return cls(prompt, uniforms(seed, sampling.max_new_tokens))
 
 
 def _filtered(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Repetition penalty on the tokens seen so far, then temperature, top-k and top-p, as ``generate`` does them.
+    """Apply the repetition penalty for seen tokens, then temperature, top-k and top-p, in the order of ``generate``.
 
-    The penalty is the one filter that looks back; the library's own would take the padding for seen tokens, and with
-    pad = EOS the end of an answer would be penalised in some rows and not in others.
+    The library's repetition penalty isn't used because it would count padding as seen. With pad = EOS it would then penalize the
+    end token in padded rows only.
     """
     if sampling.repetition_penalty != 1:
-        penalised_BV = torch.where(
+        penalized_BV = torch.where(
             logits_BV < 0, logits_BV * sampling.repetition_penalty, logits_BV / sampling.repetition_penalty
         )
-        logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
+        logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
     if sampling.temperature == 0:
         return logits_BV
     logits_BV = logits_BV / sampling.temperature

@@ -1,12 +1,12 @@
-"""Generation with vLLM, in this process; vllm is only imported when an engine is started.
+"""The vLLM engine, in this process. vllm is imported only when an engine starts.
 
-What this module owes to vLLM 0.32 on a CPU:
+Requirements of vLLM 0.32 that this module meets:
 
-- Weights are prepacked there, so an update goes through ``reload_weights`` with the whole state dict, but for a tied
-  lm_head, which is the embeddings.
-- Keys and values of prompts outlive an update, so the prefix cache is emptied with each one.
-- Starting and generating disturb the global random state, which is put back.
-- ``canary.check_sync`` is what says whether all this worked.
+- On a CPU vLLM packs its weights, so an update reloads the whole state dict, except a tied ``lm_head``.
+- Keys and values of prompts outlive an update, so each update empties the prefix cache.
+- Starting and generating disturb the global random state, which is restored.
+
+``weight_sync_check.check_sync`` verifies the result.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ from __future__ import annotations
 import gc
 import tempfile
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, first_line
 from reinforcepp.models import loading as models
-from reinforcepp.models.lora import AdapterDisabled, full_weights
-from reinforcepp.rollout.engine import check_prompts, completed, random_state_kept
-from reinforcepp.rollout.transfer import send_weights
-from reinforcepp.rollout.vllm.compat import import_vllm, sampling_settings, vllm_status, without_tied
-from reinforcepp.rollout.vllm.cpu_patches import give_back_freed, spare_work
-from reinforcepp.rollout.vllm.lora import AdapterCopy, takes_adapter
+from reinforcepp.rollout.engine import check_prompts, preserve_random_state, to_completion
+from reinforcepp.rollout.vllm.compat import import_vllm, sampling_settings, vllm_status
+from reinforcepp.rollout.vllm.cpu_patches import patch_vllm, release_free_memory
+from reinforcepp.rollout.vllm.local_transfer import AdapterTransfer, IpcTransfer, ReloadTransfer, supports_adapter
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
-from reinforcepp.rollout.weights import named_config, saved_eos_ids
+from reinforcepp.rollout.weight_transfer import WeightTransfer, config_with_architecture
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -38,35 +35,32 @@ if TYPE_CHECKING:
 
 MAX_RESTARTS = 3
 
-# vLLM keeps its parallel groups in globals of the process, so only the last engine may tear them down, and not even
-# that one if the process group was the trainer's before.
-_alive = 0
-_group_is_the_trainers = False
-_set_num_threads = torch.set_num_threads  # vLLM puts a function in its place that does nothing
-
-
-# --- the engine -----------------------------------------------------------------------------------------------------
+# vLLM keeps its parallel groups in globals of the process. So only the last engine may destroy them, and not even that one
+# if the process group belonged to the trainer before.
+_engines_alive = 0
+_trainer_owns_group = False
+_set_num_threads = torch.set_num_threads  # vLLM replaces it by a function that does nothing
 
 
 class VllmEngine:
-    """Rollouts by vLLM, which holds its own copy of the weights.
+    """Generation by vLLM, which holds its own copy of the weights.
 
     Args:
-        model: a live model, whose weights are handed over in memory, or the name of a saved one.
-        tokenizer: its tokenizer, with EOS; prompts and completions cross the border as token ids.
-        dtype: of the copy; by default that of the live model or of the saved one's configuration.
-        max_length: prompt and completion together, in tokens; the model's context by default. It bounds the cache.
-        max_num_seqs: completions generated at a time; results don't depend on it.
-        cache_bytes: size of the key-value cache; by default what the batch needs, within bounds.
-        gpu_memory_utilization: share of the GPU's memory, instead of one measured when the engine starts.
+        model: A live model, whose weights are transferred in memory, or the name of a saved one.
+        tokenizer: Its tokenizer, with EOS. Prompts and completions are exchanged as token ids.
+        dtype: Data type of the copy; by default that of the live model or of the saved one's configuration.
+        max_length: Tokens of prompt and completion together, by default the model's context. It bounds the cache.
+        max_num_seqs: Completions generated at a time; results don't depend on it.
+        cache_bytes: Size of the KV cache; by default enough for the batch, within bounds.
+        gpu_memory_utilization: Share of the GPU's memory; by default it is measured when the engine starts.
         tensor_parallel_size: GPUs that share the model.
-        apart: run the model in a process of its own even on one GPU; with several each always has one.
-        alone: no trainer needs the GPU between two calls, so weights and cache stay there.
-        weight_transfer: backend of vLLM's own weight transfer, for weights that don't come through ``load_weights``.
+        separate_process: Run the model in a process of its own even on one GPU; with several GPUs it always does.
+        exclusive_gpu: Keep weights and cache on the GPU between two calls, because no trainer needs its memory.
+        weight_transfer: Backend of vLLM's weight transfer, for weights that don't come through ``load_weights``.
         threads: CPU threads; vLLM fixes their number for the process.
 
     Raises:
-        RolloutError: vLLM isn't installed, can't run the model, or lacks memory; the message names the cure.
+        RolloutError: vLLM isn't installed, can't run the model, or lacks memory; the message names a fix.
     """
 
     name = "vllm"
@@ -83,40 +77,40 @@ class VllmEngine:
         cache_bytes: int | None = None,
         gpu_memory_utilization: float | None = None,
         tensor_parallel_size: int = 1,
-        apart: bool = False,
-        alone: bool = False,
+        separate_process: bool = False,
+        exclusive_gpu: bool = False,
         weight_transfer: str = "",
         threads: int | None = None,
     ) -> None:
         if isinstance(model, str):
             self.config = models.load_config(model)
-            self.eos_ids = saved_eos_ids(model, tokenizer)
+            self.eos_ids = _saved_eos_ids(model, tokenizer)
         else:
-            self.config = named_config(model)
+            self.config = config_with_architecture(model)
             self.eos_ids = models.eos_token_ids(model, tokenizer)
-        own_dtype = self.config.dtype if isinstance(model, str) else model.dtype
-        self.dtype: torch.dtype = dtype or own_dtype or torch.float32
+        model_dtype = self.config.dtype if isinstance(model, str) else model.dtype
+        self.dtype: torch.dtype = dtype or model_dtype or torch.float32
         usable, reason = vllm_status(self.config, self.dtype)
         if not usable:
-            raise RolloutError(f"vLLM can't be used: {reason}; --rollout transformers needs no vLLM.")
+            raise RolloutError(f"--rollout vllm: {reason}. Use --rollout transformers, which needs no vLLM.")
         self.tokenizer = tokenizer
         self.context = models.context_length(self.config)
         self.max_length = max_length or self.context
         if self.context is not None and self.max_length is not None and self.max_length > self.context:
             raise RolloutError(
-                f"The engine was asked for sequences of {self.max_length} tokens, but the model's context is "
-                f"{self.context}: lower max_prompt_length or max_new_tokens."
+                f"--rollout vllm: sequences of {self.max_length} tokens exceed the model's context of {self.context}. Lower "
+                "max_prompt_length or max_new_tokens."
             )
         self.max_num_seqs = max_num_seqs
         self.restarts = 0
-        self._source: PreTrainedModel | str = model
+        self._source: Callable[[], PreTrainedModel | str] = lambda: model
+        """Returns the model whose weights a restarted engine gets."""
         self._tensor_parallel_size = tensor_parallel_size
         self._on_gpu = not import_vllm().platforms.current_platform.is_cpu()
-        self._apart = self._on_gpu and (apart or tensor_parallel_size > 1)
+        self._separate_process = self._on_gpu and (separate_process or tensor_parallel_size > 1)
         self._weight_transfer = weight_transfer
-        self._in_group = False
-        self._latest: Callable[[], PreTrainedModel] | None = None
-        self._sleeps = self._on_gpu and not (alone or isinstance(model, str))
+        self._in_transfer_group = False
+        self._sleeps = self._on_gpu and not (exclusive_gpu or isinstance(model, str))
         self._asleep = False
         self._memory = memory_settings(
             model,
@@ -130,13 +124,14 @@ class VllmEngine:
             tensor_parallel_size=tensor_parallel_size,
         )
         self._llm: Any = None
-        self._adapter: AdapterCopy | None = None
+        self._adapter: AdapterTransfer | None = None
+        self._transfer: WeightTransfer[Any] = ReloadTransfer()
         if threads is not None:
             torch.set_num_threads(threads)
         self._start()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
+        """Return ``sampling.num_samples`` completions per prompt; a failure of vLLM restarts it and repeats the batch."""
         check_prompts(prompts, sampling.max_new_tokens, self.context)
         check_prompts(prompts, sampling.max_new_tokens, self.max_length)
         if not prompts:
@@ -144,7 +139,7 @@ class VllmEngine:
         rows = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
         while True:
             try:
-                with random_state_kept():
+                with preserve_random_state():
                     self.wake_up()
                     outputs = self._llm.generate(
                         [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows],
@@ -157,89 +152,59 @@ class VllmEngine:
             except _engine_failures() as error:
                 self._restart(error)
         if not self._on_gpu:
-            give_back_freed()
+            release_free_memory()
         sampled = [output.outputs[0] for output in outputs]
         return [
-            completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
+            to_completion(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
             for (prompt, _), out in zip(rows, sampled, strict=True)
         ]
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
-        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
+        """Yield the growing completion of ``prompt`` after each token."""
         check_prompts([prompt], sampling.max_new_tokens, self.context)
         engine = self._llm.llm_engine
-        with random_state_kept():
+        with preserve_random_state():
             self.wake_up()
-            given = {"prompt_token_ids": list(prompt.ids)}
+            tokens = {"prompt_token_ids": list(prompt.ids)}
             lora = self._adapter and self._adapter.request
-            engine.add_request("stream", given, self._parameters(sampling, prompt, 0), lora_request=lora)
+            engine.add_request("stream", tokens, self._parameters(sampling, prompt, 0), lora_request=lora)
             try:
                 while engine.has_unfinished_requests():
                     for output in engine.step():
                         out = output.outputs[0]
-                        yield completed(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
+                        yield to_completion(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
             finally:
-                engine.abort_request(["stream"])  # if it is given up
+                engine.abort_request(["stream"])  # the caller can close the stream early
             self.sleep()
 
     def load_weights(self, model: PreTrainedModel) -> None:
-        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`; adapters travel alone or, where
-        vLLM can't add them itself, are merged into the copy.
-        """
-        self._source, self._latest = model, None
-        with random_state_kept():
+        """Generate with ``model``'s weights; only a LoRA adapter is sent if vLLM can apply it, otherwise it is merged."""
+        self._source = lambda: model
+        with preserve_random_state():
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
-            self._reload(model)
-            self.forget_prompts()
-
-    @property
-    def in_group(self) -> bool | None:
-        """Whether it can take part in the next transfer: it has joined; False is before that, None never."""
-        return self._in_group if self._on_gpu and self._weight_transfer else None
-
-    def join(self, message: dict[str, Any]) -> None:
-        """Meet the trainer, and who else gets its weights, as vLLM's own weight transfer says."""
-        self.transfer("shutdown_weight_transfer_engine")  # of an earlier group
-        self.transfer("init_weight_transfer_engine", message)
-        self._in_group = True
-
-    def transfer(self, step: str, *message: Any) -> None:
-        """A step of the transfer, a method of vLLM's workers; :meth:`took_over` is the last one."""
-        with random_state_kept():
-            self._llm.collective_rpc(step, args=message)
-
-    def took_over(self, latest: Callable[[], PreTrainedModel]) -> None:
-        """Generate with the weights that came; ``latest`` gives them, should the engine have to start again."""
-        self.transfer("finish_weight_update")
-        self._latest = latest
-        self.forget_prompts()
-
-    def forget_prompts(self) -> None:
-        """Empty the prefix cache: the next prompts are computed anew."""
-        emptied = self._llm.reset_prefix_cache()
-        assert emptied, "a request is still running"
+            self._push(model)
+            self._reset_prefix_cache()
 
     def close(self) -> None:
-        """See :class:`~reinforcepp.rollout.engine.RolloutEngine`."""
-        global _alive
+        """Stop vLLM and release its memory."""
+        global _engines_alive
         if self._llm is None:
             return
         client = self._llm.llm_engine.engine_core
-        _alive -= 1
-        if _alive == 0 and not _group_is_the_trainers:
+        _engines_alive -= 1
+        if _engines_alive == 0 and not _trainer_owns_group:
             client.shutdown()
         else:
             client._finalizer.detach()
             client.engine_core.model_executor.shutdown()
             client.engine_core.scheduler.shutdown()
-            if _alive == 0:
-                _drop_parallel_groups()
+            if _engines_alive == 0:
+                _destroy_parallel_groups()
         self._llm = None
-        if self._adapter is not None:
-            self._adapter.close()
+        self._transfer.close()
         gc.collect()
-        if _alive == 0:
+        if _engines_alive == 0:
             torch.set_num_threads = _set_num_threads
         if self._on_gpu:
             torch.cuda.empty_cache()
@@ -247,28 +212,53 @@ class VllmEngine:
     # --- one GPU for trainer and engine ---
 
     def sleep(self) -> None:
-        """On a GPU that the trainer needs too: move the weights to main memory and drop the cache. Else nothing."""
+        """Move the weights to CPU memory and drop the cache, if the trainer needs the GPU's memory."""
         if self._sleeps:
             self._llm.sleep(level=1)
             self._asleep = True
 
     def wake_up(self) -> None:
-        """Undo :meth:`sleep`; done by ``generate`` itself."""
+        """Undo :meth:`sleep`; ``generate`` and ``stream`` call it."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
 
+    # --- vLLM's own weight transfer ---
+
+    @property
+    def in_transfer_group(self) -> bool | None:
+        """Whether the engine has joined a group for weight transfer; None if it never can."""
+        return self._in_transfer_group if self._on_gpu and self._weight_transfer else None
+
+    def join_transfer(self, message: dict[str, Any]) -> None:
+        """Join the trainer's group with vLLM's ``message``, after leaving an earlier group."""
+        self.transfer("shutdown_weight_transfer_engine")
+        self.transfer("init_weight_transfer_engine", message)
+        self._in_transfer_group = True
+
+    def transfer(self, method: str, *arguments: Any) -> None:
+        """Call a method of the transfer on vLLM's workers; :meth:`finish_transfer` must be the last call."""
+        with preserve_random_state():
+            self._llm.collective_rpc(method, args=arguments)
+
+    def finish_transfer(self, source: Callable[[], PreTrainedModel]) -> None:
+        """Generate with the transferred weights; ``source`` returns a model with them if the engine must restart."""
+        self.transfer("finish_weight_update")
+        self._source = source
+        self._reset_prefix_cache()
+
     # --- inside ---
 
     def _start(self) -> None:
-        """Start vLLM and see that it has the weights of the model it stands for."""
-        global _alive, _group_is_the_trainers
+        """Start vLLM with the weights of the current model."""
+        global _engines_alive, _trainer_owns_group
         vllm = import_vllm()
-        if _alive == 0:
-            _group_is_the_trainers = torch.distributed.is_initialized()
-        self._adapter = AdapterCopy(self._source) if takes_adapter(self._source) else None
+        if _engines_alive == 0:
+            _trainer_owns_group = torch.distributed.is_initialized()
+        model = self._source()
+        self._select_transfer(model)
         quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
-        with quiet, random_state_kept(), self._folder() as (folder, load_format):
+        with quiet, preserve_random_state(), self._model_folder(model) as (folder, load_format):
             try:
                 self._llm = vllm.LLM(
                     model=folder,
@@ -288,54 +278,50 @@ class VllmEngine:
                 )
             except (ValueError, RuntimeError, NotImplementedError) as error:
                 raise RolloutError(
-                    f"vLLM can't start with this model: {_first_line(error)} (--rollout transformers needs no vLLM.)"
+                    f"--rollout vllm: vLLM can't start with this model ({first_line(error)}). Use --rollout transformers."
                 ) from error
-            _alive += 1
-            if load_format == "dummy":
-                assert not isinstance(self._source, str)
-                if self._apart:
+            _engines_alive += 1
+            if not isinstance(model, str):
+                if self._separate_process:
                     self._llm.collective_rpc("init_weight_transfer_engine", args=({"packed": False},))
-                self._reload(self._source)
+                self._push(model)
+
+    def _select_transfer(self, model: PreTrainedModel | str) -> None:
+        gpus = [torch.device("cuda", index) for index in range(self._tensor_parallel_size)]
+        full: WeightTransfer[Any] = IpcTransfer(gpus) if self._separate_process else ReloadTransfer()
+        self._adapter = None
+        if not isinstance(model, str) and supports_adapter(model):
+            self._adapter = AdapterTransfer(model, full)
+        self._transfer = self._adapter or full
 
     def _platform_settings(self) -> dict[str, Any]:
-        if self._apart:
-            own = {"distributed_executor_backend": "mp", "weight_transfer_config": {"backend": "ipc"}}
-            return own | {"enable_sleep_mode": self._sleeps}
+        if self._separate_process:
+            workers = {"distributed_executor_backend": "mp", "weight_transfer_config": {"backend": "ipc"}}
+            return workers | {"enable_sleep_mode": self._sleeps}
         transfer = {"weight_transfer_config": {"backend": self._weight_transfer}} if self._weight_transfer else {}
         if self._on_gpu:
             return transfer | {"enable_sleep_mode": self._sleeps}
-        spare_work()
+        patch_vllm()
         return transfer | {"enforce_eager": True, "block_size": CPU_BLOCK}
 
     @contextmanager
-    def _folder(self) -> Iterator[tuple[str, str]]:
-        """A folder for vLLM to start from, and how it gets its weights."""
-        if isinstance(self._source, str):
-            yield models.resolve(self._source), "auto"
+    def _model_folder(self, model: PreTrainedModel | str) -> Iterator[tuple[str, str]]:
+        """Yield the folder from which vLLM starts and its load format; a live model's folder holds no weights."""
+        if isinstance(model, str):
+            yield models.resolve(model), "auto"
             return
         with tempfile.TemporaryDirectory(prefix="reinforcepp-vllm-") as folder:
             self.config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             yield folder, "dummy"
 
-    def _reload(self, model: PreTrainedModel) -> None:
-        adapter = self._adapter
-        if adapter is None or not adapter.belongs_to(model):
-            self._reload_weights(full_weights(model))
-            if adapter is not None:
-                adapter.forget(self._llm)
-            return
-        if not adapter.beside_its_model:
-            self._reload_weights(AdapterDisabled(model).state_dict().items())
-        adapter.update(self._llm, model)
+    def _push(self, model: PreTrainedModel) -> None:
+        self._transfer.prepare(model)
+        self._transfer.push(self._llm)
 
-    def _reload_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        weights = without_tied(self.config, weights)
-        if self._apart:
-            devices = [torch.device("cuda", i) for i in range(self._tensor_parallel_size)]
-            send_weights(self._llm.collective_rpc, weights, devices)
-        else:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+    def _reset_prefix_cache(self) -> None:
+        emptied = self._llm.reset_prefix_cache()
+        assert emptied, "a request is still running"
 
     def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
         from vllm import SamplingParams
@@ -344,42 +330,49 @@ class VllmEngine:
         return SamplingParams(**settings, flat_logprobs=True, detokenize=False)
 
     def _restart(self, error: Exception) -> None:
-        """Start again with the current weights after a failure in the middle of a batch; the batch is then done again.
+        """Restart with the current weights after a failure in a batch, which the caller then repeats.
 
-        Where memory ran out, with half as many completions at a time: results don't depend on their number.
+        If memory ran out, halve the number of completions at a time; results don't depend on it.
         """
         if isinstance(error, torch.OutOfMemoryError):
             if self.max_num_seqs == 1:
                 raise RolloutError(
-                    "There is too little memory to generate even one completion at a time: lower max_prompt_length or "
-                    f"max_new_tokens, or use a smaller dtype. ({_first_line(error)})"
+                    f"--rollout vllm: memory doesn't suffice for one completion ({first_line(error)}). Lower max_prompt_length "
+                    "or max_new_tokens, or use a smaller dtype."
                 ) from error
             self.max_num_seqs //= 2
             warnings.warn(
-                f"Memory ran out with {2 * self.max_num_seqs} completions at a time; going on with {self.max_num_seqs}. "
-                f"Set rollout_batch_size {self.max_num_seqs} to start like that.",
+                f"Out of memory with {2 * self.max_num_seqs} completions at a time. Continuing with {self.max_num_seqs}. Set "
+                f"rollout_batch_size to {self.max_num_seqs} to start with it.",
                 stacklevel=3,
             )
         else:
             self.restarts += 1
             if self.restarts > MAX_RESTARTS:
                 raise RolloutError(
-                    f"vLLM failed while generating, {self.restarts} times in this run: {_first_line(error)} "
-                    "--rollout transformers needs no vLLM."
+                    f"--rollout vllm: vLLM failed {self.restarts} times in this run, at last with: {first_line(error)}. Use "
+                    "--rollout transformers."
                 ) from error
         self.close()
         self._asleep = False
-        self._in_group = False
-        if self._latest is not None:
-            self._source, self._latest = self._latest(), None
+        self._in_transfer_group = False
         self._start()
 
 
-# --- small things ---------------------------------------------------------------------------------------------------
+def _saved_eos_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return all ids that end a completion of a saved model; see :func:`~reinforcepp.models.loading.eos_token_ids`."""
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(models.resolve(name)).eos_token_id
+    except OSError:  # the file is optional
+        configured = models.load_config(name).get_text_config().eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
 
 
-def _drop_parallel_groups() -> None:
-    """Take down vLLM's own groups but not the trainer's, on which they were built."""
+def _destroy_parallel_groups() -> None:
+    """Destroy vLLM's groups but not the trainer's, on which they are built."""
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -392,8 +385,3 @@ def _engine_failures() -> tuple[type[Exception], ...]:
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     return RuntimeError, EngineDeadError, EngineGenerateError
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else f"{type(error).__name__}."

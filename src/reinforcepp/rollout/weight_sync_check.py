@@ -1,9 +1,9 @@
-"""Proof that a rollout engine generates with the trainer's present weights.
+"""Check that a rollout engine generates with the trainer's current weights.
 
-The engine continues fixed probe prompts greedily and the trainer scores what came out: wherever the engine holds the
-same weights, each token is the trainer's own first choice and both give it the same log-probability, up to rounding.
-The probes are the same each time and longer than a cache block, so keys and values left over from older weights show
-as well. A weight update too small to move a log-probability by the tolerance can't be told from rounding.
+The engine completes fixed probe prompts greedily, and the trainer scores the completions. If both hold the same weights, each
+token is the trainer's own first choice, and both compute the same log-probability for it, except for rounding error. The probes
+never change and are longer than a cache block, so the check also detects a KV cache of older weights. It can't distinguish an
+update that moves log-probabilities by less than the tolerance from rounding error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
-"""Largest difference of two log-probabilities, in nats, that rounding explains, by the coarser of the two dtypes."""
+"""Largest difference of two log-probabilities, in nats, that rounding error explains, by the coarser of the two dtypes."""
 
 PROBES = (
     "A router forwards packets between networks and picks the next hop by the longest matching prefix. ",
@@ -37,19 +37,19 @@ NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class SyncReport:
-    """How far engine and trainer are apart on the probe prompts, in nats."""
+    """Differences between engine and trainer on the probe prompts, in nats."""
 
     tokens: int
-    """Tokens compared."""
+    """Number of compared tokens."""
     agreement: float
-    """Share of the engine's greedy tokens that are the trainer's first choice, or as likely up to the tolerance."""
+    """Share of the engine's greedy tokens that are the trainer's first choice, or as likely within the tolerance."""
     logprob_gap_mean: float
     logprob_gap_max: float
     tolerance: float
 
     @property
-    def in_step(self) -> bool:
-        """Whether rounding explains the differences."""
+    def in_sync(self) -> bool:
+        """Whether rounding error explains the differences."""
         return (
             self.agreement == 1
             and self.logprob_gap_max <= self.tolerance
@@ -63,21 +63,21 @@ def check_sync(
     """Compare ``engine`` with ``model`` on the probe prompts.
 
     Args:
-        engine: what generates.
-        model: what is trained; left in the mode it is in.
-        tokenizer: of both.
-        tolerance: largest difference of log-probabilities, in nats; by default that of the coarser dtype of the two.
+        engine: The rollout engine.
+        model: The trained model; its training mode is restored.
+        tokenizer: The tokenizer of both.
+        tolerance: Largest difference of log-probabilities, in nats; by default it depends on the coarser dtype of the two.
 
     Raises:
-        RolloutError: they are further apart than rounding explains.
+        RolloutError: They differ by more than rounding error.
     """
     if tolerance is None:
         dtypes = {model.dtype, getattr(engine, "dtype", model.dtype)}
         tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
         if model.device.type == "cuda":  # float32 kernels there may round to TF32, which has float16's precision
             tolerance = max(tolerance, TOLERANCES[torch.float16])
-    ask = getattr(engine, "generate_everywhere", engine.generate)  # a pool's workers are all asked
-    completions = ask(probe_prompts(model, tokenizer), Sampling(NEW_TOKENS, temperature=0))
+    generate = getattr(engine, "generate_everywhere", engine.generate)  # a pool's workers are all checked
+    completions = generate(probe_prompts(model, tokenizer), Sampling(NEW_TOKENS, temperature=0))
     chosen_N, best_N = _trainer_logprobs(model, completions)
     engine_N = torch.tensor([logprob for c in completions for logprob in c.logprobs], dtype=torch.float64)
     gap_N = (engine_N - chosen_N).abs().nan_to_num(nan=float("inf"))
@@ -88,18 +88,18 @@ def check_sync(
         logprob_gap_max=float(gap_N.max()),
         tolerance=tolerance,
     )
-    if not report.in_step:
+    if not report.in_sync:
         raise RolloutError(
-            f"The {engine.name} engine is out of step with the trainer: on {report.tokens} probe tokens they agree on "
-            f"{report.agreement:.0%}, and their log-probabilities differ by up to {report.logprob_gap_max:.3g} nats "
-            f"(mean {report.logprob_gap_mean:.3g}, tolerance {tolerance:g}), so rollouts would come from other weights than "
-            "those trained; use --rollout transformers and report the model's family."
+            f"The {engine.name} engine is out of sync with the trainer: it generates with other weights. On {report.tokens} "
+            f"probe tokens they agree on {report.agreement:.0%}, and their log-probabilities differ by up to "
+            f"{report.logprob_gap_max:.3g} nats (mean {report.logprob_gap_mean:.3g}, tolerance {tolerance:g}). Use --rollout "
+            "transformers, and report the model's family."
         )
     return report
 
 
 def probe_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The fixed prompts, cut to what fits into the model's context."""
+    """Return the fixed prompts, truncated to fit into the model's context."""
     context = context_length(model.config)
     length = PROBE_TOKENS if context is None else max(1, min(PROBE_TOKENS, context - NEW_TOKENS))
     return [
@@ -110,7 +110,7 @@ def probe_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 @torch.no_grad()
 def _trainer_logprobs(model: PreTrainedModel, completions: list[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of each sampled token and of the trainer's first choice in its place. -> (N,), (N,)"""
+    """Return log-probabilities of each sampled token and of the trainer's first choice at its position. -> (N,), (N,)"""
     was_training = model.training
     model.eval()
     chosen, best = [], []

@@ -24,9 +24,9 @@ from reinforcepp.monitoring import echo, note_event
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum, load_rewards
 from reinforcepp.rollout.engine import RolloutEngine
-from reinforcepp.rollout.ray.reward_pool import for_a_pool, pooled
+from reinforcepp.rollout.factory import start_training_engine
+from reinforcepp.rollout.ray.reward_pool import pool_rewards, rewards_to_pool
 from reinforcepp.rollout.selection import choose_engine
-from reinforcepp.rollout.shared_engine import start_for_all
 from reinforcepp.run_dir import check_output, check_unchanged
 from reinforcepp.training import checkpoint
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
@@ -109,10 +109,10 @@ def build(
         if config.rollout == "auto":
             echo(f"Completions come from {choice.name}: {choice.reason}.")
         reserved = config.reward_workers * len(rewards.trained)
-        engine = start_for_all(choice, learner.plain, tokenizer, config, ranks, reserved, folder)
+        engine = start_training_engine(choice, learner.plain, tokenizer, config, ranks, reserved, folder)
     assert engine is not None
     if config.reward_workers:
-        rewards = pooled(rewards, engine, config.reward_workers, RankZero(ranks, config.watchdog_seconds))
+        rewards = pool_rewards(rewards, engine, config.reward_workers, RankZero(ranks, config.watchdog_seconds))
 
     heartbeat = Heartbeat(folder, config.watchdog_seconds, ranks)
     guardrails = Guardrails(config, partial(note_event, folder))
@@ -184,7 +184,7 @@ def load_prompts(
 def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: ReinforceConfig, ranks: Ranks) -> None:
     """Move the trained reward models to this rank's device, except those that reward workers will hold."""
     dtype = compute_dtype(config)
-    in_workers = for_a_pool(rewards, config.reward_workers)
+    in_workers = rewards_to_pool(rewards, config.reward_workers)
     for reward in [*rewards.trained, *(judge.trained if judge else ())]:
         if dtype != torch.float32:
             cast_parameters(reward.model, dtype)

@@ -14,7 +14,7 @@ from reinforcepp.monitoring.environment import environment
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
-from reinforcepp.rollout.engine import RolloutEngine, random_state_kept
+from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
 from reinforcepp.training.builder import build
 from reinforcepp.training.evaluation import Evaluation, evaluate
 from reinforcepp.training.monitor import Monitor
@@ -159,7 +159,7 @@ class ReinforceTrainer:
         """Evaluate, if there are held-out prompts, and record the evaluation under ``name``."""
         if self.config.eval_prompts and self.eval_prompts:
             self.guard.heartbeat.beat(f"evaluation {name!r}")
-            with self.guard.heartbeat.interruptible(), random_state_kept():
+            with self.guard.heartbeat.interruptible(), preserve_random_state():
                 self.evaluations[name] = self.evaluate()
             self.run.record_evaluation(name, self.evaluations[name])
 

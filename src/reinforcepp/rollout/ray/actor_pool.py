@@ -1,4 +1,4 @@
-"""A Ray cluster, and the actors that work in it; ray is only imported here."""
+"""A worker pool of Ray actors. Only this file imports ray."""
 
 from __future__ import annotations
 
@@ -9,180 +9,130 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reinforcepp.errors import EngineLost, RolloutError, first_line
-from reinforcepp.rollout.dispatch import Answered, Joined, Lost
-from reinforcepp.rollout.ray.worker import Packed
-from reinforcepp.types import Completion, Prompt, Sampling
+from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
+from reinforcepp.rollout.ray.worker import pack
 
-CONNECT_SECONDS = 10
-START_SECONDS = 180
-"""Within this time the first worker has to be ready."""
-PATIENCE_SECONDS = 10
-"""So long those who have the weights wait for those who don't."""
-LOOK_SECONDS = 1.0
-"""How often the cluster is looked at for room for more workers while answers are waited for."""
-HEAD_SECONDS = 30
-"""So long the cluster's head may be out of reach; after 60 Ray itself ends processes, without a checkpoint."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONNECT_TIMEOUT_SECONDS = 10
+WORKER_READY_TIMEOUT_SECONDS = 180
+"""Time in which a first worker must be ready."""
+LOAD_TIMEOUT_SECONDS = 10
+"""Time that up-to-date workers wait for workers still loading weights."""
+POLL_SECONDS = 1.0
+"""How long the pool waits for an event before it checks whether the cluster has room for more workers."""
+HEAD_TIMEOUT_SECONDS = 30
+"""Time that the cluster's head can be unreachable; after 60 s Ray itself ends processes, without a checkpoint."""
 
 
 @dataclass(frozen=True)
-class Later:
-    """What Ray's object store has, fetched by whoever calls it."""
+class LazyRef:
+    """An object in Ray's object store that is fetched when it is called."""
 
-    held: tuple[Any]
-    """Ray would fetch it at once if it weren't inside of something."""
+    wrapped: tuple[Any]
+    """The object reference, in a tuple because Ray fetches a bare reference at once."""
 
     def __call__(self) -> Any:
-        """It itself."""
+        """Return the object."""
         import ray
 
-        return ray.get(self.held[0])
+        return ray.get(self.wrapped[0])
 
 
-class RayCrew:
-    """Ray's actors as :func:`~reinforcepp.rollout.dispatch.share_out` needs them.
-
-    An actor that dies is replaced; where the cluster grows, more are started. Who hasn't got the present weights is not ready.
+class ObjectStoreTransfer:
+    """Weights through Ray's object store, which copies them once to each node. The receiver is a Ray actor.
 
     Args:
-        ray: the library, connected.
-        worker: of what class the actors are. They take a recipe, ``load`` packed weights, and ``answer`` a list, given what
-            else is asked, with one answer for each; ``kind`` is what they are called.
-        recipe: for each of them.
-        workers: how many, at most; 0 is as many as there is room for.
-        reserved: GPUs or CPUs that are left to others.
-        gpus: of each; where it is one and the cluster has none, a CPU.
+        ray: The connected library.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._weights: Any = None
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Put the weights into the object store."""
+        self._weights = self._ray.put(pack(model))
+
+    def push(self, receiver: Any) -> Any:
+        """Start loading on an actor; return a reference to wait for."""
+        return receiver.load.remote(self._weights)
+
+    def close(self) -> None:
+        """Release the object."""
+        self._weights = None
+
+    @property
+    def lazy_ref(self) -> LazyRef:
+        """The weights, for a later fetch by a worker."""
+        return LazyRef((self._weights,))
+
+
+class RayPool:
+    """Ray actors as a :class:`~reinforcepp.rollout.dispatch.WorkerPool`; its workers are their numbers.
+
+    An actor that dies is replaced, and more are started if the cluster grows. An actor without the current weights isn't ready.
+
+    Args:
+        ray: The connected library.
+        worker: Class of the actors. An instance is made from a spec, has ``load(packed)`` and ``process(items, sampling)``,
+            which returns one result per item, and is called a ``kind`` worker in messages.
+        spec: Argument of each actor.
+        max_workers: Largest number of actors; 0 is as many as the cluster has room for.
+        reserved: GPUs or CPUs that the pool doesn't use.
+        gpus: GPUs per actor; if it is 1 and the cluster has none, an actor gets a CPU.
     """
 
     def __init__(
-        self, ray: Any, worker: type[Any], recipe: Any, workers: int, reserved: int = 0, gpus: int = 1
+        self, ray: Any, worker: type[Any], spec: Any, max_workers: int, reserved: int = 0, gpus: int = 1
     ) -> None:
-        self._ray, self._worker, self._most, self._reserved, self._gpus = ray, worker, workers, reserved, gpus
-        self._recipe = ray.put(recipe)
-        self._weights: Any = None
+        self._ray, self._worker, self._max_workers, self._reserved, self._gpus = (
+            ray,
+            worker,
+            max_workers,
+            reserved,
+            gpus,
+        )
+        self._spec = ray.put(spec)
+        self._store = ObjectStoreTransfer(ray)
         self._version = 0
         self.actors: dict[int, Any] = {}
         self._ready: dict[int, None] = {}
         self._tasks: dict[Any, tuple[int, int]] = {}
-        """What is under way: whose it is, and the version of the weights that are loaded, 0 for a piece."""
-        self._numbers = iter(range(1 << 62))
-        self._looked = 0.0
+        """Running tasks: number of the actor, and version of the weights that it loads, or 0 if it processes a chunk."""
+        self._started = 0
+        self._last_growth = 0.0
         self._head = ray.get_runtime_context().gcs_address
-        self._head_gone: float | None = None
-        """Since when the head can't be reached."""
-        self._reason = ""
-        """Why the last worker was lost."""
-        self._prompts: Sequence[Any] = ()
+        self._head_lost_at: float | None = None
+        self._last_loss = ""
+        self._items: Sequence[Any] = ()
         self._sampling: Any = None
 
-    def load(self, packed: Packed, otherwise: Callable[[Later], set[int]] = lambda later: set()) -> None:
-        """Hand weights out, and wait until whoever is there has them; who takes long comes in later.
+    # --- weights ---
+
+    def load(self, model: PreTrainedModel, broadcast: Callable[[LazyRef], set[int]] = lambda weights: set()) -> None:
+        """Give ``model``'s weights to all actors and wait until they have them; a slow actor follows later.
 
         Args:
-            packed: the weights.
-            otherwise: gives them to some of those who are ready in another way, and their numbers back.
+            model: The model.
+            broadcast: Gives the weights to some of the ready actors on another path and returns their numbers.
 
         Raises:
-            RolloutError: nobody is ready in time.
+            RolloutError: No actor is ready in time.
         """
-        self._weights = self._ray.put(packed)
+        self._store.prepare(model)
         self._version += 1
-        have = otherwise(Later((self._weights,)))
-        for number in set(self._ready) - have:
+        updated = broadcast(self._store.lazy_ref)
+        for number in set(self._ready) - updated:
             self._start_loading(number)
         begin = time.monotonic()
-        while not self._ready or (self._loading and time.monotonic() - begin < PATIENCE_SECONDS):
-            self._next()
+        while not self._ready or (self._loading and time.monotonic() - begin < LOAD_TIMEOUT_SECONDS):
+            self._poll()
             self._check_time(begin)
-
-    def told(self, question: str, *given: Any) -> dict[int, Any]:
-        """What those who are ready say, by a method of theirs; who has died meanwhile is replaced."""
-        asked = {number: getattr(self.actors[number], question).remote(*given) for number in self._ready}
-        answers = {number: self._result(number, task) for number, task in asked.items()}
-        return {number: answer for number, answer in answers.items() if not isinstance(answer, Lost)}
-
-    def replace(self, numbers: Iterable[int]) -> None:
-        """Stop these workers; others are started."""
-        self._stop(numbers)
-        self._grow()
-
-    def ask(self, prompts: Sequence[Any], sampling: Any) -> None:
-        """What is asked from now on, and how."""
-        self._prompts, self._sampling = prompts, self._ray.put(sampling)
-
-    def each(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """All answers of each worker; of those that die meanwhile, none."""
-        answers: list[Completion] = []
-        while not answers:
-            for own in self.told("answer", list(prompts), sampling).values():
-                answers += [completion for of_prompt in own for completion in of_prompt]
-            if not self._ready:
-                self.wait()
-        return answers
-
-    def ready(self) -> list[int]:
-        """See :class:`~reinforcepp.rollout.dispatch.Crew`."""
-        return list(self._ready)
-
-    def give(self, worker: int, places: Sequence[int]) -> None:
-        """See :class:`~reinforcepp.rollout.dispatch.Crew`."""
-        prompts = [self._prompts[place] for place in places]
-        self._tasks[self.actors[worker].answer.remote(prompts, self._sampling)] = worker, 0
-
-    def wait(self) -> Any:
-        """See :class:`~reinforcepp.rollout.dispatch.Crew`.
-
-        Raises:
-            RolloutError: there is no worker for long, or one has refused what it was asked.
-        """
-        begin = time.monotonic()
-        while (event := self._next()) is None:
-            self._check_time(begin)
-        return event
-
-    def close(self) -> None:
-        """Stop all workers."""
-        self._stop(self.actors)
-
-    # --- inside ---
-
-    def _next(self) -> Any:
-        """What happens within ``LOOK_SECONDS``; None if nothing does."""
-        if time.monotonic() - self._looked > LOOK_SECONDS:
-            self._grow()
-        if not self._tasks:
-            time.sleep(LOOK_SECONDS)
-            return None
-        done, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=LOOK_SECONDS)
-        if not done:
-            return None
-        number, version = self._tasks.pop(done[0])
-        result = self._result(number, done[0])
-        if isinstance(result, Lost):
-            return result
-        if version == 0:
-            return Answered(number, result)
-        if version < self._version:  # there have been others since
-            self._start_loading(number)
-            return None
-        self._ready[number] = None
-        return Joined(number)
-
-    def _result(self, number: int, task: Any) -> Any:
-        """What a worker's task gave, or that it is lost; then another one is started."""
-        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
-
-        try:
-            return self._ray.get(task)
-        except (RayActorError, OutOfMemoryError) as error:
-            self._reason = first_line(error)
-            self._forget(number)
-            self._grow()
-            return Lost(number, self._reason)
-        except RayTaskError as error:
-            raise RolloutError(f"A {self._worker.kind} worker failed: {first_line(error.cause)}") from error
 
     @property
     def _loading(self) -> bool:
@@ -190,7 +140,88 @@ class RayCrew:
 
     def _start_loading(self, number: int) -> None:
         self._ready.pop(number, None)
-        self._tasks[self.actors[number].load.remote(self._weights)] = number, self._version
+        self._tasks[self._store.push(self.actors[number])] = number, self._version
+
+    # --- work ---
+
+    def set_work(self, items: Sequence[Any], sampling: Any) -> None:
+        """Set the items that later indices mean; results of an interrupted call are dropped."""
+        self._tasks = {task: (number, version) for task, (number, version) in self._tasks.items() if version}
+        self._items, self._sampling = items, self._ray.put(sampling)
+
+    def ready(self) -> list[int]:
+        """Return the actors that have the current weights."""
+        return list(self._ready)
+
+    def submit(self, worker: int, indices: Sequence[int]) -> None:
+        """Have an actor process the items at ``indices``."""
+        chunk = [self._items[index] for index in indices]
+        self._tasks[self.actors[worker].process.remote(chunk, self._sampling)] = worker, 0
+
+    def wait(self) -> Any:
+        """Block until something happens and return it.
+
+        Raises:
+            RolloutError: No actor is ready for too long, or an actor raised an error.
+        """
+        begin = time.monotonic()
+        while (event := self._poll()) is None:
+            self._check_time(begin)
+        return event
+
+    def call_all(self, method: str, *arguments: Any) -> dict[int, Any]:
+        """Call a method of all ready actors and return its results by number; a dead actor returns none and is replaced."""
+        tasks = {number: getattr(self.actors[number], method).remote(*arguments) for number in self._ready}
+        results = {number: self._result(number, task) for number, task in tasks.items()}
+        return {number: result for number, result in results.items() if not isinstance(result, WorkerLost)}
+
+    def replace(self, numbers: Iterable[int]) -> None:
+        """Stop these actors and start others."""
+        self._stop(numbers)
+        self._grow()
+
+    def close(self) -> None:
+        """Stop all actors."""
+        self._stop(self.actors)
+        self._store.close()
+
+    # --- events ---
+
+    def _poll(self) -> Any:
+        """Return an event that happens within ``POLL_SECONDS``, or None."""
+        if time.monotonic() - self._last_growth > POLL_SECONDS:
+            self._grow()
+        if not self._tasks:
+            time.sleep(POLL_SECONDS)
+            return None
+        done, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=POLL_SECONDS)
+        if not done:
+            return None
+        number, version = self._tasks.pop(done[0])
+        result = self._result(number, done[0])
+        if isinstance(result, WorkerLost):
+            return result
+        if version == 0:
+            return ChunkDone(number, result)
+        if version < self._version:  # the weights have changed since
+            self._start_loading(number)
+            return None
+        self._ready[number] = None
+        return WorkerReady(number)
+
+    def _result(self, number: int, task: Any) -> Any:
+        """Return the result of an actor's task, or a ``WorkerLost`` after starting another actor."""
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+        try:
+            return self._ray.get(task)
+        except (RayActorError, OutOfMemoryError) as error:
+            self._last_loss = first_line(error)
+            self._forget(number)
+            self._grow()
+            return WorkerLost(number, self._last_loss)
+        except RayTaskError as error:
+            raise RolloutError(f"A {self._worker.kind} worker failed: {first_line(error.cause)}") from error
 
     def _stop(self, numbers: Iterable[int]) -> None:
         for number in list(numbers):
@@ -200,54 +231,58 @@ class RayCrew:
     def _forget(self, number: int) -> None:
         del self.actors[number]
         self._ready.pop(number, None)
-        self._tasks = {task: of for task, of in self._tasks.items() if of[0] != number}
+        self._tasks = {task: state for task, state in self._tasks.items() if state[0] != number}
 
     def _grow(self) -> None:
-        """Start as many workers as there is room for."""
-        head_answers, self._looked = self._head_answers(), time.monotonic()
-        if not head_answers:  # what Ray would ask it waits without end
+        """Start as many actors as the cluster has room for."""
+        head_responds, self._last_growth = self._head_responds(), time.monotonic()
+        if not head_responds:  # a request to Ray would block without end
             return
         resources = self._ray.cluster_resources()
         needs = {"num_gpus": self._gpus} if resources.get("GPU") or self._gpus > 1 else {"num_cpus": 1}
         free = int(resources.get("GPU") or resources.get("CPU", 0)) - self._reserved
         room = max(1, free // self._gpus)
-        for _ in range(len(self.actors), min(self._most or room, room)):
-            number = next(self._numbers)
-            self.actors[number] = self._ray.remote(self._worker).options(**needs).remote(self._recipe)
+        for _ in range(len(self.actors), min(self._max_workers or room, room)):
+            number, self._started = self._started, self._started + 1
+            self.actors[number] = self._ray.remote(self._worker).options(**needs).remote(self._spec)
             self._start_loading(number)
 
-    def _head_answers(self) -> bool:
-        """Whether the cluster's head can be reached; raises EngineLost if it can't for long."""
-        begin, reason = time.monotonic(), _silence_of(self._head)
-        self._head_gone = (self._head_gone or begin) if reason else None
-        if self._head_gone is not None and time.monotonic() - self._head_gone > HEAD_SECONDS:
+    def _head_responds(self) -> bool:
+        """Return whether the cluster's head is reachable.
+
+        Raises:
+            EngineLost: It hasn't been reachable for too long.
+        """
+        now, problem = time.monotonic(), _connection_problem(self._head)
+        self._head_lost_at = (self._head_lost_at or now) if problem else None
+        if self._head_lost_at is not None and time.monotonic() - self._head_lost_at > HEAD_TIMEOUT_SECONDS:
             raise EngineLost(
-                f"The head of the Ray cluster, {self._head}, can't be reached any more, for {HEAD_SECONDS} seconds ({reason}): "
-                "look at its machine and at the network."
+                f"--rollout: the head of the Ray cluster, {self._head}, hasn't been reachable for {HEAD_TIMEOUT_SECONDS} seconds "
+                f"({problem}). Check its node and the network."
             )
-        return not reason
+        return not problem
 
     def _check_time(self, begin: float) -> None:
-        """Raises a RolloutError if there has been nobody since ``begin``, which is too long ago."""
-        if self._ready or time.monotonic() - begin < START_SECONDS:
+        """Raise ``EngineLost`` if no actor has been ready since ``begin``, for longer than the timeout."""
+        if self._ready or time.monotonic() - begin < WORKER_READY_TIMEOUT_SECONDS:
             return
         resources = self._ray.cluster_resources()
-        lost = f" The last one was lost with: {self._reason}" if self._reason else ""
+        loss = f" The last one was lost: {self._last_loss}" if self._last_loss else ""
         raise EngineLost(
-            f"No {self._worker.kind} worker was ready within {START_SECONDS} seconds; the cluster has "
-            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs, of which each worker needs "
-            f"{self._gpus if self._gpus > 1 else 'one'}: look at `ray status`.{lost}"
+            f"--rollout: no {self._worker.kind} worker was ready within {WORKER_READY_TIMEOUT_SECONDS} seconds. The cluster has "
+            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; each worker needs "
+            f"{self._gpus if self._gpus > 1 else 'one'}. Check `ray status`.{loss}"
         )
 
 
 def connect(address: str) -> tuple[Any, bool]:
-    """Ray, connected, and whether its cluster is this process's own.
+    """Connect to Ray; return the library, and whether this call connected it, so that the caller must disconnect.
 
     Raises:
-        RolloutError: it isn't installed, or there is nobody at ``address``.
+        RolloutError: Ray isn't installed, or no cluster responds at ``address``.
     """
     if importlib.util.find_spec("ray") is None:
-        raise RolloutError("rollout ray:// needs Ray, which isn't installed: pip install 'ray>=2.50'")
+        raise RolloutError("--rollout ray://: Ray isn't installed. Install it:\n  pip install 'ray>=2.50'")
     import ray
     from ray._private.services import find_bootstrap_address
 
@@ -258,12 +293,12 @@ def connect(address: str) -> tuple[Any, bool]:
         found = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None) or ""
         if not found:
             raise RolloutError(
-                "This machine belongs to no Ray cluster: start one with `ray start --head`, join one with `ray start "
-                "--address=HOST:PORT`, or use --rollout ray://local."
+                "--rollout ray://auto: this node belongs to no Ray cluster. Start one with `ray start --head`, join one with "
+                "`ray start --address=HOST:PORT`, or use --rollout ray://local."
             )
     if ":" in found:
-        _look_for(found.removeprefix("ray://"))
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU see what there is
+        _check_connection(found.removeprefix("ray://"))
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise Ray hides all GPUs from CPU workers
     try:
         ray.init(
             address=address,
@@ -273,26 +308,26 @@ def connect(address: str) -> tuple[Any, bool]:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RolloutError(
-            f"The Ray cluster {found} can't be joined ({first_line(error)}): look at `ray status`, and whether this machine has "
-            "the versions of Ray and Python that the cluster has."
+            f"--rollout: can't join the Ray cluster {found} ({first_line(error)}). Check `ray status`, and that this node has "
+            "the cluster's versions of Ray and Python."
         ) from error
     return ray, True
 
 
-def _look_for(address: str) -> None:
-    """Raises a RolloutError if nobody listens at ``host:port``, for which Ray itself would wait for minutes."""
-    if reason := _silence_of(address):
+def _check_connection(address: str) -> None:
+    """Raise a RolloutError if nothing listens at ``host:port``; Ray itself would wait for minutes."""
+    if problem := _connection_problem(address):
         raise RolloutError(
-            f"No Ray cluster answers at {address} ({reason}): give the address that `ray start --head` told, "
-            "look whether this machine may connect to it, or use --rollout ray://local."
+            f"--rollout: no Ray cluster responds at {address} ({problem}). Use the address that `ray start --head` printed, "
+            "check that this node can connect to it, or use --rollout ray://local."
         )
 
 
-def _silence_of(address: str) -> str:
-    """Why nobody can be reached at ``host:port``; empty if somebody listens there."""
+def _connection_problem(address: str) -> str:
+    """Return why ``host:port`` can't be reached; empty if something listens there."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
     except OSError as error:
         return str(error.strerror or error)
     return ""

@@ -1,6 +1,6 @@
-"""Trained reward models in processes of a Ray pool, so that they take none of the trainer's memory and time.
+"""Trained reward models in a Ray pool, so that they take none of the trainer's memory and time.
 
-Of several processes that train, the first one has the pool and asks it for all.
+With several data-parallel ranks, rank 0 owns the pool and scores for all.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from reinforcepp.models.reward_models import score_at_last_attended
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.rewards.trained import TrainedReward
-from reinforcepp.rollout.dispatch import Tally, share_out
+from reinforcepp.rollout.dispatch import DispatchStats, dispatch
 from reinforcepp.rollout.engine import RolloutEngine
-from reinforcepp.rollout.ray.actor_pool import RayCrew
+from reinforcepp.rollout.ray.actor_pool import RayPool
 from reinforcepp.rollout.ray.engine import RayEngine
-from reinforcepp.rollout.ray.worker import Packed, fill, pack
+from reinforcepp.rollout.ray.worker import PackedWeights, unpack
 from reinforcepp.rollout.shared_engine import SharedEngine
 
 
 @dataclass(frozen=True)
-class ScorerRecipe:
-    """What a scorer starts from; weights come apart."""
+class ScorerSpec:
+    """Everything from which a scorer starts, except the weights."""
 
     config: Any
     dtype: torch.dtype
@@ -38,96 +38,102 @@ class ScorerRecipe:
 
 
 class Scorer:
-    """What runs in each of Ray's processes: a reward model."""
+    """A process of the pool with a reward model."""
 
     kind = "scoring"
 
-    def __init__(self, recipe: ScorerRecipe) -> None:
-        model = meta_model(recipe.config, recipe.dtype, "AutoModelForSequenceClassification").eval()
-        self.reward = TrainedReward(score_at_last_attended(model), recipe.tokenizer, recipe.batch_size)
+    def __init__(self, spec: ScorerSpec) -> None:
+        model = meta_model(spec.config, spec.dtype, "AutoModelForSequenceClassification").eval()
+        self.reward = TrainedReward(score_at_last_attended(model), spec.tokenizer, spec.batch_size)
 
-    def load(self, packed: Packed) -> None:
+    def load(self, packed: PackedWeights) -> None:
         """Score with these weights."""
-        fill(self.reward.model, packed)
+        unpack(self.reward.model, packed)
 
-    def answer(self, rows: Sequence[Sequence[int]], _: Any) -> list[float]:
-        """The scores of framed, tokenised texts."""
-        return self.reward.score_rows(rows)
+    def process(self, items: Sequence[Sequence[int]], _: Any) -> list[float]:
+        """Return the scores of tokenized texts."""
+        return self.reward.score_rows(items)
 
 
 class PooledReward(TrainedReward):
-    """A trained reward model whose texts are scored by a pool; here it only frames and tokenises them.
+    """A trained reward model whose texts are scored by a pool; this process only formats and tokenizes them.
 
     Args:
-        reward: what it stands for. Its weights are handed out, and given up here.
-        ray: gives the library, connected; called by the first process.
-        workers: of the pool.
-        first: the process that has the pool.
+        reward: The reward model. Its weights move to the pool and are released here.
+        ray: Returns the connected library; called on rank 0.
+        workers: Number of workers in the pool.
+        rank_zero: Runs work on rank 0 for all ranks.
 
     Raises:
-        ReinforceError: in all processes, what ``ray`` raised, or that no worker can be started.
+        ReinforceError: On all ranks, the error of ``ray``, or no worker can be started.
     """
 
     collective = True
 
-    def __init__(self, reward: TrainedReward, ray: Callable[[], Any], workers: int, first: RankZero) -> None:
+    def __init__(self, reward: TrainedReward, ray: Callable[[], Any], workers: int, rank_zero: RankZero) -> None:
         super().__init__(reward.model, reward.tokenizer, reward.batch_size)
         self.name, self.card, self._scale = reward.name, reward.card, reward._scale
-        self.tallies: list[Tally] = []
-        self.crew: Any = None
-        """There where the pool is."""
-        self._first, model = first, reward.model
+        self.dispatches: list[DispatchStats] = []
+        """Statistics of every scored batch."""
+        self.pool: Any = None
+        """The pool on rank 0; None on other ranks."""
+        self._rank_zero, model = rank_zero, reward.model
 
         def start() -> None:
-            recipe = ScorerRecipe(model.config, model.dtype, reward.tokenizer, reward.batch_size)
-            self.crew = RayCrew(ray(), Scorer, recipe, workers)
-            self.crew.load(pack(model))
+            spec = ScorerSpec(model.config, model.dtype, reward.tokenizer, reward.batch_size)
+            self.pool = RayPool(ray(), Scorer, spec, workers)
+            self.pool.load(model)
 
-        first.run(start)
+        rank_zero.run(start)
         model.to("meta")
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """See :meth:`TrainedReward.score_rows`; each text is scored once, whoever dies."""
-        return self._first.map(rows, self._score_for_all)
+        """Return the scores of ``rows``; each is scored once, even if workers are lost."""
+        return self._rank_zero.map(rows, self._score_for_all)
 
-    def _score_for_all(self, asked: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-        rows = [row for own in asked for row in own]
+    def _score_for_all(self, rows_per_rank: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        rows = [row for rank_rows in rows_per_rank for row in rank_rows]
         if not rows:
-            return [[] for _ in asked]
-        self.crew.ask(rows, None)
-        scores, tally = share_out(self.crew, len(rows), self.batch_size)
-        self.tallies.append(tally)
-        told = iter(scores)
-        return [list(islice(told, len(own))) for own in asked]
+            return [[] for _ in rows_per_rank]
+        self.pool.set_work(rows, None)
+        scores, stats = dispatch(self.pool, len(rows), self.batch_size)
+        self.dispatches.append(stats)
+        remaining = iter(scores)
+        return [list(islice(remaining, len(rank_rows))) for rank_rows in rows_per_rank]
 
 
-def for_a_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]:
-    """Those of ``rewards`` that :func:`pooled` will put into a pool, if there are ``workers`` for it.
+def rewards_to_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]:
+    """Return the rewards that :func:`pool_rewards` moves to a pool of ``workers``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: None of ``rewards`` is a trained reward model.
     """
     if workers and not rewards.trained:
-        raise ConfigError("reward_workers score with trained reward models, and there is none among the rewards.")
+        raise ConfigError(
+            f"--reward_workers {workers}: none of the rewards is a trained reward model. Add --reward_model, or omit "
+            "--reward_workers."
+        )
     return rewards.trained if workers else []
 
 
-def pooled(rewards: RewardSum, engine: RolloutEngine, workers: int, first: RankZero) -> RewardSum:
-    """``rewards`` with the trained models in a pool of ``workers`` each, beside that of ``engine``; all processes call this.
+def pool_rewards(rewards: RewardSum, engine: RolloutEngine, workers: int, rank_zero: RankZero) -> RewardSum:
+    """Return ``rewards`` with each trained model in a pool of ``workers`` on the cluster of ``engine``; all ranks call this.
 
     Raises:
-        ConfigError: there is no pool.
-        RolloutError: no worker can be started.
+        ConfigError: The engine has no Ray cluster.
+        RolloutError: No worker can be started.
     """
 
     def ray() -> Any:
-        own = engine.own if isinstance(engine, SharedEngine) else engine
-        if not isinstance(own, RayEngine):
-            raise ConfigError("reward_workers need an engine by Ray: leave engine out, or reward_workers.")
-        return own.ray
+        local = engine.local if isinstance(engine, SharedEngine) else engine
+        if not isinstance(local, RayEngine):
+            raise ConfigError(
+                f"--reward_workers {workers}: the given engine doesn't run on Ray. Omit engine, or omit reward_workers."
+            )
+        return local.ray
 
     functions: list[RewardFunction] = [
-        PooledReward(function, ray, workers, first) if isinstance(function, TrainedReward) else function
+        PooledReward(function, ray, workers, rank_zero) if isinstance(function, TrainedReward) else function
         for function in rewards.functions
     ]
     return replace(rewards, functions=functions)

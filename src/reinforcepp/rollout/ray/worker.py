@@ -1,4 +1,4 @@
-"""What runs in each process of a Ray pool, and how weights get there. Ray itself is not named here."""
+"""The rollout worker that runs in each process of a Ray pool, and how weights are packed for it. Ray isn't named here."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from torch import Tensor
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import base_model, full_weights
-from reinforcepp.rollout.in_process import start_in_process_engine
-from reinforcepp.rollout.selection import EngineChoice, choose_engine
+from reinforcepp.rollout.selection import EngineChoice, choose_engine, start_in_process_engine
 from reinforcepp.runtime import own_version
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Values = tuple[str, Any]
-"""A tensor's type, and its values in an array that may share memory with others."""
+PackedTensor = tuple[str, Any]
+"""A tensor's dtype, and its values in a NumPy array that can share memory with others."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a worker starts from; weights come apart."""
+class WorkerSpec:
+    """Everything from which a worker starts, except the weights."""
 
     config: Any
     generation_config: Any
@@ -39,137 +38,138 @@ class Recipe:
     max_length: int
     batch_size: int
     tensor_parallel_size: int = 1
-    """GPUs of each worker."""
+    """GPUs per worker."""
     weight_transfer: str = ""
-    """Backend of vLLM's own weight transfer, by which a worker of one GPU gets all weights but the first."""
+    """Backend of vLLM's weight transfer, by which a worker with one GPU gets all weights but the first."""
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedWeights:
     """Weights, tied ones under both names, and the buffers that aren't saved with them, such as rotary frequencies."""
 
-    weights: Mapping[str, Values]
-    buffers: Mapping[str, Values]
+    weights: Mapping[str, PackedTensor]
+    buffers: Mapping[str, PackedTensor]
     version: str
-    """Of this package, where they were packed."""
+    """The trainer's version of this package."""
 
 
 class Worker:
-    """What runs in each of Ray's processes: an engine of its own, and the weights that all on its machine share."""
+    """A process of the pool: it has its own engine, and shares the memory of the packed weights with its node's workers."""
 
     kind = "rollout"
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
         self.engine: Any = None
 
-    def load(self, packed: Packed) -> str:
-        """Generate with these weights from now on; returns the engine's name."""
-        recipe = self.recipe
-        model = self._filled(packed)
+    def load(self, packed: PackedWeights) -> str:
+        """Generate with these weights from now on; return the engine's name."""
+        spec = self.spec
+        model = self._unpack(packed)
         if self.engine is None:
             self.engine = start_in_process_engine(
                 self.choice.name,
                 model,
-                recipe.tokenizer,
-                max_length=recipe.max_length,
-                batch_size=recipe.batch_size,
-                tensor_parallel_size=recipe.tensor_parallel_size,
-                alone=True,
-                weight_transfer=recipe.weight_transfer if recipe.tensor_parallel_size == 1 else "",
+                spec.tokenizer,
+                max_length=spec.max_length,
+                batch_size=spec.batch_size,
+                tensor_parallel_size=spec.tensor_parallel_size,
+                exclusive_gpu=True,
+                weight_transfer=spec.weight_transfer if spec.tensor_parallel_size == 1 else "",
             )
         else:
             self.engine.load_weights(model)
         return str(self.engine.name)
 
-    def in_group(self) -> bool | None:
-        """Whether it can take weights by vLLM's own transfer at once; False is where it has to join first, None never."""
-        return self.engine.in_group if self.engine.name == "vllm" else None
-
-    def join(self, message: dict[str, Any]) -> None:
-        """See :meth:`~reinforcepp.rollout.vllm_integration.VllmEngine.join`."""
-        self.engine.join(message)
-
-    def transfer(self, step: str, *message: Any) -> None:
-        """See :meth:`~reinforcepp.rollout.vllm_integration.VllmEngine.transfer`."""
-        self.engine.transfer(step, *message)
-
-    def took_over(self, later: Callable[[], Packed]) -> None:
-        """Generate with what was transferred; ``later`` gives the same weights, should they be needed here."""
-        self.engine.took_over(lambda: self._filled(later()))
-
-    def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """The completions of each prompt."""
-        completions = self.engine.generate(prompts, sampling)
+    def process(self, items: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """Return the completions of each prompt."""
+        completions = self.engine.generate(items, sampling)
         number = sampling.num_samples
         return [completions[i : i + number] for i in range(0, len(completions), number)]
 
+    def in_transfer_group(self) -> bool | None:
+        """Return whether the engine is in the group for NCCL weight transfer; None if it never can be."""
+        return self.engine.in_transfer_group if self.engine.name == "vllm" else None
+
+    def join_transfer(self, message: dict[str, Any]) -> None:
+        """See :meth:`~reinforcepp.rollout.vllm_integration.VllmEngine.join_transfer`."""
+        self.engine.join_transfer(message)
+
+    def transfer(self, method: str, *arguments: Any) -> None:
+        """See :meth:`~reinforcepp.rollout.vllm_integration.VllmEngine.transfer`."""
+        self.engine.transfer(method, *arguments)
+
+    def finish_transfer(self, packed: Callable[[], PackedWeights]) -> None:
+        """Generate with the transferred weights; ``packed`` returns the same weights if the engine must restart."""
+        self.engine.finish_transfer(lambda: self._unpack(packed()))
+
     @cached_property
     def choice(self) -> EngineChoice:
-        """Which engine it is here."""
-        recipe = self.recipe
-        choice = choose_engine(recipe.engine, recipe.config, recipe.dtype)
-        if recipe.tensor_parallel_size > 1 and choice.name != "vllm":
+        """The engine for this node."""
+        spec = self.spec
+        choice = choose_engine(spec.engine, spec.config, spec.dtype)
+        if spec.tensor_parallel_size > 1 and choice.name != "vllm":
             raise RolloutError(
-                f"vllm_tensor_parallel_size is {recipe.tensor_parallel_size}, and on {socket.gethostname()} vLLM can't be used: "
-                f"{choice.reason}."
+                f"--vllm_tensor_parallel_size {spec.tensor_parallel_size}: vLLM can't be used on {socket.gethostname()} "
+                f"({choice.reason}). Install it there, or set 1."
             )
         return choice
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """For the weights that come packed."""
-        model = meta_model(self.recipe.config, self.recipe.dtype)
-        model.generation_config = self.recipe.generation_config
+        """The model into which packed weights are loaded."""
+        model = meta_model(self.spec.config, self.spec.dtype)
+        model.generation_config = self.spec.generation_config
         return model
 
-    def _filled(self, packed: Packed) -> PreTrainedModel:
-        fill(self.model, packed, on_gpu=self.choice.name == "transformers")  # vLLM has a copy of its own there
+    def _unpack(self, packed: PackedWeights) -> PreTrainedModel:
+        unpack(self.model, packed, on_gpu=self.choice.name == "transformers")  # vLLM has its own copy there
         return self.model
 
 
-def fill(model: PreTrainedModel, packed: Packed, *, on_gpu: bool = True) -> None:
-    """Give ``model`` these weights and buffers, in the memory that they are in or, ``on_gpu``, on the GPU if there is one.
+def pack(model: PreTrainedModel) -> PackedWeights:
+    """Return the weights and buffers of ``model``; weights that share memory share one array."""
+    arrays: dict[int, PackedTensor] = {}
 
-    Raises:
-        RolloutError: this machine has another version of this package than the one that packed them.
-    """
-    if packed.version != own_version():
-        raise RolloutError(
-            f"The trainer has reinforcepp {packed.version}, and {socket.gethostname()}, a machine of the pool, has "
-            f"{own_version()}: install the same version on all of them."
-        )
-    place = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
-    model.load_state_dict({name: as_tensor(v).to(place) for name, v in packed.weights.items()}, assign=True)
-    model.tie_weights()
-    for name, values in packed.buffers.items():
-        owner, _, own = name.rpartition(".")
-        model.get_submodule(owner)._buffers[own] = as_tensor(values).to(place)
-
-
-def pack(model: PreTrainedModel) -> Packed:
-    """What workers need of ``model``; memory that two weights share is one array."""
-    arrays: dict[int, Values] = {}
-
-    def shared(weight: Tensor) -> Values:
-        values = as_array(weight)
-        return arrays.setdefault(values[1].ctypes.data, values)  # which is kept, so its address is nobody else's
+    def shared(weight: Tensor) -> PackedTensor:
+        tensor = as_array(weight)
+        return arrays.setdefault(tensor[1].ctypes.data, tensor)  # the array is kept, so its address stays unique
 
     weights = {name: shared(weight) for name, weight in full_weights(model)}
     buffers = {name: as_array(buffer) for name, buffer in base_model(model).named_buffers()}
-    return Packed(weights, buffers, own_version())
+    return PackedWeights(weights, buffers, own_version())
 
 
-def as_array(weight: Tensor) -> Values:
-    """A tensor as NumPy holds it, which knows no bfloat16, and its type."""
+def unpack(model: PreTrainedModel, packed: PackedWeights, *, on_gpu: bool = True) -> None:
+    """Give ``model`` these weights and buffers: in their own memory or, if ``on_gpu``, on the GPU if there is one.
+
+    Raises:
+        RolloutError: This node has another version of this package than the trainer.
+    """
+    if packed.version != own_version():
+        raise RolloutError(
+            f"The trainer has reinforcepp {packed.version}, but {socket.gethostname()}, a node of the pool, has "
+            f"{own_version()}. Install the same version on all nodes."
+        )
+    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+    weights = {name: as_tensor(packed_tensor).to(device) for name, packed_tensor in packed.weights.items()}
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    for name, packed_tensor in packed.buffers.items():
+        module, _, buffer = name.rpartition(".")
+        model.get_submodule(module)._buffers[buffer] = as_tensor(packed_tensor).to(device)
+
+
+def as_array(weight: Tensor) -> PackedTensor:
+    """Return the dtype and values of ``weight``; bfloat16, which NumPy lacks, is stored as int16."""
     plain = weight.detach().cpu().contiguous()
-    narrow = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
-    return str(plain.dtype).removeprefix("torch."), narrow.numpy()
+    storable = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
+    return str(plain.dtype).removeprefix("torch."), storable.numpy()
 
 
-def as_tensor(values: Values) -> Tensor:
-    """What :func:`as_array` was given; the memory is shared."""
-    dtype, array = values
+def as_tensor(packed: PackedTensor) -> Tensor:
+    """Return the tensor that :func:`as_array` packed, in the array's memory."""
+    dtype, array = packed
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that this memory can't be written to: nobody does
+        warnings.simplefilter("ignore", UserWarning)  # Ray's memory is read-only, and nothing here writes to it
         return torch.from_numpy(array).view(getattr(torch, dtype))

@@ -1,8 +1,8 @@
-"""One vLLM server that is trained against: what it is asked, what it must be like, and how it is seen to be gone.
+"""The client of one vLLM server: its requests, its requirements, and how a lost server is detected.
 
-Written against vLLM 0.32 and the endpoints that ``vllm serve`` has itself: ``/v1/completions``, and those of
-``VLLM_SERVER_DEV_MODE=1`` for weights. Whatever is asked, the server's ``/health`` is looked at beside it, so a server that
-has died, was stopped or can't be reached any more is told from one that is slow.
+Written against vLLM 0.32 and the endpoints of ``vllm serve``: ``/v1/completions``, and those of ``VLLM_SERVER_DEV_MODE=1``
+for weights. During every request the client also polls the server's ``/health``. So it distinguishes a server that died, was
+stopped or can't be reached from a slow one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import httpx2
 import torch
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.rollout.engine import completed
+from reinforcepp.rollout.engine import to_completion
 from reinforcepp.rollout.vllm.compat import sampling_settings
 from reinforcepp.rollout.vllm.server import KEY, training_command
 from reinforcepp.runtime import outcome
@@ -31,178 +31,181 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-TESTED = "0.32."
-SHOWN = 300  # characters of what a server says
+TESTED_VERSION = "0.32."
+SHOWN_CHARACTERS = 300  # of a server's response in an error message
 EVENT, END = b"data: ", b"data: [DONE]"  # lines of a stream
 TOKENS_PER_EVENT = 16
 
 log = logging.getLogger(__name__)
 
 
-class Fault(Exception):
-    """Why a server can't be used now, though it may be later; the text goes on where its address ends."""
+class ServerUnavailable(Exception):
+    """Why a server can't be used now, though perhaps later. The text continues a sentence that begins with its address."""
 
 
-class Failed(Fault):
-    """It is there, and failed to do what it was asked."""
+class RequestFailed(ServerUnavailable):
+    """The server responded with an internal error."""
 
 
-class Unfit(RolloutError):
-    """It isn't a server that can be trained against: at the start a mistake of the user's."""
+class IncompatibleServer(RolloutError):
+    """The server can't be used for this training; at the start it is a user's mistake."""
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a server is waited for, in seconds."""
+class Timeouts:
+    """Timeouts for a server, in seconds."""
 
     connect: float = 5.0
-    """To be reached."""
-    beat: float = 5.0
-    """Between two looks at its health while it works."""
+    """To open a connection."""
+    health_interval: float = 5.0
+    """Between two health checks during a request."""
     health: float = 10.0
-    """For the answer to each; two in a row may not fail."""
-    work: float = 300.0
-    """For its next token, or until it has taken over weights."""
-    gone: float = 60.0
-    """For one of the servers to come back when none is left."""
+    """For one health check; two failures in a row mean that the server is lost."""
+    progress: float = 300.0
+    """To the next token, or to the end of a weight transfer."""
+    rejoin: float = 60.0
+    """For one of the servers to come back if none is left."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a training needs of a server."""
+class ServerRequirements:
+    """Requirements of this training for a server."""
 
     model: str
-    """For the command to start it."""
+    """Name of the model, for the command that starts a server."""
     max_length: int
-    """Prompt and completion together, in tokens."""
-    vocabulary: int
+    """Tokens of prompt and completion together."""
+    vocab_size: int
     eos_ids: frozenset[int]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a server says of itself."""
+class ServerInfo:
+    """A server's description of itself."""
 
     model: str
-    """The name that requests have to give."""
+    """The model's name in requests."""
     version: str
     max_length: int
     dtype: torch.dtype
     logprobs_mode: str
     extension: str
-    """The worker extension that it was started with."""
+    """Its worker extension."""
     weight_transfer: str
-    """The backend for weights that it was started with."""
+    """Backend of its weight transfer."""
 
 
 class VllmClient:
-    """A server at ``url``, spoken to with ``key``; for one thread at a time.
+    """The client of the server at ``url`` with an API ``key``; for one thread at a time.
 
-    Its methods raise a ``Fault`` where the server can't be used now, ``Unfit`` where it never can, and another ``RolloutError``
-    where no server could do what is asked.
+    Methods raise ``ServerUnavailable`` if the server can't be used now, ``IncompatibleServer`` if it never can, and another
+    ``RolloutError`` if no server could fulfill the request.
     """
 
-    def __init__(self, url: str, key: str | None, need: Need, patience: Patience) -> None:
-        self.url, self.need, self.patience = url, need, patience
-        self.facts: Facts | None = None
+    def __init__(self, url: str, key: str | None, requirements: ServerRequirements, timeouts: Timeouts) -> None:
+        self.url, self.requirements, self.timeouts = url, requirements, timeouts
+        self.info: ServerInfo | None = None
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._last_sign = 0.0
-        self._tls = ssl.create_default_context()  # reads many certificates, and would be made for each connection
+        self._last_progress = 0.0
+        self._tls = ssl.create_default_context()  # made once, because it reads many certificates
 
-    # --- what it is asked ---
+    # --- requests ---
 
-    def check(self) -> Facts:
-        """See that the server is one that can be trained against."""
-        self.facts = outcome(self._watched(self._check()))
-        return self.facts
+    def check(self) -> ServerInfo:
+        """Check that the server meets the requirements."""
+        self.info = outcome(self._monitored(self._check()))
+        return self.info
 
     def post(self, path: str, body: Any = None) -> Any:
-        """What an endpoint answers."""
-        return outcome(self._watched(self._post(path, body)))
+        """Send a POST request and return its response."""
+        return outcome(self._monitored(self._post(path, body)))
 
     def get(self, path: str) -> Any:
-        """What an endpoint says."""
+        """Send a GET request and return its response."""
 
-        async def work() -> Any:
+        async def request() -> Any:
             async with self._client() as client:
                 return await self._get(client, path)
 
-        return outcome(self._watched(work()))
+        return outcome(self._monitored(request()))
 
-    def answer(
+    def generate(
         self,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
-        at_a_time: int,
+        max_concurrent: int,
         version: str,
     ) -> list[list[Completion]]:
-        """The completions of each prompt, sampled from the weights called ``version``."""
+        """Return the completions of each prompt, sampled from the weights called ``version``."""
 
-        async def all_of_them() -> list[list[Completion]]:
+        async def request() -> list[list[Completion]]:
             rows = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
-            room = asyncio.Semaphore(at_a_time)
+            slots = asyncio.Semaphore(max_concurrent)
             async with self._client() as client:
-                sampled = await asyncio.gather(*(self._sample(client, room, sampling, *row) for row in rows))
-                held = (await self._get(client, "/weight_info"))["weight_version"]
-            if held != version:
-                raise Fault(
-                    f"holds other weights ({held!r}) than it was given ({version!r}): it was started again, or another "
+                sampled = await asyncio.gather(*(self._sample(client, slots, sampling, *row) for row in rows))
+                current = (await self._get(client, "/weight_info"))["weight_version"]
+            if current != version:
+                raise ServerUnavailable(
+                    f"holds other weights ({current!r}) than this run gave it ({version!r}): it was restarted, or another "
                     "training uses it"
                 )
-            whole = [
-                completed(tokenizer, self.need.eos_ids, prompt, *drawn)
-                for (prompt, _), drawn in zip(rows, sampled, strict=True)
+            completions = [
+                to_completion(tokenizer, self.requirements.eos_ids, prompt, *tokens)
+                for (prompt, _), tokens in zip(rows, sampled, strict=True)
             ]
             number = sampling.num_samples
-            return [whole[i : i + number] for i in range(0, len(whole), number)]
+            return [completions[i : i + number] for i in range(0, len(completions), number)]
 
-        return outcome(self._watched(all_of_them()))
+        return outcome(self._monitored(request()))
 
     # --- inside ---
 
-    async def _check(self) -> Facts:
+    async def _check(self) -> ServerInfo:
         async with self._client() as client:
-            await self._look_at_health(client)
-            listed = await self._get(client, "/v1/models")
+            await self._check_health(client)
+            models = await self._get(client, "/v1/models")
             version = await self._get(client, "/version")
-            info = await self._get(client, "/server_info?config_format=json")
+            config = await self._get(client, "/server_info?config_format=json")
             try:
-                facts = _facts(listed, version, info)
+                info = _parse_info(models, version, config)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise Unfit(
-                    f"What {self.url} says of itself isn't what a server of vLLM {TESTED}x says: {error!r}."
+                raise IncompatibleServer(
+                    f"--rollout: the server {self.url} doesn't describe itself as vLLM {TESTED_VERSION}x does ({error!r}). "
+                    f"Start vLLM {TESTED_VERSION}x there."
                 ) from error
-            if not facts.version.startswith(TESTED):
-                log.warning("%s runs vLLM %s; this was written against %sx.", self.url, facts.version, TESTED)
-            if facts.max_length < self.need.max_length:
-                self._refuse(
-                    f"takes sequences of {facts.max_length} tokens, but this training's have up to {self.need.max_length}"
+            if not info.version.startswith(TESTED_VERSION):
+                log.warning("%s runs vLLM %s. This client is tested with %sx.", self.url, info.version, TESTED_VERSION)
+            if info.max_length < self.requirements.max_length:
+                self._reject(
+                    f"takes sequences of {info.max_length} tokens, but this training needs {self.requirements.max_length}"
                 )
-            if facts.logprobs_mode != "processed_logprobs":
-                self._refuse(f"tells {facts.logprobs_mode}, not the log-probabilities of what is sampled")
-            # whoever used it before may have died in the middle of an update
+            if info.logprobs_mode != "processed_logprobs":
+                self._reject(
+                    f"returns {info.logprobs_mode} instead of the log-probabilities of the sampling distribution"
+                )
+            # an earlier client can have died in the middle of an update, which leaves the server paused
             await self._post("/resume", client=client)
-            await self._knows_last_token(client, facts.model)
-        return facts
+            await self._check_last_token(client, info.model)
+        return info
 
-    async def _knows_last_token(self, client: httpx2.AsyncClient, model: str) -> None:
-        """Refuse a model with fewer tokens, which weights of this training's model would break."""
-        last = self.need.vocabulary - 1
+    async def _check_last_token(self, client: httpx2.AsyncClient, model: str) -> None:
+        """Reject a model with a smaller vocabulary, because this training's weights would break it."""
+        last = self.requirements.vocab_size - 1
         response = await client.post("/v1/completions", json={"model": model, "prompt": [last], "max_tokens": 1})
         if response.status_code == 400 and "vocabulary" in response.text:
-            self._refuse(f"serves another model ({model}), one that doesn't know token {last}")
-        self._read(response)
+            self._reject(f"serves another model ({model}), whose vocabulary lacks token {last}")
+        self._parse(response)
 
     async def _sample(
-        self, client: httpx2.AsyncClient, room: asyncio.Semaphore, sampling: Sampling, prompt: Prompt, sample: int
+        self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, sampling: Sampling, prompt: Prompt, sample: int
     ) -> tuple[list[int], list[float]]:
-        assert self.facts is not None, "a server is checked first"
-        body = sampling_settings(sampling, prompt, sample, self.need.eos_ids) | {
-            "model": self.facts.model,
+        assert self.info is not None, "a server is checked first"
+        body = sampling_settings(sampling, prompt, sample, self.requirements.eos_ids) | {
+            "model": self.info.model,
             "prompt": list(prompt.ids),
-            "min_p": 0,  # or a server would take what the model's own settings say
+            "min_p": 0,  # otherwise a server takes the value from the model's own settings
             "return_token_ids": True,
             "stream": True,
             "stream_interval": TOKENS_PER_EVENT,
@@ -210,35 +213,35 @@ class VllmClient:
         ids: list[int] = []
         logprobs: list[float] = []
         reason = None
-        async with room, client.stream("POST", "/v1/completions", json=body) as response:
+        async with slots, client.stream("POST", "/v1/completions", json=body) as response:
             if not response.is_success:
                 await response.aread()
-                self._read(response)
+                self._parse(response)
             async for event in _events(response):
-                part = _part(event)
+                part = _parse_event(event)
                 ids += part[0]
                 logprobs += part[1]
                 reason = part[2] or reason
-                self._last_sign = time.monotonic()
+                self._last_progress = time.monotonic()
         if reason not in ("stop", "length") or not len(ids) == len(logprobs) > 0:
-            raise Fault(f"gave up in the middle of an answer ({reason or 'without a reason'})")
+            raise ServerUnavailable(f"broke off in the middle of a completion ({reason or 'without a reason'})")
         return ids, logprobs
 
     async def _get(self, client: httpx2.AsyncClient, path: str) -> Any:
-        return self._read(await client.get(path))
+        return self._parse(await client.get(path))
 
     async def _post(self, path: str, body: Any = None, *, client: httpx2.AsyncClient | None = None) -> Any:
         if client is not None:
-            return self._read(await client.post(path, json=body))
-        async with self._client() as own:
-            return self._read(await own.post(path, json=body))
+            return self._parse(await client.post(path, json=body))
+        async with self._client() as new:
+            return self._parse(await new.post(path, json=body))
 
-    async def _look_at_health(self, client: httpx2.AsyncClient) -> None:
-        limits = httpx2.Timeout(self.patience.health, connect=self.patience.connect)
-        self._read(await client.get("/health", timeout=limits))
+    async def _check_health(self, client: httpx2.AsyncClient) -> None:
+        limits = httpx2.Timeout(self.timeouts.health, connect=self.timeouts.connect)
+        self._parse(await client.get("/health", timeout=limits))
 
     def _client(self) -> httpx2.AsyncClient:
-        """A client without limits of time: those are :meth:`_watched`'s."""
+        """Return an HTTP client without timeouts, because :meth:`_monitored` sets them."""
         return httpx2.AsyncClient(
             base_url=self.url,
             headers=self._headers,
@@ -248,75 +251,82 @@ class VllmClient:
             trust_env=False,
         )
 
-    def _read(self, response: httpx2.Response) -> Any:
-        """What the server says, if it is an answer."""
-        status, said = response.status_code, response.text[:SHOWN]
+    def _parse(self, response: httpx2.Response) -> Any:
+        """Return the body of a successful response; raise an error for any other."""
+        status, body = response.status_code, response.text[:SHOWN_CHARACTERS]
         if status in (401, 403):
-            raise Unfit(f"The vLLM server {self.url} wants another key: set {KEY} to the one that it was started with.")
+            raise IncompatibleServer(
+                f"{KEY}: the vLLM server {self.url} expects another key. Set {KEY} to the key that it was started with."
+            )
         if status == 404:
-            self._refuse(f"doesn't offer {response.url.path}")
+            self._reject(f"doesn't offer {response.url.path}")
         if 400 <= status < 500 and status not in (408, 425, 429):
-            raise RolloutError(f"The vLLM server {self.url} refuses {response.url.path}: {said}")
+            raise RolloutError(f"The vLLM server {self.url} rejected a request to {response.url.path}: {body}")
         if not response.is_success:
-            raise Failed(f"failed with {status} {response.reason_phrase} ({said})")
-        if not said:
+            raise RequestFailed(f"failed with {status} {response.reason_phrase} ({body})")
+        if not body:
             return None
         try:
             return response.json()
         except ValueError as error:
-            raise Unfit(f"At {self.url} is something else than a vLLM server; it said {said!r}.") from error
+            raise IncompatibleServer(
+                f"--rollout: {self.url} isn't a vLLM server; it answered {body!r}. Check the address."
+            ) from error
 
-    def _refuse(self, why: str) -> None:
-        raise Unfit(
-            f"The vLLM server {self.url} {why}: start it by `{training_command(self.need.model, self.need.max_length)}`."
+    def _reject(self, problem: str) -> None:
+        raise IncompatibleServer(
+            f"--rollout: the vLLM server {self.url} {problem}. Start it with:\n"
+            f"  {training_command(self.requirements.model, self.requirements.max_length)}"
         )
 
-    # --- whether it is there ---
+    # --- lost servers ---
 
-    async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
-        """What ``work`` gives, unless the server is seen to be gone before."""
-        self._last_sign = time.monotonic()
-        task, beat = asyncio.create_task(work), asyncio.create_task(self._beat())
+    async def _monitored(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of ``work``, or raise ``ServerUnavailable`` as soon as the server is lost."""
+        self._last_progress = time.monotonic()
+        task, monitor = asyncio.create_task(work), asyncio.create_task(self._monitor())
         try:
-            await asyncio.wait((task, beat), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((task, monitor), return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                await beat  # raises
+                await monitor  # raises
             return await task
         except httpx2.ConnectTimeout as error:
-            raise Fault(f"can't be reached (no connection within {self.patience.connect:g} s)") from error
+            raise ServerUnavailable(f"can't be reached (no connection within {self.timeouts.connect:g} s)") from error
         except httpx2.ConnectError as error:
-            raise Fault(f"can't be reached ({_cause(error)})") from error
+            raise ServerUnavailable(f"can't be reached ({_root_cause(error)})") from error
         except httpx2.TimeoutException as error:
-            raise Fault("gave no answer in time") from error
+            raise ServerUnavailable("didn't respond in time") from error
         except httpx2.TransportError as error:
-            raise Fault(f"broke off ({_cause(error)})") from error
+            raise ServerUnavailable(f"closed the connection ({_root_cause(error)})") from error
         finally:
             task.cancel()
-            beat.cancel()
+            monitor.cancel()
 
-    async def _beat(self) -> None:
-        """Look at the server's health until it is bad, or nothing comes for too long."""
-        patience, missed = self.patience, 0
+    async def _monitor(self) -> None:
+        """Check the server's health until it fails, or until there is no progress for too long."""
+        timeouts, failures = self.timeouts, 0
         async with self._client() as client:
             while True:
-                await asyncio.sleep(patience.beat)
-                if time.monotonic() - self._last_sign > patience.work:
-                    raise Fault(f"has shown no progress for {patience.work:g} s, though it says it is well")
+                await asyncio.sleep(timeouts.health_interval)
+                if time.monotonic() - self._last_progress > timeouts.progress:
+                    raise ServerUnavailable(
+                        f"made no progress for {timeouts.progress:g} s, though it reports to be healthy"
+                    )
                 try:
-                    await self._look_at_health(client)
-                    missed = 0
+                    await self._check_health(client)
+                    failures = 0
                 except httpx2.TransportError as error:
-                    missed += 1
-                    if missed > 1:
-                        raise Fault(f"no longer answers ({_cause(error)})") from error
+                    failures += 1
+                    if failures > 1:
+                        raise ServerUnavailable(f"no longer responds ({_root_cause(error)})") from error
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------------------------------
 
 
-def _facts(listed: Any, version: Any, info: Any) -> Facts:
-    model, config = listed["data"][0], info["vllm_config"]["model_config"]
-    return Facts(
+def _parse_info(models: Any, version: Any, info: Any) -> ServerInfo:
+    model, config = models["data"][0], info["vllm_config"]["model_config"]
+    return ServerInfo(
         model=str(model["id"]),
         version=str(version["version"]),
         max_length=int(model["max_model_len"]),
@@ -328,8 +338,9 @@ def _facts(listed: Any, version: Any, info: Any) -> Facts:
 
 
 async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """What a stream says, event by event. ``aiter_lines`` won't do: it also ends lines within texts, where they have an end
-    of line that JSON leaves as it is.
+    """Yield the events of a stream.
+
+    ``aiter_lines`` doesn't work here: it also splits lines at Unicode separators, which JSON leaves inside texts.
     """
     rest = b""
     async for data in response.aiter_bytes():
@@ -339,27 +350,28 @@ async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
                 yield line.removeprefix(EVENT)
 
 
-def _part(event: bytes) -> tuple[list[int], list[float], str | None]:
-    """The tokens, their log-probabilities and, at the end, the reason for it."""
+def _parse_event(event: bytes) -> tuple[list[int], list[float], str | None]:
+    """Return the event's tokens, their log-probabilities, and the finish reason if it is the last one."""
     try:
-        said = json.loads(event)
-        if "error" in said:
-            raise Fault(f"failed in the middle of an answer ({str(said['error'])[:SHOWN]})")
-        (choice,) = said["choices"]
+        content = json.loads(event)
+        if "error" in content:
+            shown = str(content["error"])[:SHOWN_CHARACTERS]
+            raise ServerUnavailable(f"failed in the middle of a completion ({shown})")
+        (choice,) = content["choices"]
         logprobs = choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
         return choice["token_ids"], logprobs, choice["finish_reason"]
     except (KeyError, TypeError, ValueError) as error:
-        raise Fault(f"answered something that can't be read ({event[:SHOWN]!r})") from error
+        raise ServerUnavailable(f"sent an unreadable response ({event[:SHOWN_CHARACTERS]!r})") from error
 
 
-def _cause(error: BaseException) -> str:
-    """What the system says, which the libraries in between put in other words."""
+def _root_cause(error: BaseException) -> str:
+    """Return the operating system's message, which the libraries in between replace by other words."""
     if isinstance(error, httpx2.TimeoutException):
-        return "nothing came in time"
+        return "timeout"
     deepest, inner = str(error) or type(error).__name__, error.__cause__ or error.__context__
     while inner is not None:
         if isinstance(inner, ssl.SSLError):
-            return str(inner)  # its number is none of the system's
+            return str(inner)  # its number isn't one of the operating system's
         if isinstance(inner, OSError) and inner.errno:
             deepest = os.strerror(inner.errno) if inner.errno > 0 else str(inner.strerror)
         inner = inner.__cause__ or inner.__context__

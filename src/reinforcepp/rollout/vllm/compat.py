@@ -1,4 +1,4 @@
-"""Whether vLLM is there and runs a model, how it is imported, and how it is asked."""
+"""Whether vLLM is available and runs a model, how it is imported, and its parameters for one completion."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from reinforcepp.models import loading as models
-from reinforcepp.rollout.engine import random_state_kept, request_seed
+from reinforcepp.rollout.engine import preserve_random_state, request_seed
 from reinforcepp.rollout.vllm.memory import head_size
 from reinforcepp.types import Prompt, Sampling
 
@@ -23,24 +21,24 @@ if TYPE_CHECKING:
 
 
 def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether vLLM runs such a model on this machine, and if not, why and what to do."""
+    """Return whether vLLM runs such a model on this node, and why; a refusal says what to do."""
     if importlib.util.find_spec("vllm") is None:
-        return False, f"vLLM isn't installed; to get it: {_install_command()}"
+        return False, f"vLLM isn't installed ({_install_command()})"
     platform = import_vllm().platforms.current_platform
     if not platform.is_cpu() and not torch.cuda.is_available():
-        return False, f"the installed vLLM is for GPUs and this machine has none; instead: {_install_command()}"
+        return (
+            False,
+            f"the installed vLLM needs a GPU, but this node has none ({_install_command()})",
+        )
     text = config.get_text_config()
     architecture = models.architecture(config)
     from vllm.model_executor.models import ModelRegistry
 
     if architecture not in ModelRegistry.get_supported_archs():
-        return False, f"vLLM doesn't know the model family {architecture}"
-    own = model_class(architecture)
-    if own is None or own.__module__.startswith("vllm.model_executor.models.transformers"):
-        return (
-            False,
-            f"vLLM runs {architecture} by changing transformers' own class, with which the trainer then can't work",
-        )
+        return False, f"vLLM doesn't support the model family {architecture}"
+    native = model_class(architecture)
+    if native is None or native.__module__.startswith("vllm.model_executor.models.transformers"):
+        return False, f"vLLM runs {architecture} by patching the transformers class, which the trainer uses too"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False, f"vLLM doesn't run models in {dtype}"
     if platform.is_cpu():
@@ -51,9 +49,9 @@ def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str
             listed = ", ".join(map(str, sizes))
             return (
                 False,
-                f"vLLM on a CPU runs attention heads of size {listed}, but the model's have {head_size(text)}",
+                f"vLLM on a CPU supports attention heads of size {listed}, but the model's have {head_size(text)}",
             )
-    return True, f"vLLM runs {architecture} on this machine's {'CPU' if platform.is_cpu() else 'GPU'}"
+    return True, f"vLLM runs {architecture} on this node's {'CPU' if platform.is_cpu() else 'GPU'}"
 
 
 def _install_command() -> str:
@@ -63,19 +61,19 @@ def _install_command() -> str:
 
 
 def import_vllm() -> Any:
-    """Import vllm, in process and quiet unless the user's environment says otherwise."""
+    """Import vllm, in this process and quiet unless the user's environment sets otherwise."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns that a CPU has no Triton
-    with random_state_kept(), warnings.catch_warnings(action="ignore", category=FutureWarning):
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns that a CPU has no Triton
+    with preserve_random_state(), warnings.catch_warnings(action="ignore", category=FutureWarning):
         import vllm
         import vllm.platforms
     return vllm
 
 
 def model_class(architecture: str) -> type | None:
-    """VLLM's own class for the models that transformers calls ``architecture``."""
+    """Return vLLM's class for the models that transformers calls ``architecture``."""
     from vllm.model_executor.models import ModelRegistry
 
     found: type | None = ModelRegistry._try_load_model_cls(architecture)
@@ -83,26 +81,20 @@ def model_class(architecture: str) -> type | None:
 
 
 def has_output_layer(architecture: str) -> bool:
-    """Whether vLLM's model has one beside the embeddings: Gemma's has none, and can't be given weights for it."""
-    if importlib.util.find_spec("vllm") is None:  # here, though a server elsewhere has it
+    """Return whether vLLM's model has an output layer apart from its embeddings; Gemma's has none and refuses its weights."""
+    if importlib.util.find_spec("vllm") is None:  # the trainer can lack vLLM if a server on another node has it
         return not architecture.startswith("Gemma")
     import_vllm()
     found = model_class(architecture)
     if found is None:
         return True
-    own = [vars(part) for part in found.__mro__ if part.__module__.startswith("vllm.")]
-    makers = [names["__init__"] for names in own if "__init__" in names]
-    return any("self.lm_head" in inspect.getsource(maker) for maker in makers)
-
-
-def without_tied(config: PreTrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """All but an output layer that is tied: there it has the embeddings' memory, or is them and is refused a second time."""
-    tied = config.get_text_config().tie_word_embeddings
-    return ((name, weight) for name, weight in weights if not (tied and name.startswith("lm_head.")))
+    parts = [vars(part) for part in found.__mro__ if part.__module__.startswith("vllm.")]
+    constructors = [names["__init__"] for names in parts if "__init__" in names]
+    return any("self.lm_head" in inspect.getsource(constructor) for constructor in constructors)
 
 
 def sampling_settings(sampling: Sampling, prompt: Prompt, sample: int, eos_ids: frozenset[int]) -> dict[str, Any]:
-    """How vLLM is asked for one completion, in this process or by a server."""
+    """Return vLLM's parameters for one completion, for an engine in this process or a server."""
     return {
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,

@@ -1,4 +1,4 @@
-"""What vLLM 0.32 is spared on a CPU, and what is given back there."""
+"""Patches that make vLLM 0.32 faster and smaller on a CPU without changing its results."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from reinforcepp.rollout.sampling import draw
 
 
-def spare_work() -> None:
-    """Exchange five things that vLLM does on a CPU for others with the same outcome; the first three are a seventh of a step.
+def patch_vllm() -> None:
+    """Replace five functions of vLLM; the first three save a seventh of the time per decoding step.
 
-    - It draws tokens by the Gumbel trick, two logarithms for each token of the vocabulary; ``draw`` needs one exponential.
-    - It counts each sampled token's rank in the vocabulary, by a function that is compiled first, in 8 to 25 s; nobody
-      reads ranks here.
-    - It computes GPT-2's activation in eight passes over memory; torch has the same function in one.
-    - It packs each matrix over the vocabulary a second time with every load of weights, also those that only look up tokens.
-      Here it is packed when it is first multiplied with.
-    - It loads an output layer that is tied to the embeddings as a layer of its own. Here it is the embeddings.
+    - Sampling uses the Gumbel trick, two logarithms per token of the vocabulary; ``draw`` needs one exponential.
+    - vLLM counts each sampled token's rank in the vocabulary with a function that takes 8 to 25 s to compile. Nothing here
+      reads ranks.
+    - GPT-2's activation makes eight passes over memory; torch computes it in one call.
+    - Every weight update packs each matrix over the vocabulary a second time, even one that only looks up tokens. Here a
+      matrix is packed when it is first multiplied with.
+    - An output layer that is tied to the embeddings is loaded as a separate layer. Here it is the embeddings.
     """
     from vllm.model_executor.layers import activation
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -29,14 +29,14 @@ def spare_work() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler
 
     topk_topp_sampler.TopKTopPSampler.forward_cpu = _sample
-    sampler.batched_count_greater_than = _no_ranks
+    sampler.batched_count_greater_than = _zero_ranks
     activation.NewGELU.forward_native = _tanh_gelu
-    UnquantizedEmbeddingMethod.process_weights_after_loading = _unpacked
-    UnquantizedEmbeddingMethod.tie_weights = _the_embeddings
+    UnquantizedEmbeddingMethod.process_weights_after_loading = _pack_later
+    UnquantizedEmbeddingMethod.tie_weights = _use_embeddings
 
 
-def give_back_freed() -> None:
-    """Give back to the system what is free in this process, where the C library can: glibc keeps it, up to 100 MiB."""
+def release_free_memory() -> None:
+    """Return this process's free memory to the system if the C library supports it; glibc keeps up to 100 MiB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -56,7 +56,7 @@ def _sample(
     return ids_B, logits_BV.float() - log_z_B1
 
 
-def _no_ranks(logprobs_BV: Tensor, _sampled_B1: Tensor) -> Tensor:
+def _zero_ranks(logprobs_BV: Tensor, _sampled_B1: Tensor) -> Tensor:
     return logprobs_BV.new_zeros(logprobs_BV.shape[0], dtype=torch.int64)
 
 
@@ -64,12 +64,12 @@ def _tanh_gelu(_self: Any, x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def _unpacked(_self: Any, layer: Any) -> None:
-    """In place of packing ``layer``, which may have packed weights of before."""
+def _pack_later(_self: Any, layer: Any) -> None:
+    """Drop the packed weights of ``layer``, which can be older ones, and pack at the first product."""
     layer.cpu_linear = partial(_pack_and_multiply, layer)
 
 
-def _the_embeddings(_self: Any, _output_layer: Any, embeddings: Any) -> Any:
+def _use_embeddings(_self: Any, _output_layer: Any, embeddings: Any) -> Any:
     return embeddings
 
 

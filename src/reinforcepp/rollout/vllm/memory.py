@@ -1,4 +1,4 @@
-"""How much memory a key-value cache and a copy of the weights take."""
+"""Memory of vLLM's KV cache and of its copy of the weights."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 CPU_CACHE_CAP = 256 * MIB
-"""Size of the key-value cache on a CPU where one sequence doesn't need more and nobody asked for more."""
+"""Bytes of the KV cache on a CPU, unless one sequence needs more or the user sets more."""
 CPU_BLOCK = 32
-"""Tokens of a cache block on a CPU. vLLM's own 128 would share no prompt shorter than that between its samples."""
+"""Tokens of a cache block on a CPU. vLLM's default of 128 would share no shorter prompt between its samples."""
 
 
 def head_size(text: Any) -> int:
-    """Width of one attention head, of a text model's configuration."""
+    """Return the width of one attention head from a text model's configuration."""
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
+    """Return the bytes of one token's keys and values in all layers."""
     text = config.get_text_config()
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return 2 * text.num_hidden_layers * kv_heads * head_size(text) * dtype.itemsize
 
 
 def cache_budget(per_token: int, length: int, sequences: int, available: int, cap: int | None) -> int:
-    """Bytes for the key-value cache: what the batch needs, at most ``cap``, but at least what one sequence needs.
+    """Return the bytes of the KV cache: enough for the batch, at most ``cap``, but at least enough for one sequence.
 
-    A smaller cache than the batch needs is no error: the engine lets sequences wait for each other.
+    A cache smaller than the batch isn't an error: the engine queues sequences.
 
     Args:
-        per_token: bytes.
-        length: of a sequence, in tokens.
-        sequences: that are generated at a time.
-        available: bytes.
-        cap: bytes; None is none.
+        per_token: Bytes of one token.
+        length: Tokens of a sequence.
+        sequences: Sequences that are generated at a time.
+        available: Bytes that are free.
+        cap: Bytes; None is unlimited.
 
     Raises:
-        RolloutError: not even one sequence fits into ``available``.
+        RolloutError: ``available`` is too small for one sequence.
     """
     block = per_token * CPU_BLOCK
     one = block * -(-length // CPU_BLOCK)
-    least, wanted = one + block, one * sequences + block  # vLLM keeps one block for itself
+    least, wanted = one + block, one * sequences + block  # vLLM reserves one block for itself
     if least > available:
         raise RolloutError(
-            f"The key-value cache of one sequence needs {least / MIB:.0f} MiB, but {max(available, 0) / MIB:.0f} MiB are "
-            "free: lower max_prompt_length or max_new_tokens, use a smaller dtype, or use --rollout transformers."
+            f"--rollout vllm: the KV cache of one sequence needs {least / MIB:.0f} MiB, but {max(available, 0) / MIB:.0f} MiB "
+            "are free. Lower max_prompt_length or max_new_tokens, use a smaller dtype, or use --rollout transformers."
         )
     return max(least, min(wanted, available, wanted if cap is None else cap))
 
@@ -69,12 +69,12 @@ def memory_settings(
     gpu_memory_utilization: float | None,
     tensor_parallel_size: int,
 ) -> dict[str, Any]:
-    """What vLLM is told about memory: the size of the cache on a CPU, on a GPU the share that engine and cache take."""
+    """Return vLLM's memory arguments: on a CPU the cache size, on a GPU the share of memory for engine and cache."""
     if gpu_memory_utilization is not None and on_gpu:
         return {"gpu_memory_utilization": gpu_memory_utilization}
     sequences = cache_bytes_per_token(config, dtype), max_length, max_num_seqs
     if not on_gpu:
-        import psutil  # vllm depends on it
+        import psutil  # a dependency of vllm
 
         available = psutil.virtual_memory().available
         bound = available if cache_bytes is None else min(cache_bytes, available)
@@ -89,7 +89,7 @@ def memory_settings(
 
 
 def weight_bytes(source: PreTrainedModel | str, config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Size of the weights of a live or a saved model in ``dtype``."""
+    """Return the size of the weights of a live or a saved model in ``dtype``."""
     if not isinstance(source, str):
         return sum(p.numel() for p in base_model(source).parameters()) * dtype.itemsize
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""The command and the environment of vLLM's server, which runs in a process of its own."""
+"""The command and the environment of a vLLM server, which runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODULE = "vllm.entrypoints.openai.api_server"
-IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # what our own engine sets; a server needs its engine apart
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # our own engine sets it; a server needs its engine in a separate process
 KEY = "VLLM_API_KEY"
 
 
@@ -32,21 +32,21 @@ def server_command(
     chat_template: str | None,
     on_gpu: bool,
 ) -> list[str]:
-    """How the server is started.
+    """Return the command line that starts a server.
 
     Args:
-        model: folder or hub name.
-        config: the model's.
-        dtype: of the weights.
-        host: address to listen on.
-        port: port to listen on.
-        name: what clients call the model.
-        max_length: prompt and answer together, in tokens.
-        batch_size: answers generated at a time.
-        chat_template: file with the template, where the tokenizer has none.
-        on_gpu: whether the installed vLLM is the one for GPUs, which then takes the share of memory that it always does.
+        model: Folder or Hugging Face Hub name.
+        config: The model's configuration.
+        dtype: Data type of the weights.
+        host: Address to listen on.
+        port: Port to listen on.
+        name: The model's name in requests.
+        max_length: Tokens of prompt and completion together.
+        batch_size: Completions generated at a time.
+        chat_template: File with the template, for a tokenizer without one.
+        on_gpu: Whether the installed vLLM is the GPU build, which then takes its default share of memory.
     """
-    told: dict[str, object] = {
+    settings: dict[str, object] = {
         "model": model,
         "host": host,
         "port": port,
@@ -57,7 +57,7 @@ def server_command(
         "uvicorn-log-level": "warning",
     }
     if chat_template is not None:
-        told["chat-template"] = chat_template
+        settings["chat-template"] = chat_template
     if not on_gpu:
         memory = memory_settings(
             model,
@@ -70,15 +70,15 @@ def server_command(
             gpu_memory_utilization=None,
             tensor_parallel_size=1,
         )
-        told |= {"block-size": CPU_BLOCK, "kv-cache-memory-bytes": memory["kv_cache_memory_bytes"]}
-    flags = [f"--{flag}={value}" for flag, value in told.items()]
-    alone = [] if on_gpu else ["--enforce-eager"]
-    return [sys.executable, "-m", MODULE, *flags, "--disable-log-stats", *alone]
+        settings |= {"block-size": CPU_BLOCK, "kv-cache-memory-bytes": memory["kv_cache_memory_bytes"]}
+    flags = [f"--{flag}={value}" for flag, value in settings.items()]
+    eager = [] if on_gpu else ["--enforce-eager"]
+    return [sys.executable, "-m", MODULE, *flags, "--disable-log-stats", *eager]
 
 
-def server_environment(given: Mapping[str, str], key: str | None) -> dict[str, str]:
-    """The server's environment; a key is there, and not in the command, which every user of the machine can read."""
-    kept = {name: value for name, value in given.items() if name not in (IN_PROCESS, KEY)}
+def server_environment(environment: Mapping[str, str], key: str | None) -> dict[str, str]:
+    """Return the server's environment; it holds the key because every user of the node can read the command line."""
+    kept = {name: value for name, value in environment.items() if name not in (IN_PROCESS, KEY)}
     quiet = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -89,18 +89,18 @@ def server_environment(given: Mapping[str, str], key: str | None) -> dict[str, s
 
 
 def training_command(model: str, max_length: int) -> str:
-    """How a user starts a server to train against."""
+    """Return the command with which a user starts a server for training."""
     flags = f"--max-model-len {max_length} --logprobs-mode processed_logprobs"
     return f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} {flags}"
 
 
 def vllm_is_for_gpus() -> bool:
-    """Whether the installed vLLM runs on GPUs; it must be installed."""
+    """Return whether the installed vLLM is the GPU build; it must be installed."""
     from vllm.platforms import current_platform
 
     return not current_platform.is_cpu()
 
 
 def environment_key() -> str | None:
-    """The key that the user's environment holds for vLLM's server."""
+    """Return the API key for vLLM's server from the environment, if it is set."""
     return os.environ.get(KEY) or None
