@@ -34,8 +34,7 @@ from results import write_result
 
 from reinforcepp.commands import cli
 from reinforcepp.config import VERBS
-from reinforcepp.data import read_preferences, read_prompts
-from reinforcepp.data._table import normalize
+from reinforcepp.data import normalize, read_preferences, read_prompts
 from reinforcepp.errors import ReinforceError
 from reinforcepp.files import write_json
 from reinforcepp.rewards.functions import score_with

@@ -205,10 +205,10 @@ def test_a_bug_keeps_its_traceback(acting):
 HEAD = "prompt,chosen,rejected\n"
 
 BAD_DATA = {
-    "missing": (None, ["bad.csv", "no such file", "check the path"]),
-    "empty": ("", ["bad.csv", "empty", "'prompt', 'chosen', 'rejected'"]),
+    "missing": (None, ["bad.csv", "no such file"]),
+    "empty": ("", ["bad.csv", "empty", "prompt,chosen,rejected"]),
     "header only": (HEAD, ["bad.csv", "no row"]),
-    "latin-1": (HEAD.encode() + b"a,b,c\nd,caf\xe9,f\n", ["bad.csv", "row 3", "0xe9", "UTF-8", "iconv"]),
+    "latin-1": (HEAD.encode() + b"a,b,c\nd,caf\xe9,f\n", ["bad.csv:3", "0xe9", "UTF-8", "iconv"]),
     "column": ("prompt,chosn,rejected\na,b,c\nd,e,f\n", ["'chosen'", "'chosn'", "'rejected'", "Did you mean 'chosn'"]),
     "one row": (HEAD + "a,b,c\n", ["1 usable pair", "at least 2"]),
     "empty cells": (
@@ -217,8 +217,8 @@ BAD_DATA = {
     ),
     "equal": (HEAD + "a,b,c\nd,e,e\nf,g, g \n", ["1 usable pair", "2 with chosen equal to rejected (rows 3, 4)"]),
     "duplicates": (HEAD + "a,b,c\n" * 4, ["1 usable pair", "3 duplicates (rows 3, 4, 5)"]),
-    "quote": (HEAD + 'a,"b,c\n', ["row 2", "double quote"]),
-    "cells": (HEAD + "a,b,c\nd,e,f,g\n", ["row 3", "4 cells", "3"]),
+    "quote": (HEAD + 'a,"b,c\n', ["bad.csv:2", "double quote"]),
+    "cells": (HEAD + "a,b,c\nd,e,f,g\n", ["bad.csv:3", "4 cells", "3"]),
 }
 
 
@@ -253,7 +253,7 @@ def test_rows_that_are_left_out_are_counted_and_the_rest_is_used(place, capsys):
         file.write("How do I see my routes?,Run ip route and read the default line.,Reboot it.\nwhy,,x\nwhy,y,y\n")
     assert cli.main(["reward", "--model", "model", "--data", "pairs.csv", "--num_train_epochs", "1"]) == 0
     err = capsys.readouterr().err
-    assert "8 usable pairs; left out 3 rows" in err
+    assert "8 usable pairs; skipped 3 rows" in err
     for reason in ("1 duplicate (row 10)", "1 empty chosen (row 11)", "1 with chosen equal to rejected (row 12)"):
         assert reason in err
     card = json.loads(Path("models/reward_model/reward_model.json").read_text())

@@ -128,7 +128,7 @@ GOOD = {"--mode": "test_generation", "--model_name": "MODEL", "--prompt": "ping?
         ({"--model_name": "/no/such/model"}, "no model folder /no/such/model"),
         ({"--prompt": None}, "either --prompt or --prompts_file"),
         ({"--prompts_file": "/no/such/file"}, "either --prompt or --prompts_file"),
-        ({"--prompt": None, "--prompts_file": "/no/such/file"}, "/no/such/file can't be read"),
+        ({"--prompt": None, "--prompts_file": "/no/such/file"}, "/no/such/file"),
         ({"--max_new_tokens": "0"}, "max_new_tokens must be at least 1"),
         ({"--max_new_tokens": "many"}, "invalid int value: 'many'"),
         ({"--max_new_tokens": "9999"}, "exceed the model's context of 256"),

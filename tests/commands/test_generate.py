@@ -112,9 +112,9 @@ def test_a_long_prompt_is_cut_and_told(answer, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (b"", ["standard input holds no prompt", "--prompt"]),
-        (b" \n\n", ["standard input holds no prompt"]),
-        (b"fine\nna\xefve\n", ["standard input", "not UTF-8", "line 2", "iconv"]),
+        (b"", ["standard input", "no prompt", "--prompt"]),
+        (b" \n\n", ["standard input", "no prompt"]),
+        (b"fine\nna\xefve\n", ["standard input:2", "UTF-8", "iconv"]),
     ],
 )
 def test_unusable_standard_input(refused, monkeypatch, data, named):
@@ -128,8 +128,8 @@ def test_unusable_files_and_settings(refused, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     assert "No such file" in refused("--prompts_file", str(tmp_path / "none.txt"))
     assert "directory" in refused("--prompts_file", str(tmp_path))
-    assert "line 3" in refused("--prompts_file", str(tmp_path / "latin.txt"))
-    assert "holds no prompt" in refused("--prompts_file", str(tmp_path / "empty.txt"))
+    assert "latin.txt:3" in refused("--prompts_file", str(tmp_path / "latin.txt"))
+    assert "no prompt" in refused("--prompts_file", str(tmp_path / "empty.txt"))
     assert "prompt is empty" in refused("--prompt", " ")
     assert "512 tokens" in refused("--prompt", PROMPT, "--max_new_tokens", "385")
     assert "max_prompt_length 3 leaves no room" in refused("--prompt", PROMPT, "--max_prompt_length", "3")

@@ -519,7 +519,7 @@ def test_every_format_is_checked_alike(write, tmp_path, writer, shape):
     assert ("read-as" in other) == (shape is turns)
     if shape is turns:
         finding = other.pop("read-as")
-        assert finding.severity == "info" and "prompts are what 'chosen' and 'rejected' begin with" in finding.message
+        assert finding.severity == "info" and "shared beginning of 'chosen' and 'rejected'" in finding.message
     plain = found(write(rows))
     assert list(other) == list(plain) and {"equal", "duplicate", "contradiction", "damaged-text"} <= set(other)
     for rule, finding in other.items():

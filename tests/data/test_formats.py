@@ -1,4 +1,4 @@
-"""The same rows out of every format, with their types and numbers; and what each damaged file is told."""
+"""Every format gives the same rows with their types and numbers, and each damaged file gives a named error."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def refusal(source, read=read_prompts, **settings) -> str:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_format_gives_the_same_pairs_prompts_and_split(write, name):
     path = write(name, WRITTEN[name](ROWS))
-    # Where a row begins: below the header and after the cell of two lines, or by its line or place alone.
+    # CSV rows are numbered by line, below the header and after the cell of two lines; JSON rows by line or position.
     numbers = [2, 4, 5, 6, 7, 8] if name.endswith(("csv", "tsv")) else [1, 2, 3, 4, 5, 6]
     data, train, heldout = load_preferences(path, heldout_fraction=0.4, seed=1)
     assert data.pairs == (
@@ -112,7 +112,7 @@ def test_every_format_gives_the_same_pairs_prompts_and_split(write, name):
     ]
     assert (len(train), [pair.prompt for pair in heldout]) == (2, ["How do I see my routes?"])
     assert data.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert data.notes == () and data.summary().startswith(f"{name}: 3 usable pairs; left out 3 rows")
+    assert data.notes == () and data.summary().startswith(f"{name}: 3 usable pairs; skipped 3 rows")
     prompts = read_prompts(path)
     assert [row.prompt for row in prompts.prompts] == ["How do I see my routes?", "Is it up?", "Größe?\t5 €", "same?"]
     assert [row.row for row in prompts.prompts] == [numbers[i] for i in (0, 1, 4, 5)]
@@ -140,14 +140,14 @@ def test_other_columns_keep_their_types(write, kind):
     assert {name: type(value) for name, value in prompt.columns.items()} == {k: type(v) for k, v in TYPED.items()}
 
 
-def test_blank_lines_count_as_lines_and_a_missing_key_is_an_empty_cell(write):
+def test_blank_lines_count_and_missing_keys_are_empty_cells(write):
     path = write("data.jsonl", '\n{"prompt": "a", "x": 1}\n  \n{"x": 2}\n{"prompt": null}\n{"prompt": "b"}')
     data = read_prompts(path)
     assert [(row.prompt, row.row) for row in data.prompts] == [("a", 2), ("b", 6)]
-    assert data.summary() == "data.jsonl: 2 prompts; left out 2 rows: 2 empty prompt (rows 4, 5)"
+    assert data.summary() == "data.jsonl: 2 prompts; skipped 2 rows: 2 empty prompt (rows 4, 5)"
 
 
-def test_categories_of_parquet_are_texts(write):
+def test_parquet_categories_are_texts(write):
     sink = io.BytesIO()
     column = pyarrow.array(["why?", "how?", "why?"]).dictionary_encode()
     pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), sink)
@@ -159,7 +159,7 @@ def test_categories_of_parquet_are_texts(write):
 
 @pytest.fixture
 def three(write, tmp_path, monkeypatch):
-    """Three files in ``part``, a row of the third a repetition."""
+    """Write three files to ``part``; a row of the third repeats one of the first."""
     monkeypatch.chdir(tmp_path)
     write("part/a.jsonl", as_lines([("p1", "g", "b"), ("p2", "g", "b")]))
     write("part/b.jsonl", as_lines([("p3", "", "b"), ("p4", "g", "b")]))
@@ -168,7 +168,7 @@ def three(write, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("source", "called"),
+    ("source", "name"),
     [
         ("part/a.jsonl,part/b.jsonl, part/c.jsonl", "a.jsonl and 2 more files"),
         ("part/*.jsonl", "a.jsonl and 2 more files"),
@@ -177,7 +177,7 @@ def three(write, tmp_path, monkeypatch):
         ("part/", "part"),
     ],
 )
-def test_several_files_are_one_set_whose_rows_are_named_with_their_file(three, source, called):
+def test_several_files_form_one_dataset_with_row_numbers_per_file(three, source, name):
     data, train, heldout = load_preferences(source, heldout_fraction=0.25, seed=0)
     assert [(pair.prompt, pair.row) for pair in data.pairs] == [
         ("p1", "a.jsonl:1"),
@@ -186,7 +186,7 @@ def test_several_files_are_one_set_whose_rows_are_named_with_their_file(three, s
         ("p5", "c.jsonl:2"),
     ]
     assert data.summary() == (
-        f"{called}: 4 usable pairs; left out 2 rows: 1 empty chosen (row b.jsonl:1), 1 duplicate (row c.jsonl:1)"
+        f"{name}: 4 usable pairs; skipped 2 rows: 1 empty chosen (row b.jsonl:1), 1 duplicate (row c.jsonl:1)"
     )
     assert str(data.skipped[1]) == "row c.jsonl:1: duplicate of row a.jsonl:1"
     digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(three.iterdir()))
@@ -197,40 +197,40 @@ def test_several_files_are_one_set_whose_rows_are_named_with_their_file(three, s
     assert prompts.sha256 == data.sha256
 
 
-def test_files_of_several_formats_go_together(three, write):
+def test_files_of_different_formats_can_be_combined(three, write):
     write("more.csv", as_csv([("p6", "g", "b")]))
     data = read_prompts("part/a.jsonl,more.csv")
     assert [row.row for row in data.prompts] == ["a.jsonl:1", "a.jsonl:2", "more.csv:2"]
 
 
-def test_what_datasets_writes_about_its_files_is_no_data(write, tmp_path):
+def test_metadata_files_of_datasets_are_ignored(write, tmp_path):
     write("part/a.parquet", as_parquet(ROWS))
     write("part/dataset_infos.json", "{}")
     assert len(read_prompts(tmp_path / "part").prompts) == 4
 
 
-def test_a_file_is_taken_by_its_whole_name_first(write, tmp_path, monkeypatch):
+def test_existing_file_name_wins_over_pattern_and_list(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("a,b[1]*.csv", "prompt\nwhole\n")
     write("b1.csv", "prompt\npart\n")
     assert [row.prompt for row in read_prompts("a,b[1]*.csv").prompts] == ["whole"]
 
 
-def test_sources_that_name_no_files(three, write):
-    assert "no file has such a name; check the pattern" in refusal("part/*.csv")
+def test_data_settings_without_files_are_errors(three, write):
+    assert "no file matches the pattern" in refusal("part/*.csv")
     assert "is named twice" in refusal("part/a.jsonl,part/*.jsonl")
-    assert "part/d.jsonl: there is no such file" in refusal("part/a.jsonl,part/d.jsonl")
+    assert "part/d.jsonl: no such file" in refusal("part/a.jsonl,part/d.jsonl")
     assert "names no data file" in refusal("")
     assert "names no data file" in refusal(" , ")
     write("empty/readme.md", "x")
-    assert "folder without data in it" in refusal("empty")
+    assert "no data file in the folder" in refusal("empty")
     write("part/more.csv", "prompt\nx\n")
     text = refusal("part")
     assert "several formats (.csv, .jsonl)" in text and "'part/*.csv'" in text
-    assert "c.jsonl, row 2, character 2" in refusal(write("part/c.jsonl", '{"prompt": "x"}\n{') and "part/*.jsonl")
+    assert "c.jsonl:2, character 2" in refusal(write("part/c.jsonl", '{"prompt": "x"}\n{') and "part/*.jsonl")
 
 
-def test_what_a_run_starts_from_is_not_written_over_under_any_name(three):
+def test_output_dir_cannot_contain_the_data(three):
     for data in ("part/a.jsonl,other.csv", "*/a.jsonl", "other.csv,part"):
         with pytest.raises(ConfigError, match="holds the data"):
             TrainConfig(data=data, output_dir="part")
@@ -249,19 +249,19 @@ def saved(tmp_path):
     return tmp_path
 
 
-def test_a_folder_that_datasets_saved(saved):
+def test_folder_saved_by_datasets(saved):
     data = read_prompts(saved / "one")
     assert data.prompts[1] == PromptRow("p1", {"n": 1, "l": [{"a": 1}]}, 2)
     assert data.summary() == "one: 3 prompts"
     assert [row.prompt for row in read_prompts(saved / "sharded").prompts] == ["p0", "p1", "p2"]
-    assert "holds several data sets, test, train; name one of them" in refusal(saved / "parts")
+    assert "several splits: test, train" in refusal(saved / "parts")
     assert len(read_prompts(saved / "parts" / "train").prompts) == 3
 
 
 @pytest.mark.parametrize(
     "state", ["", "[]", "{}", '{"_data_files": []}', '{"_data_files": [{"filename": "../x.arrow"}]}']
 )
-def test_a_damaged_list_of_files(saved, state):
+def test_damaged_state_file(saved, state):
     (saved / "one" / "state.json").write_text(state)
     assert "state.json" in refusal(saved / "one")
 
@@ -270,73 +270,73 @@ def test_a_damaged_list_of_files(saved, state):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "problem"),
     [
-        ('{"prompt": "a"', "character 15: this isn't valid JSON (expecting ',' delimiter)"),
-        ("{'prompt': 'a'}", "character 2: this isn't valid JSON"),
+        ('{"prompt": "a"', "character 15: invalid JSON (expecting ',' delimiter)"),
+        ("{'prompt': 'a'}", "character 2: invalid JSON"),
         ('{"prompt": "a\tb"}', "invalid control character"),
         ('  {"prompt": "a"} {}', "character 19: text follows"),
-        ('["a"]', "there is a list where an object is expected"),
-        ('"a"', "there is a text where"),
-        ("12", "there is a number where"),
-        ("null", "there is null where"),
-        ('{"prompt": "a", "x": NaN}', "NaN is no JSON value; write null"),
-        ('{"prompt": "a", "x": [-Infinity]}', "-Infinity is no JSON value"),
+        ('["a"]', "found a list, expected an object"),
+        ('"a"', "found a string, expected"),
+        ("12", "found a number, expected"),
+        ("null", "found null, expected"),
+        ('{"prompt": "a", "x": NaN}', "NaN isn't a JSON value"),
+        ('{"prompt": "a", "x": [-Infinity]}', "-Infinity isn't a JSON value"),
         ('{"prompt": "a", "x": -1e999}', "the number -1e999 is too large"),
         ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "a number of 5,000 digits is too large"),
         ('{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' occurs twice"),
         ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
         ('{"x": ' + "[" * 100_000, "nested too deeply"),
-        ('{"prompt": 3}', "'prompt' holds 3, where text or a list of messages is expected"),
-        ('{"prompt": true}', "'prompt' holds True, where"),
-        ('{"prompt": {"a": 1}}', "'prompt' holds {'a': 1}, where"),
-        ('{"prompt": ["a"]}', "'prompt' holds ['a'], where"),
-        ('{"prompt": [{"role": "user"}, "a"]}', "where text or a list"),
+        ('{"prompt": 3}', "'prompt' holds 3, expected text or a list of messages"),
+        ('{"prompt": true}', "'prompt' holds True, expected"),
+        ('{"prompt": {"a": 1}}', "'prompt' holds {'a': 1}, expected"),
+        ('{"prompt": ["a"]}', "'prompt' holds ['a'], expected"),
+        ('{"prompt": [{"role": "user"}, "a"]}', "expected text or a list"),
     ],
 )
-def test_a_line_of_json_that_cannot_be_read(write, line, said):
+def test_invalid_json_line_is_an_error(write, line, problem):
     path = write("data.jsonl", '{"prompt": "first"}\n\n' + line + '\n{"prompt": "last"}\n')
     text = refusal(path)
-    assert text.startswith(f"{path}, row 3") and said in text and len(text) < 400
+    assert text.startswith(f"{path}:3") and problem in text and len(text) < 400
 
 
-def test_pairs_of_surrogates_are_characters(write):
+def test_surrogate_pairs_are_characters(write):
     assert read_prompts(write("data.jsonl", '{"prompt": "\\ud83d\\ude00"}')).prompts[0].prompt == "😀"
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "problem"),
     [
-        ('[{"prompt": "a"},\n {"prompt":}]', ", row 2, line 2, character 12: this isn't valid JSON (expecting value)"),
-        ('[{"prompt": "a"}', ", row 1, character 17: this isn't valid JSON (a comma or the end"),
-        ('[{"prompt": "a"} {"prompt": "b"}]', ", row 1, character 18"),
+        ('[{"prompt": "a"},\n {"prompt":}]', ":2, line 2, character 12: invalid JSON (expecting value)"),
+        ('[{"prompt": "a"}', ":1, character 17: invalid JSON (a comma or the end"),
+        ('[{"prompt": "a"} {"prompt": "b"}]', ":1, character 18"),
         ('[{"prompt": "a"},]', "a comma before the end of the list"),
-        ('[{"prompt": "a"}] x', "character 19: this isn't valid JSON (text after the end"),
-        ('[{"prompt": "a"}, 3]', ", row 2: there is a number"),
-        ('[{"prompt": "a"}, {"prompt": "b", "x": NaN}]', ", row 2: NaN is no JSON value"),
+        ('[{"prompt": "a"}] x', "character 19: invalid JSON (text after the end"),
+        ('[{"prompt": "a"}, 3]', ":2: found a number"),
+        ('[{"prompt": "a"}, {"prompt": "b", "x": NaN}]', ":2: NaN isn't a JSON value"),
         ('{"data": [{"prompt": "a"}]}', "has no column 'prompt', only 'data'"),
-        ('{\n"prompt": "a"\n}', ", row 1, character 2"),
+        ('{\n"prompt": "a"\n}', ":1, character 2"),
         ("[]", "the file is empty"),
         (" \n", "the file is empty"),
         ("", "the file is empty"),
     ],
 )
-def test_a_list_of_json_that_cannot_be_read(write, content, said):
-    assert said in refusal(write("data.json", content))
+def test_invalid_json_list_is_an_error(write, content, problem):
+    assert problem in refusal(write("data.json", content))
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "problem"),
     [
-        (b'{"prompt": "a"}\n{"prompt": "caf\xe9"}', "row 2: byte 0xe9 isn't valid UTF-8"),
-        (b'{"prompt": "a"}\n\0', "row 2: there is a NUL byte"),
+        (b'{"prompt": "a"}\n{"prompt": "caf\xe9"}', ":2: byte 0xe9 isn't valid UTF-8"),
+        (b'{"prompt": "a"}\n\0', ":2: NUL byte"),
         ('{"prompt": "a"}'.encode("utf-16"), "UTF-16, not UTF-8"),
     ],
 )
-def test_bytes_that_are_no_text(write, name, content, said):
+def test_invalid_bytes_are_an_error(write, name, content, problem):
     text = refusal(write(name, content))
-    assert said in text and "CSV" not in text
+    assert problem in text and "CSV" not in text
 
 
 def parquet(table: pyarrow.Table) -> bytes:
@@ -349,33 +349,36 @@ def parquet(table: pyarrow.Table) -> bytes:
 @pytest.mark.parametrize(
     "content", [b"", b"PAR1", b"prompt\nx\n", b"ARROW1\0\0", as_parquet(ROWS)[:-20], as_arrow(ROWS)[:300]]
 )
-def test_a_file_that_is_no_parquet(write, name, content):
+def test_invalid_parquet_or_arrow_is_an_error(write, name, content):
     kind = "Parquet" if name == "data.parquet" else "Arrow"
-    assert f"{name}: this is no {kind} file, or a damaged one (" in refusal(write(name, content))
+    assert f"{name}: not a valid {kind} file (" in refusal(write(name, content))
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "problem"),
     [
-        (pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), "there is no row in it"),
-        (pyarrow.table({}), "there is no row in it"),
-        (pyarrow.table({"prompt": ["a", None, "b"], "x": [1, 2, 3]}).rename_columns(["x", "x"]), "two columns 'x'"),
-        (pyarrow.table({"prompt": [1.5, 2.0]}), "row 1: 'prompt' holds 1.5, where text"),
-        (pyarrow.table({"prompt": [None, b"a"]}), "row 2: 'prompt' holds b'a', where text"),
+        (pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), "the file has no row"),
+        (pyarrow.table({}), "the file has no row"),
+        (
+            pyarrow.table({"prompt": ["a", None, "b"], "x": [1, 2, 3]}).rename_columns(["x", "x"]),
+            "two columns are called 'x'",
+        ),
+        (pyarrow.table({"prompt": [1.5, 2.0]}), ":1: 'prompt' holds 1.5, expected text"),
+        (pyarrow.table({"prompt": [None, b"a"]}), ":2: 'prompt' holds b'a', expected text"),
         (pyarrow.table({"question_": ["a"]}), "the file has no column 'prompt', only 'question_'"),
     ],
 )
-def test_a_table_that_cannot_be_used(write, table, said):
-    assert said in refusal(write("data.parquet", parquet(table)))
+def test_unusable_parquet_table_is_an_error(write, table, problem):
+    assert problem in refusal(write("data.parquet", parquet(table)))
 
 
-def test_text_of_parquet_that_is_not_utf8(write):
+def test_invalid_utf8_in_parquet_is_an_error(write):
     content = parquet(pyarrow.table({"prompt": ["caf_"]}, schema=pyarrow.schema({"prompt": pyarrow.string()})))
     assert content.count(b"caf_") > 0
-    assert "damaged one" in refusal(write("data.parquet", content.replace(b"caf_", b"caf\xe9")))
+    assert "not a valid Parquet file" in refusal(write("data.parquet", content.replace(b"caf_", b"caf\xe9")))
 
 
-def test_a_column_that_nothing_can_hold(write):
+def test_column_that_python_cannot_hold_is_an_error(write):
     far = pyarrow.array([2**62], pyarrow.timestamp("s"))
     text = refusal(
         write(
@@ -386,16 +389,16 @@ def test_a_column_that_nothing_can_hold(write):
     assert "the column 'when' (timestamp[us]) can't be read" in text
 
 
-def test_a_missing_column_suggests_the_nearest_and_the_flag(write):
+def test_missing_column_suggests_the_nearest_and_the_flag(write):
     text = refusal(write("data.jsonl", '{"promt": "a"}'))
     assert "no column 'prompt', only 'promt'" in text and "--prompt_column. Did you mean 'promt'?" in text
     assert "no column 'rejected'" in refusal(write("data.jsonl", '{"prompt": "a", "chosen": "b"}'), read_preferences)
 
 
-def test_separators_of_tsv_are_told(write):
+def test_wrong_separator_in_tsv_is_an_error(write):
     text = refusal(write("data.tsv", "prompt,chosen,rejected\na,b,c\n"), read_preferences)
-    assert "row 1: cells are separated by commas; save the file with tabs" in text
-    assert "row 2: 4 cells where the header has 3; an unquoted tab" in refusal(
+    assert "data.tsv:1: cells are separated by commas" in text and "with tabs" in text
+    assert "data.tsv:2: 4 cells, but the header has 3" in refusal(
         write("data.tsv", "prompt\tchosen\trejected\na\tb\tc\td\n"), read_preferences
     )
 
@@ -403,7 +406,7 @@ def test_separators_of_tsv_are_told(write):
 # --- what is loaded -----------------------------------------------------------------------------------------------------
 
 
-def test_text_files_and_help_load_neither_pyarrow_nor_pandas(write):
+def test_text_files_and_help_load_no_pyarrow_pandas_or_torch(write):
     path = write("data.jsonl", as_lines(ROWS))
     for code in (
         f"from reinforcepp.data import read_prompts; read_prompts({str(path)!r})",
@@ -415,11 +418,11 @@ def test_text_files_and_help_load_neither_pyarrow_nor_pandas(write):
         assert done.stderr == "[]\n"
 
 
-# --- the whole job --------------------------------------------------------------------------------------------------------
+# --- trainings ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
-def test_reward_model_and_policy_are_the_same_as_from_csv(
+def test_every_format_trains_the_same_reward_model_and_policy(
     write, tmp_path, model_folder, pairs_csv, reward_folder, name, capsys
 ):
     with open(pairs_csv, encoding="utf-8", newline="") as file:
@@ -445,5 +448,5 @@ def test_reward_model_and_policy_are_the_same_as_from_csv(
         flags = ["--model", str(model_folder), "--reward_model", str(tmp_path / "rm"), "--data", *source]
         assert cli.main(["train", *flags, "--output_dir", str(tmp_path / folder), *small]) == 0
     assert len({(tmp_path / folder / "model.safetensors").read_bytes() for folder in sources}) == 1
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"{name}: 8 prompts" in told and "8 prompts; prompts are what 'good' and 'bad' begin with" in told
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"{name}: 8 prompts" in err and "8 prompts; prompts are the shared beginning of 'good' and 'bad'" in err

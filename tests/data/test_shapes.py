@@ -1,4 +1,4 @@
-"""Conversations, prompts inside of answers, and the column names of other tools: one prompt and two answers come out."""
+"""Conversations, prompts inside answers and the column names of other tools give one prompt and two answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import pytest
 
 from reinforcepp.data import prompt_rows, read_preferences, read_prompts
-from reinforcepp.data._columns import ANSWERS, PROMPTS
+from reinforcepp.data.columns import ANSWERS, PROMPTS
 from reinforcepp.errors import ConfigError, DataError
 from scripts import ROOT
 
@@ -64,7 +64,7 @@ def sharegpt(asked, good, bad):
 
 
 def with_all(asked, good, bad):
-    """A text as prompt beside whole conversations, as UltraFeedback's binarised form has it."""
+    """Return a text prompt next to whole conversations, as in UltraFeedback Binarized."""
     return {"prompt": asked, **implicit(asked, good, bad), "messages": [user(asked), assistant(good)], "score": 8.5}
 
 
@@ -82,7 +82,7 @@ def in_parts(asked, good, bad):
     return {**explicit(asked, good, bad), "prompt": [user(parts)]}
 
 
-# --- TRL's shapes, and those of other tools -----------------------------------------------------------------------------
+# --- shapes of TRL and other tools --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,23 +102,23 @@ def in_parts(asked, good, bad):
         lambda asked, good, bad: {"context_messages": [user(asked)], "chosen": good, "rejected": bad},
     ],
 )
-def test_each_shape_of_a_pair_is_the_same_pair(write, shape):
+def test_every_shape_gives_the_same_pair(write, shape):
     path = write(shape(*SKY), shape(*SUN))
     assert texts(read_preferences(path)) == [SKY, SUN]
     assert prompts(read_prompts(path)) == [SKY[0], SUN[0]]
 
 
-def test_two_texts_that_begin_alike_share_their_prompt_in_whole_words(write):
+def test_shared_beginning_in_whole_words_is_the_prompt(write):
     rows = [
-        {"chosen": "The sky is blue.", "rejected": "The sky is brown."},  # "b" is no part of the prompt
-        {"chosen": "The sun is up", "rejected": "The sun is up now"},  # nor is what one of them lacks
+        {"chosen": "The sky is blue.", "rejected": "The sky is brown."},  # "b" isn't part of the prompt.
+        {"chosen": "The sun is up", "rejected": "The sun is up now"},  # Neither is a word that one answer lacks.
         {"chosen": "The sun", "rejected": "A moon"},
         {"chosen": "The same.", "rejected": "The same."},
     ]
     data = read_preferences(write(*rows))
     assert texts(data) == [("The sky is", "blue.", "brown."), ("The sun is", "up", "up now")]
     assert [each.reason for each in data.skipped] == ["empty prompt", "with chosen equal to rejected"]
-    assert data.notes == ("prompts are what 'chosen' and 'rejected' begin with",)
+    assert data.notes == ("prompts are the shared beginning of 'chosen' and 'rejected'",)
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def test_two_texts_that_begin_alike_share_their_prompt_in_whole_words(write):
         ({"prompt": [{"role": None, "content": None, "from": "human", "value": "The sky?"}]}, "The sky?"),
     ],
 )
-def test_each_shape_of_a_prompt(write, row, prompt):
+def test_every_shape_of_a_prompt(write, row, prompt):
     assert prompts(read_prompts(write(row))) == [prompt]
 
 
-def test_a_row_for_verl_keeps_all_that_its_reward_functions_need(write):
+def test_verl_rows_keep_all_columns_and_gain_ground_truth(write):
     row = {
         "data_source": "gsm8k",
         "prompt": [user("2 + 2?")],
@@ -150,51 +150,53 @@ def test_a_row_for_verl_keeps_all_that_its_reward_functions_need(write):
     data = read_prompts(write(row))
     rest = {name: value for name, value in row.items() if name != "prompt"}
     assert data.prompts[0].columns == {**rest, "ground_truth": "4"}
-    assert data.summary() == "data.jsonl: 1 prompt; reward functions get ground_truth out of the column 'reward_model'"
-    own = read_prompts(write({**row, "ground_truth": "four"}))
-    assert own.prompts[0].columns["ground_truth"] == "four" and own.notes == ()
+    assert (
+        data.summary() == "data.jsonl: 1 prompt; ground_truth for reward functions comes from the column 'reward_model'"
+    )
+    explicit_truth = read_prompts(write({**row, "ground_truth": "four"}))
+    assert explicit_truth.prompts[0].columns["ground_truth"] == "four" and explicit_truth.notes == ()
 
 
-def test_prompts_in_memory_may_be_messages():
+def test_prompts_in_memory_can_be_messages():
     rows = prompt_rows([{"prompt": [system("Be brief."), user("Why?")], "n": 1}], "train_dataset")
     assert [(row.prompt, row.columns) for row in rows] == [("Be brief.\n\nWhy?", {"n": 1})]
     for prompt in ([], [system("Be brief.")], 3, [user("")]):
-        with pytest.raises(DataError, match="Row 0 of train_dataset has no text"):
+        with pytest.raises(DataError, match="train_dataset:0: no text"):
             prompt_rows([{"prompt": prompt}], "train_dataset")
-    with pytest.raises(DataError, match="Row 0 of train_dataset: a message in 'prompt' has the role 'tool'"):
+    with pytest.raises(DataError, match="train_dataset:0: a message in 'prompt' has the role 'tool'"):
         prompt_rows([{"prompt": [{"role": "tool", "content": "x"}]}], "train_dataset")
 
 
 DOCS = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
-def test_the_shapes_of_the_docs_are_the_same_pair(write):
+def test_shapes_in_the_docs_give_the_same_pair(write):
     decoder, rows = json.JSONDecoder(), []
     for block in re.findall(r"```json\n(.*?)```", DOCS, re.DOTALL):
-        place = 0
-        while place < len(block):
-            row, place = decoder.raw_decode(block, place)
+        position = 0
+        while position < len(block):
+            row, position = decoder.raw_decode(block, position)
             rows.append(row)
-            place += 1  # the end of the line
+            position += 1  # Skip the line break.
     assert len(rows) == 4
     for row in rows:
         data = read_preferences(write(row, json.loads(json.dumps(row).replace("sky", "sea"))))
         assert texts(data) == [("The sky is", "blue.", "green."), ("The sea is", "blue.", "green.")]
 
 
-def test_the_docs_name_every_column_that_is_recognised():
-    table = DOCS[DOCS.index("also known as") : DOCS.index("Two that would do")]
+def test_docs_list_every_recognized_column():
+    table = DOCS[DOCS.index("| default |") : DOCS.index("If two columns match")]
     named = set(re.findall(r"`(\w+)`", table)) - {"prompt", "chosen"}
-    assert named == {*PROMPTS, *(name for couple in ANSWERS for name in couple)}
+    assert named == {*PROMPTS, *(name for pair in ANSWERS for name in pair)}
 
 
-# --- conversations as one text --------------------------------------------------------------------------------------------
+# --- flattened conversations -----------------------------------------------------------------------------------------------
 
 LONG = [system("Be brief."), user("Up?"), assistant("Yes."), user("Sure?")]
-FOLDED = "Be brief.\n\nUp?\nAnswer: Yes.\nQuestion: Sure?"
+FLATTENED = "Be brief.\n\nUp?\nAnswer: Yes.\nQuestion: Sure?"
 
 
-def test_a_conversation_becomes_one_text_and_that_is_told(write):
+def test_conversations_are_flattened_and_reported(write):
     path = write(
         {"prompt": LONG, "chosen": [assistant("I am.")], "rejected": [assistant("No.")]},
         {"prompt": "", "chosen": [*LONG, assistant("Ping it.")], "rejected": [*LONG, assistant("Why?")]},
@@ -203,17 +205,16 @@ def test_a_conversation_becomes_one_text_and_that_is_told(write):
     )
     data = read_preferences(path)
     assert texts(data) == [
-        (FOLDED, "I am.", "No."),
-        (FOLDED, "Ping it.", "Why?"),
-        (FOLDED, "So it says.", "Sure."),
+        (FLATTENED, "I am.", "No."),
+        (FLATTENED, "Ping it.", "Why?"),
+        (FLATTENED, "So it says.", "Sure."),
         SKY,
     ]
-    told = "3 rows whose prompt has a system message or earlier turns, written into one text"
-    assert data.notes == (told,)
-    assert prompts(read_prompts(path)) == [FOLDED, SKY[0]]
+    assert data.notes == ("3 rows with a system message or earlier turns, flattened into one prompt",)
+    assert prompts(read_prompts(path)) == [FLATTENED, SKY[0]]
 
 
-def test_one_text_is_what_the_plain_frame_makes_of_the_turns():
+def test_flattened_prompt_matches_the_plain_chat_template():
     import tiny
     from transformers import PreTrainedTokenizerFast
 
@@ -225,28 +226,28 @@ def test_one_text_is_what_the_plain_frame_makes_of_the_turns():
     turns = LONG[1:]
     (row,) = prompt_rows([{"prompt": turns}], "x")
     framed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    # The frame ends an earlier answer with the token of the end, the text with a line.
+    # The template ends an earlier answer with the EOS token, the flattened text with a line break.
     assert format_prompt(tokenizer, row.prompt) == framed.replace(tokenizer.eos_token, "\n")
 
 
-def test_a_prompt_ends_with_the_last_question(write):
+def test_prompt_ends_with_the_last_question(write):
     data = read_prompts(write({"messages": [*LONG, assistant("I am."), assistant("Bye.")]}, {"messages": LONG[:3]}))
-    assert prompts(data) == [FOLDED, "Be brief.\n\nUp?"]
-    assert "2 rows whose prompt ends with an answer, left off" in data.notes
+    assert prompts(data) == [FLATTENED, "Be brief.\n\nUp?"]
+    assert "2 rows with an answer at the end of the prompt, removed" in data.notes
 
 
-def test_what_both_conversations_begin_with_is_the_prompt(write):
+def test_shared_messages_of_two_conversations_are_the_prompt(write):
     chosen = [user("a"), assistant("b"), user("c"), assistant("good")]
     rejected = [user("a"), assistant("b"), user("c"), assistant("bad"), assistant("worse")]
     data = read_preferences(write({"chosen": chosen, "rejected": rejected}, implicit(*SKY)))
     assert texts(data)[0] == ("a\nAnswer: b\nQuestion: c", "good", "bad\nworse")
 
 
-def test_dialogues_written_as_text(write):
+def test_dialogues_as_text(write):
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: I "
     data = read_preferences(write({"chosen": start + "know", "rejected": start + "do not"}, dialogue(*SKY)))
     assert texts(data)[0] == ("a\nAnswer: b\nQuestion: c", "I know", "I do not")
-    assert "2 rows read as conversations of Human and Assistant" in data.notes
+    assert "2 rows parsed as Human/Assistant dialogues" in data.notes
 
 
 @pytest.mark.parametrize(
@@ -254,17 +255,20 @@ def test_dialogues_written_as_text(write):
     [
         (
             {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("x")]},
-            "with answers that go on after another message of the user",
+            "with a user message inside an answer",
         ),
         (
             {"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"},
             "with a prompt that doesn't end with a user message",
         ),
-        ({"prompt": "z", **implicit("a", "b", "c")}, "with a prompt that isn't the one of its answers"),
-        ({"prompt": [user("z")], **implicit("a", "b", "c")}, "with a prompt that isn't the one of its answers"),
+        ({"prompt": "z", **implicit("a", "b", "c")}, "with a prompt that differs from the prompt in its answers"),
+        (
+            {"prompt": [user("z")], **implicit("a", "b", "c")},
+            "with a prompt that differs from the prompt in its answers",
+        ),
         (
             {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [assistant("c")]},
-            "with a whole conversation beside an answer alone",
+            "with a whole conversation as only one of the answers",
         ),
         (
             {"prompt": [user("a"), system("s"), user("b")], "chosen": "c", "rejected": "d"},
@@ -282,49 +286,49 @@ def test_dialogues_written_as_text(write):
         ),
     ],
 )
-def test_rows_that_are_no_pair_are_left_out_and_told(write, row, reason):
+def test_rows_that_are_not_a_pair_are_skipped_and_reported(write, row, reason):
     data = read_preferences(write(explicit(*SKY), {"prompt": None, **row}, explicit(*SUN)))
     assert texts(data) == [SKY, SUN]
     assert [(each.row, each.reason) for each in data.skipped] == [(2, reason)]
 
 
 @pytest.mark.parametrize(
-    ("cell", "said"),
+    ("cell", "problem"),
     [
         ([{"role": "tool", "content": "x"}], "has the role 'tool', not one of 'system', 'user', 'assistant'"),
         ([{"role": 3, "content": "x"}], "has the role 3"),
         ([{"content": "x"}], "has no role"),
         ([{"role": "user", "content": 3}], "the content of a message in 'chosen' isn't text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "the content of a message in 'chosen' isn't text"),
-        ("[{'role': 'user', 'content': 'x'}]", "'chosen' holds a list of messages written out as text"),
-        (4.5, "'chosen' holds 4.5, where text or a list of messages is expected"),
+        ("[{'role': 'user', 'content': 'x'}]", "'chosen' holds a list of messages as a string"),
+        (4.5, "'chosen' holds 4.5, expected text or a list of messages"),
     ],
 )
-def test_cells_that_are_neither_text_nor_messages(write, cell, said):
+def test_cells_that_are_neither_text_nor_messages_are_errors(write, cell, problem):
     with pytest.raises(DataError) as caught:
         read_preferences(write(explicit(*SKY), {"prompt": "a", "chosen": cell, "rejected": "b"}))
-    assert "data.jsonl, row 2: " in str(caught.value) and said in str(caught.value)
+    assert "data.jsonl:2: " in str(caught.value) and problem in str(caught.value)
 
 
-# --- names of columns -----------------------------------------------------------------------------------------------------
+# --- column names ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_recognised_is_told(write):
+def test_recognized_columns_are_reported(write):
     rows = [{"question": a, "response_chosen": b, "response_rejected": c} for a, b, c in (SKY, SUN)]
-    told = "prompts from the column 'question'; chosen and rejected from the columns 'response_chosen' and 'response_rejected'"
-    assert read_preferences(write(*rows)).summary() == f"data.jsonl: 2 usable pairs; {told}"
+    note = "prompts from the column 'question'; chosen and rejected from the columns 'response_chosen' and 'response_rejected'"
+    assert read_preferences(write(*rows)).summary() == f"data.jsonl: 2 usable pairs; {note}"
     data = read_prompts(write(*rows))
     assert data.summary() == "data.jsonl: 2 prompts; prompts from the column 'question'"
     assert data.prompts[0].columns == {"response_chosen": SKY[1], "response_rejected": SKY[2]}
 
 
-def test_reasons_name_the_columns_that_were_read(write):
+def test_skip_reasons_name_the_columns_of_the_file(write):
     rows = [{"question": a, "better": b, "worse": c} for a, b, c in (SKY, SUN, ("x", "", "y"), ("x", "y", "y"))]
     reasons = [each.reason for each in read_preferences(write(*rows)).skipped]
     assert reasons == ["empty better", "with better equal to worse"]
 
 
-def test_the_usual_name_and_the_one_that_was_set_come_first(write):
+def test_default_and_configured_names_come_first(write):
     path = write({"prompt": "a", "question": "b", "q": "c"})
     assert prompts(read_prompts(path)) == ["a"] and read_prompts(path).notes == ()
     assert prompts(read_prompts(path, prompt_column="q")) == ["c"]
@@ -335,43 +339,44 @@ def test_the_usual_name_and_the_one_that_was_set_come_first(write):
     assert texts(found)[0] == ("p", "k", "j")
 
 
-def test_what_could_be_either_is_not_guessed(write):
-    with pytest.raises(DataError, match=r"may be in 'instruction', 'input'; name the one meant with --prompt_column"):
+def test_ambiguous_columns_are_an_error(write):
+    with pytest.raises(DataError, match=r"'instruction', 'input'.*--prompt_column"):
         read_prompts(write({"instruction": "a", "input": "b"}))
     row = {"prompt": "a", "better": "b", "worse": "c", "response_j": "d", "response_k": "e"}
-    with pytest.raises(DataError, match=r"'response_j', 'response_k' or 'better', 'worse'; name those meant"):
+    with pytest.raises(DataError, match=r"'response_j', 'response_k' or 'better', 'worse'.*--chosen_column"):
         read_preferences(write(row, row))
-    assert prompts(read_prompts(write(row))) == ["a"]  # answers that nobody asked for can be whatever they are
+    assert prompts(read_prompts(write(row))) == ["a"]  # Ambiguous answers don't matter for prompts.
 
 
-def test_nothing_is_taken_in_place_of_a_name_that_was_set(write):
+def test_configured_name_has_no_substitute(write):
     path = write(*[{"question": a, "better": b, "worse": c} for a, b, c in (SKY, SUN)])
     with pytest.raises(DataError, match=r"no column 'questoin', only .*--prompt_column. Did you mean 'question'"):
         read_prompts(path, prompt_column="questoin")
     with pytest.raises(DataError, match=r"no column 'bettr', only .*--chosen_column"):
         read_preferences(path, chosen_column="bettr")
-    with pytest.raises(DataError, match="no column 'good'"):  # nor is a prompt looked for inside of answers
+    # The prompt isn't taken from the answers, either.
+    with pytest.raises(DataError, match="no column 'good'"):
         read_prompts(write(implicit(*SKY)), prompt_column="good")
-    with pytest.raises(ConfigError, match="--chosen_column and --rejected_column both name the column 'better'"):
+    with pytest.raises(ConfigError, match=r"--chosen_column and --rejected_column .*'better'"):
         read_preferences(path, chosen_column="better", rejected_column="better")
 
 
-def test_a_column_of_answers_is_no_prompt(write):
+def test_answer_column_is_not_used_as_prompt(write):
     rows = [{"question": a, "input": b, "query": c} for a, b, c in (SKY, SUN)]
     assert texts(read_preferences(write(*rows), chosen_column="input", rejected_column="query")) == [SKY, SUN]
 
 
-def test_one_of_two_columns_is_no_couple(write):
+def test_one_alternative_answer_column_is_not_enough(write):
     with pytest.raises(DataError, match="no column 'chosen', only 'prompt', 'response_chosen', 'rejected'"):
         read_preferences(write({"prompt": "a", "response_chosen": "b", "rejected": "c"}))
 
 
-def test_each_of_several_files_is_recognised_by_itself(write, tmp_path):
+def test_columns_are_recognized_per_file(write, tmp_path):
     write({"prompt": SKY[0], "chosen": SKY[1], "rejected": SKY[2]}, name="a.jsonl")
     write(implicit(*SUN), name="b.jsonl")
     data = read_preferences(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")
     assert texts(data) == [SKY, SUN]
-    assert data.notes == ("prompts are what 'chosen' and 'rejected' begin with",)
+    assert data.notes == ("prompts are the shared beginning of 'chosen' and 'rejected'",)
     write({"prompt": "a"}, name="b.jsonl")
     with pytest.raises(DataError, match=r"b\.jsonl: the file has no column 'chosen'"):
         read_preferences(f"{tmp_path}/*.jsonl")

@@ -1,4 +1,4 @@
-"""What a setting for data may name beside a file: options, weights, other columns, data sets of the hub."""
+"""Data settings: options, weights, other columns, Hub datasets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from reinforcepp.commands import cli
 from reinforcepp.config import LintConfig, RewardModelConfig, SftConfig, TrainConfig
 from reinforcepp.config.data_spec import DataName, data_names, listed
 from reinforcepp.data import load_preferences, load_prompts, read_prompts
-from reinforcepp.data._files import Part
-from reinforcepp.data._hub import _one_split, dataset_digest, fetch, hub_pieces
-from reinforcepp.data.split import times
+from reinforcepp.data.rows import repetitions
+from reinforcepp.data.sources import DataPart, _one_split, dataset_digest, fetch, hub_chunks
 from reinforcepp.errors import ConfigError, DataError
 
 
@@ -53,7 +52,7 @@ def test_names_with_options(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a.csv?wieght=2", "no option 'wieght', only weight, split, revision, subset. Did you mean 'weight'?"),
         ("a.csv?weight=", "weight has no value"),
@@ -65,21 +64,21 @@ def test_names_with_options(tmp_path, monkeypatch):
         ("a.csv?split=train", "split is an option of data sets"),
     ],
 )
-def test_options_that_mean_nothing(text, told):
+def test_invalid_options_are_errors(text, message):
     with pytest.raises(ConfigError, match=r"\.$|\?$") as caught:
         data_names(text)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_wrong_options_end_the_command_in_one_sentence(capsys):
+def test_invalid_option_ends_the_command_in_one_sentence(capsys):
     assert cli.main(["lint", "a.csv?weight=0"]) == 2
-    assert capsys.readouterr().err.startswith("error: a.csv?weight=0: a weight is how often each row counts")
+    assert capsys.readouterr().err.startswith("error: a.csv?weight=0: ")
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_count_as_often_as_their_weight_says(tmp_path):
+def test_weights_repeat_or_drop_rows(tmp_path):
     few, many = write_pairs(tmp_path / "few.jsonl", 20, "f"), write_pairs(tmp_path / "many.jsonl", 400, "m")
     source = f"{few}?weight=2.5,{many}?weight=0.1"
     data, train, heldout = load_preferences(source, heldout_fraction=0.25, seed=3)
@@ -99,18 +98,18 @@ def test_rows_count_as_often_as_their_weight_says(tmp_path):
     assert Counter(row.prompt for row in prompts) == counted
 
 
-def test_a_revision_is_asked_for(monkeypatch):
-    asked = []
+def test_revision_and_subset_are_passed_on(monkeypatch):
+    calls = []
     rows = datasets.Dataset.from_dict({"prompt": ["a"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.append((names, more)) or rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: calls.append((names, more)) or rows)
     assert fetch(DataName("org/name", split="s", revision="v1", subset="easy", hub=True)) is rows
-    assert asked == [(("org/name", "easy"), {"split": "s", "revision": "v1"})]
+    assert calls == [(("org/name", "easy"), {"split": "s", "revision": "v1"})]
 
 
-def test_a_share_of_many_rows():
-    assert len({tuple(times(0.5, f"{i}", seed) for i in range(20)) for seed in range(5)}) == 5
-    assert 900 < sum(times(0.1, f"{i}", 0) for i in range(10_000)) < 1100
-    assert {times(3.0, f"{i}", 0) for i in range(100)} == {3}
+def test_fractional_weight_keeps_a_share_of_the_rows():
+    assert len({tuple(repetitions(0.5, f"{i}", seed) for i in range(20)) for seed in range(5)}) == 5
+    assert 900 < sum(repetitions(0.1, f"{i}", 0) for i in range(10_000)) < 1100
+    assert {repetitions(3.0, f"{i}", 0) for i in range(100)} == {3}
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
@@ -129,12 +128,12 @@ def test_columns_by_other_names(tmp_path):
     pairs = load_preferences(path, heldout_fraction=0, seed=0, **RewardModelConfig(columns=names).column_names)[1]
     assert (pairs[0].prompt, pairs[0].chosen, pairs[0].rejected) == ("1 + 1?", "2", "3")
     assert LintConfig(columns=names).column_names == config.column_names
-    with pytest.raises(DataError, match=r"no column 'anwser' that could be called 'solution'.*mean 'answer'"):
+    with pytest.raises(DataError, match=r"no column 'anwser'.*'solution'.*mean 'answer'"):
         read_prompts(path, prompt_column="ask", renamed={"solution": "anwser"})
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"columns": ("prompt",)}, "NAME=COLUMN"),
         ({"columns": ("=x",)}, "NAME=COLUMN"),
@@ -144,22 +143,22 @@ def test_columns_by_other_names(tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", [TrainConfig, RewardModelConfig, LintConfig, SftConfig])
-def test_columns_that_mean_nothing(kind, settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_columns_are_errors(kind, settings, message):
+    with pytest.raises(ConfigError, match=message):
         kind(**settings)
 
 
-def test_columns_of_a_warm_up():
+def test_columns_of_sft():
     names = SftConfig(columns=("text=story",)).column_names
     assert names == {
         **{f"{kind}_column": kind for kind in ("prompt", "completion", "chosen", "messages")},
         "text_column": "story",
     }
-    with pytest.raises(ConfigError, match=r"names promt, which a warm-up has no use for.*mean 'prompt'"):
+    with pytest.raises(ConfigError, match=r"promt.*mean 'prompt'"):
         SftConfig(columns=("promt=x",))
 
 
-def test_a_reward_function_gets_a_column_by_the_name_it_asks_for(tmp_path, model_folder):
+def test_reward_function_receives_renamed_columns(tmp_path, model_folder):
     data = tmp_path / "sums.jsonl"
     data.write_text("".join(json.dumps({"ask": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(12)))
     (tmp_path / "mine.py").write_text(
@@ -173,12 +172,12 @@ def test_a_reward_function_gets_a_column_by_the_name_it_asks_for(tmp_path, model
     assert cli.main(list(map(str, arguments))) == 0
 
 
-# --- splits and the hub ---------------------------------------------------------------------------------------------
+# --- splits and the Hub ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def repository(tmp_path):
-    """A data set as it lies on the hub: files by split."""
+    """Write a dataset laid out as on the Hub: one file per split."""
     folder = tmp_path / "repository"
     (folder / "data").mkdir(parents=True)
     for split, number in (("train", 30), ("test", 4)):
@@ -192,22 +191,22 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_a_split_of_a_folder_that_datasets_saved(tmp_path, repository):
+def test_split_of_a_folder_saved_by_datasets(tmp_path, repository):
     datasets.load_dataset(str(repository)).save_to_disk(tmp_path / "saved")
     assert len(read_prompts(f"{tmp_path / 'saved'}?split=test").prompts) == 4
-    for source, told in (
-        (f"{tmp_path / 'saved'}", "holds several data sets, test, train; name one of them, as in .*saved.split=test"),
-        (f"{tmp_path / 'saved'}?split=dev", "holds several data sets"),
-        (f"{tmp_path / 'saved' / 'test'}?split=test", "of which there is no split; leave it out"),
+    for source, message in (
+        (f"{tmp_path / 'saved'}", "several splits: test, train.*saved.split=test"),
+        (f"{tmp_path / 'saved'}?split=dev", "several splits"),
+        (f"{tmp_path / 'saved' / 'test'}?split=test", "single dataset.* Omit split"),
     ):
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             read_prompts(source)
 
 
-def test_rows_of_a_data_set_of_the_hub(repository):
-    """By the library's own way for names on the hub, which takes a folder that is laid out like one."""
+def test_rows_of_a_hub_dataset(repository):
+    """``load_dataset`` reads a local folder with the layout of the Hub in the same way."""
     dataset = fetch(DataName(str(repository), split="test", hub=True))
-    part = Part(repository, dataset=dataset)
+    part = DataPart(repository, dataset=dataset)
     records = part.records()
     assert records.names == ("question", "level")
     assert records.rows[3] == (4, {"question": "test 3?", "level": 3})
@@ -215,20 +214,20 @@ def test_rows_of_a_data_set_of_the_hub(repository):
     usual = fetch(DataName(str(repository), hub=True))
     assert len(usual) == 30 and dataset_digest(usual) != part.digest()
     assert len(fetch(DataName(str(repository), split="train[:10%]+test", hub=True))) == 7
-    assert [len(piece.rows) for piece in hub_pieces(repository, datasets.concatenate_datasets([usual] * 50))] == [
+    assert [len(chunk.rows) for chunk in hub_chunks(repository, datasets.concatenate_datasets([usual] * 50))] == [
         1000,
         500,
     ]
 
 
-def test_a_data_set_of_the_hub_is_trained_on(repository, monkeypatch):
+def test_load_prompts_of_a_hub_dataset(repository, monkeypatch):
     named = {}
 
     def fetched(name):
         named.update(vars(name))
         return fetch(DataName(str(repository), name.weight, name.split, hub=True))
 
-    monkeypatch.setattr("reinforcepp.data._files.fetch", fetched)
+    monkeypatch.setattr("reinforcepp.data.sources.fetch", fetched)
     data, train, heldout = load_prompts("org/name?split=test&revision=v2&weight=2", heldout_fraction=0.25, seed=0)
     assert (named["name"], named["split"], named["revision"]) == ("org/name", "test", "v2")
     assert (len(train), len(heldout)) == (6, 1)
@@ -236,31 +235,35 @@ def test_a_data_set_of_the_hub_is_trained_on(repository, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("split", "told"),
-    [("dev", "can't be had with split dev: .*dev"), ("train[", "can't be had"), ("train[::2]", "can't be had")],
+    ("split", "message"),
+    [
+        ("dev", "can't be loaded with split dev: .*dev"),
+        ("train[", "can't be loaded"),
+        ("train[::2]", "can't be loaded"),
+    ],
 )
-def test_parts_that_a_data_set_has_not(repository, split, told):
-    with pytest.raises(DataError, match=told) as caught:
+def test_unknown_split_of_a_hub_dataset_is_an_error(repository, split, message):
+    with pytest.raises(DataError, match=message) as caught:
         fetch(DataName(str(repository), split=split, hub=True))
     assert "\n" not in str(caught.value)
 
 
-def test_of_several_splits_one_has_to_be_named():
+def test_several_splits_require_a_choice():
     rows = datasets.Dataset.from_dict({"prompt": ["a"]})
     assert _one_split(DataName("org/name"), datasets.DatasetDict(only=rows)) is rows
-    with pytest.raises(DataError, match=r"has 2 splits, 'a', 'b'; name one of them, as in org/name.split=a"):
+    with pytest.raises(DataError, match=r"2 splits: 'a', 'b'.*org/name.split=a"):
         _one_split(DataName("org/name"), datasets.DatasetDict(a=rows, b=rows))
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "no network"])
-def test_a_hub_that_can_not_be_reached(tmp_path, monkeypatch, capsys, offline):
+def test_unreachable_hub_is_an_error(tmp_path, monkeypatch, capsys, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     monkeypatch.setattr("reinforcepp.runtime.getproxies", dict)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--data", "org/name", "--output_dir", "run", "--rewards", "rule:length?max=9"]) == 2
-    told = capsys.readouterr().err
-    for words in ("There is no file or folder 'org/name' here", "hub can't be reached", "--repo-type dataset org/name"):
-        assert words in told
-    assert told.count("\n") == 1 and not (tmp_path / "run").exists()
+    err = capsys.readouterr().err
+    for part in ("org/name: no such file or folder", "can't be reached", "--repo-type dataset org/name"):
+        assert part in err
+    assert err.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -1,11 +1,11 @@
-"""What a warm-up learns from: which columns, which texts of them, which rows are left out and which held out."""
+"""SFT data: which columns and texts are trained on, which rows are skipped and which held out."""
 
 import json
 
 import pytest
 
 from reinforcepp.data import SftRow, load_preferences, load_prompts, load_texts, read_texts
-from reinforcepp.data.texts import SftColumnNames
+from reinforcepp.data.columns import SftColumnNames
 from reinforcepp.errors import DataError
 
 TALK = [{"role": "user", "content": "Is it up?"}, {"role": "assistant", "content": "Yes."}]
@@ -14,7 +14,7 @@ MORE = [*TALK, {"role": "user", "content": "Sure?"}, {"role": "assistant", "cont
 
 @pytest.fixture
 def write(tmp_path):
-    """``write("a.csv", text)`` or ``write("a.jsonl", row, row)``: the path of the file."""
+    """Return a function that writes lines or JSON rows to a file: ``write("a.csv", text)``, ``write("a.jsonl", row)``."""
 
     def make(name: str, *rows):
         path = tmp_path / name
@@ -24,12 +24,12 @@ def write(tmp_path):
     return make
 
 
-def learnt(data) -> list[tuple[str | None, str]]:
+def trained_on(data) -> list[tuple[str | None, str]]:
     return [(row.question, row.completion) for row in data.rows]
 
 
 @pytest.mark.parametrize(
-    ("row", "asked", "completion"),
+    ("row", "question", "completion"),
     [
         ({"text": "A dog barks."}, None, "A dog barks."),
         ({"prompt": "Why?", "completion": "So."}, "Why?", "So."),
@@ -43,15 +43,15 @@ def learnt(data) -> list[tuple[str | None, str]]:
         ({"messages": [{"role": "system", "content": "Be brief."}, *TALK]}, "Be brief.\n\nIs it up?", "Yes."),
         ({"prompt": TALK[:1], "completion": TALK[1:]}, "Is it up?", "Yes."),
         ({"prompt": "Is it up?", "completion": TALK}, "Is it up?", "Yes."),
-        # Several that would do: answers before conversations before texts.
+        # If a file has several kinds: answers before conversations before texts.
         ({"text": "T", "messages": TALK, "prompt": "Why?", "completion": "So.", "chosen": "C"}, "Why?", "So."),
         ({"text": "T", "messages": TALK, "prompt": "Why?", "chosen": "C"}, "Why?", "C"),
         ({"text": "T", "messages": TALK, "prompt": "Why?"}, "Is it up?", "Yes."),
         ({"text": "T", "prompt": "Why?", "output": "So."}, None, "T"),
     ],
 )
-def test_a_row_s_text(write, row, asked, completion):
-    assert learnt(read_texts(write("a.jsonl", row))) == [(asked, completion)]
+def test_columns_and_text_of_a_row(write, row, question, completion):
+    assert trained_on(read_texts(write("a.jsonl", row))) == [(question, completion)]
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_a_row_s_text(write, row, asked, completion):
         ({"prompt": "ask"}, ("Really?", "C")),
     ],
 )
-def test_what_the_user_names_comes_first(write, names, expected):
+def test_named_column_comes_first(write, names, expected):
     row = {"prompt": "Why?", "chosen": "C", "rejected": "R", "body": "B", "talk": TALK, "other": "O", "ask": "Really?"}
-    assert learnt(read_texts(write("a.jsonl", row), SftColumnNames(**names))) == [expected]
+    assert trained_on(read_texts(write("a.jsonl", row), SftColumnNames(**names))) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_what_the_user_names_comes_first(write, names, expected):
         ),
     ],
 )
-def test_also_before_what_comes_first_otherwise(write, row, names, expected):
-    assert learnt(read_texts(write("a.jsonl", row), SftColumnNames(**names))) == [expected]
+def test_named_column_overrides_the_default_order(write, row, names, expected):
+    assert trained_on(read_texts(write("a.jsonl", row), SftColumnNames(**names))) == [expected]
 
 
-def test_rows_that_teach_nothing_are_left_out_and_told(write):
+def test_unusable_rows_are_skipped_and_reported(write):
     odd = [
         {"messages": TALK},
         {"messages": TALK[:1]},
@@ -103,64 +103,64 @@ def test_rows_that_teach_nothing_are_left_out_and_told(write):
         (5, "empty prompt"),
     ]
     assert data.summary().startswith(
-        "a.jsonl: 1 row; the last answers of the conversations in 'messages'; left out 4 rows"
+        "a.jsonl: 1 row; the last answers of the conversations in 'messages'; skipped 4 rows"
     )
 
 
-def test_files_of_several_kinds(write, tmp_path):
+def test_several_files_of_different_kinds(write, tmp_path):
     write("a.csv", "text,n", "A dog barks.,1", ",2", "A cat purrs.,3")
     write("b.jsonl", {"prompt": "Why?", "completion": "So."}, {"prompt": "Why?", "completion": "So."})
     data = read_texts(f"{tmp_path}/a.csv,{tmp_path}/b.jsonl")
-    assert learnt(data) == [("Why?", "So."), (None, "A dog barks."), (None, "A cat purrs.")]
+    assert trained_on(data) == [("Why?", "So."), (None, "A dog barks."), (None, "A cat purrs.")]
     assert [row.row for row in data.rows] == ["b.jsonl:1", "a.csv:2", "a.csv:4"]
     assert {(each.row, each.reason) for each in data.skipped} == {("b.jsonl:2", "duplicate"), ("a.csv:3", "empty text")}
     assert data.sha256 != read_texts(tmp_path / "a.csv").sha256
 
 
 @pytest.mark.parametrize(
-    ("rows", "names", "said"),
+    ("rows", "names", "parts"),
     [
         (
             ["a,b", "1,2"],
             {},
-            ["row 1: the header has no column 'text', 'messages', 'completion'", "'a', 'b'", "--text_col"],
+            ["a.csv:1", "no column 'text', 'messages', 'completion'", "'a', 'b'", "--text_col"],
         ),
         (["prompt,b", "1,2"], {}, ["has no column 'text'"]),
         (["completion,b", "1,2"], {}, ["no column 'prompt'", "--prompt_column"]),
         (["text,b", "1,2"], {"text": "tetx"}, ["no column 'tetx'", "--text_column", "Did you mean 'text'"]),
         (["text,b", ",2"], {}, ["no usable row", "1 empty text (row 2)"]),
-        (["text"], {}, ["row"]),
-        ([{"text": TALK}], {}, ["row 1", "'text' holds messages", "--messages_column text"]),
-        ([{"text": TALK[0]}], {}, ["row 1", "'text' holds messages"]),
+        (["text"], {}, ["no row"]),
+        ([{"text": TALK}], {}, ["a.jsonl:1", "'text' holds messages", "--messages_column text"]),
+        ([{"text": TALK[0]}], {}, ["a.jsonl:1", "'text' holds messages"]),
         (["ask,text", "1,2"], {"prompt": "ask"}, ["no column 'completion'", "--completion_column"]),
-        ([{"text": 3}], {}, ["row 1", "'text' holds 3"]),
+        ([{"text": 3}], {}, ["a.jsonl:1", "'text' holds 3"]),
         ([{"instruction": "I", "input": "J", "completion": "C"}], {}, ["'instruction', 'input'", "--prompt_column"]),
     ],
 )
-def test_what_can_not_be_read_is_told_in_a_sentence(write, rows, names, said):
+def test_unreadable_data_is_an_error_that_names_the_problem(write, rows, names, parts):
     path = write("a.csv" if isinstance(rows[0], str) else "a.jsonl", *rows)
     with pytest.raises(DataError) as caught:
         read_texts(path, SftColumnNames(**names))
-    assert [words for words in ("a.", *said) if words not in str(caught.value)] == []
+    assert [part for part in ("a.", *parts) if part not in str(caught.value)] == []
 
 
-def test_the_same_prompts_are_held_out_as_in_the_other_trainings(pairs_csv):
-    how = {"heldout_fraction": 0.4, "seed": 3}
+def test_every_loader_holds_out_the_same_prompts(pairs_csv):
+    settings = {"heldout_fraction": 0.4, "seed": 3}
     (_, train, heldout), pairs, prompts = (
-        load(pairs_csv, **how) for load in (load_texts, load_preferences, load_prompts)
+        load(pairs_csv, **settings) for load in (load_texts, load_preferences, load_prompts)
     )
     assert [row.prompt for row in heldout] == [row.prompt for row in pairs[2]] == [row.prompt for row in prompts[2]]
     assert len(heldout) == 3 and len(train) == 5
     assert {row.completion for row in train} == {row.chosen for row in pairs[1]}
 
 
-def test_rows_count_as_often_as_their_file_s_weight_says_and_held_out_ones_once(write):
+def test_weights_repeat_training_rows_but_not_held_out_rows(write):
     path = write("a.csv", "text", *(f"Text number {i}." for i in range(10)))
     _, train, heldout = load_texts(f"{path}?weight=2", heldout_fraction=0.3, seed=1)
     assert (len(train), len(set(train)), len(heldout)) == (14, 7, 3)
 
 
-def test_built_in_data_comes_split():
+def test_built_in_data_is_already_split():
     data, train, heldout = load_texts("builtin:network", heldout_fraction=0.5, seed=0)
     _, pairs, others = load_preferences("builtin:network", heldout_fraction=0.5, seed=0)
     assert {row.prompt for row in train} == {row.prompt for row in pairs}
@@ -168,7 +168,7 @@ def test_built_in_data_comes_split():
     assert len(data.rows) == len(train) + len(heldout) and data.notes == ("answers from the column 'chosen'",)
 
 
-def test_texts_are_held_out_by_themselves(write):
+def test_plain_texts_are_held_out_by_their_text(write):
     path = write("a.csv", "text", *(f"Text number {i}." for i in range(10)))
     _, train, heldout = load_texts(path, heldout_fraction=0.3, seed=1)
     assert (len(train), len(heldout)) == (7, 3)

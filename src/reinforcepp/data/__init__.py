@@ -1,15 +1,27 @@
-"""Reading and checking preference and prompt data; a file's mistakes come out as one-sentence ``DataError``s."""
+"""Read and check preference, prompt and SFT data. A problem of a file is raised as a one-line ``DataError``."""
 
-from reinforcepp.data._columns import ColumnNames
-from reinforcepp.data._messages import conversation_text
-from reinforcepp.data._table import Row, Skipped, Table, filter_rows, normalize, read_table, words
-from reinforcepp.data._text import count
-from reinforcepp.data.preferences import PreferenceData, contradictions_in, load_preferences, read_preferences
-from reinforcepp.data.prompts import PromptData, PromptRow, load_prompts, prompt_rows, read_prompt_lines, read_prompts
-from reinforcepp.data.row_store import DiskRows
+from reinforcepp.data.columns import ColumnNames
+from reinforcepp.data.loading import (
+    PreferenceData,
+    PromptData,
+    PromptRow,
+    SftRow,
+    TextData,
+    contradictions_in,
+    load_preferences,
+    load_prompts,
+    load_texts,
+    prompt_rows,
+    read_preferences,
+    read_prompt_lines,
+    read_prompts,
+    read_texts,
+)
+from reinforcepp.data.messages import conversation_text
+from reinforcepp.data.readers import count
+from reinforcepp.data.rows import Row, Skipped, Table, filter_rows, normalize, read_table, split_by_prompt, words
 from reinforcepp.data.sources import DataFiles, resolve_data
-from reinforcepp.data.split import split_by_prompt
-from reinforcepp.data.texts import SftRow, TextData, load_texts, read_texts
+from reinforcepp.data.streaming import DiskRows
 
 __all__ = [
     "ColumnNames",

@@ -1,38 +1,293 @@
-"""Where data comes from: a file of the user's, or data that is part of this package."""
+"""From a data setting to its files and Hub datasets, or to the data that ships with this package."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from reinforcepp.config.data_spec import DataName, data_names
+from reinforcepp.data.readers import CHUNK_ROWS, READERS, Records, count, quoted
 from reinforcepp.errors import DataError, nearest
+from reinforcepp.files import sha256
+from reinforcepp.runtime import look_for_hub
 
-_PREFIX = "builtin:"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_BUILTIN_PREFIX = "builtin:"
 _BUILTIN = ("builtin:network",)
+_DEFAULT_SPLIT = "train"
+_FORMATS = "CSV, TSV, JSON, JSONL and Parquet files"
+# Files that `datasets` writes next to the data: they describe it and hold no rows.
+_METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
 class DataFiles(NamedTuple):
-    """The files behind a data setting; ``heldout`` is None where the held-out part is yet to be split off."""
+    """The files of a data setting; ``heldout`` is None if the held-out part must still be split off."""
 
     train: Path
     heldout: Path | None
 
 
 def resolve_data(source: str | Path) -> DataFiles:
-    """The files that ``source`` stands for: ``builtin:network`` or what ``read_table`` takes, which isn't opened here.
+    """Return the files of ``builtin:network``, or ``source`` itself for anything that ``read_table`` reads.
 
     Raises:
-        DataError: There is no built-in data of that name.
+        DataError: No built-in data has that name.
     """
     name = str(source)
-    if not name.startswith(_PREFIX):
+    if not name.startswith(_BUILTIN_PREFIX):
         return DataFiles(Path(source), None)
     if name not in _BUILTIN:
         raise DataError(
-            f"There is no built-in data {name!r}, only {', '.join(map(repr, _BUILTIN))}; "
-            f"use that or give the path of a file.{nearest(name, _BUILTIN)}"
+            f"Built-in data {name!r} not found. Use {' or '.join(map(repr, _BUILTIN))}, or give the path of a file."
+            f"{nearest(name, _BUILTIN)}"
         )
     from reinforcepp.data.builtin import data_paths
 
     train, heldout = data_paths()
     return DataFiles(Path(train), Path(heldout))
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """One file or Hub dataset of a data setting.
+
+    Attributes:
+        path: The file, or the name that messages use for a Hub dataset.
+        weight: How often each row counts in training.
+        dataset: The Hub dataset; None for a file.
+    """
+
+    path: Path
+    weight: float = 1.0
+    dataset: Dataset | None = None
+
+    def chunks(self) -> Iterator[Records]:
+        """Yield the rows, at least one chunk.
+
+        Raises:
+            DataError: The part can't be read, or isn't well-formed.
+        """
+        if self.dataset is not None:
+            yield from hub_chunks(self.path, self.dataset)
+            return
+        try:
+            _check_exists(self.path)
+            yield from READERS[self.path.suffix.lower()](self.path)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+    def records(self) -> Records:
+        """Return all rows in one chunk; raises what :meth:`chunks` raises."""
+        chunks = list(self.chunks())
+        names = tuple(dict.fromkeys(chain.from_iterable(chunk.names for chunk in chunks)))
+        rows = list(chain.from_iterable(chunk.rows for chunk in chunks))
+        return Records(names, rows, chunks[0].header_row, chunks[0].other_separators)
+
+    def size(self) -> int:
+        """Return the approximate size in bytes."""
+        if self.dataset is None:
+            return os.path.getsize(self.path)
+        return self.dataset.info.dataset_size or len(self.dataset)
+
+    def digest(self) -> str:
+        """Return a hash of the contents."""
+        return sha256(self.path) if self.dataset is None else dataset_digest(self.dataset)
+
+
+def find_parts(source: str | Path) -> list[DataPart]:
+    """Return the files and Hub datasets that ``source`` names; see ``data_names``. A folder stands for its files.
+
+    Raises:
+        ConfigError: An option after a name is invalid.
+        DataError: A part doesn't exist, can't be read, or is a folder with files of several formats.
+    """
+    parts = [part for name in data_names(source) for part in _parts(name)]
+    repeated = [path for path, number in Counter(part.path for part in parts).items() if number > 1]
+    if repeated:
+        raise DataError(f"{source}: the file {str(repeated[0])!r} is named twice. Name it once.")
+    if not parts:
+        raise DataError(f"{str(source)!r} names no data file. Give the path of one.")
+    return parts
+
+
+def display_name(source: str | Path, parts: Sequence[DataPart]) -> str:
+    """Return the name of the data for messages."""
+    first = parts[0].path
+    if len(parts) == 1 or Path(source).is_dir():
+        return str(source) if Path(source).exists() else str(first)
+    return f"{first} and {count(len(parts) - 1, 'more file')}"
+
+
+def combined_digest(parts: Sequence[DataPart]) -> str:
+    """Return the hash of a file's bytes; for several files, the hash of their joined digests."""
+    digests = [part.digest() for part in parts]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _parts(name: DataName) -> Iterator[DataPart]:
+    if name.hub:
+        split = f"?split={name.split}" if name.split else ""
+        yield DataPart(Path(name.name + split), name.weight, fetch(name))
+    for path in name.paths:
+        try:
+            for file in _in_folder(path, name) if path.is_dir() else [path]:
+                yield DataPart(file, name.weight)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+
+# --- files and folders ------------------------------------------------------------------------------------------------
+
+
+def _check_exists(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: folder {str(path.parent)!r} not found. Check the path.")
+    if not path.exists():
+        if any(mark in path.name for mark in "*?["):
+            raise DataError(f"{path}: no file matches the pattern. Check the pattern.")
+        hint = nearest(path.name, (each.name for each in path.parent.iterdir() if each.is_file()))
+        raise DataError(f"{path}: no such file. Check the path.{hint}")
+    if path.suffix.lower() not in READERS:
+        problem = f"{path.suffix} files aren't supported" if path.suffix else "the file name has no extension"
+        raise DataError(f"{path}: {problem}, only {_FORMATS}. Convert it to one of these, for example .jsonl.")
+
+
+def _in_folder(folder: Path, name: DataName) -> list[Path]:
+    """Return the data files of a folder: one that ``datasets`` saved, or one with files of a single format."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(each.parent.name for each in folder.glob("*/state.json"))
+        if name.split not in splits:
+            raise DataError(
+                f"{folder}: the folder holds several splits: {', '.join(splits)}. Name one, as in {folder}?split={splits[0]}."
+                if splits
+                else f"{folder}: the folder holds a DatasetDict without splits. Save it again."
+            )
+        return _saved_by_datasets(folder / str(name.split))
+    option = next((option for option in ("split", "revision", "subset") if getattr(name, option)), None)
+    if option:
+        raise DataError(f"{folder}: the folder holds a single dataset, so {option} doesn't apply. Omit {option}.")
+    if (folder / "state.json").is_file():
+        return _saved_by_datasets(folder)
+    found = sorted(
+        each
+        for each in folder.iterdir()
+        if each.suffix.lower() in READERS and each.name not in _METADATA_FILES and each.is_file()
+    )
+    suffixes = sorted({each.suffix.lower() for each in found})
+    if not found:
+        raise DataError(f"{folder}: no data file in the folder. Give a file, or a folder that holds {_FORMATS}.")
+    if len(suffixes) > 1:
+        raise DataError(
+            f"{folder}: the folder holds several formats ({', '.join(suffixes)}). "
+            f"Name the files, for example {str(folder / f'*{suffixes[0]}')!r}."
+        )
+    return found
+
+
+def _saved_by_datasets(folder: Path) -> list[Path]:
+    state_file = folder / "state.json"
+    try:
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        names = [str(each["filename"]) for each in state["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{state_file}: not the file list that `save_to_disk` writes. Save the dataset again."
+        ) from error
+    if not names or any(Path(name).name != name or not name.endswith(".arrow") for name in names):
+        raise DataError(f"{state_file}: lists no Arrow files of this folder. Save the dataset again.")
+    return [folder / name for name in names]
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: {error.strerror or error}. Check the path and its permissions.")
+
+
+# --- the Hugging Face Hub ---------------------------------------------------------------------------------------------
+
+
+def hub_chunks(path: Path, dataset: Dataset) -> Iterator[Records]:
+    """Yield the rows of a Hub dataset; a row's number is its position from 1.
+
+    Raises:
+        DataError: The dataset has no row.
+    """
+    number, names = 1, tuple(dataset.column_names)
+    for table in dataset.with_format("arrow").iter(CHUNK_ROWS):
+        cells = table.to_pylist()
+        number += len(cells)
+        yield Records(names, list(enumerate(cells, number - len(cells))), share=(number - 1) / len(dataset))
+    if number == 1:
+        raise DataError(f"{path}: the dataset has no row. Choose another split or dataset.")
+
+
+def dataset_digest(dataset: Dataset) -> str:
+    """Return a hash of all cells."""
+    digest = hashlib.sha256(repr(dataset.column_names).encode())
+    for table in dataset.with_format("arrow").iter(CHUNK_ROWS):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
+
+
+def fetch(name: DataName) -> Dataset:
+    """Return a dataset from the Hugging Face Hub or its local cache.
+
+    Raises:
+        DataError: The dataset doesn't exist, can't be downloaded, or has several splits and none is named.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    look_for_hub()
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
+    try:
+        found = datasets.load_dataset(name.name, name.subset, split=name.split, revision=name.revision)
+    except (DatasetNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise DataError(
+                f"{name.name}: no such file or folder, and the Hugging Face Hub can't be reached. Check the path, or "
+                f"download the dataset on a computer with a network (hf download --repo-type dataset {name.name}) and "
+                "give its files."
+            ) from error
+        raise DataError(
+            f"{name.name}: dataset not found on the Hugging Face Hub{_options(name)}, or access denied. Check the name. "
+            "For a private or gated dataset, log in with `hf auth login`."
+        ) from error
+    except (DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"{name.name}: the dataset can't be loaded{_options(name)}: {_sentence(error)}") from error
+    return _one_split(name, found)
+
+
+def _one_split(name: DataName, found: Any) -> Dataset:
+    import datasets
+
+    if isinstance(found, datasets.Dataset):
+        return found
+    splits = list(found)
+    if len(splits) == 1 or _DEFAULT_SPLIT in splits:
+        return found[_DEFAULT_SPLIT if _DEFAULT_SPLIT in splits else splits[0]]
+    raise DataError(
+        f"{name.name}: the dataset has {count(len(splits), 'split')}: {quoted(splits)}. "
+        f"Name one, as in {name.name}?split={splits[0]}."
+    )
+
+
+def _options(name: DataName) -> str:
+    given = [f"{option} {getattr(name, option)}" for option in ("split", "revision", "subset") if getattr(name, option)]
+    return f" with {', '.join(given)}" if given else ""
+
+
+def _sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.endswith(".") else f"{text}."

@@ -1,181 +1,296 @@
-"""Reading data larger than memory: one pass over its files, in which every row is checked and put onto the disk.
+"""Data larger than memory: one pass over the files checks every row and writes the usable ones to disk.
 
-What is kept in memory are a few numbers a row. The rows left out, the split and the weights are those of ``preferences`` and
-``prompts``; a hash stands for each text.
+Memory holds about forty bytes per row: hashes stand in for texts. Skipped rows, split and weights are those of data in
+memory.
+
+Rows are read back with ``pread`` rather than memory-mapped, because pages of a mapping count as the process's memory: with
+a mapped Arrow file, peak memory grew by the size of the data once every row had been read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reinforcepp.data._columns import ColumnNames, Layout, check_distinct, find_columns
-from reinforcepp.data._files import Part, parts_of
-from reinforcepp.data._table import Row, Skipped, called, digest_of, normalize, notes_on, rows_of, unusable
-from reinforcepp.data.row_store import DiskRows, Places, Spool, spooled
-from reinforcepp.data.split import check_fraction, number_heldout, rank, times
+from reinforcepp.data.columns import ColumnLayout, ColumnNames, check_distinct, find_columns
+from reinforcepp.data.rows import (
+    Row,
+    Skipped,
+    check_fraction,
+    make_rows,
+    normalize,
+    notes_on,
+    num_heldout,
+    prompt_rank,
+    repetitions,
+    row_problem,
+    text_columns,
+)
+from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts
+from reinforcepp.errors import DataError
 from reinforcepp.types import RowId
 
 T = TypeVar("T")
 Hashes = NDArray[np.uint64]
+Indices = NDArray[np.int64]
 OnProgress = Callable[[float], None]
-"""Is told which share of the files has been read."""
+"""Called with the share of the files that has been read."""
+
+
+class RowStore:
+    """Lists of plain values in an unnamed temporary file, which the system removes when the process ends.
+
+    The environment variable TMPDIR sets the folder.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="reinforcepp-")  # noqa: SIM115  (open as long as its rows are used)
+        self._starts = array("Q", [0])
+        self._digest = hashlib.sha256()
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._starts) - 1
+
+    def append(self, values: list[Any], where: str) -> None:
+        """Add a row; ``where`` names it in messages.
+
+        Raises:
+            DataError: The row holds a value that JSON can't represent, or the disk is full.
+        """
+        try:
+            line = json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            self._file.write(line)
+        except TypeError as error:
+            raise DataError(
+                f"{where}: {error}, so the row can't be streamed. Write that column as text, or omit --streaming."
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"{where}: {error.strerror} in {tempfile.gettempdir()}, where --streaming stores rows. "
+                "Free some space there, or set TMPDIR to a folder with more."
+            ) from error
+        self._digest.update(line)
+        self._starts.append(self._starts[-1] + len(line))
+
+    def finish(self) -> str:
+        """Flush all rows to disk and return their hash."""
+        self._file.flush()
+        return self._digest.hexdigest()
+
+    def read(self, index: int) -> list[Any]:
+        """Return a row."""
+        start = self._starts[index]
+        line = os.pread(self._file.fileno(), self._starts[index + 1] - start, start)
+        values: list[Any] = json.loads(line.decode("utf-8", "surrogatepass"))
+        return values
+
+
+class DiskRows(Sequence[T], Generic[T]):
+    """Rows of a store in the order of ``indices``; ``make`` builds each one from its values on access.
+
+    ``digest`` identifies their contents.
+    """
+
+    def __init__(self, store: RowStore, indices: Indices, make: Callable[[list[Any]], T], digest: str) -> None:
+        self._store, self._indices, self._make = store, indices, make
+        self.digest = hashlib.sha256(digest.encode() + indices.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> DiskRows[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | DiskRows[T]:
+        """Return one row, or a slice whose rows stay on disk."""
+        if isinstance(index, slice):
+            return self._select(self._indices[index])
+        return self._make(self._store.read(int(self._indices[index])))
+
+    def without(self, indices: Sequence[int]) -> DiskRows[T]:
+        """Return all rows except those at ``indices``."""
+        return self._select(np.delete(self._indices, np.asarray(indices, np.int64)))
+
+    def spread(self, number: int) -> DiskRows[T]:
+        """Return up to ``number`` rows, evenly spread."""
+        if number >= len(self):
+            return self
+        return self._select(self._indices[np.linspace(0, len(self) - 1, number).astype(int)])
+
+    def _select(self, indices: Indices) -> DiskRows[T]:
+        return DiskRows(self._store, indices, self._make, self.digest)
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """Data that was read in one pass; ``kept`` are the places of its usable rows in the spool.
+class StreamedTable:
+    """Data that was read in one pass.
 
-    For each row of the spool there are a hash of its texts, one of a pair with its answers exchanged, one of its prompt,
-    and its weight.
+    Attributes:
+        source: Name for messages.
+        sha256: Hash of the files, as in ``Table``.
+        columns: Names of the texts of a row.
+        store: Rows with neither an empty text nor a problem; they can still be duplicates.
+        digest: Hash of the store.
+        kept: Indices of the usable rows in the store.
+        texts: Hash of the texts, per row of the store.
+        swapped: Hash of the texts with chosen and rejected swapped, per row of the store.
+        prompts: Hash of the prompt, per row of the store.
+        weights: Weight, per row of the store.
+        skipped: Skipped rows.
+        notes: Remarks for the user on how the data was read.
     """
 
     source: str
     sha256: str
     columns: tuple[str, ...]
-    spool: Spool
+    store: RowStore
     digest: str
-    kept: Places
+    kept: Indices
     texts: Hashes
-    mirrored: Hashes
+    swapped: Hashes
     prompts: Hashes
     weights: NDArray[np.float64]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
 
-    def rows(self, places: Places, make: Callable[[list[Any]], T]) -> DiskRows[T]:
-        """The rows at ``places`` of the spool."""
-        return DiskRows(self.spool, places, make, self.digest)
+    def rows(self, indices: Indices, make: Callable[[list[Any]], T]) -> DiskRows[T]:
+        """Return the rows of the store at ``indices``."""
+        return DiskRows(self.store, indices, make, self.digest)
 
-    def split(self, heldout_fraction: float, seed: int) -> tuple[Places, Places]:
-        """Usable rows for training, as often as their weights say, and those held out: see ``split_by_prompt``."""
+    def split(self, heldout_fraction: float, seed: int) -> tuple[Indices, Indices]:
+        """Return indices for training, repeated by weight, and held-out indices; see ``split_by_prompt``."""
         check_fraction(heldout_fraction)
         prompts = self.prompts[self.kept]
         distinct = np.unique(prompts)
-        heldout = np.isin(prompts, distinct[: number_heldout(heldout_fraction, len(distinct))])
+        heldout = np.isin(prompts, distinct[: num_heldout(heldout_fraction, len(distinct))])
         return self._weighted(self.kept[~heldout], seed), self.kept[heldout]
 
-    def _weighted(self, places: Places, seed: int) -> Places:
-        weights = self.weights[places]
+    def contradictions(self) -> tuple[tuple[RowId, RowId], ...]:
+        """Return the row numbers of each two pairs that prefer the same two answers in opposite ways."""
+        texts, swapped = self.texts[self.kept], self.swapped[self.kept]
+        later = np.flatnonzero(np.isin(swapped, texts))
+        order = np.argsort(texts)
+        earlier = order[np.searchsorted(texts, swapped[later], sorter=order)]
+        found = [(int(a), int(b)) for a, b in zip(earlier, later, strict=True) if a < b]
+        return tuple((_row_number(self.store, self.kept[a]), _row_number(self.store, self.kept[b])) for a, b in found)
+
+    def _weighted(self, indices: Indices, seed: int) -> Indices:
+        weights = self.weights[indices]
         if (weights == 1).all():
-            return places
+            return indices
         counts = []
-        for place, weight in zip(places, weights, strict=True):
-            row, (prompt, *_), *_ = self.spool.read(place)
-            counts.append(times(float(weight), f"{row}:{prompt}", seed))
-        return np.repeat(places, counts)
+        for index, weight in zip(indices, weights, strict=True):
+            row, (prompt, *_), *_ = self.store.read(index)
+            counts.append(repetitions(float(weight), f"{row}:{prompt}", seed))
+        return np.repeat(indices, counts)
 
 
-def stream(
+def stream_table(
     source: str | Path,
     names: ColumnNames,
     *,
     pairs: bool,
     seed: int,
-    fault: Callable[[Sequence[str], Sequence[str]], str | None],
+    find_problem: Callable[[Sequence[str], Sequence[str]], str | None],
     values: Callable[[Row], list[Any]],
     on_progress: OnProgress,
-) -> Streamed:
+) -> StreamedTable:
     """Read ``source`` in one pass.
 
     Args:
         source: As for ``read_table``.
-        names: What the columns are called.
-        pairs: Whether to read answers too.
-        seed: Decides the split, which the hashes of the prompts are for.
-        fault: Given the names of a row's texts and the texts, normalised: what is wrong with them, if anything.
-        values: What is to be kept of a usable row beside its number and texts, as plain values.
-        on_progress: Is told which share has been read.
+        names: Column names.
+        pairs: Whether to read answers.
+        seed: Seed of the split, for which the prompts are hashed.
+        find_problem: Given the names of a row's texts and the normalized texts, returns what is wrong, if anything.
+        values: Returns the values to store for a usable row in addition to its number and texts.
+        on_progress: Called with the share of the files that has been read.
 
     Raises:
-        ConfigError, DataError: as ``read_table``.
+        ConfigError: As ``read_table``.
+        DataError: As ``read_table``, or a row can't be stored.
     """
     if pairs:
         check_distinct(names)
-    parts = parts_of(source)
-    spool, seen, layouts = Spool(), Counter[str](), list[Layout]()
-    texts, mirrored, prompts, weights = array("Q"), array("Q"), array("Q"), array("d")
+    parts = find_parts(source)
+    store, conversions, layouts = RowStore(), Counter[str](), list[ColumnLayout]()
+    texts, swapped, prompts, weights = array("Q"), array("Q"), array("Q"), array("d")
     skipped: list[Skipped] = []
     columns: tuple[str, ...] = ()
-    for row, layout in _rows(parts, names, pairs, seen, on_progress):
-        if not layouts or layouts[-1] is not layout:
-            layouts.append(layout)
-        columns = columns or (layout.prompt or names.prompt, *((layout.answers or ()) if pairs else ()))
-        plain = tuple(map(normalize, row.texts))
-        reason = unusable(row, plain, columns) or fault(columns, plain)
+    for row in _stream_rows(parts, names, pairs, conversions, on_progress):
+        if not layouts or layouts[-1] is not row.layout:
+            layouts.append(row.layout)
+        columns = columns or text_columns(row.layout, names, pairs)
+        normalized = tuple(map(normalize, row.texts))
+        reason = row_problem(row, normalized, columns) or find_problem(columns, normalized)
         if reason:
             skipped.append(Skipped(row.number, reason))
             continue
-        spooled(spool, [row.number, row.texts, *values(row)], f"{source}, row {row.number}")
-        texts.append(_hash(plain))
-        mirrored.append(_hash((plain[0], *plain[:0:-1])))
-        prompts.append(int.from_bytes(rank(seed, plain[0])[:8], "big"))
+        store.append([row.number, row.texts, *values(row)], f"{source}:{row.number}")
+        texts.append(_hash(normalized))
+        swapped.append(_hash((normalized[0], *normalized[:0:-1])))
+        prompts.append(int.from_bytes(prompt_rank(seed, normalized[0])[:8], "big"))
         weights.append(row.weight)
-    digest = spool.close_for_writing()
+    digest = store.finish()
     hashes = np.frombuffer(texts, dtype=np.uint64)
-    kept, repeated = _first(hashes)
+    kept, repeated = _first_occurrences(hashes)
     skipped += [
-        Skipped(_number(spool, place), "duplicate", duplicate_of=_number(spool, first)) for place, first in repeated
+        Skipped(_row_number(store, index), "duplicate", duplicate_of=_row_number(store, first))
+        for index, first in repeated
     ]
-    return Streamed(
-        source=called(source, parts),
-        sha256=digest_of(parts),
-        columns=columns,
-        spool=spool,
+    return StreamedTable(
+        source=display_name(source, parts),
+        sha256=combined_digest(parts),
+        columns=columns or tuple(names),
+        store=store,
         digest=digest,
         kept=kept,
         texts=hashes,
-        mirrored=np.frombuffer(mirrored, dtype=np.uint64),
+        swapped=np.frombuffer(swapped, dtype=np.uint64),
         prompts=np.frombuffer(prompts, dtype=np.uint64),
         weights=np.frombuffer(weights, dtype=np.float64),
         skipped=tuple(skipped),
-        notes=tuple(notes_on(parts, layouts, seen)),
+        notes=tuple(notes_on(parts, layouts, conversions)),
     )
 
 
-def contradictions(streamed: Streamed) -> tuple[tuple[RowId, RowId], ...]:
-    """The rows of pairs that prefer the same two answers to the same prompt in opposite ways."""
-    texts, mirrored = streamed.texts[streamed.kept], streamed.mirrored[streamed.kept]
-    later = np.flatnonzero(np.isin(mirrored, texts))
-    order = np.argsort(texts)
-    earlier = order[np.searchsorted(texts, mirrored[later], sorter=order)]
-    couples = [(int(a), int(b)) for a, b in zip(earlier, later, strict=True) if a < b]
-    return tuple(
-        (_number(streamed.spool, streamed.kept[a]), _number(streamed.spool, streamed.kept[b])) for a, b in couples
-    )
-
-
-def _rows(
-    parts: Sequence[Part], names: ColumnNames, pairs: bool, seen: Counter[str], on_progress: OnProgress
-) -> Iterator[tuple[Row, Layout]]:
-    """All rows, with the columns of their file, which are those of its first piece."""
+def _stream_rows(
+    parts: Sequence[DataPart], names: ColumnNames, pairs: bool, conversions: Counter[str], on_progress: OnProgress
+) -> Iterator[Row]:
+    """Yield all rows; the first chunk of a file decides on its columns."""
     sizes = [part.size() for part in parts]
     done = 0.0
     for part, size in zip(parts, sizes, strict=True):
         layout = None
-        for records in part.pieces():
+        for records in part.chunks():
             layout = layout or find_columns(part.path, records, names, pairs)
-            for row in rows_of(part, records, layout, pairs, path_in_numbers=len(parts) > 1, seen=seen):
-                yield row, layout
+            yield from make_rows(part, records, layout, pairs, path_in_numbers=len(parts) > 1, conversions=conversions)
             on_progress((done + min(1.0, records.share) * size) / sum(sizes))
         done += size
         on_progress(done / sum(sizes))
 
 
-def _first(hashes: Hashes) -> tuple[Places, list[tuple[int, int]]]:
-    """Places at which a hash occurs for the first time, in order; and of each other place that where it did."""
+def _first_occurrences(hashes: Hashes) -> tuple[Indices, list[tuple[int, int]]]:
+    """Return the indices of first occurrences in order, and (index, first index) of each repetition."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    place = np.arange(len(hashes))
-    again = np.flatnonzero(first[inverse] != place)
-    return np.sort(first), [(int(at), int(first[inverse[at]])) for at in again]
+    repeated = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
+    return np.sort(first), [(int(index), int(first[inverse[index]])) for index in repeated]
 
 
 def _hash(texts: Sequence[str]) -> int:
@@ -183,6 +298,6 @@ def _hash(texts: Sequence[str]) -> int:
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big")
 
 
-def _number(spool: Spool, place: int) -> RowId:
-    number: RowId = spool.read(place)[0]
+def _row_number(store: RowStore, index: int) -> RowId:
+    number: RowId = store.read(index)[0]
     return number

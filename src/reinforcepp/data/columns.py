@@ -1,0 +1,234 @@
+"""Which column holds what: by the configured names, the default names, or the names that other tools use.
+
+Two kinds of files: prompts with or without preference pairs (``find_columns``), and SFT data (``find_sft_columns``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from reinforcepp.data.readers import Records, quoted
+from reinforcepp.errors import ConfigError, DataError, nearest
+
+
+class ColumnNames(NamedTuple):
+    """Configured column names of prompts and preference pairs."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+
+class SftColumnNames(NamedTuple):
+    """Configured column names of SFT data."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    chosen: str = "chosen"
+    messages: str = "messages"
+    text: str = "text"
+
+
+class ColumnLayout(NamedTuple):
+    """The columns of a file.
+
+    Attributes:
+        prompt: Column of the prompt; None if chosen and rejected both begin with it.
+        answers: Columns of chosen and rejected; None in a file of prompts. SFT data with one answer names it twice.
+        notes: Remarks for the user on columns that were recognized by another name.
+    """
+
+    prompt: str | None
+    answers: tuple[str, str] | None
+    notes: tuple[str, ...] = ()
+
+
+DEFAULT_NAMES = ColumnNames()
+DEFAULT_SFT_NAMES = SftColumnNames()
+PROMPTS = ("question", "instruction", "query", "input", "context_messages", "messages", "conversations", "problem")
+ANSWERS = (
+    ("response_chosen", "response_rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response_j", "response_k"),
+    ("preferred", "dispreferred"),
+    ("accepted", "rejected"),
+    ("better", "worse"),
+)
+COMPLETIONS = ("response", "answer", "output")
+MESSAGES = ("conversations", "conversation")
+
+
+def check_distinct(names: ColumnNames) -> None:
+    """Raise a ConfigError if two settings name the same column."""
+    flags: dict[str, str] = {}
+    for flag, name in names._asdict().items():
+        if name in flags:
+            raise ConfigError(
+                f"--{flags[name]}_column and --{flag}_column both name the column {name!r}. Give each its own column."
+            )
+        flags[name] = flag
+
+
+# --- prompts and preference pairs -------------------------------------------------------------------------------------
+
+
+def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool | None) -> ColumnLayout:
+    """Find the columns of prompts and answers.
+
+    Args:
+        path: The file, for messages.
+        records: Its contents.
+        names: Configured column names.
+        pairs: Whether answers are required; None reads them if the file has such columns. If False, answers matter only
+            if they contain the prompt.
+
+    Raises:
+        DataError: A column is missing, and no or more than one other column could take its place.
+    """
+    wanted = (names.chosen, names.rejected)
+    answers = _find_answers(path, records, wanted, must_be_unique=pairs is not False)
+    prompt, note = _find_prompt(path, records, names.prompt, answers)
+    present = [name in records.names for name in wanted]
+    # A name that the user set must be there, and one answer column without the other is a mistake.
+    if not answers and (pairs or (pairs is None and (any(present) or wanted != DEFAULT_NAMES[1:]))):
+        flag = "rejected" if present[0] else "chosen"
+        raise _missing(path, records, flag, getattr(names, flag))
+    notes = [note] if note else []
+    if answers and answers != wanted and pairs is not False:
+        notes.append(f"chosen and rejected from the columns {' and '.join(map(repr, answers))}")
+    return ColumnLayout(prompt, answers, tuple(notes))
+
+
+def _find_prompt(
+    path: Path, records: Records, name: str, answers: tuple[str, str] | None
+) -> tuple[str | None, str | None]:
+    """Return the column of the prompts, None if the answers contain them, and a note for the user."""
+    if name in records.names:
+        return name, None
+    others = [other for other in PROMPTS if other in records.names and other not in (answers or ())]
+    if name != DEFAULT_NAMES.prompt or not (others or answers):
+        raise _missing(path, records, "prompt", name)
+    if len(others) > 1:
+        raise DataError(
+            f"{path}: no column {name!r}, and several could be the prompt: {quoted(others)}. "
+            "Choose one with --prompt_column."
+        )
+    if others:
+        return others[0], f"prompts from the column {others[0]!r}"
+    return None, f"prompts are the shared beginning of {' and '.join(map(repr, answers or ()))}"
+
+
+def _find_answers(
+    path: Path, records: Records, wanted: tuple[str, str], *, must_be_unique: bool
+) -> tuple[str, str] | None:
+    """Return the columns of the answers, None if missing; several candidates are an error if ``must_be_unique``."""
+    if all(name in records.names for name in wanted):
+        return wanted
+    candidates = [pair for pair in ANSWERS if all(name in records.names for name in pair)]
+    if not candidates or wanted != DEFAULT_NAMES[1:]:
+        return None
+    if len(candidates) > 1 and must_be_unique:
+        named = " or ".join(quoted(pair) for pair in candidates)
+        raise DataError(
+            f"{path}: several columns could be the answers: {named}. "
+            "Choose two with --chosen_column and --rejected_column."
+        )
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _missing(path: Path, records: Records, flag: str, name: str) -> DataError:
+    for separator_name, separator in (records.other_separators or {}).items():
+        if name in [each.strip().strip('"') for each in records.names[0].split(separator)]:
+            wanted = {".tsv": "tabs"}.get(path.suffix.lower(), "commas")
+            return DataError(
+                f"{path}:{records.header_row}: cells are separated by {separator_name}. Save the file with {wanted}."
+            )
+    return DataError(
+        f"{_header(path, records)} has no column {name!r}, only {quoted(records.names)}. "
+        f"Rename the column, or name it with --{flag}_column.{nearest(name, records.names)}"
+    )
+
+
+def _header(path: Path, records: Records) -> str:
+    return f"{path}:{records.header_row}: the header" if records.header_row else f"{path}: the file"
+
+
+# --- SFT data ---------------------------------------------------------------------------------------------------------
+
+
+def find_sft_columns(path: Path, records: Records, names: SftColumnNames) -> ColumnLayout:
+    """Find prompts with answers, conversations, or plain texts.
+
+    If a file has several of them, a column that the user named comes first, then answers, conversations and texts. If
+    only one answer column exists, it stands for both answers of a pair.
+
+    Raises:
+        DataError: No column to train on was found, or a named one is missing.
+    """
+    by_user = [kind for kind, name in names._asdict().items() if name != getattr(DEFAULT_SFT_NAMES, kind)]
+    for kind in by_user:
+        if getattr(names, kind) not in records.names:
+            raise _missing(path, records, kind, getattr(names, kind))
+    if not {"text", "messages"} & set(by_user) and (layout := _sft_answers(path, records, names, by_user)):
+        return layout
+    conversations = [name for name in (names.messages, *MESSAGES) if name in records.names]
+    if conversations and "text" not in by_user:
+        column = conversations[0]
+        return ColumnLayout(None, (column, column), (f"the last answers of the conversations in {column!r}",))
+    if names.text in records.names:
+        _check_plain_text(path, records, names.text)
+        return ColumnLayout(names.text, None)
+    completion = _other_completion(records)
+    if completion is not None and any(name in records.names for name in (*PROMPTS, names.prompt)):
+        return _one_answer(path, records, names, completion, note=True)
+    raise DataError(
+        f"{_header(path, records)} has no column {names.text!r}, {names.messages!r}, {names.completion!r} or "
+        f"{names.chosen!r} to train on, only {quoted(records.names)}. Name one with --text_column, --messages_column, or "
+        "--prompt_column and --completion_column."
+    )
+
+
+def _sft_answers(path: Path, records: Records, names: SftColumnNames, by_user: Sequence[str]) -> ColumnLayout | None:
+    """Return the columns of prompts and answers, if any; ``by_user`` are the kinds whose columns the user named."""
+    if names.completion in records.names and ("chosen" not in by_user or "completion" in by_user):
+        return _one_answer(path, records, names, names.completion)
+    if pair := _find_answers(path, records, (names.chosen, "rejected"), must_be_unique=True):
+        prompt, note = _find_prompt(path, records, names.prompt, pair)
+        return ColumnLayout(prompt, pair, (*([note] if note else []), f"answers from the column {pair[0]!r}"))
+    if names.chosen in records.names:
+        return _one_answer(path, records, names, names.chosen, note=True)
+    if "prompt" not in by_user:
+        return None
+    # A user who names the prompt column expects an answer column, too.
+    if (completion := _other_completion(records)) is None:
+        raise _missing(path, records, "completion", names.completion)
+    return _one_answer(path, records, names, completion, note=True)
+
+
+def _other_completion(records: Records) -> str | None:
+    """Return the column that could hold the answers, if there is exactly one."""
+    found = [name for name in COMPLETIONS if name in records.names]
+    return found[0] if len(found) == 1 else None
+
+
+def _one_answer(
+    path: Path, records: Records, names: SftColumnNames, answer: str, *, note: bool = False
+) -> ColumnLayout:
+    prompt, prompt_note = _find_prompt(path, records, names.prompt, (answer, answer))
+    if prompt is None:
+        raise _missing(path, records, "prompt", names.prompt)
+    notes = [prompt_note] if prompt_note else []
+    if note:
+        notes.append(f"answers from the column {answer!r}")
+    return ColumnLayout(prompt, (answer, answer), tuple(notes))
+
+
+def _check_plain_text(path: Path, records: Records, name: str) -> None:
+    for number, cells in records.rows:
+        if isinstance(cells.get(name), list | dict):
+            raise DataError(
+                f"{path}:{number}: {name!r} holds messages or another list, expected plain text. "
+                f"For conversations, use --messages_column {name}."
+            )

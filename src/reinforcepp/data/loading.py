@@ -1,0 +1,530 @@
+"""Load preference pairs, prompts and SFT texts: read, check, split, and keep in memory or on disk.
+
+Each kind of rows has a reader; ``_load`` splits the rows of all three kinds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from reinforcepp.data.columns import DEFAULT_SFT_NAMES, ColumnLayout, ColumnNames, SftColumnNames, find_sft_columns
+from reinforcepp.data.messages import parse_content, prompt_from
+from reinforcepp.data.readers import count, quoted
+from reinforcepp.data.rows import (
+    HasWeight,
+    Row,
+    Skipped,
+    describe_skipped,
+    filter_rows,
+    make_rows,
+    normalize,
+    notes_on,
+    read_table,
+    split_by_prompt,
+    weighted,
+)
+from reinforcepp.data.sources import combined_digest, display_name, find_parts, resolve_data
+from reinforcepp.data.streaming import DiskRows, OnProgress, stream_table
+from reinforcepp.errors import DataError, nearest
+from reinforcepp.types import Preference, RowId
+
+# A single pair can't be both trained on and held out.
+_MIN_PAIRS = 2
+_MAX_LISTED_CONTRADICTIONS = 3
+_NO_QUESTION = {"with answers to different prompts": "without a question"}
+"""Problems of a single conversation, which the reader of pairs words for two."""
+GROUND_TRUTH_NOTE = "ground_truth for reward functions comes from the column 'reward_model'"
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt with the row's other cells.
+
+    Attributes:
+        prompt: The prompt's text.
+        columns: Other cells by column, for reward functions.
+        row: The row's number.
+        weight: How often the row counts in training.
+    """
+
+    prompt: str
+    columns: Mapping[str, Any]
+    row: RowId = 0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class SftRow:
+    """A text to train on.
+
+    Attributes:
+        question: The prompt; None if the completion is plain text.
+        completion: The answer, or the plain text.
+        row: The row's number.
+        weight: How often the row counts in training.
+    """
+
+    question: str | None
+    completion: str
+    row: RowId = 0
+    weight: float = 1.0
+
+    @property
+    def prompt(self) -> str:
+        """The text that decides whether the row is held out; for plain text, the text itself."""
+        return self.completion if self.question is None else self.question
+
+
+R = TypeVar("R", bound=HasWeight)
+
+
+@dataclass(frozen=True)
+class LoadedData(Generic[R]):
+    """The usable rows of a data setting.
+
+    Attributes:
+        source: Name for messages.
+        sha256: Hash of the file's bytes; for several files and for built-in data, of their joined digests.
+        rows: Usable rows, in the order of the file.
+        skipped: Skipped rows.
+        notes: Remarks for the user on how the data was read.
+    """
+
+    source: str
+    sha256: str
+    rows: Sequence[R]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...] = ()
+
+    noun = "row"
+
+    def summary(self) -> str:
+        """Return, for example, ``my.csv: 24 rows; skipped 2 rows: 2 duplicates (rows 8, 9)``."""
+        parts = [f"{Path(self.source).name}: {count(len(self.rows), self.noun)}", *self.notes]
+        return "; ".join([*parts, describe_skipped(self.skipped)] if self.skipped else parts)
+
+
+@dataclass(frozen=True)
+class PreferenceData(LoadedData[Preference]):
+    """Usable preference pairs; ``contradictions`` are the rows of pairs that prefer the same two answers both ways."""
+
+    contradictions: tuple[tuple[RowId, RowId], ...] = ()
+
+    noun = "usable pair"
+
+    @property
+    def pairs(self) -> Sequence[Preference]:
+        """The rows."""
+        return self.rows
+
+    def summary(self) -> str:
+        """Return the counts of usable, skipped and contradictory pairs."""
+        text = super().summary()
+        if not self.contradictions:
+            return text
+        listed = ", ".join(
+            f"{first} and {second}" for first, second in self.contradictions[:_MAX_LISTED_CONTRADICTIONS]
+        )
+        more = ", ..." if len(self.contradictions) > _MAX_LISTED_CONTRADICTIONS else ""
+        return f"{text}; kept {count(len(self.contradictions), 'contradiction')} (rows {listed}{more})"
+
+
+@dataclass(frozen=True)
+class PromptData(LoadedData[PromptRow]):
+    """Distinct prompts, in order of first appearance."""
+
+    noun = "prompt"
+
+    @property
+    def prompts(self) -> Sequence[PromptRow]:
+        """The rows."""
+        return self.rows
+
+
+@dataclass(frozen=True)
+class TextData(LoadedData[SftRow]):
+    """Texts for SFT."""
+
+
+# --- one path for all kinds -------------------------------------------------------------------------------------------
+
+D = TypeVar("D", bound=LoadedData[Any])
+Loaded = tuple[D, Sequence[R], Sequence[R]]
+"""All usable rows, those for training, repeated by weight, and those held out."""
+
+
+def _no_progress(share: float) -> None:
+    """Ignore the share that has been read."""
+
+
+def _load(
+    source: str | Path,
+    read: Callable[[Path], D],
+    heldout_fraction: float,
+    seed: int,
+    stream: Callable[[Path], Loaded[D, Any]] | None = None,
+) -> Loaded[D, Any]:
+    """Read a data setting and split it by prompt; built-in data comes split.
+
+    ``stream`` reads and splits files onto disk instead. Built-in data is small and always read into memory.
+    """
+    files = resolve_data(source)
+    if stream is not None and files.heldout is None:
+        return stream(files.train)
+    train = read(files.train)
+    if files.heldout is None:
+        rows, heldout_rows = split_by_prompt(train.rows, heldout_fraction, seed)
+        return train, weighted(rows, seed), heldout_rows
+    heldout = read(files.heldout)
+    both = replace(
+        train,
+        source=str(source),
+        sha256=hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest(),
+        rows=(*train.rows, *heldout.rows),
+        skipped=train.skipped + heldout.skipped,
+    )
+    return both, list(train.rows), list(heldout.rows)
+
+
+# --- preference pairs -------------------------------------------------------------------------------------------------
+
+
+def load_preferences(
+    source: str | Path,
+    *,
+    heldout_fraction: float,
+    seed: int,
+    prompt_column: str = "prompt",
+    chosen_column: str = "chosen",
+    rejected_column: str = "rejected",
+    streaming: bool = False,
+    on_progress: OnProgress = _no_progress,
+) -> tuple[PreferenceData, Sequence[Preference], Sequence[Preference]]:
+    """Return all preference data of ``source``, its training pairs, repeated by weight, and its held-out pairs.
+
+    Files are split by prompt (``split_by_prompt``). Built-in data comes split: ``heldout_fraction`` and ``seed`` don't
+    apply, and row numbers are those of the file that holds the pair. With ``streaming``, files are read onto disk, and
+    ``on_progress`` is called with the share that has been read.
+
+    Raises:
+        ConfigError: ``heldout_fraction`` isn't in [0, 1), or two of the column settings are the same.
+        DataError: As ``read_preferences``, or ``source`` names unknown built-in data.
+    """
+    names = ColumnNames(prompt_column, chosen_column, rejected_column)
+
+    def stream(path: Path) -> Loaded[PreferenceData, Preference]:
+        table = stream_table(
+            path,
+            names,
+            pairs=True,
+            seed=seed,
+            find_problem=_pair_problem,
+            values=lambda row: [],
+            on_progress=on_progress,
+        )
+        rows = table.rows(table.kept, _stored_pair)
+        contradictions = table.contradictions()
+        data = PreferenceData(table.source, table.sha256, rows, table.skipped, table.notes, contradictions)
+        train, heldout = table.split(heldout_fraction, seed)
+        return _enough_pairs(data), table.rows(train, _stored_pair), table.rows(heldout, _stored_pair)
+
+    read = partial(_read_preferences, names=names)
+    return _load(source, read, heldout_fraction, seed, stream if streaming else None)
+
+
+def read_preferences(
+    path: str | Path,
+    *,
+    prompt_column: str = "prompt",
+    chosen_column: str = "chosen",
+    rejected_column: str = "rejected",
+) -> PreferenceData:
+    """Read preference pairs from a file or several (see ``read_table``).
+
+    Rows are skipped if a cell is empty, if ``chosen`` equals ``rejected``, if they repeat an earlier row (all by
+    normalized text), or if their conversations don't reduce to one prompt and two answers. Pairs that contradict each
+    other are kept, because annotators do disagree.
+
+    Raises:
+        ConfigError: Two of the column settings are the same.
+        DataError: A file can't be read, lacks a column, or has fewer than 2 usable pairs.
+    """
+    return _read_preferences(path, ColumnNames(prompt_column, chosen_column, rejected_column))
+
+
+def _read_preferences(path: str | Path, names: ColumnNames) -> PreferenceData:
+    table = read_table(path, names, pairs=True)
+    kept, skipped = filter_rows(table.rows, table.columns, partial(_pair_problem, table.columns))
+    pairs = tuple(Preference(row.texts[0], row.texts[1], row.texts[2], row.number, row.weight) for row in kept)
+    return _enough_pairs(
+        PreferenceData(table.source, table.sha256, pairs, skipped, table.notes, contradictions_in(pairs))
+    )
+
+
+def contradictions_in(pairs: Iterable[Preference]) -> tuple[tuple[RowId, RowId], ...]:
+    """Return the row numbers of each two pairs that prefer the same two answers to a prompt in opposite ways."""
+    rows: dict[tuple[str, str, str], RowId] = {}
+    found = []
+    for pair in pairs:
+        prompt, chosen, rejected = map(normalize, (pair.prompt, pair.chosen, pair.rejected))
+        if (prompt, rejected, chosen) in rows:
+            found.append((rows[prompt, rejected, chosen], pair.row))
+        rows[prompt, chosen, rejected] = pair.row
+    return tuple(found)
+
+
+def _pair_problem(columns: Sequence[str], texts: Sequence[str]) -> str | None:
+    _, chosen, rejected = texts
+    return f"with {' equal to '.join(columns[1:])}" if chosen == rejected else None
+
+
+def _stored_pair(values: Sequence[Any]) -> Preference:
+    row, (prompt, chosen, rejected) = values
+    return Preference(prompt, chosen, rejected, row)
+
+
+def _enough_pairs(data: PreferenceData) -> PreferenceData:
+    if len(data.rows) < _MIN_PAIRS:
+        skipped = f" ({describe_skipped(data.skipped)})" if data.skipped else ""
+        raise DataError(
+            f"{data.source}: {count(len(data.rows), 'usable pair')}, but at least {_MIN_PAIRS} are needed{skipped}. "
+            f"{'Correct those rows or add more' if data.skipped else 'Add more rows'}."
+        )
+    return data
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def load_prompts(
+    source: str | Path,
+    *,
+    heldout_fraction: float,
+    seed: int,
+    prompt_column: str = "prompt",
+    chosen_column: str = "chosen",
+    rejected_column: str = "rejected",
+    renamed: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    on_progress: OnProgress = _no_progress,
+) -> tuple[PromptData, Sequence[PromptRow], Sequence[PromptRow]]:
+    """Return all prompts of ``source``, those for training, repeated by weight, and the held-out ones.
+
+    With the same fraction and seed, ``load_preferences`` puts each prompt on the same side. Built-in data comes split.
+    ``streaming`` and ``on_progress`` are as for ``load_preferences``, ``renamed`` as for ``read_prompts``.
+
+    Raises:
+        ConfigError: ``heldout_fraction`` isn't in [0, 1).
+        DataError: As ``read_prompts``, or ``source`` names unknown built-in data.
+    """
+    names, renamed = ColumnNames(prompt_column, chosen_column, rejected_column), renamed or {}
+
+    def stream(path: Path) -> Loaded[PromptData, PromptRow]:
+        table = stream_table(
+            path,
+            names,
+            pairs=False,
+            seed=seed,
+            find_problem=lambda columns, texts: None,
+            values=lambda row: [_prompt_row(row, renamed).columns],
+            on_progress=on_progress,
+        )
+        rows = table.rows(table.kept, _stored_prompt)
+        data = PromptData(table.source, table.sha256, rows, table.skipped, table.notes)
+        train, heldout = table.split(heldout_fraction, seed)
+        return (
+            _enough_prompts(data, table.columns[0]),
+            table.rows(train, _stored_prompt),
+            table.rows(heldout, _stored_prompt),
+        )
+
+    read = partial(_read_prompts, names=names, renamed=renamed)
+    return _load(source, read, heldout_fraction, seed, stream if streaming else None)
+
+
+def read_prompts(
+    path: str | Path,
+    *,
+    prompt_column: str = "prompt",
+    chosen_column: str = "chosen",
+    rejected_column: str = "rejected",
+    renamed: Mapping[str, str] | None = None,
+) -> PromptData:
+    """Read the distinct prompts of a file or several (see ``read_table``).
+
+    A prompt's other columns are those of the row where it appears first, with the types of the file. Rows are skipped if
+    their prompt is empty or repeats an earlier row's prompt (by normalized text). Answer columns matter only if they
+    contain the prompt.
+
+    Args:
+        path: A file or several.
+        prompt_column: Column of the prompt.
+        chosen_column: Column of the preferred answer.
+        rejected_column: Column of the other answer.
+        renamed: New names of other columns for reward functions, mapped to the names in the file.
+
+    Raises:
+        DataError: A file can't be read, lacks a column, or has no usable prompt.
+    """
+    return _read_prompts(path, ColumnNames(prompt_column, chosen_column, rejected_column), renamed or {})
+
+
+def _read_prompts(path: str | Path, names: ColumnNames, renamed: Mapping[str, str]) -> PromptData:
+    table = read_table(path, names, pairs=False)
+    kept, skipped = filter_rows(table.rows, table.columns)
+    prompts = tuple(_prompt_row(row, renamed) for row in kept)
+    notes = table.notes
+    has_truth = any("ground_truth" in row.columns and "reward_model" in row.columns for row in prompts)
+    if has_truth and not any("ground_truth" in row.cells for row in kept):
+        notes = (*notes, GROUND_TRUTH_NOTE)
+    return _enough_prompts(PromptData(table.source, table.sha256, prompts, skipped, notes), table.columns[0])
+
+
+def _prompt_row(row: Row, renamed: Mapping[str, str]) -> PromptRow:
+    columns = {name: cell for name, cell in row.cells.items() if name != row.layout.prompt}
+    for name, column in renamed.items():
+        if column not in columns:
+            raise DataError(
+                f"--columns: row {row.number} has no column {column!r} to rename to {name!r}, only {quoted(columns)}. "
+                f"Correct the name.{nearest(column, columns)}"
+            )
+        columns[name] = columns.pop(column)
+    graded = columns.get("reward_model")
+    if isinstance(graded, Mapping) and "ground_truth" in graded:
+        columns.setdefault("ground_truth", graded["ground_truth"])
+    return PromptRow(row.texts[0], columns, row.number, row.weight)
+
+
+def _stored_prompt(values: Sequence[Any]) -> PromptRow:
+    row, (prompt,), columns = values
+    return PromptRow(prompt, columns, row)
+
+
+def _enough_prompts(data: PromptData, column: str) -> PromptData:
+    if not data.rows:
+        raise DataError(
+            f"{data.source}: no usable prompt ({describe_skipped(data.skipped)}). "
+            f"Fill in the column {column!r}, or name another with --prompt_column."
+        )
+    return data
+
+
+def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]:
+    """Return the rows of a dataset in memory; rows on disk are returned unchanged.
+
+    Rows are ``PromptRow`` objects or mappings with a ``prompt``, as ``datasets`` yields them. A prompt is text or a list of
+    messages.
+
+    Raises:
+        DataError: A row has no prompt; ``name`` is the dataset's name for the message.
+    """
+    if isinstance(dataset, DiskRows):
+        return dataset
+    rows: list[PromptRow] = []
+    for number, row in enumerate(dataset if dataset is not None else []):
+        if isinstance(row, PromptRow):
+            rows.append(row)
+            continue
+        cell = row.get("prompt") if isinstance(row, Mapping) else None
+        prompt = cell
+        if isinstance(cell, list):
+            prompt = prompt_from(parse_content(cell, "prompt", f"{name}:{number}"), Counter()).prompt
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError(f"{name}:{number}: no text in the column 'prompt'. Fill it in or remove the row.")
+        rows.append(PromptRow(prompt, {key: value for key, value in row.items() if key != "prompt"}, number))
+    return rows
+
+
+def read_prompt_lines(path: str | None) -> list[str]:
+    """Return the non-blank lines of a file, or of standard input, one prompt per line.
+
+    Raises:
+        DataError: The file can't be read, isn't UTF-8, or holds no prompt.
+    """
+    name = path or "standard input"
+    try:
+        data = Path(path).expanduser().read_bytes() if path else sys.stdin.buffer.read()
+    except OSError as error:
+        raise DataError(f"{name}: can't be read ({error.strerror}). Check --prompts_file.") from error
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{name}:{row}: the line isn't valid UTF-8. Convert the file with `iconv -t utf-8`.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{name}: no prompt found. Give one per line, or use --prompt.")
+    return prompts
+
+
+# --- SFT texts --------------------------------------------------------------------------------------------------------
+
+
+def load_texts(
+    source: str | Path,
+    *,
+    heldout_fraction: float,
+    seed: int,
+    prompt_column: str = DEFAULT_SFT_NAMES.prompt,
+    completion_column: str = DEFAULT_SFT_NAMES.completion,
+    chosen_column: str = DEFAULT_SFT_NAMES.chosen,
+    messages_column: str = DEFAULT_SFT_NAMES.messages,
+    text_column: str = DEFAULT_SFT_NAMES.text,
+) -> tuple[TextData, Sequence[SftRow], Sequence[SftRow]]:
+    """Return all SFT rows of ``source``, those for training, repeated by weight, and the held-out ones.
+
+    With the same fraction and seed, ``load_preferences`` puts each prompt on the same side. Built-in data comes split.
+
+    Raises:
+        ConfigError: ``heldout_fraction`` isn't in [0, 1).
+        DataError: As ``read_texts``, or ``source`` names unknown built-in data.
+    """
+    names = SftColumnNames(prompt_column, completion_column, chosen_column, messages_column, text_column)
+    return _load(source, partial(read_texts, names=names), heldout_fraction, seed)
+
+
+def read_texts(source: str | Path, names: SftColumnNames = DEFAULT_SFT_NAMES) -> TextData:
+    """Read prompts with answers, conversations or plain text from a file or several (see ``read_table``).
+
+    Rows are skipped if a text is empty, if they repeat an earlier row, or if their conversation has no question or
+    doesn't end with an answer. Answers come before plain texts.
+
+    Raises:
+        DataError: A file can't be read, has no column to train on, or there is no usable row.
+    """
+    parts = find_parts(source)
+    layouts: list[ColumnLayout] = []
+    conversions: Counter[str] = Counter()
+    answers: list[Row] = []
+    texts: list[Row] = []
+    for part in parts:
+        records = part.records()
+        layouts.append(layout := find_sft_columns(part.path, records, names))
+        pairs = layout.answers is not None
+        rows = make_rows(part, records, layout, pairs, path_in_numbers=len(parts) > 1, conversions=conversions)
+        if pairs:
+            answers += [
+                replace(row, texts=row.texts[:2], problem=_NO_QUESTION.get(row.problem or "", row.problem))
+                for row in rows
+            ]
+        else:
+            texts += rows
+    kept_answers, skipped_answers = filter_rows(answers, ("prompt", "answer"))
+    kept_texts, skipped_texts = filter_rows(texts, ("text",))
+    found = [SftRow(row.texts[0], row.texts[1], row.number, row.weight) for row in kept_answers]
+    found += [SftRow(None, row.texts[0], row.number, row.weight) for row in kept_texts]
+    name, skipped = display_name(source, parts), (*skipped_answers, *skipped_texts)
+    if not found:
+        raise DataError(
+            f"{name}: no usable row ({describe_skipped(skipped)}). Fill in the columns, or name others with "
+            "--prompt_column and --completion_column, --messages_column or --text_column."
+        )
+    notes = tuple(notes_on(parts, layouts, conversions))
+    return TextData(name, combined_digest(parts), tuple(found), skipped, notes)

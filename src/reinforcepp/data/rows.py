@@ -1,0 +1,304 @@
+"""From data files to checked rows: texts, skipped rows, the held-out split and row weights.
+
+With several files, a row's number carries the file's name: ``b.jsonl:5``.
+
+A problem of the whole file (encoding, quoting, columns, a row of another width) is a ``DataError``, because reading on
+would misread data. A problem of one row's contents is a ``Skipped`` record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from reinforcepp.data.columns import ColumnLayout, ColumnNames, check_distinct, find_columns
+from reinforcepp.data.messages import CONVERSION_NOTES, Pair, are_conversations, pair_from, parse_content, prompt_from
+from reinforcepp.data.readers import Records, count
+from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts
+from reinforcepp.errors import ConfigError
+from reinforcepp.types import RowId
+
+_MAX_LISTED_ROWS = 5
+
+# Thai, Lao, Japanese and Chinese don't separate words with spaces, so each character counts as a word.
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a file.
+
+    Attributes:
+        number: The row's number.
+        cells: Cells by column, as in the file.
+        texts: Stripped training texts: the prompt and, for a pair, chosen and rejected.
+        layout: The columns of the row's file.
+        problem: Why the row has no usable texts, if so.
+        weight: How often the row counts in training.
+    """
+
+    number: RowId
+    cells: Mapping[str, Any]
+    texts: tuple[str, ...]
+    layout: ColumnLayout
+    problem: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """All records of a data setting.
+
+    Attributes:
+        source: Name for messages.
+        sha256: Hash of the file's bytes; for several files, of their joined digests.
+        columns: Names of the texts of a row.
+        rows: All rows, usable or not.
+        notes: Remarks for the user on how the data was read.
+    """
+
+    source: str
+    sha256: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A skipped row; ``reason`` is worded to follow a count, ``duplicate_of`` is the row that was kept."""
+
+    row: RowId
+    reason: str
+    duplicate_of: RowId | None = None
+
+    def __str__(self) -> str:
+        """Return, for example, ``row 9: duplicate of row 4``."""
+        return f"row {self.row}: {self.reason}" + (f" of row {self.duplicate_of}" if self.duplicate_of else "")
+
+
+def normalize(text: str) -> str:
+    """Return the form in which texts are compared: Unicode NFC, each run of whitespace one space. Case counts."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text, without case and punctuation."""
+    return _WORD.findall(normalize(text).casefold())
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_table(source: str | Path, names: ColumnNames, *, pairs: bool | None) -> Table:
+    """Read prompts, or pairs with their prompts.
+
+    Args:
+        source: A file, a folder of files, a folder that ``datasets`` saved, a pattern, a Hub dataset, or several of these
+            separated by commas.
+        names: Column names. If a default name is missing, a column with an equivalent name is used.
+        pairs: Whether to read answers; None reads them if the data has answer columns.
+
+    Raises:
+        ConfigError: Two of the names are the same.
+        DataError: A file can't be read, isn't well-formed, lacks a column or has no row.
+    """
+    if pairs is not False:
+        check_distinct(names)
+    parts = find_parts(source)
+    read = [(part, part.records()) for part in parts]
+    layouts = [find_columns(part.path, records, names, pairs) for part, records in read]
+    if pairs is None:
+        pairs = any(layout.answers for layout in layouts)
+        layouts = [find_columns(part.path, records, names, pairs) for part, records in read]
+    rows: list[Row] = []
+    conversions: Counter[str] = Counter()
+    for (part, records), layout in zip(read, layouts, strict=True):
+        rows += make_rows(part, records, layout, pairs, path_in_numbers=len(parts) > 1, conversions=conversions)
+    notes = tuple(notes_on(parts, layouts, conversions))
+    columns = text_columns(layouts[0], names, pairs)
+    return Table(display_name(source, parts), combined_digest(parts), columns, tuple(rows), notes)
+
+
+def text_columns(layout: ColumnLayout, names: ColumnNames, pairs: bool) -> tuple[str, ...]:
+    """Return the names of a row's texts."""
+    return (layout.prompt or names.prompt, *((layout.answers or ()) if pairs else ()))
+
+
+def notes_on(parts: Iterable[DataPart], layouts: Iterable[ColumnLayout], conversions: Counter[str]) -> Iterator[str]:
+    """Yield remarks for the user on how the data was read."""
+    yield from dict.fromkeys(note for layout in layouts for note in layout.notes)
+    yield from (CONVERSION_NOTES[key].format(count(number, "row")) for key, number in conversions.items() if number)
+    yield from (f"rows of {part.path.name} count {part.weight:g} times" for part in parts if part.weight != 1)
+
+
+def make_rows(
+    part: DataPart,
+    records: Records,
+    layout: ColumnLayout,
+    pairs: bool,
+    *,
+    path_in_numbers: bool,
+    conversions: Counter[str],
+) -> Iterator[Row]:
+    """Yield rows with the texts of the columns in ``layout``; ``conversions`` counts rows for ``notes_on``."""
+    path = part.path
+    for number, cells in records.rows:
+        pair = _texts(cells, layout, f"{path}:{number}", pairs, conversions)
+        texts = (pair.prompt, pair.chosen, pair.rejected) if pairs else (pair.prompt,)
+        row_id: RowId = f"{path.name}:{number}" if path_in_numbers else number
+        yield Row(row_id, cells, texts, layout, pair.problem, part.weight)
+
+
+def _texts(cells: Mapping[str, Any], layout: ColumnLayout, where: str, pairs: bool, conversions: Counter[str]) -> Pair:
+    answers = [cells.get(name) for name in layout.answers or ()]
+    prompt = parse_content(cells.get(layout.prompt), layout.prompt, where) if layout.prompt else None
+    # A pair's prompt must be the same for the reward model and the policy, even if the answers contain more of the
+    # conversation than the prompt column.
+    if pairs or prompt is None or (answers and are_conversations(*answers)):
+        chosen, rejected = (
+            parse_content(cell, name, where) for cell, name in zip(answers, layout.answers or (), strict=True)
+        )
+        return pair_from(prompt, chosen, rejected, conversions)
+    return prompt_from(prompt, conversions)
+
+
+# --- usable and skipped rows ------------------------------------------------------------------------------------------
+
+
+def filter_rows(
+    rows: Iterable[Row],
+    columns: Sequence[str],
+    find_problem: Callable[[Sequence[str]], str | None] = lambda texts: None,
+) -> tuple[list[Row], tuple[Skipped, ...]]:
+    """Divide rows into usable and skipped ones: with an empty text, a problem, or a repetition of an earlier row.
+
+    Args:
+        rows: Rows of a table.
+        columns: Names of the rows' texts.
+        find_problem: Returns what is wrong with a row's normalized texts, if anything.
+    """
+    kept: list[Row] = []
+    skipped: list[Skipped] = []
+    first_rows: dict[tuple[str, ...], RowId] = {}
+    for row in rows:
+        texts = tuple(map(normalize, row.texts))
+        reason = row_problem(row, texts, columns) or find_problem(texts)
+        if reason:
+            skipped.append(Skipped(row.number, reason))
+        elif texts in first_rows:
+            skipped.append(Skipped(row.number, "duplicate", duplicate_of=first_rows[texts]))
+        else:
+            first_rows[texts] = row.number
+            kept.append(row)
+    return kept, tuple(skipped)
+
+
+def row_problem(row: Row, texts: Sequence[str], columns: Sequence[str]) -> str | None:
+    """Return why a row with these normalized texts can't be trained on; None if it can."""
+    return row.problem or next((f"empty {name}" for name, text in zip(columns, texts, strict=True) if not text), None)
+
+
+def describe_skipped(skipped: Sequence[Skipped]) -> str:
+    """Return, for example, ``skipped 3 rows: 1 empty chosen (row 5), 2 duplicates (rows 8, 9)``; "" for no rows."""
+    if not skipped:
+        return ""
+    parts = []
+    for reason, number in Counter(each.reason for each in skipped).items():
+        rows = [str(each.row) for each in skipped if each.reason == reason]
+        listed = ", ".join(rows[:_MAX_LISTED_ROWS]) + (", ..." if number > _MAX_LISTED_ROWS else "")
+        label = count(number, reason) if reason == "duplicate" else f"{number:,} {reason}"
+        parts.append(f"{label} ({'row' if number == 1 else 'rows'} {listed})")
+    return f"skipped {count(len(skipped), 'row')}: {', '.join(parts)}"
+
+
+# --- split and weights ------------------------------------------------------------------------------------------------
+
+
+class HasPrompt(Protocol):
+    """Anything that can be split by its prompt."""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt's text."""
+        ...
+
+
+class HasWeight(HasPrompt, Protocol):
+    """A row with a weight."""
+
+    @property
+    def weight(self) -> float:
+        """How often the row counts."""
+        ...
+
+    @property
+    def row(self) -> RowId:
+        """The row's number."""
+        ...
+
+
+P = TypeVar("P", bound=HasPrompt)
+W = TypeVar("W", bound=HasWeight)
+
+
+def split_by_prompt(rows: Sequence[P], heldout_fraction: float, seed: int) -> tuple[list[P], list[P]]:
+    """Divide rows into ``(train, heldout)`` with no prompt on both sides; each side keeps the given order.
+
+    Prompts are ranked by a hash of seed and normalized text, and the first ``heldout_fraction`` of them is held out. The
+    order of rows and the number of rows per prompt don't matter. With two or more prompts, each side gets at least one
+    unless the fraction is 0. A single prompt is for training.
+
+    Raises:
+        ConfigError: ``heldout_fraction`` isn't in [0, 1).
+    """
+    check_fraction(heldout_fraction)
+    prompts = [normalize(row.prompt) for row in rows]
+    ranked = sorted(set(prompts), key=lambda prompt: prompt_rank(seed, prompt))
+    heldout = set(ranked[: num_heldout(heldout_fraction, len(ranked))])
+    return (
+        [row for row, prompt in zip(rows, prompts, strict=True) if prompt not in heldout],
+        [row for row, prompt in zip(rows, prompts, strict=True) if prompt in heldout],
+    )
+
+
+def check_fraction(heldout_fraction: float) -> None:
+    """Raise a ConfigError if ``heldout_fraction`` isn't in [0, 1)."""
+    if not 0 <= heldout_fraction < 1:
+        raise ConfigError(f"heldout_fraction is {heldout_fraction}. Give a number from 0 up to, but not including, 1.")
+
+
+def num_heldout(heldout_fraction: float, prompts: int) -> int:
+    """Return the number of held-out prompts among ``prompts``."""
+    return max(0, min(max(1, round(heldout_fraction * prompts)), prompts - 1)) if heldout_fraction else 0
+
+
+def weighted(rows: Sequence[W], seed: int) -> list[W]:
+    """Repeat each row according to its weight.
+
+    A weight of 2.5 repeats each row twice and half of the rows a third time; 0.1 keeps a tenth of the rows. A hash of
+    seed, row number and prompt decides which.
+    """
+    return [row for row in rows for _ in range(repetitions(row.weight, f"{row.row}:{row.prompt}", seed))]
+
+
+def repetitions(weight: float, row: str, seed: int) -> int:
+    """Return how often a row counts; ``row`` identifies it."""
+    if weight == int(weight):
+        return int(weight)
+    share = int.from_bytes(prompt_rank(seed, row)[:8], "big") / 2**64
+    return math.floor(weight) + (share < weight % 1)
+
+
+def prompt_rank(seed: int, prompt: str) -> bytes:
+    """Return the sort key of a prompt: the prompts with the lowest keys are held out."""
+    # Lone surrogates can't come from a file but can from a caller.
+    return hashlib.sha256(f"{seed}:{prompt}".encode("utf-8", "surrogatepass")).digest()
