@@ -1,12 +1,12 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint builtin benchmarks clean
+.PHONY: help venv demo test test-all lint builtin benchmarks clean
 
 # Both are for scripts/setup_venv.sh, which explains them.
 export PYTHON PACKAGES
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
 	@echo "PYTHON=/path/to/python3.11 chooses the interpreter, PACKAGES=cpu or PACKAGES=cuda the packages."
 
 venv: ## create .venv and install into it, where that is not done yet
@@ -15,8 +15,17 @@ venv: ## create .venv and install into it, where that is not done yet
 demo: venv ## reward model, REINFORCE++, generate, compare: offline, under runs/demo
 	.venv/bin/reinforcepp demo --output_dir runs/demo --overwrite
 
-test: lint ## style checks, types and the tests (PYTEST_ARGS="-k loss" for some of them)
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+# One worker per core, up to 4, because each loads torch.
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# An x86-64 CPU without AVX-512: torch, oneDNN and MKL then take other code paths, with other rounding and no native bfloat16.
+AVX2 = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
+test: lint ## style checks, types and the default tests (PYTEST_ARGS="-k loss" for some of them)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: test ## the default tests natively and as on a CPU with AVX2 only, then the full tier (an hour)
+	$(AVX2) $(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -m full $(PYTEST_ARGS)
 
 lint: venv ## style checks and types only
 	.venv/bin/ruff check .

@@ -27,20 +27,27 @@ PAIRS = [
 ]
 
 
-LONG = (
-    "test_trainings",
-    "test_parallel",
-    "test_families",
-    "test_tutorials",
-    "test_partition",
-    "test_ray_pool",
+# --- which worker runs which test -----------------------------------------------------------------------------------
+
+FIRST = (
     "test_vllm_remote",
+    "test_ray_pool",
+    "test_parallel_supervised",
+    "test_parallel",
+    "test_trainings",
+    "test_families",
 )
+"""Files whose tests share an expensive fixture, and so stay in one worker. They start first, so that none is left at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first, or at the end one process would work alone."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    """Keep the tests of a module that has fixtures of its own together; distribute all other tests one by one."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values()
+        if any(found.scope in ("module", "class") for fixtures in definitions for found in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 # --- the garbage collector ------------------------------------------------------------------------------------------

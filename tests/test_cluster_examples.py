@@ -83,6 +83,7 @@ def left(environment):
     return found
 
 
+@pytest.mark.full
 def test_a_pool_for_the_time_of_a_training(place, tmp_path, model_folder, pairs_csv):
     """By ssh's stand-in until it is told to end, then by Slurm's from where it stopped."""
     flags = settings(model_folder, pairs_csv, tmp_path / "run", max_steps=200)
@@ -144,6 +145,7 @@ def test_without_a_command_its_use_is_told(place):
     assert done.returncode == 2 and done.stderr.startswith("usage: ")
 
 
+@pytest.mark.full
 def test_several_trainers(place, tmp_path, model_folder, pairs_csv):
     """Two nodes of one process each find each other and train together."""
     flags = settings(model_folder, pairs_csv, tmp_path / "run", max_steps=2, rollout="transformers")

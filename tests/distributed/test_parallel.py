@@ -91,6 +91,7 @@ def test_a_training_goes_on_with_another_number_of_processes(rows):
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", sorted(SHARDED.keys() & set(BACKENDS)))
 def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder, pairs_csv, backend):
     """In bfloat16, so that there are float32 weights among the parts; the run that goes on ends like the other one."""
@@ -119,6 +120,7 @@ def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder,
         assert own.keys() == again.keys() and all(torch.equal(own[key], again[key]) for key in own), name
 
 
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed")
 def test_adapters_beside_weights_of_4_bits_learn_alike_in_shards(tmp_path, model_folder, pairs_csv):
     def learnt(name, launcher, environment):
@@ -135,7 +137,9 @@ def test_adapters_beside_weights_of_4_bits_learn_alike_in_shards(tmp_path, model
     assert max(float(weight.abs().max()) for name, weight in one.items() if "lora_B" in name) > 1e-4
     for backend in sorted(SHARDED.keys() & set(BACKENDS)):
         several = learnt(backend.replace(" ", "_"), TORCHRUN, SHARDED[backend])
-        assert max(float((one[name] - several[name]).abs().max()) for name in one) <= 1e-6, backend
+        # Adam divides each gradient by its own size, so rounding moves a small one's weight by a part of the learning rate,
+        # 1e-4, and how large a part depends on the CPU. A lost shard or row moves most weights by all of it.
+        assert max(float((one[name] - several[name]).abs().max()) for name in one) <= 1e-5, backend
 
 
 @pytest.mark.gpu

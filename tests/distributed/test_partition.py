@@ -77,6 +77,7 @@ def goes_on(model, data, folder) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_machines_that_train_together_are_parted(rights, model_folder, pairs_csv, tmp_path):
     """By a cable that is pulled out, and by one on which packets are lost."""
     with two_machines() as cut, two_machines() as lossy:
@@ -100,6 +101,7 @@ def test_machines_that_train_together_are_parted(rights, model_folder, pairs_csv
             goes_on(model_folder, pairs_csv, folder)
 
 
+@pytest.mark.full
 def test_the_first_machine_is_not_there_or_its_port_is_taken(machines, model_folder, pairs_csv, tmp_path):
     """Of processes that were started without torchrun."""
     flags = training(model_folder, pairs_csv, tmp_path / "run", "--watchdog_seconds", "2")
@@ -155,6 +157,7 @@ def shared_out(machines: Machines, process: psutil.Popen) -> list[list[int]]:
     return [list(map(int, words)) for words in lines if len(words) == 3 and all(word.isdigit() for word in words)]
 
 
+@pytest.mark.full
 def test_a_node_of_the_pool_is_cut_off_and_comes_back(machines, model_folder, pairs_csv, tmp_path):
     pytest.importorskip("ray")
     folder, net = tmp_path / "run", machines.network
@@ -176,6 +179,7 @@ def test_a_node_of_the_pool_is_cut_off_and_comes_back(machines, model_folder, pa
     machines.until(lambda: shared_out(machines, trainer)[-1] == [2, 0, 0], trainer)
 
 
+@pytest.mark.full
 def test_the_head_of_the_pool_is_cut_off(machines, model_folder, pairs_csv, tmp_path):
     pytest.importorskip("ray")
     folder, net = tmp_path / "run", machines.network

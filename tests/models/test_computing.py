@@ -147,17 +147,21 @@ def test_other_types_need_no_scale(dtype):
 
 
 def test_float16_learns_what_float32_learns(base, tmp_path):
-    wide = trained(base, tmp_path / "wide")
-    narrow = trained(base, tmp_path / "narrow", mixed_precision="fp16")
+    """From the same completions: rounding alone changes some sampled tokens, which ones depends on the CPU."""
+    wide, narrow = trainer(base, tmp_path / "wide"), trainer(base, tmp_path / "narrow", mixed_precision="fp16")
     assert narrow.policy.dtype == torch.float16
-    start = trainer(base, tmp_path / "start").policy.state_dict()
-    moved = {name: value - start[name] for name, value in wide.policy.state_dict().items()}
-    master = dict(
-        zip([name for name, _ in narrow.policy.named_parameters()], narrow.update.policy._masters.masters, strict=True)
-    )
-    one = torch.cat([moved[name].flatten() for name in master])
-    other = torch.cat([(value.detach() - start[name]).flatten() for name, value in master.items()])
-    assert torch.cosine_similarity(one, other, dim=0) > 0.8
+    start = {name: weight.detach().clone() for name, weight in wide.policy.named_parameters()}
+    generated = []
+    generate = wide.engine.generate
+    wide.engine.generate = lambda *given: generated.append(generate(*given)) or generated[-1]
+    wide.train()
+    replay = iter(generated)
+    narrow.engine.generate = lambda *given: next(replay)
+    narrow.train()
+    masters = zip(start, narrow.update.policy._masters.masters, strict=True)
+    one = torch.cat([(weight.detach() - start[name]).flatten() for name, weight in wide.policy.named_parameters()])
+    other = torch.cat([(master.detach() - start[name]).flatten() for name, master in masters])
+    assert torch.cosine_similarity(one, other, dim=0) > 0.99
 
 
 def test_gradients_too_large_for_float16_cost_an_update_and_lower_the_scale(base, tmp_path, monkeypatch):

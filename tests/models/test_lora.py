@@ -263,19 +263,23 @@ def trainer(base, folder, **settings):
     "settings",
     [
         {},
-        {"mixed_precision": "bf16"},
+        pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.full),  # emulated where the CPU lacks bfloat16
         {"lora_dropout": 0.1, "gradient_checkpointing": True},
-        {"estimator": "ppo", "critic_learning_rate": 1e-2, "max_steps": 50},
+        pytest.param({"estimator": "ppo", "critic_learning_rate": 1e-2, "max_steps": 50}, marks=pytest.mark.full),
     ],
     ids=["plain", "bf16", "dropout", "ppo"],
 )
 def test_it_learns_on_held_out_prompts_and_changes_nothing_but_the_adapter(bases, tmp_path, settings):
     run = trainer(bases["llama"], tmp_path / "run", **({"max_steps": 30} | settings))
     own = {name: p.clone() for name, p in run.policy.named_parameters() if "lora_" not in name}
-    run.train()
+    log = run.train()
     before, after = run.evaluations["before"], run.evaluations["after"]
     assert before.kl == pytest.approx(0, abs=1e-5)
-    assert after.reward > before.reward + 0.15
+    # A mean over 20 held-out prompts has a standard error of 0.05, one over the 160 completions of 5 steps 0.02. Which tokens
+    # are sampled depends on the CPU's rounding, so each margin is at least two standard errors below the usual gain.
+    assert after.reward > before.reward + 0.1
+    rewards = [metrics["reward"] for metrics in log]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:2]) / 2 + 0.15
     assert after.kl > 0.001
     assert all(torch.equal(p, own[name]) for name, p in run.policy.named_parameters() if name in own)
     saved = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
@@ -379,7 +383,10 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("settings", [{}, {"mixed_precision": "bf16", "gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"mixed_precision": "bf16", "gradient_checkpointing": True}, marks=pytest.mark.full)],
+)
 def test_beside_weights_of_4_bits_the_adapter_learns(bases, tmp_path, settings):
     run = trainer(bases["llama"], tmp_path / "run", load_in_4bit=True, max_steps=45, **settings)
     layer = base_model(run.policy).model.layers[0].self_attn.q_proj

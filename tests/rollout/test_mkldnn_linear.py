@@ -20,7 +20,9 @@ def test_the_model_computes_what_it_did(family, dtype):
     with packed(model, 2):
         replaced = [m for m in model.modules() if "forward" in vars(m)]
         actual = model(ids).logits
-    assert len(replaced) > 8
+    # Without instructions for bfloat16 (AVX-512 or AMX), oneDNN has no packed product of that type: the model stays as it is.
+    available = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert len(replaced) > 8 if available else replaced == []
     tolerance = 1e-4 if dtype == torch.float32 else 0.5
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-2)
     assert not [m for m in model.modules() if "forward" in vars(m)]

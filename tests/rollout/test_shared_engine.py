@@ -131,6 +131,7 @@ def train(folder, model, data, count, *rest, reward="spread", trained=(), **envi
     return scripts.launched(count, scripts.ROOT / "reinforce_cli.py", *words, *rest, **environment)
 
 
+@pytest.mark.full
 @needs_ray
 def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_csv, reward_folder):
     """Ahead of time, so that a thread asks while the training goes on; the second batch is a single prompt.
@@ -154,6 +155,7 @@ def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_cs
     assert max(float((weights[name] - begun[name]).abs().max()) for name in names) > 1e-4
 
 
+@pytest.mark.full
 @needs_ray
 def test_a_reward_that_fails_in_one_process_is_told_by_all(tmp_path, model_folder, pairs_csv, reward_folder):
     """And none waits for scores that the one will never ask for."""
@@ -164,6 +166,7 @@ def test_a_reward_that_fails_in_one_process_is_told_by_all(tmp_path, model_folde
     assert done.stderr.count("error: Reward function fails: failed") == 1 and "out of order" in done.stderr
 
 
+@pytest.mark.full
 @needs_ray
 def test_what_the_first_cannot_reach_all_are_told_once(tmp_path, model_folder, pairs_csv):
     done = train(tmp_path / "run", model_folder, pairs_csv, 2, "--rollout", "ray://127.0.0.1:9")

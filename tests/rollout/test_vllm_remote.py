@@ -319,6 +319,7 @@ def takes_weights_by_nccl(server, folder, device) -> None:
         server.end()
 
 
+@pytest.mark.full
 def test_weights_go_straight_to_a_server_by_vllms_own_transfer(tmp_path, monkeypatch):
     """Of which the broadcast goes another way, and unpacked."""
     stand_in(monkeypatch.setattr)
@@ -365,6 +366,7 @@ def test_a_training_learns_what_one_with_vllm_in_process_learns(served, tmp_path
     assert not torch.equal(learnt[0][1]["lm_head.weight"], tiny.model(tied=False).lm_head.weight)
 
 
+@pytest.mark.full
 def test_a_server_serves_several_processes(served, tmp_path, pairs_csv):
     """Two processes are given by the server what one process draws by itself."""
     base, said = tiny.save(tmp_path / "base", tied=False), []
@@ -372,10 +374,14 @@ def test_a_server_serves_several_processes(served, tmp_path, pairs_csv):
         run = tmp_path / f"by-{processes}"
         words = ["train", "--model", base, "--data", pairs_csv, "--rewards", "rule:length?max=20", "--output_dir", run]
         words += ["--rollout", rollout, "--max_steps", 2, "--batch_size", 3, "--max_new_tokens", 8, "--eval_prompts", 0]
+        words += ["--sync_check_every", 1] if processes > 1 else []
         done = scripts.launched(processes, "-m", "reinforcepp", *words, "--max_prompt_length", 40)
         assert done.returncode == 0, done.stderr
-        said.append(sorted((row["step"], row["completion"]) for row in read_answers(run / COMPLETIONS)))
-    assert said[0] == said[1] and len(said[0]) == 6
+        said.append({(row["step"], row["prompt"]): row["completion"] for row in read_answers(run / COMPLETIONS)})
+    # Each check of the sync compares log-probabilities. Rounding depends on the CPU, and can turn a token sampled by another
+    # engine; without the shared sampling seeds, no two of the completions would be equal.
+    assert said[0].keys() == said[1].keys() and len(said[0]) == 6
+    assert sum(said[0][key] == said[1][key] for key in said[0]) >= 4
 
 
 def test_a_wrong_key_is_told_and_never_shown(served, model_folder, pairs_csv, tmp_path, monkeypatch, capfd, caplog):
