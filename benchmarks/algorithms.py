@@ -11,16 +11,19 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.figure import Figure
 from results import write_result
 
-from reinforcepp.commands.compare_estimators.run import compare_algorithms, tell
+from reinforcepp.commands.compare_estimators.run import compare_algorithms, print_summary
 from reinforcepp.commands.demo import demo_settings
 from reinforcepp.config import CompareAlgorithmsConfig, DemoConfig
-from reinforcepp.reports.estimators import draw_curves, draw_frontier, write_page
+from reinforcepp.reports.estimators import evaluations_by_step, write_page
 from reinforcepp.rewards.card import REWARD_CARD
 from reinforcepp.training.reward_trainer import train_reward_model
+
+COLORS = ("#1f5fa8", "#2a9d6f", "#d1812e", "#7b5ea7", "#c0395a")
 
 
 def main() -> None:
@@ -55,17 +58,28 @@ def main() -> None:
         processes=arguments.processes,
     )
     comparison = compare_algorithms(config)
-    tell(comparison)
+    print_summary(comparison)
     write_page(comparison, folder / "comparison" / "comparison.html")
     plot(write_result(arguments.name, comparison))
 
 
 def plot(result: Path) -> None:
-    """Score against KL and against the step, beside the result file."""
+    """Plot score against KL and against the step, next to the result file."""
     comparison = json.loads(result.read_text(encoding="utf-8"))
     figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, 2), (draw_frontier, draw_curves), strict=True):
-        draw(axes, comparison)
+    frontier, curves = figure.subplots(1, 2)
+    for (name, metrics), color in zip(comparison["estimators"].items(), COLORS, strict=False):
+        steps = evaluations_by_step(comparison, name)
+        kl = [fmean(evaluation["kl"] for evaluation in step) for step in steps]
+        scores = [[evaluation[metrics["measure"]] for evaluation in step] for step in steps]
+        means, x = list(map(fmean, scores)), [step[0]["step"] for step in steps]
+        frontier.plot(kl, means, marker="o", markersize=4, color=color, label=name)
+        curves.plot(x, means, color=color, label=name)
+        curves.fill_between(x, list(map(min, scores)), list(map(max, scores)), color=color, alpha=0.12, linewidth=0)
+    for axes, x_name in ((frontier, "KL to the reference policy, nats per token"), (curves, "step")):
+        axes.set(xlabel=x_name, ylabel=f"held-out {metrics['measure']} score")
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(result.with_suffix(".png"), dpi=110)
 
 

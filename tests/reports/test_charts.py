@@ -1,4 +1,4 @@
-"""Charts and the page around them: thinning, sentences, colours, and what a browser draws, runs and refuses."""
+"""Charts and their page: downsampling, descriptions, colors, and the result in a browser."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import re
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
 from reinforcepp.reports import charts
-from reinforcepp.reports.charts import palette, words
-from reinforcepp.reports.charts.thin import thin
-from reinforcepp.reports.html import COLORS, embedded, page
+from reinforcepp.reports.charts import describe, downsample, palette
+from reinforcepp.reports.html import COLORS, embedded, render
+from reinforcepp.reports.numbers import correlation, number
 from scripts import SOURCE
 
 CHARTS = SOURCE / "reinforcepp" / "reports"
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;\u2028"
 
-# --- thinning -----------------------------------------------------------------------------------------------------------
+# --- downsampling -----------------------------------------------------------------------------------------------------------
 
 
 def long_curve(length: int = 20_000) -> tuple[list[int], list[float | None]]:
@@ -32,7 +33,7 @@ def long_curve(length: int = 20_000) -> tuple[list[int], list[float | None]]:
 def test_a_spike_in_a_long_curve_stays():
     x, y = long_curve()
     y[12_345], y[777] = 50.0, -40.0
-    curve = thin(x, y, limit=1500)
+    curve = downsample(x, y, limit=1500)
     assert 1000 < len(curve.x) <= 1510
     points = dict(zip(curve.x, curve.y, strict=True))
     assert points[12_346] == 50 and points[778] == -40
@@ -46,37 +47,37 @@ def test_what_smoothing_starts_from_is_the_mean_of_all_values():
     y = [
         value + 5 * (i % 7 == 0) for i, value in enumerate(y)
     ]  # skewed, so that the middle of low and high isn't the mean
-    curve = thin(x, y, limit=200)
+    curve = downsample(x, y, limit=200)
     means = [value for value in curve.mean if value is not None]
     assert 98 <= len(means) <= 102
     assert sum(means[1:-1]) / len(means[1:-1]) == pytest.approx(sum(y) / len(y), abs=0.01)
 
 
 def test_short_curves_stay_as_they_are():
-    curve = thin([1, 2, 3], [0.5, math.nan, None], limit=10)
+    curve = downsample([1, 2, 3], [0.5, math.nan, None], limit=10)
     assert (curve.x, curve.y, curve.mean) == ([1, 2, 3], [0.5, None, None], None)
-    assert thin([], [], limit=10).x == []
+    assert downsample([], [], limit=10).x == []
 
 
 def test_gaps_stay_gaps_and_bands_keep_their_mean():
     x, y = long_curve(1000)
     y[300:500] = [None] * 200
-    curve = thin(x, y, [-2.0] * 1000, [v if v is None else 3.0 for v in y], limit=100)
+    curve = downsample(x, y, [-2.0] * 1000, [v if v is None else 3.0 for v in y], limit=100)
     inside = [value for place, value in zip(curve.x, curve.y, strict=True) if 320 < place < 480]
     assert inside and set(inside) == {None}
     assert set(curve.low) == {-2} and set(curve.high) == {3, None}
     assert len(curve.low) == len(curve.high) == len(curve.x) == len(curve.mean)
 
 
-# --- words --------------------------------------------------------------------------------------------------------------
+# --- descriptions --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_chart_is_told_in_a_sentence():
+def test_a_chart_has_a_description():
     html = charts.line_chart(
         "Reward", [charts.Line("reward", [1, 2, 3, 4, 5], [1, -1.5, 2.25, None, 0.5])], limits={"kl_limit": 5.0}
     )
-    told = re.search(r'aria-label="(Reward\.[^"]*)"', html)[1]
-    assert told == (
+    description = re.search(r'aria-label="(Reward\.[^"]*)"', html)[1]
+    assert description == (
         "Reward. Line chart. reward from 1 to 0.5, lowest -1.5 at step 2, highest 2.25 at step 3. kl_limit is 5."
     )
 
@@ -93,18 +94,18 @@ def test_a_chart_is_told_in_a_sentence():
         (2.5e6, "2.50e+06"),
     ],
 )
-def test_numbers_in_words(value, text):
-    assert words.number(value) == text
+def test_numbers_are_formatted(value, text):
+    assert number(value) == text
 
 
-def test_a_curve_without_values_and_a_flat_one_are_told():
-    assert words.course("kl", [1, 2], [None, None], "step") == "kl has no values"
-    assert words.course("kl", [1, 2], [3.0, 3.0], "step") == "kl is 3 throughout"
-    assert words.joined([str(i) for i in range(10)]).endswith("7; and 2 more.")
+def test_empty_and_flat_curves_are_described():
+    assert describe.line("kl", [1, 2], [None, None], "step") == "kl has no values"
+    assert describe.line("kl", [1, 2], [3.0, 3.0], "step") == "kl is 3 throughout"
+    assert describe.joined([str(i) for i in range(10)]).endswith("7; and 2 more.")
 
 
 def test_the_table_has_a_dozen_rows_from_the_first_to_the_last():
-    rows = words.at_places([(list(range(1, 1001)), list(range(1000))), ([1, 500], [7.0, 8.0])])
+    rows = describe.table_rows([(list(range(1, 1001)), list(range(1000))), ([1, 500], [7.0, 8.0])])
     assert len(rows) == 12 and rows[0] == ["1", "0", "7"] and rows[-1] == ["1000", "999", "-"]
     assert {row[2] for row in rows} == {"7", "-"}
 
@@ -113,7 +114,7 @@ def test_a_histogram_counts_every_value_once():
     html = charts.histogram("Scores", {"a": [0.0, 1.0, 2.0, 2.0], "b": []}, x_name="score", bins=2)
     spec = spec_of(html)
     assert spec["edges"] == [0, 1, 2]
-    assert [own["y"] for own in spec["series"]] == [[0.25, 0.75], [0, 0]]
+    assert [series["y"] for series in spec["series"]] == [[0.25, 0.75], [0, 0]]
     assert spec_of(charts.histogram("One", {"a": [3.0]}, x_name="score"))["series"][0]["y"][0] == 1
 
 
@@ -121,7 +122,7 @@ def spec_of(html: str) -> dict:
     return json.loads(re.search(r'<script type="application/json">(.*?)</script>', html)[1])
 
 
-# --- colours ------------------------------------------------------------------------------------------------------------
+# --- colors ------------------------------------------------------------------------------------------------------------
 
 
 def contrast(one: str, other: str) -> float:
@@ -135,7 +136,7 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_colours_have_contrast(scheme):
+def test_colors_have_contrast(scheme):
     colors = {name: pair[scheme] for name, pair in COLORS.items()}
     for ground in (colors["ground"], colors["raised"]):
         for name in ("text", "quiet", "accent", "good", "bad", "warn"):
@@ -145,18 +146,22 @@ def test_colours_have_contrast(scheme):
 
 
 def test_no_two_of_sixteen_series_look_the_same():
-    assert len({palette.look(place) for place in range(16)}) == 16
-    assert palette.look(0) == (0, 0) and palette.look(4) == (4, 1) and palette.look(16) == (0, 0)
+    assert len({palette.color_and_dash(place) for place in range(16)}) == 16
+    assert (
+        palette.color_and_dash(0) == (0, 0)
+        and palette.color_and_dash(4) == (4, 1)
+        and palette.color_and_dash(16) == (0, 0)
+    )
 
 
-# --- the page and what is vendored ---------------------------------------------------------------------------------------
+# --- the page and the vendored library ---------------------------------------------------------------------------------------
 
 
-def test_the_vendored_library_is_what_its_readme_says():
+def test_the_vendored_library_matches_its_readme():
     folder = CHARTS / "vendor" / "uplot"
-    told = dict(re.findall(r"\| `(.*?)` \| `([0-9a-f]{64})` \|", (folder / "README.md").read_text(encoding="utf-8")))
-    assert set(told) == {"uPlot.iife.min.js", "uPlot.min.css"}
-    for name, digest in told.items():
+    digests = dict(re.findall(r"\| `(.*?)` \| `([0-9a-f]{64})` \|", (folder / "README.md").read_text(encoding="utf-8")))
+    assert set(digests) == {"uPlot.iife.min.js", "uPlot.min.css"}
+    for name, digest in digests.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     assert "Permission is hereby granted" in (folder / "LICENSE").read_text(encoding="utf-8")
 
@@ -168,21 +173,36 @@ def test_no_text_ends_the_data():
     assert json.loads(inner) == {"text": HOSTILE, "more": [None, None, 1.5]}
 
 
+def page(*scripts: str) -> str:
+    return render("base.html", title="t", scripts=scripts, body=Markup("<p>b</p>"))
+
+
 def test_a_page_allows_its_own_scripts_only():
     import base64
 
-    bare = page("t", "<p>b</p>")
+    bare = page()
     assert "<script" not in bare and "script-src 'none'" in bare
-    text = page("t", "<p>b</p>", "", ("let a = 1;",))
+    text = page("let a = 1;")
     for source in re.findall(r"<script>(.*?)</script>", text, re.DOTALL):
         assert f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" in text
     assert text.count("<script>") == 2 == text.count("sha256-")
     assert "default-src 'none'" in text and "unsafe-eval" not in text
     with pytest.raises(AssertionError):
-        page("t", "", "", ("'</script>'",))
+        page("'</script>'")
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_escaped_and_control_characters_replaced():
+    shown = render("base.html", title="\x1b<b>", body="<i>\u202e")
+    assert "<title>\ufffd&lt;b&gt;</title>" in shown and "&lt;i&gt;\ufffd" in shown
+
+
+def test_correlation():
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
+    assert correlation([1, 2, 3, 4], [1, -1, -1, 1]) == pytest.approx(0)
+    assert correlation([1, 1], [1, 2]) is None and correlation([1], [1]) is None
 
 
 def gallery() -> str:
@@ -196,7 +216,7 @@ def gallery() -> str:
         charts.Line(f"run {i}", steps[: 120 - 30 * i], [x * i / 40 for x in steps[: 120 - 30 * i]]) for i in range(3)
     ]
     cloud = [
-        charts.Cloud(n, [draw.gauss(30, 5) for _ in range(99)], [draw.gauss(k, 1) for _ in range(99)])
+        charts.Points(n, [draw.gauss(30, 5) for _ in range(99)], [draw.gauss(k, 1) for _ in range(99)])
         for k, n in enumerate("ab")
     ]
     figures = [
@@ -211,7 +231,7 @@ def gallery() -> str:
         charts.calibration_chart("Calibration", {"m": [charts.Bin(0.1, 0.2, 5), charts.Bin(0.9, 0.8, 9)]}),
     ]
     body = f"<main><h1>Charts</h1>{charts.controls()}<div class='charts'>{''.join(figures)}</div></main>"
-    return page("Charts", body, charts.STYLE, charts.SCRIPTS)
+    return render("base.html", title="Charts", style=charts.STYLE, scripts=charts.SCRIPTS, body=Markup(body))
 
 
 @pytest.fixture(scope="module")
@@ -221,18 +241,18 @@ def gallery_file(tmp_path_factory) -> Path:
     return path
 
 
-# Colours on each canvas other than that of the ground, which is transparent.
+# Painted pixels of each canvas; the ground is transparent.
 PAINTED = """() => [...document.querySelectorAll("figure.chart canvas")].map((canvas) => {
   const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
   let painted = 0;
   for (let i = 3; i < data.length; i += 4) painted += data[i] > 0;
   return painted;
 })"""
-# What is painted in a series' own colour, and a print of the whole canvas.
+# The image of a canvas.
 PRINT = """(place) => document.querySelectorAll("figure.chart canvas")[place].toDataURL()"""
 
 
-def test_every_chart_is_drawn_and_nothing_is_complained_about(window, gallery_file):
+def test_every_chart_is_drawn_without_complaints(window, gallery_file):
     opened = window()
     shown = opened.open(gallery_file)
     painted = shown.evaluate(PAINTED)
@@ -264,7 +284,7 @@ def test_light_and_dark_have_contrast(window, gallery_file, scheme):
     shown.wait_for_timeout(100)
     assert opened.low_contrasts() == []
     after = [shown.evaluate(PRINT, place) for place in range(9)]
-    assert all(a != b for a, b in zip(before, after, strict=True)), "a chart kept its colours"
+    assert all(a != b for a, b in zip(before, after, strict=True)), "a chart kept its colors"
     assert opened.complaints == []
 
 
@@ -412,5 +432,5 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(window, galler
     assert shown.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-def test_pairs_of_colours_do_not_repeat():
+def test_pairs_of_colors_do_not_repeat():
     assert all(a != b for a, b in itertools.combinations(palette.SERIES, 2))

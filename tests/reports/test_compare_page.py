@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
 from reinforcepp.config import CompareConfig, as_dict
 from reinforcepp.reports.comparison.page import as_page
 from reinforcepp.reports.comparison.result import Figures, ModelComparison, Pair
 from reinforcepp.reports.comparison.statistics import Outcome, Rate
-from reinforcepp.reports.html import embedded, page
+from reinforcepp.reports.html import embedded, render
 
 HOSTILE = (
     "<script>document.title = 'owned'</script>",
@@ -68,7 +69,18 @@ def opened(window, tmp_path):
 
 def texts(shown) -> dict[str, str]:
     """What stands in the parts of the page that change, by id; the text is the page's, not its source."""
-    ids = ("place", "prompt", "text-1", "text-2", "cut-1", "cut-2", "name-1", "name-2", "told", "tally")
+    ids = (
+        "position",
+        "prompt",
+        "text-1",
+        "text-2",
+        "truncated-1",
+        "truncated-2",
+        "name-1",
+        "name-2",
+        "result",
+        "tally",
+    )
     return {name: shown.page.locator(f"#{name}").inner_text() for name in ids}
 
 
@@ -82,18 +94,18 @@ def side(text: str) -> str:
 def test_names_and_scores_are_hidden_until_the_reader_chooses(opened):
     shown = opened(comparison(FIVE))
     before = texts(shown)
-    assert before["name-1"] == before["name-2"] == before["told"] == "" and before["tally"] == "No votes yet."
+    assert before["name-1"] == before["name-2"] == before["result"] == "" and before["tally"] == "No votes yet."
     section = shown.page.locator("#voting").inner_text()
     assert "runs/b" not in section and "score" not in section.replace("Show all names and scores", "")
-    shown.page.get_by_role("button", name="Answer 1").click()
+    shown.page.get_by_role("button", name="Response 1").click()
     after = texts(shown)
-    names = {"A": "A: builtin:tiny, judge's score 0", "B": "B: runs/b, judge's score 1"}
+    names = {"A": "A: builtin:tiny, judge score 0", "B": "B: runs/b, judge score 1"}
     for i in "12":
         assert after[f"text-{i}"] == before[f"text-{i}"]
         assert after[f"name-{i}"] == names[side(after[f"text-{i}"])]
     chosen = side(before["text-1"])
-    assert after["told"] == f"You chose answer 1, which is {chosen}'s" + (
-        ", like the judge." if chosen == "B" else "; the judge prefers B."
+    assert after["result"] == f"You chose response 1, by {chosen}" + (
+        ", and the judge agrees." if chosen == "B" else ". The judge prefers B."
     )
     assert shown.complaints == []
 
@@ -115,20 +127,22 @@ def test_votes_by_mouse(opened):
     shown = opened(comparison(FIVE))
     wins = {"A": 0, "B": 0, "tie": 0}
     agreed = 0
-    for place, choice in enumerate(("Answer 1", "Answer 2", "Tie", "Answer 2", "Answer 1")):
+    for place, choice in enumerate(("Response 1", "Response 2", "Tie", "Response 2", "Response 1")):
         now = texts(shown)
-        assert (now["place"], now["prompt"]) == (f"Prompt {place + 1} of 5", f"Question {place}?")
+        assert (now["position"], now["prompt"]) == (f"Prompt {place + 1} of 5", f"Question {place}?")
         shown.page.get_by_role("button", name=choice).click()
         own = "tie" if choice == "Tie" else side(now[f"text-{choice[-1]}"])
         wins[own] += 1
         agreed += own == FIVE[place].better
-        assert shown.page.get_by_role("button", name="Answer 1").is_disabled()  # a vote is not taken back: it was blind
+        assert shown.page.get_by_role(
+            "button", name="Response 1"
+        ).is_disabled()  # a vote is not taken back: it was blind
         if place < 4:
             shown.page.get_by_role("button", name="Next").click()
     rate = (wins["B"] + wins["tie"] / 2) / 5
     assert texts(shown)["tally"] == (
-        f"Your votes, 5 of 5: A {wins['A']}, B {wins['B']}, ties {wins['tie']}; win rate of B {rate:.2f}. "
-        f"The judge agrees with you on {agreed}."
+        f"You voted on 5 of 5: A {wins['A']}, B {wins['B']}, ties {wins['tie']}; win rate of B {rate:.2f}. "
+        f"The judge agrees with {agreed} of your votes."
     )
     assert shown.page.get_by_role("button", name="Next").is_disabled()
     assert shown.complaints == []
@@ -140,14 +154,14 @@ def test_votes_by_keyboard(opened):
     keyboard.press("ArrowLeft")  # there is nothing before the first
     keyboard.press("2")
     keyboard.press("1")  # too late
-    assert "You chose answer 2" in texts(shown)["told"]
+    assert "You chose response 2" in texts(shown)["result"]
     keyboard.press("Enter")  # the focus is on Next
     assert texts(shown)["prompt"] == "Question 1?"
     assert shown.page.evaluate("document.activeElement.id") == "prompt"
     keyboard.press("Control+1")  # the browser's own
-    assert texts(shown)["told"] == ""
+    assert texts(shown)["result"] == ""
     keyboard.press("0")
-    assert "You called it a tie" in texts(shown)["told"]
+    assert "You called it a tie" in texts(shown)["result"]
     keyboard.press("ArrowRight")
     keyboard.press("ArrowRight")
     assert texts(shown)["prompt"] == "Question 3?"
@@ -155,7 +169,7 @@ def test_votes_by_keyboard(opened):
     keyboard.press("Tab")  # from the prompt to the first of the choices
     assert shown.page.evaluate("document.activeElement.dataset.vote") == "1"
     keyboard.press("Space")
-    assert "Your votes, 3 of 5" in texts(shown)["tally"]
+    assert "You voted on 3 of 5" in texts(shown)["tally"]
     assert shown.complaints == []
 
 
@@ -163,7 +177,9 @@ def test_showing_all_names_ends_the_voting_as_long_as_it_lasts(opened):
     shown = opened(comparison(FIVE))
     shown.page.get_by_label("Show all names and scores").check()
     now = texts(shown)
-    assert "builtin:tiny" in now["name-1"] + now["name-2"] and "Votes count only while names are hidden" in now["told"]
+    assert (
+        "builtin:tiny" in now["name-1"] + now["name-2"] and "Votes count only while names are hidden" in now["result"]
+    )
     shown.page.keyboard.press("1")
     assert shown.page.get_by_role("button", name="Tie").is_disabled() and texts(shown)["tally"] == "No votes yet."
     shown.page.keyboard.press("ArrowRight")
@@ -171,7 +187,7 @@ def test_showing_all_names_ends_the_voting_as_long_as_it_lasts(opened):
     shown.page.get_by_label("Show all names and scores").uncheck()
     assert "runs/b" not in shown.page.locator("#answers").inner_text()
     shown.page.keyboard.press("1")
-    assert "Your votes, 1 of 5" in texts(shown)["tally"]
+    assert "You voted on 1 of 5" in texts(shown)["tally"]
 
 
 def reload(shown, tally):
@@ -186,15 +202,15 @@ def reload(shown, tally):
 def test_votes_outlast_a_reload_but_not_other_answers(opened, tmp_path):
     shown = opened(comparison(FIVE))
     shown.page.keyboard.press("1")
-    assert "Your votes, 1 of 5" in texts(shown)["tally"]
-    reload(shown, "Your votes, 1 of 5")
-    assert "Your votes, 1 of 5" in texts(shown)["tally"] and texts(shown)["prompt"] == "Question 1?"
+    assert "You voted on 1 of 5" in texts(shown)["tally"]
+    reload(shown, "You voted on 1 of 5")
+    assert "You voted on 1 of 5" in texts(shown)["tally"] and texts(shown)["prompt"] == "Question 1?"
     (tmp_path / "compare.html").write_text(as_page(comparison([*FIVE[:4], pair("New?", "alpha", "beta")])))
     reload(shown, "No votes yet.")
     assert texts(shown)["tally"] == "No votes yet."
     (tmp_path / "compare.html").write_text(as_page(comparison(FIVE)))
-    reload(shown, "Your votes, 1 of 5")
-    shown.page.get_by_role("button", name="Forget my votes").click()
+    reload(shown, "You voted on 1 of 5")
+    shown.page.get_by_role("button", name="Delete my votes").click()
     assert texts(shown)["tally"] == "No votes yet." and shown.page.locator("#forget").is_hidden()
     reload(shown, "No votes yet.")
     assert texts(shown)["tally"] == "No votes yet."
@@ -211,9 +227,11 @@ def test_votes_that_make_no_sense_are_none(opened, kept):
 
 def test_equal_answers_are_no_question(opened):
     shown = opened(comparison([pair("Same?", "one", "one", (1.0, 1.0)), *FIVE]))
-    assert texts(shown)["place"] == "Prompt 1 of 5" and "1 pair of equal answers is left out." in shown.page.content()
+    assert (
+        texts(shown)["position"] == "Prompt 1 of 5" and "1 pair of equal responses is skipped." in shown.page.content()
+    )
     shown = opened(comparison([pair("Same?", "one", "one", (1.0, 1.0))] * 2))
-    assert "gave the same answers" in shown.page.locator("body").inner_text()
+    assert "gave the same responses" in shown.page.locator("body").inner_text()
     assert shown.page.locator("script").count() == 0 and shown.complaints == []
 
 
@@ -221,8 +239,8 @@ def test_an_empty_answer_and_one_that_was_cut_off_are_told(opened):
     shown = opened(comparison([pair("Why?", "", "beta and on")]))
     now = texts(shown)
     empty, cut = ("1", "2") if now["text-1"] == "(empty)" else ("2", "1")
-    assert now[f"text-{empty}"] == "(empty)" and now[f"cut-{empty}"] == ""
-    assert now[f"text-{cut}"] == "beta and on" and now[f"cut-{cut}"] == "cut off at the length limit"
+    assert now[f"text-{empty}"] == "(empty)" and now[f"truncated-{empty}"] == ""
+    assert now[f"text-{cut}"] == "beta and on" and now[f"truncated-{cut}"] == "truncated at the length limit"
 
 
 def test_without_scripts_the_figures_are_there(chromium, tmp_path):
@@ -232,7 +250,7 @@ def test_without_scripts_the_figures_are_there(chromium, tmp_path):
     shown.goto((tmp_path / "compare.html").as_uri())
     told = shown.locator("body").inner_text()
     context.close()
-    assert "Verdict: B is better" in told and "switched off" in told and "Answer 1" not in told
+    assert "Verdict: B is better" in told and "turned off" in told and "Response 1" not in told
 
 
 # --- hostile text -----------------------------------------------------------------------------------------------------
@@ -267,7 +285,8 @@ def test_nothing_but_the_pages_own_script_may_run(window, tmp_path):
     )
     path = tmp_path / "page.html"
     for script, expected in (("", "safe"), ("document.getElementById('x').textContent = 'ran';", "ran")):
-        path.write_text(page("Mine", body, "", script), encoding="utf-8")
+        scripts = (script,) if script else ()
+        path.write_text(render("base.html", title="Mine", scripts=scripts, body=Markup(body)), encoding="utf-8")
         shown = window()
         opened = shown.open(path)
         opened.locator("a").click()
@@ -306,13 +325,13 @@ def test_the_page_can_be_read_everywhere(opened, scheme, width):
 
 def test_the_check_for_contrast_sees(window, tmp_path):
     path = tmp_path / "grey.html"
-    path.write_text(
-        page("Grey", "<p style='color:#888'>faint</p><p style='color:#666'>clear</p>", ""), encoding="utf-8"
-    )
+    body = Markup("<p style='color:#888'>faint</p><p style='color:#666'>clear</p>")
+    path.write_text(render("base.html", title="Gray", body=body), encoding="utf-8")
     shown = window()
     shown.open(path)
     assert [text for text, _ in shown.low_contrasts()] == ["faint"]
-    path.write_text(page("Wide", "<div style='width: 2000px'>wide</div>", ""), encoding="utf-8")
+    wide = Markup("<div style='width: 2000px'>wide</div>")
+    path.write_text(render("base.html", title="Wide", body=wide), encoding="utf-8")
     shown.open(path)
     assert shown.overflow() > 500
 
@@ -320,7 +339,7 @@ def test_the_check_for_contrast_sees(window, tmp_path):
 def test_all_controls_are_buttons_with_a_name(opened):
     shown = opened(comparison(FIVE))
     names = [button.inner_text() for button in shown.page.locator("#voting").get_by_role("button").all()]
-    assert names == ["Answer 1 1", "Tie 0", "Answer 2 2", "Previous", "Next"]
+    assert names == ["Response 1 1", "Tie 0", "Response 2 2", "Previous", "Next"]
     assert shown.page.locator("[onclick], [onload]").count() == 0
     assert shown.page.get_by_role("status").count() == 1
     assert Path(shown.page.url.removeprefix("file://")).stat().st_size < 60_000

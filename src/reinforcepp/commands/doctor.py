@@ -1,4 +1,4 @@
-"""The verb: read a run's folder, say what was found."""
+"""The command `doctor`: read a run's folder and print its problems."""
 
 from __future__ import annotations
 
@@ -14,42 +14,51 @@ from rich.text import Text
 from reinforcepp.config import DoctorConfig
 from reinforcepp.monitoring import printable
 from reinforcepp.monitoring.doctor.diagnosis import Diagnosis, diagnose
-from reinforcepp.monitoring.doctor.finding import SEVERITIES
+from reinforcepp.monitoring.doctor.finding import SEVERITIES, Finding
 from reinforcepp.monitoring.run_record import find_run, read_run
 
-FAILED = 1
-STYLES = {"serious": "bold red", "warning": "yellow", "note": "cyan", None: "green"}
+EXIT_FINDINGS = 1
+STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan", None: "green"}
+OLD_SEVERITIES = {"serious": "error"}
 
 
 def run_doctor(config: DoctorConfig) -> int:
-    """Diagnose the run in ``config.run``; returns 1 for findings of ``fail_on``, else 0.
+    """Diagnose the run in ``config.run``; return 1 if it has findings of ``fail_on`` or above, otherwise 0.
 
     Raises:
-        ConfigError: if there is no training in that folder.
+        ConfigError: The folder doesn't contain a run.
     """
     diagnosis = diagnose(read_run(find_run(config.run)))
     if config.format == "json":
-        told = {"verdict": diagnosis.sentence, "findings": [asdict(finding) for finding in diagnosis.findings]}
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        report = {"verdict": diagnosis.sentence, "findings": [_as_json(finding) for finding in diagnosis.findings]}
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         terminal = Console(highlight=False)
         for line in as_lines(diagnosis):
             terminal.print(line)
     sys.stdout.flush()
-    return FAILED if _too_much(diagnosis, config.fail_on) else 0
+    return EXIT_FINDINGS if _fails(diagnosis, config.fail_on) else 0
 
 
 def as_lines(diagnosis: Diagnosis) -> Iterator[Text | Padding]:
-    """What was found, for people: the verdict, then each finding with its reasons."""
+    """Yield the verdict, then each finding with its evidence, cause, and fix."""
     yield Text(printable(diagnosis.sentence), STYLES[diagnosis.worst])
     for finding in diagnosis.findings:
         yield Text(f"\n{finding.severity}: {finding.title}", STYLES[finding.severity])
-        for name in ("evidence", "cause", "cure"):
-            said = Text(f"{name.capitalize():9} ", "dim")
-            said.append(printable(getattr(finding, name)), "not dim")
-            yield Padding(said, (0, 0, 0, 2))
+        for name in ("evidence", "cause", "fix"):
+            line = Text(f"{name.capitalize():9} ", "dim")
+            line.append(printable(getattr(finding, name)), "not dim")
+            yield Padding(line, (0, 0, 0, 2))
 
 
-def _too_much(diagnosis: Diagnosis, fail_on: str) -> bool:
-    counted = SEVERITIES[: SEVERITIES.index(fail_on) + 1] if fail_on != "never" else ()
-    return diagnosis.worst in counted
+def _as_json(finding: Finding) -> dict[str, str]:
+    """Return the finding under its stable keys; ``cure`` is the published key of the fix."""
+    values = asdict(finding)
+    return {"cure" if name == "fix" else name: value for name, value in values.items()}
+
+
+def _fails(diagnosis: Diagnosis, fail_on: str) -> bool:
+    if fail_on == "never":
+        return False
+    lowest = SEVERITIES.index(OLD_SEVERITIES.get(fail_on, fail_on))
+    return diagnosis.worst in SEVERITIES[: lowest + 1]

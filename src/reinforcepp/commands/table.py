@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
     tell_difference(trainer)
     diagnosis = diagnose(read_run(trainer.folder))
     more = f" reinforcepp doctor {config.output_dir} tells more." if diagnosis.findings else ""
-    echo(f"Doctor: {diagnosis.sentence}{more}", "yellow" if diagnosis.worst in ("serious", "warning") else "")
+    echo(f"Doctor: {diagnosis.sentence}{more}", "yellow" if diagnosis.worst in ("error", "warning") else "")
     return trainer
 
 
@@ -141,7 +141,7 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> None:
     from reinforcepp.reports import estimators as algorithm_page
 
     comparison = algorithm_comparison.compare_algorithms(config)
-    algorithm_comparison.tell(comparison)
+    algorithm_comparison.print_summary(comparison)
     page = Path(config.output_dir).expanduser() / "comparison.html"
     algorithm_page.write_page(comparison, page)
     echo(f"{algorithm_page.verdict(comparison)} Everything is on the page {page}.", "green")

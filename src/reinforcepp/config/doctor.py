@@ -16,8 +16,8 @@ class DoctorConfig:
     """Folder of the training; it may also stand right after the verb, without the flag."""
     format: Literal["text", "json"] = "text"
     """Form of what is said."""
-    fail_on: Literal["serious", "warning", "never"] = "serious"
-    """Exit code 1 for findings of this severity or above."""
+    fail_on: Literal["error", "warning", "never", "serious"] = "error"
+    """Lowest severity with exit code 1 ('serious' is the old name of 'error')"""
 
     def __post_init__(self) -> None:
         """Check each value."""

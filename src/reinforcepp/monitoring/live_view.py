@@ -20,7 +20,7 @@ NAMES, VALUES, NOTES = 7, 9, 24  # widths of columns
 SAMPLE_LINES = 3
 PHASES = {"rollout": "blue", "score": "magenta", "update": "green", "sync": "yellow"}
 PHASE_NAMES = {"score": "scoring"}
-HEALTH = {"serious": "bold red", "warning": "yellow", "note": "cyan", None: "green"}
+HEALTH = {"error": "bold red", "warning": "yellow", "info": "cyan", None: "green"}
 
 
 @dataclass(frozen=True)

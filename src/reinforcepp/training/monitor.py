@@ -95,9 +95,9 @@ class Monitor:
         record = replace(self.record, metrics=self._history, evaluations=self.state.evaluations)
         self._diagnosis = diagnose(record)
         for finding in self._diagnosis.findings:
-            if finding.severity != "note" and finding.rule not in self._told:
+            if finding.severity != "info" and finding.rule not in self._told:
                 self._told.add(finding.rule)
-                echo(f"Step {step}: {finding.title}. {finding.evidence} {finding.cure}", "yellow")
+                echo(f"Step {step}: {finding.title}. {finding.evidence} {finding.fix}", "yellow")
 
     def _logged(self) -> list[Mapping[str, float]]:
         logged = read_metrics(self.record.folder) if self.ranks.is_main else []

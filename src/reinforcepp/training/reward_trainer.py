@@ -20,7 +20,7 @@ from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
 from reinforcepp.models.tokenization import encode_example
 from reinforcepp.monitoring import echo, reading_progress
-from reinforcepp.reports.reward_model import analyse, save_pairs, summary, tell, write_page
+from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, summary, write_page
 from reinforcepp.rewards.card import RewardCard
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model, score_pairs
 from reinforcepp.training.setup import loading
@@ -109,14 +109,14 @@ def _evaluate_and_save(
     scorer = TrainedReward(evaluated, tokenizer, batch_size=config.batch_size * 2)
     on_train = summary(score_pairs(scorer, sample_rows(train)))
     pairs = score_pairs(scorer, heldout)
-    analysis = analyse(pairs) if pairs else None
+    analysis = analyze(pairs) if pairs else None
     card = RewardCard(
         base_model=config.model,
         data=data.source,
         data_sha256=data.sha256,
         train_pairs=len(train),
         heldout_pairs=len(heldout),
-        figures=asdict(analysis.figures) if analysis else {},
+        figures=asdict(analysis.metrics) if analysis else {},
         score_mean=on_train.mean_score,
         score_std=on_train.score_std,
         settings=as_dict(config),
@@ -126,7 +126,7 @@ def _evaluate_and_save(
     if pairs:
         save_pairs(pairs, folder)  # before the card, which marks the folder as complete
     save_reward_model(TrainedReward(model, tokenizer), card, folder)
-    tell(card, analysis)
+    print_summary(card, analysis)
     if analysis:
         write_page(card, pairs, analysis, folder / REPORT_FILE)
     report = f", report to {folder / REPORT_FILE}" if analysis else ""

@@ -1,4 +1,4 @@
-"""The verb ``doctor``: what it says of a real run's folder, and how it ends."""
+"""The command ``doctor``: its output for a real run's folder, and its exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reinforcepp.commands.cli import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, model_folder, reward_folder, pairs_csv):
-    """A finished training, too short and with too few prompts to be good for anything."""
+    """Return the folder of a finished run that is too short and has too few prompts."""
     output = tmp_path_factory.mktemp("runs") / "policy"
     arguments = ["--model", model_folder, "--data", pairs_csv, "--reward_model", reward_folder, "--output_dir", output]
     limits = ["--max_new_tokens", 8, "--batch_size", 4, "--max_steps", 9, "--rollout", "transformers"]
@@ -20,12 +20,12 @@ def folder(tmp_path_factory, model_folder, reward_folder, pairs_csv):
     return output
 
 
-def test_it_says_what_it_found(folder, capsys):
+def test_it_prints_its_findings(folder, capsys):
     capsys.readouterr()
-    assert main(["doctor", str(folder)]) == 0  # warnings and notes only
+    assert main(["doctor", str(folder)]) == 0  # warnings and infos only
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: Many answers are cut off" in said and "max_new_tokens 8" in said
-    assert "note: There are few prompts" in said and "Cure Raise max_new_tokens" in said
+    assert "warning: Many completions are truncated" in said and "max_new_tokens 8" in said
+    assert "info: Few prompts" in said and "Fix Raise max_new_tokens" in said
 
 
 def test_json_is_for_programs(folder, capsys):
@@ -36,14 +36,14 @@ def test_json_is_for_programs(folder, capsys):
     assert set(told["findings"][0]) == {"rule", "severity", "title", "evidence", "cause", "cure"}
 
 
-def test_a_sound_log_is_called_sound(folder, tmp_path, capsys):
+def test_a_sound_run_has_no_problems(folder, tmp_path, capsys):
     run = shutil.copytree(folder, tmp_path / "run")
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, "kl": 0.05}) + "\n" for i in range(9)))
     told = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(told | {"prompts": 500}))
     capsys.readouterr()
     assert main(["doctor", str(run), "--fail_on", "warning"]) == 0
-    assert capsys.readouterr().out == "Nothing wrong was found in 9 of 9 steps.\n"
+    assert capsys.readouterr().out == "No problems found in 9 of 9 steps.\n"
 
 
 def test_a_demos_folder_means_the_policy_in_it(folder, tmp_path, capsys):
@@ -63,7 +63,7 @@ def test_a_damaged_file_is_named(folder, tmp_path, capsys, broken):
     assert said.startswith("error: ") and "damaged" in said and "Traceback" not in said
 
 
-def test_what_is_no_training_is_refused(reward_folder, tmp_path, capsys):
+def test_other_folders_are_refused(reward_folder, tmp_path, capsys):
     for name, reason in ((tmp_path / "none", "There is no folder"), (tmp_path, "has no run.json")):
         assert main(["doctor", str(name)]) == 2
         assert reason in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Each rule on made-up runs: silent below its bound, speaking above, and quiet about what another fault explains."""
+"""Each rule on synthetic runs: a finding above its threshold, none below, and none for what another problem explains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from reinforcepp.monitoring.doctor import SEVERITIES, diagnose
 from reinforcepp.monitoring.doctor.rules import RULES
-from reinforcepp.monitoring.doctor.trends import FEWEST, course, since_start, surely_rises
+from reinforcepp.monitoring.doctor.trends import MIN_STEPS, heldout_change, reward_rises, trend_of
 from reinforcepp.monitoring.run_record import RunRecord
 from scripts import ROOT
 
@@ -19,7 +19,7 @@ CARD = {"figures": {"pairs": 80, "accuracy": 0.9, "longer_wins": 0.55, "length_c
 
 
 def rising(first: float, last: float, steps: int = STEPS) -> list[float]:
-    """From the first fifth's value to the last fifth's, in a straight line between."""
+    """Return values that rise linearly from the first to the last fifth of the steps."""
     fifth = steps // 5
     middle = steps - 2 * fifth
     between = [first + (last - first) * (i + 1) / (middle + 1) for i in range(middle)]
@@ -27,7 +27,7 @@ def rising(first: float, last: float, steps: int = STEPS) -> list[float]:
 
 
 def run(steps: int = STEPS, *, settings=None, facts=None, evaluations=None, **series) -> RunRecord:
-    """A sound run, with some of its series replaced; None leaves one out."""
+    """Return a sound run with some of its series replaced; None omits a series."""
     sound = {
         "reward": rising(0.0, 1.0, steps),
         "reward_std": [1.0] * steps,
@@ -63,7 +63,7 @@ def names(record: RunRecord) -> list[str]:
 
 
 def judged(reward: float, judge: float | None, error: float = 0.05) -> dict[str, dict[str, float]]:
-    """Held-out figures that change by so much."""
+    """Return held-out metrics with these changes."""
     before = {"reward": 0.0, "reward_error": error} | (
         {"judge": 0.5, "judge_error": error} if judge is not None else {}
     )
@@ -77,18 +77,16 @@ def card(**figures):
 
 def test_a_sound_run_has_no_finding():
     assert names(run()) == []
-    assert diagnose(run()).sentence == "Nothing wrong was found in 40 of 40 steps."
+    assert diagnose(run()).sentence == "No problems found in 40 of 40 steps."
 
 
-def test_a_run_that_has_just_begun_has_none_either():
+def test_a_run_of_a_few_steps_has_no_finding():
     alarming = run(kl=[9.0] * STEPS, entropy=rising(1, 0), settings={"kl_limit": None})
-    for steps in range(FEWEST):
+    for steps in range(MIN_STEPS):
         assert names(replace(alarming, metrics=alarming.metrics[:steps])) == []
 
 
-CUT = {"reward_clipped_ratio": rising(0, 0.3)}
-
-# (what is changed, the finding) and, with the same shape, a change that stays below the bound
+# (finding, change above its threshold, change below it)
 CASES = [
     ("kl_explosion", {"kl": rising(0.01, 1.2)}, {"kl": rising(0.01, 0.9)}),
     ("kl_inert", {"kl": [1e-8] * STEPS, "reward": [0.0] * STEPS}, {"kl": rising(1e-8, 1e-3)}),
@@ -140,37 +138,37 @@ CASES = [
 
 
 @pytest.mark.parametrize(("rule", "fault", "sound"), CASES, ids=[f"{i}-{case[0]}" for i, case in enumerate(CASES)])
-def test_a_rule_speaks_above_its_bound_alone(rule, fault, sound):
+def test_a_rule_fires_above_its_threshold_only(rule, fault, sound):
     assert names(run(**fault)) == [rule]
     assert names(run(**sound)) == []
 
 
-def test_every_rule_is_tried():
+def test_every_rule_is_tested():
     assert len(RULES) == 13
-    tried = {case[0] for case in CASES}
-    assert tried == {
+    tested = {case[0] for case in CASES}
+    assert tested == {
         *(rule.__name__ for rule in RULES if rule.__name__ not in ("length_change", "reward_model")),
         *("length_drift", "length_collapse", "reward_model_chance", "reward_model_length"),
     }
 
 
-def test_hacking_needs_a_reward_that_rises():
+def test_reward_hacking_needs_a_rising_reward():
     flat = [0.0] * STEPS
     assert names(run(reward=flat, evaluations=judged(0.0, -0.3))) == []
     assert names(run(reward=flat, **{"completions/repeated_ratio": rising(0.01, 0.3)})) == []
     assert names(run(reward=flat, evaluations=judged(0.5, -0.3))) == ["reward_hacking"]
 
 
-def test_a_judge_that_is_content_outweighs_proxies():
+def test_a_rising_judge_score_outweighs_proxies():
     repeating = {"completions/repeated_ratio": rising(0.01, 0.3)}
     assert names(run(evaluations=judged(1.0, 0.2), **repeating)) == []
 
 
-def test_a_judge_is_only_believed_beyond_its_error():
+def test_a_judge_counts_beyond_its_error_only():
     assert names(run(evaluations=judged(1.0, -0.3, error=0.2))) == []
 
 
-def test_what_another_fault_explains_is_not_told_twice():
+def test_a_problem_that_another_one_explains_is_not_reported():
     nothing = {
         "kl": [0.0] * STEPS,
         "reward": [0.5] * STEPS,
@@ -182,65 +180,64 @@ def test_what_another_fault_explains_is_not_told_twice():
     assert names(frozen) == ["learning_rate_low"]
 
 
-def test_a_kl_over_its_limit_is_told_from_the_first_step():
+def test_a_kl_over_its_limit_is_reported_before_a_trend_exists():
     record = run(kl=[0.01, 7.0, *[0.01] * 38])
     (finding,) = diagnose(replace(record, metrics=record.metrics[:2])).findings
     assert finding.rule == "kl_explosion" and "step 2" in finding.evidence.lower() and "kl_limit 5" in finding.evidence
 
 
-def test_the_gravest_comes_first_and_is_the_verdict():
+def test_the_most_severe_finding_comes_first_and_is_the_verdict():
     diagnosis = diagnose(run(facts={"prompts": 8}, kl=rising(0, 3), **{"completions/clipped_ratio": [0.5] * STEPS}))
     severities = [finding.severity for finding in diagnosis.findings]
-    assert severities == sorted(severities, key=SEVERITIES.index) == ["serious", "warning", "note"]
-    assert (
-        diagnosis.sentence
-        == "1 serious fault, 1 warning, 1 note in 40 of 40 steps: the policy has run far from its start."
-    )
+    assert severities == sorted(severities, key=SEVERITIES.index) == ["error", "warning", "info"]
+    assert diagnosis.sentence.startswith("1 error, 1 warning, 1 info in 40 of 40 steps: KL to the reference policy")
 
 
-def test_every_finding_is_whole_sentences_with_figures():
+def test_every_finding_has_whole_sentences_with_numbers():
     for _, fault, _ in CASES:
         for finding in diagnose(run(**fault)).findings:
             assert all(
-                not text[0].islower() and text.endswith(".") for text in (finding.evidence, finding.cause, finding.cure)
+                not text[0].islower() and text.endswith(".") for text in (finding.evidence, finding.cause, finding.fix)
             )
             assert any(character.isdigit() for character in finding.evidence) or "same reward" in finding.evidence
 
 
-def test_steps_without_figures_are_passed_over():
+def test_steps_without_metrics_are_skipped():
     record = run()
     broken = [{"step": m["step"], "skipped_updates": 1.0} if m["step"] % 4 == 0 else m for m in record.metrics]
     assert names(replace(record, metrics=broken)) == ["gradient_spikes"]
 
 
-# --- signs ------------------------------------------------------------------------------------------------------------
+# --- trends ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_course_compares_the_first_fifth_with_the_last():
+def test_a_trend_compares_the_first_fifth_with_the_last():
     values = [{"x": float(i)} for i in range(40)]
-    told = course(values, "x")
-    assert (told.early, told.late) == (3.5, 35.5) and told.change == 32 and told.factor == pytest.approx(35.5 / 3.5)
-    long = course([{"x": float(i)} for i in range(1000)], "x")
+    trend = trend_of(values, "x")
+    assert (trend.early, trend.late) == (3.5, 35.5) and trend.change == 32 and trend.factor == pytest.approx(35.5 / 3.5)
+    long = trend_of([{"x": float(i)} for i in range(1000)], "x")
     assert (long.early, long.late) == (9.5, 974.5)  # 20 steps, 50 steps
-    assert course(values[:7], "x") is None and course(values, "y") is None
+    assert trend_of(values[:7], "x") is None and trend_of(values, "y") is None
 
 
 def test_a_rise_counts_beyond_twice_its_standard_error():
     # 8 steps of 16 completions at each end, deviation 1: the rise has a standard error of sqrt(2 / 128) = 0.125
-    assert surely_rises(run(reward=rising(0, 0.26)).metrics, 16)
-    assert not surely_rises(run(reward=rising(0, 0.24)).metrics, 16)
-    assert not surely_rises(run(reward=rising(0, -1)).metrics, 16)
+    assert reward_rises(run(reward=rising(0, 0.26)).metrics, 16)
+    assert not reward_rises(run(reward=rising(0, 0.24)).metrics, 16)
+    assert not reward_rises(run(reward=rising(0, -1)).metrics, 16)
 
 
 def test_a_change_is_since_before_with_its_error():
-    change = since_start(judged(0.4, None, error=0.03), "reward")
+    change = heldout_change(judged(0.4, None, error=0.03), "reward")
     assert change.gain == pytest.approx(0.4) and change.error == pytest.approx(0.03 * 2**0.5)
     running = {"before": {"reward": 0.0}, "step 10": {"reward": 0.1}, "step 20": {"reward": 0.3}}
-    assert since_start(running, "reward").gain == pytest.approx(0.3)
-    assert since_start({"before": {"reward": 0.0}}, "reward") is None and since_start(running, "judge") is None
+    assert heldout_change(running, "reward").gain == pytest.approx(0.3)
+    assert heldout_change({"before": {"reward": 0.0}}, "reward") is None and heldout_change(running, "judge") is None
 
 
-def test_the_docs_tell_of_every_finding():
+def test_the_docs_list_every_finding():
     text = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
-    told = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-    assert told == {case[0] for case in CASES}
+    documented = {
+        name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert documented == {case[0] for case in CASES}

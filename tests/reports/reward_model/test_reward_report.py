@@ -17,7 +17,7 @@ from reinforcepp.files import write_json
 from reinforcepp.monitoring import progress
 from reinforcepp.monitoring.completion_log import save_answers
 from reinforcepp.reports import reward_model as reward_report
-from reinforcepp.reports.reward_model import analyse, save_pairs, tell, write_reward_report
+from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, write_reward_report
 from reinforcepp.reports.reward_model.write import COLUMNS, read_pairs
 from reinforcepp.rewards.card import RewardCard, read_card
 from reinforcepp.rewards.trained import load_reward_model
@@ -33,7 +33,7 @@ def card_for(scored, **changes):
         "data_sha256": "0" * 64,
         "train_pairs": 200,
         "heldout_pairs": len(scored),
-        "figures": asdict(analyse(scored).figures) if scored else {},
+        "figures": asdict(analyze(scored).metrics) if scored else {},
         "score_mean": 0.0,
         "score_std": 1.0,
         "settings": {},
@@ -62,7 +62,7 @@ def test_a_training_writes_the_pairs_it_held_out(reward_folder):
     read, card = read_pairs(reward_folder), read_card(reward_folder)
     assert len(read) == card.heldout_pairs > 0
     assert parquet.read_table(reward_folder / "heldout.parquet").column_names == list(COLUMNS)
-    assert asdict(analyse(read).figures) == card.figures
+    assert asdict(analyze(read).metrics) == card.figures
     reward = load_reward_model(str(reward_folder))
     for one in read:
         scores = reward([one.prompt, one.prompt], [one.chosen, one.rejected])
@@ -71,17 +71,17 @@ def test_a_training_writes_the_pairs_it_held_out(reward_folder):
 
 def test_a_training_writes_the_page(reward_folder, tmp_path):
     verdict = write_reward_report(reward_folder, tmp_path / "again.html")
-    assert verdict.startswith("Too few held-out pairs to tell: ")
+    assert verdict.startswith("Inconclusive (too few held-out pairs): ")
     assert (reward_folder / "report.html").read_bytes() == (tmp_path / "again.html").read_bytes()
-    assert verdict in (reward_folder / "report.html").read_text(encoding="utf-8")
+    assert verdict in parsed((reward_folder / "report.html").read_text(encoding="utf-8"))[1]
 
 
 def test_without_held_out_pairs_there_is_none(model_folder, pairs_csv, tmp_path, capfd):
     flags = ["--model", model_folder, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--num_train_epochs", 1]
     assert main(["reward", *map(str, flags), "--heldout_fraction", "0"]) == 0
-    assert "No pair was held out, so nothing is known" in capfd.readouterr().err
+    assert "No pairs were held out" in capfd.readouterr().err
     assert not {"heldout.parquet", "report.html"} & {path.name for path in (tmp_path / "rm").iterdir()}
-    with pytest.raises(ConfigError, match=r"nothing to report: train again with --heldout_fraction 0\.1"):
+    with pytest.raises(ConfigError, match=r"--heldout_fraction 0\.1"):
         write_reward_report(tmp_path / "rm", tmp_path / "report.html")
 
 
@@ -103,13 +103,11 @@ def refused(folder, tmp_path):
     return str(caught.value)
 
 
-def test_an_older_folder_is_told_to_be_trained_again(tmp_path):
+def test_an_older_folder_needs_a_new_training(tmp_path):
     folder = folder_of(varied(), tmp_path / "rm")
     (folder / "heldout.parquet").unlink()
-    assert refused(folder, tmp_path) == (
-        f"{folder} has no heldout.parquet, which the report is made of: train the reward model again with the same "
-        "settings and --overwrite."
-    )
+    message = refused(folder, tmp_path)
+    assert "heldout.parquet not found" in message and "same settings and --overwrite" in message
 
 
 @pytest.mark.parametrize(
@@ -129,15 +127,13 @@ def test_a_damaged_file_is_named(damage, tmp_path):
     folder = folder_of(varied(), tmp_path / "rm")
     damage(folder / "heldout.parquet")
     message = refused(folder, tmp_path)
-    assert (
-        message.startswith(f"{folder / 'heldout.parquet'} is damaged (") and "train the reward model again" in message
-    )
+    assert message.startswith(f"{folder / 'heldout.parquet'}: ") and "damaged" in message and "--overwrite" in message
 
 
 def test_another_models_pairs_are_refused(tmp_path):
     folder = folder_of(varied(), tmp_path / "rm")
     save_pairs(varied(7), folder)
-    assert "holds 7 pairs, but the card speaks of 120" in refused(folder, tmp_path)
+    assert "7 pairs, but the card says 120" in refused(folder, tmp_path)
 
 
 def test_a_folder_that_is_no_reward_model_is_refused(tmp_path):
@@ -150,24 +146,24 @@ def test_a_folder_that_is_no_reward_model_is_refused(tmp_path):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What is said of some pairs, as one text."""
+    """Return a function that returns the printed summary of pairs."""
 
     def ask(scored, **changes):
         console = Console(width=110, highlight=False)
         for module in (progress, reward_report.terminal):
             monkeypatch.setattr(module, "console", console)
         with console.capture() as capture:
-            tell(card_for(scored, **changes), analyse(scored))
+            print_summary(card_for(scored, **changes), analyze(scored))
         return capture.get()
 
     return ask
 
 
-def test_the_terminal_tells_figures_tables_and_the_verdict(told):
+def test_the_terminal_shows_metrics_tables_and_the_verdict(told):
     text = told(varied())
-    assert "Held out 120 pairs: accuracy 0.85 (the longer one wins: 0.49)" in text
+    assert "120 held-out pairs: accuracy 0.85 (length-only baseline 0.49)" in text
     plain = text.replace("┃", "│")
-    assert "│ margin " in plain and "│ chosen answer " in plain and "│ about as long " in plain
+    assert "│ margin " in plain and "│ chosen response " in plain and "│ about as long " in plain
     assert text.rstrip().splitlines()[-1].startswith("Good: accuracy 0.85 on 120 held-out pairs")
 
 
@@ -180,13 +176,13 @@ def test_few_pairs_make_no_tables(told):
 
 
 def parsed(text):
-    """Tags with their attributes, and the text that is shown."""
+    """Return tags with their attributes, and the visible text on one line."""
     tags, shown = [], []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attrs: tags.append((tag, dict(attrs)))
     parser.handle_data = shown.append
     parser.feed(text)
-    return tags, "".join(shown)
+    return tags, " ".join("".join(shown).split())
 
 
 def hostile(folder):
@@ -222,16 +218,16 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     assert not set(text) & set("\x1b\x9b\u202e")
 
 
-def test_the_page_says_what_the_figures_are(tmp_path):
+def test_the_page_shows_the_metrics(tmp_path):
     scored = varied()
     text = page_of(scored, tmp_path).read_text(encoding="utf-8")
     _, shown = parsed(text)
-    found = analyse(scored)
-    assert "accuracy0.850 0.78 to 0.900 ties; chance is 0.5" in shown
-    assert "on training pairs0.970" in shown and f"if the longer answer won{found.figures.longer_wins:.3f}" in shown
-    assert f"without length{found.without_length:.3f}" in shown
-    assert f"{found.figures.length_correlation:+.2f}correlation; of ranks {found.rank_correlation:+.2f}" in shown
-    assert "the 120 pairs on 120 prompts" in shown
+    found = analyze(scored)
+    assert "Accuracy0.850 0.78 to 0.900 ties; chance is 0.5" in shown
+    assert "Training accuracy0.970" in shown and f"Length-only baseline{found.metrics.longer_wins:.3f}" in shown
+    assert f"Accuracy without length{found.without_length:.3f}" in shown
+    assert f"{found.metrics.length_correlation:+.2f}Pearson; Spearman {found.rank_correlation:+.2f}" in shown
+    assert "120 held-out pairs on 120 prompts" in shown
     for bucket in [*found.by_margin, *found.by_length_difference, *found.by_length]:
         right = bucket.right
         assert f"{bucket.label}{right.count}{right.value:.2f} {right.low:.2f} to {right.high:.2f}" in shown
@@ -241,10 +237,10 @@ def test_the_page_says_what_the_figures_are(tmp_path):
     assert f"--low:{first.low:.1%};--high:{first.high:.1%};--at:{first.value:.1%}" in text
 
 
-def test_the_charts_are_given_the_figures(tmp_path):
+def test_the_charts_show_the_metrics(tmp_path):
     scored = varied()
     calibration, scores, lengths = drawn(page_of(scored, tmp_path).read_text(encoding="utf-8"))
-    bins = analyse(scored).calibration
+    bins = analyze(scored).calibration
     (curve,) = calibration["series"]
     assert calibration["diagonal"] and curve["n"] == [b.right.count for b in bins]
     assert curve["x"] == pytest.approx([b.confidence for b in bins], abs=1e-5)
@@ -266,7 +262,7 @@ def test_the_charts_are_given_the_figures(tmp_path):
         assert own["labels"][:2] == ["row 0", "row 1"]
 
 
-def test_of_many_pairs_some_are_drawn(tmp_path):
+def test_many_pairs_are_sampled_for_the_chart(tmp_path):
     text = page_of(varied(3100), tmp_path).read_text(encoding="utf-8")
     assert [len(own["x"]) for own in drawn(text)[2]["series"]] == [1034, 1034]
     assert "; 1034 of 3100 pairs" in text
@@ -277,7 +273,7 @@ def test_worst_errors_are_listed_with_their_texts(tmp_path):
     _, shown = parsed(page_of(scored, tmp_path).read_text(encoding="utf-8"))
     listed = shown[shown.index("Worst errors") :]
     assert (
-        "Row 777, margin -70.50PromptWhy?Chosen, score -70.50, 13 tokensBecause.Rejected, score 0.00, 10 tokens"
+        "Row 777, margin -70.50 PromptWhy? Chosen, score -70.50, 13 tokensBecause. Rejected, score 0.00, 10 tokens"
         in listed
     )
     assert "x" * 400 + "… (5,000 characters)" + "x" * 5000 in listed
@@ -286,10 +282,10 @@ def test_worst_errors_are_listed_with_their_texts(tmp_path):
 
 def test_without_errors_none_are_listed(tmp_path):
     _, shown = parsed(page_of(pairs([1.0] * 30), tmp_path).read_text(encoding="utf-8"))
-    assert "No pair is in the wrong order." in shown and "Row " not in shown
+    assert "All pairs are in the right order." in shown and "Row " not in shown
 
 
-def test_a_card_that_lacks_what_is_new_has_a_page(tmp_path):
+def test_an_old_card_has_a_page(tmp_path):
     folder = folder_of(varied(), tmp_path / "rm")
     card = json.loads((folder / "reward_model.json").read_text())
     del card["train_accuracy"]
@@ -319,7 +315,7 @@ def test_the_page_in_a_browser(window, tmp_path, width, scheme):
     assert page.locator("ol.errors > li").count() == 20
 
 
-def test_pictures_of_shares_are_where_the_scale_says(window, tmp_path):
+def test_drawn_shares_match_the_scale(window, tmp_path):
     page = window().open(page_of(pairs([1.0] * 30 + [-1.0] * 10), tmp_path))
     (left, right), at = (
         page.eval_on_selector(".scale", "e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right]"),
@@ -330,16 +326,16 @@ def test_pictures_of_shares_are_where_the_scale_says(window, tmp_path):
     assert at == pytest.approx(left + 0.75 * (right - left), abs=1.5)
 
 
-def test_every_figure_can_be_read_without_seeing_the_charts(window, tmp_path):
+def test_every_metric_is_readable_without_the_charts(window, tmp_path):
     page = window().open(page_of(varied(), tmp_path))
     told = page.eval_on_selector_all(".plot", "all => all.map((e) => e.getAttribute('aria-label'))")
-    assert [text.split(".")[0] for text in told] == ["Calibration", "Scores", "Score and length"]
+    assert [text.split(".")[0] for text in told] == ["Calibration", "Score distribution", "Score against length"]
     assert page.locator(".numbers").count() == 3
     assert page.locator("table.buckets caption").all_inner_texts() == [
-        "By margin",
-        "By length difference",
-        "By length",
-        "By confidence",
+        "Accuracy by margin",
+        "Accuracy by length difference",
+        "Accuracy by length",
+        "Accuracy by confidence",
     ]
 
 

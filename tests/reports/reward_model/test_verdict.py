@@ -1,19 +1,19 @@
-"""The sentence on a reward model: what it claims, and that it claims no more than the pairs allow."""
+"""The verdict on a reward model, and that it claims no more than the pairs allow."""
 
 import pytest
 from scored import pair, pairs
 
-from reinforcepp.reports.reward_model import analyse
+from reinforcepp.reports.reward_model import analyze
 from reinforcepp.reports.reward_model import verdict as v
-from reinforcepp.reports.reward_model.figures import share
+from reinforcepp.reports.reward_model.metrics import share
 
 
 def verdict(scored, train_accuracy=None):
-    return v.verdict(analyse(scored), train_accuracy)
+    return v.verdict(analyze(scored), train_accuracy)
 
 
 def balanced(right, wrong, *, margin=1.0, other=None):
-    """So many right and wrong pairs; of each kind the longer answer is the chosen one in every second."""
+    """Return right and wrong pairs; in every second one of each kind, the chosen response is the longer one."""
     other = margin if other is None else other
     return [pair(margin, (-1) ** i, row=i) for i in range(right)] + [
         pair(-other, (-1) ** i, row=right + i) for i in range(wrong)
@@ -22,8 +22,7 @@ def balanced(right, wrong, *, margin=1.0, other=None):
 
 def test_a_good_model():
     assert verdict(balanced(100, 0, margin=6)) == (
-        "Good: accuracy 1.00 on 100 held-out pairs (95 % interval 0.96 to 1.00); doesn't go by length; as sure as it "
-        "should be."
+        "Good: accuracy 1.00 on 100 held-out pairs (95% interval 0.96 to 1.00); no length bias; well calibrated."
     )
 
 
@@ -38,18 +37,18 @@ def test_a_good_model():
         (500, 500, "Near chance (a policy trained against it won't improve): accuracy 0.50 "),
         (45, 55, "Near chance (a policy trained against it won't improve): accuracy 0.45 "),
         (30, 70, "Worse than chance (are chosen and rejected swapped?): accuracy 0.30 "),
-        (12, 8, "Too few held-out pairs to tell: accuracy 0.60 on 20 "),
-        (19, 0, "Too few held-out pairs to tell: accuracy 1.00 on 19 "),
+        (12, 8, "Inconclusive (too few held-out pairs): accuracy 0.60 on 20 "),
+        (19, 0, "Inconclusive (too few held-out pairs): accuracy 1.00 on 19 "),
         (20, 0, "Good: accuracy 1.00 on 20 "),
-        (0, 1, "Too few held-out pairs to tell: accuracy 0.00 on 1 held-out pair ("),
+        (0, 1, "Inconclusive (too few held-out pairs): accuracy 0.00 on 1 held-out pair ("),
     ],
 )
-def test_what_it_is_worth(right, wrong, beginning):
+def test_verdicts(right, wrong, beginning):
     assert verdict(balanced(right, wrong)).startswith(beginning)
 
 
 def test_too_few_pairs_say_nothing_else():
-    assert verdict(balanced(5, 0)).endswith("(95 % interval 0.57 to 1.00).")
+    assert verdict(balanced(5, 0)).endswith("(95% interval 0.57 to 1.00).")
     assert verdict(balanced(5, 0)).count(";") == 0
 
 
@@ -57,90 +56,88 @@ def test_too_few_pairs_say_nothing_else():
 
 
 def by_length(longer, shorter, equal=(0, 0)):
-    """Numbers of (right, wrong) where the chosen answer is longer, where it is shorter, and where both are alike."""
+    """Return the length bias for (right, wrong) pairs whose chosen response is longer, shorter, and equally long."""
     margins, lengths = [], []
     for (right, wrong), more in ((longer, 3), (shorter, -3), (equal, 0)):
         margins += [1.0] * right + [-1.0] * wrong
         lengths += [more] * (right + wrong)
-    return v.leaning(analyse(pairs(margins, lengths))).text
+    return v.length_bias(analyze(pairs(margins, lengths))).text
 
 
 def test_a_model_that_only_sees_length_is_no_better_than_length():
-    assert by_length((60, 0), (0, 40)) == "no better than taking the longer answer (0.60)"
-    assert by_length((0, 40), (60, 0)) == "no better than taking the shorter answer (0.60)"
+    assert by_length((60, 0), (0, 40)) == "no better than choosing the longer response (0.60)"
+    assert by_length((0, 40), (60, 0)) == "no better than choosing the shorter response (0.60)"
 
 
-def test_a_model_that_goes_by_length_but_knows_more():
+def test_a_length_biased_model_with_some_other_signal():
     assert by_length((50, 0), (12, 38)) == (
-        "goes by length and takes the longer answer (1.00 right where the chosen one is longer, 0.24 where it is shorter)"
+        "length-biased: chooses the longer response (accuracy 1.00 if the chosen response is longer, 0.24 if it is shorter)"
     )
     assert by_length((12, 38), (50, 0)) == (
-        "goes by length and takes the shorter answer (1.00 right where the chosen one is shorter, 0.24 where it is longer)"
+        "length-biased: chooses the shorter response (accuracy 1.00 if the chosen response is shorter, 0.24 if it is longer)"
     )
 
 
-def test_a_model_that_goes_by_length_is_doubtful_however_often_it_is_right():
+def test_a_length_biased_model_is_doubtful_at_any_accuracy():
     margins, lengths = [1.0] * 91 + [-1.0] * 9, [3] * 90 + [-3] * 10
     assert verdict(pairs(margins, lengths)).startswith("Doubtful: accuracy 0.91 on 100 ")
     only_length = pairs([1.0] * 90 + [-1.0] * 10, lengths)
     assert verdict(only_length).startswith("Doubtful: accuracy 0.90 on 100 ")
-    leaning = pairs([1.0] * 96 + [-1.0] * 4, lengths)  # 6 of 10 where the chosen one is shorter
+    leaning = pairs([1.0] * 96 + [-1.0] * 4, lengths)  # 6 of 10 right if the chosen response is shorter
     assert verdict(leaning).startswith("Good: accuracy 0.96 on 100 ") and "; leans towards" in verdict(leaning)
-    assert [v.is_sound(analyse(one)) for one in (pairs(margins, lengths), only_length, leaning)] == [False, False, True]
+    assert [v.is_sound(analyze(one)) for one in (pairs(margins, lengths), only_length, leaning)] == [False, False, True]
 
 
-def test_what_is_sound():
+def test_is_sound():
     given = [balanced(80, 20), balanced(65, 35), balanced(50, 50), balanced(30, 70), balanced(5, 0)]
-    assert [v.is_sound(analyse(one)) for one in given] == [True, True, False, False, False]
+    assert [v.is_sound(analyze(one)) for one in given] == [True, True, False, False, False]
 
 
-def test_a_model_that_leans_on_length():
+def test_a_weak_length_bias():
     assert by_length((49, 1), (35, 15)) == (
-        "leans towards the longer answer (0.98 right where the chosen one is longer, 0.70 where it is shorter)"
+        "leans towards the longer response (accuracy 0.98 if the chosen response is longer, 0.70 if it is shorter)"
     )
-    assert by_length((50, 0), (20, 30)).startswith("leans towards"), "0.40 of 50 may be a half of many"
-    assert by_length((35, 15), (49, 1)).startswith("leans towards the shorter answer (0.98 right where")
+    assert by_length((50, 0), (20, 30)).startswith("leans towards"), "0.40 of 50 is not significantly below 0.5"
+    assert by_length((35, 15), (49, 1)).startswith("leans towards the shorter response (accuracy 0.98 if")
 
 
-def test_a_small_difference_is_no_leaning():
-    assert by_length((950, 50), (890, 110)) == "doesn't go by length"  # shown, but small
-    assert by_length((46, 4), (40, 10)) == "doesn't go by length"  # larger, but not shown
-    assert by_length((20, 30), (20, 30)) == "doesn't go by length"  # wrong rather than long
+def test_a_small_difference_is_no_length_bias():
+    assert by_length((950, 50), (890, 110)) == "no length bias"  # significant, but small
+    assert by_length((46, 4), (40, 10)) == "no length bias"  # larger, but not significant
+    assert by_length((20, 30), (20, 30)) == "no length bias"  # inaccurate rather than biased
 
 
 @pytest.mark.parametrize(
     ("longer", "shorter"),
     [((4, 1), (3, 2)), ((90, 0), (2, 1)), ((1, 0), (0, 0)), ((0, 0), (1, 0)), ((9, 0), (10, 10)), ((12, 3), (10, 5))],
 )
-def test_too_few_pairs_to_tell_about_length(longer, shorter):
-    assert by_length(longer, shorter, equal=(99, 1)) == (
-        "too few pairs of unequal length to tell whether it goes by length"
-    )
+def test_too_few_pairs_to_measure_length_bias(longer, shorter):
+    assert by_length(longer, shorter, equal=(99, 1)) == ("too few pairs of unequal length to measure the length bias")
 
 
 # --- confidence -------------------------------------------------------------------------------------------------------
 
 
 def calibration(*given, **named):
-    return v.calibration_part(analyse(balanced(*given, **named)))
+    return v.calibration_part(analyze(balanced(*given, **named)))
 
 
 def test_confidence():
-    assert calibration(75, 25, margin=1.0986) == "as sure as it should be"
-    assert calibration(75, 25, margin=5) == "overconfident (sure to 0.99, right in 0.75)"
-    assert calibration(95, 5, margin=0.5) == "less sure than it could be (sure to 0.62, right in 0.95)"
+    assert calibration(75, 25, margin=1.0986) == "well calibrated"
+    assert calibration(75, 25, margin=5) == "overconfident (confidence 0.99, accuracy 0.75)"
+    assert calibration(95, 5, margin=0.5) == "underconfident (confidence 0.62, accuracy 0.95)"
 
 
 # --- training pairs ---------------------------------------------------------------------------------------------------
 
 
-def test_what_was_learned_by_heart_is_told():
+def test_overfitting_is_reported():
     scored = balanced(80, 20)
-    assert verdict(scored, 1.0).endswith("; learned by heart (1.00 on its training pairs).")
-    assert "by heart" not in verdict(scored, 0.89) + verdict(scored) + verdict(balanced(5, 0), 1.0)
-    assert "by heart" not in verdict(balanced(16, 4), 0.91), "the interval reaches it"
+    assert verdict(scored, 1.0).endswith("; overfit (accuracy 1.00 on its training pairs).")
+    assert "overfit" not in verdict(scored, 0.89) + verdict(scored) + verdict(balanced(5, 0), 1.0)
+    assert "overfit" not in verdict(balanced(16, 4), 0.91), "the interval reaches it"
 
 
-def test_enough_means_that_a_coin_and_a_good_model_are_not_both_possible():
+def test_enough_pairs_rule_out_chance_or_a_good_model():
     assert v.is_too_few(share(20, 36)) and not v.is_too_few(share(200, 360))
     assert v.is_too_few(share(19, 19)) and not v.is_too_few(share(20, 20))

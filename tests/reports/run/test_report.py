@@ -1,4 +1,4 @@
-"""What the report says: the verdict, which answers it shows, what differs from the defaults, and what is missing."""
+"""The run report: verdict, selected responses, settings that differ from the defaults, and missing parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.completion_log import evaluation_file
 from reinforcepp.monitoring.metric_delta import Change, change_of
 from reinforcepp.monitoring.run_record import RunRecord, read_run
-from reinforcepp.reports.run import curves, html, samples, settings, summary
+from reinforcepp.reports.html import macro
+from reinforcepp.reports.run import curves, samples, settings, summary
 from reinforcepp.reports.run.page import report_page
 from scripts import SOURCE
 
@@ -38,27 +39,27 @@ def page_of(folder: Path, number: int = 6, **more) -> str:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, on one line."""
+    """Return the visible text on one line."""
     body = re.sub(r"<(script|style).*?</\1>", " ", page, flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
-# --- better, worse, no difference shown -----------------------------------------------------------------------------------
+# --- improved, regressed, inconclusive -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("gain", "shown"),
+    ("gain", "outcome"),
     [
-        (0.29, "better"),
-        (0.28, "no difference shown"),
-        (-0.28, "no difference shown"),
-        (-0.29, "worse"),
-        (0, "no difference shown"),
+        (0.29, "improved"),
+        (0.28, "inconclusive"),
+        (-0.28, "inconclusive"),
+        (-0.29, "regressed"),
+        (0, "inconclusive"),
     ],
 )
-def test_a_gain_counts_from_twice_its_standard_error(gain, shown):
+def test_a_gain_counts_from_two_standard_errors(gain, outcome):
     change = change_of("reward", figures(1.0), figures(1.0 + gain))  # an error of 0.1 each: twice sqrt(0.02) is 0.283
-    assert change.shown == shown and str(change).endswith(f"± 0.283: {shown})")
+    assert change.outcome == outcome and str(change).endswith(f"± 0.283: {outcome})")
     assert change.gain == pytest.approx(gain)
 
 
@@ -70,18 +71,18 @@ def test_a_change_needs_both_sides():
 @pytest.mark.parametrize(
     ("reward", "judge", "begins", "tone"),
     [
-        (2.0, 0.8, "Training worked:", "good"),
-        (2.0, 0.2, "The training reward was gamed:", "bad"),
-        (2.0, 0.5, "Not shown to be real:", "warn"),
-        (2.0, None, "Better by the reward alone:", "good"),
-        (0.0, None, "No difference is shown:", "warn"),
-        (0.0, 0.5, "No difference is shown:", "warn"),
-        (0.0, 0.8, "Better by the judge:", "good"),
-        (0.0, 0.2, "Training did harm:", "bad"),
-        (-2.0, None, "Training did harm:", "bad"),
-        (-2.0, 0.2, "Training did harm:", "bad"),
-        (-2.0, 0.5, "Training did harm:", "bad"),
-        (-2.0, 0.8, "At odds:", "warn"),
+        (2.0, 0.8, "Improved:", "good"),
+        (2.0, 0.2, "Reward hacking:", "bad"),
+        (2.0, 0.5, "Inconclusive:", "warn"),
+        (2.0, None, "Improved:", "good"),
+        (0.0, None, "Inconclusive:", "warn"),
+        (0.0, 0.5, "Inconclusive:", "warn"),
+        (0.0, 0.8, "Improved:", "good"),
+        (0.0, 0.2, "Regressed:", "bad"),
+        (-2.0, None, "Regressed:", "bad"),
+        (-2.0, 0.2, "Regressed:", "bad"),
+        (-2.0, 0.5, "Regressed:", "bad"),
+        (-2.0, 0.8, "Inconclusive:", "warn"),
     ],
 )
 def test_the_verdict(reward, judge, begins, tone):
@@ -89,34 +90,34 @@ def test_the_verdict(reward, judge, begins, tone):
     run = record(
         evaluations={"before": before, "after": after}, facts={"heldout_prompts": 40}, settings={"eval_prompts": 8}
     )
-    told = summary.verdict(run)
-    assert told.text.startswith(begins) and told.tone == tone
-    assert "on 8 held-out prompts after training" in told.text
-    assert "KL of 0.050 nats per token" in told.text and "1.50 times as long" in told.text
-    assert told.text.endswith(".") and ". " not in told.text, "it is one sentence"
-    assert ("judge" in told.text) == (judge is not None or "no judge" in told.text)
+    found = summary.verdict(run)
+    assert found.text.startswith(begins) and found.tone == tone
+    assert "on 8 held-out prompts after training" in found.text
+    assert "KL to the reference policy is 0.050 nats per token" in found.text and "1.50 times as long" in found.text
+    assert ("judge's score" in found.text) == (judge is not None)
+    assert ("no judge" in found.text) == (judge is None and begins == "Improved:")
 
 
 def test_the_verdict_says_rose_and_fell():
     run = record(evaluations={"before": figures(0.0, 0.5), "after": figures(2.0, 0.2)})
     assert "the reward rose from 0.000 to 2.000 (+2.000 ± 0.283)" in summary.verdict(run).text
-    assert "takes no part in training, fell from 0.500 to 0.200 (-0.300 ± 0.057)" in summary.verdict(run).text
+    assert "training doesn't use, fell from 0.500 to 0.200 (-0.300 ± 0.057)" in summary.verdict(run).text
 
 
-def test_a_judge_that_turns_while_the_reward_goes_on_rising_is_told_with_the_step():
+def test_a_judge_score_that_falls_during_training_is_reward_hacking_since_that_step():
     course = {
         "before": figures(0.0, 0.5),
         "step 5": figures(1.0, 0.9),
         "step 9": figures(1.5, 0.8),
         "after": figures(2.0, 0.7),
     }
-    told = summary.verdict(record(evaluations=course))
-    assert told.text.startswith("The training reward was gamed since step 5: ") and told.tone == "bad"
-    assert "has fallen since then from 0.900 to 0.700 (-0.200 ± 0.057)" in told.text
+    found = summary.verdict(record(evaluations=course))
+    assert found.text.startswith("Reward hacking since step 5: ") and found.tone == "bad"
+    assert "has fallen from 0.900 to 0.700 (-0.200 ± 0.057)" in found.text
     within_error = course | {"step 5": figures(1.0, 0.75), "step 9": figures(1.5, 0.7)}
-    assert summary.verdict(record(evaluations=within_error)).text.startswith("Training worked:")
+    assert summary.verdict(record(evaluations=within_error)).text.startswith("Improved:")
     reward_fell_too = course | {"step 5": figures(3.0, 0.9), "step 9": figures(3.0, 0.8)}
-    assert summary.verdict(record(evaluations=reward_fell_too)).text.startswith("Training worked:")
+    assert summary.verdict(record(evaluations=reward_fell_too)).text.startswith("Improved:")
 
 
 def test_the_latest_evaluation_of_a_run_that_is_not_done():
@@ -128,45 +129,48 @@ def test_the_latest_evaluation_of_a_run_that_is_not_done():
     assert samples.latest({"step 90": {}, "step 100": {}, "after": {}}) == "after"
 
 
-def test_without_held_out_prompts_the_training_reward_is_told_as_what_it_is():
+def test_without_held_out_prompts_the_verdict_is_inconclusive():
     log = [{"step": i, "reward": float(i)} for i in range(1, 21)] + [{"step": 21}]
-    told = summary.verdict(record(metrics=log))
+    found = summary.verdict(record(metrics=log))
     assert (
-        told.text == "Not known: no held-out prompts were answered; in training the reward went from 1.500 to 19.500."
+        found.text == "Inconclusive: no held-out prompts were evaluated. The training reward went from 1.500 to 19.500."
     )
     before = record(metrics=log, evaluations={"before": figures(0.0)})
-    assert "answered before training, but not yet again" in summary.verdict(before).text
-    assert [f.name for f in summary.figures(before)] == ["Training reward", "Steps"]
-    assert "the log holds no reward" in summary.verdict(record()).text
+    assert "before training, but not yet again" in summary.verdict(before).text
+    assert [f.name for f in summary.key_metrics(before)] == ["Training reward", "Steps"]
+    assert "the log has no reward" in summary.verdict(record()).text
 
 
-def test_key_figures():
+def test_key_metrics():
     log = [{"step": i, "reward": 1.0, "num_tokens": 100.0 * i, "step_time": 30.0} for i in (1, 2, 3, 4)]
     run = record(
         metrics=log,
         evaluations={"before": figures(0.0, 0.5), "after": figures(2.0, 0.2, length=30.0, truncated=0.25)},
         facts={"num_steps": 9},
     )
-    told = {figure.name: figure for figure in summary.figures(run)}
+    told = {metric.name: metric for metric in summary.key_metrics(run)}
     assert (told["Held-out reward"].value, told["Held-out reward"].tone) == ("0.00 → 2.00", "good")
-    assert (told["Held-out judge"].note, told["Held-out judge"].tone) == ("-0.300 ± 0.057: worse", "bad")
-    assert (told["Answer length"].value, told["Answer length"].note) == ("1.50 times", "20.0 → 30.0 tokens")
-    assert (told["Cut off"].value, told["Steps"].value, told["Steps"].note) == ("25%", "4", "of 9")
-    assert (told["Time in steps"].value, told["Tokens"].value) == ("2 min", "400")
-    assert summary.status(run) == "Not finished: 4 of 9 steps; it is still running, was stopped or failed."
+    assert (told["Held-out judge score"].note, told["Held-out judge score"].tone) == (
+        "-0.300 ± 0.057: regressed",
+        "bad",
+    )
+    assert (told["Response length"].value, told["Response length"].note) == ("1.50x", "20.0 → 30.0 tokens")
+    assert (told["Truncated"].value, told["Steps"].value, told["Steps"].note) == ("25%", "4", "of 9")
+    assert (told["Training time"].value, told["Tokens"].value) == ("2 min", "400")
+    assert summary.status(run) == "Not finished: 4 of 9 steps. It is still running, was stopped, or failed."
     assert [summary.duration(s) for s in (5, 600, 7500)] == ["5 s", "10 min", "2 h 05 min"]
 
 
 # --- which samples ------------------------------------------------------------------------------------------------------
 
 
-def test_samples_are_of_the_beginning_the_middle_the_end_and_the_best_paid(tmp_path):
+def test_samples_are_early_middle_late_and_of_highest_reward(tmp_path):
     chosen = samples.choose_samples(read_run(make_run(tmp_path / "run", steps=9, logged=9)), 3)
     assert [group.title for group in chosen.groups] == [
         "Early: step 1",
         "Middle: step 5",
         "Late: step 9",
-        "Highest reward of the whole run",
+        "Highest rewards of the run",
     ]
     early = chosen.groups[0].samples
     assert [sample.completion.split(".")[0] for sample in early] == [
@@ -180,7 +184,7 @@ def test_samples_are_of_the_beginning_the_middle_the_end_and_the_best_paid(tmp_p
     assert best[0].finish_reason == "length" and best[0].length == 19 and best[0].rewards["<b>length</b>"] == 0
 
 
-def test_the_best_paid_are_found_wherever_they_are_and_each_text_once(tmp_path):
+def test_highest_rewards_are_found_in_all_steps_and_each_text_once(tmp_path):
     import random
 
     from made_runs import completions
@@ -198,7 +202,9 @@ def test_the_best_paid_are_found_wherever_they_are_and_each_text_once(tmp_path):
     best = chosen.groups[-1].samples
     assert (best[0].completion, best[0].seen, best[0].step) == ("Buy now!", 4, 5)
     assert best[1].completion.startswith("Answer 15 of step 9") and best[1].seen == 1
-    assert [len(group.samples) for group in chosen.groups] == [16, 15, 16, 20], "what has no reward is left out"
+    assert [len(group.samples) for group in chosen.groups] == [16, 15, 16, 20], (
+        "completions without a reward are skipped"
+    )
 
 
 def test_points_of_reward_against_length_are_of_the_first_and_the_last_third(tmp_path):
@@ -206,27 +212,21 @@ def test_points_of_reward_against_length_are_of_the_first_and_the_last_third(tmp
     assert {step for *_, step in chosen.early} == {1, 2, 3} and {step for *_, step in chosen.late} == {7, 8, 9}
     assert len(chosen.early) == 3 * 16
     chart = curves.length_charts(chosen)
-    assert "correlation: early third +" in chart and "late third +" in chart
+    assert "correlation: early third +" in chart[0] and "late third +" in chart[0]
 
 
 def test_many_points_are_thinned(tmp_path):
     folder = make_run(tmp_path / "run", steps=300, logged=300)
     chosen = samples.choose_samples(read_run(folder), 1)
-    assert samples.POINTS * 0.9 < len(chosen.early) <= samples.POINTS
+    assert samples.MAX_POINTS * 0.9 < len(chosen.early) <= samples.MAX_POINTS
     assert {step for *_, step in chosen.early} == set(range(1, 101))
-
-
-def test_correlation():
-    assert curves.correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
-    assert curves.correlation([1, 2, 3, 4], [1, -1, -1, 1]) == pytest.approx(0)
-    assert curves.correlation([1, 1], [1, 2]) is None
 
 
 def test_pairs_belong_to_one_prompt_and_the_largest_gain_comes_first(tmp_path):
     folder = make_run(tmp_path / "run", heldout=6)
     pairs = samples.choose_pairs(read_run(folder))
     assert [pair.prompt.split("?")[0] for pair in pairs.pairs] == [f"Held-out {i}" for i in range(6)]
-    assert all(f"says {i}." in answer for i, pair in enumerate(pairs.pairs) for answer in pair.answers)
+    assert all(f"says {i}." in answer for i, pair in enumerate(pairs.pairs) for answer in pair.responses)
     assert [pair.change for pair in pairs.pairs] == [5, 4, 3, 2, 1, 0]
     assert pairs.pairs[2].judge == (2 / 6, 2 / 6) and pairs.pairs[2].lengths == (12, 12)
 
@@ -240,7 +240,7 @@ def test_pairs_are_matched_by_their_prompt(tmp_path):
     save_answers(path, {name: [row[name] for row in rows] for name in rows[0]})
     pairs = samples.choose_pairs(read_run(folder)).pairs
     assert len(pairs) == 5
-    assert all(pair.prompt.split()[1].rstrip("?") == pair.answers[1].split()[2].rstrip(".") for pair in pairs)
+    assert all(pair.prompt.split()[1].rstrip("?") == pair.responses[1].split()[2].rstrip(".") for pair in pairs)
 
 
 # --- settings -----------------------------------------------------------------------------------------------------------
@@ -264,15 +264,15 @@ def test_the_defaults_are_those_of_the_class_that_the_run_names():
         assert {row.name for row in rows if row.differs} == differing
 
 
-def test_the_recipe_gives_the_same_configuration(tmp_path):
+def test_the_reproduce_command_gives_the_same_configuration(tmp_path):
     config = TrainConfig(output_dir="out", learning_rate=3e-6, kl_limit=None, data="a: b.csv", micro_batch_size=4)
-    again = settings.recipe(record(settings=as_dict(config), facts={"kind": "TrainConfig"}))
+    again = settings.reproduce(record(settings=as_dict(config), facts={"kind": "TrainConfig"}))
     (tmp_path / "run.yaml").write_text(again.yaml, encoding="utf-8")
     assert read_yaml(str(tmp_path / "run.yaml"), TrainConfig)["learning_rate"] == 3e-6
     words = again.command.replace("run.yaml", str(tmp_path / "run.yaml")).split()
     assert cli.parse("train", words[2:]) == TrainConfig(**as_dict(config) | {"output_dir": "runs/again"})
     assert "output_dir" not in yaml.safe_load(again.yaml)
-    assert settings.recipe(record(settings=as_dict(config), facts={"kind": "ReinforceConfig"})) is None
+    assert settings.reproduce(record(settings=as_dict(config), facts={"kind": "ReinforceConfig"})) is None
 
 
 def test_differing_settings_of_several_runs():
@@ -305,19 +305,23 @@ def specs(html_text: str) -> dict[str, dict]:
 def test_the_charts_of_a_run(tmp_path):
     run = read_run(make_run(tmp_path / "run", skipped=(5,)))
     drawn = specs("".join(curves.outcome_charts({"run": run})))
-    assert list(drawn) == ["Reward", "Reward by function", "KL to the start", "Entropy", "Answer length"]
+    assert list(drawn) == [
+        "Reward",
+        "Reward by function",
+        "KL to the reference policy",
+        "Entropy",
+        "Completion length",
+    ]
     (reward,) = drawn["Reward"]["series"]
     assert reward["x"] == list(range(1, 13)) and reward["y"][4] is None and reward["low"][4] is None
     assert reward["high"][0] - reward["y"][0] == pytest.approx(0.7, abs=1e-4)
     assert [s["name"] for s in drawn["Reward by function"]["series"]] == ["style", "<b>length</b>"]
-    assert drawn["Answer length"]["series"][0]["low"][0] == 4
+    assert drawn["Completion length"]["series"][0]["low"][0] == 4
     charts, constant = curves.diagnostic_charts({"run": run})
-    assert {"Cut off", "Policy ratio clipped", "Gradient norm", "Loss", "Updates left out"} == set(
-        specs("".join(charts))
-    )
+    assert {"Truncated", "Clip fraction", "Gradient norm", "Loss", "Skipped updates"} == set(specs("".join(charts)))
     assert constant == ["learning rate 1.00e-05"]
     speed = specs("".join(curves.speed_charts({"run": run})))
-    assert list(speed) == ["Throughput", "Time of a step", "Time by phase"] or list(speed) == [
+    assert list(speed) == ["Throughput", "Step time", "Time by phase"] or list(speed) == [
         "Throughput",
         "Time by phase",
     ]
@@ -326,10 +330,10 @@ def test_the_charts_of_a_run(tmp_path):
 def test_the_kl_limit_is_drawn_when_it_is_in_reach(tmp_path):
     near = read_run(make_run(tmp_path / "near", settings={"kl_limit": 0.04}))
     far = read_run(make_run(tmp_path / "far"))
-    assert specs("".join(curves.outcome_charts({"a": near})))["KL to the start"]["limits"] == [
+    assert specs("".join(curves.outcome_charts({"a": near})))["KL to the reference policy"]["limits"] == [
         {"name": "kl_limit", "y": 0.04}
     ]
-    assert specs("".join(curves.outcome_charts({"a": far})))["KL to the start"]["limits"] == []
+    assert specs("".join(curves.outcome_charts({"a": far})))["KL to the reference policy"]["limits"] == []
 
 
 def test_evaluations_on_the_way_are_a_curve(tmp_path):
@@ -340,7 +344,7 @@ def test_evaluations_on_the_way_are_a_curve(tmp_path):
     drawn = specs("".join(curves.outcome_charts({"run": read_run(folder)})))
     (line,) = drawn["Held-out reward"]["series"]
     assert (line["x"], line["y"]) == ([0, 5, 10, 12], [0, 1, 2, 3])
-    assert line["high"][1] == pytest.approx(1.2) and "Held-out judge" not in drawn
+    assert line["high"][1] == pytest.approx(1.2) and "Held-out judge score" not in drawn
 
 
 def test_the_sampling_gap_is_shown_where_there_is_one():
@@ -350,10 +354,10 @@ def test_the_sampling_gap_is_shown_where_there_is_one():
         assert bool(charts) == expected
 
 
-def test_curves_of_several_runs_lie_over_each_other(tmp_path):
+def test_curves_of_several_runs_are_overlaid(tmp_path):
     runs = {name: read_run(make_run(tmp_path / name, steps)) for name, steps in (("a", 12), ("b", 7))}
     drawn = specs("".join(curves.outcome_charts(runs)))
-    for title in ("Reward", "Reward of style", "KL to the start", "Entropy", "Answer length"):
+    for title in ("Reward", "Reward of style", "KL to the reference policy", "Entropy", "Completion length"):
         assert [(s["name"], s["color"], len(s["x"])) for s in drawn[title]["series"]] == [("a", 0, 12), ("b", 1, 7)]
     phases = specs("".join(curves.speed_charts(runs)))["Time by phase"]
     assert phases["names"] == ["rollout", "update"] and [s["y"][1] for s in phases["series"]] == [1.0, 1.0]
@@ -366,11 +370,11 @@ def test_the_page_of_a_whole_run(tmp_path):
     page = page_of(make_run(tmp_path / "run"))
     text = text_of(page)
     for told in (
-        "Training worked: on 8 held-out prompts",
+        "Improved: on 8 held-out prompts",
         "Finished: 12 of 12 steps.",
-        f"2 of {len(fields(TrainConfig))} differ from the defaults",
+        f"2 of {len(fields(TrainConfig))} settings differ from the defaults",
         "model builtin:tiny, fingerprint 0123456789abcdef",
-        "accuracy on them 0.91",
+        "accuracy 0.91",
         "reinforcepp train --config run.yaml",
         "torch 2.13.0",
         "judge builtin:judge",
@@ -388,54 +392,54 @@ def test_the_page_of_a_whole_run(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
-        ({"evaluations": {}}, "No held-out prompts were answered, see eval_prompts and heldout_fraction."),
+        ({"evaluations": {}}, "No held-out prompts were evaluated. See eval_prompts and heldout_fraction."),
         (
             {"evaluations": {"before": figures(0.0)}},
-            "Held-out prompts were answered before training, but not yet again.",
+            "Held-out prompts were evaluated before training, but not yet again.",
         ),
         ({"logged": 0, "settings": {"log_completions": False}}, "because log_completions was off"),
-        ({"logged": 0}, "The run holds no completions: it is from an older version, or they were removed."),
+        ({"logged": 0}, "The run has no completions because an older version wrote it or they were removed."),
         ({"facts": {"num_steps": 40}}, "Not finished: 12 of 40 steps"),
-        ({"skipped": (2, 3)}, "Gaps are steps without an update; there are 2."),
-        ({"facts": {"kind": "Unheard"}}, "knows no defaults for the kind of these settings"),
-        ({"facts": {"kind": "ReinforceConfig"}}, "It was started from Python"),
+        ({"skipped": (2, 3)}, "Gaps are steps without an update (2 in total)."),
+        ({"facts": {"kind": "Unheard"}}, "has no defaults for settings of this kind"),
+        ({"facts": {"kind": "ReinforceConfig"}}, "The run was started from Python"),
     ],
 )
-def test_what_is_missing_is_told_with_the_reason(tmp_path, parts, told):
+def test_missing_parts_are_explained(tmp_path, parts, told):
     assert told in text_of(page_of(make_run(tmp_path / "run", **parts)))
 
 
-def test_an_old_run_with_next_to_nothing_in_it(tmp_path):
+def test_an_old_run_with_few_files(tmp_path):
     folder = make_run(tmp_path / "run", logged=0)
     for name in ("timings.jsonl", "evaluation.json", "evaluations/before.parquet", "evaluations/after.parquet"):
         (folder / name).unlink()
     (folder / "run.json").write_text('{"settings": {}}', encoding="utf-8")
     (folder / "metrics.jsonl").write_text('{"reward": 1.0}\n{"reward": 2.0}\n', encoding="utf-8")
     text = text_of(page_of(folder))
-    assert "in training the reward went from 1.000 to 2.000" in text
+    assert "The training reward went from 1.000 to 2.000" in text
     for told in (
-        "The run noted no settings",
-        "noted no environment",
-        "noted no fingerprints",
-        "noted neither a command",
+        "recorded no settings",
+        "recorded no environment",
+        "recorded no fingerprints",
+        "recorded neither a command",
     ):
         assert told in text
     (folder / "metrics.jsonl").write_text("", encoding="utf-8")
-    assert "The log holds no steps yet" in text_of(page_of(folder)) and "No step is done yet." in text_of(
+    assert "The log has no steps yet" in text_of(page_of(folder)) and "No step is finished yet." in text_of(
         page_of(folder)
     )
 
 
-def test_damaged_files_of_answers_are_named_and_left_out(tmp_path):
+def test_damaged_files_of_responses_are_named_and_skipped(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "completions" / "step-000012.parquet").write_bytes(b"no table")
     text = text_of(page_of(folder))
     assert "can't be read: step-000012.parquet." in text and "Late: step 11" in text
     evaluation_file(folder, "after").write_bytes(b"no table")
-    assert "The answers to held-out prompts can't be read" in text_of(page_of(folder))
+    assert "The held-out responses can't be read" in text_of(page_of(folder))
     for path in (folder / "completions").iterdir():
         path.write_bytes(b"no table")
-    assert "None of the files in completions can be read." in text_of(page_of(folder))
+    assert "No file in completions can be read." in text_of(page_of(folder))
 
 
 @dataclass
@@ -444,33 +448,34 @@ class Found:
     title: str = "KL is high"
     evidence: str = "kl 3.1 <b>"
     cause: str = ""
-    cure: str = "raise kl_coef"
+    fix: str = "raise kl_coef"
 
 
 def test_findings_have_their_place(tmp_path):
     folder = make_run(tmp_path / "run")
-    page = page_of(folder, findings={"run": [Found(), Found(severity="serious")]})
-    assert "warning KL is high Evidence kl 3.1 <b> Cure raise kl_coef" in text_of(page)
+    page = page_of(folder, findings={"run": [Found(), Found(severity="error")]})
+    assert "warning KL is high Evidence kl 3.1 <b> Fix raise kl_coef" in text_of(page)
     assert page.index('id="findings"') < page.index('id="curves"') and page.count('class="finding ') == 2
-    assert "The doctor found nothing wrong." in text_of(page_of(folder, findings={"run": []}))
+    assert "The doctor found no problems." in text_of(page_of(folder, findings={"run": []}))
     both = report_page({"a": read_run(folder), "b": read_run(folder)}, 1, {"b": [Found()]})
     assert both.count('class="finding ') == 1
 
 
 def test_events_are_shown(tmp_path):
     folder = make_run(tmp_path / "run")
-    lines = [{"time": "2026-11-22T10:00:00+0000", "event": f"Update {i} left out <i>"} for i in range(300)]
+    lines = [{"time": "2026-11-22T10:00:00+0000", "event": f"Skipped update {i} <i>"} for i in range(300)]
     (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     text = text_of(page_of(folder))
-    assert "2026-11-22 10:00:00 Update 299 left out <i>" in text and "Update 99 left" not in text
-    assert "100 earlier ones are in events.jsonl" in text
+    assert "2026-11-22 10:00:00 Skipped update 299 <i>" in text and "update 99 " not in text
+    assert "100 earlier events are in events.jsonl" in text
 
 
-def test_long_texts_fold_and_very_long_ones_are_cut():
-    assert "more" not in html.said("short") and "(empty)" in html.said(" ")
-    assert 'class="more"' in html.said("x" * 400) and 'class="more"' in html.said("a\n" * 8)
-    cut = html.said("x" * 10_000)
-    assert "(7,000 more characters)" in cut and cut.count("x") < 3100
+def test_long_texts_fold_and_very_long_ones_are_truncated():
+    show = macro("macros.html", "model_text")
+    assert "more" not in show("short") and "(empty)" in show(" ")
+    assert 'class="more"' in show("x" * 400) and 'class="more"' in show("a\n" * 8)
+    truncated = show("x" * 10_000)
+    assert "(7,000 more characters)" in truncated and truncated.count("x") < 3100
 
 
 def test_hostile_text_is_escaped_everywhere(tmp_path):
@@ -495,7 +500,7 @@ def test_the_page_of_a_long_run_with_long_texts_stays_small(tmp_path):
     folder = make_run(tmp_path / "run", steps=20_000, logged=30, heldout=2000, text="<&" * 3000)
     page = page_of(folder, 50)
     assert len(page.encode()) < 5 * MEGABYTES
-    assert re.search(r"The page has room for \d+ of 2000, those whose reward changed most", text_of(page))
+    assert re.search(r"The page shows \d+ of 2000 prompts, those with the largest reward change", text_of(page))
     (line,) = specs(page)["Reward"]["series"]
     assert len(line["x"]) <= 1510 and line["x"][-1] == 20_000
 
@@ -514,7 +519,7 @@ def test_the_page_is_in_the_runs_folder(tmp_path, capsys, monkeypatch):
     make_run(tmp_path / "runs" / "train")
     assert cli.main(["report", str(tmp_path / "runs" / "train")]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "Training worked" in said and "report.html" in said
+    assert "Improved: on" in said and "report.html" in said
     assert "Run report: train" in (tmp_path / "runs" / "train" / "report.html").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report"]) == 0  # the default is where train writes
@@ -530,7 +535,7 @@ def test_a_demo_is_found_by_its_folder_and_several_runs_make_a_page_here(tmp_pat
     assert cli.main(["report", "one", "two"]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "2 runs compared" in page and "one/policy" in page and "two/policy" in page
-    assert "two/policy: Training worked" in " ".join(capsys.readouterr().err.split())
+    assert "two/policy: Improved: on" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

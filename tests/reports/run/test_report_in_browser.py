@@ -48,7 +48,7 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory) -> Path:
-    """Two whole runs and one that has only begun, laid over each other."""
+    """Two whole runs and one that has only begun, overlaid."""
     base = tmp_path_factory.mktemp("several")
     folders = [
         hostile_run(base / "first"),
@@ -108,14 +108,14 @@ def test_nothing_is_wider_than_a_phone(window, report, width):
 def test_held_out_answers_can_be_searched_sorted_and_unfolded(window, one):
     shown = window().open(one)
     pairs = shown.locator(".pair:visible")
-    assert pairs.count() == 6 and "6 of 8 shown" in shown.locator(".told").text_content()
+    assert pairs.count() == 6 and "6 of 8 shown" in shown.locator(".shown").text_content()
     shown.get_by_role("button", name="Show more").click()
     assert pairs.count() == 8 and not shown.get_by_role("button", name="Show more").is_visible()
     assert "Held-out 0?" in pairs.first.text_content()
     shown.get_by_label("Order").select_option("loss")
     assert "Held-out 7?" in pairs.first.text_content()
     shown.get_by_label("Search").fill("AFTER held-out 5?")
-    assert pairs.count() == 1 and "1 of 1 shown" in shown.locator(".told").text_content()
+    assert pairs.count() == 1 and "1 of 1 shown" in shown.locator(".shown").text_content()
     shown.get_by_label("Search").fill("no such words")
     assert pairs.count() == 0
 
@@ -147,13 +147,13 @@ def test_smoothing_and_cursor_work_on_the_report(window, one):
     assert "step 39" in told and opened.complaints == []
 
 
-def test_runs_laid_over_each_other(window, several):
+def test_curves_of_runs_are_overlaid(window, several):
     shown = window().open(several)
     reward = shown.locator("figure.chart", has=shown.locator(".chart-title", has_text="Reward").first).nth(2)
     names = reward.locator(".entry-name").all_text_contents()
     assert names == ["first", "second", "third"]
     assert shown.locator(".verdicts > li").count() == 3
-    assert "gamed" in shown.locator(".verdicts > li").first.text_content()
+    assert "Reward hacking" in shown.locator(".verdicts > li").first.text_content()
     picture = "(c) => c.toDataURL()"
     canvas = reward.locator("canvas")
     before = canvas.evaluate(picture)

@@ -220,7 +220,7 @@ def sensitivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def tell(comparison: Mapping[str, Any]) -> None:
+def print_summary(comparison: Mapping[str, Any]) -> None:
     """The outcome as a few lines for the terminal."""
     for name, own in comparison["estimators"].items():
         final, kl = own["final"][own["measure"]], own["final"]["kl"]

@@ -132,7 +132,7 @@ def _results(source: Source, record: RunRecord) -> str:
     rows: list[Sequence[Any]] = []
     for figure, title in names.items():
         if (change := change_of(figure, before, after)) is not None:
-            gain = f"{change.gain:+.3f} ± {2 * change.error:.3f}: {change.shown}"
+            gain = f"{change.interval}: {change.outcome}"
             rows.append((title, f"{change.before:.3f}", f"{change.after:.3f}", gain))
     for figure, (title, form) in LENGTHS.items():
         if figure in before and figure in after:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from reinforcepp.commands.lint.findings import Finding, Report
+from reinforcepp.commands.lint.findings import Report
 from reinforcepp.config.lint import FIXABLE
 from reinforcepp.data import count
-from reinforcepp.reports.html import page
+from reinforcepp.reports.html import asset, render
 
 COLORS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
-
-STYLE = """
-th, td { text-align: left; vertical-align: top; }
-.error { color: #c0395a; } .warning { color: #b8701c; } .info { color: #2f7fc1; }
-li, summary { overflow-wrap: anywhere; }
-"""
 
 
 class Line(NamedTuple):
@@ -44,13 +37,15 @@ def as_json(report: Report) -> str:
 
 
 def as_page(report: Report) -> str:
-    """Everything on one page."""
-    title = f"Data check of {report.data}"
-    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for text in (*_sizes(report), summary(report)))]
-    if report.findings:
-        head = "".join(f"<th>{name}</th>" for name in ("severity", "rule", "file", "what, and what to do"))
-        parts.append(f"<table><tr>{head}</tr>{''.join(map(_table_row, report.findings))}</table>")
-    return page(title, "".join(parts), STYLE)
+    """Return the report as a page that opens offline."""
+    return render(
+        "lint.html",
+        title=f"Data check of {report.data}",
+        style=asset("static/lint.css"),
+        lines=[*_sizes(report), summary(report)],
+        findings=report.findings,
+        rows=[[f"{row} ({other})" for row, other in f.pairs] or [str(row) for row in f.rows] for f in report.findings],
+    )
 
 
 def summary(report: Report) -> str:
@@ -68,19 +63,3 @@ def _sizes(report: Report) -> list[str]:
     return [
         f"{file.file}: {count(file.rows, 'row')}, {count(file.usable, f'usable {file.noun}')}" for file in report.files
     ]
-
-
-def _table_row(finding: Finding) -> str:
-    cells = [
-        f'<td class="{finding.severity}">{finding.severity}</td>',
-        f"<td>{escape(finding.rule)}</td><td>{escape(finding.file)}</td>",
-        f"<td>{escape(str(finding))}{_details(finding)}</td>",
-    ]
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def _details(finding: Finding) -> str:
-    listed = "".join(f"<li>{escape(example)}</li>" for example in finding.examples)
-    rows = [f"{row} ({other})" for row, other in finding.pairs] or [str(row) for row in finding.rows]
-    unfolded = f"<details><summary>rows</summary>{escape(', '.join(rows))}</details>" if rows else ""
-    return (f"<ul>{listed}</ul>" if listed else "") + unfolded

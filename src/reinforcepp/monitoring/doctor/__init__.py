@@ -1,4 +1,4 @@
-"""What went wrong in a training, or goes wrong in one that runs, in plain words."""
+"""Common problems of RL runs, found in the metrics of a finished or a running one."""
 
 from reinforcepp.monitoring.doctor.diagnosis import Diagnosis, diagnose
 from reinforcepp.monitoring.doctor.finding import SEVERITIES, Finding

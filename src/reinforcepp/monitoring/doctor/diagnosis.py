@@ -1,4 +1,4 @@
-"""All rules on one run, and what they come to."""
+"""All rules applied to one run, and the verdict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reinforcepp.monitoring.run_record import RunRecord
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found, the most serious first, after ``steps`` of ``num_steps``."""
+    """The findings after ``steps`` of ``num_steps``, the most severe first."""
 
     findings: Sequence[Finding]
     steps: int
@@ -20,22 +20,23 @@ class Diagnosis:
 
     @property
     def sentence(self) -> str:
-        """The verdict."""
+        """Verdict in one sentence."""
         done = f"{self.steps} of {self.num_steps} steps" if self.num_steps else f"{self.steps} steps"
         if not self.findings:
-            return f"Nothing wrong was found in {done}."
-        counted = [(severity, sum(f.severity == severity for f in self.findings)) for severity in SEVERITIES]
-        kinds = ", ".join(_count(number, severity) for severity, number in counted if number)
-        return f"{kinds} in {done}: {self.findings[0].title.lower()}."
+            return f"No problems found in {done}."
+        numbers = {severity: sum(f.severity == severity for f in self.findings) for severity in SEVERITIES}
+        kinds = ", ".join(_count(number, severity) for severity, number in numbers.items() if number)
+        title = self.findings[0].title
+        return f"{kinds} in {done}: {title if title[1].isupper() else title[0].lower() + title[1:]}."
 
     @property
     def worst(self) -> str | None:
-        """The highest severity among the findings."""
+        """Highest severity of the findings; None without findings."""
         return self.findings[0].severity if self.findings else None
 
 
 def diagnose(record: RunRecord) -> Diagnosis:
-    """Apply every rule."""
+    """Return the findings of all rules."""
     found = [finding for rule in RULES if (finding := rule(record)) is not None]
     ordered = sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
     steps = int(record.metrics[-1]["step"]) if record.metrics else 0
@@ -43,5 +44,5 @@ def diagnose(record: RunRecord) -> Diagnosis:
 
 
 def _count(number: int, severity: str) -> str:
-    noun = {"serious": "serious fault", "warning": "warning", "note": "note"}[severity]
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    plural = "" if number == 1 or severity == "info" else "s"
+    return f"{number} {severity}{plural}"

@@ -1,19 +1,20 @@
-"""A fault that was found: what shows it, what is the likely cause, and what to change."""
+"""A problem of a run: its evidence, likely cause, and fix."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-Severity = Literal["serious", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = ("serious", "warning", "note")
+Severity = Literal["error", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``serious``: don't use what came out; ``warning``: look before you do; ``note``: good to know.
+    """A problem that a rule found.
 
-    ``rule`` is the name that stays, for programs; the others are sentences for people.
+    ``error``: don't use the trained model. ``warning``: check it before use. ``info``: good to know. ``rule`` is a stable
+    name for programs; the other fields are sentences for people.
     """
 
     rule: str
@@ -21,4 +22,4 @@ class Finding:
     title: str
     evidence: str
     cause: str
-    cure: str
+    fix: str

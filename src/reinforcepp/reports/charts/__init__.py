@@ -1,18 +1,16 @@
 """Interactive charts for pages that open offline: plain data in, HTML out.
 
-A page that shows some puts ``STYLE`` and ``SCRIPTS`` into :func:`reinforcepp.reports.html.page`, and ``controls()``, once, where
-the slider for smoothing is to be. Every text given to a chart is shown as text. Drawing is uPlot's, see ``vendor``.
+A page with charts passes ``STYLE`` and ``SCRIPTS`` to :func:`reinforcepp.reports.html.render` and prints ``controls()`` once,
+where the smoothing slider belongs. Every text in a chart is shown as text. uPlot draws the charts, see ``vendor``.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from reinforcepp.reports.charts.chart import (
     Bars,
     Bin,
-    Cloud,
     Line,
+    Points,
     bar_chart,
     calibration_chart,
     controls,
@@ -20,39 +18,29 @@ from reinforcepp.reports.charts.chart import (
     line_chart,
     scatter_chart,
 )
+from reinforcepp.reports.charts.downsample import MAX_POINTS, downsample
 from reinforcepp.reports.charts.palette import VARIABLES
-from reinforcepp.reports.charts.thin import POINTS, thin
-from reinforcepp.reports.html import themed
+from reinforcepp.reports.html import asset, themed
 
-_FOLDER = Path(__file__).parent
-_UPLOT = _FOLDER.parent / "vendor" / "uplot"
+_UPLOT = "vendor/uplot/uPlot"
+_OWN = "".join(asset(f"charts/{name}.js") for name in ("numbers", "kinds", "chart"))
 
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-def _own_script() -> str:
-    parts = "".join(_text(_FOLDER / name) for name in ("numbers.js", "kinds.js", "chart.js"))
-    return f'(() => {{\n"use strict";\n{parts}}})();\n'
-
-
-STYLE = _text(_UPLOT / "uPlot.min.css") + themed(VARIABLES) + _text(_FOLDER / "charts.css")
-SCRIPTS = (_text(_UPLOT / "uPlot.iife.min.js"), _own_script())
+STYLE = asset(f"{_UPLOT}.min.css") + themed(VARIABLES) + asset("charts/charts.css")
+SCRIPTS = (asset(f"{_UPLOT}.iife.min.js"), f'(() => {{\n"use strict";\n{_OWN}}})();\n')
 
 __all__ = [
-    "POINTS",
+    "MAX_POINTS",
     "SCRIPTS",
     "STYLE",
     "Bars",
     "Bin",
-    "Cloud",
     "Line",
+    "Points",
     "bar_chart",
     "calibration_chart",
     "controls",
+    "downsample",
     "histogram",
     "line_chart",
     "scatter_chart",
-    "thin",
 ]

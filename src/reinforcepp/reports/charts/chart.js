@@ -1,5 +1,5 @@
 // Draws every <figure class="chart"> from the JSON inside it, with uPlot. All text goes in as textContent.
-const KINDS = { line: lineKind, cloud: cloudKind, bars: barKind };
+const KINDS = { line: lineKind, points: pointsKind, bars: barKind };
 
 // --- a chart: plot, legend, keyboard -----------------------------------------------------------------------------
 

@@ -1,17 +1,19 @@
-"""Charts as HTML: a figure with its sentence, its numbers as a table, and the data that charts.js draws."""
+"""Charts as HTML: a figure with a description, a table of its values, and the data that ``chart.js`` draws."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from typing import Any, Literal
 
-from reinforcepp.reports.charts import words
-from reinforcepp.reports.charts.palette import look
-from reinforcepp.reports.charts.thin import POINTS, Thinned, Values, thin
-from reinforcepp.reports.html import embedded
+from markupsafe import Markup
+
+from reinforcepp.reports.charts import describe
+from reinforcepp.reports.charts.downsample import MAX_POINTS, Downsampled, Values, downsample
+from reinforcepp.reports.charts.palette import color_and_dash
+from reinforcepp.reports.html import embedded, macro
+from reinforcepp.reports.numbers import number
 
 KEYS = "Arrow keys move the cursor, plus and minus zoom, 0 resets."
 BINS = 24
@@ -21,7 +23,7 @@ BINS = 24
 class Line:
     """A curve, ``x`` ascending; None is a gap. ``low`` and ``high`` are a band around it.
 
-    ``place`` chooses colour and dash; it defaults to the place of the line in its chart.
+    ``style`` chooses color and dash; the default is the position of the line in its chart.
     """
 
     name: str
@@ -29,32 +31,32 @@ class Line:
     y: Values
     low: Values | None = None
     high: Values | None = None
-    place: int | None = None
+    style: int | None = None
 
 
 @dataclass(frozen=True)
-class Cloud:
-    """Points; ``labels`` says of each what it is, in a few words."""
+class Points:
+    """Points of one color; ``labels`` describes each of them in a few words."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     labels: Sequence[str] | None = None
-    place: int | None = None
+    style: int | None = None
 
 
 @dataclass(frozen=True)
 class Bars:
-    """Heights, one for each name or bin of the chart; None is none."""
+    """Heights, one for each name or bin of the chart; None draws no bar."""
 
     name: str
     y: Values
-    place: int | None = None
+    style: int | None = None
 
 
 @dataclass(frozen=True)
 class Bin:
-    """What was predicted with about the probability ``predicted``, ``count`` times, and how often it came true."""
+    """``count`` predictions of about the probability ``predicted``, and the share ``observed`` that came true."""
 
     predicted: float
     observed: float
@@ -70,23 +72,23 @@ def line_chart(
     smooth: bool = True,
     log: Literal["never", "offered", "on"] = "never",
     limits: Mapping[str, float] | None = None,
-    points: int = POINTS,
-) -> str:
-    """Curves over a common axis.
+    points: int = MAX_POINTS,
+) -> Markup:
+    """Return curves over a common axis.
 
     Args:
-        title: what they show.
-        lines: one or several; longer ones than ``points`` are thinned, so that spikes stay.
-        note: unit and meaning, in a few words.
-        x_name: of the axis; charts with the same one share cursor and zoom.
+        title: name of the metric.
+        lines: one or several. A line of more than ``points`` points is downsampled, but keeps its spikes.
+        note: definition and unit of the metric.
+        x_name: name of the axis. Charts with the same name share cursor and zoom.
         smooth: whether the page's slider applies.
-        log: logarithmic axis: never, by a button (where all values are positive), or from the start.
+        log: logarithmic axis: never, by a button (if all values are positive), or from the start.
         limits: horizontal lines by name.
-        points: that are drawn of a line at most.
+        points: most points to draw of a line.
     """
     positive = all(value is None or value > 0 for line in lines for value in line.y)
-    told = words.joined([words.course(line.name, line.x, line.y, x_name) for line in lines])
-    bounds = "".join(f" {name} is {words.number(value)}." for name, value in (limits or {}).items())
+    description = describe.joined([describe.line(line.name, line.x, line.y, x_name) for line in lines])
+    bounds = "".join(f" {name} is {number(value)}." for name, value in (limits or {}).items())
     spec = {
         "kind": "line",
         "x_name": x_name,
@@ -95,68 +97,86 @@ def line_chart(
         "log": log if positive else "never",
         "limits": [{"name": name, "y": value} for name, value in (limits or {}).items()],
         "series": [
-            _styled(line.name, place, line.place) | _columns(thin(line.x, line.y, line.low, line.high, limit=points))
-            for place, line in enumerate(lines)
+            _styled(line.name, index, line.style)
+            | _columns(downsample(line.x, line.y, line.low, line.high, limit=points))
+            for index, line in enumerate(lines)
         ],
     }
-    rows = words.at_places([(line.x, line.y) for line in lines])
-    table = words.table(title, [x_name, *(line.name for line in lines)], rows)
-    return _figure(title, note, f"Line chart. {told}{bounds}", spec, table)
-
-
-def scatter_chart(title: str, clouds: Sequence[Cloud], *, x_name: str, y_name: str, note: str = "") -> str:
-    """Points in one or several colours; the caller keeps their number below a few thousand."""
-    told = words.joined([words.cloud(cloud.name, cloud.x, cloud.y, x_name, y_name) for cloud in clouds])
-    series = [
-        _styled(cloud.name, place, cloud.place)
-        | {"x": list(cloud.x), "y": list(cloud.y)}
-        | ({"labels": list(cloud.labels)} if cloud.labels is not None else {})
-        for place, cloud in enumerate(clouds)
-    ]
-    spec = {"kind": "cloud", "x_name": x_name, "y_name": y_name, "log": "never", "series": series}
-    rows = [[cloud.name, *_summary(cloud.x), *_summary(cloud.y)] for cloud in clouds]
-    titles = ["points", *(f"{part} {name}" for name in (x_name, y_name) for part in ("least", "mean", "most"))]
+    rows = describe.table_rows([(line.x, line.y) for line in lines])
     return _figure(
-        title, note, f"Scatter chart of {y_name} against {x_name}. {told}", spec, words.table(title, titles, rows)
+        title, note, f"Line chart. {description}{bounds}", spec, [x_name, *(line.name for line in lines)], rows
     )
 
 
-def bar_chart(title: str, names: Sequence[str], bars: Sequence[Bars], *, y_name: str = "", note: str = "") -> str:
-    """Bars side by side over each of ``names``."""
-    rows = [[name, *(words.number(own.y[i]) for own in bars)] for i, name in enumerate(names)]
-    told = words.joined(
+def scatter_chart(
+    title: str, clouds: Sequence[Points], *, x_name: str, y_name: str, note: str = "", connected: bool = False
+) -> Markup:
+    """Return points in one or several colors, up to a few thousand.
+
+    Args:
+        title: names of the metrics.
+        clouds: the points, by color.
+        x_name: name of the horizontal axis.
+        y_name: name of the vertical axis.
+        note: definitions and units of the metrics.
+        connected: whether a line joins the points of a color in their order.
+    """
+    description = describe.joined([describe.points(cloud.name, cloud.x, cloud.y, x_name, y_name) for cloud in clouds])
+    series = [
+        _styled(cloud.name, index, cloud.style)
+        | {"x": list(cloud.x), "y": list(cloud.y)}
+        | ({"labels": list(cloud.labels)} if cloud.labels is not None else {})
+        for index, cloud in enumerate(clouds)
+    ]
+    spec = {
+        "kind": "points",
+        "connected": connected,
+        "x_name": x_name,
+        "y_name": y_name,
+        "log": "never",
+        "series": series,
+    }
+    rows = [[cloud.name, *_summary(cloud.x), *_summary(cloud.y)] for cloud in clouds]
+    titles = ["points", *(f"{part} {name}" for name in (x_name, y_name) for part in ("lowest", "mean", "highest"))]
+    return _figure(title, note, f"Scatter chart of {y_name} against {x_name}. {description}", spec, titles, rows)
+
+
+def bar_chart(title: str, names: Sequence[str], bars: Sequence[Bars], *, y_name: str = "", note: str = "") -> Markup:
+    """Return a group of bars for each of ``names``."""
+    rows = [[name, *(number(series.y[i]) for series in bars)] for i, name in enumerate(names)]
+    description = describe.joined(
         [
-            f"{own.name}: " + ", ".join(f"{n} {words.number(v)}" for n, v in zip(names, own.y, strict=True))
-            for own in bars
+            f"{series.name}: " + ", ".join(f"{n} {number(v)}" for n, v in zip(names, series.y, strict=True))
+            for series in bars
         ]
     )
     edges = [float(i) for i in range(len(names) + 1)]
     spec = _bars(bars, edges) | {"names": list(names), "x_name": "", "y_name": y_name}
-    return _figure(title, note, f"Bar chart. {told}", spec, words.table(title, ["", *(b.name for b in bars)], rows))
+    return _figure(title, note, f"Bar chart. {description}", spec, ["", *(series.name for series in bars)], rows)
 
 
 def histogram(
     title: str, values: Mapping[str, Sequence[float]], *, x_name: str, note: str = "", bins: int = BINS
-) -> str:
-    """How often values of each size occur, as shares of all values of their name."""
-    known = [value for own in values.values() for value in own]
-    least, most = (min(known), max(known)) if known else (0.0, 1.0)
-    width = (most - least) / bins or 1.0 / bins
-    edges = [least + i * width for i in range(bins + 1)]
-    bars = [Bars(name, _shares(own, least, width, bins)) for name, own in values.items()]
+) -> Markup:
+    """Return the distribution of each series of values, as shares of its values in equal bins."""
+    known = [value for series in values.values() for value in series]
+    lowest, highest = (min(known), max(known)) if known else (0.0, 1.0)
+    width = (highest - lowest) / bins or 1.0 / bins
+    edges = [lowest + i * width for i in range(bins + 1)]
+    bars = [Bars(name, _shares(series, lowest, width, bins)) for name, series in values.items()]
     spec = _bars(bars, edges) | {"names": None, "x_name": x_name, "y_name": "share"}
-    told = words.joined(
+    description = describe.joined(
         [
-            f"{name}: {len(own)} values" + (" from {}, mean {}, to {}".format(*_summary(own)) if own else "")
-            for name, own in values.items()
+            f"{name}: {len(series)} values" + (" from {}, mean {}, to {}".format(*_summary(series)) if series else "")
+            for name, series in values.items()
         ]
     )
     rows = [
-        [f"{words.number(a)} to {words.number(b)}", *(words.number(own.y[i]) for own in bars)]
+        [f"{number(a)} to {number(b)}", *(number(series.y[i]) for series in bars)]
         for i, (a, b) in enumerate(pairwise(edges))
     ]
-    titles = [x_name, *(own.name for own in bars)]
-    return _figure(title, note, f"Histogram of {x_name}. {told}", spec, words.table(title, titles, rows))
+    titles = [x_name, *(series.name for series in bars)]
+    return _figure(title, note, f"Histogram of {x_name}. {description}", spec, titles, rows)
 
 
 def calibration_chart(
@@ -165,78 +185,79 @@ def calibration_chart(
     *,
     x_name: str = "predicted",
     y_name: str = "observed",
-    note: str = "on the diagonal, what was predicted came true as often as it was said to",
-) -> str:
-    """How often what was predicted with some probability came true, beside the diagonal."""
+    note: str = "on the diagonal, predictions come true as often as predicted",
+) -> Markup:
+    """Return the observed share against the predicted probability, with the diagonal."""
     series = [
-        _styled(name, place, None)
+        _styled(name, index, None)
         | {
-            key: [getattr(own, of) for own in bins]
-            for key, of in (("x", "predicted"), ("y", "observed"), ("n", "count"))
+            key: [getattr(each, attribute) for each in bins]
+            for key, attribute in (("x", "predicted"), ("y", "observed"), ("n", "count"))
         }
-        for place, (name, bins) in enumerate(curves.items())
+        for index, (name, bins) in enumerate(curves.items())
     ]
-    spec = {"kind": "cloud", "diagonal": True, "x_name": x_name, "y_name": y_name, "log": "never", "series": series}
+    spec = {
+        "kind": "points",
+        "connected": True,
+        "diagonal": True,
+        "x_name": x_name,
+        "y_name": y_name,
+        "log": "never",
+        "series": series,
+    }
     rows = [
-        [name, words.number(own.predicted), words.number(own.observed), str(own.count)]
+        [name, number(each.predicted), number(each.observed), str(each.count)]
         for name, bins in curves.items()
-        for own in bins
+        for each in bins
     ]
-    told = words.joined(
+    description = describe.joined(
         [
-            f"{name}: "
-            + ", ".join(f"{words.number(b.predicted)} came true in {words.number(b.observed)}" for b in bins)
+            f"{name}: " + ", ".join(f"{number(b.observed)} observed at {number(b.predicted)} predicted" for b in bins)
             for name, bins in curves.items()
         ]
     )
-    table = words.table(title, ["", x_name, y_name, "cases"], rows)
-    return _figure(title, note, f"Calibration chart. {told}", spec, table)
+    return _figure(title, note, f"Calibration chart. {description}", spec, ["", x_name, y_name, "cases"], rows)
 
 
-def controls(smoothing: int = 30) -> str:
-    """The slider and the button that all charts of the page obey; ``smoothing``, 0 to 100, is where it begins."""
-    return (
-        '<div class="chart-controls" role="group" aria-label="All charts"><label><span>Smoothing</span> <input type="range" '
-        f'min="0" max="100" value="{smoothing}"> <output></output></label> <button type="button">Reset zoom</button> '
-        '<span class="hint">Drag to zoom, double-click to reset; a name in a legend switches its curve off. '
-        "With the keyboard: arrows, plus, minus, 0.</span></div>"
-    )
+def controls(smoothing: int = 30) -> Markup:
+    """Return the slider and the button for all charts of the page; ``smoothing``, 0 to 100, is the initial position."""
+    return macro("macros.html", "chart_controls")(smoothing)
 
 
-def _figure(title: str, note: str, sentence: str, spec: Mapping[str, Any], table: str) -> str:
-    # The role of an image is the plot's, not the figure's: what is inside an image can't be reached by assistive technology,
-    # and legend and table are to be.
-    return (
-        f'<figure class="chart"><figcaption><span class="chart-title">{escape(title)}</span>'
-        f'{f" <span class=note>{escape(note)}</span>" if note else ""}</figcaption><div class="legend"></div>'
-        f'<div class="plot" role="img" tabindex="0" aria-label="{escape(f"{title}. {sentence}")}" aria-description="{KEYS}">'
-        f"The picture needs JavaScript; its numbers are in the table.</div>{table}{embedded('', spec)}</figure>"
-    )
+def _figure(
+    title: str,
+    note: str,
+    description: str,
+    spec: Mapping[str, Any],
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> Markup:
+    return macro("macros.html", "chart")(title, note, description, KEYS, embedded("", spec), titles, rows)
 
 
-def _styled(name: str, place: int, own: int | None) -> dict[str, Any]:
-    color, dash = look(place if own is None else own)
+def _styled(name: str, index: int, style: int | None) -> dict[str, Any]:
+    color, dash = color_and_dash(index if style is None else style)
     return {"name": name, "color": color, "dash": dash}
 
 
-def _columns(curve: Thinned) -> dict[str, Any]:
+def _columns(curve: Downsampled) -> dict[str, Any]:
     optional = {"mean": curve.mean, "low": curve.low, "high": curve.high}
     return {"x": curve.x, "y": curve.y} | {key: values for key, values in optional.items() if values is not None}
 
 
 def _bars(bars: Sequence[Bars], edges: Sequence[float]) -> dict[str, Any]:
-    series = [_styled(own.name, place, own.place) | {"y": list(own.y)} for place, own in enumerate(bars)]
+    series = [_styled(each.name, index, each.style) | {"y": list(each.y)} for index, each in enumerate(bars)]
     return {"kind": "bars", "log": "never", "edges": edges, "series": series}
 
 
-def _shares(values: Sequence[float], least: float, width: float, bins: int) -> list[float]:
+def _shares(values: Sequence[float], lowest: float, width: float, bins: int) -> list[float]:
     counts = [0] * bins
     for value in values:
-        counts[min(bins - 1, int((value - least) / width))] += 1
+        counts[min(bins - 1, int((value - lowest) / width))] += 1
     return [count / len(values) if values else 0.0 for count in counts]
 
 
 def _summary(values: Sequence[float]) -> list[str]:
     if not values:
         return ["-"] * 3
-    return [words.number(value) for value in (min(values), sum(values) / len(values), max(values))]
+    return [number(value) for value in (min(values), sum(values) / len(values), max(values))]

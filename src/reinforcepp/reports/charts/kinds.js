@@ -142,8 +142,8 @@ const clipped = (u, paint) => {
   u.ctx.restore();
 };
 
-// Points, and with spec.diagonal how well a probability is met: points on a line, larger where they stand for more.
-function cloudKind(spec, chart) {
+// Points, larger if they stand for more cases; spec.connected joins them by a line, spec.diagonal draws the ideal of a calibration.
+function pointsKind(spec, chart) {
   const points = spec.series.flatMap((s, k) => s.x.map((x, i) => ({ x, y: s.y[i], k, n: s.n && s.n[i], i })));
   points.sort((a, b) => a.x - b.x || a.y - b.y);
   const empty = !points.length;
@@ -180,12 +180,12 @@ function cloudKind(spec, chart) {
         spec.series.forEach((s, k) => {
           if (chart.hidden.has(k)) return;
           const own = points.filter((p) => p.k === k);
-          context.fillStyle = shade(`series-${s.color}`, spec.diagonal ? 1 : 0.5);
+          context.fillStyle = shade(`series-${s.color}`, spec.connected ? 1 : 0.5);
           context.strokeStyle = color(`series-${s.color}`);
           context.lineWidth = 2 * ratio;
-          if (spec.diagonal) {
+          if (spec.connected) {
             context.beginPath();
-            own.forEach((p) => context.lineTo(u.valToPos(p.x, "x", true), u.valToPos(p.y, "y", true)));
+            s.x.forEach((x, i) => context.lineTo(u.valToPos(x, "x", true), u.valToPos(s.y[i], "y", true)));
             context.stroke();
           }
           for (const p of own) {

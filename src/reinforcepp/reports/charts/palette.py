@@ -1,7 +1,7 @@
-"""Colours of the series, in light and dark.
+"""Colors of the series, in light and dark.
 
-The first four, which are drawn as whole lines, and the last four, drawn dashed, can be told from each other with every
-common kind of colour blindness; each has a contrast of at least 3 to the ground.
+The first four, drawn as solid lines, and the last four, drawn as dashed lines, are distinguishable with every common kind of
+color blindness. Each color has a contrast of at least 3 to the ground.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ SERIES: tuple[tuple[str, str], ...] = (
     ("#8a7400", "#ef8fb0"),
     ("#338ddf", "#4fd6e6"),
 )
-WHOLE_LINES = 4
+SOLID_LINES = 4
 
-VARIABLES = {f"series-{place}": pair for place, pair in enumerate(SERIES)}
+VARIABLES = {f"series-{index}": pair for index, pair in enumerate(SERIES)}
 
 
-def look(place: int) -> tuple[int, int]:
-    """The colour and the dash of the series that comes ``place``-th; after sixteen they begin again."""
-    color = place % len(SERIES)
-    return color, (color >= WHOLE_LINES) + 2 * (place // len(SERIES) % 2)
+def color_and_dash(index: int) -> tuple[int, int]:
+    """Return the color and the dash of series ``index``. They repeat after 16 series."""
+    color = index % len(SERIES)
+    return color, (color >= SOLID_LINES) + 2 * (index // len(SERIES) % 2)

@@ -1,16 +1,16 @@
-"""The report on a reward model: is it right, on which pairs, does it go by length, is it as sure as it should be."""
+"""The report on a reward model: accuracy, length bias, and calibration on held-out pairs."""
 
-from reinforcepp.reports.reward_model.figures import Analysis, RewardFigures, analyse, summary
-from reinforcepp.reports.reward_model.terminal import tell
+from reinforcepp.reports.reward_model.metrics import Analysis, RewardMetrics, analyze, summary
+from reinforcepp.reports.reward_model.terminal import print_summary
 from reinforcepp.reports.reward_model.write import save_pairs, write_page, write_reward_report
 
 __all__ = [
     "Analysis",
-    "RewardFigures",
-    "analyse",
+    "RewardMetrics",
+    "analyze",
+    "print_summary",
     "save_pairs",
     "summary",
-    "tell",
     "write_page",
     "write_reward_report",
 ]

@@ -1,4 +1,4 @@
-"""What a reward model is worth, in a few lines on the terminal."""
+"""A summary of a reward model on the terminal."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from reinforcepp.monitoring import console, echo
-from reinforcepp.reports.reward_model.figures import Analysis, Bucket
+from reinforcepp.reports.reward_model.metrics import Analysis, Bucket
 from reinforcepp.reports.reward_model.verdict import is_sound, verdict
 from reinforcepp.rewards.card import RewardCard
 
-ENOUGH_FOR_TABLES = 40
+MIN_PAIRS_FOR_TABLES = 40
 
 
-def tell(card: RewardCard, analysis: Analysis | None) -> None:
-    """Figures, verdict and, where there are enough pairs, in which of them the model is right."""
+def print_summary(card: RewardCard, analysis: Analysis | None) -> None:
+    """Print metrics, verdict and, for enough pairs, accuracy by margin and by length difference."""
     if analysis is None:
-        echo("No pair was held out, so nothing is known about this reward model beyond its training data.", "yellow")
+        echo("No pairs were held out, so the quality of this reward model is unknown.", "yellow")
         return
-    f = analysis.figures
-    ties = f", {f.ties} ties" if f.ties else ""
+    m = analysis.metrics
+    ties = f", {m.ties} ties" if m.ties else ""
     echo(
-        f"Held out {f.pairs} pairs: accuracy {f.accuracy:.2f}{ties} (the longer one wins: {f.longer_wins:.2f}), "
-        f"margin {f.mean_margin:.2f}, calibration error {f.calibration_error:.2f}, "
-        f"correlation of score with length {f.length_correlation:+.2f}"
+        f"{m.pairs} held-out pairs: accuracy {m.accuracy:.2f}{ties} (length-only baseline {m.longer_wins:.2f}), "
+        f"mean margin {m.mean_margin:.2f}, calibration error {m.calibration_error:.2f}, "
+        f"correlation of score and length {m.length_correlation:+.2f}"
     )
-    if f.pairs >= ENOUGH_FOR_TABLES:
+    if m.pairs >= MIN_PAIRS_FOR_TABLES:
         console.print(bucket_table("margin", analysis.by_margin))
-        console.print(bucket_table("chosen answer", analysis.by_length_difference))
+        console.print(bucket_table("chosen response", analysis.by_length_difference))
     echo(verdict(analysis, card.train_accuracy), "green" if is_sound(analysis) else "yellow")
 
 
 def bucket_table(title: str, buckets: Sequence[Bucket]) -> Table:
-    """One row per bucket; its labels are ours, never text of the data."""
-    table = Table(title, "pairs", "accuracy", "95 % interval")
+    """Return a table with one row per bucket. The labels never contain text of the data."""
+    table = Table(title, "pairs", "accuracy", "95% interval")
     for column in table.columns[1:]:
         column.justify = "right"
     for bucket in buckets:

@@ -1,97 +1,98 @@
-"""What a reward model is worth, in one sentence, and no surer than the number of held-out pairs allows."""
+"""The verdict on a reward model in one sentence, as certain as the number of held-out pairs allows."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from reinforcepp.reports.reward_model.figures import Analysis, Share, difference
+from reinforcepp.reports.reward_model.metrics import Analysis, Share, difference
 
 SOUND = ("Usable", "Good")
-ENOUGH_PAIRS, ENOUGH_OF_A_KIND = 20, 10
+MIN_PAIRS, MIN_PAIRS_BY_LENGTH = 20, 10
 USABLE, GOOD = 0.6, 0.7
-"""What accuracy has to reach, and the lower end of its interval; people agree with each other on about 0.7 of pairs."""
-LEANING, UNTOLD = 0.1, 0.3
-"""Gap between the accuracies by which answer is longer: from where on it matters, and from where on it must show."""
-BY_HEART = 0.1
+"""Thresholds of the accuracy and of the lower end of its interval. Human annotators agree on about 0.7 of pairs."""
+BIASED_GAP, VISIBLE_GAP = 0.1, 0.3
+"""Gap between the accuracies with the longer and the shorter response chosen: from the first on, it is a length bias; a gap
+up to the second can hide in a wide interval."""
+OVERFIT_GAP = 0.1
 
 
-class Leaning(NamedTuple):
-    """Whether scores go by length, in words; ``decisive`` where length is all that a policy would learn from them."""
+class LengthBias(NamedTuple):
+    """The length bias in words; ``decisive`` if length is all that a policy would learn from the scores."""
 
     text: str
     decisive: bool = False
 
 
-UNTOLD_LENGTH = Leaning("too few pairs of unequal length to tell whether it goes by length")
+UNKNOWN_BIAS = LengthBias("too few pairs of unequal length to measure the length bias")
 
 
 def verdict(analysis: Analysis, train_accuracy: float | None = None) -> str:
-    """``Good: accuracy 0.96 on 122 held-out pairs (95 % interval 0.91 to 0.98); doesn't go by length; ...``."""
+    """``Good: accuracy 0.96 on 122 held-out pairs (95% interval 0.91 to 0.98); no length bias; ...``."""
     right = analysis.right
     pairs = "1 held-out pair" if right.count == 1 else f"{right.count} held-out pairs"
-    known = f"accuracy {right.value:.2f} on {pairs} (95 % interval {right.low:.2f} to {right.high:.2f})"
+    known = f"accuracy {right.value:.2f} on {pairs} (95% interval {right.low:.2f} to {right.high:.2f})"
     parts = [f"{worth(analysis)}: {known}"]
     if not is_too_few(right):
-        parts += [leaning(analysis).text, calibration_part(analysis)]
-        if train_accuracy is not None and train_accuracy > max(right.high, right.value + BY_HEART):
-            parts.append(f"learned by heart ({train_accuracy:.2f} on its training pairs)")
+        parts += [length_bias(analysis).text, calibration_part(analysis)]
+        if train_accuracy is not None and train_accuracy > max(right.high, right.value + OVERFIT_GAP):
+            parts.append(f"overfit (accuracy {train_accuracy:.2f} on its training pairs)")
     return "; ".join(parts) + "."
 
 
 def is_sound(analysis: Analysis) -> bool:
-    """Whether a policy may be trained against it."""
+    """Return whether the reward model is good enough to train a policy with."""
     return worth(analysis) in SOUND
 
 
 def is_too_few(right: Share) -> bool:
-    """Whether a coin and a good model are both possible."""
-    return right.count < ENOUGH_PAIRS or (right.low <= 0.5 and right.high >= GOOD)
+    """Return whether the interval allows both chance and a good model."""
+    return right.count < MIN_PAIRS or (right.low <= 0.5 and right.high >= GOOD)
 
 
 def worth(analysis: Analysis) -> str:
-    """The sentence's beginning."""
+    """Return the start of the verdict."""
     right = analysis.right
     if is_too_few(right):
-        return "Too few held-out pairs to tell"
+        return "Inconclusive (too few held-out pairs)"
     if right.high < 0.5:
         return "Worse than chance (are chosen and rejected swapped?)"
     if right.low <= 0.5 or right.value < USABLE:
         return "Near chance (a policy trained against it won't improve)"
-    if leaning(analysis).decisive:
+    if length_bias(analysis).decisive:
         return "Doubtful"
     return SOUND[right.low >= GOOD]
 
 
-def leaning(analysis: Analysis) -> Leaning:
-    """Is it right more often where the chosen answer is the longer one, or where it is the shorter one?"""
-    figures, longer, shorter = analysis.figures, analysis.longer, analysis.shorter
-    for word, wins in (("longer", figures.longer_wins), ("shorter", 1 - figures.longer_wins)):
-        if wins > 0.5 and wins >= figures.accuracy:
-            return Leaning(f"no better than taking the {word} answer ({wins:.2f})", decisive=True)
-    if longer is None or shorter is None or min(longer.count, shorter.count) < ENOUGH_OF_A_KIND:
-        return UNTOLD_LENGTH
+def length_bias(analysis: Analysis) -> LengthBias:
+    """Return whether accuracy depends on which response is longer."""
+    metrics, longer, shorter = analysis.metrics, analysis.longer, analysis.shorter
+    for word, wins in (("longer", metrics.longer_wins), ("shorter", 1 - metrics.longer_wins)):
+        if wins > 0.5 and wins >= metrics.accuracy:
+            return LengthBias(f"no better than choosing the {word} response ({wins:.2f})", decisive=True)
+    if longer is None or shorter is None or min(longer.count, shorter.count) < MIN_PAIRS_BY_LENGTH:
+        return UNKNOWN_BIAS
     low, high = difference(longer, shorter)
-    if low > 0 and longer.value - shorter.value >= LEANING:
-        return _leaning("longer", longer, shorter)
-    if high < 0 and shorter.value - longer.value >= LEANING:
-        return _leaning("shorter", shorter, longer)
-    return UNTOLD_LENGTH if max(-low, high) > UNTOLD else Leaning("doesn't go by length")
+    if low > 0 and longer.value - shorter.value >= BIASED_GAP:
+        return _biased("longer", longer, shorter)
+    if high < 0 and shorter.value - longer.value >= BIASED_GAP:
+        return _biased("shorter", shorter, longer)
+    return UNKNOWN_BIAS if max(-low, high) > VISIBLE_GAP else LengthBias("no length bias")
 
 
-def _leaning(word: str, better: Share, worse: Share) -> Leaning:
+def _biased(word: str, better: Share, worse: Share) -> LengthBias:
     other = "shorter" if word == "longer" else "longer"
     decisive = worse.high < 0.5
-    return Leaning(
-        f"{'goes by length and takes' if decisive else 'leans towards'} the {word} answer ({better.value:.2f} right where "
-        f"the chosen one is {word}, {worse.value:.2f} where it is {other})",
+    return LengthBias(
+        f"{'length-biased: chooses' if decisive else 'leans towards'} the {word} response (accuracy {better.value:.2f} if the "
+        f"chosen response is {word}, {worse.value:.2f} if it is {other})",
         decisive,
     )
 
 
 def calibration_part(analysis: Analysis) -> str:
-    """Whether it is as sure as it is right, on average."""
-    sure, right = analysis.confidence, analysis.right
-    if right.low <= sure <= right.high:
-        return "as sure as it should be"
-    word = "overconfident" if sure > right.high else "less sure than it could be"
-    return f"{word} (sure to {sure:.2f}, right in {right.value:.2f})"
+    """Return whether mean confidence matches accuracy."""
+    confidence, right = analysis.confidence, analysis.right
+    if right.low <= confidence <= right.high:
+        return "well calibrated"
+    word = "overconfident" if confidence > right.high else "underconfident"
+    return f"{word} (confidence {confidence:.2f}, accuracy {right.value:.2f})"

@@ -1,1 +1,1 @@
-"""The report of one run, or of several compared: one page that opens offline."""
+"""The report of one run, or of several compared, as one page that opens offline."""

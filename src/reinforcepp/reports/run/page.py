@@ -1,182 +1,261 @@
-"""The report as one page that opens offline: what became of the run, why, what it said, and how to do it again."""
+"""The run report: the data of its page, for one run or for several compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from markupsafe import Markup
+
+from reinforcepp.data import count
+from reinforcepp.monitoring import printable
 from reinforcepp.monitoring.doctor import Finding
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.reports import charts
-from reinforcepp.reports.charts.palette import look
-from reinforcepp.reports.charts.words import number
-from reinforcepp.reports.html import page
+from reinforcepp.reports.charts.palette import color_and_dash
+from reinforcepp.reports.html import asset, macro, render
+from reinforcepp.reports.numbers import number
 from reinforcepp.reports.run import curves, summary
-from reinforcepp.reports.run.answers import pairs_html, samples_html
-from reinforcepp.reports.run.html import copyable, facts, missing, section, table, text
-from reinforcepp.reports.run.samples import choose_pairs, choose_samples
-from reinforcepp.reports.run.settings import Setting, differing, recipe, settings_of
+from reinforcepp.reports.run.samples import Group, Pair, Sample, choose_pairs, choose_samples
+from reinforcepp.reports.run.settings import differing, reproduce, settings_of
 
+PAIR_BYTES, SAMPLE_BYTES = 1_200_000, 800_000  # of the page, for all runs together
 EVENTS_SHOWN = 200
 LONGEST_EVENT = 500
-JUDGE = "builtin:judge"  # what auto means, where there is one
-# A reward model's figures in words; others are left to its own report.
-CARD_FIGURES = {
+JUDGE = "builtin:judge"  # the judge that "auto" stands for
+NAMED_FILES = 3
+
+ORDERS = {
+    "gain": "largest gain first",
+    "loss": "largest loss first",
+    "judge": "lowest judge score first",
+}
+# Labels of a reward model's metrics. Its own report shows the others.
+CARD_METRICS = {
     "pairs": "held-out pairs",
-    "accuracy": "accuracy on them",
-    "longer_wins": "accuracy of: the longer answer wins",
+    "accuracy": "accuracy",
+    "longer_wins": "length-only baseline",
     "mean_margin": "mean margin",
     "calibration_error": "calibration error",
     "length_correlation": "correlation of score and length",
 }
-
-_FOLDER = Path(__file__).parent
+DOCTOR, ANSWERS, SAMPLES = ("findings", "Doctor"), ("answers", "Before and after"), ("samples", "Samples")
+DETAILS = [("settings", "Settings"), ("environment", "Environment and data"), ("again", "Reproduce the run")]
 
 
 def report_page(
     runs: Mapping[str, RunRecord], samples: int, findings: Mapping[str, Sequence[Finding]] | None = None
 ) -> str:
-    """The page of one run, or of several laid over each other.
+    """Return the page of one run, or of several runs with overlaid curves.
 
     Args:
-        runs: by the names under which they are shown.
-        samples: completions to show of each moment.
-        findings: by the same names, what a check of the runs has found; None for no such part of the page.
+        runs: by the names to show.
+        samples: completions to show of each group.
+        findings: of the doctor, by the same names; None omits that section.
     """
-    if len(runs) == 1:
-        ((name, record),) = runs.items()
-        title, parts = f"Run report: {name}", _of_one(name, record, samples, (findings or {}).get(name))
+    views = [
+        _view(name, index, record, samples, 1 / len(runs), (findings or {}).get(name))
+        for index, (name, record) in enumerate(runs.items())
+    ]
+    groups = {"curves": _curves(runs), "diagnostics": _diagnostics(runs), "speed": _speed(runs)}
+    drawn = [
+        (id, title)
+        for id, title in (("curves", "Curves"), ("diagnostics", "Diagnostics"), ("speed", "Speed"))
+        if any(groups[id].values())
+    ]
+    if len(views) == 1:
+        own = views[0]["sections"]
+        first, last = [s for s in own if s == DOCTOR], [s for s in own if s not in (DOCTOR, ANSWERS, SAMPLES)]
+        sections = [*first, *drawn[:1], ANSWERS, SAMPLES, *drawn[1:], *last]
     else:
-        title, parts = "Runs compared", _of_several(runs, samples, findings)
-    style = charts.STYLE + (_FOLDER / "report.css").read_text(encoding="utf-8")
-    script = (_FOLDER / "report.js").read_text(encoding="utf-8")
-    return page(title, "".join(parts), style, (*charts.SCRIPTS, script))
+        sections = [("metrics", "Metrics"), ("differences", "Settings that differ"), *drawn, ("runs", "Each run")]
+    return render(
+        "run.html",
+        title=f"Run report: {views[0]['name']}" if len(views) == 1 else "Runs compared",
+        style=charts.STYLE + asset("static/run.css"),
+        scripts=(*charts.SCRIPTS, asset("static/run.js")),
+        runs=views,
+        names=list(runs),
+        sections=sections,
+        charts=groups,
+        metric_table=_metric_table(runs),
+        differences=[[name, *values] for name, values in differing(runs)],
+    )
 
 
-# --- one run ----------------------------------------------------------------------------------------------------------
-
-
-def _of_one(name: str, record: RunRecord, samples: int, findings: Sequence[Finding] | None) -> list[str]:
-    verdict = summary.verdict(record)
-    named = {name: record}
-    parts = [
-        ("findings", "What the doctor says", _findings(findings) if findings is not None else ""),
-        ("curves", "Curves", _curves(named)),
-        ("answers", "Before and after", pairs_html(choose_pairs(record), 1)),
-        ("samples", "Samples", samples_html(choose_samples(record, samples), 1)),
-        ("diagnostics", "Diagnostics", _diagnostics(named)),
-        ("speed", "Speed", _charts(curves.speed_charts(named))),
-        ("events", "Events", _events(record)),
-        ("settings", "Settings", _settings(record)),
-        ("environment", "Environment and data", _environment(record)),
-        ("again", "How to reproduce", _again(record)),
-    ]
-    return [
-        f'<header><p class="kicker">Run report</p><h1>{text(name)}</h1><p class="quiet">{_origin(record)}</p>'
-        f'<p class="verdict {verdict.tone}">{text(verdict.text)}</p></header>',
-        _contents([(key, title) for key, title, part in parts if part]),
-        f"<main>{_cards(summary.figures(record))}{''.join(section(*part) for part in parts if part[2])}</main>",
-    ]
+def _view(
+    name: str, index: int, record: RunRecord, samples: int, share: float, findings: Sequence[Finding] | None
+) -> dict[str, Any]:
+    """Return what the page shows of one run; ``share`` is its part of the page's size."""
+    sections = [DOCTOR] if findings is not None else []
+    sections += [ANSWERS, SAMPLES, *([("events", "Events")] if record.events else []), *DETAILS]
+    return {
+        "name": name,
+        "style": color_and_dash(index),
+        "sections": sections,
+        "origin": _origin(record),
+        "verdict": summary.verdict(record),
+        "metrics": summary.key_metrics(record),
+        "findings": findings,
+        "answers": _answers(record, share),
+        "samples": _samples(record, samples, share),
+        "events": _events(record),
+        "settings": settings_of(record),
+        "environment": _environment(record),
+        "again": {"command": record.facts.get("command"), "recipe": reproduce(record)},
+    }
 
 
 def _origin(record: RunRecord) -> str:
     settings, rewards = record.settings, record.facts.get("rewards") or ()
-    trained = f"{settings['model']} trained" if "model" in settings else "A model that was passed in, trained"
+    trained = f"{settings['model']} trained" if "model" in settings else "A model passed from Python, trained"
     named = settings.get("rewards") or filter(None, [settings.get("reward_model")])
     against = ", ".join(named) or ", ".join(str(reward.get("name")) for reward in rewards)
-    parts = [f"{trained} with {settings.get('estimator', 'an estimator that it does not tell')}"]
+    parts = [f"{trained} with {settings.get('estimator', 'an unrecorded estimator')}"]
     parts += [f"on {settings['data']}"] if "data" in settings else []
     parts += [f"against {against}"] if against else []
     began = f" Started {record.facts['started'][:16].replace('T', ' ')}." if record.facts.get("started") else ""
-    return text(f"{' '.join(parts)}. {summary.status(record)}{began}")
+    return f"{' '.join(parts)}. {summary.status(record)}{began}"
 
 
-def _cards(figures: Sequence[summary.Figure]) -> str:
-    cards = "".join(
-        f'<div class="card {figure.tone}"><dt>{text(figure.name)}</dt><dd><b>{text(figure.value)}</b>'
-        f"<span>{text(figure.note)}</span></dd></div>"
-        for figure in figures
-    )
-    return f'<dl class="cards">{cards}</dl>'
+# --- charts -----------------------------------------------------------------------------------------------------------
 
 
-def _contents(parts: Sequence[tuple[str, str]]) -> str:
-    links = "".join(f'<a href="#{name}">{text(title)}</a>' for name, title in parts)
-    return f'<nav aria-label="Contents">{links}</nav>'
-
-
-def _curves(runs: Mapping[str, RunRecord]) -> str:
+def _curves(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
     drawn = curves.outcome_charts(runs)
     if not drawn:
-        return missing("The log holds no steps yet, so there are no curves.")
-    skipped = sum(1 for record in runs.values() for step in record.metrics if "reward" not in step)
-    told = f'<p class="quiet">Gaps are steps without an update; there are {skipped:,}.</p>' if skipped else ""
-    return f"{charts.controls()}{told}{_charts(drawn)}"
-
-
-def _diagnostics(runs: Mapping[str, RunRecord]) -> str:
-    drawn, constant = curves.diagnostic_charts(runs)
-    told = f'<p class="quiet">The same at every step: {text(", ".join(constant))}.</p>' if constant else ""
-    return _charts(drawn) + told
-
-
-def _charts(drawn: Sequence[str]) -> str:
-    return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
-
-
-def _findings(findings: Sequence[Finding]) -> str:
-    if not findings:
-        return '<p class="quiet">The doctor found nothing wrong.</p>'
-    items = "".join(
-        f'<li class="finding {text(found.severity)}"><h3><span class="badge">{text(found.severity)}</span> '
-        f'{text(found.title)}</h3><dl class="facts">'
-        + "".join(
-            f"<div><dt>{label}</dt><dd>{text(value)}</dd></div>"
-            for label, value in (("Evidence", found.evidence), ("Cause", found.cause), ("Cure", found.cure))
-            if value
+        return {"missing": "The log has no steps yet, so there are no curves."} | dict.fromkeys(
+            ("controls", "before", "drawn", "after"), ""
         )
-        + "</dl></li>"
-        for found in findings
-    )
-    return f'<ul class="findings">{items}</ul>'
+    gaps = sum(1 for record in runs.values() for step in record.metrics if "reward" not in step)
+    before = f"Gaps are steps without an update ({gaps:,} in total)." if gaps else ""
+    return {"missing": "", "controls": charts.controls(), "before": before, "drawn": drawn, "after": ""}
 
 
-def _events(record: RunRecord) -> str:
-    if not record.events:
-        return ""
-    items = "".join(
-        f"<li><time>{text(str(event.get('time', ''))[:19].replace('T', ' '))}</time> "
-        f"{text(str(event.get('event', ''))[:LONGEST_EVENT])}</li>"
-        for event in record.events[-EVENTS_SHOWN:]
+def _diagnostics(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
+    drawn, constant = curves.diagnostic_charts(runs)
+    after = f"Constant at every step: {', '.join(constant)}." if constant else ""
+    return {"missing": "", "controls": "", "before": "", "drawn": drawn, "after": after}
+
+
+def _speed(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
+    return {"missing": "", "controls": "", "before": "", "drawn": curves.speed_charts(runs), "after": ""}
+
+
+# --- responses --------------------------------------------------------------------------------------------------------
+
+
+def _answers(record: RunRecord, share: float) -> dict[str, Any]:
+    """Return the held-out responses before and after training, as many as fit into this run's part of the page."""
+    pairs = choose_pairs(record)
+    if pairs.missing:
+        return {"missing": pairs.missing}
+    show = macro("run_parts.html", "pair")
+    shown = [show(_pair(pair, pairs.when)) for pair in pairs.pairs]
+    by_change = sorted(range(len(shown)), key=lambda i: -abs(pairs.pairs[i].change))
+    fitting = set(by_change[: len(_within((shown[i] for i in by_change), int(PAIR_BYTES * share)))])
+    skipped = (
+        f" The page shows {len(fitting)} of {len(shown)} prompts, those with the largest reward change; evaluations/ in the "
+        "run's folder has all of them."
+        if len(fitting) < len(shown)
+        else ""
     )
+    judged = any(None not in pair.judge for pair in pairs.pairs)
+    moment = "after it" if pairs.when == "after" else f"at {pairs.when}"
+    return {
+        "missing": "",
+        "introduction": f"Responses to {count(len(shown), 'held-out prompt')} before training and {moment}, sampled with the "
+        f"same seeds.{skipped}",
+        "charts": curves.held_out_charts(pairs),
+        "orders": [(name, label) for name, label in ORDERS.items() if judged or name != "judge"],
+        "pairs": [pair for i, pair in enumerate(shown) if i in fitting],
+    }
+
+
+def _pair(pair: Pair, when: str) -> dict[str, Any]:
+    return {
+        "prompt": pair.prompt,
+        "gain": f"{pair.change:.6g}",
+        "judge": f"{pair.judge[1] if pair.judge[1] is not None else 0.0:.6g}",
+        "same": pair.responses[0] == pair.responses[1],
+        "change": f"{pair.change:+.2f}" if None not in pair.rewards else "",
+        "tone": "gain" if pair.change > 0 else "loss" if pair.change < 0 else "",
+        "responses": [
+            (title, _score(reward, judge), response)
+            for title, reward, judge, response in zip(
+                ("Before", when.capitalize()), pair.rewards, pair.judge, pair.responses, strict=True
+            )
+        ],
+    }
+
+
+def _score(reward: float | None, judge: float | None) -> str:
+    parts = [f"reward {reward:+.2f}"] if reward is not None else []
+    parts += [f"judge {number(judge)}"] if judge is not None else []
+    return ", ".join(parts)
+
+
+def _samples(record: RunRecord, per_group: int, share: float) -> dict[str, Any]:
+    """Return completions of an early, a middle and the last step and the highest-reward ones, with reward against length."""
+    samples = choose_samples(record, per_group)
+    if samples.missing:
+        return {"missing": samples.missing}
+    budget = int(SAMPLE_BYTES * share) // len(samples.groups)
+    show = macro("run_parts.html", "sample")
+
+    def group(each: Group) -> dict[str, Any]:
+        return {"title": each.title, "samples": _within((show(_sample(one)) for one in each.samples), budget)}
+
+    *steps, highest = map(group, samples.groups)
+    return {
+        "missing": "",
+        "damaged": _damaged(samples.damaged) if samples.damaged else "",
+        "steps": steps,
+        "highest": highest,
+        "charts": curves.length_charts(samples),
+    }
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    metrics = [f"reward {sample.reward:+.2f}"]
+    metrics += [f"{name} {value:+.2f}" for name, value in sample.rewards.items()]
+    metrics += [f"step {sample.step}"]
+    metrics += [count(sample.length, "token")] if sample.length is not None else []
+    metrics += [f"KL {sample.kl:.3f}"] if sample.kl is not None else []
+    metrics += ["truncated"] if sample.finish_reason == "length" else []
+    metrics += [f"generated {sample.seen} times"] if sample.seen > 1 else []
+    return {"metrics": metrics, "prompt": sample.prompt, "completion": sample.completion}
+
+
+def _damaged(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
+    return f"Skipped because they can't be read: {', '.join(names[:NAMED_FILES])}{more}."
+
+
+def _within(parts: Iterable[Markup], budget: int) -> list[Markup]:
+    """Return the first ``parts`` that fit into ``budget`` bytes."""
+    kept = []
+    for part in parts:
+        budget -= len(part.encode())
+        if budget < 0:
+            break
+        kept.append(part)
+    return kept
+
+
+# --- details ----------------------------------------------------------------------------------------------------------
+
+
+def _events(record: RunRecord) -> dict[str, Any]:
     more = len(record.events) - EVENTS_SHOWN
-    earlier = f'<p class="quiet">{more:,} earlier ones are in events.jsonl.</p>' if more > 0 else ""
-    return f'<p class="quiet">What was out of the ordinary.</p>{earlier}<ol class="events">{items}</ol>'
+    shown = [
+        (str(event.get("time", ""))[:19].replace("T", " "), str(event.get("event", ""))[:LONGEST_EVENT])
+        for event in record.events[-EVENTS_SHOWN:]
+    ]
+    return {"earlier": f"{more:,}" if more > 0 else "", "shown": shown}
 
 
-def _settings(record: RunRecord) -> str:
-    settings = settings_of(record)
-    if not settings:
-        return missing("The run noted no settings: it is from an older version.")
-    known = any(setting.default is not None for setting in settings)
-    changed = [setting for setting in settings if setting.differs]
-    rows = table(("setting", "value", "default"), map(_row, changed), "Settings that differ from the defaults")
-    some = rows if changed else '<p class="quiet">All are the defaults.</p>'
-    unknown = missing("This version knows no defaults for the kind of these settings, so they aren't compared.")
-    everything = table(("setting", "value", "default"), map(_row, settings), "All settings")
-    return (
-        f'<p class="quiet">{len(changed)} of {len(settings)} differ from the defaults.</p>{some}' if known else unknown
-    ) + f"<details{'' if known else ' open'}><summary>All {len(settings)} settings</summary>{everything}</details>"
-
-
-def _row(setting: Setting) -> list[str]:
-    value = f"<b>{text(setting.value)}</b>" if setting.differs else text(setting.value)
-    return [text(setting.name), value, text(setting.default if setting.default is not None else "-")]
-
-
-def _environment(record: RunRecord) -> str:
-    where = record.facts.get("environment") or {}
-    parts = [facts(where.items()) if where else missing("The run noted no environment: it is from an older version.")]
+def _environment(record: RunRecord) -> dict[str, Any]:
     inputs = record.facts.get("inputs") or {}
     counted = [
         (title, f"{record.facts[key]:,}")
@@ -185,119 +264,48 @@ def _environment(record: RunRecord) -> str:
     ]
     judged = record.settings.get("judge") or record.facts.get("judge")
     judge = [("judge", JUDGE if judged == "auto" else judged)] if record.facts.get("judge") else []
-    sources = [(name, f"{record.settings.get(name, 'passed in')}, fingerprint {inputs[name]}") for name in inputs]
-    parts.append("<h3>What it started from</h3>")
-    known = [*sources, *counted, *judge]
-    parts.append(facts(known) if known else missing("The run noted no fingerprints: it is from an older version."))
-    for card in record.reward_cards:
-        figures = card.get("figures") or {}
-        parts.append("<h3>Reward model</h3>")
-        origin = [
-            ("made from", card.get("base_model")),
-            ("on", card.get("data")),
-            ("training pairs", card.get("train_pairs")),
-        ]
-        told = [(label, number(figures[name])) for name, label in CARD_FIGURES.items() if name in figures]
-        digest = [("SHA-256 of the data", card["data_sha256"])] if card.get("data_sha256") else []
-        parts.append(facts([*((name, value) for name, value in origin if value is not None), *told, *digest]))
-    return "".join(parts)
-
-
-def _again(record: RunRecord) -> str:
-    parts = []
-    if record.facts.get("command"):
-        parts.append(
-            f"<h3>It was started with</h3>{copyable('The command it was started with', record.facts['command'])}"
-        )
-    again = recipe(record)
-    if again is not None:
-        parts.append("<h3>The same training, from its settings</h3><p>Save this as run.yaml,</p>")
-        parts.append(copyable("run.yaml", again.yaml) + "<p>and then:</p>" + copyable("The command", again.command))
-        parts.append(
-            '<p class="quiet">With the same versions on a CPU in float32 it gives the same weights and the same log, byte '
-            "for byte; on a GPU they agree to rounding.</p>"
-        )
-    elif record.settings:
-        parts.append(
-            missing(
-                "It was started from Python, with the settings above as ReinforceConfig, so there is no command for it."
-            )
-        )
-    return "".join(parts) or missing("The run noted neither a command nor settings: it is from an older version.")
-
-
-# --- several runs -----------------------------------------------------------------------------------------------------
-
-
-def _of_several(
-    runs: Mapping[str, RunRecord], samples: int, findings: Mapping[str, Sequence[Finding]] | None
-) -> list[str]:
-    verdicts = "".join(
-        f'<li class="verdict {(verdict := summary.verdict(record)).tone}">{_swatch(place)} <b>{text(name)}</b> '
-        f'{text(verdict.text)}<span class="quiet">{_origin(record)}</span></li>'
-        for place, (name, record) in enumerate(runs.items())
-    )
-    different = differing(runs)
-    told = (
-        table(
-            ["setting", *runs], ([text(name), *map(text, values)] for name, values in different), "Differing settings"
-        )
-        if different
-        else '<p class="quiet">None: the runs differ in nothing that they note.</p>'
-    )
-    details = "".join(
-        f'<details class="run"><summary>{_swatch(place)} {text(name)}</summary>'
-        f"{_details(record, samples, 1 / len(runs), (findings or {}).get(name))}</details>"
-        for place, (name, record) in enumerate(runs.items())
-    )
-    parts = [
-        ("figures", "Figures", _figure_table(runs)),
-        ("differences", "Settings that differ", told),
-        ("curves", "Curves", _curves(runs)),
-        ("diagnostics", "Diagnostics", _diagnostics(runs)),
-        ("speed", "Speed", _charts(curves.speed_charts(runs))),
-        ("runs", "Each run", details),
+    sources = [
+        (name, f"{record.settings.get(name, 'passed from Python')}, fingerprint {inputs[name]}") for name in inputs
     ]
-    return [
-        f'<header><p class="kicker">Run report</p><h1>{len(runs)} runs compared</h1>'
-        f'<ul class="verdicts">{verdicts}</ul></header>',
-        _contents([(key, title) for key, title, part in parts if part]),
-        f"<main>{''.join(section(*part) for part in parts if part[2])}</main>",
-    ]
+    return {
+        "packages": list((record.facts.get("environment") or {}).items()),
+        "inputs": [*sources, *counted, *judge],
+        "reward_models": [_reward_model(card) for card in record.reward_cards],
+    }
 
 
-def _details(record: RunRecord, samples: int, share: float, findings: Sequence[Finding] | None) -> str:
-    parts = [
-        ("What the doctor says", _findings(findings) if findings is not None else ""),
-        ("Before and after", pairs_html(choose_pairs(record), share)),
-        ("Samples", samples_html(choose_samples(record, samples), share)),
-        ("Events", _events(record)),
-        ("Settings", _settings(record)),
-        ("Environment and data", _environment(record)),
-        ("How to reproduce", _again(record)),
-    ]
-    return "".join(f"<h3>{title}</h3>{part}" for title, part in parts if part)
-
-
-def _figure_table(runs: Mapping[str, RunRecord]) -> str:
-    found = {name: {figure.name: figure for figure in summary.figures(record)} for name, record in runs.items()}
-    names = list(dict.fromkeys(name for own in found.values() for name in own))
-    notes = {name: {own[name].note for own in found.values() if name in own} for name in names}
-    shared = {name: own.pop() for name, own in notes.items() if len(own) == 1}  # said once, above
-    titles = [f"{name}, {shared[name]}" if shared.get(name) else name for name in names]
+def _reward_model(card: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    metrics = card.get("figures") or {}
     rows = [
-        [f"{_swatch(place)} {text(run)}", *(_cell(own.get(name), name not in shared) for name in names)]
-        for place, (run, own) in enumerate(found.items())
+        ("base model", card.get("base_model")),
+        ("data", card.get("data")),
+        ("training pairs", card.get("train_pairs")),
+        *((label, number(metrics[name])) for name, label in CARD_METRICS.items() if name in metrics),
+        ("SHA-256 of the data", card.get("data_sha256") or None),
     ]
-    return table(["run", *titles], rows, "Figures of each run")
+    return [(name, value) for name, value in rows if value is not None]
 
 
-def _cell(figure: summary.Figure | None, noted: bool) -> str:
-    if figure is None:
+def _metric_table(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
+    found = {name: {metric.name: metric for metric in summary.key_metrics(record)} for name, record in runs.items()}
+    names = list(dict.fromkeys(name for metrics in found.values() for name in metrics))
+    notes = {name: {metrics[name].note for metrics in found.values() if name in metrics} for name in names}
+    shared = {name: values.pop() for name, values in notes.items() if len(values) == 1}  # once, in the header
+    swatch = macro("macros.html", "swatch")
+    return {
+        "titles": ["run", *(f"{name}, {shared[name]}" if shared.get(name) else name for name in names)],
+        "rows": [
+            [
+                swatch(color_and_dash(index)) + Markup(" {}").format(printable(run)),
+                *(_cell(metrics.get(name), name not in shared) for name in names),
+            ]
+            for index, (run, metrics) in enumerate(found.items())
+        ],
+    }
+
+
+def _cell(metric: summary.Metric | None, with_note: bool) -> str:
+    if metric is None:
         return "-"
-    return f"<b>{text(figure.value)}</b>" + (f'<span class="quiet">{text(figure.note)}</span>' if noted else "")
-
-
-def _swatch(place: int) -> str:
-    color, dash = look(place)
-    return f'<span class="swatch dash-{dash}" style="--own:var(--series-{color})"></span>'
+    note = Markup('<span class="quiet">{}</span>').format(metric.note) if with_note else ""
+    return Markup("<b>{}</b>").format(metric.value) + note

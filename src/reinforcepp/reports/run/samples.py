@@ -1,4 +1,4 @@
-"""Which of a run's answers to show: of its beginning, middle and end, the best paid ones, and held-out ones twice."""
+"""The responses that a run report shows: early, middle, late and highest-reward completions, and held-out responses."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from reinforcepp.monitoring import Progress
 from reinforcepp.monitoring.completion_log import COMPLETIONS, evaluation_file, files_of_steps, read_answers
 from reinforcepp.monitoring.run_record import RunRecord
 
-POINTS = 700  # of the early and of the late third, in reward against length
-LOOKED_AT = 1000  # of the best paid completions, to find different ones
-OLDER = "it is from an older version, or they were removed"
+MAX_POINTS = 700  # of the early and of the late third, in reward against length
+BEST_COMPLETIONS = 1000  # of highest reward, among which distinct texts are found
+MISSING_REASON = "because an older version wrote it or they were removed"
+PROGRESS_FILES = 300  # from this many files, reading takes a while and shows its progress
 
-_Answer = dict[str, Any]
-WORTH_TELLING = 300  # files, from which reading takes a while
+_Columns = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion; ``seen`` counts it among those that were looked at."""
+    """A completion; ``seen`` counts its text among the completions of highest reward."""
 
     step: int
     prompt: str
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Group:
-    """Samples that belong together, under a title."""
+    """Samples under one title."""
 
     title: str
     samples: Sequence[Sample]
@@ -47,9 +47,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is shown of a run's completions, or why nothing is.
+    """The completions to show, or the reason why there are none.
 
-    ``early`` and ``late`` are (length, reward, step) of completions of the first and the last third of the steps.
+    ``early`` and ``late`` are (length, reward, step) of completions from the first and the last third of the steps.
     """
 
     groups: Sequence[Group] = ()
@@ -61,24 +61,24 @@ class Samples:
 
 @dataclass(frozen=True)
 class Pair:
-    """A held-out prompt with two answers, of before and of later; figures are (before, later)."""
+    """A held-out prompt with its responses and their metrics, each as (before, later)."""
 
     prompt: str
-    answers: tuple[str, str]
+    responses: tuple[str, str]
     rewards: tuple[float | None, float | None]
     judge: tuple[float | None, float | None]
     lengths: tuple[float | None, float | None] = (None, None)
 
     @property
     def change(self) -> float:
-        """What the reward has gained; 0 where one of the two is unknown."""
+        """Change of the reward; 0 if one of the two is unknown."""
         before, after = self.rewards
         return after - before if before is not None and after is not None else 0.0
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Held-out answers before and ``when``, the largest gain first; or why there are none."""
+    """Held-out responses before training and at ``when``, the largest gain first, or the reason why there are none."""
 
     when: str = "after"
     pairs: Sequence[Pair] = ()
@@ -86,27 +86,27 @@ class Pairs:
 
 
 class _Row(NamedTuple):
-    """What a completion was worth, negative so that the best come first, and where it is."""
+    """A completion's reward, negative so that the highest sorts first, and its location."""
 
     cost: float
     step: int
     file: Path
-    place: int
+    position: int
     length: int | None
 
 
 def choose_samples(record: RunRecord, number: int) -> Samples:
-    """``number`` completions each of the first, the middle and the last step, and of the highest reward there was.
+    """Return ``number`` completions of the first, middle and last step each, and of the highest rewards of the run.
 
-    Of a step, they are spread from its lowest reward to its highest.
+    Those of a step are spread evenly over the order of its rewards.
     """
     files = files_of_steps(record.folder)
     if not files or not number:
         return Samples(missing=_why_none(record, number))
     scan = _Scan(files)
-    best = heapq.nsmallest(LOOKED_AT, scan.rows())
+    best = heapq.nsmallest(BEST_COMPLETIONS, scan.rows())
     if not best:
-        return Samples(missing=f"None of the files in {COMPLETIONS} can be read.", damaged=scan.damaged)
+        return Samples(missing=f"No file in {COMPLETIONS} can be read.", damaged=scan.damaged)
     tables = _Tables()
     steps = sorted({step for step, _ in scan.readable})
     chosen: dict[int, str] = {}
@@ -116,25 +116,25 @@ def choose_samples(record: RunRecord, number: int) -> Samples:
         Group(title, [tables.sample(row) for row in _spread(scan.of_step(step), number)])
         for step, title in chosen.items()
     ]
-    groups.append(Group("Highest reward of the whole run", _highest(best, number, tables)))
+    groups.append(Group("Highest rewards of the run", _highest(best, number, tables)))
     return Samples(groups, scan.early, scan.late, None, scan.damaged)
 
 
 def choose_pairs(record: RunRecord) -> Pairs:
-    """The held-out answers before training beside the latest ones."""
+    """Return the held-out responses before training with the latest ones."""
     when = latest(record.evaluations)
     if "before" not in record.evaluations:
-        return Pairs(missing="No held-out prompts were answered, see eval_prompts and heldout_fraction.")
+        return Pairs(missing="No held-out prompts were evaluated. See eval_prompts and heldout_fraction.")
     if when is None:
-        return Pairs(missing="Held-out prompts were answered before training, but not yet again.")
+        return Pairs(missing="Held-out prompts were evaluated before training, but not yet again.")
     try:
         before, after = (read_answers(evaluation_file(record.folder, name)) for name in ("before", when))
     except (OSError, ValueError) as error:
-        return Pairs(when, missing=f"The answers to held-out prompts can't be read: {error}.")
+        return Pairs(when, missing=f"The held-out responses can't be read: {error}.")
     if not before or not after:
         return Pairs(
             when,
-            missing="The run holds no answers to held-out prompts: it is from an older version, or they were removed.",
+            missing=f"The run has no held-out responses {MISSING_REASON}.",
         )
     pairs = [
         Pair(
@@ -150,13 +150,13 @@ def choose_pairs(record: RunRecord) -> Pairs:
 
 
 def latest(evaluations: Mapping[str, Any]) -> str | None:
-    """The name of the last evaluation that isn't the first: after, or else step N."""
+    """Return the name of the last evaluation after training began: ``after``, otherwise ``step N``."""
     steps = [name for name in evaluations if name.startswith("step ")]
     return "after" if "after" in evaluations else max(steps, key=step_of, default=None)
 
 
 def step_of(name: str) -> int:
-    """The N of an evaluation called ``step N``."""
+    """Return N for an evaluation called ``step N``."""
     return int(name.removeprefix("step "))
 
 
@@ -165,14 +165,14 @@ def step_of(name: str) -> int:
 
 def _why_none(record: RunRecord, number: int) -> str:
     if not number:
-        return "No samples were asked for (samples is 0)."
+        return "samples is 0, so the page shows no completions."
     if record.settings.get("log_completions") is False:
-        return "The run kept no completions, because log_completions was off."
-    return f"The run holds no completions: {OLDER}."
+        return "The run saved no completions because log_completions was off."
+    return f"The run has no completions {MISSING_REASON}."
 
 
 class _Scan:
-    """Goes through all completions once, without their texts: a long run has millions."""
+    """One pass over all completions without their texts, because a long run has millions."""
 
     def __init__(self, files: Sequence[tuple[int, Path]]) -> None:
         self.files = files
@@ -182,24 +182,24 @@ class _Scan:
         self.late: list[tuple[int, float, int]] = []
 
     def rows(self) -> Iterator[_Row]:
-        """Every completion; on the way, points of the early and the late third are kept."""
+        """Yield every completion, and keep points of the early and the late third."""
         third = len(self.files) // 3
-        quiet = len(self.files) < WORTH_TELLING
+        quiet = len(self.files) < PROGRESS_FILES
         with nullcontext() if quiet else Progress("reading completions", len(self.files)) as progress:
             for i, (step, file) in enumerate(self.files):
                 rows = self._of_file(step, file)
                 if rows:
                     self.readable.append((step, file))
-                for points, place in ((self.early, i), (self.late, len(self.files) - 1 - i)):
-                    if place < third:
-                        points += _points(rows, POINTS * (place + 1) // third - POINTS * place // third)
+                for points, index in ((self.early, i), (self.late, len(self.files) - 1 - i)):
+                    if index < third:
+                        points += _points(rows, MAX_POINTS * (index + 1) // third - MAX_POINTS * index // third)
                 yield from rows
                 if progress is not None:
                     progress.step(f"step {step}")
 
     def of_step(self, step: int) -> list[_Row]:
-        """The completions of one step."""
-        return [row for own, file in self.readable if own == step for row in self._of_file(own, file)]
+        """Return the completions of one step."""
+        return [row for number, file in self.readable if number == step for row in self._of_file(number, file)]
 
     def _of_file(self, step: int, file: Path) -> list[_Row]:
         from pyarrow import parquet
@@ -212,14 +212,14 @@ class _Scan:
         rewards = columns.get("reward", [])
         lengths = columns.get("length", [None] * len(rewards))
         return [
-            _Row(-float(reward), step, file, place, length)
-            for place, (reward, length) in enumerate(zip(rewards, lengths, strict=True))
+            _Row(-float(reward), step, file, index, length)
+            for index, (reward, length) in enumerate(zip(rewards, lengths, strict=True))
             if reward is not None and math.isfinite(reward)
         ]
 
 
 class _Tables:
-    """Files that were read as a whole, each once."""
+    """Completion files with texts, each read once."""
 
     def __init__(self) -> None:
         self._read: dict[Path, list[dict[str, Any]]] = {}
@@ -227,26 +227,26 @@ class _Tables:
     def row(self, row: _Row) -> dict[str, Any]:
         if row.file not in self._read:
             self._read[row.file] = read_answers(row.file)
-        return self._read[row.file][row.place]
+        return self._read[row.file][row.position]
 
     def sample(self, row: _Row, seen: int = 1) -> Sample:
-        held = self.row(row)
-        parts = {name.removeprefix("reward/"): v for name, v in held.items() if name.startswith("reward/")}
+        values = self.row(row)
+        parts = {name.removeprefix("reward/"): v for name, v in values.items() if name.startswith("reward/")}
         return Sample(
             step=row.step,
-            prompt=str(held.get("prompt", "")),
-            completion=str(held.get("completion", "")),
+            prompt=str(values.get("prompt", "")),
+            completion=str(values.get("completion", "")),
             reward=-row.cost,
             rewards={name: value for name, value in parts.items() if value is not None} if len(parts) > 1 else {},
-            kl=_number(held.get("kl")),
+            kl=_number(values.get("kl")),
             length=row.length,
-            finish_reason=held.get("finish_reason"),
+            finish_reason=values.get("finish_reason"),
             seen=seen,
         )
 
 
 def _spread(rows: Sequence[_Row], number: int) -> list[_Row]:
-    """``number`` of ``rows`` at equal distances in the order of their rewards, the highest first."""
+    """Return ``number`` of ``rows``, evenly spaced in the order of their rewards, the highest first."""
     ranked = sorted(rows)
     if len(ranked) <= number:
         return ranked
@@ -256,7 +256,7 @@ def _spread(rows: Sequence[_Row], number: int) -> list[_Row]:
 
 
 def _highest(ranked: Sequence[_Row], number: int, tables: _Tables) -> list[Sample]:
-    """The completions of highest reward, each text once, the first time that it was said."""
+    """Return the completions of highest reward, each text once, at its first occurrence."""
     first: dict[str, _Row] = {}
     seen: dict[str, int] = {}
     for row in ranked:
@@ -269,17 +269,17 @@ def _highest(ranked: Sequence[_Row], number: int, tables: _Tables) -> list[Sampl
 
 
 def _points(rows: Sequence[_Row], number: int) -> list[tuple[int, float, int]]:
-    """At most ``number`` of ``rows``, at equal distances."""
+    """Return up to ``number`` of ``rows``, evenly spaced."""
     known = [(row.length, -row.cost, row.step) for row in rows if row.length is not None]
     return known if len(known) <= number else [known[i * len(known) // number] for i in range(number)]
 
 
-# --- held-out answers -------------------------------------------------------------------------------------------------
+# --- held-out responses -----------------------------------------------------------------------------------------------
 
 
-def _matched(before: Sequence[_Answer], after: Sequence[_Answer]) -> list[tuple[_Answer, _Answer]]:
-    """Rows of the same prompt; where a prompt occurs several times, its answers go by their order."""
-    waiting: dict[str, list[_Answer]] = {}
+def _matched(before: Sequence[_Columns], after: Sequence[_Columns]) -> list[tuple[_Columns, _Columns]]:
+    """Return pairs of rows with the same prompt. The responses to a repeated prompt pair up in their order."""
+    waiting: dict[str, list[_Columns]] = {}
     for row in after:
         waiting.setdefault(row["prompt"], []).append(row)
     return [(row, waiting[row["prompt"]].pop(0)) for row in before if waiting.get(row["prompt"])]

@@ -1,4 +1,4 @@
-"""A run's settings beside the defaults, and what it takes to do the run again."""
+"""A run's settings compared with the defaults, and the command that reproduces the run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from reinforcepp.config import VERBS, ReinforceConfig, as_dict
 from reinforcepp.monitoring.run_record import RunRecord
 
-WHERE = ("output_dir", "overwrite", "resume", "allow_changes")  # of this one run, not of what it did
-VERB_OF = {config.__name__: verb for verb, config in VERBS.items()}
+PER_RUN = ("output_dir", "overwrite", "resume", "allow_changes")  # these don't change the result of a run
+COMMAND_OF = {config.__name__: command for command, config in VERBS.items()}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting as the run had it; ``default`` is as text, None where the defaults aren't known."""
+    """A setting of the run as text; ``default`` is None if the defaults aren't known."""
 
     name: str
     value: str
@@ -23,20 +23,20 @@ class Setting:
 
     @property
     def differs(self) -> bool:
-        """Whether it is another one than the default, and says something about the run."""
-        return self.default is not None and self.value != self.default and self.name not in WHERE
+        """Whether the value isn't the default and affects the result of the run."""
+        return self.default is not None and self.value != self.default and self.name not in PER_RUN
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to do a run again: the command, and the file that it reads."""
+class ReproduceCommand:
+    """The command that reproduces a run, and the YAML file that it reads."""
 
     command: str
     yaml: str
 
 
 def settings_of(record: RunRecord) -> list[Setting]:
-    """All settings of a run, in the order in which they are declared."""
+    """Return all settings of a run, in the order of their declaration."""
     defaults = defaults_of(record.facts.get("kind"))
     return [
         Setting(name, shown(value), shown(defaults[name]) if defaults is not None and name in defaults else None)
@@ -45,39 +45,39 @@ def settings_of(record: RunRecord) -> list[Setting]:
 
 
 def defaults_of(kind: str | None) -> dict[str, Any] | None:
-    """The defaults of the configuration of this name; None if there is none in this version."""
+    """Return the defaults of the configuration ``kind``, or None if this version has none."""
     known = {config.__name__: config for config in (*VERBS.values(), ReinforceConfig)}
     return as_dict(known[kind]()) if kind in known else None
 
 
 def differing(records: Mapping[str, RunRecord]) -> list[tuple[str, list[str]]]:
-    """The settings in which runs differ, each with the value of every run."""
-    names = dict.fromkeys(name for record in records.values() for name in record.settings if name not in WHERE)
+    """Return the settings that differ between runs, each with the value of every run."""
+    names = dict.fromkeys(name for record in records.values() for name in record.settings if name not in PER_RUN)
     rows = [(name, [_or_dash(record.settings, name) for record in records.values()]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def recipe(record: RunRecord) -> Recipe | None:
-    """How to do the run again on the command line; None for one that another program started."""
+def reproduce(record: RunRecord) -> ReproduceCommand | None:
+    """Return the command that reproduces the run, or None if the run was started from Python."""
     import yaml
 
     kind = str(record.facts.get("kind"))
-    verb, defaults = VERB_OF.get(kind), defaults_of(kind)
-    if verb is None or defaults is None:
+    command, defaults = COMMAND_OF.get(kind), defaults_of(kind)
+    if command is None or defaults is None:
         return None
-    known = {field.name for field in fields(VERBS[verb])}
-    kept = {name: value for name, value in record.settings.items() if name in known and name not in WHERE}
-    # A file can't say that a setting is off whose default is not.
+    known = {field.name for field in fields(VERBS[command])}
+    kept = {name: value for name, value in record.settings.items() if name in known and name not in PER_RUN}
+    # A YAML file can't turn off a setting whose default is on, so these settings become flags.
     off = [name for name, value in kept.items() if value is None and defaults[name] is not None]
     flags = "".join(f" --{name} None" for name in off)
     text = yaml.safe_dump(
         {name: value for name, value in kept.items() if value is not None}, sort_keys=False, allow_unicode=True
     )
-    return Recipe(f"reinforcepp {verb} --config run.yaml --output_dir runs/again{flags}", text)
+    return ReproduceCommand(f"reinforcepp {command} --config run.yaml --output_dir runs/again{flags}", text)
 
 
 def shown(value: Any) -> str:
-    """A setting's value as it would be written on the command line."""
+    """Return a setting's value as on the command line."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What became of a run, in one sentence and a few figures."""
+"""The verdict on a run in one or two sentences, and its key metrics."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from reinforcepp.monitoring.metric_delta import Change, change_of
+from reinforcepp.monitoring.metric_delta import Change, Outcome, change_of
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.reports.run.samples import latest
 
 Tone = Literal["good", "bad", "warn", "plain"]
-SHARE = 10  # the first and the last tenth of the steps are compared where there is nothing held out
+TONES: Mapping[Outcome, Tone] = {"improved": "good", "regressed": "bad", "inconclusive": "warn"}
+TENTH = 10  # without held-out prompts, the first and the last tenth of the steps are compared
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One sentence, and in which colour to say it."""
+    """The text of the verdict, which starts with its one-word outcome, and its color."""
 
     text: str
     tone: Tone
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A key figure: what it is, its value, and a few words on it."""
+class Metric:
+    """A key metric: name, formatted value, a note on it, and its color."""
 
     name: str
     value: str
@@ -34,124 +35,117 @@ class Figure:
 
 
 def verdict(record: RunRecord) -> Verdict:
-    """Whether the held-out answers got better, by the reward that was trained on and by a judge that was not."""
+    """Return whether the held-out responses improved, by the training reward and by a judge that isn't trained on."""
     when = latest(record.evaluations)
     before = record.evaluations.get("before")
     if before is None or when is None:
         return _without_heldout(record, before is not None)
     after = record.evaluations[when]
     reward, judge = change_of("reward", before, after), change_of("judge", before, after)
+    aside = _aside(before, after)
     if reward is None:
-        return Verdict(f"The evaluations of this run tell no reward.{_kl(after)}", "plain")
-    where = f"On {_heldout(record)} {_moment(record, when)}"
-    turn = _turn(record.evaluations, when) if reward.shown == "better" else None
-    return _judged(where, reward, judge, _aside(before, after), turn)
+        return Verdict(f"Inconclusive: the evaluations of this run have no reward.{aside}", "plain")
+    told = f"on {_heldout(record)} {_moment(record, when)}, the reward {_went(reward)}"
+    if judge is None:
+        return _by_reward(told, reward.outcome, aside)
+    turn = _turn(record.evaluations, when) if reward.outcome == "improved" and judge.outcome != "regressed" else None
+    if turn is not None:
+        since, fall = turn
+        return Verdict(
+            f"Reward hacking since {since}: {told}, but since then the judge's score, which training doesn't use, has fallen "
+            f"from {fall.before:.3f} to {fall.after:.3f} ({fall.interval}).{aside}",
+            "bad",
+        )
+    word, tone, link = _judged(reward.outcome, judge.outcome)
+    return Verdict(
+        f"{word}: {told}, {link} the judge's score, which training doesn't use, {_went(judge)}.{aside}", tone
+    )
 
 
-def figures(record: RunRecord) -> list[Figure]:
-    """The figures that one looks at first."""
+def key_metrics(record: RunRecord) -> list[Metric]:
+    """Return the metrics to look at first."""
     when = latest(record.evaluations)
     before, after = record.evaluations.get("before", {}), record.evaluations.get(when, {}) if when is not None else {}
     found = [
         _of_change("Held-out reward", change_of("reward", before, after)),
-        _of_change("Held-out judge", change_of("judge", before, after)),
+        _of_change("Held-out judge score", change_of("judge", before, after)),
     ]
     if not after:
         found.append(_of_training(record))
     kl = [after["kl"]] if "kl" in after else record.series("kl")
     if kl:
-        found.append(Figure("KL to the start", f"{kl[-1]:.3g}", "nats per token"))
+        found.append(Metric("KL to the reference policy", f"{kl[-1]:.3g}", "nats per token"))
     if "length" in before and "length" in after:
         note = f"{before['length']:.1f} → {after['length']:.1f} tokens"
         ratio = after["length"] / before["length"] if before["length"] else None
-        found.append(Figure("Answer length", f"{ratio:.2f} times" if ratio is not None else "-", note))
+        found.append(Metric("Response length", f"{ratio:.2f}x" if ratio is not None else "-", note))
     if "truncated" in after:
-        found.append(Figure("Cut off", f"{after['truncated']:.0%}", "at the length limit"))
+        found.append(Metric("Truncated", f"{after['truncated']:.0%}", "of the responses reach the length limit"))
     if "distinct" in after:
-        found.append(Figure("Different answers", f"{after['distinct']:.2f}", "per held-out prompt"))
-    return [figure for figure in [*found, *_effort(record)] if figure is not None]
+        found.append(Metric("Distinct responses", f"{after['distinct']:.2f}", "per held-out prompt"))
+    return [metric for metric in [*found, *_effort(record)] if metric is not None]
 
 
 def status(record: RunRecord) -> str:
-    """How far the run has come."""
+    """Return the progress of the run."""
     done, steps = len(record.metrics), record.facts.get("num_steps")
     if not record.metrics:
-        return "No step is done yet."
+        return "No step is finished yet."
     last = int(record.metrics[-1].get("step", done))
     if steps is None:
-        return f"{last} steps done; the run, from an older version, doesn't say how many were planned."
+        return f"{last} steps done. An older version wrote the run and didn't record the planned number of steps."
     if record.finished:
         return f"Finished: {last:,} of {steps:,} steps."
-    return f"Not finished: {last:,} of {steps:,} steps; it is still running, was stopped or failed."
+    return f"Not finished: {last:,} of {steps:,} steps. It is still running, was stopped, or failed."
 
 
-# --- the sentence -----------------------------------------------------------------------------------------------------
+# --- the sentences ----------------------------------------------------------------------------------------------------
 
 
 def _turn(evaluations: Mapping[str, Mapping[str, float]], when: str) -> tuple[str, Change] | None:
-    """The evaluation from which on the reward rose and the judge's score fell, and that fall; None if there is none."""
+    """Return the evaluation since which the reward rose and the judge's score fell, and that fall; None if there is none."""
     last = evaluations[when]
-    judged = {name: own for name, own in evaluations.items() if name not in ("before", when) and "judge" in own}
+    judged = {
+        name: metrics for name, metrics in evaluations.items() if name not in ("before", when) and "judge" in metrics
+    }
     best = max(judged, key=lambda name: judged[name]["judge"], default=None)
     if best is None:
         return None
     reward, judge = change_of("reward", judged[best], last), change_of("judge", judged[best], last)
-    if reward is None or judge is None or reward.gain <= 0 or judge.shown != "worse":
+    if reward is None or judge is None or reward.gain <= 0 or judge.outcome != "regressed":
         return None
     return best, judge
 
 
-def _judged(
-    where: str, reward: Change, judge: Change | None, aside: str, turn: tuple[str, Change] | None = None
-) -> Verdict:
-    told = f"{where}, the reward {_went(reward)}"
-    if judge is None:
-        return _by_reward(told, reward, aside)
-    said = f"the score of the judge, which takes no part in training, {_went(judge)}"
-    if turn is not None and judge.shown != "worse":
-        since, fall = turn
-        return Verdict(
-            f"The training reward was gamed since {since}: {_lower(told)}, but the score of the judge, which takes no part in "
-            f"training, has fallen since then from {fall.before:.3f} to {fall.after:.3f} ({fall.gain:+.3f} ± "
-            f"{2 * fall.error:.3f}){aside}.",
-            "bad",
-        )
-    match reward.shown, judge.shown:
-        case "better", "worse":
-            return Verdict(f"The training reward was gamed: {_lower(told)}, but {said}{aside}.", "bad")
-        case "better", "better":
-            return Verdict(f"Training worked: {_lower(told)}, and {said}{aside}.", "good")
-        case "better", _:
-            return Verdict(f"Not shown to be real: {_lower(told)}, but {said}{aside}.", "warn")
-        case "worse", "better":
-            return Verdict(f"At odds: {_lower(told)}, but {said}{aside}.", "warn")
-        case _, "worse":
-            return Verdict(f"Training did harm: {_lower(told)}, and {said}{aside}.", "bad")
-        case "worse", _:
-            return Verdict(f"Training did harm: {_lower(told)}; {said}{aside}.", "bad")
-        case _, "better":
-            return Verdict(f"Better by the judge: {_lower(told)}, but {said}{aside}.", "good")
+def _judged(reward: Outcome, judge: Outcome) -> tuple[str, Tone, str]:
+    """Return the verdict, its color, and the conjunction between the reward's and the judge's half of the sentence."""
+    match reward, judge:
+        case "improved", "regressed":
+            return "Reward hacking", "bad", "but"
+        case "improved", "improved":
+            return "Improved", "good", "and"
+        case "regressed", "improved":
+            return "Inconclusive", "warn", "but"
+        case "inconclusive", "improved":
+            return "Improved", "good", "but"
+        case "improved", _:
+            return "Inconclusive", "warn", "but"
+        case ("regressed", _) | (_, "regressed"):
+            return "Regressed", "bad", "and"
         case _:
-            return Verdict(f"No difference is shown: {_lower(told)}, and {said}{aside}.", "warn")
+            return "Inconclusive", "warn", "and"
 
 
-def _by_reward(told: str, reward: Change, aside: str) -> Verdict:
-    if reward.shown == "better":
-        return Verdict(f"Better by the reward alone: {_lower(told)}, with no judge to confirm it{aside}.", "good")
-    if reward.shown == "worse":
-        return Verdict(f"Training did harm: {_lower(told)}{aside}.", "bad")
-    return Verdict(f"No difference is shown: {_lower(told)}{aside}.", "warn")
+def _by_reward(told: str, outcome: Outcome, aside: str) -> Verdict:
+    unconfirmed = " There is no judge to confirm it." if outcome == "improved" else ""
+    return Verdict(f"{outcome.capitalize()}: {told}.{unconfirmed}{aside}", TONES[outcome])
 
 
 def _went(change: Change) -> str:
-    course = f"from {change.before:.3f} to {change.after:.3f} ({change.gain:+.3f} ± {2 * change.error:.3f})"
-    if change.shown == "no difference shown":
-        return f"went {course}, which may be chance"
-    return f"{'rose' if change.shown == 'better' else 'fell'} {course}"
-
-
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]
+    values = f"from {change.before:.3f} to {change.after:.3f} ({change.interval})"
+    if change.outcome == "inconclusive":
+        return f"went {values}, which may be chance"
+    return f"{'rose' if change.outcome == 'improved' else 'fell'} {values}"
 
 
 def _moment(record: RunRecord, when: str) -> str:
@@ -164,73 +158,68 @@ def _heldout(record: RunRecord) -> str:
 
 
 def _aside(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    if "kl" not in after:
+        return ""
     length = ""
     if before.get("length") and "length" in after:
-        length = f" and answers {after['length'] / before['length']:.2f} times as long"
-    return f"; with a KL of {after['kl']:.3f} nats per token to the start{length}" if "kl" in after else ""
+        length = f", and responses are {after['length'] / before['length']:.2f} times as long"
+    return f" The KL to the reference policy is {after['kl']:.3f} nats per token{length}."
 
 
-def _kl(after: Mapping[str, float]) -> str:
-    return f" The KL to the start is {after['kl']:.3f} nats per token." if "kl" in after else ""
-
-
-def _without_heldout(record: RunRecord, asked: bool) -> Verdict:
+def _without_heldout(record: RunRecord, evaluated: bool) -> Verdict:
     reason = (
-        "the held-out prompts were answered before training, but not yet again"
-        if asked
-        else "no held-out prompts were answered"
+        "held-out prompts were evaluated before training, but not yet again"
+        if evaluated
+        else "no held-out prompts were evaluated"
     )
     ends = _ends(record.series("reward"))
     if ends is None:
-        return Verdict(f"Not known: {reason}, and the log holds no reward.", "plain")
+        return Verdict(f"Inconclusive: {reason}, and the log has no reward.", "plain")
     return Verdict(
-        f"Not known: {reason}; in training the reward went from {ends[0]:.3f} to {ends[1]:.3f}.",
+        f"Inconclusive: {reason}. The training reward went from {ends[0]:.3f} to {ends[1]:.3f}.",
         "warn",
     )
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float] | None:
-    """The means of the first and the last tenth."""
-    share = max(1, len(values) // SHARE)
-    return (fmean(values[:share]), fmean(values[-share:])) if values else None
+    """Return the means of the first and the last tenth."""
+    size = max(1, len(values) // TENTH)
+    return (fmean(values[:size]), fmean(values[-size:])) if values else None
 
 
-# --- the figures ------------------------------------------------------------------------------------------------------
+# --- the key metrics --------------------------------------------------------------------------------------------------
 
 
-def _of_change(name: str, change: Change | None) -> Figure | None:
+def _of_change(name: str, change: Change | None) -> Metric | None:
     if change is None:
         return None
-    tone: Tone = {"better": "good", "worse": "bad", "no difference shown": "warn"}[change.shown]  # type: ignore[assignment]
-    told = f"{change.gain:+.3f} ± {2 * change.error:.3f}: {change.shown}"
-    return Figure(name, f"{change.before:.2f} → {change.after:.2f}", told, tone)
+    note = f"{change.interval}: {change.outcome}"
+    return Metric(name, f"{change.before:.2f} → {change.after:.2f}", note, TONES[change.outcome])
 
 
-def _of_training(record: RunRecord) -> Figure | None:
+def _of_training(record: RunRecord) -> Metric | None:
     ends = _ends(record.series("reward"))
     if ends is None:
         return None
-    return Figure(
-        "Training reward", f"{ends[0]:.2f} → {ends[1]:.2f}", "mean of the first and the last tenth of the steps"
-    )
+    return Metric("Training reward", f"{ends[0]:.2f} → {ends[1]:.2f}", "means of the first and last tenth of the steps")
 
 
-def _effort(record: RunRecord) -> list[Figure]:
+def _effort(record: RunRecord) -> list[Metric]:
     done = int(record.metrics[-1].get("step", len(record.metrics))) if record.metrics else 0
     steps = record.facts.get("num_steps")
-    found = [Figure("Steps", f"{done:,}", f"of {steps:,}" if steps is not None else "")]
+    found = [Metric("Steps", f"{done:,}", f"of {steps:,}" if steps is not None else "")]
     seconds, tokens = sum(record.series("step_time")), (record.series("num_tokens") or [0])[-1]
     if seconds:
         found.append(
-            Figure("Time in steps", duration(seconds), f"{seconds / len(record.series('step_time')):.2f} s a step")
+            Metric("Training time", duration(seconds), f"{seconds / len(record.series('step_time')):.2f} s per step")
         )
     if tokens:
-        found.append(Figure("Tokens", f"{tokens:,.0f}", "prompts and answers"))
+        found.append(Metric("Tokens", f"{tokens:,.0f}", "of prompts and responses"))
     return found
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``6 min``, ``2 h 05 min``."""
+    """Return ``45 s``, ``6 min``, or ``2 h 05 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scored import pair, pairs
 
-from reinforcepp.reports.reward_model import analyse
-from reinforcepp.reports.reward_model import figures as f
+from reinforcepp.reports.reward_model import analyze
+from reinforcepp.reports.reward_model import metrics as f
 from reinforcepp.types import ScoredPair
 
 # --- how often it is right --------------------------------------------------------------------------------------------
 
 
 def test_a_pair_is_right_wrong_or_a_tie_that_counts_half():
-    assert [f.rightness(m) for m in (0.1, -0.1, 0.0)] == [1.0, 0.0, 0.5]
+    assert [f.correctness(m) for m in (0.1, -0.1, 0.0)] == [1.0, 0.0, 0.5]
     assert f.share_right(pairs([1, 2, -1, 0])).value == pytest.approx(2.5 / 4)
 
 
@@ -165,8 +165,8 @@ def test_bins_of_few_pairs_are_joined():
     assert [b.right.count for b in f.calibration(margins, least=5)] == [7], "what is left over joins the last"
     assert [b.right.count for b in f.calibration(margins, least=99)] == [7]
     ten = pairs([low] * 9 + [high] * 10)
-    assert [b.right.count for b in analyse(ten).calibration] == [19]
-    assert [b.right.count for b in analyse([*ten, pair(low)]).calibration] == [10, 10]
+    assert [b.right.count for b in analyze(ten).calibration] == [19]
+    assert [b.right.count for b in analyze([*ten, pair(low)]).calibration] == [10, 10]
 
 
 def test_calibration_error():
@@ -179,13 +179,6 @@ def test_calibration_error():
 # --- scores and lengths -----------------------------------------------------------------------------------------------
 
 
-def test_correlation():
-    assert f.correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1)
-    assert f.correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert f.correlation([1, 1, 1], [3, 2, 1]) == 0
-    assert f.correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
-
-
 def test_ranks_are_shared_by_equal_values():
     assert f.ranks([10, 30, 20]) == [1, 3, 2]
     assert f.ranks([5, 1, 5, 5, 9]) == [3, 1, 3, 3, 5]
@@ -194,13 +187,13 @@ def test_ranks_are_shared_by_equal_values():
 def test_correlations_of_score_and_length():
     """Scores are the lengths' cubes: the same order, but no straight line. Chosen are 3 and 2, rejected 1 and 4 long."""
     scored = [ScoredPair(0, "", "", "", 27, 1, 3, 1), ScoredPair(1, "", "", "", 8, 64, 2, 4)]
-    found = analyse(scored)
+    found = analyze(scored)
     assert found.rank_correlation == pytest.approx(1)
     # deviations -24, 2, -17, 39 and -1.5 to 1.5
-    assert found.figures.length_correlation == pytest.approx(104 / math.sqrt(2390 * 5))
+    assert found.metrics.length_correlation == pytest.approx(104 / math.sqrt(2390 * 5))
     flipped = [ScoredPair(0, "", "", "", -27, -1, 3, 1), ScoredPair(1, "", "", "", -8, -64, 2, 4)]
-    assert analyse(flipped).rank_correlation == pytest.approx(-1)
-    assert analyse(flipped).figures.length_correlation == pytest.approx(-104 / math.sqrt(2390 * 5))
+    assert analyze(flipped).rank_correlation == pytest.approx(-1)
+    assert analyze(flipped).metrics.length_correlation == pytest.approx(-104 / math.sqrt(2390 * 5))
 
 
 def test_the_slope_is_the_score_of_a_token():
@@ -247,9 +240,9 @@ def test_worst_errors_are_wrong_and_the_worst_first():
 
 
 def test_longer_and_shorter_are_those_of_the_chosen_answer():
-    found = analyse(pairs([1, 1, -1, 1, 1], [3, 1, -1, -5, 0]))
+    found = analyze(pairs([1, 1, -1, 1, 1], [3, 1, -1, -5, 0]))
     assert found.longer == f.share(2, 2) and found.shorter == f.share(1, 2)
-    assert analyse(pairs([1])).longer is analyse(pairs([1])).shorter is None
+    assert analyze(pairs([1])).longer is analyze(pairs([1])).shorter is None
 
 
 margins = st.sampled_from([-30.0, -2.5, -1.0, -0.25, 0.0, 0.25, 1.0, 2.5, 30.0]) | st.floats(-9, 9, width=32)
@@ -258,14 +251,14 @@ some = st.lists(st.builds(pair, margins, st.integers(-8, 8), base=margins, lengt
 
 @given(some)
 def test_every_pair_is_in_one_bucket_of_each_kind(scored):
-    found = analyse(scored)
+    found = analyze(scored)
     parts = [found.by_margin, found.by_length_difference, found.by_length, found.calibration]
     for buckets in parts:
         counts = [b.right.count for b in buckets]
         assert sum(counts) == len(scored) and min(counts) > 0
         mean = sum(b.right.count * b.right.value for b in buckets) / len(scored)
-        assert mean == pytest.approx(found.figures.accuracy)
-    assert found.right.value == pytest.approx(found.figures.accuracy)
+        assert mean == pytest.approx(found.metrics.accuracy)
+    assert found.right.value == pytest.approx(found.metrics.accuracy)
     assert 0 <= found.right.low <= found.right.value <= found.right.high <= 1
     assert found.confidence == pytest.approx(
         fmean(b.confidence for b in found.calibration for _ in range(b.right.count))
@@ -276,7 +269,7 @@ def test_every_pair_is_in_one_bucket_of_each_kind(scored):
 def test_the_order_of_the_pairs_does_not_matter(scored, random):
     shuffled = scored[:]
     random.shuffle(shuffled)
-    one, other = analyse(scored), analyse(shuffled)
+    one, other = analyze(scored), analyze(shuffled)
     assert [(b.label, b.right) for b in one.by_margin] == [(b.label, b.right) for b in other.by_margin]
     assert [(b.label, b.right) for b in one.by_length] == [(b.label, b.right) for b in other.by_length]
     assert [p.margin for p in one.worst] == [p.margin for p in other.worst]
@@ -290,9 +283,9 @@ def test_swapping_chosen_and_rejected_turns_everything_around(scored):
         )
         for p in scored
     ]
-    one, other = analyse(scored), analyse(swapped)
-    assert other.figures.accuracy == pytest.approx(1 - one.figures.accuracy)
-    assert other.figures.longer_wins == pytest.approx(1 - one.figures.longer_wins)
+    one, other = analyze(scored), analyze(swapped)
+    assert other.metrics.accuracy == pytest.approx(1 - one.metrics.accuracy)
+    assert other.metrics.longer_wins == pytest.approx(1 - one.metrics.longer_wins)
     assert other.without_length == pytest.approx(1 - one.without_length)
     assert other.rank_correlation == pytest.approx(one.rank_correlation)
     assert other.confidence == pytest.approx(one.confidence)

@@ -1,5 +1,5 @@
-// What moves on the report beside the charts: long answers unfold, held-out prompts can be searched and sorted, blocks
-// copied. Without this script everything is there, unfolded.
+// Long responses unfold, held-out prompts can be searched and sorted, and blocks can be copied. Without this script the page
+// shows everything, unfolded.
 (() => {
   "use strict";
   const AT_FIRST = 6;
@@ -23,7 +23,7 @@
     judge: (a, b) => a.dataset.judge - b.dataset.judge,
   };
   document.querySelectorAll(".pairs-block").forEach((block) => {
-    const [list, more, told] = [".pairs", ".show-more", ".told"].map((name) => block.querySelector(name));
+    const [list, more, status] = [".pairs", ".show-more", ".shown"].map((name) => block.querySelector(name));
     const [search, order] = [block.querySelector("input"), block.querySelector("select")];
     const pairs = [...list.children].map((element) => ({ element, text: element.textContent.toLowerCase() }));
     let limit = AT_FIRST;
@@ -32,7 +32,7 @@
       const found = pairs.filter(({ text }) => words.every((word) => text.includes(word)));
       const shown = new Set(found.slice(0, limit));
       pairs.forEach((pair) => (pair.element.hidden = !shown.has(pair)));
-      told.textContent = `${shown.size} of ${found.length} shown`;
+      status.textContent = `${shown.size} of ${found.length} shown`;
       more.hidden = shown.size === found.length;
     };
     block.querySelector(".tools").hidden = false;
@@ -51,14 +51,14 @@
     const [label] = button.childNodes;
     button.hidden = false;
     button.addEventListener("click", async () => {
-      getSelection().selectAllChildren(block); // what remains where a page may not write to the clipboard
+      getSelection().selectAllChildren(block); // the fallback if the page can't write to the clipboard
       label.textContent = "Selected";
       setTimeout(() => (label.textContent = "Copy"), 2000);
       try {
         await navigator.clipboard.writeText(block.textContent);
         label.textContent = "Copied";
       } catch {
-        // the selection is there
+        // the block stays selected
       }
     });
   });
