@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from results import write_result
 
 from reinforcepp.commands import cli
-from reinforcepp.config import VERBS
+from reinforcepp.commands.table import COMMANDS
 from reinforcepp.data import normalize, read_preferences, read_prompts
 from reinforcepp.errors import ReinforceError
 from reinforcepp.files import write_json
@@ -245,7 +245,7 @@ def check_shapes(table: list[dict[str, Any]], folder: Path) -> str:
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-NAMES = sorted({field.name for verb in VERBS.values() for field in fields(verb)})
+NAMES = sorted({field.name for command in COMMANDS.values() for field in fields(command.config)})
 values = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), words, st.lists(st.integers(), max_size=2), st.dates()
 )
@@ -274,8 +274,8 @@ def check_flags(case: tuple[str, list[tuple[str, Any]]], folder: Path) -> str:
 def check_settings(case: tuple[str, dict[str, Any]], folder: Path) -> str:
     """From Python: values of the right type, but any value."""
     verb, given_values = case
-    own = {name: value for name, value in given_values.items() if name in VERBS[verb].__dataclass_fields__}
-    return settled(lambda: VERBS[verb](**own))
+    own = {name: value for name, value in given_values.items() if name in COMMANDS[verb].config.__dataclass_fields__}
+    return settled(lambda: COMMANDS[verb].config(**own))
 
 
 def settled(make: Callable[[], Any]) -> str:
@@ -301,9 +301,11 @@ typed: dict[Any, st.SearchStrategy[Any]] = {
 
 @st.composite
 def settings_from_python(draw: Any) -> tuple[str, dict[str, Any]]:
-    verb = draw(st.sampled_from(sorted(VERBS)))
-    named = draw(st.lists(st.sampled_from([field.name for field in fields(VERBS[verb])]), max_size=4, unique=True))
-    hints = get_type_hints(VERBS[verb])
+    verb = draw(st.sampled_from(sorted(COMMANDS)))
+    named = draw(
+        st.lists(st.sampled_from([field.name for field in fields(COMMANDS[verb].config)]), max_size=4, unique=True)
+    )
+    hints = get_type_hints(COMMANDS[verb].config)
     return verb, {name: draw(fitting(hints[name])) for name in named}
 
 
@@ -357,13 +359,13 @@ KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], str]]] = {
     "json of any shape": (st.lists(shapes, max_size=3), check_shapes),
     "yaml": (
         st.one_of(
-            st.tuples(st.sampled_from(sorted(VERBS)), yaml_files),
+            st.tuples(st.sampled_from(sorted(COMMANDS)), yaml_files),
             settings_from_python().map(lambda case: (case[0], yaml.safe_dump(case[1], allow_unicode=True).encode())),
         ),
         check_yaml,
     ),
     "flags": (
-        st.tuples(st.sampled_from(sorted(VERBS)), st.lists(st.tuples(st.sampled_from(NAMES), values), max_size=4)),
+        st.tuples(st.sampled_from(sorted(COMMANDS)), st.lists(st.tuples(st.sampled_from(NAMES), values), max_size=4)),
         check_flags,
     ),
     "settings": (settings_from_python(), check_settings),

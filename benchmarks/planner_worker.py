@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reinforcepp.commands import table as verbs
+from reinforcepp.commands.train import train
 from reinforcepp.config import TrainConfig
 from reinforcepp.models.reward_models import load_reward_weights
 from reinforcepp.monitoring import Clock
@@ -147,7 +147,7 @@ def main() -> None:
         reinforce_trainer.make_reference = lambda policy: copy.deepcopy(policy).requires_grad_(False)
     peaks = Peaks()
     watch(peaks)
-    trainer = verbs.train(TrainConfig(**job["settings"]))
+    trainer = train(TrainConfig(**job["settings"]))
     peaks.end("end")
     lines = (trainer.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     timings = (trainer.folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()

@@ -18,7 +18,7 @@ import torch
 from planner_worker import EOS, make
 from transformers import AutoModelForCausalLM
 
-from reinforcepp.commands import table as verbs
+from reinforcepp.commands.train import train
 from reinforcepp.config import TrainConfig
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.monitoring import Clock
@@ -43,7 +43,7 @@ def trained(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     inputs = {"model": f"{folder}/policy", "reward_model": f"{folder}/reward", "data": f"{folder}/prompts.csv"}
     config = TrainConfig(**job["settings"], **inputs, output_dir=f"{folder}/run", max_steps=STEPS)
     before = machine.measured("cpu", compute_dtype(config))
-    run = verbs.train(config).folder
+    run = train(config).folder
     rates = [before, machine.measured("cpu", compute_dtype(config))]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     walls = [json.loads(line) for line in (run / "timings.jsonl").read_text(encoding="utf-8").splitlines()]

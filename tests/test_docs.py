@@ -14,7 +14,7 @@ import pytest
 from reinforcepp.commands import cli
 from reinforcepp.commands import legacy_cli as classic
 from reinforcepp.commands.engine_benchmark import cli as compare_cli
-from reinforcepp.config import VERBS
+from reinforcepp.commands.table import COMMANDS
 from scripts import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples/cluster/README.md"]
@@ -47,7 +47,7 @@ def test_a_command_of_the_docs_is_understood(page, line, monkeypatch):
     program, *words = words_of(line)
     if program == "reinforcepp":
         verb, *rest = words
-        assert verb in VERBS
+        assert verb in COMMANDS
         if rest not in (["--help"], []):
             cli.parse(verb, rest)
         return
@@ -62,4 +62,4 @@ def test_a_command_of_the_docs_is_understood(page, line, monkeypatch):
 
 def test_there_are_commands_of_every_verb():
     shown = {words_of(line)[1] for _, line in commands() if line.startswith("reinforcepp ")}
-    assert set(VERBS) - shown <= {"demo"}, "make demo runs that"
+    assert set(COMMANDS) - shown <= {"demo"}, "make demo runs that"

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reinforcepp.commands import cli
-from reinforcepp.commands import table as verbs
-from reinforcepp.config import VERBS
+from reinforcepp.commands.table import COMMANDS, Command
 from reinforcepp.errors import DataError, TrainingDiverged
 from scripts import SOURCE
 
@@ -84,7 +83,8 @@ def acting(monkeypatch):
             if error is not None:
                 raise error
 
-        monkeypatch.setitem(verbs.ACTIONS, verb, action)
+        load = Command.load
+        monkeypatch.setattr(Command, "load", lambda self, config: action if self.name == verb else load(self, config))
 
     return act
 
@@ -107,7 +107,7 @@ def test_help_of_a_verb_tells_every_setting_with_its_description_and_default(ver
     assert stop.value.code == 0
     out = capsys.readouterr().out
     words = " ".join(out.replace("│", " ").split())
-    for name, value in vars(VERBS[verb]()).items():
+    for name, value in vars(COMMANDS[verb].config()).items():
         assert f"--{name}" in out
         shown = " ".join(value) if isinstance(value, tuple) else value
         assert f"(default: {shown})" in words or isinstance(value, bool)
@@ -126,11 +126,11 @@ def test_version(capsys):
     ("command", "named"),
     [
         ("trian", ["'trian'", "Did you mean 'train'", "reinforcepp --help"]),
-        ("--batch_size 3", ["no verb '--batch_size'"]),
+        ("--batch_size 3", ["Command '--batch_size' not found"]),
         ("train --bacth_size 3", ["--bacth_size", "Did you mean '--batch_size'", "reinforcepp train --help"]),
         ("train --bacth-size=3", ["--bacth_size", "Did you mean '--batch_size'"]),
-        ("train --zzzz", ["no setting --zzzz"]),
-        ("train --batch 3", ["no setting --batch."]),  # no guessing of shortened names
+        ("train --zzzz", ["--zzzz not found"]),
+        ("train --batch 3", ["--batch not found."]),  # no guessing of shortened names
         ("train stray", ["'stray'", "quotes"]),
         ("generate --prompt How do I", ["'do'", "quotes"]),
         ("train --batch_size 0", ["batch_size must be greater than 0, not 0"]),
@@ -178,7 +178,7 @@ def test_values_of_the_wrong_kind_name_flag_and_value(command, named, capsys, mo
         (
             OSError(28, "No space left on device", "out/x"),
             2,
-            "error: No space left on device (out/x); what was saved before stays as it is.\n",
+            "error: No space left on device (out/x). Files saved earlier are intact.\n",
         ),
         (BrokenPipeError(32, "Broken pipe"), 0, ""),
     ],
@@ -502,11 +502,15 @@ def test_nothing_to_resume(refused):
 @pytest.mark.parametrize(
     ("files", "flags", "said"),
     [
-        ([], [], "Nothing was saved; run the same command again to start over."),
-        (["run.json"], [], "Nothing was saved; run the same command again to start over, with --overwrite."),
+        ([], [], "Nothing was saved. To start over, run the same command again."),
+        (["run.json"], [], "Nothing was saved. To start over, run the same command again with --overwrite."),
         (["checkpoints/step-000002.partial/state.json"], [], "Nothing was saved"),
-        (["checkpoints/step-000002/state.json"], [], "saved in out; the same command with --resume goes on"),
-        (["checkpoints/step-000002/state.json"], ["--overwrite"], "with --resume instead of --overwrite goes on"),
+        (
+            ["checkpoints/step-000002/state.json"],
+            [],
+            "Saved a checkpoint in out. To resume, run the same command with --resume",
+        ),
+        (["checkpoints/step-000002/state.json"], ["--overwrite"], "with --resume instead of --overwrite"),
     ],
 )
 def test_ctrl_c_tells_what_was_saved_and_how_to_go_on(acting, tmp_path, monkeypatch, capsys, files, flags, said):
@@ -527,7 +531,7 @@ def test_ctrl_c_in_a_verb_without_checkpoints(acting, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     acting(verb, KeyboardInterrupt())
     assert cli.main([verb]) == 130
-    assert capsys.readouterr().err == "\nInterrupted. Nothing was saved; run the same command again to start over.\n"
+    assert capsys.readouterr().err == "\nInterrupted. Nothing was saved. To start over, run the same command again.\n"
 
 
 def test_ctrl_c_before_anything_has_begun(monkeypatch, capsys):
@@ -598,7 +602,10 @@ def test_a_real_ctrl_c_saves_a_checkpoint_and_tells_how_to_go_on(stopped):
     said = (stopped / "said").read_text()
     done = len(untimed(stopped / "out" / "metrics.jsonl"))
     assert 2 <= done < 30
-    assert f"Interrupted after step {done} of 30. A checkpoint is saved in out; the same command with --resume" in said
+    assert (
+        f"Interrupted after step {done} of 30. Saved a checkpoint in out. To resume, run the same command with --resume"
+        in said
+    )
     assert "Traceback" not in said
     assert [p.name for p in (stopped / "out" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
     assert not (stopped / "out" / "model.safetensors").exists()

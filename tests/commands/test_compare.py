@@ -176,7 +176,7 @@ def test_the_positions_name_the_models():
     assert cli.parse("compare", ["y", "--model_a", "x", "--seed", "3"]) == config
     assert cli.parse("compare", ["--model_a", "x", "--model_b", "y", "--seed", "3"]) == config
     assert cli.parse("compare", ["x"]).model_b == CompareConfig().model_b
-    with pytest.raises(ConfigError, match="'z' belongs to no setting"):
+    with pytest.raises(ConfigError, match="'z' doesn't belong"):
         cli.parse("compare", ["x", "y", "z"])
 
 
@@ -575,7 +575,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(place, monkeypatch, capsys):
         (["a", "near", *INPUTS, "--temperature", "-1"], ["temperature must not be negative"]),
         (["a", "near", *INPUTS, "--top_p", "0"], ["top_p must be above 0"]),
         (["a", "", *INPUTS], ["model_b is empty"]),
-        (["a", "near", "third", *INPUTS], ["'third' belongs to no setting"]),
+        (["a", "near", "third", *INPUTS], ["'third' doesn't belong"]),
     ],
 )
 def test_mistakes_are_one_sentence(refused, place, arguments, named):

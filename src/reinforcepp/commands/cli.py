@@ -1,4 +1,4 @@
-"""The ``reinforcepp`` command: parse, call, exit code. No torch is loaded before the settings are known to be good."""
+"""The ``reinforcepp`` command: parse, call, exit code. The settings are checked before torch is loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -16,74 +15,52 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from reinforcepp.config import VERBS, read_yaml
+from reinforcepp.commands.table import COMMANDS, Command
+from reinforcepp.config import read_yaml
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, nearest
+from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.run_dir import RENAMED_SETTINGS, has_checkpoint, rename_settings
 from reinforcepp.runtime import is_main
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
-# Read when torch is loaded. An idle thread looks about 30 microseconds for new work before it sleeps: the usual
-# milliseconds cost several times the time on a busy CPU, and none at all a tenth on a quiet one. C++ warnings, which no
-# user can act on, stay away.
+# torch reads these when it is loaded. An idle thread spins about 30 microseconds for new work before it sleeps: the
+# usual milliseconds multiply the time on a busy CPU, and save a tenth on an idle one. C++ warnings are hidden because
+# no user can act on them.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-MAY_STAND_ALONE = ("resume",)  # flags with or without a value
-# Settings whose values may stand without their flags, in this order
-POSITIONAL = {
-    "lint": ("data",),
-    "doctor": ("run",),
-    "report": ("runs",),
-    "compare": ("model_a", "model_b"),
-    "recipes": ("action", "name", "file"),
-    **dict.fromkeys(("serve-reward", "chat", "serve", "export", "push"), ("model",)),
-}
+OPTIONAL_VALUE = ("resume",)
+"""Flags that can have a value or none."""
 NOT_STARTED = "\nInterrupted before anything was started.\n"
-
-SUMMARY = {
-    "sft": "fine-tune a language model on answers or plain text, as a warm-up before the rest",
-    "reward": "train a reward model from a preference file",
-    "train": "train a policy against it with REINFORCE++",
-    "generate": "answer prompts with a trained model",
-    "chat": "talk with a trained model on the terminal, and note which answers are better",
-    "serve": "serve a trained model with vLLM to OpenAI's clients",
-    "export": "write a trained model to a plain folder, with a model card",
-    "push": "export a trained model and upload it to the Hugging Face hub",
-    "compare": "tell which of two models answers better, with a page to judge for yourself",
-    "compare-algorithms": "train with every estimator and compare the outcomes",
-    "plan": "tell, before anything is loaded, whether a training fits into memory and how long a step takes",
-    "lint": "find what is wrong with a data file, and clean it",
-    "doctor": "say in plain words what went wrong in a training",
-    "report": "show what became of a training, or of several, on one page",
-    "serve-reward": "answer requests for a reward model's scores over HTTP",
-    "recipes": "list and copy the configuration files that ship with the package",
-    "demo": "the whole job, offline, on the built-in model and data",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 2 wrong input, 1 failed or found fault, 130 or 143 stopped by a signal."""
+    """Run one command and return its exit code.
+
+    The code is 0 for success, 2 for wrong input, 1 for a failure or for problems that were found, and 130 or 143 if a
+    signal stopped the command.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _dispatch(arguments))
 
 
 def guarded(job: Callable[[], int]) -> int:
-    """Do ``job``; what goes wrong on purpose becomes one line and an exit code instead of a traceback."""
-    code = _outcome(job)
+    """Run ``job`` and return its exit code; print an expected error as one line, without a traceback."""
+    code = _exit_code(job)
     if (distributed := sys.modules.get("reinforcepp.distributed.ranks")) is not None:
         distributed.exit_process(code)
     return code
 
 
-def _outcome(job: Callable[[], int]) -> int:
+def _exit_code(job: Callable[[], int]) -> int:
     try:
         return job()
     except ReinforceError as error:
-        _report_failure(f"error: {error}")
+        _print_failure(f"error: {error}")
         return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
     except KeyboardInterrupt:
         if is_main():
             print(NOT_STARTED, end="", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, head for example, has seen enough
+    except BrokenPipeError:  # The reader of the output, for example head, has stopped reading.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -92,86 +69,98 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else USAGE_ERROR
-    verb, *rest = arguments
-    if verb == "--version":
+    name, *rest = arguments
+    if name == "--version":
         print(f"reinforcepp {import_module('reinforcepp').__version__}")
         return 0
-    if verb not in VERBS:
-        raise ConfigError(f"There is no verb {verb!r}.{nearest(verb, VERBS)} See reinforcepp --help.")
-    return run(verb, parse(verb, rest))
+    if name not in COMMANDS:
+        raise ConfigError(f"Command {name!r} not found.{nearest(name, COMMANDS)} See reinforcepp --help.")
+    return run(name, parse(name, rest))
 
 
-def parse(verb: str, arguments: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
-    """The verb's configuration: flags win over the file that ``--config`` names, and that over ``defaults``."""
+def parse(name: str, arguments: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
+    """Return the configuration of the command ``name``.
+
+    Flags override the file of ``--config``, which overrides ``defaults``.
+    """
     import tyro
 
-    config_class = VERBS[verb]
+    command = COMMANDS[name]
+    config_class = command.config
     flags, path = _take_config_flag(_with_values(_with_current_names(arguments, config_class)))
     values = dict(defaults or {}) | (read_yaml(path, config_class) if path is not None else {})
-    # tyro would put the sentences of our checks into a box of its own, so it fills a class that doesn't check yet.
+    # tyro would print the errors of our checks in a box, so it fills a class without checks.
     unchecked = type(config_class.__name__, (config_class,), {"__post_init__": lambda self: None})
     parsed: tuple[Any, list[str]] = tyro.cli(
         unchecked,
         args=_as_flags(values) + flags,
-        prog=f"reinforcepp {verb}",
-        description=f"{config_class.__doc__} Every setting can also stand in a YAML file: --config FILE.",
+        prog=f"reinforcepp {name}",
+        description=_description(command),
         use_underscores=True,
         return_unknown_args=True,
     )
     settings, unknown = vars(parsed[0]), parsed[1]
-    for name in POSITIONAL.get(verb, ()):
-        if unknown and not unknown[0].startswith("-") and not _is_given(name, flags):
-            several = isinstance(settings[name], tuple)
+    # A positional argument of tyro can't also be a flag, but each of these settings is both.
+    for setting in command.positional:
+        if unknown and not unknown[0].startswith("-") and not _is_given(setting, flags):
+            several = isinstance(settings[setting], tuple)
             words = list(takewhile(lambda word: not word.startswith("-"), unknown)) if several else unknown[:1]
-            settings[name] = tuple(words) if several else words[0]
+            settings[setting] = tuple(words) if several else words[0]
             unknown = unknown[len(words) :]
     if unknown:
-        raise ConfigError(f"{about_unknown(unknown[0], list(settings))} See reinforcepp {verb} --help.")
+        raise ConfigError(f"{about_unknown(unknown[0], list(settings))} See reinforcepp {name} --help.")
     return config_class(**settings)
 
 
+def _description(command: Command) -> str:
+    text = f"{command.config.__doc__} Every setting can also be in a YAML file: --config FILE."
+    if command.positional:
+        words = " ".join(f"[{setting.upper()}]" for setting in command.positional)
+        text += f" Without flags: reinforcepp {command.name} {words}."
+    return text
+
+
 def _is_given(name: str, flags: Iterable[str]) -> bool:
-    return any(flag.partition("=")[0] == f"--{name}" for flag in flags)
+    return any(flag.partition("=")[0] in (f"--{name}", f"--{name.replace('_', '-')}") for flag in flags)
 
 
 def about_unknown(argument: str, known: Iterable[str]) -> str:
-    """What is wrong with an ``argument`` that is no flag out of ``known``."""
+    """Return the problem and the fix for an ``argument`` that isn't a flag in ``known``."""
     if not argument.startswith("-"):
-        return f"{argument!r} belongs to no setting: write --SETTING VALUE, and a value with spaces in quotes."
+        return (
+            f"{argument!r} doesn't belong to a setting. Write --SETTING VALUE, and quotes around a value with spaces."
+        )
     name = argument.partition("=")[0].lstrip("-").replace("-", "_")
-    return f"There is no setting --{name}.{nearest(f'--{name}', [f'--{flag}' for flag in known])}"
+    return f"Setting --{name} not found.{nearest(f'--{name}', [f'--{flag}' for flag in known])}"
 
 
-def run(verb: str, config: Any) -> int:
-    """Do what ``config`` says; only here are the heavy libraries loaded. An action may name the exit code."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for more packages
+def run(name: str, config: Any) -> int:
+    """Run the command ``name`` and return its exit code. Heavy libraries are loaded here, not earlier."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # On a CPU it recommends more packages.
     with _exit_on_interrupt():
-        from reinforcepp.commands.table import ACTIONS, LOADS
-
-        if verb in LOADS:
-            import_module(LOADS[verb])
+        function = COMMANDS[name].load(config)
     try:
-        outcome = ACTIONS[verb](config)
+        result = function(config)
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
         if is_main():
-            print(f"\nInterrupted{reason}. {_how_to_go_on(config)}", file=sys.stderr)
+            print(f"\nInterrupted{reason}. {_next_step(config)}", file=sys.stderr)
         return getattr(interrupt, "exit_code", INTERRUPTED)
     except BrokenPipeError:
         raise
     except OSError as error:
         if error.errno is None or not error.strerror:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        _report_failure(f"error: {error.strerror}{where}; what was saved before stays as it is.")
+        path = f" ({error.filename})" if error.filename else ""
+        _print_failure(f"error: {error.strerror}{path}. Files saved earlier are intact.")
         return USAGE_ERROR
-    return outcome if isinstance(outcome, int) else 0
+    return result if isinstance(result, int) else 0
 
 
-def _report_failure(text: str) -> None:
-    """Once, where several processes run; before they have met only arguments were looked at, which are the same in all."""
+def _print_failure(text: str) -> None:
+    """Print an error once, even if several ranks run: until the ranks have joined, all of them see the same error."""
     distributed = sys.modules.get("reinforcepp.distributed.ranks")
     if distributed is not None:
         distributed.report_failure(text)
@@ -181,33 +170,27 @@ def _report_failure(text: str) -> None:
 
 @contextmanager
 def _exit_on_interrupt() -> Iterator[None]:
-    """Ctrl-C ends the process at once.
+    """End the process at once on Ctrl-C.
 
-    As an exception in the middle of an import it may get lost and leave a library half loaded, to fail later.
+    An exception in the middle of an import could get lost and leave a library half loaded, to fail later.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         if is_main():
             os.write(2, NOT_STARTED.encode())
         os._exit(INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, leave)
-    try:
+    with handle_signals(leave, signal.SIGINT):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
-def _how_to_go_on(config: Any) -> str:
+def _next_step(config: Any) -> str:
     folder = Path(getattr(config, "output_dir", "")).expanduser()
     if hasattr(config, "resume") and has_checkpoint(folder):
         instead = " instead of --overwrite" if config.overwrite else ""
-        return f"A checkpoint is saved in {folder}; the same command with --resume{instead} goes on from it."
+        return f"Saved a checkpoint in {folder}. To resume, run the same command with --resume{instead}."
     held = hasattr(config, "output_dir") and folder.is_dir() and any(folder.iterdir())
-    return "Nothing was saved; run the same command again to start over" + (", with --overwrite." if held else ".")
+    return "Nothing was saved. To start over, run the same command again" + (" with --overwrite." if held else ".")
 
 
 def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -218,7 +201,7 @@ def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
         if name != "--config":
             rest.append(argument)
         elif (path := value if equals else next(remaining, None)) is None:
-            raise ConfigError("--config needs the name of a YAML file.")
+            raise ConfigError("--config: the name of a YAML file is missing. Write --config FILE.")
     return rest, path
 
 
@@ -243,22 +226,22 @@ def _with_current_names(arguments: list[str], config_class: type) -> list[str]:
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """``--resume`` without a path as ``--resume=True``, so that every flag that may have a value has one."""
-    shown = list(arguments)
-    for place, argument in enumerate(arguments):
+    """Return ``arguments`` with ``--resume`` alone as ``--resume=True``, so that every such flag has a value."""
+    complete = list(arguments)
+    for index, argument in enumerate(arguments):
         name = argument.removeprefix("--")
-        after = arguments[place + 1] if place + 1 < len(arguments) else "--"
-        if argument.startswith("--no_") and (plain := name.removeprefix("no_")) in MAY_STAND_ALONE:
-            shown[place] = f"--{plain}=False"
-        elif argument.startswith("--") and name in MAY_STAND_ALONE and after.startswith("--"):
-            shown[place] = f"{argument}=True"
-    return shown
+        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+        if argument.startswith("--no_") and (plain := name.removeprefix("no_")) in OPTIONAL_VALUE:
+            complete[index] = f"--{plain}=False"
+        elif argument.startswith("--") and name in OPTIONAL_VALUE and following.startswith("--"):
+            complete[index] = f"{argument}=True"
+    return complete
 
 
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
     flags: list[str] = []
     for key, value in values.items():
-        if key in MAY_STAND_ALONE:
+        if key in OPTIONAL_VALUE:
             flags.append(f"--{key}={value}")
         elif isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
@@ -270,9 +253,9 @@ def _as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:19} {text}" for verb, text in SUMMARY.items())
+    commands = "\n".join(f"  {command.name:19} {command.help}" for command in COMMANDS.values())
     return (
-        "usage: reinforcepp VERB [--config FILE.yaml] [--SETTING VALUE ...]\n\n"
+        "usage: reinforcepp COMMAND [--config FILE.yaml] [--SETTING VALUE ...]\n\n"
         "From a CSV of human preferences to an aligned language model, with REINFORCE++.\n\n"
-        f"verbs:\n{verbs}\n\nreinforcepp VERB --help tells the verb's settings and their defaults."
+        f"commands:\n{commands}\n\nSettings and defaults of a command: reinforcepp COMMAND --help"
     )

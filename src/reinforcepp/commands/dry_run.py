@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 ROWS = 3
 
 
+def run_dry_run(config: SftConfig | RewardModelConfig | TrainConfig) -> None:
+    """Print the settings, the plan and the first rows of a training.
+
+    Raises:
+        ReinforceError: For every error that would stop the training before its weights are read.
+    """
+    if isinstance(config, SftConfig):
+        show_sft(config)
+    elif isinstance(config, RewardModelConfig):
+        show_reward_training(config)
+    else:
+        show_training(config)
+
+
 def show_training(config: TrainConfig) -> None:
     """Settings, plan and first prompts of a policy training.
 
@@ -58,7 +72,7 @@ def show_reward_training(config: RewardModelConfig) -> None:
     echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
 
 
-def show_warm_up(config: SftConfig) -> None:
+def show_sft(config: SftConfig) -> None:
     """Settings and first rows of a supervised warm-up; errors are those of :func:`show_training`."""
     data, rows, _ = load_texts(config.data, **_columns(config))
     tokenizer = with_chat_template(load_tokenizer(config.model), config)

@@ -1,4 +1,4 @@
-"""The interface of ``reinforce_cli.py``: one ``--mode`` and one set of flag names, mapped onto the verbs."""
+"""The interface of ``reinforce_cli.py``: one ``--mode`` and one set of flag names, mapped onto the commands."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from reinforcepp.commands import cli
-from reinforcepp.config import VERBS
+from reinforcepp.commands.table import COMMANDS
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.run_dir import RENAMED_SETTINGS
 
 USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
 
-# mode -> the verb, and the flags of this interface that have another name there
+# mode -> the command, and the flags of this interface that have another name there
 MODES: dict[str, tuple[str, dict[str, str]]] = {
     "train_sft": ("sft", {"model_name": "model", "data_path": "data", "sft_model_path": "output_dir"}),
     "train_reward": ("reward", {"model_name": "model", "data_path": "data", "reward_model_path": "output_dir"}),
@@ -29,7 +29,7 @@ MODES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "generate": ("generate", {"rlhf_model_path": "model", "model_name": "model"}),
 }
-# Where this interface's defaults differ from the verbs', under the verbs' names.
+# Where this interface's defaults differ from the commands', under the commands' names.
 DEFAULTS = {
     "train_sft": {"model": "distilgpt2", "data": "example_feedback_diverse.csv", "output_dir": "models/sft_model"},
     "train_reward": {"model": "distilgpt2", "data": "example_feedback_diverse.csv"},
@@ -39,7 +39,7 @@ DEFAULTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Translate the flags and run the verb; returns its exit code."""
+    """Translate the flags and run the command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return cli.guarded(lambda: _dispatch(arguments))
 
@@ -53,8 +53,8 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError(f"--mode is missing: give {', '.join(MODES)}. See reinforce_cli.py --help.")
     if mode not in MODES:
         raise ConfigError(f"There is no mode {mode!r}, only {', '.join(MODES)}.{nearest(mode, MODES)}")
-    verb = MODES[mode][0]
-    return cli.run(verb, cli.parse(verb, _translate(mode, rest), DEFAULTS[mode]))
+    command = MODES[mode][0]
+    return cli.run(command, cli.parse(command, _translate(mode, rest), DEFAULTS[mode]))
 
 
 def _take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -70,9 +70,9 @@ def _take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _translate(mode: str, arguments: list[str]) -> list[str]:
-    """Flags under the verb's names; one that the mode doesn't know is an error here, where its own names are known."""
-    verb, names = MODES[mode]
-    settings = {field.name for field in fields(VERBS[verb])}
+    """Flags under the command's names; one that the mode doesn't know is an error here, where its own names are known."""
+    command, names = MODES[mode]
+    settings = {field.name for field in fields(COMMANDS[command].config)}
     known = {*names, *settings, *(old for old, new in RENAMED_SETTINGS.items() if new in settings), "config", "help"}
     # In generate the trained model answers; the base model's name only says what it was trained from.
     has_trained = any(a.partition("=")[0] == "--rlhf_model_path" for a in arguments)
@@ -98,18 +98,18 @@ def _translate(mode: str, arguments: list[str]) -> list[str]:
 
 
 def _flags(mode: str) -> list[str]:
-    """The mode's flags under this interface's names, in the verb's order."""
-    verb, names = MODES[mode]
+    """The mode's flags under this interface's names, in the command's order."""
+    command, names = MODES[mode]
     own = {target: flag for flag, target in names.items()}
-    return [own.get(field.name, field.name) for field in fields(VERBS[verb])]
+    return [own.get(field.name, field.name) for field in fields(COMMANDS[command].config)]
 
 
 def _help() -> str:
     lines = [USAGE, ""]
-    for mode, (verb, _) in MODES.items():
+    for mode, (command, _) in MODES.items():
         flags = " ".join(f"--{flag}" for flag in _flags(mode))
         wrapped = textwrap.fill(flags, 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        lines += [f"{mode} (the verb {verb} of the reinforcepp command):", wrapped, ""]
+        lines += [f"{mode} (the command {command} of the reinforcepp command):", wrapped, ""]
     lines.append(
         "reinforce_cli.py --mode MODE --help tells a mode's settings under the names of the reinforcepp command."
     )

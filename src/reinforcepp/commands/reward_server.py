@@ -12,11 +12,11 @@ from __future__ import annotations
 import errno
 import hmac
 import json
-import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.tokenization import encode, eos_token_id
 from reinforcepp.monitoring import echo
+from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rewards.remote import authorization
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 
@@ -196,18 +197,11 @@ def _listening(config: ServeRewardConfig) -> RewardServer:
 
 @contextmanager
 def _until_signal(server: RewardServer) -> Iterator[None]:
-    """In this block the first signal ends ``serve_forever``; outside the main thread signals stay where they are."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+    """End ``serve_forever`` at the first signal in this block."""
 
-    def stop(number: int, frame: Any) -> None:
-        threading.Thread(target=server.shutdown).start()  # it waits for the loop that this very thread is in
+    def stop(number: int, frame: FrameType | None) -> None:
+        # shutdown waits for the loop of serve_forever, which runs in this very thread.
+        threading.Thread(target=server.shutdown).start()
 
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    with handle_signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -26,11 +26,11 @@ from reinforcepp.models.loading import context_length, load_config, load_tokeniz
 from reinforcepp.models.lora import is_adapter_dir
 from reinforcepp.models.tokenization import PLAIN_TEMPLATE
 from reinforcepp.monitoring import echo
+from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status
 from reinforcepp.rollout.vllm.server import environment_key, server_command, server_environment, vllm_is_for_gpus
 
 USUAL_LENGTH = 8192  # a model may have room for a million tokens, and the server would reserve memory for them
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_server(config: ServeConfig) -> int:
@@ -143,12 +143,8 @@ def _passing_signals(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             else:
                 os.killpg(child.pid, signal.SIGKILL)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
+    with handle_signals(pass_on):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _answers(url: str) -> bool:

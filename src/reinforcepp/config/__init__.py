@@ -22,28 +22,7 @@ from reinforcepp.config.rewards import RewardSettings
 from reinforcepp.config.sft import SftConfig
 from reinforcepp.config.training import DemoConfig, RewardModelConfig, ServeRewardConfig, TrainConfig
 
-VERBS: dict[str, type] = {
-    "sft": SftConfig,
-    "reward": RewardModelConfig,
-    "train": TrainConfig,
-    "generate": GenerateConfig,
-    "chat": ChatConfig,
-    "serve": ServeConfig,
-    "export": ExportConfig,
-    "push": PushConfig,
-    "compare": CompareConfig,
-    "compare-algorithms": CompareAlgorithmsConfig,
-    "plan": PlanConfig,
-    "lint": LintConfig,
-    "doctor": DoctorConfig,
-    "report": ReportConfig,
-    "serve-reward": ServeRewardConfig,
-    "recipes": RecipesConfig,
-    "demo": DemoConfig,
-}
-
 __all__ = [
-    "VERBS",
     "ChatConfig",
     "Columns",
     "CompareAlgorithmsConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -71,12 +71,22 @@ class Stop:
 def stop_signals() -> Iterator[Stop]:
     """Within this block signals go to the ``Stop`` it gives; outside the main thread they stay where they are."""
     stop = Stop()
+    with handle_signals(stop.ask):
+        yield stop
+
+
+@contextmanager
+def handle_signals(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Call ``handler`` for the signals in this block, SIGINT and SIGTERM by default.
+
+    Outside the main thread, where Python can't set handlers, signals keep the handlers they have.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number in numbers or SIGNALS}
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from reinforcepp.config import ChatConfig
 from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError, nearest
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer
 from reinforcepp.monitoring import echo
+from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rewards.functions import RewardFunction, score_all
 from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
 from reinforcepp.rollout.engine import RolloutEngine
@@ -183,19 +183,16 @@ def _read_line(on_terminal: bool) -> str:
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C has come in this block; a second one ends the program, as an answer may hang before its first token."""
-    came: list[int] = []
+    """Yield a function that returns whether Ctrl-C has come in this block.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if came:
+    A second Ctrl-C ends the program, because a response can hang before its first token.
+    """
+    interrupts: list[int] = []
+
+    def record(number: int, frame: FrameType | None) -> None:
+        if interrupts:
             raise KeyboardInterrupt
-        came.append(number)
+        interrupts.append(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: bool(came)
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with handle_signals(record, signal.SIGINT):
+        yield lambda: bool(interrupts)

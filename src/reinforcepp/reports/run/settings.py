@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from reinforcepp.config import VERBS, ReinforceConfig, as_dict
+from reinforcepp.config import ReinforceConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
 from reinforcepp.monitoring.run_record import RunRecord
 
 PER_RUN = ("output_dir", "overwrite", "resume", "allow_changes")  # these don't change the result of a run
-COMMAND_OF = {config.__name__: command for command, config in VERBS.items()}
+TRAININGS: dict[str, type[TrainConfig | RewardModelConfig | SftConfig]] = {
+    "sft": SftConfig,
+    "reward": RewardModelConfig,
+    "train": TrainConfig,
+}
+"""Commands that train, with their configurations."""
+COMMAND_OF = {config.__name__: command for command, config in TRAININGS.items()}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def settings_of(record: RunRecord) -> list[Setting]:
 
 def defaults_of(kind: str | None) -> dict[str, Any] | None:
     """Return the defaults of the configuration ``kind``, or None if this version has none."""
-    known = {config.__name__: config for config in (*VERBS.values(), ReinforceConfig)}
+    known = {config.__name__: config for config in (*TRAININGS.values(), ReinforceConfig)}
     return as_dict(known[kind]()) if kind in known else None
 
 
@@ -65,7 +71,7 @@ def reproduce(record: RunRecord) -> ReproduceCommand | None:
     command, defaults = COMMAND_OF.get(kind), defaults_of(kind)
     if command is None or defaults is None:
         return None
-    known = {field.name for field in fields(VERBS[command])}
+    known = {field.name for field in fields(TRAININGS[command])}
     kept = {name: value for name, value in record.settings.items() if name in known and name not in PER_RUN}
     # A YAML file can't turn off a setting whose default is on, so these settings become flags.
     off = [name for name, value in kept.items() if value is None and defaults[name] is not None]

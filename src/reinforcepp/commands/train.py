@@ -1,0 +1,60 @@
+"""The command ``train``: read the prompts, train the policy, print the change on held-out prompts and the diagnosis."""
+
+from __future__ import annotations
+
+from reinforcepp.config import TrainConfig
+from reinforcepp.data import load_prompts
+from reinforcepp.distributed.ranks import init_process_group
+from reinforcepp.monitoring import echo, reading_progress
+from reinforcepp.monitoring.doctor import diagnose
+from reinforcepp.monitoring.metric_delta import change_of
+from reinforcepp.monitoring.run_record import read_run
+from reinforcepp.training.reinforce_trainer import ReinforceTrainer
+
+
+def run_train(config: TrainConfig) -> None:
+    """Train a policy on all ranks of this job."""
+    init_process_group(config.watchdog_seconds)
+    train(config)
+
+
+def train(config: TrainConfig) -> ReinforceTrainer:
+    """Train a policy and return its trainer."""
+    with reading_progress(config.streaming) as on_progress:
+        data, train_rows, heldout_rows = load_prompts(
+            config.data,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            **config.column_names,
+            renamed=config.renamed,
+            streaming=config.streaming,
+            on_progress=on_progress,
+        )
+    echo(data.summary())
+    trainer = ReinforceTrainer(
+        model=config.model,
+        reward_funcs=config.reward_sources,
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=heldout_rows,
+        judge=config.judge_name,
+    )
+    trainer.train()
+    print_change(trainer)
+    diagnosis = diagnose(read_run(trainer.folder))
+    more = f" Details: reinforcepp doctor {config.output_dir}" if diagnosis.findings else ""
+    echo(f"Doctor: {diagnosis.sentence}{more}", "yellow" if diagnosis.worst in ("error", "warning") else "")
+    return trainer
+
+
+def print_change(trainer: ReinforceTrainer) -> None:
+    """Print the metrics on held-out prompts before and after training."""
+    if not {"before", "after"} <= set(trainer.evaluations):
+        return
+    before, after = trainer.evaluations["before"], trainer.evaluations["after"]
+    metrics = before.figures(), after.figures()
+    changes = [str(change) for name in ("reward", "judge") if (change := change_of(name, *metrics)) is not None]
+    echo(
+        f"Held-out prompts ({len(after.completions)}): {', '.join(changes)}, KL to the reference policy {after.kl:.4f} "
+        f"nats/token, length {before.length:.0f} -> {after.length:.0f} tokens"
+    )
