@@ -11,16 +11,16 @@ from reinforcepp.algorithm.advantages import (
     clip_rewards,
     combine_moments,
     compute_advantages,
-    compute_gae,
-    group_advantages,
     moment_sums,
     normalize,
     returns_to_go,
     token_rewards,
     unnormalized_advantages,
 )
+from reinforcepp.algorithm.critic import compute_gae, value_loss
+from reinforcepp.algorithm.groups import group_advantages
 from reinforcepp.algorithm.kl import kl_estimate
-from reinforcepp.algorithm.losses import bradley_terry_loss, importance_weights, masked_mean, policy_loss, value_loss
+from reinforcepp.algorithm.losses import bradley_terry_loss, importance_weights, masked_mean, policy_loss
 from reinforcepp.errors import ConfigError
 
 NAN = float("nan")

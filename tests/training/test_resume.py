@@ -155,21 +155,21 @@ def test_a_signal_in_an_evaluation(base, tmp_path):
     runs = []
     for name in ("whole", "run"):
         run = trainer(base, tmp_path / name, eval_every=2)
-        run.eval_prompts = encode(run.tokenizer, [tiny_row(row) for row in held_out], "held-out", run.config)
+        run.evaluator.prompts = encode(run.tokenizer, [tiny_row(row) for row in held_out], "held-out", run.config)
         runs.append(run)
     runs[0].train()
-    evaluate = runs[1].evaluate
+    evaluate = runs[1].evaluator.evaluate
 
     def asked():
         if runs[1].run.state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate()
 
-    runs[1].evaluate = asked
+    runs[1].evaluator.evaluate = asked
     with pytest.raises(Interrupted):
         runs[1].train()
     again = trainer(base, tmp_path / "run", eval_every=2, resume=True, allow_changes="data")
-    again.eval_prompts = runs[0].eval_prompts
+    again.evaluator.prompts = runs[0].evaluator.prompts
     again.train()
     assert (tmp_path / "run" / "evaluation.json").read_bytes() == (tmp_path / "whole" / "evaluation.json").read_bytes()
     assert files(tmp_path / "run") == files(tmp_path / "whole")
@@ -179,8 +179,8 @@ def test_a_signal_while_a_run_is_being_resumed_costs_nothing(base, tmp_path):
     trainer(base, tmp_path / "run").train()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     again = trainer(base, tmp_path / "run", resume=True)
-    again.eval_prompts = again.prompts[:1]
-    again.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    again.evaluator.prompts = again.prompts[:1]
+    again.evaluator.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted):
         again.train()
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

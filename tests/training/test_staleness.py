@@ -184,9 +184,9 @@ def test_the_next_step_is_generated_while_this_one_is_trained_on(base, tmp_path)
 
 def test_held_out_prompts_are_answered_by_the_present_weights(base, tmp_path):
     run = apart(base, tmp_path / "run", staleness=2, max_steps=3, eval_every=1)
-    run.eval_prompts = run.prompts[:3]
+    run.evaluator.prompts = run.prompts[:3]
     seen = []
-    evaluate = run.evaluate
+    evaluate = run.evaluator.evaluate
 
     def noted():
         result = evaluate()
@@ -194,7 +194,7 @@ def test_held_out_prompts_are_answered_by_the_present_weights(base, tmp_path):
         seen.append(all(torch.equal(one, other) for one, other in pairs))
         return result
 
-    run.evaluate = noted
+    run.evaluator.evaluate = noted
     run.train()
     assert seen == [True] * 4
 
@@ -203,7 +203,7 @@ def test_what_was_sampled_is_gone_with_the_training(base, tmp_path):
     run = apart(base, tmp_path / "run", staleness=1)
     run.train()
     assert run.rollouts._jobs == {}
-    run.eval_prompts = run.prompts[:2]
+    run.evaluator.prompts = run.prompts[:2]
     run.evaluate()
     pairs = zip(run.engine.engine.model.parameters(), run.policy.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

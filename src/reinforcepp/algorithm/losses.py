@@ -1,4 +1,4 @@
-"""The losses: of the policy, of its critic, and of a reward model, as pure functions over tensors."""
+"""The losses of the policy and of a reward model, as pure functions over tensors."""
 
 from __future__ import annotations
 
@@ -95,20 +95,3 @@ def bradley_terry_loss(
     """Mean of -log sigmoid(chosen - rejected - margin), plus centering · mean of (chosen + rejected)². -> ()"""
     loss = -torch.nn.functional.logsigmoid(chosen_B - rejected_B - margin).mean()
     return loss + centering * (chosen_B + rejected_B).square().mean()
-
-
-def value_loss(
-    values_BT: Tensor,
-    old_values_BT: Tensor,
-    returns_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    clip: float | None,
-    denominator: Tensor | float | None = None,
-) -> Tensor:
-    """Token mean of half the larger of (V - R)² and (V' - R)², V' being V within ``clip`` of the old value. -> ()"""
-    error_BT = (values_BT - returns_BT).square()
-    if clip is not None:
-        clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip)
-        error_BT = torch.maximum(error_BT, (clipped_BT - returns_BT).square())
-    return masked_mean(error_BT / 2, mask_BT, denominator)

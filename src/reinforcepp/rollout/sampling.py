@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from reinforcepp.types import Sampling
 
 BLOCK = 256
 """Tokens of the vocabulary whose probabilities are summed together."""
@@ -44,3 +49,25 @@ def _invert(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     inside_BJ = block_BJ.double().cumsum(-1)
     offset_B1 = torch.searchsorted(inside_BJ, fraction_B1 * inside_BJ[:, -1:], right=True)
     return (block_B1 * BLOCK + offset_B1).squeeze(-1)
+
+
+def filter_logits(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Apply the repetition penalty for seen tokens, then temperature, top-k and top-p, in the order of ``generate``.
+
+    The library's repetition penalty isn't used because it would count padding as seen. With pad = EOS it would then penalize the
+    end token in padded rows only.
+    """
+    if sampling.repetition_penalty != 1:
+        penalized_BV = torch.where(
+            logits_BV < 0, logits_BV * sampling.repetition_penalty, logits_BV / sampling.repetition_penalty
+        )
+        logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
+    if sampling.temperature == 0:
+        return logits_BV
+    logits_BV = logits_BV / sampling.temperature
+    no_ids: Any = None  # these two filters don't read the ids
+    if sampling.top_k > 0:
+        logits_BV = TopKLogitsWarper(sampling.top_k)(no_ids, logits_BV)
+    if sampling.top_p < 1:
+        logits_BV = TopPLogitsWarper(sampling.top_p)(no_ids, logits_BV)
+    return logits_BV

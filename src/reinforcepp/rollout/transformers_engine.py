@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from reinforcepp.models.loading import context_length, eos_token_ids
 from reinforcepp.models.tokenization import pad, position_ids
 from reinforcepp.rollout.engine import check_prompts, request_seed, to_completion
 from reinforcepp.rollout.kv_cache import preallocated_cache
 from reinforcepp.rollout.mkldnn_linear import packed
-from reinforcepp.rollout.sampling import draw, uniforms
+from reinforcepp.rollout.sampling import draw, filter_logits, uniforms
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class TransformersEngine:
         positions_B1 = position_ids(mask_BL)[:, -1:]
         uniforms_BT = torch.stack([row.uniforms for row in rows]).to(logits_BV.device)
         for t in range(sampling.max_new_tokens):
-            logits_BV = _filtered(logits_BV, seen_BV, sampling)
+            logits_BV = filter_logits(logits_BV, seen_BV, sampling)
             next_B, logprobs_B = draw(logits_BV, uniforms_BT[:, t] if sampling.temperature > 0 else None)
             ids = next_B.tolist()
             for row, token, logprob in zip(rows, ids, logprobs_B.tolist(), strict=True):
@@ -155,25 +154,3 @@ class _Row:
     def start(cls, prompt: Prompt, sample: int, sampling: Sampling) -> _Row:
         seed = request_seed(sampling.seed, prompt.key, sample)
         return cls(prompt, uniforms(seed, sampling.max_new_tokens))
-
-
-def _filtered(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Apply the repetition penalty for seen tokens, then temperature, top-k and top-p, in the order of ``generate``.
-
-    The library's repetition penalty isn't used because it would count padding as seen. With pad = EOS it would then penalize the
-    end token in padded rows only.
-    """
-    if sampling.repetition_penalty != 1:
-        penalized_BV = torch.where(
-            logits_BV < 0, logits_BV * sampling.repetition_penalty, logits_BV / sampling.repetition_penalty
-        )
-        logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
-    if sampling.temperature == 0:
-        return logits_BV
-    logits_BV = logits_BV / sampling.temperature
-    no_ids: Any = None  # these two filters don't read the ids
-    if sampling.top_k > 0:
-        logits_BV = TopKLogitsWarper(sampling.top_k)(no_ids, logits_BV)
-    if sampling.top_p < 1:
-        logits_BV = TopPLogitsWarper(sampling.top_p)(no_ids, logits_BV)
-    return logits_BV

@@ -7,6 +7,7 @@ row is lost or repeated, whether or not the sizes divide each other.
 from __future__ import annotations
 
 import json
+import math
 import random
 from array import array
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import write_json
 from reinforcepp.monitoring import echo
 from reinforcepp.rewards.functions import RewardScores
+from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 
@@ -73,11 +76,34 @@ def optimizer_batches(rows: int, size: int, seed: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+def planned_batches(config: ReinforceConfig, rows: int, step: int) -> list[list[int]]:
+    """Return the row numbers of each optimizer step of a training step, over all iterations."""
+    size = config.optimizer_batch_size
+    return [
+        chosen
+        for iteration in range(config.num_iterations)
+        for chosen in optimizer_batches(rows, size, request_seed(config.seed, step, iteration))
+    ]
+
+
 def micro_batches(completions: Sequence[Completion], rows: Sequence[int], size: int) -> Iterator[list[int]]:
     """Yield ``rows`` in chunks for one forward pass each; rows of similar length go together to save padding."""
     by_length = sorted(rows, key=lambda i: (len(completions[i].prompt.ids) + len(completions[i].ids), i))
     for start in range(0, len(by_length), size):
         yield by_length[start : start + size]
+
+
+def rank_passes(
+    completions: Sequence[Completion], rows: Sequence[int], size: int, ranks: Ranks
+) -> list[tuple[list[int], float]]:
+    """Return this rank's micro-batches of an optimizer step, each with its weight.
+
+    Ranks wait for each other in every pass, so all make as many passes as the rank with the most rows. A rank without rows
+    left repeats one with weight 0.
+    """
+    most = math.ceil(math.ceil(len(rows) / ranks.count) / size)
+    local = list(micro_batches(completions, ranks.local_slice(rows), size))
+    return [(micro, 1.0) for micro in local] + [([rows[0]], 0.0)] * (most - len(local))
 
 
 def halved_micro_batch(size: int, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
@@ -117,6 +143,15 @@ class UpdateBatch:
     returns_BT: Tensor
     values_BT: Tensor | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+
+    def mean_stats(self) -> dict[str, float]:
+        """Return the mean of each statistic over the optimizer steps, and the number of skipped steps."""
+        stats: dict[str, list[float]] = {}
+        for row in self.history:
+            for name, value in row.items():
+                stats.setdefault(name, []).append(value)
+        mean = {name: sum(values) / len(values) for name, values in stats.items()}
+        return mean | {"skipped_updates": sum(stats["skipped_updates"])}
 
     def gather(self, ranks: Ranks) -> UpdateBatch:
         """Return the rows of all ranks, in the order of the ranks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reinforcepp.algorithm.kl import next_kl_coef
 from reinforcepp.algorithm.losses import Correction
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import prompt_rows
@@ -21,6 +22,7 @@ from reinforcepp.models.loading import check_context, load_config, tokenizer_for
 from reinforcepp.models.lora import make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.monitoring import echo, note_event
+from reinforcepp.monitoring.environment import environment
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum, load_rewards
 from reinforcepp.rollout.engine import RolloutEngine
@@ -32,6 +34,7 @@ from reinforcepp.training import checkpoint
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
 from reinforcepp.training.batches import PromptBatches
 from reinforcepp.training.critic import Critic
+from reinforcepp.training.evaluation import Evaluator
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
 from reinforcepp.training.policy_run import PolicyRun, fingerprints
@@ -57,15 +60,16 @@ class TrainingParts:
     ranks: Ranks
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[Prompt]
-    eval_prompts: Sequence[Prompt]
     num_steps: int
     rewards: RewardSum
-    judge: RewardSum | None
     reference: PreTrainedModel
     update: PolicyUpdate
     rollouts: RolloutScheduler
     run: PolicyRun
     guard: RunGuard
+    evaluator: Evaluator
+    kl_controller: Callable[[float, float], float]
+    """Returns the next KL coefficient from the current one and the KL of the step."""
 
 
 def build(
@@ -133,22 +137,38 @@ def build(
         if config.staleness
         else RolloutScheduler(config, engine, learner.plain, tokenizer, batches, ranks)
     )
-    run = PolicyRun(folder, update, rollouts, tokenizer, inputs, resumed)
+    facts = {
+        "kind": type(config).__name__,
+        "num_steps": num_steps,
+        "prompts": len(prompts),
+        "heldout_prompts": len(eval_prompts),
+        "inputs": inputs,
+        "rewards": rewards.describe(),
+        "judge": judge_sum.names[0] if judge_sum else None,
+        **environment(ranks.device),
+    }
+    run = PolicyRun(folder, update, rollouts, tokenizer, facts, resumed)
     guard = RunGuard(run, guardrails, heartbeat, num_steps)
+    evaluator = Evaluator(eval_prompts, rewards, judge_sum, reference, rollouts, run, heartbeat, num_steps)
     return TrainingParts(
         folder=folder,
         ranks=ranks,
         tokenizer=tokenizer,
         prompts=prompts,
-        eval_prompts=eval_prompts,
         num_steps=num_steps,
         rewards=rewards,
-        judge=judge_sum,
         reference=reference,
         update=update,
         rollouts=rollouts,
         run=run,
         guard=guard,
+        evaluator=evaluator,
+        kl_controller=partial(
+            next_kl_coef,
+            target=config.kl_target,
+            completions=config.completions_per_step,
+            horizon=config.kl_horizon,
+        ),
     )
 
 

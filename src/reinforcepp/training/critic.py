@@ -1,4 +1,4 @@
-"""PPO's critic: a second model, as large as the policy, that learns which value each token's context has."""
+"""PPO's critic: a second model, as large as the policy, that estimates the value of each token's context."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from reinforcepp.algorithm.critic import value_loss
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.models.logprobs import response_states
 from reinforcepp.models.lora import with_adapter
+from reinforcepp.training.batches import UpdateBatch, micro_batches
 from reinforcepp.training.learner import Learner
-from reinforcepp.types import Completion
+from reinforcepp.types import Completion, RolloutBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Critic(Learner):
-    """The policy's layers with one output instead of the vocabulary; it begins at 0, so the first values are 0."""
+    """The policy's layers with one output instead of the vocabulary; its head starts at 0, so the first values are 0."""
 
     def __init__(self, policy: PreTrainedModel, ranks: Ranks, config: ReinforceConfig, *, steps: int) -> None:
         model = copy.deepcopy(policy)
@@ -32,10 +34,31 @@ class Critic(Learner):
         if config.use_peft:
             model = with_adapter(model, config, seed=config.seed, head=model.get_output_embeddings())
         rate = config.critic_learning_rate or config.learning_rate
+        self._value_clip = config.value_clip
         super().__init__(model, ranks, config, learning_rate=rate, steps=steps)
 
+    @torch.no_grad()
+    def batch_values(self, batch: RolloutBatch, micro_batch_size: int, pad_id: int) -> Tensor:
+        """Return the value before each token of a batch. -> (B, T)"""
+        values_BT = torch.zeros_like(batch.mask_BT)
+        for rows in micro_batches(batch.completions, range(len(batch.completions)), micro_batch_size):
+            values_BT[rows] = self.values(batch.completions, rows, values_BT.shape[1], pad_id)
+        return values_BT
+
+    def loss(self, work: UpdateBatch, rows: list[int], tokens: Tensor, pad_id: int) -> Tensor:
+        """Return a micro-batch's share of the value loss, a mean over ``tokens``."""
+        assert work.values_BT is not None
+        return value_loss(
+            self.values(work.batch.completions, rows, work.values_BT.shape[1], pad_id),
+            work.values_BT[rows],
+            work.returns_BT[rows],
+            work.batch.mask_BT[rows],
+            clip=self._value_clip,
+            denominator=tokens,
+        )
+
     def values(self, completions: Sequence[Completion], rows: Sequence[int], width: int, pad_id: int) -> Tensor:
-        """The value before each response token, padded to ``width`` columns. -> (rows, width)"""
+        """Return the value before each response token, padded to ``width`` columns. -> (rows, width)"""
         model = self.model if torch.is_grad_enabled() else self.scoring
         values_BT1, _, mask_BT = response_states(
             model, [completions[i].prompt.ids for i in rows], [completions[i].ids for i in rows], pad_id=pad_id

@@ -17,12 +17,17 @@ from reinforcepp.errors import RewardError
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.monitoring.completion_log import columns_of
 from reinforcepp.rewards.sources import RewardSum
-from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from reinforcepp.training.policy_run import PolicyRun
+    from reinforcepp.training.rollout_scheduler import RolloutScheduler
+    from reinforcepp.training.run_guard import Heartbeat
+
+EVALUATION_SEED = 1_000_003
 BATCH = 16
 Answers = tuple[list[Completion], list[float | None], list[float | None], list[tuple[float, int]]]
 """Completions, their rewards, what a judge says of them, and their :func:`kl_sums`."""
@@ -156,3 +161,69 @@ def kl_sums(own: Sequence[Logprobs], reference: Sequence[Logprobs]) -> list[tupl
 def mean_kl(sums: Sequence[tuple[float, int]]) -> float:
     """Mean over all tokens of what :func:`kl_sums` gave."""
     return sum(kl for kl, _ in sums) / max(1, sum(tokens for _, tokens in sums))
+
+
+class Evaluator:
+    """Evaluates the policy of a run on its held-out prompts, always with the same seeds.
+
+    Args:
+        prompts: the held-out prompts; the setting ``eval_prompts`` limits their number.
+        rewards: the reward functions of the training.
+        judge: a reward function that has no part in training, if any.
+        reference: the reference policy.
+        rollouts: owns the engine that generates.
+        run: records each evaluation.
+        heartbeat: watchdog and stop signals.
+        num_steps: steps of the run.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        rewards: RewardSum,
+        judge: RewardSum | None,
+        reference: PreTrainedModel,
+        rollouts: RolloutScheduler,
+        run: PolicyRun,
+        heartbeat: Heartbeat,
+        num_steps: int,
+    ) -> None:
+        self.prompts = prompts
+        self.rewards = rewards
+        self.judge = judge
+        self.reference = reference
+        self.rollouts = rollouts
+        self.policy_run = run
+        self.heartbeat = heartbeat
+        self.num_steps = num_steps
+        self.evaluations: dict[str, Evaluation] = {}
+
+    def evaluate(self) -> Evaluation:
+        """Return an evaluation of the current policy, without recording it."""
+        config, rollouts = self.policy_run.config, self.rollouts
+        rollouts.use_current_weights()
+        return evaluate(
+            rollouts.engine,
+            self.prompts[: config.eval_prompts],
+            Sampling(config.max_new_tokens, config.temperature, seed=EVALUATION_SEED),
+            self.rewards,
+            rollouts.policy,
+            self.reference,
+            self.policy_run.update.pad_id,
+            judge=self.judge,
+            ranks=rollouts.ranks,
+        )
+
+    def run(self, name: str) -> None:
+        """Evaluate, if there are held-out prompts, and record the evaluation under ``name``."""
+        if self.policy_run.config.eval_prompts and self.prompts:
+            self.heartbeat.beat(f"evaluation {name!r}")
+            with self.heartbeat.interruptible(), preserve_random_state():
+                self.evaluations[name] = self.evaluate()
+            self.policy_run.record_evaluation(name, self.evaluations[name])
+
+    def run_if_due(self, step: int) -> None:
+        """Evaluate every ``eval_every`` steps, unless the evaluation of this step is recorded already."""
+        every, name = self.policy_run.config.eval_every, f"step {step}"
+        if every and 0 < step < self.num_steps and step % every == 0 and name not in self.policy_run.state.evaluations:
+            self.run(name)

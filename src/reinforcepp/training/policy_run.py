@@ -27,6 +27,7 @@ from reinforcepp.monitoring.completion_log import (
     save_answers,
     step_file,
 )
+from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.monitoring.step_metrics import rollout_columns
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.run_dir import RUN_FILE, clear, describe_run
@@ -75,7 +76,7 @@ class PolicyRun:
         update: owns the weights, the optimizers and the guardrails.
         rollouts: owns the engine, and completions generated ahead.
         tokenizer: saved with the policy.
-        inputs: fingerprints of the run's inputs.
+        facts: the facts that ``run.json`` and the report hold in addition to settings, ``inputs`` (fingerprints) among them.
         resumed: the checkpoint that the run resumes from, if any.
     """
 
@@ -85,7 +86,7 @@ class PolicyRun:
         update: PolicyUpdate,
         rollouts: RolloutScheduler,
         tokenizer: PreTrainedTokenizerBase,
-        inputs: Mapping[str, str],
+        facts: dict[str, Any],
         resumed: checkpoint.Checkpoint | None = None,
     ) -> None:
         self.folder = folder
@@ -93,7 +94,7 @@ class PolicyRun:
         self.update = update
         self.rollouts = rollouts
         self.tokenizer = tokenizer
-        self.inputs = inputs
+        self.facts = facts
         self.resumed = resumed
         """The checkpoint to resume from, until it is restored."""
         self.state = RunState(kl_coef=self.config.kl_coef)
@@ -147,7 +148,12 @@ class PolicyRun:
 
     # --- begin, save, restore ---------------------------------------------------------------------------------------
 
-    def begin(self, facts: dict[str, Any]) -> None:
+    @property
+    def summary(self) -> RunRecord:
+        """The run's folder, settings and facts."""
+        return RunRecord(self.folder, as_dict(self.config), self.facts)
+
+    def begin(self) -> None:
         """Create the run directory, or open that of a resumed run."""
         self.update.ranks.barrier()  # until every rank has checked the directory
         if self.resumed is None:
@@ -157,7 +163,7 @@ class PolicyRun:
             if self.resumed is None:
                 clear(self.folder)
             if self.resumed is None or not (self.folder / RUN_FILE).is_file():
-                describe_run(self.folder, as_dict(self.config), facts)
+                describe_run(self.folder, as_dict(self.config), self.facts)
             self.log.open(self.folder)
 
     def save(self, metrics: Mapping[str, float] | None = None) -> None:
@@ -172,7 +178,7 @@ class PolicyRun:
         if updates:  # otherwise the step begins again, with the random numbers that it had
             state.random = rng.capture()
         state.guard = self.update.guardrails.as_dict()
-        content = checkpoint.described(self.config, self.inputs) | {"run": asdict(state)}
+        content = checkpoint.described(self.config, self.facts["inputs"]) | {"run": asdict(state)}
         learners = {name: learner.state() for name, learner in self.update.learners.items()}
         pending = self.rollouts.pending(state.step)
         if self.update.ranks.sharded:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.kl import kl_estimate
-from reinforcepp.algorithm.losses import Correction, importance_weights, masked_mean, policy_loss, value_loss
+from reinforcepp.algorithm.losses import Correction, importance_weights, masked_mean, policy_loss
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import UnusableUpdate
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.rollout.engine import request_seed
-from reinforcepp.training.batches import UpdateBatch, halved_micro_batch, micro_batches, optimizer_batches
+from reinforcepp.training.batches import UpdateBatch, halved_micro_batch, planned_batches, rank_passes
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
@@ -73,25 +71,13 @@ class PolicyUpdate:
 
     def run(self, work: UpdateBatch, step: int, kl_coef: float) -> dict[str, float]:
         """Make the optimizer steps on a batch that are still to be made; return the mean of their statistics."""
-        config, rows_in_batch = self.config, len(work.batch.completions)
-        planned = [
-            rows
-            for iteration in range(config.num_iterations)
-            for rows in optimizer_batches(
-                rows_in_batch, config.optimizer_batch_size, request_seed(config.seed, step, iteration)
-            )
-        ]
+        planned = planned_batches(self.config, len(work.batch.completions), step)
         remaining = planned[len(work.history) :]
         for rows in remaining:
             work.history.append(self._optimizer_step(work, rows, step, kl_coef))
         if remaining:
             self._share_results(work.batch)
-        stats: dict[str, list[float]] = {}
-        for row in work.history:
-            for name, value in row.items():
-                stats.setdefault(name, []).append(value)
-        mean = {name: sum(values) / len(values) for name, values in stats.items()}
-        return mean | {"skipped_updates": sum(stats["skipped_updates"])}
+        return work.mean_stats()
 
     def logprobs(
         self, model: object, completions: Sequence[Completion], rows: Sequence[int], width: int
@@ -106,15 +92,9 @@ class PolicyUpdate:
             width=width,
         )
 
-    @torch.no_grad()
     def values(self, batch: RolloutBatch) -> Tensor | None:
         """Return the critic's value before each token, None without a critic. -> (B, T)"""
-        if self.critic is None:
-            return None
-        values_BT = torch.zeros_like(batch.mask_BT)
-        for rows in micro_batches(batch.completions, range(len(batch.completions)), self.micro_batch_size):
-            values_BT[rows] = self.critic.values(batch.completions, rows, values_BT.shape[1], self.pad_id)
-        return values_BT
+        return None if self.critic is None else self.critic.batch_values(batch, self.micro_batch_size, self.pad_id)
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
@@ -150,7 +130,7 @@ class PolicyUpdate:
         """Run forward and backward passes over all micro-batches of one optimizer step; return summed statistics."""
         tokens = work.batch.mask_BT[rows].sum()
         totals: dict[str, Tensor] = {}
-        passes = list(self._passes(work.batch, rows))
+        passes = rank_passes(work.batch.completions, rows, self.micro_batch_size, self.ranks)
         for number, (micro, weight) in enumerate(passes, 1):
             self.heartbeat.safe_point()
             with self.policy.learning(last=number == len(passes)):
@@ -159,24 +139,13 @@ class PolicyUpdate:
             stats["loss"] = loss.detach()
             if self.critic is not None and work.values_BT is not None:
                 with self.critic.learning(last=number == len(passes)):
-                    loss = self._critic_loss(work, micro, tokens)
+                    loss = self.critic.loss(work, micro, tokens, self.pad_id)
                     self.critic.backward(loss * weight)
                 stats["critic/loss"] = loss.detach()
             for name, value in stats.items():
                 before, counted = totals.get(name, torch.zeros_like(value)), value * weight
                 totals[name] = torch.maximum(before, counted) if name == LARGEST else before + counted
         return totals
-
-    def _passes(self, batch: RolloutBatch, rows: Sequence[int]) -> Iterator[tuple[list[int], float]]:
-        """Yield this rank's micro-batches of an optimizer step, each with its weight.
-
-        Ranks wait for each other in every pass, so all make as many passes as the rank with the most rows. A rank
-        without rows left repeats one with weight 0.
-        """
-        most = math.ceil(math.ceil(len(rows) / self.ranks.count) / self.micro_batch_size)
-        local = list(micro_batches(batch.completions, self.ranks.local_slice(rows), self.micro_batch_size))
-        yield from ((micro, 1.0) for micro in local)
-        yield from (([rows[0]], 0.0) for _ in range(most - len(local)))
 
     def _policy_loss(
         self, work: UpdateBatch, rows: list[int], tokens: Tensor, kl_coef: float, *, new: bool
@@ -213,17 +182,6 @@ class PolicyUpdate:
         log_ratio_BT = (logprobs_BT.detach() - old_BT).abs()
         stats[LARGEST] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
         return loss, stats
-
-    def _critic_loss(self, work: UpdateBatch, rows: list[int], tokens: Tensor) -> Tensor:
-        assert self.critic is not None and work.values_BT is not None
-        return value_loss(
-            self.critic.values(work.batch.completions, rows, work.values_BT.shape[1], self.pad_id),
-            work.values_BT[rows],
-            work.returns_BT[rows],
-            work.batch.mask_BT[rows],
-            clip=self.config.value_clip,
-            denominator=tokens,
-        )
 
     @torch.no_grad()
     def _share_results(self, batch: RolloutBatch) -> None:

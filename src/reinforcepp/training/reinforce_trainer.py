@@ -6,25 +6,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.algorithm.kl import next_kl_coef
-from reinforcepp.config import ReinforceConfig, as_dict
+from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.loading import save_model
 from reinforcepp.monitoring import echo, read_metrics
-from reinforcepp.monitoring.environment import environment
-from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
-from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
+from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.training.builder import build
-from reinforcepp.training.evaluation import Evaluation, evaluate
+from reinforcepp.training.evaluation import Evaluation
 from reinforcepp.training.monitor import Monitor
 from reinforcepp.training.scoring import score, with_advantages
-from reinforcepp.types import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-EVALUATION_SEED = 1_000_003
 
 
 class ReinforceTrainer:
@@ -62,11 +56,11 @@ class ReinforceTrainer:
         data = train_dataset, eval_dataset
         parts = build(model, reward_funcs, self.config, *data, processing_class, engine, judge, reward_weights)
         self.folder, self.ranks, self.num_steps = parts.folder, parts.ranks, parts.num_steps
-        self.tokenizer, self.prompts, self.eval_prompts = parts.tokenizer, parts.prompts, parts.eval_prompts
-        self.rewards, self.judge = parts.rewards, parts.judge
+        self.tokenizer, self.prompts, self.rewards = parts.tokenizer, parts.prompts, parts.rewards
         self.update, self.rollouts, self.run, self.guard = parts.update, parts.rollouts, parts.run, parts.guard
         self.policy, self.reference = parts.update.policy.plain, parts.reference
-        self.evaluations: dict[str, Evaluation] = {}
+        self.kl_controller, self.evaluator = parts.kl_controller, parts.evaluator
+        self.evaluations = parts.evaluator.evaluations
 
     @property
     def engine(self) -> RolloutEngine:
@@ -87,14 +81,14 @@ class ReinforceTrainer:
         """
         with self.guard.training():
             self._begin()
-            with Monitor(self._record(), self.run.state, self.ranks, self.num_steps) as self.run.monitor:
+            with Monitor(self.run.summary, self.run.state, self.ranks, self.num_steps) as self.run.monitor:
                 self._train()
             self._finish()
         return read_metrics(self.folder)
 
     def _train(self) -> None:
         config, run, rollouts, update = self.config, self.run, self.rollouts, self.update
-        self._evaluate_if_due(run.state.step)  # a run can be stopped in the middle of an evaluation
+        self.evaluator.run_if_due(run.state.step)  # a run can be stopped in the middle of an evaluation
         while run.state.step < self.num_steps:
             with self.guard.step() as step:
                 kl_coef = run.state.kl_coef
@@ -108,19 +102,13 @@ class ReinforceTrainer:
                 with step.phase("update"):
                     stats = update.run(batch, step.index, kl_coef)
                     metrics = stats | step_metrics(batch.batch, batch.scores, config.reward_clip)
-                new_kl_coef = next_kl_coef(
-                    kl_coef,
-                    metrics["kl"],
-                    target=config.kl_target,
-                    completions=config.completions_per_step,
-                    horizon=config.kl_horizon,
-                )
+                new_kl_coef = self.kl_controller(kl_coef, metrics["kl"])
                 with step.phase("sync"):
                     rollouts.sync(step.index)
                 metrics |= rollouts.staleness(step.index)
                 run.record(step.index, batch, metrics, step.clock.seconds(), new_kl_coef)
             if step.finished:
-                self._evaluate_if_due(run.state.step)
+                self.evaluator.run_if_due(run.state.step)
                 self.guard.save_if_due()
                 self.guard.heartbeat.check_between_steps()
 
@@ -128,11 +116,7 @@ class ReinforceTrainer:
 
     def evaluate(self) -> Evaluation:
         """Generate completions of the held-out prompts with the current policy, always from the same seeds, and score them."""
-        sampling = Sampling(self.config.max_new_tokens, self.config.temperature, seed=EVALUATION_SEED)
-        prompts = self.eval_prompts[: self.config.eval_prompts]
-        models = self.policy, self.reference, self.update.pad_id
-        self.rollouts.use_current_weights()
-        return evaluate(self.engine, prompts, sampling, self.rewards, *models, judge=self.judge, ranks=self.ranks)
+        return self.evaluator.evaluate()
 
     def save_model(self, folder: str | Path) -> None:
         """Write the policy as a folder that ``from_pretrained`` reads; rank 0 writes it."""
@@ -142,8 +126,8 @@ class ReinforceTrainer:
 
     def _begin(self) -> None:
         """Create the run directory, or restore the state in which an earlier run stopped."""
-        self.run.begin(self._facts())
-        self._evaluate("before")  # of a resumed run, too: its checkpoint isn't restored yet
+        self.run.begin()
+        self.evaluator.run("before")  # of a resumed run, too: its checkpoint isn't restored yet
         if self.run.resumed is not None:
             self.run.restore_resumed()
             echo(f"Resumed after step {self.run.state.step} of {self.num_steps}")
@@ -151,35 +135,6 @@ class ReinforceTrainer:
             self.run.save()
 
     def _finish(self) -> None:
-        self._evaluate("after")
+        self.evaluator.run("after")
         self.save_model(self.folder)
         echo(f"Saved policy to {self.folder}", "green")
-
-    def _evaluate(self, name: str) -> None:
-        """Evaluate, if there are held-out prompts, and record the evaluation under ``name``."""
-        if self.config.eval_prompts and self.eval_prompts:
-            self.guard.heartbeat.beat(f"evaluation {name!r}")
-            with self.guard.heartbeat.interruptible(), preserve_random_state():
-                self.evaluations[name] = self.evaluate()
-            self.run.record_evaluation(name, self.evaluations[name])
-
-    def _evaluate_if_due(self, step: int) -> None:
-        every, name = self.config.eval_every, f"step {step}"
-        if every and 0 < step < self.num_steps and step % every == 0 and name not in self.run.state.evaluations:
-            self._evaluate(name)
-
-    def _record(self) -> RunRecord:
-        return RunRecord(self.folder, as_dict(self.config), self._facts())
-
-    def _facts(self) -> dict[str, Any]:
-        """Return the facts about the run that its report shows, apart from its settings."""
-        return {
-            "kind": type(self.config).__name__,
-            "num_steps": self.num_steps,
-            "prompts": len(self.prompts),
-            "heldout_prompts": len(self.eval_prompts),
-            "inputs": self.run.inputs,
-            "rewards": self.rewards.describe(),
-            "judge": self.judge.names[0] if self.judge else None,
-            **environment(self.ranks.device),
-        }

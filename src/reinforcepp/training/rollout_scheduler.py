@@ -76,16 +76,12 @@ class RolloutScheduler:
     def close(self) -> None:
         """Stop pending work."""
 
-    # --- checkpoints ---
-
     def pending(self, step: int) -> dict[str, object]:
         """Return the completions already generated for ``step`` and later, as JSON; every rank must call this."""
         return {}
 
     def restore(self, checkpoint: Path) -> None:
         """Resume with the completions that a checkpoint holds."""
-
-    # --- inside ---
 
     def _local_prompts(self, step: int) -> list[Prompt]:
         return self.ranks.local_slice(self.batches.at(step))
