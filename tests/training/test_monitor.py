@@ -114,7 +114,7 @@ def test_nothing_is_reported_unasked(base, tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_starts(base, tmp_path, monkeypatch):
     monkeypatch.setattr("reinforcepp.distributed.ranks.get_available_trackers", list)
-    with pytest.raises(ConfigError, match="mlflow, which is not installed: pip install mlflow"):
+    with pytest.raises(ConfigError, match="report_to: mlflow"):
         train(base, tmp_path / "run", report_to=("mlflow",))
     assert not (tmp_path / "run").exists()
     check_trackers(())

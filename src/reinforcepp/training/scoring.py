@@ -34,39 +34,37 @@ def score(
     Raises:
         UnusableUpdate: a log-probability isn't finite.
     """
-    return update.ranks.run_or_raise_all(lambda: _score(completions, rewards, update, reference))
-
-
-def _score(
-    completions: list[Completion], rewards: RewardSum, update: PolicyUpdate, reference: object
-) -> tuple[RolloutBatch, RewardScores]:
     config, device = update.config, update.ranks.device
-    scores = rewards.score(completions)
-    completions, scores = drop_unscored(completions, scores, grouped=config.estimator_spec.grouped)
-    width = max((len(c.ids) for c in completions), default=0)
-    shape = (len(completions), width)
-    old_BT, ref_BT, entropy_BT, mask_BT = (torch.zeros(shape, device=device) for _ in range(4))
-    with torch.no_grad():
-        for rows in micro_batches(completions, range(len(completions)), update.micro_batch_size):
-            ref_BT[rows], _, mask_BT[rows] = update.logprobs(reference, completions, rows, width)
-            if not update.on_policy and not config.staleness:
-                old_BT[rows], entropy_BT[rows], _ = update.logprobs(update.policy.scoring, completions, rows, width)
-    if config.staleness:  # the policy no longer has the weights that sampled
-        old_BT = pad_values([c.old_logprobs for c in completions]).to(device)
-        entropy_BT = pad_values([c.entropy for c in completions]).to(device)
-    if not bool(torch.isfinite(torch.stack([ref_BT, old_BT])).all()):
-        raise UnusableUpdate("a completion's log-probability isn't finite under the policy or its reference")
-    batch = RolloutBatch(
-        completions=completions,
-        mask_BT=mask_BT,
-        rollout_logprobs_BT=pad_values([c.logprobs for c in completions]).to(device),
-        old_logprobs_BT=old_BT,
-        ref_logprobs_BT=ref_BT,
-        entropy_BT=entropy_BT,
-        rewards_B=clip_rewards(torch.tensor(scores.known, device=device), config.reward_clip),
-        group_ids_B=torch.tensor([c.prompt.key for c in completions], dtype=torch.long, device=device),
-    )
-    return batch, scores
+
+    def score_local() -> tuple[RolloutBatch, RewardScores]:
+        scores = rewards.score(completions)
+        kept, scores = drop_unscored(completions, scores, grouped=config.estimator_spec.grouped)
+        width = max((len(c.ids) for c in kept), default=0)
+        shape = (len(kept), width)
+        old_BT, ref_BT, entropy_BT, mask_BT = (torch.zeros(shape, device=device) for _ in range(4))
+        with torch.no_grad():
+            for rows in micro_batches(kept, range(len(kept)), update.micro_batch_size):
+                ref_BT[rows], _, mask_BT[rows] = update.logprobs(reference, kept, rows, width)
+                if not update.on_policy and not config.staleness:
+                    old_BT[rows], entropy_BT[rows], _ = update.logprobs(update.policy.scoring, kept, rows, width)
+        if config.staleness:  # the policy no longer has the weights that sampled
+            old_BT = pad_values([c.old_logprobs for c in kept]).to(device)
+            entropy_BT = pad_values([c.entropy for c in kept]).to(device)
+        if not bool(torch.isfinite(torch.stack([ref_BT, old_BT])).all()):
+            raise UnusableUpdate("a completion's log-probability isn't finite under the policy or its reference")
+        batch = RolloutBatch(
+            completions=kept,
+            mask_BT=mask_BT,
+            rollout_logprobs_BT=pad_values([c.logprobs for c in kept]).to(device),
+            old_logprobs_BT=old_BT,
+            ref_logprobs_BT=ref_BT,
+            entropy_BT=entropy_BT,
+            rewards_B=clip_rewards(torch.tensor(scores.known, device=device), config.reward_clip),
+            group_ids_B=torch.tensor([c.prompt.key for c in kept], dtype=torch.long, device=device),
+        )
+        return batch, scores
+
+    return update.ranks.run_or_raise_all(score_local)
 
 
 def with_advantages(batch: RolloutBatch, scores: RewardScores, update: PolicyUpdate, kl_coef: float) -> UpdateBatch:
