@@ -97,7 +97,7 @@ def test_a_pool_for_the_time_of_a_training(place, tmp_path, model_folder, pairs_
     started.send_signal(signal.SIGTERM)
     told = started.communicate(timeout=120)[1]
     assert started.returncode == 143, told
-    done = max(checkpoint.place_of(folder)[0] for folder in checkpoint.listed(tmp_path / "run"))
+    done = max(checkpoint.position_of(folder)[0] for folder in checkpoint.list_checkpoints(tmp_path / "run"))
     assert 1 <= done < 200 and not left(place)
 
     flags = settings(model_folder, pairs_csv, tmp_path / "run", max_steps=done + 2)

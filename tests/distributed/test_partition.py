@@ -68,7 +68,7 @@ def machines(rights):
 
 def goes_on(model, data, folder) -> None:
     """One step more than the last checkpoint holds, in this process."""
-    done = max(checkpoint.place_of(each)[0] for each in checkpoint.listed(folder))
+    done = max(checkpoint.position_of(each)[0] for each in checkpoint.list_checkpoints(folder))
     flags = training(model, data, folder, "--rollout", "transformers", "--resume", "--max_steps", done + 1)
     assert cli.main(["train", *flags, "--allow_changes", "max_steps,rollout,save_every,watchdog_seconds"]) == 0
     assert len(read_metrics(folder)) == done + 1

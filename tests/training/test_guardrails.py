@@ -9,7 +9,7 @@ import torch
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, TrainingDiverged, UnusableUpdate
-from reinforcepp.training.guardrails import PATIENCE, Guardrails, RollBack
+from reinforcepp.training.guardrails import PATIENCE_STEPS, Guardrails, RollBack
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
 FINE = {"step": 1, "kl": 0.1, "entropy": 2.0, "completions/mean_length": 20.0, "completions/distinct_ratio": 1.0}
@@ -52,22 +52,22 @@ def test_several_in_a_row_stop_the_run():
     rules.update_made()
     rules.skip(fault, 4)
     rules.skip(fault, 5)
-    with pytest.raises(TrainingDiverged, match="Step 6: the loss is nan, and the 2 updates before"):
+    with pytest.raises(TrainingDiverged, match="Step 6: the loss is nan\. The 2 updates before"):
         rules.skip(fault, 6)
-    assert len(said) == 4 and "1 in a row, 2 allowed" in said[0]
+    assert len(said) == 4 and "1 of 2 allowed in a row" in said[0]
 
 
 def test_kl_over_the_limit_stops_or_goes_back():
     rules, _ = guard()
     rules.check_step(FINE | {"kl": 4.99})
-    with pytest.raises(TrainingDiverged, match=r"5\.01 nats per token in step 1, over kl_limit 5"):
+    with pytest.raises(TrainingDiverged, match=r"Step 1: KL .* 5\.01 nats/token, over kl_limit 5"):
         rules.check_step(FINE | {"kl": 5.01})
     guard(kl_limit=None)[0].check_step(FINE | {"kl": 1e9})
     rules, _ = guard(kl_action="rollback", kl_limit=1.0)
     for _ in range(3):
         with pytest.raises(RollBack):
             rules.check_step(FINE | {"kl": 2.0})
-    with pytest.raises(TrainingDiverged, match="after going back 3 times"):
+    with pytest.raises(TrainingDiverged, match="after 3 rollbacks"):
         rules.check_step(FINE | {"kl": 2.0})
 
 
@@ -82,12 +82,12 @@ def test_kl_over_the_limit_stops_or_goes_back():
 def test_collapse(name, low, enough, said):
     rules, _ = guard()
     rules.check_step(FINE)
-    for _ in range(PATIENCE - 1):
+    for _ in range(PATIENCE_STEPS - 1):
         rules.check_step(FINE | {name: low})
     rules.check_step(FINE | {name: enough})  # it came back
-    for _ in range(PATIENCE - 1):
+    for _ in range(PATIENCE_STEPS - 1):
         rules.check_step(FINE | {name: low})
-    with pytest.raises(TrainingDiverged, match=f"The .*{said}.* has been below"):
+    with pytest.raises(TrainingDiverged, match=f"{said}.* has been below"):
         rules.check_step(FINE | {name: low})
 
 
@@ -96,14 +96,14 @@ def test_collapse_rules_can_be_switched_off(setting):
     rules, _ = guard(**{setting: 0})
     name = next(key for key, (_, share) in rules.shares.items() if share == 0)
     rules.check_step(FINE)
-    for _ in range(2 * PATIENCE):
+    for _ in range(2 * PATIENCE_STEPS):
         rules.check_step(FINE | {name: 0.0})
 
 
 def test_what_the_rules_remember_survives_a_checkpoint():
     rules, _ = guard()
     rules.check_step(FINE)
-    for _ in range(PATIENCE - 1):
+    for _ in range(PATIENCE_STEPS - 1):
         rules.check_step(FINE | {"entropy": 0.0})
     again, _ = guard()
     again.load(json.loads(json.dumps(rules.as_dict())))
@@ -175,7 +175,7 @@ def test_a_reward_that_is_not_finite_costs_one_update(base, tmp_path, capsys):
     assert "reward" not in log[1] and "reward" in log[2]
     assert "returned nan" in capsys.readouterr().err
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert len(events) == 1 and events[0].startswith("Step 2: Reward function fine: returned nan")
+    assert len(events) == 1 and events[0].startswith("Step 2: skipped update (Reward function fine: returned nan")
 
 
 def test_too_many_stop_the_run_with_the_last_good_weights(base, tmp_path):
@@ -183,7 +183,7 @@ def test_too_many_stop_the_run_with_the_last_good_weights(base, tmp_path):
     whole.train()
     run = trainer(base, tmp_path / "run", BadAt(3, 4), max_steps=9, max_skipped_updates=1, save_every=2)
     with pytest.raises(
-        TrainingDiverged, match=r"Step 4.*mend the reward function\. The last good state is .*step-000002"
+        TrainingDiverged, match=r"Step 4.*fix the reward function\. The last good state is .*step-000002"
     ):
         run.train()
     assert equal(weights(run), weights(whole))

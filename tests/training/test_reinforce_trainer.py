@@ -402,7 +402,7 @@ def test_a_model_and_a_plain_tokenizer_in_memory_will_do(tmp_path):
     [
         ({"train": []}, DataError, "train_dataset is empty"),
         ({"train": [{"question": "x"}]}, DataError, "Row 0 of train_dataset has no text"),
-        ({"reward": []}, ConfigError, "reward_funcs is empty"),
+        ({"reward": []}, ConfigError, "reward_funcs: empty"),
         ({"max_new_tokens": 400, "max_length": 600}, ConfigError, "context of 256"),
     ],
 )

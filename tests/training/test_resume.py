@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ConfigError, EngineLost, ModelError
+from reinforcepp.files import whole_folder, write_json
 from reinforcepp.models.loading import load_policy
 from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.training import checkpoint
@@ -60,7 +61,7 @@ def files(folder):
 
 
 def steps(folder):
-    return [path.name for path in checkpoint.listed(folder)]
+    return [path.name for path in checkpoint.list_checkpoints(folder)]
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_the_best_one_is_kept_too(base, tmp_path, metric, choose):
 
 
 def test_a_metric_that_is_none_is_named(base, tmp_path):
-    with pytest.raises(ConfigError, match=r"keep_best names 'rewrad'.*Did you mean 'reward'"):
+    with pytest.raises(ConfigError, match=r"keep_best: .*'rewrad'.*Did you mean 'reward'"):
         trainer(base, tmp_path / "run", keep_best="rewrad").train()
 
 
@@ -260,9 +261,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(base, tmp_path
 def test_if_all_are_damaged_nothing_is_begun_again(base, tmp_path):
     trainer(base, tmp_path / "run").train()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    for folder in checkpoint.listed(tmp_path / "run"):
+    for folder in checkpoint.list_checkpoints(tmp_path / "run"):
         (folder / "state.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"All checkpoints in .* are damaged: start again with --overwrite"):
+    with pytest.raises(ModelError, match=r"all checkpoints are damaged.*--overwrite"):
         trainer(base, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -281,7 +282,7 @@ def test_a_run_may_go_on_from_an_earlier_checkpoint_also_elsewhere(base, tmp_pat
 
 @pytest.mark.parametrize(
     ("path", "named"),
-    [("nowhere", "nowhere is not a checkpoint"), ("run", "run is not a checkpoint"), ("harmed", "harmed is damaged")],
+    [("nowhere", "nowhere: not a checkpoint"), ("run", "run: not a checkpoint"), ("harmed", "harmed: .* is damaged")],
 )
 def test_what_is_no_checkpoint_is_refused(base, tmp_path, path, named):
     trainer(base, tmp_path / "run").train()
@@ -297,7 +298,7 @@ def test_a_run_that_never_saved_begins_again(base, tmp_path, capsys):
     trainer(base, tmp_path / "run").train()
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     trainer(base, tmp_path / "run", resume=True).train()
-    assert "stopped before its first checkpoint: it begins again" in capsys.readouterr().err
+    assert "stopped before its first checkpoint" in capsys.readouterr().err
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
@@ -317,7 +318,7 @@ def test_the_coefficient_and_what_the_guardrails_remember_come_back(base, tmp_pa
 
 def test_other_libraries_are_told(base, tmp_path, capsys, monkeypatch):
     trainer(base, tmp_path / "run").train()
-    assert checkpoint.newest(tmp_path / "run").state["versions"].keys() >= {"torch", "transformers"}
+    assert checkpoint.latest(tmp_path / "run").state["versions"].keys() >= {"torch", "transformers"}
     monkeypatch.setattr(checkpoint, "_versions", lambda: {"torch": "9.9"})
     trainer(base, tmp_path / "run", resume=True)
     said = " ".join(capsys.readouterr().err.split())
@@ -335,6 +336,42 @@ def test_changed_settings_are_listed_and_may_be_allowed(base, tmp_path):
     changed = {"learning_rate": 0.01, "max_steps": 6, "allow_changes": "max_steps, learning_rate"}
     log = trainer(base, tmp_path / "run", resume=True, **changed).train()
     assert [m["step"] for m in log] == list(range(1, 7))
+
+
+def as_version_0_1_0(folder):
+    """Rewrite the settings in a run directory as version 0.1.0 stored them, with ``mini_batch_size``."""
+
+    def renamed(state):
+        state["settings"] = {name.replace("micro_batch", "mini_batch"): v for name, v in state["settings"].items()}
+        return state
+
+    write_json(folder / "run.json", renamed(json.loads((folder / "run.json").read_text())))
+    for old in checkpoint.list_checkpoints(folder):
+        copied = folder / "copy"
+        old.rename(copied)
+        with whole_folder(old) as new:
+            for path in copied.iterdir():
+                if path.name not in ("manifest.json", "state.json"):
+                    shutil.copy(path, new)
+            state = renamed(json.loads((copied / "state.json").read_text()))
+            write_json(new / "state.json", state | {"versions": state["versions"] | {"reinforcepp": "0.1.0"}})
+        shutil.rmtree(copied)
+
+
+def test_a_run_of_version_0_1_0_resumes_and_its_settings_are_compared(base, tmp_path):
+    """It called ``micro_batch_size`` ``mini_batch_size``."""
+    trainer(base, tmp_path / "whole", **SEVERAL).train()
+    run = trainer(base, tmp_path / "run", **SEVERAL)
+    stopping(run, 22)
+    with pytest.raises(Interrupted):
+        run.train()
+    as_version_0_1_0(tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000001+2" / "state.json").read_text())
+    assert state["settings"]["mini_batch_size"] == 2 and "micro_batch_size" not in state["settings"]
+    with pytest.raises(ConfigError, match="micro_batch_size was 2 and is 4"):
+        trainer(base, tmp_path / "run", resume=True, **(SEVERAL | {"micro_batch_size": 4}))
+    trainer(base, tmp_path / "run", resume=True, **SEVERAL).train()
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("what", ["data", "model", "reward_model"])
@@ -386,8 +423,11 @@ def test_a_full_disk_while_saving_is_told_and_training_goes_on(base, tmp_path, c
     monkeypatch.setattr(checkpoint, "save_file", full)
     trainer(base, tmp_path / "run").train()
     said = " ".join(capsys.readouterr().err.split())
-    assert "after step 2 could not be saved: No space left on device. step-000001 is the last; training goes on" in said
-    assert "after step 3 could not be saved" in said
+    assert (
+        "Step 2: checkpoint not saved (No space left on device). The last one is step-000001; training continues"
+        in said
+    )
+    assert "Step 3: checkpoint not saved" in said
     assert steps(tmp_path / "run") == ["step-000001", "step-000004"]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
     assert files(tmp_path / "run") == files(tmp_path / "whole")
@@ -413,9 +453,9 @@ def test_on_a_disk_that_really_is_full(base, small_disk, tmp_path, capsys, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
     with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device"):
         trainer(base, small_disk / "run").train()
-    kept = checkpoint.listed(small_disk / "run")
+    kept = checkpoint.list_checkpoints(small_disk / "run")
     assert [folder.name for folder in kept] == ["step-000001"] and checkpoint.damage(kept[0]) is None
-    assert "could not be saved: No space left on device" in " ".join(capsys.readouterr().err.split())
+    assert "not saved (No space left on device)" in " ".join(capsys.readouterr().err.split())
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     trainer(base, small_disk / "run", resume=True).train()
     assert files(small_disk / "run") == files(tmp_path / "whole")
@@ -428,8 +468,6 @@ def test_a_pickle_in_a_checkpoint_is_not_loaded(base, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'harm'}",)
-
-    from reinforcepp.files import whole_folder
 
     trainer(base, tmp_path / "run").train()
     good = tmp_path / "run" / "checkpoints" / "step-000004"

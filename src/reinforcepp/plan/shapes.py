@@ -21,7 +21,7 @@ from reinforcepp.models.precision import cast_parameters, move_gradient
 from reinforcepp.plan.trace import FLOPS, ROWS, Line, Live, Moment, Peak, attention_on_shapes, line_of, peak_of
 from reinforcepp.rollout.mkldnn_linear import packed_weights
 from reinforcepp.rollout.vllm.memory import cache_bytes_per_token
-from reinforcepp.training.learner import switches
+from reinforcepp.training.learner import training_submodules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -269,7 +269,7 @@ def _two_passes(
     """
     passes = []
     live = Live(moves.shards)
-    for part in (parts := switches(model, checkpointing=settings.gradient_checkpointing)):
+    for part in (parts := training_submodules(model, checkpointing=settings.gradient_checkpointing)):
         part.training = True
     with _gradients(model, live, moves) as collect, live:
         for _ in range(2):

@@ -180,7 +180,7 @@ def open_folder(model: str | PreTrainedModel, config: ReinforceConfig) -> tuple[
     init_process_group(config.watchdog_seconds)
     folder = check_output(config.output_dir, overwrite=config.overwrite, resume=config.resume, needed_bytes=needed)
     check_trackers(config.report_to)
-    return folder, checkpoint.chosen(folder, config)
+    return folder, checkpoint.checkpoint_to_resume(folder, config)
 
 
 def load_prompts(

@@ -1,15 +1,16 @@
-"""Checkpoints of a run: whole or absent, without pickle, with all that decides what the run does next.
+"""Checkpoints of a run: complete or absent, without pickle, with everything that decides how the run continues.
 
 A checkpoint of a policy is itself a model folder, so ``generate --model RUN/checkpoints/step-000050`` works.
 
     config.json, model.safetensors, tokenizer...   the policy
-    policy_optimizer.safetensors                   AdamW's moments, and float32 masters where it computes in bfloat16;
-                                                   a folder with a file of each process where they are sharded
+    policy_optimizer.safetensors                   AdamW's moments, and float32 master weights if training in bfloat16;
+                                                   a folder with one file per rank if they are sharded
     critic.safetensors, critic_optimizer...        only ppo
-    rollout.safetensors, rollout.json              a rollout batch that has been used for some of its optimiser steps
+    rollout.safetensors, rollout.json              the batch of an unfinished step
+    ahead.json                                     only with staleness: completions of later steps
     state.json                                     position, settings, schedule, random generators, counters, versions
     metrics.jsonl, timings.jsonl                   the log up to here
-    manifest.json                                  size and SHA-256 of each of these
+    manifest.json                                  size and SHA-256 of each of these files
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from reinforcepp.monitoring import LOGS, echo
 from reinforcepp.run_dir import check_unchanged
 from reinforcepp.runtime import versions_of
 
-if TYPE_CHECKING:  # who exports a model needs none of these, and they load what takes a second
+if TYPE_CHECKING:  # these load Accelerate, which takes a second and isn't needed to export a model
     from reinforcepp.distributed.ranks import Ranks
     from reinforcepp.distributed.shards import Template
     from reinforcepp.training.learner import Learner
@@ -46,13 +47,13 @@ NAME = re.compile(r"step-(\d{6,})(?:\+(\d+))?")
 LIBRARIES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy")
 
 Tensors = dict[str, torch.Tensor]
-Learnt = tuple[Tensors, dict[str, Any], dict[str, Any]]
-"""State dicts of a model, its optimiser and its schedule."""
+LearnerState = tuple[Tensors, dict[str, Any], dict[str, Any]]
+"""State dicts of a model, its optimizer and its learning rate schedule."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that is whole."""
+    """A complete checkpoint."""
 
     folder: Path
 
@@ -64,13 +65,15 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Finished training steps."""
-        return place_of(self.folder)[0]
+        return position_of(self.folder)[0]
 
     def tensors(self, name: str, like: Template = lambda name, shape: None) -> Tensors:
-        """Contents of NAME.safetensors or of the folder NAME with what several processes wrote, cut as ``like`` says.
+        """Return the tensors of NAME.safetensors, or of the folder NAME with the files of all ranks.
+
+        ``like`` returns the sharded tensor whose layout a tensor gets, or None for a whole tensor.
 
         Raises:
-            ModelError: if it is something else.
+            ModelError: the file isn't a safetensors file.
         """
         from reinforcepp.distributed.shards import read_shards
 
@@ -80,50 +83,50 @@ class Checkpoint:
             return read_shards(parts, like) if path is parts else load_file(path)
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"{path} can't be read as safetensors ({error}): resume from another checkpoint."
+                f"{path}: can't be read as safetensors ({error}). Resume from another checkpoint."
             ) from error
 
 
 def name_of(step: int, updates: int = 0) -> str:
-    """Name of the folder after ``step`` steps and, of the step that follows, ``updates`` optimiser steps."""
+    """Return the folder name after ``step`` finished steps and ``updates`` optimizer steps of the next one."""
     return f"step-{step:06d}" + (f"+{updates}" if updates else "")
 
 
-def place_of(folder: Path) -> tuple[int, int]:
-    """Finished steps and optimiser steps, from the folder's name; (-1, 0) for what is no checkpoint."""
+def position_of(folder: Path) -> tuple[int, int]:
+    """Return finished steps and optimizer steps from a folder's name; (-1, 0) if it isn't a checkpoint's name."""
     match = NAME.fullmatch(folder.name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
-def listed(run: Path) -> list[Path]:
-    """All folders of a run that bear a checkpoint's name, the oldest first."""
-    return sorted((p for p in (run / FOLDER).glob("step-*") if place_of(p)[0] >= 0), key=place_of)
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return all folders of a run that have a checkpoint's name, the oldest first."""
+    return sorted((p for p in (run / FOLDER).glob("step-*") if position_of(p)[0] >= 0), key=position_of)
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """The last whole checkpoint of a run; damaged ones are named and passed over."""
-    for folder in reversed(listed(run)):
+def latest(run: Path) -> Checkpoint | None:
+    """Return the last complete checkpoint of a run; print and skip damaged ones."""
+    for folder in reversed(list_checkpoints(run)):
         if (damaged := damage(folder)) is None:
             return Checkpoint(folder)
-        echo(f"The checkpoint {folder} is damaged ({damaged}); the one before it is used.", "yellow")
+        echo(f"Checkpoint {folder} is damaged ({damaged}); using the one before it.", "yellow")
     return None
 
 
-def chosen(run: Path, config: Keeping) -> Checkpoint | None:
-    """The checkpoint that the setting ``resume`` means; None to begin at the beginning.
+def checkpoint_to_resume(run: Path, config: Keeping) -> Checkpoint | None:
+    """Return the checkpoint that the setting ``resume`` names; None to start from the beginning.
 
     Raises:
-        ModelError: if there is one, but none that is whole.
-        ConfigError: if its run had other settings than ``config``, which doesn't name them as meant.
+        ModelError: the run has checkpoints, but all are damaged.
+        ConfigError: the run had other settings than ``config``, and allow_changes doesn't name them.
     """
     resume = config.resume
     if not resume:
         return None
-    found = given(resume) if isinstance(resume, str) else newest(run)
-    if found is None and listed(run):
-        raise ModelError(f"All checkpoints in {run / FOLDER} are damaged: start again with --overwrite.")
+    found = open_checkpoint(resume) if isinstance(resume, str) else latest(run)
+    if found is None and list_checkpoints(run):
+        raise ModelError(f"{run / FOLDER}: all checkpoints are damaged. Start over with --overwrite.")
     if found is None:
-        echo("The run was stopped before its first checkpoint: it begins again.", "yellow")
+        echo("The run stopped before its first checkpoint; it starts over.", "yellow")
         return None
     now = _versions()
     other = [
@@ -131,28 +134,30 @@ def chosen(run: Path, config: Keeping) -> Checkpoint | None:
     ]
     if other:
         echo(
-            f"The run was stopped with other libraries ({'; '.join(other)}), so it may go on a little differently.",
+            f"The checkpoint was written with other versions ({'; '.join(other)}); results can differ slightly.",
             "yellow",
         )
     check_unchanged(found.state["settings"], as_dict(config), config.allowed_changes)
     return found
 
 
-def given(path: str) -> Checkpoint:
-    """The checkpoint in a folder that the user names.
+def open_checkpoint(path: str) -> Checkpoint:
+    """Return the checkpoint in the folder ``path``.
 
     Raises:
-        ModelError: if it is none, or damaged.
+        ModelError: the folder isn't a checkpoint, or the checkpoint is damaged.
     """
     folder = Path(path).expanduser()
     if not (folder / STATE).is_file():
-        raise ModelError(f"{path} is not a checkpoint: give a folder like RUN/{FOLDER}/{name_of(50)}.")
+        raise ModelError(f"--resume {path}: not a checkpoint. Give a folder such as RUN/{FOLDER}/{name_of(50)}.")
     if (damaged := damage(folder)) is not None:
-        raise ModelError(f"The checkpoint {path} is damaged ({damaged}): give an earlier one.")
+        raise ModelError(f"--resume {path}: the checkpoint is damaged ({damaged}). Give an earlier one.")
     return Checkpoint(folder)
 
 
-def better(best: dict[str, Any], metric: str | None, metrics: Mapping[str, float], name: str) -> dict[str, Any]:
+def best_checkpoint(
+    best: dict[str, Any], metric: str | None, metrics: Mapping[str, float], name: str
+) -> dict[str, Any]:
     """Return the better of the best checkpoint so far and the new one called ``name``, by the metric of keep_best.
 
     Raises:
@@ -164,7 +169,7 @@ def better(best: dict[str, Any], metric: str | None, metrics: Mapping[str, float
     if key not in metrics:
         if metrics.get("skipped_updates"):
             return best
-        raise ConfigError(f"keep_best names {key!r}, which is not among the metrics.{nearest(key, metrics)}")
+        raise ConfigError(f"keep_best: metric {key!r} not found.{nearest(key, metrics)}")
     value = metrics[key]
     if best and sign * best["value"] >= sign * value:
         return best
@@ -173,64 +178,64 @@ def better(best: dict[str, Any], metric: str | None, metrics: Mapping[str, float
 
 def save(
     run: Path,
-    place: tuple[int, int],
+    position: tuple[int, int],
     state: Mapping[str, Any],
-    fill: Callable[[Path], None],
+    write_files: Callable[[Path], None],
     *,
     keep_last: int,
     keep: str | None = None,
 ) -> bool:
-    """Write a checkpoint and drop those that need not be kept; where the disk is full, say so and go on without it.
+    """Write a checkpoint and delete those that aren't kept; if the disk is full, print a warning and continue.
 
     Args:
-        run: the run's folder.
-        place: finished steps, and optimiser steps of the one that follows.
-        state: what goes into state.json.
-        fill: writes all other files into the folder that it is given.
+        run: the run directory.
+        position: finished steps, and optimizer steps of the next one.
+        state: contents of state.json.
+        write_files: writes all other files into a folder.
         keep_last: number of checkpoints to keep.
-        keep: name of one to keep in any case, the best.
+        keep: name of a checkpoint to keep in addition, the best one.
 
     Returns:
-        Whether it was written.
+        Whether the checkpoint was written.
     """
-    final = run / FOLDER / name_of(*place)
+    final = run / FOLDER / name_of(*position)
     try:
         with whole_folder(final) as folder, disk_errors():
-            fill(folder)
+            write_files(folder)
             for name in LOGS:
                 if (run / name).is_file():
                     shutil.copyfile(run / name, folder / name)
             write_json(folder / STATE, {**state, "versions": _versions()})
     except OSError as error:
-        tell_full_disk(error, run, place[0])
+        warn_full_disk(error, run, position[0])
         return False
-    _prune(run, place, keep_last, keep)
+    _prune(run, position, keep_last, keep)
     return True
 
 
-def tell_full_disk(error: OSError, run: Path, step: int) -> None:
-    """Say that a checkpoint could not be saved, and that the run goes on; any other error is raised again."""
+def warn_full_disk(error: OSError, run: Path, step: int) -> None:
+    """Print that the disk is too full for a checkpoint and training continues; raise any other error again."""
     if error.errno not in DISK_FULL:
         raise error
-    before = listed(run)
-    rest = f"{before[-1].name} is the last" if before else "there is none before it"
+    before = list_checkpoints(run)
+    last = f"The last one is {before[-1].name}" if before else "There is no earlier one"
     echo(
-        f"The checkpoint after step {step} could not be saved: {error.strerror}. {rest}; training goes on. "
-        "Free some space, or lower keep_last.",
+        f"Step {step}: checkpoint not saved ({error.strerror}). {last}; training continues. Free some space, or lower "
+        "keep_last.",
         "yellow",
     )
 
 
-def write_parts(run: Path, learnt: Mapping[str, Learnt], ranks: Ranks) -> None:
-    """Have every rank write its parts of sharded optimisers, for :func:`fill_with` to find; every rank has to call it.
+def write_optimizer_shards(run: Path, learners: Mapping[str, LearnerState], ranks: Ranks) -> None:
+    """Write this rank's shards of the optimizers, for :func:`write_learners` to move; every rank must call this.
 
     Raises:
-        OSError: on all ranks, if one of them can't write.
+        OSError: a rank can't write; raised on all ranks.
     """
     from reinforcepp.distributed.shards import write_shards
 
-    for name, (_, optimizer, _) in learnt.items():
-        folder = _parts(run / FOLDER, name)
+    for name, (_, optimizer, _) in learners.items():
+        folder = _shard_folder(run / FOLDER, name)
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -238,16 +243,16 @@ def write_parts(run: Path, learnt: Mapping[str, Learnt], ranks: Ranks) -> None:
         write_shards(_flat(optimizer), folder)
 
 
-def fill_with(learnt: Mapping[str, Learnt], folder: Path) -> dict[str, Any]:
-    """Write the tensors of the learners' states, or take what :func:`write_parts` wrote; returns what belongs into the state.
+def write_learners(learners: Mapping[str, LearnerState], folder: Path) -> dict[str, Any]:
+    """Write the learners' tensors, or move the files of :func:`write_optimizer_shards`; return the part for state.json.
 
-    The policy's weights are left out: they are saved as a model folder.
+    The policy's weights are skipped, because they are saved as a model folder.
     """
     state: dict[str, Any] = {}
-    for name, (model, optimizer, scheduler) in learnt.items():
+    for name, (model, optimizer, scheduler) in learners.items():
         if name != "policy":
             save_file({k: v.detach().cpu().clone() for k, v in model.items()}, folder / f"{name}.safetensors")
-        if (parts := _parts(folder.parent, name)).is_dir():
+        if (parts := _shard_folder(folder.parent, name)).is_dir():
             parts.rename(folder / f"{name}_optimizer")
             groups = optimizer["param_groups"]
         else:
@@ -256,16 +261,16 @@ def fill_with(learnt: Mapping[str, Learnt], folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_into(learners: Mapping[str, Learner], checkpoint: Checkpoint, policy: Tensors) -> None:
-    """Bring learners where they were; ``policy`` holds its weights, as loaded from the checkpoint's model folder."""
+def restore_learners(learners: Mapping[str, Learner], checkpoint: Checkpoint, policy: Tensors) -> None:
+    """Restore the learners; ``policy`` holds the policy's weights, loaded from the checkpoint's model folder."""
     for name, learner in learners.items():
         state = checkpoint.state["learners"][name]
-        optimizer = load_optimizer(checkpoint, name, state["optimizer_groups"], learner.cut)
+        optimizer = load_optimizer(checkpoint, name, state["optimizer_groups"], learner.shard_like)
         learner.load_state(policy if name == "policy" else checkpoint.tensors(name), optimizer, state["scheduler"])
 
 
 def save_optimizer(state: Mapping[str, Any], name: str, folder: Path) -> list[dict[str, Any]]:
-    """Write an optimiser's tensors as ``index/name``; returns its groups, which are plain values."""
+    """Write an optimizer's tensors as ``index/name``; return its parameter groups, which are plain values."""
     tensors = {name: value.detach().cpu().clone() for name, value in _flat(state).items()}
     save_file(tensors, folder / f"{name}_optimizer.safetensors")
     groups: list[dict[str, Any]] = state["param_groups"]
@@ -276,11 +281,11 @@ def load_optimizer(
     checkpoint: Checkpoint,
     name: str,
     groups: list[dict[str, Any]],
-    cut: Callable[[int, torch.Size], torch.Tensor | None] = lambda index, shape: None,
+    shard_like: Callable[[int, torch.Size], torch.Tensor | None] = lambda index, shape: None,
 ) -> dict[str, Any]:
-    """The state that :func:`save_optimizer` or :func:`write_parts` wrote; ``cut`` says like what parts of it are cut."""
+    """Read an optimizer state of :func:`save_optimizer` or :func:`write_optimizer_shards`, sharded like ``shard_like``."""
     state: dict[int, Tensors] = {}
-    found = checkpoint.tensors(f"{name}_optimizer", lambda key, shape: cut(int(key.partition("/")[0]), shape))
+    found = checkpoint.tensors(f"{name}_optimizer", lambda key, shape: shard_like(int(key.partition("/")[0]), shape))
     for key, value in found.items():
         index, _, field = key.partition("/")
         state.setdefault(int(index), {})[field] = value
@@ -288,7 +293,7 @@ def load_optimizer(
 
 
 def _flat(optimizer: Mapping[str, Any]) -> Tensors:
-    """An optimiser's tensors, by the index of their parameter and their name."""
+    """Return an optimizer's tensors by the index of their parameter and their name."""
     return {
         f"{index}/{key}": torch.as_tensor(value)
         for index, values in optimizer["state"].items()
@@ -296,13 +301,13 @@ def _flat(optimizer: Mapping[str, Any]) -> Tensors:
     }
 
 
-def _parts(checkpoints: Path, name: str) -> Path:
-    """Where the ranks write their parts until the checkpoint takes them; whatever is left there is dropped in time."""
+def _shard_folder(checkpoints: Path, name: str) -> Path:
+    """Return where the ranks write their shards before the checkpoint takes them; leftovers are deleted by ``_prune``."""
     return checkpoints / f"{name}_optimizer{PARTIAL}"
 
 
-def described(config: Keeping, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What a checkpoint says of the run: its settings, one short word for all of them, and what it starts from."""
+def run_description(config: Keeping, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings of the run, their hash, and the fingerprints of its inputs, for state.json."""
     settings = as_dict(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return {"settings": settings, "settings_hash": digest, "inputs": dict(inputs)}
@@ -312,16 +317,16 @@ def _versions() -> dict[str, str]:
     return versions_of(LIBRARIES)
 
 
-def _prune(run: Path, place: tuple[int, int], keep_last: int, keep: str | None) -> None:
-    """Drop older checkpoints, later ones of a future that was given up, and what a crash left half written."""
-    kept = [folder for folder in listed(run) if place_of(folder) <= place][-keep_last:]
+def _prune(run: Path, position: tuple[int, int], keep_last: int, keep: str | None) -> None:
+    """Delete older checkpoints, later ones from before a rollback, and incomplete ones of a crash."""
+    kept = [folder for folder in list_checkpoints(run) if position_of(folder) <= position][-keep_last:]
     for folder in (run / FOLDER).iterdir():
         if folder not in kept and folder.name != keep:
-            shutil.rmtree(_out_of_the_way(folder))
+            shutil.rmtree(_renamed(folder))
 
 
-def _out_of_the_way(folder: Path) -> Path:
-    """Under another name, so that a folder half removed isn't taken for a checkpoint."""
+def _renamed(folder: Path) -> Path:
+    """Rename a folder, so that a half-deleted one isn't mistaken for a checkpoint."""
     if folder.name.endswith(PARTIAL):
         return folder
     target = folder.with_name(folder.name + ".dropped" + PARTIAL)

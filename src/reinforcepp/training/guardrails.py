@@ -1,11 +1,11 @@
-"""Rules that stop a run, or leave an update out, before it goes where it can't come back from.
+"""Guardrails: rules that skip an update, roll a run back or stop it before training diverges for good.
 
-update not usable        loss, gradient, reward or log-probability not finite; a policy ratio over ratio_limit
--> left out and counted; after max_skipped_updates in a row the run stops
-KL over kl_limit         -> stop, or back to the last checkpoint at half the learning rate, as kl_action says
-collapse                 length, entropy or variety of the completions below a share of what they were at first,
-for PATIENCE steps in a row -> stop
-weights that stay        an optimiser step that changes nothing -> stop
+unusable update      loss, gradient, reward or log-probability isn't finite, or a policy ratio exceeds ratio_limit:
+skipped and counted; after max_skipped_updates in a row the run stops
+KL over kl_limit     stop, or roll back to the last checkpoint at half the learning rate, depending on kl_action
+collapse             length, entropy or variety of the completions is below a share of its first value for
+PATIENCE_STEPS steps in a row: stop
+unchanged weights    an optimizer step changes no weight: stop (see ``Learner.step``)
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import TrainingDiverged, UnusableUpdate
 from reinforcepp.monitoring import echo
 
-PATIENCE = 5
-MOST_ROLLBACKS = 3
+PATIENCE_STEPS = 5
+MAX_ROLLBACKS = 3
 
 
 class RollBack(Exception):
-    """The run is to go back to its last checkpoint and on with smaller steps."""
+    """Asks the loop to restore the last checkpoint and continue at half the learning rate."""
 
 
 @dataclass
 class GuardState:
-    """What the rules remember; part of a checkpoint."""
+    """The state of the rules; part of a checkpoint."""
 
     in_a_row: int = 0
-    """Updates left out since the last one that was made."""
+    """Updates skipped since the last one that was made."""
     at_first: dict[str, float] = field(default_factory=dict)
-    """Figures of the first step."""
+    """Metrics of the first step."""
     low: dict[str, int] = field(default_factory=dict)
-    """For each figure, steps in a row for which it has been too low."""
+    """Steps in a row for which each metric has been too low."""
     rollbacks: int = 0
+    """Rollbacks so far."""
 
 
 class Guardrails:
-    """The rules with their settings."""
+    """The rules with their settings; ``report`` records an event."""
 
-    def __init__(self, config: ReinforceConfig, tell: Callable[[str], None] = echo) -> None:
+    def __init__(self, config: ReinforceConfig, report: Callable[[str], None] = echo) -> None:
         self.config = config
-        self.tell = tell
+        self.report = report
         self.state = GuardState()
         self.shares = {
             "completions/mean_length": ("length", config.collapse_length),
@@ -54,10 +55,10 @@ class Guardrails:
         }
 
     def check_update(self, loss: float, log_ratio: float, norms: Mapping[str, float]) -> None:
-        """Before an optimiser step: are its loss, its largest log-ratio and its gradients usable?
+        """Check the loss, the largest log-ratio and the gradient norms before an optimizer step.
 
         Raises:
-            UnusableUpdate: if not.
+            UnusableUpdate: one of them isn't usable.
         """
         if not math.isfinite(loss):
             raise UnusableUpdate(f"the loss is {loss}")
@@ -70,56 +71,56 @@ class Guardrails:
             )
 
     def skip(self, problem: UnusableUpdate, step: int) -> None:
-        """Count an update that is not made.
+        """Count and report a skipped update.
 
         Raises:
-            TrainingDiverged: if there were too many in a row.
+            TrainingDiverged: too many updates were skipped in a row.
         """
         self.state.in_a_row += 1
-        limit = self.config.max_skipped_updates
+        limit, reason = self.config.max_skipped_updates, str(problem).rstrip(".")
         if self.state.in_a_row > limit:
             raise TrainingDiverged(
-                f"Step {step}: {problem}, and the {limit} updates before could not be used either. Lower learning_rate or raise "
-                "kl_coef; if it is the reward that isn't finite, mend the reward function."
+                f"Step {step}: {reason}. The {limit} updates before were skipped too. Lower learning_rate or raise "
+                "kl_coef; if the reward isn't finite, fix the reward function."
             )
-        self.tell(f"Step {step}: {problem}; this update is left out ({self.state.in_a_row} in a row, {limit} allowed).")
+        self.report(f"Step {step}: skipped update ({reason}). {self.state.in_a_row} of {limit} allowed in a row.")
 
     def update_made(self) -> None:
-        """An update was made."""
+        """Reset the count of skipped updates."""
         self.state.in_a_row = 0
 
     def check_step(self, metrics: Mapping[str, float]) -> None:
-        """After a step: has the policy run off or collapsed?
+        """Check a step's metrics for divergence and collapse.
 
         Raises:
-            TrainingDiverged: if the run is to stop.
-            RollBack: if it is to go back.
+            TrainingDiverged: the run must stop.
+            RollBack: the run must roll back.
         """
         step = int(metrics["step"])
         kl, limit = metrics.get("kl", 0.0), self.config.kl_limit
         if limit is not None and kl > limit:
-            told = f"The KL to the start is {kl:.3g} nats per token in step {step}, over kl_limit {limit:g}"
-            if self.config.kl_action == "stop" or self.state.rollbacks == MOST_ROLLBACKS:
-                often = f", after going back {MOST_ROLLBACKS} times" if self.state.rollbacks else ""
-                raise TrainingDiverged(f"{told}{often}: the policy has run off. Lower learning_rate or raise kl_coef.")
+            problem = f"Step {step}: KL to the reference policy is {kl:.3g} nats/token, over kl_limit {limit:g}"
+            if self.config.kl_action == "stop" or self.state.rollbacks == MAX_ROLLBACKS:
+                after = f" after {MAX_ROLLBACKS} rollbacks" if self.state.rollbacks else ""
+                raise TrainingDiverged(f"{problem}{after}: training diverged. Lower learning_rate or raise kl_coef.")
             self.state.rollbacks += 1
-            raise RollBack(told)
-        for name, (what, share) in self.shares.items():
+            raise RollBack(problem)
+        for name, (quantity, share) in self.shares.items():
             if name not in metrics:
                 continue
             first = self.state.at_first.setdefault(name, metrics[name])
             self.state.low[name] = self.state.low.get(name, 0) + 1 if metrics[name] < share * first else 0
-            if self.state.low[name] == PATIENCE:
+            if self.state.low[name] == PATIENCE_STEPS:
                 raise TrainingDiverged(
-                    f"The {what} has been below {share:g} of its first value for {PATIENCE} steps ({metrics[name]:.3g} now, "
-                    f"{first:.3g} at first, step {step}): the policy has collapsed. Lower learning_rate, raise kl_coef, or look "
-                    "at what the reward favours."
+                    f"Step {step}: {quantity} has been below {share:g} of its first value for {PATIENCE_STEPS} steps "
+                    f"({metrics[name]:.3g} now, {first:.3g} at first): the policy collapsed. Lower learning_rate, raise kl_coef, "
+                    "or check which completions the reward prefers."
                 )
 
     def as_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state, for a checkpoint."""
         return asdict(self.state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """From a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.state = GuardState(**state)

@@ -1,4 +1,4 @@
-"""A model, its optimiser and its schedule, as the policy and a critic each have them."""
+"""A model with its optimizer and learning rate schedule: the policy, and the critic."""
 
 from __future__ import annotations
 
@@ -25,115 +25,113 @@ from reinforcepp.models.precision import LossScale, MasterAdamW, cast_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAIN_MEMORY = torch.device("cpu")
-PROBES = 8
-SURELY_SEEN = 1e-6
-"""Steps of smaller learning rates may be less than float32's distance between two numbers near 1."""
+CPU = torch.device("cpu")
+PROBED_WEIGHTS = 8
+MIN_PROBED_RATE = 1e-6
+"""Below this learning rate a step can be smaller than the distance between float32 numbers near 1."""
 
 
 class Learner:
-    """Takes gradients and steps; weights are learnt in float32 whatever the model computes in.
+    """Accumulates gradients and makes optimizer steps; weights are updated in float32, whatever the model computes in.
 
     Args:
-        model: trained in place, in evaluation mode throughout: dropout would make the policy ratio differ from 1.
-        ranks: where it computes, and with whom.
+        model: trained in place, always in evaluation mode: dropout would make the policy ratio differ from 1.
+        ranks: the data-parallel ranks.
         config: AdamW's settings, schedule and precision.
-        learning_rate: its peak.
-        steps: optimiser steps in the whole run.
+        learning_rate: the peak learning rate.
+        steps: optimizer steps of the whole run.
     """
 
     def __init__(
         self, model: PreTrainedModel, ranks: Ranks, config: ReinforceConfig, *, learning_rate: float, steps: int
     ) -> None:
         if ranks.sharded and config.offload_optimizer:
-            raise ConfigError(
-                "offload_optimizer is for whole weights: leave it out where processes share them (FSDP2, DeepSpeed)."
-            )
+            raise ConfigError("offload_optimizer: can't be combined with sharded weights (FSDP2, DeepSpeed). Omit it.")
         model.eval()
-        if not is_4bit(model):  # else it is there already, and may not be moved
+        if not is_4bit(model):  # a 4-bit model is on its device already and can't be moved
             model.to(ranks.device)
-        if not has_adapter(model):  # else the adapter alone is trained
+        if not has_adapter(model):  # with an adapter, only the adapter is trained
             model.requires_grad_(True)
         dtype = compute_dtype(config)
         self.plain = model
-        """All weights, in what the model computes in, for whatever doesn't learn; see :meth:`refresh`."""
+        """The unwrapped model with all weights, for generation, scoring and saving; see :meth:`refresh`."""
         if ranks.sharded:
             model = copy.deepcopy(model)
-        self._switches = switches(model, checkpointing=config.gradient_checkpointing)
+        self._training_submodules = training_submodules(model, checkpointing=config.gradient_checkpointing)
         self._scale = LossScale(dtype)
         self._dtype = dtype
         self._masters = MasterAdamW(
             model.parameters(),
             torch.float32 if ranks.sharded else dtype,
             early=ranks.count == 1,
-            place=MAIN_MEMORY if config.offload_optimizer and ranks.device != MAIN_MEMORY else None,
+            place=CPU if config.offload_optimizer and ranks.device != CPU else None,
             lr=learning_rate,
             weight_decay=config.weight_decay,
         )
         self._ranks = ranks
         self._max_grad_norm = config.max_grad_norm
-        if not ranks.sharded:  # parts begin with all digits
+        if not ranks.sharded:  # sharded weights are cast later, from full precision
             cast_parameters(model, dtype)
         self.backend = ranks.prepare(model, self._masters, dtype, self.plain.parameters())
         cast_parameters(self.plain, dtype)
         self.model = self.backend.model
-        if config.torch_compile:  # not the plain model: generation has ways of its own that a compiler doesn't know
+        if config.torch_compile:  # not the plain model: generation uses inputs that the compiler doesn't handle
             self.model = torch.compile(self.model)
-        course = partial(share_of_peak, kind=config.lr_scheduler_type, warmup=config.warmup_steps, steps=steps)
-        self.scheduler = LambdaLR(self._masters, course)
+        schedule = partial(share_of_peak, kind=config.lr_scheduler_type, warmup=config.warmup_steps, steps=steps)
+        self.scheduler = LambdaLR(self._masters, schedule)
 
     @property
     def scoring(self) -> Any:
-        """The model for passes that don't learn, of which other ranks may make more or fewer."""
+        """The model for passes without gradients, whose number can differ between ranks."""
         return self.model if self._ranks.count == 1 and not self._ranks.sharded else self.plain
 
     @contextmanager
     def learning(self, *, last: bool = True) -> Iterator[None]:
-        """Around a forward pass and the backward pass that follows it, which may do the first again.
+        """Surround a forward pass and its backward pass, which can recompute the forward pass.
 
-        Ranks add their gradients up in the ``last`` pass before an optimiser step. Masters take the gradients of every
-        pass, so with them each pass is a last one.
+        Ranks reduce their gradients in the ``last`` pass before an optimizer step. Separate master weights collect the
+        gradients of every pass, so with them each pass counts as the last one.
         """
-        for part in self._switches:
+        for part in self._training_submodules:
             part.training = True
         try:
             with nullcontext() if last or self._masters.apart else self.backend.no_sync():
                 yield
         finally:
-            for part in self._switches:
+            for part in self._training_submodules:
                 part.training = False
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's share of the loss."""
+        """Accumulate the gradients of one micro-batch's share of the loss."""
         self.backend.backward(self._scale.lift(loss))
         self._masters.collect()
 
     def clip(self) -> float:
-        """Scale the gathered gradients down to ``max_grad_norm``; returns their norm before."""
+        """Clip the accumulated gradients to ``max_grad_norm``; return their norm before clipping."""
         self._scale.lower(self._masters.masters)
         norm = self.backend.clip(self._max_grad_norm)
         self._scale.adapt(norm)
         return norm
 
     def step(self, norm: float) -> dict[str, float]:
-        """Update the weights with gradients whose ``norm`` is known to be finite; returns it and the learning rate.
+        """Update the weights with gradients of a finite ``norm``; return the norm and the learning rate.
 
         Raises:
-            TrainingDiverged: the weights did not change, though they should have.
+            TrainingDiverged: no weight changed.
         """
         rate = float(self.scheduler.get_last_lr()[0])
-        probes = self._probes() if rate >= SURELY_SEEN and norm > 0 else []
+        probes = self._probes() if rate >= MIN_PROBED_RATE and norm > 0 else []
         self.backend.step()
         if probes and all(torch.equal(self.backend.full_weight(weight), before) for weight, before in probes):
             raise TrainingDiverged(
-                f"The optimiser step changed no weight, at learning rate {rate:g} and gradient norm {norm:.3g}: the optimiser "
-                "holds other parameters than the model, or the gradients don't reach it."
+                f"The optimizer step changed no weight at learning rate {rate:g} and gradient norm {norm:.3g}. Check that the "
+                "optimizer holds the model's parameters and that gradients reach them."
             )
         self.scheduler.step()
         return {"grad_norm": norm, "learning_rate": rate}
 
     def scale_rate(self, factor: float) -> None:
-        """Multiply the learning rate, now and for the rest of the schedule."""
+        """Multiply the learning rate, for this step and the rest of the schedule."""
         self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
         self.scheduler._last_lr = [rate * factor for rate in self.scheduler.get_last_lr()]
         for group in self._masters.param_groups:
@@ -141,19 +139,19 @@ class Learner:
             group["initial_lr"] *= factor
 
     def drop_gradients(self) -> None:
-        """Forget what ``backward`` has gathered."""
+        """Discard the accumulated gradients."""
         self.backend.discard_gradients()
 
     def _probes(self) -> list[tuple[Tensor, Tensor]]:
-        """Some of the smallest weights that have a gradient, each with a copy."""
+        """Return a few of the smallest weights with a nonzero gradient, each with a copy."""
         sizes = [p.numel() for p in self.plain.parameters() if p.requires_grad]
         small = [master for _, master in sorted(zip(sizes, self._masters.masters, strict=True), key=itemgetter(0))]
         moved = (p for p in small if (gradient := self.backend.full_gradient(p)) is not None and bool(gradient.any()))
-        return [(p, self.backend.full_weight(p).detach().clone()) for p in islice(moved, PROBES)]
+        return [(p, self.backend.full_weight(p).detach().clone()) for p in islice(moved, PROBED_WEIGHTS)]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """After optimiser steps, bring ``plain`` up to date where it is a copy: one weight at a time on every rank."""
+        """Copy sharded weights to ``plain`` after optimizer steps, one weight at a time on every rank."""
         if self._ranks.sharded:
             for shard, copied in zip(self.backend.model.parameters(), self.plain.parameters(), strict=True):
                 if copied.requires_grad:
@@ -161,18 +159,18 @@ class Learner:
 
     @torch.no_grad()
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """State dicts of what is trained of the model, of optimiser and schedule; sharded, each rank's has its own parts."""
-        course = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
-        return trainable_weights(self.plain), self.backend.state_dict(masters=self._dtype != torch.float32), course
+        """Return state dicts of trainable weights, optimizer and schedule; if sharded, each rank's holds its own shards."""
+        schedule = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
+        return trainable_weights(self.plain), self.backend.state_dict(masters=self._dtype != torch.float32), schedule
 
-    def cut(self, index: int, shape: torch.Size) -> Tensor | None:
-        """What an optimiser's tensor of the parameter ``index`` is to be cut like; None if it is whole."""
+    def shard_like(self, index: int, shape: torch.Size) -> Tensor | None:
+        """Return the sharded tensor whose layout an optimizer tensor of parameter ``index`` has; None if it is whole."""
         master = self._masters.masters[index]
         return master if isinstance(master, DTensor) and master.shape == shape else None
 
     @torch.no_grad()
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
-        """Take over what :meth:`state` gave, also on another number of ranks."""
+        """Restore what :meth:`state` returned, possibly on another number of ranks."""
         load_trainable_weights(self.plain, model)
         self.backend.load_state(optimizer, self.plain.parameters())
         self._scale.load_state_dict(scheduler["loss_scale"])
@@ -191,12 +189,11 @@ def share_of_peak(step: int, *, kind: str, warmup: int, steps: int) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
 
 
-def switches(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:
-    """The parts of ``model`` that do something else while learning, and whose own ``training`` says so.
+def training_submodules(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:
+    """Return the submodules that must be in training mode during a training pass.
 
-    The model as a whole stays in evaluation mode, because its dropout would make the policy ratio differ from 1. Its
-    layers look at their own flag to decide whether to keep their activations or to compute them again, and an adapter's
-    dropout, where it is asked for, at its own.
+    The model as a whole stays in evaluation mode, because its dropout would make the policy ratio differ from 1. Layers with
+    gradient checkpointing read their own ``training`` flag, and so does an adapter's dropout.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -205,9 +202,7 @@ def switches(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
         parts += [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
         if not parts:
-            raise ConfigError(
-                f"gradient_checkpointing: the layers of a {model.config.model_type} model can't be computed again; leave it out."
-            )
+            raise ConfigError(f"gradient_checkpointing: not supported by {model.config.model_type} models. Omit it.")
     for part in model.modules():
         dropouts = [p for p in getattr(part, "lora_dropout", {}).values() if isinstance(p, nn.Dropout)]
         parts += [part, *dropouts] if dropouts else []

@@ -174,22 +174,24 @@ class PolicyRun:
         state, batch = self.state, self.batch
         updates = len(batch.history) if batch is not None else 0
         if metrics is not None:
-            state.best = checkpoint.better(state.best, self.config.keep_best, metrics, checkpoint.name_of(state.step))
+            state.best = checkpoint.best_checkpoint(
+                state.best, self.config.keep_best, metrics, checkpoint.name_of(state.step)
+            )
         if updates:  # otherwise the step begins again, with the random numbers that it had
             state.random = rng.capture()
         state.guard = self.update.guardrails.as_dict()
-        content = checkpoint.described(self.config, self.facts["inputs"]) | {"run": asdict(state)}
+        content = checkpoint.run_description(self.config, self.facts["inputs"]) | {"run": asdict(state)}
         learners = {name: learner.state() for name, learner in self.update.learners.items()}
         pending = self.rollouts.pending(state.step)
         if self.update.ranks.sharded:
             try:
-                checkpoint.write_parts(self.folder, learners, self.update.ranks)
+                checkpoint.write_optimizer_shards(self.folder, learners, self.update.ranks)
             except OSError as error:
-                checkpoint.tell_full_disk(error, self.folder, state.step)
+                checkpoint.warn_full_disk(error, self.folder, state.step)
                 return
 
         def write_files(folder: Path) -> None:
-            content["learners"] = checkpoint.fill_with(learners, folder)
+            content["learners"] = checkpoint.write_learners(learners, folder)
             save_model(self.update.policy.plain, self.tokenizer, folder)
             if batch is not None and updates:
                 batch.save(folder)
@@ -204,7 +206,7 @@ class PolicyRun:
 
     def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
         """Restore weights, counters, random generators and, with ``log``, the logs."""
-        checkpoint.load_into(self.update.learners, saved, self._policy_weights(saved.folder))
+        checkpoint.restore_learners(self.update.learners, saved, self._policy_weights(saved.folder))
         vars(self.state).update(saved.state["run"])
         self.update.guardrails.load(self.state.guard)
         self.rollouts.restore(saved.folder)
@@ -232,7 +234,7 @@ class PolicyRun:
 
     def roll_back(self, reason: str) -> None:
         """Restore the last checkpoint, and halve the learning rate."""
-        saved = checkpoint.newest(self.folder)
+        saved = checkpoint.latest(self.folder)
         if saved is None:
             raise TrainingDiverged(f"{reason}, and there is no checkpoint to roll back to.")
         guardrails = self.update.guardrails
@@ -248,7 +250,7 @@ class PolicyRun:
 
     def restore_last_good(self) -> str:
         """Restore the last checkpoint, so that the trainer can be used on; return what the user should know."""
-        saved = checkpoint.newest(self.folder)
+        saved = checkpoint.latest(self.folder)
         if saved is None:
             return "No checkpoint was saved before: start again, with --overwrite."
         self.restore(saved, log=False)

@@ -223,8 +223,10 @@ class TrainingCallback(TrainerCallback):
     def save(self, state: Any, model: PreTrainedModel, optimizer: Any, scheduler: Any) -> None:
         """Write a checkpoint of the last finished step. Rank 0 writes; all ranks must call it."""
         position = (state.global_step, 0)
-        self._best = checkpoint.better(self._best, self.config.keep_best, self._metrics, checkpoint.name_of(*position))
-        contents = checkpoint.described(self.config, self.run.inputs) | {
+        self._best = checkpoint.best_checkpoint(
+            self._best, self.config.keep_best, self._metrics, checkpoint.name_of(*position)
+        )
+        contents = checkpoint.run_description(self.config, self.run.inputs) | {
             "random": self._random,
             "best": self._best,
             "scheduler": scheduler.state_dict(),

@@ -101,7 +101,7 @@ def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint 
     )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"mixed_precision: fp16 needs a GPU for {TASKS[type(config)]}. Use bf16.")
-    return folder, checkpoint.chosen(folder, config)
+    return folder, checkpoint.checkpoint_to_resume(folder, config)
 
 
 def begin(

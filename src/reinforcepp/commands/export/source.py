@@ -52,7 +52,7 @@ def find_source(name: str) -> Source:
     if folder.is_dir() and not _holds_model(folder):
         if _holds_model(folder / "policy"):
             folder = folder / "policy"
-        elif (saved := checkpoint.newest(folder)) is not None:
+        elif (saved := checkpoint.latest(folder)) is not None:
             raise ModelError(
                 f"The training in {name} isn't finished: go on with it (--resume), or give its newest checkpoint, "
                 f"{saved.folder}."
@@ -66,7 +66,7 @@ def find_source(name: str) -> Source:
         return source
     record = read_run(run)
     done = int(record.metrics[-1]["step"]) if record.metrics else None
-    return Source(str(folder), record, checkpoint.place_of(folder)[0] if source.is_checkpoint else done)
+    return Source(str(folder), record, checkpoint.position_of(folder)[0] if source.is_checkpoint else done)
 
 
 def _holds_model(folder: Path) -> bool:
