@@ -1,6 +1,6 @@
-"""What every rollout engine must hold to. A suite inherits ``EngineContract`` and gives it the engine to be tested.
+"""Tests that every rollout engine must pass. A suite inherits ``EngineContract`` and provides the engine.
 
-The engine runs a tiny GPT-2 in float32 whose pad token is its EOS, so plain ``transformers`` is the oracle throughout.
+The engine runs a tiny GPT-2 in float32 whose pad token is its EOS, so plain ``transformers`` is the reference throughout.
 """
 
 import random
@@ -21,7 +21,7 @@ from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 
-END_IDS = [0, 7, 31, 32, 33, 90, 200, 201]  # many, so that random weights end about every fortieth token
+END_IDS = [0, 7, 31, 32, 33, 90, 200, 201]  # many, so that random weights sample an end token about every 40 tokens
 TEXTS = [
     "How do I check the IP address?",
     "ping",
@@ -34,7 +34,7 @@ TEXTS = [
 
 
 def prepared_tokenizer() -> PreTrainedTokenizerBase:
-    """As ``load_tokenizer`` returns it: pad is EOS, and there is a chat template."""
+    """Return a tokenizer like ``load_tokenizer`` does: pad is EOS, and it has a chat template."""
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = tokens.PLAIN_TEMPLATE
@@ -52,7 +52,7 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, texts=TEXTS) -> list[Prompt]:
 
 
 def drawn(completions: list[Completion]) -> dict[int, list[tuple[int, ...]]]:
-    """The sampled ids, by the key of their prompt."""
+    """Return the sampled ids by prompt key."""
     by_key: dict[int, list[tuple[int, ...]]] = {}
     for completion in completions:
         by_key.setdefault(completion.prompt.key, []).append(completion.ids)
@@ -60,7 +60,7 @@ def drawn(completions: list[Completion]) -> dict[int, list[tuple[int, ...]]]:
 
 
 def generate_plainly(model: PreTrainedModel, prompt: Prompt, max_new_tokens: int, **settings) -> tuple[int, ...]:
-    """Greedy continuation of one prompt by the library's own ``generate``, unpadded and alone."""
+    """Return the greedy completion of one prompt by the library's ``generate``, unpadded and alone."""
     ids = torch.tensor([prompt.ids])
     out = model.generate(
         ids,
@@ -80,7 +80,7 @@ def first_token_probabilities(model: PreTrainedModel, prompt: Prompt, temperatur
 
 
 def chi_square(counts: Counter, probabilities: torch.Tensor, bins: int = 10) -> float:
-    """Pearson's statistic of the counts over ``bins`` groups of tokens of about equal probability."""
+    """Return Pearson's statistic of the counts over ``bins`` groups of tokens of about equal probability."""
     order = probabilities.argsort(descending=True)
     group = (probabilities[order].cumsum(0) * bins).ceil().clamp(1, bins).long() - 1
     total = sum(counts.values())
@@ -105,7 +105,7 @@ class EngineContract:
 
     @pytest.fixture
     def engine(self) -> RolloutEngine:
-        """With ``model``'s weights; it may stay alive between tests."""
+        """Return an engine with ``model``'s weights; it can stay alive between tests."""
         raise NotImplementedError
 
     @pytest.fixture(scope="class")
@@ -115,11 +115,11 @@ class EngineContract:
 
     # --- tokens and log-probabilities against plain transformers ---
 
-    def test_greedy_tokens_are_those_of_generate(self, engine, model, prompts):
+    def test_greedy_tokens_equal_those_of_generate(self, engine, model, prompts):
         for completion in engine.generate(prompts, Sampling(24, temperature=0)):
             assert completion.ids == generate_plainly(model, completion.prompt, 24)
 
-    def test_a_stream_that_is_given_up_leaves_the_engine_as_it_was(self, engine, prompts):
+    def test_closing_a_stream_early_leaves_the_engine_unchanged(self, engine, prompts):
         sampling = Sampling(12, seed=3)
         expected = engine.generate(prompts, sampling)
         with closing(engine.stream(prompts[0], sampling)) as growing:
@@ -128,7 +128,7 @@ class EngineContract:
         assert len(growing) == len(expected[1].ids) and growing[-1].ids == expected[1].ids
         assert [c.ids for c in engine.generate(prompts, sampling)] == [c.ids for c in expected]
 
-    def test_streaming_grows_into_what_generate_gives(self, engine, prompts):
+    def test_a_stream_ends_with_the_completion_of_generate(self, engine, prompts):
         sampling = Sampling(12, seed=4)
         (expected,) = engine.generate(prompts[:1], sampling)
         growing = list(engine.stream(prompts[0], sampling))
@@ -137,12 +137,12 @@ class EngineContract:
         for shorter, longer in pairwise(growing):
             assert longer.ids[: len(shorter.ids)] == shorter.ids
 
-    def test_greedy_with_repetition_penalty_is_that_of_generate(self, engine, model, prompts):
+    def test_greedy_tokens_with_repetition_penalty_equal_those_of_generate(self, engine, model, prompts):
         for completion in engine.generate(prompts, Sampling(24, temperature=0, repetition_penalty=1.5)):
             assert completion.ids == generate_plainly(model, completion.prompt, 24, repetition_penalty=1.5)
 
     @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-    def test_logprobs_are_the_models_own(self, engine, model, prompts, temperature):
+    def test_logprobs_equal_those_of_the_model(self, engine, model, prompts, temperature):
         completions = engine.generate(prompts, Sampling(16, temperature=temperature, num_samples=2))
         with torch.no_grad():
             expected, _, mask = response_logprobs(
@@ -154,12 +154,12 @@ class EngineContract:
             )
         for i, completion in enumerate(completions):
             assert len(completion.logprobs) == len(completion.ids)
-            own = expected[i][mask[i].bool()]
-            torch.testing.assert_close(torch.tensor(completion.logprobs), own, rtol=0, atol=1e-4)
+            reference = expected[i][mask[i].bool()]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), reference, rtol=0, atol=1e-4)
 
     # --- the end of a completion ---
 
-    def test_eos_is_among_the_ids_if_and_only_if_it_was_sampled(self, engine, tokenizer, prompts):
+    def test_eos_is_in_the_ids_only_if_it_was_sampled(self, engine, tokenizer, prompts):
         completions = engine.generate(prompts, Sampling(20, num_samples=8, seed=1))
         reasons = Counter(c.finish_reason for c in completions)
         assert set(reasons) == {"stop", "length"}, reasons
@@ -173,9 +173,11 @@ class EngineContract:
                 assert len(c.ids) == 20
             spoken = c.ids[:-1] if c.finish_reason == "stop" else c.ids
             assert c.text == tokenizer.decode(spoken, skip_special_tokens=True).strip()
-        assert {c.ids[-1] for c in completions if c.finish_reason == "stop"} - {0}, "no end beside EOS was sampled"
+        assert {c.ids[-1] for c in completions if c.finish_reason == "stop"} - {0}, (
+            "no end token other than EOS was sampled"
+        )
 
-    def test_one_token_is_a_whole_completion(self, engine, prompts):
+    def test_a_completion_can_have_one_token(self, engine, prompts):
         for c in engine.generate(prompts, Sampling(1)):
             assert len(c.ids) == len(c.logprobs) == 1
 
@@ -189,7 +191,7 @@ class EngineContract:
         assert drawn(engine.generate(prompts[3:5], sampling)) == {k: together[k] for k in (3, 4)}
         assert drawn(engine.generate(prompts[2:3], sampling)) == {2: together[2]}
 
-    def test_penalised_results_do_not_depend_on_the_batch(self, engine, prompts):
+    def test_penalized_results_do_not_depend_on_the_batch(self, engine, prompts):
         """Padding must not count as seen tokens."""
         sampling = Sampling(20, num_samples=2, seed=6, repetition_penalty=1.8)
         together = engine.generate(prompts, sampling)
@@ -211,7 +213,7 @@ class EngineContract:
         other_key = drawn(engine.generate([replace(prompts[0], key=99)], Sampling(12, num_samples=6, seed=3)))[99]
         assert not set(samples) & set(other_key)
 
-    def test_global_random_state_is_untouched(self, engine, prompts):
+    def test_global_random_state_is_unchanged(self, engine, prompts):
         torch.manual_seed(11)
         np.random.seed(11)
         random.seed(11)
@@ -223,14 +225,14 @@ class EngineContract:
 
     # --- shape of a batch ---
 
-    def test_samples_come_in_the_order_of_the_prompts(self, engine, prompts):
+    def test_samples_follow_the_order_of_the_prompts(self, engine, prompts):
         completions = engine.generate(prompts, Sampling(4, num_samples=3))
         assert [c.prompt.key for c in completions] == [p.key for p in prompts for _ in range(3)]
 
     def test_no_prompts_give_no_completions(self, engine):
         assert engine.generate([], Sampling(4)) == []
 
-    def test_a_prompt_that_fills_the_context_is_generated_from(self, engine, tokenizer):
+    def test_a_prompt_can_fill_the_context(self, engine, tokenizer):
         ids = tuple(tokens.encode(tokenizer, " ".join(TEXTS) * 3)[:252])
         assert len(ids) == 252
         [completion] = engine.generate([Prompt("long", ids, 0)], Sampling(4, seed=8))
@@ -248,7 +250,7 @@ class EngineContract:
     # --- distribution ---
 
     def test_sampling_follows_the_distribution(self, engine, model, prompts):
-        """99.99 % of true samples score below 34 (9 degrees of freedom); another temperature must score above."""
+        """99.99% of correct samples score below 34 (9 degrees of freedom); another temperature must score above."""
         for temperature in (1.0, 0.6):
             sampling = Sampling(1, temperature=temperature, num_samples=2000, seed=0)
             counts = Counter(c.ids[0] for c in engine.generate(prompts[:1], sampling))
@@ -261,7 +263,7 @@ class EngineContract:
         assert drawn(engine.generate(prompts, Sampling(16, top_k=1, seed=3))) == greedy
 
     @pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.3}, {"top_k": 40, "top_p": 0.5}], ids=str)
-    def test_filters_are_honoured_and_logprobs_are_those_after_them(self, engine, model, prompts, filters):
+    def test_filters_apply_and_logprobs_include_them(self, engine, model, prompts, filters):
         probabilities = first_token_probabilities(model, prompts[0], 0.9)
         ordered, order = probabilities.sort(descending=True)
         ordered, order = ordered[: filters.get("top_k")], order[: filters.get("top_k")]
@@ -277,13 +279,11 @@ class EngineContract:
 
     # --- weights ---
 
-    def test_load_weights_takes_effect_and_back(self, engine, model, prompts):
+    def test_load_weights_takes_effect_and_can_be_undone(self, engine, model, prompts):
         sampling = Sampling(12, temperature=0)
         before = drawn(engine.generate(prompts, sampling))
         other = prepared_model(seed=1)
-        kept = (
-            prepared_model()
-        )  # the engine may share the model object, so the fixture's weights are put back from here
+        kept = prepared_model()  # the engine can share the model object, so the original weights are restored from here
         engine.load_weights(other)
         for completion in engine.generate(prompts, sampling):
             assert completion.ids == generate_plainly(other, completion.prompt, 12)

@@ -1,4 +1,4 @@
-"""Real ``vllm serve`` processes on this CPU, one of them in a network of its own where that can be made."""
+"""Real ``vllm serve`` processes on this CPU, optionally in a separate network namespace."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ START_SECONDS = 400
 
 
 class Served:
-    """A server on a model folder, started and not yet waited for."""
+    """A server for a model folder; it is started but possibly not ready."""
 
     def __init__(self, log: Path, model: Path, *flags: str, network: Network | None = None) -> None:
         self.host, self.port, self.log = (network.host if network else "127.0.0.1"), free_port(), log
@@ -60,7 +60,7 @@ class Served:
 
     def wait(self) -> None:
         end = time.monotonic() + START_SECONDS
-        while not self._answers():
+        while not self._responds():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.signal(signal.SIGKILL)
                 pytest.fail(self.log.read_text(errors="replace")[-3000:])
@@ -75,7 +75,7 @@ class Served:
         return f"http://{self.address}"
 
     def signal(self, number: int) -> None:
-        """To it and all that belongs to it."""
+        """Send a signal to the server and its child processes."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 
@@ -83,7 +83,7 @@ class Served:
         self.signal(signal.SIGKILL)
         self.process.wait(timeout=60)
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         try:
             with build_opener(ProxyHandler({})).open(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)

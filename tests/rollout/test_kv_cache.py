@@ -1,4 +1,4 @@
-"""The cache that grows in strides holds what the library's holds."""
+"""The preallocated cache has the same content as the library's cache."""
 
 import pytest
 import tiny
@@ -10,7 +10,7 @@ from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 128])
-def test_it_holds_what_the_librarys_cache_holds(monkeypatch, room):
+def test_it_equals_the_librarys_cache(monkeypatch, room):
     monkeypatch.setattr(module, "SPARE_TOKENS", room)
     config = tiny.model("llama").config
     caches = [DynamicCache(config=config), preallocated_cache(config)]
@@ -28,12 +28,12 @@ def test_it_holds_what_the_librarys_cache_holds(monkeypatch, room):
 
 
 @torch.no_grad()
-def test_a_full_space_is_not_copied_for_each_token():
+def test_a_buffer_is_not_copied_for_each_token():
     layer = PreallocatedLayer()
     layer.update(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
-    place = layer.keys.data_ptr()
+    address = layer.keys.data_ptr()
     for _ in range(module.SPARE_TOKENS):
         layer.update(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
-    assert layer.keys.data_ptr() == place and layer.keys.shape[-2] == 4 + module.SPARE_TOKENS
+    assert layer.keys.data_ptr() == address and layer.keys.shape[-2] == 4 + module.SPARE_TOKENS
     layer.update(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
-    assert layer.keys.data_ptr() != place and layer.keys[0, 0, 4:].eq(1).all()
+    assert layer.keys.data_ptr() != address and layer.keys[0, 0, 4:].eq(1).all()

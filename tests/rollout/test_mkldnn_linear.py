@@ -1,4 +1,4 @@
-"""Packed weights: the same model, only faster, and only for as long as it lasts."""
+"""Packed weights give the same results, and only inside the context."""
 
 import pytest
 import tiny
@@ -10,11 +10,11 @@ from reinforcepp.rollout.mkldnn_linear import packed
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_the_model_computes_what_it_did(family, dtype):
+def test_the_results_are_unchanged(family, dtype):
     model, ids = tiny.model(family), torch.arange(24).view(2, 12)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            parameter.normal_()  # else they are all 0, and nothing shows that they are used
+            parameter.normal_()  # they are 0 at first, so the test wouldn't notice if they were ignored
     model.to(dtype)
     expected = model(ids).logits
     with packed(model, 2):
@@ -29,7 +29,7 @@ def test_the_model_computes_what_it_did(family, dtype):
 
 
 @torch.no_grad()
-def test_it_has_the_weights_of_the_moment():
+def test_each_context_packs_the_current_weights():
     model, ids = tiny.model(), torch.arange(12)[None]
     with packed(model, 1):
         first = model(ids).logits
@@ -40,7 +40,7 @@ def test_it_has_the_weights_of_the_moment():
     assert not torch.allclose(first, expected, atol=1e-2)
 
 
-def test_an_error_leaves_the_model_as_it_was():
+def test_an_error_restores_the_model():
     model = tiny.model()
     with pytest.raises(KeyboardInterrupt), packed(model, 1):
         raise KeyboardInterrupt

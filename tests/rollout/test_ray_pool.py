@@ -1,4 +1,4 @@
-"""The Ray pool on a real cluster of several nodes, on this machine: the engines' contract, workers killed, nodes joining."""
+"""The Ray pool on a real cluster of several local nodes: the engines' contract, killed workers, joining nodes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head without room for workers, and a node with room for two."""
+    """Start a head without room for workers, and a node with room for two."""
     from ray.cluster_utils import Cluster
 
-    os.environ.update(RAY_worker_niceness="0")  # or other tests would hardly leave them any time
+    os.environ.update(RAY_worker_niceness="0")  # otherwise parallel tests starve the workers
     try:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         cluster.add_node(num_cpus=2)
@@ -70,7 +70,7 @@ def pool(cluster):
 
 
 def pids() -> list[int]:
-    """Of the workers' processes, by the names that Ray gives them."""
+    """Return the workers' process ids, by Ray's process names."""
     started_here = psutil.Process().children(recursive=True)
     return [p.pid for p in started_here if p.cmdline() and p.cmdline()[0].startswith("ray::Worker")]
 
@@ -82,7 +82,7 @@ class TestRayEngine(EngineContract):
         return pool
 
 
-def test_what_a_pool_answers_is_what_one_engine_does(pool):
+def test_a_pool_generates_the_completions_of_one_engine(pool):
     model, tokenizer = prepared_model(seed=5), prepared_tokenizer()
     pool.load_weights(model)
     prompts, sampling = prompts_of(tokenizer), Sampling(12, num_samples=3, seed=2)
@@ -92,7 +92,7 @@ def test_what_a_pool_answers_is_what_one_engine_does(pool):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_and_buffers_arrive_as_they_are(family, dtype):
+def test_weights_and_buffers_arrive_unchanged(family, dtype):
     model = prepared_model(family).to(dtype)
     packed = pack(model)
     state = model.state_dict()
@@ -100,19 +100,19 @@ def test_weights_and_buffers_arrive_as_they_are(family, dtype):
     assert all(torch.equal(as_tensor(values), state[name]) for name, values in packed.weights.items())
     assert {name for name, _ in model.named_buffers()} == packed.buffers.keys()
     if model.config.tie_word_embeddings:
-        own = [
+        addresses = [
             values[1].ctypes.data
             for name, values in packed.weights.items()
             if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight"))
         ]
-        assert len(own) == 2 and len(set(own)) == 1
+        assert len(addresses) == 2 and len(set(addresses)) == 1
     narrow = torch.tensor([1.5, -2.25], dtype=torch.bfloat16)
     assert torch.equal(as_tensor(as_array(narrow)), narrow)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
-def test_a_worker_makes_the_model_of_what_it_is_given(family):
-    """In this process; rotary frequencies, which aren't saved, come along, and tied weights stay tied."""
+def test_a_worker_rebuilds_the_model(family):
+    """Rotary frequencies, which aren't saved, arrive too, and tied weights stay tied."""
     tokenizer, sampling = prepared_tokenizer(), Sampling(12, num_samples=2, seed=4)
     prompts, worker = prompts_of(tokenizer), None
     for seed in (0, 7):
@@ -141,7 +141,7 @@ def test_a_worker_with_vllm(monkeypatch):
             answers = worker.process(prompts_of(tokenizer), sampling)
             assert [c.ids for of_prompt in answers for c in of_prompt] == [c.ids for c in expected]
         assert worker.in_transfer_group() is None  # without a GPU
-        monkeypatch.setattr(worker.engine, "transfer", lambda *step: None)  # which brings weights past this process
+        monkeypatch.setattr(worker.engine, "transfer", lambda *step: None)  # without a group
         later = prepared_model(seed=8)
         worker.finish_transfer(lambda: pack(later))
         worker.engine._in_transfer_group = True
@@ -153,8 +153,8 @@ def test_a_worker_with_vllm(monkeypatch):
 
 
 @needs_vllm
-def test_weights_go_straight_to_workers_by_vllms_own_transfer(cluster, monkeypatch):
-    """Real workers with vLLM; of vLLM's NCCL transfer the broadcast goes another way, and unpacked."""
+def test_weights_are_broadcast_to_workers_by_vllms_transfer(cluster, monkeypatch):
+    """Real workers with vLLM; the broadcast goes through a TCP store instead of NCCL, without packing."""
     ray.cloudpickle.register_pickle_by_value(without_nccl)
     without_nccl.stand_in(monkeypatch.setattr)
     monkeypatch.setattr(ray_engine, "Worker", without_nccl.Taker)
@@ -177,7 +177,7 @@ def test_weights_go_straight_to_workers_by_vllms_own_transfer(cluster, monkeypat
         assert by_store == [] and len(engine._nccl._workers) == 2
         dead, left = engine.pool.ready()
         ray.kill(engine.pool.actors[dead])
-        for seed in (3, 4):  # who takes its place gets the weights of now, and later ones as the others do
+        for seed in (3, 4):  # its replacement gets the current weights from the store, and later ones by broadcast
             model = prepared_model(seed=seed)
             engine.load_weights(model)
             while len(engine.pool.ready()) < 2:
@@ -192,8 +192,8 @@ def test_weights_go_straight_to_workers_by_vllms_own_transfer(cluster, monkeypat
 @pytest.mark.gpu
 @needs_vllm
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for a worker")
-def test_weights_go_from_one_gpu_to_a_workers(cluster):
-    """Where ``CUDA_VISIBLE_DEVICES`` says nothing else, the trainer has the first GPU and Ray gives away the second."""
+def test_weights_are_broadcast_between_gpus(cluster):
+    """Unless ``CUDA_VISIBLE_DEVICES`` is set, the trainer has the first GPU and Ray the second."""
     tokenizer, model = prepared_tokenizer(), prepared_model().to("cuda:0")
     os.environ["CUDA_VISIBLE_DEVICES"] = "1"
     try:
@@ -211,9 +211,9 @@ def test_weights_go_from_one_gpu_to_a_workers(cluster):
         engine.close()
 
 
-@pytest.mark.parametrize("trouble", ["refused", "hangs"])
-def test_where_the_transfer_fails_weights_go_by_the_store(trouble, monkeypatch):
-    """Those that may still wait for the rest of it are replaced; after two failures in a row it isn't tried again."""
+@pytest.mark.parametrize("failure", ["refused", "hangs"])
+def test_after_a_failed_broadcast_weights_go_through_the_store(failure, monkeypatch):
+    """Workers that can still be waiting for the broadcast are replaced; two failures in a row disable it."""
     replaced, sent = [], []
     engine = object.__new__(RayEngine)
     engine.pool = SimpleNamespace(
@@ -224,21 +224,21 @@ def test_where_the_transfer_fails_weights_go_by_the_store(trouble, monkeypatch):
     engine._nccl, engine._broadcast_failures = NcclPoolTransfer(ray), 0
 
     def send(workers, rebuild):
-        model = engine._nccl._model
+        model = engine._nccl.model
         assert workers == {2: "two", 5: "five"} and rebuild
         sent.append(workers)
         if model == "works":
             return
-        if trouble == "hangs":
+        if failure == "hangs":
             threading.Event().wait(30)
         raise ray.exceptions.RaySystemError("Duplicate GPU detected")
 
     monkeypatch.setattr(engine._nccl, "_send", send)
-    monkeypatch.setattr(vllm_nccl, "POOL_TIMEOUT_SECONDS", 0.1 if trouble == "hangs" else 20)
+    monkeypatch.setattr(vllm_nccl, "POOL_TIMEOUT_SECONDS", 0.1 if failure == "hangs" else 20)
     why = {
         "refused": r"can't load the weights over NCCL \(.*Duplicate GPU",
         "hangs": r"didn't load the weights within 0\.1 s",
-    }[trouble]
+    }[failure]
     for what in ("fails", "works", "fails", "fails again"):
         if what == "works":
             assert engine._broadcast(what, None) == {2, 5}
@@ -250,7 +250,7 @@ def test_where_the_transfer_fails_weights_go_by_the_store(trouble, monkeypatch):
     assert engine._broadcast("works", None) == set() and len(sent) == 4
 
 
-def test_each_worker_is_seen_to_have_the_present_weights(pool):
+def test_each_worker_is_checked_for_the_current_weights(pool):
     tokenizer, model = prepared_tokenizer(), prepared_model()
     for _ in range(2):
         with torch.no_grad():
@@ -266,7 +266,7 @@ def test_each_worker_is_seen_to_have_the_present_weights(pool):
         check_sync(pool, model, tokenizer)
 
 
-def test_killed_workers_are_replaced_and_every_prompt_is_answered_once(pool):
+def test_killed_workers_are_replaced_and_every_prompt_is_completed_once(pool):
     model, tokenizer = prepared_model(), prepared_tokenizer()
     pool.load_weights(model)
     prompts = [p for key in range(20) for p in [prompts_of(tokenizer)[key % 7]]]
@@ -295,7 +295,7 @@ def test_killed_workers_are_replaced_and_every_prompt_is_answered_once(pool):
     check_sync(pool, model, tokenizer)
 
 
-def test_a_node_that_joins_is_used_and_one_that_leaves_is_not_missed(cluster, pool):
+def test_a_node_can_join_and_leave(cluster, pool):
     model, tokenizer = prepared_model(), prepared_tokenizer()
     prompts, sampling = prompts_of(tokenizer), Sampling(8, seed=1)
     expected = [c.ids for c in TransformersEngine(model, tokenizer).generate(prompts, sampling)]
@@ -312,8 +312,8 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_is_not_missed(cluster, po
     assert [c.ids for c in pool.generate(prompts, sampling)] == expected
 
 
-def test_weights_that_come_late_are_not_taken_for_the_present_ones(pool, monkeypatch):
-    """A worker that still loads when the next weights are handed out loads those before it gets a piece."""
+def test_a_late_worker_loads_the_current_weights(pool, monkeypatch):
+    """A worker that is still loading at the next update loads the newer weights before it gets a chunk."""
     tokenizer, model = prepared_tokenizer(), prepared_model()
     pool.load_weights(model)
     workers, number = pool.pool, pool.pool.ready()[0]
@@ -326,7 +326,7 @@ def test_weights_that_come_late_are_not_taken_for_the_present_ones(pool, monkeyp
     check_sync(pool, late, tokenizer)
 
 
-def test_what_a_worker_refuses_is_told(pool):
+def test_an_error_in_a_worker_is_raised(pool):
     prompt = prompts_of(prepared_tokenizer())[0]
     with pytest.raises(RolloutError, match="exceed the model's context"):
         pool.generate([prompt], Sampling(10_000))
@@ -341,7 +341,7 @@ def test_a_cluster_without_room(cluster, monkeypatch):
         RayEngine(cluster.address, prepared_model(), prepared_tokenizer(), max_length=100)
 
 
-def test_where_there_is_no_cluster_it_is_told_at_once(monkeypatch):
+def test_a_missing_cluster_is_reported_at_once(monkeypatch):
     begin = time.monotonic()
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -356,12 +356,12 @@ def test_where_there_is_no_cluster_it_is_told_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("rollout", ["ray://", "ray://nonsense", "ray://a:b", "ray:auto", "Ray://auto", "vlm"])
-def test_names_that_mean_no_engine(rollout):
+def test_invalid_rollout_settings(rollout):
     with pytest.raises(ConfigError, match="rollout must be one of auto, transformers, vllm, or ray://auto"):
         ReinforceConfig(rollout=rollout)
 
 
-def test_settings_of_pools():
+def test_pool_settings():
     assert ReinforceConfig(rollout="ray://10.0.0.1:6379", rollout_workers=3).rollout_workers == 3
     with pytest.raises(ConfigError, match="rollout_workers is a setting of ray:// pools"):
         ReinforceConfig(rollout_workers=3)
@@ -373,9 +373,9 @@ def test_settings_of_pools():
         ReinforceConfig(rollout="ray://auto", use_peft=True, load_in_4bit=True)
 
 
-def test_a_training_by_a_pool(cluster, model_folder, pairs_csv, tmp_path):
-    """Of the same weights, those at the start, its workers draw what the trainer itself draws; then rounding sets them apart."""
-    cluster.add_node(num_cpus=4)  # the others are taken, or waited for
+def test_a_training_with_a_pool(cluster, model_folder, pairs_csv, tmp_path):
+    """At the first step its workers sample the same completions as the trainer; later rounding error sets them apart."""
+    cluster.add_node(num_cpus=4)  # the other nodes can be in use
     drawn = []
     pool = f"ray://{cluster.address}"
     for rollout, staleness in ((pool, 0), (pool, 1), ("transformers", 0)):
@@ -391,7 +391,7 @@ def test_a_training_by_a_pool(cluster, model_folder, pairs_csv, tmp_path):
     assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) > 4
 
 
-def test_a_machine_with_another_version_is_told():
+def test_a_node_with_another_version_is_rejected():
     model = prepared_model()
     worker = Worker(
         WorkerSpec(config_with_architecture(model), None, model.dtype, prepared_tokenizer(), "transformers", 200, 8)
@@ -401,7 +401,7 @@ def test_a_machine_with_another_version_is_told():
 
 
 def test_a_reward_model_in_the_pool(cluster, reward_folder):
-    """It scores as it does here, each text once, also when a worker dies in the middle; here nothing is left of it."""
+    """The pool scores like the local model, each text once even if a worker dies; the local weights are released."""
     rewards = load_rewards(str(reward_folder))
     (alone,) = rewards.trained
     asked = [f"How do I check host {i}?" for i in range(60)]
@@ -442,7 +442,7 @@ def test_a_training_with_both_in_the_pool(cluster, model_folder, pairs_csv, rewa
 
 
 def test_a_pool_without_reward_models(model_folder, pairs_csv, tmp_path, capsys):
-    """Told before anything is started."""
+    """The error comes before anything starts."""
     arguments = ["train", "--model", model_folder, "--data", pairs_csv, "--rewards", "rule:length?max=20"]
     arguments += ["--output_dir", tmp_path / "run", "--rollout", "ray://192.0.2.1:6379", "--reward_workers", 1]
     assert cli.main(list(map(str, arguments))) == 2
@@ -450,7 +450,7 @@ def test_a_pool_without_reward_models(model_folder, pairs_csv, tmp_path, capsys)
 
 
 def pool_of(head="127.0.0.1:9"):
-    """Without workers, on a cluster of which only the head's address is there."""
+    """Return a pool without workers; of its cluster only the head's address exists."""
     context = SimpleNamespace(gcs_address=head)
     return RayPool(
         SimpleNamespace(put=lambda value: value, get_runtime_context=lambda: context, cluster_resources=dict),
@@ -460,7 +460,7 @@ def pool_of(head="127.0.0.1:9"):
     )
 
 
-def test_the_last_loss_is_named_when_nobody_is_left():
+def test_the_last_loss_is_named_when_no_worker_is_left():
     pool = pool_of()
     pool._check_time(time.monotonic())  # there is time left
     pool._last_loss = "The node was parted from the others."
@@ -473,7 +473,7 @@ def test_the_last_loss_is_named_when_nobody_is_left():
 @pytest.mark.parametrize(
     ("there", "needs", "started"), [({"GPU": 7.0, "CPU": 9.0}, {"num_gpus": 3}, 2), ({"CPU": 9.0}, {"num_gpus": 3}, 3)]
 )
-def test_workers_take_as_many_gpus_as_share_their_model(there, needs, started, monkeypatch):
+def test_each_worker_takes_tensor_parallel_size_gpus(there, needs, started, monkeypatch):
     pool = pool_of()
     pool._gpus, pool._max_workers = 3, 0
     asked = []
@@ -489,7 +489,7 @@ def test_workers_take_as_many_gpus_as_share_their_model(there, needs, started, m
         pool._check_time(time.monotonic() - 1e6)
 
 
-def test_a_shared_model_needs_vllm():
+def test_tensor_parallelism_needs_vllm():
     model = prepared_model()
     spec = WorkerSpec(
         config_with_architecture(model), model.generation_config, model.dtype, None, "transformers", 200, 8, 2
@@ -498,11 +498,11 @@ def test_a_shared_model_needs_vllm():
         Worker(spec).load(pack(model))
 
 
-def test_a_head_that_is_away_for_long_ends_the_run(monkeypatch):
+def test_an_unreachable_head_stops_the_run(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         pool = pool_of(":".join(map(str, server.getsockname())))
         assert pool._head_responds() and pool._head_lost_at is None
-    assert not pool._head_responds()  # and Ray isn't asked for anything
+    assert not pool._head_responds()  # and no request goes to Ray
     pool._ray.cluster_resources = None
     pool._grow()
     since = pool._head_lost_at
@@ -512,7 +512,7 @@ def test_a_head_that_is_away_for_long_ends_the_run(monkeypatch):
         pool._head_responds()
 
 
-def test_without_ray_it_is_told_how_to_get_it(monkeypatch):
+def test_without_ray_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RolloutError, match="pip install 'ray"):
         connect("auto")

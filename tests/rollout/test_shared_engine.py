@@ -1,4 +1,4 @@
-"""A pool that serves several processes, in real processes: the same training as by one, and errors that all are told."""
+"""A pool that serves several data-parallel ranks: the same training as on one rank, and errors on all ranks."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ def fails(prompts, completions, completion_ids, **_):
         raise ValueError("out of order")
     return spread(prompts, completions, completion_ids)
 """
-ASKING = """
+SCRIPT = """
 import atexit, json, sys, threading
 import tiny, torch
 from rollout.contract import prepared_model, prepared_tokenizer
@@ -44,7 +44,7 @@ class Engine:
 
     def generate(self, prompts, sampling):
         if self.fails:
-            raise EngineLost("nobody is left")
+            raise EngineLost("no worker is left")
         seen.append(len(prompts))
         return [
             Completion(p, (p.key, sample, ranks.index), (0.0,) * 3, p.text, "stop")
@@ -69,32 +69,32 @@ factory.start_engine = start
 given = prepared_model(), prepared_tokenizer(), ReinforceConfig(watchdog_seconds=60), ranks, 0, Path("run")
 assert factory.start_training_engine(EngineChoice("vllm", ""), *given) is held.pop()
 engine = factory.start_training_engine(EngineChoice("ray", "", "auto"), *given)
-told = {"started": len(held), "name": engine.name, "dtype": str(engine.dtype)}
-own = [Prompt(f"{ranks.index}", (1,), 10 * ranks.index + i) for i in range([2, 0, 1][ranks.index])]
+result = {"started": len(held), "name": engine.name, "dtype": str(engine.dtype)}
+prompts = [Prompt(f"{ranks.index}", (1,), 10 * ranks.index + i) for i in range([2, 0, 1][ranks.index])]
 
-def ask():  # while the training uses its own group
-    told["answers"] = [(c.prompt.key, c.text, c.ids) for c in engine.generate(own, Sampling(3, num_samples=2))]
+def generate():  # while the training uses its process group
+    result["answers"] = [(c.prompt.key, c.text, c.ids) for c in engine.generate(prompts, Sampling(3, num_samples=2))]
 
-thread = threading.Thread(target=ask)
+thread = threading.Thread(target=generate)
 thread.start()
-told["sum"] = [float(ranks.sum(torch.tensor(1.0))) for _ in range(50)][-1]
+result["sum"] = [float(ranks.sum(torch.tensor(1.0))) for _ in range(50)][-1]
 thread.join()
-told["everywhere"] = [c.ids for c in engine.generate_everywhere(own[:1], Sampling(3))]
+result["everywhere"] = [c.ids for c in engine.generate_everywhere(prompts[:1], Sampling(3))]
 (*_, whole) = engine.stream(Prompt("s", (1,), 7 + ranks.index), Sampling(3))
-told["streamed"] = whole.prompt.key
+result["streamed"] = whole.prompt.key
 engine.load_weights("bad")
-told["later"] = str(engine.dtype)
+result["later"] = str(engine.dtype)
 try:
-    engine.generate(own, Sampling(3))
+    engine.generate(prompts, Sampling(3))
 except EngineLost as error:
-    told["error"] = str(error)
+    result["error"] = str(error)
 engine.close()
-told["seen"] = seen
-open(f"{sys.argv[1]}/{ranks.index}", "w").write(json.dumps(told))
+result["seen"] = seen
+open(f"{sys.argv[1]}/{ranks.index}", "w").write(json.dumps(result))
 
 class Late:
     def __del__(self):
-        print("Python's own end")
+        print("Python's shutdown")
 
 late = Late()
 atexit.register(print, "at exit")
@@ -102,26 +102,26 @@ exit_process(0)
 """
 
 
-def test_all_processes_are_served_by_the_engine_of_the_first(tmp_path):
-    (tmp_path / "asking.py").write_text(ASKING)
-    done = scripts.forked(3, tmp_path / "asking.py", tmp_path)
+def test_all_ranks_use_the_engine_of_rank_zero(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = scripts.forked(3, tmp_path / "script.py", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("at exit") == 3 and "own end" not in done.stdout
+    assert done.stdout.count("at exit") == 3 and "shutdown" not in done.stdout
     first, second, third = (json.loads((tmp_path / str(i)).read_text()) for i in range(3))
-    assert [own["started"] for own in (first, second, third)] == [1, 0, 0]
+    assert [rank["started"] for rank in (first, second, third)] == [1, 0, 0]
     assert first["answers"] == [[key, "0", [key, sample, 0]] for key in (0, 1) for sample in (0, 1)]
     assert second["answers"] == []
     assert third["answers"] == [[20, "2", [20, sample, 0]] for sample in (0, 1)]
     assert first["seen"] == [3, 1, 3, "closed"] and second["seen"] == third["seen"] == []
-    for index, own in enumerate((first, second, third)):
-        assert (own["name"], own["dtype"], own["later"]) == ("pool", "torch.bfloat16", "torch.float32")
-        assert own["sum"] == 3 and own["streamed"] == 7 + index
-        assert own["everywhere"] == 2 * [[0, 0, 0]]  # the first one's prompts, to all
-        assert own["error"] == "nobody is left"
+    for index, rank in enumerate((first, second, third)):
+        assert (rank["name"], rank["dtype"], rank["later"]) == ("pool", "torch.bfloat16", "torch.float32")
+        assert rank["sum"] == 3 and rank["streamed"] == 7 + index
+        assert rank["everywhere"] == 2 * [[0, 0, 0]]  # rank 0's prompts
+        assert rank["error"] == "no worker is left"
 
 
 def train(folder, model, data, count, *rest, reward="spread", trained=(), **environment):
-    """By ``reward`` and the reward models in the folders ``trained``."""
+    """Run a training with the function ``reward`` and the reward models in the folders ``trained``."""
     functions = folder.parent / "functions.py"
     functions.write_text(REWARD)
     named = {"--mode": "train_rlhf", "--model_name": model, "--data_path": data, "--rlhf_model_path": folder}
@@ -133,10 +133,10 @@ def train(folder, model, data, count, *rest, reward="spread", trained=(), **envi
 
 @pytest.mark.full
 @needs_ray
-def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_csv, reward_folder):
-    """Ahead of time, so that a thread asks while the training goes on; the second batch is a single prompt.
+def test_a_pool_trains_two_ranks_like_one(tmp_path, model_folder, pairs_csv, reward_folder):
+    """Asynchronous rollouts, so that a thread requests completions during the update; the second batch is a single prompt.
 
-    One process alone generates and scores by itself what the pool does.
+    The single process generates and scores without the pool.
     """
     one, two = tmp_path / "one", tmp_path / "two"
     alone, pool = ["--rollout", "transformers"], ["--rollout", "ray://local", "--rollout_workers", "1", *SCORERS]
@@ -157,8 +157,8 @@ def test_a_pool_trains_several_processes_as_one(tmp_path, model_folder, pairs_cs
 
 @pytest.mark.full
 @needs_ray
-def test_a_reward_that_fails_in_one_process_is_told_by_all(tmp_path, model_folder, pairs_csv, reward_folder):
-    """And none waits for scores that the one will never ask for."""
+def test_a_reward_that_fails_on_one_rank_stops_all_ranks(tmp_path, model_folder, pairs_csv, reward_folder):
+    """No rank waits for scores that the failed rank will never request."""
     pool = ["--rollout", "ray://local", "--rollout_workers", "1", *SCORERS]
     named = {"reward": "fails", "trained": [reward_folder], "FAILS": "1"}
     done = train(tmp_path / "run", model_folder, pairs_csv, 2, *pool, "--watchdog_seconds", "600", **named)
@@ -168,7 +168,7 @@ def test_a_reward_that_fails_in_one_process_is_told_by_all(tmp_path, model_folde
 
 @pytest.mark.full
 @needs_ray
-def test_what_the_first_cannot_reach_all_are_told_once(tmp_path, model_folder, pairs_csv):
+def test_an_unreachable_cluster_is_reported_once_for_all_ranks(tmp_path, model_folder, pairs_csv):
     done = train(tmp_path / "run", model_folder, pairs_csv, 2, "--rollout", "ray://127.0.0.1:9")
     assert done.returncode != 0
     assert done.stderr.count("no Ray cluster responds at 127.0.0.1:9") == 1

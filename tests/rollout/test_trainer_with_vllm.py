@@ -1,4 +1,4 @@
-"""The training loop with rollouts by vLLM: in step after each update, corrected, and stopped when it isn't."""
+"""The training loop with vLLM: in sync after each update, with importance correction, and stopped if out of sync."""
 
 import importlib.util
 
@@ -41,15 +41,15 @@ def trainer(base, tmp_path):
     built.engine.close()
 
 
-def test_every_step_samples_from_the_present_weights(trainer):
+def test_every_step_samples_from_the_current_weights(trainer):
     log = trainer.train()
     assert len(log) == 4 and log[-1]["kl"] > 0.001
     for metrics in log:
         assert metrics["sampling/logprob_gap_max"] < 1e-3 and metrics["sampling/kl"] < 1e-5
 
 
-def test_tokens_are_weighted_by_the_gap_to_the_engine(trainer):
-    """An engine that overstates its log-probabilities by ln 1.25 has its tokens counted at 0.8."""
+def test_tokens_are_weighted_by_the_ratio_to_the_engine(trainer):
+    """If an engine overstates its log-probabilities by ln 1.25, its tokens get weight 0.8."""
     completions = trainer.engine.generate(trainer.prompts, trainer.rollouts.sampling(0))
     scored = score(completions, trainer.rewards, trainer.update, trainer.reference)
     work = with_advantages(*scored, trainer.update, trainer.config.kl_coef)
@@ -64,16 +64,18 @@ def test_tokens_are_weighted_by_the_gap_to_the_engine(trainer):
 
 
 def test_both_engines_sample_the_same_completions(trainer):
-    """They draw alike from the same seeds, so with the same weights they say the same."""
-    own = TransformersEngine(trainer.policy, trainer.tokenizer)
+    """They sample alike from the same seeds, so equal weights give equal completions."""
+    transformers = TransformersEngine(trainer.policy, trainer.tokenizer)
     sampling = trainer.rollouts.sampling(3)
     pairs = zip(
-        own.generate(trainer.prompts, sampling), trainer.engine.generate(trainer.prompts, sampling), strict=True
+        transformers.generate(trainer.prompts, sampling),
+        trainer.engine.generate(trainer.prompts, sampling),
+        strict=True,
     )
     assert all(a.ids == b.ids for a, b in pairs)
 
 
-def test_a_sync_that_does_nothing_stops_the_run_with_the_figures(trainer, monkeypatch):
+def test_an_update_without_effect_stops_the_run_with_the_metrics(trainer, monkeypatch):
     monkeypatch.setattr(trainer.engine, "load_weights", lambda model: None)
     with pytest.raises(RolloutError, match=r"out of sync.*differ by up to"):
         trainer.train()

@@ -1,4 +1,4 @@
-"""The contract, with real vLLM, and what is peculiar to it: memory, adapters, saved models, failures."""
+"""The engine contract with real vLLM, and its memory, adapters, saved models and failures."""
 
 import ctypes
 import importlib.util
@@ -28,7 +28,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @pytest.fixture(scope="module")
 def shared_engine():
-    """One engine for the whole file; each test that loads other weights puts these back."""
+    """One engine for the whole file; a test that loads other weights restores these."""
     engine = VllmEngine(prepared_model(), prepared_tokenizer())
     yield engine
     engine.close()
@@ -41,7 +41,7 @@ class TestVllmEngine(EngineContract):
         return shared_engine
 
 
-# --- what it does beside the contract -------------------------------------------------------------------------------
+# --- beyond the contract --------------------------------------------------------------------------------------------
 
 
 @needs_vllm
@@ -57,16 +57,16 @@ def test_samples_of_a_prompt_share_its_cache(shared_engine, monkeypatch):
 
 @needs_vllm
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_output_layer_is_packed_once_and_no_other_matrix_over_the_vocabulary_is(tied):
+def test_only_the_output_layer_is_packed(tied):
     trainer = prepared_model(tied=tied)
     engine = VllmEngine(trainer, prepared_tokenizer())
     engine.generate([Prompt("short", (40, 41), 0)], Sampling(2))
     model = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
     assert (model.lm_head is model.transformer.wte) == tied
-    assert is_packed(model.lm_head)  # or each token would take longer
+    assert is_packed(model.lm_head)  # otherwise each token takes longer
     assert is_packed(model.transformer.wte) == tied
     engine.load_weights(trainer)
-    assert not is_packed(model.lm_head)  # the earlier one is gone before the next is made
+    assert not is_packed(model.lm_head)  # the old copy is released before the next one is made
     engine.close()
 
 
@@ -75,19 +75,19 @@ def is_packed(layer):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
-def test_what_is_freed_is_given_back():
-    own = psutil.Process()
-    blocks = [bytearray(100_000) for _ in range(2000)]  # too small for glibc to give back one by one
-    last = bytearray(100_000)  # or glibc would give back the end of its heap
+def test_free_memory_is_returned_to_the_system():
+    process = psutil.Process()
+    blocks = [bytearray(100_000) for _ in range(2000)]  # too small for glibc to return one by one
+    last = bytearray(100_000)  # otherwise glibc returns the end of its heap
     del blocks
-    before = own.memory_info().rss
+    before = process.memory_info().rss
     cpu_patches.release_free_memory()
-    assert before - own.memory_info().rss > 100 << 20
+    assert before - process.memory_info().rss > 100 << 20
     del last
 
 
 @needs_vllm
-def test_more_rows_than_run_at_a_time_and_a_cache_for_one_are_only_slower():
+def test_a_small_batch_and_a_small_cache_do_not_change_results():
     model, tokenizer = prepared_model("qwen2"), prepared_tokenizer()
     prompts, sampling = prompts_of(tokenizer), Sampling(40, num_samples=3, seed=2)
     one_sequence = memory.cache_bytes_per_token(model.config, torch.float32) * (256 + memory.CPU_BLOCK)
@@ -102,7 +102,7 @@ def test_more_rows_than_run_at_a_time_and_a_cache_for_one_are_only_slower():
 
 @needs_vllm
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-def test_a_saved_model_is_generated_with_and_can_be_updated(tmp_path, family):
+def test_a_saved_model_generates_and_can_be_updated(tmp_path, family):
     model, tokenizer = prepared_model(family), prepared_tokenizer()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -127,7 +127,7 @@ def test_a_saved_model_is_generated_with_and_can_be_updated(tmp_path, family):
         ("gpt2", {}, False),  # and no adapters for GPT-2
     ],
 )
-def test_the_adapter_travels_alone_or_merged_and_the_trainers_weights_stay(family, settings, alone, monkeypatch):
+def test_an_adapter_is_sent_alone_or_merged_without_changing_the_trainer(family, settings, alone, monkeypatch):
     tokenizer = prepared_tokenizer()
     plain = prepared_model(family)
     model = with_adapter(prepared_model(family), Adapters(use_peft=True, lora_r=4, **settings), seed=0)
@@ -137,7 +137,7 @@ def test_the_adapter_travels_alone_or_merged_and_the_trainers_weights_stay(famil
     push = ReloadTransfer.push
     monkeypatch.setattr(ReloadTransfer, "push", lambda self, llm: sent.append(1) or push(self, llm))
     try:
-        for seed in (1, 2):  # the second takes the place of the first
+        for seed in (1, 2):  # the second replaces the first
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if "lora_B" in name:
@@ -151,7 +151,7 @@ def test_the_adapter_travels_alone_or_merged_and_the_trainers_weights_stay(famil
         assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
         (streamed,) = [list(engine.stream(prompt, Sampling(4, 0.0)))[-1] for prompt in prompts_of(tokenizer)[:1]]
         assert streamed.ids == engine.generate(prompts_of(tokenizer)[:1], Sampling(4, 0.0))[0].ids
-        engine.load_weights(plain)  # another model altogether
+        engine.load_weights(plain)  # a different model
         check_sync(engine, plain, tokenizer)
         engine.load_weights(model)
         check_sync(engine, model, tokenizer)
@@ -160,7 +160,7 @@ def test_the_adapter_travels_alone_or_merged_and_the_trainers_weights_stay(famil
 
 
 @needs_vllm
-def test_a_failure_in_a_batch_is_survived_with_the_current_weights():
+def test_a_failure_in_a_batch_restarts_with_the_current_weights():
     model, tokenizer = prepared_model(), prepared_tokenizer()
     engine = VllmEngine(prepared_model(seed=3), tokenizer)
     engine.load_weights(model)
@@ -183,7 +183,7 @@ def test_a_failure_in_a_batch_is_survived_with_the_current_weights():
 
 
 @needs_vllm
-def test_where_memory_runs_out_it_goes_on_with_the_largest_batch_that_fits():
+def test_out_of_memory_halves_the_batch_until_it_fits():
     model, tokenizer = prepared_model(), prepared_tokenizer()
     engine = VllmEngine(model, tokenizer, max_num_seqs=4)
     start, fits = engine._start, 1
@@ -200,9 +200,9 @@ def test_where_memory_runs_out_it_goes_on_with_the_largest_batch_that_fits():
         engine._start = start_in_little_memory
         engine._llm.generate = run_out
         prompts = prompts_of(tokenizer)
-        with pytest.warns(UserWarning, match="Continuing with") as told:
+        with pytest.warns(UserWarning, match="Continuing with") as caught:
             completions = engine.generate(prompts, Sampling(8, temperature=0))
-        assert "2 completions at a time. Continuing with 1" in str(told[-1].message)
+        assert "2 completions at a time. Continuing with 1" in str(caught[-1].message)
         assert [c.ids for c in completions] == [generate_plainly(model, prompt, 8) for prompt in prompts]
         assert engine.restarts == 0
         fits = 0
@@ -213,10 +213,10 @@ def test_where_memory_runs_out_it_goes_on_with_the_largest_batch_that_fits():
         engine.close()
 
 
-# --- what is refused, and what auto does then -----------------------------------------------------------------------
+# --- refusals, and the fallback of auto -----------------------------------------------------------------------------
 
 
-def test_without_vllm_the_way_to_get_it_is_told(monkeypatch):
+def test_without_vllm_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     model, tokenizer = prepared_model(), prepared_tokenizer()
     with pytest.raises(RolloutError, match=r"isn't installed.*pip install --no-deps -r requirements-reinforce-cpu.txt"):
@@ -227,7 +227,7 @@ def test_without_vllm_the_way_to_get_it_is_told(monkeypatch):
 
 
 @needs_vllm
-def test_a_head_size_it_does_not_run_is_refused_and_auto_falls_back():
+def test_an_unsupported_head_size_is_refused_and_auto_falls_back():
     model = tiny.model("gpt2", n_embd=48)
     with pytest.raises(RolloutError, match=r"heads of size 32, 64.*have 24"):
         VllmEngine(model, prepared_tokenizer())
@@ -239,7 +239,7 @@ def test_a_head_size_it_does_not_run_is_refused_and_auto_falls_back():
 
 
 @needs_vllm
-def test_a_family_it_does_not_know_is_refused():
+def test_an_unknown_family_is_refused():
     config = prepared_model().config
     config.architectures = ["WordSaladForCausalLM"]
     with pytest.raises(RolloutError, match="family WordSaladForCausalLM"):
@@ -247,7 +247,7 @@ def test_a_family_it_does_not_know_is_refused():
 
 
 @needs_vllm
-def test_what_auto_takes_and_why():
+def test_auto_selects_vllm():
     config = prepared_model().config
     assert choose_engine("auto", config, torch.float32).name == "vllm"
     assert choose_engine("transformers", config, torch.float32).name == "transformers"
@@ -270,7 +270,7 @@ def test_cache_sizes():
     assert memory.cache_bytes_per_token(gpt2, torch.float32) == 2 * 2 * 2 * 32 * 4
     assert memory.cache_bytes_per_token(prepared_model("qwen2").config, torch.bfloat16) == 2 * 2 * 1 * 32 * 2
     block = 10 * memory.CPU_BLOCK
-    sequences = 10, 2 * memory.CPU_BLOCK - 1, 4  # two blocks each, and vLLM's own
+    sequences = 10, 2 * memory.CPU_BLOCK - 1, 4  # two blocks each, plus vLLM's own
     assert memory.cache_budget(*sequences, available=100 * block, cap=None) == 9 * block
     assert memory.cache_budget(*sequences, available=5 * block, cap=None) == 5 * block
     assert memory.cache_budget(*sequences, available=100 * block, cap=4 * block) == 4 * block
@@ -284,7 +284,7 @@ def test_the_module_imports_without_vllm():
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}).returncode == 0
 
 
-def test_weights_travel_in_chunks_that_hold_each_once():
+def test_chunks_contain_each_weight_once():
     weights = [(f"w{i}", torch.full((size,), float(i))) for i, size in enumerate([10, 10, 50, 5, 5, 5])]
     chunks = list(in_chunks(weights, 4 * 20))
     assert [[name for name, _ in chunk] for chunk in chunks] == [["w0", "w1"], ["w2"], ["w3", "w4", "w5"]]
@@ -298,7 +298,7 @@ def test_weights_travel_in_chunks_that_hold_each_once():
 
 
 @needs_vllm
-def test_the_message_is_one_that_vllm_takes():
+def test_vllm_accepts_the_ipc_message():
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
 
     weights = [("a", torch.zeros(2)), ("b", torch.zeros(3, 3))]
@@ -326,7 +326,7 @@ class TestOnGpu:
         yield engine
         engine.close()
 
-    def test_it_is_in_step_after_updates(self, engine, model):
+    def test_it_is_in_sync_after_updates(self, engine, model):
         tokenizer = prepared_tokenizer()
         check_sync(engine, model, tokenizer)
         for seed in (1, 2):
@@ -334,14 +334,14 @@ class TestOnGpu:
             engine.load_weights(model)
             check_sync(engine, model, tokenizer)
 
-    def test_it_gives_memory_back_while_it_sleeps(self, engine):
+    def test_sleep_releases_memory(self, engine):
         engine.wake_up()
         awake, _ = torch.cuda.mem_get_info()
         engine.sleep()
         asleep, total = torch.cuda.mem_get_info()
         assert asleep - awake > 0.1 * total
 
-    def test_it_stays_where_no_trainer_needs_the_gpu(self, model):
+    def test_an_exclusive_engine_does_not_sleep(self, model):
         engine = VllmEngine(model.cpu(), prepared_tokenizer(), gpu_memory_utilization=0.2, exclusive_gpu=True)
         try:
             engine.sleep()
@@ -352,7 +352,7 @@ class TestOnGpu:
         finally:
             engine.close()
 
-    def test_weights_reach_a_model_in_a_process_of_its_own(self, model):
+    def test_weights_reach_a_model_in_a_separate_process(self, model):
         tokenizer = prepared_tokenizer()
         engine = VllmEngine(model, tokenizer, gpu_memory_utilization=0.2, separate_process=True)
         try:

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM servers: the engines' contract over HTTP, weights that arrive, and servers that stop in every way."""
+"""The engine with vLLM servers: the engines' contract over HTTP, weight transfer, and lost servers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cable():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, cable):
-    """One as ``vllm serve`` starts it, with tied weights, and one with our extension, untied, behind the cable."""
+    """Start a plain server with tied weights, and a server with our extension, untied, behind the cable."""
     folder = tmp_path_factory.mktemp("served")
     tied, untied = tiny.save(folder / "tied", seed=3), tiny.save(folder / "untied", seed=3, tied=False)
     both = [
@@ -76,7 +76,7 @@ def served(tmp_path_factory, cable):
 
 @pytest.fixture(scope="module")
 def engine_of(served, tmp_path_factory):
-    """An engine on the servers with these numbers, made once."""
+    """Return a function that returns a cached engine for the servers with given numbers."""
     made = {}
 
     def engine(*numbers: int) -> VllmServerEngine:
@@ -109,7 +109,7 @@ def both(engine_of, monkeypatch):
 
 
 def wait_until(engine: VllmServerEngine, number: int) -> None:
-    """So many servers are ready; asking is what brings them back."""
+    """Poll until this many servers are ready; polling retries lost servers."""
     end = time.monotonic() + 60
     while len(engine.pool.ready()) < number:
         assert time.monotonic() < end, engine.pool._lost
@@ -133,7 +133,7 @@ class TestVllmServerEngine(EngineContract):
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["tied, in files", "untied, in messages"])
-def test_each_update_arrives_and_one_that_does_not_is_seen(engine_of, monkeypatch, number):
+def test_updates_arrive_and_a_missing_one_is_detected(engine_of, monkeypatch, number):
     engine, tokenizer = engine_of(number), prepared_tokenizer()
     for seed in (6, 7):
         model = prepared_model(seed=seed, tied=number == 0)
@@ -149,7 +149,7 @@ def test_each_update_arrives_and_one_that_does_not_is_seen(engine_of, monkeypatc
 
 
 def test_the_output_layer_is_part_of_an_update(engine_of):
-    """Of an untied model it has a copy of its own; of a tied one the server on a CPU has one, too."""
+    """An untied model has a separate output layer; a plain server on a CPU keeps one for a tied model too."""
     for number in (0, 1):
         engine, tokenizer = engine_of(number), prepared_tokenizer()
         model = prepared_model(tied=number == 0)
@@ -159,7 +159,7 @@ def test_the_output_layer_is_part_of_an_update(engine_of):
         check_sync(engine, model, tokenizer)
 
 
-def test_large_models_go_in_several_parts(engine_of, monkeypatch):
+def test_large_models_are_sent_in_several_parts(engine_of, monkeypatch):
     monkeypatch.setattr("reinforcepp.rollout.vllm.server_transfer.FILE_BYTES", 50_000)
     monkeypatch.setattr("reinforcepp.rollout.vllm.server_transfer.MESSAGE_BYTES", 50_000)
     for number in (0, 1):
@@ -169,25 +169,25 @@ def test_large_models_go_in_several_parts(engine_of, monkeypatch):
     assert len(list(engine_of(0).pool._files.path.glob("weights-*/*.safetensors"))) > 3
 
 
-def test_files_are_there_while_they_are_needed(served, tmp_path):
+def test_files_exist_as_long_as_they_are_needed(served, tmp_path):
     tokenizer, model = prepared_tokenizer(), prepared_model()
-    left = tmp_path / f"rollout_weights{PARTIAL}" / "weights-old"  # by a run that was killed
+    left = tmp_path / f"rollout_weights{PARTIAL}" / "weights-old"  # left behind by a killed run
     left.mkdir(parents=True)
     engine = VllmServerEngine([served[0].url], model, tokenizer, max_length=200, folder=tmp_path)
     assert not left.exists()
-    shutil.rmtree(left.parent)  # as a training does that begins
+    shutil.rmtree(left.parent)  # as the start of a training does
     engine.pool._start_loading(engine.pool.clients[0])
     wait_until(engine, 1)
     check_sync(engine, model, tokenizer)
     for _ in range(2):
         engine.load_weights(model)
         (present,) = left.parent.glob("weights-*")
-    assert (present / "model-00000.safetensors").stat().st_mode & 0o044, "a server may run as somebody else"
+    assert (present / "model-00000.safetensors").stat().st_mode & 0o044, "a server can run as another user"
     engine.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_the_server_does_not_see_is_told_and_breaks_nothing(engine_of, monkeypatch):
+def test_a_folder_that_the_server_cannot_read_breaks_nothing(engine_of, monkeypatch):
     engine, tokenizer = engine_of(0), prepared_tokenizer()
     model = prepared_model()
     engine.load_weights(model)
@@ -199,8 +199,8 @@ def test_a_folder_that_the_server_does_not_see_is_told_and_breaks_nothing(engine
     check_sync(engine, model, tokenizer)
 
 
-def test_weights_of_another_training_are_not_answered_from(engine_of, both, caplog):
-    """Both use the plain server; each gets its own weights back when it notices."""
+def test_weights_of_another_training_are_detected(engine_of, both, caplog):
+    """Both trainings use the plain server; each restores its weights when it notices."""
     other, model = engine_of(0), prepared_model()
     other.load_weights(prepared_model(seed=5))
     prompts = prompts_of(prepared_tokenizer())
@@ -209,10 +209,10 @@ def test_weights_of_another_training_are_not_answered_from(engine_of, both, capl
     assert "another training uses it" in caplog.text
 
 
-# --- whoever answers ------------------------------------------------------------------------------------------------
+# --- generation and lost servers ------------------------------------------------------------------------------------
 
 
-def test_with_the_extension_a_server_draws_what_every_engine_draws(engine_of):
+def test_with_the_extension_a_server_samples_like_every_engine(engine_of):
     engine, model, tokenizer = engine_of(1), prepared_model(seed=5, tied=False), prepared_tokenizer()
     engine.load_weights(model)
     prompts, sampling = prompts_of(tokenizer), Sampling(12, num_samples=3, seed=2)
@@ -220,7 +220,7 @@ def test_with_the_extension_a_server_draws_what_every_engine_draws(engine_of):
     assert [c.ids for c in engine.generate(prompts, sampling)] == [c.ids for c in alone]
 
 
-def test_prompts_are_shared_out_and_every_server_is_checked(both):
+def test_prompts_are_dispatched_and_every_server_is_checked(both):
     model, tokenizer = prepared_model(), prepared_tokenizer()
     prompts = prompts_of(tokenizer, [f"Look at host {i}." for i in range(40)])
     assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
@@ -229,8 +229,8 @@ def test_prompts_are_shared_out_and_every_server_is_checked(both):
     assert check_sync(both, model, tokenizer).tokens == 2 * one
 
 
-def while_it_answers(engine: VllmServerEngine, number: int, strike, monkeypatch) -> None:
-    """Call ``strike`` when the server with that number has begun to answer."""
+def while_it_generates(engine: VllmServerEngine, number: int, strike, monkeypatch) -> None:
+    """Call ``strike`` when the server with that number starts to generate."""
     client, begun = engine.pool.clients[number], threading.Event()
     inner = client._sample
 
@@ -243,10 +243,10 @@ def while_it_answers(engine: VllmServerEngine, number: int, strike, monkeypatch)
     monkeypatch.setattr(client, "_sample", sample)
 
 
-def test_one_that_is_stopped_is_lost_and_is_back_with_the_present_weights(served, both, monkeypatch, caplog):
+def test_a_stopped_server_is_lost_and_comes_back_with_the_current_weights(served, both, monkeypatch, caplog):
     model, tokenizer = prepared_model(), prepared_tokenizer()
     prompts = prompts_of(tokenizer, [f"Look at host {i}." for i in range(24)])
-    while_it_answers(both, 0, lambda: served[0].signal(signal.SIGSTOP), monkeypatch)
+    while_it_generates(both, 0, lambda: served[0].signal(signal.SIGSTOP), monkeypatch)
     try:
         assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
         stats = both.dispatches[-1]
@@ -262,12 +262,12 @@ def test_one_that_is_stopped_is_lost_and_is_back_with_the_present_weights(served
     assert check_sync(both, newer, tokenizer).tokens == 2 * one
 
 
-def test_one_whose_network_is_cut_is_lost_and_is_back(cable, both, monkeypatch):
+def test_a_disconnected_server_is_lost_and_comes_back(cable, both, monkeypatch):
     if cable is None:
-        pytest.skip("network namespaces need rights that this user or machine hasn't")
+        pytest.skip("network namespaces need rights that this user doesn't have")
     model, tokenizer = prepared_model(), prepared_tokenizer()
     prompts = prompts_of(tokenizer, [f"Look at host {i}." for i in range(24)])
-    while_it_answers(both, 1, cable.cut, monkeypatch)
+    while_it_generates(both, 1, cable.cut, monkeypatch)
     try:
         assert drawn(both.generate(prompts, GREEDY)) == expected(model, prompts)
         assert both.dispatches[-1].lost == 1
@@ -278,8 +278,8 @@ def test_one_whose_network_is_cut_is_lost_and_is_back(cable, both, monkeypatch):
     check_sync(both, model, tokenizer)
 
 
-def test_one_that_is_well_and_does_nothing_is_lost(served, engine_of, monkeypatch):
-    """Its engine hangs, and its front says that all is well."""
+def test_a_healthy_server_without_progress_is_lost(served, engine_of, monkeypatch):
+    """Its engine hangs while its front end reports to be healthy."""
     engine = engine_of(0)
     engine.load_weights(prepared_model())
     client = engine.pool.clients[0]
@@ -320,8 +320,8 @@ def takes_weights_by_nccl(server, folder, device) -> None:
 
 
 @pytest.mark.full
-def test_weights_go_straight_to_a_server_by_vllms_own_transfer(tmp_path, monkeypatch):
-    """Of which the broadcast goes another way, and unpacked."""
+def test_weights_are_broadcast_to_a_server_by_vllms_transfer(tmp_path, monkeypatch):
+    """The broadcast goes through a TCP store instead of NCCL, without packing."""
     stand_in(monkeypatch.setattr)
     monkeypatch.setattr(ServerPool, "_transfer_for", lambda self, client: self._nccl)
     server = for_nccl(tmp_path, "--worker-extension-cls=rollout.nccl_extension.Worker")
@@ -330,7 +330,7 @@ def test_weights_go_straight_to_a_server_by_vllms_own_transfer(tmp_path, monkeyp
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for the server")
-def test_weights_go_from_one_gpu_to_another(tmp_path, monkeypatch):
+def test_weights_are_broadcast_between_gpus(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "1")
         server = for_nccl(tmp_path)
@@ -351,25 +351,25 @@ def training(base, folder, rollout, **changes) -> ReinforceTrainer:
     return ReinforceTrainer(str(base), likes_early_tokens, ReinforceConfig(**settings), prompts)
 
 
-def test_a_training_learns_what_one_with_vllm_in_process_learns(served, tmp_path):
-    """From the server that draws as the engine in this process does."""
-    base, learnt = tiny.save(tmp_path / "base", tied=False), []
+def test_a_training_with_a_server_equals_one_with_vllm_in_process(served, tmp_path):
+    """With the extension the server samples like the in-process engine."""
+    base, results = tiny.save(tmp_path / "base", tied=False), []
     for name, rollout in (("server", f"vllm://{served[1].address}"), ("process", "vllm")):
         trainer = training(base, tmp_path / name, rollout)
         trainer.train()
         trainer.engine.close()
-        said = [row["completion"] for row in read_answers(tmp_path / name / COMPLETIONS)]
-        learnt.append((said, trainer.policy.state_dict()))
-    assert learnt[0][0] == learnt[1][0] and len(learnt[0][0]) == 24
-    for name, weight in learnt[0][1].items():
-        torch.testing.assert_close(weight, learnt[1][1][name], rtol=0, atol=1e-6)
-    assert not torch.equal(learnt[0][1]["lm_head.weight"], tiny.model(tied=False).lm_head.weight)
+        completions = [row["completion"] for row in read_answers(tmp_path / name / COMPLETIONS)]
+        results.append((completions, trainer.policy.state_dict()))
+    assert results[0][0] == results[1][0] and len(results[0][0]) == 24
+    for name, weight in results[0][1].items():
+        torch.testing.assert_close(weight, results[1][1][name], rtol=0, atol=1e-6)
+    assert not torch.equal(results[0][1]["lm_head.weight"], tiny.model(tied=False).lm_head.weight)
 
 
 @pytest.mark.full
 def test_a_server_serves_several_processes(served, tmp_path, pairs_csv):
-    """Two processes are given by the server what one process draws by itself."""
-    base, said = tiny.save(tmp_path / "base", tied=False), []
+    """Two ranks get from the server the completions that one process samples by itself."""
+    base, completions = tiny.save(tmp_path / "base", tied=False), []
     for processes, rollout in ((1, "transformers"), (2, f"vllm://{served[1].address}")):
         run = tmp_path / f"by-{processes}"
         words = ["train", "--model", base, "--data", pairs_csv, "--rewards", "rule:length?max=20", "--output_dir", run]
@@ -377,14 +377,14 @@ def test_a_server_serves_several_processes(served, tmp_path, pairs_csv):
         words += ["--sync_check_every", 1] if processes > 1 else []
         done = scripts.launched(processes, "-m", "reinforcepp", *words, "--max_prompt_length", 40)
         assert done.returncode == 0, done.stderr
-        said.append({(row["step"], row["prompt"]): row["completion"] for row in read_answers(run / COMPLETIONS)})
+        completions.append({(row["step"], row["prompt"]): row["completion"] for row in read_answers(run / COMPLETIONS)})
     # Each check of the sync compares log-probabilities. Rounding depends on the CPU, and can turn a token sampled by another
     # engine; without the shared sampling seeds, no two of the completions would be equal.
-    assert said[0].keys() == said[1].keys() and len(said[0]) == 6
-    assert sum(said[0][key] == said[1][key] for key in said[0]) >= 4
+    assert completions[0].keys() == completions[1].keys() and len(completions[0]) == 6
+    assert sum(completions[0][key] == completions[1][key] for key in completions[0]) >= 4
 
 
-def test_a_wrong_key_is_told_and_never_shown(served, model_folder, pairs_csv, tmp_path, monkeypatch, capfd, caplog):
+def test_a_wrong_key_is_reported_and_never_shown(served, model_folder, pairs_csv, tmp_path, monkeypatch, capfd, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("VLLM_API_KEY", "sk-another")
     arguments = ["train", "--model", model_folder, "--data", pairs_csv, "--rewards", "rule:length?max=20"]
@@ -401,7 +401,7 @@ def test_another_model_is_refused_before_anything_breaks(served, engine_of, tmp_
             [served[0].url], prepared_model(vocab_size=400), prepared_tokenizer(), max_length=64, folder=tmp_path
         )
     with pytest.raises(
-        RolloutError, match=r"takes sequences of 256 tokens, but this training's have up to 300.*vllm serve"
+        RolloutError, match=r"takes sequences of 256 tokens, but this training needs 300.*\n.*vllm serve"
     ):
         VllmServerEngine(
             [served[0].url], prepared_model(n_positions=512), prepared_tokenizer(), max_length=300, folder=tmp_path
@@ -409,8 +409,8 @@ def test_another_model_is_refused_before_anything_breaks(served, engine_of, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_is_killed_then_none_is_left(served, tmp_path, monkeypatch):  # the last one: no server is left after it
-    """The first goes in the middle of the second step; the other before the third, and the run is saved."""
+def test_a_run_is_saved_when_all_servers_are_killed(served, tmp_path, monkeypatch):
+    """The first is killed in the middle of step 2 and the other before step 3. The last test: it leaves no server."""
     monkeypatch.setattr(server_pool, "FIRST_RETRY_SECONDS", 0.5)
     base = tiny.save(tmp_path / "base")
     addresses = ",".join(server.address for server in served)
@@ -423,15 +423,15 @@ def test_one_is_killed_then_none_is_left(served, tmp_path, monkeypatch):  # the 
     def generate(prompts, sampling):
         step = next(steps)
         if step == 1:
-            while_it_answers(trainer.engine, 1, lambda: served[1].signal(signal.SIGKILL), monkeypatch)
+            while_it_generates(trainer.engine, 1, lambda: served[1].signal(signal.SIGKILL), monkeypatch)
         if step == 2:
             served[0].signal(signal.SIGKILL)
         return inner(prompts, sampling)
 
     monkeypatch.setattr(trainer.engine, "generate", generate)
-    with pytest.raises(RolloutError) as told:
+    with pytest.raises(RolloutError) as caught:
         trainer.train()
-    message = str(told.value)
+    message = str(caught.value)
     assert "no vLLM server is available: " in message
     assert all(server.url in message for server in served) and "can't be reached" in message
     assert "The run is saved after step 2 of 4" in message

@@ -1,4 +1,4 @@
-"""The canary sees each way in which a weight sync has been known to fail. Real vLLM, tied and untied, three families."""
+"""The check detects every known failure of a weight update: with real vLLM, tied and untied, in three families."""
 
 import importlib.util
 
@@ -26,7 +26,7 @@ SHAPES = [
 
 
 class Bench:
-    """An engine, and a supply of trainers of its shape."""
+    """An engine, and models of the same shape with other weights."""
 
     def __init__(self, family: str, tied: bool, dtype: torch.dtype) -> None:
         self.family, self.tied, self.dtype = family, tied, dtype
@@ -38,7 +38,7 @@ class Bench:
         return prepared_model(self.family, tied=self.tied, seed=seed).to(self.dtype)
 
     def next_trainer(self):
-        """Other weights; the engine has run the probes with the present ones, so its cache is full of them."""
+        """Return a model with other weights, after the engine has filled its cache with the current ones."""
         check_sync(self.engine, self.trainer(self.seed), self.tokenizer)
         self.seed += 1
         return self.trainer(self.seed)
@@ -55,7 +55,7 @@ def bench(request):
 
 
 @needs_vllm
-def test_three_syncs_are_in_step(bench):
+def test_three_updates_are_in_sync(bench):
     for _ in range(3):
         trainer = bench.next_trainer()
         bench.engine.load_weights(trainer)
@@ -66,17 +66,17 @@ def test_three_syncs_are_in_step(bench):
 
 
 @needs_vllm
-@pytest.mark.parametrize("sabotage", ["sync skipped", "prefix cache kept", "output layer left out"])
-def test_a_failed_sync_is_caught(bench, sabotage, monkeypatch):
+@pytest.mark.parametrize("sabotage", ["update skipped", "prefix cache kept", "output layer omitted"])
+def test_a_failed_update_is_detected(bench, sabotage, monkeypatch):
     trainer = bench.next_trainer()
     with monkeypatch.context() as patch:
         if sabotage == "prefix cache kept":
             patch.setattr(bench.engine._llm, "reset_prefix_cache", lambda: True)
-        if sabotage == "output layer left out":
+        if sabotage == "output layer omitted":
             whole, layer = weight_transfer.full_weights, ("wte", "embed_tokens") if bench.tied else "lm_head"
             kept = lambda name: not name.removesuffix(".weight").endswith(layer)  # noqa: E731
             patch.setattr(weight_transfer, "full_weights", lambda m: ((n, w) for n, w in whole(m) if kept(n)))
-        if sabotage != "sync skipped":
+        if sabotage != "update skipped":
             bench.engine.load_weights(trainer)
         with pytest.raises(RolloutError, match=r"out of sync.*agree on \d+%.*differ by up to [\d.]+ nats"):
             bench.check(trainer)
@@ -85,9 +85,9 @@ def test_a_failed_sync_is_caught(bench, sabotage, monkeypatch):
 
 
 @needs_vllm
-def test_a_skipped_update_of_one_percent_is_caught_in_float32(bench):
+def test_a_skipped_update_of_one_percent_is_detected_in_float32(bench):
     if bench.dtype != torch.float32:
-        pytest.skip("in bfloat16 one per cent is rounding")
+        pytest.skip("in bfloat16 1% is rounding error")
     trainer = bench.next_trainer()
     bench.engine.load_weights(trainer)
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def test_a_skipped_update_of_one_percent_is_caught_in_float32(bench):
     bench.engine.load_weights(bench.trainer(bench.seed))
 
 
-def test_the_transformers_engine_is_in_step_with_itself():
+def test_the_transformers_engine_is_in_sync_with_its_model():
     model, tokenizer = prepared_model(), prepared_tokenizer()
     model.train()
     report = check_sync(TransformersEngine(model, tokenizer), model, tokenizer)
@@ -109,7 +109,7 @@ def test_the_transformers_engine_is_in_step_with_itself():
     assert model.training
 
 
-def test_weights_that_are_not_numbers_are_caught():
+def test_nan_weights_are_detected():
     model, tokenizer = prepared_model(), prepared_tokenizer()
     engine = TransformersEngine(prepared_model(), tokenizer)
     with torch.no_grad():

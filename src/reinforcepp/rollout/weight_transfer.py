@@ -1,4 +1,4 @@
-"""How the policy's weights get into a generator: one protocol with an implementation per path.
+"""How the policy's weights get into a generator: one interface with an implementation per path.
 
 ===================  =======================================================  ====================================
 receiver             path                                                     implementation
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -27,20 +27,24 @@ from reinforcepp.models.lora import base_model, full_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Receiver = TypeVar("Receiver", contravariant=True)
+Receiver = TypeVar("Receiver")
 
 
-class WeightTransfer(Protocol[Receiver]):
+class WeightTransfer(Generic[Receiver]):
     """A path for weights. Call ``prepare`` after each update of the policy, then ``push`` once per receiver."""
+
+    model: PreTrainedModel
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Make ``model``'s current weights available to ``push``; ``model`` must not change until the last ``push``."""
+        self.model = model
 
     def push(self, receiver: Receiver) -> Any:
         """Load the prepared weights into ``receiver``."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Release files, process groups and memory."""
+        """Release files, process groups and memory, if the path uses any."""
 
 
 def weights_without_tied_head(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

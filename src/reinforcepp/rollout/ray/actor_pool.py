@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from reinforcepp.errors import EngineLost, RolloutError, first_line
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
 from reinforcepp.rollout.ray.worker import pack
+from reinforcepp.rollout.weight_transfer import WeightTransfer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,7 @@ class LazyRef:
         return ray.get(self.wrapped[0])
 
 
-class ObjectStoreTransfer:
+class ObjectStoreTransfer(WeightTransfer[Any]):
     """Weights through Ray's object store, which copies them once to each node. The receiver is a Ray actor.
 
     Args:

@@ -12,8 +12,10 @@ import json
 import logging
 import os
 import ssl
+import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -319,6 +321,20 @@ class VllmClient:
                     failures += 1
                     if failures > 1:
                         raise ServerUnavailable(f"no longer responds ({_root_cause(error)})") from error
+
+
+def run_in_daemon(work: Callable[[], T]) -> Future[T]:
+    """Run ``work`` in a daemon thread, so that a training that stops doesn't wait for a server."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # raised again by future.result
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 # --- responses --------------------------------------------------------------------------------------------------------

@@ -29,23 +29,16 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 MEMORY_FOLDER = Path("/dev/shm")
 
 
-class ReloadTransfer:
+class ReloadTransfer(WeightTransfer[Any]):
     """Weights for a vLLM in this process, read from the trainer's tensors one at a time."""
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Remember ``model``."""
-        self._model = model
 
     def push(self, receiver: Any) -> None:
         """Reload all weights of vLLM's model, which on a CPU also repacks them."""
-        weights = weights_without_tied_head(self._model)
+        weights = weights_without_tied_head(self.model)
         receiver.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
-    def close(self) -> None:
-        """Do nothing: no copy exists."""
 
-
-class IpcTransfer:
+class IpcTransfer(WeightTransfer[Any]):
     """Weights for a vLLM whose workers are separate processes, through CUDA IPC.
 
     A worker maps the GPU memory that the trainer names. On the trainer's own GPU nothing is copied; for each other GPU the
@@ -58,17 +51,13 @@ class IpcTransfer:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Remember ``model``."""
-        self._model = model
-
     def push(self, receiver: Any) -> None:
         """Send handles of all weights to the workers, one chunk at a time."""
         from torch.multiprocessing.reductions import reduce_tensor
 
         uuids = {device: str(torch.cuda.get_device_properties(device).uuid) for device in self._devices}
         receiver.collective_rpc("start_weight_update")
-        for chunk in in_chunks(weights_without_tied_head(self._model), IPC_CHUNK_BYTES):
+        for chunk in in_chunks(weights_without_tied_head(self.model), IPC_CHUNK_BYTES):
             copies = [
                 {uuid: weight.detach().to(device).contiguous() for device, uuid in uuids.items()} for _, weight in chunk
             ]
@@ -82,9 +71,6 @@ class IpcTransfer:
             torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
         receiver.collective_rpc("finish_weight_update")
 
-    def close(self) -> None:
-        """Do nothing: each chunk is released after its update."""
-
 
 def ipc_message(chunk: Sequence[tuple[str, Tensor]], handles: list[dict[str, Any]]) -> dict[str, Any]:
     """Return vLLM's update message: name, dtype and shape of each weight, and its memory handle per GPU UUID."""
@@ -96,7 +82,7 @@ def ipc_message(chunk: Sequence[tuple[str, Tensor]], handles: list[dict[str, Any
     }
 
 
-class AdapterTransfer:
+class AdapterTransfer(WeightTransfer[Any]):
     """A LoRA adapter for a vLLM that runs adapters next to the base weights; those are sent only if vLLM lacks them.
 
     vLLM reads adapters from folders; this one is in memory if the system has such a place. Each update gets a new adapter
@@ -122,7 +108,7 @@ class AdapterTransfer:
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Save the adapter of ``model``, if it belongs to the base model."""
-        self._model = model
+        self.model = model
         self._is_ours = has_adapter(model) and base_model(model) is self._base
         if self._is_ours:
             model.save_pretrained(self._folder.name, save_embedding_layers=False)
@@ -132,8 +118,8 @@ class AdapterTransfer:
         from vllm.lora.request import LoRARequest
 
         if not self._is_ours or not self._base_loaded:
-            self._full.prepare(self._model)
-            with self._model.disable_adapter() if self._is_ours else nullcontext():
+            self._full.prepare(self.model)
+            with self.model.disable_adapter() if self._is_ours else nullcontext():
                 self._full.push(receiver)
         if self.request is not None:
             receiver.llm_engine.remove_lora(self.request.lora_int_id)

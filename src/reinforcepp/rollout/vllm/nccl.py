@@ -8,9 +8,7 @@ GPUs.
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor
 
 from reinforcepp.errors import first_line
-from reinforcepp.rollout.vllm.client import ServerUnavailable, VllmClient
-from reinforcepp.rollout.weight_transfer import weights_without_tied_head
+from reinforcepp.rollout.vllm.client import ServerUnavailable, VllmClient, run_in_daemon
+from reinforcepp.rollout.weight_transfer import WeightTransfer, weights_without_tied_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,22 +34,18 @@ class TransferFailed(ServerUnavailable):
     """A transfer failed or timed out; its receivers can still be waiting for the rest of it."""
 
 
-class NcclServerTransfer:
+class NcclServerTransfer(WeightTransfer[VllmClient]):
     """A process group with each server; the trainer is rank 0."""
 
     def __init__(self) -> None:
         self._groups: dict[VllmClient, _ServerGroup] = {}
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Remember ``model``."""
-        self._model = model
 
     def push(self, receiver: VllmClient) -> None:
         """Broadcast all weights to the workers of a server."""
         group = self._groups.pop(receiver, None)  # put back after success
         if group is None or receiver.info is not group.info:  # a server that was away can be another process
             group = _ServerGroup(receiver)
-        _within(receiver.timeouts.progress, lambda: group.send(self._model))
+        _within(receiver.timeouts.progress, lambda: group.send(self.model))
         self._groups[receiver] = group
 
     def close(self) -> None:
@@ -98,7 +92,7 @@ class _ServerControl:
         self._server.post("/finish_weight_update", {"weight_version": weight_version})
 
 
-class NcclPoolTransfer:
+class NcclPoolTransfer(WeightTransfer[Mapping[int, Any]]):
     """One process group of the trainer, as rank 0, and all workers of a Ray pool; rebuilt when workers come or go.
 
     Args:
@@ -112,8 +106,9 @@ class NcclPoolTransfer:
         self._restart_weights: Any = None
 
     def prepare(self, model: PreTrainedModel, restart_weights: Any = None) -> None:
-        """Remember ``model``, and ``restart_weights``, a :class:`LazyRef` for workers whose engine must restart later."""
-        self._model, self._restart_weights = model, restart_weights
+        """Keep ``model``, and ``restart_weights``, a ``LazyRef`` for workers whose engine must restart later."""
+        super().prepare(model)
+        self._restart_weights = restart_weights
 
     def push(self, receiver: Mapping[int, Any], *, rebuild: bool = False) -> None:
         """Broadcast all weights to ``receiver``, Ray actors by number; ``rebuild`` if one of them isn't in the group.
@@ -136,15 +131,15 @@ class NcclPoolTransfer:
                 _within(CLOSE_TIMEOUT_SECONDS, engine.shutdown)
 
     def _send(self, workers: dict[int, Any], rebuild: bool) -> None:
-        _select_device(self._model)
+        _select_device(self.model)
         if rebuild or workers.keys() != self._workers.keys():
             self.close()
             self._workers = workers
             control = _PoolControl(self._ray, list(workers.values()))
             host = self._ray.util.get_node_ip_address()
-            self._engine = _join_as_rank_zero(host, 1 + len(workers), control, self._model)
+            self._engine = _join_as_rank_zero(host, 1 + len(workers), control, self.model)
         self._engine.client.restart_weights = self._restart_weights
-        self._engine.source = _weight_source(self._model)
+        self._engine.source = _weight_source(self.model)
         self._engine.send_weights()
 
 
@@ -215,19 +210,9 @@ def _within(seconds: float, work: Callable[[], None], *failures: type[Exception]
     Raises:
         TransferFailed: The time is over, or ``work`` raised a RuntimeError or one of ``failures``.
     """
-    future: Future[None] = Future()
     expected: tuple[type[Exception], ...] = (RuntimeError, *failures)
-
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:  # raised again by future.result
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
     try:
-        future.result(timeout=seconds)
+        run_in_daemon(work).result(timeout=seconds)
     except TimeoutError as error:
         raise TransferFailed(f"didn't load the weights within {seconds:g} s") from error
     except expected as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
@@ -22,6 +21,7 @@ from reinforcepp.rollout.vllm.client import (
     ServerUnavailable,
     Timeouts,
     VllmClient,
+    run_in_daemon,
 )
 from reinforcepp.rollout.vllm.nccl import BACKEND, NcclServerTransfer
 from reinforcepp.rollout.vllm.server import KEY, environment_key
@@ -189,17 +189,7 @@ class ServerPool:
     # --- events ---
 
     def _start(self, client: VllmClient, task: Task, work: Callable[[], Any]) -> None:
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:  # raised again by future.result
-                future.set_exception(error)
-
-        self._tasks[future] = client, task
-        # a daemon thread, because a stopped training must not wait for a server
-        threading.Thread(target=run, daemon=True).start()
+        self._tasks[run_in_daemon(work)] = client, task
 
     def _poll(self, *, retry_lost: bool = True, strict: bool = False) -> Any:
         """Return an event for the caller that happens within ``POLL_SECONDS``, or None."""

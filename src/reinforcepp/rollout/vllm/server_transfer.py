@@ -22,7 +22,7 @@ from reinforcepp.models import loading as models
 from reinforcepp.models.lora import full_weights
 from reinforcepp.rollout.vllm.client import RequestFailed, VllmClient
 from reinforcepp.rollout.vllm.compat import has_output_layer
-from reinforcepp.rollout.weight_transfer import in_chunks, weights_without_tied_head
+from reinforcepp.rollout.weight_transfer import WeightTransfer, in_chunks, weights_without_tied_head
 from reinforcepp.run_dir import HANDED_OVER
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def weights_for_server(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     return weights_without_tied_head(model)
 
 
-class FileTransfer:
+class FileTransfer(WeightTransfer[VllmClient]):
     """Weights in files below ``parent``, which stay there until the next update or until the engine is closed.
 
     vLLM's ``reload_weights`` breaks the served model if it doesn't find the files. So each server first loads a file without
@@ -115,26 +115,19 @@ class FileTransfer:
         server.post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
 
 
-class MessageTransfer:
+class MessageTransfer(WeightTransfer[VllmClient]):
     """Weights in messages of some megabytes, for a server with our worker extension."""
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Remember ``model``."""
-        self._model = model
 
     def push(self, receiver: VllmClient) -> None:
         """Send all weights, then activate them."""
         try:
-            for number, chunk in enumerate(in_chunks(weights_for_server(self._model), MESSAGE_BYTES)):
+            for number, chunk in enumerate(in_chunks(weights_for_server(self.model), MESSAGE_BYTES)):
                 part = base64.b64encode(_as_safetensors(chunk)).decode("ascii")
                 body = {"method": "keep_weights", "args": [part], "kwargs": {"first": number == 0}}
                 receiver.post("/collective_rpc", body)
             receiver.post("/collective_rpc", {"method": "use_kept_weights"})
         except RequestFailed as failed:
             raise RequestFailed(f"{failed}{RESTART_HINT}") from failed
-
-    def close(self) -> None:
-        """Do nothing: no copy exists."""
 
 
 def _as_safetensors(weights: Iterable[tuple[str, Tensor]]) -> bytes:
