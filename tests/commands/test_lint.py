@@ -1,6 +1,6 @@
-"""Checking data files: each fault is found where it was put and nowhere else, and a cleaned copy has none left."""
+"""Data checks: each problem is found where it was inserted and nowhere else, and a cleaned copy has none left."""
 
-# ruff: noqa: RUF001 (characters that look like others are what some of these tests are about)
+# ruff: noqa: RUF001 (some of these tests are about characters that look like others)
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ VERBS = (
 
 
 def sound(number: int = 24) -> list[tuple[str, str, str]]:
-    """Pairs without a fault, of which now chosen and now rejected is longer."""
+    """Return pairs without a problem; chosen and rejected are longer in turn."""
     draw = random.Random(3)
     rows = []
     for i in range(number):
@@ -80,7 +80,7 @@ def write(tmp_path):
 
 
 def found(path: str, **settings) -> dict[str, Finding]:
-    """The findings by rule; a rule says what it has to say once for a file."""
+    """Return the findings by rule; each rule has at most one finding per file."""
     report = lint(LintConfig(data=path, **settings))
     assert len({each.rule for each in report.findings}) == len(report.findings)
     return {each.rule: each for each in report.findings}
@@ -92,19 +92,19 @@ def only(path: str, rule: str, **settings) -> Finding:
     return findings[rule]
 
 
-# --- no false alarm ---------------------------------------------------------------------------------------------------
+# --- no false positives -----------------------------------------------------------------------------------------------
 
 
-def test_sound_data_gives_no_finding(write):
+def test_sound_data_has_no_findings(write):
     assert found(write(sound())) == {}
 
 
 @pytest.mark.parametrize("model", [None, "builtin:tiny"])
-def test_the_sample_file_is_clean(model):
+def test_sample_file_has_no_findings(model):
     assert found(str(EXAMPLE), model=model) == {}
 
 
-def test_the_built_in_data_is_clean_but_for_its_templates():
+def test_built_in_data_has_near_duplicates_only():
     report = lint(LintConfig(model="builtin:tiny"))
     assert [each.noun for each in report.files] == ["pair", "pair"]
     assert {(each.rule, each.severity) for each in report.findings} == {("near-duplicate", "info")}
@@ -132,13 +132,13 @@ def test_the_built_in_data_is_clean_but_for_its_templates():
         "tab\tand\nline",
     ],
 )
-def test_real_text_is_not_damage(text):
-    assert damage.cleaned(text) == text
+def test_real_text_is_not_damaged(text):
+    assert damage.clean_text(text) == text
     assert not damage.has_controls(text)
-    assert damage.lost_at(text) == -1
+    assert damage.find_lost(text) == -1
 
 
-# --- rows that say nothing, or the same, or the opposite -----------------------------------------------------------------
+# --- skipped, contradictory and near-duplicate rows -----------------------------------------------------------------------
 
 
 def test_empty_cells(write):
@@ -155,7 +155,7 @@ def test_chosen_equal_to_rejected(write):
     rows[3] = (rows[3][0], "the  same", "the same")
     finding = only(write(rows), "equal")
     assert (finding.severity, finding.rows, finding.fixable) == ("error", (5,), True)
-    assert "1 row has chosen equal to rejected (row 5)" in str(finding)
+    assert "chosen equal to rejected (row 5)" in str(finding)
 
 
 def test_duplicates(write):
@@ -163,10 +163,10 @@ def test_duplicates(write):
     finding = only(write([*rows, rows[0], rows[0], rows[7]]), "duplicate")
     assert (finding.severity, finding.fixable) == ("warning", True)
     assert finding.pairs == ((26, 2), (27, 2), (28, 9))
-    assert "26 as 2, 27 as 2, 28 as 9" in finding.message
+    assert "26 and 2, 27 and 2, 28 and 9" in finding.message
 
 
-def test_pairs_that_contradict_each_other(write):
+def test_contradictory_pairs(write):
     rows = sound()
     prompt, chosen, rejected = rows[4]
     finding = only(write([*rows, (prompt, rejected, chosen)]), "contradiction")
@@ -189,7 +189,7 @@ def test_near_duplicates(write):
     assert only(write(rows), "near-duplicate").severity == "warning"
 
 
-def test_answers_the_other_way_round_are_no_near_duplicate(write):
+def test_contradictory_pair_is_not_a_near_duplicate(write):
     rows = sound()
     prompt, chosen, rejected = rows[4]
     assert "near-duplicate" not in found(write([*rows, (prompt, rejected, chosen)]))
@@ -201,7 +201,7 @@ def jaccard(one, other) -> float:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.62, 0.8, 1.0])
-def test_the_index_finds_what_comparing_all_with_all_finds(threshold):
+def test_inverted_index_finds_all_near_duplicates(threshold):
     draw = random.Random(1)
     texts = []
     for _ in range(300):
@@ -211,23 +211,21 @@ def test_the_index_finds_what_comparing_all_with_all_finds(threshold):
             for _ in range(draw.randint(0, 2)):
                 text.insert(draw.randint(0, len(text)), draw.choice("abcdefgh"))
         texts.append((" ".join(text), draw.choice(["yes", "no"])))
-    expected = {
-        place for place in range(300) if any(jaccard(texts[place], texts[i]) >= threshold - 1e-9 for i in range(place))
-    }
+    expected = {i for i in range(300) if any(jaccard(texts[i], texts[j]) >= threshold - 1e-9 for j in range(i))}
     matches = similar.near_duplicates(texts, threshold)
-    assert {match.place for match in matches} == expected and 0 < len(expected) < 300
-    for place, like, similarity in matches:
-        assert like < place
-        assert similarity == pytest.approx(jaccard(texts[place], texts[like]))
+    assert {match.position for match in matches} == expected and 0 < len(expected) < 300
+    for position, other, similarity in matches:
+        assert other < position
+        assert similarity == pytest.approx(jaccard(texts[position], texts[other]))
 
 
-def test_shingles_of_languages_without_spaces_are_of_characters():
+def test_shingles_without_spaces_are_character_3_grams():
     near = ("ルーターを再起動してください", "ルーターを再起動してください。")
     assert jaccard([near[0]], [near[1]]) == 1
     assert 0 < jaccard(["ルーターを再起動してください"], ["スイッチを再起動してください"]) < 1
 
 
-# --- damage -------------------------------------------------------------------------------------------------------------
+# --- damaged text -------------------------------------------------------------------------------------------------------
 
 MOJIBAKE = [
     "Zürich für 5 €",
@@ -244,13 +242,13 @@ MOJIBAKE = [
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
 @pytest.mark.parametrize("text", MOJIBAKE)
-def test_utf8_read_as_something_else_is_mended(text, encoding):
-    # As browsers and spreadsheets do it: the bytes that Windows-1252 doesn't have are taken as they are.
+def test_mojibake_is_repaired(text, encoding):
+    # As in browsers and spreadsheets, bytes that Windows-1252 lacks are kept.
     wrong = "".join(bytes([b]).decode(encoding, "ignore") or chr(b) for b in text.encode())
     assert wrong != text
-    assert damage.mended(wrong) == text
+    assert damage.repair_encoding(wrong) == text
     twice = "".join(bytes([b]).decode(encoding, "ignore") or chr(b) for b in wrong.encode())
-    assert damage.mended(twice) == text
+    assert damage.repair_encoding(twice) == text
 
 
 @pytest.mark.parametrize(
@@ -260,15 +258,15 @@ def test_utf8_read_as_something_else_is_mended(text, encoding):
         ("bell\x07 and\x0bfeed", "bell and feed"),
         ("\ufeffstart", "start"),
         ("ï»¿start", "start"),
-        ("Ã\x07¼", "ü"),  # whole only after a first cleaning
+        ("Ã\x07¼", "ü"),  # valid only after a first cleaning
         ("\x08", ""),
     ],
 )
 def test_control_characters_are_stripped(text, clean):
-    assert damage.cleaned(text) == clean
+    assert damage.clean_text(text) == clean
 
 
-def test_damaged_text_is_found_with_its_rows(write):
+def test_damaged_text_is_found_with_row_numbers(write):
     rows = sound()
     rows[1] = (rows[1][0], rows[1][1] + " cafÃ©", rows[1][2])
     rows[6] = (rows[6][0], rows[6][1], rows[6][2] + " itâ€™s")
@@ -293,10 +291,10 @@ def test_lost_characters_are_found_but_not_fixed(write, harm):
     assert harm in finding.examples[0]
 
 
-# --- what the texts say ---------------------------------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------------------------------
 
 
-def test_another_script(write):
+def test_other_script(write):
     rows = sound()
     rows[3] = (rows[3][0], "Перезагрузите маршрутизатор", rows[3][2])
     finding = only(write(rows), "script")
@@ -304,7 +302,7 @@ def test_another_script(write):
     assert "another script than Latin" in finding.message
 
 
-def test_a_file_that_mixes_scripts_is_only_noted(write):
+def test_mixed_scripts_are_info_only(write):
     rows = [
         (p, f"Ответ номер {i}: {i * 'да'}", "Не знаю ничего") if i % 2 else (p, c, r)
         for i, (p, c, r) in enumerate(sound())
@@ -313,7 +311,7 @@ def test_a_file_that_mixes_scripts_is_only_noted(write):
 
 
 @pytest.mark.parametrize("text", ["x = 𝑎𝑏𝑐𝑑𝑒𝑓𝑔𝑕𝑖𝑗", "Ω µ α", "日本", "1234567890 %%% ???"])
-def test_signs_and_a_few_letters_are_no_other_script(write, text):
+def test_signs_and_few_letters_are_not_another_script(write, text):
     rows = sound()
     rows[3] = (rows[3][0], text, rows[3][2])
     assert "script" not in found(write(rows))
@@ -337,7 +335,7 @@ def test_answers_that_repeat_the_prompt(write, answer, repeats):
         assert "rejected in row 2" in findings["repeated-prompt"].message
 
 
-def test_a_short_prompt_may_occur_in_an_answer(write):
+def test_short_prompt_can_occur_in_an_answer(write):
     rows = sound()
     rows[0] = ("The router?", "Ask the router itself what is wrong.", rows[0][2])
     assert found(write(rows)) == {}
@@ -353,12 +351,12 @@ def test_length_bias(write, which):
     assert f"the {which} answer in 100% of 24 pairs" in finding.message
 
 
-def test_a_small_file_is_not_blamed_for_length(write):
+def test_small_file_has_no_length_bias(write):
     rows = [(p, *sorted((c, r), key=len)) for p, c, r in sound(7)]
     assert list(found(write(rows))) == ["too-little"]
 
 
-def test_the_p_value_is_that_of_the_binomial_distribution():
+def test_p_value_matches_the_binomial_distribution():
     from math import comb
 
     for trials, successes in [(30, 15), (30, 22), (30, 6), (100, 65), (101, 50)]:
@@ -371,17 +369,17 @@ def test_the_p_value_is_that_of_the_binomial_distribution():
     ("number", "severity"), [(0, "error"), (1, "error"), (2, "warning"), (19, "warning"), (20, None)]
 )
 def test_too_little_data(write, number, severity):
-    rows = [*sound()[:number], ("left out", "same", "same")]
+    rows = [*sound()[:number], ("skipped", "same", "same")]
     finding = found(write(rows)).get("too-little")
     assert (finding and finding.severity) == severity
 
 
-def test_pairs_that_contradict_each_other_do_not_count_as_data(write):
+def test_contradictory_pairs_are_not_usable(write):
     rows = sound(20)
     assert "too-little" in found(write([*rows, (rows[0][0], rows[0][2], rows[0][1])]))
 
 
-# --- across the split, and with the model's tokenizer ---------------------------------------------------------------------
+# --- across the split, and lengths in tokens -------------------------------------------------------------------------------
 
 
 def test_leakage_between_training_and_held_out_prompts(write):
@@ -399,12 +397,12 @@ def test_leakage_between_training_and_held_out_prompts(write):
     assert "leakage" not in found(path, heldout_fraction=0)
 
 
-def test_prompts_that_are_the_same_are_no_leak(write):
+def test_equal_prompts_do_not_leak(write):
     rows = sound()
     assert found(write([*rows, *((prompt, rejected[::-1], chosen[::-1]) for prompt, chosen, rejected in rows)])) == {}
 
 
-def test_lengths_are_measured_with_the_models_own_tokenizer(write, model_folder):
+def test_lengths_use_the_tokenizer_of_the_model(write, model_folder):
     rows = sound()
     rows[2] = ("very " * 30 + "long?", *rows[2][1:])
     rows[4] = (rows[4][0], rows[4][1], "word " * 300 + "end")
@@ -415,11 +413,11 @@ def test_lengths_are_measured_with_the_models_own_tokenizer(write, model_folder)
     assert (findings["long-prompt"].rows, findings["long-pair"].rows) == ((4,), (6,))
     assert "max_prompt_length 80" in findings["long-prompt"].message
     assert "max_length 400" in findings["long-pair"].message
-    # The model's context of 512 tokens counts, whatever is set.
+    # The model's context of 512 tokens is an upper limit.
     assert "max_length 512" in found(path, model=str(model_folder), max_length=100_000)["long-pair"].message
 
 
-def test_what_just_fits_is_not_too_long(write):
+def test_texts_at_the_limit_are_not_too_long(write):
     from reinforcepp.models.loading import load_tokenizer
     from reinforcepp.models.tokenization import encode, encode_example, format_prompt
 
@@ -433,7 +431,7 @@ def test_what_just_fits_is_not_too_long(write):
     assert f"the longest with {pairs}" in findings["long-pair"].message
 
 
-def test_a_model_that_is_not_there_is_told(write):
+def test_missing_model_is_an_error(write):
     with pytest.raises(ModelError, match=r"\./none"):
         lint(LintConfig(data=write(sound()), model="./none"))
 
@@ -441,7 +439,7 @@ def test_a_model_that_is_not_there_is_told(write):
 # --- files of prompts, other columns ----------------------------------------------------------------------------------------
 
 
-def test_a_file_of_prompts(write):
+def test_file_of_prompts(write):
     rows = [(prompt, "x") for prompt, _, _ in sound()]
     path = write([*rows, rows[1], ("", "x"), ("cafÃ©?", "x")], head=("prompt", "answer"))
     findings = found(path)
@@ -450,10 +448,10 @@ def test_a_file_of_prompts(write):
     assert findings["duplicate"].pairs == ((26, 3),)
 
 
-def test_one_answer_without_the_other_is_a_mistake(write):
+def test_one_answer_column_without_the_other_is_an_error(write):
     with pytest.raises(DataError, match="no column 'rejected'"):
         found(write([("a", "b")], head=("prompt", "chosen")))
-    # Nor is a file one of prompts only if the user has named columns for the answers.
+    # If the user names answer columns, they must exist.
     with pytest.raises(DataError, match="no column 'good'"):
         found(write([("a", "b")], head=("prompt", "x")), chosen_column="good", rejected_column="bad")
     with pytest.raises(DataError, match="no column 'worse'"):
@@ -468,7 +466,7 @@ def test_columns_by_other_names(write):
     assert "good in row 5" in finding.message
 
 
-def test_the_core_needs_no_torch():
+def test_lint_without_model_loads_no_torch():
     import subprocess
 
     code = f"import sys; from reinforcepp.commands.lint.check import lint, LintConfig; lint(LintConfig(data={str(EXAMPLE)!r})); "
@@ -499,7 +497,7 @@ def pair(prompt: str, chosen: str, rejected: str) -> dict:
 
 
 def turns(prompt: str, chosen: str, rejected: str) -> dict:
-    """The same as conversations that hold their prompt."""
+    """Return the pair as conversations that contain the prompt."""
     asked = {"role": "user", "content": prompt}
     return {
         name: [asked, {"role": "assistant", "content": text}]
@@ -509,7 +507,7 @@ def turns(prompt: str, chosen: str, rejected: str) -> dict:
 
 @pytest.mark.parametrize("shape", [pair, turns])
 @pytest.mark.parametrize("writer", [as_lines, as_parquet])
-def test_every_format_is_checked_alike(write, tmp_path, writer, shape):
+def test_every_format_gives_the_same_findings(write, tmp_path, writer, shape):
     rows = sound()
     rows[3] = (rows[3][0], "the  same", "the same")
     rows[5] = (rows[5][0], "cafÃ©", rows[5][2])
@@ -523,10 +521,10 @@ def test_every_format_is_checked_alike(write, tmp_path, writer, shape):
     plain = found(write(rows))
     assert list(other) == list(plain) and {"equal", "duplicate", "contradiction", "damaged-text"} <= set(other)
     for rule, finding in other.items():
-        assert finding.rows == tuple(row - 1 for row in plain[rule].rows)  # there is no header
+        assert finding.rows == tuple(row - 1 for row in plain[rule].rows)  # CSV rows are counted from the header.
 
 
-def test_rows_of_another_shape(tmp_path):
+def test_rows_of_an_unusable_shape(tmp_path):
     rows = [turns(*row) for row in sound()]
     rows[2]["chosen"][0] = {"role": "user", "content": "Something else?"}
     finding = found(as_lines(tmp_path / "data.jsonl", rows))["shape"]
@@ -534,7 +532,7 @@ def test_rows_of_another_shape(tmp_path):
     assert "answers to different prompts in row 3" in finding.message
 
 
-def test_rows_of_several_files_are_told_apart(tmp_path):
+def test_rows_of_several_files_carry_the_file_name(tmp_path):
     rows = [pair(*row) for row in sound()]
     as_lines(tmp_path / "a.jsonl", rows[:12])
     as_lines(tmp_path / "b.jsonl", [*rows[12:], rows[0], {**rows[3], "chosen": ""}])
@@ -551,7 +549,7 @@ FAULTY = [
 ]
 
 
-def test_a_copy_of_json_lines_keeps_types_and_other_columns(tmp_path):
+def test_jsonl_copy_keeps_types_and_other_columns(tmp_path):
     path, copy = as_lines(tmp_path / "data.jsonl", FAULTY), tmp_path / "copy.jsonl"
     assert cli.main(["lint", path, "--fix", str(copy), "--fail_on", "never"]) == 0
     rows = [json.loads(line) for line in copy.read_text(encoding="utf-8").splitlines()]
@@ -562,7 +560,7 @@ def test_a_copy_of_json_lines_keeps_types_and_other_columns(tmp_path):
     assert (tmp_path / "again.jsonl").read_bytes() == copy.read_bytes()
 
 
-def test_a_copy_of_conversations_stays_one(tmp_path):
+def test_copy_of_conversations_keeps_their_shape(tmp_path):
     shaped = [turns(row["prompt"], row["chosen"], row["rejected"]) for row in FAULTY]
     shaped.append({"chosen": [{"role": "user", "content": "x"}], "rejected": "y"})
     path, copy = as_lines(tmp_path / "data.ndjson", shaped), tmp_path / "copy.ndjson"
@@ -571,7 +569,7 @@ def test_a_copy_of_conversations_stays_one(tmp_path):
     assert rows == [turns("Is the café open?", "it’s open", "no"), shaped[1]]
 
 
-def test_a_copy_of_tsv_is_tsv(tmp_path):
+def test_tsv_copy_is_tsv(tmp_path):
     path, copy = tmp_path / "data.tsv", tmp_path / "copy.tsv"
     path.write_text('prompt\tchosen\tx\trejected\nwhy?\t"a\tb"\t1,2\tc\nwhy?\t"a\tb"\t1,2\tc\n')
     assert cli.main(["lint", str(path), "--fix", str(copy), "--fail_on", "never"]) == 0
@@ -579,33 +577,33 @@ def test_a_copy_of_tsv_is_tsv(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "fix", "said"),
+    ("data", "fix", "message"),
     [
-        ("data.parquet", "out.parquet", "copy of one file, .csv, .tsv, .jsonl or .ndjson"),
-        ("data.json", "out.json", "copy of one file"),
-        ("a.jsonl,b.jsonl", "out.jsonl", "copy of one file"),
-        ("*.jsonl", "out.jsonl", "copy of one file"),
-        ("folder", "out.jsonl", "copy of one file"),
-        ("folder.csv", "out.csv", "copy of one file"),
-        ("a.jsonl", "out.csv", "the copy is a .jsonl file: give a name that ends in .jsonl"),
-        ("a.csv", "out.jsonl", "the copy is a .csv file"),
+        ("data.parquet", "out.parquet", ".csv, .tsv, .jsonl or .ndjson"),
+        ("data.json", "out.json", "one file"),
+        ("a.jsonl,b.jsonl", "out.jsonl", "one file"),
+        ("*.jsonl", "out.jsonl", "one file"),
+        ("folder", "out.jsonl", "one file"),
+        ("folder.csv", "out.csv", "one file"),
+        ("a.jsonl", "out.csv", ".jsonl"),
+        ("a.csv", "out.jsonl", ".csv"),
     ],
 )
-def test_copies_that_are_not_made(tmp_path, monkeypatch, data, fix, said):
+def test_unsupported_copies_are_errors(tmp_path, monkeypatch, data, fix, message):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl", "a.csv"):
         Path(name).touch()
     Path("folder.csv").mkdir()
     with pytest.raises(ConfigError) as caught:
         LintConfig(data=data, fix=fix)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_copy_is_offered_where_it_can_be_made(tmp_path, capsys):
+def test_report_offers_a_copy_for_supported_formats(tmp_path, capsys):
     rows = [pair(*row) for row in [*sound(), sound()[0]]]
     for writer, name, offered in ((as_lines, "x.jsonl", True), (as_parquet, "x.parquet", False)):
         assert cli.main(["lint", writer(tmp_path / name, rows)]) == 0
-        assert ("(--fix OUT.jsonl)" in capsys.readouterr().out) == offered
+        assert ("--fix OUT.jsonl" in capsys.readouterr().out) == offered
 
 
 # --- the cleaned copy ---------------------------------------------------------------------------------------------------------
@@ -616,12 +614,12 @@ def faulty() -> list[tuple[str, ...]]:
     first = rows[0]
     return [
         *rows,  # 2 to 25
-        first,  # 26: duplicate of row 2
+        first,  # 26 repeats row 2
         ("c", rows[4][1], rows[4][3], rows[4][2], ""),  # 27 contradicts row 6
         ("e", "empty?", "", "x", ""),  # 28
         ("s", "same?", "y", "y", ""),  # 29
-        ("m", "Is the cafÃ© open?", "itâ€™s\x07 open", 'no, "closed"\nfor good', "Ã¼"),  # 30
-        ("d", "Is the café open?", "it’s open", 'no, "closed"\nfor good', ""),  # 32, row 30 after its repair
+        ("m", "Is the cafÃ© open?", "itâ€™s\x07 open", 'no, "closed"\nat once', "Ã¼"),  # 30
+        ("d", "Is the café open?", "it’s open", 'no, "closed"\nat once', ""),  # 32 equals row 30 after its repair
     ]
 
 
@@ -638,16 +636,16 @@ def fixed(write, tmp_path, capsys):
     return tmp_path / "out.csv"
 
 
-def test_the_copy_keeps_order_and_other_columns(fixed):
+def test_copy_keeps_order_and_other_columns(fixed):
     with open(fixed, encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
     assert tuple(head) == COLUMNS
     good = [row for i, row in enumerate(faulty()[:24]) if i != 4]
-    mended = ("m", "Is the café open?", "it’s open", 'no, "closed"\nfor good', "Ã¼")
-    assert [tuple(row) for row in rows] == [*good, mended]
+    repaired = ("m", "Is the café open?", "it’s open", 'no, "closed"\nat once', "Ã¼")
+    assert [tuple(row) for row in rows] == [*good, repaired]
 
 
-def test_the_log_tells_every_row_that_was_changed_or_dropped(fixed):
+def test_log_lists_every_changed_or_dropped_row(fixed):
     log = [json.loads(line) for line in Path(f"{fixed}.log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(each["row"], each["action"], each["reason"]) for each in log if each["row"] != 30] == [
         (6, "dropped", "contradicts row 27"),
@@ -663,7 +661,7 @@ def test_the_log_tells_every_row_that_was_changed_or_dropped(fixed):
     assert log[0]["after"] is None and log[0]["before"]["prompt"] == faulty()[4][1]
 
 
-def test_the_copy_has_nothing_left_to_fix(fixed, tmp_path, capsys):
+def test_copy_has_nothing_left_to_fix(fixed, tmp_path, capsys):
     report = lint(LintConfig(data=str(fixed)))
     assert [each for each in report.findings if each.fixable] == []
     assert cli.main(["lint", str(fixed), "--fix", str(tmp_path / "again.csv")]) == 0
@@ -671,14 +669,14 @@ def test_the_copy_has_nothing_left_to_fix(fixed, tmp_path, capsys):
     assert (tmp_path / "again.csv.log.jsonl").read_text() == ""
 
 
-def test_a_copy_with_nothing_in_it_is_not_written(write, tmp_path, capsys):
+def test_empty_copy_is_not_written(write, tmp_path, capsys):
     path = write([("a", "same", "same")])
     assert cli.main(["lint", path, "--fix", str(tmp_path / "out.csv")]) == 2
     assert "no row would be left" in capsys.readouterr().err
     assert sorted(each.name for each in tmp_path.iterdir()) == ["data.csv"]
 
 
-def test_nothing_is_ever_overwritten(write, tmp_path, monkeypatch, capsys):
+def test_no_file_is_overwritten(write, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write(faulty(), head=COLUMNS)
     Path("old.csv").write_text("mine")
@@ -708,7 +706,7 @@ def test_nothing_is_ever_overwritten(write, tmp_path, monkeypatch, capsys):
         assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before, flags
 
 
-def test_built_in_data_is_not_to_be_fixed():
+def test_built_in_data_cannot_be_fixed():
     with pytest.raises(ConfigError, match="builtin:network"):
         LintConfig(fix="out.csv")
 
@@ -733,10 +731,10 @@ def test_exit_codes(write, capsys, rows, flags, code):
     assert cli.main(["lint", write(data), *flags]) == code
     out, err = capsys.readouterr()
     assert err == ""
-    assert ("Nothing is wrong with it." in out) == (rows == "sound")
+    assert ("No problems found." in out) == (rows == "sound")
 
 
-def test_the_data_may_stand_anywhere_without_its_flag(write, capsys, monkeypatch):
+def test_data_is_a_positional_argument_in_any_place(write, capsys, monkeypatch):
     path = write(sound())
     for arguments in ([path], ["--data", path], ["--seed", "1", path], [path, "--seed=1"], [f"--data={path}"]):
         assert cli.parse("lint", arguments).data == path
@@ -749,7 +747,7 @@ def test_the_data_may_stand_anywhere_without_its_flag(write, capsys, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("contents", "named"),
+    ("contents", "problem"),
     [
         (None, "no such file"),
         (b"", "empty"),
@@ -759,17 +757,17 @@ def test_the_data_may_stand_anywhere_without_its_flag(write, capsys, monkeypatch
         (b"q,x\na,b\n", "no column 'prompt'"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, capsys, contents, named):
+def test_unreadable_files_are_errors(tmp_path, capsys, contents, problem):
     path = tmp_path / "x.csv"
     if contents is not None:
         path.write_bytes(contents)
     assert cli.main(["lint", str(path)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and named in err and "Traceback" not in err
+    assert out == "" and err.startswith("error: ") and problem in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "part"),
     [
         ({"near_duplicate": 0.4}, "near_duplicate"),
         ({"near_duplicate": 1.1}, "near_duplicate"),
@@ -783,10 +781,10 @@ def test_files_that_cannot_be_read(tmp_path, capsys, contents, named):
         ({"prompt_column": "chosen"}, "chosen"),
     ],
 )
-def test_settings_that_cannot_be(settings, named, write):
+def test_invalid_settings_are_errors(settings, part, write):
     with pytest.raises(ConfigError) as caught:
         lint(LintConfig(**({"data": write(sound())} | settings)))
-    assert named in str(caught.value)
+    assert part in str(caught.value)
 
 
 NASTY = '<script>alert("x")</script> [red]\x1b[31m\x9b2J'
@@ -798,20 +796,20 @@ def nasty(write) -> str:
     return write([*rows, (NASTY, "", NASTY)], name="a<b>[bold].csv")
 
 
-def test_text_cannot_steer_the_terminal(write, tmp_path, capsys):
+def test_data_cannot_control_the_terminal(write, tmp_path, capsys):
     path = nasty(write)
     assert cli.main(["lint", path]) == 1
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x9b" not in out
     assert "[red]" in out and "a<b>[bold].csv" in out
     assert "error: empty: 1 row has an empty cell (chosen in row 26)" in out
-    assert out.endswith("1 error, 1 warning; a cleaned copy (--fix OUT.csv) is without 2 of them.\n")
+    assert out.endswith("1 error, 1 warning. --fix OUT.csv writes a cleaned copy without 2 of them.\n")
     assert cli.main(["lint", path, "--output", str(tmp_path / "report.txt")]) == 1
     assert (tmp_path / "report.txt").read_text(encoding="utf-8") == out
     assert capsys.readouterr().out == ""
 
 
-def test_json_has_everything(write, tmp_path, capsys):
+def test_json_report_is_complete(write, tmp_path, capsys):
     path = nasty(write)
     assert cli.main(["lint", path, "--format", "json"]) == 1
     out = capsys.readouterr().out
@@ -822,12 +820,13 @@ def test_json_has_everything(write, tmp_path, capsys):
     assert report["counts"] == {"error": 1, "warning": 1, "info": 0}
     empty, controls = report["findings"]
     assert (empty["rule"], empty["severity"], empty["rows"], empty["fixable"]) == ("empty", "error", [26], True)
+    assert set(empty) == {*["rule", "severity", "file", "message", "cure", "rows", "pairs", "examples", "fixable"]}
     assert empty["cure"] and controls["rule"] == "control-characters"
     assert cli.main(["lint", path, "--format", "json", "--output", str(tmp_path / "r.json")]) == 1
     assert json.loads((tmp_path / "r.json").read_text()) == report
 
 
-def test_the_page_is_self_contained_and_escaped(write, tmp_path, capsys):
+def test_html_report_is_self_contained_and_escaped(write, tmp_path, capsys):
     page = tmp_path / "report.html"
     assert cli.main(["lint", nasty(write), "--format", "html", "--output", str(page)]) == 1
     text = page.read_text(encoding="utf-8")
@@ -843,13 +842,13 @@ def test_the_page_is_self_contained_and_escaped(write, tmp_path, capsys):
     assert "\x1b" not in text and "\x9b" not in text
 
 
-def test_the_most_severe_comes_first(write):
+def test_most_severe_findings_come_first(write):
     rows = [*sound(3), sound()[0], ("p", "", "r")]
     severities = [each.severity for each in lint(LintConfig(data=write(rows))).findings]
     assert severities == ["error", "warning", "warning"]
 
 
-def test_a_report_counts_and_fails_by_severity():
+def test_report_counts_and_fails_by_severity():
     def report(*severities):
         return Report("x", (), tuple(Finding("r", severity, "x", "m", "c") for severity in severities))
 
@@ -859,7 +858,7 @@ def test_a_report_counts_and_fails_by_severity():
     assert [report("error").fails(each) for each in ("error", "warning", "never")] == [True, True, False]
 
 
-def test_linting_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_lint_leaves_no_files_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(EXAMPLE, "my.csv")
     assert cli.main(["lint", "my.csv"]) == 0

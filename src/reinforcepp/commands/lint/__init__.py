@@ -1,4 +1,4 @@
-"""Checking a data file before anything is trained on it: rules, reports and a cleaned copy."""
+"""Check a data file before training: rules, reports and a cleaned copy."""
 
 from reinforcepp.commands.lint.check import lint
 from reinforcepp.commands.lint.findings import Finding, Report

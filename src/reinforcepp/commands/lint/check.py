@@ -1,4 +1,4 @@
-"""A data file from its name to the report: reading, the rules, and lengths by the model's own tokenizer."""
+"""From a data file to its report: reading, the rules, and lengths in tokens of a model."""
 
 from __future__ import annotations
 
@@ -6,100 +6,105 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reinforcepp.commands.lint import rules
-from reinforcepp.commands.lint.findings import SEVERITIES, Checked, Entry, Finding, Report, Sheet, named, several
+from reinforcepp.commands.lint.findings import (
+    SEVERITIES,
+    CheckedFile,
+    FileSummary,
+    Finding,
+    Report,
+    UsableRow,
+    count_with_verb,
+    list_rows,
+)
 from reinforcepp.config import Columns, LintConfig
 from reinforcepp.data import ColumnNames, Row, Table, filter_rows, read_table, resolve_data
 from reinforcepp.types import RowId
 
 
 def lint(config: LintConfig) -> Report:
-    """Everything that is wrong with ``config.data``.
+    """Return all findings on ``config.data``.
 
     Raises:
         ConfigError: Two of the column settings are the same.
         DataError: The file can't be read as a table, or lacks a column.
-        ModelError: The model, where one is named, has no tokenizer that can be used.
+        ModelError: The configured model has no usable tokenizer.
     """
-    files = resolve_data(config.data)
-    read = [read_sheet(path, config) for path in (files.train, files.heldout) if path is not None]
-    sheets = [sheet for _, sheet in read]
-    findings = [finding for table, sheet in read for finding in _guessed(table, sheet)]
-    findings += [finding for sheet in sheets for finding in rules.check_sheet(sheet, config.near_duplicate)]
-    findings += _without_answers(sheets[0], config)
-    train, heldout = sheets if len(sheets) > 1 else rules.halves(sheets[0], config.heldout_fraction, config.seed)
+    paths = resolve_data(config.data)
+    read = [read_file(path, config) for path in (paths.train, paths.heldout) if path is not None]
+    files = [file for _, file in read]
+    findings = [finding for table, file in read for finding in _assumptions(table, file)]
+    findings += [finding for file in files for finding in rules.check_file(file, config.near_duplicate)]
+    findings += _without_answers(files[0], config)
+    train, heldout = files if len(files) > 1 else rules.split_file(files[0], config.heldout_fraction, config.seed)
     findings += rules.leakage(train, heldout, config.near_duplicate)
     if config.model is not None:
-        findings += _lengths(sheets, config.model, config)
+        findings += _lengths(files, config.model, config)
     ordered = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
-    checked = tuple(Checked(sheet.name, sheet.noun, sheet.rows, len(sheet.entries)) for sheet in sheets)
-    return Report(config.data, checked, tuple(ordered))
+    summaries = tuple(FileSummary(file.name, file.noun, file.num_rows, len(file.rows)) for file in files)
+    return Report(config.data, summaries, tuple(ordered))
 
 
-def read_sheet(path: Path, columns: Columns) -> tuple[Table, Sheet]:
-    """A file as it is and as the rules see it: pairs if it has columns of answers, else prompts alone."""
+def read_file(path: Path, columns: Columns) -> tuple[Table, CheckedFile]:
+    """Return a file's table and its checked form: pairs if it has answer columns, otherwise prompts."""
     table = read_table(path, ColumnNames(*columns.column_names.values()), pairs=None)
-    return table, sheet_of(Path(table.source).name, table.rows, table.columns)
+    return table, to_checked_file(Path(table.source).name, table.rows, table.columns)
 
 
-def sheet_of(name: str, rows: Sequence[Row], columns: tuple[str, ...]) -> Sheet:
-    """The rows as the rules see them."""
+def to_checked_file(name: str, rows: Sequence[Row], columns: tuple[str, ...]) -> CheckedFile:
+    """Divide the rows into usable and skipped ones, as training does."""
 
-    def fault(texts: Sequence[str]) -> str | None:
+    def find_problem(texts: Sequence[str]) -> str | None:
         return f"with {' equal to '.join(columns[1:])}" if len(texts) > 1 and texts[1] == texts[2] else None
 
-    kept, skipped = filter_rows(rows, columns, fault)
-    entries = tuple(Entry(row.number, row.texts) for row in kept)
-    return Sheet(name, columns, len(rows), entries, skipped)
+    kept, skipped = filter_rows(rows, columns, find_problem)
+    return CheckedFile(name, columns, len(rows), tuple(UsableRow(row.number, row.texts) for row in kept), skipped)
 
 
-def _guessed(table: Table, sheet: Sheet) -> list[Finding]:
-    """What reading the file took for granted."""
+def _assumptions(table: Table, file: CheckedFile) -> list[Finding]:
+    """Report how the file was read, if that wasn't obvious."""
     if not table.notes:
         return []
-    cure = "name the columns with --prompt_column, --chosen_column and --rejected_column if that isn't what is meant"
-    return [Finding("read-as", "info", sheet.name, f"Of how this is read: {'; '.join(table.notes)}", cure)]
+    fix = "If that is wrong, name the columns with --prompt_column, --chosen_column and --rejected_column"
+    return [Finding("read-as", "info", file.name, f"Read as follows: {'; '.join(table.notes)}", fix)]
 
 
-def _without_answers(sheet: Sheet, columns: Columns) -> list[Finding]:
-    if sheet.noun == "pair":
+def _without_answers(file: CheckedFile, columns: Columns) -> list[Finding]:
+    if file.noun == "pair":
         return []
     _, chosen, rejected = columns.column_names.values()
-    message = f"There are no columns {chosen!r} and {rejected!r}, so this was checked as a file of prompts"
-    cure = "if it has answers, name their columns with --chosen_column and --rejected_column"
-    return [Finding("prompts-only", "info", sheet.name, message, cure)]
+    message = f"No columns {chosen!r} and {rejected!r}, so the file was checked as prompts"
+    fix = "If it has answers, name their columns with --chosen_column and --rejected_column"
+    return [Finding("prompts-only", "info", file.name, message, fix)]
 
 
-def _lengths(sheets: Sequence[Sheet], model: str, config: LintConfig) -> list[Finding]:
-    """What training would cut or leave out; here, for once, a tokenizer and with it torch is loaded."""
+def _lengths(files: Sequence[CheckedFile], model: str, config: LintConfig) -> list[Finding]:
+    """Find rows that training would truncate or skip."""
+    # Imported here because only this check needs torch.
     from reinforcepp.models.loading import context_length, load_config, load_tokenizer
     from reinforcepp.models.tokenization import encode_example, encode_prompts
 
     tokenizer = load_tokenizer(model)
     limit = min(config.max_length, context_length(load_config(model)) or config.max_length)
     found = []
-    for sheet in sheets:
-        _, places = encode_prompts(
-            tokenizer, sheet.entries, max_prompt_length=config.max_prompt_length, long_prompts="drop"
-        )
-        limited = f"over max_prompt_length {config.max_prompt_length} in tokens of {model}"
-        cure = "shorten or raise the limit, or training cuts them from the left"
-        found += _too_long(sheet, "long-prompt", "prompt", [sheet.entries[i].row for i in places], limited, cure)
+    for file in files:
+        _, long = encode_prompts(tokenizer, file.rows, max_prompt_length=config.max_prompt_length, long_prompts="drop")
+        over = f"over max_prompt_length {config.max_prompt_length} in tokens of {model}"
+        fix = "Shorten them or raise max_prompt_length, because training truncates them from the left"
+        found += _too_long(file, "long-prompt", "prompt", [file.rows[i].row for i in long], over, fix)
         lengths = {
-            entry.row: max(
-                (len(encode_example(tokenizer, entry.prompt, answer)) for answer in entry.texts[1:]), default=0
-            )
-            for entry in sheet.entries
+            row.row: max((len(encode_example(tokenizer, row.prompt, answer)) for answer in row.texts[1:]), default=0)
+            for row in file.rows
         }
         longest = max(lengths.values(), default=0)
-        limited = f"over max_length {limit} in tokens of {model}, the longest with {longest}"
-        cure = "shorten them or raise max_length as far as the model's context goes, or the reward model won't see them"
+        over = f"over max_length {limit} in tokens of {model}, the longest with {longest}"
+        fix = "Shorten them, or raise max_length up to the model's context, because reward training skips them"
         rows = [row for row, length in lengths.items() if length > limit]
-        found += _too_long(sheet, "long-pair", "pair", rows, limited, cure)
+        found += _too_long(file, "long-pair", "pair", rows, over, fix)
     return found
 
 
-def _too_long(sheet: Sheet, rule: str, noun: str, rows: Sequence[RowId], limited: str, cure: str) -> list[Finding]:
+def _too_long(file: CheckedFile, rule: str, noun: str, rows: Sequence[RowId], over: str, fix: str) -> list[Finding]:
     if not rows:
         return []
-    message = f"{several(len(rows), noun, 'is', 'are')} {limited} ({named(rows)})"
-    return [Finding(rule, "warning", sheet.name, message, cure, tuple(rows))]
+    message = f"{count_with_verb(len(rows), noun, 'is', 'are')} {over} ({list_rows(rows)})"
+    return [Finding(rule, "warning", file.name, message, fix, tuple(rows))]

@@ -1,4 +1,4 @@
-"""The verb: check, clean, tell."""
+"""The ``lint`` command: check the data, print or write the report, write a cleaned copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from reinforcepp.commands.lint import report as forms
+from reinforcepp.commands.lint import report as formats
 from reinforcepp.commands.lint.check import lint
 from reinforcepp.commands.lint.findings import Report
 from reinforcepp.commands.lint.fix import Change, log_path, write_fixed
@@ -19,37 +19,40 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.monitoring import echo, printable
 
-FAILED = 1
+EXIT_FINDINGS = 1
 
 
 def run_lint(config: LintConfig) -> int:
-    """Check ``config.data``, write what was asked for and return the exit code: 1 for findings of ``fail_on``, else 0.
+    """Check ``config.data``, write the requested files, and return the exit code.
+
+    Returns:
+        1 if there are findings of ``fail_on`` or above, otherwise 0.
 
     Raises:
-        ConfigError: A file to be written would replace the data or, as a cleaned copy, any file.
+        ConfigError: A file to write would replace the data, or the cleaned copy any file.
         ReinforceError: As ``lint`` and ``write_fixed``.
     """
     copy = _check_copy(config) if config.fix is not None else None
     output = _check_report(config, copy) if config.output is not None else None
     report = lint(config)
     if output is None:
-        _show(report, config.format)
+        _print_report(report, config.format)
     else:
         with whole_file(output) as file:
             file.write(_as_text(report, config.format))
-        echo(f"{forms.summary(report)} Wrote {output}")
+        echo(f"{formats.summary(report)} Wrote {output}")
     if copy is not None:
-        _tell_changes(write_fixed(Path(config.data), copy, config), copy)
-    return FAILED if report.fails(config.fail_on) else 0
+        _print_changes(write_fixed(Path(config.data), copy, config), copy)
+    return EXIT_FINDINGS if report.fails(config.fail_on) else 0
 
 
 def _check_copy(config: LintConfig) -> Path:
     copy = check_output_file(str(config.fix), "fix")
     if copy.resolve() == Path(config.data).resolve():
-        raise ConfigError(f"fix {config.fix} is the data itself, which is never overwritten: give another name.")
+        raise ConfigError(f"--fix {config.fix}: the file is the data, which is never overwritten. Give another name.")
     for path in (copy, log_path(copy)):
         if path.exists():
-            raise ConfigError(f"fix: there is a file {path} already, which is never overwritten: give another name.")
+            raise ConfigError(f"--fix {config.fix}: {path} exists and is never overwritten. Give another name.")
     return copy
 
 
@@ -57,34 +60,37 @@ def _check_report(config: LintConfig, copy: Path | None) -> Path:
     output = check_output_file(str(config.output))
     data = Path(config.data)
     if output.resolve() == data.resolve() or (output.exists() and data.exists() and output.samefile(data)):
-        raise ConfigError(f"output {config.output} is the data itself, which is never overwritten: give another name.")
+        raise ConfigError(
+            f"--output {config.output}: the file is the data, which is never overwritten. Give another name."
+        )
     if copy is not None and output.resolve() in (copy.resolve(), log_path(copy).resolve()):
-        raise ConfigError(f"output {config.output} is a file that fix writes: give output another name.")
+        raise ConfigError(f"--output {config.output}: --fix writes the same file. Give --output another name.")
     return output
 
 
-def _show(report: Report, form: str) -> None:
-    """The report on standard output."""
+def _print_report(report: Report, form: str) -> None:
     if form == "text":
         terminal = Console(highlight=False)
-        for line in forms.as_lines(report):
+        for line in formats.as_lines(report):
             terminal.print(printable(line.text), style=line.style, markup=False, soft_wrap=True)
     else:
         sys.stdout.write(_as_text(report, form))
-    sys.stdout.flush()  # so that a reader that has gone shows here, not when Python ends
+    # A closed pipe raises an error here, where it is handled, instead of at the exit of Python.
+    sys.stdout.flush()
 
 
 def _as_text(report: Report, form: str) -> str:
     if form == "json":
-        return forms.as_json(report)
+        return formats.as_json(report)
     if form == "html":
-        return printable(forms.as_page(report))
-    return "".join(f"{printable(line.text)}\n" for line in forms.as_lines(report))
+        return printable(formats.as_page(report))
+    return "".join(f"{printable(line.text)}\n" for line in formats.as_lines(report))
 
 
-def _tell_changes(changes: Sequence[Change], copy: Path) -> None:
-    done = Counter(change.action for change in changes)
+def _print_changes(changes: Sequence[Change], copy: Path) -> None:
+    actions = Counter(change.action for change in changes)
     echo(
-        f"Wrote {copy}: {count(done['dropped'], 'row')} dropped, {done['changed']} changed, each told in {log_path(copy)}",
+        f"Wrote {copy}: {count(actions['dropped'], 'row')} dropped, {actions['changed']} changed. "
+        f"{log_path(copy)} lists each one.",
         "green",
     )

@@ -1,4 +1,4 @@
-"""What is looked at and what is found: plain records that rules, reports and fixes share."""
+"""Records that rules, reports and fixes share: the checked rows, the findings and the report."""
 
 from __future__ import annotations
 
@@ -13,66 +13,91 @@ from reinforcepp.types import RowId
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
-_NAMED = 5
-_EXAMPLES = 3
-_EXCERPT = 100
+_MAX_LISTED = 5
+_MAX_EXAMPLES = 3
+_EXCERPT_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A row that training would use: its number in the file, and its prompt, chosen and rejected, or its prompt alone."""
+class UsableRow:
+    """A row that training would use.
+
+    Attributes:
+        row: The row's number.
+        texts: Prompt, chosen and rejected, or the prompt alone.
+    """
 
     row: RowId
     texts: tuple[str, ...]
 
     @property
     def prompt(self) -> str:
-        """The first of the texts."""
+        """The prompt."""
         return self.texts[0]
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A file as the rules see it. ``columns`` names the texts of an entry; ``skipped`` is what training leaves out."""
+class CheckedFile:
+    """A file as the rules see it.
+
+    Attributes:
+        name: The file's name.
+        columns: Names of a row's texts.
+        num_rows: Number of rows, usable or not.
+        rows: Usable rows.
+        skipped: Rows that training skips.
+    """
 
     name: str
     columns: tuple[str, ...]
-    rows: int
-    entries: tuple[Entry, ...]
+    num_rows: int
+    rows: tuple[UsableRow, ...]
     skipped: tuple[Skipped, ...]
 
     @property
     def noun(self) -> str:
-        """What an entry is called."""
+        """``prompt`` or ``pair``."""
         return "prompt" if len(self.columns) == 1 else "pair"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a file, however many rows it is about.
+    """One problem of a file, for any number of rows.
 
-    ``pairs`` holds, where a row is at fault because of another one, (that row, the other), ``examples`` short pieces of
-    the data. ``fixable`` tells whether a cleaned copy is without it.
+    Attributes:
+        rule: Name of the rule.
+        severity: error, warning or info.
+        file: The file's name.
+        message: The problem, without a period.
+        fix: What to do, an imperative clause without a period.
+        rows: Affected rows.
+        pairs: If a row is affected because of another one, (that row, the other).
+        examples: Short excerpts of the data.
+        fixable: Whether a cleaned copy removes the problem.
     """
 
     rule: str
     severity: Severity
     file: str
     message: str
-    cure: str
+    fix: str
     rows: tuple[RowId, ...] = ()
     pairs: tuple[tuple[RowId, RowId], ...] = ()
     examples: tuple[str, ...] = ()
     fixable: bool = False
 
     def __str__(self) -> str:
-        """The finding as one sentence."""
-        return f"{self.message}; {self.cure}."
+        """Return problem and fix."""
+        return f"{self.message}. {self.fix}."
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; the file format calls the fix ``cure``."""
+        return {"cure" if name == "fix" else name: value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
-class Checked:
-    """How much of a file is usable."""
+class FileSummary:
+    """How many rows of a file are usable."""
 
     file: str
     noun: str
@@ -82,56 +107,56 @@ class Checked:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found in ``data``, the most severe first."""
+    """All findings on ``data``, the most severe first."""
 
     data: str
-    files: tuple[Checked, ...]
+    files: tuple[FileSummary, ...]
     findings: tuple[Finding, ...]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of findings of each severity."""
+        """Number of findings by severity."""
         found = Counter(finding.severity for finding in self.findings)
         return {severity: found[severity] for severity in SEVERITIES}
 
     def fails(self, threshold: str) -> bool:
-        """Whether something is as severe as ``threshold`` or more; nothing is for ``never``."""
+        """Return whether a finding is at least as severe as ``threshold``; never for ``never``."""
         counted = {"error": ("error",), "warning": ("error", "warning")}.get(threshold, ())
         return any(self.counts[severity] for severity in counted)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
+        """Return plain values for JSON."""
         return {
             "data": self.data,
             "files": [asdict(file) for file in self.files],
             "counts": self.counts,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finding.as_dict() for finding in self.findings],
         }
 
 
-def first_few(parts: Iterable[str], limit: int = _NAMED) -> str:
-    """``a, b, c``, and ``, ...`` where there are more than a message can hold."""
+def first_few(parts: Iterable[str], limit: int = _MAX_LISTED) -> str:
+    """Return ``a, b, c``, followed by ``, ...`` if there are more than ``limit``."""
     listed = list(parts)
     return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")
 
 
-def several(number: int, noun: str, one: str, many: str) -> str:
-    """``1 row has``, ``3 rows have``."""
-    return f"{count(number, noun)} {one if number == 1 else many}"
+def count_with_verb(number: int, noun: str, singular: str, plural: str) -> str:
+    """Return, for example, ``1 row has`` or ``3 rows have``."""
+    return f"{count(number, noun)} {singular if number == 1 else plural}"
 
 
-def named(rows: Sequence[RowId]) -> str:
-    """``row 4`` or ``rows 4, 9``."""
+def list_rows(rows: Sequence[RowId]) -> str:
+    """Return ``row 4`` or ``rows 4, 9``."""
     return f"{'row' if len(rows) == 1 else 'rows'} {first_few(map(str, rows))}"
 
 
 def examples(parts: Iterable[tuple[RowId, str]]) -> tuple[str, ...]:
-    """The first few rows with a piece of their text, each on one line."""
-    return tuple(f"row {row}: {excerpt(text)}" for row, text in list(parts)[:_EXAMPLES])
+    """Return the first few rows with an excerpt of their text, each on one line."""
+    return tuple(f"row {row}: {excerpt(text)}" for row, text in list(parts)[:_MAX_EXAMPLES])
 
 
-def excerpt(text: str, place: int = 0) -> str:
-    """A piece of a text on one line: its beginning, or what is around ``place``."""
-    start = max(0, place - _EXCERPT // 3)
-    piece = normalize(text[start : start + _EXCERPT])
-    return ("..." if start else "") + piece + ("..." if len(text) > start + _EXCERPT else "")
+def excerpt(text: str, position: int = 0) -> str:
+    """Return a part of a text on one line: its beginning, or the surroundings of ``position``."""
+    start = max(0, position - _EXCERPT_CHARACTERS // 3)
+    part = normalize(text[start : start + _EXCERPT_CHARACTERS])
+    return ("..." if start else "") + part + ("..." if len(text) > start + _EXCERPT_CHARACTERS else "")

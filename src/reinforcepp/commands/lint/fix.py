@@ -1,4 +1,4 @@
-"""A cleaned copy of a data file, and a log of every row in which it differs."""
+"""A cleaned copy of a data file, and a log of every row that differs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from reinforcepp.commands.lint.check import read_sheet, sheet_of
-from reinforcepp.commands.lint.damage import cleaned
-from reinforcepp.commands.lint.rules import contradicting
+from reinforcepp.commands.lint.check import read_file, to_checked_file
+from reinforcepp.commands.lint.damage import clean_text
+from reinforcepp.commands.lint.rules import contradicting_rows
 from reinforcepp.config import Columns
 from reinforcepp.data import Row
 from reinforcepp.errors import DataError
@@ -23,7 +23,7 @@ LOG_SUFFIX = ".log.jsonl"
 
 @dataclass(frozen=True)
 class Change:
-    """One row of the original that the copy lacks, or has with other texts; cells that stay aren't named in ``after``."""
+    """A row that the copy drops or changes; ``before`` and ``after`` hold the texts that differ."""
 
     row: RowId
     action: Literal["changed", "dropped"]
@@ -33,28 +33,30 @@ class Change:
 
 
 def log_path(copy: Path) -> Path:
-    """Where the log of a cleaned copy goes."""
+    """Return the path of the log of a cleaned copy."""
     return copy.with_name(copy.name + LOG_SUFFIX)
 
 
 def write_fixed(data: Path, copy: Path, columns: Columns) -> list[Change]:
-    """Write the cleaned copy of ``data``, in its format, and its log; returns what the log holds.
+    """Write the cleaned copy of ``data``, in its format, and its log; return the changes in the log.
 
-    Text that was read with the wrong encoding is mended and control characters are stripped, in the columns that are
-    trained on. Then rows are dropped that are empty, have chosen equal to rejected, repeat an earlier one, or
-    contradict another one, and with that the other one. The rest stays in its order, with its other columns; in a CSV
-    file, columns without a name are left out, and the space around a cell is.
+    In the training texts, wrongly decoded text is repaired and control characters are stripped. Rows are dropped if they
+    have an empty text, if chosen equals rejected, if they repeat an earlier row, or if they contradict another row, which
+    is dropped, too. The other rows keep their order and their other columns. A CSV copy omits columns without a name and
+    the whitespace around cells.
 
     Raises:
-        DataError: Nothing would be left.
+        DataError: No row would be left.
     """
-    table, sheet = read_sheet(data, columns)
-    kept, changes = clean(table.rows, sheet.columns)
+    table, file = read_file(data, columns)
+    kept, changes = clean_rows(table.rows, file.columns)
     if not kept:
-        raise DataError(f"{data}: no row would be left in {copy}, so it isn't written; correct the rows or add others.")
+        raise DataError(
+            f"{data}: no row would be left in {copy}, so it wasn't written. Correct the rows or add others."
+        )
     rows = [_with_clean_cells(row) for row in kept]
-    with whole_file(copy) as file, whole_file(log_path(copy)) as log:
-        _write(file, rows, copy.suffix.lower())
+    with whole_file(copy) as output, whole_file(log_path(copy)) as log:
+        _write(output, rows, copy.suffix.lower())
         log.writelines(json.dumps(asdict(change), ensure_ascii=False) + "\n" for change in changes)
     return changes
 
@@ -70,45 +72,45 @@ def _write(file: TextIO, rows: Sequence[Mapping[str, Any]], suffix: str) -> None
 
 
 def _with_clean_cells(row: Row) -> dict[str, Any]:
-    """The cells of the copy, those clean that are trained on: the prompt's, where it has its own, and the answers'."""
-    trained_on = {row.layout.prompt, *(row.layout.answers or ())}
-    return {name: _cleaned_within(cell) if name in trained_on else cell for name, cell in row.cells.items()}
+    """Return the cells of the copy: those of prompt and answers cleaned, the others unchanged."""
+    training_columns = {row.layout.prompt, *(row.layout.answers or ())}
+    return {name: _clean_cell(cell) if name in training_columns else cell for name, cell in row.cells.items()}
 
 
-def _cleaned_within(cell: Any) -> Any:
-    """The texts in a cell cleaned: its own, or those of its messages."""
+def _clean_cell(cell: Any) -> Any:
+    """Return a cell with its text, or the texts of its messages, cleaned."""
     if isinstance(cell, str):
-        return cleaned(cell)
+        return clean_text(cell)
     if isinstance(cell, list):
-        return [_cleaned_within(each) for each in cell]
+        return [_clean_cell(each) for each in cell]
     if isinstance(cell, dict):
-        return {name: _cleaned_within(value) for name, value in cell.items()}
+        return {name: _clean_cell(value) for name, value in cell.items()}
     return cell
 
 
-def clean(rows: Sequence[Row], columns: tuple[str, ...]) -> tuple[list[Row], list[Change]]:
-    """The rows of the cleaned copy, and what is different about them; a pure function that has nothing to do twice."""
-    mended = [replace(row, texts=tuple(map(cleaned, row.texts))) for row in rows]
-    sheet = sheet_of("", mended, columns)
-    dropped = {each.row: str(each).partition(": ")[2] for each in sheet.skipped}
-    for first, second in contradicting(sheet):
+def clean_rows(rows: Sequence[Row], columns: tuple[str, ...]) -> tuple[list[Row], list[Change]]:
+    """Return the rows of the cleaned copy and the changes; cleaning them again changes nothing."""
+    cleaned = [replace(row, texts=tuple(map(clean_text, row.texts))) for row in rows]
+    file = to_checked_file("", cleaned, columns)
+    dropped = {each.row: str(each).partition(": ")[2] for each in file.skipped}
+    for first, second in contradicting_rows(file):
         dropped[first] = f"contradicts row {second}"
         dropped[second] = f"contradicts row {first}"
     changes = []
-    for before, after in zip(rows, mended, strict=True):
-        texts = dict(zip(columns, before.texts, strict=True))
+    for before, after in zip(rows, cleaned, strict=True):
+        old = dict(zip(columns, before.texts, strict=True))
         if before.number in dropped:
-            changes.append(Change(before.number, "dropped", dropped[before.number], texts))
+            changes.append(Change(before.number, "dropped", dropped[before.number], old))
         elif before.texts != after.texts:
-            better = dict(zip(columns, after.texts, strict=True))
-            different = [name for name in columns if texts[name] != better[name]]
+            new = dict(zip(columns, after.texts, strict=True))
+            different = [name for name in columns if old[name] != new[name]]
             changes.append(
                 Change(
                     before.number,
                     "changed",
-                    "encoding mended or control characters stripped",
-                    before={name: texts[name] for name in different},
-                    after={name: better[name] for name in different},
+                    "repaired encoding or stripped control characters",
+                    before={name: old[name] for name in different},
+                    after={name: new[name] for name in different},
                 )
             )
-    return [row for row in mended if row.number not in dropped], changes
+    return [row for row in cleaned if row.number not in dropped], changes

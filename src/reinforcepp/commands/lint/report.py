@@ -1,4 +1,4 @@
-"""The report as lines for a terminal, as JSON and as a page that opens offline."""
+"""The report as lines for a terminal, as JSON, and as an HTML page that works offline."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ COLORS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 class Line(NamedTuple):
-    """A line of the report and the style it has on a terminal."""
+    """A line of the report and its style in a terminal."""
 
     text: str
     style: str = ""
 
 
 def as_lines(report: Report) -> list[Line]:
-    """What was found, for people."""
+    """Return the report as text."""
     lines = [Line(text) for text in _sizes(report)]
     for finding in report.findings:
-        where = f"{finding.file}: " if len(report.files) > 1 else ""
-        lines.append(Line(f"{finding.severity}: {finding.rule}: {where}{finding}", COLORS[finding.severity]))
+        file = f"{finding.file}: " if len(report.files) > 1 else ""
+        lines.append(Line(f"{finding.severity}: {finding.rule}: {file}{finding}", COLORS[finding.severity]))
         lines += [Line(f"    {example}", "dim") for example in finding.examples]
     return [*lines, Line(summary(report), "green" if not any(report.counts.values()) else "bold")]
 
 
 def as_json(report: Report) -> str:
-    """Everything, all rows included, for programs; ASCII alone, whatever the data holds."""
+    """Return the report as JSON with all rows; non-ASCII characters are escaped."""
     return json.dumps(report.as_dict(), indent=2) + "\n"
 
 
@@ -49,14 +49,16 @@ def as_page(report: Report) -> str:
 
 
 def summary(report: Report) -> str:
-    """``2 errors, 1 warning, 0 infos; a cleaned copy (--fix OUT.csv) is without 2 of them.``"""
+    """Return, for example, ``2 errors, 1 warning. --fix OUT.csv writes a cleaned copy without 2 of them.``"""
     if not report.findings:
-        return "Nothing is wrong with it."
+        return "No problems found."
     counted = ", ".join(count(number, severity) for severity, number in report.counts.items() if number)
     fixable = sum(finding.fixable for finding in report.findings)
-    ending = Path(report.data).suffix.lower()
-    can_be_fixed = fixable and ending in FIXABLE
-    return counted + (f"; a cleaned copy (--fix OUT{ending}) is without {fixable} of them." if can_be_fixed else ".")
+    suffix = Path(report.data).suffix.lower()
+    offers_fix = fixable and suffix in FIXABLE
+    return f"{counted}." + (
+        f" --fix OUT{suffix} writes a cleaned copy without {fixable} of them." if offers_fix else ""
+    )
 
 
 def _sizes(report: Report) -> list[str]:

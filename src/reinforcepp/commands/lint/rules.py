@@ -1,4 +1,4 @@
-"""The rules, one function each: a sheet in, findings out. All but the first look at usable rows only."""
+"""The rules, one function each: a file in, findings out. All rules except the first look at usable rows only."""
 
 from __future__ import annotations
 
@@ -8,206 +8,212 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
-from reinforcepp.commands.lint.damage import cleaned, has_controls, lost_at, mended
+from reinforcepp.commands.lint.damage import clean_text, find_lost, has_controls, repair_encoding
 from reinforcepp.commands.lint.findings import (
-    Entry,
+    CheckedFile,
     Finding,
     Severity,
-    Sheet,
+    UsableRow,
+    count_with_verb,
     examples,
     excerpt,
     first_few,
-    named,
-    several,
+    list_rows,
 )
 from reinforcepp.commands.lint.similar import across, near_duplicates
 from reinforcepp.data import Skipped, contradictions_in, count, split_by_prompt, words
 from reinforcepp.types import Preference, RowId
 
-ENOUGH, LEAST = 20, 2  # usable rows
-REPEATED_WORDS = 4  # a shorter prompt occurs in an answer by chance
-BIASED, SURE = 0.7, 0.01  # share of pairs in which one side is the longer one, and the p-value it takes
-FEW_LETTERS = 8  # say nothing about the language
-TOLERATED = 0.1  # share of rows that resemble another, as in data made from templates
-MIXED = 0.25  # a larger share of rows in another script is meant to be there
+MIN_RECOMMENDED_ROWS = 20
+MIN_PAIRS = 2
+# A shorter prompt occurs in an answer by chance.
+MIN_REPEATED_WORDS = 4
+# Share of pairs in which the same side is longer, and the p-value, from which a file is length-biased.
+LENGTH_BIAS_SHARE, LENGTH_BIAS_P = 0.7, 0.01
+# Fewer letters don't identify a language.
+MIN_LETTERS = 8
+# Data made from templates has up to this share of near-duplicates.
+TOLERATED_NEAR_DUPLICATES = 0.1
+# If a larger share of rows is in another script, that is probably intended.
+MIXED_SCRIPTS_SHARE = 0.25
+# First words of the Unicode names of letters that are used as signs.
 SIGNS = {"MATHEMATICAL", "MODIFIER", "SUPERSCRIPT", "SCRIPT", "FEMININE", "MASCULINE", "MICRO", "OHM", "KELVIN"}
 EAST_ASIAN = {"CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH", "KATAKANA-HIRAGANA", "IDEOGRAPHIC"}
 
 
-def check_sheet(sheet: Sheet, near_duplicate: float) -> list[Finding]:
-    """What every rule finds that needs no more than one file."""
-    found = [*left_out(sheet), *contradictions(sheet), *near_duplicate_rows(sheet, near_duplicate)]
+def check_file(file: CheckedFile, near_duplicate: float) -> list[Finding]:
+    """Return the findings of every rule that needs a single file."""
+    found = [*skipped_rows(file), *contradictions(file), *near_duplicate_rows(file, near_duplicate)]
     for rule in (damaged_text, control_characters, lost_characters, other_script, repeated_prompts, length_bias):
-        found += rule(sheet)
-    return [*found, *too_little(sheet)]
+        found += rule(file)
+    return [*found, *too_little(file)]
 
 
-# --- rows that say nothing, or the same, or the opposite ----------------------------------------------------------------
+# --- skipped, contradictory and near-duplicate rows -------------------------------------------------------------------
 
 
-def left_out(sheet: Sheet) -> list[Finding]:
-    """Empty cells, chosen equal to rejected, other shapes, exact duplicates: the rows that training leaves out."""
-    same = f"with {' equal to '.join(sheet.columns[1:])}"
-    empty = [each for each in sheet.skipped if each.reason.startswith("empty ")]
-    equal = [each for each in sheet.skipped if each.reason == same]
-    other = [each for each in sheet.skipped if each.reason.startswith("with ") and each.reason != same]
-    again = [each for each in sheet.skipped if each.duplicate_of is not None]
+def skipped_rows(file: CheckedFile) -> list[Finding]:
+    """Find the rows that training skips: empty cells, chosen equal to rejected, other shapes, exact duplicates."""
+    equal_reason = f"with {' equal to '.join(file.columns[1:])}"
+    empty = [each for each in file.skipped if each.reason.startswith("empty ")]
+    equal = [each for each in file.skipped if each.reason == equal_reason]
+    other = [each for each in file.skipped if each.reason.startswith("with ") and each.reason != equal_reason]
+    repeated = [each for each in file.skipped if each.duplicate_of is not None]
     found = []
     if empty:
         cells = first_few(f"{each.reason.removeprefix('empty ')} in row {each.row}" for each in empty)
-        found.append(_skip("empty", "error", sheet, empty, f"an empty cell ({cells})", "fill it in or remove the row"))
+        found.append(_skipped("empty", file, empty, f"an empty cell ({cells})", "Fill it in or remove the row"))
     if equal:
-        what = f"{' equal to '.join(sheet.columns[1:])} ({named(_rows(equal))})"
-        found.append(_skip("equal", "error", sheet, equal, what, "remove them, or correct the answer that was copied"))
+        problem = f"{' equal to '.join(file.columns[1:])} ({list_rows(_numbers(equal))})"
+        found.append(_skipped("equal", file, equal, problem, "Remove them, or correct the copied answer"))
     if other:
-        cells = first_few(f"{each.reason.removeprefix('with ')} in row {each.row}" for each in other)
-        cure = "bring them into the shape of a prompt and two answers, or remove them"
-        found.append(_skip("shape", "error", sheet, other, f"another shape ({cells})", cure))
-    if again:
-        shown = first_few(f"{each.row} as {each.duplicate_of}" for each in again)
-        message = f"{several(len(again), 'row', 'says', 'say')} the same as an earlier row ({shown})"
-        pairs = tuple((each.row, each.duplicate_of) for each in again if each.duplicate_of is not None)
-        found.append(
-            Finding("duplicate", "warning", sheet.name, message, "remove them", _rows(again), pairs, fixable=True)
-        )
+        problems = first_few(f"{each.reason.removeprefix('with ')} in row {each.row}" for each in other)
+        fix = "Convert them to one prompt and two answers, or remove them"
+        found.append(_skipped("shape", file, other, f"an unusable shape ({problems})", fix))
+    if repeated:
+        listed = first_few(f"{each.row} and {each.duplicate_of}" for each in repeated)
+        message = f"{count_with_verb(len(repeated), 'row', 'repeats', 'repeat')} an earlier row (rows {listed})"
+        pairs = tuple((each.row, each.duplicate_of) for each in repeated if each.duplicate_of is not None)
+        rows = _numbers(repeated)
+        found.append(Finding("duplicate", "warning", file.name, message, "Remove them", rows, pairs, fixable=True))
     return found
 
 
-def _skip(rule: str, severity: Severity, sheet: Sheet, skipped: Sequence[Skipped], what: str, cure: str) -> Finding:
-    message = f"{several(len(skipped), 'row', 'has', 'have')} {what}"
-    return Finding(rule, severity, sheet.name, message, cure, _rows(skipped), fixable=True)
+def _skipped(rule: str, file: CheckedFile, skipped: Sequence[Skipped], problem: str, fix: str) -> Finding:
+    message = f"{count_with_verb(len(skipped), 'row', 'has', 'have')} {problem}"
+    return Finding(rule, "error", file.name, message, fix, _numbers(skipped), fixable=True)
 
 
-def _rows(skipped: Iterable[Skipped]) -> tuple[RowId, ...]:
+def _numbers(skipped: Iterable[Skipped]) -> tuple[RowId, ...]:
     return tuple(each.row for each in skipped)
 
 
-def contradicting(sheet: Sheet) -> tuple[tuple[RowId, RowId], ...]:
-    """The rows of each two pairs that prefer the same two answers in opposite ways."""
-    if sheet.noun == "prompt":
+def contradicting_rows(file: CheckedFile) -> tuple[tuple[RowId, RowId], ...]:
+    """Return the row numbers of each two pairs that prefer the same two answers in opposite ways."""
+    if file.noun == "prompt":
         return ()
-    pairs = tuple(Preference(e.texts[0], e.texts[1], e.texts[2], e.row) for e in sheet.entries)
+    pairs = tuple(Preference(row.texts[0], row.texts[1], row.texts[2], row.row) for row in file.rows)
     return contradictions_in(pairs)
 
 
-def contradictions(sheet: Sheet) -> list[Finding]:
-    """The same two answers, preferred both ways."""
-    found = contradicting(sheet)
+def contradictions(file: CheckedFile) -> list[Finding]:
+    """Find pairs that prefer the same two answers in opposite ways."""
+    found = contradicting_rows(file)
     if not found:
         return []
-    shown = first_few(f"rows {first} and {second}" for first, second in found)
-    message = f"The same two answers to a prompt are preferred both ways, {count(len(found), 'time')} ({shown})"
+    listed = first_few(f"rows {first} and {second}" for first, second in found)
+    message = f"{count_with_verb(len(found), 'pair', 'contradicts', 'contradict')} another pair ({listed})"
     involved = {row for pair in found for row in pair}
-    rows = tuple(entry.row for entry in sheet.entries if entry.row in involved)
+    rows = tuple(row.row for row in file.rows if row.row in involved)
     pairs = tuple((second, first) for first, second in found)
     return [
         Finding(
             "contradiction",
             "error",
-            sheet.name,
+            file.name,
             message,
-            "decide which one is right and remove the other",
+            "Decide which one is right and remove the other",
             rows=rows,
             pairs=pairs,
-            examples=_prompts_of(sheet, rows[:1]),
+            examples=_prompts_of(file, rows[:1]),
             fixable=True,
         )
     ]
 
 
-def near_duplicate_rows(sheet: Sheet, threshold: float) -> list[Finding]:
-    """Rows that are nearly an earlier row."""
-    matches = near_duplicates([entry.texts for entry in sheet.entries], threshold)
+def near_duplicate_rows(file: CheckedFile, threshold: float) -> list[Finding]:
+    """Find rows that nearly repeat an earlier row."""
+    matches = near_duplicates([row.texts for row in file.rows], threshold)
     if not matches:
         return []
-    pairs = tuple((sheet.entries[m.place].row, sheet.entries[m.like].row) for m in matches)
-    shown = first_few(f"{row} and {like}: {m.similarity:.2f}" for (row, like), m in zip(pairs, matches, strict=True))
-    share = several(len(matches), "row", "shares", "share")
-    message = f"{share} {threshold:.0%} or more of the three-word runs with an earlier row (rows {shown})"
+    pairs = tuple((file.rows[m.position].row, file.rows[m.other].row) for m in matches)
+    listed = first_few(f"{row} and {other}: {m.similarity:.2f}" for (row, other), m in zip(pairs, matches, strict=True))
+    share = count_with_verb(len(matches), "row", "shares", "share")
+    message = f"{share} at least {threshold:.0%} of the word 3-grams with an earlier row (rows {listed})"
     rows = tuple(row for row, _ in pairs)
-    cure = "keep the better one of each two, for they count as often as they occur"
-    severity: Severity = "warning" if len(rows) > TOLERATED * len(sheet.entries) else "info"
-    return [Finding("near-duplicate", severity, sheet.name, message, cure, rows, pairs, _prompts_of(sheet, pairs[0]))]
+    fix = "Keep the better row of each pair, because repeated rows count several times"
+    severity: Severity = "warning" if len(rows) > TOLERATED_NEAR_DUPLICATES * len(file.rows) else "info"
+    return [Finding("near-duplicate", severity, file.name, message, fix, rows, pairs, _prompts_of(file, pairs[0]))]
 
 
-def _prompts_of(sheet: Sheet, rows: Sequence[RowId]) -> tuple[str, ...]:
-    return examples((entry.row, entry.prompt) for entry in sheet.entries if entry.row in rows)
+def _prompts_of(file: CheckedFile, rows: Sequence[RowId]) -> tuple[str, ...]:
+    return examples((row.row, row.prompt) for row in file.rows if row.row in rows)
 
 
-# --- damage -------------------------------------------------------------------------------------------------------------
+# --- damaged text -----------------------------------------------------------------------------------------------------
 
 
-def damaged_text(sheet: Sheet) -> list[Finding]:
-    """UTF-8 that was read as another encoding."""
-    return _harm(
-        sheet,
+def damaged_text(file: CheckedFile) -> list[Finding]:
+    """Find UTF-8 text that was decoded with another encoding."""
+    return _damage(
+        file,
         "damaged-text",
-        lambda text: mended(text) != text,
-        "text that was read with the wrong encoding",
-        cure="mend it with --fix, and export the file as UTF-8 next time",
+        lambda text: repair_encoding(text) != text,
+        "text that was decoded with the wrong encoding",
+        fix="Repair it with --fix, and export the file as UTF-8 next time",
     )
 
 
-def control_characters(sheet: Sheet) -> list[Finding]:
-    """Terminal escapes, control characters, byte order marks."""
-    return _harm(
-        sheet,
+def control_characters(file: CheckedFile) -> list[Finding]:
+    """Find terminal escapes, control characters and byte order marks."""
+    return _damage(
+        file,
         "control-characters",
-        lambda text: has_controls(mended(text)),
+        lambda text: has_controls(repair_encoding(text)),
         "control characters",
-        cure="strip them with --fix",
+        fix="Strip them with --fix",
     )
 
 
-def lost_characters(sheet: Sheet) -> list[Finding]:
-    """What can't be mended."""
-    return _harm(
-        sheet,
+def lost_characters(file: CheckedFile) -> list[Finding]:
+    """Find damage that can't be repaired."""
+    return _damage(
+        file,
         "lost-characters",
-        lambda text: lost_at(text) >= 0,
+        lambda text: find_lost(text) >= 0,
         "characters that an earlier conversion destroyed",
-        cure="type them again, or take the text from its origin",
+        fix="Type them again, or get the original text",
         fixable=False,
     )
 
 
-def _before_and_after(text: str) -> str:
-    better = cleaned(text)
-    same = (a == b for a, b in zip(text, better, strict=False))
-    place = next((i for i, alike in enumerate(same) if not alike), 0)
-    return f"{excerpt(text, place)} -> {excerpt(better, place)}"
-
-
-def _harm(
-    sheet: Sheet,
+def _damage(
+    file: CheckedFile,
     rule: str,
-    harmed: Callable[[str], bool],
-    what: str,
+    is_damaged: Callable[[str], bool],
+    problem: str,
     *,
-    cure: str,
+    fix: str,
     fixable: bool = True,
 ) -> list[Finding]:
-    """One finding for all rows in which a text is ``harmed``; ASCII without control characters never is."""
-    hits = [(e.row, text) for e in sheet.entries for text in e.texts if not _plain(text) and harmed(text)]
+    """Return one finding for all rows with a damaged text; ASCII without control characters is never damaged."""
+    hits = [(row.row, text) for row in file.rows for text in row.texts if not _is_plain(text) and is_damaged(text)]
     if not hits:
         return []
     rows = tuple(dict.fromkeys(row for row, _ in hits))
-    message = f"{several(len(rows), 'row', 'has', 'have')} {what} ({named(rows)})"
-    show = _before_and_after if fixable else lambda text: excerpt(mended(text), lost_at(text))
+    message = f"{count_with_verb(len(rows), 'row', 'has', 'have')} {problem} ({list_rows(rows)})"
+    show = _before_and_after if fixable else lambda text: excerpt(repair_encoding(text), find_lost(text))
     shown = tuple(f"row {row}: {show(text)}" for row, text in hits[:3])
-    return [Finding(rule, "warning", sheet.name, message, cure, rows, examples=shown, fixable=fixable)]
+    return [Finding(rule, "warning", file.name, message, fix, rows, examples=shown, fixable=fixable)]
 
 
-def _plain(text: str) -> bool:
+def _before_and_after(text: str) -> str:
+    cleaned = clean_text(text)
+    equal = (a == b for a, b in zip(text, cleaned, strict=False))
+    position = next((i for i, same in enumerate(equal) if not same), 0)
+    return f"{excerpt(text, position)} -> {excerpt(cleaned, position)}"
+
+
+def _is_plain(text: str) -> bool:
     return text.isascii() and (text.isprintable() or not has_controls(text))
 
 
-# --- what the texts say ---------------------------------------------------------------------------------------------------
+# --- content ----------------------------------------------------------------------------------------------------------
 
 
-def other_script(sheet: Sheet) -> list[Finding]:
-    """Texts most of whose letters aren't of the script that dominates the file."""
-    counted = [(entry.row, text, _scripts(text)) for entry in sheet.entries for text in entry.texts]
+def other_script(file: CheckedFile) -> list[Finding]:
+    """Find texts whose letters are mostly of another script than the file's main script."""
+    counted = [(row.row, text, _scripts(text)) for row in file.rows for text in row.texts]
     total: Counter[str] = sum((scripts for _, _, scripts in counted), Counter())
     if not total:
         return []
@@ -215,22 +221,22 @@ def other_script(sheet: Sheet) -> list[Finding]:
     hits = [
         (row, text)
         for row, text, scripts in counted
-        if scripts.total() >= FEW_LETTERS and 2 * scripts[main] < scripts.total()
+        if scripts.total() >= MIN_LETTERS and 2 * scripts[main] < scripts.total()
     ]
     if not hits:
         return []
     rows = tuple(dict.fromkeys(row for row, _ in hits))
     message = (
-        f"{several(len(rows), 'row', 'has', 'have')} text in another script than {main.title()}, "
-        f"that of {letters / total.total():.0%} of the letters ({named(rows)})"
+        f"{count_with_verb(len(rows), 'row', 'has', 'have')} text in another script than {main.title()}, "
+        f"the script of {letters / total.total():.0%} of the letters ({list_rows(rows)})"
     )
-    meant = len(rows) > MIXED * len(sheet.entries)
-    cure = "nothing is wrong if the file is meant to mix languages" if meant else "check that they belong in this file"
-    return [Finding("script", "info" if meant else "warning", sheet.name, message, cure, rows, (), examples(hits))]
+    intended = len(rows) > MIXED_SCRIPTS_SHARE * len(file.rows)
+    fix = "Ignore this if the file mixes languages on purpose" if intended else "Check that they belong in this file"
+    return [Finding("script", "info" if intended else "warning", file.name, message, fix, rows, (), examples(hits))]
 
 
 def _scripts(text: str) -> Counter[str]:
-    """How many letters of each script a text has."""
+    """Return the number of letters by script."""
     found: Counter[str] = Counter()
     for character, number in Counter(text).items():
         if script := _script(character):
@@ -240,7 +246,7 @@ def _scripts(text: str) -> Counter[str]:
 
 @cache
 def _script(character: str) -> str:
-    """``LATIN``, ``CYRILLIC``, ...; empty for what is no letter or a sign made of one."""
+    """Return ``LATIN``, ``CYRILLIC`` and so on; "" if the character isn't a letter or is used as a sign."""
     if not character.isalpha():
         return ""
     first = unicodedata.name(character, "").partition(" ")[0]
@@ -249,95 +255,96 @@ def _script(character: str) -> str:
     return "" if first in SIGNS else "EAST ASIAN" if first in EAST_ASIAN else first
 
 
-def repeated_prompts(sheet: Sheet) -> list[Finding]:
-    """Answers that hold the whole prompt again."""
+def repeated_prompts(file: CheckedFile) -> list[Finding]:
+    """Find answers that contain the whole prompt."""
     hits = []
-    for entry in sheet.entries:
-        prompt = words(entry.prompt)
-        asked = f" {' '.join(prompt)} "
-        for column, answer in zip(sheet.columns[1:], entry.texts[1:], strict=True):
-            said = f" {' '.join(words(answer))} "
-            if prompt and (said == asked or (len(prompt) >= REPEATED_WORDS and asked in said)):
-                hits.append((entry.row, column, answer))
+    for row in file.rows:
+        prompt = words(row.prompt)
+        prompt_text = f" {' '.join(prompt)} "
+        for column, answer in zip(file.columns[1:], row.texts[1:], strict=True):
+            answer_text = f" {' '.join(words(answer))} "
+            is_long = len(prompt) >= MIN_REPEATED_WORDS
+            if prompt and (answer_text == prompt_text or (is_long and prompt_text in answer_text)):
+                hits.append((row.row, column, answer))
     if not hits:
         return []
     rows = tuple(dict.fromkeys(row for row, _, _ in hits))
-    shown = first_few(f"{column} in row {row}" for row, column, _ in hits)
-    message = f"{several(len(hits), 'answer', 'repeats', 'repeat')} the prompt ({shown})"
-    cure = "cut the prompt off, or the policy learns to say it again"
+    listed = first_few(f"{column} in row {row}" for row, column, _ in hits)
+    message = f"{count_with_verb(len(hits), 'answer', 'repeats', 'repeat')} the prompt ({listed})"
+    fix = "Remove the prompt from the answer, or the policy learns to repeat it"
     found = examples((row, answer) for row, _, answer in hits)
-    return [Finding("repeated-prompt", "warning", sheet.name, message, cure, rows, (), found)]
+    return [Finding("repeated-prompt", "warning", file.name, message, fix, rows, (), found)]
 
 
-def length_bias(sheet: Sheet) -> list[Finding]:
-    """Chosen answers that are longer, or shorter, too often for chance: a reward model learns that first."""
-    if sheet.noun == "prompt":
+def length_bias(file: CheckedFile) -> list[Finding]:
+    """Find out whether chosen answers are longer, or shorter, too often for chance; a reward model learns that first."""
+    if file.noun == "prompt":
         return []
-    differences = [len(chosen) - len(rejected) for _, chosen, rejected in (entry.texts for entry in sheet.entries)]
+    differences = [len(chosen) - len(rejected) for _, chosen, rejected in (row.texts for row in file.rows)]
     longer, unequal = sum(d > 0 for d in differences), sum(d != 0 for d in differences)
     if not unequal:
         return []
     share = max(longer, unequal - longer) / unequal
-    if share < BIASED or binomial_p(longer, unequal) > SURE:
+    if share < LENGTH_BIAS_SHARE or binomial_p(longer, unequal) > LENGTH_BIAS_P:
         return []
     which = "longer" if 2 * longer > unequal else "shorter"
-    message = f"{sheet.columns[1]} is the {which} answer in {share:.0%} of {count(unequal, 'pair')} of unequal length"
-    cure = f"add pairs in which the {which} answer is worse, or length is what the reward model learns"
-    return [Finding("length-bias", "warning", sheet.name, message, cure)]
+    message = f"{file.columns[1]} is the {which} answer in {share:.0%} of {count(unequal, 'pair')} of unequal length"
+    fix = f"Add pairs in which the {which} answer is worse, or the reward model learns length"
+    return [Finding("length-bias", "warning", file.name, message, fix)]
 
 
 def binomial_p(successes: int, trials: int) -> float:
-    """Two-sided p-value of that many heads of a fair coin: normal approximation with continuity correction."""
+    """Return the two-sided p-value for a fair coin: normal approximation with continuity correction."""
     distance = max(0.0, abs(successes - trials / 2) - 0.5)
     return math.erfc(distance / math.sqrt(trials / 2))
 
 
-def too_little(sheet: Sheet) -> list[Finding]:
-    """Less than a training needs, or than can teach anything."""
-    usable = len(sheet.entries) - 2 * len(contradicting(sheet))
-    if usable >= ENOUGH:
+def too_little(file: CheckedFile) -> list[Finding]:
+    """Find out whether the file has fewer rows than training needs, or than is recommended."""
+    usable = len(file.rows) - 2 * len(contradicting_rows(file))
+    if usable >= MIN_RECOMMENDED_ROWS:
         return []
-    least = LEAST if sheet.noun == "pair" else 1
-    message = f"{count(usable, f'usable {sheet.noun}')} in all"
-    if usable < least:
-        return [Finding("too-little", "error", sheet.name, message, f"at least {least} are needed: add rows")]
-    cure = f"add rows until there are {ENOUGH} and better hundreds, or no figure will tell anything"
-    return [Finding("too-little", "warning", sheet.name, message, cure)]
+    minimum = MIN_PAIRS if file.noun == "pair" else 1
+    message = f"The file has {count(usable, f'usable {file.noun}')}"
+    if usable < minimum:
+        return [Finding("too-little", "error", file.name, message, f"Add rows: training needs at least {minimum}")]
+    fix = f"Add rows: metrics need at least {MIN_RECOMMENDED_ROWS}, better hundreds"
+    return [Finding("too-little", "warning", file.name, message, fix)]
 
 
-# --- across the split -----------------------------------------------------------------------------------------------------
+# --- across the split -------------------------------------------------------------------------------------------------
 
 
-def leakage(train: Sheet, heldout: Sheet, threshold: float) -> list[Finding]:
-    """Held-out prompts that nearly are a training prompt."""
-    known, asked = _distinct(train.entries), _distinct(heldout.entries)
-    matches = across([entry.prompt for entry in asked], [entry.prompt for entry in known], threshold)
+def leakage(train: CheckedFile, heldout: CheckedFile, threshold: float) -> list[Finding]:
+    """Find held-out prompts that nearly repeat a training prompt."""
+    train_rows, heldout_rows = _distinct(train.rows), _distinct(heldout.rows)
+    matches = across([row.prompt for row in heldout_rows], [row.prompt for row in train_rows], threshold)
     if not matches:
         return []
-    pairs = tuple((asked[match.place].row, known[match.like].row) for match in matches)
-    shown = first_few(f"{row} and {like}: {m.similarity:.2f}" for (row, like), m in zip(pairs, matches, strict=True))
-    among = "" if train.name == heldout.name else f" of {train.name}"
+    pairs = tuple((heldout_rows[m.position].row, train_rows[m.other].row) for m in matches)
+    listed = first_few(f"{row} and {other}: {m.similarity:.2f}" for (row, other), m in zip(pairs, matches, strict=True))
+    origin = "" if train.name == heldout.name else f" of {train.name}"
     message = (
-        f"{len(matches)} of {count(len(asked), 'held-out prompt')} {'resembles' if len(matches) == 1 else 'resemble'} "
-        f"a training prompt{among} (rows {shown})"
+        f"{len(matches)} of {count(len(heldout_rows), 'held-out prompt')} "
+        f"{'resembles' if len(matches) == 1 else 'resemble'} a training prompt{origin} (rows {listed})"
     )
-    cure = "give both one wording, which puts them on one side, or remove one, for held-out figures flatter otherwise"
-    first = (asked[matches[0].place], known[matches[0].like])
-    shown_prompts = examples((entry.row, entry.prompt) for entry in first)
+    fix = "Give both the same wording, which puts them on one side, or remove one. Otherwise held-out metrics are too good"
+    first = (heldout_rows[matches[0].position], train_rows[matches[0].other])
+    prompts = examples((row.row, row.prompt) for row in first)
     rows = tuple(row for row, _ in pairs)
-    return [Finding("leakage", "warning", heldout.name, message, cure, rows, pairs, shown_prompts)]
+    return [Finding("leakage", "warning", heldout.name, message, fix, rows, pairs, prompts)]
 
 
-def halves(sheet: Sheet, heldout_fraction: float, seed: int) -> tuple[Sheet, Sheet]:
-    """The training and the held-out part of a sheet, as training will split it."""
-    parts = split_by_prompt(sheet.entries, heldout_fraction, seed)
-    train, heldout = (Sheet(sheet.name, sheet.columns, len(part), tuple(part), ()) for part in parts)
+def split_file(file: CheckedFile, heldout_fraction: float, seed: int) -> tuple[CheckedFile, CheckedFile]:
+    """Split a file into its training and its held-out part, as training does."""
+    parts = split_by_prompt(file.rows, heldout_fraction, seed)
+    train, heldout = (CheckedFile(file.name, file.columns, len(part), tuple(part), ()) for part in parts)
     return train, heldout
 
 
-def _distinct(entries: Iterable[Entry]) -> list[Entry]:
-    """The first entry with each prompt."""
-    found: dict[tuple[str, ...], Entry] = {}
-    for entry in entries:
-        found.setdefault(tuple(words(entry.prompt)) or (entry.prompt,), entry)
+def _distinct(rows: Iterable[UsableRow]) -> list[UsableRow]:
+    """Return the first row with each prompt."""
+    found: dict[tuple[str, ...], UsableRow] = {}
+    for row in rows:
+        found.setdefault(tuple(words(row.prompt)) or (row.prompt,), row)
     return list(found.values())
