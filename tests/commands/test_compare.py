@@ -17,14 +17,14 @@ import torch
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.compare.command import chosen_answers, compare_models, prompts_to_answer
-from reinforcepp.commands.compare.provenance import doubts
+from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.reports.comparison import text as report
-from reinforcepp.reports.comparison.result import distinct_runs, distinct_share, mean_by_prompt
+from reinforcepp.reports.comparison.result import distinct_ngrams, distinct_share, mean_by_prompt
 from reinforcepp.reports.comparison.statistics import Outcome, Rate
 
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "12", "--engine", "transformers"]
@@ -122,19 +122,19 @@ def test_two_models(compared):
     for line in (
         "A: a",
         "B: other",
-        "KL to A, nats per token",
-        "perplexity on the chosen answers",
+        "KL to A (nats/token)",
+        "perplexity on chosen responses",
         "win rate of B over A",
     ):
         assert line in out
     assert out.splitlines()[-1].startswith("Verdict: ")
-    assert "4 held-out prompts to answer" in err and "answers of A 1/1" in err and "answers of B 1/1" in err
-    # What is written is ours, so that it can be replaced, and only when that is asked for.
+    assert "4 held-out prompts" in err and "responses of A 1/1" in err and "responses of B 1/1" in err
+    # An earlier comparison is replaced only with --overwrite.
     assert cli.main(["compare", "a", "a", "--data", "pairs.csv", "--judge", "reward", "--output_dir", "out"]) == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
-def test_both_engines_answer_alike(compared):
+def test_both_engines_give_the_same_responses(compared):
     said = []
     for engine in ("transformers", "vllm"):
         compared("a", "near", "--engine", engine)
@@ -142,7 +142,7 @@ def test_both_engines_answer_alike(compared):
     assert said[0] == said[1] and any(a != b for a, b in said[0])
 
 
-def test_a_model_is_no_better_than_itself(compared):
+def test_a_model_compared_with_itself_ties(compared):
     result, out, _ = compared("a", "a", "--num_samples", "3")
     outcome = result["outcome"]
     assert (outcome["wins"], outcome["ties"], outcome["losses"]) == (0, 12, 0)
@@ -150,11 +150,10 @@ def test_a_model_is_no_better_than_itself(compared):
         assert outcome[name] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert result["better"] is result["better_at_equal_length"] is None
     assert result["figures"]["B"] == {**result["figures"]["A"], "kl": 0.0, "kl_error": 0.0}
-    assert out.splitlines()[-1] == (
-        "Verdict: no difference shown (the models tie on every prompt; win rate of B 0.500, 95 % interval 0.500 to 0.500), "
-        "nor at equal length (0.500, 0.500 to 0.500)."
-    )
-    assert "gave the same answers" in Path("out/compare.html").read_text(encoding="utf-8")
+    verdict = out.splitlines()[-1]
+    assert verdict.startswith("Verdict: inconclusive (the models tie on every prompt; win rate of B 0.500, ")
+    assert "length-controlled: inconclusive (0.500, 0.500 to 0.500)" in verdict
+    assert "gave the same responses" in Path("out/compare.html").read_text(encoding="utf-8")
 
 
 def test_the_same_seed_gives_the_same_comparison(compared):
@@ -280,9 +279,9 @@ def test_the_kl_is_that_of_b_to_a_on_the_answers_of_b(place, models, with_ids, t
     found = compare_models(config(heldout_fraction=0.5, temperature=temperature, num_samples=5))
     pairs = [{"prompt": pair.prompt, "ids_b": ids} for pair, ids in zip(found.pairs, with_ids["B"], strict=True)]
     values = naive_kl(models["near"], models["a"], pairs, "b", temperature)
-    mean, own = token_mean(values), found.figures["B"]
+    mean, own = token_mean(values), found.metrics["B"]
     assert own.kl == pytest.approx(mean, rel=1e-3) and mean > 0.001
-    assert found.figures["A"].kl is found.figures["A"].kl_error is None
+    assert found.metrics["A"].kl is found.metrics["A"].kl_error is None
     prompts = [[kl for each in values[start : start + 5] for kl in each] for start in range(0, 20, 5)]
     left = [sum(each) - mean * len(each) for each in prompts]
     error = math.sqrt(4 / 3 * sum(value**2 for value in left)) / sum(map(len, prompts))
@@ -296,12 +295,12 @@ def test_a_third_model_may_be_the_reference(place, models, with_ids):
         ids = with_ids[side.upper()]
         pairs = [{"prompt": p.prompt, f"ids_{side}": own} for p, own in zip(found.pairs, ids, strict=True)]
         expected = token_mean(naive_kl(models[name], models["near"], pairs, side, 1.0))
-        assert found.figures[side.upper()].kl == pytest.approx(expected, rel=1e-3)
+        assert found.metrics[side.upper()].kl == pytest.approx(expected, rel=1e-3)
 
 
 def test_model_b_may_be_the_reference(place):
     found = compare_models(config(reference="near", heldout_fraction=0.5))
-    assert found.reference == "B" and found.figures["B"].kl is None and found.figures["A"].kl > 0
+    assert found.reference == "B" and found.metrics["B"].kl is None and found.metrics["A"].kl > 0
 
 
 def test_only_one_model_is_in_memory_at_a_time(place, monkeypatch):
@@ -340,16 +339,16 @@ def test_the_perplexity_counts_every_token_of_the_answer_and_its_end(place, mode
             read = log_softmax(model, start + ids)
             total -= sum(float(read[len(start) - 1 + i, token]) for i, token in enumerate(ids))
             tokens += len(ids)
-        assert found.figures[side].perplexity == pytest.approx(math.exp(total / tokens), rel=1e-3)
+        assert found.metrics[side].perplexity == pytest.approx(math.exp(total / tokens), rel=1e-3)
 
 
 def test_diversity_by_hand():
     assert distinct_share(["a b", "a b", "A b"]) == pytest.approx(2 / 3)
     # a b a / a c: the words a b c of 5, the pairs ab ba ac of 3; none reaches across.
-    assert distinct_runs(["A b, a", "a c"], 1) == pytest.approx(3 / 5)
-    assert distinct_runs(["A b, a", "a c"], 2) == pytest.approx(3 / 3)
-    assert distinct_runs(["a b a b"], 2) == pytest.approx(2 / 3)
-    assert distinct_runs(["", "a"], 2) == 0
+    assert distinct_ngrams(["A b, a", "a c"], 1) == pytest.approx(3 / 5)
+    assert distinct_ngrams(["A b, a", "a c"], 2) == pytest.approx(3 / 3)
+    assert distinct_ngrams(["a b a b"], 2) == pytest.approx(2 / 3)
+    assert distinct_ngrams(["", "a"], 2) == 0
 
 
 def test_the_standard_error_is_over_prompts(place):
@@ -357,9 +356,9 @@ def test_the_standard_error_is_over_prompts(place):
     found = compare_models(config(heldout_fraction=0.5, num_samples=3))
     means = mean_by_prompt([pair.score_b for pair in found.pairs], 3)
     mean = sum(means) / 4
-    assert found.figures["B"].judge == pytest.approx(mean)
+    assert found.metrics["B"].judge == pytest.approx(mean)
     expected = math.sqrt(sum((value - mean) ** 2 for value in means) / 3 / 4)
-    assert found.figures["B"].judge_error == pytest.approx(expected)
+    assert found.metrics["B"].judge_error == pytest.approx(expected)
 
 
 def test_the_outcome_is_that_of_the_pairs_prompt_by_prompt(place):
@@ -396,46 +395,46 @@ def test_models_with_different_tokenizers_have_no_kl(compared):
     result, out, _ = compared("a", "foreign")
     assert result["figures"]["A"]["kl"] is result["figures"]["B"]["kl"] is None
     assert "KL to A" not in out
-    assert "Note: The KL of B to a is left out" in out and "different tokenizers" in out
-    assert "The perplexities can't be compared" in out
+    assert "Note: Skipped the KL of B to a" in out and "different tokenizers" in out
+    assert "The perplexities aren't comparable" in out
 
 
-def test_tokens_that_the_reference_has_no_row_for_have_no_kl(compared, place):
-    """Vocabularies with the same tokens are padded to different sizes, and a model may say what lies in its padding."""
+def test_tokens_unknown_to_the_reference_have_no_kl(compared, place):
+    """Vocabularies with the same tokens can be padded to different sizes, and a model can sample an id from its padding."""
     tiny.model(vocab_size=400, n_positions=512).save_pretrained("padded")
     tiny.tokenizer().save_pretrained("padded")
     result, out, _ = compared("a", "padded")
     assert result["figures"]["B"]["kl"] is None
-    assert "Note: The KL of B is left out: it said tokens that a doesn't have." in out
+    assert "Note: Skipped the KL of B: it generated tokens that a doesn't have." in out
     assert compared("padded", "a")[0]["figures"]["B"]["kl"] > 0
 
 
 def test_the_kl_needs_the_models_own_distributions(compared):
     for flags in (["--temperature", "0"], ["--top_k", "3"], ["--top_p", "0.9"]):
         result, out, _ = compared("a", "near", *flags)
-        assert result["figures"]["B"]["kl"] is None and "Note: The KL is left out" in out
+        assert result["figures"]["B"]["kl"] is None and "Note: Skipped the KL" in out
 
 
 def test_without_chosen_answers_there_is_no_perplexity(compared, place):
     Path("prompts.csv").write_text("prompt\n" + "\n".join(f"What is {i}?" for i in range(8)))
     result, out, _ = compared("a", "near", "--data", "prompts.csv")
     assert result["figures"]["A"]["perplexity"] is None and result["chosen_answers"] == 0
-    assert "perplexity on" not in out and "The perplexity is left out: prompts.csv has no answers" in out
+    assert "perplexity on" not in out and "Skipped the perplexity: prompts.csv has no responses" in out
 
 
 def test_chosen_answers_that_are_too_long_are_counted(compared):
     lines = Path("pairs.csv").read_text(encoding="utf-8").splitlines()
     Path("long.csv").write_text("\n".join([*lines, f"Tell me?,{'long ' * 400},x"]), encoding="utf-8")
     _, out, _ = compared("a", "near", "--data", "long.csv", "--heldout_fraction", "0")
-    assert "The perplexity is that of 8 of 9 chosen answers" in out
+    assert "The perplexity covers 8 of 9 chosen responses" in out
 
 
-def test_long_prompts_are_told(compared):
+def test_long_prompts_are_reported(compared):
     _, _, err = compared("a", "near", "--max_prompt_length", "20")
-    assert "longer than 20 tokens of A and were cut" in err
+    assert "exceed 20 tokens of A and were truncated" in err
 
 
-def test_training_on_the_judge_or_on_the_prompts_is_told(compared, place, models):
+def test_training_on_the_judge_or_on_the_prompts_is_reported(compared, place, models):
     Path("trained").mkdir()
     for path in models["near"].iterdir():
         Path("trained", path.name).symlink_to(path)
@@ -443,36 +442,36 @@ def test_training_on_the_judge_or_on_the_prompts_is_told(compared, place, models
 
     def notes(settings: dict, **changes) -> str:
         Path("trained/run.json").write_text(json.dumps({"settings": run | changes}))
-        return " ".join(doubts(config(model_b="trained", **({"heldout_fraction": 0.5} | settings))))
+        return " ".join(caveats(config(model_b="trained", **({"heldout_fraction": 0.5} | settings))))
 
-    judged, seen = "B was trained to please this very judge", "has seen some of these prompts: --seed 1 avoids them"
+    judged, seen = "B was trained with this judge as its reward", "contains some of these prompts. Use --seed 1"
     assert judged in notes({}) and seen in notes({})
     assert notes({"seed": 1}, reward_model="elsewhere") == ""
     card = json.loads(Path("reward/reward_model.json").read_text())
-    run["reward_model"] = None  # as a training from Python notes it
+    run["reward_model"] = None  # as a training from Python records it
     Path("trained/run.json").write_text(
         json.dumps({"settings": run, "rewards": [{"name": "f", "card": None}, {"card": card}]})
     )
-    assert judged in " ".join(doubts(config(model_b="trained")))
+    assert judged in " ".join(caveats(config(model_b="trained")))
     run["reward_model"] = "reward"
     assert "trained on all prompts" in notes({}, heldout_fraction=0)
-    assert "most prompts are ones that B was trained on" in notes({"heldout_fraction": 0})
+    assert "B was trained on most of the prompts" in notes({"heldout_fraction": 0})
     assert "pairs.csv" not in notes({}, data="builtin:network")
     notes({})
     _, out, _ = compared("a", "trained")
     assert f"Note: {judged}" in out and seen in out
     Path("trained/run.json").write_text("damaged")
-    assert doubts(config(model_b="trained")) == []
+    assert caveats(config(model_b="trained")) == []
 
 
 def test_a_checkpoint_is_of_its_run(place, models):
     Path("run/checkpoints/step-000003").mkdir(parents=True)
     Path("run/run.json").write_text(json.dumps({"settings": {"reward_model": "reward", "data": "builtin:network"}}))
-    told = doubts(config(model_b="run/checkpoints/step-000003"))
-    assert len(told) == 1 and "B was trained to please" in told[0]
+    told = caveats(config(model_b="run/checkpoints/step-000003"))
+    assert len(told) == 1 and "B was trained with this judge" in told[0]
 
 
-# --- what is said -------------------------------------------------------------------------------------------------------
+# --- sentences --------------------------------------------------------------------------------------------------------
 
 
 def outcome_of(raw: Rate, equal: Rate, *, decided: int = 50, longer: float = 0.5, shorter: float = 0.4) -> Outcome:
@@ -483,45 +482,45 @@ BETTER, WORSE, NEITHER = Rate(0.7, 0.6, 0.8), Rate(0.3, 0.2, 0.4), Rate(0.52, 0.
 
 
 @pytest.mark.parametrize(
-    ("raw", "equal", "said"),
+    ("raw", "equal", "text"),
     [
         (
             BETTER,
             BETTER,
-            "Verdict: B is better (win rate of B 0.700, 95 % interval 0.600 to 0.800), at equal length, too",
+            "Verdict: B is better (win rate of B 0.700, 95% interval 0.600 to 0.800); length-controlled: B is better (0.700",
         ),
         (WORSE, WORSE, "Verdict: A is better (win rate of B 0.30"),
         (
             NEITHER,
             NEITHER,
-            "Verdict: no difference shown (win rate of B 0.520, 95 % interval 0.450 to 0.600), nor at equal",
+            "Verdict: inconclusive (win rate of B 0.520, 95% interval 0.450 to 0.600); length-controlled: inconclusive",
         ),
-        (BETTER, NEITHER, "to 0.800); at equal length no difference shown (0.520, 0.450 to 0.600)."),
-        (BETTER, WORSE, "to 0.800); at equal length A is better (0.300, 0.200 to 0.400)."),
+        (BETTER, NEITHER, "to 0.800); length-controlled: inconclusive (0.520, 0.450 to 0.600)."),
+        (BETTER, WORSE, "to 0.800); length-controlled: A is better (0.300, 0.200 to 0.400)."),
         (
             NEITHER,
             BETTER,
-            "Verdict: no difference shown (win rate of B 0.520, 95 % interval 0.450 to 0.600); at equal length B",
+            "Verdict: inconclusive (win rate of B 0.520, 95% interval 0.450 to 0.600); length-controlled: B",
         ),
     ],
 )
-def test_the_verdict(raw, equal, said):
+def test_the_verdict(raw, equal, text):
     class Found:
         outcome = outcome_of(raw, equal)
 
-    assert said in report.verdict(Found)
+    assert text in report.verdict(Found)
 
 
-def test_the_verdict_on_too_few_prompts_says_so():
+def test_the_verdict_on_too_few_prompts_is_inconclusive():
     class Found:
         outcome = outcome_of(BETTER, BETTER, decided=5)
 
     assert report.verdict(Found).startswith(
-        "Verdict: no difference shown (the models differ on 5 of 60 prompts, which is too few to tell; win rate of B 0.70"
+        "Verdict: inconclusive (the models differ on 5 of 60 prompts, which is too few; win rate of B 0.70"
     )
 
 
-def test_the_limits_of_an_outcome():
+def test_limitations_of_an_outcome():
     assert report.limits(outcome_of(BETTER, BETTER)) == []
     assert "longer one in 97% of" in report.limits(outcome_of(BETTER, BETTER, longer=0.97, shorter=0.02))[0]
     assert "shorter one in 90% of" in report.limits(outcome_of(BETTER, BETTER, longer=0.0, shorter=0.9))[0]

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from reinforcepp.config import CompareConfig, as_dict
 from reinforcepp.reports.comparison.page import as_page
-from reinforcepp.reports.comparison.result import Figures, ModelComparison, Pair
+from reinforcepp.reports.comparison.result import ModelComparison, ModelMetrics, Pair
 from reinforcepp.reports.comparison.statistics import Outcome, Rate
 from reinforcepp.reports.html import embedded, render
 
@@ -34,7 +34,7 @@ def pair(prompt: str, a: str, b: str, scores: tuple[float, float] = (0.25, 0.75)
 
 
 def comparison(pairs: list[Pair], model_b: str = "runs/b", notes: tuple[str, ...] = ("Take care.",)) -> ModelComparison:
-    figures = Figures(0.5, 0.05, 20.0, 80.0, 0.0, 1.0, 0.3, 0.7, None, None, 1.5)
+    metrics = ModelMetrics(0.5, 0.05, 20.0, 80.0, 0.0, 1.0, 0.3, 0.7, None, None, 1.5)
     rate = Rate(0.66, 0.6, 0.71)
     return ModelComparison(
         settings=as_dict(CompareConfig(model_b=model_b)),
@@ -42,7 +42,7 @@ def comparison(pairs: list[Pair], model_b: str = "runs/b", notes: tuple[str, ...
         reference="A",
         chosen_answers=3,
         outcome=Outcome(len(pairs), 5, 1, 1, 6, rate, rate, 0.5, 0.4),
-        figures={"A": figures, "B": figures},
+        metrics={"A": metrics, "B": metrics},
         notes=notes,
         pairs=tuple(pairs),
     )

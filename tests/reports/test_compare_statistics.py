@@ -10,10 +10,10 @@ import pytest
 
 from reinforcepp.reports.comparison import statistics
 from reinforcepp.reports.comparison.statistics import (
-    FEWEST_DECIDED,
+    MIN_DECIDED,
     Rate,
     compare,
-    equal_length_rates,
+    length_controlled_rates,
     length_terms,
     win_rates,
 )
@@ -94,7 +94,7 @@ def test_the_rate_at_equal_length_by_hand(longer, shorter, expected):
     number = 2000
     wins = np.array([[share * number > i] for share in (longer, shorter) for i in range(number)], dtype=float)
     terms = np.repeat([[0.8], [-0.8]], number, axis=0)
-    assert equal_length_rates(wins, terms, np.ones((1, 2 * number))) == pytest.approx([expected], abs=1e-4)
+    assert length_controlled_rates(wins, terms, np.ones((1, 2 * number))) == pytest.approx([expected], abs=1e-4)
 
 
 def test_the_fit_is_that_of_a_naive_descent():
@@ -111,7 +111,7 @@ def test_the_fit_is_that_of_a_naive_descent():
             slope_phi += fault * term
         theta, phi = theta - 0.03 * slope_theta, phi - 0.03 * slope_phi
     shaped = (np.array(values).reshape(15, 2) for values in (labels, terms))
-    rates = equal_length_rates(*shaped, np.array([weights]))
+    rates = length_controlled_rates(*shaped, np.array([weights]))
     assert rates == pytest.approx([sigmoid(theta)], abs=1e-9)
 
 
@@ -119,11 +119,11 @@ def test_the_fit_is_that_of_a_naive_descent():
 def test_one_side_that_always_wins_has_a_rate_too(side):
     draw = np.random.default_rng(0)
     terms = np.tanh(draw.normal(size=(400, 1)))
-    rates = equal_length_rates(np.full((400, 1), side), terms, np.ones((1, 400)))
+    rates = length_controlled_rates(np.full((400, 1), side), terms, np.ones((1, 400)))
     assert np.isfinite(rates).all() and rates == pytest.approx([side], abs=1e-3)
     # A judge of nothing but length separates the two perfectly; at equal length nothing is left.
     terms = np.concatenate([terms, -terms])
-    assert equal_length_rates((terms > 0) * 1.0, terms, np.ones((1, 800))) == pytest.approx([0.5], abs=1e-6)
+    assert length_controlled_rates((terms > 0) * 1.0, terms, np.ones((1, 800))) == pytest.approx([0.5], abs=1e-6)
 
 
 # --- on data whose answer is known ------------------------------------------------------------------------------------
@@ -181,9 +181,9 @@ def test_swapping_the_models_mirrors_everything(samples):
 def test_a_handful_of_prompts_shows_nothing(wins):
     """Of resamples of a clean sweep none is otherwise, however short it is."""
     found = outcome([0.0] * wins + [0.0] * 3, [1.0] * wins + [0.0] * 3)
-    if wins < FEWEST_DECIDED:
+    if wins < MIN_DECIDED:
         assert found.winner is found.length_controlled_winner is None
-    assert outcome([0.0] * wins, [1.0] * wins).winner == (None if wins < FEWEST_DECIDED else "B")
+    assert outcome([0.0] * wins, [1.0] * wins).winner == (None if wins < MIN_DECIDED else "B")
 
 
 def test_the_interval_decides():

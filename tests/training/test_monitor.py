@@ -73,7 +73,7 @@ def test_a_resumed_run_knows_what_came_before(base, tmp_path, capsys):
     train(base, tmp_path / "run", max_steps=6, save_every=3)
     capsys.readouterr()
     train(base, tmp_path / "run", max_steps=10, save_every=3, resume=True, allow_changes="max_steps")
-    assert "Many answers are cut off." in capsys.readouterr().err  # after step 10, of which this run made four
+    assert "Many completions are truncated." in capsys.readouterr().err  # after step 10, of which this run made four
 
 
 # --- trackers ---------------------------------------------------------------------------------------------------------

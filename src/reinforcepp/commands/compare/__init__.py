@@ -1,1 +1,1 @@
-"""Two models side by side: the same prompts, the same random numbers, one judge, and how sure the outcome is."""
+"""Compare two models on the same prompts, with shared sampling seeds and one judge."""

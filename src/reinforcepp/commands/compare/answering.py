@@ -1,4 +1,4 @@
-"""What the models themselves have to say: answers, log-probabilities, perplexity, with one model in memory at a time."""
+"""Measurements on the models: responses, log-probabilities, and perplexity, with one model in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from reinforcepp.types import Completion, Prompt, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-AT_A_TIME = 64
-"""Answers between two steps of the progress line."""
+RESPONSES_PER_CHUNK = 64
+"""Responses between two updates of the progress line."""
 SIDES = ("A", "B")
 THIRD = "reference"
 
 Chosen = tuple[str, str]
-"""A prompt and the answer that people chose."""
+"""A prompt and its chosen response."""
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A model as far as its small files tell: nothing of its weights is loaded yet."""
+class PreparedModel:
+    """A model's tokenizer and limits, without its weights."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
@@ -46,15 +46,15 @@ class Ready:
 
     @property
     def pad_id(self) -> int:
-        """What fills up rows that are shorter than others."""
+        """Padding token."""
         return int(self.tokenizer.pad_token_id)
 
 
 @dataclass
-class Said:
-    """What came of the models; keys are A and B, and a figure that makes no sense is not there."""
+class Measurements:
+    """Results by side, A and B. Metrics that aren't defined are missing."""
 
-    answers: dict[str, list[Completion]] = field(default_factory=dict)
+    responses: dict[str, list[Completion]] = field(default_factory=dict)
     kl_sums: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -63,43 +63,45 @@ class Said:
 # --- before any weights are loaded ----------------------------------------------------------------------------------
 
 
-def make_ready(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, Ready]:
-    """Models A and B and, where it is neither, the reference, checked from their small files alone.
+def prepare(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, PreparedModel]:
+    """Check models A and B and a separate reference model by their small files and tokenize the prompts.
 
     Raises:
-        ReinforceError: for a model that can't be had, or limits that its context can't hold.
+        ReinforceError: A model isn't available, or the limits exceed its context.
     """
     names = {"A": config.model_a, "B": config.model_b}
     if reference_of(config) == THIRD:
         names[THIRD] = str(config.reference)
-    ready = {}
+    models = {}
     for side, name in names.items():
-        own = load_config(name)
-        check_context(own, config.max_prompt_length, config.max_new_tokens)
+        model_config = load_config(name)
+        check_context(model_config, config.max_prompt_length, config.max_new_tokens)
         tokenizer = load_tokenizer(name)
-        prompts, cut = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
-        if cut and side in SIDES:
+        prompts, truncated = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
+        if truncated and side in SIDES:
             echo(
-                f"{len(cut)} of {len(rows)} prompts are longer than {config.max_prompt_length} tokens of {side} and were cut "
-                "from the left.",
+                f"{len(truncated)} of {len(rows)} prompts exceed {config.max_prompt_length} tokens of {side} and were truncated from the "
+                "left.",
                 "yellow",
             )
-        ready[side] = Ready(name, tokenizer, prompts, context_length(own), own.get_text_config().vocab_size)
-    return ready
+        models[side] = PreparedModel(
+            name, tokenizer, prompts, context_length(model_config), model_config.get_text_config().vocab_size
+        )
+    return models
 
 
 def reference_of(config: CompareConfig) -> str:
-    """The side to which the KL is measured: A, B or, where another model was named, ``reference``."""
+    """Return the reference side of the KL: A, B or, for another model, ``reference``."""
     if config.reference in (None, config.model_a):
         return "A"
     return "B" if config.reference == config.model_b else THIRD
 
 
 def choose_for_both(config: CompareConfig) -> EngineChoice:
-    """One engine for both models: with different ones the same random numbers wouldn't give the same answers.
+    """Return one engine for both models, because shared seeds give equal samples only within one engine.
 
     Raises:
-        RolloutError: vLLM was asked for by name and can't run one of them.
+        RolloutError: vLLM was requested but can't run one of the models.
     """
     choices = [
         choose_engine(config.engine, load_config(name), torch.float32) for name in (config.model_a, config.model_b)
@@ -113,46 +115,48 @@ def choose_for_both(config: CompareConfig) -> EngineChoice:
 # --- one model after another ----------------------------------------------------------------------------------------
 
 
-def ask(config: CompareConfig, ready: Mapping[str, Ready], choice: EngineChoice, chosen: Sequence[Chosen]) -> Said:
-    """Let each model answer and measure it, the reference last, as it has to read what the others answered."""
-    said = Said()
+def measure(
+    config: CompareConfig, models: Mapping[str, PreparedModel], choice: EngineChoice, chosen: Sequence[Chosen]
+) -> Measurements:
+    """Generate with each model and measure it. The reference comes last because it scores the others' responses."""
+    measured = Measurements()
     reference = reference_of(config)
-    due = _kl_due(config, ready, reference, said)
-    pairs = _fitting(ready, chosen, said)
-    own: dict[str, list[Logprobs]] = {}
-    for side in sorted(ready, key=lambda each: (each == reference, each)):
+    due = _kl_due(config, models, reference, measured)
+    pairs = _fitting(models, chosen, measured)
+    logprobs: dict[str, list[Logprobs]] = {}
+    for side in sorted(models, key=lambda each: (each == reference, each)):
         if side == THIRD and not due:
             continue
-        model = load_policy(ready[side].name)
+        model = load_policy(models[side].name)
         if side in SIDES:
-            said.answers[side] = _answers(config, side, ready[side], model, choice)
+            measured.responses[side] = _responses(config, side, models[side], model, choice)
             _to_gpu(model)
             if side in due:
-                own[side] = _logprobs(config, ready[side], model, said.answers[side])
+                logprobs[side] = _logprobs(config, models[side], model, measured.responses[side])
             if pairs:
-                said.perplexity[side] = perplexity(model, ready[side].tokenizer, pairs)
+                measured.perplexity[side] = perplexity(model, models[side].tokenizer, pairs)
         if side == reference:
             _to_gpu(model)
             for other in due:
-                if _has_rows_for(said.answers[other], ready[side]):
-                    read = _logprobs(config, ready[side], model, said.answers[other])
-                    said.kl_sums[other] = kl_sums(own[other], read)
+                if _knows_ids_of(measured.responses[other], models[side]):
+                    by_reference = _logprobs(config, models[side], model, measured.responses[other])
+                    measured.kl_sums[other] = kl_sums(logprobs[other], by_reference)
                 else:
-                    said.notes.append(
-                        f"The KL of {other} is left out: it said tokens that {ready[side].name} doesn't have."
+                    measured.notes.append(
+                        f"Skipped the KL of {other}: it generated tokens that {models[side].name} doesn't have."
                     )
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return said
+    return measured
 
 
 def _logprobs(
-    config: CompareConfig, ready: Ready, model: PreTrainedModel, answers: Sequence[Completion]
+    config: CompareConfig, prepared: PreparedModel, model: PreTrainedModel, responses: Sequence[Completion]
 ) -> list[Logprobs]:
-    """Of answers that may be another model's; they are read in the frame that they were given in, as in training."""
-    return answer_logprobs(model, answers, config.temperature, ready.pad_id)
+    """Return log-probabilities of responses, with the prompt format that they were generated with, as in training."""
+    return answer_logprobs(model, responses, config.temperature, prepared.pad_id)
 
 
 def _to_gpu(model: PreTrainedModel) -> None:
@@ -160,10 +164,10 @@ def _to_gpu(model: PreTrainedModel) -> None:
         model.to("cuda")
 
 
-def _answers(
-    config: CompareConfig, side: str, ready: Ready, model: PreTrainedModel, choice: EngineChoice
+def _responses(
+    config: CompareConfig, side: str, prepared: PreparedModel, model: PreTrainedModel, choice: EngineChoice
 ) -> list[Completion]:
-    """``num_samples`` answers to each prompt, in order."""
+    """Return ``num_samples`` responses to each prompt, in order."""
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -173,90 +177,87 @@ def _answers(
         seed=config.seed,
     )
     if choice.name == "transformers":
-        _to_gpu(model)  # vLLM places its own copy
+        _to_gpu(model)  # vLLM moves its own copy
     limit = config.max_prompt_length + config.max_new_tokens
-    engine = start_engine(choice, model, ready.tokenizer, max_length=limit, batch_size=AT_A_TIME)
-    size = max(1, AT_A_TIME // config.num_samples)
-    parts = [ready.prompts[start : start + size] for start in range(0, len(ready.prompts), size)]
-    answers: list[Completion] = []
+    engine = start_engine(choice, model, prepared.tokenizer, max_length=limit, batch_size=RESPONSES_PER_CHUNK)
+    size = max(1, RESPONSES_PER_CHUNK // config.num_samples)
+    chunks = [prepared.prompts[start : start + size] for start in range(0, len(prepared.prompts), size)]
+    responses: list[Completion] = []
     try:
-        with Progress(f"answers of {side}", len(parts)) as progress:
-            for part in parts:
-                answers += engine.generate(part, sampling)
-                progress.step(f"{len(answers)} of {len(ready.prompts) * config.num_samples}")
+        with Progress(f"responses of {side}", len(chunks)) as progress:
+            for chunk in chunks:
+                responses += engine.generate(chunk, sampling)
+                progress.step(f"{len(responses)} of {len(prepared.prompts) * config.num_samples}")
     finally:
         engine.close()
-    return answers
+    return responses
 
 
 # --- KL -------------------------------------------------------------------------------------------------------------
 
 
-def _kl_due(config: CompareConfig, ready: Mapping[str, Ready], reference: str, said: Said) -> list[str]:
-    """The sides whose KL to the reference can be measured; why another's can't goes into the notes."""
+def _kl_due(
+    config: CompareConfig, models: Mapping[str, PreparedModel], reference: str, measured: Measurements
+) -> list[str]:
+    """Return the sides whose KL to the reference is defined, and note why another's isn't."""
     if config.temperature == 0 or config.top_p < 1 or config.top_k > 0:
-        said.notes.append(
-            "The KL is left out: it needs answers drawn from the models' own distributions (temperature above 0, top_p 1, "
-            "top_k 0)."
+        measured.notes.append(
+            "Skipped the KL: it needs samples from the models' full distributions (temperature above 0, top_p 1, top_k 0)."
         )
         return []
     due = []
     for side in SIDES:
         if side == reference:
             continue
-        if ready[side].tokenizer.get_vocab() == ready[reference].tokenizer.get_vocab():
+        if models[side].tokenizer.get_vocab() == models[reference].tokenizer.get_vocab():
             due.append(side)
         else:
-            said.notes.append(
-                f"The KL of {side} to {ready[reference].name} is left out: it isn't defined between models with different "
-                "tokenizers."
+            measured.notes.append(
+                f"Skipped the KL of {side} to {models[reference].name}: it isn't defined for different tokenizers."
             )
     return due
 
 
-def _has_rows_for(answers: Sequence[Completion], ready: Ready) -> bool:
-    """Whether the model knows each id that was sampled: vocabularies with the same tokens may be padded differently."""
-    return max(max(answer.ids) for answer in answers) < ready.vocabulary
+def _knows_ids_of(responses: Sequence[Completion], prepared: PreparedModel) -> bool:
+    """Return whether the model has all sampled ids; vocabularies with the same tokens can differ in padding."""
+    return max(max(response.ids) for response in responses) < prepared.vocabulary
 
 
 # --- perplexity -----------------------------------------------------------------------------------------------------
 
 
-def _fitting(ready: Mapping[str, Ready], chosen: Sequence[Chosen], said: Said) -> list[Chosen]:
-    """The pairs that both models can read as a whole."""
+def _fitting(models: Mapping[str, PreparedModel], chosen: Sequence[Chosen], measured: Measurements) -> list[Chosen]:
+    """Return the pairs that fit into the contexts of both models."""
     try:
-        kept = [pair for pair in chosen if all(_fits(ready[side], pair) for side in SIDES)]
-    except ModelError as error:  # a chat template that can't frame an answer that is given
-        said.notes.append(f"The perplexity on the chosen answers is left out. {error}")
+        kept = [pair for pair in chosen if all(_fits(models[side], pair) for side in SIDES)]
+    except ModelError as error:  # a chat template that can't format a given response
+        measured.notes.append(f"Skipped the perplexity on chosen responses. {error}")
         return []
     if len(kept) < len(chosen):
-        said.notes.append(
-            f"The perplexity is that of {len(kept)} of {len(chosen)} chosen answers: the others are longer than a model's "
-            "context."
+        measured.notes.append(
+            f"The perplexity covers {len(kept)} of {len(chosen)} chosen responses. The others exceed a model's context."
         )
-    if kept and ready["A"].tokenizer.get_vocab() != ready["B"].tokenizer.get_vocab():
-        said.notes.append(
-            "The perplexities can't be compared with each other: they are per token, and the tokenizers differ."
-        )
+    if kept and models["A"].tokenizer.get_vocab() != models["B"].tokenizer.get_vocab():
+        measured.notes.append("The perplexities aren't comparable: they are per token, and the tokenizers differ.")
     return kept
 
 
-def _fits(ready: Ready, pair: Chosen) -> bool:
-    length = len(encode_example(ready.tokenizer, *pair))
-    return ready.context is None or length <= ready.context
+def _fits(prepared: PreparedModel, pair: Chosen) -> bool:
+    length = len(encode_example(prepared.tokenizer, *pair))
+    return prepared.context is None or length <= prepared.context
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Chosen]) -> float:
-    """Of the chosen answers: exp of the mean negative log-likelihood per token, in nats, framed, with EOS."""
-    framed = []
+    """Return the perplexity of chosen responses with prompt format and EOS: exp(mean negative log-likelihood per token)."""
+    formatted = []
     for prompt, answer in pairs:
         ids, whole = encode(tokenizer, format_prompt(tokenizer, prompt)), encode_example(tokenizer, prompt, answer)
-        framed.append((ids, whole[len(ids) :]))
-    framed.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of like length need little padding
+        formatted.append((ids, whole[len(ids) :]))
+    formatted.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of similar length need little padding
     total = tokens = 0.0
-    for start in range(0, len(framed), BATCH):
-        prompts, answers = zip(*framed[start : start + BATCH], strict=True)
+    for start in range(0, len(formatted), BATCH):
+        prompts, answers = zip(*formatted[start : start + BATCH], strict=True)
         logprobs_BT, _, mask_BT = response_logprobs(model, prompts, answers, pad_id=int(tokenizer.pad_token_id))
         total += float(logprobs_BT.double().sum())
         tokens += float(mask_BT.sum())

@@ -1,4 +1,4 @@
-"""The verb: check everything, let both models answer, have the answers judged, tell and write down what came of it."""
+"""The command `compare`: check the inputs, generate with both models, score the responses, print and write the results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from reinforcepp.commands.compare.answering import SIDES, Chosen, Said, ask, choose_for_both, make_ready, reference_of
-from reinforcepp.commands.compare.provenance import doubts
+from reinforcepp.commands.compare.answering import (
+    SIDES,
+    Chosen,
+    Measurements,
+    choose_for_both,
+    measure,
+    prepare,
+    reference_of,
+)
+from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig, as_dict
 from reinforcepp.data import ColumnNames, PromptRow, count, load_prompts, normalize, read_table, resolve_data
 from reinforcepp.data.builtin import JUDGE_NAME
@@ -22,10 +30,10 @@ from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.page import as_page
 from reinforcepp.reports.comparison.result import (
     Better,
-    Figures,
     ModelComparison,
+    ModelMetrics,
     Pair,
-    distinct_runs,
+    distinct_ngrams,
     distinct_share,
     mean_by_prompt,
 )
@@ -40,10 +48,10 @@ BETTER: dict[float, Better] = {0.0: "A", 0.5: "tie", 1.0: "B"}
 
 
 def run_compare(config: CompareConfig) -> ModelComparison:
-    """Compare the two models, write ``config.output_dir`` and print the outcome, the verdict last.
+    """Compare the two models, write ``config.output_dir``, and print the results, the verdict last.
 
     Raises:
-        ReinforceError: for a model, data, a judge or a folder that can't be used; nothing is written then.
+        ReinforceError: A model, the data, the judge, or the folder is unusable; nothing is written.
     """
     folder = check_output(config.output_dir, overwrite=config.overwrite)
     comparison = compare_models(config)
@@ -54,23 +62,25 @@ def run_compare(config: CompareConfig) -> ModelComparison:
     write_json(folder / "compare.json", comparison.summary())
     with whole_file(folder / "compare.html") as file:
         file.write(as_page(comparison))
-    echo(f"Everything is in {folder}: compare.json, answers.jsonl and, to judge for yourself, compare.html", "green")
+    echo(
+        f"Saved compare.json, answers.jsonl and compare.html to {folder}. Open compare.html to vote yourself.", "green"
+    )
     report.show(comparison)
     return comparison
 
 
 def compare_models(config: CompareConfig) -> ModelComparison:
-    """All answers and figures; what can be refused from small files alone is refused before a weight is loaded."""
+    """Return all responses and metrics. Everything that small files reveal is checked before any weights are loaded."""
     rows = prompts_to_answer(config)
     if config.judge_name != JUDGE_NAME:
         check_reward_folder(config.judge_name)
-    ready = make_ready(config, rows)
+    models = prepare(config, rows)
     choice = choose_for_both(config)
     chosen = chosen_answers(config, rows)
-    said = ask(config, ready, choice, chosen)
-    scores = judged(config, said.answers)
+    measured = measure(config, models, choice, chosen)
+    scores = judge_scores(config, measured.responses)
     shaped = {side: _by_prompt(scores[side], config) for side in SIDES}
-    lengths = {side: _by_prompt([float(len(c.text)) for c in said.answers[side]], config) for side in SIDES}
+    lengths = {side: _by_prompt([float(len(c.text)) for c in measured.responses[side]], config) for side in SIDES}
     outcome = compare(
         shaped["A"],
         shaped["B"],
@@ -81,21 +91,19 @@ def compare_models(config: CompareConfig) -> ModelComparison:
         seed=config.seed,
     )
     reference = reference_of(config)
-    notes = [*doubts(config), *said.notes, *report.limits(outcome)]
+    notes = [*caveats(config), *measured.notes, *report.limits(outcome)]
     if not chosen:
         column = config.column_names["chosen_column"]
-        notes.append(
-            f"The perplexity is left out: {config.data} has no answers in a column {column!r} for these prompts."
-        )
+        notes.append(f"Skipped the perplexity: {config.data} has no responses in column {column!r} for these prompts.")
     return ModelComparison(
         settings=as_dict(config),
         judge=config.judge_name,
-        reference=ready[reference].name if reference not in SIDES else reference,
+        reference=models[reference].name if reference not in SIDES else reference,
         chosen_answers=len(chosen),
         outcome=outcome,
-        figures={side: figures_of(config, side, said, scores[side]) for side in SIDES},
+        metrics={side: metrics_of(config, side, measured, scores[side]) for side in SIDES},
         notes=tuple(notes),
-        pairs=tuple(_pairs(config, said.answers, scores)),
+        pairs=tuple(_pairs(config, measured.responses, scores)),
     )
 
 
@@ -103,10 +111,10 @@ def compare_models(config: CompareConfig) -> ModelComparison:
 
 
 def prompts_to_answer(config: CompareConfig) -> list[PromptRow]:
-    """The held-out prompts, all where none is held out, or a choice among them that the seed decides.
+    """Return the held-out prompts, or all if none are held out, sampled down to ``max_prompts`` by the seed.
 
     Raises:
-        ReinforceError: as :func:`~reinforcepp.data.load_prompts`.
+        ReinforceError: As :func:`~reinforcepp.data.load_prompts`.
     """
     data, seen, heldout = load_prompts(
         config.data,
@@ -117,75 +125,75 @@ def prompts_to_answer(config: CompareConfig) -> list[PromptRow]:
     )
     rows = heldout or seen
     if 0 < config.max_prompts < len(rows):
-        places = sorted(random.Random(config.seed).sample(range(len(rows)), config.max_prompts))
-        rows = [rows[place] for place in places]
-    which = f"{count(len(rows), 'held-out prompt')}" if heldout else f"no prompt is held out, so all {len(rows)}"
-    echo(f"{data.summary()}; {which} to answer")
+        indices = sorted(random.Random(config.seed).sample(range(len(rows)), config.max_prompts))
+        rows = [rows[index] for index in indices]
+    which = count(len(rows), "held-out prompt") if heldout else f"all {len(rows)} prompts because none are held out"
+    echo(f"{data.summary()}; using {which}")
     return list(rows)
 
 
 def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow]) -> list[Chosen]:
-    """Each different answer that the data calls chosen for one of the prompts; none where it has no such texts."""
+    """Return the distinct chosen responses of the data for the prompts, if it has any."""
     files = resolve_data(config.data)
     names = ColumnNames(*config.column_names.values())
     table = read_table(files.heldout or files.train, names, pairs=False)
     wanted = {normalize(row.prompt) for row in rows}
-    different: dict[tuple[str, str], Chosen] = {}
+    distinct: dict[tuple[str, str], Chosen] = {}
     for row in table.rows:
         prompt, chosen = row.texts[0], row.cells.get(names.chosen)
         if isinstance(chosen, str) and chosen.strip() and normalize(prompt) in wanted:
-            different.setdefault((normalize(prompt), normalize(chosen)), (prompt, chosen))
-    return list(different.values())
+            distinct.setdefault((normalize(prompt), normalize(chosen)), (prompt, chosen))
+    return list(distinct.values())
 
 
 # --- judging and measuring ------------------------------------------------------------------------------------------
 
 
-def judged(config: CompareConfig, answers: Mapping[str, Sequence[Completion]]) -> dict[str, list[float]]:
-    """The judge's score of every answer.
+def judge_scores(config: CompareConfig, responses: Mapping[str, Sequence[Completion]]) -> dict[str, list[float]]:
+    """Return the judge's score of every response.
 
-    What both models said is scored once: its score would hang, by rounding, on the other texts of its batch.
+    A response that both models gave is scored once, because its score depends on the other texts of its batch by rounding.
     """
     judge = load_rewards(config.judge_name)
     for reward in judge.trained if torch.cuda.is_available() else ():
         reward.model.to("cuda")
-    different = {_identity(answer): answer for side in SIDES for answer in answers[side]}
-    echo(f"{config.judge_name} scores {count(len(different), 'different answer')}")
-    scores = dict(zip(different, judge.score(list(different.values())).known, strict=True))
-    return {side: [scores[_identity(answer)] for answer in answers[side]] for side in SIDES}
+    distinct = {_identity(response): response for side in SIDES for response in responses[side]}
+    echo(f"{config.judge_name} scores {count(len(distinct), 'distinct response')}")
+    scores = dict(zip(distinct, judge.score(list(distinct.values())).known, strict=True))
+    return {side: [scores[_identity(response)] for response in responses[side]] for side in SIDES}
 
 
-def _identity(answer: Completion) -> tuple[int, str, str]:
-    return answer.prompt.key, answer.text, answer.finish_reason
+def _identity(response: Completion) -> tuple[int, str, str]:
+    return response.prompt.key, response.text, response.finish_reason
 
 
 def _by_prompt(values: Sequence[float], config: CompareConfig) -> Array:
-    """-> (P, S)"""
+    """Return the values by prompt. -> (P, S)"""
     return np.array(values, dtype=np.float64).reshape(-1, config.num_samples)
 
 
-def figures_of(config: CompareConfig, side: str, said: Said, scores: Sequence[float]) -> Figures:
-    """One model's figures."""
-    answers = said.answers[side]
-    kl, kl_error = _kl(config, said.kl_sums.get(side))
-    texts = [answer.text for answer in answers]
-    return Figures(
+def metrics_of(config: CompareConfig, side: str, measured: Measurements, scores: Sequence[float]) -> ModelMetrics:
+    """Return the metrics of one model."""
+    responses = measured.responses[side]
+    kl, kl_error = _kl(config, measured.kl_sums.get(side))
+    texts = [response.text for response in responses]
+    return ModelMetrics(
         judge=fmean(scores),
         judge_error=standard_error(mean_by_prompt(scores, config.num_samples)),
-        length=fmean(len(answer.ids) for answer in answers),
+        length=fmean(len(response.ids) for response in responses),
         characters=fmean(map(len, texts)),
-        truncated=fmean(answer.finish_reason == "length" for answer in answers),
+        truncated=fmean(response.finish_reason == "length" for response in responses),
         distinct=distinct_share(texts),
-        distinct_1=distinct_runs(texts, 1),
-        distinct_2=distinct_runs(texts, 2),
+        distinct_1=distinct_ngrams(texts, 1),
+        distinct_2=distinct_ngrams(texts, 2),
         kl=kl,
         kl_error=kl_error,
-        perplexity=said.perplexity.get(side),
+        perplexity=measured.perplexity.get(side),
     )
 
 
 def _kl(config: CompareConfig, sums: Sequence[tuple[float, int]] | None) -> tuple[float | None, float | None]:
-    """Mean per token and its standard error over prompts."""
+    """Return the mean per token and its standard error over prompts."""
     if sums is None:
         return None, None
     parts_P, sizes_P = (_by_prompt(each, config).sum(axis=1) for each in zip(*sums, strict=True))
@@ -193,20 +201,20 @@ def _kl(config: CompareConfig, sums: Sequence[tuple[float, int]] | None) -> tupl
 
 
 def _pairs(
-    config: CompareConfig, answers: Mapping[str, Sequence[Completion]], scores: Mapping[str, Sequence[float]]
+    config: CompareConfig, responses: Mapping[str, Sequence[Completion]], scores: Mapping[str, Sequence[float]]
 ) -> list[Pair]:
     wins = preferences(np.array(scores["A"]), np.array(scores["B"]), config.tie_margin)
     return [
         Pair(
             prompt=a.prompt.text,
-            sample=place % config.num_samples,
+            sample=index % config.num_samples,
             answer_a=a.text,
             answer_b=b.text,
-            score_a=scores["A"][place],
-            score_b=scores["B"][place],
-            better=BETTER[float(wins[place])],
+            score_a=scores["A"][index],
+            score_b=scores["B"][index],
+            better=BETTER[float(wins[index])],
             finish_a=a.finish_reason,
             finish_b=b.finish_reason,
         )
-        for place, (a, b) in enumerate(zip(answers["A"], answers["B"], strict=True))
+        for index, (a, b) in enumerate(zip(responses["A"], responses["B"], strict=True))
     ]

@@ -1,4 +1,4 @@
-"""What the run that made a model says against judging it so: prompts that it has seen, a judge that it was trained to please."""
+"""Caveats from the runs that trained the models: prompts seen in training, or a judge used as reward."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from reinforcepp.run_dir import RUN_FILE
 SPLIT = ("seed", "heldout_fraction", "prompt_column")
 
 
-def doubts(config: CompareConfig) -> list[str]:
-    """A sentence for each reason to take a figure with care, from what the models' folders tell of their training."""
+def caveats(config: CompareConfig) -> list[str]:
+    """Return a sentence for each reason to distrust a metric, from the run records in the models' folders."""
     found = []
     for side, name in (("A", config.model_a), ("B", config.model_b)):
         run = _run_of(name)
-        if _pleases_the_judge(config, run):
+        if _trained_on_judge(config, run):
             found.append(
-                f"{side} was trained to please this very judge, so high scores say little about how good it is: another "
-                "judge would tell more."
+                f"{side} was trained with this judge as its reward, so high scores don't show quality. Use another judge."
             )
         training = run.get("settings", {})
         if _same(training.get("data"), config.data) and not config.data.startswith("builtin:"):
@@ -31,32 +30,32 @@ def doubts(config: CompareConfig) -> list[str]:
     return found
 
 
-def _pleases_the_judge(config: CompareConfig, run: Mapping[str, Any]) -> bool:
+def _trained_on_judge(config: CompareConfig, run: Mapping[str, Any]) -> bool:
     if config.judge_name == JUDGE_NAME:
         return False
     settings = run.get("settings", {})
     if not settings.get("rewards") and _same(settings.get("reward_model"), config.judge_name):
         return True
-    fingerprint = check_reward_folder(config.judge_name).fingerprint  # finds it under another name, too
+    fingerprint = check_reward_folder(config.judge_name).fingerprint  # also matches a copy in another folder
     return any((reward.get("card") or {}).get("fingerprint") == fingerprint for reward in run.get("rewards", ()))
 
 
 def _seen(config: CompareConfig, side: str, training: Mapping[str, Any]) -> list[str]:
     if training.get("heldout_fraction") == 0:
-        return [f"{side} was trained on all prompts of {config.data}, so none of them is new to it."]
+        return [f"{side} was trained on all prompts of {config.data}, so none of them are held out."]
     if config.heldout_fraction == 0:
-        return [f"With heldout_fraction 0 most prompts are ones that {side} was trained on."]
+        return [f"With heldout_fraction 0, {side} was trained on most of the prompts."]
     differing = [name for name in SPLIT if training.get(name) != getattr(config, name)]
     if not differing:
         return []
     settings = " ".join(f"--{name} {training.get(name)}" for name in differing)
     return [
-        f"{side} was trained on another part of {config.data} and has seen some of these prompts: {settings} avoids them."
+        f"{side} was trained on another split of {config.data}, which contains some of these prompts. Use {settings}."
     ]
 
 
 def _run_of(name: str) -> dict[str, Any]:
-    """What is noted of the training that wrote the folder, or of the run of which it is a checkpoint; else nothing."""
+    """Return the record of the run that wrote the folder or checkpoint; empty if there is none."""
     folder = Path(name).expanduser()
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     try:
@@ -65,5 +64,5 @@ def _run_of(name: str) -> dict[str, Any]:
         return {}
 
 
-def _same(noted: Any, given: str) -> bool:
-    return isinstance(noted, str) and Path(noted).expanduser().resolve() == Path(given).expanduser().resolve()
+def _same(recorded: Any, given: str) -> bool:
+    return isinstance(recorded, str) and Path(recorded).expanduser().resolve() == Path(given).expanduser().resolve()

@@ -1,1 +1,1 @@
-"""The comparison of two models: statistics, text and page."""
+"""The report on two models compared on the same prompts."""

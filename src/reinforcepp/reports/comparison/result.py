@@ -1,4 +1,4 @@
-"""What a comparison found out, as records that go into files as they are."""
+"""The results of a comparison, as records that are written to files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Better = Literal["A", "B", "tie"]
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One model's figures over all its answers; None where one couldn't be measured.
+class ModelMetrics:
+    """Metrics of one model over all its responses; None if a metric can't be measured.
 
-    ``judge_error`` is the standard error of the mean score, over prompts; ``length`` the mean in tokens, ``characters`` in
-    characters; ``truncated`` the share cut off at the length limit; ``distinct`` the share of different answers;
-    ``distinct_1`` and ``distinct_2`` the number of different words, and of pairs of neighbouring words, over that of all
-    (Li et al. 2016, arXiv:1510.03055); ``kl`` in nats per token, with its standard error; ``perplexity`` per token of the
-    chosen answers.
+    ``judge_error`` is the standard error of the mean score over prompts. ``length`` is the mean in tokens, ``characters``
+    in characters. ``truncated`` is the share truncated at the length limit, ``distinct`` the share of distinct responses.
+    ``distinct_1`` and ``distinct_2`` are distinct words and word pairs divided by all of them (Li et al. 2016,
+    arXiv:1510.03055). ``kl`` is in nats per token, with its standard error. ``perplexity`` is per token of the chosen
+    responses.
     """
 
     judge: float
@@ -39,7 +39,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to a prompt, with what the judge gave them; ``sample`` counts the answers of a model to it from 0."""
+    """Two responses to a prompt with their judge scores; ``sample`` numbers a model's responses to the prompt from 0."""
 
     prompt: str
     sample: int
@@ -54,43 +54,44 @@ class Pair:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Everything; ``reference`` is the model to which the KL was measured, ``notes`` say what limits the figures."""
+    """All results; ``reference`` is the reference model of the KL, ``notes`` are limitations of the metrics."""
 
     settings: dict[str, Any]
     judge: str
     reference: str
     chosen_answers: int
     outcome: Outcome
-    figures: dict[str, Figures]
+    metrics: dict[str, ModelMetrics]
     notes: tuple[str, ...]
     pairs: tuple[Pair, ...]
 
     def summary(self) -> dict[str, Any]:
-        """All but the answers, for compare.json."""
+        """Return everything except the responses, for compare.json."""
         return {
             "model_a": self.settings["model_a"],
             "model_b": self.settings["model_b"],
             "better": self.outcome.winner,
             "better_at_equal_length": self.outcome.length_controlled_winner,
-            **{name: value for name, value in asdict(self).items() if name not in ("pairs", "settings")},
+            **{name: value for name, value in asdict(self).items() if name not in ("metrics", "pairs", "settings")},
+            "figures": {side: asdict(metrics) for side, metrics in self.metrics.items()},
             "settings": self.settings,
         }
 
 
 def distinct_share(texts: Sequence[str]) -> float:
-    """The number of different answers over the number of answers."""
+    """Return the share of distinct texts."""
     return len(set(texts)) / len(texts)
 
 
-def distinct_runs(texts: Sequence[str], length: int) -> float:
-    """Different runs of ``length`` words over all such runs, none reaching from one answer into the next; 0 of none."""
-    runs = []
+def distinct_ngrams(texts: Sequence[str], length: int) -> float:
+    """Return the share of distinct word n-grams of ``length`` within the texts; 0 without any."""
+    ngrams = []
     for text in texts:
-        own = words(text)
-        runs += [tuple(own[i : i + length]) for i in range(len(own) - length + 1)]
-    return len(set(runs)) / len(runs) if runs else 0.0
+        tokens = words(text)
+        ngrams += [tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def mean_by_prompt(values: Sequence[float], samples: int) -> list[float]:
-    """The mean over each prompt's ``samples`` values, which stand side by side."""
+    """Return the mean of each prompt's ``samples`` consecutive values."""
     return [fmean(values[start : start + samples]) for start in range(0, len(values), samples)]
