@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from reinforcepp.commands.report import write_report
-from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers, step_file
+from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions, step_file
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.live_view import Moment, Sample, duration, view
 from reinforcepp.monitoring.run_record import RunRecord, find_run, read_run
@@ -71,7 +71,7 @@ def terminal(record: RunRecord) -> str:
     for before, now in pairwise([{"num_tokens": 0.0}, *history]):
         now["step_tokens"] = now["num_tokens"] - before["num_tokens"]
     step = int(history[-1]["step"])
-    answers = read_answers(record.folder / COMPLETIONS / step_file(step))
+    answers = read_completions(record.folder / COMPLETIONS / step_file(step))
     shown = replace(record, metrics=history, evaluations={"before": record.evaluations["before"]})
     diagnosis = diagnose(shown)
     moment = Moment(

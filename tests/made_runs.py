@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.config import TrainConfig, as_dict
-from reinforcepp.monitoring.completion_log import evaluation_file, save_answers, step_file
+from reinforcepp.monitoring.completion_log import evaluation_file, save_completions, step_file
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -106,9 +106,11 @@ def make_run(
         (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps(evaluations), encoding="utf-8")
     for step in range(1, min(logged, steps) + 1):
-        save_answers(folder / "completions" / step_file(step), completions(step, text, draw))
+        save_completions(folder / "completions" / step_file(step), completions(step, text, draw))
     for when, own in evaluations.items():
-        save_answers(evaluation_file(folder, when), heldout_answers(when, own["reward"], heldout, text, "judge" in own))
+        save_completions(
+            evaluation_file(folder, when), heldout_answers(when, own["reward"], heldout, text, "judge" in own)
+        )
     return folder
 
 

@@ -4,7 +4,7 @@ import pytest
 from tutorials import BLOCK, FOLDER, follow
 
 from reinforcepp.monitoring import read_metrics
-from reinforcepp.monitoring.completion_log import read_answers
+from reinforcepp.monitoring.completion_log import read_completions
 
 TUTORIALS = sorted(FOLDER.glob("*.md"))
 
@@ -40,7 +40,7 @@ def test_reward_function(followed, tmp_path):
     assert len(steps) == 5 and (run / "report.html").is_file()
     for name in ("names_a_command", "opinion", "length"):
         assert all(f"rewards/{name}/mean" in step for step in steps)
-        assert f"reward/{name}" in read_answers(run / "completions")[0]
+        assert f"reward/{name}" in read_completions(run / "completions")[0]
 
 
 def test_math_with_rules(followed, tmp_path):

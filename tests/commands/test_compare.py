@@ -259,18 +259,18 @@ def token_mean(values: list[list[float]]) -> float:
 
 @pytest.fixture
 def with_ids(monkeypatch):
-    """Sampled ids by side and answer, which the files don't hold."""
-    from reinforcepp.commands.compare import answering
+    """Return the sampled ids by side and response, which the files don't contain."""
+    from reinforcepp.commands.compare import measurement
 
     kept: dict[str, list[list[int]]] = {}
-    original = answering._answers
+    original = measurement._responses
 
     def answers_of(config, side, *rest):
         found = original(config, side, *rest)
         kept[side] = [list(answer.ids) for answer in found]
         return found
 
-    monkeypatch.setattr(answering, "_answers", answers_of)
+    monkeypatch.setattr(measurement, "_responses", answers_of)
     return kept
 
 
@@ -307,8 +307,6 @@ def test_only_one_model_is_in_memory_at_a_time(place, monkeypatch):
     import gc
     import weakref
 
-    from reinforcepp.commands.compare import answering
-
     alive: list[weakref.ref] = []
     loaded: list[str] = []
 
@@ -320,7 +318,7 @@ def test_only_one_model_is_in_memory_at_a_time(place, monkeypatch):
         loaded.append(name)
         return model
 
-    monkeypatch.setattr(answering, "load_policy", load)
+    monkeypatch.setattr(measurement, "load_policy", load)
     compare_models(config(model_b="other", reference="near", heldout_fraction=0.5))
     assert loaded == ["a", "other", "near"]
 
@@ -431,7 +429,7 @@ def test_chosen_answers_that_are_too_long_are_counted(compared):
 
 def test_long_prompts_are_reported(compared):
     _, _, err = compared("a", "near", "--max_prompt_length", "20")
-    assert "exceed 20 tokens of A and were truncated" in err
+    assert "exceed 20 tokens of A" in err
 
 
 def test_training_on_the_judge_or_on_the_prompts_is_reported(compared, place, models):

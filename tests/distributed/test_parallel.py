@@ -16,7 +16,7 @@ from reinforcepp.distributed import ranks as distributed
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import load_policy
 from reinforcepp.monitoring import read_metrics
-from reinforcepp.monitoring.completion_log import read_answers
+from reinforcepp.monitoring.completion_log import read_completions
 from reinforcepp.training.checkpoint import Checkpoint
 
 REWARD = """
@@ -192,7 +192,7 @@ def test_it_is_told_once_and_one_process_writes(launched, how):
     for words in ("8 prompts", "training 2/2", "Saved policy to", "Doctor: "):
         assert text.count(words) == 1, text
     assert (folder / "model.safetensors").is_file() and len(read_metrics(folder)) == 2
-    answers = read_answers(folder / "completions")
+    answers = read_completions(folder / "completions")
     assert [row["step"] for row in answers] == [1, 1, 1, 2, 2, 2]
     assert sorted(path.name for path in (folder / "completions").iterdir()) == [
         "step-000001.parquet",

@@ -33,8 +33,8 @@ def scores(rewards=(1.0, 3.0, 2.0, 2.0)):
 
 
 def test_a_row_says_what_a_completion_was_worth(tmp_path):
-    answers.save_answers(tmp_path / answers.step_file(7), rollout_columns(batch(), scores(), 7))
-    rows = answers.read_answers(tmp_path)
+    answers.save_completions(tmp_path / answers.step_file(7), rollout_columns(batch(), scores(), 7))
+    rows = answers.read_completions(tmp_path)
     k3 = math.exp(-0.5) + 0.5 - 1  # of log-probabilities -1 under the policy and -1.5 under the reference, each token
     assert rows[1] == {
         "step": 7,
@@ -54,7 +54,7 @@ def test_datasets_reads_all_steps_as_one_table(tmp_path):
     from datasets import load_dataset
 
     for step in (1, 2, 10):
-        answers.save_answers(
+        answers.save_completions(
             tmp_path / "run" / "completions" / answers.step_file(step), rollout_columns(batch(), scores(), step)
         )
     data = load_dataset(
@@ -62,27 +62,29 @@ def test_datasets_reads_all_steps_as_one_table(tmp_path):
     )
     assert data["step"] == [1] * 4 + [2] * 4 + [10] * 4
     assert data.column_names[:4] == ["step", "prompt", "completion", "reward"]
-    assert answers.steps_with_answers(tmp_path / "run") == [1, 2, 10]
+    assert answers.saved_steps(tmp_path / "run") == [1, 2, 10]
 
 
 def test_the_same_answers_are_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        answers.save_answers(tmp_path / name, rollout_columns(batch(), scores(), 1))
+        answers.save_completions(tmp_path / name, rollout_columns(batch(), scores(), 1))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_a_resume_takes_back_what_came_later_and_brings_what_came_before(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     for step in (1, 2, 3):
-        answers.save_answers(run / "completions" / answers.step_file(step), rollout_columns(batch(), scores(), step))
+        answers.save_completions(
+            run / "completions" / answers.step_file(step), rollout_columns(batch(), scores(), step)
+        )
     for when in ("before", "step 1", "step 3", "after"):
-        answers.save_answers(answers.evaluation_file(run, when), answers.columns_of(batch().completions))
+        answers.save_completions(answers.evaluation_file(run, when), answers.columns_of(batch().completions))
     other.mkdir()
-    answers.restore_answers(run, other, 2)
+    answers.restore_completions(run, other, 2)
     assert {path.stem for path in (other / "evaluations").iterdir()} == {"before", "step-000001"}
-    assert answers.steps_with_answers(other) == [1, 2] and answers.steps_with_answers(run) == [1, 2, 3]
-    answers.restore_answers(run, run, 1)
-    assert answers.steps_with_answers(run) == [1]
+    assert answers.saved_steps(other) == [1, 2] and answers.saved_steps(run) == [1, 2, 3]
+    answers.restore_completions(run, run, 1)
+    assert answers.saved_steps(run) == [1]
     assert {path.stem for path in (run / "evaluations").iterdir()} == {"before", "step-000001"}
 
 

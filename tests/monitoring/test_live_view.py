@@ -1,4 +1,4 @@
-"""The live view: what it shows of a moment, at every width, whatever the model wrote."""
+"""The live view: its content at every width, with any model output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from reinforcepp.monitoring.live_view import BLOCKS, Moment, Sample, duration, sparkline, trend, view
+from reinforcepp.monitoring.live_view import BLOCKS, Sample, Snapshot, duration, sparkline, trend_arrow, view
 
 
 def history(steps=30, **changes):
@@ -35,7 +35,7 @@ def history(steps=30, **changes):
 def moment(**changes):
     sample = Sample("How do I see routes?", "Run ip route.", 1.25)
     facts = {"title": "tiny", "step": 30, "num_steps": 100, "left": "2:20 min", "history": history(), "kl_limit": 5.0}
-    return Moment(**(facts | {"health": ("Nothing wrong was found.", None), "sample": sample} | changes))
+    return Snapshot(**(facts | {"health": ("No problems found.", None), "sample": sample} | changes))
 
 
 def shown(now, width=100):
@@ -44,7 +44,7 @@ def shown(now, width=100):
     return console.file.getvalue()
 
 
-def test_everything_there_is_to_see():
+def test_everything_is_shown():
     text = shown(moment())
     for expected in (
         "tiny  ·  step 30 of 100  ·  2:20 min left",
@@ -52,11 +52,11 @@ def test_everything_there_is_to_see():
         "0.0290",
         "limit 5",
         "30.0",
-        "25% cut off",
+        "25% truncated",
         "0.5000",
         "400 tokens/s",
         "rollout 50%  scoring 25%  update 25%  sync 0%",
-        "Nothing wrong was found.",
+        "No problems found.",
         "How do I see routes?",
         "Run ip route.  (+1.25)",
     ):
@@ -75,7 +75,7 @@ def test_before_the_first_step_and_after_one_without_rewards():
     assert "+0.000" not in shown(moment(history=[{"step": 1, "skipped_updates": 1.0}]))
 
 
-def test_a_models_text_steers_nothing():
+def test_model_output_cannot_control_the_terminal():
     hostile = Sample("\x1b[2Jp", "[bold red]x[/] \x1b]0;title\x07 \r evil\n\n\n\n" + "long " * 500, 0.0)
     text = shown(moment(sample=hostile))
     assert "\x1b" not in text and "\x07" not in text and "\r" not in text and "[bold red]x[/]" in text
@@ -91,8 +91,8 @@ def test_a_sparkline_goes_from_lowest_to_highest():
 
 
 def test_a_trend_needs_more_than_a_twentieth_of_the_spread():
-    assert trend([0.0] * 8 + [0.2] * 2, 1.0) == "▲" and trend([0.2] * 8 + [0.0] * 2, 1.0) == "▼"
-    assert trend([0.0] * 8 + [0.04] * 2, 1.0) == "▶" and trend([1.0], 1.0) == " "
+    assert trend_arrow([0.0] * 8 + [0.2] * 2, 1.0) == "▲" and trend_arrow([0.2] * 8 + [0.0] * 2, 1.0) == "▼"
+    assert trend_arrow([0.0] * 8 + [0.04] * 2, 1.0) == "▶" and trend_arrow([1.0], 1.0) == " "
 
 
 @pytest.mark.parametrize(

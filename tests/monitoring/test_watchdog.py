@@ -1,4 +1,4 @@
-"""A training that hangs is ended with the stacks of all threads."""
+"""A training that hangs ends with the stacks of all threads."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ with Watchdog(Path(sys.argv[1]), 0.4) as watchdog:
 """
 
 
-def test_a_hang_is_ended_and_explained(tmp_path):
+def test_a_hang_ends_with_an_explanation(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -35,9 +35,9 @@ def test_a_hang_is_ended_and_explained(tmp_path):
     assert "waits_for_ever" in stacks and "<module>" in stacks, "the stacks of all threads"
 
 
-def test_the_first_process_of_each_machine_tells_of_the_others(tmp_path):
+def test_the_first_rank_of_each_node_mentions_the_other_ranks(tmp_path):
     for local, words in (
-        ("0", "It may wait for others that hang, or whose machines can't be reached any more."),
+        ("0", "It might wait for ranks that hang or whose nodes are unreachable."),
         ("1", ""),
     ):
         several = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": local}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reinforcepp.commands import cli
 from reinforcepp.config import PlanConfig
 from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.monitoring.completion_log import COMPLETIONS, save_answers, step_file
+from reinforcepp.monitoring.completion_log import COMPLETIONS, save_completions, step_file
 from reinforcepp.plan import exchange, lengths, memory, scaling, timing
 from reinforcepp.plan.exchange import Links
 from reinforcepp.plan.machine import Machine, Rates
@@ -113,8 +113,8 @@ def test_the_longest_of_several():
 
 
 def test_lengths_come_from_a_run_or_a_mean(tmp_path):
-    save_answers(tmp_path / COMPLETIONS / step_file(1), {"completion": ["a", "b"], "length": [2, 4]})
-    save_answers(tmp_path / COMPLETIONS / step_file(2), {"completion": ["c"], "length": [6]})
+    save_completions(tmp_path / COMPLETIONS / step_file(1), {"completion": ["a", "b"], "length": [2, 4]})
+    save_completions(tmp_path / COMPLETIONS / step_file(2), {"completion": ["c"], "length": [6]})
     found = lengths.lengths_for(config(lengths_from=str(tmp_path)))
     assert found.mean == pytest.approx(4) and "the 3 of" in found.said
     assert lengths.lengths_for(config(mean_new_tokens=10.0)).mean == pytest.approx(10)

@@ -10,7 +10,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
 from reinforcepp.monitoring import read_metrics
-from reinforcepp.monitoring.completion_log import read_answers
+from reinforcepp.monitoring.completion_log import read_completions
 from reinforcepp.training.scoring import score
 from reinforcepp.types import Completion
 
@@ -108,7 +108,7 @@ def test_a_batch_is_used_as_if_what_is_not_scored_had_never_been_there(base, tmp
     assert told == log(tmp_path / "never")
     for name, value in fewer.policy.state_dict().items():
         assert torch.equal(whole.policy.state_dict()[name], value), name
-    rows = [read_answers(tmp_path / name / "completions") for name in ("none", "never")]
+    rows = [read_completions(tmp_path / name / "completions") for name in ("none", "never")]
     assert rows[0] == rows[1] and all(row["reward"] is not None for row in rows[0])
 
 
@@ -150,7 +150,7 @@ def test_a_step_stopped_in_the_middle_goes_on_with_the_same_rows(base, tmp_path)
     assert any("+" in name for name in saved), "it must have been stopped within a step"
     trainer(base, tmp_path / "run", some, resume=True, **settings).train()
     assert log(tmp_path / "run") == log(tmp_path / "whole")
-    assert read_answers(tmp_path / "run" / "completions") == read_answers(tmp_path / "whole" / "completions")
+    assert read_completions(tmp_path / "run" / "completions") == read_completions(tmp_path / "whole" / "completions")
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_held_out_answers_that_are_not_scored_have_no_part_in_the_figures(base, 
     known = [reward for reward in after.rewards if reward is not None]
     assert 0 < len(known) < len(after.rewards) == 8
     assert after.reward == pytest.approx(sum(known) / len(known))
-    rows = read_answers(tmp_path / "run" / "evaluations" / "after.parquet")
+    rows = read_completions(tmp_path / "run" / "evaluations" / "after.parquet")
     assert [row["reward"] for row in rows] == after.rewards
 
 
@@ -180,7 +180,7 @@ def test_held_out_answers_of_which_none_is_scored_stop_the_run(base, tmp_path):
 def test_every_function_is_logged_by_itself_and_the_sum_with_its_weights(base, tmp_path):
     rewards = [spread, some, "0.5*rule:length?min=3&max=4", "rule:length?max=1&name=short"]
     trainer(base, tmp_path / "run", rewards, weights=[1, -2, 3, 0], truncation_penalty=0.25).train()
-    (told,), rows = log(tmp_path / "run"), read_answers(tmp_path / "run" / "completions")
+    (told,), rows = log(tmp_path / "run"), read_completions(tmp_path / "run" / "completions")
     for name in ("spread", "some", "length", "short"):
         said = [row[f"reward/{name}"] for row in rows if row[f"reward/{name}"] is not None]
         assert told[f"rewards/{name}/mean"] == pytest.approx(sum(said) / len(said))

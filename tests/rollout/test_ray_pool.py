@@ -24,7 +24,7 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
 from reinforcepp.models.loading import weights_hash
 from reinforcepp.monitoring import read_metrics
-from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
+from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rollout.ray import actor_pool
 from reinforcepp.rollout.ray import engine as ray_engine
@@ -385,7 +385,7 @@ def test_a_training_with_a_pool(cluster, model_folder, pairs_csv, tmp_path):
         arguments += ["--rollout_workers", 1, "--sync_check_every", 1] if rollout == pool else []
         arguments += ["--staleness", staleness] if staleness else []
         assert cli.main(list(map(str, arguments))) == 0
-        drawn.append([row["completion"] for row in read_answers(folder / COMPLETIONS) if row["step"] == 1])
+        drawn.append([row["completion"] for row in read_completions(folder / COMPLETIONS) if row["step"] == 1])
         log = read_metrics(folder)
         assert len(log) == 2 and log[1].get("staleness", 0) == staleness
     assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) > 4
@@ -436,7 +436,7 @@ def test_a_training_with_both_in_the_pool(cluster, model_folder, pairs_csv, rewa
         pool = ["--rollout", f"ray://{cluster.address}", "--rollout_workers", 1, "--reward_workers", 1]
         arguments += pool if workers else ["--rollout", "transformers"]
         assert cli.main(list(map(str, arguments))) == 0
-        seen.append([row["reward"] for row in read_answers(folder / COMPLETIONS) if row["step"] == 1])
+        seen.append([row["reward"] for row in read_completions(folder / COMPLETIONS) if row["step"] == 1])
         assert len(read_metrics(folder)) == 2
     assert seen[1] == pytest.approx(seen[0], abs=1e-5)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import scripts
 from reinforcepp.monitoring import read_metrics
-from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
+from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray isn't installed")
 SCORERS = ["--reward_workers", "1"]
@@ -146,7 +146,9 @@ def test_a_pool_trains_two_ranks_like_one(tmp_path, model_folder, pairs_csv, rew
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("Saved policy to") == 1
-    texts = [sorted((row["step"], row["completion"]) for row in read_answers(run / COMPLETIONS)) for run in (one, two)]
+    texts = [
+        sorted((row["step"], row["completion"]) for row in read_completions(run / COMPLETIONS)) for run in (one, two)
+    ]
     assert texts[0] == texts[1] and len(texts[0]) > 4
     assert [line["staleness"] for line in read_metrics(two)] == [0, 1, 1]
     begun, weights, others = (load_file(folder / "model.safetensors") for folder in (model_folder, one, two))

@@ -25,7 +25,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
 from reinforcepp.errors import RolloutError
 from reinforcepp.files import PARTIAL
-from reinforcepp.monitoring.completion_log import COMPLETIONS, read_answers
+from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm import server_pool
 from reinforcepp.rollout.vllm.client import Timeouts
@@ -358,7 +358,7 @@ def test_a_training_with_a_server_equals_one_with_vllm_in_process(served, tmp_pa
         trainer = training(base, tmp_path / name, rollout)
         trainer.train()
         trainer.engine.close()
-        completions = [row["completion"] for row in read_answers(tmp_path / name / COMPLETIONS)]
+        completions = [row["completion"] for row in read_completions(tmp_path / name / COMPLETIONS)]
         results.append((completions, trainer.policy.state_dict()))
     assert results[0][0] == results[1][0] and len(results[0][0]) == 24
     for name, weight in results[0][1].items():
@@ -377,7 +377,9 @@ def test_a_server_serves_several_processes(served, tmp_path, pairs_csv):
         words += ["--sync_check_every", 1] if processes > 1 else []
         done = scripts.launched(processes, "-m", "reinforcepp", *words, "--max_prompt_length", 40)
         assert done.returncode == 0, done.stderr
-        completions.append({(row["step"], row["prompt"]): row["completion"] for row in read_answers(run / COMPLETIONS)})
+        completions.append(
+            {(row["step"], row["prompt"]): row["completion"] for row in read_completions(run / COMPLETIONS)}
+        )
     # Each check of the sync compares log-probabilities. Rounding depends on the CPU, and can turn a token sampled by another
     # engine; without the shared sampling seeds, no two of the completions would be equal.
     assert completions[0].keys() == completions[1].keys() and len(completions[0]) == 6
@@ -435,7 +437,7 @@ def test_a_run_is_saved_when_all_servers_are_killed(served, tmp_path, monkeypatc
     assert "no vLLM server is available: " in message
     assert all(server.url in message for server in served) and "can't be reached" in message
     assert "The run is saved after step 2 of 4" in message
-    answered = Counter((row["step"], row["prompt"]) for row in read_answers(tmp_path / "run" / COMPLETIONS))
+    answered = Counter((row["step"], row["prompt"]) for row in read_completions(tmp_path / "run" / COMPLETIONS))
     assert len(answered) == 16 and set(answered.values()) == {1}
     assert [stats.lost for stats in trainer.engine.dispatches] == [0, 1]
     trainer.engine.close()

@@ -103,7 +103,7 @@ def test_a_signal_in_the_middle_of_a_step_loses_nothing(base, tmp_path, capsys, 
         run.train()
     assert stop.value.exit_code == 143
     assert steps(tmp_path / "run")[-1] == name
-    assert "SIGTERM: stopping as soon as nothing is half done" in capsys.readouterr().err
+    assert "SIGTERM: saving and stopping" in capsys.readouterr().err
     trainer(base, tmp_path / "run", resume=True, **kind).train()
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
@@ -207,7 +207,7 @@ with stop_signals() as stop:
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (code, "first\n"), done.stderr
-    assert "What was saved before is whole" in done.stderr
+    assert "Stopped immediately" in done.stderr
 
 
 # --- which checkpoint -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The verb: read, choose, write the page."""
+"""The command `report`: read the runs and write the page."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ PAGE = "report.html"
 
 
 def run_report(config: ReportConfig) -> None:
-    """Write the page that ``config`` asks for and tell where it is.
+    """Write the page that ``config`` describes and print its path.
 
     Raises:
-        ConfigError: A folder is no run or given twice, a log is damaged, or the page can't be written.
+        ConfigError: A folder isn't a run or is listed twice, a log is damaged, or the page can't be written.
     """
     if len(config.runs) == 1 and (Path(config.runs[0]).expanduser() / REWARD_CARD).is_file():
         _report_reward_model(config)
@@ -34,21 +34,21 @@ def run_report(config: ReportConfig) -> None:
     output = _check_page(config.output if config.output is not None else default)
     for name, record in write_report(folders, output, config.samples).items():
         echo((f"{name}: " if len(folders) > 1 else "") + summary.verdict(record).text)
-    echo(f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser.", "green")
+    echo(f"Saved the report to {output} ({output.stat().st_size / 1e6:.1f} MB). Open it in a browser.", "green")
 
 
 def _report_reward_model(config: ReportConfig) -> None:
     folder = Path(config.runs[0]).expanduser()
     output = _check_page(config.output if config.output is not None else str(folder / PAGE))
     echo(write_reward_report(folder, output))
-    echo(f"Wrote {output}: open it in a browser.", "green")
+    echo(f"Saved the report to {output}. Open it in a browser.", "green")
 
 
 def write_report(folders: Sequence[Path], output: Path, samples: int = ReportConfig.samples) -> dict[str, RunRecord]:
-    """Write the report of the runs in ``folders`` to ``output``; returns the runs by the names that they have there.
+    """Write the report of the runs in ``folders`` to ``output`` and return the runs by their names on the page.
 
     Raises:
-        ConfigError: A folder is given twice or its log is damaged.
+        ConfigError: A folder is listed twice or its log is damaged.
     """
     runs = {name: read_run(folder) for name, folder in zip(names_of(folders), folders, strict=True)}
     text = report_page(runs, samples, {name: diagnose(record).findings for name, record in runs.items()})
@@ -58,16 +58,16 @@ def write_report(folders: Sequence[Path], output: Path, samples: int = ReportCon
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """As short a name for each folder as tells it from the others: its own, and as many above it as it takes.
+    """Return the shortest distinct name of each folder: its own name, with as many parents as needed.
 
     Raises:
-        ConfigError: for a folder that is given twice.
+        ConfigError: A folder is listed twice.
     """
     paths = [folder.resolve() for folder in folders]
     for path, folder in zip(paths, folders, strict=True):
         if paths.count(path) > 1:
-            raise ConfigError(f"{folder} is given twice: give each run once.")
-    # A demo's training is called policy, as every demo's is.
+            raise ConfigError(f"{folder}: the run is listed twice. Pass each run once.")
+    # Every demo's run folder is called policy, so its parent is part of the name.
     lengths = [2 if path.name == "policy" else 1 for path in paths]
     while True:
         names = ["/".join(path.parts[-length:]) for path, length in zip(paths, lengths, strict=True)]
@@ -79,8 +79,8 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def _check_page(name: str) -> Path:
-    """Where the page goes; a file of that name may be an earlier page of ours, and nothing else."""
+    """Return the path of the page; an existing file must be an earlier report."""
     output = check_output_file(name)
     if output.exists() and GENERATOR not in output.read_bytes()[:2000].decode(errors="replace"):
-        raise ConfigError(f"{name} is a file that no report wrote, and stays as it is: give another --output.")
+        raise ConfigError(f"{name}: the file exists and isn't a report. Choose another --output.")
     return output

@@ -1,6 +1,6 @@
-"""What a run tells: the metric log, the progress line, the training curve."""
+"""Monitoring of runs: metric log, progress, live view, and doctor."""
 
-from reinforcepp.monitoring.metric_log import EVENTS, LOGS, Clock, MetricLog, note_event, read_metrics, restore_logs
+from reinforcepp.monitoring.metric_log import EVENTS, LOGS, Clock, MetricLog, log_event, read_metrics, restore_logs
 from reinforcepp.monitoring.progress import Progress, console, echo, printable, reading_progress
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "Progress",
     "console",
     "echo",
-    "note_event",
+    "log_event",
     "printable",
     "read_metrics",
     "reading_progress",

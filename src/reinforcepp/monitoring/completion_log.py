@@ -1,10 +1,10 @@
-"""What the policy answered, as Parquet files that ``datasets`` reads: one for each training step and evaluation.
+"""The policy's completions as Parquet files that ``datasets`` reads: one per training step and evaluation.
 
 completions/step-000012.parquet   step, prompt, completion, reward, one column per reward function, kl, length,
                                   finish_reason; kl is the completion's mean of k3 per token, in nats, length in tokens
-evaluations/before.parquet        prompt, completion, reward, judge (where there is one), length, finish_reason
+evaluations/before.parquet        prompt, completion, reward, judge (if available), length, finish_reason
 
-``datasets.load_dataset("parquet", data_dir="RUN/completions")`` gives all steps as one table.
+``datasets.load_dataset("parquet", data_dir="RUN/completions")`` loads all steps as one table.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ COMPLETIONS, EVALUATIONS = "completions", "evaluations"
 
 
 def step_file(step: int) -> str:
-    """The name of a step's file."""
+    """Return the name of a step's file."""
     return f"step-{step:06d}.parquet"
 
 
 def evaluation_file(run: Path, when: str) -> Path:
-    """Where the answers of the evaluation ``before``, ``step N`` or ``after`` are."""
+    """Return the file of the evaluation ``before``, ``step N`` or ``after``."""
     name = when if not when.startswith("step ") else f"step-{int(when.removeprefix('step ')):06d}"
     return run / EVALUATIONS / f"{name}.parquet"
 
 
 def columns_of(completions: Sequence[Completion]) -> dict[str, Sequence[Any]]:
-    """What is known of completions by themselves."""
+    """Return the columns that depend on the completions alone."""
     return {
         "prompt": [c.prompt.text for c in completions],
         "completion": [c.text for c in completions],
@@ -45,14 +45,14 @@ def columns_of(completions: Sequence[Completion]) -> dict[str, Sequence[Any]]:
     }
 
 
-def save_answers(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write a table, whole or not at all; the same values are the same bytes."""
+def save_completions(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write a table atomically; equal values give equal bytes."""
     import pyarrow
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
-    table = {  # a column of rewards stays one of numbers where no answer of a step was scored
+    table = {  # a reward column keeps its type if no completion of a step was scored
         name: pyarrow.array(values, pyarrow.float64()) if name.startswith(("reward", "judge")) else values
         for name, values in columns.items()
     }
@@ -60,26 +60,26 @@ def save_answers(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     partial.replace(path)
 
 
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """The rows of one file, or of all files of a folder in the order of steps; none where there is nothing."""
+def read_completions(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of one file, or of all files of a folder in the order of steps; none if there are no files."""
     from pyarrow import parquet
 
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
     return [row for file in files for row in parquet.read_table(file).to_pylist()]
 
 
-def steps_with_answers(run: Path) -> list[int]:
-    """The steps whose completions ``run`` holds, in order."""
-    return sorted({step for step, _ in files_of_steps(run)})
+def saved_steps(run: Path) -> list[int]:
+    """Return the steps whose completions ``run`` contains, in order."""
+    return sorted({step for step, _ in step_files(run)})
 
 
-def files_of_steps(run: Path) -> list[tuple[int, Path]]:
-    """Step and file of all completions that ``run`` holds, in order."""
+def step_files(run: Path) -> list[tuple[int, Path]]:
+    """Return step and file of all completions that ``run`` contains, in order."""
     return sorted((_step(path), path) for path in (run / COMPLETIONS).glob("step-*.parquet"))
 
 
-def restore_answers(source: Path, run: Path, step: int) -> None:
-    """Take back what came after ``step``; in a ``run`` that goes on elsewhere, bring what its ``source`` has up to there."""
+def restore_completions(source: Path, run: Path, step: int) -> None:
+    """Remove completions after ``step``. If ``run`` resumes another folder ``source``, copy its completions up to ``step``."""
     for path in _files(run):
         if _step(path) > step:
             path.unlink()
@@ -97,6 +97,6 @@ def _files(run: Path) -> list[Path]:
 
 
 def _step(path: Path) -> int:
-    """The step that a file belongs to; ``before`` comes before all of them, ``after`` after."""
+    """Return the step of a file; ``before`` precedes all steps, ``after`` follows them."""
     found = re.match(r"step-(\d+)", path.name)
     return int(found[1]) if found else 0 if path.stem == "before" else sys.maxsize

@@ -1,4 +1,4 @@
-"""The training curve as a picture."""
+"""The training curve as an image."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PANELS = [
-    ("reward", "reward", "mean score of the reward model"),
+    ("reward", "reward", "mean score"),
     ("kl", "KL to the reference", "nats per token"),
     ("completions/mean_length", "length", "tokens per completion"),
 ]
 
 
 def draw_curve(metrics: Sequence[dict[str, float]], path: Path, title: str) -> None:
-    """Reward, KL and length against the step, side by side, as a PNG (or by the suffix of ``path``)."""
+    """Draw reward, KL and length against the step, side by side, as a PNG (or the format of the suffix of ``path``)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     figure.suptitle(title)
-    metrics = [m for m in metrics if all(key in m for key, *_ in PANELS)]  # others had rewards that weren't finite
+    metrics = [m for m in metrics if all(key in m for key, *_ in PANELS)]  # skips steps with non-finite rewards
     steps = [m["step"] for m in metrics]
     for axes, (key, name, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         values = [m[key] for m in metrics]
@@ -31,7 +31,7 @@ def draw_curve(metrics: Sequence[dict[str, float]], path: Path, title: str) -> N
 
 
 def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
-    """Exponential moving average."""
+    """Return the exponential moving average."""
     smooth: list[float] = []
     for value in values:
         smooth.append(weight * smooth[-1] + (1 - weight) * value if smooth else value)

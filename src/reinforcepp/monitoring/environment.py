@@ -1,4 +1,4 @@
-"""Where a run takes place: what a report needs for someone to do it again."""
+"""The environment of a run, recorded so that the run can be reproduced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and device of this process, the command that started it, and the time."""
+    """Return versions, hardware and device of this process, its command, and the time."""
     program = os.path.basename(sys.argv[0])
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -46,7 +46,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

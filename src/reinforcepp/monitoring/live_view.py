@@ -1,4 +1,4 @@
-"""A running training on the terminal: figures with their course, where the time goes, health, one sample."""
+"""Live view of a training on the terminal: metrics with sparklines, time by phase, health, and one sample."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rich.text import Text
 from reinforcepp.monitoring.progress import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-SPARK = 24
-NAMES, VALUES, NOTES = 7, 9, 24  # widths of columns
+SPARK_WIDTH = 24
+NAME_WIDTH, VALUE_WIDTH, NOTE_WIDTH = 7, 9, 24
 SAMPLE_LINES = 3
 PHASES = {"rollout": "blue", "score": "magenta", "update": "green", "sync": "yellow"}
 PHASE_NAMES = {"score": "scoring"}
@@ -33,8 +33,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What there is to show after a step; ``history`` is oldest first, ``health`` a verdict and its severity."""
+class Snapshot:
+    """The state of a training after a step; ``history`` is oldest first, ``health`` is a verdict and its severity."""
 
     title: str
     step: int
@@ -46,31 +46,31 @@ class Moment:
     sample: Sample | None
 
 
-def view(moment: Moment, width: int) -> RenderableType:
-    """The panel, for a terminal of ``width`` columns."""
-    now = moment.history[-1] if moment.history else {}
+def view(snapshot: Snapshot, width: int) -> RenderableType:
+    """Return the panel for a terminal of ``width`` columns."""
+    now = snapshot.history[-1] if snapshot.history else {}
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True, width=NAMES)
-    table.add_column(justify="right", no_wrap=True, width=VALUES)
+    table.add_column(style="dim", no_wrap=True, width=NAME_WIDTH)
+    table.add_column(justify="right", no_wrap=True, width=VALUE_WIDTH)
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(no_wrap=True, style="dim")
-    room = width - 4 - NAMES - VALUES - 6  # borders and padding
-    for *row, note in _figures(now, moment, min(SPARK, room)):
-        table.add_row(*row, note if room >= SPARK + NOTES else "")
+    room = width - 4 - NAME_WIDTH - VALUE_WIDTH - 6  # borders and padding
+    for *row, note in _metrics(now, snapshot, min(SPARK_WIDTH, room)):
+        table.add_row(*row, note if room >= SPARK_WIDTH + NOTE_WIDTH else "")
     facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True, width=NAMES)
+    facts.add_column(style="dim", no_wrap=True, width=NAME_WIDTH)
     facts.add_column(ratio=1)
     facts.add_row("time", _times(now))
-    facts.add_row("health", Text(moment.health[0], HEALTH[moment.health[1]]))
-    if moment.sample is not None:
-        facts.add_row("sample", _sample(moment.sample))
-    done = Bar(max(1, moment.num_steps), 0, moment.step, color="green")
-    heading = Text(f"{moment.title}  ·  step {moment.step} of {moment.num_steps}  ·  {moment.left} left")
+    facts.add_row("health", Text(snapshot.health[0], HEALTH[snapshot.health[1]]))
+    if snapshot.sample is not None:
+        facts.add_row("sample", _sample(snapshot.sample))
+    done = Bar(max(1, snapshot.num_steps), 0, snapshot.step, color="green")
+    heading = Text(f"{snapshot.title}  ·  step {snapshot.step} of {snapshot.num_steps}  ·  {snapshot.left} left")
     return Panel(Group(done, table, facts), title=heading, title_align="left", border_style="dim")
 
 
-def sparkline(values: Sequence[float], width: int = SPARK) -> str:
-    """The course of ``values`` in ``width`` characters at most, each the mean of a stretch; lowest to highest."""
+def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
+    """Return ``values`` as up to ``width`` blocks, each the mean of a stretch, scaled from lowest to highest."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -83,15 +83,15 @@ def sparkline(values: Sequence[float], width: int = SPARK) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``42 s``, ``3:05 min`` or ``2:10 h``."""
+    """Return ``42 s``, ``3:05 min`` or ``2:10 h``."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
-def trend(values: Sequence[float], spread: float) -> str:
-    """Whether ``values`` go up or down: the last fifth against the one before, in units of ``spread``."""
+def trend_arrow(values: Sequence[float], spread: float) -> str:
+    """Return an arrow for the change from the fourth to the last fifth of ``values``, in units of ``spread``."""
     size = max(1, len(values) // 5)
     if len(values) < 2 * size or not spread:
         return " "
@@ -99,34 +99,34 @@ def trend(values: Sequence[float], spread: float) -> str:
     return "▲" if change > 0.05 * spread else "▼" if change < -0.05 * spread else "▶"
 
 
-def _figures(now: Mapping[str, float], moment: Moment, room: int) -> list[tuple[str, RenderableType, str, str]]:
-    def course(name: str) -> list[float]:
-        return [m[name] for m in moment.history if name in m]
+def _metrics(now: Mapping[str, float], snapshot: Snapshot, room: int) -> list[tuple[str, RenderableType, str, str]]:
+    def series(name: str) -> list[float]:
+        return [m[name] for m in snapshot.history if name in m]
 
     def number(name: str, form: str) -> str:
         return form.format(now[name]) if name in now else "-"
 
-    rewards = course("reward")
-    arrow = trend(rewards, now.get("reward_std", 0.0))
-    colour = {"▲": "bold green", "▼": "bold red"}.get(arrow, "bold")
-    limit = f"nats per token, limit {moment.kl_limit:g}" if moment.kl_limit else "nats per token"
+    rewards = series("reward")
+    arrow = trend_arrow(rewards, now.get("reward_std", 0.0))
+    color = {"▲": "bold green", "▼": "bold red"}.get(arrow, "bold")
+    limit = f"nats per token, limit {snapshot.kl_limit:g}" if snapshot.kl_limit else "nats per token"
     first = f"from {rewards[0]:+.3f}" if rewards else ""
-    cut = now.get("completions/clipped_ratio", 0.0)
+    truncated = now.get("completions/clipped_ratio", 0.0)
     return [
-        ("reward", Text(f"{arrow} {number('reward', '{:+.3f}')}", colour), sparkline(rewards, room), first),
-        ("KL", number("kl", "{:.4f}"), sparkline(course("kl"), room), limit),
+        ("reward", Text(f"{arrow} {number('reward', '{:+.3f}')}", color), sparkline(rewards, room), first),
+        ("KL", number("kl", "{:.4f}"), sparkline(series("kl"), room), limit),
         (
             "length",
             number("completions/mean_length", "{:.1f}"),
-            sparkline(course("completions/mean_length"), room),
-            "tokens" + (f", {cut:.0%} cut off" if cut else ""),
+            sparkline(series("completions/mean_length"), room),
+            "tokens" + (f", {truncated:.0%} truncated" if truncated else ""),
         ),
-        ("entropy", number("entropy", "{:.4f}"), sparkline(course("entropy"), room), "nats per token"),
+        ("entropy", number("entropy", "{:.4f}"), sparkline(series("entropy"), room), "nats per token"),
     ]
 
 
 def _times(now: Mapping[str, float]) -> Text:
-    """Tokens per second and the share of each phase, as a bar and in words."""
+    """Return tokens per second and the share of each phase, as a bar and as numbers."""
     total = now.get("step_time", 0.0)
     if not total:
         return Text("-")
@@ -134,7 +134,7 @@ def _times(now: Mapping[str, float]) -> Text:
     text = Text(f"{tokens:,.0f} tokens/s  ") if tokens else Text()
     shares = {name: now.get(f"time/{name}", 0.0) / total for name in PHASES}
     for name, share in shares.items():
-        text.append("█" * round(share * SPARK), PHASES[name])
+        text.append("█" * round(share * SPARK_WIDTH), PHASES[name])
     for name, share in shares.items():
         text.append(f"  {PHASE_NAMES.get(name, name)} {share:.0%}", PHASES[name])
     return text
@@ -145,6 +145,6 @@ def _sample(sample: Sample) -> RenderableType:
         text = " ".join(printable(text).split())
         return text if len(text) <= most else text[: most - 1] + "…"
 
-    answer = Text(short(sample.completion, 80 * SAMPLE_LINES) or "(empty)")
-    answer.append(f"  ({sample.reward:+.2f})", "dim")
-    return Group(Text(short(sample.prompt, 160), "dim"), answer)
+    completion = Text(short(sample.completion, 80 * SAMPLE_LINES) or "(empty)")
+    completion.append(f"  ({sample.reward:+.2f})", "dim")
+    return Group(Text(short(sample.prompt, 160), "dim"), completion)

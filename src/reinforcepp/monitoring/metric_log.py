@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object per line and step, timings apart from the rest."""
+"""The metric log of a run: one JSON object per step and line, with timings in a separate file."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ TIMINGS = ("time/", "step_time")
 
 
 class Clock:
-    """Seconds of each phase of a step."""
+    """A clock for the phases of a step."""
 
     def __init__(self) -> None:
         self._begin = self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
-        """The phase that ends now."""
+        """Record that ``phase`` ends now."""
         now = time.perf_counter()
         self._laps[f"time/{phase}"] = now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """``time/PHASE`` for each phase, and ``step_time`` for all."""
+        """Return ``time/PHASE`` for each phase, and ``step_time`` for the whole step."""
         return {**self._laps, "step_time": self._last - self._begin}
 
 
 class MetricLog:
-    """Appends to ``metrics.jsonl``, one line per step, and what the clock says to ``timings.jsonl``.
+    """Appends one line per step to ``metrics.jsonl``, and the timings to ``timings.jsonl``.
 
-    So the metrics of two runs that did the same are the same bytes.
+    So two identical runs have byte-identical metrics.
     """
 
     def __init__(self) -> None:
         self._files: list[BinaryIO] = []
 
     def open(self, folder: Path) -> None:
-        """Append to the log in ``folder`` from now on."""
+        """Open the log in ``folder`` for appending."""
         self._files = [open(folder / name, "ab") for name in LOGS]  # noqa: SIM115  (closed by close)
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Append one step's metrics, rounded to what a float32 holds; a value that isn't finite is left out."""
+        """Append the metrics of one step, rounded to float32 precision, without values that aren't finite."""
         finite = {key: round(float(v), 8) if isinstance(v, float) else v for key, v in metrics.items() if isfinite(v)}
         timings = {key: finite.pop(key) for key in list(finite) if key.startswith(TIMINGS)}
         for file, line in zip(self._files, (finite, timings), strict=True):
@@ -64,29 +64,29 @@ class MetricLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All steps of the log in ``folder``, timings included if there are any."""
-    own, timings = (_whole_lines(folder / name) for name in LOGS)
+    """Return all steps of the log in ``folder``, with timings if available."""
+    metrics, timings = (_whole_lines(folder / name) for name in LOGS)
     if not (folder / LOGS[1]).is_file():
-        timings = ["{}"] * len(own)
-    return [json.loads(step) | json.loads(seconds) for step, seconds in zip(own, timings, strict=False)]
+        timings = ["{}"] * len(metrics)
+    return [json.loads(step) | json.loads(seconds) for step, seconds in zip(metrics, timings, strict=False)]
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Of a running training the last line may be half."""
+    """Return the complete lines, because a running training can be writing the last one."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return text[: text.rfind("\n") + 1].splitlines()
 
 
 def restore_logs(source: Path, folder: Path) -> None:
-    """Put the log of ``folder`` back to what it was when it was copied to ``source``."""
+    """Restore the log of ``folder`` from its copy in ``source``."""
     for name in LOGS:
         partial = folder / (name + PARTIAL)
         shutil.copyfile(source / name, partial)
         partial.replace(folder / name)
 
 
-def note_event(folder: Path, text: str) -> None:
-    """Something out of the ordinary: told, and noted in events.jsonl, which no resume takes back."""
+def log_event(folder: Path, text: str) -> None:
+    """Print an unusual event and append it to events.jsonl, which a resume doesn't restore."""
     if not is_main():
         return
     echo(text, "yellow")

@@ -1,4 +1,4 @@
-"""Progress of long work: a live line on a terminal, plain lines elsewhere."""
+"""Progress of long tasks: a live line on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from rich.progress import Progress as RichProgress
 
 from reinforcepp.runtime import is_main
 
-LINES_WHEN_PLAIN = 12
-HARMLESS = "\n\t\u200d"  # of the control and format characters; the last one joins emoji
+PLAIN_LINES = 12
+HARMLESS = "\n\t\u200d"  # control and format characters to keep; the last one joins emoji
 
 console = Console(stderr=True, highlight=False, quiet=not is_main())
 
 
 def echo(text: str, style: str = "") -> None:
-    """One line for the user, on standard error; ``text`` is shown as it is, markup and control characters inert."""
+    """Print one line to standard error. Markup isn't interpreted, and control characters are replaced."""
     console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    """``text`` without the control characters by which a model or a file could steer the user's terminal."""
+    """Return ``text`` with replaced control characters, so that a model or a file can't control the user's terminal."""
     return "".join("\ufffd" if unicodedata.category(c)[0] == "C" and c not in HARMLESS else c for c in text)
 
 
 @contextmanager
 def reading_progress(shown: bool, title: str = "reading data") -> Iterator[Callable[[float], None]]:
-    """Progress of a pass over large data: gives what is to be told which share of it is done."""
+    """Show progress of a pass over large data; yield a function that takes the finished share."""
     if not shown:
         yield lambda share: None
         return
     with Progress(f"{title}, %", 100) as progress:
 
-        def told(share: float) -> None:
+        def update(share: float) -> None:
             while progress.done < min(100, int(100 * share)):
                 progress.step("")
 
-        yield told
+        yield update
 
 
 class Progress:
-    """``with Progress("training", 40) as p: p.step("reward 0.3")`` shows place, message and time left."""
+    """``with Progress("training", 40) as p: p.step("reward 0.3")`` shows position, message and remaining time."""
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
@@ -58,7 +58,7 @@ class Progress:
             self._task = self._live.add_task(title, total=total, completed=done, message="")
 
     def __enter__(self) -> Progress:
-        """Show the line."""
+        """Start the live line."""
         if self._live:
             self._live.start()
         return self
@@ -66,16 +66,16 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the line as it stands."""
+        """Stop the live line and keep its last state."""
         if self._live:
             self._live.stop()
 
     def step(self, message: str) -> None:
-        """One more unit of work is done."""
+        """Report that one more unit is done."""
         self.done += 1
         if self._live:
             self._live.update(self._task, completed=self.done, message=message)
-        elif self.done == self.total or self.done % max(1, self.total // LINES_WHEN_PLAIN) == 0:
+        elif self.done == self.total or self.done % max(1, self.total // PLAIN_LINES) == 0:
             per_step = (time.monotonic() - self._begin) / (self.done - self._first)
             left = per_step * (self.total - self.done)
             echo(", ".join(filter(None, (f"{self.title} {self.done}/{self.total}", message, f"{left:.0f} s left"))))

@@ -1,4 +1,4 @@
-"""A training's folder as it is read again, by the report and by the doctor."""
+"""The record of a run, read from its folder for the report and the doctor."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a training, finished or not, has told so far.
+    """The logged data of a finished or running training.
 
-    ``facts`` is what run.json holds beside the settings: ``kind`` of the settings, ``num_steps``, ``prompts``,
+    ``facts`` are the entries of run.json other than the settings: ``kind`` of the settings, ``num_steps``, ``prompts``,
     ``heldout_prompts``, ``inputs`` (fingerprints), ``rewards`` (name, and the card of a trained reward model),
-    ``environment`` (versions, machine, device), ``command`` and ``started``. ``metrics`` has one mapping per step,
-    ``evaluations`` the figures by name: before, step N, after.
+    ``environment`` (versions, hardware, device), ``command`` and ``started``. ``metrics`` has one mapping per step,
+    ``evaluations`` has metrics by name: before, step N, after.
     """
 
     folder: Path
@@ -33,65 +33,65 @@ class RunRecord:
     events: Sequence[Mapping[str, str]] = ()
 
     def series(self, name: str) -> list[float]:
-        """A metric's values, at the steps that have it."""
+        """Return the values of a metric, from the steps that have it."""
         return [m[name] for m in self.metrics if name in m]
 
     @property
     def reward_cards(self) -> list[Mapping[str, Any]]:
-        """The cards of the trained reward models among the rewards."""
+        """Cards of the trained reward models among the rewards."""
         return [reward["card"] for reward in self.facts.get("rewards", ()) if reward.get("card")]
 
     @property
-    def is_warm_up(self) -> bool:
-        """Whether it was no RL but a supervised warm-up."""
+    def is_sft(self) -> bool:
+        """Whether the run was SFT instead of RL."""
         return self.facts.get("kind") == "SftConfig"
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
+        """Whether all steps are finished."""
         return bool(self.metrics) and self.metrics[-1]["step"] >= self.facts.get("num_steps", float("inf"))
 
 
 def find_run(name: str) -> Path:
-    """The folder of a training that the user means by ``name``: itself, or the ``policy`` in what a demo wrote.
+    """Return the run folder for ``name``: the folder itself, or ``policy`` within a demo's folder.
 
     Raises:
-        ConfigError: if there is no training in it.
+        ConfigError: The folder doesn't contain a run.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"There is no folder {name}: give the output_dir of a training.")
+        raise ConfigError(f"{name}: folder not found. Pass the output_dir of a training.")
     if (folder / REWARD_CARD).is_file():
         raise ConfigError(
-            f"{name} is a reward model, not the training of a policy: reinforcepp report {name} shows it."
+            f"{name}: the folder is a reward model, not a policy training. Show it with `reinforcepp report {name}`."
         )
     for candidate in (folder, folder / "policy"):
         if (candidate / RUN_FILE).is_file() and (candidate / METRICS).is_file():
-            if read_run(candidate).is_warm_up:
+            if read_run(candidate).is_sft:
                 raise ConfigError(
-                    f"{name} is a supervised warm-up, not the training of a policy: how it went is in {candidate / METRICS} "
-                    f"and {candidate / EVALUATION}."
+                    f"{name}: the folder is an SFT run, not a policy training. See {candidate / METRICS} and "
+                    f"{candidate / EVALUATION}."
                 )
             return candidate
     marked = [mark for mark in MARKS if (folder / mark).is_file()]
-    why = "it holds no steps yet" if marked else f"it has no {RUN_FILE}"
-    raise ConfigError(f"{name} is not the folder of a training ({why}): give the output_dir of one.")
+    why = "it has no steps yet" if marked else f"it has no {RUN_FILE}"
+    raise ConfigError(f"{name}: the folder isn't a training run ({why}). Pass the output_dir of a training.")
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Everything but the answers, which ``observe.answers`` reads.
+    """Read everything except the completions, see ``completion_log``.
 
     Raises:
-        ConfigError: if a file is damaged.
+        ConfigError: A file is damaged.
     """
-    told = _read(folder / RUN_FILE)
-    settings = rename_settings(told.pop("settings", {}))
+    facts = _read(folder / RUN_FILE)
+    settings = rename_settings(facts.pop("settings", {}))
     try:
         metrics = read_metrics(folder)
         events = [json.loads(line) for line in _lines(folder / EVENTS)]
     except ValueError as error:
-        raise ConfigError(f"The log in {folder} is damaged: {error}.") from error
-    return RunRecord(folder, settings, told, metrics, _read(folder / EVALUATION), events)
+        raise ConfigError(f"{folder}: the log is damaged ({error}).") from error
+    return RunRecord(folder, settings, facts, metrics, _read(folder / EVALUATION), events)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error}.") from error
+        raise ConfigError(f"{path}: the file is damaged ({error}).") from error
 
 
 def _lines(path: Path) -> list[str]:

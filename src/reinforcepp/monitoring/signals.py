@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one stops at the next safe point, the second one at once."""
+"""Ctrl-C and SIGTERM: the first signal stops at the next safe point, the second one immediately."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop, and what was to be saved is saved; ``exit_code`` is 128 and its number."""
+    """A signal stopped the run after saving its state; ``exit_code`` is 128 plus the signal's number."""
 
     def __init__(self, place: str, exit_code: int) -> None:
         super().__init__(place)
         self.exit_code = exit_code
 
 
-class StopAsked(KeyboardInterrupt):
+class StopRequested(KeyboardInterrupt):
     """Raised at a safe point after a signal."""
 
 
 class Stop:
-    """Whether a signal has come; ``check`` belongs where nothing is half done."""
+    """The signal received so far, if any. Call ``check`` at safe points, where no work is half done."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._nothing_to_lose = False
+        self._repeatable = False
 
     def check(self) -> None:
-        """Raise ``StopAsked`` if a signal has come."""
+        """Raise ``StopRequested`` if a signal was received."""
         if self.number is not None:
-            raise StopAsked
+            raise StopRequested
 
     @contextmanager
     def anywhere(self) -> Iterator[None]:
-        """In this block, whose work can be done again, a signal stops at once instead of at the next ``check``."""
-        self._nothing_to_lose = True
+        """In this block, whose work can be repeated, stop at a signal immediately instead of at the next ``check``."""
+        self._repeatable = True
         try:
             self.check()
             yield
         finally:
-            self._nothing_to_lose = False
+            self._repeatable = False
 
     @property
     def exit_code(self) -> int:
-        """What the process should end with."""
+        """Exit code for the process."""
         return 128 + (self.number or 0)
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal."""
+        """Handle a signal."""
         if self.number is not None:
             if is_main():
-                os.write(2, b"\nStopped at once. What was saved before is whole.\n")
+                os.write(2, b"\nStopped immediately. Earlier checkpoints are intact.\n")
             os._exit(128 + number)
         self.number = number
         name = signal.Signals(number).name
-        echo(f"{name}: stopping as soon as nothing is half done, and saving; a second signal stops at once.", "yellow")
-        if self._nothing_to_lose:
-            raise StopAsked
+        echo(f"{name}: saving and stopping at the next safe point. A second signal stops immediately.", "yellow")
+        if self._repeatable:
+            raise StopRequested
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Within this block signals go to the ``Stop`` it gives; outside the main thread they stay where they are."""
+    """Yield a ``Stop`` that receives the signals in this block; outside the main thread, signals aren't redirected."""
     stop = Stop()
     with handle_signals(stop.ask):
         yield stop

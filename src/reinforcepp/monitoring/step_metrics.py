@@ -1,4 +1,4 @@
-"""What is measured at a step."""
+"""Metrics of a training step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from reinforcepp.monitoring.completion_log import columns_of
 from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.types import RolloutBatch
 
-REPEATED_WORDS = 4
+NGRAM_LENGTH = 4
 
 
 def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float | None = None) -> dict[str, float]:
-    """Figures of one rollout batch after its update, under the keys that TRL uses; ``kl`` is the token mean of k3, in nats.
+    """Return metrics of one rollout batch after its update, under TRL's keys; ``kl`` is the token mean of k3, in nats.
 
-    ``completions/left_out_ratio`` is the share of completions that no reward scored, or that this left alone with their
-    prompt where an estimator compares; it is there only if there are any, and nothing else counts them.
-    ``completions/repeated_ratio`` is the mean share of runs of four words that occurred before in the same completion,
-    ``reward_top_ratio`` the share of completions with the highest reward there is in the batch.
+    ``completions/left_out_ratio`` is the share of skipped completions: no reward scored them, or they remained alone in a
+    group whose estimator compares completions. The key is present only if there are any; other metrics exclude them.
+    ``completions/repeated_ratio`` is the mean share of word 4-grams that repeat within a completion, ``reward_top_ratio`` is
+    the share of completions with the highest reward of the batch.
     """
     rewards_B = torch.tensor(scores.known)
     lengths = [len(c.ids) for c in batch.completions]
@@ -47,7 +47,7 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float |
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(clipped) / len(clipped),
         "completions/distinct_ratio": len({c.ids for c in batch.completions}) / len(lengths),
-        "completions/repeated_ratio": sum(repeated_share(c.text, REPEATED_WORDS) for c in batch.completions)
+        "completions/repeated_ratio": sum(repeated_share(c.text, NGRAM_LENGTH) for c in batch.completions)
         / len(lengths),
         "num_tokens": float(sum(lengths) + sum(len(c.prompt.ids) for c in batch.completions)),
         **_sampling_gap(batch),
@@ -55,7 +55,7 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float |
 
 
 def rollout_columns(batch: RolloutBatch, scores: RewardScores, step: int) -> dict[str, Sequence[Any]]:
-    """The batch as a table, one row per completion; see ``observe.answers``."""
+    """Return the batch as a table with one row per completion, see ``completion_log``."""
     kl_BT = kl_estimate(batch.old_logprobs_BT, batch.ref_logprobs_BT, "k3") * batch.mask_BT
     kl_B = kl_BT.sum(1) / batch.mask_BT.sum(1).clamp(min=1)
     known = columns_of(batch.completions)
@@ -70,16 +70,16 @@ def rollout_columns(batch: RolloutBatch, scores: RewardScores, step: int) -> dic
 
 
 def _by_function(scores: RewardScores) -> dict[str, float]:
-    """The mean of each function over what it scored, without its weight, and the share of what none did."""
-    known = {name: [score for score in own if score is not None] for name, own in scores.by_function.items()}
-    means = {f"rewards/{name}/mean": sum(own) / len(own) for name, own in known.items() if own}
+    """Return each function's unweighted mean over the completions that it scored, and the share of skipped completions."""
+    known = {name: [score for score in values if score is not None] for name, values in scores.by_function.items()}
+    means = {f"rewards/{name}/mean": sum(values) / len(values) for name, values in known.items() if values}
     if not scores.skipped:
         return means
     return means | {"completions/left_out_ratio": scores.skipped / (scores.skipped + len(scores.total))}
 
 
 def _groups_without_signal(batch: RolloutBatch, rewards_B: torch.Tensor) -> dict[str, float]:
-    """Share of prompts whose completions all have the same reward, where there are several to a prompt."""
+    """Return the share of groups whose completions all have the same reward, if groups have several completions."""
     groups: dict[int, list[float]] = {}
     for key, reward in zip(batch.group_ids_B.tolist(), rewards_B.tolist(), strict=True):
         groups.setdefault(key, []).append(reward)
@@ -90,7 +90,7 @@ def _groups_without_signal(batch: RolloutBatch, rewards_B: torch.Tensor) -> dict
 
 
 def _sampling_gap(batch: RolloutBatch) -> dict[str, float]:
-    """How far the engine's log-probabilities of what it sampled are from the trainer's."""
+    """Return the gap between the engine's and the trainer's log-probabilities of the sampled tokens."""
     gap_BT = batch.rollout_logprobs_BT - batch.old_logprobs_BT
     return {
         "sampling/logprob_gap_mean": float(masked_mean(gap_BT.abs(), batch.mask_BT)),

@@ -1,4 +1,4 @@
-"""A run that makes no progress is ended, with every thread's stack in a file, instead of hanging for a night."""
+"""A watchdog that ends a run without progress and writes the stacks of all threads to a file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STACKS = "stacks.txt"
 
 
 class Watchdog:
-    """``beat`` tells it what begins now; if none comes for ``seconds``, the process ends with exit code 1.
+    """Ends the process with exit code 1 if ``beat`` isn't called for ``seconds``.
 
     Args:
-        folder: where stacks.txt goes.
-        seconds: without a beat; 0 is never.
+        folder: for stacks.txt.
+        seconds: maximum time between two beats; 0 disables the watchdog.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
@@ -29,11 +29,11 @@ class Watchdog:
         self._over = threading.Event()
 
     def beat(self, phase: str) -> None:
-        """There was progress, and ``phase`` is what is done next."""
+        """Report progress; ``phase`` begins now."""
         self._phase, self._last = phase, time.monotonic()
 
     def __enter__(self) -> Watchdog:
-        """Begin to watch."""
+        """Start the watchdog."""
         if self._seconds:
             self._last = time.monotonic()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -42,24 +42,22 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """No longer watch."""
+        """Stop the watchdog."""
         self._over.set()
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
-                self._give_up()
+                self._end_process()
 
-    def _give_up(self) -> None:
-        said = f"No progress for {self._seconds:g} seconds in the phase {self._phase!r}."
+    def _end_process(self) -> None:
+        problem = f"No progress for {self._seconds:g} seconds in the phase {self._phase!r}."
         with open(self._path, "w", encoding="utf-8") as file:
-            file.write(said + " What every thread was doing:\n\n")
+            file.write(problem + " Stacks of all threads:\n\n")
             file.flush()
             faulthandler.dump_traceback(file)
-        others = (
-            " It may wait for others that hang, or whose machines can't be reached any more." if started() > 1 else ""
-        )
-        told = f"\nerror: {said}{others} The stack of every thread is in {self._path}. Resume with --resume; "
+        hint = " It might wait for ranks that hang or whose nodes are unreachable." if started() > 1 else ""
+        message = f"\nerror: {problem}{hint} The stacks of all threads are in {self._path}. Resume with --resume. "
         if is_first_here():
-            os.write(2, (told + "if the phase is only slow, set watchdog_seconds higher.\n").encode())
+            os.write(2, (message + "If the phase is only slow, raise watchdog_seconds.\n").encode())
         os._exit(1)

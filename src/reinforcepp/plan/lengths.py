@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.errors import DataError
-from reinforcepp.monitoring.completion_log import files_of_steps
+from reinforcepp.monitoring.completion_log import step_files
 
 Floats = NDArray[np.float64]
 HALVINGS = 60
@@ -96,7 +96,7 @@ def of_run(folder: Path, new: int) -> Lengths:
     from pyarrow import parquet
 
     lengths: list[int] = []
-    for _, path in files_of_steps(folder):
+    for _, path in step_files(folder):
         try:
             lengths += parquet.ParquetFile(path).read(columns=["length"])["length"].to_pylist()
         except (OSError, ValueError, KeyError) as error:

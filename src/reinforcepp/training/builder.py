@@ -21,7 +21,7 @@ from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import check_context, load_config, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
-from reinforcepp.monitoring import echo, note_event
+from reinforcepp.monitoring import echo, log_event
 from reinforcepp.monitoring.environment import environment
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum, load_rewards
@@ -119,7 +119,7 @@ def build(
         rewards = pool_rewards(rewards, engine, config.reward_workers, RankZero(ranks, config.watchdog_seconds))
 
     heartbeat = Heartbeat(folder, config.watchdog_seconds, ranks)
-    guardrails = Guardrails(config, partial(note_event, folder))
+    guardrails = Guardrails(config, partial(log_event, folder))
     correction, on_policy = sampling_gap(config, engine)
     update = PolicyUpdate(
         config,

@@ -14,7 +14,7 @@ from rich.live import Live
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.monitoring import Progress, console, echo, read_metrics
 from reinforcepp.monitoring.doctor import Diagnosis, diagnose
-from reinforcepp.monitoring.live_view import Moment, Sample, duration, view
+from reinforcepp.monitoring.live_view import Sample, Snapshot, duration, view
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.policy_run import RunState
@@ -108,7 +108,7 @@ class Monitor:
         done = step - self._first
         left = (time.monotonic() - self._begin) / done * (self.num_steps - step) if done else nan
         return view(
-            Moment(
+            Snapshot(
                 title="  ·  ".join(str(s[name]) for name in ("model", "estimator") if name in s),
                 step=step,
                 num_steps=self.num_steps,

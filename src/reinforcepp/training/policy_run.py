@@ -19,12 +19,12 @@ from reinforcepp.models.loading import load_policy, save_model, weights_hash
 from reinforcepp.models.lora import has_adapter, load_adapter_weights
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.tokenization import LazyPrompts
-from reinforcepp.monitoring import MetricLog, note_event, restore_logs
+from reinforcepp.monitoring import MetricLog, log_event, restore_logs
 from reinforcepp.monitoring.completion_log import (
     COMPLETIONS,
     evaluation_file,
-    restore_answers,
-    save_answers,
+    restore_completions,
+    save_completions,
     step_file,
 )
 from reinforcepp.monitoring.run_record import RunRecord
@@ -127,7 +127,7 @@ class PolicyRun:
         if self.update.ranks.is_main:
             if self.config.log_completions and batch is not None:
                 columns = rollout_columns(batch.batch, batch.scores, step + 1)
-                save_answers(self.folder / COMPLETIONS / step_file(step + 1), columns)
+                save_completions(self.folder / COMPLETIONS / step_file(step + 1), columns)
             self.log.write({**self.metrics, **timings})
         if self.monitor is not None:
             self.monitor.step(self.metrics, timings, batch)
@@ -143,7 +143,7 @@ class PolicyRun:
         if not self.update.ranks.is_main:
             return
         if self.resumed is None:  # otherwise the file exists; a reward that isn't deterministic would change it
-            save_answers(evaluation_file(self.folder, name), evaluation.columns())
+            save_completions(evaluation_file(self.folder, name), evaluation.columns())
         write_json(self.folder / "evaluation.json", self.state.evaluations)
 
     # --- begin, save, restore ---------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class PolicyRun:
             self.log.close()
             restore_logs(saved.folder, self.folder)
             self.log.open(self.folder)
-            restore_answers(saved.folder.parent.parent, self.folder, saved.step)
+            restore_completions(saved.folder.parent.parent, self.folder, saved.step)
 
     def _policy_weights(self, folder: Path) -> dict[str, Tensor]:
         """Return the policy's trainable weights in a checkpoint."""
@@ -243,7 +243,7 @@ class PolicyRun:
         for learner in self.update.learners.values():
             learner.scale_rate(0.5 ** (rollbacks - guardrails.state.rollbacks))
         guardrails.state.rollbacks = rollbacks
-        note_event(self.folder, f"{reason}: rolled back to step {self.state.step} with half the learning rate.")
+        log_event(self.folder, f"{reason}: rolled back to step {self.state.step} with half the learning rate.")
         self.rollouts.engine.load_weights(self.update.policy.plain)
         if self.monitor is not None:
             self.monitor.rolled_back()

@@ -9,7 +9,7 @@ from pathlib import Path
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import EngineLost, RewardError, TrainingDiverged, UnusableUpdate
 from reinforcepp.monitoring import Clock
-from reinforcepp.monitoring.signals import Interrupted, Stop, StopAsked, stop_signals
+from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training.guardrails import Guardrails, RollBack
 from reinforcepp.training.policy_run import PolicyRun
@@ -54,10 +54,10 @@ class Heartbeat:
         """Stop if any rank was asked to; every rank must call this.
 
         Raises:
-            StopAsked: a signal has come.
+            StopRequested: a signal has come.
         """
         if self._ranks.any(self.stop.number is not None):
-            raise StopAsked
+            raise StopRequested
 
 
 class Step:
@@ -101,7 +101,7 @@ class RunGuard:
         with self.heartbeat.watching():
             try:
                 yield
-            except StopAsked as stop:
+            except StopRequested as stop:
                 raise Interrupted(self._save_stopped(), self.heartbeat.stop.exit_code) from stop
             except (RewardError, EngineLost) as error:
                 raise type(error)(

@@ -26,7 +26,7 @@ from reinforcepp.models.loading import load_policy, save_model
 from reinforcepp.models.lora import has_adapter, load_adapter_weights, load_trainable_weights
 from reinforcepp.models.reward_models import load_reward_weights
 from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_logs
-from reinforcepp.monitoring.signals import Interrupted, Stop, StopAsked, stop_signals
+from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training import checkpoint
 from reinforcepp.training import rng as random_state
@@ -169,7 +169,7 @@ class TrainingCallback(TrainerCallback):
         self._restore_generators()
         # Ranks can only stop together, and only between steps.
         if self.run.ranks.count > 1 and self.run.ranks.any(self.stop.number is not None):
-            raise StopAsked
+            raise StopRequested
         self._clock = Clock()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -308,7 +308,7 @@ def fit(
         trainer.remove_callback(ProgressCallback)
         try:
             trainer.train(resume_from_checkpoint=None if saved is None else scratch)
-        except StopAsked as asked:
+        except StopRequested as asked:
             done = trainer.state.global_step
             if done:
                 callback.save(trainer.state, trainer.model, trainer.optimizer, trainer.lr_scheduler)

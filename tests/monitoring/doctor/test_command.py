@@ -64,7 +64,7 @@ def test_a_damaged_file_is_named(folder, tmp_path, capsys, broken):
 
 
 def test_other_folders_are_refused(reward_folder, tmp_path, capsys):
-    for name, reason in ((tmp_path / "none", "There is no folder"), (tmp_path, "has no run.json")):
+    for name, reason in ((tmp_path / "none", "folder not found"), (tmp_path, "has no run.json")):
         assert main(["doctor", str(name)]) == 2
         assert reason in capsys.readouterr().err
     assert main(["doctor", ""]) == 2

@@ -15,7 +15,7 @@ from reinforcepp.commands.cli import main
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
 from reinforcepp.monitoring import progress
-from reinforcepp.monitoring.completion_log import save_answers
+from reinforcepp.monitoring.completion_log import save_completions
 from reinforcepp.reports import reward_model as reward_report
 from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, write_reward_report
 from reinforcepp.reports.reward_model.write import COLUMNS, read_pairs
@@ -116,9 +116,9 @@ def test_an_older_folder_needs_a_new_training(tmp_path):
         lambda path: path.write_bytes(path.read_bytes()[:-20]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("row,prompt\n"),
-        lambda path: save_answers(path, {"row": [1]}),
-        lambda path: save_answers(path, {name: ["x"] * 120 for name in COLUMNS}),
-        lambda path: save_answers(path, {name: [None] * 120 for name in COLUMNS}),
+        lambda path: save_completions(path, {"row": [1]}),
+        lambda path: save_completions(path, {name: ["x"] * 120 for name in COLUMNS}),
+        lambda path: save_completions(path, {name: [None] * 120 for name in COLUMNS}),
         lambda path: save_pairs([pair(float("nan"))] * 120, path.parent),
     ],
     ids=["cut", "empty", "text", "no columns", "strings", "nothing", "nan"],

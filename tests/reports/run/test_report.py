@@ -189,7 +189,7 @@ def test_highest_rewards_are_found_in_all_steps_and_each_text_once(tmp_path):
 
     from made_runs import completions
 
-    from reinforcepp.monitoring.completion_log import save_answers, step_file
+    from reinforcepp.monitoring.completion_log import save_completions, step_file
 
     folder = make_run(tmp_path / "run", steps=9, logged=9)
     for step, places in ((5, (2, 5, 9)), (7, (1,))):
@@ -197,7 +197,7 @@ def test_highest_rewards_are_found_in_all_steps_and_each_text_once(tmp_path):
         for i in places:
             table["reward"][i], table["completion"][i] = 99.0, "Buy now!"
         table["reward"][7] = float("nan")
-        save_answers(folder / "completions" / step_file(step), table)
+        save_completions(folder / "completions" / step_file(step), table)
     chosen = samples.choose_samples(read_run(folder), 20)
     best = chosen.groups[-1].samples
     assert (best[0].completion, best[0].seen, best[0].step) == ("Buy now!", 4, 5)
@@ -232,12 +232,12 @@ def test_pairs_belong_to_one_prompt_and_the_largest_gain_comes_first(tmp_path):
 
 
 def test_pairs_are_matched_by_their_prompt(tmp_path):
-    from reinforcepp.monitoring.completion_log import read_answers, save_answers
+    from reinforcepp.monitoring.completion_log import read_completions, save_completions
 
     folder = make_run(tmp_path / "run", heldout=6)
     path = evaluation_file(folder, "after")
-    rows = read_answers(path)[::-1][:5]
-    save_answers(path, {name: [row[name] for row in rows] for name in rows[0]})
+    rows = read_completions(path)[::-1][:5]
+    save_completions(path, {name: [row[name] for row in rows] for name in rows[0]})
     pairs = samples.choose_pairs(read_run(folder)).pairs
     assert len(pairs) == 5
     assert all(pair.prompt.split()[1].rstrip("?") == pair.responses[1].split()[2].rstrip(".") for pair in pairs)
@@ -541,11 +541,11 @@ def test_a_demo_is_found_by_its_folder_and_several_runs_make_a_page_here(tmp_pat
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nothing"], "There is no folder nothing"),
-        (["empty"], "is not the folder of a training"),
-        (["run", "run"], "run is given twice: give each run once."),
-        (["run", "./run/"], "is given twice"),
-        (["run", "--output", "mine.html"], "mine.html is a file that no report wrote"),
+        (["nothing"], "nothing: folder not found"),
+        (["empty"], "isn't a training run"),
+        (["run", "run"], "run: the run is listed twice"),
+        (["run", "./run/"], "is listed twice"),
+        (["run", "--output", "mine.html"], "mine.html: the file exists and isn't a report"),
         (["run", "--output", "none/x.html"], "create it first"),
         (["run", "--output", "empty"], "output must be the name of a file"),
         (["run", "--samples", "-1"], "samples must not be negative"),
@@ -553,7 +553,7 @@ def test_a_demo_is_found_by_its_folder_and_several_runs_make_a_page_here(tmp_pat
         (["run", "--smaples", "5"], "Did you mean '--samples'"),
         ([" "], "runs is empty or names an empty folder"),
         (["run"] * 21, "21, and a page shows 20 at most"),
-        (["damaged"], "is damaged"),
+        (["damaged"], "damaged"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch, words, told):

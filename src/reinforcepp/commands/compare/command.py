@@ -11,7 +11,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from reinforcepp.commands.compare.answering import (
+from reinforcepp.commands.compare.measurement import (
     SIDES,
     Chosen,
     Measurements,

@@ -1,1 +1,1 @@
-"""`compare-algorithms`: estimators compared over seeds."""
+"""Compare advantage estimators: same model, reward, prompts and steps, with several seeds."""

@@ -1,6 +1,6 @@
-"""Estimators side by side: the same model, reward, prompts, samples and steps, several seeds, each run in a process.
+"""Compare estimators with the same model, reward, prompts, samples and steps, over several seeds, each run in its own process.
 
-What is said about an estimator is the mean over seeds with its 95 % interval (Student's t).
+Results are means over seeds with 95% intervals (Student's t).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import check_output, check_unchanged, clear, describe_run, noted_settings
 
-RATES = (1 / 3, 1.0, 3.0)
-BATCHES = (4, 8, 32)
+LEARNING_RATE_FACTORS = (1 / 3, 1.0, 3.0)
+COMPLETIONS_PER_STEP = (4, 8, 32)
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; beyond, the normal 1.96 is at most a tenth too small."""
+"""Student's t, two-sided 95%, for 1 to 9 degrees of freedom; beyond that, the normal 1.96 is at most 10% too small."""
 
 
 # --- the runs -------------------------------------------------------------------------------------------------------
 
 
 def compare_algorithms(config: CompareAlgorithmsConfig) -> dict[str, Any]:
-    """Do every run that isn't done yet and write ``comparison.json``; returns what it holds."""
+    """Run all unfinished runs, write ``comparison.json``, and return its contents."""
     if not config.rewards:
         check_reward_folder(config.reward_model)
     folder = Path(config.output_dir).expanduser()
@@ -59,16 +59,16 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> dict[str, Any]:
 
 
 def planned(config: CompareAlgorithmsConfig, folder: Path) -> Iterator[TrainConfig]:
-    """The main runs, seed by seed, so that a machine that gets slower or faster meets every estimator alike."""
+    """Yield the main runs, seed by seed, so that a change in hardware speed affects all estimators alike."""
     for seed in range(config.seed, config.seed + config.seeds):
         for name in config.names:
             yield _training(config, folder, estimator=name, seed=seed)
 
 
 def planned_grid(config: CompareAlgorithmsConfig, folder: Path) -> Iterator[TrainConfig]:
-    """One seed of each estimator at each learning rate and number of completions a step."""
-    for factor in RATES:
-        for completions in BATCHES:
+    """Yield one seed of each estimator for each learning rate and number of completions per step."""
+    for factor in LEARNING_RATE_FACTORS:
+        for completions in COMPLETIONS_PER_STEP:
             for name in config.names:
                 yield _training(
                     config,
@@ -81,14 +81,14 @@ def planned_grid(config: CompareAlgorithmsConfig, folder: Path) -> Iterator[Trai
 
 
 def _training(config: CompareAlgorithmsConfig, folder: Path, **changes: Any) -> TrainConfig:
-    own = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    shared = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     fresh = {"overwrite": True, "resume": False, "allow_changes": None, "save_every": 0, "keep_best": None}
-    training = TrainConfig(**(own | changes | fresh))
+    training = TrainConfig(**(shared | changes | fresh))
     return replace(training, output_dir=str(run_folder(folder, training) / "work"))
 
 
 def run_folder(folder: Path, run: TrainConfig) -> Path:
-    """Where a run goes, by what distinguishes it."""
+    """Return the folder of a run, named after its estimator, learning rate, batch size and seed."""
     kind = f"{run.estimator}-lr{run.learning_rate:.2e}-completions{run.completions_per_step}-seed{run.seed}"
     return folder / "runs" / kind
 
@@ -101,12 +101,12 @@ def _all_results(config: CompareAlgorithmsConfig, runs: Mapping[Path, TrainConfi
         for path, result in jobs:
             done[path] = result
             last = result["evaluations"][-1] if result["evaluations"] else {}
-            progress.step(f"{path.name}: {_told(last)}" + (" (diverged)" if result["diverged"] else ""))
+            progress.step(f"{path.name}: {_shown(last)}" + (" (diverged)" if result["diverged"] else ""))
     return {path: done[path] for path in runs}
 
 
 def _run(config: CompareAlgorithmsConfig, path: Path, run: TrainConfig) -> dict[str, Any]:
-    """One run in a process of its own, so that its peak of memory is its own."""
+    """Run one training in its own process, so that its peak memory is measured separately."""
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "job.json", _job(config, run))
     threads = max(1, (os.cpu_count() or 1) // config.processes)
@@ -115,17 +115,17 @@ def _run(config: CompareAlgorithmsConfig, path: Path, run: TrainConfig) -> dict[
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise ModelError(f"The run {path.name} ended with code {done.returncode}: {last}")
+        raise ModelError(f"{path.name}: the run ended with exit code {done.returncode} ({last}).")
     return _read(path / "result.json")
 
 
 def _job(config: CompareAlgorithmsConfig, run: TrainConfig) -> dict[str, Any]:
     job: dict[str, Any] = json.loads(json.dumps({"settings": as_dict(run), "split_seed": config.seed}))
-    return job  # as it comes back from its file
+    return job  # in the form that reading its file returns
 
 
 def _is_done(path: Path, job: dict[str, Any]) -> bool:
-    """Whether this very run was finished before."""
+    """Return whether this exact run was finished before."""
     return (path / "result.json").is_file() and _read(path / "job.json") == job
 
 
@@ -134,15 +134,15 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _told(evaluation: Mapping[str, float]) -> str:
+def _shown(evaluation: Mapping[str, float]) -> str:
     return "  ".join(f"{key} {evaluation[key]:.3f}" for key in ("reward", "judge", "kl") if key in evaluation)
 
 
-# --- what they say --------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------------------------
 
 
 def mean_and_interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean and the half width of its 95 % interval, 0 for a single value."""
+    """Return the mean and the half width of its 95% interval, 0 for a single value."""
     if len(values) < 2:
         return {"mean": fmean(values), "interval": 0.0}
     t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
@@ -150,40 +150,40 @@ def mean_and_interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def summary(config: CompareAlgorithmsConfig, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per estimator: outcome, cost and stability over its seeds."""
+    """Return outcome, cost and stability over the seeds of each estimator."""
     measure = "judge" if config.judge_name else "reward"
     starts = [run["evaluations"][0][measure] for run in runs if run["evaluations"]]
     by_name = {name: [run for run in runs if run["estimator"] == name] for name in config.names}
-    finals = {name: [run["evaluations"][-1][measure] for run in own] for name, own in by_name.items()}
+    finals = {name: [run["evaluations"][-1][measure] for run in group] for name, group in by_name.items()}
     target = fmean(starts) + 0.9 * (max(map(fmean, finals.values())) - fmean(starts))
     return {
         name: {
             "final": {
-                key: mean_and_interval([run["evaluations"][-1][key] for run in own])
-                for key in own[0]["evaluations"][-1]
+                key: mean_and_interval([run["evaluations"][-1][key] for run in group])
+                for key in group[0]["evaluations"][-1]
                 if key not in ("step", "seconds", "tokens")
             },
             "measure": measure,
             "worst_seed": min(finals[name]),
             "target": target,
             "to_target": {
-                key: _mean_or_none([_reached(run["evaluations"], measure, target, key) for run in own])
+                key: _mean_or_none([_reached(run["evaluations"], measure, target, key) for run in group])
                 for key in ("seconds", "tokens")
             },
-            "reached_target": sum(_reached(run["evaluations"], measure, target, "step") is not None for run in own),
-            "step_seconds": mean_and_interval([run["step_seconds"] for run in own if run["step_seconds"]]),
+            "reached_target": sum(_reached(run["evaluations"], measure, target, "step") is not None for run in group),
+            "step_seconds": mean_and_interval([run["step_seconds"] for run in group if run["step_seconds"]]),
             "phase_seconds": {
-                phase: fmean(run["phase_seconds"][phase] for run in own) for phase in own[0]["phase_seconds"]
+                phase: fmean(run["phase_seconds"][phase] for run in group) for phase in group[0]["phase_seconds"]
             },
-            "peak_rss_mib": mean_and_interval([run["peak_rss_mib"] for run in own]),
-            "diverged": sum(bool(run["diverged"]) for run in own),
+            "peak_rss_mib": mean_and_interval([run["peak_rss_mib"] for run in group]),
+            "diverged": sum(bool(run["diverged"]) for run in group),
         }
-        for name, own in by_name.items()
+        for name, group in by_name.items()
     }
 
 
 def _reached(evaluations: Iterable[Mapping[str, float]], measure: str, target: float, key: str) -> float | None:
-    """What ``key`` was when the target was first reached, between two evaluations in proportion."""
+    """Return ``key`` where the target is first reached, by linear interpolation between evaluations."""
     before: Mapping[str, float] | None = None
     for now in evaluations:
         if now[measure] >= target:
@@ -196,13 +196,13 @@ def _reached(evaluations: Iterable[Mapping[str, float]], measure: str, target: f
 
 
 def _mean_or_none(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean and interval over the runs that got there; None if not all did."""
-    there = [value for value in values if value is not None]
-    return mean_and_interval(there) if len(there) == len(values) else None
+    """Return mean and interval over the runs; None if not all reached the target."""
+    reached = [value for value in values if value is not None]
+    return mean_and_interval(reached) if len(reached) == len(values) else None
 
 
 def sensitivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per estimator: the outcome in each cell of the grid, the worst, and the spread."""
+    """Return the outcome in each cell of the grid, the worst outcome, and the spread, by estimator."""
     result: dict[str, Any] = {}
     for run in runs:
         last = run["evaluations"][-1]
@@ -214,18 +214,18 @@ def sensitivity(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "diverged": bool(run["diverged"]),
         }
         result.setdefault(run["estimator"], {"cells": []})["cells"].append(cell)
-    for own in result.values():
-        finals = [cell["final"] for cell in own["cells"]]
-        own |= {"worst": min(finals), "best": max(finals), "spread": stdev(finals), "mean": fmean(finals)}
+    for metrics in result.values():
+        finals = [cell["final"] for cell in metrics["cells"]]
+        metrics |= {"worst": min(finals), "best": max(finals), "spread": stdev(finals), "mean": fmean(finals)}
     return result
 
 
 def print_summary(comparison: Mapping[str, Any]) -> None:
-    """The outcome as a few lines for the terminal."""
-    for name, own in comparison["estimators"].items():
-        final, kl = own["final"][own["measure"]], own["final"]["kl"]
+    """Print one line per estimator."""
+    for name, metrics in comparison["estimators"].items():
+        final, kl = metrics["final"][metrics["measure"]], metrics["final"]["kl"]
         echo(
-            f"{name}: {own['measure']} {final['mean']:.3f} ± {final['interval']:.3f} at KL {kl['mean']:.3f}, "
-            f"{own['step_seconds']['mean']:.2f} s a step, {own['peak_rss_mib']['mean']:.0f} MiB"
-            + (f", {own['diverged']} runs diverged" if own["diverged"] else "")
+            f"{name}: {metrics['measure']} {final['mean']:.3f} ± {final['interval']:.3f} at KL {kl['mean']:.3f}, "
+            f"{metrics['step_seconds']['mean']:.2f} s/step, {metrics['peak_rss_mib']['mean']:.0f} MiB"
+            + (f", {metrics['diverged']} runs diverged" if metrics["diverged"] else "")
         )

@@ -1,7 +1,7 @@
-"""One run of one estimator, in a process of its own: what ``compare_algorithms`` collects.
+"""The worker process of ``compare_algorithms``: one run of one estimator.
 
-Called with a folder whose ``job.json`` holds the training's settings; leaves ``result.json``
-and the metric log there.
+Its argument is a folder whose ``job.json`` has the settings of the training. It writes ``result.json`` and the metric log to
+this folder.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PHASES = ("rollout", "score", "update", "sync")
 
 
 def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
-    """Train as ``config`` says; returns the figures of every evaluation, of the steps, and whether it diverged.
+    """Train with ``config`` and return the metrics of every evaluation and of the steps, and whether training diverged.
 
-    ``split_seed`` decides the held-out prompts, which are the same for all runs that are compared.
+    ``split_seed`` selects the held-out prompts, which are the same in all compared runs.
     """
     _, train_rows, heldout_rows = load_prompts(
         config.data,
@@ -73,21 +73,21 @@ def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
 
 
 def _step(name: str, last: int) -> int:
-    """The step after which the evaluation ``before``, ``step N`` or ``after`` was made."""
+    """Return the step of the evaluation ``before``, ``step N`` or ``after``."""
     if name.startswith("step "):
         return int(name.removeprefix("step "))
     return 0 if name == "before" else last
 
 
 def main() -> None:
-    """Do the job of the folder that the command line names."""
+    """Run the job in the folder that the command line names."""
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config = TrainConfig(**job["settings"])
     result = run(config, split_seed=job["split_seed"])
     for name in LOGS:
         shutil.copy(Path(config.output_dir) / name, folder)
-    shutil.rmtree(config.output_dir)  # the trained model: many runs of it would fill the disk
+    shutil.rmtree(config.output_dir)  # the trained models of many runs would fill the disk
     write_json(folder / "result.json", result)
 
 

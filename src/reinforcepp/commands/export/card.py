@@ -37,7 +37,7 @@ def model_card(source: Source, name: str) -> str:
     """The card in Markdown, front matter for the hub included, of a model that is called ``name``: USER/NAME, or a folder's."""
     record = source.record
     parts = [_front_matter(record), f"# {escaped(name)}", _introduction(source)]
-    if record is not None and record.is_warm_up:
+    if record is not None and record.is_sft:
         parts += [_warm_up(source, record), _settings(record)]
     elif record is not None:
         parts += [_data(record), _rewards(record), _results(source, record), _settings(record)]
@@ -52,7 +52,7 @@ def escaped(text: Any) -> str:
 def _front_matter(record: RunRecord | None) -> str:
     import yaml
 
-    tags = WARM_UP_TAGS if record is not None and record.is_warm_up else TAGS
+    tags = WARM_UP_TAGS if record is not None and record.is_sft else TAGS
     told: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
     base = record.settings.get("model") if record is not None else None
     if record is not None and isinstance(base, str) and _hub_name(record, base):
@@ -66,7 +66,7 @@ def _introduction(source: Source) -> str:
     if record is None:
         return f"A causal language model, exported by {package}. Nothing is noted of how it was trained."
     start = escaped(_model(record, record.settings.get("model", "A language model")))
-    if record.is_warm_up:
+    if record.is_sft:
         return f"{start}, fine-tuned on {record.facts.get('rows', 'unknown')} rows by {package}."
     estimator = escaped(record.settings.get("estimator", "unknown"))
     steps = record.facts.get("num_steps")

@@ -1,4 +1,4 @@
-// Draws every <figure class="chart"> from the JSON inside it, with uPlot. All text goes in as textContent.
+// Draws every <figure class="chart"> from its JSON with uPlot. All texts are set as textContent.
 const KINDS = { line: lineKind, points: pointsKind, bars: barKind };
 
 // --- a chart: plot, legend, keyboard -----------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class Chart {
     this.values = this.spec.series.map((s, k) => {
       const button = make("button", "entry");
       const swatch = make("span", this.spec.kind === "line" ? `swatch dash-${s.dash}` : "swatch block");
-      swatch.style.setProperty("--own", `var(--series-${s.color})`);
+      swatch.style.setProperty("--series", `var(--series-${s.color})`);
       const value = make("span", "value");
       button.type = "button";
       button.setAttribute("aria-pressed", "true");
@@ -90,21 +90,21 @@ class Chart {
     const { left } = this.u.cursor;
     const index = left >= 0 ? this.kind.pick(this.u) : null;
     this.index = index ?? null;
-    const told = this.index === null ? this.kind.rest(this.u) : this.kind.read(this.u, this.index);
-    this.at.textContent = told.at;
-    told.values.forEach((text, k) => {
-      // As wide as it has ever been, so that the legend keeps its lines while the cursor moves.
+    const reading = this.index === null ? this.kind.rest(this.u) : this.kind.read(this.u, this.index);
+    this.at.textContent = reading.at;
+    reading.values.forEach((text, k) => {
+      // Keep the largest width so far, so that the legend doesn't reflow while the cursor moves.
       this.widest[k] = Math.max(this.widest[k] || 0, text.length);
       this.values[k].style.minWidth = `${this.widest[k]}ch`;
       this.values[k].textContent = text;
     });
     if (announce) {
-      const named = told.values.map((text, k) => (text && !this.hidden.has(k) ? `${this.spec.series[k].name} ${text}` : ""));
-      announcer.textContent = `${told.at}: ${named.filter(Boolean).join(", ")}`;
+      const named = reading.values.map((text, k) => (text && !this.hidden.has(k) ? `${this.spec.series[k].name} ${text}` : ""));
+      announcer.textContent = `${reading.at}: ${named.filter(Boolean).join(", ")}`;
     }
   }
 
-  // A finger that moves sideways takes the cursor along; up and down it moves the page.
+  // A finger that moves sideways moves the cursor; up and down, it scrolls the page.
   touch(finger) {
     const { left, top } = this.u.over.getBoundingClientRect();
     this.u.setCursor({ left: finger.clientX - left, top: finger.clientY - top }, true, true);
@@ -130,12 +130,12 @@ class Chart {
 
   go(index) {
     if (!(index >= 0)) return;
-    const [left, top] = this.kind.place(this.u, index);
+    const [left, top] = this.kind.position(this.u, index);
     this.u.setCursor({ left, top }, true, true);
     this.show(true);
   }
 
-  // Around the cursor, and as with the mouse all charts with the same steps together.
+  // Zoom around the cursor, in all charts with the same x axis together, as with the mouse.
   zoom(factor) {
     const { min, max } = this.u.scales.x;
     const centre = this.index === null ? (min + max) / 2 : this.u.posToVal(this.u.cursor.left, "x");
@@ -152,14 +152,14 @@ function reset() {
   charts.forEach(({ u }) => u.setData(u.data, true));
 }
 
-// --- the page's one slider ---------------------------------------------------------------------------------------
+// --- the page's smoothing slider------------------------------------------------------------------------------------
 
 const smoothing = { weight: 0 };
 
 function readSlider(slider) {
   const steps = 500 ** (slider.value / 100);
   smoothing.weight = 1 - 1 / steps;
-  const text = slider.value === "0" ? "off" : `${figure(+steps.toPrecision(2))} steps`;
+  const text = slider.value === "0" ? "off" : `${format(+steps.toPrecision(2))} steps`;
   slider.setAttribute("aria-valuetext", text);
   slider.parentElement.querySelector("output").textContent = text;
 }

@@ -1,4 +1,4 @@
-// --- kinds of charts: data and options for uPlot, and what the cursor reads --------------------------------------
+// --- kinds of charts: data and options for uPlot, and the values at the cursor-----------------------------------
 
 const axisOf = (label, more) => ({
   stroke: () => color("quiet"),
@@ -14,18 +14,18 @@ const axisOf = (label, more) => ({
 const acrossAxis = (label, more) => axisOf(label, { values: ticks, size: 30, space: 56, ...more });
 const upAxis = (label, log) =>
   axisOf(label, {
-    values: log ? (u, splits) => splits.map((v) => (v === null ? "" : figure(v))) : ticks,
+    values: log ? (u, splits) => splits.map((v) => (v === null ? "" : format(v))) : ticks,
     size: (u, values) => 14 + 6.7 * Math.max(2, ...(values || []).map((v) => String(v ?? "").length)),
     space: 34,
   });
 
 function lineKind(spec, chart) {
-  const places = []; // of each entry: where its columns are
+  const columnsOfSeries = []; // the columns of each series
   const series = [{}];
   const bands = [];
   const tint = (s, alpha) => () => (alpha < 1 ? shade(`series-${s.color}`, alpha) : color(`series-${s.color}`));
   for (const s of spec.series) {
-    const place = { raw: series.length, line: series.length + 1 };
+    const columns = { raw: series.length, line: series.length + 1 };
     const few = s.x.length <= 40;
     series.push({ stroke: tint(s, 0.3), width: 1, points: { show: false } });
     series.push({
@@ -35,22 +35,22 @@ function lineKind(spec, chart) {
       points: { show: few, size: 5, fill: tint(s, 1) },
     });
     if (s.low) {
-      place.band = [series.length + 1, series.length];
+      columns.band = [series.length + 1, series.length];
       series.push({ stroke: "transparent", points: { show: false } });
       series.push({ stroke: "transparent", points: { show: false } });
-      bands.push({ series: place.band, fill: tint(s, 0.14) });
+      bands.push({ series: columns.band, fill: tint(s, 0.14) });
     }
-    places.push(place);
+    columnsOfSeries.push(columns);
   }
-  const columns = (s) => {
+  const valuesOf = (s) => {
     const weight = spec.smooth ? smoothing.weight : 0;
     const average = (values) => (weight ? smoothed(s.x, values, weight) : values);
     const line = weight ? average(basis(s)) : s.y;
     return [s.x, s.y, line, ...(s.low ? [average(s.low), average(s.high)] : [])];
   };
-  const data = () => (spec.series.length > 1 ? uPlot.join(spec.series.map(columns)) : columns(spec.series[0]));
-  // The smoothed value and, where it is another, what was measured.
-  const shown = (line, raw) => figure(line) + (raw != null && line !== raw ? ` (${figure(raw)})` : "");
+  const data = () => (spec.series.length > 1 ? uPlot.join(spec.series.map(valuesOf)) : valuesOf(spec.series[0]));
+  // The smoothed value and, if it differs, the measured one.
+  const shown = (line, raw) => format(line) + (raw != null && line !== raw ? ` (${format(raw)})` : "");
   const inView = (u) => u.series[0].idxs || [0, u.data[0].length - 1];
   const valueOf = (column, i) => {
     const at = (j) => column[j] !== undefined && column[j] !== null;
@@ -58,7 +58,7 @@ function lineKind(spec, chart) {
     while (last > 0 && !at(last)) last -= 1;
     if (i > last) return null;
     let j = i;
-    while (j > 0 && column[j] === undefined) j -= 1; // this run has no point just here
+    while (j > 0 && column[j] === undefined) j -= 1; // this run has no point at this x
     return column[j];
   };
   return {
@@ -70,24 +70,24 @@ function lineKind(spec, chart) {
       axes: [acrossAxis(spec.x_name), upAxis(undefined, chart.log)],
       cursor: {
         y: false,
-        points: { size: (u, i) => (places.some((place) => place.line === i) ? 8 : 0) },
+        points: { size: (u, i) => (columnsOfSeries.some((columns) => columns.line === i) ? 8 : 0) },
         drag: { x: true, y: false },
         ...(spec.sync ? { sync: { key: spec.sync, setSeries: false, scales: ["x", null] } } : {}),
       },
     }),
-    columnsOf: (k) => [places[k].raw, places[k].line, ...(places[k].band || [])],
+    columnsOf: (k) => [columnsOfSeries[k].raw, columnsOfSeries[k].line, ...(columnsOfSeries[k].band || [])],
     draw: (u) => spec.limits.forEach((limit) => drawLimit(u, limit)),
     pick: (u) => u.cursor.idx,
     first: (u) => inView(u)[0],
     last: (u) => inView(u)[1],
-    place: (u, i) => [u.valToPos(u.data[0][i], "x"), u.over.clientHeight / 2],
+    position: (u, i) => [u.valToPos(u.data[0][i], "x"), u.over.clientHeight / 2],
     read: (u, i) => ({
-      at: `${spec.x_name} ${figure(u.data[0][i])}`,
-      values: places.map((place) => shown(...[place.line, place.raw].map((c) => valueOf(u.data[c], i)))),
+      at: `${spec.x_name} ${format(u.data[0][i])}`,
+      values: columnsOfSeries.map((columns) => shown(...[columns.line, columns.raw].map((c) => valueOf(u.data[c], i)))),
     }),
     rest: (u) => ({
       at: `last ${spec.x_name}`,
-      values: places.map((place) => shown(...[place.line, place.raw].map((c) => u.data[c].findLast((v) => v != null)))),
+      values: columnsOfSeries.map((columns) => shown(...[columns.line, columns.raw].map((c) => u.data[c].findLast((v) => v != null)))),
     }),
   };
 
@@ -127,7 +127,7 @@ const padded = (values, share) => {
   const more = (most - least || Math.abs(most) || 1) * share;
   return [least - more, most + more];
 };
-// uPlot gives axes, zoom and cursor for two invisible points at the corners; the marks are drawn on top.
+// uPlot draws axes, zoom and cursor for two invisible corner points; the marks are drawn on top.
 const frame = ([left, right], [bottom, top], more) => ({
   series: [{}, { paths: () => null, points: { show: false } }],
   scales: { x: { time: false, range: (u, a, b) => [a ?? left, b ?? right] }, y: { range: () => [bottom, top] } },
@@ -179,7 +179,7 @@ function pointsKind(spec, chart) {
         }
         spec.series.forEach((s, k) => {
           if (chart.hidden.has(k)) return;
-          const own = points.filter((p) => p.k === k);
+          const visible = points.filter((p) => p.k === k);
           context.fillStyle = shade(`series-${s.color}`, spec.connected ? 1 : 0.5);
           context.strokeStyle = color(`series-${s.color}`);
           context.lineWidth = 2 * ratio;
@@ -188,7 +188,7 @@ function pointsKind(spec, chart) {
             s.x.forEach((x, i) => context.lineTo(u.valToPos(x, "x", true), u.valToPos(s.y[i], "y", true)));
             context.stroke();
           }
-          for (const p of own) {
+          for (const p of visible) {
             context.beginPath();
             const radius = p.n ? 3 + 5 * Math.sqrt(p.n / most) : 2.6;
             context.arc(u.valToPos(p.x, "x", true), u.valToPos(p.y, "y", true), radius * ratio, 0, 2 * Math.PI);
@@ -209,18 +209,18 @@ function pointsKind(spec, chart) {
     first: () => end(0, 1),
     last: () => end(points.length - 1, -1),
     next,
-    place: (u, i) => spot(u, points[i]),
+    position: (u, i) => spot(u, points[i]),
     read: (u, i) => {
-      const { k, x, y, n, i: own } = points[i];
+      const { k, x, y, n, i: index } = points[i];
       const { labels } = spec.series[k];
-      const at = [`${spec.x_name} ${figure(x)}`, ...(labels ? [labels[own]] : []), ...(n ? [`${n} cases`] : [])];
-      return { at: at.join(", "), values: spec.series.map((s, j) => (j === k ? figure(y) : "")) };
+      const at = [`${spec.x_name} ${format(x)}`, ...(labels ? [labels[index]] : []), ...(n ? [`${n} cases`] : [])];
+      return { at: at.join(", "), values: spec.series.map((s, j) => (j === k ? format(y) : "")) };
     },
     rest: () => ({ at: "", values: spec.series.map(() => "") }),
   };
 }
 
-// Bars between spec.edges: names under them, or the edges themselves on the axis.
+// Bars between spec.edges, with names or the edges on the axis.
 function barKind(spec, chart) {
   const { edges, names } = spec;
   const heights = spec.series.flatMap((s) => s.y.filter((v) => v !== null));
@@ -228,7 +228,7 @@ function barKind(spec, chart) {
   const across = [edges[0], edges[edges.length - 1]];
   const bins = edges.length - 1;
   const middle = (i) => (edges[i] + edges[i + 1]) / 2;
-  const title = (i) => (names ? names[i] : `${spec.x_name} ${figure(edges[i])} to ${figure(edges[i + 1])}`);
+  const title = (i) => (names ? names[i] : `${spec.x_name} ${format(edges[i])} to ${format(edges[i + 1])}`);
   const under = names && {
     splits: () => names.map((_, i) => middle(i)),
     values: (u) => {
@@ -249,16 +249,16 @@ function barKind(spec, chart) {
       clipped(u, (context, ratio) => {
         const shown = spec.series.filter((_, k) => !chart.hidden.has(k));
         const ground = u.valToPos(0, "y", true);
-        const beside = names ? shown.length : 1; // the bars of histograms overlap
-        shown.forEach((s, place) => {
-          context.fillStyle = shade(`series-${s.color}`, beside === shown.length ? 1 : 0.6);
+        const perBin = names ? shown.length : 1; // the bars of histograms overlap
+        shown.forEach((s, index) => {
+          context.fillStyle = shade(`series-${s.color}`, perBin === shown.length ? 1 : 0.6);
           s.y.forEach((value, i) => {
             if (value === null) return;
             const [left, right] = [u.valToPos(edges[i], "x", true), u.valToPos(edges[i + 1], "x", true)];
             const gap = names ? (right - left) * 0.12 : 0;
-            const width = (right - left - 2 * gap) / beside;
+            const width = (right - left - 2 * gap) / perBin;
             const top = u.valToPos(value, "y", true);
-            const begin = left + gap + (place % beside) * width;
+            const begin = left + gap + (index % perBin) * width;
             context.fillRect(begin, Math.min(top, ground), width - ratio, Math.abs(ground - top));
           });
         });
@@ -270,8 +270,8 @@ function barKind(spec, chart) {
     },
     first: () => 0,
     last: () => bins - 1,
-    place: (u, i) => [u.valToPos(middle(i), "x"), u.over.clientHeight / 2],
-    read: (u, i) => ({ at: title(i), values: spec.series.map((s) => figure(s.y[i])) }),
+    position: (u, i) => [u.valToPos(middle(i), "x"), u.over.clientHeight / 2],
+    read: (u, i) => ({ at: title(i), values: spec.series.map((s) => format(s.y[i])) }),
     rest: () => ({ at: "", values: spec.series.map(() => "") }),
   };
 }

@@ -1,7 +1,7 @@
-// Numbers in words and on axes, colours, smoothing. The three scripts of this folder run as one, see chart.js.
+// Number formats, colors, smoothing. The three scripts of this folder run as one, see chart.js.
 const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
 const FONT = "12px system-ui, sans-serif";
-const GRAB = 24; // pixels from which a point of a cloud is taken for the one that is meant
+const GRAB = 24; // pixels; the distance within which the cursor selects a point
 const charts = [];
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -13,12 +13,12 @@ const make = (tag, className, text) => {
   return element;
 };
 
-// --- numbers in words ------------------------------------------------------------------------------------------
+// --- number formats --------------------------------------------------------------------------------------------
 
 const scientific = (v) => v.toExponential(2).replace(/\.?0+e/, "e");
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 2 });
 
-function figure(v) {
+function format(v) {
   if (v === null || v === undefined) return "-";
   const size = Math.abs(v);
   if (size && (size < 1e-4 || size >= 1e6)) return scientific(v);
@@ -36,8 +36,8 @@ function ticks(u, splits, axis, space, step) {
 
 // --- smoothing -------------------------------------------------------------------------------------------------
 
-// An exponential moving average with the weight of one step, corrected for its beginning; two values that lie several
-// steps apart forget as much as so many steps do. undefined is "nothing here", null a gap.
+// An exponential moving average with a weight per step and bias correction; values that are several steps apart decay by as
+// many steps. undefined means no value at this x, null a gap.
 function smoothed(x, y, weight) {
   let sum = 0;
   let norm = 0;
@@ -52,5 +52,5 @@ function smoothed(x, y, weight) {
   });
 }
 
-// Where points were left out, the mean of the stretch stands beside its last point only.
+// In downsampled curves, the mean of a stretch is stored at its last point only.
 const basis = (s) => (s.mean ? s.mean.map((m, i) => (m === null && s.y[i] !== null ? undefined : m)) : s.y);

@@ -14,7 +14,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import whole_file
-from reinforcepp.monitoring.completion_log import read_answers, save_answers
+from reinforcepp.monitoring.completion_log import read_completions, save_completions
 from reinforcepp.reports.reward_model.metrics import Analysis, analyze
 from reinforcepp.reports.reward_model.page import as_page
 from reinforcepp.reports.reward_model.verdict import verdict
@@ -28,7 +28,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "RowId": (i
 
 def save_pairs(pairs: Sequence[ScoredPair], folder: Path) -> None:
     """Write ``heldout.parquet``; equal pairs and scores give equal bytes."""
-    save_answers(folder / HELDOUT_FILE, {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS})
+    save_completions(folder / HELDOUT_FILE, {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS})
 
 
 def read_pairs(folder: Path) -> list[ScoredPair]:
@@ -48,7 +48,7 @@ def read_pairs(folder: Path) -> list[ScoredPair]:
     if not path.is_file():
         raise ConfigError(f"{folder}: {HELDOUT_FILE} not found, which the report needs. {again}")
     try:
-        pairs = [_checked(row) for row in read_answers(path)]
+        pairs = [_checked(row) for row in read_completions(path)]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: the file is damaged ({error}). {again}") from error
     if len(pairs) != card.heldout_pairs:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reinforcepp.monitoring import Progress
-from reinforcepp.monitoring.completion_log import COMPLETIONS, evaluation_file, files_of_steps, read_answers
+from reinforcepp.monitoring.completion_log import COMPLETIONS, evaluation_file, read_completions, step_files
 from reinforcepp.monitoring.run_record import RunRecord
 
 MAX_POINTS = 700  # of the early and of the late third, in reward against length
@@ -100,7 +100,7 @@ def choose_samples(record: RunRecord, number: int) -> Samples:
 
     Those of a step are spread evenly over the order of its rewards.
     """
-    files = files_of_steps(record.folder)
+    files = step_files(record.folder)
     if not files or not number:
         return Samples(missing=_why_none(record, number))
     scan = _Scan(files)
@@ -128,7 +128,7 @@ def choose_pairs(record: RunRecord) -> Pairs:
     if when is None:
         return Pairs(missing="Held-out prompts were evaluated before training, but not yet again.")
     try:
-        before, after = (read_answers(evaluation_file(record.folder, name)) for name in ("before", when))
+        before, after = (read_completions(evaluation_file(record.folder, name)) for name in ("before", when))
     except (OSError, ValueError) as error:
         return Pairs(when, missing=f"The held-out responses can't be read: {error}.")
     if not before or not after:
@@ -226,7 +226,7 @@ class _Tables:
 
     def row(self, row: _Row) -> dict[str, Any]:
         if row.file not in self._read:
-            self._read[row.file] = read_answers(row.file)
+            self._read[row.file] = read_completions(row.file)
         return self._read[row.file][row.position]
 
     def sample(self, row: _Row, seen: int = 1) -> Sample:

@@ -45,20 +45,20 @@ def verdict(record: RunRecord) -> Verdict:
     aside = _aside(before, after)
     if reward is None:
         return Verdict(f"Inconclusive: the evaluations of this run have no reward.{aside}", "plain")
-    told = f"on {_heldout(record)} {_moment(record, when)}, the reward {_went(reward)}"
+    change = f"on {_heldout(record)} {_moment(record, when)}, the reward {_went(reward)}"
     if judge is None:
-        return _by_reward(told, reward.outcome, aside)
+        return _by_reward(change, reward.outcome, aside)
     turn = _turn(record.evaluations, when) if reward.outcome == "improved" and judge.outcome != "regressed" else None
     if turn is not None:
         since, fall = turn
         return Verdict(
-            f"Reward hacking since {since}: {told}, but since then the judge's score, which training doesn't use, has fallen "
+            f"Reward hacking since {since}: {change}, but since then the judge's score, which training doesn't use, has fallen "
             f"from {fall.before:.3f} to {fall.after:.3f} ({fall.interval}).{aside}",
             "bad",
         )
     word, tone, link = _judged(reward.outcome, judge.outcome)
     return Verdict(
-        f"{word}: {told}, {link} the judge's score, which training doesn't use, {_went(judge)}.{aside}", tone
+        f"{word}: {change}, {link} the judge's score, which training doesn't use, {_went(judge)}.{aside}", tone
     )
 
 
@@ -136,9 +136,9 @@ def _judged(reward: Outcome, judge: Outcome) -> tuple[str, Tone, str]:
             return "Inconclusive", "warn", "and"
 
 
-def _by_reward(told: str, outcome: Outcome, aside: str) -> Verdict:
+def _by_reward(change: str, outcome: Outcome, aside: str) -> Verdict:
     unconfirmed = " There is no judge to confirm it." if outcome == "improved" else ""
-    return Verdict(f"{outcome.capitalize()}: {told}.{unconfirmed}{aside}", TONES[outcome])
+    return Verdict(f"{outcome.capitalize()}: {change}.{unconfirmed}{aside}", TONES[outcome])
 
 
 def _went(change: Change) -> str:

@@ -1,5 +1,5 @@
-// The button that changes between light and dark; the page begins as the system is set. Whoever draws on a canvas
-// listens to "themechange" on the document.
+// The button that switches between light and dark; the initial theme is the system's. Scripts that draw on a canvas listen to
+// "themechange" on the document.
 (() => {
   "use strict";
   const root = document.documentElement;

@@ -80,8 +80,8 @@ def prepare(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, Prepa
         prompts, truncated = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
         if truncated and side in SIDES:
             echo(
-                f"{len(truncated)} of {len(rows)} prompts exceed {config.max_prompt_length} tokens of {side} and were truncated from the "
-                "left.",
+                f"{len(truncated)} of {len(rows)} prompts exceed {config.max_prompt_length} tokens of {side}. They were "
+                "truncated from the left.",
                 "yellow",
             )
         models[side] = PreparedModel(
