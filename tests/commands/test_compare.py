@@ -307,6 +307,8 @@ def test_only_one_model_is_in_memory_at_a_time(place, monkeypatch):
     import gc
     import weakref
 
+    from reinforcepp.commands.compare import measurement
+
     alive: list[weakref.ref] = []
     loaded: list[str] = []
 
