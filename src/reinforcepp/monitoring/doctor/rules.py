@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from statistics import median
 
+from reinforcepp.data import count
 from reinforcepp.monitoring.doctor.finding import Finding
 from reinforcepp.monitoring.doctor.trends import MIN_STEPS, heldout_change, reward_rises, trend_of
 from reinforcepp.monitoring.run_record import RunRecord
@@ -200,7 +201,7 @@ def gradient_spikes(run: RunRecord) -> Finding | None:
     spikes = [int(m["step"]) for m in run.metrics if m.get("grad_norm", 0.0) > limit]
     if not skipped and len(spikes) < max(2, math.ceil(SPIKE_RATIO * len(norms))):
         return None
-    evidence = [f"{int(skipped)} updates were skipped because a value was unusable"] if skipped else []
+    evidence = [f"{count(int(skipped), 'skipped update')} because of unusable values"] if skipped else []
     if spikes:
         evidence.append(
             f"{len(spikes)} steps exceed {SPIKE_FACTOR:g} times the median gradient norm {usual:.3g} (first in step {spikes[0]})"

@@ -80,7 +80,7 @@ def key_metrics(record: RunRecord) -> list[Metric]:
         ratio = after["length"] / before["length"] if before["length"] else None
         found.append(Metric("Response length", f"{ratio:.2f}x" if ratio is not None else "-", note))
     if "truncated" in after:
-        found.append(Metric("Truncated", f"{after['truncated']:.0%}", "of the responses reach the length limit"))
+        found.append(Metric("Truncated", f"{after['truncated']:.0%}", "at the length limit"))
     if "distinct" in after:
         found.append(Metric("Distinct responses", f"{after['distinct']:.2f}", "per held-out prompt"))
     return [metric for metric in [*found, *_effort(record)] if metric is not None]
