@@ -17,7 +17,7 @@ from made_runs import HOSTILE, figures, make_run
 
 from reinforcepp.commands import cli
 from reinforcepp.commands import report as command
-from reinforcepp.config import ReportConfig, TrainConfig, as_dict, read_yaml
+from reinforcepp.config import ReportConfig, SftConfig, TrainConfig, as_dict, read_yaml
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.completion_log import evaluation_file
 from reinforcepp.monitoring.metric_delta import Change, change_of
@@ -258,10 +258,11 @@ def test_what_differs_from_the_defaults_of_its_kind(tmp_path):
 
 
 def test_the_defaults_are_those_of_the_class_that_the_run_names():
-    own = {name: as_dict(TrainConfig()) for name in ("settings",)}
-    for kind, differing in (("TrainConfig", set()), ("CompareAlgorithmsConfig", {"num_generations", "eval_every"})):
-        rows = settings.settings_of(record(**own, facts={"kind": kind}))
-        assert {row.name for row in rows if row.differs} == differing
+    train, sft = as_dict(TrainConfig()), as_dict(SftConfig())
+    for kind, defaults in (("TrainConfig", train), ("SftConfig", sft)):
+        rows = settings.settings_of(record(settings=train, facts={"kind": kind}))
+        expected = {n for n, v in train.items() if n in defaults and v != defaults[n] and n not in settings.PER_RUN}
+        assert {row.name for row in rows if row.differs} == expected and bool(expected) == (kind == "SftConfig")
 
 
 def test_the_reproduce_command_gives_the_same_configuration(tmp_path):
