@@ -233,4 +233,4 @@ def test_help_names_every_mode_and_its_flags(capsys):
     with pytest.raises(SystemExit) as stop:
         classic.main(["--mode", "train_rlhf", "--help"])
     assert stop.value.code == 0
-    assert "samples the full" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "bias the policy ratio" in " ".join(capsys.readouterr().out.replace("│", " ").split())

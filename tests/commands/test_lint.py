@@ -579,14 +579,14 @@ def test_tsv_copy_is_tsv(tmp_path):
 @pytest.mark.parametrize(
     ("data", "fix", "message"),
     [
-        ("data.parquet", "out.parquet", ".csv, .tsv, .jsonl or .ndjson"),
-        ("data.json", "out.json", "one file"),
-        ("a.jsonl,b.jsonl", "out.jsonl", "one file"),
-        ("*.jsonl", "out.jsonl", "one file"),
-        ("folder", "out.jsonl", "one file"),
-        ("folder.csv", "out.csv", "one file"),
-        ("a.jsonl", "out.csv", ".jsonl"),
-        ("a.csv", "out.jsonl", ".csv"),
+        ("data.parquet", "out.parquet", "not a single .csv, .tsv, .jsonl or .ndjson file"),
+        ("data.json", "out.json", "not a single"),
+        ("a.jsonl,b.jsonl", "out.jsonl", "not a single"),
+        ("*.jsonl", "out.jsonl", "not a single"),
+        ("folder", "out.jsonl", "not a single"),
+        ("folder.csv", "out.csv", "not a single"),
+        ("a.jsonl", "out.csv", "ends in .jsonl"),
+        ("a.csv", "out.jsonl", "ends in .csv"),
     ],
 )
 def test_unsupported_copies_are_errors(tmp_path, monkeypatch, data, fix, message):

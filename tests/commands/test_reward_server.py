@@ -197,7 +197,7 @@ def test_a_port_in_use_and_a_host_of_others_are_told_before_the_model_loads(rewa
     assert cli.main(["serve-reward", "nowhere"]) == 2
     assert "nowhere: reward model folder not found" in capsys.readouterr().err
     assert cli.main(["serve-reward", "--port", "70000"]) == 2
-    assert "port must be from 0 to 65535" in capsys.readouterr().err
+    assert "port must be at least 0 and at most 65535, not 70000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

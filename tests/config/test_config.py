@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
+import importlib
+import itertools
 import pickle
 import typing
 
@@ -19,7 +22,9 @@ from reinforcepp.config import (
     TrainConfig,
     as_dict,
 )
+from reinforcepp.config.base import Config
 from reinforcepp.errors import ConfigError
+from scripts import SOURCE
 
 # Zero means "off", "none" or "as long as there is data" here; everywhere else it is a mistake.
 KEEPING = {"save_every", "max_skipped_updates", "watchdog_seconds"}
@@ -116,9 +121,8 @@ def test_what_is_no_finite_number_is_refused(verb, name, value):
     ("verb", "name"), [("train", "output_dir"), ("train", "reward_model"), ("reward", "data"), ("lint", "fix")]
 )
 def test_a_home_folder_of_nobody_is_refused(verb, name):
-    assert f"{name} is ~no-such-user/x.csv, but there is no home folder ~no-such-user" in refusal(
-        verb, **{name: "~no-such-user/x.csv"}
-    )
+    message = refusal(verb, **{name: "~no-such-user/x.csv"})
+    assert f"{name}: ~no-such-user/x.csv" in message and "home folder ~no-such-user" in message
     COMMANDS[verb].config(**({"data": "x.csv"} | {name: "~/x.csv"}))
 
 
@@ -395,3 +399,26 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
         cli.parse("train", ["--config"])
     with pytest.raises(ConfigError, match="configuration file"):
         cli.parse("train", ["--config="])
+
+
+# --- help ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_has_a_short_description():
+    """``--help`` shows the docstring under a field: a capitalized fragment of at most 80 characters."""
+    checked = 0
+    for path in (SOURCE / "reinforcepp" / "config").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.ClassDef) and issubclass(vars_of(path).get(node.name, object), Config)):
+                continue
+            for field, text in itertools.pairwise([*node.body, ast.Pass()]):
+                if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
+                    assert isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant), ast.unparse(field)
+                    description = str(text.value.value)
+                    assert len(description) <= 80 and "\n" not in description and description[0] != " ", description
+                    checked += 1
+    assert checked > 150
+
+
+def vars_of(path):
+    return vars(importlib.import_module(f"reinforcepp.config.{path.stem}".removesuffix(".__init__")))

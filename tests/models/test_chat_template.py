@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reinforcepp.commands.cli import main
-from reinforcepp.config.chat_template import Framing
+from reinforcepp.config import ChatTemplateConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.chat_template import with_chat_template, with_system_prompt
 from reinforcepp.models.loading import load_tokenizer, prepare_tokenizer
@@ -21,7 +21,9 @@ NO_SYSTEM = CHAT.replace("in messages", "in messages if m['role'] != 'system'")
 
 
 def tokenizer(**settings):
-    return with_chat_template(prepare_tokenizer(tiny.tokenizer(), tiny.model().config, "tiny"), Framing(**settings))
+    return with_chat_template(
+        prepare_tokenizer(tiny.tokenizer(), tiny.model().config, "tiny"), ChatTemplateConfig(**settings)
+    )
 
 
 def test_a_system_prompt_comes_first_and_only_where_there_is_none():

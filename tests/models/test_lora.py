@@ -10,7 +10,7 @@ import torch
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands.cli import main
-from reinforcepp.config.lora import Adapters
+from reinforcepp.config import AdapterConfig
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, save_model
 from reinforcepp.models.lora import (
@@ -39,7 +39,7 @@ def bases(tmp_path_factory):
 
 def adapted(base, seed=1, **settings):
     """A model with an adapter that has been somewhere: fresh ones say nothing."""
-    model = with_adapter(load_policy(base), Adapters(use_peft=True, lora_r=4, **settings), seed=seed)
+    model = with_adapter(load_policy(base), AdapterConfig(use_peft=True, lora_r=4, **settings), seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +64,7 @@ def assert_same(one, other, atol=1e-5):
 @pytest.mark.parametrize("settings", VARIANTS, ids=["lora", "rslora", "dora"])
 def test_a_fresh_adapter_says_nothing_and_is_all_that_learns(bases, family, settings):
     plain = load_policy(bases[family])
-    model = with_adapter(load_policy(bases[family]), Adapters(use_peft=True, lora_r=4, **settings), seed=0)
+    model = with_adapter(load_policy(bases[family]), AdapterConfig(use_peft=True, lora_r=4, **settings), seed=0)
     assert_same(logits(model), logits(plain))
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning and all("lora_" in name for name in learning)
@@ -77,7 +77,7 @@ def test_a_fresh_adapter_says_nothing_and_is_all_that_learns(bases, family, sett
 
 def test_rank_alpha_and_rslora_are_peft_s(bases):
     for settings, scale in [({}, 8.0), ({"use_rslora": True}, 16.0), ({"lora_alpha": 4.0}, 1.0)]:
-        model = with_adapter(load_policy(bases["llama"]), Adapters(use_peft=True, lora_r=4, **settings), seed=0)
+        model = with_adapter(load_policy(bases["llama"]), AdapterConfig(use_peft=True, lora_r=4, **settings), seed=0)
         layer = base_model(model).model.layers[0].self_attn.q_proj
         assert layer.scaling["default"] == scale
         assert layer.lora_A["default"].weight.shape == (4, 64)
@@ -88,7 +88,7 @@ def test_the_seed_decides_its_first_weights_and_leaves_the_others_alone(bases):
     expected = torch.rand(1)
     torch.manual_seed(3)
     one, same, other = (
-        trainable_weights(with_adapter(load_policy(bases["gpt2"]), Adapters(use_peft=True), seed=seed))
+        trainable_weights(with_adapter(load_policy(bases["gpt2"]), AdapterConfig(use_peft=True), seed=seed))
         for seed in (0, 0, 1)
     )
     assert torch.rand(1) == expected
@@ -174,10 +174,10 @@ def test_layers_that_are_not_there(bases):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"lora_r": 8}, "add --use_peft"),
-        ({"load_in_4bit": True}, "add --use_peft"),
+        ({"lora_r": 8}, "--use_peft"),
+        ({"load_in_4bit": True}, "--use_peft"),
         ({"use_peft": True, "lora_target_modules": ()}, "lora_target_modules is empty"),
-        ({"use_peft": True, "lora_target_modules": ("all-linear", "q_proj")}, "give one of them"),
+        ({"use_peft": True, "lora_target_modules": ("all-linear", "q_proj")}, "all-linear"),
         ({"use_peft": True, "load_in_4bit": True, "use_dora": True}, "use_dora needs"),
     ],
 )
@@ -188,7 +188,9 @@ def test_settings_that_contradict_each_other(settings, named):
 
 def test_settings_from_json_are_the_same():
     assert ReinforceConfig(lora_target_modules=["all-linear"]).use_peft is False
-    adapted_by_list = with_adapter(tiny.model(), Adapters(use_peft=True, lora_target_modules=["all-linear"]), seed=0)
+    adapted_by_list = with_adapter(
+        tiny.model(), AdapterConfig(use_peft=True, lora_target_modules=["all-linear"]), seed=0
+    )
     assert len(trainable_weights(adapted_by_list)) == 2 * 2 * 4
 
 
@@ -339,7 +341,7 @@ def test_a_reward_model_keeps_its_head(bases, pairs_csv, tmp_path, settings):
 
 def test_scores_merged_equal_those_of_the_adapter(bases, tmp_path):
     model = new_reward_model(bases["qwen2"], seed=0).eval()
-    model = with_adapter(model, Adapters(use_peft=True), seed=0, head=model.score)
+    model = with_adapter(model, AdapterConfig(use_peft=True), seed=0, head=model.score)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforcepp.commands import cli
-from reinforcepp.config import PlanConfig
+from reinforcepp.config import ComputeConfig, PlanConfig
 from reinforcepp.config.accelerators import ACCELERATORS
-from reinforcepp.config.precision import Computing
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, ModelError
@@ -191,10 +190,10 @@ def test_other_models_are_refused():
 
 
 def real_peak(
-    family: str, dtype: torch.dtype, number: int, passes: int, values: bool, computing: Computing | None = None
+    family: str, dtype: torch.dtype, number: int, passes: int, values: bool, computing: ComputeConfig | None = None
 ) -> int:
     """Most bytes alive in real passes of the trainer's own code, apart from the weights."""
-    chosen = asdict(computing or Computing()) | {"mixed_precision": "bf16" if dtype == BF16 else "no"}
+    chosen = asdict(computing or ComputeConfig()) | {"mixed_precision": "bf16" if dtype == BF16 else "no"}
     settings = ReinforceConfig(**chosen)
     model = models._with_fused_gelu(tiny.model(family, tied=family != "llama"))
     if settings.use_peft:
@@ -237,7 +236,7 @@ def test_the_peak_of_a_real_update(family, dtype, passes, values):
     assert expected == pytest.approx(real, rel=0.06)
 
 
-LORA = Computing(use_peft=True, lora_r=4)
+LORA = ComputeConfig(use_peft=True, lora_r=4)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -245,7 +244,7 @@ LORA = Computing(use_peft=True, lora_r=4)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     "settings",
-    [LORA, replace(LORA, gradient_checkpointing=True), Computing(gradient_checkpointing=True)],
+    [LORA, replace(LORA, gradient_checkpointing=True), ComputeConfig(gradient_checkpointing=True)],
     ids=["lora", "both", "recomputed"],
 )
 def test_the_peak_of_a_real_update_with_adapters_or_recomputed_activations(settings, dtype, family, passes):
@@ -794,7 +793,7 @@ def test_this_machine(monkeypatch, tmp_path):
     [
         ({"device": "cpu", "gpus": 2}, "device cpu has no GPUs, but gpus is 2"),
         ({"device": "h100", "gpus": 0}, "device h100 is a GPU, but gpus is 0"),
-        ({"gpus": 9}, "batch_size 8 can't be shared by 9 GPUs"),
+        ({"gpus": 9}, "batch_size: 8 can't be shared by 9 GPUs"),
         ({"device": "h10"}, "device must be one of auto, cpu, b200.*Did you mean 'h100'"),
         ({"gpu_memory": 0.0}, "gpu_memory must be greater than 0"),
     ],

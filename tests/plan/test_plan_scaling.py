@@ -448,16 +448,16 @@ def test_rows_of_an_optimiser_step_are_shared_too():
     [
         ({"nodes": 0}, "nodes must be greater than 0"),
         ({"network_gbps": 0.0}, "network_gbps must be greater than 0"),
-        ({"nodes": 9, "gpus": 8}, "batch_size 64 can't be shared by 9 nodes x 8 GPUs"),
+        ({"nodes": 9, "gpus": 8}, "batch_size: 64 can't be shared by 9 nodes x 8 GPUs"),
         ({"mean_new_tokens": 65.0}, "from 1 to max_new_tokens, which is 64, not 65"),
         ({"mean_new_tokens": 0.5}, "from 1 to max_new_tokens"),
-        ({"mean_new_tokens": 5.0, "lengths_from": "runs/x"}, "give one"),
+        ({"mean_new_tokens": 5.0, "lengths_from": "runs/x"}, "mean_new_tokens and lengths_from"),
         ({"lengths_from": " "}, "lengths_from is empty"),
-        ({"fsdp": True, "rollout": "ray://auto"}, "set trainers to more than 1, or leave fsdp out"),
-        ({"trainers": 2}, "add rollout ray://..., or leave trainers out"),
+        ({"fsdp": True, "rollout": "ray://auto"}, "fsdp.*trainers"),
+        ({"trainers": 2}, "trainers.*--rollout ray://"),
         ({"trainers": 0}, "trainers"),
-        ({"trainers": 65, "rollout": "ray://auto"}, "batch_size 64 can't be shared by 65 GPUs"),
-        ({"fsdp": True, "offload_optimizer": True}, "leave one of them out"),
+        ({"trainers": 65, "rollout": "ray://auto"}, "batch_size: 64 can't be shared by 65 GPUs"),
+        ({"fsdp": True, "offload_optimizer": True}, "offload_optimizer.*fsdp"),
     ],
 )
 def test_settings_that_contradict_each_other(changes, named):

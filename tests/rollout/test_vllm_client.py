@@ -455,9 +455,9 @@ def test_malformed_addresses(rollout):
 
 def test_invalid_addresses():
     for rollout in ("vllm://a:0", "vllm://a:70000", "vllm://a:1,b:2,a:1"):
-        with pytest.raises(ConfigError, match="which is no port or named twice"):
+        with pytest.raises(ConfigError, match=r"no valid port|given twice"):
             ReinforceConfig(rollout=rollout)
-    with pytest.raises(ConfigError, match="Weights of 4 bits can't be handed to vLLM's servers"):
+    with pytest.raises(ConfigError, match=r"load_in_4bit.*servers"):
         ReinforceConfig(rollout="vllm://a:1", use_peft=True, load_in_4bit=True)
     with pytest.raises(ConfigError, match="rollout_workers is a setting of ray:// pools"):
         ReinforceConfig(rollout="vllm://a:1", rollout_workers=2)

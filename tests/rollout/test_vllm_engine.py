@@ -11,7 +11,7 @@ import tiny
 import torch
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
 
-from reinforcepp.config.lora import Adapters
+from reinforcepp.config import AdapterConfig
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.rollout import vllm_integration as integration
@@ -130,7 +130,7 @@ def test_a_saved_model_generates_and_can_be_updated(tmp_path, family):
 def test_an_adapter_is_sent_alone_or_merged_without_changing_the_trainer(family, settings, alone, monkeypatch):
     tokenizer = prepared_tokenizer()
     plain = prepared_model(family)
-    model = with_adapter(prepared_model(family), Adapters(use_peft=True, lora_r=4, **settings), seed=0)
+    model = with_adapter(prepared_model(family), AdapterConfig(use_peft=True, lora_r=4, **settings), seed=0)
     assert supports_adapter(model) == alone
     engine = VllmEngine(model, tokenizer)
     sent = []

@@ -116,11 +116,11 @@ def test_what_the_rules_remember_survives_a_checkpoint():
     [
         ({"kl_target": 0.0}, "kl_target must be greater than 0"),
         ({"kl_target": 0.1, "kl_horizon": -1.0}, "kl_horizon must be greater than 0"),
-        ({"kl_target": 0.1, "kl_coef": 0.0}, "kl_target adapts kl_coef, which is 0"),
+        ({"kl_target": 0.1, "kl_coef": 0.0}, "kl_target.*kl_coef is 0"),
         ({"kl_limit": 0.0}, "kl_limit must be greater than 0"),
-        ({"ratio_limit": 1.1}, "ratio_limit 1.1 would leave out ordinary updates"),
-        ({"collapse_entropy": 1.0}, "collapse_entropy must be at least 0 and below 1"),
-        ({"max_skipped_updates": -1}, "max_skipped_updates must not be negative"),
+        ({"ratio_limit": 1.1}, "ratio_limit: 1.1"),
+        ({"collapse_entropy": 1.0}, "collapse_entropy must be at least 0 and less than 1"),
+        ({"max_skipped_updates": -1}, "max_skipped_updates must be at least 0"),
     ],
 )
 def test_settings_that_make_no_sense(settings, named):

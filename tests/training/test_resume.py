@@ -393,8 +393,11 @@ def test_inputs_that_changed_under_the_same_name_are_noticed(base, tmp_path, wha
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"allow_changes": "lerning_rate", "resume": True}, "names 'lerning_rate'.*Did you mean 'learning_rate'"),
-        ({"allow_changes": "learning_rate"}, "add --resume"),
+        (
+            {"allow_changes": "lerning_rate", "resume": True},
+            "allow_changes.*'lerning_rate'.*Did you mean 'learning_rate'",
+        ),
+        ({"allow_changes": "learning_rate"}, "--resume"),
         ({"keep_best": "reward", "save_every": 0}, "save_every is 0"),
         ({"keep_best": "-"}, "keep_best is empty"),
         ({"keep_last": 0}, "keep_last must be greater than 0"),

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands.cli import main
-from reinforcepp.config import SftConfig
-from reinforcepp.config.chat_template import Framing
+from reinforcepp.config import ChatTemplateConfig, SftConfig
 from reinforcepp.data import PromptRow, SftRow, load_texts
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.chat_template import with_chat_template
@@ -64,7 +63,7 @@ def log(folder: Path) -> list[dict]:
     "frame", [{}, {"chat_template": CHAT}, {"system_prompt": "Be short."}], ids=["plain", "chat", "system"]
 )
 def test_prompt_and_answer_have_the_tokens_of_rl_and_only_the_answer_has_a_loss(llama, frame):
-    tokenizer = with_chat_template(load_tokenizer(str(llama)), Framing(**frame))
+    tokenizer = with_chat_template(load_tokenizer(str(llama)), ChatTemplateConfig(**frame))
     one = to_example(tokenizer, SftRow("Why?", "Because of DNS.", 7))
     (prompt,), _ = encode_prompts(tokenizer, [PromptRow("Why?", {})], max_prompt_length=99)
     assert tuple(one.context) == prompt.ids
@@ -98,7 +97,7 @@ def batches(monkeypatch) -> list[dict]:
 def test_step_loss_is_the_negative_mean_of_rl_log_probabilities(llama, pairs_csv, tmp_path, batches):
     settings = {"batch_size": 6, "micro_batch_size": 3, "num_train_epochs": 1, "system_prompt": "Be short."}
     train_language_model(config(llama, pairs_csv, tmp_path / "out", **settings))
-    tokenizer = with_chat_template(load_tokenizer(str(llama)), Framing(system_prompt="Be short."))
+    tokenizer = with_chat_template(load_tokenizer(str(llama)), ChatTemplateConfig(system_prompt="Be short."))
     _, rows, _ = load_texts(pairs_csv, heldout_fraction=0.25, seed=42)
     examples = {tuple(one.context + one.target): one for one in (to_example(tokenizer, row) for row in rows)}
     assert len(batches) == 2 and len(examples) == 6

@@ -113,7 +113,8 @@ def parse(name: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
 
 
 def _description(command: Command) -> str:
-    text = f"{command.config.__doc__} Every setting can also be in a YAML file: --config FILE."
+    summary = (command.config.__doc__ or "").partition("\n\n")[0]
+    text = f"{summary} Every setting can also be in a YAML file: --config FILE."
     if command.positional:
         words = " ".join(f"[{setting.upper()}]" for setting in command.positional)
         text += f" Without flags: reinforcepp {command.name} {words}."

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from reinforcepp.config import GenerateConfig
-from reinforcepp.config.inference import Answering
+from reinforcepp.config import GenerateConfig, SamplingConfig
 from reinforcepp.data import PromptRow, read_prompt_lines
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.models.loading import check_context, load_config, load_policy, load_tokenizer
@@ -69,7 +68,7 @@ def generate(config: GenerateConfig) -> list[Completion]:
 
 
 def load_engine(
-    config: Answering, choice: EngineChoice, tokenizer: PreTrainedTokenizerBase, max_length: int
+    config: SamplingConfig, choice: EngineChoice, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> RolloutEngine:
     """The chosen engine with the model's weights, for sequences of up to ``max_length`` tokens."""
     if config.engine == "auto":
@@ -80,7 +79,7 @@ def load_engine(
     return start_engine(choice, model, tokenizer, max_length=max_length)
 
 
-def sampling_of(config: Answering, num_samples: int = 1) -> Sampling:
+def sampling_of(config: SamplingConfig, num_samples: int = 1) -> Sampling:
     """How a verb's settings say that answers are drawn."""
     return Sampling(
         max_new_tokens=config.max_new_tokens,

@@ -1,37 +1,43 @@
-"""Every setting of every verb: frozen dataclasses that check themselves. Loads no torch.
+"""Every setting of every command, in frozen dataclasses that check themselves. Loads no torch.
 
-The text under a field is its one description: ``--help`` shows it. A value that is out of range or contradicts
-another one is a ``ConfigError`` that names the cure; nothing here changes what a user has set.
+The docstring under a field is its description, which ``--help`` shows. A value that is out of range or contradicts
+another one raises a ``ConfigError`` with the fix; nothing here changes a user's setting.
 """
 
 from __future__ import annotations
 
-from reinforcepp.config.checkpointing import Keeping
-from reinforcepp.config.columns import Columns
-from reinforcepp.config.compare_estimators import CompareAlgorithmsConfig
-from reinforcepp.config.compare_models import CompareConfig
-from reinforcepp.config.doctor import DoctorConfig
+from reinforcepp.config.comparison import CompareAlgorithmsConfig, CompareConfig
 from reinforcepp.config.files import as_dict, read_yaml
-from reinforcepp.config.inference import ChatConfig, ExportConfig, GenerateConfig, PushConfig, ServeConfig
-from reinforcepp.config.lint import LintConfig
+from reinforcepp.config.inference import (
+    ChatConfig,
+    ExportConfig,
+    GenerateConfig,
+    PushConfig,
+    SamplingConfig,
+    ServeConfig,
+    ServeRewardConfig,
+)
+from reinforcepp.config.inspection import DoctorConfig, LintConfig, ReportConfig
 from reinforcepp.config.plan import PlanConfig
-from reinforcepp.config.recipes import RecipesConfig
-from reinforcepp.config.reinforce import ReinforceConfig
-from reinforcepp.config.report import ReportConfig
-from reinforcepp.config.rewards import RewardSettings
-from reinforcepp.config.sft import SftConfig
-from reinforcepp.config.training import DemoConfig, RewardModelConfig, ServeRewardConfig, TrainConfig
+from reinforcepp.config.presets import DemoConfig, RecipesConfig
+from reinforcepp.config.reinforce import ReinforceConfig, RewardScoringConfig
+from reinforcepp.config.shared import AdapterConfig, ChatTemplateConfig, CheckpointConfig, ColumnConfig, ComputeConfig
+from reinforcepp.config.supervised import RewardModelConfig, SftConfig
+from reinforcepp.config.training import TrainConfig
 
 __all__ = [
+    "AdapterConfig",
     "ChatConfig",
-    "Columns",
+    "ChatTemplateConfig",
+    "CheckpointConfig",
+    "ColumnConfig",
     "CompareAlgorithmsConfig",
     "CompareConfig",
+    "ComputeConfig",
     "DemoConfig",
     "DoctorConfig",
     "ExportConfig",
     "GenerateConfig",
-    "Keeping",
     "LintConfig",
     "PlanConfig",
     "PushConfig",
@@ -39,7 +45,8 @@ __all__ = [
     "ReinforceConfig",
     "ReportConfig",
     "RewardModelConfig",
-    "RewardSettings",
+    "RewardScoringConfig",
+    "SamplingConfig",
     "ServeConfig",
     "ServeRewardConfig",
     "SftConfig",

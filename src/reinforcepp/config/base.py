@@ -1,10 +1,131 @@
-"""The base of configurations with settings that had another name in an earlier version."""
+"""The base of all configurations: annotated types, the one checker that reads them, and old names of settings."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+import os
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from reinforcepp.config.data_spec import listed
+from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.run_dir import RENAMED_SETTINGS, rename_settings
+
+MAX_SEED = 2**32 - 1  # the most that the random generators of all libraries accept
+LAST_PORT = 65535
+
+# --- annotated types --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number. ``above`` and ``below`` exclude the bound; ``at_least`` and ``at_most`` include it."""
+
+    above: float = -math.inf
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.above < value < self.below and self.at_least <= value <= self.at_most
+
+    def __str__(self) -> str:
+        """Return the bounds in words, for an error message."""
+        bounds = {
+            "greater than": self.above,
+            "at least": self.at_least,
+            "at most": self.at_most,
+            "less than": self.below,
+        }
+        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound))
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name, path or text that must not be empty; a path below a user's home folder needs that user."""
+
+
+PositiveInt = Annotated[int, Range(above=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeInt = Annotated[int, Range(at_least=0)]
+NonNegativeFloat = Annotated[float, Range(at_least=0)]
+Probability = Annotated[float, Range(above=0, at_most=1)]
+Share = Annotated[float, Range(at_least=0, below=1)]
+Seed = Annotated[int, Range(at_least=0, at_most=MAX_SEED)]
+FilledStr = Annotated[str, Name()]
+
+# --- the checker ------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Check every setting of ``config`` against its annotation.
+
+    Raises:
+        ConfigError: If a choice doesn't exist, a number isn't finite or out of range, or a name is empty.
+    """
+    for name, (choices, constraints) in _constraints(type(config)).items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if choices and value not in choices:
+            raise ConfigError(
+                f"{name} must be one of {', '.join(choices)}, not {value!r}.{nearest(str(value), choices)}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, not {value}.")
+        for constraint in constraints:
+            if isinstance(constraint, Range) and value not in constraint:
+                raise ConfigError(f"{name} must be {constraint}, not {value}.")
+            if isinstance(constraint, Name):
+                check_name(name, value)
+
+
+@cache
+def _constraints(config_class: type[Any]) -> dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """Return the choices and the constraints of every setting, also of those that can be None."""
+    hints = get_type_hints(config_class, include_extras=True)
+    found = {}
+    for field in fields(config_class):
+        hint = hints[field.name]
+        parts = [hint, *(part for part in get_args(hint) if part is not NoneType)]
+        choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
+        markers = tuple(marker for part in parts for marker in getattr(part, "__metadata__", ()))
+        found[field.name] = (choices, markers)
+    return found
+
+
+def check_name(setting: str, value: str) -> None:
+    """Check that ``value`` isn't empty and that the user exists whose home folder it begins with."""
+    if not value.strip():
+        raise ConfigError(f"{setting} is empty. Omit it for its default, or give a value.")
+    if value.startswith("~") and os.path.expanduser(value) == value:
+        raise ConfigError(
+            f"{setting}: {value} begins with the home folder {value.partition('/')[0]}, which doesn't exist. Write the "
+            "whole path, or ./ before a name that begins with ~."
+        )
+
+
+def check_not_below_output(output_dir: str, setting: str, value: str) -> None:
+    """Check that ``value``, an input of a run, isn't in the folder that the run writes and ``overwrite`` clears."""
+    output = Path(output_dir).expanduser().resolve()
+    sources = [path.expanduser().resolve() for path in listed(value) or [Path(value)]]
+    if any(output in (source, *source.parents) for source in sources):
+        raise ConfigError(
+            f"output_dir: {output_dir} holds the {setting} {value}, an input of the run. Give another output_dir."
+        )
+
+
+def check_output_dir(output_dir: str, overwrite: bool, resume: bool | str = False) -> None:
+    """Check the settings for the folder that a command writes."""
+    check_name("output_dir", output_dir)
+    if overwrite and resume:
+        raise ConfigError("overwrite and resume contradict each other. Give one of the two.")
+
+
+# --- the base class ---------------------------------------------------------------------------------------------------
 
 
 class _AcceptsOldNames(type):
@@ -19,9 +140,16 @@ class _AcceptsOldNames(type):
 
 
 class Config(metaclass=_AcceptsOldNames):
-    """Base of configurations: accepts the settings in ``RENAMED_SETTINGS`` under their old names, and reads them."""
+    """Base of all configurations: checks itself, and accepts the settings in ``RENAMED_SETTINGS`` under their old names."""
 
-    if not TYPE_CHECKING:  # a type checker would take every unknown name for an attribute
+    def __post_init__(self) -> None:
+        """Check every setting, then the rules of every class about settings that belong together, base classes first."""
+        check(self)
+        for part in reversed(type(self).__mro__):
+            if (rules := vars(part).get("_check_rules")) is not None:
+                rules(self)
+
+    if not TYPE_CHECKING:  # A type checker would take every unknown name for an attribute.
 
         def __getattr__(self, name: str) -> Any:
             """Return the setting whose old name is ``name``."""

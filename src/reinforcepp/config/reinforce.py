@@ -1,19 +1,25 @@
-"""Settings of the algorithm and its training loop."""
+"""Settings of the algorithm, its rewards and its training loop."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
-from reinforcepp.config._checks import check_sampling, check_trackers, check_values, fraction, not_negative, positive
-from reinforcepp.config.base import Config
-from reinforcepp.config.chat_template import Framing, check_framing
-from reinforcepp.config.checkpointing import Keeping, check_keeping
-from reinforcepp.config.lora import check_adapters
-from reinforcepp.config.precision import Computing
-from reinforcepp.config.rewards import RewardSettings, check_reward_settings
+from reinforcepp.config.base import (
+    Config,
+    FilledStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Range,
+    Seed,
+    Share,
+)
+from reinforcepp.config.shared import ChatTemplateConfig, CheckpointConfig, ComputeConfig
 from reinforcepp.errors import ConfigError, nearest
 
 DEFAULT_MICRO_BATCH = 8
@@ -23,198 +29,179 @@ RAY_ADDRESS = re.compile(r"ray://(auto|local|[^\s/:]+:\d{1,5})")
 SERVERS = {"vllm://": "http://", "vllm+https://": "https://"}
 SERVER = r"([^\s/:,@\[\]]+|\[[0-9a-fA-F:.]+\]):\d{1,5}"
 SERVER_ADDRESSES = re.compile(rf"vllm(\+https)?://{SERVER}(,{SERVER})*")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+
+Discount = Annotated[float, Range(at_least=0, at_most=1)]
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(RewardSettings, Framing, Computing, Keeping, Config):
+class RewardScoringConfig(Config):
+    """How completions are scored, and how their scores become rewards."""
+
+    reward_normalize: bool = False
+    """Standardize reward model scores with the mean and deviation of their card"""
+    reward_clip: PositiveFloat | None = None
+    """Clip the weighted sum of rewards, minus truncation_penalty, to +- this value"""
+    truncation_penalty: NonNegativeFloat = 0.0
+    """Subtracted from the reward of a completion truncated at max_new_tokens"""
+    reward_timeout: PositiveFloat = 60.0
+    """Seconds to wait for a response of a reward server"""
+    reward_attempts: PositiveInt = 5
+    """Attempts per reward server request, with growing pauses"""
+    reward_batch_size: PositiveInt = 64
+    """Completions per reward server request"""
+    reward_label_column: FilledStr = "label"
+    """Column sent to a reward server as labels"""
+
+
+@dataclass(frozen=True)
+class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig):
     """Settings of REINFORCE++ training."""
 
     output_dir: str = "runs/train"
-    """Folder for the trained model, the metrics and the checkpoints."""
-    seed: int = 42
-    """Decides the order of the prompts and every sampled token."""
+    """Folder for the trained model, metrics and checkpoints"""
+    seed: Seed = 42
+    """Seed of the prompt order and of sampling"""
 
-    batch_size: int = 8
-    """Prompts per training step; the last batch of an epoch may be shorter."""
-    num_generations: int = 1
-    """Completions sampled per prompt; estimators that compare them (all with baseline, rloo, grpo) need at least 2."""
-    micro_batch_size: int | None = None
-    """Completions per forward and backward pass; less needs less memory and changes nothing else. Default: 8."""
-    gradient_accumulation_steps: int | None = None
-    """Micro-batches per optimizer step. Default: as many as there are, so one optimiser step per rollout batch."""
-    num_iterations: int = 1
-    """How often each rollout batch is trained on."""
-    num_train_epochs: int = 1
-    """Passes over the prompts."""
-    max_steps: int = 0
-    """Training steps (rollout batches); 0 follows num_train_epochs."""
+    batch_size: PositiveInt = 8
+    """Prompts per training step; the last batch of an epoch can be smaller"""
+    num_generations: PositiveInt = 1
+    """Completions per prompt; 2 or more for rloo, grpo and *_baseline"""
+    micro_batch_size: PositiveInt | None = None
+    """Completions per forward and backward pass; less saves memory. Default: 8"""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches per optimizer step; default: all of a rollout batch"""
+    num_iterations: PositiveInt = 1
+    """Passes over each rollout batch"""
+    num_train_epochs: PositiveInt = 1
+    """Passes over the prompts"""
+    max_steps: NonNegativeInt = 0
+    """Training steps (rollout batches); 0 uses num_train_epochs"""
 
-    max_length: int = 512
-    """Limit for prompt and completion together, in tokens."""
-    max_prompt_length: int = 128
-    """Limit for the framed prompt, in tokens."""
-    max_new_tokens: int = 384
-    """Limit for a completion, in tokens."""
+    max_length: PositiveInt = 512
+    """Maximum length of prompt and completion together, in tokens"""
+    max_prompt_length: PositiveInt = 128
+    """Maximum length of a formatted prompt, in tokens"""
+    max_new_tokens: PositiveInt = 384
+    """Maximum length of a completion, in tokens"""
     long_prompts: Literal["cut", "drop"] = "cut"
-    """What happens to a prompt over the limit: its text is cut from the left, or it is left out. Either is reported."""
+    """Prompts over the maximum: cut truncates the text on the left, drop skips them"""
 
     estimator: EstimatorName = "reinforce_plus_plus"
-    """How advantages are estimated; rloo, grpo and ppo are there to compare with."""
-    kl_coef: float = 0.1
-    """Weight of the KL to the reference policy; higher keeps the policy closer to where it started."""
-    gamma: float = 1.0
-    """Discount per token."""
-    clip_low: float = 0.2
-    """How far below 1 the policy ratio counts; matters only with several optimiser steps per batch."""
-    clip_high: float = 0.2
-    """How far above 1 the policy ratio counts."""
-    dual_clip: float | None = None
-    """Bound on the loss of tokens with a negative advantage, in multiples of it; off by default."""
+    """Advantage estimator; rloo, grpo and ppo are for comparison"""
+    kl_coef: NonNegativeFloat = 0.1
+    """Weight of the KL to the reference policy; higher stays closer to it"""
+    gamma: Discount = 1.0
+    """Discount per token"""
+    clip_low: Annotated[float, Range(above=0, below=1)] = 0.2
+    """Clip the policy ratio below 1 - clip_low; needs several updates per batch"""
+    clip_high: PositiveFloat = 0.2
+    """Clip the policy ratio above 1 + clip_high"""
+    dual_clip: Annotated[float, Range(above=1)] | None = None
+    """Bound on the loss at negative advantages, in multiples of the advantage"""
     normalize_over: Literal["tokens", "sequences"] = "tokens"
-    """Population of the advantage normalisation: every token (the paper's code) or every sequence once."""
+    """Population of the advantage normalization; tokens as in the paper's code"""
 
-    gae_lambda: float = 0.95
-    """Only ppo: 0 trusts the critic's next estimate alone, 1 what was seen alone."""
-    value_clip: float | None = 0.2
-    """Only ppo: how far a value may move from the one at sampling before it stops counting."""
-    critic_learning_rate: float | None = None
-    """Only ppo: peak learning rate of the critic. Default: learning_rate."""
+    gae_lambda: Discount = 0.95
+    """Only ppo: lambda of GAE; 0 trusts the critic, 1 the observed returns"""
+    value_clip: PositiveFloat | None = 0.2
+    """Only ppo: clip values to +- this around their value at sampling"""
+    critic_learning_rate: PositiveFloat | None = None
+    """Only ppo: peak learning rate of the critic; default: learning_rate"""
 
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW."""
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of AdamW"""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Optimiser steps over which the learning rate rises to its peak."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Learning rate schedule after the warmup"""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of the learning rate warmup"""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of AdamW"""
+    max_grad_norm: PositiveFloat = 1.0
+    """Maximum gradient norm; larger gradients are scaled down"""
     offload_optimizer: bool = False
-    """Keep what AdamW needs in main memory and let the CPU make its steps: the GPU then holds neither float32 weights nor
-    gradients nor moments, 16 bytes less a weight that learns; steps take longer. Without a GPU it changes nothing."""
+    """Keep the optimizer state in CPU memory and step on the CPU; slower on a GPU"""
 
-    temperature: float = 1.0
-    """Sampling temperature of rollouts, also applied to every log-probability in training."""
-    top_p: float = 1.0
-    """Nucleus sampling of rollouts. Anything but 1 biases the policy ratio, so training samples the full distribution."""
-    top_k: int = 0
-    """Top-k sampling of rollouts; 0 is off. Anything else biases the policy ratio."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of rollouts, also applied to log-probs in training"""
+    top_p: Probability = 1.0
+    """Top-p sampling of rollouts; values other than 1 bias the policy ratio"""
+    top_k: NonNegativeInt = 0
+    """Top-k sampling of rollouts; 0 disables, other values bias the policy ratio"""
     rollout: str = "auto"
-    """Engine that generates the rollouts: transformers, vllm, a pool of them by Ray: ray://auto for the cluster that this
-    machine is part of, ray://local, ray://HOST:PORT, or servers that `vllm serve` runs: vllm://HOST:PORT,HOST:PORT, with
-    the key in VLLM_API_KEY. auto takes vLLM where it is installed and runs the model, else transformers."""
-    rollout_workers: int = 0
-    """Only Ray: engines in the pool, at most; 0 is one for each GPU of the cluster or, where it has none, for each CPU."""
-    reward_workers: int = 0
-    """Only Ray: processes of the pool that score with the trained reward models, in the trainer's place; 0 is none. Each takes a
-    GPU or, where there is none, a CPU; rollouts get the rest."""
-    rollout_batch_size: int = 128
-    """Completions generated at a time; memory grows with it, results don't change."""
-    staleness: int = 0
-    """Steps by which generation runs ahead: the completions of a step come from the weights that many steps before, and are
-    generated while the steps between are trained on. 0 waits for the present weights."""
+    """auto, transformers, vllm, ray://auto, ray://HOST:PORT or vllm://HOST:PORT,..."""
+    rollout_workers: NonNegativeInt = 0
+    """Only Ray: maximum number of engines in the pool; 0: one per GPU, or per CPU"""
+    reward_workers: NonNegativeInt = 0
+    """Only Ray: processes that score with reward models; 0 scores in the trainer"""
+    rollout_batch_size: PositiveInt = 128
+    """Completions generated at a time; changes memory, not results"""
+    staleness: NonNegativeInt = 0
+    """Steps by which generation runs ahead of training; 0 uses current weights"""
     importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"
-    """Correction for an engine whose log-probabilities differ from the trainer's; auto is tis for any engine but
-    transformers, and with staleness, else off."""
-    importance_low: float = 0.5
-    """Lower bound of the importance weight."""
+    """Correct engine log-probs; auto: tis with vLLM, Ray or staleness, else off"""
+    importance_low: PositiveFloat = 0.5
+    """Lower bound of the importance weight"""
     importance_high: float = 2.0
-    """Upper bound of the importance weight."""
-    sync_check_every: int = 50
-    """Steps between checks that the rollout engine really holds the trainer's weights; the first sync is always checked."""
-    vllm_gpu_memory_utilization: float | None = None
-    """Share of the GPU's memory for vLLM; measured by default."""
-    vllm_tensor_parallel_size: int = 1
-    """Only Ray: GPUs of a machine that share the model in each engine of the pool."""
+    """Upper bound of the importance weight"""
+    sync_check_every: PositiveInt = 50
+    """Steps between checks that the engine has the trainer's weights"""
+    vllm_gpu_memory_utilization: Probability | None = None
+    """Fraction of GPU memory for vLLM; default: measured"""
+    vllm_tensor_parallel_size: PositiveInt = 1
+    """Only Ray: GPUs that share the model in each engine of the pool"""
 
-    eval_prompts: int = 64
-    """Held-out prompts answered before and after training; 0 skips the comparison."""
-    eval_every: int = 0
-    """Steps between further answers to them in the course of training; 0 is never."""
+    eval_prompts: NonNegativeInt = 64
+    """Held-out prompts evaluated before and after training; 0 disables"""
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations during training; 0 disables"""
     log_completions: bool = True
-    """Write every completion of every step, with its reward, KL and length, to a Parquet file in completions."""
+    """Write the completions of every step to Parquet files in completions"""
     report_to: tuple[str, ...] = ()
-    """Trackers for the figures of every step: tensorboard wandb mlflow trackio comet_ml aim clearml dvclive swanlab."""
+    """Trackers of the metrics, e.g. tensorboard wandb mlflow trackio"""
 
-    kl_target: float | None = None
-    """KL to the start, in nats per token, to which kl_coef is adapted in the course of training; off by default."""
-    kl_horizon: float = 10_000.0
-    """Completions over which an error of a fifth in the KL changes kl_coef by a fifth; matters only with kl_target."""
-    kl_limit: float | None = 5.0
-    """KL to the start, in nats per token, over which the policy counts as run off; None switches the rule off."""
+    kl_target: PositiveFloat | None = None
+    """Adapt kl_coef to keep the KL at this value, in nats/token; off by default"""
+    kl_horizon: PositiveFloat = 10_000.0
+    """Completions over which a 20% KL error changes kl_coef by 20%"""
+    kl_limit: PositiveFloat | None = 5.0
+    """KL to the reference policy, in nats/token, that counts as diverged; None: off"""
     kl_action: Literal["stop", "rollback"] = "stop"
-    """Over kl_limit: stop, or go back to the last checkpoint and on at half the learning rate, three times at most."""
-    ratio_limit: float = 10_000.0
-    """An update in which a token's policy ratio, or its inverse, is larger is left out; 0 is off."""
-    collapse_length: float = 0.1
-    """Stop when completions stay shorter than this share of what they were in the first step; 0 is off."""
-    collapse_entropy: float = 0.01
-    """Stop when the entropy stays below this share of the first step's; 0 is off."""
-    collapse_distinct: float = 0.1
-    """Stop when the share of distinct completions stays below this share of the first step's; 0 is off."""
+    """Action over kl_limit; rollback: last checkpoint, half learning rate, up to 3x"""
+    ratio_limit: NonNegativeFloat = 10_000.0
+    """Skip an update with a policy ratio, or its inverse, above this; 0 disables"""
+    collapse_length: Share = 0.1
+    """Stop if lengths stay below this fraction of the first step's; 0 disables"""
+    collapse_entropy: Share = 0.01
+    """Stop if entropy stays below this fraction of the first step's; 0 disables"""
+    collapse_distinct: Share = 0.1
+    """Stop if distinct completions stay below this fraction of the first step's"""
 
-    def __post_init__(self) -> None:
-        """Check each value, then what they mean together."""
-        check_values(self)
-        check_trackers(self)
-        check_sampling(self)
-        check_rollout(self)
-        positive(self, "max_prompt_length")
-        positive(self, "temperature")
-        positive(self, "batch_size", "num_generations", "micro_batch_size", "gradient_accumulation_steps")
-        positive(self, "num_iterations", "num_train_epochs", "max_length", "clip_low", "clip_high")
-        positive(self, "learning_rate", "max_grad_norm", "rollout_batch_size", "importance_low", "sync_check_every")
-        not_negative(
-            self,
-            "max_steps",
-            "kl_coef",
-            "gamma",
-            "warmup_steps",
-            "weight_decay",
-            "eval_prompts",
-            "eval_every",
-            "ratio_limit",
-        )
-        check_keeping(self)
-        check_adapters(self)
-        check_framing(self)
-        check_reward_settings(self)
-        positive(self, "kl_target", "kl_horizon", "kl_limit")
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ConfigError("kl_target adapts kl_coef, which is 0: give it a positive value to begin with.")
-        fraction(self, "collapse_length", "collapse_entropy", "collapse_distinct")
-        if 0 < self.ratio_limit <= 1 + self.clip_high:
-            raise ConfigError(
-                f"ratio_limit {self.ratio_limit:g} would leave out ordinary updates: set it far above 1, or 0 for off."
-            )
-        positive(self, "value_clip", "critic_learning_rate")
-        not_negative(self, "gae_lambda")
-        for name in ("gamma", "gae_lambda"):
-            if getattr(self, name) > 1:
-                raise ConfigError(f"{name} must be at most 1, not {getattr(self, name)}.")
-        if self.clip_low >= 1:
-            raise ConfigError(f"clip_low must be below 1, not {self.clip_low}.")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ConfigError(f"dual_clip must be greater than 1, not {self.dual_clip}.")
-        if self.vllm_gpu_memory_utilization is not None and not 0 < self.vllm_gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"vllm_gpu_memory_utilization must be above 0 and at most 1, not {self.vllm_gpu_memory_utilization}."
-            )
+    def _check_rules(self) -> None:
+        self._check_rollout()
+        self._check_guardrails()
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(
+                    f"report_to: tracker {name!r} not found, only {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}"
+                )
         if self.importance_high < self.importance_low:
             raise ConfigError(f"importance_high {self.importance_high} is below importance_low {self.importance_low}.")
         if self.max_prompt_length + self.max_new_tokens > self.max_length:
             raise ConfigError(
                 f"max_prompt_length {self.max_prompt_length} + max_new_tokens {self.max_new_tokens} exceed max_length "
-                f"{self.max_length}: lower one of the two or raise max_length."
+                f"{self.max_length}. Lower one of the two or raise max_length."
             )
         if self.estimator_spec.grouped and self.num_generations < 2:
             raise ConfigError(
-                f"The estimator {self.estimator} compares samples of one prompt: set num_generations to 2 or more, or use "
-                "the estimator reinforce_plus_plus."
+                f"estimator: {self.estimator} compares completions of one prompt, but num_generations is "
+                f"{self.num_generations}. Set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
             )
         if self.estimator_spec.grouped and self.gamma != 1:
-            raise ConfigError(f"The estimator {self.estimator} needs gamma 1, because it has no rewards per token.")
+            raise ConfigError(
+                f"gamma: {self.gamma} doesn't work with the estimator {self.estimator}, which has no rewards per token. "
+                "Set gamma to 1."
+            )
         if self.optimizer_batch_size > self.completions_per_step:
             raise ConfigError(
                 f"micro_batch_size {self.effective_micro_batch_size} x gradient_accumulation_steps "
@@ -223,9 +210,47 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping, Config):
                 "or raise batch_size."
             )
 
+    def _check_guardrails(self) -> None:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ConfigError("kl_target adapts kl_coef, but kl_coef is 0. Set kl_coef to a positive value.")
+        if 0 < self.ratio_limit <= 1 + self.clip_high:
+            raise ConfigError(
+                f"ratio_limit: {self.ratio_limit:g} would skip ordinary updates. Set it far above 1, or to 0 to disable it."
+            )
+
+    def _check_rollout(self) -> None:
+        rollout, pool = self.rollout, self.rollout.startswith(RAY)
+        if rollout not in ENGINES and not RAY_ADDRESS.fullmatch(rollout) and not SERVER_ADDRESSES.fullmatch(rollout):
+            raise ConfigError(
+                f"rollout must be one of {', '.join(ENGINES)}, or {RAY}auto, {RAY}local, {RAY}HOST:PORT, "
+                f"vllm://HOST:PORT,HOST:PORT, not {rollout!r}.{nearest(rollout, [*ENGINES, RAY + 'auto', RAY + 'local'])}"
+            )
+        servers = server_addresses(rollout)
+        for address in servers:
+            if int(address.rpartition(":")[2]) not in range(1, 1 << 16):
+                raise ConfigError(f"rollout: {address} has no valid port. Give a port from 1 to 65535.")
+            if servers.count(address) > 1:
+                raise ConfigError(f"rollout: {address} is given twice. Give each server once.")
+        if self.staleness and rollout in ("auto", "vllm"):
+            raise ConfigError(
+                f"staleness: {self.staleness} needs generation during training, which rollout {rollout} can't do. Use "
+                "--rollout ray://local or vllm://HOST:PORT (other processes), or transformers (a copy of the model)."
+            )
+        if self.vllm_tensor_parallel_size > 1 and not pool:
+            raise ConfigError(
+                f"vllm_tensor_parallel_size is a setting of {RAY} pools, but rollout is {rollout}. Start servers with "
+                "`vllm serve --tensor-parallel-size`; the trainer's own vLLM uses one GPU."
+            )
+        for setting in ("rollout_workers", "reward_workers"):
+            if getattr(self, setting) and not pool:
+                raise ConfigError(f"{setting} is a setting of {RAY} pools, but rollout is {rollout}. Remove one.")
+        if self.load_in_4bit and (pool or servers or rollout == "vllm"):
+            target = "a Ray pool" if pool else "vLLM's servers" if servers else "vLLM"
+            raise ConfigError(f"load_in_4bit: {target} can't load 4-bit weights. Use --rollout transformers, or auto.")
+
     @property
     def estimator_spec(self) -> EstimatorSpec:
-        """What the estimator is made of."""
+        """Parts of the estimator."""
         return ESTIMATORS[self.estimator]
 
     @property
@@ -240,57 +265,24 @@ class ReinforceConfig(RewardSettings, Framing, Computing, Keeping, Config):
 
     @property
     def optimizer_batch_size(self) -> int:
-        """Completions per optimiser step."""
+        """Completions per optimizer step."""
         if self.gradient_accumulation_steps is None:
             return self.completions_per_step
         return self.effective_micro_batch_size * self.gradient_accumulation_steps
 
     @property
     def learns_as_sampled(self) -> bool:
-        """Whether a pass that learns sees the distribution that was sampled: nothing cut off, nothing dropped at random."""
+        """Whether training computes the distribution that was sampled: no truncated sampling and no dropout."""
         return self.top_p == 1 and self.top_k == 0 and not self.lora_dropout
 
     @property
     def updates_per_step(self) -> int:
-        """Optimiser steps on a full rollout batch."""
+        """Optimizer steps on a full rollout batch."""
         return self.num_iterations * -(-self.completions_per_step // self.optimizer_batch_size)
 
 
-def check_rollout(config: ReinforceConfig) -> None:
-    """Check what names the engine."""
-    named, pool = config.rollout, config.rollout.startswith(RAY)
-    if named not in ENGINES and not RAY_ADDRESS.fullmatch(named) and not SERVER_ADDRESSES.fullmatch(named):
-        raise ConfigError(
-            f"rollout must be one of {', '.join(ENGINES)}, or {RAY}auto, {RAY}local, {RAY}HOST:PORT, "
-            f"vllm://HOST:PORT,HOST:PORT, not {named!r}.{nearest(named, [*ENGINES, RAY + 'auto', RAY + 'local'])}"
-        )
-    servers = server_addresses(named)
-    for address in servers:
-        if int(address.rpartition(":")[2]) not in range(1, 1 << 16) or servers.count(address) > 1:
-            raise ConfigError(f"rollout names {address}, which is no port or named twice: give each server once.")
-    not_negative(config, "rollout_workers", "reward_workers", "staleness")
-    if config.staleness and named in ("auto", "vllm"):
-        raise ConfigError(
-            f"With staleness, completions are generated while the trainer computes, which rollout {named} can't: use one that "
-            "has processes of its own, --rollout ray://local or vllm://HOST:PORT, or a copy of the model in this one, --rollout "
-            "transformers."
-        )
-    positive(config, "vllm_tensor_parallel_size")
-    if config.vllm_tensor_parallel_size > 1 and not pool:
-        raise ConfigError(
-            f"vllm_tensor_parallel_size is a setting of {RAY} pools, and rollout is {named}: servers are started with "
-            "`vllm serve --tensor-parallel-size`, and the trainer's own vLLM has one GPU."
-        )
-    for setting in ("rollout_workers", "reward_workers"):
-        if getattr(config, setting) and not pool:
-            raise ConfigError(f"{setting} is a setting of {RAY} pools, and rollout is {named}: leave one of them out.")
-    if (pool or servers) and config.load_in_4bit:
-        whom = "a Ray pool" if pool else "vLLM's servers"
-        raise ConfigError(f"Weights of 4 bits can't be handed to {whom}: use --rollout transformers, or auto.")
-
-
 def server_addresses(rollout: str) -> list[str]:
-    """Where the servers are that ``rollout`` names, if it names any."""
+    """Return the URLs of the servers in ``rollout``; empty for another kind of engine."""
     for prefix, scheme in SERVERS.items():
         if rollout.startswith(prefix):
             return [scheme + address for address in rollout.removeprefix(prefix).split(",")]

@@ -1,29 +1,43 @@
-"""Settings of the trainings that go over the rows of a file: of reward models, and of language models before RL."""
+"""Settings of supervised trainings: SFT and reward models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from reinforcepp.config._checks import positive
-from reinforcepp.config.base import Config
-from reinforcepp.errors import ConfigError
+from reinforcepp.config.base import (
+    Config,
+    FilledStr,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    check_not_below_output,
+)
+from reinforcepp.config.shared import (
+    ChatTemplateConfig,
+    CheckpointConfig,
+    ColumnMapping,
+    ComputeConfig,
+    DataLoadingConfig,
+    DryRunConfig,
+)
+from reinforcepp.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
-class Fitting(Config):
-    """How often a file's rows are gone over, and how many at a time."""
+class SupervisedConfig(Config):
+    """Passes over the rows of a file, and the size of a batch."""
 
-    num_train_epochs: int = 3
-    """Passes over the training rows."""
-    batch_size: int = 8
-    """Rows per optimiser step; a pair is one."""
-    micro_batch_size: int | None = None
-    """Rows per forward and backward pass; needs to divide batch_size. Default: the whole batch."""
-    gradient_accumulation_steps: int | None = None
-    """Micro-batches per optimizer step; together with micro_batch_size it gives batch_size."""
-    max_length: int = 512
-    """Rows with more tokens, in a pair those of the longer answer, prompt and frame included, are left out and counted."""
+    num_train_epochs: PositiveInt = 3
+    """Passes over the training rows"""
+    batch_size: PositiveInt = 8
+    """Rows per optimizer step; a pair counts as one"""
+    micro_batch_size: PositiveInt | None = None
+    """Rows per forward and backward pass; divides batch_size. Default: batch_size"""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches per optimizer step; times micro_batch_size it is batch_size"""
+    max_length: PositiveInt = 512
+    """Skip rows with more tokens, including prompt and chat template"""
 
     @property
     def effective_micro_batch_size(self) -> int:
@@ -35,13 +49,82 @@ class Fitting(Config):
         """Micro-batches per optimizer step."""
         return self.gradient_accumulation_steps or max(1, self.batch_size // self.effective_micro_batch_size)
 
+    def _check_rules(self) -> None:
+        if self.effective_micro_batch_size * self.accumulation != self.batch_size:
+            raise ConfigError(
+                f"micro_batch_size {self.effective_micro_batch_size} x gradient_accumulation_steps {self.accumulation} isn't "
+                f"batch_size {self.batch_size}. Omit one of the three or make them agree."
+            )
 
-def check_fitting(config: Any) -> None:
-    """Check these settings of a configuration, and the learning rate."""
-    positive(config, "learning_rate", "num_train_epochs", "batch_size", "micro_batch_size", "max_length")
-    positive(config, "gradient_accumulation_steps")
-    if config.effective_micro_batch_size * config.accumulation != config.batch_size:
-        raise ConfigError(
-            f"micro_batch_size {config.effective_micro_batch_size} x gradient_accumulation_steps {config.accumulation} isn't "
-            f"batch_size {config.batch_size}. Omit one of the three or make them agree."
-        )
+
+@dataclass(frozen=True)
+class SftInputs(ColumnMapping):
+    """Inputs of SFT."""
+
+    TEXTS = ("prompt", "completion", "chosen", "messages", "text")
+
+    model: FilledStr = "builtin:tiny"
+    """Language model to start from: builtin:tiny, a folder or a Hub name"""
+    data: FilledStr = "builtin:network"
+    """Data: files, folders, Hub names, or builtin:network; several: a.csv,b.csv"""
+    prompt_column: str = "prompt"
+    """Column with the prompt"""
+    completion_column: str = "completion"
+    """Column with the completion; if missing, the chosen column is used"""
+    chosen_column: str = "chosen"
+    """Column with the preferred response of a preference file"""
+    messages_column: str = "messages"
+    """Column with conversations, if there is no prompt; trains the last response"""
+    text_column: str = "text"
+    """Column with plain text, if there is none of the above; trains all of it"""
+
+
+@dataclass(frozen=True)
+class SftConfig(DryRunConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig, SupervisedConfig, SftInputs):
+    """Fine-tune a language model on completions or plain text, before RL."""
+
+    output_dir: str = "models/sft"
+    """Folder for the fine-tuned model"""
+    seed: Seed = 42
+    """Seed of the split and of the row order"""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW, with linear decay to 0; LoRA needs about 10x"""
+
+    def _check_rules(self) -> None:
+        if self.renamed:
+            name = next(iter(self.renamed))
+            raise ConfigError(
+                f"columns: SFT has no column {name!r}, only {', '.join(self.TEXTS)}.{nearest(name, self.TEXTS)}"
+            )
+        for setting in ("model", "data"):
+            check_not_below_output(self.output_dir, setting, getattr(self, setting))
+
+
+@dataclass(frozen=True)
+class RewardInputs(Config):
+    """Inputs of a reward model training."""
+
+    model: FilledStr = "builtin:tiny"
+    """Language model that gets the score head: builtin:tiny, a folder or a Hub name"""
+    data: FilledStr = "builtin:network"
+    """Preference files, folders, Hub names, or builtin:network; several: a.csv,b.csv"""
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(
+    DryRunConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig, SupervisedConfig, DataLoadingConfig, RewardInputs
+):
+    """Train a reward model from a preference file."""
+
+    output_dir: str = "models/reward_model"
+    """Folder for the reward model and its card"""
+    seed: Seed = 42
+    """Seed of the split, the row order and the newly initialized score head"""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate of AdamW, with linear decay to 0"""
+    center_rewards_coefficient: NonNegativeFloat = 0.01
+    """Weight of the penalty that centers scores on 0"""
+
+    def _check_rules(self) -> None:
+        for setting in ("model", "data"):
+            check_not_below_output(self.output_dir, setting, getattr(self, setting))

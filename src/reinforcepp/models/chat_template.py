@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from reinforcepp.config.chat_template import Framing
+from reinforcepp.config import ChatTemplateConfig
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models.tokenization import format_completion, format_prompt
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PROBE = "How do I see my routes?", "Run ip route."
 
 
-def with_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Framing) -> PreTrainedTokenizerBase:
+def with_chat_template(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> PreTrainedTokenizerBase:
     """``tokenizer`` with the frame that ``settings`` ask for, which is saved with it.
 
     Raises:
@@ -51,7 +51,7 @@ def _template(given: str) -> str:
         raise ConfigError(f"chat_template: {given} isn't UTF-8 text.") from error
 
 
-def _try_out(tokenizer: PreTrainedTokenizerBase, settings: Framing) -> None:
+def _try_out(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> None:
     """Frame a prompt and an answer; both, and the system prompt, have to be there."""
     prompt, answer = PROBE
     name = "chat_template" if settings.chat_template is not None else "system_prompt"

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reinforcepp.config.lora import Adapters
+from reinforcepp.config import AdapterConfig
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError
 
@@ -85,7 +85,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def with_adapter(
-    model: PreTrainedModel, settings: Adapters, *, seed: int, head: nn.Module | None = None
+    model: PreTrainedModel, settings: AdapterConfig, *, seed: int, head: nn.Module | None = None
 ) -> PreTrainedModel:
     """``model`` wrapped by peft with a fresh adapter; what the model says is unchanged.
 

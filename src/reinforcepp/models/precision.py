@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reinforcepp.config.precision import Computing
+from reinforcepp.config import ComputeConfig
 
 
-def compute_dtype(config: Computing) -> torch.dtype:
+def compute_dtype(config: ComputeConfig) -> torch.dtype:
     """What models compute in."""
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
 

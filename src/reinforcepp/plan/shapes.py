@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from reinforcepp.config.precision import Computing
+from reinforcepp.config import ComputeConfig
 from reinforcepp.errors import ModelError
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.logprobs import bypass_head
@@ -119,7 +119,7 @@ def trained_shape(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     size: Size,
-    settings: Computing | None = None,
+    settings: ComputeConfig | None = None,
     *,
     early: bool = True,
     offload: bool = False,
@@ -149,7 +149,7 @@ def trained_shape(
         head = model.get_output_embeddings()
         apart = not values and _gives_logits(model, head)
         tied = head.weight is model.get_input_embeddings().weight
-        settings = settings or Computing()
+        settings = settings or ComputeConfig()
         stored = dtype.itemsize * sum(p.numel() for p in model.parameters())
         if settings.use_peft:
             own = stored if not settings.load_in_4bit else _in_4bit(model, head)
@@ -260,7 +260,7 @@ def _two_passes(
     skip: Callable[[], AbstractContextManager[None]],
     rows: int,
     size: Size,
-    settings: Computing,
+    settings: ComputeConfig,
     moves: Moves,
 ) -> list[tuple[list[Moment], Moment]]:
     """Forward and backward, twice: what was alive after every operation, and when the output layer's turn came.

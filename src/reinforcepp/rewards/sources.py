@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.config import RewardSettings
+from reinforcepp.config import RewardScoringConfig
 from reinforcepp.config.reward_rules import make_rule
 from reinforcepp.config.reward_spec import RewardSource, parse_source
 from reinforcepp.errors import ConfigError
@@ -80,7 +80,9 @@ class RewardSum:
 
 
 def load_rewards(
-    rewards: Reward | Sequence[Reward], settings: RewardSettings | None = None, weights: Sequence[float] | None = None
+    rewards: Reward | Sequence[Reward],
+    settings: RewardScoringConfig | None = None,
+    weights: Sequence[float] | None = None,
 ) -> RewardSum:
     """Return the weighted sum of ``rewards``. All names are checked before a model is loaded.
 
@@ -92,7 +94,7 @@ def load_rewards(
     Raises:
         ReinforceError: a reward doesn't exist or can't be used, or the weights don't match.
     """
-    settings = settings or RewardSettings()
+    settings = settings or RewardScoringConfig()
     listed: list[Any] = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     if not listed:
         raise ConfigError("reward_funcs: empty. Give at least one function or reward model.")
@@ -134,7 +136,7 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
     return [float(weight) for weight in weights]
 
 
-def _function_of(source: RewardSource, settings: RewardSettings) -> Any:
+def _function_of(source: RewardSource, settings: RewardScoringConfig) -> Any:
     """Return the function of a source that loads no model; None for a model."""
     match source.kind:
         case "judge":

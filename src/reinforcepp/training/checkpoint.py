@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from reinforcepp.config import Keeping, as_dict
+from reinforcepp.config import CheckpointConfig, as_dict
 from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
 from reinforcepp.monitoring import LOGS, echo
@@ -112,7 +112,7 @@ def latest(run: Path) -> Checkpoint | None:
     return None
 
 
-def checkpoint_to_resume(run: Path, config: Keeping) -> Checkpoint | None:
+def checkpoint_to_resume(run: Path, config: CheckpointConfig) -> Checkpoint | None:
     """Return the checkpoint that the setting ``resume`` names; None to start from the beginning.
 
     Raises:
@@ -306,7 +306,7 @@ def _shard_folder(checkpoints: Path, name: str) -> Path:
     return checkpoints / f"{name}_optimizer{PARTIAL}"
 
 
-def run_description(config: Keeping, inputs: Mapping[str, str]) -> dict[str, Any]:
+def run_description(config: CheckpointConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings of the run, their hash, and the fingerprints of its inputs, for state.json."""
     settings = as_dict(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

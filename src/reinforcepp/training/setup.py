@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reinforcepp.config import ReinforceConfig
-from reinforcepp.config.precision import Computing
+from reinforcepp.config import ComputeConfig, ReinforceConfig
 from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import load_policy
@@ -79,7 +78,7 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
     return model
 
 
-def loading(config: Computing) -> dict[str, Any]:
+def loading(config: ComputeConfig) -> dict[str, Any]:
     """What ``from_pretrained`` is to be told of attention and of weights in 4 bits.
 
     Raises:
@@ -88,7 +87,7 @@ def loading(config: Computing) -> dict[str, Any]:
     return _attention(config) | _in_4bit(config)
 
 
-def _attention(config: Computing) -> dict[str, Any]:
+def _attention(config: ComputeConfig) -> dict[str, Any]:
     wanted = config.attn_implementation
     if wanted == "auto":
         return {}
@@ -101,7 +100,7 @@ def _attention(config: Computing) -> dict[str, Any]:
     return {"attn_implementation": wanted}
 
 
-def _in_4bit(config: Computing) -> dict[str, Any]:
+def _in_4bit(config: ComputeConfig) -> dict[str, Any]:
     if not config.load_in_4bit:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -16,7 +16,7 @@ from reinforcepp.commands.lint.findings import (
     count_with_verb,
     list_rows,
 )
-from reinforcepp.config import Columns, LintConfig
+from reinforcepp.config import ColumnConfig, LintConfig
 from reinforcepp.data import ColumnNames, Row, Table, filter_rows, read_table, resolve_data
 from reinforcepp.types import RowId
 
@@ -44,7 +44,7 @@ def lint(config: LintConfig) -> Report:
     return Report(config.data, summaries, tuple(ordered))
 
 
-def read_file(path: Path, columns: Columns) -> tuple[Table, CheckedFile]:
+def read_file(path: Path, columns: ColumnConfig) -> tuple[Table, CheckedFile]:
     """Return a file's table and its checked form: pairs if it has answer columns, otherwise prompts."""
     table = read_table(path, ColumnNames(*columns.column_names.values()), pairs=None)
     return table, to_checked_file(Path(table.source).name, table.rows, table.columns)
@@ -68,7 +68,7 @@ def _assumptions(table: Table, file: CheckedFile) -> list[Finding]:
     return [Finding("read-as", "info", file.name, f"Read as follows: {'; '.join(table.notes)}", fix)]
 
 
-def _without_answers(file: CheckedFile, columns: Columns) -> list[Finding]:
+def _without_answers(file: CheckedFile, columns: ColumnConfig) -> list[Finding]:
     if file.noun == "pair":
         return []
     _, chosen, rejected = columns.column_names.values()

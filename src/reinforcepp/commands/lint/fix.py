@@ -12,7 +12,7 @@ from typing import Any, Literal, TextIO
 from reinforcepp.commands.lint.check import read_file, to_checked_file
 from reinforcepp.commands.lint.damage import clean_text
 from reinforcepp.commands.lint.rules import contradicting_rows
-from reinforcepp.config import Columns
+from reinforcepp.config import ColumnConfig
 from reinforcepp.data import Row
 from reinforcepp.errors import DataError
 from reinforcepp.files import whole_file
@@ -37,7 +37,7 @@ def log_path(copy: Path) -> Path:
     return copy.with_name(copy.name + LOG_SUFFIX)
 
 
-def write_fixed(data: Path, copy: Path, columns: Columns) -> list[Change]:
+def write_fixed(data: Path, copy: Path, columns: ColumnConfig) -> list[Change]:
     """Write the cleaned copy of ``data``, in its format, and its log; return the changes in the log.
 
     In the training texts, wrongly decoded text is repaired and control characters are stripped. Rows are dropped if they

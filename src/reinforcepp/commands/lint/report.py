@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reinforcepp.commands.lint.findings import Report
-from reinforcepp.config.lint import FIXABLE
+from reinforcepp.config.inspection import FIXABLE
 from reinforcepp.data import count
 from reinforcepp.reports.html import asset, render
 

@@ -1,0 +1,222 @@
+"""Settings that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from reinforcepp.config.base import (
+    Config,
+    FilledStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    check_output_dir,
+)
+from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.run_dir import RENAMED_SETTINGS
+
+JUDGE, JUDGED_DATA = "builtin:judge", "builtin:network"
+INPUTS = ("model", "data", "reward_model")
+"""Inputs of a run, whose content can change under the same name."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Config):
+    """Where a training is saved, how often, and how it resumes."""
+
+    output_dir: str = "runs/train"
+    """Folder for everything the run writes"""
+    save_every: NonNegativeInt = 50
+    """Steps between checkpoints; 0 saves only when a signal stops the run"""
+    keep_last: PositiveInt = 2
+    """Number of latest checkpoints to keep"""
+    keep_best: str | None = None
+    """Metric whose best checkpoint is also kept, e.g. reward; -METRIC for lowest"""
+    max_skipped_updates: NonNegativeInt = 3
+    """Skipped updates allowed in a row before the run stops"""
+    watchdog_seconds: NonNegativeFloat = 1800.0
+    """Seconds without progress before the run ends with stacks.txt; 0 disables"""
+    overwrite: bool = False
+    """Replace the run in output_dir"""
+    resume: bool | str = False
+    """Resume from the latest checkpoint in output_dir, or from a checkpoint folder"""
+    allow_changes: str | None = None
+    """Settings, separated by commas, that a resumed run can change"""
+
+    @property
+    def checkpoints_at_most(self) -> int:
+        """Largest number of checkpoints on the disk at a time, including the one being written."""
+        return self.keep_last + (self.keep_best is not None) + 1 if self.save_every else 1
+
+    @property
+    def allowed_changes(self) -> list[str]:
+        """Names in allow_changes."""
+        names = [name.strip() for name in (self.allow_changes or "").split(",")]
+        return [RENAMED_SETTINGS.get(name, name) for name in names if name]
+
+    def _check_rules(self) -> None:
+        check_output_dir(self.output_dir, self.overwrite, self.resume)
+        if self.resume == "":
+            raise ConfigError("resume is empty. Omit the path to resume from the latest checkpoint.")
+        if self.keep_best is not None and not self.keep_best.strip("- "):
+            raise ConfigError("keep_best is empty. Give the name of a metric, for example reward.")
+        if self.keep_best is not None and not self.save_every:
+            raise ConfigError("keep_best needs checkpoints, but save_every is 0. Set save_every to a number of steps.")
+        known = {field.name for field in fields(self)} | set(INPUTS)
+        for name in self.allowed_changes:
+            if name not in known:
+                raise ConfigError(f"allow_changes: setting {name!r} not found.{nearest(name, known)}")
+        if self.allowed_changes and not self.resume:
+            raise ConfigError("allow_changes applies only to a resumed run. Add --resume.")
+
+
+@dataclass(frozen=True)
+class AdapterConfig(Config):
+    """Settings of LoRA, with the names of TRL and peft."""
+
+    use_peft: bool = False
+    """Train LoRA adapters instead of all weights; saves memory"""
+    lora_r: PositiveInt = 16
+    """Rank of the adapters"""
+    lora_alpha: PositiveFloat = 32.0
+    """Adapter scale: lora_alpha / lora_r, or lora_alpha / sqrt(lora_r) with rsLoRA"""
+    lora_dropout: Share = 0.0
+    """Dropout probability of adapter inputs"""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Layers with adapters, by suffix (q_proj v_proj); all-linear: all but the head"""
+    use_rslora: bool = False
+    """Rank-stabilized LoRA: adapter scale lora_alpha / sqrt(lora_r)"""
+    use_dora: bool = False
+    """DoRA: train direction and magnitude separately; slower"""
+    load_in_4bit: bool = False
+    """QLoRA: load base weights in 4 bits (nf4, bitsandbytes); needs use_peft"""
+
+    def _check_rules(self) -> None:
+        targets = tuple(self.lora_target_modules)  # Settings from a file hold a list.
+        if not targets or not all(name.strip() for name in targets):
+            raise ConfigError(
+                "lora_target_modules is empty. Name layers, as in q_proj v_proj, or omit it for all-linear."
+            )
+        if "all-linear" in targets and len(targets) > 1:
+            raise ConfigError("lora_target_modules: all-linear can't be combined with other names. Remove one.")
+        if not self.use_peft:
+            current = {field.name: getattr(self, field.name) for field in fields(AdapterConfig)}
+            current |= {"lora_target_modules": targets}
+            changed = [field.name for field in fields(AdapterConfig) if current[field.name] != field.default]
+            if changed:
+                raise ConfigError(
+                    f"{changed[0]} is a LoRA setting, and LoRA is off. Add --use_peft, or omit {changed[0]}."
+                )
+        if self.load_in_4bit and self.use_dora:
+            raise ConfigError("use_dora needs full-precision weights, which load_in_4bit removes. Give one of the two.")
+
+
+@dataclass(frozen=True)
+class ComputeConfig(AdapterConfig):
+    """How a model is trained; beyond LoRA these settings change results only by rounding error."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Compute in 16 bits; trained weights, optimizer and log-probs stay float32"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time"""
+    attn_implementation: Literal[
+        "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
+    """Attention implementation; auto is the choice of transformers, mostly sdpa"""
+    torch_compile: bool = False
+    """Compile the model with torch.compile; the first steps take minutes"""
+
+
+@dataclass(frozen=True)
+class ChatTemplateConfig(Config):
+    """The prompt format, which is stored with the trained model and used in generation."""
+
+    chat_template: FilledStr | None = None
+    """Chat template (Jinja) or a file with one; default: the model's"""
+    system_prompt: FilledStr | None = None
+    """System prompt of every conversation, stored in the chat template"""
+
+
+@dataclass(frozen=True)
+class DryRunConfig(Config):
+    """Whether a training only prints what it would start from."""
+
+    dry_run: bool = False
+    """Print settings, plan and first rows, and stop; loads and writes nothing"""
+
+
+@dataclass(frozen=True)
+class ColumnMapping(Config):
+    """Names of columns; ``TEXTS`` are the columns with a setting of their own."""
+
+    TEXTS: ClassVar[tuple[str, ...]] = ()
+
+    columns: tuple[str, ...] = ()
+    """Column names, NAME=COLUMN (prompt=question), also for reward functions"""
+    heldout_fraction: Share = 0.1
+    """Fraction of prompts held out for evaluation; built-in data has its own split"""
+
+    @property
+    def column_names(self) -> dict[str, Any]:
+        """Column names as keyword arguments of the functions that read data."""
+        named = self._named
+        return {f"{name}_column": named.get(name, getattr(self, f"{name}_column")) for name in self.TEXTS}
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Columns of the file by the names that reward functions use."""
+        return {name: column for name, column in self._named.items() if name not in self.TEXTS}
+
+    @property
+    def _named(self) -> dict[str, str]:
+        return dict(text.split("=", 1) for text in self.columns)
+
+    def _check_rules(self) -> None:
+        seen: set[str] = set()
+        for text in self.columns:
+            name, equals, column = text.partition("=")
+            if not (name.strip() and equals and column.strip()):
+                raise ConfigError(f"columns: {text!r} isn't NAME=COLUMN. Write it as in prompt=question.")
+            if name in seen:
+                raise ConfigError(f"columns: {name} is given twice. Remove one.")
+            if name in self.TEXTS and getattr(self, f"{name}_column") != name:
+                raise ConfigError(f"{name}_column and columns both name the column of the {name}. Remove one.")
+            seen.add(name)
+
+
+@dataclass(frozen=True)
+class ColumnConfig(ColumnMapping):
+    """Column names of preference and prompt files."""
+
+    TEXTS = ("prompt", "chosen", "rejected")
+
+    prompt_column: str = "prompt"
+    """Column with the prompt"""
+    chosen_column: str = "chosen"
+    """Column with the preferred response"""
+    rejected_column: str = "rejected"
+    """Column with the other response"""
+
+
+@dataclass(frozen=True)
+class DataLoadingConfig(ColumnConfig):
+    """How data files are read."""
+
+    streaming: bool = False
+    """Keep rows on disk (in TMPDIR) instead of in memory, for large data"""
+
+
+def judge_for(judge: str, data: str) -> str | None:
+    """Return the judge that the setting ``judge`` means for ``data``, or None for none."""
+    if judge == "auto":
+        return JUDGE if data == JUDGED_DATA else None
+    return None if judge == "none" else judge
+
+
+def check_judge(judge: str, data: str, fix: str = "Use judge none, or another reward model") -> None:
+    """Check that the built-in judge scores only the built-in data."""
+    if judge == JUDGE and data != JUDGED_DATA:
+        raise ConfigError(f"judge: {JUDGE} can score only {JUDGED_DATA}, not {data}. {fix}.")
