@@ -1,12 +1,12 @@
 """Do 1, 2 and 3 processes train alike? The same run under each engine, on CPUs with gloo, against one process.
 
-python benchmarks/equality.py
+python benchmarks/equality.py [--small]
 
-Each scenario is a training of five steps in float32. Every second batch holds a single prompt, so that the other
-processes have no row, and the others don't divide by three. A scenario that goes on starts after two steps from what
-two processes saved: two under FSDP2 and under ZeRO 3 from a checkpoint of DDP, three under DDP from one of FSDP2 and
-under ZeRO 2 from one of ZeRO 3, the others from one of their own kind. All are compared with one process that knows of
-no launcher and was never stopped.
+With --small, DDP and FSDP2 on two processes are compared with DDP on one. Each scenario is a training of five steps
+in float32. Every second batch holds a single prompt, so that the other processes have no row, and the others don't
+divide by three. A scenario that goes on starts after two steps from what two processes saved: two under FSDP2 and
+under ZeRO 3 from a checkpoint of DDP, three under DDP from one of FSDP2 and under ZeRO 2 from one of ZeRO 3, the
+others from one of their own kind. All are compared with one process that knows of no launcher and was never stopped.
 
 ``max_advantage_gap`` is to what one process makes of the very same batch; ``max_advantage_gap_of_run`` is to the other
 run's, whose log-probabilities are rounded otherwise, because other rows went through the model beside them.
@@ -77,7 +77,6 @@ ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic", "ahead go
 GAPS = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap", "max_metric_gap")
 SEEN = "seen.json"
 SOURCE = {("FSDP2", 2): "DDP:2", ("ZeRO 3", 2): "DDP:2", ("DDP", 3): "FSDP2:2", ("ZeRO 2", 3): "ZeRO 3:2"}
-LAUNCHES = (2, 1, 3)  # the first one leaves checkpoints to go on from
 BACKENDS: dict[str, dict[str, str]] = {  # what `accelerate launch` sets for each
     "DDP": {},
     "FSDP2": {
@@ -92,11 +91,13 @@ BACKENDS: dict[str, dict[str, str]] = {  # what `accelerate launch` sets for eac
     },
     "ZeRO 3": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
+SMALL = {2: ["DDP", "FSDP2"], 1: ["DDP"]}
 if importlib.util.find_spec("deepspeed") is None:
     BACKENDS = {name: said for name, said in BACKENDS.items() if "ZeRO" not in name}
 else:
     importlib.import_module("deepspeed.runtime.zero.utils")
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # it loads the compiler, as every start would
+LAUNCHES = {processes: list(BACKENDS) for processes in (2, 1, 3)}  # two leave checkpoints for the others to resume
 REFERENCE = "DDP:1"
 
 
@@ -139,9 +140,9 @@ def make_model(folder: Path) -> str:
 # --- in each process ------------------------------------------------------------------------------------------------
 
 
-def work(model: str, folder: Path, processes: int) -> None:
+def work(model: str, folder: Path, processes: int, backends: list[str]) -> None:
     """All scenarios under each backend; the main process leaves what it saw in ``folder``."""
-    for backend in BACKENDS:
+    for backend in backends:
         if backend != "DDP":
             launched_as(backend)
         own = folder / f"{backend}:{processes}"
@@ -213,7 +214,7 @@ def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
 # --- beside them ----------------------------------------------------------------------------------------------------
 
 
-def launch(processes: int, model: str, folder: Path) -> None:
+def launch(processes: int, model: str, folder: Path, backends: list[str]) -> None:
     """Run :func:`work` in so many processes, forks that needn't load anything again; one is told of no others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -225,7 +226,9 @@ def launch(processes: int, model: str, folder: Path) -> None:
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         log = folder / f"log-{processes}-{rank}"
         started.append(
-            context.Process(target=placed, args=(log, place if processes > 1 else {}, model, folder, processes))
+            context.Process(
+                target=placed, args=(log, place if processes > 1 else {}, model, folder, processes, backends)
+            )
         )
         started[-1].start()
     end = time.monotonic() + 600
@@ -287,16 +290,20 @@ def metric_gaps(folder: Path, reference: Path) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="write there instead of benchmarks/results/equality.json")
+    parser.add_argument("--small", action="store_true", help="DDP and FSDP2 on two processes only")
     arguments = parser.parse_args()
+    launches = SMALL if arguments.small else LAUNCHES
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = make_model(folder / "model")
         gc.freeze()  # DeepSpeed collects garbage whenever it begins, and what is here so far is none
-        for processes in LAUNCHES:
+        for processes, backends in launches.items():
             print(f"{processes} processes", flush=True)
-            launch(processes, model, folder)
-        rows = [row(folder, backend, processes) for backend in BACKENDS for processes in sorted(LAUNCHES)]
+            launch(processes, model, folder, backends)
+        rows = [
+            row(folder, name, number) for name in BACKENDS for number in sorted(launches) if name in launches[number]
+        ]
     result = {"learning_rate": SETTINGS["learning_rate"], "steps": SETTINGS["max_steps"], "rows": rows}
     if arguments.output:
         write_json(Path(arguments.output), result)

@@ -128,6 +128,10 @@ class TestVllmServerEngine(EngineContract):
         engine.load_weights(model)
         return engine
 
+    @pytest.mark.full  # thousands of requests
+    def test_sampling_follows_the_distribution(self, engine, model, prompts):
+        super().test_sampling_follows_the_distribution(engine, model, prompts)
+
 
 # --- weights --------------------------------------------------------------------------------------------------------
 
