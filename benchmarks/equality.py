@@ -194,8 +194,8 @@ def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
 
     def recorded(used: UpdateBatch, step: int, kl_coef: float) -> dict[str, float]:
         """Compare the advantages with those that one rank computes from the whole batch."""
-        whole_BT, _ = batch_advantages(used.batch, args, kl_coef, on_policy=on_policy, values_BT=used.values_BT)
-        answers = [c.ids for c in used.batch.completions]
+        whole_BT, _ = batch_advantages(used.rollout, args, kl_coef, on_policy=on_policy, values_BT=used.values_BT)
+        answers = [c.ids for c in used.rollout.completions]
         rows = zip(used.advantages_BT.tolist(), answers, strict=True)
         gap = float((used.advantages_BT - whole_BT).abs().max())
         seen.append({"ids": answers, "advantages": [row[: len(ids)] for row, ids in rows], "gap": gap})

@@ -63,3 +63,24 @@ def test_a_command_of_the_docs_is_understood(page, line, monkeypatch):
 def test_there_are_commands_of_every_verb():
     shown = {words_of(line)[1] for _, line in commands() if line.startswith("reinforcepp ")}
     assert set(COMMANDS) - shown <= {"demo"}, "make demo runs that"
+
+
+# --- the walk through one training step -------------------------------------------------------------------------------
+
+WALK = (ROOT / "docs/training_step.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "src" / "reinforcepp"
+
+
+def test_a_training_step_fits_in_six_files_and_900_lines():
+    table = WALK.partition("## Names and shapes")[0]
+    files = re.findall(r"^\| `(\S+\.py)` \|", table, re.MULTILINE)
+    assert 1 < len(files) <= 6
+    assert sum(len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) for file in files) <= 900
+
+
+def test_the_names_in_the_walk_through_a_step_exist():
+    files = [PACKAGE / name for name in re.findall(r"`([\w/]+\.py)`", WALK)]
+    assert len(files) > 10 and all(file.is_file() for file in files)
+    source = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    names = {part for span in re.findall(r"`([A-Za-z_][\w.]*)(?:\(.*?\))?`", WALK) for part in span.split(".")}
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", source)] == []

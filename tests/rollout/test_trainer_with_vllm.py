@@ -53,7 +53,7 @@ def test_tokens_are_weighted_by_the_ratio_to_the_engine(trainer):
     completions = trainer.engine.generate(trainer.prompts, trainer.rollouts.sampling(0))
     scored = score(completions, trainer.rewards, trainer.update, trainer.reference)
     work = with_advantages(*scored, trainer.update, trainer.config.kl_coef)
-    batch = work.batch
+    batch = work.rollout
     assert trainer.update.correction == "tis" and not trainer.update.on_policy
     rows, tokens = list(range(8)), batch.mask_BT.sum()
     work.advantages_BT = work.advantages_BT.abs()  # the token mean of normalised advantages would be 0

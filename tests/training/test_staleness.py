@@ -81,11 +81,11 @@ def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(bas
     def late(step):  # when the batches of later steps are under way as well
         assert step == 0 or updating[step - 1].wait(60)
 
-    def noted(work, step, kl_coef):
+    def noted(batch, step, kl_coef):
         updating[step].set()
-        told = update(work, step, kl_coef)
+        told = update(batch, step, kl_coef)
         weights.append(held(run.policy))
-        batches.append(work.batch)
+        batches.append(batch.rollout)
         return told
 
     run.update.run = noted
@@ -140,13 +140,13 @@ def test_the_difference_between_engine_and_trainer_is_corrected(base, tmp_path):
     seen = []
     update = run.update.run
 
-    def noted(work, step, kl_coef):
-        batch = work.batch
+    def noted(batch, step, kl_coef):
+        rollout = batch.rollout
         weights_BT = importance_weights(
-            batch.old_logprobs_BT, batch.rollout_logprobs_BT, batch.mask_BT, mode="tis", low=0.5, high=2.0
+            rollout.old_logprobs_BT, rollout.rollout_logprobs_BT, rollout.mask_BT, mode="tis", low=0.5, high=2.0
         )
-        seen.append(float((weights_BT - 1)[batch.mask_BT.bool()].abs().max()))
-        return update(work, step, kl_coef)
+        seen.append(float((weights_BT - 1)[rollout.mask_BT.bool()].abs().max()))
+        return update(batch, step, kl_coef)
 
     run.update.run = noted
     log = run.train()
@@ -170,11 +170,11 @@ def test_the_next_step_is_generated_while_this_one_is_trained_on(base, tmp_path)
             assert updating.acquire(timeout=60), "generation and update don't overlap"
             generating.release()
 
-    def beside(work, step, kl_coef):
+    def beside(batch, step, kl_coef):
         updating.release()
         if step < 2:
             assert generating.acquire(timeout=60), "generation and update don't overlap"
-        return update(work, step, kl_coef)
+        return update(batch, step, kl_coef)
 
     run.update.run = beside
     before_each(run, before)

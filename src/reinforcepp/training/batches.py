@@ -43,19 +43,19 @@ class PromptBatches:
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
         self.prompts = prompts
-        self.batch_size = batch_size
+        self.rollout_size = batch_size
         self.seed = seed
         self._order: tuple[int, array[int]] = (-1, array("q"))
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of batches per epoch."""
-        return -(-len(self.prompts) // self.batch_size)
+        return -(-len(self.prompts) // self.rollout_size)
 
     def at(self, step: int) -> list[Prompt]:
         """Return the prompts of a step on all ranks; steps count from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        chosen = self._order_of(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        chosen = self._order_of(epoch)[index * self.rollout_size : (index + 1) * self.rollout_size]
         return [self.prompts[i] for i in chosen]
 
     def _order_of(self, epoch: int) -> array[int]:
@@ -137,7 +137,7 @@ class UpdateBatch:
     batch; ``returns_BT`` are the critic's targets, ``values_BT`` its values before the update.
     """
 
-    batch: RolloutBatch
+    rollout: RolloutBatch
     scores: RewardScores
     advantages_BT: Tensor
     returns_BT: Tensor
@@ -157,7 +157,7 @@ class UpdateBatch:
         """Return the rows of all ranks, in the order of the ranks."""
         if ranks.count == 1:
             return self
-        parts = ranks.gather((self.batch.completions, self.scores, self._tensors()))
+        parts = ranks.gather((self.rollout.completions, self.scores, self._tensors()))
         width = max(tensors["mask_BT"].shape[1] for _, _, tensors in parts)
         joined = {
             name: torch.cat([_padded(tensors[name], width) for _, _, tensors in parts]).to(ranks.device)
@@ -181,7 +181,7 @@ class UpdateBatch:
         """Write the batch to two files; the prompts are omitted, because data, seed and step determine them."""
         tensors = {name: value.contiguous() for name, value in self._tensors().items()}
         save_file(tensors, folder / f"{TENSORS_FILE}.safetensors")
-        rows = as_rows(self.batch.completions)
+        rows = as_rows(self.rollout.completions)
         scores = {
             "total": self.scores.total,
             "by_function": self.scores.by_function,
@@ -202,9 +202,9 @@ class UpdateBatch:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, on the CPU."""
-        rollout = {f.name: getattr(self.batch, f.name) for f in fields(RolloutBatch) if f.name != "completions"}
+        tensors = {f.name: getattr(self.rollout, f.name) for f in fields(RolloutBatch) if f.name != "completions"}
         update = {name: value for name in UPDATE_TENSORS if (value := getattr(self, name)) is not None}
-        return {name: value.detach().cpu() for name, value in {**rollout, **update}.items()}
+        return {name: value.detach().cpu() for name, value in {**tensors, **update}.items()}
 
 
 def _update_batch(

@@ -45,14 +45,14 @@ class Critic(Learner):
             values_BT[rows] = self.values(batch.completions, rows, values_BT.shape[1], pad_id)
         return values_BT
 
-    def loss(self, work: UpdateBatch, rows: list[int], tokens: Tensor, pad_id: int) -> Tensor:
+    def loss(self, batch: UpdateBatch, rows: list[int], tokens: Tensor, pad_id: int) -> Tensor:
         """Return a micro-batch's share of the value loss, a mean over ``tokens``."""
-        assert work.values_BT is not None
+        assert batch.values_BT is not None
         return value_loss(
-            self.values(work.batch.completions, rows, work.values_BT.shape[1], pad_id),
-            work.values_BT[rows],
-            work.returns_BT[rows],
-            work.batch.mask_BT[rows],
+            self.values(batch.rollout.completions, rows, batch.values_BT.shape[1], pad_id),
+            batch.values_BT[rows],
+            batch.returns_BT[rows],
+            batch.rollout.mask_BT[rows],
             clip=self._value_clip,
             denominator=tokens,
         )

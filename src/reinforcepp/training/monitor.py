@@ -64,16 +64,16 @@ class Monitor:
             self._live.stop()
         self.ranks.end_trackers()
 
-    def step(self, metrics: Mapping[str, float], timings: Mapping[str, float], work: UpdateBatch | None) -> None:
-        """A step is done; ``metrics`` as logged, ``work`` what it trained on."""
+    def step(self, metrics: Mapping[str, float], timings: Mapping[str, float], batch: UpdateBatch | None) -> None:
+        """A step is done; ``metrics`` as logged, ``batch`` what it trained on."""
         step, told = int(metrics["step"]), {**metrics, **timings}
         self.ranks.track(told, step)
         if not self.ranks.is_main:
             return
-        if work is not None and "reward" in metrics:
-            told["step_tokens"] = float(sum(len(c.ids) for c in work.batch.completions))
-            first = work.batch.completions[0]
-            self._sample = Sample(first.prompt.text, first.text, work.scores.known[0])
+        if batch is not None and "reward" in metrics:
+            told["step_tokens"] = float(sum(len(c.ids) for c in batch.rollout.completions))
+            first = batch.rollout.completions[0]
+            self._sample = Sample(first.prompt.text, first.text, batch.scores.known[0])
         self._history.append(told)
         del self._history[FIRST:-LAST]
         if step % CHECK_EVERY == 0 or step == self.num_steps:

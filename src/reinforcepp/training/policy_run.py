@@ -126,7 +126,7 @@ class PolicyRun:
             self.state.kl_coef = kl_coef
         if self.update.ranks.is_main:
             if self.config.log_completions and batch is not None:
-                columns = rollout_columns(batch.batch, batch.scores, step + 1)
+                columns = rollout_columns(batch.rollout, batch.scores, step + 1)
                 save_completions(self.folder / COMPLETIONS / step_file(step + 1), columns)
             self.log.write({**self.metrics, **timings})
         if self.monitor is not None:

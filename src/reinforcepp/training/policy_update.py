@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,10 +28,11 @@ LARGEST = "log_ratio_max"
 """The only statistic of a micro-batch that is combined by maximum instead of by sum."""
 
 
+@dataclass(eq=False)
 class PolicyUpdate:
     """Owns the policy, the critic, and their optimizers; updates them from one batch at a time.
 
-    Args:
+    Attributes:
         config: the run's settings.
         ranks: the data-parallel ranks that share each batch.
         policy: the policy with its optimizer.
@@ -44,40 +46,31 @@ class PolicyUpdate:
         heartbeat: called before every micro-batch and optimizer step, where a stopped run loses nothing.
     """
 
-    def __init__(
-        self,
-        config: ReinforceConfig,
-        ranks: Ranks,
-        policy: Learner,
-        critic: Critic | None,
-        *,
-        pad_id: int,
-        correction: Correction,
-        on_policy: bool,
-        guardrails: Guardrails,
-        heartbeat: Heartbeat,
-    ) -> None:
-        self.config = config
-        self.ranks = ranks
-        self.policy = policy
-        self.critic = critic
-        self.learners: dict[str, Learner] = {"policy": policy} | ({"critic": critic} if critic is not None else {})
-        self.pad_id = pad_id
-        self.correction = correction
-        self.on_policy = on_policy
-        self.guardrails = guardrails
-        self.heartbeat = heartbeat
-        self.micro_batch_size = config.effective_micro_batch_size
+    config: ReinforceConfig
+    ranks: Ranks
+    policy: Learner
+    critic: Critic | None
+    pad_id: int
+    correction: Correction
+    on_policy: bool
+    guardrails: Guardrails
+    heartbeat: Heartbeat
 
-    def run(self, work: UpdateBatch, step: int, kl_coef: float) -> dict[str, float]:
+    def __post_init__(self) -> None:
+        self.learners: dict[str, Learner] = {"policy": self.policy}
+        if self.critic is not None:
+            self.learners["critic"] = self.critic
+        self.micro_batch_size = self.config.effective_micro_batch_size
+
+    def run(self, batch: UpdateBatch, step: int, kl_coef: float) -> dict[str, float]:
         """Make the optimizer steps on a batch that are still to be made; return the mean of their statistics."""
-        planned = planned_batches(self.config, len(work.batch.completions), step)
-        remaining = planned[len(work.history) :]
+        planned = planned_batches(self.config, len(batch.rollout.completions), step)
+        remaining = planned[len(batch.history) :]
         for rows in remaining:
-            work.history.append(self._optimizer_step(work, rows, step, kl_coef))
+            batch.history.append(self._optimizer_step(batch, rows, step, kl_coef))
         if remaining:
-            self._share_results(work.batch)
-        return work.mean_stats()
+            self._share_results(batch.rollout)
+        return batch.mean_stats()
 
     def logprobs(
         self, model: object, completions: Sequence[Completion], rows: Sequence[int], width: int
@@ -98,9 +91,9 @@ class PolicyUpdate:
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
-    def _optimizer_step(self, work: UpdateBatch, rows: Sequence[int], step: int, kl_coef: float) -> dict[str, float]:
+    def _optimizer_step(self, batch: UpdateBatch, rows: Sequence[int], step: int, kl_coef: float) -> dict[str, float]:
         """Compute gradients, check them, and make the step unless the guardrails skip it."""
-        totals = self._accumulate(work, rows, kl_coef)
+        totals = self._accumulate(batch, rows, kl_coef)
         self.heartbeat.safe_point()
         log_ratio = float(self.ranks.max(totals.pop(LARGEST)))
         stats = dict(zip(totals, self.ranks.sum(torch.stack(list(totals.values()))).tolist(), strict=True))
@@ -117,29 +110,29 @@ class PolicyUpdate:
             stats["critic/grad_norm"] = self.critic.step(norms["critic"])["grad_norm"]
         return stats | self.policy.step(norms["policy"]) | {"skipped_updates": 0.0}
 
-    def _accumulate(self, work: UpdateBatch, rows: Sequence[int], kl_coef: float) -> dict[str, Tensor]:
+    def _accumulate(self, batch: UpdateBatch, rows: Sequence[int], kl_coef: float) -> dict[str, Tensor]:
         """Accumulate the gradients of one optimizer step; if memory runs out, start over with smaller micro-batches."""
         while True:
             try:
-                return self._backward(work, rows, kl_coef)
+                return self._backward(batch, rows, kl_coef)
             except torch.OutOfMemoryError as error:
                 self.micro_batch_size = halved_micro_batch(self.micro_batch_size, self.ranks, error)
                 self._drop_gradients()
 
-    def _backward(self, work: UpdateBatch, rows: Sequence[int], kl_coef: float) -> dict[str, Tensor]:
+    def _backward(self, batch: UpdateBatch, rows: Sequence[int], kl_coef: float) -> dict[str, Tensor]:
         """Run forward and backward passes over all micro-batches of one optimizer step; return summed statistics."""
-        tokens = work.batch.mask_BT[rows].sum()
+        tokens = batch.rollout.mask_BT[rows].sum()
         totals: dict[str, Tensor] = {}
-        passes = rank_passes(work.batch.completions, rows, self.micro_batch_size, self.ranks)
+        passes = rank_passes(batch.rollout.completions, rows, self.micro_batch_size, self.ranks)
         for number, (micro, weight) in enumerate(passes, 1):
             self.heartbeat.safe_point()
             with self.policy.learning(last=number == len(passes)):
-                loss, stats = self._policy_loss(work, micro, tokens, kl_coef, new=weight > 0)
+                loss, stats = self._policy_loss(batch, micro, tokens, kl_coef, new=weight > 0)
                 self.policy.backward(loss * weight)
             stats["loss"] = loss.detach()
-            if self.critic is not None and work.values_BT is not None:
+            if self.critic is not None and batch.values_BT is not None:
                 with self.critic.learning(last=number == len(passes)):
-                    loss = self.critic.loss(work, micro, tokens, self.pad_id)
+                    loss = self.critic.loss(batch, micro, tokens, self.pad_id)
                     self.critic.backward(loss * weight)
                 stats["critic/loss"] = loss.detach()
             for name, value in stats.items():
@@ -148,19 +141,19 @@ class PolicyUpdate:
         return totals
 
     def _policy_loss(
-        self, work: UpdateBatch, rows: list[int], tokens: Tensor, kl_coef: float, *, new: bool
+        self, batch: UpdateBatch, rows: list[int], tokens: Tensor, kl_coef: float, *, new: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a micro-batch's share of the token mean over ``tokens``; ``new`` if these rows aren't repeated."""
-        config, batch, advantages_BT = self.config, work.batch, work.advantages_BT
+        config, rollout, advantages_BT = self.config, batch.rollout, batch.advantages_BT
         width = advantages_BT.shape[1]
-        logprobs_BT, entropy_BT, mask_BT = self.logprobs(self.policy.model, batch.completions, rows, width)
+        logprobs_BT, entropy_BT, mask_BT = self.logprobs(self.policy.model, rollout.completions, rows, width)
         if self.on_policy and new:
-            batch.old_logprobs_BT[rows], batch.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT
-        old_BT = batch.old_logprobs_BT[rows]
+            rollout.old_logprobs_BT[rows], rollout.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT
+        old_BT = rollout.old_logprobs_BT[rows]
         weights_BT = importance_weights(
             old_BT,
-            batch.rollout_logprobs_BT[rows],
-            batch.mask_BT[rows],
+            rollout.rollout_logprobs_BT[rows],
+            rollout.mask_BT[rows],
             mode=self.correction,
             low=config.importance_low,
             high=config.importance_high,
@@ -177,19 +170,19 @@ class PolicyUpdate:
             denominator=tokens,
         )
         if config.estimator_spec.kl_in_loss:
-            k2_BT = kl_estimate(logprobs_BT, batch.ref_logprobs_BT[rows], "k2")
+            k2_BT = kl_estimate(logprobs_BT, rollout.ref_logprobs_BT[rows], "k2")
             loss = loss + kl_coef * masked_mean(k2_BT, mask_BT, tokens)
         log_ratio_BT = (logprobs_BT.detach() - old_BT).abs()
         stats[LARGEST] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
         return loss, stats
 
     @torch.no_grad()
-    def _share_results(self, batch: RolloutBatch) -> None:
+    def _share_results(self, rollout: RolloutBatch) -> None:
         """Give every rank the new weights and the log-probabilities of the rows that the other ranks trained on."""
         for learner in self.learners.values():
             learner.refresh()
         if self.on_policy and self.ranks.count > 1:
-            for partial_BT in (batch.old_logprobs_BT, batch.entropy_BT):
+            for partial_BT in (rollout.old_logprobs_BT, rollout.entropy_BT):
                 partial_BT.copy_(self.ranks.sum(partial_BT))
 
     def _drop_gradients(self) -> None:

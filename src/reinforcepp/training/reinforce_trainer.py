@@ -96,12 +96,12 @@ class ReinforceTrainer:
                     with step.phase("rollout", repeatable=True):
                         completions = rollouts.next(step.index)
                     with step.phase("score", repeatable=True):
-                        scored = score(completions, self.rewards, update, self.reference)
-                        run.batch = with_advantages(*scored, update, kl_coef)
+                        rollout, scores = score(completions, self.rewards, update, self.reference)
+                        run.batch = with_advantages(rollout, scores, update, kl_coef)
                 batch = run.batch
                 with step.phase("update"):
                     stats = update.run(batch, step.index, kl_coef)
-                    metrics = stats | step_metrics(batch.batch, batch.scores, config.reward_clip)
+                    metrics = stats | step_metrics(batch.rollout, batch.scores, config.reward_clip)
                 new_kl_coef = self.kl_controller(kl_coef, metrics["kl"])
                 with step.phase("sync"):
                     rollouts.sync(step.index)

@@ -78,7 +78,7 @@ def with_advantages(batch: RolloutBatch, scores: RewardScores, update: PolicyUpd
         batch, update.config, kl_coef, on_policy=update.on_policy, values_BT=values_BT, sum_over_ranks=update.ranks.sum
     )
     joined = UpdateBatch(batch, scores, advantages_BT, returns_BT, values_BT).gather(update.ranks)
-    if not joined.batch.completions:
+    if not joined.rollout.completions:
         raise UnusableUpdate("no completion of the batch was scored by a reward")
     return joined
 
