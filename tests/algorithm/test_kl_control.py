@@ -1,4 +1,4 @@
-"""The adaptive coefficient, by hand."""
+"""The adaptive KL coefficient against hand-computed values."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from reinforcepp.algorithm.kl import next_kl_coef
 @pytest.mark.parametrize(
     ("kl", "expected"),
     [
-        (0.06, 0.1 * (1 + 0.2 * 64 / 1000)),  # a fifth too large: the most that counts
+        (0.06, 0.1 * (1 + 0.2 * 64 / 1000)),  # relative error 0.2, the clipping limit
         (0.5, 0.1 * (1 + 0.2 * 64 / 1000)),
         (0.055, 0.1 * (1 + 0.1 * 64 / 1000)),
         (0.05, 0.1),
@@ -16,7 +16,7 @@ from reinforcepp.algorithm.kl import next_kl_coef
         (0.0, 0.1 * (1 - 0.2 * 64 / 1000)),
     ],
 )
-def test_by_hand(kl, expected):
+def test_hand_computed_values(kl, expected):
     assert next_kl_coef(0.1, kl, target=0.05, completions=64, horizon=1000) == pytest.approx(expected, rel=1e-12)
 
 

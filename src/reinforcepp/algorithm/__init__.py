@@ -1,1 +1,1 @@
-"""The math of REINFORCE++ and of the estimators it is compared with: pure functions, no communication."""
+"""The math of REINFORCE++ and of the other advantage estimators: pure functions without communication."""

@@ -11,10 +11,12 @@ from reinforcepp.algorithm.losses import masked_mean
 def compute_gae(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """A_t = delta_t + gamma·lam·A_{t+1}, delta_t = r_t + gamma·V_{t+1} - V_t; masked tokens are skipped.
+    """Return A_t = delta_t + gamma · lam · A_{t+1} with delta_t = r_t + gamma · V_{t+1} - V_t. [arXiv 1506.02438 Eq. 16]
+
+    t + 1 is the next sampled token; values are 0 where masked.
 
     Returns:
-        ``(advantages_BT, returns_BT)``, returns being A + V, what the critic is to learn. [arXiv 1506.02438, Eq. 16]
+        ``(advantages_BT, returns_BT)``; the returns A + V are the critic's targets.
     """
     mask_BT = mask_BT.bool()
     rewards_BT, values_BT = (torch.where(mask_BT, x, 0.0) for x in (rewards_BT, values_BT))
@@ -38,7 +40,10 @@ def value_loss(
     clip: float | None,
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """Token mean of half the larger of (V - R)² and (V' - R)², V' being V within ``clip`` of the old value. -> ()"""
+    """Return the token mean of max((V - R)², (V' - R)²) / 2, where V' = old + clip(V - old, -clip, clip). -> ()
+
+    None for ``clip`` disables the second term. R is the return. [arXiv 2203.02155; value clipping: arXiv 2005.12729]
+    """
     error_BT = (values_BT - returns_BT).square()
     if clip is not None:
         clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip)

@@ -1,4 +1,4 @@
-"""The advantage estimators, each as what it is made of; the one place that knows their names. Imports no torch.
+"""The advantage estimators and their components. No other file compares their names. Imports no torch.
 
 ``reinforce_plus_plus`` and ``reinforce_plus_plus_baseline``: arXiv 2501.03262v9, equations 4 to 8. ``rloo``: arXiv
 2402.14740. ``grpo``: arXiv 2402.03300. ``ppo``: arXiv 1707.06347 with GAE, arXiv 1506.02438, as arXiv 2203.02155 uses
@@ -17,12 +17,13 @@ Scale = Literal["batch", "group", "none"]
 
 @dataclass(frozen=True)
 class EstimatorSpec:
-    """How advantages come from rewards.
+    """How an estimator turns rewards into advantages.
 
-    ``baseline`` is what is subtracted: nothing, the mean of the prompt's samples, the mean of its other samples, or a
-    critic's estimate (with GAE). ``scale`` is what makes advantages comparable: mean and deviation over the whole
-    batch, the deviation within the group, or nothing. ``kl_in_loss`` puts the KL into the loss (k2) instead of the
-    reward (k1).
+    Attributes:
+        baseline: subtracted from the reward: nothing, the mean of the prompt's samples, the mean of its other samples, or a
+            critic's value (with GAE).
+        scale: standardization over the batch, division by the group's standard deviation, or none.
+        kl_in_loss: the KL is a term of the loss (k2) instead of the reward (k1).
     """
 
     baseline: Baseline
@@ -31,12 +32,12 @@ class EstimatorSpec:
 
     @property
     def uses_critic(self) -> bool:
-        """Whether a second model learns the values of contexts."""
+        """Whether the estimator trains a critic."""
         return self.baseline == "critic"
 
     @property
     def grouped(self) -> bool:
-        """Whether samples of one prompt are compared, so that at least two of each are needed."""
+        """Whether the estimator compares the samples of a prompt, so that it needs at least two."""
         return self.baseline in ("group_mean", "leave_one_out")
 
 

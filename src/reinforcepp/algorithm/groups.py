@@ -1,4 +1,7 @@
-"""Group baselines: the samples of one prompt are compared with each other (REINFORCE++-baseline, RLOO, GRPO)."""
+"""Group baselines, which compare the samples of a prompt: REINFORCE++-baseline, RLOO, GRPO.
+
+Dimensions: B sequences, T response tokens, G groups (prompts).
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,27 @@ GROUP_SCALE_FLOOR = 1e-4
 
 
 class GroupMoments(NamedTuple):
-    """For each sequence, of the sequences with the same group id, wherever they stand: mean, deviation, number. (B,)"""
+    """Mean, sample standard deviation and size of each sequence's group. (B,) each"""
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
     size: Tensor
 
 
 def group_moments(rewards_B: Tensor, group_ids_B: Tensor) -> GroupMoments:
-    """Mean and sample standard deviation (n - 1) of the rewards of each sequence's group.
+    """Return mean_g = sum(R) / n and std_g = sqrt(sum((R - mean_g)²) / (n - 1)) of each sequence's group g. -> (B,) each
 
-    Raises ``ConfigError`` for a group of one sample, whose advantage would always be 0.
+    The sequences of a group can be anywhere in the batch.
+
+    Raises:
+        ConfigError: a group has a single sample, whose advantage would always be 0.
     """
     ids_B = torch.as_tensor(group_ids_B, device=rewards_B.device)
     _, group_B, size_G = torch.unique(ids_B, return_inverse=True, return_counts=True)
     if (size_G < 2).any():
         raise ConfigError(
-            f"{int((size_G < 2).sum())} of {len(size_G)} prompts have a single sample, so their advantage would always "
-            "be 0: set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
+            f"num_generations: {int((size_G < 2).sum())} of {len(size_G)} prompts have a single sample, so their advantage "
+            "is always 0. Set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
         )
 
     def mean_of(values_B: Tensor, divisor_G: Tensor) -> Tensor:
@@ -45,15 +51,16 @@ def group_moments(rewards_B: Tensor, group_ids_B: Tensor) -> GroupMoments:
 
 
 def group_advantages(rewards_B: Tensor, group_ids_B: Tensor, baseline: str, *, scaled: bool) -> Tensor:
-    """R - mean of the group [v9 Eq. 6], or of its other samples (RLOO); ``scaled`` by its deviation (GRPO). -> (B,)
+    """Return R minus the group's baseline, divided by std_g + 1e-4 if ``scaled`` (GRPO, as in TRL). -> (B,)
 
-    GRPO's divisor is the sample deviation + 1e-4, as in TRL.
+    ``group_mean``: R - mean_g [arXiv 2501.03262v9 Eq. 6]. ``leave_one_out``: R - mean of the group's other samples, which equals
+    (R - mean_g) · n / (n - 1) [arXiv 2402.14740].
     """
     group = group_moments(rewards_B, group_ids_B)
-    centred_B = rewards_B.float() - group.mean
+    centered_B = rewards_B.float() - group.mean
     if baseline == "leave_one_out":
-        centred_B = centred_B * group.size / (group.size - 1)
-    return centred_B / (group.deviation + GROUP_SCALE_FLOOR) if scaled else centred_B
+        centered_B = centered_B * group.size / (group.size - 1)
+    return centered_B / (group.std + GROUP_SCALE_FLOOR) if scaled else centered_B
 
 
 def group_token_advantages(
@@ -65,12 +72,9 @@ def group_token_advantages(
     *,
     kl_coef: float,
 ) -> Tensor:
-    """Return each sequence's group advantage at each of its tokens, zero where masked. [v9 Eq. 6] -> (B, T)
-
-    The sum of kl_coef · KL over the sequence is subtracted from its reward first.
-    """
-    sums_B = rewards_B.float()
+    """Return each sequence's group advantage of R - kl_coef · sum_t kl_t at its sampled tokens, 0 where masked. -> (B, T)"""
+    penalized_B = rewards_B.float()
     if kl_BT is not None and kl_coef != 0:
-        sums_B = sums_B - kl_coef * torch.where(mask_BT.bool(), kl_BT.float(), 0.0).sum(-1)
-    advantages_B = group_advantages(sums_B, group_ids_B, spec.baseline, scaled=spec.scale == "group")
+        penalized_B = penalized_B - kl_coef * torch.where(mask_BT.bool(), kl_BT.float(), 0.0).sum(-1)
+    advantages_B = group_advantages(penalized_B, group_ids_B, spec.baseline, scaled=spec.scale == "group")
     return torch.where(mask_BT.bool(), advantages_B.unsqueeze(-1), 0.0)

@@ -14,7 +14,7 @@ Correction = Literal["tis", "icepop", "off"]
 
 
 def masked_mean(values_BT: Tensor, mask_BT: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-    """Sum over unmasked slots divided by ``denominator``, or by their number; 0 where there are none. -> ()"""
+    """Return sum(x · mask) / denominator; by default the denominator is the number of unmasked tokens, at least 1. -> ()"""
     mask_BT = mask_BT.bool()
     if denominator is None:
         denominator = mask_BT.sum().clamp_min(1)
@@ -33,21 +33,23 @@ def policy_loss(
     weights_BT: Tensor | None = None,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token mean of -min(s·A, clip(s, 1-clip_low, 1+clip_high)·A), s = exp(logprobs - old). [v9 Eq. 1]
+    """Return the token mean of -w · min(s · A, clip(s, 1 - clip_low, 1 + clip_high) · A), s = exp(logprobs - old).
+
+    [arXiv 2501.03262v9 Eq. 1; dual clip: arXiv 1912.09729]
 
     Args:
-        logprobs_BT: of the policy being trained, with gradient.
-        old_logprobs_BT: of the policy that made the batch.
+        logprobs_BT: of the policy in training, with gradient.
+        old_logprobs_BT: of the policy that sampled the batch.
         advantages_BT: from :func:`reinforcepp.algorithm.advantages.compute_advantages`.
         mask_BT: 1 on sampled tokens.
-        clip_low: how far the ratio may fall below 1 before it stops counting.
-        clip_high: how far it may rise above 1.
-        dual_clip: upper bound, in units of -A, of a negative-advantage token's loss; above 1, or None for off.
-        weights_BT: detached weights for tokens sampled by another engine, see :func:`importance_weights`.
-        denominator: number of tokens in the whole optimiser step, over micro-batches and ranks; default this batch's.
+        clip_low: the ratio s is clipped below 1 - clip_low.
+        clip_high: the ratio s is clipped above 1 + clip_high.
+        dual_clip: bound c > 1 of the loss, c · |A|, if A < 0; None disables it.
+        weights_BT: the detached weights w, see :func:`importance_weights`; 1 by default.
+        denominator: number of tokens in the optimizer step over all micro-batches and ranks; by default in this batch.
 
     Returns:
-        The loss, and ``clip_fraction`` and ``approx_kl`` (k3 of old against new), detached. With a common
+        The loss, and the detached metrics ``clip_fraction`` and ``approx_kl`` (k3 of old against new). With a common
         ``denominator`` all three add up over micro-batches.
     """
     mask_BT = mask_BT.bool()
@@ -74,24 +76,30 @@ def policy_loss(
 def importance_weights(
     old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor, *, mode: Correction, low: float, high: float
 ) -> Tensor | None:
-    """W = exp(logp_old - logp_rollout) for tokens that another engine sampled, detached; None when ``off``. -> (B, T)
+    """Return w = exp(logp_old - logp_rollout), the correction for tokens that another engine sampled. -> (B, T)
 
-    ``tis`` clamps w to [low, high]; ``icepop`` sets it to 0 outside.
+    ``tis`` clips w to [low, high], ``icepop`` sets w to 0 outside of it, ``off`` returns None. w carries no gradient.
+
+    Raises:
+        ConfigError: ``mode`` isn't one of these.
     """
     if mode == "off":
         return None
-    gap_BT = torch.where(mask_BT.bool(), old_logprobs_BT - rollout_logprobs_BT, 0.0).detach()
-    weights_BT = torch.exp(gap_BT.clamp(-MAX_EXPONENT, MAX_EXPONENT))
+    log_ratio_BT = torch.where(mask_BT.bool(), old_logprobs_BT - rollout_logprobs_BT, 0.0).detach()
+    weights_BT = torch.exp(log_ratio_BT.clamp(-MAX_EXPONENT, MAX_EXPONENT))
     if mode == "tis":
         return weights_BT.clamp(low, high)
     if mode == "icepop":
         return torch.where((weights_BT >= low) & (weights_BT <= high), weights_BT, 0.0)
-    raise ConfigError(f"unknown correction {mode!r}: choose tis, icepop or off.")
+    raise ConfigError(f"rollout correction: {mode!r} isn't valid. Choose tis, icepop or off.")
 
 
 def bradley_terry_loss(
     chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | float = 0.0, centering: float = 0.0
 ) -> Tensor:
-    """Mean of -log sigmoid(chosen - rejected - margin), plus centering · mean of (chosen + rejected)². -> ()"""
+    """Return mean(-log sigmoid(chosen - rejected - margin)) + centering · mean((chosen + rejected)²). -> ()
+
+    [Bradley and Terry 1952; margin: arXiv 2307.09288 Eq. 2; centering: arXiv 2312.09244]
+    """
     loss = -torch.nn.functional.logsigmoid(chosen_B - rejected_B - margin).mean()
     return loss + centering * (chosen_B + rejected_B).square().mean()
