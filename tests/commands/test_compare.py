@@ -548,9 +548,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(place, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["./none", "near", *INPUTS], ["no model folder ./none"]),
-        (["a", "./naer", *INPUTS], ["no model folder ./naer", "Did you mean 'near'"]),
-        (["a", "near", *INPUTS, "--reference", "./none"], ["no model folder ./none"]),
+        (["./none", "near", *INPUTS], ["./none: model folder not found"]),
+        (["a", "./naer", *INPUTS], ["./naer: model folder not found", "Did you mean 'near'"]),
+        (["a", "near", *INPUTS, "--reference", "./none"], ["./none: model folder not found"]),
         (["a", "near", "--data", "pairs.csv"], ["no judge for pairs.csv", "--judge models/reward_model"]),
         (["a", "near", "--judge", "none"], ["no judge for builtin:network"]),
         (
@@ -591,5 +591,5 @@ def test_weights_that_do_not_fit_leave_the_earlier_comparison(compared, place, m
     values = json.loads(Path("broken/config.json").read_text())
     Path("broken/config.json").write_text(json.dumps(values | {"n_layer": 3}))
     assert cli.main(["compare", "a", "broken", *INPUTS, *SMALL, "--overwrite"]) == 2
-    assert "don't fit" in capsys.readouterr().err
+    assert "don't match" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before

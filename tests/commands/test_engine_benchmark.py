@@ -125,7 +125,7 @@ GOOD = {"--mode": "test_generation", "--model_name": "MODEL", "--prompt": "ping?
         ({"--mode": "compare_perfromance"}, "Did you mean 'compare_performance'"),
         ({"--mode": None}, "--mode"),
         ({"--model_name": None}, "--model_name or --rlhf_model_path"),
-        ({"--model_name": "/no/such/model"}, "no model folder /no/such/model"),
+        ({"--model_name": "/no/such/model"}, "/no/such/model: model folder not found"),
         ({"--prompt": None}, "either --prompt or --prompts_file"),
         ({"--prompts_file": "/no/such/file"}, "either --prompt or --prompts_file"),
         ({"--prompt": None, "--prompts_file": "/no/such/file"}, "/no/such/file"),

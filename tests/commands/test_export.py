@@ -90,7 +90,7 @@ def test_the_number_format_is_the_model_s_own_or_the_one_asked_for(trained, tmp_
 
 def test_what_can_not_be_exported_is_refused_in_a_sentence(trained, tmp_path, capsys, reward_folder, model_folder):
     assert "is a reward model" in refusal(capsys, "export", reward_folder, "--output_dir", tmp_path / "out")
-    assert "no model folder" in refusal(capsys, "export", tmp_path / "none", "--output_dir", tmp_path / "out")
+    assert "model folder not found" in refusal(capsys, "export", tmp_path / "none", "--output_dir", tmp_path / "out")
     assert "isn't empty" in refusal(capsys, "export", trained, "--output_dir", trained)
     unfinished = make_run(tmp_path / "unfinished")
     assert "no config.json" in refusal(capsys, "export", unfinished, "--output_dir", tmp_path / "out")

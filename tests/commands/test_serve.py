@@ -182,7 +182,7 @@ def refused(capsys, monkeypatch):
 
 def test_what_can_not_be_served(refused, monkeypatch, tmp_path, reward_folder):
     assert "is a reward model" in refused(reward_folder)
-    assert "no model folder" in refused(tmp_path / "none")
+    assert "model folder not found" in refused(tmp_path / "none")
     assert "exceeds the model's context of 512" in refused("--max_length", 513)
     assert "can't be listened on" in refused("--host", "192.0.2.1")
     monkeypatch.setattr(

@@ -1,8 +1,9 @@
-"""The frame: a template or a system prompt of one's own, stored with the model and used wherever it answers."""
+"""Chat templates and system prompts: validated, saved with the model and used in inference."""
 
 import pytest
 import tiny
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from reinforcepp.commands.cli import main
@@ -26,7 +27,7 @@ def tokenizer(**settings):
     )
 
 
-def test_a_system_prompt_comes_first_and_only_where_there_is_none():
+def test_a_system_prompt_comes_first_unless_the_conversation_has_one():
     plain = tokenizer(system_prompt="Be short.")
     assert format_prompt(plain, "Why?") == "Be short.\n\nQuestion: Why?\nAnswer:"
     chat = tokenizer(chat_template=CHAT, system_prompt="Be short.")
@@ -36,8 +37,9 @@ def test_a_system_prompt_comes_first_and_only_where_there_is_none():
     assert chat.apply_chat_template(own, tokenize=False) == "<system>Be long.<user>Why?"
 
 
+@hypothesis_settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip))
-def test_any_text_may_be_a_system_prompt(text):
+def test_any_text_can_be_a_system_prompt(text):
     own = tiny.tokenizer()
     own.chat_template = with_system_prompt(CHAT, text)
     written = own.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
@@ -53,29 +55,29 @@ def test_a_template_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"chat_template": "no/such.jinja"}, "there is no file no/such.jinja"),
-        ({"chat_template": "{% for %}"}, "can't frame a prompt and its answer"),
-        ({"chat_template": "{{ messages[0]['content'] }}!"}, "can't frame|leaves out"),
-        ({"chat_template": "{{ 'x' }}"}, "leaves out the prompt or the answer"),
-        ({"chat_template": "{{ raise_exception('only pairs') }}"}, "can't frame a prompt and its answer: only pairs"),
+        ({"chat_template": "no/such.jinja"}, "chat_template: 'no/such.jinja'"),
+        ({"chat_template": "{% for %}"}, "can't format"),
+        ({"chat_template": "{{ messages[0]['content'] }}!"}, "can't format|omits"),
+        ({"chat_template": "{{ 'x' }}"}, "omits the message"),
+        ({"chat_template": "{{ raise_exception('only pairs') }}"}, "can't format.*only pairs"),
         (
             {"chat_template": NO_SYSTEM, "system_prompt": "Be short."},
-            "writes no message of the role system",
+            "omits messages of the role system",
         ),
     ],
 )
-def test_templates_that_cannot_be_worked_with(settings, named):
+def test_unusable_templates_raise(settings, named):
     with pytest.raises(ConfigError, match=named):
         tokenizer(**settings)
 
 
 @pytest.mark.parametrize("name", ["chat_template", "system_prompt"])
-def test_nothing_is_no_frame(name, capsys):
+def test_an_empty_setting_raises(name, capsys):
     assert main(["train", f"--{name}", " "]) == 2
     assert f"{name} is empty" in capsys.readouterr().err
 
 
-def test_the_frame_is_stored_with_both_models(model_folder, pairs_csv, tmp_path):
+def test_the_template_is_saved_with_policy_and_reward_model(model_folder, pairs_csv, tmp_path):
     import pyarrow.parquet as pq
 
     usual = ["--model", str(model_folder), "--data", str(pairs_csv), "--system_prompt", "Be 'short'.\nAlways."]

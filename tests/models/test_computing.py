@@ -1,4 +1,4 @@
-"""How a model computes: 16 bits, activations computed again, attention, the compiler; what comes out stays the same."""
+"""Mixed precision, gradient checkpointing, attention and torch.compile: the results stay the same."""
 
 from functools import partial
 
@@ -59,7 +59,7 @@ def largest_gap(one, other):
 @pytest.mark.parametrize(
     "settings", [{}, {"mixed_precision": "bf16"}, {"estimator": "ppo"}], ids=["float32", "bf16", "ppo"]
 )
-def test_activations_computed_again_give_the_same_weights(base, tmp_path, settings, monkeypatch):
+def test_gradient_checkpointing_gives_the_same_weights(base, tmp_path, settings, monkeypatch):
     plain = trained(base, tmp_path / "plain", **settings)
     again = trainer(base, tmp_path / "again", gradient_checkpointing=True, **settings)
     layer = next(part for part in again.policy.modules() if isinstance(part, GradientCheckpointingLayer))
@@ -72,7 +72,7 @@ def test_activations_computed_again_give_the_same_weights(base, tmp_path, settin
     assert not again.policy.training and not any(part.training for part in again.policy.modules())
 
 
-def test_nothing_is_computed_again_unless_asked_for(base, tmp_path):
+def test_gradient_checkpointing_is_off_by_default(base, tmp_path):
     run = trainer(base, tmp_path / "run")
     layer = next(part for part in run.policy.modules() if isinstance(part, GradientCheckpointingLayer))
     forwards = []
@@ -84,14 +84,14 @@ def test_nothing_is_computed_again_unless_asked_for(base, tmp_path):
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def test_attention_is_what_was_asked_for(base, tmp_path):
+def test_the_attention_setting_applies(base, tmp_path):
     usual, eager = trained(base, tmp_path / "a"), trained(base, tmp_path / "b", attn_implementation="eager")
     assert usual.policy.config._attn_implementation == "sdpa"
     assert eager.policy.config._attn_implementation == "eager"
     assert largest_gap(usual, eager) < 1e-4
 
 
-def test_attention_that_is_not_installed():
+def test_missing_attention_packages_raise():
     with pytest.raises(ConfigError, match="flash_attention_2 needs the package flash_attn, which isn't installed"):
         loading(ReinforceConfig(attn_implementation="flash_attention_2"))
     assert loading(RewardModelConfig()) == {}
@@ -100,7 +100,7 @@ def test_attention_that_is_not_installed():
 # --- the compiler ---------------------------------------------------------------------------------------------------
 
 
-def test_compiled_it_learns_the_same(base, tmp_path, monkeypatch):
+def test_a_compiled_model_trains_the_same(base, tmp_path, monkeypatch):
     plain = trained(base, tmp_path / "plain")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # all but the machine code
     compiled = trained(base, tmp_path / "compiled", torch_compile=True)
@@ -112,42 +112,42 @@ def test_compiled_it_learns_the_same(base, tmp_path, monkeypatch):
 # --- float16 --------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_scale_by_hand():
+def test_loss_scale_against_hand_computed_values():
     scale = LossScale(torch.float16)
-    assert scale.lift(torch.tensor(0.5)) == 4096
+    assert scale.scale(torch.tensor(0.5)) == 4096
     weight = torch.zeros(2, requires_grad=True)
     weight.grad = torch.tensor([8192.0, 16384.0])
-    scale.lower([weight, torch.zeros(1, requires_grad=True)])
+    scale.unscale([weight, torch.zeros(1, requires_grad=True)])
     assert weight.grad.tolist() == [1, 2]
-    scale.adapt(float("inf"))
+    scale.update(float("inf"))
     assert scale.value == 2048
-    scale.adapt(float("nan"))
+    scale.update(float("nan"))
     assert scale.value == 512
     for _ in range(499):
-        scale.adapt(1.0)
+        scale.update(1.0)
     assert scale.value == 512
-    scale.adapt(1.0)
+    scale.update(1.0)
     assert scale.value == 1024
     other = LossScale(torch.float16)
     other.load_state_dict(scale.state_dict())
     assert vars(other) == vars(scale)
     for _ in range(20):
-        scale.adapt(float("inf"))
+        scale.update(float("inf"))
     assert scale.value == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types_need_no_scale(dtype):
+def test_other_dtypes_need_no_loss_scale(dtype):
     scale = LossScale(dtype)
-    scale.adapt(float("inf"))
+    scale.update(float("inf"))
     weight = torch.zeros(1, requires_grad=True)
     weight.grad = torch.ones(1)
-    scale.lower([weight])
-    assert (scale.lift(torch.tensor(3.0)), weight.grad) == (3, 1)
+    scale.unscale([weight])
+    assert (scale.scale(torch.tensor(3.0)), weight.grad) == (3, 1)
 
 
-def test_float16_learns_what_float32_learns(base, tmp_path):
-    """From the same completions: rounding alone changes some sampled tokens, which ones depends on the CPU."""
+def test_float16_trains_like_float32(base, tmp_path):
+    """From the same completions, because rounding error changes some sampled tokens depending on the CPU."""
     wide, narrow = trainer(base, tmp_path / "wide"), trainer(base, tmp_path / "narrow", mixed_precision="fp16")
     assert narrow.policy.dtype == torch.float16
     start = {name: weight.detach().clone() for name, weight in wide.policy.named_parameters()}
@@ -164,7 +164,7 @@ def test_float16_learns_what_float32_learns(base, tmp_path):
     assert torch.cosine_similarity(one, other, dim=0) > 0.99
 
 
-def test_gradients_too_large_for_float16_cost_an_update_and_lower_the_scale(base, tmp_path, monkeypatch):
+def test_float16_overflow_skips_an_update_and_lowers_the_scale(base, tmp_path, monkeypatch):
     monkeypatch.setattr(LossScale, "START", 2.0**40)
     run = trainer(base, tmp_path / "run", mixed_precision="fp16", max_steps=1)
     skipped = [row["skipped_updates"] for row in run.train()]
@@ -193,7 +193,7 @@ def test_the_loss_scale_is_resumed(base, tmp_path):
     [["--mixed_precision", "bf16"], ["--gradient_checkpointing"], ["--attn_implementation", "eager"]],
     ids=" ".join,
 )
-def test_reward_models_take_the_same_settings(base, pairs_csv, tmp_path, settings, monkeypatch):
+def test_reward_models_accept_the_same_settings(base, pairs_csv, tmp_path, settings, monkeypatch):
     from reinforcepp.training import supervised_loop
 
     seen = []

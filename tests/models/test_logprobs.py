@@ -1,4 +1,4 @@
-"""Log-probabilities of sampled tokens: goldens, and that no way of dividing the work changes value or gradient."""
+"""Log-probabilities of sampled tokens: goldens; blocks and chunks change neither values nor gradients."""
 
 import pytest
 import tiny
@@ -17,7 +17,7 @@ def test_g10_temperature_and_entropy(temperature, logprob, entropy):
     assert entropies.item() == pytest.approx(entropy, abs=1e-5)
 
 
-def test_log_probabilities_are_float32_whatever_the_logits_are():
+def test_log_probabilities_are_float32_for_all_dtypes_of_logits():
     logits = torch.tensor([[8.0, 8.03, -4.0]], dtype=torch.bfloat16)
     logprobs, _ = token_logprobs(logits, torch.tensor([1]))
     assert logprobs.dtype == torch.float32
@@ -39,7 +39,7 @@ def divided(request, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_value_and_gradient_are_those_of_the_definition(divided, temperature):
+def test_values_and_gradients_match_the_definition(divided, temperature):
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 50, bias=True)
     hidden, ids, slope = torch.randn(13, 16, requires_grad=True), torch.randint(50, (13,)), torch.randn(13)
@@ -54,7 +54,7 @@ def test_value_and_gradient_are_those_of_the_definition(divided, temperature):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_chunks_hold_no_more_logits_than_they_should(monkeypatch):
+def test_chunks_respect_the_size_limit(monkeypatch):
     """What the backward pass keeps is bounded, however many tokens there are."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 4 * 50)
     head, hidden, kept = torch.nn.Linear(16, 50), torch.randn(40, 16, requires_grad=True), []
@@ -68,7 +68,7 @@ def test_chunks_hold_no_more_logits_than_they_should(monkeypatch):
     assert kept and all(shape[-1] != 50 or len(shape) < 2 for shape in kept if tuple(shape) != (50, 16))
 
 
-def test_a_model_that_caps_its_logits_is_scored_with_the_cap():
+def test_logit_caps_are_applied():
     model = tiny.model()
     forward = type(model).forward
 

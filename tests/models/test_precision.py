@@ -1,4 +1,4 @@
-"""Float32 masters of bfloat16 parameters."""
+"""Float32 master weights of bfloat16 parameters."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def train(model, optimizer, steps, passes=1):
         optimizer.zero_grad()
 
 
-def test_in_float32_it_is_adamw():
+def test_in_float32_it_equals_adamw():
     ours, theirs = linear(), linear()
     optimizer = MasterAdamW(ours.parameters(), lr=0.1, weight_decay=0.1)
     train(ours, optimizer, 5)
@@ -45,7 +45,7 @@ def test_steps_too_small_for_bfloat16_add_up():
     torch.testing.assert_close(model.weight, optimizer.masters[0].bfloat16(), rtol=0, atol=0)
 
 
-def test_gradients_of_several_passes_are_added_up_in_float32():
+def test_gradients_of_several_passes_accumulate_in_float32():
     model = linear()
     optimizer = MasterAdamW(model.parameters(), torch.bfloat16, lr=0.0)
     cast_parameters(model, torch.bfloat16)
@@ -73,14 +73,16 @@ def test_gradients_moved_early_are_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("early", [False, True])
-def test_masters_in_another_place_learn_the_same(dtype, early):
+def test_masters_on_another_device_give_the_same_weights(dtype, early):
     runs = []
-    for place in (None, torch.device("cpu")):
+    for device in (None, torch.device("cpu")):
         model = linear()
-        optimizer = MasterAdamW(model.parameters(), dtype, early=early, place=place, lr=1e-2)
+        optimizer = MasterAdamW(model.parameters(), dtype, early=early, device=device, lr=1e-2)
         cast_parameters(model, dtype)
-        if place is not None:
-            assert all(master is not live for master, live in zip(optimizer.masters, optimizer.live, strict=True))
+        if device is not None:
+            assert all(
+                master is not live for master, live in zip(optimizer.masters, optimizer.model_parameters, strict=True)
+            )
             model(torch.ones(1, 4, dtype=dtype)).sum().backward()
             assert (model.weight.grad is None) == early
             optimizer.collect()
@@ -91,16 +93,16 @@ def test_masters_in_another_place_learn_the_same(dtype, early):
     assert torch.equal(*runs)
 
 
-def test_a_checkpoint_goes_on_with_masters_in_another_place_or_without():
+def test_a_checkpoint_resumes_with_masters_on_another_device_or_none():
     here, there = None, torch.device("cpu")
     ends = []
     for before, after in ((here, here), (here, there), (there, here)):
         model = linear()
-        optimizer = MasterAdamW(model.parameters(), place=before, lr=1e-2)
+        optimizer = MasterAdamW(model.parameters(), device=before, lr=1e-2)
         train(model, optimizer, 3)
         state, weights = optimizer.state_dict(), {name: w.clone() for name, w in model.state_dict().items()}
         fresh = torch.nn.Linear(4, 3)
-        resumed = MasterAdamW(fresh.parameters(), place=after, lr=1e-2)
+        resumed = MasterAdamW(fresh.parameters(), device=after, lr=1e-2)
         fresh.load_state_dict(weights)
         resumed.load_state_dict(state)
         train(fresh, resumed, 2)
@@ -110,10 +112,10 @@ def test_a_checkpoint_goes_on_with_masters_in_another_place_or_without():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_optimizer_leaves_no_trace_of_itself():
+def test_an_offloaded_optimizer_uses_no_gpu_memory():
     model = torch.nn.Linear(1024, 1024, bias=False).cuda()
     before = torch.cuda.memory_allocated()
-    optimizer = MasterAdamW(model.parameters(), early=True, place=torch.device("cpu"), lr=1e-2)
+    optimizer = MasterAdamW(model.parameters(), early=True, device=torch.device("cpu"), lr=1e-2)
     start = model.weight.clone()
     model(torch.ones(1, 1024, device="cuda")).sum().backward()
     optimizer.step()
@@ -122,7 +124,7 @@ def test_on_a_gpu_the_optimizer_leaves_no_trace_of_itself():
     assert not torch.equal(model.weight, start)
 
 
-def test_masters_begin_with_all_their_digits():
+def test_masters_start_in_full_precision():
     model = linear()
     exact = model.weight.detach().clone()
     optimizer = MasterAdamW(model.parameters(), torch.bfloat16)
@@ -130,7 +132,7 @@ def test_masters_begin_with_all_their_digits():
     assert torch.equal(optimizer.masters[0], exact) and not torch.equal(model.weight.float(), exact)
 
 
-def test_buffers_keep_their_digits():
+def test_buffers_keep_their_dtype():
     model = linear()
     model.register_buffer("frequencies", torch.tensor([1 / 3]))
     cast_parameters(model, torch.bfloat16)
@@ -138,7 +140,7 @@ def test_buffers_keep_their_digits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_state_goes_on_where_it_was(dtype):
+def test_the_state_round_trips(dtype):
     runs = []
     for interrupted in (False, True):
         model = linear()

@@ -1,4 +1,4 @@
-"""Framing, padding, masks and log-probabilities."""
+"""Prompt format, tokenization, padding and masks."""
 
 import pytest
 import tiny
@@ -16,12 +16,12 @@ def tokenizer():
     return tokenizer
 
 
-def test_plain_frame_and_its_completion(tokenizer):
+def test_the_plain_template(tokenizer):
     assert tokens.format_prompt(tokenizer, "Why?") == "Question: Why?\nAnswer:"
     assert tokens.format_completion(tokenizer, "Why?", "Because.") == " Because."
 
 
-def test_an_answer_ends_with_one_eos_unless_it_was_cut_off(tokenizer):
+def test_a_completion_has_one_eos_unless_it_was_truncated(tokenizer):
     eos = tokenizer.eos_token_id
     ended = tokens.encode_example(tokenizer, "Why?", "Because.")
     cut = tokens.encode_example(tokenizer, "Why?", "Because.", finished=False)
@@ -37,9 +37,9 @@ def test_a_template_with_text_after_the_eos_still_ends_with_it(tokenizer):
     assert tokens.encode_example(tokenizer, "Why?", "Because.")[-1] == tokenizer.eos_token_id
 
 
-def test_a_template_that_contradicts_itself_is_refused(tokenizer):
+def test_a_template_that_changes_the_prompt_raises(tokenizer):
     tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ModelError, match="training and use would disagree"):
+    with pytest.raises(ModelError, match="training and inference would differ"):
         tokens.format_completion(tokenizer, "Why?", "Because.")
 
 
@@ -47,7 +47,7 @@ def rows(*texts):
     return [PromptRow(text, {"topic": text[:1]}, i) for i, text in enumerate(texts)]
 
 
-def test_long_prompts_are_cut_from_the_left_and_keep_their_frame(tokenizer):
+def test_long_prompts_are_truncated_on_the_left_and_keep_the_template(tokenizer):
     long = "alpha beta gamma delta " * 20 + "the end?"
     prompts, too_long = tokens.encode_prompts(tokenizer, rows("Why?", long), max_prompt_length=40)
     assert too_long == [1] and [p.key for p in prompts] == [0, 1]
@@ -64,12 +64,12 @@ def test_long_prompts_are_dropped_on_request(tokenizer):
     assert too_long == [0] and [p.key for p in prompts] == [1]
 
 
-def test_a_cut_inside_a_character_leaves_no_broken_one(tokenizer):
+def test_truncation_leaves_no_broken_character(tokenizer):
     prompts, _ = tokens.encode_prompts(tokenizer, rows("日本語のネットワーク" * 20), max_prompt_length=41)
     assert "\ufffd" not in tokenizer.decode(prompts[0].ids)
 
 
-def test_no_room_beside_the_frame_is_an_error(tokenizer):
+def test_no_room_for_the_prompt_raises(tokenizer):
     with pytest.raises(DataError, match="leaves no room"):
         tokens.encode_prompts(tokenizer, rows("x " * 50), max_prompt_length=5)
 

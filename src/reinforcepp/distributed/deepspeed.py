@@ -187,7 +187,7 @@ class DeepSpeedBackend(TrainingBackend):
 
         steps = self._adam.state[self._flats[0]]["step"]
         states: dict[int, dict[str, Tensor]] = {}
-        for index, parameter in enumerate(self._adam.live):
+        for index, parameter in enumerate(self._adam.model_parameters):
             gathered = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
             if masters:
                 gathered["master"] = self.full_weight(parameter)
@@ -198,14 +198,14 @@ class DeepSpeedBackend(TrainingBackend):
                     **{name: full.reshape(shape).cpu() for name, full in gathered.items()},
                 }
         (group,) = self._adam.param_groups
-        return {"state": states, "param_groups": [group | {"params": list(range(len(self._adam.live)))}]}
+        return {"state": states, "param_groups": [group | {"params": list(range(len(self._adam.model_parameters)))}]}
 
     @override
     def load_state(self, state: dict[str, Any], weights: Iterable[Tensor]) -> None:
         (group,) = state["param_groups"]
         self._adam.param_groups[0].update({name: value for name, value in group.items() if name != "params"})
         self._load_weights(weights)
-        for index, parameter in enumerate(self._adam.live):
+        for index, parameter in enumerate(self._adam.model_parameters):
             values = state["state"].get(index)
             if values is None:  # The saved run had made no optimizer step.
                 continue
@@ -220,7 +220,7 @@ class DeepSpeedBackend(TrainingBackend):
         """Copy ``weights`` to the model's trainable parameters and their float32 masters."""
         import deepspeed
 
-        trainable = {id(parameter) for parameter in self._adam.live}
+        trainable = {id(parameter) for parameter in self._adam.model_parameters}
         for parameter, weight in zip(self.model.parameters(), weights, strict=True):
             if id(parameter) not in trainable:
                 continue

@@ -316,7 +316,7 @@ class Ranks:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             self._accelerator.state.fsdp_plugin.mixed_precision_policy = policy
             prepared, wrapped = self._accelerator.prepare(model, optimizer)
-            optimizer.take_over()
+            optimizer.use_shards()
         else:  # The optimizer's tensors stay on their device, which can be the CPU.
             prepared, wrapped = self._accelerator.prepare(model, optimizer, device_placement=[None, False])
         return AccelerateBackend(self._accelerator, prepared, wrapped, optimizer)

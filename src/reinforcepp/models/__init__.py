@@ -1,1 +1,1 @@
-"""Model folders, LoRA, tokenization, chat templates, log-probabilities and precision."""
+"""Model loading, LoRA, tokenization, chat templates, log-probabilities and precision."""

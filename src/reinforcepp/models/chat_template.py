@@ -1,4 +1,4 @@
-"""Give a tokenizer another chat template, or one that begins with a system prompt, and see that it can be worked with."""
+"""Set a tokenizer's chat template or system prompt, and check that it can format a conversation."""
 
 from __future__ import annotations
 
@@ -14,56 +14,60 @@ from reinforcepp.models.tokenization import format_completion, format_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE = "How do I see my routes?", "Run ip route."
+PROBE_PROMPT, PROBE_COMPLETION = "How do I see my routes?", "Run ip route."
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> PreTrainedTokenizerBase:
-    """``tokenizer`` with the frame that ``settings`` ask for, which is saved with it.
+    """Return ``tokenizer`` with the chat template and system prompt of ``settings``, which are saved with it.
 
     Raises:
-        ConfigError: the template's file is missing, or the template can't frame a prompt and an answer.
+        ConfigError: the template file is missing, or the template can't format a prompt and a completion.
     """
     if settings.chat_template is not None:
         tokenizer.chat_template = _template(settings.chat_template)
     if settings.system_prompt is not None:
         tokenizer.chat_template = with_system_prompt(str(tokenizer.chat_template), settings.system_prompt)
     if settings.chat_template is not None or settings.system_prompt is not None:
-        _try_out(tokenizer, settings)
+        _check_template(tokenizer, settings)
     return tokenizer
 
 
 def with_system_prompt(template: str, text: str) -> str:
-    """A template that writes what ``template`` does of a conversation that begins with ``text``, unless it has its own."""
+    """Return ``template`` with the default system message ``text``, for conversations without a system message."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
     first = f"[{{'role': 'system', 'content': '{escaped}'}}]"
     return f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}{template}"
 
 
-def _template(given: str) -> str:
-    if "{%" in given or "{{" in given:
-        return given
-    path = Path(given).expanduser()
+def _template(setting: str) -> str:
+    if "{%" in setting or "{{" in setting:
+        return setting
+    path = Path(setting).expanduser()
     if not path.is_file():
-        raise ConfigError(f"chat_template: there is no file {given}, and it is no Jinja template either.")
+        raise ConfigError(f"chat_template: {setting!r} is neither a file nor a Jinja template. Give one of the two.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"chat_template: {given} isn't UTF-8 text.") from error
+        raise ConfigError(f"chat_template: {setting} isn't UTF-8 text. Save it as UTF-8.") from error
 
 
-def _try_out(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> None:
-    """Frame a prompt and an answer; both, and the system prompt, have to be there."""
-    prompt, answer = PROBE
+def _check_template(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> None:
+    """Format a prompt and a completion, and check that both appear in the text, and the system prompt, too."""
     name = "chat_template" if settings.chat_template is not None else "system_prompt"
     try:
-        start, end = format_prompt(tokenizer, prompt), format_completion(tokenizer, prompt, answer)
+        prompt = format_prompt(tokenizer, PROBE_PROMPT)
+        completion = format_completion(tokenizer, PROBE_PROMPT, PROBE_COMPLETION)
     except (TemplateError, TypeError, ModelError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{name}: the template can't frame a prompt and its answer: {reason}") from error
-    if prompt not in start or answer not in end:
-        raise ConfigError(f"{name}: the template leaves out the prompt or the answer, of the roles user and assistant.")
-    if settings.system_prompt is not None and settings.system_prompt.strip() not in start:
         raise ConfigError(
-            "system_prompt: the model's template writes no message of the role system; give one that does with "
-            "--chat_template, or leave system_prompt out."
+            f"{name}: the chat template can't format a prompt and a completion ({reason}). Fix the template."
+        ) from error
+    if PROBE_PROMPT not in prompt or PROBE_COMPLETION not in completion:
+        raise ConfigError(
+            f"{name}: the chat template omits the message of the role user or assistant. Write both in the template."
+        )
+    if settings.system_prompt is not None and settings.system_prompt.strip() not in prompt:
+        raise ConfigError(
+            "system_prompt: the model's chat template omits messages of the role system. Set chat_template to one that "
+            "writes them, or omit system_prompt."
         )

@@ -1,8 +1,8 @@
-"""Find, check, load and save models: policy, reference and reward model.
+"""Find, check, load and save models.
 
-A model is named by ``builtin:tiny``, a local folder, or a name on the Hugging Face hub; a folder wins over the hub.
-Everything that can be refused from the small files alone (a missing folder, a tokenizer that is larger than the
-vocabulary, a reward model without its head) is refused before any weight is read.
+A model's name is ``builtin:tiny``, a local folder, or a name on the Hugging Face Hub; a folder takes precedence over the
+Hub. Errors that the small files show (a missing folder, a tokenizer larger than the vocabulary, a reward model without
+its score head) are raised before weights are read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from reinforcepp.runtime import is_main, look_for_hub
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-NO_REMOTE_CODE = {"trust_remote_code": False}  # said aloud, or the library would ask on the terminal
+NO_REMOTE_CODE = {"trust_remote_code": False}  # by default, transformers asks on the terminal
 SAFETENSORS_ONLY = {"use_safetensors": True, **NO_REMOTE_CODE}
-PROGRESS_BAR_BYTES = 500 << 20  # bytes of weights from which loading takes long enough to show progress
+PROGRESS_BAR_BYTES = 500 << 20
+"""Size of weights from which a progress bar is shown."""
 
 HUB_FIX = (
-    "Give the path of a model folder, or 'builtin:tiny', the small model that ships with this package and needs no "
-    "network; to fetch a model once where there is a network: hf download {name} --local-dir {name}"
+    "Give the path of a model folder, or 'builtin:tiny', the small model in this package. To download a model: "
+    "hf download {name} --local-dir {name}"
 )
 
 
@@ -40,29 +41,33 @@ HUB_FIX = (
 
 
 def resolve(name: str) -> str:
-    """What ``from_pretrained`` is to be given for ``name``: a folder that is a model, or a hub name."""
+    """Return the argument of ``from_pretrained`` for ``name``: a model folder, or a name on the Hub.
+
+    Raises:
+        ModelError: ``name`` is a path without a model, or an unknown built-in model.
+    """
     if name.startswith("builtin:"):
         if name != builtin.MODEL_NAME:
-            raise ModelError(f"There is no built-in model {name!r}: the only one is {builtin.MODEL_NAME!r}.")
+            raise ModelError(f"{name}: built-in model not found. Use {builtin.MODEL_NAME}.")
         return str(builtin.model_path())
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "config.json").is_file() or is_adapter_dir(folder):
             return str(folder)
-        beside = sorted(p.parent.name for p in folder.glob("*/config.json"))
-        inside = f" It holds {', '.join(beside)}: give its path." if beside else ""
-        raise ModelError(f"The folder {name} is not a model: it has no config.json.{inside}")
+        inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        fix = f"Give the path of a model inside: {', '.join(inside)}." if inside else "Give a model folder."
+        raise ModelError(f"{name}: the folder is not a model, because it has no config.json. {fix}")
     if folder.is_file():
-        raise ModelError(f"{name} is a file, not a model: give the folder that holds config.json and the weights.")
+        raise ModelError(f"{name}: a file, not a model. Give the folder that holds config.json and the weights.")
     if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise ModelError(f"There is no model folder {name}.{nearest(folder.name, siblings)}")
+        raise ModelError(f"{name}: model folder not found.{nearest(folder.name, siblings)}")
     return name
 
 
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
-    """Turn what the libraries raise for a model that can't be had into one sentence with the cure."""
+    """Turn exceptions of the libraries into a ModelError with a fix."""
     from safetensors import SafetensorError
 
     folder = Path(resolve(name))
@@ -73,49 +78,53 @@ def _load_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"The model {name} brings code of its own, which is never run here: take a model that transformers knows."
+                f"{name}: the model needs its own code, which is never run. Use a model that transformers supports."
             ) from error
         if "pytorch_model" in str(error) or (any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))):
             raise ModelError(
-                f"{name} holds no safetensors weights, and nothing else is loaded, because a pickle can run any code: convert "
-                "it where you trust it (load it with transformers, call save_pretrained), or take another model."
+                f"{name}: no safetensors weights. Pickled weights are never loaded, because a pickle can run any code. If you "
+                "trust the model, load it with transformers and call save_pretrained; otherwise use another model."
             ) from error
         if folder.is_dir():
             first = str(error).strip().splitlines()[0]
-            raise ModelError(f"The model folder {name} can't be loaded: {first}") from error
+            raise ModelError(f"{name}: the model folder can't be loaded: {first}") from error
         raise ModelError(
-            f"There is no model folder {name!r} here, and it can't be fetched from the hub. {HUB_FIX.format(name=name)}"
+            f"{name}: model folder not found, and it can't be downloaded from the Hub. {HUB_FIX.format(name=name)}"
         ) from error
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """The model's configuration, without its weights."""
+    """Load a model's configuration without its weights."""
     from transformers import AutoConfig
 
     if (base := base_of_adapter(name)) is not None:
         config = load_config(base)
-        config.name_or_path = resolve(name)  # where its tokenizer is
+        config.name_or_path = resolve(name)  # the tokenizer is in the adapter's folder
         return config
     with _load_errors(name):
         return AutoConfig.from_pretrained(resolve(name), **NO_REMOTE_CODE)
 
 
 def base_of_adapter(name: str) -> str | None:
-    """The model that an adapter's folder belongs to; None if ``name`` is no adapter."""
+    """Return the name of an adapter's base model; None if ``name`` isn't an adapter.
+
+    Raises:
+        ModelError: the base model is missing.
+    """
     folder = Path(resolve(name))
     if not is_adapter_dir(folder):
         return None
     base = base_model_name(folder)
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise ModelError(
-            f"The adapter in {name} belongs to the model {base}, which isn't there: put it back, or set "
-            f"base_model_name_or_path in {folder / ADAPTER_CONFIG} to where it is."
+            f"{name}: the adapter's base model {base} not found. Restore it, or set base_model_name_or_path in "
+            f"{folder / ADAPTER_CONFIG} to its path."
         )
     return base
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, made ready by :func:`prepare_tokenizer`."""
+    """Load a model's tokenizer and prepare it by :func:`prepare_tokenizer`."""
     from transformers import AutoTokenizer
 
     with _load_errors(name):
@@ -126,15 +135,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str
 ) -> PreTrainedTokenizerBase:
-    """See that the tokenizer has EOS, pad token and chat template and no more tokens than the model ``name``.
+    """Check the tokenizer of the model ``name``; add a missing pad token (EOS) and chat template (``PLAIN_TEMPLATE``).
 
-    Without a pad token EOS serves; without a chat template the plain frame does, and is saved along.
+    Raises:
+        ModelError: the tokenizer is missing, has no EOS, or has more tokens than the model.
     """
-    if tokenizer.vocab_size < 2:  # what the library makes of a folder without tokenizer files
-        raise ModelError(f"{name} holds no tokenizer: copy its files (tokenizer.json) from the model's origin.")
+    if tokenizer.vocab_size < 2:  # transformers returns an empty one for a folder without tokenizer files
+        raise ModelError(f"{name}: no tokenizer. Copy its files (tokenizer.json) from the original model.")
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"The tokenizer of {name} has no EOS token, so no answer could end: set eos_token in its files."
+            f"{name}: the tokenizer has no EOS token, so no completion can finish. Set eos_token in its files."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -143,73 +153,83 @@ def prepare_tokenizer(
     vocabulary = config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise ModelError(
-            f"The tokenizer of {name} has {len(tokenizer)} tokens, but the model only {vocabulary}: they don't belong "
-            "together; copy the tokenizer files from the model's origin or resize the model's embeddings."
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, but the model only {vocabulary}. Copy the tokenizer files "
+            "from the original model, or resize the model's embeddings."
         )
     return tokenizer
 
 
 def tokenizer_for(config: PreTrainedConfig, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that a caller gave, made ready, or the one that belongs to the model of ``config``."""
+    """Return ``given``, prepared, or load the tokenizer of the model of ``config``.
+
+    Raises:
+        ConfigError: none is given, and the model wasn't loaded from a folder.
+    """
     name = str(config.name_or_path)
     if given is not None:
         return prepare_tokenizer(given, config, name or "the given model")
     if not name:
-        raise ConfigError("A model that was made in memory brings no tokenizer: give one as processing_class.")
+        raise ConfigError(
+            "processing_class: missing, but a model created in memory has no tokenizer. Pass the tokenizer."
+        )
     return load_tokenizer(name)
 
 
 def architecture(config: PreTrainedConfig) -> str:
-    """Name of the model class; a configuration made in code names none, and then it is that of its type."""
+    """Return the name of the model class; a configuration created in code has none, so its type decides."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    named = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
-    return str(named[0])
+    names = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
+    return str(names[0])
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """How many tokens the model can attend to, where its configuration says so."""
+    """Return the number of tokens that the model can attend to, if its configuration has it."""
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return int(length) if length else None
 
 
 def check_context(config: PreTrainedConfig, max_prompt_length: int, max_new_tokens: int) -> None:
-    """Refuse limits that the model's context can't hold."""
+    """Raise a ConfigError if prompt and response exceed the model's context."""
     limit = context_length(config)
     if limit is not None and max_prompt_length + max_new_tokens > limit:
         raise ConfigError(
             f"max_prompt_length {max_prompt_length} + max_new_tokens {max_new_tokens} exceed the model's context of "
-            f"{limit} tokens: lower one of the two."
+            f"{limit} tokens. Lower one of the two."
         )
 
 
 def weight_bytes(name: str) -> int:
-    """Size on disk of the model's weights, as far as it can be told without fetching them; else 0."""
+    """Return the size of the model's weights on disk; 0 if they would have to be downloaded."""
     return sum(path.stat().st_size for path in Path(resolve(name)).glob("*.safetensors"))
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All ids that end an answer: the tokenizer's and those of the model's generation settings."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    listed = own if isinstance(own, list) else [own]
-    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
+    """Return all token ids that finish a completion: the tokenizer's and those of the generation config."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in [tokenizer.eos_token_id, *ids] if i is not None)
 
 
 # --- causal language models -----------------------------------------------------------------------------------------
 
 
 def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
-    """A causal language model in evaluation mode: dropout would make the policy ratio differ from 1.
+    """Load a causal language model in evaluation mode, because dropout would make the policy ratio differ from 1.
 
-    An adapter is merged into its model. ``settings`` are further arguments of ``from_pretrained``.
+    An adapter is merged into its base model. ``settings`` go to ``from_pretrained``.
+
+    Raises:
+        ModelError: the model can't be loaded.
+        ConfigError: an adapter can't be loaded in 4 bits.
     """
     from transformers import AutoModelForCausalLM
 
     if (base := base_of_adapter(name)) is not None:
         if "quantization_config" in settings:
             raise ConfigError(
-                f"load_in_4bit can't round an adapter: export {name} to a plain model first, and give that."
+                f"load_in_4bit: {name} is an adapter, which can't be quantized. Merge it first: reinforcepp export {name}"
             )
         model = merge_adapter(load_policy(base, dtype, **settings), Path(resolve(name))).eval()
         model.config.name_or_path = resolve(name)
@@ -218,9 +238,12 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
 
 
 def load_weights(auto_class: Any, name: str, *, fresh: str | None = None, **settings: Any) -> PreTrainedModel:
-    """Load weights that fit their configuration; but for those under ``fresh``, none may be missing.
+    """Load weights, and check that all match the configuration, because transformers initializes missing ones at random.
 
-    The library would initialise what is missing at random and go on.
+    Only weights with the prefix ``fresh`` can be missing.
+
+    Raises:
+        ModelError: weights are missing or have another shape.
     """
     with _load_errors(name), _bars_if_large(name), _without_report():
         model, found = auto_class.from_pretrained(
@@ -228,16 +251,16 @@ def load_weights(auto_class: Any, name: str, *, fresh: str | None = None, **sett
         )
     mismatched = {key for key, *_ in found["mismatched_keys"]}
     missing = {key for key in found["missing_keys"] if fresh is None or not key.startswith(fresh)}
-    if unfit := sorted(mismatched | missing):
+    if wrong := sorted(mismatched | missing):
         raise ModelError(
-            f"The weights of {name} don't fit its config.json: {len(unfit)} tensors are missing or of another shape "
-            f"({unfit[0]}, for example); copy the folder from its origin again, or give a model of a causal language type."
+            f"{name}: the weights don't match config.json; {len(wrong)} tensors are missing or have another shape "
+            f"({wrong[0]}, for example). Copy the folder from its origin again, or give a causal language model."
         )
     return _with_fused_gelu(model)
 
 
 def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
-    """Exchange GPT-2's activation, eight passes over memory each way, for torch's own of the same function."""
+    """Replace GPT-2's GELU, which makes eight passes over memory each way, by torch's fused one."""
     from transformers.activations import NewGELUActivation
 
     for module in list(model.modules()):
@@ -250,10 +273,10 @@ def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
 def meta_model(
     config: PreTrainedConfig, dtype: torch.dtype, auto_class: str = "AutoModelForCausalLM"
 ) -> PreTrainedModel:
-    """The model that :func:`load_policy` would load, with shapes and no contents: it takes no memory.
+    """Return the model of ``config`` on the meta device: shapes without memory.
 
     Raises:
-        ModelError: transformers has no model of the wanted class for such a configuration.
+        ModelError: transformers has no such model for this configuration.
     """
     import transformers
 
@@ -262,23 +285,22 @@ def meta_model(
             model = getattr(transformers, auto_class).from_config(config, dtype=dtype, **NO_REMOTE_CODE)
     except ValueError as error:
         raise ModelError(
-            f"{config.name_or_path or 'The model'} is of the type {config.model_type}, which is no causal language model: "
-            "give one that is."
+            f"{config.name_or_path or 'model'}: the type {config.model_type} isn't a causal language model. Give one."
         ) from error
     return _with_fused_gelu(model.eval())
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights as safetensors, configuration, tokenizer and chat template; each file appears whole or not at all.
+    """Save weights as safetensors, configuration, tokenizer and chat template; each file is written atomically.
 
-    Of a model with an adapter the adapter alone is saved.
+    If the model has an adapter, only the adapter is saved.
     """
     partial = folder / f"model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     with _bars(sum(p.nbytes for p in model.parameters()) >= PROGRESS_BAR_BYTES), disk_errors():
         if has_adapter(model):
             model.save_pretrained(partial, save_embedding_layers=False)
-            (partial / "README.md").unlink()  # a template with nothing filled in
+            (partial / "README.md").unlink()  # an empty template
         else:
             model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -290,16 +312,16 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """One short word for a model's weights: each tensor's name, shape and first mebibyte."""
-    seen = hashlib.sha256()
+    """Return a short hash of each tensor's name, shape, dtype and first MiB."""
+    digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         head = tensor.detach().flatten()[: (1 << 20) // tensor.element_size()]
-        seen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        seen.update(head.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return seen.hexdigest()[:16]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(head.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-# --- what the library shows meanwhile ---------------------------------------------------------------------------------
+# --- output of transformers -------------------------------------------------------------------------------------------
 
 
 def _bars_if_large(name: str) -> AbstractContextManager[None]:
@@ -308,7 +330,7 @@ def _bars_if_large(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
-    """The library's progress bars, for models that take long enough to need one."""
+    """Show or hide the progress bars of transformers."""
     from transformers.utils import logging
 
     if not (shown and is_main()):
@@ -321,7 +343,7 @@ def _bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without the library's table of what was missing, as a fresh head always is: that is told in a sentence or not."""
+    """Silence the warning about missing weights, because :func:`load_weights` raises for those that matter."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,10 +1,11 @@
-"""Log-probabilities of sampled tokens, without ever holding all logits in float32.
+"""Log-probabilities of sampled tokens, without holding all logits in float32.
 
-Three things keep the vocabulary-sized part of the work small, and none changes a result:
+Dimensions: B sequences, T response tokens, L prompt and response tokens, N response tokens of the batch, D hidden size,
+V vocabulary. Three optimizations reduce the work of size V without changing results:
 
-- logits are computed for response tokens only, not for prompts and not for padding;
-- softmax and its gradient are worked out in blocks that fit the processor's cache;
-- where even the logits themselves would be large they are computed in chunks, and again in the backward pass.
+- Logits are computed for response tokens only, neither for prompts nor for padding.
+- Softmax and its gradient are computed in blocks that fit the CPU cache.
+- Large logits are computed in chunks, and recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_BYTES = 128 << 20
-"""Logits, in the model's own dtype, that are kept for the backward pass; beyond it they are computed again."""
+"""Size up to which logits, in the model's dtype, are kept for the backward pass; larger ones are recomputed."""
 BLOCK_BYTES = {"cpu": 2 << 20}
-"""Float32 logits worked on at a time: on a CPU what stays in its cache, elsewhere a chunk."""
+"""Size of a block of float32 logits by device: on a CPU it fits the cache; other devices use a chunk."""
 
 
 def response_logprobs(
@@ -38,27 +39,27 @@ def response_logprobs(
     temperature: float = 1.0,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Score ``responses`` after ``prompts`` in one forward pass.
+    """Compute log-probabilities of ``responses`` after ``prompts`` in one forward pass.
 
-    Prompts are padded on the left and responses on the right, so the responses share their columns. ``width`` pads the
+    Prompts are padded on the left and responses on the right, so that the responses are aligned. ``width`` pads the
     result to a common T.
 
     Returns:
-        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, all zero beyond a response's end; the entropy, in
-        nats, carries no gradient.
+        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, 0 after the end of a response. The entropy, in nats,
+        carries no gradient.
     """
     plain = unwrap_model(model)
     head = plain.get_output_embeddings() if _head_gives_logits(plain) else nn.Identity()
     with bypass_head(head):
         hidden_BTD, ids_BT, mask_BT = response_states(model, prompts, responses, pad_id=pad_id)
     logprobs_N, entropy_N = head_logprobs(head, hidden_BTD[mask_BT], ids_BT[mask_BT], temperature)
-    spread = hidden_BTD.new_zeros(mask_BT.shape, dtype=torch.float32)
+    zeros_BT = hidden_BTD.new_zeros(mask_BT.shape, dtype=torch.float32)
     padding = (0, 0 if width is None else width - mask_BT.shape[1])
     logprobs_BT, entropy_BT, mask_BT = (
         nn.functional.pad(x, padding)
         for x in (
-            spread.masked_scatter(mask_BT, logprobs_N),
-            spread.masked_scatter(mask_BT, entropy_N),
+            zeros_BT.masked_scatter(mask_BT, logprobs_N),
+            zeros_BT.masked_scatter(mask_BT, entropy_N),
             mask_BT.float(),
         )
     )
@@ -68,10 +69,10 @@ def response_logprobs(
 def response_states(
     model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``model`` puts out just before each response token, with the tokens and where they are real.
+    """Return the output of ``model`` at the position before each response token, the tokens, and their mask.
 
     Returns:
-        ``(output_BTX, ids_BT, mask_BT)``; X is whatever the model's output has: logits, hidden states or a value.
+        ``(output_BTX, ids_BT, mask_BT)``; X is V for logits, D for hidden states, or 1 for a value.
     """
     device = next(model.parameters()).device
     prompt_ids, prompt_mask = pad(prompts, pad_id, left=True)
@@ -90,7 +91,7 @@ def response_states(
 
 
 def unwrap_model(model: Any) -> Any:
-    """The model inside what the compiler and data-parallel training wrap round it."""
+    """Return the model inside the wrappers of torch.compile and data-parallel training."""
     model = getattr(model, "_orig_mod", model)
     return getattr(model, "module", model)
 
@@ -99,7 +100,7 @@ def unwrap_model(model: Any) -> Any:
 
 
 def head_logprobs(head: nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each id and entropy of its distribution, softmax(head(hidden) / temperature) in float32.
+    """Return the log-probability of each id and the entropy of softmax(head(hidden) / temperature), in float32.
 
     Returns:
         ``(logprobs_N, entropy_N)``; the entropy, in nats, carries no gradient.
@@ -113,9 +114,9 @@ def head_logprobs(head: nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperature
 
     if len(ids_N) <= rows or weight is None:
         return chunk(hidden_ND, ids_N)
-    again = torch.is_grad_enabled()
+    recompute = torch.is_grad_enabled()
     parts = [
-        checkpoint(chunk, part_ND, part_N, use_reentrant=False) if again else chunk(part_ND, part_N)
+        checkpoint(chunk, part_ND, part_N, use_reentrant=False) if recompute else chunk(part_ND, part_N)
         for part_ND, part_N in zip(torch.split(hidden_ND, rows), torch.split(ids_N, rows), strict=True)
     ]
     logprobs_N, entropy_N = (torch.cat(side) for side in zip(*parts, strict=True))
@@ -123,7 +124,7 @@ def head_logprobs(head: nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperature
 
 
 def token_logprobs(logits_NV: Tensor, ids_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each id and entropy of its distribution, softmax(logits / temperature) in float32.
+    """Return the log-probability of each id and the entropy of softmax(logits / temperature), in float32.
 
     Returns:
         ``(logprobs_N, entropy_N)``; the entropy, in nats, carries no gradient.
@@ -133,15 +134,15 @@ def token_logprobs(logits_NV: Tensor, ids_N: Tensor, temperature: float = 1.0) -
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps the logits as they came and nothing else; d logp / d logits = (onehot - softmax) / temperature."""
+    """Saves only the logits, in their dtype, for backward: d logp / d logits = (onehot - softmax) / temperature."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logprobs_N, entropy_N = (torch.empty(len(ids_N), device=logits_NV.device) for _ in range(2))
         for rows in _blocks(logits_NV):
             block_NV, probs_NV = _softmax(logits_NV[rows], temperature)
-            best_N1, where_N1 = probs_NV.max(-1, keepdim=True)  # at least 1/V, so its logarithm is exact enough
-            log_z_N1 = block_NV.gather(-1, where_N1) - best_N1.log()
+            best_N1, index_N1 = probs_NV.max(-1, keepdim=True)  # at least 1/V, so its logarithm is accurate
+            log_z_N1 = block_NV.gather(-1, index_N1) - best_N1.log()
             logprobs_N[rows] = (block_NV.gather(-1, ids_N[rows, None]) - log_z_N1).squeeze(-1)
             entropy_N[rows] = log_z_N1.squeeze(-1) - torch.linalg.vecdot(probs_NV, block_NV)
         ctx.save_for_backward(logits_NV, ids_N)
@@ -162,7 +163,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """``(logits / temperature, softmax of it)`` in float32."""
+    """Return ``(logits / temperature, softmax(logits / temperature))`` in float32."""
     scaled_NV = logits_NV.float()
     if temperature != 1:
         scaled_NV = scaled_NV / temperature
@@ -176,16 +177,16 @@ def _blocks(logits_NV: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-# --- model and head apart -------------------------------------------------------------------------------------------
+# --- hidden states before the head ----------------------------------------------------------------------------------
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def _head_gives_logits(model: Any) -> bool:
-    """Whether this model's logits are its output layer's, as they come: some models scale or cap them afterwards."""
+    """Return whether the logits are the unchanged output of the head: some models scale or cap them afterwards."""
     head = model.get_output_embeddings()
-    if hasattr(head.weight, "ds_id"):  # DeepSpeed keeps a part of it here, and the model has to ask for the rest itself
+    if hasattr(head.weight, "ds_id"):  # DeepSpeed partitions it and gathers it only inside the model's forward
         return False
     if model not in _plain_heads:
         ids = torch.arange(4, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
@@ -199,13 +200,13 @@ def _head_gives_logits(model: Any) -> bool:
 
 @contextmanager
 def bypass_head(head: nn.Module) -> Iterator[None]:
-    """While it lasts the model puts out what would have gone into ``head``; its wrappers and hooks all still run."""
-    head.forward = _unchanged
+    """Make the model return the input of ``head``; wrappers and hooks still run."""
+    head.forward = _identity
     try:
         yield
     finally:
         del head.forward
 
 
-def _unchanged(hidden: Tensor) -> Tensor:
+def _identity(hidden: Tensor) -> Tensor:
     return hidden

@@ -1,8 +1,8 @@
-"""From text to tokens and from logits to log-probabilities: frames, padding, masks.
+"""Format conversations with the chat template, tokenize and pad them.
 
-One mechanism frames every text, at training and at use: the tokenizer's chat template. A base model without one is
-given ``PLAIN_TEMPLATE``, which is saved with the model like any other template. Prompt and completion are tokenised
-apart from each other, so the border between them is always a token border.
+The tokenizer's chat template formats every text in training and inference. A base model without one gets
+``PLAIN_TEMPLATE``, which is saved with the model. Prompt and completion are tokenized separately, so that a token
+boundary lies between them.
 """
 
 from __future__ import annotations
@@ -30,54 +30,59 @@ PLAIN_TEMPLATE = (
 LongPrompts = Literal["cut", "drop"]
 
 
-# --- framing --------------------------------------------------------------------------------------------------------
+# --- prompt format --------------------------------------------------------------------------------------------------
 
 
 def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The text that the model continues: ``prompt`` in the tokenizer's chat template, ready for an answer."""
+    """Return ``prompt`` in the chat template, with the generation prompt at the end."""
     messages = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def format_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """The text that the model continues after ``messages``, each with ``role`` and ``content``, the last one the user's.
+    """Return ``messages`` in the chat template, with the generation prompt at the end.
 
-    A system message for which the template has no place stands in front of the first question.
+    Each message has ``role`` and ``content``; the last one is the user's. If the template doesn't support a system message,
+    its text is put before the first user message.
 
     Raises:
-        ModelError: the template refuses the conversation.
+        ModelError: the template rejects the conversation.
     """
     from jinja2 import TemplateError
 
-    def framed(shown: Sequence[Mapping[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(list(shown), tokenize=False, add_generation_prompt=True))
+    def formatted(conversation: Sequence[Mapping[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True))
 
     try:
         if messages[0]["role"] != "system":
-            return framed(messages)
+            return formatted(messages)
         system, first, *rest = messages
         try:
-            text = framed(messages)
-        except TemplateError:  # some refuse a system message
+            text = formatted(messages)
+        except TemplateError:  # some templates reject a system message
             text = ""
-        if text and text != framed(messages[1:]):
+        if text and text != formatted(messages[1:]):
             return text
-        return framed([{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+        return formatted([{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest])
     except TemplateError as error:
         raise ModelError(
-            f"The model's chat template can't write this conversation: {error}; begin a new one."
+            f"The model's chat template can't format this conversation: {error}. Start a new one."
         ) from error
 
 
 def format_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
-    """What follows :func:`format_prompt` when the model answers ``answer``, up to and without the EOS."""
+    """Return the text after :func:`format_prompt` for the answer ``answer``, without EOS.
+
+    Raises:
+        ModelError: the template formats a prompt differently if a completion follows.
+    """
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
     start = format_prompt(tokenizer, prompt)
     if not whole.startswith(start):
         raise ModelError(
-            "The chat template writes a prompt differently when an answer follows it, so training and use would "
-            "disagree; give the tokenizer a template whose generation prompt is a prefix of the whole conversation."
+            "The chat template formats a prompt differently if a completion follows it, so training and inference would "
+            "differ. Use a template whose generation prompt is a prefix of the whole conversation."
         )
     completion = whole[len(start) :]
     eos = str(tokenizer.eos_token)
@@ -85,19 +90,19 @@ def format_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: s
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of ``text`` as it stands; templates already hold the special tokens they want."""
+    """Return the token ids of ``text`` without adding special tokens, because the chat template writes them."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, finished: bool = True) -> list[int]:
-    """Ids of framed prompt and answer, closed by EOS only if the answer ``ended`` by itself."""
+    """Return the token ids of the formatted prompt and answer, with EOS unless the answer was truncated."""
     ids = encode(tokenizer, format_prompt(tokenizer, prompt))
     ids += encode(tokenizer, format_completion(tokenizer, prompt, answer))
     return [*ids, eos_token_id(tokenizer)] if finished else ids
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends an answer."""
+    """Return the tokenizer's EOS id."""
     return int(tokenizer.eos_token_id)
 
 
@@ -108,13 +113,13 @@ def encode_prompts(
     max_prompt_length: int,
     long_prompts: LongPrompts = "cut",
 ) -> tuple[list[Prompt], list[int]]:
-    """Frame and tokenise rows that have ``.prompt`` and maybe ``.columns``.
+    """Format and tokenize rows with ``.prompt`` and optionally ``.columns``.
 
-    A prompt over ``max_prompt_length`` tokens, frame included, loses tokens of its text from the left (``cut``) or is
-    left out (``drop``); nothing of the frame is ever cut.
+    A prompt of more than ``max_prompt_length`` tokens, chat template included, is truncated on the left of its text
+    (``cut``) or skipped (``drop``). The template's tokens are never truncated.
 
     Returns:
-        The prompts, keyed by their place in ``rows``, and the places of those that were too long.
+        The prompts, whose keys are their indices in ``rows``, and the indices of those that were too long.
     """
     prompts: list[Prompt] = []
     too_long: list[int] = []
@@ -124,15 +129,15 @@ def encode_prompts(
             too_long.append(key)
             if long_prompts == "drop":
                 continue
-            ids = _cut_left(tokenizer, row.prompt, max_prompt_length)
+            ids = _truncate_left(tokenizer, row.prompt, max_prompt_length)
         prompts.append(Prompt(row.prompt, tuple(ids), key, dict(getattr(row, "columns", {}))))
     return prompts, too_long
 
 
 class LazyPrompts(Sequence[Prompt]):
-    """The prompts of ``rows``, each framed and tokenised, and cut to ``limit`` tokens, when it is asked for.
+    """Prompts that are formatted, tokenized and truncated to ``limit`` tokens on access.
 
-    ``digest`` names the contents of the rows.
+    ``digest`` identifies the contents of ``rows``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], limit: int, digest: str) -> None:
@@ -143,23 +148,23 @@ class LazyPrompts(Sequence[Prompt]):
         return len(self.rows)
 
     @overload
-    def __getitem__(self, place: int) -> Prompt: ...
+    def __getitem__(self, index: int) -> Prompt: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
 
-    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
-        """One prompt, or several at once."""
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
-        ((prompt,), _) = encode_prompts(self.tokenizer, [self.rows[place]], max_prompt_length=self.limit)
-        return replace(prompt, key=place)
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        """Return one prompt, or a list for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        ((prompt,), _) = encode_prompts(self.tokenizer, [self.rows[index]], max_prompt_length=self.limit)
+        return replace(prompt, key=index)
 
 
-def _cut_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> list[int]:
+def _truncate_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> list[int]:
     content = encode(tokenizer, prompt)
     keep = limit - len(encode(tokenizer, format_prompt(tokenizer, "")))
     while keep > 0:
@@ -169,8 +174,8 @@ def _cut_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> li
             return ids
         keep -= len(ids) - limit
     raise DataError(
-        f"max_prompt_length {limit} leaves no room for a prompt beside the model's own frame of "
-        f"{len(encode(tokenizer, format_prompt(tokenizer, '')))} tokens; raise it."
+        f"max_prompt_length: {limit} leaves no room for a prompt, because the chat template alone has "
+        f"{len(encode(tokenizer, format_prompt(tokenizer, '')))} tokens. Raise it."
     )
 
 
@@ -178,24 +183,24 @@ def _cut_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> li
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """``(ids_BL, mask_BL)`` of ragged rows; the mask comes from lengths, never from comparing ids with ``pad_id``."""
+    """Return ``(ids_BL, mask_BL)`` of ragged rows. The mask comes from lengths, because ``pad_id`` can be a real token."""
     width = max(len(row) for row in rows)
     ids_BL = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask_BL = torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids_BL[i, where] = torch.tensor(row, dtype=torch.long)
-        mask_BL[i, where] = 1
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        ids_BL[i, columns] = torch.tensor(row, dtype=torch.long)
+        mask_BL[i, columns] = 1
     return ids_BL, mask_BL
 
 
 def pad_values(rows: Sequence[Sequence[float]]) -> Tensor:
-    """Ragged rows of numbers side by side, 0 where a row has ended. -> (B, T)"""
+    """Return ragged rows of numbers, padded with 0 on the right. -> (B, T)"""
     if not rows:
         return torch.zeros(0, 0)
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def position_ids(mask_BL: Tensor) -> Tensor:
-    """Positions counted from each row's first attended token, so that left padding changes nothing. -> (B, L)"""
+    """Return positions counted from each row's first attended token, so that left padding has no effect. -> (B, L)"""
     return (mask_BL.cumsum(-1) - 1).clamp_min(0)

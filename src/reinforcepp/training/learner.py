@@ -64,7 +64,7 @@ class Learner:
             model.parameters(),
             torch.float32 if ranks.sharded else dtype,
             early=ranks.count == 1,
-            place=CPU if config.offload_optimizer and ranks.device != CPU else None,
+            device=CPU if config.offload_optimizer and ranks.device != CPU else None,
             lr=learning_rate,
             weight_decay=config.weight_decay,
         )
@@ -95,7 +95,7 @@ class Learner:
         for part in self._training_submodules:
             part.training = True
         try:
-            with nullcontext() if last or self._masters.apart else self.backend.no_sync():
+            with nullcontext() if last or self._masters.has_separate_masters else self.backend.no_sync():
                 yield
         finally:
             for part in self._training_submodules:
@@ -103,14 +103,14 @@ class Learner:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's share of the loss."""
-        self.backend.backward(self._scale.lift(loss))
+        self.backend.backward(self._scale.scale(loss))
         self._masters.collect()
 
     def clip(self) -> float:
         """Clip the accumulated gradients to ``max_grad_norm``; return their norm before clipping."""
-        self._scale.lower(self._masters.masters)
+        self._scale.unscale(self._masters.masters)
         norm = self.backend.clip(self._max_grad_norm)
-        self._scale.adapt(norm)
+        self._scale.update(norm)
         return norm
 
     def step(self, norm: float) -> dict[str, float]:
