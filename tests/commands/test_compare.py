@@ -135,11 +135,11 @@ def test_two_models(compared):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 def test_both_engines_give_the_same_responses(compared):
-    said = []
+    responses = []
     for engine in ("transformers", "vllm"):
         compared("a", "near", "--engine", engine)
-        said.append([(row["answer_a"], row["answer_b"]) for row in answers()])
-    assert said[0] == said[1] and any(a != b for a, b in said[0])
+        responses.append([(row["answer_a"], row["answer_b"]) for row in answers()])
+    assert responses[0] == responses[1] and any(a != b for a, b in responses[0])
 
 
 def test_a_model_compared_with_itself_ties(compared):
@@ -184,7 +184,7 @@ def test_the_tie_margin_reaches_the_outcome(compared):
     assert result["outcome"]["ties"] == 4 and {pair["better"] for pair in answers()} == {"tie"}
 
 
-def test_the_built_in_judge_grades_the_built_in_data(place, capsys):
+def test_the_built_in_judge_scores_the_built_in_data(place, capsys):
     flags = ["--max_prompts", "6", "--max_prompt_length", "64", "--max_new_tokens", "40", "--engine", "transformers"]
     assert cli.main(["compare", "builtin:tiny", "builtin:tiny", "--output_dir", "out", *flags]) == 0
     result, judge = json.loads(Path("out/compare.json").read_text()), GoldJudge()
@@ -211,7 +211,7 @@ def test_the_prompts_are_those_that_training_held_out(place):
     assert len(prompts_to_answer(config(heldout_fraction=0))) == 8
 
 
-def test_a_choice_among_the_prompts_is_decided_by_the_seed(place):
+def test_the_seed_samples_the_prompts(place):
     every = prompts_to_answer(config(heldout_fraction=0))
     chosen = {seed: prompts_to_answer(config(heldout_fraction=0, seed=seed, max_prompts=3)) for seed in range(6)}
     assert chosen[1] == prompts_to_answer(config(heldout_fraction=0, seed=1, max_prompts=3))
@@ -247,8 +247,8 @@ def naive_kl(own: Path, reference: Path, pairs: list[dict], side: str, temperatu
     for pair in pairs:
         start = tokenizer(f"Question: {pair['prompt']}\nAnswer:")["input_ids"]
         ids = pair[f"ids_{side}"]
-        said, read = (log_softmax(model, start + ids, temperature) for model in models)
-        gaps = [float(said[len(start) - 1 + i, t] - read[len(start) - 1 + i, t]) for i, t in enumerate(ids)]
+        own, reference = (log_softmax(model, start + ids, temperature) for model in models)
+        gaps = [float(own[len(start) - 1 + i, t] - reference[len(start) - 1 + i, t]) for i, t in enumerate(ids)]
         found.append([math.exp(-d) - 1 + d for d in gaps])
     return found
 
@@ -275,7 +275,7 @@ def with_ids(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_the_kl_is_that_of_b_to_a_on_the_answers_of_b(place, models, with_ids, temperature):
+def test_the_kl_of_b_to_a_is_on_the_responses_of_b(place, models, with_ids, temperature):
     found = compare_models(config(heldout_fraction=0.5, temperature=temperature, num_samples=5))
     pairs = [{"prompt": pair.prompt, "ids_b": ids} for pair, ids in zip(found.pairs, with_ids["B"], strict=True)]
     values = naive_kl(models["near"], models["a"], pairs, "b", temperature)
@@ -288,7 +288,7 @@ def test_the_kl_is_that_of_b_to_a_on_the_answers_of_b(place, models, with_ids, t
     assert own.kl_error == pytest.approx(error, rel=1e-2)
 
 
-def test_a_third_model_may_be_the_reference(place, models, with_ids):
+def test_a_third_model_can_be_the_reference(place, models, with_ids):
     found = compare_models(config(model_b="other", reference="near", heldout_fraction=0.5))
     assert found.reference == "near"
     for side, name in (("a", "a"), ("b", "other")):
@@ -298,7 +298,7 @@ def test_a_third_model_may_be_the_reference(place, models, with_ids):
         assert found.metrics[side.upper()].kl == pytest.approx(expected, rel=1e-3)
 
 
-def test_model_b_may_be_the_reference(place):
+def test_model_b_can_be_the_reference(place):
     found = compare_models(config(reference="near", heldout_fraction=0.5))
     assert found.reference == "B" and found.metrics["B"].kl is None and found.metrics["A"].kl > 0
 
@@ -325,7 +325,7 @@ def test_only_one_model_is_in_memory_at_a_time(place, monkeypatch):
     assert loaded == ["a", "other", "near"]
 
 
-def test_the_perplexity_counts_every_token_of_the_answer_and_its_end(place, models):
+def test_the_perplexity_counts_every_token_of_the_response_and_its_end(place, models):
     settings = config(heldout_fraction=0.5)
     found = compare_models(settings)
     chosen = chosen_answers(settings, prompts_to_answer(settings))
@@ -361,7 +361,7 @@ def test_the_standard_error_is_over_prompts(place):
     assert found.metrics["B"].judge_error == pytest.approx(expected)
 
 
-def test_the_outcome_is_that_of_the_pairs_prompt_by_prompt(place):
+def test_the_outcome_averages_by_prompt(place):
     found = compare_models(config(model_b="other", heldout_fraction=0, num_samples=2, max_new_tokens=4))
     worth = {"A": 0.0, "tie": 0.5, "B": 1.0}
     means = mean_by_prompt([worth[pair.better] for pair in found.pairs], 2)
@@ -376,7 +376,7 @@ def test_the_outcome_is_that_of_the_pairs_prompt_by_prompt(place):
     assert [found.outcome.longer, found.outcome.shorter] == shares and shares[0] != shares[1]
 
 
-def test_both_models_draw_the_same_random_numbers(place, with_ids):
+def test_both_models_share_sampling_seeds(place, with_ids):
     """Two models that are almost one then agree far more often than two draws from one of them do."""
     found = compare_models(config(heldout_fraction=0.5, num_samples=16, max_new_tokens=1))
     assert [pair.sample for pair in found.pairs] == list(range(16)) * 4
@@ -415,14 +415,14 @@ def test_the_kl_needs_the_models_own_distributions(compared):
         assert result["figures"]["B"]["kl"] is None and "Note: Skipped the KL" in out
 
 
-def test_without_chosen_answers_there_is_no_perplexity(compared, place):
+def test_without_chosen_responses_there_is_no_perplexity(compared, place):
     Path("prompts.csv").write_text("prompt\n" + "\n".join(f"What is {i}?" for i in range(8)))
     result, out, _ = compared("a", "near", "--data", "prompts.csv")
     assert result["figures"]["A"]["perplexity"] is None and result["chosen_answers"] == 0
     assert "perplexity on" not in out and "Skipped the perplexity: prompts.csv has no responses" in out
 
 
-def test_chosen_answers_that_are_too_long_are_counted(compared):
+def test_too_long_chosen_responses_are_counted(compared):
     lines = Path("pairs.csv").read_text(encoding="utf-8").splitlines()
     Path("long.csv").write_text("\n".join([*lines, f"Tell me?,{'long ' * 400},x"]), encoding="utf-8")
     _, out, _ = compared("a", "near", "--data", "long.csv", "--heldout_fraction", "0")
@@ -467,8 +467,8 @@ def test_training_on_the_judge_or_on_the_prompts_is_reported(compared, place, mo
 def test_a_checkpoint_is_of_its_run(place, models):
     Path("run/checkpoints/step-000003").mkdir(parents=True)
     Path("run/run.json").write_text(json.dumps({"settings": {"reward_model": "reward", "data": "builtin:network"}}))
-    told = caveats(config(model_b="run/checkpoints/step-000003"))
-    assert len(told) == 1 and "B was trained with this judge" in told[0]
+    found = caveats(config(model_b="run/checkpoints/step-000003"))
+    assert len(found) == 1 and "B was trained with this judge" in found[0]
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def test_a_models_text_can_not_steer_the_terminal(compared, monkeypatch):
     assert "\x1b[2J" not in out + err and "B: bad\ufffd[2J[bold]" in out
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(place, monkeypatch, capsys):
+def test_a_closed_pipe_is_not_an_error(place, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as gone:

@@ -72,7 +72,7 @@ def test_the_summary_by_hand(made):
     assert ppo["diverged"] == 1 and own["diverged"] == 0
 
 
-def test_the_grid_tells_the_worst_and_the_spread(made):
+def test_the_grid_has_the_worst_outcome_and_the_spread(made):
     grid = made["sensitivity"]["ppo"]
     assert grid["worst"] == 0.6 and grid["best"] == 0.8
     assert grid["spread"] == pytest.approx(0.2 / 2**0.5)
@@ -105,7 +105,7 @@ def test_the_page_is_whole_and_shows_text_as_text(made, tmp_path):
         ({"judge": "builtin:judge", "data": "my.csv"}, "judge.*none"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(settings, message):
+def test_contradictory_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         CompareAlgorithmsConfig(**settings)
 

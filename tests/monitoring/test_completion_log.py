@@ -32,7 +32,7 @@ def scores(rewards=(1.0, 3.0, 2.0, 2.0)):
     return RewardScores(list(rewards), {"length": [0.5] * 4, "style": [r - 0.5 for r in rewards]})
 
 
-def test_a_row_says_what_a_completion_was_worth(tmp_path):
+def test_a_row_has_the_rewards_of_a_completion(tmp_path):
     answers.save_completions(tmp_path / answers.step_file(7), rollout_columns(batch(), scores(), 7))
     rows = answers.read_completions(tmp_path)
     k3 = math.exp(-0.5) + 0.5 - 1  # of log-probabilities -1 under the policy and -1.5 under the reference, each token
@@ -65,13 +65,13 @@ def test_datasets_reads_all_steps_as_one_table(tmp_path):
     assert answers.saved_steps(tmp_path / "run") == [1, 2, 10]
 
 
-def test_the_same_answers_are_the_same_bytes(tmp_path):
+def test_equal_completions_give_equal_bytes(tmp_path):
     for name in ("a", "b"):
         answers.save_completions(tmp_path / name, rollout_columns(batch(), scores(), 1))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_resume_takes_back_what_came_later_and_brings_what_came_before(tmp_path):
+def test_a_resume_removes_later_files_and_copies_earlier_ones(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     for step in (1, 2, 3):
         answers.save_completions(
@@ -109,15 +109,15 @@ def test_repetition_counts_runs_of_four_words(text, expected):
 
 
 def test_signal_and_saturation_are_measured():
-    told = step_metrics(batch(), scores(), reward_clip=2.0)
-    assert told["frac_reward_zero_std"] == 0.5  # the second prompt's completions are both worth 2
+    metrics = step_metrics(batch(), scores(), reward_clip=2.0)
+    assert metrics["frac_reward_zero_std"] == 0.5  # the second prompt's completions are both worth 2
     assert step_metrics(batch(), scores((2.0,) * 4))["frac_reward_zero_std"] == 1
-    assert told["reward_top_ratio"] == 0.25 and told["reward_clipped_ratio"] == 0.25
-    assert told["completions/repeated_ratio"] == pytest.approx(2 / 6 / 4)
+    assert metrics["reward_top_ratio"] == 0.25 and metrics["reward_clipped_ratio"] == 0.25
+    assert metrics["completions/repeated_ratio"] == pytest.approx(2 / 6 / 4)
 
 
 def test_without_several_completions_to_a_prompt_there_are_no_groups():
     alone = batch()
     alone.group_ids_B[:] = torch.arange(4)
-    told = step_metrics(alone, scores())
-    assert "frac_reward_zero_std" not in told and "reward_clipped_ratio" not in told
+    metrics = step_metrics(alone, scores())
+    assert "frac_reward_zero_std" not in metrics and "reward_clipped_ratio" not in metrics

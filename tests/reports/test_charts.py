@@ -42,7 +42,7 @@ def test_a_spike_in_a_long_curve_stays():
     assert all(value == pytest.approx(y[place - 1], rel=1e-5) for place, value in points.items())
 
 
-def test_what_smoothing_starts_from_is_the_mean_of_all_values():
+def test_smoothing_starts_from_the_mean_of_all_values():
     x, y = long_curve(10_000)
     y = [
         value + 5 * (i % 7 == 0) for i, value in enumerate(y)
@@ -270,7 +270,7 @@ def test_without_the_hash_a_script_would_not_run(window, tmp_path, gallery_file)
     path.write_text(text.replace("<h1>", "<script>document.title='owned'</script><h1>"), encoding="utf-8")
     opened = window()
     assert opened.open(path).title() == "Charts"
-    assert any("Content Security Policy" in told for told in opened.complaints)
+    assert any("Content Security Policy" in complaint for complaint in opened.complaints)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -408,7 +408,7 @@ def test_the_log_scale_is_a_button_where_all_values_are_positive(window, gallery
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])
-def test_nothing_is_wider_than_the_window(window, gallery_file, width):
+def test_the_charts_fit_the_window(window, gallery_file, width):
     opened = window(width=width)
     shown = opened.open(gallery_file)
     assert opened.overflow() <= 0

@@ -115,7 +115,7 @@ def test_either_order_occurs_and_the_seed_decides_it():
 
     def order(found: ModelComparison) -> list[str]:
         data = as_page(found).partition('id="data">')[2].partition("</script>")[0]
-        return [shown["answers"][0]["side"] for shown in json.loads(data)["pairs"]]
+        return [shown["responses"][0]["side"] for shown in json.loads(data)["pairs"]]
 
     assert 8 < order(many).count("A") < 32
     assert order(many) == order(many)
@@ -183,9 +183,9 @@ def test_showing_all_names_ends_the_voting_as_long_as_it_lasts(opened):
     shown.page.keyboard.press("1")
     assert shown.page.get_by_role("button", name="Tie").is_disabled() and texts(shown)["tally"] == "No votes yet."
     shown.page.keyboard.press("ArrowRight")
-    assert "runs/b" in shown.page.locator("#answers").inner_text()
+    assert "runs/b" in shown.page.locator("#responses").inner_text()
     shown.page.get_by_label("Show all names and scores").uncheck()
-    assert "runs/b" not in shown.page.locator("#answers").inner_text()
+    assert "runs/b" not in shown.page.locator("#responses").inner_text()
     shown.page.keyboard.press("1")
     assert "You voted on 1 of 5" in texts(shown)["tally"]
 
@@ -199,7 +199,7 @@ def reload(shown, tally):
         shown.page.reload()
 
 
-def test_votes_outlast_a_reload_but_not_other_answers(opened, tmp_path):
+def test_votes_survive_a_reload_but_not_other_responses(opened, tmp_path):
     shown = opened(comparison(FIVE))
     shown.page.keyboard.press("1")
     assert "You voted on 1 of 5" in texts(shown)["tally"]
@@ -225,7 +225,7 @@ def test_votes_that_make_no_sense_are_none(opened, kept):
     assert texts(shown)["tally"] == "No votes yet." and shown.complaints == []
 
 
-def test_equal_answers_are_no_question(opened):
+def test_equal_responses_are_skipped(opened):
     shown = opened(comparison([pair("Same?", "one", "one", (1.0, 1.0)), *FIVE]))
     assert (
         texts(shown)["position"] == "Prompt 1 of 5" and "1 pair of equal responses is skipped." in shown.page.content()
@@ -235,7 +235,7 @@ def test_equal_answers_are_no_question(opened):
     assert shown.page.locator("script").count() == 0 and shown.complaints == []
 
 
-def test_an_empty_answer_and_one_that_was_cut_off_are_told(opened):
+def test_empty_and_truncated_responses_are_marked(opened):
     shown = opened(comparison([pair("Why?", "", "beta and on")]))
     now = texts(shown)
     empty, cut = ("1", "2") if now["text-1"] == "(empty)" else ("2", "1")
@@ -243,20 +243,20 @@ def test_an_empty_answer_and_one_that_was_cut_off_are_told(opened):
     assert now[f"text-{cut}"] == "beta and on" and now[f"truncated-{cut}"] == "truncated at the length limit"
 
 
-def test_without_scripts_the_figures_are_there(chromium, tmp_path):
+def test_without_scripts_the_metrics_are_shown(chromium, tmp_path):
     (tmp_path / "compare.html").write_text(as_page(comparison(FIVE)), encoding="utf-8")
     context = chromium.new_context(java_script_enabled=False)
     shown = context.new_page()
     shown.goto((tmp_path / "compare.html").as_uri())
-    told = shown.locator("body").inner_text()
+    text = shown.locator("body").inner_text()
     context.close()
-    assert "Verdict: B is better" in told and "turned off" in told and "Response 1" not in told
+    assert "Verdict: B is better" in text and "turned off" in text and "Response 1" not in text
 
 
 # --- hostile text -----------------------------------------------------------------------------------------------------
 
 
-def test_hostile_text_is_shown_as_text_and_nothing_of_it_runs(opened):
+def test_hostile_text_is_shown_as_text_and_never_runs(opened):
     found = comparison(
         [pair(text, f"alpha {text}", f"beta {text}") for text in HOSTILE], model_b=HOSTILE[0], notes=HOSTILE
     )
@@ -265,9 +265,9 @@ def test_hostile_text_is_shown_as_text_and_nothing_of_it_runs(opened):
         plain = "".join("\ufffd" if c in "\x1b\x07\u202e\ud800" else c for c in text)
         assert shown.page.locator("#prompt").text_content() == plain
         shown.page.keyboard.press("1")
-        said = {shown.page.locator(f"#text-{i}").text_content() for i in "12"}
-        assert said == {f"alpha {plain}", f"beta {plain}"}
-        assert HOSTILE[0] in shown.page.locator("#answers").inner_text()
+        responses = {shown.page.locator(f"#text-{i}").text_content() for i in "12"}
+        assert responses == {f"alpha {plain}", f"beta {plain}"}
+        assert HOSTILE[0] in shown.page.locator("#responses").inner_text()
         shown.page.keyboard.press("ArrowRight")
     assert shown.page.title() == "Two models compared"
     assert shown.page.locator("img, svg, textarea").count() == 0
@@ -277,7 +277,7 @@ def test_hostile_text_is_shown_as_text_and_nothing_of_it_runs(opened):
     assert shown.complaints == []
 
 
-def test_nothing_but_the_pages_own_script_may_run(window, tmp_path):
+def test_only_the_scripts_of_the_page_run(window, tmp_path):
     """The second defence: were some text to get into the page as markup, the browser would refuse to run it."""
     body = "<p id=x>safe</p><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
     body += (
@@ -318,7 +318,7 @@ def test_the_page_can_be_read_everywhere(opened, scheme, width):
         assert shown.overflow() == 0
     dark = shown.page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     assert dark == (scheme == "dark")
-    columns = shown.page.locator("#answers").evaluate("(grid) => getComputedStyle(grid).gridTemplateColumns")
+    columns = shown.page.locator("#responses").evaluate("(grid) => getComputedStyle(grid).gridTemplateColumns")
     assert len(columns.split()) == (1 if width == 360 else 2)
     assert shown.complaints == []
 

@@ -84,7 +84,7 @@ def test_length_is_measured_in_deviations_from_equal_length():
     assert length_terms(np.array([gaps])) == pytest.approx(np.array([[math.tanh(gap / deviation) for gap in gaps]]))
     assert (
         length_terms(np.full((3, 1), 7.0)) == 0
-    ).all()  # a difference that is always there can't be told from quality
+    ).all()  # a constant length difference can't be separated from quality
     assert (length_terms(np.array([[7.0]])) == 0).all()
 
 
@@ -157,7 +157,7 @@ def test_quality_shows_under_a_judge_that_likes_the_others_length():
     assert found.winner == "A" and found.length_controlled_winner == "B"
 
 
-def test_equal_answers_tie_exactly():
+def test_equal_responses_tie_exactly():
     scores, lengths = [0.3, 0.9, 0.1] * 20, [5, 90, 40] * 20
     found = outcome(scores, scores, lengths, lengths)
     assert (found.wins, found.ties, found.losses, found.decided) == (0, 60, 0, 0)
@@ -178,7 +178,7 @@ def test_swapping_the_models_mirrors_everything(samples):
 
 
 @pytest.mark.parametrize("wins", range(1, 9))
-def test_a_handful_of_prompts_shows_nothing(wins):
+def test_a_handful_of_prompts_is_inconclusive(wins):
     """Of resamples of a clean sweep none is otherwise, however short it is."""
     found = outcome([0.0] * wins + [0.0] * 3, [1.0] * wins + [0.0] * 3)
     if wins < MIN_DECIDED:
@@ -209,13 +209,13 @@ def test_parts_of_the_resamples_are_all_of_them(monkeypatch):
     assert all((weights.sum(axis=1) == 10).all() for weights in seen)
 
 
-def test_the_interval_is_that_of_the_binomial_where_nothing_else_varies():
+def test_the_interval_is_binomial_without_other_variance():
     found = outcome([0.0] * 60 + [1.0] * 40, [1.0] * 60 + [0.0] * 40, resamples=4000)
     half = 1.96 * math.sqrt(0.6 * 0.4 / 100)
     assert (found.win_rate.low, found.win_rate.high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.015)
 
 
-def test_samples_that_repeat_each_other_narrow_nothing():
+def test_repeated_samples_do_not_narrow_the_interval():
     a, b, *lengths = drawn(100, theta=0.4, phi=0.0, extra=0)
     one = outcome(a, b, *lengths)
     four = outcome(*(np.repeat(values, 4, axis=1) for values in (a, b, *lengths)))

@@ -23,24 +23,24 @@ def folder(tmp_path_factory, model_folder, reward_folder, pairs_csv):
 def test_it_prints_its_findings(folder, capsys):
     capsys.readouterr()
     assert main(["doctor", str(folder)]) == 0  # warnings and infos only
-    said = " ".join(capsys.readouterr().out.split())
-    assert "warning: Many completions are truncated" in said and "max_new_tokens 8" in said
-    assert "info: Few prompts" in said and "Fix Raise max_new_tokens" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "warning: Many completions are truncated" in output and "max_new_tokens 8" in output
+    assert "info: Few prompts" in output and "Fix Raise max_new_tokens" in output
 
 
 def test_json_is_for_programs(folder, capsys):
     capsys.readouterr()
     assert main(["doctor", "--run", str(folder), "--format", "json", "--fail_on", "warning"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert "truncation" in [finding["rule"] for finding in told["findings"]]
-    assert set(told["findings"][0]) == {"rule", "severity", "title", "evidence", "cause", "cure"}
+    values = json.loads(capsys.readouterr().out)
+    assert "truncation" in [finding["rule"] for finding in values["findings"]]
+    assert set(values["findings"][0]) == {"rule", "severity", "title", "evidence", "cause", "cure"}
 
 
 def test_a_sound_run_has_no_problems(folder, tmp_path, capsys):
     run = shutil.copytree(folder, tmp_path / "run")
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i + 1, "kl": 0.05}) + "\n" for i in range(9)))
-    told = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(told | {"prompts": 500}))
+    values = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(values | {"prompts": 500}))
     capsys.readouterr()
     assert main(["doctor", str(run), "--fail_on", "warning"]) == 0
     assert capsys.readouterr().out == "No problems found in 9 of 9 steps.\n"
@@ -59,8 +59,8 @@ def test_a_damaged_file_is_named(folder, tmp_path, capsys, broken):
     (run / "evaluation.json").write_text("{}" if broken != "evaluation.json" else "{\n")
     capsys.readouterr()
     assert main(["doctor", str(run)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and "damaged" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert output.startswith("error: ") and "damaged" in output and "Traceback" not in output
 
 
 def test_other_folders_are_refused(reward_folder, tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_accuracy_by_length():
         (5, 1, "much longer"),
     ],
 )
-def test_how_long_an_answer_is_beside_the_other(chosen, rejected, label):
+def test_relative_length_labels(chosen, rejected, label):
     assert f.length_label(chosen, rejected) == label
 
 
@@ -201,7 +201,7 @@ def test_the_slope_is_the_score_of_a_token():
     assert f.length_slope(pairs([3, -1])) == 0
 
 
-def test_what_is_left_without_length():
+def test_accuracy_without_length():
     """The scores are twice the length, and one more for the chosen answer of the first pair, less for the second."""
     lengths = [(14, 10), (10, 14), (18, 10), (10, 18)]
     scored = [ScoredPair(i, "", "", "", 2.0 * a, 2.0 * b, a, b) for i, (a, b) in enumerate(lengths)]
@@ -239,7 +239,7 @@ def test_worst_errors_are_wrong_and_the_worst_first():
     assert f.worst_errors(pairs([1, 0])) == []
 
 
-def test_longer_and_shorter_are_those_of_the_chosen_answer():
+def test_longer_and_shorter_refer_to_the_chosen_response():
     found = analyze(pairs([1, 1, -1, 1, 1], [3, 1, -1, -5, 0]))
     assert found.longer == f.share(2, 2) and found.shorter == f.share(1, 2)
     assert analyze(pairs([1])).longer is analyze(pairs([1])).shorter is None

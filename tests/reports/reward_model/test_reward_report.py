@@ -76,7 +76,7 @@ def test_a_training_writes_the_page(reward_folder, tmp_path):
     assert verdict in parsed((reward_folder / "report.html").read_text(encoding="utf-8"))[1]
 
 
-def test_without_held_out_pairs_there_is_none(model_folder, pairs_csv, tmp_path, capfd):
+def test_without_held_out_pairs_there_is_no_report(model_folder, pairs_csv, tmp_path, capfd):
     flags = ["--model", model_folder, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--num_train_epochs", 1]
     assert main(["reward", *map(str, flags), "--heldout_fraction", "0"]) == 0
     assert "No pairs were held out" in capfd.readouterr().err
@@ -136,7 +136,7 @@ def test_another_models_pairs_are_refused(tmp_path):
     assert "7 pairs, but the card says 120" in refused(folder, tmp_path)
 
 
-def test_a_folder_that_is_no_reward_model_is_refused(tmp_path):
+def test_a_folder_without_a_reward_model_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"no reward_model\.json"):
         write_reward_report(tmp_path, tmp_path / "report.html")
 
@@ -145,7 +145,7 @@ def test_a_folder_that_is_no_reward_model_is_refused(tmp_path):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def printed(monkeypatch):
     """Return a function that returns the printed summary of pairs."""
 
     def ask(scored, **changes):
@@ -159,16 +159,16 @@ def told(monkeypatch):
     return ask
 
 
-def test_the_terminal_shows_metrics_tables_and_the_verdict(told):
-    text = told(varied())
+def test_the_terminal_shows_metrics_tables_and_the_verdict(printed):
+    text = printed(varied())
     assert "120 held-out pairs: accuracy 0.85 (length-only baseline 0.49)" in text
     plain = text.replace("┃", "│")
     assert "│ margin " in plain and "│ chosen response " in plain and "│ about as long " in plain
     assert text.rstrip().splitlines()[-1].startswith("Good: accuracy 0.85 on 120 held-out pairs")
 
 
-def test_few_pairs_make_no_tables(told):
-    text = told(varied(39))
+def test_few_pairs_make_no_tables(printed):
+    text = printed(varied(39))
     assert "┃" not in text and len(text.splitlines()) == 2
 
 
@@ -328,8 +328,8 @@ def test_drawn_shares_match_the_scale(window, tmp_path):
 
 def test_every_metric_is_readable_without_the_charts(window, tmp_path):
     page = window().open(page_of(varied(), tmp_path))
-    told = page.eval_on_selector_all(".plot", "all => all.map((e) => e.getAttribute('aria-label'))")
-    assert [text.split(".")[0] for text in told] == ["Calibration", "Score distribution", "Score against length"]
+    labels = page.eval_on_selector_all(".plot", "all => all.map((e) => e.getAttribute('aria-label'))")
+    assert [text.split(".")[0] for text in labels] == ["Calibration", "Score distribution", "Score against length"]
     assert page.locator(".numbers").count() == 3
     assert page.locator("table.buckets caption").all_inner_texts() == [
         "Accuracy by margin",

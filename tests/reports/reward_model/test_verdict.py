@@ -47,7 +47,7 @@ def test_verdicts(right, wrong, beginning):
     assert verdict(balanced(right, wrong)).startswith(beginning)
 
 
-def test_too_few_pairs_say_nothing_else():
+def test_too_few_pairs_give_no_other_statement():
     assert verdict(balanced(5, 0)).endswith("(95% interval 0.57 to 1.00).")
     assert verdict(balanced(5, 0)).count(";") == 0
 
@@ -64,7 +64,7 @@ def by_length(longer, shorter, equal=(0, 0)):
     return v.length_bias(analyze(pairs(margins, lengths))).text
 
 
-def test_a_model_that_only_sees_length_is_no_better_than_length():
+def test_a_model_that_only_sees_length_matches_the_baseline():
     assert by_length((60, 0), (0, 40)) == "no better than choosing the longer response (0.60)"
     assert by_length((0, 40), (60, 0)) == "no better than choosing the shorter response (0.60)"
 
@@ -101,7 +101,7 @@ def test_a_weak_length_bias():
     assert by_length((35, 15), (49, 1)).startswith("leans towards the shorter response (accuracy 0.98 if")
 
 
-def test_a_small_difference_is_no_length_bias():
+def test_a_small_difference_is_not_a_length_bias():
     assert by_length((950, 50), (890, 110)) == "no length bias"  # significant, but small
     assert by_length((46, 4), (40, 10)) == "no length bias"  # larger, but not significant
     assert by_length((20, 30), (20, 30)) == "no length bias"  # inaccurate rather than biased

@@ -98,7 +98,7 @@ def test_the_verdict(reward, judge, begins, tone):
     assert ("no judge" in found.text) == (judge is None and begins == "Improved:")
 
 
-def test_the_verdict_says_rose_and_fell():
+def test_the_verdict_states_rises_and_falls():
     run = record(evaluations={"before": figures(0.0, 0.5), "after": figures(2.0, 0.2)})
     assert "the reward rose from 0.000 to 2.000 (+2.000 ± 0.283)" in summary.verdict(run).text
     assert "training doesn't use, fell from 0.500 to 0.200 (-0.300 ± 0.057)" in summary.verdict(run).text
@@ -120,7 +120,7 @@ def test_a_judge_score_that_falls_during_training_is_reward_hacking_since_that_s
     assert summary.verdict(record(evaluations=reward_fell_too)).text.startswith("Improved:")
 
 
-def test_the_latest_evaluation_of_a_run_that_is_not_done():
+def test_the_latest_evaluation_of_an_unfinished_run():
     run = record(
         evaluations={"before": figures(0.0), "step 9": figures(1.0), "step 10": figures(3.0)}, facts={"num_steps": 50}
     )
@@ -148,15 +148,15 @@ def test_key_metrics():
         evaluations={"before": figures(0.0, 0.5), "after": figures(2.0, 0.2, length=30.0, truncated=0.25)},
         facts={"num_steps": 9},
     )
-    told = {metric.name: metric for metric in summary.key_metrics(run)}
-    assert (told["Held-out reward"].value, told["Held-out reward"].tone) == ("0.00 → 2.00", "good")
-    assert (told["Held-out judge score"].note, told["Held-out judge score"].tone) == (
+    metrics = {metric.name: metric for metric in summary.key_metrics(run)}
+    assert (metrics["Held-out reward"].value, metrics["Held-out reward"].tone) == ("0.00 → 2.00", "good")
+    assert (metrics["Held-out judge score"].note, metrics["Held-out judge score"].tone) == (
         "-0.300 ± 0.057: regressed",
         "bad",
     )
-    assert (told["Response length"].value, told["Response length"].note) == ("1.50x", "20.0 → 30.0 tokens")
-    assert (told["Truncated"].value, told["Steps"].value, told["Steps"].note) == ("25%", "4", "of 9")
-    assert (told["Training time"].value, told["Tokens"].value) == ("2 min", "400")
+    assert (metrics["Response length"].value, metrics["Response length"].note) == ("1.50x", "20.0 → 30.0 tokens")
+    assert (metrics["Truncated"].value, metrics["Steps"].value, metrics["Steps"].note) == ("25%", "4", "of 9")
+    assert (metrics["Training time"].value, metrics["Tokens"].value) == ("2 min", "400")
     assert summary.status(run) == "Not finished: 4 of 9 steps. It is still running, was stopped, or failed."
     assert [summary.duration(s) for s in (5, 600, 7500)] == ["5 s", "10 min", "2 h 05 min"]
 
@@ -246,7 +246,7 @@ def test_pairs_are_matched_by_their_prompt(tmp_path):
 # --- settings -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_differs_from_the_defaults_of_its_kind(tmp_path):
+def test_settings_that_differ_from_the_defaults(tmp_path):
     run = read_run(make_run(tmp_path / "run", settings={"kl_limit": None, "gone": 3}))
     rows = {row.name: row for row in settings.settings_of(run)}
     assert {name for name, row in rows.items() if row.differs} == {"reward_model", "batch_size", "kl_limit"}
@@ -278,14 +278,14 @@ def test_the_reproduce_command_gives_the_same_configuration(tmp_path):
 
 def test_differing_settings_of_several_runs():
     one, two = as_dict(TrainConfig()), as_dict(TrainConfig(kl_coef=0.2, output_dir="elsewhere")) | {"new": True}
-    told = settings.differing({"a": record(settings=one), "b": record(settings=two)})
-    assert told == [("kl_coef", ["0.1", "0.2"]), ("new", ["-", "True"])]
+    rows = settings.differing({"a": record(settings=one), "b": record(settings=two)})
+    assert rows == [("kl_coef", ["0.1", "0.2"]), ("new", ["-", "True"])]
 
 
 # --- curves -------------------------------------------------------------------------------------------------------------
 
 
-def test_throughput_is_of_a_step_and_left_out_where_nothing_was_made():
+def test_throughput_is_per_step_and_missing_without_new_tokens():
     log = [
         {"step": 1, "num_tokens": 100.0, "step_time": 2.0},
         {"step": 2, "num_tokens": 100.0, "step_time": 2.0},
@@ -370,7 +370,7 @@ def test_curves_of_several_runs_are_overlaid(tmp_path):
 def test_the_page_of_a_whole_run(tmp_path):
     page = page_of(make_run(tmp_path / "run"))
     text = text_of(page)
-    for told in (
+    for expected in (
         "Improved: on 8 held-out prompts",
         "Finished: 12 of 12 steps.",
         f"2 of {len(fields(TrainConfig))} settings differ from the defaults",
@@ -382,16 +382,16 @@ def test_the_page_of_a_whole_run(tmp_path):
         "Answer 15 of step 12.",
         "before says 3.",
     ):
-        assert told in text
+        assert expected in text
     assert 'class="missing"' not in page and 'id="events"' not in page and 'id="findings"' not in page
     ids = re.findall(r'<section id="(\w+)"', page)
-    assert ids == ["curves", "answers", "samples", "diagnostics", "speed", "settings", "environment", "again"]
+    assert ids == ["curves", "responses", "samples", "diagnostics", "speed", "settings", "environment", "again"]
     assert re.findall(r'<a href="#(\w+)"', page) == ids
     assert not re.search(r'(src|href)="(?!#|data:)', page)
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("parts", "expected"),
     [
         ({"evaluations": {}}, "No held-out prompts were evaluated. See eval_prompts and heldout_fraction."),
         (
@@ -406,8 +406,8 @@ def test_the_page_of_a_whole_run(tmp_path):
         ({"facts": {"kind": "ReinforceConfig"}}, "The run was started from Python"),
     ],
 )
-def test_missing_parts_are_explained(tmp_path, parts, told):
-    assert told in text_of(page_of(make_run(tmp_path / "run", **parts)))
+def test_missing_parts_are_explained(tmp_path, parts, expected):
+    assert expected in text_of(page_of(make_run(tmp_path / "run", **parts)))
 
 
 def test_an_old_run_with_few_files(tmp_path):
@@ -418,13 +418,13 @@ def test_an_old_run_with_few_files(tmp_path):
     (folder / "metrics.jsonl").write_text('{"reward": 1.0}\n{"reward": 2.0}\n', encoding="utf-8")
     text = text_of(page_of(folder))
     assert "The training reward went from 1.000 to 2.000" in text
-    for told in (
+    for expected in (
         "recorded no settings",
         "recorded no environment",
         "recorded no fingerprints",
         "recorded neither a command",
     ):
-        assert told in text
+        assert expected in text
     (folder / "metrics.jsonl").write_text("", encoding="utf-8")
     assert "The log has no steps yet" in text_of(page_of(folder)) and "No step is finished yet." in text_of(
         page_of(folder)
@@ -452,7 +452,7 @@ class Found:
     fix: str = "raise kl_coef"
 
 
-def test_findings_have_their_place(tmp_path):
+def test_findings_are_shown(tmp_path):
     folder = make_run(tmp_path / "run")
     page = page_of(folder, findings={"run": [Found(), Found(severity="error")]})
     assert "warning KL is high Evidence kl 3.1 <b> Fix raise kl_coef" in text_of(page)
@@ -519,8 +519,8 @@ def test_the_page_of_many_runs_stays_small(tmp_path):
 def test_the_page_is_in_the_runs_folder(tmp_path, capsys, monkeypatch):
     make_run(tmp_path / "runs" / "train")
     assert cli.main(["report", str(tmp_path / "runs" / "train")]) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert "Improved: on" in said and "report.html" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "Improved: on" in output and "report.html" in output
     assert "Run report: train" in (tmp_path / "runs" / "train" / "report.html").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report"]) == 0  # the default is where train writes
@@ -540,7 +540,7 @@ def test_a_demo_is_found_by_its_folder_and_several_runs_make_a_page_here(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["nothing"], "nothing: folder not found"),
         (["empty"], "isn't a training run"),
@@ -557,15 +557,15 @@ def test_a_demo_is_found_by_its_folder_and_several_runs_make_a_page_here(tmp_pat
         (["damaged"], "damaged"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch, words, told):
+def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run")
     (make_run(tmp_path / "damaged") / "metrics.jsonl").write_text("{\n", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine.html").write_text("<p>my own</p>", encoding="utf-8")
     assert cli.main(["report", *words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and told in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: ") and expected in output and output.count("\n") == 1
     assert (tmp_path / "mine.html").read_text(encoding="utf-8") == "<p>my own</p>"
 
 

@@ -83,8 +83,8 @@ def test_hostile_text_is_shown_and_never_run(window, one):
     shown = opened.open(one)
     for button in shown.locator("button.show-more, button.more").all():
         button.click() if button.is_visible() else None
-    answers = shown.locator(".pair .said").all_text_contents()
-    assert f"after says 3. {printable(HOSTILE)}" in answers
+    responses = shown.locator(".pair .model-text").all_text_contents()
+    assert f"after says 3. {printable(HOSTILE)}" in responses
     assert shown.locator("main img, main iframe, main a[href^=javascript], main b b").count() == 0
     assert shown.locator("main script:not([type='application/json'])").count() == 0
     assert shown.title() == "Run report: run" and opened.complaints == []
@@ -94,7 +94,7 @@ def test_hostile_text_is_shown_and_never_run(window, one):
 
 
 @pytest.mark.parametrize("width", [360, 768])
-def test_nothing_is_wider_than_a_phone(window, report, width):
+def test_the_page_fits_a_phone(window, report, width):
     opened = window(width=width)
     shown = opened.open(report)
     assert opened.overflow() <= 0
@@ -105,7 +105,7 @@ def test_nothing_is_wider_than_a_phone(window, report, width):
     assert max(sizes) <= width
 
 
-def test_held_out_answers_can_be_searched_sorted_and_unfolded(window, one):
+def test_held_out_responses_can_be_searched_sorted_and_unfolded(window, one):
     shown = window().open(one)
     pairs = shown.locator(".pair:visible")
     assert pairs.count() == 6 and "6 of 8 shown" in shown.locator(".shown").text_content()
@@ -120,11 +120,11 @@ def test_held_out_answers_can_be_searched_sorted_and_unfolded(window, one):
     assert pairs.count() == 0
 
 
-def test_a_long_answer_folds_and_unfolds(window, tmp_path):
+def test_a_long_response_folds_and_unfolds(window, tmp_path):
     folder = make_run(tmp_path / "run", text="word " * 300)
     write_report([folder], tmp_path / "report.html")
     shown = window().open(tmp_path / "report.html")
-    text, button = shown.locator(".said.long").first, shown.locator("button.more").first
+    text, button = shown.locator(".model-text.long").first, shown.locator("button.more").first
     low = text.bounding_box()["height"]
     assert button.get_attribute("aria-expanded") == "false" and button.text_content() == "More"
     button.press("Enter")
@@ -143,8 +143,10 @@ def test_smoothing_and_cursor_work_on_the_report(window, one):
     shown.locator("#curves .plot").nth(3).focus()
     shown.keyboard.press("End")
     shown.keyboard.press("ArrowLeft")
-    told = set(shown.locator("#curves .at").all_text_contents()) | set(shown.locator("#speed .at").all_text_contents())
-    assert "step 39" in told and opened.complaints == []
+    positions = set(shown.locator("#curves .at").all_text_contents()) | set(
+        shown.locator("#speed .at").all_text_contents()
+    )
+    assert "step 39" in positions and opened.complaints == []
 
 
 def test_curves_of_runs_are_overlaid(window, several):

@@ -65,5 +65,5 @@ def _shown(pair: Pair, *, swapped: bool) -> dict[str, Any]:
     return {
         "prompt": printable(pair.prompt),
         "better": pair.better,
-        "answers": responses[::-1] if swapped else responses,
+        "responses": responses[::-1] if swapped else responses,
     }

@@ -39,7 +39,7 @@ CARD_METRICS = {
     "calibration_error": "calibration error",
     "length_correlation": "correlation of score and length",
 }
-DOCTOR, ANSWERS, SAMPLES = ("findings", "Doctor"), ("answers", "Before and after"), ("samples", "Samples")
+DOCTOR, RESPONSES, SAMPLES = ("findings", "Doctor"), ("responses", "Before and after"), ("samples", "Samples")
 DETAILS = [("settings", "Settings"), ("environment", "Environment and data"), ("again", "Reproduce the run")]
 
 
@@ -64,9 +64,10 @@ def report_page(
         if any(groups[id].values())
     ]
     if len(views) == 1:
-        own = views[0]["sections"]
-        first, last = [s for s in own if s == DOCTOR], [s for s in own if s not in (DOCTOR, ANSWERS, SAMPLES)]
-        sections = [*first, *drawn[:1], ANSWERS, SAMPLES, *drawn[1:], *last]
+        listed = views[0]["sections"]
+        first = [s for s in listed if s == DOCTOR]
+        last = [s for s in listed if s not in (DOCTOR, RESPONSES, SAMPLES)]
+        sections = [*first, *drawn[:1], RESPONSES, SAMPLES, *drawn[1:], *last]
     else:
         sections = [("metrics", "Metrics"), ("differences", "Settings that differ"), *drawn, ("runs", "Each run")]
     return render(
@@ -88,7 +89,7 @@ def _view(
 ) -> dict[str, Any]:
     """Return what the page shows of one run; ``share`` is its part of the page's size."""
     sections = [DOCTOR] if findings is not None else []
-    sections += [ANSWERS, SAMPLES, *([("events", "Events")] if record.events else []), *DETAILS]
+    sections += [RESPONSES, SAMPLES, *([("events", "Events")] if record.events else []), *DETAILS]
     return {
         "name": name,
         "style": color_and_dash(index),
@@ -97,7 +98,7 @@ def _view(
         "verdict": summary.verdict(record),
         "metrics": summary.key_metrics(record),
         "findings": findings,
-        "answers": _answers(record, share),
+        "responses": _responses(record, share),
         "samples": _samples(record, samples, share),
         "events": _events(record),
         "settings": settings_of(record),
@@ -145,7 +146,7 @@ def _speed(runs: Mapping[str, RunRecord]) -> dict[str, Any]:
 # --- responses --------------------------------------------------------------------------------------------------------
 
 
-def _answers(record: RunRecord, share: float) -> dict[str, Any]:
+def _responses(record: RunRecord, share: float) -> dict[str, Any]:
     """Return the held-out responses before and after training, as many as fit into this run's part of the page."""
     pairs = choose_pairs(record)
     if pairs.missing:

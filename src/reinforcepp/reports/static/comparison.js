@@ -25,7 +25,7 @@
   }
 
   function sideOf(pair, vote) {
-    return vote === 0 ? "tie" : pair.answers[vote - 1].side;
+    return vote === 0 ? "tie" : pair.responses[vote - 1].side;
   }
 
   function show() {
@@ -33,14 +33,14 @@
     const open = at("reveal").checked || votes[position] !== null;
     at("position").textContent = `Prompt ${position + 1} of ${data.pairs.length}`;
     at("prompt").textContent = pair.prompt;
-    pair.answers.forEach((answer, i) => {
+    pair.responses.forEach((response, i) => {
       const text = at(`text-${i + 1}`);
-      text.textContent = answer.text || "(empty)";
-      text.classList.toggle("empty", !answer.text);
+      text.textContent = response.text || "(empty)";
+      text.classList.toggle("empty", !response.text);
       text.parentElement.classList.toggle("picked", votes[position] === i + 1);
-      at(`truncated-${i + 1}`).textContent = answer.truncated ? "truncated at the length limit" : "";
+      at(`truncated-${i + 1}`).textContent = response.truncated ? "truncated at the length limit" : "";
       at(`name-${i + 1}`).textContent = open
-        ? `${answer.side}: ${data.names[answer.side]}, judge score ${answer.score}`
+        ? `${response.side}: ${data.names[response.side]}, judge score ${response.score}`
         : "";
     });
     choices.forEach((button) => (button.disabled = open));
