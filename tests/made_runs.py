@@ -1,4 +1,4 @@
-"""Folders as trainings leave them behind, made up: any length, any gap, any text."""
+"""Synthetic run folders of any length, with any gaps and texts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HOSTILE = (
 KEPT = "HOSTILE-END"
 
 
-def figures(reward: float, judge: float | None = None, **more: float) -> dict[str, float]:
-    """An evaluation's figures; means have a standard error of 0.1 for the reward and 0.02 for the judge."""
+def evaluation_metrics(reward: float, judge: float | None = None, **more: float) -> dict[str, float]:
+    """Return the metrics of an evaluation, with standard errors of 0.1 for the reward and 0.02 for the judge."""
     judged = {} if judge is None else {"judge": judge, "judge_error": 0.02}
-    told = {
+    metrics = {
         "reward": reward,
         "reward_error": 0.1,
         **judged,
@@ -31,11 +31,11 @@ def figures(reward: float, judge: float | None = None, **more: float) -> dict[st
         "truncated": 0.0,
         "distinct": 0.9,
     }
-    return told | more
+    return metrics | more
 
 
 def step_of(step: int, draw: random.Random) -> dict[str, float]:
-    """What the log says of a step, timings included."""
+    """Return the logged metrics of a step, with timings."""
     reward = 2 * (1 - math.exp(-step / 20)) + draw.gauss(0, 0.2)
     return {
         "step": step,
@@ -74,15 +74,15 @@ def make_run(
     settings: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A run of ``steps`` steps, of which ``logged`` have completions; ``text`` is part of all that the model says."""
+    """Write a run of ``steps`` steps, of which ``logged`` have completions; ``text`` is part of every model output."""
     draw = random.Random(3)
     folder.mkdir(parents=True)
     if evaluations is None:
-        evaluations = {"before": figures(0.0, 0.4), "after": figures(2.0, 0.8, length=25.0)}
+        evaluations = {"before": evaluation_metrics(0.0, 0.4), "after": evaluation_metrics(2.0, 0.8, length=25.0)}
     config = as_dict(TrainConfig(output_dir=str(folder), reward_model="models/rm", batch_size=16)) | dict(
         settings or {}
     )
-    told = {
+    facts_of_run = {
         "kind": "TrainConfig",
         "num_steps": steps,
         "prompts": 100,
@@ -94,7 +94,7 @@ def make_run(
         "command": "reinforcepp train --max_steps 12",
         "environment": {"python": "3.11.7", "torch": "2.13.0", "device": "cpu"},
     } | dict(facts or {})
-    (folder / "run.json").write_text(json.dumps({"settings": config} | told), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps({"settings": config} | facts_of_run), encoding="utf-8")
     log = [step_of(step, draw) for step in range(1, steps + 1)]
     for step in skipped:
         log[step - 1] = {key: log[step - 1][key] for key in ("step", "num_tokens", "step_time")} | {
@@ -115,7 +115,7 @@ def make_run(
 
 
 def completions(step: int, text: str, draw: random.Random, number: int = 16) -> dict[str, list[Any]]:
-    """A step's table; rewards rise with the step and with the length."""
+    """Return a step's table; rewards rise with the step and with the length."""
     rewards = [round(step / 10 + i / 100 + draw.gauss(0, 0.001), 6) for i in range(number)]
     return {
         "step": [step] * number,
@@ -131,7 +131,7 @@ def completions(step: int, text: str, draw: random.Random, number: int = 16) -> 
 
 
 def heldout_answers(when: str, reward: float, number: int, text: str, judged: bool) -> dict[str, list[Any]]:
-    """An evaluation's table; the last prompt loses what the first gains."""
+    """Return an evaluation's table; the last prompt loses as much reward as the first gains."""
     sign = 0 if when == "before" else 1
     rewards = [reward + sign * (number / 2 - i) for i in range(number)]
     return {

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from made_runs import HOSTILE, figures, make_run
+from made_runs import HOSTILE, evaluation_metrics, make_run
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.export import card as cards
@@ -142,8 +142,8 @@ def test_the_card_tells_data_reward_model_settings_and_results(tmp_path):
         },
     }
     evaluations = {
-        "before": figures(0.0, 0.4, kl=0.0),
-        "after": figures(2.0, 0.8, length=25.0, kl=0.0512, truncated=0.25, distinct=0.75),
+        "before": evaluation_metrics(0.0, 0.4, kl=0.0),
+        "after": evaluation_metrics(2.0, 0.8, length=25.0, kl=0.0512, truncated=0.25, distinct=0.75),
     }
     settings = {"data": "data/prompts.jsonl", "learning_rate": 3e-5, "eval_prompts": 6, "model": "distilgpt2"}
     run = make_run(tmp_path / "run", settings=settings, facts={"rewards": [rewards]}, evaluations=evaluations)
@@ -228,7 +228,11 @@ def test_escaping_leaves_plain_words_alone():
 
 
 def test_a_checkpoint_is_told_as_what_it_is(tmp_path):
-    evaluations = {"before": figures(0.0), "step 10": figures(1.5), "after": figures(9.0)}
+    evaluations = {
+        "before": evaluation_metrics(0.0),
+        "step 10": evaluation_metrics(1.5),
+        "after": evaluation_metrics(9.0),
+    }
     run = make_run(tmp_path / "run", evaluations=evaluations)
     assert "| reward | 0.000 | 1.500 |" in card_of(run, step=10) and "9.000" not in card_of(run, step=10)
     assert "10 of 12 steps" in card_of(run, step=10)

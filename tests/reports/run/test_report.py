@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from made_runs import HOSTILE, figures, make_run
+from made_runs import HOSTILE, evaluation_metrics, make_run
 
 from reinforcepp.commands import cli
 from reinforcepp.commands import report as command
@@ -58,13 +58,15 @@ def text_of(page: str) -> str:
     ],
 )
 def test_a_gain_counts_from_two_standard_errors(gain, outcome):
-    change = change_of("reward", figures(1.0), figures(1.0 + gain))  # an error of 0.1 each: twice sqrt(0.02) is 0.283
+    change = change_of(
+        "reward", evaluation_metrics(1.0), evaluation_metrics(1.0 + gain)
+    )  # an error of 0.1 each: twice sqrt(0.02) is 0.283
     assert change.outcome == outcome and str(change).endswith(f"± 0.283: {outcome})")
     assert change.gain == pytest.approx(gain)
 
 
 def test_a_change_needs_both_sides():
-    assert change_of("judge", figures(1.0), figures(1.0, 0.5)) is None
+    assert change_of("judge", evaluation_metrics(1.0), evaluation_metrics(1.0, 0.5)) is None
     assert change_of("x", {"x": 1.0}, {"x": 2.0}) == Change("x", 1.0, 2.0, 0.0)
 
 
@@ -86,7 +88,7 @@ def test_a_change_needs_both_sides():
     ],
 )
 def test_the_verdict(reward, judge, begins, tone):
-    before, after = figures(0.0, judge and 0.5), figures(reward, judge, length=30.0)
+    before, after = evaluation_metrics(0.0, judge and 0.5), evaluation_metrics(reward, judge, length=30.0)
     run = record(
         evaluations={"before": before, "after": after}, facts={"heldout_prompts": 40}, settings={"eval_prompts": 8}
     )
@@ -99,30 +101,35 @@ def test_the_verdict(reward, judge, begins, tone):
 
 
 def test_the_verdict_states_rises_and_falls():
-    run = record(evaluations={"before": figures(0.0, 0.5), "after": figures(2.0, 0.2)})
+    run = record(evaluations={"before": evaluation_metrics(0.0, 0.5), "after": evaluation_metrics(2.0, 0.2)})
     assert "the reward rose from 0.000 to 2.000 (+2.000 ± 0.283)" in summary.verdict(run).text
     assert "training doesn't use, fell from 0.500 to 0.200 (-0.300 ± 0.057)" in summary.verdict(run).text
 
 
 def test_a_judge_score_that_falls_during_training_is_reward_hacking_since_that_step():
     course = {
-        "before": figures(0.0, 0.5),
-        "step 5": figures(1.0, 0.9),
-        "step 9": figures(1.5, 0.8),
-        "after": figures(2.0, 0.7),
+        "before": evaluation_metrics(0.0, 0.5),
+        "step 5": evaluation_metrics(1.0, 0.9),
+        "step 9": evaluation_metrics(1.5, 0.8),
+        "after": evaluation_metrics(2.0, 0.7),
     }
     found = summary.verdict(record(evaluations=course))
     assert found.text.startswith("Reward hacking since step 5: ") and found.tone == "bad"
     assert "has fallen from 0.900 to 0.700 (-0.200 ± 0.057)" in found.text
-    within_error = course | {"step 5": figures(1.0, 0.75), "step 9": figures(1.5, 0.7)}
+    within_error = course | {"step 5": evaluation_metrics(1.0, 0.75), "step 9": evaluation_metrics(1.5, 0.7)}
     assert summary.verdict(record(evaluations=within_error)).text.startswith("Improved:")
-    reward_fell_too = course | {"step 5": figures(3.0, 0.9), "step 9": figures(3.0, 0.8)}
+    reward_fell_too = course | {"step 5": evaluation_metrics(3.0, 0.9), "step 9": evaluation_metrics(3.0, 0.8)}
     assert summary.verdict(record(evaluations=reward_fell_too)).text.startswith("Improved:")
 
 
 def test_the_latest_evaluation_of_an_unfinished_run():
     run = record(
-        evaluations={"before": figures(0.0), "step 9": figures(1.0), "step 10": figures(3.0)}, facts={"num_steps": 50}
+        evaluations={
+            "before": evaluation_metrics(0.0),
+            "step 9": evaluation_metrics(1.0),
+            "step 10": evaluation_metrics(3.0),
+        },
+        facts={"num_steps": 50},
     )
     assert "after step 10 of 50, the reward rose from 0.000 to 3.000" in summary.verdict(run).text
     assert samples.latest({"before": {}}) is None
@@ -135,7 +142,7 @@ def test_without_held_out_prompts_the_verdict_is_inconclusive():
     assert (
         found.text == "Inconclusive: no held-out prompts were evaluated. The training reward went from 1.500 to 19.500."
     )
-    before = record(metrics=log, evaluations={"before": figures(0.0)})
+    before = record(metrics=log, evaluations={"before": evaluation_metrics(0.0)})
     assert "before training, but not yet again" in summary.verdict(before).text
     assert [f.name for f in summary.key_metrics(before)] == ["Training reward", "Steps"]
     assert "the log has no reward" in summary.verdict(record()).text
@@ -145,7 +152,10 @@ def test_key_metrics():
     log = [{"step": i, "reward": 1.0, "num_tokens": 100.0 * i, "step_time": 30.0} for i in (1, 2, 3, 4)]
     run = record(
         metrics=log,
-        evaluations={"before": figures(0.0, 0.5), "after": figures(2.0, 0.2, length=30.0, truncated=0.25)},
+        evaluations={
+            "before": evaluation_metrics(0.0, 0.5),
+            "after": evaluation_metrics(2.0, 0.2, length=30.0, truncated=0.25),
+        },
         facts={"num_steps": 9},
     )
     metrics = {metric.name: metric for metric in summary.key_metrics(run)}
@@ -340,7 +350,12 @@ def test_the_kl_limit_is_drawn_when_it_is_in_reach(tmp_path):
 def test_evaluations_on_the_way_are_a_curve(tmp_path):
     folder = make_run(
         tmp_path / "run",
-        evaluations={"before": figures(0.0), "after": figures(3.0), "step 10": figures(2.0), "step 5": figures(1.0)},
+        evaluations={
+            "before": evaluation_metrics(0.0),
+            "after": evaluation_metrics(3.0),
+            "step 10": evaluation_metrics(2.0),
+            "step 5": evaluation_metrics(1.0),
+        },
     )
     drawn = specs("".join(curves.outcome_charts({"run": read_run(folder)})))
     (line,) = drawn["Held-out reward"]["series"]
@@ -395,7 +410,7 @@ def test_the_page_of_a_whole_run(tmp_path):
     [
         ({"evaluations": {}}, "No held-out prompts were evaluated. See eval_prompts and heldout_fraction."),
         (
-            {"evaluations": {"before": figures(0.0)}},
+            {"evaluations": {"before": evaluation_metrics(0.0)}},
             "Held-out prompts were evaluated before training, but not yet again.",
         ),
         ({"logged": 0, "settings": {"log_completions": False}}, "because log_completions was off"),

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from made_runs import HOSTILE, figures, make_run
+from made_runs import HOSTILE, evaluation_metrics, make_run
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.report import write_report
@@ -32,7 +32,11 @@ def hostile_run(folder: Path) -> Path:
         skipped=(7,),
         settings={"data": HOSTILE},
         facts={"command": HOSTILE, "heldout_prompts": 8},
-        evaluations={"before": figures(0.0, 0.4), "step 20": figures(1.0, 0.5), "after": figures(2.0, 0.3)},
+        evaluations={
+            "before": evaluation_metrics(0.0, 0.4),
+            "step 20": evaluation_metrics(1.0, 0.5),
+            "after": evaluation_metrics(2.0, 0.3),
+        },
     )
     (made / "events.jsonl").write_text(json.dumps({"time": "2026", "event": HOSTILE}) + "\n", encoding="utf-8")
     return made
@@ -53,7 +57,7 @@ def several(tmp_path_factory) -> Path:
     folders = [
         hostile_run(base / "first"),
         make_run(base / "second", 30, evaluations={}),
-        make_run(base / "third", 1, logged=0, evaluations={"before": figures(0.0)}),
+        make_run(base / "third", 1, logged=0, evaluations={"before": evaluation_metrics(0.0)}),
     ]
     write_report(folders, base / "report.html")
     return base / "report.html"
