@@ -59,8 +59,8 @@ def _min_and_max_length(step: Mapping[str, float]) -> tuple[float, float] | None
 
 OUTCOME = (
     Curve("Reward", "mean over the completions of a step; band: standard deviation", "reward", band=_deviation),
-    Curve("KL to the reference policy", "nats per token", "kl", log="offered"),
-    Curve("Entropy", "nats per token", "entropy", log="offered"),
+    Curve("KL to the reference policy", "mean k3 estimate, in nats per token", "kl", log="offered"),
+    Curve("Entropy", "of the next-token distribution, in nats per token", "entropy", log="offered"),
     Curve(
         "Completion length",
         "mean, in tokens; band: shortest and longest",
@@ -70,7 +70,9 @@ OUTCOME = (
 )
 DIAGNOSTICS = (
     Curve("Truncated", "share of completions that reach the length limit", "completions/clipped_ratio", always=True),
-    Curve("Distinct completions", "share of the completions of a step", "completions/distinct_ratio"),
+    Curve(
+        "Distinct completions", "share of distinct texts among the completions of a step", "completions/distinct_ratio"
+    ),
     Curve("Repetition", "share of word 4-grams that repeat within a completion", "completions/repeated_ratio"),
     Curve("Top reward", "share of completions with the highest reward of their step", "reward_top_ratio"),
     Curve("Groups without signal", "share of prompts whose completions all have one reward", "frac_reward_zero_std"),
@@ -78,12 +80,14 @@ DIAGNOSTICS = (
     Curve("Clip fraction", "share of tokens whose policy ratio is clipped", "clip_ratio/region_mean", always=True),
     Curve("KL per update", "to the policy that sampled, in nats per token", "approx_kl"),
     Curve("Gradient norm", "before clipping to max_grad_norm", "grad_norm", log="offered"),
-    Curve("Loss", "near 0 is normal, because advantages have mean 0", "loss"),
-    Curve("Learning rate", "", "learning_rate", smooth=False),
-    Curve("KL coefficient", "adapted to kl_target", "kl_coef", smooth=False),
-    Curve("Critic loss", "", "critic/loss", log="offered"),
-    Curve("Critic gradient norm", "", "critic/grad_norm", log="offered"),
-    Curve("Skipped updates", "because a value wasn't finite or a ratio was too large", "skipped_updates", smooth=False),
+    Curve("Loss", "of the policy; near 0 is normal because advantages have mean 0", "loss"),
+    Curve("Learning rate", "of the policy, after warmup and schedule", "learning_rate", smooth=False),
+    Curve("KL coefficient", "weight of the KL penalty, adapted to kl_target", "kl_coef", smooth=False),
+    Curve("Critic loss", "of the value estimates", "critic/loss", log="offered"),
+    Curve("Critic gradient norm", "before clipping to max_grad_norm", "critic/grad_norm", log="offered"),
+    Curve(
+        "Skipped updates", "because of a non-finite value or too large a policy ratio", "skipped_updates", smooth=False
+    ),
 )
 SAMPLING = (
     Curve(
