@@ -388,7 +388,7 @@ def test_both_models_share_sampling_seeds(place, with_ids):
     assert all(pair.better == "tie" for pair in found.pairs if pair.answer_a == pair.answer_b)
 
 
-# --- what is left out, and why ------------------------------------------------------------------------------------------
+# --- skipped metrics and their reasons ----------------------------------------------------------------------------------
 
 
 def test_models_with_different_tokenizers_have_no_kl(compared):

@@ -16,4 +16,4 @@ def run_compare_estimators(config: CompareAlgorithmsConfig) -> None:
     print_summary(comparison)
     page = Path(config.output_dir).expanduser() / "comparison.html"
     write_page(comparison, page)
-    echo(f"{verdict(comparison)} Everything is on the page {page}.", "green")
+    echo(f"{verdict(comparison)} Saved the page to {page}.", "green")
