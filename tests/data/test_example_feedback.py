@@ -1,4 +1,4 @@
-"""The sample file: complete, varied, and without a shortcut by which chosen could be told from rejected."""
+"""The sample file: complete, varied, and without a shortcut that reveals which answer is chosen."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-def runs(text: str, length: int) -> set[tuple[str, ...]]:
-    """All runs of ``length`` words."""
+def ngrams(text: str, length: int) -> set[tuple[str, ...]]:
+    """Return all word n-grams of ``length`` words."""
     found = words(text)
     return {tuple(found[i : i + length]) for i in range(len(found) - length + 1)}
 
@@ -42,7 +42,7 @@ def test_all_24_pairs_are_usable(pairs):
     assert "How do I check the IP address of my Linux machine?" in {pair.prompt for pair in pairs}
 
 
-def test_the_file_is_plain_csv():
+def test_file_is_plain_csv():
     raw = PATH.read_bytes()
     rows = list(csv.reader(raw.decode("utf-8").splitlines(), strict=True))
     assert rows[0] == ["prompt", "chosen", "rejected"]
@@ -55,24 +55,24 @@ def test_chosen_answers_are_between_25_and_70_words(answers):
 
 
 @pytest.mark.parametrize("length", [len, lambda text: len(text.split())], ids=["characters", "words"])
-def test_length_does_not_give_the_answer_away(pairs, length):
+def test_length_does_not_reveal_the_label(pairs, length):
     assert 0.35 <= sum(length(pair.chosen) > length(pair.rejected) for pair in pairs) / len(pairs) <= 0.65
-    # Nor does being of middling length.
+    # The total length of both sides is similar, too.
     totals = [sum(length(getattr(pair, side)) for pair in pairs) for side in ("chosen", "rejected")]
     assert 0.8 < totals[0] / totals[1] < 1.25
 
 
 @pytest.mark.parametrize("mark", [r"`", r"(?<!\S)1\. ", r"[:;]", r"\?", r"!", r"\bsudo\b", r"n't\b", r"[()]"])
-def test_formatting_does_not_give_the_answer_away(answers, mark):
+def test_formatting_does_not_reveal_the_label(answers, mark):
     chosen, rejected = (sum(bool(re.search(mark, answer)) for answer in answers[side]) for side in answers)
     assert abs(chosen - rejected) <= 4
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_no_answer_is_a_template_of_another(answers, side):
+def test_no_answer_is_a_variant_of_another(answers, side):
     for one, other in combinations(answers[side], 2):
         assert SequenceMatcher(None, one, other, autojunk=False).ratio() < 0.6
-        assert not runs(one, 5) & runs(other, 5)
+        assert not ngrams(one, 5) & ngrams(other, 5)
 
 
 def test_openings_differ(answers):
@@ -84,5 +84,5 @@ def test_openings_differ(answers):
 def test_no_answer_repeats_its_prompt(pairs):
     for pair in pairs:
         for answer in (pair.chosen, pair.rejected):
-            assert not runs(pair.prompt, 5) & runs(answer, 5)
+            assert not ngrams(pair.prompt, 5) & ngrams(answer, 5)
             assert SequenceMatcher(None, pair.prompt, answer, autojunk=False).ratio() < 0.6

@@ -1,9 +1,9 @@
-"""The built-in model and data, with which the whole job runs offline on a laptop.
+"""The built-in model and data, for training and evaluation offline on a laptop.
 
-``builtin:tiny`` is a causal language model of two million parameters that knows sixty network-troubleshooting facts
-and answers about half of the time well. ``builtin:network`` is a set of preference pairs over the same facts.
-``corpus`` holds the texts and the split, ``judge`` the independent measure of how good an answer is; both are made
-from ``facts.yaml``. ``scripts/make_builtin.py`` writes the model and the data files. Nothing here imports torch.
+``builtin:tiny`` is a causal language model with two million parameters. It was trained on sixty network-troubleshooting
+facts and answers about half of the questions well. ``builtin:network`` is a dataset of preference pairs on the same facts.
+``corpus`` holds the texts and the split, ``judge`` an independent score of answer quality; both read ``facts.yaml``.
+``scripts/make_builtin.py`` writes the model and the data files. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _FOLDER = Path(__file__).parent
 
 
 def model_path() -> Path:
-    """Folder of the built-in model, in the layout that ``from_pretrained`` reads."""
+    """Return the folder of the built-in model, in the layout that ``from_pretrained`` reads."""
     return _FOLDER / "tiny"
 
 
 def data_paths() -> tuple[Path, Path]:
-    """The training and the held-out preference files, with columns ``prompt,chosen,rejected,topic``."""
+    """Return the training and the held-out preference files, with columns ``prompt,chosen,rejected,topic``."""
     return _FOLDER / "network_train.csv", _FOLDER / "network_heldout.csv"

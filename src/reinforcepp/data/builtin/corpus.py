@@ -1,8 +1,8 @@
-"""Questions, answers and preference pairs, made from the authored facts by seeded functions.
+"""Questions, answers and preference pairs, generated from the authored facts by seeded functions.
 
-A question is a frame around a task: ``How do I {task}?``. The split is by frame: a question in a held-out frame occurs
-neither in the language model's texts nor in the training pairs, while every fact occurs on both sides. What is
-measured on held-out questions is thus whether a known fact is found under a wording never seen.
+A question is a template filled with a task: ``How do I {task}?``. The split is by template: questions of a held-out template
+occur neither in the language model's texts nor in the training pairs, while every fact occurs on both sides. Held-out
+questions therefore measure whether the model finds a known fact under an unseen wording.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 
 Split = Literal["train", "heldout"]
 
-TRAIN_FRAMES = (
+TRAIN_TEMPLATES = (
     "How do I {task}?",
     "How can I {task}?",
     "How would you {task}?",
@@ -55,7 +55,7 @@ TRAIN_FRAMES = (
     "Help me {task}.",
 )
 
-HELDOUT_FRAMES = (
+HELDOUT_TEMPLATES = (
     "What would be the right way to {task}?",
     "I must {task}. What is the usual tool?",
     "Which steps let me {task}?",
@@ -74,7 +74,7 @@ _PAIR_KINDS = (*BAD_KINDS, "elsewhere")
 
 @dataclass(frozen=True)
 class Fact:
-    """One piece of knowledge: ways to ask for it, good answers, a bad answer of each kind, and the judge's keys."""
+    """One fact: ways to ask for it, good answers, a bad answer of each kind, and the judge's patterns."""
 
     id: str
     tasks: tuple[str, ...]
@@ -86,7 +86,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """One line of a preference file. ``topic`` is the fact's id; training ignores it."""
+    """One row of a preference file; ``topic`` is the fact's id, which training ignores."""
 
     prompt: str
     chosen: str
@@ -112,39 +112,41 @@ def _authored() -> tuple[tuple[Fact, ...], tuple[str, ...]]:
 
 
 def load_facts() -> tuple[Fact, ...]:
-    """All authored facts, in the order of ``facts.yaml``."""
+    """Return all authored facts, in the order of ``facts.yaml``."""
     return _authored()[0]
 
 
 def unsafe_patterns() -> tuple[str, ...]:
-    """Regular expressions that mark a harmful answer, whatever was asked."""
+    """Return regular expressions that mark a harmful answer to any question."""
     return _authored()[1]
 
 
 def pretraining_rows(seed: int, good_share: float) -> Iterator[tuple[str, str]]:
-    """Endless ``(prompt, answer)`` rows in training frames, in random case and politeness.
+    """Yield endless ``(prompt, answer)`` rows from training templates, in random case and politeness.
 
-    An answer is good with probability ``good_share`` and otherwise vague, wrong or unsafe, always of the same topic, so
-    that the model knows what is right without preferring it: that is left to alignment.
+    An answer is good with probability ``good_share`` and otherwise vague, wrong or unsafe, always on the same topic. The
+    model learns the right answer without preferring it, because alignment is what training should add.
     """
     rng = random.Random(seed)
     facts = load_facts()
     while True:
         fact = rng.choice(facts)
-        prompt = _vary(rng.choice(TRAIN_FRAMES).format(task=rng.choice(fact.tasks)), rng)
+        prompt = _vary(rng.choice(TRAIN_TEMPLATES).format(task=rng.choice(fact.tasks)), rng)
         yield prompt, rng.choice(fact.good) if rng.random() < good_share else fact.bad[rng.choice(BAD_KINDS)]
 
 
 def preference_rows(split: Split, seed: int = 0) -> list[PreferenceRow]:
-    """The preference pairs of one split: twelve per fact to train on, two per fact held out, in random order.
+    """Return the preference pairs of one split in random order: twelve per fact for training, two per fact held out.
 
-    A quarter of the rejected answers are good ones to another question. Without them a reward model could do without
-    reading the question, and the policy would win with one answer to everything.
+    A quarter of the rejected answers are good answers to another question. Without them, a reward model could ignore the
+    question, and the policy would win with a single answer to everything.
     """
     rng = random.Random(f"{split}-{seed}")
     facts = load_facts()
-    frames, per_fact = (TRAIN_FRAMES, 12) if split == "train" else (HELDOUT_FRAMES, 2)
-    wordings = {fact.id: rng.sample([f.format(task=t) for f in frames for t in fact.tasks], per_fact) for fact in facts}
+    templates, per_fact = (TRAIN_TEMPLATES, 12) if split == "train" else (HELDOUT_TEMPLATES, 2)
+    wordings = {
+        fact.id: rng.sample([f.format(task=t) for f in templates for t in fact.tasks], per_fact) for fact in facts
+    }
     slots = [fact for fact in facts for _ in range(per_fact)]
     kinds = [_PAIR_KINDS[index % len(_PAIR_KINDS)] for index in range(len(slots))]
     misplaced = [fact for fact, kind in zip(slots, kinds, strict=True) if kind == "elsewhere"]
@@ -160,10 +162,10 @@ def preference_rows(split: Split, seed: int = 0) -> list[PreferenceRow]:
 
 
 def _swapped_answers(facts: list[Fact], rng: random.Random) -> list[tuple[str, str, str]]:
-    """``(topic, chosen, rejected)`` for each of ``facts``, the rejected answer being a good one to another.
+    """Return ``(topic, chosen, rejected)`` for each of ``facts``; the rejected answer is a good answer to another fact.
 
-    Facts are matched in twos, and what is right for the one is wrong for the other. Were the rejected answers drawn
-    freely, liking some answers better than others, whatever the question, would explain nearly all of these pairs.
+    Facts are matched in groups of two, and the right answer of one is the wrong answer of the other. If rejected answers
+    were drawn independently, a preference for some answers regardless of the question would explain nearly all pairs.
     """
     while True:
         rng.shuffle(facts)
@@ -180,7 +182,7 @@ def _swapped_answers(facts: list[Fact], rng: random.Random) -> list[tuple[str, s
 
 
 def csv_text(rows: list[PreferenceRow]) -> str:
-    """The rows as the text of a CSV file with a header line."""
+    """Return the rows as CSV with a header."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(("prompt", "chosen", "rejected", "topic"))
@@ -189,7 +191,7 @@ def csv_text(rows: list[PreferenceRow]) -> str:
 
 
 def _vary(prompt: str, rng: random.Random) -> str:
-    """The prompt as different people would type it: lower case, a greeting, no closing mark, thanks."""
+    """Return the prompt as different people would type it: lower case, a greeting, no final punctuation, thanks."""
     if rng.random() < 0.15:
         prompt = prompt.lower()
     if rng.random() < 0.1:
