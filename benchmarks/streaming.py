@@ -1,10 +1,10 @@
-"""Memory of trainings on a file larger than they may hold: streamed, and for comparison an eighth of it in memory.
+"""Peak memory of streamed trainings on a large file, compared with an eighth of the file in memory.
 
     python benchmarks/streaming.py [--megabytes 2048] [--folder /var/tmp]
 
-A JSONL file of pairs is made under --folder, which needs room for five times its size. Each training runs in a process of
-its own; measured is the high-water mark of its resident memory, from its start to where it is stopped: the policy's after three
-steps, the reward model's by Ctrl-C after some, since an epoch on such a file takes days here.
+The script writes a JSONL file of pairs under --folder, which needs free space of five times its size. Each training runs in a
+separate process and is measured by its peak resident memory. The policy trains three steps. The reward model is stopped by
+Ctrl-C after twenty steps, because an epoch on this file takes days.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRAINING += ["--rollout", "transformers", "--batch_size", 8]
 
 
 def make_file(path: Path, size: int) -> int:
-    """Pairs of about a kilobyte out of the built-in data's words, no prompt like another; returns how many."""
+    """Write pairs of about a kilobyte from the words of the built-in data, with distinct prompts; return their number."""
     train, _ = data_paths()
     pairs = load_preferences(train, heldout_fraction=0, seed=0)[1]
     words = sorted({word for pair in pairs for word in f"{pair.prompt} {pair.chosen} {pair.rejected}".split()})
@@ -53,30 +53,30 @@ def make_file(path: Path, size: int) -> int:
     return rows
 
 
-def measured(verb: str, data: Path, folder: Path, *more: Any) -> dict[str, Any]:
-    """Peak memory and seconds of a training; a reward model's is stopped after some steps."""
+def measure(command: str, data: Path, folder: Path, *more: Any) -> dict[str, Any]:
+    """Return peak memory and seconds of a training; a reward training is stopped after ``MEASURED_STEPS``."""
     output = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    arguments = [verb, *COMMON, "--data", data, "--output_dir", output, *more]
+    arguments = [command, *COMMON, "--data", data, "--output_dir", output, *more]
     begin = time.monotonic()
     environment = os.environ | {"TMPDIR": str(folder)}
     process = subprocess.Popen(
         [sys.executable, "-m", "reinforcepp", *map(str, arguments)], env=environment, start_new_session=True
     )
-    log, first_step, asked = output / "metrics.jsonl", None, False
+    log, first_step, interrupted = output / "metrics.jsonl", None, False
     while True:
         steps = log.read_text().count("\n") if log.is_file() else 0
         first_step = first_step or (time.monotonic() - begin if steps else None)
-        if verb == "reward" and steps >= MEASURED_STEPS and not asked:
+        if command == "reward" and steps >= MEASURED_STEPS and not interrupted:
             process.send_signal(signal.SIGINT)
-            asked = True
+            interrupted = True
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
         time.sleep(0.5)
     process.returncode = os.waitstatus_to_exitcode(status)
-    expected = 130 if verb == "reward" else 0
+    expected = 130 if command == "reward" else 0
     if process.returncode != expected:
-        raise SystemExit(f"{verb} on {data} ended with {process.returncode} instead of {expected}")
+        raise SystemExit(f"{command} on {data}: exit code {process.returncode}, expected {expected}.")
     assert first_step is not None
     return {
         "peak_mib": round(usage.ru_maxrss / 1024),
@@ -106,8 +106,8 @@ def main() -> None:
             "reward, streamed": ("reward", large, *REWARD),
         }
         result["runs"] = {}
-        for title, (verb, data, *more) in runs.items():
-            found = measured(verb, data, folder, *more)
+        for title, (command, data, *more) in runs.items():
+            found = measure(command, data, folder, *more)
             result["runs"][title] = {"file_mib": round(data.stat().st_size / MIB), **found}
             print(title, json.dumps(result["runs"][title]), flush=True)
     write_result("streaming", result)

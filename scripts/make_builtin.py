@@ -1,13 +1,13 @@
-r"""Makes the built-in data, tokenizer and language model from the authored facts.
+r"""Make the built-in data, tokenizer and language model from the authored facts.
 
     python scripts/make_builtin.py                     # everything; about half an hour on two cores
     python scripts/make_builtin.py --steps 200 --out /tmp/trial
     python scripts/make_builtin.py --data-only         # only the two preference files
 
-The same seed, steps, versions and thread count give the same files; a limit by ``--minutes`` gives that up.
-The model is a small GPT-2, trained from scratch on ``Question: {prompt}\nAnswer: {answer}<|endoftext|>`` with prompt
-and answer tokenised apart, as they are when the model is used. Only the answer is trained on: wordings of questions
-are drawn at random, and learning to predict them would cost capacity without helping an answer.
+The same seed, steps, versions and number of threads reproduce the files, unless ``--minutes`` limits the training.
+The model is a small GPT-2, trained from scratch on ``Question: {prompt}\nAnswer: {answer}<|endoftext|>``. Prompt and answer are
+tokenized separately, as in inference. Only answer tokens contribute to the loss: question wordings are random, and predicting
+them would cost capacity without improving answers.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ GOOD_SHARE = 0.5
 
 
 def main() -> None:
-    """Read the command line, write the files, print how good the model is."""
+    """Parse the command line, write the files, and print the metrics of the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop training after this time (default: none)")
     parser.add_argument("--batch-size", type=int, default=32, help="rows per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and sampling (default: %(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; the sums depend on it (default: %(default)s)"
+        "--threads", type=int, default=1, help="CPU threads; floating-point sums depend on it (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=model_path(), help="folder of the model (default: in the package)")
     parser.add_argument("--data-only", action="store_true", help="write the preference files and stop")
@@ -74,7 +74,7 @@ def main() -> None:
     print(f"model: {model.num_parameters():,} parameters, vocabulary {len(tokenizer)}")
     steps = train(model, tokenizer, options)
     save(model, tokenizer, options.out)
-    figures = evaluate(model, tokenizer, options.seed)
+    metrics = evaluate(model, tokenizer, options.seed)
     record = {
         "seed": options.seed,
         "steps": steps,
@@ -89,14 +89,14 @@ def main() -> None:
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
         },
-        "heldout": figures,
+        "heldout": metrics,
     }
     (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(metrics, indent=2))
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer on the texts the model will see, with an end and a padding token."""
+    """Return a byte-level BPE tokenizer, trained on the model's texts, with EOS and padding tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -120,7 +120,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """An untrained GPT-2 with tied embeddings, sized for two CPU cores."""
+    """Return an untrained GPT-2 with tied embeddings, sized for two CPU cores."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=POSITIONS,
@@ -139,13 +139,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    """``Question: {prompt}`` and ``Answer:`` on the next line, by the chat template."""
+    """Return ``Question: {prompt}`` and ``Answer:`` on the next line, by the chat template."""
     message = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Endless ``(input_ids, labels)`` batches of rows of like length; labels are -100 outside the answer."""
+    """Yield endless ``(input_ids, labels)`` batches of rows of similar length; labels are -100 outside the answer."""
     rng = random.Random(seed)
     rows = pretraining_rows(seed, GOOD_SHARE)
     while True:
@@ -169,7 +169,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> I
 
 
 def train(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> int:
-    """AdamW with a short warm-up and a cosine to zero; returns the number of steps done."""
+    """Train with AdamW, a short warmup and a cosine schedule to zero; return the number of steps."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -178,7 +178,7 @@ def train(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, options: a
     started, running, step = time.monotonic(), 0.0, 0
     for input_ids, labels in batches(tokenizer, options.batch_size, options.seed):
         elapsed = (time.monotonic() - started) / 60
-        # Under a time limit the schedule follows whichever budget runs out first, so that it still ends at zero.
+        # With a time limit, the schedule follows the budget that ends first, so that the learning rate still ends at zero.
         progress = max(step / options.steps, elapsed / options.minutes)
         if progress >= 1.0:
             break
@@ -202,8 +202,8 @@ def train(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, options: a
 
 
 def answer_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the answer tokens; the vocabulary projection is done for those positions only."""
-    # Padding is on the right, where causal attention never looks, so it needs no masking.
+    """Return the mean cross-entropy of the answer tokens; only their positions are projected onto the vocabulary."""
+    # Padding is on the right, which causal attention never reads, so no mask is needed.
     hidden = model.transformer(input_ids, attention_mask=torch.ones_like(input_ids)).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     wanted = targets != -100
@@ -211,13 +211,13 @@ def answer_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, labels: torch.T
 
 
 def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the folder that ``from_pretrained`` reads."""
+    """Write a folder that ``from_pretrained`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
-    # The class name that every version of transformers knows, so that the file isn't tied to the one that wrote it.
+    # Every version of transformers knows this class name, so the file doesn't depend on the version that wrote it.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -226,11 +226,11 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 @torch.no_grad()
 def sample(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], count: int) -> list[str]:
-    """``count`` completions of each prompt from the model's full distribution; EOS is kept in the text."""
+    """Return ``count`` completions per prompt, sampled from the full distribution; EOS stays in the text."""
     texts = []
     for start in range(0, len(prompts), 32):
-        framed = [render_prompt(tokenizer, prompt) for prompt in prompts[start : start + 32]]
-        inputs = tokenizer(framed, return_tensors="pt", padding=True, return_token_type_ids=False)
+        formatted = [render_prompt(tokenizer, prompt) for prompt in prompts[start : start + 32]]
+        inputs = tokenizer(formatted, return_tensors="pt", padding=True, return_token_type_ids=False)
         output = model.generate(
             **inputs, do_sample=True, top_k=0, num_return_sequences=count, max_new_tokens=MAX_NEW_TOKENS
         )
@@ -239,7 +239,7 @@ def sample(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompts: 
 
 
 def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, seed: int, count: int = 16) -> dict:
-    """Gold scores and shape of sampled answers to the held-out questions."""
+    """Return gold scores and shares of authored answers for sampled answers to the held-out questions."""
     torch.manual_seed(seed)
     judge = GoldJudge()
     rows = preference_rows("heldout")
@@ -250,10 +250,10 @@ def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, seed: i
     authored = {fact.id: {*fact.good, *fact.bad.values()} for fact in load_facts()}
     topics = [rows[i // count].topic for i in range(len(answers))]
     verbatim = [answer in authored[topic] for answer, topic in zip(answers, topics, strict=True)]
-    # A universal answer would show up here: what was authored for one topic, given to another.
-    owner = {answer: topic for topic, known in authored.items() for answer in known}
-    astray = [owner.get(answer, topic) != topic for answer, topic in zip(answers, topics, strict=True)]
-    print("\nThe five topics with the lowest gold:")
+    # A universal answer would show up here, as an answer of one topic given to another.
+    topic_of = {answer: topic for topic, known in authored.items() for answer in known}
+    misplaced = [topic_of.get(answer, topic) != topic for answer, topic in zip(answers, topics, strict=True)]
+    print("\nTopics with the lowest gold scores:")
     by_topic: dict[str, list[float]] = defaultdict(list)
     for topic, score in zip(topics, gold, strict=True):
         by_topic[topic].append(score)
@@ -268,7 +268,7 @@ def evaluate(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, seed: i
         "gold_best_of_samples": round(sum(best) / len(best), 4),
         "ended_by_eos": round(sum(text.endswith(EOS) for text in texts) / len(texts), 4),
         "authored_answer_of_the_topic": round(sum(verbatim) / len(verbatim), 4),
-        "authored_answer_of_another_topic": round(sum(astray) / len(astray), 4),
+        "authored_answer_of_another_topic": round(sum(misplaced) / len(misplaced), 4),
     }
 
 
