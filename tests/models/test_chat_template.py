@@ -33,16 +33,16 @@ def test_a_system_prompt_comes_first_unless_the_conversation_has_one():
     chat = tokenizer(chat_template=CHAT, system_prompt="Be short.")
     assert format_prompt(chat, "Why?") == "<system>Be short.<user>Why?<assistant>"
     assert format_completion(chat, "Why?", "So.") == "So."
-    own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Why?"}]
-    assert chat.apply_chat_template(own, tokenize=False) == "<system>Be long.<user>Why?"
+    system_first = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Why?"}]
+    assert chat.apply_chat_template(system_first, tokenize=False) == "<system>Be long.<user>Why?"
 
 
 @hypothesis_settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip))
 def test_any_text_can_be_a_system_prompt(text):
-    own = tiny.tokenizer()
-    own.chat_template = with_system_prompt(CHAT, text)
-    written = own.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+    tokenizer_ = tiny.tokenizer()
+    tokenizer_.chat_template = with_system_prompt(CHAT, text)
+    written = tokenizer_.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
     assert written == f"<system>{text}<user>Why?"
 
 
@@ -88,4 +88,4 @@ def test_the_template_is_saved_with_policy_and_reward_model(model_folder, pairs_
     for folder in ("rm", "run"):
         assert format_prompt(load_tokenizer(str(tmp_path / folder)), "Why?").startswith("Be 'short'.\nAlways.")
     seen = pq.read_table(tmp_path / "run" / COMPLETIONS / "step-000001.parquet").to_pylist()
-    assert seen and all("Be 'short'" not in row["prompt"] for row in seen)  # the frame is no part of the data
+    assert seen and all("Be 'short'" not in row["prompt"] for row in seen)  # the data has no chat template

@@ -17,8 +17,8 @@ def test_the_table_has_all_families_and_only_one_gap():
         (family, engine)
         for family, verbs in TABLE.items()
         for engines in verbs.values()
-        for engine, said in engines.items()
-        if said != "passed"
+        for engine, outcome in engines.items()
+        if outcome != "passed"
     }
     assert gaps == {("phi", "vllm")}
 

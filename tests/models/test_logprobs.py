@@ -86,7 +86,7 @@ def test_logit_caps_are_applied():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_padded_log_probabilities_equal_unpadded_ones(family):
-    """Rows of different lengths, beside and without each other; EOS, which is also the pad token, counts."""
+    """Rows of different lengths, batched and alone; EOS, which is also the pad token, counts."""
     model = tiny.model(family)
     prompts, responses = [[5, 6, 7, 8, 9, 10], [11, 12]], [[20, 0], [21, 22, 23, 24, 0]]
     with torch.no_grad():

@@ -103,16 +103,16 @@ def test_merging_keeps_the_outputs_in_memory_and_on_disk(bases, tmp_path, family
     before = {name: p.clone() for name, p in model.named_parameters()}
     live = tiny.model(family)
     live.load_state_dict(dict(full_weights(model)))
-    said = logits(model)
-    assert_same(logits(live), said)
-    assert not torch.allclose(said, logits(load_policy(bases[family])), atol=0.1)
+    expected = logits(model)
+    assert_same(logits(live), expected)
+    assert not torch.allclose(expected, logits(load_policy(bases[family])), atol=0.1)
     save_model(model, load_tokenizer(bases[family]), tmp_path)
     assert not (tmp_path / "config.json").exists() and not (tmp_path / "README.md").exists()
     loaded = load_policy(str(tmp_path))
     assert type(loaded) is type(live)
-    assert_same(logits(loaded), said)
+    assert_same(logits(loaded), expected)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert_same(logits(model), said, atol=0)
+    assert_same(logits(model), expected, atol=0)
 
 
 def test_peft_loads_the_saved_adapter(bases, tmp_path):
@@ -129,8 +129,8 @@ def test_the_reference_shares_the_weights_with_the_adapter_disabled(bases):
     assert isinstance(reference, AdapterDisabled)
     assert_same(logits(reference), logits(plain))
     assert not torch.allclose(logits(model), logits(plain), atol=0.1)
-    own, held = plain.state_dict(), reference.state_dict()
-    assert own.keys() == held.keys() and all(torch.equal(own[name], held[name]) for name in own)
+    before, held = plain.state_dict(), reference.state_dict()
+    assert before.keys() == held.keys() and all(torch.equal(before[name], held[name]) for name in before)
     places = {p.data_ptr() for p in model.parameters()}
     assert all(tensor.data_ptr() in places for tensor in held.values())  # no second copy
     copied = make_reference(plain)
@@ -227,9 +227,9 @@ def test_models_in_memory(bases, tmp_path):
     with pytest.raises(ConfigError, match="ppo can't copy a model with an adapter"):
         ReinforceTrainer(given, args=ReinforceConfig(str(tmp_path / "c"), estimator="ppo", **settings), **made)
     run = ReinforceTrainer(given, args=ReinforceConfig(str(tmp_path / "d"), max_steps=1, **settings), **made)
-    own = {name: p.clone() for name, p in run.policy.named_parameters()}
+    before = {name: p.clone() for name, p in run.policy.named_parameters()}
     run.train()
-    changed = {name for name, p in run.policy.named_parameters() if not torch.equal(p, own[name])}
+    changed = {name for name, p in run.policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all("lora_" in name for name in changed)
 
 
@@ -271,7 +271,7 @@ def trainer(base, folder, **settings):
 )
 def test_training_generalizes_and_changes_only_the_adapter(bases, tmp_path, settings):
     run = trainer(bases["llama"], tmp_path / "run", **({"max_steps": 30} | settings))
-    own = {name: p.clone() for name, p in run.policy.named_parameters() if "lora_" not in name}
+    frozen = {name: p.clone() for name, p in run.policy.named_parameters() if "lora_" not in name}
     log = run.train()
     before, after = run.evaluations["before"], run.evaluations["after"]
     assert before.kl == pytest.approx(0, abs=1e-5)
@@ -281,7 +281,7 @@ def test_training_generalizes_and_changes_only_the_adapter(bases, tmp_path, sett
     rewards = [metrics["reward"] for metrics in log]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:2]) / 2 + 0.15
     assert after.kl > 0.001
-    assert all(torch.equal(p, own[name]) for name, p in run.policy.named_parameters() if name in own)
+    assert all(torch.equal(p, frozen[name]) for name, p in run.policy.named_parameters() if name in frozen)
     saved = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
     assert saved == [ADAPTER_WEIGHTS]
     if not settings:
@@ -361,8 +361,8 @@ def test_a_reward_model_can_start_from_an_adapter(bases, tmp_path):
     save_model(model, load_tokenizer(bases["llama"]), tmp_path)
     started = new_reward_model(str(tmp_path), seed=0).eval()
     with torch.no_grad():
-        own = base_model(load_policy(str(tmp_path))).model(input_ids=IDS).last_hidden_state
-        assert_same(started.model(input_ids=IDS).last_hidden_state, own)
+        before = base_model(load_policy(str(tmp_path))).model(input_ids=IDS).last_hidden_state
+        assert_same(started.model(input_ids=IDS).last_hidden_state, before)
 
 
 def test_a_resumed_reward_training_ends_with_the_same_adapter(bases, pairs_csv, tmp_path):
@@ -398,8 +398,8 @@ def test_an_adapter_on_4_bit_weights_trains(bases, tmp_path, settings):
     assert after.reward > before.reward + 0.08
     assert torch.equal(layer.base_layer.weight, rounded)
     used, plain = load_policy(str(tmp_path / "run")), load_policy(bases["llama"])
-    learnt = used.model.layers[0].self_attn.q_proj.weight - plain.model.layers[0].self_attn.q_proj.weight
-    torch.testing.assert_close(learnt, layer.get_delta_weight("default").float(), atol=1e-5, rtol=1e-2)
+    merged_delta = used.model.layers[0].self_attn.q_proj.weight - plain.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(merged_delta, layer.get_delta_weight("default").float(), atol=1e-5, rtol=1e-2)
 
 
 @needs_bitsandbytes

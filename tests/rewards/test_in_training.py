@@ -43,7 +43,7 @@ def log(folder):
 
 
 class Fewer:
-    """An engine that leaves out the completions that ``wanted`` doesn't want: what a batch without these rows is."""
+    """An engine that returns only the completions that ``wanted`` accepts."""
 
     def __init__(self, engine, wanted):
         self.engine, self.wanted = engine, wanted
@@ -69,7 +69,7 @@ class Fewer:
     ids=["plain", "baseline", "grpo", "rloo", "ppo", "several-updates", "sequences"],
 )
 def test_a_batch_is_used_as_if_what_is_not_scored_had_never_been_there(base, tmp_path, settings):
-    """Golden: the same training on an engine that never gives these rows. Weights and figures are the same bits."""
+    """Golden: an engine that never returns these rows gives bit-identical weights and metrics."""
 
     def wanted(completion: Completion) -> bool:
         return completion.prompt.columns["graded"] and completion.ids[0] % 5 > 0
@@ -102,10 +102,10 @@ def test_a_batch_is_used_as_if_what_is_not_scored_had_never_been_there(base, tmp
         fewer.engine.engine.generate = noted
     whole.train()
     fewer.train()
-    told = log(tmp_path / "none")
-    left_out = [m.pop("completions/left_out_ratio") for m in told]
-    assert all(0 < share < 1 for share in left_out)
-    assert told == log(tmp_path / "never")
+    metrics = log(tmp_path / "none")
+    ratios = [m.pop("completions/left_out_ratio") for m in metrics]
+    assert all(0 < share < 1 for share in ratios)
+    assert metrics == log(tmp_path / "never")
     for name, value in fewer.policy.state_dict().items():
         assert torch.equal(whole.policy.state_dict()[name], value), name
     rows = [read_completions(tmp_path / name / "completions") for name in ("none", "never")]
@@ -132,7 +132,7 @@ def test_a_step_that_nothing_scores_is_left_out_and_several_stop_the_run(base, t
 
 
 def test_a_step_stopped_in_the_middle_goes_on_with_the_same_rows(base, tmp_path):
-    """The unfinished batch that a checkpoint holds lacks rows, so its prompts can't be told by counting."""
+    """The unfinished batch that a checkpoint holds lacks rows, so counting can't identify its prompts."""
     settings = {"gradient_accumulation_steps": 1, "micro_batch_size": 2, "max_steps": 3}
     trainer(base, tmp_path / "whole", some, **settings).train()
     run = trainer(base, tmp_path / "run", some, **settings)
@@ -174,16 +174,16 @@ def test_held_out_answers_of_which_none_is_scored_stop_the_run(base, tmp_path):
         trainer(base, tmp_path / "run", some, evaluation=evaluation).train()
 
 
-# --- each on its own --------------------------------------------------------------------------------------------------
+# --- metrics per function --------------------------------------------------------------------------------------------------
 
 
 def test_every_function_is_logged_by_itself_and_the_sum_with_its_weights(base, tmp_path):
     rewards = [spread, some, "0.5*rule:length?min=3&max=4", "rule:length?max=1&name=short"]
     trainer(base, tmp_path / "run", rewards, weights=[1, -2, 3, 0], truncation_penalty=0.25).train()
-    (told,), rows = log(tmp_path / "run"), read_completions(tmp_path / "run" / "completions")
+    (metrics,), rows = log(tmp_path / "run"), read_completions(tmp_path / "run" / "completions")
     for name in ("spread", "some", "length", "short"):
-        said = [row[f"reward/{name}"] for row in rows if row[f"reward/{name}"] is not None]
-        assert told[f"rewards/{name}/mean"] == pytest.approx(sum(said) / len(said))
+        scored = [row[f"reward/{name}"] for row in rows if row[f"reward/{name}"] is not None]
+        assert metrics[f"rewards/{name}/mean"] == pytest.approx(sum(scored) / len(scored))
     assert len([row for row in rows if row["reward/some"] is None]) == 3
     assert {row["finish_reason"] for row in rows} >= {"length"}
     for row in rows:
@@ -247,9 +247,11 @@ def test_the_command_takes_all_of_them(base, tmp_path, monkeypatch, reward_folde
     flags += ["--max_new_tokens", "8", "--max_steps", "1", "--eval_prompts", "0", "--output_dir", "out"]
     rewards = ["--rewards", f"0.5*{reward_folder}", "mine.py:polite", "-1*rule:repetition?n=1"]
     assert cli.main(["train", *flags, *rewards, "--reward_normalize"]) == 0
-    (told,) = log(tmp_path / "out")
-    total = 0.5 * told["rewards/reward_model/mean"] + told["rewards/polite/mean"] - told["rewards/repetition/mean"]
-    assert told["reward"] == pytest.approx(total, abs=1e-5)
+    (metrics,) = log(tmp_path / "out")
+    total = (
+        0.5 * metrics["rewards/reward_model/mean"] + metrics["rewards/polite/mean"] - metrics["rewards/repetition/mean"]
+    )
+    assert metrics["reward"] == pytest.approx(total, abs=1e-5)
     assert cli.main(["report", "out"]) == 0 and cli.main(["doctor", "out", "--fail_on", "never"]) == 0
     capsys.readouterr()
     assert cli.main(["train", *flags, "--overwrite", "--save_every", "1", *rewards]) == 0

@@ -54,9 +54,9 @@ def test_format_wants_its_tags_in_order_once_with_something_inside():
 
 
 def test_exact_match_compares_texts_and_numbers():
-    said = ["Paris", " paris. ", "Rome", "1,200", "1200.0", ""]
+    completions = ["Paris", " paris. ", "Rome", "1,200", "1200.0", ""]
     wanted = ["paris", "Paris", "Paris", 1200, "1200", "x"]
-    assert scores("exact_match", *said, answer=wanted) == [1, 1, 0, 1, 1, 0]
+    assert scores("exact_match", *completions, answer=wanted) == [1, 1, 0, 1, 1, 0]
 
 
 def test_exact_match_takes_the_last_match_and_its_group():

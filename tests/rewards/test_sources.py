@@ -205,45 +205,45 @@ def test_normalizing_needs_a_card_with_a_positive_std(reward_folder):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/", *__import__("sys").path])
     return tmp_path
 
 
-def written(place: Path, name: str, text: str) -> str:
-    (place / name).write_text(text)
+def written(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text)
     return name
 
 
-def test_a_module_in_the_current_folder(place):
-    written(place, "rewards_of_mine_1.py", "def f(prompts, completions, **_):\n    return [2.0] * len(prompts)\n")
+def test_a_module_in_the_current_folder(folder):
+    written(folder, "rewards_of_mine_1.py", "def f(prompts, completions, **_):\n    return [2.0] * len(prompts)\n")
     rewards = load_rewards("0.5*rewards_of_mine_1:f")
     assert rewards.score(GOOD).total == [1.0] and rewards.names == ["f"]
 
 
-def test_a_file_by_its_path_with_its_imports(place):
-    (place / "deep").mkdir()
-    written(place / "deep", "helper_of_mine_2.py", "VALUE = 3.0\n")
-    written(place / "deep", "json.py", "import helper_of_mine_2 as h\ndef f(completions):\n    return [h.VALUE]\n")
+def test_a_file_by_its_path_with_its_imports(folder):
+    (folder / "deep").mkdir()
+    written(folder / "deep", "helper_of_mine_2.py", "VALUE = 3.0\n")
+    written(folder / "deep", "json.py", "import helper_of_mine_2 as h\ndef f(completions):\n    return [h.VALUE]\n")
     rewards = load_rewards("deep/json.py:f")
     assert rewards.score(GOOD).total == [3.0]
     assert "dumps" in vars(__import__("json")), "the file's name must not hide another module"
 
 
-def test_a_resumed_run_notices_that_a_function_has_changed(place):
+def test_a_resumed_run_notices_that_a_function_has_changed(folder):
     found = set()
     for value in (1, 2, 2):
-        written(place, "mine.py", f"def f(completions):\n    return [{value}]\n")
+        written(folder, "mine.py", f"def f(completions):\n    return [{value}]\n")
         found.add(load_rewards("mine.py:f").fingerprint())
         assert load_rewards("mine.py:f").score(GOOD).total == [value]
     assert len(found) == 2 and all(one.startswith("mine.py:f@") for one in found)
 
 
-def test_checking_settings_runs_no_user_code(place):
-    written(place, "mine.py", "open('run', 'w')\ndef f(completions):\n    return [1]\n")
+def test_checking_settings_runs_no_user_code(folder):
+    written(folder, "mine.py", "open('run', 'w')\ndef f(completions):\n    return [1]\n")
     TrainConfig(rewards=("mine.py:f",))
-    assert not (place / "run").exists()
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -263,9 +263,9 @@ def test_checking_settings_runs_no_user_code(place):
         ("1 / 0", "y_of_mine_3:f", RewardError, "y_of_mine_3: failed.*ZeroDivisionError"),
     ],
 )
-def test_a_missing_function_raises_a_short_error(place, text, source, error, message):
+def test_a_missing_function_raises_a_short_error(folder, text, source, error, message):
     if text is not None:
-        written(place, f"{source.partition(':')[0].removesuffix('.py')}.py", text)
+        written(folder, f"{source.partition(':')[0].removesuffix('.py')}.py", text)
     with pytest.raises(error, match=message):
         load_rewards(source)
 

@@ -28,7 +28,7 @@ from reinforcepp.training import supervised_loop
 from reinforcepp.training.sft_trainer import evaluate_heldout, to_example, train_language_model
 
 DIRECTIONS = ("north", "south", "east", "west")
-COLOURS = ("red", "green", "blue", "white", "black", "grey")
+COLORS = ("red", "green", "blue", "white", "black", "grey")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def llama(tmp_path_factory) -> Path:
 def texts(tmp_path_factory) -> Path:
     """Plain text with a rule to it."""
     path = tmp_path_factory.mktemp("texts") / "texts.csv"
-    lines = [f"The {c} host in the {d} answers the {c} host." for c in COLOURS for d in DIRECTIONS]
+    lines = [f"The {c} host in the {d} answers the {c} host." for c in COLORS for d in DIRECTIONS]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([["text"], *[[line] for line in lines]])
     return path
@@ -124,8 +124,8 @@ def test_heldout_metrics_match_a_loop_over_tokens(llama):
     total, tokens = 0.0, 0
     for one in examples:
         logits = model(input_ids=torch.tensor([one.context + one.target])).logits[0].log_softmax(-1)
-        for place, token in enumerate(one.target):
-            total -= logits[len(one.context) + place - 1, token].item()
+        for index, token in enumerate(one.target):
+            total -= logits[len(one.context) + index - 1, token].item()
             tokens += 1
     found = evaluate_heldout(model, examples, pad_id=tokenizer.eos_token_id, batch_size=2)
     assert (found.tokens, found.rows) == (tokens, 3)
@@ -194,7 +194,7 @@ def test_the_launchers_precision_is_ignored(llama, pairs_csv, tmp_path, monkeypa
 
 
 def test_rl_can_follow_in_the_same_process_with_another_precision(llama, pairs_csv, tmp_path, monkeypatch):
-    """Accelerate, which both trainers use, has one precision for a process, and may be told of one by its launcher."""
+    """Accelerate, which both trainers use, has one precision per process, which the launcher can set."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train_language_model(config(llama, pairs_csv, tmp_path / "warm", mixed_precision="bf16", num_train_epochs=1))
     for precision in ("bf16", "no"):
@@ -290,7 +290,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_then_stop_training(llama,
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, llama, pairs_csv) -> Path:
+def workdir(tmp_path, monkeypatch, llama, pairs_csv) -> Path:
     """The working directory, with ``model`` and ``pairs.csv``."""
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(llama)
@@ -301,7 +301,7 @@ def place(tmp_path, monkeypatch, llama, pairs_csv) -> Path:
 SFT = ["sft", "--model", "model", "--data", "pairs.csv", "--num_train_epochs", "1", "--output_dir", "warm"]
 
 
-def test_every_other_command_accepts_the_saved_model(place, capsys):
+def test_every_other_command_accepts_the_saved_model(workdir, capsys):
     assert main([*SFT, "--system_prompt", "Be short."]) == 0
     assert "pairs.csv: 8 rows; answers from the column 'chosen'" in capsys.readouterr().err
     few = ["--data", "pairs.csv", "--max_prompt_length", "64", "--max_new_tokens", "4", "--rollout", "transformers"]
@@ -324,14 +324,14 @@ def test_every_other_command_accepts_the_saved_model(place, capsys):
         assert "warm is a supervised warm-up" in capsys.readouterr().err
 
 
-def test_the_next_training_accepts_an_adapter(place, capsys):
+def test_the_next_training_accepts_an_adapter(workdir, capsys):
     assert main([*SFT, "--use_peft"]) == 0
     assert main([*SFT[:1], "--model", "warm", *SFT[3:-1], "again"]) == 0
     start, end = (load_policy(name).state_dict() for name in ("warm", "again"))
     assert not any(torch.equal(start[name], end[name]) for name in start if "proj" in name)
 
 
-def test_the_legacy_interface(place, capsys):
+def test_the_legacy_interface(workdir, capsys):
     from reinforcepp.commands import legacy_cli as classic
 
     arguments = [
@@ -350,8 +350,8 @@ def test_the_legacy_interface(place, capsys):
     assert "train_sft (the verb sft" in capsys.readouterr().out
 
 
-def test_a_dry_run_shows_the_loss_mask(place, capsys):
-    before = sorted(place.iterdir())
+def test_a_dry_run_shows_the_loss_mask(workdir, capsys):
+    before = sorted(workdir.iterdir())
     assert main([*SFT, "--dry_run"]) == 0
     out = capsys.readouterr().out
     tokenizer = load_tokenizer("model")
@@ -359,11 +359,11 @@ def test_a_dry_run_shows_the_loss_mask(place, capsys):
     one = to_example(tokenizer, rows[0])
     assert f"  mask    {'0 ' * len(one.context)}{'1 ' * len(one.target)}".rstrip() + "\n" in out
     assert "Row 3 (row " in out and "Row 4" not in out and "num_train_epochs: 1  # default: 3" in out
-    assert sorted(place.iterdir()) == before
+    assert sorted(workdir.iterdir()) == before
 
 
 @pytest.mark.parametrize(
-    ("rows", "flags", "said"),
+    ("rows", "flags", "expected"),
     [
         (["a,b", "1,2"], [], ["bad.csv", "no column 'text'", "--text_column"]),
         (["text"], [], ["bad.csv"]),
@@ -378,18 +378,18 @@ def test_a_dry_run_shows_the_loss_mask(place, capsys):
         (["text,n", "A dog barks.,1"], ["--model", "nowhere/at/all"], ["nowhere/at/all"]),
     ],
 )
-def test_mistakes_raise_a_short_error(place, capsys, rows, flags, said):
+def test_mistakes_raise_a_short_error(workdir, capsys, rows, flags, expected):
     if torch.cuda.is_available() and "fp16" in flags:
         pytest.skip("there is a GPU")
     Path("bad.csv").write_text("\n".join(rows) + "\n")
     assert main(["sft", "--model", "model", "--data", "bad.csv", *flags]) == 2
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
-    assert [words for words in said if words not in err] == []
+    assert [words for words in expected if words not in err] == []
     assert not Path("models").exists()
 
 
-def test_long_rows_are_skipped_and_counted(place, capsys):
+def test_long_rows_are_skipped_and_counted(workdir, capsys):
     Path("long.csv").write_text(
         "text,n\n" + "\n".join(f"Host {i} is up.,{i}" for i in range(6)) + f"\n{'ping ' * 99},9\n"
     )

@@ -237,10 +237,10 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
     return load_weights(AutoModelForCausalLM, name, dtype=dtype, **settings).eval()
 
 
-def load_weights(auto_class: Any, name: str, *, fresh: str | None = None, **settings: Any) -> PreTrainedModel:
+def load_weights(auto_class: Any, name: str, *, new: str | None = None, **settings: Any) -> PreTrainedModel:
     """Load weights, and check that all match the configuration, because transformers initializes missing ones at random.
 
-    Only weights with the prefix ``fresh`` can be missing.
+    Only weights with the prefix ``new`` can be missing.
 
     Raises:
         ModelError: weights are missing or have another shape.
@@ -250,7 +250,7 @@ def load_weights(auto_class: Any, name: str, *, fresh: str | None = None, **sett
             resolve(name), output_loading_info=True, ignore_mismatched_sizes=True, **SAFETENSORS_ONLY, **settings
         )
     mismatched = {key for key, *_ in found["mismatched_keys"]}
-    missing = {key for key in found["missing_keys"] if fresh is None or not key.startswith(fresh)}
+    missing = {key for key in found["missing_keys"] if new is None or not key.startswith(new)}
     if wrong := sorted(mismatched | missing):
         raise ModelError(
             f"{name}: the weights don't match config.json; {len(wrong)} tensors are missing or have another shape "

@@ -42,15 +42,15 @@ def load_reward_weights(folder: Path) -> PreTrainedModel:
     _check_head(folder)
     if (base := base_of_adapter(str(folder))) is not None:
         return score_at_last_attended(merge_adapter(_classifier(base), folder)).eval()
-    return score_at_last_attended(_classifier(str(folder), fresh=None)).eval()
+    return score_at_last_attended(_classifier(str(folder), new=None)).eval()
 
 
-def _classifier(name: str, fresh: str | None = "score.", **settings: Any) -> PreTrainedModel:
-    """Return a model with one score as its output; weights with the prefix ``fresh`` can be missing."""
+def _classifier(name: str, new: str | None = "score.", **settings: Any) -> PreTrainedModel:
+    """Return a model with one score as its output; weights with the prefix ``new`` can be missing."""
     from transformers import AutoModelForSequenceClassification
 
     return load_weights(
-        AutoModelForSequenceClassification, name, fresh=fresh, num_labels=1, dtype=torch.float32, **settings
+        AutoModelForSequenceClassification, name, new=new, num_labels=1, dtype=torch.float32, **settings
     )
 
 

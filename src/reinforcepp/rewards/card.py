@@ -18,7 +18,7 @@ class RewardCard:
     """Origin and evaluation metrics of a reward model; saved as ``reward_model.json``.
 
     ``figures`` holds metrics of the held-out pairs. ``score_mean``, ``score_std`` and ``train_accuracy`` describe the
-    training pairs; cards of version 0.1 lack the accuracy. ``fingerprint`` holds the scores of the probe texts.
+    training pairs; older cards lack the accuracy. ``fingerprint`` holds the scores of the probe texts.
     """
 
     base_model: str
