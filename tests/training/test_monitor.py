@@ -54,7 +54,7 @@ def test_on_a_terminal_there_is_a_live_view(base, tmp_path, terminal):
     train(base, tmp_path / "run")
     last = terminal.getvalue().split("╭─")[-1]
     assert "step 10 of 10" in last and "tokens/s" in last and "sample" in last
-    assert "Why does host" in last and "cut off" in last
+    assert "Why does host" in last and "truncated" in last
 
 
 def test_elsewhere_there_are_plain_lines(base, tmp_path, capsys):
@@ -63,10 +63,10 @@ def test_elsewhere_there_are_plain_lines(base, tmp_path, capsys):
     assert "training 10/10, reward" in said and "╭" not in said and "\x1b" not in said
 
 
-def test_a_fault_is_told_once_while_the_training_runs(base, tmp_path, capsys):
+def test_a_problem_is_reported_once_during_training(base, tmp_path, capsys):
     train(base, tmp_path / "run", reward=lambda prompts, completions, **_: [1.0] * len(prompts), max_steps=20)
     said = capsys.readouterr().err
-    assert said.count("Rewards don't tell answers apart.") == 1 and "Step 10: " in said
+    assert said.count("Rewards don't distinguish responses.") == 1 and "Step 10: " in said
 
 
 def test_a_resumed_run_knows_what_came_before(base, tmp_path, capsys):

@@ -321,7 +321,7 @@ def test_every_other_command_accepts_the_saved_model(workdir, capsys):
     capsys.readouterr()
     for verb in ("report", "doctor"):
         assert main([verb, "warm"]) == 2
-        assert "warm is a supervised warm-up" in capsys.readouterr().err
+        assert "warm: the folder is an SFT run" in capsys.readouterr().err
 
 
 def test_the_next_training_accepts_an_adapter(workdir, capsys):
