@@ -3,7 +3,7 @@
 python benchmarks/scaling.py
 
 Real steps: tiny to small shapes, trained by the train verb on one core, each phase timed in seconds of the processor.
-Five constants (``reinforcepp.plan.timing.Shares``) are fitted on some and predict the others. Projections are those of
+Five constants (``reinforcepp.plan.timing.Utilization``) are fitted on some and predict the others. Projections are those of
 `reinforcepp plan`, for GPUs by data sheets and shares that were never checked on one. The pool: the scheduler's own code
 (``rollout.dispatch``) with simulated workers; seconds that the scheduler takes are real ones of this processor.
 Written to benchmarks/results/scaling.json, with a plot.
@@ -26,18 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from forecast import forecast
 from results import FOLDER, write_result
-from scaling_plot import plot
-from scaling_points import CHECKED, FITTED, LARGE, USUAL, save_shape
-from scaling_pool import pool
+from scaling.cluster import ForecastConfig
+from scaling.plot import plot
+from scaling.points import CHECKED, FITTED, LARGE, USUAL, save_shape
+from scaling.pool_benchmark import pool
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.plan import lengths, timing
-from reinforcepp.plan.command import make_plan
-from reinforcepp.plan.machine import Rates
+from reinforcepp.plan.device import Rates
 from reinforcepp.plan.memory import Job, Rows, total
-from reinforcepp.plan.report import efficiency, speedup, verdict
-from reinforcepp.plan.shapes import Size, asked_shape, trained_shape
+from reinforcepp.plan.model_costs import RowSize, frozen_model, trained_model
+from reinforcepp.plan.report import verdict
 
 WORKER = Path(__file__).parent / "scaling_worker.py"
 PHASES = {"rollout": "rollout", "scoring": "score", "update": "update"}
@@ -94,10 +95,10 @@ class Point:
         config_class = {"gpt2": transformers.GPT2Config, "llama": transformers.LlamaConfig}[shape.pop("family")]
         config = config_class(**shape, bos_token_id=0, eos_token_id=0)
         self.config = PlanConfig(**settings)
-        size = Size(settings["max_prompt_length"], settings["max_new_tokens"])
+        size = RowSize(settings["max_prompt_length"], settings["max_new_tokens"])
         self.job = Job(
-            policy=trained_shape(config, torch.float32, size, self.config),
-            reward=asked_shape(config, torch.float32, size),
+            policy=trained_model(config, torch.float32, size, self.config),
+            reward=frozen_model(config, torch.float32, size),
             critic=None,
             judge=None,
             size=size,
@@ -107,14 +108,14 @@ class Point:
         )
         self.rows = Rows.of(self.config, 1)
         # lengths of a completion that goes on with the same chance after each token
-        going_T = (1 - point.get("ends", 0.0)) ** np.arange(size.new, dtype=float)
-        self.lengths = lengths.Lengths(going_T, "")
+        active_T = (1 - point.get("ends", 0.0)) ** np.arange(size.new, dtype=float)
+        self.lengths = lengths.Lengths(active_T, "")
         self.rates = Rates(found["operations"], found["bytes"], measured=True)
         self.measured = {phase: found[phase] for phase in PHASES}
 
-    def seconds(self, shares: timing.Shares) -> dict[str, float]:
+    def seconds(self, shares: timing.Utilization) -> dict[str, float]:
         """By phase, with other constants."""
-        speeds = timing.reached(self.rates, shares)
+        speeds = timing.achieved(self.rates, shares)
         return timing.step_seconds(self.job, self.rows, self.config, speeds, self.lengths)
 
 
@@ -128,27 +129,27 @@ def fit_and_check(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "meaning": "seconds of the processor in a step; error is predicted / measured - 1",
         "rates": {kind: next(iter(found.values()))[kind] for kind in ("operations", "bytes")},
         "constants": shares._asdict(),
-        "in_planner": timing.OF_MEASURED._asdict(),
+        "in_planner": timing.UTILIZATION_OF_MEASURED._asdict(),
         "fitted": {name: row(point, shares, found[name]) for name, point in fitted.items()},
         "checked": {name: row(point, shares, found[name]) for name, point in checked.items()},
         "errors": {
             kind: errors(list(points.values()), shares) for kind, points in (("fitted", fitted), ("checked", checked))
         },
-        "errors_of_planner": errors(list(checked.values()), timing.OF_MEASURED),
+        "errors_of_planner": errors(list(checked.values()), timing.UTILIZATION_OF_MEASURED),
     }
 
 
-def fit(points: Sequence[Point]) -> timing.Shares:
+def fit(points: Sequence[Point]) -> timing.Utilization:
     """Least squares of the logarithms of predicted over measured seconds, over all phases; one constant at a time."""
 
-    def distance(shares: timing.Shares) -> float:
+    def distance(shares: timing.Utilization) -> float:
         return sum(
             math.log(seconds / point.measured[phase]) ** 2
             for point in points
             for phase, seconds in point.seconds(shares).items()
         )
 
-    shares, step = timing.OF_MEASURED, FIRST_STEP
+    shares, step = timing.UTILIZATION_OF_MEASURED, FIRST_STEP
     best = distance(shares)
     while step > LAST_STEP:
         before = best
@@ -162,7 +163,7 @@ def fit(points: Sequence[Point]) -> timing.Shares:
     return shares
 
 
-def row(point: Point, shares: timing.Shares, found: dict[str, Any]) -> dict[str, Any]:
+def row(point: Point, shares: timing.Utilization, found: dict[str, Any]) -> dict[str, Any]:
     predicted = point.seconds(shares)
     whole = {"predicted": sum(predicted.values()), "measured": sum(point.measured.values())}
     return {
@@ -174,7 +175,7 @@ def row(point: Point, shares: timing.Shares, found: dict[str, Any]) -> dict[str,
     }
 
 
-def errors(points: Sequence[Point], shares: timing.Shares) -> dict[str, dict[str, float]]:
+def errors(points: Sequence[Point], shares: timing.Utilization) -> dict[str, dict[str, float]]:
     """Median and worst of predicted / measured - 1, without its sign, by phase and of the step."""
     ratios: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "step")}
     for point in points:
@@ -209,14 +210,15 @@ PROJECTED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def projections() -> dict[str, Any]:
-    """What `reinforcepp plan` says of each."""
-    found = {}
+    """Return the forecast of each."""
+    projected: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in LARGE:
             save_shape(name, f"{folder}/{name}")
         for title, (model, changes) in PROJECTED.items():
-            plan = make_plan(PlanConfig(**(USUAL | {"model": f"{folder}/{model}"} | changes)))
-            found[title] = {
+            found = forecast(ForecastConfig(**(USUAL | {"model": f"{folder}/{model}"} | changes)))
+            plan = found.plan
+            projected[title] = {
                 "settings": USUAL | changes,
                 "parameters": plan.job.policy.parameters,
                 "fits": plan.fits,
@@ -229,15 +231,15 @@ def projections() -> dict[str, Any]:
                         "seconds": scale.seconds,
                         "step": scale.step,
                         "tokens_per_second": scale.tokens_per_second,
-                        "speedup": speedup(plan, scale),
-                        "efficiency": efficiency(plan, scale),
+                        "speedup": scale.speedup(found.scales[0]),
+                        "efficiency": scale.efficiency(found.scales[0]),
                     }
-                    for scale in plan.scales
+                    for scale in found.scales
                 ],
                 "phases_gib": {name: total(parts) / 2**30 for name, parts in plan.phases.items()},
             }
-            print(title, json.dumps(found[title]["scales"][-1]), found[title]["verdict"], flush=True)
-    return found
+            print(title, json.dumps(projected[title]["scales"][-1]), projected[title]["verdict"], flush=True)
+    return projected
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from reinforcepp.commands.train import train
 from reinforcepp.config import TrainConfig
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.monitoring import Clock
-from reinforcepp.plan import machine
+from reinforcepp.plan import device
 
 STEPS, WARM_UP = 4, 1
 
@@ -42,14 +42,14 @@ def trained(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         end_by_chance(folder / "policy", job["ends"])
     inputs = {"model": f"{folder}/policy", "reward_model": f"{folder}/reward", "data": f"{folder}/prompts.csv"}
     config = TrainConfig(**job["settings"], **inputs, output_dir=f"{folder}/run", max_steps=STEPS)
-    before = machine.measured("cpu", compute_dtype(config))
+    before = device.measured_rates("cpu", compute_dtype(config))
     run = train(config).folder
-    rates = [before, machine.measured("cpu", compute_dtype(config))]
+    rates = [before, device.measured_rates("cpu", compute_dtype(config))]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     walls = [json.loads(line) for line in (run / "timings.jsonl").read_text(encoding="utf-8").splitlines()]
     taken, usual = LAPS[-STEPS:], median if "ends" in job else min
     return {
-        "operations": max(rate.operations for rate in rates),
+        "operations": max(rate.flops for rate in rates),
         "bytes": max(rate.bytes for rate in rates),
         "seconds": {phase: usual(lap[phase] for lap in taken[WARM_UP:]) for phase in taken[0]},
         "wall_seconds": median(row["step_time"] for row in walls[WARM_UP:]),
@@ -75,7 +75,7 @@ LAPS: list[dict[str, float]] = []
 
 def watch() -> None:
     """Have each clock of a step also count the processor's seconds, and the rates be those of its seconds."""
-    machine.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
+    device.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
     begin, lap = Clock.__init__, Clock.lap
 
     def begun(clock: Clock) -> None:

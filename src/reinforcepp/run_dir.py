@@ -14,6 +14,11 @@ from reinforcepp.files import PARTIAL, write_json
 
 RENAMED_SETTINGS = {"mini_batch_size": "micro_batch_size"}
 """Settings by their old names, with the current ones; runs of 0.1.0 are stored under the old names."""
+REMOVED_SETTINGS = dict.fromkeys(
+    ("nodes", "trainers", "network_gbps"),
+    "reinforcepp plan estimates one node. For several, run python benchmarks/forecast.py in a checkout: docs/scaling.md.",
+)
+"""Settings of earlier versions, with what replaces them."""
 
 HANDED_OVER = f"rollout_weights{PARTIAL}"
 """Weights on their way to a server; there only while a training runs."""
@@ -91,8 +96,11 @@ def rename_settings(settings: Mapping[str, Any], known: Collection[str] | None =
         known: The settings that exist where these values go; by default every current name does.
 
     Raises:
-        ConfigError: If a setting has a value under its old and its current name.
+        ConfigError: If a setting has a value under its old and its current name, or was removed.
     """
+    for name, reason in REMOVED_SETTINGS.items():
+        if name in settings and (known is None or name not in known):
+            raise ConfigError(f"{name}: {reason}")
     current = dict(settings)
     for old, new in RENAMED_SETTINGS.items():
         if old not in current or (known is not None and new not in known):

@@ -22,17 +22,17 @@ from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models import loading as models
 from reinforcepp.models.logprobs import CHUNK_BYTES, response_logprobs
 from reinforcepp.models.lora import with_adapter
-from reinforcepp.plan import lengths, machine, memory, report, search, timing
+from reinforcepp.plan import device, lengths, memory, report, search, timing
 from reinforcepp.plan.command import _engine, make_plan
 from reinforcepp.plan.memory import Job, Rows
-from reinforcepp.plan.shapes import Pass, Shape, Size, asked_shape, trained_shape
-from reinforcepp.plan.trace import Line, Live, Peak, peak_of
+from reinforcepp.plan.model_costs import Pass, RowSize, TrainedModel, frozen_model, trained_model
+from reinforcepp.plan.trace import Line, MemoryTracker, Peak, peak_of
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.learner import Learner
 from reinforcepp.types import Completion, Prompt
 
 F32, BF16 = torch.float32, torch.bfloat16
-SIZE = Size(prompt=12, new=20)
+SIZE = RowSize(prompt=12, new=20)
 # of tests/tiny.py
 WIDTH, HEADS, LAYERS, VOCABULARY, POSITIONS, INNER = 64, 2, 2, 320, 256, 128
 GPT2 = VOCABULARY * WIDTH + POSITIONS * WIDTH + LAYERS * (12 * WIDTH**2 + 13 * WIDTH) + 2 * WIDTH
@@ -40,8 +40,8 @@ LLAMA = 2 * VOCABULARY * WIDTH + LAYERS * (WIDTH * WIDTH * 3 + 3 * WIDTH * INNER
 
 
 @cache
-def shape(family: str = "gpt2", dtype: torch.dtype = F32, size: Size = SIZE, **changes) -> Shape:
-    return trained_shape(tiny.model(family, tied=family != "llama").config, dtype, size, **changes)
+def shape(family: str = "gpt2", dtype: torch.dtype = F32, size: RowSize = SIZE, **changes) -> TrainedModel:
+    return trained_model(tiny.model(family, tied=family != "llama").config, dtype, size, **changes)
 
 
 @cache
@@ -49,7 +49,7 @@ def job(dtype: torch.dtype = F32, gpus: int = 0, critic: bool = False, engine: s
     early = gpus <= 1
     return Job(
         policy=shape(dtype=dtype, early=early),
-        reward=asked_shape(tiny.model().config, dtype, SIZE),
+        reward=frozen_model(tiny.model().config, dtype, SIZE),
         critic=shape(dtype=dtype, early=early, values=True) if critic else None,
         judge=None,
         size=SIZE,
@@ -60,8 +60,8 @@ def job(dtype: torch.dtype = F32, gpus: int = 0, critic: bool = False, engine: s
     )
 
 
-def rows(step: int = 8, micro: int = 4, passes: int = 2, evaluated: int = 0, at_a_time: int = 128) -> Rows:
-    return Rows(step, step, evaluated, at_a_time, micro, passes)
+def rows(step: int = 8, micro: int = 4, passes: int = 2, evaluated: int = 0, concurrent: int = 128) -> Rows:
+    return Rows(step, step, evaluated, concurrent, micro, passes)
 
 
 def config(**changes) -> PlanConfig:
@@ -80,9 +80,9 @@ def test_parameters_are_those_of_the_real_model():
 
 
 def test_a_reward_model_has_a_score_in_the_place_of_the_vocabulary():
-    assert asked_shape(tiny.model().config, F32, SIZE).parameters == GPT2 + WIDTH
+    assert frozen_model(tiny.model().config, F32, SIZE).parameters == GPT2 + WIDTH
     llama = tiny.model("llama", tied=False).config
-    assert asked_shape(llama, F32, SIZE).parameters == LLAMA - VOCABULARY * WIDTH + WIDTH
+    assert frozen_model(llama, F32, SIZE).parameters == LLAMA - VOCABULARY * WIDTH + WIDTH
 
 
 def test_a_critic_has_an_output_layer_of_its_own():
@@ -107,7 +107,7 @@ def test_operations_are_two_for_each_weight_and_token_and_those_of_attention():
     assert policy.row_flops == 2 * body * SIZE.length + pairs * SIZE.length**2
     assert policy.prompt_flops == 2 * body * SIZE.prompt + pairs * SIZE.prompt**2
     assert policy.token_flops == 2 * (body + VOCABULARY * WIDTH) + pairs
-    assert asked_shape(tiny.model().config, F32, SIZE).row_flops == policy.row_flops
+    assert frozen_model(tiny.model().config, F32, SIZE).row_flops == policy.row_flops
 
 
 def test_what_gpt2_keeps_for_the_backward_pass():
@@ -149,10 +149,10 @@ def test_a_model_that_caps_its_logits_has_them_in_its_own_pass():
         vocab_size=VOCABULARY,
     )
     assert capped.final_logit_softcapping
-    with_cap = trained_shape(capped, F32, SIZE)
+    with_cap = trained_model(capped, F32, SIZE)
     capped.final_logit_softcapping = None
-    without = trained_shape(capped, F32, SIZE)
-    assert (with_cap.logits_apart, without.logits_apart) == (False, True)
+    without = trained_model(capped, F32, SIZE)
+    assert (with_cap.separate_logits, without.separate_logits) == (False, True)
     assert with_cap.first.at_head.per_row - without.first.at_head.per_row > 4 * VOCABULARY * SIZE.new
     assert memory.chunk_bytes(job(), with_cap, 4) == 0
 
@@ -170,7 +170,7 @@ def test_a_mixture_of_experts_can_be_counted():
         num_experts_per_tok=2,
         vocab_size=VOCABULARY,
     )
-    counted = trained_shape(mixture, BF16, SIZE)
+    counted = trained_model(mixture, BF16, SIZE)
     experts = 4 * 3 * 64 * 128
     assert counted.parameters > experts
     dense = 2 * (VOCABULARY * WIDTH + WIDTH * WIDTH * 3 + experts // 2)  # two of the four work on each token
@@ -181,9 +181,9 @@ def test_other_models_are_refused():
     from transformers import BloomConfig, CLIPConfig
 
     with pytest.raises(ModelError, match="clip isn't a causal language model"):
-        trained_shape(CLIPConfig(), F32, SIZE)
-    with pytest.raises(ModelError, match=r"type bloom .* doesn't run on shapes alone"):
-        trained_shape(BloomConfig(hidden_size=64, n_head=2, n_layer=1, vocab_size=VOCABULARY), F32, SIZE)
+        trained_model(CLIPConfig(), F32, SIZE)
+    with pytest.raises(ModelError, match=r"type bloom .* meta device"):
+        trained_model(BloomConfig(hidden_size=64, n_head=2, n_layer=1, vocab_size=VOCABULARY), F32, SIZE)
 
 
 # --- beside real passes ---------------------------------------------------------------------------------------------
@@ -217,11 +217,11 @@ def real_peak(
 
     run().sum().backward()  # what is set up at the first pass isn't counted
     learner.drop_gradients()
-    with Live() as live:
+    with MemoryTracker() as live:
         for _ in range(passes):
             with learner.learning():
                 learner.backward(run().sum())
-    return max(map(sum, live.moments))
+    return max(map(sum, live.snapshots))
 
 
 @pytest.mark.parametrize("values", [False, True])
@@ -261,7 +261,7 @@ def test_of_an_adapter():
     assert learner.parameters == LLAMA + learner.trained
     assert learner.stored == 4 * learner.parameters
     adapted = replace(job(), policy=learner)
-    assert memory.standing(adapted) == {
+    assert memory.static(adapted) == {
         "policy": 4 * learner.parameters,
         "AdamW's moments": 8 * learner.trained,
         "reward model": 4 * (GPT2 + WIDTH),
@@ -270,13 +270,13 @@ def test_of_an_adapter():
     assert memory.stepping(adapted) == {"gradients": 4 * learner.trained}
     assert memory.saving(adapted) == {"checkpoint copies": 8 * learner.trained}
     narrow = replace(job(BF16), policy=shape("llama", BF16, settings=LORA))
-    assert memory.standing(narrow)["float32 weights"] == 4 * learner.trained
+    assert memory.static(narrow)["float32 weights"] == 4 * learner.trained
     plain = config()
-    assert timing.update_operations(adapted, rows(), plain) < 0.75 * timing.update_operations(job(), rows(), plain) * (
+    assert timing.update_flops(adapted, rows(), plain) < 0.75 * timing.update_flops(job(), rows(), plain) * (
         learner.row_flops / job().policy.row_flops
     )
-    again = timing.update_operations(job(), rows(), config(gradient_checkpointing=True))
-    assert again == pytest.approx(4 / 3 * timing.update_operations(job(), rows(), plain))
+    again = timing.update_flops(job(), rows(), config(gradient_checkpointing=True))
+    assert again == pytest.approx(4 / 3 * timing.update_flops(job(), rows(), plain))
 
 
 def test_of_weights_in_4_bits():
@@ -292,7 +292,7 @@ def test_what_adamw_needs_in_main_memory(dtype):
     learner = shape("gpt2", dtype, offload=True)
     away = replace(job(dtype, gpus=1), policy=learner, offload=True)
     here = replace(away, policy=shape("gpt2", dtype), offload=False)
-    assert set(memory.standing(away)) == {"policy", "reference", "reward model"}
+    assert set(memory.static(away)) == {"policy", "reference", "reward model"}
     assert memory.stepping(away) == {"gradients": 0}
     one, many = rows(passes=1), rows(passes=3)
     assert memory.training(away, one)["gradients"] == memory.training(away, many)["gradients"]
@@ -313,8 +313,8 @@ def test_a_plan_with_the_optimizer_in_main_memory(tmp_path):
     }
     here, away = (make_plan(config(**settings, offload_optimizer=offload)) for offload in (False, True))
     assert memory.total(here.phases["adamw"]) - memory.total(away.phases["adamw"]) >= 16 * GPT2
-    assert any("16 bytes a weight" in said for said in report.assumptions(away))
-    assert not any("main memory" in said for said in report.assumptions(here))
+    assert any("16 bytes per weight" in note for note in report.assumptions(away))
+    assert not any("CPU memory" in note for note in report.assumptions(here))
     on_cpu = make_plan(config(model=str(tmp_path), device="cpu", offload_optimizer=True))
     assert "AdamW's moments" in on_cpu.phases["adamw"]
 
@@ -332,28 +332,28 @@ def test_a_plan_with_the_optimizer_in_main_memory(tmp_path):
 )
 def test_the_peak_of_many_moments_is_that_of_the_largest(moments, number):
     few, many = ([(g, c + s * n) for g, c, s in moments] for n in (2, 4))
-    from reinforcepp.plan.trace import Moment
+    from reinforcepp.plan.trace import Snapshot
 
-    peak = peak_of([[Moment(*m) for m in few], [Moment(*m) for m in many]])
+    peak = peak_of([[Snapshot(*m) for m in few], [Snapshot(*m) for m in many]])
     assert sum(peak.at(number)) == max(g + c + s * number for g, c, s in moments)
 
 
 def test_runs_of_different_length_give_the_line_through_their_peaks():
-    from reinforcepp.plan.trace import Moment
+    from reinforcepp.plan.trace import Snapshot
 
-    peak = peak_of([[Moment(0, 10), Moment(0, 30)], [Moment(0, 50), Moment(0, 20), Moment(0, 40)]])
+    peak = peak_of([[Snapshot(0, 10), Snapshot(0, 30)], [Snapshot(0, 50), Snapshot(0, 20), Snapshot(0, 40)]])
     assert peak.at(6) == (0, 70)
 
 
 def test_what_is_alive_is_counted_while_it_lives():
-    with Live() as live:
+    with MemoryTracker() as live:
         a = torch.zeros(100)
         b = a * 2
         del a
         c = b[:50]  # a view takes nothing
         del b
         d = c + 1
-    assert [m.other for m in live.moments] == [400, 800, 400, 600]
+    assert [m.other for m in live.snapshots] == [400, 800, 400, 600]
     assert (d.numel(), live.operations) == (50, 4)
 
 
@@ -361,7 +361,7 @@ def test_what_is_alive_is_counted_while_it_lives():
 
 
 def test_what_stands_all_the_time():
-    plain = memory.standing(job())
+    plain = memory.static(job())
     reward = GPT2 + WIDTH
     assert plain == {
         "policy": 4 * GPT2,
@@ -369,20 +369,20 @@ def test_what_stands_all_the_time():
         "reference": 4 * GPT2,
         "reward model": 4 * reward,
     }
-    assert memory.standing(job(BF16)) == {
+    assert memory.static(job(BF16)) == {
         "policy": 2 * GPT2,
         "float32 weights": 4 * GPT2,
         "AdamW's moments": 8 * GPT2,
         "reference": 2 * GPT2,
         "reward model": 2 * reward,
     }
-    assert memory.standing(job(critic=True))["critic"] == 12 * (GPT2 + WIDTH)
-    assert memory.standing(job(BF16, critic=True))["critic"] == 14 * (GPT2 + WIDTH)
-    assert "gradient buckets" not in memory.standing(job(gpus=1))
-    assert memory.standing(job(BF16, gpus=2))["gradient buckets"] == 2 * GPT2
+    assert memory.static(job(critic=True))["critic"] == 12 * (GPT2 + WIDTH)
+    assert memory.static(job(BF16, critic=True))["critic"] == 14 * (GPT2 + WIDTH)
+    assert "gradient buckets" not in memory.static(job(gpus=1))
+    assert memory.static(job(BF16, gpus=2))["gradient buckets"] == 2 * GPT2
     judged = replace(job(), judge=job().reward)
-    assert memory.standing(judged)["judge"] == 4 * reward
-    assert memory.standing(replace(job(BF16), ahead=3))["copies to sample"] == 3 * 2 * GPT2
+    assert memory.static(judged)["judge"] == 4 * reward
+    assert memory.static(replace(job(BF16), rollout_copies=3))["copies to sample"] == 3 * 2 * GPT2
 
 
 def test_while_models_are_loaded():
@@ -407,18 +407,18 @@ def test_the_optimiser_step_and_the_checkpoint():
 def test_room_of_the_cache(prompt, new, room):
     from reinforcepp.rollout.kv_cache import preallocated_cache
 
-    assert memory.cache_room(Size(prompt, new)) == room
+    assert memory.cache_length(RowSize(prompt, new)) == room
     model = tiny.model("llama", num_hidden_layers=1)
     cache = preallocated_cache(model.config)
     layer = cache.layers[0]
     layer.update(torch.zeros(1, 1, prompt, 4), torch.zeros(1, 1, prompt, 4))
     for _ in range(new - 1):
         layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
-    assert layer._spaces[0].shape[-2] == room
+    assert layer._buffers[0].shape[-2] == room
 
 
 def test_rollouts_by_transformers():
-    parts = memory.generating(job(), rows(step=8, at_a_time=5))
+    parts = memory.generating(job(), rows(step=8, concurrent=5))
     cache = 5 * (12 + 128) * 1024
     assert parts == {
         "key-value cache": cache * 1.5,  # one of two layers is held twice
@@ -433,7 +433,7 @@ def test_rollouts_by_transformers():
 
 
 def test_a_long_prompt_with_many_rows_peaks_before_the_first_token():
-    long = replace(job(), size=Size(200, 2), policy=shape(size=Size(200, 2)))
+    long = replace(job(), size=RowSize(200, 2), policy=shape(size=RowSize(200, 2)))
     parts = memory.generating(long, rows(step=8))
     assert parts["activations"] == long.policy.prefill.peak.at(8).other > 0
     shared = memory.generating(long, replace(rows(step=8), prompts=1))
@@ -443,12 +443,12 @@ def test_a_long_prompt_with_many_rows_peaks_before_the_first_token():
 def test_vllm_holds_its_own_weights_all_the_time_on_a_cpu_only():
     here, there = job(engine="vllm"), job(gpus=1, engine="vllm")
     block = 32 * 1024  # of the 32 tokens of a sequence
-    assert memory.by_vllm(here, rows(at_a_time=4)) == {
+    assert memory.vllm_memory(here, rows(concurrent=4)) == {
         "vLLM's weights": 4 * (GPT2 + 20_480),
         "key-value cache": (4 + 1) * block,
     }
-    assert memory.by_vllm(there, rows(at_a_time=4))["vLLM's weights"] == 4 * GPT2
-    assert memory.by_vllm(here, rows(at_a_time=10**6))["key-value cache"] == 256 << 20
+    assert memory.vllm_memory(there, rows(concurrent=4))["vLLM's weights"] == 4 * GPT2
+    assert memory.vllm_memory(here, rows(concurrent=10**6))["key-value cache"] == 256 << 20
     everywhere, rollout_only = memory.phases(here, rows()), memory.phases(there, rows())
     assert all("vLLM's weights" in parts for parts in everywhere.values())
     assert [name for name, parts in rollout_only.items() if "vLLM's weights" in parts] == ["rollout"]
@@ -458,10 +458,8 @@ def test_vllm_holds_its_own_weights_all_the_time_on_a_cpu_only():
 def test_what_servers_take_elsewhere_is_not_counted(gpus):
     assert memory.generating(job(gpus=gpus, engine="servers"), rows()) == {}
     asked = config(rollout="vllm://a:1,b:2")
-    assert _engine(asked) == (
-        "servers",
-        "Completions come from vLLM's servers: what they take and how long isn't counted.",
-    )
+    engine, note = _engine(asked)
+    assert engine == "servers" and "aren't included" in note
 
 
 def test_the_rollout_batch():
@@ -508,8 +506,8 @@ def passing(line: Line, at_head: Line | None = None) -> Pass:
     return Pass(Peak((line,)), at_head or line)
 
 
-def made_up(first: Line, later: Line, **changes) -> Shape:
-    return replace(shape(), logits_apart=False, vocabulary=1, first=passing(first), later=passing(later), **changes)
+def made_up(first: Line, later: Line, **changes) -> TrainedModel:
+    return replace(shape(), separate_logits=False, vocabulary=1, first=passing(first), later=passing(later), **changes)
 
 
 def test_gradients_of_earlier_passes_count_when_there_are_any():
@@ -547,13 +545,15 @@ def test_every_phase_has_what_stands_and_its_own():
     found = memory.phases(job(), rows())
     assert tuple(found) == memory.PHASES
     for name in memory.PHASES[1:]:
-        assert memory.standing(job()).items() <= found[name].items()
-        own = [part for part in found[name] if part not in (*memory.standing(job()), "libraries", "rollout batch")]
+        assert memory.static(job()).items() <= found[name].items()
+        own = [part for part in found[name] if part not in (*memory.static(job()), "libraries", "rollout batch")]
         counted = sum(found[name][part] for part in own if part != "allocator")
         assert found[name]["allocator"] == pytest.approx(memory.ALLOCATOR["cpu"] * counted)
     assert {part for parts in found.values() for part in parts} <= set(memory.PARTS)
     assert all(parts["libraries"] == memory.LIBRARIES["cpu"] for parts in found.values())
-    ahead = memory.phases(replace(job(), ahead=1), rows())["update"]  # and beside it, completions are generated
+    ahead = memory.phases(replace(job(), rollout_copies=1), rows())[
+        "update"
+    ]  # and beside it, completions are generated
     beside = memory.generating(job(), rows())
     assert ahead["packed weights"] == beside["packed weights"] and ahead["gradients"] == found["update"]["gradients"]
     assert ahead["logits"] == pytest.approx(found["update"]["logits"] + beside["logits"])
@@ -577,23 +577,23 @@ def test_rows_of_a_device(changes, gpus, expected):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 200), st.sampled_from([0, 1]), st.booleans())
-def test_more_rows_never_take_less(step, micro, at_a_time, gpus, critic):
+def test_more_rows_never_take_less(step, micro, concurrent, gpus, critic):
     one = job(gpus=gpus, critic=critic)
 
-    def peaks(step: int, micro: int, at_a_time: int) -> list[float]:
-        return [memory.total(p) for p in memory.phases(one, rows(step, micro, 2, at_a_time=at_a_time)).values()]
+    def peaks(step: int, micro: int, concurrent: int) -> list[float]:
+        return [memory.total(p) for p in memory.phases(one, rows(step, micro, 2, concurrent=concurrent)).values()]
 
-    before = peaks(step, micro, at_a_time)
+    before = peaks(step, micro, concurrent)
     for larger in (
-        peaks(step + 1, micro, at_a_time),
-        peaks(step, micro + 1, at_a_time),
-        peaks(step, micro, at_a_time + 1),
+        peaks(step + 1, micro, concurrent),
+        peaks(step, micro + 1, concurrent),
+        peaks(step, micro, concurrent + 1),
     ):
         assert all(a <= b for a, b in zip(before, larger, strict=True))
 
 
 def test_longer_rows_take_more():
-    sizes = [Size(12, 20), Size(13, 20), Size(12, 40), Size(50, 200)]
+    sizes = [RowSize(12, 20), RowSize(13, 20), RowSize(12, 40), RowSize(50, 200)]
     for short, long in pairwise(sizes):
         peaks = [
             sum(memory.training(replace(job(), policy=shape(size=size), size=size), rows()).values())
@@ -629,11 +629,11 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(factor, batch_size, ac
     sizes = [n for n in range(1, upper + 1) if fits(search.with_micro(now, wanted, n), others)]
     assert found.micro_batch_size == max(sizes, default=0)
     generated = memory.PHASES if engine == "vllm" else ["rollout"]
-    numbers = [n for n in range(1, max(batch_size, 3) + 1) if fits(replace(now, at_a_time=n), generated)]
+    numbers = [n for n in range(1, max(batch_size, 3) + 1) if fits(replace(now, concurrent=n), generated)]
     assert found.rollout_batch_size == max(numbers, default=0)
     if found.batch_size:
         assert fits(search.with_prompts(now, wanted, found.batch_size))
-    if found.batch_size < search.MOST_PROMPTS:
+    if found.batch_size < search.MAX_PROMPTS:
         assert not fits(search.with_prompts(now, wanted, found.batch_size + 1))
 
 
@@ -646,10 +646,10 @@ def test_other_batches_are_those_of_other_settings():
 
 
 def test_a_single_pass_may_fit_where_two_smaller_ones_do_not():
-    assert search.most(8, lambda size: size in (1, 2, 3, 8)) == 8
-    assert search.most(8, lambda size: size <= 5) == 5
-    assert search.most(8, lambda size: False) == 0
-    assert search.most(1, lambda size: True) == 1
+    assert search.largest_fitting(8, lambda size: size in (1, 2, 3, 8)) == 8
+    assert search.largest_fitting(8, lambda size: size <= 5) == 5
+    assert search.largest_fitting(8, lambda size: False) == 0
+    assert search.largest_fitting(1, lambda size: True) == 1
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -665,21 +665,21 @@ def test_adamw_moves_twenty_eight_bytes_a_weight():
 
 def test_operations_of_scoring_and_update():
     policy, answers = shape(), shape().row_flops + 2 * 20_480 * 20
-    assert timing.answer_operations(policy, 20) == answers
-    assert timing.update_operations(job(), rows(step=8), config()) == 3 * 8 * answers
-    assert timing.update_operations(job(), rows(step=8), config(num_iterations=2)) == 6 * 8 * answers
-    assert timing.rewarding_operations(job(), rows(step=8)) == 8 * policy.row_flops
-    assert timing.asking_operations(job(), rows(step=8, passes=1), config()) == 8 * answers
+    assert timing.forward_flops(policy, 20) == answers
+    assert timing.update_flops(job(), rows(step=8), config()) == 3 * 8 * answers
+    assert timing.update_flops(job(), rows(step=8), config(num_iterations=2)) == 6 * 8 * answers
+    assert timing.reward_flops(job(), rows(step=8)) == 8 * policy.row_flops
+    assert timing.logprob_flops(job(), rows(step=8, passes=1), config()) == 8 * answers
     again = config(num_iterations=2)  # the policy has moved on, so its own log-probabilities are asked for
-    assert timing.asking_operations(job(), rows(step=8), again) == 8 * 2 * answers
+    assert timing.logprob_flops(job(), rows(step=8), again) == 8 * 2 * answers
     chunks = replace(job(), policy=replace(policy, vocabulary=1 << 20))
-    assert timing.update_operations(chunks, rows(step=8), config()) == 8 * (3 * answers + 2 * 20_480 * 20)
+    assert timing.update_flops(chunks, rows(step=8), config()) == 8 * (3 * answers + 2 * 20_480 * 20)
     both = job(critic=True)
-    assert timing.update_operations(both, rows(step=8), config()) == 24 * (answers + both.critic.row_flops)
-    assert timing.asking_operations(both, rows(step=8, passes=1), config()) == 8 * (answers + both.critic.row_flops)
+    assert timing.update_flops(both, rows(step=8), config()) == 24 * (answers + both.critic.row_flops)
+    assert timing.logprob_flops(both, rows(step=8, passes=1), config()) == 8 * (answers + both.critic.row_flops)
 
 
-FULL = lengths.full(SIZE.new)
+FULL = lengths.full_length(SIZE.new)
 NEVER = 1e30
 
 
@@ -692,8 +692,8 @@ def test_seconds_of_a_rollout():
     read = 4 * 118_784 + 8 * (12 + 10) * 1024
     assert timing.rollout_seconds(one, rows(8), speeds(reading=1e6), FULL) == pytest.approx(20 * read / 1e6)
     in_two = 20 * (2 * 4 * 118_784 + 8 * (12 + 10) * 1024) / 1e6
-    assert timing.rollout_seconds(one, rows(8, at_a_time=4), speeds(reading=1e6), FULL) == pytest.approx(in_two)
-    assert timing.batches(rows(8, at_a_time=3)) == [3, 3, 2]
+    assert timing.rollout_seconds(one, rows(8, concurrent=4), speeds(reading=1e6), FULL) == pytest.approx(in_two)
+    assert timing.batches(rows(8, concurrent=3)) == [3, 3, 2]
     prompts = 8 * (policy.prompt_flops + 2 * 20_480) / 1e6
     assert timing.rollout_seconds(one, rows(8), speeds(products=1e6), FULL) == pytest.approx(prompts)
     tokens = 20 * 8 * policy.token_flops / 1e6
@@ -717,7 +717,7 @@ def test_a_gpu_is_prepared_for_while_it_works():
         assert timing.rollout_seconds(job(gpus=1), rows(8), slow, FULL) == pytest.approx(max(read, calls))
         assert timing.rollout_seconds(job(), rows(8), slow, FULL) == pytest.approx(read + calls)
     passes = 3 * 2 * shape().token_calls * 1e-4
-    work = timing.update_operations(job(), rows(8), config()) / 1e9
+    work = timing.update_flops(job(), rows(8), config()) / 1e9
     slow = speeds(products=1e9, pass_call=1e-4)
     assert timing.pass_seconds(job(gpus=1), rows(8), config(), slow, FULL) == pytest.approx(max(work, passes))
     assert timing.pass_seconds(job(), rows(8), config(), slow, FULL) == pytest.approx(work + passes)
@@ -737,12 +737,12 @@ def test_calls_of_scoring():
 
 
 def test_a_step_reaches_a_share_of_the_rates():
-    sheet = timing.reached(machine.Rates(1e9, 1e9, measured=False))
+    sheet = timing.achieved(device.Rates(1e9, 1e9, measured=False))
     assert sheet == timing.Speeds(0.4e9, 0.4e9, 0.6e9, 10e-6, 10e-6)
-    here = timing.reached(machine.Rates(1e9, 2e9, measured=True))
-    shares = timing.OF_MEASURED
+    here = timing.achieved(device.Rates(1e9, 2e9, measured=True))
+    shares = timing.UTILIZATION_OF_MEASURED
     assert here == (shares.products * 1e9, shares.decoding * 1e9, shares.reading * 2e9, shares.call, shares.pass_call)
-    assert timing.reached(machine.Rates(10.0, 10.0, measured=True), timing.Shares(0.1, 0.2, 0.3, 4, 5)) == (
+    assert timing.achieved(device.Rates(10.0, 10.0, measured=True), timing.Utilization(0.1, 0.2, 0.3, 4, 5)) == (
         1,
         2,
         3,
@@ -750,9 +750,9 @@ def test_a_step_reaches_a_share_of_the_rates():
         5,
     )
     seconds = timing.step_seconds(job(gpus=1), rows(8), config(), speeds(products=1e6, reading=1e9), FULL)
-    operations = timing.update_operations(job(gpus=1), rows(8), config())
+    operations = timing.update_flops(job(gpus=1), rows(8), config())
     assert seconds["update"] == pytest.approx(operations / 1e6 + 28 * GPT2 / 1e9)
-    scoring = timing.rewarding_operations(job(), rows(8)) + timing.asking_operations(job(), rows(8), config())
+    scoring = timing.reward_flops(job(), rows(8)) + timing.logprob_flops(job(), rows(8), config())
     assert seconds["scoring"] == pytest.approx(scoring / 1e6)
 
 
@@ -760,32 +760,32 @@ def test_a_step_reaches_a_share_of_the_rates():
 
 
 def test_figures_of_a_data_sheet():
-    found = machine.machine_for(config(device="h100"), BF16)
+    found = device.device_for(config(device="h100"), BF16)
     assert (found.title, found.gpus, found.memory) == ("NVIDIA H100", 1, 80e9)
-    assert found.rates == machine.Rates(989e12, 3350e9, measured=False)
-    assert machine.machine_for(config(device="h100"), F32).rates.operations == 67e12
-    assert machine.machine_for(config(device="l4", gpu_memory=20.0, gpus=3), BF16).memory == 20 << 30
-    assert machine.machine_for(config(device="l4", gpus=3), BF16).gpus == 3
+    assert found.rates == device.Rates(989e12, 3350e9, measured=False)
+    assert device.device_for(config(device="h100"), F32).rates.flops == 67e12
+    assert device.device_for(config(device="l4", gpu_memory=20.0, gpus=3), BF16).memory == 20 << 30
+    assert device.device_for(config(device="l4", gpus=3), BF16).gpus == 3
     for sheet in ACCELERATORS.values():
         assert sheet.float32_tflops < sheet.bf16_tflops
 
 
 def test_this_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    here = machine.machine_for(config(gpus=0), F32)
-    assert here.gpus == 0 and here.memory == machine.main_memory() and here.rates.measured
-    assert here.rates.operations > 1e8 and here.rates.bytes > 1e8
+    here = device.device_for(config(gpus=0), F32)
+    assert here.gpus == 0 and here.memory == device.cpu_memory() and here.rates.measured
+    assert here.rates.flops > 1e8 and here.rates.bytes > 1e8
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)
-    before = machine.main_memory()
+    monkeypatch.setattr(device, "CGROUP_LIMIT", limit)
+    before = device.cpu_memory()
     limit.write_text("1000000\n")
-    assert machine.main_memory() == 1_000_000
+    assert device.cpu_memory() == 1_000_000
     limit.write_text("max\n")
-    assert machine.main_memory() == before
-    unknown = machine.machine_for(config(gpus=2, gpu_memory=24.0), F32)
+    assert device.cpu_memory() == before
+    unknown = device.device_for(config(gpus=2, gpu_memory=24.0), F32)
     assert (unknown.gpus, unknown.memory, unknown.rates) == (2, 24 << 30, None)
-    with pytest.raises(ConfigError, match=r"no GPU that could be asked, and gpus is 2.*--device.*--gpu_memory"):
-        machine.machine_for(config(gpus=2), F32)
+    with pytest.raises(ConfigError, match=r"gpus: .* 2, but this node has no GPU.*--device.*--gpu_memory"):
+        device.device_for(config(gpus=2), F32)
 
 
 @pytest.mark.parametrize(
@@ -828,16 +828,14 @@ def test_a_plan_as_text(folder, capsys):
     code, out, err = run(capsys, "--device", "h100", "--gpus", "2", "--batch_size", "16")
     assert (code, err) == (0, "")
     assert "model, 0.1 million parameters, reinforce_plus_plus, float32, on 2 x NVIDIA H100 with 74.5 GiB." in out
-    assert "A step on each: 8 completions of 20 tokens to prompts of 12, 8 generated and 8 trained on at a time." in out
+    assert "Per step on each: 8 completions of 20 tokens for prompts of 12, 8 generated and 8 trained at a time." in out
     assert max(len(line) for line in out.split("Fits:")[0].splitlines()[2:]) <= 80
     lines = {line.split("  ")[0].strip(): line for line in out.splitlines()}
-    assert {"AdamW's moments", "gradients", "activations", "key-value cache", "gradient buckets", "together"} <= set(
-        lines
-    )
+    assert {"AdamW's moments", "gradients", "activations", "KV cache", "gradient buckets", "total"} <= set(lines)
     assert "load" in lines["MiB"] and "adamw" in lines["MiB"]
     assert "Fits: " in out and " of 74.5 GiB on each GPU" in out
-    assert "micro_batch_size    8 (all of a step)" in out and "Time of a step: about" in out
-    assert "There is no folder models/reward_model yet: the reward model is taken to be as large as the policy." in out
+    assert "micro_batch_size    8 (the whole step)" in out and "Time per step: about" in out
+    assert "The reward model models/reward_model doesn't exist yet" in out
     assert "every GPU holds all weights" in out
     assert list(folder.iterdir()) == [folder / "model"]
 
@@ -873,17 +871,17 @@ def test_what_does_not_fit_is_told_with_what_would(folder, capsys):
     limited = ("--device", "h100", "--eval_prompts", "0", "--gpu_memory", str(between))
     code, out, err = run(capsys, *flags, *limited)
     assert (code, err) == (1, "")
-    assert "Does not fit: " in out and "in the phase 'update'. It fits with --micro_batch_size 20: " in out
+    assert "Does not fit: " in out and "in phase 'update'. It fits with --micro_batch_size 20: " in out
     assert "micro_batch_size    20\n" in out
     code, out, _ = run(capsys, "--batch_size", "64", "--micro_batch_size", "20", *limited)
-    assert code == 0 and "That is close: the estimate may be off by a tenth." in out
+    assert code == 0 and "This is close" in out
     assert run(capsys, "--batch_size", "64", "--micro_batch_size", "21", *limited)[0] == 1
 
 
 def test_what_can_not_fit_is_told_as_such(folder, capsys):
     code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "0")
     assert code == 1
-    assert "Even one completion at a time takes" in out and "take a device with more memory" in out
+    assert "Even one completion at a time needs" in out and "Use a device with more memory" in out
     assert "micro_batch_size    none" in out and "batch_size          none" in out
     assert "eval_prompts" not in out
     code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "64")
@@ -894,7 +892,7 @@ def test_an_unknown_device_with_known_memory_has_no_time(folder, capsys, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     code, out, _ = run(capsys, "--gpus", "2", "--gpu_memory", "24")
     assert code == 0 and "of 24.0 GiB" in out
-    assert "Time of a step: name the GPU (--device) to have it estimated." in out
+    assert "Name the GPU (--device)" in out
 
 
 def test_settings_of_a_training_in_a_file_are_understood(folder, capsys):
@@ -906,7 +904,7 @@ def test_settings_of_a_training_in_a_file_are_understood(folder, capsys):
     assert cli.main(["plan", "--config", "recipe.yaml", "--device", "a100"]) == 0
     out = capsys.readouterr().out
     assert "grpo, bfloat16, on NVIDIA A100" in out and "64 completions of 20 tokens" in out
-    assert "taken to be as large" not in out
+    assert "doesn't exist yet" not in out
     assert not (folder / "runs").exists()
 
 
@@ -915,9 +913,9 @@ def test_settings_of_a_training_in_a_file_are_understood(folder, capsys):
     [
         (("--model", "nothing/here/atall"), ["nothing/here/atall: model folder not found"]),
         (("--gpus", "3", "--gpu_memory", "0"), ["gpu_memory must be greater than 0"]),
-        (("--gpus", "3"), ["no GPU that could be asked", "--device", "--gpu_memory"]),
+        (("--gpus", "3"), ["this node has no GPU", "--device", "--gpu_memory"]),
         (("--max_length", "600", "--max_new_tokens", "500"), ["exceed the model's context of 256"]),
-        (("--batch_size", "2", "--device", "h100", "--gpus", "4"), ["batch_size 2", "4 GPUs"]),
+        (("--batch_size", "2", "--device", "h100", "--gpus", "4"), ["batch_size: 2", "4 GPUs"]),
         (("--judge", "models/other", "--reward_model", "."), ["not a model", "config.json"]),
     ],
 )
@@ -945,7 +943,7 @@ def test_the_engine_is_the_one_that_training_would_take(folder, monkeypatch):
         )
         assert command._engine(config())[0] == ("vllm" if installed else "transformers")
         assert command._engine(config(rollout="transformers"))[0] == "transformers"
-    with pytest.raises(RolloutError, match="isn't installed here"):
+    with pytest.raises(RolloutError, match="vllm isn't installed"):
         command._engine(config(rollout="vllm"))
 
 
@@ -955,7 +953,7 @@ def test_a_judge_takes_memory_and_the_built_in_one_none(folder):
     assert make_plan(replace(own, data="builtin:network")).job.judge is None
     judged = make_plan(replace(own, judge="model", reward_model="model"))
     assert judged.phases["score"]["judge"] == 4 * (LLAMA - VOCABULARY * WIDTH + WIDTH)
-    assert not any("taken to be" in sentence for sentence in judged.said)
+    assert not any("doesn't exist yet" in sentence for sentence in judged.notes)
 
 
 def test_the_models_among_the_rewards_take_memory_and_time_and_nothing_else_does(folder):
@@ -965,15 +963,12 @@ def test_the_models_among_the_rewards_take_memory_and_time_and_nothing_else_does
     assert without.job.reward.parameters == without.job.reward.row_flops == 0
     assert (
         without.phases["score"]["reward model"] == 0
-        and "What mine.py:f takes for itself isn't counted." in without.said
+        and "Memory and time of mine.py:f aren't included." in without.notes
     )
     one = make_plan(replace(own, rewards=("0.5*model", "rule:length")))
     two = make_plan(replace(own, rewards=("0.5*model", "./model")))
     assert [plan.job.reward.parameters for plan in (one, two)] == [size, 2 * size]
-    assert any(
-        "a step then takes as long as the rollout or as the rest" in told
-        for told in make_plan(replace(own, staleness=1)).said
-    )
+    assert any("With staleness" in told for told in make_plan(replace(own, staleness=1)).notes)
     elsewhere = make_plan(replace(own, rewards=("0.5*model",), rollout="ray://auto", reward_workers=1))
     assert elsewhere.job.reward.parameters == 0
     assert two.job.reward.row_flops == 2 * one.job.reward.row_flops > 0

@@ -6,26 +6,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import scripts
 from reinforcepp.errors import RolloutError
-from reinforcepp.plan.pool import Conditions, SimulatedPool
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady, WorkQueue, dispatch, dispatch_to_all
+
+pool = scripts.benchmark("scaling.pool")
+Conditions, SimulatedPool = pool.Conditions, pool.SimulatedPool
 
 
 class Simulated(SimulatedPool):
     """Workers that take a while per chunk and die in the middle of some; lost ones are replaced, and some join late."""
 
     def __init__(self, workers: int, *, deaths: float = 0.0, seed: int = 0, joining: int = 0) -> None:
-        super().__init__(workers, lambda indices: self._draw.expovariate(0.1), Conditions(start_seconds=5.0), seed)
+        super().__init__(workers, lambda indices: self._random.expovariate(0.1), Conditions(start_seconds=5.0), seed)
         self.deaths = deaths
         self.submitted: list[int] = []
         for _ in range(joining):
-            self.later(self._draw.uniform(0, 20), "joins", -1)
+            self.schedule(self._random.uniform(0, 20), "joins", -1)
 
     def submit(self, worker, indices):
         super().submit(worker, indices)
         self.submitted += indices
-        if self._draw.random() < self.deaths:
-            self.later(0.0, "is lost", worker)
+        if self._random.random() < self.deaths:
+            self.schedule(0.0, "is lost", worker)
 
 
 @settings(deadline=None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from reinforcepp.config.data_spec import listed
 from reinforcepp.errors import ConfigError, nearest
@@ -136,7 +136,8 @@ class _AcceptsOldNames(type):
     """
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
-        return super().__call__(*args, **rename_settings(settings))
+        known = {field.name for field in fields(cast(Any, cls))}
+        return super().__call__(*args, **rename_settings(settings, known))
 
 
 class Config(metaclass=_AcceptsOldNames):

@@ -6,26 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reinforcepp.config.accelerators import DeviceName
-from reinforcepp.config.base import FilledStr, NonNegativeInt, PositiveFloat, PositiveInt
-from reinforcepp.config.reinforce import RAY
+from reinforcepp.config.base import FilledStr, NonNegativeInt, PositiveFloat
 from reinforcepp.config.training import TrainConfig
 from reinforcepp.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """Estimate, before a model is loaded, whether a training fits into memory and how long a step takes."""
+    """Estimate, before a model is loaded, whether a training fits into memory of one node and how long a step takes."""
 
     gpus: NonNegativeInt | None = None
-    """GPUs per node; 0 is the CPU. Default: those of this node, 1 with a named device"""
-    nodes: PositiveInt | None = None
-    """Nodes; also estimates fewer. With ray:// the nodes of the pool. Default: 1"""
-    trainers: PositiveInt = 1
-    """Training devices if a pool generates, one process each"""
+    """GPUs that train; 0 is the CPU. Default: those of this node, 1 with a named device"""
     fsdp: bool = False
     """Shard weights, gradients and optimizer state over the GPUs (FSDP2)"""
-    network_gbps: PositiveFloat = 400.0
-    """Bandwidth between two nodes over all adapters, in Gbit/s"""
     mean_new_tokens: float | None = None
     """Mean completion length for time, in tokens; default: max_new_tokens"""
     lengths_from: FilledStr | None = None
@@ -44,29 +37,18 @@ class PlanConfig(TrainConfig):
             )
         if self.device not in ("auto", "cpu") and self.gpus == 0:
             raise ConfigError(f"gpus: device {self.device} is a GPU, but gpus is 0. Omit gpus, or set it to 1 or more.")
-        self._check_sharing()
+        self._check_ranks()
         self._check_lengths()
 
-    @property
-    def pooled(self) -> bool:
-        """Whether a pool of other devices than the training devices generates."""
-        return self.rollout.startswith(RAY)
+    def _check_ranks(self) -> None:
+        self._check_shares(max(1, self.gpus or 1), "GPUs")
 
-    def _check_sharing(self) -> None:
-        if self.trainers > 1 and not self.pooled:
+    def _check_shares(self, ranks: int, title: str) -> None:
+        if ranks > self.batch_size:
             raise ConfigError(
-                f"trainers: {self.trainers} is only for a pool. Add --rollout ray://..., or omit trainers to train on all GPUs."
+                f"batch_size: {self.batch_size} can't be shared by {ranks} {title}, because each needs at least one prompt. "
+                "Raise batch_size or use fewer GPUs."
             )
-        devices = self.trainers if self.pooled else (self.nodes or 1) * max(1, self.gpus or 1)
-        if devices > self.batch_size:
-            spread = (self.nodes or 1) > 1 and not self.pooled
-            of = f"{self.nodes} nodes x {self.gpus or 1}" if spread else f"{devices}"
-            raise ConfigError(
-                f"batch_size: {self.batch_size} can't be shared by {of} GPUs, because each needs at least one prompt. Raise "
-                "batch_size or use fewer GPUs."
-            )
-        if self.fsdp and self.pooled and self.trainers == 1:
-            raise ConfigError("fsdp needs several training devices. Set trainers to 2 or more, or omit fsdp.")
         if self.fsdp and self.offload_optimizer:
             raise ConfigError("offload_optimizer doesn't work with fsdp, which shards the weights. Remove one.")
 

@@ -1,7 +1,7 @@
-"""Bytes of each part of a training on one device, in each phase of a step: arithmetic on shapes and settings.
+"""Bytes of each part of a training on one device, by phase of a step: arithmetic on shapes and settings.
 
-A phase holds what stands all the time (weights, AdamW's moments, reference, reward model, critic) and what it needs for
-itself. The peak of a training is that of its largest phase.
+A phase holds the static memory (weights, AdamW's moments, reference, reward model, critic) and its own tensors. The peak of a
+training is that of its largest phase.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.logprobs import BLOCK_BYTES, CHUNK_BYTES
-from reinforcepp.plan.shapes import Body, Pass, Shape, Size
+from reinforcepp.plan.model_costs import FrozenModel, Pass, RowSize, TrainedModel
 from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 from reinforcepp.rollout.kv_cache import SPARE_TOKENS
 from reinforcepp.rollout.selection import EngineName
@@ -22,78 +22,78 @@ from reinforcepp.training.evaluation import BATCH as EVALUATION_ROWS
 
 MIB = 1 << 20
 LIBRARIES = {"cpu": 480 * MIB, "gpu": 600 * MIB}
-"""Python, torch, transformers and the rest before any model; on a GPU the context and the libraries' own buffers."""
+"""Python, torch, transformers and others before any model; on a GPU the CUDA context and the libraries' buffers."""
 VLLM = {"cpu": 220 * MIB, "gpu": 0}
-"""What vLLM adds to them."""
+"""Bytes that vLLM adds to the libraries."""
 ALLOCATOR = {"cpu": 0.3, "gpu": 0.05}
-"""Of what is made and freed in every step, the share that is held beside it because freed blocks have the wrong size.
+"""Overhead of the allocator: a fraction of the bytes that every step allocates and frees.
 
-On a CPU glibc's allocator can't give a freed block to a request of the same size where it has to be aligned, as tensors
-are, before 2.38; benchmarks/planner.py fits the share. On a GPU it is a guess.
+Before version 2.38, glibc can't reuse a freed block for an aligned request of the same size, and tensors are aligned.
+benchmarks/planner.py fits the fraction for CPUs. The one for GPUs is a guess.
 """
 UNBOUNDED = 1 << 62
 FLOAT = 4
-MOMENTS = 2 * FLOAT  # AdamW's two, for each weight
+MOMENTS = 2 * FLOAT  # AdamW has two float32 moments per weight.
 
 Parts = Mapping[str, float]
-"""Bytes by the name of what takes them."""
+"""Bytes by the name of the part."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training, as far as its memory and its time depend on anything but the settings of its batches."""
+    """Everything that memory and time of a training depend on except its batch settings."""
 
-    policy: Shape
-    reward: Body
-    critic: Shape | None
-    judge: Body | None
-    size: Size
+    policy: TrainedModel
+    reward: FrozenModel
+    critic: TrainedModel | None
+    judge: FrozenModel | None
+    size: RowSize
     dtype: torch.dtype
     engine: EngineName
     gpus: int
-    """Of all machines; 0 for a CPU."""
+    """GPUs of all nodes; 0 for a CPU."""
     offload: bool = False
-    """What AdamW needs is in main memory, and the policy's on a GPU."""
-    ahead: int = 0
-    """Copies of the policy for steps whose completions are generated while others are trained on."""
+    """Whether the optimizer's tensors are in CPU memory while the policy is on a GPU."""
+    rollout_copies: int = 0
+    """Copies of the policy for asynchronous rollouts."""
     ranks: int = 1
-    """Devices that train together."""
+    """Data-parallel ranks."""
     sharded: bool = False
-    """Each has a part of what is learnt, and all of what is only asked."""
+    """Whether ranks shard everything that is trained. Frozen models are whole on every rank."""
 
     @property
-    def place(self) -> str:
-        """Which of the constants above hold."""
+    def device_kind(self) -> str:
+        """Key of the constants above."""
         return "gpu" if self.gpus else "cpu"
 
     @property
-    def narrow(self) -> bool:
-        """Whether weights are learnt in float32 beside those that the model computes with."""
+    def has_masters(self) -> bool:
+        """Whether float32 masters are separate from the weights that the model computes with."""
         return self.dtype != torch.float32
 
     @property
-    def learners(self) -> list[Shape]:
+    def learners(self) -> list[TrainedModel]:
         """The policy, and the critic if there is one."""
         return [self.policy] + ([self.critic] if self.critic is not None else [])
 
     @property
     def shards(self) -> int:
-        """Devices that one weight that learns is spread over."""
+        """Number of ranks that share a trainable weight."""
         return self.ranks if self.sharded else 1
 
     @property
-    def gradient(self) -> float:
-        """Bytes of a weight's gradient between two passes."""
+    def gradient_bytes(self) -> float:
+        """Bytes per weight of a gradient between two passes."""
         return 0 if self.offload else FLOAT / self.shards
 
     @property
-    def master(self) -> float:
-        """Bytes of what a weight is learnt in beside what it computes in; shards are beside a whole copy, see ``Learner``."""
-        return FLOAT / self.shards * (self.narrow or self.sharded) * (not self.offload)
+    def master_bytes(self) -> float:
+        """Bytes per weight of the masters; a sharded training also has a full copy of the model, see ``Learner``."""
+        return FLOAT / self.shards * (self.has_masters or self.sharded) * (not self.offload)
 
     @property
-    def moments(self) -> float:
-        """Bytes of AdamW's two for each weight."""
+    def moment_bytes(self) -> float:
+        """Bytes per weight of AdamW's moments."""
         return 0 if self.offload else MOMENTS / self.shards
 
 
@@ -102,21 +102,21 @@ class Rows:
     """Completions on one device."""
 
     step: int
-    """Of a training step."""
+    """Per training step."""
     prompts: int
-    """Different prompts among them."""
+    """Distinct prompts per training step."""
     evaluated: int
-    """Of an evaluation."""
-    at_a_time: int
-    """Generated together, at most."""
+    """Per evaluation."""
+    concurrent: int
+    """Upper limit of completions generated at the same time."""
     micro: int
     """Per forward and backward pass."""
     passes: int
-    """Forward and backward passes of an optimiser step."""
+    """Forward and backward passes per optimizer step."""
 
     @staticmethod
     def of(config: ReinforceConfig, ranks: int) -> Rows:
-        """What one of ``ranks`` devices gets of the batches that ``config`` describes."""
+        """Return the rows of one of ``ranks`` devices."""
         ranks = max(1, ranks)
         prompts = -(-config.batch_size // ranks)
         step = prompts * config.num_generations
@@ -125,67 +125,67 @@ class Rows:
         return Rows(step, prompts, config.eval_prompts, config.rollout_batch_size, micro, -(-update // micro))
 
 
-# --- what stands all the time ---------------------------------------------------------------------------------------
+# --- static memory --------------------------------------------------------------------------------------------------
 
 
-def standing(job: Job) -> dict[str, float]:
-    """What is there from the first optimiser step on."""
+def static(job: Job) -> dict[str, float]:
+    """Return the memory in use from the first optimizer step on."""
     item, policy = job.dtype.itemsize, job.policy
     parts: dict[str, float] = {"policy": policy.stored}
-    if job.master:
-        # who cuts weights up cuts those up that don't learn, too
-        parts["float32 weights"] = job.master * (policy.parameters if job.sharded else policy.trained)
-    if job.moments:
-        parts["AdamW's moments"] = job.moments * policy.trained
-    if job.ahead:
-        parts["copies to sample"] = job.ahead * item * policy.trained
-    if not policy.adapted:  # else it is the policy without its adapter
+    if job.master_bytes:
+        # A sharding backend also shards the frozen weights of the model.
+        parts["float32 weights"] = job.master_bytes * (policy.parameters if job.sharded else policy.trained)
+    if job.moment_bytes:
+        parts["AdamW's moments"] = job.moment_bytes * policy.trained
+    if job.rollout_copies:
+        parts["copies to sample"] = job.rollout_copies * item * policy.trained
+    if not policy.adapted:  # With an adapter, the reference is the policy without it.
         parts["reference"] = policy.stored
     parts["reward model"] = item * job.reward.parameters
     if job.judge is not None:
         parts["judge"] = item * job.judge.parameters
     if job.critic is not None:
-        parts["critic"] = job.critic.stored + (job.master + job.moments) * job.critic.trained
+        parts["critic"] = job.critic.stored + (job.master_bytes + job.moment_bytes) * job.critic.trained
     if job.ranks > 1 and not job.sharded:
         parts["gradient buckets"] = item * sum(learner.trained for learner in job.learners)
     return parts
 
 
 def loading(job: Job) -> dict[str, float]:
-    """When the models are there and the policy is about to be cast; reward model first, reference last.
+    """Return the memory when the models are loaded and the policy is about to be cast.
 
-    Before weights are cut up every device has them twice, whole and in float32.
+    The reward model loads first, the reference last. Before weights are sharded, every device holds them twice in float32.
     """
     policy = job.policy
-    whole = FLOAT if job.sharded else job.master
+    master_bytes = FLOAT if job.sharded else job.master_bytes
     parts: dict[str, float] = {"reward model": job.dtype.itemsize * job.reward.parameters}
     if job.critic is not None:
-        parts["critic"] = job.critic.stored + whole * job.critic.trained
+        parts["critic"] = job.critic.stored + master_bytes * job.critic.trained
     if job.sharded:
-        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": whole * policy.parameters}
+        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": master_bytes * policy.parameters}
     elif policy.adapted:
         parts |= {"policy": policy.stored}
-    elif job.narrow:
-        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": whole * policy.parameters}
+    elif job.has_masters:
+        parts |= {"policy": FLOAT * policy.parameters, "float32 weights": master_bytes * policy.parameters}
     else:
         parts |= {"policy": policy.stored, "reference": policy.stored}
     return parts
 
 
-# --- what a phase needs for itself ----------------------------------------------------------------------------------
+# --- memory of single phases ----------------------------------------------------------------------------------------
 
 
 def generating(job: Job, rows: Rows) -> dict[str, float]:
-    """Rollouts of a step or of an evaluation, whichever takes more."""
+    """Return the memory of a step's or an evaluation's rollouts, whichever is larger."""
     if job.engine == "vllm":
-        return by_vllm(job, rows) if job.gpus else {}
+        return vllm_memory(job, rows) if job.gpus else {}
     if job.engine == "servers":
         return {}
     if job.engine == "ray":
         return {} if job.gpus else {"weights handed out": float(job.dtype.itemsize * job.policy.parameters)}
-    sets = [(min(rows.step, rows.at_a_time), rows.prompts)]
+    sets = [(min(rows.step, rows.concurrent), rows.prompts)]
     if rows.evaluated:
-        sets.append((min(rows.evaluated, rows.at_a_time), rows.evaluated))
+        sets.append((min(rows.evaluated, rows.concurrent), rows.evaluated))
     moments = [_prefill(job, number, prompts) for number, prompts in sets]
     moments += [_decoding(job, number) for number, _ in sets]
     parts = max(moments, key=total)
@@ -201,61 +201,61 @@ def _prefill(job: Job, rows: int, prompts: int) -> dict[str, float]:
 
 
 def _decoding(job: Job, rows: int) -> dict[str, float]:
-    """At the last token. The cache grows, or loses rows that have ended, a layer at a time, and that layer is held twice."""
+    """Return the memory at the last token. The cache grows and drops rows layer by layer, so one layer exists twice."""
     policy = job.policy
-    cache = rows * cache_room(job.size) * policy.cache_per_token
-    return {"key-value cache": cache * (1 + 1 / policy.layers), "logits": rows * drawing_bytes(job)}
+    cache = rows * cache_length(job.size) * policy.cache_per_token
+    return {"key-value cache": cache * (1 + 1 / policy.layers), "logits": rows * sampling_bytes(job)}
 
 
-def cache_room(size: Size) -> int:
-    """Tokens for which the transformers engine's cache has room at the end: it grows in strides."""
-    room = size.prompt + SPARE_TOKENS
-    while room < size.length - 1:  # the last token is drawn and not looked back at
-        room += SPARE_TOKENS + 1
-    return room
+def cache_length(size: RowSize) -> int:
+    """Return the tokens that the transformers engine's cache has space for at the end; it grows in strides."""
+    length = size.prompt + SPARE_TOKENS
+    while length < size.length - 1:  # The last token is sampled, but never attended to.
+        length += SPARE_TOKENS + 1
+    return length
 
 
-def drawing_bytes(job: Job) -> int:
-    """For each row that a token is drawn for: logits before and after the temperature, and which tokens occurred."""
-    copies = 2 * FLOAT + (job.dtype.itemsize if job.narrow else 0) + 1
+def sampling_bytes(job: Job) -> int:
+    """Return the bytes per sampled row: logits before and after the temperature, and a mask of the tokens seen."""
+    copies = 2 * FLOAT + (job.dtype.itemsize if job.has_masters else 0) + 1
     return copies * job.policy.vocabulary
 
 
-def by_vllm(job: Job, rows: Rows) -> dict[str, float]:
-    """The engine's own weights and its cache.
+def vllm_memory(job: Job, rows: Rows) -> dict[str, float]:
+    """Return the memory of vLLM's own weights and cache.
 
-    On a CPU the output layer has a packed copy beside it, the cache has a limit, and both are there all the time; on a GPU
-    they are only there while completions are generated.
+    On a CPU, the output layer has an additional packed copy, the cache is limited, and both stay all the time. On a GPU, they
+    exist only during rollouts.
     """
     policy = job.policy
-    sequences = policy.cache_per_token, job.size.length, rows.at_a_time
+    sequences = policy.cache_per_token, job.size.length, rows.concurrent
     cache = cache_budget(*sequences, UNBOUNDED, None if job.gpus else CPU_CACHE_CAP)
     weights = policy.parameters + (0 if job.gpus else policy.head)
     return {"vLLM's weights": job.dtype.itemsize * weights, "key-value cache": cache}
 
 
 def scoring(job: Job, rows: Rows) -> dict[str, float]:
-    """The reward model, then the reference, without gradients."""
+    """Return the memory of the forward passes of reward model and reference."""
     texts = min(SCORING_BATCH_SIZE, max(rows.step, rows.evaluated))
-    asked = max(rows.micro, min(EVALUATION_ROWS, rows.evaluated))
+    batch = max(rows.micro, min(EVALUATION_ROWS, rows.evaluated))
     moments = [{"activations": float(job.reward.score.peak.at(texts).other)}]
     if job.judge is not None:
         moments.append({"activations": float(job.judge.score.peak.at(min(SCORING_BATCH_SIZE, rows.evaluated)).other)})
     for learner in job.learners:
-        moments.append({"activations": float(learner.score.peak.at(asked).other)})
-        kept = learner.score.at_head.at(asked)
+        moments.append({"activations": float(learner.score.peak.at(batch).other)})
+        at_head = learner.score.at_head.at(batch)
         moments.append(
-            {"activations": kept, "logits": chunk_bytes(job, learner, asked) + block_bytes(job, learner, asked)}
+            {"activations": at_head, "logits": chunk_bytes(job, learner, batch) + block_bytes(job, learner, batch)}
         )
     return max(moments, key=total)
 
 
 def training(job: Job, rows: Rows) -> dict[str, float]:
-    """The forward and backward pass with the most alive: policy first, then the critic, over each micro-batch."""
+    """Return the largest memory of a forward and backward pass: policy first, then critic, for each micro-batch."""
     moments = []
-    whole = [job.gradient * learner.trained for learner in job.learners]
-    for place, learner in enumerate(job.learners):
-        before, others = sum(whole[:place]), sum(whole) - whole[place]
+    gradients = [job.gradient_bytes * learner.trained for learner in job.learners]
+    for index, learner in enumerate(job.learners):
+        before, others = sum(gradients[:index]), sum(gradients) - gradients[index]
         moments.append(_with_gradients(job, learner, learner.first, rows.micro, before))
         if rows.passes > 1:
             moments.append(_with_gradients(job, learner, learner.later, rows.micro, others))
@@ -263,9 +263,10 @@ def training(job: Job, rows: Rows) -> dict[str, float]:
 
 
 def gathered(job: Job) -> dict[str, float]:
-    """Shards of which a pass needs the whole: a layer at work and the next, embeddings and output, and a layer's gradient.
+    """Return the memory of weights that a sharded pass gathers.
 
-    The gradient is there as the model computes it and, to be added up, in float32.
+    These are the current layer and the next one, embeddings and output layer, and one layer's gradient in the compute dtype and
+    in float32.
     """
     if not job.sharded:
         return {}
@@ -278,24 +279,24 @@ def gathered(job: Job) -> dict[str, float]:
     return {"gathered weights": max(sizes)}
 
 
-def _with_gradients(job: Job, learner: Shape, one: Pass, rows: int, others: float) -> dict[str, float]:
-    """A pass of ``learner`` while the other learner has ``others`` bytes of gradients."""
+def _with_gradients(job: Job, learner: TrainedModel, one: Pass, rows: int, others: float) -> dict[str, float]:
+    """Return the memory of a pass of ``learner`` while the other learner has ``others`` bytes of gradients."""
     gradients, other = one.peak.at(rows)
     alive = {"gradients": gradients + others, "activations": float(other), "logits": 0.0}
-    if not learner.logits_apart:  # they are among the activations, but for a critic, which has none
+    if not learner.separate_logits:  # The activations include the logits. A critic has none.
         return alive | {"logits": float(block_bytes(job, learner, rows)) if learner.vocabulary > 1 else 0.0}
     logits, head = logits_bytes(job, learner, rows)
-    kept = one.at_head.at(rows) + head
-    at_head = {"gradients": one.at_head.gradients + others, "activations": kept, "logits": logits}
+    activations = one.at_head.at(rows) + head
+    at_head = {"gradients": one.at_head.gradients + others, "activations": activations, "logits": logits}
     return max(alive, at_head, key=total)
 
 
-def logits_bytes(job: Job, learner: Shape, rows: int) -> tuple[float, float]:
-    """At the most: bytes of logits and their gradients in the backward pass, and of the output layer's gradient.
+def logits_bytes(job: Job, learner: TrainedModel, rows: int) -> tuple[float, float]:
+    """Return the largest bytes of logits with their gradients in the backward pass, and of the output layer's gradient.
 
-    Logits that fit into a chunk are kept; else they are computed again chunk by chunk, and the output layer's gradient of
-    one chunk is added to that of those before. Either logits, gradient and blocks in float32 are there, or the gradient
-    and what becomes of it.
+    Logits that fit into one chunk are kept. Otherwise the backward pass recomputes them chunk by chunk, and adds a chunk's
+    gradient of the output layer to that of the chunks before. At any time, the memory holds either logits, their gradient, and
+    float32 blocks, or the gradient of the logits and its product with the hidden states.
     """
     chunk = chunk_bytes(job, learner, rows)
     chunks = -(-rows * job.size.new * learner.vocabulary * job.dtype.itemsize // chunk) if chunk else 1
@@ -305,39 +306,42 @@ def logits_bytes(job: Job, learner: Shape, rows: int) -> tuple[float, float]:
     return max(softmax, product, key=sum)
 
 
-def chunk_bytes(job: Job, learner: Shape, rows: int) -> int:
-    """Logits that are there at a time, in the model's own dtype."""
-    if not learner.logits_apart:
+def chunk_bytes(job: Job, learner: TrainedModel, rows: int) -> int:
+    """Return the bytes of a chunk of logits in the compute dtype."""
+    if not learner.separate_logits:
         return 0
     row = learner.vocabulary * job.dtype.itemsize
     return min(rows * job.size.new, max(1, CHUNK_BYTES // row)) * row
 
 
-def block_bytes(job: Job, learner: Shape, rows: int) -> int:
-    """Probabilities, and logits where they aren't there already, in float32 that softmax works on at a time."""
+def block_bytes(job: Job, learner: TrainedModel, rows: int) -> int:
+    """Return the bytes of a float32 block of softmax: probabilities, and logits unless they are float32 already."""
     row = FLOAT * learner.vocabulary
     limit = CHUNK_BYTES if job.gpus else BLOCK_BYTES["cpu"]
-    return (1 + job.narrow) * min(rows * job.size.new, max(1, limit // row)) * row
+    return (1 + job.has_masters) * min(rows * job.size.new, max(1, limit // row)) * row
 
 
 def stepping(job: Job) -> dict[str, float]:
-    """AdamW has all gradients and works in place."""
-    return {"gradients": float(job.gradient * sum(learner.trained for learner in job.learners))}
+    """Return the memory of AdamW's step, which holds all gradients and works in place."""
+    return {"gradients": float(job.gradient_bytes * sum(learner.trained for learner in job.learners))}
 
 
 def saving(job: Job) -> dict[str, float]:
-    """A checkpoint copies one learner's optimiser to main memory before it is written; of a GPU it takes nothing."""
+    """Return the memory of a checkpoint, which first copies one learner's optimizer to CPU memory."""
     if job.gpus:
         return {}
-    copied = MOMENTS + FLOAT * job.narrow
+    copied = MOMENTS + FLOAT * job.has_masters
     return {"checkpoint copies": float(copied * max(learner.trained for learner in job.learners))}
 
 
 def batch_bytes(job: Job, rows: Rows) -> float:
-    """The rollout batch: five tensors, advantages and returns, their float64 steps, and on a CPU Python's own numbers."""
+    """Return the bytes of the rollout batch.
+
+    It holds five tensors, advantages and returns with their float64 intermediates, and on a CPU also Python's numbers.
+    """
     per_token = 7 * FLOAT + 3 * 8
     if not job.gpus:
-        per_token += 2 * 8 + 32 + 24  # two tuples of pointers to an int and a float
+        per_token += 2 * 8 + 32 + 24  # Two tuples of pointers, to an int and to a float.
     return float(rows.step * job.size.new * per_token)
 
 
@@ -365,27 +369,28 @@ PARTS = (
     "allocator",
     "libraries",
 )
-"""In the order in which they are told."""
+"""Names of the parts in the order of the report, and keys of its JSON."""
 
 
 def phases(job: Job, rows: Rows) -> dict[str, dict[str, float]]:
-    """The parts of each phase. What generates ahead of time has its own all the time."""
-    libraries = {"libraries": float(LIBRARIES[job.place] + (VLLM[job.place] if job.engine == "vllm" else 0))}
-    engine = by_vllm(job, rows) if job.engine == "vllm" and not job.gpus else {}
-    stands = libraries | standing(job) | engine | {"rollout batch": batch_bytes(job, rows)}
+    """Return the parts of each phase. Asynchronous rollouts add those of the rollout to every other phase."""
+    libraries = {
+        "libraries": float(LIBRARIES[job.device_kind] + (VLLM[job.device_kind] if job.engine == "vllm" else 0))
+    }
+    engine = vllm_memory(job, rows) if job.engine == "vllm" and not job.gpus else {}
+    always = libraries | static(job) | engine | {"rollout batch": batch_bytes(job, rows)}
     rollout = generating(job, rows)
     trainer = (scoring(job, rows), training(job, rows), stepping(job), saving(job))
-    own = (rollout, *(_together(rollout, parts) if job.ahead else parts for parts in trainer))
-    share = ALLOCATOR[job.place]
-    later = [stands | parts | {"allocator": share * total(parts)} for parts in own]
+    own = (rollout, *(_sum(rollout, parts) if job.rollout_copies else parts for parts in trainer))
+    overhead = ALLOCATOR[job.device_kind]
+    later = [always | parts | {"allocator": overhead * total(parts)} for parts in own]
     return dict(zip(PHASES, [libraries | loading(job) | engine, *later], strict=True))
 
 
-def _together(one: Parts, other: Parts) -> dict[str, float]:
-    """The parts of two phases at the same time."""
+def _sum(one: Parts, other: Parts) -> dict[str, float]:
     return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in one.keys() | other.keys()}
 
 
 def total(parts: Parts) -> float:
-    """Bytes of all parts."""
+    """Return the bytes of all parts."""
     return sum(parts.values())

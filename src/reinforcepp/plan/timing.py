@@ -1,50 +1,61 @@
-"""Seconds of a training step by its phases: operations over the rate of products, or bytes over that of memory.
+"""Seconds of a training step by phase, from a roofline: FLOPs over peak FLOP/s, or bytes over memory bandwidth.
 
-A roofline: what the machine could do, times the share of it that a pass of this kind reaches.
+Each rate is multiplied by the utilization that passes of its kind reach.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from reinforcepp.config import ReinforceConfig
+from reinforcepp.config import PlanConfig, ReinforceConfig
+from reinforcepp.config.accelerators import ACCELERATORS
+from reinforcepp.plan.device import Device, Rates
 from reinforcepp.plan.lengths import Floats, Lengths
-from reinforcepp.plan.machine import Rates
 from reinforcepp.plan.memory import FLOAT, MOMENTS, Job, Rows, chunk_bytes
-from reinforcepp.plan.shapes import Shape
+from reinforcepp.plan.model_costs import TrainedModel
 from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 
 BACKWARD, FROZEN_BACKWARD = 2, 1
-"""Operations of a backward pass, in forward passes; weights that don't learn have no gradients of their own."""
-MAIN_MEMORY, LINK = 100e9, 10e9
-"""Bytes a second of a server's main memory, and between it and a GPU from memory that isn't pinned: guesses."""
+"""FLOPs of a backward pass relative to a forward pass; frozen weights need no weight gradients."""
+CPU_MEMORY_BANDWIDTH, HOST_LINK_BANDWIDTH = 100e9, 10e9
+"""Bytes/s of a server's CPU memory, and between a GPU and unpinned CPU memory. Both are guesses."""
+LINK_UTILIZATION = 0.7
+"""Fraction of the links' bandwidth that collectives reach: a guess."""
+PCIE_BANDWIDTH = 32e9
+"""Bytes/s between the GPUs of a node if their link isn't known: PCIe 4, 16 lanes, one direction."""
+
+Gather = Callable[[float], float]
+"""Seconds to all-gather a number of bytes of which each device holds an equal part; a reduce-scatter takes the same."""
 
 
-class Shares(NamedTuple):
-    """Of the rates of large products and of reading memory, what a training reaches, and seconds of a call of the library."""
+class Utilization(NamedTuple):
+    """Fractions of the peak rates that a training reaches, and the overhead of library calls in seconds."""
 
     products: float
-    """In passes over whole rows."""
+    """Of peak FLOP/s, in passes over whole rows."""
     decoding: float
-    """In products with one token of each row."""
+    """Of peak FLOP/s, in passes over one token per row."""
     reading: float
+    """Of memory bandwidth."""
     call: float
-    """Python's and torch's own time where one token of each row goes through the model; transformers makes thousands."""
+    """Overhead of Python and torch per call in a pass over one token per row; transformers makes thousands of calls."""
     pass_call: float
-    """The same with whole rows."""
+    """Overhead per call in a pass over whole rows."""
 
 
-# Of rates measured as large products and long reads: fitted by benchmarks/scaling.py on one core.
-# Of a data sheet's: the training of Llama 3 reached 38 to 43 % of the products (arXiv 2407.21783, section 3.3); all else is a
-# guess.
-OF_MEASURED, OF_SHEET = Shares(0.84, 0.45, 0.38, 20e-6, 60e-6), Shares(0.4, 0.4, 0.6, 10e-6, 10e-6)
+# The first is relative to rates measured by large products and long reads, fitted by benchmarks/scaling.py on one core. The
+# second is relative to data sheets: the training of Llama 3 reached 38% to 43% of peak FLOP/s (arXiv 2407.21783, section 3.3),
+# and the other numbers are guesses.
+UTILIZATION_OF_MEASURED = Utilization(0.84, 0.45, 0.38, 20e-6, 60e-6)
+UTILIZATION_OF_DATA_SHEET = Utilization(0.4, 0.4, 0.6, 10e-6, 10e-6)
 
 
 class Speeds(NamedTuple):
-    """What is done in a second, and the seconds of a call, as in ``Shares``."""
+    """Achieved rates per second and call overheads in seconds; the fields are those of :class:`Utilization`."""
 
     products: float
     decoding: float
@@ -53,15 +64,43 @@ class Speeds(NamedTuple):
     pass_call: float = 0.0
 
 
-def reached(rates: Rates, shares: Shares | None = None) -> Speeds:
-    """What a training reaches of ``rates``."""
-    of = shares or (OF_MEASURED if rates.measured else OF_SHEET)
-    operations = rates.operations
-    return Speeds(of.products * operations, of.decoding * operations, of.reading * rates.bytes, of.call, of.pass_call)
+def achieved(rates: Rates, utilization: Utilization | None = None) -> Speeds:
+    """Return what a training achieves of peak ``rates``."""
+    of = utilization or (UTILIZATION_OF_MEASURED if rates.measured else UTILIZATION_OF_DATA_SHEET)
+    return Speeds(of.products * rates.flops, of.decoding * rates.flops, of.reading * rates.bytes, of.call, of.pass_call)
+
+
+# --- a step ---------------------------------------------------------------------------------------------------------
+
+
+def node_seconds(job: Job, rows: Rows, config: PlanConfig, device: Device, lengths: Lengths) -> dict[str, float] | None:
+    """Return the seconds of a step on one node by phase, or None if the device's rates aren't known."""
+    if device.rates is None:
+        return None
+    gather = node_gather(config, max(1, device.gpus))
+    return parallel_step_seconds(job, rows, config, achieved(device.rates), lengths, gather)
+
+
+def parallel_step_seconds(
+    job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, lengths: Lengths, gather: Gather
+) -> dict[str, float]:
+    """Return the seconds of a step by phase, including stragglers ("waiting"), communication, and weight transfer."""
+    local = step_seconds(job, rows, config, speeds, lengths)
+    elsewhere = job.engine in ("servers", "ray")
+    # Links transfer gradients while passes compute.
+    hidden = pass_seconds(job, rows, config, speeds, lengths)
+    return {
+        "rollout": 0.0 if elsewhere else local["rollout"],
+        "waiting": 0.0 if elsewhere else straggler_seconds(job, rows, speeds, lengths),
+        "scoring": local["scoring"],
+        "update": local["update"],
+        "exchange": max(0.0, communication_seconds(job, rows, config, gather) - hidden),
+        "sync": weight_transfer_seconds(job, speeds, gather),
+    }
 
 
 def step_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, lengths: Lengths) -> dict[str, float]:
-    """Rollout, scoring and update of one step, on the device with the most rows."""
+    """Return the seconds of rollout, scoring, and update on the device with the most rows."""
     return {
         "rollout": rollout_seconds(job, rows, speeds, lengths),
         "scoring": scoring_seconds(job, rows, config, speeds, lengths),
@@ -70,135 +109,188 @@ def step_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, 
 
 
 def scoring_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, lengths: Lengths) -> float:
-    """Forward passes of the reward model, whose rows are padded to the longest, and of those that give log-probabilities."""
+    """Return the seconds of forward passes of the reward model, which pads rows to the longest, and for log-probabilities."""
     padded = lengths.longest(min(rows.step, SCORING_BATCH_SIZE))
-    rewards = answered_share(job, padded) * rewarding_operations(job, rows)
-    asked = answered_share(job, lengths.mean) * asking_operations(job, rows, config)
-    models = 1 + (not on_policy(job, config)) + (job.critic is not None)
+    rewards = length_fraction(job, padded) * reward_flops(job, rows)
+    logprobs = length_fraction(job, lengths.mean) * logprob_flops(job, rows, config)
+    models = 1 + (not reuses_sampling_logprobs(job, config)) + (job.critic is not None)
     passes = -(-rows.step // SCORING_BATCH_SIZE) * (job.reward.parameters > 0) + models * -(-rows.step // rows.micro)
-    return _with_calls(job, (rewards + asked) / speeds.products, speeds.pass_call * passes * job.policy.token_calls)
+    return _with_calls(job, (rewards + logprobs) / speeds.products, speeds.pass_call * passes * job.policy.token_calls)
 
 
 def pass_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, lengths: Lengths) -> float:
-    """Forward and backward passes of an update; rows of similar length are together, so hardly anything is padding."""
-    work = answered_share(job, lengths.mean) * update_operations(job, rows, config) / speeds.products
-    forward = config.updates_per_step * rows.passes * sum(_passes(learner, config) for learner in job.learners)
+    """Return the seconds of an update's passes. Micro-batches have rows of similar length, so padding is negligible."""
+    work = length_fraction(job, lengths.mean) * update_flops(job, rows, config) / speeds.products
+    forward = config.updates_per_step * rows.passes * sum(_forward_passes(learner, config) for learner in job.learners)
     return _with_calls(job, work, speeds.pass_call * forward * job.policy.token_calls)
 
 
 def _with_calls(job: Job, work: float, calls: float) -> float:
-    """A GPU works while the next calls are prepared, a CPU can't."""
+    """Combine the seconds of work and call overhead: on a GPU they overlap, on a CPU they add up."""
     return max(work, calls) if job.gpus else work + calls
 
 
-def answered_share(job: Job, new: float) -> float:
-    """Tokens of a row with so many ``new`` ones, over what they can be at the most."""
+def length_fraction(job: Job, new: float) -> float:
+    """Return the tokens of a row with ``new`` completion tokens relative to the longest possible row."""
     return (job.size.prompt + new) / job.size.length
 
 
+# --- rollout --------------------------------------------------------------------------------------------------------
+
+
 def rollout_seconds(job: Job, rows: Rows, speeds: Speeds, lengths: Lengths) -> float:
-    """Prompts once, then a token of each completion at a time, until the longest that are generated together has ended."""
-    answers = sum(batch_seconds(job, number, speeds, lengths) for number in batches(rows))
-    return answers + prompt_seconds(job, rows.prompts, speeds)
+    """Return the seconds to prefill the prompts and decode all batches, each until its longest completion has finished."""
+    decoding = sum(batch_seconds(job, number, speeds, lengths) for number in batches(rows))
+    return decoding + prompt_seconds(job, rows.prompts, speeds)
 
 
-def waiting_seconds(job: Job, rows: Rows, speeds: Speeds, lengths: Lengths) -> float:
-    """How much longer the device takes whose completions are the longest of all; the others wait.
+def straggler_seconds(job: Job, rows: Rows, speeds: Speeds, lengths: Lengths) -> float:
+    """Return the expected seconds that the slowest rank takes longer than the average rank.
 
-    Lengths are independent, so between devices several batches in a row differ by the root of their number times what one
-    of them does.
+    Lengths are independent, so the difference between ranks grows with the square root of the number of batches.
     """
-    number = min(rows.step, rows.at_a_time)
-    last_T = lengths.any_of(number * job.ranks) - lengths.any_of(number)
+    number = min(rows.step, rows.concurrent)
+    last_T = lengths.any_active(number * job.ranks) - lengths.any_active(number)
     alone = float((last_T * token_seconds(job, np.ones_like(last_T), speeds)).sum())
     return alone * math.sqrt(len(batches(rows)))
 
 
 def batches(rows: Rows) -> list[int]:
-    """How many completions are generated together, one batch after the other."""
-    whole, left = divmod(rows.step, rows.at_a_time)
-    return [rows.at_a_time] * whole + [left] * (left > 0)
+    """Return the sizes of the batches that are generated one after another."""
+    full, rest = divmod(rows.step, rows.concurrent)
+    return [rows.concurrent] * full + [rest] * (rest > 0)
 
 
 def prompt_seconds(job: Job, prompts: int, speeds: Speeds) -> float:
-    """Different prompts before the first token."""
+    """Return the seconds to prefill ``prompts`` distinct prompts."""
     return prompts * (job.policy.prompt_flops + 2 * job.policy.head) / speeds.products
 
 
 def batch_seconds(job: Job, number: int, speeds: Speeds, lengths: Lengths) -> float:
-    """Expected seconds of so many completions that are generated together."""
-    any_T = lengths.any_of(number)
-    going_T = number * lengths.going_T / np.maximum(any_T, np.finfo(float).tiny)
-    return float((any_T * token_seconds(job, going_T, speeds)).sum())
+    """Return the expected seconds to decode ``number`` completions together."""
+    any_T = lengths.any_active(number)
+    active_T = number * lengths.active_T / np.maximum(any_T, np.finfo(float).tiny)
+    return float((any_T * token_seconds(job, active_T, speeds)).sum())
 
 
-def token_seconds(job: Job, going_T: Floats, speeds: Speeds) -> Floats:
-    """Seconds for one more token of each of ``going_T`` completions, at each place of them from the first on.
+def token_seconds(job: Job, active_T: Floats, speeds: Speeds) -> Floats:
+    """Return the seconds per position to decode one token of each of ``active_T`` completions.
 
-    Weights are read once for all of them, keys and values for each.
+    A pass reads the weights once, and the KV cache of every completion.
     """
     policy = job.policy
     weights = job.dtype.itemsize * policy.packed or policy.stored
-    context_T = job.size.prompt + np.arange(len(going_T)) + 0.5
-    read_T = (weights + going_T * context_T * policy.cache_per_token) / speeds.reading
-    work_T = np.maximum(read_T, going_T * policy.token_flops / speeds.decoding)
+    context_T = job.size.prompt + np.arange(len(active_T)) + 0.5
+    read_T = (weights + active_T * context_T * policy.cache_per_token) / speeds.reading
+    work_T = np.maximum(read_T, active_T * policy.token_flops / speeds.decoding)
     calls = speeds.call * policy.token_calls if job.engine == "transformers" else 0.0
     seconds_T: Floats = np.maximum(work_T, calls) if job.gpus else work_T + calls
     return seconds_T
 
 
-def answer_operations(learner: Shape, new: int) -> float:
-    """Forward pass of one row, with logits of the completion alone where they are computed apart."""
-    return learner.row_flops + (2 * learner.head * new if learner.logits_apart else 0)
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
 
 
-def rewarding_operations(job: Job, rows: Rows) -> float:
-    """Of the reward model."""
+def forward_flops(learner: TrainedModel, new: int) -> float:
+    """Return the FLOPs of a forward pass of one row; separate logits are those of the completion only."""
+    return learner.row_flops + (2 * learner.head * new if learner.separate_logits else 0)
+
+
+def reward_flops(job: Job, rows: Rows) -> float:
+    """Return the FLOPs of the reward model per step."""
     return float(rows.step * job.reward.row_flops)
 
 
-def asking_operations(job: Job, rows: Rows, config: ReinforceConfig) -> float:
-    """Of the reference, the policy where the update doesn't give its log-probabilities, and the critic."""
-    own = answer_operations(job.policy, job.size.new)
-    asked = own if on_policy(job, config) else 2 * own
-    return rows.step * (asked + (job.critic.row_flops if job.critic is not None else 0))
+def logprob_flops(job: Job, rows: Rows, config: ReinforceConfig) -> float:
+    """Return the FLOPs of the reference, of the critic, and of the policy unless sampling gives its log-probabilities."""
+    forward = forward_flops(job.policy, job.size.new)
+    models = forward if reuses_sampling_logprobs(job, config) else 2 * forward
+    return rows.step * (models + (job.critic.row_flops if job.critic is not None else 0))
 
 
-def update_operations(job: Job, rows: Rows, config: ReinforceConfig) -> float:
-    """Forward and backward of each learner, and logits again where they were too many to be kept."""
-    total = 0.0
+def update_flops(job: Job, rows: Rows, config: ReinforceConfig) -> float:
+    """Return the FLOPs of all forward and backward passes, including logits that are recomputed."""
+    flops = 0.0
     for learner in job.learners:
-        total += _passes(learner, config) * answer_operations(learner, job.size.new)
-        kept = rows.micro * job.size.new * learner.vocabulary * job.dtype.itemsize <= chunk_bytes(
-            job, learner, rows.micro
-        )
-        if learner.logits_apart and not kept:
-            total += 2 * learner.head * job.size.new
-    return total * rows.step * config.num_iterations
+        flops += _forward_passes(learner, config) * forward_flops(learner, job.size.new)
+        logits = rows.micro * job.size.new * learner.vocabulary * job.dtype.itemsize
+        if learner.separate_logits and logits > chunk_bytes(job, learner, rows.micro):
+            flops += 2 * learner.head * job.size.new
+    return flops * rows.step * config.num_iterations
 
 
-def _passes(learner: Shape, config: ReinforceConfig) -> int:
-    """What a forward and a backward pass take, in forward passes."""
+def _forward_passes(learner: TrainedModel, config: ReinforceConfig) -> int:
+    """Return the FLOPs of a forward and a backward pass relative to a forward pass."""
     return 1 + (FROZEN_BACKWARD if learner.adapted else BACKWARD) + config.gradient_checkpointing
 
 
+def reuses_sampling_logprobs(job: Job, config: ReinforceConfig) -> bool:
+    """Return whether the update's own pass gives the log-probabilities of sampling, see ``PolicyUpdate``."""
+    shares_forward = job.engine == "transformers"
+    return shares_forward and config.learns_as_sampled and config.updates_per_step == 1
+
+
+# --- optimizer ------------------------------------------------------------------------------------------------------
+
+
 def adam_seconds(job: Job, rows: Rows, config: ReinforceConfig, reading: float) -> float:
-    """AdamW's step where its tensors are; from main memory gradients and weights have to travel."""
-    needed = adam_bytes(job, config)
+    """Return the seconds of AdamW's steps; with an offloaded optimizer, gradients and weights cross the host link."""
+    read = adam_bytes(job, config)
     if not job.offload:
-        return needed / reading
-    there_and_back = rows.passes + 1
-    carried = there_and_back * job.dtype.itemsize * sum(learner.trained for learner in job.learners)
-    return needed / MAIN_MEMORY + carried * config.updates_per_step / LINK
+        return read / reading
+    transfers = rows.passes + 1
+    transferred = transfers * job.dtype.itemsize * sum(learner.trained for learner in job.learners)
+    return read / CPU_MEMORY_BANDWIDTH + transferred * config.updates_per_step / HOST_LINK_BANDWIDTH
 
 
 def adam_bytes(job: Job, config: ReinforceConfig) -> float:
-    """AdamW reads weight, gradient and moments and writes all but the gradient, and in bfloat16 the rounded weight."""
-    each = 2 * (FLOAT + MOMENTS) + FLOAT + (job.dtype.itemsize if job.narrow else 0)
+    """Return the bytes AdamW moves: it reads weight, gradient, and moments, and writes all but the gradient.
+
+    In bfloat16 it also writes the rounded weight.
+    """
+    each = 2 * (FLOAT + MOMENTS) + FLOAT + (job.dtype.itemsize if job.has_masters else 0)
     return float(each * sum(learner.trained for learner in job.learners) / job.shards * config.updates_per_step)
 
 
-def on_policy(job: Job, config: ReinforceConfig) -> bool:
-    """Whether the update's own pass gives the log-probabilities of sampling: see ``PolicyUpdate``."""
-    own_forward = job.engine == "transformers"
-    return own_forward and config.learns_as_sampled and config.updates_per_step == 1
+# --- links ----------------------------------------------------------------------------------------------------------
+
+
+def link_bandwidth(config: PlanConfig) -> float:
+    """Return the bytes/s that each GPU receives from the others of its node."""
+    sheet = ACCELERATORS.get(config.device)
+    return LINK_UTILIZATION * (PCIE_BANDWIDTH if sheet is None else sheet.link_gigabytes_per_second * 1e9)
+
+
+def node_gather(config: PlanConfig, gpus: int) -> Gather:
+    """Return the all-gather time between the ``gpus`` of one node."""
+    return lambda size: size * (gpus - 1) / gpus / link_bandwidth(config)
+
+
+def communication_seconds(job: Job, rows: Rows, config: ReinforceConfig, gather: Gather) -> float:
+    """Return the seconds to reduce the gradients of a step, and to gather sharded weights.
+
+    Unsharded: an all-reduce is a reduce-scatter and an all-gather, in 16 bits after every pass, or in float32 once per
+    optimizer step. Sharded: each pass gathers the weights forward and backward, and reduces gradients in float32.
+    """
+    steps = config.updates_per_step
+    passes = steps * rows.passes
+    seconds = 0.0
+    for learner in job.learners:
+        if job.sharded:
+            weights = gather(job.dtype.itemsize * learner.parameters)
+            seconds += passes * (2 * weights + gather(FLOAT * learner.trained))
+        else:
+            times = passes if job.has_masters else steps
+            seconds += times * 2 * gather(job.dtype.itemsize * learner.trained)
+    return seconds
+
+
+def weight_transfer_seconds(job: Job, speeds: Speeds, gather: Gather) -> float:
+    """Return the seconds until the engine in this process has the new weights.
+
+    Shards are gathered in float32 for the copy that generates and scores. vLLM's own weights are overwritten.
+    """
+    seconds = sum(gather(FLOAT * learner.parameters) for learner in job.learners) if job.sharded else 0.0
+    if job.engine == "vllm":
+        seconds += 2 * job.dtype.itemsize * job.policy.parameters / speeds.reading
+    return seconds

@@ -1,4 +1,4 @@
-"""What a training is planned for: how much memory there is, and how fast it computes and reads."""
+"""The device that a training is planned for: its memory, and how fast it computes and reads."""
 
 from __future__ import annotations
 
@@ -22,64 +22,64 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second."""
+    """Peak rates of a device per second."""
 
-    operations: float
-    """Floating-point operations of large matrix products."""
+    flops: float
+    """FLOPs of large matrix products."""
     bytes: float
-    """Read from memory."""
+    """Bytes read from memory."""
     measured: bool
-    """On this machine, just now; else from a data sheet."""
+    """Whether they were measured on this node just now; otherwise they are from a data sheet."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """One device out of ``gpus``, or the CPU."""
+class Device:
+    """A GPU of a node that has ``gpus`` of them, or the CPU."""
 
     title: str
     gpus: int
     memory: float
     """Bytes of one device."""
     rates: Rates | None
-    """None where nothing is known but the memory."""
+    """None if only the memory is known."""
 
 
-def machine_for(config: PlanConfig, dtype: torch.dtype) -> Machine:
-    """What ``config`` means.
+def device_for(config: PlanConfig, dtype: torch.dtype) -> Device:
+    """Return the device that ``config`` names.
 
     Raises:
-        ConfigError: GPUs are wanted, this machine has none, and nothing says how large they are.
+        ConfigError: the plan is for GPUs, this node has none, and their memory isn't given.
     """
     given = None if config.gpu_memory is None else config.gpu_memory * GIB
     if config.device in ACCELERATORS:
         sheet = ACCELERATORS[config.device]
         tera = sheet.bf16_tflops if dtype == torch.bfloat16 else sheet.float32_tflops
         rates = Rates(tera * 1e12, sheet.gigabytes_per_second * 1e9, measured=False)
-        return Machine(sheet.title, config.gpus or 1, given or sheet.gigabytes * 1e9, rates)
-    here = torch.cuda.device_count()
-    gpus = 0 if config.device == "cpu" else here if config.gpus is None else config.gpus
+        return Device(sheet.title, config.gpus or 1, given or sheet.gigabytes * 1e9, rates)
+    present = torch.cuda.device_count()
+    gpus = 0 if config.device == "cpu" else present if config.gpus is None else config.gpus
     if not gpus:
-        return Machine("CPU", 0, given or main_memory(), measured("cpu", dtype))
-    if here:
+        return Device("CPU", 0, given or cpu_memory(), measured_rates("cpu", dtype))
+    if present:
         total = torch.cuda.get_device_properties(0).total_memory
-        return Machine(torch.cuda.get_device_name(0), gpus, given or total, measured("cuda", dtype))
+        return Device(torch.cuda.get_device_name(0), gpus, given or total, measured_rates("cuda", dtype))
     if given is None:
         raise ConfigError(
-            f"This machine has no GPU that could be asked, and gpus is {gpus}: say which you mean (--device h100, for "
-            "example), or how much memory each has (--gpu_memory 24)."
+            f"gpus: the plan is for {gpus}, but this node has no GPU. Name the GPU (for example --device h100), or give its "
+            "memory in GiB (--gpu_memory 24)."
         )
-    return Machine("GPU", gpus, given, None)
+    return Device("GPU", gpus, given, None)
 
 
-def main_memory() -> float:
-    """Bytes that this process may have."""
+def cpu_memory() -> float:
+    """Return the bytes of CPU memory that this process can use."""
     physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     limit = CGROUP_LIMIT.read_text(encoding="utf-8").strip() if CGROUP_LIMIT.is_file() else ""
     return min(physical, float(limit)) if limit.isdigit() else physical
 
 
-def measured(device: str, dtype: torch.dtype) -> Rates:
-    """Rates of this machine: the best of a few large products, and of reading a block that no cache holds."""
+def measured_rates(device: str, dtype: torch.dtype) -> Rates:
+    """Return the best of a few measured rates: a large matrix product, and reading a block larger than any cache."""
     size, length = (8192, GIB) if device == "cuda" else (1024, GIB // 8)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     block = torch.ones(length, dtype=torch.uint8, device=device).view(torch.int64)
@@ -88,12 +88,12 @@ def measured(device: str, dtype: torch.dtype) -> Rates:
     return Rates(2 * size**3 / product, block.nbytes / reading, measured=True)
 
 
-def _seconds(device: str, job: Callable[[], Any]) -> float:
-    job()  # the first time something is set up
+def _seconds(device: str, function: Callable[[], Any]) -> float:
+    function()  # The first call includes initialization.
     least = float("inf")
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        job()
+        function()
         if device == "cuda":
             torch.cuda.synchronize()
         least = min(least, time.perf_counter() - start)

@@ -9,15 +9,14 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from scaling_points import USUAL, save_shape
 
-from reinforcepp.config import PlanConfig
 from reinforcepp.plan import lengths, timing
 from reinforcepp.plan.command import make_plan
-from reinforcepp.plan.pool import Conditions, SimulatedPool, rounds
 from reinforcepp.plan.report import Plan
-from reinforcepp.plan.scaling import seconds_of_pieces
 from reinforcepp.types import Completion, Prompt
+from scaling.cluster import ForecastConfig, sample_lengths, seconds_of_chunks
+from scaling.points import USUAL, save_shape
+from scaling.pool import Conditions, SimulatedPool, simulate
 
 WORKERS = (1, 10, 100, 1000)
 FAILURES = (0.0, 0.1, 1.0)
@@ -38,7 +37,7 @@ def pool() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         save_shape("7B", folder)
         settings = {"model": folder, "rollout": "ray://auto", "use_peft": True}
-        plan = make_plan(PlanConfig(**(USUAL | settings)))
+        plan = make_plan(ForecastConfig(**(USUAL | settings)))
     calls = ray_calls(plan)
     rows = [
         simulated(plan, workers, failures, pieces, calls[workers])
@@ -56,14 +55,14 @@ def pool() -> dict[str, Any]:
 
 def simulated(plan: Plan, workers: int, failures: float, pieces: int, call: float) -> dict[str, Any]:
     """Throughput against the ideal, what was done again, and the driver's own load, where Ray takes ``call`` for a piece."""
-    config, rates = plan.config, plan.machine.rates
+    config, rates = plan.config, plan.device.rates
     assert rates is not None
     most = config.rollout_batch_size // config.num_generations
     number = workers * most * pieces
-    lengths_PN = lengths.lengths_for(config).draw(np.random.default_rng(workers), number)[:, None]
-    seconds_of = seconds_of_pieces(plan.job, timing.reached(rates), lengths_PN)
-    crew = SimulatedPool(workers, seconds_of, Conditions(failures, LOST_FOR, SPREAD), seed=workers)
-    found = rounds(crew, number, most, STEPS, BETWEEN)
+    lengths_PN = sample_lengths(lengths.lengths_for(config), np.random.default_rng(workers), number)[:, None]
+    seconds_of = seconds_of_chunks(plan.job, timing.achieved(rates), lengths_PN)
+    pool = SimulatedPool(workers, seconds_of, Conditions(failures, LOST_FOR, SPREAD), seed=workers)
+    found = simulate(pool, number, most, STEPS, BETWEEN)
     seconds, scheduling = sum(one.seconds for one in found), sum(one.scheduling for one in found)
     dealt = sum(one.stats.chunks for one in found)
     result = {

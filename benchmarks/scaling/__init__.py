@@ -1,0 +1,1 @@
+"""The forecast of a training step on several nodes, and the benchmark of its model (benchmarks/scaling.py)."""
