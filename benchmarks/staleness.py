@@ -117,7 +117,7 @@ def learning_part(seeds: list[int]) -> dict[str, Any]:
                 )
                 log = trainer.train()
                 curve = [
-                    {"step": at(when, trainer.num_steps), "gold": found.figures()["judge"], "kl": found.kl}
+                    {"step": at(when, trainer.num_steps), "gold": found.metrics()["judge"], "kl": found.kl}
                     for when, found in trainer.evaluations.items()
                 ]
                 rows.append(

@@ -268,7 +268,7 @@ def train(*flags: str) -> list[str]:
     return ["train", *inputs, *SMALL, "--rollout", "transformers", *flags]
 
 
-@pytest.mark.parametrize(("action", "did", "steps"), [("cut", "cut from the left", 8), ("drop", "left out", 7)])
+@pytest.mark.parametrize(("action", "did", "steps"), [("cut", "truncated from the left", 8), ("drop", "skipped", 7)])
 def test_long_prompts_are_counted_and_cut_or_dropped(place, capsys, action, did, steps):
     head, _, *rest = Path("pairs.csv").read_text(encoding="utf-8").splitlines()
     Path("pairs.csv").write_text("\n".join([head, *rest, f"{'why ' * 100},a,b"]), encoding="utf-8")
@@ -283,7 +283,7 @@ def test_long_prompts_are_counted_and_cut_or_dropped(place, capsys, action, did,
 def test_a_limit_that_no_prompt_fits_in(refused):
     assert "max_prompt_length 4" in refused("train", "--max_prompt_length", "4")
     message = refused("train", "--max_prompt_length", "4", "--long_prompts", "drop")
-    assert "Every training prompt is longer than max_prompt_length 4" in message
+    assert "max_prompt_length 4: every training prompt is longer" in message
     assert "max_length 9" in refused("reward", "--max_length", "9")
 
 

@@ -91,8 +91,8 @@ def test_the_attention_setting_applies(base, tmp_path):
     assert largest_gap(usual, eager) < 1e-4
 
 
-def test_missing_attention_packages_raise():
-    with pytest.raises(ConfigError, match="flash_attention_2 needs the package flash_attn, which isn't installed"):
+def test_attention_that_is_not_installed():
+    with pytest.raises(ConfigError, match="flash_attention_2: package flash_attn isn't installed"):
         loading(ReinforceConfig(attn_implementation="flash_attention_2"))
     assert loading(RewardModelConfig()) == {}
 

@@ -170,7 +170,7 @@ def test_held_out_answers_that_are_not_scored_have_no_part_in_the_figures(base, 
 
 def test_held_out_answers_of_which_none_is_scored_stop_the_run(base, tmp_path):
     evaluation = [{"prompt": "Why?", "graded": False}]
-    with pytest.raises(RewardError, match=r"The rewards scored none of the held-out answers.*eval_prompts 0"):
+    with pytest.raises(RewardError, match=r"rewards: no held-out completion has a score.*eval_prompts 0"):
         trainer(base, tmp_path / "run", some, evaluation=evaluation).train()
 
 

@@ -400,7 +400,7 @@ def test_a_model_and_a_plain_tokenizer_in_memory_will_do(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"train": []}, DataError, "train_dataset is empty"),
+        ({"train": []}, DataError, "train_dataset: no rows"),
         ({"train": [{"question": "x"}]}, DataError, "train_dataset:0: no text"),
         ({"reward": []}, ConfigError, "reward_funcs: empty"),
         ({"max_new_tokens": 400, "max_length": 600}, ConfigError, "context of 256"),

@@ -52,7 +52,7 @@ def print_change(trainer: ReinforceTrainer) -> None:
     if not {"before", "after"} <= set(trainer.evaluations):
         return
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]
-    metrics = before.figures(), after.figures()
+    metrics = before.metrics(), after.metrics()
     changes = [str(change) for name in ("reward", "judge") if (change := change_of(name, *metrics)) is not None]
     echo(
         f"Held-out prompts ({len(after.completions)}): {', '.join(changes)}, KL to the reference policy {after.kl:.4f} "

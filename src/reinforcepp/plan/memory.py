@@ -18,7 +18,7 @@ from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 from reinforcepp.rollout.kv_cache import SPARE_TOKENS
 from reinforcepp.rollout.selection import EngineName
 from reinforcepp.rollout.vllm.memory import CPU_CACHE_CAP, cache_budget
-from reinforcepp.training.evaluation import BATCH as EVALUATION_ROWS
+from reinforcepp.training.evaluation import SCORING_BATCH_SIZE as EVALUATION_ROWS
 
 MIB = 1 << 20
 LIBRARIES = {"cpu": 480 * MIB, "gpu": 600 * MIB}

@@ -41,7 +41,7 @@ from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard
-from reinforcepp.training.setup import encode, start_policy, warn_of_bias
+from reinforcepp.training.setup import encode, start_policy, warn_about_bias
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def build(
     rollout = "transformers" if config.load_in_4bit else config.rollout
     choice = choose_engine(rollout, model_config, dtype) if engine is None else None
     tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
-    warn_of_bias(config)
+    warn_about_bias(config)
     prompts, eval_prompts = load_prompts(tokenizer, train_dataset, eval_dataset, config)
     batches = PromptBatches(prompts, config.batch_size, config.seed)
     num_steps = config.max_steps or batches.steps_per_epoch * config.num_train_epochs
@@ -197,7 +197,7 @@ def load_prompts(
     train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")
     prompts = encode(tokenizer, train_rows, "training", config)
     if not prompts:
-        raise DataError("train_dataset is empty: give at least one row with a prompt.")
+        raise DataError("train_dataset: no rows. Give at least one row with a prompt.")
     return prompts, encode(tokenizer, eval_rows, "held-out", config)
 
 

@@ -1,4 +1,4 @@
-"""How a policy answers held-out prompts: reward, distance from the reference, length, variety."""
+"""Evaluations on held-out prompts: reward, KL to the reference policy, length, variety."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from reinforcepp.training.run_guard import Heartbeat
 
 EVALUATION_SEED = 1_000_003
-BATCH = 16
-Answers = tuple[list[Completion], list[float | None], list[float | None], list[tuple[float, int]]]
-"""Completions, their rewards, what a judge says of them, and their :func:`kl_sums`."""
+SCORING_BATCH_SIZE = 16
+RankEvaluation = tuple[list[Completion], list[float | None], list[float | None], list[tuple[float, int]]]
+"""A rank's completions, their rewards, their judge's scores, and their :func:`kl_sums`."""
 Logprobs = tuple[Tensor, Tensor]
 """``(logprobs_BT, mask_BT)`` of a batch of completions."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over the held-out prompts, one completion each, and the completions themselves.
+    """Metrics over the held-out prompts, one completion each, and the completions.
 
-    ``reward_error`` is the standard error of the mean reward; ``judge`` is what a judge that takes no part in training
-    thinks of the same answers, None without one; answers that weren't scored have no part in either. ``kl`` is the mean
-    over tokens of k3 against the reference, in nats; ``truncated`` the share cut off at the length limit;
-    ``distinct`` the number of different answers over the number of prompts; ``length`` the mean in tokens.
+    ``reward_error`` is the standard error of the mean reward. ``judge`` is the mean score of a judge that has no part in
+    training, None without a judge. Both skip completions without a score. ``kl`` is the token mean of k3 to the reference
+    policy, in nats; ``truncated`` the share of completions truncated at the length limit; ``distinct`` the number of distinct
+    responses divided by the number of prompts; ``length`` the mean number of tokens.
     """
 
     reward: float
@@ -57,13 +57,13 @@ class Evaluation:
     rewards: list[float | None]
     judgements: list[float | None] | None
 
-    def figures(self) -> dict[str, float]:
-        """The numbers alone, for a JSON file."""
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics, for a JSON file."""
         names = ("reward", "reward_error", "judge", "judge_error", "kl", "length", "truncated", "distinct")
         return {name: float(value) for name in names if (value := getattr(self, name)) is not None}
 
     def columns(self) -> dict[str, Sequence[Any]]:
-        """The answers as a table, one row each."""
+        """Return the completions as a table with one row each."""
         known = columns_of(self.completions)
         judged = {} if self.judgements is None else {"judge": self.judgements}
         first = {name: known.pop(name) for name in ("prompt", "completion")}
@@ -82,32 +82,30 @@ def evaluate(
     *,
     ranks: Ranks,
 ) -> Evaluation:
-    """Answer ``prompts`` once each and score the answers; each rank does its share, and all get the whole.
+    """Generate one completion per prompt and score it; each rank does its share, and all get the whole evaluation.
 
     Raises:
-        RewardError: if a reward function or server fails, or none of the answers is scored.
+        RewardError: a reward function or server fails, or no completion has a score.
     """
 
-    def part() -> Answers:
-        own = ranks.local_slice(prompts)
-        completions = engine.generate(own, sampling)  # without any, too: all processes may share the engine
-        scored = [None if who is None else who.score(completions).total for who in (rewards, judge)]
+    def evaluate_local() -> RankEvaluation:
+        # A rank without prompts calls the engine too, because all ranks can share it.
+        completions = engine.generate(ranks.local_slice(prompts), sampling)
+        scored = [None if scorer is None else scorer.score(completions).total for scorer in (rewards, judge)]
         kl = kl_sums(
-            answer_logprobs(policy, completions, sampling.temperature, pad_id),
-            answer_logprobs(reference, completions, sampling.temperature, pad_id),
+            completion_logprobs(policy, completions, sampling.temperature, pad_id),
+            completion_logprobs(reference, completions, sampling.temperature, pad_id),
         )
         return completions, scored[0] or [], scored[1] or [], kl
 
-    told = ranks.gather(ranks.run_or_raise_all(part))
+    parts = ranks.gather(ranks.run_or_raise_all(evaluate_local))
     completions, scores, judgements, kl = (
-        [item for one in column for item in one] for column in zip(*told, strict=True)
+        [item for part in column for item in part] for column in zip(*parts, strict=True)
     )
-    known = [[score for score in said if score is not None] for said in (scores, judgements)]
-    for who, said in zip(("rewards", "judge"), known if judge is not None else known[:1], strict=False):
-        if not said:
-            raise RewardError(
-                f"The {who} scored none of the held-out answers: with --eval_prompts 0 they aren't asked for."
-            )
+    known = [[score for score in column if score is not None] for column in (scores, judgements)]
+    for option, column in zip(("rewards", "judge"), known if judge is not None else known[:1], strict=False):
+        if not column:
+            raise RewardError(f"{option}: no held-out completion has a score. Skip evaluations with --eval_prompts 0.")
     return Evaluation(
         reward=fmean(known[0]),
         reward_error=standard_error(known[0]),
@@ -124,42 +122,42 @@ def evaluate(
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of ``values``, at least one."""
+    """Return the standard error of the mean of one or more ``values``."""
     mean = fmean(values)
     return math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
 
 
 @torch.no_grad()
-def answer_logprobs(
+def completion_logprobs(
     model: PreTrainedModel, completions: Sequence[Completion], temperature: float, pad_id: int
 ) -> list[Logprobs]:
-    """``(logprobs_BT, mask_BT)`` of the completions' tokens under ``model``, sixteen completions after another.
+    """Return ``(logprobs_BT, mask_BT)`` of the completions under ``model``, for each ``SCORING_BATCH_SIZE`` completions.
 
-    They are on the CPU, so that the model may be gone when they are used.
+    The tensors are on the CPU, so the model can be freed before they are used.
     """
     batches = []
-    for start in range(0, len(completions), BATCH):
-        rows = completions[start : start + BATCH]
+    for start in range(0, len(completions), SCORING_BATCH_SIZE):
+        rows = completions[start : start + SCORING_BATCH_SIZE]
         prompts, responses = [c.prompt.ids for c in rows], [c.ids for c in rows]
         logprobs_BT, _, mask_BT = response_logprobs(model, prompts, responses, pad_id=pad_id, temperature=temperature)
         batches.append((logprobs_BT.cpu(), mask_BT.cpu()))
     return batches
 
 
-def kl_sums(own: Sequence[Logprobs], reference: Sequence[Logprobs]) -> list[tuple[float, int]]:
-    """Of each answer, the sum of k3 over its tokens, in nats, and their number.
+def kl_sums(policy: Sequence[Logprobs], reference: Sequence[Logprobs]) -> list[tuple[float, int]]:
+    """Return the sum of k3 over the tokens of each completion, in nats, and the number of its tokens.
 
-    Both sides are what :func:`answer_logprobs` gave of the same answers, ``own`` under the model that said them.
+    Both arguments come from :func:`completion_logprobs` of the same completions, under the policy and the reference policy.
     """
     sums = []
-    for (own_BT, mask_BT), (ref_BT, _) in zip(own, reference, strict=True):
-        kl_B = (kl_estimate(own_BT, ref_BT, "k3") * mask_BT).double().sum(-1)
+    for (policy_BT, mask_BT), (ref_BT, _) in zip(policy, reference, strict=True):
+        kl_B = (kl_estimate(policy_BT, ref_BT, "k3") * mask_BT).double().sum(-1)
         sums += list(zip(kl_B.tolist(), mask_BT.sum(-1).int().tolist(), strict=True))
     return sums
 
 
 def mean_kl(sums: Sequence[tuple[float, int]]) -> float:
-    """Mean over all tokens of what :func:`kl_sums` gave."""
+    """Return the mean over all tokens from :func:`kl_sums`."""
     return sum(kl for kl, _ in sums) / max(1, sum(tokens for _, tokens in sums))
 
 

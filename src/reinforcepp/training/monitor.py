@@ -1,4 +1,4 @@
-"""What a policy training shows and reports while it runs: live view or plain lines, trackers, and the doctor's word."""
+"""Progress of a policy training: the live view or plain lines, the trackers, and the doctor's findings."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.policy_run import RunState
 
-CHECK_EVERY = 5
-FIRST, LAST = 20, 250  # steps kept: those by which the doctor tells early from late
+CHECK_EVERY_STEPS = 5
+FIRST_STEPS, LAST_STEPS = 20, 250  # the steps kept, because the doctor compares early steps with late ones
 
 
 class Monitor:
-    """``with Monitor(...) as monitor: monitor.step(...)`` after each step; only the main process shows anything.
+    """``with Monitor(...) as monitor: monitor.step(...)`` after each step; only rank 0 prints.
 
     Args:
         record: the run's folder, settings and facts.
-        state: how far the run is, and its evaluations.
-        ranks: reports to the trackers.
-        num_steps: at which the run ends.
+        state: the run's current step and evaluations.
+        ranks: logs to the trackers.
+        num_steps: steps of the run.
     """
 
     def __init__(self, record: RunRecord, state: RunState, ranks: Ranks, num_steps: int) -> None:
@@ -38,7 +38,7 @@ class Monitor:
         self.state = state
         self.ranks = ranks
         self.num_steps = num_steps
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._diagnosis = Diagnosis((), state.step, num_steps)
         self._history = self._logged()
         self._begin, self._first = time.monotonic(), state.step
@@ -47,7 +47,7 @@ class Monitor:
         self._lines: Progress | None = None
 
     def __enter__(self) -> Monitor:
-        """Begin to show and to report."""
+        """Start the view and the trackers."""
         self.ranks.start_trackers(self.record.settings, self.state.step)
         if self.ranks.is_main and console.is_terminal:
             self._live = Live(self._view(), console=console, refresh_per_second=4)
@@ -59,24 +59,24 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the view as it stands and close the trackers."""
+        """Stop the view and close the trackers."""
         if self._live:
             self._live.stop()
         self.ranks.end_trackers()
 
     def step(self, metrics: Mapping[str, float], timings: Mapping[str, float], batch: UpdateBatch | None) -> None:
-        """A step is done; ``metrics`` as logged, ``batch`` what it trained on."""
-        step, told = int(metrics["step"]), {**metrics, **timings}
-        self.ranks.track(told, step)
+        """Show a finished step: its metrics, and one completion of its batch."""
+        step, values = int(metrics["step"]), {**metrics, **timings}
+        self.ranks.track(values, step)
         if not self.ranks.is_main:
             return
         if batch is not None and "reward" in metrics:
-            told["step_tokens"] = float(sum(len(c.ids) for c in batch.rollout.completions))
+            values["step_tokens"] = float(sum(len(c.ids) for c in batch.rollout.completions))
             first = batch.rollout.completions[0]
             self._sample = Sample(first.prompt.text, first.text, batch.scores.known[0])
-        self._history.append(told)
-        del self._history[FIRST:-LAST]
-        if step % CHECK_EVERY == 0 or step == self.num_steps:
+        self._history.append(values)
+        del self._history[FIRST_STEPS:-LAST_STEPS]
+        if step % CHECK_EVERY_STEPS == 0 or step == self.num_steps:
             self._check(step)
         if self._lines:
             self._lines.step(f"reward {metrics.get('reward', nan):+.3f}  kl {metrics.get('kl', nan):.4f}")
@@ -84,24 +84,24 @@ class Monitor:
             self._live.update(self._view(step))
 
     def rolled_back(self) -> None:
-        """The run has gone back to an earlier step."""
+        """Show that the run has rolled back to an earlier step."""
         self._history = self._logged()
         self._begin, self._first = time.monotonic(), self.state.step
         if self._lines:
             self._lines.done = self.state.step
 
     def _check(self, step: int) -> None:
-        """Ask the doctor, and tell each fault once."""
+        """Run the doctor, and print each of its warnings and errors once."""
         record = replace(self.record, metrics=self._history, evaluations=self.state.evaluations)
         self._diagnosis = diagnose(record)
         for finding in self._diagnosis.findings:
-            if finding.severity != "info" and finding.rule not in self._told:
-                self._told.add(finding.rule)
+            if finding.severity != "info" and finding.rule not in self._reported:
+                self._reported.add(finding.rule)
                 echo(f"Step {step}: {finding.title}. {finding.evidence} {finding.fix}", "yellow")
 
     def _logged(self) -> list[Mapping[str, float]]:
         logged = read_metrics(self.record.folder) if self.ranks.is_main else []
-        return [*logged[:FIRST], *logged[max(FIRST, len(logged) - LAST) :]]
+        return [*logged[:FIRST_STEPS], *logged[max(FIRST_STEPS, len(logged) - LAST_STEPS) :]]
 
     def _view(self, step: int | None = None) -> RenderableType:
         step, s = self.state.step if step is None else step, self.record.settings

@@ -139,7 +139,7 @@ class PolicyRun:
 
     def record_evaluation(self, name: str, evaluation: Evaluation) -> None:
         """Write the completions of an evaluation, and the metrics of all evaluations so far."""
-        self.state.evaluations[name] = evaluation.figures()
+        self.state.evaluations[name] = evaluation.metrics()
         if not self.update.ranks.is_main:
             return
         if self.resumed is None:  # otherwise the file exists; a reward that isn't deterministic would change it

@@ -1,6 +1,6 @@
 """The state of the global random generators, as plain values for a checkpoint.
 
-Training itself draws from (seed, step) alone and doesn't touch them; reward functions and libraries may.
+Training derives its random numbers from seed and step and doesn't use them, but reward functions and libraries can.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Start every global generator from ``seed``."""
+    """Seed every global generator."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def capture() -> dict[str, Any]:
-    """The generators of Python, NumPy, torch and its devices, as they are now."""
+    """Return the current state of the generators of Python, NumPy, torch and its devices."""
     version, numbers, gauss = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=True)
     name, keys, *rest = numpy_state
@@ -33,7 +33,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put the generators where :func:`capture` found them."""
+    """Restore a state that :func:`capture` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""What is made ready, and told, before a training starts."""
+"""Prepare a training: prompts, the initial policy, and arguments for loading models."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 def encode(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, config: ReinforceConfig
 ) -> Sequence[Prompt]:
-    """The prompts of ``rows`` as the policy sees them; those that are too long are cut or left out, and counted.
+    """Return the tokenized prompts of ``rows``; prompts that are too long are truncated or skipped, and counted.
 
-    Rows on the disk are tokenised when their turn comes, so those that are cut then can't be counted now.
+    Rows on disk are tokenized when they are used, so truncated ones can't be counted here.
 
     Raises:
-        DataError: if none is left.
+        DataError: every prompt is too long.
     """
     limit, action = config.max_prompt_length, config.long_prompts
-    did = "cut from the left" if action == "cut" else "left out"
+    outcome = "truncated from the left" if action == "cut" else "skipped"
     prompts: Sequence[Prompt]
     if isinstance(rows, DiskRows) and action == "cut":
         if part == "training":
-            echo(f"Prompts are tokenised when their turn comes; what is longer than {limit} tokens is {did}.")
+            echo(f"Prompts are tokenized when they are used; those longer than {limit} tokens are {outcome}.")
         return LazyPrompts(tokenizer, rows, limit, rows.digest)
     if isinstance(rows, DiskRows):
         long = [
@@ -50,61 +50,60 @@ def encode(
     else:
         prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit, long_prompts=action)
     if long:
-        echo(f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {did}.", "yellow")
+        echo(f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome}.", "yellow")
     if rows and not prompts:
-        raise DataError(f"Every {part} prompt is longer than max_prompt_length {limit}: raise it.")
+        raise DataError(f"--max_prompt_length {limit}: every {part} prompt is longer. Raise it.")
     return prompts
 
 
 def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTrainedModel:
-    """The model that training starts from, loaded where it is given by name.
+    """Return the initial policy, loaded if ``model`` is a name.
 
     Raises:
-        ConfigError: it can't have an adapter, or not a second one.
+        ConfigError: use_peft or the estimator ppo can't be combined with the given model.
     """
     if isinstance(model, str):
-        # Weights that are trained are rounded later, when the optimiser has all their digits.
+        # Trainable weights are rounded later, after the optimizer has copied them in full precision.
         dtype = compute_dtype(config) if config.use_peft else torch.float32
         return load_policy(model, dtype, **loading(config))
     if config.use_peft and has_adapter(model):
-        raise ConfigError("use_peft adds an adapter, but the given model has one: leave use_peft out to train that.")
+        raise ConfigError("use_peft: the given model has an adapter already. Omit use_peft to train that adapter.")
     if config.use_peft and not model.config.name_or_path:
         raise ConfigError(
-            "use_peft saves the adapter alone, so the model has to be found again, but the given one was made in memory: "
-            "save it and give its folder."
+            "use_peft: only the adapter is saved, but the given model exists in memory only. Save the model and give its folder."
         )
     if config.estimator_spec.uses_critic and has_adapter(model):
-        raise ConfigError("The estimator ppo can't copy a model with an adapter: give the model, and use_peft.")
+        raise ConfigError("estimator ppo: can't copy a model with an adapter. Give the base model and set use_peft.")
     return model
 
 
 def loading(config: ComputeConfig) -> dict[str, Any]:
-    """What ``from_pretrained`` is to be told of attention and of weights in 4 bits.
+    """Return the arguments of ``from_pretrained`` for attention and 4-bit weights.
 
     Raises:
-        ConfigError: what is asked for isn't installed.
+        ConfigError: a required package isn't installed.
     """
     return _attention(config) | _in_4bit(config)
 
 
 def _attention(config: ComputeConfig) -> dict[str, Any]:
-    wanted = config.attn_implementation
-    if wanted == "auto":
+    implementation = config.attn_implementation
+    if implementation == "auto":
         return {}
-    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(wanted)
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(implementation)
     if package is not None and importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"attn_implementation {wanted} needs the package {package}, which isn't installed: install it where there is a "
-            "GPU that it supports, or use sdpa."
+            f"attn_implementation {implementation}: package {package} isn't installed. Install it if your GPU supports it, or "
+            "use sdpa."
         )
-    return {"attn_implementation": wanted}
+    return {"attn_implementation": implementation}
 
 
 def _in_4bit(config: ComputeConfig) -> dict[str, Any]:
     if not config.load_in_4bit:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("load_in_4bit needs bitsandbytes, which isn't installed: pip install bitsandbytes")
+        raise ConfigError("load_in_4bit: package bitsandbytes isn't installed. Run pip install bitsandbytes.")
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -114,15 +113,15 @@ def _in_4bit(config: ComputeConfig) -> dict[str, Any]:
         bnb_4bit_compute_dtype=compute_dtype(config),
         llm_int8_skip_modules=["lm_head", "score"],
     )
-    place = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
-    return {"quantization_config": quantization, "device_map": {"": place}}
+    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-def warn_of_bias(config: ReinforceConfig) -> None:
-    """Tell where sampling and training see different distributions."""
+def warn_about_bias(config: ReinforceConfig) -> None:
+    """Print a warning if sampling truncates the distribution that training sees."""
     if config.top_p < 1 or config.top_k > 0:
         echo(
-            f"top_p {config.top_p:g} and top_k {config.top_k} cut the sampled distribution but not the trained one, so "
-            "the policy ratio is biased; train with top_p 1 and top_k 0 unless this is what you want to study.",
+            f"top_p {config.top_p:g} and top_k {config.top_k} truncate the sampled distribution but not the trained one, so "
+            "the policy ratio is biased. Train with top_p 1 and top_k 0 unless you study this bias.",
             "yellow",
         )

@@ -19,7 +19,7 @@ from reinforcepp.models.tokenization import encode, encode_example, encode_promp
 from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
-from reinforcepp.training.evaluation import BATCH, Logprobs, answer_logprobs, kl_sums
+from reinforcepp.training.evaluation import SCORING_BATCH_SIZE, Logprobs, completion_logprobs, kl_sums
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _logprobs(
     config: CompareConfig, prepared: PreparedModel, model: PreTrainedModel, responses: Sequence[Completion]
 ) -> list[Logprobs]:
     """Return log-probabilities of responses, with the prompt format that they were generated with, as in training."""
-    return answer_logprobs(model, responses, config.temperature, prepared.pad_id)
+    return completion_logprobs(model, responses, config.temperature, prepared.pad_id)
 
 
 def _to_gpu(model: PreTrainedModel) -> None:
@@ -256,8 +256,8 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs
         formatted.append((ids, whole[len(ids) :]))
     formatted.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of similar length need little padding
     total = tokens = 0.0
-    for start in range(0, len(formatted), BATCH):
-        prompts, answers = zip(*formatted[start : start + BATCH], strict=True)
+    for start in range(0, len(formatted), SCORING_BATCH_SIZE):
+        prompts, answers = zip(*formatted[start : start + SCORING_BATCH_SIZE], strict=True)
         logprobs_BT, _, mask_BT = response_logprobs(model, prompts, answers, pad_id=int(tokenizer.pad_token_id))
         total += float(logprobs_BT.double().sum())
         tokens += float(mask_BT.sum())

@@ -60,7 +60,7 @@ def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
                 "step": steps[name],
                 "seconds": sum(m["step_time"] for m in log[: steps[name]]),
                 "tokens": log[steps[name] - 1]["num_tokens"] if steps[name] else 0.0,
-                **evaluation.figures(),
+                **evaluation.metrics(),
             }
             for name, evaluation in trainer.evaluations.items()
         ],

@@ -1,0 +1,40 @@
+"""From a scored batch to its advantages: the mask, the sign of the KL, and the log-probabilities that it is taken from."""
+
+import pytest
+import torch
+
+from reinforcepp import ReinforceConfig
+from reinforcepp.training.scoring import batch_advantages
+from reinforcepp.types import RolloutBatch
+
+MASK = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+
+
+def batch(rewards, rollout=0.0, old=0.0):
+    """Two completions of two and three tokens; ``rollout`` and ``old`` are log-probabilities of the first token."""
+    first = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    return RolloutBatch(
+        completions=[],
+        mask_BT=MASK,
+        rollout_logprobs_BT=rollout * first,
+        old_logprobs_BT=old * first,
+        ref_logprobs_BT=torch.zeros(2, 3),
+        entropy_BT=torch.zeros(2, 3),
+        rewards_B=torch.tensor(rewards),
+        group_ids_B=torch.tensor([0, 1]),
+    )
+
+
+def test_padding_has_no_part_in_the_advantages():
+    """Returns are 1, 1 and 0, 0, 0: their mean is 0.4, their standard deviation sqrt(0.24)."""
+    advantages_BT, _ = batch_advantages(batch([1.0, 0.0]), ReinforceConfig(), 0.0, on_policy=False)
+    expected = torch.tensor([[0.6, 0.6, 0.0], [-0.4, -0.4, -0.4]]) / 0.24**0.5
+    torch.testing.assert_close(advantages_BT, expected)
+
+
+@pytest.mark.parametrize(("on_policy", "logprobs"), [(True, {"rollout": 1.0}), (False, {"old": 1.0})])
+def test_a_token_that_the_policy_prefers_over_the_reference_costs_reward(on_policy, logprobs):
+    """Its return is -0.1, all others are 0. On policy the engine's log-probabilities count, otherwise the trainer's."""
+    advantages_BT, _ = batch_advantages(batch([0.0, 0.0], **logprobs), ReinforceConfig(), 0.1, on_policy=on_policy)
+    expected = torch.tensor([[-0.08, 0.02, 0.0], [0.02, 0.02, 0.02]]) / 0.0016**0.5
+    torch.testing.assert_close(advantages_BT, expected, atol=1e-5, rtol=1e-4)
