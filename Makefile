@@ -16,7 +16,7 @@ demo: venv ## reward model, REINFORCE++, generate, compare: offline, under runs/
 	.venv/bin/reinforcepp demo --output_dir runs/demo --overwrite
 
 # One worker per core, up to 4, because each loads torch.
-PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # An x86-64 CPU without AVX-512: torch, oneDNN and MKL then take other code paths, with other rounding and no native bfloat16.
 AVX2 = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 

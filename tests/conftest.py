@@ -6,6 +6,7 @@ import csv
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import chromium, window  # noqa: F401  (fixtures)
@@ -32,22 +33,31 @@ PAIRS = [
 FIRST = (
     "test_vllm_remote",
     "test_ray_pool",
+    "test_resume",
     "test_parallel_supervised",
     "test_parallel",
-    "test_trainings",
     "test_families",
 )
-"""Files whose tests share an expensive fixture, and so stay in one worker. They start first, so that none is left at the end."""
+"""The longest files. They start first, so that no worker is left alone with one at the end."""
+SPLIT = {"test_tutorials", "test_families", "test_parallel", "test_plan", "test_lora", "test_partition", "test_recipes"}
+"""Files whose tests share no expensive fixture: any worker runs any of them. The tests of all other files stay together."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a module that has fixtures of its own together; distribute all other tests one by one."""
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        if any(found.scope in ("module", "class") for fixtures in definitions for found in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist 3.8's own `loadgroup` has no effect with pytest 9.2
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute whole files under ``--dist loadfile``, except for those in SPLIT."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).stem in SPLIT else file
+
+    return Scheduler(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 # --- the garbage collector ------------------------------------------------------------------------------------------

@@ -35,6 +35,22 @@ def base(tmp_path_factory):
     return str(tiny.save(tmp_path_factory.mktemp("base")))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    """Return a function: the folder of a run with these settings that was never stopped. Each is trained once."""
+    folders = {}
+
+    def run(**settings):
+        key = repr(sorted(settings.items()))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("undisturbed")
+            folders[key].rmdir()
+            trainer(base, folders[key], **settings).train()
+        return folders[key]
+
+    return run
+
+
 def noisy(prompts, completions, completion_ids, **_):
     """It draws from a global generator, whose state a checkpoint therefore has to hold."""
     return [sum(ids) % 7 / 7 + random.random() + float(torch.rand(())) for ids in completion_ids]
@@ -94,9 +110,8 @@ def stopping(run, moment, number=signal.SIGTERM):
     ],
     ids=lambda value: None if isinstance(value, int) else str(value),
 )
-def test_a_signal_in_the_middle_of_a_step_loses_nothing(base, tmp_path, capsys, kind, moment, name):
-    whole = trainer(base, tmp_path / "whole", **kind)
-    whole.train()
+def test_a_signal_in_the_middle_of_a_step_loses_nothing(base, undisturbed, tmp_path, capsys, kind, moment, name):
+    whole = undisturbed(**kind)
     run = trainer(base, tmp_path / "run", **kind)
     stopping(run, moment)
     with pytest.raises(Interrupted) as stop:
@@ -105,11 +120,11 @@ def test_a_signal_in_the_middle_of_a_step_loses_nothing(base, tmp_path, capsys, 
     assert steps(tmp_path / "run")[-1] == name
     assert "SIGTERM: saving and stopping" in capsys.readouterr().err
     trainer(base, tmp_path / "run", resume=True, **kind).train()
-    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(whole)
 
 
-def test_a_signal_while_completions_are_made_does_not_wait_for_them(base, tmp_path):
-    trainer(base, tmp_path / "whole").train()
+def test_a_signal_while_completions_are_made_does_not_wait_for_them(base, undisturbed, tmp_path):
+    whole = undisturbed()
     run = trainer(base, tmp_path / "run")
     calls = []
 
@@ -127,13 +142,13 @@ def test_a_signal_while_completions_are_made_does_not_wait_for_them(base, tmp_pa
     assert (stop.value.exit_code, str(stop.value)) == (130, "after step 2 of 4")
     assert run.engine is not None and steps(tmp_path / "run")[-1] == "step-000002"
     trainer(base, tmp_path / "run", resume=True).train()
-    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(whole)
 
 
 @pytest.mark.parametrize("method", ["generate", "load_weights"])
-def test_an_engine_that_is_lost_costs_nothing(base, tmp_path, method):
+def test_an_engine_that_is_lost_costs_nothing(base, undisturbed, tmp_path, method):
     """In the second step, where it begins or where it ends."""
-    trainer(base, tmp_path / "whole").train()
+    whole = undisturbed()
     run, calls = trainer(base, tmp_path / "run"), []
     inner = getattr(run.engine, method)
 
@@ -147,7 +162,7 @@ def test_an_engine_that_is_lost_costs_nothing(base, tmp_path, method):
     with pytest.raises(EngineLost, match=r"Nobody is left\. The run is saved after step 1 of 4: .*--resume"):
         run.train()
     trainer(base, tmp_path / "run", resume=True).train()
-    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(whole)
 
 
 def test_a_signal_in_an_evaluation(base, tmp_path):
@@ -176,8 +191,8 @@ def test_a_signal_in_an_evaluation(base, tmp_path):
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
-def test_a_signal_while_a_run_is_being_resumed_costs_nothing(base, tmp_path):
-    trainer(base, tmp_path / "run").train()
+def test_a_signal_while_a_run_is_being_resumed_costs_nothing(base, undisturbed, tmp_path):
+    shutil.copytree(undisturbed(), tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     again = trainer(base, tmp_path / "run", resume=True)
     again.evaluator.prompts = again.prompts[:1]
@@ -246,20 +261,20 @@ def test_a_checkpoint_is_a_model(base, tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in run.policy.state_dict().items())
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(base, tmp_path, capsys):
-    trainer(base, tmp_path / "whole").train()
-    trainer(base, tmp_path / "run").train()
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(base, undisturbed, tmp_path, capsys):
+    whole = undisturbed()
+    shutil.copytree(undisturbed(), tmp_path / "run")
     weights = tmp_path / "run" / "checkpoints" / "step-000004" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     run = trainer(base, tmp_path / "run", resume=True)
     said = " ".join(capsys.readouterr().err.split())
     assert "step-000004 is damaged (the contents of model.safetensors have changed)" in said
     run.train()
-    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(whole)
 
 
-def test_if_all_are_damaged_nothing_is_begun_again(base, tmp_path):
-    trainer(base, tmp_path / "run").train()
+def test_if_all_are_damaged_nothing_is_begun_again(base, undisturbed, tmp_path):
+    shutil.copytree(undisturbed(), tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for folder in checkpoint.list_checkpoints(tmp_path / "run"):
         (folder / "state.json").write_text("{}")
@@ -268,15 +283,15 @@ def test_if_all_are_damaged_nothing_is_begun_again(base, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_may_go_on_from_an_earlier_checkpoint_also_elsewhere(base, tmp_path):
-    trainer(base, tmp_path / "whole", keep_last=9).train()
-    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+def test_a_run_may_go_on_from_an_earlier_checkpoint_also_elsewhere(base, undisturbed, tmp_path):
+    whole = undisturbed(keep_last=9)
+    shutil.copytree(whole, tmp_path / "run")
     second = str(tmp_path / "run" / "checkpoints" / "step-000002")
     for output in ("run", "elsewhere"):
         again = trainer(base, tmp_path / output, resume=second, keep_last=9)
         assert again.run.resumed.step == 2
         again.train()
-        assert files(tmp_path / output) == files(tmp_path / "whole")
+        assert files(tmp_path / output) == files(whole)
     assert steps(tmp_path / "elsewhere") == ["step-000003", "step-000004"]
 
 
@@ -284,8 +299,8 @@ def test_a_run_may_go_on_from_an_earlier_checkpoint_also_elsewhere(base, tmp_pat
     ("path", "named"),
     [("nowhere", "nowhere: not a checkpoint"), ("run", "run: not a checkpoint"), ("harmed", "harmed: .* is damaged")],
 )
-def test_what_is_no_checkpoint_is_refused(base, tmp_path, path, named):
-    trainer(base, tmp_path / "run").train()
+def test_what_is_no_checkpoint_is_refused(base, undisturbed, tmp_path, path, named):
+    shutil.copytree(undisturbed(), tmp_path / "run")
     shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000003", tmp_path / "harmed")
     (tmp_path / "harmed" / "metrics.jsonl").unlink()
     with pytest.raises(ModelError, match=named):
@@ -293,13 +308,13 @@ def test_what_is_no_checkpoint_is_refused(base, tmp_path, path, named):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_never_saved_begins_again(base, tmp_path, capsys):
-    trainer(base, tmp_path / "whole").train()
-    trainer(base, tmp_path / "run").train()
+def test_a_run_that_never_saved_begins_again(base, undisturbed, tmp_path, capsys):
+    whole = undisturbed()
+    shutil.copytree(undisturbed(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     trainer(base, tmp_path / "run", resume=True).train()
     assert "stopped before its first checkpoint" in capsys.readouterr().err
-    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(whole)
 
 
 def test_the_coefficient_and_what_the_guardrails_remember_come_back(base, tmp_path):
@@ -316,8 +331,8 @@ def test_the_coefficient_and_what_the_guardrails_remember_come_back(base, tmp_pa
     )
 
 
-def test_other_libraries_are_told(base, tmp_path, capsys, monkeypatch):
-    trainer(base, tmp_path / "run").train()
+def test_other_libraries_are_told(base, undisturbed, tmp_path, capsys, monkeypatch):
+    shutil.copytree(undisturbed(), tmp_path / "run")
     assert checkpoint.latest(tmp_path / "run").state["versions"].keys() >= {"torch", "transformers"}
     monkeypatch.setattr(checkpoint, "_versions", lambda: {"torch": "9.9"})
     trainer(base, tmp_path / "run", resume=True)
@@ -328,8 +343,8 @@ def test_other_libraries_are_told(base, tmp_path, capsys, monkeypatch):
 # --- other settings, other inputs -------------------------------------------------------------------------------------
 
 
-def test_changed_settings_are_listed_and_may_be_allowed(base, tmp_path):
-    trainer(base, tmp_path / "run").train()
+def test_changed_settings_are_listed_and_may_be_allowed(base, undisturbed, tmp_path):
+    shutil.copytree(undisturbed(), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"max_steps was 4 and is 6; learning_rate was 0\.001 and is 0\.01") as caught:
         trainer(base, tmp_path / "run", resume=True, learning_rate=0.01, max_steps=6)
     assert "--allow_changes max_steps,learning_rate" in str(caught.value)
@@ -358,9 +373,9 @@ def as_version_0_1_0(folder):
         shutil.rmtree(copied)
 
 
-def test_a_run_of_version_0_1_0_resumes_and_its_settings_are_compared(base, tmp_path):
+def test_a_run_of_version_0_1_0_resumes_and_its_settings_are_compared(base, undisturbed, tmp_path):
     """It called ``micro_batch_size`` ``mini_batch_size``."""
-    trainer(base, tmp_path / "whole", **SEVERAL).train()
+    whole = undisturbed(**SEVERAL)
     run = trainer(base, tmp_path / "run", **SEVERAL)
     stopping(run, 22)
     with pytest.raises(Interrupted):
@@ -371,7 +386,7 @@ def test_a_run_of_version_0_1_0_resumes_and_its_settings_are_compared(base, tmp_
     with pytest.raises(ConfigError, match="micro_batch_size was 2 and is 4"):
         trainer(base, tmp_path / "run", resume=True, **(SEVERAL | {"micro_batch_size": 4}))
     trainer(base, tmp_path / "run", resume=True, **SEVERAL).train()
-    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(whole)
 
 
 @pytest.mark.parametrize("what", ["data", "model", "reward_model"])
@@ -412,8 +427,8 @@ def test_settings_that_contradict_each_other(settings, named):
 # --- disks and malice -------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_while_saving_is_told_and_training_goes_on(base, tmp_path, capsys, monkeypatch):
-    trainer(base, tmp_path / "whole").train()
+def test_a_full_disk_while_saving_is_told_and_training_goes_on(base, undisturbed, tmp_path, capsys, monkeypatch):
+    whole = undisturbed()
     saved = []
 
     def full(tensors, path, **_):
@@ -433,7 +448,7 @@ def test_a_full_disk_while_saving_is_told_and_training_goes_on(base, tmp_path, c
     assert "Step 3: checkpoint not saved" in said
     assert steps(tmp_path / "run") == ["step-000001", "step-000004"]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
-    assert files(tmp_path / "run") == files(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(whole)
 
 
 @pytest.fixture
@@ -450,9 +465,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_on_a_disk_that_really_is_full(base, small_disk, tmp_path, capsys, monkeypatch):
+def test_on_a_disk_that_really_is_full(base, undisturbed, small_disk, tmp_path, capsys, monkeypatch):
     """One checkpoint fits, a second doesn't, and at the end the model doesn't either; with more room it goes on."""
-    trainer(base, tmp_path / "whole").train()
+    whole = undisturbed()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
     with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device"):
         trainer(base, small_disk / "run").train()
@@ -461,10 +476,10 @@ def test_on_a_disk_that_really_is_full(base, small_disk, tmp_path, capsys, monke
     assert "not saved (No space left on device)" in " ".join(capsys.readouterr().err.split())
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     trainer(base, small_disk / "run", resume=True).train()
-    assert files(small_disk / "run") == files(tmp_path / "whole")
+    assert files(small_disk / "run") == files(whole)
 
 
-def test_a_pickle_in_a_checkpoint_is_not_loaded(base, tmp_path):
+def test_a_pickle_in_a_checkpoint_is_not_loaded(base, undisturbed, tmp_path):
     """Even with a manifest that vouches for it: weights and optimiser state are read as safetensors, nothing else."""
     import pickle
 
@@ -472,7 +487,7 @@ def test_a_pickle_in_a_checkpoint_is_not_loaded(base, tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'harm'}",)
 
-    trainer(base, tmp_path / "run").train()
+    shutil.copytree(undisturbed(), tmp_path / "run")
     good = tmp_path / "run" / "checkpoints" / "step-000004"
     for name in ("policy_optimizer.safetensors", "model.safetensors"):
         with whole_folder(tmp_path / "evil") as folder:
