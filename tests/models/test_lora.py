@@ -447,7 +447,7 @@ def test_adapters_cannot_be_quantized(bases, tmp_path):
 
 
 def test_4_bit_weights_need_bitsandbytes_and_a_separate_engine(bases, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="vLLM can't share weights of 4 bits"):
+    with pytest.raises(ConfigError, match="load_in_4bit: vLLM"):
         ReinforceConfig(use_peft=True, load_in_4bit=True, rollout="vllm")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))

@@ -229,7 +229,8 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
     if (base := base_of_adapter(name)) is not None:
         if "quantization_config" in settings:
             raise ConfigError(
-                f"load_in_4bit: {name} is an adapter, which can't be quantized. Merge it first: reinforcepp export {name}"
+                f"load_in_4bit: {name} is an adapter, which can't be quantized. Merge it first: "
+                f"reinforcepp export {name} --output_dir merged"
             )
         model = merge_adapter(load_policy(base, dtype, **settings), Path(resolve(name))).eval()
         model.config.name_or_path = resolve(name)

@@ -25,7 +25,8 @@ def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
     if base_of_adapter(name) is not None:
         if is_4bit(model):
             raise ConfigError(
-                f"load_in_4bit: {name} is an adapter, which can't be quantized. Merge it first: reinforcepp export {name}"
+                f"load_in_4bit: {name} is an adapter, which can't be quantized. Merge it first: "
+                f"reinforcepp export {name} --output_dir merged"
             )
         model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
     tokenizer = load_tokenizer(name)
