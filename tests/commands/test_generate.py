@@ -132,7 +132,7 @@ def test_unusable_files_and_settings(refused, tmp_path):
     assert "no prompt" in refused("--prompts_file", str(tmp_path / "empty.txt"))
     assert "prompt is empty" in refused("--prompt", " ")
     assert "512 tokens" in refused("--prompt", PROMPT, "--max_new_tokens", "385")
-    assert "max_prompt_length 3 leaves no room" in refused("--prompt", PROMPT, "--max_prompt_length", "3")
+    assert "leaves no room" in refused("--prompt", PROMPT, "--max_prompt_length", "3")
 
 
 # --- where answers go -------------------------------------------------------------------------------------------------

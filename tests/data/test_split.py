@@ -73,5 +73,5 @@ def test_any_object_with_a_prompt_can_be_split():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
 def test_fraction_out_of_range_is_an_error(fraction):
-    with pytest.raises(ConfigError, match=r"heldout_fraction is "):
+    with pytest.raises(ConfigError, match="heldout_fraction: "):
         split_by_prompt(pairs_of(4), fraction, seed=0)

@@ -129,7 +129,7 @@ def test_too_few_pairs_are_an_error(tmp_path, rows, message):
 def test_no_usable_prompt_and_invalid_fraction(tmp_path):
     with pytest.raises(DataError, match=r"no usable prompt .*1 row"):
         load_prompts(write(tmp_path / "a.jsonl", BAD[:1]), heldout_fraction=0, seed=0, streaming=True)
-    with pytest.raises(ConfigError, match="heldout_fraction is 2"):
+    with pytest.raises(ConfigError, match="heldout_fraction: 2"):
         load_prompts(write(tmp_path / "a.jsonl", ROWS), heldout_fraction=2, seed=0, streaming=True)
 
 

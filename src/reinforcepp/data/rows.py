@@ -273,7 +273,7 @@ def split_by_prompt(rows: Sequence[P], heldout_fraction: float, seed: int) -> tu
 def check_fraction(heldout_fraction: float) -> None:
     """Raise a ConfigError if ``heldout_fraction`` isn't in [0, 1)."""
     if not 0 <= heldout_fraction < 1:
-        raise ConfigError(f"heldout_fraction is {heldout_fraction}. Give a number from 0 up to, but not including, 1.")
+        raise ConfigError(f"heldout_fraction: {heldout_fraction} is not in [0, 1). Give a share such as 0.1.")
 
 
 def num_heldout(heldout_fraction: float, prompts: int) -> int:
