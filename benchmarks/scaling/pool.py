@@ -149,7 +149,7 @@ def simulate(pool: SimulatedPool, number: int, chunk_size: int, rollouts: int, b
     outcomes = []
     for _ in range(rollouts):
         begun, useful, simulating, begin = pool.now, pool.useful, pool.simulating, time.process_time()
-        answers, stats = dispatch(pool, number, chunk_size)
+        answers, stats = dispatch(pool, range(number), chunk_size)
         scheduling = time.process_time() - begin - (pool.simulating - simulating)
         assert answers == list(range(number)), "every prompt has one answer, at its index"
         outcomes.append(Rollout(pool.now - begun, pool.useful - useful, scheduling, stats))

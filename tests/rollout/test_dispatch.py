@@ -18,15 +18,15 @@ class Simulated(SimulatedPool):
     """Workers that take a while per chunk and die in the middle of some; lost ones are replaced, and some join late."""
 
     def __init__(self, workers: int, *, deaths: float = 0.0, seed: int = 0, joining: int = 0) -> None:
-        super().__init__(workers, lambda indices: self._random.expovariate(0.1), Conditions(start_seconds=5.0), seed)
+        super().__init__(workers, lambda chunk: self._random.expovariate(0.1), Conditions(start_seconds=5.0), seed)
         self.deaths = deaths
         self.submitted: list[int] = []
         for _ in range(joining):
             self.schedule(self._random.uniform(0, 20), "joins", -1)
 
-    def submit(self, worker, indices):
-        super().submit(worker, indices)
-        self.submitted += indices
+    def submit(self, worker, chunk):
+        super().submit(worker, chunk)
+        self.submitted += chunk
         if self._random.random() < self.deaths:
             self.schedule(0.0, "is lost", worker)
 
@@ -44,7 +44,7 @@ def test_every_prompt_is_processed_once(number, workers, joining, most, deaths, 
     pool = Simulated(workers, joining=joining, deaths=deaths, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reinforcepp.rollout.dispatch.MAX_LOSSES", 1000)
-        results, stats = dispatch(pool, number, most)
+        results, stats = dispatch(pool, range(number), most)
     assert results == list(range(number))
     assert len(pool.submitted) == number + stats.requeued and set(pool.submitted) == set(range(number))
     assert stats.lost == len(stats.reasons) and (stats.lost > 0 or stats.requeued == 0)
@@ -52,20 +52,20 @@ def test_every_prompt_is_processed_once(number, workers, joining, most, deaths, 
 
 def test_prompts_that_fit_are_divided_evenly():
     pool = Simulated(4)
-    _, stats = dispatch(pool, 64, 128)
+    _, stats = dispatch(pool, range(64), 128)
     assert stats.chunks == 4 and pool.submitted == list(range(64))
 
 
 def test_idle_workers_pull_further_chunks():
-    pool = SimulatedPool(4, lambda indices: 1.0)
+    pool = SimulatedPool(4, lambda chunk: 1.0)
     pool.slowness[0] = 100.0
-    _, stats = dispatch(pool, 80, 2)
+    _, stats = dispatch(pool, range(80), 2)
     assert stats.chunks == 40 and pool.now == 100.0  # the slow one had a single chunk
 
 
 def test_a_worker_that_joins_in_the_middle_is_used():
     pool = Simulated(1, joining=1, seed=1)
-    dispatch(pool, 50, 2)
+    dispatch(pool, range(50), 2)
     assert len(pool.slowness) == 2 and pool.submitted == list(range(50))
 
 
@@ -94,11 +94,11 @@ def test_losses_with_results_in_between_do_not_stop_the_run(monkeypatch):
     monkeypatch.setattr("reinforcepp.rollout.dispatch.MAX_LOSSES_PER_WORKER", 1)
 
     class EverySecondDies(Simulated):
-        def submit(self, worker, indices):
+        def submit(self, worker, chunk):
             self.deaths = len(self.submitted) % 2
-            super().submit(worker, indices)
+            super().submit(worker, chunk)
 
-    results, stats = dispatch(EverySecondDies(1), 20, 1)
+    results, stats = dispatch(EverySecondDies(1), range(20), 1)
     assert len(results) == 20 and stats.lost > 10
 
 
@@ -115,20 +115,20 @@ def test_a_worker_lost_while_idle_gets_no_chunk():
         def ready(self):
             return ["a", "b"]
 
-        def submit(self, worker, indices):
+        def submit(self, worker, chunk):
             self.submitted.append(worker)
 
         def wait(self):
             return next(self.events)
 
     pool = Script()
-    results, stats = dispatch(pool, 1, 1)
+    results, stats = dispatch(pool, range(1), 1)
     assert (results, pool.submitted, stats.lost, stats.requeued) == (["done"], ["a", "c"], 2, 1)
 
 
 def test_too_many_losses_in_a_row_stop_with_the_cause():
     with pytest.raises(RolloutError, match=r"workers in a row without a result.*lost in the simulation"):
-        dispatch(Simulated(3, deaths=1.0), 10, 2)
+        dispatch(Simulated(3, deaths=1.0), range(10), 2)
 
 
 def test_dispatch_to_all_returns_the_results_of_each_worker_that_is_not_lost():
@@ -141,8 +141,8 @@ def test_dispatch_to_all_returns_the_results_of_each_worker_that_is_not_lost():
         def ready(self):
             return list(self.workers)
 
-        def submit(self, worker, indices):
-            assert list(indices) == [0, 1]
+        def submit(self, worker, chunk):
+            assert list(chunk) == [0, 1]
 
         def wait(self):
             event = next(self.events)
@@ -153,8 +153,8 @@ def test_dispatch_to_all_returns_the_results_of_each_worker_that_is_not_lost():
             return event
 
     lost_a, done_b = WorkerLost("a", "gone"), ChunkDone("b", [1, 2])
-    assert dispatch_to_all(Script(done_b, ChunkDone("a", [1, 2])), 2) == [[1, 2], [1, 2]]
-    assert dispatch_to_all(Script(lost_a, done_b), 2) == [[1, 2]]
+    assert dispatch_to_all(Script(done_b, ChunkDone("a", [1, 2])), range(2)) == [[1, 2], [1, 2]]
+    assert dispatch_to_all(Script(lost_a, done_b), range(2)) == [[1, 2]]
     joined_early = Script(lost_a, WorkerReady("c"), WorkerLost("b", "gone"), ChunkDone("c", [3, 4]))
     joined_late = Script(lost_a, WorkerLost("b", "gone"), WorkerReady("c"), ChunkDone("c", [3, 4]))
-    assert dispatch_to_all(joined_early, 2) == dispatch_to_all(joined_late, 2) == [[3, 4]]
+    assert dispatch_to_all(joined_early, range(2)) == dispatch_to_all(joined_late, range(2)) == [[3, 4]]

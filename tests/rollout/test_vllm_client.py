@@ -399,8 +399,8 @@ def test_errors_during_an_update(peer, start):
 def test_results_of_an_interrupted_call_are_dropped(peer, start):
     """As in a notebook, where an interrupt leaves requests in progress."""
     engine, prompts = start(peer.url), prompts_of(prepared_tokenizer())[:3]
-    engine.pool.set_work(prompts, Sampling(4))
-    engine.pool.submit(engine.pool.clients[0], [0])
+    engine.pool.begin(Sampling(4))
+    engine.pool.submit(engine.pool.clients[0], prompts[:1])
     assert [c.prompt.key for c in engine.generate(prompts[1:], Sampling(4))] == [1, 2]
 
 

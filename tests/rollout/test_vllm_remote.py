@@ -293,8 +293,8 @@ def test_a_healthy_server_without_progress_is_lost(served, engine_of, monkeypatc
     for worker in workers:
         worker.suspend()
     try:
-        engine.pool.set_work(prompts_of(prepared_tokenizer()), GREEDY)
-        engine.pool.submit(client, [0])
+        engine.pool.begin(GREEDY)
+        engine.pool.submit(client, prompts_of(prepared_tokenizer())[:1])
         assert "made no progress for 4 s" in engine.pool.wait().reason
     finally:
         for worker in workers:

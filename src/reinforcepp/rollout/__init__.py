@@ -1,1 +1,1 @@
-"""Rollout engines: one protocol, one module for each engine."""
+"""Rollout engines: one protocol, one module per engine."""

@@ -1,4 +1,4 @@
-"""Dispatch work to workers that differ in speed, fail, and join late: every item is processed exactly once.
+"""Dispatch items to workers that differ in speed, fail, and join late: every item is processed exactly once.
 
 This module is pure bookkeeping. A :class:`WorkerPool` knows its workers and how to reach them: Ray actors
 (``ray/actor_pool.py``), vLLM servers (``vllm/server_pool.py``) or simulated workers (``benchmarks/scaling``).
@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from reinforcepp.errors import EngineLost
 
+Item = TypeVar("Item", contravariant=True)
 R = TypeVar("R")
 W = TypeVar("W", bound=Hashable)
 
@@ -46,14 +47,14 @@ class WorkerLost(Generic[W]):
     reason: str
 
 
-class WorkerPool(Protocol[W, R]):
-    """Workers to which :func:`dispatch` can send chunks of items, which it names by their indices."""
+class WorkerPool(Protocol[W, Item, R]):
+    """Workers to which :func:`dispatch` sends chunks of items."""
 
     def ready(self) -> list[W]:
         """Return the workers that can process items now."""
 
-    def submit(self, worker: W, indices: Sequence[int]) -> None:
-        """Start processing the items at ``indices`` on ``worker``, which is idle."""
+    def submit(self, worker: W, chunk: Sequence[Item]) -> None:
+        """Start processing a chunk on ``worker``, which is idle."""
 
     def wait(self) -> WorkerReady[W] | ChunkDone[W, R] | WorkerLost[W]:
         """Block until something happens and return it."""
@@ -73,7 +74,7 @@ class DispatchStats:
 
 
 class WorkQueue(Generic[W, R]):
-    """Items that wait, are in progress, or are done; at any time each item is in exactly one of these states.
+    """Indices of items that wait, are in progress, or are done; each item is in exactly one of these states.
 
     Args:
         count: number of items.
@@ -128,13 +129,13 @@ class WorkQueue(Generic[W, R]):
         return [self._results[index] for index in range(self._count)]
 
 
-def dispatch(pool: WorkerPool[W, R], count: int, chunk_size: int) -> tuple[list[R], DispatchStats]:
-    """Process ``count`` items on ``pool``, up to ``chunk_size`` at a time per worker; return the results in item order.
+def dispatch(pool: WorkerPool[W, Item, R], items: Sequence[Item], chunk_size: int) -> tuple[list[R], DispatchStats]:
+    """Process ``items`` on ``pool``, up to ``chunk_size`` at a time per worker; return the results in item order.
 
     Raises:
         EngineLost: Too many workers were lost in a row without a result.
     """
-    queue: WorkQueue[W, R] = WorkQueue(count, chunk_size)
+    queue: WorkQueue[W, R] = WorkQueue(len(items), chunk_size)
     stats = DispatchStats()
     idle = dict.fromkeys(pool.ready())
     losses_in_a_row = pool_size = 0
@@ -145,7 +146,7 @@ def dispatch(pool: WorkerPool[W, R], count: int, chunk_size: int) -> tuple[list[
             if not chunk:
                 break
             del idle[worker]
-            pool.submit(worker, chunk)
+            pool.submit(worker, [items[index] for index in chunk])
             stats.chunks += 1
         pool_size = max(pool_size, len(idle) + queue.busy)
         event: Any = pool.wait()
@@ -168,8 +169,8 @@ def dispatch(pool: WorkerPool[W, R], count: int, chunk_size: int) -> tuple[list[
     return queue.results(), stats
 
 
-def dispatch_to_all(pool: WorkerPool[W, R], count: int) -> list[Sequence[R]]:
-    """Process all ``count`` items on every ready worker; return the results of each worker that wasn't lost meanwhile.
+def dispatch_to_all(pool: WorkerPool[W, Item, R], items: Sequence[Item]) -> list[Sequence[R]]:
+    """Process all ``items`` on every ready worker; return the results of each worker that wasn't lost meanwhile.
 
     If all of them are lost, the workers that become ready next take their place.
     """
@@ -177,7 +178,7 @@ def dispatch_to_all(pool: WorkerPool[W, R], count: int) -> list[Sequence[R]]:
     while not finished:
         busy = set(pool.ready())
         for worker in pool.ready():
-            pool.submit(worker, range(count))
+            pool.submit(worker, items)
         while busy:
             event: Any = pool.wait()
             if isinstance(event, ChunkDone):

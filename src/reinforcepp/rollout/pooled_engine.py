@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class PromptPool(WorkerPool[Any, list[Completion]], Protocol):
+class PromptPool(WorkerPool[Any, Prompt, list[Completion]], Protocol):
     """A worker pool whose items are prompts."""
 
-    def set_work(self, items: Sequence[Any], sampling: Any) -> None:
-        """Set the items that later indices mean; results of earlier work are dropped."""
+    def begin(self, sampling: Sampling) -> None:
+        """Set how the next prompts are sampled, and drop results of an interrupted call."""
 
     def close(self) -> None:
         """Release the workers."""
@@ -50,18 +50,18 @@ class PooledEngine:
         check_prompts(prompts, sampling.max_new_tokens, self.context)
         if not prompts:
             return []
-        self.pool.set_work(prompts, sampling)
+        self.pool.begin(sampling)
         chunk_size = max(1, self.batch_size // sampling.num_samples)
-        per_prompt, stats = dispatch(self.pool, len(prompts), chunk_size)
+        per_prompt, stats = dispatch(self.pool, prompts, chunk_size)
         self.dispatches.append(stats)
         return [completion for completions in per_prompt for completion in completions]
 
     def generate_everywhere(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """Return every worker's completions of all ``prompts``, for a check that compares the workers with the trainer."""
-        self.pool.set_work(prompts, sampling)
+        self.pool.begin(sampling)
         return [
             completion
-            for per_prompt in dispatch_to_all(self.pool, len(prompts))
+            for per_prompt in dispatch_to_all(self.pool, prompts)
             for completions in per_prompt
             for completion in completions
         ]

@@ -110,7 +110,6 @@ class RayPool:
         self._head = ray.get_runtime_context().gcs_address
         self._head_lost_at: float | None = None
         self._last_loss = ""
-        self._items: Sequence[Any] = ()
         self._sampling: Any = None
 
     # --- weights ---
@@ -145,19 +144,18 @@ class RayPool:
 
     # --- work ---
 
-    def set_work(self, items: Sequence[Any], sampling: Any) -> None:
-        """Set the items that later indices mean; results of an interrupted call are dropped."""
+    def begin(self, sampling: Any) -> None:
+        """Set the second argument of ``process`` for the next items, and drop results of an interrupted call."""
         self._tasks = {task: (number, version) for task, (number, version) in self._tasks.items() if version}
-        self._items, self._sampling = items, self._ray.put(sampling)
+        self._sampling = self._ray.put(sampling)
 
     def ready(self) -> list[int]:
         """Return the actors that have the current weights."""
         return list(self._ready)
 
-    def submit(self, worker: int, indices: Sequence[int]) -> None:
-        """Have an actor process the items at ``indices``."""
-        chunk = [self._items[index] for index in indices]
-        self._tasks[self.actors[worker].process.remote(chunk, self._sampling)] = worker, 0
+    def submit(self, worker: int, chunk: Sequence[Any]) -> None:
+        """Have an actor process a chunk of items."""
+        self._tasks[self.actors[worker].process.remote(list(chunk), self._sampling)] = worker, 0
 
     def wait(self) -> Any:
         """Block until something happens and return it.

@@ -95,8 +95,8 @@ class PooledReward(TrainedReward):
         rows = [row for rank_rows in rows_per_rank for row in rank_rows]
         if not rows:
             return [[] for _ in rows_per_rank]
-        self.pool.set_work(rows, None)
-        scores, stats = dispatch(self.pool, len(rows), self.batch_size)
+        self.pool.begin(None)
+        scores, stats = dispatch(self.pool, rows, self.batch_size)
         self.dispatches.append(stats)
         remaining = iter(scores)
         return [list(islice(remaining, len(rank_rows))) for rank_rows in rows_per_rank]

@@ -21,37 +21,37 @@ if TYPE_CHECKING:
 
 
 def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str]:
-    """Return whether vLLM runs such a model on this node, and why; a refusal says what to do."""
+    """Return whether vLLM runs such a model on this node, and why or why not."""
+    if problem := _problem(config, dtype):
+        return False, problem
+    device = "CPU" if import_vllm().platforms.current_platform.is_cpu() else "GPU"
+    return True, f"vLLM runs {models.architecture(config)} on this node's {device}"
+
+
+def _problem(config: PreTrainedConfig, dtype: torch.dtype) -> str:
+    """Return why vLLM can't run such a model on this node; empty if it can."""
     if importlib.util.find_spec("vllm") is None:
-        return False, f"vLLM isn't installed ({_install_command()})"
+        return f"vLLM isn't installed ({_install_command()})"
     platform = import_vllm().platforms.current_platform
     if not platform.is_cpu() and not torch.cuda.is_available():
-        return (
-            False,
-            f"the installed vLLM needs a GPU, but this node has none ({_install_command()})",
-        )
-    text = config.get_text_config()
+        return f"the installed vLLM needs a GPU, but this node has none ({_install_command()})"
     architecture = models.architecture(config)
     from vllm.model_executor.models import ModelRegistry
 
     if architecture not in ModelRegistry.get_supported_archs():
-        return False, f"vLLM doesn't support the model family {architecture}"
+        return f"vLLM doesn't support the model family {architecture}"
     native = model_class(architecture)
     if native is None or native.__module__.startswith("vllm.model_executor.models.transformers"):
-        return False, f"vLLM runs {architecture} by patching the transformers class, which the trainer uses too"
+        return f"vLLM runs {architecture} by patching the transformers class, which the trainer uses too"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False, f"vLLM doesn't run models in {dtype}"
+        return f"vLLM doesn't run models in {dtype}"
     if platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        sizes = CPUAttentionBackend.get_supported_head_sizes()
-        if head_size(text) not in sizes:
-            listed = ", ".join(map(str, sizes))
-            return (
-                False,
-                f"vLLM on a CPU supports attention heads of size {listed}, but the model's have {head_size(text)}",
-            )
-    return True, f"vLLM runs {architecture} on this node's {'CPU' if platform.is_cpu() else 'GPU'}"
+        sizes, size = CPUAttentionBackend.get_supported_head_sizes(), head_size(config.get_text_config())
+        if size not in sizes:
+            return f"vLLM on a CPU supports attention heads of size {', '.join(map(str, sizes))}, but the model's have {size}"
+    return ""
 
 
 def _install_command() -> str:

@@ -83,14 +83,14 @@ def ipc_message(chunk: Sequence[tuple[str, Tensor]], handles: list[dict[str, Any
 
 
 class AdapterTransfer(WeightTransfer[Any]):
-    """A LoRA adapter for a vLLM that runs adapters next to the base weights; those are sent only if vLLM lacks them.
+    """A LoRA adapter for a vLLM that applies adapters to base weights; the base is sent only if vLLM doesn't have it.
 
     vLLM reads adapters from folders; this one is in memory if the system has such a place. Each update gets a new adapter
     ID, so a request can't mean an older one.
 
     Args:
         model: The policy with its adapter; :func:`supports_adapter` must hold.
-        full: Transfer of full weights, for the base model and for models without this adapter.
+        full: Transfer of full weights, for the base model and for models with other base weights.
     """
 
     def __init__(self, model: PreTrainedModel, full: WeightTransfer[Any]) -> None:
@@ -109,22 +109,22 @@ class AdapterTransfer(WeightTransfer[Any]):
     def prepare(self, model: PreTrainedModel) -> None:
         """Save the adapter of ``model``, if it belongs to the base model."""
         self.model = model
-        self._is_ours = has_adapter(model) and base_model(model) is self._base
-        if self._is_ours:
+        self._fits_base = has_adapter(model) and base_model(model) is self._base
+        if self._fits_base:
             model.save_pretrained(self._folder.name, save_embedding_layers=False)
 
     def push(self, receiver: Any) -> None:
         """Replace the adapter in vLLM, or load full weights if the model isn't the base with its adapter."""
         from vllm.lora.request import LoRARequest
 
-        if not self._is_ours or not self._base_loaded:
+        if not self._fits_base or not self._base_loaded:
             self._full.prepare(self.model)
-            with self.model.disable_adapter() if self._is_ours else nullcontext():
+            with self.model.disable_adapter() if self._fits_base else nullcontext():
                 self._full.push(receiver)
         if self.request is not None:
             receiver.llm_engine.remove_lora(self.request.lora_int_id)
-        self.request, self._base_loaded = None, self._is_ours
-        if self._is_ours:
+        self.request, self._base_loaded = None, self._fits_base
+        if self._fits_base:
             self._id += 1
             self.request = LoRARequest(f"policy-{self._id}", self._id, self._folder.name)
             receiver.llm_engine.add_lora(self.request)

@@ -65,9 +65,9 @@ def memory_settings(
     on_gpu: bool,
     max_length: int,
     max_num_seqs: int,
-    cache_bytes: int | None,
-    gpu_memory_utilization: float | None,
-    tensor_parallel_size: int,
+    cache_bytes: int | None = None,
+    gpu_memory_utilization: float | None = None,
+    tensor_parallel_size: int = 1,
 ) -> dict[str, Any]:
     """Return vLLM's memory arguments: on a CPU the cache size, on a GPU the share of memory for engine and cache."""
     if gpu_memory_utilization is not None and on_gpu:

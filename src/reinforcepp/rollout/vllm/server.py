@@ -59,17 +59,7 @@ def server_command(
     if chat_template is not None:
         settings["chat-template"] = chat_template
     if not on_gpu:
-        memory = memory_settings(
-            model,
-            config,
-            dtype,
-            on_gpu=False,
-            max_length=max_length,
-            max_num_seqs=batch_size,
-            cache_bytes=None,
-            gpu_memory_utilization=None,
-            tensor_parallel_size=1,
-        )
+        memory = memory_settings(model, config, dtype, on_gpu=False, max_length=max_length, max_num_seqs=batch_size)
         settings |= {"block-size": CPU_BLOCK, "kv-cache-memory-bytes": memory["kv_cache_memory_bytes"]}
     flags = [f"--{flag}={value}" for flag, value in settings.items()]
     eager = [] if on_gpu else ["--enforce-eager"]

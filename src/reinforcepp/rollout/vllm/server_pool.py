@@ -88,7 +88,7 @@ class ServerPool:
         self._ready: dict[VllmClient, None] = {}
         self._lost: dict[VllmClient, _Absence] = {}
         self._tasks: dict[Future[Any], tuple[VllmClient, Task]] = {}
-        self._work: tuple[Sequence[Prompt], Sampling] = (), Sampling(1)
+        self._sampling = Sampling(1)
 
     # --- weights ---
 
@@ -150,20 +150,19 @@ class ServerPool:
 
     # --- work ---
 
-    def set_work(self, items: Sequence[Prompt], sampling: Sampling) -> None:
-        """Set the prompts that later indices mean, after dropping results of an interrupted call."""
+    def begin(self, sampling: Sampling) -> None:
+        """Set how the next prompts are sampled, and drop results of an interrupted call."""
         while self._generating:
             self._poll(retry_lost=False)
-        self._work = items, sampling
+        self._sampling = sampling
 
     def ready(self) -> list[VllmClient]:
         """Return the servers that have the current weights."""
         return list(self._ready)
 
-    def submit(self, worker: VllmClient, indices: Sequence[int]) -> None:
-        """Have a server complete the prompts at ``indices``."""
-        prompts, sampling = self._work
-        chunk, version = [prompts[index] for index in indices], self._version
+    def submit(self, worker: VllmClient, chunk: Sequence[Prompt]) -> None:
+        """Have a server complete a chunk of prompts."""
+        sampling, version = self._sampling, self._version
         self._start(
             worker,
             "generate",
