@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the proof that they still are what was written."""
+"""Files and folders that are written completely or not at all, with manifests that detect later changes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that the file is either the old or the new one, never half of it."""
+    """Write ``value`` as JSON. An interruption leaves the old file or the new one, never a part."""
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file to fill: at the end of the block it is on the disk and takes the name ``path``, or nothing does."""
+    """Yield a text file that is flushed to the disk and renamed to ``path`` at the end of the block, or removed on an error."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as file:
@@ -41,7 +41,11 @@ def whole_file(path: Path) -> Iterator[TextIO]:
 
 
 def check_output_file(name: str, setting: str = "output") -> Path:
-    """The path of a file that the user names in ``setting``; a ConfigError if it can't be written there."""
+    """Return the path of a file that the user names in ``setting``.
+
+    Raises:
+        ConfigError: If the file can't be written.
+    """
     output = Path(name).expanduser()
     if not name or output.is_dir():
         raise ConfigError(f"{setting} must be the name of a file, not {name or 'empty'!r}.")
@@ -53,7 +57,7 @@ def check_output_file(name: str, setting: str = "output") -> Path:
 
 
 def flush(path: Path) -> None:
-    """Return when a file, or the list of a folder's files, is on the disk."""
+    """Flush a file, or the list of a folder's files, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -63,9 +67,9 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def appearing_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name ``final`` at the end of the block.
+    """Yield a folder that is renamed to ``final`` at the end of the block, or removed on an error.
 
-    Whatever happens before leaves nothing but, after a power cut or a kill, a folder with another name.
+    A power cut or a kill can leave a folder whose name ends in ``.partial``.
     """
     partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
@@ -80,7 +84,7 @@ def appearing_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """An :func:`appearing_folder` that gets a manifest and is on the disk before it appears."""
+    """Yield an :func:`appearing_folder` that gets a manifest and is flushed to the disk before it is renamed."""
     with appearing_folder(final) as partial:
         yield partial
         inside = sorted(partial.rglob("*"))
@@ -95,7 +99,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Give a folder another name, that of an older folder included."""
+    """Rename a folder, and replace an older folder of that name."""
     if target.exists():
         older = target.with_name(target.name + ".older" + PARTIAL)
         shutil.rmtree(older, ignore_errors=True)
@@ -108,7 +112,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What differs between ``folder`` and its manifest, in words; None if nothing does."""
+    """Return the first difference between ``folder`` and its manifest, in words, or None."""
     try:
         described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, expected in described.items():
@@ -125,14 +129,14 @@ def damage(folder: Path) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """What the safetensors library raises when the disk is full, as the system's own error."""
+    """Convert the safetensors error for a full disk into the OSError of the system."""
     from safetensors import SafetensorError
 
     try:

@@ -1,4 +1,4 @@
-"""The folder a run writes to: may it be written, is it free, is there room."""
+"""The folder of a run: whether it can be written, is free and has enough disk space, and the settings stored there."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ REMOVED_SETTINGS = dict.fromkeys(
 """Settings of earlier versions, with what replaces them."""
 
 HANDED_OVER = f"rollout_weights{PARTIAL}"
-"""Weights on their way to a server; there only while a training runs."""
+"""Weights in transfer to a server; exists only while a training runs."""
 RUN_FILE = "run.json"
 REWARD_CARD = "reward_model.json"
-MARKS = (RUN_FILE, REWARD_CARD)  # a folder without one of them is none of ours, whatever else is in it
+MARKS = (RUN_FILE, REWARD_CARD)  # Only a folder with one of these was written by a run.
 OURS = (
     *MARKS,
     "metrics.jsonl",
@@ -65,7 +65,7 @@ OURS = (
     "vocab.json",
     "merges.txt",
 )
-# What a resumed run may set otherwise without a word: where it is, what it keeps and what it checks.
+# A resumed run can change these settings, because they affect only its place, its checkpoints and its checks.
 FREE_ON_RESUME = (
     "output_dir",
     "overwrite",
@@ -114,13 +114,13 @@ def rename_settings(settings: Mapping[str, Any], known: Collection[str] | None =
 
 
 def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False, needed_bytes: int = 0) -> Path:
-    """Check that a run can write to ``output_dir``; changes nothing.
+    """Check that a run can write to ``output_dir``, and return its path. Changes nothing.
 
-    ``resume`` is what the setting says: a run goes on there, from a checkpoint of its own or, in a folder that is free,
-    from the one at that path.
+    ``resume`` is the setting: the run resumes from a checkpoint in that folder or, if the folder is free, from the
+    checkpoint at the given path.
 
     Raises:
-        ConfigError: if the folder holds something already, can't be written, or the disk is too full.
+        ConfigError: If the folder already holds files, can't be written, or the disk is too full.
     """
     folder = Path(output_dir).expanduser()
     _check_writable(folder)
@@ -139,7 +139,7 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
         return folder
     foreign = [name for name in held if name not in OURS and not name.startswith(("model-", "stacks-"))]
     if not _is_marked(folder):
-        foreign = held  # a model from elsewhere, for example, whose files have the names of a saved policy's
+        foreign = held  # For example a downloaded model, whose files have the same names as a saved policy.
     if foreign:
         raise ConfigError(
             f"{output_dir} holds files that no run of this tool wrote ({_some(foreign)}), so nothing is written there: "
@@ -156,10 +156,10 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
 
 
 def noted_settings(folder: Path) -> dict[str, Any]:
-    """The settings with which the run in ``folder`` was started.
+    """Return the settings with which the run in ``folder`` was started.
 
     Raises:
-        ConfigError: if it didn't note them.
+        ConfigError: If ``run.json`` is missing or damaged.
     """
     path = folder / RUN_FILE
     try:
@@ -171,10 +171,10 @@ def noted_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
-    """Check that a run goes on with the settings it was begun with, as far as they decide what it does.
+    """Check that a resumed run has the settings with which it was started, as far as they affect its results.
 
     Raises:
-        ConfigError: naming all that differ, except for those in ``allowed``.
+        ConfigError: If a setting differs that isn't in ``allowed``; names all of them.
     """
     # One of the two was read from a file, where a tuple is a list.
     began, now = (json.loads(json.dumps(rename_settings(settings))) for settings in (began, now))
@@ -205,18 +205,18 @@ def clear(folder: Path) -> None:
 
 
 def describe_run(folder: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write ``run.json``: the complete settings and what was found out before the start."""
+    """Write ``run.json``: the settings, and the facts known before the start."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, {"settings": settings, **facts})
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has saved something to go on from."""
+    """Return whether a run has saved a checkpoint."""
     return any(folder.glob("checkpoints/step-*[0-9]/state.json"))
 
 
 def _is_marked(folder: Path) -> bool:
-    """Whether a run wrote ``folder``, or a part of it, as the demo's runs do."""
+    """Return whether a run wrote ``folder`` or a folder in it, as the demo does."""
     return any(any(folder.glob(place + mark)) for place in ("", "*/") for mark in MARKS)
 
 

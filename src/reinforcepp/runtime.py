@@ -16,25 +16,25 @@ from urllib.request import getproxies
 
 
 def started() -> int:
-    """How many processes do this job together."""
+    """Return the number of processes of this job."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes files and talks to the user."""
+    """Return whether this is rank 0, which writes files and prints messages."""
     return started() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def is_first_here() -> bool:
-    """Whether this is the first of the processes on its machine: it tells what can't be agreed on with other machines."""
+    """Return whether this is the first process of its node, which reports problems of the node."""
     return int(os.environ.get("LOCAL_RANK") or 0) == 0
 
 
-_version = cache(version)  # each reads and parses a file, and every checkpoint asks for ten of them
+_version = cache(version)  # Each call reads and parses a file, and every checkpoint needs ten of them.
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those of ``packages`` that are installed."""
+    """Return the versions of the installed ones of ``packages``."""
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):
@@ -43,7 +43,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def own_version() -> str:
-    """Of this package, here; nothing where it is used without being installed."""
+    """Return the installed version of this package, or an empty string if it isn't installed."""
     return versions_of(["reinforcepp"]).get("reinforcepp", "")
 
 
@@ -51,19 +51,19 @@ T = TypeVar("T")
 
 
 def outcome(work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` gives, when it is done."""
+    """Run ``work`` to its end and return its result, also from within a running event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    with ThreadPoolExecutor(1) as other:  # a loop that runs can't be waited for from within
+    with ThreadPoolExecutor(1) as other:  # A running loop can't be waited for from within.
         return other.submit(asyncio.run, work).result()
 
 
 def look_for_hub() -> None:
-    """Go offline if the hub can't be reached: its library would retry every file for half a minute.
+    """Go offline if the Hugging Face Hub can't be reached, because its library would retry every file for half a minute.
 
-    What was fetched before still loads then. Behind a proxy a look of our own says nothing.
+    Cached files still load. Behind a proxy this direct check says nothing, so it is skipped.
     """
     from huggingface_hub import constants
 

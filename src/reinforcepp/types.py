@@ -1,4 +1,4 @@
-"""The records that flow through the training loop, in the order in which they come to be.
+"""The records that flow through the training loop, in the order of their creation.
 
 Dimension suffixes used on tensor names everywhere in the package:
 ``B`` sequences of a batch, ``T`` response tokens, ``L`` all tokens of a row, ``V`` vocabulary, ``G`` samples of a prompt.
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 RowId = int | str
-"""A row's number in its file, as ``data`` counts; where several files are read, a text with the file's name: ``b.csv:5``."""
+"""Number of a row in its file, as ``data`` counts; with the file's name if several files are read: ``b.csv:5``."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One human judgement: of two answers to ``prompt``, ``chosen`` was preferred.
+    """One human preference between two responses to ``prompt``: ``chosen`` was preferred to ``rejected``.
 
-    ``row`` is its number in the file, ``weight`` how often it counts in training.
+    ``row`` is its number in the file, and ``weight`` its weight in training.
     """
 
     prompt: str
@@ -34,9 +34,9 @@ class Preference:
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A judgement beside what a reward model says of both answers.
+    """A preference with a reward model's scores of both responses.
 
-    Lengths are those of the answers in tokens, EOS included, without prompt and frame.
+    Lengths are those of the responses in tokens, including EOS, without prompt and chat template.
     """
 
     row: RowId
@@ -50,7 +50,7 @@ class ScoredPair:
 
     @property
     def margin(self) -> float:
-        """By how much the chosen answer is ahead; below 0 the model disagrees, at 0 it is undecided."""
+        """Score of the chosen response minus that of the other; below 0 the model disagrees."""
         return self.chosen_score - self.rejected_score
 
 
@@ -58,8 +58,8 @@ class ScoredPair:
 class Prompt:
     """A prompt as the policy sees it.
 
-    ``key`` names the prompt for good: samples of one prompt form a group by it, and random seeds derive from it.
-    ``ids`` is the framed, tokenised prompt; ``columns`` holds the data row's other columns for reward functions.
+    ``key`` identifies the prompt: it groups the samples of one prompt, and random seeds derive from it. ``ids`` is the
+    formatted, tokenized prompt; ``columns`` holds the other columns of the data row, for reward functions.
     """
 
     text: str
@@ -70,10 +70,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. The defaults sample the policy's full distribution, as training needs.
+    """How completions are sampled. The defaults sample the policy's full distribution, as training needs.
 
-    ``temperature`` 0 means greedy; ``top_k`` 0 and ``top_p`` 1 mean off. The random numbers of a completion derive
-    from (``seed``, prompt key, sample index) alone, so the make-up of a batch doesn't change what is drawn.
+    ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 disable it. The random numbers of a completion derive only from
+    (``seed``, prompt key, sample index), so completions don't depend on the other rows of a batch.
     """
 
     max_new_tokens: int
@@ -87,11 +87,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the policy sampled for one prompt: EOS is among ``ids`` if, and only if, it was sampled.
+    """One sample of the policy for a prompt. ``ids`` includes EOS if, and only if, it was sampled.
 
-    ``logprobs[i]`` is the log-probability of ``ids[i]`` under the distribution it was drawn from, as the engine computed
-    it. Of one that was sampled ahead of time, ``old_logprobs`` and ``entropy`` are the trainer's figures for the weights
-    that sampled it; of others they are empty.
+    ``logprobs[i]`` is the engine's log-probability of ``ids[i]`` under the distribution that was sampled. If generation runs
+    ahead of training, ``old_logprobs`` and ``entropy`` are the trainer's values for the weights that sampled it; otherwise
+    they are empty.
     """
 
     prompt: Prompt
