@@ -194,7 +194,7 @@ def test_a_full_context_loses_whole_turns_from_the_front(tokenizer):
     prompts = [said(conversation, f"Question number {i}?") for i in range(6)]
     assert all(len(prompt.ids) <= room for prompt in prompts)
     assert [len(prompt.columns["messages"]) for prompt in prompts] == [2, 4, 6, 6, 6, 6]
-    assert conversation.left_out == 3
+    assert conversation.skipped_turns == 3
     assert prompts[5].columns["messages"] == [
         {"role": "system", "content": "Be brief."},
         *(user("Question number 3?"), assistant("ok"), user("Question number 4?"), assistant("ok")),

@@ -53,7 +53,7 @@ def test_the_list_tells_of_each_recipe_what_it_is_needs_and_begins_with(capsys):
     out = capsys.readouterr().out
     assert NAMES == ["cpu_demo", "gpu_24gb_lora", "gpu_80gb_full", "math_rules", "several_nodes"]
     for name in NAMES:
-        recipe = recipes.read_recipe(name)
+        recipe = recipes.read_preset(name)
         assert recipe.about.endswith(".") and len(recipe.commands) == 1 + file(f"{name}.reward").is_file()
         for words in (name, recipe.about, recipe.hardware, *recipe.commands):
             assert words in out
@@ -61,7 +61,7 @@ def test_the_list_tells_of_each_recipe_what_it_is_needs_and_begins_with(capsys):
 
 def test_the_table_in_the_documentation_is_that_of_the_recipes():
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    read = [recipes.read_recipe(name) for name in NAMES]
+    read = [recipes.read_preset(name) for name in NAMES]
     rows = ["| recipe | what | hardware |", "| --- | --- | --- |"]
     rows += [f"| `{one.name}` | {one.about} | {one.hardware} |" for one in read]
     assert page.partition("<!-- recipes -->\n")[2].partition("\n<!-- end -->")[0] == "\n".join(rows)
@@ -101,7 +101,7 @@ def test_the_first_run_is_the_demo():
 
 
 def plan(name: str, *flags: str) -> int:
-    command, *arguments = shlex.split(recipes.read_recipe(name).plan.replace(f"{name}.yaml", str(file(name))))
+    command, *arguments = shlex.split(recipes.read_preset(name).plan.replace(f"{name}.yaml", str(file(name))))
     assert command == "reinforcepp"
     return cli.main([*arguments, *flags])
 
@@ -166,7 +166,7 @@ def test_its_commands_run_as_they_stand(models, pairs_csv, tmp_path, monkeypatch
     (tmp_path / "Qwen").symlink_to(models / "Qwen")
     (tmp_path / "math.csv").symlink_to(models / "math.csv")
     assert cli.main(["recipes", "copy", name]) == 0
-    recipe = recipes.read_recipe(name)
+    recipe = recipes.read_preset(name)
     assert sorted(path.name for path in tmp_path.glob(f"{name}*")) == sorted(
         path.name for path in recipes.FOLDER.glob(f"{name}*")
     )
@@ -200,7 +200,7 @@ def test_a_copy_names_itself_and_replaces_nothing(tmp_path, monkeypatch, capsys)
     Path("mine.yaml").unlink()
     Path("mine.reward.yaml").write_text("mine")
     assert cli.main(["recipes", "copy", "cpu_demo", "mine.yaml"]) == 2
-    assert "mine.reward.yaml is there already" in capsys.readouterr().err
+    assert "mine.reward.yaml already exists" in capsys.readouterr().err
     assert not Path("mine.yaml").exists() and Path("mine.reward.yaml").read_text() == "mine"
     assert cli.main(["recipes", "copy", "cpu_demo", "mine.yaml", "--overwrite"]) == 0
     assert yaml.safe_load(Path("mine.reward.yaml").read_text()) == settings("cpu_demo.reward")
@@ -215,9 +215,9 @@ def test_a_recipe_is_shown_as_it_is(capsys, name):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["copy", "cpu_dmo"], ["no recipe 'cpu_dmo'", "Did you mean 'cpu_demo'?"]),
-        (["show", "../recipes/cpu_demo"], ["no recipe"]),
-        (["copy", "cpu_demo.reward"], ["comes along with cpu_demo"]),
+        (["copy", "cpu_dmo"], ["'cpu_dmo' not found", "Did you mean 'cpu_demo'?"]),
+        (["show", "../recipes/cpu_demo"], ["not found"]),
+        (["copy", "cpu_demo.reward"], ["part of cpu_demo"]),
         (["copy"], ["recipes copy needs the name"]),
         (["copy", "cpu_demo", "no/such/folder.yaml"], ["no folder no/such"]),
         (["shwo", "cpu_demo"], ["Did you mean 'show'?"]),

@@ -69,7 +69,7 @@ def test_exact_match_scores_no_row_without_an_answer():
     assert scores("exact_match", "a", "b", "c", answer=[None, "b", " "]) == [None, 1, None]
     with pytest.raises(ConfigError, match=r"column 'answr', which the data lacks; it has answer, topic\..*'answer'"):
         scores("exact_match?column=answr", "a", answer=["a"], topic=["b"], completion_ids=[[1]], finish_reason=["stop"])
-    with pytest.raises(ConfigError, match="no column beside the prompt"):
+    with pytest.raises(ConfigError, match="only the prompt"):
         scores("exact_match", "a", completion_ids=[[1]])
 
 
@@ -97,8 +97,8 @@ def test_repetition_takes_off_the_share_of_runs_said_before():
         ("length?min=9&max=8", "min 9 is over max 8"),
         ("length?unit=token", "unit must be one of.*Did you mean 'tokens'"),
         ("length?min=1&min=2", "min is there twice"),
-        ("length?min", "'min' is no option"),
-        ("length?min=", "'min=' is no option"),
+        ("length?min", "'min' isn't an option"),
+        ("length?min=", "'min=' isn't an option"),
         ("regex", "needs a pattern"),
         ("regex?pattern=(", "'\\(' is not a regular expression"),
         ("regex?pattern=a{99999999999}", "not a regular expression"),

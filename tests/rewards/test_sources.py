@@ -50,9 +50,9 @@ def test_a_folder_with_a_colon_in_its_name_is_a_folder(tmp_path):
         ("builtin:jugde", "Did you mean 'builtin:judge'"),
         ("rule:lenght", "Did you mean 'length'"),
         ("length?max=3", "write rule:length"),
-        ("http://", "no address"),
-        ("http://h:abc/x", "no address"),
-        ("http://h:0/x", "no address"),
+        ("http://", "isn't the address"),
+        ("http://h:abc/x", "isn't the address"),
+        ("http://h:0/x", "isn't the address"),
     ],
 )
 def test_an_invalid_name_raises(text, message):

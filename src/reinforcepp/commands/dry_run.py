@@ -1,4 +1,4 @@
-"""``--dry_run``: everything that a training would start from, shown instead of begun. No weight is read, no file written."""
+"""``--dry_run``: print everything that a training would start from. No weights are read and no file is written."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def run_dry_run(config: SftConfig | RewardModelConfig | TrainConfig) -> None:
 
 
 def show_training(config: TrainConfig) -> None:
-    """Settings, plan and first prompts of a policy training.
+    """Print the settings, the plan and the first prompts of a policy training.
 
     Raises:
-        ReinforceError: whatever would stop the training before its weights are read.
+        ReinforceError: For every error that would stop the training before its weights are read.
     """
     data, rows, _ = load_prompts(config.data, **_columns(config), renamed=config.renamed, streaming=config.streaming)
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
@@ -54,11 +54,11 @@ def show_training(config: TrainConfig) -> None:
         text = str(tokenizer.decode(prompt.ids))
         note = "; the completion that follows is what is trained on"
         _write(f"Prompt {number}: {len(prompt.ids)} tokens{note}", _row(tokenizer, text, prompt.ids, len(prompt.ids)))
-    echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+    echo(f"{data.summary()}. Nothing was loaded or written. To train, omit --dry_run.", "green")
 
 
 def show_reward_training(config: RewardModelConfig) -> None:
-    """Settings and first pairs of a reward training; errors are those of :func:`show_training`."""
+    """Print the settings and the first pairs of a reward model training; errors as in :func:`show_training`."""
     data, pairs, _ = load_preferences(config.data, **_columns(config), streaming=config.streaming)
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     _write("Settings", settings(config))
@@ -69,11 +69,11 @@ def show_reward_training(config: RewardModelConfig) -> None:
             prompt_length = len(encode(tokenizer, format_prompt(tokenizer, pair.prompt)))
             shown = _row(tokenizer, framed_text + str(tokenizer.eos_token), ids, prompt_length)
             _write(f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last", shown)
-    echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+    echo(f"{data.summary()}. Nothing was loaded or written. To train, omit --dry_run.", "green")
 
 
 def show_sft(config: SftConfig) -> None:
-    """Settings and first rows of a supervised warm-up; errors are those of :func:`show_training`."""
+    """Print the settings and the first rows of SFT; errors as in :func:`show_training`."""
     data, rows, _ = load_texts(config.data, **_columns(config))
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     _write("Settings", settings(config))
@@ -81,12 +81,12 @@ def show_sft(config: SftConfig) -> None:
         one = to_example(tokenizer, row)
         ids = [*one.context, *one.target]
         shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.context))
-        _write(f"Row {number} (row {row.row}): {len(ids)} tokens; what the mask has as 1 is learnt", shown)
-    echo(f"{data.summary()}. Nothing was loaded or written: leave out --dry_run to train.", "green")
+        _write(f"Row {number} (row {row.row}): {len(ids)} tokens; tokens with mask 1 are trained", shown)
+    echo(f"{data.summary()}. Nothing was loaded or written. To train, omit --dry_run.", "green")
 
 
 def settings(config: Any) -> Iterator[str]:
-    """Every setting as a line of YAML, with the default behind those that differ from it."""
+    """Yield every setting as a line of YAML, with its default if the value differs."""
     import yaml
 
     defaults = as_dict(type(config)())
@@ -98,10 +98,10 @@ def settings(config: Any) -> Iterator[str]:
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], prompt_length: int) -> Iterator[str]:
-    """The framed text, its tokens with their ids, and which of them are an answer's."""
+    """Yield the formatted text, its tokens with their ids, and the mask of the response tokens."""
     yield f"text    {text!r}"
     yield "tokens  " + " ".join(f"{str(tokenizer.decode([i]))!r}:{i}" for i in ids)
-    yield "mask    " + " ".join("0" if place < prompt_length else "1" for place in range(len(ids)))
+    yield "mask    " + " ".join("0" if index < prompt_length else "1" for index in range(len(ids)))
 
 
 def _write(title: str, lines: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Answer prompts with a model: one prompt, a file of them, or standard input."""
+"""The command ``generate``: responses to one prompt, to a file of prompts, or to standard input."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 def generate(config: GenerateConfig) -> list[Completion]:
-    """Answer every prompt of ``config`` and write the answers out; returns them in order.
+    """Generate a response to every prompt of ``config``, write them, and return them in order.
 
     Raises:
-        ReinforceError: for a missing file, no prompt, or a model that can't be loaded.
+        ReinforceError: For a missing file, no prompt, or a model that can't be loaded.
     """
     texts = _read_prompts(config)
     output = check_output_file(config.output) if config.output is not None else None
@@ -59,7 +59,7 @@ def generate(config: GenerateConfig) -> list[Completion]:
         completions = engine.generate(prompts, sampling)
         rewards = score_all(reward, completions) if reward is not None else None
         if config.best_of is not None and rewards is not None:
-            kept = best_places(rewards, config.best_of)
+            kept = best_indices(rewards, config.best_of)
             completions, rewards = [completions[i] for i in kept], [rewards[i] for i in kept]
         with _sink(output) as sink:
             _write(completions, rewards, sink, as_json=output is not None, with_prompt=len(completions) > 1)
@@ -70,7 +70,7 @@ def generate(config: GenerateConfig) -> list[Completion]:
 def load_engine(
     config: SamplingConfig, choice: EngineChoice, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> RolloutEngine:
-    """The chosen engine with the model's weights, for sequences of up to ``max_length`` tokens."""
+    """Start the chosen engine with the model's weights, for sequences of up to ``max_length`` tokens."""
     if config.engine == "auto":
         echo(f"Completions come from {choice.name}: {choice.reason}.")
     model = load_policy(config.model)
@@ -80,7 +80,7 @@ def load_engine(
 
 
 def sampling_of(config: SamplingConfig, num_samples: int = 1) -> Sampling:
-    """How a verb's settings say that answers are drawn."""
+    """Return the sampling parameters in a command's settings."""
     return Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -92,16 +92,16 @@ def sampling_of(config: SamplingConfig, num_samples: int = 1) -> Sampling:
     )
 
 
-def best_places(rewards: Sequence[float], group: int) -> list[int]:
-    """Of each ``group`` of rewards that follow one another, the place of the highest, the first of equals."""
+def best_indices(rewards: Sequence[float], group: int) -> list[int]:
+    """Return the index of the highest reward in each ``group`` of consecutive rewards, the first of equal ones."""
     starts = range(0, len(rewards), group)
     return [max(range(start, start + group), key=lambda i: rewards[i]) for start in starts]
 
 
 def show_growing(growing: Iterator[Completion], stopped: Callable[[], bool] = lambda: False) -> Completion:
-    """Print an answer while it grows, until it ends or is ``stopped``; returns it as far as it came.
+    """Print a response while it is generated, until it is finished or ``stopped``, and return it.
 
-    A character that is only half there waits for its other half.
+    An incomplete character is held back until it is complete.
     """
     shown = ""
     for completion in growing:
@@ -127,7 +127,7 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
 def _sink(output: Path | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
-        sys.stdout.flush()  # so that a reader that has gone shows here, not when Python ends
+        sys.stdout.flush()  # A closed pipe must raise here, not when Python exits.
         return
     with whole_file(output) as file:
         yield file
@@ -152,10 +152,10 @@ def _write(
             sink.write(json.dumps(record, ensure_ascii=False) + "\n")
         else:
             prompt = f"> {completion.prompt.text}\n" if with_prompt else ""
-            told = f"\n({told_reward(rewards[i])})" if rewards is not None else ""
-            sink.write(printable(prompt + completion.text) + told + "\n")
+            score = f"\n({format_reward(rewards[i])})" if rewards is not None else ""
+            sink.write(printable(prompt + completion.text) + score + "\n")
 
 
-def told_reward(reward: float) -> str:
-    """A reward model's score, to be shown beside an answer."""
+def format_reward(reward: float) -> str:
+    """Return a reward model's score as text."""
     return f"reward {reward:+.3f}"

@@ -1,10 +1,10 @@
-"""``reinforcepp serve-reward``: a reward model behind HTTP, for ``rewards/remote.py`` and other clients of the protocol.
+"""The command ``serve-reward``: a reward model behind HTTP, for ``rewards/remote.py`` and other clients of the protocol.
 
     POST /get_reward  {"query": [...], "prompts": [...], "finish_reason": [...]} -> {"rewards": [...], "scores": [...]}
     GET /health       {"status": "ok", "model": ...}
 
-A ``query`` is the prompt and the completion behind it, in plain words: the model's own frame is put around them here.
-Without ``prompts``, each is taken to be framed already. What is wrong is told as {"error": sentence} with a status of 4xx.
+A ``query`` is the prompt followed by the completion, in plain text; the server applies the model's chat template. Without
+``prompts``, each query must be formatted already. Errors are {"error": sentence} with a status of 4xx.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SECONDS_TO_SEND = 60.0
 
 
 class BadRequest(Exception):
-    """A request that can't be answered: status and sentence."""
+    """A request that can't be answered, with its HTTP status."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -43,10 +43,10 @@ class BadRequest(Exception):
 
 
 def score_request(reward: TrainedReward, asked: Any) -> list[float]:
-    """The scores of what a request asks for.
+    """Return the scores of the queries in a request.
 
     Raises:
-        BadRequest: if it isn't of the protocol.
+        BadRequest: If the request doesn't follow the protocol.
     """
     queries = _texts(asked, "query")
     if queries is None:
@@ -60,9 +60,7 @@ def score_request(reward: TrainedReward, asked: Any) -> list[float]:
         return reward.scaled(reward.score_rows(rows))
     for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
         if not query.startswith(prompt):
-            raise BadRequest(
-                400, f"query {i} doesn't begin with prompt {i}, so it can't be told what the completion is."
-            )
+            raise BadRequest(400, f"query {i} doesn't begin with prompt {i}, so the completion is unknown.")
     completions = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
     return reward(prompts, completions, finish_reason=reasons)
 
@@ -92,7 +90,7 @@ class RewardServer(ThreadingHTTPServer):
         self.scoring = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone away is no news."""
+        """Ignore a client that closed its connection."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -103,13 +101,13 @@ class Handler(BaseHTTPRequestHandler):
     server: RewardServer
 
     def do_GET(self) -> None:
-        """Say that all is well."""
+        """Return the status of the server."""
         if self.path != "/health":
             return self._refuse(BadRequest(404, "There is only POST /get_reward and GET /health."))
         self._answer(200, {"status": "ok", "model": self.server.title})
 
     def do_POST(self) -> None:
-        """Score."""
+        """Return the scores of the queries."""
         try:
             body = self._body()
             reward = self.server.reward
@@ -123,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, {"rewards": scores, "scores": scores})
 
     def _body(self) -> Any:
-        """What was sent, after all that speaks against reading it."""
+        """Read the body of a request after checking its path, token and length."""
         if self.path not in ("/", "/get_reward"):
             raise BadRequest(404, "There is only POST /get_reward and GET /health.")
         wanted = self.server.wanted
@@ -140,11 +138,11 @@ class Handler(BaseHTTPRequestHandler):
             raise BadRequest(400, "The request isn't JSON.") from None
 
     def _refuse(self, refusal: BadRequest) -> None:
-        self.close_connection = True  # what was sent may not have been read
+        self.close_connection = True  # The body of the request might be unread.
         self._answer(refusal.status, {"error": str(refusal)})
 
-    def _answer(self, status: int, said: dict[str, Any]) -> None:
-        body = json.dumps(said).encode()
+    def _answer(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -154,15 +152,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of each request."""
+        """Log no requests."""
 
 
 def serve(config: ServeRewardConfig) -> None:
-    """Answer requests until SIGINT or SIGTERM comes.
+    """Answer requests until SIGINT or SIGTERM.
 
     Raises:
-        ModelError: if the model can't be loaded.
-        ConfigError: if the address can't be listened on.
+        ModelError: If the model can't be loaded.
+        ConfigError: If the server can't listen on the address.
     """
     check_reward_folder(config.model)
     with _listening(config) as server:
@@ -174,7 +172,10 @@ def serve(config: ServeRewardConfig) -> None:
             reward.model.to("cuda")
         server.reward = reward
         if server.server_address[0] not in ("127.0.0.1", "::1") and server.wanted is None:
-            echo(f"Whoever reaches this address may ask: set {TOKEN_VARIABLE} to have them show a token.", "yellow")
+            echo(
+                f"Every client that reaches this address can use the server. To require a token, set {TOKEN_VARIABLE}.",
+                "yellow",
+            )
         echo(f"{config.model} answers on http://{config.host}:{server.server_port}/get_reward; Ctrl-C ends it.")
         with _until_signal(server):
             server.serve_forever(poll_interval=0.1)

@@ -78,13 +78,13 @@ def _data_name(text: str) -> DataName:
         if key not in OPTIONS:
             raise ConfigError(f"{text}: there is no option {key!r}, only {', '.join(OPTIONS)}.{nearest(key, OPTIONS)}")
         if not value.strip():
-            raise ConfigError(f"{text}: the option {key} has no value; give one, or leave it out.")
+            raise ConfigError(f"{text}: the option {key} has no value; give one, or omit it.")
     weight = _weight(text, options.pop("weight", "1"))
     hub = _is_hub(name)
     if not hub and not os.path.isdir(name) and options:
         raise ConfigError(
             f"{text}: {next(iter(options))} is an option of data sets of the hub and of folders that datasets saved, and "
-            f"{name} is a file; leave it out."
+            f"{name} is a file; omit it."
         )
     return DataName(name.removeprefix(_HUB), weight, hub=hub, **options)
 

@@ -70,7 +70,7 @@ class Regex:
 
 @dataclass(frozen=True)
 class Format:
-    """1 where a completion is its ``tags`` in this order, each once, with text inside and nothing beside them; else 0."""
+    """1 where a completion is its ``tags`` in this order, each once, with text inside and nothing else; otherwise 0."""
 
     tags: str = "think,answer"
     name: str = "format"
@@ -115,7 +115,7 @@ class ExactMatch:
             there = sorted(set(columns) - {"completion_ids", "finish_reason"})
             raise ConfigError(
                 f"The rule {self.name} compares with the column {self.column!r}, which the data lacks; it has "
-                f"{', '.join(there) or 'no column beside the prompt'}.{nearest(self.column, there)}"
+                f"{', '.join(there) or 'only the prompt'}.{nearest(self.column, there)}"
             )
         return [
             None
@@ -181,7 +181,7 @@ def _options(rule: str, text: str) -> Mapping[str, Any]:
     for part in re.split(r"&(?=\w+=)", text) if text else ():  # so that a pattern may hold an & of its own
         option, equals, value = part.partition("=")
         if not equals or not value:
-            raise ConfigError(f"{part!r} is no option: write OPTION=VALUE, several with & between them.")
+            raise ConfigError(f"{part!r} isn't an option: write OPTION=VALUE, several with & between them.")
         if option not in known:
             raise ConfigError(f"there is no option {option!r}, only {', '.join(known)}.{nearest(option, known)}")
         if option in given:

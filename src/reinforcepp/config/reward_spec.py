@@ -86,7 +86,9 @@ def check_url(url: str) -> None:
         there = False
     if not there:
         shown = "What has an @ in it" if "@" in url else url.partition("?")[0]
-        raise ConfigError(f"{shown} is no address of a reward server: write it like http://127.0.0.1:5000/get_reward.")
+        raise ConfigError(
+            f"{shown} isn't the address of a reward server: write it like http://127.0.0.1:5000/get_reward."
+        )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(f"The address of the reward server {parts.hostname} holds a password: {cure}")
     for name, _ in parse_qsl(parts.query, keep_blank_values=True):

@@ -14,7 +14,7 @@ import torch
 
 from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.commands.chat.preferences import PreferenceFile
-from reinforcepp.commands.generate import load_engine, sampling_of, show_growing, told_reward
+from reinforcepp.commands.generate import format_reward, load_engine, sampling_of, show_growing
 from reinforcepp.config import ChatConfig
 from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError, nearest
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer
@@ -133,18 +133,18 @@ class _Chat:
 
     def _answer(self, ask: Callable[[], Prompt]) -> None:
         """Answer what ``ask`` makes of the conversation, and show what the reward model thinks of it."""
-        before = self.conversation.left_out
+        before = self.conversation.skipped_turns
         prompt = ask()
-        if (more := self.conversation.left_out - before) > 0:
-            turns = "turn of the conversation is" if more == 1 else "turns of the conversation are"
-            echo(f"The context is full: the oldest {more} {turns} left out from here on.", "yellow")
+        if (more := self.conversation.skipped_turns - before) > 0:
+            turns = "turn" if more == 1 else "turns"
+            echo(f"The context is full: skipped the oldest {more} {turns} of the conversation.", "yellow")
         with _stop_on_interrupt() as stopped, closing(self.engine.stream(prompt, sampling_of(self.config))) as growing:
             completion = show_growing(growing, stopped)
             was_stopped = stopped()
         number = self.conversation.answered(completion)
         notes = [f"answer {number}"] if number > 1 else []
         if self.reward is not None:
-            notes.append(told_reward(score_all(self.reward, [completion])[0]))
+            notes.append(format_reward(score_all(self.reward, [completion])[0]))
         if completion.finish_reason == "length":
             notes.append("stopped" if was_stopped else f"cut off after {self.config.max_new_tokens} tokens")
         if notes:

@@ -19,9 +19,9 @@ Messages = list[dict[str, str]]
 
 @dataclass
 class Conversation:
-    """A conversation that never holds more tokens than ``room``, its frame included.
+    """A conversation of at most ``room`` tokens, including the chat template.
 
-    Older turns are left out from the front, a question and its answer at a time; ``left_out`` counts them. ``answers``
+    The oldest turns are skipped, a question and its answer at a time; ``skipped_turns`` counts them. ``answers``
     are those to ``question``, and the one at ``current`` is what the next question follows.
     """
 
@@ -32,7 +32,7 @@ class Conversation:
     question: str | None = None
     answers: list[Completion] = field(default_factory=list)
     current: int = 0
-    left_out: int = 0
+    skipped_turns: int = 0
     asked: int = 0
     """Answers begun so far; each is drawn with random numbers of its own."""
     judged: set[frozenset[int]] = field(default_factory=set)
@@ -47,8 +47,8 @@ class Conversation:
         turns = self.turns
         if self.question is not None and self.answers:
             turns = [*turns, (self.question, self.answers[self.current].text)]
-        prompt, left_out = self._fitted(turns, question)
-        self.turns, self.question, self.left_out = turns, question, left_out
+        prompt, skipped_turns = self._fitted(turns, question)
+        self.turns, self.question, self.skipped_turns = turns, question, skipped_turns
         self.answers, self.current, self.judged = [], 0, set()
         return prompt
 
@@ -60,7 +60,7 @@ class Conversation:
         """
         if self.question is None:
             raise DataError("There is no question yet: ask one first.")
-        prompt, self.left_out = self._fitted(self.turns, self.question)
+        prompt, self.skipped_turns = self._fitted(self.turns, self.question)
         return prompt
 
     def answered(self, completion: Completion) -> int:
@@ -72,7 +72,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system message."""
         self.turns, self.question, self.answers = [], None, []
-        self.current, self.left_out, self.judged = 0, 0, set()
+        self.current, self.skipped_turns, self.judged = 0, 0, set()
 
     def prefer(self, number: int | None, save: Callable[[Messages, str, str], None]) -> tuple[int, int]:
         """``save`` the answer of this number, by default the last, as better than the last, or the one before it.
@@ -108,14 +108,14 @@ class Conversation:
         return chosen, rejected
 
     def _fitted(self, turns: Sequence[tuple[str, str]], question: str) -> tuple[Prompt, int]:
-        """The prompt that fits into ``room``, and how many turns had to be left out for it."""
-        for left_out in range(self.left_out, len(turns) + 1):
-            messages = _messages(self.system, turns[left_out:], question)
+        """The prompt that fits into ``room``, and the number of turns skipped for it."""
+        for skipped_turns in range(self.skipped_turns, len(turns) + 1):
+            messages = _messages(self.system, turns[skipped_turns:], question)
             ids = encode(self.tokenizer, format_conversation(self.tokenizer, messages))
             if len(ids) <= self.room:
                 self.asked += 1
                 text = conversation_text(messages)
-                return Prompt(text, tuple(ids), self.asked, {"messages": messages}), left_out
+                return Prompt(text, tuple(ids), self.asked, {"messages": messages}), skipped_turns
         raise DataError(f"The question is too long: with its frame it has {len(ids)} tokens, and {self.room} fit.")
 
 

@@ -16,7 +16,7 @@ from reinforcepp.errors import ConfigError, nearest
 
 MODES = {
     "compare_performance": "one-by-one and batched transformers generation and vLLM, side by side",
-    "test_generation": "answers of the trained model, beside those of the model it was trained from",
+    "test_generation": "responses of the trained model and of its base model",
     "test_vllm": "answers by vLLM, checked against transformers",
 }
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="the ways take turns this often; medians are reported")
     add("--tensor_parallel_size", type=int, default=1, help="GPUs that share the model in vLLM")
     add("--gpu_memory_utilization", type=float, help="share of the GPU for vLLM; measured by default")
-    add("--output", help="JSON file for all that was measured; compare_performance draws a plot beside it")
+    add("--output", help="JSON file for all that was measured; compare_performance also draws a plot")
     return parser
 
 
@@ -147,7 +147,7 @@ def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
     _, prompts = _encode(settings, model, texts)
     choice = choose_engine("auto", models.load_config(model), getattr(torch, settings.dtype))
     if choice.name != "vllm":
-        echo(f"vLLM is left out of the comparison: {choice.reason}.", "yellow")
+        echo(f"Skipped vLLM in the comparison: {choice.reason}.", "yellow")
     result = compare(
         Comparison(
             model=model,

@@ -1,4 +1,4 @@
-"""vLLM beside transformers: the same prompts, the same settings, each way of generating in a process of its own.
+"""Compare vLLM with transformers: the same prompts and settings, with each way of generating in its own process.
 
 The ways take turns: every round runs all of them, in an order that is rotated from round to round, so that a change in
 the machine's load meets each alike. What is reported is the median of the rounds, with the smallest and the largest.
@@ -35,7 +35,7 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: a saved model, tokenised prompts, and how they are continued."""
+    """Inputs of the comparison: a saved model, tokenized prompts, and the sampling."""
 
     model: str
     prompts: Prompts

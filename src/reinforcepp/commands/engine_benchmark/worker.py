@@ -133,7 +133,7 @@ class Worker:
 def _generate_plainly(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[list[int]]:
-    """The library's own ``generate`` on one padded batch; what follows the end of an answer is left out."""
+    """Run the library's ``generate`` on one padded batch and return the tokens up to the end of each response."""
     import torch
 
     from reinforcepp.models.loading import eos_token_ids

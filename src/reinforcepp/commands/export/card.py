@@ -1,7 +1,7 @@
-"""The model card: what a model was made from, how, what was measured, and how to load it.
+"""The model card: the origin of a model, its training, its metrics, and how to load it.
 
-Names, settings and paths come from users, so they are escaped; of paths the last part is told alone, as a card is read by
-others than those who know the folders.
+Names, settings and paths come from users, so they are escaped. The card shows only the last part of a path, because its
+readers don't know the author's folders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reinforcepp.runtime import versions_of
 
 CARD = "README.md"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|~&:@])")
-TOLD_ELSEWHERE = ("model", "data", "reward_model", "judge")
+SHOWN_ELSEWHERE = ("model", "data", "reward_model", "judge")
 TAGS = ("reinforcepp", "reinforce-plus-plus", "rlhf", "text-generation")
 WARM_UP_TAGS = ("reinforcepp", "sft", "text-generation")
 LENGTHS = {
@@ -30,11 +30,11 @@ LENGTHS = {
     "truncated": ("cut off at the length limit", "{:.0%}"),
     "distinct": ("different answers", "{:.0%}"),
 }
-"""Figures without a standard error, with their names and formats."""
+"""Metrics without a standard error, with their names and formats."""
 
 
 def model_card(source: Source, name: str) -> str:
-    """The card in Markdown, front matter for the hub included, of a model that is called ``name``: USER/NAME, or a folder's."""
+    """Return the card in Markdown, with front matter for the Hub, of the model ``name`` (USER/NAME, or a folder)."""
     record = source.record
     parts = [_front_matter(record), f"# {escaped(name)}", _introduction(source)]
     if record is not None and record.is_sft:
@@ -45,7 +45,7 @@ def model_card(source: Source, name: str) -> str:
 
 
 def escaped(text: Any) -> str:
-    """``text`` as Markdown that shows it as it is, on one line and without control characters."""
+    """Return ``text`` escaped for Markdown, on one line and without control characters."""
     return SPECIAL.sub(r"\\\1", " ".join(printable(str(text)).split()))
 
 
@@ -53,11 +53,15 @@ def _front_matter(record: RunRecord | None) -> str:
     import yaml
 
     tags = WARM_UP_TAGS if record is not None and record.is_sft else TAGS
-    told: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
+    front_matter: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(tags),
+    }
     base = record.settings.get("model") if record is not None else None
     if record is not None and isinstance(base, str) and _hub_name(record, base):
-        told = {"base_model": base, **told}
-    return f"---\n{yaml.safe_dump(told, sort_keys=False)}---"
+        front_matter = {"base_model": base, **front_matter}
+    return f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---"
 
 
 def _introduction(source: Source) -> str:
@@ -149,10 +153,10 @@ def _settings(record: RunRecord) -> str:
     rows = [
         (setting.name, setting.value, setting.default)
         for setting in settings_of(record)
-        if setting.differs and setting.name not in TOLD_ELSEWHERE
+        if setting.differs and setting.name not in SHOWN_ELSEWHERE
     ]
-    told = _table(("setting", "value", "default"), rows) if rows else "None."
-    return "## Settings other than the defaults\n\n" + told
+    table = _table(("setting", "value", "default"), rows) if rows else "None."
+    return "## Settings other than the defaults\n\n" + table
 
 
 def _use(name: str) -> str:

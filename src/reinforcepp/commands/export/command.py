@@ -1,4 +1,4 @@
-"""``reinforcepp export``: a model in a folder of its own, whole or not at all."""
+"""The command ``export``: write a model to a new folder, completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run_export(config: ExportConfig) -> None:
     """Write the folder.
 
     Raises:
-        ReinforceError: for a model that can't be had, or a folder that isn't free.
+        ReinforceError: For a model that can't be loaded, or a folder that isn't empty.
     """
     source = find_source(config.model)
     folder = Path(config.output_dir).expanduser()
@@ -33,9 +33,9 @@ def run_export(config: ExportConfig) -> None:
 
 
 def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: bool = True) -> None:
-    """Put the model, its tokenizer and its card, in which it is called ``name``, into a folder that is there.
+    """Write the model, its tokenizer and its card, with the title ``name``, into an existing folder.
 
-    An adapter is merged into its model, or stays alone.
+    An adapter is merged into its base model, or copied alone if ``merge`` is off.
     """
     if merge or not is_adapter_dir(Path(source.name)):
         model, tokenizer = plain_model(source.name, dtype)

@@ -1,4 +1,4 @@
-"""``reinforcepp push``: a model and its card on the Hugging Face hub."""
+"""The command ``push``: upload a model and its card to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reinforcepp.config import PushConfig
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.monitoring import echo
 
-# Connections fail with errors of the library that the hub's client takes, which differs by version.
+# Connections fail with errors of the HTTP library of huggingface_hub, which differs by version.
 UNREACHABLE: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 REASONS = {
     401: "it doesn't accept the token: log in again (hf auth login), or set HF_TOKEN to a token that is valid",
@@ -25,22 +25,22 @@ REASONS = {
 
 
 def run_push(config: PushConfig) -> None:
-    """Export to a folder that is gone afterwards, and upload that.
+    """Export to a temporary folder and upload it.
 
     Raises:
-        ConfigError: there is no token, or the repository is public and shouldn't be.
-        ModelError: the model can't be had, or the hub can't be reached or refuses.
+        ConfigError: If there is no token, or the repository is public and ``private`` is set.
+        ModelError: If the model can't be loaded, or the Hub can't be reached or refuses the upload.
     """
     source = find_source(config.model)
     if get_token() is None:
         raise ConfigError("There is no token for the hub: log in with `hf auth login`, or set HF_TOKEN to your token.")
     api = HfApi()
-    with _told():
+    with _hub_errors():
         owner = str(api.whoami()["name"])
     repo = config.repository if "/" in config.repository else f"{owner}/{config.repository}"
     with tempfile.TemporaryDirectory(prefix="reinforcepp-push-") as name:
         write_folder(source, config.dtype, Path(name), repo)
-        with _told():
+        with _hub_errors():
             api.create_repo(repo, private=config.private, exist_ok=True)
             if config.private and not api.model_info(repo).private:
                 raise ConfigError(
@@ -51,8 +51,8 @@ def run_push(config: PushConfig) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What the hub or the way to it has against something, as one sentence. A token is in none of these errors."""
+def _hub_errors() -> Iterator[None]:
+    """Convert errors of the Hub and of the connection into one sentence. None of these errors contains the token."""
     try:
         yield
     except HfHubHTTPError as error:

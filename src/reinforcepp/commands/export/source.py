@@ -1,4 +1,4 @@
-"""What the user means by a trained model: a training's folder or a model's, and what is known of its training."""
+"""Find a trained model by the folder of its run or its own, and the record of its training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A model's name as ``load_policy`` takes it, the record of its training if there is one, and after which step it is."""
+    """A model's name for ``load_policy``, the record of its training if there is one, and the step it was saved after."""
 
     name: str
     record: RunRecord | None
@@ -31,20 +31,20 @@ class Source:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is what a training saved on its way."""
+        """Whether the model is a checkpoint of a training."""
         return Path(self.name).parent.name == checkpoint.FOLDER
 
     @property
     def is_last(self) -> bool:
-        """Whether it is what the whole training led to, not a checkpoint on the way."""
+        """Whether the model is the result of the whole training, not a checkpoint."""
         return self.record is not None and self.step == self.record.facts.get("num_steps")
 
 
 def find_source(name: str) -> Source:
-    """The model that ``name`` means: a folder of a model, of a training, of a checkpoint or of a demo, or a hub name.
+    """Return the model in ``name``: the folder of a model, a run, a checkpoint or a demo, or a Hub name.
 
     Raises:
-        ModelError: if there is none, or it is a reward model.
+        ModelError: If there is none, or it is a reward model.
     """
     folder = Path(name).expanduser()
     if (folder / REWARD_CARD).is_file():
@@ -70,20 +70,20 @@ def find_source(name: str) -> Source:
 
 
 def _holds_model(folder: Path) -> bool:
-    """Whether ``folder`` holds a model, or an adapter that belongs to one."""
+    """Return whether ``folder`` holds a model or an adapter."""
     return (folder / CONFIG).is_file() or is_adapter_dir(folder)
 
 
 def plain_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer as everybody can load them, with nothing beside them; ``dtype`` auto leaves it as it was saved.
+    """Load a model and its tokenizer so that they can be saved without an adapter.
 
-    An adapter is merged into the model that it belongs to.
+    An adapter is merged into its base model. ``dtype`` auto keeps the data type of the saved weights.
     """
     tokenizer = load_tokenizer(name)
     wanted: torch.dtype = (load_config(name).dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     model = load_policy(name, wanted)
     settings = model.generation_config
-    if settings is not None:  # without these an answer would go on after its end
+    if settings is not None:  # Without these, generation would continue after the end of a response.
         settings.eos_token_id = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
         settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id
     return model, tokenizer

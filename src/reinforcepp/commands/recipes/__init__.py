@@ -1,8 +1,8 @@
-"""Configuration files that ship with the package, each for one kind of machine or task; the verb lists and copies them.
+"""The command ``recipes``: list and copy the configuration files of the package, each for one kind of hardware or task.
 
-A recipe is a file for ``train --config`` and, where a reward model comes before it, ``NAME.reward.yaml`` for ``reward``.
-What is told of it is in the comment that it begins with: a sentence, then lines of ``Hardware:``, ``Plan:``, ``First:``
-and ``Start:``. Imports no torch.
+A recipe is a file for ``train --config`` and, if a reward model comes first, ``NAME.reward.yaml`` for ``reward``. Its
+description is the comment at its beginning: a sentence, then lines of ``Hardware:``, ``Plan:``, ``First:`` and
+``Start:``. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,59 +23,59 @@ FACT = re.compile(r"# (Hardware|Plan|First|Start): +(.+)")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A recipe, and what its comment says."""
+class Preset:
+    """A recipe, as its comment describes it."""
 
     name: str
     about: str
     """One sentence."""
     hardware: str
     commands: tuple[str, ...]
-    """What is to be run, one after another."""
+    """Commands to run, one after another."""
     plan: str
-    """The command that tells whether it fits."""
+    """Command that checks whether it fits into memory."""
 
 
 def names() -> list[str]:
-    """All recipes."""
+    """Return the names of all recipes."""
     return sorted(path.stem for path in FOLDER.glob(f"*{ENDING}") if not path.stem.endswith(REWARD))
 
 
 def text_of(name: str) -> str:
-    """The file of a recipe or, with ``.reward`` behind the name, of its reward model.
+    """Return the file of a recipe or, with ``.reward`` after the name, of its reward model.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: If there is none.
     """
     path = FOLDER / f"{name}{ENDING}"
     if path.parent != FOLDER or not path.is_file():
-        raise ConfigError(f"There is no recipe {name!r}, only {', '.join(names())}.{nearest(name, names())}")
+        raise ConfigError(f"Recipe {name!r} not found, only {', '.join(names())}.{nearest(name, names())}")
     return path.read_text(encoding="utf-8")
 
 
-def read_recipe(name: str) -> Recipe:
-    """What the comment of a recipe says.
+def read_preset(name: str) -> Preset:
+    """Return the description in the comment of a recipe.
 
     Raises:
-        ConfigError: there is no such recipe, or it is the file of a reward model, which comes with another.
+        ConfigError: If the recipe doesn't exist, or is the file of a reward model, which comes with another.
     """
     if name.endswith(REWARD) and name.removesuffix(REWARD) in names():
-        raise ConfigError(f"{name} comes along with {name.removesuffix(REWARD)}: copy that.")
+        raise ConfigError(f"{name} is part of {name.removesuffix(REWARD)}. Copy that recipe.")
     comment = text_of(name).partition("\n\n")[0].splitlines()
     facts = {match[1]: match[2] for match in map(FACT.fullmatch, comment) if match}
     about = " ".join(line.removeprefix("# ") for line in comment[: comment.index("#")])
     commands = tuple(facts[step] for step in ("First", "Start") if step in facts)
-    return Recipe(name, about, facts["Hardware"], commands, facts["Plan"])
+    return Preset(name, about, facts["Hardware"], commands, facts["Plan"])
 
 
 def run_recipes(config: RecipesConfig) -> None:
-    """List the recipes, show one, or copy one to where it can be changed.
+    """List the recipes, print one, or copy one to a file.
 
     Raises:
-        ConfigError: there is no such recipe, or its copy would replace a file.
+        ConfigError: If the recipe doesn't exist, or its copy would replace a file.
     """
     if config.action == "list":
-        print("\n\n".join(told(read_recipe(name)) for name in names()))
+        print("\n\n".join(format_preset(read_preset(name)) for name in names()))
         print("\nCopy one to change and start it: reinforcepp recipes copy NAME")
     elif config.action == "show":
         print(text_of(str(config.name)), end="")
@@ -83,35 +83,35 @@ def run_recipes(config: RecipesConfig) -> None:
         copy(str(config.name), config.file, overwrite=config.overwrite)
 
 
-def told(recipe: Recipe) -> str:
-    """A recipe in some lines."""
-    steps = [f"  {'then ' if place else 'start'}  {step}" for place, step in enumerate(recipe.commands)]
-    return "\n".join([recipe.name, f"  {recipe.about}", f"  needs  {recipe.hardware}", *steps])
+def format_preset(preset: Preset) -> str:
+    """Return a recipe as a few lines of text."""
+    steps = [f"  {'then ' if index else 'start'}  {step}" for index, step in enumerate(preset.commands)]
+    return "\n".join([preset.name, f"  {preset.about}", f"  needs  {preset.hardware}", *steps])
 
 
 def copy(name: str, file: str | None, *, overwrite: bool) -> list[Path]:
-    """Write a recipe, and that of its reward model beside it, under the name ``file``; returns the files.
+    """Write a recipe, and that of its reward model in the same folder, to ``file``, and return the files.
 
     The commands in their comments name the copies.
     """
-    recipe = read_recipe(name)
+    preset = read_preset(name)
     target = check_output_file(file or f"{name}{ENDING}", "file")
     stem = target.name.removesuffix(ENDING)
     copies = {target: text_of(name)}
     if (FOLDER / f"{name}{REWARD}{ENDING}").is_file():
         copies[target.with_name(f"{stem}{REWARD}{ENDING}")] = text_of(f"{name}{REWARD}")
-    there = [path for path in copies if path.exists()]
-    if there and not overwrite:
-        raise ConfigError(f"{there[0]} is there already: give another file, or --overwrite to replace it.")
+    existing = [path for path in copies if path.exists()]
+    if existing and not overwrite:
+        raise ConfigError(f"{existing[0]} already exists. Give another file, or --overwrite to replace it.")
     for path, text in copies.items():
         with whole_file(path) as written:
             written.write(_renamed(text, name, target))
-    steps = " && ".join(_renamed(step, name, target) for step in recipe.commands)
-    echo(f"Wrote {' and '.join(map(str, copies))}, for {recipe.hardware}. To start: {steps}")
+    steps = " && ".join(_renamed(step, name, target) for step in preset.commands)
+    echo(f"Wrote {' and '.join(map(str, copies))}, for {preset.hardware}. To start: {steps}")
     return list(copies)
 
 
 def _renamed(text: str, name: str, target: Path) -> str:
-    """``text`` with the names of the copies for those of the recipe."""
+    """Return ``text`` with the names of the copies instead of those of the recipe."""
     reward = str(target.with_name(target.name.removesuffix(ENDING) + REWARD + ENDING))
     return text.replace(f"{name}{REWARD}{ENDING}", reward).replace(f"{name}{ENDING}", str(target))
