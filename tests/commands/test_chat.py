@@ -206,7 +206,7 @@ def test_the_user_is_told_what_is_left_out_and_a_question_that_does_not_fit_chan
     asked = model_says("ok")
     lines = "".join(f"Is this question {i}?\n" for i in range(3))
     _, err = chat(lines + "why " * 200 + "\nShort?\n", "--max_length", "60")
-    assert err.count("The context is full: the oldest 1 turn of the conversation is left out from here on.") >= 1
+    assert err.count("The context is full: skipped the oldest 1 turn") >= 1
     assert "The question is too long: with its frame it has" in err and "and 48 fit" in err
     assert asked[-1][0].columns["messages"][-3:] == [user("Is this question 2?"), assistant("ok"), user("Short?")]
 
