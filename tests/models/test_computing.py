@@ -91,7 +91,7 @@ def test_the_attention_setting_applies(base, tmp_path):
     assert largest_gap(usual, eager) < 1e-4
 
 
-def test_attention_that_is_not_installed():
+def test_missing_attention_packages_raise():
     with pytest.raises(ConfigError, match="flash_attention_2: package flash_attn isn't installed"):
         loading(ReinforceConfig(attn_implementation="flash_attention_2"))
     assert loading(RewardModelConfig()) == {}

@@ -1,4 +1,4 @@
-"""Each rule alone, then in a training that runs into it."""
+"""Each guardrail alone, then in a training that triggers it."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def guard(**settings):
         (0.1, math.nan, {"policy": 1.0}, "ratio"),
     ],
 )
-def test_an_update_that_can_not_be_made(loss, log_ratio, norms, named):
+def test_an_unusable_update_raises(loss, log_ratio, norms, named):
     rules, _ = guard()
     with pytest.raises(UnusableUpdate, match=named):
         rules.check_update(loss, log_ratio, norms)
@@ -57,7 +57,7 @@ def test_several_in_a_row_stop_the_run():
     assert len(said) == 4 and "1 of 2 allowed in a row" in said[0]
 
 
-def test_kl_over_the_limit_stops_or_goes_back():
+def test_kl_over_the_limit_stops_or_rolls_back():
     rules, _ = guard()
     rules.check_step(FINE | {"kl": 4.99})
     with pytest.raises(TrainingDiverged, match=r"Step 1: KL .* 5\.01 nats/token, over kl_limit 5"):
@@ -100,7 +100,7 @@ def test_collapse_rules_can_be_switched_off(setting):
         rules.check_step(FINE | {name: 0.0})
 
 
-def test_what_the_rules_remember_survives_a_checkpoint():
+def test_the_state_of_the_rules_survives_a_checkpoint():
     rules, _ = guard()
     rules.check_step(FINE)
     for _ in range(PATIENCE_STEPS - 1):
@@ -123,7 +123,7 @@ def test_what_the_rules_remember_survives_a_checkpoint():
         ({"max_skipped_updates": -1}, "max_skipped_updates must be at least 0"),
     ],
 )
-def test_settings_that_make_no_sense(settings, named):
+def test_invalid_settings_raise(settings, named):
     with pytest.raises(ConfigError, match=named):
         ReinforceConfig(**settings)
 
@@ -218,7 +218,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(base, tm
     assert all(torch.isfinite(m["exp_avg"]).all() and float(m["step"]) == 2 for m in moments)
 
 
-def test_with_several_updates_per_batch_only_the_bad_one_is_left_out(base, tmp_path):
+def test_only_the_unusable_one_of_several_updates_is_skipped(base, tmp_path):
     run = trainer(base, tmp_path / "run", fine, max_steps=2, micro_batch_size=4, gradient_accumulation_steps=1)
     poisoned(run, 2)
     log = run.train()
@@ -252,7 +252,7 @@ def tripping(run, error, *steps):
     run.update.guardrails.check_step = check
 
 
-def test_or_sends_it_back_with_smaller_steps(base, tmp_path):
+def test_a_rollback_halves_the_learning_rate(base, tmp_path):
     settings = {"max_steps": 6, "kl_action": "rollback", "save_every": 2, "lr_scheduler_type": "constant"}
     run = trainer(base, tmp_path / "run", fine, **settings)
     tripping(run, RollBack("The KL is too large"), 2, 4, 4)
@@ -280,7 +280,7 @@ def test_a_stop_leaves_the_weights_of_the_last_checkpoint(base, tmp_path):
     [{}, {"estimator": "reinforce_plus_plus_baseline", "num_generations": 2}],
     ids=["in-the-reward", "in-the-loss"],
 )
-def test_the_coefficient_in_force_is_the_one_that_is_used(base, tmp_path, kind):
+def test_advantages_use_the_current_kl_coefficient(base, tmp_path, kind):
     runs = [trainer(base, tmp_path / str(c), fine, kl_coef=c, max_steps=3, **kind) for c in (0.1, 0.5, 0.2)]
     runs[2].run.state.kl_coef = 0.5
     for run in runs:
@@ -297,7 +297,7 @@ def test_the_coefficient_follows_the_kl(base, tmp_path):
     assert log[-1]["kl"] > 1.2e-4 and coefs[-1] == pytest.approx(coefs[-2] * (1 + 0.2 * 8 / 40), rel=1e-6)
 
 
-def test_weights_that_do_not_move_are_noticed(base, tmp_path):
+def test_unchanged_weights_stop_the_run(base, tmp_path):
     run = trainer(base, tmp_path / "run", fine)
     run.update.policy.backend.step = lambda: None
     with pytest.raises(TrainingDiverged, match="changed no weight"):

@@ -1,4 +1,4 @@
-"""The training loop on tiny models: it learns, and no setting that only divides the work changes the result."""
+"""The training loop on tiny models: rewards improve, and settings that only divide the work change no result."""
 
 import json
 import math
@@ -79,9 +79,9 @@ def likes_early_tokens(prompts, completions, completion_ids, **_):
         {"kl_coef": 0.01, "estimator": "grpo", "num_generations": 4, "batch_size": 8},
         {"kl_coef": 0.01, "estimator": "ppo", "critic_learning_rate": 1e-2},
     ],
-    ids=["plain", "baseline", "several-optimiser-steps", "bf16", "rloo", "grpo", "ppo"],
+    ids=["plain", "baseline", "several-optimizer-steps", "bf16", "rloo", "grpo", "ppo"],
 )
-def test_it_learns_on_held_out_prompts(base, tmp_path, settings):
+def test_training_improves_held_out_rewards(base, tmp_path, settings):
     held_out = [{"prompt": f"Why does router {i} drop packets?"} for i in range(20)]
     run = trainer(
         base,
@@ -103,7 +103,7 @@ def test_it_learns_on_held_out_prompts(base, tmp_path, settings):
     [{}, {"estimator": "reinforce_plus_plus_baseline", "num_generations": 2}],
     ids=["k1-in-the-reward", "k2-in-the-loss"],
 )
-def test_the_kl_coefficient_holds_the_policy_back(base, tmp_path, settings):
+def test_a_higher_kl_coefficient_lowers_the_kl(base, tmp_path, settings):
     kls = []
     for kl_coef in (0.0, 0.5):
         settings |= {"max_steps": 10, "batch_size": 11, "learning_rate": 4e-3, "kl_coef": kl_coef}
@@ -166,16 +166,16 @@ def test_every_prompt_is_used_once_per_epoch(base, tmp_path):
     assert [m["epoch"] for m in log] == [0.5, 1.0, 1.5, 2.0]
 
 
-def test_the_schedule_steps_once_per_optimiser_step(base, tmp_path):
+def test_the_schedule_steps_once_per_optimizer_step(base, tmp_path):
     settings = {"lr_scheduler_type": "linear", "micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
     run = trainer(base, tmp_path / "run", train=PROMPTS[:8], **settings)
     log = run.train()
-    assert run.update.policy.scheduler.last_epoch == 8  # 4 batches of 8 rows, 4 rows per optimiser step
+    assert run.update.policy.scheduler.last_epoch == 8  # 4 batches of 8 rows, 4 rows per optimizer step
     assert run.update.policy.scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
     assert [m["learning_rate"] for m in log] == pytest.approx([1e-3 * (1 - (2 * i + 0.5) / 8) for i in range(4)])
 
 
-def test_leaving_out_the_pass_that_the_update_repeats_changes_nothing(base, tmp_path):
+def test_skipping_the_scoring_pass_on_policy_changes_nothing(base, tmp_path):
     """On policy the engine's log-probabilities stand for the trainer's: same weights, same figures."""
     short, long = (trainer(base, tmp_path / name, temperature=0.8) for name in ("short", "long"))
     assert short.update.on_policy
@@ -197,11 +197,11 @@ def test_leaving_out_the_pass_that_the_update_repeats_changes_nothing(base, tmp_
     ],
     ids=str,
 )
-def test_that_pass_is_only_left_out_where_the_ratio_is_one(base, tmp_path, changes):
+def test_the_scoring_pass_is_only_skipped_if_the_ratio_is_one(base, tmp_path, changes):
     assert not trainer(base, tmp_path / "run", **changes).update.on_policy
 
 
-def test_where_memory_runs_out_fewer_at_a_time_give_the_same_result(base, tmp_path, capsys):
+def test_out_of_memory_halves_the_micro_batch_with_the_same_result(base, tmp_path, capsys):
     enough, little = (trainer(base, tmp_path / name, micro_batch_size=size) for name, size in (("a", 2), ("b", 4)))
     passes = []
 
@@ -219,7 +219,7 @@ def test_where_memory_runs_out_fewer_at_a_time_give_the_same_result(base, tmp_pa
     assert "size 4; training continues with 2" in " ".join(capsys.readouterr().err.split())
 
 
-def test_where_not_even_one_completion_fits_the_cure_is_told(base, tmp_path):
+def test_out_of_memory_with_one_completion_raises_with_a_fix(base, tmp_path):
     run = trainer(base, tmp_path / "run")
 
     def run_out(module, arguments, named):
@@ -231,7 +231,7 @@ def test_where_not_even_one_completion_fits_the_cure_is_told(base, tmp_path):
         run.train()
 
 
-def test_the_critic_learns_what_comes(base, tmp_path):
+def test_the_critic_learns_the_returns(base, tmp_path):
     """With a reward that is always 1, and no KL, every token's value is 1."""
 
     def always_one(prompts, completions, **_):
@@ -243,7 +243,7 @@ def test_the_critic_learns_what_comes(base, tmp_path):
     assert log[-1]["critic/loss"] < 0.05
 
 
-# --- the mistakes of others -----------------------------------------------------------------------------------------
+# --- mistakes known from other libraries -----------------------------------------------------------------------------
 
 
 def test_dropout_in_the_configuration_still_gives_ratio_one(tmp_path):
@@ -281,7 +281,7 @@ def test_the_reference_stays_where_it_was(base, tmp_path):
     assert len(changed) == len(before)
 
 
-def test_rewards_are_clipped_before_they_are_centred(base, tmp_path):
+def test_rewards_are_clipped_before_centering(base, tmp_path):
     def extreme(prompts, completions, completion_ids, **_):
         return [30.0 if i % 2 else 20.0 for i in range(len(prompts))]
 
@@ -290,7 +290,7 @@ def test_rewards_are_clipped_before_they_are_centred(base, tmp_path):
     assert log[0]["reward"] == pytest.approx(25)
 
 
-def test_evaluations_in_the_course_of_training(base, tmp_path):
+def test_evaluations_during_training(base, tmp_path):
     held_out = [{"prompt": "Why does the router drop packets?"}]
     run = trainer(base, tmp_path / "run", evaluation=held_out, max_steps=5, eval_every=2)
     plain = trainer(base, tmp_path / "plain", evaluation=held_out, max_steps=5)
@@ -301,7 +301,7 @@ def test_evaluations_in_the_course_of_training(base, tmp_path):
     assert_equal_weights(weights(run), weights(plain))
 
 
-def test_the_judge_scores_held_out_answers_and_takes_no_part_in_training(base, tmp_path):
+def test_the_judge_scores_held_out_completions_only(base, tmp_path):
     held_out = [{"prompt": "Why does the router drop packets?"}, {"prompt": "Where is the cable?"}]
     seen = []
 
@@ -351,7 +351,7 @@ def test_the_log_has_the_keys_that_users_of_trl_know(base, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_saved_model_loads_and_answers_like_the_trained_one(base, tmp_path, precision):
+def test_the_saved_model_equals_the_trained_one(base, tmp_path, precision):
     run = trainer(base, tmp_path / "run", mixed_precision=precision)
     run.train()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

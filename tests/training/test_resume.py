@@ -1,4 +1,4 @@
-"""Stopping, keeping and going on: signals, checkpoints in the middle of a step, damage, full disks, other settings."""
+"""Stop, save and resume: signals, checkpoints in the middle of a step, damage, full disks, changed settings."""
 
 import errno
 import json
@@ -101,7 +101,7 @@ def stopping(run, moment, number=signal.SIGTERM):
     ("kind", "moment", "name"),
     [
         ({}, 1, "step-000000"),  # before anything was trained
-        ({}, 5, "step-000002"),  # a batch of 8 is one micro-batch and one optimiser step
+        ({}, 5, "step-000002"),  # a batch of 8 is one micro-batch and one optimizer step
         (SEVERAL, 4, "step-000000+1"),
         (SEVERAL, 22, "step-000001+2"),
         (SEVERAL | {"estimator": "ppo"}, 8, "step-000000+3"),
@@ -146,7 +146,7 @@ def test_a_signal_while_completions_are_made_does_not_wait_for_them(base, undist
 
 
 @pytest.mark.parametrize("method", ["generate", "load_weights"])
-def test_an_engine_that_is_lost_costs_nothing(base, undisturbed, tmp_path, method):
+def test_a_lost_engine_loses_no_step(base, undisturbed, tmp_path, method):
     """In the second step, where it begins or where it ends."""
     whole = undisturbed()
     run, calls = trainer(base, tmp_path / "run"), []
@@ -233,7 +233,7 @@ def test_only_the_last_ones_are_kept(base, tmp_path):
     assert steps(tmp_path / "run") == ["step-000004", "step-000005", "step-000006"]
 
 
-def test_a_future_that_was_given_up_counts_for_nothing(tmp_path):
+def test_checkpoints_from_before_a_rollback_are_deleted(tmp_path):
     for name in ("step-000001", "step-000002", "step-000002+3", "step-000003", "step-000004", "step-000005.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     checkpoint._prune(tmp_path, (3, 0), 2, "step-000001")
@@ -249,7 +249,7 @@ def test_the_best_one_is_kept_too(base, tmp_path, metric, choose):
     assert set(steps(tmp_path / "run")) == {best, "step-000006"}
 
 
-def test_a_metric_that_is_none_is_named(base, tmp_path):
+def test_keep_best_with_an_unknown_metric_raises(base, tmp_path):
     with pytest.raises(ConfigError, match=r"keep_best: .*'rewrad'.*Did you mean 'reward'"):
         trainer(base, tmp_path / "run", keep_best="rewrad").train()
 
@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(base, undistur
     assert files(tmp_path / "run") == files(whole)
 
 
-def test_if_all_are_damaged_nothing_is_begun_again(base, undisturbed, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_refused(base, undisturbed, tmp_path):
     shutil.copytree(undisturbed(), tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for folder in checkpoint.list_checkpoints(tmp_path / "run"):
@@ -283,7 +283,7 @@ def test_if_all_are_damaged_nothing_is_begun_again(base, undisturbed, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_may_go_on_from_an_earlier_checkpoint_also_elsewhere(base, undisturbed, tmp_path):
+def test_a_run_can_resume_from_an_earlier_checkpoint_in_another_folder(base, undisturbed, tmp_path):
     whole = undisturbed(keep_last=9)
     shutil.copytree(whole, tmp_path / "run")
     second = str(tmp_path / "run" / "checkpoints" / "step-000002")
@@ -299,7 +299,7 @@ def test_a_run_may_go_on_from_an_earlier_checkpoint_also_elsewhere(base, undistu
     ("path", "named"),
     [("nowhere", "nowhere: not a checkpoint"), ("run", "run: not a checkpoint"), ("harmed", "harmed: .* is damaged")],
 )
-def test_what_is_no_checkpoint_is_refused(base, undisturbed, tmp_path, path, named):
+def test_an_invalid_checkpoint_is_refused(base, undisturbed, tmp_path, path, named):
     shutil.copytree(undisturbed(), tmp_path / "run")
     shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000003", tmp_path / "harmed")
     (tmp_path / "harmed" / "metrics.jsonl").unlink()
@@ -308,7 +308,7 @@ def test_what_is_no_checkpoint_is_refused(base, undisturbed, tmp_path, path, nam
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_never_saved_begins_again(base, undisturbed, tmp_path, capsys):
+def test_a_run_without_a_checkpoint_starts_over(base, undisturbed, tmp_path, capsys):
     whole = undisturbed()
     shutil.copytree(undisturbed(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -317,7 +317,7 @@ def test_a_run_that_never_saved_begins_again(base, undisturbed, tmp_path, capsys
     assert files(tmp_path / "run") == files(whole)
 
 
-def test_the_coefficient_and_what_the_guardrails_remember_come_back(base, tmp_path):
+def test_kl_coefficient_and_guardrail_state_are_restored(base, tmp_path):
     adaptive = {"kl_target": 1e-4, "kl_horizon": 40.0, "keep_last": 9}
     whole = trainer(base, tmp_path / "whole", **adaptive)
     whole.train()
@@ -331,7 +331,7 @@ def test_the_coefficient_and_what_the_guardrails_remember_come_back(base, tmp_pa
     )
 
 
-def test_other_libraries_are_told(base, undisturbed, tmp_path, capsys, monkeypatch):
+def test_other_library_versions_are_reported(base, undisturbed, tmp_path, capsys, monkeypatch):
     shutil.copytree(undisturbed(), tmp_path / "run")
     assert checkpoint.latest(tmp_path / "run").state["versions"].keys() >= {"torch", "transformers"}
     monkeypatch.setattr(checkpoint, "_versions", lambda: {"torch": "9.9"})
@@ -390,7 +390,7 @@ def test_a_run_of_version_0_1_0_resumes_and_its_settings_are_compared(base, undi
 
 
 @pytest.mark.parametrize("what", ["data", "model", "reward_model"])
-def test_inputs_that_changed_under_the_same_name_are_noticed(base, tmp_path, what, monkeypatch):
+def test_changed_inputs_of_the_same_name_are_refused(base, tmp_path, what, monkeypatch):
     shutil.copytree(base, tmp_path / "base")
     trainer(str(tmp_path / "base"), tmp_path / "run").train()
     reward = noisy
@@ -419,7 +419,7 @@ def test_inputs_that_changed_under_the_same_name_are_noticed(base, tmp_path, wha
         ({"resume": ""}, "resume is empty"),
     ],
 )
-def test_settings_that_contradict_each_other(settings, named):
+def test_contradicting_settings_raise(settings, named):
     with pytest.raises(ConfigError, match=named):
         ReinforceConfig(**settings)
 
@@ -427,7 +427,7 @@ def test_settings_that_contradict_each_other(settings, named):
 # --- disks and malice -------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_while_saving_is_told_and_training_goes_on(base, undisturbed, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_reported_and_training_continues(base, undisturbed, tmp_path, capsys, monkeypatch):
     whole = undisturbed()
     saved = []
 
@@ -480,7 +480,7 @@ def test_on_a_disk_that_really_is_full(base, undisturbed, small_disk, tmp_path, 
 
 
 def test_a_pickle_in_a_checkpoint_is_not_loaded(base, undisturbed, tmp_path):
-    """Even with a manifest that vouches for it: weights and optimiser state are read as safetensors, nothing else."""
+    """Even with a manifest that vouches for it: weights and optimizer state are read as safetensors, nothing else."""
     import pickle
 
     class Evil:

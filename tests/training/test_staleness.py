@@ -1,4 +1,4 @@
-"""Completions sampled ahead of time: by which weights, scored by whom, beside what, and that nothing is lost of them."""
+"""Asynchronous rollouts: the weights that sample and score them, their overlap with the update, and checkpoints."""
 
 import json
 import signal
@@ -72,7 +72,7 @@ def before_each(run, told):
 
 @pytest.mark.parametrize("staleness", [1, 2])
 @pytest.mark.parametrize("make", [trainer, apart])
-def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(base, tmp_path, staleness, make):
+def test_a_step_is_sampled_and_scored_by_older_weights(base, tmp_path, staleness, make):
     run = make(base, tmp_path / "run", staleness=staleness, max_steps=5, save_every=0)  # a checkpoint waits for all
     weights, batches = [held(run.policy)], []
     updating = [threading.Event() for _ in range(5)]
@@ -109,14 +109,14 @@ def test_a_step_is_sampled_and_scored_by_the_weights_of_so_many_steps_before(bas
             assert float((batch.old_logprobs_BT - by_present[0]).abs().max()) > 1e-4
 
 
-def test_without_it_the_present_weights_sample_and_nothing_is_copied(base, tmp_path):
+def test_without_staleness_the_current_weights_sample(base, tmp_path):
     run = trainer(base, tmp_path / "run")
     assert "staleness" not in run.train()[-1]
     assert not isinstance(run.rollouts, AsyncRolloutScheduler)
     assert not list((tmp_path / "run").rglob("ahead.json"))
 
 
-def test_an_adapter_shares_the_weights_that_do_not_learn(base, tmp_path):
+def test_copies_share_the_frozen_weights_of_an_adapter(base, tmp_path):
     run = trainer(base, tmp_path / "run", staleness=1, use_peft=True, lora_r=2)
     (held,) = run.rollouts._copies
     pairs = list(zip(run.policy.parameters(), held.parameters(), strict=True))
@@ -182,7 +182,7 @@ def test_the_next_step_is_generated_while_this_one_is_trained_on(base, tmp_path)
     assert len(threads) == 3 and threading.main_thread() not in threads
 
 
-def test_held_out_prompts_are_answered_by_the_present_weights(base, tmp_path):
+def test_evaluations_use_the_current_weights(base, tmp_path):
     run = apart(base, tmp_path / "run", staleness=2, max_steps=3, eval_every=1)
     run.evaluator.prompts = run.prompts[:3]
     seen = []
@@ -199,7 +199,7 @@ def test_held_out_prompts_are_answered_by_the_present_weights(base, tmp_path):
     assert seen == [True] * 4
 
 
-def test_what_was_sampled_is_gone_with_the_training(base, tmp_path):
+def test_pending_rollouts_are_dropped_after_training(base, tmp_path):
     run = apart(base, tmp_path / "run", staleness=1)
     run.train()
     assert run.rollouts._jobs == {}
@@ -274,7 +274,7 @@ def test_a_stop_between_sampling_and_training_keeps_the_batch(base, tmp_path):
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
-def test_it_may_be_changed_when_a_run_goes_on(base, tmp_path):
+def test_staleness_can_change_on_resume(base, tmp_path):
     for number, (before, after) in enumerate([(1, 0), (0, 1), (1, 2)]):
         folder = tmp_path / str(number)
         run = trainer(base, folder, staleness=before)
@@ -285,7 +285,7 @@ def test_it_may_be_changed_when_a_run_goes_on(base, tmp_path):
         assert len(log) == 4 and log[-1].get("staleness", 0) <= after
 
 
-def test_going_back_takes_the_batches_of_then(base, tmp_path):
+def test_a_rollback_restores_pending_rollouts(base, tmp_path):
     settings = {"staleness": 1, "kl_action": "rollback", "save_every": 2, "max_steps": 5}
     run = trainer(base, tmp_path / "run", **settings)
     sampled = []
@@ -301,11 +301,11 @@ def test_going_back_takes_the_batches_of_then(base, tmp_path):
 
 
 @pytest.mark.parametrize("rollout", ["auto", "vllm"])
-def test_an_engine_that_cannot_run_beside_the_trainer_is_refused(rollout):
+def test_an_in_process_vllm_engine_is_refused(rollout):
     with pytest.raises(ConfigError, match=r"staleness.*rollout .* can't"):
         ReinforceConfig(staleness=1, rollout=rollout)
 
 
-def test_it_is_not_negative():
+def test_negative_staleness_raises():
     with pytest.raises(ConfigError, match="staleness"):
         ReinforceConfig(staleness=-1, rollout="transformers")
