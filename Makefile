@@ -38,7 +38,7 @@ builtin: venv ## make the built-in model and data anew (an hour)
 	.venv/bin/python scripts/make_builtin.py
 
 benchmarks: venv ## run every script in benchmarks/, each of which writes its file under benchmarks/results (hours)
-	set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; .venv/bin/python "$$script"; done
+	set -e; for script in $$(grep -l "write_result(" benchmarks/[a-z]*.py); do echo "== $$script"; .venv/bin/python "$$script"; done
 
 clean: ## remove caches and build products; .venv, runs/ and models/ stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache src/*.egg-info

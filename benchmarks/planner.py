@@ -1,11 +1,11 @@
-"""Is what `reinforcepp plan` says true? Its estimates beside the peaks and times of real trainings.
+"""Compare the estimates of `reinforcepp plan` with the peaks and times of real trainings.
 
 python benchmarks/planner.py [--device cuda]
 
-Each configuration is planned, then trained for three steps with a checkpoint after the second, by the train verb in a
-process of its own, from random weights. On a CPU memory is what is resident, the high-water mark of the process from its
-start to the saved model; on a GPU what tensors take there. The share for the allocator in the planner is fitted on
-configurations of their own, which are not among those checked. Written to benchmarks/results/planner.json, or
+Each configuration is planned, then trained for three steps with a checkpoint after the second, by the train command in a
+process of its own, from random weights. On a CPU, memory is the high-water mark of the resident set from process start to the
+saved model; on a GPU it is that of tensors. The planner's allocator overhead is fitted on separate configurations.
+Written to benchmarks/results/planner.json, or
 planner_cuda.json.
 """
 

@@ -1,10 +1,11 @@
-"""What a training step takes: a model fitted on real steps, checked on others, projected to many machines; a pool simulated.
+"""Model the time of a training step: fit it on real steps, check it on others, project it to many nodes, simulate a pool.
 
 python benchmarks/scaling.py
 
-Real steps: tiny to small shapes, trained by the train verb on one core, each phase timed in seconds of the processor.
-Five constants (``reinforcepp.plan.timing.Utilization``) are fitted on some and predict the others. Projections are those of
-`reinforcepp plan`, for GPUs by data sheets and shares that were never checked on one. The pool: the scheduler's own code
+Real steps: tiny to small models, trained by the train command on one core, with each phase timed in CPU seconds.
+Five constants (``reinforcepp.plan.timing.Utilization``) are fitted on some trainings and predict the others. Projections are
+those of benchmarks/forecast.py, for GPUs by data sheets and utilizations that were never checked on a GPU.
+The pool: the scheduler's own code
 (``rollout.dispatch``) with simulated workers; seconds that the scheduler takes are real ones of this processor.
 Written to benchmarks/results/scaling.json, with a plot.
 """
