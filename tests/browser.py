@@ -1,4 +1,4 @@
-"""Pages in a real browser, the system's Chromium without a window: what it shows, runs and complains about."""
+"""Pages in the system's Chromium, headless: visible text, scripts, and console errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUIET = (
     "--no-first-run",
 )
 
-# For each element with text of its own: the text and its contrast with what is behind it (WCAG 2.2, 1.4.3).
+# For each element with text: the text and its contrast with the background (WCAG 2.2, 1.4.3).
 CONTRASTS = """() => {
   const channels = (color) => {
     const numbers = color.match(/[\\d.]+/g).map(Number);
@@ -56,7 +56,7 @@ CONTRASTS = """() => {
 
 
 class Window:
-    """A page that is open, and what the browser complained about since it was opened."""
+    """An open page, and the errors that the browser reported since it was opened."""
 
     def __init__(self, context: Any) -> None:
         self.page = context.new_page()
@@ -75,24 +75,24 @@ class Window:
             self.complaints.append(f"request: {request.url}")
 
     def open(self, path: Path) -> Any:
-        """Load a file and give Playwright's page, which can be asked and acted upon."""
+        """Load a file and return Playwright's page."""
         self.page.goto(path.resolve().as_uri())
         return self.page
 
     def low_contrasts(self, least: float = 4.5) -> list[tuple[str, float]]:
-        """The visible texts, by their beginning, that stand out less than ``least`` from what is behind them."""
+        """Return the beginnings of visible texts whose contrast with the background is below ``least``."""
         seen = self.page.evaluate(CONTRASTS)
         assert seen, "no text was seen"
         return [(text, round(contrast, 2)) for text, contrast in seen if contrast < least]
 
     def overflow(self) -> int:
-        """Pixels by which the page is wider than its window."""
+        """Return the pixels by which the page is wider than its window."""
         return int(self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """The browser; without one, or without Playwright, tests that need it are skipped."""
+    """The browser. Without Chromium or Playwright, tests that need it are skipped."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if path is None:
@@ -105,7 +105,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def window(chromium: Any) -> Iterator[Any]:
-    """``window(width=..., scheme=...)`` is an empty :class:`Window`; all are closed in the end."""
+    """Return a function: ``window(width=..., scheme=...)`` opens an empty :class:`Window`, closed after the test."""
     contexts = []
 
     def make(width: int = 1100, height: int = 800, scheme: str = "light") -> Window:

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: tiny model folders and a small preference file, each made once."""
+"""Fixtures shared by several test files, created once, and the distribution of tests over workers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from browser import chromium, window  # noqa: F401  (fixtures)
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command does: idle threads on a busy machine cost seconds
-if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the processor
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "10000"
+)  # as `reinforcepp` sets it: spinning threads waste seconds of a busy CPU
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the CPU
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything; the ones about the hub switch this off
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything; the tests of uploads unset it
 
 PAIRS = [
     ("How do I see my routes?", "Run ip route and read the default line.", "Reboot it."),
@@ -62,8 +64,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 # --- the garbage collector ------------------------------------------------------------------------------------------
 
-# torch, transformers and vLLM make a million objects that stay: a collection that looks at them takes half a second, and
-# each vLLM engine that starts and ends makes eight, each reward model's training one. So they are frozen. vLLM thaws all.
+# torch, transformers and vLLM create a million permanent objects, so a collection takes half a second. Each vLLM engine starts
+# eight collections, each reward training one. Freezing the objects avoids that; vLLM unfreezes them when it ends.
 thaw, thawed = gc.unfreeze, True
 
 
@@ -83,7 +85,7 @@ def pytest_runtest_setup() -> None:
         thawed = False
 
 
-# --- what tests work on ---------------------------------------------------------------------------------------------
+# --- models and data ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +107,7 @@ def pairs_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reward_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, pairs_csv: Path) -> Path:
-    """A reward model that the reward verb has written."""
+    """A reward model trained by the `reward` command."""
     from reinforcepp.commands.cli import main
 
     folder = tmp_path_factory.mktemp("rewards") / "reward_model"

@@ -1,4 +1,4 @@
-"""A hub of our own, which speaks as much of the real one's language as an upload needs, on this machine alone."""
+"""A local HTTP server that implements the part of the Hugging Face Hub API that an upload needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Hub(ThreadingHTTPServer):
-    """``repos`` are the repositories with their files, ``tokens`` maps each valid token to its owner."""
+    """The server. ``repos`` holds the repositories with their files, ``tokens`` maps each valid token to its owner."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

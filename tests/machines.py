@@ -1,4 +1,4 @@
-"""Two machines, network namespaces joined by a cable, and what is started on them."""
+"""Two nodes for tests: network namespaces joined by a virtual cable, and the processes started on them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def slow(prompts, completions, **_):
 
 
 class Machines:
-    """Two of them; what is started there ends with them."""
+    """Two nodes. Their processes end with them."""
 
     def __init__(self, joined: Network, place: Path) -> None:
         self.network, self.place = joined, place
         self.started: list[psutil.Popen] = []
 
     def start(self, far: bool, *command: str, **environment: str) -> psutil.Popen:
-        """Run a command of Python's on one of them, what it prints is in ``log`` of its place among the commands."""
+        """Run ``python *command`` on a node; its output goes to the log with the index of the command."""
         words = [*self.network.command(far), sys.executable, *map(str, command)]
         with self.log(len(self.started)).open("w") as log:
             given = os.environ | PLAIN | environment
@@ -43,7 +43,7 @@ class Machines:
         return process
 
     def processes(self, flags: list[str], *launcher: str) -> list[psutil.Popen]:
-        """A training by torchrun with one process on each."""
+        """Start a training by torchrun with one rank per node."""
         started = []
         for rank in (0, 1):
             command = ["-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", rank, "--nproc_per_node", "1"]
@@ -54,7 +54,7 @@ class Machines:
         return started
 
     def ray_node(self, far: bool, cpus: int, head: bool = False, head_far: bool = False, **health: str) -> psutil.Popen:
-        """A node of a Ray cluster, once it is there."""
+        """Start a node of a Ray cluster and wait until it runs."""
         ends = (self.network.here, self.network.host)
         whom = ["--head", "--port", PORT, "--include-dashboard=false", "--temp-dir", self.place]
         whom = whom if head else ["--address", f"{ends[head_far]}:{PORT}"]
@@ -64,7 +64,7 @@ class Machines:
         return node
 
     def until(self, sign: Callable[[], bool], *processes: psutil.Popen, seconds: float = 240) -> None:
-        """Wait for a sign of these processes, which run; an AssertionError tells what they say if it doesn't come."""
+        """Wait until ``sign`` returns true. Raise AssertionError with the logs if a process ends or time runs out."""
         end = time.monotonic() + seconds
         while not sign():
             gone = time.monotonic() > end or any(process.poll() is not None for process in processes)
@@ -72,7 +72,7 @@ class Machines:
             time.sleep(0.05)
 
     def kill(self, process: psutil.Popen) -> None:
-        """It and what it has started."""
+        """Kill a process and its children."""
         for each in [*process.children(recursive=True), process]:
             each.kill()
 
@@ -83,7 +83,7 @@ class Machines:
         return self.log(self.started.index(process)).read_text(errors="replace")
 
     def end(self) -> None:
-        """Whoever is in these namespaces, also what was left to itself."""
+        """Kill all processes in the namespaces, orphans included, and remove the namespaces."""
         for name in filter(None, (self.network.name, self.network.near)):
             found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
             for number in found.stdout.split():
@@ -96,11 +96,11 @@ class Machines:
 
 @contextmanager
 def two_machines() -> Iterator[Machines]:
-    """None can be made without the rights for it, which is a PermissionError."""
+    """Yield two nodes. Raise PermissionError if this user can't create network namespaces."""
     joined = network(apart=True)
     if joined is None:
         raise PermissionError("network namespaces need rights that this user or machine hasn't")
-    with TemporaryDirectory(prefix="m") as place:  # a short path, as those of sockets have to be
+    with TemporaryDirectory(prefix="m") as place:  # short, because paths of sockets are limited to 107 bytes
         made = Machines(joined, Path(place))
         try:
             yield made
@@ -109,7 +109,7 @@ def two_machines() -> Iterator[Machines]:
 
 
 def training(model: object, data: object, folder: Path, *more: object) -> list[str]:
-    """Flags of one that takes its time."""
+    """Return the flags of a training that is slow enough to be interrupted."""
     (folder.parent / "own.py").write_text(SLOW)
     named = {"model": model, "data": data, "rewards": f"{folder.parent / 'own.py'}:slow", "output_dir": folder}
     named |= {"max_steps": 400, "max_new_tokens": 6, "max_prompt_length": 40, "batch_size": 4, "eval_prompts": 0}

@@ -1,4 +1,4 @@
-"""Machines for tests: network namespaces joined by a cable that can be pulled out, where this user may make some."""
+"""Network namespaces for tests, joined by a virtual cable that can be disconnected, if this user can create them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NOBODY = "02:00:00:00:00:01"
 
 
 class Network:
-    """A network namespace behind a cable; ``host`` is the address in it, ``here`` that of the cable's other end.
+    """A network namespace behind a cable; ``host`` is its address, ``here`` the address of the cable's other end.
 
     Args:
-        apart: the other end has a namespace of its own, too, and so no way around the cable.
+        apart: the other end has its own namespace, too, so that no route bypasses the cable.
     """
 
     def __init__(self, apart: bool = False) -> None:
@@ -36,11 +36,11 @@ class Network:
         self.mend()
 
     def cut(self) -> None:
-        """Both ends see that the cable is out."""
+        """Disconnect the cable; both ends notice it."""
         self._at_home("link", "set", self.cable, "down")
 
     def lose(self) -> None:
-        """All packets are lost on the way, and nobody is told."""
+        """Drop all packets; neither end is notified."""
         self._at_home("neigh", "replace", self.host, "lladdr", NOBODY, "nud", "permanent", "dev", self.cable)
         self._ip("-n", self.name, "neigh", "replace", self.here, "lladdr", NOBODY, "nud", "permanent", "dev", "inside")
 
@@ -53,7 +53,7 @@ class Network:
             self._ip("netns", "del", name)
 
     def command(self, far: bool) -> list[str]:
-        """What stands before a command that is to run at one of the ends."""
+        """Return the words that run a command at one of the ends."""
         name = self.name if far else self.near
         return ["ip", "netns", "exec", name] if name else []
 
@@ -66,7 +66,7 @@ class Network:
 
 
 def network(apart: bool = False) -> Network | None:
-    """None where this user or this machine can't make one."""
+    """Return a network, or None if this user or system can't create one."""
     try:
         return Network(apart)
     except (OSError, subprocess.CalledProcessError):

@@ -1,10 +1,10 @@
-"""Scored pairs as the tests want them."""
+"""Scored pairs with given margins and lengths."""
 
 from reinforcepp.types import ScoredPair
 
 
 def pair(margin=1.0, longer=0, *, length=10, row=0, base=0.0, **texts):
-    """A pair whose chosen answer is ahead by ``margin`` and has ``longer`` tokens more than the ``length`` of the other."""
+    """Return a pair whose chosen response scores ``margin`` more and is ``longer`` tokens longer than ``length``."""
     given = {"prompt": f"p{row}", "chosen": f"c{row}", "rejected": f"r{row}"} | texts
     return ScoredPair(
         row=row,
@@ -17,5 +17,5 @@ def pair(margin=1.0, longer=0, *, length=10, row=0, base=0.0, **texts):
 
 
 def pairs(margins, longer=None):
-    """One pair for each margin, in this order."""
+    """Return one pair per margin, in order."""
     return [pair(m, more, row=i) for i, (m, more) in enumerate(zip(margins, longer or [0] * len(margins), strict=True))]

@@ -1,7 +1,7 @@
-"""Every command that README and docs show is one that exists, with settings that exist and values they take.
+"""Every command in README and docs exists, with options that exist and values that they accept.
 
-Those of the tutorials are run as well, in test_tutorials.py and test_tutorial_feedback.py, the documented scripts in
-test_classic.py and test_compare_generation.py.
+test_tutorials.py and test_tutorial_feedback.py also run the commands of the tutorials; test_legacy_cli.py and
+test_engine_benchmark.py run the documented scripts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```.*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[tuple[str, str]]:
-    """Page and words of each command, a line's continuations put together."""
+    """Return page and line of each command, with continued lines joined."""
     found = []
     for page in PAGES:
         for block in BLOCK.findall(page.read_text(encoding="utf-8")):
@@ -33,7 +33,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def words_of(line: str) -> list[str]:
-    """What the program is given, without what stands for something else in a text."""
+    """Return the words that the program gets, without shell syntax and placeholders."""
     words = shlex.split(re.sub(r"(\s[|<>&]| 2>).*", "", line), comments=True)
     shown = [word for word in words if word != "..." or words[words.index(word) - 1].startswith("--")]
     if "--config" in shown:
@@ -43,7 +43,7 @@ def words_of(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda text: text.replace("/", "-")[:60])
-def test_a_command_of_the_docs_is_understood(page, line, monkeypatch):
+def test_a_documented_command_parses(page, line, monkeypatch):
     program, *words = words_of(line)
     if program == "reinforcepp":
         verb, *rest = words

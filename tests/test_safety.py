@@ -1,4 +1,4 @@
-"""What must never happen: code out of a model folder, secrets in files, a model's text steering terminal or page."""
+"""Safety: no code from a model folder, no secrets in files, no control characters from model output."""
 
 import json
 import shutil
@@ -27,17 +27,17 @@ def test_secrets_reach_no_file_and_no_message(tmp_path, model_folder, reward_fol
     assert cli.main(["reward", *shared, "--output_dir", "reward", "--num_train_epochs", "1"]) == 0
     small = ["--max_steps", "2", "--max_prompt_length", "64", "--max_new_tokens", "8", "--rollout", "transformers"]
     assert cli.main(["train", *shared, "--output_dir", "run", "--reward_model", str(reward_folder), *small]) == 0
-    said = capfd.readouterr()
+    printed = capfd.readouterr()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20
     for value in SECRETS.values():
-        assert value not in said.out + said.err
+        assert value not in printed.out + printed.err
         assert not [path for path in files if value.encode() in path.read_bytes()]
 
 
 @pytest.fixture
 def with_code(tmp_path, model_folder):
-    """A model folder that brings code of its own, for its class and its tokenizer."""
+    """A model folder with custom code for its class and its tokenizer."""
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     (folder / "own.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w').close()\nclass Own: pass\n")
@@ -50,8 +50,8 @@ def with_code(tmp_path, model_folder):
 
 
 @pytest.mark.parametrize("load", [load_config, load_policy, load_tokenizer])
-def test_code_in_a_model_folder_is_not_run(with_code, tmp_path, load, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked either
+def test_code_in_a_model_folder_is_never_run(with_code, tmp_path, load, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # and never asked about
     with pytest.raises(ModelError, match="its own code"):
         load(str(with_code))
     assert not (tmp_path / "harm").exists()
@@ -69,14 +69,14 @@ def test_pickled_weights_are_not_loaded(tmp_path, model_folder):
 @pytest.mark.parametrize(
     "text", ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "a\rb", "\u202egnp.exe", "\x08", "\x00", "\ufeffx"]
 )
-def test_a_models_text_can_not_steer_the_terminal(text):
+def test_model_output_can_not_control_the_terminal(text):
     shown = printable(text)
     assert not set(shown) & set("\x1b\x9b\r\u202e\x07\x08\x00\ufeff")
     assert printable("Grüße, 東京 🙂\n\tok") == "Grüße, 東京 🙂\n\tok"
 
 
-def test_names_in_data_make_no_files(tmp_path, model_folder, reward_folder, monkeypatch):
-    """A prompt, a column name or an answer is never part of a path."""
+def test_text_in_the_data_never_becomes_part_of_a_path(tmp_path, model_folder, reward_folder, monkeypatch):
+    """Neither a prompt, nor a column name, nor a response."""
     monkeypatch.chdir(tmp_path)
     Path("data.csv").write_text(
         "prompt,chosen,rejected,../../evil\n"

@@ -23,14 +23,14 @@ def followed(request, tmp_path_factory):
     return folder, [" ".join(output.split()) for output in outputs]
 
 
-def test_every_step_has_one_command_and_they_go_through(followed):
+def test_each_step_has_one_command_that_succeeds(followed):
     assert len(COMMANDS) == len(re.findall(r"^## \d\.", TUTORIAL, re.MULTILINE)) == 7
     folder, outputs = followed
     assert (folder / "models" / "export" / "README.md").is_file()
     assert "(reward " in outputs[5]
 
 
-def test_the_feedback_becomes_pairs_for_the_reward_model(followed):
+def test_the_feedback_is_stored_as_pairs_for_the_reward_model(followed):
     folder, outputs = followed
     pairs = read_preferences(folder / "feedback.jsonl").pairs
     assert len(pairs) == outputs[0].count("added to feedback.jsonl") >= 3
@@ -38,7 +38,7 @@ def test_the_feedback_becomes_pairs_for_the_reward_model(followed):
     assert f"{len(pairs)} usable pairs" in outputs[2]
 
 
-def test_what_the_tutorial_says_of_the_outcome_is_so(followed):
+def test_the_tutorial_states_the_actual_outcome(followed):
     _, outputs = followed
     assert "warning: too-little" in outputs[1]
     assert "too few held-out pairs" in outputs[2]

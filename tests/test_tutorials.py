@@ -15,7 +15,7 @@ def followed(request, tmp_path):
     return lambda name: "".join(follow(name, tmp_path, in_process=request.param))
 
 
-def test_every_tutorial_has_a_test():
+def test_each_tutorial_has_a_test():
     elsewhere = {"feedback"}  # test_tutorial_feedback.py checks the outcome of its conversation
     assert {page.stem for page in TUTORIALS} == {
         "reward_function",

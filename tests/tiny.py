@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised models and a tokenizer, made on the spot: what the tests use instead of a hub."""
+"""Tiny, randomly initialized models and a tokenizer, built in the process, so that tests need no download."""
 
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ FAMILIES = {
     "phi": ("Phi", {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
     "phi3": ("Phi3", {}),
 }
-"""Names of the classes and settings of their own; beside GPT-2, which names everything in its own way."""
+"""Class name and settings of each family apart from GPT-2, whose settings have other names."""
 
 
 @cache
@@ -46,7 +46,7 @@ def _backend(vocab_size: int) -> str:
 
 
 def tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
-    """Like GPT-2's: byte-level, one special token, no pad token, no chat template."""
+    """Return a tokenizer like that of GPT-2: byte-level, one special token, no pad token, no chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend(vocab_size)), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
     )
@@ -55,7 +55,7 @@ def tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
 def model(
     family: str = "gpt2", *, tied: bool = True, vocab_size: int = 320, seed: int = 0, **changes
 ) -> PreTrainedModel:
-    """A causal language model with heads of size 32 (which every engine runs) and random weights."""
+    """Return a causal language model with random weights and heads of size 32, which every engine supports."""
     torch.manual_seed(seed)
     if family == "gpt2":
         settings = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
@@ -76,7 +76,7 @@ def model(
         config_class, model_class = (getattr(transformers, name + part) for part in ("Config", "ForCausalLM"))
         ends = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
         built = model_class(config_class(**(settings | own | changes), vocab_size=vocab_size, **ends))
-    with torch.no_grad():  # wider than the default initialisation, so that choices aren't near-ties
+    with torch.no_grad():  # wider than the default initialization, so that sampled tokens aren't near-ties
         for parameter in built.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5)
@@ -84,7 +84,7 @@ def model(
 
 
 def save(folder: Path, family: str = "gpt2", **settings) -> Path:
-    """A model folder as ``from_pretrained`` reads it."""
+    """Write a model folder that ``from_pretrained`` reads."""
     model(family, **settings).save_pretrained(folder)
     tokenizer(settings.get("vocab_size", 320)).save_pretrained(folder)
     return folder

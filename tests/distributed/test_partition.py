@@ -1,6 +1,6 @@
-"""Machines that no longer reach each other: a clear sentence within a bounded time, and the last checkpoint goes on.
+"""Nodes that lose their connection: a clear error within a bounded time, and the last checkpoint resumes.
 
-The machines are network namespaces, joined by a cable.
+The nodes are network namespaces joined by a virtual cable.
 """
 
 from __future__ import annotations
