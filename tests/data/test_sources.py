@@ -138,8 +138,8 @@ def test_columns_by_other_names(tmp_path):
         ({"columns": ("prompt",)}, "NAME=COLUMN"),
         ({"columns": ("=x",)}, "NAME=COLUMN"),
         ({"columns": ("prompt=",)}, "NAME=COLUMN"),
-        ({"columns": ("prompt=a", "prompt=b")}, "prompt twice"),
-        ({"columns": ("prompt=a",), "prompt_column": "b"}, "prompt_column and columns both"),
+        ({"columns": ("prompt=a", "prompt=b")}, "prompt.*twice"),
+        ({"columns": ("prompt=a",), "prompt_column": "b"}, "prompt_column"),
     ],
 )
 @pytest.mark.parametrize("kind", [TrainConfig, RewardModelConfig, LintConfig, SftConfig])
