@@ -191,6 +191,8 @@ def test_the_head_of_the_pool_is_cut_off(machines, model_folder, pairs_csv, tmp_
     machines.until(lambda: "error: " in machines.text(trainer), trainer)
     machines.kill(trainer)  # Ray takes its leave of the head for two minutes
     text = machines.text(trainer)
-    assert f"error: --rollout: the head of the Ray cluster, {net.host}:{PORT}, hasn't been reachable for 4 seconds" in text
+    assert (
+        f"error: --rollout: the head of the Ray cluster, {net.host}:{PORT}, hasn't been reachable for 4 seconds" in text
+    )
     assert "The run is saved after step" in text and "Traceback" not in text, text
     goes_on(model_folder, pairs_csv, folder)
