@@ -299,7 +299,7 @@ def test_a_server_that_comes_back_in_time_costs_nothing(model_folder, reward, tm
         back.append(serving(reward, port))
         back[-1].__enter__()
 
-    client._tell = comes_back
+    client._log_retry = comes_back
     try:
         assert [m["reward"] for m in run.train()] == [m["reward"] for m in whole]
     finally:
