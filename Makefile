@@ -27,10 +27,11 @@ test-all: test ## the default tests natively and as on a CPU with AVX2 only, the
 	$(AVX2) $(PYTEST) $(PYTEST_ARGS)
 	$(PYTEST) -m full $(PYTEST_ARGS)
 
-lint: venv ## style checks and types only
+lint: venv ## style checks, types and word check only
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/python scripts/check_words.py src
 	.venv/bin/shellcheck --severity=warning scripts/*.sh benchmarks/*.sh examples/cluster/*.sh examples/cluster/slurm/*
 	.venv/bin/yamllint --strict examples
 
