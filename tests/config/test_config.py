@@ -126,6 +126,13 @@ def test_a_home_folder_of_nobody_is_refused(verb, name):
     COMMANDS[verb].config(**({"data": "x.csv"} | {name: "~/x.csv"}))
 
 
+@pytest.mark.parametrize("name", ["system_prompt", "chat_template"])
+def test_a_text_can_begin_with_a_tilde(name):
+    assert getattr(TrainConfig(**{name: "~~~ Rules"}), name) == "~~~ Rules"
+    with pytest.raises(ConfigError, match=f"{name} is empty"):
+        TrainConfig(**{name: " "})
+
+
 @pytest.mark.parametrize("verb", [verb for verb in COMMANDS if hasattr(COMMANDS[verb].config, "seed")])
 def test_seeds_that_some_library_refuses_are_refused_here(verb):
     assert "4294967295" in refusal(verb, seed=2**32)

@@ -44,8 +44,13 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Name:
-    """A name, path or text that must not be empty; a path below a user's home folder needs that user."""
+class Text:
+    """A text that must not be empty."""
+
+
+@dataclass(frozen=True)
+class Name(Text):
+    """A name or path that must not be empty; a path below a user's home folder needs that user."""
 
 
 PositiveInt = Annotated[int, Range(above=0)]
@@ -56,6 +61,7 @@ Probability = Annotated[float, Range(above=0, at_most=1)]
 Share = Annotated[float, Range(at_least=0, below=1)]
 Seed = Annotated[int, Range(at_least=0, at_most=MAX_SEED)]
 FilledStr = Annotated[str, Name()]
+FilledText = Annotated[str, Text()]
 
 # --- the checker ------------------------------------------------------------------------------------------------------
 
@@ -79,6 +85,8 @@ def check(config: Config) -> None:
         for constraint in constraints:
             if isinstance(constraint, Range) and value not in constraint:
                 raise ConfigError(f"{name} must be {constraint}, not {value}.")
+            if isinstance(constraint, Text):
+                check_filled(name, value)
             if isinstance(constraint, Name):
                 check_name(name, value)
 
@@ -97,10 +105,15 @@ def _constraints(config_class: type[Any]) -> dict[str, tuple[tuple[Any, ...], tu
     return found
 
 
-def check_name(setting: str, value: str) -> None:
-    """Check that ``value`` isn't empty and that the user exists whose home folder it begins with."""
+def check_filled(setting: str, value: str) -> None:
+    """Check that ``value`` isn't empty."""
     if not value.strip():
         raise ConfigError(f"{setting} is empty. Omit it for its default, or give a value.")
+
+
+def check_name(setting: str, value: str) -> None:
+    """Check that ``value`` isn't empty and that the user exists whose home folder it begins with."""
+    check_filled(setting, value)
     if value.startswith("~") and os.path.expanduser(value) == value:
         raise ConfigError(
             f"{setting}: {value} begins with the home folder {value.partition('/')[0]}, which doesn't exist. Write the "

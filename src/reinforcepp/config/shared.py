@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from reinforcepp.config.base import (
     Config,
-    FilledStr,
+    FilledText,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -134,9 +134,9 @@ class ComputeConfig(AdapterConfig):
 class ChatTemplateConfig(Config):
     """The prompt format, which is stored with the trained model and used in generation."""
 
-    chat_template: FilledStr | None = None
+    chat_template: FilledText | None = None
     """Chat template (Jinja) or a file with one; default: the model's"""
-    system_prompt: FilledStr | None = None
+    system_prompt: FilledText | None = None
     """System prompt of every conversation, stored in the chat template"""
 
 
