@@ -60,3 +60,8 @@ def test_mistakes_are_told_as_they_are_without_it(capsys, pairs_csv):
     assert "no.csv" in capsys.readouterr().err
     assert main(["reward", "--dry_run", "--data", str(pairs_csv), "--model", "no/such/model"]) == 2
     assert "no/such/model" in capsys.readouterr().err
+
+
+def test_plan_is_the_same_with_dry_run(capsys):
+    arguments = ["plan", "--device", "h100", "--rollout", "transformers", "--format", "json"]
+    assert shown(capsys, *arguments, "--dry_run") == shown(capsys, *arguments)

@@ -32,8 +32,12 @@ class Command:
     positional: tuple[str, ...] = ()
 
     def load(self, settings: Any) -> Callable[[Any], Any]:
-        """Import and return the function for ``settings``; with ``dry_run``, the one that only shows them."""
-        module, _, function = (DRY_RUN if getattr(settings, "dry_run", False) else self.function).partition(":")
+        """Import and return the function for ``settings``; with ``dry_run``, the one that only shows them.
+
+        ``plan`` ignores ``dry_run``, which it inherits from ``train``: it never trains.
+        """
+        only_show = self.name != "plan" and getattr(settings, "dry_run", False)
+        module, _, function = (DRY_RUN if only_show else self.function).partition(":")
         loaded: Callable[[Any], Any] = getattr(import_module(f"reinforcepp.{module}"), function)
         return loaded
 
