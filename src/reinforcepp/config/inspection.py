@@ -36,7 +36,7 @@ class LintConfig(ColumnConfig, LintInputs):
     max_length: PositiveInt = 512
     """Maximum length of a formatted response, in tokens; needs model"""
     near_duplicate: Annotated[float, Range(at_least=0.5, at_most=1)] = 0.8
-    """Fraction of shared word 3-grams that makes texts near-duplicates"""
+    """Fraction of shared word 3-grams that makes near-duplicates; from 0.5 to 1"""
     fix: FilledStr | None = None
     """File for a fixed copy (CSV, TSV or JSONL); changes go to FIX.log.jsonl"""
     format: Literal["text", "json", "html"] = "text"

@@ -16,7 +16,7 @@ class PlanConfig(TrainConfig):
     """Estimate, before a model is loaded, whether a training fits into memory of one node and how long a step takes."""
 
     gpus: NonNegativeInt | None = None
-    """GPUs that train; 0 is the CPU. Default: those of this node, 1 with a named device"""
+    """GPUs that train; 0 is the CPU. Default: all of this node, 1 of a named device"""
     fsdp: bool = False
     """Shard weights, gradients and optimizer state over the GPUs (FSDP2)"""
     mean_new_tokens: float | None = None

@@ -94,7 +94,7 @@ class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, Ch
     gamma: Discount = 1.0
     """Discount per token"""
     clip_low: Annotated[float, Range(above=0, below=1)] = 0.2
-    """Clip the policy ratio below 1 - clip_low; needs several updates per batch"""
+    """Clip the policy ratio below 1 - clip_low; no effect with one update per batch"""
     clip_high: PositiveFloat = 0.2
     """Clip the policy ratio above 1 + clip_high"""
     dual_clip: Annotated[float, Range(above=1)] | None = None
@@ -129,7 +129,7 @@ class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, Ch
     top_k: NonNegativeInt = 0
     """Top-k sampling of rollouts; 0 disables, other values bias the policy ratio"""
     rollout: str = "auto"
-    """auto, transformers, vllm, ray://auto, ray://HOST:PORT or vllm://HOST:PORT,..."""
+    """auto, transformers, vllm, ray://auto|local|HOST:PORT or vllm://HOST:PORT,..."""
     rollout_workers: NonNegativeInt = 0
     """Only Ray: maximum number of engines in the pool; 0: one per GPU, or per CPU"""
     reward_workers: NonNegativeInt = 0
@@ -163,7 +163,7 @@ class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, Ch
     kl_target: PositiveFloat | None = None
     """Adapt kl_coef to keep the KL at this value, in nats/token; off by default"""
     kl_horizon: PositiveFloat = 10_000.0
-    """Completions over which a 20% KL error changes kl_coef by 20%"""
+    """Completions over which a 20% KL error changes kl_coef by 20%; with kl_target"""
     kl_limit: PositiveFloat | None = 5.0
     """KL to the reference policy, in nats/token, that counts as diverged; None: off"""
     kl_action: Literal["stop", "rollback"] = "stop"
@@ -175,7 +175,7 @@ class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, Ch
     collapse_entropy: Share = 0.01
     """Stop if entropy stays below this fraction of the first step's; 0 disables"""
     collapse_distinct: Share = 0.1
-    """Stop if distinct completions stay below this fraction of the first step's"""
+    """Stop if distinct completions stay below this fraction of step 1's; 0 disables"""
 
     def _check_rules(self) -> None:
         self._check_rollout()
