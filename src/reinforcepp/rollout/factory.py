@@ -6,9 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from reinforcepp.config.reinforce import server_addresses
-from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.rollout.selection import EngineChoice, start_in_process_engine
-from reinforcepp.rollout.shared_engine import SharedEngine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +52,10 @@ def start_training_engine(
         folder=folder,
     )
     if choice.is_remote and ranks.count > 1:
+        # This loads Accelerate, which the commands that only call start_engine don't need.
+        from reinforcepp.distributed.rank_zero import RankZero
+        from reinforcepp.rollout.shared_engine import SharedEngine
+
         return SharedEngine(RankZero(ranks, config.watchdog_seconds), start, model, tokenizer)
     return start()
 
@@ -67,14 +69,13 @@ def start_engine(
     batch_size: int = 64,
     gpu_memory_utilization: float | None = None,
     tensor_parallel_size: int = 1,
-    exclusive_gpu: bool = False,
     workers: int = 0,
     reserved: int = 0,
     folder: Path | None = None,
 ) -> RolloutEngine:
     """Return the selected engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
 
-    vLLM servers get the weights through ``folder``. ``exclusive_gpu`` means that no trainer shares the engine's GPU.
+    vLLM servers get the weights through ``folder``.
     """
     if choice.name == "ray":
         from reinforcepp.rollout.ray.engine import RayEngine
@@ -105,5 +106,4 @@ def start_engine(
         batch_size=batch_size,
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
-        exclusive_gpu=exclusive_gpu,
     )

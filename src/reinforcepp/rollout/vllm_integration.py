@@ -184,7 +184,12 @@ class VllmEngine:
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             self._push(model)
-            self._reset_prefix_cache()
+            self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """Drop the cached keys and values of earlier prompts."""
+        emptied = self._llm.reset_prefix_cache()
+        assert emptied, "a request is still running"
 
     def close(self) -> None:
         """Stop vLLM and release its memory."""
@@ -245,7 +250,7 @@ class VllmEngine:
         """Generate with the transferred weights; ``source`` returns a model with them if the engine must restart."""
         self.transfer("finish_weight_update")
         self._source = source
-        self._reset_prefix_cache()
+        self.reset_prefix_cache()
 
     # --- inside ---
 
@@ -319,10 +324,6 @@ class VllmEngine:
         self._transfer.prepare(model)
         self._transfer.push(self._llm)
 
-    def _reset_prefix_cache(self) -> None:
-        emptied = self._llm.reset_prefix_cache()
-        assert emptied, "a request is still running"
-
     def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
         from vllm import SamplingParams
 
@@ -350,7 +351,7 @@ class VllmEngine:
             self.restarts += 1
             if self.restarts > MAX_RESTARTS:
                 raise RolloutError(
-                    f"--rollout vllm: vLLM failed {self.restarts} times in this run, at last with: {first_line(error)}. Use "
+                    f"--rollout vllm: vLLM failed {self.restarts} times in this run ({first_line(error)}). Use "
                     "--rollout transformers."
                 ) from error
         self.close()

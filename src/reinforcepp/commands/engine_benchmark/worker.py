@@ -81,7 +81,7 @@ class Worker:
         """Continue ``prompts``; a prompt's latency runs from the beginning of the whole set to its own last token."""
         settings = Sampling(**sampling)
         if self.way == "vllm":
-            self.engine.forget_prompts()  # or each round after the first would be spared the prompts
+            self.engine.reset_prefix_cache()  # or each round after the first would be spared the prompts
         start = time.perf_counter()
         if self.engine is not None:
             completions = self.engine.generate([Prompt("", tuple(ids), i) for i, ids in enumerate(prompts)], settings)

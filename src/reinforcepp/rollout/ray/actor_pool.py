@@ -91,13 +91,8 @@ class RayPool:
     def __init__(
         self, ray: Any, worker: type[Any], spec: Any, max_workers: int, reserved: int = 0, gpus: int = 1
     ) -> None:
-        self._ray, self._worker, self._max_workers, self._reserved, self._gpus = (
-            ray,
-            worker,
-            max_workers,
-            reserved,
-            gpus,
-        )
+        self._ray, self._worker = ray, worker
+        self._max_workers, self._reserved, self._gpus = max_workers, reserved, gpus
         self._spec = ray.put(spec)
         self._store = ObjectStoreTransfer(ray)
         self._version = 0

@@ -312,7 +312,7 @@ class VllmClient:
                 await asyncio.sleep(timeouts.health_interval)
                 if time.monotonic() - self._last_progress > timeouts.progress:
                     raise ServerUnavailable(
-                        f"made no progress for {timeouts.progress:g} s, though it reports to be healthy"
+                        f"made no progress for {timeouts.progress:g} s, though its health check succeeds"
                     )
                 try:
                     await self._check_health(client)

@@ -86,7 +86,7 @@ class AdapterTransfer(WeightTransfer[Any]):
     """A LoRA adapter for a vLLM that applies adapters to base weights; the base is sent only if vLLM doesn't have it.
 
     vLLM reads adapters from folders; this one is in memory if the system has such a place. Each update gets a new adapter
-    ID, so a request can't mean an older one.
+    ID, so a request can't refer to an older one.
 
     Args:
         model: The policy with its adapter; :func:`supports_adapter` must hold.
