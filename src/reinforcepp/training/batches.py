@@ -43,19 +43,19 @@ class PromptBatches:
 
     def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
         self.prompts = prompts
-        self.rollout_size = batch_size
+        self.batch_size = batch_size
         self.seed = seed
         self._order: tuple[int, array[int]] = (-1, array("q"))
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of batches per epoch."""
-        return -(-len(self.prompts) // self.rollout_size)
+        return -(-len(self.prompts) // self.batch_size)
 
     def at(self, step: int) -> list[Prompt]:
         """Return the prompts of a step on all ranks; steps count from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        chosen = self._order_of(epoch)[index * self.rollout_size : (index + 1) * self.rollout_size]
+        chosen = self._order_of(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         return [self.prompts[i] for i in chosen]
 
     def _order_of(self, epoch: int) -> array[int]:
@@ -107,7 +107,7 @@ def rank_passes(
 
 
 def halved_micro_batch(size: int, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
-    """Return half of a micro-batch size that memory didn't suffice for, and print it.
+    """Return half of a micro-batch size that ran out of memory, and print a warning.
 
     Gradients are sums over rows, so the result of the optimizer step doesn't depend on the size.
 

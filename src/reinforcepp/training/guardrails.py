@@ -1,4 +1,4 @@
-"""Guardrails: rules that skip an update, roll a run back or stop it before training diverges for good.
+"""Guardrails: rules that skip an update, roll a run back or stop it before its weights are ruined.
 
 unusable update      loss, gradient, reward or log-probability isn't finite, or a policy ratio exceeds ratio_limit:
 skipped and counted; after max_skipped_updates in a row the run stops

@@ -116,7 +116,7 @@ class PolicyRun:
         timings: Mapping[str, float],
         kl_coef: float | None = None,
     ) -> None:
-        """Finish a step: log its metrics and completions, and take over the KL coefficient of the next step."""
+        """Finish a step: log its metrics and completions, and set the KL coefficient of the next step."""
         self.batch = None
         position = {"step": step + 1, "epoch": (step + 1) / self.rollouts.batches.steps_per_epoch}
         self.state.num_tokens += metrics.get("num_tokens", 0.0)
@@ -249,13 +249,13 @@ class PolicyRun:
             self.monitor.rolled_back()
 
     def restore_last_good(self) -> str:
-        """Restore the last checkpoint, so that the trainer can be used on; return what the user should know."""
+        """Restore the last checkpoint, so that the trainer stays usable; return a hint for the error message."""
         saved = checkpoint.latest(self.folder)
         if saved is None:
-            return "No checkpoint was saved before: start again, with --overwrite."
+            return "No checkpoint was saved. Start over with --overwrite."
         self.restore(saved, log=False)
         return (
-            f"The last good state is {saved.folder}: resume from it with --resume and other settings, named with "
+            f"The last good state is {saved.folder}. Resume from it with --resume and other settings, and list these in "
             "--allow_changes."
         )
 

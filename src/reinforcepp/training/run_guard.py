@@ -20,7 +20,7 @@ class Heartbeat:
 
     Args:
         folder: where the watchdog writes the stacks of a run that hangs.
-        watchdog_seconds: without a beat, after which the watchdog ends the process; 0 disables it.
+        watchdog_seconds: seconds without a beat after which the watchdog ends the process; 0 disables it.
         ranks: several ranks only stop together, between two steps.
     """
 
@@ -41,7 +41,7 @@ class Heartbeat:
         self._watchdog.beat(phase)
 
     def safe_point(self) -> None:
-        """Report progress within a phase, and stop here if a signal has come: a stopped run loses nothing."""
+        """Report progress within a phase, and stop here if a signal was received, because a stopped run loses nothing here."""
         self._watchdog.beat(self._phase)
         if self._ranks.count == 1:
             self.stop.check()
@@ -54,7 +54,7 @@ class Heartbeat:
         """Stop if any rank was asked to; every rank must call this.
 
         Raises:
-            StopRequested: a signal has come.
+            StopRequested: a rank has received a signal.
         """
         if self._ranks.any(self.stop.number is not None):
             raise StopRequested
@@ -137,7 +137,7 @@ class RunGuard:
             self.run.save(self.run.metrics)
 
     def _save_stopped(self) -> str:
-        """Save a run that stops; return how far it has come."""
+        """Save a run that stops; return its position, for the message."""
         self.heartbeat.beat("checkpoint")
         if self.run.resumed is not None:  # stopped before the checkpoint was restored, so there is nothing new to save
             return f"after step {self.run.resumed.step} of {self.num_steps}"

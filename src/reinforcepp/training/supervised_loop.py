@@ -28,8 +28,7 @@ from reinforcepp.models.reward_models import load_reward_weights
 from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
-from reinforcepp.training import checkpoint
-from reinforcepp.training import rng as random_state
+from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.supervised_setup import RunContext, SupervisedConfig
 
 if TYPE_CHECKING:
@@ -201,7 +200,7 @@ class TrainingCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Capture the random generators as the next step finds them."""
         self.watchdog.beat(f"step {state.global_step + 1}")
-        self._random = random_state.capture()
+        self._random = rng.capture()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **live: Any) -> None:
         """Log a finished step and save a checkpoint if one is due."""
@@ -246,7 +245,7 @@ class TrainingCallback(TrainerCallback):
 
     def _restore_generators(self) -> None:
         if self._restore_random:
-            random_state.restore(self._random)
+            rng.restore(self._random)
             self._restore_random = False
 
     def _check_stop(self) -> None:
