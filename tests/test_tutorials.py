@@ -54,7 +54,7 @@ def test_math_with_rules(followed, tmp_path):
 
 def test_my_csv(followed, tmp_path):
     output = followed("my_csv")
-    assert "Fits: " in output and "the completion that follows is what is trained on" in output
+    assert "Fits: " in output and "completion that follows is trained on" in output
     assert len(read_metrics(tmp_path / "runs/mine")) == 3
     assert (tmp_path / "models/mine/report.html").is_file() and (tmp_path / "runs/mine/report.html").is_file()
 

@@ -1,4 +1,4 @@
-"""The chat verb: what is said to the model, what the user sees, and the file of preferences."""
+"""The chat command: its prompts, its output, and the file of preferences."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_regenerate_answers_the_same_question_with_other_random_numbers(chat):
     first, again = (chat("Why?\n/regenerate\n/regenerate\n", *flags) for _ in range(2))
     assert first == again
     assert len(set(first[0].splitlines())) > 1
-    assert "answer 2" in first[1] and "answer 3" in first[1]
+    assert "response 2" in first[1] and "response 3" in first[1]
     assert chat("Why?\n/regenerate\n/regenerate\n", "--temperature", "1", "--seed", "6")[0] != first[0]
 
 
@@ -134,17 +134,17 @@ def test_system_and_reset(chat, model_says):
         [{"role": "system", "content": "Be brief."}, user("B?")],
         [user("B?"), assistant("x"), user("C?")],
     ]
-    assert "begins anew" in said.err and "no system message now" in said.err
+    assert "Cleared" in said.err and "Removed the system message" in said.err
     asked = model_says("x")
     chat("A?\n", "--system", "Told by a flag")
     assert asked[0][0].columns["messages"][0]["content"] == "Told by a flag"
 
 
-def test_commands_that_are_none_and_messages_that_look_like_one(chat, model_says):
+def test_unknown_commands_are_errors_and_a_double_slash_is_a_message(chat, model_says):
     asked = model_says("x")
     _, err = chat("/regen\n/prefer\n/prefer x\n/regenerate\n//etc/hosts?\n/help\n")
-    assert "no command /regen. Did you mean '/regenerate'?" in err
-    assert "no two answers" in err and "not 'x'" in err and "no question yet" in err
+    assert "/regen not found. Did you mean '/regenerate'?" in err
+    assert "two responses" in err and "'x' isn't" in err and "no question was asked" in err
     assert [prompt.text for prompt, _ in asked] == ["/etc/hosts?"]
     listed = [
         word for word in ("/regenerate", "/prefer [N]", "/system", "/reset", "/quit", "Ctrl-D") if word not in err
@@ -153,7 +153,7 @@ def test_commands_that_are_none_and_messages_that_look_like_one(chat, model_says
 
 
 def test_at_temperature_zero_there_is_no_other_answer(chat):
-    assert "every answer is the same" in chat("A?\n/regenerate\n", "--temperature", "0").err
+    assert "every response is the same" in chat("A?\n/regenerate\n", "--temperature", "0").err
 
 
 def test_a_model_can_not_steer_the_terminal(chat, model_says):
@@ -161,12 +161,12 @@ def test_a_model_can_not_steer_the_terminal(chat, model_says):
     assert chat("A?\n").out == "a\ufffd[2Jb\ufffd\ufffdc\n"
 
 
-def test_an_answer_that_is_cut_off_is_told(chat, model_says):
+def test_a_truncated_response_is_marked(chat, model_says):
     model_says("x", reason="length")
-    assert "(cut off after 12 tokens)" in chat("A?\n").err
+    assert "(truncated after 12 tokens)" in chat("A?\n").err
 
 
-def test_the_reward_model_s_score_stands_beside_the_answer(chat, model_says, reward_folder):
+def test_the_score_of_the_reward_model_follows_the_response(chat, model_says, reward_folder):
     from reinforcepp.rewards.trained import load_reward_model
 
     model_says("Run ip route.", "Reboot.")
@@ -174,7 +174,7 @@ def test_the_reward_model_s_score_stands_beside_the_answer(chat, model_says, rew
     score = load_reward_model(str(reward_folder))
     one, two = score(["How?", "How?"], ["Run ip route.", "Reboot."])
     (three,) = score(["How?\nAnswer: Reboot.\nQuestion: And then?"], ["Run ip route."])
-    assert err.splitlines() == [f"(reward {one:+.3f})", f"(answer 2, reward {two:+.3f})", f"(reward {three:+.3f})"]
+    assert err.splitlines() == [f"(reward {one:+.3f})", f"(response 2, reward {two:+.3f})", f"(reward {three:+.3f})"]
 
 
 # --- the context ------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def said(conversation: Conversation, question: str, answer: str = "ok") -> Promp
     return prompt
 
 
-def test_a_full_context_loses_whole_turns_from_the_front(tokenizer):
+def test_a_full_context_skips_the_oldest_turns(tokenizer):
     conversation = Conversation(tokenizer, 10_000, "Be brief.")
     whole = [said(conversation, f"Question number {i}?") for i in range(4)]
     room = len(whole[2].ids)
@@ -202,12 +202,12 @@ def test_a_full_context_loses_whole_turns_from_the_front(tokenizer):
     ]
 
 
-def test_the_user_is_told_what_is_left_out_and_a_question_that_does_not_fit_changes_nothing(chat, model_says):
+def test_skipped_turns_are_printed_and_a_too_long_question_changes_nothing(chat, model_says):
     asked = model_says("ok")
     lines = "".join(f"Is this question {i}?\n" for i in range(3))
     _, err = chat(lines + "why " * 200 + "\nShort?\n", "--max_length", "60")
-    assert err.count("The context is full: skipped the oldest 1 turn") >= 1
-    assert "The question is too long: with its frame it has" in err and "and 48 fit" in err
+    assert err.count("Skipped the oldest 1 turn") >= 1
+    assert "question is too long" in err and "and 48 fit" in err
     assert asked[-1][0].columns["messages"][-3:] == [user("Is this question 2?"), assistant("ok"), user("Short?")]
 
 
@@ -243,40 +243,40 @@ def test_prefer_appends_the_last_answer_as_better_than_the_one_before(chat, mode
     _, err = chat("A?\n/regenerate\n/prefer\n")
     record = {"prompt": [user("A?")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
     assert pairs(tmp_path / "preferences.jsonl") == [record]
-    assert "Answer 2 is better than answer 1: added to preferences.jsonl." in err
+    assert "preferences.jsonl: response 2 is better than response 1" in err.replace("\n", " ")
 
 
-def test_prefer_takes_a_number_and_the_conversation_goes_on_from_that_answer(chat, model_says, tmp_path):
+def test_the_next_question_follows_the_preferred_answer(chat, model_says, tmp_path):
     asked = model_says("one", "two", "three", "four")
     chat("A?\n/regenerate\n/prefer 1\n/regenerate\n/prefer 1\nB?\n", "--preferences", "p.jsonl")
-    told = [
+    saved = [
         (record["chosen"][0]["content"], record["rejected"][0]["content"]) for record in pairs(tmp_path / "p.jsonl")
     ]
-    assert told == [("one", "two"), ("one", "three")]
+    assert saved == [("one", "two"), ("one", "three")]
     assert asked[-1][0].columns["messages"] == [user("A?"), assistant("one"), user("B?")]
 
 
-def test_what_is_no_preference(chat, model_says, tmp_path):
+def test_invalid_preferences_are_errors(chat, model_says, tmp_path):
     model_says("same", " same ", "", "other")
     _, err = chat(
         "A?\n/prefer\n/regenerate\n/prefer\n/regenerate\n/prefer\n/regenerate\n/prefer 4\n/prefer 5\n/prefer 0\n"
     )
-    assert "no two answers" in err and "say the same" in err and "is empty" in err
-    assert "no answer 5" in err and "no answer 0" in err
+    assert "two responses" in err and "are the same" in err and "is empty" in err
+    assert "response 5 not found" in err and "response 0 not found" in err
     assert not (tmp_path / "preferences.jsonl").exists()
 
 
-def test_the_same_two_answers_are_judged_once(chat, model_says, tmp_path):
+def test_the_same_two_answers_are_compared_once(chat, model_says, tmp_path):
     model_says("a", "b")
     _, err = chat("A?\n/regenerate\n/prefer 1\n/prefer 2\n")
-    assert "compared already" in err
+    assert "already compared" in err
     assert len(pairs(tmp_path / "preferences.jsonl")) == 1
 
 
 def test_answers_under_different_system_messages_are_not_compared(chat, model_says, tmp_path):
     model_says("a", "b")
     _, err = chat("A?\n/system Be rude.\n/regenerate\n/prefer\n")
-    assert "different conversations" in err and not (tmp_path / "preferences.jsonl").exists()
+    assert "different prompts" in err and not (tmp_path / "preferences.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
@@ -319,7 +319,7 @@ def test_a_csv_gets_one_header_and_its_own_order_of_columns(tmp_path):
     assert len(read_table(path, ColumnNames(), pairs=True).rows) == 2
 
 
-def test_a_jsonl_goes_on_behind_what_it_holds(tmp_path):
+def test_a_jsonl_is_appended_to(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "P", "chosen": "a", "rejected": "b"}')
     PreferenceFile(str(path)).append([user("Q\u2028\x1b")], "good", "bad")
@@ -352,12 +352,12 @@ def test_a_full_disk_leaves_whole_lines_and_the_conversation(chat, model_says, t
     monkeypatch.setattr(os, "write", half)
     model_says("a", "b")
     out, err = chat("A?\n/regenerate\n/prefer\nB?\n")
-    assert "No space left on device; nothing was added" in err.replace("\n", " ")
+    assert "No space left on device). Nothing was added" in err.replace("\n", " ")
     assert path.read_text() == before
-    assert out.count("\n") == 3, "the conversation went on"
+    assert out.count("\n") == 3, "the conversation continued"
 
 
-def test_what_a_preference_needs_is_checked_by_the_class_itself(tokenizer):
+def test_the_class_checks_preferences_itself(tokenizer):
     conversation = Conversation(tokenizer, 1000)
     with pytest.raises(DataError):
         conversation.prefer(None, lambda *_: pytest.fail("saved"))
@@ -385,7 +385,7 @@ def test_through_a_pipe(tmp_path):
     )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().count("\n") >= 2 and b"> " not in done.stdout
-    assert b"answer 2" in done.stderr and b"Traceback" not in done.stderr
+    assert b"response 2" in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_on_a_terminal_ctrl_c_stops_the_answer_alone_and_ctrl_d_leaves(tmp_path):
@@ -411,7 +411,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_alone_and_ctrl_d_leaves(tmp_path)
 
     try:
         place = wait_for("> ", 0)
-        assert "/help lists the commands, Ctrl-D leaves." in seen
+        assert "type /help" in seen and "press Ctrl-D" in seen
         os.write(terminal, b"How?\n")
         place = wait_for("How?", place)
         place = wait_for(" ", place + 4)  # the answer has begun
@@ -420,7 +420,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_alone_and_ctrl_d_leaves(tmp_path)
         place = wait_for("> ", place)
         os.write(terminal, b"\x03")
         # Python doesn't notice a signal that comes when the prompt is shown and it doesn't wait for input yet
-        place = wait_for("Ctrl-D or /quit leaves.", place, again=b"\x03")
+        place = wait_for("type /quit.", place, again=b"\x03")
         place = wait_for("> ", place)
         os.write(terminal, b"\x04")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

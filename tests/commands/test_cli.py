@@ -1,4 +1,4 @@
-"""The ``reinforcepp`` command: exit codes, one clear sentence for every mistake, nothing half-written, Ctrl-C."""
+"""The ``reinforcepp`` command: exit codes, one-line errors, complete files, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from reinforcepp.commands.table import COMMANDS, Command
 from reinforcepp.errors import DataError, TrainingDiverged
 from scripts import SOURCE
 
-USER_VERBS = ["sft", "reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
-USER_VERBS += ["chat", "serve", "serve-reward", "export", "push", "recipes"]
+USER_COMMANDS = ["sft", "reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
+USER_COMMANDS += ["chat", "serve", "serve-reward", "export", "push", "recipes"]
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "8"]
 
 
@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch, model_folder, reward_folder, pairs_csv):
 
 @pytest.fixture
 def refused(place, capsys, monkeypatch):
-    """``refused("train", "--x", ...)``: the one sentence after exit code 2.
+    """``refused("train", "--x", ...)``: the one-line error, after exit code 2.
 
     No weights may be loaded and no file made or changed on the way to it.
     """
@@ -51,24 +51,24 @@ def refused(place, capsys, monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("weights were loaded before the mistake was found")
 
-    def run(verb: str, *flags: str, may_load: bool = False) -> str:
+    def run(command: str, *flags: str, may_load: bool = False) -> str:
         inputs = {"--model": "model", "--data": "pairs.csv", "--output_dir": "out", "--reward_model": "reward"}
         own = ("--model", "--data", "--output_dir")
-        wanted = {"sft": own, "reward": own, "train": tuple(inputs)}.get(verb, ("--model",))
+        wanted = {"sft": own, "reward": own, "train": tuple(inputs)}.get(command, ("--model",))
         given = [word for name in wanted if name not in flags for word in (name, inputs[name])]
-        given += ["--rollout", "transformers"] if verb == "train" else []
+        given += ["--rollout", "transformers"] if command == "train" else []
         before = listing(place)
         with monkeypatch.context() as patch:
             if not may_load:
                 patch.setattr(PreTrainedModel, "from_pretrained", loaded)
-            assert cli.main([verb, *given, *flags]) == 2
+            assert cli.main([command, *given, *flags]) == 2
         assert listing(place) == before
         out, err = capsys.readouterr()
         assert out == ""
         assert "Traceback" not in err
-        *told, last = err.splitlines()
+        *earlier, last = err.splitlines()
         assert last.startswith("error: ")
-        assert not [line for line in told if "error" in line.lower()]
+        assert not [line for line in earlier if "error" in line.lower()]
         return err
 
     return run
@@ -76,15 +76,17 @@ def refused(place, capsys, monkeypatch):
 
 @pytest.fixture
 def acting(monkeypatch):
-    """``acting("train", error)``: the verb does nothing but raise ``error``, or return if that is None."""
+    """``acting("train", error)``: the command does nothing but raise ``error``, or return if that is None."""
 
-    def act(verb: str, error: BaseException | None) -> None:
+    def act(command: str, error: BaseException | None) -> None:
         def action(config):
             if error is not None:
                 raise error
 
         load = Command.load
-        monkeypatch.setattr(Command, "load", lambda self, config: action if self.name == verb else load(self, config))
+        monkeypatch.setattr(
+            Command, "load", lambda self, config: action if self.name == command else load(self, config)
+        )
 
     return act
 
@@ -92,26 +94,26 @@ def acting(monkeypatch):
 # --- the command itself -----------------------------------------------------------------------------------------------
 
 
-def test_help_names_the_verbs(capsys):
+def test_help_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert [verb for verb in (*USER_VERBS, "--config") if verb not in out] == []
+    assert [command for command in (*USER_COMMANDS, "--config") if command not in out] == []
     assert cli.main([]) == 2
     assert capsys.readouterr().out == out
 
 
-@pytest.mark.parametrize("verb", USER_VERBS)
-def test_help_of_a_verb_tells_every_setting_with_its_description_and_default(verb, capsys):
+@pytest.mark.parametrize("command", USER_COMMANDS)
+def test_help_of_a_command_lists_every_setting_with_description_and_default(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([verb, "--help"])
+        cli.main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     words = " ".join(out.replace("│", " ").split())
-    for name, value in vars(COMMANDS[verb].config()).items():
+    for name, value in vars(COMMANDS[command].config()).items():
         assert f"--{name}" in out
         shown = " ".join(value) if isinstance(value, tuple) else value
         assert f"(default: {shown})" in words or isinstance(value, bool)
-    if verb == "train":
+    if command == "train":
         assert "bias the policy ratio" in words
 
 
@@ -140,7 +142,7 @@ def test_version(capsys):
         ("demo --max_steps 0", ["max_steps"]),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_sentence(command, named, capsys, monkeypatch):
+def test_wrong_command_lines_are_one_line_errors(command, named, capsys, monkeypatch):
     monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("it was run"))
     assert cli.main(command.split()) == 2
     out, err = capsys.readouterr()
@@ -248,7 +250,7 @@ def test_a_column_by_another_name(refused):
     assert "both name" in refused("reward", "--chosen_column", "a", "--rejected_column", "a")
 
 
-def test_rows_that_are_left_out_are_counted_and_the_rest_is_used(place, capsys):
+def test_skipped_rows_are_counted_and_the_rest_is_used(place, capsys):
     with open("pairs.csv", "a", encoding="utf-8") as file:
         file.write("How do I see my routes?,Run ip route and read the default line.,Reboot it.\nwhy,,x\nwhy,y,y\n")
     assert cli.main(["reward", "--model", "model", "--data", "pairs.csv", "--num_train_epochs", "1"]) == 0
@@ -269,7 +271,7 @@ def train(*flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("action", "did", "steps"), [("cut", "truncated from the left", 8), ("drop", "skipped", 7)])
-def test_long_prompts_are_counted_and_cut_or_dropped(place, capsys, action, did, steps):
+def test_long_prompts_are_counted_and_truncated_or_dropped(place, capsys, action, did, steps):
     head, _, *rest = Path("pairs.csv").read_text(encoding="utf-8").splitlines()
     Path("pairs.csv").write_text("\n".join([head, *rest, f"{'why ' * 100},a,b"]), encoding="utf-8")
     flags = ["--long_prompts", action, "--heldout_fraction", "0", "--batch_size", "1"]
@@ -280,14 +282,14 @@ def test_long_prompts_are_counted_and_cut_or_dropped(place, capsys, action, did,
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == steps
 
 
-def test_a_limit_that_no_prompt_fits_in(refused):
+def test_a_limit_below_every_prompt(refused):
     assert "leaves no room" in refused("train", "--max_prompt_length", "4")
     message = refused("train", "--max_prompt_length", "4", "--long_prompts", "drop")
     assert "training prompt" in message and "max_prompt_length" in message
     assert "max_length 9" in refused("reward", "--max_length", "9")
 
 
-def test_more_tokens_than_the_model_can_attend_to(refused):
+def test_more_tokens_than_the_context_of_the_model(refused):
     flags = ("--max_new_tokens", "400", "--max_length", "2000")
     message = refused("train", *flags)
     assert [word for word in ("128", "400", "512 tokens", "lower") if word not in message] == []
@@ -339,12 +341,12 @@ BAD_MODELS = {
 }
 
 
-@pytest.mark.parametrize("verb", ["sft", "reward", "train", "generate"])
+@pytest.mark.parametrize("command", ["sft", "reward", "train", "generate"])
 @pytest.mark.parametrize("case", BAD_MODELS)
-def test_unusable_models(refused, verb, case):
+def test_unusable_models(refused, command, case):
     make, name, named = BAD_MODELS[case]
     make()
-    message = refused(verb, "--model", name, *(["--prompt", "hi"] if verb == "generate" else []))
+    message = refused(command, "--model", name, *(["--prompt", "hi"] if command == "generate" else []))
     assert [word for word in named if word not in message] == []
 
 
@@ -356,12 +358,12 @@ BAD_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("verb", ["sft", "reward", "train", "generate"])
+@pytest.mark.parametrize("command", ["sft", "reward", "train", "generate"])
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
-def test_unusable_weights(refused, verb, case):
+def test_unusable_weights(refused, command, case):
     make, named = BAD_WEIGHTS[case]
     make()
-    message = refused(verb, *(["--prompt", "hi"] if verb == "generate" else []), may_load=True)
+    message = refused(command, *(["--prompt", "hi"] if command == "generate" else []), may_load=True)
     assert [word for word in named if word not in message] == []
 
 
@@ -376,7 +378,7 @@ def test_a_model_that_is_not_causal(refused):
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "no network"])
 @pytest.mark.parametrize("name", ["distilgpt2", "org/name", "not a name"])
-def test_a_model_that_is_neither_here_nor_to_be_fetched(refused, monkeypatch, tmp_path, name, offline):
+def test_a_model_that_is_neither_local_nor_on_the_hub(refused, monkeypatch, tmp_path, name, offline):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
@@ -442,7 +444,7 @@ def test_a_reward_model_with_a_smaller_vocabulary_than_its_tokenizer(refused):
     ] == []
 
 
-def test_a_reward_model_that_answers_otherwise_than_when_it_was_saved(refused):
+def test_a_reward_model_whose_scores_changed_since_it_was_saved(refused):
     weights = load_file("reward/model.safetensors")
     save_file(weights | {"score.weight": weights["score.weight"] * 2}, "reward/model.safetensors", {"format": "pt"})
     message = refused("train", may_load=True)
@@ -452,37 +454,37 @@ def test_a_reward_model_that_answers_otherwise_than_when_it_was_saved(refused):
 # --- the output folder ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["sft", "reward", "train"])
-def test_output_folders_that_can_not_be_used(refused, verb, monkeypatch):
-    assert "pairs.csv is a file" in refused(verb, "--output_dir", "pairs.csv/out")
+@pytest.mark.parametrize("command", ["sft", "reward", "train"])
+def test_unusable_output_folders(refused, command, monkeypatch):
+    assert "pairs.csv is a file" in refused(command, "--output_dir", "pairs.csv/out")
     copy("reward", "taken")
-    assert "--overwrite" in refused(verb, "--output_dir", "taken")
+    assert "--overwrite" in refused(command, "--output_dir", "taken")
     Path("taken/thesis.tex").touch()
-    assert "thesis.tex" in refused(verb, "--output_dir", "taken", "--overwrite")
+    assert "thesis.tex" in refused(command, "--output_dir", "taken", "--overwrite")
     copy("model", "other")
-    assert "no run of this tool" in refused(verb, "--output_dir", "other", "--overwrite")
-    assert "output_dir" in refused(verb, "--output_dir", "model", "--overwrite")
+    assert "no run of this tool" in refused(command, "--output_dir", "other", "--overwrite")
+    assert "output_dir" in refused(command, "--output_dir", "model", "--overwrite")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "no permission" in refused(verb)
+    assert "no permission" in refused(command)
 
 
 @pytest.mark.parametrize(
-    "verb",
+    "command",
     ["reward", "train"],
 )
-def test_no_disk_space(refused, verb, monkeypatch):
+def test_no_disk_space(refused, command, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 2048, 2048))
-    message = refused(verb)
+    message = refused(command)
     assert [word for word in ("out", "2 KiB free", "free some space") if word not in message] == []
 
 
-@pytest.mark.parametrize("verb", ["reward", "train"])
-def test_a_mistake_leaves_the_run_that_was_to_be_overwritten(refused, verb):
+@pytest.mark.parametrize("command", ["reward", "train"])
+def test_an_error_keeps_the_run_that_overwrite_would_replace(refused, command):
     copy("reward", "out")
-    refused(verb, "--overwrite", "--data", "none.csv")
-    refused(verb, "--overwrite", "--model", "./none")
+    refused(command, "--overwrite", "--data", "none.csv")
+    refused(command, "--overwrite", "--model", "./none")
     os.truncate("model/model.safetensors", 2000)
-    refused(verb, "--overwrite", may_load=True)
+    refused(command, "--overwrite", may_load=True)
 
 
 def test_overwrite_replaces_the_run(place):
@@ -513,7 +515,9 @@ def test_nothing_to_resume(refused):
         (["checkpoints/step-000002/state.json"], ["--overwrite"], "with --resume instead of --overwrite"),
     ],
 )
-def test_ctrl_c_tells_what_was_saved_and_how_to_go_on(acting, tmp_path, monkeypatch, capsys, files, flags, said):
+def test_ctrl_c_prints_the_saved_checkpoint_and_how_to_resume(
+    acting, tmp_path, monkeypatch, capsys, files, flags, said
+):
     monkeypatch.chdir(tmp_path)
     for name in files:
         path = Path("out", name)
@@ -526,15 +530,15 @@ def test_ctrl_c_tells_what_was_saved_and_how_to_go_on(acting, tmp_path, monkeypa
     assert said in err
 
 
-@pytest.mark.parametrize("verb", ["reward", "generate", "demo"])
-def test_ctrl_c_in_a_verb_without_checkpoints(acting, tmp_path, monkeypatch, capsys, verb):
+@pytest.mark.parametrize("command", ["reward", "generate", "demo"])
+def test_ctrl_c_in_a_command_without_checkpoints(acting, tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
-    acting(verb, KeyboardInterrupt())
-    assert cli.main([verb]) == 130
+    acting(command, KeyboardInterrupt())
+    assert cli.main([command]) == 130
     assert capsys.readouterr().err == "\nInterrupted. Nothing was saved. To start over, run the same command again.\n"
 
 
-def test_ctrl_c_before_anything_has_begun(monkeypatch, capsys):
+def test_ctrl_c_before_the_command_starts(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -598,7 +602,7 @@ def stopped(tmp_path_factory, model_folder, reward_folder, pairs_csv) -> Path:
     return folder
 
 
-def test_a_real_ctrl_c_saves_a_checkpoint_and_tells_how_to_go_on(stopped):
+def test_a_real_ctrl_c_saves_a_checkpoint_and_prints_how_to_resume(stopped):
     said = (stopped / "said").read_text()
     done = len(untimed(stopped / "out" / "metrics.jsonl"))
     assert 2 <= done < 30
@@ -619,7 +623,7 @@ def resumable(stopped, tmp_path, monkeypatch) -> Path:
     return tmp_path / "copy" / "out"
 
 
-def test_a_resumed_run_ends_like_one_that_was_never_stopped(resumable):
+def test_a_resumed_run_ends_like_an_uninterrupted_run(resumable):
     assert cli.main(train(*LONG, "--resume")) == 0
     whole = resumable.parent / "whole"
     assert cli.main([*train(*LONG), "--output_dir", "whole"]) == 0
@@ -632,7 +636,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(resumable):
     assert not torch.equal(ours["transformer.wte.weight"], start["transformer.wte.weight"])
 
 
-def test_a_resumed_run_still_tells_how_it_was_before(resumable):
+def test_a_resumed_run_keeps_the_evaluation_before_training(resumable):
     before = json.loads((resumable / "evaluation.json").read_text())["before"]
     assert cli.main(train(*LONG, "--resume")) == 0
     after = json.loads((resumable / "evaluation.json").read_text())

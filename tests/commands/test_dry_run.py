@@ -32,7 +32,7 @@ def test_a_policy_training(model_folder, reward_folder, pairs_csv, capsys):
     out = shown(capsys, "train", *arguments, "--dry_run", "--rollout", "transformers", "--system_prompt", "Be short.")
     assert "  batch_size: 4  # default: 8\n" in out and "  learning_rate: 1.0e-05\n" in out
     assert "Fits: " in out and "AdamW's moments" in out
-    assert out.count("the completion that follows is what is trained on") == 3
+    assert out.count("completion that follows is trained on") == 3
     assert out.count(r"Be short.\n\nQuestion: ") == 3
 
 
@@ -55,7 +55,7 @@ def test_the_settings_are_a_configuration_file():
     assert read == {name: list(v) if isinstance(v, tuple) else v for name, v in as_dict(config).items()}
 
 
-def test_mistakes_are_told_as_they_are_without_it(capsys, pairs_csv):
+def test_errors_are_those_of_the_training(capsys, pairs_csv):
     assert main(["train", "--dry_run", "--data", "no.csv"]) == 2
     assert "no.csv" in capsys.readouterr().err
     assert main(["reward", "--dry_run", "--data", str(pairs_csv), "--model", "no/such/model"]) == 2

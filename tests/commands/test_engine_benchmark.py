@@ -136,11 +136,11 @@ GOOD = {"--mode": "test_generation", "--model_name": "MODEL", "--prompt": "ping?
         ({"--top_p": "0"}, "top_p must be above 0"),
         ({"--batch_sizes": "0"}, "batch_sizes must be 1 or more"),
         ({"--gpu_memory_utilization": "2"}, "gpu_memory_utilization must be"),
-        ({"--output": "/no/such/folder/x.json"}, "its folder doesn't exist"),
+        ({"--output": "/no/such/folder/x.json"}, "folder of /no/such/folder/x.json doesn't exist"),
         ({"--temprature": "1"}, "Did you mean '--temperature'"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_exit_code_2(model, capsys, changes, complaint):
+def test_wrong_input_is_a_one_line_error_with_exit_code_2(model, capsys, changes, complaint):
     flags = [text for pair in (GOOD | changes).items() if pair[1] is not None for text in pair]
     assert main([model if text == "MODEL" else text for text in flags]) == 2
     captured = capsys.readouterr()
@@ -150,7 +150,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(model, capsys, changes, com
     assert captured.out == ""
 
 
-def test_a_process_that_dies_is_named_with_its_last_words(monkeypatch):
+def test_the_error_of_a_dead_process_has_its_last_output(monkeypatch):
     monkeypatch.setattr(comparing.sys, "executable", "/bin/false")
     with pytest.raises(comparing.RolloutError, match=r"process for vLLM ended with code 1"):
         comparing.Process("vllm", comparing.Comparison("m", [[1]], Sampling(4)))

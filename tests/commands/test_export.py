@@ -1,4 +1,4 @@
-"""The export verb: a plain folder that everybody reads, and a card that tells what the model is."""
+"""The export command: a plain folder and its model card."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refusal(capsys, *arguments: object) -> str:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_is_what_transformers_reads(trained, tmp_path, model_folder):
+def test_transformers_can_load_the_folder(trained, tmp_path, model_folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     out = tmp_path / "out"
@@ -62,13 +62,13 @@ def test_the_folder_is_what_transformers_reads(trained, tmp_path, model_folder):
     assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, tokenizer.eos_token_id)
 
 
-def test_the_tokens_that_end_an_answer_are_added_where_a_model_names_none(tmp_path, model_folder):
+def test_missing_eos_tokens_are_added_to_the_generation_settings(tmp_path, model_folder):
     from transformers import GenerationConfig
 
     folder = shutil.copytree(model_folder, tmp_path / "model")
     for name in ("config.json", "generation_config.json"):
-        told = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({key: value for key, value in told.items() if "token_id" not in key}))
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in values.items() if "token_id" not in key}))
     assert cli.main(["export", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
 
@@ -88,7 +88,7 @@ def test_the_number_format_is_the_model_s_own_or_the_one_asked_for(trained, tmp_
     assert types() == {torch.bfloat16}
 
 
-def test_what_can_not_be_exported_is_refused_in_a_sentence(trained, tmp_path, capsys, reward_folder, model_folder):
+def test_sources_that_cannot_be_exported_are_errors(trained, tmp_path, capsys, reward_folder, model_folder):
     assert "is a reward model" in refusal(capsys, "export", reward_folder, "--output_dir", tmp_path / "out")
     assert "model folder not found" in refusal(capsys, "export", tmp_path / "none", "--output_dir", tmp_path / "out")
     assert "isn't empty" in refusal(capsys, "export", trained, "--output_dir", trained)
@@ -129,7 +129,7 @@ def test_nothing_is_left_of_an_export_that_fails(trained, tmp_path, monkeypatch)
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_card_tells_data_reward_model_settings_and_results(tmp_path):
+def test_the_card_shows_data_reward_model_settings_and_results(tmp_path):
     rewards = {
         "name": "reward_model",
         "card": {
@@ -149,52 +149,52 @@ def test_the_card_tells_data_reward_model_settings_and_results(tmp_path):
     run = make_run(tmp_path / "run", settings=settings, facts={"rewards": [rewards]}, evaluations=evaluations)
     card = card_of(run)
     rows = [
-        "| prompts from | prompts.jsonl |",
-        "| prompts trained on | 100 |",
-        "| prompts held out | 8 |",
+        "| prompt data | prompts.jsonl |",
+        "| training prompts | 100 |",
+        "| held-out prompts | 8 |",
         "| fingerprint of the prompts | fedcba9876543210 |",
-        "| fingerprint of the weights at the start | 0123456789abcdef |",
-        "| made from | distilgpt2 |",
-        "| preferences from | my.csv |",
+        "| fingerprint of the initial weights | 0123456789abcdef |",
+        "| base model | distilgpt2 |",
+        "| preference data | my.csv |",
         f"| SHA-256 of the preferences | {'ab' * 32} |",
-        "| pairs trained on | 731 |",
-        "| pairs held out | 122 |",
+        "| training pairs | 731 |",
+        "| held-out pairs | 122 |",
         "| accuracy on held-out pairs | 0.913 |",
         "| learning\\_rate | 3e-05 | 1e-05 |",
         "| batch\\_size | 16 | 8 |",
         "| reward | 0.000 | 2.000 | +2.000 ± 0.283\\: improved |",
-        "| judge \\(judge\\), which took no part in training | 0.400 | 0.800 | +0.400 ± 0.057\\: improved |",
-        "| KL to the start, nats per token | 0.0000 | 0.0512 |  |",
+        "| judge \\(judge\\), not used in training | 0.400 | 0.800 | +0.400 ± 0.057\\: improved |",
+        "| KL to the reference policy, nats/token | 0.0000 | 0.0512 |  |",
         "| length, tokens | 20.0 | 25.0 |  |",
-        "| cut off at the length limit | 0% | 25% |  |",
-        "| different answers | 90% | 75% |  |",
+        "| truncated at the length limit | 0% | 25% |  |",
+        "| distinct responses | 90% | 75% |  |",
     ]
     lines = card.splitlines()
     assert [row for row in rows if row not in lines] == []
-    assert "One answer to each of 6 held-out prompts." in card
+    assert "One response to each of 6 held-out prompts." in card
     assert "estimator reinforce\\_plus\\_plus, 12 of 12 steps" in card
     assert "gamma" not in card, "a setting at its default"
     assert 'from_pretrained("someone/model")' in card
 
 
-def test_the_front_matter_is_what_the_hub_reads(tmp_path):
+def test_the_hub_can_read_the_front_matter(tmp_path):
     from huggingface_hub import ModelCard
 
-    def told(model: str) -> dict:
+    def front_matter(model: str) -> dict:
         run = make_run(tmp_path / f"run of {abs(hash(model))}", settings={"model": model})
         return ModelCard(card_of(run)).data.to_dict()
 
-    known = told("distilgpt2")
+    known = front_matter("distilgpt2")
     assert known["base_model"] == "distilgpt2"
     assert (known["library_name"], known["pipeline_tag"]) == ("transformers", "text-generation")
     assert "rlhf" in known["tags"]
-    assert told("Qwen/Qwen2.5-0.5B")["base_model"] == "Qwen/Qwen2.5-0.5B"
+    assert front_matter("Qwen/Qwen2.5-0.5B")["base_model"] == "Qwen/Qwen2.5-0.5B"
     (tmp_path / "models" / "base").mkdir(parents=True)
     for no_hub_name in ("builtin:tiny", "/home/me/base", "models/of/mine", "models/base", "a: b\nlicense: mit"):
-        assert not {"base_model", "license"} & told(no_hub_name).keys()
+        assert not {"base_model", "license"} & front_matter(no_hub_name).keys()
 
 
-def test_a_card_never_tells_where_files_are(tmp_path):
+def test_a_card_never_contains_folder_names(tmp_path):
     settings = {"model": "/home/me/base", "data": "/home/me/a.csv,/home/me/b.csv", "reward_model": "/home/me/rm"}
     reward = {"name": "r", "card": {"base_model": "/home/me/base", "data": "/home/me/prefs.csv"}}
     run = make_run(
@@ -204,7 +204,7 @@ def test_a_card_never_tells_where_files_are(tmp_path):
     )
     card = card_of(run)
     assert "/home" not in card and str(tmp_path) not in card
-    assert "| prompts from | a.csv, b.csv |" in card
+    assert "| prompt data | a.csv, b.csv |" in card
 
 
 def test_text_of_users_is_shown_as_it_is(tmp_path):
@@ -227,7 +227,7 @@ def test_escaping_leaves_plain_words_alone():
     assert escaped("*a*\n|b|") == r"\*a\* \|b\|"
 
 
-def test_a_checkpoint_is_told_as_what_it_is(tmp_path):
+def test_the_card_of_a_checkpoint_shows_its_own_results(tmp_path):
     evaluations = {
         "before": evaluation_metrics(0.0),
         "step 10": evaluation_metrics(1.5),
@@ -236,12 +236,12 @@ def test_a_checkpoint_is_told_as_what_it_is(tmp_path):
     run = make_run(tmp_path / "run", evaluations=evaluations)
     assert "| reward | 0.000 | 1.500 |" in card_of(run, step=10) and "9.000" not in card_of(run, step=10)
     assert "10 of 12 steps" in card_of(run, step=10)
-    assert "Nothing was measured of this state" in card_of(run, step=8)
+    assert "wasn't evaluated on held-out prompts" in card_of(run, step=8)
 
 
 def test_a_model_of_unknown_origin_has_a_card_too(model_folder):
     card = model_card(find_source(str(model_folder)), "tiny")
-    assert "Nothing is noted of how it was trained" in card
+    assert "No record of its training" in card
     assert "PATH_OF_THIS_FOLDER" in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 

@@ -1,4 +1,4 @@
-"""The generate verb: where prompts come from, where answers go, and what sampling settings do."""
+"""The generate command: sources of prompts, outputs, and sampling settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def answer(model_folder, capsys):
 
 @pytest.fixture
 def refused(model_folder, capsys, monkeypatch):
-    """``refused("--prompt", ...)`` is the one line that the command said; no weights may be loaded."""
+    """``refused("--prompt", ...)`` returns the one line that the command printed; no weights may be loaded."""
     monkeypatch.setattr("reinforcepp.commands.generate.load_policy", lambda *_: pytest.fail("weights were loaded"))
 
     def run(*flags: str) -> str:
@@ -100,12 +100,12 @@ def test_the_answer_is_the_same_however_the_prompt_comes(answer, tmp_path, monke
     assert direct == answer("--prompts_file", str(tmp_path / "p.txt")).out == answer().out
 
 
-def test_a_long_prompt_is_cut_and_told(answer, monkeypatch):
+def test_a_long_prompt_is_truncated_with_a_warning(answer, monkeypatch):
     asked = engine_says(monkeypatch, "a")
     _, err = answer("--prompt", "why " * 200 + "now?")
     assert "1 of 1 prompts" in err
     assert "64 tokens" in err
-    assert "cut from the left" in err
+    assert "truncated from the left" in err.replace("\n", " ")
     assert len(asked[0][0].ids) <= 64
 
 
@@ -138,7 +138,7 @@ def test_unusable_files_and_settings(refused, tmp_path):
 # --- where answers go -------------------------------------------------------------------------------------------------
 
 
-def test_several_samples_are_told_apart(answer, monkeypatch):
+def test_several_samples_are_printed_with_their_prompts(answer, monkeypatch):
     engine_says(monkeypatch, "one\nand more", "two")
     assert answer("--prompt", "Why?", "--num_samples", "2").out == "> Why?\none\nand more\n> Why?\ntwo\n"
 
@@ -163,7 +163,7 @@ def test_json_lines(answer, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "p.txt"]
 
 
-def test_a_place_that_can_not_be_written_is_refused_first(refused, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_an_early_error(refused, tmp_path, monkeypatch):
     assert "no folder" in refused("--prompt", PROMPT, "--output", str(tmp_path / "none" / "a.jsonl"))
     assert "name of a file" in refused("--prompt", PROMPT, "--output", str(tmp_path))
     assert "name of a file" in refused("--prompt", PROMPT, "--output", "")
@@ -178,7 +178,7 @@ def test_a_model_can_not_steer_the_terminal(answer, monkeypatch):
     assert out == "a\ufffd[2Jb\ufffdc\ufffd1md\ufffde\ufffdf\ufffdg\ttab ü 漢 🙂\nnext\n"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(model_folder, monkeypatch, capsys):
+def test_a_closed_pipe_is_not_an_error(model_folder, monkeypatch, capsys):
     engine_says(monkeypatch, "a")
     reader, writer = os.pipe()
     os.close(reader)
@@ -248,8 +248,8 @@ def test_rewards_are_those_of_the_reward_model(answer, tmp_path, reward_folder):
 
     answer("--prompt", PROMPT, "--reward_model", str(reward_folder), "--output", str(tmp_path / "a.jsonl"))
     (record,) = written(tmp_path / "a.jsonl")
-    said = {"prompts": [PROMPT], "completions": [record["completion"]], "finish_reason": [record["finish_reason"]]}
-    assert record["reward"] == pytest.approx(load_reward_model(str(reward_folder))(**said)[0])
+    columns = {"prompts": [PROMPT], "completions": [record["completion"]], "finish_reason": [record["finish_reason"]]}
+    assert record["reward"] == pytest.approx(load_reward_model(str(reward_folder))(**columns)[0])
 
 
 def test_as_text_the_score_stands_under_the_answer(answer, monkeypatch, reward_folder):

@@ -1,4 +1,4 @@
-"""The documented commands, word for word, and how the flags of ``reinforce_cli.py`` map onto the verbs."""
+"""The documented commands, word for word, and how the flags of ``reinforce_cli.py`` map to the commands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(folder) -> dict[str, subprocess.CompletedProcess]:
-    """What the three commands said, run one after the other."""
+    """The outputs of the three commands, run one after the other."""
     results = {}
     for mode, command in COMMANDS.items():
         _, *arguments = shlex.split(command)
@@ -112,9 +112,9 @@ def test_the_answer_and_only_the_answer_is_on_standard_output(done):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """``asked("--mode ...")`` is the verb and the configuration that would run; nothing runs."""
+    """``asked("--mode ...")`` returns the command and the configuration without running them."""
     calls: list[tuple[str, object]] = []
-    monkeypatch.setattr(cli, "run", lambda verb, config: calls.append((verb, config)) or 0)
+    monkeypatch.setattr(cli, "run", lambda command, config: calls.append((command, config)) or 0)
 
     def ask(command: str):
         assert classic.main(shlex.split(command)) == 0
@@ -214,7 +214,7 @@ def test_a_file_wins_over_the_defaults_and_flags_over_the_file(asked, tmp_path):
         ("--mode train_rlhf --batch_size -1", ["batch_size", "greater than 0", "-1"]),
     ],
 )
-def test_mistakes_are_named_in_this_interface_s_words(command, named, capsys, monkeypatch):
+def test_errors_use_the_flag_names_of_this_interface(command, named, capsys, monkeypatch):
     monkeypatch.setattr(cli, "run", lambda *_: pytest.fail("it was run"))
     assert classic.main(shlex.split(command)) == 2
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The push verb against a hub on this machine: what arrives there, and what is said where nothing can."""
+"""The push command against a local Hub: its uploads and its errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(tmp_path, model_folder):
 
 @pytest.fixture
 def push(tmp_path, run):
-    """``push(endpoint, token, *flags)``: the command's exit code and what it said; the token is never part of that.
+    """``push(endpoint, token, *flags)``: the command's exit code and output, which never contains the token.
 
     It is a process of its own, as the address of the hub is read when its library is imported.
     """
@@ -46,10 +46,10 @@ def push(tmp_path, run):
         own |= dict.fromkeys(("no_proxy", "NO_PROXY"), "*")
         command = [sys.executable, "-m", "reinforcepp", "push", str(run), *flags]
         done = subprocess.run(command, env=kept | own, capture_output=True, text=True, timeout=200, check=False)
-        said = done.stdout + done.stderr
-        assert token is None or token not in said
-        assert "Traceback" not in said
-        return done.returncode, said
+        output = done.stdout + done.stderr
+        assert token is None or token not in output
+        assert "Traceback" not in output
+        return done.returncode, output
 
     return start
 
@@ -57,9 +57,9 @@ def push(tmp_path, run):
 def test_the_model_and_its_card_arrive(hub, push, run, tmp_path):
     from safetensors.torch import load_file
 
-    code, said = push(hub.url, TOKEN, "--repo", "aligned", "--private")
-    assert code == 0, said
-    assert f"Uploaded to {hub.url}/ada/aligned" in said.replace("\n", "")
+    code, output = push(hub.url, TOKEN, "--repo", "aligned", "--private")
+    assert code == 0, output
+    assert f"Uploaded to {hub.url}/ada/aligned" in output.replace("\n", "")
     repo = hub.repos["ada/aligned"]
     assert repo["private"] is True
     files = repo["files"]
@@ -77,39 +77,39 @@ def test_the_model_and_its_card_arrive(hub, push, run, tmp_path):
     ]
 
 
-def test_a_repository_that_is_there_is_written_again_but_never_made_public_by_accident(hub, push):
+def test_an_existing_repository_is_updated_but_a_public_one_is_refused_with_private(hub, push):
     hub.repos["ada/policy"] = {"private": False, "files": {}}
-    code, said = push(hub.url, TOKEN, "--private")
-    assert code == 2 and "everybody can see it" in said
+    code, output = push(hub.url, TOKEN, "--private")
+    assert code == 2 and "is public" in output
     assert hub.repos["ada/policy"]["files"] == {}
-    code, said = push(hub.url, TOKEN)
-    assert code == 0, said
+    code, output = push(hub.url, TOKEN)
+    assert code == 0, output
     assert "README.md" in hub.repos["ada/policy"]["files"]
 
 
 def error_of(outcome: tuple[int, str]) -> str:
-    code, said = outcome
-    assert code == 2, said
-    last = said.strip().splitlines()[-1]
+    code, output = outcome
+    assert code == 2, output
+    last = output.strip().splitlines()[-1]
     assert last.startswith("error: ")
     return last
 
 
-def test_without_a_token_one_sentence_says_how_to_get_one(hub, push):
+def test_a_missing_token_is_an_error_with_the_fix(hub, push):
     message = error_of(push(hub.url, None))
     assert "hf auth login" in message and "HF_TOKEN" in message
     assert hub.asked == []
 
 
-def test_a_hub_that_refuses_or_is_not_there(hub, push):
-    assert "doesn't accept the token" in error_of(push(hub.url, "hf_wrong"))
-    assert "may not write there" in error_of(push(hub.url, TOKEN, "--repo", "someone/else"))
+def test_refused_requests_and_an_unreachable_hub(hub, push):
+    assert "token is invalid" in error_of(push(hub.url, "hf_wrong"))
+    assert "can't write" in error_of(push(hub.url, TOKEN, "--repo", "someone/else"))
     assert hub.repos == {}
     assert "can't be reached" in error_of(push("http://127.0.0.1:9", TOKEN))
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "../x", "", "a/", "-x", "a--b", "a..b", "x.", "a\nb"])
-def test_names_that_no_hub_allows(name):
+def test_invalid_repository_names(name):
     with pytest.raises(ConfigError, match=r"repo.*isn't a valid name"):
         PushConfig(model="runs/train", repo=name)
 

@@ -1,4 +1,4 @@
-"""Recipes: what is told of them holds, they fit where they say, and their commands run as they stand."""
+"""Recipes: their descriptions, their memory plans, and their commands."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def qwen(name: str) -> Qwen2Config:
     return Qwen2Config(**own, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768)
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- description -----------------------------------------------------------------------------------------------------
 
 
-def test_the_list_tells_of_each_recipe_what_it_is_needs_and_begins_with(capsys):
+def test_the_list_shows_description_hardware_and_commands_of_each_recipe(capsys):
     assert cli.main(["recipes"]) == 0
     out = capsys.readouterr().out
     assert NAMES == ["cpu_demo", "gpu_24gb_lora", "gpu_80gb_full", "math_rules", "several_nodes"]
@@ -126,7 +126,7 @@ TRACED = {"cpu_demo", "math_rules"}
 @pytest.mark.parametrize(
     "name", [name if name in TRACED else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
 )
-def test_the_planner_says_that_it_fits(shapes, capsys, name):
+def test_the_plan_of_each_recipe_fits(shapes, capsys, name):
     assert plan(name) == 0
     out = capsys.readouterr().out
     assert out.count("Fits: ") == 1
@@ -226,7 +226,7 @@ def test_a_recipe_is_shown_as_it_is(capsys, name):
         (["copy", "cpu_demo", "a.yaml", "b.yaml"], ["'b.yaml'"]),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(tmp_path, monkeypatch, capsys, arguments, said):
+def test_mistakes_are_one_line_errors(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["recipes", *arguments]) == 2
     err = capsys.readouterr().err

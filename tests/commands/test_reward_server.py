@@ -1,4 +1,4 @@
-"""``serve-reward`` on loopback: what it answers, what it refuses, and a training against it whose server is killed."""
+"""The serve-reward command on loopback: responses, errors, and a training whose server is killed."""
 
 import http.client
 import json
@@ -62,7 +62,7 @@ def asked(server, method="POST", path="/get_reward", body=None, **headers):
     return response.status, json.loads(response.read())
 
 
-# --- what it answers --------------------------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------------------------------
 
 
 def test_a_served_model_scores_as_the_same_model_at_home(reward, reward_folder):
@@ -109,16 +109,16 @@ def test_normalised_scores_are_served_normalised(reward_folder):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ([], "no list 'query'"),
-        ({"queries": []}, "no list 'query'"),
-        ({"query": "x"}, "'query' must be a list of texts"),
-        ({"query": ["x", 3]}, "'query' must be a list of texts"),
-        ({"query": ["xy"], "prompts": ["y"]}, "query 0 doesn't begin with prompt 0"),
-        ({"query": ["xy"], "prompts": []}, "'prompts' holds 0 texts for 1 queries"),
-        ({"query": ["xy"], "prompts": ["x"], "finish_reason": ["stop"] * 2}, "'finish_reason' holds 2"),
+        ([], "'query' is missing"),
+        ({"queries": []}, "'query' is missing"),
+        ({"query": "x"}, "'query' isn't a list of texts"),
+        ({"query": ["x", 3]}, "'query' isn't a list of texts"),
+        ({"query": ["xy"], "prompts": ["y"]}, "query 0: it doesn't begin with prompt 0"),
+        ({"query": ["xy"], "prompts": []}, "'prompts' has 0 texts for 1 queries"),
+        ({"query": ["xy"], "prompts": ["x"], "finish_reason": ["stop"] * 2}, "'finish_reason' has 2"),
     ],
 )
-def test_a_request_that_isnt_of_the_protocol_is_told_what_is_wrong(reward, request_, message):
+def test_an_invalid_request_is_an_error_with_its_reason(reward, request_, message):
     with pytest.raises(BadRequest, match=message) as caught:
         score_request(reward, request_)
     assert caught.value.status == 400
@@ -127,23 +127,23 @@ def test_a_request_that_isnt_of_the_protocol_is_told_what_is_wrong(reward, reque
 @pytest.mark.parametrize(
     ("given", "status", "message"),
     [
-        ({"body": b"{"}, 400, "isn't JSON"),
-        ({"body": b"\xff"}, 400, "isn't JSON"),
+        ({"body": b"{"}, 400, "isn't valid JSON"),
+        ({"body": b"\xff"}, 400, "isn't valid JSON"),
         ({"body": {"query": 3}}, 400, "list of texts"),
         ({"path": "/score", "body": {}}, 404, "POST /get_reward"),
         ({"method": "GET", "path": "/"}, 404, "GET /health"),
         ({"body": b"", "Content-Length": "999999999"}, 413, "over 64 MiB"),
-        ({"body": b"", "Content-Length": "-1"}, 411, "how long"),
+        ({"body": b"", "Content-Length": "-1"}, 411, "Content-Length"),
     ],
 )
 def test_refusals_over_http(reward, given, status, message):
     with serving(reward) as server:
-        told, said = asked(server, **given)
-        assert told == status and message in said["error"]
-        assert asked(server, body={"query": []})[0] == 200, "the server must go on"
+        code, reply = asked(server, **given)
+        assert code == status and message in reply["error"]
+        assert asked(server, body={"query": []})[0] == 200, "the server must continue"
 
 
-def test_what_was_sent_with_a_refused_request_is_not_taken_for_the_next_one(reward):
+def test_the_body_of_a_refused_request_is_not_read_as_the_next_request(reward):
     with serving(reward) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
         for path, kept in (("/get_reward", None), ("/score", "close")):
@@ -154,12 +154,14 @@ def test_what_was_sent_with_a_refused_request_is_not_taken_for_the_next_one(rewa
         connection.close()
 
 
-def test_who_lacks_the_token_gets_nothing(reward, monkeypatch):
+def test_requests_without_the_token_are_refused(reward, monkeypatch):
     monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", "hush")
     body = {"query": QUERIES}
     with serving(reward) as server:
         for headers in ({}, {"Authorization": "Bearer hus"}, {"Authorization": "hush"}):
-            assert asked(server, body=body, **headers) == (401, {"error": "The token is missing or wrong."})
+            status, reply = asked(server, body=body, **headers)
+            assert status == 401 and reply.keys() == {"error"}
+            assert "token is missing or wrong" in reply["error"] and "hush" not in reply["error"]
         assert asked(server, body=body, Authorization="Bearer hush")[0] == 200
         assert asked(server, "GET", "/health")[0] == 200
 
@@ -179,7 +181,7 @@ def test_requests_at_the_same_time_are_all_answered(reward):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_a_port_in_use_and_a_host_of_others_are_told_before_the_model_loads(reward_folder, monkeypatch, capsys):
+def test_a_port_in_use_and_a_foreign_host_are_errors_before_the_model_loads(reward_folder, monkeypatch, capsys):
     monkeypatch.setattr(
         "reinforcepp.commands.reward_server.load_reward_model", lambda name: pytest.fail("it was loaded")
     )
@@ -189,11 +191,11 @@ def test_a_port_in_use_and_a_host_of_others_are_told_before_the_model_loads(rewa
         port = taken.getsockname()[1]
         assert cli.main(["serve-reward", str(reward_folder), "--port", str(port)]) == 2
         assert re.fullmatch(
-            rf"error: 127\.0\.0\.1 port {port} can't be listened on \(.*\): give another --port, or 0.*\n",
+            rf"error: 127\.0\.0\.1 port {port}: can't listen .*--port, or 0.*\n",
             capsys.readouterr().err,
         )
     assert cli.main(["serve-reward", str(reward_folder), "--host", "192.0.2.1", "--port", "0"]) == 2
-    assert "give another --host" in capsys.readouterr().err
+    assert "another --host" in capsys.readouterr().err
     assert cli.main(["serve-reward", "nowhere"]) == 2
     assert "nowhere: reward model folder not found" in capsys.readouterr().err
     assert cli.main(["serve-reward", "--port", "70000"]) == 2

@@ -1,4 +1,4 @@
-"""The serve verb: what it refuses, and the real server on the CPU, spoken to by OpenAI's own client."""
+"""The serve command: its errors, and the real server on the CPU with OpenAI's client."""
 
 from __future__ import annotations
 
@@ -134,13 +134,13 @@ class TestServer:
         for pid in [server.process.pid, *server.children()]:
             assert KEY not in Path(f"/proc/{pid}/cmdline").read_text()
         assert KEY not in server.said
-        assert "which asks for a key" in server.said
+        assert "requires a key" in server.said
 
     def test_a_port_that_is_taken_is_refused(self, server, capsys, monkeypatch):
         monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: pytest.fail("vLLM was loaded"))
         assert cli.main(["serve", "--port", str(server.port)]) == 2
         err = capsys.readouterr().err
-        assert f"127.0.0.1:{server.port} can't be listened on" in err and err.count("\n") == 1
+        assert f"127.0.0.1:{server.port}: can't listen" in err and err.count("\n") == 1
 
     def test_a_signal_ends_it_with_all_that_belongs_to_it(self, server):  # the last one of the class
         children = server.children()
@@ -180,21 +180,22 @@ def refused(capsys, monkeypatch):
     return run
 
 
-def test_what_can_not_be_served(refused, monkeypatch, tmp_path, reward_folder):
+def test_invalid_models_and_addresses_are_errors(refused, monkeypatch, tmp_path, reward_folder):
     assert "is a reward model" in refused(reward_folder)
     assert "model folder not found" in refused(tmp_path / "none")
     assert "exceeds the model's context of 512" in refused("--max_length", 513)
-    assert "can't be listened on" in refused("--host", "192.0.2.1")
+    assert "can't listen" in refused("--host", "192.0.2.1")
     monkeypatch.setattr(
         "reinforcepp.commands.serve.vllm_status", lambda *_: (False, "vLLM isn't installed; to get it: pip")
     )
-    assert "builtin:tiny can't be served: vLLM isn't installed; to get it: pip." in refused()
+    message = refused()
+    assert "builtin:tiny" in message and "can't be served (vLLM isn't installed; to get it: pip)" in message
 
 
-def test_keys_that_are_none(refused, tmp_path):
+def test_invalid_key_files_are_errors(refused, tmp_path):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "two").write_text("secret-one secret-two\n")
-    assert "no file" in refused("--api_key_file", tmp_path / "none")
+    assert "not found" in refused("--api_key_file", tmp_path / "none")
     assert "one line" in refused("--api_key_file", tmp_path / "empty")
     message = refused("--api_key_file", tmp_path / "two")
     assert "one line" in message and "secret" not in message
@@ -205,17 +206,17 @@ def test_a_key_on_the_command_line_is_no_setting(refused):
     assert "--api_key_file" in message and "sk-secret" not in message
 
 
-def test_a_server_that_fails_is_told(monkeypatch, capfd):
+def test_a_failing_server_is_an_error_with_its_output(monkeypatch, capfd):
     monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: (True, ""))
     monkeypatch.setattr("reinforcepp.commands.serve.vllm_is_for_gpus", lambda: False)
-    command = [sys.executable, "-c", "import sys; sys.exit('what it said')"]
+    command = [sys.executable, "-c", "import sys; sys.exit('last words')"]
     monkeypatch.setattr("reinforcepp.commands.serve.server_command", lambda *_, **__: command)
     assert cli.main(["serve", "--port", str(free_port())]) == 2
     err = capfd.readouterr().err
-    assert "what it said\n" in err and "error: vLLM's server ended with exit code 1" in err
+    assert "last words\n" in err and "error: vLLM's server ended with exit code 1" in err
 
 
-def test_who_may_come_in_is_told(monkeypatch, capfd):
+def test_a_public_address_without_a_key_is_a_warning(monkeypatch, capfd):
     monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: (True, ""))
     monkeypatch.setattr("reinforcepp.commands.serve.vllm_is_for_gpus", lambda: False)
     monkeypatch.setattr("reinforcepp.commands.serve.server_command", lambda *_, **__: [sys.executable, "-c", ""])
@@ -223,11 +224,11 @@ def test_who_may_come_in_is_told(monkeypatch, capfd):
     warned = []
     for host in ("127.0.0.1", "localhost", "0.0.0.0"):
         assert cli.main(["serve", "--port", str(free_port()), "--host", host]) == 2
-        warned.append("Everybody who reaches this address" in capfd.readouterr().err.replace("\n", " "))
+        warned.append("Every client that reaches this address" in capfd.readouterr().err.replace("\n", " "))
     assert warned == [False, False, True]
 
 
-def test_a_tokenizer_without_a_template_gets_the_frame_of_the_training(monkeypatch, tmp_path, model_folder):
+def test_a_tokenizer_without_a_template_gets_the_template_of_the_training(monkeypatch, tmp_path, model_folder):
     shown = []
 
     def command(*_, chat_template, **__) -> list[str]:
@@ -248,12 +249,19 @@ def test_a_tokenizer_without_a_template_gets_the_frame_of_the_training(monkeypat
 
 
 def command_for(*, on_gpu: bool, **changes) -> list[str]:
-    told = {"host": "::1", "port": 9, "name": "n", "max_length": 64, "batch_size": 4, "chat_template": None} | changes
+    settings = {
+        "host": "::1",
+        "port": 9,
+        "name": "n",
+        "max_length": 64,
+        "batch_size": 4,
+        "chat_template": None,
+    } | changes
     config = load_config("builtin:tiny")
-    return server_command(str(model_path()), config, torch.bfloat16, on_gpu=on_gpu, **told)
+    return server_command(str(model_path()), config, torch.bfloat16, on_gpu=on_gpu, **settings)
 
 
-def test_the_command_has_what_a_cpu_needs_and_a_gpu_not():
+def test_cpu_flags_are_only_in_the_command_for_a_cpu():
     cpu, gpu = command_for(on_gpu=False), command_for(on_gpu=True)
     per_token = 2 * 4 * 192 * 2  # keys and values of 4 layers in bfloat16
     assert f"--kv-cache-memory-bytes={(4 * 64 + 32) * per_token}" in cpu
@@ -265,7 +273,7 @@ def test_the_command_has_what_a_cpu_needs_and_a_gpu_not():
 
 
 def test_the_environment_of_the_server():
-    told = server_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO", "A": "b"}, "k")
-    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in told
-    assert (told["VLLM_API_KEY"], told["VLLM_LOGGING_LEVEL"], told["A"]) == ("k", "INFO", "b")
+    variables = server_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO", "A": "b"}, "k")
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in variables
+    assert (variables["VLLM_API_KEY"], variables["VLLM_LOGGING_LEVEL"], variables["A"]) == ("k", "INFO", "b")
     assert "VLLM_API_KEY" not in server_environment({"VLLM_API_KEY": "old"}, None)

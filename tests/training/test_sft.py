@@ -316,7 +316,7 @@ def test_every_other_command_accepts_the_saved_model(workdir, capsys):
     assert "Be short." in load_tokenizer("runs/train").chat_template
     card = Path("plain/README.md").read_text()
     assert "- sft\n" in card and "rlhf" not in card
-    assert "fine-tuned on 7 rows by reinforcepp" in card and "their loss, before and after" in card
+    assert "fine-tuned on 7 rows by reinforcepp" in card and "held-out loss, before and after" in card
     assert "| num\\_train\\_epochs | 1 | 3 |" in card
     capsys.readouterr()
     for verb in ("report", "doctor"):

@@ -23,9 +23,9 @@ from reinforcepp.run_dir import RENAMED_SETTINGS, has_checkpoint, rename_setting
 from reinforcepp.runtime import is_main
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
-# torch reads these when it is loaded. An idle thread spins about 30 microseconds for new work before it sleeps: the
-# usual milliseconds multiply the time on a busy CPU, and save a tenth on an idle one. C++ warnings are hidden because
-# no user can act on them.
+# torch reads these variables when it is loaded. With this spin count, an idle thread waits for work for about 30
+# microseconds before it sleeps. The default of several milliseconds multiplies the run time on a busy CPU and saves only
+# 10% on an idle one. C++ warnings are hidden because users can't act on them.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 OPTIONAL_VALUE = ("resume",)
 """Flags that can have a value or none."""
@@ -60,7 +60,7 @@ def _exit_code(job: Callable[[], int]) -> int:
         if is_main():
             print(NOT_STARTED, end="", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # The reader of the output, for example head, has stopped reading.
+    except BrokenPipeError:  # The reader of the output, for example head, closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -129,7 +129,7 @@ def about_unknown(argument: str, known: Iterable[str]) -> str:
     """Return the problem and the fix for an ``argument`` that isn't a flag in ``known``."""
     if not argument.startswith("-"):
         return (
-            f"{argument!r} doesn't belong to a setting. Write --SETTING VALUE, and quotes around a value with spaces."
+            f"{argument!r} doesn't belong to a setting. Write --SETTING VALUE, with quotes around a value with spaces."
         )
     name = argument.partition("=")[0].lstrip("-").replace("-", "_")
     return f"Setting --{name} not found.{nearest(f'--{name}', [f'--{flag}' for flag in known])}"
@@ -139,7 +139,7 @@ def run(name: str, config: Any) -> int:
     """Run the command ``name`` and return its exit code. Heavy libraries are loaded here, not earlier."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # On a CPU it recommends more packages.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # On a CPU, bitsandbytes recommends more packages.
     with _exit_on_interrupt():
         function = COMMANDS[name].load(config)
     try:
@@ -190,8 +190,8 @@ def _next_step(config: Any) -> str:
     if hasattr(config, "resume") and has_checkpoint(folder):
         instead = " instead of --overwrite" if config.overwrite else ""
         return f"Saved a checkpoint in {folder}. To resume, run the same command with --resume{instead}."
-    held = hasattr(config, "output_dir") and folder.is_dir() and any(folder.iterdir())
-    return "Nothing was saved. To start over, run the same command again" + (" with --overwrite." if held else ".")
+    has_files = hasattr(config, "output_dir") and folder.is_dir() and any(folder.iterdir())
+    return "Nothing was saved. To start over, run the same command again" + (" with --overwrite." if has_files else ".")
 
 
 def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -1,6 +1,6 @@
-"""The whole job on the built-in model and data: reward model, REINFORCE++, generation, comparison.
+"""The command ``demo``: reward model, REINFORCE++, generation and comparison on the built-in model and data.
 
-Answers to held-out prompts are graded by the gold judge, which neither the reward model nor the policy ever sees.
+The gold judge scores responses to held-out prompts. Neither the reward model nor the policy is trained on its scores.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ ALL_HELDOUT = 1000
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo run reached on held-out prompts.
+    """Results of a demo run on held-out prompts.
 
-    Gold scores are the judge's mean, 0 to 1; ``kl`` is in nats per token; ``distinct`` the number of different answers
-    over the number of topics, one prompt each; ``length_ratio`` the mean length after over that before.
+    Gold scores are the mean of the judge, 0 to 1. ``kl`` is in nats per token. ``distinct`` is the number of distinct
+    responses divided by the number of topics, with one prompt per topic. ``length_ratio`` is the mean length after
+    training divided by the mean length before.
     """
 
     seed: int
@@ -49,7 +50,7 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
-    """Do the whole job and save everything under ``config.output_dir``."""
+    """Run every stage and save all results under ``config.output_dir``."""
     begin = time.monotonic()
     folder = check_output(config.output_dir, overwrite=config.overwrite)
     clear(folder)
@@ -111,7 +112,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
 
 def demo_settings(config: DemoConfig, folder: Path) -> tuple[RewardModelConfig, TrainConfig]:
-    """The settings of the demo's two trainings."""
+    """Return the settings of the demo's two trainings."""
     reward = RewardModelConfig(
         output_dir=str(folder / "reward_model"), seed=config.seed, learning_rate=3e-4, num_train_epochs=5, batch_size=16
     )
@@ -125,7 +126,7 @@ def demo_settings(config: DemoConfig, folder: Path) -> tuple[RewardModelConfig, 
         max_prompt_length=64,
         max_new_tokens=64,
         learning_rate=2e-4,
-        lr_scheduler_type="linear",  # sampling at temperature 1 needs a policy that has come to rest
+        lr_scheduler_type="linear",  # The policy must converge, because it samples at temperature 1.
         kl_coef=0.05,
         rollout=config.rollout,
         eval_prompts=ALL_HELDOUT,

@@ -1,4 +1,4 @@
-"""``--dry_run``: print everything that a training would start from. No weights are read and no file is written."""
+"""``--dry_run``: print the inputs of a training without reading weights or writing files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def show_training(config: TrainConfig) -> None:
     prompts, _ = encode_prompts(tokenizer, rows[:ROWS], max_prompt_length=limit, long_prompts=action)
     for number, prompt in enumerate(prompts, 1):
         text = str(tokenizer.decode(prompt.ids))
-        note = "; the completion that follows is what is trained on"
+        note = "; only the completion that follows is trained on"
         _write(f"Prompt {number}: {len(prompt.ids)} tokens{note}", _row(tokenizer, text, prompt.ids, len(prompt.ids)))
     echo(f"{data.summary()}. Nothing was loaded or written. To train, omit --dry_run.", "green")
 
@@ -65,10 +65,12 @@ def show_reward_training(config: RewardModelConfig) -> None:
     for number, pair in enumerate(pairs[:ROWS], 1):
         for kind, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             ids = encode_example(tokenizer, pair.prompt, answer)
-            framed_text = format_prompt(tokenizer, pair.prompt) + format_completion(tokenizer, pair.prompt, answer)
+            formatted_text = format_prompt(tokenizer, pair.prompt) + format_completion(tokenizer, pair.prompt, answer)
             prompt_length = len(encode(tokenizer, format_prompt(tokenizer, pair.prompt)))
-            shown = _row(tokenizer, framed_text + str(tokenizer.eos_token), ids, prompt_length)
-            _write(f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last", shown)
+            shown = _row(tokenizer, formatted_text + str(tokenizer.eos_token), ids, prompt_length)
+            _write(
+                f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last one", shown
+            )
     echo(f"{data.summary()}. Nothing was loaded or written. To train, omit --dry_run.", "green")
 
 

@@ -1,4 +1,4 @@
-"""The command ``generate``: responses to one prompt, to a file of prompts, or to standard input."""
+"""The command ``generate``: generate responses to one prompt, a file of prompts, or standard input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def generate(config: GenerateConfig) -> list[Completion]:
     prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
     if long:
         echo(
-            f"{len(long)} of {len(texts)} prompts are longer than {config.max_prompt_length} tokens and were cut from "
+            f"{len(long)} of {len(texts)} prompts are longer than {config.max_prompt_length} tokens and were truncated from "
             "the left.",
             "yellow",
         )
@@ -75,7 +75,7 @@ def load_engine(
         echo(f"Completions come from {choice.name}: {choice.reason}.")
     model = load_policy(config.model)
     if choice.name == "transformers" and torch.cuda.is_available():
-        model.to("cuda")  # vLLM places its own copy
+        model.to("cuda")  # vLLM places its own copy of the weights.
     return start_engine(choice, model, tokenizer, max_length=max_length)
 
 
@@ -119,7 +119,7 @@ def _read_prompts(config: GenerateConfig) -> list[str]:
     if config.prompt is not None:
         return [config.prompt]
     if config.prompts_file is None and sys.stdin.isatty():
-        echo("Type one prompt per line, then Ctrl-D.")
+        echo("Type one prompt per line. To finish, press Ctrl-D.")
     return read_prompt_lines(config.prompts_file)
 
 

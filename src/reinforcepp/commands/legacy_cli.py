@@ -1,4 +1,4 @@
-"""The interface of ``reinforce_cli.py``: one ``--mode`` and one set of flag names, mapped onto the commands."""
+"""The interface of ``reinforce_cli.py``: its modes and flag names, translated to commands of ``reinforcepp``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reinforcepp.run_dir import RENAMED_SETTINGS
 
 USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
 
-# mode -> the command, and the flags of this interface that have another name there
+# For each mode: the command, and the flags of this interface with another name in that command.
 MODES: dict[str, tuple[str, dict[str, str]]] = {
     "train_sft": ("sft", {"model_name": "model", "data_path": "data", "sft_model_path": "output_dir"}),
     "train_reward": ("reward", {"model_name": "model", "data_path": "data", "reward_model_path": "output_dir"}),
@@ -29,7 +29,7 @@ MODES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "generate": ("generate", {"rlhf_model_path": "model", "model_name": "model"}),
 }
-# Where this interface's defaults differ from the commands', under the commands' names.
+# Defaults of this interface that differ from those of the command, by the names of the command.
 DEFAULTS = {
     "train_sft": {"model": "distilgpt2", "data": "example_feedback_diverse.csv", "output_dir": "models/sft_model"},
     "train_reward": {"model": "distilgpt2", "data": "example_feedback_diverse.csv"},
@@ -39,7 +39,7 @@ DEFAULTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Translate the flags and run the command; returns its exit code."""
+    """Translate the flags, run the command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return cli.guarded(lambda: _dispatch(arguments))
 
@@ -50,9 +50,9 @@ def _dispatch(arguments: list[str]) -> int:
         if {"-h", "--help"} & set(rest):
             print(_help())
             return 0
-        raise ConfigError(f"--mode is missing: give {', '.join(MODES)}. See reinforce_cli.py --help.")
+        raise ConfigError(f"--mode is missing. Choose from {', '.join(MODES)}. See reinforce_cli.py --help.")
     if mode not in MODES:
-        raise ConfigError(f"There is no mode {mode!r}, only {', '.join(MODES)}.{nearest(mode, MODES)}")
+        raise ConfigError(f"--mode: mode {mode!r} not found.{nearest(mode, MODES)} Choose from {', '.join(MODES)}.")
     command = MODES[mode][0]
     return cli.run(command, cli.parse(command, _translate(mode, rest), DEFAULTS[mode]))
 
@@ -70,11 +70,15 @@ def _take_mode(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _translate(mode: str, arguments: list[str]) -> list[str]:
-    """Flags under the command's names; one that the mode doesn't know is an error here, where its own names are known."""
+    """Return the flags under the names of the command.
+
+    Raises:
+        ConfigError: If the mode doesn't have a flag. The message uses the flag names of this interface.
+    """
     command, names = MODES[mode]
     settings = {field.name for field in fields(COMMANDS[command].config)}
     known = {*names, *settings, *(old for old, new in RENAMED_SETTINGS.items() if new in settings), "config", "help"}
-    # In generate the trained model answers; the base model's name only says what it was trained from.
+    # generate loads the trained model, so the name of its base model is dropped.
     has_trained = any(a.partition("=")[0] == "--rlhf_model_path" for a in arguments)
     translated: list[str] = []
     remaining = iter(arguments)
@@ -98,10 +102,10 @@ def _translate(mode: str, arguments: list[str]) -> list[str]:
 
 
 def _flags(mode: str) -> list[str]:
-    """The mode's flags under this interface's names, in the command's order."""
+    """Return the flags of a mode under the names of this interface, in the order of the command."""
     command, names = MODES[mode]
-    own = {target: flag for flag, target in names.items()}
-    return [own.get(field.name, field.name) for field in fields(COMMANDS[command].config)]
+    old_names = {target: flag for flag, target in names.items()}
+    return [old_names.get(field.name, field.name) for field in fields(COMMANDS[command].config)]
 
 
 def _help() -> str:
@@ -109,8 +113,8 @@ def _help() -> str:
     for mode, (command, _) in MODES.items():
         flags = " ".join(f"--{flag}" for flag in _flags(mode))
         wrapped = textwrap.fill(flags, 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        lines += [f"{mode} (the command {command} of the reinforcepp command):", wrapped, ""]
+        lines += [f"{mode} (reinforcepp {command}):", wrapped, ""]
     lines.append(
-        "reinforce_cli.py --mode MODE --help tells a mode's settings under the names of the reinforcepp command."
+        "To see the settings of a mode, under the names of the reinforcepp command: reinforce_cli.py --mode MODE --help"
     )
     return "\n".join(lines)

@@ -4,7 +4,7 @@
     GET /health       {"status": "ok", "model": ...}
 
 A ``query`` is the prompt followed by the completion, in plain text; the server applies the model's chat template. Without
-``prompts``, each query must be formatted already. Errors are {"error": sentence} with a status of 4xx.
+``prompts``, each query must be formatted already. Errors are {"error": message} with an HTTP status of 4xx or 500.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rewards.remote import authorization
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 
-LARGEST_REQUEST = 64 * 2**20  # bytes
-SECONDS_TO_SEND = 60.0
+MAX_REQUEST_BYTES = 64 * 2**20
+REQUEST_TIMEOUT_SECONDS = 60.0
 
 
 class BadRequest(Exception):
-    """A request that can't be answered, with its HTTP status."""
+    """An invalid request, with the HTTP status of the response."""
 
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.status = status
 
 
-def score_request(reward: TrainedReward, asked: Any) -> list[float]:
+def score_request(reward: TrainedReward, request: Any) -> list[float]:
     """Return the scores of the queries in a request.
 
     Raises:
         BadRequest: If the request doesn't follow the protocol.
     """
-    queries = _texts(asked, "query")
+    queries = _texts(request, "query")
     if queries is None:
-        raise BadRequest(400, "There is no list 'query' in the request.")
-    prompts, reasons = _texts(asked, "prompts", len(queries)), _texts(asked, "finish_reason", len(queries))
+        raise BadRequest(400, "'query' is missing in the request. Send a list of texts.")
+    prompts, reasons = _texts(request, "prompts", len(queries)), _texts(request, "finish_reason", len(queries))
     if not queries:
         return []
     if prompts is None:
@@ -60,24 +60,26 @@ def score_request(reward: TrainedReward, asked: Any) -> list[float]:
         return reward.scaled(reward.score_rows(rows))
     for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
         if not query.startswith(prompt):
-            raise BadRequest(400, f"query {i} doesn't begin with prompt {i}, so the completion is unknown.")
+            raise BadRequest(
+                400, f"query {i}: it doesn't begin with prompt {i}. Send the prompt followed by the completion."
+            )
     completions = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
     return reward(prompts, completions, finish_reason=reasons)
 
 
-def _texts(asked: Any, name: str, count: int | None = None) -> list[str] | None:
-    values = asked.get(name) if isinstance(asked, dict) else None
+def _texts(request: Any, name: str, count: int | None = None) -> list[str] | None:
+    values = request.get(name) if isinstance(request, dict) else None
     if values is None:
         return None
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise BadRequest(400, f"{name!r} must be a list of texts.")
+        raise BadRequest(400, f"{name!r} isn't a list of texts. Send a list of strings.")
     if count is not None and len(values) != count:
-        raise BadRequest(400, f"{name!r} holds {len(values)} texts for {count} queries.")
+        raise BadRequest(400, f"{name!r} has {len(values)} texts for {count} queries. Send one text per query.")
     return values
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Listens from the start and answers once ``reward`` is set; requests are scored one after another."""
+    """A server that listens at once and can answer when ``reward`` is set; it scores one request at a time."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -85,7 +87,7 @@ class RewardServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, title: str) -> None:
         super().__init__((host, port), Handler)
         self.title = title
-        self.wanted = authorization().get("Authorization")
+        self.authorization = authorization().get("Authorization")
         self.reward: TrainedReward | None = None
         self.scoring = threading.Lock()
 
@@ -94,16 +96,16 @@ class RewardServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """The handler of one connection."""
 
     protocol_version = "HTTP/1.1"
-    timeout = SECONDS_TO_SEND
+    timeout = REQUEST_TIMEOUT_SECONDS
     server: RewardServer
 
     def do_GET(self) -> None:
         """Return the status of the server."""
         if self.path != "/health":
-            return self._refuse(BadRequest(404, "There is only POST /get_reward and GET /health."))
+            return self._refuse(BadRequest(404, f"{self.path}: path not found. Use POST /get_reward or GET /health."))
         self._answer(200, {"status": "ok", "model": self.server.title})
 
     def do_POST(self) -> None:
@@ -117,25 +119,32 @@ class Handler(BaseHTTPRequestHandler):
         except BadRequest as refusal:
             return self._refuse(refusal)
         except torch.OutOfMemoryError:
-            return self._refuse(BadRequest(500, "Memory ran out: start the server with a smaller --batch_size."))
+            return self._refuse(
+                BadRequest(500, "The server ran out of memory. Restart it with a smaller --batch_size.")
+            )
         self._answer(200, {"rewards": scores, "scores": scores})
 
     def _body(self) -> Any:
         """Read the body of a request after checking its path, token and length."""
         if self.path not in ("/", "/get_reward"):
-            raise BadRequest(404, "There is only POST /get_reward and GET /health.")
-        wanted = self.server.wanted
-        if wanted and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), wanted.encode()):
-            raise BadRequest(401, "The token is missing or wrong.")
+            raise BadRequest(404, f"{self.path}: path not found. Use POST /get_reward or GET /health.")
+        expected = self.server.authorization
+        if expected and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), expected.encode()):
+            raise BadRequest(
+                401,
+                f"Authorization: the token is missing or wrong. Send the server's {TOKEN_VARIABLE} as a bearer token.",
+            )
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
-            raise BadRequest(411, "The request doesn't say how long it is.")
-        if int(length) > LARGEST_REQUEST:
-            raise BadRequest(413, f"The request is over {LARGEST_REQUEST // 2**20} MiB: send fewer texts at a time.")
+            raise BadRequest(411, "Content-Length: the length of the body is missing. Send it in bytes.")
+        if int(length) > MAX_REQUEST_BYTES:
+            raise BadRequest(
+                413, f"The request is over {MAX_REQUEST_BYTES // 2**20} MiB. Send fewer texts per request."
+            )
         try:
             return json.loads(self.rfile.read(int(length)))
         except ValueError:
-            raise BadRequest(400, "The request isn't JSON.") from None
+            raise BadRequest(400, "The request isn't valid JSON. Send a JSON object.") from None
 
     def _refuse(self, refusal: BadRequest) -> None:
         self.close_connection = True  # The body of the request might be unread.
@@ -171,12 +180,12 @@ def serve(config: ServeRewardConfig) -> None:
         if torch.cuda.is_available():
             reward.model.to("cuda")
         server.reward = reward
-        if server.server_address[0] not in ("127.0.0.1", "::1") and server.wanted is None:
+        if server.server_address[0] not in ("127.0.0.1", "::1") and server.authorization is None:
             echo(
                 f"Every client that reaches this address can use the server. To require a token, set {TOKEN_VARIABLE}.",
                 "yellow",
             )
-        echo(f"{config.model} answers on http://{config.host}:{server.server_port}/get_reward; Ctrl-C ends it.")
+        echo(f"Serving {config.model} at http://{config.host}:{server.server_port}/get_reward. To stop, press Ctrl-C.")
         with _until_signal(server):
             server.serve_forever(poll_interval=0.1)
     echo("Stopped.")
@@ -186,13 +195,13 @@ def _listening(config: ServeRewardConfig) -> RewardServer:
     try:
         return RewardServer(config.host, config.port, config.model)
     except OSError as error:
-        cure = "give another --host, an address of this machine."
+        fix = "Choose another --host, an address of this computer."
         if error.errno == errno.EADDRINUSE:
-            cure = "give another --port, or 0 for one that is free."
+            fix = "Choose another --port, or 0 for a free one."
         if error.errno == errno.EACCES:
-            cure = "give another --port, from 1024 up."
+            fix = "Choose a --port of 1024 or above."
         raise ConfigError(
-            f"{config.host} port {config.port} can't be listened on ({error.strerror}): {cure}"
+            f"{config.host} port {config.port}: can't listen on this address ({error.strerror}). {fix}"
         ) from error
 
 
@@ -201,7 +210,7 @@ def _until_signal(server: RewardServer) -> Iterator[None]:
     """End ``serve_forever`` at the first signal in this block."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # shutdown waits for the loop of serve_forever, which runs in this very thread.
+        # shutdown waits for the loop of serve_forever, which runs in this thread.
         threading.Thread(target=server.shutdown).start()
 
     with handle_signals(stop):

@@ -19,8 +19,8 @@ class Command:
     Attributes:
         name: The word after ``reinforcepp``.
         config: Class of its configuration, from which flags and their help come.
-        help: What it does, as a line of ``reinforcepp --help``.
-        function: Where the code is, as ``module:function`` below ``reinforcepp``. The function takes the configuration and
+        help: One-line description for ``reinforcepp --help``.
+        function: Location of the code, as ``module:function`` below ``reinforcepp``. The function takes the configuration and
             can return an exit code.
         positional: Settings whose values can follow the command without their flags, in this order.
     """

@@ -1,1 +1,1 @@
-"""A conversation on the terminal, from which preference pairs come."""
+"""The command ``chat``: a conversation in the terminal that can record preference pairs."""

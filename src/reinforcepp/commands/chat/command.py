@@ -1,4 +1,4 @@
-"""``reinforcepp chat``: read a line, answer it or do what it says, until the user leaves."""
+"""The command ``chat``: read lines and respond to each, or run its command, until the user quits."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from reinforcepp.rollout.selection import choose_engine
 from reinforcepp.types import Prompt
 
 INTERRUPTED = 130
-USUAL_LENGTH = 4096  # a model may have room for a million tokens, and the engine would reserve memory for them
-HELP = """/regenerate     another answer to the same question
-/prefer [N]     note that the last answer, or answer N, is better than the other one
-/system [TEXT]  begin the conversation with a system message, or without one
-/reset          forget the conversation
-/help           this list
-/quit           leave; so does Ctrl-D. Ctrl-C stops an answer
-//...           a message that begins with a single /"""
+# The context of a model can be a million tokens, and the engine would reserve memory for all of them.
+USUAL_LENGTH = 4096
+HELP = """/regenerate     generate another response to the last question
+/prefer [N]     record that the last response, or response N, is better than the other one
+/system [TEXT]  set the system message, or remove it
+/reset          clear the conversation, except for the system message
+/help           list the commands
+/quit           quit, like Ctrl-D (Ctrl-C only stops a response)
+//...           send a message that begins with a single /"""
 
 
 def run_chat(config: ChatConfig) -> int:
-    """Talk until the input ends; returns the exit code.
+    """Chat until the input ends, and return the exit code.
 
     Raises:
-        ReinforceError: for a model, a reward model or a file for preferences that can't be used.
+        ReinforceError: If the model, the reward model or the file of preferences can't be used.
     """
     preferences = PreferenceFile(config.preferences)
     if config.reward_model is not None:
@@ -61,21 +62,21 @@ def run_chat(config: ChatConfig) -> int:
 
 
 def _length(config: ChatConfig, context: int | None) -> int:
-    """How many tokens conversation and answer may have together."""
+    """Return the maximum number of tokens of the conversation and the response together."""
     if config.max_length is not None and context is not None and config.max_length > context:
-        raise ConfigError(f"max_length {config.max_length} exceeds the model's context of {context} tokens: lower it.")
+        raise ConfigError(f"max_length: {config.max_length} exceeds the model's context of {context} tokens. Lower it.")
     length = config.max_length or min(context or USUAL_LENGTH, USUAL_LENGTH)
     if length <= config.max_new_tokens:
         raise ConfigError(
-            f"max_new_tokens {config.max_new_tokens} leaves no room for a question in the {length} tokens of the "
-            "conversation: lower it."
+            f"max_new_tokens: {config.max_new_tokens} leaves no room for a question in the {length} tokens of the "
+            "conversation. Lower it."
         )
     return length
 
 
 @dataclass
 class _Chat:
-    """The parties of a conversation, and what each command does."""
+    """A running chat, and the functions of its commands."""
 
     config: ChatConfig
     engine: RolloutEngine
@@ -84,23 +85,23 @@ class _Chat:
     preferences: PreferenceFile
 
     def talk(self) -> int:
-        """Read and answer until the user leaves."""
+        """Read lines and respond until the user quits; return the exit code."""
         on_terminal = sys.stdin.isatty()
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")  # a byte that isn't UTF-8 must not end the conversation
+            sys.stdin.reconfigure(errors="replace")  # A byte that isn't UTF-8 must not end the conversation.
         if on_terminal:
-            echo(f"{self.config.model} answers. /help lists the commands, Ctrl-D leaves.")
+            echo(f"Chatting with {self.config.model}. To list the commands, type /help. To quit, press Ctrl-D.")
         while True:
             try:
                 line = _read_line(on_terminal)
             except EOFError:
                 if on_terminal:
-                    print()  # the shell goes on under the conversation
+                    print()  # The prompt of the shell needs a new line.
                 return 0
             except KeyboardInterrupt:
                 if not on_terminal:
                     return INTERRUPTED
-                echo("\nCtrl-D or /quit leaves.")
+                echo("\nTo quit, press Ctrl-D or type /quit.")
                 continue
             if line in ("/quit", "/exit"):
                 return 0
@@ -111,10 +112,10 @@ class _Chat:
             except OSError as error:
                 if not error.strerror:
                     raise
-                echo(f"{self.preferences.path} can't be written: {error.strerror}; nothing was added to it.", "yellow")
+                echo(f"{self.preferences.path}: can't write ({error.strerror}). Nothing was added.", "yellow")
 
     def _do(self, line: str) -> None:
-        """What one line asks for; an empty one nothing."""
+        """Run the command in a line, or respond to the line; ignore an empty line."""
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line[1:].partition(" ")
             commands: dict[str, Callable[[str], None]] = {
@@ -126,53 +127,55 @@ class _Chat:
             }
             if name not in commands:
                 known = [f"/{command}" for command in (*commands, "quit")]
-                raise DataError(f"There is no command /{name}.{nearest(f'/{name}', known)} /help lists them all.")
+                raise DataError(
+                    f"Command /{name} not found.{nearest(f'/{name}', known)} To list the commands, type /help."
+                )
             commands[name](rest.strip())
         elif line:
             self._answer(lambda: self.conversation.ask(line.removeprefix("/") if line[0] == "/" else line))
 
     def _answer(self, ask: Callable[[], Prompt]) -> None:
-        """Answer what ``ask`` makes of the conversation, and show what the reward model thinks of it."""
+        """Respond to the prompt that ``ask`` returns, and print the response with its reward."""
         before = self.conversation.skipped_turns
         prompt = ask()
         if (more := self.conversation.skipped_turns - before) > 0:
             turns = "turn" if more == 1 else "turns"
-            echo(f"The context is full: skipped the oldest {more} {turns} of the conversation.", "yellow")
+            echo(f"Skipped the oldest {more} {turns} of the conversation (the context is full).", "yellow")
         with _stop_on_interrupt() as stopped, closing(self.engine.stream(prompt, sampling_of(self.config))) as growing:
             completion = show_growing(growing, stopped)
             was_stopped = stopped()
         number = self.conversation.answered(completion)
-        notes = [f"answer {number}"] if number > 1 else []
+        notes = [f"response {number}"] if number > 1 else []
         if self.reward is not None:
             notes.append(format_reward(score_all(self.reward, [completion])[0]))
         if completion.finish_reason == "length":
-            notes.append("stopped" if was_stopped else f"cut off after {self.config.max_new_tokens} tokens")
+            notes.append("stopped" if was_stopped else f"truncated after {self.config.max_new_tokens} tokens")
         if notes:
             echo(f"({', '.join(notes)})", "dim")
 
     def _regenerate(self, _: str) -> None:
         if self.config.temperature == 0:
-            raise DataError("With temperature 0 every answer is the same: start with --temperature 0.7.")
+            raise DataError("/regenerate: at temperature 0 every response is the same. Restart with --temperature 0.7.")
         self._answer(self.conversation.ask_again)
 
     def _prefer(self, rest: str) -> None:
         if rest and not (rest.isascii() and rest.isdigit()):
-            raise DataError(f"/prefer takes the number of an answer, not {rest!r}.")
+            raise DataError(f"/prefer: {rest!r} isn't the number of a response. Type /prefer or /prefer N.")
         better, worse = self.conversation.prefer(int(rest) if rest else None, self.preferences.append)
-        echo(f"Answer {better} is better than answer {worse}: added to {self.preferences.path}.", "green")
+        echo(f"Saved to {self.preferences.path}: response {better} is better than response {worse}.", "green")
 
     def _system(self, rest: str) -> None:
         self.conversation.system = rest or None
-        echo("The next answers follow this system message." if rest else "There is no system message now.")
+        echo("Set the system message for the next responses." if rest else "Removed the system message.")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        echo("The conversation begins anew.")
+        echo("Cleared the conversation.")
 
 
 def _read_line(on_terminal: bool) -> str:
     if on_terminal:
-        import readline  # noqa: F401  (gives input() history and editing)
+        import readline  # noqa: F401  (It adds history and editing to input().)
 
         return input("> " if sys.stdout.isatty() else "").strip()
     line = sys.stdin.readline()
@@ -183,7 +186,7 @@ def _read_line(on_terminal: bool) -> str:
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C has come in this block.
+    """Yield a function that returns whether Ctrl-C was pressed in this block.
 
     A second Ctrl-C ends the program, because a response can hang before its first token.
     """

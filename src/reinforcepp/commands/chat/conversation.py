@@ -1,4 +1,4 @@
-"""What has been said: turns, the answers to the last question, and which of them the conversation goes on from."""
+"""The state of a chat: its turns, the responses to the last question, and the one that the next question follows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ Messages = list[dict[str, str]]
 class Conversation:
     """A conversation of at most ``room`` tokens, including the chat template.
 
-    The oldest turns are skipped, a question and its answer at a time; ``skipped_turns`` counts them. ``answers``
-    are those to ``question``, and the one at ``current`` is what the next question follows.
+    If the conversation is longer, its oldest turns are skipped, and ``skipped_turns`` counts them. A turn is a question
+    and its response. ``answers`` are the responses to ``question``. The next question follows the response at
+    ``current``.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -34,15 +35,15 @@ class Conversation:
     current: int = 0
     skipped_turns: int = 0
     asked: int = 0
-    """Answers begun so far; each is drawn with random numbers of its own."""
+    """Prompts built so far. The count is the key of the prompt, so that each response has different random numbers."""
     judged: set[frozenset[int]] = field(default_factory=set)
-    """The pairs of answers to the question of which it has been said which is better."""
+    """The pairs of responses to the question that were already compared."""
 
     def ask(self, question: str) -> Prompt:
-        """Go on with another question; returns the prompt to be answered.
+        """Continue with another question and return its prompt.
 
         Raises:
-            DataError: the question alone is too long; the conversation stays as it was.
+            DataError: If the question alone is too long. The conversation stays unchanged.
         """
         turns = self.turns
         if self.question is not None and self.answers:
@@ -53,62 +54,63 @@ class Conversation:
         return prompt
 
     def ask_again(self) -> Prompt:
-        """The prompt for another answer to the last question.
+        """Return the prompt for another response to the last question.
 
         Raises:
-            DataError: there is no question, or a new system message makes it too long.
+            DataError: If no question was asked, or a new system message makes the prompt too long.
         """
         if self.question is None:
-            raise DataError("There is no question yet: ask one first.")
+            raise DataError("/regenerate: no question was asked yet. Type a question first.")
         prompt, self.skipped_turns = self._fitted(self.turns, self.question)
         return prompt
 
     def answered(self, completion: Completion) -> int:
-        """Take an answer, from which the conversation goes on; returns its number, counted from 1."""
+        """Add a response, which the next question follows, and return its number, counted from 1."""
         self.answers.append(completion)
         self.current = len(self.answers) - 1
         return len(self.answers)
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Clear everything except the system message."""
         self.turns, self.question, self.answers = [], None, []
         self.current, self.skipped_turns, self.judged = 0, 0, set()
 
     def prefer(self, number: int | None, save: Callable[[Messages, str, str], None]) -> tuple[int, int]:
-        """``save`` the answer of this number, by default the last, as better than the last, or the one before it.
+        """``save`` a pair with response ``number``, by default the last one, as the better response.
 
-        The conversation goes on from the better one.
+        The worse response is the last one or, if the last one is the better, the one before it. The next question follows
+        the better response.
 
         Returns:
-            The numbers of the better and of the worse answer.
+            The numbers of the better and of the worse response.
 
         Raises:
-            DataError: there are no two answers that differ, or they were compared before.
+            DataError: If the two responses don't exist, don't differ, or were compared before.
         """
         last = len(self.answers)
         if last < 2:
-            raise DataError("There are no two answers to choose from: /regenerate gives another one.")
+            raise DataError("/prefer: two responses to one question are needed. Type /regenerate first.")
         chosen = last if number is None else number
         if not 1 <= chosen <= last:
-            raise DataError(f"There is no answer {chosen}: the last question has answers 1 to {last}.")
+            raise DataError(f"/prefer: response {chosen} not found. Choose from 1 to {last}.")
         rejected = last if chosen != last else last - 1
         both = " and ".join(map(str, sorted((chosen, rejected))))
         better, worse = self.answers[chosen - 1], self.answers[rejected - 1]
         if frozenset((chosen, rejected)) in self.judged:
-            raise DataError(f"Answers {both} have been compared already.")
+            raise DataError(f"/prefer: responses {both} were already compared. Type /regenerate for another one.")
         if better.prompt.text != worse.prompt.text:
-            raise DataError(f"Answers {both} are to different conversations: /regenerate gives another.")
+            raise DataError(f"/prefer: responses {both} belong to different prompts. Type /regenerate for another one.")
         if " ".join(better.text.split()) == " ".join(worse.text.split()):
-            raise DataError(f"Answers {both} say the same: /regenerate gives another one.")
+            raise DataError(f"/prefer: responses {both} are the same. Type /regenerate for another one.")
         if not (better.text and worse.text):
-            raise DataError("One of the two answers is empty, and nothing can be learned from that: /regenerate.")
+            raise DataError(f"/prefer: one of the responses {both} is empty. Type /regenerate for another one.")
         save(better.prompt.columns["messages"], better.text, worse.text)
         self.judged.add(frozenset((chosen, rejected)))
         self.current = chosen - 1
         return chosen, rejected
 
     def _fitted(self, turns: Sequence[tuple[str, str]], question: str) -> tuple[Prompt, int]:
-        """The prompt that fits into ``room``, and the number of turns skipped for it."""
+        """Return the prompt that fits into ``room``, and the number of turns skipped for it."""
         for skipped_turns in range(self.skipped_turns, len(turns) + 1):
             messages = _messages(self.system, turns[skipped_turns:], question)
             ids = encode(self.tokenizer, format_conversation(self.tokenizer, messages))
@@ -116,7 +118,9 @@ class Conversation:
                 self.asked += 1
                 text = conversation_text(messages)
                 return Prompt(text, tuple(ids), self.asked, {"messages": messages}), skipped_turns
-        raise DataError(f"The question is too long: with its frame it has {len(ids)} tokens, and {self.room} fit.")
+        raise DataError(
+            f"The question is too long: {len(ids)} tokens with the chat template, and {self.room} fit. Shorten it."
+        )
 
 
 def _messages(system: str | None, turns: Sequence[tuple[str, str]], question: str) -> Messages:

@@ -1,4 +1,4 @@
-"""The file to which preference pairs are appended, a whole line or nothing at a time."""
+"""The file of preference pairs. A pair is appended completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 
 class PreferenceFile:
-    """A file of preference pairs that ``reinforcepp reward`` reads, new or not.
+    """A new or existing file of preference pairs that ``reinforcepp reward`` can read.
 
-    JSONL holds conversations in TRL's form, CSV the text as which the prompt of a conversation is trained on.
+    JSONL contains conversations in TRL's format. CSV contains the prompt of a conversation as the text that training uses.
 
     Raises:
-        ConfigError: the file can't be written, or is a CSV without the columns.
-        DataError: what it holds can't be read.
+        ConfigError: If the file can't be written, or is a CSV without the columns.
+        DataError: If the rows of the file can't be read.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,13 +32,17 @@ class PreferenceFile:
         if not self.path.exists() or self.path.stat().st_size == 0:
             return
         if not os.access(self.path, os.W_OK):
-            raise ConfigError(f"{name} can't be written: there is no permission; give another file.")
+            raise ConfigError(f"preferences: no permission to write {name}. Give another file.")
         read_table(self.path, ColumnNames(), pairs=True)
         if self._is_csv:
             self._columns = _header(self.path)
 
     def append(self, messages: Sequence[Mapping[str, str]], chosen: str, rejected: str) -> None:
-        """Add a pair. Raises OSError, and leaves the file as it was, where it can't be written."""
+        """Append a pair.
+
+        Raises:
+            OSError: If the file can't be written. Its content stays unchanged.
+        """
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(handle).st_size
@@ -77,8 +81,8 @@ def _header(path: Path) -> list[str]:
         names = [name.strip() for name in next(csv.reader(file), [])]
     if not set(COLUMNS) <= set(names):
         raise ConfigError(
-            f"{path} has the columns {', '.join(names)}, where a pair is written to prompt, chosen and rejected: rename "
-            "them or give another file."
+            f"preferences: {path} has the columns {', '.join(names)}, not prompt, chosen and rejected. Rename them or give "
+            "another file."
         )
     return names
 

@@ -1,1 +1,1 @@
-"""`test_reinforce.py`: rollout engines measured against plain generation."""
+"""``test_reinforce.py``: compare rollout engines with the ``generate`` method of transformers."""

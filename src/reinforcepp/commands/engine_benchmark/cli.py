@@ -1,4 +1,4 @@
-"""What ``test_reinforce.py`` does: compare the engines' speed, show answers, or try vLLM alone."""
+"""Compare the speed of rollout engines, print responses, or test vLLM alone."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from reinforcepp.errors import ConfigError, nearest
 MODES = {
     "compare_performance": "one-by-one and batched transformers generation and vLLM, side by side",
     "test_generation": "responses of the trained model and of its base model",
-    "test_vllm": "answers by vLLM, checked against transformers",
+    "test_vllm": "responses of vLLM, checked against transformers",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one mode; returns the exit code: 0 done, 2 wrong input."""
+    """Run one mode and return the exit code: 0 for success, 2 for wrong input."""
     return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+        raise ConfigError(f"{message[0].upper()}{message[1:]}. See {self.prog} --help.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="test_reinforce.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--mode", required=True, help="; ".join(f"{name}: {what}" for name, what in MODES.items()))
-    add("--model_name", help="base model: builtin:tiny, a folder, or a name on the hub")
-    add("--rlhf_model_path", help="trained model; where it is given, it is the one that is measured")
-    add("--prompt", help="one prompt; compare_performance then also shows what a batch of it gives")
-    add("--prompts_file", help="one prompt per line")
+    add("--mode", required=True, help="; ".join(f"{name}: {about}" for name, about in MODES.items()))
+    add("--model_name", help="Base model: builtin:tiny, a folder, or a Hub name")
+    add("--rlhf_model_path", help="Trained model; if given, it is measured instead of the base model")
+    add("--prompt", help="One prompt; compare_performance also measures batches of copies of it")
+    add("--prompts_file", help="File with one prompt per line")
     add("--max_new_tokens", type=int, default=128)
-    add("--max_prompt_length", type=int, default=512, help="in tokens; longer prompts are cut from the left")
-    add("--temperature", type=float, default=0.7, help="0 is greedy")
+    add("--max_prompt_length", type=int, default=512, help="Tokens; longer prompts are truncated from the left")
+    add("--temperature", type=float, default=0.7, help="Sampling temperature; 0 is greedy")
     add("--top_p", type=float, default=1.0)
-    add("--top_k", type=int, default=0, help="0 is off")
+    add("--top_k", type=int, default=0, help="Most likely tokens to sample from; 0 disables")
     add("--seed", type=int, default=0)
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
-    add("--rounds", type=int, default=3, help="the ways take turns this often; medians are reported")
+    add("--rounds", type=int, default=3, help="Measurements per method; medians are reported")
     add("--tensor_parallel_size", type=int, default=1, help="GPUs that share the model in vLLM")
-    add("--gpu_memory_utilization", type=float, help="share of the GPU for vLLM; measured by default")
-    add("--output", help="JSON file for all that was measured; compare_performance also draws a plot")
+    add("--gpu_memory_utilization", type=float, help="Fraction of GPU memory for vLLM; measured by default")
+    add("--output", help="JSON file for all measurements; compare_performance adds a plot")
     return parser
 
 
@@ -61,7 +61,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError(f"{about_unknown(unknown[0], list(vars(settings)))} See {parser.prog} --help.")
     if settings.mode not in MODES:
         raise ConfigError(
-            f"There is no mode {settings.mode!r}, only {', '.join(MODES)}.{nearest(settings.mode, MODES)}"
+            f"--mode: mode {settings.mode!r} not found.{nearest(settings.mode, MODES)} Choose from {', '.join(MODES)}."
         )
     _check(settings)
     texts = _read_prompts(settings)
@@ -70,9 +70,11 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _check(settings: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Raise ConfigError for invalid settings before anything is loaded."""
     if not (settings.rlhf_model_path or settings.model_name):
-        raise ConfigError("No model: give --model_name or --rlhf_model_path; builtin:tiny needs no download.")
+        raise ConfigError(
+            "--model_name or --rlhf_model_path is missing. Give one of them; builtin:tiny needs no download."
+        )
     for name in ("max_new_tokens", "max_prompt_length", "rounds", "tensor_parallel_size"):
         if getattr(settings, name) < 1:
             raise ConfigError(f"{name} must be at least 1, not {getattr(settings, name)}.")
@@ -88,7 +90,7 @@ def _check(settings: argparse.Namespace) -> None:
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, not {share:g}.")
     if settings.output is not None and not Path(settings.output).expanduser().absolute().parent.is_dir():
-        raise ConfigError(f"{settings.output} can't be written: its folder doesn't exist; create it first.")
+        raise ConfigError(f"--output: the folder of {settings.output} doesn't exist. Create it first.")
 
 
 def _read_prompts(settings: argparse.Namespace) -> list[str]:
@@ -100,7 +102,7 @@ def _read_prompts(settings: argparse.Namespace) -> list[str]:
 
 
 def _encode(settings: argparse.Namespace, model: str, texts: Sequence[str]) -> tuple[Any, list[Any]]:
-    """The model's tokenizer and the framed prompts, checked against its context."""
+    """Return the tokenizer and the formatted prompts, after checking that they fit into the context of the model."""
     from reinforcepp.data import PromptRow
     from reinforcepp.models import loading as models
     from reinforcepp.models.tokenization import encode_prompts
@@ -210,13 +212,13 @@ def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
         print(printable(f"> {completion.prompt.text}\n{completion.text}"))
     rate = sum(len(completion.ids) for completion in completions) / seconds
     echo(
-        f"vLLM started in {started:.1f} s and made {rate:.0f} tokens/s; on {report.tokens} probe tokens it agrees with "
-        f"transformers, log-probs within {report.logprob_gap_max:.2g}.",
+        f"vLLM started in {started:.1f} s and generated {rate:.0f} tokens/s. On {report.tokens} probe tokens it agrees with "
+        f"transformers: log-probs differ by at most {report.logprob_gap_max:.2g}.",
         "green",
     )
     answers = [completion.text for completion in completions]
-    figures = {"startup_seconds": started, "tokens_per_second": rate, "max_logprob_gap": report.logprob_gap_max}
-    _write(settings, {"prompts": texts, "answers": answers, **figures})
+    metrics = {"startup_seconds": started, "tokens_per_second": rate, "max_logprob_gap": report.logprob_gap_max}
+    _write(settings, {"prompts": texts, "answers": answers, **metrics})
 
 
 def _write(settings: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Compare vLLM with transformers: the same prompts and settings, with each way of generating in its own process.
+"""Compare vLLM with transformers: the same prompts and settings, with each generation method in its own process.
 
-The ways take turns: every round runs all of them, in an order that is rotated from round to round, so that a change in
-the machine's load meets each alike. What is reported is the median of the rounds, with the smallest and the largest.
+Every round runs all methods. The order rotates from round to round, so that a change in the load of the computer affects
+all methods equally. The results are the median, minimum and maximum of the rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ WAYS = {
     "engine": "our engine",
     "vllm": "vLLM",
 }
-"""``one_by_one`` and ``batched`` are transformers' own ``generate``, ``engine`` is this package's transformers engine."""
+"""Generation methods with their titles.
+
+``one_by_one`` and ``batched`` call ``generate`` of transformers. ``engine`` is the transformers engine of this package.
+"""
 Prompts = Sequence[Sequence[int]]
 
 
@@ -48,21 +51,21 @@ class Comparison:
 
     @property
     def sizes(self) -> list[int]:
-        """Batch sizes measured: those asked for, and the set itself."""
+        """Batch sizes to measure: the requested ones and the number of prompts."""
         return sorted({*self.batch_sizes, len(self.prompts)})
 
     @property
     def headline(self) -> int:
-        """The batch size that the ratios are about: the set; with one prompt, the largest batch of that prompt."""
+        """Batch size of the speed ratios: the number of prompts or, with one prompt, the largest batch of copies."""
         return len(self.prompts) if len(self.prompts) > 1 else self.sizes[-1]
 
     def batch(self, size: int) -> list[list[int]]:
-        """``size`` prompts, starting over with the first where there are fewer."""
+        """Return ``size`` prompts, starting again with the first one if there are fewer."""
         return [list(self.prompts[i % len(self.prompts)]) for i in range(size)]
 
 
 class Process:
-    """One way of generating, kept alive between its turns."""
+    """The worker process of a generation method, which stays alive between rounds."""
 
     def __init__(self, way: str, comparison: Comparison) -> None:
         self.way = way
@@ -88,7 +91,11 @@ class Process:
         self.startup_seconds = time.perf_counter() - start
 
     def ask(self, **job: Any) -> dict[str, Any]:
-        """Send a job and wait for its answer."""
+        """Send a job to the worker and return its result.
+
+        Raises:
+            RolloutError: If the worker fails or exits.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -107,7 +114,7 @@ class Process:
         return answer
 
     def close(self) -> None:
-        """Let it end."""
+        """End the worker process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -115,31 +122,31 @@ class Process:
 
 
 def _environment() -> dict[str, str]:
-    """So that a process waiting for its turn soon leaves the processor to the others, and finds this package."""
+    """Return environment variables with which a worker finds this package, and its idle threads sleep soon."""
     source = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     return {"GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": path}
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------------------------
 
 
 def compare(comparison: Comparison, ways: Sequence[str] = tuple(WAYS)) -> dict[str, Any]:
-    """Measure ``ways`` (``one_by_one`` is always among them) and return everything, ready for JSON."""
+    """Measure the methods ``ways``, which must include ``one_by_one``, and return all results, ready for JSON."""
     with ExitStack() as stack:
         processes = {}
         for way in ways:
-            echo(f"starting {WAYS[way]} ...")
+            echo(f"Starting {WAYS[way]} ...")
             processes[way] = Process(way, comparison)
             stack.callback(processes[way].close)
         quality = _greedy(processes, comparison)
         rounds: list[Any] = []
         for turn in range(comparison.rounds):
-            echo(f"round {turn + 1} of {comparison.rounds} ...")
+            echo(f"Round {turn + 1} of {comparison.rounds} ...")
             order = list(ways)[turn % len(ways) :] + list(ways)[: turn % len(ways)]
             rounds += [_run(processes[way], comparison, size, turn) for size in comparison.sizes for way in order]
         rounds = [measured for measured in rounds if measured is not None]
-        memory = processes["one_by_one"].ask(do="bandwidth")  # last, for it takes memory itself
+        memory = processes["one_by_one"].ask(do="bandwidth")  # It allocates memory, so it comes last.
     rows = _summary(rounds, memory)
     started = {way: p.startup_seconds for way, p in processes.items()}
     peaks = {way: max(row["peak_rss_mib"] for row in rows if row["way"] == way) for way in ways}
@@ -167,7 +174,10 @@ def compare(comparison: Comparison, ways: Sequence[str] = tuple(WAYS)) -> dict[s
 
 
 def _run(process: Process, comparison: Comparison, size: int, turn: int) -> dict[str, Any] | None:
-    """One way, one batch size, once. One by one, a batch is only a longer queue: the set itself is measured."""
+    """Measure one method with one batch size once; return None for one-by-one generation with another batch size.
+
+    One by one, a batch is only a longer queue, so only the given prompts are measured.
+    """
     if process.way == "one_by_one" and size != len(comparison.prompts):
         return None
     sampling = asdict(comparison.sampling) | {"seed": comparison.sampling.seed + turn}
@@ -189,7 +199,7 @@ def _run(process: Process, comparison: Comparison, size: int, turn: int) -> dict
 
 
 def _greedy(processes: Mapping[str, Process], comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """The set once, greedily: warms up, and shows whether the ways agree with plain generation."""
+    """Generate greedily once, as a warmup, and return how well each method agrees with one-by-one generation."""
     sampling = asdict(comparison.sampling) | {"temperature": 0.0, "num_samples": 1}
     prompts = [list(ids) for ids in comparison.prompts]
     answers = {way: process.ask(do="run", prompts=prompts, sampling=sampling) for way, process in processes.items()}
@@ -203,30 +213,36 @@ def _greedy(processes: Mapping[str, Process], comparison: Comparison) -> dict[st
             "same_answers": sum(a == b for a, b in zip(plain, answer["ids"], strict=True)) / len(plain),
         }
         if answer["logprobs"] is not None:
-            own = processes["one_by_one"].ask(do="score", prompts=prompts, completions=answer["ids"])["logprobs"]
-            gaps = [abs(a - b) for x, y in zip(own, answer["logprobs"], strict=True) for a, b in zip(x, y, strict=True)]
+            plain_logprobs = processes["one_by_one"].ask(do="score", prompts=prompts, completions=answer["ids"])[
+                "logprobs"
+            ]
+            gaps = [
+                abs(a - b)
+                for x, y in zip(plain_logprobs, answer["logprobs"], strict=True)
+                for a, b in zip(x, y, strict=True)
+            ]
             quality[way] |= {"max_logprob_gap": max(gaps), "mean_logprob_gap": sum(gaps) / len(gaps)}
     return quality
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens before the first difference; what follows a difference has another prompt and can't be compared."""
+    """Return the number of tokens before the first difference. Later tokens have different contexts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _summary(rounds: Sequence[Mapping[str, Any]], memory: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Medians over the rounds, by way and batch size.
+    """Return medians over the rounds by method and batch size.
 
-    ``bandwidth_fraction``: each decoding step reads the weights once, so steps a second times their bytes is what
-    is read at least; over what the machine can read. The time for the prompts is not taken off.
+    ``bandwidth_fraction`` is steps/second * bytes of weights / memory bandwidth, because each decoding step reads the
+    weights at least once. The time to process the prompts is included.
     """
     rows = []
     for way, size in sorted(
         {(r["way"], r["batch_size"]) for r in rounds}, key=lambda k: (k[1], list(WAYS).index(k[0]))
     ):
-        own = [r for r in rounds if (r["way"], r["batch_size"]) == (way, size)]
-        rates = [r["tokens_per_second"] for r in own]
-        steps = [(r["tokens"] if way == "one_by_one" else r["longest_answer"]) / r["seconds"] for r in own]
+        matching = [r for r in rounds if (r["way"], r["batch_size"]) == (way, size)]
+        rates = [r["tokens_per_second"] for r in matching]
+        steps = [(r["tokens"] if way == "one_by_one" else r["longest_answer"]) / r["seconds"] for r in matching]
         rows.append(
             {
                 "way": way,
@@ -234,8 +250,8 @@ def _summary(rounds: Sequence[Mapping[str, Any]], memory: Mapping[str, float]) -
                 "tokens_per_second": median(rates),
                 "tokens_per_second_min": min(rates),
                 "tokens_per_second_max": max(rates),
-                **{k: median(r[k] for r in own) for k in ("seconds", "latency_median", "latency_p95")},
-                "peak_rss_mib": max(r["peak_rss_mib"] for r in own),
+                **{k: median(r[k] for r in matching) for k in ("seconds", "latency_median", "latency_p95")},
+                "peak_rss_mib": max(r["peak_rss_mib"] for r in matching),
                 "bandwidth_fraction": median(steps) * memory["weight_bytes"] / memory["bytes_per_second"],
             }
         )
@@ -245,7 +261,7 @@ def _summary(rounds: Sequence[Mapping[str, Any]], memory: Mapping[str, float]) -
 def _headline(
     rows: Sequence[Mapping[str, Any]], comparison: Comparison, quality: Mapping[str, Any]
 ) -> dict[str, float | None]:
-    """The five figures that the comparison is about; None where vLLM wasn't measured."""
+    """Return the five main metrics of the comparison; they are None if vLLM wasn't measured."""
     rate = {(row["way"], row["batch_size"]): row["tokens_per_second"] for row in rows}
     size = comparison.headline
     if ("vllm", size) not in rate:
@@ -262,18 +278,18 @@ def _headline(
     }
 
 
-# --- showing --------------------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------------------------
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """The summary as a table on standard output, and under it what isn't by batch size."""
+    """Print the summary as a table, followed by the metrics without a batch size."""
     from rich.console import Console
     from rich.table import Table
 
     settings = result["settings"]
     table = Table(title=f"{settings['model']}, {settings['dtype']}, {settings['max_new_tokens']} new tokens")
-    table.add_column("way")
-    for name in ("batch", "tokens/s", "min to max", "set, s", "latency, s", "p95, s", "bandwidth"):
+    table.add_column("method")
+    for name in ("batch", "tokens/s", "min to max", "total, s", "latency, s", "p95, s", "bandwidth"):
         table.add_column(name, justify="right")
     for row in result["summary"]:
         spread = f"{row['tokens_per_second_min']:.0f} to {row['tokens_per_second_max']:.0f}"
@@ -292,16 +308,16 @@ def show(result: Mapping[str, Any]) -> None:
         )
     if result["vllm_over_one_by_one"] is not None:
         over = result["vllm_over_batched"]
-        batched = f" and {over:.1f} times batched transformers" if over is not None else ""
+        batched = f" and {over:.1f} times as fast as batched transformers" if over is not None else ""
         console.print(
-            f"At {result['headline_batch_size']} prompts vLLM makes {result['vllm_over_one_by_one']:.1f} times the tokens "
-            f"of one-by-one generation{batched}.",
+            f"At batch size {result['headline_batch_size']}, vLLM is {result['vllm_over_one_by_one']:.1f} times as fast as "
+            f"one-by-one generation{batched}.",
             style="bold",
         )
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Tokens per second against batch size."""
+    """Plot tokens per second by batch size to ``path``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -320,7 +336,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     sizes = sorted({row["batch_size"] for row in result["summary"]})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(xlabel="prompts at a time", ylabel="tokens per second", title=result["settings"]["dtype"])
+    axes.set(xlabel="batch size", ylabel="tokens per second", title=result["settings"]["dtype"])
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

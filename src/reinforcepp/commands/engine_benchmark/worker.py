@@ -1,7 +1,7 @@
-"""One way of generating, in a process of its own, fed with JSON lines: what ``compare_generation`` measures.
+"""The worker process of one generation method, which reads jobs as JSON lines.
 
-The first line says what to start; each further line is a job; each is answered by one line. Standard output belongs to
-this protocol alone: what the libraries print goes to standard error.
+The first line contains the arguments of ``Worker``, and each further line a job. The worker writes one line per line.
+Standard output is only for this protocol, so the output of libraries goes to standard error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Answer = dict[str, Any]
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Run jobs until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     worker: Worker | None = None
@@ -43,7 +43,10 @@ def main() -> None:
 
 
 class Worker:
-    """``one_by_one`` and ``batched`` are transformers' own ``generate``; ``engine`` and ``vllm`` are rollout engines."""
+    """A loaded model with a generation method.
+
+    ``one_by_one`` and ``batched`` call ``generate`` of transformers; ``engine`` and ``vllm`` are rollout engines.
+    """
 
     def __init__(self, way: str, model: str, dtype: str, max_length: int, largest: int, vllm: dict[str, Any]) -> None:
         import torch
@@ -70,7 +73,7 @@ class Worker:
             return
         from transformers import AutoModelForCausalLM
 
-        # not load_policy, which makes GPT-2 faster: this is what a user of the library has
+        # load_policy would make GPT-2 faster than it is for users of transformers.
         self.model = (
             AutoModelForCausalLM.from_pretrained(models.resolve(model), dtype=precision, **models.SAFETENSORS_ONLY)
             .to(self.device)
@@ -78,10 +81,10 @@ class Worker:
         )
 
     def run(self, prompts: list[list[int]], sampling: dict[str, Any]) -> Answer:
-        """Continue ``prompts``; a prompt's latency runs from the beginning of the whole set to its own last token."""
+        """Generate responses to ``prompts``. The latency of a prompt is from the start of the batch to its last token."""
         settings = Sampling(**sampling)
         if self.way == "vllm":
-            self.engine.reset_prefix_cache()  # or each round after the first would be spared the prompts
+            self.engine.reset_prefix_cache()  # Otherwise later rounds would reuse the cached prompts of the first one.
         start = time.perf_counter()
         if self.engine is not None:
             completions = self.engine.generate([Prompt("", tuple(ids), i) for i, ids in enumerate(prompts)], settings)
@@ -105,7 +108,7 @@ class Worker:
         }
 
     def score(self, prompts: list[list[int]], completions: list[list[int]]) -> Answer:
-        """Log-probabilities of ``completions`` by the plain model."""
+        """Return the log-probabilities of ``completions`` under the model in transformers."""
         import torch
 
         from reinforcepp.models.logprobs import response_logprobs
@@ -117,14 +120,16 @@ class Worker:
         return {"logprobs": rows}
 
     def bandwidth(self) -> Answer:
-        """Bytes a second that this machine reads from memory, and the bytes of weights that each decode step reads."""
+        """Return the memory bandwidth in bytes/second and the bytes of weights that each decoding step reads."""
         import torch
 
         weights = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
         embeddings = self.model.get_input_embeddings().weight
         output = self.model.get_output_embeddings()
         if output is None or output.weight is not embeddings:
-            weights.pop(id(embeddings), None)  # looked up, not read through
+            weights.pop(
+                id(embeddings), None
+            )  # A step looks up a few rows of the embeddings and doesn't read all of them.
         block = torch.ones(1 << 27, device=self.device)
         best = min(_timed(lambda: block.sum().item()) for _ in range(10))
         return {"bytes_per_second": block.numel() * block.element_size() / best, "weight_bytes": sum(weights.values())}

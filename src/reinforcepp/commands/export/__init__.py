@@ -1,1 +1,1 @@
-"""A trained model for others: a plain folder with a card, on this disk or on the hub."""
+"""The commands ``export`` and ``push``: a trained model as a plain folder with a card, or on the Hugging Face Hub."""

@@ -23,12 +23,12 @@ CARD = "README.md"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|~&:@])")
 SHOWN_ELSEWHERE = ("model", "data", "reward_model", "judge")
 TAGS = ("reinforcepp", "reinforce-plus-plus", "rlhf", "text-generation")
-WARM_UP_TAGS = ("reinforcepp", "sft", "text-generation")
-LENGTHS = {
-    "kl": ("KL to the start, nats per token", "{:.4f}"),
+SFT_TAGS = ("reinforcepp", "sft", "text-generation")
+METRICS = {
+    "kl": ("KL to the reference policy, nats/token", "{:.4f}"),
     "length": ("length, tokens", "{:.1f}"),
-    "truncated": ("cut off at the length limit", "{:.0%}"),
-    "distinct": ("different answers", "{:.0%}"),
+    "truncated": ("truncated at the length limit", "{:.0%}"),
+    "distinct": ("distinct responses", "{:.0%}"),
 }
 """Metrics without a standard error, with their names and formats."""
 
@@ -38,7 +38,7 @@ def model_card(source: Source, name: str) -> str:
     record = source.record
     parts = [_front_matter(record), f"# {escaped(name)}", _introduction(source)]
     if record is not None and record.is_sft:
-        parts += [_warm_up(source, record), _settings(record)]
+        parts += [_sft_data(source, record), _settings(record)]
     elif record is not None:
         parts += [_data(record), _rewards(record), _results(source, record), _settings(record)]
     return "\n\n".join([*parts, _use(name)]) + "\n"
@@ -52,7 +52,7 @@ def escaped(text: Any) -> str:
 def _front_matter(record: RunRecord | None) -> str:
     import yaml
 
-    tags = WARM_UP_TAGS if record is not None and record.is_sft else TAGS
+    tags = SFT_TAGS if record is not None and record.is_sft else TAGS
     front_matter: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -68,7 +68,7 @@ def _introduction(source: Source) -> str:
     record = source.record
     package = f"reinforcepp {versions_of(['reinforcepp']).get('reinforcepp', '')}".strip()
     if record is None:
-        return f"A causal language model, exported by {package}. Nothing is noted of how it was trained."
+        return f"A causal language model, exported by {package}. No record of its training was found."
     start = escaped(_model(record, record.settings.get("model", "A language model")))
     if record.is_sft:
         return f"{start}, fine-tuned on {record.facts.get('rows', 'unknown')} rows by {package}."
@@ -78,31 +78,31 @@ def _introduction(source: Source) -> str:
     return f"{start}, aligned with REINFORCE++ (estimator {estimator}, {done}) by {package}."
 
 
-def _warm_up(source: Source, record: RunRecord) -> str:
+def _sft_data(source: Source, record: RunRecord) -> str:
     inputs, measured = record.facts.get("inputs", {}), record.evaluations
     rows = [
-        ("rows from", _file_names(record.settings.get("data", "unknown"))),
+        ("training data", _file_names(record.settings.get("data", "unknown"))),
         ("fingerprint of the rows", inputs.get("data", "unknown")),
-        ("fingerprint of the weights at the start", inputs.get("model", "unknown")),
+        ("fingerprint of the initial weights", inputs.get("model", "unknown")),
     ]
     if {"before", "after"} <= measured.keys() and not source.is_checkpoint:
         rows.append(("held-out rows", int(measured["after"]["rows"])))
         for name in ("loss", "perplexity"):
-            figures = [f"{measured[when][name]:.4g}" for when in ("before", "after")]
-            rows.append((f"their {name}, before and after", " and ".join(figures)))
-    return "## Data and results\n\n" + _table(("", ""), rows)
+            values = [f"{measured[when][name]:.4g}" for when in ("before", "after")]
+            rows.append((f"held-out {name}, before and after", " and ".join(values)))
+    return "## Data and results\n\n" + _table(("item", "value"), rows)
 
 
 def _data(record: RunRecord) -> str:
     inputs = record.facts.get("inputs", {})
     rows = [
-        ("prompts from", _file_names(record.settings.get("data", "a program"))),
-        ("prompts trained on", record.facts.get("prompts", "unknown")),
-        ("prompts held out", record.facts.get("heldout_prompts", 0)),
+        ("prompt data", _file_names(record.settings.get("data", "a Python program"))),
+        ("training prompts", record.facts.get("prompts", "unknown")),
+        ("held-out prompts", record.facts.get("heldout_prompts", 0)),
         ("fingerprint of the prompts", inputs.get("data", "unknown")),
-        ("fingerprint of the weights at the start", inputs.get("model", "unknown")),
+        ("fingerprint of the initial weights", inputs.get("model", "unknown")),
     ]
-    return "## Data\n\n" + _table(("", ""), rows)
+    return "## Data\n\n" + _table(("item", "value"), rows)
 
 
 def _rewards(record: RunRecord) -> str:
@@ -112,17 +112,16 @@ def _rewards(record: RunRecord) -> str:
         if not card:
             parts.append(f"Reward function: {escaped(reward.get('name', 'unknown'))}.")
             continue
-        figures = card.get("figures", {})
-        accuracy = figures.get("accuracy")
+        accuracy = card.get("figures", {}).get("accuracy")
         rows = [
-            ("made from", _model(record, card.get("base_model", "unknown"))),
-            ("preferences from", _file_names(card.get("data", "unknown"))),
+            ("base model", _model(record, card.get("base_model", "unknown"))),
+            ("preference data", _file_names(card.get("data", "unknown"))),
             ("SHA-256 of the preferences", card.get("data_sha256", "unknown")),
-            ("pairs trained on", card.get("train_pairs", "unknown")),
-            ("pairs held out", card.get("heldout_pairs", "unknown")),
+            ("training pairs", card.get("train_pairs", "unknown")),
+            ("held-out pairs", card.get("heldout_pairs", "unknown")),
             ("accuracy on held-out pairs", f"{accuracy:.3f}" if isinstance(accuracy, float) else "not measured"),
         ]
-        parts.append(_table(("", ""), rows))
+        parts.append(_table(("item", "value"), rows))
     return "\n\n".join(parts)
 
 
@@ -130,22 +129,22 @@ def _results(source: Source, record: RunRecord) -> str:
     when = "after" if source.is_last else f"step {source.step}"
     before, after = record.evaluations.get("before"), record.evaluations.get(when)
     if before is None or after is None:
-        return "## Measured results\n\nNothing was measured of this state of the model on held-out prompts."
-    judge = f"judge ({record.facts.get('judge')}), which took no part in training"
+        return "## Results\n\nThis model wasn't evaluated on held-out prompts."
+    judge = f"judge ({record.facts.get('judge')}), not used in training"
     names = {"reward": "reward", "judge": judge}
     rows: list[Sequence[Any]] = []
-    for figure, title in names.items():
-        if (change := change_of(figure, before, after)) is not None:
+    for metric, title in names.items():
+        if (change := change_of(metric, before, after)) is not None:
             gain = f"{change.interval}: {change.outcome}"
             rows.append((title, f"{change.before:.3f}", f"{change.after:.3f}", gain))
-    for figure, (title, form) in LENGTHS.items():
-        if figure in before and figure in after:
-            rows.append((title, form.format(before[figure]), form.format(after[figure]), ""))
+    for metric, (title, form) in METRICS.items():
+        if metric in before and metric in after:
+            rows.append((title, form.format(before[metric]), form.format(after[metric]), ""))
     counts = [n for n in (record.facts.get("heldout_prompts"), record.settings.get("eval_prompts")) if n]
     return (
-        f"## Measured results\n\nOne answer to each of {min(counts, default=0)} held-out prompts. The reward is what "
-        "training raised, so it alone doesn't show that answers got better.\n\n"
-        + _table(("", "before", "after", "change"), rows)
+        f"## Results\n\nOne response to each of {min(counts, default=0)} held-out prompts. Training optimizes the reward, so a "
+        "higher reward alone doesn't show that responses improved.\n\n"
+        + _table(("metric", "before", "after", "change"), rows)
     )
 
 
@@ -156,7 +155,7 @@ def _settings(record: RunRecord) -> str:
         if setting.differs and setting.name not in SHOWN_ELSEWHERE
     ]
     table = _table(("setting", "value", "default"), rows) if rows else "None."
-    return "## Settings other than the defaults\n\n" + table
+    return "## Non-default settings\n\n" + table
 
 
 def _use(name: str) -> str:
@@ -174,14 +173,16 @@ answer = model.generate(**inputs, max_new_tokens=256, do_sample=True, temperatur
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-With vLLM: `vllm serve {shown}`. On the terminal: `reinforcepp chat {shown}`. Prompts are framed by the tokenizer's chat
-template, as they were in training."""
+With vLLM: `vllm serve {shown}`. In the terminal: `reinforcepp chat {shown}`. Prompts are formatted with the tokenizer's
+chat template, as in training."""
 
 
 def _hub_name(record: RunRecord, name: str) -> bool:
-    """Whether a model was probably fetched from the hub: its name could be one, and there is no such folder."""
-    places = (Path.cwd(), *record.folder.resolve().parents)
-    return re.fullmatch(REPOSITORY, name, re.ASCII) is not None and not any((p / name).exists() for p in places)
+    """Return whether a model probably came from the Hub: its name is valid there and isn't the path of a folder."""
+    parents = (Path.cwd(), *record.folder.resolve().parents)
+    return re.fullmatch(REPOSITORY, name, re.ASCII) is not None and not any(
+        (parent / name).exists() for parent in parents
+    )
 
 
 def _model(record: RunRecord, name: Any) -> str:
@@ -190,7 +191,7 @@ def _model(record: RunRecord, name: Any) -> str:
 
 
 def _file_names(paths: Any) -> str:
-    """Of one or several paths, the last parts."""
+    """Return the last part of each of the comma-separated paths."""
     return ", ".join(path.strip().rstrip("/").rpartition("/")[2] for path in str(paths).split(","))
 
 

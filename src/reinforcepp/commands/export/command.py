@@ -17,7 +17,7 @@ from reinforcepp.run_dir import check_output
 
 
 def run_export(config: ExportConfig) -> None:
-    """Write the folder.
+    """Write the model to the new folder ``config.output_dir``.
 
     Raises:
         ReinforceError: For a model that can't be loaded, or a folder that isn't empty.
@@ -25,7 +25,7 @@ def run_export(config: ExportConfig) -> None:
     source = find_source(config.model)
     folder = Path(config.output_dir).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{config.output_dir} isn't empty, and nothing is replaced: give another output_dir.")
+        raise ConfigError(f"output_dir: {config.output_dir} isn't empty. Give another folder.")
     check_output(config.output_dir, overwrite=False, needed_bytes=weight_bytes(source.name))
     with appearing_folder(folder) as partial:
         write_folder(source, config.dtype, partial, folder.name, merge=config.merge)

@@ -19,8 +19,8 @@ from reinforcepp.monitoring import echo
 # Connections fail with errors of the HTTP library of huggingface_hub, which differs by version.
 UNREACHABLE: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 REASONS = {
-    401: "it doesn't accept the token: log in again (hf auth login), or set HF_TOKEN to a token that is valid",
-    403: "the token may not write there: take one with write access, or a repo of your own",
+    401: "the token is invalid. Log in again (hf auth login), or set HF_TOKEN to a valid token",
+    403: "the token can't write to this repo. Use a token with write access, or a repo of your own",
 }
 
 
@@ -33,7 +33,9 @@ def run_push(config: PushConfig) -> None:
     """
     source = find_source(config.model)
     if get_token() is None:
-        raise ConfigError("There is no token for the hub: log in with `hf auth login`, or set HF_TOKEN to your token.")
+        raise ConfigError(
+            "HF_TOKEN: no token for the Hub found. Log in with `hf auth login`, or set HF_TOKEN to your token."
+        )
     api = HfApi()
     with _hub_errors():
         owner = str(api.whoami()["name"])
@@ -44,7 +46,7 @@ def run_push(config: PushConfig) -> None:
             api.create_repo(repo, private=config.private, exist_ok=True)
             if config.private and not api.model_info(repo).private:
                 raise ConfigError(
-                    f"{repo} is there already and everybody can see it: make it private on the hub, or give another repo."
+                    f"repo: {repo} already exists and is public. Make it private on the Hub, or give another repo."
                 )
             api.upload_folder(repo_id=repo, folder_path=name, commit_message="Upload by reinforcepp")
     echo(f"Uploaded to {constants.ENDPOINT}/{repo}", "green")
@@ -52,12 +54,12 @@ def run_push(config: PushConfig) -> None:
 
 @contextmanager
 def _hub_errors() -> Iterator[None]:
-    """Convert errors of the Hub and of the connection into one sentence. None of these errors contains the token."""
+    """Convert errors of the Hub and of the connection to ModelError. None of these errors contains the token."""
     try:
         yield
     except HfHubHTTPError as error:
         code = error.response.status_code
-        reason = REASONS.get(code, f"it answers {code}: {error.server_message or 'without a reason'}")
-        raise ModelError(f"The hub {constants.ENDPOINT} refuses: {reason}.") from error
+        reason = REASONS.get(code, f"status {code}, {error.server_message or 'no reason given'}. Try again later")
+        raise ModelError(f"{constants.ENDPOINT}: the Hub refused the request: {reason}.") from error
     except UNREACHABLE as error:
-        raise ModelError(f"The hub {constants.ENDPOINT} can't be reached: see that there is a network.") from error
+        raise ModelError(f"{constants.ENDPOINT}: the Hub can't be reached. Check the network connection.") from error

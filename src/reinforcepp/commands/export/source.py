@@ -1,4 +1,4 @@
-"""Find a trained model by the folder of its run or its own, and the record of its training."""
+"""Find a trained model, by the folder of its run or its own folder, and the record of its training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A model's name for ``load_policy``, the record of its training if there is one, and the step it was saved after."""
+    """A model: its name for ``load_policy``, the record of its training if available, and the step of its weights."""
 
     name: str
     record: RunRecord | None
@@ -44,18 +44,17 @@ def find_source(name: str) -> Source:
     """Return the model in ``name``: the folder of a model, a run, a checkpoint or a demo, or a Hub name.
 
     Raises:
-        ModelError: If there is none, or it is a reward model.
+        ModelError: If no model is found, or it is a reward model.
     """
     folder = Path(name).expanduser()
     if (folder / REWARD_CARD).is_file():
-        raise ModelError(f"{name} is a reward model, which scores answers and gives none: give the folder of a policy.")
+        raise ModelError(f"{name}: this is a reward model, which can't generate. Give the folder of a policy.")
     if folder.is_dir() and not _holds_model(folder):
         if _holds_model(folder / "policy"):
             folder = folder / "policy"
         elif (saved := checkpoint.latest(folder)) is not None:
             raise ModelError(
-                f"The training in {name} isn't finished: go on with it (--resume), or give its newest checkpoint, "
-                f"{saved.folder}."
+                f"{name}: the training isn't finished. Resume it (--resume), or give its newest checkpoint, {saved.folder}."
             )
     if not _holds_model(folder):
         resolve(name)

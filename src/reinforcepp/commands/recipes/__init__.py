@@ -2,7 +2,7 @@
 
 A recipe is a file for ``train --config`` and, if a reward model comes first, ``NAME.reward.yaml`` for ``reward``. Its
 description is the comment at its beginning: a sentence, then lines of ``Hardware:``, ``Plan:``, ``First:`` and
-``Start:``. Imports no torch.
+``Start:``. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FACT = re.compile(r"# (Hardware|Plan|First|Start): +(.+)")
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe, as its comment describes it."""
+    """The description of a recipe, from its comment."""
 
     name: str
     about: str
@@ -33,7 +33,7 @@ class Preset:
     commands: tuple[str, ...]
     """Commands to run, one after another."""
     plan: str
-    """Command that checks whether it fits into memory."""
+    """Command that checks whether the training fits into memory."""
 
 
 def names() -> list[str]:
@@ -45,11 +45,11 @@ def text_of(name: str) -> str:
     """Return the file of a recipe or, with ``.reward`` after the name, of its reward model.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If the recipe doesn't exist.
     """
     path = FOLDER / f"{name}{ENDING}"
     if path.parent != FOLDER or not path.is_file():
-        raise ConfigError(f"Recipe {name!r} not found, only {', '.join(names())}.{nearest(name, names())}")
+        raise ConfigError(f"name: recipe {name!r} not found.{nearest(name, names())} Choose from {', '.join(names())}.")
     return path.read_text(encoding="utf-8")
 
 
@@ -60,7 +60,7 @@ def read_preset(name: str) -> Preset:
         ConfigError: If the recipe doesn't exist, or is the file of a reward model, which comes with another.
     """
     if name.endswith(REWARD) and name.removesuffix(REWARD) in names():
-        raise ConfigError(f"{name} is part of {name.removesuffix(REWARD)}. Copy that recipe.")
+        raise ConfigError(f"name: {name} is part of {name.removesuffix(REWARD)}. Copy that recipe.")
     comment = text_of(name).partition("\n\n")[0].splitlines()
     facts = {match[1]: match[2] for match in map(FACT.fullmatch, comment) if match}
     about = " ".join(line.removeprefix("# ") for line in comment[: comment.index("#")])
@@ -76,7 +76,7 @@ def run_recipes(config: RecipesConfig) -> None:
     """
     if config.action == "list":
         print("\n\n".join(format_preset(read_preset(name)) for name in names()))
-        print("\nCopy one to change and start it: reinforcepp recipes copy NAME")
+        print("\nCopy a recipe to edit and start it: reinforcepp recipes copy NAME")
     elif config.action == "show":
         print(text_of(str(config.name)), end="")
     else:
@@ -102,7 +102,7 @@ def copy(name: str, file: str | None, *, overwrite: bool) -> list[Path]:
         copies[target.with_name(f"{stem}{REWARD}{ENDING}")] = text_of(f"{name}{REWARD}")
     existing = [path for path in copies if path.exists()]
     if existing and not overwrite:
-        raise ConfigError(f"{existing[0]} already exists. Give another file, or --overwrite to replace it.")
+        raise ConfigError(f"file: {existing[0]} already exists. Give another file, or --overwrite to replace it.")
     for path, text in copies.items():
         with whole_file(path) as written:
             written.write(_renamed(text, name, target))
