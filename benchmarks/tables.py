@@ -33,7 +33,7 @@ def demo_seeds(result: dict[str, Any]) -> str:
         "gold score before",
         "after",
         "KL, nats per token",
-        "distinct answers per topic",
+        "distinct responses per topic",
         "length ratio",
     ]
     rows = [[form.format(row[key]) for key, form in columns.items()] for row in result["rows"]]

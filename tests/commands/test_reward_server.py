@@ -166,7 +166,7 @@ def test_requests_without_the_token_are_refused(reward, monkeypatch):
         assert asked(server, "GET", "/health")[0] == 200
 
 
-def test_requests_at_the_same_time_are_all_answered(reward):
+def test_concurrent_requests_all_get_scores(reward):
     results = []
     with serving(reward) as server:
         request = {"query": QUERIES, "prompts": PROMPTS}
@@ -226,11 +226,11 @@ def started(reward_folder):
     command = [sys.executable, "-m", "reinforcepp", "serve-reward", str(reward_folder), "--port", "0"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        told = ""
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+/get_reward", told)):
+        printed = ""
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+/get_reward", printed)):
             line = process.stderr.readline()
-            assert line, f"it ended: {told}"
-            told += line
+            assert line, f"it ended: {printed}"
+            printed += line
         yield process, found[0]
     finally:
         process.kill()

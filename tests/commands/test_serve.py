@@ -201,7 +201,7 @@ def test_invalid_key_files_are_errors(refused, tmp_path):
     assert "one line" in message and "secret" not in message
 
 
-def test_a_key_on_the_command_line_is_no_setting(refused):
+def test_a_key_on_the_command_line_is_an_error(refused):
     message = refused("--api_key", "sk-secret")
     assert "--api_key_file" in message and "sk-secret" not in message
 

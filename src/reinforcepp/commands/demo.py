@@ -56,10 +56,10 @@ def run_demo(config: DemoConfig) -> DemoResult:
     clear(folder)
     reward_config, train_config = demo_settings(config, folder)
 
-    echo("1/4  Reward model: learns from pairs which of two answers people preferred", "bold")
+    echo("1/4  Reward model: train on pairs of preferred and rejected responses", "bold")
     card = train_reward_model(reward_config)
 
-    echo("\n2/4  REINFORCE++: the policy learns to give answers that the reward model scores high", "bold")
+    echo("\n2/4  REINFORCE++: train the policy on the scores of the reward model", "bold")
     _, train_rows, heldout_rows = load_prompts(train_config.data, heldout_fraction=0, seed=config.seed)
     trainer = ReinforceTrainer(
         train_config.model,
@@ -77,7 +77,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     echo(f"> {question}")
     generate(GenerateConfig(model=train_config.output_dir, prompt=question, max_new_tokens=64, engine="transformers"))
 
-    echo("\n4/4  Before and after, on prompts that no training has seen, graded by the gold judge", "bold")
+    echo("\n4/4  Before and after training, on held-out prompts scored by the gold judge", "bold")
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]
     gold_before, gold_after = _known(before.judgements), _known(after.judgements)
     _show(before.completions, after.completions, gold_before, gold_after)
@@ -102,12 +102,12 @@ def run_demo(config: DemoConfig) -> DemoResult:
     )
     echo(
         f"Reward model, held-out accuracy {result.rm_accuracy:.2f}. Gold score {result.gold_before:.2f} -> "
-        f"{result.gold_after:.2f} on {len(gold_after)} held-out prompts, KL {result.kl:.3f} nats per token, "
-        f"{result.distinct:.2f} distinct answers per topic, length x {result.length_ratio:.2f}, {result.seconds:.0f} s.",
+        f"{result.gold_after:.2f} on {len(gold_after)} held-out prompts, KL {result.kl:.3f} nats/token, "
+        f"{result.distinct:.2f} distinct responses per topic, length ratio {result.length_ratio:.2f}, {result.seconds:.0f} s.",
         "bold",
     )
     write_report([folder / "policy"], folder / PAGE)
-    echo(f"Everything is in {folder}: {PAGE}, reward_model/, policy/, training_curve.png, comparison.json", "green")
+    echo(f"Saved to {folder}: {PAGE}, reward_model/, policy/, training_curve.png, comparison.json", "green")
     return result
 
 
