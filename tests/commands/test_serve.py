@@ -44,7 +44,7 @@ class Server:
             command, env=os.environ | own, stdout=self.log.open("w"), stderr=subprocess.STDOUT
         )
         end = time.monotonic() + 300
-        while "Ctrl-C stops" not in self.said:
+        while "press Ctrl-C" not in self.said:
             if self.process.poll() is not None or time.monotonic() > end:
                 self.process.terminate()
                 pytest.fail(self.said)
