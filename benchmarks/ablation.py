@@ -28,7 +28,7 @@ from reinforcepp import ReinforceTrainer
 from reinforcepp.models import logprobs
 from reinforcepp.monitoring import Clock
 from reinforcepp.rollout import transformers_engine
-from reinforcepp.training.scoring import score, with_advantages
+from reinforcepp.training.policy_update import score, with_advantages
 
 COMPLETIONS, NEW_TOKENS = 16, 64
 

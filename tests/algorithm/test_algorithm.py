@@ -15,12 +15,12 @@ from reinforcepp.algorithm.advantages import (
     normalize,
     returns_to_go,
     token_rewards,
-    unnormalized_advantages,
 )
 from reinforcepp.algorithm.critic import compute_gae, value_loss
 from reinforcepp.algorithm.groups import group_advantages
+from reinforcepp.algorithm.importance import importance_weights
 from reinforcepp.algorithm.kl import kl_estimate
-from reinforcepp.algorithm.losses import bradley_terry_loss, importance_weights, masked_mean, policy_loss
+from reinforcepp.algorithm.losses import masked_mean, policy_loss
 from reinforcepp.errors import ConfigError
 
 NAN = float("nan")
@@ -172,13 +172,6 @@ def test_k3_stays_finite_far_from_the_reference():
     assert logprobs.grad.isfinite().all()
 
 
-def test_g11_bradley_terry():
-    chosen, rejected = tensor([1, 0.2]), tensor([0, 0.7])
-    close(bradley_terry_loss(chosen, rejected), 0.643669)
-    close(bradley_terry_loss(chosen, rejected, margin=0.5), 0.893669)
-    close(bradley_terry_loss(chosen, rejected, centering=0.01), 0.643669 + 0.00905)
-
-
 # --- naive loops as oracle ------------------------------------------------------------------------------------------
 
 
@@ -254,7 +247,7 @@ def test_group_estimators_equal_a_naive_loop_after_a_shuffle(seed, estimator):
     }[estimator]
     expected = [expected_of(r, groups[g]) for r, g in zip(rewards, ids, strict=True)]
     lengths = [rng.randint(1, 5) for _ in ids]
-    actual, _ = unnormalized_advantages(
+    _, actual = compute_advantages(  # the returns aren't normalized over the batch
         tensor(rewards),
         None,
         mask_of(lengths),

@@ -11,7 +11,7 @@ from reinforcepp.commands import cli
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import read_completions
-from reinforcepp.training.scoring import score
+from reinforcepp.training.policy_update import score
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "graded": i % 3 > 0} for i in range(8)]

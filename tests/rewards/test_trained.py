@@ -64,6 +64,21 @@ def test_training_generalizes_to_heldout_prompts(trained):
     assert card.figures["accuracy"] >= 0.9 and card.figures["mean_margin"] > 0
 
 
+def test_step_loss_is_the_centered_bradley_terry_loss(base, data, tmp_path):
+    """Mean of log(1 + exp(rejected - chosen)) + center_rewards_coefficient * (chosen + rejected)^2, over all pairs."""
+    settings = {"batch_size": 40, "num_train_epochs": 1, "heldout_fraction": 0.0, "center_rewards_coefficient": 0.5}
+    config = RewardModelConfig(model=str(base), data=str(data), output_dir=str(tmp_path / "rm"), **settings)
+    train_reward_model(config)
+    untrained = TrainedReward(new_reward_model(str(base), config.seed).eval(), load_tokenizer(str(base)))
+    prompts, chosen, rejected = zip(*(row.split(",") for row in data.read_text().splitlines()[1:]), strict=True)
+    pairs = list(zip(untrained(prompts, chosen), untrained(prompts, rejected), strict=True))
+    losses = [math.log1p(math.exp(worse - better)) for better, worse in pairs]
+    centering = [(better + worse) ** 2 for better, worse in pairs]
+    assert sum(centering) / 40 > 1e-3
+    first = json.loads((tmp_path / "rm" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx((sum(losses) + 0.5 * sum(centering)) / 40, abs=1e-4)
+
+
 def test_the_card_holds_origin_and_metrics(trained, base, data):
     card = json.loads((trained[0] / "reward_model.json").read_text())
     assert card["data"] == str(data) and card["base_model"] == str(base) and len(card["data_sha256"]) == 64

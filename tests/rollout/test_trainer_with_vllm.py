@@ -9,7 +9,7 @@ import torch
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.training.scoring import score, with_advantages
+from reinforcepp.training.policy_update import score, with_advantages
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]

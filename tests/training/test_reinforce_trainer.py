@@ -12,7 +12,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
 from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.monitoring import read_metrics
-from reinforcepp.training.scoring import score
+from reinforcepp.training.policy_update import score
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "topic": str(i)} for i in range(11)]

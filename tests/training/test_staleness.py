@@ -10,7 +10,7 @@ import torch
 from training.test_guardrails import tripping
 from training.test_resume import SEVERAL, files, noisy, stopping, trainer
 
-from reinforcepp.algorithm.losses import importance_weights
+from reinforcepp.algorithm.importance import importance_weights
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, RolloutError
 from reinforcepp.models.loading import load_policy

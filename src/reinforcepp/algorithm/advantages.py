@@ -7,8 +7,8 @@ Dimensions: B sequences, T response tokens. ``mask_BT`` is 1 on tokens that the 
 elsewhere (padding, tool output). Masked values never affect a result, not even NaN.
 No function communicates: global sums are arguments, so the caller adds them up and a test can split a batch at will.
 
-Deviations from the paper: the variance is floored at 1e-8 before its square root, so a batch of equal returns has
-advantages of exactly 0. Exponents are clamped so that no gradient overflows.
+Deviation from the paper: the variance is floored at 1e-8 before its square root, so a batch of equal returns has
+advantages of exactly 0.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.critic import compute_gae
-from reinforcepp.algorithm.estimators import ESTIMATORS
+from reinforcepp.algorithm.estimators import checked_spec
 from reinforcepp.algorithm.groups import group_token_advantages
-from reinforcepp.errors import ConfigError, nearest
 
 Population = Literal["tokens", "sequences"]
 
@@ -105,46 +104,7 @@ def normalize(values_BT: Tensor, mask_BT: Tensor, moments: Moments) -> Tensor:
     return (centered_BT * scale).float()
 
 
-def unnormalized_advantages(
-    rewards_B: Tensor,
-    kl_BT: Tensor | None,
-    mask_BT: Tensor,
-    *,
-    kl_coef: float,
-    gamma: float,
-    estimator: str,
-    group_ids_B: Tensor | None,
-    values_BT: Tensor | None = None,
-    gae_lambda: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Return advantages before normalization over the batch, and the critic's targets. -> (B, T), (B, T)
-
-    Without groups, each token has its return-to-go [v9 Eq. 4], or GAE on the same rewards. With groups, see ``groups``.
-    """
-    if estimator not in ESTIMATORS:
-        raise ConfigError(
-            f"estimator: {estimator!r} isn't valid. Choose {', '.join(ESTIMATORS)}.{nearest(estimator, ESTIMATORS)}"
-        )
-    spec = ESTIMATORS[estimator]
-    if spec.kl_in_loss and kl_coef != 0:
-        raise ConfigError(
-            f"kl_coef: {estimator} has its KL in the loss, but kl_coef of the reward is {kl_coef}. "
-            "Pass 0 and add the k2 KL to the loss."
-        )
-    if not spec.grouped:
-        rewards_BT = token_rewards(rewards_B, kl_BT, mask_BT, kl_coef)
-        if not spec.uses_critic:
-            returns_BT = returns_to_go(rewards_BT, mask_BT, gamma)
-            return returns_BT, returns_BT
-        if values_BT is None:
-            raise ConfigError(f"values_BT: missing, but {estimator} needs the critic's values. Pass them.")
-        return compute_gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=gae_lambda)
-    if gamma != 1:
-        raise ConfigError(f"gamma: {gamma} isn't valid for {estimator}. Use 1.")
-    if group_ids_B is None:
-        raise ConfigError(f"group_ids_B: missing, but {estimator} needs the prompt id of each sequence. Pass them.")
-    advantages_BT = group_token_advantages(rewards_B, kl_BT, mask_BT, group_ids_B, spec, kl_coef=kl_coef)
-    return advantages_BT, advantages_BT
+# --- the advantages of a batch --------------------------------------------------------------------------------------
 
 
 def compute_advantages(
@@ -179,18 +139,18 @@ def compute_advantages(
     Raises:
         ConfigError: the arguments contradict each other, or a group has a single sample.
     """
-    raw_BT, returns_BT = unnormalized_advantages(
-        rewards_B,
-        kl_BT,
-        mask_BT,
-        kl_coef=kl_coef,
-        gamma=gamma,
-        estimator=estimator,
-        group_ids_B=group_ids_B,
-        values_BT=values_BT,
-        gae_lambda=gae_lambda,
-    )
-    if ESTIMATORS[estimator].scale != "batch":
+    spec = checked_spec(estimator, kl_coef=kl_coef)
+    if spec.grouped:
+        raw_BT = returns_BT = group_token_advantages(
+            rewards_B, kl_BT, mask_BT, group_ids_B, estimator, kl_coef=kl_coef, gamma=gamma
+        )
+    else:
+        rewards_BT = token_rewards(rewards_B, kl_BT, mask_BT, kl_coef)
+        if spec.uses_critic:
+            raw_BT, returns_BT = compute_gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=gae_lambda)
+        else:
+            raw_BT = returns_BT = returns_to_go(rewards_BT, mask_BT, gamma)
+    if spec.scale != "batch":
         return raw_BT, returns_BT
     counted_BT = population_mask(mask_BT, normalize_over)
     global_moments = combine_moments(sum_over_ranks(moment_sums(raw_BT, counted_BT)))

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.losses import masked_mean
+from reinforcepp.errors import ConfigError
 
 
 def compute_gae(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float
+    rewards_BT: Tensor, values_BT: Tensor | None, mask_BT: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Return A_t = delta_t + gamma · lam · A_{t+1} with delta_t = r_t + gamma · V_{t+1} - V_t. [arXiv 1506.02438 Eq. 16]
 
@@ -17,7 +18,12 @@ def compute_gae(
 
     Returns:
         ``(advantages_BT, returns_BT)``; the returns A + V are the critic's targets.
+
+    Raises:
+        ConfigError: the values are missing.
     """
+    if values_BT is None:
+        raise ConfigError("values_BT: missing, but ppo needs the critic's values. Pass them.")
     mask_BT = mask_BT.bool()
     rewards_BT, values_BT = (torch.where(mask_BT, x, 0.0) for x in (rewards_BT, values_BT))
     advantages_BT = torch.zeros_like(rewards_BT)

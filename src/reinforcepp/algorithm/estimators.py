@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from reinforcepp.errors import ConfigError, nearest
+
 EstimatorName = Literal["reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo", "grpo", "ppo"]
 Baseline = Literal["none", "group_mean", "leave_one_out", "critic"]
 Scale = Literal["batch", "group", "none"]
@@ -49,3 +51,22 @@ ESTIMATORS: dict[str, EstimatorSpec] = {
     "ppo": EstimatorSpec("critic", "batch"),
 }
 assert tuple(ESTIMATORS) == get_args(EstimatorName)
+
+
+def checked_spec(name: str, *, kl_coef: float) -> EstimatorSpec:
+    """Return the components of an estimator that gets ``kl_coef`` as the weight of the KL in the reward.
+
+    Raises:
+        ConfigError: no estimator has this name, or the KL would count in both reward and loss.
+    """
+    if name not in ESTIMATORS:
+        raise ConfigError(
+            f"estimator: {name!r} isn't valid. Choose {', '.join(ESTIMATORS)}.{nearest(name, ESTIMATORS)}"
+        )
+    spec = ESTIMATORS[name]
+    if spec.kl_in_loss and kl_coef != 0:
+        raise ConfigError(
+            f"kl_coef: {name} has its KL in the loss, but kl_coef of the reward is {kl_coef}. "
+            "Pass 0 and add the k2 KL to the loss."
+        )
+    return spec

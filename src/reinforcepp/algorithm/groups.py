@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reinforcepp.algorithm.estimators import EstimatorSpec
+from reinforcepp.algorithm.estimators import ESTIMATORS
 from reinforcepp.errors import ConfigError
 
 GROUP_SCALE_FLOOR = 1e-4
@@ -67,12 +67,22 @@ def group_token_advantages(
     rewards_B: Tensor,
     kl_BT: Tensor | None,
     mask_BT: Tensor,
-    group_ids_B: Tensor,
-    spec: EstimatorSpec,
+    group_ids_B: Tensor | None,
+    estimator: str,
     *,
     kl_coef: float,
+    gamma: float,
 ) -> Tensor:
-    """Return each sequence's group advantage of R - kl_coef · sum_t kl_t at its sampled tokens, 0 where masked. -> (B, T)"""
+    """Return each sequence's group advantage of R - kl_coef · sum_t kl_t at its sampled tokens, 0 where masked. -> (B, T)
+
+    Raises:
+        ConfigError: ``gamma`` isn't 1, the group ids are missing, or a group has a single sample.
+    """
+    if gamma != 1:
+        raise ConfigError(f"gamma: {gamma} isn't valid for {estimator}. Use 1.")
+    if group_ids_B is None:
+        raise ConfigError(f"group_ids_B: missing, but {estimator} needs the prompt id of each sequence. Pass them.")
+    spec = ESTIMATORS[estimator]
     penalized_B = rewards_B.float()
     if kl_BT is not None and kl_coef != 0:
         penalized_B = penalized_B - kl_coef * torch.where(mask_BT.bool(), kl_BT.float(), 0.0).sum(-1)

@@ -1,16 +1,11 @@
-"""The losses of the policy and of a reward model, as pure functions over tensors."""
+"""The loss of the policy, as pure functions over tensors."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.kl import MAX_EXPONENT
-from reinforcepp.errors import ConfigError
-
-Correction = Literal["tis", "icepop", "off"]
 
 
 def masked_mean(values_BT: Tensor, mask_BT: Tensor, denominator: Tensor | float | None = None) -> Tensor:
@@ -35,7 +30,7 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the token mean of -w · min(s · A, clip(s, 1 - clip_low, 1 + clip_high) · A), s = exp(logprobs - old).
 
-    [arXiv 2501.03262v9 Eq. 1; dual clip: arXiv 1912.09729]
+    [arXiv 2501.03262v9 Eq. 1; dual clip: arXiv 1912.09729] The exponent is clamped so that no gradient overflows.
 
     Args:
         logprobs_BT: of the policy in training, with gradient.
@@ -45,7 +40,7 @@ def policy_loss(
         clip_low: the ratio s is clipped below 1 - clip_low.
         clip_high: the ratio s is clipped above 1 + clip_high.
         dual_clip: bound c > 1 of the loss, c · |A|, if A < 0; None disables it.
-        weights_BT: the detached weights w, see :func:`importance_weights`; 1 by default.
+        weights_BT: the detached weights w, see :func:`reinforcepp.algorithm.importance.importance_weights`; 1 by default.
         denominator: number of tokens in the optimizer step over all micro-batches and ranks; by default in this batch.
 
     Returns:
@@ -71,35 +66,3 @@ def policy_loss(
             "approx_kl": masked_mean(ratio_BT - 1 - log_ratio_BT, mask_BT, denominator),
         }
     return loss, stats
-
-
-def importance_weights(
-    old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor, *, mode: Correction, low: float, high: float
-) -> Tensor | None:
-    """Return w = exp(logp_old - logp_rollout), the correction for tokens that another engine sampled. -> (B, T)
-
-    ``tis`` clips w to [low, high], ``icepop`` sets w to 0 outside of it, ``off`` returns None. w carries no gradient.
-
-    Raises:
-        ConfigError: ``mode`` isn't one of these.
-    """
-    if mode == "off":
-        return None
-    log_ratio_BT = torch.where(mask_BT.bool(), old_logprobs_BT - rollout_logprobs_BT, 0.0).detach()
-    weights_BT = torch.exp(log_ratio_BT.clamp(-MAX_EXPONENT, MAX_EXPONENT))
-    if mode == "tis":
-        return weights_BT.clamp(low, high)
-    if mode == "icepop":
-        return torch.where((weights_BT >= low) & (weights_BT <= high), weights_BT, 0.0)
-    raise ConfigError(f"rollout correction: {mode!r} isn't valid. Choose tis, icepop or off.")
-
-
-def bradley_terry_loss(
-    chosen_B: Tensor, rejected_B: Tensor, *, margin: Tensor | float = 0.0, centering: float = 0.0
-) -> Tensor:
-    """Return mean(-log sigmoid(chosen - rejected - margin)) + centering · mean((chosen + rejected)²). -> ()
-
-    [Bradley and Terry 1952; margin: arXiv 2307.09288 Eq. 2; centering: arXiv 2312.09244]
-    """
-    loss = -torch.nn.functional.logsigmoid(chosen_B - rejected_B - margin).mean()
-    return loss + centering * (chosen_B + rejected_B).square().mean()

@@ -110,7 +110,9 @@ class TransformersEngine:
             each prompt.
         """
         index_of = {ids: i for i, ids in enumerate(dict.fromkeys(row.prompt.ids for row in rows))}
-        ids_PL, mask_PL = (x.to(self.model.device) for x in pad(list(index_of), self._pad_id, left=True))
+        ids_PL, mask_PL = (
+            x.to(self.model.device) for x in pad(list(index_of), int(self.tokenizer.pad_token_id), left=True)
+        )
         logits_PV = self._forward(ids_PL, mask_PL, position_ids(mask_PL), cache)
         seen_PV = torch.zeros(logits_PV.shape, dtype=torch.bool, device=logits_PV.device)
         seen_PV.scatter_(1, torch.where(mask_PL == 1, ids_PL, ids_PL[:, -1:]), True)  # the last column is never padding
@@ -134,10 +136,6 @@ class TransformersEngine:
 
     def _completion(self, row: _Row) -> Completion:
         return to_completion(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs)
-
-    @property
-    def _pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reinforcepp.algorithm.importance import Correction
 from reinforcepp.algorithm.kl import next_kl_coef
-from reinforcepp.algorithm.losses import Correction
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import prompt_rows
 from reinforcepp.distributed.rank_zero import RankZero

@@ -45,6 +45,15 @@ class Critic(Learner):
             values_BT[rows] = self.values(batch.completions, rows, values_BT.shape[1], pad_id)
         return values_BT
 
+    def accumulate(
+        self, batch: UpdateBatch, rows: list[int], tokens: Tensor, pad_id: int, weight: float, *, last: bool
+    ) -> Tensor:
+        """Accumulate the gradients of :meth:`loss` times ``weight``; return the loss. See :meth:`learning` for ``last``."""
+        with self.learning(last=last):
+            loss = self.loss(batch, rows, tokens, pad_id)
+            self.backward(loss * weight)
+        return loss.detach()
+
     def loss(self, batch: UpdateBatch, rows: list[int], tokens: Tensor, pad_id: int) -> Tensor:
         """Return a micro-batch's share of the value loss, a mean over ``tokens``."""
         assert batch.values_BT is not None

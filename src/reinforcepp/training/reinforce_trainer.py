@@ -15,7 +15,7 @@ from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.training.builder import build
 from reinforcepp.training.evaluation import Evaluation
 from reinforcepp.training.monitor import Monitor
-from reinforcepp.training.scoring import score, with_advantages
+from reinforcepp.training.policy_update import score, with_advantages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(eq=False)
 class RolloutScheduler:
     """Owns the rollout engine; generates with the policy's current weights.
 
-    Args:
+    Attributes:
         config: the run's settings.
         engine: generates the completions.
         policy: the model whose weights the engine gets.
@@ -29,22 +31,13 @@ class RolloutScheduler:
         ranks: each rank generates for its share of the prompts.
     """
 
-    def __init__(
-        self,
-        config: ReinforceConfig,
-        engine: RolloutEngine,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batches: PromptBatches,
-        ranks: Ranks,
-    ) -> None:
-        self.config = config
-        self.engine = engine
-        self.policy = policy
-        self.tokenizer = tokenizer
-        self.batches = batches
-        self.ranks = ranks
-        self._checked = False
+    config: ReinforceConfig
+    engine: RolloutEngine
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batches: PromptBatches
+    ranks: Ranks
+    _checked: bool = field(default=False, init=False)
 
     def next(self, step: int) -> list[Completion]:
         """Return this rank's completions of a step; steps count from 0."""
