@@ -5,10 +5,10 @@
     ├── DataError               a data file can't be read or has too few usable rows
     ├── ModelError              a model folder or name can't be used for the command
     ├── RolloutError            generation failed or the engine is out of sync with the trainer
-    │   └── EngineLost          every generator is gone; the training up to then is intact
+    │   └── EngineLost          every generation worker or server is gone; the training up to then is intact
     ├── RewardError             a reward function or a reward server failed
     └── TrainingDiverged        training was stopped because it diverged
-        └── UnusableUpdate      one update can't be made; training skips it and stops after several in a row
+        └── UnusableUpdate      one update can't be applied; training skips it and stops after several in a row
 
 Each message names the setting or file, the problem and the fix. The command line prints it without a traceback and exits
 with code 2.
@@ -25,7 +25,7 @@ class ReinforceError(Exception):
 
 
 class ConfigError(ReinforceError, ValueError):
-    """A setting is unknown, out of range or contradicts another one."""
+    """A setting is unknown, out of range or contradicts another setting."""
 
 
 class DataError(ReinforceError):
@@ -41,7 +41,7 @@ class RolloutError(ReinforceError):
 
 
 class EngineLost(RolloutError):
-    """Every generator is gone. Training can continue if others are available."""
+    """Every generation worker or server is gone. Training can continue if others become available."""
 
 
 class RewardError(ReinforceError):

@@ -20,7 +20,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON. An interruption leaves the old file or the new one, never a part."""
+    """Write ``value`` as JSON. An interruption leaves either the old file or the complete new file."""
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -50,14 +50,19 @@ def check_output_file(name: str, setting: str = "output") -> Path:
     if not name or output.is_dir():
         raise ConfigError(f"{setting} must be the name of a file, not {name or 'empty'!r}.")
     if not output.parent.is_dir():
-        raise ConfigError(f"{name} can't be written: there is no folder {output.parent}; create it first.")
+        raise ConfigError(
+            f"{setting}: {name} can't be written, because the folder {output.parent} doesn't exist. Create the folder first."
+        )
     if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"{name} can't be written: there is no permission to write in {output.parent}.")
+        raise ConfigError(
+            f"{setting}: {name} can't be written, because you have no permission to write in {output.parent}. Name a file in "
+            "another folder."
+        )
     return output
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or the list of a folder's files, to the disk."""
+    """Flush a file, or the directory entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -69,7 +74,7 @@ def flush(path: Path) -> None:
 def appearing_folder(final: Path) -> Iterator[Path]:
     """Yield a folder that is renamed to ``final`` at the end of the block, or removed on an error.
 
-    A power cut or a kill can leave a folder whose name ends in ``.partial``.
+    A power failure or a kill can leave a folder whose name ends in ``.partial``.
     """
     partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
@@ -99,7 +104,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a folder, and replace an older folder of that name."""
+    """Rename ``source`` to ``target``, and replace an older folder with that name."""
     if target.exists():
         older = target.with_name(target.name + ".older" + PARTIAL)
         shutil.rmtree(older, ignore_errors=True)
@@ -112,7 +117,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Return the first difference between ``folder`` and its manifest, in words, or None."""
+    """Return a description of the first difference between ``folder`` and its manifest, or None."""
     try:
         described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, expected in described.items():
@@ -136,7 +141,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Convert the safetensors error for a full disk into the OSError of the system."""
+    """Convert the safetensors error for a full disk to the OSError of the system."""
     from safetensors import SafetensorError
 
     try:

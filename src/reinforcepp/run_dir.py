@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be written, is free and has enough disk space, and the settings stored there."""
+"""The output folder of a run: checks before writing, and the settings stored in the folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.files import PARTIAL, write_json
 
 RENAMED_SETTINGS = {"mini_batch_size": "micro_batch_size"}
-"""Settings by their old names, with the current ones; runs of 0.1.0 are stored under the old names."""
+"""Current names of settings by their old names, which version 0.1.0 stored in ``run.json``."""
 REMOVED_SETTINGS = dict.fromkeys(
     ("nodes", "trainers", "network_gbps"),
-    "reinforcepp plan estimates one node. For several, run python benchmarks/forecast.py in a checkout: docs/scaling.md.",
+    "the setting was removed, because reinforcepp plan estimates a single node. For several nodes, run python "
+    "benchmarks/forecast.py in a checkout (see docs/scaling.md).",
 )
-"""Settings of earlier versions, with what replaces them."""
+"""Problem and fix for each setting that existed only in earlier versions."""
 
 HANDED_OVER = f"rollout_weights{PARTIAL}"
-"""Weights in transfer to a server; exists only while a training runs."""
+"""Folder with weights in transfer to a server; exists only during training."""
 RUN_FILE = "run.json"
 REWARD_CARD = "reward_model.json"
-MARKS = (RUN_FILE, REWARD_CARD)  # Only a folder with one of these was written by a run.
+MARKS = (RUN_FILE, REWARD_CARD)  # A folder without either of these files wasn't written by a run.
 OURS = (
     *MARKS,
     "metrics.jsonl",
@@ -65,7 +66,7 @@ OURS = (
     "vocab.json",
     "merges.txt",
 )
-# A resumed run can change these settings, because they affect only its place, its checkpoints and its checks.
+# A resumed run can change these settings, because they affect only its location, checkpoints and checks.
 FREE_ON_RESUME = (
     "output_dir",
     "overwrite",
@@ -92,11 +93,11 @@ def rename_settings(settings: Mapping[str, Any], known: Collection[str] | None =
     """Return ``settings`` under their current names, whether a user gave them or an earlier version stored them.
 
     Args:
-        settings: Values by the names of settings.
-        known: The settings that exist where these values go; by default every current name does.
+        settings: Values by setting name.
+        known: Names that the command accepts; by default, all current names.
 
     Raises:
-        ConfigError: If a setting has a value under its old and its current name, or was removed.
+        ConfigError: If a setting has a value under both its old and its current name, or was removed.
     """
     for name, reason in REMOVED_SETTINGS.items():
         if name in settings and (known is None or name not in known):
@@ -114,7 +115,7 @@ def rename_settings(settings: Mapping[str, Any], known: Collection[str] | None =
 
 
 def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False, needed_bytes: int = 0) -> Path:
-    """Check that a run can write to ``output_dir``, and return its path. Changes nothing.
+    """Check that a run can write to ``output_dir``, without changing anything, and return its path.
 
     ``resume`` is the setting: the run resumes from a checkpoint in that folder or, if the folder is free, from the
     checkpoint at the given path.
@@ -127,36 +128,35 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
     free = shutil.disk_usage(_existing_parent(folder)).free
     if free < needed_bytes:
         raise ConfigError(
-            f"{output_dir} is on a disk with {_size(free)} free, but this run writes about {_size(needed_bytes)}: "
-            "free some space or give another output_dir."
+            f"output_dir: {output_dir} is on a disk with {_size(free)} free, but this run writes about {_size(needed_bytes)}. "
+            "Free some space or give another output_dir."
         )
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     held = [name for name in names if not (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in OURS)]
-    own = isinstance(resume, str) and folder.resolve() in Path(resume).expanduser().resolve().parents
+    resumes_folder = isinstance(resume, str) and folder.resolve() in Path(resume).expanduser().resolve().parents
     if resume is True and not (has_checkpoint(folder) or (folder / RUN_FILE).is_file()):
-        raise ConfigError(f"{output_dir} holds no checkpoint to resume from: start without --resume.")
-    if resume is True or own:
+        raise ConfigError(f"resume: {output_dir} holds no checkpoint to resume from. Start without --resume.")
+    if resume is True or resumes_folder:
         return folder
     foreign = [name for name in held if name not in OURS and not name.startswith(("model-", "stacks-"))]
     if not _is_marked(folder):
-        foreign = held  # For example a downloaded model, whose files have the same names as a saved policy.
+        foreign = held  # For example, a downloaded model has files with the same names as a saved policy.
     if foreign:
         raise ConfigError(
-            f"{output_dir} holds files that no run of this tool wrote ({_some(foreign)}), so nothing is written there: "
-            "move them away or give another folder."
+            f"output_dir: {output_dir} holds files that reinforcepp didn't write ({_some(foreign)}). Move them away or give "
+            "another folder."
         )
     if held and not overwrite:
-        cure = (
-            "--resume to go on with it, or --overwrite to replace it"
-            if has_checkpoint(folder)
-            else "--overwrite to replace it"
+        resuming = "--resume to continue it, or " if has_checkpoint(folder) else ""
+        raise ConfigError(
+            f"output_dir: {output_dir} already holds a run ({_some(held)}). Add {resuming}--overwrite to replace it, or give "
+            "another folder."
         )
-        raise ConfigError(f"{output_dir} already holds a run ({_some(held)}): give {cure}, or another folder.")
     return folder
 
 
 def noted_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings with which the run in ``folder`` was started.
+    """Return the settings of the run in ``folder`` at its start.
 
     Raises:
         ConfigError: If ``run.json`` is missing or damaged.
@@ -166,46 +166,38 @@ def noted_settings(folder: Path) -> dict[str, Any]:
         return rename_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} is missing or damaged, so the run can't be resumed: start with --overwrite."
+            f"{path}: the file is missing or damaged, so the run can't be resumed. Start a new run with --overwrite."
         ) from error
 
 
 def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
-    """Check that a resumed run has the settings with which it was started, as far as they affect its results.
+    """Check that a resumed run has the same settings as at its start, if they affect its results.
 
     Raises:
-        ConfigError: If a setting differs that isn't in ``allowed``; names all of them.
+        ConfigError: If settings that aren't in ``allowed`` differ; the message names all of them.
     """
-    # One of the two was read from a file, where a tuple is a list.
+    # Stored settings come from JSON, which has no tuples, so both go through JSON before the comparison.
     began, now = (json.loads(json.dumps(rename_settings(settings))) for settings in (began, now))
     changed = {
         name: f"{name} was {began[name]} and is {value}"
         for name, value in now.items()
-        if name in began
-        and _as_noted(began[name]) != _as_noted(value)
-        and name not in FREE_ON_RESUME
-        and name not in allowed
+        if name in began and began[name] != value and name not in FREE_ON_RESUME and name not in allowed
     }
     if changed:
         raise ConfigError(
-            f"The run was started with other settings ({'; '.join(changed.values())}): resume it with the same ones, name "
-            f"those that you mean to change (--allow_changes {','.join(changed)}), or start anew in another folder or with "
-            "--overwrite."
+            f"resume: the run was started with other settings ({'; '.join(changed.values())}). Restore them, allow the changes "
+            f"with --allow_changes {','.join(changed)}, or start a new run in another folder or with --overwrite."
         )
 
 
-def _as_noted(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value  # JSON has no tuples
-
-
 def clear(folder: Path) -> None:
-    """Remove an earlier run's files from a folder that :func:`check_output` has passed for overwriting."""
+    """Remove all files from ``folder``, after :func:`check_output` has confirmed that a run wrote them."""
     for path in folder.iterdir() if folder.is_dir() else ():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def describe_run(folder: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write ``run.json``: the settings, and the facts known before the start."""
+    """Write ``run.json`` with the settings and the ``facts`` known before the start."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, {"settings": settings, **facts})
 
@@ -216,8 +208,8 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _is_marked(folder: Path) -> bool:
-    """Return whether a run wrote ``folder`` or a folder in it, as the demo does."""
-    return any(any(folder.glob(place + mark)) for place in ("", "*/") for mark in MARKS)
+    """Return whether a run wrote ``folder`` or, as in a demo, a folder in it."""
+    return any(any(folder.glob(prefix + mark)) for prefix in ("", "*/") for mark in MARKS)
 
 
 def _existing_parent(folder: Path) -> Path:
@@ -230,10 +222,13 @@ def _existing_parent(folder: Path) -> Path:
 def _check_writable(folder: Path) -> None:
     parent = _existing_parent(folder)
     if not parent.is_dir():
-        raise ConfigError(f"{folder} can't be a folder: {parent} is a file.")
+        raise ConfigError(
+            f"output_dir: {folder} can't be a folder, because {parent} is a file. Give another output_dir."
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{folder} can't be written: there is no permission to write in {parent}; give another output_dir."
+            f"output_dir: {folder} can't be written, because you have no permission to write in {parent}. Give another "
+            "output_dir."
         )
 
 

@@ -1,4 +1,4 @@
-"""The process and its surroundings: launcher, installed versions, asynchronous work, the Hugging Face Hub. Loads no torch."""
+"""The environment of the process: launcher, installed versions, event loop, Hugging Face Hub. Loads no torch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def is_first_here() -> bool:
     return int(os.environ.get("LOCAL_RANK") or 0) == 0
 
 
-_version = cache(version)  # Each call reads and parses a file, and every checkpoint needs ten of them.
+_version = cache(version)  # Each lookup parses a file, and every checkpoint records ten versions.
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of the installed ones of ``packages``."""
+    """Return the version of each package in ``packages`` that is installed."""
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):
@@ -51,19 +51,19 @@ T = TypeVar("T")
 
 
 def outcome(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` to its end and return its result, also from within a running event loop."""
+    """Run ``work`` to completion and return its result, even within a running event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    with ThreadPoolExecutor(1) as other:  # A running loop can't be waited for from within.
-        return other.submit(asyncio.run, work).result()
+    with ThreadPoolExecutor(1) as executor:  # A running loop can't run another coroutine to completion.
+        return executor.submit(asyncio.run, work).result()
 
 
 def look_for_hub() -> None:
-    """Go offline if the Hugging Face Hub can't be reached, because its library would retry every file for half a minute.
+    """Go offline if the Hugging Face Hub can't be reached, because its library would retry each file for half a minute.
 
-    Cached files still load. Behind a proxy this direct check says nothing, so it is skipped.
+    Cached files still load. Behind a proxy, a direct connection proves nothing, so the check is skipped.
     """
     from huggingface_hub import constants
 

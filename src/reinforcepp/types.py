@@ -1,7 +1,7 @@
-"""The records that flow through the training loop, in the order of their creation.
+"""Records of the training loop, in the order in which the loop creates them.
 
-Dimension suffixes used on tensor names everywhere in the package:
-``B`` sequences of a batch, ``T`` response tokens, ``L`` all tokens of a row, ``V`` vocabulary, ``G`` samples of a prompt.
+Dimension suffixes of tensor names in the whole package:
+``B`` sequences of a batch, ``T`` response tokens, ``L`` all tokens of a row, ``V`` vocabulary, ``G`` samples per prompt.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 RowId = int | str
-"""Number of a row in its file, as ``data`` counts; with the file's name if several files are read: ``b.csv:5``."""
+"""Row number in its file, as the ``data`` package counts; with several files, prefixed by the file: ``b.csv:5``."""
 
 
 @dataclass(frozen=True)
 class Preference:
     """One human preference between two responses to ``prompt``: ``chosen`` was preferred to ``rejected``.
 
-    ``row`` is its number in the file, and ``weight`` its weight in training.
+    ``row`` is its row in the file, and ``weight`` its weight in training.
     """
 
     prompt: str
@@ -36,7 +36,7 @@ class Preference:
 class ScoredPair:
     """A preference with a reward model's scores of both responses.
 
-    Lengths are those of the responses in tokens, including EOS, without prompt and chat template.
+    Lengths are response lengths in tokens, including EOS, without the prompt and the chat template.
     """
 
     row: RowId
@@ -50,15 +50,15 @@ class ScoredPair:
 
     @property
     def margin(self) -> float:
-        """Score of the chosen response minus that of the other; below 0 the model disagrees."""
+        """Score of the chosen response minus the score of the rejected one; negative if the model disagrees."""
         return self.chosen_score - self.rejected_score
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the policy sees it.
+    """A prompt, formatted and tokenized for the policy.
 
-    ``key`` identifies the prompt: it groups the samples of one prompt, and random seeds derive from it. ``ids`` is the
+    ``key`` identifies the prompt: it groups the samples of a prompt, and random seeds derive from it. ``ids`` is the
     formatted, tokenized prompt; ``columns`` holds the other columns of the data row, for reward functions.
     """
 
@@ -72,8 +72,8 @@ class Prompt:
 class Sampling:
     """How completions are sampled. The defaults sample the policy's full distribution, as training needs.
 
-    ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 disable it. The random numbers of a completion derive only from
-    (``seed``, prompt key, sample index), so completions don't depend on the other rows of a batch.
+    ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 disable truncated sampling. The random numbers of a completion
+    derive only from (``seed``, prompt key, sample index), so completions don't depend on the other rows of a batch.
     """
 
     max_new_tokens: int
@@ -89,8 +89,8 @@ class Sampling:
 class Completion:
     """One sample of the policy for a prompt. ``ids`` includes EOS if, and only if, it was sampled.
 
-    ``logprobs[i]`` is the engine's log-probability of ``ids[i]`` under the distribution that was sampled. If generation runs
-    ahead of training, ``old_logprobs`` and ``entropy`` are the trainer's values for the weights that sampled it; otherwise
+    ``logprobs[i]`` is the engine's log-probability of ``ids[i]`` under the distribution it was sampled from. If generation runs
+    ahead of training, ``old_logprobs`` and ``entropy`` are the trainer's values with the weights that generated it; otherwise
     they are empty.
     """
 
@@ -107,9 +107,9 @@ class Completion:
 class RolloutBatch:
     """One rollout batch, scored and ready for the update. ``mask_BT`` is 1 on sampled tokens, EOS included.
 
-    Log-probabilities are the sampling engine's (``rollout``), the trainer's own before the update (``old``) and the
-    reference's; all are 0 where masked. ``old`` and ``entropy`` are empty at first where the update's own forward pass
-    will give them: see ``PolicyUpdate.on_policy``.
+    Log-probabilities come from the rollout engine (``rollout``), from the trainer before the update (``old``) and from the
+    reference policy (``ref``); masked tokens have 0. ``old`` and ``entropy`` are empty at first if the forward pass of the
+    update computes them: see ``PolicyUpdate.on_policy``.
     """
 
     completions: list[Completion]

@@ -333,7 +333,7 @@ def test_a_file_that_can_not_take_pairs_is_refused_before_anything_is_loaded(cha
     (tmp_path / "other.csv").write_text("question,response_chosen,response_rejected\na,b,c\n")
     (tmp_path / "damaged.jsonl").write_text('{"prompt": "a", \n')
     assert "ends in .jsonl or .csv" in chat("", "--preferences", "p.txt", code=2).err
-    assert "no folder" in chat("", "--preferences", "none/p.csv", code=2).err
+    assert "none doesn't exist" in chat("", "--preferences", "none/p.csv", code=2).err
     assert "question, response_chosen" in chat("", "--preferences", "other.csv", code=2).err
     assert "damaged.jsonl" in chat("", "--preferences", "damaged.jsonl", code=2).err
 

@@ -164,7 +164,7 @@ def test_json_lines(answer, tmp_path, monkeypatch):
 
 
 def test_an_output_that_cannot_be_written_is_an_early_error(refused, tmp_path, monkeypatch):
-    assert "no folder" in refused("--prompt", PROMPT, "--output", str(tmp_path / "none" / "a.jsonl"))
+    assert "none doesn't exist" in refused("--prompt", PROMPT, "--output", str(tmp_path / "none" / "a.jsonl"))
     assert "name of a file" in refused("--prompt", PROMPT, "--output", str(tmp_path))
     assert "name of a file" in refused("--prompt", PROMPT, "--output", "")
     monkeypatch.setattr(os, "access", lambda path, mode: False)

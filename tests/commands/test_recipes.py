@@ -219,7 +219,7 @@ def test_a_recipe_is_shown_as_it_is(capsys, name):
         (["show", "../recipes/cpu_demo"], ["not found"]),
         (["copy", "cpu_demo.reward"], ["part of cpu_demo"]),
         (["copy"], ["recipes copy needs the name"]),
-        (["copy", "cpu_demo", "no/such/folder.yaml"], ["no folder no/such"]),
+        (["copy", "cpu_demo", "no/such/folder.yaml"], ["file: no/such/folder.yaml", "folder no/such doesn't exist"]),
         (["shwo", "cpu_demo"], ["Did you mean 'show'?"]),
         (["list", "cpu_demo"], ["recipes show cpu_demo"]),
         (["show", "cpu_demo", "x.yaml"], ["recipes copy cpu_demo x.yaml"]),
