@@ -9,6 +9,7 @@ import pytest
 from reinforcepp.commands.compare_estimators import run as comparison
 from reinforcepp.config import CompareAlgorithmsConfig
 from reinforcepp.errors import ConfigError
+from reinforcepp.files import write_json
 from reinforcepp.reports.estimators import verdict, write_page
 
 
@@ -174,3 +175,15 @@ def test_the_page_is_drawn_without_complaints(window, made, tmp_path):
         shown.wait_for_selector(".chart canvas")
         assert shown.locator(".chart canvas").count() == 3 and shown.title() == "Estimators compared"
         assert opened.complaints == [] and opened.overflow() <= 0 and opened.low_contrasts() == []
+
+
+def test_a_run_that_was_stored_under_old_names_is_finished(tmp_path):
+    config = CompareAlgorithmsConfig(output_dir=str(tmp_path), micro_batch_size=4, resume=True)
+    job = comparison._job(config, next(comparison.planned(config, tmp_path)))
+    old = {"settings": dict(job["settings"]), "split_seed": job["split_seed"]}
+    old["settings"]["mini_batch_size"] = old["settings"].pop("micro_batch_size")
+    write_json(tmp_path / "job.json", old)
+    assert not comparison._is_done(tmp_path, job)
+    write_json(tmp_path / "result.json", {})
+    assert comparison._is_done(tmp_path, job)
+    assert not comparison._is_done(tmp_path, job | {"split_seed": 1})

@@ -22,7 +22,7 @@ from reinforcepp.errors import ModelError
 from reinforcepp.files import write_json
 from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rewards.trained import check_reward_folder
-from reinforcepp.run_dir import check_output, check_unchanged, clear, describe_run, noted_settings
+from reinforcepp.run_dir import check_output, check_unchanged, clear, describe_run, noted_settings, rename_settings
 
 LEARNING_RATE_FACTORS = (1 / 3, 1.0, 3.0)
 COMPLETIONS_PER_STEP = (4, 8, 32)
@@ -126,7 +126,10 @@ def _job(config: CompareAlgorithmsConfig, run: TrainConfig) -> dict[str, Any]:
 
 def _is_done(path: Path, job: dict[str, Any]) -> bool:
     """Return whether this exact run was finished before."""
-    return (path / "result.json").is_file() and _read(path / "job.json") == job
+    if not (path / "result.json").is_file():
+        return False
+    done = _read(path / "job.json")
+    return done | {"settings": rename_settings(done["settings"])} == job
 
 
 def _read(path: Path) -> dict[str, Any]:
