@@ -368,9 +368,9 @@ def test_texts_that_look_like_flags_stay_texts(parsed):
     ("yaml", "named"),
     [
         ("bacth_size: 3", ["settings.yaml", "'bacth_size'", "Did you mean 'batch_size'"]),
-        ("1: 3", ["settings.yaml", "no setting 1"]),
-        ("config: other.yaml", ["no setting 'config'"]),
-        ("prompt: hello", ["no setting 'prompt'"]),  # a setting of another verb
+        ("1: 3", ["settings.yaml", "setting 1 not found"]),
+        ("config: other.yaml", ["setting 'config' not found"]),
+        ("prompt: hello", ["setting 'prompt' not found"]),  # a setting of another verb
         ("- batch_size", ["settings.yaml", "name: value"]),
         ("batch_size", ["settings.yaml", "name: value"]),
         ("", ["settings.yaml", "name: value"]),
@@ -395,7 +395,7 @@ def test_mistakes_in_the_file_are_named(parsed, yaml, named):
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path):
-    with pytest.raises(ConfigError, match=r"no configuration file .*none\.yaml"):
+    with pytest.raises(ConfigError, match=r"Configuration file .*none\.yaml"):
         cli.parse("train", ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(ConfigError, match="directory"):
         cli.parse("train", ["--config", str(tmp_path)])
@@ -404,7 +404,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path):
         cli.parse("train", ["--config", str(tmp_path / "latin.yaml")])
     with pytest.raises(ConfigError, match=r"--config.*missing"):
         cli.parse("train", ["--config"])
-    with pytest.raises(ConfigError, match="configuration file"):
+    with pytest.raises(ConfigError, match="Configuration file"):
         cli.parse("train", ["--config="])
 
 

@@ -54,14 +54,14 @@ def test_names_with_options(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.csv?wieght=2", "no option 'wieght', only weight, split, revision, subset. Did you mean 'weight'?"),
+        ("a.csv?wieght=2", "option 'wieght' not found, only weight, split, revision, subset. Did you mean 'weight'?"),
         ("a.csv?weight=", "weight has no value"),
-        ("a.csv?weight=0", "above 0"),
-        ("a.csv?weight=-1", "above 0"),
-        ("a.csv?weight=nan", "above 0"),
+        ("a.csv?weight=0", "greater than 0"),
+        ("a.csv?weight=-1", "greater than 0"),
+        ("a.csv?weight=nan", "greater than 0"),
         ("a.csv?weight=1001", "at most 1000"),
         ("a.csv?weight=many", "not many"),
-        ("a.csv?split=train", "split is an option of data sets"),
+        ("a.csv?split=train", "split is an option for Hub datasets"),
     ],
 )
 def test_invalid_options_are_errors(text, message):

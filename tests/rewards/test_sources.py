@@ -49,7 +49,7 @@ def test_a_folder_with_a_colon_in_its_name_is_a_folder(tmp_path):
         ("1e999*x", "finite number, not inf"),
         ("builtin:jugde", "Did you mean 'builtin:judge'"),
         ("rule:lenght", "Did you mean 'length'"),
-        ("length?max=3", "write rule:length"),
+        ("length?max=3", "Write rule:length"),
         ("http://", "isn't the address"),
         ("http://h:abc/x", "isn't the address"),
         ("http://h:0/x", "isn't the address"),

@@ -1,11 +1,11 @@
-"""Accelerators that a training can be planned for: the one place that knows their names. Imports no torch.
+"""Accelerators that ``plan`` knows by name. Imports no torch.
 
-Figures are those of the vendor's data sheets, for the SXM module where there are several: memory, TFLOP/s of matrix
-products in bfloat16 (dense, so half of what sheets call "with sparsity", and with float32 sums) and in float32 outside
-the tensor cores, which is what torch takes by default, bandwidth of the memory, and bandwidth to the other GPUs of the
-machine, one way (sheets add both ways up): NVLink where there is a switch for all, else PCIe of 16 lanes.
+Values are from the vendor's data sheets, for the SXM module if there are several: memory, TFLOP/s of matrix products in
+bfloat16 (dense, half of the values "with sparsity", accumulated in float32) and in float32 outside the tensor cores (the
+default of torch), memory bandwidth, and bandwidth to the other GPUs of the node in one direction (data sheets add both
+directions): NVLink if a switch connects all GPUs, otherwise PCIe with 16 lanes.
 
-    b200        NVIDIA DGX B200 datasheet, an eighth of the system's
+    b200        NVIDIA DGX B200 datasheet, one eighth of the system
     h200, h100  NVIDIA H200 and H100 Tensor Core GPU datasheets
     a100        NVIDIA A100 Tensor Core GPU datasheet, 80 GB
     l40s, l4    NVIDIA L40S and L4 Tensor Core GPU datasheets
@@ -24,11 +24,11 @@ DeviceName = Literal["auto", "cpu", "b200", "h200", "h100", "a100", "l40s", "l4"
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What a data sheet says."""
+    """Values of a data sheet."""
 
     title: str
     gigabytes: float
-    """Memory, in units of 10^9 bytes; what can be used of it is about this number of GiB less a few per cent."""
+    """Memory in units of 10^9 bytes. The usable memory is a few percent below this number of GiB."""
     bf16_tflops: float
     float32_tflops: float
     gigabytes_per_second: float

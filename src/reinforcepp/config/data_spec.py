@@ -1,9 +1,9 @@
-"""What a setting for data names, as the user writes it. Imports no torch and opens no file.
+"""Parse the setting ``data``. Imports no torch and opens no file.
 
 my.csv, data/*.jsonl, a folder           files, patterns and folders
-org/name, hub:name                       a data set of the Hugging Face hub; a file or folder of that name wins
+org/name, hub:name                       a dataset on the Hugging Face Hub; a file or folder with this name has priority
 a,b                                      several of them
-NAME?weight=2&split=train                with options: weight, and of a data set split, revision and subset
+NAME?weight=2&split=train                with options: weight, and for a dataset split, revision and subset
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _OPTIONS = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
 _HUB = "hub:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-"""Endings of the files that are read."""
+"""File extensions that can be read."""
 
 
 @dataclass(frozen=True)
 class DataName:
-    """One part of a setting for data: ``name`` with its options.
+    """One entry of the setting ``data``: ``name`` with its options.
 
-    ``weight`` is how often its rows count in training, ``subset`` what the hub also calls a configuration.
+    ``weight`` is how often its rows count in training; ``subset`` is also called a configuration on the Hub.
     """
 
     name: str
@@ -43,21 +43,21 @@ class DataName:
 
     @property
     def paths(self) -> list[Path]:
-        """The files and folders that are meant: those that fit a pattern, which where there are none stays as it is."""
+        """The files and folders that match the name, or the name itself if none match; empty for a Hub dataset."""
         if self.hub:
             return []
         try:
             matches = sorted(glob.glob(self.name)) if not os.path.exists(self.name) else []
-        except ValueError:  # a NUL character in it
+        except ValueError:  # The name contains a NUL character.
             matches = []
         return [Path(match) for match in matches or [self.name]]
 
 
 def data_names(setting: str | Path) -> list[DataName]:
-    """The parts of a setting, in order. What exists under the whole name is that file, commas and all.
+    """Return the entries of a setting, in order. If a file with the whole name exists, commas don't separate entries.
 
     Raises:
-        ConfigError: an option isn't one, or has no sensible value.
+        ConfigError: If an option doesn't exist or has an invalid value.
     """
     if os.path.exists(setting):
         return [DataName(str(setting))]
@@ -65,7 +65,7 @@ def data_names(setting: str | Path) -> list[DataName]:
 
 
 def listed(setting: str | Path) -> list[Path]:
-    """The paths that a setting for data stands for."""
+    """Return the paths in a setting for data."""
     return [path for part in data_names(setting) for path in part.paths]
 
 
@@ -76,15 +76,15 @@ def _data_name(text: str) -> DataName:
     name, options = found[1], dict(parse_qsl(found[2].replace("+", "%2B"), keep_blank_values=True))
     for key, value in options.items():
         if key not in OPTIONS:
-            raise ConfigError(f"{text}: there is no option {key!r}, only {', '.join(OPTIONS)}.{nearest(key, OPTIONS)}")
+            raise ConfigError(f"{text}: option {key!r} not found, only {', '.join(OPTIONS)}.{nearest(key, OPTIONS)}")
         if not value.strip():
-            raise ConfigError(f"{text}: the option {key} has no value; give one, or omit it.")
+            raise ConfigError(f"{text}: option {key} has no value. Give one, or omit the option.")
     weight = _weight(text, options.pop("weight", "1"))
     hub = _is_hub(name)
     if not hub and not os.path.isdir(name) and options:
         raise ConfigError(
-            f"{text}: {next(iter(options))} is an option of data sets of the hub and of folders that datasets saved, and "
-            f"{name} is a file; omit it."
+            f"{text}: {next(iter(options))} is an option for Hub datasets and folders saved by `datasets`, but {name} is "
+            "a file. Omit the option."
         )
     return DataName(name.removeprefix(_HUB), weight, hub=hub, **options)
 
@@ -92,8 +92,8 @@ def _data_name(text: str) -> DataName:
 def _is_hub(name: str) -> bool:
     if name.startswith(_HUB):
         return True
-    there = os.path.exists(name) or os.path.isdir(name.partition("/")[0])
-    return not there and _HUB_NAME.fullmatch(name) is not None and Path(name).suffix.lower() not in FILES
+    is_local = os.path.exists(name) or os.path.isdir(name.partition("/")[0])
+    return not is_local and _HUB_NAME.fullmatch(name) is not None and Path(name).suffix.lower() not in FILES
 
 
 def _weight(text: str, value: str) -> float:
@@ -103,6 +103,6 @@ def _weight(text: str, value: str) -> float:
         weight = math.nan
     if not 0 < weight <= MOST_TIMES:
         raise ConfigError(
-            f"{text}: a weight is how often each row counts, above 0 and at most {MOST_TIMES}, not {value}."
+            f"{text}: the weight must be greater than 0 and at most {MOST_TIMES}, not {value}. It is how often each row counts."
         )
     return weight

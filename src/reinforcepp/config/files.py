@@ -11,24 +11,26 @@ from reinforcepp.run_dir import rename_settings
 
 
 def read_yaml(path: str, config_class: type) -> dict[str, Any]:
-    """Settings of a YAML file, each a field of ``config_class``.
+    """Return the settings in a YAML file, each a field of ``config_class``.
 
     Raises:
-        ConfigError: for a file that is missing, isn't a mapping, holds an unknown key (the nearest is suggested), or
-            more or less than one plain value under a key.
+        ConfigError: If the file is missing, isn't a mapping, or has an unknown key (the nearest is suggested) or a key
+            without a single plain value.
     """
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"There is no configuration file {path}.") from None
+        raise ConfigError(f"Configuration file {path} not found. Check the path after --config.") from None
     except OSError as error:
-        raise ConfigError(f"The configuration file {path} can't be read: {error.strerror}.") from error
+        raise ConfigError(
+            f"Configuration file {path} can't be read ({error.strerror}). Check its permissions."
+        ) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold settings as 'name: value' lines.")
+        raise ConfigError(f"{path} isn't a mapping of settings. Write one 'name: value' per line.")
     known = {field.name: field for field in fields(config_class)}
     try:
         values = rename_settings(values, known)
@@ -36,7 +38,7 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"{path}: there is no setting {key!r}.{nearest(str(key), known)}")
+            raise ConfigError(f"{path}: setting {key!r} not found.{nearest(str(key), known)}")
         if not (isinstance(value, str) and known[key].type == "bool | str"):
             _check_yaml_value(f"{path}: {key}", value, known[key].default)
     return values
@@ -44,7 +46,7 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
 
 def _check_yaml_value(where: str, value: Any, default: Any) -> None:
     if value is None and default is not None:
-        raise ConfigError(f"{where} has no value: give one, or remove the line for the default.")
+        raise ConfigError(f"{where} has no value. Give one, or remove the line for the default.")
     if isinstance(default, tuple):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{where} must be a list of names, as in [one, two], not {value!r}.")
@@ -52,10 +54,10 @@ def _check_yaml_value(where: str, value: Any, default: Any) -> None:
     if value is not None and not isinstance(value, (str, int, float)):
         raise ConfigError(f"{where} must be a single value, not {value!r}.")
     if isinstance(default, bool) != isinstance(value, bool):
-        kind = "true or false" if isinstance(default, bool) else "a value of its own"
+        kind = "true or false" if isinstance(default, bool) else "a number or text"
         raise ConfigError(f"{where} must be {kind}, not {value!r}.")
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain values, for JSON and for display."""
+    """Return the configuration as plain values, for JSON and for display."""
     return asdict(config)

@@ -1,4 +1,4 @@
-"""What a reward is made of, as the user writes it: ``0.5*rule:length?max=200``. Imports no torch and loads nothing.
+"""Parse the setting ``rewards``, for example ``0.5*rule:length?max=200``. Imports no torch and loads nothing.
 
 builtin:judge                        the built-in data's judge
 rule:NAME?OPTION=VALUE&...           a rule of ``reward_rules``
@@ -30,7 +30,7 @@ Kind = Literal["judge", "rule", "server", "function", "model"]
 
 @dataclass(frozen=True)
 class RewardSource:
-    """One part of the reward: ``weight`` times what ``target``, of this ``kind``, says."""
+    """One term of the reward: ``weight`` times the score of ``target``."""
 
     kind: Kind
     target: str
@@ -38,7 +38,7 @@ class RewardSource:
 
     @property
     def path(self) -> str | None:
-        """The file or folder that it is read from, if any."""
+        """The file or folder of the source, if any."""
         if self.kind == "model":
             return self.target
         module = self.target.rpartition(":")[0]
@@ -46,22 +46,23 @@ class RewardSource:
 
 
 def parse_source(text: str) -> RewardSource:
-    """What ``text`` means; no file is read for that, and nothing is loaded.
+    """Return the reward source in ``text``, without reading a file.
 
     Raises:
-        ConfigError: if it is empty or means nothing, if a rule is wrong, or if a URL is one that can't be asked or holds
-            a secret.
+        ConfigError: If the text is empty, a rule or built-in reward doesn't exist, or a URL isn't valid or holds a secret.
     """
     weight, target = 1.0, text.strip()
     if found := WEIGHT.fullmatch(target):
         weight, target = float(found[1]), found[2].strip()
     if not target:
-        raise ConfigError(f"A reward is empty in {text!r}: name a model's folder, a rule, a function or a server.")
+        raise ConfigError(
+            f"The reward in {text!r} is empty. Give the folder of a reward model, a rule, a function or a server."
+        )
     if not math.isfinite(weight):
         raise ConfigError(f"The weight of {target} must be a finite number, not {weight}.")
     if target.startswith("builtin:"):
         if target != JUDGE:
-            raise ConfigError(f"There is no reward {target!r}.{nearest(target, [JUDGE])}")
+            raise ConfigError(f"Reward {target!r} not found.{nearest(target, [JUDGE])}")
         return RewardSource("judge", target, weight)
     if target.startswith("rule:"):
         target = target.removeprefix("rule:")
@@ -71,26 +72,26 @@ def parse_source(text: str) -> RewardSource:
         check_url(target)
         return RewardSource("server", target, weight)
     if target.partition("?")[0] in RULES:
-        raise ConfigError(f"{target} is a rule: write rule:{target}, or ./{target} for a folder of that name.")
+        raise ConfigError(f"{target} is a rule. Write rule:{target}, or ./{target} for a folder of that name.")
     function = FUNCTION.fullmatch(target) and not Path(target).expanduser().is_dir()
     return RewardSource("function" if function else "model", target, weight)
 
 
 def check_url(url: str) -> None:
-    """Check that ``url`` can be asked and may be written down: settings are saved, so it must hold no secret."""
-    cure = f"settings are saved, so it must stand in the environment variable {TOKEN_VARIABLE} instead."
+    """Check that ``url`` is valid and holds no secret, because settings are saved."""
+    fix = f"Put it in the environment variable {TOKEN_VARIABLE}, because settings are saved."
     try:
         parts = urlsplit(url)
-        there = bool(parts.hostname) and parts.port != 0
+        valid = bool(parts.hostname) and parts.port != 0
     except ValueError:
-        there = False
-    if not there:
-        shown = "What has an @ in it" if "@" in url else url.partition("?")[0]
+        valid = False
+    if not valid:
+        shown = "The URL (hidden because of its @)" if "@" in url else url.partition("?")[0]
         raise ConfigError(
-            f"{shown} isn't the address of a reward server: write it like http://127.0.0.1:5000/get_reward."
+            f"{shown} isn't the address of a reward server. Write it as in http://127.0.0.1:5000/get_reward."
         )
     if parts.username is not None or parts.password is not None:
-        raise ConfigError(f"The address of the reward server {parts.hostname} holds a password: {cure}")
+        raise ConfigError(f"The address of the reward server {parts.hostname} holds a password. {fix}")
     for name, _ in parse_qsl(parts.query, keep_blank_values=True):
         if SECRET.search(name):
-            raise ConfigError(f"The address of the reward server {parts.hostname} holds a secret, {name}: {cure}")
+            raise ConfigError(f"The address of the reward server {parts.hostname} holds a secret, {name}. {fix}")
