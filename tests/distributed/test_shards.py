@@ -65,5 +65,5 @@ def test_a_damaged_part_is_named(tmp_path):
     write_shards(TENSORS, tmp_path / "policy_optimizer")
     (file,) = (tmp_path / "policy_optimizer").iterdir()
     file.write_bytes(b"nonsense")
-    with pytest.raises(ModelError, match=r"policy_optimizer.*can't be read as safetensors"):
+    with pytest.raises(ModelError, match=r"policy_optimizer.* can't be read as safetensors"):
         load_optimizer(Checkpoint(tmp_path), "policy", [])

@@ -152,7 +152,6 @@ def test_a_worker_with_vllm(monkeypatch):
         worker.engine.close()
 
 
-@pytest.mark.full
 @needs_vllm
 def test_weights_are_broadcast_to_workers_by_vllms_transfer(cluster, monkeypatch):
     """Real workers with vLLM; the broadcast goes through a TCP store instead of NCCL, without packing."""
