@@ -167,7 +167,7 @@ def test_upper_and_lower_bounds(name, good, bad):
         ("train", {"estimator": "reinforce_plus_plus_baseline", "num_generations": 4, "gamma": 0.9}, ["gamma", "1"]),
         ("train", {"micro_batch_size": 4, "gradient_accumulation_steps": 4}, ["4 x", "16", "8", "batch_size"]),
         ("train", {"micro_batch_size": 16, "gradient_accumulation_steps": 1}, ["16", "8"]),
-        ("train", {"importance_low": 3.0}, ["importance_high 2.0", "importance_low 3.0"]),
+        ("train", {"importance_low": 3.0}, ["importance_high: 2.0", "importance_low 3.0"]),
         ("train", {"model": "runs/a", "output_dir": "runs/a"}, ["output_dir", "model", "runs/a"]),
         ("train", {"reward_model": "m/rm", "output_dir": "m"}, ["output_dir", "reward_model", "m/rm"]),
         ("train", {"data": "m/x.csv", "output_dir": "./m/../m"}, ["output_dir", "data"]),

@@ -67,7 +67,7 @@ def test_exact_match_takes_the_last_match_and_its_group():
 
 def test_exact_match_scores_no_row_without_an_answer():
     assert scores("exact_match", "a", "b", "c", answer=[None, "b", " "]) == [None, 1, None]
-    with pytest.raises(ConfigError, match=r"column 'answr', which the data lacks; it has answer, topic\..*'answer'"):
+    with pytest.raises(ConfigError, match=r"column 'answr' not found.*answer, topic\..*'answer'"):
         scores("exact_match?column=answr", "a", answer=["a"], topic=["b"], completion_ids=[[1]], finish_reason=["stop"])
     with pytest.raises(ConfigError, match="only the prompt"):
         scores("exact_match", "a", completion_ids=[[1]])
@@ -89,23 +89,23 @@ def test_repetition_takes_off_the_share_of_runs_said_before():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("lenght?min=1", "no rule 'lenght'.*Did you mean 'length'"),
-        ("length?mix=1", "rule:length.mix=1: there is no option 'mix'.*Did you mean 'min'"),
+        ("lenght?min=1", "rule 'lenght' not found.*Did you mean 'length'"),
+        ("length?mix=1", "rule:length.mix=1: option 'mix' not found.*Did you mean 'min'"),
         ("length?min=few", "min must be a whole number, not 'few'"),
-        ("length?min=-1", "min must not be negative"),
-        ("length?max=0", "max at least 1"),
-        ("length?min=9&max=8", "min 9 is over max 8"),
+        ("length?min=-1", "min must be at least 0"),
+        ("length?max=0", "max must be at least 1"),
+        ("length?min=9&max=8", "min 9 is above max 8"),
         ("length?unit=token", "unit must be one of.*Did you mean 'tokens'"),
-        ("length?min=1&min=2", "min is there twice"),
+        ("length?min=1&min=2", "min is given twice"),
         ("length?min", "'min' isn't an option"),
         ("length?min=", "'min=' isn't an option"),
-        ("regex", "needs a pattern"),
-        ("regex?pattern=(", "'\\(' is not a regular expression"),
-        ("regex?pattern=a{99999999999}", "not a regular expression"),
-        ("exact_match?pattern=(", "not a regular expression"),
+        ("regex", "pattern is missing"),
+        ("regex?pattern=(", "'\\(' isn't a regular expression"),
+        ("regex?pattern=a{99999999999}", "isn't a regular expression"),
+        ("exact_match?pattern=(", "isn't a regular expression"),
         ("format?tags=a b", "tags must be names"),
         ("repetition?n=0", "n must be at least 1"),
-        ("", "no rule ''"),
+        ("", "rule '' not found"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_the_cure(rule, message):

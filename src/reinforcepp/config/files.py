@@ -25,10 +25,10 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"Configuration file {path} not found. Check the path after --config.") from None
     except OSError as error:
         raise ConfigError(
-            f"Configuration file {path} can't be read ({error.strerror}). Check its permissions."
+            f"Configuration file {path} can't be read ({error.strerror}). Give a YAML file that you can read."
         ) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct the file.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} isn't a mapping of settings. Write one 'name: value' per line.")
     known = {field.name: field for field in fields(config_class)}

@@ -65,10 +65,10 @@ class LintConfig(ColumnConfig, LintInputs):
 
 @dataclass(frozen=True)
 class DoctorConfig(Config):
-    """Diagnose what went wrong in a training, or goes wrong in one that runs."""
+    """Diagnose the problems of a training run, finished or in progress."""
 
     run: FilledStr = "runs/train"
-    """Folder of the training"""
+    """Output folder of the training run"""
     format: Literal["text", "json"] = "text"
     """Format of the diagnosis"""
     fail_on: Literal["error", "warning", "never", "serious"] = "error"
@@ -77,10 +77,10 @@ class DoctorConfig(Config):
 
 @dataclass(frozen=True)
 class ReportConfig(Config):
-    """Show the results of a training, or of several overlaid, on a page that opens offline."""
+    """Show the results of a training run, or of several overlaid, on a page that works offline."""
 
     runs: tuple[str, ...] = ("runs/train",)
-    """Output folders of trainings or demos"""
+    """Output folders of training runs or demos"""
     output: FilledStr | None = None
     """File for the page. Default: report.html in the run's folder; here for several"""
     samples: Annotated[int, Range(at_least=0, at_most=MOST_SAMPLES)] = 6
@@ -88,6 +88,6 @@ class ReportConfig(Config):
 
     def _check_rules(self) -> None:
         if not self.runs or not all(name.strip() for name in self.runs):
-            raise ConfigError("runs is empty or names an empty folder. Give the output_dir of at least one training.")
+            raise ConfigError("runs is empty or names an empty folder. Give the output_dir of at least one run.")
         if len(self.runs) > MOST_RUNS:
             raise ConfigError(f"runs: {len(self.runs)} are too many for one page. Give up to {MOST_RUNS}.")

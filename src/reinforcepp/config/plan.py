@@ -13,7 +13,7 @@ from reinforcepp.errors import ConfigError
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """Estimate, before a model is loaded, whether a training fits into memory of one node and how long a step takes."""
+    """Estimate, without loading a model, whether a training run fits into one node's memory and how long a step takes."""
 
     gpus: NonNegativeInt | None = None
     """GPUs that train; 0 is the CPU. Default: all of this node, 1 of a named device"""

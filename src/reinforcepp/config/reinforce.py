@@ -68,7 +68,7 @@ class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, Ch
     num_generations: PositiveInt = 1
     """Completions per prompt; 2 or more for rloo, grpo and *_baseline"""
     micro_batch_size: PositiveInt | None = None
-    """Completions per forward and backward pass; less saves memory. Default: 8"""
+    """Completions per forward and backward pass; fewer use less memory. Default: 8"""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches per optimizer step; default: all of a rollout batch"""
     num_iterations: PositiveInt = 1
@@ -186,7 +186,10 @@ class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, Ch
                     f"report_to: tracker {name!r} not found, only {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}"
                 )
         if self.importance_high < self.importance_low:
-            raise ConfigError(f"importance_high {self.importance_high} is below importance_low {self.importance_low}.")
+            raise ConfigError(
+                f"importance_high: {self.importance_high} is below importance_low {self.importance_low}. Raise "
+                "importance_high or lower importance_low."
+            )
         if self.max_prompt_length + self.max_new_tokens > self.max_length:
             raise ConfigError(
                 f"max_prompt_length {self.max_prompt_length} + max_new_tokens {self.max_new_tokens} exceed max_length "

@@ -1,7 +1,7 @@
 """Rewards that need no model: the rules behind ``rule:NAME?OPTION=VALUE&OPTION=VALUE``. Imports no torch.
 
-Each rule is a frozen record of its options and, called like any reward function, scores completions; ``name`` is what
-its scores are logged under. ``None`` means that a rule has nothing to say of a completion.
+Each rule is a frozen record of its options. It is called like any reward function and scores completions. ``name`` is the
+name of its scores in the metrics. ``None`` means that the rule doesn't score a completion.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ UNITS = ("tokens", "words", "characters")
 
 @dataclass(frozen=True)
 class Length:
-    """1 from ``min`` to ``max`` ``unit``; below it falls evenly to 0 at no length, above it to 0 at twice ``max``."""
+    """Score 1 from ``min`` to ``max`` ``unit``; it falls linearly to 0 at length 0 and at twice ``max``."""
 
     min: int = 0
     max: int | None = None
@@ -30,15 +30,17 @@ class Length:
         """Check the bounds."""
         if self.unit not in UNITS:
             raise ConfigError(f"unit must be one of {', '.join(UNITS)}, not {self.unit!r}.{nearest(self.unit, UNITS)}")
-        if self.min < 0 or (self.max is not None and self.max < 1):
-            raise ConfigError(f"min must not be negative and max at least 1, not {self.min} and {self.max}.")
+        if self.min < 0:
+            raise ConfigError(f"min must be at least 0, not {self.min}.")
+        if self.max is not None and self.max < 1:
+            raise ConfigError(f"max must be at least 1, not {self.max}.")
         if self.max is not None and self.min > self.max:
-            raise ConfigError(f"min {self.min} is over max {self.max}.")
+            raise ConfigError(f"min {self.min} is above max {self.max}. Lower min or raise max.")
 
     def __call__(
         self, prompts: list[str], completions: list[str], completion_ids: Sequence[Sequence[int]] = (), **_: Any
     ) -> list[float | None]:
-        """0 to 1."""
+        """Return scores from 0 to 1."""
         if self.unit == "tokens":
             return [self._of(len(ids)) for ids in completion_ids]
         return [self._of(len(text.split() if self.unit == "words" else text)) for text in completions]
@@ -53,7 +55,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Regex:
-    """1 where ``pattern`` is found, else 0."""
+    """Score 1 if ``pattern`` is found, otherwise 0."""
 
     pattern: str
     name: str = "regex"
@@ -63,14 +65,14 @@ class Regex:
         compiled(self.pattern)
 
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
-        """0 or 1."""
+        """Return 0 or 1 for each completion."""
         pattern = compiled(self.pattern)
         return [float(pattern.search(text) is not None) for text in completions]
 
 
 @dataclass(frozen=True)
 class Format:
-    """1 where a completion is its ``tags`` in this order, each once, with text inside and nothing else; otherwise 0."""
+    """Score 1 if a completion is its ``tags`` in this order, each once, with text inside and nothing else; otherwise 0."""
 
     tags: str = "think,answer"
     name: str = "format"
@@ -79,12 +81,10 @@ class Format:
         """Check the names of the tags."""
         for tag in self.tags.split(","):
             if not re.fullmatch(r"[\w-]+", tag):
-                raise ConfigError(
-                    f"tags must be names with commas between them, as in think,answer, not {self.tags!r}."
-                )
+                raise ConfigError(f"tags must be names separated by commas, as in think,answer, not {self.tags!r}.")
 
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
-        """0 or 1."""
+        """Return 0 or 1 for each completion."""
         tags = self.tags.split(",")
         inside = rf"((?:(?!</?(?:{'|'.join(tags)})>).)*)"
         pattern = re.compile(r"\s*".join(rf"<{tag}>{inside}</{tag}>" for tag in tags), re.DOTALL)
@@ -94,10 +94,10 @@ class Format:
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1 where a completion is what the data's ``column`` says, else 0; a row without a value there is not scored.
+    """Score 1 if a completion matches the data's ``column``, otherwise 0; a row without a value there isn't scored.
 
-    With a ``pattern``, its last match is compared instead of the whole completion: its first group, if it has one.
-    Numbers are compared as numbers, other texts without regard to case, spaces and a full stop at the end.
+    With a ``pattern``, its last match (its first group, if any) is compared instead of the whole completion.
+    Numbers are compared as numbers. Other text is compared without regard to case, extra spaces and a final period.
     """
 
     column: str = "answer"
@@ -110,21 +110,21 @@ class ExactMatch:
             compiled(self.pattern)
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        """0 or 1, or None."""
+        """Return 0 or 1, or None for a row without a value."""
         if self.column not in columns:
             there = sorted(set(columns) - {"completion_ids", "finish_reason"})
             raise ConfigError(
-                f"The rule {self.name} compares with the column {self.column!r}, which the data lacks; it has "
-                f"{', '.join(there) or 'only the prompt'}.{nearest(self.column, there)}"
+                f"{self.name}: column {self.column!r} not found in the data, which has "
+                f"{', '.join(there) or 'only the prompt'}. Add it, or set the option column.{nearest(self.column, there)}"
             )
         return [
             None
             if wanted is None or not str(wanted).strip()
-            else float(comparable(self._said(text)) == comparable(wanted))
+            else float(comparable(self._answer(text)) == comparable(wanted))
             for text, wanted in zip(completions, columns[self.column], strict=True)
         ]
 
-    def _said(self, text: str) -> str:
+    def _answer(self, text: str) -> str:
         if self.pattern is None:
             return text
         matches = list(compiled(self.pattern).finditer(text))
@@ -135,7 +135,7 @@ class ExactMatch:
 
 @dataclass(frozen=True)
 class Repetition:
-    """Minus the share of the runs of ``n`` words that occurred before in the same completion: 0 down to -1."""
+    """Score minus the fraction of word n-grams that occurred before in the same completion: 0 to -1."""
 
     n: int = 3
     name: str = "repetition"
@@ -146,7 +146,7 @@ class Repetition:
             raise ConfigError(f"n must be at least 1, not {self.n}.")
 
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
-        """-1 to 0."""
+        """Return scores from -1 to 0."""
         return [-repeated_share(text, self.n) for text in completions]
 
 
@@ -161,14 +161,14 @@ RULES: dict[str, type[Rule]] = {
 
 
 def make_rule(text: str) -> Rule:
-    """The rule that ``NAME?OPTION=VALUE&OPTION=VALUE`` means; a value is taken as it stands, nothing in it is decoded.
+    """Return the rule that ``NAME?OPTION=VALUE&OPTION=VALUE`` means. Values aren't URL-decoded.
 
     Raises:
-        ConfigError: for a rule or an option there is none of, a value that doesn't fit, or an option that is missing.
+        ConfigError: If a rule or an option isn't found, a value is invalid, or a required option is missing.
     """
     name, _, options = text.partition("?")
     if name not in RULES:
-        raise ConfigError(f"There is no rule {name!r}: there are {', '.join(RULES)}.{nearest(name, RULES)}")
+        raise ConfigError(f"rule:{text}: rule {name!r} not found, only {', '.join(RULES)}.{nearest(name, RULES)}")
     try:
         return RULES[name](**_options(name, options))
     except ConfigError as error:
@@ -178,17 +178,17 @@ def make_rule(text: str) -> Rule:
 def _options(rule: str, text: str) -> Mapping[str, Any]:
     known = {field.name: field for field in fields(RULES[rule])}
     given: dict[str, Any] = {}
-    for part in re.split(r"&(?=\w+=)", text) if text else ():  # so that a pattern may hold an & of its own
+    for part in re.split(r"&(?=\w+=)", text) if text else ():  # A pattern can contain an &.
         option, equals, value = part.partition("=")
         if not equals or not value:
-            raise ConfigError(f"{part!r} isn't an option: write OPTION=VALUE, several with & between them.")
+            raise ConfigError(f"{part!r} isn't an option. Write OPTION=VALUE, and & between options.")
         if option not in known:
-            raise ConfigError(f"there is no option {option!r}, only {', '.join(known)}.{nearest(option, known)}")
+            raise ConfigError(f"option {option!r} not found, only {', '.join(known)}.{nearest(option, known)}")
         if option in given:
-            raise ConfigError(f"the option {option} is there twice.")
+            raise ConfigError(f"option {option} is given twice. Remove one.")
         given[option] = _number(option, value) if "int" in str(known[option].type) else value
     if rule == "regex" and "pattern" not in given:
-        raise ConfigError("it needs a pattern, as in rule:regex?pattern=^Yes.")
+        raise ConfigError("option pattern is missing. Add it, as in rule:regex?pattern=^Yes.")
     return given
 
 
@@ -200,15 +200,15 @@ def _number(option: str, value: str) -> int:
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """``pattern``, kept compiled by ``re``; a ConfigError if it isn't a regular expression."""
+    """Return the compiled ``pattern``, which ``re`` caches; raise ConfigError if it isn't a regular expression."""
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{pattern!r} is not a regular expression: {error}.") from error
+        raise ConfigError(f"pattern {pattern!r} isn't a regular expression ({error}). Correct it.") from error
 
 
 def comparable(value: Any) -> str | Decimal:
-    """A number, or a text in a form that is the same for texts that mean the same."""
+    """Return ``value`` as a number if it is one, otherwise as normalized text."""
     text = " ".join(str(value).split()).rstrip(".").casefold()
     try:
         number = Decimal(text.replace(",", ""))
@@ -218,7 +218,7 @@ def comparable(value: Any) -> str | Decimal:
 
 
 def repeated_share(text: str, words: int) -> float:
-    """Share of the runs of so many ``words`` that occurred before in ``text``; 0 for short texts."""
-    said = text.split()
-    runs = [tuple(said[i : i + words]) for i in range(len(said) - words + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    """Return the fraction of n-grams of ``words`` words that occurred before in ``text``; 0 for short texts."""
+    split = text.split()
+    ngrams = [tuple(split[i : i + words]) for i in range(len(split) - words + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

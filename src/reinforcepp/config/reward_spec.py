@@ -59,7 +59,7 @@ def parse_source(text: str) -> RewardSource:
             f"The reward in {text!r} is empty. Give the folder of a reward model, a rule, a function or a server."
         )
     if not math.isfinite(weight):
-        raise ConfigError(f"The weight of {target} must be a finite number, not {weight}.")
+        raise ConfigError(f"{target}: the weight must be a finite number, not {weight}.")
     if target.startswith("builtin:"):
         if target != JUDGE:
             raise ConfigError(f"Reward {target!r} not found.{nearest(target, [JUDGE])}")

@@ -25,7 +25,7 @@ INPUTS = ("model", "data", "reward_model")
 
 @dataclass(frozen=True)
 class CheckpointConfig(Config):
-    """Where a training is saved, how often, and how it resumes."""
+    """Where and how often a training run is saved, and how it resumes."""
 
     output_dir: str = "runs/train"
     """Folder for everything the run writes"""
@@ -116,7 +116,7 @@ class AdapterConfig(Config):
 
 @dataclass(frozen=True)
 class ComputeConfig(AdapterConfig):
-    """How a model is trained; beyond LoRA these settings change results only by rounding error."""
+    """How a model is trained. Apart from LoRA, these settings change results only by rounding error."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Compute in 16 bits; trained weights, optimizer and log-probs stay float32"""
@@ -142,7 +142,7 @@ class ChatTemplateConfig(Config):
 
 @dataclass(frozen=True)
 class DryRunConfig(Config):
-    """Whether a training only prints what it would start from."""
+    """Whether the command stops before it loads or writes anything."""
 
     dry_run: bool = False
     """Print settings, plan and first rows, and stop; loads and writes nothing"""
@@ -150,7 +150,7 @@ class DryRunConfig(Config):
 
 @dataclass(frozen=True)
 class ColumnMapping(Config):
-    """Names of columns; ``TEXTS`` are the columns with a setting of their own."""
+    """Names of columns; ``TEXTS`` are the columns that have their own setting."""
 
     TEXTS: ClassVar[tuple[str, ...]] = ()
 
