@@ -202,7 +202,7 @@ def test_it_is_told_once_and_one_process_writes(launched, how):
         ("is killed", "error: Another rank exited without an error message"),
         pytest.param(
             "runs out of memory",
-            "error: Memory ran out while training on 3 completions at a time",
+            "memory ran out while training on 3 completions at a time",
             marks=pytest.mark.full,
         ),
     ],

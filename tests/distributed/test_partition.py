@@ -19,7 +19,7 @@ from reinforcepp.monitoring import read_metrics
 from reinforcepp.training import checkpoint
 
 LOST = "They hang, or their nodes are unreachable"  # in the report of the process group
-WAITS = "others that hang, or whose machines can't be reached any more"  # the watchdog's, where it is the first
+WAITS = "ranks that hang or whose nodes are unreachable"  # the watchdog's, where it is the first
 POOL = """
 import os, sys, time
 from reinforcepp.commands import cli
