@@ -33,7 +33,7 @@ def test_each_step_has_one_command_that_succeeds(followed):
 def test_the_feedback_is_stored_as_pairs_for_the_reward_model(followed):
     folder, outputs = followed
     pairs = read_preferences(folder / "feedback.jsonl").pairs
-    assert len(pairs) == outputs[0].count("added to feedback.jsonl") >= 3
+    assert len(pairs) == outputs[0].count("Saved to feedback.jsonl") >= 3
     assert any("Question: And how do I read its speed?" in pair.prompt for pair in pairs)
     assert f"{len(pairs)} usable pairs" in outputs[2]
 

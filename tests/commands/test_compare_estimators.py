@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from reinforcepp.commands.compare_estimators import command
 from reinforcepp.commands.compare_estimators import run as comparison
 from reinforcepp.config import CompareAlgorithmsConfig
 from reinforcepp.errors import ConfigError
@@ -94,6 +95,13 @@ def test_the_page_is_whole_and_shows_text_as_text(made, tmp_path):
     assert titles == ["Held-out score", "Held-out score against KL", "Time by phase"]
     assert not re.search(r"<[^>]*(src|href)=", re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))
     assert "0.900 ± 0.000" in page
+
+
+def test_the_command_prints_the_verdict_and_writes_the_page(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "compare_algorithms", lambda config: made)
+    command.run_compare_estimators(CompareAlgorithmsConfig(output_dir=str(tmp_path)))
+    assert (tmp_path / "comparison.html").is_file()
+    assert " ".join(verdict(made).split()) in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_compare_performance(model, tmp_path, capsys):
     assert all(result[key] > 0 for key in ("vllm_over_one_by_one", "vllm_over_batched", "bandwidth_fraction"))
     assert all(0 < mib < 20_000 for mib in result["peak_rss_mib"].values())
     assert output.with_suffix(".png").stat().st_size > 1000
-    assert "vLLM makes" in capsys.readouterr().out
+    assert "vLLM is" in capsys.readouterr().out
 
 
 def test_test_generation_shows_both_models(model, tmp_path, capsys):

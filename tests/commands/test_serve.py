@@ -123,7 +123,7 @@ class TestServer:
             )
 
         parts = [part.choices[0].delta.content or "" for part in said(True) if part.choices]
-        assert len(parts) > 5
+        assert len(parts) > 1  # on a busy machine, vLLM sends several tokens at a time
         assert "".join(parts) == said(False).choices[0].message.content
 
     def test_without_the_key_nobody_is_served_and_nobody_sees_it(self, client, server):

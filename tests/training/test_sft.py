@@ -347,7 +347,7 @@ def test_the_legacy_interface(workdir, capsys):
     assert classic.main(["--mode", "train_sft", *arguments]) == 0
     assert Path("warm/model.safetensors").is_file()
     assert classic.main(["--help"]) == 0
-    assert "train_sft (the " in capsys.readouterr().out
+    assert "train_sft (reinforcepp sft" in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_the_loss_mask(workdir, capsys):

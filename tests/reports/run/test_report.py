@@ -562,7 +562,7 @@ def test_a_demo_is_found_by_its_folder_and_several_runs_make_a_page_here(tmp_pat
         (["run", "run"], "run: the run is listed twice"),
         (["run", "./run/"], "is listed twice"),
         (["run", "--output", "mine.html"], "mine.html: the file exists and isn't a report"),
-        (["run", "--output", "none/x.html"], "create it first"),
+        (["run", "--output", "none/x.html"], "folder none doesn't exist"),
         (["run", "--output", "empty"], "output must be the name of a file"),
         (["run", "--samples", "-1"], "samples must be at least 0"),
         (["run", "--samples", "51"], "at most 50, not 51"),
