@@ -101,7 +101,7 @@ def test_the_command_prints_the_verdict_and_writes_the_page(made, tmp_path, monk
     monkeypatch.setattr(command, "compare_algorithms", lambda config: made)
     command.run_compare_estimators(CompareAlgorithmsConfig(output_dir=str(tmp_path)))
     assert (tmp_path / "comparison.html").is_file()
-    assert " ".join(verdict(made).split()) in " ".join(capsys.readouterr().out.split())
+    assert " ".join(verdict(made).split()) in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
