@@ -72,9 +72,14 @@ def to_completion(
     ids: Sequence[int],
     logprobs: Sequence[float],
 ) -> Completion:
-    """Return the completion of sampled ``ids``; its text omits the end token."""
+    """Return the completion of sampled ``ids``.
+
+    Its text omits the end token and padding tokens. Other special tokens stay, because tags such as ``<think>`` can be special
+    tokens, and reward functions must see them.
+    """
     finished = ids[-1] in eos_ids
-    text = tokenizer.decode(list(ids[:-1] if finished else ids), skip_special_tokens=True)
+    kept = [i for i in (ids[:-1] if finished else ids) if i != tokenizer.pad_token_id]
+    text = tokenizer.decode(kept, skip_special_tokens=False)
     return Completion(prompt, tuple(ids), tuple(logprobs), str(text).strip(), "stop" if finished else "length")
 
 
