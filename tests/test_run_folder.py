@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.errors import ConfigError
+from reinforcepp.locks import RUN_LOCK, file_lock
 from reinforcepp.monitoring.run_record import read_run
-from reinforcepp.run_dir import check_output, check_unchanged, clear, describe_run, noted_settings
+from reinforcepp.run_dir import check_output, check_unchanged, claim_output, clear, describe_run, noted_settings
+from scripts import SOURCE
 
 
 def refusal(folder: Path, **settings) -> str:
@@ -58,6 +63,64 @@ def test_a_new_or_empty_folder_is_free_and_not_made_yet(tmp_path):
 def test_the_home_folder_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert check_output("~/runs/a", overwrite=False) == tmp_path / "runs" / "a"
+
+
+# --- another process --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def busy(tmp_path):
+    """A folder, and the process that holds its lock."""
+    code = (
+        "import sys, time; from reinforcepp.run_dir import claim_output; "
+        "lock = claim_output(sys.argv[1], overwrite=False); print('locked', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(SOURCE)}) as process:
+        assert process.stdout.readline() == b"locked\n"
+        yield tmp_path / "run", process
+        process.kill()
+
+
+def test_a_folder_that_another_process_writes_is_refused_until_that_process_is_dead(busy):
+    folder, process = busy
+    holder = f"is being written by another process (process {process.pid} on {socket.gethostname()})"
+    for settings in ({}, {"overwrite": True}, {"resume": True}):
+        assert holder in refusal(folder, **settings)
+    with pytest.raises(ConfigError, match=f"process {process.pid}"):
+        claim_output(str(folder), overwrite=True)
+    process.kill()
+    process.wait()
+    assert (folder / RUN_LOCK).is_file()
+    with claim_output(str(folder), overwrite=False):
+        fill(folder, "run.json")
+        clear(folder)
+        assert [path.name for path in folder.iterdir()] == [RUN_LOCK]
+        assert str(os.getpid()) in (folder / RUN_LOCK).read_text()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", ["", "123456789 elsewhere\n", "no process"])
+def test_a_lock_file_that_no_process_holds_is_removed(tmp_path, left):
+    (tmp_path / RUN_LOCK).write_text(left)
+    assert check_output(str(tmp_path), overwrite=False) == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_appeared_after_the_check_is_not_deleted(finished, tmp_path):
+    before = contents(finished)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        claim_output(str(finished), overwrite=False)
+    assert contents(finished) == before
+    claim_output(str(finished), overwrite=True).release()
+
+
+def test_a_lock_leaves_no_new_folder(tmp_path):
+    with claim_output(str(tmp_path / "a" / "b"), overwrite=False):
+        pass
+    with file_lock(tmp_path / "answers.jsonl"), pytest.raises(ConfigError, match=r"^output: .*answers.jsonl is being"):
+        file_lock(tmp_path / "answers.jsonl").acquire()
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- another run ------------------------------------------------------------------------------------------------------

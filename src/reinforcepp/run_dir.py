@@ -11,6 +11,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import PARTIAL, write_json
+from reinforcepp.locks import RUN_LOCK, OutputLock, check_unlocked, folder_lock
 
 RENAMED_SETTINGS = {"mini_batch_size": "micro_batch_size"}
 """Current names of settings by their old names, which version 0.1.0 stored in ``run.json``."""
@@ -121,23 +122,48 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
     checkpoint at the given path.
 
     Raises:
-        ConfigError: If the folder already holds files, can't be written, or the disk is too full.
+        ConfigError: If the folder already holds files, is being written by another process, can't be written, or the disk is
+            too full.
     """
     folder = Path(output_dir).expanduser()
     _check_writable(folder)
+    check_unlocked(folder)
     free = shutil.disk_usage(_existing_parent(folder)).free
     if free < needed_bytes:
         raise ConfigError(
             f"output_dir: {output_dir} is on a disk with {_size(free)} free, but this run writes about {_size(needed_bytes)}. "
             "Free some space or give another output_dir."
         )
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    _check_contents(folder, output_dir, overwrite=overwrite, resume=resume)
+    return folder
+
+
+def claim_output(output_dir: str, *, overwrite: bool, resume: bool | str = False) -> OutputLock:
+    """Lock a folder that :func:`check_output` has checked, and check it again; return the lock.
+
+    Another run can have written the folder in between, for example while this one was loading its model.
+
+    Raises:
+        ConfigError: If the folder holds files of another run by now, or another process is writing it.
+    """
+    folder = Path(output_dir).expanduser()
+    lock = folder_lock(folder).acquire()
+    try:
+        _check_contents(folder, output_dir, overwrite=overwrite, resume=resume)
+    except ConfigError:
+        lock.release()
+        raise
+    return lock
+
+
+def _check_contents(folder: Path, output_dir: str, *, overwrite: bool, resume: bool | str) -> None:
+    names = sorted(path.name for path in folder.iterdir() if path.name != RUN_LOCK) if folder.is_dir() else []
     held = [name for name in names if not (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in OURS)]
     resumes_folder = isinstance(resume, str) and folder.resolve() in Path(resume).expanduser().resolve().parents
     if resume is True and not (has_checkpoint(folder) or (folder / RUN_FILE).is_file()):
         raise ConfigError(f"resume: {output_dir} holds no checkpoint to resume from. Start without --resume.")
     if resume is True or resumes_folder:
-        return folder
+        return
     foreign = [name for name in held if name not in OURS and not name.startswith(("model-", "stacks-"))]
     if not _is_marked(folder):
         foreign = held  # For example, a downloaded model has files with the same names as a saved policy.
@@ -152,7 +178,6 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
             f"output_dir: {output_dir} already holds a run ({_some(held)}). Add {resuming}--overwrite to replace it, or give "
             "another folder."
         )
-    return folder
 
 
 def noted_settings(folder: Path) -> dict[str, Any]:
@@ -191,8 +216,10 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
 
 
 def clear(folder: Path) -> None:
-    """Remove all files from ``folder``, after :func:`check_output` has confirmed that a run wrote them."""
+    """Remove all files but the lock from ``folder``, after :func:`check_output` has confirmed that a run wrote them."""
     for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name == RUN_LOCK:
+            continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from reinforcepp.commands import cli
 from reinforcepp.commands.table import COMMANDS, Command
 from reinforcepp.errors import DataError, TrainingDiverged
+from reinforcepp.locks import file_lock, folder_lock
 from scripts import SOURCE
 
 USER_COMMANDS = ["sft", "reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
@@ -472,6 +473,34 @@ def test_unusable_output_folders(refused, command, monkeypatch):
     "command",
     ["reward", "train"],
 )
+def busy_commands():
+    return {
+        "sft": ("--model", "model", "--data", "pairs.csv", "--output_dir", "out"),
+        "reward": ("--model", "model", "--data", "pairs.csv", "--output_dir", "out"),
+        "train": ("--model", "model", "--data", "pairs.csv", "--output_dir", "out", "--reward_model", "reward"),
+        "compare": ("model", "model", "--data", "pairs.csv", "--judge", "reward", "--output_dir", "out"),
+        "compare-algorithms": ("--data", "pairs.csv", "--reward_model", "reward", "--output_dir", "out"),
+        "demo": ("--output_dir", "out"),
+        "export": ("model", "--output_dir", "exported"),
+        "generate": ("--model", "model", "--prompt", "Hello", "--output", "answers.jsonl"),
+        "lint": ("--data", "pairs.csv", "--fix", "fixed.csv"),
+    }
+
+
+@pytest.mark.parametrize("command", busy_commands())
+def test_an_output_that_another_process_writes(place, capsys, command):
+    with (
+        folder_lock(Path("out")),
+        file_lock(Path("exported")),
+        file_lock(Path("answers.jsonl")),
+        file_lock(Path("fixed.csv")),
+    ):
+        before = listing(place)
+        assert cli.main([command, *busy_commands()[command]]) == 2
+        assert listing(place) == before
+    assert "is being written by another process" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_no_disk_space(refused, command, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 2048, 2048))
     message = refused(command)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.config import RewardModelConfig
-from reinforcepp.errors import ConfigError, EngineLost, ModelError
+from reinforcepp.errors import ConfigError, EngineLost, ModelError, RewardError
 from reinforcepp.files import whole_folder, write_json
 from reinforcepp.models.loading import load_policy
 from reinforcepp.monitoring.signals import Interrupted
@@ -163,6 +163,71 @@ def test_a_lost_engine_loses_no_step(base, undisturbed, tmp_path, method):
         run.train()
     trainer(base, tmp_path / "run", resume=True).train()
     assert files(tmp_path / "run") == files(whole)
+
+
+@pytest.mark.parametrize("failing_call", [1, 3], ids=["before-the-first-step", "after-two-steps"])
+def test_train_continues_after_an_error_and_does_nothing_after_the_end(base, undisturbed, tmp_path, failing_call):
+    calls = []
+
+    def failing(prompts, completions, completion_ids, **_):
+        calls.append(1)
+        if len(calls) == failing_call:
+            raise RuntimeError("the server is down")
+        return noisy(prompts, completions, completion_ids)
+
+    failing.__name__ = "noisy"
+    run = trainer(base, tmp_path / "run", failing)
+    with pytest.raises(RewardError, match="the server is down"):
+        run.train()
+    metrics = run.train()
+    assert files(tmp_path / "run") == files(undisturbed())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert run.train() == metrics and len(metrics) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_train_never_deletes_a_run_that_it_can_not_continue(base, tmp_path):
+    def failing(*arguments, **columns):
+        raise KeyError("not an error of a reward")
+
+    run = trainer(base, tmp_path / "run", save_every=0)
+    run.update.run = failing
+    with pytest.raises(KeyError):
+        run.train()
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(ConfigError, match="stopped before its first checkpoint"):
+        run.train()
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_a_trainer_does_not_delete_the_run_that_another_one_finished_meanwhile(base, tmp_path):
+    first, second = trainer(base, tmp_path / "run", max_steps=1), trainer(base, tmp_path / "run", max_steps=1)
+    first.train()
+    before = contents(tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        second.train()
+    assert contents(tmp_path / "run") == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_evaluation_before_training_that_is_stopped_is_part_of_the_resumed_run(base, tmp_path):
+    config = {"max_steps": 1, "save_every": 0}
+    run = trainer(base, tmp_path / "run", **config)
+    run.evaluator.prompts = run.prompts[:1]
+    evaluate = run.evaluator.evaluate
+    run.evaluator.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        run.train()
+    run.evaluator.evaluate = evaluate
+    run.train()
+    assert list(json.loads((tmp_path / "run" / "evaluation.json").read_text())) == ["before", "after"]
+    assert sorted(path.name for path in (tmp_path / "run" / "evaluations").iterdir()) == [
+        "after.parquet",
+        "before.parquet",
+    ]
 
 
 def test_a_signal_in_an_evaluation(base, tmp_path):

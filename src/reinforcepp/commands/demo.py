@@ -21,7 +21,7 @@ from reinforcepp.data import load_prompts
 from reinforcepp.files import write_json
 from reinforcepp.monitoring import console, echo, printable
 from reinforcepp.monitoring.curve import draw_curve
-from reinforcepp.run_dir import check_output, clear
+from reinforcepp.run_dir import check_output, claim_output, clear
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.types import Completion
@@ -51,9 +51,14 @@ class DemoResult:
 
 def run_demo(config: DemoConfig) -> DemoResult:
     """Run every stage and save all results under ``config.output_dir``."""
-    begin = time.monotonic()
     folder = check_output(config.output_dir, overwrite=config.overwrite)
-    clear(folder)
+    with claim_output(config.output_dir, overwrite=config.overwrite):
+        clear(folder)
+        return _run_stages(config, folder)
+
+
+def _run_stages(config: DemoConfig, folder: Path) -> DemoResult:
+    begin = time.monotonic()
     reward_config, train_config = demo_settings(config, folder)
 
     echo("1/4  Reward model: train on pairs of preferred and rejected responses", "bold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -14,6 +14,7 @@ import torch
 from reinforcepp.config import GenerateConfig, SamplingConfig
 from reinforcepp.data import PromptRow, read_prompt_lines
 from reinforcepp.files import check_output_file, whole_file
+from reinforcepp.locks import file_lock
 from reinforcepp.models.loading import check_context, load_config, load_policy, load_tokenizer
 from reinforcepp.models.tokenization import encode_prompts
 from reinforcepp.monitoring import echo, printable
@@ -36,6 +37,11 @@ def generate(config: GenerateConfig) -> list[Completion]:
     """
     texts = _read_prompts(config)
     output = check_output_file(config.output) if config.output is not None else None
+    with file_lock(output) if output is not None else nullcontext():
+        return _generate(config, texts, output)
+
+
+def _generate(config: GenerateConfig, texts: Sequence[str], output: Path | None) -> list[Completion]:
     if config.reward_model is not None:
         check_reward_folder(config.reward_model)
     model_config = load_config(config.model)

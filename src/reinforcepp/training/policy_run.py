@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from reinforcepp.config import as_dict
-from reinforcepp.errors import TrainingDiverged
+from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.files import write_json
+from reinforcepp.locks import OutputLock
 from reinforcepp.models.loading import load_policy, save_model, weights_hash
 from reinforcepp.models.lora import has_adapter, load_adapter_weights
 from reinforcepp.models.precision import compute_dtype
@@ -30,7 +31,7 @@ from reinforcepp.monitoring.completion_log import (
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.monitoring.step_metrics import rollout_columns
 from reinforcepp.rewards.sources import RewardSum
-from reinforcepp.run_dir import RUN_FILE, clear, describe_run
+from reinforcepp.run_dir import RUN_FILE, claim_output, clear, describe_run
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.async_rollouts import PENDING_FILE
 from reinforcepp.training.batches import UpdateBatch
@@ -98,6 +99,11 @@ class PolicyRun:
         self.resumed = resumed
         """The checkpoint to resume from, until it is restored."""
         self.state = RunState(kl_coef=self.config.kl_coef)
+        self.begun = False
+        """Whether this object has written to the run directory."""
+        self.finished = False
+        """Whether all steps are done and the policy is saved."""
+        self._lock: OutputLock | None = None
         self.log = MetricLog()
         self.monitor: Monitor | None = None
         """Shows each recorded step, if set."""
@@ -142,8 +148,9 @@ class PolicyRun:
         self.state.evaluations[name] = evaluation.metrics()
         if not self.update.ranks.is_main:
             return
-        if self.resumed is None:  # otherwise the file exists; a reward that isn't deterministic would change it
-            save_completions(evaluation_file(self.folder, name), evaluation.columns())
+        file = evaluation_file(self.folder, name)
+        if self.resumed is None or not file.is_file():  # A reward that isn't deterministic would change it.
+            save_completions(file, evaluation.columns())
         write_json(self.folder / "evaluation.json", self.state.evaluations)
 
     # --- begin, save, restore ---------------------------------------------------------------------------------------
@@ -154,8 +161,23 @@ class PolicyRun:
         return RunRecord(self.folder, as_dict(self.config), self.facts)
 
     def begin(self) -> None:
-        """Create the run directory, or open that of a resumed run."""
+        """Create the run directory, or open that of a resumed run.
+
+        A run that has begun before, and was stopped by an error or a signal, resumes from its last checkpoint.
+
+        Raises:
+            ConfigError: another process or another run uses the directory, or a stopped run has no checkpoint.
+        """
         self.update.ranks.barrier()  # until every rank has checked the directory
+        self.update.ranks.run_or_raise_all(self._claim)
+        if self.begun and self.resumed is None:
+            self.resumed = checkpoint.latest(self.folder)
+            if self.resumed is None:
+                raise ConfigError(
+                    f"output_dir: the run in {self.folder} stopped before its first checkpoint, so it can't continue. Create a "
+                    "new trainer, with overwrite or another output_dir."
+                )
+        self.begun = True
         if self.resumed is None:
             rng.seed_all(self.config.seed)
             self.state.random = rng.capture()
@@ -165,6 +187,13 @@ class PolicyRun:
             if self.resumed is None or not (self.folder / RUN_FILE).is_file():
                 describe_run(self.folder, as_dict(self.config), self.facts)
             self.log.open(self.folder)
+
+    def _claim(self) -> None:
+        """Lock the run directory, on rank 0."""
+        if self.update.ranks.is_main:
+            config = self.config
+            resume = True if self.begun else config.resume
+            self._lock = claim_output(config.output_dir, overwrite=config.overwrite, resume=resume)
 
     def save(self, metrics: Mapping[str, float] | None = None) -> None:
         """Write a checkpoint; ``metrics`` are those of the step just finished, None in the middle of a step.
@@ -228,7 +257,9 @@ class PolicyRun:
     def restore_resumed(self) -> None:
         """Restore the checkpoint that the run resumes from."""
         assert self.resumed is not None
+        evaluations = self.state.evaluations
         self.restore(self.resumed)
+        self.state.evaluations = evaluations | self.state.evaluations
         self.resumed = None
         self.rollouts.engine.load_weights(self.update.policy.plain)
 
@@ -260,9 +291,11 @@ class PolicyRun:
         )
 
     def close(self) -> None:
-        """Stop pending rollouts, and close the logs."""
+        """Stop pending rollouts, close the logs, and release the run directory."""
         self.rollouts.close()
         self.log.close()
+        if self._lock is not None:
+            self._lock.release()
 
 
 def fingerprints(model: PreTrainedModel, parts: Sequence[Sequence[Prompt]], rewards: RewardSum) -> dict[str, str]:

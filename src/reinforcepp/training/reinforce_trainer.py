@@ -74,11 +74,19 @@ class ReinforceTrainer:
     def train(self) -> list[dict[str, float]]:
         """Run all steps, or the remaining ones of a resumed run; return the metrics of every step.
 
+        After an error or a signal, call it again to continue from the last checkpoint. If the run is finished, it only returns
+        the metrics.
+
         Raises:
             TrainingDiverged: a guardrail stopped the run; the trainer then has the last checkpoint's weights.
             RewardError, EngineLost: rewards or completions can't be computed any more; a checkpoint is saved.
             KeyboardInterrupt: a signal stopped the run; a checkpoint is saved.
         """
+        if self.run.finished:
+            echo(
+                f"All {self.num_steps} steps are done. To train more, create a trainer with the model in {self.folder}."
+            )
+            return read_metrics(self.folder)
         with self.guard.training():
             self._begin()
             with Monitor(self.run.summary, self.run.state, self.ranks, self.num_steps) as self.run.monitor:
@@ -127,7 +135,8 @@ class ReinforceTrainer:
     def _begin(self) -> None:
         """Create the run directory, or restore the state in which an earlier run stopped."""
         self.run.begin()
-        self.evaluator.run("before")  # of a resumed run, too: its checkpoint isn't restored yet
+        if "before" not in self.evaluations:
+            self.evaluator.run("before")  # of a resumed run, too: its checkpoint isn't restored yet
         if self.run.resumed is not None:
             self.run.restore_resumed()
             echo(f"Resumed after step {self.run.state.step} of {self.num_steps}")
@@ -137,4 +146,5 @@ class ReinforceTrainer:
     def _finish(self) -> None:
         self.evaluator.run("after")
         self.save_model(self.folder)
+        self.run.finished = True
         echo(f"Saved policy to {self.folder}", "green")

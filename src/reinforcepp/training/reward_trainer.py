@@ -82,14 +82,14 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed, head=model.score)
     facts = {"train_pairs": len(train), "heldout_pairs": len(heldout)}
-    run = begin(folder, config, inputs, saved, facts)
-    from reinforcepp.distributed.rank_zero import RankZero
-    from reinforcepp.training.supervised_loop import ResumableRewardTrainer, fit  # loads TRL
+    with begin(folder, config, inputs, saved, facts) as run:
+        from reinforcepp.distributed.rank_zero import RankZero
+        from reinforcepp.training.supervised_loop import ResumableRewardTrainer, fit  # loads TRL
 
-    fit(ResumableRewardTrainer, model, tokenizer, rows, config, run)
-    return RankZero(run.ranks, config.watchdog_seconds).run(
-        lambda: _evaluate_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
-    )
+        fit(ResumableRewardTrainer, model, tokenizer, rows, config, run)
+        return RankZero(run.ranks, config.watchdog_seconds).run(
+            lambda: _evaluate_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
+        )
 
 
 def _evaluate_and_save(

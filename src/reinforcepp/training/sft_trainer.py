@@ -101,12 +101,7 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
         "heldout_rows": len(heldout_examples),
         "inputs": inputs,
     }
-    run = begin(folder, config, inputs, saved, facts)
-    from reinforcepp.distributed.rank_zero import RankZero  # loads Accelerate
-
-    first = RankZero(run.ranks, config.watchdog_seconds)
-    before = first.run(lambda: _evaluate(model, heldout_examples, tokenizer, config))
-    _fit(model, tokenizer, examples, config, run)
+    before: HeldOutMetrics | None = None
 
     def evaluate_and_save() -> dict[str, HeldOutMetrics | None]:
         metrics = {"before": before, "after": _evaluate(model.eval(), heldout_examples, tokenizer, config)}
@@ -116,7 +111,13 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
         echo(f"Saved model to {folder}", "green")
         return metrics
 
-    return first.run(evaluate_and_save)
+    with begin(folder, config, inputs, saved, facts) as run:
+        from reinforcepp.distributed.rank_zero import RankZero  # loads Accelerate
+
+        first = RankZero(run.ranks, config.watchdog_seconds)
+        before = first.run(lambda: _evaluate(model, heldout_examples, tokenizer, config))
+        _fit(model, tokenizer, examples, config, run)
+        return first.run(evaluate_and_save)
 
 
 def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:

@@ -7,7 +7,7 @@ reported before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -19,7 +19,7 @@ from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import context_length, load_config, weight_bytes
 from reinforcepp.monitoring import echo, reading_progress
-from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, clear, describe_run
+from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, claim_output, clear, describe_run
 from reinforcepp.runtime import started
 from reinforcepp.training import checkpoint
 from reinforcepp.types import RowId
@@ -104,19 +104,20 @@ def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint 
     return folder, checkpoint.checkpoint_to_resume(folder, config)
 
 
+@contextmanager
 def begin(
     folder: Path,
     config: SupervisedConfig,
     inputs: Mapping[str, str],
     saved: checkpoint.Checkpoint | None,
     facts: Mapping[str, Any],
-) -> RunContext:
-    """Clear the directory, or check that the inputs are those of the resumed run; record settings and ``facts``.
+) -> Iterator[RunContext]:
+    """Lock the directory for this block; clear it, or check the inputs of a resumed run; record settings and ``facts``.
 
     All ranks must call it.
 
     Raises:
-        ConfigError: the data or the model changed since the run stopped.
+        ConfigError: the data or the model changed since the run stopped, or another run uses the directory.
     """
     if saved is not None:
         check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
@@ -124,12 +125,19 @@ def begin(
 
     ranks = Ranks()
     ranks.barrier()  # until every rank has checked the directory
-    if ranks.is_main:
-        if saved is None:
-            clear(folder)
-        if not (folder / RUN_FILE).is_file():
-            describe_run(folder, as_dict(config), dict(facts))
-    return RunContext(folder, inputs, saved, ranks)
+    with ExitStack() as lock:
+
+        def prepare() -> None:
+            if not ranks.is_main:
+                return
+            lock.enter_context(claim_output(config.output_dir, overwrite=config.overwrite, resume=config.resume))
+            if saved is None:
+                clear(folder)
+            if not (folder / RUN_FILE).is_file():
+                describe_run(folder, as_dict(config), dict(facts))
+
+        ranks.run_or_raise_all(prepare)
+        yield RunContext(folder, inputs, saved, ranks)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

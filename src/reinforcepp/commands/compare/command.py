@@ -40,7 +40,7 @@ from reinforcepp.reports.comparison.result import (
 from reinforcepp.reports.comparison.statistics import Array, compare, preferences, ratio_error
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rewards.trained import check_reward_folder
-from reinforcepp.run_dir import check_output, clear, describe_run
+from reinforcepp.run_dir import check_output, claim_output, clear, describe_run
 from reinforcepp.training.evaluation import mean_kl, standard_error
 from reinforcepp.types import Completion
 
@@ -54,14 +54,15 @@ def run_compare(config: CompareConfig) -> ModelComparison:
         ReinforceError: A model, the data, the judge, or the folder is unusable; nothing is written.
     """
     folder = check_output(config.output_dir, overwrite=config.overwrite)
-    comparison = compare_models(config)
-    clear(folder)
-    describe_run(folder, as_dict(config), {})
-    with whole_file(folder / "answers.jsonl") as file:
-        file.writelines(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in comparison.pairs)
-    write_json(folder / "compare.json", comparison.summary())
-    with whole_file(folder / "compare.html") as file:
-        file.write(as_page(comparison))
+    with claim_output(config.output_dir, overwrite=config.overwrite):
+        comparison = compare_models(config)
+        clear(folder)
+        describe_run(folder, as_dict(config), {})
+        with whole_file(folder / "answers.jsonl") as file:
+            file.writelines(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in comparison.pairs)
+        write_json(folder / "compare.json", comparison.summary())
+        with whole_file(folder / "compare.html") as file:
+            file.write(as_page(comparison))
     echo(
         f"Saved compare.json, answers.jsonl and compare.html to {folder}. Open compare.html to vote yourself.", "green"
     )

@@ -22,7 +22,15 @@ from reinforcepp.errors import ModelError
 from reinforcepp.files import write_json
 from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rewards.trained import check_reward_folder
-from reinforcepp.run_dir import check_output, check_unchanged, clear, describe_run, noted_settings, rename_settings
+from reinforcepp.run_dir import (
+    check_output,
+    check_unchanged,
+    claim_output,
+    clear,
+    describe_run,
+    noted_settings,
+    rename_settings,
+)
 
 LEARNING_RATE_FACTORS = (1 / 3, 1.0, 3.0)
 COMPLETIONS_PER_STEP = (4, 8, 32)
@@ -42,6 +50,12 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> dict[str, Any]:
         check_unchanged(noted_settings(folder), as_dict(config))
     else:
         check_output(config.output_dir, overwrite=config.overwrite)
+    with claim_output(config.output_dir, overwrite=config.overwrite, resume=config.resume):
+        return _compare(config, folder)
+
+
+def _compare(config: CompareAlgorithmsConfig, folder: Path) -> dict[str, Any]:
+    if not config.resume:
         clear(folder)
         describe_run(folder, as_dict(config), {})
     main = {run_folder(folder, run): run for run in planned(config, folder)}

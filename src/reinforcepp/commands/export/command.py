@@ -10,6 +10,7 @@ from reinforcepp.commands.export.source import Source, find_source, plain_model
 from reinforcepp.config import ExportConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import appearing_folder, flush
+from reinforcepp.locks import file_lock
 from reinforcepp.models.loading import load_tokenizer, save_model, weight_bytes
 from reinforcepp.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter_dir
 from reinforcepp.monitoring import echo
@@ -24,12 +25,18 @@ def run_export(config: ExportConfig) -> None:
     """
     source = find_source(config.model)
     folder = Path(config.output_dir).expanduser()
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"output_dir: {config.output_dir} isn't empty. Give another folder.")
+    _check_empty(folder)
     check_output(config.output_dir, overwrite=False, needed_bytes=weight_bytes(source.name))
-    with appearing_folder(folder) as partial:
-        write_folder(source, config.dtype, partial, folder.name, merge=config.merge)
+    with file_lock(folder, "output_dir"):
+        _check_empty(folder)  # Another export can have ended since.
+        with appearing_folder(folder) as partial:
+            write_folder(source, config.dtype, partial, folder.name, merge=config.merge)
     echo(f"Wrote {config.output_dir}, with {CARD} as its model card.", "green")
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"output_dir: {folder} isn't empty. Give another folder.")
 
 
 def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: bool = True) -> None:

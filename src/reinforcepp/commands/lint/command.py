@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from reinforcepp.config import LintConfig
 from reinforcepp.data import count
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
+from reinforcepp.locks import file_lock
 from reinforcepp.monitoring import echo, printable
 
 EXIT_FINDINGS = 1
@@ -34,6 +36,14 @@ def run_lint(config: LintConfig) -> int:
     """
     copy = _check_copy(config) if config.fix is not None else None
     output = _check_report(config, copy) if config.output is not None else None
+    with ExitStack() as locks:
+        for path, setting in ((copy, "fix"), (output, "output")):
+            if path is not None:
+                locks.enter_context(file_lock(path, setting))
+        return _lint(config, copy, output)
+
+
+def _lint(config: LintConfig, copy: Path | None, output: Path | None) -> int:
     report = lint(config)
     if output is None:
         _print_report(report, config.format)
