@@ -42,11 +42,12 @@ TRAINING = {
         "lora_dropout",
     ),
     *("collapse_length", "collapse_entropy", "collapse_distinct"),
+    "max_bad_rows",
     *KEEPING,
 }
 ZERO_IS_FINE = {
-    "sft": {"seed", "heldout_fraction", "lora_dropout", *KEEPING},
-    "reward": {"seed", "heldout_fraction", "center_rewards_coefficient", "lora_dropout", *KEEPING},
+    "sft": {"seed", "heldout_fraction", "lora_dropout", "max_bad_rows", *KEEPING},
+    "reward": {"seed", "heldout_fraction", "center_rewards_coefficient", "lora_dropout", "max_bad_rows", *KEEPING},
     "train": TRAINING,
     "generate": {"seed", "temperature", "top_k"},
     "chat": {"seed", "temperature", "top_k"},

@@ -17,7 +17,14 @@ from pyarrow import ipc
 
 from reinforcepp.commands import cli
 from reinforcepp.config import TrainConfig
-from reinforcepp.data import PromptRow, load_preferences, load_prompts, read_preferences, read_prompts
+from reinforcepp.data import (
+    PromptRow,
+    load_preferences,
+    load_prompts,
+    read_preferences,
+    read_prompt_lines,
+    read_prompts,
+)
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.types import Preference
 
@@ -290,7 +297,7 @@ def test_damaged_state_file(saved, state):
         ('{"prompt": 3}', "'prompt' holds 3, expected text or a list of messages"),
         ('{"prompt": true}', "'prompt' holds True, expected"),
         ('{"prompt": {"a": 1}}', "'prompt' holds {'a': 1}, expected"),
-        ('{"prompt": ["a"]}', "'prompt' holds ['a'], expected"),
+        ('{"prompt": ["a", "b"]}', "'prompt' holds ['a', 'b'], expected"),
         ('{"prompt": [{"role": "user"}, "a"]}', "expected text or a list"),
     ],
 )
@@ -450,3 +457,10 @@ def test_every_format_trains_the_same_reward_model_and_policy(
     assert len({(tmp_path / folder / "model.safetensors").read_bytes() for folder in sources}) == 1
     err = " ".join(capsys.readouterr().err.split())
     assert f"{name}: 8 prompts" in err and "8 prompts; prompts are the shared beginning of 'good' and 'bad'" in err
+
+
+def test_lines_of_a_prompts_file_end_at_line_feeds_only(tmp_path):
+    texts = ["One\u2028prompt?", "Form\x0cfeed", "Next\x85line", "Plain"]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\r\n".join([*texts, "", ""]).encode())
+    assert read_prompt_lines(str(path)) == texts

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from reinforcepp.data import prompt_rows, read_preferences, read_prompts
-from reinforcepp.data.columns import ANSWERS, PROMPTS
+from reinforcepp.data.columns import ANSWERS, HISTORY, JOINED, PROMPTS, SYSTEMS
 from reinforcepp.errors import ConfigError, DataError
 from scripts import ROOT
 
@@ -187,7 +187,8 @@ def test_shapes_in_the_docs_give_the_same_pair(write):
 def test_docs_list_every_recognized_column():
     table = DOCS[DOCS.index("| default |") : DOCS.index("If two columns match")]
     named = set(re.findall(r"`(\w+)`", table)) - {"prompt", "chosen"}
-    assert named == {*PROMPTS, *(name for pair in ANSWERS for name in pair)}
+    joined = {name for names in JOINED for name in names}
+    assert named == {*PROMPTS, *joined, *SYSTEMS, HISTORY, *(name for pair in ANSWERS for name in pair)}
 
 
 # --- flattened conversations -----------------------------------------------------------------------------------------------
@@ -298,6 +299,7 @@ def test_rows_that_are_not_a_pair_are_skipped_and_reported(write, row, reason):
         ([{"role": "tool", "content": "x"}], "has the role 'tool', not one of 'system', 'user', 'assistant'"),
         ([{"role": 3, "content": "x"}], "has the role 3"),
         ([{"content": "x"}], "has no role"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "a message in 'chosen' calls a tool"),
         ([{"role": "user", "content": 3}], "the content of a message in 'chosen' isn't text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "the content of a message in 'chosen' isn't text"),
         ("[{'role': 'user', 'content': 'x'}]", "'chosen' holds a list of messages as a string"),
@@ -340,8 +342,8 @@ def test_default_and_configured_names_come_first(write):
 
 
 def test_ambiguous_columns_are_an_error(write):
-    with pytest.raises(DataError, match=r"'instruction', 'input'.*--prompt_column"):
-        read_prompts(write({"instruction": "a", "input": "b"}))
+    with pytest.raises(DataError, match=r"'question', 'query'.*--prompt_column.*--prompt_column question\+query"):
+        read_prompts(write({"question": "a", "query": "b"}))
     row = {"prompt": "a", "better": "b", "worse": "c", "response_j": "d", "response_k": "e"}
     with pytest.raises(DataError, match=r"'response_j', 'response_k' or 'better', 'worse'.*--chosen_column"):
         read_preferences(write(row, row))

@@ -134,7 +134,7 @@ def test_several_files_of_different_kinds(write, tmp_path):
         ([{"text": TALK[0]}], {}, ["a.jsonl:1", "'text' holds messages"]),
         (["ask,text", "1,2"], {"prompt": "ask"}, ["no column 'completion'", "--completion_column"]),
         ([{"text": 3}], {}, ["a.jsonl:1", "'text' holds 3"]),
-        ([{"instruction": "I", "input": "J", "completion": "C"}], {}, ["'instruction', 'input'", "--prompt_column"]),
+        ([{"question": "I", "query": "J", "completion": "C"}], {}, ["'question', 'query'", "--prompt_column"]),
     ],
 )
 def test_unreadable_data_is_an_error_that_names_the_problem(write, rows, names, parts):

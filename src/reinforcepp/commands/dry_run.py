@@ -111,4 +111,9 @@ def _write(title: str, lines: Iterable[str]) -> None:
 
 
 def _columns(config: TrainConfig | RewardModelConfig | SftConfig) -> dict[str, Any]:
-    return {"heldout_fraction": config.heldout_fraction, "seed": config.seed, **config.column_names}
+    return {
+        "heldout_fraction": config.heldout_fraction,
+        "seed": config.seed,
+        **config.column_names,
+        "max_bad_rows": config.max_bad_rows,
+    }

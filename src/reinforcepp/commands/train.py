@@ -27,6 +27,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
             seed=config.seed,
             **config.column_names,
             renamed=config.renamed,
+            max_bad_rows=config.max_bad_rows,
             streaming=config.streaming,
             on_progress=on_progress,
         )

@@ -202,7 +202,15 @@ class ColumnConfig(ColumnMapping):
 
 
 @dataclass(frozen=True)
-class DataLoadingConfig(ColumnConfig):
+class BadRowsConfig(Config):
+    """How many unusable rows a data file can have."""
+
+    max_bad_rows: NonNegativeFloat = 0.01
+    """Rows to skip if a cell isn't text or messages: a fraction, or a number from 1"""
+
+
+@dataclass(frozen=True)
+class DataLoadingConfig(BadRowsConfig, ColumnConfig):
     """How data files are read."""
 
     streaming: bool = False

@@ -14,6 +14,7 @@ from reinforcepp.config.base import (
     check_not_below_output,
 )
 from reinforcepp.config.shared import (
+    BadRowsConfig,
     ChatTemplateConfig,
     CheckpointConfig,
     ColumnMapping,
@@ -58,7 +59,7 @@ class SupervisedConfig(Config):
 
 
 @dataclass(frozen=True)
-class SftInputs(ColumnMapping):
+class SftInputs(BadRowsConfig, ColumnMapping):
     """Inputs of SFT."""
 
     TEXTS = ("prompt", "completion", "chosen", "messages", "text")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reinforcepp.data.readers import Records, quoted
 from reinforcepp.errors import ConfigError, DataError, nearest
@@ -38,11 +38,27 @@ class ColumnLayout(NamedTuple):
         prompt: Column of the prompt; None if chosen and rejected both begin with it.
         answers: Columns of chosen and rejected; None in a file of prompts. SFT data with one answer names it twice.
         notes: Remarks for the user on columns that were recognized by another name.
+        inputs: Columns whose text follows the prompt's.
+        system: Column of the system message.
+        history: Column of earlier turns.
+        label: Column of SFT data that says whether an answer is good.
+        unused: Columns that training drops.
     """
 
     prompt: str | None
     answers: tuple[str, str] | None
     notes: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    system: str | None = None
+    history: str | None = None
+    label: str | None = None
+    unused: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Columns that training texts are made of."""
+        names = (self.prompt, *(self.answers or ()), *self.inputs, self.system, self.history)
+        return tuple(dict.fromkeys(name for name in names if name))
 
 
 DEFAULT_NAMES = ColumnNames()
@@ -55,7 +71,15 @@ ANSWERS = (
     ("preferred", "dispreferred"),
     ("accepted", "rejected"),
     ("better", "worse"),
+    ("preferred_output", "non_preferred_output"),
+    ("chosen_messages", "rejected_messages"),
 )
+JOINED = (("instruction", "input"), ("instruction", "context"))
+"""Columns that together are the prompt, as in the data of Alpaca and Dolly."""
+SYSTEMS = ("system", "system_prompt")
+HISTORY = "history"
+LABELS = ("label", "kto_tag")
+"""Columns that mark good and bad answers, as in KTO's data."""
 COMPLETIONS = ("response", "answer", "output")
 MESSAGES = ("conversations", "conversation")
 
@@ -89,35 +113,73 @@ def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool |
     """
     wanted = (names.chosen, names.rejected)
     answers = _find_answers(path, records, wanted, must_be_unique=pairs is not False)
-    prompt, note = _find_prompt(path, records, names.prompt, answers)
+    layout = _find_prompt(path, records, names.prompt, answers)
     present = [name in records.names for name in wanted]
     # A name that the user set must be there, and one answer column without the other is a mistake.
     if not answers and (pairs or (pairs is None and (any(present) or wanted != DEFAULT_NAMES[1:]))):
         flag = "rejected" if present[0] else "chosen"
-        raise _missing(path, records, flag, getattr(names, flag))
-    notes = [note] if note else []
+        raise _no_pairs(path, records, flag, getattr(names, flag))
     if answers and answers != wanted and pairs is not False:
-        notes.append(f"chosen and rejected from the columns {' and '.join(map(repr, answers))}")
-    return ColumnLayout(prompt, answers, tuple(notes))
+        layout = _with_note(layout, f"chosen and rejected from the columns {' and '.join(map(repr, answers))}")
+    # Reward functions get the other columns of prompts.
+    return layout if pairs is False or not answers else _with_unused(layout, records)
 
 
-def _find_prompt(
-    path: Path, records: Records, name: str, answers: tuple[str, str] | None
-) -> tuple[str | None, str | None]:
-    """Return the column of the prompts, None if the answers contain them, and a note for the user."""
+def _find_prompt(path: Path, records: Records, name: str, answers: tuple[str, str] | None) -> ColumnLayout:
+    """Return the columns of the prompts and of what belongs before them; without a column, the answers contain them."""
+    layout = _prompt_columns(path, records, name, answers)
+    system = next((each for each in SYSTEMS if each in records.names and each not in layout.texts), None)
+    history = HISTORY if HISTORY in records.names and HISTORY not in layout.texts and _holds_turns(records) else None
+    layout = layout._replace(system=system, history=history)
+    if system:
+        layout = _with_note(layout, f"system messages from the column {system!r}")
+    return _with_note(layout, f"earlier turns from the column {history!r}") if history else layout
+
+
+def _prompt_columns(path: Path, records: Records, name: str, answers: tuple[str, str] | None) -> ColumnLayout:
     if name in records.names:
-        return name, None
+        return ColumnLayout(name, answers)
+    first, *rest = (each.strip() for each in name.split("+"))
+    if rest and first in records.names:
+        for each in rest:
+            if each not in records.names:
+                raise _missing(path, records, "prompt", each)
+        return _joined(answers, first, *rest)
     others = [other for other in PROMPTS if other in records.names and other not in (answers or ())]
     if name != DEFAULT_NAMES.prompt or not (others or answers):
         raise _missing(path, records, "prompt", name)
+    for first, second in JOINED:
+        if first in others and second in records.names and set(others) <= {first, second}:
+            return _joined(answers, first, second)
     if len(others) > 1:
         raise DataError(
             f"{path}: no column {name!r}, and several could be the prompt: {quoted(others)}. "
-            "Choose one with --prompt_column."
+            f"Choose one with --prompt_column, or join them as in --prompt_column {'+'.join(others[:2])}."
         )
     if others:
-        return others[0], f"prompts from the column {others[0]!r}"
-    return None, f"prompts are the shared beginning of {' and '.join(map(repr, answers or ()))}"
+        return ColumnLayout(others[0], answers, (f"prompts from the column {others[0]!r}",))
+    return ColumnLayout(
+        None, answers, (f"prompts are the shared beginning of {' and '.join(map(repr, answers or ()))}",)
+    )
+
+
+def _joined(answers: tuple[str, str] | None, first: str, *rest: str) -> ColumnLayout:
+    note = f"prompts from the columns {' and '.join(map(repr, (first, *rest)))}, joined"
+    return ColumnLayout(first, answers, (note,), inputs=rest)
+
+
+def _with_note(layout: ColumnLayout, note: str) -> ColumnLayout:
+    return layout._replace(notes=(*layout.notes, note))
+
+
+def _with_unused(layout: ColumnLayout, records: Records) -> ColumnLayout:
+    unused = tuple(name for name in records.names if name and name not in (*layout.texts, layout.label))
+    return layout._replace(unused=unused)
+
+
+def _holds_turns(records: Records) -> bool:
+    """Return whether the column of earlier turns holds lists, or nothing, in every row."""
+    return all(isinstance(cells.get(HISTORY), list | None) for _, cells in records.rows)
 
 
 def _find_answers(
@@ -136,6 +198,18 @@ def _find_answers(
             "Choose two with --chosen_column and --rejected_column."
         )
     return candidates[0] if len(candidates) == 1 else None
+
+
+def _no_pairs(path: Path, records: Records, flag: str, name: str) -> DataError:
+    """Return the error for a file without answer columns; data of KTO has answers, but no pairs."""
+    label = next((each for each in LABELS if each in records.names), None)
+    if label is None:
+        return _missing(path, records, flag, name)
+    return DataError(
+        f"{_header(path, records)} has single answers with the column {label!r}, not pairs. Write a good and a bad answer to "
+        "each prompt into one row with the columns prompt, chosen and rejected, or train on the good answers with "
+        "`reinforcepp sft`."
+    )
 
 
 def _missing(path: Path, records: Records, flag: str, name: str) -> DataError:
@@ -171,12 +245,20 @@ def find_sft_columns(path: Path, records: Records, names: SftColumnNames) -> Col
     for kind in by_user:
         if getattr(names, kind) not in records.names:
             raise _missing(path, records, kind, getattr(names, kind))
+    return _with_unused(_sft_layout(path, records, names, by_user), records)
+
+
+def _sft_layout(path: Path, records: Records, names: SftColumnNames, by_user: Sequence[str]) -> ColumnLayout:
+    """Return the columns to train on; ``by_user`` are the kinds whose columns the user named."""
     if not {"text", "messages"} & set(by_user) and (layout := _sft_answers(path, records, names, by_user)):
         return layout
     conversations = [name for name in (names.messages, *MESSAGES) if name in records.names]
     if conversations and "text" not in by_user:
         column = conversations[0]
-        return ColumnLayout(None, (column, column), (f"the last answers of the conversations in {column!r}",))
+        note = f"the last answers of the conversations in {column!r}"
+        system = next((each for each in SYSTEMS if each in records.names), None)
+        layout = ColumnLayout(None, (column, column), (note,), system=system, label=_find_label(records))
+        return _with_note(layout, f"system messages from the column {system!r}") if system else layout
     if names.text in records.names:
         _check_plain_text(path, records, names.text)
         return ColumnLayout(names.text, None)
@@ -195,8 +277,7 @@ def _sft_answers(path: Path, records: Records, names: SftColumnNames, by_user: S
     if names.completion in records.names and ("chosen" not in by_user or "completion" in by_user):
         return _one_answer(path, records, names, names.completion)
     if pair := _find_answers(path, records, (names.chosen, "rejected"), must_be_unique=True):
-        prompt, note = _find_prompt(path, records, names.prompt, pair)
-        return ColumnLayout(prompt, pair, (*([note] if note else []), f"answers from the column {pair[0]!r}"))
+        return _with_note(_find_prompt(path, records, names.prompt, pair), f"answers from the column {pair[0]!r}")
     if names.chosen in records.names:
         return _one_answer(path, records, names, names.chosen, note=True)
     if "prompt" not in by_user:
@@ -216,13 +297,27 @@ def _other_completion(records: Records) -> str | None:
 def _one_answer(
     path: Path, records: Records, names: SftColumnNames, answer: str, *, note: bool = False
 ) -> ColumnLayout:
-    prompt, prompt_note = _find_prompt(path, records, names.prompt, (answer, answer))
-    if prompt is None:
+    layout = _find_prompt(path, records, names.prompt, (answer, answer))
+    if layout.prompt is None:
         raise _missing(path, records, "prompt", names.prompt)
-    notes = [prompt_note] if prompt_note else []
-    if note:
-        notes.append(f"answers from the column {answer!r}")
-    return ColumnLayout(prompt, (answer, answer), tuple(notes))
+    layout = layout._replace(label=_find_label(records))
+    return _with_note(layout, f"answers from the column {answer!r}") if note else layout
+
+
+def _find_label(records: Records) -> str | None:
+    """Return the column that marks good and bad answers, if any: one that holds only booleans."""
+    for name in LABELS:
+        cells = [cells.get(name) for _, cells in records.rows]
+        if name in records.names and all(parse_label(cell) is not None for cell in cells if cell not in (None, "")):
+            return name
+    return None
+
+
+def parse_label(cell: Any) -> bool | None:
+    """Return whether a cell marks a good answer; None if it isn't a boolean."""
+    if isinstance(cell, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(cell.strip().lower())
+    return bool(cell) if cell in (True, False) else None
 
 
 def _check_plain_text(path: Path, records: Records, name: str) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from reinforcepp.data.columns import DEFAULT_SFT_NAMES, ColumnLayout, ColumnNames, SftColumnNames, find_sft_columns
-from reinforcepp.data.messages import parse_content, prompt_from
+from reinforcepp.data.messages import UnusableCell, parse_content, prompt_from
 from reinforcepp.data.readers import count, quoted
 from reinforcepp.data.rows import (
+    DEFAULT_MAX_BAD_ROWS,
     HasWeight,
     Row,
     Skipped,
+    check_bad_rows,
     describe_skipped,
     filter_rows,
     make_rows,
@@ -204,6 +206,7 @@ def load_preferences(
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
+    max_bad_rows: float = DEFAULT_MAX_BAD_ROWS,
     streaming: bool = False,
     on_progress: OnProgress = _no_progress,
 ) -> tuple[PreferenceData, Sequence[Preference], Sequence[Preference]]:
@@ -211,7 +214,7 @@ def load_preferences(
 
     Files are split by prompt (``split_by_prompt``). Built-in data comes split: ``heldout_fraction`` and ``seed`` don't
     apply, and row numbers are those of the file that holds the pair. With ``streaming``, files are read onto disk, and
-    ``on_progress`` is called with the share that has been read.
+    ``on_progress`` is called with the share that has been read. ``max_bad_rows`` is as for ``check_bad_rows``.
 
     Raises:
         ConfigError: ``heldout_fraction`` isn't in [0, 1), or two of the column settings are the same.
@@ -228,14 +231,14 @@ def load_preferences(
             find_problem=_pair_problem,
             values=lambda row: [],
             on_progress=on_progress,
+            max_bad_rows=max_bad_rows,
         )
-        rows = table.rows(table.kept, _stored_pair)
+        rows, train, heldout = table.split_rows(_stored_pair, heldout_fraction, seed)
         contradictions = table.contradictions()
         data = PreferenceData(table.source, table.sha256, rows, table.skipped, table.notes, contradictions)
-        train, heldout = table.split(heldout_fraction, seed)
-        return _enough_pairs(data), table.rows(train, _stored_pair), table.rows(heldout, _stored_pair)
+        return _enough_pairs(data), train, heldout
 
-    read = partial(_read_preferences, names=names)
+    read = partial(_read_preferences, names=names, max_bad_rows=max_bad_rows)
     return _load(source, read, heldout_fraction, seed, stream if streaming else None)
 
 
@@ -259,8 +262,10 @@ def read_preferences(
     return _read_preferences(path, ColumnNames(prompt_column, chosen_column, rejected_column))
 
 
-def _read_preferences(path: str | Path, names: ColumnNames) -> PreferenceData:
-    table = read_table(path, names, pairs=True)
+def _read_preferences(
+    path: str | Path, names: ColumnNames, max_bad_rows: float = DEFAULT_MAX_BAD_ROWS
+) -> PreferenceData:
+    table = read_table(path, names, pairs=True, max_bad_rows=max_bad_rows)
     kept, skipped = filter_rows(table.rows, table.columns, partial(_pair_problem, table.columns))
     pairs = tuple(Preference(row.texts[0], row.texts[1], row.texts[2], row.number, row.weight) for row in kept)
     return _enough_pairs(
@@ -312,13 +317,15 @@ def load_prompts(
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
     renamed: Mapping[str, str] | None = None,
+    max_bad_rows: float = DEFAULT_MAX_BAD_ROWS,
     streaming: bool = False,
     on_progress: OnProgress = _no_progress,
 ) -> tuple[PromptData, Sequence[PromptRow], Sequence[PromptRow]]:
     """Return all prompts of ``source``, those for training, repeated by weight, and the held-out ones.
 
     With the same fraction and seed, ``load_preferences`` puts each prompt on the same side. Built-in data comes split.
-    ``streaming`` and ``on_progress`` are as for ``load_preferences``, ``renamed`` as for ``read_prompts``.
+    ``max_bad_rows``, ``streaming`` and ``on_progress`` are as for ``load_preferences``, ``renamed`` as for
+    ``read_prompts``.
 
     Raises:
         ConfigError: ``heldout_fraction`` isn't in [0, 1).
@@ -335,17 +342,13 @@ def load_prompts(
             find_problem=lambda columns, texts: None,
             values=lambda row: [_prompt_row(row, renamed).columns],
             on_progress=on_progress,
+            max_bad_rows=max_bad_rows,
         )
-        rows = table.rows(table.kept, _stored_prompt)
+        rows, train, heldout = table.split_rows(_stored_prompt, heldout_fraction, seed)
         data = PromptData(table.source, table.sha256, rows, table.skipped, table.notes)
-        train, heldout = table.split(heldout_fraction, seed)
-        return (
-            _enough_prompts(data, table.columns[0]),
-            table.rows(train, _stored_prompt),
-            table.rows(heldout, _stored_prompt),
-        )
+        return _enough_prompts(data, table.columns[0]), train, heldout
 
-    read = partial(_read_prompts, names=names, renamed=renamed)
+    read = partial(_read_prompts, names=names, renamed=renamed, max_bad_rows=max_bad_rows)
     return _load(source, read, heldout_fraction, seed, stream if streaming else None)
 
 
@@ -376,8 +379,13 @@ def read_prompts(
     return _read_prompts(path, ColumnNames(prompt_column, chosen_column, rejected_column), renamed or {})
 
 
-def _read_prompts(path: str | Path, names: ColumnNames, renamed: Mapping[str, str]) -> PromptData:
-    table = read_table(path, names, pairs=False)
+def _read_prompts(
+    path: str | Path,
+    names: ColumnNames,
+    renamed: Mapping[str, str],
+    max_bad_rows: float = DEFAULT_MAX_BAD_ROWS,
+) -> PromptData:
+    table = read_table(path, names, pairs=False, max_bad_rows=max_bad_rows)
     kept, skipped = filter_rows(table.rows, table.columns)
     prompts = tuple(_prompt_row(row, renamed) for row in kept)
     notes = table.notes
@@ -435,7 +443,10 @@ def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]
         cell = row.get("prompt") if isinstance(row, Mapping) else None
         prompt = cell
         if isinstance(cell, list):
-            prompt = prompt_from(parse_content(cell, "prompt", f"{name}:{number}"), Counter()).prompt
+            try:
+                prompt = prompt_from(parse_content(cell, "prompt"), Counter()).prompt
+            except UnusableCell as error:
+                raise DataError(f"{name}:{number}: {error}. Correct the row or remove it.") from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(f"{name}:{number}: no text in the column 'prompt'. Fill it in or remove the row.")
         rows.append(PromptRow(prompt, {key: value for key, value in row.items() if key != "prompt"}, number))
@@ -454,7 +465,8 @@ def read_prompt_lines(path: str | None) -> list[str]:
     except OSError as error:
         raise DataError(f"{name}: can't be read ({error.strerror}). Check --prompts_file.") from error
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        # Other line breaks of Unicode, such as U+2028, occur within a prompt.
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         row = data[: error.start].count(b"\n") + 1
         raise DataError(f"{name}:{row}: the line isn't valid UTF-8. Convert the file with `iconv -t utf-8`.") from error
@@ -477,6 +489,7 @@ def load_texts(
     chosen_column: str = DEFAULT_SFT_NAMES.chosen,
     messages_column: str = DEFAULT_SFT_NAMES.messages,
     text_column: str = DEFAULT_SFT_NAMES.text,
+    max_bad_rows: float = DEFAULT_MAX_BAD_ROWS,
 ) -> tuple[TextData, Sequence[SftRow], Sequence[SftRow]]:
     """Return all SFT rows of ``source``, those for training, repeated by weight, and the held-out ones.
 
@@ -487,10 +500,12 @@ def load_texts(
         DataError: As ``read_texts``, or ``source`` names unknown built-in data.
     """
     names = SftColumnNames(prompt_column, completion_column, chosen_column, messages_column, text_column)
-    return _load(source, partial(read_texts, names=names), heldout_fraction, seed)
+    return _load(source, partial(read_texts, names=names, max_bad_rows=max_bad_rows), heldout_fraction, seed)
 
 
-def read_texts(source: str | Path, names: SftColumnNames = DEFAULT_SFT_NAMES) -> TextData:
+def read_texts(
+    source: str | Path, names: SftColumnNames = DEFAULT_SFT_NAMES, max_bad_rows: float = DEFAULT_MAX_BAD_ROWS
+) -> TextData:
     """Read prompts with answers, conversations or plain text from a file or several (see ``read_table``).
 
     Rows are skipped if a text is empty, if they repeat an earlier row, or if their conversation has no question or
@@ -516,11 +531,14 @@ def read_texts(source: str | Path, names: SftColumnNames = DEFAULT_SFT_NAMES) ->
             ]
         else:
             texts += rows
+    name = display_name(source, parts)
+    bad = [row for row in (*answers, *texts) if row.unreadable]
+    check_bad_rows(name, bad, len(answers) + len(texts), max_bad_rows)
     kept_answers, skipped_answers = filter_rows(answers, ("prompt", "answer"))
     kept_texts, skipped_texts = filter_rows(texts, ("text",))
     found = [SftRow(row.texts[0], row.texts[1], row.number, row.weight) for row in kept_answers]
     found += [SftRow(None, row.texts[0], row.number, row.weight) for row in kept_texts]
-    name, skipped = display_name(source, parts), (*skipped_answers, *skipped_texts)
+    skipped = (*skipped_answers, *skipped_texts)
     if not found:
         raise DataError(
             f"{name}: no usable row ({describe_skipped(skipped)}). Fill in the columns, or name others with "

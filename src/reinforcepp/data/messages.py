@@ -1,5 +1,7 @@
 """From a row's cells to training texts: plain text, lists of messages, and pairs that contain their prompt.
 
+A text that is a whole dialogue (``Human: ... Assistant: ...``) counts as the list of its messages.
+
 This package formats a prompt as one question, so a conversation becomes one text. With a single user turn, that is its
 message. Otherwise: ``SYSTEM\\n\\nFIRST QUESTION\\nAnswer: FIRST ANSWER\\nQuestion: LAST QUESTION``.
 """
@@ -11,28 +13,28 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from reinforcepp.data.dialogues import Message, parse_dialogue, role_of, split_shared_prompt
 from reinforcepp.data.readers import quoted
-from reinforcepp.errors import DataError
 
 CONVERSION_NOTES = {
     "flattened": "{} with a system message or earlier turns, flattened into one prompt",
     "truncated": "{} with an answer at the end of the prompt, removed",
     "dialogues": "{} parsed as Human/Assistant dialogues",
+    "formatted": "{} with a prompt that was already formatted as a dialogue, used without its labels",
 }
 """Notes on the number of rows that were converted without the user asking for it."""
 
 T = TypeVar("T")
-_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _KNOWN = ("system", "user", "assistant")
 _SERIALIZED = re.compile(r"\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
-_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-class Message(NamedTuple):
-    """One turn of a conversation."""
+class UnusableCell(ValueError):
+    """A cell that holds no text to train on: the problem with its value, and ``reason``, worded to follow a count."""
 
-    role: str
-    content: str
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
 
 
 Content = str | list[Message]
@@ -48,67 +50,111 @@ class Pair(NamedTuple):
     problem: str | None = None
 
 
-def parse_content(cell: Any, column: str, where: str) -> Content:
+def parse_content(cell: Any, column: str) -> Content:
     """Return a cell as text or messages; None is an empty text, a single message a conversation of one.
 
     Raises:
-        DataError: The cell holds anything else.
+        UnusableCell: The cell holds anything else.
     """
+    if isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], str):
+        cell = cell[0]
     if cell is None:
         return ""
     if isinstance(cell, str):
         if _SERIALIZED.match(cell.strip()):
-            raise DataError(
-                f"{where}: {column!r} holds a list of messages as a string. Write it as a list, in a JSONL or Parquet file."
+            raise UnusableCell(
+                f"with messages as a string in {column!r}",
+                f"{column!r} holds a list of messages as a string, expected a list (JSONL and Parquet files can hold one)",
             )
         return cell.strip()
-    if isinstance(cell, Mapping) and {"role", "from"} & cell.keys():
-        cell = [cell]
+    if isinstance(cell, Mapping):
+        messages: Any = cell
+        cell = [cell] if {"role", "from"} & cell.keys() else messages.get("messages", messages)
     if isinstance(cell, list) and all(isinstance(each, Mapping) for each in cell):
-        return [_message(each, column, where) for each in cell]
+        return [_message(each, column) for each in cell]
     shown = repr(cell)
-    raise DataError(
-        f"{where}: {column!r} holds {shown if len(shown) <= 40 else f'{shown[:37]}...'}, expected text or a list of "
-        "messages. Correct the cell or name another column."
+    raise UnusableCell(
+        f"with {_kind(cell)} in {column!r}",
+        f"{column!r} holds {shown if len(shown) <= 40 else f'{shown[:37]}...'}, expected text or a list of messages",
     )
 
 
-def _message(message: Mapping[str, Any], column: str, where: str) -> Message:
+def _kind(cell: Any) -> str:
+    if isinstance(cell, bool):
+        return "a boolean"
+    if isinstance(cell, int | float):
+        return "a number"
+    if isinstance(cell, dict):
+        return "an object"
+    return "a list" if isinstance(cell, list) else f"a value of type {type(cell).__name__}"
+
+
+def _message(message: Mapping[str, Any], column: str) -> Message:
     role = message.get("role") if message.get("role") is not None else message.get("from")
     content = message.get("content") if message.get("content") is not None else message.get("value")
-    known = _ROLES.get(role, role) if isinstance(role, str) else None
+    known = role_of(role) if isinstance(role, str) else None
     if known not in _KNOWN:
-        problem = f"has the role {role!r}, not one of {quoted(_KNOWN)}" if role is not None else "has no role"
-        raise DataError(f"{where}: a message in {column!r} {problem}. Correct it or remove the row.")
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        content = "".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
-        raise DataError(
-            f"{where}: the content of a message in {column!r} isn't text. Remove the row: only text can be trained on."
+        shown, problem = repr(role)[:40], f"a message in {column!r} has"
+        if role is None:
+            raise UnusableCell(f"with a message without a role in {column!r}", f"{problem} no role")
+        raise UnusableCell(
+            f"with the role {shown} in {column!r}", f"{problem} the role {shown}, not one of {quoted(_KNOWN)}"
         )
+    if message.get("tool_calls") or message.get("function_call"):
+        raise UnusableCell(f"with a tool call in {column!r}", f"a message in {column!r} calls a tool, expected text")
+    if isinstance(content, list):
+        content = "".join(_part(part, column) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise _not_text(column)
     return Message(known, (content or "").strip())
 
 
-def prompt_from(prompt: Content, conversions: Counter[str]) -> Pair:
-    """Return a prompt by itself: for a conversation, everything up to the last user message."""
-    if isinstance(prompt, str):
-        return Pair(prompt)
-    kept = _up_to_user(prompt)
-    conversions["truncated"] += bool(kept) and len(kept) < len(prompt)
-    return _flatten(kept, conversions)
+def _part(part: Any, column: str) -> str:
+    """Return the text of a content part, as OpenAI (``text``) and LLaMA-Factory (``value``) write it."""
+    if isinstance(part, Mapping) and part.get("type") == "text":
+        text = part.get("text") if part.get("text") is not None else part.get("value")
+        if isinstance(text, str):
+            return text
+    raise _not_text(column)
 
 
-def pair_from(prompt: Content | None, chosen: Content, rejected: Content, conversions: Counter[str]) -> Pair:
+def _not_text(column: str) -> UnusableCell:
+    return UnusableCell(
+        f"with a message that isn't text in {column!r}", f"the content of a message in {column!r} isn't text"
+    )
+
+
+def prompt_from(prompt: Content, conversions: Counter[str], before: Sequence[Message] = ()) -> Pair:
+    """Return a prompt by itself: for a conversation, everything up to the last user message.
+
+    ``before`` are a system message and earlier turns from columns of their own.
+    """
+    prompt = _formatted_prompt(prompt, conversions)
+    if isinstance(prompt, list):
+        kept = _up_to_user(prompt)
+        conversions["truncated"] += bool(kept) and len(kept) < len(prompt)
+        prompt = kept
+    return _with_earlier(prompt, before, conversions)
+
+
+def pair_from(
+    prompt: Content | None,
+    chosen: Content,
+    rejected: Content,
+    conversions: Counter[str],
+    before: Sequence[Message] = (),
+) -> Pair:
     """Return a row's texts; without a prompt, or with whole conversations as answers, their shared beginning is it."""
-    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        one, other = _dialogue(chosen), _dialogue(rejected)
-        if not (one and other):
-            return _split_texts(chosen, rejected)
-        conversions["dialogues"] += 1
-        chosen, rejected = one, other
+    if prompt is not None:
+        prompt = _formatted_prompt(prompt, conversions)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        dialogues = _dialogues(prompt, chosen, rejected)
+        conversions["dialogues"] += dialogues is not None
+        if dialogues is not None:
+            chosen, rejected = dialogues
+        elif prompt is None:
+            text, *answers = split_shared_prompt(chosen, rejected)
+            return _with_earlier(text, before, conversions)._replace(chosen=answers[0], rejected=answers[1])
     if _is_conversation(chosen) != _is_conversation(rejected):
         return Pair("", problem="with a whole conversation as only one of the answers")
     if isinstance(chosen, list) and isinstance(rejected, list) and _is_conversation(chosen):
@@ -123,8 +169,39 @@ def pair_from(prompt: Content | None, chosen: Content, rejected: Content, conver
     chosen_text, rejected_text = _answer_text(chosen), _answer_text(rejected)
     if chosen_text is None or rejected_text is None:
         return Pair("", problem="with a user message inside an answer")
-    pair = _flatten(prompt, conversions) if isinstance(prompt, list) else Pair(prompt or "")
+    pair = _with_earlier(prompt or "", before, conversions)
     return pair._replace(chosen=chosen_text, rejected=rejected_text)
+
+
+def _formatted_prompt(prompt: Content, conversions: Counter[str]) -> Content:
+    """Return the messages of a prompt that is written as a dialogue, any other prompt unchanged."""
+    if isinstance(prompt, str) and (messages := parse_dialogue(prompt)) and messages[-1].role == "user":
+        conversions["formatted"] += 1
+        return messages
+    return prompt
+
+
+def _dialogues(prompt: Content | None, chosen: str, rejected: str) -> tuple[list[Message], list[Message]] | None:
+    """Return two dialogues that continue the prompt, if the answers are such texts."""
+    one, other = parse_dialogue(chosen), parse_dialogue(rejected)
+    if not (one and other):
+        return None
+    # Next to a prompt, an answer that is a dialogue can be what the prompt asked for.
+    common = _up_to_user(_shared_prefix(one, other))
+    return (one, other) if prompt is None or (common and _agree(prompt, common)) else None
+
+
+def _with_earlier(prompt: Content, before: Sequence[Message], conversions: Counter[str]) -> Pair:
+    """Return the prompt after the messages of other columns; a conversation that begins with them has them already."""
+    if not before or not prompt:
+        return _flatten(prompt, conversions) if isinstance(prompt, list) else Pair(prompt)
+    messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
+    if messages[: len(before)] != list(before):
+        system = next((each for each in before if each.role == "system"), None)
+        if system is not None and messages[0] == system:
+            messages = messages[1:]
+        messages = [*before, *messages]
+    return _flatten(messages, conversions)
 
 
 def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
@@ -136,7 +213,7 @@ def are_conversations(*cells: Any) -> bool:
     """Return whether each cell is a list of messages that begins with a system or user message."""
     starts = [cell[0] if isinstance(cell, list) and cell else None for cell in cells]
     roles = [start.get("role") or start.get("from") if isinstance(start, Mapping) else None for start in starts]
-    return all(_ROLES.get(role, role) in ("system", "user") if isinstance(role, str) else False for role in roles)
+    return all(isinstance(role, str) and role_of(role) in ("system", "user") for role in roles)
 
 
 def _is_conversation(content: Content) -> bool:
@@ -186,20 +263,3 @@ def _text(messages: Sequence[Message]) -> str:
     turns = "\n".join(f"{labels[each.role]}: {each.content}" for each in messages if each.role in labels)
     question = turns.removeprefix("Question: ")
     return f"{system}\n\n{question}" if system else question
-
-
-def _split_texts(chosen: str, rejected: str) -> Pair:
-    """Split two texts: their shared beginning, in whole words, is the prompt."""
-    end = len(_shared_prefix(chosen, rejected))
-    while end and not chosen[end - 1].isspace():
-        end -= 1
-    return Pair(chosen[:end].strip(), chosen[end:].strip(), rejected[end:].strip())
-
-
-def _dialogue(text: str) -> list[Message]:
-    """Return a text of ``Human:`` and ``Assistant:`` paragraphs as messages; an empty list for any other text."""
-    _, *parts = _SPEAKER.split(text.strip())
-    if not text.strip().startswith("Human:") or "Assistant" not in parts[::2]:
-        return []
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [Message(roles[name], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True)]

@@ -18,13 +18,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from reinforcepp.data.columns import ColumnLayout, ColumnNames, check_distinct, find_columns
-from reinforcepp.data.messages import CONVERSION_NOTES, Pair, are_conversations, pair_from, parse_content, prompt_from
-from reinforcepp.data.readers import Records, count
-from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts
-from reinforcepp.errors import ConfigError
+from reinforcepp.data.columns import ColumnLayout, ColumnNames, check_distinct, find_columns, parse_label
+from reinforcepp.data.dialogues import Message
+from reinforcepp.data.messages import (
+    CONVERSION_NOTES,
+    Content,
+    Pair,
+    UnusableCell,
+    are_conversations,
+    pair_from,
+    parse_content,
+    prompt_from,
+)
+from reinforcepp.data.readers import Records, count, quoted
+from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts, is_builtin
+from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.types import RowId
 
+DEFAULT_MAX_BAD_ROWS = 0.01
+"""Default share of rows that can be skipped because a cell holds something else than text or messages."""
+# A small file can have this many such rows, but no more than a quarter of its rows.
+_FEW_BAD_ROWS, _FEW_BAD_SHARE = 3, 4
 _MAX_LISTED_ROWS = 5
 
 # Thai, Lao, Japanese and Chinese don't separate words with spaces, so each character counts as a word.
@@ -43,6 +57,7 @@ class Row:
         layout: The columns of the row's file.
         problem: Why the row has no usable texts, if so.
         weight: How often the row counts in training.
+        unreadable: For a cell that holds something else than text or messages, the problem with its value.
     """
 
     number: RowId
@@ -51,6 +66,7 @@ class Row:
     layout: ColumnLayout
     problem: str | None = None
     weight: float = 1.0
+    unreadable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,9 @@ def words(text: str) -> list[str]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_table(source: str | Path, names: ColumnNames, *, pairs: bool | None) -> Table:
+def read_table(
+    source: str | Path, names: ColumnNames, *, pairs: bool | None, max_bad_rows: float | None = DEFAULT_MAX_BAD_ROWS
+) -> Table:
     """Read prompts, or pairs with their prompts.
 
     Args:
@@ -106,6 +124,7 @@ def read_table(source: str | Path, names: ColumnNames, *, pairs: bool | None) ->
             separated by commas.
         names: Column names. If a default name is missing, a column with an equivalent name is used.
         pairs: Whether to read answers; None reads them if the data has answer columns.
+        max_bad_rows: As for ``check_bad_rows``.
 
     Raises:
         ConfigError: Two of the names are the same.
@@ -123,9 +142,32 @@ def read_table(source: str | Path, names: ColumnNames, *, pairs: bool | None) ->
     conversions: Counter[str] = Counter()
     for (part, records), layout in zip(read, layouts, strict=True):
         rows += make_rows(part, records, layout, pairs, path_in_numbers=len(parts) > 1, conversions=conversions)
-    notes = tuple(notes_on(parts, layouts, conversions))
+    name, notes = display_name(source, parts), tuple(notes_on(parts, layouts, conversions))
+    check_bad_rows(name, [row for row in rows if row.unreadable], len(rows), max_bad_rows)
     columns = text_columns(layouts[0], names, pairs)
-    return Table(display_name(source, parts), combined_digest(parts), columns, tuple(rows), notes)
+    return Table(name, combined_digest(parts), columns, tuple(rows), notes)
+
+
+def check_bad_rows(source: str, bad: Sequence[Row], total: int, limit: float | None) -> None:
+    """Raise a DataError if more rows than ``limit`` hold something else than text or messages.
+
+    Args:
+        source: Name of the data for the message.
+        bad: Those rows.
+        total: Number of all rows.
+        limit: A number of rows, or below 1 a share of them, which allows a few rows of a small file, too. None allows
+            any number.
+    """
+    if limit is None:
+        return
+    allowed = limit if limit >= 1 or not limit else max(limit * total, min(_FEW_BAD_ROWS, total // _FEW_BAD_SHARE))
+    if len(bad) > allowed:
+        first = bad[0].number
+        where = first if isinstance(first, str) else f"{source}:{first}"
+        raise DataError(
+            f"{where}: {bad[0].unreadable}. {len(bad)} of {count(total, 'row')} have such cells. Correct them, name another "
+            "column, or skip the rows: drop them with `reinforcepp lint --fix`, or raise --max_bad_rows."
+        )
 
 
 def text_columns(layout: ColumnLayout, names: ColumnNames, pairs: bool) -> tuple[str, ...]:
@@ -133,9 +175,13 @@ def text_columns(layout: ColumnLayout, names: ColumnNames, pairs: bool) -> tuple
     return (layout.prompt or names.prompt, *((layout.answers or ()) if pairs else ()))
 
 
-def notes_on(parts: Iterable[DataPart], layouts: Iterable[ColumnLayout], conversions: Counter[str]) -> Iterator[str]:
+def notes_on(parts: Sequence[DataPart], layouts: Iterable[ColumnLayout], conversions: Counter[str]) -> Iterator[str]:
     """Yield remarks for the user on how the data was read."""
+    layouts = list(layouts)
     yield from dict.fromkeys(note for layout in layouts for note in layout.notes)
+    unused = [name for layout in layouts for name in layout.unused]
+    if unused and not all(is_builtin(part.path) for part in parts):
+        yield f"unused columns {quoted(dict.fromkeys(unused))}"
     yield from (CONVERSION_NOTES[key].format(count(number, "row")) for key, number in conversions.items() if number)
     yield from (f"rows of {part.path.name} count {part.weight:g} times" for part in parts if part.weight != 1)
 
@@ -152,23 +198,63 @@ def make_rows(
     """Yield rows with the texts of the columns in ``layout``; ``conversions`` counts rows for ``notes_on``."""
     path = part.path
     for number, cells in records.rows:
-        pair = _texts(cells, layout, f"{path}:{number}", pairs, conversions)
+        unreadable = None
+        try:
+            pair = _texts(cells, layout, pairs, conversions)
+        except UnusableCell as error:
+            pair, unreadable = Pair("", problem=error.reason), str(error)
         texts = (pair.prompt, pair.chosen, pair.rejected) if pairs else (pair.prompt,)
         row_id: RowId = f"{path.name}:{number}" if path_in_numbers else number
-        yield Row(row_id, cells, texts, layout, pair.problem, part.weight)
+        yield Row(row_id, cells, texts, layout, pair.problem, part.weight, unreadable)
 
 
-def _texts(cells: Mapping[str, Any], layout: ColumnLayout, where: str, pairs: bool, conversions: Counter[str]) -> Pair:
+def _texts(cells: Mapping[str, Any], layout: ColumnLayout, pairs: bool, conversions: Counter[str]) -> Pair:
+    if layout.label and parse_label(cells.get(layout.label)) is False:
+        return Pair("", problem=f"with {layout.label} false")
     answers = [cells.get(name) for name in layout.answers or ()]
-    prompt = parse_content(cells.get(layout.prompt), layout.prompt, where) if layout.prompt else None
+    prompt = _prompt_cell(cells, layout)
+    before = _earlier_messages(cells, layout)
     # A pair's prompt must be the same for the reward model and the policy, even if the answers contain more of the
     # conversation than the prompt column.
     if pairs or prompt is None or (answers and are_conversations(*answers)):
-        chosen, rejected = (
-            parse_content(cell, name, where) for cell, name in zip(answers, layout.answers or (), strict=True)
-        )
-        return pair_from(prompt, chosen, rejected, conversions)
-    return prompt_from(prompt, conversions)
+        chosen, rejected = (parse_content(cell, name) for cell, name in zip(answers, layout.answers or (), strict=True))
+        return pair_from(prompt, chosen, rejected, conversions, before)
+    return prompt_from(prompt, conversions, before)
+
+
+def _prompt_cell(cells: Mapping[str, Any], layout: ColumnLayout) -> Content | None:
+    """Return the prompt, with the texts of the columns that follow it."""
+    if layout.prompt is None:
+        return None
+    prompt = parse_content(cells.get(layout.prompt), layout.prompt)
+    for name in layout.inputs:
+        more = parse_content(cells.get(name), name)
+        if not more:
+            continue
+        if not (isinstance(prompt, str) and isinstance(more, str)):
+            raise _no_plain_text(name if isinstance(prompt, str) else layout.prompt)
+        prompt = f"{prompt}\n{more}".strip()
+    return prompt
+
+
+def _earlier_messages(cells: Mapping[str, Any], layout: ColumnLayout) -> list[Message]:
+    """Return the system message and the earlier turns of columns of their own."""
+    found = []
+    if layout.system:
+        content = parse_content(cells.get(layout.system), layout.system)
+        if not isinstance(content, str):
+            raise _no_plain_text(layout.system)
+        found += [Message("system", content)] if content else []
+    for turn in (cells.get(layout.history) or []) if layout.history else []:
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            problem = f"{layout.history!r} holds a turn that isn't a question and an answer"
+            raise UnusableCell(f"with an odd turn in {layout.history!r}", problem)
+        found += [Message("user", turn[0].strip()), Message("assistant", turn[1].strip())]
+    return found
+
+
+def _no_plain_text(column: str) -> UnusableCell:
+    return UnusableCell(f"with messages in {column!r}", f"{column!r} holds a list of messages, expected text")
 
 
 # --- usable and skipped rows ------------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ def resolve_data(source: str | Path) -> DataFiles:
     return DataFiles(Path(train), Path(heldout))
 
 
+def is_builtin(path: Path) -> bool:
+    """Return whether a file ships with this package."""
+    return path.parent == Path(__file__).parent / "builtin"
+
+
 @dataclass(frozen=True)
 class DataPart:
     """One file or Hub dataset of a data setting.

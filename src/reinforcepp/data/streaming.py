@@ -27,6 +27,7 @@ from reinforcepp.data.columns import ColumnLayout, ColumnNames, check_distinct, 
 from reinforcepp.data.rows import (
     Row,
     Skipped,
+    check_bad_rows,
     check_fraction,
     make_rows,
     normalize,
@@ -173,6 +174,13 @@ class StreamedTable:
         """Return the rows of the store at ``indices``."""
         return DiskRows(self.store, indices, make, self.digest)
 
+    def split_rows(
+        self, make: Callable[[list[Any]], T], heldout_fraction: float, seed: int
+    ) -> tuple[DiskRows[T], DiskRows[T], DiskRows[T]]:
+        """Return all usable rows, those for training, repeated by weight, and the held-out ones."""
+        train, heldout = self.split(heldout_fraction, seed)
+        return self.rows(self.kept, make), self.rows(train, make), self.rows(heldout, make)
+
     def split(self, heldout_fraction: float, seed: int) -> tuple[Indices, Indices]:
         """Return indices for training, repeated by weight, and held-out indices; see ``split_by_prompt``."""
         check_fraction(heldout_fraction)
@@ -210,6 +218,7 @@ def stream_table(
     find_problem: Callable[[Sequence[str], Sequence[str]], str | None],
     values: Callable[[Row], list[Any]],
     on_progress: OnProgress,
+    max_bad_rows: float,
 ) -> StreamedTable:
     """Read ``source`` in one pass.
 
@@ -221,6 +230,7 @@ def stream_table(
         find_problem: Given the names of a row's texts and the normalized texts, returns what is wrong, if anything.
         values: Returns the values to store for a usable row in addition to its number and texts.
         on_progress: Called with the share of the files that has been read.
+        max_bad_rows: As for ``check_bad_rows``.
 
     Raises:
         ConfigError: As ``read_table``.
@@ -231,7 +241,7 @@ def stream_table(
     parts = find_parts(source)
     store, conversions, layouts = RowStore(), Counter[str](), list[ColumnLayout]()
     texts, swapped, prompts, weights = array("Q"), array("Q"), array("Q"), array("d")
-    skipped: list[Skipped] = []
+    skipped, unreadable = list[Skipped](), list[Row]()
     columns: tuple[str, ...] = ()
     for row in _stream_rows(parts, names, pairs, conversions, on_progress):
         if not layouts or layouts[-1] is not row.layout:
@@ -241,12 +251,15 @@ def stream_table(
         reason = row_problem(row, normalized, columns) or find_problem(columns, normalized)
         if reason:
             skipped.append(Skipped(row.number, reason))
+            unreadable += [row] if row.unreadable else []
             continue
         store.append([row.number, row.texts, *values(row)], f"{source}:{row.number}")
         texts.append(_hash(normalized))
         swapped.append(_hash((normalized[0], *normalized[:0:-1])))
         prompts.append(int.from_bytes(prompt_rank(seed, normalized[0])[:8], "big"))
         weights.append(row.weight)
+    name = display_name(source, parts)
+    check_bad_rows(name, unreadable, len(store) + len(skipped), max_bad_rows)
     digest = store.finish()
     hashes = np.frombuffer(texts, dtype=np.uint64)
     kept, repeated = _first_occurrences(hashes)
@@ -255,7 +268,7 @@ def stream_table(
         for index, first in repeated
     ]
     return StreamedTable(
-        source=display_name(source, parts),
+        source=name,
         sha256=combined_digest(parts),
         columns=columns or tuple(names),
         store=store,

@@ -62,6 +62,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
             heldout_fraction=config.heldout_fraction,
             seed=config.seed,
             **config.column_names,
+            max_bad_rows=config.max_bad_rows,
             streaming=config.streaming,
             on_progress=on_progress,
         )

@@ -78,7 +78,11 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
     join_ranks(config)
     folder, saved = open_run_dir(config)
     data, train, heldout = load_texts(
-        config.data, heldout_fraction=config.heldout_fraction, seed=config.seed, **config.column_names
+        config.data,
+        heldout_fraction=config.heldout_fraction,
+        seed=config.seed,
+        **config.column_names,
+        max_bad_rows=config.max_bad_rows,
     )
     echo(data.summary())
     tokenizer = with_chat_template(load_tokenizer(config.model), config)

@@ -35,6 +35,7 @@ def run(config: TrainConfig, *, split_seed: int) -> dict[str, Any]:
         seed=split_seed,
         **config.column_names,
         renamed=config.renamed,
+        max_bad_rows=config.max_bad_rows,
         streaming=config.streaming,
     )
     trainer = ReinforceTrainer(

@@ -46,7 +46,7 @@ def lint(config: LintConfig) -> Report:
 
 def read_file(path: Path, columns: ColumnConfig) -> tuple[Table, CheckedFile]:
     """Return a file's table and its checked form: pairs if it has answer columns, otherwise prompts."""
-    table = read_table(path, ColumnNames(*columns.column_names.values()), pairs=None)
+    table = read_table(path, ColumnNames(*columns.column_names.values()), pairs=None, max_bad_rows=None)
     return table, to_checked_file(Path(table.source).name, table.rows, table.columns)
 
 

@@ -73,8 +73,7 @@ def _write(file: TextIO, rows: Sequence[Mapping[str, Any]], suffix: str) -> None
 
 def _with_clean_cells(row: Row) -> dict[str, Any]:
     """Return the cells of the copy: those of prompt and answers cleaned, the others unchanged."""
-    training_columns = {row.layout.prompt, *(row.layout.answers or ())}
-    return {name: _clean_cell(cell) if name in training_columns else cell for name, cell in row.cells.items()}
+    return {name: _clean_cell(cell) if name in row.layout.texts else cell for name, cell in row.cells.items()}
 
 
 def _clean_cell(cell: Any) -> Any:
