@@ -125,7 +125,7 @@ def test_peft_loads_the_saved_adapter(bases, tmp_path):
 
 def test_the_reference_shares_the_weights_with_the_adapter_disabled(bases):
     plain, model = load_policy(bases["llama"]), adapted(bases["llama"])
-    reference = make_reference(model)
+    reference = make_reference(model, new_adapter=True)
     assert isinstance(reference, AdapterDisabled)
     assert_same(logits(reference), logits(plain))
     assert not torch.allclose(logits(model), logits(plain), atol=0.1)
@@ -133,7 +133,7 @@ def test_the_reference_shares_the_weights_with_the_adapter_disabled(bases):
     assert before.keys() == held.keys() and all(torch.equal(before[name], held[name]) for name in before)
     places = {p.data_ptr() for p in model.parameters()}
     assert all(tensor.data_ptr() in places for tensor in held.values())  # no second copy
-    copied = make_reference(plain)
+    copied = make_reference(plain.requires_grad_(True), new_adapter=False)
     assert copied is not plain and not any(p.requires_grad for p in copied.parameters())
 
 
@@ -231,6 +231,26 @@ def test_models_in_memory(bases, tmp_path):
     run.train()
     changed = {name for name, p in run.policy.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all("lora_" in name for name in changed)
+    given.requires_grad_(False)  # as PeftModel.from_pretrained leaves it
+    with pytest.raises(ConfigError, match="is_trainable=True"):
+        ReinforceTrainer(given, args=ReinforceConfig(str(tmp_path / "e"), **settings), **made)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=["lora", "rslora", "dora"])
+def test_the_reference_of_a_given_adapter_is_the_policy_as_given(bases, tmp_path, variant):
+    given = adapted(bases["llama"], **variant)
+    expected = logits(given)
+    args = ReinforceConfig(
+        str(tmp_path), max_steps=2, max_new_tokens=4, max_prompt_length=40, learning_rate=1e-2, rollout="transformers"
+    )
+    run = ReinforceTrainer(given, likes_early_tokens, args, PROMPTS, HELD_OUT, processing_class=tiny.tokenizer())
+    run.train()
+    assert run.evaluations["before"].kl == 0
+    assert run.evaluations["after"].kl > 0
+    assert_same(logits(run.reference), expected, atol=0)
+    shared = {weight.data_ptr() for weight in run.policy.parameters() if not weight.requires_grad}
+    copied = [name for name, weight in run.reference.named_parameters() if weight.data_ptr() not in shared]
+    assert copied and all("lora_" in name for name in copied), "the base weights aren't held twice"
 
 
 # --- training -------------------------------------------------------------------------------------------------------

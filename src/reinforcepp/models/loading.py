@@ -19,7 +19,15 @@ import torch
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import PARTIAL, disk_errors, flush
-from reinforcepp.models.lora import ADAPTER_CONFIG, base_model_name, has_adapter, is_adapter_dir, merge_adapter
+from reinforcepp.models.lora import (
+    ADAPTER_CONFIG,
+    AdapterDisabled,
+    base_model_name,
+    full_weights,
+    has_adapter,
+    is_adapter_dir,
+    merge_adapter,
+)
 from reinforcepp.models.tokenization import PLAIN_TEMPLATE
 from reinforcepp.runtime import is_main, look_for_hub
 
@@ -313,9 +321,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """Return a short hash of each tensor's name, shape, dtype and first MiB."""
+    """Return a short hash of each tensor's name, shape, dtype and first MiB; an adapter counts as merged."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    adapted = has_adapter(model) and not isinstance(model, AdapterDisabled)
+    for name, tensor in full_weights(model) if adapted else model.state_dict().items():
         head = tensor.detach().flatten()[: (1 << 20) // tensor.element_size()]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(head.cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -165,11 +165,18 @@ def base_model(model: PreTrainedModel) -> PreTrainedModel:
     return base
 
 
-def make_reference(policy: PreTrainedModel) -> PreTrainedModel:
-    """Return the reference policy: a frozen copy, or the policy with its adapter disabled if an adapter is trained."""
-    if has_adapter(policy):
-        return cast("PreTrainedModel", AdapterDisabled(policy))
-    return copy.deepcopy(policy).requires_grad_(False)
+def make_reference(policy: PreTrainedModel, *, new_adapter: bool) -> PreTrainedModel:
+    """Return the reference policy, which is the policy as it is now.
+
+    A new adapter changes no output, so disabling it is enough. An adapter that the user gave can be trained already.
+    """
+    return cast("PreTrainedModel", AdapterDisabled(policy)) if new_adapter else frozen_copy(policy)
+
+
+def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy that keeps the policy's current weights; it shares frozen weights, such as those below an adapter."""
+    shared = {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False)
 
 
 class AdapterDisabled:

@@ -6,7 +6,6 @@ the beginning from the initial weights.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.models.lora import load_trainable_weights, trainable_weights
+from reinforcepp.models.lora import frozen_copy, load_trainable_weights, trainable_weights
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.rollout.transformers_engine import TransformersEngine
@@ -64,7 +63,7 @@ class AsyncRolloutScheduler(RolloutScheduler):
         super().__init__(config, engine, update.policy.plain, tokenizer, batches, update.ranks)
         self._update = update
         self._num_steps = num_steps
-        self._copies = [copy_for_sampling(self.policy) for _ in range(config.staleness)]
+        self._copies = [frozen_copy(self.policy) for _ in range(config.staleness)]
         self._thread = ThreadPoolExecutor(1, "rollout")
         self._jobs: dict[int, Future[PendingRollout]] = {}
 
@@ -159,9 +158,3 @@ class AsyncRolloutScheduler(RolloutScheduler):
                     completions[row], old_logprobs=tuple(logprobs[tokens]), entropy=tuple(entropy[tokens])
                 )
         return scored
-
-
-def copy_for_sampling(policy: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy that generates while the policy is updated; frozen weights are shared with the policy."""
-    shared = {id(weight): weight for weight in policy.parameters() if not weight.requires_grad}
-    return copy.deepcopy(policy, shared).requires_grad_(False)

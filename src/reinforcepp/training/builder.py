@@ -105,7 +105,7 @@ def build(
     ranks = Ranks(config.report_to, folder)
     place_reward_models(rewards, judge_sum, config, ranks)
     learner, critic = start_learners(model, config, ranks, updates=num_steps * config.updates_per_step)
-    reference = make_reference(learner.plain)
+    reference = make_reference(learner.plain, new_adapter=config.use_peft)
     inputs = fingerprints(reference, [prompts, eval_prompts], rewards)
     if resumed is not None:
         check_unchanged(resumed.state["inputs"], inputs, config.allowed_changes)

@@ -72,6 +72,11 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
         raise ConfigError(
             "use_peft: only the adapter is saved, but the given model exists in memory only. Save the model and give its folder."
         )
+    if has_adapter(model) and not any(weight.requires_grad for weight in model.parameters()):
+        raise ConfigError(
+            "model: the adapter of the given model is frozen, so nothing would be trained. Load it with "
+            "PeftModel.from_pretrained(..., is_trainable=True)."
+        )
     if config.estimator_spec.uses_critic and has_adapter(model):
         raise ConfigError("estimator ppo: can't copy a model with an adapter. Give the base model and set use_peft.")
     return model
