@@ -394,6 +394,19 @@ def test_a_model_and_a_plain_tokenizer_in_memory_will_do(tmp_path):
         ReinforceTrainer(tiny.model(), spread, replace(args, output_dir=str(tmp_path / "other")), PROMPTS)
 
 
+def test_the_given_tokenizer_stays_as_it_is(base, tmp_path):
+    given = tiny.tokenizer()
+    before = dict(vars(given)), given.backend_tokenizer.to_str()
+    roles = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    args = ReinforceConfig(
+        str(tmp_path / "run"), max_prompt_length=40, max_new_tokens=4, system_prompt="Be brief.", chat_template=roles
+    )
+    run = ReinforceTrainer(base, spread, args, PROMPTS, processing_class=given)
+    assert "Be brief." in run.tokenizer.chat_template
+    assert run.tokenizer.pad_token is not None
+    assert (dict(vars(given)), given.backend_tokenizer.to_str()) == before
+
+
 # --- misuse ---------------------------------------------------------------------------------------------------------
 
 

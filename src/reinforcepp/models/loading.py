@@ -7,6 +7,7 @@ its score head) are raised before weights are read.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -168,14 +169,14 @@ def prepare_tokenizer(
 
 
 def tokenizer_for(config: PreTrainedConfig, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """Return ``given``, prepared, or load the tokenizer of the model of ``config``.
+    """Return a prepared copy of ``given``, or load the tokenizer of the model of ``config``.
 
     Raises:
         ConfigError: none is given, and the model wasn't loaded from a folder.
     """
     name = str(config.name_or_path)
     if given is not None:
-        return prepare_tokenizer(given, config, name or "the given model")
+        return prepare_tokenizer(copy.deepcopy(given), config, name or "the given model")
     if not name:
         raise ConfigError(
             "processing_class: missing, but a model created in memory has no tokenizer. Pass the tokenizer."
