@@ -301,6 +301,19 @@ def test_evaluations_during_training(base, tmp_path):
     assert_equal_weights(weights(run), weights(plain))
 
 
+def test_evaluate_uses_all_prompts_and_training_reports_how_many(base, tmp_path, capsys):
+    held_out = [{"prompt": f"Why does router {i} drop packets?"} for i in range(5)]
+    run = trainer(base, tmp_path / "run", evaluation=held_out, max_steps=1, eval_prompts=2)
+    assert "use 2 of 5 held-out prompts" in " ".join(capsys.readouterr().err.split())
+    run.train()
+    assert len(run.evaluations["after"].completions) == 2
+    assert len(run.evaluate().completions) == 5
+    off = trainer(base, tmp_path / "off", evaluation=held_out, eval_prompts=0)
+    assert len(off.evaluate().completions) == 5
+    with pytest.raises(ConfigError, match="eval_dataset: no rows"):
+        trainer(base, tmp_path / "none").evaluate()
+
+
 def test_the_judge_scores_held_out_completions_only(base, tmp_path):
     held_out = [{"prompt": "Why does the router drop packets?"}, {"prompt": "Where is the cable?"}]
     seen = []

@@ -218,7 +218,7 @@ def test_an_evaluation_before_training_that_is_stopped_is_part_of_the_resumed_ru
     run = trainer(base, tmp_path / "run", **config)
     run.evaluator.prompts = run.prompts[:1]
     evaluate = run.evaluator.evaluate
-    run.evaluator.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    run.evaluator.evaluate = lambda limit: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted):
         run.train()
     run.evaluator.evaluate = evaluate
@@ -241,10 +241,10 @@ def test_a_signal_in_an_evaluation(base, tmp_path):
     runs[0].train()
     evaluate = runs[1].evaluator.evaluate
 
-    def asked():
+    def asked(limit):
         if runs[1].run.state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate()
+        return evaluate(limit)
 
     runs[1].evaluator.evaluate = asked
     with pytest.raises(Interrupted):
@@ -261,7 +261,7 @@ def test_a_signal_while_a_run_is_being_resumed_costs_nothing(base, undisturbed, 
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     again = trainer(base, tmp_path / "run", resume=True)
     again.evaluator.prompts = again.prompts[:1]
-    again.evaluator.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    again.evaluator.evaluate = lambda limit: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted):
         again.train()
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -198,7 +198,13 @@ def load_prompts(
     prompts = encode(tokenizer, train_rows, "training", config)
     if not prompts:
         raise DataError("train_dataset: no rows. Give at least one row with a prompt.")
-    return prompts, encode(tokenizer, eval_rows, "held-out", config)
+    eval_prompts = encode(tokenizer, eval_rows, "held-out", config)
+    if 0 < config.eval_prompts < len(eval_prompts):
+        echo(
+            f"Evaluations before and after training use {config.eval_prompts} of {len(eval_prompts)} held-out prompts "
+            "(eval_prompts)."
+        )
+    return prompts, eval_prompts
 
 
 def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: ReinforceConfig, ranks: Ranks) -> None:

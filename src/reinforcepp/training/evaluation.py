@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.distributed.ranks import Ranks
-from reinforcepp.errors import RewardError
+from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.monitoring.completion_log import columns_of
 from reinforcepp.rewards.sources import RewardSum
@@ -165,7 +165,7 @@ class Evaluator:
     """Evaluates the policy of a run on its held-out prompts, always with the same seeds.
 
     Args:
-        prompts: the held-out prompts; the setting ``eval_prompts`` limits their number.
+        prompts: the held-out prompts; the setting ``eval_prompts`` limits the number used during training.
         rewards: the reward functions of the training.
         judge: a reward function that has no part in training, if any.
         reference: the reference policy.
@@ -196,13 +196,19 @@ class Evaluator:
         self.num_steps = num_steps
         self.evaluations: dict[str, Evaluation] = {}
 
-    def evaluate(self) -> Evaluation:
-        """Return an evaluation of the current policy, without recording it."""
+    def evaluate(self, limit: int | None = None) -> Evaluation:
+        """Return an evaluation of the current policy on the first ``limit`` or all held-out prompts, without recording it.
+
+        Raises:
+            ConfigError: there are no held-out prompts.
+        """
+        if not self.prompts:
+            raise ConfigError("eval_dataset: no rows to evaluate on. Give held-out rows when you create the trainer.")
         config, rollouts = self.policy_run.config, self.rollouts
         rollouts.use_current_weights()
         return evaluate(
             rollouts.engine,
-            self.prompts[: config.eval_prompts],
+            self.prompts[:limit],
             Sampling(config.max_new_tokens, config.temperature, seed=EVALUATION_SEED),
             self.rewards,
             rollouts.policy,
@@ -213,11 +219,12 @@ class Evaluator:
         )
 
     def run(self, name: str) -> None:
-        """Evaluate, if there are held-out prompts, and record the evaluation under ``name``."""
-        if self.policy_run.config.eval_prompts and self.prompts:
+        """Evaluate on the first ``eval_prompts`` held-out prompts, if any, and record the evaluation under ``name``."""
+        limit = self.policy_run.config.eval_prompts
+        if limit and self.prompts:
             self.heartbeat.beat(f"evaluation {name!r}")
             with self.heartbeat.interruptible(), preserve_random_state():
-                self.evaluations[name] = self.evaluate()
+                self.evaluations[name] = self.evaluate(limit)
             self.policy_run.record_evaluation(name, self.evaluations[name])
 
     def run_if_due(self, step: int) -> None:

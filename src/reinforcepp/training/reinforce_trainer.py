@@ -123,7 +123,10 @@ class ReinforceTrainer:
     # --- before, during and after the steps ---------------------------------------------------------------------------
 
     def evaluate(self) -> Evaluation:
-        """Generate completions of the held-out prompts with the current policy, always from the same seeds, and score them."""
+        """Generate completions of all held-out prompts with the current policy, always from the same seeds, and score them.
+
+        The evaluations during training use only the first ``eval_prompts`` prompts.
+        """
         return self.evaluator.evaluate()
 
     def save_model(self, folder: str | Path) -> None:
