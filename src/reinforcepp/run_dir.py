@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
+from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +227,30 @@ def clear(folder: Path) -> None:
 
 def describe_run(folder: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write ``run.json`` with the settings and the ``facts`` known before the start."""
+    day = _run_date(settings.get("output_dir"), settings.get("resume", False)).isoformat()
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FILE, {"settings": settings, **facts})
+    write_json(folder / RUN_FILE, {"settings": settings, "date": day, **facts})
+
+
+def run_date(settings: Any) -> date:
+    """Return the day on which the run of ``settings`` started first: chat templates with a date show this one."""
+    return _run_date(getattr(settings, "output_dir", None), getattr(settings, "resume", False))
+
+
+@cache
+def today() -> date:
+    """Return the date at the first call, so that a run that passes midnight keeps its date."""
+    return date.today()
+
+
+def _run_date(output_dir: str | None, resume: bool | str) -> date:
+    if not resume or output_dir is None:
+        return today()
+    run = Path(resume).expanduser().parent.parent if isinstance(resume, str) else Path(output_dir).expanduser()
+    try:
+        return date.fromisoformat(json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["date"])
+    except (OSError, ValueError, KeyError, TypeError):  # a run that an earlier version began
+        return today()
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -59,13 +59,15 @@ class Prompt:
     """A prompt, formatted and tokenized for the policy.
 
     ``key`` identifies the prompt: it groups the samples of a prompt, and random seeds derive from it. ``ids`` is the
-    formatted, tokenized prompt; ``columns`` holds the other columns of the data row, for reward functions.
+    formatted, tokenized prompt; ``columns`` holds the other columns of the data row, for reward functions. ``prefill`` is the
+    start of the answer that the chat template wrote, such as ``<think>``.
     """
 
     text: str
     ids: tuple[int, ...]
     key: int
     columns: Mapping[str, Any] = field(default_factory=dict)
+    prefill: str = ""
 
 
 @dataclass(frozen=True)

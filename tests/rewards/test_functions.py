@@ -57,8 +57,14 @@ def test_functions_of_the_same_name_both_count():
     ("returned", "error", "message"),
     [
         ([1.0], ConfigError, "1 scores for 2 completions"),
-        (None, ConfigError, "list of numbers"),
-        (["high", "low"], ConfigError, "list of numbers"),
+        (None, ConfigError, "returned a NoneType"),
+        (0.5, ConfigError, "returned a float"),
+        ({"a": 1.0, "b": 2.0}, ConfigError, "returned a dict"),
+        ({1.0, 2.0}, ConfigError, "returned a set"),
+        ("12", ConfigError, "returned a str"),
+        (b"12", ConfigError, "returned a bytes"),
+        (["high", "low"], ConfigError, "value that isn't a number.*'high'"),
+        ([[1.0], [2.0]], ConfigError, "value that isn't a number"),
         ([1.0, float("nan")], TrainingDiverged, "returned nan"),
         ([float("inf"), 1.0], TrainingDiverged, "returned inf"),
     ],
@@ -247,3 +253,20 @@ def test_collective_functions_come_first_and_run_without_completions():
     assert called == [f"collective, {len(COMPLETIONS)}", "local"]
     assert list(scores.by_function) == ["local", "Collective"] and scores.by_function["local"][0] == 1.0
     assert rewards.score([]).total == [] and called[2:] == ["collective, 0"]
+
+
+def test_functions_see_what_the_chat_template_wrote_of_an_answer():
+    prompt = Prompt("q?", (1,), 0, {}, prefill="<think>\n")
+    completion = Completion(prompt, (5, 6), (-1.0, -1.0), "four\n</think>\n<answer>4</answer>", "stop")
+    assert load_rewards("rule:format").score([completion]).total == [1.0]
+    without = Completion(Prompt("q?", (1,), 0), (5, 6), (-1.0, -1.0), completion.text, "stop")
+    assert load_rewards("rule:format").score([without]).total == [0.0]
+
+
+@pytest.mark.parametrize(("answers", "warned"), [(["7", "7", "7"], True), (["7", "a", "7"], False)])
+def test_a_function_with_one_value_in_the_first_batches_is_reported(answers, warned, caplog):
+    rewards = load_rewards("rule:exact_match")
+    for answer in answers:
+        prompt = Prompt("q?", (1,), 0, {"answer": answer})
+        rewards.score([Completion(prompt, (5,), (-1.0,), "a", "stop")] * 4)
+    assert ("gave 0 to each of the first 12 completions" in caplog.text) is warned

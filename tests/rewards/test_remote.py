@@ -185,7 +185,7 @@ def test_a_score_that_is_not_a_number_raises(fake):
     with pytest.raises(UnusableUpdate, match="returned nan"):
         load_rewards(fake.url).score([completion("a")])
     fake.answers = [(200, {"rewards": ["high"]})]
-    with pytest.raises(ConfigError, match="list of numbers"):
+    with pytest.raises(ConfigError, match="isn't a number"):
         load_rewards(fake.url).score([completion("a")])
 
 

@@ -73,6 +73,27 @@ def test_exact_match_scores_no_row_without_an_answer():
         scores("exact_match", "a", completion_ids=[[1]])
 
 
+GSM8K = "She sold 48/2 = 24 clips in May, and 24 - 6 = 18 in June.\n#### 18"
+
+
+@pytest.mark.parametrize(
+    ("rule", "completions", "expected"),
+    [
+        ("exact_match", ["18", "It is 24 - 6.\n#### 18", "#### 24", "24"], [1, 1, 0, 0]),
+        (r"exact_match?pattern=####\s*(.+)", ["#### 18.0", "18", "#### 24"], [1, 0, 0]),
+        (r"exact_match?pattern=-?\d+", ["It's 24, no, 18!", "24"], [1, 0]),
+        (r"exact_match?pattern=<answer>(.*?)</answer>", ["<answer>18</answer>", "18"], [0, 0]),
+    ],
+)
+def test_exact_match_reads_both_sides_alike(rule, completions, expected):
+    assert scores(rule, *completions, answer=[GSM8K] * len(completions)) == expected
+
+
+def test_exact_match_takes_a_value_without_the_pattern_as_it_is():
+    rule = "exact_match?pattern=<answer>(.*?)</answer>"
+    assert scores(rule, "<answer>18</answer>", "<answer>19</answer>", answer=["18", 18]) == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [("nan", "NaN", True), ("nan", "1", False), ("1e2", "100", True), ("-1", "1", False), ("a  b", "A b.", True)],
@@ -84,6 +105,21 @@ def test_what_counts_as_the_same(one, other, same):
 def test_repetition_takes_off_the_share_of_runs_said_before():
     assert scores("repetition", "a b c d", "a b c a b c", "x y", "") == pytest.approx([0, -0.25, 0, 0])
     assert scores("repetition?n=1", "a a a b") == [-0.5]
+
+
+@pytest.mark.parametrize("sentence", ["我喜欢吃苹果。", "これはテストです。", "สวัสดีครับ ", "Well done! "])
+def test_repetition_needs_no_spaces_between_words(sentence):
+    (repeated, once) = scores("repetition", sentence * 20, sentence)
+    assert repeated < -0.9 and once == 0
+
+
+def test_words_are_counted_by_unicode_word_breaks():
+    assert scores("length?min=6&unit=words", "我喜欢吃苹果", "我喜欢", "one two, three!", "... !!! ???") == [
+        1,
+        0.5,
+        0.5,
+        0.5,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainCo
 from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_tokenizer
-from reinforcepp.models.tokenization import encode, encode_example, encode_prompts, format_completion, format_prompt
+from reinforcepp.models.tokenization import encode_prompts, format_example, split_example, turn_format
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.plan.command import make_plan, show_plan
 from reinforcepp.training.sft_trainer import to_example
@@ -64,10 +64,9 @@ def show_reward_training(config: RewardModelConfig) -> None:
     _write("Settings", settings(config))
     for number, pair in enumerate(pairs[:ROWS], 1):
         for kind, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            ids = encode_example(tokenizer, pair.prompt, answer)
-            formatted_text = format_prompt(tokenizer, pair.prompt) + format_completion(tokenizer, pair.prompt, answer)
-            prompt_length = len(encode(tokenizer, format_prompt(tokenizer, pair.prompt)))
-            shown = _row(tokenizer, formatted_text + str(tokenizer.eos_token), ids, prompt_length)
+            context, target = split_example(tokenizer, pair.prompt, answer)
+            ids, text = context + target, "".join(format_example(tokenizer, pair.prompt, answer))
+            shown = _row(tokenizer, text + turn_format(tokenizer).end, ids, len(context))
             _write(
                 f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last one", shown
             )

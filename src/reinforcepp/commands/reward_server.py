@@ -24,7 +24,8 @@ import torch
 from reinforcepp.config import ServeRewardConfig
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError
-from reinforcepp.models.tokenization import encode, eos_token_id
+from reinforcepp.models.special_tokens import special_tokens
+from reinforcepp.models.tokenization import PROBE_PROMPT, encode, encode_prompt, encode_text, end_token_id, turn_format
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rewards.remote import authorization
@@ -55,9 +56,7 @@ def score_request(reward: TrainedReward, request: Any) -> list[float]:
     if not queries:
         return []
     if prompts is None:
-        eos = str(reward.tokenizer.eos_token)
-        rows = [[*encode(reward.tokenizer, q.removesuffix(eos)), eos_token_id(reward.tokenizer)] for q in queries]
-        return reward.scaled(reward.score_rows(rows))
+        return reward.scaled(reward.score_rows([_encode_formatted(reward, query) for query in queries]))
     for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True)):
         if not query.startswith(prompt):
             raise BadRequest(
@@ -65,6 +64,15 @@ def score_request(reward: TrainedReward, request: Any) -> list[float]:
             )
     completions = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
     return reward(prompts, completions, finish_reason=reasons)
+
+
+def _encode_formatted(reward: TrainedReward, query: str) -> list[int]:
+    """Return the token ids of a formatted conversation, which can lack BOS and the end token."""
+    tokenizer = reward.tokenizer
+    bos = special_tokens(tokenizer).prefix
+    has_bos = tuple(encode_prompt(tokenizer, PROBE_PROMPT)[: len(bos)]) == bos
+    text = query.removesuffix(turn_format(tokenizer).end)
+    return [*(encode_text if has_bos else encode)(tokenizer, text), end_token_id(tokenizer)]
 
 
 def _texts(request: Any, name: str, count: int | None = None) -> list[str] | None:

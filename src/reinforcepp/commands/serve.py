@@ -54,11 +54,11 @@ def run_server(config: ServeConfig) -> int:
         raise RolloutError(
             f"{config.model}: the model can't be served ({reason}). Run reinforcepp chat, which needs no vLLM."
         )
-    uses_plain_template = load_tokenizer(source.name).chat_template == PLAIN_TEMPLATE
+    chat_template = str(load_tokenizer(source.name).chat_template)
     name = config.name or (config.model if config.model.startswith("builtin:") else Path(source.name).resolve().name)
     with tempfile.TemporaryDirectory(prefix="reinforcepp-serve-") as folder:
         template = Path(folder) / "chat_template.jinja"
-        template.write_text(PLAIN_TEMPLATE, encoding="utf-8")
+        template.write_text(chat_template, encoding="utf-8")
         command = server_command(
             _plain_folder(source, Path(folder) / "model"),
             model_config,
@@ -68,7 +68,7 @@ def run_server(config: ServeConfig) -> int:
             name=name,
             max_length=length,
             batch_size=config.batch_size,
-            chat_template=str(template) if uses_plain_template else None,
+            chat_template=str(template) if chat_template.endswith(PLAIN_TEMPLATE) else None,
             on_gpu=vllm_is_for_gpus(),
         )
         return _run(command, server_environment(os.environ, key), config, name, with_key=key is not None)

@@ -12,9 +12,14 @@ from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+import regex
+
 from reinforcepp.errors import ConfigError, nearest
 
 UNITS = ("tokens", "words", "characters")
+FINAL_ANSWER = "####"
+"""Marker before the final answer in GSM8K."""
+WORD_BREAK = regex.compile(r"\b", regex.WORD | regex.VERSION1)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Length:
         """Return scores from 0 to 1."""
         if self.unit == "tokens":
             return [self._of(len(ids)) for ids in completion_ids]
-        return [self._of(len(text.split() if self.unit == "words" else text)) for text in completions]
+        return [self._of(len(words(text) if self.unit == "words" else text)) for text in completions]
 
     def _of(self, length: int) -> float:
         if length < self.min:
@@ -96,7 +101,10 @@ class Format:
 class ExactMatch:
     """Score 1 if a completion matches the data's ``column``, otherwise 0; a row without a value there isn't scored.
 
-    With a ``pattern``, its last match (its first group, if any) is compared instead of the whole completion.
+    With a ``pattern``, its last match (its first group, if any) is compared instead of the whole text, on both sides; a value
+    in the data that doesn't match is compared as it is. Without one, the text after the last ``####`` is compared if there
+    is one, as in GSM8K.
+
     Numbers are compared as numbers. Other text is compared without regard to case, extra spaces and a final period.
     """
 
@@ -120,16 +128,22 @@ class ExactMatch:
         return [
             None
             if wanted is None or not str(wanted).strip()
-            else float(comparable(self._answer(text)) == comparable(wanted))
+            else float(
+                (answer := self._answer(text)) is not None and comparable(answer) == comparable(self._wanted(wanted))
+            )
             for text, wanted in zip(completions, columns[self.column], strict=True)
         ]
 
-    def _answer(self, text: str) -> str:
+    def _wanted(self, value: Any) -> Any:
+        answer = self._answer(value) if isinstance(value, str) else None
+        return value if answer is None else answer
+
+    def _answer(self, text: str) -> str | None:
         if self.pattern is None:
-            return text
+            return text.rpartition(FINAL_ANSWER)[2]
         matches = list(compiled(self.pattern).finditer(text))
         if not matches:
-            return ""
+            return None
         return (matches[-1][1] or "") if matches[-1].re.groups else matches[-1][0]
 
 
@@ -217,8 +231,17 @@ def comparable(value: Any) -> str | Decimal:
     return number if number.is_finite() else text
 
 
-def repeated_share(text: str, words: int) -> float:
-    """Return the fraction of n-grams of ``words`` words that occurred before in ``text``; 0 for short texts."""
-    split = text.split()
-    ngrams = [tuple(split[i : i + words]) for i in range(len(split) - words + 1)]
+def words(text: str) -> list[str]:
+    """Return the words of ``text`` by Unicode word breaks, which need no spaces; a piece without letters is a word, too."""
+    found = []
+    for piece in text.split():
+        parts = [part for part in WORD_BREAK.split(piece) if any(map(str.isalnum, part))]
+        found += parts or [piece]
+    return found
+
+
+def repeated_share(text: str, length: int) -> float:
+    """Return the fraction of n-grams of ``length`` words that occurred before in ``text``; 0 for short texts."""
+    found = words(text)
+    ngrams = [tuple(found[i : i + length]) for i in range(len(found) - length + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -138,6 +139,33 @@ class ChatTemplateConfig(Config):
     """Chat template (Jinja) or a file with one; default: the model's"""
     system_prompt: FilledText | None = None
     """System prompt of every conversation, stored in the chat template"""
+    chat_template_kwargs: FilledText | None = None
+    """Variables of the chat template, JSON: {"enable_thinking": false}"""
+
+    def __post_init__(self) -> None:
+        """Accept a dictionary, as TRL does; settings are stored as text."""
+        if isinstance(self.chat_template_kwargs, dict):
+            object.__setattr__(self, "chat_template_kwargs", json.dumps(self.chat_template_kwargs, sort_keys=True))
+        super().__post_init__()
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables in ``chat_template_kwargs``."""
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            variables = json.loads(self.chat_template_kwargs)
+        except ValueError:
+            variables = None
+        if not isinstance(variables, dict) or not all(map(str.isidentifier, variables)):
+            raise ConfigError(
+                f"chat_template_kwargs: {self.chat_template_kwargs!r} isn't a JSON object of variables. Write it like "
+                '{"enable_thinking": false}.'
+            )
+        return variables
+
+    def _check_rules(self) -> None:
+        _ = self.template_variables
 
 
 @dataclass(frozen=True)

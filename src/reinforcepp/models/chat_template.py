@@ -1,35 +1,92 @@
-"""Set a tokenizer's chat template or system prompt, and check that it can format a conversation."""
+"""Set a tokenizer's chat template, system prompt, variables and date, and check that it can format a conversation."""
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Mapping
+from datetime import date, datetime, time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 
 from reinforcepp.config import ChatTemplateConfig
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.models.tokenization import format_completion, format_prompt
+from reinforcepp.models.special_tokens import special_tokens
+from reinforcepp.models.tokenization import (
+    PROBE_ANSWER,
+    PROBE_PROMPT,
+    encode_prompt,
+    format_completion,
+    format_prompt,
+)
+from reinforcepp.run_dir import run_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE_PROMPT, PROBE_COMPLETION = "How do I see my routes?", "Run ip route."
+
+PINNED_DATE = "{% macro strftime_now(format) %}"
+
+log = logging.getLogger(__name__)
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> PreTrainedTokenizerBase:
-    """Return ``tokenizer`` with the chat template and system prompt of ``settings``, which are saved with it.
+    """Return ``tokenizer`` with the chat template of ``settings``, which is saved with it.
+
+    The template gets the system prompt, the variables and the date of the run, so that it formats a text alike everywhere.
 
     Raises:
         ConfigError: the template file is missing, or the template can't format a prompt and a completion.
     """
     if settings.chat_template is not None:
         tokenizer.chat_template = _template(settings.chat_template)
+        _check_bos(tokenizer)
+    template = str(tokenizer.chat_template)
     if settings.system_prompt is not None:
-        tokenizer.chat_template = with_system_prompt(str(tokenizer.chat_template), settings.system_prompt)
-    if settings.chat_template is not None or settings.system_prompt is not None:
-        _check_template(tokenizer, settings)
+        template = with_system_prompt(template, settings.system_prompt)
+    tokenizer.chat_template = with_variables(with_date(template, run_date(settings)), settings.template_variables)
+    _check_template(tokenizer, settings)
     return tokenizer
+
+
+def with_date(template: str, day: date) -> str:
+    """Return ``template`` with ``day`` as its date, because a text must not change from one day to the next.
+
+    Templates such as that of Llama 3.2 ask for the date by the function ``strftime_now``. The result defines that function
+    for the formats in the template.
+    """
+    if "strftime_now" not in template or PINNED_DATE in template:
+        return template
+    try:
+        strings = [text[1:-1] for _, kind, text in Environment().lex(template) if kind == "string"]
+    except TemplateError:  # the check of the template reports it
+        return template
+    moment = datetime.combine(day, time())
+    dates = {text: moment.strftime(text) for text in strings if "%" in text}
+    return (
+        f"{PINNED_DATE}{{% set dates = {dates!r} %}}{{{{ dates[format] if format in dates else "
+        f"raise_exception('strftime_now: unknown format') }}}}{{% endmacro %}}{template}"
+    )
+
+
+def with_variables(template: str, variables: Mapping[str, Any]) -> str:
+    """Return ``template`` with values of its variables, such as ``enable_thinking``, for callers that give none.
+
+    Raises:
+        ConfigError: the template has no such variable.
+    """
+    for name in variables:
+        if re.search(rf"\b{re.escape(name)}\b", template) is None:
+            raise ConfigError(
+                f"chat_template_kwargs: the chat template has no variable {name!r}. Omit it, or correct its name."
+            )
+    values = (
+        f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}"
+        for name, value in variables.items()
+    )
+    return "".join(values) + template
 
 
 def with_system_prompt(template: str, text: str) -> str:
@@ -51,18 +108,34 @@ def _template(setting: str) -> str:
         raise ConfigError(f"chat_template: {setting} isn't UTF-8 text. Save it as UTF-8.") from error
 
 
+def _check_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn about a template without the special tokens that the tokenizer puts before every text."""
+    prefix = special_tokens(tokenizer).prefix
+    try:
+        written = tuple(encode_prompt(tokenizer, PROBE_PROMPT)[: len(prefix)])
+    except (TemplateError, TypeError):  # the check of the template reports it
+        return
+    if written != prefix:
+        log.warning(
+            "chat_template: the template doesn't begin with %r, which the tokenizer puts before every text. Add it if the "
+            "model was pretrained with it: {{ bos_token }}",
+            tokenizer.decode(list(prefix)),
+        )
+
+
 def _check_template(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> None:
     """Format a prompt and a completion, and check that both appear in the text, and the system prompt, too."""
-    name = "chat_template" if settings.chat_template is not None else "system_prompt"
+    given = [name for name in ("chat_template", "system_prompt", "chat_template_kwargs") if getattr(settings, name)]
+    name = given[0] if given else "chat_template"
     try:
         prompt = format_prompt(tokenizer, PROBE_PROMPT)
-        completion = format_completion(tokenizer, PROBE_PROMPT, PROBE_COMPLETION)
+        completion = format_completion(tokenizer, PROBE_PROMPT, PROBE_ANSWER)
     except (TemplateError, TypeError, ModelError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"{name}: the chat template can't format a prompt and a completion ({reason}). Fix the template."
         ) from error
-    if PROBE_PROMPT not in prompt or PROBE_COMPLETION not in completion:
+    if PROBE_PROMPT not in prompt or PROBE_ANSWER not in completion:
         raise ConfigError(
             f"{name}: the chat template omits the message of the role user or assistant. Write both in the template."
         )

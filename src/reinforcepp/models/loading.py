@@ -11,7 +11,7 @@ import copy
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from reinforcepp.models.lora import (
     is_adapter_dir,
     merge_adapter,
 )
-from reinforcepp.models.tokenization import PLAIN_TEMPLATE
+from reinforcepp.models.tokenization import end_token_id, plain_template
 from reinforcepp.runtime import is_main, look_for_hub
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def prepare_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = plain_template(tokenizer)
     vocabulary = config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise ModelError(
@@ -215,9 +215,11 @@ def weight_bytes(name: str) -> int:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return all token ids that finish a completion: the tokenizer's and those of the generation config."""
+    """Return all token ids that finish a completion: of the tokenizer, its chat template and the generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = configured if isinstance(configured, list) else [configured]
+    with suppress(ModelError):  # a template that can't format an answer can still format prompts
+        ids = [*ids, end_token_id(tokenizer)]
     return frozenset(int(i) for i in [tokenizer.eos_token_id, *ids] if i is not None)
 
 

@@ -7,14 +7,19 @@ boundary lies between them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from reinforcepp.errors import DataError, ModelError
+from reinforcepp.models.special_tokens import encode as encode
+from reinforcepp.models.special_tokens import marked, special_tokens, unmarked
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -26,6 +31,8 @@ PLAIN_TEMPLATE = (
     "{% elif m['role'] == 'assistant' %}Answer: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Answer:{% endif %}"
 )
+PROBE_PROMPT, PROBE_ANSWER = "How do I see my routes?", "Run ip route."
+"""A question and its answer, by which the chat template shows how it writes a turn."""
 
 LongPrompts = Literal["cut", "drop"]
 
@@ -33,10 +40,27 @@ LongPrompts = Literal["cut", "drop"]
 # --- prompt format --------------------------------------------------------------------------------------------------
 
 
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return ``PLAIN_TEMPLATE``, after the special tokens that ``tokenizer`` puts before a text, such as BOS."""
+    prefix = str(tokenizer.decode(list(special_tokens(tokenizer).prefix)))
+    return "{{ '" + prefix.replace("'", "\\'") + "' }}" + PLAIN_TEMPLATE if prefix else PLAIN_TEMPLATE
+
+
 def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Return ``prompt`` in the chat template, with the generation prompt at the end."""
-    messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return unmarked(_format_prompt(tokenizer, prompt))
+
+
+def _format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+) -> str:
+    """Return ``messages`` in the chat template; special tokens in their contents are marked."""
+    conversation = [{**message, "content": marked(tokenizer, message["content"])} for message in messages]
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def format_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
@@ -48,10 +72,19 @@ def format_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
     Raises:
         ModelError: the template rejects the conversation.
     """
+    return unmarked(_format_conversation(tokenizer, messages))
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the token ids of :func:`format_conversation`."""
+    return encode(tokenizer, _format_conversation(tokenizer, messages))
+
+
+def _format_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
     from jinja2 import TemplateError
 
     def formatted(conversation: Sequence[Mapping[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True))
+        return _render(tokenizer, conversation, add_generation_prompt=True)
 
     try:
         if messages[0]["role"] != "system":
@@ -70,40 +103,171 @@ def format_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
         ) from error
 
 
-def format_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
-    """Return the text after :func:`format_prompt` for the answer ``answer``, without EOS.
+@dataclass(frozen=True)
+class Turn:
+    """How a chat template writes an answer after the generation prompt.
+
+    Attributes:
+        before: text between the generation prompt and the answer, such as a space or an empty ``<think></think>``.
+        after: text between the answer and its end token.
+        end: text of the token that ends an answer; EOS if the template writes none.
+        dropped: end of the generation prompt that isn't part of a whole conversation, such as ``<think>``.
+        prefill: start of the answer that the generation prompt writes: an open tag such as ``<think>``.
+    """
+
+    before: str
+    after: str
+    end: str
+    dropped: str
+    prefill: str
+
+
+_TURNS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[str, Turn]] = WeakKeyDictionary()
+OPEN_TAG = re.compile(r"<([\w-]+)>\s*\Z")
+THOUGHT = re.compile(r"\s*<([\w-]+)>")
+
+
+def turn_format(tokenizer: PreTrainedTokenizerBase) -> Turn:
+    """Return how the tokenizer's chat template writes an answer.
 
     Raises:
-        ModelError: the template formats a prompt differently if a completion follows.
+        ModelError: the template omits the answer, or formats a prompt differently if an answer follows.
     """
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    start = format_prompt(tokenizer, prompt)
-    if not whole.startswith(start):
+    template = str(tokenizer.chat_template)
+    cached, turn = _TURNS.get(tokenizer, ("", None))
+    if turn is None or cached != template:
+        turn = _turn_format(tokenizer)
+        _TURNS[tokenizer] = template, turn
+    return turn
+
+
+def _turn_format(tokenizer: PreTrainedTokenizerBase) -> Turn:
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": PROBE_PROMPT}, {"role": "assistant", "content": PROBE_ANSWER}]
+    try:
+        start, whole = _format_prompt(tokenizer, PROBE_PROMPT), _render(tokenizer, messages)
+    except (TemplateError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ModelError(f"The chat template can't format a prompt and an answer ({reason}). Fix it.") from error
+    if PROBE_ANSWER not in whole:
+        raise ModelError("The chat template omits the message of the role assistant. Write it in the template.")
+    context = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, whole, strict=False)))
+    if PROBE_PROMPT in start and PROBE_PROMPT not in context:
         raise ModelError(
             "The chat template formats a prompt differently if a completion follows it, so training and inference would "
-            "differ. Use a template whose generation prompt is a prefix of the whole conversation."
+            "differ. Use a template that writes both alike up to the end of the prompt."
         )
-    completion = whole[len(start) :]
-    eos = str(tokenizer.eos_token)
-    return completion.rpartition(eos)[0] if eos in completion else completion
+    before, _, tail = whole[len(context) :].rpartition(PROBE_ANSWER)
+    end = _end_token(tokenizer, tail)
+    after = tail.partition(end)[0]
+    dropped, prefill = start[len(context) :], ""
+    if (tag := OPEN_TAG.search(start)) is not None:
+        name, is_thought = tag[1], bool(dropped) or f"</{tag[1]}>" in before
+        prefill = tag[0] if (is_thought or name.startswith(("think", "reason"))) and f"</{name}>" not in tail else ""
+    return Turn(before, after, end, dropped, prefill)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of ``text`` without adding special tokens, because the chat template writes them."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _end_token(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
+    """Return the first special token in the text after an answer, or any other added token, otherwise EOS."""
+    added = [tokenizer.added_tokens_decoder[i] for i in encode(tokenizer, tail) if i in tokenizer.added_tokens_decoder]
+    added = sorted((token for token in added if token.content.strip()), key=lambda token: not token.special)
+    return added[0].content if added else str(tokenizer.eos_token)
+
+
+def format_example(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, finished: bool = True
+) -> tuple[str, str]:
+    """Return the formatted prompt, and the text that follows it for ``answer``, without its end token.
+
+    The template writes the answer of a finished turn. If it would omit a part of the answer, as templates do that remove
+    the reasoning, the answer follows the generation prompt as it is, as does one that was truncated. If the generation
+    prompt opens a tag such as ``<think>`` that the answer doesn't have, the formatted prompt ends before the tag.
+    """
+    context, target = _format_example(tokenizer, prompt, answer, finished)
+    return unmarked(context), unmarked(target)
+
+
+def _format_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, finished: bool) -> tuple[str, str]:
+    turn, start = turn_format(tokenizer), _format_prompt(tokenizer, prompt)
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    answer = marked(tokenizer, answer)
+    if finished:
+        whole = _render(tokenizer, messages)
+        context = start if whole.startswith(start) else start.removesuffix(turn.dropped)
+        written = whole[len(context) :]
+        written = written.rpartition(turn.end)[0] if turn.end in written else written
+        if whole.startswith(context) and _contains(written, answer) and not _adds_thought(turn, written, answer):
+            return context, written
+    after = turn.after if finished else ""
+    tag = turn.prefill.strip()
+    if tag and answer.lstrip().startswith(tag):
+        return start, answer.lstrip().removeprefix(tag).lstrip("\n") + after
+    if tag and tag.replace("<", "</") in answer:
+        return start, answer + after
+    before = turn.before if not turn.before.strip() else ""
+    return start.removesuffix(turn.dropped), before + answer + after
+
+
+def _contains(text: str, answer: str) -> bool:
+    return answer.strip() in text or "".join(answer.split()) in "".join(text.split())
+
+
+def _adds_thought(turn: Turn, written: str, answer: str) -> bool:
+    """Return whether the template put an empty thought before an answer that begins with one."""
+    return bool(turn.before.strip() and THOUGHT.match(answer) and written.startswith(turn.before))
+
+
+def format_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> str:
+    """Return the text after the formatted prompt for the answer ``answer``, without its end token.
+
+    Raises:
+        ModelError: the template omits the answer, or formats a prompt differently if an answer follows.
+    """
+    return format_example(tokenizer, prompt, answer)[1]
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of plain or formatted text, with the tokenizer's prefix (BOS) exactly once.
+
+    Special tokens in ``text`` are special, because formatted conversations have them.
+    """
+    prefix, ids = special_tokens(tokenizer).prefix, encode(tokenizer, text)
+    return ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the token ids of :func:`format_prompt`."""
+    return encode(tokenizer, _format_prompt(tokenizer, prompt))
+
+
+def split_example(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, finished: bool = True
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of the formatted prompt and of the answer, which ends with its end token if it is finished."""
+    context, target = _format_example(tokenizer, prompt, answer, finished)
+    ids = encode(tokenizer, target)
+    return encode(tokenizer, context), [*ids, end_token_id(tokenizer)] if finished else ids
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, finished: bool = True) -> list[int]:
-    """Return the token ids of the formatted prompt and answer, with EOS unless the answer was truncated."""
-    ids = encode(tokenizer, format_prompt(tokenizer, prompt))
-    ids += encode(tokenizer, format_completion(tokenizer, prompt, answer))
-    return [*ids, eos_token_id(tokenizer)] if finished else ids
+    """Return the token ids of :func:`split_example` in one list."""
+    context, target = split_example(tokenizer, prompt, answer, finished=finished)
+    return context + target
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the tokenizer's EOS id."""
     return int(tokenizer.eos_token_id)
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that ends an answer in the chat template."""
+    end = turn_format(tokenizer).end
+    return eos_token_id(tokenizer) if end == tokenizer.eos_token else int(tokenizer.convert_tokens_to_ids(end))
 
 
 def encode_prompts(
@@ -124,14 +288,23 @@ def encode_prompts(
     prompts: list[Prompt] = []
     too_long: list[int] = []
     for key, row in enumerate(rows):
-        ids = encode(tokenizer, format_prompt(tokenizer, row.prompt))
+        ids = encode_prompt(tokenizer, row.prompt)
         if len(ids) > max_prompt_length:
             too_long.append(key)
             if long_prompts == "drop":
                 continue
             ids = _truncate_left(tokenizer, row.prompt, max_prompt_length)
-        prompts.append(Prompt(row.prompt, tuple(ids), key, dict(getattr(row, "columns", {}))))
+        columns = dict(getattr(row, "columns", {}))
+        prompts.append(Prompt(row.prompt, tuple(ids), key, columns, prefill(tokenizer)))
     return prompts, too_long
+
+
+def prefill(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the start of an answer that the generation prompt writes, such as ``<think>``; usually empty."""
+    try:
+        return turn_format(tokenizer).prefill
+    except ModelError:  # generation works with a template that can't format whole conversations
+        return ""
 
 
 class LazyPrompts(Sequence[Prompt]):
@@ -165,17 +338,17 @@ class LazyPrompts(Sequence[Prompt]):
 
 
 def _truncate_left(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> list[int]:
-    content = encode(tokenizer, prompt)
-    keep = limit - len(encode(tokenizer, format_prompt(tokenizer, "")))
+    content = encode(tokenizer, marked(tokenizer, prompt))
+    keep = limit - len(encode_prompt(tokenizer, ""))
     while keep > 0:
         text = str(tokenizer.decode(content[-keep:])).lstrip("\ufffd")
-        ids = encode(tokenizer, format_prompt(tokenizer, text))
+        ids = encode_prompt(tokenizer, text)
         if len(ids) <= limit:
             return ids
         keep -= len(ids) - limit
     raise DataError(
         f"max_prompt_length: {limit} leaves no room for a prompt, because the chat template alone has "
-        f"{len(encode(tokenizer, format_prompt(tokenizer, '')))} tokens. Raise it."
+        f"{len(encode_prompt(tokenizer, ''))} tokens. Raise it."
     )
 
 

@@ -8,7 +8,7 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -26,7 +26,8 @@ from reinforcepp.types import Completion
 class RewardFunction(Protocol):
     """``f(prompts, completions, **columns) -> list[float | None]``, one score per completion, higher is better.
 
-    ``columns`` holds the data's other columns, one value per completion, as well as ``completion_ids`` and
+    ``completions`` are whole answers: if the chat template wrote the start of an answer, such as ``<think>``, they begin with
+    it. ``columns`` holds the data's other columns, one value per completion, as well as ``completion_ids`` and
     ``finish_reason``. A function without ``**columns`` gets only the arguments it names. None means "not scored". The
     function can be ``async``.
     """
@@ -164,7 +165,7 @@ def _arguments(completions: Sequence[Completion]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [c.prompt.columns.get(name) for c in completions] for name in names}
     return columns | {
         "prompts": [c.prompt.text for c in completions],
-        "completions": [c.text for c in completions],
+        "completions": [c.prompt.prefill + c.text for c in completions],
         "completion_ids": [list(c.ids) for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
     }
@@ -224,11 +225,17 @@ def reward_error(name: str, error: Exception) -> RewardError:
 
 
 def _check(name: str, scores: Any, texts: list[str]) -> list[float | None]:
+    if isinstance(scores, (str, bytes, Mapping, Set)) or not isinstance(scores, Iterable):
+        raise ConfigError(
+            f"Reward function {name}: returned a {type(scores).__name__}, not a list of numbers. Return a list with one "
+            "number or None per completion."
+        )
     try:
         numbers = [None if score is None else float(score) for score in scores]
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"Reward function {name}: didn't return a list of numbers. Return one number or None per completion."
+            f"Reward function {name}: returned a {type(scores).__name__} with a value that isn't a number ({error}). Return a "
+            "list with one number or None per completion."
         ) from error
     if len(numbers) != len(texts):
         raise ConfigError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ from reinforcepp.rewards.functions import (
     unique_names,
 )
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
+from reinforcepp.runtime import is_main
 from reinforcepp.types import Completion
 
 Reward = str | RewardFunction
+WATCHED_BATCHES, WATCHED_COMPLETIONS = 3, 8
+"""First batches of a run, and the fewest completions in them, in which a function's scores must not be all the same."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class RewardSum:
     weights: list[float]
     identities: list[str]
     truncation_penalty: float = 0.0
+    first_scores: list[dict[str, list[float | None]]] = field(default_factory=list, compare=False)
+    """Scores of the first batches, until they were checked for functions that give only one value."""
 
     def score(self, completions: Sequence[Completion]) -> RewardScores:
         """Return every function's scores and their weighted sum; errors are those of :func:`score_with`.
@@ -49,7 +57,25 @@ class RewardSum:
             for function in filter(is_collective, self.functions):
                 function([], [])
             return RewardScores([], {name: [] for name in self.names})
-        return score_with(self.functions, completions, self.weights, self.truncation_penalty)
+        scores = score_with(self.functions, completions, self.weights, self.truncation_penalty)
+        if len(self.first_scores) < WATCHED_BATCHES:
+            self.first_scores.append(scores.by_function)
+            if len(self.first_scores) == WATCHED_BATCHES:
+                self._warn_about_constants()
+        return scores
+
+    def _warn_about_constants(self) -> None:
+        for name, function in zip(self.names, self.functions, strict=True):
+            values = [score for batch in self.first_scores for score in batch[name] if score is not None]
+            constant = len(values) >= WATCHED_COMPLETIONS and len(set(values)) == 1
+            if constant and is_main() and not isinstance(function, TrainedReward):
+                log.warning(
+                    "Reward %s: gave %g to each of the first %d completions, so training can't learn from it. Check its "
+                    "options and the data's columns.",
+                    name,
+                    values[0],
+                    len(values),
+                )
 
     @property
     def names(self) -> list[str]:

@@ -18,7 +18,7 @@ from reinforcepp.errors import ConfigError, ModelError, TrainingDiverged
 from reinforcepp.files import write_json
 from reinforcepp.models.loading import context_length, load_tokenizer, resolve, save_model
 from reinforcepp.models.reward_models import load_reward_weights
-from reinforcepp.models.tokenization import encode, encode_example, format_prompt, pad
+from reinforcepp.models.tokenization import encode_example, pad, split_example
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
 from reinforcepp.run_dir import REWARD_CARD
 from reinforcepp.types import Preference, ScoredPair
@@ -42,7 +42,7 @@ PROBES = [
 
 
 class TrainedReward:
-    """A reward model as a reward function. It formats texts and adds EOS as in its training.
+    """A reward model as a reward function. It formats texts and ends them as in its training.
 
     Args:
         model: sequence classifier with one output, which reads its score at the last attended token.
@@ -66,7 +66,7 @@ class TrainedReward:
     def __call__(
         self, prompts: list[str], completions: list[str], finish_reason: Sequence[str] | None = None, **_: Any
     ) -> list[float]:
-        """Return one score per completion. A completion truncated at the length limit gets no EOS."""
+        """Return one score per completion. A completion truncated at the length limit gets no end token."""
         reasons = finish_reason or ["stop"] * len(prompts)
         rows = [
             encode_example(self.tokenizer, prompt, completion, finished=reason == "stop")
@@ -167,10 +167,10 @@ def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[Scor
     if not pairs:
         return []
     tokenizer = reward.tokenizer
-    prompt_lengths = [len(encode(tokenizer, format_prompt(tokenizer, p.prompt))) for p in pairs]
-    chosen = [encode_example(tokenizer, p.prompt, p.chosen) for p in pairs]
-    rejected = [encode_example(tokenizer, p.prompt, p.rejected) for p in pairs]
-    chosen_scores, rejected_scores = reward.score_rows(chosen), reward.score_rows(rejected)
+    chosen = [split_example(tokenizer, p.prompt, p.chosen) for p in pairs]
+    rejected = [split_example(tokenizer, p.prompt, p.rejected) for p in pairs]
+    chosen_scores = reward.score_rows([context + answer for context, answer in chosen])
+    rejected_scores = reward.score_rows([context + answer for context, answer in rejected])
     for pair, *scores in zip(pairs, chosen_scores, rejected_scores, strict=True):
         if not all(map(math.isfinite, scores)):
             raise TrainingDiverged(f"The score of an answer in row {pair.row} isn't finite. Lower learning_rate.")
@@ -182,8 +182,8 @@ def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[Scor
             rejected=pair.rejected,
             chosen_score=chosen_scores[i],
             rejected_score=rejected_scores[i],
-            chosen_length=len(chosen[i]) - prompt_lengths[i],
-            rejected_length=len(rejected[i]) - prompt_lengths[i],
+            chosen_length=len(chosen[i][1]),
+            rejected_length=len(rejected[i][1]),
         )
         for i, pair in enumerate(pairs)
     ]

@@ -17,6 +17,7 @@ from reinforcepp.data import PreferenceData, load_preferences
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_tokenizer, save_model, weights_hash
 from reinforcepp.models.lora import with_adapter
+from reinforcepp.models.padding import separate_pad_token
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
 from reinforcepp.models.tokenization import encode_example
 from reinforcepp.monitoring import echo, reading_progress
@@ -79,6 +80,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     check_not_empty(train, "pair", data.source, limit)
 
     model = new_reward_model(config.model, config.seed, **loading(config))
+    separate_pad_token(model, tokenizer, resize=not config.use_peft)
     inputs = {"model": weights_hash(model), "data": data.sha256}
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed, head=model.score)

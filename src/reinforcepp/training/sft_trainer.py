@@ -20,7 +20,7 @@ from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_policy, load_tokenizer, save_model, weights_hash
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.lora import is_4bit, with_adapter
-from reinforcepp.models.tokenization import encode, encode_example, eos_token_id, format_prompt
+from reinforcepp.models.tokenization import encode_text, eos_token_id, split_example
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.training.setup import loading
@@ -125,15 +125,13 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
 
 
 def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:
-    """Tokenize ``row``: the target is the answer and its EOS, or a whole text but for its first token, and its EOS."""
+    """Tokenize ``row``: the target is the answer and its end token, or a whole text but for its first token, and its EOS."""
     if row.question is None:
-        # The tokenizer adds its first token itself here. In a conversation the chat template writes it.
-        ids = list(tokenizer(row.completion)["input_ids"])
+        ids = encode_text(tokenizer, row.completion)
         if ids[-1] != eos_token_id(tokenizer):
             ids.append(eos_token_id(tokenizer))
         return SftExample(ids[:1], ids[1:], row.row)
-    context = encode(tokenizer, format_prompt(tokenizer, row.question))
-    return SftExample(context, encode_example(tokenizer, row.question, row.completion)[len(context) :], row.row)
+    return SftExample(*split_example(tokenizer, row.question, row.completion), row.row)
 
 
 @torch.no_grad()

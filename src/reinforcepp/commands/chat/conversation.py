@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from reinforcepp.data import conversation_text
 from reinforcepp.errors import DataError
-from reinforcepp.models.tokenization import encode, format_conversation
+from reinforcepp.models.tokenization import encode_conversation, prefill
 from reinforcepp.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -113,11 +113,12 @@ class Conversation:
         """Return the prompt that fits into ``room``, and the number of turns skipped for it."""
         for skipped_turns in range(self.skipped_turns, len(turns) + 1):
             messages = _messages(self.system, turns[skipped_turns:], question)
-            ids = encode(self.tokenizer, format_conversation(self.tokenizer, messages))
+            ids = encode_conversation(self.tokenizer, messages)
             if len(ids) <= self.room:
                 self.asked += 1
                 text = conversation_text(messages)
-                return Prompt(text, tuple(ids), self.asked, {"messages": messages}), skipped_turns
+                columns = {"messages": messages}
+                return Prompt(text, tuple(ids), self.asked, columns, prefill(self.tokenizer)), skipped_turns
         raise DataError(
             f"The question is too long: {len(ids)} tokens with the chat template, and {self.room} fit. Shorten it."
         )

@@ -15,7 +15,7 @@ from reinforcepp.data import PromptRow
 from reinforcepp.errors import ModelError
 from reinforcepp.models.loading import check_context, context_length, load_config, load_policy, load_tokenizer
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.models.tokenization import encode, encode_example, encode_prompts, format_prompt
+from reinforcepp.models.tokenization import encode_example, encode_prompts, split_example
 from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
@@ -249,11 +249,8 @@ def _fits(prepared: PreparedModel, pair: Chosen) -> bool:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Chosen]) -> float:
-    """Return the perplexity of chosen responses with prompt format and EOS: exp(mean negative log-likelihood per token)."""
-    formatted = []
-    for prompt, answer in pairs:
-        ids, whole = encode(tokenizer, format_prompt(tokenizer, prompt)), encode_example(tokenizer, prompt, answer)
-        formatted.append((ids, whole[len(ids) :]))
+    """Return the perplexity of chosen responses with prompt format and end token: exp(mean negative log-likelihood per token)."""
+    formatted = [split_example(tokenizer, *pair) for pair in pairs]
     formatted.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of similar length need little padding
     total = tokens = 0.0
     for start in range(0, len(formatted), SCORING_BATCH_SIZE):

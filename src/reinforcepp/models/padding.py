@@ -1,0 +1,45 @@
+"""Give a reward model a pad token of its own, so that plain transformers scores texts as this package does.
+
+Transformers reads the score at the last token that isn't the pad token. If EOS pads, too, it reads one token too early.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from reinforcepp.models.tokenization import end_token_id, eos_token_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEW_PAD_TOKEN = "<|pad|>"
+UNUSED = re.compile(r"pad|unused|reserved", re.IGNORECASE)
+
+
+def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, resize: bool) -> None:
+    """Set the pad token of ``model`` and ``tokenizer`` to one that never ends a text.
+
+    It is the present pad token if that ends no text, or an unused special token, or a new token. A new token takes a spare
+    row of the embeddings; if there is none, ``resize`` allows to add one.
+    """
+    ends = {eos_token_id(tokenizer), end_token_id(tokenizer)}
+    if tokenizer.pad_token_id in ends:
+        token = _unused_token(tokenizer, ends)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if token is None and len(tokenizer) >= rows and not resize:
+            return
+        tokenizer.add_special_tokens({"pad_token": token or NEW_PAD_TOKEN})
+        if len(tokenizer) > rows:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _unused_token(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
+    """Return a special token that texts don't end with: one for padding, an unused one, or BOS."""
+    special = {
+        i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in ends
+    }
+    named = [text for text in special.values() if UNUSED.search(text)]
+    named.sort(key=lambda text: "pad" not in text.lower())
+    return next(iter([*named, *(text for text in special.values() if text == tokenizer.bos_token)]), None)
