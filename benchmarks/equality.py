@@ -36,7 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer  # loaded here, once, for all the forks
 from reinforcepp.files import write_json
-from reinforcepp.models.loading import load_tokenizer, save_model, weights_hash
+from reinforcepp.models.loading import load_tokenizer, weights_hash
+from reinforcepp.models.saving import save_model
 from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.policy_update import batch_advantages
 

@@ -60,6 +60,11 @@ def test_a_new_or_empty_folder_is_free_and_not_made_yet(tmp_path):
     assert check_output(str(tmp_path), overwrite=True) == tmp_path
 
 
+def test_all_files_of_a_tokenizer_belong_to_the_run(finished):
+    fill(finished, "spiece.model", "vocab.txt", "additional_chat_templates/tool_use.jinja")
+    assert check_output(str(finished), overwrite=True) == finished
+
+
 def test_the_home_folder_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert check_output("~/runs/a", overwrite=False) == tmp_path / "runs" / "a"

@@ -60,14 +60,34 @@ OURS = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "model.safetensors.index.json",
+    # Files that tokenizers of transformers save.
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates",
     "added_tokens.json",
-    "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "bpe.codes",
+    "dict.txt",
+    "byte_maps.json",
+    "emoji.json",
+    "normalizer.json",
+    "prophetnet.tokenizer",
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
 )
 # A resumed run can change these settings, because they affect only its location, checkpoints and checks.
 FREE_ON_RESUME = (
@@ -133,8 +153,8 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
     free = shutil.disk_usage(_existing_parent(folder)).free
     if free < needed_bytes:
         raise ConfigError(
-            f"output_dir: {output_dir} is on a disk with {_size(free)} free, but this run writes about {_size(needed_bytes)}. "
-            "Free some space or give another output_dir."
+            f"output_dir: {output_dir} is on a disk with {format_size(free)} free, but this run writes about "
+            f"{format_size(needed_bytes)}. Free some space, lower keep_last, or give another output_dir."
         )
     _check_contents(folder, output_dir, overwrite=overwrite, resume=resume)
     return folder
@@ -287,7 +307,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _size(count: float) -> str:
+def format_size(count: float) -> str:
+    """Return a number of bytes with its unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"

@@ -12,7 +12,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands.cli import main
 from reinforcepp.config import AdapterConfig
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, save_model
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer
 from reinforcepp.models.lora import (
     ADAPTER_WEIGHTS,
     AdapterDisabled,
@@ -24,6 +24,7 @@ from reinforcepp.models.lora import (
     with_adapter,
 )
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
+from reinforcepp.models.saving import save_model
 from reinforcepp.rewards.trained import load_reward_model
 from reinforcepp.training.setup import start_policy
 

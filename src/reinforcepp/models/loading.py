@@ -1,4 +1,4 @@
-"""Find, check, load and save models.
+"""Find, check and load models.
 
 A model's name is ``builtin:tiny``, a local folder, or a name on the Hugging Face Hub; a folder takes precedence over the
 Hub. Errors that the small files show (a missing folder, a tokenizer larger than the vocabulary, a reward model without
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, nearest
-from reinforcepp.files import PARTIAL, disk_errors, flush
 from reinforcepp.models.lora import (
     ADAPTER_CONFIG,
     AdapterDisabled,
@@ -30,6 +28,7 @@ from reinforcepp.models.lora import (
     merge_adapter,
 )
 from reinforcepp.models.tokenization import end_token_id, plain_template
+from reinforcepp.models.tokenizer_files import choose_template, keep_settings, read_tokenizer
 from reinforcepp.runtime import is_main, look_for_hub
 
 if TYPE_CHECKING:
@@ -134,10 +133,8 @@ def base_of_adapter(name: str) -> str | None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer and prepare it by :func:`prepare_tokenizer`."""
-    from transformers import AutoTokenizer
-
     with _load_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **NO_REMOTE_CODE)
+        tokenizer = read_tokenizer(resolve(name))
     return prepare_tokenizer(tokenizer, load_config(name), name)
 
 
@@ -155,6 +152,8 @@ def prepare_tokenizer(
         raise ModelError(
             f"{name}: the tokenizer has no EOS token, so no completion can finish. Set eos_token in its files."
         )
+    keep_settings(tokenizer)
+    choose_template(tokenizer, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -302,27 +301,6 @@ def meta_model(
     return _with_fused_gelu(model.eval())
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save weights as safetensors, configuration, tokenizer and chat template; each file is written atomically.
-
-    If the model has an adapter, only the adapter is saved.
-    """
-    partial = folder / f"model{PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)
-    with _bars(sum(p.nbytes for p in model.parameters()) >= PROGRESS_BAR_BYTES), disk_errors():
-        if has_adapter(model):
-            model.save_pretrained(partial, save_embedding_layers=False)
-            (partial / "README.md").unlink()  # an empty template
-        else:
-            model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    for path in sorted(partial.iterdir()):
-        flush(path)
-        path.replace(folder / path.name)
-    partial.rmdir()
-    flush(folder)
-
-
 def weights_hash(model: PreTrainedModel) -> str:
     """Return a short hash of each tensor's name, shape, dtype and first MiB; an adapter counts as merged."""
     digest = hashlib.sha256()
@@ -338,11 +316,11 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 
 def _bars_if_large(name: str) -> AbstractContextManager[None]:
-    return _bars(not Path(resolve(name)).is_dir() or weight_bytes(name) >= PROGRESS_BAR_BYTES)
+    return progress_bars(not Path(resolve(name)).is_dir() or weight_bytes(name) >= PROGRESS_BAR_BYTES)
 
 
 @contextmanager
-def _bars(shown: bool) -> Iterator[None]:
+def progress_bars(shown: bool) -> Iterator[None]:
     """Show or hide the progress bars of transformers."""
     from transformers.utils import logging
 

@@ -16,8 +16,9 @@ import torch
 
 from reinforcepp.errors import ConfigError, ModelError, TrainingDiverged
 from reinforcepp.files import write_json
-from reinforcepp.models.loading import context_length, load_tokenizer, resolve, save_model
+from reinforcepp.models.loading import context_length, load_tokenizer, resolve
 from reinforcepp.models.reward_models import load_reward_weights
+from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import encode_example, pad, split_example
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
 from reinforcepp.run_dir import REWARD_CARD

@@ -16,9 +16,10 @@ from reinforcepp.config import as_dict
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.files import write_json
 from reinforcepp.locks import OutputLock
-from reinforcepp.models.loading import load_policy, save_model, weights_hash
+from reinforcepp.models.loading import load_policy, weights_hash
 from reinforcepp.models.lora import has_adapter, load_adapter_weights
 from reinforcepp.models.precision import compute_dtype
+from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import LazyPrompts
 from reinforcepp.monitoring import MetricLog, log_event, restore_logs
 from reinforcepp.monitoring.completion_log import (
@@ -37,6 +38,7 @@ from reinforcepp.training.async_rollouts import PENDING_FILE
 from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.evaluation import Evaluation
 from reinforcepp.training.policy_update import PolicyUpdate
+from reinforcepp.training.preflight import check_before_training
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.types import Prompt
 
@@ -187,6 +189,15 @@ class PolicyRun:
             if self.resumed is None or not (self.folder / RUN_FILE).is_file():
                 describe_run(self.folder, as_dict(self.config), self.facts)
             self.log.open(self.folder)
+        models = [learner.plain for learner in self.update.learners.values()]
+        check_before_training(
+            self.folder,
+            models,
+            self.tokenizer,
+            self.config,
+            steps=self.facts["num_steps"],
+            ranks=self.update.ranks,
+        )
 
     def _claim(self) -> None:
         """Lock the run directory, on rank 0."""

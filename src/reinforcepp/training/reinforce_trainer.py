@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.models.loading import save_model
+from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import echo, read_metrics
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction

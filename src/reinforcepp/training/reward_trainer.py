@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import PreferenceData, load_preferences
 from reinforcepp.models.chat_template import with_chat_template
-from reinforcepp.models.loading import load_tokenizer, save_model, weights_hash
+from reinforcepp.models.loading import load_tokenizer, weights_hash
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.padding import separate_pad_token
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
+from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import encode_example
 from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, summary, write_page
@@ -28,6 +29,7 @@ from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
     begin,
     check_not_empty,
+    check_run,
     join_ranks,
     length_limit,
     longest,
@@ -89,6 +91,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
         from reinforcepp.distributed.rank_zero import RankZero
         from reinforcepp.training.supervised_loop import ResumableRewardTrainer, fit  # loads TRL
 
+        check_run(run, model, tokenizer, config, rows)
         fit(ResumableRewardTrainer, model, tokenizer, rows, config, run)
         return RankZero(run.ranks, config.watchdog_seconds).run(
             lambda: _evaluate_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)

@@ -17,9 +17,10 @@ from reinforcepp.config import SftConfig
 from reinforcepp.data import SftRow, load_texts
 from reinforcepp.files import write_json
 from reinforcepp.models.chat_template import with_chat_template
-from reinforcepp.models.loading import load_policy, load_tokenizer, save_model, weights_hash
+from reinforcepp.models.loading import load_policy, load_tokenizer, weights_hash
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.lora import is_4bit, with_adapter
+from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import encode_text, eos_token_id, split_example
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
@@ -28,6 +29,7 @@ from reinforcepp.training.supervised_setup import (
     RunContext,
     begin,
     check_not_empty,
+    check_run,
     join_ranks,
     length_limit,
     open_run_dir,
@@ -118,6 +120,7 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
     with begin(folder, config, inputs, saved, facts) as run:
         from reinforcepp.distributed.rank_zero import RankZero  # loads Accelerate
 
+        check_run(run, model, tokenizer, config, examples)
         first = RankZero(run.ranks, config.watchdog_seconds)
         before = first.run(lambda: _evaluate(model, heldout_examples, tokenizer, config))
         _fit(model, tokenizer, examples, config, run)

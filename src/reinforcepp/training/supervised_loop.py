@@ -22,14 +22,15 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import TrainingDiverged
-from reinforcepp.models.loading import load_policy, save_model
+from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import has_adapter, load_adapter_weights, load_trainable_weights
 from reinforcepp.models.reward_models import load_reward_weights
+from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training import checkpoint, rng
-from reinforcepp.training.supervised_setup import RunContext, SupervisedConfig
+from reinforcepp.training.supervised_setup import RunContext, SupervisedConfig, count_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -267,7 +268,7 @@ def fit(
         Interrupted: a signal stopped training; the finished steps are saved.
         TrainingDiverged: the gradients of several steps in a row weren't finite.
     """
-    steps, saved = math.ceil(len(rows) / config.batch_size) * config.num_train_epochs, run.saved
+    steps, saved = count_steps(rows, config), run.saved
     ranks = run.ranks
     if saved is not None:
         if ranks.is_main:

@@ -6,6 +6,7 @@ reported before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, claim_output, clear, describe_run
 from reinforcepp.runtime import started
 from reinforcepp.training import checkpoint
+from reinforcepp.training.preflight import check_before_training
 from reinforcepp.types import RowId
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from reinforcepp.distributed.ranks import Ranks
 
@@ -97,7 +100,7 @@ def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint 
         config.output_dir,
         overwrite=config.overwrite,
         resume=config.resume,
-        needed_bytes=copies * weight_bytes(config.model),
+        needed_bytes=0 if config.use_peft else copies * weight_bytes(config.model),
     )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"mixed_precision: fp16 needs a GPU for {TASKS[type(config)]}. Use bf16.")
@@ -138,6 +141,22 @@ def begin(
 
         ranks.run_or_raise_all(prepare)
         yield RunContext(folder, inputs, saved, ranks)
+
+
+def check_run(
+    run: RunContext,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SupervisedConfig,
+    rows: Sequence[Any] | Dataset,
+) -> None:
+    """Check that checkpoints can be written; see :func:`check_before_training`. All ranks must call it."""
+    check_before_training(run.folder, [model], tokenizer, config, steps=count_steps(rows, config), ranks=run.ranks)
+
+
+def count_steps(rows: Sequence[Any] | Dataset, config: SupervisedConfig) -> int:
+    """Return the number of optimizer steps of the whole training."""
+    return math.ceil(len(rows) / config.batch_size) * config.num_train_epochs
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

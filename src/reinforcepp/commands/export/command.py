@@ -11,8 +11,10 @@ from reinforcepp.config import ExportConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import appearing_folder, flush
 from reinforcepp.locks import file_lock
-from reinforcepp.models.loading import load_tokenizer, save_model, weight_bytes
+from reinforcepp.models.loading import load_tokenizer, weight_bytes
 from reinforcepp.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter_dir
+from reinforcepp.models.saving import save_model
+from reinforcepp.models.tokenizer_files import save_tokenizer
 from reinforcepp.monitoring import echo
 from reinforcepp.run_dir import check_output
 
@@ -50,7 +52,7 @@ def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: 
     else:
         for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(Path(source.name) / file, folder / file)
-        load_tokenizer(source.name).save_pretrained(folder)
+        save_tokenizer(load_tokenizer(source.name), folder)
     card = folder / CARD
     card.write_text(model_card(source, name), encoding="utf-8")
     flush(card)
