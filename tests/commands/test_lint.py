@@ -275,6 +275,11 @@ def test_damaged_text_is_found_with_row_numbers(write):
     assert "cafÃ© -> ..." in finding.examples[0] and finding.examples[0].endswith("café")
 
 
+def test_punctuation_of_windows_1252_is_restored(write):
+    text = "It\u2019s \u201cgood\u201d \u2013 really\u2026".encode("cp1252").decode("latin1")
+    assert damage.clean_text(text) == "It\u2019s \u201cgood\u201d \u2013 really\u2026"
+
+
 def test_control_characters_are_found(write):
     rows = sound()
     rows[1] = (rows[1][0] + "\x1b[2J", *rows[1][1:])

@@ -1,5 +1,7 @@
 """Preference and prompt files: which rows are kept, which are skipped, and the error for each kind of broken file."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 import csv
@@ -155,7 +157,7 @@ def test_impossible_paths_are_data_errors(name, tmp_path):
     message(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["data.xlsx", "data.csv.gz", "data"])
+@pytest.mark.parametrize("name", ["data.xlsx", "data.xlsx.gz", "data.parquet.gz", "data"])
 def test_unsupported_formats_list_the_supported_ones(write, name):
     text = message(write(HEADER + TWO_PAIRS, name))
     assert "CSV, TSV, JSON, JSONL and Parquet" in text and "Convert it" in text
@@ -173,7 +175,7 @@ def test_file_with_only_a_header(write):
 def test_invalid_utf8_names_row_byte_and_conversion(write):
     text = message(write(HEADER.encode() + b'"two\r\nlines",good,bad\ncaf\xe9,good,bad\n'))
     assert "data.csv:4: byte 0xe9" in text
-    assert "iconv -f latin1 -t utf-8" in text and "'CSV UTF-8'" in text
+    assert "iconv -f cp1252 -t utf-8" in text and "'CSV UTF-8'" in text
 
 
 def test_utf16(write):
@@ -201,8 +203,47 @@ def test_file_without_header_is_quoted_briefly(write):
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
 def test_other_separators_are_recognized(write, separator, name):
-    text = message(write((HEADER + TWO_PAIRS).replace(",", separator)))
-    assert f"separated by {name}" in text and "with commas" in text
+    data = read_preferences(
+        write((HEADER + TWO_PAIRS + "p3,good,bad\n").replace(",", separator).replace("p3", "p3, or not"))
+    )
+    assert len(data.pairs) == 3 and data.notes == (f"cells separated by {name}",)
+    assert data.pairs[2].prompt == "p3, or not"
+
+
+@pytest.mark.parametrize(
+    ("content", "notes"),
+    [
+        ('sep=,\r\nprompt,chosen,rejected\r\n"a ""b""",good,bad\r\np2,good,bad\r\n', ()),
+        ('sep=;\nprompt;chosen;rejected\n"a ""b""";good;bad\np2;good;bad\n', ("cells separated by semicolons",)),
+        ('prompt, chosen, rejected\n"a ""b""", "good", "bad"\n"p2", "good", "bad"\n', ()),
+        ('prompt,chosen,rejected\n"a \\"b\\"",good,bad\np2,good,bad\n', ("quotes escaped by backslashes",)),
+        ('prompt|chosen|rejected\n"a ""b"""|good|bad\np2|good|bad\n', ("cells separated by vertical bars",)),
+    ],
+)
+def test_dialects_of_csv(write, content, notes):
+    data = read_preferences(write(content))
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in data.pairs] == [
+        ('a "b"', "good", "bad"),
+        ("p2", "good", "bad"),
+    ]
+    assert data.notes == notes
+
+
+def test_row_numbers_count_the_line_that_names_the_separator(write):
+    assert "data.csv:4: 2 cells" in message(write("sep=;\nprompt;chosen;rejected\na;b;c\nd;e\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "name"),
+    [
+        ("It’s “good” – really…", "cp1252", "cp1252"),
+        ("天空是什么颜色的？天空是蓝色的。水在几度沸腾？", "gb18030", "gb18030"),
+        ("Какого цвета небо? Небо голубого цвета, когда светит солнце.", "cp1251", "cp1251"),
+        ("What is UTF-16?", "utf-16-le", "utf-16le"),
+    ],
+)
+def test_advice_names_the_likely_encoding(write, text, encoding, name):
+    assert f"iconv -f {name} -t utf-8" in message(write((HEADER + f"{text},good,bad\n").encode(encoding)))
 
 
 def test_repeated_column_names(write):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from collections import Counter
 
 import datasets
+import pyarrow
 import pytest
 from huggingface_hub import constants
 
@@ -267,3 +271,81 @@ def test_unreachable_hub_is_an_error(tmp_path, monkeypatch, capsys, offline):
     for part in ("org/name: no such file or folder", "can't be reached", "--repo-type dataset org/name"):
         assert part in err
     assert err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+# --- folders with splits, compressed files, home folder -----------------------------------------------------------------------
+
+
+def test_only_one_split_of_a_folder_is_used(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_prompts(tmp_path / "data" / "train-00000-of-00002.jsonl", "a")
+    write_prompts(tmp_path / "data" / "train-00001-of-00002.jsonl", "b")
+    write_prompts(tmp_path / "data" / "test-00000-of-00001.jsonl", "c")
+    for source in (tmp_path, tmp_path / "data"):
+        data = read_prompts(source)
+        assert [row.prompt for row in data.prompts] == ["a", "b"]
+        assert data.notes == ("split 'train'; 1 file of other splits unused",)
+        assert [row.prompt for row in read_prompts(f"{source}?split=test").prompts] == ["c"]
+        with pytest.raises(DataError, match="split 'validation' not found, only test, train"):
+            read_prompts(f"{source}?split=validation")
+
+
+@pytest.mark.parametrize("names", [("my.jsonl", "my_eval.jsonl"), ("train/x.jsonl", "valid/x.jsonl")])
+def test_splits_are_recognized_by_file_or_folder(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_prompts(tmp_path / name, name)
+    assert [row.prompt for row in read_prompts(tmp_path).prompts] == [names[0]]
+
+
+def test_splits_without_training_data_are_an_error(tmp_path):
+    for name in ("test.jsonl", "dev.jsonl"):
+        write_prompts(tmp_path / name, name)
+    with pytest.raises(DataError, match=r"several splits: test, validation\. Name one"):
+        read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files(tmp_path, suffix):
+    content = b"prompt,chosen\na,b\n"
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    data = compress[suffix](content) if suffix in compress else pyarrow.Codec("zstd").compress(content, asbytes=True)
+    path = tmp_path / f"data.csv{suffix}"
+    path.write_bytes(data)
+    assert [row.prompt for row in read_prompts(path).prompts] == ["a"]
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"data\.csv"):
+        read_prompts(path)
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_pairs(tmp_path / "a.jsonl", 20)
+    assert data_names("~/a.jsonl") == [DataName(str(path))]
+    assert len(read_prompts("~/a.jsonl").prompts) == len(read_prompts("~/a.jsonl?weight=2").prompts) == 20
+    assert cli.main(["lint", "--data", "~/a.jsonl", "--fix", str(tmp_path / "b.jsonl"), "--fail_on", "never"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ({"version": 1, "data": [{"prompt": "a"}, {"prompt": "b"}]}, "rows from the key 'data'"),
+        ({"train": [{"prompt": "a"}, {"prompt": "b"}], "test": [{"prompt": "c"}]}, "rows from the key 'train', not"),
+        ({"prompt": ["a", "b"], "n": [1, 2]}, "one list per column"),
+        ({"prompt": {"0": "a", "1": "b"}, "n": {"0": 1, "1": 2}}, "one object per column"),
+        ({"0": {"prompt": "a", "n": 1}, "1": {"prompt": "b", "n": 2}}, "one object per row number"),
+        ({"columns": ["prompt", "n"], "index": [0, 1], "data": [["a", 1], ["b", 2]]}, "a table with columns and data"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_objects_that_hold_rows(tmp_path, content, note, indent):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(content, indent=indent))
+    data = read_prompts(path)
+    assert [row.prompt for row in data.prompts] == ["a", "b"] and note in data.summary()
+
+
+def test_json_object_that_is_a_row(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": "a"}], "tags": ["x"]}, indent=2))
+    assert [row.prompt for row in read_prompts(path).prompts] == ["a"]

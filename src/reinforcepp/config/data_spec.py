@@ -25,6 +25,8 @@ _HUB = "hub:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 """File extensions that can be read."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""Extensions of compressed files, after that of the format."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def data_names(setting: str | Path) -> list[DataName]:
     Raises:
         ConfigError: If an option doesn't exist or has an invalid value.
     """
-    if os.path.exists(setting):
-        return [DataName(str(setting))]
-    return [_data_name(text) for text in filter(None, map(str.strip, str(setting).split(",")))]
+    if os.path.exists(path := os.path.expanduser(setting)):
+        return [DataName(str(path))]
+    return [_data_name(os.path.expanduser(text)) for text in filter(None, map(str.strip, str(setting).split(",")))]
 
 
 def listed(setting: str | Path) -> list[Path]:
@@ -93,7 +95,11 @@ def _is_hub(name: str) -> bool:
     if name.startswith(_HUB):
         return True
     is_local = os.path.exists(name) or os.path.isdir(name.partition("/")[0])
-    return not is_local and _HUB_NAME.fullmatch(name) is not None and Path(name).suffix.lower() not in FILES
+    return (
+        not is_local
+        and _HUB_NAME.fullmatch(name) is not None
+        and Path(name).suffix.lower() not in (*FILES, *COMPRESSED)
+    )
 
 
 def _weight(text: str, value: str) -> float:

@@ -52,7 +52,8 @@ class LintConfig(ColumnConfig, LintInputs):
         if self.data.startswith("builtin:"):
             raise ConfigError(f"fix: {self.data} isn't a file that can be fixed. Omit fix.")
         suffix = Path(self.data).suffix.lower()
-        if suffix not in FIXABLE or listed(self.data) != [Path(self.data)] or Path(self.data).is_dir():
+        data = Path(self.data).expanduser()
+        if suffix not in FIXABLE or listed(self.data) != [data] or data.is_dir():
             raise ConfigError(
                 f"fix: data is {self.data}, not a single {', '.join(FIXABLE[:-1])} or {FIXABLE[-1]} file. Omit fix, or give "
                 "such a file."

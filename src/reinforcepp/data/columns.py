@@ -121,6 +121,7 @@ def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool |
         raise _no_pairs(path, records, flag, getattr(names, flag))
     if answers and answers != wanted and pairs is not False:
         layout = _with_note(layout, f"chosen and rejected from the columns {' and '.join(map(repr, answers))}")
+    layout = layout._replace(notes=(*records.notes, *layout.notes))
     # Reward functions get the other columns of prompts.
     return layout if pairs is False or not answers else _with_unused(layout, records)
 
@@ -245,7 +246,8 @@ def find_sft_columns(path: Path, records: Records, names: SftColumnNames) -> Col
     for kind in by_user:
         if getattr(names, kind) not in records.names:
             raise _missing(path, records, kind, getattr(names, kind))
-    return _with_unused(_sft_layout(path, records, names, by_user), records)
+    layout = _with_unused(_sft_layout(path, records, names, by_user), records)
+    return layout._replace(notes=(*records.notes, *layout.notes))
 
 
 def _sft_layout(path: Path, records: Records, names: SftColumnNames, by_user: Sequence[str]) -> ColumnLayout:

@@ -20,10 +20,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
+from reinforcepp.data.csv_dialect import SEPARATOR_NAMES, Dialect, find_dialect
+from reinforcepp.data.encodings import guess_encoding, looks_like_utf16, open_text_bytes
+from reinforcepp.data.json_shapes import rows_of_object
 from reinforcepp.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class Records:
         other_separators: Separator characters by name that this format doesn't use. If one of them occurs in the only
             column name, the file uses the wrong separator.
         share: Share of the file read so far, this chunk included.
+        notes: Remarks for the user on how the file was read.
     """
 
     names: tuple[str, ...]
@@ -56,6 +60,7 @@ class Records:
     header_row: int | None = None
     other_separators: Mapping[str, str] | None = None
     share: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 class ReadProgress:
@@ -87,9 +92,9 @@ def text_chunks(path: Path, progress: ReadProgress, *, save_as: str) -> Iterator
         OSError: The file can't be read.
     """
     line, rest = 1, b""
-    with open(path, "rb") as file:
+    with open_text_bytes(path) as (stream, file):
         size = os.fstat(file.fileno()).st_size
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := stream.read(CHUNK_BYTES):
             progress.share = min(1.0, file.tell() / size) if size else 1.0
             raw = rest + chunk
             # A carriage return at the very end might be the first half of a line break.
@@ -135,6 +140,10 @@ def decode(path: Path, raw: bytes, *, save_as: str, line: int = 1) -> str:
         )
     data = raw.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if (zero := data.find(b"\0")) >= 0:
+        if (variant := looks_like_utf16(raw)) is not None:
+            raise DataError(
+                f"{path}:1: the file is UTF-16, not UTF-8. {advice}, or convert it with `iconv -f {variant} -t utf-8`."
+            )
         raise DataError(
             f"{path}:{_line_at(data, zero, line)}: NUL byte, so the file isn't plain text. "
             f"{advice}, or remove NUL bytes with `tr -d '\\000'`."
@@ -144,7 +153,7 @@ def decode(path: Path, raw: bytes, *, save_as: str, line: int = 1) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}:{_line_at(data, error.start, line)}: byte 0x{data[error.start]:02x} isn't valid UTF-8. "
-            f"{advice}, or convert the file with `iconv -f latin1 -t utf-8`."
+            f"{advice}, or convert the file with `iconv -f {guess_encoding(data, error.start)} -t utf-8`."
         ) from error
 
 
@@ -154,17 +163,20 @@ def _line_at(data: bytes, position: int, first: int) -> int:
 
 # --- CSV and TSV ------------------------------------------------------------------------------------------------------
 
-_SEPARATOR_NAMES = {",": "comma", "\t": "tab", ";": "semicolon"}
-
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[Records]:
     """Yield the rows below a header. Cells are stripped, and blank lines are skipped.
+
+    ``delimiter`` is the usual separator. If the records at the start fit only another one, that is used.
 
     Raises:
         DataError: The file isn't well-formed, or has no row below its header.
     """
     progress = ReadProgress()
-    records = _parse_csv(path, delimiter, progress)
+    chunks = text_chunks(path, progress, save_as="save it as 'CSV UTF-8' in a spreadsheet")
+    _, start = next(chunks, (1, ""))
+    dialect = find_dialect(start, delimiter)
+    records = _parse_csv(path, dialect, chain([start], (text for _, text in chunks)))
     first = next(records, None)
     if first is None:
         raise DataError(
@@ -178,33 +190,38 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Records]:
         raise DataError(
             f"{path}:{header_row}: the header has column {repeated[0]!r} more than once. Rename or remove one of them."
         )
-    rows = ((number, _csv_cells(path, number, header, record, delimiter)) for number, record in records)
-    others = {f"{_SEPARATOR_NAMES[other]}s": other for other in _SEPARATOR_NAMES if other != delimiter}
+    rows = ((number, _csv_cells(path, number, header, record, dialect.delimiter)) for number, record in records)
+    others = {f"{name}s": other for other, name in SEPARATOR_NAMES.items() if other != dialect.delimiter}
+    notes = dialect.notes(delimiter)
     empty = True
     for chunk in in_chunks(rows):
-        yield Records(tuple(header), chunk, header_row, others, progress.share)
+        yield Records(tuple(header), chunk, header_row, others, progress.share, notes)
         empty = False
     if empty:
         raise DataError(f"{path}: no row below the header. Add data to the file.")
 
 
-def _parse_csv(path: Path, delimiter: str, progress: ReadProgress) -> Iterator[tuple[int, list[str]]]:
+def _parse_csv(path: Path, dialect: Dialect, texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield the records that aren't blank, each with the line on which it starts."""
     # The csv module keeps one limit for the whole process, so it is restored at the end.
     limit_before = csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    chunks = text_chunks(path, progress, save_as="save it as 'CSV UTF-8' in a spreadsheet")
-    lines = (line for _, text in chunks for line in io.StringIO(text))
-    reader = csv.reader(lines, strict=True, delimiter=delimiter)
-    number = 1
+    lines = (line for text in texts for line in io.StringIO(text))
+    number = 1 + dialect.skip_first
     try:
-        for record in reader:
+        for last_line, record in dialect.records(lines):
             if len(record) > 1 or any(cell.strip() for cell in record):
                 yield number, record
-            number = reader.line_num + 1
+            number = last_line + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{number}: {_quoting_problem(str(error), _SEPARATOR_NAMES[delimiter])}") from error
+        raise DataError(
+            f"{path}:{number}: {_quoting_problem(str(error), _separator_name(dialect.delimiter))}"
+        ) from error
     finally:
         csv.field_size_limit(limit_before)
+
+
+def _separator_name(delimiter: str) -> str:
+    return SEPARATOR_NAMES.get(delimiter, repr(delimiter))
 
 
 def _quoting_problem(error: str, separator: str) -> str:
@@ -223,7 +240,7 @@ def _quoting_problem(error: str, separator: str) -> str:
 
 def _csv_cells(path: Path, number: int, header: Sequence[str], record: Sequence[str], delimiter: str) -> dict[str, str]:
     if len(record) != len(header):
-        separator = _SEPARATOR_NAMES[delimiter]
+        separator = _separator_name(delimiter)
         fix = (
             f"Put cells that contain a {separator} in double quotes."
             if len(record) > len(header)
@@ -258,19 +275,44 @@ def read_json_lines(path: Path) -> Iterator[Records]:
 
 
 def read_json(path: Path) -> Iterator[Records]:
-    """Yield the objects of a list, or one object per line if the file doesn't start with ``[``.
+    """Yield the objects of a list or of an object that holds rows, or one object per line.
 
-    A list is read whole before its first element is yielded.
+    Unlike lines, a list or a single object is read whole before its first row is yielded.
 
     Raises:
         DataError: The file isn't valid JSON or holds something else.
     """
-    _, start = next(text_chunks(path, ReadProgress(), save_as=_SAVE_JSON_AS))
-    if not start.lstrip().startswith("["):
+    chunks = text_chunks(path, ReadProgress(), save_as=_SAVE_JSON_AS)
+    # The second chunk shows whether lines follow the first.
+    start = "".join(text for _, text in islice(chunks, 2))
+    is_list = start.lstrip().startswith("[")
+    if not is_list and not _is_one_object(start):
         return read_json_lines(path)
-    text = decode(path, path.read_bytes(), save_as=_SAVE_JSON_AS)
+    with open_text_bytes(path) as (stream, _):
+        text = decode(path, stream.read(), save_as=_SAVE_JSON_AS)
+    if not is_list:
+        return _object_records(path, text)
     rows = ((number, _json_object(value, f"{path}:{number}")) for number, value in _json_elements(path, text))
     return _json_records(path, rows, ReadProgress())
+
+
+def _is_one_object(start: str) -> bool:
+    """Return whether a file that starts with this text is one object: its first line isn't whole, or is the only line."""
+    first, _, rest = start.lstrip().partition("\n")
+    if not first.startswith("{"):
+        return False
+    # A whole object on a line ends with a brace. A line that ends so is either that, or damaged.
+    return not rest.strip() if first.rstrip().endswith("}") else rest.lstrip().startswith(('"', "}"))
+
+
+def _object_records(path: Path, text: str) -> Iterator[Records]:
+    begin = _after_space(text, 0)
+    value, end = _json_value(text, begin, f"{path}:1", _ONE_OBJECT_PER_LINE)
+    if (end := _after_space(text, end)) < len(text):
+        raise _invalid_json(f"{path}", text, end, "text after the end of the object", _ONE_OBJECT_PER_LINE)
+    rows, notes = rows_of_object(path, _json_object(value, f"{path}:1"))
+    numbered = ((number, _json_object(row, f"{path}:{number}")) for number, row in enumerate(rows, 1))
+    return _json_records(path, numbered, ReadProgress(), notes)
 
 
 def _json_lines(path: Path, progress: ReadProgress) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -345,12 +387,12 @@ def _json_object(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _json_records(
-    path: Path, rows: Iterator[tuple[int, Mapping[str, Any]]], progress: ReadProgress
+    path: Path, rows: Iterator[tuple[int, Mapping[str, Any]]], progress: ReadProgress, notes: tuple[str, ...] = ()
 ) -> Iterator[Records]:
     empty = True
     for chunk in in_chunks(rows):
         names = dict.fromkeys(name for _, cells in chunk for name in cells)
-        yield Records(tuple(names), chunk, share=progress.share)
+        yield Records(tuple(names), chunk, share=progress.share, notes=notes)
         empty = False
     if empty:
         raise DataError(f"{path}: the file is empty. Add at least one object with a prompt.")

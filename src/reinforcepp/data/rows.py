@@ -178,6 +178,7 @@ def text_columns(layout: ColumnLayout, names: ColumnNames, pairs: bool) -> tuple
 def notes_on(parts: Sequence[DataPart], layouts: Iterable[ColumnLayout], conversions: Counter[str]) -> Iterator[str]:
     """Yield remarks for the user on how the data was read."""
     layouts = list(layouts)
+    yield from dict.fromkeys(part.note for part in parts if part.note)
     yield from dict.fromkeys(note for layout in layouts for note in layout.notes)
     unused = [name for layout in layouts for name in layout.unused]
     if unused and not all(is_builtin(part.path) for part in parts):

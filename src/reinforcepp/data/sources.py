@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reinforcepp.config.data_spec import DataName, data_names
+from reinforcepp.config.data_spec import COMPRESSED, DataName, data_names
+from reinforcepp.data.encodings import data_suffix
 from reinforcepp.data.readers import CHUNK_ROWS, READERS, Records, count, quoted
 from reinforcepp.errors import DataError, nearest
 from reinforcepp.files import sha256
@@ -69,11 +72,13 @@ class DataPart:
         path: The file, or the name that messages use for a Hub dataset.
         weight: How often each row counts in training.
         dataset: The Hub dataset; None for a file.
+        note: Remark for the user on how the part was chosen.
     """
 
     path: Path
     weight: float = 1.0
     dataset: Dataset | None = None
+    note: str | None = None
 
     def chunks(self) -> Iterator[Records]:
         """Yield the rows, at least one chunk.
@@ -86,7 +91,7 @@ class DataPart:
             return
         try:
             _check_exists(self.path)
-            yield from READERS[self.path.suffix.lower()](self.path)
+            yield from READERS[data_suffix(self.path)](self.path)
         except OSError as error:
             raise _unreadable(self.path, error) from error
 
@@ -95,7 +100,7 @@ class DataPart:
         chunks = list(self.chunks())
         names = tuple(dict.fromkeys(chain.from_iterable(chunk.names for chunk in chunks)))
         rows = list(chain.from_iterable(chunk.rows for chunk in chunks))
-        return Records(names, rows, chunks[0].header_row, chunks[0].other_separators)
+        return Records(names, rows, chunks[0].header_row, chunks[0].other_separators, notes=chunks[0].notes)
 
     def size(self) -> int:
         """Return the approximate size in bytes."""
@@ -144,8 +149,9 @@ def _parts(name: DataName) -> Iterator[DataPart]:
         yield DataPart(Path(name.name + split), name.weight, fetch(name))
     for path in name.paths:
         try:
-            for file in _in_folder(path, name) if path.is_dir() else [path]:
-                yield DataPart(file, name.weight)
+            files, note = _in_folder(path, name) if path.is_dir() else ([path], None)
+            for file in files:
+                yield DataPart(file, name.weight, note=note)
         except OSError as error:
             raise _unreadable(path, error) from error
 
@@ -161,13 +167,18 @@ def _check_exists(path: Path) -> None:
             raise DataError(f"{path}: no file matches the pattern. Check the pattern.")
         hint = nearest(path.name, (each.name for each in path.parent.iterdir() if each.is_file()))
         raise DataError(f"{path}: no such file. Check the path.{hint}")
-    if path.suffix.lower() not in READERS:
+    compressed = path.suffix.lower() in COMPRESSED
+    if data_suffix(path) not in READERS or (compressed and data_suffix(path) in (".parquet", ".arrow")):
         problem = f"{path.suffix} files aren't supported" if path.suffix else "the file name has no extension"
         raise DataError(f"{path}: {problem}, only {_FORMATS}. Convert it to one of these, for example .jsonl.")
 
 
-def _in_folder(folder: Path, name: DataName) -> list[Path]:
-    """Return the data files of a folder: one that ``datasets`` saved, or one with files of a single format."""
+def _in_folder(folder: Path, name: DataName) -> tuple[list[Path], str | None]:
+    """Return the data files of a folder, and a remark for the user.
+
+    The folder is one that ``datasets`` saved, or holds files of a single format, directly or in its folders. If the names
+    tell splits apart, only one split is used.
+    """
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(each.parent.name for each in folder.glob("*/state.json"))
         if name.split not in splits:
@@ -176,18 +187,18 @@ def _in_folder(folder: Path, name: DataName) -> list[Path]:
                 if splits
                 else f"{folder}: the folder holds a DatasetDict without splits. Save it again."
             )
-        return _saved_by_datasets(folder / str(name.split))
-    option = next((option for option in ("split", "revision", "subset") if getattr(name, option)), None)
+        return _saved_by_datasets(folder / str(name.split)), None
+    saved = (folder / "state.json").is_file()
+    found = [] if saved else _data_files(folder)
+    splits = sorted({split for split in map(partial(_split_of, folder), found) if split})
+    option = next((option for option in ("revision", "subset") if getattr(name, option)), None)
+    option = "split" if name.split and not splits else option
     if option:
         raise DataError(f"{folder}: the folder holds a single dataset, so {option} doesn't apply. Omit {option}.")
-    if (folder / "state.json").is_file():
-        return _saved_by_datasets(folder)
-    found = sorted(
-        each
-        for each in folder.iterdir()
-        if each.suffix.lower() in READERS and each.name not in _METADATA_FILES and each.is_file()
-    )
-    suffixes = sorted({each.suffix.lower() for each in found})
+    if saved:
+        return _saved_by_datasets(folder), None
+    chosen, note = _one_of(folder, found, splits, name.split)
+    suffixes = sorted({data_suffix(each) for each in chosen})
     if not found:
         raise DataError(f"{folder}: no data file in the folder. Give a file, or a folder that holds {_FORMATS}.")
     if len(suffixes) > 1:
@@ -195,7 +206,51 @@ def _in_folder(folder: Path, name: DataName) -> list[Path]:
             f"{folder}: the folder holds several formats ({', '.join(suffixes)}). "
             f"Name the files, for example {str(folder / f'*{suffixes[0]}')!r}."
         )
-    return found
+    return chosen, note
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the data files in a folder or, if it has none, in its folders."""
+    for pattern in ("*", "*/*"):
+        files = (each for each in folder.glob(pattern) if data_suffix(each) in READERS and each.is_file())
+        if found := sorted(each for each in files if each.name not in _METADATA_FILES):
+            return found
+    return []
+
+
+# Names as the Hub reads them: train-00000-of-00001.parquet, data_test.jsonl, validation/a.csv.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_WORDS = {word: split for split, words in _SPLITS.items() for word in words}
+
+
+def _split_of(folder: Path, path: Path) -> str | None:
+    """Return the split that the name of a file, or of its folder below ``folder``, names."""
+    words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def _one_of(
+    folder: Path, files: Sequence[Path], splits: Sequence[str], wanted: str | None
+) -> tuple[list[Path], str | None]:
+    """Return the files of one split: the wanted one, or those for training."""
+    by_split = {split: [each for each in files if _split_of(folder, each) == split] for split in (*splits, None)}
+    if wanted is not None and wanted not in splits:
+        raise DataError(f"{folder}: split {wanted!r} not found, only {', '.join(splits)}. Correct the split.")
+    split = wanted or (_DEFAULT_SPLIT if _DEFAULT_SPLIT in splits else None)
+    chosen = by_split[split] if split or by_split[None] else list(files)
+    if split is None and not by_split[None] and len(splits) > 1:
+        raise DataError(
+            f"{folder}: the folder holds several splits: {', '.join(splits)}. Name one, as in {folder}?split={splits[0]}."
+        )
+    unused = len(files) - len(chosen)
+    return (
+        chosen,
+        f"split {split or _DEFAULT_SPLIT!r}; {count(unused, 'file')} of other splits unused" if unused else None,
+    )
 
 
 def _saved_by_datasets(folder: Path) -> list[Path]:

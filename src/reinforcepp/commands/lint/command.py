@@ -52,13 +52,13 @@ def _lint(config: LintConfig, copy: Path | None, output: Path | None) -> int:
             file.write(_as_text(report, config.format))
         echo(f"{formats.summary(report)} Wrote {output}")
     if copy is not None:
-        _print_changes(write_fixed(Path(config.data), copy, config), copy)
+        _print_changes(write_fixed(Path(config.data).expanduser(), copy, config), copy)
     return EXIT_FINDINGS if report.fails(config.fail_on) else 0
 
 
 def _check_copy(config: LintConfig) -> Path:
     copy = check_output_file(str(config.fix), "fix")
-    if copy.resolve() == Path(config.data).resolve():
+    if copy.resolve() == Path(config.data).expanduser().resolve():
         raise ConfigError(f"--fix {config.fix}: the file is the data, which is never overwritten. Give another name.")
     for path in (copy, log_path(copy)):
         if path.exists():
@@ -68,7 +68,7 @@ def _check_copy(config: LintConfig) -> Path:
 
 def _check_report(config: LintConfig, copy: Path | None) -> Path:
     output = check_output_file(str(config.output))
-    data = Path(config.data)
+    data = Path(config.data).expanduser()
     if output.resolve() == data.resolve() or (output.exists() and data.exists() and output.samefile(data)):
         raise ConfigError(
             f"--output {config.output}: the file is the data, which is never overwritten. Give another name."

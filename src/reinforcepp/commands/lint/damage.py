@@ -30,16 +30,24 @@ def _as_bytes() -> dict[str, int]:
 
 
 _BYTES = _as_bytes()
+# Latin-1 has control characters in place of the typographic punctuation of Windows-1252. Escape sequences of terminals
+# begin with U+009B, which is therefore not restored.
+_PUNCTUATION = {byte: character for character, byte in _BYTES.items() if ord(character) > 0xFF and byte != 0x9B}
 _TAIL = "[" + "".join(re.escape(character) for character, byte in _BYTES.items() if byte < 0xC0) + "]"
 _SEQUENCE = f"[\xc2-\xdf]{_TAIL}|[\xe0-\xef]{_TAIL}{{2}}|[\xf0-\xf4]{_TAIL}{{3}}"
 _RUN = re.compile(f"(?:{_SEQUENCE})+")
 
 
 def repair_encoding(text: str) -> str:
-    """Return ``text`` with every run of mojibake decoded as UTF-8."""
+    """Return ``text`` with every run of mojibake decoded as UTF-8, and the punctuation of Windows-1252."""
     while (repaired := _RUN.sub(_decode_run, text)) != text:
         text = repaired
-    return text
+    return restore_punctuation(text)
+
+
+def restore_punctuation(text: str) -> str:
+    """Return ``text`` with Windows-1252 punctuation that was decoded as Latin-1: U+0092 becomes an apostrophe."""
+    return text.translate(_PUNCTUATION) if has_controls(text) else text
 
 
 def strip_controls(text: str) -> str:
