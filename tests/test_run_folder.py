@@ -267,20 +267,30 @@ def test_the_same_settings_may_go_on_wherever_the_run_is(tmp_path):
 
 
 def test_all_other_settings_are_named_with_the_way_to_allow_them():
-    began, now = as_dict(TrainConfig()), as_dict(TrainConfig(learning_rate=2e-5, batch_size=16, max_steps=9))
+    began, now = (
+        as_dict(TrainConfig(learning_rate=1e-5)),
+        as_dict(TrainConfig(learning_rate=2e-5, batch_size=16, max_steps=9)),
+    )
     with pytest.raises(ConfigError) as caught:
         check_unchanged(began, now)
     for words in (
         "learning_rate was 1e-05 and is 2e-05",
         "batch_size was 8 and is 16",
         "max_steps was 0 and is 9",
-        "--allow_changes batch_size,max_steps,learning_rate",
+        "--allow_changes learning_rate,batch_size,max_steps",
         "--overwrite",
     ):
         assert words in str(caught.value)
     with pytest.raises(ConfigError, match=r"settings \(batch_size was 8 and is 16\)"):
         check_unchanged(began, now, ["learning_rate", "max_steps"])
     check_unchanged(began, now, ["learning_rate", "max_steps", "batch_size"])
+
+
+def test_a_learning_rate_that_is_not_given_is_that_of_the_start():
+    began = as_dict(TrainConfig(learning_rate=1e-5))
+    check_unchanged(began, as_dict(TrainConfig()))
+    with pytest.raises(ConfigError, match="learning_rate was 1e-05 and is 2e-05"):
+        check_unchanged(began, as_dict(TrainConfig(learning_rate=2e-5)))
 
 
 def test_a_setting_that_the_run_did_not_know_yet_does_not_stop_it():

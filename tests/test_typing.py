@@ -50,4 +50,4 @@ def test_a_user_script_sees_real_types(tmp_path):
     types = revealed(tmp_path)
     assert len(types) == len(reinforcepp.__all__) + 2
     assert [found for found in types if found == "Any" or found.endswith("-> Any")] == []
-    assert types[-2:] in (["int | None", "float"], ["builtins.int | None", "builtins.float"])
+    assert types[-2:] in (["int | None", "float | None"], ["builtins.int | None", "builtins.float | None"])

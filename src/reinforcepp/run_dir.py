@@ -89,6 +89,8 @@ OURS = (
     "vocab-src.json",
     "vocab-tgt.json",
 )
+CHOSEN_AT_START = ("learning_rate",)
+"""Settings whose default depends on the model. A resumed run that doesn't give them keeps those of its start."""
 # A resumed run can change these settings, because they affect only its location, checkpoints and checks.
 FREE_ON_RESUME = (
     "output_dir",
@@ -228,7 +230,11 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     changed = {
         name: f"{name} was {began[name]} and is {value}"
         for name, value in now.items()
-        if name in began and began[name] != value and name not in FREE_ON_RESUME and name not in allowed
+        if name in began
+        and began[name] != value
+        and name not in FREE_ON_RESUME
+        and name not in allowed
+        and not (value is None and name in CHOSEN_AT_START)
     }
     if changed:
         raise ConfigError(

@@ -30,14 +30,16 @@ def shown(capsys, *arguments) -> str:
 def test_a_policy_training(model_folder, reward_folder, pairs_csv, capsys):
     arguments = ["--model", model_folder, "--reward_model", reward_folder, "--data", pairs_csv, "--batch_size", 4]
     out = shown(capsys, "train", *arguments, "--dry_run", "--rollout", "transformers", "--system_prompt", "Be short.")
-    assert "  batch_size: 4  # default: 8\n" in out and "  learning_rate: 1.0e-05\n" in out
+    assert "  batch_size: 4  # default: 8\n" in out and "  learning_rate: null\n" in out
     assert "Fits: " in out and "AdamW's moments" in out
     assert out.count("completion that follows is trained on") == 3
     assert out.count(r"Be short.\n\nQuestion: ") == 3
 
 
 def test_the_tokens_are_those_that_the_model_gets(model_folder, pairs_csv, capsys):
-    out = shown(capsys, "reward", "--model", model_folder, "--data", pairs_csv, "--dry_run")
+    assert main(["reward", "--model", str(model_folder), "--data", str(pairs_csv), "--dry_run"]) == 0
+    out, err = capsys.readouterr()
+    assert "Learning rate 0.0001: the default for full training of" in err
     assert out.count("the score is read at the last") == 6
     tokenizer = load_tokenizer(str(model_folder))
     prompt, chosen = "How do I see my routes?", "Run ip route and read the default line."

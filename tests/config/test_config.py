@@ -28,8 +28,19 @@ from scripts import SOURCE
 
 # Zero means "off", "none" or "as long as there is data" here; everywhere else it is a mistake.
 KEEPING = {"save_every", "max_skipped_updates", "watchdog_seconds"}
+WARMUP = {"warmup_ratio", "warmup_steps"}
 TRAINING = {
-    *("seed", "heldout_fraction", "max_steps", "kl_coef", "gamma", "warmup_steps", "weight_decay", "top_k"),
+    *(
+        "seed",
+        "heldout_fraction",
+        "max_steps",
+        "kl_coef",
+        "gamma",
+        "warmup_ratio",
+        "warmup_steps",
+        "weight_decay",
+        "top_k",
+    ),
     *(
         "rollout_workers",
         "reward_workers",
@@ -46,8 +57,16 @@ TRAINING = {
     *KEEPING,
 }
 ZERO_IS_FINE = {
-    "sft": {"seed", "heldout_fraction", "lora_dropout", "max_bad_rows", *KEEPING},
-    "reward": {"seed", "heldout_fraction", "center_rewards_coefficient", "lora_dropout", "max_bad_rows", *KEEPING},
+    "sft": {*WARMUP, "seed", "heldout_fraction", "lora_dropout", "max_bad_rows", *KEEPING},
+    "reward": {
+        *WARMUP,
+        "seed",
+        "heldout_fraction",
+        "center_rewards_coefficient",
+        "lora_dropout",
+        "max_bad_rows",
+        *KEEPING,
+    },
     "train": TRAINING,
     "generate": {"seed", "temperature", "top_k"},
     "chat": {"seed", "temperature", "top_k"},

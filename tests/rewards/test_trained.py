@@ -79,6 +79,27 @@ def test_step_loss_is_the_centered_bradley_terry_loss(base, data, tmp_path):
     assert first["loss"] == pytest.approx((sum(losses) + 0.5 * sum(centering)) / 40, abs=1e-4)
 
 
+def test_a_new_score_head_is_small(tmp_path):
+    base = tiny.save(tmp_path / "wide", n_embd=512, n_head=2, n_layer=1)
+    weight = new_reward_model(str(base), seed=0).score.weight
+    assert weight.std().item() == pytest.approx(1 / 513, rel=0.1) and abs(weight.mean().item()) < 1e-3
+    assert weight.equal(new_reward_model(str(base), seed=0).score.weight)
+    assert not weight.equal(new_reward_model(str(base), seed=1).score.weight)
+
+
+def test_a_trained_score_head_is_kept(trained):
+    model = new_reward_model(str(trained[0]), seed=3)
+    assert model.score.weight.equal(load_file(trained[0] / "model.safetensors")["score.weight"])
+
+
+def test_the_first_step_trains(base, data, tmp_path):
+    """10 steps: 1 of warmup at half the peak, then a linear decay whose last step is above 0."""
+    settings = {"batch_size": 4, "num_train_epochs": 1, "heldout_fraction": 0.0, "learning_rate": 1e-3}
+    train_reward_model(RewardModelConfig(model=str(base), data=str(data), output_dir=str(tmp_path / "rm"), **settings))
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "rm" / "metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([5e-4, *(1e-3 * left / 9 for left in range(9, 0, -1))], rel=1e-4)
+
+
 def test_the_card_holds_origin_and_metrics(trained, base, data):
     card = json.loads((trained[0] / "reward_model.json").read_text())
     assert card["data"] == str(data) and card["base_model"] == str(base) and len(card["data_sha256"]) == 64

@@ -410,9 +410,9 @@ def test_other_library_versions_are_reported(base, undisturbed, tmp_path, capsys
 
 def test_changed_settings_are_listed_and_may_be_allowed(base, undisturbed, tmp_path):
     shutil.copytree(undisturbed(), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"max_steps was 4 and is 6; learning_rate was 0\.001 and is 0\.01") as caught:
+    with pytest.raises(ConfigError, match=r"learning_rate was 0\.001 and is 0\.01; max_steps was 4 and is 6") as caught:
         trainer(base, tmp_path / "run", resume=True, learning_rate=0.01, max_steps=6)
-    assert "--allow_changes max_steps,learning_rate" in str(caught.value)
+    assert "--allow_changes learning_rate,max_steps" in str(caught.value)
     changed = {"learning_rate": 0.01, "max_steps": 6, "allow_changes": "max_steps, learning_rate"}
     log = trainer(base, tmp_path / "run", resume=True, **changed).train()
     assert [m["step"] for m in log] == list(range(1, 7))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
 from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.models.chat_template import with_chat_template
-from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.models.loading import load_config, load_tokenizer
 from reinforcepp.models.tokenization import encode_prompts, format_example, split_example, turn_format
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.plan.command import make_plan, show_plan
+from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.sft_trainer import to_example
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def run_dry_run(config: SftConfig | RewardModelConfig | TrainConfig) -> None:
     Raises:
         ReinforceError: For every error that would stop the training before its weights are read.
     """
+    with_learning_rate(config, load_config(config.model))
     if isinstance(config, SftConfig):
         show_sft(config)
     elif isinstance(config, RewardModelConfig):

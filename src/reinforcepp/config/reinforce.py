@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
 from reinforcepp.config.base import (
@@ -19,7 +19,8 @@ from reinforcepp.config.base import (
     Seed,
     Share,
 )
-from reinforcepp.config.shared import ChatTemplateConfig, CheckpointConfig, ComputeConfig
+from reinforcepp.config.learning_rates import Training
+from reinforcepp.config.shared import ChatTemplateConfig, CheckpointConfig, ComputeConfig, ScheduleConfig
 from reinforcepp.errors import ConfigError, nearest
 
 DEFAULT_MICRO_BATCH = 8
@@ -55,8 +56,10 @@ class RewardScoringConfig(Config):
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig):
+class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig):
     """Settings of REINFORCE++ training."""
+
+    TRAINING: ClassVar[Training] = "policy"
 
     output_dir: str = "runs/train"
     """Folder for the trained model, metrics and checkpoints"""
@@ -109,12 +112,10 @@ class ReinforceConfig(RewardScoringConfig, ChatTemplateConfig, ComputeConfig, Ch
     critic_learning_rate: PositiveFloat | None = None
     """Only ppo: peak learning rate of the critic; default: learning_rate"""
 
-    learning_rate: PositiveFloat = 1e-5
-    """Peak learning rate of AdamW"""
+    warmup_ratio: Share = 0.0
+    """Fraction of all optimizer steps in which the learning rate rises to its peak"""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate schedule after the warmup"""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of the learning rate warmup"""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of AdamW"""
     max_grad_norm: PositiveFloat = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from reinforcepp.config.base import (
     Share,
     check_output_dir,
 )
+from reinforcepp.config.learning_rates import Training
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.run_dir import RENAMED_SETTINGS
 
@@ -72,6 +74,30 @@ class CheckpointConfig(Config):
                 raise ConfigError(f"allow_changes: setting {name!r} not found.{nearest(name, known)}")
         if self.allowed_changes and not self.resume:
             raise ConfigError("allow_changes applies only to a resumed run. Add --resume.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(Config):
+    """The learning rate and its warmup."""
+
+    TRAINING: ClassVar[Training]
+
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of AdamW; default: by model size, and full or LoRA training"""
+    warmup_ratio: Share = 0.1
+    """Fraction of all optimizer steps in which the learning rate rises to its peak"""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of the learning rate warmup; 0 uses warmup_ratio"""
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate of a started training, which has replaced None by the default."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
+    def warmup_of(self, steps: int) -> int:
+        """Return the warmup steps of a training of ``steps`` optimizer steps."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from reinforcepp.config.base import (
     Config,
     FilledStr,
     NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
     Seed,
     check_not_below_output,
 )
+from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.shared import (
     BadRowsConfig,
     ChatTemplateConfig,
@@ -21,13 +22,14 @@ from reinforcepp.config.shared import (
     ComputeConfig,
     DataLoadingConfig,
     DryRunConfig,
+    ScheduleConfig,
 )
 from reinforcepp.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
-class SupervisedConfig(Config):
-    """Passes over the rows of a file, and the size of a batch."""
+class SupervisedConfig(ScheduleConfig):
+    """Passes over the rows of a file, the size of a batch, and the learning rate, which decays linearly to 0."""
 
     num_train_epochs: PositiveInt = 3
     """Passes over the training rows"""
@@ -84,12 +86,12 @@ class SftInputs(BadRowsConfig, ColumnMapping):
 class SftConfig(DryRunConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig, SupervisedConfig, SftInputs):
     """Fine-tune a language model on completions or plain text, before RL."""
 
+    TRAINING: ClassVar[Training] = "sft"
+
     output_dir: str = "models/sft"
     """Folder for the fine-tuned model"""
     seed: Seed = 42
     """Seed of the split and of the row order"""
-    learning_rate: PositiveFloat = 2e-5
-    """Peak learning rate of AdamW, with linear decay to 0; LoRA needs about 10x"""
 
     def _check_rules(self) -> None:
         if self.renamed:
@@ -117,12 +119,12 @@ class RewardModelConfig(
 ):
     """Train a reward model from a preference file."""
 
+    TRAINING: ClassVar[Training] = "reward"
+
     output_dir: str = "models/reward_model"
     """Folder for the reward model and its card"""
     seed: Seed = 42
     """Seed of the split, the row order and the newly initialized score head"""
-    learning_rate: PositiveFloat = 1e-4
-    """Peak learning rate of AdamW, with linear decay to 0"""
     center_rewards_coefficient: NonNegativeFloat = 0.01
     """Weight of the penalty that centers scores on 0"""
 

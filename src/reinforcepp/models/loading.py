@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +191,11 @@ def architecture(config: PreTrainedConfig) -> str:
     return str(names[0])
 
 
+def parameter_count(config: PreTrainedConfig) -> int:
+    """Return the number of parameters of the model, without its output layer."""
+    return int(meta_model(config, torch.float32, "AutoModel").num_parameters())
+
+
 def context_length(config: PreTrainedConfig) -> int | None:
     """Return the number of tokens that the model can attend to, if its configuration has it."""
     text = config.get_text_config()
@@ -248,10 +253,17 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
     return load_weights(AutoModelForCausalLM, name, dtype=dtype, **settings).eval()
 
 
-def load_weights(auto_class: Any, name: str, *, new: str | None = None, **settings: Any) -> PreTrainedModel:
+def load_weights(
+    auto_class: Any,
+    name: str,
+    *,
+    new: str | None = None,
+    initialize: Callable[[PreTrainedModel], None] | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
     """Load weights, and check that all match the configuration, because transformers initializes missing ones at random.
 
-    Only weights with the prefix ``new`` can be missing.
+    Only weights with the prefix ``new`` can be missing; if they are, ``initialize`` is called.
 
     Raises:
         ModelError: weights are missing or have another shape.
@@ -267,6 +279,8 @@ def load_weights(auto_class: Any, name: str, *, new: str | None = None, **settin
             f"{name}: the weights don't match config.json; {len(wrong)} tensors are missing or have another shape "
             f"({wrong[0]}, for example). Copy the folder from its origin again, or give a causal language model."
         )
+    if initialize is not None and found["missing_keys"]:
+        initialize(model)
     return _with_fused_gelu(model)
 
 

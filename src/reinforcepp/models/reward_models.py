@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
     """Return the language model ``name`` with a newly initialized score head; ``settings`` go to ``from_pretrained``."""
     torch.manual_seed(seed)
-    model = _classifier(base_of_adapter(name) or name, **settings)
+    model = _classifier(base_of_adapter(name) or name, initialize=_initialize_head, **settings)
     if base_of_adapter(name) is not None:
         if is_4bit(model):
             raise ConfigError(
@@ -32,6 +32,16 @@ def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return score_at_last_attended(model)
+
+
+@torch.no_grad()
+def _initialize_head(model: PreTrainedModel) -> None:
+    """Draw the score head from a normal distribution with the standard deviation 1 / (inputs + 1).
+
+    Scores then start close to 0. With the initialization of transformers, whose deviation is 0.02 at any width, the loss of
+    wide models rises to many times its first value.
+    """
+    model.score.weight.normal_(std=1 / (model.score.in_features + 1))
 
 
 def load_reward_weights(folder: Path) -> PreTrainedModel:

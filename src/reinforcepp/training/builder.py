@@ -41,6 +41,7 @@ from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard
+from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import encode, start_policy, warn_about_bias
 from reinforcepp.types import Prompt
 
@@ -91,6 +92,7 @@ def build(
     folder, resumed = open_folder(model, config)
     model_config = load_config(model) if isinstance(model, str) else model.config
     check_context(model_config, config.max_prompt_length, config.max_new_tokens)
+    config = with_learning_rate(config, model_config, resumed.state["settings"] if resumed else None)
     dtype = compute_dtype(config)
     rollout = "transformers" if config.load_in_4bit else config.rollout
     choice = choose_engine(rollout, model_config, dtype) if engine is None else None
@@ -226,7 +228,7 @@ def start_learners(
     critic = Critic(policy, ranks, config, steps=updates) if config.estimator_spec.uses_critic else None
     if config.use_peft:
         policy = with_adapter(policy, config, seed=config.seed)
-    return Learner(policy, ranks, config, learning_rate=config.learning_rate, steps=updates), critic
+    return Learner(policy, ranks, config, learning_rate=config.peak_learning_rate, steps=updates), critic
 
 
 def sampling_gap(config: ReinforceConfig, engine: RolloutEngine) -> tuple[Correction, bool]:

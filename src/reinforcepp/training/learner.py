@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -14,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.lora import base_model, has_adapter, is_4bit, load_trainable_weights, trainable_weights
 from reinforcepp.models.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
+from reinforcepp.training.schedule import make_scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,8 +75,8 @@ class Learner:
         self.model = self.backend.model
         if config.torch_compile:  # not the plain model: generation uses inputs that the compiler doesn't handle
             self.model = torch.compile(self.model)
-        schedule = partial(share_of_peak, kind=config.lr_scheduler_type, warmup=config.warmup_steps, steps=steps)
-        self.scheduler = LambdaLR(self._masters, schedule)
+        warmup = config.warmup_of(steps)
+        self.scheduler = make_scheduler(self._masters, config.lr_scheduler_type, warmup=warmup, steps=steps)
 
     @property
     def scoring(self) -> Any:
@@ -175,18 +173,6 @@ class Learner:
         self.backend.load_state(optimizer, self.plain.parameters())
         self._scale.load_state_dict(scheduler["loss_scale"])
         self.scheduler.load_state_dict({name: value for name, value in scheduler.items() if name != "loss_scale"})
-
-
-def share_of_peak(step: int, *, kind: str, warmup: int, steps: int) -> float:
-    """Return the factor on the peak learning rate at optimizer step ``step`` of ``steps``, counted from 0.
-
-    step / warmup during the warmup; then, with t the finished share of the remaining steps, 1 (``constant``),
-    1 - t (``linear``) or (1 + cos πt) / 2 (``cosine``).
-    """
-    if step < warmup:
-        return step / warmup
-    done = min((step - warmup) / max(1, steps - warmup), 1.0)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
 
 
 def training_submodules(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:

@@ -52,9 +52,9 @@ class ReinforceTrainer:
         judge: str | RewardFunction | None = None,
         reward_weights: Sequence[float] | None = None,
     ) -> None:
-        self.config = args or ReinforceConfig()
-        data = train_dataset, eval_dataset
-        parts = build(model, reward_funcs, self.config, *data, processing_class, engine, judge, reward_weights)
+        config, data = args or ReinforceConfig(), (train_dataset, eval_dataset)
+        parts = build(model, reward_funcs, config, *data, processing_class, engine, judge, reward_weights)
+        self.config = parts.update.config  # with the learning rate
         self.folder, self.ranks, self.num_steps = parts.folder, parts.ranks, parts.num_steps
         self.tokenizer, self.prompts, self.rewards = parts.tokenizer, parts.prompts, parts.rewards
         self.update, self.rollouts, self.run, self.guard = parts.update, parts.rollouts, parts.run, parts.guard

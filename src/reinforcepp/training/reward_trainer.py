@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import PreferenceData, load_preferences
 from reinforcepp.models.chat_template import with_chat_template
-from reinforcepp.models.loading import load_tokenizer, weights_hash
+from reinforcepp.models.loading import load_config, load_tokenizer, weights_hash
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.padding import separate_pad_token
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
@@ -25,6 +25,7 @@ from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, summary, write_page
 from reinforcepp.rewards.card import RewardCard
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model, score_pairs
+from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
     begin,
@@ -72,6 +73,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     echo(data.summary())
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     limit = length_limit(config)
+    config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
 
     def ids_of(pair: Preference) -> dict[str, list[int]]:
         answers = {"chosen_ids": pair.chosen, "rejected_ids": pair.rejected}

@@ -17,13 +17,14 @@ from reinforcepp.config import SftConfig
 from reinforcepp.data import SftRow, load_texts
 from reinforcepp.files import write_json
 from reinforcepp.models.chat_template import with_chat_template
-from reinforcepp.models.loading import load_policy, load_tokenizer, weights_hash
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, weights_hash
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.lora import is_4bit, with_adapter
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import encode_text, eos_token_id, split_example
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
+from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
     RunContext,
@@ -89,6 +90,7 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
     echo(data.summary())
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     limit = length_limit(config)
+    config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
     examples, heldout_examples = (
         skip_long([to_example(tokenizer, row) for row in rows], lambda example: example.length, limit, label)
         for rows, label in ((train, "training rows"), (heldout, "held-out rows"))

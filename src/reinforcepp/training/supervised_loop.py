@@ -30,6 +30,7 @@ from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_log
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training import checkpoint, rng
+from reinforcepp.training.schedule import make_scheduler
 from reinforcepp.training.supervised_setup import RunContext, SupervisedConfig, count_steps
 
 if TYPE_CHECKING:
@@ -60,6 +61,17 @@ class SupervisedTrainer(Trainer):
         """Load the model of a checkpoint that holds full weights."""
         raise NotImplementedError
 
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return a linear schedule whose first step, unlike that of transformers, has a learning rate above 0."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = make_scheduler(
+                optimizer or self.optimizer, "linear", warmup=warmup, steps=num_training_steps
+            )
+        return self.lr_scheduler
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load nothing, because :func:`fit` has loaded the weights. No public hook covers this step."""
 
@@ -74,8 +86,7 @@ class ResumableRewardTrainer(SupervisedTrainer, RewardTrainer):
 
     @staticmethod
     def arguments(config: RewardModelConfig, **common: Any) -> TrainingArguments:
-        """Return TRL's arguments, with at least one warmup step because the score head is newly initialized."""
-        common["warmup_steps"] = max(1, common["warmup_steps"])
+        """Return TRL's arguments."""
         return RewardConfig(center_rewards_coefficient=config.center_rewards_coefficient, **common)
 
     @staticmethod
@@ -332,8 +343,8 @@ def _common_arguments(config: SupervisedConfig, steps: int, ranks: int) -> dict[
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": rows_per_rank // micro_batch,
         "num_train_epochs": config.num_train_epochs,
-        "learning_rate": config.learning_rate,
-        "warmup_steps": steps // 10,
+        "learning_rate": config.peak_learning_rate,
+        "warmup_steps": config.warmup_of(steps),
         "max_length": None,
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": config.mixed_precision == "bf16",

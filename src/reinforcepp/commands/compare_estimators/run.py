@@ -20,6 +20,7 @@ from typing import Any
 from reinforcepp.config import CompareAlgorithmsConfig, TrainConfig, as_dict
 from reinforcepp.errors import ModelError
 from reinforcepp.files import write_json
+from reinforcepp.models.loading import load_config
 from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import (
@@ -31,6 +32,7 @@ from reinforcepp.run_dir import (
     noted_settings,
     rename_settings,
 )
+from reinforcepp.training.schedule import with_learning_rate
 
 LEARNING_RATE_FACTORS = (1 / 3, 1.0, 3.0)
 COMPLETIONS_PER_STEP = (4, 8, 32)
@@ -48,7 +50,9 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> dict[str, Any]:
     folder = Path(config.output_dir).expanduser()
     if config.resume:
         check_unchanged(noted_settings(folder), as_dict(config))
+        config = with_learning_rate(config, load_config(config.model), noted_settings(folder))
     else:
+        config = with_learning_rate(config, load_config(config.model))
         check_output(config.output_dir, overwrite=config.overwrite)
     with claim_output(config.output_dir, overwrite=config.overwrite, resume=config.resume):
         return _compare(config, folder)
@@ -88,7 +92,7 @@ def planned_grid(config: CompareAlgorithmsConfig, folder: Path) -> Iterator[Trai
                     config,
                     folder,
                     estimator=name,
-                    learning_rate=config.learning_rate * factor,
+                    learning_rate=config.peak_learning_rate * factor,
                     batch_size=max(1, completions // config.num_generations),
                     eval_every=0,
                 )
@@ -103,7 +107,7 @@ def _training(config: CompareAlgorithmsConfig, folder: Path, **changes: Any) -> 
 
 def run_folder(folder: Path, run: TrainConfig) -> Path:
     """Return the folder of a run, named after its estimator, learning rate, batch size and seed."""
-    kind = f"{run.estimator}-lr{run.learning_rate:.2e}-completions{run.completions_per_step}-seed{run.seed}"
+    kind = f"{run.estimator}-lr{run.peak_learning_rate:.2e}-completions{run.completions_per_step}-seed{run.seed}"
     return folder / "runs" / kind
 
 
