@@ -41,7 +41,7 @@ FIRST = (
     "test_families",
 )
 """The longest files. They start first, so that no worker is left alone with one at the end."""
-SPLIT = {"test_tutorials", "test_families", "test_parallel", "test_plan", "test_lora", "test_partition", "test_recipes"}
+SPLIT = {"test_tutorials", "test_families", "test_parallel", "test_lora", "test_partition", "test_recipes"}
 """Files whose tests share no expensive fixture: any worker runs any of them. The tests of all other files stay together."""
 
 

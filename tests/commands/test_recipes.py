@@ -119,8 +119,8 @@ def shapes(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-TRACED = {"cpu_demo", "math_rules"}
-"""Recipes in the default tier: tracing the passes of a model of billions of weights takes half a minute."""
+TRACED = {"cpu_demo"}
+"""Recipes in the default tier: tracing the passes of a model with dozens of layers takes up to half a minute."""
 
 
 @pytest.mark.parametrize(
