@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from training.termination import send_sigterm_after
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.config import RewardModelConfig
@@ -593,7 +594,7 @@ def reward_files(folder):
 @pytest.mark.parametrize("moment", [1, 2, 5, 6])
 def test_reward_training_stopped_by_a_signal_resumes_exactly(base, pairs_csv, tmp_path, monkeypatch, moment):
     """The scores draw from torch's generator, as dropout would, so resuming must restore its state."""
-    from reinforcepp.training import reward_trainer, supervised_loop
+    from reinforcepp.training import reward_trainer
 
     new = reward_trainer.new_reward_model
 
@@ -604,16 +605,7 @@ def test_reward_training_stopped_by_a_signal_resumes_exactly(base, pairs_csv, tm
 
     monkeypatch.setattr(reward_trainer, "new_reward_model", with_noise)
     train_reward_model(reward_config(base, pairs_csv, tmp_path / "whole"))
-    seen = []
-    beat = supervised_loop.TrainingCallback.on_substep_end
-
-    def ask(self, *positional, **named):
-        seen.append(1)
-        if len(seen) == moment:
-            os.kill(os.getpid(), signal.SIGTERM)
-        beat(self, *positional, **named)
-
-    monkeypatch.setattr(supervised_loop.TrainingCallback, "on_substep_end", ask)
+    send_sigterm_after(moment, monkeypatch)
     with pytest.raises(Interrupted) as stop:
         train_reward_model(reward_config(base, pairs_csv, tmp_path / "run"))
     assert stop.value.exit_code == 143

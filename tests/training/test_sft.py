@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import tiny
 import torch
 from models.test_chat_template import CHAT
 from safetensors.torch import load_file
+from training.termination import send_sigterm_after
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands.cli import main
@@ -238,16 +237,7 @@ def test_a_run_stopped_by_a_signal_resumes_exactly(model_folder, pairs_csv, tmp_
     """GPT-2 trains with dropout, so resuming must restore the random generators, too."""
     settings = {"batch_size": 2, "micro_batch_size": 1, "save_every": 2, "keep_last": 1, **extra}
     train_language_model(config(model_folder, pairs_csv, tmp_path / "whole", **settings))
-    seen = []
-    beat = supervised_loop.TrainingCallback.on_substep_end
-
-    def ask(self, *positional, **named):
-        seen.append(1)
-        if len(seen) == moment:
-            os.kill(os.getpid(), signal.SIGTERM)
-        beat(self, *positional, **named)
-
-    monkeypatch.setattr(supervised_loop.TrainingCallback, "on_substep_end", ask)
+    send_sigterm_after(moment, monkeypatch)
     with pytest.raises(Interrupted) as stop:
         train_language_model(config(model_folder, pairs_csv, tmp_path / "run", **settings))
     assert stop.value.exit_code == 143
