@@ -17,11 +17,13 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 SHAPES = [
     ("gpt2", True, torch.float32),
+    ("llama", False, torch.bfloat16),
+    ("qwen2", False, torch.float32),
+]
+MORE = [
     ("gpt2", False, torch.float32),
     ("llama", True, torch.float32),
-    ("llama", False, torch.bfloat16),
     ("qwen2", True, torch.bfloat16),
-    ("qwen2", False, torch.float32),
 ]
 
 
@@ -47,7 +49,11 @@ class Bench:
         return check_sync(self.engine, trainer, self.tokenizer)
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda s: f"{s[0]}-{'tied' if s[1] else 'untied'}-{str(s[2])[6:]}")
+@pytest.fixture(
+    scope="module",
+    params=[*SHAPES, *(pytest.param(shape, marks=pytest.mark.full) for shape in MORE)],
+    ids=lambda s: f"{s[0]}-{'tied' if s[1] else 'untied'}-{str(s[2])[6:]}",
+)
 def bench(request):
     bench = Bench(*request.param)
     yield bench
