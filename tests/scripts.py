@@ -2,21 +2,18 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
-ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src"
+from warm import FORKS, ROOT, SOURCE, fork_server, warm_python
+
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 """Environment in which a launched training shards its weights."""
 
@@ -24,8 +21,8 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POL
 def result_of(name: str, folder: Path, *flags: str) -> dict[str, Any]:
     """Return the result that ``python benchmarks/NAME.py *flags`` writes, with one thread and into ``folder``."""
     output = folder / f"{name}.json"
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", *flags, "--output", output]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    command = [warm_python(), ROOT / "benchmarks" / f"{name}.py", *flags, "--output", output]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(output.read_text())
@@ -34,7 +31,7 @@ def result_of(name: str, folder: Path, *flags: str) -> dict[str, Any]:
 def launched(processes: int, *command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``python *command`` with one thread per rank, under torchrun if there are several ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    search = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")])
+    search = os.pathsep.join([str(ROOT / "tests"), str(SOURCE)])
     given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search, "RAY_worker_niceness": "0"} | environment
     words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
     return subprocess.run(words, env=given, capture_output=True, text=True, timeout=300)
@@ -49,15 +46,6 @@ def benchmark(name: str) -> ModuleType:
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-FORKS = multiprocessing.get_context("forkserver")
-TRAINERS = [
-    "reinforcepp.training.reinforce_trainer",
-    "reinforcepp.training.reward_trainer",
-    "reinforcepp.training.sft_trainer",
-]
-FORKS.set_forkserver_preload(["scripts", *TRAINERS, "tiny", "trl"])
-
-
 def forked(processes: int, script: Path, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script on ``processes`` ranks, as :func:`launched` does, but as forks of a process that has loaded the trainers.
 
@@ -68,12 +56,9 @@ def forked(processes: int, script: Path, *arguments: Any, **environment: str) ->
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives rank 0, as torchrun's does
     agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     agent |= {"TORCHELASTIC_RESTART_COUNT": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    search = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")])
-    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search} | environment
+    given = fork_server(**environment)
     with tempfile.TemporaryDirectory() as logs:
         started = []
-        with mock.patch.dict(os.environ, given):  # of the fork server, which starts with the first rank
-            forkserver.ensure_running()
         for rank in range(processes):
             place = agent | {"RANK": rank, "LOCAL_RANK": rank}
             own = given | {name: str(value) for name, value in place.items()} if processes > 1 else given

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from warm import warm_python
+
 from reinforcepp.commands import cli
 from reinforcepp.data import builtin
 from scripts import ROOT, SOURCE
@@ -30,7 +32,7 @@ def follow(name: str, folder: Path, *, in_process: bool) -> list[str]:
 
     Args:
         in_process: run ``reinforcepp`` in this process, which has its libraries loaded, and with fewer built-in pairs. The first
-            command, and what needs a shell, still runs in a process of its own.
+            command, and what needs a shell, runs in a fork of a process that has them, too.
     """
     outputs = []
     for kind, title, text in BLOCK.findall((FOLDER / f"{name}.md").read_text(encoding="utf-8")):
@@ -42,14 +44,14 @@ def follow(name: str, folder: Path, *, in_process: bool) -> list[str]:
             if in_process and outputs and plain:
                 outputs.append("".join(_reinforcepp(line, folder) for line in lines))
             else:
-                outputs.append(_bash(text, folder))
+                outputs.append(_bash(text, folder, warm=in_process))
     return outputs
 
 
 def _reinforcepp(line: str, folder: Path) -> str:
     program, *words = shlex.split(line)
     if program != "reinforcepp":
-        return _bash(line, folder)
+        return _bash(line, folder, warm=True)
     with open(builtin.data_paths()[0], encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[: 1 + PAIRS]
     with open(folder / ".pairs.csv", "w", encoding="utf-8", newline="") as file:
@@ -67,11 +69,12 @@ def _reinforcepp(line: str, folder: Path) -> str:
     return output.getvalue()
 
 
-def _bash(text: str, folder: Path) -> str:
+def _bash(text: str, folder: Path, *, warm: bool) -> str:
     tools = folder / ".bin"
     tools.mkdir(exist_ok=True)
+    python = warm_python() if warm else sys.executable
     for name, command in (("python", ""), ("reinforcepp", "-m reinforcepp")):
-        (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {command} "$@"\n')
+        (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(python)} {command} "$@"\n')
         (tools / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}",

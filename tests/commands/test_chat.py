@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from warm import warm_python
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.chat.conversation import Conversation
@@ -377,7 +378,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def test_through_a_pipe(tmp_path):
-    command = [sys.executable, "-m", "reinforcepp", "chat", "--engine", "transformers", "--max_new_tokens", "8"]
+    command = [warm_python(), "-m", "reinforcepp", "chat", "--engine", "transformers", "--max_new_tokens", "8"]
     lines = "Wie hei\xdft der Router?\n".encode("latin-1") + b"/regenerate\n"
     settings = environment(tmp_path) | {"PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(

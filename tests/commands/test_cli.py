@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from warm import warm_python
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.table import COMMANDS, Command
@@ -616,7 +617,7 @@ def stopped(tmp_path_factory, model_folder, reward_folder, pairs_csv) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     environment["PYTHONPATH"] = str(SOURCE)
     with open(folder / "said", "w") as said:
-        command = [sys.executable, "-m", "reinforcepp", *train(*LONG)]
+        command = [warm_python(), "-m", "reinforcepp", *train(*LONG)]
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
         try:
             log, begin = folder / "out" / "metrics.jsonl", time.monotonic()

@@ -2,9 +2,11 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from warm import warm_python
 
 from reinforcepp.commands.compare_estimators import command
 from reinforcepp.commands.compare_estimators import run as comparison
@@ -156,6 +158,7 @@ def test_the_whole_command_and_that_it_goes_on_where_it_was(reward_folder, tmp_p
         "eval_every": 1,
         "rollout": "transformers",
     }
+    monkeypatch.setattr(sys, "executable", warm_python())
     result = comparison.compare_algorithms(CompareAlgorithmsConfig(**settings))
     assert len(result["runs"]) == 4
     for run in result["runs"]:

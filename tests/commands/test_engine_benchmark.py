@@ -1,8 +1,10 @@
 import importlib.util
 import json
+import sys
 
 import pytest
 import tiny
+from warm import warm_python
 
 from reinforcepp.commands.engine_benchmark import run as comparing
 from reinforcepp.commands.engine_benchmark.cli import main
@@ -78,7 +80,8 @@ def test_only_tokens_before_the_first_difference_agree():
 
 
 @needs_vllm
-def test_compare_performance(model, tmp_path, capsys):
+def test_compare_performance(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", warm_python())
     output = tmp_path / "result.json"
     flags = ["--model_name", "unused/name", "--rlhf_model_path", model, "--prompt", "How do I check the IP address?"]
     flags += ["--max_new_tokens", "8", "--batch_sizes", "1", "3", "--rounds", "2", "--output", str(output)]

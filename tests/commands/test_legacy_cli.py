@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from warm import warm_python
 
 from reinforcepp.commands import cli
 from reinforcepp.commands import legacy_cli as classic
@@ -43,13 +44,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(folder) -> dict[str, subprocess.CompletedProcess]:
-    """The outputs of the three commands, run one after the other."""
+    """The outputs of the three commands, run one after the other; the last two are forks of a process with loaded libraries."""
     results = {}
     for mode, command in COMMANDS.items():
         _, *arguments = shlex.split(command)
-        results[mode] = subprocess.run(
-            [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300
-        )
+        python = sys.executable if mode == "train_reward" else warm_python()
+        results[mode] = subprocess.run([python, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
     return results
 
 

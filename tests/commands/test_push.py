@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from hub import serving
+from huggingface_hub import close_session, constants
 from made_runs import make_run
 
+from reinforcepp.commands import cli
 from reinforcepp.config import PushConfig
 from reinforcepp.errors import ConfigError
-from scripts import SOURCE
 
 TOKEN = "hf_aVerySecretToken"
 
@@ -33,23 +32,31 @@ def run(tmp_path, model_folder):
 
 
 @pytest.fixture
-def push(tmp_path, run):
-    """``push(endpoint, token, *flags)``: the command's exit code and output, which never contains the token.
-
-    It is a process of its own, as the address of the hub is read when its library is imported.
-    """
+def push(tmp_path, run, monkeypatch, capfd):
+    """``push(endpoint, token, *flags)``: the command's exit code and output, which never contains the token."""
 
     def start(endpoint: str, token: str | None, *flags: str) -> tuple[int, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        own |= {"PYTHONPATH": str(SOURCE)} | ({"HF_TOKEN": token} if token else {})
-        own |= dict.fromkeys(("no_proxy", "NO_PROXY"), "*")
-        command = [sys.executable, "-m", "reinforcepp", "push", str(run), *flags]
-        done = subprocess.run(command, env=kept | own, capture_output=True, text=True, timeout=200, check=False)
-        output = done.stdout + done.stderr
+        for name in os.environ:
+            if name.startswith(("HF_", "HUGGING")):
+                monkeypatch.delenv(name)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(name, "*")
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+        own = {"ENDPOINT": endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        own |= {
+            "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
+            "HF_STORED_TOKENS_PATH": str(tmp_path / "home" / "all"),
+        }
+        own |= {"HF_ASSETS_CACHE": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home")}
+        for name, value in own.items():  # read from the environment when the library is imported
+            monkeypatch.setattr(constants, name, value)
+        close_session()
+        code = cli.main(["push", str(run), *flags])
+        output = "".join(capfd.readouterr())
         assert token is None or token not in output
         assert "Traceback" not in output
-        return done.returncode, output
+        return code, output
 
     return start
 

@@ -7,12 +7,12 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 
 import pytest
 import tiny
+from warm import warm_python
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
@@ -223,7 +223,7 @@ def test_settings_reach_the_server_and_an_open_address_is_warned_of(
 def started(reward_folder):
     """``reinforcepp serve-reward`` as a process; gives it and its address."""
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "reinforcepp", "serve-reward", str(reward_folder), "--port", "0"]
+    command = [warm_python(), "-m", "reinforcepp", "serve-reward", str(reward_folder), "--port", "0"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         printed = ""

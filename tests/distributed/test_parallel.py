@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm import warm_python
 
 import scripts
 from reinforcepp.distributed import deepspeed as zero
@@ -53,10 +54,10 @@ ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--mai
 DEEPSPEED = ["--use_deepspeed", "--zero_stage", "2"]
 
 
-def training(launcher, model, data, folder):
+def training(launcher, model, data, folder, python=sys.executable):
     """The documented command under a launcher."""
     named = {"--mode": "train_rlhf", "--model_name": model, "--data_path": data, "--rlhf_model_path": folder}
-    command = [sys.executable, *launcher, str(scripts.ROOT / "reinforce_cli.py"), *FLAGS, "--eval_prompts", "0"]
+    command = [python, *launcher, str(scripts.ROOT / "reinforce_cli.py"), *FLAGS, "--eval_prompts", "0"]
     return [*command, "--rollout", "transformers", *(str(word) for pair in named.items() for word in pair)]
 
 
@@ -169,7 +170,8 @@ def launched(tmp_path, model_folder, pairs_csv):
         if "accelerate" in how:
             launcher = [*ACCELERATE, *(DEEPSPEED if "DeepSpeed" in how else ["--multi_gpu"])]
         rewards = ["--rewards", f"{tmp_path / 'own.py'}:fails"]
-        command = [*training(launcher, model_folder, pairs_csv, tmp_path / how), *rewards]
+        python = warm_python() if how == "does well" else sys.executable
+        command = [*training(launcher, model_folder, pairs_csv, tmp_path / how, python), *rewards]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HOW": how, "MARK": str(tmp_path / how)}
         done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=900)
         return tmp_path / how, done.returncode, done.stderr

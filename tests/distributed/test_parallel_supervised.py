@@ -181,9 +181,8 @@ def test_messages_are_printed_once(runs):
 def test_sharding_raises_a_short_error(tmp_path, model_folder, pairs_csv):
     named = {"--mode": "train_reward", "--model_name": model_folder, "--data_path": pairs_csv}
     words = [word for pair in named.items() for word in pair]
-    done = scripts.launched(
-        2, scripts.ROOT / "reinforce_cli.py", *words, "--reward_model_path", tmp_path / "run", **scripts.FSDP2
-    )
+    words += ["--reward_model_path", tmp_path / "run"]
+    done = scripts.forked(2, scripts.ROOT / "reinforce_cli.py", *words, **scripts.FSDP2)
     assert done.returncode != 0
     assert done.stderr.count("error: FSDP and DeepSpeed: reward model training keeps the whole model on each rank") == 1
     assert not (tmp_path / "run").exists()
