@@ -8,9 +8,13 @@ import dataclasses
 import importlib
 import itertools
 import pickle
+import re
 import typing
+from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import SchedulerType
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.table import COMMANDS
@@ -263,6 +267,74 @@ def test_rollouts_sample_the_full_distribution_by_default_and_generation_does_no
     assert (generate.temperature, generate.top_p, generate.top_k) == (0.7, 0.9, 50)
 
 
+FROM_PYTHON = {
+    "learning_rate": "1e-5",
+    "max_grad_norm": "2",
+    "seed": np.int64(3),
+    "batch_size": 8.0,
+    "kl_coef": np.float32(0.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        *(({name: value}, float(value)) for name, value in FROM_PYTHON.items()),
+        ({"report_to": "none"}, ()),
+        ({"report_to": None}, ()),
+        ({"report_to": ["none"]}, ()),
+        ({"report_to": "tensorboard"}, ("tensorboard",)),
+        ({"lora_target_modules": "all-linear"}, ("all-linear",)),
+        ({"output_dir": Path("runs/a")}, "runs/a"),
+        ({"resume": Path("runs/a")}, "runs/a"),
+        ({"lr_scheduler_type": SchedulerType.COSINE}, "cosine"),
+        ({"kl_limit": None}, None),
+        ({"warmup_steps": 0.5}, 0.5),
+    ],
+)
+def test_values_from_python_are_stored_as_plain_values_of_their_type(given, stored):
+    (name,) = given
+    value = getattr(ReinforceConfig(**given), name)
+    assert value == stored and type(value) in (bool, int, float, str, tuple, type(None))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"num_generations": 2.5}, "a whole number, not 2.5"),
+        ({"seed": 1.5}, "a whole number"),
+        ({"batch_size": True}, "a whole number, not True"),
+        ({"batch_size": "eight"}, "a whole number, not 'eight'"),
+        ({"kl_coef": None}, "a number, not None"),
+        ({"kl_coef": [0.1]}, "a number"),
+        ({"log_completions": "no"}, "True or False, not 'no'"),
+        ({"overwrite": 1}, "True or False"),
+        ({"output_dir": 3}, "text, not 3"),
+        ({"chat_template": 3}, "text or None"),
+        ({"estimator": [1]}, "one of "),
+        ({"report_to": 3}, "a list of names"),
+        ({"report_to": ["wandb", 3]}, "a list of names"),
+        ({"warmup_steps": 1.5}, "fraction"),
+    ],
+)
+def test_values_of_another_type_raise_with_the_name_of_the_setting(given, expected):
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"^{name}.* {re.escape(expected)}"):
+        ReinforceConfig(**given)
+
+
+@pytest.mark.parametrize("config_class", [*(command.config for command in COMMANDS.values()), ReinforceConfig])
+def test_every_setting_checks_its_type(config_class):
+    """No text, number, truth value or list is of type complex."""
+    for field in dataclasses.fields(config_class):
+        with pytest.raises(ConfigError, match=f"^{field.name} must be "):
+            config_class(**{field.name: 1j})
+
+
+def test_a_fraction_of_warmup_steps_is_rounded_up():
+    assert [ReinforceConfig(warmup_steps=steps).warmup_of(25) for steps in (0, 0.1, 1, 7)] == [0, 3, 1, 7]
+
+
 def test_documented_defaults():
     train = TrainConfig()
     assert (train.max_length, train.max_prompt_length, train.max_new_tokens, train.seed) == (512, 128, 384, 42)
@@ -398,6 +470,10 @@ def test_texts_that_look_like_flags_stay_texts(parsed):
         ("model: {a: 1}", ["model", "single value"]),
         ("model:", ["model", "no value"]),
         ("batch_size: true", ["batch_size", "True"]),
+        ("num_generations: 2.5", ["settings.yaml", "num_generations", "a whole number", "2.5"]),
+        ("seed: many", ["settings.yaml", "seed", "a whole number", "'many'"]),
+        ("log_completions: 'no'", ["settings.yaml", "log_completions", "true or false", "'no'"]),
+        ("report_to: 3", ["settings.yaml", "report_to", "a list of names", "3"]),
         ("overwrite: 1", ["overwrite", "true or false", "1"]),
         ("overwrite: 'yes'", ["overwrite", "true or false", "'yes'"]),
         ("learning_rate: .nan", ["learning_rate", "finite", "nan"]),
@@ -412,6 +488,14 @@ def test_mistakes_in_the_file_are_named(parsed, yaml, named):
         parsed(yaml)
     assert [word for word in named if word not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
+
+
+def test_values_in_the_file_have_their_types(parsed):
+    text = "learning_rate: 1e-5\nreport_to: none\nkl_limit: null\nwarmup_steps: 0.1\nlora_target_modules: all-linear"
+    config = parsed(text)
+    assert (config.learning_rate, config.report_to, config.kl_limit, config.warmup_steps) == (1e-5, (), None, 0.1)
+    assert parsed("report_to: null").report_to == ()
+    assert parsed("report_to: tensorboard").report_to == ("tensorboard",)
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path):

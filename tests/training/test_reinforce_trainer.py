@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from datasets import Dataset, DatasetDict
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
@@ -16,6 +17,7 @@ from reinforcepp.training.policy_update import score
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "topic": str(i)} for i in range(11)]
+ROWS = Dataset.from_list(PROMPTS)
 TIMINGS = ("time/", "step_time")
 
 
@@ -315,6 +317,11 @@ def test_evaluate_uses_all_prompts_and_training_reports_how_many(base, tmp_path,
         trainer(base, tmp_path / "none").evaluate()
 
 
+def test_several_datasets_for_evaluation_are_evaluated_together(base, tmp_path):
+    parts = DatasetDict(easy=ROWS.select(range(2)), hard=ROWS.select(range(3)))
+    assert len(trainer(base, tmp_path / "run", train=ROWS, evaluation=parts).evaluate().completions) == 5
+
+
 def test_the_judge_scores_held_out_completions_only(base, tmp_path):
     held_out = [{"prompt": "Why does the router drop packets?"}, {"prompt": "Where is the cable?"}]
     seen = []
@@ -429,6 +436,13 @@ def test_the_given_tokenizer_stays_as_it_is(base, tmp_path):
     [
         ({"train": []}, DataError, "train_dataset: no rows"),
         ({"train": [{"question": "x"}]}, DataError, "train_dataset:0: no text"),
+        (
+            {"train": DatasetDict(train=ROWS, test=ROWS)},
+            ConfigError,
+            r"train_dataset: DatasetDict with train, test .*\['train'\]",
+        ),
+        ({"train": "prompts.csv"}, ConfigError, "train_dataset: 'prompts.csv' isn't a dataset"),
+        ({"evaluation": 3}, ConfigError, "eval_dataset: 3 isn't a dataset"),
         ({"reward": []}, ConfigError, "reward_funcs: empty"),
         ({"max_new_tokens": 400, "max_length": 600}, ConfigError, "context of 256"),
     ],

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from reinforcepp.config.data_spec import listed
-from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.config.values import accepted_values, converted
+from reinforcepp.errors import ConfigError
 from reinforcepp.run_dir import RENAMED_SETTINGS, rename_settings
 
 MAX_SEED = 2**32 - 1  # the most that the random generators of all libraries accept
@@ -67,42 +66,26 @@ FilledText = Annotated[str, Text()]
 
 
 def check(config: Config) -> None:
-    """Check every setting of ``config`` against its annotation.
+    """Check every setting of ``config`` against its annotation, and store it as a value of that type.
 
     Raises:
-        ConfigError: If a choice doesn't exist, a number isn't finite or out of range, or a name is empty.
+        ConfigError: If a value has another type, a choice doesn't exist, a number isn't finite or out of range, or a name is
+            empty.
     """
-    for name, (choices, constraints) in _constraints(type(config)).items():
-        value = getattr(config, name)
+    for name, accepted in accepted_values(type(config)).items():
+        value = converted(name, getattr(config, name), accepted)
+        object.__setattr__(config, name, value)
         if value is None:
             continue
-        if choices and value not in choices:
-            raise ConfigError(
-                f"{name} must be one of {', '.join(choices)}, not {value!r}.{nearest(str(value), choices)}"
-            )
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be a finite number, not {value}.")
-        for constraint in constraints:
+        for constraint in accepted.markers:
             if isinstance(constraint, Range) and value not in constraint:
                 raise ConfigError(f"{name} must be {constraint}, not {value}.")
             if isinstance(constraint, Text):
                 check_filled(name, value)
             if isinstance(constraint, Name):
                 check_name(name, value)
-
-
-@cache
-def _constraints(config_class: type[Any]) -> dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """Return the choices and the constraints of every setting, also of those that can be None."""
-    hints = get_type_hints(config_class, include_extras=True)
-    found = {}
-    for field in fields(config_class):
-        hint = hints[field.name]
-        parts = [hint, *(part for part in get_args(hint) if part is not NoneType)]
-        choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
-        markers = tuple(marker for part in parts for marker in getattr(part, "__metadata__", ()))
-        found[field.name] = (choices, markers)
-    return found
 
 
 def check_filled(setting: str, value: str) -> None:

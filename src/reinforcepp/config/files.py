@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from reinforcepp.config.values import Accepted, EmptyIfNone, accepted_values, converted
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.run_dir import rename_settings
 
@@ -36,26 +38,39 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
         values = rename_settings(values, known)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    accepted = accepted_values(config_class)
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"{path}: setting {key!r} not found.{nearest(str(key), known)}")
-        if not (isinstance(value, str) and known[key].type == "bool | str"):
-            _check_yaml_value(f"{path}: {key}", value, known[key].default)
+        values[key] = _yaml_value(f"{path}: {key}", value, known[key].default, accepted[key])
     return values
 
 
-def _check_yaml_value(where: str, value: Any, default: Any) -> None:
+def _yaml_value(where: str, value: Any, default: Any, accepted: Accepted) -> Any:
+    """Return a value from YAML as the value of a flag."""
     if value is None and default is not None:
+        if EmptyIfNone() in accepted.markers:
+            return []
+        if NoneType in accepted.kinds:
+            return str(None)
         raise ConfigError(f"{where} has no value. Give one, or remove the line for the default.")
-    if isinstance(default, tuple):
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    if tuple in accepted.kinds:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
             raise ConfigError(f"{where} must be a list of names, as in [one, two], not {value!r}.")
-        return
+        return names
     if value is not None and not isinstance(value, (str, int, float)):
         raise ConfigError(f"{where} must be a single value, not {value!r}.")
-    if isinstance(default, bool) != isinstance(value, bool):
-        kind = "true or false" if isinstance(default, bool) else "a number or text"
+    if isinstance(value, bool) != (bool in accepted.kinds) and not (isinstance(value, str) and str in accepted.kinds):
+        kind = (
+            "true or false"
+            if bool in accepted.kinds
+            else str(accepted)
+            if str not in accepted.kinds
+            else "a number or text"
+        )
         raise ConfigError(f"{where} must be {kind}, not {value!r}.")
+    return value if str in accepted.kinds or accepted.choices else converted(where, value, accepted)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from reinforcepp.config.base import (
 )
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.shared import ChatTemplateConfig, CheckpointConfig, ComputeConfig, ScheduleConfig
+from reinforcepp.config.values import EmptyIfNone
 from reinforcepp.errors import ConfigError, nearest
 
 DEFAULT_MICRO_BATCH = 8
@@ -158,8 +159,8 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
     """Steps between evaluations during training; 0 disables"""
     log_completions: bool = True
     """Write the completions of every step to Parquet files in completions"""
-    report_to: tuple[str, ...] = ()
-    """Trackers of the metrics, e.g. tensorboard wandb mlflow trackio"""
+    report_to: Annotated[tuple[str, ...], EmptyIfNone()] = ()
+    """Trackers of the metrics, e.g. tensorboard wandb mlflow trackio; none: none"""
 
     kl_target: PositiveFloat | None = None
     """Adapt kl_coef to keep the KL at this value, in nats/token; off by default"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from reinforcepp.config.base import (
     Config,
@@ -14,6 +14,7 @@ from reinforcepp.config.base import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Range,
     Share,
     check_output_dir,
 )
@@ -86,8 +87,8 @@ class ScheduleConfig(Config):
     """Peak learning rate of AdamW; default: by model size, and full or LoRA training"""
     warmup_ratio: Share = 0.1
     """Fraction of all optimizer steps in which the learning rate rises to its peak"""
-    warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of the learning rate warmup; 0 uses warmup_ratio"""
+    warmup_steps: Annotated[int | float, Range(at_least=0)] = 0
+    """Optimizer steps of the warmup; below 1: fraction of all; 0 uses warmup_ratio"""
 
     @property
     def peak_learning_rate(self) -> float:
@@ -97,7 +98,15 @@ class ScheduleConfig(Config):
 
     def warmup_of(self, steps: int) -> int:
         """Return the warmup steps of a training of ``steps`` optimizer steps."""
-        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil((self.warmup_steps or self.warmup_ratio) * steps)
+
+    def _check_rules(self) -> None:
+        if self.warmup_steps > 1 and not float(self.warmup_steps).is_integer():
+            raise ConfigError(
+                f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a fraction below 1. Give one of these."
+            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ class AdapterConfig(Config):
     """QLoRA: load base weights in 4 bits (nf4, bitsandbytes); needs use_peft"""
 
     def _check_rules(self) -> None:
-        targets = tuple(self.lora_target_modules)  # Settings from a file hold a list.
+        targets = self.lora_target_modules
         if not targets or not all(name.strip() for name in targets):
             raise ConfigError(
                 "lora_target_modules is empty. Name layers, as in q_proj v_proj, or omit it for all-linear."
@@ -131,7 +140,6 @@ class AdapterConfig(Config):
             raise ConfigError("lora_target_modules: all-linear can't be combined with other names. Remove one.")
         if not self.use_peft:
             current = {field.name: getattr(self, field.name) for field in fields(AdapterConfig)}
-            current |= {"lora_target_modules": targets}
             changed = [field.name for field in fields(AdapterConfig) if current[field.name] != field.default]
             if changed:
                 raise ConfigError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import prompt_rows
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
-from reinforcepp.errors import DataError
+from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import check_context, load_config, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import make_reference, with_adapter
@@ -195,7 +197,13 @@ def load_prompts(
 
     Raises:
         DataError: there is no training prompt.
+        ConfigError: an argument isn't a dataset.
     """
+    if isinstance(eval_dataset, Mapping):  # TRL accepts several datasets here, but not for training
+        echo(f"eval_dataset: evaluating the rows of {', '.join(map(str, eval_dataset))} together.")
+        eval_dataset = list(chain.from_iterable(eval_dataset.values()))
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        check_dataset(dataset, name)
     train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")
     prompts = encode(tokenizer, train_rows, "training", config)
     if not prompts:
@@ -207,6 +215,25 @@ def load_prompts(
             "(eval_prompts)."
         )
     return prompts, eval_prompts
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Check that an argument is a collection of rows.
+
+    Raises:
+        ConfigError: it is the name of a dataset, or holds several.
+    """
+    if isinstance(dataset, Mapping):
+        first = next(iter(dataset), "train")
+        raise ConfigError(
+            f"{name}: {type(dataset).__name__} with {', '.join(map(str, dataset)) or 'nothing'} isn't a single dataset. Give "
+            f"one of its parts, as in {name}=dataset[{first!r}]."
+        )
+    if dataset is not None and (isinstance(dataset, (str, os.PathLike)) or not isinstance(dataset, Iterable)):
+        raise ConfigError(
+            f"{name}: {dataset!r} isn't a dataset. Give rows, for example from datasets.load_dataset, or a list of "
+            "{'prompt': ...}."
+        )
 
 
 def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: ReinforceConfig, ranks: Ranks) -> None:

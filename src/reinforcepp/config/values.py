@@ -1,0 +1,121 @@
+"""Values of settings as the types of their annotations, whether they come from Python, a file or a flag."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from reinforcepp.errors import ConfigError, nearest
+
+NOT_GIVEN = "none"
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a list of names"}
+
+
+@dataclass(frozen=True)
+class EmptyIfNone:
+    """Marks a list of names for which ``None`` and ``none`` mean no name, as for ``report_to`` in transformers."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Values that a setting accepts.
+
+    Attributes:
+        kinds: Types of a value: bool, int, float, str, tuple (of texts) and NoneType.
+        choices: The only values, if not empty.
+        markers: Constraints of the annotation, such as a range.
+    """
+
+    kinds: frozenset[type]
+    choices: tuple[Any, ...]
+    markers: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        """Return the types in words, for an error message."""
+        names = [
+            word for kind, word in WORDS.items() if kind in self.kinds and not (kind is int and float in self.kinds)
+        ]
+        return " or ".join([*names, *(["None"] if NoneType in self.kinds else [])])
+
+
+@cache
+def accepted_values(config_class: type[Any]) -> dict[str, Accepted]:
+    """Return the accepted values of every setting of ``config_class``."""
+    hints = get_type_hints(config_class, include_extras=True)
+    return {field.name: _accepted(hints[field.name]) for field in fields(config_class)}
+
+
+def _accepted(hint: Any) -> Accepted:
+    parts = list(_parts(hint))
+    choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
+    markers = tuple(marker for part in parts for marker in getattr(part, "__metadata__", ()))
+    plain = {get_origin(part) or part for part in parts}
+    return Accepted(frozenset(plain & {*WORDS, NoneType} | ({str} if choices else set())), choices, markers)
+
+
+def _parts(hint: Any) -> Sequence[Any]:
+    """Return ``hint``, the members of a union, and the types inside ``Annotated``."""
+    if hasattr(hint, "__metadata__"):
+        return [hint, *_parts(hint.__origin__)]
+    if get_origin(hint) in (Union, UnionType):
+        return [part for member in get_args(hint) for part in _parts(member)]
+    return [hint]
+
+
+def converted(name: str, value: Any, accepted: Accepted) -> Any:
+    """Return ``value`` as a plain Python value of a type in ``accepted``.
+
+    Paths become text, lists become tuples, scalars of NumPy and torch become numbers, and so do texts such as ``"1e-5"``,
+    which is how YAML reads that number.
+
+    Raises:
+        ConfigError: If the value has another type or isn't one of the choices.
+    """
+    value = _plain(value)
+    if EmptyIfNone() in accepted.markers and value in (None, NOT_GIVEN, [NOT_GIVEN], (NOT_GIVEN,)):
+        return ()
+    if value is None and NoneType in accepted.kinds:
+        return None
+    if accepted.choices and value not in accepted.choices:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(accepted.choices)}, not {value!r}."
+            f"{nearest(str(value), accepted.choices)}"
+        )
+    if tuple in accepted.kinds:
+        names = [_plain(item) for item in value] if isinstance(value, (list, tuple)) else [value]
+        if all(isinstance(item, str) for item in names):
+            return tuple(names)
+        raise ConfigError(f"{name} must be {accepted}, as in ['one', 'two'], not {value!r}.")
+    for kind in (bool, int, float, str):
+        if kind in accepted.kinds and type(value) is kind:
+            return value
+    number = _number(value) if accepted.kinds & {int, float} and str not in accepted.kinds else None
+    if number is None or (float not in accepted.kinds and not number.is_integer()):
+        raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
+    return int(number) if float not in accepted.kinds or isinstance(value, int) else number
+
+
+def _plain(value: Any) -> Any:
+    """Return a path as text, a member of an enumeration as its value, and a scalar of NumPy or torch as a number."""
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return value
+
+
+def _number(value: Any) -> float | None:
+    """Return the number that ``value`` is or, as text, writes; None if it isn't a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
