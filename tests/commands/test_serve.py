@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -19,12 +18,13 @@ from reinforcepp.commands import cli
 from reinforcepp.data.builtin import model_path
 from reinforcepp.models.loading import load_config
 from reinforcepp.models.tokenization import PLAIN_TEMPLATE
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.server import server_command, server_environment
 from scripts import SOURCE
 
 KEY = "sk-quite-secret"
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
 
 # --- the real server --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models import loading as models
+from reinforcepp.models import precision
 from reinforcepp.models.logprobs import CHUNK_BYTES, response_logprobs
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.plan import device, lengths, memory, report, search, timing
@@ -473,7 +474,7 @@ def test_vllm_holds_its_own_weights_all_the_time_on_a_cpu_only():
 def test_what_servers_take_elsewhere_is_not_counted(gpus):
     assert memory.generating(job(gpus=gpus, engine="servers"), rows()) == {}
     asked = config(rollout="vllm://a:1,b:2")
-    engine, note = _engine(asked)
+    engine, note = _engine(asked, on_gpu=False)
     assert engine == "servers" and "aren't included" in note
 
 
@@ -956,10 +957,53 @@ def test_the_engine_is_the_one_that_training_would_take(folder, monkeypatch):
         monkeypatch.setattr(
             command.importlib.util, "find_spec", lambda name, found=installed: object() if found else None
         )
-        assert command._engine(config())[0] == ("vllm" if installed else "transformers")
-        assert command._engine(config(rollout="transformers"))[0] == "transformers"
-    with pytest.raises(RolloutError, match="vllm isn't installed"):
-        command._engine(config(rollout="vllm"))
+        for on_gpu, cpu_build in ((True, False), (False, True), (False, False)):
+            monkeypatch.setattr(command, "built_for_cpu", lambda found=cpu_build: found)
+            usable = installed and (on_gpu or cpu_build)
+            assert command._engine(config(), on_gpu=on_gpu)[0] == ("vllm" if usable else "transformers")
+            assert command._engine(config(rollout="transformers"), on_gpu=on_gpu)[0] == "transformers"
+            if not usable:
+                reason = "installed vLLM needs a GPU" if installed else "vllm isn't installed"
+                with pytest.raises(RolloutError, match=reason):
+                    command._engine(config(rollout="vllm"), on_gpu=on_gpu)
+
+
+@pytest.fixture
+def slow_bf16(monkeypatch):
+    """A CPU that emulates bfloat16, as measured on one with AVX2 only."""
+    speeds = {F32: 55e9, BF16: 0.23e9}
+    for module in (precision, device):
+        monkeypatch.setattr(module, "matmul_flops", lambda device, dtype, *rest: speeds[dtype])
+
+
+def test_slow_bfloat16_on_a_cpu_is_a_warning_with_both_speeds(folder, slow_bf16, capsys):
+    expected = "mixed_precision bf16: this CPU reaches 0.23 GFLOP/s in bfloat16, compared with 55 GFLOP/s in float32"
+    code, out, _ = run(capsys, "--device", "cpu", "--mixed_precision", "bf16")
+    assert code == 0 and f"Warning: {expected}" in out and "Use --mixed_precision no" in out
+    told = json.loads(run(capsys, "--device", "cpu", "--mixed_precision", "bf16", "--format", "json")[1])
+    assert expected in told["warnings"][0]
+    assert json.loads(run(capsys, "--device", "cpu", "--format", "json")[1])["warnings"] == []
+    assert (
+        json.loads(run(capsys, "--device", "h100", "--mixed_precision", "bf16", "--format", "json")[1])["warnings"]
+        == []
+    )
+
+
+def test_implausible_rates_are_a_warning(folder, monkeypatch, capsys):
+    monkeypatch.setattr(device, "matmul_flops", lambda *rest: 0.2e9)
+    assert "Warning: The time isn't reliable: this CPU reached only 0.2 GFLOP/s" in run(capsys, "--device", "cpu")[1]
+
+
+def test_measured_speeds_are_those_of_the_product():
+    assert precision.matmul_flops("cpu", F32, 64, 0.0) > 1e5
+    times = iter([0.0, 1.0, 3.0, 4.0, 4.5])  # two rounds, of 2 and 0.5 seconds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision.time, "perf_counter", lambda: next(times))
+        assert precision.least_seconds("cpu", lambda: None, 3.4, 9) == 0.5
+
+
+def test_times_have_units_that_a_reader_can_judge():
+    assert [report._time(s) for s in (0.04, 59, 90, 63651.8)] == ["0.0 s", "59.0 s", "2 min", "17 h 41 min"]
 
 
 def test_a_judge_takes_memory_and_the_built_in_one_none(folder):

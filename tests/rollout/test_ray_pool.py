@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import socket
@@ -34,6 +33,7 @@ from reinforcepp.rollout.ray.reward_pool import PooledReward, pool_rewards
 from reinforcepp.rollout.ray.worker import Worker, WorkerSpec, as_array, as_tensor, pack
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm import nccl as vllm_nccl
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.nccl import NcclPoolTransfer
 from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.rollout.weight_transfer import config_with_architecture
@@ -41,7 +41,7 @@ from reinforcepp.types import Sampling
 
 ray = pytest.importorskip("ray")
 load = RayPool._start_loading
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
 
 @pytest.fixture(scope="module")

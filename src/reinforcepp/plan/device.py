@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.config.accelerators import ACCELERATORS
 from reinforcepp.errors import ConfigError
+from reinforcepp.models.precision import least_seconds, matmul_flops
 
 GIB = 1 << 30
-ROUNDS = 8
+ROUNDS, ROUNDS_SECONDS = 8, 2.0
+"""Limits of a measurement: repetitions, and seconds, because emulated bfloat16 takes seconds per repetition."""
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -81,20 +80,7 @@ def cpu_memory() -> float:
 def measured_rates(device: str, dtype: torch.dtype) -> Rates:
     """Return the best of a few measured rates: a large matrix product, and reading a block larger than any cache."""
     size, length = (8192, GIB) if device == "cuda" else (1024, GIB // 8)
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
     block = torch.ones(length, dtype=torch.uint8, device=device).view(torch.int64)
-    product = _seconds(device, lambda: matrix @ matrix)
-    reading = _seconds(device, lambda: block.sum())
-    return Rates(2 * size**3 / product, block.nbytes / reading, measured=True)
-
-
-def _seconds(device: str, function: Callable[[], Any]) -> float:
-    function()  # The first call includes initialization.
-    least = float("inf")
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        least = min(least, time.perf_counter() - start)
-    return least
+    flops = matmul_flops(device, dtype, size, ROUNDS_SECONDS, ROUNDS)
+    reading = least_seconds(device, lambda: block.sum(), ROUNDS_SECONDS, ROUNDS)
+    return Rates(flops, block.nbytes / reading, measured=True)

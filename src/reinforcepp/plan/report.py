@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from reinforcepp.config import PlanConfig
+from reinforcepp.models.precision import format_flops
 from reinforcepp.plan.device import GIB, Device
 from reinforcepp.plan.memory import ALLOCATOR, FLOAT, LIBRARIES, MIB, MOMENTS, PARTS, Job, Rows, loading, static, total
 from reinforcepp.plan.search import MAX_PROMPTS, Largest
@@ -20,6 +21,7 @@ from reinforcepp.plan.timing import (
     UTILIZATION_OF_MEASURED,
     link_bandwidth,
 )
+from reinforcepp.reports.run.summary import duration
 
 GIB_FROM = 10 * GIB
 """The table uses GiB from this peak on, and MiB below."""
@@ -56,6 +58,8 @@ class Plan:
     """Mean tokens of a completion."""
     notes: tuple[str, ...]
     """Assumptions about this training."""
+    warnings: tuple[str, ...] = ()
+    """Reasons why the time is unusually long or unreliable."""
 
     @property
     def peak_phase(self) -> str:
@@ -84,6 +88,8 @@ def as_text(plan: Plan) -> Iterator[str | Table]:
     """Yield the parts of the plan as text."""
     yield from memory_text(plan)
     yield _times(plan)
+    for warning in plan.warnings:
+        yield f"Warning: {warning}"
     yield ""
     for sentence in assumptions(plan):
         yield f"- {sentence}"
@@ -111,6 +117,7 @@ def as_json(plan: Plan) -> str:
         "device": {"name": plan.device.title, "gpus": plan.device.gpus},
         "engine": plan.job.engine,
         "parameters": {"policy": plan.job.policy.parameters, "reward_model": plan.job.reward.parameters},
+        "warnings": list(plan.warnings),
         "assumptions": list(assumptions(plan)),
     }
     return json.dumps(values, indent=2) + "\n"
@@ -221,8 +228,13 @@ def _limits(plan: Plan) -> Iterator[str]:
 def _times(plan: Plan) -> str:
     if plan.seconds is None:
         return "Time per step: unknown. Name the GPU (--device) to estimate it."
-    parts = ", ".join(f"{LABELS.get(phase, phase)} {value:.1f}" for phase, value in plan.seconds.items() if value)
-    return f"Time per step: about {sum(plan.seconds.values()):.1f} s ({parts})."
+    parts = ", ".join(f"{LABELS.get(phase, phase)} {_time(value)}" for phase, value in plan.seconds.items() if value)
+    return f"Time per step: about {_time(sum(plan.seconds.values()))} ({parts})."
+
+
+def _time(seconds: float) -> str:
+    """Return ``0.4 s``, ``45.0 s``, ``6 min``, or ``2 h 05 min``."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def assumptions(plan: Plan) -> Iterator[str]:
@@ -257,7 +269,7 @@ def assumptions(plan: Plan) -> Iterator[str]:
         of = UTILIZATION_OF_MEASURED if rates.measured else UTILIZATION_OF_DATA_SHEET
         source = "measured just now" if rates.measured else "from the data sheet"
         yield (
-            f"Time assumes {_flops(rates.flops)} and {rates.bytes / 1e9:,.0f} GB/s, {source}, and a utilization of "
+            f"Time assumes {format_flops(rates.flops)} and {rates.bytes / 1e9:,.0f} GB/s, {source}, and a utilization of "
             f"{of.products:.0%} and {of.reading:.0%} in passes; decoding reaches {of.decoding:.0%} of peak FLOP/s."
         )
     if device.gpus > 1 and rates is not None:
@@ -267,7 +279,3 @@ def assumptions(plan: Plan) -> Iterator[str]:
         )
     if device.gpus and rates is not None:
         yield "Time on GPUs has never been checked against a measurement."
-
-
-def _flops(rate: float) -> str:
-    return f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"

@@ -44,7 +44,7 @@ from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard
 from reinforcepp.training.schedule import with_learning_rate
-from reinforcepp.training.setup import encode, start_policy, warn_about_bias
+from reinforcepp.training.setup import encode, start_policy, warn_about_bias, warn_about_precision
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def build(
     choice = choose_engine(rollout, model_config, dtype) if engine is None else None
     tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
     warn_about_bias(config)
+    warn_about_precision(config)
     prompts, eval_prompts = load_prompts(tokenizer, train_dataset, eval_dataset, config)
     batches = PromptBatches(prompts, config.batch_size, config.seed)
     num_steps = config.max_steps or batches.steps_per_epoch * config.num_train_epochs

@@ -13,7 +13,7 @@ from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import has_adapter
-from reinforcepp.models.precision import compute_dtype
+from reinforcepp.models.precision import compute_dtype, slow_precision
 from reinforcepp.models.tokenization import LazyPrompts, encode_prompts
 from reinforcepp.monitoring import echo
 from reinforcepp.types import Prompt
@@ -120,6 +120,12 @@ def _in_4bit(config: ComputeConfig) -> dict[str, Any]:
     )
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
     return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def warn_about_precision(config: ComputeConfig) -> None:
+    """Print a warning if the training runs on a CPU that is much slower in ``mixed_precision`` than in float32."""
+    if not torch.accelerator.is_available() and (warning := slow_precision(config)):
+        echo(warning, "yellow")
 
 
 def warn_about_bias(config: ReinforceConfig) -> None:

@@ -24,6 +24,7 @@ from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, claim_o
 from reinforcepp.runtime import started
 from reinforcepp.training import checkpoint
 from reinforcepp.training.preflight import check_before_training
+from reinforcepp.training.setup import warn_about_precision
 from reinforcepp.types import RowId
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint 
     )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"mixed_precision: fp16 needs a GPU for {TASKS[type(config)]}. Use bf16.")
+    warn_about_precision(config)
     return folder, checkpoint.checkpoint_to_resume(folder, config)
 
 

