@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from reinforcepp.rollout import kv_cache as module
-from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache
+from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache, select_rows
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 128])
@@ -19,7 +19,7 @@ def test_it_equals_the_librarys_cache(monkeypatch, room):
     for tokens, rows in ((4, 3), (1, 3), (1, 3), (7, 2), (1, 2)):
         if rows == 2 and caches[0].layers[0].keys.shape[0] == 3:
             for cache in caches:
-                cache.batch_select_indices(torch.tensor([2, 0]))
+                select_rows(cache, torch.tensor([2, 0]))
         for layer in range(2):
             new = [torch.randn(rows, 1, tokens, 32, generator=generator) for _ in range(2)]
             (keys, values), (own_keys, own_values) = (cache.update(*new, layer) for cache in caches)

@@ -58,13 +58,13 @@ def apart(base, folder, **settings):
 
 def before_each(run, told):
     """Call ``told`` with the step before the sampler has a step's prompts answered."""
-    generate = run.rollouts._generate
+    sampling = run.rollouts.sampling
 
-    def noted(engine, prompts, step):
+    def noted(step):
         told(step)
-        return generate(engine, prompts, step)
+        return sampling(step)
 
-    run.rollouts._generate = noted
+    run.rollouts.sampling = noted
 
 
 # --- what is sampled ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 SPARE_TOKENS = 128
@@ -18,6 +18,12 @@ def preallocated_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def select_rows(cache: Cache, indices: Tensor) -> None:
+    """Keep the rows ``indices``; unlike ``batch_select_indices``, this also selects recurrent and convolution states."""
+    for layer in cache.layers:
+        layer.reorder_cache(indices)
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -42,9 +48,9 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows ``beam_idx``."""
+        super().reorder_cache(beam_idx)
         self._buffers = None
 
 

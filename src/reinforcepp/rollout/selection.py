@@ -28,6 +28,8 @@ class EngineChoice:
     reason: str
     address: str = ""
     """Address of the Ray cluster, or the vLLM servers' addresses as the user wrote them."""
+    can_fall_back: bool = False
+    """Whether transformers replaces the engine if it can't start or its samples are wrong, because the user chose none."""
 
     @property
     def is_remote(self) -> bool:
@@ -56,7 +58,8 @@ def choose_engine(rollout: str, config: PreTrainedConfig, dtype: torch.dtype) ->
 
     usable, reason = vllm_status(config, dtype)
     if usable:
-        return EngineChoice("vllm", "as requested" if rollout == "vllm" else reason)
+        is_auto = rollout == "auto"
+        return EngineChoice("vllm", reason if is_auto else "as requested", can_fall_back=is_auto)
     if rollout == "vllm":
         raise RolloutError(f"--rollout vllm: {reason}. Use --rollout auto, which falls back to transformers.")
     return EngineChoice("transformers", reason)

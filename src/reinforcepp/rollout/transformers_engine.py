@@ -1,9 +1,13 @@
-"""Generation with the policy itself: batched, with a KV cache, and finished rows leave the batch."""
+"""Generation with the policy itself: batched, with a KV cache, and finished rows leave the batch.
+
+Families whose cache or padding works otherwise are decoded in the fastest way that is exact; see ``decoding``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,14 +15,19 @@ from torch import Tensor
 
 from reinforcepp.models.loading import context_length, eos_token_ids
 from reinforcepp.models.tokenization import pad, position_ids
+from reinforcepp.rollout.decoding import LADDER, BatchDecoder, Decoding, is_plain, select_decoding
 from reinforcepp.rollout.engine import check_prompts, request_seed, to_completion
-from reinforcepp.rollout.kv_cache import preallocated_cache
 from reinforcepp.rollout.mkldnn_linear import packed
 from reinforcepp.rollout.sampling import draw, filter_logits, uniforms
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE_LENGTHS = (13, 13, 3, 8)
+"""Tokens of the probe's prompts: two samples of one prompt, shorter ones that need padding, one shorter than a convolution."""
+PROBE_NEW_TOKENS = (2, 6, 6, 6)
+"""Tokens that the probe generates; the first row leaves the batch early."""
 
 
 class TransformersEngine:
@@ -33,11 +42,33 @@ class TransformersEngine:
     name = "transformers"
     shares_trainer_forward = True
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 64,
+        decoding: Decoding | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.eos_ids = eos_token_ids(model, tokenizer)
+        self._decoding = decoding
+
+    @property
+    def decoding(self) -> Decoding:
+        """How this model is decoded; tried on a few tokens at the first access, unless all its layers are attention.
+
+        Raises:
+            RolloutError: the model isn't a causal language model that can generate token by token.
+        """
+        if self._decoding is None:
+            self._decoding = LADDER[0] if is_plain(self.model) else select_decoding(self.model, self._probe)
+        return self._decoding
+
+    def with_model(self, model: PreTrainedModel) -> TransformersEngine:
+        """Return an engine for ``model``, which is a copy of this engine's model."""
+        return TransformersEngine(model, self.tokenizer, self.batch_size, self.decoding)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """Return ``sampling.num_samples`` completions per prompt; prompts of similar length share a batch."""
@@ -45,23 +76,16 @@ class TransformersEngine:
         if not prompts:
             return []
         rows = [_Row.start(prompt, sample, sampling) for prompt in prompts for sample in range(sampling.num_samples)]
-        by_length = sorted(rows, key=lambda row: len(row.prompt.ids))
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with packed(self.model, min(len(rows), self.batch_size)):
-                for start in range(0, len(by_length), self.batch_size):
-                    for _ in self._decode(by_length[start : start + self.batch_size], sampling):
-                        pass
-        finally:
-            self.model.train(was_training)
+        decoding = self.decoding
+        with packed(self.model, min(len(rows), self.batch_size)):
+            self._finish(rows, sampling, decoding, self.eos_ids)
         return [self._completion(row) for row in rows]
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """Yield the growing completion of ``prompt`` after each token."""
         check_prompts([prompt], sampling.max_new_tokens, context_length(self.model.config))
         row = _Row.start(prompt, 0, sampling)
-        for _ in self._decode([row], sampling):
+        for _ in self._decode([row], sampling, self.decoding, self.eos_ids):
             yield self._completion(row)
 
     def load_weights(self, model: PreTrainedModel) -> None:
@@ -72,27 +96,52 @@ class TransformersEngine:
     def close(self) -> None:
         """Do nothing: the model belongs to the caller."""
 
+    def _probe(self, decoding: Decoding) -> list[Completion]:
+        """Return a few completions sampled by ``decoding``."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        sampling = Sampling(max(PROBE_NEW_TOKENS))
+        rows = []
+        for sample, (length, limit) in enumerate(zip(PROBE_LENGTHS, PROBE_NEW_TOKENS, strict=True)):
+            prompt = Prompt("", tuple((7 + 11 * i) % vocabulary for i in range(length)), length)
+            rows.append(_Row.start(prompt, sample, sampling, limit))
+        self._finish(rows, sampling, decoding, frozenset())
+        return [self._completion(row) for row in rows]
+
+    def _finish(self, rows: list[_Row], sampling: Sampling, decoding: Decoding, end_ids: frozenset[int]) -> None:
+        """Generate all tokens of ``rows`` in evaluation mode, in batches of prompts of similar or equal length."""
+        by_length = sorted(rows, key=_prompt_length)
+        groups = [by_length] if decoding.padded else [list(group) for _, group in groupby(by_length, _prompt_length)]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for group in groups:
+                for start in range(0, len(group), self.batch_size):
+                    for _ in self._decode(group[start : start + self.batch_size], sampling, decoding, end_ids):
+                        pass
+        finally:
+            self.model.train(was_training)
+
     @torch.no_grad()
-    def _decode(self, rows: list[_Row], sampling: Sampling) -> Iterator[None]:
-        """Extend all ``rows`` by one token at a time, until each has sampled an end token or ``max_new_tokens``."""
-        cache = preallocated_cache(self.model.config)
-        logits_BV, mask_BL, seen_BV = self._prefill(rows, cache)
+    def _decode(
+        self, rows: list[_Row], sampling: Sampling, decoding: Decoding, end_ids: frozenset[int]
+    ) -> Iterator[None]:
+        """Extend all ``rows`` by one token at a time, until each has sampled an end token or reached its limit."""
+        decoder = BatchDecoder(self.model, decoding)
+        logits_BV, mask_BL, seen_BV = self._prefill(rows, decoder, shared=decoding.selects_rows)
         positions_B1 = position_ids(mask_BL)[:, -1:]
         uniforms_BT = torch.stack([row.uniforms for row in rows]).to(logits_BV.device)
         for t in range(sampling.max_new_tokens):
             logits_BV = filter_logits(logits_BV, seen_BV, sampling)
             next_B, logprobs_B = draw(logits_BV, uniforms_BT[:, t] if sampling.temperature > 0 else None)
-            ids = next_B.tolist()
-            for row, token, logprob in zip(rows, ids, logprobs_B.tolist(), strict=True):
-                row.ids.append(token)
-                row.logprobs.append(logprob)
+            for row, token, logprob in zip(rows, next_B.tolist(), logprobs_B.tolist(), strict=True):
+                row.append(token, logprob, end_ids)
             yield
-            unfinished = [i for i, token in enumerate(ids) if token not in self.eos_ids]
-            if not unfinished or t + 1 == sampling.max_new_tokens:
+            unfinished = [i for i, row in enumerate(rows) if not row.finished]
+            if not unfinished:
                 return
-            if len(unfinished) < len(rows):
+            if len(unfinished) < len(rows) and decoding.selects_rows:
                 keep = torch.tensor(unfinished, device=next_B.device)
-                cache.batch_select_indices(keep)
+                decoder.select(keep)
                 next_B, positions_B1, mask_BL, uniforms_BT, seen_BV = (
                     x[keep] for x in (next_B, positions_B1, mask_BL, uniforms_BT, seen_BV)
                 )
@@ -100,39 +149,30 @@ class TransformersEngine:
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
             positions_B1 = positions_B1 + 1
             seen_BV.scatter_(1, next_B[:, None], True)
-            logits_BV = self._forward(next_B[:, None], mask_BL, positions_B1, cache)
+            logits_BV = decoder.forward(next_B[:, None], mask_BL, positions_B1)
 
-    def _prefill(self, rows: list[_Row], cache: DynamicCache) -> tuple[Tensor, Tensor, Tensor]:
-        """Run each distinct prompt once and copy its cache to its rows; ``P`` counts the distinct prompts.
+    def _prefill(self, rows: list[_Row], decoder: BatchDecoder, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the prompts; if ``shared``, run each distinct prompt once and copy its cache to its rows.
+
+        ``P`` counts the prompts that are run.
 
         Returns:
             ``(logits_BV, mask_BL, seen_BV)``: logits of the first token, attention mask of the prompts, and which tokens occur in
             each prompt.
         """
-        index_of = {ids: i for i, ids in enumerate(dict.fromkeys(row.prompt.ids for row in rows))}
+        keys = [(row.prompt.ids, 0 if shared else number) for number, row in enumerate(rows)]
+        index_of = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         ids_PL, mask_PL = (
-            x.to(self.model.device) for x in pad(list(index_of), int(self.tokenizer.pad_token_id), left=True)
+            x.to(self.model.device)
+            for x in pad([ids for ids, _ in index_of], int(self.tokenizer.pad_token_id), left=True)
         )
-        logits_PV = self._forward(ids_PL, mask_PL, position_ids(mask_PL), cache)
+        logits_PV = decoder.forward(ids_PL, mask_PL, position_ids(mask_PL))
         seen_PV = torch.zeros(logits_PV.shape, dtype=torch.bool, device=logits_PV.device)
         seen_PV.scatter_(1, torch.where(mask_PL == 1, ids_PL, ids_PL[:, -1:]), True)  # the last column is never padding
-        prompt_B = torch.tensor([index_of[row.prompt.ids] for row in rows], device=logits_PV.device)
+        prompt_B = torch.tensor([index_of[key] for key in keys], device=logits_PV.device)
         if len(index_of) < len(rows):
-            cache.batch_select_indices(prompt_B)
+            decoder.select(prompt_B)
         return logits_PV[prompt_B], mask_PL[prompt_B], seen_PV[prompt_B]
-
-    def _forward(self, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor, cache: DynamicCache) -> Tensor:
-        """Extend the cache by ``ids_BL``; return the logits after its last column, in float32. -> (B, V)"""
-        output = self.model(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            position_ids=positions_BL,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits_BV: Tensor = output.logits[:, -1].float()
-        return logits_BV
 
     def _completion(self, row: _Row) -> Completion:
         return to_completion(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs)
@@ -145,10 +185,25 @@ class _Row:
     prompt: Prompt
     uniforms: Tensor
     """One random number per token, (T,)."""
+    limit: int
+    """Number of tokens at which it ends."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
 
     @classmethod
-    def start(cls, prompt: Prompt, sample: int, sampling: Sampling) -> _Row:
+    def start(cls, prompt: Prompt, sample: int, sampling: Sampling, limit: int | None = None) -> _Row:
         seed = request_seed(sampling.seed, prompt.key, sample)
-        return cls(prompt, uniforms(seed, sampling.max_new_tokens))
+        return cls(prompt, uniforms(seed, sampling.max_new_tokens), limit or sampling.max_new_tokens)
+
+    def append(self, token: int, logprob: float, end_ids: frozenset[int]) -> None:
+        """Add a token, unless the completion is finished and its row only stays in the batch."""
+        if self.finished:
+            return
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        self.finished = token in end_ids or len(self.ids) == self.limit
+
+
+def _prompt_length(row: _Row) -> int:
+    return len(row.prompt.ids)

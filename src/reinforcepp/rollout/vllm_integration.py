@@ -34,6 +34,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_RESTARTS = 3
+START_FAILURES = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Exceptions of vLLM's code for model families that it lists but can't start on this node."""
 
 # vLLM keeps its parallel groups in globals of the process. So only the last engine may destroy them, and not even that one
 # if the process group belonged to the trainer before.
@@ -281,7 +293,8 @@ class VllmEngine:
                     **self._platform_settings(),
                     **(self._adapter.settings if self._adapter else {}),
                 )
-            except (ValueError, RuntimeError, NotImplementedError) as error:
+            except START_FAILURES as error:
+                _clean_up_failed_start()
                 raise RolloutError(
                     f"--rollout vllm: vLLM can't start with this model ({first_line(error)}). Use --rollout transformers."
                 ) from error
@@ -380,6 +393,16 @@ def _destroy_parallel_groups() -> None:
     if parallel_state._WORLD is not None:
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
+
+
+def _clean_up_failed_start() -> None:
+    """Destroy the groups of an engine that didn't start, so that another engine can."""
+    if _engines_alive > 0:
+        return
+    _destroy_parallel_groups()
+    if not _trainer_owns_group and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.set_num_threads = _set_num_threads
 
 
 def _engine_failures() -> tuple[type[Exception], ...]:

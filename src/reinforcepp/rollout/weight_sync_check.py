@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from reinforcepp.errors import RolloutError
 from reinforcepp.models import tokenization as tokens
 from reinforcepp.models.loading import context_length
+from reinforcepp.models.lora import is_4bit
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -72,10 +74,7 @@ def check_sync(
         RolloutError: They differ by more than rounding error.
     """
     if tolerance is None:
-        dtypes = {model.dtype, getattr(engine, "dtype", model.dtype)}
-        tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in dtypes)
-        if model.device.type == "cuda":  # float32 kernels there may round to TF32, which has float16's precision
-            tolerance = max(tolerance, TOLERANCES[torch.float16])
+        tolerance = rounding_tolerance(model, getattr(engine, "dtype", model.dtype))
     generate = getattr(engine, "generate_everywhere", engine.generate)  # a pool's workers are all checked
     completions = generate(probe_prompts(model, tokenizer), Sampling(NEW_TOKENS, temperature=0))
     chosen_N, best_N = _trainer_logprobs(model, completions)
@@ -109,16 +108,33 @@ def probe_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @torch.no_grad()
-def _trainer_logprobs(model: PreTrainedModel, completions: list[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
+def unpadded_logits(model: PreTrainedModel, completion: Completion) -> Tensor:
+    """Return the logits, in float32, at the position before each token of ``completion``. -> (T, V)"""
+    ids = torch.tensor([[*completion.prompt.ids, *completion.ids]], device=model.device)
+    count = len(completion.ids) + 1
+    logits_TV: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=count).logits[0, -count:-1]
+    return logits_TV.float()
+
+
+@torch.no_grad()
+def _trainer_logprobs(model: PreTrainedModel, completions: list[Completion]) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of each sampled token and of the trainer's first choice at its position. -> (N,), (N,)"""
     was_training = model.training
     model.eval()
     chosen, best = [], []
     for completion in completions:
-        ids = torch.tensor([[*completion.prompt.ids, *completion.ids]], device=model.device)
-        logits_TV = model(input_ids=ids, use_cache=False, logits_to_keep=len(completion.ids) + 1).logits[0, :-1]
-        logprobs_TV = logits_TV.float().log_softmax(-1).double().cpu()
+        logprobs_TV = unpadded_logits(model, completion).log_softmax(-1).double().cpu()
         chosen.append(logprobs_TV.gather(-1, torch.tensor(completion.ids)[:, None]).squeeze(-1))
         best.append(logprobs_TV.max(-1).values)
     model.train(was_training)
     return torch.cat(chosen), torch.cat(best)
+
+
+def rounding_tolerance(model: PreTrainedModel, engine_dtype: torch.dtype) -> float:
+    """Return the largest difference, in nats, that rounding error explains, by the coarser dtype of model and engine."""
+    tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in (model.dtype, engine_dtype))
+    if model.device.type == "cuda":  # float32 kernels there may round to TF32, which has float16's precision
+        tolerance = max(tolerance, TOLERANCES[torch.float16])
+    if is_4bit(model):  # kernels for one token and for many round differently
+        tolerance = max(tolerance, TOLERANCES[torch.bfloat16])
+    return tolerance

@@ -7,7 +7,7 @@ the beginning from the initial weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +49,7 @@ class AsyncRolloutScheduler(RolloutScheduler):
         tokenizer: the policy's tokenizer.
         batches: the prompts of each step.
         num_steps: steps of the run.
+        fallback: starts the engine that replaces one whose samples don't match the model.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class AsyncRolloutScheduler(RolloutScheduler):
         tokenizer: PreTrainedTokenizerBase,
         batches: PromptBatches,
         num_steps: int,
+        fallback: Callable[[], RolloutEngine] | None = None,
     ) -> None:
-        super().__init__(config, engine, update.policy.plain, tokenizer, batches, update.ranks)
+        super().__init__(config, engine, update.policy.plain, tokenizer, batches, update.ranks, fallback)
         self._update = update
         self._num_steps = num_steps
         self._copies = [frozen_copy(self.policy) for _ in range(config.staleness)]
@@ -139,12 +141,14 @@ class AsyncRolloutScheduler(RolloutScheduler):
 
     def _sample(self, model: PreTrainedModel, prompts: Sequence[Prompt], step: int, version: int) -> PendingRollout:
         """In the thread: generate with ``model`` and score with it, because later no model has these weights."""
-        engine = self.engine
-        if isinstance(engine, TransformersEngine):
-            engine = TransformersEngine(model, self.tokenizer, engine.batch_size)
-        else:
+        if not isinstance(self.engine, TransformersEngine):
             self._load_weights(model, version)
-        return PendingRollout(self._with_logprobs(model, self._generate(engine, prompts, step)), version)
+        completions = self.generate(prompts, self.sampling(step), model)
+        return PendingRollout(self._with_logprobs(model, completions), version)
+
+    def _engine_for(self, model: PreTrainedModel) -> RolloutEngine:
+        """Return an engine that generates with ``model`` while the policy is updated."""
+        return self.engine.with_model(model) if isinstance(self.engine, TransformersEngine) else self.engine
 
     @torch.no_grad()
     def _with_logprobs(self, model: PreTrainedModel, completions: list[Completion]) -> list[Completion]:

@@ -31,6 +31,7 @@ from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.factory import start_training_engine
 from reinforcepp.rollout.ray.reward_pool import pool_rewards, rewards_to_pool
 from reinforcepp.rollout.selection import choose_engine
+from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.run_dir import check_output, check_unchanged
 from reinforcepp.training import checkpoint
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
@@ -137,10 +138,12 @@ def build(
         guardrails=guardrails,
         heartbeat=heartbeat,
     )
+    own_engine = partial(TransformersEngine, learner.plain, tokenizer, config.rollout_batch_size)
+    fallback = own_engine if choice is not None and choice.can_fall_back else None
     rollouts = (
-        AsyncRolloutScheduler(config, engine, update, tokenizer, batches, num_steps)
+        AsyncRolloutScheduler(config, engine, update, tokenizer, batches, num_steps, fallback)
         if config.staleness
-        else RolloutScheduler(config, engine, learner.plain, tokenizer, batches, ranks)
+        else RolloutScheduler(config, engine, learner.plain, tokenizer, batches, ranks, fallback)
     )
     facts = {
         "kind": type(config).__name__,

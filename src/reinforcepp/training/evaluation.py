@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.monitoring.completion_log import columns_of
 from reinforcepp.rewards.sources import RewardSum
-from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
+from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: RolloutEngine,
+    generate: Callable[[Sequence[Prompt], Sampling], list[Completion]],
     prompts: Sequence[Prompt],
     sampling: Sampling,
     rewards: RewardSum,
@@ -89,8 +89,8 @@ def evaluate(
     """
 
     def evaluate_local() -> RankEvaluation:
-        # A rank without prompts calls the engine too, because all ranks can share it.
-        completions = engine.generate(ranks.local_slice(prompts), sampling)
+        # A rank without prompts generates too, because all ranks can share the engine.
+        completions = generate(ranks.local_slice(prompts), sampling)
         scored = [None if scorer is None else scorer.score(completions).total for scorer in (rewards, judge)]
         kl = kl_sums(
             completion_logprobs(policy, completions, sampling.temperature, pad_id),
@@ -207,7 +207,7 @@ class Evaluator:
         config, rollouts = self.policy_run.config, self.rollouts
         rollouts.use_current_weights()
         return evaluate(
-            rollouts.engine,
+            rollouts.generate,
             self.prompts[:limit],
             Sampling(config.max_new_tokens, config.temperature, seed=EVALUATION_SEED),
             self.rewards,

@@ -45,10 +45,12 @@ def _problem(config: PreTrainedConfig, dtype: torch.dtype) -> str:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"vLLM doesn't run models in {dtype}"
     if platform.is_cpu():
+        if getattr(native, "is_hybrid", False) or getattr(native, "is_attention_free", False):
+            return f"vLLM on a CPU has no kernels for the recurrent layers of {architecture}"
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         sizes, size = CPUAttentionBackend.get_supported_head_sizes(), head_size(config.get_text_config())
-        if size not in sizes:
+        if size and size not in sizes:
             return f"vLLM on a CPU supports attention heads of size {', '.join(map(str, sizes))}, but the model's have {size}"
     return ""
 

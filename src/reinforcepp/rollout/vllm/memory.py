@@ -20,15 +20,17 @@ CPU_BLOCK = 32
 
 
 def head_size(text: Any) -> int:
-    """Return the width of one attention head from a text model's configuration."""
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    """Return the width of one attention head from a text model's configuration; 0 for a model without attention."""
+    heads = getattr(text, "num_attention_heads", None)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // heads) if heads else 0
 
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of one token's keys and values in all layers."""
+    """Return the bytes of one token's keys and values in all layers; a state without attention counts as one hidden state."""
     text = config.get_text_config()
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * kv_heads * head_size(text) * dtype.itemsize
+    kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    width = kv_heads * head_size(text) if kv_heads else text.hidden_size
+    return int(2 * text.num_hidden_layers * width * dtype.itemsize)
 
 
 def cache_budget(per_token: int, length: int, sequences: int, available: int, cap: int | None) -> int:

@@ -1,0 +1,176 @@
+"""How a model family is decoded: with or without padding, and with which cache.
+
+Attention over keys and values can be padded, and finished rows can leave the cache. Other families (Mamba, RWKV,
+RecurrentGemma, xLSTM) keep a recurrent state, take their cache under another name, ignore the attention mask, or have no
+cache. For such a family the engine tries each :class:`Decoding` of :data:`LADDER` on a few tokens and uses the first one
+whose log-probabilities equal those of an unpadded forward pass without a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from reinforcepp.errors import RolloutError, first_line
+from reinforcepp.models.lora import base_model
+from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache, select_rows
+from reinforcepp.rollout.self_check import compare_samples
+from reinforcepp.types import Completion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems")
+"""Names under which the families of transformers take and return their cache."""
+
+FAILURES = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+"""Exceptions by which a family shows that it doesn't support a decoding."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A way to decode a batch."""
+
+    padded: bool
+    """Prompts of different lengths share a batch, padded on the left."""
+    selects_rows: bool
+    """A prompt is run once for all its samples, and finished rows leave the batch."""
+    cache: Literal["preallocated", "model", "none"]
+    """Our cache, the cache that the model returns, or no cache: each token then costs a pass over the whole sequence."""
+
+
+LADDER = (
+    Decoding(padded=True, selects_rows=True, cache="preallocated"),
+    Decoding(padded=False, selects_rows=True, cache="preallocated"),
+    Decoding(padded=False, selects_rows=False, cache="preallocated"),
+    Decoding(padded=False, selects_rows=False, cache="model"),
+    Decoding(padded=False, selects_rows=True, cache="none"),
+)
+"""All ways to decode, the fastest one first."""
+
+
+def is_plain(model: PreTrainedModel) -> bool:
+    """Return whether a text model has attention layers only and takes a KV cache, a mask, and positions that begin at 0."""
+    base = base_model(model)
+    inputs = inspect.signature(type(base).forward).parameters.keys()
+    if getattr(base, "_is_stateful", False) or not {"attention_mask", "position_ids", "past_key_values"} <= inputs:
+        return False
+    if base.config.get_text_config() is not base.config:  # a model of text and images can mask text in its own way
+        return False
+    if _positions_follow_padding_id(base):
+        return False
+    try:
+        layers = preallocated_cache(base.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):  # the library has no cache for this configuration
+        return False
+    return all(type(layer) in (PreallocatedLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def select_decoding(model: PreTrainedModel, probe: Callable[[Decoding], list[Completion]]) -> Decoding:
+    """Return the first decoding of :data:`LADDER` whose samples have the log-probabilities of an unpadded forward pass.
+
+    Args:
+        model: The model that generates.
+        probe: Returns a few completions sampled by a decoding.
+
+    Raises:
+        RolloutError: no decoding is exact; the message names the family.
+    """
+    family = base_model(model).config.model_type
+    problem = ""
+    for decoding in LADDER:
+        try:
+            report = compare_samples(model, probe(decoding))
+        except torch.OutOfMemoryError:
+            raise
+        except FAILURES as error:
+            problem = f"its forward pass fails ({first_line(error)})"
+            continue
+        if report.exact:
+            if decoding.cache == "none":
+                warnings.warn(
+                    f"The model family {family} generates without a cache here, so each token costs a pass over the whole "
+                    "sequence. Keep max_prompt_length and max_new_tokens short.",
+                    stacklevel=2,
+                )
+            return decoding
+        problem = (
+            "log-probabilities of sampled tokens differ from those of a forward pass over the whole sequence by up to "
+            f"{report.gap_max:.3g} nats"
+        )
+    raise RolloutError(
+        f"The transformers engine can't generate with the model family {family}: {problem}. Use a causal language model of "
+        "another family."
+    )
+
+
+def _positions_follow_padding_id(base: PreTrainedModel) -> bool:
+    """Return whether positions begin after the padding id, as in RoBERTa; such a model must count them itself."""
+    tokens = base.get_input_embeddings()
+    embeddings = (part for part in base.modules() if isinstance(part, torch.nn.Embedding) and part is not tokens)
+    return any(part.padding_idx is not None for part in embeddings)
+
+
+class BatchDecoder:
+    """The forward passes of one batch.
+
+    Args:
+        model: A causal language model.
+        decoding: How the batch is decoded.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoding: Decoding) -> None:
+        base = base_model(model)
+        parameters = inspect.signature(type(base).forward).parameters
+        passes_on = any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+        self._model, self._decoding = model, decoding
+        self._inputs = parameters.keys() | ({"use_cache", "logits_to_keep"} if passes_on else set())
+        self._counts_positions = _positions_follow_padding_id(base)
+        self._cache: Any = preallocated_cache(base.config) if decoding.cache == "preallocated" else None
+        self._cache_name = next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
+        self._ids_BL: Tensor | None = None
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
+        """Extend the sequences by ``ids_BL``; return the logits after the last column, in float32. -> (B, V)"""
+        uses_cache = self._decoding.cache != "none"
+        if not uses_cache:
+            self._ids_BL = ids_BL if self._ids_BL is None else torch.cat([self._ids_BL, ids_BL], dim=1)
+            ids_BL = self._ids_BL
+        inputs: dict[str, Any] = {"use_cache": uses_cache, "logits_to_keep": 1}
+        if ids_BL.shape == mask_BL.shape or self._cache_name == "past_key_values":
+            inputs["attention_mask"] = mask_BL  # a recurrent state needs a mask of the new columns only
+        if uses_cache and not self._counts_positions:
+            inputs["position_ids"] = positions_BL
+        if self._cache is not None:
+            inputs[self._cache_name] = self._cache
+        output = self._model(input_ids=ids_BL, **{name: x for name, x in inputs.items() if name in self._inputs})
+        if self._decoding.cache == "model":
+            self._cache_name = next((name for name in CACHE_NAMES if getattr(output, name, None) is not None), "")
+            if not self._cache_name:
+                raise NotImplementedError("the model returns no cache")
+            self._cache = getattr(output, self._cache_name)
+        logits_BV: Tensor = output.logits[:, -1].float()
+        return logits_BV
+
+    def select(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``; a row can occur several times."""
+        if self._ids_BL is not None:
+            self._ids_BL = self._ids_BL[indices]
+        elif self._cache is not None:
+            select_rows(self._cache, indices)
