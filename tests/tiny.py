@@ -1,11 +1,12 @@
 """Tiny, randomly initialized models and a tokenizer, built in the process, so that tests need no download."""
 
+import string
 from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 TEXT = [
@@ -50,6 +51,23 @@ def tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend(vocab_size)), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
     )
+
+
+def sentencepiece_tokenizer(template: str | None, *, space: str = "first") -> PreTrainedTokenizerFast:
+    """Return a tokenizer like that of Llama 2, which puts a space before the ``first`` text, or before ``each`` one."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    if space == "first":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([*TEXT, "[INST] [/INST] <>_|.,!\n", string.ascii_letters], trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
 
 
 CHATML = (

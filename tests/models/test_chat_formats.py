@@ -46,6 +46,17 @@ def test_texts_of_a_base_model_begin_with_its_bos_exactly_once():
     assert answer.target.count(bos) == formatted.target.count(bos) == 0
 
 
+@pytest.mark.parametrize("space", ["first", "each"])
+@pytest.mark.parametrize("template", [None, tiny.BRACKETS])
+def test_a_sentencepiece_tokenizer_puts_no_second_space_before_an_answer(space, template):
+    tokenizer = prepared(tiny.sentencepiece_tokenizer(template, space=space))
+    messages = [{"role": "user", "content": "Why so?"}, {"role": "assistant", "content": "So it is."}]
+    ids = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert tokenization.encode_example(tokenizer, "Why so?", "So it is.") == ids
+    text = tokenizer.decode(tokenization.encode_example(tokenizer, "Why </s> so?", "So </s> it is."))
+    assert "Why </s> so?" in text and "So </s> it is." in text and "  " not in text
+
+
 def test_a_tokenizer_that_adds_no_bos_gets_none():
     tokenizer = prepared(tiny.tokenizer())
     assert tokenization.encode_prompt(tokenizer, "Why?") == tokenizer("Question: Why?\nAnswer:")["input_ids"]

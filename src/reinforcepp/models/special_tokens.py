@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MARK, END_OF_MARK = "\ufdd0", "\ufdd1"
 """Noncharacters around the text of a special token that occurs in the data, until the text is encoded."""
 SHOWN_CHARACTERS = 60
+ANCHORS = ("\n", ".", "a")
+"""Texts before another one, so that it isn't the first."""
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,10 @@ class SpecialTokens:
     others: frozenset[str]
     in_data: re.Pattern[str] | None
     """Matches a special token's text that isn't a tag."""
+    adds_space: bool
+    """Whether the tokenizer puts a space before a text, as SentencePiece does."""
+    adds_space_once: bool
+    """Whether it does so only at the beginning, not after each special token."""
     reported: set[str]
 
 
@@ -58,7 +65,13 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
     ids = {tokenizer.convert_tokens_to_ids(text) for text in special}
     prefix = tuple(takewhile(ids.__contains__, tokenizer("a")["input_ids"]))
-    return SpecialTokens(prefix, tags, others, pattern, set())
+
+    def encoded(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    alone, after_eos = encoded("a"), encoded(f"{tokenizer.eos_token}a")[1:]
+    adds_space = encoded("\na") != encoded("\n") + alone
+    return SpecialTokens(prefix, tags, others, pattern, adds_space, after_eos != alone, set())
 
 
 def _partner(text: str) -> str | None:
@@ -111,12 +124,32 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids + _encode_plain(tokenizer, plain, first=not ids)
 
 
+def encode_after(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], text: str) -> list[int]:
+    """Return the token ids of ``text`` as they follow ``context``.
+
+    SentencePiece tokenizers put a space before the first text, which must not stand between a prompt and its answer.
+    """
+    if not special_tokens(tokenizer).adds_space or not context or not text:
+        return encode(tokenizer, text)
+    last = tokenizer.added_tokens_decoder.get(context[-1])
+    return _after(lambda text: encode(tokenizer, text), text, anchors=[last.content] if last else ANCHORS)
+
+
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[int]:
+    """Return the token ids of ``text``, in which no special token is special; ``first`` if it isn't after one."""
+
     def ids_of(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    if first or not text:
+    if first or not special_tokens(tokenizer).adds_space_once:
         return ids_of(text) if text else []
-    # Some tokenizers put a space before the first text only. A line break before this one keeps that space away.
-    line_break, ids = ids_of("\n"), ids_of("\n" + text)
-    return ids[len(line_break) :] if ids[: len(line_break)] == line_break else ids_of(text)
+    return _after(ids_of, text, anchors=ANCHORS)
+
+
+def _after(ids_of: Callable[[str], list[int]], text: str, *, anchors: Sequence[str]) -> list[int]:
+    """Return the token ids of ``text`` after the first anchor that isn't merged with its beginning."""
+    for anchor in anchors:
+        start, ids = ids_of(anchor), ids_of(anchor + text)
+        if ids[: len(start)] == start:
+            return ids[len(start) :]
+    return ids_of(text)

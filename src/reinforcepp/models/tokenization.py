@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reinforcepp.errors import DataError, ModelError
 from reinforcepp.models.special_tokens import encode as encode
-from reinforcepp.models.special_tokens import marked, special_tokens, unmarked
+from reinforcepp.models.special_tokens import encode_after, marked, special_tokens, unmarked
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -248,9 +248,10 @@ def split_example(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, finished: bool = True
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of the formatted prompt and of the answer, which ends with its end token if it is finished."""
-    context, target = _format_example(tokenizer, prompt, answer, finished)
-    ids = encode(tokenizer, target)
-    return encode(tokenizer, context), [*ids, end_token_id(tokenizer)] if finished else ids
+    written, target = _format_example(tokenizer, prompt, answer, finished)
+    context = encode(tokenizer, written)
+    ids = encode_after(tokenizer, context, target)
+    return context, [*ids, end_token_id(tokenizer)] if finished else ids
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, finished: bool = True) -> list[int]:
