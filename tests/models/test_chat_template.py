@@ -1,18 +1,23 @@
 """Chat templates and system prompts: validated, saved with the model and used in inference."""
 
+from datetime import date, datetime
+
 import pytest
 import tiny
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from reinforcepp import run_dir
 from reinforcepp.commands.cli import main
-from reinforcepp.config import ChatTemplateConfig
+from reinforcepp.config import ChatTemplateConfig, ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.chat_template import with_chat_template, with_system_prompt
 from reinforcepp.models.loading import load_tokenizer, prepare_tokenizer
 from reinforcepp.models.tokenization import format_completion, format_prompt
 from reinforcepp.monitoring.completion_log import COMPLETIONS
+from reinforcepp.run_dir import describe_run
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -69,6 +74,74 @@ def test_a_template_from_a_file(tmp_path):
 def test_unusable_templates_raise(settings, named):
     with pytest.raises(ConfigError, match=named):
         tokenizer(**settings)
+
+
+def test_variables_of_a_template_are_saved_with_it(tmp_path):
+    settings = ChatTemplateConfig(chat_template_kwargs={"enable_thinking": False})
+    assert settings == ChatTemplateConfig(chat_template_kwargs='{"enable_thinking": false}')
+    with_chat_template(tiny.chat_tokenizer(tiny.THINKING), settings).save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert format_prompt(saved, "Why?").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    messages = [{"role": "user", "content": "Why?"}]
+    thinking = saved.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert thinking.endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("{", "isn't a JSON object"),
+        ("[1]", "isn't a JSON object"),
+        ('{"a b": 1}', "isn't a JSON object"),
+        ('{"enable_thnking": false}', "no variable 'enable_thnking'"),
+    ],
+)
+def test_unusable_variables_raise(given, named):
+    with pytest.raises(ConfigError, match=f"chat_template_kwargs: .*{named}"):
+        with_chat_template(tiny.chat_tokenizer(tiny.THINKING), ChatTemplateConfig(chat_template_kwargs=given))
+
+
+LATER = (  # the parts of Llama 3.2 and others: a test for the function, a variable with the format, and a macro
+    "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}{% else %}{% set today = 'never' %}{% endif %}"
+    "{% set format = '%Y-%m-%d' %}{% macro written() %}{{ strftime_now(format) }}{% endmacro %}"
+    "{{ today + ' ' + written() }}" + CHAT
+)
+
+
+@pytest.mark.parametrize("template", [tiny.DATED, LATER])
+def test_a_date_is_that_of_the_run_from_then_on(template, tmp_path, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2040, 1, 2)
+
+    tokenizer_ = with_chat_template(tiny.chat_tokenizer(template), ChatTemplateConfig(system_prompt="Be short."))
+    today = format_prompt(tokenizer_, "Why?")
+    assert date.today().strftime("%d %b %Y") in today
+    tokenizer_.save_pretrained(tmp_path)
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert format_prompt(saved, "Why?") == today
+    assert format_prompt(with_chat_template(saved, ChatTemplateConfig()), "Why?") == today
+
+
+def test_a_resumed_run_keeps_the_date_of_its_start(tmp_path, monkeypatch):
+    run, later = tmp_path / "run", tmp_path / "later"
+    monkeypatch.setattr(run_dir, "today", lambda: date(2026, 1, 5))
+    describe_run(run, {"output_dir": str(run), "resume": False}, {})
+    monkeypatch.setattr(run_dir, "today", lambda: date(2026, 2, 6))
+    checkpoint = str(run / "checkpoints" / "step-000001")
+    describe_run(later, {"output_dir": str(later), "resume": checkpoint}, {})
+    for folder, resume, day in [(run, True, "05 Jan 2026"), (later, True, "05 Jan 2026"), (run, False, "06 Feb 2026")]:
+        settings = ReinforceConfig(output_dir=str(folder), resume=resume)
+        assert day in format_prompt(with_chat_template(tiny.chat_tokenizer(tiny.DATED), settings), "Why?")
+
+
+def test_a_template_without_the_bos_of_its_tokenizer_is_reported(caplog):
+    with_chat_template(tiny.chat_tokenizer(None, bos="<s>"), ChatTemplateConfig(chat_template=CHAT))
+    assert "doesn't begin with '<s>'" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["chat_template", "system_prompt"])

@@ -62,7 +62,8 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     tags = frozenset(text for text in special - named if _partner(text) in special)
     others = frozenset(special - tags)
     longest_first = sorted(others, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    starts = "".join(sorted({text[0] for text in others}))  # spares most characters of a text hundreds of comparisons
+    pattern = re.compile(f"(?=[{re.escape(starts)}])(?:{'|'.join(map(re.escape, longest_first))})") if others else None
     ids = {tokenizer.convert_tokens_to_ids(text) for text in special}
     prefix = tuple(takewhile(ids.__contains__, tokenizer("a")["input_ids"]))
 

@@ -1,0 +1,107 @@
+"""Token ids of real tokenizers equal those of ``apply_chat_template``, wherever texts are formatted."""
+
+import pytest
+import real_tokenizers
+from transformers import AutoTokenizer
+
+from reinforcepp.commands.chat.conversation import Conversation
+from reinforcepp.data import PromptRow, SftRow
+from reinforcepp.models import tokenization
+from reinforcepp.models.special_tokens import special_tokens
+from reinforcepp.rewards.trained import TrainedReward
+from reinforcepp.training.sft_trainer import to_example
+from reinforcepp.types import Completion
+
+pytestmark = pytest.mark.full
+
+TURNS = [
+    ("Why is the Wi-Fi slow?", "Measure signal and channel load first."),
+    ("  Two lines,\n\nand spaces  ", "1. one\n2. two\n\n```bash\nip route\n```"),
+    ("请解释一下默认路由。", "默认路由把数据包发往网关。"),
+    ("Schreib ein Gedicht über Straßen!", "Über allen Gipfeln ist Ruh …"),
+    ("What is 17 * 3?", "51"),
+    ("emoji 👩‍💻 and a\ttab", "🎉🎉 done"),
+    ("def f(x):\n    return x", "    return x + 1"),
+]
+
+
+@pytest.fixture(scope="module", params=real_tokenizers.NAMES)
+def tokenizer(request):
+    return AutoTokenizer.from_pretrained(real_tokenizers.folder_of(request.param))
+
+
+class Rows:
+    """Stands for a reward model and keeps the rows that it scores."""
+
+    def __init__(self, tokenizer):
+        self.reward = TrainedReward(None, tokenizer)
+        self.reward.score_rows = self.score
+        self.rows = []
+
+    def score(self, rows):
+        self.rows += rows
+        return [0.0] * len(rows)
+
+
+def templated(tokenizer, messages, **settings):
+    return tokenizer.apply_chat_template(messages, return_dict=True, **settings)["input_ids"]
+
+
+def whole(tokenizer, prompt, answer):
+    """Return the ids of the template up to the end token, because templates write a line break after it."""
+    ids = templated(tokenizer, [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+    end = tokenization.end_token_id(tokenizer)
+    return ids[: len(ids) - ids[::-1].index(end)]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), TURNS)
+def test_prompts_answers_and_conversations(tokenizer, prompt, answer):
+    start = templated(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    ids = whole(tokenizer, prompt, answer)
+    (rollout,), _ = tokenization.encode_prompts(tokenizer, [PromptRow(prompt, {}, 0)], max_prompt_length=999)
+    assert list(rollout.ids) == tokenization.encode_prompt(tokenizer, prompt) == start
+    assert tokenization.encode_example(tokenizer, prompt, answer) == ids
+    example = to_example(tokenizer, SftRow(prompt, answer))
+    assert (example.context, example.target) == (start, ids[len(start) :])
+    scored = Rows(tokenizer)
+    scored.reward([prompt], [answer])
+    assert scored.rows == [ids]
+
+
+def test_a_chat(tokenizer):
+    chat = Conversation(tokenizer, room=4096, system="Be short.")
+    messages = [{"role": "system", "content": "Be short."}]
+    for question, answer in TURNS:
+        prompt = chat.ask(question)
+        messages.append({"role": "user", "content": question})
+        assert list(prompt.ids) == templated(tokenizer, messages, add_generation_prompt=True)
+        chat.answered(Completion(prompt, (1,), (0.0,), answer, "stop"))
+        messages.append({"role": "assistant", "content": answer})
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "gemma3"])
+def test_plain_text_of_a_base_model_begins_with_bos(name):
+    tokenizer = AutoTokenizer.from_pretrained(real_tokenizers.folder_of(name))
+    tokenizer.chat_template = tokenization.plain_template(tokenizer)
+    for prompt, answer in TURNS:
+        start = tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
+        context, target = tokenization.split_example(tokenizer, prompt, answer)
+        assert context == start and start[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(target) == f" {answer}{tokenizer.eos_token}"
+
+
+def test_special_tokens_in_the_data(tokenizer):
+    named = sorted(special_tokens(tokenizer).others, key=len)[-20:]
+    expected = [i for i in tokenization.encode_example(tokenizer, "a", "b") if i in tokenizer.added_tokens_decoder]
+    for text in [*named, f"x {tokenizer.eos_token} y"]:
+        ids = tokenization.encode_example(tokenizer, text, f"x {text} y")
+        special = tokenizer.convert_tokens_to_ids([*special_tokens(tokenizer).others])
+        assert [i for i in ids if i in special] == [i for i in expected if i in special]
+        assert f"x {text} y" in tokenizer.decode(ids)
+
+
+def test_gemma_ends_a_turn_whatever_eos_is():
+    tokenizer = AutoTokenizer.from_pretrained(real_tokenizers.folder_of("gemma3"), eos_token="<eos>")
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    ids = tokenization.encode_example(tokenizer, "Why?", "So.")
+    assert ids[-1] == end and tokenizer.eos_token_id not in ids
