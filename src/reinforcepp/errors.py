@@ -62,6 +62,19 @@ def first_line(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)[:200]
 
 
+def useful_line(error: BaseException) -> str:
+    """Return the line of a library's message that holds the reason.
+
+    A first line that ends with a colon only announces a list, and lines without letters separate parts.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if any(map(str.isalpha, line))]
+    if not lines:
+        return type(error).__name__
+    announced = lines[0].endswith(":") and len(lines) > 1
+    text = f"{lines[0]} {'; '.join(lines[1:4])}" if announced else lines[0]
+    return text[:400]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known word closest to ``word``, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -16,6 +16,8 @@ from reinforcepp.errors import ConfigError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+LFS_POINTER = b"version https://git-lfs"
+MAX_LFS_POINTER_BYTES = 1024
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -130,6 +132,14 @@ def damage(folder: Path) -> str | None:
                 return f"the contents of {name} have changed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or damaged"
+    return None
+
+
+def lfs_pointer(folder: Path) -> str | None:
+    """Return the name of a file in ``folder`` that is a Git LFS pointer instead of the file itself, or None."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_file() and path.stat().st_size < MAX_LFS_POINTER_BYTES and path.read_bytes().startswith(LFS_POINTER):
+            return path.name
     return None
 
 

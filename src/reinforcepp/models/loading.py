@@ -9,36 +9,55 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from reinforcepp.data import builtin
-from reinforcepp.errors import ConfigError, ModelError, nearest
+from reinforcepp.errors import ConfigError, ModelError, ReinforceError, nearest, useful_line
+from reinforcepp.files import lfs_pointer
 from reinforcepp.models.lora import (
     ADAPTER_CONFIG,
     AdapterDisabled,
+    adapter_vocabulary,
     base_model_name,
+    full_model_folder,
     full_weights,
     has_adapter,
     is_adapter_dir,
     merge_adapter,
 )
 from reinforcepp.models.tokenization import end_token_id, plain_template
-from reinforcepp.models.tokenizer_files import choose_template, keep_settings, read_tokenizer
-from reinforcepp.runtime import is_main, look_for_hub
+from reinforcepp.models.tokenizer_files import choose_template, has_tokenizer, keep_settings, read_tokenizer
+from reinforcepp.runtime import is_main, look_for_hub, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NO_REMOTE_CODE = {"trust_remote_code": False}  # by default, transformers asks on the terminal
 SAFETENSORS_ONLY = {"use_safetensors": True, **NO_REMOTE_CODE}
+LIBRARY_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
+"""Exceptions by which the libraries report a folder that they can't load."""
+DEQUANTIZED = ("fp8", "mxfp4")
+"""Quantization methods whose weights transformers converts to floating point without a GPU that supports them."""
 PROGRESS_BAR_BYTES = 500 << 20
 """Size of weights from which a progress bar is shown."""
 
+NO_TOKENIZER = "{name}: no tokenizer. Copy its files (tokenizer.json) from the original model."
 HUB_FIX = (
     "Give the path of a model folder, or 'builtin:tiny', the small model in this package. To download a model: "
     "hf download {name} --local-dir {name}"
@@ -76,14 +95,14 @@ def resolve(name: str) -> str:
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
     """Turn exceptions of the libraries into a ModelError with a fix."""
-    from safetensors import SafetensorError
-
     folder = Path(resolve(name))
     if not folder.is_dir():
         look_for_hub()
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except ReinforceError:
+        raise
+    except LIBRARY_ERRORS as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{name}: the model needs its own code, which is never run. Use a model that transformers supports."
@@ -93,12 +112,53 @@ def _load_errors(name: str) -> Iterator[None]:
                 f"{name}: no safetensors weights. Pickled weights are never loaded, because a pickle can run any code. If you "
                 "trust the model, load it with transformers and call save_pretrained; otherwise use another model."
             ) from error
+        if (pointer := lfs_pointer(folder)) is not None:
+            raise ModelError(
+                f"{name}: {pointer} is a Git LFS pointer, not the file itself. Run git lfs pull in the folder."
+            ) from error
+        if (method := quantization_method(folder)) is not None:
+            raise ModelError(
+                f"{name}: the weights are quantized ({method}) and can't be loaded: {useful_line(error)} Use the unquantized "
+                "model."
+            ) from error
+        if isinstance(error, ImportError):
+            raise ModelError(
+                f"{name}: a package that the model needs isn't installed: {useful_line(error)} Install it, or use another model."
+            ) from error
         if folder.is_dir():
-            first = str(error).strip().splitlines()[0]
-            raise ModelError(f"{name}: the model folder can't be loaded: {first}") from error
+            raise ModelError(f"{name}: the model folder can't be loaded: {useful_line(error)}") from error
         raise ModelError(
             f"{name}: model folder not found, and it can't be downloaded from the Hub. {HUB_FIX.format(name=name)}"
         ) from error
+
+
+def quantization_method(folder: Path) -> str | None:
+    """Return how the weights in ``folder`` are quantized, such as gptq, or None."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(settings.get("quant_method") or "bitsandbytes") if isinstance(settings, dict) else None
+
+
+def check_trainable(name: str, *, use_peft: bool) -> None:
+    """Check that the weights of the model ``name`` can be trained.
+
+    Raises:
+        ModelError: they are quantized. Weights of 4 bits by bitsandbytes can have an adapter.
+    """
+    folder = Path(resolve(base_of_adapter(name) or name))
+    method = quantization_method(folder)
+    if method is None or method in DEQUANTIZED:
+        return
+    in_4bit = method == "bitsandbytes" and getattr(load_config(name), "quantization_config", {}).get("load_in_4bit")
+    if in_4bit and use_peft:
+        return
+    fix = "Add --use_peft, or give the unquantized model." if in_4bit else "Give the unquantized model."
+    raise ModelError(
+        f"{name}: the weights are quantized ({method}), so they can't be trained. {fix} To save memory, train it with --use_peft "
+        "--load_in_4bit."
+    )
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -108,6 +168,8 @@ def load_config(name: str) -> PreTrainedConfig:
     if (base := base_of_adapter(name)) is not None:
         config = load_config(base)
         config.name_or_path = resolve(name)  # the tokenizer is in the adapter's folder
+        if (vocabulary := adapter_vocabulary(Path(resolve(name)))) is not None:
+            config.get_text_config().vocab_size = vocabulary
         return config
     with _load_errors(name):
         return AutoConfig.from_pretrained(resolve(name), **NO_REMOTE_CODE)
@@ -133,8 +195,13 @@ def base_of_adapter(name: str) -> str | None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer and prepare it by :func:`prepare_tokenizer`."""
+    source = resolve(name)
+    if (base := base_of_adapter(name)) is not None and not has_tokenizer(Path(source)):
+        source = resolve(base)
+    if Path(source).is_dir() and not has_tokenizer(Path(source)):
+        raise ModelError(NO_TOKENIZER.format(name=name))
     with _load_errors(name):
-        tokenizer = read_tokenizer(resolve(name))
+        tokenizer = read_tokenizer(source)
     return prepare_tokenizer(tokenizer, load_config(name), name)
 
 
@@ -147,24 +214,44 @@ def prepare_tokenizer(
         ModelError: the tokenizer is missing, has no EOS, or has more tokens than the model.
     """
     if tokenizer.vocab_size < 2:  # transformers returns an empty one for a folder without tokenizer files
-        raise ModelError(f"{name}: no tokenizer. Copy its files (tokenizer.json) from the original model.")
+        raise ModelError(NO_TOKENIZER.format(name=name))
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{name}: the tokenizer has no EOS token, so no completion can finish. Set eos_token in its files."
         )
     keep_settings(tokenizer)
     choose_template(tokenizer, name)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = plain_template(tokenizer)
-    vocabulary = config.get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size, name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: int, name: str) -> None:
+    """Accept special tokens without an embedding, such as image placeholders, because no text contains them.
+
+    A pad token among them is unset, because the model would look up its embedding.
+
+    Raises:
+        ModelError: the model has no embedding of a token that a text can contain, or of EOS.
+    """
+    beyond = sorted(index for index in tokenizer.get_vocab().values() if index >= vocabulary)
+    if not beyond:
+        return
+    added = tokenizer.added_tokens_decoder
+    if tokenizer.eos_token_id in beyond or any(index not in added or not added[index].special for index in beyond):
         raise ModelError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, but the model only {vocabulary}. Copy the tokenizer files "
             "from the original model, or resize the model's embeddings."
         )
-    return tokenizer
+    if tokenizer.pad_token_id in beyond:
+        tokenizer.pad_token = None
+    names = ", ".join(added[index].content for index in beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+    warn_once(
+        f"{name}: the model has no embedding for {len(beyond)} special tokens of the tokenizer ({names}), so they are unused."
+    )
 
 
 def tokenizer_for(config: PreTrainedConfig, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -214,8 +301,9 @@ def check_context(config: PreTrainedConfig, max_prompt_length: int, max_new_toke
 
 
 def weight_bytes(name: str) -> int:
-    """Return the size of the model's weights on disk; 0 if they would have to be downloaded."""
-    return sum(path.stat().st_size for path in Path(resolve(name)).glob("*.safetensors"))
+    """Return the size of the model's weights on disk, or its base's for an adapter; 0 if they would have to be downloaded."""
+    folder = Path(resolve(base_of_adapter(name) or name))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -268,10 +356,20 @@ def load_weights(
     Raises:
         ModelError: weights are missing or have another shape.
     """
-    with _load_errors(name), _bars_if_large(name), _without_report():
+    source = resolve(name)
+    text = load_config(name).get_text_config()
+    pad_id = getattr(text, "pad_token_id", None)
+    if pad_id is not None and not 0 <= pad_id < text.vocab_size:
+        settings = {"pad_token_id": None, **settings}  # the embedding would reject it, and padding is masked anyway
+    with _load_errors(name), _bars_if_large(name), _without_report(), full_model_folder(Path(source)) as folder:
         model, found = auto_class.from_pretrained(
-            resolve(name), output_loading_info=True, ignore_mismatched_sizes=True, **SAFETENSORS_ONLY, **settings
+            str(folder) if folder.is_dir() else source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **SAFETENSORS_ONLY,
+            **settings,
         )
+    model.name_or_path = model.config.name_or_path = source
     mismatched = {key for key, *_ in found["mismatched_keys"]}
     missing = {key for key in found["missing_keys"] if new is None or not key.startswith(new)}
     if wrong := sorted(mismatched | missing):

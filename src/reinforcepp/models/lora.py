@@ -10,18 +10,22 @@ import copy
 import json
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reinforcepp.config import AdapterConfig
 from reinforcepp.data import builtin
-from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.errors import ConfigError, ModelError, useful_line
+from reinforcepp.runtime import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +34,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."
 """Prefix that peft adds to the names of weights."""
+EMBEDDINGS = re.compile(r"\b(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)\.weight$")
+"""Names of the weights that have one row per token."""
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and on a CPU it warns
 
@@ -39,7 +45,40 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, an
 
 def is_adapter_dir(folder: Path) -> bool:
     """Return whether ``folder`` holds an adapter and no full model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file() and not has_full_weights(folder)
+
+
+def has_full_weights(folder: Path) -> bool:
+    """Return whether ``folder`` holds a full model, whatever adapter files are next to it."""
+    patterns = ("model*.safetensors", "pytorch_model*.bin")
+    return (folder / "config.json").is_file() and any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+@contextmanager
+def full_model_folder(folder: Path) -> Iterator[Path]:
+    """Yield ``folder``, or one with links to its files but those of an adapter, which transformers would apply to the weights."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield folder
+        return
+    warn_once(
+        f"{folder}: the folder holds full weights and an adapter. Using the full weights and ignoring the adapter."
+    )
+    with tempfile.TemporaryDirectory(prefix="reinforcepp-model-") as name:
+        for path in folder.iterdir():
+            if not path.name.startswith("adapter_"):
+                (Path(name) / path.name).symlink_to(path.resolve())
+        yield Path(name)
+
+
+def adapter_vocabulary(folder: Path) -> int | None:
+    """Return the number of tokens in the embeddings that an adapter replaces, or None if it keeps those of its base model."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        return None
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118
+            if EMBEDDINGS.search(key):
+                return int(weights.get_slice(key).get_shape()[0])
+    return None
 
 
 def base_model_name(folder: Path) -> str:
@@ -67,16 +106,26 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         ModelError: the adapter doesn't match the model.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickled = " Pickled weights (.bin) are never loaded, because a pickle can run any code." * any(
+            folder.glob("*.bin")
+        )
+        raise ModelError(
+            f"{folder}: no {ADAPTER_WEIGHTS}.{pickled} Save the adapter as safetensors, with peft's save_pretrained."
+        )
     try:
+        vocabulary = adapter_vocabulary(folder)
+        if vocabulary is not None and vocabulary != model.config.get_text_config().vocab_size:
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)  # the adapter replaces the new rows
         with warnings.catch_warnings():
             # Unquantized GPT-2 stores its weights transposed, unlike in 4 bits. peft detects that and warns.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
     except (SafetensorError, RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: the adapter can't be merged into {base_model_name(folder)}: {reason}") from error
+        raise ModelError(
+            f"{folder}: the adapter can't be merged into {base_model_name(folder)}: {useful_line(error)}"
+        ) from error
     plain: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return plain
 

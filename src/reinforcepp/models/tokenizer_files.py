@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_PATTERNS = (TOKENIZER_FILE, TOKENIZER_CONFIG, "tekken.json", "vocab*", "*.model", "*.spm", "*.tiktoken")
+"""Files of which a tokenizer has at least one."""
 TEMPLATES = "additional_chat_templates"
 """Folder of the named chat templates of a tokenizer that has several."""
 OTHER_TEMPLATES = "other_chat_templates"
@@ -37,6 +39,11 @@ PROBES = (
     "def f(x):\n    return x**2  # CamelCase snake_case",
 )
 """Texts that different tokenizers encode differently."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether ``folder`` holds the files of a tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_PATTERNS)
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase:

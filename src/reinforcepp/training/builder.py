@@ -20,7 +20,7 @@ from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.chat_template import with_chat_template
-from reinforcepp.models.loading import check_context, load_config, tokenizer_for, weight_bytes
+from reinforcepp.models.loading import check_context, check_trainable, load_config, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.monitoring import echo, log_event
@@ -182,6 +182,8 @@ def build(
 
 def open_folder(model: str | PreTrainedModel, config: ReinforceConfig) -> tuple[Path, checkpoint.Checkpoint | None]:
     """Check the output directory and join the other ranks; return the directory and the checkpoint to resume from."""
+    if isinstance(model, str):
+        check_trainable(model, use_peft=config.use_peft)
     # Each checkpoint holds the weights and AdamW's two moments, also of a critic; the trained model is one more copy.
     copies = (6 if config.estimator_spec.uses_critic else 3) * config.checkpoints_at_most + 1
     needed = copies * weight_bytes(model) if isinstance(model, str) and not config.use_peft else 0

@@ -18,7 +18,7 @@ import torch
 from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
 from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
-from reinforcepp.models.loading import context_length, load_config, weight_bytes
+from reinforcepp.models.loading import check_trainable, context_length, load_config, weight_bytes
 from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, claim_output, clear, describe_run
 from reinforcepp.runtime import started
@@ -95,6 +95,7 @@ def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint 
         ConfigError: the directory can't be used, or the hardware doesn't support a setting.
         ModelError: there are checkpoints, but all are damaged.
     """
+    check_trainable(config.model, use_peft=config.use_peft)
     # Space for the checkpoints with Adam's two moments, one more that is being written, and the final model.
     copies = 3 * (config.keep_last + 1) + 1
     folder = check_output(
