@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from reinforcepp import run_dir
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.errors import ConfigError
 from reinforcepp.locks import RUN_LOCK, file_lock
@@ -257,7 +258,8 @@ def test_no_room(tmp_path, monkeypatch):
 def test_a_run_notes_its_settings(tmp_path):
     describe_run(tmp_path / "a", {"seed": 1}, {"num_steps": 3})
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["run.json"]
-    assert json.loads((tmp_path / "a" / "run.json").read_text()) == {"settings": {"seed": 1}, "num_steps": 3}
+    noted = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert noted == {"settings": {"seed": 1}, "date": run_dir.today().isoformat(), "num_steps": 3}
 
 
 def test_the_same_settings_may_go_on_wherever_the_run_is(tmp_path):

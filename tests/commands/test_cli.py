@@ -442,7 +442,7 @@ def test_a_reward_model_with_a_smaller_vocabulary_than_its_tokenizer(refused):
     tiny.tokenizer(330).save_pretrained("reward")
     message = refused("train", may_load=True)
     assert [
-        word for word in ("reward", "tokens, but the model only 320", "Copy the tokenizer") if word not in message
+        word for word in ("reward", "tokens, but the model only 321", "Copy the tokenizer") if word not in message
     ] == []
 
 

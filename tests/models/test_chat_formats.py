@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import tiny
+from transformers import GenerationConfig
 
 from reinforcepp.config import ChatTemplateConfig
 from reinforcepp.data import PromptRow, SftRow
@@ -11,6 +12,7 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.models import tokenization
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import eos_token_ids, prepare_tokenizer
+from reinforcepp.models.saving import save_model
 from reinforcepp.training.sft_trainer import to_example
 
 FORMATS = {
@@ -77,7 +79,7 @@ def test_ids_equal_those_of_apply_chat_template(name):
     assert tokenization.encode_prompt(tokenizer, "Why?") == prompt
 
 
-def test_an_answer_ends_with_the_end_of_its_turn_whatever_eos_is():
+def test_an_answer_ends_with_the_end_of_its_turn_whatever_eos_is(tmp_path):
     tokenizer = tiny.chat_tokenizer(tiny.CHATML, eos="<|endoftext|>")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenization.encode_example(tokenizer, "Why?", "So.")[-2:] == [tokenizer.encode(".")[-1], end]
@@ -85,6 +87,8 @@ def test_an_answer_ends_with_the_end_of_its_turn_whatever_eos_is():
     policy = tiny.model(vocab_size=400)
     policy.generation_config.eos_token_id = [3, 5]
     assert eos_token_ids(policy, tokenizer) == {3, 5, end, tokenizer.eos_token_id}
+    save_model(policy, tokenizer, tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == sorted({3, 5, end, tokenizer.eos_token_id})
 
 
 # --- thoughts -----------------------------------------------------------------------------------------------------------
@@ -198,7 +202,6 @@ def test_pairs_of_tags_stay_tokens():
 def test_plain_transformers_scores_like_a_saved_reward_model(special, vocab_size, pad, rows, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from reinforcepp.models.loading import save_model
     from reinforcepp.models.padding import separate_pad_token
     from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
     from reinforcepp.rewards.trained import TrainedReward

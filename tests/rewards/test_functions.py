@@ -263,10 +263,10 @@ def test_functions_see_what_the_chat_template_wrote_of_an_answer():
     assert load_rewards("rule:format").score([without]).total == [0.0]
 
 
-@pytest.mark.parametrize(("answers", "warned"), [(["7", "7", "7"], True), (["7", "a", "7"], False)])
+@pytest.mark.parametrize(("answers", "warned"), [(["7", "7"], True), (["7", "a"], False)])
 def test_a_function_with_one_value_in_the_first_batches_is_reported(answers, warned, caplog):
     rewards = load_rewards("rule:exact_match")
     for answer in answers:
         prompt = Prompt("q?", (1,), 0, {"answer": answer})
         rewards.score([Completion(prompt, (5,), (-1.0,), "a", "stop")] * 4)
-    assert ("gave 0 to each of the first 12 completions" in caplog.text) is warned
+    assert ("gave 0 to each of the first 8 completions" in caplog.text) is warned

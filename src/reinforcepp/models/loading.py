@@ -308,10 +308,17 @@ def weight_bytes(name: str) -> int:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return all token ids that finish a completion: of the tokenizer, its chat template and the generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+    return end_ids(model.generation_config.eos_token_id if model.generation_config else None, tokenizer)
+
+
+def end_ids(
+    configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase, *, template: bool = True
+) -> frozenset[int]:
+    """Return the token ids that finish a completion: ``configured`` ones, EOS, and the end of turn of the ``template``."""
     ids = configured if isinstance(configured, list) else [configured]
-    with suppress(ModelError):  # a template that can't format an answer can still format prompts
-        ids = [*ids, end_token_id(tokenizer)]
+    if template:
+        with suppress(ModelError):  # a template that can't format an answer can still format prompts
+            ids = [*ids, end_token_id(tokenizer)]
     return frozenset(int(i) for i in [tokenizer.eos_token_id, *ids] if i is not None)
 
 

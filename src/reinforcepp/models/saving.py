@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from reinforcepp.errors import ModelError, first_line
 from reinforcepp.files import PARTIAL, disk_errors, flush, move
-from reinforcepp.models.loading import PROGRESS_BAR_BYTES, progress_bars
+from reinforcepp.models.loading import PROGRESS_BAR_BYTES, end_ids, progress_bars
 from reinforcepp.models.lora import base_model, has_adapter
 from reinforcepp.models.tokenizer_files import save_tokenizer
 from reinforcepp.runtime import warn_once
@@ -35,6 +35,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     partial = folder / f"model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     repair_generation_config(model)
+    _stop_at_end_of_turn(model, tokenizer)
     with progress_bars(sum(p.nbytes for p in model.parameters()) >= PROGRESS_BAR_BYTES), disk_errors():
         if has_adapter(model):
             model.save_pretrained(partial, save_embedding_layers=False)
@@ -114,6 +115,15 @@ def repair_generation_config(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{name}: the generation config can't be saved: {first_line(error)} Fix generation_config.json."
         ) from error
+
+
+def _stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the end token of the chat template to the generation config, because other programs read it there only."""
+    plain = base_model(model)
+    settings = plain.generation_config if plain.can_generate() else None
+    ends = end_ids(settings.eos_token_id, tokenizer) if settings is not None else frozenset()
+    if settings is not None and ends > end_ids(settings.eos_token_id, tokenizer, template=False):
+        settings.eos_token_id = sorted(ends)
 
 
 def _refused(settings: object) -> list[str]:

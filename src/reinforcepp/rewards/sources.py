@@ -31,7 +31,7 @@ from reinforcepp.runtime import is_main
 from reinforcepp.types import Completion
 
 Reward = str | RewardFunction
-WATCHED_BATCHES, WATCHED_COMPLETIONS = 3, 8
+WATCHED_BATCHES, WATCHED_COMPLETIONS = 2, 8
 """First batches of a run, and the fewest completions in them, in which a function's scores must not be all the same."""
 
 log = logging.getLogger(__name__)

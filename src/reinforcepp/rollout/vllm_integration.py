@@ -381,8 +381,7 @@ def _saved_eos_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
         configured = GenerationConfig.from_pretrained(models.resolve(name)).eos_token_id
     except OSError:  # the file is optional
         configured = models.load_config(name).get_text_config().eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(i) for i in [tokenizer.eos_token_id, *listed] if i is not None)
+    return models.end_ids(configured, tokenizer)
 
 
 def _destroy_parallel_groups() -> None:
