@@ -244,7 +244,7 @@ def launch(processes: int, model: str, folder: Path, backends: list[str]) -> Non
 
 def placed(log: Path, place: dict[str, Any], *arguments: Any) -> None:
     """:func:`work` with what a launcher would set, printing to ``log``."""
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update({name: str(value) for name, value in place.items()})

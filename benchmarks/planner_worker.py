@@ -102,7 +102,9 @@ class Peaks:
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the mark of resident memory falls to what is resident
+            Path("/proc/self/clear_refs").write_text(
+                "5", encoding="utf-8"
+            )  # the mark of resident memory falls to what is resident
 
     def end(self, phase: str) -> None:
         """What was the most since ``begin``; the next phase begins."""
@@ -113,7 +115,7 @@ class Peaks:
 def highest() -> float:
     if CUDA:
         return torch.cuda.max_memory_allocated() / MIB
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 

@@ -96,7 +96,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 def resident_mib() -> float:
     """Resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

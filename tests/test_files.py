@@ -15,6 +15,11 @@ def folder(tmp_path):
     return tmp_path / "whole"
 
 
+def test_text_that_can_not_be_utf8_is_escaped(tmp_path):
+    write_json(tmp_path / "a.json", {"folder": "caf\udce9", "text": "café"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"folder": "caf\udce9", "text": "café"}
+
+
 def test_a_folder_appears_at_the_end(tmp_path):
     with whole_folder(tmp_path / "whole") as partial:
         (partial / "a.txt").write_text("first")

@@ -32,7 +32,8 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     """Yield a text file that is flushed to the disk and renamed to ``path`` at the end of the block, or removed on an error."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        # Undecodable bytes in a path and half of a surrogate pair in JSON can't be UTF-8. In JSON, the escape has the same value.
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             yield file
         flush(partial)
         partial.replace(path)

@@ -198,6 +198,27 @@ def test_exit_codes(acting, capfd, error, code, said):
     assert capfd.readouterr().err == said
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_an_output_that_can_not_show_a_character_replaces_it(tmp_path, encoding):
+    """Files are UTF-8 whatever the terminal is."""
+    (tmp_path / "日本 → ✓.csv").write_text("prompt,chosen,rejected\na,雨,雪\nb,c,d\n", encoding="utf-8")
+    command = [sys.executable, "-m", "reinforcepp", "lint", "--data", "日本 → ✓.csv", "--fail_on", "never"]
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(SOURCE), "PYTHONIOENCODING": encoding}}
+    shown = subprocess.run(command, capture_output=True, check=True, **options)
+    assert shown.stdout.startswith(b"?? ? ?.csv: 2 rows")
+    subprocess.run(
+        [*command, "--format", "json", "--output", "report.json"], capture_output=True, check=True, **options
+    )
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["data"] == "日本 → ✓.csv"
+
+
+def test_undecodable_bytes_in_an_argument(tmp_path):
+    command = [sys.executable, "-m", "reinforcepp", "generate", b"--prompt", b"caf\xe9"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": str(SOURCE), "PYTHONUTF8": "1"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: prompt: 'caf\\udce9' isn't valid UTF-8.")
+
+
 def test_a_bug_keeps_its_traceback(acting):
     acting("train", RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):

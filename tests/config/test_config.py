@@ -315,6 +315,9 @@ def test_values_from_python_are_stored_as_plain_values_of_their_type(given, stor
         ({"report_to": 3}, "a list of names"),
         ({"report_to": ["wandb", 3]}, "a list of names"),
         ({"warmup_steps": 1.5}, "fraction"),
+        ({"output_dir": "caf\udce9"}, "isn't valid UTF-8"),
+        ({"lora_target_modules": ["q_proj", "caf\udce9"]}, "isn't valid UTF-8"),
+        ({"system_prompt": "\ud83d"}, "isn't valid UTF-8"),
     ],
 )
 def test_values_of_another_type_raise_with_the_name_of_the_setting(given, expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(job: Callable[[], int]) -> int:
     """Run ``job`` and return its exit code; print an expected error as one line, without a traceback."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # A terminal that can't show a character must not end the command.
     code = _exit_code(job)
     if (distributed := sys.modules.get("reinforcepp.distributed.ranks")) is not None:
         distributed.exit_process(code)

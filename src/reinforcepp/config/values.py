@@ -77,6 +77,9 @@ def converted(name: str, value: Any, accepted: Accepted) -> Any:
         ConfigError: If the value has another type or isn't one of the choices.
     """
     value = _plain(value)
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str):
+            check_utf8(name, text)
     if EmptyIfNone() in accepted.markers and value in (None, NOT_GIVEN, [NOT_GIVEN], (NOT_GIVEN,)):
         return ()
     if value is None and NoneType in accepted.kinds:
@@ -98,6 +101,20 @@ def converted(name: str, value: Any, accepted: Accepted) -> Any:
     if number is None or (float not in accepted.kinds and not number.is_integer()):
         raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
     return int(number) if float not in accepted.kinds or isinstance(value, int) else number
+
+
+def check_utf8(name: str, text: str) -> None:
+    """Check that ``text`` can be written as UTF-8, which tokenizers and files of a run require.
+
+    Raises:
+        ConfigError: If it comes from bytes in another encoding, or holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{name}: {text!r} isn't valid UTF-8. Write it in UTF-8, or rename the file or folder."
+        ) from None
 
 
 def _plain(value: Any) -> Any:

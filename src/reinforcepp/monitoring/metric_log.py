@@ -90,5 +90,5 @@ def log_event(folder: Path, text: str) -> None:
     if not is_main():
         return
     echo(text, "yellow")
-    with open(folder / EVENTS, "a", encoding="utf-8") as file:
+    with open(folder / EVENTS, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": text}, ensure_ascii=False) + "\n")

@@ -130,7 +130,9 @@ def _run(config: CompareAlgorithmsConfig, path: Path, run: TrainConfig) -> dict[
     threads = max(1, (os.cpu_count() or 1) // config.processes)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "reinforcepp.commands.compare_estimators.worker", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
+    )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise ModelError(f"{path.name}: the run ended with exit code {done.returncode} ({last}).")

@@ -75,7 +75,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            text=True,
+            encoding="utf-8",
             env=_environment(),
         )
         start = time.perf_counter()
