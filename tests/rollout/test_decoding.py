@@ -7,6 +7,7 @@ import transformers
 from rollout.contract import END_IDS, generate_plainly, prepared_tokenizer, prompts_of
 
 from reinforcepp.errors import RolloutError
+from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.rollout.decoding import LADDER, is_plain
 from reinforcepp.rollout.self_check import compare_samples
 from reinforcepp.rollout.transformers_engine import TransformersEngine
@@ -84,6 +85,11 @@ def test_samples_have_the_log_probabilities_of_an_unpadded_forward_pass(family):
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     assert compare_samples(model, completions).gap_max < 1e-3
     assert (engine.decoding.cache == "none") == (family in WITHOUT_CACHE)
+    batch = [c.prompt.ids for c in completions], [c.ids for c in completions]
+    with torch.no_grad():
+        by_trainer_BT, _, mask_BT = response_logprobs(model, *batch, pad_id=0)
+    sampled_N = torch.tensor([logprob for c in completions for logprob in c.logprobs])
+    torch.testing.assert_close(by_trainer_BT[mask_BT.bool()], sampled_N, atol=1e-3, rtol=0)
     *_, streamed = engine.stream(prompts[0], Sampling(20, num_samples=2, seed=2))
     assert streamed.ids == completions[0].ids
     if family not in WITHOUT_CACHE | {"Roberta"}:  # whose generate in transformers counts positions from 0

@@ -10,6 +10,7 @@ V vocabulary. Three optimizations reduce the work of size V without changing res
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -75,10 +76,12 @@ def response_states(
         ``(output_BTX, ids_BT, mask_BT)``; X is V for logits, D for hidden states, or 1 for a value.
     """
     device = next(model.parameters()).device
-    prompt_ids, prompt_mask = pad(prompts, pad_id, left=True)
-    response_ids, response_mask = pad(responses, pad_id)
-    ids_BL = torch.cat([prompt_ids, response_ids], dim=1).to(device)
-    mask_BL = torch.cat([prompt_mask, response_mask], dim=1).to(device)
+    response_ids, response_mask = (x.to(device) for x in pad(responses, pad_id))
+    if not takes_left_padding(unwrap_model(model)):
+        return _right_padded_states(model, prompts, responses, pad_id), response_ids, response_mask.bool()
+    prompt_ids, prompt_mask = (x.to(device) for x in pad(prompts, pad_id, left=True))
+    ids_BL = torch.cat([prompt_ids, response_ids], dim=1)
+    mask_BL = torch.cat([prompt_mask, response_mask], dim=1)
     length = response_ids.shape[1]
     output_BTX = model(
         input_ids=ids_BL,
@@ -87,7 +90,45 @@ def response_states(
         use_cache=False,
         logits_to_keep=length + 1,
     ).logits[:, :-1]
-    return output_BTX, ids_BL[:, -length:], response_mask.to(device).bool()
+    return output_BTX, response_ids, response_mask.bool()
+
+
+def _right_padded_states(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
+) -> Tensor:
+    """Return the output at the position before each response token, from rows that are padded on the right only. -> (B, T, X)
+
+    Nothing follows from padding on the right in a causal model, so neither mask nor positions are needed.
+    """
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    ids_BL = pad(rows, pad_id)[0].to(next(model.parameters()).device)
+    first = min(map(len, prompts)) - 1  # the position before the earliest response token
+    count = ids_BL.shape[1] - first
+    output_BLX = model(input_ids=ids_BL, use_cache=False, logits_to_keep=count).logits[:, -count:]
+    width = max(map(len, responses))
+    starts_B1 = torch.tensor([[len(prompt) - 1 - first] for prompt in prompts], device=output_BLX.device)
+    columns_BT = (starts_B1 + torch.arange(width, device=output_BLX.device)).clamp_max(count - 1)
+    return output_BLX[torch.arange(len(rows), device=output_BLX.device)[:, None], columns_BT]
+
+
+def takes_left_padding(model: Any) -> bool:
+    """Return whether rows can be padded on the left: the model takes a mask and positions, and has no recurrent state.
+
+    RoBERTa's positions begin after the padding id, so it must count them itself.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    if getattr(base, "_is_stateful", False):
+        return False
+    if not {"attention_mask", "position_ids"} <= inspect.signature(type(base).forward).parameters.keys():
+        return False
+    return not counts_from_padding_id(base)
+
+
+def counts_from_padding_id(base: Any) -> bool:
+    """Return whether positions begin after the padding id, as in RoBERTa."""
+    tokens = base.get_input_embeddings()
+    embeddings = (part for part in base.modules() if isinstance(part, nn.Embedding) and part is not tokens)
+    return any(part.padding_idx is not None for part in embeddings)
 
 
 def unwrap_model(model: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from reinforcepp.errors import RolloutError, first_line
+from reinforcepp.models.logprobs import counts_from_padding_id, takes_left_padding
 from reinforcepp.models.lora import base_model
 from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache, select_rows
 from reinforcepp.rollout.self_check import compare_samples
@@ -68,12 +69,10 @@ LADDER = (
 def is_plain(model: PreTrainedModel) -> bool:
     """Return whether a text model has attention layers only and takes a KV cache, a mask, and positions that begin at 0."""
     base = base_model(model)
-    inputs = inspect.signature(type(base).forward).parameters.keys()
-    if getattr(base, "_is_stateful", False) or not {"attention_mask", "position_ids", "past_key_values"} <= inputs:
+    takes_cache = "past_key_values" in inspect.signature(type(base).forward).parameters
+    if not (takes_cache and takes_left_padding(base)):
         return False
     if base.config.get_text_config() is not base.config:  # a model of text and images can mask text in its own way
-        return False
-    if _positions_follow_padding_id(base):
         return False
     try:
         layers = preallocated_cache(base.config).layers
@@ -120,13 +119,6 @@ def select_decoding(model: PreTrainedModel, probe: Callable[[Decoding], list[Com
     )
 
 
-def _positions_follow_padding_id(base: PreTrainedModel) -> bool:
-    """Return whether positions begin after the padding id, as in RoBERTa; such a model must count them itself."""
-    tokens = base.get_input_embeddings()
-    embeddings = (part for part in base.modules() if isinstance(part, torch.nn.Embedding) and part is not tokens)
-    return any(part.padding_idx is not None for part in embeddings)
-
-
 class BatchDecoder:
     """The forward passes of one batch.
 
@@ -141,7 +133,7 @@ class BatchDecoder:
         passes_on = any(each.kind == inspect.Parameter.VAR_KEYWORD for each in parameters.values())
         self._model, self._decoding = model, decoding
         self._inputs = parameters.keys() | ({"use_cache", "logits_to_keep"} if passes_on else set())
-        self._counts_positions = _positions_follow_padding_id(base)
+        self._counts_positions = counts_from_padding_id(base)
         self._cache: Any = preallocated_cache(base.config) if decoding.cache == "preallocated" else None
         self._cache_name = next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
         self._ids_BL: Tensor | None = None
