@@ -10,13 +10,15 @@ import psutil
 import pytest
 import tiny
 import torch
+import transformers
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
 
 from reinforcepp.config import AdapterConfig
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.rollout import vllm_integration as integration
-from reinforcepp.rollout.selection import choose_engine
+from reinforcepp.rollout.factory import start_engine
+from reinforcepp.rollout.selection import EngineChoice, choose_engine
 from reinforcepp.rollout.vllm import compat, cpu_patches, memory
 from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.local_transfer import ReloadTransfer, ipc_message, supports_adapter
@@ -240,6 +242,46 @@ def test_without_vllm_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_engine("auto", model.config, torch.float32).name == "transformers"
     assert "pip install vllm==0.32.0" in choose_engine("auto", model.config, torch.float32).reason
+
+
+def test_a_class_that_vllm_cannot_import_is_refused_with_the_reason(monkeypatch):
+    """Classes of multimodal models need packages that text models don't."""
+    pytest.importorskip("vllm")
+    from vllm.model_executor.models import ModelRegistry
+
+    def fail():
+        raise ModuleNotFoundError("No module named 'torchvision'")
+
+    entry = SimpleNamespace(load_model_cls=fail)
+    monkeypatch.setitem(ModelRegistry.models, "LlamaForCausalLM", entry)
+    choice = choose_engine("auto", prepared_model("llama").config, torch.float32)
+    assert choice.name == "transformers"
+    assert choice.reason == "vLLM's code for LlamaForCausalLM can't be imported (No module named 'torchvision')"
+
+
+def test_auto_starts_transformers_if_vllm_cannot_start(monkeypatch):
+    def fail(*_, **__):
+        raise RolloutError(
+            "--rollout vllm: vLLM can't start with this model (no conv_dim). Use --rollout transformers."
+        )
+
+    monkeypatch.setattr(integration, "VllmEngine", fail)
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    with pytest.warns(
+        UserWarning, match=r"come from transformers: vLLM can't start with this model \(no conv_dim\)\.$"
+    ):
+        engine = start_engine(EngineChoice("vllm", "", can_fall_back=True), model, tokenizer, max_length=40)
+    assert engine.name == "transformers"
+    with pytest.raises(RolloutError, match="no conv_dim"):
+        start_engine(EngineChoice("vllm", "as requested"), model, tokenizer, max_length=40)
+
+
+def test_recurrent_layers_need_a_gpu_for_vllm():
+    pytest.importorskip("vllm")
+    for name in ("Mamba", "Lfm2"):
+        config = getattr(transformers, f"{name}Config")()
+        choice = choose_engine("auto", config, torch.float32)
+        assert choice.name == "transformers" and "no kernels for the recurrent layers" in choice.reason
 
 
 def test_a_cuda_build_without_a_gpu_is_never_imported_and_auto_falls_back(monkeypatch):

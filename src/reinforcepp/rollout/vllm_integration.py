@@ -41,6 +41,7 @@ START_FAILURES = (
     IndexError,
     KeyError,
     NotImplementedError,
+    OSError,
     RuntimeError,
     TypeError,
     ValueError,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reinforcepp.errors import first_line
 from reinforcepp.models import loading as models
 from reinforcepp.rollout.engine import preserve_random_state, request_seed
 from reinforcepp.rollout.vllm.memory import head_size
@@ -19,6 +20,10 @@ from reinforcepp.types import Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+IMPORT_FAILURES = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+"""Exceptions of vLLM while it imports a model's code, for example because an optional package is missing."""
 
 
 def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str]:
@@ -39,8 +44,11 @@ def _problem(config: PreTrainedConfig, dtype: torch.dtype) -> str:
 
     if architecture not in ModelRegistry.get_supported_archs():
         return f"vLLM doesn't support the model family {architecture}"
-    native = model_class(architecture)
-    if native is None or native.__module__.startswith("vllm.model_executor.models.transformers"):
+    try:
+        native = load_model_class(architecture)
+    except IMPORT_FAILURES as error:
+        return f"vLLM's code for {architecture} can't be imported ({first_line(error.__cause__ or error)})"
+    if native.__module__.startswith("vllm.model_executor.models.transformers"):
         return f"vLLM runs {architecture} by patching the transformers class, which the trainer uses too"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"vLLM doesn't run models in {dtype}"
@@ -88,11 +96,12 @@ def import_vllm() -> Any:
     return vllm
 
 
-def model_class(architecture: str) -> type | None:
-    """Return vLLM's class for the models that transformers calls ``architecture``."""
+def load_model_class(architecture: str) -> type:
+    """Return vLLM's class for the models that transformers calls ``architecture``; its import can fail."""
     from vllm.model_executor.models import ModelRegistry
 
-    found: type | None = ModelRegistry._try_load_model_cls(architecture)
+    import_vllm().platforms.current_platform.verify_model_arch(architecture)
+    found: type = ModelRegistry.models[architecture].load_model_cls()
     return found
 
 
@@ -101,8 +110,9 @@ def has_output_layer(architecture: str) -> bool:
     if importlib.util.find_spec("vllm") is None:  # the trainer can lack vLLM if a server on another node has it
         return not architecture.startswith("Gemma")
     import_vllm()
-    found = model_class(architecture)
-    if found is None:
+    try:
+        found = load_model_class(architecture)
+    except IMPORT_FAILURES:
         return True
     parts = [vars(part) for part in found.__mro__ if part.__module__.startswith("vllm.")]
     constructors = [names["__init__"] for names in parts if "__init__" in names]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reinforcepp.models.lora import base_model, has_adapter
-from reinforcepp.rollout.vllm.compat import model_class
+from reinforcepp.rollout.vllm.compat import load_model_class
 from reinforcepp.rollout.weight_transfer import WeightTransfer, in_chunks, weights_without_tied_head
 
 if TYPE_CHECKING:
@@ -140,12 +140,12 @@ def supports_adapter(model: PreTrainedModel | str) -> bool:
         return False
     from vllm.model_executor.models.interfaces import supports_lora
 
-    family = model_class(type(base_model(model)).__name__)
+    family = load_model_class(type(base_model(model)).__name__)
     lora = _lora_config(model)
     plain = not (
         lora.use_dora or lora.modules_to_save or lora.bias != "none" or lora.rank_pattern or lora.alpha_pattern
     )
-    return family is not None and supports_lora(family) and plain and lora.r <= LORA_RANKS[-1]
+    return supports_lora(family) and plain and lora.r <= LORA_RANKS[-1]
 
 
 def _lora_config(model: PreTrainedModel) -> LoraConfig:
