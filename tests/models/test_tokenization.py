@@ -80,3 +80,15 @@ def test_masks_come_from_lengths_not_from_ids():
     _, left = tokens.pad([[5, 0], [7, 0, 0]], pad_id=0, left=True)
     assert left.tolist() == [[0, 1, 1], [1, 1, 1]]
     assert tokens.position_ids(left).tolist() == [[0, 0, 1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "first", "each"])
+def test_batches_give_the_same_ids(tokenizer, kind):
+    if kind != "plain":
+        tokenizer = tiny.sentencepiece_tokenizer(tokens.PLAIN_TEMPLATE, space=kind)
+    rows = [("Why?", ("So.", f"a {tokenizer.eos_token} b")), ("Why?", ("",)), ("Sure?", ("Yes.", "No.", "So."))]
+    found = tokens.encode_examples(tokenizer, rows)
+    assert found == [
+        [tokens.encode_example(tokenizer, prompt, answer) for answer in answers] for prompt, answers in rows
+    ]
+    assert tokens.encode_examples(tokenizer, []) == []

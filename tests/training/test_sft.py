@@ -387,3 +387,12 @@ def test_long_rows_are_skipped_and_counted(workdir, capsys):
     assert main(["sft", "--model", "model", "--data", "long.csv", *flags]) == 0
     assert "Skipped 1 training rows longer than 20 tokens (rows 8)" in capsys.readouterr().err
     assert json.loads(Path("models/sft/run.json").read_text())["rows"] == 6
+
+
+def test_rows_as_long_as_the_context_are_kept_by_default():
+    from reinforcepp.models.loading import context_length, load_config
+    from reinforcepp.training.supervised_setup import DEFAULT_MAX_LENGTH, length_limit
+
+    context = context_length(load_config("builtin:tiny"))
+    assert length_limit(SftConfig()) == min(context, DEFAULT_MAX_LENGTH)
+    assert length_limit(SftConfig(max_length=64)) == 64

@@ -22,10 +22,11 @@ from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.presets import DemoConfig, RecipesConfig
 from reinforcepp.config.reinforce import ReinforceConfig, RewardScoringConfig
 from reinforcepp.config.shared import AdapterConfig, ChatTemplateConfig, CheckpointConfig, ColumnConfig, ComputeConfig
-from reinforcepp.config.supervised import RewardModelConfig, SftConfig
+from reinforcepp.config.supervised import DEFAULT_MAX_LENGTH, RewardModelConfig, SftConfig
 from reinforcepp.config.training import TrainConfig
 
 __all__ = [
+    "DEFAULT_MAX_LENGTH",
     "AdapterConfig",
     "ChatConfig",
     "ChatTemplateConfig",

@@ -33,8 +33,8 @@ class LintConfig(ColumnConfig, LintInputs):
     """Model whose tokenizer measures lengths; default: lengths aren't checked"""
     max_prompt_length: PositiveInt = 128
     """Maximum length of a formatted prompt, in tokens; needs model"""
-    max_length: PositiveInt = 512
-    """Maximum length of a formatted response, in tokens; needs model"""
+    max_length: PositiveInt | None = None
+    """Maximum length of prompt and response, in tokens. Default: context, up to 4096"""
     near_duplicate: Annotated[float, Range(at_least=0.5, at_most=1)] = 0.8
     """Fraction of shared word 3-grams that makes near-duplicates; from 0.5 to 1"""
     fix: FilledStr | None = None

@@ -26,6 +26,9 @@ from reinforcepp.config.shared import (
 )
 from reinforcepp.errors import ConfigError, nearest
 
+DEFAULT_MAX_LENGTH = 4096
+"""Largest number of tokens of a row if ``max_length`` isn't set and the model's context isn't shorter."""
+
 
 @dataclass(frozen=True)
 class SupervisedConfig(ScheduleConfig):
@@ -39,8 +42,8 @@ class SupervisedConfig(ScheduleConfig):
     """Rows per forward and backward pass; divides batch_size. Default: batch_size"""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches per optimizer step; times micro_batch_size it is batch_size"""
-    max_length: PositiveInt = 512
-    """Skip rows with more tokens, including prompt and chat template"""
+    max_length: PositiveInt | None = None
+    """Skip rows with more tokens. Default: the model's context, up to 4096"""
 
     @property
     def effective_micro_batch_size(self) -> int:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from reinforcepp.errors import DataError, ModelError
+from reinforcepp.models.special_tokens import MARK, encode_after, marked, special_tokens, unmarked
 from reinforcepp.models.special_tokens import encode as encode
-from reinforcepp.models.special_tokens import encode_after, marked, special_tokens, unmarked
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -188,8 +188,11 @@ def format_example(
     return unmarked(context), unmarked(target)
 
 
-def _format_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, finished: bool) -> tuple[str, str]:
-    turn, start = turn_format(tokenizer), _format_prompt(tokenizer, prompt)
+def _format_example(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, finished: bool, start: str | None = None
+) -> tuple[str, str]:
+    """Return the marked texts of :func:`format_example`; ``start`` is the formatted prompt, if it is known."""
+    turn, start = turn_format(tokenizer), _format_prompt(tokenizer, prompt) if start is None else start
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     answer = marked(tokenizer, answer)
     if finished:
@@ -258,6 +261,31 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str,
     """Return the token ids of :func:`split_example` in one list."""
     context, target = split_example(tokenizer, prompt, answer, finished=finished)
     return context + target
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, Sequence[str]]]
+) -> list[list[list[int]]]:
+    """Return the token ids of :func:`encode_example` for every answer of prompts with their answers.
+
+    A prompt is formatted once, and all texts of ``rows`` are tokenized together, which fast tokenizers do in parallel.
+    """
+    formatted: list[list[tuple[str, str]]] = []
+    for prompt, answers in rows:
+        start = _format_prompt(tokenizer, prompt)
+        formatted.append([_format_example(tokenizer, prompt, answer, True, start) for answer in answers])
+    # After a prompt, such a tokenizer encodes an answer differently than alone; texts with marks need care, too.
+    batched = not special_tokens(tokenizer).adds_space
+    texts = dict.fromkeys(text for row in formatted for example in row for text in example) if batched else {}
+    plain = [text for text in texts if text and MARK not in text]
+    encoded = tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else []
+    ids, end = dict(zip(plain, encoded, strict=True)), end_token_id(tokenizer)
+
+    def joined(context: str, target: str) -> list[int]:
+        start = ids[context] if context in ids else encode(tokenizer, context)
+        return [*start, *(ids[target] if target in ids else encode_after(tokenizer, start, target)), end]
+
+    return [[joined(*example) for example in row] for row in formatted]
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -20,7 +20,7 @@ from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.padding import separate_pad_token
 from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
 from reinforcepp.models.saving import save_model
-from reinforcepp.models.tokenization import encode_example
+from reinforcepp.models.tokenization import encode_examples
 from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, summary, write_page
 from reinforcepp.rewards.card import RewardCard
@@ -33,10 +33,8 @@ from reinforcepp.training.supervised_setup import (
     check_run,
     join_ranks,
     length_limit,
-    longest,
     open_run_dir,
     sample_rows,
-    skip_long,
     tokenize_rows,
 )
 from reinforcepp.types import Preference
@@ -75,12 +73,12 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     limit = length_limit(config)
     config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
 
-    def ids_of(pair: Preference) -> dict[str, list[int]]:
-        answers = {"chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
-        return {name: encode_example(tokenizer, pair.prompt, answer) for name, answer in answers.items()}
+    def ids_of(pairs: Sequence[Preference]) -> list[dict[str, list[int]]]:
+        encoded = encode_examples(tokenizer, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
+        return [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in encoded]
 
     train, rows = tokenize_rows(train, ids_of, limit, "training pairs", scratch)
-    heldout = skip_long(sample_rows(heldout), lambda pair: longest(ids_of(pair)), limit, "held-out pairs")
+    heldout, _ = tokenize_rows(sample_rows(heldout), ids_of, limit, "held-out pairs", scratch)
     check_not_empty(train, "pair", data.source, limit)
 
     model = new_reward_model(config.model, config.seed, **loading(config))

@@ -14,7 +14,7 @@ from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import has_adapter
 from reinforcepp.models.precision import compute_dtype, slow_precision
-from reinforcepp.models.tokenization import LazyPrompts, encode_prompts
+from reinforcepp.models.tokenization import LazyPrompts, encode_prompt, encode_prompts
 from reinforcepp.monitoring import echo
 from reinforcepp.types import Prompt
 
@@ -50,7 +50,12 @@ def encode(
     else:
         prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit, long_prompts=action)
     if long:
-        echo(f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome}.", "yellow")
+        longest = max(len(encode_prompt(tokenizer, rows[index].prompt)) for index in long)
+        echo(
+            f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome}. To keep all, set "
+            f"max_prompt_length {longest} and max_length {longest + config.max_new_tokens}.",
+            "yellow",
+        )
     if rows and not prompts:
         raise DataError(f"--max_prompt_length {limit}: every {part} prompt is longer. Raise it.")
     return prompts

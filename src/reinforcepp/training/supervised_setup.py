@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
-from reinforcepp.config import RewardModelConfig, SftConfig, as_dict
+from reinforcepp.config import DEFAULT_MAX_LENGTH, RewardModelConfig, SftConfig, as_dict
 from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import check_trainable, context_length, load_config, weight_bytes
@@ -37,6 +37,9 @@ SupervisedConfig = RewardModelConfig | SftConfig
 TASKS: Mapping[type, str] = {RewardModelConfig: "reward model training", SftConfig: "SFT"}
 MAX_MEASURED_ROWS = 2000
 SHOWN_ROWS = 5
+TOKENIZED_ROWS = 256
+# Tokenizing fewer rows takes seconds, which needs no progress bar.
+PROGRESS_ROWS = 5000
 
 
 class HasRow(Protocol):
@@ -167,7 +170,8 @@ def count_steps(rows: Sequence[Any] | Dataset, config: SupervisedConfig) -> int:
 
 def length_limit(config: SupervisedConfig) -> int:
     """Return the largest number of tokens in a row: ``max_length``, or the model's context if that is shorter."""
-    return min(config.max_length, context_length(load_config(config.model)) or config.max_length)
+    limit = config.max_length or DEFAULT_MAX_LENGTH
+    return min(limit, context_length(load_config(config.model)) or limit)
 
 
 def skip_long(rows: Sequence[T], length: Callable[[T], int], limit: int, label: str) -> Sequence[T]:
@@ -176,39 +180,77 @@ def skip_long(rows: Sequence[T], length: Callable[[T], int], limit: int, label: 
 
 
 def tokenize_rows(
-    rows: Sequence[T], ids_of: Callable[[T], Mapping[str, list[int]]], limit: int, label: str, scratch: str
-) -> tuple[Sequence[T], Sequence[Mapping[str, list[int]]] | Dataset]:
+    rows: Sequence[T],
+    ids_of: Callable[[Sequence[T]], Sequence[Mapping[str, list[int]]]],
+    limit: int,
+    label: str,
+    scratch: str,
+) -> tuple[Sequence[T], Dataset]:
     """Return the rows of at most ``limit`` tokens, and their token ids.
 
     Args:
         rows: in memory or on disk.
-        ids_of: returns the token ids of a row, by column.
+        ids_of: returns the token ids of several rows, by column.
         limit: tokens in the longest column of a row.
         label: plural noun for the rows in the report of skipped ones.
-        scratch: folder for the token ids of rows on disk.
+        scratch: folder for the token ids, which are mapped from there into memory.
     """
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset
 
     too_long: list[int] = []
-
-    def tokenized() -> Iterator[Mapping[str, list[int]]]:
-        with reading_progress(isinstance(rows, DiskRows), "tokenizing") as report:
-            for index, row in enumerate(rows):
-                ids = ids_of(row)
+    longest_kept = 0
+    writer = _IdWriter(Path(scratch) / f"{label.replace(' ', '_')}.arrow")
+    with reading_progress(len(rows) >= PROGRESS_ROWS, "tokenizing") as report, writer:
+        for start in range(0, len(rows), TOKENIZED_ROWS):
+            batch = [rows[index] for index in range(start, min(start + TOKENIZED_ROWS, len(rows)))]
+            kept = []
+            for index, ids in enumerate(ids_of(batch), start):
                 if longest(ids) > limit:
                     too_long.append(index)
                 else:
-                    yield ids
-                report((index + 1) / len(rows))
+                    kept.append(ids)
+                    longest_kept = max(longest_kept, longest(ids))
+            writer.write(kept)
+            report((start + len(batch)) / len(rows))
+    if longest_kept:
+        echo(
+            f"The longest of {len(rows) - len(too_long):,} {label} has {longest_kept:,} of {limit:,} tokens (max_length)."
+        )
+    return _without(rows, too_long, limit, label), Dataset.from_file(str(writer.path))
 
-    ids: Sequence[Mapping[str, list[int]]] | Dataset
-    if isinstance(rows, DiskRows):
-        features = Features({name: List(Value("int32")) for name in (ids_of(rows[0]) if rows else {})})
-        with no_progress_bars():  # reading_progress shows one
-            ids = Dataset.from_generator(tokenized, features=features, cache_dir=scratch, fingerprint=rows.digest)
-    else:
-        ids = list(tokenized())
-    return _without(rows, too_long, limit, label), ids
+
+class _IdWriter:
+    """Writes token ids to an Arrow file, batch by batch, so that memory holds one batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = ExitStack()
+        self._stream: Any = None
+
+    def __enter__(self) -> _IdWriter:
+        self._sink = self._file.enter_context(open(self.path, "wb"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._stream is None and not any(error):
+            self._write({})
+        self._file.close()
+
+    def write(self, rows: Sequence[Mapping[str, list[int]]]) -> None:
+        """Append rows."""
+        if rows:
+            self._write({name: [row[name] for row in rows] for name in rows[0]})
+
+    def _write(self, columns: Mapping[str, list[list[int]]]) -> None:
+        import pyarrow
+        from pyarrow import ipc
+
+        ids = pyarrow.list_(pyarrow.int32())
+        columns = {name: pyarrow.array(values, type=ids) for name, values in columns.items()}
+        batch = pyarrow.RecordBatch.from_pydict(columns)
+        if self._stream is None:
+            self._stream = self._file.enter_context(ipc.new_stream(self._sink, batch.schema))
+        self._stream.write_batch(batch)
 
 
 @contextmanager

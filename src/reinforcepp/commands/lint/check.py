@@ -16,9 +16,11 @@ from reinforcepp.commands.lint.findings import (
     count_with_verb,
     list_rows,
 )
-from reinforcepp.config import ColumnConfig, LintConfig
+from reinforcepp.config import DEFAULT_MAX_LENGTH, ColumnConfig, LintConfig
 from reinforcepp.data import ColumnNames, Row, Table, filter_rows, read_table, resolve_data
 from reinforcepp.types import RowId
+
+BATCH_ROWS = 256
 
 
 def lint(config: LintConfig) -> Report:
@@ -81,20 +83,22 @@ def _lengths(files: Sequence[CheckedFile], model: str, config: LintConfig) -> li
     """Find rows that training would truncate or skip."""
     # Imported here because only this check needs torch.
     from reinforcepp.models.loading import context_length, load_config, load_tokenizer
-    from reinforcepp.models.tokenization import encode_example, encode_prompts
+    from reinforcepp.models.tokenization import encode_examples, encode_prompts
 
     tokenizer = load_tokenizer(model)
-    limit = min(config.max_length, context_length(load_config(model)) or config.max_length)
+    limit = config.max_length or DEFAULT_MAX_LENGTH
+    limit = min(limit, context_length(load_config(model)) or limit)
     found = []
     for file in files:
         _, long = encode_prompts(tokenizer, file.rows, max_prompt_length=config.max_prompt_length, long_prompts="drop")
         over = f"over max_prompt_length {config.max_prompt_length} in tokens of {model}"
         fix = "Shorten them or raise max_prompt_length, because training truncates them from the left"
         found += _too_long(file, "long-prompt", "prompt", [file.rows[i].row for i in long], over, fix)
-        lengths = {
-            row.row: max((len(encode_example(tokenizer, row.prompt, answer)) for answer in row.texts[1:]), default=0)
-            for row in file.rows
-        }
+        lengths: dict[RowId, int] = {}
+        for start in range(0, len(file.rows), BATCH_ROWS):
+            batch = file.rows[start : start + BATCH_ROWS]
+            encoded = encode_examples(tokenizer, [(row.prompt, row.texts[1:]) for row in batch])
+            lengths |= {row.row: max(map(len, ids), default=0) for row, ids in zip(batch, encoded, strict=True)}
         longest = max(lengths.values(), default=0)
         over = f"over max_length {limit} in tokens of {model}, the longest with {longest}"
         fix = "Shorten them, or raise max_length up to the model's context, because reward training skips them"
