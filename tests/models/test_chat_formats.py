@@ -225,3 +225,12 @@ def test_plain_transformers_scores_like_a_saved_reward_model(special, vocab_size
     ]
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")
     assert plain(**batch).logits.flatten().tolist() == pytest.approx(ours, abs=1e-4)
+
+
+def test_an_adapter_without_a_free_token_keeps_eos_as_pad_and_says_so(caplog):
+    from reinforcepp.models.padding import separate_pad_token
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, tokenization.PLAIN_TEMPLATE
+    separate_pad_token(tiny.model(), tokenizer, resize=False)
+    assert tokenizer.pad_token == tokenizer.eos_token and "pads with EOS" in caplog.text

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from reinforcepp import run_dir
-from reinforcepp.commands.cli import main
+from reinforcepp.commands.cli import main, parse
 from reinforcepp.config import ChatTemplateConfig, ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.chat_template import with_chat_template, with_system_prompt
@@ -99,6 +99,14 @@ def test_variables_of_a_template_are_saved_with_it(tmp_path):
 def test_unusable_variables_raise(given, named):
     with pytest.raises(ConfigError, match=f"chat_template_kwargs: .*{named}"):
         with_chat_template(tiny.chat_tokenizer(tiny.THINKING), ChatTemplateConfig(chat_template_kwargs=given))
+
+
+def test_variables_can_be_a_mapping_in_yaml(tmp_path):
+    (tmp_path / "run.yaml").write_text("chat_template_kwargs: {enable_thinking: false}\n")
+    written = '{"enable_thinking": false}'
+    from_file = parse("train", ["--config", str(tmp_path / "run.yaml")])
+    assert from_file.chat_template_kwargs == written
+    assert from_file == parse("train", ["--chat_template_kwargs", written])
 
 
 LATER = (  # the parts of Llama 3.2 and others: a test for the function, a variable with the format, and a macro

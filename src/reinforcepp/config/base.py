@@ -48,6 +48,11 @@ class Text:
 
 
 @dataclass(frozen=True)
+class JsonObject(Text):
+    """A JSON object as text; a YAML file can hold a mapping instead."""
+
+
+@dataclass(frozen=True)
 class Name(Text):
     """A name or path that must not be empty; a path below a user's home folder needs that user."""
 
@@ -61,6 +66,7 @@ Share = Annotated[float, Range(at_least=0, below=1)]
 Seed = Annotated[int, Range(at_least=0, at_most=MAX_SEED)]
 FilledStr = Annotated[str, Name()]
 FilledText = Annotated[str, Text()]
+JsonText = Annotated[str, JsonObject()]
 
 # --- the checker ------------------------------------------------------------------------------------------------------
 

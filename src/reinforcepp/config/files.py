@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from reinforcepp.config.base import JsonObject
 from reinforcepp.config.values import Accepted, EmptyIfNone, accepted_values, converted
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.run_dir import rename_settings
@@ -59,6 +61,8 @@ def _yaml_value(where: str, value: Any, default: Any, accepted: Accepted) -> Any
         if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
             raise ConfigError(f"{where} must be a list of names, as in [one, two], not {value!r}.")
         return names
+    if isinstance(value, dict) and JsonObject() in accepted.markers:
+        return json.dumps(value, sort_keys=True)
     if value is not None and not isinstance(value, (str, int, float)):
         raise ConfigError(f"{where} must be a single value, not {value!r}.")
     if isinstance(value, bool) != (bool in accepted.kinds) and not (isinstance(value, str) and str in accepted.kinds):

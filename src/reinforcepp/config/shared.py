@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from reinforcepp.config.base import (
     Config,
     FilledText,
+    JsonText,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -173,7 +174,7 @@ class ChatTemplateConfig(Config):
     """Chat template (Jinja) or a file with one; default: the model's"""
     system_prompt: FilledText | None = None
     """System prompt of every conversation, stored in the chat template"""
-    chat_template_kwargs: FilledText | None = None
+    chat_template_kwargs: JsonText | None = None
     """Variables of the chat template, JSON: {"enable_thinking": false}"""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ Transformers reads the score at the last token that isn't the pad token. If EOS 
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from reinforcepp.models.tokenization import end_token_id, eos_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 NEW_PAD_TOKEN = "<|pad|>"
 UNUSED = re.compile(r"pad|unused|reserved", re.IGNORECASE)
@@ -28,6 +31,10 @@ def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         token = _unused_token(tokenizer, ends)
         rows = model.get_input_embeddings().weight.shape[0]
         if token is None and len(tokenizer) >= rows and not resize:
+            log.warning(
+                "The reward model pads with EOS, because the tokenizer has no unused token and an adapter can't add one. Other "
+                "programs read its score one token too early; those of reinforcepp read it at EOS."
+            )
             return
         tokenizer.add_special_tokens({"pad_token": token or NEW_PAD_TOKEN})
         if len(tokenizer) > rows:
@@ -36,10 +43,11 @@ def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | None:
-    """Return a special token that texts don't end with: one for padding, an unused one, or BOS."""
+    """Return a special token that texts don't end with: one for padding, an unused one, the unknown token, or BOS."""
     special = {
         i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in ends
     }
     named = [text for text in special.values() if UNUSED.search(text)]
     named.sort(key=lambda text: "pad" not in text.lower())
-    return next(iter([*named, *(text for text in special.values() if text == tokenizer.bos_token)]), None)
+    rare = [text for text in (tokenizer.unk_token, tokenizer.bos_token) if text in special.values()]
+    return next(iter([*named, *rare]), None)
