@@ -32,12 +32,14 @@ from reinforcepp.rollout.vllm.client import Timeouts
 from reinforcepp.rollout.vllm.nccl import NcclServerTransfer
 from reinforcepp.rollout.vllm.server_engine import VllmServerEngine
 from reinforcepp.rollout.vllm.server_pool import ServerPool
-from reinforcepp.rollout.vllm.server_transfer import EXTENSION
 from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.types import Sampling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
 GREEDY = Sampling(24, temperature=0)
+EXTENSION = "rollout.nccl_extension.Worker"
+"""Our extension, in a server that also takes broadcasts without a GPU."""
+NCCL = '--weight-transfer-config={"backend": "nccl"}'
 SHORT = Timeouts(connect=2, health_interval=0.5, health=2, progress=60, rejoin=5)
 
 
@@ -45,6 +47,7 @@ SHORT = Timeouts(connect=2, health_interval=0.5, health=2, progress=60, rejoin=5
 def key():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_API_KEY", KEY)
+        patch.setattr(server_pool, "EXTENSION", EXTENSION)
         yield
 
 
@@ -58,12 +61,12 @@ def cable():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, cable):
-    """Start a plain server with tied weights, and a server with our extension, untied, behind the cable."""
+    """Start a plain server with tied weights, and one with our extension and NCCL's stand-in, untied, behind the cable."""
     folder = tmp_path_factory.mktemp("served")
     tied, untied = tiny.save(folder / "tied", seed=3), tiny.save(folder / "untied", seed=3, tied=False)
     both = [
         Served(folder / "plain.log", tied),
-        Served(folder / "extended.log", untied, f"--worker-extension-cls={EXTENSION}", network=cable),
+        Served(folder / "extended.log", untied, f"--worker-extension-cls={EXTENSION}", NCCL, network=cable),
     ]
     try:
         for server in both:
@@ -303,32 +306,25 @@ def test_a_healthy_server_without_progress_is_lost(served, engine_of, monkeypatc
     wait_until(engine, 1)
 
 
-def for_nccl(folder, *flags) -> Served:
-    return Served(folder / "log", tiny.save(folder / "base"), '--weight-transfer-config={"backend": "nccl"}', *flags)
-
-
-def takes_weights_by_nccl(server, folder, device) -> None:
+def takes_weights_by_nccl(server, folder, device, **shape) -> None:
+    model, tokenizer = prepared_model(**shape).to(device), prepared_tokenizer()
+    engine = VllmServerEngine([server.url], model, tokenizer, max_length=200, folder=folder)
     try:
-        server.wait()
-        model, tokenizer = prepared_model().to(device), prepared_tokenizer()
-        engine = VllmServerEngine([server.url], model, tokenizer, max_length=200, folder=folder)
         assert type(engine.pool._transfer_for(engine.pool.clients[0])) is NcclServerTransfer
         check_sync(engine, model, tokenizer)
         for seed in (1, 2):
-            model = prepared_model(seed=seed).to(device)
+            model = prepared_model(seed=seed, **shape).to(device)
             engine.load_weights(model)
             check_sync(engine, model, tokenizer)
-        engine.close()
     finally:
-        server.end()
+        engine.close()
 
 
-def test_weights_are_broadcast_to_a_server_by_vllms_transfer(tmp_path, monkeypatch):
+def test_weights_are_broadcast_to_a_server_by_vllms_transfer(served, tmp_path, monkeypatch):
     """The broadcast goes through a TCP store instead of NCCL, without packing."""
     stand_in(monkeypatch.setattr)
     monkeypatch.setattr(ServerPool, "_transfer_for", lambda self, client: self._nccl)
-    server = for_nccl(tmp_path, "--worker-extension-cls=rollout.nccl_extension.Worker")
-    takes_weights_by_nccl(server, tmp_path, "cpu")
+    takes_weights_by_nccl(served[1], tmp_path, "cpu", tied=False)
 
 
 @pytest.mark.gpu
@@ -336,8 +332,12 @@ def test_weights_are_broadcast_to_a_server_by_vllms_transfer(tmp_path, monkeypat
 def test_weights_are_broadcast_between_gpus(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "1")
-        server = for_nccl(tmp_path)
-    takes_weights_by_nccl(server, tmp_path, "cuda:0")
+        server = Served(tmp_path / "log", tiny.save(tmp_path / "base"), NCCL)
+    try:
+        server.wait()
+        takes_weights_by_nccl(server, tmp_path, "cuda:0")
+    finally:
+        server.end()
 
 
 # --- trainings ------------------------------------------------------------------------------------------------------
