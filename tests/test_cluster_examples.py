@@ -84,7 +84,7 @@ def left(environment):
 
 
 @pytest.mark.full
-def test_a_pool_for_the_time_of_a_training(place, tmp_path, model_folder, pairs_csv):
+def test_a_pool_lives_as_long_as_the_training(place, tmp_path, model_folder, pairs_csv):
     """By ssh's stand-in until it is told to end, then by Slurm's from where it stopped."""
     flags = settings(model_folder, pairs_csv, tmp_path / "run", max_steps=200)
     command = [EXAMPLES / "with_ray.sh", "localhost", "reinforcepp", "train", "--rollout", "ray://auto", *flags]
@@ -118,7 +118,7 @@ def test_a_pool_for_the_time_of_a_training(place, tmp_path, model_folder, pairs_
 
 
 @pytest.mark.parametrize("command", [["with_ray.sh", "localhost", "true"], ["slurm/several_trainers.sbatch"]])
-def test_a_port_in_use(place, command):
+def test_a_port_in_use_is_an_error(place, command):
     """By one who says nothing, of whom a torchrun would wait for an answer without end."""
     place["HEAD"] = "127.0.0.1"
     with socket.create_server(("127.0.0.1", int(place["PORT"]))):
@@ -128,7 +128,7 @@ def test_a_port_in_use(place, command):
     assert done.stderr.startswith(f"error: Something listens on 127.0.0.1:{place['PORT']} already: stop it, or")
 
 
-def test_a_node_that_can_not_begin_ends_all(place, tmp_path):
+def test_a_node_that_fails_to_start_ends_the_job(place, tmp_path):
     """Else the other one would wait for it for as long as torchrun does."""
     torchrun = tmp_path / "torchrun"
     torchrun.write_text('#!/usr/bin/env bash\n[ "$SLURM_NODEID" = 1 ] && exit 3\nexec sleep 300\n')
@@ -138,7 +138,7 @@ def test_a_node_that_can_not_begin_ends_all(place, tmp_path):
     assert done.returncode != 0 and time.monotonic() - begin < 60
 
 
-def test_without_a_command_its_use_is_told(place):
+def test_without_a_command_the_usage_is_printed(place):
     done = subprocess.run(
         [EXAMPLES / "with_ray.sh", "localhost"], env=place, capture_output=True, text=True, timeout=60
     )
@@ -146,7 +146,7 @@ def test_without_a_command_its_use_is_told(place):
 
 
 @pytest.mark.full
-def test_several_trainers(place, tmp_path, model_folder, pairs_csv):
+def test_nodes_with_one_rank_each_train_together(place, tmp_path, model_folder, pairs_csv):
     """Two nodes of one process each find each other and train together."""
     flags = settings(model_folder, pairs_csv, tmp_path / "run", max_steps=2, rollout="transformers")
     command = [EXAMPLES / "slurm" / "several_trainers.sbatch", *flags]
@@ -155,7 +155,7 @@ def test_several_trainers(place, tmp_path, model_folder, pairs_csv):
     assert len(read_metrics(tmp_path / "run")) == 2 and done.stderr.count("Saved policy to") == 1
 
 
-def test_the_job_for_kubernetes_is_a_command_of_ours():
+def test_the_kubernetes_job_runs_a_valid_command():
     job = yaml.safe_load((EXAMPLES / "kuberay" / "train.yaml").read_text())
     program, verb, *flags = job["spec"]["entrypoint"].split()
     assert (program, verb) == ("reinforcepp", "train")

@@ -1,4 +1,4 @@
-"""Estimators side by side: the statistics by hand, and the whole command on the built-in model, cut short."""
+"""Comparison of estimators: hand-computed statistics, and a short run of the whole command on the built-in model."""
 
 import json
 import re
@@ -143,7 +143,7 @@ def reward_folder(tmp_path_factory):
     return folder
 
 
-def test_the_whole_command_and_that_it_goes_on_where_it_was(reward_folder, tmp_path, monkeypatch):
+def test_the_whole_command_and_its_resume(reward_folder, tmp_path, monkeypatch):
     settings = {
         "output_dir": str(tmp_path / "out"),
         "reward_model": str(reward_folder),

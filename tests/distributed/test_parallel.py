@@ -1,4 +1,4 @@
-"""Several processes train as one does, tell it once, and end together, in real processes with gloo."""
+"""Several ranks train like one, print once, and stop together, in real processes with gloo."""
 
 import importlib.util
 import json
@@ -90,7 +90,7 @@ def test_any_number_of_ranks_trains_alike_on_any_backend_and_resumes_others_chec
 
 @pytest.mark.full
 @pytest.mark.parametrize("backend", sorted(SHARDED.keys() & set(BACKENDS)))
-def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder, pairs_csv, backend):
+def test_each_rank_saves_and_loads_its_shards(tmp_path, model_folder, pairs_csv, backend):
     """In bfloat16, so that there are float32 weights among the parts; the run that goes on ends like the other one."""
     environment = os.environ | SHARDED[backend] | {"OMP_NUM_THREADS": "1"}
     for name, rest in (
@@ -119,7 +119,7 @@ def test_each_process_writes_its_part_and_reads_it_again(tmp_path, model_folder,
 
 @pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed")
-def test_adapters_beside_weights_of_4_bits_learn_alike_in_shards(tmp_path, model_folder, pairs_csv):
+def test_adapters_on_4_bit_weights_train_alike_in_shards(tmp_path, model_folder, pairs_csv):
     def learnt(name, launcher, environment):
         command = [*training(launcher, model_folder, pairs_csv, tmp_path / name), "--learning_rate", "1e-4"]
         command += ["--rewards", f"{reward}:spread", "--use_peft", "--load_in_4bit"]
@@ -183,7 +183,7 @@ WELL = [how if how == "does well" else pytest.param(how, marks=pytest.mark.full)
 
 
 @pytest.mark.parametrize("how", WELL)
-def test_it_is_told_once_and_one_process_writes(launched, how):
+def test_rank_0_alone_prints_and_writes(launched, how):
     folder, code, text = launched(how)
     assert code == 0, text
     assert sorted(path.name for path in folder.parent.glob(f"{how}-*")) == [f"{how}-{rank} of 2" for rank in (0, 1)]
@@ -209,7 +209,7 @@ def test_it_is_told_once_and_one_process_writes(launched, how):
         ),
     ],
 )
-def test_one_that_fails_ends_all_with_its_own_words(launched, how, words):
+def test_a_failing_rank_stops_all_ranks_with_one_error(launched, how, words):
     folder, code, text = launched(how)
     assert code != 0
     assert text.count(words) == 1 and text.count("error: ") == 1, text
@@ -218,7 +218,7 @@ def test_one_that_fails_ends_all_with_its_own_words(launched, how, words):
     assert not (folder / "model.safetensors").exists()
 
 
-def test_a_machine_with_another_version_is_told(monkeypatch):
+def test_a_node_with_another_version_is_an_error(monkeypatch):
     store = torch.distributed.HashStore()
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(distributed, "own_version", lambda: "0.1.0")
@@ -231,7 +231,7 @@ def test_a_machine_with_another_version_is_told(monkeypatch):
         distributed._compare_versions()
 
 
-# --- what DeepSpeed is told -----------------------------------------------------------------------------------------
+# --- settings of DeepSpeed -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -250,12 +250,12 @@ def test_a_machine_with_another_version_is_told(monkeypatch):
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, torch.float32, "sets optimizer"),
     ],
 )
-def test_what_deepspeed_can_not_do_here_is_told(config, dtype, told):
+def test_unsupported_deepspeed_settings_are_errors(config, dtype, told):
     with pytest.raises(ConfigError, match=told):
         zero.complete_config(config, dtype)
 
 
-def test_the_training_decides_what_it_has_settings_for():
+def test_settings_of_the_training_override_deepspeed_settings():
     config = {"zero_optimization": {"stage": 2}, "gradient_clipping": 7.0, "fp16": {"enabled": True}, "prescale": 1}
     zero.complete_config(config, torch.bfloat16)
     assert config["bf16"] == {"enabled": True} and config["fp16"] == {"enabled": False}
@@ -263,7 +263,7 @@ def test_the_training_decides_what_it_has_settings_for():
     assert config["communication_data_type"] == config["data_types"]["grad_accum_dtype"] == "fp32"
 
 
-def test_the_launchers_file_may_have_a_precision_and_is_told_where_it_can_not_be_used(monkeypatch, tmp_path):
+def test_the_precision_in_the_launchers_file_is_ignored_and_an_unusable_file_is_an_error(monkeypatch, tmp_path):
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
@@ -276,7 +276,7 @@ def test_the_launchers_file_may_have_a_precision_and_is_told_where_it_can_not_be
         zero.launcher_plugin()
 
 
-def test_without_deepspeed_it_is_told_how_to_get_it(monkeypatch):
+def test_without_deepspeed_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"isn't installed.*pip install 'deepspeed>=0\.19,<0\.20'"):
         zero.prepare_deepspeed(cpu=True)

@@ -78,7 +78,7 @@ def goes_on(model, data, folder) -> None:
 
 
 @pytest.mark.full
-def test_machines_that_train_together_are_parted(rights, model_folder, pairs_csv, tmp_path):
+def test_ranks_on_disconnected_nodes_stop_with_an_error(rights, model_folder, pairs_csv, tmp_path):
     """By a cable that is pulled out, and by one on which packets are lost."""
     with two_machines() as cut, two_machines() as lossy:
         runs = []
@@ -102,7 +102,7 @@ def test_machines_that_train_together_are_parted(rights, model_folder, pairs_csv
 
 
 @pytest.mark.full
-def test_the_first_machine_is_not_there_or_its_port_is_taken(machines, model_folder, pairs_csv, tmp_path):
+def test_a_missing_first_node_or_a_port_in_use_is_an_error(machines, model_folder, pairs_csv, tmp_path):
     """Of processes that were started without torchrun."""
     flags = training(model_folder, pairs_csv, tmp_path / "run", "--watchdog_seconds", "2")
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": machines.network.here, "MASTER_PORT": str(PORT)}
@@ -131,7 +131,7 @@ def test_the_first_machine_is_not_there_or_its_port_is_taken(machines, model_fol
         ("shapes differ", "RuntimeError: shapes differ"),
     ],
 )
-def test_what_gloo_says_in_our_words(capsys, said, words):
+def test_errors_of_gloo_are_translated(capsys, said, words):
     _report_uncaught(RuntimeError, RuntimeError(said), None)
     told = capsys.readouterr().err
     assert words in told and ("--resume" in told) == told.startswith("error: ") == (said not in told)
@@ -158,7 +158,7 @@ def shared_out(machines: Machines, process: psutil.Popen) -> list[list[int]]:
 
 
 @pytest.mark.full
-def test_a_node_of_the_pool_is_cut_off_and_comes_back(machines, model_folder, pairs_csv, tmp_path):
+def test_a_disconnected_node_of_the_pool_comes_back(machines, model_folder, pairs_csv, tmp_path):
     pytest.importorskip("ray")
     folder, net = tmp_path / "run", machines.network
     machines.ray_node(far=False, cpus=1, head=True, **HEALTH)
@@ -180,7 +180,7 @@ def test_a_node_of_the_pool_is_cut_off_and_comes_back(machines, model_folder, pa
 
 
 @pytest.mark.full
-def test_the_head_of_the_pool_is_cut_off(machines, model_folder, pairs_csv, tmp_path):
+def test_a_disconnected_head_of_the_pool_stops_the_run(machines, model_folder, pairs_csv, tmp_path):
     pytest.importorskip("ray")
     folder, net = tmp_path / "run", machines.network
     machines.ray_node(far=True, cpus=1, head=True, **HEALTH)

@@ -22,21 +22,21 @@ def whole(name, shape):
     return None
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_saved_shards_are_loaded_unchanged(tmp_path):
     write_shards(TENSORS, tmp_path / "shards")
     found = read_shards(tmp_path / "shards", whole)
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], value) for name, value in TENSORS.items())
 
 
-def test_nothing_of_it_is_pickled(tmp_path):
+def test_shards_are_plain_safetensors_files(tmp_path):
     write_shards(TENSORS, tmp_path / "shards")
     (file,) = (tmp_path / "shards").iterdir()
     with safe_open(file, framework="pt") as opened:
         assert set(opened.keys()) == TENSORS.keys()
 
 
-def test_parts_are_put_together(tmp_path):
+def test_shards_are_assembled_into_full_tensors(tmp_path):
     parts = {"a": ("0/exp_avg", TENSORS["0/exp_avg"][:1], [0, 0]), "b": ("0/exp_avg", TENSORS["0/exp_avg"][1:], [1, 0])}
     for file, (name, part, offsets) in parts.items():
         told = {CUSTOM_METADATA_KEY: json.dumps({name: {SAVED_OFFSETS_KEY: offsets}})}
@@ -44,7 +44,7 @@ def test_parts_are_put_together(tmp_path):
     assert torch.equal(read_shards(tmp_path, whole)["0/exp_avg"], TENSORS["0/exp_avg"])
 
 
-def test_an_optimiser_is_read_from_either(tmp_path):
+def test_an_optimizer_loads_from_shards_and_from_one_file(tmp_path):
     write_shards(TENSORS, tmp_path / "one" / "policy_optimizer")
     (tmp_path / "other").mkdir()
     save_file(TENSORS, tmp_path / "other" / "policy_optimizer.safetensors")
@@ -55,13 +55,13 @@ def test_an_optimiser_is_read_from_either(tmp_path):
         assert torch.equal(state["state"][1]["master"], TENSORS["1/master"])
 
 
-def test_what_cannot_be_written_is_the_systems_own_error(tmp_path):
+def test_a_failing_write_raises_the_error_of_the_system(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
         write_shards(TENSORS, tmp_path / "file" / "shards")
 
 
-def test_a_damaged_part_is_named(tmp_path):
+def test_the_error_names_a_damaged_shard(tmp_path):
     write_shards(TENSORS, tmp_path / "policy_optimizer")
     (file,) = (tmp_path / "policy_optimizer").iterdir()
     file.write_bytes(b"nonsense")

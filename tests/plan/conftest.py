@@ -1,6 +1,7 @@
-"""Traces of models are shared by all tests of the planner."""
+"""Fixtures of all tests of the planner."""
 
 import pytest
+import tiny
 from plan import traced
 
 from reinforcepp.plan import command
@@ -8,5 +9,14 @@ from reinforcepp.plan import command
 
 @pytest.fixture(autouse=True)
 def shared_traces(monkeypatch):
+    """Trace each model once for all tests."""
     monkeypatch.setattr(command, "trained_model", traced.trained_model)
     monkeypatch.setattr(command, "frozen_model", traced.frozen_model)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with a model folder that holds only the configuration."""
+    monkeypatch.chdir(tmp_path)
+    tiny.model("llama", tied=False).config.save_pretrained(tmp_path / "model")
+    return tmp_path

@@ -12,6 +12,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan.traced import trained_model
 
 import scripts
 from reinforcepp.commands import cli
@@ -21,7 +22,7 @@ from reinforcepp.monitoring.completion_log import COMPLETIONS, save_completions,
 from reinforcepp.plan import lengths, memory, timing
 from reinforcepp.plan.device import Device, Rates
 from reinforcepp.plan.memory import Job, Rows
-from reinforcepp.plan.model_costs import FrozenModel, Pass, RowSize, TrainedModel, trained_model
+from reinforcepp.plan.model_costs import FrozenModel, Pass, RowSize, TrainedModel
 from reinforcepp.plan.trace import Line, Peak
 
 cluster, pool, forecast = (scripts.benchmark(name) for name in ("scaling.cluster", "scaling.pool", "forecast"))
@@ -80,14 +81,14 @@ CHANCE = lengths.geometric(20, NEW)
 # --- lengths --------------------------------------------------------------------------------------------------------
 
 
-def test_completions_of_full_length():
+def test_full_length_completions_all_have_the_maximum_length():
     full = lengths.full_length(NEW)
     assert full.mean == NEW and full.longest(1) == pytest.approx(NEW) == full.longest(1000)
     assert set(cluster.sample_lengths(full, np.random.default_rng(0), 50)) == {NEW}
 
 
 @pytest.mark.parametrize("mean", [1, 7, 40, NEW])
-def test_any_token_may_be_the_last(mean):
+def test_geometric_lengths_have_a_constant_stop_probability(mean):
     found = lengths.geometric(mean, NEW)
     assert found.mean == pytest.approx(mean)
     on = found.active_T[1:] / found.active_T[:-1] if mean > 1 else np.zeros(1)
@@ -97,7 +98,7 @@ def test_any_token_may_be_the_last(mean):
     assert drawn.mean() == pytest.approx(mean, rel=0.02)
 
 
-def test_lengths_that_there_were():
+def test_empirical_lengths_follow_the_recorded_lengths():
     found = lengths.empirical([1, 2, 2, 5, 100], 8, "somewhere")
     assert found.active_T.tolist() == [1, 0.8, 0.4, 0.4, 0.4, 0.2, 0.2, 0.2]
     assert found.mean == pytest.approx((1 + 2 + 2 + 5 + 8) / 5)
@@ -106,7 +107,7 @@ def test_lengths_that_there_were():
     assert (drawn == 2).mean() == pytest.approx(0.4, abs=0.02)
 
 
-def test_the_longest_of_several():
+def test_longest_equals_the_expected_maximum():
     found = lengths.empirical([1, 3], 3, "somewhere")
     assert found.longest(1) == pytest.approx(2)
     assert found.longest(2) == pytest.approx(3 * 0.75 + 1 * 0.25)
@@ -141,7 +142,7 @@ def by_hand(one: Job, drawn: list[int], speeds: timing.Speeds) -> float:
     return seconds
 
 
-def test_a_batch_lasts_until_its_longest_has_ended():
+def test_a_batch_lasts_until_its_longest_completion_ends():
     speeds = timing.Speeds(1e9, 1e6, 1e6)
     drawn = cluster.sample_lengths(CHANCE, np.random.default_rng(0), 2000 * 8).reshape(-1, 8)
     simulated = np.mean([by_hand(job(), list(row), speeds) for row in drawn])
@@ -152,7 +153,7 @@ def test_a_batch_lasts_until_its_longest_has_ended():
 
 
 @pytest.mark.parametrize("times", [1, 4])
-def test_waiting_is_until_the_slowest_device_has_ended(times):
+def test_straggler_time_lasts_until_the_slowest_device_ends(times):
     speeds = timing.Speeds(1e9, 1e9, 1e5)  # reading weights is what takes time
     policy = replace(SHAPE, cache_per_token=0)
     one, ranks, number = job(policy=policy, ranks=6), 6, 8
@@ -168,7 +169,7 @@ def test_waiting_is_until_the_slowest_device_has_ended(times):
     assert timing.straggler_seconds(one, rows, speeds, lengths.full_length(NEW)) == pytest.approx(0, abs=1e-9)
 
 
-def test_shorter_completions_take_less_of_everything():
+def test_shorter_completions_take_less_time_in_every_phase():
     rows, wanted = Rows(64, 64, 0, 128, 8, 8), config()
     full = timing.step_seconds(job(), rows, wanted, EVERY, lengths.full_length(NEW))
     short = timing.step_seconds(job(), rows, wanted, EVERY, CHANCE)
@@ -183,7 +184,7 @@ def test_shorter_completions_take_less_of_everything():
 # --- links ----------------------------------------------------------------------------------------------------------
 
 
-def test_seconds_of_gathering():
+def test_gather_seconds_equal_the_formula():
     links = Links(nodes=4, gpus=8, node_bandwidth=100.0, network_bandwidth=10.0)
     assert links.gather_seconds(800.0) == pytest.approx(800 * 3 / 4 / 10 + 800 * 7 / 8 / 100)
     assert Links(1, 1, 100.0, 10.0).gather_seconds(800.0) == 0
@@ -193,7 +194,7 @@ def test_seconds_of_gathering():
     assert unknown.node_bandwidth == pytest.approx(0.7 * 32e9)
 
 
-def test_what_is_exchanged():
+def test_communication_bytes_equal_the_formula():
     links = Links(2, 1, 1.0, 10.0)  # half of what is gathered, at 10 bytes a second
     rows = Rows(64, 64, 0, 128, 8, 5)
     twice = config(batch_size=64, micro_batch_size=8, gradient_accumulation_steps=4)
@@ -232,7 +233,7 @@ def test_seconds_to_transfer_new_weights():
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.floats(1, 1e9))
-def test_more_bytes_and_slower_links_never_take_less(nodes, per_node, size):
+def test_more_bytes_and_slower_links_never_take_less_time(nodes, per_node, size):
     links = Links(nodes, per_node, 100.0, 10.0)
     now = links.gather_seconds(size)
     assert now <= links.gather_seconds(2 * size)
@@ -244,7 +245,7 @@ def test_more_bytes_and_slower_links_never_take_less(nodes, per_node, size):
 # --- many machines --------------------------------------------------------------------------------------------------
 
 
-def test_machines_are_doubled_up_to_all_of_them():
+def test_node_counts_double_up_to_the_total():
     found = cluster.scales(job(), config(), GPU, CHANCE, 6)
     assert [(one.nodes, one.devices) for one in found] == [(1, 8), (2, 16), (4, 32), (6, 48)]
     assert cluster.scales(job(), config(), replace(GPU, rates=None), CHANCE, 6) == []
@@ -254,7 +255,7 @@ def test_machines_are_doubled_up_to_all_of_them():
         assert one.step == pytest.approx(sum(one.seconds.values()))
 
 
-def test_the_phases_are_those_of_a_device_and_of_its_links():
+def test_phases_add_communication_to_the_times_of_one_device():
     wanted = config(network_gbps=1e-6, micro_batch_size=2)
     (one,) = cluster.scales(job(), wanted, replace(GPU, gpus=1), CHANCE, 1)
     speeds = timing.achieved(GPU.rates)
@@ -275,7 +276,7 @@ def test_the_phases_are_those_of_a_device_and_of_its_links():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), st.booleans(), st.sampled_from(["vllm", "transformers"]), st.floats(1, NEW))
-def test_more_machines_never_compute_longer(nodes, sharded, engine, mean):
+def test_more_nodes_never_compute_longer(nodes, sharded, engine, mean):
     one, found = job(sharded=sharded, engine=engine), lengths.geometric(mean, NEW)
     steps = [cluster.on_nodes(one, config(), GPU, found, number) for number in (nodes, nodes + 1)]
     for phase in ("rollout", "scoring", "update"):
@@ -299,7 +300,7 @@ def test_a_pool_generates_and_one_device_trains():
     assert waiting == pytest.approx(0) and own > 0  # all are given four each
 
 
-def test_several_train_beside_a_pool():
+def test_several_trainers_with_a_pool_share_scoring_and_update():
     wanted = config(rollout="ray://auto", rollout_batch_size=4, batch_size=256, device="h100")
     one, many = (
         cluster.on_nodes(job(engine="ray", ranks=ranks, gpus=ranks), replace(wanted, trainers=ranks), GPU, CHANCE, 4)
@@ -317,7 +318,7 @@ def test_several_train_beside_a_pool():
     assert cluster.on_nodes(job(engine="ray", ranks=8, gpus=8), slow, GPU, CHANCE, 4).seconds["exchange"] < 1
 
 
-def test_machines_of_a_pool():
+def test_a_pool_has_enough_nodes_for_its_workers():
     assert cluster.number_of_nodes(config(nodes=3, gpus=8), 8) == 3
     assert cluster.number_of_nodes(config(), 8) == 1
     pooled = config(rollout="ray://auto", rollout_workers=1000)
@@ -348,7 +349,7 @@ def test_machines_of_a_pool():
     spread=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 1000),
 )
-def test_throughput_is_never_above_ideal_and_everything_is_answered(workers, number, most, failures, spread, seed):
+def test_throughput_is_at_most_ideal_and_every_prompt_is_completed(workers, number, most, failures, spread, seed):
     crew = SimulatedPool(workers, lambda places: 1.0 + len(places), Conditions(failures, 20.0, spread), seed)
     for one in simulate(crew, number, most, 3, between=10.0):  # which asserts that each prompt is answered once
         assert 0 < one.useful <= workers * one.seconds * (1 + 1e-9)
@@ -357,12 +358,12 @@ def test_throughput_is_never_above_ideal_and_everything_is_answered(workers, num
     assert len(crew.slowness) <= workers
 
 
-def test_without_failures_all_are_busy_to_the_end():
+def test_without_failures_all_workers_are_busy_until_the_end():
     (one,) = simulate(SimulatedPool(4, lambda places: float(len(places))), 64, 4, 1)
     assert (one.seconds, one.useful, one.stats.chunks, one.stats.lost) == (16.0, 64.0, 16, 0)
 
 
-def test_failures_come_as_often_as_they_should_and_cost_time():
+def test_failures_match_their_rate_and_cost_time():
     def course(failures: float) -> tuple[float, int]:
         crew = SimulatedPool(50, lambda places: 60.0, Conditions(failures, 120.0), seed=3)
         found = simulate(crew, 500, 1, 4)
@@ -374,7 +375,7 @@ def test_failures_come_as_often_as_they_should_and_cost_time():
     assert lost == pytest.approx(50 * 10 * hard / 3600, rel=0.35)
 
 
-def test_workers_come_and_go_between_rollouts():
+def test_workers_are_replaced_between_rollouts():
     crew = SimulatedPool(3, lambda places: 1.0, Conditions(failures_per_hour=3600.0, start_seconds=50.0), seed=0)
     crew.idle(40.0)
     assert crew.now == 40.0 and crew.ready() == []
@@ -383,7 +384,7 @@ def test_workers_come_and_go_between_rollouts():
     assert crew.now == 110.0
 
 
-def test_the_same_seed_is_the_same_course():
+def test_the_same_seed_gives_the_same_simulation():
     def course(seed: int) -> list[float]:
         crew = SimulatedPool(5, lambda places: 1.0, Conditions(100.0, 3.0, 0.5), seed)
         return [one.seconds for one in simulate(crew, 40, 2, 3)]
@@ -394,7 +395,7 @@ def test_the_same_seed_is_the_same_course():
 # --- shards in memory -----------------------------------------------------------------------------------------------
 
 
-def test_what_stands_in_shards():
+def test_static_memory_of_shards():
     whole, shards = job(BF16, ranks=8), job(BF16, ranks=8, sharded=True)
     assert memory.static(whole)["gradient buckets"] == 2 * 10_000
     found = memory.static(shards)
@@ -410,7 +411,7 @@ def test_what_stands_in_shards():
     assert timing.adam_bytes(shards, config()) == timing.adam_bytes(whole, config()) / 8
 
 
-def test_before_weights_are_cut_up_they_are_there_twice():
+def test_loading_holds_the_weights_twice_before_sharding():
     found = memory.loading(job(BF16, ranks=8, sharded=True, critic=SHAPE))
     assert found == {
         "policy": 40_000,
@@ -421,7 +422,7 @@ def test_before_weights_are_cut_up_they_are_there_twice():
     assert memory.loading(job(BF16, ranks=8))["float32 weights"] == 40_000
 
 
-def test_what_is_gathered_for_a_pass():
+def test_gathered_weights_of_a_pass():
     shards = job(BF16, ranks=8, sharded=True)
     layer = (10_000 - 2 * 1000) / 4
     assert memory.gathered(shards) == {"gathered weights": 2 * (2 * layer + 2000) + (2 + 4) * layer}
@@ -432,7 +433,7 @@ def test_what_is_gathered_for_a_pass():
     assert "gathered weights" in memory.training(shards, Rows(8, 8, 0, 8, 8, 1))
 
 
-def test_gradients_in_shards_are_traced():
+def test_traces_count_one_shard_of_the_gradients():
     model = tiny.model("llama").config
     whole, shards = (trained_model(model, BF16, RowSize(12, 20), shards=number) for number in (1, 4))
     assert shards.later.at_head.gradients == whole.later.at_head.gradients // 4
@@ -440,7 +441,7 @@ def test_gradients_in_shards_are_traced():
     assert shards.later.peak.at(2).gradients < whole.later.peak.at(2).gradients / 3
 
 
-def test_rows_of_an_optimiser_step_are_shared_too():
+def test_ranks_share_the_rows_of_an_optimizer_step():
     wanted = config(batch_size=64, micro_batch_size=8, gradient_accumulation_steps=4)
     assert Rows.of(wanted, 1) == Rows(64, 64, 0, 128, 8, 4)
     assert Rows.of(wanted, 8) == Rows(8, 8, 0, 128, 8, 1)
@@ -467,21 +468,13 @@ def test_rows_of_an_optimiser_step_are_shared_too():
         ({"fsdp": True, "offload_optimizer": True}, "offload_optimizer .* fsdp"),
     ],
 )
-def test_contradicting_settings_are_refused(changes, named):
+def test_contradictory_settings_are_errors(changes, named):
     with pytest.raises(ConfigError, match=named):
         config(**changes)
 
 
 def test_a_pool_can_have_more_workers_than_prompts():
     assert config(nodes=9, gpus=8, rollout="ray://auto").pooled
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The working directory, with a model of which there is only the configuration."""
-    monkeypatch.chdir(tmp_path)
-    tiny.model("llama", tied=False).config.save_pretrained(tmp_path / "model")
-    return tmp_path
 
 
 SIZES = (
@@ -531,7 +524,7 @@ def test_a_table_of_nodes_as_json(folder, capsys):
     assert any("one of 16 shards" in sentence for sentence in found["assumptions"])
 
 
-def test_a_pool(folder, capsys):
+def test_a_pool_as_text(folder, capsys):
     ray = ("--rollout", "ray://auto", "--rollout_workers", "1000", "--gpus", "8")
     code, out = run(capsys, *ray, "--batch_size", "4000", "--nodes", "125")
     assert code == 0 and "on NVIDIA H100 with" in out
@@ -546,13 +539,13 @@ def test_a_pool(folder, capsys):
     assert "The pool has 1000 workers on 125 nodes" in out
 
 
-def test_settings_come_from_a_file_and_flags_win(folder, capsys):
+def test_flags_override_settings_from_a_file(folder, capsys):
     (folder / "mine.yaml").write_text("nodes: 4\ngpus: 8\nfsdp: true\nrewards: [rule:length]\n")
     _, out = run(capsys, "--config", "mine.yaml", "--nodes", "2")
     assert rows_of(out)["nodes"][1:] == ["1", "2"] and "one of 16 shards" in out
 
 
-def test_the_verdict_names_what_makes_the_models_smaller(folder, capsys):
+def test_the_verdict_lists_options_that_reduce_the_models(folder, capsys):
     weights = json.loads(run(capsys, "--format", "json")[1])["parameters"]["policy"]
 
     def verdict(bytes_per_weight: float, *flags: str) -> str:
@@ -572,7 +565,7 @@ def test_the_verdict_names_what_makes_the_models_smaller(folder, capsys):
     assert "Reduce it" not in verdict(1, "--use_peft", "--rewards", "http://127.0.0.1:1/x")
 
 
-def test_mistakes_are_one_sentence(folder, capsys):
+def test_invalid_input_is_a_one_line_error(folder, capsys):
     code, err = run(capsys, "--lengths_from", "nowhere")
     assert code == 2 and err.startswith("error: lengths_from: nowhere has no completions")
 

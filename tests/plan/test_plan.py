@@ -1,4 +1,4 @@
-"""The planner: shapes and bytes that can be counted by hand, real passes beside it, the largest batches, what it tells."""
+"""The planner: hand-counted shapes and bytes, comparison with real passes, the largest batches, and the printed plan."""
 
 from __future__ import annotations
 
@@ -74,20 +74,20 @@ def config(**changes) -> PlanConfig:
 # --- what is counted of a model -------------------------------------------------------------------------------------
 
 
-def test_parameters_are_those_of_the_real_model():
+def test_parameters_equal_those_of_the_real_model():
     assert GPT2 == 136_960 and LLAMA == 115_008
     for family, expected in (("gpt2", GPT2), ("llama", LLAMA)):
         assert shape(family).parameters == expected
         assert expected == sum(p.numel() for p in tiny.model(family, tied=family != "llama").parameters())
 
 
-def test_a_reward_model_has_a_score_in_the_place_of_the_vocabulary():
+def test_a_reward_model_has_a_score_head_instead_of_the_output_layer():
     assert frozen_model(tiny.model().config, F32, SIZE).parameters == GPT2 + WIDTH
     llama = tiny.model("llama", tied=False).config
     assert frozen_model(llama, F32, SIZE).parameters == LLAMA - VOCABULARY * WIDTH + WIDTH
 
 
-def test_a_critic_has_an_output_layer_of_its_own():
+def test_a_critic_has_a_separate_output_layer():
     values = shape(values=True)
     assert (values.parameters, values.head, values.vocabulary) == (GPT2 + WIDTH, WIDTH, 1)
     assert shape("llama", values=True).parameters == LLAMA - VOCABULARY * WIDTH + WIDTH
@@ -103,7 +103,7 @@ def test_sizes_of_the_output_layer_the_cache_and_the_packed_weights():
     assert not llama.tied
 
 
-def test_operations_are_two_for_each_weight_and_token_and_those_of_attention():
+def test_flops_are_two_per_weight_and_token_plus_attention():
     policy, body = shape(), LAYERS * 12 * WIDTH**2
     pairs = 4 * WIDTH * LAYERS
     assert policy.row_flops == 2 * body * SIZE.length + pairs * SIZE.length**2
@@ -112,7 +112,7 @@ def test_operations_are_two_for_each_weight_and_token_and_those_of_attention():
     assert frozen_model(tiny.model().config, F32, SIZE).row_flops == policy.row_flops
 
 
-def test_what_gpt2_keeps_for_the_backward_pass():
+def test_activations_that_gpt2_keeps_for_the_backward_pass():
     """Of a token in a layer: input and output of both norms, queries, keys and values, attention's output, and four times
     the width before and after the activation; the norms' statistics, attention's sums, and a row of the mask."""
     length = SIZE.length
@@ -124,7 +124,7 @@ def test_what_gpt2_keeps_for_the_backward_pass():
     assert shape().later.at_head.gradients == 4 * GPT2
 
 
-def test_the_score_pass_keeps_nothing_but_its_last_states():
+def test_the_score_pass_keeps_only_the_last_hidden_states():
     line = shape().score.at_head
     assert line.at(3) == 3 * 4 * WIDTH * SIZE.length
     assert shape().score.peak.at(3).other < shape().first.peak.at(3).other / 3
@@ -138,7 +138,7 @@ def test_gradients_end_up_in_float32(early):
     assert (most < 6) if early else (most > 6)  # bytes a weight: one by one, or all in bfloat16 beside float32
 
 
-def test_a_model_that_caps_its_logits_has_them_in_its_own_pass():
+def test_capped_logits_count_in_the_pass_of_the_model():
     from transformers import Gemma2Config
 
     capped = Gemma2Config(
@@ -159,7 +159,7 @@ def test_a_model_that_caps_its_logits_has_them_in_its_own_pass():
     assert memory.chunk_bytes(job(), with_cap, 4) == 0
 
 
-def test_a_mixture_of_experts_can_be_counted():
+def test_a_mixture_of_experts_counts_active_experts_per_token():
     from transformers import MixtralConfig
 
     mixture = MixtralConfig(
@@ -179,7 +179,7 @@ def test_a_mixture_of_experts_can_be_counted():
     assert counted.token_flops == pytest.approx(dense, rel=0.02)
 
 
-def test_other_models_are_refused():
+def test_unsupported_models_are_errors():
     from transformers import BloomConfig, CLIPConfig
 
     with pytest.raises(ModelError, match="clip isn't a causal language model"):
@@ -188,7 +188,7 @@ def test_other_models_are_refused():
         trained_model(BloomConfig(hidden_size=64, n_head=2, n_layer=1, vocab_size=VOCABULARY), F32, SIZE)
 
 
-# --- beside real passes ---------------------------------------------------------------------------------------------
+# --- compared with real passes ---------------------------------------------------------------------------------------------
 
 
 def real_peak(
@@ -270,7 +270,7 @@ def test_the_peak_of_a_real_update_with_adapters_or_recomputed_activations(name,
     assert expected == pytest.approx(real_peak(family, dtype, number, passes, False, settings), rel=0.1)
 
 
-def test_of_an_adapter():
+def test_sizes_of_an_adapter():
     rank, learner = 4, shape("llama", settings=LORA)
     per_layer = rank * (2 * (WIDTH + WIDTH) + 2 * (WIDTH + WIDTH // 2) + 3 * (WIDTH + INNER))
     assert learner.trained == LAYERS * per_layer
@@ -295,7 +295,7 @@ def test_of_an_adapter():
     assert again == pytest.approx(4 / 3 * timing.update_flops(job(), rows(), plain))
 
 
-def test_of_weights_in_4_bits():
+def test_sizes_of_4_bit_weights():
     learner = shape("llama", BF16, settings=replace(LORA, load_in_4bit=True))
     linear = LLAMA - 2 * VOCABULARY * WIDTH - (2 * LAYERS + 1) * WIDTH
     own = 2 * (LLAMA - linear) + round(linear * (4 + 8 / 64 + 32 / 256 / 64) / 8)
@@ -304,7 +304,7 @@ def test_of_weights_in_4_bits():
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_what_adamw_needs_in_main_memory(dtype):
+def test_offloading_adamw_frees_gpu_memory_and_costs_time(dtype):
     learner = shape("gpt2", dtype, offload=True)
     away = replace(job(dtype, gpus=1), policy=learner, offload=True)
     here = replace(away, policy=shape("gpt2", dtype), offload=False)
@@ -318,7 +318,7 @@ def test_what_adamw_needs_in_main_memory(dtype):
     assert timing.adam_seconds(away, many, config(), 1.0) > timing.adam_seconds(away, one, config(), 1.0)
 
 
-def test_a_plan_with_the_optimizer_in_main_memory(tmp_path):
+def test_a_plan_with_an_offloaded_optimizer(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     settings = {
         "model": str(tmp_path),
@@ -346,7 +346,7 @@ def test_a_plan_with_the_optimizer_in_main_memory(tmp_path):
     ),
     st.integers(1, 500),
 )
-def test_the_peak_of_many_moments_is_that_of_the_largest(moments, number):
+def test_the_peak_equals_the_largest_snapshot(moments, number):
     few, many = ([(g, c + s * n) for g, c, s in moments] for n in (2, 4))
     from reinforcepp.plan.trace import Snapshot
 
@@ -354,14 +354,14 @@ def test_the_peak_of_many_moments_is_that_of_the_largest(moments, number):
     assert sum(peak.at(number)) == max(g + c + s * number for g, c, s in moments)
 
 
-def test_runs_of_different_length_give_the_line_through_their_peaks():
+def test_runs_with_different_operations_give_the_line_through_their_peaks():
     from reinforcepp.plan.trace import Snapshot
 
     peak = peak_of([[Snapshot(0, 10), Snapshot(0, 30)], [Snapshot(0, 50), Snapshot(0, 20), Snapshot(0, 40)]])
     assert peak.at(6) == (0, 70)
 
 
-def test_what_is_alive_is_counted_while_it_lives():
+def test_tensors_count_while_they_are_alive():
     with MemoryTracker() as live:
         a = torch.zeros(100)
         b = a * 2
@@ -376,7 +376,7 @@ def test_what_is_alive_is_counted_while_it_lives():
 # --- bytes of the parts ---------------------------------------------------------------------------------------------
 
 
-def test_what_stands_all_the_time():
+def test_static_memory():
     plain = memory.static(job())
     reward = GPT2 + WIDTH
     assert plain == {
@@ -401,7 +401,7 @@ def test_what_stands_all_the_time():
     assert memory.static(replace(job(BF16), rollout_copies=3))["copies to sample"] == 3 * 2 * GPT2
 
 
-def test_while_models_are_loaded():
+def test_memory_while_models_are_loaded():
     assert memory.loading(job()) == {"policy": 4 * GPT2, "reference": 4 * GPT2, "reward model": 4 * (GPT2 + WIDTH)}
     assert memory.loading(job(BF16, critic=True)) == {
         "policy": 4 * GPT2,
@@ -411,7 +411,7 @@ def test_while_models_are_loaded():
     }
 
 
-def test_the_optimiser_step_and_the_checkpoint():
+def test_memory_of_the_optimizer_step_and_the_checkpoint():
     assert memory.stepping(job()) == {"gradients": 4 * GPT2}
     assert memory.stepping(job(critic=True)) == {"gradients": 4 * (2 * GPT2 + WIDTH)}
     assert memory.saving(job()) == {"checkpoint copies": 8 * GPT2}
@@ -420,7 +420,7 @@ def test_the_optimiser_step_and_the_checkpoint():
 
 
 @pytest.mark.parametrize(("prompt", "new", "room"), [(32, 64, 160), (32, 129, 160), (32, 130, 289), (32, 448, 547)])
-def test_room_of_the_cache(prompt, new, room):
+def test_the_cache_length_equals_that_of_the_preallocated_cache(prompt, new, room):
     from reinforcepp.rollout.kv_cache import preallocated_cache
 
     assert memory.cache_length(RowSize(prompt, new)) == room
@@ -433,7 +433,7 @@ def test_room_of_the_cache(prompt, new, room):
     assert layer._buffers[0].shape[-2] == room
 
 
-def test_rollouts_by_transformers():
+def test_memory_of_rollouts_by_transformers():
     parts = memory.generating(job(), rows(step=8, concurrent=5))
     cache = 5 * (12 + 128) * 1024
     assert parts == {
@@ -456,7 +456,7 @@ def test_a_long_prompt_with_many_rows_peaks_before_the_first_token():
     assert shared.get("activations", 0) == 0
 
 
-def test_vllm_holds_its_own_weights_all_the_time_on_a_cpu_only():
+def test_vllm_holds_its_weights_in_every_phase_only_on_a_cpu():
     here, there = job(engine="vllm"), job(gpus=1, engine="vllm")
     block = 32 * 1024  # of the 32 tokens of a sequence
     assert memory.vllm_memory(here, rows(concurrent=4)) == {
@@ -471,14 +471,14 @@ def test_vllm_holds_its_own_weights_all_the_time_on_a_cpu_only():
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_what_servers_take_elsewhere_is_not_counted(gpus):
+def test_memory_of_servers_is_not_counted(gpus):
     assert memory.generating(job(gpus=gpus, engine="servers"), rows()) == {}
     asked = config(rollout="vllm://a:1,b:2")
     engine, note = _engine(asked, on_gpu=False)
     assert engine == "servers" and "aren't included" in note
 
 
-def test_the_rollout_batch():
+def test_bytes_of_the_rollout_batch():
     assert memory.batch_bytes(job(gpus=1), rows(step=10)) == 10 * 20 * (7 * 4 + 3 * 8)
     assert memory.batch_bytes(job(), rows(step=10)) == 10 * 20 * (7 * 4 + 3 * 8 + 72)
 
@@ -493,7 +493,7 @@ def test_logits_that_fit_into_a_chunk_are_kept_with_their_gradient():
     assert (logits, weights) == (3 * 4 * 20 * VOCABULARY * 4, 0)  # with probabilities
 
 
-def test_softmax_works_on_blocks():
+def test_bytes_of_a_softmax_block():
     policy = shape()
     assert memory.block_bytes(job(), policy, 4) == 4 * 20 * VOCABULARY * 4
     assert memory.block_bytes(job(BF16), policy, 4) == 2 * 4 * 20 * VOCABULARY * 4
@@ -526,14 +526,14 @@ def made_up(first: Line, later: Line, **changes) -> TrainedModel:
     return replace(shape(), separate_logits=False, vocabulary=1, first=passing(first), later=passing(later), **changes)
 
 
-def test_gradients_of_earlier_passes_count_when_there_are_any():
+def test_gradients_of_earlier_passes_count_from_the_second_pass_on():
     policy = made_up(Line(0, 1000, 10), Line(500, 1000, 10))
     one = replace(job(), policy=policy)
     assert memory.training(one, rows(micro=3, passes=1)) == {"gradients": 0, "activations": 1030, "logits": 0}
     assert memory.training(one, rows(micro=3, passes=2)) == {"gradients": 500, "activations": 1030, "logits": 0}
 
 
-def test_of_policy_and_critic_each_works_beside_the_gradients_of_the_other():
+def test_policy_and_critic_each_train_while_the_other_holds_gradients():
     policy = made_up(Line(0, 9000, 0), Line(400, 9000, 0), trained=100)
     critic = made_up(Line(0, 5000, 0), Line(800, 5000, 0), trained=200)
     both = replace(job(), policy=policy, critic=critic)
@@ -543,7 +543,7 @@ def test_of_policy_and_critic_each_works_beside_the_gradients_of_the_other():
     assert memory.training(larger, rows(passes=1)) == {"gradients": 400, "activations": 9000, "logits": 0}
 
 
-def test_scoring_takes_sixty_four_texts_at_a_time_and_asks_micro_batches():
+def test_scoring_runs_64_texts_at_a_time_and_micro_batches_of_the_policy():
     reward = replace(job().reward, score=passing(Line(0, 0, 10**6)))
     policy = replace(shape(), score=Pass(Peak((Line(0, 0, 10),)), Line(0, 0, 10)))
     asked = replace(job(), reward=reward, policy=policy)
@@ -557,7 +557,7 @@ def test_scoring_takes_sixty_four_texts_at_a_time_and_asks_micro_batches():
     assert memory.scoring(judged, rows(evaluated=3))["activations"] == 3 * 10**7
 
 
-def test_every_phase_has_what_stands_and_its_own():
+def test_every_phase_contains_static_memory_and_its_own():
     found = memory.phases(job(), rows())
     assert tuple(found) == memory.PHASES
     for name in memory.PHASES[1:]:
@@ -593,7 +593,7 @@ def test_rows_of_a_device(changes, gpus, expected):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 200), st.sampled_from([0, 1]), st.booleans())
-def test_more_rows_never_take_less(step, micro, concurrent, gpus, critic):
+def test_more_rows_never_need_less_memory(step, micro, concurrent, gpus, critic):
     one = job(gpus=gpus, critic=critic)
 
     def peaks(step: int, micro: int, concurrent: int) -> list[float]:
@@ -608,7 +608,7 @@ def test_more_rows_never_take_less(step, micro, concurrent, gpus, critic):
         assert all(a <= b for a, b in zip(before, larger, strict=True))
 
 
-def test_longer_rows_take_more():
+def test_longer_rows_need_more_memory():
     sizes = [RowSize(12, 20), RowSize(13, 20), RowSize(12, 40), RowSize(50, 200)]
     for short, long in pairwise(sizes):
         peaks = [
@@ -629,7 +629,7 @@ def test_longer_rows_take_more():
     st.sampled_from(["transformers", "vllm"]),
     st.integers(1, 3),
 )
-def test_the_largest_that_fits_fits_and_one_more_does_not(factor, batch_size, accumulation, engine, mini):
+def test_the_largest_batch_fits_and_one_more_row_does_not(factor, batch_size, accumulation, engine, mini):
     one = job(engine=engine)
     wanted = config(batch_size=batch_size, micro_batch_size=min(mini, batch_size // 2), eval_prompts=3)
     wanted = replace(wanted, gradient_accumulation_steps=accumulation)
@@ -653,7 +653,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(factor, batch_size, ac
         assert not fits(search.with_prompts(now, wanted, found.batch_size + 1))
 
 
-def test_other_batches_are_those_of_other_settings():
+def test_limits_equal_the_plans_of_those_settings():
     wanted = config(batch_size=12, num_generations=2, micro_batch_size=4)
     assert search.with_micro(Rows.of(wanted, 0), wanted, 5) == Rows.of(replace(wanted, micro_batch_size=5), 0)
     assert search.with_prompts(Rows.of(wanted, 0), wanted, 3) == Rows.of(replace(wanted, batch_size=3), 0)
@@ -661,7 +661,7 @@ def test_other_batches_are_those_of_other_settings():
     assert search.with_prompts(Rows.of(plain, 0), plain, 30) == Rows.of(config(batch_size=30), 0)
 
 
-def test_a_single_pass_may_fit_where_two_smaller_ones_do_not():
+def test_one_pass_can_fit_if_two_smaller_ones_do_not():
     assert search.largest_fitting(8, lambda size: size in (1, 2, 3, 8)) == 8
     assert search.largest_fitting(8, lambda size: size <= 5) == 5
     assert search.largest_fitting(8, lambda size: False) == 0
@@ -671,7 +671,7 @@ def test_a_single_pass_may_fit_where_two_smaller_ones_do_not():
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
-def test_adamw_moves_twenty_eight_bytes_a_weight():
+def test_adamw_moves_28_bytes_per_weight():
     assert timing.adam_bytes(job(), config()) == 28 * GPT2
     assert timing.adam_bytes(job(BF16), config()) == 30 * GPT2
     assert timing.adam_bytes(job(), config(num_iterations=3)) == 3 * 28 * GPT2
@@ -679,7 +679,7 @@ def test_adamw_moves_twenty_eight_bytes_a_weight():
     assert timing.adam_bytes(job(), several) == 2 * 28 * GPT2
 
 
-def test_operations_of_scoring_and_update():
+def test_flops_of_scoring_and_update():
     policy, answers = shape(), shape().row_flops + 2 * 20_480 * 20
     assert timing.forward_flops(policy, 20) == answers
     assert timing.update_flops(job(), rows(step=8), config()) == 3 * 8 * answers
@@ -721,12 +721,12 @@ def test_seconds_of_a_rollout():
     assert timing.rollout_seconds(one, rows(8), both, FULL) == pytest.approx(max(tokens, 20 * read / 1e6))
 
 
-def test_weights_of_4_bits_are_read_as_they_are_stored():
+def test_4_bit_weights_are_read_in_their_stored_size():
     narrow = replace(job(), policy=replace(shape(), packed=0, stored=1000, cache_per_token=0))
     assert timing.rollout_seconds(narrow, rows(8), speeds(reading=1e6), FULL) == pytest.approx(20 * 1000 / 1e6)
 
 
-def test_a_gpu_is_prepared_for_while_it_works():
+def test_library_calls_overlap_with_the_work_of_a_gpu():
     read = 20 * (4 * 118_784 + 8 * 22 * 1024) / 1e9
     for call in (1e-6, 2e-5):
         calls, slow = 20 * shape().token_calls * call, speeds(reading=1e9, call=call)
@@ -739,7 +739,7 @@ def test_a_gpu_is_prepared_for_while_it_works():
     assert timing.pass_seconds(job(), rows(8), config(), slow, FULL) == pytest.approx(work + passes)
 
 
-def test_calls_of_scoring():
+def test_library_calls_of_scoring():
     calls = shape().token_calls
 
     def counted(one: Job, step: int, wanted: PlanConfig) -> float:
@@ -752,7 +752,7 @@ def test_calls_of_scoring():
     assert counted(replace(job(), reward=replace(job().reward, parameters=0)), 8, config()) == pytest.approx(2)
 
 
-def test_a_step_reaches_a_share_of_the_rates():
+def test_a_step_reaches_a_fraction_of_the_peak_rates():
     sheet = timing.achieved(device.Rates(1e9, 1e9, measured=False))
     assert sheet == timing.Speeds(0.4e9, 0.4e9, 0.6e9, 10e-6, 10e-6)
     here = timing.achieved(device.Rates(1e9, 2e9, measured=True))
@@ -775,7 +775,7 @@ def test_a_step_reaches_a_share_of_the_rates():
 # --- the device -----------------------------------------------------------------------------------------------------
 
 
-def test_figures_of_a_data_sheet():
+def test_rates_of_a_data_sheet():
     found = device.device_for(config(device="h100"), BF16)
     assert (found.title, found.gpus, found.memory) == ("NVIDIA H100", 1, 80e9)
     assert found.rates == device.Rates(989e12, 3350e9, measured=False)
@@ -786,7 +786,7 @@ def test_figures_of_a_data_sheet():
         assert sheet.float32_tflops < sheet.bf16_tflops
 
 
-def test_this_machine(monkeypatch, tmp_path):
+def test_rates_and_memory_of_this_node(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     here = device.device_for(config(gpus=0), F32)
     assert here.gpus == 0 and here.memory == device.cpu_memory() and here.rates.measured
@@ -814,21 +814,12 @@ def test_this_machine(monkeypatch, tmp_path):
         ({"gpu_memory": 0.0}, "gpu_memory must be greater than 0"),
     ],
 )
-def test_settings_that_contradict_each_other(changes, named):
+def test_contradictory_settings_are_errors(changes, named):
     with pytest.raises(ConfigError, match=named):
         config(**changes)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The working directory, with a model of which there is only the configuration."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    tiny.model("llama", tied=False).config.save_pretrained(tmp_path / "model")
-    return tmp_path
 
 
 LENGTHS = ("--max_prompt_length", "12", "--max_new_tokens", "20", "--max_length", "64")
@@ -878,7 +869,7 @@ def least(capsys, *flags: str) -> dict:
     return json.loads(run(capsys, "--format", "json", "--device", "h100", "--eval_prompts", "0", *flags)[1])
 
 
-def test_what_does_not_fit_is_told_with_what_would(folder, capsys):
+def test_a_plan_that_does_not_fit_reports_one_that_does(folder, capsys):
     flags = ("--batch_size", "64", "--micro_batch_size", "64")
     full = least(capsys, *flags)
     half = least(capsys, "--batch_size", "64", "--micro_batch_size", "20")
@@ -894,7 +885,7 @@ def test_what_does_not_fit_is_told_with_what_would(folder, capsys):
     assert run(capsys, "--batch_size", "64", "--micro_batch_size", "21", *limited)[0] == 1
 
 
-def test_what_can_not_fit_is_told_as_such(folder, capsys):
+def test_a_plan_that_can_not_fit_says_so(folder, capsys):
     code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "0")
     assert code == 1
     assert "Even one completion at a time needs" in out and "Use a device with more memory" in out
@@ -911,7 +902,7 @@ def test_an_unknown_device_with_known_memory_has_no_time(folder, capsys, monkeyp
     assert "Name the GPU (--device)" in out
 
 
-def test_settings_of_a_training_in_a_file_are_understood(folder, capsys):
+def test_the_settings_file_of_a_training_is_accepted(folder, capsys):
     (folder / "recipe.yaml").write_text(
         "model: model\ndata: nowhere.csv\nreward_model: model\nestimator: grpo\nnum_generations: 4\nbatch_size: 16\n"
         "micro_batch_size: 8\nmax_prompt_length: 12\nmax_new_tokens: 20\nlearning_rate: 1e-6\noutput_dir: runs/x\n"
@@ -935,7 +926,7 @@ def test_settings_of_a_training_in_a_file_are_understood(folder, capsys):
         (("--judge", "models/other", "--reward_model", "."), ["not a model", "config.json"]),
     ],
 )
-def test_mistakes_are_one_sentence(folder, capsys, monkeypatch, flags, named):
+def test_invalid_input_is_a_one_line_error(folder, capsys, monkeypatch, flags, named):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     code, out, err = run(capsys, *flags)
     assert (code, out) == (2, "")
@@ -943,13 +934,13 @@ def test_mistakes_are_one_sentence(folder, capsys, monkeypatch, flags, named):
     assert [word for word in named if word not in err] == []
 
 
-def test_an_unknown_device_is_refused(folder):
+def test_an_unknown_device_is_an_error(folder):
     with pytest.raises(SystemExit) as stop:
         cli.main([*ASKED, "--device", "h1000"])
     assert stop.value.code == 2
 
 
-def test_the_engine_is_the_one_that_training_would_take(folder, monkeypatch):
+def test_the_engine_equals_the_choice_of_a_training(folder, monkeypatch):
     from reinforcepp.errors import RolloutError
     from reinforcepp.plan import command
 
@@ -1006,7 +997,7 @@ def test_times_have_units_that_a_reader_can_judge():
     assert [report._time(s) for s in (0.04, 59, 90, 63651.8)] == ["0.0 s", "59.0 s", "2 min", "17 h 41 min"]
 
 
-def test_a_judge_takes_memory_and_the_built_in_one_none(folder):
+def test_a_judge_needs_memory_and_the_built_in_judge_none(folder):
     own = config(model="model", rollout="transformers", device="h100", data="mine.csv")
     assert make_plan(own).job.judge is None
     assert make_plan(replace(own, data="builtin:network")).job.judge is None
@@ -1015,7 +1006,7 @@ def test_a_judge_takes_memory_and_the_built_in_one_none(folder):
     assert not any("doesn't exist yet" in sentence for sentence in judged.notes)
 
 
-def test_the_models_among_the_rewards_take_memory_and_time_and_nothing_else_does(folder):
+def test_only_reward_models_among_the_rewards_need_memory_and_time(folder):
     own = config(model="model", rollout="transformers", device="h100", data="mine.csv")
     size = LLAMA - VOCABULARY * WIDTH + WIDTH
     without = make_plan(replace(own, rewards=("rule:length", "mine.py:f", "http://h/x")))
@@ -1034,5 +1025,5 @@ def test_the_models_among_the_rewards_take_memory_and_time_and_nothing_else_does
     assert two.job.reward.score.peak.at(64) == one.job.reward.score.peak.at(64) != without.job.reward.score.peak.at(64)
 
 
-def test_figures_are_shown_with_the_digits_that_matter():
+def test_sizes_are_shown_with_three_significant_digits():
     assert [report.gib(x * 2**30) for x in (0.123, 9.994, 12.34)] == ["0.12", "9.99", "12.3"]
