@@ -35,7 +35,11 @@ PAIRS = [
 FIRST = (
     "test_vllm_remote",
     "test_ray_pool",
+    "test_serve",
+    "test_legacy_cli",
+    "test_vllm_engine",
     "test_resume",
+    "test_kill",
     "test_parallel_supervised",
     "test_parallel",
     "test_families",
@@ -65,24 +69,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 # --- the garbage collector ------------------------------------------------------------------------------------------
 
 # torch, transformers and vLLM create a million permanent objects, so a collection takes half a second. Each vLLM engine starts
-# eight collections, each reward training one. Freezing the objects avoids that; vLLM unfreezes them when it ends.
-thaw, thawed = gc.unfreeze, True
+# ten collections, each reward training one. Freezing the objects avoids that. vLLM unfreezes them when it ends, and collects
+# twice; here that waits until the next test.
+thaw, ended = gc.unfreeze, True
 
 
-def unfreeze() -> None:
-    global thawed
-    thawed = True
-    thaw()
+def unfreeze_later() -> None:
+    global ended
+    ended = True
 
 
-gc.unfreeze = unfreeze
+gc.unfreeze = unfreeze_later
 
 
 def pytest_runtest_setup() -> None:
-    global thawed
-    if thawed:
+    global ended
+    if ended:
+        thaw()
+        gc.collect()
         gc.freeze()
-        thawed = False
+        ended = False
 
 
 # --- models and data ---------------------------------------------------------------------------------------------
