@@ -16,7 +16,14 @@ from transformers import AutoTokenizer
 
 from reinforcepp.commands.cli import main
 from reinforcepp.errors import ModelError
-from reinforcepp.models.loading import check_trainable, load_policy, load_tokenizer, weight_bytes
+from reinforcepp.models.loading import (
+    check_trainable,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    parameter_count,
+    weight_bytes,
+)
 from reinforcepp.models.reward_models import new_reward_model
 from reinforcepp.models.tokenization import encode_example
 
@@ -164,6 +171,7 @@ def test_a_pad_id_beyond_the_vocabulary_does_not_keep_a_model_from_loading(base,
     change_config(folder, pad_token_id=pad_id)
     assert torch.equal(logits(folder), logits(base))
     assert new_reward_model(str(folder), seed=0).config.pad_token_id < 320
+    assert parameter_count(load_config(str(folder))) == parameter_count(load_config(str(base)))
 
 
 # --- quantized weights --------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ DEQUANTIZED = ("fp8", "mxfp4")
 PROGRESS_BAR_BYTES = 500 << 20
 """Size of weights from which a progress bar is shown."""
 
-NO_TOKENIZER = "{name}: no tokenizer. Copy its files (tokenizer.json) from the original model."
+NO_TOKENIZER = "{name}: tokenizer not found. Copy its files (tokenizer.json) from the original model."
 HUB_FIX = (
     "Give the path of a model folder, or 'builtin:tiny', the small model in this package. To download a model: "
     "hf download {name} --local-dir {name}"
@@ -364,9 +364,7 @@ def load_weights(
         ModelError: weights are missing or have another shape.
     """
     source = resolve(name)
-    text = load_config(name).get_text_config()
-    pad_id = getattr(text, "pad_token_id", None)
-    if pad_id is not None and not 0 <= pad_id < text.vocab_size:
+    if _has_invalid_pad_id(load_config(name)):
         settings = {"pad_token_id": None, **settings}  # the embedding would reject it, and padding is masked anyway
     with _load_errors(name), _bars_if_large(name), _without_report(), full_model_folder(Path(source)) as folder:
         model, found = auto_class.from_pretrained(
@@ -400,6 +398,12 @@ def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _has_invalid_pad_id(config: PreTrainedConfig) -> bool:
+    text = config.get_text_config()
+    pad_id = getattr(text, "pad_token_id", None)
+    return pad_id is not None and not 0 <= pad_id < text.vocab_size
+
+
 def meta_model(
     config: PreTrainedConfig, dtype: torch.dtype, auto_class: str = "AutoModelForCausalLM"
 ) -> PreTrainedModel:
@@ -410,6 +414,9 @@ def meta_model(
     """
     import transformers
 
+    if _has_invalid_pad_id(config):
+        config = copy.deepcopy(config)
+        config.get_text_config().pad_token_id = None
     try:
         with torch.device("meta"):
             model = getattr(transformers, auto_class).from_config(config, dtype=dtype, **NO_REMOTE_CODE)
