@@ -208,7 +208,7 @@ def test_skipped_turns_are_printed_and_a_too_long_question_changes_nothing(chat,
     lines = "".join(f"Is this question {i}?\n" for i in range(3))
     _, err = chat(lines + "why " * 200 + "\nShort?\n", "--max_length", "60")
     assert err.count("Skipped the oldest 1 turn") >= 1
-    assert "question is too long" in err and "and 48 fit" in err
+    assert "question is too long" in err and "but only 48 fit" in err
     assert asked[-1][0].columns["messages"][-3:] == [user("Is this question 2?"), assistant("ok"), user("Short?")]
 
 

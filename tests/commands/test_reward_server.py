@@ -275,7 +275,7 @@ def test_a_training_whose_server_is_killed_stops_and_goes_on_when_it_is_back(
         run = training(model_folder, tmp_path / "run", [url, nothing])
         with pytest.raises(RewardError, match=r"the reward server failed 2 times in a row.*can't be reached") as stop:
             run.train()
-    assert "The run is saved after step 2 of 4" in str(stop.value)
+    assert "Saved the run after step 2 of 4" in str(stop.value)
     assert len(read_metrics(tmp_path / "run")) == 2, "no step may be made without scores"
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
     port = int(url.rpartition(":")[2].partition("/")[0])

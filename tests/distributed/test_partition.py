@@ -194,5 +194,5 @@ def test_a_disconnected_head_of_the_pool_stops_the_run(machines, model_folder, p
     assert (
         f"error: --rollout: the head of the Ray cluster, {net.host}:{PORT}, hasn't been reachable for 4 seconds" in text
     )
-    assert "The run is saved after step" in text and "Traceback" not in text, text
+    assert "Saved the run after step" in text and "Traceback" not in text, text
     goes_on(model_folder, pairs_csv, folder)

@@ -439,7 +439,7 @@ def test_a_run_is_saved_when_all_servers_are_killed(served, tmp_path, monkeypatc
     message = str(caught.value)
     assert "no vLLM server is available: " in message
     assert all(server.url in message for server in served) and "can't be reached" in message
-    assert "The run is saved after step 2 of 4" in message
+    assert "Saved the run after step 2 of 4" in message
     answered = Counter((row["step"], row["prompt"]) for row in read_completions(tmp_path / "run" / COMPLETIONS))
     assert len(answered) == 16 and set(answered.values()) == {1}
     assert [stats.lost for stats in trainer.engine.dispatches] == [0, 1]

@@ -84,7 +84,7 @@ class CompareConfig(ColumnConfig, CompareInputs):
                 check_not_below_output(self.output_dir, setting, value)
         if judge_for(self.judge, self.data) is None:
             raise ConfigError(
-                f"judge: there is no judge for {self.data}. Give the folder of a reward model, as in --judge "
+                f"judge: missing, and {self.data} has no built-in judge. Give the folder of a reward model, as in --judge "
                 "models/reward_model."
             )
         check_judge(self.judge, self.data, fix="Give the folder of a reward model")

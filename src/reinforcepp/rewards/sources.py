@@ -187,9 +187,7 @@ def _function_of(source: RewardSource, settings: RewardScoringConfig) -> Any:
 def _normalize(functions: Sequence[RewardFunction]) -> None:
     trained = [function for function in functions if isinstance(function, TrainedReward)]
     if not trained:
-        raise ConfigError(
-            "reward_normalize: needs a trained reward model, but there is none among the rewards. Omit it."
-        )
+        raise ConfigError("reward_normalize: needs a trained reward model, but none of the rewards is one. Omit it.")
     for reward in trained:
         reward.normalize()
 

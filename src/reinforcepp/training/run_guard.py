@@ -104,9 +104,7 @@ class RunGuard:
             except StopRequested as stop:
                 raise Interrupted(self._save_stopped(), self.heartbeat.stop.exit_code) from stop
             except (RewardError, EngineLost) as error:
-                raise type(error)(
-                    f"{error} The run is saved {self._save_stopped()}: resume it with --resume."
-                ) from error
+                raise type(error)(f"{error} Saved the run {self._save_stopped()}. Resume it with --resume.") from error
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error} {self.run.restore_last_good()}") from error
             finally:

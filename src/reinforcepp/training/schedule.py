@@ -38,8 +38,13 @@ def with_learning_rate(
     count = parameter_count(model_config)
     rate = default_learning_rate(config.TRAINING, count, lora=config.use_peft)
     kind = "LoRA" if config.use_peft else "full"
-    echo(f"Learning rate {rate:g}: the default for {kind} training of {count / 1e6:,.0f} million parameters.")
+    echo(f"Learning rate {rate:g}: the default for {kind} training of {_millions(count)} million parameters.")
     return replace(config, learning_rate=rate)
+
+
+def _millions(count: int) -> str:
+    """Return a number of parameters in millions, with two digits or more."""
+    return f"{count / 1e6:,.0f}" if count >= 1e7 else f"{count / 1e6:.2g}"
 
 
 def make_scheduler(optimizer: Optimizer, kind: str, *, warmup: int, steps: int) -> LambdaLR:

@@ -120,7 +120,7 @@ class Conversation:
                 columns = {"messages": messages}
                 return Prompt(text, tuple(ids), self.asked, columns, prefill(self.tokenizer)), skipped_turns
         raise DataError(
-            f"The question is too long: {len(ids)} tokens with the chat template, and {self.room} fit. Shorten it."
+            f"The question is too long: {len(ids)} tokens with the chat template, but only {self.room} fit. Shorten it."
         )
 
 
