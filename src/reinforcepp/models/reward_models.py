@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.models.loading import base_of_adapter, load_config, load_policy, load_tokenizer, load_weights
-from reinforcepp.models.lora import ADAPTER_PREFIX, is_4bit, merge_adapter
+from reinforcepp.models.loading import (
+    base_of_adapter,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    load_weights,
+    meta_model,
+)
+from reinforcepp.models.lora import ADAPTER_PREFIX, is_4bit, is_adapter_dir, merge_adapter
 from reinforcepp.models.tokenization import position_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
@@ -60,31 +67,63 @@ def _classifier(name: str, new: str | None = "score.", **settings: Any) -> PreTr
     """Return a model with one score as its output; weights with the prefix ``new`` can be missing."""
     from transformers import AutoModelForSequenceClassification
 
+    register_classifier(load_config(name))
     return load_weights(
         AutoModelForSequenceClassification, name, new=new, num_labels=1, dtype=torch.float32, **settings
     )
+
+
+def register_classifier(config: PreTrainedConfig) -> None:
+    """Give the family of ``config`` a sequence classifier if transformers has none (Granite, Cohere, XGLM and others).
+
+    It is defined as that of Llama: the family's layers and a linear score head.
+
+    Raises:
+        ModelError: the family has no causal language model.
+    """
+    from transformers import AutoModelForSequenceClassification, PreTrainedModel
+    from transformers.modeling_layers import GenericForSequenceClassification
+    from transformers.models.auto import modeling_auto as auto
+
+    family = type(config)
+    if family in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return
+    if family not in auto.MODEL_FOR_CAUSAL_LM_MAPPING or family not in auto.MODEL_MAPPING:
+        raise ModelError(
+            f"{config.name_or_path}: the type {config.model_type} has no sequence classifier. Give a causal language model."
+        )
+    layers = auto.MODEL_MAPPING[family]
+    pretrained = next(c for c in layers.__mro__[1:] if issubclass(c, PreTrainedModel))
+    name = pretrained.__name__.removesuffix("PreTrainedModel") + "ForSequenceClassification"
+    attributes = {"base_model_prefix": pretrained.base_model_prefix, "config_class": family}
+    classifier = type(name, (GenericForSequenceClassification, pretrained), attributes)
+    # Without exist_ok, transformers silently ignores a new class for its own configurations.
+    AutoModelForSequenceClassification.register(family, classifier, exist_ok=True)
 
 
 def _check_head(folder: Path) -> None:
     from safetensors import safe_open
 
     shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    pattern = "adapter*.safetensors" if is_adapter_dir(folder) else "model*.safetensors"
+    for file in sorted(folder.glob(pattern)):
         with safe_open(file, framework="pt") as weights:
             for key in weights.keys():  # noqa: SIM118
                 shapes[key.removeprefix(ADAPTER_PREFIX)] = list(weights.get_slice(key).get_shape())
     if not shapes:
         raise ModelError(f"{folder}: no safetensors weights, so it isn't a reward model. Train one: reinforcepp reward")
-    hidden = load_config(str(folder)).get_text_config().hidden_size
     head = shapes.get("score.weight")
     if head is None:
         raise ModelError(
             f"{folder}: no score head (score.weight). It is a language model, not a reward model, and a newly initialized "
             "head scores at random. Train a reward model: reinforcepp reward"
         )
-    if head != [1, hidden]:
+    config = load_config(str(folder))
+    register_classifier(config)
+    width = meta_model(config, torch.float32, "AutoModelForSequenceClassification").score.in_features
+    if head != [1, width]:
         raise ModelError(
-            f"{folder}: the score head has shape {head}, but the model needs [1, {hidden}]. Train the reward model again."
+            f"{folder}: the score head has shape {head}, but the model needs [1, {width}]. Train the reward model again."
         )
 
 
