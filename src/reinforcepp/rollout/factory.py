@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import TYPE_CHECKING
 
 from reinforcepp.config.reinforce import server_addresses
-from reinforcepp.errors import RolloutError
-from reinforcepp.rollout.selection import EngineChoice, start_in_process_engine
+from reinforcepp.rollout.selection import EngineChoice, start_chosen_engine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,20 +98,12 @@ def start_engine(
         return VllmServerEngine(
             addresses, model, tokenizer, max_length=max_length, batch_size=batch_size, folder=folder
         )
-    start = partial(
-        start_in_process_engine,
-        model=model,
-        tokenizer=tokenizer,
+    return start_chosen_engine(
+        choice,
+        model,
+        tokenizer,
         max_length=max_length,
         batch_size=batch_size,
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
     )
-    try:
-        return start(choice.name)
-    except RolloutError as error:
-        if not choice.can_fall_back:
-            raise
-        reason = str(error).removeprefix("--rollout vllm: ").removesuffix(" Use --rollout transformers.")
-        warnings.warn(f"Completions come from transformers: {reason}", stacklevel=2)
-        return start("transformers")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -63,6 +64,23 @@ def choose_engine(rollout: str, config: PreTrainedConfig, dtype: torch.dtype) ->
     if rollout == "vllm":
         raise RolloutError(f"--rollout vllm: {reason}. Use --rollout auto, which falls back to transformers.")
     return EngineChoice("transformers", reason)
+
+
+def start_chosen_engine(
+    choice: EngineChoice, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> RolloutEngine:
+    """Return the chosen engine of this process; transformers replaces vLLM if it can't start and the user chose neither.
+
+    ``settings`` go to :func:`start_in_process_engine`.
+    """
+    try:
+        return start_in_process_engine(choice.name, model, tokenizer, **settings)
+    except RolloutError as error:
+        if not choice.can_fall_back:
+            raise
+        reason = str(error).removeprefix("--rollout vllm: ").removesuffix(" Use --rollout transformers.")
+        warnings.warn(f"Completions come from transformers: {reason}", stacklevel=2)
+        return start_in_process_engine("transformers", model, tokenizer, **settings)
 
 
 def start_in_process_engine(

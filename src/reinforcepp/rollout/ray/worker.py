@@ -15,7 +15,7 @@ from torch import Tensor
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import base_model, full_weights
-from reinforcepp.rollout.selection import EngineChoice, choose_engine, start_in_process_engine
+from reinforcepp.rollout.selection import EngineChoice, choose_engine, start_chosen_engine
 from reinforcepp.runtime import own_version
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -67,8 +67,8 @@ class Worker:
         spec = self.spec
         model = self._unpack(packed)
         if self.engine is None:
-            self.engine = start_in_process_engine(
-                self.choice.name,
+            self.engine = start_chosen_engine(
+                self.choice,
                 model,
                 spec.tokenizer,
                 max_length=spec.max_length,
