@@ -201,7 +201,7 @@ def jaccard(one, other) -> float:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.62, 0.8, 1.0])
-def test_inverted_index_finds_all_near_duplicates(threshold):
+def test_all_near_duplicates_are_found(threshold):
     draw = random.Random(1)
     texts = []
     for _ in range(300):

@@ -22,9 +22,12 @@ from reinforcepp.commands.lint.findings import (
 )
 from reinforcepp.commands.lint.similar import across, near_duplicates
 from reinforcepp.data import Skipped, contradictions_in, count, split_by_prompt, words
+from reinforcepp.monitoring import reading_progress
 from reinforcepp.types import Preference, RowId
 
 MIN_RECOMMENDED_ROWS = 20
+# Fewer rows take seconds, which needs no progress bar.
+PROGRESS_ROWS = 5000
 MIN_PAIRS = 2
 # A shorter prompt occurs in an answer by chance.
 MIN_REPEATED_WORDS = 4
@@ -123,7 +126,8 @@ def contradictions(file: CheckedFile) -> list[Finding]:
 
 def near_duplicate_rows(file: CheckedFile, threshold: float) -> list[Finding]:
     """Find rows that nearly repeat an earlier row."""
-    matches = near_duplicates([row.texts for row in file.rows], threshold)
+    with reading_progress(len(file.rows) >= PROGRESS_ROWS, "searching near-duplicates") as on_progress:
+        matches = near_duplicates([row.texts for row in file.rows], threshold, on_progress)
     if not matches:
         return []
     pairs = tuple((file.rows[m.position].row, file.rows[m.other].row) for m in matches)

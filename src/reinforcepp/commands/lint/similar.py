@@ -1,22 +1,30 @@
-"""Near-duplicate texts: exact Jaccard similarity of word 3-grams, with an inverted index.
+"""Near-duplicate texts by the Jaccard similarity of word 3-grams.
 
-Shingles (3-grams) are ordered by frequency, the rarest first. Two sets with a similarity of at least t share at least t of
-each set's shingles, so they share one of the first n - ceil(t n) + 1 of both. Only those are looked up (the prefix filter of
-Chaudhuri et al., A Primitive Operator for Similarity Joins, ICDE 2006). The filter misses no match and leaves few others to
-compare.
+MinHash and locality-sensitive hashing (LSH) find the candidates, so the time grows with the number of texts, not with its
+square. The similarity of each candidate is then computed exactly. LSH misses a match with a probability below
+``MISSED_SHARE``.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from reinforcepp.data import normalize, words
 
+if TYPE_CHECKING:
+    from rensa import RMinHash
+
 SHINGLE_WORDS = 3
+PERMUTATIONS = 128
+MISSED_SHARE = 1e-4
+SEED = 42
+BATCH_TEXTS = 256
 _TOLERANCE = 1e-9
+Hashes = NDArray[np.int64]
 
 
 class Match(NamedTuple):
@@ -37,62 +45,75 @@ def shingles(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def near_duplicates(texts: Sequence[Sequence[str]], threshold: float) -> list[Match]:
-    """Return one match for each text that resembles an earlier one."""
-    inverted = _InvertedIndex([shingles(each) for each in texts], threshold)
+def near_duplicates(
+    texts: Sequence[Sequence[str]], threshold: float, on_progress: Callable[[float], None] = lambda share: None
+) -> list[Match]:
+    """Return one match for each text that resembles an earlier one; ``on_progress`` receives the finished share."""
+    index = _Index(threshold)
     found = []
-    for index in range(len(texts)):
-        match = inverted.find(index)
+    for position, (hashes, sketch) in enumerate(_sketches(texts)):
+        match = index.find(position, hashes, sketch)
         if match is not None:
             found.append(match)
-        inverted.add(index)
+        index.add(hashes, sketch)
+        on_progress((position + 1) / len(texts))
     return found
 
 
 def across(texts: Sequence[str], others: Sequence[str], threshold: float) -> list[Match]:
     """Return one match for each of ``texts`` that resembles one of ``others``, with the indices in the two lists."""
-    inverted = _InvertedIndex([shingles([each]) for each in (*others, *texts)], threshold)
-    for index in range(len(others)):
-        inverted.add(index)
-    matches = [inverted.find(len(others) + index) for index in range(len(texts))]
-    return [match._replace(position=match.position - len(others)) for match in matches if match is not None]
+    index = _Index(threshold)
+    for hashes, sketch in _sketches([[text] for text in others]):
+        index.add(hashes, sketch)
+    sketched = enumerate(_sketches([[text] for text in texts]))
+    matches = (index.find(position, hashes, sketch) for position, (hashes, sketch) in sketched)
+    return [match for match in matches if match is not None]
 
 
-class _InvertedIndex:
-    """Maps each of the rarest shingles of a text to the texts that contain it."""
+def _sketches(texts: Sequence[Sequence[str]]) -> Iterator[tuple[Hashes, RMinHash]]:
+    """Yield the sorted hashes of each text's shingles, and its MinHash."""
+    from rensa import RMinHash
 
-    def __init__(self, sets: Sequence[Sequence[str]], threshold: float) -> None:
-        frequency = Counter(shingle for each in sets for shingle in each)
-        # A shingle of a single text counts for its size and comes first in the order, but can't lead to another text.
-        shared = sorted((shingle for shingle, number in frequency.items() if number > 1), key=frequency.__getitem__)
-        rank = {shingle: position for position, shingle in enumerate(shared)}
+    for start in range(0, len(texts), BATCH_TEXTS):
+        sets = [shingles(each) for each in texts[start : start + BATCH_TEXTS]]
+        sketches = RMinHash.from_token_sets(sets, PERMUTATIONS, SEED)
+        for shingle_set, sketch in zip(sets, sketches, strict=True):
+            yield np.unique(np.fromiter(map(hash, shingle_set), np.int64, len(shingle_set))), sketch
+
+
+class _Index:
+    """The shingles of texts, and their MinHashes in bands."""
+
+    def __init__(self, threshold: float) -> None:
+        from rensa import RMinHashLSH
+
         self._threshold = threshold
-        self._sizes = [len(each) for each in sets]
-        self._sets = [frozenset(rank[shingle] for shingle in each if shingle in rank) for each in sets]
-        self._holders: defaultdict[int, list[int]] = defaultdict(list)
+        self._lsh = RMinHashLSH(threshold, PERMUTATIONS, _num_bands(threshold))
+        self._hashes: list[Hashes] = []
 
-    def add(self, index: int) -> None:
+    def add(self, hashes: Hashes, sketch: RMinHash) -> None:
         """Add a text, so that later texts can match it."""
-        for rank in self._prefix(index):
-            self._holders[rank].append(index)
+        self._lsh.insert(len(self._hashes), sketch)
+        self._hashes.append(hashes)
 
-    def find(self, index: int) -> Match | None:
+    def find(self, position: int, hashes: Hashes, sketch: RMinHash) -> Match | None:
         """Return a match with an added text, if any."""
-        shingles, size = self._sets[index], self._sizes[index]
+        size = len(hashes)
         low, high = self._threshold * size - _TOLERANCE, size / self._threshold + _TOLERANCE
-        seen: set[int] = set()
-        for rank in self._prefix(index):
-            for other in self._holders[rank]:
-                if other in seen or not low <= self._sizes[other] <= high:
-                    continue
-                seen.add(other)
-                common = len(shingles & self._sets[other])
-                similarity = common / (size + self._sizes[other] - common)
-                if similarity >= self._threshold - _TOLERANCE:
-                    return Match(index, other, similarity)
+        for other in sorted(self._lsh.query(sketch)):
+            candidate = self._hashes[other]
+            if not low <= len(candidate) <= high:
+                continue
+            common = len(np.intersect1d(hashes, candidate, assume_unique=True))
+            similarity = common / (size + len(candidate) - common)
+            if similarity >= self._threshold - _TOLERANCE:
+                return Match(position, other, similarity)
         return None
 
-    def _prefix(self, index: int) -> list[int]:
-        size, shared = self._sizes[index], self._sets[index]
-        looked_up = size - math.ceil(self._threshold * size - _TOLERANCE) + 1
-        return sorted(shared)[: max(0, looked_up - (size - len(shared)))]
+
+def _num_bands(threshold: float) -> int:
+    """Return the smallest number of bands that misses at most ``MISSED_SHARE`` of the matches at the threshold."""
+    bands = 1
+    while bands < PERMUTATIONS and (1 - threshold ** (PERMUTATIONS // bands)) ** bands > MISSED_SHARE:
+        bands *= 2
+    return bands
