@@ -360,7 +360,7 @@ def test_a_reward_model_keeps_its_head(bases, pairs_csv, tmp_path, settings):
 
 def test_merging_keeps_the_scores(bases, tmp_path):
     model = new_reward_model(bases["qwen2"], seed=0).eval()
-    model = with_adapter(model, AdapterConfig(use_peft=True), seed=0, head=model.score)
+    model = with_adapter(model, AdapterConfig(use_peft=True), seed=0, heads=[model.score])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, OPTForCausalLM
 
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ModelError, TrainingDiverged
@@ -85,6 +86,21 @@ def test_a_new_score_head_is_small(tmp_path):
     assert weight.std().item() == pytest.approx(1 / 513, rel=0.1) and abs(weight.mean().item()) < 1e-3
     assert weight.equal(new_reward_model(str(base), seed=0).score.weight)
     assert not weight.equal(new_reward_model(str(base), seed=1).score.weight)
+
+
+def test_the_head_of_a_model_with_a_projection_loads_again(data, tmp_path):
+    """OPT-350M projects its hidden states to the width of its embeddings, where its score head reads them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 1, "vocab_size": 320}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    OPTForCausalLM(OPTConfig(**sizes, **ends, num_attention_heads=2, do_layer_norm_before=False)).save_pretrained(
+        tmp_path
+    )
+    tiny.tokenizer().save_pretrained(tmp_path)
+    folder = tmp_path / "rm"
+    config = RewardModelConfig(model=str(tmp_path), data=str(data), output_dir=str(folder), num_train_epochs=1)
+    card = train_reward_model(config)
+    assert load_reward_model(str(folder)).fingerprint() == pytest.approx(card.fingerprint, abs=1e-4)
 
 
 def test_a_trained_score_head_is_kept(trained):

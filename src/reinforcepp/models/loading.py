@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, ReinforceError, nearest, useful_line
 from reinforcepp.files import lfs_pointer
+from reinforcepp.models.encoders import add_missing_parts, check_generates, is_encoder, skipped_positions
 from reinforcepp.models.lora import (
     ADAPTER_CONFIG,
     AdapterDisabled,
@@ -57,6 +58,7 @@ DEQUANTIZED = ("fp8", "mxfp4")
 PROGRESS_BAR_BYTES = 500 << 20
 """Size of weights from which a progress bar is shown."""
 
+CLASSIFIER = "AutoModelForSequenceClassification"
 NO_TOKENIZER = "{name}: tokenizer not found. Copy its files (tokenizer.json) from the original model."
 HUB_FIX = (
     "Give the path of a model folder, or 'builtin:tiny', the small model in this package. To download a model: "
@@ -215,6 +217,8 @@ def prepare_tokenizer(
     """
     if tokenizer.vocab_size < 2:  # transformers returns an empty one for a folder without tokenizer files
         raise ModelError(NO_TOKENIZER.format(name=name))
+    if is_encoder(config):
+        add_missing_parts(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{name}: the tokenizer has no EOS token, so no completion can finish. Set eos_token in its files."
@@ -287,11 +291,12 @@ def context_length(config: PreTrainedConfig) -> int | None:
     """Return the number of tokens that the model can attend to, if its configuration has it."""
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(length) if length else None
+    return int(length) - skipped_positions(config) if length else None
 
 
 def check_context(config: PreTrainedConfig, max_prompt_length: int, max_new_tokens: int) -> None:
-    """Raise a ConfigError if prompt and response exceed the model's context."""
+    """Raise a ConfigError if prompt and response exceed the model's context, or a ModelError if it can't generate."""
+    check_generates(config)
     limit = context_length(config)
     if limit is not None and max_prompt_length + max_new_tokens > limit:
         raise ConfigError(
@@ -345,6 +350,7 @@ def load_policy(name: str, dtype: torch.dtype = torch.float32, **settings: Any) 
         model = merge_adapter(load_policy(base, dtype, **settings), Path(resolve(name))).eval()
         model.config.name_or_path = resolve(name)
         return model
+    check_generates(load_config(name))
     return load_weights(AutoModelForCausalLM, name, dtype=dtype, **settings).eval()
 
 
@@ -352,13 +358,13 @@ def load_weights(
     auto_class: Any,
     name: str,
     *,
-    new: str | None = None,
-    initialize: Callable[[PreTrainedModel], None] | None = None,
+    new: Callable[[str], bool] | None = None,
+    initialize: Callable[[PreTrainedModel, set[str]], None] | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Load weights, and check that all match the configuration, because transformers initializes missing ones at random.
 
-    Only weights with the prefix ``new`` can be missing; if they are, ``initialize`` is called.
+    Only weights whose names ``new`` accepts can be missing; ``initialize`` is called with the model and their names.
 
     Raises:
         ModelError: weights are missing or have another shape.
@@ -376,14 +382,14 @@ def load_weights(
         )
     model.name_or_path = model.config.name_or_path = source
     mismatched = {key for key, *_ in found["mismatched_keys"]}
-    missing = {key for key in found["missing_keys"] if new is None or not key.startswith(new)}
+    missing = {key for key in found["missing_keys"] if new is None or not new(key)}
     if wrong := sorted(mismatched | missing):
         raise ModelError(
             f"{name}: the weights don't match config.json; {len(wrong)} tensors are missing or have another shape "
             f"({wrong[0]}, for example). Copy the folder from its origin again, or give a causal language model."
         )
-    if initialize is not None and found["missing_keys"]:
-        initialize(model)
+    if initialize is not None:
+        initialize(model, set(found["missing_keys"]))
     return _with_fused_gelu(model)
 
 
@@ -421,8 +427,9 @@ def meta_model(
         with torch.device("meta"):
             model = getattr(transformers, auto_class).from_config(config, dtype=dtype, **NO_REMOTE_CODE)
     except ValueError as error:
+        kind = "reward model" if auto_class == CLASSIFIER else "causal language model"
         raise ModelError(
-            f"{config.name_or_path or 'model'}: the type {config.model_type} isn't a causal language model. Give one."
+            f"{config.name_or_path or 'model'}: transformers has no {kind} of the type {config.model_type}. Give another model."
         ) from error
     return _with_fused_gelu(model.eval())
 

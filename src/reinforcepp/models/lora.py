@@ -12,7 +12,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -134,7 +134,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def with_adapter(
-    model: PreTrainedModel, settings: AdapterConfig, *, seed: int, head: nn.Module | None = None
+    model: PreTrainedModel, settings: AdapterConfig, *, seed: int, heads: Sequence[nn.Module] = ()
 ) -> PreTrainedModel:
     """Return ``model`` with a newly initialized adapter, which doesn't change the model's output.
 
@@ -142,7 +142,7 @@ def with_adapter(
         model: changed in place; afterwards only the adapter is trainable.
         settings: of the adapter.
         seed: of the adapter's initial weights.
-        head: module that is trained in full and saved with the adapter, such as a newly initialized score head.
+        heads: modules that are trained in full and saved with the adapter, such as a newly initialized score head.
 
     Raises:
         ConfigError: no layer has one of the names in ``lora_target_modules``.
@@ -162,8 +162,8 @@ def with_adapter(
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-        exclude_modules=None if head is None else [names[head]],
-        modules_to_save=None if head is None else [names[head]],
+        exclude_modules=[names[part] for head in heads for part in head.modules()] or None,
+        modules_to_save=[names[head] for head in heads] or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         fan_in_fan_out=any(

@@ -162,7 +162,7 @@ def trained_model(
         stored = dtype.itemsize * sum(p.numel() for p in model.parameters())
         if settings.use_peft:
             base = stored if not settings.load_in_4bit else _bytes_in_4bit(model, head)
-            model = with_adapter(model, settings, seed=0, head=head if values else None)
+            model = with_adapter(model, settings, seed=0, heads=[head] if values else [])
             cast_parameters(model, dtype)
             stored = base + dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
             head = model.get_output_embeddings()

@@ -16,6 +16,7 @@ import torch
 
 from reinforcepp.errors import ConfigError, ModelError, TrainingDiverged
 from reinforcepp.files import write_json
+from reinforcepp.models.encoders import is_encoder
 from reinforcepp.models.loading import context_length, load_tokenizer, resolve
 from reinforcepp.models.reward_models import load_reward_weights
 from reinforcepp.models.saving import save_model
@@ -94,8 +95,13 @@ class TrainedReward:
         return [(score - mean) / std for score in scores]
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Return scores of formatted, tokenized texts; texts beyond the model's context are truncated on the left."""
+        """Return scores of formatted, tokenized texts; texts beyond the model's context are truncated on the left.
+
+        An encoder keeps the first token, at which it can read the score.
+        """
         limit = context_length(self.model.config) or max(len(row) for row in rows)
+        if is_encoder(self.model.config):
+            rows = [[*row[:1], *row[1 - limit :]] if len(row) > limit else row for row in rows]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores = [0.0] * len(rows)
         with torch.inference_mode():

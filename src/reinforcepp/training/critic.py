@@ -32,7 +32,7 @@ class Critic(Learner):
         model.config.tie_word_embeddings = False
         nn.init.zeros_(model.get_output_embeddings().weight)
         if config.use_peft:
-            model = with_adapter(model, config, seed=config.seed, head=model.get_output_embeddings())
+            model = with_adapter(model, config, seed=config.seed, heads=[model.get_output_embeddings()])
         rate = config.critic_learning_rate or config.peak_learning_rate
         self._value_clip = config.value_clip
         super().__init__(model, ranks, config, learning_rate=rate, steps=steps)

@@ -18,7 +18,7 @@ from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_config, load_tokenizer, weights_hash
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.padding import separate_pad_token
-from reinforcepp.models.reward_models import load_reward_weights, new_reward_model
+from reinforcepp.models.reward_models import head_modules, load_reward_weights, new_reward_model
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import encode_examples
 from reinforcepp.monitoring import echo, reading_progress
@@ -85,7 +85,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     separate_pad_token(model, tokenizer, resize=not config.use_peft)
     inputs = {"model": weights_hash(model), "data": data.sha256}
     if config.use_peft:
-        model = with_adapter(model, config, seed=config.seed, head=model.score)
+        model = with_adapter(model, config, seed=config.seed, heads=head_modules(model))
     facts = {"train_pairs": len(train), "heldout_pairs": len(heldout)}
     with begin(folder, config, inputs, saved, facts) as run:
         from reinforcepp.distributed.rank_zero import RankZero

@@ -15,7 +15,7 @@ import torch
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import meta_model
-from reinforcepp.models.reward_models import score_at_last_attended
+from reinforcepp.models.reward_models import prepare_scoring, register_classifier
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.rewards.trained import TrainedReward
@@ -43,8 +43,9 @@ class Scorer:
     kind = "scoring"
 
     def __init__(self, spec: ScorerSpec) -> None:
+        register_classifier(spec.config)
         model = meta_model(spec.config, spec.dtype, "AutoModelForSequenceClassification").eval()
-        self.reward = TrainedReward(score_at_last_attended(model), spec.tokenizer, spec.batch_size)
+        self.reward = TrainedReward(prepare_scoring(model), spec.tokenizer, spec.batch_size)
 
     def load(self, packed: PackedWeights) -> None:
         """Score with these weights."""
