@@ -96,26 +96,23 @@ def test_a_configuration_that_cannot_be_saved_is_refused(llama, tmp_path):
     assert not (tmp_path / f"model{PARTIAL}").exists()
 
 
-def train_policy(model: Path, data: Path, output: Path) -> None:
-    args = ReinforceConfig(
-        output_dir=str(output),
-        batch_size=2,
-        max_steps=1,
-        max_new_tokens=2,
-        max_prompt_length=64,
-        rollout="transformers",
-    )
+def train_policy(model: Path, data: Path, output: Path, **settings) -> None:
+    sizes = {"batch_size": 2, "max_steps": 1, "max_new_tokens": 2, "max_prompt_length": 64}
+    args = ReinforceConfig(output_dir=str(output), rollout="transformers", **sizes, **settings)
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     ReinforceTrainer(str(model), lambda prompts, **_: [0.0] * len(prompts), args, rows).train()
 
 
-def train_reward(model: Path, data: Path, output: Path) -> None:
-    train_reward_model(RewardModelConfig(model=str(model), data=str(data), output_dir=str(output), batch_size=2))
+def train_reward(model: Path, data: Path, output: Path, **settings) -> None:
+    train_reward_model(
+        RewardModelConfig(model=str(model), data=str(data), output_dir=str(output), batch_size=2, **settings)
+    )
 
 
-def train_sft(model: Path, data: Path, output: Path) -> None:
-    settings = {"prompt_column": "prompt", "completion_column": "chosen"}
-    train_language_model(SftConfig(model=str(model), data=str(data), output_dir=str(output), batch_size=2, **settings))
+def train_sft(model: Path, data: Path, output: Path, **settings) -> None:
+    columns = {"prompt_column": "prompt", "completion_column": "chosen"}
+    files = {"model": str(model), "data": str(data), "output_dir": str(output)}
+    train_language_model(SftConfig(batch_size=2, **files, **columns, **settings))
 
 
 @pytest.mark.parametrize("train", [train_policy, train_reward, train_sft])
@@ -273,3 +270,13 @@ def test_chat_templates_without_a_default_are_refused(folder):
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="chat templates code, rag, but none called default"):
         load_tokenizer(str(folder))
+
+
+# --- keep_best ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [train_policy, train_reward, train_sft])
+def test_an_unknown_metric_of_keep_best_ends_the_first_step(llama, pairs, tmp_path, train):
+    """The first checkpoint is 50 steps away."""
+    with pytest.raises(ConfigError, match="keep_best: metric 'losss' not found"):
+        train(llama, pairs, tmp_path / "run", keep_best="-losss")

@@ -155,21 +155,29 @@ def open_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(folder)
 
 
+def check_metric(keep_best: str | None, metrics: Mapping[str, float]) -> None:
+    """Check after each step that the metric of ``keep_best`` exists, because the first checkpoint can be many steps away.
+
+    Raises:
+        ConfigError: the run doesn't measure that metric.
+    """
+    key = (keep_best or "").removeprefix("-")
+    if key and key not in metrics and not metrics.get("skipped_updates"):
+        raise ConfigError(f"keep_best: metric {key!r} not found.{nearest(key, metrics)}")
+
+
 def best_checkpoint(
     best: dict[str, Any], metric: str | None, metrics: Mapping[str, float], name: str
 ) -> dict[str, Any]:
     """Return the better of the best checkpoint so far and the new one called ``name``, by the metric of keep_best.
 
-    Raises:
-        ConfigError: the run doesn't measure that metric.
+    A step without the metric, because its update was skipped, isn't the best.
     """
     if metric is None:
         return best
     sign, key = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
     if key not in metrics:
-        if metrics.get("skipped_updates"):
-            return best
-        raise ConfigError(f"keep_best: metric {key!r} not found.{nearest(key, metrics)}")
+        return best
     value = metrics[key]
     if best and sign * best["value"] >= sign * value:
         return best

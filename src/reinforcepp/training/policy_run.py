@@ -132,6 +132,7 @@ class PolicyRun:
         if kl_coef is not None and self.config.kl_target is not None:
             self.metrics["kl_coef"] = self.state.kl_coef
             self.state.kl_coef = kl_coef
+        checkpoint.check_metric(self.config.keep_best, self.metrics)
         if self.update.ranks.is_main:
             if self.config.log_completions and batch is not None:
                 columns = rollout_columns(batch.rollout, batch.scores, step + 1)

@@ -223,6 +223,7 @@ class TrainingCallback(TrainerCallback):
         metrics = {"step": state.global_step} | {name: float(logs[name]) for name in names if name in logs}
         metrics["skipped_updates"] = float(self._skipped_in_a_row > 0)
         self._metrics = metrics
+        checkpoint.check_metric(self.config.keep_best, metrics)
         if self.run.ranks.is_main:
             self.log.write(metrics | self._clock.seconds())
         name, label = self.trainer_class.headline
