@@ -135,15 +135,15 @@ def test_a_lock_leaves_no_new_folder(tmp_path):
 def test_a_finished_run_needs_overwrite(finished):
     message = refusal(finished)
     assert str(finished) in message
-    assert "--overwrite" in message
-    assert "--resume" not in message
+    assert "overwrite=True" in message
+    assert "resume=True" not in message
     assert check_output(str(finished), overwrite=True) == finished
 
 
 def test_an_interrupted_run_may_be_resumed_or_overwritten(interrupted):
     message = refusal(interrupted)
-    assert "--overwrite" in message
-    assert "--resume" in message
+    assert "overwrite=True" in message
+    assert "resume=True" in message
     assert check_output(str(interrupted), overwrite=True) == interrupted
     assert check_output(str(interrupted), overwrite=False, resume=True) == interrupted
 
@@ -151,7 +151,7 @@ def test_an_interrupted_run_may_be_resumed_or_overwritten(interrupted):
 @pytest.mark.parametrize("left", ["checkpoints/step-000003.partial/state.json", "checkpoints/step-000003/x"])
 def test_half_a_checkpoint_is_none(finished, left):
     fill(finished, left)
-    assert "--resume" not in refusal(finished)
+    assert "resume=True" not in refusal(finished)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_may_be_resumed(finished):
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_run_goes_on_in_a_free_folder(interrupted, tmp_p
 def test_there_must_be_something_to_resume(tmp_path):
     message = refusal(tmp_path / "new", resume=True)
     assert "no checkpoint" in message
-    assert "without --resume" in message
+    assert "without resume=True" in message
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_foreign_files_stop_it_even_with_overwrite(finished, overwrite):
     message = refusal(finished, overwrite=overwrite)
     assert "thesis.tex" in message
     assert "another folder" in message
-    assert "--overwrite" not in message
+    assert "overwrite=True" not in message
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -279,8 +279,8 @@ def test_all_other_settings_are_named_with_the_way_to_allow_them():
         "learning_rate was 1e-05 and is 2e-05",
         "batch_size was 8 and is 16",
         "max_steps was 0 and is 9",
-        "--allow_changes learning_rate,batch_size,max_steps",
-        "--overwrite",
+        "allow_changes='learning_rate,batch_size,max_steps'",
+        "overwrite=True",
     ):
         assert words in str(caught.value)
     with pytest.raises(ConfigError, match=r"settings \(batch_size was 8 and is 16\)"):
@@ -326,5 +326,5 @@ def test_stored_settings_are_read_under_their_current_names(tmp_path, stored):
 def test_without_its_notes_a_run_can_not_be_resumed(tmp_path, text):
     if text is not None:
         (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.json: .*missing or damaged.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"run\.json: .*missing or damaged.*overwrite=True"):
         noted_settings(tmp_path)

@@ -17,7 +17,8 @@ with code 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ReinforceError(Exception):
@@ -54,6 +55,25 @@ class TrainingDiverged(ReinforceError):
 
 class UnusableUpdate(TrainingDiverged):
     """A reward, log-probability, loss or gradient isn't finite, or a policy ratio is out of bounds."""
+
+
+_typed_as_flags = False
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """In this block, the user gives settings as flags, not as arguments in Python; see :func:`option`."""
+    global _typed_as_flags
+    before, _typed_as_flags = _typed_as_flags, True
+    yield
+    _typed_as_flags = before  # not after an exception, which sys.excepthook still reports
+
+
+def option(name: str, value: str | None = None) -> str:
+    """Return a setting for a message as the user gives it: ``--resume`` on the command line, ``resume=True`` in Python."""
+    if _typed_as_flags:
+        return f"--{name}" if value is None else f"--{name} {value}"
+    return f"{name}={True if value is None else repr(value)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, option
 from reinforcepp.files import PARTIAL, write_json
 from reinforcepp.locks import RUN_LOCK, OutputLock, check_unlocked, folder_lock
 
@@ -185,7 +185,7 @@ def _check_contents(folder: Path, output_dir: str, *, overwrite: bool, resume: b
     held = [name for name in names if not (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in OURS)]
     resumes_folder = isinstance(resume, str) and folder.resolve() in Path(resume).expanduser().resolve().parents
     if resume is True and not (has_checkpoint(folder) or (folder / RUN_FILE).is_file()):
-        raise ConfigError(f"resume: {output_dir} holds no checkpoint to resume from. Start without --resume.")
+        raise ConfigError(f"resume: {output_dir} holds no checkpoint to resume from. Start without {option('resume')}.")
     if resume is True or resumes_folder:
         return
     foreign = [name for name in held if name not in OURS and not name.startswith(("model-", "stacks-"))]
@@ -197,10 +197,10 @@ def _check_contents(folder: Path, output_dir: str, *, overwrite: bool, resume: b
             "another folder."
         )
     if held and not overwrite:
-        resuming = "--resume to continue it, or " if has_checkpoint(folder) else ""
+        resuming = f"{option('resume')} to continue it, or " if has_checkpoint(folder) else ""
         raise ConfigError(
-            f"output_dir: {output_dir} already holds a run ({_some(held)}). Add {resuming}--overwrite to replace it, or give "
-            "another folder."
+            f"output_dir: {output_dir} already holds a run ({_some(held)}). Add {resuming}{option('overwrite')} to replace it, "
+            "or give another folder."
         )
 
 
@@ -215,7 +215,7 @@ def noted_settings(folder: Path) -> dict[str, Any]:
         return rename_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: the file is missing or damaged, so the run can't be resumed. Start a new run with --overwrite."
+            f"{path}: the file is missing or damaged, so the run can't be resumed. Start a new run with {option('overwrite')}."
         ) from error
 
 
@@ -239,7 +239,8 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     if changed:
         raise ConfigError(
             f"resume: the run was started with other settings ({'; '.join(changed.values())}). Restore them, allow the changes "
-            f"with --allow_changes {','.join(changed)}, or start a new run in another folder or with --overwrite."
+            f"with {option('allow_changes', ','.join(changed))}, or start a new run in another folder or with "
+            f"{option('overwrite')}."
         )
 
 

@@ -334,6 +334,15 @@ def test_every_setting_checks_its_type(config_class):
             config_class(**{field.name: 1j})
 
 
+def test_messages_name_flags_on_the_command_line_and_arguments_in_python(capsys):
+    with pytest.raises(ConfigError, match=r"Add resume=True\."):
+        TrainConfig(allow_changes="seed")
+    assert cli.main(["train", "--allow_changes", "seed"]) == 2
+    assert "Add --resume." in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"Use rollout='transformers', or auto"):
+        TrainConfig(load_in_4bit=True, use_peft=True, rollout="vllm")
+
+
 def test_a_fraction_of_warmup_steps_is_rounded_up():
     assert [ReinforceConfig(warmup_steps=steps).warmup_of(25) for steps in (0, 0.1, 1, 7)] == [0, 3, 1, 7]
 

@@ -220,7 +220,7 @@ def test_a_function_that_fails_stops_the_run_with_a_checkpoint(base, tmp_path):
         return spread(prompts, completions, completion_ids)
 
     with pytest.raises(
-        RewardError, match=r"shaky: failed .*gone\. Saved the run after step 2 of 4\. Resume it with --resume"
+        RewardError, match=r"shaky: failed .*gone\. Saved the run after step 2 of 4\. Resume it with resume=True"
     ):
         trainer(base, tmp_path / "run", shaky, max_steps=4).train()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]

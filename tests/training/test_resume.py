@@ -160,7 +160,9 @@ def test_a_lost_engine_loses_no_step(base, undisturbed, tmp_path, method):
         return inner(*given)
 
     setattr(run.engine, method, lost)
-    with pytest.raises(EngineLost, match=r"Nobody is left\. Saved the run after step 1 of 4\. Resume it with --resume"):
+    with pytest.raises(
+        EngineLost, match=r"Nobody is left\. Saved the run after step 1 of 4\. Resume it with resume=True"
+    ):
         run.train()
     trainer(base, tmp_path / "run", resume=True).train()
     assert files(tmp_path / "run") == files(whole)
@@ -344,7 +346,7 @@ def test_a_run_with_only_damaged_checkpoints_is_refused(base, undisturbed, tmp_p
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for folder in checkpoint.list_checkpoints(tmp_path / "run"):
         (folder / "state.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"all checkpoints are damaged.*--overwrite"):
+    with pytest.raises(ModelError, match=r"all checkpoints are damaged.*overwrite=True"):
         trainer(base, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -413,7 +415,7 @@ def test_changed_settings_are_listed_and_may_be_allowed(base, undisturbed, tmp_p
     shutil.copytree(undisturbed(), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"learning_rate was 0\.001 and is 0\.01; max_steps was 4 and is 6") as caught:
         trainer(base, tmp_path / "run", resume=True, learning_rate=0.01, max_steps=6)
-    assert "--allow_changes learning_rate,max_steps" in str(caught.value)
+    assert "allow_changes='learning_rate,max_steps'" in str(caught.value)
     changed = {"learning_rate": 0.01, "max_steps": 6, "allow_changes": "max_steps, learning_rate"}
     log = trainer(base, tmp_path / "run", resume=True, **changed).train()
     assert [m["step"] for m in log] == list(range(1, 7))
@@ -478,7 +480,7 @@ def test_changed_inputs_of_the_same_name_are_refused(base, tmp_path, what, monke
             {"allow_changes": "lerning_rate", "resume": True},
             "allow_changes.*'lerning_rate'.*Did you mean 'learning_rate'",
         ),
-        ({"allow_changes": "learning_rate"}, "--resume"),
+        ({"allow_changes": "learning_rate"}, "resume=True"),
         ({"keep_best": "reward", "save_every": 0}, "save_every is 0"),
         ({"keep_best": "-"}, "keep_best is empty"),
         ({"keep_last": 0}, "keep_last must be greater than 0"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from reinforcepp.commands.table import COMMANDS, Command
 from reinforcepp.config import read_yaml
-from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, nearest
+from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.run_dir import RENAMED_SETTINGS, has_checkpoint, rename_settings
 from reinforcepp.runtime import is_main
@@ -48,7 +48,8 @@ def guarded(job: Callable[[], int]) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # A terminal that can't show a character must not end the command.
-    code = _exit_code(job)
+    with command_line():
+        code = _exit_code(job)
     if (distributed := sys.modules.get("reinforcepp.distributed.ranks")) is not None:
         distributed.exit_process(code)
     return code

@@ -22,7 +22,7 @@ from reinforcepp.config.base import (
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.shared import ChatTemplateConfig, CheckpointConfig, ComputeConfig, ScheduleConfig
 from reinforcepp.config.values import EmptyIfNone
-from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.errors import ConfigError, nearest, option
 
 DEFAULT_MICRO_BATCH = 8
 ENGINES = ("auto", "transformers", "vllm")
@@ -239,7 +239,8 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
         if self.staleness and rollout in ("auto", "vllm"):
             raise ConfigError(
                 f"staleness: {self.staleness} needs generation during training, which rollout {rollout} can't do. Use "
-                "--rollout ray://local or vllm://HOST:PORT (other processes), or transformers (a copy of the model)."
+                f"{option('rollout', 'ray://local')} or vllm://HOST:PORT (other processes), or transformers (a "
+                "copy of the model)."
             )
         if self.vllm_tensor_parallel_size > 1 and not pool:
             raise ConfigError(
@@ -251,7 +252,9 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
                 raise ConfigError(f"{setting} is a setting of {RAY} pools, but rollout is {rollout}. Remove one.")
         if self.load_in_4bit and (pool or servers or rollout == "vllm"):
             target = "a Ray pool" if pool else "vLLM's servers" if servers else "vLLM"
-            raise ConfigError(f"load_in_4bit: {target} can't load 4-bit weights. Use --rollout transformers, or auto.")
+            raise ConfigError(
+                f"load_in_4bit: {target} can't load 4-bit weights. Use {option('rollout', 'transformers')}, or auto."
+            )
 
     @property
     def estimator_spec(self) -> EstimatorSpec:

@@ -20,7 +20,7 @@ from reinforcepp.config.base import (
     check_output_dir,
 )
 from reinforcepp.config.learning_rates import Training
-from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.errors import ConfigError, nearest, option
 from reinforcepp.run_dir import RENAMED_SETTINGS
 
 JUDGE, JUDGED_DATA = "builtin:judge", "builtin:network"
@@ -75,7 +75,7 @@ class CheckpointConfig(Config):
             if name not in known:
                 raise ConfigError(f"allow_changes: setting {name!r} not found.{nearest(name, known)}")
         if self.allowed_changes and not self.resume:
-            raise ConfigError("allow_changes applies only to a resumed run. Add --resume.")
+            raise ConfigError(f"allow_changes applies only to a resumed run. Add {option('resume')}.")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class AdapterConfig(Config):
             changed = [field.name for field in fields(AdapterConfig) if current[field.name] != field.default]
             if changed:
                 raise ConfigError(
-                    f"{changed[0]} is a LoRA setting, and LoRA is off. Add --use_peft, or omit {changed[0]}."
+                    f"{changed[0]} is a LoRA setting, and LoRA is off. Add {option('use_peft')}, or omit {changed[0]}."
                 )
         if self.load_in_4bit and self.use_dora:
             raise ConfigError("use_dora needs full-precision weights, which load_in_4bit removes. Give one of the two.")

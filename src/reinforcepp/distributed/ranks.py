@@ -46,7 +46,7 @@ from reinforcepp.distributed.deepspeed import (
     launcher_plugin,
     prepare_deepspeed,
 )
-from reinforcepp.errors import ConfigError, ReinforceError, first_line
+from reinforcepp.errors import ConfigError, ReinforceError, first_line, option
 from reinforcepp.models.precision import MasterAdamW
 from reinforcepp.runtime import is_first_here, is_main, own_version, started
 
@@ -182,12 +182,12 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, trace: Tra
         since = f" since {time.strftime('%X', time.localtime(time.time() - int(waited[1]) / 1000))}" if waited else ""
         report_failure(
             f"error: No answer from other ranks{since}. They hang, or their nodes are unreachable. Resume from the last "
-            "checkpoint with --resume. If the ranks are only slow, raise watchdog_seconds."
+            f"checkpoint with {option('resume')}. If the ranks are only slow, raise watchdog_seconds."
         )
     elif any(text in message for text in PEER_LOST):
         report_failure(
             "error: Another rank exited without an error message. It was killed, possibly for lack of memory, or its node is "
-            "unreachable. The launcher's report names the rank. Resume from the last checkpoint with --resume."
+            f"unreachable. The launcher's report names the rank. Resume from the last checkpoint with {option('resume')}."
         )
     else:
         report_failure("".join(traceback.format_exception(kind, error, trace)).rstrip())

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from reinforcepp.errors import option
 from reinforcepp.runtime import is_first_here, is_main, started
 
 STACKS = "stacks.txt"
@@ -57,7 +58,9 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file)
         hint = " It might wait for ranks that hang or whose nodes are unreachable." if started() > 1 else ""
-        message = f"\nerror: {problem}{hint} The stacks of all threads are in {self._path}. Resume with --resume. "
+        message = (
+            f"\nerror: {problem}{hint} The stacks of all threads are in {self._path}. Resume with {option('resume')}. "
+        )
         if is_first_here():
             os.write(2, (message + "If the phase is only slow, raise watchdog_seconds.\n").encode())
         os._exit(1)

@@ -118,7 +118,7 @@ def halved_micro_batch(size: int, ranks: Ranks, error: torch.OutOfMemoryError) -
         fix = "Lower max_new_tokens or max_prompt_length" if size == 1 else f"Set micro_batch_size to {size // 2}"
         raise ConfigError(
             f"micro_batch_size: memory ran out while training on {size} completions at a time. {fix}, or use "
-            "--mixed_precision bf16."
+            "mixed_precision bf16."
         ) from error
     echo(
         f"Memory ran out with micro_batch_size {size}; training continues with {size // 2} and the same result. Set "

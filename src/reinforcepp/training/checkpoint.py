@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reinforcepp.config import CheckpointConfig, as_dict
-from reinforcepp.errors import ConfigError, ModelError, nearest
+from reinforcepp.errors import ConfigError, ModelError, nearest, option
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
 from reinforcepp.monitoring import LOGS, echo
 from reinforcepp.run_dir import check_unchanged
@@ -124,7 +124,7 @@ def checkpoint_to_resume(run: Path, config: CheckpointConfig) -> Checkpoint | No
         return None
     found = open_checkpoint(resume) if isinstance(resume, str) else latest(run)
     if found is None and list_checkpoints(run):
-        raise ModelError(f"{run / FOLDER}: all checkpoints are damaged. Start over with --overwrite.")
+        raise ModelError(f"{run / FOLDER}: all checkpoints are damaged. Start over with {option('overwrite')}.")
     if found is None:
         echo("The run stopped before its first checkpoint; it starts over.", "yellow")
         return None
@@ -149,9 +149,9 @@ def open_checkpoint(path: str) -> Checkpoint:
     """
     folder = Path(path).expanduser()
     if not (folder / STATE).is_file():
-        raise ModelError(f"--resume {path}: not a checkpoint. Give a folder such as RUN/{FOLDER}/{name_of(50)}.")
+        raise ModelError(f"resume {path}: not a checkpoint. Give a folder such as RUN/{FOLDER}/{name_of(50)}.")
     if (damaged := damage(folder)) is not None:
-        raise ModelError(f"--resume {path}: the checkpoint is damaged ({damaged}). Give an earlier one.")
+        raise ModelError(f"resume {path}: the checkpoint is damaged ({damaged}). Give an earlier one.")
     return Checkpoint(folder)
 
 

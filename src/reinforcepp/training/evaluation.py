@@ -103,9 +103,9 @@ def evaluate(
         [item for part in column for item in part] for column in zip(*parts, strict=True)
     )
     known = [[score for score in column if score is not None] for column in (scores, judgements)]
-    for option, column in zip(("rewards", "judge"), known if judge is not None else known[:1], strict=False):
+    for name, column in zip(("rewards", "judge"), known if judge is not None else known[:1], strict=False):
         if not column:
-            raise RewardError(f"{option}: no held-out completion has a score. Skip evaluations with --eval_prompts 0.")
+            raise RewardError(f"{name}: no held-out completion has a score. Skip evaluations with eval_prompts 0.")
     return Evaluation(
         reward=fmean(known[0]),
         reward_error=standard_error(known[0]),

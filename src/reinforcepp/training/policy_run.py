@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from reinforcepp.config import as_dict
-from reinforcepp.errors import ConfigError, TrainingDiverged
+from reinforcepp.errors import ConfigError, TrainingDiverged, option
 from reinforcepp.files import write_json
 from reinforcepp.locks import OutputLock
 from reinforcepp.models.loading import load_policy, weights_hash
@@ -295,11 +295,11 @@ class PolicyRun:
         """Restore the last checkpoint, so that the trainer stays usable; return a hint for the error message."""
         saved = checkpoint.latest(self.folder)
         if saved is None:
-            return "No checkpoint was saved. Start over with --overwrite."
+            return f"No checkpoint was saved. Start over with {option('overwrite')}."
         self.restore(saved, log=False)
         return (
-            f"The last good state is {saved.folder}. Resume from it with --resume and other settings, and list these in "
-            "--allow_changes."
+            f"The last good state is {saved.folder}. Resume from it with {option('resume')} and other settings, and list "
+            "these in allow_changes."
         )
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from reinforcepp.distributed.ranks import Ranks
-from reinforcepp.errors import EngineLost, RewardError, TrainingDiverged, UnusableUpdate
+from reinforcepp.errors import EngineLost, RewardError, TrainingDiverged, UnusableUpdate, option
 from reinforcepp.monitoring import Clock
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
@@ -104,7 +104,9 @@ class RunGuard:
             except StopRequested as stop:
                 raise Interrupted(self._save_stopped(), self.heartbeat.stop.exit_code) from stop
             except (RewardError, EngineLost) as error:
-                raise type(error)(f"{error} Saved the run {self._save_stopped()}. Resume it with --resume.") from error
+                raise type(error)(
+                    f"{error} Saved the run {self._save_stopped()}. Resume it with {option('resume')}."
+                ) from error
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error} {self.run.restore_last_good()}") from error
             finally:

@@ -57,7 +57,9 @@ def encode(
             "yellow",
         )
     if rows and not prompts:
-        raise DataError(f"--max_prompt_length {limit}: every {part} prompt is longer. Raise it.")
+        raise DataError(
+            f"max_prompt_length: {limit} tokens are too few, because every {part} prompt is longer. Raise it."
+        )
     return prompts
 
 

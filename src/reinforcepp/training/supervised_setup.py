@@ -81,7 +81,7 @@ def join_ranks(config: SupervisedConfig) -> None:
     ranks, task = Ranks(), TASKS[type(config)]
     if ranks.sharded:
         raise ConfigError(
-            f"FSDP and DeepSpeed: {task} keeps the whole model on each rank. Launch without them; --use_peft lowers memory."
+            f"FSDP and DeepSpeed: {task} keeps the whole model on each rank. Launch without them; use_peft lowers memory."
         )
     if config.batch_size % ranks.count:
         divisible = ranks.count * max(1, round(config.batch_size / ranks.count))
