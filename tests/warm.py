@@ -133,7 +133,10 @@ def _run_program(executable: str, streams: list[Any], call: tuple[list[str], dic
     words, environment, folder = call
     for number, stream in enumerate(streams):
         os.dup2(stream.detach(), number)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115  # as long as the process
+    # The streams last as long as the process. Those of the parent may be seekable, unlike the pipes that replace them.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -156,3 +159,4 @@ def _run_program(executable: str, streams: list[Any], call: tuple[list[str], dic
             runpy.run_path(words[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+        sys.stdout.flush()
