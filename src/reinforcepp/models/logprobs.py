@@ -116,7 +116,7 @@ def takes_left_padding(model: Any) -> bool:
 
     RoBERTa's positions begin after the padding id, so it must count them itself.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(base, "_is_stateful", False):
         return False
     if not {"attention_mask", "position_ids"} <= inspect.signature(type(base).forward).parameters.keys():
