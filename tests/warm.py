@@ -153,6 +153,10 @@ def _run_program(executable: str, streams: list[Any], call: tuple[list[str], dic
             sys.argv = words[1:]
             sys.path.insert(0, folder)
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            sys.path.insert(0, folder)
+            exec(words[1], {"__name__": "__main__"})
         else:
             sys.argv = words
             sys.path.insert(0, str(Path(words[0]).resolve().parent))
