@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from reinforcepp.models import logprobs as module
-from reinforcepp.models.logprobs import head_logprobs, response_logprobs, token_logprobs
+from reinforcepp.models.logprobs import head_logprobs, response_logprobs, takes_left_padding, token_logprobs
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,9 @@ def test_padded_log_probabilities_equal_unpadded_ones(family):
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             expected = (logits / 0.7).log_softmax(-1)[range(len(response)), response]
             torch.testing.assert_close(together[i, : len(response)], expected, atol=2e-5, rtol=0)
+
+
+def test_a_model_that_only_keeps_the_configuration_of_an_adapter_is_its_own_base():
+    model = tiny.model()
+    model.peft_config = {}
+    assert takes_left_padding(model)
