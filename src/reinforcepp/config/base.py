@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 from reinforcepp.config.data_spec import listed
 from reinforcepp.config.values import accepted_values, converted
@@ -138,8 +138,7 @@ class _AcceptsOldNames(type):
     """
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
-        known = {field.name for field in fields(cast(Any, cls))}
-        return super().__call__(*args, **rename_settings(settings, known))
+        return super().__call__(*args, **rename_settings(settings, accepted_values(cls)))
 
 
 class Config(metaclass=_AcceptsOldNames):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from reinforcepp.config.base import Config, FilledStr, PositiveInt, Range, Seed
 from reinforcepp.config.data_spec import listed
 from reinforcepp.config.shared import ColumnConfig
+from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError
 
 FIXABLE = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -80,7 +81,7 @@ class DoctorConfig(Config):
 class ReportConfig(Config):
     """Show the results of a training run, or of several overlaid, on a page that works offline."""
 
-    runs: tuple[str, ...] = ("runs/train",)
+    runs: tuple[str, ...] = field(default=("runs/train",), metadata=NAMES)
     """Output folders of training runs or demos"""
     output: FilledStr | None = None
     """File for the page. Default: report.html in the run's folder; here for several"""

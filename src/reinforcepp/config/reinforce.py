@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
 from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
@@ -20,8 +20,8 @@ from reinforcepp.config.base import (
     Share,
 )
 from reinforcepp.config.learning_rates import Training
-from reinforcepp.config.shared import ChatTemplateConfig, CheckpointConfig, ComputeConfig, ScheduleConfig
-from reinforcepp.config.values import EmptyIfNone
+from reinforcepp.config.shared import AdapterConfig, ChatTemplateConfig, CheckpointConfig, ComputeConfig, ScheduleConfig
+from reinforcepp.config.values import NAMES, EmptyIfNone, FieldsOfParser
 from reinforcepp.errors import ConfigError, nearest, option
 
 DEFAULT_MICRO_BATCH = 8
@@ -159,7 +159,7 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
     """Steps between evaluations during training; 0 disables"""
     log_completions: bool = True
     """Write the completions of every step to Parquet files in completions"""
-    report_to: Annotated[tuple[str, ...], EmptyIfNone()] = ()
+    report_to: Annotated[tuple[str, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
     """Trackers of the metrics, e.g. tensorboard wandb mlflow trackio; none: none"""
 
     kl_target: PositiveFloat | None = None
@@ -287,6 +287,13 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
     def updates_per_step(self) -> int:
         """Optimizer steps on a full rollout batch."""
         return self.num_iterations * -(-self.completions_per_step // self.optimizer_batch_size)
+
+
+# TrlParser((ScriptArguments, ReinforceConfig, ModelConfig)): these fields are also in TRL's ModelConfig.
+ReinforceConfig.__dataclass_fields__ = FieldsOfParser(  # type: ignore[assignment]
+    ReinforceConfig.__dataclass_fields__,
+    hidden={"attn_implementation", *(setting.name for setting in fields(AdapterConfig))},
+)
 
 
 def server_addresses(rollout: str) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from reinforcepp.config.base import (
     Config,
@@ -15,11 +15,11 @@ from reinforcepp.config.base import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Range,
     Share,
     check_output_dir,
 )
 from reinforcepp.config.learning_rates import Training
+from reinforcepp.config.values import NAMES, SWITCH_OR_TEXT
 from reinforcepp.errors import ConfigError, nearest, option
 from reinforcepp.run_dir import RENAMED_SETTINGS
 
@@ -46,7 +46,7 @@ class CheckpointConfig(Config):
     """Seconds without progress before the run ends with stacks.txt; 0 disables"""
     overwrite: bool = False
     """Replace the run in output_dir"""
-    resume: bool | str = False
+    resume: bool | str = field(default=False, metadata=SWITCH_OR_TEXT)
     """Resume from the latest checkpoint in output_dir, or from a checkpoint folder"""
     allow_changes: str | None = None
     """Settings, separated by commas, that a resumed run can change"""
@@ -70,7 +70,7 @@ class CheckpointConfig(Config):
             raise ConfigError("keep_best is empty. Give the name of a metric, for example reward.")
         if self.keep_best is not None and not self.save_every:
             raise ConfigError("keep_best needs checkpoints, but save_every is 0. Set save_every to a number of steps.")
-        known = {field.name for field in fields(self)} | set(INPUTS)
+        known = {setting.name for setting in fields(self)} | set(INPUTS)
         for name in self.allowed_changes:
             if name not in known:
                 raise ConfigError(f"allow_changes: setting {name!r} not found.{nearest(name, known)}")
@@ -88,7 +88,7 @@ class ScheduleConfig(Config):
     """Peak learning rate of AdamW; default: by model size, and full or LoRA training"""
     warmup_ratio: Share = 0.1
     """Fraction of all optimizer steps in which the learning rate rises to its peak"""
-    warmup_steps: Annotated[int | float, Range(at_least=0)] = 0
+    warmup_steps: NonNegativeFloat = 0
     """Optimizer steps of the warmup; below 1: fraction of all; 0 uses warmup_ratio"""
 
     @property
@@ -122,7 +122,7 @@ class AdapterConfig(Config):
     """Adapter scale: lora_alpha / lora_r, or lora_alpha / sqrt(lora_r) with rsLoRA"""
     lora_dropout: Share = 0.0
     """Dropout probability of adapter inputs"""
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    lora_target_modules: tuple[str, ...] = field(default=("all-linear",), metadata=NAMES)
     """Layers with adapters, by suffix (q_proj v_proj); all-linear: all but the head"""
     use_rslora: bool = False
     """Rank-stabilized LoRA: adapter scale lora_alpha / sqrt(lora_r)"""
@@ -140,8 +140,8 @@ class AdapterConfig(Config):
         if "all-linear" in targets and len(targets) > 1:
             raise ConfigError("lora_target_modules: all-linear can't be combined with other names. Remove one.")
         if not self.use_peft:
-            current = {field.name: getattr(self, field.name) for field in fields(AdapterConfig)}
-            changed = [field.name for field in fields(AdapterConfig) if current[field.name] != field.default]
+            settings = fields(AdapterConfig)
+            changed = [setting.name for setting in settings if getattr(self, setting.name) != setting.default]
             if changed:
                 raise ConfigError(
                     f"{changed[0]} is a LoRA setting, and LoRA is off. Add {option('use_peft')}, or omit {changed[0]}."
@@ -217,7 +217,7 @@ class ColumnMapping(Config):
 
     TEXTS: ClassVar[tuple[str, ...]] = ()
 
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = field(default=(), metadata=NAMES)
     """Column names, NAME=COLUMN (prompt=question), also for reward functions"""
     heldout_fraction: Share = 0.1
     """Fraction of prompts held out for evaluation; built-in data has its own split"""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from reinforcepp.config.base import Config, FilledStr, check_name, check_not_below_output
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.config.shared import DataLoadingConfig, DryRunConfig, check_judge, judge_for
+from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError
 
 
@@ -21,7 +22,7 @@ class TrainInputs(Config):
     """Prompt files, folders, Hub names, or builtin:network; several: a.csv,b.csv"""
     reward_model: FilledStr = "models/reward_model"
     """Folder of a reward model, from reinforcepp reward"""
-    rewards: tuple[str, ...] = ()
+    rewards: tuple[str, ...] = field(default=(), metadata=NAMES)
     """Weighted rewards instead: 0.5*FOLDER rule:length?max=200 my.py:f http://..."""
     judge: FilledStr = "auto"
     """Scores held-out responses: builtin:judge, a reward, none, or auto"""
@@ -39,7 +40,7 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
 
     def _check_rewards(self) -> None:
         """Check rewards and judge as far as possible without reading a file."""
-        default = next(field.default for field in fields(TrainInputs) if field.name == "reward_model")
+        default = next(setting.default for setting in fields(TrainInputs) if setting.name == "reward_model")
         if self.rewards and self.reward_model != default:
             raise ConfigError(
                 f"rewards replace reward_model, but both are given. Add {self.reward_model} to the rewards, or remove one."

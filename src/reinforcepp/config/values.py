@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from reinforcepp.errors import ConfigError, nearest
 
@@ -47,7 +48,7 @@ class Accepted:
 def accepted_values(config_class: type[Any]) -> dict[str, Accepted]:
     """Return the accepted values of every setting of ``config_class``."""
     hints = get_type_hints(config_class, include_extras=True)
-    return {field.name: _accepted(hints[field.name]) for field in fields(config_class)}
+    return {name: _accepted(hint) for name, hint in hints.items() if get_origin(hint) is not ClassVar}
 
 
 def _accepted(hint: Any) -> Accepted:
@@ -136,3 +137,64 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (ValueError, OverflowError):
         return None
+
+
+# --- parsers of transformers and TRL ----------------------------------------------------------------------------------
+
+
+class _Store(argparse.Action):
+    """Stores a value; HfArgumentParser passes the metadata of a field to argparse, but sets the type itself."""
+
+    def __init__(self, *, type: Callable[[str], Any], **named: Any) -> None:
+        super().__init__(type=self.converter(type), **named)
+
+    @staticmethod
+    def converter(proposed: Callable[[str], Any]) -> Callable[[str], Any]:
+        """Return the function that converts a word of the command line."""
+        return proposed
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+
+
+class _Names(_Store):
+    """Stores words, which HfArgumentParser would split into characters, because it knows lists but not tuples."""
+
+    @staticmethod
+    def converter(proposed: Callable[[str], Any]) -> Callable[[str], Any]:
+        return str
+
+
+class _SwitchOrText(_Store):
+    """Stores a truth value or a text; HfArgumentParser would accept only a truth value."""
+
+    @staticmethod
+    def converter(proposed: Callable[[str], Any]) -> Callable[[str], Any]:
+        def convert(word: str) -> Any:
+            try:
+                return proposed(word)
+            except argparse.ArgumentTypeError:
+                return word
+
+        return convert
+
+
+NAMES = {"action": _Names, "nargs": "+"}
+"""Metadata of a field that holds a tuple of names."""
+SWITCH_OR_TEXT = {"action": _SwitchOrText}
+"""Metadata of a field that holds a truth value or a text."""
+
+
+class FieldsOfParser:
+    """The fields of a configuration class, of which parsers don't see ``hidden``; an instance has all fields.
+
+    TRL's parser builds flags from the fields of several classes at once and refuses a name that two of them have.
+    """
+
+    def __init__(self, every: dict[str, Any], hidden: Collection[str]) -> None:
+        self._every = every
+        self._parsed = {name: field for name, field in every.items() if name not in hidden}
+
+    def __get__(self, instance: object | None, owner: type) -> dict[str, Any]:
+        """Return the fields by name."""
+        return self._parsed if instance is None else self._every

@@ -16,8 +16,10 @@ from reinforcepp.training.builder import build
 from reinforcepp.training.evaluation import Evaluation
 from reinforcepp.training.monitor import Monitor
 from reinforcepp.training.policy_update import score, with_advantages
+from reinforcepp.training.setup import with_peft_config
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -35,6 +37,7 @@ class ReinforceTrainer:
         engine: generates the rollouts; default: the one that ``args.rollout`` names.
         judge: a reward function, or its folder, that scores held-out completions and has no part in training.
         reward_weights: one weight per reward function; default: 1.
+        peft_config: a ``peft.LoraConfig`` instead of the LoRA settings in ``args``.
 
     Raises:
         ReinforceError: settings, data or models don't fit together; raised before training starts.
@@ -51,8 +54,9 @@ class ReinforceTrainer:
         engine: RolloutEngine | None = None,
         judge: str | RewardFunction | None = None,
         reward_weights: Sequence[float] | None = None,
+        peft_config: PeftConfig | None = None,
     ) -> None:
-        config, data = args or ReinforceConfig(), (train_dataset, eval_dataset)
+        config, data = with_peft_config(args or ReinforceConfig(), peft_config), (train_dataset, eval_dataset)
         parts = build(model, reward_funcs, config, *data, processing_class, engine, judge, reward_weights)
         self.config = parts.update.config  # with the learning rate
         self.folder, self.ranks, self.num_steps = parts.folder, parts.ranks, parts.num_steps

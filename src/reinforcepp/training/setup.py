@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,44 @@ from reinforcepp.monitoring import echo
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+ADAPTER_FIELDS = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+"""Settings of LoRA by their names in ``peft.LoraConfig``."""
+SET_BY_PEFT = ("task_type", "target_modules", "fan_in_fan_out", "runtime_config", "peft_version")
+
+
+def with_peft_config(config: ReinforceConfig, adapter: PeftConfig | None) -> ReinforceConfig:
+    """Return ``config`` with the settings of a ``peft.LoraConfig``, if there is one.
+
+    Raises:
+        ConfigError: it isn't a ``LoraConfig``, it sets something that has no setting, or ``config`` has LoRA settings, too.
+    """
+    if adapter is None:
+        return config
+    from peft import LoraConfig
+
+    if not isinstance(adapter, LoraConfig):
+        raise ConfigError(f"peft_config: {type(adapter).__name__} isn't supported. Give a LoraConfig.")
+    if config.use_peft:
+        raise ConfigError("peft_config and use_peft are both given. Remove one of the two.")
+    plain = LoraConfig()
+    for part in fields(adapter):
+        known = part.name in ADAPTER_FIELDS or part.name in SET_BY_PEFT
+        if not known and (value := getattr(adapter, part.name)) != getattr(plain, part.name):
+            raise ConfigError(f"peft_config: {part.name} {value!r} isn't supported. Remove it.")
+    targets = adapter.target_modules or "all-linear"
+    settings = {ours: getattr(adapter, theirs) for theirs, ours in ADAPTER_FIELDS.items()}
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    return replace(config, use_peft=True, lora_target_modules=names, **settings)
 
 
 def encode(
