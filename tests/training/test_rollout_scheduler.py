@@ -6,6 +6,7 @@ import pytest
 from rollout.contract import drawn, prepared_model, prepared_tokenizer, prompts_of
 
 from reinforcepp.errors import RolloutError
+from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.types import Sampling
@@ -27,7 +28,7 @@ class Faulty(TransformersEngine):
 
 
 def scheduler(engine, fallback=None):
-    return RolloutScheduler(None, engine, engine.model, engine.tokenizer, None, None, fallback)
+    return RolloutScheduler(None, CheckedEngine(engine, engine.tokenizer, fallback), engine.model, None, None)
 
 
 def test_a_wrong_first_batch_stops_the_run_and_names_the_family():
@@ -45,12 +46,11 @@ def test_a_wrong_first_batch_stops_the_run_and_names_the_family():
         assert len(run.generate(prompts, Sampling(6))) == len(prompts)
 
 
-def test_auto_falls_back_to_transformers_before_the_first_update(capsys):
+def test_auto_falls_back_to_transformers_before_the_first_update(caplog):
     model, tokenizer = prepared_model("llama"), prepared_tokenizer()
     prompts, faulty, own = prompts_of(tokenizer), Faulty(model, tokenizer), TransformersEngine(model, tokenizer)
     run = scheduler(faulty, lambda: own)
     completions = run.generate(prompts, Sampling(6, seed=1))
     assert run.engine is own and faulty.closed
     assert drawn(completions) == drawn(own.generate(prompts, Sampling(6, seed=1)))
-    printed = capsys.readouterr()
-    assert "Completions come from transformers: The faulty engine" in printed.out + printed.err
+    assert "Completions come from transformers: The faulty engine" in caplog.text

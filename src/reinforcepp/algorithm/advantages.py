@@ -28,9 +28,6 @@ Population = Literal["tokens", "sequences"]
 VARIANCE_FLOOR = 1e-8
 
 
-# --- rewards and returns --------------------------------------------------------------------------------------------
-
-
 def clip_rewards(rewards_B: Tensor, limit: float | None) -> Tensor:
     """Return R clipped to [-limit, limit], or unchanged for None. Apply it before any centering. -> (B,)"""
     return rewards_B if limit is None else rewards_B.clamp(-limit, limit)
@@ -57,9 +54,6 @@ def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Te
         returns_BT[:, t] = rewards_BT[:, t] + gamma * next_B
         next_B = torch.where(mask_BT[:, t], returns_BT[:, t], next_B)
     return torch.where(mask_BT, returns_BT, 0.0)
-
-
-# --- global normalization -------------------------------------------------------------------------------------------
 
 
 class Moments(NamedTuple):
@@ -102,9 +96,6 @@ def normalize(values_BT: Tensor, mask_BT: Tensor, moments: Moments) -> Tensor:
     scale = torch.rsqrt(moments.variance.clamp_min(VARIANCE_FLOOR))
     centered_BT = torch.where(mask_BT.bool(), values_BT.double() - moments.mean, 0.0)
     return (centered_BT * scale).float()
-
-
-# --- the advantages of a batch --------------------------------------------------------------------------------------
 
 
 def compute_advantages(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,15 +22,21 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from reinforcepp.errors import RolloutError, first_line
 from reinforcepp.models.logprobs import counts_from_padding_id, takes_left_padding
 from reinforcepp.models.lora import base_model
+from reinforcepp.rollout.batch_rows import BatchRow
 from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache, select_rows
 from reinforcepp.rollout.self_check import compare_samples
-from reinforcepp.types import Completion
+from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems")
 """Names under which the families of transformers take and return their cache."""
+
+PROBE_LENGTHS = (13, 13, 3, 8)
+"""Tokens of the probe's prompts: two samples of one prompt, shorter ones that need padding, one shorter than a convolution."""
+PROBE_NEW_TOKENS = (2, 6, 6, 6)
+"""Tokens that the probe generates; the first row leaves the batch early."""
 
 FAILURES = (
     AttributeError,
@@ -54,6 +61,15 @@ class Decoding:
     """A prompt is run once for all its samples, and finished rows leave the batch."""
     cache: Literal["preallocated", "model", "none"]
     """Our cache, the cache that the model returns, or no cache: each token then costs a pass over the whole sequence."""
+
+    def batches(self, rows: Sequence[BatchRow], size: int) -> Iterator[list[BatchRow]]:
+        """Yield batches of up to ``size`` rows whose prompts have similar or, without padding, equal lengths."""
+        by_length = sorted(rows, key=BatchRow.prompt_length)
+        groups = (
+            [by_length] if self.padded else [list(group) for _, group in groupby(by_length, BatchRow.prompt_length)]
+        )
+        for group in groups:
+            yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 LADDER = (
@@ -84,6 +100,8 @@ def is_plain(model: PreTrainedModel) -> bool:
 def select_decoding(model: PreTrainedModel, probe: Callable[[Decoding], list[Completion]]) -> Decoding:
     """Return the first decoding of :data:`LADDER` whose samples have the log-probabilities of an unpadded forward pass.
 
+    A model whose layers are all attention takes the first one without a probe.
+
     Args:
         model: The model that generates.
         probe: Returns a few completions sampled by a decoding.
@@ -91,6 +109,8 @@ def select_decoding(model: PreTrainedModel, probe: Callable[[Decoding], list[Com
     Raises:
         RolloutError: no decoding is exact; the message names the family.
     """
+    if is_plain(model):
+        return LADDER[0]
     family = base_model(model).config.model_type
     problem = ""
     for decoding in LADDER:
@@ -117,6 +137,17 @@ def select_decoding(model: PreTrainedModel, probe: Callable[[Decoding], list[Com
         f"The transformers engine can't generate with the model family {family}: {problem}. Use a causal language model of "
         "another family."
     )
+
+
+def probe_rows(model: PreTrainedModel) -> tuple[list[BatchRow], Sampling]:
+    """Return the rows that a probe generates, and their sampling parameters."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    sampling = Sampling(max(PROBE_NEW_TOKENS))
+    rows = []
+    for sample, (length, limit) in enumerate(zip(PROBE_LENGTHS, PROBE_NEW_TOKENS, strict=True)):
+        prompt = Prompt("", tuple((7 + 11 * i) % vocabulary for i in range(length)), length)
+        rows.append(BatchRow.start(prompt, sample, sampling, limit))
+    return rows, sampling
 
 
 class BatchDecoder:

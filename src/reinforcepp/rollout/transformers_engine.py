@@ -6,8 +6,6 @@ Families whose cache or padding works otherwise are decoded in the fastest way t
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,19 +13,15 @@ from torch import Tensor
 
 from reinforcepp.models.loading import context_length, eos_token_ids
 from reinforcepp.models.tokenization import pad, position_ids
-from reinforcepp.rollout.decoding import LADDER, BatchDecoder, Decoding, is_plain, select_decoding
-from reinforcepp.rollout.engine import check_prompts, request_seed, to_completion
+from reinforcepp.rollout.batch_rows import BatchRow
+from reinforcepp.rollout.decoding import BatchDecoder, Decoding, probe_rows, select_decoding
+from reinforcepp.rollout.engine import check_prompts, to_completion
 from reinforcepp.rollout.mkldnn_linear import packed
-from reinforcepp.rollout.sampling import draw, filter_logits, uniforms
+from reinforcepp.rollout.sampling import draw, filter_logits
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-PROBE_LENGTHS = (13, 13, 3, 8)
-"""Tokens of the probe's prompts: two samples of one prompt, shorter ones that need padding, one shorter than a convolution."""
-PROBE_NEW_TOKENS = (2, 6, 6, 6)
-"""Tokens that the probe generates; the first row leaves the batch early."""
 
 
 class TransformersEngine:
@@ -63,7 +57,7 @@ class TransformersEngine:
             RolloutError: the model isn't a causal language model that can generate token by token.
         """
         if self._decoding is None:
-            self._decoding = LADDER[0] if is_plain(self.model) else select_decoding(self.model, self._probe)
+            self._decoding = select_decoding(self.model, self._probe)
         return self._decoding
 
     def with_model(self, model: PreTrainedModel) -> TransformersEngine:
@@ -75,7 +69,9 @@ class TransformersEngine:
         check_prompts(prompts, sampling.max_new_tokens, context_length(self.model.config))
         if not prompts:
             return []
-        rows = [_Row.start(prompt, sample, sampling) for prompt in prompts for sample in range(sampling.num_samples)]
+        rows = [
+            BatchRow.start(prompt, sample, sampling) for prompt in prompts for sample in range(sampling.num_samples)
+        ]
         decoding = self.decoding
         with packed(self.model, min(len(rows), self.batch_size)):
             self._finish(rows, sampling, decoding, self.eos_ids)
@@ -84,7 +80,7 @@ class TransformersEngine:
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """Yield the growing completion of ``prompt`` after each token."""
         check_prompts([prompt], sampling.max_new_tokens, context_length(self.model.config))
-        row = _Row.start(prompt, 0, sampling)
+        row = BatchRow.start(prompt, 0, sampling)
         for _ in self._decode([row], sampling, self.decoding, self.eos_ids):
             yield self._completion(row)
 
@@ -98,32 +94,24 @@ class TransformersEngine:
 
     def _probe(self, decoding: Decoding) -> list[Completion]:
         """Return a few completions sampled by ``decoding``."""
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        sampling = Sampling(max(PROBE_NEW_TOKENS))
-        rows = []
-        for sample, (length, limit) in enumerate(zip(PROBE_LENGTHS, PROBE_NEW_TOKENS, strict=True)):
-            prompt = Prompt("", tuple((7 + 11 * i) % vocabulary for i in range(length)), length)
-            rows.append(_Row.start(prompt, sample, sampling, limit))
+        rows, sampling = probe_rows(self.model)
         self._finish(rows, sampling, decoding, frozenset())
         return [self._completion(row) for row in rows]
 
-    def _finish(self, rows: list[_Row], sampling: Sampling, decoding: Decoding, end_ids: frozenset[int]) -> None:
+    def _finish(self, rows: list[BatchRow], sampling: Sampling, decoding: Decoding, end_ids: frozenset[int]) -> None:
         """Generate all tokens of ``rows`` in evaluation mode, in batches of prompts of similar or equal length."""
-        by_length = sorted(rows, key=_prompt_length)
-        groups = [by_length] if decoding.padded else [list(group) for _, group in groupby(by_length, _prompt_length)]
         was_training = self.model.training
         self.model.eval()
         try:
-            for group in groups:
-                for start in range(0, len(group), self.batch_size):
-                    for _ in self._decode(group[start : start + self.batch_size], sampling, decoding, end_ids):
-                        pass
+            for batch in decoding.batches(rows, self.batch_size):
+                for _ in self._decode(batch, sampling, decoding, end_ids):
+                    pass
         finally:
             self.model.train(was_training)
 
     @torch.no_grad()
     def _decode(
-        self, rows: list[_Row], sampling: Sampling, decoding: Decoding, end_ids: frozenset[int]
+        self, rows: list[BatchRow], sampling: Sampling, decoding: Decoding, end_ids: frozenset[int]
     ) -> Iterator[None]:
         """Extend all ``rows`` by one token at a time, until each has sampled an end token or reached its limit."""
         decoder = BatchDecoder(self.model, decoding)
@@ -151,7 +139,7 @@ class TransformersEngine:
             seen_BV.scatter_(1, next_B[:, None], True)
             logits_BV = decoder.forward(next_B[:, None], mask_BL, positions_B1)
 
-    def _prefill(self, rows: list[_Row], decoder: BatchDecoder, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _prefill(self, rows: list[BatchRow], decoder: BatchDecoder, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run the prompts; if ``shared``, run each distinct prompt once and copy its cache to its rows.
 
         ``P`` counts the prompts that are run.
@@ -174,36 +162,5 @@ class TransformersEngine:
             decoder.select(prompt_B)
         return logits_PV[prompt_B], mask_PL[prompt_B], seen_PV[prompt_B]
 
-    def _completion(self, row: _Row) -> Completion:
+    def _completion(self, row: BatchRow) -> Completion:
         return to_completion(self.tokenizer, self.eos_ids, row.prompt, row.ids, row.logprobs)
-
-
-@dataclass
-class _Row:
-    """A completion in progress."""
-
-    prompt: Prompt
-    uniforms: Tensor
-    """One random number per token, (T,)."""
-    limit: int
-    """Number of tokens at which it ends."""
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-
-    @classmethod
-    def start(cls, prompt: Prompt, sample: int, sampling: Sampling, limit: int | None = None) -> _Row:
-        seed = request_seed(sampling.seed, prompt.key, sample)
-        return cls(prompt, uniforms(seed, sampling.max_new_tokens), limit or sampling.max_new_tokens)
-
-    def append(self, token: int, logprob: float, end_ids: frozenset[int]) -> None:
-        """Add a token, unless the completion is finished and its row only stays in the batch."""
-        if self.finished:
-            return
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        self.finished = token in end_ids or len(self.ids) == self.limit
-
-
-def _prompt_length(row: _Row) -> int:
-    return len(row.prompt.ids)

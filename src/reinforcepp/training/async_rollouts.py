@@ -7,7 +7,7 @@ the beginning from the initial weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.lora import frozen_copy, load_trainable_weights, trainable_weights
+from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.rollout.transformers_engine import TransformersEngine
@@ -26,7 +27,7 @@ from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.types import Completion, Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 PENDING_FILE = "ahead.json"
 
@@ -44,25 +45,21 @@ class AsyncRolloutScheduler(RolloutScheduler):
 
     Args:
         config: the run's settings.
-        engine: generates the completions.
+        checked: generates the completions.
         update: owns the policy; scores completions under the weights that sampled them.
-        tokenizer: the policy's tokenizer.
         batches: the prompts of each step.
         num_steps: steps of the run.
-        fallback: starts the engine that replaces one whose samples don't match the model.
     """
 
     def __init__(
         self,
         config: ReinforceConfig,
-        engine: RolloutEngine,
+        checked: CheckedEngine,
         update: PolicyUpdate,
-        tokenizer: PreTrainedTokenizerBase,
         batches: PromptBatches,
         num_steps: int,
-        fallback: Callable[[], RolloutEngine] | None = None,
     ) -> None:
-        super().__init__(config, engine, update.policy.plain, tokenizer, batches, update.ranks, fallback)
+        super().__init__(config, checked, update.policy.plain, batches, update.ranks)
         self._update = update
         self._num_steps = num_steps
         self._copies = [frozen_copy(self.policy) for _ in range(config.staleness)]

@@ -27,6 +27,7 @@ from reinforcepp.monitoring import echo, log_event
 from reinforcepp.monitoring.environment import environment
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum, load_rewards
+from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.factory import start_training_engine
 from reinforcepp.rollout.ray.reward_pool import pool_rewards, rewards_to_pool
@@ -140,10 +141,11 @@ def build(
     )
     own_engine = partial(TransformersEngine, learner.plain, tokenizer, config.rollout_batch_size)
     fallback = own_engine if choice is not None and choice.can_fall_back else None
+    checked = CheckedEngine(engine, tokenizer, fallback)
     rollouts = (
-        AsyncRolloutScheduler(config, engine, update, tokenizer, batches, num_steps, fallback)
+        AsyncRolloutScheduler(config, checked, update, batches, num_steps)
         if config.staleness
-        else RolloutScheduler(config, engine, learner.plain, tokenizer, batches, ranks, fallback)
+        else RolloutScheduler(config, checked, learner.plain, batches, ranks)
     )
     facts = {
         "kind": type(config).__name__,

@@ -86,7 +86,8 @@ def with_advantages(batch: RolloutBatch, scores: RewardScores, update: PolicyUpd
     Raises:
         UnusableUpdate: no row is left on any rank.
     """
-    values_BT = update.values(batch)
+    critic = update.critic
+    values_BT = critic.batch_values(batch, update.micro_batch_size, update.pad_id) if critic is not None else None
     advantages_BT, returns_BT = batch_advantages(
         batch, update.config, kl_coef, on_policy=update.on_policy, values_BT=values_BT, sum_over_ranks=update.ranks.sum
     )
@@ -181,12 +182,6 @@ class PolicyUpdate:
             temperature=self.config.temperature,
             width=width,
         )
-
-    def values(self, batch: RolloutBatch) -> Tensor | None:
-        """Return the critic's value before each token, None without a critic. -> (B, T)"""
-        return None if self.critic is None else self.critic.batch_values(batch, self.micro_batch_size, self.pad_id)
-
-    # --- one optimizer step -----------------------------------------------------------------------------------------
 
     def _optimizer_step(self, batch: UpdateBatch, rows: Sequence[int], step: int, kl_coef: float) -> dict[str, float]:
         """Compute gradients, check them, and make the step unless the guardrails skip it."""

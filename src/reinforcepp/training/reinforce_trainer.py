@@ -73,7 +73,7 @@ class ReinforceTrainer:
 
     @engine.setter
     def engine(self, engine: RolloutEngine) -> None:
-        self.rollouts.engine = engine
+        self.rollouts.checked.engine = engine
 
     def train(self) -> list[dict[str, float]]:
         """Run all steps, or the remaining ones of a resumed run; return the metrics of every step.
@@ -88,7 +88,7 @@ class ReinforceTrainer:
         """
         if self.run.finished:
             echo(
-                f"All {self.num_steps} steps are done. To train more, create a trainer with the model in {self.folder}."
+                f"All {self.num_steps} steps are done. To train more, give the model in {self.folder} to a new trainer."
             )
             return read_metrics(self.folder)
         with self.guard.training():
@@ -124,13 +124,8 @@ class ReinforceTrainer:
                 self.guard.save_if_due()
                 self.guard.heartbeat.check_between_steps()
 
-    # --- before, during and after the steps ---------------------------------------------------------------------------
-
     def evaluate(self) -> Evaluation:
-        """Generate completions of all held-out prompts with the current policy, always from the same seeds, and score them.
-
-        The evaluations during training use only the first ``eval_prompts`` prompts.
-        """
+        """Generate completions of all held-out prompts with the current policy from fixed seeds, and score them."""
         return self.evaluator.evaluate()
 
     def save_model(self, folder: str | Path) -> None:

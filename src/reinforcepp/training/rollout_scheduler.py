@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
-from reinforcepp.errors import RolloutError
-from reinforcepp.monitoring import echo
+from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine, request_seed
-from reinforcepp.rollout.self_check import check_samples
-from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.training.batches import PromptBatches
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(eq=False)
@@ -27,23 +24,22 @@ class RolloutScheduler:
 
     Attributes:
         config: the run's settings.
-        engine: generates the completions.
+        checked: generates the completions.
         policy: the model whose weights the engine gets.
-        tokenizer: the policy's tokenizer.
         batches: the prompts of each step.
         ranks: each rank generates for its share of the prompts.
-        fallback: starts the engine that replaces one whose samples don't match the model; None if the user chose the engine.
     """
 
     config: ReinforceConfig
-    engine: RolloutEngine
+    checked: CheckedEngine
     policy: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     batches: PromptBatches
     ranks: Ranks
-    fallback: Callable[[], RolloutEngine] | None = None
-    _checked: bool = field(default=False, init=False)
-    _samples_checked: bool = field(default=False, init=False)
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The engine that generates."""
+        return self.checked.engine
 
     def next(self, step: int) -> list[Completion]:
         """Return this rank's completions of a step; steps count from 0."""
@@ -52,30 +48,8 @@ class RolloutScheduler:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, model: PreTrainedModel | None = None
     ) -> list[Completion]:
-        """Return completions of ``prompts``; those of the first batch are checked.
-
-        Args:
-            prompts: this rank's prompts. A rank without prompts calls the engine too, because all ranks can share it.
-            sampling: the sampling parameters.
-            model: the model whose weights the engine has, by default the policy.
-
-        Raises:
-            RolloutError: the engine's samples don't match the model, and the user chose this engine.
-        """
-        model = self.policy if model is None else model
-        try:
-            completions = self._engine_for(model).generate(prompts, sampling)
-            if not self._samples_checked and completions:
-                check_samples(self.engine, model, completions, sampling)
-                self._samples_checked = True
-        except RolloutError as error:
-            if self._samples_checked or self.fallback is None:
-                raise
-            self.engine.close()
-            self.engine, self.fallback = self.fallback(), None
-            echo(f"Completions come from {self.engine.name}: {error}", "yellow")
-            return self.generate(prompts, sampling, model)
-        return completions
+        """Return completions by the weights of ``model``, which the engine has; by default the policy's."""
+        return self.checked.generate(prompts, sampling, self.policy if model is None else model, self._engine_for)
 
     def sync(self, step: int) -> None:
         """Give the engine the weights that the policy has after ``step``."""
@@ -87,15 +61,9 @@ class RolloutScheduler:
 
     def sampling(self, step: int) -> Sampling:
         """Return the sampling parameters of a step."""
-        config = self.config
-        return Sampling(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            num_samples=config.num_generations,
-            seed=request_seed(config.seed, step, 0),
-        )
+        config, seed = self.config, request_seed(self.config.seed, step, 0)
+        width, samples = config.max_new_tokens, config.num_generations
+        return Sampling(width, config.temperature, config.top_p, config.top_k, num_samples=samples, seed=seed)
 
     def use_current_weights(self) -> None:
         """Make the engine generate with the policy's current weights, for an evaluation."""
@@ -118,9 +86,4 @@ class RolloutScheduler:
         return self.engine
 
     def _load_weights(self, model: PreTrainedModel, step: int) -> None:
-        """Load weights into the engine; check the first time, and at intervals, that it generates with them."""
-        self.engine.load_weights(model)
-        due = step % self.config.sync_check_every == 0 or not self._checked
-        if due and not self.engine.shares_trainer_forward:
-            check_sync(self.engine, model, self.tokenizer)
-        self._checked = True
+        self.checked.load_weights(model, check=step % self.config.sync_check_every == 0)
