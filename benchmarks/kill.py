@@ -35,7 +35,7 @@ from reinforcepp import files
 from reinforcepp.config import ReinforceConfig, RewardModelConfig
 from reinforcepp.data.builtin import model_path
 from reinforcepp.files import write_json
-from reinforcepp.models import loading as models
+from reinforcepp.models import saving
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.training import checkpoint
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
@@ -47,7 +47,7 @@ COMPARED = {
     "reward": ("model.safetensors", "metrics.jsonl", "reward_model.json", "heldout.parquet", "report.html"),
 }
 PROMPTS = [{"prompt": f"Why does host {i} answer slowly?"} for i in range(11)]
-WRITES = ((files, "flush"), (files, "move"), (checkpoint, "save_file"), (models, "flush"), (shutil, "copyfile"))
+WRITES = ((files, "flush"), (files, "move"), (checkpoint, "save_file"), (saving, "flush"), (shutil, "copyfile"))
 
 
 def main() -> None:
