@@ -44,7 +44,7 @@ def run_of(name, seed, scores, kl=0.1, diverged=None):
 
 @pytest.fixture
 def made():
-    config = CompareAlgorithmsConfig(estimators="reinforce_plus_plus,ppo", seeds=2)
+    config = CompareAlgorithmsConfig(estimators="reinforce_plus_plus,ppo", seeds=2, learning_rate=1e-5)
     runs = [
         run_of("reinforce_plus_plus", 0, [0.4, 0.7, 0.9]),
         run_of("ppo", 0, [0.4, 0.5, 0.6]),
@@ -189,7 +189,7 @@ def test_the_page_is_drawn_without_complaints(window, made, tmp_path):
 
 
 def test_a_run_that_was_stored_under_old_names_is_finished(tmp_path):
-    config = CompareAlgorithmsConfig(output_dir=str(tmp_path), micro_batch_size=4, resume=True)
+    config = CompareAlgorithmsConfig(output_dir=str(tmp_path), learning_rate=1e-5, micro_batch_size=4, resume=True)
     job = comparison._job(config, next(comparison.planned(config, tmp_path)))
     old = {"settings": dict(job["settings"]), "split_seed": job["split_seed"]}
     old["settings"]["mini_batch_size"] = old["settings"].pop("micro_batch_size")

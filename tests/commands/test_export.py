@@ -160,7 +160,7 @@ def test_the_card_shows_data_reward_model_settings_and_results(tmp_path):
         "| training pairs | 731 |",
         "| held-out pairs | 122 |",
         "| accuracy on held-out pairs | 0.913 |",
-        "| learning\\_rate | 3e-05 | 1e-05 |",
+        "| learning\\_rate | 3e-05 | None |",
         "| batch\\_size | 16 | 8 |",
         "| reward | 0.000 | 2.000 | +2.000 ± 0.283\\: improved |",
         "| judge \\(judge\\), not used in training | 0.400 | 0.800 | +0.400 ± 0.057\\: improved |",

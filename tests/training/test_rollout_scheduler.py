@@ -51,6 +51,6 @@ def test_auto_falls_back_to_transformers_before_the_first_update(caplog):
     prompts, faulty, own = prompts_of(tokenizer), Faulty(model, tokenizer), TransformersEngine(model, tokenizer)
     run = scheduler(faulty, lambda: own)
     completions = run.generate(prompts, Sampling(6, seed=1))
-    assert run.engine is own and faulty.closed
+    assert run.checked.engine is own and faulty.closed
     assert drawn(completions) == drawn(own.generate(prompts, Sampling(6, seed=1)))
     assert "Completions come from transformers: The faulty engine" in caplog.text

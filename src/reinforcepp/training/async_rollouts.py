@@ -90,7 +90,7 @@ class AsyncRolloutScheduler(RolloutScheduler):
     def use_current_weights(self) -> None:
         """Wait for pending rollouts, then load the policy's current weights."""
         wait(self._jobs.values())
-        self.engine.load_weights(self.policy)
+        self.checked.engine.load_weights(self.policy)
 
     def close(self) -> None:
         """Stop pending rollouts and drop their completions."""
@@ -138,14 +138,18 @@ class AsyncRolloutScheduler(RolloutScheduler):
 
     def _sample(self, model: PreTrainedModel, prompts: Sequence[Prompt], step: int, version: int) -> PendingRollout:
         """In the thread: generate with ``model`` and score with it, because later no model has these weights."""
-        if not isinstance(self.engine, TransformersEngine):
+        if not isinstance(self.checked.engine, TransformersEngine):
             self._load_weights(model, version)
         completions = self.generate(prompts, self.sampling(step), model)
         return PendingRollout(self._with_logprobs(model, completions), version)
 
     def _engine_for(self, model: PreTrainedModel) -> RolloutEngine:
         """Return an engine that generates with ``model`` while the policy is updated."""
-        return self.engine.with_model(model) if isinstance(self.engine, TransformersEngine) else self.engine
+        return (
+            self.checked.engine.with_model(model)
+            if isinstance(self.checked.engine, TransformersEngine)
+            else self.checked.engine
+        )
 
     @torch.no_grad()
     def _with_logprobs(self, model: PreTrainedModel, completions: list[Completion]) -> list[Completion]:

@@ -273,7 +273,7 @@ class PolicyRun:
         self.restore(self.resumed)
         self.state.evaluations = evaluations | self.state.evaluations
         self.resumed = None
-        self.rollouts.engine.load_weights(self.update.policy.plain)
+        self.rollouts.checked.engine.load_weights(self.update.policy.plain)
 
     def roll_back(self, reason: str) -> None:
         """Restore the last checkpoint, and halve the learning rate."""
@@ -287,7 +287,7 @@ class PolicyRun:
             learner.scale_rate(0.5 ** (rollbacks - guardrails.state.rollbacks))
         guardrails.state.rollbacks = rollbacks
         log_event(self.folder, f"{reason}: rolled back to step {self.state.step} with half the learning rate.")
-        self.rollouts.engine.load_weights(self.update.policy.plain)
+        self.rollouts.checked.engine.load_weights(self.update.policy.plain)
         if self.monitor is not None:
             self.monitor.rolled_back()
 

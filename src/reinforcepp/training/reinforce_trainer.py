@@ -69,7 +69,7 @@ class ReinforceTrainer:
     @property
     def engine(self) -> RolloutEngine:
         """The engine that generates, for training and for evaluations."""
-        return self.rollouts.engine
+        return self.rollouts.checked.engine
 
     @engine.setter
     def engine(self, engine: RolloutEngine) -> None:

@@ -36,11 +36,6 @@ class RolloutScheduler:
     batches: PromptBatches
     ranks: Ranks
 
-    @property
-    def engine(self) -> RolloutEngine:
-        """The engine that generates."""
-        return self.checked.engine
-
     def next(self, step: int) -> list[Completion]:
         """Return this rank's completions of a step; steps count from 0."""
         return self.ranks.run_or_raise_all(lambda: self.generate(self._local_prompts(step), self.sampling(step)))
@@ -83,7 +78,7 @@ class RolloutScheduler:
 
     def _engine_for(self, model: PreTrainedModel) -> RolloutEngine:
         """Return the engine that has the weights of ``model``."""
-        return self.engine
+        return self.checked.engine
 
     def _load_weights(self, model: PreTrainedModel, step: int) -> None:
         self.checked.load_weights(model, check=step % self.config.sync_check_every == 0)
