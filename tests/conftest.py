@@ -91,6 +91,12 @@ def pytest_runtest_setup() -> None:
         ended = False
 
 
+@pytest.fixture(autouse=True)
+def python_names_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore messages for Python after a command that raised, which keeps those of the command line."""
+    monkeypatch.setattr("reinforcepp.errors._typed_as_flags", False)
+
+
 # --- models and data ---------------------------------------------------------------------------------------------
 
 

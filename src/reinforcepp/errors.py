@@ -76,6 +76,11 @@ def option(name: str, value: str | None = None) -> str:
     return f"{name}={True if value is None else repr(value)}"
 
 
+def setting(name: str) -> str:
+    """Return the name of a setting for a message: ``--columns`` on the command line, ``columns`` in Python."""
+    return f"--{name}" if _typed_as_flags else name
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the message, up to 200 characters, or the name of the type if the message is empty."""
     lines = (line.strip() for line in str(error).splitlines())

@@ -27,7 +27,7 @@ from reinforcepp.config import (
     as_dict,
 )
 from reinforcepp.config.base import Config
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, command_line, option, setting
 from scripts import SOURCE
 
 # Zero means "off", "none" or "as long as there is data" here; everywhere else it is a mistake.
@@ -339,6 +339,9 @@ def test_messages_name_flags_on_the_command_line_and_arguments_in_python(capsys)
         TrainConfig(allow_changes="seed")
     assert cli.main(["train", "--allow_changes", "seed"]) == 2
     assert "Add --resume." in capsys.readouterr().err
+    assert (setting("columns"), option("use_peft")) == ("columns", "use_peft=True")
+    with command_line():
+        assert (setting("columns"), option("use_peft")) == ("--columns", "--use_peft")
     with pytest.raises(ConfigError, match=r"Use rollout='transformers', or auto"):
         TrainConfig(load_in_4bit=True, use_peft=True, rollout="vllm")
 

@@ -215,7 +215,7 @@ def test_few_odd_rows_are_skipped(write, streaming):
     for load in (load_preferences, load_prompts, load_texts):
         options = {} if load is load_texts else {"streaming": streaming}
         assert load(path, **split, **options, max_bad_rows=2)
-        with pytest.raises(DataError, match=r"data.jsonl:\d+: .*--max_bad_rows"):
+        with pytest.raises(DataError, match=r"data.jsonl:\d+: .*raise max_bad_rows"):
             load(path, **split, **options, max_bad_rows=0)
 
 

@@ -400,7 +400,7 @@ def test_column_that_python_cannot_hold_is_an_error(write):
 
 def test_missing_column_suggests_the_nearest_and_the_flag(write):
     text = refusal(write("data.jsonl", '{"promt": "a"}'))
-    assert "no column 'prompt', only 'promt'" in text and "--prompt_column. Did you mean 'promt'?" in text
+    assert "no column 'prompt', only 'promt'" in text and "prompt_column. Did you mean 'promt'?" in text
     assert "no column 'rejected'" in refusal(write("data.jsonl", '{"prompt": "a", "chosen": "b"}'), read_preferences)
 
 

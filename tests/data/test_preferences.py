@@ -192,9 +192,9 @@ def test_missing_column_lists_present_columns_and_the_flag(write):
     path = write("prompt,Chosen,worse\n" + TWO_PAIRS)
     text = message(path)
     assert "data.csv:1: the header has no column 'chosen', only 'prompt', 'Chosen', 'worse'" in text
-    assert "--chosen_column. Did you mean 'Chosen'?" in text
-    assert "--rejected_column" in message(path, chosen_column="Chosen")
-    assert "--prompt_column" in message(path, prompt_column="question")
+    assert "chosen_column. Did you mean 'Chosen'?" in text
+    assert "name it with rejected_column" in message(path, chosen_column="Chosen")
+    assert "name it with prompt_column" in message(path, prompt_column="question")
 
 
 def test_file_without_header_is_quoted_briefly(write):
@@ -277,7 +277,7 @@ def test_overlong_cell(write, monkeypatch):
 
 
 def test_two_settings_cannot_name_one_column(write):
-    with pytest.raises(ConfigError, match=r"--prompt_column and --rejected_column .*'prompt'"):
+    with pytest.raises(ConfigError, match=r"prompt_column and rejected_column .*'prompt'"):
         read_preferences(write(HEADER + TWO_PAIRS), rejected_column="prompt")
 
 
@@ -302,7 +302,7 @@ def test_prompts_need_one_column_and_one_usable_row(write):
     assert read_prompts(path, prompt_column="q").summary() == "data.csv: 1 prompt"
     assert "no column 'prompt', only 'q'" in message(path, read_prompts)
     text = message(write("prompt,id\n,1\n"), read_prompts)
-    assert "no usable prompt" in text and "1 empty prompt (row 2)" in text and "--prompt_column" in text
+    assert "no usable prompt" in text and "1 empty prompt (row 2)" in text and "prompt_column" in text
 
 
 # Sources

@@ -342,24 +342,24 @@ def test_default_and_configured_names_come_first(write):
 
 
 def test_ambiguous_columns_are_an_error(write):
-    with pytest.raises(DataError, match=r"'question', 'query'.*--prompt_column.*--prompt_column question\+query"):
+    with pytest.raises(DataError, match=r"'question', 'query'.*with prompt_column.*prompt_column question\+query"):
         read_prompts(write({"question": "a", "query": "b"}))
     row = {"prompt": "a", "better": "b", "worse": "c", "response_j": "d", "response_k": "e"}
-    with pytest.raises(DataError, match=r"'response_j', 'response_k' or 'better', 'worse'.*--chosen_column"):
+    with pytest.raises(DataError, match=r"'response_j', 'response_k' or 'better', 'worse'.*with chosen_column"):
         read_preferences(write(row, row))
     assert prompts(read_prompts(write(row))) == ["a"]  # Ambiguous answers don't matter for prompts.
 
 
 def test_configured_name_has_no_substitute(write):
     path = write(*[{"question": a, "better": b, "worse": c} for a, b, c in (SKY, SUN)])
-    with pytest.raises(DataError, match=r"no column 'questoin', only .*--prompt_column. Did you mean 'question'"):
+    with pytest.raises(DataError, match=r"no column 'questoin', only .*prompt_column. Did you mean 'question'"):
         read_prompts(path, prompt_column="questoin")
-    with pytest.raises(DataError, match=r"no column 'bettr', only .*--chosen_column"):
+    with pytest.raises(DataError, match=r"no column 'bettr', only .*chosen_column"):
         read_preferences(path, chosen_column="bettr")
     # The prompt isn't taken from the answers, either.
     with pytest.raises(DataError, match="no column 'good'"):
         read_prompts(write(implicit(*SKY)), prompt_column="good")
-    with pytest.raises(ConfigError, match=r"--chosen_column and --rejected_column .*'better'"):
+    with pytest.raises(ConfigError, match=r"chosen_column and rejected_column .*'better'"):
         read_preferences(path, chosen_column="better", rejected_column="better")
 
 

@@ -149,7 +149,7 @@ def test_values_without_json_form_cannot_be_streamed(tmp_path):
     rows = [{"prompt": f"{i}?", "when": datetime.date(2026, 1, 1)} for i in range(3)]
     path = write(tmp_path / "a.parquet", rows)
     assert load_prompts(path, heldout_fraction=0, seed=0)[1][0].columns["when"] == datetime.date(2026, 1, 1)
-    with pytest.raises(DataError, match=r"a\.parquet:1: Object of type date .*--streaming"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: Object of type date .*omit streaming=True"):
         load_prompts(path, heldout_fraction=0, seed=0, streaming=True)
 
 

@@ -197,7 +197,7 @@ def test_four_bit_weights_can_have_an_adapter(base, folder):
     copy(base, folder, "*")
     change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     check_trainable(str(folder), use_peft=True)
-    with pytest.raises(ModelError, match="Add --use_peft"):
+    with pytest.raises(ModelError, match="Add use_peft=True"):
         check_trainable(str(folder), use_peft=False)
     change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with pytest.raises(ModelError, match=r"bitsandbytes.*can't be trained"):

@@ -800,7 +800,7 @@ def test_rates_and_memory_of_this_node(monkeypatch, tmp_path):
     assert device.cpu_memory() == before
     unknown = device.device_for(config(gpus=2, gpu_memory=24.0), F32)
     assert (unknown.gpus, unknown.memory, unknown.rates) == (2, 24 << 30, None)
-    with pytest.raises(ConfigError, match=r"gpus: .* 2, but this node has no GPU.*--device.*--gpu_memory"):
+    with pytest.raises(ConfigError, match=r"gpus: .* 2, but this node has no GPU.*example device h100.*gpu_memory 24"):
         device.device_for(config(gpus=2), F32)
 
 

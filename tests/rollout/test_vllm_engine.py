@@ -261,9 +261,7 @@ def test_a_class_that_vllm_cannot_import_is_refused_with_the_reason(monkeypatch)
 
 def test_auto_starts_transformers_if_vllm_cannot_start(monkeypatch):
     def fail(*_, **__):
-        raise RolloutError(
-            "--rollout vllm: vLLM can't start with this model (no conv_dim). Use --rollout transformers."
-        )
+        raise RolloutError("rollout vllm: vLLM can't start with this model (no conv_dim). Use rollout='transformers'.")
 
     monkeypatch.setattr(integration, "VllmEngine", fail)
     model, tokenizer = prepared_model(), prepared_tokenizer()
@@ -302,7 +300,7 @@ def test_a_cuda_build_without_a_gpu_is_never_imported_and_auto_falls_back(monkey
     choice = choose_engine("auto", model.config, torch.float32)
     assert choice.name == "transformers" and "\n" not in choice.reason
     assert choice.reason.startswith("the installed vLLM needs a GPU, but this node has none")
-    with pytest.raises(RolloutError, match="--rollout vllm: the installed vLLM needs a GPU"):
+    with pytest.raises(RolloutError, match=r"^rollout vllm: the installed vLLM needs a GPU"):
         choose_engine("vllm", model.config, torch.float32)
 
 

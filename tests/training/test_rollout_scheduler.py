@@ -35,7 +35,7 @@ def test_a_wrong_first_batch_stops_the_run_and_names_the_family():
     model, tokenizer = prepared_model("llama"), prepared_tokenizer()
     prompts = prompts_of(tokenizer)
     run = scheduler(Faulty(model, tokenizer))
-    with pytest.raises(RolloutError, match=r"faulty engine .*family llama.*Use --rollout transformers"):
+    with pytest.raises(RolloutError, match=r"faulty engine .*family llama.*Use rollout='transformers'"):
         run.generate(prompts, Sampling(6))
     later = Faulty(model, tokenizer)
     later.first = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reinforcepp.data.readers import Records, quoted
-from reinforcepp.errors import ConfigError, DataError, nearest
+from reinforcepp.errors import ConfigError, DataError, nearest, setting
 
 
 class ColumnNames(NamedTuple):
@@ -90,7 +90,8 @@ def check_distinct(names: ColumnNames) -> None:
     for flag, name in names._asdict().items():
         if name in flags:
             raise ConfigError(
-                f"--{flags[name]}_column and --{flag}_column both name the column {name!r}. Give each its own column."
+                f"{setting(f'{flags[name]}_column')} and {setting(f'{flag}_column')} both name the column {name!r}. Give each "
+                "its own column."
             )
         flags[name] = flag
 
@@ -154,8 +155,8 @@ def _prompt_columns(path: Path, records: Records, name: str, answers: tuple[str,
             return _joined(answers, first, second)
     if len(others) > 1:
         raise DataError(
-            f"{path}: no column {name!r}, and several could be the prompt: {quoted(others)}. "
-            f"Choose one with --prompt_column, or join them as in --prompt_column {'+'.join(others[:2])}."
+            f"{path}: no column {name!r}, and several could be the prompt: {quoted(others)}. Choose one with "
+            f"{setting('prompt_column')}, or join them as in {setting('prompt_column')} {'+'.join(others[:2])}."
         )
     if others:
         return ColumnLayout(others[0], answers, (f"prompts from the column {others[0]!r}",))
@@ -195,8 +196,8 @@ def _find_answers(
     if len(candidates) > 1 and must_be_unique:
         named = " or ".join(quoted(pair) for pair in candidates)
         raise DataError(
-            f"{path}: several columns could be the answers: {named}. "
-            "Choose two with --chosen_column and --rejected_column."
+            f"{path}: several columns could be the answers: {named}. Choose two with {setting('chosen_column')} and "
+            f"{setting('rejected_column')}."
         )
     return candidates[0] if len(candidates) == 1 else None
 
@@ -222,7 +223,7 @@ def _missing(path: Path, records: Records, flag: str, name: str) -> DataError:
             )
     return DataError(
         f"{_header(path, records)} has no column {name!r}, only {quoted(records.names)}. "
-        f"Rename the column, or name it with --{flag}_column.{nearest(name, records.names)}"
+        f"Rename the column, or name it with {setting(f'{flag}_column')}.{nearest(name, records.names)}"
     )
 
 
@@ -269,8 +270,8 @@ def _sft_layout(path: Path, records: Records, names: SftColumnNames, by_user: Se
         return _one_answer(path, records, names, completion, note=True)
     raise DataError(
         f"{_header(path, records)} has no column {names.text!r}, {names.messages!r}, {names.completion!r} or "
-        f"{names.chosen!r} to train on, only {quoted(records.names)}. Name one with --text_column, --messages_column, or "
-        "--prompt_column and --completion_column."
+        f"{names.chosen!r} to train on, only {quoted(records.names)}. Name one with {setting('text_column')}, "
+        f"{setting('messages_column')}, or {setting('prompt_column')} and {setting('completion_column')}."
     )
 
 
@@ -326,6 +327,6 @@ def _check_plain_text(path: Path, records: Records, name: str) -> None:
     for number, cells in records.rows:
         if isinstance(cells.get(name), list | dict):
             raise DataError(
-                f"{path}:{number}: {name!r} holds messages or another list, expected plain text. "
-                f"For conversations, use --messages_column {name}."
+                f"{path}:{number}: {name!r} holds messages or another list, expected plain text. For conversations, "
+                f"use {setting('messages_column')} {name}."
             )

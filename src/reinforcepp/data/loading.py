@@ -34,7 +34,7 @@ from reinforcepp.data.rows import (
 )
 from reinforcepp.data.sources import combined_digest, display_name, find_parts, resolve_data
 from reinforcepp.data.streaming import DiskRows, OnProgress, stream_table
-from reinforcepp.errors import DataError, nearest
+from reinforcepp.errors import DataError, nearest, setting
 from reinforcepp.types import Preference, RowId
 
 # A single pair can't be both trained on and held out.
@@ -400,7 +400,7 @@ def _prompt_row(row: Row, renamed: Mapping[str, str]) -> PromptRow:
     for name, column in renamed.items():
         if column not in columns:
             raise DataError(
-                f"--columns: row {row.number} has no column {column!r} to rename to {name!r}, only {quoted(columns)}. "
+                f"{setting('columns')}: row {row.number} has no column {column!r} to rename to {name!r}, only {quoted(columns)}. "
                 f"Correct the name.{nearest(column, columns)}"
             )
         columns[name] = columns.pop(column)
@@ -418,8 +418,8 @@ def _stored_prompt(values: Sequence[Any]) -> PromptRow:
 def _enough_prompts(data: PromptData, column: str) -> PromptData:
     if not data.rows:
         raise DataError(
-            f"{data.source}: no usable prompt ({describe_skipped(data.skipped)}). "
-            f"Fill in the column {column!r}, or name another with --prompt_column."
+            f"{data.source}: no usable prompt ({describe_skipped(data.skipped)}). Fill in the column {column!r}, or "
+            f"name another with {setting('prompt_column')}."
         )
     return data
 
@@ -463,7 +463,7 @@ def read_prompt_lines(path: str | None) -> list[str]:
     try:
         data = Path(path).expanduser().read_bytes() if path else sys.stdin.buffer.read()
     except OSError as error:
-        raise DataError(f"{name}: can't be read ({error.strerror}). Check --prompts_file.") from error
+        raise DataError(f"{name}: can't be read ({error.strerror}). Check {setting('prompts_file')}.") from error
     try:
         # Other line breaks of Unicode, such as U+2028, occur within a prompt.
         lines = data.decode("utf-8-sig").split("\n")
@@ -472,7 +472,7 @@ def read_prompt_lines(path: str | None) -> list[str]:
         raise DataError(f"{name}:{row}: the line isn't valid UTF-8. Convert the file with `iconv -t utf-8`.") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise DataError(f"{name}: no prompt found. Give one per line, or use --prompt.")
+        raise DataError(f"{name}: no prompt found. Give one per line, or use {setting('prompt')}.")
     return prompts
 
 
@@ -542,7 +542,8 @@ def read_texts(
     if not found:
         raise DataError(
             f"{name}: no usable row ({describe_skipped(skipped)}). Fill in the columns, or name others with "
-            "--prompt_column and --completion_column, --messages_column or --text_column."
+            f"{setting('prompt_column')} and {setting('completion_column')}, {setting('messages_column')} or "
+            f"{setting('text_column')}."
         )
     notes = tuple(notes_on(parts, layouts, conversions))
     return TextData(name, combined_digest(parts), tuple(found), skipped, notes)

@@ -32,7 +32,7 @@ from reinforcepp.data.messages import (
 )
 from reinforcepp.data.readers import Records, count, quoted
 from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts, is_builtin
-from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.types import RowId
 
 DEFAULT_MAX_BAD_ROWS = 0.01
@@ -166,7 +166,7 @@ def check_bad_rows(source: str, bad: Sequence[Row], total: int, limit: float | N
         where = first if isinstance(first, str) else f"{source}:{first}"
         raise DataError(
             f"{where}: {bad[0].unreadable}. {len(bad)} of {count(total, 'row')} have such cells. Correct them, name another "
-            "column, or skip the rows: drop them with `reinforcepp lint --fix`, or raise --max_bad_rows."
+            f"column, or skip the rows: drop them with `reinforcepp lint --fix`, or raise {setting('max_bad_rows')}."
         )
 
 

@@ -39,7 +39,7 @@ from reinforcepp.data.rows import (
     text_columns,
 )
 from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts
-from reinforcepp.errors import DataError
+from reinforcepp.errors import DataError, option
 from reinforcepp.types import RowId
 
 T = TypeVar("T")
@@ -75,11 +75,11 @@ class RowStore:
             self._file.write(line)
         except TypeError as error:
             raise DataError(
-                f"{where}: {error}, so the row can't be streamed. Write that column as text, or omit --streaming."
+                f"{where}: {error}, so the row can't be streamed. Write that column as text, or omit {option('streaming')}."
             ) from error
         except OSError as error:
             raise DataError(
-                f"{where}: {error.strerror} in {tempfile.gettempdir()}, where --streaming stores rows. "
+                f"{where}: {error.strerror} in {tempfile.gettempdir()}, where {option('streaming')} stores rows. "
                 "Free some space there, or set TMPDIR to a folder with more."
             ) from error
         self._digest.update(line)

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from reinforcepp.data import builtin
-from reinforcepp.errors import ConfigError, ModelError, ReinforceError, nearest, useful_line
+from reinforcepp.errors import ConfigError, ModelError, ReinforceError, nearest, option, useful_line
 from reinforcepp.files import lfs_pointer
 from reinforcepp.models.encoders import add_missing_parts, check_generates, is_encoder, skipped_positions
 from reinforcepp.models.lora import (
@@ -156,10 +156,10 @@ def check_trainable(name: str, *, use_peft: bool) -> None:
     in_4bit = method == "bitsandbytes" and getattr(load_config(name), "quantization_config", {}).get("load_in_4bit")
     if in_4bit and use_peft:
         return
-    fix = "Add --use_peft, or give the unquantized model." if in_4bit else "Give the unquantized model."
+    fix = f"Add {option('use_peft')}, or give the unquantized model." if in_4bit else "Give the unquantized model."
     raise ModelError(
-        f"{name}: the weights are quantized ({method}), so they can't be trained. {fix} To save memory, train it with --use_peft "
-        "--load_in_4bit."
+        f"{name}: the weights are quantized ({method}), so they can't be trained. {fix} To save memory, train it with "
+        f"{option('use_peft')} {option('load_in_4bit')}."
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reinforcepp.config import ComputeConfig
+from reinforcepp.errors import option
 
 PROBE_SIZE, PROBE_SECONDS = 256, 0.05
 """Rows of the square matrices that are multiplied to measure a dtype's speed, and the time for it."""
@@ -42,7 +43,7 @@ def slow_precision(config: ComputeConfig) -> str:
     return (
         f"mixed_precision bf16: this CPU reaches {format_flops(flops[torch.bfloat16])} in bfloat16, compared with "
         f"{format_flops(flops[torch.float32])} in float32, because it has no fast bfloat16 instructions. Use "
-        "--mixed_precision no, which computes in float32."
+        f"{option('mixed_precision', 'no')}, which computes in float32."
     )
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from reinforcepp.config import PlanConfig
 from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.config.reward_spec import parse_source
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, option, setting
 from reinforcepp.models.loading import check_context, load_config
 from reinforcepp.models.precision import compute_dtype, format_flops, slow_precision
 from reinforcepp.plan import report
@@ -184,8 +184,12 @@ def _engine(config: PlanConfig, *, on_gpu: bool) -> tuple[EngineName, str]:
     if installed and not (on_gpu or built_for_cpu()):
         if config.rollout == "auto":
             return "transformers", "Rollouts use transformers, because the installed vLLM needs a GPU."
-        raise RolloutError("--rollout vllm: the installed vLLM needs a GPU. Plan with --rollout transformers.")
+        raise RolloutError(
+            f"{setting('rollout')} vllm: the installed vLLM needs a GPU. Plan with {option('rollout', 'transformers')}."
+        )
     if not installed:
-        raise RolloutError("rollout: vllm isn't installed. Plan with --rollout transformers, or install vllm.")
+        raise RolloutError(
+            f"rollout: vllm isn't installed. Plan with {option('rollout', 'transformers')}, or install vllm."
+        )
     reason = ", which is installed" if config.rollout == "auto" else ""
     return "vllm", f"Rollouts use vLLM{reason}."

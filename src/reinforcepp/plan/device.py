@@ -10,7 +10,7 @@ import torch
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.config.accelerators import ACCELERATORS
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, setting
 from reinforcepp.models.precision import least_seconds, matmul_flops
 
 GIB = 1 << 30
@@ -64,8 +64,8 @@ def device_for(config: PlanConfig, dtype: torch.dtype) -> Device:
         return Device(torch.cuda.get_device_name(0), gpus, given or total, measured_rates("cuda", dtype))
     if given is None:
         raise ConfigError(
-            f"gpus: the plan is for {gpus}, but this node has no GPU. Name the GPU (for example --device h100), or give its "
-            "memory in GiB (--gpu_memory 24)."
+            f"gpus: the plan is for {gpus}, but this node has no GPU. Name the GPU (for example {setting('device')} "
+            f"h100), or give its memory in GiB ({setting('gpu_memory')} 24)."
         )
     return Device("GPU", gpus, given, None)
 

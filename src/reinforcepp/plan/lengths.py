@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reinforcepp.config import PlanConfig
-from reinforcepp.errors import DataError, first_line
+from reinforcepp.errors import DataError, first_line, setting
 from reinforcepp.monitoring.completion_log import step_files
 
 Floats = NDArray[np.float64]
@@ -98,11 +98,11 @@ def from_run(folder: Path, limit: int) -> Lengths:
         except (OSError, ValueError, KeyError) as error:
             raise DataError(
                 f"{path}: can't be read as a step's completions ({first_line(error)}). Restore the file, or give "
-                "--mean_new_tokens."
+                f"{setting('mean_new_tokens')}."
             ) from error
     if not lengths:
         raise DataError(
             f"lengths_from: {folder} has no completions. Name the folder of a training run with log_completions, or give "
-            "--mean_new_tokens."
+            f"{setting('mean_new_tokens')}."
         )
     return empirical(lengths, limit, str(folder))

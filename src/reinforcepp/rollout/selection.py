@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from reinforcepp.config.reinforce import RAY, server_addresses
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, option, setting
 from reinforcepp.models.loading import context_length
 from reinforcepp.rollout.weight_sync_check import NEW_TOKENS, PROBE_TOKENS
 
@@ -62,7 +62,9 @@ def choose_engine(rollout: str, config: PreTrainedConfig, dtype: torch.dtype) ->
         is_auto = rollout == "auto"
         return EngineChoice("vllm", reason if is_auto else "as requested", can_fall_back=is_auto)
     if rollout == "vllm":
-        raise RolloutError(f"--rollout vllm: {reason}. Use --rollout auto, which falls back to transformers.")
+        raise RolloutError(
+            f"{setting('rollout')} vllm: {reason}. Use {option('rollout', 'auto')}, which falls back to transformers."
+        )
     return EngineChoice("transformers", reason)
 
 
@@ -78,7 +80,11 @@ def start_chosen_engine(
     except RolloutError as error:
         if not choice.can_fall_back:
             raise
-        reason = str(error).removeprefix("--rollout vllm: ").removesuffix(" Use --rollout transformers.")
+        reason = (
+            str(error)
+            .removeprefix(f"{setting('rollout')} vllm: ")
+            .removesuffix(f" Use {option('rollout', 'transformers')}.")
+        )
         warnings.warn(f"Completions come from transformers: {reason}", stacklevel=2)
         return start_in_process_engine("transformers", model, tokenizer, **settings)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, option
 from reinforcepp.models.lora import base_model
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.sampling import filter_logits
@@ -153,4 +153,4 @@ def _seen(completion: Completion, logits_TV: Tensor) -> Tensor:
 
 
 def _other_engine(name: str) -> str:
-    return "another version of transformers" if name == "transformers" else "--rollout transformers"
+    return "another version of transformers" if name == "transformers" else option("rollout", "transformers")

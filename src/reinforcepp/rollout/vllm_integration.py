@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reinforcepp.errors import RolloutError, first_line
+from reinforcepp.errors import RolloutError, first_line, option, setting
 from reinforcepp.models import loading as models
 from reinforcepp.rollout.engine import check_prompts, preserve_random_state, to_completion
 from reinforcepp.rollout.vllm.compat import import_vllm, sampling_settings, vllm_status
@@ -105,14 +105,16 @@ class VllmEngine:
         self.dtype: torch.dtype = dtype or model_dtype or torch.float32
         usable, reason = vllm_status(self.config, self.dtype)
         if not usable:
-            raise RolloutError(f"--rollout vllm: {reason}. Use --rollout transformers, which needs no vLLM.")
+            raise RolloutError(
+                f"{setting('rollout')} vllm: {reason}. Use {option('rollout', 'transformers')}, which needs no vLLM."
+            )
         self.tokenizer = tokenizer
         self.context = models.context_length(self.config)
         self.max_length = max_length or self.context
         if self.context is not None and self.max_length is not None and self.max_length > self.context:
             raise RolloutError(
-                f"--rollout vllm: sequences of {self.max_length} tokens exceed the model's context of {self.context}. Lower "
-                "max_prompt_length or max_new_tokens."
+                f"{setting('rollout')} vllm: sequences of {self.max_length} tokens exceed the model's context of "
+                f"{self.context}. Lower max_prompt_length or max_new_tokens."
             )
         self.max_num_seqs = max_num_seqs
         self.restarts = 0
@@ -297,7 +299,8 @@ class VllmEngine:
             except START_FAILURES as error:
                 _clean_up_failed_start()
                 raise RolloutError(
-                    f"--rollout vllm: vLLM can't start with this model ({first_line(error)}). Use --rollout transformers."
+                    f"{setting('rollout')} vllm: vLLM can't start with this model ({first_line(error)}). Use "
+                    f"{option('rollout', 'transformers')}."
                 ) from error
             _engines_alive += 1
             if not isinstance(model, str):
@@ -352,8 +355,8 @@ class VllmEngine:
         if isinstance(error, torch.OutOfMemoryError):
             if self.max_num_seqs == 1:
                 raise RolloutError(
-                    f"--rollout vllm: memory doesn't suffice for one completion ({first_line(error)}). Lower max_prompt_length "
-                    "or max_new_tokens, or use a smaller dtype."
+                    f"{setting('rollout')} vllm: memory doesn't suffice for one completion ({first_line(error)}). "
+                    "Lower max_prompt_length or max_new_tokens, or use a smaller dtype."
                 ) from error
             self.max_num_seqs //= 2
             warnings.warn(
@@ -365,8 +368,8 @@ class VllmEngine:
             self.restarts += 1
             if self.restarts > MAX_RESTARTS:
                 raise RolloutError(
-                    f"--rollout vllm: vLLM failed {self.restarts} times in this run ({first_line(error)}). Use "
-                    "--rollout transformers."
+                    f"{setting('rollout')} vllm: vLLM failed {self.restarts} times in this run ({first_line(error)}). Use "
+                    f"{option('rollout', 'transformers')}."
                 ) from error
         self.close()
         self._asleep = False

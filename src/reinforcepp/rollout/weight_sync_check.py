@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, option
 from reinforcepp.models import tokenization as tokens
 from reinforcepp.models.loading import context_length
 from reinforcepp.models.lora import is_4bit
@@ -91,8 +91,8 @@ def check_sync(
         raise RolloutError(
             f"The {engine.name} engine is out of sync with the trainer: it generates with other weights. On {report.tokens} "
             f"probe tokens they agree on {report.agreement:.0%}, and their log-probabilities differ by up to "
-            f"{report.logprob_gap_max:.3g} nats (mean {report.logprob_gap_mean:.3g}, tolerance {tolerance:g}). Use --rollout "
-            "transformers, and report the model's family."
+            f"{report.logprob_gap_max:.3g} nats (mean {report.logprob_gap_mean:.3g}, tolerance {tolerance:g}). Use "
+            f"{option('rollout', 'transformers')}, and report the model's family."
         )
     return report
 

@@ -81,7 +81,7 @@ def test_without_held_out_pairs_there_is_no_report(model_folder, pairs_csv, tmp_
     assert main(["reward", *map(str, flags), "--heldout_fraction", "0"]) == 0
     assert "No pairs were held out" in capfd.readouterr().err
     assert not {"heldout.parquet", "report.html"} & {path.name for path in (tmp_path / "rm").iterdir()}
-    with pytest.raises(ConfigError, match=r"--heldout_fraction 0\.1"):
+    with pytest.raises(ConfigError, match=r"heldout_fraction 0\.1"):
         write_reward_report(tmp_path / "rm", tmp_path / "report.html")
 
 
@@ -107,7 +107,7 @@ def test_an_older_folder_needs_a_new_training(tmp_path):
     folder = folder_of(varied(), tmp_path / "rm")
     (folder / "heldout.parquet").unlink()
     message = refused(folder, tmp_path)
-    assert "heldout.parquet not found" in message and "same settings and --overwrite" in message
+    assert "heldout.parquet not found" in message and "same settings and overwrite=True" in message
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,9 @@ def test_a_damaged_file_is_named(damage, tmp_path):
     folder = folder_of(varied(), tmp_path / "rm")
     damage(folder / "heldout.parquet")
     message = refused(folder, tmp_path)
-    assert message.startswith(f"{folder / 'heldout.parquet'}: ") and "damaged" in message and "--overwrite" in message
+    assert (
+        message.startswith(f"{folder / 'heldout.parquet'}: ") and "damaged" in message and "overwrite=True" in message
+    )
 
 
 def test_another_models_pairs_are_refused(tmp_path):

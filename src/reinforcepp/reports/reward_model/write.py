@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, option, setting
 from reinforcepp.files import whole_file
 from reinforcepp.monitoring.completion_log import read_completions, save_completions
 from reinforcepp.reports.reward_model.metrics import Analysis, analyze
@@ -42,9 +42,9 @@ def read_pairs(folder: Path) -> list[ScoredPair]:
     if not card.heldout_pairs:
         raise ConfigError(
             f"{folder}: the reward model was trained without held-out pairs, so there is nothing to report. Train it again with "
-            "--heldout_fraction 0.1."
+            f"{setting('heldout_fraction')} 0.1."
         )
-    again = "Train the reward model again with the same settings and --overwrite."
+    again = f"Train the reward model again with the same settings and {option('overwrite')}."
     if not path.is_file():
         raise ConfigError(f"{folder}: {HELDOUT_FILE} not found, which the report needs. {again}")
     try:

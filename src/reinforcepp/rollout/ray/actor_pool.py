@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.errors import EngineLost, RolloutError, first_line
+from reinforcepp.errors import EngineLost, RolloutError, first_line, option, setting
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
 from reinforcepp.rollout.ray.worker import pack
 from reinforcepp.rollout.weight_transfer import WeightTransfer
@@ -251,8 +251,8 @@ class RayPool:
         self._head_lost_at = (self._head_lost_at or now) if problem else None
         if self._head_lost_at is not None and time.monotonic() - self._head_lost_at > HEAD_TIMEOUT_SECONDS:
             raise EngineLost(
-                f"--rollout: the head of the Ray cluster, {self._head}, hasn't been reachable for {HEAD_TIMEOUT_SECONDS} seconds "
-                f"({problem}). Check its node and the network."
+                f"{setting('rollout')}: the head of the Ray cluster, {self._head}, hasn't been reachable for "
+                f"{HEAD_TIMEOUT_SECONDS} seconds ({problem}). Check its node and the network."
             )
         return not problem
 
@@ -263,9 +263,9 @@ class RayPool:
         resources = self._ray.cluster_resources()
         loss = f" The last one was lost: {self._last_loss}" if self._last_loss else ""
         raise EngineLost(
-            f"--rollout: no {self._worker.kind} worker was ready within {WORKER_READY_TIMEOUT_SECONDS} seconds. The cluster has "
-            f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; each worker needs "
-            f"{self._gpus if self._gpus > 1 else 'one'}. Check `ray status`.{loss}"
+            f"{setting('rollout')}: no {self._worker.kind} worker was ready within {WORKER_READY_TIMEOUT_SECONDS} "
+            f"seconds. The cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; each "
+            f"worker needs {self._gpus if self._gpus > 1 else 'one'}. Check `ray status`.{loss}"
         )
 
 
@@ -276,7 +276,7 @@ def connect(address: str) -> tuple[Any, bool]:
         RolloutError: Ray isn't installed, or no cluster responds at ``address``.
     """
     if importlib.util.find_spec("ray") is None:
-        raise RolloutError("--rollout ray://: Ray isn't installed. Install it:\n  pip install 'ray>=2.50'")
+        raise RolloutError(f"{setting('rollout')} ray://: Ray isn't installed. Install it:\n  pip install 'ray>=2.50'")
     import ray
     from ray._private.services import find_bootstrap_address
 
@@ -287,8 +287,8 @@ def connect(address: str) -> tuple[Any, bool]:
         found = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None) or ""
         if not found:
             raise RolloutError(
-                "--rollout ray://auto: this node belongs to no Ray cluster. Start one with `ray start --head`, join one with "
-                "`ray start --address=HOST:PORT`, or use --rollout ray://local."
+                f"{setting('rollout')} ray://auto: this node belongs to no Ray cluster. Start one with `ray start "
+                f"--head`, join one with `ray start --address=HOST:PORT`, or use {option('rollout', 'ray://local')}."
             )
     if ":" in found:
         _check_connection(found.removeprefix("ray://"))
@@ -302,8 +302,8 @@ def connect(address: str) -> tuple[Any, bool]:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RolloutError(
-            f"--rollout: can't join the Ray cluster {found} ({first_line(error)}). Check `ray status`, and that this node has "
-            "the cluster's versions of Ray and Python."
+            f"{setting('rollout')}: can't join the Ray cluster {found} ({first_line(error)}). Check `ray status`, and "
+            "that this node has the cluster's versions of Ray and Python."
         ) from error
     return ray, True
 
@@ -312,8 +312,8 @@ def _check_connection(address: str) -> None:
     """Raise a RolloutError if nothing listens at ``host:port``; Ray itself would wait for minutes."""
     if problem := _connection_problem(address):
         raise RolloutError(
-            f"--rollout: no Ray cluster responds at {address} ({problem}). Use the address that `ray start --head` printed, "
-            "check that this node can connect to it, or use --rollout ray://local."
+            f"{setting('rollout')}: no Ray cluster responds at {address} ({problem}). Use the address that `ray start "
+            f"--head` printed, check that this node can connect to it, or use {option('rollout', 'ray://local')}."
         )
 
 

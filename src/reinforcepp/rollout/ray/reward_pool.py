@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from reinforcepp.distributed.rank_zero import RankZero
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, setting
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.reward_models import prepare_scoring, register_classifier
 from reinforcepp.rewards.functions import RewardFunction
@@ -111,8 +111,8 @@ def rewards_to_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]
     """
     if workers and not rewards.trained:
         raise ConfigError(
-            f"--reward_workers {workers}: none of the rewards is a trained reward model. Add --reward_model, or omit "
-            "--reward_workers."
+            f"{setting('reward_workers')} {workers}: none of the rewards is a trained reward model. Add "
+            f"{setting('reward_model')}, or omit {setting('reward_workers')}."
         )
     return rewards.trained if workers else []
 
@@ -129,7 +129,8 @@ def pool_rewards(rewards: RewardSum, engine: RolloutEngine, workers: int, rank_z
         local = engine.local if isinstance(engine, SharedEngine) else engine
         if not isinstance(local, RayEngine):
             raise ConfigError(
-                f"--reward_workers {workers}: the given engine doesn't run on Ray. Omit engine, or omit reward_workers."
+                f"{setting('reward_workers')} {workers}: the given engine doesn't run on Ray. Omit engine, or omit "
+                "reward_workers."
             )
         return local.ray
 

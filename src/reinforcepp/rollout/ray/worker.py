@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, setting
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import base_model, full_weights
 from reinforcepp.rollout.selection import EngineChoice, choose_engine, start_chosen_engine
@@ -110,8 +110,8 @@ class Worker:
         choice = choose_engine(spec.engine, spec.config, spec.dtype)
         if spec.tensor_parallel_size > 1 and choice.name != "vllm":
             raise RolloutError(
-                f"--vllm_tensor_parallel_size {spec.tensor_parallel_size}: vLLM can't be used on {socket.gethostname()} "
-                f"({choice.reason}). Install it there, or set 1."
+                f"{setting('vllm_tensor_parallel_size')} {spec.tensor_parallel_size}: vLLM can't be used on "
+                f"{socket.gethostname()} ({choice.reason}). Install it there, or set 1."
             )
         return choice
 

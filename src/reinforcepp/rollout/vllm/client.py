@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx2
 import torch
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, setting
 from reinforcepp.rollout.engine import to_completion
 from reinforcepp.rollout.vllm.compat import sampling_settings
 from reinforcepp.rollout.vllm.server import KEY, training_command
@@ -174,8 +174,8 @@ class VllmClient:
                 info = _parse_info(models, version, config)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise IncompatibleServer(
-                    f"--rollout: the server {self.url} doesn't describe itself as vLLM {TESTED_VERSION}x does ({error!r}). "
-                    f"Start vLLM {TESTED_VERSION}x there."
+                    f"{setting('rollout')}: the server {self.url} doesn't describe itself as vLLM {TESTED_VERSION}x "
+                    f"does ({error!r}). Start vLLM {TESTED_VERSION}x there."
                 ) from error
             if not info.version.startswith(TESTED_VERSION):
                 log.warning("%s runs vLLM %s. This client is tested with %sx.", self.url, info.version, TESTED_VERSION)
@@ -272,12 +272,12 @@ class VllmClient:
             return response.json()
         except ValueError as error:
             raise IncompatibleServer(
-                f"--rollout: {self.url} isn't a vLLM server; it answered {body!r}. Check the address."
+                f"{setting('rollout')}: {self.url} isn't a vLLM server; it answered {body!r}. Check the address."
             ) from error
 
     def _reject(self, problem: str) -> None:
         raise IncompatibleServer(
-            f"--rollout: the vLLM server {self.url} {problem}. Start it with:\n"
+            f"{setting('rollout')}: the vLLM server {self.url} {problem}. Start it with:\n"
             f"  {training_command(self.requirements.model, self.requirements.max_length)}"
         )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, option, setting
 from reinforcepp.models.lora import base_model
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def cache_budget(per_token: int, length: int, sequences: int, available: int, ca
     least, wanted = one + block, one * sequences + block  # vLLM reserves one block for itself
     if least > available:
         raise RolloutError(
-            f"--rollout vllm: the KV cache of one sequence needs {least / MIB:.0f} MiB, but {max(available, 0) / MIB:.0f} MiB "
-            "are free. Lower max_prompt_length or max_new_tokens, use a smaller dtype, or use --rollout transformers."
+            f"{setting('rollout')} vllm: the KV cache of one sequence needs {least / MIB:.0f} MiB, but "
+            f"{max(available, 0) / MIB:.0f} MiB are free. Lower max_prompt_length or max_new_tokens, use a smaller "
+            f"dtype, or use {option('rollout', 'transformers')}."
         )
     return max(least, min(wanted, available, wanted if cap is None else cap))
 

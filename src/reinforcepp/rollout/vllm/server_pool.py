@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from reinforcepp.errors import ConfigError, EngineLost, RolloutError
+from reinforcepp.errors import ConfigError, EngineLost, RolloutError, option, setting
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
 from reinforcepp.rollout.vllm.client import (
     IncompatibleServer,
@@ -251,4 +251,7 @@ class ServerPool:
 
     def _no_server_message(self) -> str:
         listed = "; ".join(f"{client.url} {absence.reason}" for client, absence in self._lost.items())
-        return f"--rollout: no vLLM server is available: {listed}. Start a server at its address again, or use --rollout auto."
+        return (
+            f"{setting('rollout')}: no vLLM server is available: {listed}. Start a server at its address again, or use "
+            f"{option('rollout', 'auto')}."
+        )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save
 from torch import Tensor
 
-from reinforcepp.errors import RolloutError
+from reinforcepp.errors import RolloutError, setting
 from reinforcepp.files import appearing_folder
 from reinforcepp.models import loading as models
 from reinforcepp.models.lora import full_weights
@@ -78,8 +78,8 @@ class FileTransfer(WeightTransfer[VllmClient]):
                     (folder / f"model-{number:05}.safetensors").write_bytes(_as_safetensors(chunk))
         except OSError as error:
             raise RolloutError(
-                f"--output_dir: the weights for the vLLM servers can't be written to {self.path} ({error.strerror}). Free some "
-                "space, or choose another output_dir."
+                f"{setting('output_dir')}: the weights for the vLLM servers can't be written to {self.path} "
+                f"({error.strerror}). Free some space, or choose another output_dir."
             ) from error
 
     def push(self, receiver: VllmClient) -> None:
@@ -93,9 +93,9 @@ class FileTransfer(WeightTransfer[VllmClient]):
             self._load(receiver, self._empty, {"is_checkpoint_format": False})
         except RequestFailed as failed:
             raise RolloutError(
-                f"--rollout: the vLLM server {receiver.url} can't read the weight folder {self.path} ({failed}). Put output_dir "
-                "on a disk that both nodes mount under this path and that the server can read, or install reinforcepp there "
-                f"and start the server with --worker-extension-cls {EXTENSION}."
+                f"{setting('rollout')}: the vLLM server {receiver.url} can't read the weight folder {self.path} "
+                f"({failed}). Put output_dir on a disk that both nodes mount under this path and that the server can "
+                f"read, or install reinforcepp there and start the server with --worker-extension-cls {EXTENSION}."
             ) from failed
         try:
             self._load(receiver, self._current, {})
