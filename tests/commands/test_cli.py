@@ -349,7 +349,7 @@ BAD_MODELS = {
     "no tokenizer": (
         lambda: (copy("model", "bad"), [p.unlink() for p in Path("bad").glob("tokenizer*")]),
         "bad",
-        ["bad", "no tokenizer", "tokenizer.json"],
+        ["bad", "tokenizer not found", "tokenizer.json"],
     ),
     "vocabulary": (
         lambda: (copy("model", "bad"), edit("bad/config.json", vocab_size=100)),
@@ -390,13 +390,15 @@ def test_unusable_weights(refused, command, case):
     assert [word for word in named if word not in message] == []
 
 
-def test_a_model_that_is_not_causal(refused):
+@pytest.mark.parametrize("command", ["sft", "train", "generate"])
+def test_a_model_that_is_not_causal(refused, command):
     from transformers import BertConfig, BertForMaskedLM
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertForMaskedLM(BertConfig(vocab_size=320, **sizes)).save_pretrained("bert")
     tiny.tokenizer().save_pretrained("bert")
-    assert "causal language" in refused("reward", "--model", "bert", may_load=True)
+    message = refused(command, "--model", "bert", *(["--prompt", "hi"] if command == "generate" else []))
+    assert [word for word in ("bert", "encoder", "causal language model") if word not in message] == []
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["offline", "no network"])
@@ -446,7 +448,7 @@ BAD_REWARDS = {
     "no model": (lambda: Path("reward/config.json").unlink(), ["reward", "config.json"]),
     "no weights": (lambda: Path("reward/model.safetensors").unlink(), ["reward", "no safetensors weights"]),
     "headless": (behead, ["reward", "no score head", "score.weight"]),
-    "a language model": (make_language_model, ["reward", "no score head", "language model"]),
+    "a language model": (make_language_model, ["reward", "no score head", "isn't a reward model"]),
     "another shape": (reshape_head, ["reward", "[2, 64]", "[1, 64]", "reward model again"]),
 }
 
@@ -523,6 +525,7 @@ def test_an_output_that_another_process_writes(place, capsys, command):
     assert "is being written by another process" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", ["reward", "train"])
 def test_no_disk_space(refused, command, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 2048, 2048))
     message = refused(command)

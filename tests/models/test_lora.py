@@ -175,8 +175,8 @@ def test_missing_layers_raise(bases):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"lora_r": 8}, "--use_peft"),
-        ({"load_in_4bit": True}, "--use_peft"),
+        ({"lora_r": 8}, "use_peft=True"),
+        ({"load_in_4bit": True}, "use_peft=True"),
         ({"use_peft": True, "lora_target_modules": ()}, "lora_target_modules is empty"),
         ({"use_peft": True, "lora_target_modules": ("all-linear", "q_proj")}, "all-linear"),
         ({"use_peft": True, "load_in_4bit": True, "use_dora": True}, "use_dora needs"),
