@@ -112,7 +112,8 @@ def test_any_number_of_ranks_trains_the_same_model(runs, kind, processes):
     trained(processes)
     one, several = (load_file(folder / f"{kind}-{n}" / "model.safetensors") for n in (1, processes))
     begin = load_file(folder / "model/model.safetensors")
-    assert max(float((one[name] - begin[name]).abs().max()) for name in one.keys() & begin.keys()) > 1e-3
+    common = one.keys() & begin.keys()  # The embeddings of a reward model have one more row, for its pad token.
+    assert max(float((one[name][: len(begin[name])] - begin[name]).abs().max()) for name in common) > 1e-3
     assert max(float((one[name] - several[name]).abs().max()) for name in one) <= 1e-5
     logs = [read_metrics(folder / f"{kind}-{n}") for n in (1, processes)]
     assert len(logs[0]) == len(logs[1]) == 8
