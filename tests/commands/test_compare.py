@@ -551,8 +551,8 @@ def test_a_closed_pipe_is_not_an_error(place, monkeypatch, capsys):
         (["./none", "near", *INPUTS], ["./none: model folder not found"]),
         (["a", "./naer", *INPUTS], ["./naer: model folder not found", "Did you mean 'near'"]),
         (["a", "near", *INPUTS, "--reference", "./none"], ["./none: model folder not found"]),
-        (["a", "near", "--data", "pairs.csv"], ["no judge for pairs.csv", "--judge models/reward_model"]),
-        (["a", "near", "--judge", "none"], ["no judge for builtin:network"]),
+        (["a", "near", "--data", "pairs.csv"], ["judge: missing", "pairs.csv", "--judge"]),
+        (["a", "near", "--judge", "none"], ["judge", "builtin:network"]),
         (
             ["a", "near", "--data", "pairs.csv", "--judge", "builtin:judge"],
             ["only builtin:network", "reward model"],

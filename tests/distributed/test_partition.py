@@ -134,7 +134,7 @@ def test_a_missing_first_node_or_a_port_in_use_is_an_error(machines, model_folde
 def test_errors_of_gloo_are_translated(capsys, said, words):
     _report_uncaught(RuntimeError, RuntimeError(said), None)
     told = capsys.readouterr().err
-    assert words in told and ("--resume" in told) == told.startswith("error: ") == (said not in told)
+    assert words in told and ("resume" in told) == told.startswith("error: ") == (said not in told)
 
 
 # --- pools ------------------------------------------------------------------------------------------------------------
