@@ -600,6 +600,78 @@ def scaling_pool(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def defaults(result: dict[str, Any]) -> str:
+    """Trainings of every model with the defaults, and with other learning rates, warmups and score heads."""
+    rows = []
+    for own in result["rows"]:
+        rate = f"{own['learning_rate']:g}" + (" (default)" if own["default"] else "")
+        if own["training"] == "policy":
+            course = f"KL {own['max_kl']:.3f}, reward {own['reward_first']:.2f} -> {own['reward_last']:.2f}"
+            accuracy = ""
+        else:
+            course = f"loss {own['max_loss']:.2f}"
+            known = own["heldout_accuracy"] is not None
+            accuracy = f"{own['heldout_accuracy']:.2f} ({own['length_accuracy']:.2f})" if known else ""
+            accuracy += f", {own['heldout_pairs']} pairs" if known else ""
+        outcome = "**diverged**" if own["diverged"] else "trained"
+        warmup, head = f"{own['warmup_ratio']:g}", own["head"] or "-"
+        rows.append(
+            [
+                own["training"],
+                own["model"],
+                own["data"],
+                rate,
+                warmup,
+                head,
+                str(own["steps"]),
+                course,
+                accuracy,
+                outcome,
+            ]
+        )
+    titles = [
+        "training",
+        "model",
+        "data",
+        "peak learning rate",
+        "warmup",
+        "head's deviation",
+        "steps",
+        "largest loss or KL",
+    ]
+    titles += ["held-out accuracy (longer answer)", "outcome"]
+    return table(titles, rows) + made_by(result)
+
+
+def default_rates(_: dict[str, Any]) -> str:
+    """The defaults themselves, as the package has them."""
+    sys.path.insert(0, str(HERE.parent / "src"))
+    from reinforcepp.config.learning_rates import DEFAULT_LEARNING_RATES
+
+    def size(parameters: float) -> str:
+        return "any larger" if parameters == float("inf") else f"up to {parameters / 1e6:,.0f} million"
+
+    rows = [
+        [f"`{training}`", size(rates.parameters), f"{rates.full:g}", f"{rates.lora:g}"]
+        for training, sizes in (("reward", "reward"), ("sft", "sft"), ("train", "policy"))
+        for rates in DEFAULT_LEARNING_RATES[sizes]
+    ]
+    return table(["command", "parameters", "full training", "LoRA"], rows)
+
+
+def real_model(result: dict[str, Any]) -> str:
+    low, high = result["reward_accuracy_interval"]
+    rows = [
+        ["reward model, held-out accuracy", f"{result['reward_accuracy']:.2f} ({low:.2f} to {high:.2f})"],
+        ["accuracy of choosing the longer answer", f"{result['length_accuracy']:.2f}"],
+        ["largest loss of the reward models", f"{result['max_reward_loss']:.2f}"],
+        ["policy steps, seconds each", f"{result['steps']}, {result['seconds_per_step']:.0f}"],
+        ["peak memory, planned", f"{result['peak_gib']:.1f} GiB, {result['planned_gib']:.1f} GiB"],
+        ["decoding, share of the memory bandwidth", f"{result['decode_bandwidth_fraction']:.0%}"],
+    ]
+    return table([f"`{result['model']}`", "measured"], rows) + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -636,6 +708,9 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "scaling_projections": (scaling_projections, "scaling"),
     "scaling_pool": (scaling_pool, "scaling"),
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
+    "defaults": (defaults, "defaults"),
+    "default_rates": (default_rates, "defaults"),
+    "real_model": (real_model, "real_model"),
 }
 """For each table, what makes it and from which result file."""
 PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))
