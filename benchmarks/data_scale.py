@@ -3,7 +3,7 @@
     python benchmarks/data_scale.py --source dpo_en_demo.json --tokenizer Qwen/Qwen3-0.6B [--rows 160000]
 
 The script mixes the sentences of --source into pairs; a prompt with one answer has 186 tokens. Each measurement runs in a
-process of its own, alternating between the two sides, so that both see the same load of the machine. The reference loads the
+separate process, alternating between the two sides, so that both see the same load of the machine. The reference loads the
 file with ``datasets`` and tokenizes it with the calls of TRL's RewardTrainer.
 """
 
@@ -111,7 +111,7 @@ def run_part(part: str, data: str, tokenizer: str) -> None:
 
 
 def measure(part: str, data: Path, tokenizer: str) -> dict[str, float]:
-    """Return seconds, CPU seconds and peak memory of a measurement in a process of its own."""
+    """Return seconds, CPU seconds and peak memory of a measurement in a separate process."""
     begin = time.monotonic()
     command = [sys.executable, __file__, "--part", part, "--data", str(data), "--tokenizer", tokenizer]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -2,7 +2,7 @@
 
     python benchmarks/defaults.py [--model FOLDER ...] [--pairs FILE] [--work FOLDER]
 
-Reward models and policies are trained on the built-in data, each in a process of its own. ``--model`` adds language models,
+Reward models and policies are trained on the built-in data, each in a separate process. ``--model`` adds language models,
 which make few steps, and encoders. ``--pairs`` adds real preference pairs for the encoders. A training that ``--work`` has a
 result of isn't repeated, so a stopped measurement continues where it was.
 """

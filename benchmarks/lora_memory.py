@@ -2,7 +2,7 @@
 
     python benchmarks/lora_memory.py [--device cuda]
 
-Each training runs three steps, with a checkpoint, in a process of its own, as in planner.py; the planner's estimate is
+Each training runs three steps, with a checkpoint, in a separate process, as in planner.py; the planner's estimate is
 beside. "Above libraries" leaves out what Python and its libraries take before there is any model.
 """
 

@@ -1,4 +1,4 @@
-"""One trainer's steps in a process of its own, for benchmarks/peers.py; also makes the models they all start from."""
+"""One trainer's steps in a separate process, for benchmarks/peers.py; also makes the models they all start from."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ bash benchmarks/setup_peers.sh && python benchmarks/peers.py
 The work: a GPT-2-shaped policy with random weights made on the spot, a reward model and a reference of the same shape,
 16 completions of exactly 64 tokens (8 prompts of 32 tokens, twice each), one optimiser step. TRL's RLOO and GRPO come
 from the installed release; its PPO from 1.12.0, the last that had one, which setup_peers.sh puts aside. Every trainer
-runs in a process of its own; the processes take turns. Written to benchmarks/results/peers_cpu.json.
+runs in a separate process; the processes take turns. Written to benchmarks/results/peers_cpu.json.
 
 On a GPU: python benchmarks/peers.py --shape 0.5b --precisions bf16 --name peers_cuda_0.5b, and 1.5b likewise; memory then is
 that of the GPU.

@@ -3,7 +3,7 @@
 python benchmarks/planner.py [--device cuda]
 
 Each configuration is planned, then trained for three steps with a checkpoint after the second, by the train command in a
-process of its own, from random weights. On a CPU, memory is the high-water mark of the resident set from process start to the
+separate process, from random weights. On a CPU, memory is the high-water mark of the resident set from process start to the
 saved model; on a GPU it is that of tensors. The planner's allocator overhead is fitted on separate configurations.
 Written to benchmarks/results/planner.json, or
 planner_cuda.json.

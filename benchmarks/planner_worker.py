@@ -1,4 +1,4 @@
-"""One training in a process of its own, for benchmarks/planner.py: its peak memory by phase and the time of its steps."""
+"""One training in a separate process, for benchmarks/planner.py: its peak memory by phase and the time of its steps."""
 
 from __future__ import annotations
 

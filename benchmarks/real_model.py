@@ -2,7 +2,7 @@
 
     python benchmarks/real_model.py --model FOLDER --pairs FILE [--work FOLDER]
 
-Every phase is a command of the documentation in a process of its own: lint, a reward model on example_feedback_diverse.csv and
+Every phase is a command of the documentation in a separate process: lint, a reward model on example_feedback_diverse.csv and
 one on real pairs, policy steps with the latter, a comparison with the base model, and compare_performance. A phase that
 ``--work`` has a result of isn't repeated, so a stopped measurement continues where it was.
 """

@@ -2,7 +2,7 @@
 
 python benchmarks/rollout.py [--precisions no bf16] [--rounds 3]
 
-On the 82-million-parameter shape of benchmarks/generation.py. Each engine runs in a process of its own, in turns, so
+On the 82-million-parameter shape of benchmarks/generation.py. Each engine runs in a separate process, in turns, so
 that load on the machine meets both alike; written to benchmarks/results/rollout_cpu.json. ``limit`` is what no engine could
 beat: one that takes no longer for generating than the matrix products alone take at the machine's peak, measured beside it.
 """

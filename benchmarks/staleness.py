@@ -62,7 +62,7 @@ def measure(engine: str, staleness: int) -> dict[str, float]:
 
 
 def time_part() -> dict[str, Any]:
-    """Each way in a process of its own, several times."""
+    """Each way in a separate process, several times."""
     rounds: dict[tuple[str, int], list[dict[str, float]]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     for number in range(ROUNDS):

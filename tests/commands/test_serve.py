@@ -31,7 +31,7 @@ needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
 
 class Server:
-    """``reinforcepp serve`` in a process of its own, ready to be asked."""
+    """``reinforcepp serve`` in a separate process, ready to be asked."""
 
     def __init__(self, folder: Path) -> None:
         self.port = free_port()

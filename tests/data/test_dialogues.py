@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from data.pairs import texts
 
 from reinforcepp.data import load_preferences, load_prompts, load_texts, read_preferences, read_prompts, read_texts
 from reinforcepp.data.dialogues import Message, parse_dialogue, split_shared_prompt
@@ -14,19 +15,6 @@ from reinforcepp.errors import DataError
 
 QUESTION = Message("user", "Why?")
 ANSWERED = [QUESTION, Message("assistant", "So."), Message("user", "Sure?")]
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows, name="data.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return tmp_path / name
-
-    return write
-
-
-def texts(data):
-    return [(pair.prompt, pair.chosen, pair.rejected) for pair in data.pairs]
 
 
 # --- the shared beginning of two texts ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from data.pairs import texts
 
 from reinforcepp.data import prompt_rows, read_preferences, read_prompts
 from reinforcepp.data.columns import ANSWERS, HISTORY, JOINED, PROMPTS, SYSTEMS
@@ -23,19 +24,6 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows, name="data.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return tmp_path / name
-
-    return write
-
-
-def texts(data):
-    return [(pair.prompt, pair.chosen, pair.rejected) for pair in data.pairs]
 
 
 def prompts(data):

@@ -235,7 +235,7 @@ def test_a_node_with_another_version_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype", "told"),
+    ("config", "dtype", "message"),
     [
         ({"zero_optimization": {"stage": 1}}, torch.float32, "ZeRO stage 1"),
         ({}, torch.float32, "ZeRO stage 0"),
@@ -250,8 +250,8 @@ def test_a_node_with_another_version_is_an_error(monkeypatch):
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, torch.float32, "sets optimizer"),
     ],
 )
-def test_unsupported_deepspeed_settings_are_errors(config, dtype, told):
-    with pytest.raises(ConfigError, match=told):
+def test_unsupported_deepspeed_settings_are_errors(config, dtype, message):
+    with pytest.raises(ConfigError, match=message):
         zero.complete_config(config, dtype)
 
 

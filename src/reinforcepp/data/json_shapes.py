@@ -18,7 +18,7 @@ def rows_of_object(path: object, value: Mapping[str, Any]) -> tuple[list[Any], t
     if nested:
         if len(nested) > 1 and "train" not in nested:
             names = ", ".join(map(repr, nested))
-            raise DataError(f"{path}: several keys hold rows: {names}. Write each list to a file of its own.")
+            raise DataError(f"{path}: several keys hold rows: {names}. Write each list to a separate file.")
         key = "train" if len(nested) > 1 else next(iter(nested))
         unused = [repr(other) for other in nested if other != key]
         more = f", not those in {', '.join(unused)}" if unused else ""

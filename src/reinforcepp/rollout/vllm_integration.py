@@ -67,7 +67,7 @@ class VllmEngine:
         cache_bytes: Size of the KV cache; by default enough for the batch, within bounds.
         gpu_memory_utilization: Share of the GPU's memory; by default it is measured when the engine starts.
         tensor_parallel_size: GPUs that share the model.
-        separate_process: Run the model in a process of its own even on one GPU; with several GPUs it always does.
+        separate_process: Run the model in a separate process even on one GPU; with several GPUs it always does.
         exclusive_gpu: Keep weights and cache on the GPU between two calls, because no trainer needs its memory.
         weight_transfer: Backend of vLLM's weight transfer, for weights that don't come through ``load_weights``.
         threads: CPU threads; vLLM fixes their number for the process.

@@ -1,4 +1,4 @@
-"""The command and the environment of a vLLM server, which runs in a process of its own."""
+"""The command and the environment of a vLLM server, which runs in a separate process."""
 
 from __future__ import annotations
 
