@@ -20,8 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import write_result
-
 from reinforcepp.data import load_preferences
 
 TOKENS, PROMPT_TOKENS = 186, 62
@@ -138,6 +136,8 @@ def main() -> None:
     if settings.part:
         run_part(settings.part, settings.data, settings.tokenizer)
         return
+    # Imported here, because they load torch, which lint doesn't need.
+    from results import write_result
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as name:

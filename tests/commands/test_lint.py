@@ -11,14 +11,16 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from weakref import ref
 
 import pytest
 
 from reinforcepp.commands import cli
-from reinforcepp.commands.lint import damage, rules, similar
+from reinforcepp.commands.lint import check, damage, rules, similar
 from reinforcepp.commands.lint.check import lint
 from reinforcepp.commands.lint.findings import Finding, Report
 from reinforcepp.config import LintConfig
+from reinforcepp.data import read_table
 from reinforcepp.errors import ConfigError, DataError, ModelError
 from scripts import ROOT
 
@@ -219,6 +221,15 @@ def test_all_near_duplicates_are_found(threshold):
         assert similarity == pytest.approx(jaccard(texts[position], texts[other]))
 
 
+def test_rules_hold_the_texts_but_not_the_cells(write, monkeypatch):
+    tables = []
+    monkeypatch.setattr(check, "read_table", lambda *a, **k: tables.append(ref(table := read_table(*a, **k))) or table)
+    alive = []
+    monkeypatch.setattr(rules, "check_file", lambda file, threshold: alive.extend(table() for table in tables) or [])
+    lint(LintConfig(data=write(sound())))
+    assert alive == [None]
+
+
 def test_shingles_without_spaces_are_character_3_grams():
     near = ("ルーターを再起動してください", "ルーターを再起動してください。")
     assert jaccard([near[0]], [near[1]]) == 1
@@ -305,6 +316,13 @@ def test_other_script(write):
     finding = only(write(rows), "script")
     assert (finding.severity, finding.rows) == ("warning", (5,))
     assert "another script than Latin" in finding.message
+
+
+def test_text_with_half_of_its_letters_in_the_main_script_is_not_in_another_one(write):
+    rows = sound()
+    rows[0] = (rows[0][0], "абвгд abcde", rows[0][2])
+    rows[1] = (rows[1][0], "абвгде abcde", rows[1][2])
+    assert only(write(rows), "script").rows == (3,)
 
 
 def test_mixed_scripts_are_info_only(write):

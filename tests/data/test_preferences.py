@@ -8,6 +8,7 @@ import csv
 import hashlib
 import random
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,18 @@ import pytest
 from reinforcepp.data import (
     PreferenceData,
     PromptRow,
+    Row,
     Skipped,
+    contradictions_in,
+    filter_rows,
     load_preferences,
     load_prompts,
     read_preferences,
     read_prompts,
     resolve_data,
+    text_digest,
 )
+from reinforcepp.data.columns import ColumnLayout
 from reinforcepp.errors import ConfigError, DataError, ReinforceError
 from reinforcepp.types import Preference
 
@@ -387,3 +393,25 @@ def test_arbitrary_bytes_give_a_result_or_a_data_error(write):
                 assert str(error).startswith(str(path)) and "\n" not in str(error)
                 outcomes["error"] += 1
     assert min(outcomes.values()) > 50
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+
+def test_comparing_rows_keeps_no_copies_of_their_texts():
+    texts = [(f"{i}", f"a{'  word' * 5000}", f"b{'  word' * 5000}") for i in range(50)]
+    rows = [Row(i, {}, each, ColumnLayout("prompt", None)) for i, each in enumerate(texts)]
+    pairs = [Preference(*each) for each in texts]
+    tracemalloc.start()
+    try:
+        kept, skipped = filter_rows(rows, ("prompt", "chosen", "rejected"))
+        contradictions = contradictions_in(pairs)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (len(kept), skipped, contradictions) == (50, (), ())
+    assert peak < sum(len(text) for each in texts for text in each) / 4
+
+
+def test_digest_of_texts_depends_on_their_borders():
+    assert len({text_digest(*texts) for texts in (("ab",), ("a", "b"), ("b", "a"), ("a", "", "b"), ("1:a",))}) == 5

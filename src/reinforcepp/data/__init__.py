@@ -19,7 +19,17 @@ from reinforcepp.data.loading import (
 )
 from reinforcepp.data.messages import conversation_text
 from reinforcepp.data.readers import count
-from reinforcepp.data.rows import Row, Skipped, Table, filter_rows, normalize, read_table, split_by_prompt, words
+from reinforcepp.data.rows import (
+    Row,
+    Skipped,
+    Table,
+    filter_rows,
+    normalize,
+    read_table,
+    split_by_prompt,
+    text_digest,
+    words,
+)
 from reinforcepp.data.sources import DataFiles, resolve_data
 from reinforcepp.data.streaming import DiskRows
 
@@ -51,5 +61,6 @@ __all__ = [
     "read_texts",
     "resolve_data",
     "split_by_prompt",
+    "text_digest",
     "words",
 ]

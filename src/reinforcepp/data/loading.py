@@ -30,6 +30,7 @@ from reinforcepp.data.rows import (
     notes_on,
     read_table,
     split_by_prompt,
+    text_digest,
     weighted,
 )
 from reinforcepp.data.sources import combined_digest, display_name, find_parts, resolve_data
@@ -275,13 +276,14 @@ def _read_preferences(
 
 def contradictions_in(pairs: Iterable[Preference]) -> tuple[tuple[RowId, RowId], ...]:
     """Return the row numbers of each two pairs that prefer the same two answers to a prompt in opposite ways."""
-    rows: dict[tuple[str, str, str], RowId] = {}
+    rows: dict[bytes, RowId] = {}
     found = []
     for pair in pairs:
         prompt, chosen, rejected = map(normalize, (pair.prompt, pair.chosen, pair.rejected))
-        if (prompt, rejected, chosen) in rows:
-            found.append((rows[prompt, rejected, chosen], pair.row))
-        rows[prompt, chosen, rejected] = pair.row
+        opposite = text_digest(prompt, rejected, chosen)
+        if opposite in rows:
+            found.append((rows[opposite], pair.row))
+        rows[text_digest(prompt, chosen, rejected)] = pair.row
     return tuple(found)
 
 

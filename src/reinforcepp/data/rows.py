@@ -106,6 +106,12 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def text_digest(*texts: str) -> bytes:
+    """Return a hash that stands for the texts in a dictionary, which would otherwise hold a normalized copy of all data."""
+    joined = "".join(f"{len(text)}:{text}" for text in texts).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(joined, digest_size=16).digest()
+
+
 def words(text: str) -> list[str]:
     """Return the words of a text, without case and punctuation."""
     return _WORD.findall(normalize(text).casefold())
@@ -275,16 +281,17 @@ def filter_rows(
     """
     kept: list[Row] = []
     skipped: list[Skipped] = []
-    first_rows: dict[tuple[str, ...], RowId] = {}
+    first_rows: dict[bytes, RowId] = {}
     for row in rows:
         texts = tuple(map(normalize, row.texts))
+        key = text_digest(*texts)
         reason = row_problem(row, texts, columns) or find_problem(texts)
         if reason:
             skipped.append(Skipped(row.number, reason))
-        elif texts in first_rows:
-            skipped.append(Skipped(row.number, "duplicate", duplicate_of=first_rows[texts]))
+        elif key in first_rows:
+            skipped.append(Skipped(row.number, "duplicate", duplicate_of=first_rows[key]))
         else:
-            first_rows[texts] = row.number
+            first_rows[key] = row.number
             kept.append(row)
     return kept, tuple(skipped)
 

@@ -32,9 +32,9 @@ def lint(config: LintConfig) -> Report:
         ModelError: The configured model has no usable tokenizer.
     """
     paths = resolve_data(config.data)
-    read = [read_file(path, config) for path in (paths.train, paths.heldout) if path is not None]
-    files = [file for _, file in read]
-    findings = [finding for table, file in read for finding in _assumptions(table, file)]
+    read = [_read(path, config) for path in (paths.train, paths.heldout) if path is not None]
+    files = [file for file, _ in read]
+    findings = [finding for _, found in read for finding in found]
     findings += [finding for file in files for finding in rules.check_file(file, config.near_duplicate)]
     findings += _without_answers(files[0], config)
     train, heldout = files if len(files) > 1 else rules.split_file(files[0], config.heldout_fraction, config.seed)
@@ -44,6 +44,12 @@ def lint(config: LintConfig) -> Report:
     ordered = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
     summaries = tuple(FileSummary(file.name, file.noun, file.num_rows, len(file.rows)) for file in files)
     return Report(config.data, summaries, tuple(ordered))
+
+
+def _read(path: Path, config: LintConfig) -> tuple[CheckedFile, list[Finding]]:
+    """Return a checked file and how it was read, without its table, which holds every cell."""
+    table, file = read_file(path, config)
+    return file, _assumptions(table, file)
 
 
 def read_file(path: Path, columns: ColumnConfig) -> tuple[Table, CheckedFile]:

@@ -18,7 +18,7 @@ _MAX_EXAMPLES = 3
 _EXCERPT_CHARACTERS = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UsableRow:
     """A row that training would use.
 

@@ -21,7 +21,7 @@ from reinforcepp.commands.lint.findings import (
     list_rows,
 )
 from reinforcepp.commands.lint.similar import across, near_duplicates
-from reinforcepp.data import Skipped, contradictions_in, count, split_by_prompt, words
+from reinforcepp.data import Skipped, contradictions_in, count, split_by_prompt, text_digest, words
 from reinforcepp.monitoring import reading_progress
 from reinforcepp.types import Preference, RowId
 
@@ -217,16 +217,21 @@ def _is_plain(text: str) -> bool:
 
 def other_script(file: CheckedFile) -> list[Finding]:
     """Find texts whose letters are mostly of another script than the file's main script."""
-    counted = [(row.row, text, _scripts(text)) for row in file.rows for text in row.texts]
-    total: Counter[str] = sum((scripts for _, _, scripts in counted), Counter())
+    total: Counter[str] = Counter()
+    # Texts are grouped by the scripts of at least half of their letters, because all counts take more memory than the texts.
+    groups: dict[tuple[str, ...], list[tuple[int, RowId, str]]] = {}
+    texts = ((row.row, text) for row in file.rows for text in row.texts)
+    for position, (row, text) in enumerate(texts):
+        scripts = _scripts(text)
+        total.update(scripts)
+        if (size := scripts.total()) >= MIN_LETTERS:
+            frequent = tuple(script for script, number in scripts.items() if 2 * number >= size)
+            groups.setdefault(frequent, []).append((position, row, text))
     if not total:
         return []
     main, letters = total.most_common(1)[0]
-    hits = [
-        (row, text)
-        for row, text, scripts in counted
-        if scripts.total() >= MIN_LETTERS and 2 * scripts[main] < scripts.total()
-    ]
+    others = sorted(each for frequent, group in groups.items() if main not in frequent for each in group)
+    hits = [(row, text) for _, row, text in others]
     if not hits:
         return []
     rows = tuple(dict.fromkeys(row for row, _ in hits))
@@ -348,7 +353,7 @@ def split_file(file: CheckedFile, heldout_fraction: float, seed: int) -> tuple[C
 
 def _distinct(rows: Iterable[UsableRow]) -> list[UsableRow]:
     """Return the first row with each prompt."""
-    found: dict[tuple[str, ...], UsableRow] = {}
+    found: dict[bytes, UsableRow] = {}
     for row in rows:
-        found.setdefault(tuple(words(row.prompt)) or (row.prompt,), row)
+        found.setdefault(text_digest(*(words(row.prompt) or [row.prompt])), row)
     return list(found.values())

@@ -24,7 +24,8 @@ MISSED_SHARE = 1e-4
 SEED = 42
 BATCH_TEXTS = 256
 _TOLERANCE = 1e-9
-Hashes = NDArray[np.int64]
+Hashes = NDArray[np.uint32]
+"""Hashes of 32 bits: two of a few hundred shingles are alike in one of 100,000 pairs of texts."""
 
 
 class Match(NamedTuple):
@@ -78,7 +79,8 @@ def _sketches(texts: Sequence[Sequence[str]]) -> Iterator[tuple[Hashes, RMinHash
         sets = [shingles(each) for each in texts[start : start + BATCH_TEXTS]]
         sketches = RMinHash.from_token_sets(sets, PERMUTATIONS, SEED)
         for shingle_set, sketch in zip(sets, sketches, strict=True):
-            yield np.unique(np.fromiter(map(hash, shingle_set), np.int64, len(shingle_set))), sketch
+            hashes = np.fromiter(map(hash, shingle_set), np.int64, len(shingle_set))
+            yield np.unique(hashes.astype(np.uint32)), sketch
 
 
 class _Index:
