@@ -221,6 +221,18 @@ def test_all_near_duplicates_are_found(threshold):
         assert similarity == pytest.approx(jaccard(texts[position], texts[other]))
 
 
+def test_texts_from_one_template_are_not_compared_pair_by_pair(monkeypatch):
+    draw = random.Random(0)
+    words = [f"word{i}" for i in range(500)]
+    template = " ".join(draw.choices(words, k=70))
+    texts = [(f"{template} {' '.join(draw.choices(words, k=40))}",) for _ in range(200)]
+    texts.append((texts[7][0] + " more",))
+    compared, intersect = [], similar.np.intersect1d
+    monkeypatch.setattr(similar.np, "intersect1d", lambda *a, **k: compared.append(1) or intersect(*a, **k))
+    assert [(match.position, match.other) for match in similar.near_duplicates(texts, 0.8)] == [(200, 7)]
+    assert len(compared) < len(texts)
+
+
 def test_rules_hold_the_texts_but_not_the_cells(write, monkeypatch):
     tables = []
     monkeypatch.setattr(check, "read_table", lambda *a, **k: tables.append(ref(table := read_table(*a, **k))) or table)
