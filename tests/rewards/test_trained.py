@@ -221,7 +221,7 @@ def test_another_chat_template_raises(copy):
 
 
 def test_a_folder_without_a_card_raises(base):
-    with pytest.raises(ModelError, match=r"no reward_model.json.*reinforcepp reward"):
+    with pytest.raises(ModelError, match=r"no score head .score.weight.*reinforcepp reward"):
         check_reward_folder(str(base))
 
 

@@ -24,6 +24,8 @@ import torch
 from reinforcepp.config import ServeRewardConfig
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError
+from reinforcepp.models.loading import context_length
+from reinforcepp.models.reward_texts import encode_formatted
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import PROBE_PROMPT, encode, encode_prompt, encode_text, end_token_id, turn_format
 from reinforcepp.monitoring import echo
@@ -67,8 +69,13 @@ def score_request(reward: TrainedReward, request: Any) -> list[float]:
 
 
 def _encode_formatted(reward: TrainedReward, query: str) -> list[int]:
-    """Return the token ids of a formatted conversation, which can lack BOS and the end token."""
+    """Return the token ids of a formatted conversation, which can lack BOS and the end token.
+
+    A classifier of other origin gets the text as it is.
+    """
     tokenizer = reward.tokenizer
+    if reward.form != "answer":
+        return encode_formatted(tokenizer, query, reward.form, context_length(reward.model.config))
     bos = special_tokens(tokenizer).prefix
     has_bos = tuple(encode_prompt(tokenizer, PROBE_PROMPT)[: len(bos)]) == bos
     text = query.removesuffix(turn_format(tokenizer).end)

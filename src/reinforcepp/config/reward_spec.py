@@ -4,7 +4,7 @@ builtin:judge                        the built-in data's judge
 rule:NAME?OPTION=VALUE&...           a rule of ``reward_rules``
 http://HOST:PORT/get_reward          a reward server
 MODULE:FUNCTION, FILE.py:FUNCTION    a Python function, unless a folder has that name
-anything else                        the folder of a reward model
+FOLDER, ORG/NAME                     a reward model; ?output=1, ?outputs=0.7,0.3, ?dtype=bfloat16 or ?load_in_4bit=true
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.*)
 FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)", re.DOTALL)
 SECRET = re.compile(r"token|key|secret|passw|auth|sig", re.IGNORECASE)
 TOKEN_VARIABLE = "REINFORCEPP_REWARD_TOKEN"
+MODEL_OPTIONS = ("output", "outputs", "dtype", "load_in_4bit")
+DTYPES = ("float32", "bfloat16", "float16")
 
 Kind = Literal["judge", "rule", "server", "function", "model"]
 
@@ -40,9 +42,74 @@ class RewardSource:
     def path(self) -> str | None:
         """The file or folder of the source, if any."""
         if self.kind == "model":
-            return self.target
+            return parse_model(self.target).name
         module = self.target.rpartition(":")[0]
         return module if self.kind == "function" and module.endswith(".py") else None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A reward model's folder or name on the Hugging Face Hub, and how it is used.
+
+    ``output`` is the number or label of the output that is the score. ``outputs`` holds the weight of each output or label in a
+    weighted sum; a weight without a label is that of the output at its position.
+    """
+
+    name: str
+    output: str | None = None
+    outputs: tuple[tuple[str | None, float], ...] = ()
+    dtype: str | None = None
+    load_in_4bit: bool = False
+
+
+def parse_model(text: str) -> ModelSource:
+    """Return the reward model in ``NAME?OPTION=VALUE&OPTION=VALUE``. A folder can have a name with a question mark.
+
+    Raises:
+        ConfigError: If an option isn't found or its value isn't valid.
+    """
+    name, _, query = text.partition("?")
+    if not query or Path(text).expanduser().is_dir():
+        return ModelSource(text)
+    given: dict[str, str] = {}
+    for part in query.split("&"):
+        option, _, value = part.partition("=")
+        if option not in MODEL_OPTIONS:
+            raise ConfigError(
+                f"{text}: option {option!r} not found, only {', '.join(MODEL_OPTIONS)}.{nearest(option, MODEL_OPTIONS)}"
+            )
+        if not value or option in given:
+            raise ConfigError(f"{text}: option {option} {'is given twice' if value else 'is empty'}. Give one value.")
+        given[option] = value
+    if "output" in given and "outputs" in given:
+        raise ConfigError(f"{text}: output and outputs are both given. Remove one.")
+    if (dtype := given.get("dtype")) not in (None, *DTYPES):
+        raise ConfigError(f"{text}: dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    in_4bit = given.get("load_in_4bit", "false").lower()
+    if in_4bit not in ("true", "false"):
+        raise ConfigError(f"{text}: load_in_4bit must be true or false, not {in_4bit!r}.")
+    weights = tuple(_output_weight(text, part) for part in given.get("outputs", "").split(",") if "outputs" in given)
+    return ModelSource(name, given.get("output"), weights, dtype, in_4bit == "true")
+
+
+def _output_weight(text: str, part: str) -> tuple[str | None, float]:
+    label, colon, number = part.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight) or (colon and not label):
+        raise ConfigError(
+            f"{text}: {part!r} isn't a weight. Write one number per output, as in outputs=0.7,0.3, or LABEL:NUMBER."
+        )
+    return label or None, weight
+
+
+def _is_model(target: str) -> bool:
+    """Return whether ``target`` is a reward model, although it ends as MODULE:FUNCTION does."""
+    name, options, _ = target.partition("?")
+    is_file = Path(target.rpartition(":")[0]).expanduser().is_file()
+    return Path(target).expanduser().is_dir() or Path(name).expanduser().is_dir() or (bool(options) and not is_file)
 
 
 def parse_source(text: str) -> RewardSource:
@@ -73,8 +140,10 @@ def parse_source(text: str) -> RewardSource:
         return RewardSource("server", target, weight)
     if target.partition("?")[0] in RULES:
         raise ConfigError(f"{target} is a rule. Write rule:{target}, or ./{target} for a folder of that name.")
-    function = FUNCTION.fullmatch(target) and not Path(target).expanduser().is_dir()
-    return RewardSource("function" if function else "model", target, weight)
+    if FUNCTION.fullmatch(target) and not _is_model(target):
+        return RewardSource("function", target, weight)
+    parse_model(target)
+    return RewardSource("model", target, weight)
 
 
 def check_url(url: str) -> None:

@@ -58,6 +58,8 @@ DEQUANTIZED = ("fp8", "mxfp4")
 PROGRESS_BAR_BYTES = 500 << 20
 """Size of weights from which a progress bar is shown."""
 
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+"""Files of a model on the Hub that are downloaded; neither code nor pickled weights."""
 CLASSIFIER = "AutoModelForSequenceClassification"
 NO_TOKENIZER = "{name}: tokenizer not found. Copy its files (tokenizer.json) from the original model."
 HUB_FIX = (
@@ -92,6 +94,21 @@ def resolve(name: str) -> str:
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise ModelError(f"{name}: model folder not found.{nearest(folder.name, siblings)}")
     return name
+
+
+def local_folder(name: str) -> Path:
+    """Return the folder of the model ``name``; one of the Hub is downloaded into the cache of the Hub's library.
+
+    Raises:
+        ModelError: the model can't be found or downloaded.
+    """
+    source = resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    with _load_errors(name):
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
 
 
 @contextmanager

@@ -5,6 +5,8 @@ A language model reads its score at the last token of a text, an encoder with it
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -21,9 +23,11 @@ from reinforcepp.models.loading import (
     load_policy,
     load_tokenizer,
     load_weights,
+    local_folder,
     meta_model,
 )
-from reinforcepp.models.lora import ADAPTER_PREFIX, is_4bit, is_adapter_dir, merge_adapter
+from reinforcepp.models.lora import is_4bit, merge_adapter
+from reinforcepp.models.score_heads import StoredHead, find_head, has_head, read_head, score_head
 from reinforcepp.models.tokenization import position_ids
 
 if TYPE_CHECKING:
@@ -40,23 +44,11 @@ def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
     model = _classifier(base_of_adapter(name) or name, new=True, initialize=_initialize_head, **settings)
     if base_of_adapter(name) is not None:
         if is_4bit(model):
-            raise ConfigError(
-                f"load_in_4bit: {name} is an adapter, which can't be quantized. Merge it first: "
-                f"reinforcepp export {name} --output_dir merged"
-            )
+            raise _adapter_in_4bit(name)
         model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return prepare_scoring(model)
-
-
-def score_head(model: PreTrainedModel) -> tuple[str, nn.Linear]:
-    """Return the layer whose output is the score, and its name: ``score`` in language models, the last layer of encoders."""
-    inside = set(model.base_model.modules())
-    layers = [
-        (name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear) and part not in inside
-    ]
-    return layers[-1]
 
 
 def head_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -78,35 +70,125 @@ def _initialize_head(model: PreTrainedModel, missing: set[str]) -> None:
         head.weight.normal_(std=1 / (head.in_features + 1))
 
 
-def load_reward_weights(folder: Path) -> PreTrainedModel:
-    """Load a trained reward model.
+def load_reward_weights(folder: Path, outputs: int = 1, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a reward model that this package trained with ``outputs`` scores.
 
     Raises:
         ModelError: the score head is missing or has the wrong shape.
     """
-    _check_head(folder)
-    if (base := base_of_adapter(str(folder))) is not None:
-        return prepare_scoring(merge_adapter(_classifier(base, new=True), folder)).eval()
-    return prepare_scoring(_classifier(str(folder))).eval()
+    model, _ = load_classifier(folder, dtype)
+    shape = list(score_head(model)[1].weight.shape)
+    if shape[0] != outputs:
+        raise ModelError(
+            f"{folder}: the score head has shape {shape}, but the model needs {[outputs, shape[1]]}. Train the reward model "
+            "again."
+        )
+    return prepare_scoring(model)
+
+
+@dataclass(frozen=True)
+class ScoreReading:
+    """How scores are read from a classifier, apart from its weights.
+
+    Attributes:
+        has_bias: whether the score head of a language model has a bias, which transformers gives to none.
+        skipped_token: token that never holds the score of a language model, although it can end a text.
+        separator: token of an encoder after which the tokens of a text are of the second type.
+    """
+
+    has_bias: bool = False
+    skipped_token: int | None = None
+    separator: int | None = None
+
+
+def load_classifier(
+    folder: Path, dtype: torch.dtype = torch.float32, **settings: Any
+) -> tuple[PreTrainedModel, ScoreReading]:
+    """Load any sequence classifier, whatever its head is called, and return how plain transformers reads its scores.
+
+    Args:
+        folder: of a classifier, of a language model with a value head, or of an adapter of one of them.
+        dtype: of the weights.
+        settings: for ``from_pretrained``.
+
+    Raises:
+        ModelError: a part of the score head is missing, so that it would be newly initialized.
+        ConfigError: an adapter can't be loaded in 4 bits.
+    """
+    skeleton = _skeleton(str(folder))
+    base = base_of_adapter(str(folder))
+    if base is not None and "quantization_config" in settings:
+        raise _adapter_in_4bit(str(folder))
+    owner = _head_owner(folder, skeleton)
+    head = find_head(owner, skeleton)
+    arguments: dict[str, Any] = {**settings, "num_labels": head.outputs, "dtype": dtype}
+    if head.prefix is not None:
+        arguments["key_mapping"] = {f"^{re.escape(head.prefix)}": f"{skeleton.base_model_prefix}."}
+    new = {f"{score_head(skeleton)[0]}.{part}" for part in ("weight", "bias")}
+    if base is None:
+        model = load_weights(
+            _auto_class(), str(folder), new=None if head.is_standard else new.__contains__, **arguments
+        )
+    else:
+        model = _classifier(base, new=True, **arguments) if owner == folder else load_classifier(owner, dtype)[0]
+        model = merge_adapter(model, folder)
+    if not head.is_standard:
+        _install_head(model, *read_head(owner, head))
+    config = model.config.get_text_config()
+    plain = str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
+    plain = plain and not hasattr(config, "value_head_prefix")  # OpenRLHF
+    plain = plain or (base is not None and owner == folder and head.is_standard)
+    skipped = getattr(config, "pad_token_id", None) if plain and not is_encoder(config) else None
+    return model.eval(), ScoreReading(head.has_bias, skipped)
+
+
+def stored_head(folder: Path) -> StoredHead:
+    """Return the score head of the classifier in ``folder`` without loading weights; errors are those of loading."""
+    skeleton = _skeleton(str(folder))
+    return find_head(_head_owner(folder, skeleton), skeleton)
+
+
+def _head_owner(folder: Path, skeleton: PreTrainedModel) -> Path:
+    """Return the folder that holds the score head: that of the base model if an adapter has none."""
+    base = base_of_adapter(str(folder))
+    return folder if base is None or has_head(folder, skeleton) else local_folder(base)
+
+
+def _auto_class() -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification
+
+
+def _adapter_in_4bit(name: str) -> ConfigError:
+    return ConfigError(
+        f"load_in_4bit: {name} is an adapter, which can't be quantized. Merge it first: "
+        f"reinforcepp export {name} --output_dir merged"
+    )
+
+
+@torch.no_grad()
+def _install_head(model: PreTrainedModel, weight: Tensor, bias: Tensor | None) -> None:
+    """Replace the last layer of the score head by one with these parameters."""
+    name, old = score_head(model)
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=old.weight.device)
+    head.weight.copy_(weight)
+    if bias is not None:
+        head.bias.copy_(bias)
+    dtype = old.weight.dtype if old.weight.is_floating_point() else model.dtype
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, head.to(dtype))
 
 
 def _classifier(name: str, *, new: bool = False, **settings: Any) -> PreTrainedModel:
-    """Return a model with one score as its output. With ``new``, only its pretrained layers must be in the weights."""
-    from transformers import AutoModelForSequenceClassification
-
+    """Return a classifier, by default with one output. With ``new``, only its pretrained layers must be in the weights."""
     pretrained = f"{_skeleton(name).base_model_prefix}."
 
     def is_new(key: str) -> bool:
         return not key.startswith(pretrained) or key.startswith(f"{pretrained}pooler.")
 
-    return load_weights(
-        AutoModelForSequenceClassification,
-        name,
-        new=is_new if new else None,
-        num_labels=1,
-        dtype=torch.float32,
-        **settings,
-    )
+    settings = {"num_labels": 1, "dtype": torch.float32, **settings}
+    return load_weights(_auto_class(), name, new=is_new if new else None, **settings)
 
 
 def _skeleton(name: str) -> PreTrainedModel:
@@ -154,40 +236,22 @@ def register_classifier(config: PreTrainedConfig) -> None:
     AutoModelForSequenceClassification.register(family, classifier, exist_ok=True)
 
 
-def _check_head(folder: Path) -> None:
-    from safetensors import safe_open
-
-    shapes: dict[str, list[int]] = {}
-    pattern = "adapter*.safetensors" if is_adapter_dir(folder) else "model*.safetensors"
-    for file in sorted(folder.glob(pattern)):
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118
-                shapes[key.removeprefix(ADAPTER_PREFIX)] = list(weights.get_slice(key).get_shape())
-    if not shapes:
-        raise ModelError(f"{folder}: no safetensors weights, so it isn't a reward model. Train one: reinforcepp reward")
-    name, layer = score_head(_skeleton(str(folder)))
-    head, needed = shapes.get(f"{name}.weight"), list(layer.weight.shape)
-    if head is None:
-        raise ModelError(
-            f"{folder}: no score head ({name}.weight). It isn't a reward model, and a newly initialized head scores at random. "
-            "Train a reward model: reinforcepp reward"
-        )
-    if head != needed:
-        raise ModelError(
-            f"{folder}: the score head has shape {head}, but the model needs {needed}. Train the reward model again."
-        )
-
-
-def prepare_scoring(model: PreTrainedModel) -> PreTrainedModel:
+def prepare_scoring(model: PreTrainedModel, reading: ScoreReading | None = None) -> PreTrainedModel:
     """Make ``model`` compute scores from token ids and the attention mask alone, and return it.
 
     A language model reads the score at the last token in the mask. Transformers reads it at the last token that isn't the pad
-    token, which misses the EOS if pad and EOS are the same.
+    token, which misses the EOS if pad and EOS are the same. A model that was trained so has its pad token in ``reading``.
     """
     from transformers.modeling_outputs import SequenceClassifierOutput
 
+    reading = reading or ScoreReading()
+
     def encoder_forward(self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
-        own = type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        types = {}
+        if reading.separator is not None:
+            ended_BL = (input_ids == reading.separator).long()
+            types = {"token_type_ids": (ended_BL.cumsum(-1) - ended_BL).clamp_max(1) * attention_mask}
+        own = type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **types)
         return SequenceClassifierOutput(logits=own.logits)
 
     def forward(self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
@@ -197,9 +261,24 @@ def prepare_scoring(model: PreTrainedModel) -> PreTrainedModel:
             position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
-        positions_BL = torch.arange(input_ids.shape[1], device=input_ids.device) * attention_mask
+        read_BL = attention_mask
+        if reading.skipped_token is not None:
+            read_BL = attention_mask * (input_ids != reading.skipped_token)
+        positions_BL = torch.arange(input_ids.shape[1], device=input_ids.device) * read_BL
         rows_B = torch.arange(input_ids.shape[0], device=input_ids.device)
         return SequenceClassifierOutput(logits=self.score(hidden_BLD[rows_B, positions_BL.argmax(-1)]))
 
-    model.forward = MethodType(encoder_forward if is_encoder(model.config) else forward, model)
+    def forward_by_row(self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
+        rows = [ids[mask.bool()][None] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        return SequenceClassifierOutput(
+            logits=torch.cat([type(self).forward(self, input_ids=row).logits for row in rows])
+        )
+
+    if is_encoder(model.config):
+        chosen: Any = encoder_forward
+    else:  # XLNet and a few others have a head with a pooling of its own
+        chosen = forward if isinstance(getattr(model, "score", None), nn.Linear) else forward_by_row
+    if reading.has_bias and chosen is forward and model.score.bias is None:
+        _install_head(model, model.score.weight, torch.zeros_like(model.score.weight[:, 0]))
+    model.forward = MethodType(chosen, model)
     return model

@@ -152,7 +152,7 @@ def _job(
         )
     judge = config.judge_name
     sources = [parse_source(text) for text in config.reward_sources]
-    models = [source.target for source in sources if source.kind == "model"]
+    models = [source.path or "" for source in sources if source.kind == "model"]
     notes += [f"Memory and time of {source.target} aren't included." for source in sources if source.kind == "function"]
     return Job(
         policy=trained(),

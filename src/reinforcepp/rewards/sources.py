@@ -11,7 +11,7 @@ from typing import Any
 
 from reinforcepp.config import RewardScoringConfig
 from reinforcepp.config.reward_rules import make_rule
-from reinforcepp.config.reward_spec import RewardSource, parse_source
+from reinforcepp.config.reward_spec import RewardSource, parse_model, parse_source
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import weights_hash
 from reinforcepp.rewards.card import RewardCard
@@ -91,7 +91,7 @@ class RewardSum:
         """Return a string that changes with the functions and weights, so that a resumed run notices."""
         parts = []
         for function, weight, name in zip(self.functions, self.weights, self.identities, strict=True):
-            identity = weights_hash(function.model) if isinstance(function, TrainedReward) else name
+            identity = _model_identity(function) if isinstance(function, TrainedReward) else name
             parts.append(identity if weight == 1 else f"{weight:g}*{identity}")
         return " ".join(parts)
 
@@ -137,7 +137,9 @@ def load_rewards(
     for function, source in zip(without_models, sources, strict=True):
         if source is not None and source.kind == "model":
             function = load_reward_model(source.target)
-            function.name = Path(source.target).name if len(models) > 1 else function.name
+            if len(models) > 1:
+                model = parse_model(source.target)
+                function.name = Path(model.name).name + source.target.removeprefix(model.name)
         functions.append(function)
     if settings.reward_normalize:
         _normalize(functions)
@@ -150,6 +152,11 @@ def load_rewards(
         [_identity(source, function) for source, function in zip(sources, functions, strict=True)],
         settings.truncation_penalty,
     )
+
+
+def _model_identity(reward: TrainedReward) -> str:
+    identity, weights = weights_hash(reward.model), reward.output_weights
+    return identity if weights == (1.0,) else f"{identity}[{','.join(map('{:g}'.format, weights))}]"
 
 
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:

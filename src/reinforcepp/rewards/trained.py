@@ -1,7 +1,8 @@
-"""Trained reward models: score texts and preference pairs, save the model with its card, and check it when loading.
+"""Reward models: score texts and preference pairs, save the model with its card, and check it when loading.
 
 The card holds the scores of eight probe texts. Loading scores them again and refuses a folder with other scores. That
-detects a newly initialized score head, replaced weights, another tokenizer and another chat template.
+detects a newly initialized score head, replaced weights, another tokenizer and another chat template. A classifier of other
+origin has no card; the scores of its first use take its place: see ``calibration``.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reinforcepp.config.reward_spec import ModelSource, parse_model
 from reinforcepp.errors import ConfigError, ModelError, TrainingDiverged
 from reinforcepp.files import write_json
 from reinforcepp.models.encoders import is_encoder
-from reinforcepp.models.loading import context_length, load_tokenizer, resolve
-from reinforcepp.models.reward_models import load_reward_weights
+from reinforcepp.models.loading import context_length, load_tokenizer, local_folder
+from reinforcepp.models.reward_models import ScoreReading, load_reward_weights
+from reinforcepp.models.reward_texts import TextForm, pair_limit, split_scored
 from reinforcepp.models.saving import save_model
-from reinforcepp.models.tokenization import encode_example, pad, split_example
+from reinforcepp.models.tokenization import pad
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
+from reinforcepp.rewards.foreign import calibrate, check_classifier, load_foreign, output_weights
 from reinforcepp.run_dir import REWARD_CARD
+from reinforcepp.runtime import warn_once
 from reinforcepp.types import Preference, ScoredPair
 
 if TYPE_CHECKING:
@@ -57,6 +62,13 @@ class TrainedReward:
     card: RewardCard | None = None
     """Card of a model that was loaded from a folder."""
 
+    form: TextForm = "answer"
+    """Form of the scored texts."""
+    reading = ScoreReading()
+    """How scores are read from the model."""
+    output_weights: tuple[float, ...] = (1.0,)
+    """Weight of each output of the model in the score."""
+
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = SCORING_BATCH_SIZE
     ) -> None:
@@ -71,10 +83,20 @@ class TrainedReward:
         """Return one score per completion. A completion truncated at the length limit gets no end token."""
         reasons = finish_reason or ["stop"] * len(prompts)
         rows = [
-            encode_example(self.tokenizer, prompt, completion, finished=reason == "stop")
+            self.encode(prompt, completion, finished=reason == "stop")
             for prompt, completion, reason in zip(prompts, completions, reasons, strict=True)
         ]
         return self.scaled(self.score_rows(rows))
+
+    def encode(self, prompt: str, answer: str, *, finished: bool = True) -> list[int]:
+        """Return the token ids of a prompt and its answer, as the model was trained on them."""
+        context, target = self.split(prompt, answer, finished=finished)
+        return context + target
+
+    def split(self, prompt: str, answer: str, *, finished: bool = True) -> tuple[list[int], list[int]]:
+        """Return the token ids of :meth:`encode`, up to the answer and from there."""
+        limit = pair_limit(self.tokenizer, self.model.config) if self.form == "pair" else None
+        return split_scored(self.tokenizer, prompt, answer, self.form, finished=finished, limit=limit)
 
     def normalize(self) -> None:
         """Standardize scores from now on: (score - mean) / std, with the mean and std of the training pairs.
@@ -99,7 +121,12 @@ class TrainedReward:
 
         An encoder keeps the first token, at which it can read the score.
         """
-        limit = context_length(self.model.config) or max(len(row) for row in rows)
+        longest = max((len(row) for row in rows), default=0)
+        limit = context_length(self.model.config) or longest
+        if longest > limit:
+            warn_once(
+                f"{self.name}: texts longer than the reward model's {limit} tokens are truncated at their beginning."
+            )
         if is_encoder(self.model.config):
             rows = [[*row[:1], *row[1 - limit :]] if len(row) > limit else row for row in rows]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -109,14 +136,15 @@ class TrainedReward:
                 batch = order[start : start + self.batch_size]
                 ids_BL, mask_BL = pad([rows[i][-limit:] for i in batch], int(self.tokenizer.pad_token_id))
                 device = self.model.device
-                logits_B1 = self.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits
-                for i, score in zip(batch, logits_B1.float().squeeze(-1).tolist(), strict=True):
+                logits = self.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits.float()
+                summed_B = (logits * logits.new_tensor(self.output_weights)).sum(-1)
+                for i, score in zip(batch, summed_B.tolist(), strict=True):
                     scores[i] = score
         return scores
 
     def fingerprint(self) -> list[float]:
         """Return the scores of the probe texts."""
-        return self.score_rows([encode_example(self.tokenizer, prompt, answer) for prompt, answer in PROBES])
+        return self.score_rows([self.encode(prompt, answer) for prompt, answer in PROBES])
 
 
 def save_reward_model(reward: TrainedReward, card: RewardCard, folder: Path) -> None:
@@ -125,29 +153,68 @@ def save_reward_model(reward: TrainedReward, card: RewardCard, folder: Path) -> 
     write_json(folder / REWARD_CARD, asdict(card))
 
 
-def check_reward_folder(name: str) -> RewardCard:
-    """Return the card of a reward model's folder without loading weights.
+def check_reward_folder(name: str) -> RewardCard | None:
+    """Return the card of a reward model without loading weights; None for a classifier of other origin.
+
+    ``name`` is as in :func:`load_reward_model`. A model of the Hub is downloaded.
 
     Raises:
-        ModelError: the folder is missing or has no card.
+        ModelError: the model isn't found, or it isn't a sequence classifier.
+        ConfigError: an option isn't valid, or one of several outputs must be chosen.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise ModelError(f"{name}: reward model folder not found. {HOW_TO_TRAIN}")
-    resolve(name)
-    return read_card(folder)
+    source = parse_model(name)
+    folder = _folder_of(source)
+    if (folder / REWARD_CARD).is_file():
+        return read_card(folder)
+    check_classifier(folder, source)
+    return None
+
+
+def _folder_of(source: ModelSource) -> Path:
+    path = Path(source.name).expanduser()
+    if not path.is_dir() and ("/" not in source.name or source.name.count("/") > 1 or path.is_absolute()):
+        raise ModelError(f"{source.name}: reward model folder not found. {HOW_TO_TRAIN}")
+    return local_folder(source.name)
 
 
 def load_reward_model(name: str) -> TrainedReward:
-    """Load a reward model and check that it scores the probe texts as its card says.
+    """Load a reward model and check that it scores the probe texts as its card, or its first use, says.
+
+    Args:
+        name: a folder or a name on the Hugging Face Hub, of a model that this package trained, or of any other sequence
+            classifier. Options follow a question mark, as in ``ORG/NAME?output=1``: see ``config.reward_spec``.
 
     Raises:
-        ModelError: the score head is missing or has another shape, or the probe texts score differently.
+        ModelError: a part of the score head is missing, or the probe texts score differently.
+        ConfigError: an option isn't valid, or one of several outputs must be chosen.
     """
-    card = check_reward_folder(name)
-    folder = Path(name).expanduser()
+    source, card = parse_model(name), check_reward_folder(name)
+    folder = _folder_of(source)
     tokenizer = load_tokenizer(str(folder))  # first, because it fails without reading weights
+    if card is None:
+        return _load_foreign(folder, tokenizer, source)
+    if source.load_in_4bit:
+        raise ConfigError(
+            f"{source.name}: load_in_4bit isn't supported for a reward model with a card. Use dtype=bfloat16."
+        )
     reward = TrainedReward(load_reward_weights(folder), tokenizer)
+    _check_fingerprint(source.name, reward, card)
+    reward.output_weights = output_weights(source, ["0"])
+    if source.dtype is not None:
+        reward.model.to(getattr(torch, source.dtype))
+    reward.card = card
+    return reward
+
+
+def _load_foreign(folder: Path, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> TrainedReward:
+    parts = load_foreign(folder, tokenizer, source)
+    reward = TrainedReward(parts.model, tokenizer)
+    reward.form, reward.reading, reward.output_weights = parts.form, parts.reading, parts.output_weights
+    calibrate(source.name, folder, parts, lambda texts: reward.score_rows([reward.encode(*text) for text in texts]))
+    return reward
+
+
+def _check_fingerprint(name: str, reward: TrainedReward, card: RewardCard) -> None:
     tolerance = FINGERPRINT_TOLERANCE * max(1.0, card.score_std)
     actual = reward.fingerprint()
     differences = [abs(a - b) for a, b in zip(actual, card.fingerprint, strict=False)]
@@ -158,8 +225,6 @@ def load_reward_model(name: str) -> TrainedReward:
             "weights, tokenizer or chat template changed or its score head was newly initialized. Restore the folder or "
             "train the reward model again."
         )
-    reward.card = card
-    return reward
 
 
 # --- preference pairs -------------------------------------------------------------------------------------------------
@@ -173,9 +238,8 @@ def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[Scor
     """
     if not pairs:
         return []
-    tokenizer = reward.tokenizer
-    chosen = [split_example(tokenizer, p.prompt, p.chosen) for p in pairs]
-    rejected = [split_example(tokenizer, p.prompt, p.rejected) for p in pairs]
+    chosen = [reward.split(p.prompt, p.chosen) for p in pairs]
+    rejected = [reward.split(p.prompt, p.rejected) for p in pairs]
     chosen_scores = reward.score_rows([context + answer for context, answer in chosen])
     rejected_scores = reward.score_rows([context + answer for context, answer in rejected])
     for pair, *scores in zip(pairs, chosen_scores, rejected_scores, strict=True):

@@ -21,7 +21,7 @@ from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_gr
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import check_context, check_trainable, load_config, tokenizer_for, weight_bytes
-from reinforcepp.models.lora import make_reference, with_adapter
+from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.monitoring import echo, log_event
 from reinforcepp.monitoring.environment import environment
@@ -249,6 +249,8 @@ def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: Rei
     dtype = compute_dtype(config)
     in_workers = rewards_to_pool(rewards, config.reward_workers)
     for reward in [*rewards.trained, *(judge.trained if judge else ())]:
+        if is_4bit(reward.model):  # already on the device
+            continue
         if dtype != torch.float32:
             cast_parameters(reward.model, dtype)
         if reward not in in_workers:

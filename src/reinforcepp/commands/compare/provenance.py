@@ -36,8 +36,10 @@ def _trained_on_judge(config: CompareConfig, run: Mapping[str, Any]) -> bool:
     settings = run.get("settings", {})
     if not settings.get("rewards") and _same(settings.get("reward_model"), config.judge_name):
         return True
-    fingerprint = check_reward_folder(config.judge_name).fingerprint  # also matches a copy in another folder
-    return any((reward.get("card") or {}).get("fingerprint") == fingerprint for reward in run.get("rewards", ()))
+    card = check_reward_folder(config.judge_name)
+    return card is not None and any(  # also matches a copy in another folder
+        (reward.get("card") or {}).get("fingerprint") == card.fingerprint for reward in run.get("rewards", ())
+    )
 
 
 def _seen(config: CompareConfig, side: str, training: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,8 @@ import torch
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.errors import ConfigError, setting
 from reinforcepp.models.loading import meta_model
-from reinforcepp.models.reward_models import prepare_scoring, register_classifier
+from reinforcepp.models.lora import is_4bit
+from reinforcepp.models.reward_models import ScoreReading, prepare_scoring, register_classifier
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.rewards.trained import TrainedReward
@@ -35,6 +36,8 @@ class ScorerSpec:
     dtype: torch.dtype
     tokenizer: Any
     batch_size: int
+    reading: ScoreReading
+    output_weights: tuple[float, ...]
 
 
 class Scorer:
@@ -45,7 +48,8 @@ class Scorer:
     def __init__(self, spec: ScorerSpec) -> None:
         register_classifier(spec.config)
         model = meta_model(spec.config, spec.dtype, "AutoModelForSequenceClassification").eval()
-        self.reward = TrainedReward(prepare_scoring(model), spec.tokenizer, spec.batch_size)
+        self.reward = TrainedReward(prepare_scoring(model, spec.reading), spec.tokenizer, spec.batch_size)
+        self.reward.output_weights = spec.output_weights
 
     def load(self, packed: PackedWeights) -> None:
         """Score with these weights."""
@@ -74,6 +78,7 @@ class PooledReward(TrainedReward):
     def __init__(self, reward: TrainedReward, ray: Callable[[], Any], workers: int, rank_zero: RankZero) -> None:
         super().__init__(reward.model, reward.tokenizer, reward.batch_size)
         self.name, self.card, self._scale = reward.name, reward.card, reward._scale
+        self.form, self.reading, self.output_weights = reward.form, reward.reading, reward.output_weights
         self.dispatches: list[DispatchStats] = []
         """Statistics of every scored batch."""
         self.pool: Any = None
@@ -81,7 +86,9 @@ class PooledReward(TrainedReward):
         self._rank_zero, model = rank_zero, reward.model
 
         def start() -> None:
-            spec = ScorerSpec(model.config, model.dtype, reward.tokenizer, reward.batch_size)
+            spec = ScorerSpec(
+                model.config, model.dtype, reward.tokenizer, reward.batch_size, reward.reading, reward.output_weights
+            )
             self.pool = RayPool(ray(), Scorer, spec, workers)
             self.pool.load(model)
 
@@ -113,6 +120,11 @@ def rewards_to_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]
         raise ConfigError(
             f"{setting('reward_workers')} {workers}: none of the rewards is a trained reward model. Add "
             f"{setting('reward_model')}, or omit {setting('reward_workers')}."
+        )
+    if workers and any(is_4bit(reward.model) for reward in rewards.trained):
+        raise ConfigError(
+            f"{setting('reward_workers')} {workers}: workers can't hold 4-bit weights. Omit {setting('reward_workers')}, or "
+            "load_in_4bit."
         )
     return rewards.trained if workers else []
 

@@ -1,0 +1,120 @@
+"""Token ids of the texts that a reward model scores, in the form in which the model was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from reinforcepp.errors import ModelError
+from reinforcepp.models.encoders import ENCODER_TEMPLATE, is_encoder
+from reinforcepp.models.loading import context_length
+from reinforcepp.models.special_tokens import encode, marked
+from reinforcepp.models.tokenization import encode_text, plain_template, split_example
+from reinforcepp.runtime import warn_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+TextForm = Literal["answer", "conversation", "pair"]
+"""Form of a scored text.
+
+answer: The prompt and the answer up to its end token, as ``reinforcepp reward`` and OpenRLHF train.
+conversation: The chat template's rendering of the whole conversation, as TRL trains and model cards show.
+pair: The tokenizer's pair of two sentences, as classifiers without a chat template are trained.
+"""
+OPENRLHF_CLASSES = ("RewardModel", "CriticModel")
+LENGTH_LIMIT = 1_000_000
+"""Tokenizers without a length limit state a larger one."""
+
+
+def form_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> TextForm:
+    """Return the form of the texts that a classifier of unknown origin was trained on."""
+    if is_encoder(config) and tokenizer.chat_template == ENCODER_TEMPLATE:
+        return "pair"
+    names = set(config.architectures or ())
+    if names & set(OPENRLHF_CLASSES) or hasattr(config, "value_head_prefix"):
+        return "answer"
+    return "answer" if tokenizer.chat_template in (None, plain_template(tokenizer)) else "conversation"
+
+
+def split_scored(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answer: str,
+    form: TextForm,
+    *,
+    finished: bool = True,
+    limit: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of the prompt and of the answer; an unfinished answer in a conversation gets no end token.
+
+    Args:
+        tokenizer: of the reward model.
+        prompt: of the policy.
+        answer: to the prompt.
+        form: in which both become one text.
+        finished: whether the answer was sampled to its end.
+        limit: most tokens of a pair; the tokenizer truncates a longer one.
+
+    Raises:
+        ModelError: the chat template can't format the conversation.
+    """
+    if form == "pair":
+        return _pair(tokenizer, prompt, answer, limit)
+    context, target = split_example(tokenizer, prompt, answer, finished=finished)
+    if form == "answer" or not finished:
+        return context, target
+    ids = _conversation(tokenizer, prompt, answer)
+    start = max(len(ids) - len(target), 0)
+    return ids[:start], ids[start:]
+
+
+def encode_formatted(tokenizer: PreTrainedTokenizerBase, text: str, form: TextForm, limit: int | None) -> list[int]:
+    """Return the token ids of a conversation that is formatted already, for a model of the form conversation or pair."""
+    if form == "pair":
+        return list(tokenizer(text, truncation=limit is not None, max_length=limit)["input_ids"])
+    return encode_text(tokenizer, text)
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    marks = [{**message, "content": marked(tokenizer, message["content"])} for message in messages]
+    try:
+        return encode(tokenizer, str(tokenizer.apply_chat_template(marks, tokenize=False)))
+    except TemplateError as error:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the chat template can't format a prompt and an answer ({error}). Fix it."
+        ) from error
+
+
+def _pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, limit: int | None
+) -> tuple[list[int], list[int]]:
+    special = {"split_special_tokens": True}  # the text of a special token isn't special
+    ids = list(tokenizer(prompt, answer, **special)["input_ids"])
+    if limit is not None and len(ids) > limit:
+        warn_once(
+            f"{tokenizer.name_or_path or 'The reward model'}: texts longer than {limit} tokens are truncated, the longer one of "
+            "prompt and answer first."
+        )
+        ids = list(tokenizer(prompt, answer, truncation=True, max_length=limit, **special)["input_ids"])
+    start = min(len(tokenizer(prompt, **special)["input_ids"]), len(ids))
+    return ids[:start], ids[start:]
+
+
+def pair_limit(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int | None:
+    """Return the most tokens of a pair: the positions of the encoder, or the limit of its tokenizer if that is lower."""
+    limits = [context_length(config), tokenizer.model_max_length]
+    return min((int(limit) for limit in limits if limit and limit < LENGTH_LIMIT), default=None)
+
+
+def pair_separator(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int | None:
+    """Return the token after which an encoder's tokens are of the second type; None if it has one type only."""
+    if (getattr(config, "type_vocab_size", 0) or 0) < 2:
+        return None
+    encoded = tokenizer("a", "b")
+    types = list(encoded.get("token_type_ids") or [0])
+    if not any(types):
+        return None
+    return int(encoded["input_ids"][types.index(1) - 1])
