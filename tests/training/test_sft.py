@@ -23,8 +23,8 @@ from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import encode_example, encode_prompts
 from reinforcepp.monitoring.signals import Interrupted
-from reinforcepp.training import supervised_loop
-from reinforcepp.training.sft_trainer import evaluate_heldout, to_example, train_language_model
+from reinforcepp.training import sft_trainer, supervised_loop
+from reinforcepp.training.sft_trainer import HeldOutMetrics, evaluate_heldout, to_example, train_language_model
 
 DIRECTIONS = ("north", "south", "east", "west")
 COLORS = ("red", "green", "blue", "white", "black", "grey")
@@ -63,12 +63,11 @@ def log(folder: Path) -> list[dict]:
 )
 def test_prompt_and_answer_have_the_tokens_of_rl_and_only_the_answer_has_a_loss(llama, frame):
     tokenizer = with_chat_template(load_tokenizer(str(llama)), ChatTemplateConfig(**frame))
-    one = to_example(tokenizer, SftRow("Why?", "Because of DNS.", 7))
+    one = to_example(tokenizer, SftRow("Why?", "Because of DNS."))
     (prompt,), _ = encode_prompts(tokenizer, [PromptRow("Why?", {})], max_prompt_length=99)
     assert tuple(one.context) == prompt.ids
     assert [*one.context, *one.target] == encode_example(tokenizer, "Why?", "Because of DNS.")
     assert tokenizer.decode(one.target).strip() == "Because of DNS.<|endoftext|>"
-    assert one.row == 7 and one.length == len(one.context) + len(one.target)
 
 
 def test_plain_text_has_a_loss_on_all_tokens_and_eos(llama):
@@ -104,7 +103,8 @@ def test_step_loss_is_the_negative_mean_of_rl_log_probabilities(llama, pairs_csv
     for batch in batches:
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
             one = examples[tuple(ids[mask.bool()].tolist())]
-            assert labels.tolist() == [-100] * len(one.context) + one.target + [-100] * (len(ids) - one.length)
+            padding = [-100] * int((mask == 0).sum())
+            assert labels.tolist() == [-100] * len(one.context) + one.target + padding
             seen.append(one)
     assert len(seen) == 6
     contexts, targets = [one.context for one in seen], [one.target for one in seen]
@@ -387,6 +387,21 @@ def test_long_rows_are_skipped_and_counted(workdir, capsys):
     assert main(["sft", "--model", "model", "--data", "long.csv", *flags]) == 0
     assert "Skipped 1 training rows longer than 20 tokens (rows 8)" in capsys.readouterr().err
     assert json.loads(Path("models/sft/run.json").read_text())["rows"] == 6
+
+
+def test_examples_are_read_from_disk(llama, texts, tmp_path, monkeypatch):
+    fitted, measured, metrics = [], [], HeldOutMetrics(1.0, 1.0, 1, 1)
+    monkeypatch.setattr(supervised_loop, "fit", lambda kind, model, tokenizer, rows, *rest: fitted.append(rows))
+    monkeypatch.setattr(sft_trainer, "evaluate_heldout", lambda model, rows, **named: measured.append(rows) or metrics)
+    train_language_model(config(llama, texts, tmp_path / "out"))
+    tokenizer = load_tokenizer(str(llama))
+    _, train, heldout = load_texts(texts, heldout_fraction=0.25, seed=42)
+    assert fitted[0].cache_files and len(fitted[0]) == len(train)
+    assert [row["input_ids"] for row in fitted[0]] == [
+        [*one.context, *one.target] for one in (to_example(tokenizer, row) for row in train)
+    ]
+    assert isinstance(measured[0], sft_trainer.DiskExamples)
+    assert list(measured[0]) == measured[0][:99] == [to_example(tokenizer, row) for row in heldout]
 
 
 def test_rows_as_long_as_the_context_are_kept_by_default():

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 
@@ -27,17 +28,17 @@ from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
-    RunContext,
     begin,
     check_not_empty,
     check_run,
     join_ranks,
     length_limit,
     open_run_dir,
-    skip_long,
+    tokenize_rows,
 )
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
@@ -51,12 +52,36 @@ class SftExample(NamedTuple):
 
     context: list[int]
     target: list[int]
-    row: int | str = 0
 
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return len(self.context) + len(self.target)
+    def as_row(self) -> dict[str, list[int]]:
+        """Return the columns that TRL trains on."""
+        labels = [*[IGNORED_LABEL] * len(self.context), *self.target]
+        return {"input_ids": [*self.context, *self.target], "labels": labels}
+
+
+class DiskExamples(Sequence[SftExample]):
+    """Examples whose token ids are read from disk on access."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> SftExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[SftExample]: ...
+
+    def __getitem__(self, index: int | slice) -> SftExample | list[SftExample]:
+        """Return one example, or a list for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self._rows[index]
+        start = row["labels"].count(IGNORED_LABEL)
+        return SftExample(row["input_ids"][:start], row["input_ids"][start:])
 
 
 @dataclass(frozen=True)
@@ -78,6 +103,11 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
     Raises:
         ReinforceError: the data, the model or the output directory can't be used; raised before weights are loaded.
     """
+    with TemporaryDirectory() as scratch:
+        return _train_language_model(config, scratch)
+
+
+def _train_language_model(config: SftConfig, scratch: str) -> dict[str, HeldOutMetrics | None]:
     join_ranks(config)
     folder, saved = open_run_dir(config)
     data, train, heldout = load_texts(
@@ -91,11 +121,14 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     limit = length_limit(config)
     config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
-    examples, heldout_examples = (
-        skip_long([to_example(tokenizer, row) for row in rows], lambda example: example.length, limit, label)
-        for rows, label in ((train, "training rows"), (heldout, "held-out rows"))
-    )
-    check_not_empty(examples, "row", data.source, limit)
+
+    def ids_of(rows: Sequence[SftRow]) -> list[dict[str, list[int]]]:
+        return [to_example(tokenizer, row).as_row() for row in rows]
+
+    train, examples = tokenize_rows(train, ids_of, limit, "training rows", scratch)
+    heldout, heldout_ids = tokenize_rows(heldout, ids_of, limit, "held-out rows", scratch)
+    heldout_examples = DiskExamples(heldout_ids)
+    check_not_empty(train, "row", data.source, limit)
 
     model = load_policy(config.model, **loading(config))
     inputs = {"model": weights_hash(model), "data": data.sha256}
@@ -105,8 +138,8 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
         model.requires_grad_(True)  # merging an adapter freezes the weights
     facts = {
         "kind": type(config).__name__,
-        "rows": len(examples),
-        "heldout_rows": len(heldout_examples),
+        "rows": len(train),
+        "heldout_rows": len(heldout),
         "inputs": inputs,
     }
     before: HeldOutMetrics | None = None
@@ -121,11 +154,12 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
 
     with begin(folder, config, inputs, saved, facts) as run:
         from reinforcepp.distributed.rank_zero import RankZero  # loads Accelerate
+        from reinforcepp.training.supervised_loop import ResumableSftTrainer, fit  # loads TRL
 
         check_run(run, model, tokenizer, config, examples)
         first = RankZero(run.ranks, config.watchdog_seconds)
         before = first.run(lambda: _evaluate(model, heldout_examples, tokenizer, config))
-        _fit(model, tokenizer, examples, config, run)
+        fit(ResumableSftTrainer, model, tokenizer, examples, config, run)
         return first.run(evaluate_and_save)
 
 
@@ -135,8 +169,8 @@ def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:
         ids = encode_text(tokenizer, row.completion)
         if ids[-1] != eos_token_id(tokenizer):
             ids.append(eos_token_id(tokenizer))
-        return SftExample(ids[:1], ids[1:], row.row)
-    return SftExample(*split_example(tokenizer, row.question, row.completion), row.row)
+        return SftExample(ids[:1], ids[1:])
+    return SftExample(*split_example(tokenizer, row.question, row.completion))
 
 
 @torch.no_grad()
@@ -165,25 +199,6 @@ def _evaluate(
     return evaluate_heldout(
         model, examples, pad_id=eos_token_id(tokenizer), batch_size=config.effective_micro_batch_size
     )
-
-
-def _fit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[SftExample],
-    config: SftConfig,
-    run: RunContext,
-) -> None:
-    from reinforcepp.training.supervised_loop import ResumableSftTrainer, fit  # loads TRL
-
-    rows = [
-        {
-            "input_ids": [*example.context, *example.target],
-            "labels": [*[IGNORED_LABEL] * len(example.context), *example.target],
-        }
-        for example in examples
-    ]
-    fit(ResumableSftTrainer, model, tokenizer, rows, config, run)
 
 
 def _print_metrics(before: HeldOutMetrics | None, after: HeldOutMetrics | None) -> None:

@@ -174,11 +174,6 @@ def length_limit(config: SupervisedConfig) -> int:
     return min(limit, context_length(load_config(config.model)) or limit)
 
 
-def skip_long(rows: Sequence[T], length: Callable[[T], int], limit: int, label: str) -> Sequence[T]:
-    """Return the rows of at most ``limit`` tokens; report how many were skipped, and which."""
-    return _without(rows, [index for index, row in enumerate(rows) if length(row) > limit], limit, label)
-
-
 def tokenize_rows(
     rows: Sequence[T],
     ids_of: Callable[[Sequence[T]], Sequence[Mapping[str, list[int]]]],
