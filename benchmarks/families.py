@@ -33,7 +33,7 @@ Why can't this host resolve names?,Compare dig with dig @1.1.1.1.,Buy a new rout
 Is the gateway up?,Ping it three times and read the loss.,"Certainly, why not."
 """
 LENGTHS = ["--max_prompt_length", "40", "--max_new_tokens", "8"]
-TRAIN = [*LENGTHS, "--max_steps", "2", "--batch_size", "4", "--save_every", "1", "--judge", "none"]
+TRAIN = [*LENGTHS, "--max_steps", "2", "--batch_size", "4", "--save_every", "1", "--keep_last", "2", "--judge", "none"]
 
 
 def outcomes(family: str, folder: Path) -> dict[str, dict[str, str]]:

@@ -69,7 +69,7 @@ def command_line() -> Iterator[None]:
     _typed_as_flags = before  # not after an exception, which sys.excepthook still reports
 
 
-def option(name: str, value: str | None = None) -> str:
+def option(name: str, value: str | int | None = None) -> str:
     """Return a setting for a message as the user gives it: ``--resume`` on the command line, ``resume=True`` in Python."""
     if _typed_as_flags:
         return f"--{name}" if value is None else f"--{name} {value}"

@@ -27,6 +27,8 @@ REMOVED_SETTINGS = dict.fromkeys(
 HANDED_OVER = f"rollout_weights{PARTIAL}"
 """Folder with weights in transfer to a server; exists only during training."""
 RUN_FILE = "run.json"
+FINISHED = "finished"
+"""Entry of ``run.json`` that exists when training is finished and the model is saved."""
 REWARD_CARD = "reward_model.json"
 MARKS = (RUN_FILE, REWARD_CARD)  # A folder without either of these files wasn't written by a run.
 OURS = (
@@ -156,7 +158,7 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
     if free < needed_bytes:
         raise ConfigError(
             f"output_dir: {output_dir} is on a disk with {format_size(free)} free, but this run writes about "
-            f"{format_size(needed_bytes)}. Free some space, lower keep_last, or give another output_dir."
+            f"{format_size(needed_bytes)}. Free some space, lower keep_last if it is above 1, or give another output_dir."
         )
     _check_contents(folder, output_dir, overwrite=overwrite, resume=resume)
     return folder
@@ -225,23 +227,27 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     Raises:
         ConfigError: If settings that aren't in ``allowed`` differ; the message names all of them.
     """
-    # Stored settings come from JSON, which has no tuples, so both go through JSON before the comparison.
-    began, now = (json.loads(json.dumps(rename_settings(settings))) for settings in (began, now))
-    changed = {
-        name: f"{name} was {began[name]} and is {value}"
-        for name, value in now.items()
-        if name in began
-        and began[name] != value
-        and name not in FREE_ON_RESUME
-        and name not in allowed
-        and not (value is None and name in CHOSEN_AT_START)
-    }
+    changed = {name: change for name, change in changed_settings(began, now).items() if name not in allowed}
     if changed:
         raise ConfigError(
             f"resume: the run was started with other settings ({'; '.join(changed.values())}). Restore them, allow the changes "
             f"with {option('allow_changes', ','.join(changed))}, or start a new run in another folder or with "
             f"{option('overwrite')}."
         )
+
+
+def changed_settings(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return a description of each changed setting that affects the results of a run, by its name."""
+    # Stored settings come from JSON, which has no tuples, so both go through JSON before the comparison.
+    began, now = (json.loads(json.dumps(rename_settings(settings))) for settings in (began, now))
+    return {
+        name: f"{name} was {began[name]} and is {value}"
+        for name, value in now.items()
+        if name in began
+        and began[name] != value
+        and name not in FREE_ON_RESUME
+        and not (value is None and name in CHOSEN_AT_START)
+    }
 
 
 def clear(folder: Path) -> None:
@@ -257,6 +263,29 @@ def describe_run(folder: Path, settings: dict[str, Any], facts: dict[str, Any]) 
     day = _run_date(settings.get("output_dir"), settings.get("resume", False)).isoformat()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, {"settings": settings, "date": day, **facts})
+
+
+def write_finished(folder: Path, finished: Mapping[str, Any] | None) -> None:
+    """Record in ``run.json`` that training is finished or, with None, that it continues; the other entries stay."""
+    entries = _run_entries(folder)
+    if finished is None and FINISHED not in entries:
+        return
+    entries.pop(FINISHED, None)
+    write_json(folder / RUN_FILE, entries if finished is None else {**entries, FINISHED: finished})
+
+
+def read_finished(folder: Path) -> dict[str, Any] | None:
+    """Return what :func:`write_finished` has recorded; None if the training isn't finished."""
+    finished = _run_entries(folder).get(FINISHED)
+    return finished if isinstance(finished, dict) else None
+
+
+def _run_entries(folder: Path) -> dict[str, Any]:
+    """Return the contents of ``run.json``; empty if the file is missing or damaged."""
+    try:
+        return dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def run_date(settings: Any) -> date:
@@ -275,8 +304,8 @@ def _run_date(output_dir: str | None, resume: bool | str) -> date:
         return today()
     run = Path(resume).expanduser().parent.parent if isinstance(resume, str) else Path(output_dir).expanduser()
     try:
-        return date.fromisoformat(json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["date"])
-    except (OSError, ValueError, KeyError, TypeError):  # a run that an earlier version began
+        return date.fromisoformat(_run_entries(run)["date"])
+    except (ValueError, KeyError, TypeError):  # a run that an earlier version began
         return today()
 
 

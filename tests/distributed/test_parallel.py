@@ -46,6 +46,7 @@ SHARDED = {
 }
 BACKENDS = ["DDP", "FSDP2"] + ["ZeRO 2", "ZeRO 3"] * (importlib.util.find_spec("deepspeed") is not None)
 FLAGS = ["--max_steps", "2", "--max_new_tokens", "6", "--max_prompt_length", "40", "--batch_size", "3"]
+FLAGS += ["--keep_last", "2"]
 WAYS = ["does well", "does well by accelerate", "is killed", "runs out of memory"]
 WAYS += ["does well by accelerate with DeepSpeed"] * ("ZeRO 3" in BACKENDS)
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]

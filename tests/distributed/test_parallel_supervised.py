@@ -24,7 +24,7 @@ from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.training.sft_trainer import train_language_model
 
 folder = Path(sys.argv[1])
-common = {"model": str(folder / "model"), "batch_size": 6, "num_train_epochs": 2, "learning_rate": 1e-3}
+common = {"model": str(folder / "model"), "batch_size": 6, "num_train_epochs": 2, "learning_rate": 1e-3, "keep_last": 2}
 results = {}
 
 def trained(kind, name, rows="even", **settings):

@@ -138,6 +138,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused(llama, pairs, tmp_path,
 def test_the_announced_size_is_that_of_a_checkpoint(llama, pairs, tmp_path):
     model = load_policy(str(llama)).requires_grad_(True)
     settings = {"prompt_column": "prompt", "completion_column": "chosen", "save_every": 1, "num_train_epochs": 1}
+    settings["keep_last"] = 1
     train_language_model(
         SftConfig(model=str(llama), data=str(pairs), output_dir=str(tmp_path / "run"), batch_size=8, **settings)
     )
@@ -211,6 +212,19 @@ def test_a_tokenizer_that_saving_changes_is_copied_or_refused(folder, tmp_path, 
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="after saving, the tokenizer encodes texts differently"):
         save_tokenizer(tokenizer, tmp_path)
+
+
+def test_a_tokenizer_is_read_again_only_if_other_files_are_saved(folder, tmp_path, monkeypatch):
+    """Reading a real tokenizer takes seconds, and every checkpoint saves it."""
+    tokenizer, read = load_tokenizer(str(folder)), []
+    original = tokenizer_files.read_tokenizer
+    monkeypatch.setattr(tokenizer_files, "read_tokenizer", lambda path: read.append(path) or original(path))
+    for name, count in (("first", 1), ("second", 1)):
+        save_tokenizer(tokenizer, tmp_path / name)
+        assert len(read) == count
+    tokenizer.add_tokens(["plainword"])
+    save_tokenizer(tokenizer, tmp_path / "third")
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("declared", ["LlamaTokenizerFast", "GPT2Tokenizer"])

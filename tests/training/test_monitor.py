@@ -35,6 +35,7 @@ def train(base, folder, reward=length, **settings):
         "batch_size": 4,
         "max_steps": 10,
         "rollout": "transformers",
+        "keep_last": 2,
     }
     trainer = ReinforceTrainer(base, reward, ReinforceConfig(output_dir=str(folder), **(defaults | settings)), PROMPTS)
     trainer.train()

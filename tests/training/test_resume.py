@@ -22,6 +22,7 @@ from reinforcepp.errors import ConfigError, EngineLost, ModelError, RewardError
 from reinforcepp.files import whole_folder, write_json
 from reinforcepp.models.loading import load_policy
 from reinforcepp.monitoring.signals import Interrupted
+from reinforcepp.run_dir import write_finished
 from reinforcepp.training import checkpoint
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.training.setup import encode
@@ -66,6 +67,7 @@ def trainer(base, folder, reward=noisy, **settings):
         "seed": 5,
         "max_steps": 4,
         "save_every": 1,
+        "keep_last": 2,
         "lr_scheduler_type": "cosine",
         "rollout": "transformers",
     }
@@ -380,6 +382,7 @@ def test_a_run_without_a_checkpoint_starts_over(base, undisturbed, tmp_path, cap
     whole = undisturbed()
     shutil.copytree(undisturbed(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
+    write_finished(tmp_path / "run", None)
     trainer(base, tmp_path / "run", resume=True).train()
     assert "stopped before its first checkpoint" in capsys.readouterr().err
     assert files(tmp_path / "run") == files(whole)
@@ -580,8 +583,9 @@ def test_no_pickle_is_written(base, tmp_path):
 
 
 def reward_config(base, pairs_csv, folder, **settings):
+    usual = {"batch_size": 4, "micro_batch_size": 2, "num_train_epochs": 3, "save_every": 2, "keep_last": 2, "seed": 1}
     return RewardModelConfig(
-        **({"batch_size": 4, "micro_batch_size": 2, "num_train_epochs": 3, "save_every": 2, "seed": 1} | settings),
+        **(usual | settings),
         model=str(base),
         data=str(pairs_csv),
         output_dir=str(folder),

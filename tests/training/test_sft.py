@@ -47,7 +47,8 @@ def texts(tmp_path_factory) -> Path:
 
 
 def config(model, data, folder, **settings) -> SftConfig:
-    usual = {"batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-3, "heldout_fraction": 0.25, "save_every": 0}
+    usual = {"batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-3, "heldout_fraction": 0.25}
+    usual |= {"save_every": 0, "keep_last": 2}
     return SftConfig(model=str(model), data=str(data), output_dir=str(folder), **(usual | settings))
 
 

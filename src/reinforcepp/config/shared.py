@@ -36,8 +36,8 @@ class CheckpointConfig(Config):
     """Folder for everything the run writes"""
     save_every: NonNegativeInt = 50
     """Steps between checkpoints; 0 saves only when a signal stops the run"""
-    keep_last: PositiveInt = 2
-    """Number of latest checkpoints to keep"""
+    keep_last: PositiveInt | None = None
+    """Latest checkpoints to keep, also when training ends. Default: 1 until then"""
     keep_best: str | None = None
     """Metric whose best checkpoint is also kept, e.g. reward; -METRIC for lowest"""
     max_skipped_updates: NonNegativeInt = 3
@@ -54,7 +54,17 @@ class CheckpointConfig(Config):
     @property
     def checkpoints_at_most(self) -> int:
         """Largest number of checkpoints on the disk at a time, including the one being written."""
-        return self.keep_last + (self.keep_best is not None) + 1 if self.save_every else 1
+        return self.latest_kept + (self.keep_best is not None) + 1 if self.save_every else 1
+
+    @property
+    def latest_kept(self) -> int:
+        """Number of latest checkpoints to keep during training."""
+        return self.keep_last or 1
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether checkpoints stay when training is finished and the model is saved."""
+        return self.keep_last is not None or self.keep_best is not None
 
     @property
     def allowed_changes(self) -> list[str]:

@@ -6,6 +6,7 @@ Transformers rebuilds some tokenizers by the rules of their class instead of rea
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.errors import ModelError
+from reinforcepp.files import sha256
 from reinforcepp.runtime import warn_once
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ TEMPLATES = "additional_chat_templates"
 """Folder of the named chat templates of a tokenizer that has several."""
 OTHER_TEMPLATES = "other_chat_templates"
 """Attribute of a tokenizer for the named chat templates that aren't in use."""
+CHECKED = "checked_files"
+"""Attribute of a tokenizer for the hash of its saved files, if they are known to encode texts equally."""
 PREFERRED_TEMPLATES = ("default", "tool_use")
 
 PROBES = (
@@ -125,8 +129,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for name, text in getattr(tokenizer, OTHER_TEMPLATES, {}).items():
         (folder / TEMPLATES).mkdir(exist_ok=True)
         (folder / TEMPLATES / f"{name}.jinja").write_text(text, encoding="utf-8")
+    content = _hash_of(folder)
+    if getattr(tokenizer, CHECKED, None) == content:
+        return  # reading the tokenizer of every checkpoint would take seconds each time
     saved = read_tokenizer(str(folder))
     if _is_same(tokenizer, saved):
+        setattr(tokenizer, CHECKED, content)
         return
     source = Path(str(tokenizer.name_or_path))
     if (source / TOKENIZER_FILE).is_file() and source.resolve() != folder.resolve():
@@ -140,6 +148,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             f"{tokenizer.name_or_path or 'the given tokenizer'}: after saving, the tokenizer encodes texts differently, so the "
             "trained model would be useless. Check that each special token (pad_token, for example) is an added token."
         )
+
+
+def _hash_of(folder: Path) -> str:
+    """Return a hash of all files but the weights, because config.json can decide which class reads the tokenizer."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".safetensors"]
+    digests = [(path.name, sha256(path)) for path in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def _copy_files(source: Path, folder: Path) -> None:

@@ -33,7 +33,7 @@ from reinforcepp.rollout.factory import start_training_engine
 from reinforcepp.rollout.ray.reward_pool import pool_rewards, rewards_to_pool
 from reinforcepp.rollout.selection import choose_engine
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.run_dir import check_output, check_unchanged
+from reinforcepp.run_dir import check_output
 from reinforcepp.training import checkpoint
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
 from reinforcepp.training.batches import PromptBatches
@@ -114,8 +114,7 @@ def build(
     learner, critic = start_learners(model, config, ranks, updates=num_steps * config.updates_per_step)
     reference = make_reference(learner.plain, new_adapter=config.use_peft)
     inputs = fingerprints(reference, [prompts, eval_prompts], rewards)
-    if resumed is not None:
-        check_unchanged(resumed.state["inputs"], inputs, config.allowed_changes)
+    checkpoint.check_inputs(resumed, inputs, config.allowed_changes)
     if choice is not None:
         if config.rollout == "auto":
             echo(f"Completions come from {choice.name}: {choice.reason}.")
@@ -182,8 +181,10 @@ def build(
     )
 
 
-def open_folder(model: str | PreTrainedModel, config: ReinforceConfig) -> tuple[Path, checkpoint.Checkpoint | None]:
-    """Check the output directory and join the other ranks; return the directory and the checkpoint to resume from."""
+def open_folder(
+    model: str | PreTrainedModel, config: ReinforceConfig
+) -> tuple[Path, checkpoint.Checkpoint | checkpoint.FinishedRun | None]:
+    """Check the output directory and join the other ranks; return it and the checkpoint to resume, or the finished run."""
     if isinstance(model, str):
         check_trainable(model, use_peft=config.use_peft)
     # Each checkpoint holds the weights and AdamW's two moments, also of a critic; the trained model is one more copy.

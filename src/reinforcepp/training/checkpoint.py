@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +33,8 @@ from reinforcepp.config import CheckpointConfig, as_dict
 from reinforcepp.errors import ConfigError, ModelError, nearest, option
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
 from reinforcepp.monitoring import LOGS, echo
-from reinforcepp.run_dir import check_unchanged
-from reinforcepp.runtime import versions_of
+from reinforcepp.run_dir import changed_settings, check_unchanged, claim_output, read_finished, write_finished
+from reinforcepp.runtime import is_main, versions_of
 
 if TYPE_CHECKING:  # these load Accelerate, which takes a second and isn't needed to export a model
     from reinforcepp.distributed.ranks import Ranks
@@ -87,6 +87,68 @@ class Checkpoint:
             ) from error
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that is finished and has no checkpoints; its model is saved in ``folder``."""
+
+    folder: Path
+    state: dict[str, Any]
+    """Number of steps, and settings and inputs of the training, as in a checkpoint."""
+
+    @property
+    def step(self) -> int:
+        """Finished training steps."""
+        return int(self.state["steps"])
+
+    def check_same(self, kind: str, now: Mapping[str, Any]) -> None:
+        """Check that the ``kind`` of values, settings or inputs, is the same ``now``.
+
+        Raises:
+            ConfigError: some differ; the message names all of them.
+        """
+        if changed := changed_settings(self.state[kind], now):
+            raise ConfigError(
+                f"resume: {self.reason}, so it can't continue with other settings ({'; '.join(changed.values())}). "
+                f"{self.fix}"
+            )
+
+    @property
+    def reason(self) -> str:
+        """Reason why the run can't continue."""
+        deleted = self.state["checkpoints_deleted"] and not self._too_short
+        no_checkpoint = "its checkpoints were deleted" if deleted else "it has no checkpoint"
+        return f"the run in {self.folder} finished after {self.step} steps and {no_checkpoint}"
+
+    @property
+    def fix(self) -> str:
+        """Advice on how to train more."""
+        keep = option("keep_last", 1)
+        if self._too_short:
+            keep = f"{option('save_every', self.step)} and {keep}"
+        return (
+            f"Start a new run from its model ({option('model', str(self.folder))} and another output_dir). To keep the latest "
+            f"checkpoint next time, add {keep}."
+        )
+
+    @property
+    def _too_short(self) -> bool:
+        """Whether the run ended before its first checkpoint."""
+        every = self.state["settings"].get("save_every")
+        return not every or every > self.step
+
+    def close(self, config: CheckpointConfig, inputs: Mapping[str, str]) -> None:
+        """Print that there is nothing to train; delete checkpoints that a killed process left behind.
+
+        Raises:
+            ConfigError: ``inputs`` have changed.
+        """
+        self.check_same("inputs", inputs)
+        if is_main() and self.state["checkpoints_deleted"] and (self.folder / FOLDER).exists():
+            with claim_output(config.output_dir, overwrite=False, resume=True):
+                delete_all(self.folder)
+        echo(f"Nothing to train: {self.reason}. {self.fix}")
+
+
 def name_of(step: int, updates: int = 0) -> str:
     """Return the folder name after ``step`` finished steps and ``updates`` optimizer steps of the next one."""
     return f"step-{step:06d}" + (f"+{updates}" if updates else "")
@@ -112,8 +174,8 @@ def latest(run: Path) -> Checkpoint | None:
     return None
 
 
-def checkpoint_to_resume(run: Path, config: CheckpointConfig) -> Checkpoint | None:
-    """Return the checkpoint that the setting ``resume`` names; None to start from the beginning.
+def checkpoint_to_resume(run: Path, config: CheckpointConfig) -> Checkpoint | FinishedRun | None:
+    """Return the checkpoint that the setting ``resume`` names, or the finished run; None to start from the beginning.
 
     Raises:
         ModelError: the run has checkpoints, but all are damaged.
@@ -122,6 +184,9 @@ def checkpoint_to_resume(run: Path, config: CheckpointConfig) -> Checkpoint | No
     resume = config.resume
     if not resume:
         return None
+    if resume is True and (finished := finished_run(run)) is not None:
+        finished.check_same("settings", as_dict(config))
+        return finished
     found = open_checkpoint(resume) if isinstance(resume, str) else latest(run)
     if found is None and list_checkpoints(run):
         raise ModelError(f"{run / FOLDER}: all checkpoints are damaged. Start over with {option('overwrite')}.")
@@ -141,6 +206,26 @@ def checkpoint_to_resume(run: Path, config: CheckpointConfig) -> Checkpoint | No
     return found
 
 
+def finished_run(run: Path) -> FinishedRun | None:
+    """Return a finished run whose checkpoints are deleted, or will be; None if the run can be resumed."""
+    finished = read_finished(run)
+    if finished is None or (list_checkpoints(run) and not finished["checkpoints_deleted"]):
+        return None
+    return FinishedRun(run, finished)
+
+
+def check_inputs(resumed: Checkpoint | FinishedRun | None, inputs: Mapping[str, str], allowed: Collection[str]) -> None:
+    """Check the fingerprints of the inputs of a resumed run.
+
+    Raises:
+        ConfigError: inputs have changed, and ``allowed`` doesn't name them.
+    """
+    if isinstance(resumed, FinishedRun):
+        resumed.check_same("inputs", inputs)
+    elif resumed is not None:
+        check_unchanged(resumed.state["inputs"], inputs, allowed)
+
+
 def open_checkpoint(path: str) -> Checkpoint:
     """Return the checkpoint in the folder ``path``.
 
@@ -149,6 +234,8 @@ def open_checkpoint(path: str) -> Checkpoint:
     """
     folder = Path(path).expanduser()
     if not (folder / STATE).is_file():
+        if folder.parent.name == FOLDER and (finished := finished_run(folder.parent.parent)) is not None:
+            raise ModelError(f"resume {path}: {finished.reason}. {finished.fix}")
         raise ModelError(f"resume {path}: not a checkpoint. Give a folder such as RUN/{FOLDER}/{name_of(50)}.")
     if (damaged := damage(folder)) is not None:
         raise ModelError(f"resume {path}: the checkpoint is damaged ({damaged}). Give an earlier one.")
@@ -229,7 +316,7 @@ def warn_full_disk(error: OSError, run: Path, step: int) -> None:
     last = f"The last one is {before[-1].name}" if before else "There is no earlier one"
     echo(
         f"Step {step}: checkpoint not saved ({error.strerror}). {last}; training continues. Free some space, or lower "
-        "keep_last.",
+        "keep_last if it is above 1.",
         "yellow",
     )
 
@@ -323,6 +410,35 @@ def run_description(config: CheckpointConfig, inputs: Mapping[str, str]) -> dict
 
 def _versions() -> dict[str, str]:
     return versions_of(LIBRARIES)
+
+
+def finish(run: Path, config: CheckpointConfig, inputs: Mapping[str, str], step: int) -> None:
+    """Record that training is finished, then delete the checkpoints unless the settings keep them.
+
+    Call it on rank 0 when the model and everything else is written. If the process is killed in between, the next one with
+    ``resume`` deletes the rest.
+    """
+    deleted = {"steps": step, "checkpoints_deleted": not config.keeps_checkpoints}
+    write_finished(run, deleted | run_description(config, inputs))
+    if list_checkpoints(run) and not config.keeps_checkpoints:
+        echo(
+            f"Deleting the checkpoints, because training is finished. To keep the latest one, set {option('keep_last', 1)}."
+        )
+        delete_all(run)
+
+
+def delete_all(run: Path) -> None:
+    """Delete the checkpoints of a run whose model is saved; print a warning if one can't be deleted."""
+    folder = run / FOLDER
+    try:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if not folder.is_symlink():
+            folder.rmdir()
+    except OSError as error:
+        echo(
+            f"{folder}: can't be deleted ({error.strerror}). The model is saved; delete the folder yourself.", "yellow"
+        )
 
 
 def _prune(run: Path, position: tuple[int, int], keep_last: int, keep: str | None) -> None:

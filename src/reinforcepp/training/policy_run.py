@@ -17,11 +17,11 @@ from reinforcepp.errors import ConfigError, TrainingDiverged, option
 from reinforcepp.files import write_json
 from reinforcepp.locks import OutputLock
 from reinforcepp.models.loading import load_policy, weights_hash
-from reinforcepp.models.lora import has_adapter, load_adapter_weights
+from reinforcepp.models.lora import has_adapter, load_adapter_weights, load_trainable_weights
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import LazyPrompts
-from reinforcepp.monitoring import MetricLog, log_event, restore_logs
+from reinforcepp.monitoring import MetricLog, echo, log_event, restore_logs
 from reinforcepp.monitoring.completion_log import (
     COMPLETIONS,
     evaluation_file,
@@ -32,7 +32,7 @@ from reinforcepp.monitoring.completion_log import (
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.monitoring.step_metrics import rollout_columns
 from reinforcepp.rewards.sources import RewardSum
-from reinforcepp.run_dir import RUN_FILE, claim_output, clear, describe_run
+from reinforcepp.run_dir import RUN_FILE, claim_output, clear, describe_run, write_finished
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.async_rollouts import PENDING_FILE
 from reinforcepp.training.batches import UpdateBatch
@@ -80,7 +80,7 @@ class PolicyRun:
         rollouts: owns the engine, and completions generated ahead.
         tokenizer: saved with the policy.
         facts: the facts that ``run.json`` and the report hold in addition to settings, ``inputs`` (fingerprints) among them.
-        resumed: the checkpoint that the run resumes from, if any.
+        resumed: the checkpoint that the run resumes from, or the finished run, if any.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class PolicyRun:
         rollouts: RolloutScheduler,
         tokenizer: PreTrainedTokenizerBase,
         facts: dict[str, Any],
-        resumed: checkpoint.Checkpoint | None = None,
+        resumed: checkpoint.Checkpoint | checkpoint.FinishedRun | None = None,
     ) -> None:
         self.folder = folder
         self.config = update.config
@@ -98,12 +98,14 @@ class PolicyRun:
         self.rollouts = rollouts
         self.tokenizer = tokenizer
         self.facts = facts
-        self.resumed = resumed
+        self.resumed = resumed if isinstance(resumed, checkpoint.Checkpoint) else None
         """The checkpoint to resume from, until it is restored."""
+        self.finished_earlier = resumed if isinstance(resumed, checkpoint.FinishedRun) else None
+        """The finished run of an earlier process, until its policy is loaded."""
         self.state = RunState(kl_coef=self.config.kl_coef)
         self.begun = False
         """Whether this object has written to the run directory."""
-        self.finished = False
+        self.finished = self.finished_earlier is not None
         """Whether all steps are done and the policy is saved."""
         self._lock: OutputLock | None = None
         self.log = MetricLog()
@@ -242,7 +244,7 @@ class PolicyRun:
         keep = state.best["checkpoint"] if state.best else None
         if self.update.ranks.is_main:
             position = state.step, updates
-            checkpoint.save(self.folder, position, content, write_files, keep_last=self.config.keep_last, keep=keep)
+            checkpoint.save(self.folder, position, content, write_files, keep_last=self.config.latest_kept, keep=keep)
         self.update.ranks.barrier()
 
     def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
@@ -271,6 +273,8 @@ class PolicyRun:
         assert self.resumed is not None
         evaluations = self.state.evaluations
         self.restore(self.resumed)
+        if self.update.ranks.is_main:
+            write_finished(self.folder, None)
         self.state.evaluations = evaluations | self.state.evaluations
         self.resumed = None
         self.rollouts.checked.engine.load_weights(self.update.policy.plain)
@@ -301,6 +305,24 @@ class PolicyRun:
             f"The last good state is {saved.folder}. Resume from it with {option('resume')} and other settings, and list "
             "these in allow_changes."
         )
+
+    def finish(self) -> None:
+        """Record that all steps are done and the policy is saved, and delete checkpoints that aren't kept."""
+        self.finished = True
+        if self.update.ranks.is_main:
+            checkpoint.finish(self.folder, self.config, self.facts["inputs"], self.state.step)
+
+    def open_finished(self) -> None:
+        """Print that all steps are done; load the policy if an earlier process has saved it."""
+        if self.finished_earlier is None:
+            steps = self.facts["num_steps"]
+            echo(f"All {steps} steps are done. To train more, give the model in {self.folder} to a new trainer.")
+            return
+        policy = self.update.policy.plain
+        load_trainable_weights(policy, self._policy_weights(self.folder))
+        self.rollouts.checked.engine.load_weights(policy)
+        self.finished_earlier.close(self.config, self.facts["inputs"])
+        self.finished_earlier = None
 
     def close(self) -> None:
         """Stop pending rollouts, close the logs, and release the run directory."""

@@ -90,13 +90,15 @@ def _check_space(folder: Path, models: Sequence[PreTrainedModel], config: Checkp
     needed = count * each + model
     free = shutil.disk_usage(folder).free
     checkpoints = "1 checkpoint" if count == 1 else f"up to {count} checkpoints"
+    deleted = "" if config.keeps_checkpoints else ", deleted when training ends,"
     echo(
-        f"Disk: {checkpoints} of {format_size(each)} and the model of {format_size(model)}, {format_size(needed)} in total; "
-        f"{format_size(free)} free"
+        f"Disk: {checkpoints} of {format_size(each)}{deleted} and the model of {format_size(model)}, {format_size(needed)} in "
+        f"total; {format_size(free)} free"
     )
     written = sum(path.stat().st_size for path in (folder / FOLDER).rglob("*") if path.is_file())  # of a resumed run
     if free + written < needed:
         raise ConfigError(
             f"output_dir: {folder} is on a disk with {format_size(free)} free, but the checkpoints need up to "
-            f"{format_size(needed)}. Free some space, lower keep_last, or give another output_dir."
+            f"{format_size(needed)}. Free some space, lower keep_last if it is above 1, or "
+            "give another output_dir."
         )

@@ -87,9 +87,7 @@ class ReinforceTrainer:
             KeyboardInterrupt: a signal stopped the run; a checkpoint is saved.
         """
         if self.run.finished:
-            echo(
-                f"All {self.num_steps} steps are done. To train more, give the model in {self.folder} to a new trainer."
-            )
+            self.run.open_finished()
             return read_metrics(self.folder)
         with self.guard.training():
             self._begin()
@@ -148,5 +146,5 @@ class ReinforceTrainer:
     def _finish(self) -> None:
         self.evaluator.run("after")
         self.save_model(self.folder)
-        self.run.finished = True
         echo(f"Saved policy to {self.folder}", "green")
+        self.run.finish()

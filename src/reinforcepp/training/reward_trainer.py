@@ -23,14 +23,16 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import encode_examples
 from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, summary, write_page
-from reinforcepp.rewards.card import RewardCard
+from reinforcepp.rewards.card import RewardCard, read_card
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model, score_pairs
+from reinforcepp.training.checkpoint import FinishedRun, finish
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
     begin,
     check_not_empty,
     check_run,
+    count_steps,
     join_ranks,
     length_limit,
     open_run_dir,
@@ -69,6 +71,9 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
             on_progress=on_progress,
         )
     echo(data.summary())
+    if isinstance(saved, FinishedRun):
+        saved.close(config, {"data": data.sha256})
+        return read_card(folder)
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     limit = length_limit(config)
     config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
@@ -86,16 +91,20 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     inputs = {"model": weights_hash(model), "data": data.sha256}
     if config.use_peft:
         model = with_adapter(model, config, seed=config.seed, heads=head_modules(model))
-    facts = {"train_pairs": len(train), "heldout_pairs": len(heldout)}
+    facts = {"train_pairs": len(train), "heldout_pairs": len(heldout), "inputs": inputs}
+
+    def evaluate_and_save() -> RewardCard:
+        card = _evaluate_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
+        finish(folder, config, inputs, count_steps(rows, config))
+        return card
+
     with begin(folder, config, inputs, saved, facts) as run:
         from reinforcepp.distributed.rank_zero import RankZero
         from reinforcepp.training.supervised_loop import ResumableRewardTrainer, fit  # loads TRL
 
         check_run(run, model, tokenizer, config, rows)
         fit(ResumableRewardTrainer, model, tokenizer, rows, config, run)
-        return RankZero(run.ranks, config.watchdog_seconds).run(
-            lambda: _evaluate_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
-        )
+        return RankZero(run.ranks, config.watchdog_seconds).run(evaluate_and_save)
 
 
 def _evaluate_and_save(

@@ -6,9 +6,11 @@ EOS have a loss, and held-out rows are evaluated before and after training with 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple, overload
 
@@ -25,12 +27,14 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import encode_text, eos_token_id, split_example
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
+from reinforcepp.training.checkpoint import FinishedRun, finish
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
     begin,
     check_not_empty,
     check_run,
+    count_steps,
     join_ranks,
     length_limit,
     open_run_dir,
@@ -118,6 +122,9 @@ def _train_language_model(config: SftConfig, scratch: str) -> dict[str, HeldOutM
         max_bad_rows=config.max_bad_rows,
     )
     echo(data.summary())
+    if isinstance(saved, FinishedRun):
+        saved.close(config, {"data": data.sha256})
+        return _saved_metrics(folder)
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     limit = length_limit(config)
     config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
@@ -150,6 +157,7 @@ def _train_language_model(config: SftConfig, scratch: str) -> dict[str, HeldOutM
         write_json(folder / EVALUATION, {when: asdict(of) for when, of in metrics.items() if of is not None})
         _print_metrics(metrics["before"], metrics["after"])
         echo(f"Saved model to {folder}", "green")
+        finish(folder, config, inputs, count_steps(examples, config))
         return metrics
 
     with begin(folder, config, inputs, saved, facts) as run:
@@ -161,6 +169,13 @@ def _train_language_model(config: SftConfig, scratch: str) -> dict[str, HeldOutM
         before = first.run(lambda: _evaluate(model, heldout_examples, tokenizer, config))
         fit(ResumableSftTrainer, model, tokenizer, examples, config, run)
         return first.run(evaluate_and_save)
+
+
+def _saved_metrics(folder: Path) -> dict[str, HeldOutMetrics | None]:
+    """Return the metrics of a finished training; None if no row was held out."""
+    path = folder / EVALUATION
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {when: HeldOutMetrics(**saved[when]) if when in saved else None for when in ("before", "after")}
 
 
 def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:

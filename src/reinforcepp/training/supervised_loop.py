@@ -253,7 +253,7 @@ class TrainingCallback(TrainerCallback):
 
         keep = self._best["checkpoint"] if self._best else None
         if self.run.ranks.is_main:
-            checkpoint.save(self.run.folder, position, contents, fill, keep_last=self.config.keep_last, keep=keep)
+            checkpoint.save(self.run.folder, position, contents, fill, keep_last=self.config.latest_kept, keep=keep)
         self.run.ranks.barrier()
 
     def _restore_generators(self) -> None:

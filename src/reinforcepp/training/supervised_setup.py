@@ -20,7 +20,7 @@ from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import check_trainable, context_length, load_config, weight_bytes
 from reinforcepp.monitoring import echo, reading_progress
-from reinforcepp.run_dir import RUN_FILE, check_output, check_unchanged, claim_output, clear, describe_run
+from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, describe_run, write_finished
 from reinforcepp.runtime import started
 from reinforcepp.training import checkpoint
 from reinforcepp.training.preflight import check_before_training
@@ -91,16 +91,16 @@ def join_ranks(config: SupervisedConfig) -> None:
         )
 
 
-def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint | None]:
-    """Return the output directory, still unchanged, and the checkpoint to resume from.
+def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint | checkpoint.FinishedRun | None]:
+    """Return the output directory, still unchanged, and the checkpoint to resume from, or the finished run.
 
     Raises:
         ConfigError: the directory can't be used, or the hardware doesn't support a setting.
         ModelError: there are checkpoints, but all are damaged.
     """
     check_trainable(config.model, use_peft=config.use_peft)
-    # Space for the checkpoints with Adam's two moments, one more that is being written, and the final model.
-    copies = 3 * (config.keep_last + 1) + 1
+    # Each checkpoint holds the weights and Adam's two moments; the trained model is one more copy.
+    copies = 3 * config.checkpoints_at_most + 1
     folder = check_output(
         config.output_dir,
         overwrite=config.overwrite,
@@ -128,8 +128,7 @@ def begin(
     Raises:
         ConfigError: the data or the model changed since the run stopped, or another run uses the directory.
     """
-    if saved is not None:
-        check_unchanged(saved.state["inputs"], inputs, config.allowed_changes)
+    checkpoint.check_inputs(saved, inputs, config.allowed_changes)
     from reinforcepp.distributed.ranks import Ranks
 
     ranks = Ranks()
@@ -144,6 +143,7 @@ def begin(
                 clear(folder)
             if not (folder / RUN_FILE).is_file():
                 describe_run(folder, as_dict(config), dict(facts))
+            write_finished(folder, None)
 
         ranks.run_or_raise_all(prepare)
         yield RunContext(folder, inputs, saved, ranks)
