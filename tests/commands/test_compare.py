@@ -557,7 +557,7 @@ def test_a_closed_pipe_is_not_an_error(place, monkeypatch, capsys):
             ["a", "near", "--data", "pairs.csv", "--judge", "builtin:judge"],
             ["only builtin:network", "reward model"],
         ),
-        (["a", "near", *INPUTS, "--judge", "a"], ["a: not a reward model", "reward_model.json"]),
+        (["a", "near", *INPUTS, "--judge", "a"], ["a: no score head", "isn't a reward model"]),
         (["a", "near", *INPUTS, "--judge", "./none"], ["./none: reward model folder not found"]),
         (["a", "near", *INPUTS, "--data", "none.csv"], ["none.csv", "no such file"]),
         (["a", "near", *INPUTS, "--prompt_column", "q"], ["no column 'q'", "--prompt_column"]),

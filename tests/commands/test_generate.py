@@ -264,4 +264,4 @@ def test_contradictions_about_the_best_of_several(refused, tmp_path, model_folde
     flags = ["--prompt", PROMPT, "--best_of", "4", "--reward_model"]
     assert "num_samples and best_of" in refused(*flags, "x", "--num_samples", "2")
     assert "reward model folder not found" in refused(*flags, str(tmp_path / "none"))
-    assert "reward_model.json" in refused(*flags, str(model_folder))
+    assert "no score head" in refused(*flags, str(model_folder))

@@ -513,3 +513,28 @@ def test_options_of_a_model_are_parsed():
     source = parse_model("org/rm?outputs=helpful:0.7,0.3&dtype=bfloat16&load_in_4bit=true")
     assert source.outputs == (("helpful", 0.7), (None, 0.3)) and source.dtype == "bfloat16" and source.load_in_4bit
     assert parse_source("0.5*org/rm?output=1").path == "org/rm" and parse_model("rm").name == "rm"
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_on_the_hub_is_read_from_the_cache_of_its_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    revision, repository = "0" * 40, tmp_path / "hub" / "models--some-org--rm"
+    folder = save(repository / "snapshots" / revision, "llama")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    assert scores("some-org/rm") == column(plain_logits(folder))
+    assert not (folder / CALIBRATION).exists() and any((tmp_path / "cache").rglob("*.json"))
+    with pytest.raises(ModelError, match="can't be downloaded from the Hub"):
+        check_reward_folder("some-org/other")
+
+
+def test_a_checkpoint_of_a_training_scores_as_the_training_does(tmp_path):
+    """Its texts end with the end token of the answer, although it has no card."""
+    folder = save(tmp_path / "rm", "llama")
+    (folder / "manifest.json").write_text("{}")
+    reward = load_reward_model(str(folder))
+    assert reward.encode(QUESTION, ANSWERS[0]) == template_ids(folder, ANSWERS[0])[:-1]

@@ -76,13 +76,7 @@ def load_reward_weights(folder: Path, outputs: int = 1, dtype: torch.dtype = tor
     Raises:
         ModelError: the score head is missing or has the wrong shape.
     """
-    model, _ = load_classifier(folder, dtype)
-    shape = list(score_head(model)[1].weight.shape)
-    if shape[0] != outputs:
-        raise ModelError(
-            f"{folder}: the score head has shape {shape}, but the model needs {[outputs, shape[1]]}. Train the reward model "
-            "again."
-        )
+    model, _ = load_classifier(folder, dtype, outputs)
     return prepare_scoring(model)
 
 
@@ -102,13 +96,14 @@ class ScoreReading:
 
 
 def load_classifier(
-    folder: Path, dtype: torch.dtype = torch.float32, **settings: Any
+    folder: Path, dtype: torch.dtype = torch.float32, outputs: int | None = None, **settings: Any
 ) -> tuple[PreTrainedModel, ScoreReading]:
     """Load any sequence classifier, whatever its head is called, and return how plain transformers reads its scores.
 
     Args:
         folder: of a classifier, of a language model with a value head, or of an adapter of one of them.
         dtype: of the weights.
+        outputs: number of scores, if it is known.
         settings: for ``from_pretrained``.
 
     Raises:
@@ -121,6 +116,12 @@ def load_classifier(
         raise _adapter_in_4bit(str(folder))
     owner = _head_owner(folder, skeleton)
     head = find_head(owner, skeleton)
+    if outputs not in (None, head.outputs):
+        width = score_head(skeleton)[1].in_features
+        raise ModelError(
+            f"{folder}: the score head has shape {[head.outputs, width]}, but the model needs {[outputs, width]}. Train the "
+            "reward model again."
+        )
     arguments: dict[str, Any] = {**settings, "num_labels": head.outputs, "dtype": dtype}
     if head.prefix is not None:
         arguments["key_mapping"] = {f"^{re.escape(head.prefix)}": f"{skeleton.base_model_prefix}."}

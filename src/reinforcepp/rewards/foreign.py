@@ -21,7 +21,7 @@ import torch
 
 from reinforcepp.config.reward_spec import ModelSource
 from reinforcepp.errors import ConfigError, ModelError, nearest
-from reinforcepp.files import write_json
+from reinforcepp.files import MANIFEST, write_json
 from reinforcepp.models.loading import base_of_adapter, load_config, local_folder
 from reinforcepp.models.lora import is_4bit
 from reinforcepp.models.reward_models import ScoreReading, load_classifier, prepare_scoring, stored_head
@@ -136,6 +136,8 @@ def load_foreign(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Model
     model, reading = load_classifier(folder, dtype, **(_in_4bit(dtype) if source.load_in_4bit else {}))
     weights = output_weights(source, declared_labels(folder, stored_head(folder).outputs))
     form = form_of(tokenizer, model.config)
+    if (folder / MANIFEST).is_file():  # a checkpoint of a reward model training
+        form, reading = "answer", ScoreReading(reading.has_bias)
     if form == "pair":
         reading = replace(reading, separator=pair_separator(tokenizer, model.config))
     return Foreign(prepare_scoring(model, reading), form, reading, weights)
@@ -212,7 +214,9 @@ def _compare_with_first_use(name: str, folder: Path, parts: Foreign, scores: lis
     key = (
         f"{parts.model.dtype} 4bit={is_4bit(parts.model)} outputs={','.join(map('{:g}'.format, parts.output_weights))}"
     )
-    places = [folder / CALIBRATION, _user_cache() / f"{content}.json"]
+    places = [_user_cache() / f"{content}.json"]
+    if Path(name).expanduser().is_dir():  # not the cache of the Hub's library
+        places.insert(0, folder / CALIBRATION)
     known = next((found for found in map(_read, places) if found), {})
     changed = bool(known) and known.get("content") != content
     if changed and is_main():
@@ -270,8 +274,7 @@ def _write(name: str, places: Sequence[Path], value: dict[str, Any]) -> None:
     problem: OSError | None = None
     for place in places:
         try:
-            if place != places[0]:
-                place.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             write_json(place, value)
         except OSError as error:
             problem = error

@@ -8,6 +8,7 @@ origin has no card; the scores of its first use take its place: see ``calibratio
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import pad
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
 from reinforcepp.rewards.foreign import calibrate, check_classifier, load_foreign, output_weights
-from reinforcepp.run_dir import REWARD_CARD
+from reinforcepp.run_dir import REWARD_CARD, RUN_FILE
 from reinforcepp.runtime import warn_once
 from reinforcepp.types import Preference, ScoredPair
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT_TOLERANCE = 1e-2
 SCORING_BATCH_SIZE = 64
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 PROBES = [
     ("How do I see which process listens on port 443?", "Run ss -ltnp 'sport = :443' and read the last column."),
@@ -164,15 +166,14 @@ def check_reward_folder(name: str) -> RewardCard | None:
     """
     source = parse_model(name)
     folder = _folder_of(source)
-    if (folder / REWARD_CARD).is_file():
-        return read_card(folder)
+    if (folder / REWARD_CARD).is_file() or (folder / RUN_FILE).is_file():
+        return read_card(folder)  # a run directory without a card holds a policy or an unfinished reward model
     check_classifier(folder, source)
     return None
 
 
 def _folder_of(source: ModelSource) -> Path:
-    path = Path(source.name).expanduser()
-    if not path.is_dir() and ("/" not in source.name or source.name.count("/") > 1 or path.is_absolute()):
+    if not Path(source.name).expanduser().is_dir() and not HUB_NAME.fullmatch(source.name):
         raise ModelError(f"{source.name}: reward model folder not found. {HOW_TO_TRAIN}")
     return local_folder(source.name)
 
