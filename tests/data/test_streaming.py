@@ -283,7 +283,7 @@ def test_streamed_trainings_end_with_the_same_weights(tmp_path, model_folder, ca
         card.pop("settings")
     assert cards[0] == cards[1]
     policy = ["--model", model_folder, "--reward_model", tmp_path / "rm", "--max_new_tokens", 6, "--max_steps", 3]
-    policy += ["--rollout", "transformers", "--save_every", 1]
+    policy += ["--rollout", "transformers", "--save_every", 1, "--keep_last", 1]
     trained = run("train", tmp_path / "policy", path, *policy)
     assert same(trained, run("train", tmp_path / "policy2", path, *policy, "--streaming"))
     assert "100/100" in capsys.readouterr().err
@@ -296,6 +296,7 @@ def test_resume_detects_changed_data(tmp_path, model_folder, capsys, monkeypatch
     path = write(tmp_path / "a.jsonl", ROWS)
     arguments = ["--model", model_folder, "--rewards", "rule:length?max=20", "--max_new_tokens", 4, "--streaming"]
     arguments += ["--rollout", "transformers", "--save_every", 1, "--max_steps", 2, "--eval_prompts", 0]
+    arguments += ["--keep_last", 1]
     run("train", tmp_path / "run", path, *arguments)
     write(path, [*ROWS[:-1], ROWS[-1] | {"chosen": "Changed."}])
     wanted = ["train", "--data", path, "--output_dir", tmp_path / "run", "--heldout_fraction", 0.2, "--batch_size", 4]

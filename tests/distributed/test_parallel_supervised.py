@@ -48,8 +48,10 @@ reward_trainer.write_page = lambda *given: results["saved"].append("page") or wr
 
 card = trained("reward", "reward")
 results["pairs"] = [card.train_pairs, card.heldout_pairs, card.train_accuracy]
-figures = trained("sft", "sft")
+deleting = {"keep_last": None, "save_every": 4}
+figures = trained("sft", "sft", **deleting)
 results["losses"] = [figures["before"].loss, figures["after"].loss]
+results["same"] = trained("sft", "sft", resume=True, **deleting) == figures
 trained("reward", "uneven", "uneven", num_train_epochs=1, keep_best="accuracy", save_every=2)
 if started() == 2:
     original, supervised_loop.TrainingCallback.on_step_end = supervised_loop.TrainingCallback.on_step_end, stop_after_three
@@ -103,6 +105,14 @@ THREE = pytest.param(3, marks=pytest.mark.full)
 
 def results_of(folder, processes):
     return [json.loads((folder / f"results-{processes}-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_on_several_ranks_deletes_its_checkpoints_and_is_finished_for_all(runs, processes):
+    folder, _ = runs
+    assert all(rank["same"] for rank in results_of(folder, processes))
+    assert (folder / f"sft-{processes}/model.safetensors").is_file()
+    assert not (folder / f"sft-{processes}/checkpoints").exists()
 
 
 @pytest.mark.parametrize("kind", ["reward", "sft"])
