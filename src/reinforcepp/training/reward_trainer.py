@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -78,10 +79,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     limit = length_limit(config)
     config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
 
-    def ids_of(pairs: Sequence[Preference]) -> list[dict[str, list[int]]]:
-        encoded = encode_examples(tokenizer, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
-        return [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in encoded]
-
+    ids_of = partial(pair_ids, tokenizer)
     train, rows = tokenize_rows(train, ids_of, limit, "training pairs", scratch)
     heldout, _ = tokenize_rows(sample_rows(heldout), ids_of, limit, "held-out pairs", scratch)
     check_not_empty(train, "pair", data.source, limit)
@@ -105,6 +103,12 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
         check_run(run, model, tokenizer, config, rows)
         fit(ResumableRewardTrainer, model, tokenizer, rows, config, run)
         return RankZero(run.ranks, config.watchdog_seconds).run(evaluate_and_save)
+
+
+def pair_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]) -> list[dict[str, list[int]]]:
+    """Return the token ids of pairs in the columns that TRL trains on."""
+    encoded = encode_examples(tokenizer, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
+    return [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in encoded]
 
 
 def _evaluate_and_save(

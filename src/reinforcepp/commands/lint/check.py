@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reinforcepp.commands.lint import rules
 from reinforcepp.commands.lint.findings import (
@@ -18,7 +19,11 @@ from reinforcepp.commands.lint.findings import (
 )
 from reinforcepp.config import DEFAULT_MAX_LENGTH, ColumnConfig, LintConfig
 from reinforcepp.data import ColumnNames, Row, Table, filter_rows, read_table, resolve_data
+from reinforcepp.monitoring import reading_progress
 from reinforcepp.types import RowId
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 256
 
@@ -89,28 +94,42 @@ def _lengths(files: Sequence[CheckedFile], model: str, config: LintConfig) -> li
     """Find rows that training would truncate or skip."""
     # Imported here because only this check needs torch.
     from reinforcepp.models.loading import context_length, load_config, load_tokenizer
-    from reinforcepp.models.tokenization import encode_examples, encode_prompts
 
     tokenizer = load_tokenizer(model)
     limit = config.max_length or DEFAULT_MAX_LENGTH
     limit = min(limit, context_length(load_config(model)) or limit)
     found = []
     for file in files:
-        _, long = encode_prompts(tokenizer, file.rows, max_prompt_length=config.max_prompt_length, long_prompts="drop")
+        long_prompts, long_pairs, longest = _measure(file, tokenizer, config.max_prompt_length, limit)
         over = f"over max_prompt_length {config.max_prompt_length} in tokens of {model}"
         fix = "Shorten them or raise max_prompt_length, because training truncates them from the left"
-        found += _too_long(file, "long-prompt", "prompt", [file.rows[i].row for i in long], over, fix)
-        lengths: dict[RowId, int] = {}
-        for start in range(0, len(file.rows), BATCH_ROWS):
-            batch = file.rows[start : start + BATCH_ROWS]
-            encoded = encode_examples(tokenizer, [(row.prompt, row.texts[1:]) for row in batch])
-            lengths |= {row.row: max(map(len, ids), default=0) for row, ids in zip(batch, encoded, strict=True)}
-        longest = max(lengths.values(), default=0)
+        found += _too_long(file, "long-prompt", "prompt", long_prompts, over, fix)
         over = f"over max_length {limit} in tokens of {model}, the longest with {longest}"
         fix = "Shorten them, or raise max_length up to the model's context, because reward training skips them"
-        rows = [row for row, length in lengths.items() if length > limit]
-        found += _too_long(file, "long-pair", "pair", rows, over, fix)
+        found += _too_long(file, "long-pair", "pair", long_pairs, over, fix)
     return found
+
+
+def _measure(
+    file: CheckedFile, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_length: int
+) -> tuple[list[RowId], list[RowId], int]:
+    """Return the rows of too long prompts and pairs, and the number of tokens of the longest pair."""
+    from reinforcepp.models.tokenization import encode_examples, encode_prompts
+
+    long_prompts: list[RowId] = []
+    long_pairs: list[RowId] = []
+    longest = 0
+    with reading_progress(len(file.rows) >= rules.PROGRESS_ROWS, "tokenizing") as report:
+        for start in range(0, len(file.rows), BATCH_ROWS):
+            batch = file.rows[start : start + BATCH_ROWS]
+            _, long = encode_prompts(tokenizer, batch, max_prompt_length=max_prompt_length, long_prompts="drop")
+            long_prompts += [batch[index].row for index in long]
+            encoded = encode_examples(tokenizer, [(row.prompt, row.texts[1:]) for row in batch])
+            lengths = [max(map(len, ids), default=0) for ids in encoded]
+            long_pairs += [row.row for row, length in zip(batch, lengths, strict=True) if length > max_length]
+            longest = max(longest, *lengths)
+            report((start + len(batch)) / len(file.rows))
+    return long_prompts, long_pairs, longest
 
 
 def _too_long(file: CheckedFile, rule: str, noun: str, rows: Sequence[RowId], over: str, fix: str) -> list[Finding]:

@@ -124,7 +124,7 @@ class _Index:
     def _candidates(self, size: int, sketch: RMinHash) -> Iterator[int]:
         """Yield the added texts that share a band, have a similar size, and whose whole MinHash is similar enough.
 
-        Texts that share a template share bands, although they are no near-duplicates. The estimate, which is 50 times faster
+        Texts that share a template share bands, although they aren't near-duplicates. The estimate, which is 50 times faster
         than the exact similarity, excludes nearly all of them.
         """
         low, high = self._threshold * size - _TOLERANCE, size / self._threshold + _TOLERANCE
