@@ -1,6 +1,7 @@
-"""Give a reward model a pad token of its own, so that plain transformers scores texts as this package does.
+"""Prepare a reward model's tokenizer so that plain transformers and TRL score texts as this package does.
 
-Transformers reads the score at the last token that isn't the pad token. If EOS pads, too, it reads one token too early.
+Transformers reads the score at the last token that isn't the pad token. If EOS pads, too, it reads one token too early. If the
+chat template writes a line feed after the last turn, it reads there instead of at the end token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NEW_PAD_TOKEN = "<|pad|>"
+PROBE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 UNUSED = re.compile(r"pad|unused|reserved", re.IGNORECASE)
 
 
@@ -51,3 +53,33 @@ def _unused_token(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> str | N
     named.sort(key=lambda text: "pad" not in text.lower())
     rare = [text for text in (tokenizer.unk_token, tokenizer.bos_token) if text in special.values()]
     return next(iter([*named, *rare]), None)
+
+
+def end_conversations_at_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Change the chat template so that a conversation ends with the token that ends its answer, where the score is read.
+
+    A text after that token is removed from the last answer. If the template writes no such token, it is added.
+    """
+    end = str(tokenizer.decode([end_token_id(tokenizer)]))
+    template, whole = str(tokenizer.chat_template), str(tokenizer.apply_chat_template(PROBE, tokenize=False))
+    answer, tail = str(PROBE[-1]["content"]), whole.rpartition(end)[2]
+    if whole.endswith(end) or (end in whole and answer in tail):
+        return
+    ending = end + tail if end in whole else ""
+    kept = f"conversation[:-{len(tail)}] if conversation.endswith({ending!r}) else conversation"
+    tokenizer.chat_template = (
+        "{% set conversation +%}"
+        + template.removesuffix("\n")
+        + "{%+ endset %}{% if messages[-1]['role'] != 'assistant' or add_generation_prompt %}{{ conversation }}{% else %}"
+        + (f"{{{{ {kept} }}}}" if ending else f"{{{{ conversation + {end!r} }}}}")
+        + "{% endif %}"
+    )
+    if str(tokenizer.apply_chat_template(PROBE, tokenize=False)) != (
+        whole.removesuffix(tail) if ending else whole + end
+    ):
+        tokenizer.chat_template = template
+        log.warning(
+            "The chat template writes %r after the last answer. TRL reads the score there, reinforcepp at the end token %r.",
+            tail,
+            end,
+        )

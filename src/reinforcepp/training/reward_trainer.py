@@ -18,7 +18,7 @@ from reinforcepp.data import PreferenceData, load_preferences
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_config, load_tokenizer, weights_hash
 from reinforcepp.models.lora import with_adapter
-from reinforcepp.models.padding import separate_pad_token
+from reinforcepp.models.padding import end_conversations_at_turn, separate_pad_token
 from reinforcepp.models.reward_models import head_modules, load_reward_weights, new_reward_model
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import encode_examples
@@ -76,6 +76,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
         saved.close(config, {"data": data.sha256})
         return read_card(folder)
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
+    end_conversations_at_turn(tokenizer)
     limit = length_limit(config)
     config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
 
