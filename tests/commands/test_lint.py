@@ -233,6 +233,17 @@ def test_texts_from_one_template_are_not_compared_pair_by_pair(monkeypatch):
     assert len(compared) < len(texts)
 
 
+def test_large_files_show_progress_with_the_time_left(write, monkeypatch, capsys):
+    path = write(sound())
+    lint(LintConfig(data=path, model="builtin:tiny"))
+    assert "left" not in capsys.readouterr().err
+    monkeypatch.setattr(rules, "PROGRESS_ROWS", 24)
+    lint(LintConfig(data=path, model="builtin:tiny"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("s left")]
+    titles = ("searching near-duplicates", "checking texts", "searching leakage", "tokenizing")
+    assert [title for title in titles if not any(line.startswith(f"{title}, % 100/100") for line in lines)] == []
+
+
 def test_rules_hold_the_texts_but_not_the_cells(write, monkeypatch):
     tables = []
     monkeypatch.setattr(check, "read_table", lambda *a, **k: tables.append(ref(table := read_table(*a, **k))) or table)

@@ -47,8 +47,11 @@ EAST_ASIAN = {"CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH", "KATAKANA-HIRAGANA", "
 def check_file(file: CheckedFile, near_duplicate: float) -> list[Finding]:
     """Return the findings of every rule that needs a single file."""
     found = [*skipped_rows(file), *contradictions(file), *near_duplicate_rows(file, near_duplicate)]
-    for rule in (damaged_text, control_characters, lost_characters, other_script, repeated_prompts, length_bias):
-        found += rule(file)
+    checks = (damaged_text, control_characters, lost_characters, other_script, repeated_prompts, length_bias)
+    with reading_progress(len(file.rows) >= PROGRESS_ROWS, "checking texts") as on_progress:
+        for number, check in enumerate(checks, 1):
+            found += check(file)
+            on_progress(number / len(checks))
     return [*found, *too_little(file)]
 
 
@@ -327,7 +330,9 @@ def too_little(file: CheckedFile) -> list[Finding]:
 def leakage(train: CheckedFile, heldout: CheckedFile, threshold: float) -> list[Finding]:
     """Find held-out prompts that nearly repeat a training prompt."""
     train_rows, heldout_rows = _distinct(train.rows), _distinct(heldout.rows)
-    matches = across([row.prompt for row in heldout_rows], [row.prompt for row in train_rows], threshold)
+    prompts = ([row.prompt for row in heldout_rows], [row.prompt for row in train_rows])
+    with reading_progress(len(heldout_rows) + len(train_rows) >= PROGRESS_ROWS, "searching leakage") as on_progress:
+        matches = across(*prompts, threshold, on_progress)
     if not matches:
         return []
     pairs = tuple((heldout_rows[m.position].row, train_rows[m.other].row) for m in matches)
@@ -339,9 +344,9 @@ def leakage(train: CheckedFile, heldout: CheckedFile, threshold: float) -> list[
     )
     fix = "Give both the same wording, which puts them on one side, or remove one. Otherwise held-out metrics are too good"
     first = (heldout_rows[matches[0].position], train_rows[matches[0].other])
-    prompts = examples((row.row, row.prompt) for row in first)
+    shown = examples((row.row, row.prompt) for row in first)
     rows = tuple(row for row, _ in pairs)
-    return [Finding("leakage", "warning", heldout.name, message, fix, rows, pairs, prompts)]
+    return [Finding("leakage", "warning", heldout.name, message, fix, rows, pairs, shown)]
 
 
 def split_file(file: CheckedFile, heldout_fraction: float, seed: int) -> tuple[CheckedFile, CheckedFile]:

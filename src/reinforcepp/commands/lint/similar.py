@@ -64,14 +64,22 @@ def near_duplicates(
     return found
 
 
-def across(texts: Sequence[str], others: Sequence[str], threshold: float) -> list[Match]:
+def across(
+    texts: Sequence[str],
+    others: Sequence[str],
+    threshold: float,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> list[Match]:
     """Return one match for each of ``texts`` that resembles one of ``others``, with the indices in the two lists."""
     index = _Index(threshold, len(others))
-    for hashes, sketch in _sketches([[text] for text in others], threshold):
-        index.add(hashes, sketch)
-    sketched = enumerate(_sketches([[text] for text in texts], threshold))
-    matches = (index.find(position, hashes, sketch) for position, (hashes, sketch) in sketched)
-    return [match for match in matches if match is not None]
+    found = []
+    for position, (hashes, sketch) in enumerate(_sketches([[text] for text in (*others, *texts)], threshold)):
+        if position < len(others):
+            index.add(hashes, sketch)
+        elif (match := index.find(position - len(others), hashes, sketch)) is not None:
+            found.append(match)
+        on_progress((position + 1) / (len(others) + len(texts)))
+    return found
 
 
 def _sketches(texts: Sequence[Sequence[str]], threshold: float) -> Iterator[tuple[Hashes, RMinHash]]:
