@@ -26,7 +26,7 @@ from reinforcepp.rewards.trained import load_reward_model, score_pairs
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.types import Preference, ScoredPair
 
-FOLDS = 5
+FOLDS = 3
 
 
 def fitting_pairs(file: str, model: str) -> tuple[int, list[Preference]]:

@@ -16,6 +16,7 @@ from reinforcepp.commands.cli import main
 from reinforcepp.commands.reward_server import score_request
 from reinforcepp.config.reward_spec import parse_model, parse_source
 from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.rewards import foreign
 from reinforcepp.rewards.foreign import CALIBRATION, FEWEST_CORRECT, PROBE_PAIRS
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
@@ -468,11 +469,23 @@ def test_the_first_use_is_reported_and_kept(tmp_path, capfd, caplog):
     assert "files changed since it was first used" in caplog.text
 
 
+def test_a_template_with_the_date_scores_differently_on_another_day(tmp_path, monkeypatch):
+    folder = save(tmp_path / "rm", "llama", tokenizer=tiny.chat_tokenizer(tiny.DATED))
+    load_reward_model(str(folder))
+
+    class Tomorrow(foreign.date):
+        @classmethod
+        def today(cls):
+            return cls(2099, 1, 1)
+
+    monkeypatch.setattr(foreign, "date", Tomorrow)
+    load_reward_model(str(folder))
+    assert len(json.loads((folder / CALIBRATION).read_text())["scores"]) == 2
+
+
 def test_a_folder_without_write_permission_uses_the_cache_of_the_user(tmp_path, monkeypatch):
     folder = save(tmp_path / "rm", "llama")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    from reinforcepp.rewards import foreign
-
     write = foreign.write_json
 
     def refuse(path, value):

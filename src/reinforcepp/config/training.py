@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from reinforcepp.config.base import Config, FilledStr, check_name, check_not_below_output
 from reinforcepp.config.reinforce import ReinforceConfig
-from reinforcepp.config.reward_spec import parse_source
+from reinforcepp.config.reward_spec import parse_model, parse_source
 from reinforcepp.config.shared import DataLoadingConfig, DryRunConfig, check_judge, judge_for
 from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError
@@ -52,7 +52,7 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
         if self.judge_name is not None:
             parse_source(self.judge_name)
         if not self.rewards:
-            check_not_below_output(self.output_dir, "reward_model", self.reward_model)
+            check_not_below_output(self.output_dir, "reward_model", parse_model(self.reward_model).name)
 
     def _check_reward(self, text: str) -> None:
         source = parse_source(text)

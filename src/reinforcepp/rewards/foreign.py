@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +67,16 @@ PROBE_PAIRS = [
 
 @dataclass(frozen=True)
 class Foreign:
-    """A classifier of other origin, ready to score."""
+    """A classifier of other origin, ready to score.
+
+    ``day`` is the date if the chat template writes it, so that scores differ from day to day.
+    """
 
     model: PreTrainedModel
     form: TextForm
     reading: ScoreReading
     output_weights: tuple[float, ...]
+    day: str = ""
 
 
 def check_classifier(folder: Path, source: ModelSource) -> None:
@@ -140,7 +145,8 @@ def load_foreign(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Model
         form, reading = "answer", ScoreReading(reading.has_bias)
     if form == "pair":
         reading = replace(reading, separator=pair_separator(tokenizer, model.config))
-    return Foreign(prepare_scoring(model, reading), form, reading, weights)
+    day = str(date.today()) if form == "conversation" and "strftime_now" in str(tokenizer.chat_template) else ""
+    return Foreign(prepare_scoring(model, reading), form, reading, weights, day)
 
 
 def _default_dtype(folder: Path) -> torch.dtype:
@@ -211,9 +217,8 @@ def _is_finite(value: float) -> bool:
 
 def _compare_with_first_use(name: str, folder: Path, parts: Foreign, scores: list[float]) -> None:
     content = content_hash(folder)
-    key = (
-        f"{parts.model.dtype} 4bit={is_4bit(parts.model)} outputs={','.join(map('{:g}'.format, parts.output_weights))}"
-    )
+    weights = ",".join(map("{:g}".format, parts.output_weights))
+    key = f"{parts.day} {parts.model.dtype} 4bit={is_4bit(parts.model)} outputs={weights}".strip()
     places = [_user_cache() / f"{content}.json"]
     if Path(name).expanduser().is_dir():  # not the cache of the Hub's library
         places.insert(0, folder / CALIBRATION)
