@@ -16,6 +16,7 @@ from reinforcepp.commands.cli import main
 from reinforcepp.commands.reward_server import score_request
 from reinforcepp.config.reward_spec import parse_model, parse_source
 from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.models.reward_models import new_reward_model
 from reinforcepp.rewards import foreign
 from reinforcepp.rewards.foreign import CALIBRATION, FEWEST_CORRECT, PROBE_PAIRS
 from reinforcepp.rewards.sources import load_rewards
@@ -209,6 +210,13 @@ def test_a_reward_model_of_openrlhf_is_read_at_its_end_token(tmp_path, prefix):
     with torch.no_grad():
         expected = [plain.score(plain.model(torch.tensor([row])).last_hidden_state[0, -1]).item() for row in rows]
     assert scores(folder) == pytest.approx(expected, abs=1e-5)
+
+
+def test_training_starts_from_a_head_with_another_name(tmp_path):
+    folder = save(tmp_path / "rm", "llama")
+    weight = load_file(folder / "model.safetensors")["score.weight"]
+    rename(folder, "score", "value_head")
+    assert new_reward_model(str(folder), seed=0).score.weight.equal(weight)
 
 
 def test_the_separate_value_head_of_an_adapter_is_read(tmp_path):

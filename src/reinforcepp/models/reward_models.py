@@ -25,6 +25,7 @@ from reinforcepp.models.loading import (
     load_weights,
     local_folder,
     meta_model,
+    resolve,
 )
 from reinforcepp.models.lora import is_4bit, merge_adapter
 from reinforcepp.models.score_heads import StoredHead, find_head, has_head, read_head, score_head
@@ -46,9 +47,25 @@ def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
         if is_4bit(model):
             raise _adapter_in_4bit(name)
         model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
+    _keep_renamed_head(model, name)
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return prepare_scoring(model)
+
+
+@torch.no_grad()
+def _keep_renamed_head(model: PreTrainedModel, name: str) -> None:
+    """Copy the weights of a head with a name that transformers doesn't know. A bias changes no preference, so it is dropped."""
+    folder = Path(resolve(name))
+    if not any(folder.glob("model*.safetensors")):
+        return
+    try:
+        head = find_head(folder, _skeleton(name))
+    except ModelError:  # a language model without a head
+        return
+    target = score_head(model)[1].weight
+    if not head.is_standard and head.outputs == target.shape[0]:
+        target.copy_(read_head(folder, head)[0])
 
 
 def head_modules(model: PreTrainedModel) -> list[nn.Module]:
