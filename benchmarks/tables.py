@@ -322,6 +322,14 @@ def soak(result: dict[str, Any]) -> str:
     return table(["", "after 50 steps", "at the end"], rows) + said + made_by(result)
 
 
+def reward_real(result: dict[str, Any]) -> str:
+    accuracy = result["accuracy"]
+    interval = f"{accuracy['low']:.2f} to {accuracy['high']:.2f}"
+    row = [result["pairs"], f"{accuracy['value']:.2f}", interval, f"{result['longer_wins']:.2f}", result["epochs"]]
+    titles = ["held-out pairs", "accuracy", "95% interval", "length-only baseline", "epochs"]
+    return table(titles, [[str(cell) for cell in row]]) + made_by(result)
+
+
 def doctor(result: dict[str, Any]) -> str:
     rows = []
     for row in result["faulty"]:
@@ -696,6 +704,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "soak": (soak, "soak"),
     "planner": (planner, "planner"),
     "doctor": (doctor, "doctor"),
+    "reward_real": (reward_real, "reward_real"),
     "families": (families, "families"),
     "lora_memory": (lora_memory, "lora_memory"),
     "streaming": (streaming, "streaming"),
