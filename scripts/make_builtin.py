@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 from reinforcepp.data.builtin import data_paths, model_path
 from reinforcepp.data.builtin.corpus import csv_text, load_facts, preference_rows, pretraining_rows
 from reinforcepp.data.builtin.judge import GoldJudge
-from reinforcepp.models.tokenization import PLAIN_TEMPLATE
+from reinforcepp.models.conversations import PLAIN_TEMPLATE
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 1500

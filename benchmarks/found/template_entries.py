@@ -25,8 +25,9 @@ from found.inputs import (
 )
 from reinforcepp.config.reward_rules import make_rule
 from reinforcepp.data import SftRow
+from reinforcepp.models.conversations import format_completion, format_prompt
 from reinforcepp.models.loading import load_policy, load_tokenizer
-from reinforcepp.models.tokenization import encode_example, encode_prompt, format_completion, format_prompt
+from reinforcepp.models.tokenization import encode_example, encode_prompt
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.training.sft_trainer import to_example
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -88,7 +89,7 @@ def tags_as_special_tokens(folder: Path) -> str:
 
 @entry("F6b", "a template that opens <think>", "rule:format counts the opened tag")
 def opened_thoughts(folder: Path) -> str:
-    from reinforcepp.models.tokenization import prefill
+    from reinforcepp.models.conversations import prefill
     from reinforcepp.rewards.functions import score_with
 
     tok = load_tokenizer(str(saved(folder / "m", tokenizer(PREFILLED, special=("<|User|>", "<|Assistant|>")))))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getatt
     from reinforcepp.errors import TrainingDiverged as TrainingDiverged
     from reinforcepp.models.loading import load_policy as load_policy
     from reinforcepp.models.loading import load_tokenizer as load_tokenizer
+    from reinforcepp.models.tokenization import encode_answer as encode_answer
+    from reinforcepp.models.tokenization import encode_prompt as encode_prompt
     from reinforcepp.rewards.trained import load_reward_model as load_reward_model
     from reinforcepp.rollout.engine import RolloutEngine as RolloutEngine
     from reinforcepp.rollout.transformers_engine import TransformersEngine as TransformersEngine
@@ -44,6 +46,8 @@ _MODULES = {
     "load_reward_model": "rewards.trained",
     "load_policy": "models.loading",
     "load_tokenizer": "models.loading",
+    "encode_prompt": "models.tokenization",
+    "encode_answer": "models.tokenization",
     "RolloutEngine": "rollout.engine",
     "TransformersEngine": "rollout.transformers_engine",
     "Prompt": "types",

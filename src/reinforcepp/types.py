@@ -6,7 +6,7 @@ Dimension suffixes of tensor names in the whole package:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +17,18 @@ FinishReason = Literal["stop", "length"]
 RowId = int | str
 """Row number in its file, as the ``data`` package counts; with several files, prefixed by the file: ``b.csv:5``."""
 
+Messages = tuple[Mapping[str, Any], ...]
+"""Messages with ``role`` and ``content``, and what else the chat template reads, such as ``tool_calls``."""
+Conversation = str | Sequence[Mapping[str, Any]]
+"""A prompt as the chat template takes it: messages, or a text, which is a user message."""
+
 
 @dataclass(frozen=True)
 class Preference:
     """One human preference between two responses to ``prompt``: ``chosen`` was preferred to ``rejected``.
 
-    ``row`` is its row in the file, and ``weight`` its weight in training.
+    ``row`` is its row in the file, and ``weight`` its weight in training. ``messages`` are those of a prompt that is a list of
+    messages; ``prompt`` is then its text for people. ``chat_template_kwargs`` are the row's variables of the chat template.
     """
 
     prompt: str
@@ -30,6 +36,13 @@ class Preference:
     rejected: str
     row: RowId = 0
     weight: float = 1.0
+    messages: Messages = field(default=(), hash=False)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as the chat template takes it."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ class Prompt:
 
     ``key`` identifies the prompt: it groups the samples of a prompt, and random seeds derive from it. ``ids`` is the
     formatted, tokenized prompt; ``columns`` holds the other columns of the data row, for reward functions. ``prefill`` is the
-    start of the answer that the chat template wrote, such as ``<think>``.
+    start of the answer that the chat template wrote, such as ``<think>``. ``messages`` are those of a prompt that is a list of
+    messages; ``text`` is then its text for people.
     """
 
     text: str
@@ -68,6 +82,12 @@ class Prompt:
     key: int
     columns: Mapping[str, Any] = field(default_factory=dict)
     prefill: str = ""
+    messages: Messages = ()
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as the chat template takes it."""
+        return self.messages or self.text
 
 
 @dataclass(frozen=True)

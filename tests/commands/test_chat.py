@@ -23,8 +23,8 @@ from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.commands.chat.preferences import PreferenceFile
 from reinforcepp.data import ColumnNames, conversation_text, read_preferences, read_table
 from reinforcepp.errors import ConfigError, DataError, ModelError
+from reinforcepp.models.conversations import format_prompt
 from reinforcepp.models.loading import prepare_tokenizer
-from reinforcepp.models.tokenization import format_conversation
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.types import Completion, Prompt
 from scripts import SOURCE
@@ -224,16 +224,16 @@ SYSTEM = [{"role": "system", "content": "S"}, user("A"), assistant("B"), user("C
 
 
 def test_a_system_message_has_its_place_or_stands_before_the_first_question(tokenizer):
-    assert format_conversation(tokenizer, SYSTEM) == "S\n\nQuestion: A\nAnswer: B<|endoftext|>Question: C\nAnswer:"
+    assert format_prompt(tokenizer, SYSTEM) == "S\n\nQuestion: A\nAnswer: B<|endoftext|>Question: C\nAnswer:"
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    assert format_conversation(tokenizer, SYSTEM) == "[system]S[user]A[assistant]B[user]C"
+    assert format_prompt(tokenizer, SYSTEM) == "[system]S[user]A[assistant]B[user]C"
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tokenizer.chat_template
     )
-    assert format_conversation(tokenizer, SYSTEM) == "[user]S\n\nA[assistant]B[user]C"
+    assert format_prompt(tokenizer, SYSTEM) == "[user]S\n\nA[assistant]B[user]C"
     tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
     with pytest.raises(ModelError, match="only one turn"):
-        format_conversation(tokenizer, SYSTEM)
+        format_prompt(tokenizer, SYSTEM)
 
 
 # --- preferences ------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from reinforcepp.commands.cli import main
 from reinforcepp.commands.dry_run import settings
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.models import loading as models
+from reinforcepp.models.conversations import format_prompt
 from reinforcepp.models.loading import load_tokenizer
-from reinforcepp.models.tokenization import encode, encode_example, format_prompt
+from reinforcepp.models.tokenization import encode, encode_example
 
 
 @pytest.fixture(autouse=True)

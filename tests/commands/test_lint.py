@@ -464,8 +464,9 @@ def test_lengths_use_the_tokenizer_of_the_model(write, model_folder):
 
 
 def test_texts_at_the_limit_are_not_too_long(write):
+    from reinforcepp.models.conversations import format_prompt
     from reinforcepp.models.loading import load_tokenizer
-    from reinforcepp.models.tokenization import encode, encode_example, format_prompt
+    from reinforcepp.models.tokenization import encode, encode_example
 
     rows, tokenizer = sound(), load_tokenizer("builtin:tiny")
     prompts = max(len(encode(tokenizer, format_prompt(tokenizer, prompt))) for prompt, _, _ in rows)

@@ -18,8 +18,9 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
 from reinforcepp.commands.reward_server import BadRequest, RewardServer, score_request
 from reinforcepp.errors import RewardError
+from reinforcepp.models.conversations import format_completion, format_prompt
 from reinforcepp.models.loading import load_tokenizer
-from reinforcepp.models.tokenization import encode_example, format_completion, format_prompt
+from reinforcepp.models.tokenization import encode_example
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rewards.trained import load_reward_model

@@ -151,8 +151,19 @@ def test_prompts_in_memory_can_be_messages():
     for prompt in ([], [system("Be brief.")], 3, [user("")]):
         with pytest.raises(DataError, match="train_dataset:0: no text"):
             prompt_rows([{"prompt": prompt}], "train_dataset")
-    with pytest.raises(DataError, match="train_dataset:0: a message in 'prompt' has the role 'tool'"):
-        prompt_rows([{"prompt": [{"role": "tool", "content": "x"}]}], "train_dataset")
+    with pytest.raises(DataError, match="train_dataset:0: a message in 'prompt' has the role 'judge'"):
+        prompt_rows([{"prompt": [{"role": "judge", "content": "x"}]}], "train_dataset")
+
+
+def test_messages_of_tools_and_variables_of_the_template_are_kept():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    messages = [user("Why?"), call, {"role": "tool", "content": "3", "name": "f"}]
+    row = {"prompt": messages, "tools": '[{"name": "f"}]', "chat_template_kwargs": {"enable_thinking": False}}
+    (found,) = prompt_rows([row], "train_dataset")
+    assert list(found.messages) == messages
+    assert found.chat_template_kwargs == {"tools": [{"name": "f"}], "enable_thinking": False}
+    with pytest.raises(DataError, match="train_dataset:0: 'tools' holds 'x', expected a list"):
+        prompt_rows([{"prompt": "a", "tools": "x"}], "train_dataset")
 
 
 DOCS = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -185,7 +196,7 @@ LONG = [system("Be brief."), user("Up?"), assistant("Yes."), user("Sure?")]
 FLATTENED = "Be brief.\n\nUp?\nAnswer: Yes.\nQuestion: Sure?"
 
 
-def test_conversations_are_flattened_and_reported(write):
+def test_conversations_keep_their_messages_and_are_reported(write):
     path = write(
         {"prompt": LONG, "chosen": [assistant("I am.")], "rejected": [assistant("No.")]},
         {"prompt": "", "chosen": [*LONG, assistant("Ping it.")], "rejected": [*LONG, assistant("Why?")]},
@@ -199,15 +210,17 @@ def test_conversations_are_flattened_and_reported(write):
         (FLATTENED, "So it says.", "Sure."),
         SKY,
     ]
-    assert data.notes == ("3 rows with a system message or earlier turns, flattened into one prompt",)
+    assert data.notes == ("3 rows with a system message or earlier turns",)
     assert prompts(read_prompts(path)) == [FLATTENED, SKY[0]]
+    assert [list(row.messages) for row in read_prompts(path).rows] == [LONG, [user(SKY[0])]]
+    assert [list(row.messages) for row in data.rows] == [LONG, LONG, LONG, [user(SKY[0])]]
 
 
 def test_flattened_prompt_matches_the_plain_chat_template():
     import tiny
     from transformers import PreTrainedTokenizerFast
 
-    from reinforcepp.models.tokenization import PLAIN_TEMPLATE, format_prompt
+    from reinforcepp.models.conversations import PLAIN_TEMPLATE, format_prompt
 
     tokenizer = tiny.tokenizer()
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
@@ -215,8 +228,7 @@ def test_flattened_prompt_matches_the_plain_chat_template():
     turns = LONG[1:]
     (row,) = prompt_rows([{"prompt": turns}], "x")
     framed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    # The template ends an earlier answer with the EOS token, the flattened text with a line break.
-    assert format_prompt(tokenizer, row.prompt) == framed.replace(tokenizer.eos_token, "\n")
+    assert format_prompt(tokenizer, row.conversation) == framed
 
 
 def test_prompt_ends_with_the_last_question(write):
@@ -270,6 +282,10 @@ def test_dialogues_as_text(write):
         ({"prompt": [user("a")], "chosen": "b", "rejected": [assistant(None)]}, "empty rejected"),
         (implicit("a", "b", " b "), "with chosen equal to rejected"),
         (
+            {"prompt": "a", "chosen": [{**assistant(None), "tool_calls": [{"id": "1"}]}], "rejected": [assistant("b")]},
+            "with a tool call in an answer",
+        ),
+        (
             {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("b")]},
             "with answers to different prompts",
         ),
@@ -284,10 +300,9 @@ def test_rows_that_are_not_a_pair_are_skipped_and_reported(write, row, reason):
 @pytest.mark.parametrize(
     ("cell", "problem"),
     [
-        ([{"role": "tool", "content": "x"}], "has the role 'tool', not one of 'system', 'user', 'assistant'"),
+        ([{"role": "judge", "content": "x"}], "has the role 'judge', not one of 'system', 'user', 'assistant', 'tool'"),
         ([{"role": 3, "content": "x"}], "has the role 3"),
         ([{"content": "x"}], "has no role"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "a message in 'chosen' calls a tool"),
         ([{"role": "user", "content": 3}], "the content of a message in 'chosen' isn't text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "the content of a message in 'chosen' isn't text"),
         ("[{'role': 'user', 'content': 'x'}]", "'chosen' holds a list of messages as a string"),

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from reinforcepp.config import ChatTemplateConfig
 from reinforcepp.data import PromptRow, SftRow
 from reinforcepp.errors import ConfigError
-from reinforcepp.models import tokenization
+from reinforcepp.models import conversations, tokenization
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import eos_token_ids, prepare_tokenizer
 from reinforcepp.models.saving import save_model
@@ -29,7 +29,7 @@ def prepared(tokenizer):
 
 
 def whole_text(tokenizer, prompt, answer, **settings):
-    return "".join(tokenization.format_example(tokenizer, prompt, answer, **settings))
+    return "".join(conversations.format_example(tokenizer, prompt, answer, **settings))
 
 
 # --- BOS ----------------------------------------------------------------------------------------------------------------
@@ -107,23 +107,23 @@ def test_no_template_removes_a_thought(name, answer):
 def test_a_prefilled_thought_is_part_of_the_context():
     tokenizer = tiny.chat_tokenizer(tiny.PREFILLED, bos="<s>")
     start = "<s><|User|>Why?<|Assistant|>"
-    assert tokenization.format_example(tokenizer, "Why?", "42") == (start, "42")
+    assert conversations.format_example(tokenizer, "Why?", "42") == (start, "42")
     for answer in (THOUGHT, "r\n</think>\n\n42"):  # with and without the tag that the template writes
-        assert tokenization.format_example(tokenizer, "Why?", answer) == (f"{start}<think>\n", "r\n</think>\n\n42")
+        assert conversations.format_example(tokenizer, "Why?", answer) == (f"{start}<think>\n", "r\n</think>\n\n42")
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("answer", ["<think>\nlet me", "let me"])
 def test_a_truncated_answer_is_written_as_sampled(name, answer):
     tokenizer = tiny.chat_tokenizer(FORMATS[name], bos="<s>")
-    context, target = tokenization.format_example(tokenizer, "Why?", answer, finished=False)
+    context, target = conversations.format_example(tokenizer, "Why?", answer, finished=False)
     assert (context + target).endswith(answer) and "</think>" not in target
     assert (context + target).count("<think>") <= 1
 
 
 def test_a_finished_thought_without_an_answer_gets_no_second_thought():
     tokenizer = tiny.chat_tokenizer(tiny.THINKING)
-    assert tokenization.format_completion(tokenizer, "Why?", "<think>\nlet me") == "<think>\nlet me"
+    assert conversations.format_completion(tokenizer, "Why?", "<think>\nlet me") == "<think>\nlet me"
 
 
 @pytest.mark.parametrize(
@@ -231,6 +231,6 @@ def test_an_adapter_without_a_free_token_keeps_eos_as_pad_and_says_so(caplog):
     from reinforcepp.models.padding import separate_pad_token
 
     tokenizer = tiny.tokenizer()
-    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, tokenization.PLAIN_TEMPLATE
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, conversations.PLAIN_TEMPLATE
     separate_pad_token(tiny.model(), tokenizer, resize=False)
     assert tokenizer.pad_token == tokenizer.eos_token and "pads with EOS" in caplog.text

@@ -14,8 +14,8 @@ from reinforcepp.commands.cli import main, parse
 from reinforcepp.config import ChatTemplateConfig, ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.chat_template import with_chat_template, with_system_prompt
+from reinforcepp.models.conversations import format_completion, format_prompt
 from reinforcepp.models.loading import load_tokenizer, prepare_tokenizer
-from reinforcepp.models.tokenization import format_completion, format_prompt
 from reinforcepp.monitoring.completion_log import COMPLETIONS
 from reinforcepp.run_dir import describe_run
 

@@ -5,6 +5,7 @@ import tiny
 
 from reinforcepp.data import PromptRow
 from reinforcepp.errors import DataError, ModelError
+from reinforcepp.models import conversations
 from reinforcepp.models import tokenization as tokens
 
 
@@ -12,13 +13,13 @@ from reinforcepp.models import tokenization as tokens
 def tokenizer():
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = tokens.PLAIN_TEMPLATE
+    tokenizer.chat_template = conversations.PLAIN_TEMPLATE
     return tokenizer
 
 
 def test_the_plain_template(tokenizer):
-    assert tokens.format_prompt(tokenizer, "Why?") == "Question: Why?\nAnswer:"
-    assert tokens.format_completion(tokenizer, "Why?", "Because.") == " Because."
+    assert conversations.format_prompt(tokenizer, "Why?") == "Question: Why?\nAnswer:"
+    assert conversations.format_completion(tokenizer, "Why?", "Because.") == " Because."
 
 
 def test_a_completion_has_one_eos_unless_it_was_truncated(tokenizer):
@@ -33,14 +34,14 @@ def test_a_template_with_text_after_the_eos_still_ends_with_it(tokenizer):
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    assert tokens.format_completion(tokenizer, "Why?", "Because.") == "Because."
+    assert conversations.format_completion(tokenizer, "Why?", "Because.") == "Because."
     assert tokens.encode_example(tokenizer, "Why?", "Because.")[-1] == tokenizer.eos_token_id
 
 
 def test_a_template_that_changes_the_prompt_raises(tokenizer):
     tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ModelError, match="training and inference would differ"):
-        tokens.format_completion(tokenizer, "Why?", "Because.")
+        conversations.format_completion(tokenizer, "Why?", "Because.")
 
 
 def rows(*texts):
@@ -85,10 +86,13 @@ def test_masks_come_from_lengths_not_from_ids():
 @pytest.mark.parametrize("kind", ["plain", "first", "each"])
 def test_batches_give_the_same_ids(tokenizer, kind):
     if kind != "plain":
-        tokenizer = tiny.sentencepiece_tokenizer(tokens.PLAIN_TEMPLATE, space=kind)
-    rows = [("Why?", ("So.", f"a {tokenizer.eos_token} b")), ("Why?", ("",)), ("Sure?", ("Yes.", "No.", "So."))]
+        tokenizer = tiny.sentencepiece_tokenizer(conversations.PLAIN_TEMPLATE, space=kind)
+    rows = [
+        tokens.Answers(*row)
+        for row in (("Why?", ("So.", f"a {tokenizer.eos_token} b")), ("Why?", ("",)), ("Sure?", ("Yes.", "No.", "So.")))
+    ]
     found = tokens.encode_examples(tokenizer, rows)
     assert found == [
-        [tokens.encode_example(tokenizer, prompt, answer) for answer in answers] for prompt, answers in rows
+        [tokens.encode_example(tokenizer, prompt, answer) for answer in answers] for prompt, answers, _ in rows
     ]
     assert tokens.encode_examples(tokenizer, []) == []

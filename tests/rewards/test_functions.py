@@ -44,6 +44,7 @@ def test_columns_are_aligned_with_completions():
         "prompts": ["a?", "b?"],
         "completions": ["aa", "b"],
         "topic": ["x", "y"],
+        "conversations": ["a?", "b?"],
         "completion_ids": [[5, 0], [6]],
         "finish_reason": ["stop", "length"],
     }

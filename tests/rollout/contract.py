@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reinforcepp.errors import RolloutError
+from reinforcepp.models import conversations
 from reinforcepp.models import tokenization as tokens
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.rollout.engine import RolloutEngine
@@ -37,7 +38,7 @@ def prepared_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer like ``load_tokenizer`` does: pad is EOS, and it has a chat template."""
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = tokens.PLAIN_TEMPLATE
+    tokenizer.chat_template = conversations.PLAIN_TEMPLATE
     return tokenizer
 
 

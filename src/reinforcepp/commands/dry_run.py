@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
 from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.models.chat_template import with_chat_template
+from reinforcepp.models.conversations import format_example, turn_format
 from reinforcepp.models.loading import load_config, load_tokenizer
-from reinforcepp.models.tokenization import encode_prompts, format_example, split_example, turn_format
+from reinforcepp.models.tokenization import encode_prompts, split_example
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.plan.command import make_plan, show_plan
 from reinforcepp.training.schedule import with_learning_rate
@@ -66,8 +67,9 @@ def show_reward_training(config: RewardModelConfig) -> None:
     _write("Settings", settings(config))
     for number, pair in enumerate(pairs[:ROWS], 1):
         for kind, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            context, target = split_example(tokenizer, pair.prompt, answer)
-            ids, text = context + target, "".join(format_example(tokenizer, pair.prompt, answer))
+            prompt, variables = pair.conversation, pair.chat_template_kwargs
+            context, target = split_example(tokenizer, prompt, answer, variables=variables)
+            ids, text = context + target, "".join(format_example(tokenizer, prompt, answer, **variables))
             shown = _row(tokenizer, text + turn_format(tokenizer).end, ids, len(context))
             _write(
                 f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last one", shown

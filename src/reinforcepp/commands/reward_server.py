@@ -1,10 +1,12 @@
 """The command ``serve-reward``: a reward model behind HTTP, for ``rewards/remote.py`` and other clients of the protocol.
 
-    POST /get_reward  {"query": [...], "prompts": [...], "finish_reason": [...]} -> {"rewards": [...], "scores": [...]}
+    POST /get_reward  {"query": [...], "prompts": [...], "finish_reason": [...], "messages": [...]}
+                      -> {"rewards": [...], "scores": [...]}
     GET /health       {"status": "ok", "model": ...}
 
 A ``query`` is the prompt followed by the completion, in plain text; the server applies the model's chat template. Without
-``prompts``, each query must be formatted already. Errors are {"error": message} with an HTTP status of 4xx or 500.
+``prompts``, each query must be formatted already. ``messages`` are the prompts as lists of messages, if they are
+conversations. Errors are {"error": message} with an HTTP status of 4xx or 500.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ import torch
 from reinforcepp.config import ServeRewardConfig
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError
+from reinforcepp.models.conversations import PROBE_PROMPT, turn_format
 from reinforcepp.models.loading import context_length
 from reinforcepp.models.reward_texts import encode_formatted
 from reinforcepp.models.special_tokens import special_tokens
-from reinforcepp.models.tokenization import PROBE_PROMPT, encode, encode_prompt, encode_text, end_token_id, turn_format
+from reinforcepp.models.tokenization import encode, encode_prompt, encode_text, end_token_id
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rewards.remote import authorization
@@ -65,7 +68,26 @@ def score_request(reward: TrainedReward, request: Any) -> list[float]:
                 400, f"query {i}: it doesn't begin with prompt {i}. Send the prompt followed by the completion."
             )
     completions = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
-    return reward(prompts, completions, finish_reason=reasons)
+    return reward(prompts, completions, finish_reason=reasons, conversations=_conversations(request, len(queries)))
+
+
+def _conversations(request: Any, count: int) -> list[list[dict[str, Any]]] | None:
+    """Return the prompts as messages, if the request has them."""
+    values: Any = request.get("messages")
+    if values is None:
+        return None
+    valid = isinstance(values, list) and len(values) == count
+    if not valid or not all(isinstance(each, list) and each and all(map(_is_message, each)) for each in values):
+        raise BadRequest(
+            400,
+            f"'messages' isn't a list of {count} conversations. Send a list of messages with role and content per query.",
+        )
+    conversations: list[list[dict[str, Any]]] = values
+    return conversations
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
 
 def _encode_formatted(reward: TrainedReward, query: str) -> list[int]:

@@ -22,9 +22,9 @@ from reinforcepp.commands.export.command import write_folder
 from reinforcepp.commands.export.source import Source, find_source
 from reinforcepp.config import ServeConfig
 from reinforcepp.errors import ConfigError, RolloutError
+from reinforcepp.models.conversations import PLAIN_TEMPLATE
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer, resolve
 from reinforcepp.models.lora import is_adapter_dir
-from reinforcepp.models.tokenization import PLAIN_TEMPLATE
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status

@@ -7,8 +7,8 @@ applies the model's own chat template, so such a text is read as its messages.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import regex
 
@@ -25,10 +25,15 @@ ROLES = {
 
 
 class Message(NamedTuple):
-    """One turn of a conversation."""
+    """One turn of a conversation; ``extra`` are further fields that chat templates read, such as ``tool_calls``."""
 
     role: str
     content: str
+    extra: Mapping[str, Any] = {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the message as chat templates take it."""
+        return {"role": self.role, "content": self.content, **self.extra}
 
 
 def role_of(name: str) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,19 +30,21 @@ from reinforcepp.data.rows import (
     notes_on,
     read_table,
     split_by_prompt,
+    template_variables,
     text_digest,
     weighted,
 )
 from reinforcepp.data.sources import combined_digest, display_name, find_parts, resolve_data
 from reinforcepp.data.streaming import DiskRows, OnProgress, stream_table
 from reinforcepp.errors import DataError, nearest, setting
-from reinforcepp.types import Preference, RowId
+from reinforcepp.types import Conversation, Messages, Preference, RowId
 
 # A single pair can't be both trained on and held out.
 _MIN_PAIRS = 2
 _MAX_LISTED_CONTRADICTIONS = 3
 _NO_QUESTION = {"with answers to different prompts": "without a question"}
 """Problems of a single conversation, which the reader of pairs words for two."""
+_NO_MESSAGES: Messages = ()
 GROUND_TRUTH_NOTE = "ground_truth for reward functions comes from the column 'reward_model'"
 
 
@@ -55,12 +57,21 @@ class PromptRow:
         columns: Other cells by column, for reward functions.
         row: The row's number.
         weight: How often the row counts in training.
+        messages: The prompt's messages; empty for a prompt that is a text.
+        chat_template_kwargs: The row's variables of the chat template.
     """
 
     prompt: str
     columns: Mapping[str, Any]
     row: RowId = 0
     weight: float = 1.0
+    messages: Messages = field(default=(), hash=False)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as the chat template takes it."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True)
@@ -72,17 +83,26 @@ class SftRow:
         completion: The answer, or the plain text.
         row: The row's number.
         weight: How often the row counts in training.
+        messages: The prompt's messages; empty for a prompt that is a text.
+        chat_template_kwargs: The row's variables of the chat template.
     """
 
     question: str | None
     completion: str
     row: RowId = 0
     weight: float = 1.0
+    messages: Messages = field(default=(), hash=False)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def prompt(self) -> str:
         """The text that decides whether the row is held out; for plain text, the text itself."""
         return self.completion if self.question is None else self.question
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as the chat template takes it."""
+        return self.messages or self.prompt
 
 
 R = TypeVar("R", bound=HasWeight)
@@ -230,7 +250,7 @@ def load_preferences(
             pairs=True,
             seed=seed,
             find_problem=_pair_problem,
-            values=lambda row: [],
+            values=_stored_messages,
             on_progress=on_progress,
             max_bad_rows=max_bad_rows,
         )
@@ -268,7 +288,12 @@ def _read_preferences(
 ) -> PreferenceData:
     table = read_table(path, names, pairs=True, max_bad_rows=max_bad_rows)
     kept, skipped = filter_rows(table.rows, table.columns, partial(_pair_problem, table.columns))
-    pairs = tuple(Preference(row.texts[0], row.texts[1], row.texts[2], row.number, row.weight) for row in kept)
+    pairs = tuple(
+        Preference(
+            row.texts[0], row.texts[1], row.texts[2], row.number, row.weight, row.messages, row.chat_template_kwargs
+        )
+        for row in kept
+    )
     return _enough_pairs(
         PreferenceData(table.source, table.sha256, pairs, skipped, table.notes, contradictions_in(pairs))
     )
@@ -293,8 +318,17 @@ def _pair_problem(columns: Sequence[str], texts: Sequence[str]) -> str | None:
 
 
 def _stored_pair(values: Sequence[Any]) -> Preference:
-    row, (prompt, chosen, rejected) = values
-    return Preference(prompt, chosen, rejected, row)
+    row, (prompt, chosen, rejected), *more = values
+    return Preference(prompt, chosen, rejected, row, 1.0, *_messages(more))
+
+
+def _stored_messages(row: Row) -> list[Any]:
+    return [row.messages, row.chat_template_kwargs] if row.messages or row.chat_template_kwargs else []
+
+
+def _messages(stored: Sequence[Any]) -> tuple[Messages, dict[str, Any]]:
+    """Return what :func:`_stored_messages` stored."""
+    return (tuple(stored[0]), stored[1]) if stored else ((), {})
 
 
 def _enough_pairs(data: PreferenceData) -> PreferenceData:
@@ -342,7 +376,7 @@ def load_prompts(
             pairs=False,
             seed=seed,
             find_problem=lambda columns, texts: None,
-            values=lambda row: [_prompt_row(row, renamed).columns],
+            values=lambda row: [_prompt_row(row, renamed).columns, *_stored_messages(row)],
             on_progress=on_progress,
             max_bad_rows=max_bad_rows,
         )
@@ -409,12 +443,12 @@ def _prompt_row(row: Row, renamed: Mapping[str, str]) -> PromptRow:
     graded = columns.get("reward_model")
     if isinstance(graded, Mapping) and "ground_truth" in graded:
         columns.setdefault("ground_truth", graded["ground_truth"])
-    return PromptRow(row.texts[0], columns, row.number, row.weight)
+    return PromptRow(row.texts[0], columns, row.number, row.weight, row.messages, row.chat_template_kwargs)
 
 
 def _stored_prompt(values: Sequence[Any]) -> PromptRow:
-    row, (prompt,), columns = values
-    return PromptRow(prompt, columns, row)
+    row, (prompt,), columns, *more = values
+    return PromptRow(prompt, columns, row, 1.0, *_messages(more))
 
 
 def _enough_prompts(data: PromptData, column: str) -> PromptData:
@@ -443,15 +477,17 @@ def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]
             rows.append(row)
             continue
         cell = row.get("prompt") if isinstance(row, Mapping) else None
-        prompt = cell
-        if isinstance(cell, list):
-            try:
-                prompt = prompt_from(parse_content(cell, "prompt"), Counter()).prompt
-            except UnusableCell as error:
-                raise DataError(f"{name}:{number}: {error}. Correct the row or remove it.") from error
+        prompt, messages, variables = cell, _NO_MESSAGES, dict[str, Any]()
+        try:
+            if isinstance(cell, list):
+                prompt, *_, messages = prompt_from(parse_content(cell, "prompt"), Counter())
+            variables = template_variables(row) if isinstance(row, Mapping) else {}
+        except UnusableCell as error:
+            raise DataError(f"{name}:{number}: {error}. Correct the row or remove it.") from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(f"{name}:{number}: no text in the column 'prompt'. Fill it in or remove the row.")
-        rows.append(PromptRow(prompt, {key: value for key, value in row.items() if key != "prompt"}, number))
+        columns = {key: value for key, value in row.items() if key != "prompt"}
+        rows.append(PromptRow(prompt, columns, number, messages=messages, chat_template_kwargs=variables))
     return rows
 
 
@@ -538,7 +574,10 @@ def read_texts(
     check_bad_rows(name, bad, len(answers) + len(texts), max_bad_rows)
     kept_answers, skipped_answers = filter_rows(answers, ("prompt", "answer"))
     kept_texts, skipped_texts = filter_rows(texts, ("text",))
-    found = [SftRow(row.texts[0], row.texts[1], row.number, row.weight) for row in kept_answers]
+    found = [
+        SftRow(row.texts[0], row.texts[1], row.number, row.weight, row.messages, row.chat_template_kwargs)
+        for row in kept_answers
+    ]
     found += [SftRow(None, row.texts[0], row.number, row.weight) for row in kept_texts]
     skipped = (*skipped_answers, *skipped_texts)
     if not found:

@@ -2,8 +2,9 @@
 
 A text that is a whole dialogue (``Human: ... Assistant: ...``) counts as the list of its messages.
 
-This package formats a prompt as one question, so a conversation becomes one text. With a single user turn, that is its
-message. Otherwise: ``SYSTEM\\n\\nFIRST QUESTION\\nAnswer: FIRST ANSWER\\nQuestion: LAST QUESTION``.
+A conversation keeps its messages, for the chat template, and gets a text, by which people see it and rows are compared. With
+a single user turn, that is its message. Otherwise:
+``SYSTEM\\n\\nFIRST QUESTION\\nAnswer: FIRST ANSWER\\nQuestion: LAST QUESTION``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from reinforcepp.data.dialogues import Message, parse_dialogue, role_of, split_shared_prompt
 from reinforcepp.data.readers import quoted
+from reinforcepp.types import Messages
 
 CONVERSION_NOTES = {
-    "flattened": "{} with a system message or earlier turns, flattened into one prompt",
+    "conversations": "{} with a system message or earlier turns",
     "truncated": "{} with an answer at the end of the prompt, removed",
     "dialogues": "{} parsed as Human/Assistant dialogues",
     "formatted": "{} with a prompt that was already formatted as a dialogue, used without its labels",
@@ -25,7 +27,11 @@ CONVERSION_NOTES = {
 """Notes on the number of rows that were converted without the user asking for it."""
 
 T = TypeVar("T")
-_KNOWN = ("system", "user", "assistant")
+_KNOWN = ("system", "user", "assistant", "tool")
+_ASKING = ("user", "tool")
+"""Roles of a prompt's last message."""
+_EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+"""Further fields of a message that chat templates read."""
 _SERIALIZED = re.compile(r"\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 
@@ -42,12 +48,13 @@ Content = str | list[Message]
 
 
 class Pair(NamedTuple):
-    """The texts of a row, and the problem that makes them unusable, worded to follow a count."""
+    """The texts of a row, the messages of its prompt, and the problem that makes it unusable, worded to follow a count."""
 
     prompt: str
     chosen: str = ""
     rejected: str = ""
     problem: str | None = None
+    messages: Messages = ()
 
 
 def parse_content(cell: Any, column: str) -> Content:
@@ -100,13 +107,11 @@ def _message(message: Mapping[str, Any], column: str) -> Message:
         raise UnusableCell(
             f"with the role {shown} in {column!r}", f"{problem} the role {shown}, not one of {quoted(_KNOWN)}"
         )
-    if message.get("tool_calls") or message.get("function_call"):
-        raise UnusableCell(f"with a tool call in {column!r}", f"a message in {column!r} calls a tool, expected text")
     if isinstance(content, list):
         content = "".join(_part(part, column) for part in content)
     if content is not None and not isinstance(content, str):
         raise _not_text(column)
-    return Message(known, (content or "").strip())
+    return Message(known, content or "", {name: message[name] for name in _EXTRA if message.get(name)})
 
 
 def _part(part: Any, column: str) -> str:
@@ -125,7 +130,7 @@ def _not_text(column: str) -> UnusableCell:
 
 
 def prompt_from(prompt: Content, conversions: Counter[str], before: Sequence[Message] = ()) -> Pair:
-    """Return a prompt by itself: for a conversation, everything up to the last user message.
+    """Return a prompt by itself: for a conversation, everything up to the last message of a user or a tool.
 
     ``before`` are a system message and earlier turns from columns of their own.
     """
@@ -164,8 +169,10 @@ def pair_from(
         if prompt and not _agree(prompt, common):
             return Pair("", problem="with a prompt that differs from the prompt in its answers")
         prompt, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
-    if isinstance(prompt, list) and prompt and prompt[-1].role != "user":
+    if isinstance(prompt, list) and prompt and prompt[-1].role not in _ASKING:
         return Pair("", problem="with a prompt that doesn't end with a user message")
+    if any(m.extra.get("tool_calls") for answer in (chosen, rejected) if isinstance(answer, list) for m in answer):
+        return Pair("", problem="with a tool call in an answer")
     chosen_text, rejected_text = _answer_text(chosen), _answer_text(rejected)
     if chosen_text is None or rejected_text is None:
         return Pair("", problem="with a user message inside an answer")
@@ -194,17 +201,17 @@ def _dialogues(prompt: Content | None, chosen: str, rejected: str) -> tuple[list
 def _with_earlier(prompt: Content, before: Sequence[Message], conversions: Counter[str]) -> Pair:
     """Return the prompt after the messages of other columns; a conversation that begins with them has them already."""
     if not before or not prompt:
-        return _flatten(prompt, conversions) if isinstance(prompt, list) else Pair(prompt)
+        return _conversation(prompt, conversions) if isinstance(prompt, list) else Pair(prompt)
     messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
     if messages[: len(before)] != list(before):
         system = next((each for each in before if each.role == "system"), None)
         if system is not None and messages[0] == system:
             messages = messages[1:]
         messages = [*before, *messages]
-    return _flatten(messages, conversions)
+    return _conversation(messages, conversions)
 
 
-def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
+def conversation_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the prompt text for messages with ``role`` and ``content``."""
     return _text([Message(message["role"], message["content"]) for message in messages])
 
@@ -221,7 +228,7 @@ def _is_conversation(content: Content) -> bool:
 
 
 def _up_to_user(messages: Sequence[Message]) -> list[Message]:
-    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+    last = max((i for i, message in enumerate(messages) if message.role in _ASKING), default=-1)
     return list(messages[: last + 1])
 
 
@@ -247,19 +254,19 @@ def _answer_text(content: Content) -> str | None:
     return "\n".join(message.content for message in content)
 
 
-def _flatten(messages: Sequence[Message], conversions: Counter[str]) -> Pair:
-    """Return a conversation as one prompt."""
+def _conversation(messages: Sequence[Message], conversions: Counter[str]) -> Pair:
+    """Return a conversation as a prompt."""
     if any(message.role == "system" for message in messages[1:]):
         return Pair("", problem="with a system message that isn't the first message")
-    if any(not message.content for message in messages if message.role == "user"):
+    if any(not message.content.strip() for message in messages if message.role == "user"):
         return Pair("")
-    conversions["flattened"] += len(messages) > 1
-    return Pair(_text(messages))
+    conversions["conversations"] += len(messages) > 1
+    return Pair(_text(messages), messages=tuple(message.as_dict() for message in messages))
 
 
 def _text(messages: Sequence[Message]) -> str:
-    system = messages[0].content if messages and messages[0].role == "system" else ""
-    labels = {"user": "Question", "assistant": "Answer"}
-    turns = "\n".join(f"{labels[each.role]}: {each.content}" for each in messages if each.role in labels)
+    system = messages[0].content.strip() if messages and messages[0].role == "system" else ""
+    labels = {"user": "Question", "assistant": "Answer", "tool": "Tool"}
+    turns = "\n".join(f"{labels[each.role]}: {each.content.strip()}" for each in messages if each.role in labels)
     question = turns.removeprefix("Question: ")
     return f"{system}\n\n{question}" if system else question

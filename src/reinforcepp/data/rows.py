@@ -8,13 +8,15 @@ would misread data. A problem of one row's contents is a ``Skipped`` record.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,13 +35,15 @@ from reinforcepp.data.messages import (
 from reinforcepp.data.readers import Records, count, quoted
 from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts, is_builtin
 from reinforcepp.errors import ConfigError, DataError, setting
-from reinforcepp.types import RowId
+from reinforcepp.types import Messages, RowId
 
 DEFAULT_MAX_BAD_ROWS = 0.01
 """Default share of rows that can be skipped because a cell holds something else than text or messages."""
 # A small file can have this many such rows, but no more than a quarter of its rows.
 _FEW_BAD_ROWS, _FEW_BAD_SHARE = 3, 4
 _MAX_LISTED_ROWS = 5
+
+_SHOWN_CHARACTERS = 40
 
 # Thai, Lao, Japanese and Chinese don't separate words with spaces, so each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
@@ -58,6 +62,8 @@ class Row:
         problem: Why the row has no usable texts, if so.
         weight: How often the row counts in training.
         unreadable: For a cell that holds something else than text or messages, the problem with its value.
+        messages: The prompt's messages; empty for a prompt that is a text.
+        chat_template_kwargs: The row's variables of the chat template.
     """
 
     number: RowId
@@ -67,6 +73,8 @@ class Row:
     problem: str | None = None
     weight: float = 1.0
     unreadable: str | None = None
+    messages: Messages = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,14 +213,35 @@ def make_rows(
     """Yield rows with the texts of the columns in ``layout``; ``conversions`` counts rows for ``notes_on``."""
     path = part.path
     for number, cells in records.rows:
-        unreadable = None
+        unreadable, variables = None, dict[str, Any]()
         try:
-            pair = _texts(cells, layout, pairs, conversions)
+            pair, variables = _texts(cells, layout, pairs, conversions), template_variables(cells)
         except UnusableCell as error:
             pair, unreadable = Pair("", problem=error.reason), str(error)
         texts = (pair.prompt, pair.chosen, pair.rejected) if pairs else (pair.prompt,)
         row_id: RowId = f"{path.name}:{number}" if path_in_numbers else number
-        yield Row(row_id, cells, texts, layout, pair.problem, part.weight, unreadable)
+        yield Row(row_id, cells, texts, layout, pair.problem, part.weight, unreadable, pair.messages, variables)
+
+
+def template_variables(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables of the chat template: those of the column ``chat_template_kwargs``, and the column ``tools``."""
+    variables, tools = (
+        _json_cell(cells, name, kind) for name, kind in (("chat_template_kwargs", dict), ("tools", list))
+    )
+    return {**(variables or {}), **({"tools": tools} if tools else {})}
+
+
+def _json_cell(cells: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
+    """Return an object or a list in the column ``name``, which can also be written as JSON text; None if it is empty."""
+    cell = cells.get(name)
+    if isinstance(cell, str) and cell.strip():
+        with contextlib.suppress(ValueError):
+            cell = json.loads(cell)
+    if not cell or isinstance(cell, kind):
+        return cell or None
+    expected = "an object" if kind is dict else "a list"
+    shown = repr(cell)[:_SHOWN_CHARACTERS]
+    raise UnusableCell(f"without {expected} in {name!r}", f"{name!r} holds {shown}, expected {expected} as JSON")
 
 
 def _texts(cells: Mapping[str, Any], layout: ColumnLayout, pairs: bool, conversions: Counter[str]) -> Pair:

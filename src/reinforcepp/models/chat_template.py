@@ -13,14 +13,9 @@ from jinja2 import Environment, TemplateError
 
 from reinforcepp.config import ChatTemplateConfig
 from reinforcepp.errors import ConfigError, ModelError
+from reinforcepp.models.conversations import PROBE_ANSWER, PROBE_PROMPT, format_completion, format_prompt
 from reinforcepp.models.special_tokens import special_tokens
-from reinforcepp.models.tokenization import (
-    PROBE_ANSWER,
-    PROBE_PROMPT,
-    encode_prompt,
-    format_completion,
-    format_prompt,
-)
+from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.run_dir import run_date
 
 if TYPE_CHECKING:
@@ -113,7 +108,7 @@ def _check_bos(tokenizer: PreTrainedTokenizerBase) -> None:
     prefix = special_tokens(tokenizer).prefix
     try:
         written = tuple(encode_prompt(tokenizer, PROBE_PROMPT)[: len(prefix)])
-    except (TemplateError, TypeError):  # the check of the template reports it
+    except ModelError:  # the check of the template reports it
         return
     if written != prefix:
         log.warning(
@@ -131,7 +126,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateCo
         prompt = format_prompt(tokenizer, PROBE_PROMPT)
         completion = format_completion(tokenizer, PROBE_PROMPT, PROBE_ANSWER)
     except (TemplateError, TypeError, ModelError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ConfigError(
             f"{name}: the chat template can't format a prompt and a completion ({reason}). Fix the template."
         ) from error

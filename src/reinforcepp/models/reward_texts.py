@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from reinforcepp.errors import ModelError
+from reinforcepp.data import conversation_text
+from reinforcepp.models.conversations import Variables, marked_conversation, plain_template
 from reinforcepp.models.encoders import ENCODER_TEMPLATE, is_encoder
 from reinforcepp.models.loading import context_length
-from reinforcepp.models.special_tokens import encode, marked
-from reinforcepp.models.tokenization import encode_text, plain_template, split_example
+from reinforcepp.models.special_tokens import encode
+from reinforcepp.models.tokenization import encode_text, split_example
 from reinforcepp.runtime import warn_once
+from reinforcepp.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -38,12 +40,13 @@ def form_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Tex
 
 def split_scored(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Conversation,
     answer: str,
     form: TextForm,
     *,
     finished: bool = True,
     limit: int | None = None,
+    variables: Variables | None = None,
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of the prompt and of the answer; an unfinished answer in a conversation gets no end token.
 
@@ -54,16 +57,17 @@ def split_scored(
         form: in which both become one text.
         finished: whether the answer was sampled to its end.
         limit: most tokens of a pair; the tokenizer truncates a longer one.
+        variables: of the chat template.
 
     Raises:
         ModelError: the chat template can't format the conversation.
     """
     if form == "pair":
-        return _pair(tokenizer, prompt, answer, limit)
-    context, target = split_example(tokenizer, prompt, answer, finished=finished)
+        return _pair(tokenizer, prompt if isinstance(prompt, str) else conversation_text(prompt), answer, limit)
+    context, target = split_example(tokenizer, prompt, answer, finished=finished, variables=variables)
     if form == "answer" or not finished:
         return context, target
-    ids = _conversation(tokenizer, prompt, answer)
+    ids = encode(tokenizer, marked_conversation(tokenizer, prompt, answer, variables or {}))
     start = max(len(ids) - len(target), 0)
     return ids[:start], ids[start:]
 
@@ -73,19 +77,6 @@ def encode_formatted(tokenizer: PreTrainedTokenizerBase, text: str, form: TextFo
     if form == "pair":
         return list(tokenizer(text, truncation=limit is not None, max_length=limit)["input_ids"])
     return encode_text(tokenizer, text)
-
-
-def _conversation(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
-    from jinja2 import TemplateError
-
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    marks = [{**message, "content": marked(tokenizer, message["content"])} for message in messages]
-    try:
-        return encode(tokenizer, str(tokenizer.apply_chat_template(marks, tokenize=False)))
-    except TemplateError as error:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: the chat template can't format a prompt and an answer ({error}). Fix it."
-        ) from error
 
 
 def _pair(

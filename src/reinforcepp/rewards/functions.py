@@ -166,6 +166,7 @@ def _arguments(completions: Sequence[Completion]) -> dict[str, list[Any]]:
     return columns | {
         "prompts": [c.prompt.text for c in completions],
         "completions": [c.prompt.prefill + c.text for c in completions],
+        "conversations": [c.prompt.conversation for c in completions],
         "completion_ids": [list(c.ids) for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
     }

@@ -3,7 +3,8 @@
     POST {"query": [prompt + completion, ...], "prompts": [...], "labels": [...], "finish_reason": [...]}
     -> {"rewards": [...]}, a number or null per completion; {"scores": [...]} and a plain list are accepted, too
 
-``finish_reason`` is an extension that other servers ignore. The client retries transient failures (no connection, timeout,
+``finish_reason`` and ``messages``, the prompts as lists of messages, are extensions that other servers ignore. ``messages`` is
+sent if a prompt of the batch is a conversation. The client retries transient failures (no connection, timeout,
 408, 425, 429, 5xx) with exponential backoff. The last failure in a row raises a RewardError, as does any other failure, so
 that training stops instead of continuing with made-up scores.
 """
@@ -22,6 +23,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError, RewardError
+from reinforcepp.types import Conversation
 
 TRANSIENT_STATUSES = {408, 425, 429, *range(500, 600)}
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0
@@ -82,6 +84,7 @@ class RemoteReward:
         rows = {
             "query": [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
             "prompts": prompts,
+            **_messages(columns.get("conversations") or ()),
             "labels": columns.get(self.label_column, [None] * len(prompts)),
             "finish_reason": list(finish_reason or ["stop"] * len(prompts)),
         }
@@ -155,6 +158,12 @@ class RemoteReward:
                 f"{self.url}: the reward server sent {len(scores)} scores for {count} completions. Send one per completion."
             )
         return scores
+
+
+def _messages(conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
+    if all(isinstance(prompt, str) for prompt in conversations):
+        return {}
+    return {"messages": [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in conversations]}
 
 
 def authorization() -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch
 from reinforcepp.config.reward_spec import ModelSource, parse_model
 from reinforcepp.errors import ConfigError, ModelError, TrainingDiverged
 from reinforcepp.files import write_json
+from reinforcepp.models.conversations import Variables
 from reinforcepp.models.encoders import is_encoder
 from reinforcepp.models.loading import context_length, load_tokenizer, local_folder
 from reinforcepp.models.reward_models import ScoreReading, load_reward_weights
@@ -29,7 +30,7 @@ from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
 from reinforcepp.rewards.foreign import calibrate, check_classifier, load_foreign, output_weights
 from reinforcepp.run_dir import REWARD_CARD, RUN_FILE
 from reinforcepp.runtime import warn_once
-from reinforcepp.types import Preference, ScoredPair
+from reinforcepp.types import Conversation, Preference, ScoredPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,25 +81,37 @@ class TrainedReward:
         self._scale: tuple[float, float] | None = None
 
     def __call__(
-        self, prompts: list[str], completions: list[str], finish_reason: Sequence[str] | None = None, **_: Any
+        self,
+        prompts: Sequence[Conversation],
+        completions: list[str],
+        finish_reason: Sequence[str] | None = None,
+        conversations: Sequence[Conversation] | None = None,
+        **_: Any,
     ) -> list[float]:
-        """Return one score per completion. A completion truncated at the length limit gets no end token."""
+        """Return one score per completion. A completion truncated at the length limit gets no end token.
+
+        ``conversations`` are the prompts as the chat template takes them; by default, that is ``prompts``.
+        """
         reasons = finish_reason or ["stop"] * len(prompts)
         rows = [
             self.encode(prompt, completion, finished=reason == "stop")
-            for prompt, completion, reason in zip(prompts, completions, reasons, strict=True)
+            for prompt, completion, reason in zip(conversations or prompts, completions, reasons, strict=True)
         ]
         return self.scaled(self.score_rows(rows))
 
-    def encode(self, prompt: str, answer: str, *, finished: bool = True) -> list[int]:
+    def encode(self, prompt: Conversation, answer: str, *, finished: bool = True) -> list[int]:
         """Return the token ids of a prompt and its answer, as the model was trained on them."""
         context, target = self.split(prompt, answer, finished=finished)
         return context + target
 
-    def split(self, prompt: str, answer: str, *, finished: bool = True) -> tuple[list[int], list[int]]:
+    def split(
+        self, prompt: Conversation, answer: str, *, finished: bool = True, variables: Variables | None = None
+    ) -> tuple[list[int], list[int]]:
         """Return the token ids of :meth:`encode`, up to the answer and from there."""
         limit = pair_limit(self.tokenizer, self.model.config) if self.form == "pair" else None
-        return split_scored(self.tokenizer, prompt, answer, self.form, finished=finished, limit=limit)
+        return split_scored(
+            self.tokenizer, prompt, answer, self.form, finished=finished, limit=limit, variables=variables
+        )
 
     def normalize(self) -> None:
         """Standardize scores from now on: (score - mean) / std, with the mean and std of the training pairs.
@@ -239,8 +252,8 @@ def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[Scor
     """
     if not pairs:
         return []
-    chosen = [reward.split(p.prompt, p.chosen) for p in pairs]
-    rejected = [reward.split(p.prompt, p.rejected) for p in pairs]
+    chosen = [reward.split(p.conversation, p.chosen, variables=p.chat_template_kwargs) for p in pairs]
+    rejected = [reward.split(p.conversation, p.rejected, variables=p.chat_template_kwargs) for p in pairs]
     chosen_scores = reward.score_rows([context + answer for context, answer in chosen])
     rejected_scores = reward.score_rows([context + answer for context, answer in rejected])
     for pair, *scores in zip(pairs, chosen_scores, rejected_scores, strict=True):

@@ -108,7 +108,8 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
 
 def pair_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]) -> list[dict[str, list[int]]]:
     """Return the token ids of pairs in the columns that TRL trains on."""
-    encoded = encode_examples(tokenizer, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
+    rows = [Answers(pair.conversation, (pair.chosen, pair.rejected), pair.chat_template_kwargs) for pair in pairs]
+    encoded = encode_examples(tokenizer, rows)
     return [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in encoded]
 
 

@@ -88,7 +88,10 @@ def encode(
     else:
         prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit, long_prompts=action)
     if long:
-        longest = max(len(encode_prompt(tokenizer, rows[index].prompt)) for index in long)
+        longest = max(
+            len(encode_prompt(tokenizer, row.conversation, **row.chat_template_kwargs))
+            for row in map(rows.__getitem__, long)
+        )
         echo(
             f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome}. To keep all, set "
             f"max_prompt_length {longest} and max_length {longest + config.max_new_tokens}.",

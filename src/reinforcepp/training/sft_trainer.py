@@ -185,7 +185,7 @@ def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:
         if ids[-1] != eos_token_id(tokenizer):
             ids.append(eos_token_id(tokenizer))
         return SftExample(ids[:1], ids[1:])
-    return SftExample(*split_example(tokenizer, row.question, row.completion))
+    return SftExample(*split_example(tokenizer, row.conversation, row.completion, variables=row.chat_template_kwargs))
 
 
 @torch.no_grad()

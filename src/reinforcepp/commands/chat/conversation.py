@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from reinforcepp.data import conversation_text
 from reinforcepp.errors import DataError
-from reinforcepp.models.tokenization import encode_conversation, prefill
-from reinforcepp.types import Completion, Prompt
+from reinforcepp.models.conversations import prefill
+from reinforcepp.models.tokenization import encode_prompt
+from reinforcepp.types import Completion, Messages, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Messages = list[dict[str, str]]
 
 
 @dataclass
@@ -104,7 +103,7 @@ class Conversation:
             raise DataError(f"/prefer: responses {both} are the same. Type /regenerate for another one.")
         if not (better.text and worse.text):
             raise DataError(f"/prefer: one of the responses {both} is empty. Type /regenerate for another one.")
-        save(better.prompt.columns["messages"], better.text, worse.text)
+        save(better.prompt.messages, better.text, worse.text)
         self.judged.add(frozenset((chosen, rejected)))
         self.current = chosen - 1
         return chosen, rejected
@@ -113,19 +112,19 @@ class Conversation:
         """Return the prompt that fits into ``room``, and the number of turns skipped for it."""
         for skipped_turns in range(self.skipped_turns, len(turns) + 1):
             messages = _messages(self.system, turns[skipped_turns:], question)
-            ids = encode_conversation(self.tokenizer, messages)
+            ids = encode_prompt(self.tokenizer, messages)
             if len(ids) <= self.room:
                 self.asked += 1
                 text = conversation_text(messages)
-                columns = {"messages": messages}
-                return Prompt(text, tuple(ids), self.asked, columns, prefill(self.tokenizer)), skipped_turns
+                prompt = Prompt(text, tuple(ids), self.asked, prefill=prefill(self.tokenizer), messages=messages)
+                return prompt, skipped_turns
         raise DataError(
             f"The question is too long: {len(ids)} tokens with the chat template, but only {self.room} fit. Shorten it."
         )
 
 
 def _messages(system: str | None, turns: Sequence[tuple[str, str]], question: str) -> Messages:
-    messages = [{"role": "system", "content": system}] if system else []
+    messages: list[Mapping[str, str]] = [{"role": "system", "content": system}] if system else []
     for asked, answer in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return [*messages, {"role": "user", "content": question}]
+    return (*messages, {"role": "user", "content": question})

@@ -143,7 +143,8 @@ def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow]) -> list[Cho
     for row in table.rows:
         prompt, chosen = row.texts[0], row.cells.get(names.chosen)
         if isinstance(chosen, str) and chosen.strip() and normalize(prompt) in wanted:
-            distinct.setdefault((normalize(prompt), normalize(chosen)), (prompt, chosen))
+            answer = Chosen(row.messages or prompt, chosen, row.chat_template_kwargs)
+            distinct.setdefault((normalize(prompt), normalize(chosen)), answer)
     return list(distinct.values())
 
 

@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ from reinforcepp.monitoring import Progress, echo
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
 from reinforcepp.training.evaluation import SCORING_BATCH_SIZE, Logprobs, completion_logprobs, kl_sums
-from reinforcepp.types import Completion, Prompt, Sampling
+from reinforcepp.types import Completion, Conversation, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +30,13 @@ RESPONSES_PER_CHUNK = 64
 SIDES = ("A", "B")
 THIRD = "reference"
 
-Chosen = tuple[str, str]
-"""A prompt and its chosen response."""
+
+class Chosen(NamedTuple):
+    """A prompt and its chosen response."""
+
+    prompt: Conversation
+    response: str
+    variables: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ def prepare(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, Prepa
         prompts, truncated = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
         if truncated and side in SIDES:
             echo(
-                f"{len(truncated)} of {len(rows)} prompts exceed {config.max_prompt_length} tokens of {side}. They were "
-                "truncated from the left.",
+                f"{len(truncated)} of {len(rows)} prompts exceed {config.max_prompt_length} tokens of {side}. They lost "
+                "their oldest turns or the beginning of their text.",
                 "yellow",
             )
         models[side] = PreparedModel(
@@ -243,14 +248,14 @@ def _fitting(models: Mapping[str, PreparedModel], chosen: Sequence[Chosen], meas
 
 
 def _fits(prepared: PreparedModel, pair: Chosen) -> bool:
-    length = len(encode_example(prepared.tokenizer, *pair))
+    length = len(encode_example(prepared.tokenizer, pair.prompt, pair.response, variables=pair.variables))
     return prepared.context is None or length <= prepared.context
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Chosen]) -> float:
     """Return the perplexity of chosen responses with prompt format and end token: exp(mean negative log-likelihood per token)."""
-    formatted = [split_example(tokenizer, *pair) for pair in pairs]
+    formatted = [split_example(tokenizer, pair.prompt, pair.response, variables=pair.variables) for pair in pairs]
     formatted.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of similar length need little padding
     total = tokens = 0.0
     for start in range(0, len(formatted), SCORING_BATCH_SIZE):

@@ -70,7 +70,13 @@ def to_checked_file(name: str, rows: Sequence[Row], columns: tuple[str, ...]) ->
         return f"with {' equal to '.join(columns[1:])}" if len(texts) > 1 and texts[1] == texts[2] else None
 
     kept, skipped = filter_rows(rows, columns, find_problem)
-    return CheckedFile(name, columns, len(rows), tuple(UsableRow(row.number, row.texts) for row in kept), skipped)
+    return CheckedFile(
+        name,
+        columns,
+        len(rows),
+        tuple(UsableRow(row.number, row.texts, row.messages, row.chat_template_kwargs) for row in kept),
+        skipped,
+    )
 
 
 def _assumptions(table: Table, file: CheckedFile) -> list[Finding]:
@@ -114,7 +120,7 @@ def _measure(
     file: CheckedFile, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_length: int
 ) -> tuple[list[RowId], list[RowId], int]:
     """Return the rows of too long prompts and pairs, and the number of tokens of the longest pair."""
-    from reinforcepp.models.tokenization import encode_examples, encode_prompts
+    from reinforcepp.models.tokenization import Answers, encode_examples, encode_prompts
 
     long_prompts: list[RowId] = []
     long_pairs: list[RowId] = []
@@ -124,7 +130,10 @@ def _measure(
             batch = file.rows[start : start + BATCH_ROWS]
             _, long = encode_prompts(tokenizer, batch, max_prompt_length=max_prompt_length, long_prompts="drop")
             long_prompts += [batch[index].row for index in long]
-            encoded = encode_examples(tokenizer, [(row.prompt, row.texts[1:]) for row in batch])
+            encoded = encode_examples(
+                tokenizer,
+                [Answers(row.messages or row.prompt, row.texts[1:], row.chat_template_kwargs) for row in batch],
+            )
             lengths = [max(map(len, ids), default=0) for ids in encoded]
             long_pairs += [row.row for row, length in zip(batch, lengths, strict=True) if length > max_length]
             longest = max(longest, *lengths)

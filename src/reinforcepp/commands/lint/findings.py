@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from reinforcepp.data import Skipped, count, normalize
-from reinforcepp.types import RowId
+from reinforcepp.types import Messages, RowId
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -25,10 +25,14 @@ class UsableRow:
     Attributes:
         row: The row's number.
         texts: Prompt, chosen and rejected, or the prompt alone.
+        messages: The prompt's messages; empty for a prompt that is a text.
+        chat_template_kwargs: The row's variables of the chat template.
     """
 
     row: RowId
     texts: tuple[str, ...]
+    messages: Messages = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str:
