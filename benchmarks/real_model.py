@@ -108,7 +108,7 @@ class Pipeline:
 
     def _train_reward(self, data: str, folder: Path, epochs: str, *more: str) -> dict[str, Any]:
         arguments = ["--model", self.given.model, "--data", data, "--output_dir", str(folder), "--overwrite"]
-        arguments += ["--num_train_epochs", epochs, "--save_every", "0", "--micro_batch_size", "4"]
+        arguments += ["--num_train_epochs", epochs, "--save_every", "0", "--micro_batch_size", "2"]
         found = self.timed("reward", *arguments, *more)
         figures = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))["figures"]
         losses = [step["loss"] for step in lines(folder / "metrics.jsonl")]

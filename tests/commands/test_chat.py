@@ -124,13 +124,13 @@ def test_a_question_after_regenerate_follows_the_last_answer(chat, model_says):
     asked = model_says("Old.", "New.", "Then.")
     chat("A?\n/regenerate\nB?\n")
     assert asked[0][0].ids == asked[1][0].ids and asked[0][0].key != asked[1][0].key
-    assert asked[2][0].columns["messages"] == [user("A?"), assistant("New."), user("B?")]
+    assert list(asked[2][0].messages) == [user("A?"), assistant("New."), user("B?")]
 
 
 def test_system_and_reset(chat, model_says):
     asked = model_says("x")
     said = chat("/system Be brief.\nA?\n/reset\nB?\n/system\nC?\n", "--system", "Never used")
-    assert [prompt.columns["messages"] for prompt, _ in asked] == [
+    assert [list(prompt.messages) for prompt, _ in asked] == [
         [{"role": "system", "content": "Be brief."}, user("A?")],
         [{"role": "system", "content": "Be brief."}, user("B?")],
         [user("B?"), assistant("x"), user("C?")],
@@ -138,7 +138,7 @@ def test_system_and_reset(chat, model_says):
     assert "Cleared" in said.err and "Removed the system message" in said.err
     asked = model_says("x")
     chat("A?\n", "--system", "Told by a flag")
-    assert asked[0][0].columns["messages"][0]["content"] == "Told by a flag"
+    assert asked[0][0].messages[0]["content"] == "Told by a flag"
 
 
 def test_unknown_commands_are_errors_and_a_double_slash_is_a_message(chat, model_says):
@@ -174,7 +174,7 @@ def test_the_score_of_the_reward_model_follows_the_response(chat, model_says, re
     _, err = chat("How?\n/regenerate\nAnd then?\n", "--reward_model", str(reward_folder))
     score = load_reward_model(str(reward_folder))
     one, two = score(["How?", "How?"], ["Run ip route.", "Reboot."])
-    (three,) = score(["How?\nAnswer: Reboot.\nQuestion: And then?"], ["Run ip route."])
+    (three,) = score([[user("How?"), assistant("Reboot."), user("And then?")]], ["Run ip route."])
     assert err.splitlines() == [f"(reward {one:+.3f})", f"(response 2, reward {two:+.3f})", f"(reward {three:+.3f})"]
 
 
@@ -194,9 +194,9 @@ def test_a_full_context_skips_the_oldest_turns(tokenizer):
     conversation = Conversation(tokenizer, room, "Be brief.")
     prompts = [said(conversation, f"Question number {i}?") for i in range(6)]
     assert all(len(prompt.ids) <= room for prompt in prompts)
-    assert [len(prompt.columns["messages"]) for prompt in prompts] == [2, 4, 6, 6, 6, 6]
+    assert [len(prompt.messages) for prompt in prompts] == [2, 4, 6, 6, 6, 6]
     assert conversation.skipped_turns == 3
-    assert prompts[5].columns["messages"] == [
+    assert list(prompts[5].messages) == [
         {"role": "system", "content": "Be brief."},
         *(user("Question number 3?"), assistant("ok"), user("Question number 4?"), assistant("ok")),
         user("Question number 5?"),
@@ -209,7 +209,7 @@ def test_skipped_turns_are_printed_and_a_too_long_question_changes_nothing(chat,
     _, err = chat(lines + "why " * 200 + "\nShort?\n", "--max_length", "60")
     assert err.count("Skipped the oldest 1 turn") >= 1
     assert "question is too long" in err and "but only 48 fit" in err
-    assert asked[-1][0].columns["messages"][-3:] == [user("Is this question 2?"), assistant("ok"), user("Short?")]
+    assert list(asked[-1][0].messages[-3:]) == [user("Is this question 2?"), assistant("ok"), user("Short?")]
 
 
 def test_limits_that_leave_no_room_are_refused(chat):
@@ -254,7 +254,7 @@ def test_the_next_question_follows_the_preferred_answer(chat, model_says, tmp_pa
         (record["chosen"][0]["content"], record["rejected"][0]["content"]) for record in pairs(tmp_path / "p.jsonl")
     ]
     assert saved == [("one", "two"), ("one", "three")]
-    assert asked[-1][0].columns["messages"] == [user("A?"), assistant("one"), user("B?")]
+    assert list(asked[-1][0].messages) == [user("A?"), assistant("one"), user("B?")]
 
 
 def test_invalid_preferences_are_errors(chat, model_says, tmp_path):

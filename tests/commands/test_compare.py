@@ -226,8 +226,8 @@ def test_chosen_answers_are_those_of_the_prompts(place):
         csv.writer(file).writerows([("prompt", "good", "bad"), *rows])
     settings = config(data="more.csv", heldout_fraction=0, chosen_column="good")
     every = prompts_to_answer(settings)
-    assert chosen_answers(settings, every) == [("p", "one"), ("q", "other"), ("p", "two")]
-    assert chosen_answers(settings, every[1:]) == [("q", "other")]
+    assert [answer[:2] for answer in chosen_answers(settings, every)] == [("p", "one"), ("q", "other"), ("p", "two")]
+    assert [answer[:2] for answer in chosen_answers(settings, every[1:])] == [("q", "other")]
     assert chosen_answers(config(data="more.csv", heldout_fraction=0), every) == []
 
 
@@ -333,7 +333,7 @@ def test_the_perplexity_counts_every_token_of_the_response_and_its_end(place, mo
     for side, name in (("A", "a"), ("B", "near")):
         model, tokenizer = load_policy(str(models[name])), load_tokenizer(str(models[name]))
         total, tokens = 0.0, 0
-        for prompt, answer in chosen:
+        for prompt, answer, _ in chosen:
             start = tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
             ids = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
             read = log_softmax(model, start + ids)

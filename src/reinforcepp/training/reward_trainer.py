@@ -21,7 +21,7 @@ from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.padding import end_conversations_at_turn, separate_pad_token
 from reinforcepp.models.reward_models import head_modules, load_reward_weights, new_reward_model
 from reinforcepp.models.saving import save_model
-from reinforcepp.models.tokenization import encode_examples
+from reinforcepp.models.tokenization import Answers, encode_examples
 from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, summary, write_page
 from reinforcepp.rewards.card import RewardCard, read_card
