@@ -8,6 +8,7 @@ origin has no card; the scores of its first use take its place: see ``calibratio
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -191,7 +192,7 @@ def _folder_of(source: ModelSource) -> Path:
     return local_folder(source.name)
 
 
-def load_reward_model(name: str) -> TrainedReward:
+def load_reward_model(name: str | os.PathLike[str]) -> TrainedReward:
     """Load a reward model and check that it scores the probe texts as its card, or its first use, says.
 
     Args:
@@ -202,6 +203,7 @@ def load_reward_model(name: str) -> TrainedReward:
         ModelError: a part of the score head is missing, or the probe texts score differently.
         ConfigError: an option isn't valid, or one of several outputs must be chosen.
     """
+    name = os.fspath(name)
     source, card = parse_model(name), check_reward_folder(name)
     folder = _folder_of(source)
     tokenizer = load_tokenizer(str(folder))  # first, because it fails without reading weights
