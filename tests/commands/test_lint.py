@@ -237,6 +237,7 @@ def test_large_files_show_progress_with_the_time_left(write, monkeypatch, capsys
     path = write(sound())
     lint(LintConfig(data=path, model="builtin:tiny"))
     assert "left" not in capsys.readouterr().err
+    monkeypatch.setattr(check, "PROGRESS_ROWS", 24)
     monkeypatch.setattr(rules, "PROGRESS_ROWS", 24)
     lint(LintConfig(data=path, model="builtin:tiny"))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("s left")]

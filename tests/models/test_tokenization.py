@@ -44,6 +44,34 @@ def test_a_template_that_changes_the_prompt_raises(tokenizer):
         conversations.format_completion(tokenizer, "Why?", "Because.")
 
 
+@pytest.fixture
+def calls(monkeypatch, tokenizer):
+    """Numbers of texts per call of the tokenizer."""
+    seen, call = [], type(tokenizer).__call__
+
+    def counted(self, text, *args, **named):
+        seen.append(1 if isinstance(text, str) else len(text))
+        return call(self, text, *args, **named)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    return seen
+
+
+def test_examples_and_prompts_are_tokenized_in_batches(tokenizer, calls):
+    eos = tokenizer.eos_token
+    pairs = [(f"Why {i}?", f"Because of {i}.") for i in range(300)] + [("Why?", ""), (f"{eos}?", f"No {eos}.")]
+    prompts, _ = tokens.encode_prompts(tokenizer, rows(*(prompt for prompt, _ in pairs)), max_prompt_length=99)
+    examples = [tokens.Answers(prompt, (answer,)) for prompt, answer in pairs]
+    split, whole = tokens.split_examples(tokenizer, examples), tokens.encode_examples(tokenizer, examples)
+    texts = tokens.encode_texts(tokenizer, [answer for _, answer in pairs])
+    assert calls.count(tokens.BATCH_ROWS) == 1 and sum(number > 40 for number in calls) == 6
+    assert len(calls) < 60
+    assert [list(prompt.ids) for prompt in prompts] == [tokens.encode_prompt(tokenizer, prompt) for prompt, _ in pairs]
+    assert split == [tokens.split_example(tokenizer, *pair) for pair in pairs]
+    assert whole == [[tokens.encode_example(tokenizer, *pair)] for pair in pairs]
+    assert texts == [tokens.encode_text(tokenizer, answer) for _, answer in pairs]
+
+
 def rows(*texts):
     return [PromptRow(text, {"topic": text[:1]}, i) for i, text in enumerate(texts)]
 

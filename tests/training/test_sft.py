@@ -390,6 +390,16 @@ def test_long_rows_are_skipped_and_counted(workdir, capsys):
     assert json.loads(Path("models/sft/run.json").read_text())["rows"] == 6
 
 
+def test_rows_are_tokenized_together(llama, monkeypatch):
+    tokenizer = load_tokenizer(str(llama))
+    rows = [SftRow(f"Why {i}?", f"Because of {i}.") if i % 3 else SftRow(None, f"Host {i} is up.") for i in range(60)]
+    expected = [to_example(tokenizer, row) for row in rows]
+    calls, call = [], type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: calls.append(1) or call(*a, **k))
+    assert sft_trainer.to_examples(tokenizer, rows) == expected
+    assert len(calls) == 3  # whole texts, prompts, and prompts with answers
+
+
 def test_examples_are_read_from_disk(llama, texts, tmp_path, monkeypatch):
     fitted, measured, metrics = [], [], HeldOutMetrics(1.0, 1.0, 1, 1)
     monkeypatch.setattr(supervised_loop, "fit", lambda kind, model, tokenizer, rows, *rest: fitted.append(rows))

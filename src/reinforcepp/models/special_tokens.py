@@ -125,6 +125,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids + _encode_plain(tokenizer, plain, first=not ids)
 
 
+def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of :func:`encode` for each text.
+
+    Distinct texts without marks are tokenized together, which fast tokenizers do in parallel.
+    """
+    plain = list(dict.fromkeys(text for text in texts if text and MARK not in text))
+    encoded = tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else []
+    ids = dict(zip(plain, encoded, strict=True))
+    return [list(ids[text]) if text in ids else encode(tokenizer, text) for text in texts]
+
+
 def encode_after(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], text: str) -> list[int]:
     """Return the token ids of ``text`` as they follow ``context``.
 

@@ -6,7 +6,7 @@ without a template gets ``PLAIN_TEMPLATE``, which is saved with the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from reinforcepp.errors import DataError
 from reinforcepp.models.conversations import Variables, as_messages, marked_example, marked_prompt, prefill, turn_format
-from reinforcepp.models.special_tokens import MARK, marked, special_tokens
 from reinforcepp.models.special_tokens import encode as encode
+from reinforcepp.models.special_tokens import encode_all, marked, special_tokens
 from reinforcepp.types import Conversation, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LongPrompts = Literal["cut", "drop"]
+BATCH_ROWS = 256
 
 
 # --- conversations -----------------------------------------------------------------------------------------------------
@@ -34,8 +35,13 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Special tokens in ``text`` are special, because formatted conversations have them.
     """
-    prefix, ids = special_tokens(tokenizer).prefix, encode(tokenizer, text)
-    return ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids]
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of :func:`encode_text` for each text, tokenized together."""
+    prefix = special_tokens(tokenizer).prefix
+    return [ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids] for ids in encode_all(tokenizer, texts)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, **template_kwargs: Any) -> list[int]:
@@ -83,9 +89,11 @@ def split_example(
     context, target = marked_example(tokenizer, prompt, answer, finished, variables or {})
     ids = encode(tokenizer, context + target)
     ids = [*ids, end_token_id(tokenizer, variables)] if finished else ids
-    length = sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(encode(tokenizer, context), ids, strict=False))
-    )
+    return _split(encode(tokenizer, context), ids)
+
+
+def _split(context: list[int], ids: list[int]) -> tuple[list[int], list[int]]:
+    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(context, ids, strict=False)))
     return ids[:length], ids[length:]
 
 
@@ -119,10 +127,19 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answers])
     for prompt, answers, variables in rows:
         start = marked_prompt(tokenizer, prompt, variables)
         texts += ["".join(marked_example(tokenizer, prompt, answer, True, variables, start)) for answer in answers]
-    plain = [text for text in texts if text and MARK not in text]
-    encoded = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
-    ids = iter([next(encoded) if text and MARK not in text else encode(tokenizer, text) for text in texts])
+    ids = iter(encode_all(tokenizer, texts))
     return [[[*next(ids), end_token_id(tokenizer, row.variables)] for _ in row.answers] for row in rows]
+
+
+def split_examples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answers]) -> list[tuple[list[int], list[int]]]:
+    """Return the token ids of :func:`split_example` for the first answer of every row, tokenized together."""
+    formatted = [marked_example(tokenizer, row.prompt, row.answers[0], True, row.variables) for row in rows]
+    contexts = encode_all(tokenizer, [context for context, _ in formatted])
+    whole = encode_all(tokenizer, ["".join(parts) for parts in formatted])
+    return [
+        _split(context, [*ids, end_token_id(tokenizer, row.variables)])
+        for context, ids, row in zip(contexts, whole, rows, strict=True)
+    ]
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -142,6 +159,7 @@ def encode_prompts(
     *,
     max_prompt_length: int,
     long_prompts: LongPrompts = "cut",
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[list[Prompt], list[int]]:
     """Format and tokenize rows with ``.prompt`` and optionally ``.messages``, ``.columns`` and ``.chat_template_kwargs``.
 
@@ -154,9 +172,8 @@ def encode_prompts(
     """
     prompts: list[Prompt] = []
     too_long: list[int] = []
-    for key, row in enumerate(rows):
+    for key, (row, ids) in enumerate(zip(rows, _prompt_ids(tokenizer, rows, on_progress), strict=True)):
         messages, variables = getattr(row, "messages", ()), getattr(row, "chat_template_kwargs", {})
-        ids = encode_prompt(tokenizer, messages or row.prompt, **variables)
         if len(ids) > max_prompt_length:
             too_long.append(key)
             if long_prompts == "drop":
@@ -165,6 +182,25 @@ def encode_prompts(
         columns = dict(getattr(row, "columns", {}))
         prompts.append(Prompt(row.prompt, tuple(ids), key, columns, prefill(tokenizer, variables), messages))
     return prompts, too_long
+
+
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], on_progress: Callable[[float], None]
+) -> Iterator[list[int]]:
+    """Yield the token ids of each row's whole prompt; the prompts of ``BATCH_ROWS`` rows are tokenized together."""
+    for start in range(0, len(rows), BATCH_ROWS):
+        on_progress(start / len(rows))
+        yield from encode_all(
+            tokenizer,
+            [
+                marked_prompt(
+                    tokenizer, getattr(row, "messages", ()) or row.prompt, getattr(row, "chat_template_kwargs", {})
+                )
+                for row in rows[start : start + BATCH_ROWS]
+            ],
+        )
+
+    on_progress(1.0)
 
 
 class LazyPrompts(Sequence[Prompt]):

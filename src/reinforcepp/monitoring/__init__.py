@@ -1,11 +1,12 @@
 """Monitoring of runs: metric log, progress, live view, and doctor."""
 
 from reinforcepp.monitoring.metric_log import EVENTS, LOGS, Clock, MetricLog, log_event, read_metrics, restore_logs
-from reinforcepp.monitoring.progress import Progress, console, echo, printable, reading_progress
+from reinforcepp.monitoring.progress import PROGRESS_ROWS, Progress, console, echo, printable, reading_progress
 
 __all__ = [
     "EVENTS",
     "LOGS",
+    "PROGRESS_ROWS",
     "Clock",
     "MetricLog",
     "Progress",

@@ -15,6 +15,8 @@ from rich.progress import Progress as RichProgress
 from reinforcepp.runtime import is_main
 
 PLAIN_LINES = 12
+PROGRESS_ROWS = 5000
+"""Number of rows from which a pass over data takes long enough for a progress bar."""
 HARMLESS = "\n\t\u200d"  # control and format characters to keep; the last one joins emoji
 
 console = Console(stderr=True, highlight=False, quiet=not is_main())

@@ -15,8 +15,8 @@ from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import has_adapter
 from reinforcepp.models.precision import compute_dtype, slow_precision
-from reinforcepp.models.tokenization import LazyPrompts, encode_prompt, encode_prompts
-from reinforcepp.monitoring import echo
+from reinforcepp.models.tokenization import BATCH_ROWS, LazyPrompts, encode_prompt, encode_prompts
+from reinforcepp.monitoring import PROGRESS_ROWS, echo, reading_progress
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -77,16 +77,20 @@ def encode(
         if part == "training":
             echo(f"Prompts are tokenized when they are used; those longer than {limit} tokens are {outcome}.")
         return LazyPrompts(tokenizer, rows, limit, rows.digest)
-    if isinstance(rows, DiskRows):
-        long = [
-            i
-            for i, row in enumerate(rows)
-            if not encode_prompts(tokenizer, [row], max_prompt_length=limit, long_prompts="drop")[0]
-        ]
-        fitting = rows.without(long)
-        prompts = LazyPrompts(tokenizer, fitting, limit, fitting.digest)
-    else:
-        prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit, long_prompts=action)
+    with reading_progress(len(rows) >= PROGRESS_ROWS, f"tokenizing {part} prompts") as on_progress:
+        if isinstance(rows, DiskRows):
+            long = []
+            for start in range(0, len(rows), BATCH_ROWS):
+                batch = rows[start : start + BATCH_ROWS]
+                _, over = encode_prompts(tokenizer, batch, max_prompt_length=limit, long_prompts="drop")
+                long += [start + index for index in over]
+                on_progress((start + len(batch)) / len(rows))
+            fitting = rows.without(long)
+            prompts = LazyPrompts(tokenizer, fitting, limit, fitting.digest)
+        else:
+            prompts, long = encode_prompts(
+                tokenizer, rows, max_prompt_length=limit, long_prompts=action, on_progress=on_progress
+            )
     if long:
         longest = max(
             len(encode_prompt(tokenizer, row.conversation, **row.chat_template_kwargs))

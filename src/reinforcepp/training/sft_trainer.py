@@ -24,7 +24,7 @@ from reinforcepp.models.loading import load_config, load_policy, load_tokenizer,
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.lora import is_4bit, with_adapter
 from reinforcepp.models.saving import save_model
-from reinforcepp.models.tokenization import encode_text, eos_token_id, split_example
+from reinforcepp.models.tokenization import Answers, encode_texts, eos_token_id, split_examples
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.training.checkpoint import FinishedRun, finish
@@ -130,7 +130,7 @@ def _train_language_model(config: SftConfig, scratch: str) -> dict[str, HeldOutM
     config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
 
     def ids_of(rows: Sequence[SftRow]) -> list[dict[str, list[int]]]:
-        return [to_example(tokenizer, row).as_row() for row in rows]
+        return [example.as_row() for example in to_examples(tokenizer, rows)]
 
     train, examples = tokenize_rows(train, ids_of, limit, "training rows", scratch)
     heldout, heldout_ids = tokenize_rows(heldout, ids_of, limit, "held-out rows", scratch)
@@ -180,12 +180,24 @@ def _saved_metrics(folder: Path) -> dict[str, HeldOutMetrics | None]:
 
 def to_example(tokenizer: PreTrainedTokenizerBase, row: SftRow) -> SftExample:
     """Tokenize ``row``: the target is the answer and its end token, or a whole text but for its first token, and its EOS."""
-    if row.question is None:
-        ids = encode_text(tokenizer, row.completion)
-        if ids[-1] != eos_token_id(tokenizer):
-            ids.append(eos_token_id(tokenizer))
-        return SftExample(ids[:1], ids[1:])
-    return SftExample(*split_example(tokenizer, row.conversation, row.completion, variables=row.chat_template_kwargs))
+    return to_examples(tokenizer, [row])[0]
+
+
+def to_examples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow]) -> list[SftExample]:
+    """Return :func:`to_example` for each row, tokenized together."""
+    texts = iter(encode_texts(tokenizer, [row.completion for row in rows if row.question is None]))
+    answers = [
+        Answers(row.conversation, (row.completion,), row.chat_template_kwargs)
+        for row in rows
+        if row.question is not None
+    ]
+    pairs = iter(split_examples(tokenizer, answers))
+    eos = eos_token_id(tokenizer)
+
+    def whole(ids: list[int]) -> SftExample:
+        return SftExample(ids[:1], ids[1:] if ids[-1] == eos else [*ids[1:], eos])
+
+    return [whole(next(texts)) if row.question is None else SftExample(*next(pairs)) for row in rows]
 
 
 @torch.no_grad()

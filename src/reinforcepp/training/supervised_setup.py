@@ -19,7 +19,7 @@ from reinforcepp.config import DEFAULT_MAX_LENGTH, RewardModelConfig, SftConfig,
 from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import check_trainable, context_length, load_config, weight_bytes
-from reinforcepp.monitoring import echo, reading_progress
+from reinforcepp.monitoring import PROGRESS_ROWS, echo, reading_progress
 from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, describe_run, write_finished
 from reinforcepp.runtime import started
 from reinforcepp.training import checkpoint
@@ -38,8 +38,6 @@ TASKS: Mapping[type, str] = {RewardModelConfig: "reward model training", SftConf
 MAX_MEASURED_ROWS = 2000
 SHOWN_ROWS = 5
 TOKENIZED_ROWS = 256
-# Tokenizing fewer rows takes seconds, which needs no progress bar.
-PROGRESS_ROWS = 5000
 
 
 class HasRow(Protocol):

@@ -19,7 +19,7 @@ from reinforcepp.commands.lint.findings import (
 )
 from reinforcepp.config import DEFAULT_MAX_LENGTH, ColumnConfig, LintConfig
 from reinforcepp.data import ColumnNames, Row, Table, filter_rows, read_table, resolve_data
-from reinforcepp.monitoring import reading_progress
+from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.types import RowId
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _measure(
     long_prompts: list[RowId] = []
     long_pairs: list[RowId] = []
     longest = 0
-    with reading_progress(len(file.rows) >= rules.PROGRESS_ROWS, "tokenizing") as report:
+    with reading_progress(len(file.rows) >= PROGRESS_ROWS, "tokenizing") as report:
         for start in range(0, len(file.rows), BATCH_ROWS):
             batch = file.rows[start : start + BATCH_ROWS]
             _, long = encode_prompts(tokenizer, batch, max_prompt_length=max_prompt_length, long_prompts="drop")

@@ -22,12 +22,10 @@ from reinforcepp.commands.lint.findings import (
 )
 from reinforcepp.commands.lint.similar import across, near_duplicates
 from reinforcepp.data import Skipped, contradictions_in, count, split_by_prompt, text_digest, words
-from reinforcepp.monitoring import reading_progress
+from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.types import Preference, RowId
 
 MIN_RECOMMENDED_ROWS = 20
-# Fewer rows take seconds, which needs no progress bar.
-PROGRESS_ROWS = 5000
 MIN_PAIRS = 2
 # A shorter prompt occurs in an answer by chance.
 MIN_REPEATED_WORDS = 4
