@@ -29,6 +29,7 @@ class Preference:
 
     ``row`` is its row in the file, and ``weight`` its weight in training. ``messages`` are those of a prompt that is a list of
     messages; ``prompt`` is then its text for people. ``chat_template_kwargs`` are the row's variables of the chat template.
+    ``margin`` is the difference of scores that training asks for. A ``tie`` has two equally good responses.
     """
 
     prompt: str
@@ -38,6 +39,8 @@ class Preference:
     weight: float = 1.0
     messages: Messages = field(default=(), hash=False)
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    margin: float = 0.0
+    tie: bool = False
 
     @property
     def conversation(self) -> Conversation:

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 from reinforcepp.data.readers import Records, quoted
 from reinforcepp.errors import ConfigError, DataError, nearest, setting
 
+GRADES = ("margin", "tie")
+"""Columns of a pair that say how much better the chosen answer is."""
+
 
 class ColumnNames(NamedTuple):
     """Configured column names of prompts and preference pairs."""
@@ -124,7 +127,7 @@ def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool |
         layout = _with_note(layout, f"chosen and rejected from the columns {' and '.join(map(repr, answers))}")
     layout = layout._replace(notes=(*records.notes, *layout.notes))
     # Reward functions get the other columns of prompts.
-    return layout if pairs is False or not answers else _with_unused(layout, records)
+    return layout if pairs is False or not answers else _with_unused(layout, records, GRADES)
 
 
 def _find_prompt(path: Path, records: Records, name: str, answers: tuple[str, str] | None) -> ColumnLayout:
@@ -174,8 +177,9 @@ def _with_note(layout: ColumnLayout, note: str) -> ColumnLayout:
     return layout._replace(notes=(*layout.notes, note))
 
 
-def _with_unused(layout: ColumnLayout, records: Records) -> ColumnLayout:
-    unused = tuple(name for name in records.names if name and name not in (*layout.texts, layout.label))
+def _with_unused(layout: ColumnLayout, records: Records, other: Sequence[str] = ()) -> ColumnLayout:
+    used = (*layout.texts, layout.label, *other)
+    unused = tuple(name for name in records.names if name and name not in used)
     return layout._replace(unused=unused)
 
 

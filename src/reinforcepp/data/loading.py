@@ -19,6 +19,7 @@ from reinforcepp.data.messages import UnusableCell, parse_content, prompt_from
 from reinforcepp.data.readers import count, quoted
 from reinforcepp.data.rows import (
     DEFAULT_MAX_BAD_ROWS,
+    UNGRADED,
     HasWeight,
     Row,
     Skipped,
@@ -250,7 +251,7 @@ def load_preferences(
             pairs=True,
             seed=seed,
             find_problem=_pair_problem,
-            values=_stored_messages,
+            values=_stored_parts,
             on_progress=on_progress,
             max_bad_rows=max_bad_rows,
         )
@@ -289,10 +290,7 @@ def _read_preferences(
     table = read_table(path, names, pairs=True, max_bad_rows=max_bad_rows)
     kept, skipped = filter_rows(table.rows, table.columns, partial(_pair_problem, table.columns))
     pairs = tuple(
-        Preference(
-            row.texts[0], row.texts[1], row.texts[2], row.number, row.weight, row.messages, row.chat_template_kwargs
-        )
-        for row in kept
+        _pair(row.texts, row.number, row.weight, row.messages, row.chat_template_kwargs, row.grade) for row in kept
     )
     return _enough_pairs(
         PreferenceData(table.source, table.sha256, pairs, skipped, table.notes, contradictions_in(pairs))
@@ -317,9 +315,20 @@ def _pair_problem(columns: Sequence[str], texts: Sequence[str]) -> str | None:
     return f"with {' equal to '.join(columns[1:])}" if chosen == rejected else None
 
 
+def _pair(texts: Sequence[str], row: RowId, weight: float, *more: Any) -> Preference:
+    prompt, chosen, rejected = texts
+    messages, variables, grade = more
+    return Preference(prompt, chosen, rejected, row, weight, messages, variables, *grade)
+
+
 def _stored_pair(values: Sequence[Any]) -> Preference:
-    row, (prompt, chosen, rejected), *more = values
-    return Preference(prompt, chosen, rejected, row, 1.0, *_messages(more))
+    row, texts, *more = values
+    return _pair(texts, row, 1.0, *_messages(more), more[2] if more[2:] else UNGRADED)
+
+
+def _stored_parts(row: Row) -> list[Any]:
+    graded = row.grade != UNGRADED
+    return [row.messages, row.chat_template_kwargs, list(row.grade)] if graded else _stored_messages(row)
 
 
 def _stored_messages(row: Row) -> list[Any]:

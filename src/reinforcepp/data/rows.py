@@ -44,6 +44,10 @@ _FEW_BAD_ROWS, _FEW_BAD_SHARE = 3, 4
 _MAX_LISTED_ROWS = 5
 
 _SHOWN_CHARACTERS = 40
+UNGRADED = (0.0, False)
+"""Grade of a pair without a margin that isn't a tie."""
+TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "none", "nan")
+"""Texts of a cell that holds a boolean; pandas writes 1.0 and nan."""
 
 # Thai, Lao, Japanese and Chinese don't separate words with spaces, so each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
@@ -64,6 +68,7 @@ class Row:
         unreadable: For a cell that holds something else than text or messages, the problem with its value.
         messages: The prompt's messages; empty for a prompt that is a text.
         chat_template_kwargs: The row's variables of the chat template.
+        grade: Margin of a pair, and whether it is a tie.
     """
 
     number: RowId
@@ -75,6 +80,7 @@ class Row:
     unreadable: str | None = None
     messages: Messages = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    grade: tuple[float, bool] = UNGRADED
 
 
 @dataclass(frozen=True)
@@ -213,14 +219,16 @@ def make_rows(
     """Yield rows with the texts of the columns in ``layout``; ``conversions`` counts rows for ``notes_on``."""
     path = part.path
     for number, cells in records.rows:
-        unreadable, variables = None, dict[str, Any]()
+        unreadable, variables, grade = None, dict[str, Any](), UNGRADED
         try:
             pair, variables = _texts(cells, layout, pairs, conversions), template_variables(cells)
+            grade = pair_grade(cells) if pairs else grade
         except UnusableCell as error:
             pair, unreadable = Pair("", problem=error.reason), str(error)
         texts = (pair.prompt, pair.chosen, pair.rejected) if pairs else (pair.prompt,)
         row_id: RowId = f"{path.name}:{number}" if path_in_numbers else number
-        yield Row(row_id, cells, texts, layout, pair.problem, part.weight, unreadable, pair.messages, variables)
+        more = (pair.problem, part.weight, unreadable, pair.messages, variables, grade)
+        yield Row(row_id, cells, texts, layout, *more)
 
 
 def template_variables(cells: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,6 +237,20 @@ def template_variables(cells: Mapping[str, Any]) -> dict[str, Any]:
         _json_cell(cells, name, kind) for name, kind in (("chat_template_kwargs", dict), ("tools", list))
     )
     return {**(variables or {}), **({"tools": tools} if tools else {})}
+
+
+def pair_grade(cells: Mapping[str, Any]) -> tuple[float, bool]:
+    """Return the margin of a pair and whether it is a tie, from the columns ``margin`` and ``tie``."""
+    margin, tie = cells.get("margin"), str(cells.get("tie") or "").strip().lower()
+    try:
+        value = 0.0 if margin is None or not str(margin).strip() else float(margin)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UnusableCell("with a margin that isn't a number", f"'margin' holds {margin!r}, expected a number")
+    if tie not in (*TRUE, *FALSE, ""):
+        raise UnusableCell("with a tie that is neither true nor false", f"'tie' holds {tie!r}, expected true or false")
+    return (0.0, True) if tie in TRUE else (value, False)
 
 
 def _json_cell(cells: Mapping[str, Any], name: str, kind: type[Any]) -> Any:

@@ -18,7 +18,8 @@ class RewardCard:
     """Origin and evaluation metrics of a reward model; saved as ``reward_model.json``.
 
     ``figures`` holds metrics of the held-out pairs. ``score_mean``, ``score_std`` and ``train_accuracy`` describe the
-    training pairs; older cards lack the accuracy. ``fingerprint`` holds the scores of the probe texts.
+    training pairs; older cards lack the accuracy. ``fingerprint`` holds the scores of the probe texts. ``train_margins`` and
+    ``train_ties`` count the training pairs with a margin and those without a preference.
     """
 
     base_model: str
@@ -32,6 +33,8 @@ class RewardCard:
     settings: dict[str, Any]
     fingerprint: list[float]
     train_accuracy: float | None = None
+    train_margins: int = 0
+    train_ties: int = 0
 
 
 def read_card(folder: Path) -> RewardCard:

@@ -27,7 +27,7 @@ from reinforcepp.models.loading import base_of_adapter, load_config, local_folde
 from reinforcepp.models.lora import is_4bit
 from reinforcepp.models.reward_models import ScoreReading, load_classifier, prepare_scoring, stored_head
 from reinforcepp.models.reward_texts import TextForm, form_of, pair_separator
-from reinforcepp.models.score_heads import declared_labels
+from reinforcepp.models.score_heads import declared_labels, score_head
 from reinforcepp.runtime import is_main, warn_once
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def load_foreign(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Model
     """
     dtype = getattr(torch, source.dtype) if source.dtype else _default_dtype(folder)
     model, reading = load_classifier(folder, dtype, **(_in_4bit(dtype) if source.load_in_4bit else {}))
-    weights = output_weights(source, declared_labels(folder, stored_head(folder).outputs))
+    weights = output_weights(source, declared_labels(folder, score_head(model)[1].out_features))
     form = form_of(tokenizer, model.config)
     if (folder / MANIFEST).is_file():  # a checkpoint of a reward model training
         form, reading = "answer", ScoreReading(reading.has_bias)

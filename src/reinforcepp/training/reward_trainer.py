@@ -6,12 +6,15 @@ at the last attended token, held-out pairs are evaluated, and a card with a fing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.data import PreferenceData, load_preferences
@@ -43,6 +46,7 @@ from reinforcepp.training.supervised_setup import (
 from reinforcepp.types import Preference
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REPORT_FILE = "report.html"
@@ -82,8 +86,10 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
 
     ids_of = partial(pair_ids, tokenizer)
     train, rows = tokenize_rows(train, ids_of, limit, "training pairs", scratch)
-    heldout, _ = tokenize_rows(sample_rows(heldout), ids_of, limit, "held-out pairs", scratch)
+    decided = [pair for pair in sample_rows(heldout) if not pair.tie]  # a tie has no right order
+    heldout, _ = tokenize_rows(decided, ids_of, limit, "held-out pairs", scratch)
     check_not_empty(train, "pair", data.source, limit)
+    grades = _count_grades(rows)
 
     model = new_reward_model(config.model, config.seed, **loading(config))
     separate_pad_token(model, tokenizer, resize=not config.use_peft)
@@ -93,7 +99,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     facts = {"train_pairs": len(train), "heldout_pairs": len(heldout), "inputs": inputs}
 
     def evaluate_and_save() -> RewardCard:
-        card = _evaluate_and_save(model.eval(), tokenizer, config, folder, data, train, heldout)
+        card = _evaluate_and_save(model.eval(), tokenizer, config, folder, data, train, heldout, grades)
         finish(folder, config, inputs, count_steps(rows, config))
         return card
 
@@ -106,11 +112,24 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
         return RankZero(run.ranks, config.watchdog_seconds).run(evaluate_and_save)
 
 
-def pair_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]) -> list[dict[str, list[int]]]:
-    """Return the token ids of pairs in the columns that TRL trains on."""
+def pair_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]) -> list[dict[str, list[int] | float]]:
+    """Return the token ids and margins of pairs in the columns that TRL trains on; the margin of a tie is nan."""
     rows = [Answers(pair.conversation, (pair.chosen, pair.rejected), pair.chat_template_kwargs) for pair in pairs]
     encoded = encode_examples(tokenizer, rows)
-    return [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in encoded]
+    return [
+        {"chosen_ids": chosen, "rejected_ids": rejected, "margin": math.nan if pair.tie else pair.margin}
+        for pair, (chosen, rejected) in zip(pairs, encoded, strict=True)
+    ]
+
+
+def _count_grades(rows: Dataset) -> tuple[int, int]:
+    """Return the numbers of pairs with a margin and of ties, and print them if there are any."""
+    margins = rows.data.column("margin").to_numpy() if len(rows) else np.zeros(0)
+    ties = int(np.isnan(margins).sum())
+    graded = int(np.count_nonzero(margins)) - ties  # nan isn't zero
+    if graded or ties:
+        echo(f"{graded} of {len(rows)} training pairs have a margin, and {ties} are ties.")
+    return graded, ties
 
 
 def _evaluate_and_save(
@@ -121,6 +140,7 @@ def _evaluate_and_save(
     data: PreferenceData,
     train: Sequence[Preference],
     heldout: Sequence[Preference],
+    grades: tuple[int, int],
 ) -> RewardCard:
     """Evaluate the model on training and held-out pairs; save weights, card and report."""
     evaluated = model
@@ -128,7 +148,7 @@ def _evaluate_and_save(
         save_model(model, tokenizer, folder)
         evaluated = load_reward_weights(folder)
     scorer = TrainedReward(evaluated, tokenizer, batch_size=config.batch_size * 2)
-    on_train = summary(score_pairs(scorer, sample_rows(train)))
+    on_train = summary(score_pairs(scorer, [pair for pair in sample_rows(train) if not pair.tie]))
     pairs = score_pairs(scorer, heldout)
     analysis = analyze(pairs) if pairs else None
     card = RewardCard(
@@ -143,6 +163,8 @@ def _evaluate_and_save(
         settings=as_dict(config),
         fingerprint=scorer.fingerprint(),
         train_accuracy=on_train.accuracy,
+        train_margins=grades[0],
+        train_ties=grades[1],
     )
     if pairs:
         save_pairs(pairs, folder)  # before the card, which marks the folder as complete

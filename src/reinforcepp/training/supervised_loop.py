@@ -77,12 +77,29 @@ class SupervisedTrainer(Trainer):
 
 
 class ResumableRewardTrainer(SupervisedTrainer, RewardTrainer):
-    """Trains on pairs: rows of ``chosen_ids`` and ``rejected_ids``."""
+    """Trains on pairs: rows of ``chosen_ids``, ``rejected_ids`` and ``margin``.
+
+    The loss of a pair is -log sigmoid(chosen - rejected - margin). A margin of nan marks a tie, whose loss is the mean of both
+    orders.
+    """
 
     title = "reward model"
     kind = "reward"
     logged = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward")
     headline = ("accuracy", "accuracy")
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss, with ties that TRL doesn't have."""
+        ties = inputs["margin"].isnan()
+        inputs = {**inputs, "margin": inputs["margin"].nan_to_num()}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if ties.any():
+            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+            # -(log sigmoid(d) + log sigmoid(-d)) / 2 is -log sigmoid(d) + d / 2.
+            loss = loss + ((chosen - rejected) * ties / 2).mean()
+        return (loss, outputs) if return_outputs else loss
 
     @staticmethod
     def arguments(config: RewardModelConfig, **common: Any) -> TrainingArguments:

@@ -174,7 +174,7 @@ def length_limit(config: SupervisedConfig) -> int:
 
 def tokenize_rows(
     rows: Sequence[T],
-    ids_of: Callable[[Sequence[T]], Sequence[Mapping[str, list[int]]]],
+    ids_of: Callable[[Sequence[T]], Sequence[Mapping[str, list[int] | float]]],
     limit: int,
     label: str,
     scratch: str,
@@ -183,7 +183,7 @@ def tokenize_rows(
 
     Args:
         rows: in memory or on disk.
-        ids_of: returns the token ids of several rows, by column.
+        ids_of: returns the token ids of several rows, by column, and other columns of numbers.
         limit: tokens in the longest column of a row.
         label: plural noun for the rows in the report of skipped ones.
         scratch: folder for the token ids, which are mapped from there into memory.
@@ -229,18 +229,21 @@ class _IdWriter:
             self._write({})
         self._file.close()
 
-    def write(self, rows: Sequence[Mapping[str, list[int]]]) -> None:
+    def write(self, rows: Sequence[Mapping[str, list[int] | float]]) -> None:
         """Append rows."""
         if rows:
             self._write({name: [row[name] for row in rows] for name in rows[0]})
 
-    def _write(self, columns: Mapping[str, list[list[int]]]) -> None:
+    def _write(self, columns: Mapping[str, list[list[int] | float]]) -> None:
         import pyarrow
         from pyarrow import ipc
 
         ids = pyarrow.list_(pyarrow.int32())
-        columns = {name: pyarrow.array(values, type=ids) for name, values in columns.items()}
-        batch = pyarrow.RecordBatch.from_pydict(columns)
+        arrays = {
+            name: pyarrow.array(values, type=pyarrow.float32() if isinstance(values[0], float) else ids)
+            for name, values in columns.items()
+        }
+        batch = pyarrow.RecordBatch.from_pydict(arrays)
         if self._stream is None:
             self._stream = self._file.enter_context(ipc.new_stream(self._sink, batch.schema))
         self._stream.write_batch(batch)
@@ -260,9 +263,9 @@ def no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def longest(ids: Mapping[str, list[int]]) -> int:
-    """Return the number of tokens in the longest column."""
-    return max(map(len, ids.values()))
+def longest(ids: Mapping[str, list[int] | float]) -> int:
+    """Return the number of tokens in the longest column of token ids."""
+    return max(len(column) for column in ids.values() if isinstance(column, list))
 
 
 def sample_rows(rows: Sequence[T]) -> Sequence[T]:
