@@ -559,3 +559,32 @@ def test_a_checkpoint_of_a_training_scores_as_the_training_does(tmp_path):
     (folder / "manifest.json").write_text("{}")
     reward = load_reward_model(str(folder))
     assert reward.encode(QUESTION, ANSWERS[0]) == template_ids(folder, ANSWERS[0])[:-1]
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_conversation_is_scored_as_in_plain_transformers(folder_of, family):
+    """By the chat template with all its turns; as a pair, the text of the turns is the first sentence."""
+    folder = folder_of(family)
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "Restart it."},
+        {"role": "user", "content": QUESTION},
+    ]
+    reward = load_reward_model(str(folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if family == "bert":
+        context, answer = reward.split(turns, ANSWERS[0])
+        assert answer == tokenizer("x", ANSWERS[0])["input_ids"][-len(answer) :]
+        assert len(context) > len(reward.split(QUESTION, ANSWERS[0])[0])
+        return
+    text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": ANSWERS[0]}], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    context, answer = reward.split(turns, ANSWERS[0])
+    assert reward.encode(turns, ANSWERS[0]) == ids == context + answer
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert reward([turns], ANSWERS[:1]) == pytest.approx([model(torch.tensor([ids])).logits.item()], abs=1e-5)

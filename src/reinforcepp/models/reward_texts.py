@@ -9,7 +9,7 @@ from reinforcepp.models.conversations import Variables, marked_conversation, pla
 from reinforcepp.models.encoders import ENCODER_TEMPLATE, is_encoder
 from reinforcepp.models.loading import context_length
 from reinforcepp.models.special_tokens import encode
-from reinforcepp.models.tokenization import encode_text, split_example
+from reinforcepp.models.tokenization import encode_example, encode_text, split_example
 from reinforcepp.runtime import warn_once
 from reinforcepp.types import Conversation
 
@@ -70,6 +70,24 @@ def split_scored(
     ids = encode(tokenizer, marked_conversation(tokenizer, prompt, answer, variables or {}))
     start = max(len(ids) - len(target), 0)
     return ids[:start], ids[start:]
+
+
+def encode_scored(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Conversation,
+    answer: str,
+    form: TextForm,
+    *,
+    finished: bool = True,
+    limit: int | None = None,
+) -> list[int]:
+    """Return the token ids of :func:`split_scored` in one list, without tokenizing the prompt once more."""
+    if form == "pair":
+        context, target = split_scored(tokenizer, prompt, answer, form, limit=limit)
+        return context + target
+    if form == "answer" or not finished:
+        return encode_example(tokenizer, prompt, answer, finished=finished)
+    return encode(tokenizer, marked_conversation(tokenizer, prompt, answer, {}))
 
 
 def encode_formatted(tokenizer: PreTrainedTokenizerBase, text: str, form: TextForm, limit: int | None) -> list[int]:

@@ -24,7 +24,7 @@ from reinforcepp.models.conversations import Variables
 from reinforcepp.models.encoders import is_encoder
 from reinforcepp.models.loading import context_length, load_tokenizer, local_folder
 from reinforcepp.models.reward_models import ScoreReading, load_reward_weights
-from reinforcepp.models.reward_texts import TextForm, pair_limit, split_scored
+from reinforcepp.models.reward_texts import TextForm, encode_scored, pair_limit, split_scored
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import pad
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
@@ -102,17 +102,19 @@ class TrainedReward:
 
     def encode(self, prompt: Conversation, answer: str, *, finished: bool = True) -> list[int]:
         """Return the token ids of a prompt and its answer, as the model was trained on them."""
-        context, target = self.split(prompt, answer, finished=finished)
-        return context + target
+        return encode_scored(self.tokenizer, prompt, answer, self.form, finished=finished, limit=self._pair_limit)
 
     def split(
         self, prompt: Conversation, answer: str, *, finished: bool = True, variables: Variables | None = None
     ) -> tuple[list[int], list[int]]:
         """Return the token ids of :meth:`encode`, up to the answer and from there."""
-        limit = pair_limit(self.tokenizer, self.model.config) if self.form == "pair" else None
         return split_scored(
-            self.tokenizer, prompt, answer, self.form, finished=finished, limit=limit, variables=variables
+            self.tokenizer, prompt, answer, self.form, finished=finished, limit=self._pair_limit, variables=variables
         )
+
+    @property
+    def _pair_limit(self) -> int | None:
+        return pair_limit(self.tokenizer, self.model.config) if self.form == "pair" else None
 
     def normalize(self) -> None:
         """Standardize scores from now on: (score - mean) / std, with the mean and std of the training pairs.
