@@ -293,7 +293,7 @@ def train(*flags: str) -> list[str]:
     return ["train", *inputs, *SMALL, "--rollout", "transformers", *flags]
 
 
-@pytest.mark.parametrize(("action", "did", "steps"), [("cut", "truncated from the left", 8), ("drop", "skipped", 7)])
+@pytest.mark.parametrize(("action", "did", "steps"), [("cut", "truncated", 8), ("drop", "skipped", 7)])
 def test_long_prompts_are_counted_and_truncated_or_dropped(place, capsys, action, did, steps):
     head, _, *rest = Path("pairs.csv").read_text(encoding="utf-8").splitlines()
     Path("pairs.csv").write_text("\n".join([head, *rest, f"{'why ' * 100},a,b"]), encoding="utf-8")

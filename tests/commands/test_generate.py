@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from reinforcepp.commands import cli
+from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.types import Completion
 
@@ -109,6 +110,14 @@ def test_a_long_prompt_is_truncated_with_a_warning(answer, monkeypatch):
     assert len(asked[0][0].ids) <= 64
 
 
+def test_a_prompt_is_whole_if_the_context_has_room(model_folder, capsys, monkeypatch):
+    asked, prompt = engine_says(monkeypatch, "a"), "why " * 100 + "now?"
+    sizes = ["--max_new_tokens", "12", "--engine", "transformers"]
+    assert cli.main(["generate", "--model", str(model_folder), *sizes, "--prompt", prompt]) == 0
+    assert "truncated" not in capsys.readouterr().err
+    assert prompt in load_tokenizer(str(model_folder)).decode(asked[0][0].ids)
+
+
 @pytest.mark.parametrize(
     ("data", "named"),
     [
@@ -131,7 +140,7 @@ def test_unusable_files_and_settings(refused, tmp_path):
     assert "latin.txt:3" in refused("--prompts_file", str(tmp_path / "latin.txt"))
     assert "no prompt" in refused("--prompts_file", str(tmp_path / "empty.txt"))
     assert "prompt is empty" in refused("--prompt", " ")
-    assert "512 tokens" in refused("--prompt", PROMPT, "--max_new_tokens", "385")
+    assert "512 tokens" in refused("--prompt", PROMPT, "--max_new_tokens", "512")
     assert "leaves no room" in refused("--prompt", PROMPT, "--max_prompt_length", "3")
 
 

@@ -186,7 +186,11 @@ def test_upper_and_lower_bounds(name, good, bad):
     ("verb", "settings", "named"),
     [
         ("train", {"overwrite": True, "resume": True}, ["overwrite", "resume"]),
-        ("train", {"max_prompt_length": 200, "max_new_tokens": 313}, ["200", "313", "max_length", "512"]),
+        (
+            "train",
+            {"max_prompt_length": 200, "max_new_tokens": 313, "max_length": 512},
+            ["200", "313", "max_length", "512"],
+        ),
         ("train", {"estimator": "reinforce_plus_plus_baseline"}, ["num_generations", "2"]),
         ("train", {"estimator": "reinforce_plus_plus_baseline", "num_generations": 4, "gamma": 0.9}, ["gamma", "1"]),
         ("train", {"micro_batch_size": 4, "gradient_accumulation_steps": 4}, ["4 x", "16", "8", "batch_size"]),
@@ -352,7 +356,7 @@ def test_a_fraction_of_warmup_steps_is_rounded_up():
 
 def test_documented_defaults():
     train = TrainConfig()
-    assert (train.max_length, train.max_prompt_length, train.max_new_tokens, train.seed) == (512, 128, 384, 42)
+    assert (train.max_length, train.max_prompt_length, train.max_new_tokens, train.seed) == (None, None, 384, 42)
     assert (train.prompt_column, train.chosen_column, train.rejected_column) == ("prompt", "chosen", "rejected")
 
 

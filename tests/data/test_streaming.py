@@ -252,7 +252,7 @@ def test_lazy_prompts_equal_eagerly_tokenized_prompts(tmp_path):
     )
     for action in ("cut", "drop"):
         config = ReinforceConfig(long_prompts=action)
-        eager, lazy = (encode(tokenizer, each, "training", config) for each in (rows, disk_rows))
+        eager, lazy = (encode(tokenizer, each, "training", config, 128) for each in (rows, disk_rows))
         assert isinstance(lazy, LazyPrompts) and len(lazy) == len(eager) == (13 if action == "cut" else 12)
         assert list(lazy) == list(eager) and lazy[2:4] == eager[2:4] and lazy[-1] == eager[-1]
         for step in (0, 1, 4, 3, 9):

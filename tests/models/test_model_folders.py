@@ -15,13 +15,14 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from reinforcepp.commands.cli import main
-from reinforcepp.errors import ModelError
+from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models.loading import (
     check_trainable,
     load_config,
     load_policy,
     load_tokenizer,
     parameter_count,
+    prompt_limit,
     weight_bytes,
 )
 from reinforcepp.models.reward_models import new_reward_model
@@ -220,3 +221,15 @@ def test_every_training_refuses_quantized_weights_at_once(base, folder, tmp_path
     assert main(arguments) == 2
     assert "quantized (gptq)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_can_fill_what_the_context_leaves():
+    config = tiny.model().config
+    context = config.max_position_embeddings
+    assert prompt_limit(config, None, 100) == context - 100
+    assert prompt_limit(config, None, 100, max_length=150) == 50
+    assert prompt_limit(config, 30, 100) == 30
+    with pytest.raises(ConfigError, match=f"max_new_tokens {context} leaves no room"):
+        prompt_limit(config, None, context)
+    with pytest.raises(ConfigError, match=f"context of {context}"):
+        prompt_limit(config, context, 1)

@@ -921,7 +921,7 @@ def test_the_settings_file_of_a_training_is_accepted(folder, capsys):
         (("--model", "nothing/here/atall"), ["nothing/here/atall: model folder not found"]),
         (("--gpus", "3", "--gpu_memory", "0"), ["gpu_memory must be greater than 0"]),
         (("--gpus", "3"), ["this node has no GPU", "--device", "--gpu_memory"]),
-        (("--max_length", "600", "--max_new_tokens", "500"), ["exceed the model's context of 256"]),
+        (("--max_length", "600", "--max_new_tokens", "500"), ["max_new_tokens 500", "the model's context of 256"]),
         (("--batch_size", "2", "--device", "h100", "--gpus", "4"), ["batch_size: 2", "4 GPUs"]),
         (("--judge", "models/other", "--reward_model", "."), ["not a model", "config.json"]),
     ],

@@ -66,7 +66,7 @@ def start(*_, **settings):
     return held[-1]
 
 factory.start_engine = start
-given = prepared_model(), prepared_tokenizer(), ReinforceConfig(watchdog_seconds=60), ranks, 0, Path("run")
+given = prepared_model(), prepared_tokenizer(), ReinforceConfig(watchdog_seconds=60), ranks, 0, Path("run"), 512
 assert factory.start_training_engine(EngineChoice("vllm", ""), *given) is held.pop()
 engine = factory.start_training_engine(EngineChoice("ray", "", "auto"), *given)
 result = {"started": len(held), "name": engine.name, "dtype": str(engine.dtype)}

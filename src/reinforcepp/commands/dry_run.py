@@ -11,7 +11,7 @@ from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainCo
 from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.conversations import format_example, turn_format
-from reinforcepp.models.loading import load_config, load_tokenizer
+from reinforcepp.models.loading import load_config, load_tokenizer, prompt_limit
 from reinforcepp.models.tokenization import encode_prompts, split_example
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.plan.command import make_plan, show_plan
@@ -51,7 +51,8 @@ def show_training(config: TrainConfig) -> None:
     _write("Settings", settings(config))
     sys.stdout.write("\nPlan\n")
     show_plan(plan)
-    limit, action = config.max_prompt_length, config.long_prompts
+    limit = prompt_limit(load_config(config.model), config.max_prompt_length, config.max_new_tokens, config.max_length)
+    action = config.long_prompts
     prompts, _ = encode_prompts(tokenizer, rows[:ROWS], max_prompt_length=limit, long_prompts=action)
     for number, prompt in enumerate(prompts, 1):
         text = str(tokenizer.decode(prompt.ids))

@@ -15,7 +15,7 @@ from reinforcepp.config import GenerateConfig, SamplingConfig
 from reinforcepp.data import PromptRow, read_prompt_lines
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
-from reinforcepp.models.loading import check_context, load_config, load_policy, load_tokenizer
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, prompt_limit
 from reinforcepp.models.tokenization import encode_prompts
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.rewards.functions import score_all
@@ -45,19 +45,18 @@ def _generate(config: GenerateConfig, texts: Sequence[str], output: Path | None)
     if config.reward_model is not None:
         check_reward_folder(config.reward_model)
     model_config = load_config(config.model)
-    check_context(model_config, config.max_prompt_length, config.max_new_tokens)
+    limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens)
     choice = choose_engine(config.engine, model_config, torch.float32)
     tokenizer = load_tokenizer(config.model)
     rows = [PromptRow(text, {}, i) for i, text in enumerate(texts)]
-    prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
+    prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit)
     if long:
         echo(
-            f"{len(long)} of {len(texts)} prompts are longer than {config.max_prompt_length} tokens and were truncated from "
-            "the left.",
+            f"{len(long)} of {len(texts)} prompts are longer than {limit} tokens and were truncated from the left.",
             "yellow",
         )
     reward = load_reward_model(config.reward_model) if config.reward_model is not None else None
-    engine = load_engine(config, choice, tokenizer, config.max_prompt_length + config.max_new_tokens)
+    engine = load_engine(config, choice, tokenizer, max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens)
     sampling = sampling_of(config, config.best_of or config.num_samples)
     if output is None and reward is None and len(prompts) == sampling.num_samples == 1:
         completions = [show_growing(engine.stream(prompts[0], sampling))]

@@ -60,8 +60,8 @@ class CompareConfig(ColumnConfig, CompareInputs):
     """Number of held-out prompts, chosen at random; 0 uses all"""
     num_samples: PositiveInt = 1
     """Responses per prompt and model; the n-th of A is compared with the n-th of B"""
-    max_prompt_length: PositiveInt = 128
-    """Maximum length of a formatted prompt, in tokens"""
+    max_prompt_length: PositiveInt | None = None
+    """Most tokens of a formatted prompt. Default: what the context leaves"""
     max_new_tokens: PositiveInt = 384
     """Maximum length of a response, in tokens"""
     temperature: NonNegativeFloat = 1.0

@@ -61,8 +61,8 @@ class GenerateConfig(SamplingConfig):
     """Sample this many responses per prompt and keep the highest-reward one"""
     reward_model: FilledStr | None = None
     """Folder of a reward model that scores every response"""
-    max_prompt_length: PositiveInt = 128
-    """Maximum length of a formatted prompt, in tokens"""
+    max_prompt_length: PositiveInt | None = None
+    """Most tokens of a formatted prompt. Default: what the context leaves"""
     output: str | None = None
     """File for the responses as JSON lines; default: text on the terminal"""
 

@@ -32,8 +32,8 @@ class LintConfig(ColumnConfig, LintInputs):
     """Seed of the split, as in training"""
     model: FilledStr | None = None
     """Model whose tokenizer measures lengths; default: lengths aren't checked"""
-    max_prompt_length: PositiveInt = 128
-    """Maximum length of a formatted prompt, in tokens; needs model"""
+    max_prompt_length: PositiveInt | None = None
+    """Most tokens of a formatted prompt; needs model. Default: the context"""
     max_length: PositiveInt | None = None
     """Maximum length of prompt and response, in tokens. Default: context, up to 4096"""
     near_duplicate: Annotated[float, Range(at_least=0.5, at_most=1)] = 0.8

@@ -82,14 +82,14 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
     max_steps: NonNegativeInt = 0
     """Training steps (rollout batches); 0 uses num_train_epochs"""
 
-    max_length: PositiveInt = 512
-    """Maximum length of prompt and completion together, in tokens"""
-    max_prompt_length: PositiveInt = 128
-    """Maximum length of a formatted prompt, in tokens"""
+    max_length: PositiveInt | None = None
+    """Maximum length of prompt and completion together, in tokens. Default: the context"""
+    max_prompt_length: PositiveInt | None = None
+    """Most tokens of a formatted prompt. Default: what the context leaves"""
     max_new_tokens: PositiveInt = 384
     """Maximum length of a completion, in tokens"""
     long_prompts: Literal["cut", "drop"] = "cut"
-    """Prompts over the maximum: cut truncates the text on the left, drop skips them"""
+    """Prompts over the maximum: cut drops the oldest turns, drop skips the prompts"""
 
     estimator: EstimatorName = "reinforce_plus_plus"
     """Advantage estimator; rloo, grpo and ppo are for comparison"""
@@ -192,10 +192,11 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
                 f"importance_high: {self.importance_high} is below importance_low {self.importance_low}. Raise "
                 "importance_high or lower importance_low."
             )
-        if self.max_prompt_length + self.max_new_tokens > self.max_length:
+        if self.max_length is not None and (self.max_prompt_length or 1) + self.max_new_tokens > self.max_length:
+            prompt = "a prompt" if self.max_prompt_length is None else f"max_prompt_length {self.max_prompt_length}"
             raise ConfigError(
-                f"max_prompt_length {self.max_prompt_length} + max_new_tokens {self.max_new_tokens} exceed max_length "
-                f"{self.max_length}. Lower one of the two or raise max_length."
+                f"{prompt} + max_new_tokens {self.max_new_tokens} exceed max_length {self.max_length}. Lower one of the two "
+                "or raise max_length."
             )
         if self.estimator_spec.grouped and self.num_generations < 2:
             raise ConfigError(

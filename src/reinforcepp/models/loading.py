@@ -62,6 +62,8 @@ PROGRESS_BAR_BYTES = 500 << 20
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 """Files of a model on the Hub that are downloaded; neither code nor pickled weights."""
 CLASSIFIER = "AutoModelForSequenceClassification"
+USUAL_CONTEXT = 4096
+"""Context of a model whose configuration states none."""
 NO_TOKENIZER = "{name}: tokenizer not found. Copy its files (tokenizer.json) from the original model."
 HUB_FIX = (
     "Give the path of a model folder, or 'builtin:tiny', the small model in this package. To download a model: "
@@ -312,15 +314,37 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return int(length) - skipped_positions(config) if length else None
 
 
-def check_context(config: PreTrainedConfig, max_prompt_length: int, max_new_tokens: int) -> None:
-    """Raise a ConfigError if prompt and response exceed the model's context, or a ModelError if it can't generate."""
+def prompt_limit(
+    config: PreTrainedConfig, max_prompt_length: int | None, max_new_tokens: int, max_length: int | None = None
+) -> int:
+    """Return the most tokens of a prompt: by default, what the model's context leaves beside a response.
+
+    Args:
+        config: of the model.
+        max_prompt_length: the setting, if there is one.
+        max_new_tokens: of a response.
+        max_length: most tokens of both together, if the context isn't shorter.
+
+    Raises:
+        ConfigError: prompt and response exceed the context.
+        ModelError: the model can't generate.
+    """
     check_generates(config)
-    limit = context_length(config)
-    if limit is not None and max_prompt_length + max_new_tokens > limit:
+    context = context_length(config)
+    if max_prompt_length is None:
+        limit = min(context or USUAL_CONTEXT, max_length or context or USUAL_CONTEXT) - max_new_tokens
+        if limit < 1:
+            raise ConfigError(
+                f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the model's context of {context} tokens. "
+                "Lower it."
+            )
+        return limit
+    if context is not None and max_prompt_length + max_new_tokens > context:
         raise ConfigError(
             f"max_prompt_length {max_prompt_length} + max_new_tokens {max_new_tokens} exceed the model's context of "
-            f"{limit} tokens. Lower one of the two."
+            f"{context} tokens. Lower one of the two."
         )
+    return max_prompt_length
 
 
 def weight_bytes(name: str) -> int:

@@ -18,7 +18,7 @@ from reinforcepp.config import PlanConfig
 from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.errors import RolloutError, option, setting
-from reinforcepp.models.loading import check_context, load_config
+from reinforcepp.models.loading import load_config, prompt_limit
 from reinforcepp.models.precision import compute_dtype, format_flops, slow_precision
 from reinforcepp.plan import report
 from reinforcepp.plan.device import Device, device_for
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DOES_NOT_FIT = 1
+ASSUMED_PROMPT = 512
+"""Tokens of a prompt if max_prompt_length isn't set and the context isn't shorter."""
 """Exit code."""
 IMPLAUSIBLE_FLOPS, IMPLAUSIBLE_BYTES = 2e9, 5e8
 """Rates per second that every CPU core exceeds in float32 unless other processes use it."""
@@ -82,11 +84,11 @@ def make_plan(config: PlanConfig, ranks_of: Callable[[int], int] = lambda gpus: 
     """
     dtype = compute_dtype(config)
     policy_config = load_config(config.model)
-    check_context(policy_config, config.max_prompt_length, config.max_new_tokens)
+    limit = prompt_limit(policy_config, config.max_prompt_length, config.max_new_tokens, config.max_length)
     lengths = lengths_for(config)
     device = device_for(config, dtype)
     ranks = ranks_of(max(1, device.gpus))
-    job, notes = _job(config, policy_config, dtype, ranks, on_gpu=device.gpus > 0)
+    job, notes = _job(config, policy_config, dtype, ranks, limit, on_gpu=device.gpus > 0)
     rows = Rows.of(config, ranks)
     limits = largest(job, config, device.memory)
     smaller = with_micro(rows, config, max(1, min(rows.micro, limits.micro_batch_size)), ranks)
@@ -120,11 +122,13 @@ def _warnings(config: PlanConfig, device: Device) -> Iterator[str]:
 
 
 def _job(
-    config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype, ranks: int, *, on_gpu: bool
+    config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype, ranks: int, limit: int, *, on_gpu: bool
 ) -> tuple[Job, list[str]]:
     """Return the training's models and settings, and the assumptions about them."""
     notes: list[str] = []
-    size = RowSize(config.max_prompt_length, config.max_new_tokens)
+    size = RowSize(config.max_prompt_length or min(limit, ASSUMED_PROMPT), config.max_new_tokens)
+    if config.max_prompt_length is None:
+        notes.append(f"Prompts of {size.prompt} tokens are assumed; {option('max_prompt_length')} sets another length.")
     offload = config.offload_optimizer and on_gpu
     trained = partial(
         trained_model,

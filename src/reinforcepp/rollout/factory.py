@@ -26,6 +26,7 @@ def start_training_engine(
     ranks: Ranks,
     reserved: int,
     folder: Path,
+    max_length: int,
 ) -> RolloutEngine:
     """Return the engine of a training; all ranks call this. One remote engine serves all ranks.
 
@@ -37,13 +38,14 @@ def start_training_engine(
         ranks: The data-parallel ranks.
         reserved: GPUs or CPUs of a Ray cluster that the engine doesn't use.
         folder: Folder through which vLLM servers get the weights.
+        max_length: Most tokens of a prompt and its completion.
     """
     start = partial(
         start_engine,
         choice,
         model,
         tokenizer,
-        max_length=config.max_prompt_length + config.max_new_tokens,
+        max_length=max_length,
         batch_size=config.rollout_batch_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         tensor_parallel_size=config.vllm_tensor_parallel_size,

@@ -20,7 +20,7 @@ from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.chat_template import with_chat_template
-from reinforcepp.models.loading import check_context, check_trainable, load_config, tokenizer_for, weight_bytes
+from reinforcepp.models.loading import check_trainable, load_config, prompt_limit, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.monitoring import echo, log_event
@@ -46,7 +46,7 @@ from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard
 from reinforcepp.training.schedule import with_learning_rate
-from reinforcepp.training.setup import encode, start_policy, warn_about_bias, warn_about_precision
+from reinforcepp.training.setup import encode, longest_prompt, start_policy, warn_about_bias, warn_about_precision
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def build(
     """
     folder, resumed = open_folder(model, config)
     model_config = load_config(model) if isinstance(model, str) else model.config
-    check_context(model_config, config.max_prompt_length, config.max_new_tokens)
+    limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens, config.max_length)
     config = with_learning_rate(config, model_config, resumed.state["settings"] if resumed else None)
     dtype = compute_dtype(config)
     rollout = "transformers" if config.load_in_4bit else config.rollout
@@ -103,7 +103,7 @@ def build(
     tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
     warn_about_bias(config)
     warn_about_precision(config)
-    prompts, eval_prompts = load_prompts(tokenizer, train_dataset, eval_dataset, config)
+    prompts, eval_prompts = load_prompts(tokenizer, train_dataset, eval_dataset, config, limit)
     batches = PromptBatches(prompts, config.batch_size, config.seed)
     num_steps = config.max_steps or batches.steps_per_epoch * config.num_train_epochs
     rewards = load_rewards(reward_funcs, config, reward_weights)
@@ -119,7 +119,8 @@ def build(
         if config.rollout == "auto":
             echo(f"Completions come from {choice.name}: {choice.reason}.")
         reserved = config.reward_workers * len(rewards.trained)
-        engine = start_training_engine(choice, learner.plain, tokenizer, config, ranks, reserved, folder)
+        max_length = (config.max_prompt_length or longest_prompt(prompts, eval_prompts)) + config.max_new_tokens
+        engine = start_training_engine(choice, learner.plain, tokenizer, config, ranks, reserved, folder, max_length)
     assert engine is not None
     if config.reward_workers:
         rewards = pool_rewards(rewards, engine, config.reward_workers, RankZero(ranks, config.watchdog_seconds))
@@ -201,8 +202,9 @@ def load_prompts(
     train_dataset: Iterable[Any] | None,
     eval_dataset: Iterable[Any] | None,
     config: ReinforceConfig,
+    limit: int,
 ) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Return the training and held-out prompts.
+    """Return the training and held-out prompts, of up to ``limit`` tokens.
 
     Raises:
         DataError: there is no training prompt.
@@ -214,10 +216,10 @@ def load_prompts(
     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         check_dataset(dataset, name)
     train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")
-    prompts = encode(tokenizer, train_rows, "training", config)
+    prompts = encode(tokenizer, train_rows, "training", config, limit)
     if not prompts:
         raise DataError("train_dataset: no rows. Give at least one row with a prompt.")
-    eval_prompts = encode(tokenizer, eval_rows, "held-out", config)
+    eval_prompts = encode(tokenizer, eval_rows, "held-out", config, limit)
     if 0 < config.eval_prompts < len(eval_prompts):
         echo(
             f"Evaluations before and after training use {config.eval_prompts} of {len(eval_prompts)} held-out prompts "

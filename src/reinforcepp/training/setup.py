@@ -11,7 +11,7 @@ import torch
 
 from reinforcepp.config import ComputeConfig, ReinforceConfig
 from reinforcepp.data import DiskRows
-from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.errors import ConfigError, DataError, option
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import has_adapter
 from reinforcepp.models.precision import compute_dtype, slow_precision
@@ -61,17 +61,17 @@ def with_peft_config(config: ReinforceConfig, adapter: PeftConfig | None) -> Rei
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, config: ReinforceConfig
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, config: ReinforceConfig, limit: int
 ) -> Sequence[Prompt]:
-    """Return the tokenized prompts of ``rows``; prompts that are too long are truncated or skipped, and counted.
+    """Return the prompts of ``rows``; those of more than ``limit`` tokens are truncated or skipped, and counted.
 
     Rows on disk are tokenized when they are used, so truncated ones can't be counted here.
 
     Raises:
         DataError: every prompt is too long.
     """
-    limit, action = config.max_prompt_length, config.long_prompts
-    outcome = "truncated from the left" if action == "cut" else "skipped"
+    action = config.long_prompts
+    outcome = "truncated" if action == "cut" else "skipped"
     prompts: Sequence[Prompt]
     if isinstance(rows, DiskRows) and action == "cut":
         if part == "training":
@@ -96,9 +96,13 @@ def encode(
             len(encode_prompt(tokenizer, row.conversation, **row.chat_template_kwargs))
             for row in map(rows.__getitem__, long)
         )
+        keep = (
+            f"raise {option('max_prompt_length')} to {longest}"
+            if config.max_prompt_length
+            else f"lower {option('max_new_tokens')}"
+        )
         echo(
-            f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome}. To keep all, set "
-            f"max_prompt_length {longest} and max_length {longest + config.max_new_tokens}.",
+            f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome}. To keep all, {keep}.",
             "yellow",
         )
     if rows and not prompts:
@@ -106,6 +110,14 @@ def encode(
             f"max_prompt_length: {limit} tokens are too few, because every {part} prompt is longer. Raise it."
         )
     return prompts
+
+
+def longest_prompt(*parts: Sequence[Prompt]) -> int:
+    """Return the most tokens of a prompt; of prompts that are tokenized when they are used, their limit."""
+    return max(
+        part.limit if isinstance(part, LazyPrompts) else max((len(prompt.ids) for prompt in part), default=0)
+        for part in parts
+    )
 
 
 def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTrainedModel:

@@ -13,7 +13,7 @@ import torch
 from reinforcepp.config import CompareConfig
 from reinforcepp.data import PromptRow
 from reinforcepp.errors import ModelError
-from reinforcepp.models.loading import check_context, context_length, load_config, load_policy, load_tokenizer
+from reinforcepp.models.loading import context_length, load_config, load_policy, load_tokenizer, prompt_limit
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import encode_example, encode_prompts, split_example
 from reinforcepp.monitoring import Progress, echo
@@ -80,12 +80,12 @@ def prepare(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, Prepa
     models = {}
     for side, name in names.items():
         model_config = load_config(name)
-        check_context(model_config, config.max_prompt_length, config.max_new_tokens)
+        limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens)
         tokenizer = load_tokenizer(name)
-        prompts, truncated = encode_prompts(tokenizer, rows, max_prompt_length=config.max_prompt_length)
+        prompts, truncated = encode_prompts(tokenizer, rows, max_prompt_length=limit)
         if truncated and side in SIDES:
             echo(
-                f"{len(truncated)} of {len(rows)} prompts exceed {config.max_prompt_length} tokens of {side}. They lost "
+                f"{len(truncated)} of {len(rows)} prompts exceed {limit} tokens of {side}. They lost "
                 "their oldest turns or the beginning of their text.",
                 "yellow",
             )
@@ -183,7 +183,7 @@ def _responses(
     )
     if choice.name == "transformers":
         _to_gpu(model)  # vLLM moves its own copy
-    limit = config.max_prompt_length + config.max_new_tokens
+    limit = max(len(prompt.ids) for prompt in prepared.prompts) + config.max_new_tokens
     engine = start_engine(choice, model, prepared.tokenizer, max_length=limit, batch_size=RESPONSES_PER_CHUNK)
     size = max(1, RESPONSES_PER_CHUNK // config.num_samples)
     chunks = [prepared.prompts[start : start + size] for start in range(0, len(prepared.prompts), size)]

@@ -102,13 +102,15 @@ def _lengths(files: Sequence[CheckedFile], model: str, config: LintConfig) -> li
     from reinforcepp.models.loading import context_length, load_config, load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    limit = config.max_length or DEFAULT_MAX_LENGTH
-    limit = min(limit, context_length(load_config(model)) or limit)
+    context = context_length(load_config(model))
+    limit = min(config.max_length or DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
+    prompt_limit = config.max_prompt_length or context or DEFAULT_MAX_LENGTH
+    name = "max_prompt_length" if config.max_prompt_length else "the context of"
     found = []
     for file in files:
-        long_prompts, long_pairs, longest = _measure(file, tokenizer, config.max_prompt_length, limit)
-        over = f"over max_prompt_length {config.max_prompt_length} in tokens of {model}"
-        fix = "Shorten them or raise max_prompt_length, because training truncates them from the left"
+        long_prompts, long_pairs, longest = _measure(file, tokenizer, prompt_limit, limit)
+        over = f"over {name} {prompt_limit} in tokens of {model}"
+        fix = "Shorten them or raise max_prompt_length, because training drops their oldest turns or the start of their text"
         found += _too_long(file, "long-prompt", "prompt", long_prompts, over, fix)
         over = f"over max_length {limit} in tokens of {model}, the longest with {longest}"
         fix = "Shorten them, or raise max_length up to the model's context, because reward training skips them"
