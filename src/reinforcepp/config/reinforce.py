@@ -83,7 +83,7 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
     """Training steps (rollout batches); 0 uses num_train_epochs"""
 
     max_length: PositiveInt | None = None
-    """Maximum length of prompt and completion together, in tokens. Default: the context"""
+    """Most tokens of prompt and completion together. Default: the context"""
     max_prompt_length: PositiveInt | None = None
     """Most tokens of a formatted prompt. Default: what the context leaves"""
     max_new_tokens: PositiveInt = 384
