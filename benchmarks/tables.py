@@ -671,7 +671,10 @@ def real_model(result: dict[str, Any]) -> str:
     low, high = result["reward_accuracy_interval"]
     rows = [
         ["reward model, held-out accuracy", f"{result['reward_accuracy']:.2f} ({low:.2f} to {high:.2f})"],
-        ["accuracy of choosing the longer answer", f"{result['length_accuracy']:.2f}"],
+        [
+            "held-out pairs, accuracy of choosing the longer answer",
+            f"{result['heldout_pairs']}, {result['length_accuracy']:.2f}",
+        ],
         ["largest loss of the reward models", f"{result['max_reward_loss']:.2f}"],
         ["policy steps, seconds each", f"{result['steps']}, {result['seconds_per_step']:.0f}"],
         ["peak memory, planned", f"{result['peak_gib']:.1f} GiB, {result['planned_gib']:.1f} GiB"],
