@@ -28,6 +28,8 @@ from reinforcepp.data import (
     text_digest,
 )
 from reinforcepp.data.columns import ColumnLayout
+from reinforcepp.data.readers import CHUNK_ROWS
+from reinforcepp.data.sources import find_parts
 from reinforcepp.errors import ConfigError, DataError, ReinforceError
 from reinforcepp.types import Preference
 
@@ -279,6 +281,14 @@ def test_overlong_cell(write, monkeypatch):
     before = csv.field_size_limit()
     text = message(write(HEADER + "p1,good,bad\n" + f"p2,{'x' * 60},bad\n"))
     assert "data.csv:3: a cell is longer than 50 characters" in text and "shorten" in text
+    assert csv.field_size_limit() == before
+
+
+def test_an_unfinished_pass_leaves_the_limit_of_cells_alone(write):
+    before = csv.field_size_limit()
+    (part,) = find_parts(write(HEADER + "".join(f"p{i},good,bad\n" for i in range(2 * CHUNK_ROWS))))
+    chunks = part.chunks()
+    next(chunks)
     assert csv.field_size_limit() == before
 
 

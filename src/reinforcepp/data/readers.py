@@ -203,12 +203,10 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Records]:
 
 def _parse_csv(path: Path, dialect: Dialect, texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield the records that aren't blank, each with the line on which it starts."""
-    # The csv module keeps one limit for the whole process, so it is restored at the end.
-    limit_before = csv.field_size_limit(_MAX_CELL_CHARACTERS)
     lines = (line for text in texts for line in io.StringIO(text))
     number = 1 + dialect.skip_first
     try:
-        for last_line, record in dialect.records(lines):
+        for last_line, record in _with_cell_limit(dialect.records(lines)):
             if len(record) > 1 or any(cell.strip() for cell in record):
                 yield number, record
             number = last_line + 1
@@ -216,8 +214,23 @@ def _parse_csv(path: Path, dialect: Dialect, texts: Iterable[str]) -> Iterator[t
         raise DataError(
             f"{path}:{number}: {_quoting_problem(str(error), _separator_name(dialect.delimiter))}"
         ) from error
-    finally:
-        csv.field_size_limit(limit_before)
+
+
+def _with_cell_limit(records: Iterable[T]) -> Iterator[T]:
+    """Yield ``records``, which can have longer cells than Python allows by default.
+
+    The csv module keeps one limit for the whole process, so the limit is changed only while a record is read.
+    """
+    records = iter(records)
+    while True:
+        before = csv.field_size_limit(_MAX_CELL_CHARACTERS)
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        finally:
+            csv.field_size_limit(before)
+        yield record
 
 
 def _separator_name(delimiter: str) -> str:
