@@ -313,9 +313,10 @@ def test_a_limit_below_every_prompt(refused):
 
 
 def test_more_tokens_than_the_context_of_the_model(refused):
-    flags = ("--max_new_tokens", "400", "--max_length", "2000")
-    message = refused("train", *flags)
+    message = refused("train", "--max_prompt_length", "128", "--max_new_tokens", "400")
     assert [word for word in ("128", "400", "512 tokens") if word not in message] == []
+    message = refused("train", "--max_new_tokens", "512")
+    assert "max_new_tokens 512 leaves no room" in message
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

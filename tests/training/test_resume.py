@@ -241,7 +241,7 @@ def test_a_signal_in_an_evaluation(base, tmp_path):
     runs = []
     for name in ("whole", "run"):
         run = trainer(base, tmp_path / name, eval_every=2)
-        run.evaluator.prompts = encode(run.tokenizer, [tiny_row(row) for row in held_out], "held-out", run.config)
+        run.evaluator.prompts = encode(run.tokenizer, [tiny_row(row) for row in held_out], "held-out", run.config, 128)
         runs.append(run)
     runs[0].train()
     evaluate = runs[1].evaluator.evaluate
