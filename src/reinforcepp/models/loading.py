@@ -317,7 +317,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def prompt_limit(
     config: PreTrainedConfig, max_prompt_length: int | None, max_new_tokens: int, max_length: int | None = None
 ) -> int:
-    """Return the most tokens of a prompt: by default, what the model's context leaves beside a response.
+    """Return the most tokens of a prompt: by default, what the model's context leaves for it next to a response.
 
     Args:
         config: of the model.
