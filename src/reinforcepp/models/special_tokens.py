@@ -36,10 +36,8 @@ class SpecialTokens:
     others: frozenset[str]
     in_data: re.Pattern[str] | None
     """Matches a special token's text that isn't a tag."""
-    adds_space: bool
-    """Whether the tokenizer puts a space before a text, as SentencePiece does."""
     adds_space_once: bool
-    """Whether it does so only at the beginning, not after each special token."""
+    """Whether the tokenizer puts a space before a text, as SentencePiece does, but not after each special token."""
     reported: set[str]
 
 
@@ -71,8 +69,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     alone, after_eos = encoded("a"), encoded(f"{tokenizer.eos_token}a")[1:]
-    adds_space = encoded("\na") != encoded("\n") + alone
-    return SpecialTokens(prefix, tags, others, pattern, adds_space, after_eos != alone, set())
+    return SpecialTokens(prefix, tags, others, pattern, after_eos != alone, set())
 
 
 def _partner(text: str) -> str | None:
@@ -134,17 +131,6 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
     encoded = tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else []
     ids = dict(zip(plain, encoded, strict=True))
     return [list(ids[text]) if text in ids else encode(tokenizer, text) for text in texts]
-
-
-def encode_after(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], text: str) -> list[int]:
-    """Return the token ids of ``text`` as they follow ``context``.
-
-    SentencePiece tokenizers put a space before the first text, which must not stand between a prompt and its answer.
-    """
-    if not special_tokens(tokenizer).adds_space or not context or not text:
-        return encode(tokenizer, text)
-    last = tokenizer.added_tokens_decoder.get(context[-1])
-    return _after(lambda text: encode(tokenizer, text), text, anchors=[last.content] if last else ANCHORS)
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[int]:
