@@ -133,8 +133,8 @@ def test_a_missing_first_node_or_a_port_in_use_is_an_error(machines, model_folde
 )
 def test_errors_of_gloo_are_translated(capsys, said, words):
     _report_uncaught(RuntimeError, RuntimeError(said), None)
-    told = capsys.readouterr().err
-    assert words in told and ("resume" in told) == told.startswith("error: ") == (said not in told)
+    shown = capsys.readouterr().err
+    assert words in shown and ("resume" in shown) == shown.startswith("error: ") == (said not in shown)
 
 
 # --- pools ------------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_a_disconnected_node_of_the_pool_comes_back(machines, model_folder, pair
     machines.until(lambda: len(shared_out(machines, trainer)) > steps + 1, trainer)
     assert shared_out(machines, trainer)[-1] == [1, 0, 0]
     net.mend()
-    far.wait(60)  # Ray ends it when it is told that it was held to be dead
+    far.wait(60)  # Ray ends it when it learns that it was declared dead
     far = machines.ray_node(far=True, cpus=1, **HEALTH)
     machines.until(lambda: shared_out(machines, trainer)[-1] == [2, 0, 0], trainer)
 
