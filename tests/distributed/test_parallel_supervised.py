@@ -6,6 +6,7 @@ import random
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 
 import scripts
@@ -124,7 +125,10 @@ def test_any_number_of_ranks_trains_the_same_model(runs, kind, processes):
     begin = load_file(folder / "model/model.safetensors")
     common = one.keys() & begin.keys()  # The embeddings of a reward model have one more row, for its pad token.
     assert max(float((one[name][: len(begin[name])] - begin[name]).abs().max()) for name in common) > 1e-3
-    assert max(float((one[name] - several[name]).abs().max()) for name in one) <= 1e-5
+    # AdamW divides a gradient by its size, so the few weights whose gradient is mostly rounding error may differ more: by a
+    # tenth of the learning rate. A wrong gradient moves most weights by the learning rate.
+    differences = torch.cat([(one[name] - several[name]).abs().flatten() for name in one])
+    assert float((differences > 1e-5).float().mean()) <= 1e-4 and float(differences.max()) <= 1e-4
     logs = [read_metrics(folder / f"{kind}-{n}") for n in (1, processes)]
     assert len(logs[0]) == len(logs[1]) == 8
     for step, same in zip(*logs, strict=True):
