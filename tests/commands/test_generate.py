@@ -85,7 +85,7 @@ def test_a_file_of_prompts(answer, tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff  Wie heißt der Router?\r\n\r\n   \nWhy?\nWhere?".encode())
     out, _ = answer("--prompts_file", str(path))
-    assert out == "> Wie heißt der Router?\nfirst\n> Why?\nsecond\n> Where?\nthird\n"
+    assert out == ">   Wie heißt der Router?\nfirst\n> Why?\nsecond\n> Where?\nthird\n"
 
 
 def test_standard_input(answer, monkeypatch):

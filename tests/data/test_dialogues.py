@@ -28,17 +28,17 @@ ANSWERED = [QUESTION, Message("assistant", "So."), Message("user", "Sure?")]
         ("水的化学式是", "H2O", "CO2"),
         ("首都是", "北京", "上海"),
         ("答案是", "《红楼梦》", "《西游记》"),
-        ("空は何色ですか？ ", "空は青です。", "空は緑です。"),
+        ("空は何色ですか？", " 空は青です。", " 空は緑です。"),
         ("飲み物は", "コーヒーです", "コーラです"),
         ("ฟ้าสีอะไร", "ฟ้า", "เขียว"),
-        ("What color is the sky? ", "It is blue.", "It is green."),
-        ("The sky is ", "blue and vast", "blue"),
-        ("Pi is ", "3.14", "3.15"),
-        ("First line\nAnd the next? ", "It is a boat.", "It is a bird."),
+        ("What color is the sky?", " It is blue.", " It is green.\n"),
+        ("  The sky is", " blue and vast", " blue"),
+        ("Pi is", "\t3.14", "\t3.15"),
+        ("First line\nAnd the next?\n\n", "It is a boat. ", "It is a bird."),
     ],
 )  # fmt: skip
 def test_prompt_ends_at_a_sentence_or_word(prompt, chosen, rejected):
-    assert split_shared_prompt(prompt + chosen, prompt + rejected) == (prompt.strip(), chosen, rejected)
+    assert split_shared_prompt(prompt + chosen, prompt + rejected) == (prompt, chosen, rejected)
 
 
 def test_chinese_pairs_without_a_prompt_column(write):
@@ -112,7 +112,7 @@ def test_dialogues_that_repeat_the_prompt_column(write):
     asked_for = {**row, "prompt": "Write a dialogue."}
     assert texts(read_preferences(write(row, asked_for))) == [
         ("Why?", "So.", "No."),
-        ("Write a dialogue.", row["chosen"].strip(), row["rejected"].strip()),
+        ("Write a dialogue.", row["chosen"], row["rejected"]),
     ]
 
 

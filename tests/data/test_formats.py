@@ -108,20 +108,20 @@ def test_every_format_gives_the_same_pairs_prompts_and_split(write, name):
     numbers = [2, 4, 5, 6, 7, 8] if name.endswith(("csv", "tsv")) else [1, 2, 3, 4, 5, 6]
     data, train, heldout = load_preferences(path, heldout_fraction=0.4, seed=1)
     assert data.pairs == (
-        Preference("How do I see my routes?", "ip route,\nthen read it", "Reboot.", numbers[0]),
+        Preference(" How do I see my routes? ", "ip route,\nthen read it", "Reboot.", numbers[0]),
         Preference("Is it up?", 'Run "ping"', "No.", numbers[1]),
-        Preference("Größe?\t5 €", "ü 𝄞", "b", numbers[4]),
+        Preference("Größe?\t5 €", "ü 𝄞 \u2028", "b", numbers[4]),
     )
     assert [(each.row, each.reason, each.duplicate_of) for each in data.skipped] == [
         (numbers[2], "empty chosen", None),
         (numbers[3], "duplicate", numbers[1]),
         (numbers[5], "with chosen equal to rejected", None),
     ]
-    assert (len(train), [pair.prompt for pair in heldout]) == (2, ["How do I see my routes?"])
+    assert (len(train), [pair.prompt for pair in heldout]) == (2, [" How do I see my routes? "])
     assert data.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert data.notes == () and data.summary().startswith(f"{name}: 3 usable pairs; skipped 3 rows")
     prompts = read_prompts(path)
-    assert [row.prompt for row in prompts.prompts] == ["How do I see my routes?", "Is it up?", "Größe?\t5 €", "same?"]
+    assert [row.prompt for row in prompts.prompts] == [" How do I see my routes? ", "Is it up?", "Größe?\t5 €", "same?"]
     assert [row.row for row in prompts.prompts] == [numbers[i] for i in (0, 1, 4, 5)]
 
 

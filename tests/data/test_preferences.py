@@ -75,7 +75,7 @@ def test_pairs_keep_file_order_row_numbers_and_the_hash_of_the_file(write):
 def test_line_ends_and_byte_order_mark_make_no_difference(write, line_end, mark):
     text = HEADER + '"two\nlines", good ,bad\n\np2,right,"wr,""o""ng"\n'
     data = read_preferences(write(mark + text.replace("\n", line_end).encode()))
-    assert data.pairs == (Preference("two\nlines", "good", "bad", 2), Preference("p2", "right", 'wr,"o"ng', 5))
+    assert data.pairs == (Preference("two\nlines", " good ", "bad", 2), Preference("p2", "right", 'wr,"o"ng', 5))
 
 
 def test_named_columns_are_found_among_other_columns(write):
@@ -304,7 +304,7 @@ def test_prompts_are_distinct_and_keep_their_other_columns(write):
     path = write("id,prompt,answer\n1, why ,x\n2,how,\n3,why,y\n4,,z\n")
     data = read_prompts(path)
     assert data.prompts == (
-        PromptRow("why", {"id": "1", "answer": "x"}, 2),
+        PromptRow(" why ", {"id": "1", "answer": "x"}, 2),
         PromptRow("how", {"id": "2", "answer": ""}, 3),
     )
     assert data.skipped == (Skipped(4, "duplicate", duplicate_of=2), Skipped(5, "empty prompt"))

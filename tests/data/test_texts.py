@@ -35,7 +35,7 @@ def trained_on(data) -> list[tuple[str | None, str]]:
         ({"prompt": "Why?", "completion": "So."}, "Why?", "So."),
         ({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, "Why?", "So."),
         ({"prompt": "Why?", "chosen": "So."}, "Why?", "So."),
-        ({"chosen": "Why? So.", "rejected": "Why? No."}, "Why?", "So."),
+        ({"chosen": "Why? So.", "rejected": "Why? No."}, "Why?", " So."),
         ({"question": "Why?", "answer": "So."}, "Why?", "So."),
         ({"instruction": "Why?", "response_j": "So.", "response_k": "No."}, "Why?", "So."),
         ({"messages": TALK}, "Is it up?", "Yes."),

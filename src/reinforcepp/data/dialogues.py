@@ -163,14 +163,16 @@ def split_shared_prompt(chosen: str, rejected: str) -> tuple[str, str, str]:
     """Return the prompt that both texts begin with, and the two answers.
 
     The prompt ends at the last line break or end of a sentence in the shared beginning, otherwise at its last word.
-    A character of Chinese, Japanese, Thai and the like counts as a word.
+    A character of Chinese, Japanese, Thai and the like counts as a word. The prompt and an answer together are the text. A space
+    between the two belongs to the answer, as in TRL, because tokens begin with spaces.
     """
     # A part of both texts must be left for the answers.
-    end = min(_num_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    end = max(0, min(_num_shared(chosen, rejected), len(chosen.rstrip()) - 1, len(rejected.rstrip()) - 1))
     sentences = [match.end() for match in _SENTENCE_END.finditer(chosen[:end])]
     has_sentence = bool(sentences) and bool(chosen[: sentences[-1]].strip())
     end = sentences[-1] if has_sentence else next(_word_ends(chosen, rejected, end), 0)
-    return chosen[:end].strip(), chosen[end:].strip(), rejected[end:].strip()
+    end = len(chosen[:end].rstrip(" \t")) or end
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def _num_shared(chosen: str, rejected: str) -> int:

@@ -517,7 +517,7 @@ def read_prompt_lines(path: str | None) -> list[str]:
     except UnicodeDecodeError as error:
         row = data[: error.start].count(b"\n") + 1
         raise DataError(f"{name}:{row}: the line isn't valid UTF-8. Convert the file with `iconv -t utf-8`.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{name}: no prompt found. Give one per line, or use {setting('prompt')}.")
     return prompts

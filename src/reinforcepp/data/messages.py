@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 
 
 def parse_content(cell: Any, column: str) -> Content:
-    """Return a cell as text or messages; None is an empty text, a single message a conversation of one.
+    """Return a cell as text or messages; None and a blank text are an empty text, a single message a conversation of one.
 
     Raises:
         UnusableCell: The cell holds anything else.
@@ -73,7 +73,7 @@ def parse_content(cell: Any, column: str) -> Content:
                 f"with messages as a string in {column!r}",
                 f"{column!r} holds a list of messages as a string, expected a list (JSONL and Parquet files can hold one)",
             )
-        return cell.strip()
+        return cell if cell.strip() else ""
     if isinstance(cell, Mapping):
         messages: Any = cell
         cell = [cell] if {"role", "from"} & cell.keys() else messages.get("messages", messages)

@@ -260,7 +260,7 @@ def _csv_cells(path: Path, number: int, header: Sequence[str], record: Sequence[
             else f"Put cells that contain a line break in double quotes, and keep the {separator} of an empty cell."
         )
         raise DataError(f"{path}:{number}: {count(len(record), 'cell')}, but the header has {len(header)}. {fix}")
-    return {name: cell.strip() for name, cell in zip(header, record, strict=True) if name}
+    return {name: cell for name, cell in zip(header, record, strict=True) if name}
 
 
 # --- JSON and JSONL ---------------------------------------------------------------------------------------------------

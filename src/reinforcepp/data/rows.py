@@ -61,7 +61,7 @@ class Row:
     Attributes:
         number: The row's number.
         cells: Cells by column, as in the file.
-        texts: Stripped training texts: the prompt and, for a pair, chosen and rejected.
+        texts: Training texts as in the file: the prompt and, for a pair, chosen and rejected.
         layout: The columns of the row's file.
         problem: Why the row has no usable texts, if so.
         weight: How often the row counts in training.
@@ -291,7 +291,7 @@ def _prompt_cell(cells: Mapping[str, Any], layout: ColumnLayout) -> Content | No
             continue
         if not (isinstance(prompt, str) and isinstance(more, str)):
             raise _no_plain_text(name if isinstance(prompt, str) else layout.prompt)
-        prompt = f"{prompt}\n{more}".strip()
+        prompt = f"{prompt}\n{more}" if prompt else more
     return prompt
 
 
@@ -307,7 +307,7 @@ def _earlier_messages(cells: Mapping[str, Any], layout: ColumnLayout) -> list[Me
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             problem = f"{layout.history!r} holds a turn that isn't a question and an answer"
             raise UnusableCell(f"with an odd turn in {layout.history!r}", problem)
-        found += [Message("user", turn[0].strip()), Message("assistant", turn[1].strip())]
+        found += [Message("user", turn[0]), Message("assistant", turn[1])]
     return found
 
 

@@ -60,7 +60,7 @@ def strip_controls(text: str) -> str:
 
 def clean_text(text: str) -> str:
     """Return ``text`` with repaired encoding and without control characters; the function is idempotent."""
-    while (cleaned := strip_controls(repair_encoding(text)).strip()) != text:
+    while (cleaned := strip_controls(repair_encoding(text))) != text:
         text = cleaned
     return text
 
