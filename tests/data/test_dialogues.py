@@ -163,8 +163,8 @@ def test_bad_answers_are_not_trained_on(write):
     rows = [{"prompt": "a", "completion": "good", "label": True}, {"prompt": "a", "completion": "bad", "label": False}]
     data = read_texts(write(*rows))
     assert [row.completion for row in data.rows] == ["good"] and "1 with label false (row 2)" in data.summary()
-    with pytest.raises(DataError, match=r"single answers with the column 'label'.*reinforcepp sft"):
-        read_preferences(write(*rows))
+    with pytest.raises(DataError, match=r"0 usable pairs.*with only good answers to its prompt.*reinforcepp sft"):
+        read_preferences(write(rows[0]))
     topics = [{"prompt": "a", "completion": "x", "label": "red"}, {"prompt": "b", "completion": "y", "label": "blue"}]
     assert len(read_texts(write(*topics)).rows) == 2
 
@@ -193,13 +193,11 @@ def test_formats_of_other_tools(write, row):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_few_odd_rows_are_skipped(write, streaming):
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)]
-    rows[3]["chosen"], rows[9]["prompt"] = True, [{"role": "function_call", "content": "x"}]
+    rows[3]["chosen"], rows[9]["prompt"] = True, [{"role": "judge", "content": "x"}]
     path, split = write(*rows), {"heldout_fraction": 0.1, "seed": 0}
     data, _, _ = load_preferences(path, **split, streaming=streaming)
     assert len(data.rows) == 18
-    assert (
-        "1 with a boolean in 'chosen' (row 4), 1 with the role 'function_call' in 'prompt' (row 10)" in data.summary()
-    )
+    assert "1 with a boolean in 'chosen' (row 4), 1 with the role 'judge' in 'prompt' (row 10)" in data.summary()
     for load in (load_preferences, load_prompts, load_texts):
         options = {} if load is load_texts else {"streaming": streaming}
         assert load(path, **split, **options, max_bad_rows=2)

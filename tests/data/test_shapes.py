@@ -305,7 +305,11 @@ def test_rows_that_are_not_a_pair_are_skipped_and_reported(write, row, reason):
         ([{"role": 3, "content": "x"}], "has the role 3"),
         ([{"content": "x"}], "has no role"),
         ([{"role": "user", "content": 3}], "the content of a message in 'chosen' isn't text"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "the content of a message in 'chosen' isn't text"),
+        ([{"role": "user", "content": [{"type": "refusal"}]}], "the content of a message in 'chosen' isn't text"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "value": "1.jpg"}]}],
+            "a message in 'chosen' holds image data, but only text is supported",
+        ),
         ("[{'role': 'user', 'content': 'x'}]", "'chosen' holds a list of messages as a string"),
         (4.5, "'chosen' holds 4.5, expected text or a list of messages"),
     ],

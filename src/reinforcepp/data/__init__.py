@@ -13,27 +13,28 @@ from reinforcepp.data.loading import (
     load_texts,
     prompt_rows,
     read_preferences,
-    read_prompt_lines,
     read_prompts,
     read_texts,
 )
 from reinforcepp.data.messages import conversation_text
+from reinforcepp.data.prompt_lines import read_prompt_lines
 from reinforcepp.data.readers import count
 from reinforcepp.data.rows import (
     Row,
     Skipped,
-    Table,
     filter_rows,
     normalize,
-    read_table,
     split_by_prompt,
     text_digest,
     words,
 )
 from reinforcepp.data.sources import DataFiles, resolve_data
 from reinforcepp.data.streaming import DiskRows
+from reinforcepp.data.table import Table, read_table
+from reinforcepp.data.unpaired import UNPAIRED
 
 __all__ = [
+    "UNPAIRED",
     "ColumnNames",
     "DataFiles",
     "DiskRows",

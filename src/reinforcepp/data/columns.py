@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reinforcepp.data.readers import Records, quoted
+from reinforcepp.data.verdicts import Judged, find_judged
 from reinforcepp.errors import ConfigError, DataError, nearest, setting
 
 GRADES = ("margin", "tie")
 """Columns of a pair that say how much better the chosen answer is."""
+VARIABLES = ("tools", "chat_template_kwargs")
+"""Columns that the chat template reads."""
 
 
 class ColumnNames(NamedTuple):
@@ -44,8 +47,10 @@ class ColumnLayout(NamedTuple):
         inputs: Columns whose text follows the prompt's.
         system: Column of the system message.
         history: Column of earlier turns.
-        label: Column of SFT data that says whether an answer is good.
+        label: Column that says whether a single answer is good.
         unused: Columns that training drops.
+        judged: How the better answer of a row is determined, if not by the names of the columns in ``answers``.
+        unpaired: Whether pairs are formed of rows with single answers by their label.
     """
 
     prompt: str | None
@@ -56,11 +61,14 @@ class ColumnLayout(NamedTuple):
     history: str | None = None
     label: str | None = None
     unused: tuple[str, ...] = ()
+    judged: Judged | None = None
+    unpaired: bool = False
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Columns that training texts are made of."""
-        names = (self.prompt, *(self.answers or ()), *self.inputs, self.system, self.history)
+        answers = self.judged.columns if self.judged else self.answers or ()
+        names = (self.prompt, *answers, *self.inputs, self.system, self.history)
         return tuple(dict.fromkeys(name for name in names if name))
 
 
@@ -83,6 +91,8 @@ SYSTEMS = ("system", "system_prompt")
 HISTORY = "history"
 LABELS = ("label", "kto_tag")
 """Columns that mark good and bad answers, as in KTO's data."""
+_MIN_BOOLEANS = 0.9
+"""Share of boolean cells from which a column marks good and bad answers; the other rows are unusable."""
 COMPLETIONS = ("response", "answer", "output")
 MESSAGES = ("conversations", "conversation")
 
@@ -117,22 +127,51 @@ def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool |
     """
     wanted = (names.chosen, names.rejected)
     answers = _find_answers(path, records, wanted, must_be_unique=pairs is not False)
-    layout = _find_prompt(path, records, names.prompt, answers)
+    judged = None if answers or wanted != DEFAULT_NAMES[1:] else _find_judged(records)
+    if pairs is not False and not (answers or judged) and (layout := _find_unpaired(path, records, names)):
+        return layout
+    layout = _find_prompt(path, records, names.prompt, answers or (wanted if judged else None), judged)
     present = [name in records.names for name in wanted]
     # A name that the user set must be there, and one answer column without the other is a mistake.
-    if not answers and (pairs or (pairs is None and (any(present) or wanted != DEFAULT_NAMES[1:]))):
+    missing = not (answers or judged)
+    if missing and (pairs or (pairs is None and (any(present) or wanted != DEFAULT_NAMES[1:]))):
         flag = "rejected" if present[0] else "chosen"
-        raise _no_pairs(path, records, flag, getattr(names, flag))
-    if answers and answers != wanted and pairs is not False:
+        raise _missing(path, records, flag, getattr(names, flag))
+    if judged and pairs is not False:
+        layout = _with_note(layout, judged.note)
+    elif answers and answers != wanted and pairs is not False:
         layout = _with_note(layout, f"chosen and rejected from the columns {' and '.join(map(repr, answers))}")
     layout = layout._replace(notes=(*records.notes, *layout.notes))
     # Reward functions get the other columns of prompts.
-    return layout if pairs is False or not answers else _with_unused(layout, records, GRADES)
+    return layout if pairs is False or missing else _with_unused(layout, records, GRADES)
 
 
-def _find_prompt(path: Path, records: Records, name: str, answers: tuple[str, str] | None) -> ColumnLayout:
+def _find_judged(records: Records) -> Judged | None:
+    return find_judged(records.names, records.rows[0][1]) if records.rows else None
+
+
+def _find_unpaired(path: Path, records: Records, names: ColumnNames) -> ColumnLayout | None:
+    """Return the columns of single answers that a label marks as good or bad, if the file has such answers."""
+    if names[1:] != DEFAULT_NAMES[1:] or _find_label(records) is None:
+        return None
+    sft_names = DEFAULT_SFT_NAMES._replace(prompt=names.prompt)
+    has_answers = {sft_names.completion, *COMPLETIONS, sft_names.messages, *MESSAGES} & {*records.names}
+    layout = find_sft_columns(path, records, sft_names) if has_answers else None
+    if layout is None or layout.answers is None or layout.label is None:
+        return None
+    note = f"good and bad answers by the column {layout.label!r}, paired per prompt"
+    return _with_note(layout._replace(unpaired=True), note)
+
+
+def _find_prompt(
+    path: Path, records: Records, name: str, answers: tuple[str, str] | None, judged: Judged | None = None
+) -> ColumnLayout:
     """Return the columns of the prompts and of what belongs before them; without a column, the answers contain them."""
-    layout = _prompt_columns(path, records, name, answers)
+    if judged and judged.prompt in records.names and name == DEFAULT_NAMES.prompt and name not in records.names:
+        name = str(judged.prompt)
+        layout = ColumnLayout(name, answers, (f"prompts from the column {name!r}",), judged=judged)
+    else:
+        layout = _prompt_columns(path, records, name, answers)._replace(judged=judged)
     system = next((each for each in SYSTEMS if each in records.names and each not in layout.texts), None)
     history = HISTORY if HISTORY in records.names and HISTORY not in layout.texts and _holds_turns(records) else None
     layout = layout._replace(system=system, history=history)
@@ -178,7 +217,7 @@ def _with_note(layout: ColumnLayout, note: str) -> ColumnLayout:
 
 
 def _with_unused(layout: ColumnLayout, records: Records, other: Sequence[str] = ()) -> ColumnLayout:
-    used = (*layout.texts, layout.label, *other)
+    used = (*layout.texts, layout.label, *VARIABLES, *other)
     unused = tuple(name for name in records.names if name and name not in used)
     return layout._replace(unused=unused)
 
@@ -204,18 +243,6 @@ def _find_answers(
             f"{setting('rejected_column')}."
         )
     return candidates[0] if len(candidates) == 1 else None
-
-
-def _no_pairs(path: Path, records: Records, flag: str, name: str) -> DataError:
-    """Return the error for a file without answer columns; data of KTO has answers, but no pairs."""
-    label = next((each for each in LABELS if each in records.names), None)
-    if label is None:
-        return _missing(path, records, flag, name)
-    return DataError(
-        f"{_header(path, records)} has single answers with the column {label!r}, not pairs. Write a good and a bad answer to "
-        "each prompt into one row with the columns prompt, chosen and rejected, or train on the good answers with "
-        "`reinforcepp sft`."
-    )
 
 
 def _missing(path: Path, records: Records, flag: str, name: str) -> DataError:
@@ -285,6 +312,10 @@ def _sft_answers(path: Path, records: Records, names: SftColumnNames, by_user: S
         return _one_answer(path, records, names, names.completion)
     if pair := _find_answers(path, records, (names.chosen, "rejected"), must_be_unique=True):
         return _with_note(_find_prompt(path, records, names.prompt, pair), f"answers from the column {pair[0]!r}")
+    by_default = names.chosen == DEFAULT_SFT_NAMES.chosen and names.chosen not in records.names
+    if by_default and (judged := _find_judged(records)):
+        found = _find_prompt(path, records, names.prompt, (names.chosen, "rejected"), judged)
+        return _with_note(found, f"answers are those that are better: {judged.note}")
     if names.chosen in records.names:
         return _one_answer(path, records, names, names.chosen, note=True)
     if "prompt" not in by_user:
@@ -312,10 +343,10 @@ def _one_answer(
 
 
 def _find_label(records: Records) -> str | None:
-    """Return the column that marks good and bad answers, if any: one that holds only booleans."""
+    """Return the column that marks good and bad answers, if any: one most of whose cells are booleans."""
     for name in LABELS:
-        cells = [cells.get(name) for _, cells in records.rows]
-        if name in records.names and all(parse_label(cell) is not None for cell in cells if cell not in (None, "")):
+        cells = [cell for _, cells in records.rows if (cell := cells.get(name)) not in (None, "")]
+        if cells and sum(parse_label(cell) is not None for cell in cells) >= _MIN_BOOLEANS * len(cells):
             return name
     return None
 
@@ -323,7 +354,9 @@ def _find_label(records: Records) -> str | None:
 def parse_label(cell: Any) -> bool | None:
     """Return whether a cell marks a good answer; None if it isn't a boolean."""
     if isinstance(cell, str):
-        return {"true": True, "1": True, "false": False, "0": False}.get(cell.strip().lower())
+        return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
+            cell.strip().lower()
+        )
     return bool(cell) if cell in (True, False) else None
 
 

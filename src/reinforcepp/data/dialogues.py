@@ -20,6 +20,11 @@ ROLES = {
     "model": "assistant",
     "chatgpt": "assistant",
     "ai": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "developer": "system",
 }
 """Roles by the lowercase names that other tools use."""
 

@@ -6,7 +6,6 @@ Each kind of rows has a reader; ``_load`` splits the rows of all three kinds.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,12 +23,12 @@ from reinforcepp.data.rows import (
     Row,
     Skipped,
     check_bad_rows,
+    check_text_only,
     describe_skipped,
     filter_rows,
     make_rows,
     normalize,
     notes_on,
-    read_table,
     split_by_prompt,
     template_variables,
     text_digest,
@@ -37,6 +36,8 @@ from reinforcepp.data.rows import (
 )
 from reinforcepp.data.sources import combined_digest, display_name, find_parts, resolve_data
 from reinforcepp.data.streaming import DiskRows, OnProgress, stream_table
+from reinforcepp.data.table import read_table
+from reinforcepp.data.unpaired import UNPAIRED
 from reinforcepp.errors import DataError, nearest, setting
 from reinforcepp.types import Conversation, Messages, Preference, RowId
 
@@ -343,9 +344,11 @@ def _messages(stored: Sequence[Any]) -> tuple[Messages, dict[str, Any]]:
 def _enough_pairs(data: PreferenceData) -> PreferenceData:
     if len(data.rows) < _MIN_PAIRS:
         skipped = f" ({describe_skipped(data.skipped)})" if data.skipped else ""
+        fix = "Correct those rows or add more" if data.skipped else "Add more rows"
+        if any(each.reason in UNPAIRED for each in data.skipped):
+            fix = "Add a good and a bad answer to the same prompts, or train on the good answers with `reinforcepp sft`"
         raise DataError(
-            f"{data.source}: {count(len(data.rows), 'usable pair')}, but at least {_MIN_PAIRS} are needed{skipped}. "
-            f"{'Correct those rows or add more' if data.skipped else 'Add more rows'}."
+            f"{data.source}: {count(len(data.rows), 'usable pair')}, but at least {_MIN_PAIRS} are needed{skipped}. {fix}."
         )
     return data
 
@@ -490,7 +493,9 @@ def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]
         try:
             if isinstance(cell, list):
                 prompt, *_, messages = prompt_from(parse_content(cell, "prompt"), Counter())
-            variables = template_variables(row) if isinstance(row, Mapping) else {}
+            if isinstance(row, Mapping):
+                check_text_only(row)
+                variables = template_variables(row)
         except UnusableCell as error:
             raise DataError(f"{name}:{number}: {error}. Correct the row or remove it.") from error
         if not isinstance(prompt, str) or not prompt.strip():
@@ -498,29 +503,6 @@ def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]
         columns = {key: value for key, value in row.items() if key != "prompt"}
         rows.append(PromptRow(prompt, columns, number, messages=messages, chat_template_kwargs=variables))
     return rows
-
-
-def read_prompt_lines(path: str | None) -> list[str]:
-    """Return the non-blank lines of a file, or of standard input, one prompt per line.
-
-    Raises:
-        DataError: The file can't be read, isn't UTF-8, or holds no prompt.
-    """
-    name = path or "standard input"
-    try:
-        data = Path(path).expanduser().read_bytes() if path else sys.stdin.buffer.read()
-    except OSError as error:
-        raise DataError(f"{name}: can't be read ({error.strerror}). Check {setting('prompts_file')}.") from error
-    try:
-        # Other line breaks of Unicode, such as U+2028, occur within a prompt.
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        row = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{name}:{row}: the line isn't valid UTF-8. Convert the file with `iconv -t utf-8`.") from error
-    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
-    if not prompts:
-        raise DataError(f"{name}: no prompt found. Give one per line, or use {setting('prompt')}.")
-    return prompts
 
 
 # --- SFT texts --------------------------------------------------------------------------------------------------------
@@ -550,6 +532,13 @@ def load_texts(
     return _load(source, partial(read_texts, names=names, max_bad_rows=max_bad_rows), heldout_fraction, seed)
 
 
+def _sft_problem(row: Row) -> str | None:
+    """Return the problem of a row with answers; of two answers that were judged equal, neither is known to be good."""
+    if row.problem is None and row.layout.judged and row.grade[1]:
+        return "with two equally good answers"
+    return _NO_QUESTION.get(row.problem or "", row.problem)
+
+
 def read_texts(
     source: str | Path, names: SftColumnNames = DEFAULT_SFT_NAMES, max_bad_rows: float = DEFAULT_MAX_BAD_ROWS
 ) -> TextData:
@@ -572,10 +561,7 @@ def read_texts(
         pairs = layout.answers is not None
         rows = make_rows(part, records, layout, pairs, path_in_numbers=len(parts) > 1, conversions=conversions)
         if pairs:
-            answers += [
-                replace(row, texts=row.texts[:2], problem=_NO_QUESTION.get(row.problem or "", row.problem))
-                for row in rows
-            ]
+            answers += [replace(row, texts=row.texts[:2], problem=_sft_problem(row)) for row in rows]
         else:
             texts += rows
     name = display_name(source, parts)

@@ -9,6 +9,7 @@ a single user turn, that is its message. Otherwise:
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ CONVERSION_NOTES = {
     "conversations": "{} with a system message or earlier turns",
     "truncated": "{} with an answer at the end of the prompt, removed",
     "dialogues": "{} parsed as Human/Assistant dialogues",
+    "reasoning": "{} with reasoning, put between <think> tags before the answer",
     "formatted": "{} with a prompt that was already formatted as a dialogue, used without its labels",
 }
 """Notes on the number of rows that were converted without the user asking for it."""
@@ -32,6 +34,8 @@ _ASKING = ("user", "tool")
 """Roles of a prompt's last message."""
 _EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """Further fields of a message that chat templates read."""
+_FUNCTION_CALL = "function_call"
+"""Role of a message that holds a tool call, in ShareGPT's format."""
 _SERIALIZED = re.compile(r"\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 
@@ -107,20 +111,49 @@ def _message(message: Mapping[str, Any], column: str) -> Message:
         raise UnusableCell(
             f"with the role {shown} in {column!r}", f"{problem} the role {shown}, not one of {quoted(_KNOWN)}"
         )
+    extra = {name: message[name] for name in _EXTRA if message.get(name)}
+    if isinstance(role, str) and role.strip().lower() == _FUNCTION_CALL:
+        content, extra["tool_calls"] = "", _tool_calls(content, column)
     if isinstance(content, list):
-        content = "".join(_part(part, column) for part in content)
+        parts = [_part(part, column) for part in content]
+        content = "".join(text for kind, text in parts if kind == "text")
+        if reasoning := "".join(text for kind, text in parts if kind == "reasoning"):
+            extra["reasoning_content"] = reasoning
+        if calls := [call for kind, text in parts if kind == "tool_call" for call in _tool_calls(text, column)]:
+            extra["tool_calls"] = calls
     if content is not None and not isinstance(content, str):
         raise _not_text(column)
-    return Message(known, content or "", {name: message[name] for name in _EXTRA if message.get(name)})
+    return Message(known, content or "", extra)
 
 
-def _part(part: Any, column: str) -> str:
-    """Return the text of a content part, as OpenAI (``text``) and LLaMA-Factory (``value``) write it."""
-    if isinstance(part, Mapping) and part.get("type") == "text":
+def _part(part: Any, column: str) -> tuple[str, str]:
+    """Return kind and text of a content part, as OpenAI (``text``) and LLaMA-Factory (``value``) write it."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in ("text", "reasoning", "tool_call"):
         text = part.get("text") if part.get("text") is not None else part.get("value")
         if isinstance(text, str):
-            return text
+            return kind, text
+    media = next((each for each in ("image", "video", "audio") if isinstance(kind, str) and each in kind), None)
+    if media:
+        problem = f"a message in {column!r} holds {media} data, but only text is supported"
+        raise UnusableCell(f"with {media} data in {column!r}", problem)
     raise _not_text(column)
+
+
+def _tool_calls(content: Any, column: str) -> list[dict[str, Any]]:
+    """Return the tool calls that ShareGPT and LLaMA-Factory write as JSON text."""
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+    except ValueError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        problem = f"a function call in {column!r} isn't a JSON object with a name"
+        raise UnusableCell(f"with an invalid function call in {column!r}", problem)
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
+    ]
 
 
 def _not_text(column: str) -> UnusableCell:
@@ -158,8 +191,8 @@ def pair_from(
         if dialogues is not None:
             chosen, rejected = dialogues
         elif prompt is None:
-            text, *answers = split_shared_prompt(chosen, rejected)
-            return _with_earlier(text, before, conversions)._replace(chosen=answers[0], rejected=answers[1])
+            text, chosen, rejected = split_shared_prompt(chosen, rejected)
+            return _with_earlier(text, before, conversions)._replace(chosen=chosen, rejected=rejected)
     if _is_conversation(chosen) != _is_conversation(rejected):
         return Pair("", problem="with a whole conversation as only one of the answers")
     if isinstance(chosen, list) and isinstance(rejected, list) and _is_conversation(chosen):
@@ -171,9 +204,11 @@ def pair_from(
         prompt, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
     if isinstance(prompt, list) and prompt and prompt[-1].role not in _ASKING:
         return Pair("", problem="with a prompt that doesn't end with a user message")
-    if any(m.extra.get("tool_calls") for answer in (chosen, rejected) if isinstance(answer, list) for m in answer):
+    answers = [message for answer in (chosen, rejected) if isinstance(answer, list) for message in answer]
+    if any(message.extra.get("tool_calls") for message in answers):
         return Pair("", problem="with a tool call in an answer")
     chosen_text, rejected_text = _answer_text(chosen), _answer_text(rejected)
+    conversions["reasoning"] += any(message.extra.get("reasoning_content") for message in answers)
     if chosen_text is None or rejected_text is None:
         return Pair("", problem="with a user message inside an answer")
     pair = _with_earlier(prompt or "", before, conversions)
@@ -213,7 +248,7 @@ def _with_earlier(prompt: Content, before: Sequence[Message], conversions: Count
 
 def conversation_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the prompt text for messages with ``role`` and ``content``."""
-    return _text([Message(message["role"], message["content"]) for message in messages])
+    return _text([Message(message["role"], message["content"] or "", message) for message in messages])
 
 
 def are_conversations(*cells: Any) -> bool:
@@ -251,7 +286,13 @@ def _answer_text(content: Content) -> str | None:
         return content
     if any(message.role != "assistant" for message in content):
         return None
-    return "\n".join(message.content for message in content)
+    return "\n".join(f"{_thought(message)}{message.content}" for message in content)
+
+
+def _thought(message: Message) -> str:
+    """Return the reasoning of an answer as models write it, or an empty text."""
+    reasoning = message.extra.get("reasoning_content")
+    return f"<think>\n{str(reasoning).strip()}\n</think>\n\n" if reasoning else ""
 
 
 def _conversation(messages: Sequence[Message], conversions: Counter[str]) -> Pair:
@@ -267,6 +308,12 @@ def _conversation(messages: Sequence[Message], conversions: Counter[str]) -> Pai
 def _text(messages: Sequence[Message]) -> str:
     system = messages[0].content.strip() if messages and messages[0].role == "system" else ""
     labels = {"user": "Question", "assistant": "Answer", "tool": "Tool"}
-    turns = "\n".join(f"{labels[each.role]}: {each.content.strip()}" for each in messages if each.role in labels)
+    turns = "\n".join(f"{labels[each.role]}: {_with_calls(each)}" for each in messages if each.role in labels)
     question = turns.removeprefix("Question: ")
     return f"{system}\n\n{question}" if system else question
+
+
+def _with_calls(message: Message) -> str:
+    """Return the text of a message and its tool calls, without which two conversations could look alike."""
+    calls = [json.dumps(call, ensure_ascii=False, sort_keys=True) for call in message.extra.get("tool_calls") or ()]
+    return "\n".join([*([message.content.strip()] if message.content.strip() or not calls else []), *calls])

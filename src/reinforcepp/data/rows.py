@@ -17,10 +17,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from reinforcepp.data.columns import ColumnLayout, ColumnNames, check_distinct, find_columns, parse_label
+from reinforcepp.data.columns import ColumnLayout, ColumnNames, parse_label
 from reinforcepp.data.dialogues import Message
 from reinforcepp.data.messages import (
     CONVERSION_NOTES,
@@ -33,7 +32,8 @@ from reinforcepp.data.messages import (
     prompt_from,
 )
 from reinforcepp.data.readers import Records, count, quoted
-from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts, is_builtin
+from reinforcepp.data.sources import DataPart, is_builtin
+from reinforcepp.data.verdicts import Choice
 from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.types import Messages, RowId
 
@@ -69,6 +69,7 @@ class Row:
         messages: The prompt's messages; empty for a prompt that is a text.
         chat_template_kwargs: The row's variables of the chat template.
         grade: Margin of a pair, and whether it is a tie.
+        good: For a single answer that is to be paired, whether it is a good one. Both answers in ``texts`` are this one.
     """
 
     number: RowId
@@ -81,25 +82,7 @@ class Row:
     messages: Messages = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     grade: tuple[float, bool] = UNGRADED
-
-
-@dataclass(frozen=True)
-class Table:
-    """All records of a data setting.
-
-    Attributes:
-        source: Name for messages.
-        sha256: Hash of the file's bytes; for several files, of their joined digests.
-        columns: Names of the texts of a row.
-        rows: All rows, usable or not.
-        notes: Remarks for the user on how the data was read.
-    """
-
-    source: str
-    sha256: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
+    good: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,40 +115,6 @@ def words(text: str) -> list[str]:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_table(
-    source: str | Path, names: ColumnNames, *, pairs: bool | None, max_bad_rows: float | None = DEFAULT_MAX_BAD_ROWS
-) -> Table:
-    """Read prompts, or pairs with their prompts.
-
-    Args:
-        source: A file, a folder of files, a folder that ``datasets`` saved, a pattern, a Hub dataset, or several of these
-            separated by commas.
-        names: Column names. If a default name is missing, a column with an equivalent name is used.
-        pairs: Whether to read answers; None reads them if the data has answer columns.
-        max_bad_rows: As for ``check_bad_rows``.
-
-    Raises:
-        ConfigError: Two of the names are the same.
-        DataError: A file can't be read, isn't well-formed, lacks a column or has no row.
-    """
-    if pairs is not False:
-        check_distinct(names)
-    parts = find_parts(source)
-    read = [(part, part.records()) for part in parts]
-    layouts = [find_columns(part.path, records, names, pairs) for part, records in read]
-    if pairs is None:
-        pairs = any(layout.answers for layout in layouts)
-        layouts = [find_columns(part.path, records, names, pairs) for part, records in read]
-    rows: list[Row] = []
-    conversions: Counter[str] = Counter()
-    for (part, records), layout in zip(read, layouts, strict=True):
-        rows += make_rows(part, records, layout, pairs, path_in_numbers=len(parts) > 1, conversions=conversions)
-    name, notes = display_name(source, parts), tuple(notes_on(parts, layouts, conversions))
-    check_bad_rows(name, [row for row in rows if row.unreadable], len(rows), max_bad_rows)
-    columns = text_columns(layouts[0], names, pairs)
-    return Table(name, combined_digest(parts), columns, tuple(rows), notes)
 
 
 def check_bad_rows(source: str, bad: Sequence[Row], total: int, limit: float | None) -> None:
@@ -219,20 +168,46 @@ def make_rows(
     """Yield rows with the texts of the columns in ``layout``; ``conversions`` counts rows for ``notes_on``."""
     path = part.path
     for number, cells in records.rows:
-        unreadable, variables, grade = None, dict[str, Any](), UNGRADED
+        unreadable, variables, grade, good = None, dict[str, Any](), UNGRADED, None
         try:
-            pair, variables = _texts(cells, layout, pairs, conversions), template_variables(cells)
-            grade = pair_grade(cells) if pairs else grade
+            check_text_only(cells)
+            choice = layout.judged.choose(cells) if layout.judged else None
+            pair, variables = (
+                _texts(cells, layout, pairs, conversions, choice),
+                template_variables(cells, layout.prompt),
+            )
+            grade = pair_grade(cells) if pairs and not layout.unpaired else grade
+            grade = (0.0, True) if choice and choice.tie else grade
+            good = parse_label(cells.get(layout.label)) if layout.unpaired and layout.label else None
         except UnusableCell as error:
             pair, unreadable = Pair("", problem=error.reason), str(error)
         texts = (pair.prompt, pair.chosen, pair.rejected) if pairs else (pair.prompt,)
         row_id: RowId = f"{path.name}:{number}" if path_in_numbers else number
-        more = (pair.problem, part.weight, unreadable, pair.messages, variables, grade)
+        more = (pair.problem, part.weight, unreadable, pair.messages, variables, grade, good)
         yield Row(row_id, cells, texts, layout, *more)
 
 
-def template_variables(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the variables of the chat template: those of the column ``chat_template_kwargs``, and the column ``tools``."""
+_MEDIA = ("image", "video", "audio")
+
+
+def check_text_only(cells: Mapping[str, Any]) -> None:
+    """Raise an UnusableCell if a row has images, videos or audio in a column of that name."""
+    for name in (*_MEDIA, *(f"{each}s" for each in _MEDIA)):
+        cell = cells.get(name)
+        # A text in a column of this name can be a description.
+        if cell and (isinstance(cell, list | dict | bytes) or (isinstance(cell, str) and name.endswith("s"))):
+            problem = f"{name!r} holds {name.removesuffix('s')} data, but only text is supported"
+            raise UnusableCell(f"with {name.removesuffix('s')} data in {name!r}", problem)
+
+
+def template_variables(cells: Mapping[str, Any], prompt: str | None = "prompt") -> dict[str, Any]:
+    """Return the variables of the chat template: those of the column ``chat_template_kwargs``, and the column ``tools``.
+
+    OpenAI writes the tools next to the messages of the ``prompt``.
+    """
+    asked = cells.get(prompt) if prompt else None
+    if isinstance(asked, Mapping) and "messages" in asked and not cells.get("tools"):
+        cells = {**cells, "tools": asked.get("tools")}
     variables, tools = (
         _json_cell(cells, name, kind) for name, kind in (("chat_template_kwargs", dict), ("tools", list))
     )
@@ -266,10 +241,21 @@ def _json_cell(cells: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
     raise UnusableCell(f"without {expected} in {name!r}", f"{name!r} holds {shown}, expected {expected} as JSON")
 
 
-def _texts(cells: Mapping[str, Any], layout: ColumnLayout, pairs: bool, conversions: Counter[str]) -> Pair:
-    if layout.label and parse_label(cells.get(layout.label)) is False:
-        return Pair("", problem=f"with {layout.label} false")
-    answers = [cells.get(name) for name in layout.answers or ()]
+def _texts(
+    cells: Mapping[str, Any], layout: ColumnLayout, pairs: bool, conversions: Counter[str], choice: Choice | None
+) -> Pair:
+    if layout.label:
+        label = cells.get(layout.label)
+        if label is None or not str(label).strip():
+            return Pair("", problem=f"with an empty {layout.label}")
+        if (good := parse_label(label)) is None:
+            problem = f"{layout.label!r} holds {str(label)[:_SHOWN_CHARACTERS]!r}, expected true or false"
+            raise UnusableCell(f"with a {layout.label} that is neither true nor false", problem)
+        if not good and not layout.unpaired:
+            return Pair("", problem=f"with {layout.label} false")
+    if pairs and choice and choice.problem:
+        return Pair("", problem=choice.problem)
+    answers = [choice.chosen, choice.rejected] if choice else [cells.get(name) for name in layout.answers or ()]
     prompt = _prompt_cell(cells, layout)
     before = _earlier_messages(cells, layout)
     # A pair's prompt must be the same for the reward model and the policy, even if the answers contain more of the

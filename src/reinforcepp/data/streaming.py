@@ -39,6 +39,7 @@ from reinforcepp.data.rows import (
     text_columns,
 )
 from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts
+from reinforcepp.data.unpaired import pair_answers
 from reinforcepp.errors import DataError, option
 from reinforcepp.types import RowId
 
@@ -96,6 +97,30 @@ class RowStore:
         line = os.pread(self._file.fileno(), self._starts[index + 1] - start, start)
         values: list[Any] = json.loads(line.decode("utf-8", "surrogatepass"))
         return values
+
+
+class RowShelf:
+    """Single answers that wait to be paired, in a store; their cells aren't kept."""
+
+    def __init__(self, source: str | Path) -> None:
+        self._store, self._layouts, self._source = RowStore(), list[ColumnLayout](), source
+        self._flushed = False
+
+    def append(self, row: Row) -> None:
+        """Add a row."""
+        if row.layout not in self._layouts[-1:]:
+            self._layouts.append(row.layout)
+        values = [row.number, row.texts, row.weight, row.messages, row.chat_template_kwargs]
+        self._store.append([len(self._layouts) - 1, *values], f"{self._source}:{row.number}")
+
+    def __getitem__(self, index: int) -> Row:
+        """Return a row."""
+        if not self._flushed:
+            self._store.finish()
+            self._flushed = True
+        layout, number, texts, weight, messages, variables = self._store.read(index)
+        more = {"messages": tuple(messages), "chat_template_kwargs": variables}
+        return Row(number, {}, tuple(texts), self._layouts[layout], weight=weight, **more)
 
 
 class DiskRows(Sequence[T], Generic[T]):
@@ -243,7 +268,9 @@ def stream_table(
     texts, swapped, prompts, weights = array("Q"), array("Q"), array("Q"), array("d")
     skipped, unreadable = list[Skipped](), list[Row]()
     columns: tuple[str, ...] = ()
-    for row in _stream_rows(parts, names, pairs, conversions, on_progress):
+    total = Counter[str]()
+    rows = _stream_rows(parts, names, pairs, conversions, total, on_progress)
+    for row in pair_answers(rows, RowShelf(source)):
         if not layouts or layouts[-1] is not row.layout:
             layouts.append(row.layout)
         columns = columns or text_columns(row.layout, names, pairs)
@@ -259,7 +286,7 @@ def stream_table(
         prompts.append(int.from_bytes(prompt_rank(seed, normalized[0])[:8], "big"))
         weights.append(row.weight)
     name = display_name(source, parts)
-    check_bad_rows(name, unreadable, len(store) + len(skipped), max_bad_rows)
+    check_bad_rows(name, unreadable, total.total(), max_bad_rows)
     digest = store.finish()
     hashes = np.frombuffer(texts, dtype=np.uint64)
     kept, repeated = _first_occurrences(hashes)
@@ -284,15 +311,21 @@ def stream_table(
 
 
 def _stream_rows(
-    parts: Sequence[DataPart], names: ColumnNames, pairs: bool, conversions: Counter[str], on_progress: OnProgress
+    parts: Sequence[DataPart],
+    names: ColumnNames,
+    pairs: bool,
+    conversions: Counter[str],
+    total: Counter[str],
+    on_progress: OnProgress,
 ) -> Iterator[Row]:
-    """Yield all rows; the first chunk of a file decides on its columns."""
+    """Yield all rows and count them in ``total``; the first chunk of a file decides on its columns."""
     sizes = [part.size() for part in parts]
     done = 0.0
     for part, size in zip(parts, sizes, strict=True):
         layout = None
         for records in part.chunks():
             layout = layout or find_columns(part.path, records, names, pairs)
+            total["rows"] += len(records.rows)
             yield from make_rows(part, records, layout, pairs, path_in_numbers=len(parts) > 1, conversions=conversions)
             on_progress((done + min(1.0, records.share) * size) / sum(sizes))
         done += size

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from reinforcepp.data import Skipped, count, normalize
-from reinforcepp.types import Messages, RowId
+from reinforcepp.types import Conversation, Messages, RowId
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -38,6 +38,11 @@ class UsableRow:
     def prompt(self) -> str:
         """The prompt."""
         return self.texts[0]
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as the chat template takes it."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True)

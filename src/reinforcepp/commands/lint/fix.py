@@ -14,7 +14,7 @@ from reinforcepp.commands.lint.damage import clean_text
 from reinforcepp.commands.lint.rules import contradicting_rows
 from reinforcepp.config import ColumnConfig
 from reinforcepp.data import Row
-from reinforcepp.errors import DataError
+from reinforcepp.errors import DataError, option
 from reinforcepp.files import whole_file
 from reinforcepp.types import RowId
 
@@ -49,6 +49,10 @@ def write_fixed(data: Path, copy: Path, columns: ColumnConfig) -> list[Change]:
         DataError: No row would be left.
     """
     table, file = read_file(data, columns)
+    if any(row.layout.unpaired for row in table.rows):
+        raise DataError(
+            f"{data}: {option('fix')} can't write single answers with a label. Correct the file by hand, or write pairs."
+        )
     kept, changes = clean_rows(table.rows, file.columns)
     if not kept:
         raise DataError(

@@ -21,7 +21,7 @@ from reinforcepp.commands.lint.findings import (
     list_rows,
 )
 from reinforcepp.commands.lint.similar import across, near_duplicates
-from reinforcepp.data import Skipped, contradictions_in, count, split_by_prompt, text_digest, words
+from reinforcepp.data import UNPAIRED, Skipped, contradictions_in, count, split_by_prompt, text_digest, words
 from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.types import Preference, RowId
 
@@ -61,7 +61,12 @@ def skipped_rows(file: CheckedFile) -> list[Finding]:
     equal_reason = f"with {' equal to '.join(file.columns[1:])}"
     empty = [each for each in file.skipped if each.reason.startswith("empty ")]
     equal = [each for each in file.skipped if each.reason == equal_reason]
-    other = [each for each in file.skipped if each.reason.startswith("with ") and each.reason != equal_reason]
+    single = [each for each in file.skipped if each.reason in UNPAIRED]
+    other = [
+        each
+        for each in file.skipped
+        if each.reason.startswith("with ") and each.reason not in (equal_reason, *UNPAIRED)
+    ]
     repeated = [each for each in file.skipped if each.duplicate_of is not None]
     found = []
     if empty:
@@ -74,6 +79,13 @@ def skipped_rows(file: CheckedFile) -> list[Finding]:
         problems = first_few(f"{each.reason.removeprefix('with ')} in row {each.row}" for each in other)
         fix = "Convert them to one prompt and two answers, or remove them"
         found.append(_skipped("shape", file, other, f"an unusable shape ({problems})", fix))
+    if single:
+        message = (
+            f"{count_with_verb(len(single), 'answer', 'has', 'have')} no answer of the other kind to the same prompt "
+            f"({list_rows(_numbers(single))})"
+        )
+        fix = "Add good or bad answers to the same prompts, because reward training skips these. SFT uses the good ones"
+        found.append(Finding("unpaired", "warning", file.name, message, fix, _numbers(single)))
     if repeated:
         listed = first_few(f"{each.row} and {each.duplicate_of}" for each in repeated)
         message = f"{count_with_verb(len(repeated), 'row', 'repeats', 'repeat')} an earlier row (rows {listed})"
