@@ -69,12 +69,16 @@ def make_run(
     evaluations: Mapping[str, Mapping[str, float]] | None = None,
     logged: int = 12,
     text: str = "",
+    role: str = "",
     skipped: tuple[int, ...] = (),
     heldout: int = 8,
     settings: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a run of ``steps`` steps, of which ``logged`` have completions; ``text`` is part of every model output."""
+    """Write a run of ``steps`` steps, of which ``logged`` have completions; ``text`` is part of every model output.
+
+    With a ``role``, each prompt is a conversation with a message of that role.
+    """
     draw = random.Random(3)
     folder.mkdir(parents=True)
     if evaluations is None:
@@ -106,12 +110,27 @@ def make_run(
         (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps(evaluations), encoding="utf-8")
     for step in range(1, min(logged, steps) + 1):
-        save_completions(folder / "completions" / step_file(step), completions(step, text, draw))
+        save_completions(
+            folder / "completions" / step_file(step), completions(step, text, draw) | conversations(16, text, role)
+        )
     for when, own in evaluations.items():
         save_completions(
-            evaluation_file(folder, when), heldout_answers(when, own["reward"], heldout, text, "judge" in own)
+            evaluation_file(folder, when),
+            heldout_answers(when, own["reward"], heldout, text, "judge" in own) | conversations(heldout, text, role),
         )
     return folder
+
+
+def conversations(number: int, text: str, role: str) -> dict[str, list[Any]]:
+    """Return the messages of ``number`` prompts, none without a ``role``."""
+    if not role:
+        return {}
+    system, earlier = {"role": "system", "content": f"Be brief. {text}"}, {"role": role, "content": f"Earlier. {text}"}
+    return {
+        "messages": [
+            [system, earlier, {"role": "user", "content": f"Question {i}?  {text}\nLine 2"}] for i in range(number)
+        ]
+    }
 
 
 def completions(step: int, text: str, draw: random.Random, number: int = 16) -> dict[str, list[Any]]:

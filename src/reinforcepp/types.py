@@ -52,7 +52,8 @@ class Preference:
 class ScoredPair:
     """A preference with a reward model's scores of both responses.
 
-    Lengths are response lengths in tokens, including EOS, without the prompt and the chat template.
+    Lengths are response lengths in tokens, including EOS, without the prompt and the chat template. ``messages`` are those of a
+    prompt that is a list of messages.
     """
 
     row: RowId
@@ -63,11 +64,17 @@ class ScoredPair:
     rejected_score: float
     chosen_length: int
     rejected_length: int
+    messages: Messages = field(default=(), hash=False)
 
     @property
     def margin(self) -> float:
         """Score of the chosen response minus the score of the rejected one; negative if the model disagrees."""
         return self.chosen_score - self.rejected_score
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as the chat template takes it."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Prompt:
     ``key`` identifies the prompt: it groups the samples of a prompt, and random seeds derive from it. ``ids`` is the
     formatted, tokenized prompt; ``columns`` holds the other columns of the data row, for reward functions. ``prefill`` is the
     start of the answer that the chat template wrote, such as ``<think>``. ``messages`` are those of a prompt that is a list of
-    messages; ``text`` is then its text for people.
+    messages; ``text`` is then its text for people. ``chat_template_kwargs`` are its variables of the chat template.
     """
 
     text: str
@@ -86,11 +93,18 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
     prefill: str = ""
     messages: Messages = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def conversation(self) -> Conversation:
         """The prompt as the chat template takes it."""
         return self.messages or self.text
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """The prompt as columns of a data file, in TRL's format; training on that file encodes the same prompt."""
+        variables = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
+        return {"prompt": list(map(dict, self.messages)) or self.text, **variables}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from reinforcepp.config.reward_rules import repeated_share
+from reinforcepp.data import read_prompts
 from reinforcepp.monitoring import completion_log as answers
 from reinforcepp.monitoring.step_metrics import rollout_columns, step_metrics
 from reinforcepp.rewards.functions import RewardScores
@@ -46,6 +48,8 @@ def test_a_row_has_the_rewards_of_a_completion(tmp_path):
         "kl": pytest.approx(k3, abs=1e-6),
         "length": 2,
         "finish_reason": "stop",
+        "messages": None,
+        "chat_template_kwargs": None,
     }
     assert [row["finish_reason"] for row in rows] == ["stop"] * 3 + ["length"]
 
@@ -63,6 +67,75 @@ def test_datasets_reads_all_steps_as_one_table(tmp_path):
     assert data["step"] == [1] * 4 + [2] * 4 + [10] * 4
     assert data.column_names[:4] == ["step", "prompt", "completion", "reward"]
     assert answers.saved_steps(tmp_path / "run") == [1, 2, 10]
+
+
+CALL = {"type": "function", "function": {"name": "ping", "arguments": {"host": "gw", "count": 2, "size": None}}}
+MESSAGES = (
+    {"role": "system", "content": " Be brief.\n"},
+    {"role": "user", "content": "Is the gateway up?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": "It needs a ping."},
+    {"role": "tool", "content": '{"lost": 0}', "name": "ping", "tool_call_id": "1"},
+)
+TOOLS = [{"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def conversations():
+    """Return completions to a conversation with a tool, to one with only text, and to a prompt that is a text."""
+    plain = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "p?"})
+    prompts = [
+        Prompt("shown", (1,), 0, messages=MESSAGES, chat_template_kwargs={"tools": TOOLS, "enable_thinking": False}),
+        Prompt("Be brief.\n\np?", (1,), 1, messages=plain),
+        Prompt("p?", (1,), 2),
+    ]
+    return [Completion(prompt, (5,), (-1.0,), "yes", "stop") for prompt in prompts]
+
+
+def test_messages_are_saved_exactly(tmp_path):
+    answers.save_completions(tmp_path / "a.parquet", answers.columns_of(conversations()))
+    rows = answers.read_completions(tmp_path / "a.parquet")
+    assert tuple(rows[0]["messages"]) == MESSAGES and rows[2]["messages"] is None
+    assert [answers.conversation_of(row) for row in rows] == [list(MESSAGES), rows[1]["messages"], "p?"]
+    assert json.loads(rows[0]["chat_template_kwargs"]) == {"tools": TOOLS, "enable_thinking": False}
+    assert rows[1]["chat_template_kwargs"] is None
+
+
+def test_completions_can_be_trained_on_with_their_messages(tmp_path):
+    given = conversations()
+    answers.save_completions(tmp_path / "a.parquet", answers.columns_of(given[:2]))
+    rows = read_prompts(tmp_path / "a.parquet", prompt_column="messages").prompts
+    assert [row.messages for row in rows] == [c.prompt.messages for c in given[:2]]
+    assert [row.chat_template_kwargs for row in rows] == [c.prompt.chat_template_kwargs for c in given[:2]]
+
+
+@pytest.mark.parametrize("order", ["conversation text", "text conversation", "conversation text tool"])
+def test_datasets_reads_files_with_and_without_conversations(tmp_path, order):
+    from datasets import load_dataset
+
+    folder = tmp_path / "completions"
+    tool, conversation, text = conversations()
+    given = [{"conversation": conversation, "text": text, "tool": tool}[name] for name in order.split()]
+    fields = answers.message_fields(completion.prompt for completion in given)
+    for step, completion in enumerate(given, 1):
+        answers.save_completions(folder / answers.step_file(step), answers.columns_of([completion]), fields)
+    data = load_dataset("parquet", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    found = dict(zip(data["prompt"], data["messages"], strict=True))
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "p?"}]
+    if "tool" in order:
+        assert [message["content"] for message in found["shown"]] == [message["content"] for message in MESSAGES]
+        plain = [
+            message | dict.fromkeys(("tool_calls", "reasoning_content", "name", "tool_call_id")) for message in plain
+        ]
+    assert found["Be brief.\n\np?"] == plain and found["p?"] is None
+
+
+def test_a_resume_adds_the_messages_to_files_of_older_versions(tmp_path):
+    columns = rollout_columns(batch(), scores(), 1)
+    old = {name: values for name, values in columns.items() if name not in ("messages", "chat_template_kwargs")}
+    answers.save_completions(tmp_path / "completions" / answers.step_file(1), old)
+    assert answers.conversation_of(answers.read_completions(tmp_path / "completions")[0]) == "p?"
+    answers.restore_completions(tmp_path, tmp_path, 1)
+    answers.save_completions(tmp_path / "expected", columns)
+    assert (tmp_path / "completions" / answers.step_file(1)).read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 def test_equal_completions_give_equal_bytes(tmp_path):

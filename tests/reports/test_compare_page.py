@@ -14,6 +14,7 @@ from reinforcepp.reports.comparison.page import as_page
 from reinforcepp.reports.comparison.result import ModelComparison, ModelMetrics, Pair
 from reinforcepp.reports.comparison.statistics import Outcome, Rate
 from reinforcepp.reports.html import embedded, render
+from reinforcepp.types import Conversation
 
 HOSTILE = (
     "<script>document.title = 'owned'</script>",
@@ -28,7 +29,7 @@ HOSTILE = (
 )
 
 
-def pair(prompt: str, a: str, b: str, scores: tuple[float, float] = (0.25, 0.75)) -> Pair:
+def pair(prompt: Conversation, a: str, b: str, scores: tuple[float, float] = (0.25, 0.75)) -> Pair:
     better = "tie" if scores[0] == scores[1] else "AB"[scores[0] < scores[1]]
     return Pair(prompt, 0, a, b, *scores, better, "stop", "length")
 
@@ -243,6 +244,39 @@ def test_empty_and_truncated_responses_are_marked(opened):
     assert now[f"text-{cut}"] == "beta and on" and now[f"truncated-{cut}"] == "truncated at the length limit"
 
 
+LONG = [
+    {"role": "system", "content": "Be  brief.\nAlways."},
+    *({"role": role, "content": f"{role} {i}"} for i in range(4) for role in ("user", "assistant")),
+    {"role": "user", "content": "word " * 100},
+    {"role": "assistant", "content": "More " * 100},
+    {"role": "user", "content": "Last?"},
+]
+
+
+def test_a_conversation_is_shown_turn_by_turn(opened):
+    shown = opened(comparison([pair(LONG, "alpha", "beta"), pair("Plain?", "alpha", "beta")]))
+    prompt = shown.page.locator("#prompt")
+    seen = prompt.inner_text().split("\n")
+    assert seen[:4] == ["System", "Be  brief.", "Always.", "8 earlier turns"]
+    assert seen[-2:] == ["User", "Last?"] and "assistant 3" not in seen
+    assert seen[4].startswith("▸") is False and prompt.locator("details.turn:visible").count() == 2
+    prompt.get_by_text("8 earlier turns").click()
+    assert "assistant 3" in prompt.inner_text()
+    assert "More " * 100 not in prompt.inner_text()
+    prompt.locator("details.turn.assistant > summary").click()
+    assert "More " * 99 in prompt.inner_text()
+    shown.page.keyboard.press("ArrowRight")
+    assert prompt.inner_text() == "Plain?" and shown.complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_conversation_fits_a_phone_and_has_contrast(opened, scheme):
+    prompt = [*LONG[:-1], {"role": "x" * 300, "content": "y" * 300}, LONG[-1]]
+    shown = opened(comparison([pair(prompt, "alpha", "beta")]), width=360, scheme=scheme)
+    shown.page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    assert shown.overflow() <= 0 and shown.low_contrasts() == []
+
+
 def test_without_scripts_the_metrics_are_shown(chromium, tmp_path):
     (tmp_path / "compare.html").write_text(as_page(comparison(FIVE)), encoding="utf-8")
     context = chromium.new_context(java_script_enabled=False)
@@ -263,7 +297,7 @@ def test_hostile_text_is_shown_as_text_and_never_runs(opened):
     shown = opened(found)
     for text in HOSTILE:
         plain = "".join("\ufffd" if c in "\x1b\x07\u202e\ud800" else c for c in text)
-        assert shown.page.locator("#prompt").text_content() == plain
+        assert shown.page.locator("#prompt > :not([hidden]) .model-text").text_content() == plain
         shown.page.keyboard.press("1")
         responses = {shown.page.locator(f"#text-{i}").text_content() for i in "12"}
         assert responses == {f"alpha {plain}", f"beta {plain}"}
@@ -275,6 +309,29 @@ def test_hostile_text_is_shown_as_text_and_never_runs(opened):
     body = shown.page.locator("body").inner_text()
     assert HOSTILE[0] in body and HOSTILE[2] in body
     assert shown.complaints == []
+
+
+def test_hostile_messages_are_shown_as_text_and_never_run(opened):
+    conversations = [
+        [
+            {"role": text, "content": text, "name": text},
+            {"role": "assistant", "content": None, "tool_calls": [text]},
+            {"role": "tool", "content": text * 9},
+            {"role": "user", "content": text},
+        ]
+        for text in HOSTILE
+    ]
+    shown = opened(comparison([pair(prompt, "alpha", "beta") for prompt in conversations]))
+    for text in HOSTILE:
+        plain = "".join("\ufffd" if c in "\x1b\x07\u202e\ud800" else c for c in text)
+        visible = shown.page.locator("#prompt > :not([hidden])")
+        assert visible.locator(".model-text").last.text_content() == plain
+        assert " ".join(plain.split())[:30] in visible.locator(".role").first.text_content()
+        assert visible.locator(".turn").count() == 4
+        shown.page.keyboard.press("ArrowRight")
+    assert shown.page.title() == "Two models compared" and shown.complaints == []
+    assert shown.page.locator("img, svg, textarea").count() == 0
+    assert shown.page.locator("script").count() == opened(comparison(FIVE)).page.locator("script").count()
 
 
 def test_only_the_scripts_of_the_page_run(window, tmp_path):

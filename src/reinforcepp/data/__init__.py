@@ -16,7 +16,7 @@ from reinforcepp.data.loading import (
     read_prompts,
     read_texts,
 )
-from reinforcepp.data.messages import conversation_text
+from reinforcepp.data.messages import EXTRA_FIELDS, conversation_text
 from reinforcepp.data.prompt_lines import read_prompt_lines
 from reinforcepp.data.readers import count
 from reinforcepp.data.rows import (
@@ -34,6 +34,7 @@ from reinforcepp.data.table import Table, read_table
 from reinforcepp.data.unpaired import UNPAIRED
 
 __all__ = [
+    "EXTRA_FIELDS",
     "UNPAIRED",
     "ColumnNames",
     "DataFiles",

@@ -32,7 +32,7 @@ T = TypeVar("T")
 _KNOWN = ("system", "user", "assistant", "tool")
 _ASKING = ("user", "tool")
 """Roles of a prompt's last message."""
-_EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+EXTRA_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """Further fields of a message that chat templates read."""
 _FUNCTION_CALL = "function_call"
 """Role of a message that holds a tool call, in ShareGPT's format."""
@@ -111,7 +111,7 @@ def _message(message: Mapping[str, Any], column: str) -> Message:
         raise UnusableCell(
             f"with the role {shown} in {column!r}", f"{problem} the role {shown}, not one of {quoted(_KNOWN)}"
         )
-    extra = {name: message[name] for name in _EXTRA if message.get(name)}
+    extra = _extra_fields(message, column)
     if isinstance(role, str) and role.strip().lower() == _FUNCTION_CALL:
         content, extra["tool_calls"] = "", _tool_calls(content, column)
     if isinstance(content, list):
@@ -124,6 +124,19 @@ def _message(message: Mapping[str, Any], column: str) -> Message:
     if content is not None and not isinstance(content, str):
         raise _not_text(column)
     return Message(known, content or "", extra)
+
+
+def _extra_fields(message: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """Return what chat templates read apart from role and content; tool calls can be JSON text, as Parquet files hold them."""
+    found = {name: message[name] for name in EXTRA_FIELDS if message.get(name)}
+    calls = found.get("tool_calls")
+    if isinstance(calls, str):
+        try:
+            found["tool_calls"] = json.loads(calls)
+        except ValueError as error:
+            problem = f"the tool_calls of a message in {column!r} are text that isn't JSON ({error})"
+            raise UnusableCell(f"with tool_calls that aren't JSON in {column!r}", problem) from error
+    return found
 
 
 def _part(part: Any, column: str) -> tuple[str, str]:

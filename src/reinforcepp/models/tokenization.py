@@ -180,7 +180,8 @@ def encode_prompts(
                 continue
             ids = _truncated(tokenizer, messages or row.prompt, max_prompt_length, variables)
         columns = dict(getattr(row, "columns", {}))
-        prompts.append(Prompt(row.prompt, tuple(ids), key, columns, prefill(tokenizer, variables), messages))
+        known = (columns, prefill(tokenizer, variables), messages, variables)
+        prompts.append(Prompt(row.prompt, tuple(ids), key, *known))
     return prompts, too_long
 
 

@@ -1,27 +1,38 @@
 """The policy's completions as Parquet files that ``datasets`` reads: one per training step and evaluation.
 
 completions/step-000012.parquet   step, prompt, completion, reward, one column per reward function, kl, length,
-                                  finish_reason; kl is the completion's mean of k3 per token, in nats, length in tokens
-evaluations/before.parquet        prompt, completion, reward, judge (if available), length, finish_reason
+                                  finish_reason, messages, chat_template_kwargs; kl is the completion's mean of k3 per
+                                  token, in nats, length in tokens
+evaluations/before.parquet        prompt, completion, reward, judge (if available), length, finish_reason, messages,
+                                  chat_template_kwargs
+
+``prompt`` is text for people. ``messages`` has the messages of a prompt that is a list of messages, as a list of ``role`` and
+``content``, and is null for a prompt that is a text. Fields such as ``name`` are added if a message of the data has them, and
+``tool_calls`` are JSON text. ``chat_template_kwargs`` is JSON text, and null without variables. All files of a run have the same
+columns and fields, because ``datasets`` needs that.
 
 ``datasets.load_dataset("parquet", data_dir="RUN/completions")`` loads all steps as one table.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.files import PARTIAL
 
 if TYPE_CHECKING:
-    from reinforcepp.types import Completion
+    import pyarrow
+
+    from reinforcepp.types import Completion, Conversation, Prompt
 
 COMPLETIONS, EVALUATIONS = "completions", "evaluations"
+MESSAGES, VARIABLES = "messages", "chat_template_kwargs"
 
 
 def step_file(step: int) -> str:
@@ -42,22 +53,69 @@ def columns_of(completions: Sequence[Completion]) -> dict[str, Sequence[Any]]:
         "completion": [c.text for c in completions],
         "length": [len(c.ids) for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
+        MESSAGES: [c.prompt.messages for c in completions],
+        VARIABLES: [
+            _json(c.prompt.chat_template_kwargs) if c.prompt.chat_template_kwargs else None for c in completions
+        ],
     }
 
 
-def save_completions(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write a table atomically; equal values give equal bytes."""
+def conversation_of(row: Mapping[str, Any]) -> Conversation:
+    """Return the prompt of a row that :func:`read_completions` returned: its messages, or its text."""
+    return row.get(MESSAGES) or str(row.get("prompt", ""))
+
+
+def message_fields(prompts: Iterable[Prompt]) -> list[str]:
+    """Return the fields of the prompts' messages."""
+    return list(dict.fromkeys(field for prompt in prompts for message in prompt.messages for field in message))
+
+
+def save_completions(path: Path, columns: Mapping[str, Sequence[Any]], fields: Sequence[str] = ()) -> None:
+    """Write a table atomically; equal values give equal bytes. Messages have ``fields``, even if the table's don't."""
     import pyarrow
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
-    table = {  # a reward column keeps its type if no completion of a step was scored
-        name: pyarrow.array(values, pyarrow.float64()) if name.startswith(("reward", "judge")) else values
-        for name, values in columns.items()
-    }
-    parquet.write_table(pyarrow.table(table), partial, compression="zstd")
+    table = pyarrow.table({name: _array(name, values, fields) for name, values in columns.items()})
+    parquet.write_table(table, partial, compression="zstd")
     partial.replace(path)
+
+
+def _array(name: str, values: Sequence[Any], fields: Sequence[str]) -> pyarrow.Array:
+    """Return a column, whose type doesn't depend on whether a completion has a value."""
+    import pyarrow
+
+    if name.startswith(("reward", "judge")):
+        return pyarrow.array(values, pyarrow.float64())
+    if name == VARIABLES:
+        return pyarrow.array(values, pyarrow.string())
+    if name != MESSAGES:
+        return pyarrow.array(values)
+    rows = [[_stored(message) for message in messages] or None for messages in values]
+    found = dict.fromkeys(
+        ["role", "content", *fields, *(key for row in rows for message in row or () for key in message)]
+    )
+    message = pyarrow.struct([(field, pyarrow.string()) for field in found])
+    return pyarrow.array(rows, pyarrow.list_(message))
+
+
+def _stored(message: Mapping[str, Any]) -> dict[str, str | None]:
+    return {key: value if isinstance(value, str | None) else _json(value) for key, value in message.items()}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _message(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as it was before :func:`_stored`."""
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{MESSAGES} holds {stored!r}, not a message")
+    message = {key: value for key, value in stored.items() if value is not None or key in ("role", "content")}
+    if isinstance(message.get("tool_calls"), str):
+        message["tool_calls"] = json.loads(message["tool_calls"])
+    return message
 
 
 def read_completions(path: Path) -> list[dict[str, Any]]:
@@ -65,7 +123,11 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.is_file() else []
-    return [row for file in files for row in parquet.read_table(file).to_pylist()]
+    rows = [row for file in files for row in parquet.read_table(file).to_pylist()]
+    for row in rows:
+        if row.get(MESSAGES):
+            row[MESSAGES] = [_message(message) for message in row[MESSAGES]]
+    return rows
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -79,17 +141,34 @@ def step_files(run: Path) -> list[tuple[int, Path]]:
 
 
 def restore_completions(source: Path, run: Path, step: int) -> None:
-    """Remove completions after ``step``. If ``run`` resumes another folder ``source``, copy its completions up to ``step``."""
+    """Remove completions after ``step``. If ``run`` resumes another folder ``source``, copy its completions up to ``step``.
+
+    Files of older versions get the columns that they lack.
+    """
     for path in _files(run):
         if _step(path) > step:
             path.unlink()
-    if source.resolve() == run.resolve():
+    if source.resolve() != run.resolve():
+        for path in _files(source):
+            if _step(path) <= step:
+                folder = run / path.parent.name
+                folder.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / path.name)
+    for path in _files(run):
+        _add_columns(path)
+
+
+def _add_columns(path: Path) -> None:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        if MESSAGES in parquet.read_schema(path).names:
+            return
+        columns = parquet.read_table(path).to_pydict()
+    except (ArrowInvalid, OSError):  # a damaged file, which the report names
         return
-    for path in _files(source):
-        if _step(path) <= step:
-            folder = run / path.parent.name
-            folder.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / path.name)
+    rows = len(columns["prompt"])
+    save_completions(path, {**columns, MESSAGES: [()] * rows, VARIABLES: [None] * rows})
 
 
 def _files(run: Path) -> list[Path]:

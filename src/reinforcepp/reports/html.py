@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reinforcepp.monitoring import printable
+from reinforcepp.monitoring.turns import turns
 
 # Name of each color -> in light and in dark. Text has a contrast of at least 4.5 to ground and raised, edges have 3.
 COLORS: Mapping[str, tuple[str, str]] = {
@@ -71,6 +72,7 @@ _environment = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+_environment.filters["turns"] = turns
 
 
 def render(template: str, *, title: str, style: str = "", scripts: Sequence[str] = (), **values: Any) -> str:

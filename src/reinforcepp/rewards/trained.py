@@ -273,6 +273,7 @@ def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[Scor
             rejected_score=rejected_scores[i],
             chosen_length=len(chosen[i][1]),
             rejected_length=len(rejected[i][1]),
+            messages=pair.messages,
         )
         for i, pair in enumerate(pairs)
     ]

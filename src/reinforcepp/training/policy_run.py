@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from reinforcepp.config import as_dict
+from reinforcepp.data import EXTRA_FIELDS
 from reinforcepp.errors import ConfigError, TrainingDiverged, option
 from reinforcepp.files import write_json
 from reinforcepp.locks import OutputLock
@@ -25,6 +27,7 @@ from reinforcepp.monitoring import MetricLog, echo, log_event, restore_logs
 from reinforcepp.monitoring.completion_log import (
     COMPLETIONS,
     evaluation_file,
+    message_fields,
     restore_completions,
     save_completions,
     step_file,
@@ -138,10 +141,16 @@ class PolicyRun:
         if self.update.ranks.is_main:
             if self.config.log_completions and batch is not None:
                 columns = rollout_columns(batch.rollout, batch.scores, step + 1)
-                save_completions(self.folder / COMPLETIONS / step_file(step + 1), columns)
+                save_completions(self.folder / COMPLETIONS / step_file(step + 1), columns, self._message_fields)
             self.log.write({**self.metrics, **timings})
         if self.monitor is not None:
             self.monitor.step(self.metrics, timings, batch)
+
+    @cached_property
+    def _message_fields(self) -> Sequence[str]:
+        """The fields of the messages of all prompts, which the files of all steps have; every field, if reading all is slow."""
+        prompts = self.rollouts.batches.prompts
+        return EXTRA_FIELDS if isinstance(prompts, LazyPrompts) else message_fields(prompts)
 
     def advance(self) -> None:
         """Begin the next step."""

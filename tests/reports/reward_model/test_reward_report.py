@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict
 from html.parser import HTMLParser
 
+import pyarrow
 import pytest
 from pyarrow import parquet
 from rich.console import Console
@@ -23,6 +24,14 @@ from reinforcepp.rewards.card import RewardCard, read_card
 from reinforcepp.rewards.trained import load_reward_model
 
 NASTY = '</script><script>alert("x")</script><img src=x onerror=alert(1)> [red]\x1b[31m\x9b2J\u202e & "quotes" \'too\''
+
+
+TURNS = (
+    {"role": "system", "content": "Be brief. " * 30},
+    {"role": "user", "content": "Is the gateway up?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Are you\n  sure?"},
+)
 
 
 def card_for(scored, **changes):
@@ -117,11 +126,12 @@ def test_an_older_folder_needs_a_new_training(tmp_path):
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("row,prompt\n"),
         lambda path: save_completions(path, {"row": [1]}),
-        lambda path: save_completions(path, {name: ["x"] * 120 for name in COLUMNS}),
-        lambda path: save_completions(path, {name: [None] * 120 for name in COLUMNS}),
+        lambda path: parquet.write_table(pyarrow.table({name: ["x"] * 120 for name in COLUMNS}), path),
+        lambda path: parquet.write_table(pyarrow.table({name: [None] * 120 for name in COLUMNS}), path),
+        lambda path: parquet.write_table(parquet.read_table(path).set_column(8, "messages", [["x"] * 120]), path),
         lambda path: save_pairs([pair(float("nan"))] * 120, path.parent),
     ],
-    ids=["cut", "empty", "text", "no columns", "strings", "nothing", "nan"],
+    ids=["cut", "empty", "text", "no columns", "strings", "nothing", "messages", "nan"],
 )
 def test_a_damaged_file_is_named(damage, tmp_path):
     folder = folder_of(varied(), tmp_path / "rm")
@@ -192,6 +202,7 @@ def hostile(folder):
         *varied(),
         pair(-50.0, row=999, prompt=NASTY, chosen="c" + NASTY, rejected="r" + NASTY),
         pair(-49.0, row=998, rejected=NASTY + "long " * 200 + NASTY),
+        pair(-48.0, row=997, messages=({"role": NASTY, "content": NASTY, "name": NASTY}, *TURNS)),
     ]
     return folder_of(scored, folder, base_model=NASTY, data=NASTY, settings={"x": NASTY})
 
@@ -214,8 +225,8 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     tags, shown = parsed(text)
     assert not {"img", "link", "iframe", "b"} & {tag for tag, _ in tags}
     assert not [attrs for _, attrs in tags if {"src", "href", "onerror"} & attrs.keys()]
-    assert shown.count('</script><script>alert("x")</script><img src=x') >= 9, (
-        "model, title, data, four texts, and the start of one of them"
+    assert shown.count('</script><script>alert("x")</script><img src=x') >= 11, (
+        "model, title, data, four texts, and a message with its role and name"
     )
     assert not set(text) & set("\x1b\x9b\u202e")
 
@@ -275,11 +286,25 @@ def test_worst_errors_are_listed_with_their_texts(tmp_path):
     _, shown = parsed(page_of(scored, tmp_path).read_text(encoding="utf-8"))
     listed = shown[shown.index("Worst errors") :]
     assert (
-        "Row 777, margin -70.50 PromptWhy? Chosen, score -70.50, 13 tokensBecause. Rejected, score 0.00, 10 tokens"
+        "Row 777, margin -70.50 Prompt Why? Chosen, score -70.50, 13 tokensBecause. Rejected, score 0.00, 10 tokens"
         in listed
     )
-    assert "x" * 400 + "… (5,000 characters)" + "x" * 5000 in listed
+    assert listed.count("x" * 5000) == 1
     assert listed.count("Row ") == 19 and listed.index("Row 777") < listed.index("Row 77,")
+
+
+def test_worst_errors_show_conversations_turn_by_turn(tmp_path):
+    scored = [*varied(), pair(-70.5, row=777, prompt="As one text", messages=TURNS)]
+    tags, shown = parsed(page_of(scored, tmp_path).read_text(encoding="utf-8"))
+    listed = shown[shown.index("Row 777") :]
+    start = "System " + ("Be brief. " * 16)[:159] + "…"
+    assert listed[listed.index(start) :].startswith(
+        start + " " + "Be brief. " * 30 + "UserIs the gateway up? AssistantYes."
+    )
+    assert "UserAre you sure?" in listed and "As one text" not in listed
+    given = [attrs["class"] for tag, attrs in tags if attrs.get("class", "").startswith("turn ")]
+    assert given[:4] == ["turn system", "turn user", "turn assistant", "turn user"]
+    assert [tag for tag, attrs in tags if attrs.get("class") == "turn system"] == ["details"]
 
 
 def test_without_errors_none_are_listed(tmp_path):
@@ -345,5 +370,5 @@ def test_a_long_text_unfolds(window, tmp_path):
     scored = [pair(-5.0, row=1, rejected="word " * 1000)]
     page = window().open(page_of(scored, tmp_path))
     before = page.evaluate("document.documentElement.scrollHeight")
-    page.locator("details.text summary").click()
+    page.get_by_role("button", name="More").click()
     assert page.evaluate("document.documentElement.scrollHeight") > before + 200

@@ -494,9 +494,14 @@ def test_long_texts_fold_and_very_long_ones_are_truncated():
     assert "(7,000 more characters)" in truncated and truncated.count("x") < 3100
 
 
-def test_hostile_text_is_escaped_everywhere(tmp_path):
+@pytest.mark.parametrize("role", ["", HOSTILE], ids=["text", "conversation"])
+def test_hostile_text_is_escaped_everywhere(tmp_path, role):
     folder = make_run(
-        tmp_path / "run", text=HOSTILE, settings={"data": HOSTILE}, facts={"command": HOSTILE, "judge": HOSTILE}
+        tmp_path / "run",
+        text=HOSTILE,
+        role=role,
+        settings={"data": HOSTILE},
+        facts={"command": HOSTILE, "judge": HOSTILE},
     )
     (folder / "events.jsonl").write_text(json.dumps({"time": HOSTILE, "event": HOSTILE}) + "\n", encoding="utf-8")
     page = page_of(folder)

@@ -124,6 +124,22 @@ def test_held_out_responses_can_be_searched_sorted_and_unfolded(window, one):
     assert pairs.count() == 0
 
 
+def test_conversations_are_shown_turn_by_turn(window, tmp_path):
+    folder = make_run(tmp_path / "run", text="word " * 60, role="assistant")
+    write_report([folder], tmp_path / "report.html")
+    opened = window()
+    first = opened.open(tmp_path / "report.html").locator(".sample").first
+    roles = first.locator(".turn .role").all_text_contents()
+    assert roles == ["System", "Assistant", "User"]
+    assert first.locator(".turn.user .model-text").text_content().startswith("Question 15?  word ")
+    start = first.locator("details.turn.system .start")
+    assert start.text_content().startswith("Be brief. word ") and start.text_content().endswith("…")
+    first.locator("details.turn.system summary").click()
+    assert not start.is_visible() and first.locator("details.turn.system .model-text").is_visible()
+    assert first.locator(".answer").inner_text().startswith("Answer ")
+    assert "Prompt 0?" not in first.text_content() and opened.complaints == []
+
+
 def test_a_long_response_folds_and_unfolds(window, tmp_path):
     folder = make_run(tmp_path / "run", text="word " * 300)
     write_report([folder], tmp_path / "report.html")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from statistics import fmean
 
 import numpy as np
@@ -59,7 +58,7 @@ def run_compare(config: CompareConfig) -> ModelComparison:
         clear(folder)
         describe_run(folder, as_dict(config), {})
         with whole_file(folder / "answers.jsonl") as file:
-            file.writelines(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in comparison.pairs)
+            file.writelines(json.dumps(pair.record(), ensure_ascii=False) + "\n" for pair in comparison.pairs)
         write_json(folder / "compare.json", comparison.summary())
         with whole_file(folder / "compare.html") as file:
             file.write(as_page(comparison))
@@ -208,7 +207,8 @@ def _pairs(
     wins = preferences(np.array(scores["A"]), np.array(scores["B"]), config.tie_margin)
     return [
         Pair(
-            prompt=a.prompt.text,
+            prompt=a.prompt.cells["prompt"],
+            chat_template_kwargs=a.prompt.chat_template_kwargs,
             sample=index % config.num_samples,
             answer_a=a.text,
             answer_b=b.text,

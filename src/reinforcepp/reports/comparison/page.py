@@ -12,6 +12,7 @@ from reinforcepp.monitoring import printable
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.result import ModelComparison, Pair
 from reinforcepp.reports.html import asset, embedded, render
+from reinforcepp.types import Conversation
 
 
 def as_page(comparison: ModelComparison) -> str:
@@ -19,11 +20,12 @@ def as_page(comparison: ModelComparison) -> str:
     names = {"A": comparison.settings["model_a"], "B": comparison.settings["model_b"]}
     pairs = [pair for pair in comparison.pairs if pair.answer_a != pair.answer_b]
     equal = len(comparison.pairs) - len(pairs)
+    prompts = list({repr(pair.prompt): pair.prompt for pair in pairs}.values())
     return render(
         "comparison.html",
         title="Two models compared",
         style=asset("static/comparison.css"),
-        scripts=(asset("static/comparison.js"),) if pairs else (),
+        scripts=(asset("static/fold.js"), asset("static/comparison.js")) if pairs else (),
         verdict=report.verdict(comparison),
         names=names,
         wins=report.wins(comparison),
@@ -32,7 +34,8 @@ def as_page(comparison: ModelComparison) -> str:
         setup=_setup(comparison),
         notes=comparison.notes,
         skipped=f"{count(equal, 'pair')} of equal responses {'is' if equal == 1 else 'are'} skipped." if equal else "",
-        data=embedded("data", _data(comparison, names, pairs)) if pairs else "",
+        prompts=prompts,
+        data=embedded("data", _data(comparison, names, pairs, prompts)) if pairs else "",
     )
 
 
@@ -46,15 +49,18 @@ def _setup(comparison: ModelComparison) -> str:
     )
 
 
-def _data(comparison: ModelComparison, names: dict[str, str], pairs: Sequence[Pair]) -> dict[str, Any]:
+def _data(
+    comparison: ModelComparison, names: dict[str, str], pairs: Sequence[Pair], prompts: Sequence[Conversation]
+) -> dict[str, Any]:
     """Return the data of the script. ``id`` identifies the responses, so that votes on others don't count for them."""
     draw = random.Random(comparison.settings["seed"])
-    shown = [_shown(pair, swapped=draw.random() < 0.5) for pair in pairs]
-    digest = hashlib.sha256(repr((names, shown)).encode("utf-8", "surrogatepass")).hexdigest()
+    positions = {repr(prompt): i for i, prompt in enumerate(prompts)}
+    shown = [_shown(pair, positions[repr(pair.prompt)], swapped=draw.random() < 0.5) for pair in pairs]
+    digest = hashlib.sha256(repr((names, prompts, shown)).encode("utf-8", "surrogatepass")).hexdigest()
     return {"id": digest[:16], "names": {side: printable(name) for side, name in names.items()}, "pairs": shown}
 
 
-def _shown(pair: Pair, *, swapped: bool) -> dict[str, Any]:
+def _shown(pair: Pair, prompt: int, *, swapped: bool) -> dict[str, Any]:
     responses = [
         {"side": side, "text": printable(text), "truncated": finish == "length", "score": f"{score:.3g}"}
         for side, text, finish, score in (
@@ -63,7 +69,7 @@ def _shown(pair: Pair, *, swapped: bool) -> dict[str, Any]:
         )
     ]
     return {
-        "prompt": printable(pair.prompt),
+        "prompt": prompt,
         "better": pair.better,
         "responses": responses[::-1] if swapped else responses,
     }

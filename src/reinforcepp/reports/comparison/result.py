@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
 from reinforcepp.data import words
 from reinforcepp.reports.comparison.statistics import Outcome
+from reinforcepp.types import Conversation
 
 Better = Literal["A", "B", "tie"]
 
@@ -41,7 +42,7 @@ class ModelMetrics:
 class Pair:
     """Two responses to a prompt with their judge scores; ``sample`` numbers a model's responses to the prompt from 0."""
 
-    prompt: str
+    prompt: Conversation
     sample: int
     answer_a: str
     answer_b: str
@@ -50,6 +51,12 @@ class Pair:
     better: Better
     finish_a: str
     finish_b: str
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Return a line of answers.jsonl, whose prompts training reads as they were sampled."""
+        kept = asdict(self)
+        return kept if self.chat_template_kwargs else {k: v for k, v in kept.items() if k != "chat_template_kwargs"}
 
 
 @dataclass(frozen=True)

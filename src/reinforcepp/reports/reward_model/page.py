@@ -27,7 +27,7 @@ def as_page(card: RewardCard, pairs: Sequence[ScoredPair], analysis: Analysis) -
         "reward_model.html",
         title=f"Reward model from {card.base_model}",
         style=charts.STYLE + asset("static/reward_model.css"),
-        scripts=charts.SCRIPTS,
+        scripts=(*charts.SCRIPTS, asset("static/fold.js")),
         verdict=verdict(analysis, card.train_accuracy),
         train_pairs=card.train_pairs,
         data=card.data,

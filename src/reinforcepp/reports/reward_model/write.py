@@ -1,7 +1,8 @@
 """Read and write a reward model's scored held-out pairs and its report.
 
 ``heldout.parquet`` has one row per pair: row, prompt, chosen, rejected, chosen_score, rejected_score, chosen_length,
-rejected_length; lengths are in tokens.
+rejected_length, messages; lengths are in tokens. ``messages`` are null for a prompt that is a text, and files of older versions
+don't have them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError, option, setting
 from reinforcepp.files import whole_file
-from reinforcepp.monitoring.completion_log import read_completions, save_completions
+from reinforcepp.monitoring.completion_log import MESSAGES, read_completions, save_completions
 from reinforcepp.reports.reward_model.metrics import Analysis, analyze
 from reinforcepp.reports.reward_model.page import as_page
 from reinforcepp.reports.reward_model.verdict import verdict
@@ -59,12 +60,12 @@ def read_pairs(folder: Path) -> list[ScoredPair]:
 
 
 def _checked(row: Mapping[str, Any]) -> ScoredPair:
-    values = {name: row[name] for name in COLUMNS}
-    for field in fields(ScoredPair):
-        value = values[field.name]
-        if not isinstance(value, KINDS[str(field.type)]) or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{field.name} is {value!r}")
-    return ScoredPair(**values)
+    kinds = {field.name: KINDS[str(field.type)] for field in fields(ScoredPair) if field.name != MESSAGES}
+    values = {name: row[name] for name in kinds}
+    for name, value in values.items():
+        if not isinstance(value, kinds[name]) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}")
+    return ScoredPair(**values, messages=tuple(row.get(MESSAGES) or ()))
 
 
 def write_reward_report(folder: Path, output: Path) -> str:

@@ -74,7 +74,7 @@ def report_page(
         "run.html",
         title=f"Run report: {views[0]['name']}" if len(views) == 1 else "Runs compared",
         style=charts.STYLE + asset("static/run.css"),
-        scripts=(*charts.SCRIPTS, asset("static/run.js")),
+        scripts=(*charts.SCRIPTS, asset("static/fold.js"), asset("static/run.js")),
         runs=views,
         names=list(runs),
         sections=sections,

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reinforcepp.monitoring import Progress
-from reinforcepp.monitoring.completion_log import COMPLETIONS, evaluation_file, read_completions, step_files
+from reinforcepp.monitoring.completion_log import (
+    COMPLETIONS,
+    MESSAGES,
+    conversation_of,
+    evaluation_file,
+    read_completions,
+    step_files,
+)
 from reinforcepp.monitoring.run_record import RunRecord
+from reinforcepp.types import Conversation
 
 MAX_POINTS = 700  # of the early and of the late third, in reward against length
 BEST_COMPLETIONS = 1000  # of highest reward, among which distinct texts are found
@@ -27,7 +35,7 @@ class Sample:
     """A completion; ``seen`` counts its text among the completions of highest reward."""
 
     step: int
-    prompt: str
+    prompt: Conversation
     completion: str
     reward: float
     rewards: Mapping[str, float] = field(default_factory=dict)
@@ -63,7 +71,7 @@ class Samples:
 class Pair:
     """A held-out prompt with its responses and their metrics, each as (before, later)."""
 
-    prompt: str
+    prompt: Conversation
     responses: tuple[str, str]
     rewards: tuple[float | None, float | None]
     judge: tuple[float | None, float | None]
@@ -138,7 +146,7 @@ def choose_pairs(record: RunRecord) -> Pairs:
         )
     pairs = [
         Pair(
-            str(one["prompt"]),
+            conversation_of(one),
             (str(one["completion"]), str(other["completion"])),
             (_number(one.get("reward")), _number(other.get("reward"))),
             (_number(one.get("judge")), _number(other.get("judge"))),
@@ -234,7 +242,7 @@ class _Tables:
         parts = {name.removeprefix("reward/"): v for name, v in values.items() if name.startswith("reward/")}
         return Sample(
             step=row.step,
-            prompt=str(values.get("prompt", "")),
+            prompt=conversation_of(values),
             completion=str(values.get("completion", "")),
             reward=-row.cost,
             rewards={name: value for name, value in parts.items() if value is not None} if len(parts) > 1 else {},
@@ -279,10 +287,15 @@ def _points(rows: Sequence[_Row], number: int) -> list[tuple[int, float, int]]:
 
 def _matched(before: Sequence[_Columns], after: Sequence[_Columns]) -> list[tuple[_Columns, _Columns]]:
     """Return pairs of rows with the same prompt. The responses to a repeated prompt pair up in their order."""
+    known = all(MESSAGES in row for row in (*before, *after))  # an older version didn't save messages
+
+    def prompt_of(row: _Columns) -> str:
+        return repr(conversation_of(row)) if known else str(row["prompt"])
+
     waiting: dict[str, list[_Columns]] = {}
     for row in after:
-        waiting.setdefault(row["prompt"], []).append(row)
-    return [(row, waiting[row["prompt"]].pop(0)) for row in before if waiting.get(row["prompt"])]
+        waiting.setdefault(prompt_of(row), []).append(row)
+    return [(row, waiting[prompt_of(row)].pop(0)) for row in before if waiting.get(prompt_of(row))]
 
 
 def _number(value: Any) -> float | None:

@@ -32,7 +32,7 @@
     const pair = data.pairs[position];
     const open = at("reveal").checked || votes[position] !== null;
     at("position").textContent = `Prompt ${position + 1} of ${data.pairs.length}`;
-    at("prompt").textContent = pair.prompt;
+    [...at("prompt").children].forEach((prompt, i) => (prompt.hidden = i !== pair.prompt));
     pair.responses.forEach((response, i) => {
       const text = at(`text-${i + 1}`);
       text.textContent = response.text || "(empty)";

@@ -1,21 +1,8 @@
-// Long responses unfold, held-out prompts can be searched and sorted, and blocks can be copied. Without this script the page
-// shows everything, unfolded.
+// Held-out prompts can be searched and sorted, and blocks can be copied. Without this script the page shows everything.
 (() => {
   "use strict";
   const AT_FIRST = 6;
   const MORE = 24;
-
-  document.querySelectorAll("button.more").forEach((button) => {
-    const text = button.previousElementSibling;
-    const fold = (folded) => {
-      text.classList.toggle("folded", folded);
-      button.setAttribute("aria-expanded", String(!folded));
-      button.textContent = folded ? "More" : "Less";
-    };
-    button.hidden = false;
-    button.addEventListener("click", () => fold(!text.classList.contains("folded")));
-    fold(true);
-  });
 
   const ORDERS = {
     gain: (a, b) => b.dataset.gain - a.dataset.gain,
