@@ -226,7 +226,7 @@ def test_chosen_answers_are_those_of_the_prompts(place):
         csv.writer(file).writerows([("prompt", "good", "bad"), *rows])
     settings = config(data="more.csv", heldout_fraction=0, chosen_column="good")
     every = prompts_to_answer(settings)
-    assert [answer[:2] for answer in chosen_answers(settings, every)] == [("p", "one"), ("q", "other"), ("p", "two")]
+    assert [answer[:2] for answer in chosen_answers(settings, every)] == [("p", "one"), ("q", "other"), ("p ", "two")]
     assert [answer[:2] for answer in chosen_answers(settings, every[1:])] == [("q", "other")]
     assert chosen_answers(config(data="more.csv", heldout_fraction=0), every) == []
 

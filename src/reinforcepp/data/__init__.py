@@ -1,6 +1,6 @@
 """Read and check preference, prompt and SFT data. A problem of a file is raised as a one-line ``DataError``."""
 
-from reinforcepp.data.columns import ColumnNames
+from reinforcepp.data.columns import ColumnNames, SftColumnNames
 from reinforcepp.data.loading import (
     PreferenceData,
     PromptData,
@@ -43,6 +43,7 @@ __all__ = [
     "PromptData",
     "PromptRow",
     "Row",
+    "SftColumnNames",
     "SftRow",
     "Skipped",
     "Table",

@@ -112,19 +112,26 @@ class Ranking(NamedTuple):
         return isinstance(answers[0], Mapping) and self.text in answers[0] and bool(answers[0].keys() & {*self.scores})
 
     def choose(self, cells: Mapping[str, Any]) -> Choice:
-        """Return the best and the worst answer of a row, the first of equal ones."""
-        rated = self._rated(cells)
+        """Return the best and the worst answer of a row, the first of equal ones.
+
+        Raises:
+            UnusableCell: The answers aren't a list.
+        """
+        answers = cells.get(self.answers)
+        if not isinstance(answers, list | None):
+            problem = f"{self.answers!r} holds {str(answers)[:40]!r}, expected a list of answers"
+            raise UnusableCell(f"without a list in {self.answers!r}", problem)
+        rated = self._rated(answers or [], cells)
         if len(rated) < 2:
             return Choice(problem=f"with fewer than two rated answers in {self.answers!r}")
         best, worst = max(rated, key=lambda each: each[0]), min(rated, key=lambda each: each[0])
         return Choice(best[1], worst[1]) if best[0] > worst[0] else Choice(problem="with equally rated answers")
 
-    def _rated(self, cells: Mapping[str, Any]) -> list[tuple[float, Any]]:
+    def _rated(self, answers: Sequence[Any], cells: Mapping[str, Any]) -> list[tuple[float, Any]]:
         """Return the answers with scores, of which higher ones are better; answers without a score don't count."""
-        answers = cells.get(self.answers)
-        answers = answers if isinstance(answers, list) else []
         if self.text is None:
-            scores: Sequence[Any] = next((each for name in self.scores if (each := cells.get(name))), [])
+            found = (cells.get(name) for name in self.scores)
+            scores: Sequence[Any] = next((each for each in found if isinstance(each, list)), [])
             texts: Sequence[Any] = answers
         else:
             objects = [each for each in answers if isinstance(each, Mapping)]

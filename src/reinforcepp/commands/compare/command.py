@@ -21,8 +21,9 @@ from reinforcepp.commands.compare.measurement import (
 )
 from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig, as_dict
-from reinforcepp.data import ColumnNames, PromptRow, count, load_prompts, normalize, read_table, resolve_data
+from reinforcepp.data import PromptRow, SftColumnNames, count, load_prompts, normalize, read_texts, resolve_data
 from reinforcepp.data.builtin import JUDGE_NAME
+from reinforcepp.errors import DataError
 from reinforcepp.files import whole_file, write_json
 from reinforcepp.monitoring import echo
 from reinforcepp.reports.comparison import text as report
@@ -133,17 +134,21 @@ def prompts_to_answer(config: CompareConfig) -> list[PromptRow]:
 
 
 def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow]) -> list[Chosen]:
-    """Return the distinct chosen responses of the data for the prompts, if it has any."""
+    """Return the distinct chosen responses of the data for the prompts: the answers that SFT would train on, if any."""
     files = resolve_data(config.data)
-    names = ColumnNames(*config.column_names.values())
-    table = read_table(files.heldout or files.train, names, pairs=False)
+    columns = {kind.removesuffix("_column"): name for kind, name in config.column_names.items()}
+    names = SftColumnNames(prompt=columns["prompt"], chosen=columns["chosen"])
+    try:
+        answers = read_texts(files.heldout or files.train, names).rows
+    except DataError:  # The data has prompts only.
+        return []
     wanted = {normalize(row.prompt) for row in rows}
     distinct: dict[tuple[str, str], Chosen] = {}
-    for row in table.rows:
-        prompt, chosen = row.texts[0], row.cells.get(names.chosen)
-        if isinstance(chosen, str) and chosen.strip() and normalize(prompt) in wanted:
-            answer = Chosen(row.messages or prompt, chosen, row.chat_template_kwargs)
-            distinct.setdefault((normalize(prompt), normalize(chosen)), answer)
+    for row in answers:
+        prompt = normalize(row.prompt)
+        if row.question is not None and prompt in wanted:
+            answer = Chosen(row.conversation, row.completion, row.chat_template_kwargs)
+            distinct.setdefault((prompt, normalize(row.completion)), answer)
     return list(distinct.values())
 
 
