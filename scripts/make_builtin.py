@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 from reinforcepp.data.builtin import data_paths, model_path
 from reinforcepp.data.builtin.corpus import csv_text, load_facts, preference_rows, pretraining_rows
 from reinforcepp.data.builtin.judge import GoldJudge
-from reinforcepp.models.conversations import PLAIN_TEMPLATE
+from reinforcepp.models.prompt_format import QUESTION_ANSWER_TEMPLATE
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 1500
@@ -112,7 +112,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         tokenizer_object=core,
         eos_token=EOS,
         pad_token=PAD,
-        chat_template=PLAIN_TEMPLATE,
+        chat_template=QUESTION_ANSWER_TEMPLATE,
         model_max_length=POSITIONS,
         padding_side="left",
         clean_up_tokenization_spaces=False,

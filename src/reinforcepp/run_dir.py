@@ -299,10 +299,23 @@ def today() -> date:
     return date.today()
 
 
-def _run_date(output_dir: str | None, resume: bool | str) -> date:
+def began_without(settings: Any, name: str) -> bool:
+    """Return whether ``settings`` resume a run of an earlier version, which didn't have the setting ``name``."""
+    run = _resumed_run(getattr(settings, "output_dir", None), getattr(settings, "resume", False))
+    began = _run_entries(run).get("settings") if run is not None else None
+    return isinstance(began, dict) and name not in began
+
+
+def _resumed_run(output_dir: str | None, resume: bool | str) -> Path | None:
     if not resume or output_dir is None:
+        return None
+    return Path(resume).expanduser().parent.parent if isinstance(resume, str) else Path(output_dir).expanduser()
+
+
+def _run_date(output_dir: str | None, resume: bool | str) -> date:
+    run = _resumed_run(output_dir, resume)
+    if run is None:
         return today()
-    run = Path(resume).expanduser().parent.parent if isinstance(resume, str) else Path(output_dir).expanduser()
     try:
         return date.fromisoformat(_run_entries(run)["date"])
     except (ValueError, KeyError, TypeError):  # a run that an earlier version began

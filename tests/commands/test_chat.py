@@ -93,7 +93,7 @@ def test_turns_follow_one_another_in_the_model_s_template(chat, model_says, mode
     assert (out, err) == ("One.\nTwo.\n", "")
     decode = AutoTokenizer.from_pretrained(model_folder).decode
     assert [decode(prompt.ids) for prompt, _ in asked] == [
-        "Question: First?\nAnswer:",
+        "First?",
         "Question: First?\nAnswer: One.<|endoftext|>Question: Second?\nAnswer:",
     ]
 

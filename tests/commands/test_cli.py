@@ -306,7 +306,8 @@ def test_long_prompts_are_counted_and_truncated_or_dropped(place, capsys, action
 
 
 def test_a_limit_below_every_prompt(refused):
-    assert "leaves no room" in refused("train", "--max_prompt_length", "4")
+    flags = ("--max_prompt_length", "4", "--prompt_format", "question_answer")
+    assert "leaves no room" in refused("train", *flags)
     message = refused("train", "--max_prompt_length", "4", "--long_prompts", "drop")
     assert "training prompt" in message and "max_prompt_length" in message
     assert "max_length 9" in refused("reward", "--max_length", "9")

@@ -245,7 +245,7 @@ def naive_kl(own: Path, reference: Path, pairs: list[dict], side: str, temperatu
     models, tokenizer = [load_policy(str(folder)) for folder in (own, reference)], load_tokenizer(str(own))
     found = []
     for pair in pairs:
-        start = tokenizer(f"Question: {pair['prompt']}\nAnswer:")["input_ids"]
+        start = tokenizer(pair["prompt"])["input_ids"]
         ids = pair[f"ids_{side}"]
         own, reference = (log_softmax(model, start + ids, temperature) for model in models)
         gaps = [float(own[len(start) - 1 + i, t] - reference[len(start) - 1 + i, t]) for i, t in enumerate(ids)]
@@ -334,8 +334,8 @@ def test_the_perplexity_counts_every_token_of_the_response_and_its_end(place, mo
         model, tokenizer = load_policy(str(models[name])), load_tokenizer(str(models[name]))
         total, tokens = 0.0, 0
         for prompt, answer, _ in chosen:
-            start = tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
-            ids = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
+            start = tokenizer(prompt)["input_ids"]
+            ids = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
             read = log_softmax(model, start + ids)
             total -= sum(float(read[len(start) - 1 + i, token]) for i, token in enumerate(ids))
             tokens += len(ids)
@@ -430,8 +430,8 @@ def test_too_long_chosen_responses_are_counted(compared):
 
 
 def test_long_prompts_are_reported(compared):
-    _, _, err = compared("a", "near", "--max_prompt_length", "20")
-    assert "exceed 20 tokens of A" in err
+    _, _, err = compared("a", "near", "--max_prompt_length", "10")
+    assert "exceed 10 tokens of A" in err
 
 
 def test_training_on_the_judge_or_on_the_prompts_is_reported(compared, place, models):

@@ -45,7 +45,7 @@ def test_the_tokens_are_those_that_the_model_gets(model_folder, pairs_csv, capsy
     tokenizer = load_tokenizer(str(model_folder))
     prompt, chosen = "How do I see my routes?", "Run ip route and read the default line."
     ids, length = encode_example(tokenizer, prompt, chosen), len(encode(tokenizer, format_prompt(tokenizer, prompt)))
-    if f"'Question: {prompt}" in out:  # unless it is held out
+    if f"text    '{prompt}" in out:  # unless it is held out
         tokens = " ".join(f"{str(tokenizer.decode([i]))!r}:{i}" for i in ids)
         assert f"  tokens  {tokens}\n" in out
         assert f"  mask    {' '.join('0' * length + '1' * (len(ids) - length))}\n" in out

@@ -141,7 +141,6 @@ def test_unusable_files_and_settings(refused, tmp_path):
     assert "no prompt" in refused("--prompts_file", str(tmp_path / "empty.txt"))
     assert "prompt is empty" in refused("--prompt", " ")
     assert "512 tokens" in refused("--prompt", PROMPT, "--max_new_tokens", "512")
-    assert "leaves no room" in refused("--prompt", PROMPT, "--max_prompt_length", "3")
 
 
 # --- where answers go -------------------------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ def test_temperature_zero_takes_the_likeliest_token(answer, model_folder, tmp_pa
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    ids = tokenizer(f"Question: {PROMPT}\nAnswer:")["input_ids"]
+    ids = tokenizer(PROMPT)["input_ids"]
     start = len(ids)
     with torch.no_grad():
         while len(ids) < start + 12 and ids[-1] != tokenizer.eos_token_id:
@@ -220,7 +219,7 @@ def test_temperature_zero_takes_the_likeliest_token(answer, model_folder, tmp_pa
     for seed in "12":
         path = tmp_path / f"{seed}.jsonl"
         answer("--prompt", PROMPT, "--temperature", "0", "--seed", seed, "--output", str(path))
-        assert json.loads(path.read_text())["completion"].strip() == expected.strip()
+        assert json.loads(path.read_text())["completion"] == expected
 
 
 def test_every_sampling_setting_reaches_the_engine(answer, monkeypatch):

@@ -16,8 +16,8 @@ import torch
 
 from reinforcepp.commands import cli
 from reinforcepp.data.builtin import model_path
-from reinforcepp.models.conversations import PLAIN_TEMPLATE
 from reinforcepp.models.loading import load_config
+from reinforcepp.models.prompt_format import PLAIN_TEMPLATE
 from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.server import server_command, server_environment
 from scripts import SOURCE

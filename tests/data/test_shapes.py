@@ -221,11 +221,12 @@ def test_flattened_prompt_matches_the_plain_chat_template():
     import tiny
     from transformers import PreTrainedTokenizerFast
 
-    from reinforcepp.models.conversations import PLAIN_TEMPLATE, format_prompt
+    from reinforcepp.models.conversations import format_prompt
+    from reinforcepp.models.prompt_format import QUESTION_ANSWER_TEMPLATE
 
     tokenizer = tiny.tokenizer()
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.chat_template = QUESTION_ANSWER_TEMPLATE
     turns = LONG[1:]
     (row,) = prompt_rows([{"prompt": turns}], "x")
     framed = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

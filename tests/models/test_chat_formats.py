@@ -12,6 +12,7 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.models import conversations, tokenization
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import eos_token_ids, prepare_tokenizer
+from reinforcepp.models.prompt_format import QUESTION_ANSWER_TEMPLATE
 from reinforcepp.models.saving import save_model
 from reinforcepp.training.sft_trainer import to_example
 
@@ -61,7 +62,7 @@ def test_a_sentencepiece_tokenizer_puts_no_second_space_before_an_answer(space, 
 
 def test_a_tokenizer_that_adds_no_bos_gets_none():
     tokenizer = prepared(tiny.tokenizer())
-    assert tokenization.encode_prompt(tokenizer, "Why?") == tokenizer("Question: Why?\nAnswer:")["input_ids"]
+    assert tokenization.encode_prompt(tokenizer, "Why?") == tokenizer("Why?")["input_ids"]
 
 
 # --- end of turn --------------------------------------------------------------------------------------------------------
@@ -231,6 +232,6 @@ def test_an_adapter_without_a_free_token_keeps_eos_as_pad_and_says_so(caplog):
     from reinforcepp.models.padding import separate_pad_token
 
     tokenizer = tiny.tokenizer()
-    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, conversations.PLAIN_TEMPLATE
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, QUESTION_ANSWER_TEMPLATE
     separate_pad_token(tiny.model(), tokenizer, resize=False)
     assert tokenizer.pad_token == tokenizer.eos_token and "pads with EOS" in caplog.text

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.data import PromptRow, SftRow
-from reinforcepp.models import conversations, tokenization
+from reinforcepp.models import prompt_format, tokenization
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.rewards.trained import TrainedReward
 from reinforcepp.training.sft_trainer import to_example
@@ -82,7 +82,7 @@ def test_a_chat(tokenizer):
 @pytest.mark.parametrize("name", ["llama3_1", "gemma3"])
 def test_plain_text_of_a_base_model_begins_with_bos(name):
     tokenizer = AutoTokenizer.from_pretrained(real_tokenizers.folder_of(name))
-    tokenizer.chat_template = conversations.plain_template(tokenizer)
+    tokenizer.chat_template = prompt_format.question_answer_template(tokenizer)
     for prompt, answer in TURNS:
         start = tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
         context, target = tokenization.split_example(tokenizer, prompt, answer)

@@ -7,13 +7,14 @@ from reinforcepp.data import PromptRow
 from reinforcepp.errors import DataError, ModelError
 from reinforcepp.models import conversations
 from reinforcepp.models import tokenization as tokens
+from reinforcepp.models.prompt_format import QUESTION_ANSWER_TEMPLATE
 
 
 @pytest.fixture
 def tokenizer():
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = conversations.PLAIN_TEMPLATE
+    tokenizer.chat_template = QUESTION_ANSWER_TEMPLATE
     return tokenizer
 
 
@@ -114,7 +115,7 @@ def test_masks_come_from_lengths_not_from_ids():
 @pytest.mark.parametrize("kind", ["plain", "first", "each"])
 def test_batches_give_the_same_ids(tokenizer, kind):
     if kind != "plain":
-        tokenizer = tiny.sentencepiece_tokenizer(conversations.PLAIN_TEMPLATE, space=kind)
+        tokenizer = tiny.sentencepiece_tokenizer(QUESTION_ANSWER_TEMPLATE, space=kind)
     rows = [
         tokens.Answers(*row)
         for row in (("Why?", ("So.", f"a {tokenizer.eos_token} b")), ("Why?", ("",)), ("Sure?", ("Yes.", "No.", "So.")))

@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.models import conversations
 from reinforcepp.models import tokenization as tokens
 from reinforcepp.models.logprobs import response_logprobs
+from reinforcepp.models.prompt_format import QUESTION_ANSWER_TEMPLATE
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -38,7 +38,7 @@ def prepared_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer like ``load_tokenizer`` does: pad is EOS, and it has a chat template."""
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = conversations.PLAIN_TEMPLATE
+    tokenizer.chat_template = QUESTION_ANSWER_TEMPLATE
     return tokenizer
 
 
@@ -173,7 +173,7 @@ class EngineContract:
                 assert c.ids[-1] not in END_IDS
                 assert len(c.ids) == 20
             spoken = c.ids[:-1] if c.finish_reason == "stop" else c.ids
-            assert c.text == tokenizer.decode(spoken, skip_special_tokens=True).strip()
+            assert c.text == tokenizer.decode(spoken, skip_special_tokens=True).removeprefix(" ")
         assert {c.ids[-1] for c in completions if c.finish_reason == "stop"} - {0}, (
             "no end token other than EOS was sampled"
         )

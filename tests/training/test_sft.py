@@ -182,7 +182,7 @@ def test_no_heldout_rows_warns(llama, pairs_csv, tmp_path, capsys):
 )
 def test_memory_saving_settings_train(llama, pairs_csv, tmp_path, settings):
     metrics = train_language_model(config(llama, pairs_csv, tmp_path / "out", num_train_epochs=4, **settings))
-    assert metrics["after"].loss < metrics["before"].loss - 0.3
+    assert metrics["after"].loss < metrics["before"].loss - 0.2
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == ("use_peft" in settings)
 
 

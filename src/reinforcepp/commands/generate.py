@@ -110,13 +110,13 @@ def show_growing(growing: Iterator[Completion], stopped: Callable[[], bool] = la
     """
     shown = ""
     for completion in growing:
-        text = completion.text.removesuffix("\ufffd")
+        text = completion.text.removesuffix("\ufffd").strip()
         if text.startswith(shown):
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
         if stopped():
             break
-    print(printable(completion.text[len(shown) :]), flush=True)
+    print(printable(completion.text.strip()[len(shown) :]), flush=True)
     return completion
 
 
@@ -158,7 +158,7 @@ def _write(
         else:
             prompt = f"> {completion.prompt.text}\n" if with_prompt else ""
             score = f"\n({format_reward(rewards[i])})" if rewards is not None else ""
-            sink.write(printable(prompt + completion.text) + score + "\n")
+            sink.write(printable(prompt + completion.text.strip()) + score + "\n")
 
 
 def format_reward(reward: float) -> str:

@@ -22,9 +22,9 @@ from reinforcepp.commands.export.command import write_folder
 from reinforcepp.commands.export.source import Source, find_source
 from reinforcepp.config import ServeConfig
 from reinforcepp.errors import ConfigError, RolloutError
-from reinforcepp.models.conversations import PLAIN_TEMPLATE
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer, resolve
 from reinforcepp.models.lora import is_adapter_dir
+from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status
@@ -54,11 +54,11 @@ def run_server(config: ServeConfig) -> int:
         raise RolloutError(
             f"{config.model}: the model can't be served ({reason}). Run reinforcepp chat, which needs no vLLM."
         )
-    chat_template = str(load_tokenizer(source.name).chat_template)
+    tokenizer = load_tokenizer(source.name)
     name = config.name or (config.model if config.model.startswith("builtin:") else Path(source.name).resolve().name)
     with tempfile.TemporaryDirectory(prefix="reinforcepp-serve-") as folder:
         template = Path(folder) / "chat_template.jinja"
-        template.write_text(chat_template, encoding="utf-8")
+        template.write_text(str(tokenizer.chat_template), encoding="utf-8")
         command = server_command(
             _plain_folder(source, Path(folder) / "model"),
             model_config,
@@ -68,7 +68,7 @@ def run_server(config: ServeConfig) -> int:
             name=name,
             max_length=length,
             batch_size=config.batch_size,
-            chat_template=str(template) if chat_template.endswith(PLAIN_TEMPLATE) else None,
+            chat_template=str(template) if prompt_form(tokenizer) != "chat template" else None,
             on_gpu=vllm_is_for_gpus(),
         )
         return _run(command, server_environment(os.environ, key), config, name, with_key=key is not None)

@@ -180,6 +180,8 @@ class ComputeConfig(AdapterConfig):
 class ChatTemplateConfig(Config):
     """The prompt format, which is stored with the trained model and used in generation."""
 
+    prompt_format: Literal["auto", "plain", "question_answer"] = "auto"
+    """Form of prompts; auto: the chat template, or plain text if there is none"""
     chat_template: FilledText | None = None
     """Chat template (Jinja) or a file with one; default: the model's"""
     system_prompt: FilledText | None = None
@@ -211,6 +213,10 @@ class ChatTemplateConfig(Config):
 
     def _check_rules(self) -> None:
         _ = self.template_variables
+        if self.chat_template is not None and self.prompt_format != "auto":
+            raise ConfigError(
+                f"prompt_format: {self.prompt_format} and chat_template are both templates of the prompt. Omit one of them."
+            )
 
 
 @dataclass(frozen=True)

@@ -14,27 +14,34 @@ from jinja2 import Environment, TemplateError
 from reinforcepp.config import ChatTemplateConfig
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models.conversations import PROBE_ANSWER, PROBE_PROMPT, format_completion, format_prompt
+from reinforcepp.models.prompt_format import plain_template, prompt_form, question_answer_template
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode_prompt
-from reinforcepp.run_dir import run_date
+from reinforcepp.run_dir import began_without, run_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+FORMATS = {"plain": plain_template, "question_answer": question_answer_template}
 PINNED_DATE = "{% macro strftime_now(format) %}"
 
 log = logging.getLogger(__name__)
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> PreTrainedTokenizerBase:
-    """Return ``tokenizer`` with the chat template of ``settings``, which is saved with it.
+    """Return ``tokenizer`` with the chat template or prompt format of ``settings``, which is saved with it.
 
     The template gets the system prompt, the variables and the date of the run, so that it formats a text alike everywhere.
 
     Raises:
         ConfigError: the template file is missing, or the template can't format a prompt and a completion.
     """
+    prompt_format = settings.prompt_format
+    if prompt_form(tokenizer) == "plain" and began_without(settings, "prompt_format"):
+        prompt_format = "question_answer"  # of every model without a chat template, when that run began
+    if prompt_format != "auto":
+        tokenizer.chat_template = FORMATS[prompt_format](tokenizer)
     if settings.chat_template is not None:
         tokenizer.chat_template = _template(settings.chat_template)
         _check_bos(tokenizer)

@@ -16,18 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from reinforcepp.errors import ModelError
-from reinforcepp.models.special_tokens import encode, marked, special_tokens, unmarked
+from reinforcepp.models.special_tokens import encode, marked, unmarked
 from reinforcepp.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
-    "{% elif m['role'] == 'user' %}Question: {{ m['content'] }}\n"
-    "{% elif m['role'] == 'assistant' %}Answer: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Answer:{% endif %}"
-)
 PROBE_PROMPT, PROBE_ANSWER = "How do I see my routes?", "Run ip route."
 """A question and its answer, by which the chat template shows how it writes a turn."""
 PROBE_SYSTEM = "Be brief."
@@ -38,12 +32,6 @@ Variables = Mapping[str, Any]
 """Variables of the chat template, such as ``enable_thinking``, and ``tools``."""
 
 log = logging.getLogger(__name__)
-
-
-def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return ``PLAIN_TEMPLATE``, after the special tokens that ``tokenizer`` puts before a text, such as BOS."""
-    prefix = str(tokenizer.decode(list(special_tokens(tokenizer).prefix)))
-    return "{{ '" + prefix.replace("'", "\\'") + "' }}" + PLAIN_TEMPLATE if prefix else PLAIN_TEMPLATE
 
 
 def as_messages(prompt: Conversation) -> list[Mapping[str, Any]]:
@@ -299,3 +287,15 @@ def prefill(tokenizer: PreTrainedTokenizerBase, variables: Variables | None = No
         return turn_format(tokenizer, variables).prefill
     except ModelError:  # generation works with a template that can't format whole conversations
         return ""
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool, variables: Variables) -> str:
+    """Return the text of a sampled answer without the whitespace that the chat template writes around an answer."""
+    if tokenizer.chat_template is None:
+        return text
+    try:
+        turn = turn_format(tokenizer, variables)
+    except ModelError:  # as for prefill
+        return text
+    text = text if turn.before.strip() else text.removeprefix(turn.before)
+    return text if turn.after.strip() or not finished else text.removesuffix(turn.after)

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, ReinforceError, nearest, option, useful_line
 from reinforcepp.files import lfs_pointer
-from reinforcepp.models.conversations import plain_template
 from reinforcepp.models.encoders import add_missing_parts, check_generates, is_encoder, skipped_positions
 from reinforcepp.models.lora import (
     ADAPTER_CONFIG,
@@ -34,6 +33,7 @@ from reinforcepp.models.lora import (
     is_adapter_dir,
     merge_adapter,
 )
+from reinforcepp.models.prompt_format import plain_template
 from reinforcepp.models.tokenization import end_token_id
 from reinforcepp.models.tokenizer_files import choose_template, has_tokenizer, keep_settings, read_tokenizer
 from reinforcepp.runtime import is_main, look_for_hub, warn_once
@@ -230,7 +230,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str
 ) -> PreTrainedTokenizerBase:
-    """Check the tokenizer of the model ``name``; add a missing pad token (EOS) and chat template (``PLAIN_TEMPLATE``).
+    """Check the tokenizer of the model ``name``; add a missing pad token (EOS) and chat template (:func:`plain_template`).
 
     Raises:
         ModelError: the tokenizer is missing, has no EOS, or has more tokens than the model.

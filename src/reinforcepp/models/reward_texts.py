@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from reinforcepp.data import conversation_text
-from reinforcepp.models.conversations import Variables, marked_conversation, plain_template
+from reinforcepp.models.conversations import Variables, marked_conversation
 from reinforcepp.models.encoders import ENCODER_TEMPLATE, is_encoder
 from reinforcepp.models.loading import context_length
+from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.models.special_tokens import encode
 from reinforcepp.models.tokenization import encode_example, encode_text, split_example
 from reinforcepp.runtime import warn_once
@@ -35,7 +36,7 @@ def form_of(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Tex
     names = set(config.architectures or ())
     if names & set(OPENRLHF_CLASSES) or hasattr(config, "value_head_prefix"):
         return "answer"
-    return "answer" if tokenizer.chat_template in (None, plain_template(tokenizer)) else "conversation"
+    return "conversation" if prompt_form(tokenizer) == "chat template" else "answer"
 
 
 def split_scored(

@@ -1,7 +1,7 @@
 """Tokenize prompts and answers in the chat template, truncate and pad them.
 
 A conversation is tokenized as one text, as the chat template renders it, up to the token that ends the answer. A base model
-without a template gets ``PLAIN_TEMPLATE``, which is saved with the model.
+without a template gets one from :mod:`reinforcepp.models.prompt_format`, which is saved with the model.
 """
 
 from __future__ import annotations

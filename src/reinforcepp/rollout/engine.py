@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from reinforcepp.errors import RolloutError
+from reinforcepp.models.conversations import answer_text
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -74,13 +75,14 @@ def to_completion(
 ) -> Completion:
     """Return the completion of sampled ``ids``.
 
-    Its text omits the end token and padding tokens. Other special tokens stay, because tags such as ``<think>`` can be special
-    tokens, and reward functions must see them.
+    Its text omits the end token, padding tokens, and whitespace that the chat template writes around an answer. Other special
+    tokens stay, because tags such as ``<think>`` can be special tokens, and reward functions must see them.
     """
     finished = ids[-1] in eos_ids
     kept = [i for i in (ids[:-1] if finished else ids) if i != tokenizer.pad_token_id]
-    text = tokenizer.decode(kept, skip_special_tokens=False)
-    return Completion(prompt, tuple(ids), tuple(logprobs), str(text).strip(), "stop" if finished else "length")
+    text = str(tokenizer.decode(kept, skip_special_tokens=False))
+    text = answer_text(tokenizer, text, finished, prompt.chat_template_kwargs)
+    return Completion(prompt, tuple(ids), tuple(logprobs), text, "stop" if finished else "length")
 
 
 def partial_completions(

@@ -101,7 +101,7 @@ class Conversation:
             raise DataError(f"/prefer: responses {both} belong to different prompts. Type /regenerate for another one.")
         if " ".join(better.text.split()) == " ".join(worse.text.split()):
             raise DataError(f"/prefer: responses {both} are the same. Type /regenerate for another one.")
-        if not (better.text and worse.text):
+        if not (better.text.strip() and worse.text.strip()):
             raise DataError(f"/prefer: one of the responses {both} is empty. Type /regenerate for another one.")
         save(better.prompt.messages, better.text, worse.text)
         self.judged.add(frozenset((chosen, rejected)))
