@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +23,24 @@ Conversation = str | Sequence[Mapping[str, Any]]
 """A prompt as the chat template takes it: messages, or a text, which is a user message."""
 
 
+class Judgment(NamedTuple):
+    """A preference by one criterion: ``side`` is 1 if ``chosen`` is better, -1 if ``rejected`` is, 0 for a tie, None if unknown.
+
+    ``margin`` is the difference of scores that training asks for.
+    """
+
+    side: int | None
+    margin: float = 0.0
+
+
 @dataclass(frozen=True)
 class Preference:
     """One human preference between two responses to ``prompt``: ``chosen`` was preferred to ``rejected``.
 
     ``row`` is its row in the file, and ``weight`` its weight in training. ``messages`` are those of a prompt that is a list of
     messages; ``prompt`` is then its text for people. ``chat_template_kwargs`` are the row's variables of the chat template.
-    ``margin`` is the difference of scores that training asks for. A ``tie`` has two equally good responses.
+    ``margin`` is the difference of scores that training asks for. A ``tie`` has two equally good responses. ``judgments`` are
+    the preferences by criterion, if criteria were read; they can disagree with ``chosen``.
     """
 
     prompt: str
@@ -41,11 +52,17 @@ class Preference:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     margin: float = 0.0
     tie: bool = False
+    judgments: tuple[Judgment, ...] = ()
 
     @property
     def conversation(self) -> Conversation:
         """The prompt as the chat template takes it."""
         return self.messages or self.prompt
+
+    @property
+    def by_output(self) -> tuple[Judgment, ...]:
+        """One judgment per output of a reward model: those of the criteria, or the pair's own."""
+        return self.judgments or (Judgment(0 if self.tie else 1, self.margin),)
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,8 @@ class ScoredPair:
     """A preference with a reward model's scores of both responses.
 
     Lengths are response lengths in tokens, including EOS, without the prompt and the chat template. ``messages`` are those of a
-    prompt that is a list of messages.
+    prompt that is a list of messages. ``criterion`` is the one by which ``chosen`` is better, if the model has several
+    outputs.
     """
 
     row: RowId
@@ -65,6 +83,7 @@ class ScoredPair:
     chosen_length: int
     rejected_length: int
     messages: Messages = field(default=(), hash=False)
+    criterion: str = ""
 
     @property
     def margin(self) -> float:

@@ -21,6 +21,7 @@ from reinforcepp.algorithm.groups import group_advantages
 from reinforcepp.algorithm.importance import importance_weights
 from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.algorithm.losses import masked_mean, policy_loss
+from reinforcepp.algorithm.preferences import preference_loss
 from reinforcepp.errors import ConfigError
 
 NAN = float("nan")
@@ -436,3 +437,34 @@ def test_contradictions_are_errors(changes, message):
 def test_unknown_kl_kind():
     with pytest.raises(ConfigError, match="k4"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+# --- the loss of a reward model ---------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_preferences():
+    """Golden G11: chosen [1, 0.2], rejected [0, 0.7]."""
+    differences_BC = tensor([[1.0], [-0.5]])
+    assert preference_loss(differences_BC, torch.ones(2, 1), torch.zeros(2, 1)).item() == pytest.approx(
+        0.643669, abs=1e-5
+    )
+    assert preference_loss(differences_BC, torch.ones(2, 1), tensor([[0.5], [0.5]])).item() == pytest.approx(
+        0.893669, abs=1e-5
+    )
+
+
+def test_the_loss_of_several_criteria():
+    """By hand: log(1 + e^-1) = .313262, log(1 + e^.5) = .974077, log(1 + e^2) = 2.126928, a tie at 2: 1.126928; over 2·3."""
+    differences_BC = torch.tensor([[1.0, -0.5, 2.0], [2.0, 9.0, 1.0]], requires_grad=True)
+    sides_BC = tensor([[1, 1, -1], [0, NAN, 1]])
+    loss = preference_loss(differences_BC, sides_BC, tensor([[0, 0, 0], [5, 5, 0.5]]))
+    assert loss.item() == pytest.approx((0.313262 + 0.974077 + 2.126928 + 1.126928 + 0.474077) / 6, abs=1e-5)
+    loss.backward()
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    expected = [[-sigmoid(-1), -sigmoid(0.5), sigmoid(2)], [sigmoid(2) - 0.5, 0, -sigmoid(-0.5)]]
+    assert differences_BC.grad == pytest.approx(tensor(expected) / 6, abs=1e-6)
+    parts = [
+        preference_loss(differences_BC[i : i + 1], sides_BC[i : i + 1], tensor([[0, 0, 0], [5, 5, 0.5]])[i : i + 1])
+        for i in range(2)
+    ]
+    assert sum(parts).item() / 2 == pytest.approx(loss.item(), abs=1e-6)

@@ -53,6 +53,7 @@ deleting = {"keep_last": None, "save_every": 4}
 figures = trained("sft", "sft", **deleting)
 results["losses"] = [figures["before"].loss, figures["after"].loss]
 results["same"] = trained("sft", "sft", resume=True, **deleting) == figures
+trained("reward", "criteria", "judged", num_train_epochs=1, criteria=("yes", "short=-length"))
 trained("reward", "uneven", "uneven", num_train_epochs=1, keep_best="accuracy", save_every=2)
 if started() == 2:
     original, supervised_loop.TrainingCallback.on_step_end = supervised_loop.TrainingCallback.on_step_end, stop_after_three
@@ -87,6 +88,11 @@ def runs(tmp_path_factory):
                 for i in range(number)
             ]
             csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
+    words = ("chosen", "", "tie", "rejected")
+    with open(folder / "judged.csv", "w", newline="") as file:  # the rows of a rank can lack a criterion
+        judged = [(words[i // 3 % 4], i % 5, "" if words[i // 3 % 4] and i % 2 else 2) for i in range(30)]
+        names = ("prompt", "chosen", "rejected", "yes", "chosen_length", "rejected_length")
+        csv.writer(file).writerows([names, *((*row, *each) for row, each in zip(rows, judged, strict=False))])
     printed: dict[int, str] = {}
 
     def trained(processes: int) -> str:
@@ -134,6 +140,17 @@ def test_any_number_of_ranks_trains_the_same_model(runs, kind, processes):
     for step, same in zip(*logs, strict=True):
         assert step["loss"] == pytest.approx(same["loss"], abs=1e-5)
         assert step["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-4)
+
+
+def test_several_ranks_train_the_same_outputs(runs):
+    folder, _ = runs
+    one, two = (load_file(folder / f"criteria-{n}" / "model.safetensors") for n in (1, 2))
+    assert one["score.weight"].shape[0] == 2
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
+    for step, same in zip(*(read_metrics(folder / f"criteria-{n}") for n in (1, 2)), strict=True):
+        assert step["loss"] == pytest.approx(same["loss"], abs=1e-5)
+    cards = [read_card(folder / f"criteria-{n}") for n in (1, 2)]
+    assert cards[0].fingerprint == pytest.approx(cards[1].fingerprint, abs=1e-5)
 
 
 @pytest.mark.parametrize("processes", [2, THREE])

@@ -103,6 +103,20 @@ def test_a_trained_encoder_scores_as_in_plain_transformers(encoder, pairs, tmp_p
     assert reward(["Question 1 about host 2?"], ["Please try step 3."]) == pytest.approx([expected], abs=1e-5)
 
 
+def test_an_encoder_has_an_output_per_criterion(encoder, tmp_path):
+    rows = [f"Question {i}?,Please try step {i}.,Shut up step {i}.,chosen,{i % 3 - 1}" for i in range(8)]
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected,polite,short\n" + "\n".join(rows))
+    settings = {"criteria": ("polite", "short"), "num_train_epochs": 1}
+    train_reward_model(config(encoder("bert"), str(tmp_path / "pairs.csv"), tmp_path / "rm", **settings))
+    reward = load_reward_model(f"{tmp_path / 'rm'}?output=short")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    ids = reward.tokenizer("Question 1?", "Please try step 3.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits[0].tolist()
+    assert reward(["Question 1?"], ["Please try step 3."]) == pytest.approx(expected[1:], abs=1e-5)
+    assert abs(expected[0] - expected[1]) > 1e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_fill_the_context_and_no_more(encoder, family):
     name = encoder(family)

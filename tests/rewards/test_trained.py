@@ -242,8 +242,8 @@ def test_a_missing_folder_raises():
 class ByLength(TrainedReward):
     """Scores a row by its length, so every score is known."""
 
-    def score_rows(self, rows):
-        return [float(len(row)) for row in rows]
+    def score_outputs(self, rows):
+        return torch.tensor([[float(len(row))] for row in rows])
 
 
 def test_scored_pairs_keep_order_texts_and_rows(base):
@@ -273,9 +273,9 @@ def test_lengths_exclude_the_prompt(base):
 @pytest.mark.parametrize("broken", [{"chosen"}, {"rejected"}, {"chosen", "rejected"}])
 def test_a_score_that_is_not_finite_raises(base, broken):
     class Broken(TrainedReward):
-        def score_rows(self, rows):
+        def score_outputs(self, rows):
             kinds.append("rejected" if kinds else "chosen")
-            return [math.inf if kinds[-1] in broken else 0.0 for _ in rows]
+            return torch.tensor([[math.inf if kinds[-1] in broken else 0.0] for _ in rows])
 
     kinds: list[str] = []
     with pytest.raises(TrainingDiverged, match=r"row 9 isn't finite\. Lower learning_rate"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from reinforcepp.config.base import (
@@ -13,6 +13,7 @@ from reinforcepp.config.base import (
     Seed,
     check_not_below_output,
 )
+from reinforcepp.config.criteria import Criterion, parse_criteria
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.shared import (
     BadRowsConfig,
@@ -24,6 +25,7 @@ from reinforcepp.config.shared import (
     DryRunConfig,
     ScheduleConfig,
 )
+from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError, nearest
 
 DEFAULT_MAX_LENGTH = 4096
@@ -130,7 +132,18 @@ class RewardModelConfig(
     """Seed of the split, the row order and the newly initialized score head"""
     center_rewards_coefficient: NonNegativeFloat = 0.01
     """Weight of the penalty that centers scores on 0"""
+    criteria: tuple[str, ...] = field(default=(), metadata=NAMES)
+    """Criteria with an output each, NAME or NAME=COLUMN; -COLUMN: lower is better"""
+    criteria_margins: bool = False
+    """Use differences of ratings, and sizes of judgments, as margins of the loss"""
+
+    @property
+    def parsed_criteria(self) -> tuple[Criterion, ...]:
+        """The criteria; empty for one output that learns the pairs' own preference."""
+        return parse_criteria(self.criteria)
 
     def _check_rules(self) -> None:
+        if not self.parsed_criteria and self.criteria_margins:
+            raise ConfigError("criteria_margins applies only to criteria. Add criteria, or omit it.")
         for setting in ("model", "data"):
             check_not_below_output(self.output_dir, setting, getattr(self, setting))

@@ -7,7 +7,6 @@ from reinforcepp.data.loading import (
     PromptRow,
     SftRow,
     TextData,
-    contradictions_in,
     load_preferences,
     load_prompts,
     load_texts,
@@ -22,6 +21,7 @@ from reinforcepp.data.readers import count
 from reinforcepp.data.rows import (
     Row,
     Skipped,
+    contradictions_in,
     filter_rows,
     normalize,
     split_by_prompt,

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reinforcepp.config.criteria import Criterion
+from reinforcepp.data.criteria import CriterionColumns, find_criteria, suggested, used_columns
 from reinforcepp.data.readers import Records, quoted
-from reinforcepp.data.verdicts import Judged, find_judged
+from reinforcepp.data.verdicts import Judged, Verdict, find_judged
 from reinforcepp.errors import ConfigError, DataError, nearest, setting
 
 GRADES = ("margin", "tie")
@@ -20,11 +22,21 @@ VARIABLES = ("tools", "chat_template_kwargs")
 
 
 class ColumnNames(NamedTuple):
-    """Configured column names of prompts and preference pairs."""
+    """Configured column names of prompts and preference pairs, and the criteria of pairs.
+
+    With ``criteria_margins``, sizes of judgments and differences of ratings are margins.
+    """
 
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    criteria: tuple[Criterion, ...] = ()
+    criteria_margins: bool = False
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Names of the answer columns."""
+        return self.chosen, self.rejected
 
 
 class SftColumnNames(NamedTuple):
@@ -51,6 +63,7 @@ class ColumnLayout(NamedTuple):
         unused: Columns that training drops.
         judged: How the better answer of a row is determined, if not by the names of the columns in ``answers``.
         unpaired: Whether pairs are formed of rows with single answers by their label.
+        criteria: Columns of the criteria of pairs.
     """
 
     prompt: str | None
@@ -63,6 +76,7 @@ class ColumnLayout(NamedTuple):
     unused: tuple[str, ...] = ()
     judged: Judged | None = None
     unpaired: bool = False
+    criteria: tuple[CriterionColumns, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -73,6 +87,7 @@ class ColumnLayout(NamedTuple):
 
 
 DEFAULT_NAMES = ColumnNames()
+ANSWER_FLAGS = ("chosen", "rejected")
 DEFAULT_SFT_NAMES = SftColumnNames()
 PROMPTS = ("question", "instruction", "query", "input", "context_messages", "messages", "conversations", "problem")
 ANSWERS = (
@@ -100,7 +115,7 @@ MESSAGES = ("conversations", "conversation")
 def check_distinct(names: ColumnNames) -> None:
     """Raise a ConfigError if two settings name the same column."""
     flags: dict[str, str] = {}
-    for flag, name in names._asdict().items():
+    for flag, name in zip(("prompt", *ANSWER_FLAGS), names[:3], strict=True):
         if name in flags:
             raise ConfigError(
                 f"{setting(f'{flags[name]}_column')} and {setting(f'{flag}_column')} both name the column {name!r}. Give each "
@@ -125,16 +140,16 @@ def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool |
     Raises:
         DataError: A column is missing, and no or more than one other column could take its place.
     """
-    wanted = (names.chosen, names.rejected)
+    wanted = names.answers
     answers = _find_answers(path, records, wanted, must_be_unique=pairs is not False)
-    judged = None if answers or wanted != DEFAULT_NAMES[1:] else _find_judged(records)
+    judged = None if answers or wanted != DEFAULT_NAMES.answers else _find_judged(records)
     if pairs is not False and not (answers or judged) and (layout := _find_unpaired(path, records, names)):
         return layout
     layout = _find_prompt(path, records, names.prompt, answers or (wanted if judged else None), judged)
     present = [name in records.names for name in wanted]
     # A name that the user set must be there, and one answer column without the other is a mistake.
     missing = not (answers or judged)
-    if missing and (pairs or (pairs is None and (any(present) or wanted != DEFAULT_NAMES[1:]))):
+    if missing and (pairs or (pairs is None and (any(present) or wanted != DEFAULT_NAMES.answers))):
         flag = "rejected" if present[0] else "chosen"
         raise _missing(path, records, flag, getattr(names, flag))
     if judged and pairs is not False:
@@ -142,8 +157,36 @@ def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool |
     elif answers and answers != wanted and pairs is not False:
         layout = _with_note(layout, f"chosen and rejected from the columns {' and '.join(map(repr, answers))}")
     layout = layout._replace(notes=(*records.notes, *layout.notes))
-    # Reward functions get the other columns of prompts.
-    return layout if pairs is False or missing else _with_unused(layout, records, GRADES)
+    if pairs is False or missing:
+        return layout  # Reward functions get the other columns of prompts.
+    return _with_unused(_with_criteria(path, layout, records, answers, names), records, GRADES)
+
+
+def _with_criteria(
+    path: Path, layout: ColumnLayout, records: Records, answers: tuple[str, str] | None, names: ColumnNames
+) -> ColumnLayout:
+    """Return ``layout`` with the columns of the criteria, or with a note on columns that could be criteria."""
+    if answers is None and isinstance(layout.judged, Verdict):
+        answers = layout.judged.answers
+    if answers is None:
+        if names.criteria:
+            raise DataError(
+                f"{path}: each row has a list of answers, so {setting('criteria')} can't be read. Write pairs with the columns "
+                "chosen and rejected, and their ratings."
+            )
+        return layout
+    if not names.criteria:
+        known = suggested(records, answers)
+        note = f"judgments by criterion found: train them with {setting('criteria')} {' '.join(known)}"
+        return _with_note(layout, note) if known else layout
+    criteria = find_criteria(path, records, answers, names.criteria, margins=names.criteria_margins)
+    for criterion in criteria:
+        if criterion.columns and criterion.columns != (criterion.name,):
+            key = f", key {criterion.key!r}" if criterion.key else ""
+            layout = _with_note(
+                layout, f"criterion {criterion.name} from {' and '.join(map(repr, criterion.columns))}{key}"
+            )
+    return layout._replace(criteria=criteria)
 
 
 def _find_judged(records: Records) -> Judged | None:
@@ -152,7 +195,7 @@ def _find_judged(records: Records) -> Judged | None:
 
 def _find_unpaired(path: Path, records: Records, names: ColumnNames) -> ColumnLayout | None:
     """Return the columns of single answers that a label marks as good or bad, if the file has such answers."""
-    if names[1:] != DEFAULT_NAMES[1:] or _find_label(records) is None:
+    if names.answers != DEFAULT_NAMES.answers or names.criteria or _find_label(records) is None:
         return None
     sft_names = DEFAULT_SFT_NAMES._replace(prompt=names.prompt)
     has_answers = {sft_names.completion, *COMPLETIONS, sft_names.messages, *MESSAGES} & {*records.names}
@@ -217,7 +260,7 @@ def _with_note(layout: ColumnLayout, note: str) -> ColumnLayout:
 
 
 def _with_unused(layout: ColumnLayout, records: Records, other: Sequence[str] = ()) -> ColumnLayout:
-    used = (*layout.texts, layout.label, *VARIABLES, *other)
+    used = (*layout.texts, layout.label, *VARIABLES, *other, *used_columns(layout.criteria))
     unused = tuple(name for name in records.names if name and name not in used)
     return layout._replace(unused=unused)
 
@@ -234,7 +277,7 @@ def _find_answers(
     if all(name in records.names for name in wanted):
         return wanted
     candidates = [pair for pair in ANSWERS if all(name in records.names for name in pair)]
-    if not candidates or wanted != DEFAULT_NAMES[1:]:
+    if not candidates or wanted != DEFAULT_NAMES.answers:
         return None
     if len(candidates) > 1 and must_be_unique:
         named = " or ".join(quoted(pair) for pair in candidates)

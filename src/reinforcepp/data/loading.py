@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from reinforcepp.config.criteria import Criterion
 from reinforcepp.data.columns import DEFAULT_SFT_NAMES, ColumnLayout, ColumnNames, SftColumnNames, find_sft_columns
 from reinforcepp.data.messages import UnusableCell, parse_content, prompt_from
 from reinforcepp.data.readers import count, quoted
@@ -24,14 +25,13 @@ from reinforcepp.data.rows import (
     Skipped,
     check_bad_rows,
     check_text_only,
+    contradictions_in,
     describe_skipped,
     filter_rows,
     make_rows,
-    normalize,
     notes_on,
     split_by_prompt,
     template_variables,
-    text_digest,
     weighted,
 )
 from reinforcepp.data.sources import combined_digest, display_name, find_parts, resolve_data
@@ -39,7 +39,7 @@ from reinforcepp.data.streaming import DiskRows, OnProgress, stream_table
 from reinforcepp.data.table import read_table
 from reinforcepp.data.unpaired import UNPAIRED
 from reinforcepp.errors import DataError, nearest, setting
-from reinforcepp.types import Conversation, Messages, Preference, RowId
+from reinforcepp.types import Conversation, Judgment, Messages, Preference, RowId
 
 # A single pair can't be both trained on and held out.
 _MIN_PAIRS = 2
@@ -229,6 +229,8 @@ def load_preferences(
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
     rejected_column: str = "rejected",
+    criteria: Sequence[Criterion] = (),
+    criteria_margins: bool = False,
     max_bad_rows: float = DEFAULT_MAX_BAD_ROWS,
     streaming: bool = False,
     on_progress: OnProgress = _no_progress,
@@ -237,13 +239,14 @@ def load_preferences(
 
     Files are split by prompt (``split_by_prompt``). Built-in data comes split: ``heldout_fraction`` and ``seed`` don't
     apply, and row numbers are those of the file that holds the pair. With ``streaming``, files are read onto disk, and
-    ``on_progress`` is called with the share that has been read. ``max_bad_rows`` is as for ``check_bad_rows``.
+    ``on_progress`` is called with the share that has been read. ``max_bad_rows`` is as for ``check_bad_rows``. ``criteria``
+    are read into the pairs' judgments, with ``criteria_margins`` also their margins.
 
     Raises:
         ConfigError: ``heldout_fraction`` isn't in [0, 1), or two of the column settings are the same.
         DataError: As ``read_preferences``, or ``source`` names unknown built-in data.
     """
-    names = ColumnNames(prompt_column, chosen_column, rejected_column)
+    names = ColumnNames(prompt_column, chosen_column, rejected_column, tuple(criteria), criteria_margins)
 
     def stream(path: Path) -> Loaded[PreferenceData, Preference]:
         table = stream_table(
@@ -291,24 +294,12 @@ def _read_preferences(
     table = read_table(path, names, pairs=True, max_bad_rows=max_bad_rows)
     kept, skipped = filter_rows(table.rows, table.columns, partial(_pair_problem, table.columns))
     pairs = tuple(
-        _pair(row.texts, row.number, row.weight, row.messages, row.chat_template_kwargs, row.grade) for row in kept
+        _pair(row.texts, row.number, row.weight, row.messages, row.chat_template_kwargs, row.grade, row.judgments)
+        for row in kept
     )
     return _enough_pairs(
         PreferenceData(table.source, table.sha256, pairs, skipped, table.notes, contradictions_in(pairs))
     )
-
-
-def contradictions_in(pairs: Iterable[Preference]) -> tuple[tuple[RowId, RowId], ...]:
-    """Return the row numbers of each two pairs that prefer the same two answers to a prompt in opposite ways."""
-    rows: dict[bytes, RowId] = {}
-    found = []
-    for pair in pairs:
-        prompt, chosen, rejected = map(normalize, (pair.prompt, pair.chosen, pair.rejected))
-        opposite = text_digest(prompt, rejected, chosen)
-        if opposite in rows:
-            found.append((rows[opposite], pair.row))
-        rows[text_digest(prompt, chosen, rejected)] = pair.row
-    return tuple(found)
 
 
 def _pair_problem(columns: Sequence[str], texts: Sequence[str]) -> str | None:
@@ -318,18 +309,20 @@ def _pair_problem(columns: Sequence[str], texts: Sequence[str]) -> str | None:
 
 def _pair(texts: Sequence[str], row: RowId, weight: float, *more: Any) -> Preference:
     prompt, chosen, rejected = texts
-    messages, variables, grade = more
-    return Preference(prompt, chosen, rejected, row, weight, messages, variables, *grade)
+    messages, variables, (margin, tie), judgments = more
+    return Preference(prompt, chosen, rejected, row, weight, messages, variables, margin, tie, judgments)
 
 
 def _stored_pair(values: Sequence[Any]) -> Preference:
     row, texts, *more = values
-    return _pair(texts, row, 1.0, *_messages(more), more[2] if more[2:] else UNGRADED)
+    judgments = tuple(Judgment(*each) for each in more[3]) if more[3:] else ()
+    return _pair(texts, row, 1.0, *_messages(more), more[2] if more[2:] else UNGRADED, judgments)
 
 
 def _stored_parts(row: Row) -> list[Any]:
-    graded = row.grade != UNGRADED
-    return [row.messages, row.chat_template_kwargs, list(row.grade)] if graded else _stored_messages(row)
+    if row.grade == UNGRADED and not row.judgments:
+        return _stored_messages(row)
+    return [row.messages, row.chat_template_kwargs, list(row.grade), list(row.judgments)]
 
 
 def _stored_messages(row: Row) -> list[Any]:

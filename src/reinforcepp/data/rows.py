@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from reinforcepp.data.columns import ColumnLayout, ColumnNames, parse_label
+from reinforcepp.data.criteria import read_judgments
 from reinforcepp.data.dialogues import Message
 from reinforcepp.data.messages import (
     CONVERSION_NOTES,
@@ -35,7 +36,7 @@ from reinforcepp.data.readers import Records, count, quoted
 from reinforcepp.data.sources import DataPart, is_builtin
 from reinforcepp.data.verdicts import Choice
 from reinforcepp.errors import ConfigError, DataError, setting
-from reinforcepp.types import Messages, RowId
+from reinforcepp.types import Judgment, Messages, Preference, RowId
 
 DEFAULT_MAX_BAD_ROWS = 0.01
 """Default share of rows that can be skipped because a cell holds something else than text or messages."""
@@ -70,6 +71,7 @@ class Row:
         chat_template_kwargs: The row's variables of the chat template.
         grade: Margin of a pair, and whether it is a tie.
         good: For a single answer that is to be paired, whether it is a good one. Both answers in ``texts`` are this one.
+        judgments: Preferences of a pair by criterion.
     """
 
     number: RowId
@@ -83,6 +85,7 @@ class Row:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     grade: tuple[float, bool] = UNGRADED
     good: bool | None = None
+    judgments: tuple[Judgment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,7 @@ def make_rows(
     path = part.path
     for number, cells in records.rows:
         unreadable, variables, grade, good = None, dict[str, Any](), UNGRADED, None
+        judgments: tuple[Judgment, ...] = ()
         try:
             check_text_only(cells)
             choice = layout.judged.choose(cells) if layout.judged else None
@@ -179,11 +183,15 @@ def make_rows(
             grade = pair_grade(cells) if pairs and not layout.unpaired else grade
             grade = (0.0, True) if choice and choice.tie else grade
             good = parse_label(cells.get(layout.label)) if layout.unpaired and layout.label else None
+            judgments = read_judgments(cells, layout.criteria, grade, choice.chosen if choice else None)
         except UnusableCell as error:
             pair, unreadable = Pair("", problem=error.reason), str(error)
         texts = (pair.prompt, pair.chosen, pair.rejected) if pairs else (pair.prompt,)
         row_id: RowId = f"{path.name}:{number}" if path_in_numbers else number
-        more = (pair.problem, part.weight, unreadable, pair.messages, variables, grade, good)
+        problem = pair.problem
+        if judgments and all(judgment.side is None for judgment in judgments):
+            problem = problem or "without a judgment by any criterion"
+        more = (problem, part.weight, unreadable, pair.messages, variables, grade, good, judgments)
         yield Row(row_id, cells, texts, layout, *more)
 
 
@@ -331,6 +339,19 @@ def filter_rows(
             first_rows[key] = row.number
             kept.append(row)
     return kept, tuple(skipped)
+
+
+def contradictions_in(pairs: Iterable[Preference]) -> tuple[tuple[RowId, RowId], ...]:
+    """Return the row numbers of each two pairs that prefer the same two answers to a prompt in opposite ways."""
+    rows: dict[bytes, RowId] = {}
+    found = []
+    for pair in pairs:
+        prompt, chosen, rejected = map(normalize, (pair.prompt, pair.chosen, pair.rejected))
+        opposite = text_digest(prompt, rejected, chosen)
+        if opposite in rows:
+            found.append((rows[opposite], pair.row))
+        rows[text_digest(prompt, chosen, rejected)] = pair.row
+    return tuple(found)
 
 
 def row_problem(row: Row, texts: Sequence[str], columns: Sequence[str]) -> str | None:

@@ -297,7 +297,7 @@ def stream_table(
     return StreamedTable(
         source=name,
         sha256=combined_digest(parts),
-        columns=columns or tuple(names),
+        columns=columns or names[:3],
         store=store,
         digest=digest,
         kept=kept,

@@ -6,6 +6,7 @@ A language model reads its score at the last token of a text, an encoder with it
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -28,44 +29,68 @@ from reinforcepp.models.loading import (
     resolve,
 )
 from reinforcepp.models.lora import is_4bit, merge_adapter
-from reinforcepp.models.score_heads import StoredHead, find_head, has_head, read_head, score_head
+from reinforcepp.models.score_heads import StoredHead, declared_labels, find_head, has_head, read_head, score_head
 from reinforcepp.models.tokenization import position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def new_reward_model(name: str, seed: int, **settings: Any) -> PreTrainedModel:
+def new_reward_model(name: str, seed: int, outputs: Sequence[str] = (), **settings: Any) -> PreTrainedModel:
     """Return the model ``name`` with a newly initialized score head; ``settings`` go to ``from_pretrained``.
+
+    ``outputs`` are the names of the scores; by default, the model has a single score without a name.
 
     Raises:
         ModelError: the model can't be loaded, or transformers has no classifier of its type.
     """
+    head = _head_of(name)
+    _check_outputs(name, head, outputs)
     torch.manual_seed(seed)
+    if outputs:
+        settings["num_labels"] = len(outputs)
+        settings["id2label"] = dict(enumerate(outputs))
+        settings["label2id"] = {label: i for i, label in enumerate(outputs)}
     model = _classifier(base_of_adapter(name) or name, new=True, initialize=_initialize_head, **settings)
     if base_of_adapter(name) is not None:
         if is_4bit(model):
             raise _adapter_in_4bit(name)
         model.base_model.load_state_dict(load_policy(name).base_model.state_dict())
-    _keep_renamed_head(model, name)
+    if head is not None and not head.is_standard:
+        _keep_renamed_head(model, name, head)
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return prepare_scoring(model)
 
 
-@torch.no_grad()
-def _keep_renamed_head(model: PreTrainedModel, name: str) -> None:
-    """Copy the weights of a head with a name that transformers doesn't know. A bias changes no preference, so it is dropped."""
+def _head_of(name: str) -> StoredHead | None:
+    """Return the score head in the weights of ``name``; None for a language model without one."""
     folder = Path(resolve(name))
     if not any(folder.glob("model*.safetensors")):
-        return
+        return None
     try:
-        head = find_head(folder, _skeleton(name))
-    except ModelError:  # a language model without a head
+        return find_head(folder, _skeleton(name))
+    except ModelError:
+        return None
+
+
+def _check_outputs(name: str, head: StoredHead | None, outputs: Sequence[str]) -> None:
+    """Check that a trained head has the wanted outputs, because weights of another output would be trained silently."""
+    if head is None or (head.outputs == 1 and len(outputs) <= 1):
         return
-    target = score_head(model)[1].weight
-    if not head.is_standard and head.outputs == target.shape[0]:
-        target.copy_(read_head(folder, head)[0])
+    labels = declared_labels(Path(resolve(name)), head.outputs)
+    if labels != list(outputs):
+        wanted = ", ".join(outputs) if outputs else "a single one"
+        raise ModelError(
+            f"{name}: its score head has the outputs {', '.join(labels)}, but the training needs {wanted}. Give the same "
+            "criteria in the same order, or a language model."
+        )
+
+
+@torch.no_grad()
+def _keep_renamed_head(model: PreTrainedModel, name: str, head: StoredHead) -> None:
+    """Copy the weights of a head with a name that transformers doesn't know. A bias changes no preference, so it is dropped."""
+    score_head(model)[1].weight.copy_(read_head(Path(resolve(name)), head)[0])
 
 
 def head_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -87,8 +112,8 @@ def _initialize_head(model: PreTrainedModel, missing: set[str]) -> None:
         head.weight.normal_(std=1 / (head.in_features + 1))
 
 
-def load_reward_weights(folder: Path, outputs: int = 1, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a reward model that this package trained with ``outputs`` scores.
+def load_reward_weights(folder: Path, outputs: int | None = 1, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a reward model that this package trained with ``outputs`` scores; None accepts any number.
 
     Raises:
         ModelError: the score head is missing or has the wrong shape.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,33 @@ HOW_TO_TRAIN = "Train a reward model: reinforcepp reward --data YOUR.csv --outpu
 
 
 @dataclass(frozen=True)
+class CriterionCard:
+    """Training data and evaluation metrics of one of several outputs.
+
+    ``train_pairs`` and ``heldout_pairs`` count pairs with a preference, ``train_ties`` and ``heldout_ties`` those without one.
+    """
+
+    name: str
+    train_pairs: int
+    train_ties: int
+    train_margins: int
+    heldout_pairs: int
+    heldout_ties: int
+    figures: dict[str, Any]
+    train_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
 class RewardCard:
     """Origin and evaluation metrics of a reward model; saved as ``reward_model.json``.
 
     ``figures`` holds metrics of the held-out pairs. ``score_mean``, ``score_std`` and ``train_accuracy`` describe the
     training pairs; older cards lack the accuracy. ``fingerprint`` holds the scores of the probe texts. ``train_margins`` and
     ``train_ties`` count the training pairs with a margin and those without a preference.
+
+    A model with several outputs has ``criteria``. Its figures are those of each criterion, and ``score_mean`` and ``score_std``
+    those of the unweighted mean. ``score_means`` and ``score_covariance`` describe the outputs on the training pairs,
+    ``correlations`` on the held-out pairs.
     """
 
     base_model: str
@@ -35,6 +58,39 @@ class RewardCard:
     train_accuracy: float | None = None
     train_margins: int = 0
     train_ties: int = 0
+    criteria: tuple[CriterionCard, ...] = ()
+    score_means: list[float] = field(default_factory=list)
+    score_covariance: list[list[float]] = field(default_factory=list)
+    correlations: list[list[float]] = field(default_factory=list)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the outputs."""
+        return [criterion.name for criterion in self.criteria] or ["0"]
+
+    def weighted(self, weights: Sequence[float]) -> RewardCard:
+        """Return the card of a weighted sum of the outputs: that of a criterion if it is the only one with a weight."""
+        if not self.criteria or not self.score_means:
+            return self
+        mean = sum(weight * value for weight, value in zip(weights, self.score_means, strict=True))
+        variance = sum(
+            one * other * self.score_covariance[i][j]
+            for i, one in enumerate(weights)
+            for j, other in enumerate(weights)
+        )
+        scaled = replace(self, score_mean=mean, score_std=math.sqrt(max(0.0, variance)))
+        chosen = [criterion for criterion, weight in zip(self.criteria, weights, strict=True) if weight]
+        if len(chosen) != 1 or sum(weights) <= 0:
+            return scaled
+        only = chosen[0]
+        return replace(
+            scaled,
+            train_pairs=only.train_pairs,
+            train_ties=only.train_ties,
+            heldout_pairs=only.heldout_pairs,
+            figures=only.figures,
+            train_accuracy=only.train_accuracy,
+        )
 
 
 def read_card(folder: Path) -> RewardCard:
@@ -47,6 +103,8 @@ def read_card(folder: Path) -> RewardCard:
     if not path.is_file():
         raise ModelError(f"{folder}: not a reward model, because it has no {REWARD_CARD}. {HOW_TO_TRAIN}")
     try:
-        return RewardCard(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        criteria = tuple(CriterionCard(**each) for each in values.pop("criteria", ()))
+        return RewardCard(**values, criteria=criteria)
+    except (TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: damaged ({error}). {HOW_TO_TRAIN}") from error

@@ -76,6 +76,7 @@ class Foreign:
     form: TextForm
     reading: ScoreReading
     output_weights: tuple[float, ...]
+    labels: Sequence[str]
     day: str = ""
 
 
@@ -139,14 +140,15 @@ def load_foreign(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Model
     """
     dtype = getattr(torch, source.dtype) if source.dtype else _default_dtype(folder)
     model, reading = load_classifier(folder, dtype, **(_in_4bit(dtype) if source.load_in_4bit else {}))
-    weights = output_weights(source, declared_labels(folder, score_head(model)[1].out_features))
+    labels = declared_labels(folder, score_head(model)[1].out_features)
+    weights = output_weights(source, labels)
     form = form_of(tokenizer, model.config)
     if (folder / MANIFEST).is_file():  # a checkpoint of a reward model training
         form, reading = "answer", ScoreReading(reading.has_bias)
     if form == "pair":
         reading = replace(reading, separator=pair_separator(tokenizer, model.config))
     day = str(date.today()) if form == "conversation" and "strftime_now" in str(tokenizer.chat_template) else ""
-    return Foreign(prepare_scoring(model, reading), form, reading, weights, day)
+    return Foreign(prepare_scoring(model, reading), form, reading, weights, labels, day)
 
 
 def _default_dtype(folder: Path) -> torch.dtype:

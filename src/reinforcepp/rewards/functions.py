@@ -136,7 +136,12 @@ def score_with(
         terms = [weight * score for weight, row in zip(weights, scores, strict=True) if (score := row[i]) is not None]
         penalty = truncation_penalty if completion.finish_reason == "length" else 0.0
         total.append(math.fsum([*terms, -penalty]) if terms else None)
-    return RewardScores(total, dict(zip(names, scores, strict=True)))
+    by_function: dict[str, list[float | None]] = {}
+    for name, function, values in zip(names, functions, scores, strict=True):
+        by_function[name] = values
+        outputs: Mapping[str, list[float]] = getattr(function, "by_output", {})
+        by_function |= {f"{name}/{label}": list(outputs[label]) for label in outputs}
+    return RewardScores(total, by_function)
 
 
 def drop_unscored(

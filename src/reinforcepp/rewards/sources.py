@@ -56,7 +56,7 @@ class RewardSum:
         if not completions:
             for function in filter(is_collective, self.functions):
                 function([], [])
-            return RewardScores([], {name: [] for name in self.names})
+            return RewardScores([], {name: [] for name in self._logged_names})
         scores = score_with(self.functions, completions, self.weights, self.truncation_penalty)
         if len(self.first_scores) < WATCHED_BATCHES:
             self.first_scores.append(scores.by_function)
@@ -81,6 +81,14 @@ class RewardSum:
     def names(self) -> list[str]:
         """Names under which the functions are logged."""
         return unique_names(self.functions)
+
+    @property
+    def _logged_names(self) -> list[str]:
+        """Names of the functions, and of the outputs of a model that has several."""
+        names = []
+        for name, function in zip(self.names, self.functions, strict=True):
+            names += [name, *(f"{name}/{label}" for label in getattr(function, "labels", ()))]
+        return names
 
     @property
     def trained(self) -> list[TrainedReward]:

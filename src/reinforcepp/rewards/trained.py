@@ -7,15 +7,16 @@ origin has no card; the scores of its first use take its place: see ``calibratio
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from reinforcepp.config.reward_spec import ModelSource, parse_model
 from reinforcepp.errors import ConfigError, ModelError, TrainingDiverged
@@ -56,7 +57,7 @@ class TrainedReward:
     """A reward model as a reward function. It formats texts and ends them as in its training.
 
     Args:
-        model: sequence classifier with one output, which reads its score at the last attended token.
+        model: sequence classifier, which reads its scores at the last attended token.
         tokenizer: the reward model's tokenizer, which can differ from the policy's.
         batch_size: texts per forward pass.
     """
@@ -72,6 +73,10 @@ class TrainedReward:
     """How scores are read from the model."""
     output_weights: tuple[float, ...] = (1.0,)
     """Weight of each output of the model in the score."""
+    labels: Sequence[str] = ()
+    """Names of the outputs, if there are several."""
+    by_output: Mapping[str, list[float]] = MappingProxyType({})
+    """Unweighted scores of the last call by output, if there are several."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = SCORING_BATCH_SIZE
@@ -98,7 +103,11 @@ class TrainedReward:
             self.encode(prompt, completion, finished=reason == "stop")
             for prompt, completion, reason in zip(conversations or prompts, completions, reasons, strict=True)
         ]
-        return self.scaled(self.score_rows(rows))
+        if len(self.labels) < 2:
+            return self.scaled(self.score_rows(rows))
+        scores_NC = self.score_outputs(rows)
+        self.by_output = dict(zip(self.labels, scores_NC.T.tolist(), strict=True))
+        return self.scaled(self._weighted(scores_NC))
 
     def encode(self, prompt: Conversation, answer: str, *, finished: bool = True) -> list[int]:
         """Return the token ids of a prompt and its answer, as the model was trained on them."""
@@ -135,9 +144,18 @@ class TrainedReward:
         return [(score - mean) / std for score in scores]
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Return scores of formatted, tokenized texts; texts beyond the model's context are truncated on the left.
+        """Return the weighted sum of the outputs for each of formatted, tokenized texts; see :meth:`score_outputs`."""
+        return self._weighted(self.score_outputs(rows))
 
-        An encoder keeps the first token, at which it can read the score.
+    def _weighted(self, scores_NC: Tensor) -> list[float]:
+        scores: list[float] = (scores_NC * scores_NC.new_tensor(self.output_weights)).sum(-1).tolist()
+        return scores
+
+    def score_outputs(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return all outputs for formatted, tokenized texts. -> (N, C)
+
+        Texts beyond the model's context are truncated on the left. An encoder keeps the first token, at which it
+        can read the score.
         """
         longest = max((len(row) for row in rows), default=0)
         limit = context_length(self.model.config) or longest
@@ -148,21 +166,21 @@ class TrainedReward:
         if is_encoder(self.model.config):
             rows = [[*row[:1], *row[1 - limit :]] if len(row) > limit else row for row in rows]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        scores = [0.0] * len(rows)
+        outputs = len(self.output_weights)
+        scores_NC = torch.zeros(len(rows), outputs)
         with torch.inference_mode():
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 ids_BL, mask_BL = pad([rows[i][-limit:] for i in batch], int(self.tokenizer.pad_token_id))
                 device = self.model.device
                 logits = self.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits.float()
-                summed_B = (logits * logits.new_tensor(self.output_weights)).sum(-1)
-                for i, score in zip(batch, summed_B.tolist(), strict=True):
-                    scores[i] = score
-        return scores
+                scores_NC[batch] = logits.cpu()
+        return scores_NC
 
     def fingerprint(self) -> list[float]:
-        """Return the scores of the probe texts."""
-        return self.score_rows([self.encode(prompt, answer) for prompt, answer in PROBES])
+        """Return the scores of the probe texts; several outputs of a text follow each other."""
+        scores: list[float] = self.score_outputs([self.encode(*probe) for probe in PROBES]).flatten().tolist()
+        return scores
 
 
 def save_reward_model(reward: TrainedReward, card: RewardCard, folder: Path) -> None:
@@ -183,7 +201,9 @@ def check_reward_folder(name: str) -> RewardCard | None:
     source = parse_model(name)
     folder = _folder_of(source)
     if (folder / REWARD_CARD).is_file() or (folder / RUN_FILE).is_file():
-        return read_card(folder)  # a run directory without a card holds a policy or an unfinished reward model
+        card = read_card(folder)  # a run directory without a card holds a policy or an unfinished reward model
+        output_weights(source, card.labels)
+        return card
     check_classifier(folder, source)
     return None
 
@@ -215,12 +235,13 @@ def load_reward_model(name: str | os.PathLike[str]) -> TrainedReward:
         raise ConfigError(
             f"{source.name}: load_in_4bit isn't supported for a reward model with a card. Use dtype=bfloat16."
         )
-    reward = TrainedReward(load_reward_weights(folder), tokenizer)
+    weights, count = output_weights(source, card.labels), len(card.labels)
+    reward = TrainedReward(load_reward_weights(folder, outputs=count), tokenizer)
+    reward.output_weights, reward.labels = weights, card.labels if count > 1 else ()
     _check_fingerprint(source.name, reward, card)
-    reward.output_weights = output_weights(source, ["0"])
     if source.dtype is not None:
         reward.model.to(getattr(torch, source.dtype))
-    reward.card = card
+    reward.card = card.weighted(weights)
     return reward
 
 
@@ -228,6 +249,7 @@ def _load_foreign(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Mode
     parts = load_foreign(folder, tokenizer, source)
     reward = TrainedReward(parts.model, tokenizer)
     reward.form, reward.reading, reward.output_weights = parts.form, parts.reading, parts.output_weights
+    reward.labels = parts.labels if len(parts.labels) > 1 else ()
     calibrate(source.name, folder, parts, lambda texts: reward.score_rows([reward.encode(*text) for text in texts]))
     return reward
 
@@ -236,7 +258,7 @@ def _check_fingerprint(name: str, reward: TrainedReward, card: RewardCard) -> No
     tolerance = FINGERPRINT_TOLERANCE * max(1.0, card.score_std)
     actual = reward.fingerprint()
     differences = [abs(a - b) for a, b in zip(actual, card.fingerprint, strict=False)]
-    if len(card.fingerprint) != len(PROBES) or max(differences) > tolerance:
+    if len(card.fingerprint) != len(PROBES) * len(card.labels) or max(differences) > tolerance:
         extent = f"by up to {max(differences):.3g}" if differences else "in number"
         raise ModelError(
             f"{name}: the reward model scores its probe texts differently than when it was saved ({extent}), because its "
@@ -248,6 +270,33 @@ def _check_fingerprint(name: str, reward: TrainedReward, card: RewardCard) -> No
 # --- preference pairs -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class PairScores:
+    """All outputs for both answers of pairs, and the lengths of the answers in tokens."""
+
+    chosen_NC: Tensor
+    rejected_NC: Tensor
+    lengths: list[tuple[int, int]]
+
+
+def score_answers(reward: TrainedReward, pairs: Sequence[Preference]) -> PairScores:
+    """Score both answers of every pair with all outputs, in the order of ``pairs``.
+
+    Raises:
+        TrainingDiverged: a score isn't finite.
+    """
+    chosen = [reward.split(p.conversation, p.chosen, variables=p.chat_template_kwargs) for p in pairs]
+    rejected = [reward.split(p.conversation, p.rejected, variables=p.chat_template_kwargs) for p in pairs]
+    chosen_NC = reward.score_outputs([context + answer for context, answer in chosen])
+    rejected_NC = reward.score_outputs([context + answer for context, answer in rejected])
+    finite_N = (chosen_NC + rejected_NC).isfinite().all(-1)
+    for pair, finite in zip(pairs, finite_N.tolist(), strict=True):
+        if not finite:
+            raise TrainingDiverged(f"The score of an answer in row {pair.row} isn't finite. Lower learning_rate.")
+    lengths = [(len(one[1]), len(other[1])) for one, other in zip(chosen, rejected, strict=True)]
+    return PairScores(chosen_NC, rejected_NC, lengths)
+
+
 def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[ScoredPair]:
     """Score both answers of every pair, in the order of ``pairs``.
 
@@ -256,24 +305,39 @@ def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[Scor
     """
     if not pairs:
         return []
-    chosen = [reward.split(p.conversation, p.chosen, variables=p.chat_template_kwargs) for p in pairs]
-    rejected = [reward.split(p.conversation, p.rejected, variables=p.chat_template_kwargs) for p in pairs]
-    chosen_scores = reward.score_rows([context + answer for context, answer in chosen])
-    rejected_scores = reward.score_rows([context + answer for context, answer in rejected])
-    for pair, *scores in zip(pairs, chosen_scores, rejected_scores, strict=True):
-        if not all(map(math.isfinite, scores)):
-            raise TrainingDiverged(f"The score of an answer in row {pair.row} isn't finite. Lower learning_rate.")
+    scores = score_answers(reward, pairs)
+    weights_C = torch.tensor(reward.output_weights)
+    chosen, rejected = (
+        (scores_NC * weights_C).sum(-1).tolist() for scores_NC in (scores.chosen_NC, scores.rejected_NC)
+    )
     return [
         ScoredPair(
             row=pair.row,
             prompt=pair.prompt,
             chosen=pair.chosen,
             rejected=pair.rejected,
-            chosen_score=chosen_scores[i],
-            rejected_score=rejected_scores[i],
-            chosen_length=len(chosen[i][1]),
-            rejected_length=len(rejected[i][1]),
+            chosen_score=chosen[i],
+            rejected_score=rejected[i],
+            chosen_length=scores.lengths[i][0],
+            rejected_length=scores.lengths[i][1],
             messages=pair.messages,
         )
         for i, pair in enumerate(pairs)
     ]
+
+
+def decided_pairs(
+    pairs: Sequence[Preference], scores: PairScores, output: int, criterion: str = ""
+) -> list[ScoredPair]:
+    """Return the pairs with a preference by the criterion of ``output``; ``chosen`` is the answer that it prefers."""
+    found = []
+    for i, pair in enumerate(pairs):
+        answers = (pair.chosen, pair.rejected)
+        values = (float(scores.chosen_NC[i, output]), float(scores.rejected_NC[i, output]))
+        lengths = scores.lengths[i]
+        side = pair.by_output[output].side
+        if side == -1:
+            answers, values, lengths = answers[::-1], values[::-1], lengths[::-1]
+        if side:
+            found.append(ScoredPair(pair.row, pair.prompt, *answers, *values, *lengths, pair.messages, criterion))
+    return found

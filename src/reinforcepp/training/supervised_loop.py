@@ -19,7 +19,9 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from reinforcepp.algorithm.preferences import preference_loss
 from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models.loading import load_policy
@@ -76,11 +78,19 @@ class SupervisedTrainer(Trainer):
         """Load nothing, because :func:`fit` has loaded the weights. No public hook covers this step."""
 
 
-class ResumableRewardTrainer(SupervisedTrainer, RewardTrainer):
-    """Trains on pairs: rows of ``chosen_ids``, ``rejected_ids`` and ``margin``.
+class PairCollator(DataCollatorForPreference):
+    """Pads the token ids of pairs, and adds their judgments and margins, one per output of the model."""
 
-    The loss of a pair is -log sigmoid(chosen - rejected - margin). A margin of nan marks a tie, whose loss is the mean of both
-    orders.
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch."""
+        batch: dict[str, Any] = super().torch_call(examples)
+        return batch | {"side": torch.tensor([example["side"] for example in examples], dtype=torch.float)}
+
+
+class ResumableRewardTrainer(SupervisedTrainer, RewardTrainer):
+    """Trains on pairs: rows of ``chosen_ids``, ``rejected_ids``, and ``side`` and ``margin`` with one number per output.
+
+    The loss is :func:`preference_loss` plus a penalty that centers scores, as in TRL.
     """
 
     title = "reward model"
@@ -88,18 +98,47 @@ class ResumableRewardTrainer(SupervisedTrainer, RewardTrainer):
     logged = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward")
     headline = ("accuracy", "accuracy")
 
+    def __init__(self, *, model: PreTrainedModel, **named: Any) -> None:
+        labels = model.config.id2label
+        model.config.num_labels = 1  # TRL refuses a model with several outputs, although its loops can train one
+        super().__init__(model=model, **named)
+        model.config.id2label, model.config.label2id = labels, {label: i for i, label in labels.items()}
+        self.labels = list(labels.values())
+        self.data_collator = PairCollator(pad_token_id=model.config.get_text_config().pad_token_id)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "side"]
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss, with ties that TRL doesn't have."""
-        ties = inputs["margin"].isnan()
-        inputs = {**inputs, "margin": inputs["margin"].nan_to_num()}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if ties.any():
-            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            # -(log sigmoid(d) + log sigmoid(-d)) / 2 is -log sigmoid(d) + d / 2.
-            loss = loss + ((chosen - rejected) * ties / 2).mean()
+        """Return the loss of all outputs, and record the metrics that TRL records for one."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        chosen_BC, rejected_BC = outputs.logits.float().chunk(2)
+        loss = preference_loss(chosen_BC - rejected_BC, inputs["side"], inputs["margin"])
+        if coefficient := self.args.center_rewards_coefficient:
+            loss = loss + coefficient * ((chosen_BC + rejected_BC) ** 2).mean()
+        self._record(outputs.logits.detach().float(), inputs["side"])
         return (loss, outputs) if return_outputs else loss
+
+    def _record(self, scores_2BC: torch.Tensor, sides_BC: torch.Tensor) -> None:
+        """Record the metrics of a micro-batch of all ranks; accuracy and margin are those of decided pairs."""
+        chosen_BC, rejected_BC = scores_2BC.chunk(2)
+        sides_BC = sides_BC.nan_to_num()
+        margins_BC = sides_BC * (chosen_BC - rejected_BC)
+        sums = torch.stack([(sides_BC != 0).sum(0), (margins_BC > 0).sum(0), margins_BC.sum(0)])
+        decided_C, right_C, margin_C = self.accelerator.reduce(sums, "sum").tolist()
+        scores = self.accelerator.gather(scores_2BC)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        # A batch without a decided pair is right as often as by chance.
+        metrics["accuracy"].append(sum(right_C) / sum(decided_C) if any(decided_C) else 0.5)
+        metrics["margin"].append(sum(margin_C) / max(1, sum(decided_C)))
+        if len(self.labels) > 1:
+            for label, decided, right in zip(self.labels, decided_C, right_C, strict=True):
+                if decided:
+                    metrics[f"accuracy/{label}"].append(right / decided)
+        for name, value in (("mean", scores.mean()), ("min", scores.min()), ("max", scores.max())):
+            metrics[f"{name}_reward"].append(value.item())
 
     @staticmethod
     def arguments(config: RewardModelConfig, **common: Any) -> TrainingArguments:
@@ -108,8 +147,8 @@ class ResumableRewardTrainer(SupervisedTrainer, RewardTrainer):
 
     @staticmethod
     def load_model(folder: Path) -> PreTrainedModel:
-        """Load a reward model."""
-        return load_reward_weights(folder)
+        """Load a reward model with any number of outputs."""
+        return load_reward_weights(folder, outputs=None)
 
 
 class ResumableSftTrainer(SupervisedTrainer, SFTTrainer):
@@ -236,7 +275,8 @@ class TrainingCallback(TrainerCallback):
         if not logs or "loss" not in logs:  # the summary at the end of training
             return
         self._clock.lap("step")
-        names = ("loss", "grad_norm", "learning_rate", *self.trainer_class.logged, "epoch")
+        by_output = sorted(name for name in logs if name.startswith("accuracy/"))
+        names = ("loss", "grad_norm", "learning_rate", *self.trainer_class.logged, *by_output, "epoch")
         metrics = {"step": state.global_step} | {name: float(logs[name]) for name in names if name in logs}
         metrics["skipped_updates"] = float(self._skipped_in_a_row > 0)
         self._metrics = metrics

@@ -50,6 +50,8 @@ class HasRow(Protocol):
 
 
 T = TypeVar("T", bound=HasRow)
+TokenizedRow = Mapping[str, list[int] | list[float]]
+"""Token ids of a row by column, and columns with lists of floats."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def length_limit(config: SupervisedConfig) -> int:
 
 def tokenize_rows(
     rows: Sequence[T],
-    ids_of: Callable[[Sequence[T]], Sequence[Mapping[str, list[int] | float]]],
+    ids_of: Callable[[Sequence[T]], Sequence[TokenizedRow]],
     limit: int,
     label: str,
     scratch: str,
@@ -183,7 +185,7 @@ def tokenize_rows(
 
     Args:
         rows: in memory or on disk.
-        ids_of: returns the token ids of several rows, by column, and other columns of numbers.
+        ids_of: returns the token ids of several rows, by column, and other columns with lists of floats.
         limit: tokens in the longest column of a row.
         label: plural noun for the rows in the report of skipped ones.
         scratch: folder for the token ids, which are mapped from there into memory.
@@ -229,19 +231,18 @@ class _IdWriter:
             self._write({})
         self._file.close()
 
-    def write(self, rows: Sequence[Mapping[str, list[int] | float]]) -> None:
+    def write(self, rows: Sequence[TokenizedRow]) -> None:
         """Append rows."""
         if rows:
             self._write({name: [row[name] for row in rows] for name in rows[0]})
 
-    def _write(self, columns: Mapping[str, list[list[int] | float]]) -> None:
+    def _write(self, columns: Mapping[str, list[list[int] | list[float]]]) -> None:
         import pyarrow
         from pyarrow import ipc
 
-        ids = pyarrow.list_(pyarrow.int32())
+        ids, floats = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
         arrays = {
-            name: pyarrow.array(values, type=pyarrow.float32() if isinstance(values[0], float) else ids)
-            for name, values in columns.items()
+            name: pyarrow.array(values, type=ids if _are_ids(values[0]) else floats) for name, values in columns.items()
         }
         batch = pyarrow.RecordBatch.from_pydict(arrays)
         if self._stream is None:
@@ -263,9 +264,13 @@ def no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def longest(ids: Mapping[str, list[int] | float]) -> int:
+def longest(ids: TokenizedRow) -> int:
     """Return the number of tokens in the longest column of token ids."""
-    return max(len(column) for column in ids.values() if isinstance(column, list))
+    return max(len(column) for column in ids.values() if _are_ids(column))
+
+
+def _are_ids(values: list[int] | list[float]) -> bool:
+    return not (values and isinstance(values[0], float))
 
 
 def sample_rows(rows: Sequence[T]) -> Sequence[T]:

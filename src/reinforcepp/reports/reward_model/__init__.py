@@ -1,13 +1,15 @@
 """The report on a reward model: accuracy, length bias, and calibration on held-out pairs."""
 
-from reinforcepp.reports.reward_model.metrics import Analysis, RewardMetrics, analyze, summary
-from reinforcepp.reports.reward_model.terminal import print_summary
+from reinforcepp.reports.reward_model.metrics import Analysis, RewardMetrics, analyze, analyze_by_criterion, summary
+from reinforcepp.reports.reward_model.terminal import print_criteria, print_summary
 from reinforcepp.reports.reward_model.write import save_pairs, write_page, write_reward_report
 
 __all__ = [
     "Analysis",
     "RewardMetrics",
     "analyze",
+    "analyze_by_criterion",
+    "print_criteria",
     "print_summary",
     "save_pairs",
     "summary",

@@ -110,6 +110,19 @@ def analyze(pairs: Sequence[ScoredPair]) -> Analysis:
     )
 
 
+def by_criterion(pairs: Sequence[ScoredPair]) -> dict[str, list[ScoredPair]]:
+    """Return the pairs of each criterion, in the order of the first pairs; a model with one output has the criterion ""."""
+    found: dict[str, list[ScoredPair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.criterion, []).append(pair)
+    return found
+
+
+def analyze_by_criterion(pairs: Sequence[ScoredPair]) -> dict[str, Analysis]:
+    """Return all metrics by criterion."""
+    return {criterion: analyze(group) for criterion, group in by_criterion(pairs).items()}
+
+
 def summary(pairs: Sequence[ScoredPair]) -> RewardMetrics:
     """Return the card's metrics of at least one pair."""
     margins = [p.margin for p in pairs]

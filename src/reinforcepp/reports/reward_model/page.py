@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
 from reinforcepp.data import count
 from reinforcepp.reports import charts
 from reinforcepp.reports.html import asset, render
-from reinforcepp.reports.reward_model.metrics import PAIRS_PER_POINT, Analysis, Bucket, Share
+from reinforcepp.reports.reward_model.metrics import PAIRS_PER_POINT, Analysis, Bucket, Share, by_criterion
 from reinforcepp.reports.reward_model.verdict import verdict
-from reinforcepp.rewards.card import RewardCard
+from reinforcepp.rewards.card import CriterionCard, RewardCard
 from reinforcepp.types import ScoredPair
 
 MAX_POINTS = 1500
@@ -20,30 +22,89 @@ MAX_POINTS = 1500
 Tile = tuple[str, str, Share | None, str]
 
 
-def as_page(card: RewardCard, pairs: Sequence[ScoredPair], analysis: Analysis) -> str:
-    """Return the page as HTML."""
+@dataclass(frozen=True)
+class Section:
+    """The part of the page on one output."""
+
+    name: str
+    index: int
+    """Number of the criterion from 1."""
+    verdict: str
+    tiles: list[Tile]
+    analysis: Analysis
+    calibration: list[Bucket]
+    calibration_chart: Markup
+    score_charts: list[Markup]
+
+
+def as_page(card: RewardCard, pairs: Sequence[ScoredPair], analyses: Mapping[str, Analysis]) -> str:
+    """Return the page as HTML; ``analyses`` are those of the pairs of each criterion."""
     prompts = count(len({pair.prompt for pair in pairs}), "prompt")
+    groups = by_criterion(pairs)
     return render(
         "reward_model.html",
         title=f"Reward model from {card.base_model}",
         style=charts.STYLE + asset("static/reward_model.css"),
         scripts=(*charts.SCRIPTS, asset("static/fold.js")),
-        verdict=verdict(analysis, card.train_accuracy),
         train_pairs=card.train_pairs,
         data=card.data,
-        heldout=f"{count(len(pairs), 'held-out pair')} on {prompts}",
-        tiles=_tiles(card, analysis),
-        analysis=analysis,
+        heldout=f"{count(card.heldout_pairs, 'held-out pair')} on {prompts}",
+        sections=[_section(card, name, groups[name], analysis) for name, analysis in analyses.items()],
+        criteria=[_criterion_row(each, analyses) for each in card.criteria],
+        correlations=_correlations(card),
         pairs_per_point=PAIRS_PER_POINT,
+    )
+
+
+def verdicts(card: RewardCard, analyses: Mapping[str, Analysis]) -> list[str]:
+    """Return the verdict on each output, after the name of its criterion if there are any."""
+    return [
+        f"{name}: {text}" if name else text
+        for name, text in ((name, verdict(one, _train_accuracy(card, name))) for name, one in analyses.items())
+    ]
+
+
+def _train_accuracy(card: RewardCard, name: str) -> float | None:
+    return next((each.train_accuracy for each in card.criteria if each.name == name), card.train_accuracy)
+
+
+def _criterion_row(each: CriterionCard, analyses: Mapping[str, Analysis]) -> list[Any]:
+    """Return the cells of a criterion: name, counts, accuracy with its interval, and baseline."""
+    analysis = analyses.get(each.name)
+    right = analysis.right if analysis is not None else None
+    shown = "-" if analysis is None else f"{analysis.metrics.longer_wins:.2f}"
+    judged = f"{each.train_pairs} and {each.train_ties}"
+    return [each.name, judged, f"{each.heldout_pairs} and {each.heldout_ties}", right, shown]
+
+
+def _correlations(card: RewardCard) -> list[list[str]]:
+    """Return the rows of the table of correlations: name, and the correlation with each criterion."""
+    if len(card.criteria) < 2:
+        return []
+    return [
+        [each.name, *(f"{value:+.2f}" for value in row)]
+        for each, row in zip(card.criteria, card.correlations, strict=False)
+    ]
+
+
+def _section(card: RewardCard, name: str, pairs: Sequence[ScoredPair], analysis: Analysis) -> Section:
+    accuracy = _train_accuracy(card, name)
+    names = [each.name for each in card.criteria]
+    return Section(
+        name=name,
+        index=names.index(name) + 1 if name in names else 1,
+        verdict=verdict(analysis, accuracy),
+        tiles=_tiles(accuracy, analysis),
+        analysis=analysis,
         calibration=[Bucket(f"{each.confidence:.2f}", each.right) for each in analysis.calibration],
         calibration_chart=_calibration_chart(analysis),
         score_charts=_score_charts(pairs, analysis),
     )
 
 
-def _tiles(card: RewardCard, analysis: Analysis) -> list[Tile]:
+def _tiles(train_accuracy: float | None, analysis: Analysis) -> list[Tile]:
     m = analysis.metrics
-    train = "not recorded" if card.train_accuracy is None else f"{card.train_accuracy:.3f}"
+    train = "not recorded" if train_accuracy is None else f"{train_accuracy:.3f}"
     scores = f"{m.mean_score:.2f} ± {m.score_std:.2f}"
     return [
         ("Accuracy", f"{m.accuracy:.3f}", analysis.right, f"{count(m.ties, 'tie')}; chance is 0.5"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -30,6 +30,38 @@ def print_summary(card: RewardCard, analysis: Analysis | None) -> None:
         console.print(bucket_table("margin", analysis.by_margin))
         console.print(bucket_table("chosen response", analysis.by_length_difference))
     echo(verdict(analysis, card.train_accuracy), "green" if is_sound(analysis) else "yellow")
+
+
+def print_criteria(card: RewardCard, analyses: Mapping[str, Analysis]) -> None:
+    """Print a table of the criteria on the held-out pairs, the correlations of their scores, and a verdict on each."""
+    table = Table("criterion", "pairs", "ties", "accuracy", "95% interval", "length-only", "training")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for criterion in card.criteria:
+        cells = [str(criterion.heldout_pairs), str(criterion.heldout_ties)]
+        train = "-" if criterion.train_accuracy is None else f"{criterion.train_accuracy:.2f}"
+        if (analysis := analyses.get(criterion.name)) is None:
+            table.add_row(criterion.name, *cells, "-", "-", "-", train)
+            continue
+        right, longer = analysis.right, analysis.metrics.longer_wins
+        interval = f"{right.low:.2f} to {right.high:.2f}"
+        table.add_row(criterion.name, *cells, f"{right.value:.2f}", interval, f"{longer:.2f}", train)
+    console.print(table)
+    names = [criterion.name for criterion in card.criteria]
+    if len(names) > 1 and card.correlations:
+        found = [
+            f"{one} and {other} {card.correlations[i][j]:+.2f}"
+            for i, one in enumerate(names)
+            for j, other in enumerate(names)
+            if i < j
+        ]
+        echo(f"Correlation of held-out scores: {'; '.join(found)}")
+    for name in names:
+        if (analysis := analyses.get(name)) is None:
+            echo(f"{name}: no held-out pair has a judgment, so its quality is unknown.", "yellow")
+            continue
+        accuracy = next(criterion.train_accuracy for criterion in card.criteria if criterion.name == name)
+        echo(f"{name}: {verdict(analysis, accuracy)}", "green" if is_sound(analysis) else "yellow")
 
 
 def bucket_table(title: str, buckets: Sequence[Bucket]) -> Table:

@@ -2,7 +2,8 @@
 
 ``heldout.parquet`` has one row per pair: row, prompt, chosen, rejected, chosen_score, rejected_score, chosen_length,
 rejected_length, messages; lengths are in tokens. ``messages`` are null for a prompt that is a text, and files of older versions
-don't have them.
+don't have them. If the model has several outputs, a pair has a row per criterion that prefers one of its responses, which is
+``chosen`` in that row, and a column ``criterion``.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from typing import Any
 from reinforcepp.errors import ConfigError, option, setting
 from reinforcepp.files import whole_file
 from reinforcepp.monitoring.completion_log import MESSAGES, read_completions, save_completions
-from reinforcepp.reports.reward_model.metrics import Analysis, analyze
-from reinforcepp.reports.reward_model.page import as_page
-from reinforcepp.reports.reward_model.verdict import verdict
+from reinforcepp.reports.reward_model.metrics import Analysis, analyze_by_criterion
+from reinforcepp.reports.reward_model.page import as_page, verdicts
 from reinforcepp.rewards.card import RewardCard, read_card
 from reinforcepp.types import ScoredPair
 
 HELDOUT_FILE = "heldout.parquet"
-COLUMNS = tuple(field.name for field in fields(ScoredPair))
+CRITERION = "criterion"
+COLUMNS = tuple(field.name for field in fields(ScoredPair) if field.name != CRITERION)
 KINDS: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "RowId": (int, str), "float": (int, float)}
 
 
 def save_pairs(pairs: Sequence[ScoredPair], folder: Path) -> None:
     """Write ``heldout.parquet``; equal pairs and scores give equal bytes."""
-    save_completions(folder / HELDOUT_FILE, {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS})
+    columns = (*COLUMNS, CRITERION) if any(pair.criterion for pair in pairs) else COLUMNS
+    save_completions(folder / HELDOUT_FILE, {name: [getattr(pair, name) for pair in pairs] for name in columns})
 
 
 def read_pairs(folder: Path) -> list[ScoredPair]:
@@ -52,16 +54,18 @@ def read_pairs(folder: Path) -> list[ScoredPair]:
         pairs = [_checked(row) for row in read_completions(path)]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: the file is damaged ({error}). {again}") from error
-    if len(pairs) != card.heldout_pairs:
+    expected = sum(each.heldout_pairs for each in card.criteria) if card.criteria else card.heldout_pairs
+    if len(pairs) != expected:
         raise ConfigError(
-            f"{path}: the file has {len(pairs)} pairs, but the card says {card.heldout_pairs}, so they don't match. {again}"
+            f"{path}: the file has {len(pairs)} pairs, but the card says {expected}, so they don't match. {again}"
         )
     return pairs
 
 
 def _checked(row: Mapping[str, Any]) -> ScoredPair:
     kinds = {field.name: KINDS[str(field.type)] for field in fields(ScoredPair) if field.name != MESSAGES}
-    values = {name: row[name] for name in kinds}
+    values = {CRITERION: "", **row}
+    values = {name: values[name] for name in kinds}
     for name, value in values.items():
         if not isinstance(value, kinds[name]) or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{name} is {value!r}")
@@ -75,13 +79,13 @@ def write_reward_report(folder: Path, output: Path) -> str:
         ReinforceError: As ``read_pairs``.
     """
     pairs = read_pairs(folder)
-    card, analysis = read_card(folder), analyze(pairs)
-    write_page(card, pairs, analysis, output)
-    return verdict(analysis, card.train_accuracy)
+    card, analyses = read_card(folder), analyze_by_criterion(pairs)
+    write_page(card, pairs, analyses, output)
+    return "\n".join(verdicts(card, analyses))
 
 
-def write_page(card: RewardCard, pairs: Sequence[ScoredPair], analysis: Analysis, output: Path) -> None:
-    """Write the page of metrics that are already computed."""
-    text = as_page(card, pairs, analysis)
+def write_page(card: RewardCard, pairs: Sequence[ScoredPair], analyses: Mapping[str, Analysis], output: Path) -> None:
+    """Write the page of metrics that are already computed, by criterion."""
+    text = as_page(card, pairs, analyses)
     with whole_file(output) as file:
         file.write(text)
