@@ -83,3 +83,11 @@ def test_tool_calls_tell_conversations_apart(write):
     more = [example("LLaMA-Factory: ShareGPT").rows(f"{i}", "a", "b") for i in range(9)]
     data = load_texts(write(*rows, *more), **SPLIT)[0]
     assert [each.reason for each in data.skipped] == ["with an invalid function call in 'conversations'"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_with_other_tools_are_no_duplicates(write, streaming):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "tools": tools} for tools in (None, [{"name": "f"}], "[]")]
+    rows.append({"prompt": "p", "chosen": "b", "rejected": "a", "tools": [{"name": "f"}]})
+    data = load_preferences(write(*rows), **SPLIT, streaming=streaming)[0]
+    assert [pair.row for pair in data.rows] == [1, 2, 4] and data.contradictions == ((2, 4),)

@@ -123,7 +123,9 @@ def test_resuming_a_finished_run_trains_nothing(base, tmp_path, settings, capsys
     again = trainer(base, tmp_path / "run", resume=True, **settings)
     assert again.train() == again.train() == log
     assert contents(tmp_path / "run") == before
-    assert "Nothing to train: the run in" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "steps. Checking that its data and models are unchanged ..." in printed
+    assert "Nothing to train: the run in" in printed
     again.save_model(tmp_path / "copy")
     one, other = (load_policy(str(tmp_path / name)).state_dict() for name in ("run", "copy"))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -329,7 +329,7 @@ def filter_rows(
     first_rows: dict[bytes, RowId] = {}
     for row in rows:
         texts = tuple(map(normalize, row.texts))
-        key = text_digest(*texts)
+        key = text_digest(*identity(texts, row.chat_template_kwargs))
         reason = row_problem(row, texts, columns) or find_problem(texts)
         if reason:
             skipped.append(Skipped(row.number, reason))
@@ -347,11 +347,16 @@ def contradictions_in(pairs: Iterable[Preference]) -> tuple[tuple[RowId, RowId],
     found = []
     for pair in pairs:
         prompt, chosen, rejected = map(normalize, (pair.prompt, pair.chosen, pair.rejected))
-        opposite = text_digest(prompt, rejected, chosen)
+        opposite = text_digest(*identity((prompt, rejected, chosen), pair.chat_template_kwargs))
         if opposite in rows:
             found.append((rows[opposite], pair.row))
-        rows[text_digest(prompt, chosen, rejected)] = pair.row
+        rows[text_digest(*identity((prompt, chosen, rejected), pair.chat_template_kwargs))] = pair.row
     return tuple(found)
+
+
+def identity(texts: Sequence[str], variables: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the texts by which a row repeats another: with other tools or variables of the chat template, it doesn't."""
+    return (*texts, json.dumps(variables, sort_keys=True, default=str)) if variables else tuple(texts)
 
 
 def row_problem(row: Row, texts: Sequence[str], columns: Sequence[str]) -> str | None:

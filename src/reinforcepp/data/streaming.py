@@ -29,6 +29,7 @@ from reinforcepp.data.rows import (
     Skipped,
     check_bad_rows,
     check_fraction,
+    identity,
     make_rows,
     normalize,
     notes_on,
@@ -281,8 +282,8 @@ def stream_table(
             unreadable += [row] if row.unreadable else []
             continue
         store.append([row.number, row.texts, *values(row)], f"{source}:{row.number}")
-        texts.append(_hash(normalized))
-        swapped.append(_hash((normalized[0], *normalized[:0:-1])))
+        texts.append(_hash(identity(normalized, row.chat_template_kwargs)))
+        swapped.append(_hash(identity((normalized[0], *normalized[:0:-1]), row.chat_template_kwargs)))
         prompts.append(int.from_bytes(prompt_rank(seed, normalized[0])[:8], "big"))
         weights.append(row.weight)
     name = display_name(source, parts)

@@ -23,6 +23,8 @@ from reinforcepp.types import Conversation, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from reinforcepp.data import PromptRow
+
 LongPrompts = Literal["cut", "drop"]
 BATCH_ROWS = 256
 
@@ -118,17 +120,27 @@ class Answers(NamedTuple):
     variables: Mapping[str, Any] = {}
 
 
-def encode_examples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answers]) -> list[list[list[int]]]:
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answers], starts: Sequence[str] | None = None
+) -> list[list[list[int]]]:
     """Return the token ids of :func:`encode_example` for every answer of every row.
 
     A prompt is formatted once, and all texts of ``rows`` are tokenized together, which fast tokenizers do in parallel.
+    ``starts`` are the formatted prompts, if they are known.
     """
     texts: list[str] = []
-    for prompt, answers, variables in rows:
-        start = marked_prompt(tokenizer, prompt, variables)
+    starts = starts or [marked_prompt(tokenizer, row.prompt, row.variables) for row in rows]
+    for (prompt, answers, variables), start in zip(rows, starts, strict=True):
         texts += ["".join(marked_example(tokenizer, prompt, answer, True, variables, start)) for answer in answers]
     ids = iter(encode_all(tokenizer, texts))
     return [[[*next(ids), end_token_id(tokenizer, row.variables)] for _ in row.answers] for row in rows]
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answers]) -> list[tuple[int, int]]:
+    """Return the number of tokens of each row's prompt, and of its longest conversation, 0 without answers."""
+    starts = [marked_prompt(tokenizer, row.prompt, row.variables) for row in rows]
+    prompts, examples = encode_all(tokenizer, starts), encode_examples(tokenizer, rows, starts)
+    return [(len(ids), max(map(len, each), default=0)) for ids, each in zip(prompts, examples, strict=True)]
 
 
 def split_examples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Answers]) -> list[tuple[list[int], list[int]]]:
@@ -155,13 +167,13 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, variables: Variables | None
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Any],
+    rows: Sequence[PromptRow],
     *,
     max_prompt_length: int,
     long_prompts: LongPrompts = "cut",
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[list[Prompt], list[int]]:
-    """Format and tokenize rows with ``.prompt`` and optionally ``.messages``, ``.columns`` and ``.chat_template_kwargs``.
+    """Format and tokenize the prompts of ``rows``.
 
     A prompt of more than ``max_prompt_length`` tokens, chat template included, is truncated (``cut``) or skipped (``drop``).
     Truncation removes the oldest turns but keeps the system message; if the last user message alone is too long, it loses the
@@ -173,20 +185,19 @@ def encode_prompts(
     prompts: list[Prompt] = []
     too_long: list[int] = []
     for key, (row, ids) in enumerate(zip(rows, _prompt_ids(tokenizer, rows, on_progress), strict=True)):
-        messages, variables = getattr(row, "messages", ()), getattr(row, "chat_template_kwargs", {})
+        variables = row.chat_template_kwargs
         if len(ids) > max_prompt_length:
             too_long.append(key)
             if long_prompts == "drop":
                 continue
-            ids = _truncated(tokenizer, messages or row.prompt, max_prompt_length, variables)
-        columns = dict(getattr(row, "columns", {}))
-        known = (columns, prefill(tokenizer, variables), messages, variables)
+            ids = _truncated(tokenizer, row.conversation, max_prompt_length, variables)
+        known = (dict(row.columns), prefill(tokenizer, variables), row.messages, variables)
         prompts.append(Prompt(row.prompt, tuple(ids), key, *known))
     return prompts, too_long
 
 
 def _prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], on_progress: Callable[[float], None]
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], on_progress: Callable[[float], None]
 ) -> Iterator[list[int]]:
     """Yield the token ids of each row's whole prompt; the prompts of ``BATCH_ROWS`` rows are tokenized together."""
     for start in range(0, len(rows), BATCH_ROWS):
@@ -194,13 +205,10 @@ def _prompt_ids(
         yield from encode_all(
             tokenizer,
             [
-                marked_prompt(
-                    tokenizer, getattr(row, "messages", ()) or row.prompt, getattr(row, "chat_template_kwargs", {})
-                )
+                marked_prompt(tokenizer, row.conversation, row.chat_template_kwargs)
                 for row in rows[start : start + BATCH_ROWS]
             ],
         )
-
     on_progress(1.0)
 
 
@@ -210,7 +218,7 @@ class LazyPrompts(Sequence[Prompt]):
     ``digest`` identifies the contents of ``rows``.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], limit: int, digest: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], limit: int, digest: str) -> None:
         self.tokenizer, self.rows, self.limit, self.digest = tokenizer, rows, limit, digest
 
     def __len__(self) -> int:

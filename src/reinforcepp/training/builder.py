@@ -194,7 +194,12 @@ def open_folder(
     init_process_group(config.watchdog_seconds)
     folder = check_output(config.output_dir, overwrite=config.overwrite, resume=config.resume, needed_bytes=needed)
     check_trackers(config.report_to)
-    return folder, checkpoint.checkpoint_to_resume(folder, config)
+    resumed = checkpoint.checkpoint_to_resume(folder, config)
+    if isinstance(resumed, checkpoint.FinishedRun):
+        echo(
+            f"The run in {folder} finished after {resumed.step} steps. Checking that its data and models are unchanged ..."
+        )
+    return folder, resumed
 
 
 def load_prompts(

@@ -122,7 +122,7 @@ def _measure(
     file: CheckedFile, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, max_length: int
 ) -> tuple[list[RowId], list[RowId], int]:
     """Return the rows of too long prompts and pairs, and the number of tokens of the longest pair."""
-    from reinforcepp.models.tokenization import Answers, encode_examples, encode_prompts
+    from reinforcepp.models.tokenization import Answers, count_tokens
 
     long_prompts: list[RowId] = []
     long_pairs: list[RowId] = []
@@ -130,15 +130,11 @@ def _measure(
     with reading_progress(len(file.rows) >= PROGRESS_ROWS, "tokenizing") as report:
         for start in range(0, len(file.rows), BATCH_ROWS):
             batch = file.rows[start : start + BATCH_ROWS]
-            _, long = encode_prompts(tokenizer, batch, max_prompt_length=max_prompt_length, long_prompts="drop")
-            long_prompts += [batch[index].row for index in long]
-            encoded = encode_examples(
-                tokenizer,
-                [Answers(row.messages or row.prompt, row.texts[1:], row.chat_template_kwargs) for row in batch],
-            )
-            lengths = [max(map(len, ids), default=0) for ids in encoded]
-            long_pairs += [row.row for row, length in zip(batch, lengths, strict=True) if length > max_length]
-            longest = max(longest, *lengths)
+            answers = [Answers(row.conversation, row.texts[1:], row.chat_template_kwargs) for row in batch]
+            lengths = list(zip(batch, count_tokens(tokenizer, answers), strict=True))
+            long_prompts += [row.row for row, (prompt, _) in lengths if prompt > max_prompt_length]
+            long_pairs += [row.row for row, (_, pair) in lengths if pair > max_length]
+            longest = max(longest, *(pair for _, (_, pair) in lengths))
             report((start + len(batch)) / len(file.rows))
     return long_prompts, long_pairs, longest
 

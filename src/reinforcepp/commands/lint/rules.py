@@ -108,7 +108,11 @@ def contradicting_rows(file: CheckedFile) -> tuple[tuple[RowId, RowId], ...]:
     """Return the row numbers of each two pairs that prefer the same two answers in opposite ways."""
     if file.noun == "prompt":
         return ()
-    pairs = tuple(Preference(row.texts[0], row.texts[1], row.texts[2], row.row) for row in file.rows)
+    pairs = tuple(
+        Preference(prompt, chosen, rejected, row.row, chat_template_kwargs=row.chat_template_kwargs)
+        for row in file.rows
+        for prompt, chosen, rejected in [row.texts]
+    )
     return contradictions_in(pairs)
 
 
