@@ -24,7 +24,8 @@ from reinforcepp.commands.chat.preferences import PreferenceFile
 from reinforcepp.data import ColumnNames, conversation_text, read_preferences, read_table
 from reinforcepp.errors import ConfigError, DataError, ModelError
 from reinforcepp.models.conversations import format_prompt
-from reinforcepp.models.loading import prepare_tokenizer
+from reinforcepp.models.loading import load_tokenizer, prepare_tokenizer
+from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.types import Completion, Prompt
 from scripts import SOURCE
@@ -76,6 +77,10 @@ def pairs(path: Path) -> list[dict]:
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def asking(text: str) -> Prompt:
+    return Prompt(text, (1,), 1, messages=(user(text),))
 
 
 def assistant(text: str) -> dict[str, str]:
@@ -280,11 +285,39 @@ def test_answers_under_different_system_messages_are_not_compared(chat, model_sa
     assert "different prompts" in err and not (tmp_path / "preferences.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
-def test_the_file_reads_as_the_texts_that_were_trained_on(chat, model_says, tmp_path, name):
+def test_training_encodes_the_prompts_that_were_sampled_from(chat, model_says, tmp_path, model_folder):
     asked = model_says('good, "quoted"\nline', "bad", "better", "worse")
-    chat("A?\n/regenerate\n/prefer 1\nÜber B?\n/regenerate\n/prefer 1\n", "--preferences", name, "--system", "S")
-    read = read_preferences(tmp_path / name)
+    lines = "A?\n/regenerate\n/prefer 1\nÜber  B?\n/regenerate\n/prefer 1\n"
+    chat(lines, "--preferences", "p.jsonl", "--system", "Be\n brief. ")
+    pairs = read_preferences(tmp_path / "p.jsonl").pairs
+    tokenizer = load_tokenizer(str(model_folder))
+    encoded = [encode_prompt(tokenizer, pair.conversation, **pair.chat_template_kwargs) for pair in pairs]
+    assert encoded == [list(asked[0][0].ids), list(asked[2][0].ids)]
+    assert pairs[1].messages[0] == {"role": "system", "content": "Be\n brief. "} and len(pairs[1].messages) == 4
+
+
+def test_variables_of_the_template_are_saved(tmp_path):
+    prompt = Prompt("A?", (1,), 1, messages=(user("A?"),), chat_template_kwargs={"enable_thinking": False})
+    PreferenceFile(str(tmp_path / "p.jsonl")).append(prompt, "yes", "no")
+    PreferenceFile(str(tmp_path / "p.jsonl")).append(prompt, "no", "yes")
+    assert read_preferences(tmp_path / "p.jsonl").pairs[0].chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_a_csv_takes_no_conversation(chat, model_says, tmp_path, model_folder):
+    asked = model_says("good", "bad", "better", "worse")
+    lines = "A?\n/regenerate\n/prefer 1\nB?\n/regenerate\n/prefer 1\n/reset\nC?\n/regenerate\n/prefer 1\n"
+    _, err = chat(lines, "--preferences", "p.csv")
+    assert "p.csv can't hold the earlier turns" in err and err.count("Saved to") == 2
+    pairs = read_preferences(tmp_path / "p.csv").pairs
+    encoded = [encode_prompt(load_tokenizer(str(model_folder)), pair.conversation) for pair in pairs]
+    assert encoded == [list(asked[0][0].ids), list(asked[4][0].ids)]
+    assert "can't hold the system message" in chat("", "--preferences", "p.csv", "--system", "S", code=2).err
+
+
+def test_the_file_reads_as_the_texts_that_were_trained_on(chat, model_says, tmp_path):
+    asked = model_says('good, "quoted"\nline', "bad", "better", "worse")
+    chat("A?\n/regenerate\n/prefer 1\nÜber B?\n/regenerate\n/prefer 1\n", "--system", "S")
+    read = read_preferences(tmp_path / "preferences.jsonl")
     assert read.skipped == ()
     assert [pair.prompt for pair in read.pairs] == [asked[0][0].text, asked[2][0].text]
     assert read.pairs[1].prompt == 'S\n\nA?\nAnswer: good, "quoted"\nline\nQuestion: Über B?'
@@ -311,11 +344,11 @@ def test_lint_and_reward_take_the_file(chat, model_says, tmp_path, name, capsys,
 def test_a_csv_gets_one_header_and_its_own_order_of_columns(tmp_path):
     path = tmp_path / "p.csv"
     for number in range(3):
-        PreferenceFile(str(path)).append([user(f"A{number}\0")], "yes\r", "no")
+        PreferenceFile(str(path)).append(asking(f"A{number}\0"), "yes\r", "no")
     rows = list(csv.reader(io.StringIO(path.read_text(), newline="")))
     assert [row[0] for row in rows] == ["prompt", "A0\ufffd", "A1\ufffd", "A2\ufffd"]
     path.write_text("note,rejected,prompt,chosen\nx,b,P,a")  # without a line feed at its end
-    PreferenceFile(str(path)).append([user("Q")], "good", "bad")
+    PreferenceFile(str(path)).append(asking("Q"), "good", "bad")
     assert list(csv.reader(path.open()))[2] == ["", "bad", "Q", "good"]
     assert len(read_table(path, ColumnNames(), pairs=True).rows) == 2
 
@@ -323,7 +356,7 @@ def test_a_csv_gets_one_header_and_its_own_order_of_columns(tmp_path):
 def test_a_jsonl_is_appended_to(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "P", "chosen": "a", "rejected": "b"}')
-    PreferenceFile(str(path)).append([user("Q\u2028\x1b")], "good", "bad")
+    PreferenceFile(str(path)).append(asking("Q\u2028\x1b"), "good", "bad")
     assert [pair.chosen for pair in read_preferences(path).pairs] == ["a", "good"]
 
 

@@ -19,10 +19,11 @@ from reinforcepp.commands import cli
 from reinforcepp.commands.compare.command import chosen_answers, compare_models, prompts_to_answer
 from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig
-from reinforcepp.data import load_prompts
+from reinforcepp.data import load_prompts, read_preferences
 from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import load_policy, load_tokenizer
+from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.result import distinct_ngrams, distinct_share, mean_by_prompt
 from reinforcepp.reports.comparison.statistics import Outcome, Rate
@@ -154,6 +155,20 @@ def test_a_model_compared_with_itself_ties(compared):
     assert verdict.startswith("Verdict: inconclusive (the models tie on every prompt; win rate of B 0.500, ")
     assert "length-controlled: inconclusive (0.500, 0.500 to 0.500)" in verdict
     assert "gave the same responses" in Path("out/compare.html").read_text(encoding="utf-8")
+
+
+def test_the_answers_are_data_with_the_prompts_that_were_sampled_from(compared, place):
+    given = [
+        [{"role": "system", "content": f"Be  brief {i}.\n"}, {"role": "user", "content": f" How many routes are {i}? "}]
+        for i in range(4)
+    ]
+    rows = [{"prompt": prompt, "chat_template_kwargs": {"mood": i}} for i, prompt in enumerate(given)]
+    (place / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compared("a", "other", "--data", "talks.jsonl", "--max_prompt_length", "200", "--heldout_fraction", "0")
+    read = read_preferences("out/answers.jsonl", chosen_column="answer_a", rejected_column="answer_b").pairs
+    tokenizer = load_tokenizer("a")
+    ids = {tuple(encode_prompt(tokenizer, pair.conversation)): pair.chat_template_kwargs for pair in read}
+    assert ids == {tuple(encode_prompt(tokenizer, row["prompt"])): row["chat_template_kwargs"] for row in rows}
 
 
 def test_the_same_seed_gives_the_same_comparison(compared):

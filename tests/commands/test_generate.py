@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from reinforcepp.commands import cli
+from reinforcepp.data import read_prompts, read_texts
 from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.types import Completion
 
@@ -106,7 +108,7 @@ def test_a_long_prompt_is_truncated_with_a_warning(answer, monkeypatch):
     _, err = answer("--prompt", "why " * 200 + "now?")
     assert "1 of 1 prompts" in err
     assert "64 tokens" in err
-    assert "truncated from the left" in err.replace("\n", " ")
+    assert "lost their oldest turns or the beginning of their text" in err.replace("\n", " ")
     assert len(asked[0][0].ids) <= 64
 
 
@@ -114,7 +116,7 @@ def test_a_prompt_is_whole_if_the_context_has_room(model_folder, capsys, monkeyp
     asked, prompt = engine_says(monkeypatch, "a"), "why " * 100 + "now?"
     sizes = ["--max_new_tokens", "12", "--engine", "transformers"]
     assert cli.main(["generate", "--model", str(model_folder), *sizes, "--prompt", prompt]) == 0
-    assert "truncated" not in capsys.readouterr().err
+    assert "lost their" not in capsys.readouterr().err
     assert prompt in load_tokenizer(str(model_folder)).decode(asked[0][0].ids)
 
 
@@ -169,6 +171,43 @@ def test_json_lines(answer, tmp_path, monkeypatch):
         {"prompt": "Where?", "completion": "b", "finish_reason": "stop"},
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "p.txt"]
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be  brief.\n"},
+    {"role": "user", "content": "First?"},
+    {"role": "assistant", "content": "Yes.\x1b[2J" + "long " * 50},
+    {"role": "user", "content": " Second? "},
+]
+
+
+def test_a_data_file_keeps_its_conversations_from_prompt_to_output(answer, tmp_path, model_folder):
+    given = [{"prompt": CONVERSATION, "chat_template_kwargs": {"mood": "x"}}, {"prompt": " Plain? "}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    tokenizer, output = load_tokenizer(str(model_folder)), tmp_path / "out.jsonl"
+    sizes = ["--max_prompt_length", "400"]
+    _, err = answer("--prompts_file", str(tmp_path / "in.jsonl"), "--output", str(output), *sizes)
+    assert "in.jsonl: 2 prompts; 1 row with a system message or earlier turns" in err
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert records[0]["prompt"] == CONVERSATION and records[0]["chat_template_kwargs"] == {"mood": "x"}
+    assert [record["completion"][0]["role"] for record in records[:1]] == ["assistant"]
+    assert records[1]["prompt"] == " Plain? " and isinstance(records[1]["completion"], str)
+    sampled = [encode_prompt(tokenizer, row["prompt"]) for row in given]
+    for rows in (read_prompts(output).prompts, read_texts(output).rows):
+        assert [encode_prompt(tokenizer, row.conversation) for row in rows] == sampled
+
+
+def test_conversations_are_printed_turn_by_turn(answer, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": CONVERSATION}) + "\n")
+    lines = answer("--prompts_file", str(tmp_path / "in.jsonl"), "--num_samples", "2", "--max_prompt_length", "400")[0]
+    shown = lines.split("\n")
+    assert shown[:2] == ["> System: Be brief.", "> User: First?"] and shown[3] == "> User: Second?"
+    assert shown[2].startswith("> Assistant: Yes.\ufffd[2Jlong long") and shown[2].endswith("…") and len(shown[2]) < 100
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_an_output_that_would_not_be_read_again_is_refused(refused, name):
+    assert f"output: {name} would hold JSON lines" in refused("--prompt", PROMPT, "--output", name)
 
 
 def test_an_output_that_cannot_be_written_is_an_early_error(refused, tmp_path, monkeypatch):

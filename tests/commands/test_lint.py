@@ -176,6 +176,17 @@ def test_contradictory_pairs(write):
     assert prompt in finding.examples[0]
 
 
+def test_examples_show_conversations_turn_by_turn(tmp_path, capsys):
+    prompt = [{"role": "system", "content": "Be \x1b brief."}, {"role": "user", "content": "Up?"}]
+    pairs = [("good", "bad"), ("bad", "good")]
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert found(path)["contradiction"].examples == ("row 1:\nSystem: Be \ufffd brief.\nUser: Up?",)
+    cli.main(["lint", str(path), "--fail_on", "never"])
+    assert "    row 1:\n      System: Be \ufffd brief.\n      User: Up?\n" in capsys.readouterr().out
+
+
 def test_near_duplicates(write):
     rows = sound(60)
     prompt, chosen, rejected = rows[0]

@@ -75,6 +75,21 @@ def test_before_the_first_step_and_after_one_without_rewards():
     assert "+0.000" not in shown(moment(history=[{"step": 1, "skipped_updates": 1.0}]))
 
 
+def test_a_conversation_is_shown_turn_by_turn():
+    earlier = [{"role": role, "content": f"{role} {i}"} for i in range(4) for role in ("user", "assistant")]
+    prompt = [{"role": "system", "content": "Be\x1b brief. " * 30}, *earlier, {"role": "user", "content": "Last?"}]
+    text = shown(moment(sample=Sample(prompt, "Yes.", 1.0)))
+    lines = [line.strip("│ ").removeprefix("sample").strip() for line in text.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("System: Be\ufffd brief."))
+    assert lines[first + 1] == "… 6 earlier turns …"
+    assert lines[first + 2 : first + 6] == [
+        "User: user 3",
+        "Assistant: assistant 3",
+        "User: Last?",
+        "Assistant: Yes.  (+1.00)",
+    ]
+
+
 def test_model_output_cannot_control_the_terminal():
     hostile = Sample("\x1b[2Jp", "[bold red]x[/] \x1b]0;title\x07 \r evil\n\n\n\n" + "long " * 500, 0.0)
     text = shown(moment(sample=hostile))

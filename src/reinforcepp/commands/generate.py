@@ -7,23 +7,24 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
 from reinforcepp.config import GenerateConfig, SamplingConfig
-from reinforcepp.data import PromptRow, read_prompt_lines
+from reinforcepp.data import PromptRow, is_data_file, read_prompt_lines, read_prompts
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, prompt_limit
 from reinforcepp.models.tokenization import encode_prompts
 from reinforcepp.monitoring import echo, printable
+from reinforcepp.monitoring.turns import turn_lines
 from reinforcepp.rewards.functions import score_all
 from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
-from reinforcepp.types import Completion, Sampling
+from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,24 +36,24 @@ def generate(config: GenerateConfig) -> list[Completion]:
     Raises:
         ReinforceError: For a missing file, no prompt, or a model that can't be loaded.
     """
-    texts = _read_prompts(config)
+    rows = _read_prompts(config)
     output = check_output_file(config.output) if config.output is not None else None
     with file_lock(output) if output is not None else nullcontext():
-        return _generate(config, texts, output)
+        return _generate(config, rows, output)
 
 
-def _generate(config: GenerateConfig, texts: Sequence[str], output: Path | None) -> list[Completion]:
+def _generate(config: GenerateConfig, rows: Sequence[PromptRow], output: Path | None) -> list[Completion]:
     if config.reward_model is not None:
         check_reward_folder(config.reward_model)
     model_config = load_config(config.model)
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens)
     choice = choose_engine(config.engine, model_config, torch.float32)
     tokenizer = load_tokenizer(config.model)
-    rows = [PromptRow(text, {}, i) for i, text in enumerate(texts)]
     prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit)
     if long:
         echo(
-            f"{len(long)} of {len(texts)} prompts are longer than {limit} tokens and were truncated from the left.",
+            f"{len(long)} of {len(rows)} prompts are longer than {limit} tokens. They lost their oldest turns or the "
+            "beginning of their text.",
             "yellow",
         )
     reward = load_reward_model(config.reward_model) if config.reward_model is not None else None
@@ -120,12 +121,17 @@ def show_growing(growing: Iterator[Completion], stopped: Callable[[], bool] = la
     return completion
 
 
-def _read_prompts(config: GenerateConfig) -> list[str]:
+def _read_prompts(config: GenerateConfig) -> Sequence[PromptRow]:
+    """Return the prompts: the rows of a data file, or the lines of a text file or of standard input."""
     if config.prompt is not None:
-        return [config.prompt]
+        return [PromptRow(config.prompt, {})]
+    if config.prompts_file is not None and is_data_file(config.prompts_file):
+        data = read_prompts(config.prompts_file)
+        echo(data.summary())
+        return data.prompts
     if config.prompts_file is None and sys.stdin.isatty():
         echo("Type one prompt per line. To finish, press Ctrl-D.")
-    return read_prompt_lines(config.prompts_file)
+    return [PromptRow(text, {}, i) for i, text in enumerate(read_prompt_lines(config.prompts_file))]
 
 
 @contextmanager
@@ -149,16 +155,28 @@ def _write(
 ) -> None:
     for i, completion in enumerate(completions):
         if as_json:
-            record = {
-                "prompt": completion.prompt.text,
-                "completion": completion.text,
-                "finish_reason": completion.finish_reason,
-            } | ({"reward": rewards[i]} if rewards is not None else {})
-            sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+            score = {"reward": rewards[i]} if rewards is not None else {}
+            sink.write(json.dumps({**_record(completion), **score}, ensure_ascii=False) + "\n")
         else:
-            prompt = f"> {completion.prompt.text}\n" if with_prompt else ""
-            score = f"\n({format_reward(rewards[i])})" if rewards is not None else ""
-            sink.write(printable(prompt + completion.text.strip()) + score + "\n")
+            prompt = "".join(f"> {line}\n" for line in _prompt_lines(completion.prompt)) if with_prompt else ""
+            written = f"\n({format_reward(rewards[i])})" if rewards is not None else ""
+            sink.write(printable(prompt + completion.text.strip()) + written + "\n")
+
+
+def _record(completion: Completion) -> dict[str, Any]:
+    """Return a line of the output, in TRL's format: conversational if the prompt is a list of messages."""
+    text, cells = completion.text, completion.prompt.cells
+    conversational = bool(completion.prompt.messages)
+    return {
+        "prompt": cells.pop("prompt"),
+        "completion": [{"role": "assistant", "content": text}] if conversational else text,
+        "finish_reason": completion.finish_reason,
+        **cells,
+    }
+
+
+def _prompt_lines(prompt: Prompt) -> list[str]:
+    return turn_lines(prompt.messages) if prompt.messages else [prompt.text]
 
 
 def format_reward(reward: float) -> str:

@@ -21,6 +21,7 @@ from reinforcepp.config.base import (
 )
 from reinforcepp.errors import ConfigError
 
+TABLE_FILES = (".csv", ".tsv", ".parquet", ".arrow")
 PREFERENCE_FILES = (".jsonl", ".csv")
 REPOSITORY = r"[\w][\w.-]*(/[\w][\w.-]*)?"  # a name on the Hugging Face Hub, with or without the user's
 
@@ -54,7 +55,7 @@ class GenerateConfig(SamplingConfig):
     prompt: str | None = None
     """Prompt; default: prompts_file, or lines of standard input"""
     prompts_file: str | None = None
-    """Text file with one prompt per line"""
+    """Text file with one prompt per line, or a data file with a prompt column"""
     num_samples: PositiveInt = 1
     """Responses per prompt"""
     best_of: PositiveInt | None = None
@@ -79,6 +80,10 @@ class GenerateConfig(SamplingConfig):
             )
         if self.output is not None and self.output == self.prompts_file:
             raise ConfigError(f"output and prompts_file are both {self.output}. Give output another name.")
+        if self.output is not None and (suffix := Path(self.output).suffix.lower()) in TABLE_FILES:
+            raise ConfigError(
+                f"output: {self.output} would hold JSON lines, which can't be read as {suffix}. Give a name that ends in .jsonl."
+            )
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,18 @@ class ChatConfig(SamplingConfig):
     reward_model: FilledStr | None = None
     """Folder of a reward model, whose score is shown with each response"""
     preferences: FilledStr = "preferences.jsonl"
-    """File for the pairs of /prefer: .jsonl (conversations) or .csv (text)"""
+    """File for the pairs of /prefer: .jsonl, or .csv for single questions"""
 
     def _check_rules(self) -> None:
         if Path(self.preferences).suffix.lower() not in PREFERENCE_FILES:
             raise ConfigError(
                 f"preferences: {self.preferences} has another file type. Give a name that ends in "
                 f"{' or '.join(PREFERENCE_FILES)}."
+            )
+        if self.system is not None and Path(self.preferences).suffix.lower() == ".csv":
+            raise ConfigError(
+                f"preferences: {self.preferences} can't hold the system message, because a CSV file has no messages. Give a "
+                ".jsonl file."
             )
         if self.max_length is not None and self.max_length <= self.max_new_tokens:
             raise ConfigError(

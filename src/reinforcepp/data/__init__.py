@@ -28,7 +28,7 @@ from reinforcepp.data.rows import (
     text_digest,
     words,
 )
-from reinforcepp.data.sources import DataFiles, resolve_data
+from reinforcepp.data.sources import DataFiles, is_data_file, resolve_data
 from reinforcepp.data.streaming import DiskRows
 from reinforcepp.data.table import Table, read_table
 from reinforcepp.data.unpaired import UNPAIRED
@@ -52,6 +52,7 @@ __all__ = [
     "conversation_text",
     "count",
     "filter_rows",
+    "is_data_file",
     "load_preferences",
     "load_prompts",
     "load_texts",

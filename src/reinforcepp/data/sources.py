@@ -59,6 +59,11 @@ def resolve_data(source: str | Path) -> DataFiles:
     return DataFiles(Path(train), Path(heldout))
 
 
+def is_data_file(name: str) -> bool:
+    """Return whether a file holds rows by its extension, rather than plain text."""
+    return data_suffix(Path(name)) in READERS
+
+
 def is_builtin(path: Path) -> bool:
     """Return whether a file ships with this package."""
     return path.parent == Path(__file__).parent / "builtin"

@@ -12,7 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from reinforcepp.monitoring.progress import printable
+from reinforcepp.monitoring.turns import LABELS, one_line, turn_lines
+from reinforcepp.types import Conversation
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
@@ -27,7 +28,7 @@ HEALTH = {"error": "bold red", "warning": "yellow", "info": "cyan", None: "green
 class Sample:
     """One completion of the newest batch, with its reward."""
 
-    prompt: str
+    prompt: Conversation
     completion: str
     reward: float
 
@@ -141,10 +142,8 @@ def _times(now: Mapping[str, float]) -> Text:
 
 
 def _sample(sample: Sample) -> RenderableType:
-    def short(text: str, most: int) -> str:
-        text = " ".join(printable(text).split())
-        return text if len(text) <= most else text[: most - 1] + "…"
-
-    completion = Text(short(sample.completion, 80 * SAMPLE_LINES) or "(empty)")
-    completion.append(f"  ({sample.reward:+.2f})", "dim")
-    return Group(Text(short(sample.prompt, 160), "dim"), completion)
+    lines = [Text(line, "dim") for line in turn_lines(sample.prompt)]
+    completion = Text("" if isinstance(sample.prompt, str) else f"{LABELS['assistant']}: ", "dim")
+    completion.append(one_line(sample.completion, 80 * SAMPLE_LINES) or "(empty)", "not dim")
+    completion.append(f"  ({sample.reward:+.2f})")
+    return Group(*lines, completion)

@@ -10,7 +10,7 @@ from reinforcepp.monitoring.progress import printable
 from reinforcepp.types import Conversation
 
 LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
-EARLIER_CHARACTERS, LAST_CHARACTERS = 80, 160
+EARLIER_CHARACTERS, LAST_CHARACTERS = 70, 160
 """Of an earlier turn and of the last turn on the terminal."""
 MAX_EARLIER = 3
 """Earlier turns that are shown on the terminal; of more, the system message and the newest ones."""

@@ -73,7 +73,7 @@ class Monitor:
         if batch is not None and "reward" in metrics:
             values["step_tokens"] = float(sum(len(c.ids) for c in batch.rollout.completions))
             first = batch.rollout.completions[0]
-            self._sample = Sample(first.prompt.text, first.text, batch.scores.known[0])
+            self._sample = Sample(first.prompt.conversation, first.text, batch.scores.known[0])
         self._history.append(values)
         del self._history[FIRST_STEPS:-LAST_STEPS]
         if step % CHECK_EVERY_STEPS == 0 or step == self.num_steps:

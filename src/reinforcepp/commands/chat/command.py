@@ -18,8 +18,10 @@ from reinforcepp.commands.generate import format_reward, load_engine, sampling_o
 from reinforcepp.config import ChatConfig
 from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError, nearest
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer
+from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
+from reinforcepp.monitoring.turns import turn_lines
 from reinforcepp.rewards.functions import RewardFunction, score_all
 from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
 from reinforcepp.rollout.engine import RolloutEngine
@@ -91,6 +93,8 @@ class _Chat:
             sys.stdin.reconfigure(errors="replace")  # A byte that isn't UTF-8 must not end the conversation.
         if on_terminal:
             echo(f"Chatting with {self.config.model}. To list the commands, type /help. To quit, press Ctrl-D.")
+            if self.conversation.system:
+                echo("\n".join(turn_lines([{"role": "system", "content": self.conversation.system}])), "dim")
         while True:
             try:
                 line = _read_line(on_terminal)
@@ -161,8 +165,17 @@ class _Chat:
     def _prefer(self, rest: str) -> None:
         if rest and not (rest.isascii() and rest.isdigit()):
             raise DataError(f"/prefer: {rest!r} isn't the number of a response. Type /prefer or /prefer N.")
-        better, worse = self.conversation.prefer(int(rest) if rest else None, self.preferences.append)
+        better, worse = self.conversation.prefer(int(rest) if rest else None, self._save)
         echo(f"Saved to {self.preferences.path}: response {better} is better than response {worse}.", "green")
+
+    def _save(self, prompt: Prompt, chosen: str, rejected: str) -> None:
+        """Append a pair, unless training would read another prompt than the one that was answered."""
+        if self.preferences.is_csv and tuple(encode_prompt(self.conversation.tokenizer, prompt.text)) != prompt.ids:
+            raise DataError(
+                f"/prefer: {self.preferences.path} can't hold the earlier turns or the system message, because a CSV file has no "
+                "messages. Use /reset before a question, or restart with --preferences FILE.jsonl."
+            )
+        self.preferences.append(prompt, chosen, rejected)
 
     def _system(self, rest: str) -> None:
         self.conversation.system = rest or None

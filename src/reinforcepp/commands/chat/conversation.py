@@ -74,7 +74,7 @@ class Conversation:
         self.turns, self.question, self.answers = [], None, []
         self.current, self.skipped_turns, self.judged = 0, 0, set()
 
-    def prefer(self, number: int | None, save: Callable[[Messages, str, str], None]) -> tuple[int, int]:
+    def prefer(self, number: int | None, save: Callable[[Prompt, str, str], None]) -> tuple[int, int]:
         """``save`` a pair with response ``number``, by default the last one, as the better response.
 
         The worse response is the last one or, if the last one is the better, the one before it. The next question follows
@@ -84,7 +84,7 @@ class Conversation:
             The numbers of the better and of the worse response.
 
         Raises:
-            DataError: If the two responses don't exist, don't differ, or were compared before.
+            DataError: If the two responses don't exist, don't differ, or were compared before, or as ``save``.
         """
         last = len(self.answers)
         if last < 2:
@@ -103,7 +103,7 @@ class Conversation:
             raise DataError(f"/prefer: responses {both} are the same. Type /regenerate for another one.")
         if not (better.text.strip() and worse.text.strip()):
             raise DataError(f"/prefer: one of the responses {both} is empty. Type /regenerate for another one.")
-        save(better.prompt.messages, better.text, worse.text)
+        save(better.prompt, better.text, worse.text)
         self.judged.add(frozenset((chosen, rejected)))
         self.current = chosen - 1
         return chosen, rejected

@@ -9,9 +9,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from reinforcepp.data import ColumnNames, conversation_text, read_table
+from reinforcepp.data import ColumnNames, read_table
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file
+from reinforcepp.types import Prompt
 
 COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -19,7 +20,8 @@ COLUMNS = ("prompt", "chosen", "rejected")
 class PreferenceFile:
     """A new or existing file of preference pairs that ``reinforcepp reward`` can read.
 
-    JSONL contains conversations in TRL's format. CSV contains the prompt of a conversation as the text that training uses.
+    JSONL contains conversations in TRL's format, as they were sampled. CSV contains texts, so it can't hold the messages of a
+    conversation: see ``is_csv``.
 
     Raises:
         ConfigError: If the file can't be written, or is a CSV without the columns.
@@ -34,10 +36,10 @@ class PreferenceFile:
         if not os.access(self.path, os.W_OK):
             raise ConfigError(f"preferences: no permission to write {name}. Give another file.")
         read_table(self.path, ColumnNames(), pairs=True)
-        if self._is_csv:
+        if self.is_csv:
             self._columns = _header(self.path)
 
-    def append(self, messages: Sequence[Mapping[str, str]], chosen: str, rejected: str) -> None:
+    def append(self, prompt: Prompt, chosen: str, rejected: str) -> None:
         """Append a pair.
 
         Raises:
@@ -46,10 +48,10 @@ class PreferenceFile:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(handle).st_size
-            head = self._row(dict(zip(COLUMNS, COLUMNS, strict=True))) if self._is_csv and size == 0 else ""
+            head = self._row(dict(zip(COLUMNS, COLUMNS, strict=True))) if self.is_csv and size == 0 else ""
             if size and os.pread(handle, 1, size - 1) != b"\n":
                 head = "\n"
-            row = self._pair(messages, chosen, rejected)
+            row = self._pair(prompt, chosen, rejected)
             try:
                 _write_all(handle, (head + row).encode())
             except OSError:
@@ -60,15 +62,20 @@ class PreferenceFile:
             os.close(handle)
 
     @property
-    def _is_csv(self) -> bool:
+    def is_csv(self) -> bool:
+        """Whether the file holds texts instead of messages."""
         return self.path.suffix.lower() == ".csv"
 
-    def _pair(self, messages: Sequence[Mapping[str, str]], chosen: str, rejected: str) -> str:
-        if self._is_csv:
-            texts = (conversation_text(messages), chosen, rejected)
+    def _pair(self, prompt: Prompt, chosen: str, rejected: str) -> str:
+        if self.is_csv:
+            texts = (prompt.text, chosen, rejected)
             return self._row({name: text.replace("\0", "\ufffd") for name, text in zip(COLUMNS, texts, strict=True)})
-        answers = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-        return json.dumps(dict(zip(COLUMNS, (messages, *answers), strict=True)), ensure_ascii=False) + "\n"
+        answers = {
+            name: [{"role": "assistant", "content": text}]
+            for name, text in (("chosen", chosen), ("rejected", rejected))
+        }
+        cells = prompt.cells
+        return json.dumps({"prompt": cells.pop("prompt"), **answers, **cells}, ensure_ascii=False) + "\n"
 
     def _row(self, cells: Mapping[str, str]) -> str:
         text = io.StringIO()

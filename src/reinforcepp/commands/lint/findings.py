@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from reinforcepp.data import Skipped, count, normalize
+from reinforcepp.monitoring.turns import turn_lines
 from reinforcepp.types import Conversation, Messages, RowId
 
 Severity = Literal["error", "warning", "info"]
@@ -81,7 +82,7 @@ class Finding:
         fix: What to do, an imperative clause without a period.
         rows: Affected rows.
         pairs: If a row is affected because of another one, (that row, the other).
-        examples: Short excerpts of the data.
+        examples: Short excerpts of the data, each one line or one for each turn of a conversation.
         fixable: Whether a cleaned copy removes the problem.
     """
 
@@ -162,6 +163,16 @@ def list_rows(rows: Sequence[RowId]) -> str:
 def examples(parts: Iterable[tuple[RowId, str]]) -> tuple[str, ...]:
     """Return the first few rows with an excerpt of their text, each on one line."""
     return tuple(f"row {row}: {excerpt(text)}" for row, text in list(parts)[:_MAX_EXAMPLES])
+
+
+def prompt_examples(rows: Iterable[UsableRow]) -> tuple[str, ...]:
+    """Return the prompts of the first few rows: an excerpt on one line, or a conversation with one line for each turn."""
+    return tuple(
+        "\n".join([f"row {row.row}:", *turn_lines(row.messages, _EXCERPT_CHARACTERS)])
+        if len(row.messages) > 1
+        else f"row {row.row}: {excerpt(row.prompt)}"
+        for row in list(rows)[:_MAX_EXAMPLES]
+    )
 
 
 def excerpt(text: str, position: int = 0) -> str:

@@ -27,7 +27,7 @@ def as_lines(report: Report) -> list[Line]:
     for finding in report.findings:
         file = f"{finding.file}: " if len(report.files) > 1 else ""
         lines.append(Line(f"{finding.severity}: {finding.rule}: {file}{finding}", COLORS[finding.severity]))
-        lines += [Line(f"    {example}", "dim") for example in finding.examples]
+        lines += [Line("    " + example.replace("\n", "\n      "), "dim") for example in finding.examples]
     return [*lines, Line(summary(report), "green" if not any(report.counts.values()) else "bold")]
 
 

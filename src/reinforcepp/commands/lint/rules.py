@@ -19,6 +19,7 @@ from reinforcepp.commands.lint.findings import (
     excerpt,
     first_few,
     list_rows,
+    prompt_examples,
 )
 from reinforcepp.commands.lint.similar import across, near_duplicates
 from reinforcepp.data import UNPAIRED, Skipped, contradictions_in, count, split_by_prompt, text_digest, words
@@ -158,7 +159,7 @@ def near_duplicate_rows(file: CheckedFile, threshold: float) -> list[Finding]:
 
 
 def _prompts_of(file: CheckedFile, rows: Sequence[RowId]) -> tuple[str, ...]:
-    return examples((row.row, row.prompt) for row in file.rows if row.row in rows)
+    return prompt_examples(row for row in file.rows if row.row in rows)
 
 
 # --- damaged text -----------------------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ def leakage(train: CheckedFile, heldout: CheckedFile, threshold: float) -> list[
     )
     fix = "Give both the same wording, which puts them on one side, or remove one. Otherwise held-out metrics are too good"
     first = (heldout_rows[matches[0].position], train_rows[matches[0].other])
-    shown = examples((row.row, row.prompt) for row in first)
+    shown = prompt_examples(first)
     rows = tuple(row for row, _ in pairs)
     return [Finding("leakage", "warning", heldout.name, message, fix, rows, pairs, shown)]
 
