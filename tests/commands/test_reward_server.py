@@ -114,6 +114,7 @@ def test_normalised_scores_are_served_normalised(reward_folder):
         ({"queries": []}, "'query' is missing"),
         ({"query": "x"}, "'query' isn't a list of texts"),
         ({"query": ["x", 3]}, "'query' isn't a list of texts"),
+        ({"query": ["x"], "prompts": ["x"], "chat_template_kwargs": [1]}, "isn't a list of 1 objects"),
         ({"query": ["xy"], "prompts": ["y"]}, "query 0: it doesn't begin with prompt 0"),
         ({"query": ["xy"], "prompts": []}, "'prompts' has 0 texts for 1 queries"),
         ({"query": ["xy"], "prompts": ["x"], "finish_reason": ["stop"] * 2}, "'finish_reason' has 2"),

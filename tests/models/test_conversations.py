@@ -4,9 +4,13 @@ import pytest
 import tiny
 
 from reinforcepp import ModelError, encode_answer, encode_prompt
+from reinforcepp.commands.reward_server import score_request
 from reinforcepp.data import PromptRow, SftRow
 from reinforcepp.models.tokenization import Answers, encode_examples, encode_prompts, split_example
+from reinforcepp.rewards.functions import score_with
+from reinforcepp.rewards.trained import TrainedReward, score_pairs
 from reinforcepp.training.sft_trainer import to_example
+from reinforcepp.types import Completion, Preference
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -109,3 +113,31 @@ def test_truncation_drops_the_oldest_turns_and_keeps_the_system_message():
     ((prompt,), _) = encode_prompts(tokenizer, [row], max_prompt_length=len(last_turn) - 2)
     text = tokenizer.decode(prompt.ids)
     assert "Be brief." in text and len(prompt.ids) <= len(last_turn) - 2 and LAST["content"].strip()[-3:] in text
+
+
+class Recorder(TrainedReward):
+    """Keeps the token ids that it would score."""
+
+    def score_rows(self, rows):
+        self.rows = list(rows)
+        return [0.0] * len(rows)
+
+
+@pytest.mark.parametrize("form", ["answer", "conversation"])
+@pytest.mark.parametrize("messages", [(), (SYSTEM, LAST)])
+def test_a_reward_model_scores_rollouts_with_the_variables_of_its_training(form, messages):
+    tokenizer = tokenizer_with("{% if quiet %}Quiet! {% endif %}" + CHATML)
+    reward, variables = Recorder(None, tokenizer), {"quiet": True}
+    reward.form = form
+    score_pairs(reward, [Preference("Why?", "No.", "So.", messages=messages, chat_template_kwargs=variables)])
+    (trained,) = reward.rows
+    assert tokenizer.decode(trained).startswith("Quiet! ")
+    row = PromptRow("Why?", {"chat_template_kwargs": '{"quiet": true}'}, 0, 1.0, messages, variables)
+    ((prompt,), _) = encode_prompts(tokenizer, [row], max_prompt_length=9999)
+    score_with([reward], [Completion(prompt, (1,), (0.0,), "So.", "stop")])
+    assert reward.rows == [trained]
+    score_with([reward], [Completion(prompt, (1,), (0.0,), "So", "length")])
+    assert tokenizer.decode(reward.rows[0]).startswith("Quiet! ")
+    request = {"query": ["Why?So."], "prompts": ["Why?"], "chat_template_kwargs": [variables]}
+    score_request(reward, request | ({"messages": [list(messages)]} if messages else {}))
+    assert reward.rows == [trained]

@@ -45,6 +45,7 @@ def test_columns_are_aligned_with_completions():
         "completions": ["aa", "b"],
         "topic": ["x", "y"],
         "conversations": ["a?", "b?"],
+        "chat_template_kwargs": [{}, {}],
         "completion_ids": [[5, 0], [6]],
         "finish_reason": ["stop", "length"],
     }

@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -211,3 +212,11 @@ def test_an_invalid_token_raises_without_showing_it(fake, monkeypatch, token):
     with pytest.raises(ConfigError, match="REINFORCEPP_REWARD_TOKEN: the token has invalid characters") as caught:
         remote(fake)
     assert token not in str(caught.value)
+
+
+def test_variables_of_the_chat_template_are_sent_if_rows_have_them(fake):
+    plain = completion("a")
+    quiet = replace(plain, prompt=replace(plain.prompt, chat_template_kwargs={"quiet": True}))
+    load_rewards(fake.url, ReinforceConfig()).score([plain])
+    load_rewards(fake.url, ReinforceConfig()).score([plain, quiet])
+    assert [asked.get("chat_template_kwargs") for asked in fake.asked] == [None, [{}, {"quiet": True}]]

@@ -1,12 +1,14 @@
 """The command ``serve-reward``: a reward model behind HTTP, for ``rewards/remote.py`` and other clients of the protocol.
 
-    POST /get_reward  {"query": [...], "prompts": [...], "finish_reason": [...], "messages": [...]}
+    POST /get_reward  {"query": [...], "prompts": [...], "finish_reason": [...], "messages": [...],
+                       "chat_template_kwargs": [...]}
                       -> {"rewards": [...], "scores": [...]}
     GET /health       {"status": "ok", "model": ...}
 
 A ``query`` is the prompt followed by the completion, in plain text; the server applies the model's chat template. Without
 ``prompts``, each query must be formatted already. ``messages`` are the prompts as lists of messages, if they are
-conversations. Errors are {"error": message} with an HTTP status of 4xx or 500.
+conversations, and ``chat_template_kwargs`` their variables of the chat template. Errors are {"error": message} with an HTTP
+status of 4xx or 500.
 """
 
 from __future__ import annotations
@@ -68,7 +70,24 @@ def score_request(reward: TrainedReward, request: Any) -> list[float]:
                 400, f"query {i}: it doesn't begin with prompt {i}. Send the prompt followed by the completion."
             )
     completions = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
-    return reward(prompts, completions, finish_reason=reasons, conversations=_conversations(request, len(queries)))
+    return reward(
+        prompts,
+        completions,
+        finish_reason=reasons,
+        conversations=_conversations(request, len(queries)),
+        chat_template_kwargs=_variables(request, len(queries)),
+    )
+
+
+def _variables(request: Any, count: int) -> list[dict[str, Any]] | None:
+    """Return each prompt's variables of the chat template, if the request has them."""
+    values: Any = request.get("chat_template_kwargs")
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) != count or not all(isinstance(each, dict) for each in values):
+        raise BadRequest(400, f"'chat_template_kwargs' isn't a list of {count} objects. Send an object per query.")
+    variables: list[dict[str, Any]] = values
+    return variables
 
 
 def _conversations(request: Any, count: int) -> list[list[dict[str, Any]]] | None:

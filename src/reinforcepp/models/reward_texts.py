@@ -68,7 +68,7 @@ def split_scored(
     context, target = split_example(tokenizer, prompt, answer, finished=finished, variables=variables)
     if form == "answer" or not finished:
         return context, target
-    ids = encode(tokenizer, marked_conversation(tokenizer, prompt, answer, variables or {}))
+    ids = encode_scored(tokenizer, prompt, answer, form, variables=variables)
     start = max(len(ids) - len(target), 0)
     return ids[:start], ids[start:]
 
@@ -81,14 +81,15 @@ def encode_scored(
     *,
     finished: bool = True,
     limit: int | None = None,
+    variables: Variables | None = None,
 ) -> list[int]:
     """Return the token ids of :func:`split_scored` in one list, without tokenizing the prompt once more."""
     if form == "pair":
         context, target = split_scored(tokenizer, prompt, answer, form, limit=limit)
         return context + target
     if form == "answer" or not finished:
-        return encode_example(tokenizer, prompt, answer, finished=finished)
-    return encode(tokenizer, marked_conversation(tokenizer, prompt, answer, {}))
+        return encode_example(tokenizer, prompt, answer, finished=finished, variables=variables)
+    return encode(tokenizer, marked_conversation(tokenizer, prompt, answer, variables or {}))
 
 
 def encode_formatted(tokenizer: PreTrainedTokenizerBase, text: str, form: TextForm, limit: int | None) -> list[int]:

@@ -27,9 +27,9 @@ class RewardFunction(Protocol):
     """``f(prompts, completions, **columns) -> list[float | None]``, one score per completion, higher is better.
 
     ``completions`` are whole answers: if the chat template wrote the start of an answer, such as ``<think>``, they begin with
-    it. ``columns`` holds the data's other columns, one value per completion, as well as ``completion_ids`` and
-    ``finish_reason``. A function without ``**columns`` gets only the arguments it names. None means "not scored". The
-    function can be ``async``.
+    it. ``columns`` holds the data's other columns, one value per completion, as well as ``completion_ids``,
+    ``finish_reason``, ``conversations`` and ``chat_template_kwargs``. A function without ``**columns`` gets only the arguments
+    it names. None means "not scored". The function can be ``async``.
     """
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Any:
@@ -172,6 +172,7 @@ def _arguments(completions: Sequence[Completion]) -> dict[str, list[Any]]:
         "prompts": [c.prompt.text for c in completions],
         "completions": [c.prompt.prefill + c.text for c in completions],
         "conversations": [c.prompt.conversation for c in completions],
+        "chat_template_kwargs": [dict(c.prompt.chat_template_kwargs) for c in completions],
         "completion_ids": [list(c.ids) for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
     }

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -85,6 +85,7 @@ class RemoteReward:
             "query": [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
             "prompts": prompts,
             **_messages(columns.get("conversations") or ()),
+            **_variables(columns.get("chat_template_kwargs") or ()),
             "labels": columns.get(self.label_column, [None] * len(prompts)),
             "finish_reason": list(finish_reason or ["stop"] * len(prompts)),
         }
@@ -164,6 +165,10 @@ def _messages(conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
     if all(isinstance(prompt, str) for prompt in conversations):
         return {}
     return {"messages": [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in conversations]}
+
+
+def _variables(variables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {"chat_template_kwargs": list(variables)} if any(variables) else {}
 
 
 def authorization() -> dict[str, str]:

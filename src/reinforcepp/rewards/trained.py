@@ -92,16 +92,25 @@ class TrainedReward:
         completions: list[str],
         finish_reason: Sequence[str] | None = None,
         conversations: Sequence[Conversation] | None = None,
+        chat_template_kwargs: Sequence[Variables] | None = None,
         **_: Any,
     ) -> list[float]:
         """Return one score per completion. A completion truncated at the length limit gets no end token.
 
         ``conversations`` are the prompts as the chat template takes them; by default, that is ``prompts``.
+        ``chat_template_kwargs`` are the rows' variables of the chat template.
         """
         reasons = finish_reason or ["stop"] * len(prompts)
+        texts = zip(
+            conversations or prompts,
+            completions,
+            reasons,
+            chat_template_kwargs or [{}] * len(prompts),
+            strict=True,
+        )
         rows = [
-            self.encode(prompt, completion, finished=reason == "stop")
-            for prompt, completion, reason in zip(conversations or prompts, completions, reasons, strict=True)
+            self.encode(prompt, completion, finished=reason == "stop", variables=variables)
+            for prompt, completion, reason, variables in texts
         ]
         if len(self.labels) < 2:
             return self.scaled(self.score_rows(rows))
@@ -109,9 +118,13 @@ class TrainedReward:
         self.by_output = dict(zip(self.labels, scores_NC.T.tolist(), strict=True))
         return self.scaled(self._weighted(scores_NC))
 
-    def encode(self, prompt: Conversation, answer: str, *, finished: bool = True) -> list[int]:
+    def encode(
+        self, prompt: Conversation, answer: str, *, finished: bool = True, variables: Variables | None = None
+    ) -> list[int]:
         """Return the token ids of a prompt and its answer, as the model was trained on them."""
-        return encode_scored(self.tokenizer, prompt, answer, self.form, finished=finished, limit=self._pair_limit)
+        return encode_scored(
+            self.tokenizer, prompt, answer, self.form, finished=finished, limit=self._pair_limit, variables=variables
+        )
 
     def split(
         self, prompt: Conversation, answer: str, *, finished: bool = True, variables: Variables | None = None
