@@ -300,7 +300,7 @@ def test_long_prompts_are_counted_and_truncated_or_dropped(place, capsys, action
     flags = ["--long_prompts", action, "--heldout_fraction", "0", "--batch_size", "1"]
     assert cli.main(train(*flags)) == 0
     err = capsys.readouterr().err
-    assert "1 of 8 training prompts are longer than 64 tokens" in err
+    assert "1 of 8 training prompts are longer than 64 tokens" in err and f"were {did} (rows 9)" in err
     assert did in err
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == steps
 

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 from reinforcepp import encode_answer, encode_prompt
 from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.config import RewardModelConfig, SftConfig
+from reinforcepp.data import PromptRow, SftRow
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.conversations import format_example, format_prompt
@@ -14,7 +15,8 @@ from reinforcepp.models.loading import prepare_tokenizer
 from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.models.tokenization import split_example
 from reinforcepp.rollout.engine import to_completion
-from reinforcepp.types import Completion, Prompt
+from reinforcepp.training.prompt_summary import print_prompt_format
+from reinforcepp.types import Completion, Preference, Prompt
 
 TOKENIZERS = {
     "gpt2": tiny.tokenizer,
@@ -139,3 +141,44 @@ def test_a_format_and_a_template_together_are_an_error():
     for config in (SftConfig, RewardModelConfig):
         with pytest.raises(ConfigError, match="prompt_format: plain and chat_template"):
             config(prompt_format="plain", chat_template="{{ messages }}")
+
+
+# --- the summary ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def printed(capsys):
+    def printed(tokenizer, rows, ids=(0,)):
+        print_prompt_format(tokenizer, rows, list(ids))
+        return capsys.readouterr().err
+
+    return printed
+
+
+def test_the_summary_shows_the_form_and_an_example(printed):
+    pairs = [Preference("The sky is", " blue.", " red."), Preference("p", " a", " b", messages=tuple(TALK))]
+    tokenizer = prepared("llama3")
+    out = printed(tokenizer, pairs, encode_answer(tokenizer, "The sky is", " blue."))
+    assert "Prompt format: plain text (1 of 2 prompts have several messages" in out
+    assert "First example: '<s>The sky is blue.<|endoftext|>'" in out and "run together" not in out
+    assert "Prompt format: question_answer. First" in printed(formatted("question_answer"), pairs)
+    chat = prepare_tokenizer(tiny.chat_tokenizer(), tiny.model().config, "chat")
+    long = printed(chat, pairs, encode_answer(chat, "Why? " * 200, "So."))
+    assert "Prompt format: chat template. First example: '<|im_start|>user" in long and len(long) < 600
+    assert long.endswith("assistant\\nSo.<|im_end|>'\n")
+    assert printed(tokenizer, [SftRow(None, "A text.")]).startswith("Texts are trained on as they are.")
+
+
+def test_answers_that_run_into_their_prompts_are_reported(printed):
+    pairs = [
+        Preference("Is it up?", "Ping it.", "No."),
+        Preference("Where?", "Here.", "No."),
+        Preference("a ", "b", "c"),
+    ]
+    tokenizer = prepared()
+    assert "(as in 'Is it up?Ping it.'). Begin the answers with a space" in printed(tokenizer, pairs)
+    assert "run together" in printed(tokenizer, [SftRow("Where?", "Here.")])
+    assert "run together" not in printed(tokenizer, pairs[1:])
+    assert "run together" not in printed(tokenizer, [Preference("空は何色ですか", "青", "緑")])
+    assert "run together" not in printed(tokenizer, [PromptRow("Is it up?", {})])
+    assert "run together" not in printed(formatted("question_answer"), pairs)

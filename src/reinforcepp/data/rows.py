@@ -112,6 +112,11 @@ def text_digest(*texts: str) -> bytes:
     return hashlib.blake2b(joined, digest_size=16).digest()
 
 
+def is_unspaced(character: str) -> bool:
+    """Return whether a character belongs to a script that doesn't separate words with spaces, or to its punctuation."""
+    return re.match(f"[{_UNSPACED}\u3000-\u303f\uff00-\uffef]", character) is not None
+
+
 def words(text: str) -> list[str]:
     """Return the words of a text, without case and punctuation."""
     return _WORD.findall(normalize(text).casefold())

@@ -43,6 +43,7 @@ from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
 from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
+from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard
 from reinforcepp.training.schedule import with_learning_rate
@@ -224,6 +225,7 @@ def load_prompts(
     prompts = encode(tokenizer, train_rows, "training", config, limit)
     if not prompts:
         raise DataError("train_dataset: no rows. Give at least one row with a prompt.")
+    print_prompt_format(tokenizer, train_rows, prompts[0].ids)
     eval_prompts = encode(tokenizer, eval_rows, "held-out", config, limit)
     if 0 < config.eval_prompts < len(eval_prompts):
         echo(

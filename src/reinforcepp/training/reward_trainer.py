@@ -38,6 +38,7 @@ from reinforcepp.reports.reward_model import (
 from reinforcepp.rewards.card import CriterionCard, RewardCard, read_card
 from reinforcepp.rewards.trained import TrainedReward, decided_pairs, save_reward_model, score_answers
 from reinforcepp.training.checkpoint import FinishedRun, finish
+from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
@@ -100,6 +101,7 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     decided = [pair for pair in sample_rows(heldout) if _is_decided(pair)]
     heldout, _ = tokenize_rows(decided, ids_of, limit, "held-out pairs", scratch)
     check_not_empty(train, "pair", data.source, limit)
+    print_prompt_format(tokenizer, train, rows[0]["chosen_ids"])
     criteria = [criterion.name for criterion in config.parsed_criteria]
     counts = _count_judgments(rows, criteria, data.source)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+SHOWN_ROWS = 5
 ADAPTER_FIELDS = {
     "r": "lora_r",
     "lora_alpha": "lora_alpha",
@@ -101,8 +102,12 @@ def encode(
             if config.max_prompt_length
             else f"lower {option('max_new_tokens')}"
         )
+        named = ", ".join(str(rows[index].row) for index in long[:SHOWN_ROWS]) + (
+            ", …" if len(long) > SHOWN_ROWS else ""
+        )
         echo(
-            f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome}. To keep all, {keep}.",
+            f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome} (rows {named}). "
+            f"To keep all, {keep}.",
             "yellow",
         )
     if rows and not prompts:

@@ -28,6 +28,7 @@ from reinforcepp.models.tokenization import Answers, encode_texts, eos_token_id,
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.training.checkpoint import FinishedRun, finish
+from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
@@ -136,6 +137,7 @@ def _train_language_model(config: SftConfig, scratch: str) -> dict[str, HeldOutM
     heldout, heldout_ids = tokenize_rows(heldout, ids_of, limit, "held-out rows", scratch)
     heldout_examples = DiskExamples(heldout_ids)
     check_not_empty(train, "row", data.source, limit)
+    print_prompt_format(tokenizer, train, examples[0]["input_ids"])
 
     model = load_policy(config.model, **loading(config))
     inputs = {"model": weights_hash(model), "data": data.sha256}

@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", help="One prompt; compare_performance also measures batches of copies of it")
     add("--prompts_file", help="File with one prompt per line")
     add("--max_new_tokens", type=int, default=128)
-    add("--max_prompt_length", type=int, default=512, help="Tokens; longer prompts are truncated from the left")
+    add("--max_prompt_length", type=int, default=512, help="Tokens; longer prompts lose the beginning of their text")
     add("--temperature", type=float, default=0.7, help="Sampling temperature; 0 is greedy")
     add("--top_p", type=float, default=1.0)
     add("--top_k", type=int, default=0, help="Most likely tokens to sample from; 0 disables")
