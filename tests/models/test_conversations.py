@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+import torch
 
 from reinforcepp import ModelError, encode_answer, encode_prompt
 from reinforcepp.commands.reward_server import score_request
@@ -118,9 +119,9 @@ def test_truncation_drops_the_oldest_turns_and_keeps_the_system_message():
 class Recorder(TrainedReward):
     """Keeps the token ids that it would score."""
 
-    def score_rows(self, rows):
+    def score_outputs(self, rows):
         self.rows = list(rows)
-        return [0.0] * len(rows)
+        return torch.zeros(len(rows), 1)
 
 
 @pytest.mark.parametrize("form", ["answer", "conversation"])
