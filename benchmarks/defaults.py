@@ -2,7 +2,7 @@
 
     python benchmarks/defaults.py [--model FOLDER ...] [--pairs FILE] [--work FOLDER]
 
-Reward models and policies are trained on the built-in data, each in a separate process. ``--model`` adds language models,
+Reward models, SFT and policies are trained on the built-in data, each in a separate process. ``--model`` adds language models,
 which make few steps, and encoders. ``--pairs`` adds real preference pairs for the encoders. A training that ``--work`` has a
 result of isn't repeated, so a stopped measurement continues where it was.
 """
@@ -26,11 +26,18 @@ from results import FOLDER, write_result
 DIVERGED_LOSS = 1.5
 """A reward model that knows nothing has a loss of 0.69."""
 DIVERGED_KL = 1.0
+"""Mean of k3 per token of a policy, in nats."""
+DIVERGED_FACTOR = 2.0
+"""SFT that doubles the held-out loss."""
 HEADS = ("1/(d+1)", "0.02")
+DEFAULT_WARMUP = {"reward": 0.1, "sft": 0.1, "policy": 0.0}
 TINY = "builtin:tiny"
 MANY = {"pairs": 320, "num_train_epochs": 1, "heldout_fraction": 0.25}
 FEW = {"pairs": 40, "batch_size": 4, "num_train_epochs": 1, "heldout_fraction": 0.4}
 """Of the built-in pairs; few are for a language model that takes a minute per step."""
+MANY_STEPS = {"max_steps": 20, "batch_size": 32, "micro_batch_size": 32, "max_prompt_length": 64, "max_new_tokens": 48}
+FEW_STEPS = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 4, "max_prompt_length": 64, "max_new_tokens": 32}
+LORA = {"use_peft": True}
 
 
 def jobs(models: list[str], pairs: str | None) -> list[dict[str, Any]]:
@@ -47,8 +54,15 @@ def jobs(models: list[str], pairs: str | None) -> list[dict[str, Any]]:
         else:
             cells = [(None, 0.1, 0), (1e-4, 0.1, 1), (1e-4, 0.1, 0), (2e-5, 0.1, 0), (None, 0.0, 0), (2e-5, 0.1, 1)]
             found += [reward_job(name, rate, warmup, HEADS[head], FEW) for rate, warmup, head in cells]
+            found += [policy_job(name, None, 0.0, FEW_STEPS), policy_job(name, None, 0.0, FEW_STEPS | LORA)]
+            found += [sft_job(name, None, FEW), sft_job(name, None, FEW | LORA)]
+            found += [reward_job(name, None, 0.1, HEADS[0], FEW | LORA)]
+    found += [reward_job(TINY, rate, 0.1, HEADS[0], MANY | LORA) for rate in (None, 1e-2)]
+    found += [sft_job(TINY, rate, MANY) for rate in (None, 1e-3, 1e-2)]
+    found += [sft_job(TINY, rate, MANY | LORA) for rate in (None, 1e-2)]
     cells = [(None, 0.0), (1e-5, 0.0), (1e-3, 0.0), (1e-3, 0.1), (1e-2, 0.0)]
-    return found + [policy_job(TINY, rate, warmup) for rate, warmup in cells]
+    found += [policy_job(TINY, rate, warmup, MANY_STEPS) for rate, warmup in cells]
+    return found + [policy_job(TINY, rate, 0.0, MANY_STEPS | LORA) for rate in (None, 1e-2)]
 
 
 def reward_jobs(name: str, rates: tuple[float, ...], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,9 +80,13 @@ def reward_job(
     return {"training": "reward", "model": name, "data": data, "head": head, "settings": own}
 
 
-def policy_job(name: str, rate: float | None, warmup: float) -> dict[str, Any]:
-    own = {"learning_rate": rate, "warmup_ratio": warmup, "max_steps": 20, "batch_size": 32, "micro_batch_size": 32}
-    own |= {"max_prompt_length": 64, "max_new_tokens": 48, "eval_prompts": 0, "kl_coef": 0.05}
+def sft_job(name: str, rate: float | None, settings: dict[str, Any]) -> dict[str, Any]:
+    own = {"learning_rate": rate, "warmup_ratio": DEFAULT_WARMUP["sft"], **settings}
+    return {"training": "sft", "model": name, "data": "builtin:network", "head": "", "settings": own}
+
+
+def policy_job(name: str, rate: float | None, warmup: float, settings: dict[str, Any]) -> dict[str, Any]:
+    own = {"learning_rate": rate, "warmup_ratio": warmup, **settings, "eval_prompts": 0, "kl_coef": 0.05}
     return {"training": "policy", "model": name, "data": "builtin:network", "head": "", "settings": own}
 
 
@@ -77,7 +95,8 @@ def policy_job(name: str, rate: float | None, warmup: float) -> dict[str, Any]:
 
 def measured(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        return {"reward": measured_reward, "policy": measured_policy}[job["training"]](job, Path(folder))
+        kinds = {"reward": measured_reward, "sft": measured_sft, "policy": measured_policy}
+        return kinds[job["training"]](job, Path(folder))
 
 
 def measured_reward(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -106,6 +125,21 @@ def measured_reward(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     found |= {"steps": len(losses), "max_loss": max(losses, default=None), "last_loss": losses[-1] if losses else None}
     found["diverged"] = "error" in found or not losses or not max(losses) <= DIVERGED_LOSS
     return found | chosen(folder / "rm")
+
+
+def measured_sft(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from reinforcepp.config import SftConfig
+    from reinforcepp.training.sft_trainer import train_language_model
+
+    settings = dict(job["settings"])
+    data = few_pairs(folder, settings.pop("pairs"))
+    config = SftConfig(model=job["model"], data=data, output_dir=str(folder / "run"), save_every=0, **settings)
+    heldout = train_language_model(config)
+    losses = [step["loss"] for step in lines(folder / "run")]
+    found = {"heldout_before": heldout["before"].loss, "heldout_after": heldout["after"].loss}
+    found |= {"steps": len(losses), "max_loss": max(losses), "last_loss": losses[-1]}
+    doubled = not found["heldout_after"] < DIVERGED_FACTOR * found["heldout_before"]
+    return found | {"diverged": doubled} | chosen(folder / "run")
 
 
 def measured_policy(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -202,7 +236,8 @@ def main() -> None:
         for job in planned
         if place(work, job).exists()
     ]
-    write_result("defaults", {"diverged_loss": DIVERGED_LOSS, "diverged_kl": DIVERGED_KL, "rows": rows})
+    limits = {"diverged_loss": DIVERGED_LOSS, "diverged_kl": DIVERGED_KL, "diverged_sft_factor": DIVERGED_FACTOR}
+    write_result("defaults", limits | {"rows": rows})
 
 
 def place(work: Path, job: dict[str, Any]) -> Path:
@@ -212,9 +247,10 @@ def place(work: Path, job: dict[str, Any]) -> Path:
 def row(job: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """A row of the result; ``default`` says whether all three settings are the defaults."""
     default = job["settings"]["learning_rate"] is None and job["head"] in (HEADS[0], "")
-    default = default and job["settings"]["warmup_ratio"] == (0.0 if job["training"] == "policy" else 0.1)
+    default = default and job["settings"]["warmup_ratio"] == DEFAULT_WARMUP[job["training"]]
     model, data = Path(job["model"]).name, Path(job["data"]).name
     named = {"training": job["training"], "model": model, "data": data, "head": job["head"], "default": default}
+    named["lora"] = job["settings"].get("use_peft", False)
     return named | {"warmup_ratio": job["settings"]["warmup_ratio"], **found}
 
 

@@ -613,9 +613,11 @@ def defaults(result: dict[str, Any]) -> str:
     rows = []
     for own in result["rows"]:
         rate = f"{own['learning_rate']:g}" + (" (default)" if own["default"] else "")
+        accuracy = ""
         if own["training"] == "policy":
             course = f"KL {own['max_kl']:.3f}, reward {own['reward_first']:.2f} -> {own['reward_last']:.2f}"
-            accuracy = ""
+        elif own["training"] == "sft":
+            course = f"loss {own['max_loss']:.2f}, held-out {own['heldout_before']:.2f} -> {own['heldout_after']:.2f}"
         else:
             course = f"loss {own['max_loss']:.2f}"
             known = own["heldout_accuracy"] is not None
@@ -623,31 +625,11 @@ def defaults(result: dict[str, Any]) -> str:
             accuracy += f", {own['heldout_pairs']} pairs" if known else ""
         outcome = "**diverged**" if own["diverged"] else "trained"
         warmup, head = f"{own['warmup_ratio']:g}", own["head"] or "-"
-        rows.append(
-            [
-                own["training"],
-                own["model"],
-                own["data"],
-                rate,
-                warmup,
-                head,
-                str(own["steps"]),
-                course,
-                accuracy,
-                outcome,
-            ]
-        )
-    titles = [
-        "training",
-        "model",
-        "data",
-        "peak learning rate",
-        "warmup",
-        "head's deviation",
-        "steps",
-        "largest loss or KL",
-    ]
-    titles += ["held-out accuracy (longer answer)", "outcome"]
+        training = own["training"] + (" (LoRA)" if own.get("lora") else "")
+        steps = str(own["steps"])
+        rows.append([training, own["model"], own["data"], rate, warmup, head, steps, course, accuracy, outcome])
+    titles = ["training", "model", "data", "peak learning rate", "warmup", "head's deviation", "steps"]
+    titles += ["largest loss or KL", "held-out accuracy (longer answer)", "outcome"]
     return table(titles, rows) + made_by(result)
 
 
