@@ -52,6 +52,21 @@ def test_the_tokens_are_those_that_the_model_gets(model_folder, pairs_csv, capsy
     assert str(tokenizer.eos_token) in out
 
 
+def test_the_judgments_by_criterion_are_shown(model_folder, tmp_path_factory, capsys):
+    data = tmp_path_factory.mktemp("data") / "pairs.csv"
+    grades = ("chosen,1,3", "tie,3,1", ",2,2")
+    rows = [f"Why {i}?,Because.,No.,{grade}" for i, grade in enumerate(grades)]
+    data.write_text("prompt,chosen,rejected,safe,chosen_length,rejected_length\n" + "\n".join(rows))
+    criteria = ["--criteria", "safe", "short=-length", "--criteria_margins", "--heldout_fraction", 0]
+    out = shown(capsys, "reward", "--model", model_folder, "--data", data, *criteria, "--dry_run")
+    for lines in (
+        "safe: chosen\n  short: chosen, margin 2",
+        "safe: tie\n  short: rejected, margin 2",
+        "safe: none\n  short: tie",
+    ):
+        assert f"judgments\n  {lines}\n" in out
+
+
 def test_the_settings_are_a_configuration_file():
     config = TrainConfig(report_to=("tensorboard",), system_prompt="No: 'yes'.", batch_size=3)
     read = yaml.safe_load("\n".join(settings(config)))

@@ -129,6 +129,20 @@ def test_nothing_is_left_of_an_export_that_fails(trained, tmp_path, monkeypatch)
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_card_shows_the_criteria_of_the_reward(tmp_path):
+    criteria = [
+        {"name": name, "figures": {"accuracy": value}}
+        for name, value in (("safe", 0.75), ("short", 0.875), ("odd", 0.5))
+    ]
+    card = {"base_model": "distilgpt2", "figures": {}, "criteria": criteria}
+    reward = {"name": "rm", "card": card, "outputs": {"safe": 1.0, "short": 0.5, "odd": 0.0}}
+    text = card_of(make_run(tmp_path / "run", facts={"rewards": [reward]}))
+    assert "| weights of the outputs | safe 1, short 0.5 |" in text
+    assert "| accuracy by safe on held-out pairs | 0.750 |" in text
+    assert "| accuracy by short on held-out pairs | 0.875 |" in text
+    assert "odd" not in text and "not measured" not in text
+
+
 def test_the_card_shows_data_reward_model_settings_and_results(tmp_path):
     rewards = {
         "name": "reward_model",
@@ -160,7 +174,7 @@ def test_the_card_shows_data_reward_model_settings_and_results(tmp_path):
         "| training pairs | 731 |",
         "| held-out pairs | 122 |",
         "| accuracy on held-out pairs | 0.913 |",
-        "| learning\\_rate | 3e-05 | None |",
+        "| learning\\_rate | 3e-05 | by model size |",
         "| batch\\_size | 16 | 8 |",
         "| reward | 0.000 | 2.000 | +2.000 ± 0.283\\: improved |",
         "| judge \\(judge\\), not used in training | 0.400 | 0.800 | +0.400 ± 0.057\\: improved |",

@@ -17,6 +17,7 @@ from reinforcepp.monitoring import echo, printable
 from reinforcepp.plan.command import make_plan, show_plan
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.sft_trainer import to_example
+from reinforcepp.types import Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,10 +64,18 @@ def show_training(config: TrainConfig) -> None:
 
 def show_reward_training(config: RewardModelConfig) -> None:
     """Print the settings and the first pairs of a reward model training; errors as in :func:`show_training`."""
-    data, pairs, _ = load_preferences(config.data, **_columns(config), streaming=config.streaming)
+    data, pairs, _ = load_preferences(
+        config.data,
+        **_columns(config),
+        criteria=config.parsed_criteria,
+        criteria_margins=config.criteria_margins,
+        streaming=config.streaming,
+    )
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     _write("Settings", settings(config))
     for number, pair in enumerate(pairs[:ROWS], 1):
+        if pair.judgments:
+            _write(f"Pair {number} (row {pair.row}), judgments", _judgments(config, pair))
         for kind, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             prompt, variables = pair.conversation, pair.chat_template_kwargs
             context, target = split_example(tokenizer, prompt, answer, variables=variables)
@@ -76,6 +85,13 @@ def show_reward_training(config: RewardModelConfig) -> None:
                 f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last one", shown
             )
     echo(f"{data.summary()}. Nothing was loaded or written. To train, omit --dry_run.", "green")
+
+
+def _judgments(config: RewardModelConfig, pair: Preference) -> Iterator[str]:
+    """Yield a line per criterion."""
+    words = {1: "chosen", -1: "rejected", 0: "tie", None: "none"}
+    for criterion, (side, margin) in zip(config.parsed_criteria, pair.judgments, strict=True):
+        yield f"{criterion.name}: {words[side]}" + (f", margin {margin:g}" if margin else "")
 
 
 def show_sft(config: SftConfig) -> None:

@@ -104,13 +104,15 @@ class RewardSum:
         return " ".join(parts)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return name, weight and, for a model from a folder, its card, for the run's record."""
-        return [
-            {"name": name, "weight": weight, "card": asdict(card) if isinstance(card, RewardCard) else None}
-            for name, weight, card in zip(
-                self.names, self.weights, [getattr(f, "card", None) for f in self.functions], strict=True
-            )
-        ]
+        """Return name, weight and, for a model from a folder, its card and outputs, for the run's record."""
+        found = []
+        for name, weight, function in zip(self.names, self.weights, self.functions, strict=True):
+            card, labels = getattr(function, "card", None), getattr(function, "labels", ())
+            described = {"name": name, "weight": weight, "card": asdict(card) if isinstance(card, RewardCard) else None}
+            if labels:
+                described["outputs"] = dict(zip(labels, function.output_weights, strict=True))  # type: ignore[attr-defined]
+            found.append(described)
+        return found
 
 
 def load_rewards(

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pyarrow
@@ -18,9 +18,17 @@ from reinforcepp.files import write_json
 from reinforcepp.monitoring import progress
 from reinforcepp.monitoring.completion_log import save_completions
 from reinforcepp.reports import reward_model as reward_report
-from reinforcepp.reports.reward_model import analyze, print_summary, save_pairs, write_reward_report
+from reinforcepp.reports.reward_model import (
+    analyze,
+    analyze_by_criterion,
+    print_criteria,
+    print_summary,
+    save_pairs,
+    terminal,
+    write_reward_report,
+)
 from reinforcepp.reports.reward_model.write import COLUMNS, read_pairs
-from reinforcepp.rewards.card import RewardCard, read_card
+from reinforcepp.rewards.card import CriterionCard, RewardCard, read_card
 from reinforcepp.rewards.trained import load_reward_model
 
 NASTY = '</script><script>alert("x")</script><img src=x onerror=alert(1)> [red]\x1b[31m\x9b2J\u202e & "quotes" \'too\''
@@ -307,6 +315,68 @@ def test_worst_errors_show_conversations_turn_by_turn(tmp_path):
     assert [tag for tag, attrs in tags if attrs.get("class") == "turn system"] == ["details"]
 
 
+# --- several criteria -------------------------------------------------------------------------------------------------
+
+
+def two_criteria(folder, **changes):
+    """A folder whose criterion safe has 40 pairs with 10 errors, and short 30 pairs without one."""
+    safe = [replace(one, criterion="safe") for one in pairs([1.0] * 30 + [-2.0] * 10)]
+    short = [replace(one, criterion="short") for one in pairs([3.0] * 30, [-4] * 30)]
+    made = {
+        "heldout_pairs": 45,
+        "figures": {},
+        "train_accuracy": None,
+        "criteria": (
+            CriterionCard("safe", 150, 7, 0, 40, 3, asdict(analyze(safe).metrics), 0.8125),
+            CriterionCard("short", 160, 0, 0, 30, 15, asdict(analyze(short).metrics), 0.9375),
+            CriterionCard("odd", 5, 0, 0, 0, 1, {}, None),
+        ),
+        "correlations": [[1, -0.25, 0.5], [-0.25, 1, 0], [0.5, 0, 1]],
+    }
+    scored = [*safe, *short]
+    return folder_of(scored, folder, **(made | changes)), scored
+
+
+def test_each_criterion_has_a_verdict_and_a_section(tmp_path):
+    folder, scored = two_criteria(tmp_path / "rm")
+    assert read_pairs(folder) == scored
+    verdicts = write_reward_report(folder, tmp_path / "report.html").splitlines()
+    assert [text.partition(" on ")[0] for text in verdicts] == [
+        "safe: Usable: accuracy 0.75",
+        "short: Doubtful: accuracy 1.00",
+    ]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    _, shown = parsed(text)
+    assert "Trained on 200 pairs" in shown and "45 held-out pairs" in shown
+    assert len(drawn(text)) == 6 and text.count('class="criterion"') == 2
+    assert "150 and 7" in shown and "40 and 3" in shown and "5 and 0" in shown and "-0.25" in shown
+    sections = shown.split("Worst errors")
+    assert sections[1].count("Row ") == 10 and "All pairs are in the right order." in sections[2]
+
+
+def test_the_summary_of_criteria_in_the_terminal(tmp_path, capsys, monkeypatch):
+    folder, scored = two_criteria(tmp_path / "rm")
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal, "console", Console(width=80, force_terminal=False))
+        patch.setattr(terminal, "echo", lambda text, color="": print(text))
+        print_criteria(read_card(folder), analyze_by_criterion(scored))
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["safe", "40", "3", "0.75", "0.60 to 0.86", "0.50", "0.81"],
+        ["short", "30", "15", "1.00", "0.89 to 1.00", "0.00", "0.94"],
+        ["odd", "0", "1", "-", "-", "-", "-"],
+    ]
+    assert "safe and short -0.25; safe and odd +0.50; short and odd +0.00" in out
+    assert "safe: Usable" in out and "odd: no held-out pair has a judgment" in out
+
+
+def test_criteria_that_do_not_match_the_card_raise(tmp_path):
+    folder, scored = two_criteria(tmp_path / "rm")
+    save_pairs(scored[1:], folder)
+    assert "the file has 69 pairs, but the card says 70" in refused(folder, tmp_path)
+
+
 def test_without_errors_none_are_listed(tmp_path):
     _, shown = parsed(page_of(pairs([1.0] * 30), tmp_path).read_text(encoding="utf-8"))
     assert "All pairs are in the right order." in shown and "Row " not in shown
@@ -328,6 +398,18 @@ def test_there_is_a_page_for_any_number_of_pairs(count, tmp_path):
 
 
 # --- the page in a browser --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1100, 390])
+def test_the_page_of_criteria_in_a_browser(window, tmp_path, width):
+    write_reward_report(two_criteria(tmp_path / "rm")[0], tmp_path / "report.html")
+    browser = window(width=width)
+    page = browser.open(tmp_path / "report.html")
+    page.wait_for_selector(".chart canvas")
+    assert page.locator(".chart canvas").count() == 6
+    assert browser.complaints == [] and browser.overflow() <= 0 and browser.low_contrasts() == []
+    page.click("text=short")
+    assert page.url.endswith("#criterion-2") and page.locator("#criterion-2").inner_text() == "short"
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (1100, "dark"), (390, "light"), (390, "dark")])

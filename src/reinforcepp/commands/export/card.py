@@ -119,8 +119,18 @@ def _rewards(record: RunRecord) -> str:
             ("SHA-256 of the preferences", card.get("data_sha256", "unknown")),
             ("training pairs", card.get("train_pairs", "unknown")),
             ("held-out pairs", card.get("heldout_pairs", "unknown")),
-            ("accuracy on held-out pairs", f"{accuracy:.3f}" if isinstance(accuracy, float) else "not measured"),
         ]
+        if outputs := {label: weight for label, weight in (reward.get("outputs") or {}).items() if weight}:
+            rows.append(
+                ("weights of the outputs", ", ".join(f"{label} {weight:g}" for label, weight in outputs.items()))
+            )
+        if len(outputs) < 2:
+            known = f"{accuracy:.3f}" if isinstance(accuracy, float) else "not measured"
+            rows.append(("accuracy on held-out pairs", known))
+        for criterion in card.get("criteria") or ():
+            found = criterion["figures"].get("accuracy")
+            if len(outputs) > 1 and criterion["name"] in outputs and isinstance(found, float):
+                rows.append((f"accuracy by {criterion['name']} on held-out pairs", f"{found:.3f}"))
         parts.append(_table(("item", "value"), rows))
     return "\n\n".join(parts)
 

@@ -16,6 +16,8 @@ TRAININGS: dict[str, type[TrainConfig | RewardModelConfig | SftConfig]] = {
     "train": TrainConfig,
 }
 """Commands that train, with their configurations."""
+CHOSEN_BY_MODEL = {"learning_rate": "by model size"}
+"""Defaults that a training chooses, and how."""
 COMMAND_OF = {config.__name__: command for command, config in TRAININGS.items()}
 
 
@@ -43,11 +45,12 @@ class ReproduceCommand:
 
 def settings_of(record: RunRecord) -> list[Setting]:
     """Return all settings of a run, in the order of their declaration."""
-    defaults = defaults_of(record.facts.get("kind"))
-    return [
-        Setting(name, shown(value), shown(defaults[name]) if defaults is not None and name in defaults else None)
-        for name, value in record.settings.items()
-    ]
+    defaults = defaults_of(record.facts.get("kind")) or {}
+    found = []
+    for name, value in record.settings.items():
+        default = shown(defaults[name]) if name in defaults else None
+        found.append(Setting(name, shown(value), CHOSEN_BY_MODEL.get(name, default) if default == "None" else default))
+    return found
 
 
 def defaults_of(kind: str | None) -> dict[str, Any] | None:
