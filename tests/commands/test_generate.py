@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from reinforcepp.commands import cli
 from reinforcepp.data import read_prompts, read_texts
-from reinforcepp.models.loading import load_tokenizer
+from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.models.tokenization import encode_prompt
+from reinforcepp.monitoring import printable
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.types import Completion
 
@@ -242,6 +245,35 @@ def test_a_seed_decides_the_answer(answer):
     first = answer("--prompt", PROMPT, "--seed", "5").out
     assert answer("--prompt", PROMPT, "--seed", "5").out == first
     assert answer("--prompt", PROMPT, "--seed", "6").out != first
+
+
+def test_every_end_token_of_the_generation_config_ends_a_response(model_folder, tmp_path, capsys, monkeypatch):
+    folder, tokenizer = shutil.copytree(model_folder, tmp_path / "model"), load_tokenizer(str(model_folder))
+    greedy = ["--temperature", "0", "--engine", "transformers", "--max_new_tokens", "12"]
+
+    def generated() -> dict[str, str]:
+        asked = ["--prompt", PROMPT, "--output", str(tmp_path / "a.jsonl"), *greedy]
+        assert cli.main(["generate", "--model", str(folder), *asked]) == 0
+        return json.loads((tmp_path / "a.jsonl").read_text())
+
+    ids = tokenizer(PROMPT)["input_ids"]
+    model = load_policy(str(folder))
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    sampled = ids[-12:]
+    last = max(sampled.index(i) for i in sampled)  # the first place of a token that didn't occur before
+    assert last > 0 and generated()["finish_reason"] == "length"
+    GenerationConfig(eos_token_id=[tokenizer.eos_token_id, 301, sampled[last]]).save_pretrained(folder)
+    expected = tokenizer.decode(sampled[:last])
+    found = generated()
+    assert (found["completion"], found["finish_reason"]) == (expected, "stop")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n"))
+    assert cli.main(["chat", str(folder), *greedy]) == 0
+    out, err = capsys.readouterr()
+    assert out == printable(expected.strip()) + "\n" and "truncated" not in err
 
 
 def test_temperature_zero_takes_the_likeliest_token(answer, model_folder, tmp_path):

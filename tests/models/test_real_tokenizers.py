@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.data import PromptRow, SftRow
 from reinforcepp.models import prompt_format, tokenization
+from reinforcepp.models.loading import end_ids
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.rewards.trained import TrainedReward
 from reinforcepp.training.sft_trainer import to_example
@@ -79,15 +80,27 @@ def test_a_chat(tokenizer):
         messages.append({"role": "assistant", "content": answer})
 
 
-@pytest.mark.parametrize("name", ["llama3_1", "gemma3"])
-def test_plain_text_of_a_base_model_begins_with_bos(name):
+BORDERS = [
+    ("The sky is", " blue."),
+    ("  How? \n\n", "\tSo.\n"),
+    ("答案是", "《红楼梦》"),
+    ("def f(x):\n    return", " x\n\n"),
+]
+
+
+@pytest.mark.parametrize("name", real_tokenizers.NAMES)
+def test_prompts_of_a_base_model_without_a_template(name):
     tokenizer = AutoTokenizer.from_pretrained(real_tokenizers.folder_of(name))
+    tokenizer.chat_template = prompt_format.plain_template(tokenizer)
+    for prompt, answer in [*TURNS, *BORDERS]:
+        assert tokenization.encode_prompt(tokenizer, prompt) == tokenizer(prompt)["input_ids"]
+        whole = [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
+        assert tokenization.encode_example(tokenizer, prompt, answer) == whole
     tokenizer.chat_template = prompt_format.question_answer_template(tokenizer)
     for prompt, answer in TURNS:
         start = tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
         context, target = tokenization.split_example(tokenizer, prompt, answer)
-        assert context == start and start[0] == tokenizer.bos_token_id
-        assert tokenizer.decode(target) == f" {answer}{tokenizer.eos_token}"
+        assert context == start and tokenizer.decode(target) == f" {answer}{tokenizer.eos_token}"
 
 
 def test_special_tokens_in_the_data(tokenizer):
@@ -100,8 +113,16 @@ def test_special_tokens_in_the_data(tokenizer):
         assert f"x {text} y" in tokenizer.decode(ids)
 
 
-def test_gemma_ends_a_turn_whatever_eos_is():
-    tokenizer = AutoTokenizer.from_pretrained(real_tokenizers.folder_of("gemma3"), eos_token="<eos>")
-    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+@pytest.mark.parametrize(
+    ("name", "eos", "end"),
+    [
+        ("qwen3", "<|endoftext|>", "<|im_end|>"),
+        ("llama3_1", "<|end_of_text|>", "<|eot_id|>"),
+        ("gemma3", "<eos>", "<end_of_turn>"),
+    ],
+)
+def test_an_answer_ends_with_the_end_of_its_turn_whatever_eos_is(name, eos, end):
+    tokenizer = AutoTokenizer.from_pretrained(real_tokenizers.folder_of(name), eos_token=eos)
     ids = tokenization.encode_example(tokenizer, "Why?", "So.")
-    assert ids[-1] == end and tokenizer.eos_token_id not in ids
+    assert ids[-1] == tokenizer.convert_tokens_to_ids(end) and tokenizer.eos_token_id not in ids
+    assert end_ids([7], tokenizer) == {7, ids[-1], tokenizer.eos_token_id}
