@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from pyarrow import parquet
 
 from reinforcepp.config.reward_rules import repeated_share
-from reinforcepp.data import read_prompts
+from reinforcepp.data import load_prompts, read_prompts, read_texts
 from reinforcepp.monitoring import completion_log as answers
 from reinforcepp.monitoring.step_metrics import rollout_columns, step_metrics
 from reinforcepp.rewards.functions import RewardScores
@@ -99,12 +100,25 @@ def test_messages_are_saved_exactly(tmp_path):
     assert rows[1]["chat_template_kwargs"] is None
 
 
-def test_completions_can_be_trained_on_with_their_messages(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_on_completions_encodes_the_prompts_that_were_sampled_from(tmp_path, streaming):
     given = conversations()
-    answers.save_completions(tmp_path / "a.parquet", answers.columns_of(given[:2]))
-    rows = read_prompts(tmp_path / "a.parquet", prompt_column="messages").prompts
-    assert [row.messages for row in rows] == [c.prompt.messages for c in given[:2]]
-    assert [row.chat_template_kwargs for row in rows] == [c.prompt.chat_template_kwargs for c in given[:2]]
+    answers.save_completions(tmp_path / "a.parquet", answers.columns_of(given))
+    data, *_ = load_prompts(tmp_path / "a.parquet", heldout_fraction=0, seed=0, streaming=streaming)
+    assert [row.conversation for row in data.prompts] == [c.prompt.conversation for c in given]
+    assert [row.chat_template_kwargs for row in data.prompts] == [c.prompt.chat_template_kwargs for c in given]
+    assert [row.conversation for row in read_texts(tmp_path / "a.parquet").rows] == [
+        c.prompt.conversation for c in given
+    ]
+
+
+def test_a_copy_by_another_program_has_the_messages_in_a_column(tmp_path):
+    given = conversations()[:2]
+    answers.save_completions(tmp_path / "a.parquet", answers.columns_of(given))
+    copied = parquet.read_table(tmp_path / "a.parquet").replace_schema_metadata(None)
+    parquet.write_table(copied, tmp_path / "b.parquet")
+    rows = read_prompts(tmp_path / "b.parquet", prompt_column="messages").prompts
+    assert [row.messages for row in rows] == [c.prompt.messages for c in given]
 
 
 @pytest.mark.parametrize("order", ["conversation text", "text conversation", "conversation text tool"])

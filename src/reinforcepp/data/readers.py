@@ -448,6 +448,10 @@ _DECODER = json.JSONDecoder(
 # --- Parquet and Arrow ------------------------------------------------------------------------------------------------
 
 
+PROMPTS_IN_MESSAGES = {b"reinforcepp": b"prompts in messages"}
+"""Metadata of a table whose ``prompt`` is text for people if ``messages`` has the prompt's messages."""
+
+
 class _OpenTable(NamedTuple):
     """A file's schema, its batches, and the share of it read after a number of rows."""
 
@@ -501,6 +505,7 @@ def _table_records(path: Path, kind: str, open_table: Callable[[BinaryIO], _Open
         repeated = [name for name, number in Counter(names).items() if number > 1]
         if repeated:
             raise DataError(f"{path}: two columns are called {repeated[0]!r}. Rename or remove one of them.")
+        has_messages = PROMPTS_IN_MESSAGES.items() <= (table.schema.metadata or {}).items()
         number = 1
         while True:
             with _intact(path, kind):
@@ -512,6 +517,8 @@ def _table_records(path: Path, kind: str, open_table: Callable[[BinaryIO], _Open
                 break
             for start in range(0, batch.num_rows if names else 0, CHUNK_ROWS):
                 cells = _table_cells(path, batch.slice(start, CHUNK_ROWS))
+                if has_messages:
+                    cells = [{**row, "prompt": row.get("messages") or row.get("prompt")} for row in cells]
                 rows = list(enumerate(cells, number))
                 number += len(cells)
                 yield Records(names, rows, share=table.share(number - 1))

@@ -9,7 +9,7 @@ evaluations/before.parquet        prompt, completion, reward, judge (if availabl
 ``prompt`` is text for people. ``messages`` has the messages of a prompt that is a list of messages, as a list of ``role`` and
 ``content``, and is null for a prompt that is a text. Fields such as ``name`` are added if a message of the data has them, and
 ``tool_calls`` are JSON text. ``chat_template_kwargs`` is JSON text, and null without variables. All files of a run have the same
-columns and fields, because ``datasets`` needs that.
+columns and fields, because ``datasets`` needs that. Metadata mark them, so training on such a file reads the messages as prompts.
 
 ``datasets.load_dataset("parquet", data_dir="RUN/completions")`` loads all steps as one table.
 """
@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reinforcepp.data.readers import PROMPTS_IN_MESSAGES
 from reinforcepp.files import PARTIAL
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def save_completions(path: Path, columns: Mapping[str, Sequence[Any]], fields: S
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
     table = pyarrow.table({name: _array(name, values, fields) for name, values in columns.items()})
+    if MESSAGES in columns:
+        table = table.replace_schema_metadata(PROMPTS_IN_MESSAGES)
     parquet.write_table(table, partial, compression="zstd")
     partial.replace(path)
 
