@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+
 import pytest
 
 from reinforcepp.data import load_preferences, load_prompts, load_texts, verdicts
@@ -91,3 +94,32 @@ def test_rows_with_other_tools_are_no_duplicates(write, streaming):
     rows.append({"prompt": "p", "chosen": "b", "rejected": "a", "tools": [{"name": "f"}]})
     data = load_preferences(write(*rows), **SPLIT, streaming=streaming)[0]
     assert [pair.row for pair in data.rows] == [1, 2, 4] and data.contradictions == ((2, 4),)
+
+
+def test_messages_as_json_text_in_csv(write, tmp_path):
+    path = tmp_path / "data.csv"
+    cells = [
+        json.dumps([{"role": "user", "content": 'a "quoted" q'}]),
+        "x",
+        json.dumps([{"role": "assistant", "content": "y"}]),
+    ]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("prompt", "chosen", "rejected"), cells, [*cells[:1], "z", "y"]])
+    pairs = load_preferences(path, **SPLIT)[0].rows
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        ('a "quoted" q', "x", "y"),
+        ('a "quoted" q', "z", "y"),
+    ]
+
+
+def test_conversations_that_begin_with_a_greeting(write):
+    greeting = {"role": "assistant", "content": "Hello."}
+    rows = [{"messages": [greeting, *turns(f"q{i}", "a")]} for i in range(2)]
+    texts = load_texts(write(*rows), **SPLIT)[0].rows
+    assert [[each["role"] for each in row.messages] for row in texts] == [["assistant", "user"]] * 2
+    pairs = [
+        {"chosen": [greeting, *turns(f"q{i}", "a")], "rejected": [greeting, *turns(f"q{i}", "b")]} for i in range(2)
+    ]
+    assert [(pair.chosen, pair.rejected) for pair in load_preferences(write(*pairs), **SPLIT)[0].rows] == [
+        ("a", "b")
+    ] * 2

@@ -163,7 +163,7 @@ def test_bad_answers_are_not_trained_on(write):
     rows = [{"prompt": "a", "completion": "good", "label": True}, {"prompt": "a", "completion": "bad", "label": False}]
     data = read_texts(write(*rows))
     assert [row.completion for row in data.rows] == ["good"] and "1 with label false (row 2)" in data.summary()
-    with pytest.raises(DataError, match=r"0 usable pairs.*with only good answers to its prompt.*reinforcepp sft"):
+    with pytest.raises(DataError, match=r"0 usable pairs.*with only good answers to the prompt.*reinforcepp sft"):
         read_preferences(write(rows[0]))
     topics = [{"prompt": "a", "completion": "x", "label": "red"}, {"prompt": "b", "completion": "y", "label": "blue"}]
     assert len(read_texts(write(*topics)).rows) == 2

@@ -49,11 +49,11 @@ def test_every_answer_is_paired_with_one_of_the_other_kind(write, streaming):
     assert [(pair.prompt, pair.chosen, pair.rejected, pair.row) for pair in rows] == PAIRS
     assert {pair.prompt.strip() for pair in train} ^ {pair.prompt.strip() for pair in heldout} == {"p", "t"}
     assert sorted((each.row, each.reason) for each in data.skipped) == [
-        (2, "with only good answers to its prompt"),
+        (2, "with only good answers to the prompt"),
         (7, "with an answer that repeats an earlier row"),
         (8, "with an answer that is labeled both good and bad"),
         (9, "with an answer that is labeled both good and bad"),
-        (10, "with only bad answers to its prompt"),
+        (10, "with only bad answers to the prompt"),
         (13, "empty completion"),
         (14, "with an empty label"),
     ]
@@ -78,6 +78,8 @@ def test_streaming_gives_the_same_rows_in_the_same_order(write):
         (lambda a, label: {"instruction": "q", "input": "", "output": a, "kto_tag": label}, True),
         (lambda a, label: {"prompt": "q", "completion": a, "label": str(label)}, True),
         (lambda a, label: {"prompt": "q", "completion": a, "label": int(label)}, True),
+        (lambda a, label: {"prompt": "q", "response": a, "label": "Good" if label else "bad"}, True),
+        (lambda a, label: {"prompt": "q", "completion": a, "label": 1 if label else -1}, True),
     ],
 )
 def test_every_shape_of_labeled_answers(write, shape, label):
@@ -128,15 +130,15 @@ def test_answers_that_cannot_be_paired_are_one_clear_error(write):
     with pytest.raises(DataError) as caught:
         read_preferences(write(*rows))
     assert str(caught.value).endswith(
-        "0 usable pairs, but at least 2 are needed (skipped 5 rows: 3 with only bad answers to its prompt (rows 1, 2, 3), "
-        "2 with only good answers to its prompt (rows 4, 5)). Add a good and a bad answer to the same prompts, or train on "
+        "0 usable pairs, but at least 2 are needed (skipped 5 rows: 3 with only bad answers to the prompt (rows 1, 2, 3), "
+        "2 with only good answers to the prompt (rows 4, 5)). Add a good and a bad answer to the same prompts, or train on "
         "the good answers with `reinforcepp sft`."
     )
 
 
 def test_lint_checks_the_pairs_and_reports_single_answers(write):
     report = lint(LintConfig(data=str(write(*ROWS))))
-    assert [(file.noun, file.usable) for file in report.files] == [("pair", 4)]
+    assert [(file.noun, file.rows, file.usable) for file in report.files] == [("pair", len(ROWS), 4)]
     (found,) = (each for each in report.findings if each.rule == "unpaired")
     assert found.severity == "warning" and found.rows == (2, 10)
     assert found.message == "2 answers have no answer of the other kind to the same prompt (rows 2, 10)"

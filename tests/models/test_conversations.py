@@ -7,6 +7,7 @@ import torch
 from reinforcepp import ModelError, encode_answer, encode_prompt
 from reinforcepp.commands.reward_server import score_request
 from reinforcepp.data import PromptRow, SftRow
+from reinforcepp.models.prompt_format import QUESTION_ANSWER_TEMPLATE
 from reinforcepp.models.tokenization import Answers, encode_examples, encode_prompts, split_example
 from reinforcepp.rewards.functions import score_with
 from reinforcepp.rewards.trained import TrainedReward, score_pairs
@@ -142,3 +143,23 @@ def test_a_reward_model_scores_rollouts_with_the_variables_of_its_training(form,
     request = {"query": ["Why?So."], "prompts": ["Why?"], "chat_template_kwargs": [variables]}
     score_request(reward, request | ({"messages": [list(messages)]} if messages else {}))
     assert reward.rows == [trained]
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (QUESTION_ANSWER_TEMPLATE, "omits tool calls and results of tools"),
+        (CHATML, "omits tool calls of"),
+        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls | tojson if m.tool_calls }}"), None),
+    ],
+)
+def test_a_template_that_omits_tools_is_reported_once(template, lost, caplog):
+    tokenizer = tokenizer_with(template)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [FIRST, {**message("assistant", ""), "tool_calls": [call]}, message("tool", "3")]
+    encode_prompt(tokenizer, [FIRST])
+    assert not caplog.records
+    for _ in range(2):
+        encode_prompt(tokenizer, messages)
+    texts = [record.getMessage() for record in caplog.records]
+    assert len(texts) == (lost is not None) and all(str(lost) in text for text in texts)

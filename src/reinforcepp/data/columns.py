@@ -106,6 +106,9 @@ SYSTEMS = ("system", "system_prompt")
 HISTORY = "history"
 LABELS = ("label", "kto_tag")
 """Columns that mark good and bad answers, as in KTO's data."""
+GOOD = ("true", "1", "1.0", "good", "desirable", "chosen", "accepted", "thumbs_up")
+BAD = ("false", "0", "0.0", "-1", "-1.0", "bad", "undesirable", "rejected", "thumbs_down")
+"""Labels of good and bad answers, in lowercase."""
 _MIN_BOOLEANS = 0.9
 """Share of boolean cells from which a column marks good and bad answers; the other rows are unusable."""
 COMPLETIONS = ("response", "answer", "output")
@@ -358,7 +361,7 @@ def _sft_answers(path: Path, records: Records, names: SftColumnNames, by_user: S
     by_default = names.chosen == DEFAULT_SFT_NAMES.chosen and names.chosen not in records.names
     if by_default and (judged := _find_judged(records)):
         found = _find_prompt(path, records, names.prompt, (names.chosen, "rejected"), judged)
-        return _with_note(found, f"answers are those that are better: {judged.note}")
+        return _with_note(found, f"the better answers: {judged.note}")
     if names.chosen in records.names:
         return _one_answer(path, records, names, names.chosen, note=True)
     if "prompt" not in by_user:
@@ -395,12 +398,9 @@ def _find_label(records: Records) -> str | None:
 
 
 def parse_label(cell: Any) -> bool | None:
-    """Return whether a cell marks a good answer; None if it isn't a boolean."""
-    if isinstance(cell, str):
-        return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(
-            cell.strip().lower()
-        )
-    return bool(cell) if cell in (True, False) else None
+    """Return whether a cell marks a good answer; None if it is neither a boolean nor a known word."""
+    text = str(cell).strip().lower()
+    return True if text in GOOD else False if text in BAD else None
 
 
 def _check_plain_text(path: Path, records: Records, name: str) -> None:

@@ -72,12 +72,15 @@ def parse_content(cell: Any, column: str) -> Content:
     if cell is None:
         return ""
     if isinstance(cell, str):
-        if _SERIALIZED.match(cell.strip()):
+        if not _SERIALIZED.match(cell.strip()):
+            return cell if cell.strip() else ""
+        try:
+            cell = json.loads(cell)
+        except ValueError as error:
             raise UnusableCell(
                 f"with messages as a string in {column!r}",
-                f"{column!r} holds a list of messages as a string, expected a list (JSONL and Parquet files can hold one)",
-            )
-        return cell if cell.strip() else ""
+                f"{column!r} holds a list of messages as a string that isn't JSON, expected a list or JSON",
+            ) from error
     if isinstance(cell, Mapping):
         messages: Any = cell
         cell = [cell] if {"role", "from"} & cell.keys() else messages.get("messages", messages)
@@ -272,7 +275,10 @@ def are_conversations(*cells: Any) -> bool:
 
 
 def _is_conversation(content: Content) -> bool:
-    return isinstance(content, list) and bool(content) and content[0].role != "assistant"
+    """Return whether an answer is a whole conversation; some begin with a greeting of the assistant."""
+    if isinstance(content, str) or not content:
+        return False
+    return content[0].role != "assistant" or any(message.role == "user" for message in content)
 
 
 def _up_to_user(messages: Sequence[Message]) -> list[Message]:

@@ -22,6 +22,7 @@ class Table:
         columns: Names of the texts of a row.
         rows: All rows, usable or not.
         notes: Remarks for the user on how the data was read.
+        num_records: Number of rows of the files, of which some can be paired.
     """
 
     source: str
@@ -29,6 +30,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    num_records: int = 0
 
 
 def read_table(
@@ -61,6 +63,5 @@ def read_table(
         rows += make_rows(part, records, layout, pairs, path_in_numbers=len(parts) > 1, conversions=conversions)
     name, notes = display_name(source, parts), tuple(notes_on(parts, layouts, conversions))
     check_bad_rows(name, [row for row in rows if row.unreadable], len(rows), max_bad_rows)
-    rows = list(pair_answers(rows, []))
     columns = text_columns(layouts[0], names, pairs)
-    return Table(name, combined_digest(parts), columns, tuple(rows), notes)
+    return Table(name, combined_digest(parts), columns, tuple(pair_answers(rows, [])), notes, len(rows))

@@ -16,7 +16,7 @@ import numpy as np
 
 from reinforcepp.data.rows import Row, normalize, text_digest
 
-ONLY_GOOD, ONLY_BAD = "with only good answers to its prompt", "with only bad answers to its prompt"
+ONLY_GOOD, ONLY_BAD = "with only good answers to the prompt", "with only bad answers to the prompt"
 BOTH = "with an answer that is labeled both good and bad"
 REPEATED = "with an answer that repeats an earlier row"
 UNPAIRED = (ONLY_GOOD, ONLY_BAD)

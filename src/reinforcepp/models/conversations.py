@@ -56,6 +56,8 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, **va
 def marked_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, variables: Variables) -> str:
     """Return the text of :func:`format_prompt` with marks."""
     messages = _with_system(tokenizer, as_messages(prompt))
+    if any(message.get("role") == "tool" or message.get("tool_calls") for message in messages):
+        _cached(tokenizer, "tools", _warn_of_lost_tools)
     return _render_or_raise(tokenizer, messages, {"add_generation_prompt": True, **variables})
 
 
@@ -110,6 +112,28 @@ def _writes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
         return PROBE_SYSTEM in _render(tokenizer, messages, {"add_generation_prompt": True})
     except (TemplateError, TypeError):  # some templates reject a system message
         return False
+
+
+def _warn_of_lost_tools(tokenizer: PreTrainedTokenizerBase) -> None:
+    from jinja2 import TemplateError
+
+    call = {"type": "function", "function": {"name": "read_routes", "arguments": {"note": PROBE_SYSTEM}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": PROBE_PROMPT},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": PROBE_ANSWER},
+    ]
+    try:
+        text = _render(tokenizer, messages, {"add_generation_prompt": True})
+    except (TemplateError, TypeError):  # the template is strict about tools, so it writes them
+        return
+    lost = [
+        name for name, part in (("tool calls", PROBE_SYSTEM), ("results of tools", PROBE_ANSWER)) if part not in text
+    ]
+    if lost:
+        log.warning(
+            "The chat template omits %s of conversations. Set a chat_template that writes them.", " and ".join(lost)
+        )
 
 
 T = TypeVar("T")

@@ -66,7 +66,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     prefix = tuple(takewhile(ids.__contains__, tokenizer("a")["input_ids"]))
 
     def encoded(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     alone, after_eos = encoded("a"), encoded(f"{tokenizer.eos_token}a")[1:]
     return SpecialTokens(prefix, tags, others, pattern, after_eos != alone, set())
@@ -108,7 +108,7 @@ def unmarked(text: str) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of ``text`` without adding special tokens, because the chat template writes them."""
     if MARK not in text:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     special = special_tokens(tokenizer)
     structure = "|".join(map(re.escape, sorted(special.others | special.tags, key=len, reverse=True)))
     ids: list[int] = []
@@ -128,7 +128,7 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
     Distinct texts without marks are tokenized together, which fast tokenizers do in parallel.
     """
     plain = list(dict.fromkeys(text for text in texts if text and MARK not in text))
-    encoded = tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else []
+    encoded = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else []
     ids = dict(zip(plain, encoded, strict=True))
     return [list(ids[text]) if text in ids else encode(tokenizer, text) for text in texts]
 
@@ -137,7 +137,7 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool)
     """Return the token ids of ``text``, in which no special token is special; ``first`` if it isn't after one."""
 
     def ids_of(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
     if first or not special_tokens(tokenizer).adds_space_once:
         return ids_of(text) if text else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,8 @@ def _read(path: Path, config: LintConfig) -> tuple[CheckedFile, list[Finding]]:
 def read_file(path: Path, columns: ColumnConfig) -> tuple[Table, CheckedFile]:
     """Return a file's table and its checked form: pairs if it has answer columns, otherwise prompts."""
     table = read_table(path, ColumnNames(*columns.column_names.values()), pairs=None, max_bad_rows=None)
-    return table, to_checked_file(Path(table.source).name, table.rows, table.columns)
+    file = to_checked_file(Path(table.source).name, table.rows, table.columns)
+    return table, replace(file, num_rows=table.num_records)
 
 
 def to_checked_file(name: str, rows: Sequence[Row], columns: tuple[str, ...]) -> CheckedFile:
