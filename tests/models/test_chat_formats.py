@@ -127,6 +127,14 @@ def test_a_finished_thought_without_an_answer_gets_no_second_thought():
     assert conversations.format_completion(tokenizer, "Why?", "<think>\nlet me") == "<think>\nlet me"
 
 
+def test_an_answer_that_begins_with_another_tag_is_written_by_the_template():
+    tokenizer = tiny.chat_tokenizer(tiny.THINKING)
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<b>So.</b>"}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "<think>" in whole
+    assert whole == whole_text(tokenizer, "Why?", "<b>So.</b>") + "<|im_end|>\n"
+
+
 @pytest.mark.parametrize(
     ("template", "prefill"),
     [

@@ -297,7 +297,8 @@ def _contains(text: str, answer: str) -> bool:
 
 def _adds_thought(turn: Turn, written: str, answer: str) -> bool:
     """Return whether the template put an empty thought before an answer that begins with one."""
-    return bool(turn.before.strip() and THOUGHT.match(answer) and written.startswith(turn.before))
+    tag = THOUGHT.match(answer)
+    return bool(tag and f"<{tag[1]}>" in turn.before and written.startswith(turn.before))
 
 
 def format_completion(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, answer: str) -> str:
