@@ -8,6 +8,7 @@ import pytest
 from data.pairs import texts
 
 from reinforcepp.commands.lint.check import lint
+from reinforcepp.commands.lint.fix import write_fixed
 from reinforcepp.config import LintConfig
 from reinforcepp.data import load_preferences, load_prompts, read_preferences, read_texts
 from reinforcepp.errors import DataError
@@ -142,3 +143,13 @@ def test_lint_checks_the_pairs_and_reports_single_answers(write):
     (found,) = (each for each in report.findings if each.rule == "unpaired")
     assert found.severity == "warning" and found.rows == (2, 10)
     assert found.message == "2 answers have no answer of the other kind to the same prompt (rows 2, 10)"
+
+
+def test_a_cleaned_copy_keeps_single_answers_and_their_order(write, tmp_path):
+    rows = [answer("p", "good\u0007", True), answer("p", "", True), *ROWS[1:3], answer("p", "bad 2", False)]
+    copy = tmp_path / "copy.jsonl"
+    write_fixed(write(*rows), copy, LintConfig(data="data.jsonl"))
+    found = [json.loads(line) for line in copy.read_text(encoding="utf-8").splitlines()]
+    assert found == [answer("p", "good", True), *ROWS[1:3], answer("p", "bad 2", False)]
+    again = tmp_path / "again.jsonl"
+    assert write_fixed(copy, again, LintConfig(data="data.jsonl")) == [] and again.read_text() == copy.read_text()

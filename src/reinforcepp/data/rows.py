@@ -72,6 +72,7 @@ class Row:
         grade: Margin of a pair, and whether it is a tie.
         good: For a single answer that is to be paired, whether it is a good one. Both answers in ``texts`` are this one.
         judgments: Preferences of a pair by criterion.
+        answers: For a pair of single answers, the rows of the file.
     """
 
     number: RowId
@@ -86,6 +87,7 @@ class Row:
     grade: tuple[float, bool] = UNGRADED
     good: bool | None = None
     judgments: tuple[Judgment, ...] = ()
+    answers: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,4 +111,5 @@ def _paired(good: Row, bad: Row) -> Row:
     file, _, _ = first.rpartition(":")
     number = f"{first}+{second.removeprefix(f'{file}:') if file else second}"
     texts = (*good.texts[:2], bad.texts[1])
-    return replace(good, number=number, texts=texts, weight=(good.weight + bad.weight) / 2, good=None)
+    weight = (good.weight + bad.weight) / 2
+    return replace(good, number=number, texts=texts, weight=weight, good=None, answers=(good, bad))

@@ -13,8 +13,8 @@ from reinforcepp.commands.lint.check import read_file, to_checked_file
 from reinforcepp.commands.lint.damage import clean_text
 from reinforcepp.commands.lint.rules import contradicting_rows
 from reinforcepp.config import ColumnConfig
-from reinforcepp.data import Row
-from reinforcepp.errors import DataError, option
+from reinforcepp.data import UNPAIRED, Row
+from reinforcepp.errors import DataError
 from reinforcepp.files import whole_file
 from reinforcepp.types import RowId
 
@@ -49,20 +49,22 @@ def write_fixed(data: Path, copy: Path, columns: ColumnConfig) -> list[Change]:
         DataError: No row would be left.
     """
     table, file = read_file(data, columns)
-    if any(row.layout.unpaired for row in table.rows):
-        raise DataError(
-            f"{data}: {option('fix')} can't write single answers with a label. Correct the file by hand, or write pairs."
-        )
     kept, changes = clean_rows(table.rows, file.columns)
     if not kept:
         raise DataError(
             f"{data}: no row would be left in {copy}, so it wasn't written. Correct the rows or add others."
         )
-    rows = [_with_clean_cells(row) for row in kept]
+    rows = [_with_clean_cells(row) for row in _rows_of_file(kept)]
     with whole_file(copy) as output, whole_file(log_path(copy)) as log:
         _write(output, rows, copy.suffix.lower())
         log.writelines(json.dumps(asdict(change), ensure_ascii=False) + "\n" for change in changes)
     return changes
+
+
+def _rows_of_file(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the file, in its order; a pair of single answers is two, and an answer can be in several pairs."""
+    found = {each.number: each for row in rows for each in (row.answers or (row,))}
+    return sorted(found.values(), key=lambda row: row.number) if any(row.answers for row in rows) else list(rows)
 
 
 def _write(file: TextIO, rows: Sequence[Mapping[str, Any]], suffix: str) -> None:
@@ -95,7 +97,9 @@ def clean_rows(rows: Sequence[Row], columns: tuple[str, ...]) -> tuple[list[Row]
     """Return the rows of the cleaned copy and the changes; cleaning them again changes nothing."""
     cleaned = [replace(row, texts=tuple(map(clean_text, row.texts))) for row in rows]
     file = to_checked_file("", cleaned, columns)
-    dropped = {each.row: str(each).partition(": ")[2] for each in file.skipped}
+    # Single answers that can't be paired aren't wrong.
+    skipped = [each for each in file.skipped if each.reason not in UNPAIRED]
+    dropped = {each.row: str(each).partition(": ")[2] for each in skipped}
     for first, second in contradicting_rows(file):
         dropped[first] = f"contradicts row {second}"
         dropped[second] = f"contradicts row {first}"
