@@ -1,5 +1,7 @@
 """Prompts of models without a chat template: plain text by default, or ``Question: ... Answer:``."""
 
+import json
+
 import pytest
 import tiny
 from transformers import AutoTokenizer
@@ -135,6 +137,15 @@ def test_a_system_prompt_of_a_plain_model_gets_labels():
     tokenizer = formatted("auto", system_prompt="Be brief.")
     assert prompt_form(tokenizer) == "plain"
     assert format_example(tokenizer, "Why?", "So.") == ("Be brief.\n\nQuestion: Why?\nAnswer:", " So.")
+
+
+@pytest.mark.parametrize(("began", "form"), [({}, "question_answer"), ({"prompt_format": "auto"}, "plain")])
+def test_a_resumed_run_of_an_earlier_version_keeps_its_format(tmp_path, began, form):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": began}))
+    resumed = {"output_dir": str(tmp_path), "resume": True}
+    assert prompt_form(formatted("auto", **resumed)) == form
+    chat = prepare_tokenizer(tiny.chat_tokenizer(), tiny.model().config, "chat")
+    assert prompt_form(formatted("auto", chat, **resumed)) == "chat template"
 
 
 def test_a_format_and_a_template_together_are_an_error():

@@ -32,6 +32,7 @@ def test_length_counts_in_the_unit_that_is_asked_for():
 def test_regex_finds_its_pattern_anywhere_and_takes_it_as_it_stands():
     assert scores(r"regex?pattern=\d+ ms", "it took 12 ms", "it took long") == [1, 0]
     assert scores("regex?pattern=a+b", "aab", "a+b") == [1, 0]
+    assert scores("regex?pattern=^So.$", " So.\n", "Is it So.") == [1, 0]
     assert scores("regex?pattern=^(?i)x$".replace("^(?i)", "(?i)^"), "X", "xx") == [1, 0]
     assert scores("regex?pattern=a=1&b%20", "a=1&b%20", "a=1&b ") == [1, 0]
     assert make_rule("regex?name=numbers&pattern=&name&").name == "numbers"

@@ -48,7 +48,7 @@ class Length:
         """Return scores from 0 to 1."""
         if self.unit == "tokens":
             return [self._of(len(ids)) for ids in completion_ids]
-        return [self._of(len(words(text) if self.unit == "words" else text)) for text in completions]
+        return [self._of(len(words(text) if self.unit == "words" else text.strip())) for text in completions]
 
     def _of(self, length: int) -> float:
         if length < self.min:
@@ -72,7 +72,7 @@ class Regex:
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
         """Return 0 or 1 for each completion."""
         pattern = compiled(self.pattern)
-        return [float(pattern.search(text) is not None) for text in completions]
+        return [float(pattern.search(text.strip()) is not None) for text in completions]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ExactMatch:
     def _answer(self, text: str) -> str | None:
         if self.pattern is None:
             return text.rpartition(FINAL_ANSWER)[2]
-        matches = list(compiled(self.pattern).finditer(text))
+        matches = list(compiled(self.pattern).finditer(text.strip()))
         if not matches:
             return None
         return (matches[-1][1] or "") if matches[-1].re.groups else matches[-1][0]
