@@ -55,7 +55,7 @@ def test_every_answer_is_paired_with_one_of_the_other_kind(write, streaming):
         (8, "with an answer that is labeled both good and bad"),
         (9, "with an answer that is labeled both good and bad"),
         (10, "with only bad answers to the prompt"),
-        (13, "empty completion"),
+        (13, "empty answer"),
         (14, "with an empty label"),
     ]
     assert "good and bad answers by the column 'label', paired per prompt" in data.summary()
@@ -148,7 +148,12 @@ def test_lint_checks_the_pairs_and_reports_single_answers(write):
 def test_a_cleaned_copy_keeps_single_answers_and_their_order(write, tmp_path):
     rows = [answer("p", "good\u0007", True), answer("p", "", True), *ROWS[1:3], answer("p", "bad 2", False)]
     copy = tmp_path / "copy.jsonl"
-    write_fixed(write(*rows), copy, LintConfig(data="data.jsonl"))
+    changes = write_fixed(write(*rows), copy, LintConfig(data="data.jsonl"))
+    cleaned = ({"chosen": "good\u0007"}, {"chosen": "good"})
+    assert [(each.row, each.before, each.after) for each in changes if each.after] == [
+        ("1+4", *cleaned),
+        ("1+5", *cleaned),
+    ]
     found = [json.loads(line) for line in copy.read_text(encoding="utf-8").splitlines()]
     assert found == [answer("p", "good", True), *ROWS[1:3], answer("p", "bad 2", False)]
     again = tmp_path / "again.jsonl"

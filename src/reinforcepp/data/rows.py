@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from reinforcepp.data.columns import ColumnLayout, ColumnNames, parse_label
+from reinforcepp.data.columns import ANSWER_FLAGS, ColumnLayout, ColumnNames, parse_label
 from reinforcepp.data.criteria import read_judgments
 from reinforcepp.data.dialogues import Message
 from reinforcepp.data.messages import (
@@ -151,7 +151,8 @@ def check_bad_rows(source: str, bad: Sequence[Row], total: int, limit: float | N
 
 def text_columns(layout: ColumnLayout, names: ColumnNames, pairs: bool) -> tuple[str, ...]:
     """Return the names of a row's texts."""
-    return (layout.prompt or names.prompt, *((layout.answers or ()) if pairs else ()))
+    answers = ANSWER_FLAGS if layout.unpaired else layout.answers or ()
+    return (layout.prompt or names.prompt, *(answers if pairs else ()))
 
 
 def notes_on(parts: Sequence[DataPart], layouts: Iterable[ColumnLayout], conversions: Counter[str]) -> Iterator[str]:

@@ -90,12 +90,15 @@ def pair_answers(rows: Iterable[Row], shelf: Shelf) -> Iterator[Row]:
     """
     found = Answers()
     for row in rows:
-        prompt, *answers = map(normalize, row.texts)
-        if row.good is None or row.problem or not (prompt and answers[0]):
+        if row.good is None or row.problem:
             yield row
             continue
+        prompt, answer = map(normalize, row.texts[:2])
+        if not (prompt and answer):
+            yield row if not prompt else replace(row, problem="empty answer")
+            continue
         variables = json.dumps(row.chat_template_kwargs, sort_keys=True)
-        found.append(_hash(prompt, variables), _hash(answers[0]), row.good)
+        found.append(_hash(prompt, variables), _hash(answer), row.good)
         shelf.append(row)
     for good, bad, problem in match_answers(found):
         yield replace(shelf[good], problem=problem, good=None) if problem else _paired(shelf[good], shelf[bad])
