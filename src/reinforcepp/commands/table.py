@@ -49,13 +49,13 @@ COMMANDS = {
             "sft",
             config.SftConfig,
             "fine-tune a language model on completions or plain text, before RL",
-            "training.sft_trainer:train_language_model",
+            "commands.supervised:run_sft",
         ),
         Command(
             "reward",
             config.RewardModelConfig,
             "train a reward model from a preference file",
-            "training.reward_trainer:train_reward_model",
+            "commands.supervised:run_reward_training",
         ),
         Command(
             "train", config.TrainConfig, "train a policy with REINFORCE++ on its rewards", "commands.train:run_train"

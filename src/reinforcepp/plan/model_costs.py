@@ -150,7 +150,7 @@ def trained_model(
     Raises:
         ModelError: the model isn't a causal language model, or its code doesn't run on the meta device.
     """
-    with _meta_errors(config), fused_attention():
+    with meta_errors(config), fused_attention():
         model = meta_model(config, dtype)
         if values:
             width = model.get_output_embeddings().weight.shape[1]
@@ -207,18 +207,19 @@ def _bytes_in_4bit(model: PreTrainedModel, head: nn.Module) -> int:
 
 def frozen_model(config: PreTrainedConfig, dtype: torch.dtype, size: RowSize) -> FrozenModel:
     """Return the costs of a reward model; arguments and errors are those of :func:`trained_model`."""
-    with _meta_errors(config), fused_attention():
+    with meta_errors(config), fused_attention():
         model = meta_model(config, dtype, "AutoModel")
         score_weights = config.get_text_config().hidden_size
         return FrozenModel(
             parameters=sum(p.numel() for p in model.parameters()) + score_weights,
-            score=_forward_pass(lambda rows: model(**_inputs(rows, size)).last_hidden_state),
-            row_flops=_forward_cost(lambda: model(**_inputs(1, size)).last_hidden_state)[1],
+            score=_forward_pass(lambda rows: model(**padded_inputs(rows, size)).last_hidden_state),
+            row_flops=_forward_cost(lambda: model(**padded_inputs(1, size)).last_hidden_state)[1],
         )
 
 
 @contextmanager
-def _meta_errors(config: PreTrainedConfig) -> Iterator[None]:
+def meta_errors(config: PreTrainedConfig) -> Iterator[None]:
+    """Raise a ModelError if the model's code doesn't run on the meta device."""
     try:
         yield
     except META_ERRORS as error:
@@ -242,7 +243,7 @@ class GradientFlow(NamedTuple):
     """Number of devices that share them."""
 
 
-def _inputs(rows: int, size: RowSize) -> dict[str, Any]:
+def padded_inputs(rows: int, size: RowSize) -> dict[str, Any]:
     """Return padded rows, as rows of different lengths are."""
     ids = torch.zeros(rows, size.length, dtype=torch.long, device="meta")
     mask = torch.zeros(rows, 1, size.length, size.length, dtype=torch.bool, device="meta")
@@ -251,7 +252,7 @@ def _inputs(rows: int, size: RowSize) -> dict[str, Any]:
 
 def _outputs(model: Any, rows: int, size: RowSize) -> Tensor:
     """Return the model's outputs before each new token, or after the last token if there is no new one. (rows, new, X)"""
-    output_BTX: Tensor = model(**_inputs(rows, size), logits_to_keep=size.new + 1).logits
+    output_BTX: Tensor = model(**padded_inputs(rows, size), logits_to_keep=size.new + 1).logits
     return output_BTX[:, :-1] if size.new else output_BTX
 
 
@@ -260,7 +261,7 @@ def _returns_logits(model: Any, head: nn.Module) -> bool:
     seen: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
-        logits_BTV = model(**_inputs(1, RowSize(4, 0))).logits
+        logits_BTV = model(**padded_inputs(1, RowSize(4, 0))).logits
     hook.remove()
     return len(seen) == 1 and seen[0].untyped_storage()._cdata == logits_BTV.untyped_storage()._cdata
 
@@ -282,7 +283,7 @@ def _two_passes(
     tracker = MemoryTracker(flow.shards)
     for part in (parts := training_submodules(model, checkpointing=settings.gradient_checkpointing)):
         part.training = True
-    with _gradient_hooks(model, tracker, flow) as collect, tracker:
+    with gradient_hooks(model, tracker, flow) as collect, tracker:
         for _ in range(2):
             begin = len(tracker.snapshots)
             with skip():
@@ -316,7 +317,7 @@ class _Saved(torch.autograd.Function):
 
 
 @contextmanager
-def _gradient_hooks(model: PreTrainedModel, tracker: MemoryTracker, flow: GradientFlow) -> Iterator[Callable[[], None]]:
+def gradient_hooks(model: PreTrainedModel, tracker: MemoryTracker, flow: GradientFlow) -> Iterator[Callable[[], None]]:
     """Move gradients as ``MasterAdamW`` does. Yields the function to call after each pass, and clears gradients at the end."""
     has_masters = model.dtype != torch.float32 or flow.offload
     trainable = [p for p in model.parameters() if p.requires_grad]

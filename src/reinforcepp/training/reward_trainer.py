@@ -42,6 +42,7 @@ from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
+    CheckMemory,
     TokenizedRow,
     begin,
     check_not_empty,
@@ -49,6 +50,7 @@ from reinforcepp.training.supervised_setup import (
     count_steps,
     join_ranks,
     length_limit,
+    longest_row,
     open_run_dir,
     sample_rows,
     tokenize_rows,
@@ -62,17 +64,17 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.html"
 
 
-def train_reward_model(config: RewardModelConfig) -> RewardCard:
+def train_reward_model(config: RewardModelConfig, check_memory: CheckMemory | None = None) -> RewardCard:
     """Train, evaluate and save a reward model; return its card. Rank 0 evaluates and saves.
 
     Raises:
         ReinforceError: the data, the model or the output directory can't be used; raised before weights are loaded.
     """
     with TemporaryDirectory() as scratch:
-        return _train_reward_model(config, scratch)
+        return _train_reward_model(config, scratch, check_memory)
 
 
-def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
+def _train_reward_model(config: RewardModelConfig, scratch: str, check_memory: CheckMemory | None) -> RewardCard:
     join_ranks(config)
     folder, saved = open_run_dir(config)
     with reading_progress(config.streaming) as on_progress:
@@ -104,6 +106,8 @@ def _train_reward_model(config: RewardModelConfig, scratch: str) -> RewardCard:
     print_prompt_format(tokenizer, train, rows[0]["chosen_ids"])
     criteria = [criterion.name for criterion in config.parsed_criteria]
     counts = _count_judgments(rows, criteria, data.source)
+    if check_memory is not None:
+        check_memory(config, longest_row(rows))
 
     model = new_reward_model(config.model, config.seed, criteria, **loading(config))
     separate_pad_token(model, tokenizer, resize=not config.use_peft)

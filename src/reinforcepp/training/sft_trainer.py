@@ -32,12 +32,14 @@ from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading
 from reinforcepp.training.supervised_setup import (
+    CheckMemory,
     begin,
     check_not_empty,
     check_run,
     count_steps,
     join_ranks,
     length_limit,
+    longest_row,
     open_run_dir,
     tokenize_rows,
 )
@@ -99,7 +101,9 @@ class HeldOutMetrics:
     rows: int
 
 
-def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
+def train_language_model(
+    config: SftConfig, check_memory: CheckMemory | None = None
+) -> dict[str, HeldOutMetrics | None]:
     """Fine-tune, evaluate and save a language model. Rank 0 evaluates and saves.
 
     Returns:
@@ -109,10 +113,12 @@ def train_language_model(config: SftConfig) -> dict[str, HeldOutMetrics | None]:
         ReinforceError: the data, the model or the output directory can't be used; raised before weights are loaded.
     """
     with TemporaryDirectory() as scratch:
-        return _train_language_model(config, scratch)
+        return _train_language_model(config, scratch, check_memory)
 
 
-def _train_language_model(config: SftConfig, scratch: str) -> dict[str, HeldOutMetrics | None]:
+def _train_language_model(
+    config: SftConfig, scratch: str, check_memory: CheckMemory | None
+) -> dict[str, HeldOutMetrics | None]:
     join_ranks(config)
     folder, saved = open_run_dir(config)
     data, train, heldout = load_texts(
@@ -138,6 +144,8 @@ def _train_language_model(config: SftConfig, scratch: str) -> dict[str, HeldOutM
     heldout_examples = DiskExamples(heldout_ids)
     check_not_empty(train, "row", data.source, limit)
     print_prompt_format(tokenizer, train, examples[0]["input_ids"])
+    if check_memory is not None:
+        check_memory(config, longest_row(examples))
 
     model = load_policy(config.model, **loading(config))
     inputs = {"model": weights_hash(model), "data": data.sha256}

@@ -40,6 +40,10 @@ SHOWN_ROWS = 5
 TOKENIZED_ROWS = 256
 
 
+CheckMemory = Callable[[SupervisedConfig, int], None]
+"""Called before the weights are loaded, with the settings and the tokens of the longest training row."""
+
+
 class HasRow(Protocol):
     """Anything with a row number."""
 
@@ -267,6 +271,14 @@ def no_progress_bars() -> Iterator[None]:
 def longest(ids: TokenizedRow) -> int:
     """Return the number of tokens in the longest column of token ids."""
     return max(len(column) for column in ids.values() if _are_ids(column))
+
+
+def longest_row(rows: Dataset) -> int:
+    """Return the number of tokens in the longest column of token ids of all rows."""
+    from pyarrow import compute
+
+    columns = [name for name in rows.column_names if name.endswith("_ids")]
+    return max(int(compute.max(compute.list_value_length(rows.data.column(name))).as_py() or 0) for name in columns)
 
 
 def _are_ids(values: list[int] | list[float]) -> bool:
