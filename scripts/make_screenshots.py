@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from reinforcepp.commands.report import write_report
-from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions, step_file
+from reinforcepp.monitoring.completion_log import COMPLETIONS, conversation_of, read_completions, step_file
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.live_view import Sample, Snapshot, duration, view
 from reinforcepp.monitoring.run_record import RunRecord, find_run, read_run
@@ -82,7 +82,7 @@ def terminal(record: RunRecord) -> str:
         history=history,
         kl_limit=record.settings["kl_limit"],
         health=(diagnosis.sentence, diagnosis.worst),
-        sample=Sample(completions[0]["prompt"], completions[0]["completion"], completions[0]["reward"]),
+        sample=Sample(conversation_of(completions[0]), completions[0]["completion"], completions[0]["reward"]),
     )
     console = Console(record=True, width=TERMINAL_COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(view(snapshot, TERMINAL_COLUMNS))
