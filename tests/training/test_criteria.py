@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from reinforcepp.commands.cli import main
-from reinforcepp.config import RewardModelConfig
+from reinforcepp.config import CompareConfig, RewardModelConfig, TrainConfig
 from reinforcepp.config.shared import JUDGED_DATA
 from reinforcepp.errors import ConfigError, DataError, ModelError
 from reinforcepp.models.loading import load_tokenizer
@@ -253,3 +253,14 @@ def test_adapters_keep_all_outputs(base, tmp_path):
     card = train(base, data, tmp_path / "rm", use_peft=True)
     loaded = load_reward_model(f"{tmp_path / 'rm'}?output=short")
     assert loaded.fingerprint() == pytest.approx(card.fingerprint, abs=1e-4)
+
+
+def test_an_output_can_be_the_judge(trained):
+    """The options of a judge aren't those of a data source; its folder must not be below the output."""
+    folder, _ = trained
+    judge = f"{folder}?output=short"
+    assert TrainConfig(data="my.csv", judge=judge).judge_name == judge
+    assert CompareConfig("a", "b", data="my.csv", judge=judge).judge_name == judge
+    for config in (TrainConfig, CompareConfig):
+        with pytest.raises(ConfigError, match="holds the judge"):
+            config(data="my.csv", judge=judge, output_dir=str(folder.parent))

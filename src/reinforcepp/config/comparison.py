@@ -18,6 +18,7 @@ from reinforcepp.config.base import (
     check_not_below_output,
     check_output_dir,
 )
+from reinforcepp.config.reward_spec import path_of_judge
 from reinforcepp.config.shared import ColumnConfig, check_judge, judge_for
 from reinforcepp.config.training import TrainConfig
 from reinforcepp.errors import ConfigError, nearest
@@ -79,8 +80,9 @@ class CompareConfig(ColumnConfig, CompareInputs):
 
     def _check_rules(self) -> None:
         check_output_dir(self.output_dir, self.overwrite)
-        for setting in ("model_a", "model_b", "data", "judge", "reference"):
-            if (value := getattr(self, setting)) is not None:
+        inputs = {name: getattr(self, name) for name in ("model_a", "model_b", "data", "reference")}
+        for setting, value in (inputs | {"judge": path_of_judge(self.judge)}).items():
+            if value is not None:
                 check_not_below_output(self.output_dir, setting, value)
         if judge_for(self.judge, self.data) is None:
             raise ConfigError(

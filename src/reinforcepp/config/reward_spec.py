@@ -146,6 +146,11 @@ def parse_source(text: str) -> RewardSource:
     return RewardSource("model", target, weight)
 
 
+def path_of_judge(judge: str | None) -> str | None:
+    """Return the file or folder of a judge, without its options; None if it has none."""
+    return None if judge in (None, "auto", "none", JUDGE) else parse_source(str(judge)).path
+
+
 def check_url(url: str) -> None:
     """Check that ``url`` is valid and holds no secret, because settings are saved."""
     fix = f"Put it in the environment variable {TOKEN_VARIABLE}, because settings are saved."

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from reinforcepp.config.base import Config, FilledStr, check_name, check_not_below_output
 from reinforcepp.config.reinforce import ReinforceConfig
-from reinforcepp.config.reward_spec import parse_model, parse_source
+from reinforcepp.config.reward_spec import parse_model, parse_source, path_of_judge
 from reinforcepp.config.shared import DataLoadingConfig, DryRunConfig, check_judge, judge_for
 from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError
@@ -33,8 +33,10 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
     """Train a policy against a reward model with REINFORCE++."""
 
     def _check_rules(self) -> None:
-        for setting in ("model", "data", "judge"):
-            check_not_below_output(self.output_dir, setting, getattr(self, setting))
+        inputs = {"model": self.model, "data": self.data, "judge": path_of_judge(self.judge)}
+        for setting, value in inputs.items():
+            if value is not None:
+                check_not_below_output(self.output_dir, setting, value)
         self._check_rewards()
         check_judge(self.judge, self.data)
 
