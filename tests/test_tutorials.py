@@ -61,7 +61,8 @@ def test_my_csv(followed, tmp_path):
 
 def test_chat_lora(followed, tmp_path):
     output = followed("chat_lora")
-    assert output.count("<system>\\nYou are a patient network engineer.\\n<user>\\n") == 3
+    # Three examples of the dry run, and one at the start of each of the two trainings.
+    assert output.count("<system>\\nYou are a patient network engineer.\\n<user>\\n") == 5
     assert "adapter_model.safetensors" in output and "\n reference " not in output
     assert not list((tmp_path / "runs/chat").glob("model*.safetensors"))
     assert (tmp_path / "models/chat/model.safetensors").is_file()

@@ -124,7 +124,7 @@ def test_a_step_that_nothing_scores_is_left_out_and_several_stop_the_run(base, t
     run = trainer(base, tmp_path / "run", never, max_steps=4, max_skipped_updates=2)
     before = {name: value.clone() for name, value in run.policy.state_dict().items()}
     with pytest.raises(
-        TrainingDiverged, match="no completion of the batch was scored by a reward\. The 2 updates before"
+        TrainingDiverged, match=r"no completion of the batch was scored by a reward\. The 2 updates before"
     ):
         run.train()
     assert all(torch.equal(run.policy.state_dict()[name], value) for name, value in before.items())

@@ -199,6 +199,7 @@ def updated_by_broadcast(engine):
         assert set(engine.pool.call_all("restart_hash").values()) == {weights_hash(model)}
 
 
+@pytest.mark.full
 @needs_vllm
 def test_weights_are_broadcast_to_workers_by_vllms_transfer(broadcasting):
     engine, by_store = broadcasting(1)
@@ -330,6 +331,7 @@ def test_killed_workers_are_replaced_and_every_prompt_is_completed_once(pool):
     check_sync(pool, model, tokenizer)
 
 
+@pytest.mark.full
 def test_a_node_can_join_and_leave(cluster, pool, monkeypatch):
     model, tokenizer = prepared_model(), prepared_tokenizer()
     prompts, sampling = prompts_of(tokenizer), Sampling(8, seed=1)

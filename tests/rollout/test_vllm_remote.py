@@ -320,6 +320,7 @@ def takes_weights_by_nccl(server, folder, device, **shape) -> None:
         engine.close()
 
 
+@pytest.mark.full
 def test_weights_are_broadcast_to_a_server_by_vllms_transfer(served, tmp_path, monkeypatch):
     """The broadcast goes through a TCP store instead of NCCL, without packing."""
     stand_in(monkeypatch.setattr)

@@ -52,7 +52,7 @@ def test_several_in_a_row_stop_the_run():
     rules.update_made()
     rules.skip(fault, 4)
     rules.skip(fault, 5)
-    with pytest.raises(TrainingDiverged, match="Step 6: the loss is nan\. The 2 updates before"):
+    with pytest.raises(TrainingDiverged, match=r"Step 6: the loss is nan\. The 2 updates before"):
         rules.skip(fault, 6)
     assert len(said) == 4 and "1 of 2 allowed in a row" in said[0]
 

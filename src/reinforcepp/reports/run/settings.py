@@ -49,7 +49,9 @@ def settings_of(record: RunRecord) -> list[Setting]:
     found = []
     for name, value in record.settings.items():
         default = shown(defaults[name]) if name in defaults else None
-        found.append(Setting(name, shown(value), CHOSEN_BY_MODEL.get(name, default) if default == "None" else default))
+        if value is not None and default == "None":
+            default = CHOSEN_BY_MODEL.get(name, default)
+        found.append(Setting(name, shown(value), default))
     return found
 
 
