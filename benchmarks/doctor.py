@@ -150,7 +150,7 @@ GROUPS = {"estimator": "grpo", "num_generations": 4, "batch_size": 4}
 FAULTS = [
     Case("kl_explosion", vowels, FASTER),
     Case("kl_inert", change=share_reference),
-    Case("entropy_collapse", vowels, NARROW, random_model=True, steps=60, short=40),
+    Case("entropy_collapse", vowels, NARROW, random_model=True, steps=60, short=60),
     Case("length_drift", words, FREE | {"max_new_tokens": 96}, short=15),
     Case("length_collapse", brevity, FREE | {"learning_rate": 2e-3}, short=15),
     Case("reward_hacking", backticks, FREE, judge=True, short=10),

@@ -99,7 +99,7 @@ def test_each_rank_saves_and_loads_its_shards(tmp_path, model_folder, pairs_csv,
         ("again", ["--resume", str(tmp_path / "whole/checkpoints/step-000001"), "--save_every", "1"]),
     ):
         command = training(TORCHRUN, model_folder, pairs_csv, tmp_path / name)
-        command += ["--rewards", "rule:length?max=20", "--mixed_precision", "bf16", *rest]
+        command += ["--rewards", "rule:length?max=20", "--mixed_precision", "bf16", "--learning_rate", "1e-5", *rest]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     parts = sorted((tmp_path / "whole/checkpoints/step-000001/policy_optimizer").iterdir())
