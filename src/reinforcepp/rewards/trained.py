@@ -116,7 +116,7 @@ class TrainedReward:
             return self.scaled(self.score_rows(rows))
         scores_NC = self.score_outputs(rows)
         self.by_output = dict(zip(self.labels, scores_NC.T.tolist(), strict=True))
-        return self.scaled(self._weighted(scores_NC))
+        return self.scaled(self.weighted(scores_NC))
 
     def encode(
         self, prompt: Conversation, answer: str, *, finished: bool = True, variables: Variables | None = None
@@ -158,9 +158,10 @@ class TrainedReward:
 
     def score_rows(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Return the weighted sum of the outputs for each of formatted, tokenized texts; see :meth:`score_outputs`."""
-        return self._weighted(self.score_outputs(rows))
+        return self.weighted(self.score_outputs(rows))
 
-    def _weighted(self, scores_NC: Tensor) -> list[float]:
+    def weighted(self, scores_NC: Tensor) -> list[float]:
+        """Return the weighted sum of the outputs of each text, without normalization."""
         scores: list[float] = (scores_NC * scores_NC.new_tensor(self.output_weights)).sum(-1).tolist()
         return scores
 
@@ -319,10 +320,7 @@ def score_pairs(reward: TrainedReward, pairs: Sequence[Preference]) -> list[Scor
     if not pairs:
         return []
     scores = score_answers(reward, pairs)
-    weights_C = torch.tensor(reward.output_weights)
-    chosen, rejected = (
-        (scores_NC * weights_C).sum(-1).tolist() for scores_NC in (scores.chosen_NC, scores.rejected_NC)
-    )
+    chosen, rejected = reward.weighted(scores.chosen_NC), reward.weighted(scores.rejected_NC)
     return [
         ScoredPair(
             row=pair.row,

@@ -61,6 +61,12 @@ def with_peft_config(config: ReinforceConfig, adapter: PeftConfig | None) -> Rei
     return replace(config, use_peft=True, lora_target_modules=names, **settings)
 
 
+def first_rows(rows: Sequence[Any], indices: Sequence[int]) -> str:
+    """Return the row numbers of the first ``SHOWN_ROWS`` of ``indices``: ``3, 8, 9, 12, 20, …``."""
+    named = ", ".join(str(rows[index].row) for index in indices[:SHOWN_ROWS])
+    return f"{named}, …" if len(indices) > SHOWN_ROWS else named
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, config: ReinforceConfig, limit: int
 ) -> Sequence[Prompt]:
@@ -102,12 +108,9 @@ def encode(
             if config.max_prompt_length
             else f"lower {option('max_new_tokens')}"
         )
-        named = ", ".join(str(rows[index].row) for index in long[:SHOWN_ROWS]) + (
-            ", …" if len(long) > SHOWN_ROWS else ""
-        )
         echo(
-            f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome} (rows {named}). "
-            f"To keep all, {keep}.",
+            f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome} "
+            f"(rows {first_rows(rows, long)}). To keep all, {keep}.",
             "yellow",
         )
     if rows and not prompts:

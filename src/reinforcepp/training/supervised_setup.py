@@ -24,7 +24,7 @@ from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, des
 from reinforcepp.runtime import started
 from reinforcepp.training import checkpoint
 from reinforcepp.training.preflight import check_before_training
-from reinforcepp.training.setup import warn_about_precision
+from reinforcepp.training.setup import first_rows, warn_about_precision
 from reinforcepp.types import RowId
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 SupervisedConfig = RewardModelConfig | SftConfig
 TASKS: Mapping[type, str] = {RewardModelConfig: "reward model training", SftConfig: "SFT"}
 MAX_MEASURED_ROWS = 2000
-SHOWN_ROWS = 5
 TOKENIZED_ROWS = 256
 
 
@@ -302,10 +301,9 @@ def check_not_empty(rows: Sequence[Any], noun: str, source: str, limit: int) -> 
 def _without(rows: Sequence[T], too_long: Sequence[int], limit: int, label: str) -> Sequence[T]:
     if not too_long:
         return rows
-    named = ", ".join(str(rows[index].row) for index in too_long[:SHOWN_ROWS])
-    more = ", …" if len(too_long) > SHOWN_ROWS else ""
     echo(
-        f"Skipped {len(too_long)} {label} longer than {limit} tokens (rows {named}{more}). Raise max_length to keep them."
+        f"Skipped {len(too_long)} {label} longer than {limit} tokens (rows {first_rows(rows, too_long)}). Raise max_length to "
+        "keep them."
     )
     if isinstance(rows, DiskRows):
         return rows.without(too_long)
