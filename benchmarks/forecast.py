@@ -22,9 +22,9 @@ from scaling.cluster import ForecastConfig, Scale, links_for, number_of_nodes, s
 
 from reinforcepp.config import read_yaml
 from reinforcepp.errors import ReinforceError
-from reinforcepp.plan.command import make_plan, print_text
-from reinforcepp.plan.lengths import lengths_for
-from reinforcepp.plan.report import LABELS, Plan, as_json, assumptions, memory_text
+from reinforcepp.planner.command import make_plan, print_text
+from reinforcepp.planner.lengths import lengths_for
+from reinforcepp.planner.report import LABELS, Plan, as_json, assumptions, memory_text
 
 DOES_NOT_FIT, USAGE_ERROR = 1, 2
 
@@ -40,7 +40,7 @@ class Forecast:
 
 
 def forecast(config: ForecastConfig) -> Forecast:
-    """Return the forecast; errors are those of :func:`~reinforcepp.plan.command.make_plan`."""
+    """Return the forecast; errors are those of :func:`~reinforcepp.planner.command.make_plan`."""
     plan = make_plan(config, lambda gpus: config.trainers if config.pooled else number_of_nodes(config, gpus) * gpus)
     nodes = number_of_nodes(config, max(1, plan.device.gpus))
     return Forecast(plan, config, scales(plan.job, config, plan.device, lengths_for(config), nodes))

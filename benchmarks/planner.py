@@ -24,9 +24,9 @@ from typing import Any
 from results import write_result
 
 from reinforcepp.config import PlanConfig
-from reinforcepp.plan import memory
-from reinforcepp.plan.command import make_plan
-from reinforcepp.plan.report import Plan
+from reinforcepp.planner import memory
+from reinforcepp.planner.command import make_plan
+from reinforcepp.planner.report import Plan
 
 MIB = 1 << 20
 STEPS = 3

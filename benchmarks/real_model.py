@@ -140,7 +140,7 @@ class Pipeline:
         import torch
 
         from reinforcepp.models.loading import load_config, meta_model
-        from reinforcepp.plan.device import measured_rates
+        from reinforcepp.planner.device import measured_rates
 
         own = [
             sys.executable,

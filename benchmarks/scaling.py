@@ -3,7 +3,7 @@
 python benchmarks/scaling.py
 
 Real steps: tiny to small models, trained by the train command on one core, with each phase timed in CPU seconds.
-Five constants (``reinforcepp.plan.timing.Utilization``) are fitted on some trainings and predict the others. Projections are
+Five constants (``reinforcepp.planner.timing.Utilization``) are fitted on some trainings and predict the others. Projections are
 those of benchmarks/forecast.py, for GPUs by data sheets and utilizations that were never checked on a GPU.
 The pool: the scheduler's own code
 (``rollout.dispatch``) with simulated workers; seconds that the scheduler takes are real ones of this processor.
@@ -35,11 +35,11 @@ from scaling.points import CHECKED, FITTED, LARGE, USUAL, save_shape
 from scaling.pool_benchmark import pool
 
 from reinforcepp.config import PlanConfig
-from reinforcepp.plan import lengths, timing
-from reinforcepp.plan.device import Rates
-from reinforcepp.plan.memory import Job, Rows, total
-from reinforcepp.plan.model_costs import RowSize, frozen_model, trained_model
-from reinforcepp.plan.report import verdict
+from reinforcepp.planner import lengths, timing
+from reinforcepp.planner.device import Rates
+from reinforcepp.planner.memory import Job, Rows, total
+from reinforcepp.planner.model_costs import RowSize, frozen_model, trained_model
+from reinforcepp.planner.report import verdict
 
 WORKER = Path(__file__).parent / "scaling_worker.py"
 PHASES = {"rollout": "rollout", "scoring": "score", "update": "update"}

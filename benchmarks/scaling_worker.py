@@ -22,7 +22,7 @@ from reinforcepp.commands.train import train
 from reinforcepp.config import TrainConfig
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.monitoring import Clock
-from reinforcepp.plan import device
+from reinforcepp.planner import device
 
 STEPS, WARM_UP = 4, 1
 

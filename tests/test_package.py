@@ -38,7 +38,7 @@ ROOMS = [
     "monitoring",
     "reports",
     "training",
-    "plan",
+    "planner",
     "commands",
     "face",  # __init__ and __main__
 ]

@@ -189,7 +189,7 @@ def emulated_bfloat16(folder: Path) -> str:
     from unittest import mock
 
     from reinforcepp.models import precision
-    from reinforcepp.plan import device
+    from reinforcepp.planner import device
 
     def speed(kind: str, dtype: object, *rest: object) -> float:
         return 0.2e9 if "bfloat16" in str(dtype) else 50e9

@@ -18,10 +18,10 @@ from reinforcepp.config import PlanConfig
 from reinforcepp.config.base import PositiveFloat, PositiveInt
 from reinforcepp.config.reinforce import RAY
 from reinforcepp.errors import ConfigError
-from reinforcepp.plan.device import Device
-from reinforcepp.plan.lengths import Lengths
-from reinforcepp.plan.memory import Job, Rows
-from reinforcepp.plan.timing import (
+from reinforcepp.planner.device import Device
+from reinforcepp.planner.lengths import Lengths
+from reinforcepp.planner.memory import Job, Rows
+from reinforcepp.planner.timing import (
     HOST_LINK_BANDWIDTH,
     LINK_UTILIZATION,
     Speeds,

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from reinforcepp.plan import lengths, timing
-from reinforcepp.plan.command import make_plan
-from reinforcepp.plan.report import Plan
+from reinforcepp.planner import lengths, timing
+from reinforcepp.planner.command import make_plan
+from reinforcepp.planner.report import Plan
 from reinforcepp.types import Completion, Prompt
 from scaling.cluster import ForecastConfig, sample_lengths, seconds_of_chunks
 from scaling.points import USUAL, save_shape

@@ -14,7 +14,7 @@ from reinforcepp.models.conversations import format_example, turn_format
 from reinforcepp.models.loading import load_config, load_tokenizer, prompt_limit
 from reinforcepp.models.tokenization import encode_prompts, split_example
 from reinforcepp.monitoring import echo, printable
-from reinforcepp.plan.command import make_plan, show_plan
+from reinforcepp.planner.command import make_plan, show_plan
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.sft_trainer import to_example
 from reinforcepp.types import Preference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reinforcepp.config import RewardModelConfig, SftConfig
-from reinforcepp.plan.supervised import report_memory
+from reinforcepp.planner.supervised import report_memory
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.training.sft_trainer import train_language_model
 

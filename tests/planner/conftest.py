@@ -4,7 +4,7 @@ import pytest
 import tiny
 from plan import traced
 
-from reinforcepp.plan import command
+from reinforcepp.planner import command
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from reinforcepp.models.loading import meta_model
 from reinforcepp.models.logprobs import bypass_head
 from reinforcepp.models.lora import is_linear, with_adapter
 from reinforcepp.models.precision import cast_parameters, move_gradient
-from reinforcepp.plan.trace import (
+from reinforcepp.planner.trace import (
     FLOPS,
     ROWS,
     Line,

@@ -24,11 +24,11 @@ from reinforcepp.models import loading as models
 from reinforcepp.models import precision
 from reinforcepp.models.logprobs import CHUNK_BYTES, response_logprobs
 from reinforcepp.models.lora import with_adapter
-from reinforcepp.plan import device, lengths, memory, report, search, timing
-from reinforcepp.plan.command import _engine, make_plan
-from reinforcepp.plan.memory import Job, Rows
-from reinforcepp.plan.model_costs import Pass, RowSize, TrainedModel
-from reinforcepp.plan.trace import Line, MemoryTracker, Peak, peak_of
+from reinforcepp.planner import device, lengths, memory, report, search, timing
+from reinforcepp.planner.command import _engine, make_plan
+from reinforcepp.planner.memory import Job, Rows
+from reinforcepp.planner.model_costs import Pass, RowSize, TrainedModel
+from reinforcepp.planner.trace import Line, MemoryTracker, Peak, peak_of
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.learner import Learner
 from reinforcepp.types import Completion, Prompt
@@ -348,14 +348,14 @@ def test_a_plan_with_an_offloaded_optimizer(tmp_path):
 )
 def test_the_peak_equals_the_largest_snapshot(moments, number):
     few, many = ([(g, c + s * n) for g, c, s in moments] for n in (2, 4))
-    from reinforcepp.plan.trace import Snapshot
+    from reinforcepp.planner.trace import Snapshot
 
     peak = peak_of([[Snapshot(*m) for m in few], [Snapshot(*m) for m in many]])
     assert sum(peak.at(number)) == max(g + c + s * number for g, c, s in moments)
 
 
 def test_runs_with_different_operations_give_the_line_through_their_peaks():
-    from reinforcepp.plan.trace import Snapshot
+    from reinforcepp.planner.trace import Snapshot
 
     peak = peak_of([[Snapshot(0, 10), Snapshot(0, 30)], [Snapshot(0, 50), Snapshot(0, 20), Snapshot(0, 40)]])
     assert peak.at(6) == (0, 70)
@@ -942,7 +942,7 @@ def test_an_unknown_device_is_an_error(folder):
 
 def test_the_engine_equals_the_choice_of_a_training(folder, monkeypatch):
     from reinforcepp.errors import RolloutError
-    from reinforcepp.plan import command
+    from reinforcepp.planner import command
 
     for installed in (True, False):
         monkeypatch.setattr(

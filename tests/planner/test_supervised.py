@@ -14,9 +14,9 @@ from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.models import loading as models
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.reward_models import head_modules, prepare_scoring
-from reinforcepp.plan import supervised
-from reinforcepp.plan.supervised import SupervisedMemory, supervised_memory
-from reinforcepp.plan.trace import Line, MemoryTracker, Peak
+from reinforcepp.planner import supervised
+from reinforcepp.planner.supervised import SupervisedMemory, supervised_memory
+from reinforcepp.planner.trace import Line, MemoryTracker, Peak
 from reinforcepp.training.learner import training_submodules
 
 GIB = 1 << 30

@@ -13,10 +13,10 @@ import numpy as np
 
 from reinforcepp.config import PlanConfig, ReinforceConfig
 from reinforcepp.config.accelerators import ACCELERATORS
-from reinforcepp.plan.device import Device, Rates
-from reinforcepp.plan.lengths import Floats, Lengths
-from reinforcepp.plan.memory import FLOAT, MOMENTS, Job, Rows, chunk_bytes
-from reinforcepp.plan.model_costs import TrainedModel
+from reinforcepp.planner.device import Device, Rates
+from reinforcepp.planner.lengths import Floats, Lengths
+from reinforcepp.planner.memory import FLOAT, MOMENTS, Job, Rows, chunk_bytes
+from reinforcepp.planner.model_costs import TrainedModel
 from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 
 BACKWARD, FROZEN_BACKWARD = 2, 1

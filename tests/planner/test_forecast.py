@@ -19,11 +19,11 @@ from reinforcepp.commands import cli
 from reinforcepp.config import PlanConfig
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.monitoring.completion_log import COMPLETIONS, save_completions, step_file
-from reinforcepp.plan import lengths, memory, timing
-from reinforcepp.plan.device import Device, Rates
-from reinforcepp.plan.memory import Job, Rows
-from reinforcepp.plan.model_costs import FrozenModel, Pass, RowSize, TrainedModel
-from reinforcepp.plan.trace import Line, Peak
+from reinforcepp.planner import lengths, memory, timing
+from reinforcepp.planner.device import Device, Rates
+from reinforcepp.planner.memory import Job, Rows
+from reinforcepp.planner.model_costs import FrozenModel, Pass, RowSize, TrainedModel
+from reinforcepp.planner.trace import Line, Peak
 
 cluster, pool, forecast = (scripts.benchmark(name) for name in ("scaling.cluster", "scaling.pool", "forecast"))
 ForecastConfig, Links = cluster.ForecastConfig, cluster.Links

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from reinforcepp.config import ComputeConfig
-from reinforcepp.plan import model_costs
+from reinforcepp.planner import model_costs
 
 _known: dict[Any, Any] = {}
 

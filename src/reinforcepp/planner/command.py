@@ -20,14 +20,14 @@ from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.errors import RolloutError, option, setting
 from reinforcepp.models.loading import load_config, prompt_limit
 from reinforcepp.models.precision import compute_dtype, format_flops, slow_precision
-from reinforcepp.plan import report
-from reinforcepp.plan.device import Device, device_for
-from reinforcepp.plan.lengths import lengths_for
-from reinforcepp.plan.memory import Job, Rows, phases
-from reinforcepp.plan.model_costs import FrozenModel, RowSize, combined, frozen_model, trained_model
-from reinforcepp.plan.report import Plan
-from reinforcepp.plan.search import largest, with_micro
-from reinforcepp.plan.timing import node_seconds
+from reinforcepp.planner import report
+from reinforcepp.planner.device import Device, device_for
+from reinforcepp.planner.lengths import lengths_for
+from reinforcepp.planner.memory import Job, Rows, phases
+from reinforcepp.planner.model_costs import FrozenModel, RowSize, combined, frozen_model, trained_model
+from reinforcepp.planner.report import Plan
+from reinforcepp.planner.search import largest, with_micro
+from reinforcepp.planner.timing import node_seconds
 from reinforcepp.rollout.selection import EngineName
 from reinforcepp.rollout.vllm.compat import built_for_cpu
 

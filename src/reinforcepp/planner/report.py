@@ -12,10 +12,22 @@ from rich.table import Table
 
 from reinforcepp.config import PlanConfig
 from reinforcepp.models.precision import format_flops
-from reinforcepp.plan.device import GIB, Device
-from reinforcepp.plan.memory import ALLOCATOR, FLOAT, LIBRARIES, MIB, MOMENTS, PARTS, Job, Rows, loading, static, total
-from reinforcepp.plan.search import MAX_PROMPTS, Largest
-from reinforcepp.plan.timing import (
+from reinforcepp.planner.device import GIB, Device
+from reinforcepp.planner.memory import (
+    ALLOCATOR,
+    FLOAT,
+    LIBRARIES,
+    MIB,
+    MOMENTS,
+    PARTS,
+    Job,
+    Rows,
+    loading,
+    static,
+    total,
+)
+from reinforcepp.planner.search import MAX_PROMPTS, Largest
+from reinforcepp.planner.timing import (
     LINK_UTILIZATION,
     UTILIZATION_OF_DATA_SHEET,
     UTILIZATION_OF_MEASURED,

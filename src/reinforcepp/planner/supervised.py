@@ -22,9 +22,9 @@ from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.precision import cast_parameters
 from reinforcepp.models.reward_models import head_modules, register_classifier
 from reinforcepp.monitoring import echo
-from reinforcepp.plan.device import CGROUP_LIMIT, cpu_memory
-from reinforcepp.plan.memory import ALLOCATOR, FLOAT, MOMENTS
-from reinforcepp.plan.model_costs import (
+from reinforcepp.planner.device import CGROUP_LIMIT, cpu_memory
+from reinforcepp.planner.memory import ALLOCATOR, FLOAT, MOMENTS
+from reinforcepp.planner.model_costs import (
     NF4_BYTES,
     GradientFlow,
     RowSize,
@@ -32,7 +32,7 @@ from reinforcepp.plan.model_costs import (
     meta_errors,
     padded_inputs,
 )
-from reinforcepp.plan.trace import ROWS, MemoryTracker, Peak, fused_attention, peak_of
+from reinforcepp.planner.trace import ROWS, MemoryTracker, Peak, fused_attention, peak_of
 from reinforcepp.run_dir import format_size
 from reinforcepp.runtime import is_main, started
 from reinforcepp.training.learner import training_submodules

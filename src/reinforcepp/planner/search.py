@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.config.reinforce import DEFAULT_MICRO_BATCH
-from reinforcepp.plan.memory import PHASES, Job, Rows, phases, total
+from reinforcepp.planner.memory import PHASES, Job, Rows, phases, total
 
 MAX_PROMPTS = 1 << 16
 """Upper limit of the search: larger steps aren't useful, and a prompt takes hardly any memory."""

@@ -13,7 +13,7 @@ import torch
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.logprobs import BLOCK_BYTES, CHUNK_BYTES
-from reinforcepp.plan.model_costs import FrozenModel, Pass, RowSize, TrainedModel
+from reinforcepp.planner.model_costs import FrozenModel, Pass, RowSize, TrainedModel
 from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 from reinforcepp.rollout.kv_cache import SPARE_TOKENS
 from reinforcepp.rollout.selection import EngineName
