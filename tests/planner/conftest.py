@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-from plan import traced
+from planner import traced
 
 from reinforcepp.planner import command
 

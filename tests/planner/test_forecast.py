@@ -12,7 +12,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.traced import trained_model
+from planner.traced import trained_model
 
 import scripts
 from reinforcepp.commands import cli

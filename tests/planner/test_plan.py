@@ -12,7 +12,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan.traced import frozen_model, trained_model
+from planner.traced import frozen_model, trained_model
 
 from reinforcepp.commands import cli
 from reinforcepp.config import ComputeConfig, PlanConfig

@@ -111,7 +111,7 @@ COMMANDS = {
             "plan",
             config.PlanConfig,
             "estimate memory and time of a training before loading a model",
-            "plan.command:run_plan",
+            "planner.command:run_plan",
         ),
         Command(
             "lint",
