@@ -28,9 +28,11 @@ def out_of_memory(*_, **named):
     import torch
     raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
 
-def fails(prompts, completions, **_):
+def fails(prompts, completions, log_metric, log_extra, **_):
     global calls
     calls += 1
+    log_metric("rank", int(os.environ["RANK"]))
+    log_extra("rank", [os.environ["RANK"]] * len(prompts))
     open(os.environ["MARK"] + "-{RANK} of {WORLD_SIZE}".format(**os.environ), "w").close()
     how = os.environ["HOW"] if os.environ["RANK"] == "1" and calls == 2 else ""
     if how == "is killed":
@@ -193,6 +195,8 @@ def test_rank_0_alone_prints_and_writes(launched, how):
     assert (folder / "model.safetensors").is_file() and len(read_metrics(folder)) == 2
     answers = read_completions(folder / "completions")
     assert [row["step"] for row in answers] == [1, 1, 1, 2, 2, 2]
+    assert {row["extra/rank"] for row in answers} == {"0", "1"}
+    assert [metrics["rank"] for metrics in read_metrics(folder)] == [0.5, 0.5]
     assert sorted(path.name for path in (folder / "completions").iterdir()) == [
         "step-000001.parquet",
         "step-000002.parquet",

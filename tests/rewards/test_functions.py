@@ -3,12 +3,25 @@
 import asyncio
 import csv
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
+import numpy
 import pytest
+import torch
+from transformers import TrainerState
 
 from reinforcepp.data import load_prompts, resolve_data
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
-from reinforcepp.rewards.functions import RewardScores, drop_unscored, function_name, score_with, unique_names
+from reinforcepp.rewards.functions import (
+    BatchLog,
+    RewardScores,
+    drop_unscored,
+    function_name,
+    join_scores,
+    score_with,
+    unique_names,
+)
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.types import Completion, Prompt
 
@@ -32,23 +45,93 @@ def test_scores_are_summed_and_kept_by_function():
     assert scores.by_function == {"length": [2.0, 1.0], "topic": [1.0, 0.0]}
 
 
-def test_columns_are_aligned_with_completions():
-    seen = {}
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "b?"}]
+CONVERSATION = replace(
+    COMPLETIONS[1], prompt=Prompt("Be brief.\n\nb?", (1,), 1, {"topic": "y"}, "<think>", tuple(ASKED))
+)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_functions_get_the_arguments_of_trl(plain):
+    seen, state = {}, TrainerState(global_step=3)
 
     def spy(prompts, completions, **columns):
         seen.update(columns, prompts=prompts, completions=completions)
         return [0.0, 0.0]
 
-    score_with([spy], COMPLETIONS)
+    spy.plain_text = plain
+    score_with([spy], [COMPLETIONS[0], CONVERSATION], trainer_state=state)
+    logs = {} if plain else {name: seen.pop(name) for name in ("log_extra", "log_metric")}
+    assert all(map(callable, logs.values()))
     assert seen == {
-        "prompts": ["a?", "b?"],
-        "completions": ["aa", "b"],
+        "prompts": ["a?", "Be brief.\n\nb?" if plain else ASKED],
+        "completions": ["aa", "<think>b" if plain else [{"role": "assistant", "content": "<think>b"}]],
         "topic": ["x", "y"],
-        "conversations": ["a?", "b?"],
+        "conversations": ["a?", tuple(ASKED)],
         "chat_template_kwargs": [{}, {}],
         "completion_ids": [[5, 0], [6]],
         "finish_reason": ["stop", "length"],
-    }
+    } | ({} if plain else {"trainer_state": state})
+
+
+def test_the_datas_columns_replace_only_arguments_that_trl_does_not_have():
+    columns = {"finish_reason": "A", "trainer_state": "B", "completion_ids": "C"}
+    completion = replace(COMPLETIONS[0], prompt=replace(COMPLETIONS[0].prompt, columns=columns))
+    seen = []
+
+    def spy(finish_reason, trainer_state, completion_ids):
+        seen.append((finish_reason, isinstance(trainer_state, list), completion_ids))
+        return [0.0]
+
+    score_with([spy], [completion])
+    assert seen == [(["A"], False, [[5, 0]])]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("length?unit=characters&max=8", 1.0),
+        ("regex?pattern=^<think>b$", 1.0),
+        ("exact_match", 1.0),
+        ("format", 0.0),
+        ("repetition?n=1", 0.0),
+    ],
+)
+def test_rules_read_the_texts_of_conversations(rule, expected):
+    row = replace(CONVERSATION, prompt=replace(CONVERSATION.prompt, columns={"answer": "<think>b"}))
+    assert load_rewards(f"rule:{rule}").score([row]).total == [expected]
+
+
+def logging_function(prompts, log_extra, log_metric, trainer_state):
+    log_extra("words", [torch.tensor(2), None][: len(prompts)])
+    log_extra("parsed", [("a", 1), "b"][: len(prompts)])
+    log_metric("hits", numpy.float32(0.25))
+    log_metric("hits", 0.75)
+    return [1.0, None][: len(prompts)]
+
+
+def test_functions_log_columns_and_metrics():
+    scores = score_with([logging_function], COMPLETIONS)
+    assert scores.metrics == {"hits": 0.5} and scores.extra == {"words": [2, None], "parsed": ["('a', 1)", "b"]}
+    _, kept = drop_unscored(COMPLETIONS, scores, grouped=False)
+    assert kept.extra == {"words": [2], "parsed": ["('a', 1)"]} and kept.metrics == {"hits": 0.5} and kept.skipped == 1
+    other = RewardScores([3.0], {"logging_function": [3.0]}, metrics={"hits": 1.0, "misses": 4.0})
+    joined = join_scores([kept, other, RewardScores([], {"logging_function": []})])
+    assert joined.metrics == {"hits": 0.75, "misses": 4.0} and joined.extra["words"] == [2, None]
+    assert joined.total == [1.0, 3.0] and joined.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("logs", "message"),
+    [
+        (lambda log: log.log_extra("a", [1]), r"log_extra\('a'\): 1 values for 2 completions"),
+        (lambda log: [log.log_extra("a", [1, 2]), log.log_extra("a", [1, 2])], r"log_extra\('a'\): .* logged twice"),
+        (lambda log: log.log_metric("a", "high"), r"log_metric\('a'\): 'high' isn't a number"),
+    ],
+)
+def test_invalid_logs_are_errors(logs, message):
+    with pytest.raises(ConfigError, match=message):
+        logs(BatchLog(2))
 
 
 def test_functions_of_the_same_name_both_count():
@@ -146,6 +229,7 @@ def test_functions_of_the_same_name_are_logged_separately():
     def length_1(completions):
         return [0.0, 0.0]
 
+    assert function_name(partial(partial(length))) == "length"
     assert unique_names([length, length_1, length, length]) == ["length", "length_1", "length_2", "length_3"]
     assert list(score_with([length, length], COMPLETIONS).by_function) == ["length", "length_1"]
 

@@ -1,10 +1,12 @@
 """Rewards in a whole training: what is not scored changes nothing, each function is logged, failures stop the run."""
 
 import json
+from functools import partial
 
 import pytest
 import tiny
 import torch
+import trl.rewards
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
@@ -53,6 +55,40 @@ class Fewer:
 
     def generate(self, prompts, sampling):
         return [c for c in self.engine.generate(prompts, sampling) if self.wanted(c)]
+
+
+def first_letter(prompts, completions, log_extra, log_metric, trainer_state, topic):
+    letters = [messages[0]["content"].strip()[:1] for messages in completions]
+    log_extra("letter", letters)
+    log_metric("mean_code", sum(letter.isascii() for letter in letters) / len(letters))
+    SEEN.append((trainer_state.global_step, [messages[-1]["content"] for messages in prompts], topic))
+    return [float(ord(letter or " ") % 5) for letter in letters]
+
+
+SEEN = []
+
+
+def test_functions_of_trl_score_conversations(base, tmp_path):
+    """TRL's own functions run unchanged; metrics and columns that a function logs are in the files of the run."""
+    ask = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is the link up?"}]
+    rows = [{"prompt": ask, "topic": f"{i}"} for i in range(4)]
+    functions = [
+        partial(first_letter),
+        trl.rewards.think_format_reward,
+        trl.rewards.get_soft_overlong_punishment(6, 4),
+        trl.rewards.get_repetition_penalty_reward(1, -1.0),
+    ]
+    policy = tiny.model(vocab_size=330)
+    settings = {"max_new_tokens": 6, "batch_size": 4, "max_steps": 2, "rollout": "transformers"}
+    args = ReinforceConfig(output_dir=str(tmp_path), **settings)
+    ReinforceTrainer(policy, functions, args, rows, rows[:2], tiny.chat_tokenizer()).train()
+    names = ["first_letter", "think_format_reward", "soft_overlong_punishment_reward", "repetition_penalty_reward"]
+    for metrics in log(tmp_path):
+        assert all(f"rewards/{name}/mean" in metrics for name in names) and 0 <= metrics["mean_code"] <= 1
+    found = read_completions(tmp_path / "completions")
+    assert all(row["completion"].strip()[:1] == row["extra/letter"] for row in found) and len(found) == 8
+    training = [questions for _, questions, topic in SEEN if len(questions) == 4]
+    assert training == [["Is the link up?"] * 4] * 2 and all(len(topic) == len(asked) for _, asked, topic in SEEN)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,14 @@ FINAL_ANSWER = "####"
 WORD_BREAK = regex.compile(r"\b", regex.WORD | regex.VERSION1)
 
 
+class PlainText:
+    """Marks reward functions that read texts, even if a prompt is a conversation."""
+
+    plain_text = True
+
+
 @dataclass(frozen=True)
-class Length:
+class Length(PlainText):
     """Score 1 from ``min`` to ``max`` ``unit``; it falls linearly to 0 at length 0 and at twice ``max``."""
 
     min: int = 0
@@ -59,7 +65,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Regex:
+class Regex(PlainText):
     """Score 1 if ``pattern`` is found, otherwise 0."""
 
     pattern: str
@@ -76,7 +82,7 @@ class Regex:
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(PlainText):
     """Score 1 if a completion is its ``tags`` in this order, each once, with text inside and nothing else; otherwise 0."""
 
     tags: str = "think,answer"
@@ -98,7 +104,7 @@ class Format:
 
 
 @dataclass(frozen=True)
-class ExactMatch:
+class ExactMatch(PlainText):
     """Score 1 if a completion matches the data's ``column``, otherwise 0; a row without a value there isn't scored.
 
     With a ``pattern``, its last match (its first group, if any) is compared instead of the whole text, on both sides; a value
@@ -148,7 +154,7 @@ class ExactMatch:
 
 
 @dataclass(frozen=True)
-class Repetition:
+class Repetition(PlainText):
     """Score minus the fraction of word n-grams that occurred before in the same completion: 0 to -1."""
 
     n: int = 3

@@ -1,8 +1,8 @@
 """The policy's completions as Parquet files that ``datasets`` reads: one per training step and evaluation.
 
-completions/step-000012.parquet   step, prompt, completion, reward, one column per reward function, kl, length,
-                                  finish_reason, messages, chat_template_kwargs; kl is the completion's mean of k3 per
-                                  token, in nats, length in tokens
+completions/step-000012.parquet   step, prompt, completion, reward, reward/NAME per reward function, extra/NAME per column that
+                                  a function logged, kl, length, finish_reason, messages, chat_template_kwargs; kl is the
+                                  completion's mean of k3 per token, in nats, length in tokens
 evaluations/before.parquet        prompt, completion, reward, judge (if available), length, finish_reason, messages,
                                   chat_template_kwargs
 
@@ -91,6 +91,10 @@ def _array(name: str, values: Sequence[Any], fields: Sequence[str]) -> pyarrow.A
 
     if name.startswith(("reward", "judge")):
         return pyarrow.array(values, pyarrow.float64())
+    if name.startswith("extra/"):
+        if all(isinstance(value, int | float | None) for value in values):
+            return pyarrow.array(values, pyarrow.float64())
+        return pyarrow.array([None if value is None else str(value) for value in values], pyarrow.string())
     if name == VARIABLES:
         return pyarrow.array(values, pyarrow.string())
     if name != MESSAGES:

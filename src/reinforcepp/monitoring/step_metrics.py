@@ -40,6 +40,7 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float |
         ),
         **_groups_without_signal(batch, rewards_B),
         **_by_function(scores),
+        **scores.metrics,
         "kl": float(masked_mean(kl_BT, batch.mask_BT)),
         "entropy": float(masked_mean(batch.entropy_BT, batch.mask_BT)),
         "completions/mean_length": sum(lengths) / len(lengths),
@@ -64,6 +65,7 @@ def rollout_columns(batch: RolloutBatch, scores: RewardScores, step: int) -> dic
         **{name: known.pop(name) for name in ("prompt", "completion")},
         "reward": scores.total,
         **{f"reward/{name}": values for name, values in scores.by_function.items()},
+        **{f"extra/{name}": values for name, values in scores.extra.items()},
         "kl": [round(value, 8) for value in kl_B.tolist()],
         **known,
     }

@@ -9,12 +9,13 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError, ReinforceError, RewardError, UnusableUpdate, nearest
@@ -22,17 +23,25 @@ from reinforcepp.files import sha256
 from reinforcepp.runtime import outcome
 from reinforcepp.types import Completion
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
 
 class RewardFunction(Protocol):
-    """``f(prompts, completions, **columns) -> list[float | None]``, one score per completion, higher is better.
+    """``f(prompts, completions, **columns) -> list[float | None]``, one score per completion, higher is better, as in TRL.
 
-    ``completions`` are whole answers: if the chat template wrote the start of an answer, such as ``<think>``, they begin with
-    it. ``columns`` holds the data's other columns, one value per completion, as well as ``completion_ids``,
-    ``finish_reason``, ``conversations`` and ``chat_template_kwargs``. A function without ``**columns`` gets only the arguments
-    it names. None means "not scored". The function can be ``async``.
+    A prompt that is a conversation is a list of messages, and its completion is ``[{"role": "assistant", "content": ...}]``.
+    For other prompts, and for a function with the attribute ``plain_text``, both are texts. Completions are whole answers: if
+    the chat template wrote the start of an answer, such as ``<think>``, they begin with it.
+
+    ``columns`` holds the data's other columns, one value per completion, and ``completion_ids``, ``trainer_state`` (a
+    ``transformers.TrainerState``), ``log_extra(column, values)`` for a column of the tables of completions and
+    ``log_metric(name, value)``. Unless the data has columns of these names, it also holds ``finish_reason``,
+    ``conversations`` and ``chat_template_kwargs``. A function without ``**columns`` gets only the arguments it names. None
+    means "not scored". The function can be ``async``.
     """
 
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Any:
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
         """Score each completion."""
 
 
@@ -44,6 +53,7 @@ class GoldReward:
     """
 
     name = "judge"
+    plain_text = True
 
     def __init__(self) -> None:
         self._judge = GoldJudge()
@@ -58,21 +68,98 @@ class RewardScores:
     """Scores of each completion.
 
     ``total`` is the weighted sum over the functions that scored it, None if none did. ``by_function`` holds the unweighted
-    scores by function name. ``skipped`` counts the completions that :func:`drop_unscored` removed.
+    scores by function name. ``skipped`` counts the completions that :func:`drop_unscored` removed. ``metrics`` has the means
+    that functions logged with ``log_metric``, ``extra`` the columns that they logged with ``log_extra``.
     """
 
     total: list[float | None]
     by_function: dict[str, list[float | None]]
     skipped: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def known(self) -> list[float]:
         """Totals of the scored completions."""
         return [total for total in self.total if total is not None]
 
+    def rows(self, kept: Sequence[int]) -> RewardScores:
+        """Return the scores of some completions, which are given by index; the others count as skipped."""
+        by_function = {name: [row[i] for i in kept] for name, row in self.by_function.items()}
+        extra = {name: [row[i] for i in kept] for name, row in self.extra.items()}
+        skipped = self.skipped + len(self.total) - len(kept)
+        return RewardScores([self.total[i] for i in kept], by_function, skipped, self.metrics, extra)
+
+
+def join_scores(parts: Sequence[RewardScores]) -> RewardScores:
+    """Return the scores of all ranks; metrics are means over the ranks that logged them."""
+    logged = {
+        name: [part.metrics[name] for part in parts if name in part.metrics] for part in parts for name in part.metrics
+    }
+    columns = dict.fromkeys(name for part in parts for name in part.extra)
+    return RewardScores(
+        [total for part in parts for total in part.total],
+        {name: [score for part in parts for score in part.by_function[name]] for name in parts[0].by_function},
+        sum(part.skipped for part in parts),
+        {name: math.fsum(values) / len(values) for name, values in logged.items()},
+        {name: [cell for part in parts for cell in part.extra.get(name, [None] * len(part.total))] for name in columns},
+    )
+
+
+class BatchLog:
+    """The metrics and columns that reward functions log about a batch.
+
+    Args:
+        count: number of completions.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.values: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Log a number; several values of a batch, and those of all ranks, are averaged.
+
+        Raises:
+            ConfigError: the value isn't a number.
+        """
+        try:
+            self.values.setdefault(name, []).append(float(value))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"log_metric({name!r}): {value!r} isn't a number. Log a number.") from error
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Log a column of the tables of completions; values that aren't numbers are stored as text.
+
+        Raises:
+            ConfigError: there isn't one value per completion, or the column was logged before.
+        """
+        cells = [_cell(value) for value in values]
+        if len(cells) != self.count:
+            raise ConfigError(
+                f"log_extra({column!r}): {len(cells)} values for {self.count} completions. Log one value per completion."
+            )
+        if column in self.extra:
+            raise ConfigError(f"log_extra({column!r}): the column was logged twice for a batch. Use another name.")
+        self.extra[column] = cells
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The mean of each metric."""
+        return {name: math.fsum(values) / len(values) for name, values in self.values.items()}
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str | int | float | None):
+        return value
+    return value.item() if getattr(value, "ndim", None) == 0 else str(value)  # a number of PyTorch or NumPy
+
 
 def function_name(function: RewardFunction) -> str:
     """Return the name under which a function's scores are logged."""
+    while isinstance(function, partial):
+        function = function.func
     return str(getattr(function, "__name__", None) or getattr(function, "name", None) or type(function).__name__)
 
 
@@ -107,6 +194,7 @@ def score_with(
     completions: Sequence[Completion],
     weights: Sequence[float] | None = None,
     truncation_penalty: float = 0.0,
+    trainer_state: TrainerState | None = None,
 ) -> RewardScores:
     """Return the scores of all functions and their sum: total_i = sum_f weight_f · score_fi - penalty_i.
 
@@ -117,6 +205,7 @@ def score_with(
         completions: of all prompts, in any order.
         weights: one per function, 1 by default.
         truncation_penalty: subtracted from the total of a completion that was truncated at the length limit.
+        trainer_state: passed to the functions; default: the state before training.
 
     Raises:
         ConfigError: a function needs a missing column, or doesn't return one number or None per completion.
@@ -124,10 +213,14 @@ def score_with(
         UnusableUpdate: a score isn't finite.
     """
     texts = [c.text for c in completions]
-    arguments = _arguments(completions)
+    log = BatchLog(len(completions))
+    plain, messages = _text_arguments(completions), _arguments(completions, log, trainer_state)
     names = unique_names(functions)
     order = sorted(range(len(functions)), key=lambda i: not is_collective(functions[i]))
-    called = {i: _call(names[i], functions[i], arguments) for i in order}
+    called = {
+        i: _call(names[i], functions[i], plain if getattr(functions[i], "plain_text", False) else messages)
+        for i in order
+    }
     returned = _await_all(names, [called[i] for i in range(len(functions))])
     scores = [_check(name, values, texts) for name, values in zip(names, returned, strict=True)]
     weights = [1.0] * len(functions) if weights is None else weights
@@ -141,7 +234,7 @@ def score_with(
         by_function[name] = values
         outputs: Mapping[str, list[float]] = getattr(function, "by_output", {})
         by_function |= {f"{name}/{label}": list(outputs[label]) for label in outputs}
-    return RewardScores(total, by_function)
+    return RewardScores(total, by_function, metrics=log.metrics, extra=log.extra)
 
 
 def drop_unscored(
@@ -157,28 +250,64 @@ def drop_unscored(
         kept = [i for i in kept if samples[completions[i].prompt.key] > 1]
     if len(kept) == len(completions):
         return completions, scores
-    by_function = {name: [row[i] for i in kept] for name, row in scores.by_function.items()}
-    remaining = RewardScores([scores.total[i] for i in kept], by_function, len(completions) - len(kept))
-    return [completions[i] for i in kept], remaining
+    return [completions[i] for i in kept], scores.rows(kept)
 
 
 # --- calling --------------------------------------------------------------------------------------------------------
 
 
-def _arguments(completions: Sequence[Completion]) -> dict[str, list[Any]]:
+def _columns(completions: Sequence[Completion]) -> dict[str, Any]:
     names = sorted({name for c in completions for name in c.prompt.columns})
-    columns: dict[str, list[Any]] = {name: [c.prompt.columns.get(name) for c in completions] for name in names}
-    return columns | {
-        "prompts": [c.prompt.text for c in completions],
-        "completions": [c.prompt.prefill + c.text for c in completions],
+    return {name: [c.prompt.columns.get(name) for c in completions] for name in names}
+
+
+def _own_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return the arguments that TRL doesn't have."""
+    return {
         "conversations": [c.prompt.conversation for c in completions],
         "chat_template_kwargs": [dict(c.prompt.chat_template_kwargs) for c in completions],
-        "completion_ids": [list(c.ids) for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
     }
 
 
-def _call(name: str, function: RewardFunction, arguments: dict[str, list[Any]]) -> Any:
+def _text_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return the arguments of functions that read plain text; columns of the data don't replace any."""
+    return {
+        **_columns(completions),
+        **_own_arguments(completions),
+        "prompts": [c.prompt.text for c in completions],
+        "completions": [c.prompt.prefill + c.text for c in completions],
+        "completion_ids": [list(c.ids) for c in completions],
+    }
+
+
+def _arguments(completions: Sequence[Completion], log: BatchLog, trainer_state: TrainerState | None) -> dict[str, Any]:
+    """Return the arguments of other functions, as TRL's trainers pass them."""
+    return {
+        **_own_arguments(completions),
+        **_columns(completions),
+        "prompts": [[dict(message) for message in c.prompt.messages] or c.prompt.text for c in completions],
+        "completions": [_answer(c) for c in completions],
+        "completion_ids": [list(c.ids) for c in completions],
+        "trainer_state": trainer_state or new_state(),
+        "log_extra": log.log_extra,
+        "log_metric": log.log_metric,
+    }
+
+
+def new_state() -> TrainerState:
+    """Return the state before training."""
+    from transformers import TrainerState  # loads PEFT
+
+    return TrainerState()
+
+
+def _answer(completion: Completion) -> str | list[dict[str, str]]:
+    text = completion.prompt.prefill + completion.text
+    return [{"role": "assistant", "content": text}] if completion.prompt.messages else text
+
+
+def _call(name: str, function: RewardFunction, arguments: dict[str, Any]) -> Any:
     accepted = _accepted(name, function, arguments)
     try:
         return function(**accepted)
@@ -188,7 +317,7 @@ def _call(name: str, function: RewardFunction, arguments: dict[str, list[Any]]) 
         raise reward_error(name, error) from error
 
 
-def _accepted(name: str, function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _accepted(name: str, function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     for parameter in parameters.values():
         named = parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

@@ -49,6 +49,8 @@ class RemoteReward:
         first_pause: seconds before the first retry, plus random jitter of up to as much.
     """
 
+    plain_text = True
+
     def __init__(
         self,
         url: str,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import RewardScoringConfig
 from reinforcepp.config.reward_rules import make_rule
@@ -22,6 +22,7 @@ from reinforcepp.rewards.functions import (
     function_name,
     is_collective,
     load_function,
+    new_state,
     score_with,
     source_digest,
     unique_names,
@@ -30,6 +31,9 @@ from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load
 from reinforcepp.runtime import is_main
 from reinforcepp.types import Completion
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
 Reward = str | RewardFunction
 WATCHED_BATCHES, WATCHED_COMPLETIONS = 2, 8
 """First batches of a run, and the fewest completions in them, in which a function's scores must not be all the same."""
@@ -37,7 +41,7 @@ WATCHED_BATCHES, WATCHED_COMPLETIONS = 2, 8
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RewardSum:
     """Reward functions, their weights, and strings that identify them in a run's fingerprint."""
 
@@ -47,6 +51,8 @@ class RewardSum:
     truncation_penalty: float = 0.0
     first_scores: list[dict[str, list[float | None]]] = field(default_factory=list, compare=False)
     """Scores of the first batches, until they were checked for functions that give only one value."""
+    trainer_state: TrainerState = field(default_factory=new_state, compare=False)
+    """Passed to the functions; a trainer sets its own."""
 
     def score(self, completions: Sequence[Completion]) -> RewardScores:
         """Return every function's scores and their weighted sum; errors are those of :func:`score_with`.
@@ -57,7 +63,7 @@ class RewardSum:
             for function in filter(is_collective, self.functions):
                 function([], [])
             return RewardScores([], {name: [] for name in self._logged_names})
-        scores = score_with(self.functions, completions, self.weights, self.truncation_penalty)
+        scores = score_with(self.functions, completions, self.weights, self.truncation_penalty, self.trainer_state)
         if len(self.first_scores) < WATCHED_BATCHES:
             self.first_scores.append(scores.by_function)
             if len(self.first_scores) == WATCHED_BATCHES:

@@ -63,6 +63,7 @@ class TrainedReward:
     """
 
     name = "reward_model"
+    plain_text = True
 
     card: RewardCard | None = None
     """Card of a model that was loaded from a folder."""

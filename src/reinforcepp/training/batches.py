@@ -23,7 +23,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import write_json
 from reinforcepp.monitoring import echo
-from reinforcepp.rewards.functions import RewardScores
+from reinforcepp.rewards.functions import RewardScores, join_scores
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.types import Completion, Prompt, RolloutBatch
@@ -165,14 +165,7 @@ class UpdateBatch:
         }
         return _update_batch(
             [completion for completions, _, _ in parts for completion in completions],
-            RewardScores(
-                [total for _, scores, _ in parts for total in scores.total],
-                {
-                    name: [score for _, scores, _ in parts for score in scores.by_function[name]]
-                    for name in self.scores.by_function
-                },
-                sum(scores.skipped for _, scores, _ in parts),
-            ),
+            join_scores([scores for _, scores, _ in parts]),
             joined,
             [],
         )
@@ -186,6 +179,8 @@ class UpdateBatch:
             "total": self.scores.total,
             "by_function": self.scores.by_function,
             SKIPPED_KEY: self.scores.skipped,
+            "metrics": self.scores.metrics,
+            "extra": self.scores.extra,
         }
         write_json(folder / DETAILS_FILE, {"completions": rows, "scores": scores, "history": self.history})
 
@@ -197,7 +192,8 @@ class UpdateBatch:
         details = json.loads((saved.folder / DETAILS_FILE).read_text(encoding="utf-8"))
         tensors = {name: value.to(device) for name, value in saved.tensors(TENSORS_FILE).items()}
         completions, scores = from_rows(details["completions"], prompts), details["scores"]
-        reward_scores = RewardScores(scores["total"], scores["by_function"], scores[SKIPPED_KEY])
+        logged = scores.get("metrics", {}), scores.get("extra", {})
+        reward_scores = RewardScores(scores["total"], scores["by_function"], scores[SKIPPED_KEY], *logged)
         return _update_batch(completions, reward_scores, tensors, details["history"])
 
     def _tensors(self) -> dict[str, Tensor]:
