@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.commands.compare.command import chosen_answers, prompts_to_answer
-from reinforcepp.commands.lint.check import lint
+from reinforcepp.commands.lint.check import check_data
 from reinforcepp.config import CompareConfig, LintConfig
 from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.errors import DataError
@@ -413,7 +413,7 @@ def cells(example: Format, folder: Path) -> dict[str, str]:
 
 
 def _lint(example: Format, path: Path) -> str:
-    report = lint(LintConfig(data=str(path)))
+    report = check_data(LintConfig(data=str(path)))
     (file,) = report.files
     if file.usable == 0:
         (first, *_) = (finding for finding in report.findings if finding.severity == "error")

@@ -93,10 +93,10 @@ def reference(data: str, tokenizer_name: str, folder: str) -> None:
 
 def check(data: str) -> None:
     """Check the file as ``reinforcepp lint`` does."""
-    from reinforcepp.commands.lint import lint
+    from reinforcepp.commands.lint.check import check_data
     from reinforcepp.config import LintConfig
 
-    lint(LintConfig(data=data))
+    check_data(LintConfig(data=data))
 
 
 def run_part(part: str, data: str, tokenizer: str, source: str, rows: int) -> None:

@@ -10,6 +10,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getattr__`` loads the same names
+    from reinforcepp.commands.lint.command import lint as lint
+    from reinforcepp.commands.lint.findings import Finding as Finding
+    from reinforcepp.commands.lint.findings import LintReport as LintReport
     from reinforcepp.config import GenerateConfig as GenerateConfig
     from reinforcepp.config import ReinforceConfig as ReinforceConfig
     from reinforcepp.config import RewardModelConfig as RewardModelConfig
@@ -43,6 +46,9 @@ _MODULES = {
     "SftConfig": "config",
     "GenerateConfig": "config",
     "train_reward_model": "training.reward_trainer",
+    "lint": "commands.lint.command",
+    "LintReport": "commands.lint.findings",
+    "Finding": "commands.lint.findings",
     "load_reward_model": "rewards.trained",
     "load_policy": "models.loading",
     "load_tokenizer": "models.loading",

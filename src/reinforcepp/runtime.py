@@ -7,9 +7,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -64,6 +65,24 @@ def hide_unloadable_packages() -> None:
     for package in MEDIA_PACKAGES:
         if package in versions and not versions[package].endswith("+cpu") and package not in sys.modules:
             sys.modules[package] = None  # type: ignore[assignment]  # find_spec and import then report it as missing
+
+
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def silence(silent: bool = True) -> Iterator[None]:
+    """In this block, print no progress, as a function that returns its results; warnings become Python warnings."""
+    before = _silent.set(silent)
+    try:
+        yield
+    finally:
+        _silent.reset(before)
+
+
+def is_silent() -> bool:
+    """Return whether this is a block of :func:`silence`."""
+    return _silent.get()
 
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ import pytest
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.lint import check, damage, rules, similar
-from reinforcepp.commands.lint.check import lint
-from reinforcepp.commands.lint.findings import Finding, Report
+from reinforcepp.commands.lint.check import check_data
+from reinforcepp.commands.lint.findings import Finding, LintReport
 from reinforcepp.config import LintConfig
 from reinforcepp.data import read_table
 from reinforcepp.errors import ConfigError, DataError, ModelError
@@ -83,7 +83,7 @@ def write(tmp_path):
 
 def found(path: str, **settings) -> dict[str, Finding]:
     """Return the findings by rule; each rule has at most one finding per file."""
-    report = lint(LintConfig(data=path, **settings))
+    report = check_data(LintConfig(data=path, **settings))
     assert len({each.rule for each in report.findings}) == len(report.findings)
     return {each.rule: each for each in report.findings}
 
@@ -107,7 +107,7 @@ def test_sample_file_has_no_findings(model):
 
 
 def test_built_in_data_has_near_duplicates_only():
-    report = lint(LintConfig(model="builtin:tiny"))
+    report = check_data(LintConfig(model="builtin:tiny"))
     assert [each.noun for each in report.files] == ["pair", "pair"]
     assert {(each.rule, each.severity) for each in report.findings} == {("near-duplicate", "info")}
     assert not report.fails("warning")
@@ -246,11 +246,11 @@ def test_texts_from_one_template_are_not_compared_pair_by_pair(monkeypatch):
 
 def test_large_files_show_progress_with_the_time_left(write, monkeypatch, capsys):
     path = write(sound())
-    lint(LintConfig(data=path, model="builtin:tiny"))
+    check_data(LintConfig(data=path, model="builtin:tiny"))
     assert "left" not in capsys.readouterr().err
     monkeypatch.setattr(check, "PROGRESS_ROWS", 24)
     monkeypatch.setattr(rules, "PROGRESS_ROWS", 24)
-    lint(LintConfig(data=path, model="builtin:tiny"))
+    check_data(LintConfig(data=path, model="builtin:tiny"))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("s left")]
     titles = ("searching near-duplicates", "checking texts", "searching leakage", "tokenizing")
     assert [title for title in titles if not any(line.startswith(f"{title}, % 100/100") for line in lines)] == []
@@ -261,7 +261,7 @@ def test_rules_hold_the_texts_but_not_the_cells(write, monkeypatch):
     monkeypatch.setattr(check, "read_table", lambda *a, **k: tables.append(ref(table := read_table(*a, **k))) or table)
     alive = []
     monkeypatch.setattr(rules, "check_file", lambda file, threshold: alive.extend(table() for table in tables) or [])
-    lint(LintConfig(data=write(sound())))
+    check_data(LintConfig(data=write(sound())))
     assert alive == [None]
 
 
@@ -492,7 +492,7 @@ def test_texts_at_the_limit_are_not_too_long(write):
 
 def test_missing_model_is_an_error(write):
     with pytest.raises(ModelError, match=r"\./none"):
-        lint(LintConfig(data=write(sound()), model="./none"))
+        check_data(LintConfig(data=write(sound()), model="./none"))
 
 
 # --- files of prompts, other columns ----------------------------------------------------------------------------------------
@@ -528,10 +528,8 @@ def test_columns_by_other_names(write):
 def test_lint_without_model_loads_no_torch():
     import subprocess
 
-    code = f"import sys; from reinforcepp.commands.lint.check import lint, LintConfig; lint(LintConfig(data={str(EXAMPLE)!r})); "
-    done = subprocess.run(
-        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True
-    )
+    code = f"import sys; from reinforcepp import lint; lint({str(EXAMPLE)!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 
 
@@ -721,7 +719,7 @@ def test_log_lists_every_changed_or_dropped_row(fixed):
 
 
 def test_copy_has_nothing_left_to_fix(fixed, tmp_path, capsys):
-    report = lint(LintConfig(data=str(fixed)))
+    report = check_data(LintConfig(data=str(fixed)))
     assert [each for each in report.findings if each.fixable] == []
     assert cli.main(["lint", str(fixed), "--fix", str(tmp_path / "again.csv")]) == 0
     assert (tmp_path / "again.csv").read_bytes() == fixed.read_bytes()
@@ -842,7 +840,7 @@ def test_unreadable_files_are_errors(tmp_path, capsys, contents, problem):
 )
 def test_invalid_settings_are_errors(settings, part, write):
     with pytest.raises(ConfigError) as caught:
-        lint(LintConfig(**({"data": write(sound())} | settings)))
+        check_data(LintConfig(**({"data": write(sound())} | settings)))
     assert part in str(caught.value)
 
 
@@ -903,13 +901,13 @@ def test_html_report_is_self_contained_and_escaped(write, tmp_path, capsys):
 
 def test_most_severe_findings_come_first(write):
     rows = [*sound(3), sound()[0], ("p", "", "r")]
-    severities = [each.severity for each in lint(LintConfig(data=write(rows))).findings]
+    severities = [each.severity for each in check_data(LintConfig(data=write(rows))).findings]
     assert severities == ["error", "warning", "warning"]
 
 
 def test_report_counts_and_fails_by_severity():
     def report(*severities):
-        return Report("x", (), tuple(Finding("r", severity, "x", "m", "c") for severity in severities))
+        return LintReport("x", (), tuple(Finding("r", severity, "x", "m", "c") for severity in severities))
 
     assert report("info", "warning", "info").counts == {"error": 0, "warning": 1, "info": 2}
     assert [report("info").fails(each) for each in ("error", "warning", "never")] == [False, False, False]

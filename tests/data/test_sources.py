@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from reinforcepp.commands import cli
 from reinforcepp.config import LintConfig, RewardModelConfig, SftConfig, TrainConfig
 from reinforcepp.config.data_spec import DataName, data_names, listed
-from reinforcepp.data import load_preferences, load_prompts, read_prompts
+from reinforcepp.data import DataFiles, GivenRows, load_preferences, load_prompts, read_prompts
 from reinforcepp.data.rows import repetitions
 from reinforcepp.data.sources import DataPart, _one_split, dataset_digest, fetch, hub_chunks
 from reinforcepp.errors import ConfigError, DataError
@@ -349,3 +349,57 @@ def test_json_object_that_is_a_row(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"prompt": [{"role": "user", "content": "a"}], "tags": ["x"]}, indent=2))
     assert [row.prompt for row in read_prompts(path).prompts] == ["a"]
+
+
+# --- rows of a Python program -----------------------------------------------------------------------------------------
+
+PAIRS = [{"prompt": f"Question {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(10)]
+
+
+@pytest.mark.parametrize("kind", [list, iter, datasets.Dataset.from_list, lambda rows: tuple(rows)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_in_memory_are_read_as_a_file_is(kind, streaming, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*PAIRS, PAIRS[3]]))
+    same = {"heldout_fraction": 0.3, "seed": 1, "streaming": streaming}
+    given = load_preferences(GivenRows.of(kind([*PAIRS, PAIRS[3]]), "train_dataset"), **same)
+    for ours, of_file in zip(given[1:], load_preferences(path, **same)[1:], strict=True):
+        assert [pair.prompt for pair in ours] == [pair.prompt for pair in of_file]
+        assert [pair.row + 1 for pair in ours] == [pair.row for pair in of_file]
+    assert given[0].summary() == "train_dataset: 10 usable pairs; skipped 1 row: 1 duplicate (row 10)"
+    assert str(given[0].skipped[0]) == "row 10: duplicate of row 3"
+
+
+def test_a_duplicate_of_the_first_row_is_one_of_row_0():
+    data, *_ = load_preferences(GivenRows.of([*PAIRS, PAIRS[0]], "data"), heldout_fraction=0, seed=0)
+    assert str(data.skipped[0]) == "row 10: duplicate of row 0"
+
+
+def test_held_out_rows_can_be_given_apart():
+    parts = DataFiles(GivenRows.of(PAIRS[:7], "train_dataset"), GivenRows.of(PAIRS[7:], "eval_dataset"))
+    data, train, heldout = load_preferences(parts, heldout_fraction=0.5, seed=0)
+    assert (data.source, len(data.rows), len(train), len(heldout)) == ("train_dataset", 10, 7, 3)
+    assert data.sha256 != load_preferences(parts._replace(heldout=parts.train), heldout_fraction=0, seed=0)[0].sha256
+
+
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_the_digest_of_rows_depends_on_every_cell(kind):
+    changed = [*PAIRS[:-1], PAIRS[-1] | {"rejected": "worse"}]
+    digests = [GivenRows.of(kind(rows), "data").digest() for rows in (PAIRS, list(PAIRS), changed)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ("train.csv", ConfigError, "data: 'train.csv' isn't a dataset"),
+        (None, ConfigError, "data: None isn't a dataset"),
+        (datasets.DatasetDict(test=datasets.Dataset.from_list(PAIRS)), ConfigError, r"as in data=dataset\['test'\]"),
+        ([], DataError, "data: no rows"),
+        (datasets.Dataset.from_list(PAIRS).select([]), DataError, "data: no rows"),
+        ([PAIRS[0], "text"], DataError, "data:1: 'text' isn't a row"),
+    ],
+)
+def test_what_is_not_rows(dataset, error, message):
+    with pytest.raises(error, match=message):
+        GivenRows.of(dataset, "data")

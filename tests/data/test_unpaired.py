@@ -7,7 +7,7 @@ import json
 import pytest
 from data.pairs import texts
 
-from reinforcepp.commands.lint.check import lint
+from reinforcepp.commands.lint.check import check_data
 from reinforcepp.commands.lint.fix import write_fixed
 from reinforcepp.config import LintConfig
 from reinforcepp.data import load_preferences, load_prompts, read_preferences, read_texts
@@ -138,7 +138,7 @@ def test_answers_that_cannot_be_paired_are_one_clear_error(write):
 
 
 def test_lint_checks_the_pairs_and_reports_single_answers(write):
-    report = lint(LintConfig(data=str(write(*ROWS))))
+    report = check_data(LintConfig(data=str(write(*ROWS))))
     assert [(file.noun, file.rows, file.usable) for file in report.files] == [("pair", len(ROWS), 4)]
     (found,) = (each for each in report.findings if each.rule == "unpaired")
     assert found.severity == "warning" and found.rows == (2, 10)

@@ -28,7 +28,15 @@ from reinforcepp.data.rows import (
     text_digest,
     words,
 )
-from reinforcepp.data.sources import DataFiles, is_data_file, resolve_data
+from reinforcepp.data.sources import (
+    DataFiles,
+    DataSource,
+    GivenRows,
+    RowSource,
+    check_dataset,
+    is_data_file,
+    resolve_data,
+)
 from reinforcepp.data.streaming import DiskRows
 from reinforcepp.data.table import Table, read_table
 from reinforcepp.data.unpaired import UNPAIRED
@@ -38,16 +46,20 @@ __all__ = [
     "UNPAIRED",
     "ColumnNames",
     "DataFiles",
+    "DataSource",
     "DiskRows",
+    "GivenRows",
     "PreferenceData",
     "PromptData",
     "PromptRow",
     "Row",
+    "RowSource",
     "SftColumnNames",
     "SftRow",
     "Skipped",
     "Table",
     "TextData",
+    "check_dataset",
     "contradictions_in",
     "conversation_text",
     "count",

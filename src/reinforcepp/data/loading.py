@@ -34,7 +34,16 @@ from reinforcepp.data.rows import (
     template_variables,
     weighted,
 )
-from reinforcepp.data.sources import combined_digest, display_name, find_parts, resolve_data
+from reinforcepp.data.sources import (
+    DataFiles,
+    DataSource,
+    GivenRows,
+    RowSource,
+    combined_digest,
+    display_name,
+    find_parts,
+    resolve_data,
+)
 from reinforcepp.data.streaming import DiskRows, OnProgress, stream_table
 from reinforcepp.data.table import read_table
 from reinforcepp.data.unpaired import UNPAIRED
@@ -190,13 +199,13 @@ def _no_progress(share: float) -> None:
 
 
 def _load(
-    source: str | Path,
-    read: Callable[[Path], D],
+    source: DataSource,
+    read: Callable[[Path | GivenRows], D],
     heldout_fraction: float,
     seed: int,
-    stream: Callable[[Path], Loaded[D, Any]] | None = None,
+    stream: Callable[[Path | GivenRows], Loaded[D, Any]] | None = None,
 ) -> Loaded[D, Any]:
-    """Read a data setting and split it by prompt; built-in data comes split.
+    """Read a data setting and split it by prompt; built-in data and ``DataFiles`` come split.
 
     ``stream`` reads and splits files onto disk instead. Built-in data is small and always read into memory.
     """
@@ -210,7 +219,7 @@ def _load(
     heldout = read(files.heldout)
     both = replace(
         train,
-        source=str(source),
+        source=train.source if isinstance(source, DataFiles) else str(source),
         sha256=hashlib.sha256((train.sha256 + heldout.sha256).encode()).hexdigest(),
         rows=(*train.rows, *heldout.rows),
         skipped=train.skipped + heldout.skipped,
@@ -222,7 +231,7 @@ def _load(
 
 
 def load_preferences(
-    source: str | Path,
+    source: DataSource,
     *,
     heldout_fraction: float,
     seed: int,
@@ -248,7 +257,7 @@ def load_preferences(
     """
     names = ColumnNames(prompt_column, chosen_column, rejected_column, tuple(criteria), criteria_margins)
 
-    def stream(path: Path) -> Loaded[PreferenceData, Preference]:
+    def stream(path: Path | GivenRows) -> Loaded[PreferenceData, Preference]:
         table = stream_table(
             path,
             names,
@@ -269,7 +278,7 @@ def load_preferences(
 
 
 def read_preferences(
-    path: str | Path,
+    path: RowSource,
     *,
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
@@ -289,7 +298,7 @@ def read_preferences(
 
 
 def _read_preferences(
-    path: str | Path, names: ColumnNames, max_bad_rows: float = DEFAULT_MAX_BAD_ROWS
+    path: RowSource, names: ColumnNames, max_bad_rows: float = DEFAULT_MAX_BAD_ROWS
 ) -> PreferenceData:
     table = read_table(path, names, pairs=True, max_bad_rows=max_bad_rows)
     kept, skipped = filter_rows(table.rows, table.columns, partial(_pair_problem, table.columns))
@@ -350,7 +359,7 @@ def _enough_pairs(data: PreferenceData) -> PreferenceData:
 
 
 def load_prompts(
-    source: str | Path,
+    source: DataSource,
     *,
     heldout_fraction: float,
     seed: int,
@@ -374,7 +383,7 @@ def load_prompts(
     """
     names, renamed = ColumnNames(prompt_column, chosen_column, rejected_column), renamed or {}
 
-    def stream(path: Path) -> Loaded[PromptData, PromptRow]:
+    def stream(path: Path | GivenRows) -> Loaded[PromptData, PromptRow]:
         table = stream_table(
             path,
             names,
@@ -394,7 +403,7 @@ def load_prompts(
 
 
 def read_prompts(
-    path: str | Path,
+    path: RowSource,
     *,
     prompt_column: str = "prompt",
     chosen_column: str = "chosen",
@@ -421,7 +430,7 @@ def read_prompts(
 
 
 def _read_prompts(
-    path: str | Path,
+    path: RowSource,
     names: ColumnNames,
     renamed: Mapping[str, str],
     max_bad_rows: float = DEFAULT_MAX_BAD_ROWS,
@@ -502,7 +511,7 @@ def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]
 
 
 def load_texts(
-    source: str | Path,
+    source: DataSource,
     *,
     heldout_fraction: float,
     seed: int,
@@ -533,7 +542,7 @@ def _sft_problem(row: Row) -> str | None:
 
 
 def read_texts(
-    source: str | Path, names: SftColumnNames = DEFAULT_SFT_NAMES, max_bad_rows: float = DEFAULT_MAX_BAD_ROWS
+    source: RowSource, names: SftColumnNames = DEFAULT_SFT_NAMES, max_bad_rows: float = DEFAULT_MAX_BAD_ROWS
 ) -> TextData:
     """Read prompts with answers, conversations or plain text from a file or several (see ``read_table``).
 

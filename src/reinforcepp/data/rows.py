@@ -100,7 +100,9 @@ class Skipped:
 
     def __str__(self) -> str:
         """Return, for example, ``row 9: duplicate of row 4``."""
-        return f"row {self.row}: {self.reason}" + (f" of row {self.duplicate_of}" if self.duplicate_of else "")
+        return f"row {self.row}: {self.reason}" + (
+            f" of row {self.duplicate_of}" if self.duplicate_of is not None else ""
+        )
 
 
 def normalize(text: str) -> str:

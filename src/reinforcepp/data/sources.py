@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reinforcepp.config.data_spec import COMPRESSED, DataName, data_names
 from reinforcepp.data.encodings import data_suffix
 from reinforcepp.data.readers import CHUNK_ROWS, READERS, Records, count, quoted
-from reinforcepp.errors import DataError, nearest
+from reinforcepp.errors import ConfigError, DataError, nearest
 from reinforcepp.files import sha256
 from reinforcepp.runtime import look_for_hub
 
@@ -32,19 +32,102 @@ _FORMATS = "CSV, TSV, JSON, JSONL and Parquet files"
 _METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
+@dataclass(frozen=True)
+class GivenRows:
+    """Rows that a Python program passes as an argument; a row's number is its index.
+
+    Attributes:
+        name: The argument, for messages.
+        rows: The rows by column.
+    """
+
+    name: str
+    rows: Dataset | Sequence[Mapping[str, Any]]
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return self.name
+
+    @classmethod
+    def of(cls, dataset: Any, name: str) -> GivenRows:
+        """Return the rows of a ``datasets.Dataset``, or of any finite iterable of mappings.
+
+        Raises:
+            ConfigError: ``dataset`` isn't a collection of rows.
+            DataError: It is empty, or a row isn't a mapping.
+        """
+        check_dataset(dataset, name)
+        rows = dataset if hasattr(dataset, "with_format") and hasattr(dataset, "__len__") else list(dataset)
+        if not len(rows):
+            raise DataError(f"{name}: no rows. Give at least one.")
+        if isinstance(rows, list):
+            for number, row in enumerate(rows):
+                if not isinstance(row, Mapping):
+                    shown = f"{row!r:.60}"
+                    raise DataError(
+                        f"{name}:{number}: {shown} isn't a row. Give a dictionary, as in {{'prompt': ...}}."
+                    )
+        return cls(name, rows)
+
+    def chunks(self) -> Iterator[Records]:
+        """Yield the rows, at least one chunk."""
+        if not isinstance(self.rows, list):
+            yield from hub_chunks(Path(self.name), self.rows, first=0)
+            return
+        yield Records(tuple(dict.fromkeys(chain.from_iterable(self.rows))), list(enumerate(self.rows)))
+
+    def digest(self) -> str:
+        """Return a hash of the contents."""
+        if not isinstance(self.rows, list):
+            return dataset_digest(self.rows)
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+
 class DataFiles(NamedTuple):
-    """The files of a data setting; ``heldout`` is None if the held-out part must still be split off."""
+    """The files or rows of a data setting; ``heldout`` is None if the held-out part must still be split off."""
 
-    train: Path
-    heldout: Path | None
+    train: Path | GivenRows
+    heldout: Path | GivenRows | None
 
 
-def resolve_data(source: str | Path) -> DataFiles:
+RowSource = str | Path | GivenRows
+"""The names of files, folders and Hub datasets, or rows."""
+DataSource = RowSource | DataFiles
+"""The same, or training and held-out rows apart."""
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Check that an argument is a collection of rows.
+
+    Raises:
+        ConfigError: It is the name of a dataset, or holds several.
+    """
+    if isinstance(dataset, Mapping):
+        first = next(iter(dataset), "train")
+        raise ConfigError(
+            f"{name}: {type(dataset).__name__} with {', '.join(map(str, dataset)) or 'nothing'} isn't a single dataset. Give "
+            f"one of its parts, as in {name}=dataset[{first!r}]."
+        )
+    if isinstance(dataset, (str, os.PathLike)) or not isinstance(dataset, Iterable):
+        raise ConfigError(
+            f"{name}: {dataset!r} isn't a dataset. Give rows, for example from datasets.load_dataset, or a list of "
+            "{'prompt': ...}."
+        )
+
+
+def resolve_data(source: DataSource) -> DataFiles:
     """Return the files of ``builtin:network``, or ``source`` itself for anything that ``read_table`` reads.
 
     Raises:
         DataError: No built-in data has that name.
     """
+    if isinstance(source, DataFiles):
+        return source
+    if isinstance(source, GivenRows):
+        return DataFiles(source, None)
     name = str(source)
     if not name.startswith(_BUILTIN_PREFIX):
         return DataFiles(Path(source), None)
@@ -74,15 +157,15 @@ class DataPart:
     """One file or Hub dataset of a data setting.
 
     Attributes:
-        path: The file, or the name that messages use for a Hub dataset.
+        path: The file, or the name that messages use for a dataset.
         weight: How often each row counts in training.
-        dataset: The Hub dataset; None for a file.
+        dataset: The Hub dataset, or the rows of an argument; None for a file.
         note: Remark for the user on how the part was chosen.
     """
 
     path: Path
     weight: float = 1.0
-    dataset: Dataset | None = None
+    dataset: Dataset | GivenRows | None = None
     note: str | None = None
 
     def chunks(self) -> Iterator[Records]:
@@ -91,6 +174,9 @@ class DataPart:
         Raises:
             DataError: The part can't be read, or isn't well-formed.
         """
+        if isinstance(self.dataset, GivenRows):
+            yield from self.dataset.chunks()
+            return
         if self.dataset is not None:
             yield from hub_chunks(self.path, self.dataset)
             return
@@ -111,20 +197,28 @@ class DataPart:
         """Return the approximate size in bytes."""
         if self.dataset is None:
             return os.path.getsize(self.path)
+        if isinstance(self.dataset, GivenRows):
+            return len(self.dataset.rows)
         return self.dataset.info.dataset_size or len(self.dataset)
 
     def digest(self) -> str:
         """Return a hash of the contents."""
-        return sha256(self.path) if self.dataset is None else dataset_digest(self.dataset)
+        if self.dataset is None:
+            return sha256(self.path)
+        return self.dataset.digest() if isinstance(self.dataset, GivenRows) else dataset_digest(self.dataset)
 
 
-def find_parts(source: str | Path) -> list[DataPart]:
+def find_parts(source: RowSource) -> list[DataPart]:
     """Return the files and Hub datasets that ``source`` names; see ``data_names``. A folder stands for its files.
+
+    Rows of an argument are one part.
 
     Raises:
         ConfigError: An option after a name is invalid.
         DataError: A part doesn't exist, can't be read, or is a folder with files of several formats.
     """
+    if isinstance(source, GivenRows):
+        return [DataPart(Path(source.name), dataset=source)]
     parts = [part for name in data_names(source) for part in _parts(name)]
     repeated = [path for path, number in Counter(part.path for part in parts).items() if number > 1]
     if repeated:
@@ -134,8 +228,10 @@ def find_parts(source: str | Path) -> list[DataPart]:
     return parts
 
 
-def display_name(source: str | Path, parts: Sequence[DataPart]) -> str:
+def display_name(source: RowSource, parts: Sequence[DataPart]) -> str:
     """Return the name of the data for messages."""
+    if isinstance(source, GivenRows):
+        return source.name
     first = parts[0].path
     if len(parts) == 1 or Path(source).is_dir():
         return str(source) if Path(source).exists() else str(first)
@@ -279,18 +375,18 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 # --- the Hugging Face Hub ---------------------------------------------------------------------------------------------
 
 
-def hub_chunks(path: Path, dataset: Dataset) -> Iterator[Records]:
-    """Yield the rows of a Hub dataset; a row's number is its position from 1.
+def hub_chunks(path: Path, dataset: Dataset, first: int = 1) -> Iterator[Records]:
+    """Yield the rows of a Hub dataset; a row's number is its position, counted from ``first``.
 
     Raises:
         DataError: The dataset has no row.
     """
-    number, names = 1, tuple(dataset.column_names)
+    number, names = first, tuple(dataset.column_names)
     for table in dataset.with_format("arrow").iter(CHUNK_ROWS):
         cells = table.to_pylist()
         number += len(cells)
-        yield Records(names, list(enumerate(cells, number - len(cells))), share=(number - 1) / len(dataset))
-    if number == 1:
+        yield Records(names, list(enumerate(cells, number - len(cells))), share=(number - first) / len(dataset))
+    if number == first:
         raise DataError(f"{path}: the dataset has no row. Choose another split or dataset.")
 
 

@@ -17,7 +17,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -39,7 +38,7 @@ from reinforcepp.data.rows import (
     row_problem,
     text_columns,
 )
-from reinforcepp.data.sources import DataPart, combined_digest, display_name, find_parts
+from reinforcepp.data.sources import DataPart, RowSource, combined_digest, display_name, find_parts
 from reinforcepp.data.unpaired import pair_answers
 from reinforcepp.errors import DataError, option
 from reinforcepp.types import RowId
@@ -103,7 +102,7 @@ class RowStore:
 class RowShelf:
     """Single answers that wait to be paired, in a store; their cells aren't kept."""
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: RowSource) -> None:
         self._store, self._layouts, self._source = RowStore(), list[ColumnLayout](), source
         self._flushed = False
 
@@ -236,7 +235,7 @@ class StreamedTable:
 
 
 def stream_table(
-    source: str | Path,
+    source: RowSource,
     names: ColumnNames,
     *,
     pairs: bool,

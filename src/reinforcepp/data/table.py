@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from reinforcepp.data.columns import ColumnNames, check_distinct, find_columns
 from reinforcepp.data.rows import DEFAULT_MAX_BAD_ROWS, Row, check_bad_rows, make_rows, notes_on, text_columns
-from reinforcepp.data.sources import combined_digest, display_name, find_parts
+from reinforcepp.data.sources import RowSource, combined_digest, display_name, find_parts
 from reinforcepp.data.unpaired import pair_answers
 
 
@@ -34,13 +33,13 @@ class Table:
 
 
 def read_table(
-    source: str | Path, names: ColumnNames, *, pairs: bool | None, max_bad_rows: float | None = DEFAULT_MAX_BAD_ROWS
+    source: RowSource, names: ColumnNames, *, pairs: bool | None, max_bad_rows: float | None = DEFAULT_MAX_BAD_ROWS
 ) -> Table:
     """Read prompts, or pairs with their prompts.
 
     Args:
-        source: A file, a folder of files, a folder that ``datasets`` saved, a pattern, a Hub dataset, or several of these
-            separated by commas.
+        source: Rows in memory, or names: a file, a folder of files, a folder that ``datasets`` saved, a pattern, a Hub
+            dataset, or several of these separated by commas.
         names: Column names. If a default name is missing, a column with an equivalent name is used.
         pairs: Whether to read answers; None reads them if the data has answer columns.
         max_bad_rows: As for ``check_bad_rows``.

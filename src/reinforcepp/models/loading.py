@@ -36,7 +36,7 @@ from reinforcepp.models.lora import (
 from reinforcepp.models.prompt_format import plain_template
 from reinforcepp.models.tokenization import end_token_id
 from reinforcepp.models.tokenizer_files import choose_template, has_tokenizer, keep_settings, read_tokenizer
-from reinforcepp.runtime import is_main, look_for_hub, warn_once
+from reinforcepp.runtime import is_main, is_silent, look_for_hub, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -496,15 +496,17 @@ def _bars_if_large(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Show or hide the progress bars of transformers."""
+    """Hide the progress bars of transformers in this block, unless ``shown``."""
     from transformers.utils import logging
 
-    if not (shown and is_main()):
+    before = logging.is_progress_bar_enabled()
+    if not shown or is_silent() or not is_main():
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if before:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -12,18 +13,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from reinforcepp.runtime import is_main
+from reinforcepp.runtime import is_main, is_silent
 
 PLAIN_LINES = 12
 PROGRESS_ROWS = 5000
 """Number of rows from which a pass over data takes long enough for a progress bar."""
+WARNING = "yellow"
+"""Style of a warning."""
 HARMLESS = "\n\t\u200d"  # control and format characters to keep; the last one joins emoji
 
 console = Console(stderr=True, highlight=False, quiet=not is_main())
 
 
 def echo(text: str, style: str = "") -> None:
-    """Print one line to standard error. Markup isn't interpreted, and control characters are replaced."""
+    """Print one line to standard error. Markup isn't interpreted, and control characters are replaced.
+
+    In a block of ``silence``, a warning becomes a Python warning, and other lines aren't printed.
+    """
+    if is_silent():
+        if style == WARNING and is_main():
+            warnings.warn(printable(text), stacklevel=2)
+        return
     console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
 
@@ -54,7 +64,7 @@ class Progress:
         self.title, self.total, self.done = title, total, done
         self._begin, self._first = time.monotonic(), done
         self._live: RichProgress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not is_silent():
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
             self._live = RichProgress(*columns, TextColumn("{task.fields[message]}", markup=False), console=console)
             self._task = self._live.add_task(title, total=total, completed=done, message="")

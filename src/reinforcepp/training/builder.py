@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +14,10 @@ import torch
 from reinforcepp.algorithm.importance import Correction
 from reinforcepp.algorithm.kl import next_kl_coef
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.data import prompt_rows
+from reinforcepp.data import check_dataset, prompt_rows
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
-from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.errors import DataError
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import check_trainable, load_config, prompt_limit, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
@@ -220,7 +219,8 @@ def load_prompts(
         echo(f"eval_dataset: evaluating the rows of {', '.join(map(str, eval_dataset))} together.")
         eval_dataset = list(chain.from_iterable(eval_dataset.values()))
     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        check_dataset(dataset, name)
+        if dataset is not None:
+            check_dataset(dataset, name)
     train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")
     prompts = encode(tokenizer, train_rows, "training", config, limit)
     if not prompts:
@@ -233,25 +233,6 @@ def load_prompts(
             "(eval_prompts)."
         )
     return prompts, eval_prompts
-
-
-def check_dataset(dataset: Any, name: str) -> None:
-    """Check that an argument is a collection of rows.
-
-    Raises:
-        ConfigError: it is the name of a dataset, or holds several.
-    """
-    if isinstance(dataset, Mapping):
-        first = next(iter(dataset), "train")
-        raise ConfigError(
-            f"{name}: {type(dataset).__name__} with {', '.join(map(str, dataset)) or 'nothing'} isn't a single dataset. Give "
-            f"one of its parts, as in {name}=dataset[{first!r}]."
-        )
-    if dataset is not None and (isinstance(dataset, (str, os.PathLike)) or not isinstance(dataset, Iterable)):
-        raise ConfigError(
-            f"{name}: {dataset!r} isn't a dataset. Give rows, for example from datasets.load_dataset, or a list of "
-            "{'prompt': ...}."
-        )
 
 
 def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: ReinforceConfig, ranks: Ranks) -> None:

@@ -13,13 +13,14 @@ from reinforcepp.commands.lint.findings import (
     CheckedFile,
     FileSummary,
     Finding,
-    Report,
+    LintReport,
     UsableRow,
     count_with_verb,
     list_rows,
 )
 from reinforcepp.config import DEFAULT_MAX_LENGTH, ColumnConfig, LintConfig
-from reinforcepp.data import ColumnNames, Row, Table, filter_rows, read_table, resolve_data
+from reinforcepp.data import ColumnNames, DataSource, Row, RowSource, Table, filter_rows, read_table, resolve_data
+from reinforcepp.errors import setting
 from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.types import RowId
 
@@ -29,15 +30,16 @@ if TYPE_CHECKING:
 BATCH_ROWS = 256
 
 
-def lint(config: LintConfig) -> Report:
-    """Return all findings on ``config.data``.
+def check_data(config: LintConfig, data: DataSource | None = None) -> LintReport:
+    """Return all findings on ``data``, which is ``config.data`` by default.
 
     Raises:
         ConfigError: Two of the column settings are the same.
-        DataError: The file can't be read as a table, or lacks a column.
+        DataError: The data can't be read as a table, or lacks a column.
         ModelError: The configured model has no usable tokenizer.
     """
-    paths = resolve_data(config.data)
+    source = data if data is not None else config.data
+    paths = resolve_data(source)
     read = [_read(path, config) for path in (paths.train, paths.heldout) if path is not None]
     files = [file for file, _ in read]
     findings = [finding for _, found in read for finding in found]
@@ -49,16 +51,16 @@ def lint(config: LintConfig) -> Report:
         findings += _lengths(files, config.model, config)
     ordered = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
     summaries = tuple(FileSummary(file.name, file.noun, file.num_rows, len(file.rows)) for file in files)
-    return Report(config.data, summaries, tuple(ordered))
+    return LintReport(str(source), summaries, tuple(ordered))
 
 
-def _read(path: Path, config: LintConfig) -> tuple[CheckedFile, list[Finding]]:
+def _read(path: RowSource, config: LintConfig) -> tuple[CheckedFile, list[Finding]]:
     """Return a checked file and how it was read, without its table, which holds every cell."""
     table, file = read_file(path, config)
     return file, _assumptions(table, file)
 
 
-def read_file(path: Path, columns: ColumnConfig) -> tuple[Table, CheckedFile]:
+def read_file(path: RowSource, columns: ColumnConfig) -> tuple[Table, CheckedFile]:
     """Return a file's table and its checked form: pairs if it has answer columns, otherwise prompts."""
     table = read_table(path, ColumnNames(*columns.column_names.values()), pairs=None, max_bad_rows=None)
     file = to_checked_file(Path(table.source).name, table.rows, table.columns)
@@ -85,7 +87,8 @@ def _assumptions(table: Table, file: CheckedFile) -> list[Finding]:
     """Report how the file was read, if that wasn't obvious."""
     if not table.notes:
         return []
-    fix = "If that is wrong, name the columns with --prompt_column, --chosen_column and --rejected_column"
+    columns = f"{setting('prompt_column')}, {setting('chosen_column')} and {setting('rejected_column')}"
+    fix = f"If that is wrong, name the columns with {columns}"
     return [Finding("read-as", "info", file.name, f"Read as follows: {'; '.join(table.notes)}", fix)]
 
 
@@ -94,7 +97,7 @@ def _without_answers(file: CheckedFile, columns: ColumnConfig) -> list[Finding]:
         return []
     _, chosen, rejected = columns.column_names.values()
     message = f"No columns {chosen!r} and {rejected!r}, so the file was checked as prompts"
-    fix = "If it has answers, name their columns with --chosen_column and --rejected_column"
+    fix = f"If it has answers, name their columns with {setting('chosen_column')} and {setting('rejected_column')}"
     return [Finding("prompts-only", "info", file.name, message, fix)]
 
 

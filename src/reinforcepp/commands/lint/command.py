@@ -1,59 +1,144 @@
-"""The ``lint`` command: check the data, print or write the report, write a cleaned copy."""
+"""The ``lint`` command and function: check the data, print or write the report, write a cleaned copy."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from reinforcepp.commands.lint import report as formats
-from reinforcepp.commands.lint.check import lint
-from reinforcepp.commands.lint.findings import Report
-from reinforcepp.commands.lint.fix import Change, log_path, write_fixed
+from reinforcepp.commands.lint.check import check_data
+from reinforcepp.commands.lint.findings import Change, LintReport
+from reinforcepp.commands.lint.fix import log_path, write_fixed
 from reinforcepp.config import LintConfig
-from reinforcepp.data import count
+from reinforcepp.data import GivenRows, count
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
 from reinforcepp.monitoring import echo, printable
+from reinforcepp.runtime import silence
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 EXIT_FINDINGS = 1
+GIVEN = "data"
+"""Name of rows that are an argument."""
 
 
 def run_lint(config: LintConfig) -> int:
-    """Check ``config.data``, write the requested files, and return the exit code.
+    """Check ``config.data``, write the requested files, print the results, and return the exit code.
 
     Returns:
         1 if there are findings of ``fail_on`` or above, otherwise 0.
 
     Raises:
-        ConfigError: A file to write would replace the data, or the cleaned copy any file.
-        ReinforceError: As ``lint`` and ``write_fixed``.
+        ReinforceError: As :func:`lint`.
     """
+    report = _lint(config)
+    if config.output is None:
+        _print_report(report, config.format)
+    else:
+        echo(f"{formats.summary(report)} Wrote {config.output}")
+    if config.fix is not None:
+        _print_changes(report.changes, Path(config.fix).expanduser())
+    return EXIT_FINDINGS if report.fails(config.fail_on) else 0
+
+
+def lint(
+    data: str | Path | Dataset | Iterable[Mapping[str, Any]] = LintConfig.data,
+    *,
+    model: str | None = None,
+    prompt_column: str = LintConfig.prompt_column,
+    chosen_column: str = LintConfig.chosen_column,
+    rejected_column: str = LintConfig.rejected_column,
+    columns: Sequence[str] = (),
+    heldout_fraction: float = LintConfig.heldout_fraction,
+    seed: int = LintConfig.seed,
+    max_prompt_length: int | None = None,
+    max_length: int | None = None,
+    near_duplicate: float = LintConfig.near_duplicate,
+    fix: str | Path | None = None,
+    format: Literal["text", "json", "html"] = "text",
+    output: str | Path | None = None,
+    verbose: bool = False,
+) -> LintReport:
+    """Find problems in preference pairs or prompts before training on them.
+
+    Example:
+        >>> from reinforcepp import lint
+        >>> rows = [{"prompt": "What is an IP address?", "chosen": "A number.", "rejected": "A number."}]
+        >>> report = lint(rows)
+        >>> report.worst, report.rows
+        ('error', (0,))
+
+    Args:
+        data: Rows (a ``Dataset`` or a list of dictionaries), a file, a folder, a Hub dataset, or ``builtin:network``. Rows are
+            counted from 0; in files, a row's number is the line on which it starts.
+        model: Model whose tokenizer measures lengths; default: lengths aren't checked.
+        prompt_column: Column with the prompt.
+        chosen_column: Column with the preferred response.
+        rejected_column: Column with the other response.
+        columns: Column names, NAME=COLUMN (prompt=question), also for reward functions.
+        heldout_fraction: Fraction of prompts held out for evaluation; built-in data has its own split.
+        seed: Seed of the split, as in training.
+        max_prompt_length: Most tokens of a formatted prompt; needs model. Default: the context.
+        max_length: Maximum length of prompt and response, in tokens. Default: context, up to 4096.
+        near_duplicate: Fraction of shared word 3-grams that makes near-duplicates; from 0.5 to 1.
+        fix: File for a fixed copy (CSV, TSV or JSONL); changes go to FIX.log.jsonl.
+        format: Format of the report.
+        output: File for the report; default: none is written.
+        verbose: Print progress and notes to standard error.
+
+    Returns:
+        The findings, the most severe first: ``for finding in lint(data): print(finding)``.
+
+    Raises:
+        ConfigError: A setting is invalid, or a file to write would replace the data.
+        DataError: The data can't be read, or lacks a column.
+        ModelError: The model has no usable tokenizer.
+    """
+    config = LintConfig(
+        data=str(data) if isinstance(data, (str, Path)) else GIVEN,
+        model=model,
+        prompt_column=prompt_column,
+        chosen_column=chosen_column,
+        rejected_column=rejected_column,
+        columns=tuple(columns),
+        heldout_fraction=heldout_fraction,
+        seed=seed,
+        max_prompt_length=max_prompt_length,
+        max_length=max_length,
+        near_duplicate=near_duplicate,
+        fix=None if fix is None else str(fix),
+        format=format,
+        output=None if output is None else str(output),
+    )
+    with silence(not verbose):
+        return _lint(config, None if isinstance(data, (str, Path)) else GivenRows.of(data, GIVEN))
+
+
+def _lint(config: LintConfig, rows: GivenRows | None = None) -> LintReport:
+    """Return the report, after writing the files that ``config`` asks for."""
     copy = _check_copy(config) if config.fix is not None else None
     output = _check_report(config, copy) if config.output is not None else None
     with ExitStack() as locks:
         for path, setting in ((copy, "fix"), (output, "output")):
             if path is not None:
                 locks.enter_context(file_lock(path, setting))
-        return _lint(config, copy, output)
-
-
-def _lint(config: LintConfig, copy: Path | None, output: Path | None) -> int:
-    report = lint(config)
-    if output is None:
-        _print_report(report, config.format)
-    else:
-        with whole_file(output) as file:
-            file.write(_as_text(report, config.format))
-        echo(f"{formats.summary(report)} Wrote {output}")
-    if copy is not None:
-        _print_changes(write_fixed(Path(config.data).expanduser(), copy, config), copy)
-    return EXIT_FINDINGS if report.fails(config.fail_on) else 0
+        report = check_data(config, rows)
+        if output is not None:
+            with whole_file(output) as file:
+                file.write(_as_text(report, config.format))
+        if copy is None:
+            return report
+        return replace(report, changes=tuple(write_fixed(Path(config.data).expanduser(), copy, config)))
 
 
 def _check_copy(config: LintConfig) -> Path:
@@ -78,7 +163,7 @@ def _check_report(config: LintConfig, copy: Path | None) -> Path:
     return output
 
 
-def _print_report(report: Report, form: str) -> None:
+def _print_report(report: LintReport, form: str) -> None:
     if form == "text":
         terminal = Console(highlight=False)
         for line in formats.as_lines(report):
@@ -89,7 +174,7 @@ def _print_report(report: Report, form: str) -> None:
     sys.stdout.flush()
 
 
-def _as_text(report: Report, form: str) -> str:
+def _as_text(report: LintReport, form: str) -> str:
     if form == "json":
         return formats.as_json(report)
     if form == "html":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -116,12 +116,49 @@ class FileSummary:
 
 
 @dataclass(frozen=True)
-class Report:
-    """All findings on ``data``, the most severe first."""
+class Change:
+    """A row that the cleaned copy drops or changes; ``before`` and ``after`` hold the texts that differ."""
+
+    row: RowId
+    action: Literal["changed", "dropped"]
+    reason: str
+    before: Mapping[str, str]
+    after: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class LintReport:
+    """All findings on ``data``, the most severe first. Iterate over it for the findings.
+
+    Attributes:
+        data: The data's name.
+        files: Numbers of usable rows.
+        findings: Each problem, with the rows that have it.
+        changes: Rows that the fixed copy drops or changes, if one was written.
+    """
 
     data: str
     files: tuple[FileSummary, ...]
     findings: tuple[Finding, ...]
+    changes: tuple[Change, ...] = ()
+
+    def __iter__(self) -> Iterator[Finding]:
+        """Yield the findings."""
+        return iter(self.findings)
+
+    def __len__(self) -> int:
+        """Return the number of findings."""
+        return len(self.findings)
+
+    @property
+    def worst(self) -> Severity | None:
+        """The severity of the worst finding: error, warning or info; None if there is none."""
+        return self.findings[0].severity if self.findings else None
+
+    @property
+    def rows(self) -> tuple[RowId, ...]:
+        """The rows with a finding, in order of the findings: indices, or row numbers of a file."""
+        return tuple(dict.fromkeys(row for finding in self.findings for row in finding.rows))
 
     @property
     def counts(self) -> dict[str, int]:

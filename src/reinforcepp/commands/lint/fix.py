@@ -5,31 +5,20 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from reinforcepp.commands.lint.check import read_file, to_checked_file
 from reinforcepp.commands.lint.damage import clean_text
+from reinforcepp.commands.lint.findings import Change
 from reinforcepp.commands.lint.rules import contradicting_rows
 from reinforcepp.config import ColumnConfig
 from reinforcepp.data import UNPAIRED, Row
 from reinforcepp.errors import DataError
 from reinforcepp.files import whole_file
-from reinforcepp.types import RowId
 
 LOG_SUFFIX = ".log.jsonl"
-
-
-@dataclass(frozen=True)
-class Change:
-    """A row that the copy drops or changes; ``before`` and ``after`` hold the texts that differ."""
-
-    row: RowId
-    action: Literal["changed", "dropped"]
-    reason: str
-    before: Mapping[str, str]
-    after: Mapping[str, str] | None = None
 
 
 def log_path(copy: Path) -> Path:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from reinforcepp.commands.lint.findings import Report
+from reinforcepp.commands.lint.findings import LintReport
 from reinforcepp.config.inspection import FIXABLE
 from reinforcepp.data import count
+from reinforcepp.errors import option
 from reinforcepp.reports.html import asset, render
 
 COLORS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -21,7 +22,7 @@ class Line(NamedTuple):
     style: str = ""
 
 
-def as_lines(report: Report) -> list[Line]:
+def as_lines(report: LintReport) -> list[Line]:
     """Return the report as text."""
     lines = [Line(text) for text in _sizes(report)]
     for finding in report.findings:
@@ -31,12 +32,12 @@ def as_lines(report: Report) -> list[Line]:
     return [*lines, Line(summary(report), "green" if not any(report.counts.values()) else "bold")]
 
 
-def as_json(report: Report) -> str:
+def as_json(report: LintReport) -> str:
     """Return the report as JSON with all rows; non-ASCII characters are escaped."""
     return json.dumps(report.as_dict(), indent=2) + "\n"
 
 
-def as_page(report: Report) -> str:
+def as_page(report: LintReport) -> str:
     """Return the report as a page that opens offline."""
     return render(
         "lint.html",
@@ -48,7 +49,7 @@ def as_page(report: Report) -> str:
     )
 
 
-def summary(report: Report) -> str:
+def summary(report: LintReport) -> str:
     """Return, for example, ``2 errors, 1 warning. --fix OUT.csv writes a cleaned copy without 2 of them.``"""
     if not report.findings:
         return "No problems found."
@@ -57,11 +58,11 @@ def summary(report: Report) -> str:
     suffix = Path(report.data).suffix.lower()
     offers_fix = fixable and suffix in FIXABLE
     return f"{counted}." + (
-        f" --fix OUT{suffix} writes a cleaned copy without {fixable} of them." if offers_fix else ""
+        f" {option('fix', f'OUT{suffix}')} writes a cleaned copy without {fixable} of them." if offers_fix else ""
     )
 
 
-def _sizes(report: Report) -> list[str]:
+def _sizes(report: LintReport) -> list[str]:
     return [
         f"{file.file}: {count(file.rows, 'row')}, {count(file.usable, f'usable {file.noun}')}" for file in report.files
     ]

@@ -23,6 +23,7 @@ from reinforcepp.commands.lint.findings import (
 )
 from reinforcepp.commands.lint.similar import across, near_duplicates
 from reinforcepp.data import UNPAIRED, Skipped, contradictions_in, count, split_by_prompt, text_digest, words
+from reinforcepp.errors import setting
 from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.types import Preference, RowId
 
@@ -172,7 +173,7 @@ def damaged_text(file: CheckedFile) -> list[Finding]:
         "damaged-text",
         lambda text: repair_encoding(text) != text,
         "text that was decoded with the wrong encoding",
-        fix="Repair it with --fix, and export the file as UTF-8 next time",
+        fix=f"Repair it with {setting('fix')}, and export the file as UTF-8 next time",
     )
 
 
@@ -183,7 +184,7 @@ def control_characters(file: CheckedFile) -> list[Finding]:
         "control-characters",
         lambda text: has_controls(repair_encoding(text)),
         "control characters",
-        fix="Strip them with --fix",
+        fix=f"Strip them with {setting('fix')}",
     )
 
 
