@@ -177,7 +177,9 @@ def build_ours(job: dict[str, Any], folder: Path, output: str) -> ReinforceTrain
 
 def run_ours(job: dict[str, Any], folder: Path, output: str) -> tuple[list[float], dict[str, list[float]]]:
     """This package's trainer."""
-    log = build_ours(job, folder, output).train()[job["warm_up"] :]
+    trainer = build_ours(job, folder, output)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "step_time" in entry][job["warm_up"] :]
     lengths = [m["completions/mean_length"] for m in log]
     assert min(lengths) > 0.99 * job["new_tokens"], f"completions of other lengths: {lengths}"
     phases = {phase: [m[f"time/{phase}"] for m in log] for phase in ("rollout", "score", "update", "sync")}

@@ -28,6 +28,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.data import load_prompts
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_policy, load_tokenizer, weights_hash
+from reinforcepp.monitoring import read_metrics
 from reinforcepp.rollout.ray.engine import RayEngine
 from reinforcepp.types import Completion, Prompt, Sampling
 
@@ -86,7 +87,8 @@ def training(address: str, steps: int, every: float | None) -> dict[str, Any]:
     killer = threading.Thread(target=killing, args=(every or 0.0, stop, killed), daemon=True)
     if every:
         killer.start()
-    metrics = trainer.train()
+    trainer.train()
+    metrics = read_metrics(trainer.folder)
     stop.set()
     engine.close()
     return {

@@ -115,7 +115,8 @@ def learning_part(seeds: list[int]) -> dict[str, Any]:
                 trainer = ReinforceTrainer(
                     train.model, train.reward_model, args, prompts, eval_dataset=held_out, judge=train.judge_name
                 )
-                log = trainer.train()
+                trainer.train()
+                log = [entry for entry in trainer.state.log_history if "step_time" in entry]
                 curve = [
                     {"step": at(when, trainer.num_steps), "gold": found.metrics()["judge"], "kl": found.kl}
                     for when, found in trainer.evaluations.items()

@@ -150,6 +150,14 @@ def model(
     return built.eval()
 
 
+def train(trainer) -> list[dict[str, float]]:
+    """Train, and return the metrics of every step of the run."""
+    from reinforcepp.monitoring import read_metrics
+
+    trainer.train()
+    return read_metrics(trainer.folder)
+
+
 def save(folder: Path, family: str = "gpt2", **settings) -> Path:
     """Write a model folder that ``from_pretrained`` reads."""
     model(family, **settings).save_pretrained(folder)

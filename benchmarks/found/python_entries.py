@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from found.inputs import CHATML, FIXED, entry, error_of, expect, saved, tokenizer
+from reinforcepp.monitoring import read_metrics
 
 PROMPTS = [{"prompt": f"How long does dish {i} cook?"} for i in range(4)]
 
@@ -32,9 +33,11 @@ def second_train(folder: Path) -> str:
 
     base = str(saved(folder / "m"))
     run = trainer(base, folder / "run")
-    first = run.train()
+    run.train()
+    first = read_metrics(run.folder)
     files = sorted(str(path) for path in (folder / "run").rglob("*") if path.is_file())
-    expect(run.train() == first, "other metrics")
+    run.train()
+    expect(read_metrics(run.folder) == first, "other metrics")
     expect(sorted(str(path) for path in (folder / "run").rglob("*") if path.is_file()) == files, "files differ")
     calls: list[int] = []
 
@@ -47,7 +50,7 @@ def second_train(folder: Path) -> str:
     broken = trainer(base, folder / "broken", fails_once)
     with suppress(RewardError):
         broken.train()
-    return expect(len(broken.train()) == 2, "the second call doesn't finish the run")
+    return expect(broken.train().global_step == 2, "the second call doesn't finish the run")
 
 
 @entry("T2", "a PeftModel with a trained adapter as policy", "the reference is the policy as given")
@@ -58,8 +61,10 @@ def trained_adapter_as_policy(folder: Path) -> str:
 
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     tuned = get_peft_model(load_policy(str(saved(folder / "m"))), config)
-    metrics = trainer(tuned, folder / "run", learning_rate=1e-9, processing_class=tokenizer()).train()
-    return expect(abs(metrics[0]["kl"]) < 1e-4, metrics[0])
+    run = trainer(tuned, folder / "run", learning_rate=1e-9, processing_class=tokenizer())
+    run.train()
+    first = run.state.log_history[0]
+    return expect(abs(first["kl"]) < 1e-4, first)
 
 
 @entry("T3", "the caller's tokenizer with a system prompt in the settings", "the caller's object stays as it is")
@@ -74,8 +79,8 @@ def callers_tokenizer(folder: Path) -> str:
 def whole_evaluation(folder: Path) -> str:
     rows = [{"prompt": f"How hot is oven {i}?"} for i in range(70)]
     run = trainer(str(saved(folder / "m")), folder / "run", eval_dataset=rows, eval_prompts=4)
-    found = run.evaluate()
-    return expect(len(found.completions) == 70, len(found.completions))
+    found = run.evaluate()["eval_samples"]
+    return expect(found == 70, found)
 
 
 @entry("T4", "report_to none or None, a Path as output_dir", "accepted as in TRL")

@@ -293,7 +293,7 @@ def test_a_training_whose_server_is_killed_stops_and_goes_on_when_it_is_back(
 def test_a_server_that_comes_back_in_time_costs_nothing(model_folder, reward, tmp_path):
     with serving(reward) as server:
         port = server.server_port
-        whole = training(model_folder, tmp_path / "whole", f"http://127.0.0.1:{port}/get_reward").train()
+        whole = tiny.train(training(model_folder, tmp_path / "whole", f"http://127.0.0.1:{port}/get_reward"))
     run = training(model_folder, tmp_path / "run", f"http://127.0.0.1:{port}/get_reward")
     (client,) = run.rewards.functions
     back, failures = [], []
@@ -305,7 +305,7 @@ def test_a_server_that_comes_back_in_time_costs_nothing(model_folder, reward, tm
 
     client._log_retry = comes_back
     try:
-        assert [m["reward"] for m in run.train()] == [m["reward"] for m in whole]
+        assert [m["reward"] for m in tiny.train(run)] == [m["reward"] for m in whole]
     finally:
         back[0].__exit__(None, None, None)
     assert len(failures) == 1
@@ -348,4 +348,5 @@ def test_a_reward_model_may_have_another_tokenizer_than_the_policy(tmp_path, rew
     rows = [encode_example(others, c.prompt.text, c.text, finished=c.finish_reason == "stop") for c in completions]
     assert seen == rows and all(max(row) < len(others) for row in rows)
     assert scores.total == pytest.approx(load_reward_model(str(reward_folder)).score_rows(rows), abs=1e-6)
-    assert run.train()[0]["rewards/reward_model/mean"] == pytest.approx(sum(scores.total) / len(scores.total), abs=1e-5)
+    mean = tiny.train(run)[0]["rewards/reward_model/mean"]
+    assert mean == pytest.approx(sum(scores.total) / len(scores.total), abs=1e-5)

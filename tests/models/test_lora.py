@@ -293,7 +293,7 @@ def trainer(base, folder, **settings):
 def test_training_generalizes_and_changes_only_the_adapter(bases, tmp_path, settings):
     run = trainer(bases["llama"], tmp_path / "run", **({"max_steps": 30} | settings))
     frozen = {name: p.clone() for name, p in run.policy.named_parameters() if "lora_" not in name}
-    log = run.train()
+    log = tiny.train(run)
     before, after = run.evaluations["before"], run.evaluations["after"]
     assert before.kl == pytest.approx(0, abs=1e-5)
     # A mean over 20 held-out prompts has a standard error of 0.05, one over the 160 completions of 5 steps 0.02. Which tokens

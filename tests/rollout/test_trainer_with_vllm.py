@@ -42,7 +42,7 @@ def trainer(base, tmp_path):
 
 
 def test_every_step_samples_from_the_current_weights(trainer):
-    log = trainer.train()
+    log = tiny.train(trainer)
     assert len(log) == 4 and log[-1]["kl"] > 0.001
     for metrics in log:
         assert metrics["sampling/logprob_gap_max"] < 1e-3 and metrics["sampling/kl"] < 1e-5

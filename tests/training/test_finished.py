@@ -82,7 +82,7 @@ def test_checkpoints_that_the_user_asked_for_stay(base, tmp_path, kept, capsys):
         more.train()
     assert read_finished(tmp_path / "run") is None  # otherwise a run without its checkpoints would look finished
     again = trainer(base, tmp_path / "run", resume=True, **kept, max_steps=4, allow_changes="max_steps")
-    assert [metrics["step"] for metrics in again.train()] == [1, 2, 3, 4]
+    assert [metrics["step"] for metrics in tiny.train(again)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["reward", "sft"])
@@ -118,10 +118,10 @@ def test_nothing_is_deleted_if_the_model_is_not_saved(base, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("settings", [{}, {"use_peft": True}, {"save_every": 50}], ids=["full", "lora", "short"])
 def test_resuming_a_finished_run_trains_nothing(base, tmp_path, settings, capsys):
-    log = trainer(base, tmp_path / "run", **settings).train()
+    log = tiny.train(trainer(base, tmp_path / "run", **settings))
     before = contents(tmp_path / "run")
     again = trainer(base, tmp_path / "run", resume=True, **settings)
-    assert again.train() == again.train() == log
+    assert tiny.train(again) == tiny.train(again) == log
     assert contents(tmp_path / "run") == before
     printed = capsys.readouterr().err
     assert "steps. Checking that its data and models are unchanged ..." in printed
@@ -183,7 +183,7 @@ def test_a_run_killed_while_it_deletes_checkpoints_is_finished(base, tmp_path, m
             trainer(base, tmp_path / "run").train()
     assert names(tmp_path / "run") == ["step-000002"]
     model = (tmp_path / "run" / "model.safetensors").read_bytes()
-    log = trainer(base, tmp_path / "run", resume=True).train()
+    log = tiny.train(trainer(base, tmp_path / "run", resume=True))
     assert [metrics["step"] for metrics in log] == [1, 2]
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "run.lock").exists()
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == model

@@ -170,7 +170,7 @@ def equal(one, other):
 
 def test_a_reward_that_is_not_finite_costs_one_update(base, tmp_path, capsys):
     run = trainer(base, tmp_path / "run", BadAt(2), max_steps=4)
-    log = run.train()
+    log = tiny.train(run)
     assert [m["skipped_updates"] for m in log] == [0, 1, 0, 0]
     assert "reward" not in log[1] and "reward" in log[2]
     assert "returned nan" in capsys.readouterr().err
@@ -210,7 +210,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(base, tm
     seen = []
     step = run.update.policy.step
     run.update.policy.step = lambda norm: (seen.append(norm), step(norm))[1]
-    log = run.train()
+    log = tiny.train(run)
     assert [m["skipped_updates"] for m in log] == [0, 1, 0]
     assert len(seen) == 2 and all(map(math.isfinite, seen))
     assert all(torch.isfinite(value).all() for value in weights(run).values())
@@ -221,7 +221,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(base, tm
 def test_only_the_unusable_one_of_several_updates_is_skipped(base, tmp_path):
     run = trainer(base, tmp_path / "run", fine, max_steps=2, micro_batch_size=4, gradient_accumulation_steps=1)
     poisoned(run, 2)
-    log = run.train()
+    log = tiny.train(run)
     assert [m["skipped_updates"] for m in log] == [1, 0]
     assert math.isfinite(log[0]["loss"]) and log[0]["grad_norm"] > 0
 
@@ -256,7 +256,7 @@ def test_a_rollback_halves_the_learning_rate(base, tmp_path):
     settings = {"max_steps": 6, "kl_action": "rollback", "save_every": 2, "lr_scheduler_type": "constant"}
     run = trainer(base, tmp_path / "run", fine, **settings)
     tripping(run, RollBack("The KL is too large"), 2, 4, 4)
-    log = run.train()
+    log = tiny.train(run)
     assert [m["step"] for m in log] == list(range(1, 7))
     # back to the start at half the rate, then twice to step 2, whose checkpoint was saved at half the rate
     assert [m["learning_rate"] for m in log] == pytest.approx([5e-4, 5e-4, 1.25e-4, 1.25e-4, 1.25e-4, 1.25e-4])
@@ -291,7 +291,7 @@ def test_advantages_use_the_current_kl_coefficient(base, tmp_path, kind):
 
 def test_the_coefficient_follows_the_kl(base, tmp_path):
     settings = {"max_steps": 8, "learning_rate": 5e-3, "kl_target": 1e-4, "kl_horizon": 40.0, "kl_coef": 0.1}
-    log = trainer(base, tmp_path / "run", fine, **settings).train()
+    log = tiny.train(trainer(base, tmp_path / "run", fine, **settings))
     coefs = [m["kl_coef"] for m in log]
     assert coefs[0] == 0.1 and coefs[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 40))  # the first KL is 0
     assert log[-1]["kl"] > 1.2e-4 and coefs[-1] == pytest.approx(coefs[-2] * (1 + 0.2 * 8 / 40), rel=1e-6)

@@ -184,10 +184,10 @@ def test_train_continues_after_an_error_and_does_nothing_after_the_end(base, und
     run = trainer(base, tmp_path / "run", failing)
     with pytest.raises(RewardError, match="the server is down"):
         run.train()
-    metrics = run.train()
+    metrics = tiny.train(run)
     assert files(tmp_path / "run") == files(undisturbed())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    assert run.train() == metrics and len(metrics) == 4
+    assert tiny.train(run) == metrics and len(metrics) == 4
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
@@ -313,7 +313,7 @@ def test_checkpoints_from_before_a_rollback_are_deleted(tmp_path):
 
 @pytest.mark.parametrize(("metric", "choose"), [("reward", max), ("-reward", min)])
 def test_the_best_one_is_kept_too(base, tmp_path, metric, choose):
-    log = trainer(base, tmp_path / "run", max_steps=6, keep_last=1, keep_best=metric).train()
+    log = tiny.train(trainer(base, tmp_path / "run", max_steps=6, keep_last=1, keep_best=metric))
     rewards = [m["reward"] for m in log]
     best = f"step-{rewards.index(choose(rewards)) + 1:06d}"
     assert set(steps(tmp_path / "run")) == {best, "step-000006"}
@@ -420,7 +420,7 @@ def test_changed_settings_are_listed_and_may_be_allowed(base, undisturbed, tmp_p
         trainer(base, tmp_path / "run", resume=True, learning_rate=0.01, max_steps=6)
     assert "allow_changes='learning_rate,max_steps'" in str(caught.value)
     changed = {"learning_rate": 0.01, "max_steps": 6, "allow_changes": "max_steps, learning_rate"}
-    log = trainer(base, tmp_path / "run", resume=True, **changed).train()
+    log = tiny.train(trainer(base, tmp_path / "run", resume=True, **changed))
     assert [m["step"] for m in log] == list(range(1, 7))
 
 

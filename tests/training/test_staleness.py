@@ -90,7 +90,7 @@ def test_a_step_is_sampled_and_scored_by_older_weights(base, tmp_path, staleness
 
     run.update.run = noted
     before_each(run, late)
-    log = run.train()
+    log = tiny.train(run)
     assert [m["staleness"] for m in log] == [min(step, staleness) for step in range(5)]
     for step, batch in enumerate(batches):
         sampler = weights[max(0, step - staleness)]
@@ -111,7 +111,7 @@ def test_a_step_is_sampled_and_scored_by_older_weights(base, tmp_path, staleness
 
 def test_without_staleness_the_current_weights_sample(base, tmp_path):
     run = trainer(base, tmp_path / "run")
-    assert "staleness" not in run.train()[-1]
+    assert "staleness" not in tiny.train(run)[-1]
     assert not isinstance(run.rollouts, AsyncRolloutScheduler)
     assert not list((tmp_path / "run").rglob("ahead.json"))
 
@@ -149,7 +149,7 @@ def test_the_difference_between_engine_and_trainer_is_corrected(base, tmp_path):
         return update(batch, step, kl_coef)
 
     run.update.run = noted
-    log = run.train()
+    log = tiny.train(run)
     assert max(seen) < 1e-4  # the same weights, so they differ by rounding alone, however old they are
     assert max(m["sampling/logprob_gap_max"] for m in log) < 1e-4
     assert [m["approx_kl"] > 1e-4 for m in log] == [False, True, True]  # how far the policy has come since
@@ -281,7 +281,7 @@ def test_staleness_can_change_on_resume(base, tmp_path):
         stopping(run, 3)
         with pytest.raises(Interrupted):
             run.train()
-        log = trainer(base, folder, staleness=after, resume=True, allow_changes="staleness").train()
+        log = tiny.train(trainer(base, folder, staleness=after, resume=True, allow_changes="staleness"))
         assert len(log) == 4 and log[-1].get("staleness", 0) <= after
 
 
@@ -291,7 +291,7 @@ def test_a_rollback_restores_pending_rollouts(base, tmp_path):
     sampled = []
     before_each(run, sampled.append)
     tripping(run, RollBack("The KL is too large"), 3)
-    log = run.train()
+    log = tiny.train(run)
     assert [m["step"] for m in log] == [1, 2, 3, 4, 5]
     assert [m["staleness"] for m in log] == [0, 1, 1, 1, 1]
     assert sampled == [0, 1, 2, 3, 3, 4]  # that of step 2 came from the checkpoint

@@ -19,7 +19,7 @@ from reinforcepp.commands.report import PAGE, write_report
 from reinforcepp.config import DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.files import write_json
-from reinforcepp.monitoring import console, echo, printable
+from reinforcepp.monitoring import console, echo, printable, read_metrics
 from reinforcepp.monitoring.curve import draw_curve
 from reinforcepp.run_dir import check_output, claim_output, clear
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
@@ -74,7 +74,8 @@ def _run_stages(config: DemoConfig, folder: Path) -> DemoResult:
         eval_dataset=heldout_rows,
         judge=train_config.judge_name,
     )
-    metrics = trainer.train()
+    trainer.train()
+    metrics = read_metrics(trainer.folder)
     draw_curve(metrics, folder / "training_curve.png", f"REINFORCE++ on {train_config.model}, seed {config.seed}")
 
     echo("\n3/4  Generation with the trained model", "bold")

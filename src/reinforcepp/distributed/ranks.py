@@ -214,19 +214,19 @@ class Ranks:
         state = _process_state()
         known = "deepspeed_plugins" in AcceleratorState._shared_state  # Accelerate accepts the plugin only once.
         plugin = launcher_plugin() if deepspeed_requested() and not known else None
-        self._accelerator = Accelerator(
+        self.accelerator = Accelerator(
             mixed_precision="no",  # This package handles precision, whatever the launcher or environment set.
             cpu=state.device.type == "cpu",
             log_with=list(report_to) or None,
             project_config=project,
             deepspeed_plugin=plugin,
         )
-        if self._accelerator.distributed_type != DistributedType.NO:
+        if self.accelerator.distributed_type != DistributedType.NO:
             self._check_launch(plugin)
 
     def _check_launch(self, plugin: DeepSpeedPlugin | None) -> None:
         """Raise a ConfigError for unsupported launcher settings. On CPUs, also set the type of sharding in Accelerate."""
-        state = self._accelerator.state
+        state = self.accelerator.state
         if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             # Accelerate sometimes copies one of the two states to the other.
@@ -243,22 +243,22 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and prints."""
-        return bool(self._accelerator.is_main_process)
+        return bool(self.accelerator.is_main_process)
 
     @property
     def index(self) -> int:
         """Index of this rank."""
-        return int(self._accelerator.process_index)
+        return int(self.accelerator.process_index)
 
     @property
     def count(self) -> int:
         """Number of ranks."""
-        return int(self._accelerator.num_processes)
+        return int(self.accelerator.num_processes)
 
     @property
     def device(self) -> torch.device:
         """Device of this rank."""
-        return self._accelerator.device
+        return self.accelerator.device
 
     def start_trackers(self, settings: Mapping[str, Any], step: int) -> None:
         """Start the trackers of a run that begins or resumes after ``step``."""
@@ -267,15 +267,15 @@ class Ranks:
         options = {"tensorboard": {"purge_step": step + 1}} if step else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Trackers warn about their own internals.
-            self._accelerator.init_trackers(PROJECT, config=plain, init_kwargs=options)
+            self.accelerator.init_trackers(PROJECT, config=plain, init_kwargs=options)
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Log the metrics of a step to the trackers."""
-        self._accelerator.log(dict(values), step=step)
+        self.accelerator.log(dict(values), step=step)
 
     def end_trackers(self) -> None:
         """Flush and close the trackers. Accelerate's ``end_training`` would also destroy the process group vLLM uses."""
-        for tracker in self._accelerator.trackers:
+        for tracker in self.accelerator.trackers:
             tracker.finish()
 
     # --- models and gradients ---
@@ -283,12 +283,12 @@ class Ranks:
     @property
     def sharded(self) -> bool:
         """Whether each rank holds a shard of every weight (FSDP2, DeepSpeed) instead of all weights."""
-        return bool(self._accelerator.is_fsdp2) or self.uses_deepspeed
+        return bool(self.accelerator.is_fsdp2) or self.uses_deepspeed
 
     @property
     def uses_deepspeed(self) -> bool:
         """Whether the training backend is DeepSpeed."""
-        return bool(self._accelerator.distributed_type == DistributedType.DEEPSPEED)
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def prepare(
         self, model: PreTrainedModel, optimizer: MasterAdamW, dtype: torch.dtype, weights: Iterable[Tensor]
@@ -302,9 +302,9 @@ class Ranks:
             weights: the model's weights at full precision.
         """
         if self.uses_deepspeed:
-            complete_config(self._accelerator.state.deepspeed_plugin.deepspeed_config, dtype)
-            self._accelerator.deepspeed_engine_wrapped = None  # It belongs to the model that was prepared before.
-            prepared, _ = self._accelerator.prepare(model, optimizer)
+            complete_config(self.accelerator.state.deepspeed_plugin.deepspeed_config, dtype)
+            self.accelerator.deepspeed_engine_wrapped = None  # It belongs to the model that was prepared before.
+            prepared, _ = self.accelerator.prepare(model, optimizer)
             unset_hf_deepspeed_config()
             return DeepSpeedBackend(prepared, optimizer, weights, self.index, self.count)
         if self.sharded:
@@ -314,12 +314,12 @@ class Ranks:
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-            self._accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-            prepared, wrapped = self._accelerator.prepare(model, optimizer)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+            prepared, wrapped = self.accelerator.prepare(model, optimizer)
             optimizer.use_shards()
         else:  # The optimizer's tensors stay on their device, which can be the CPU.
-            prepared, wrapped = self._accelerator.prepare(model, optimizer, device_placement=[None, False])
-        return AccelerateBackend(self._accelerator, prepared, wrapped, optimizer)
+            prepared, wrapped = self.accelerator.prepare(model, optimizer, device_placement=[None, False])
+        return AccelerateBackend(self.accelerator, prepared, wrapped, optimizer)
 
     # --- communication between ranks ---
 
@@ -359,11 +359,11 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the element-wise sum over ranks."""
-        return self._accelerator.reduce(values, reduction="sum")
+        return self.accelerator.reduce(values, reduction="sum")
 
     def max(self, value: Tensor) -> Tensor:
         """Return the largest ``value``, a scalar tensor, over ranks."""
-        gathered: Tensor = self._accelerator.gather(value)
+        gathered: Tensor = self.accelerator.gather(value)
         return gathered.max()
 
     def any(self, condition: bool) -> bool:
@@ -372,4 +372,4 @@ class Ranks:
 
     def barrier(self) -> None:
         """Block until all ranks have reached this call."""
-        self._accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()

@@ -1,6 +1,15 @@
 """Monitoring of runs: metric log, progress, live view, and doctor."""
 
-from reinforcepp.monitoring.metric_log import EVENTS, LOGS, Clock, MetricLog, log_event, read_metrics, restore_logs
+from reinforcepp.monitoring.metric_log import (
+    EVENTS,
+    LOGS,
+    Clock,
+    MetricLog,
+    log_event,
+    read_metrics,
+    restore_logs,
+    rounded,
+)
 from reinforcepp.monitoring.progress import PROGRESS_ROWS, Progress, console, echo, printable, reading_progress
 
 __all__ = [
@@ -17,4 +26,5 @@ __all__ = [
     "read_metrics",
     "reading_progress",
     "restore_logs",
+    "rounded",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import BinaryIO
@@ -49,11 +50,11 @@ class MetricLog:
         """Open the log in ``folder`` for appending."""
         self._files = [open(folder / name, "ab") for name in LOGS]  # noqa: SIM115  (closed by close)
 
-    def write(self, metrics: dict[str, float]) -> None:
-        """Append the metrics of one step, rounded to float32 precision, without values that aren't finite."""
-        finite = {key: round(float(v), 8) if isinstance(v, float) else v for key, v in metrics.items() if isfinite(v)}
-        timings = {key: finite.pop(key) for key in list(finite) if key.startswith(TIMINGS)}
-        for file, line in zip(self._files, (finite, timings), strict=True):
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Append the :func:`rounded` metrics of one step."""
+        values = rounded(metrics)
+        timings = {key: values.pop(key) for key in list(values) if key.startswith(TIMINGS)}
+        for file, line in zip(self._files, (values, timings), strict=True):
             file.write((json.dumps(line) + "\n").encode())
             file.flush()
 
@@ -61,6 +62,11 @@ class MetricLog:
         """Close the files."""
         while self._files:
             self._files.pop().close()
+
+
+def rounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics rounded to float32 precision, without values that aren't finite."""
+    return {key: round(float(v), 8) if isinstance(v, float) else v for key, v in metrics.items() if isfinite(v)}
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import check_dataset, prompt_rows
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
-from reinforcepp.errors import DataError
+from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import check_trainable, load_config, prompt_limit, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
@@ -36,6 +36,7 @@ from reinforcepp.run_dir import check_output
 from reinforcepp.training import checkpoint
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
 from reinforcepp.training.batches import PromptBatches
+from reinforcepp.training.callbacks import Callbacks
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.evaluation import Evaluator
 from reinforcepp.training.guardrails import Guardrails
@@ -50,7 +51,7 @@ from reinforcepp.training.setup import encode, longest_prompt, start_policy, war
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class TrainingParts:
     update: PolicyUpdate
     rollouts: RolloutScheduler
     run: PolicyRun
+    callbacks: Callbacks
     guard: RunGuard
     evaluator: Evaluator
     kl_controller: Callable[[float, float], float]
@@ -87,12 +89,25 @@ def build(
     engine: RolloutEngine | None,
     judge: str | RewardFunction | None,
     reward_weights: Sequence[float] | None,
+    reward_processing_classes: Any,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None,
+    optimizers: tuple[Any, Any],
+    quantization_config: Any,
 ) -> TrainingParts:
     """Check everything that can be checked first, then load the models; the arguments are those of the trainer.
 
     Raises:
         ReinforceError: settings, data or models don't fit together.
     """
+    refused = {
+        "reward_processing_classes": reward_processing_classes,
+        "callbacks": callbacks,
+        "optimizers": any(optimizers),
+        "quantization_config": quantization_config,
+    }
+    for name, value in refused.items():
+        if value:
+            raise ConfigError(f"{name}: not supported yet. Remove it.")
     folder, resumed = open_folder(model, config)
     model_config = load_config(model) if isinstance(model, str) else model.config
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens, config.max_length)
@@ -110,6 +125,8 @@ def build(
     judge_sum = load_rewards(judge) if judge is not None else None
 
     ranks = Ranks(config.report_to, folder)
+    events = Callbacks(config, ranks, num_steps, batches.steps_per_epoch)
+    rewards = replace(rewards, trainer_state=events.state)
     place_reward_models(rewards, judge_sum, config, ranks)
     learner, critic = start_learners(model, config, ranks, updates=num_steps * config.updates_per_step)
     reference = make_reference(learner.plain, new_adapter=config.use_peft)
@@ -157,7 +174,7 @@ def build(
         "judge": judge_sum.names[0] if judge_sum else None,
         **environment(ranks.device),
     }
-    run = PolicyRun(folder, update, rollouts, tokenizer, facts, resumed)
+    run = PolicyRun(folder, update, rollouts, tokenizer, events, facts, resumed)
     guard = RunGuard(run, guardrails, heartbeat, num_steps)
     evaluator = Evaluator(eval_prompts, rewards, judge_sum, reference, rollouts, run, heartbeat, num_steps)
     return TrainingParts(
@@ -171,6 +188,7 @@ def build(
         update=update,
         rollouts=rollouts,
         run=run,
+        callbacks=events,
         guard=guard,
         evaluator=evaluator,
         kl_controller=partial(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 EVALUATION_SEED = 1_000_003
 SCORING_BATCH_SIZE = 16
+TRL_KEYS = {
+    "length": "completions/mean_length",
+    "truncated": "completions/clipped_ratio",
+    "distinct": "completions/distinct_ratio",
+}
 RankEvaluation = tuple[list[Completion], list[float | None], list[float | None], list[tuple[float, int]]]
 """A rank's completions, their rewards, their judge's scores, and their :func:`kl_sums`."""
 Logprobs = tuple[Tensor, Tensor]
@@ -68,6 +73,11 @@ class Evaluation:
         judged = {} if self.judgements is None else {"judge": self.judgements}
         first = {name: known.pop(name) for name in ("prompt", "completion")}
         return first | {"reward": self.rewards} | judged | known
+
+
+def logged_metrics(metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, float]:
+    """Return :meth:`Evaluation.metrics` under TRL's keys: ``eval_reward``, ``eval_completions/mean_length`` and so on."""
+    return {f"{prefix}_{TRL_KEYS.get(name, name)}": value for name, value in metrics.items()}
 
 
 def evaluate(

@@ -32,14 +32,15 @@ from reinforcepp.monitoring.completion_log import (
     save_completions,
     step_file,
 )
-from reinforcepp.monitoring.run_record import RunRecord
+from reinforcepp.monitoring.run_record import RunRecord, read_run
 from reinforcepp.monitoring.step_metrics import rollout_columns
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.run_dir import RUN_FILE, claim_output, clear, describe_run, write_finished
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.async_rollouts import PENDING_FILE
 from reinforcepp.training.batches import UpdateBatch
-from reinforcepp.training.evaluation import Evaluation
+from reinforcepp.training.callbacks import Callbacks
+from reinforcepp.training.evaluation import Evaluation, logged_metrics
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.preflight import check_before_training
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
@@ -82,6 +83,7 @@ class PolicyRun:
         update: owns the weights, the optimizers and the guardrails.
         rollouts: owns the engine, and completions generated ahead.
         tokenizer: saved with the policy.
+        callbacks: get each event.
         facts: the facts that ``run.json`` and the report hold in addition to settings, ``inputs`` (fingerprints) among them.
         resumed: the checkpoint that the run resumes from, or the finished run, if any.
     """
@@ -92,6 +94,7 @@ class PolicyRun:
         update: PolicyUpdate,
         rollouts: RolloutScheduler,
         tokenizer: PreTrainedTokenizerBase,
+        callbacks: Callbacks,
         facts: dict[str, Any],
         resumed: checkpoint.Checkpoint | checkpoint.FinishedRun | None = None,
     ) -> None:
@@ -100,6 +103,7 @@ class PolicyRun:
         self.update = update
         self.rollouts = rollouts
         self.tokenizer = tokenizer
+        self.callbacks = callbacks
         self.facts = facts
         self.resumed = resumed if isinstance(resumed, checkpoint.Checkpoint) else None
         """The checkpoint to resume from, until it is restored."""
@@ -131,13 +135,14 @@ class PolicyRun:
     ) -> None:
         """Finish a step: log its metrics and completions, and set the KL coefficient of the next step."""
         self.batch = None
-        position = {"step": step + 1, "epoch": (step + 1) / self.rollouts.batches.steps_per_epoch}
+        position = self.callbacks.at(step + 1)
         self.state.num_tokens += metrics.get("num_tokens", 0.0)
         self.metrics = {**position, **metrics, "num_tokens": self.state.num_tokens}
         if kl_coef is not None and self.config.kl_target is not None:
             self.metrics["kl_coef"] = self.state.kl_coef
             self.state.kl_coef = kl_coef
         checkpoint.check_metric(self.config.keep_best, self.metrics)
+        self.callbacks.log({**self.metrics, **timings})
         if self.update.ranks.is_main:
             if self.config.log_completions and batch is not None:
                 columns = rollout_columns(batch.rollout, batch.scores, step + 1)
@@ -160,6 +165,7 @@ class PolicyRun:
     def record_evaluation(self, name: str, evaluation: Evaluation) -> None:
         """Write the completions of an evaluation, and the metrics of all evaluations so far."""
         self.state.evaluations[name] = evaluation.metrics()
+        self.callbacks.log(logged_metrics(evaluation.metrics()))
         if not self.update.ranks.is_main:
             return
         file = evaluation_file(self.folder, name)
@@ -265,6 +271,8 @@ class PolicyRun:
         prompts = self.rollouts.batches.at(self.state.step)
         self.batch = UpdateBatch.load(saved, prompts, self.update.ranks.device)
         rng.restore(self.state.random)
+        if log:
+            self.callbacks.restore(saved.folder, self.state.evaluations, self.state.step)
         if log and self.update.ranks.is_main:
             self.log.close()
             restore_logs(saved.folder, self.folder)
@@ -318,6 +326,7 @@ class PolicyRun:
     def finish(self) -> None:
         """Record that all steps are done and the policy is saved, and delete checkpoints that aren't kept."""
         self.finished = True
+        self.callbacks.finish()
         if self.update.ranks.is_main:
             checkpoint.finish(self.folder, self.config, self.facts["inputs"], self.state.step)
 
@@ -330,6 +339,8 @@ class PolicyRun:
         policy = self.update.policy.plain
         load_trainable_weights(policy, self._policy_weights(self.folder))
         self.rollouts.checked.engine.load_weights(policy)
+        self.callbacks.restore(self.folder, read_run(self.folder).evaluations, self.finished_earlier.step)
+        self.callbacks.finish()
         self.finished_earlier.close(self.config, self.facts["inputs"])
         self.finished_earlier = None
 

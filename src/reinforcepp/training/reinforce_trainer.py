@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.errors import ConfigError
 from reinforcepp.models.saving import save_model
-from reinforcepp.monitoring import echo, read_metrics
+from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.training.builder import build
-from reinforcepp.training.evaluation import Evaluation
+from reinforcepp.training.evaluation import logged_metrics
 from reinforcepp.training.monitor import Monitor
 from reinforcepp.training.policy_update import score, with_advantages
 from reinforcepp.training.setup import with_peft_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers.trainer_utils import TrainOutput
 
 
 class ReinforceTrainer:
@@ -34,10 +36,14 @@ class ReinforceTrainer:
         train_dataset: rows with a ``prompt`` (mappings, or a ``datasets.Dataset``); other columns go to reward functions.
         eval_dataset: held-out rows for evaluations before and after training.
         processing_class: the tokenizer; default: the model's.
+        reward_processing_classes: the tokenizers of loaded reward models; one, or one per reward function.
+        callbacks: callbacks of transformers, classes or instances.
+        optimizers: an optimizer and a learning rate scheduler instead of those in ``args``.
+        quantization_config: how ``model`` is quantized when it is loaded.
+        peft_config: a ``peft.LoraConfig`` instead of the LoRA settings in ``args``.
         engine: generates the rollouts; default: the one that ``args.rollout`` names.
         judge: a reward function, or its folder, that scores held-out completions and has no part in training.
         reward_weights: one weight per reward function; default: 1.
-        peft_config: a ``peft.LoraConfig`` instead of the LoRA settings in ``args``.
 
     Raises:
         ReinforceError: settings, data or models don't fit together; raised before training starts.
@@ -51,20 +57,43 @@ class ReinforceTrainer:
         train_dataset: Iterable[Any] | None = None,
         eval_dataset: Iterable[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        *,
         engine: RolloutEngine | None = None,
         judge: str | RewardFunction | None = None,
         reward_weights: Sequence[float] | None = None,
-        peft_config: PeftConfig | None = None,
     ) -> None:
-        config, data = with_peft_config(args or ReinforceConfig(), peft_config), (train_dataset, eval_dataset)
-        parts = build(model, reward_funcs, config, *data, processing_class, engine, judge, reward_weights)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        parts = build(
+            model,
+            reward_funcs,
+            with_peft_config(args or ReinforceConfig(), peft_config),
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            engine=engine,
+            judge=judge,
+            reward_weights=reward_weights,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+        )
         self.config = parts.update.config  # with the learning rate
         self.folder, self.ranks, self.num_steps = parts.folder, parts.ranks, parts.num_steps
         self.tokenizer, self.prompts, self.rewards = parts.tokenizer, parts.prompts, parts.rewards
         self.update, self.rollouts, self.run, self.guard = parts.update, parts.rollouts, parts.run, parts.guard
+        self.callbacks, self.state = parts.callbacks, parts.callbacks.state
         self.policy, self.reference = parts.update.policy.plain, parts.reference
         self.kl_controller, self.evaluator = parts.kl_controller, parts.evaluator
         self.evaluations = parts.evaluator.evaluations
+        # The same objects under TRL's names.
+        self.args, self.model, self.ref_model = self.config, self.policy, self.reference
+        self.processing_class, self.accelerator = self.tokenizer, self.ranks.accelerator
 
     @property
     def engine(self) -> RolloutEngine:
@@ -75,26 +104,28 @@ class ReinforceTrainer:
     def engine(self, engine: RolloutEngine) -> None:
         self.rollouts.checked.engine = engine
 
-    def train(self) -> list[dict[str, float]]:
-        """Run all steps, or the remaining ones of a resumed run; return the metrics of every step.
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+        """Run all steps, or the remaining ones of a resumed run; return the number of steps, their mean loss, and metrics.
 
-        After an error or a signal, call it again to continue from the last checkpoint. If the run is finished, it only returns
-        the metrics.
+        The metrics of each step are in ``state.log_history``. After an error or a signal, call it again to continue from the
+        last checkpoint. If the run is finished, it only returns.
 
         Raises:
             TrainingDiverged: a guardrail stopped the run; the trainer then has the last checkpoint's weights.
             RewardError, EngineLost: rewards or completions can't be computed any more; a checkpoint is saved.
             KeyboardInterrupt: a signal stopped the run; a checkpoint is saved.
         """
+        if resume_from_checkpoint and not self.config.resume:
+            raise ConfigError("resume_from_checkpoint: give resume in ReinforceConfig instead.")
         if self.run.finished:
             self.run.open_finished()
-            return read_metrics(self.folder)
+            return self.callbacks.output
         with self.guard.training():
             self._begin()
             with Monitor(self.run.summary, self.run.state, self.ranks, self.num_steps) as self.run.monitor:
                 self._train()
             self._finish()
-        return read_metrics(self.folder)
+        return self.callbacks.output
 
     def _train(self) -> None:
         config, run, rollouts, update = self.config, self.run, self.rollouts, self.update
@@ -122,14 +153,21 @@ class ReinforceTrainer:
                 self.guard.save_if_due()
                 self.guard.heartbeat.check_between_steps()
 
-    def evaluate(self) -> Evaluation:
-        """Generate completions of all held-out prompts with the current policy from fixed seeds, and score them."""
-        return self.evaluator.evaluate()
+    def evaluate(self, eval_dataset: None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Generate completions of all held-out prompts with the current policy from fixed seeds, and score them.
 
-    def save_model(self, folder: str | Path) -> None:
-        """Write the policy as a folder that ``from_pretrained`` reads; rank 0 writes it."""
+        Returns:
+            The metrics under TRL's keys, such as ``eval_reward`` and ``eval_kl``; they are also in ``state.log_history``.
+        """
+        evaluation, prefix = self.evaluator.evaluate(), metric_key_prefix
+        metrics = {f"{prefix}_samples": len(evaluation.completions), **logged_metrics(evaluation.metrics(), prefix)}
+        self.callbacks.log(metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the policy as a folder that ``from_pretrained`` reads, by default ``args.output_dir``; rank 0 writes it."""
         if self.ranks.is_main:
-            save_model(self.policy, self.tokenizer, Path(folder))
+            save_model(self.policy, self.tokenizer, Path(output_dir or self.folder))
         self.ranks.barrier()
 
     def _begin(self) -> None:

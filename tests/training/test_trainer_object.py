@@ -1,0 +1,103 @@
+"""The trainer object as TRL's users know it: its arguments, its attributes, and what its methods return."""
+
+import inspect
+from statistics import fmean
+
+import pytest
+import tiny
+import torch
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
+from trl import RLOOTrainer
+
+from reinforcepp import ReinforceConfig, ReinforceTrainer, load_policy
+from reinforcepp.monitoring import read_metrics
+
+PROMPTS = [{"prompt": f"Why is host {i} up?"} for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(tiny.save(tmp_path_factory.mktemp("base")))
+
+
+def spread(completion_ids, **_):
+    return [sum(ids) % 7 / 7 for ids in completion_ids]
+
+
+def trainer(base, folder, reward=spread, data=PROMPTS, *others, arguments=None, **settings):
+    usual = {
+        "output_dir": str(folder),
+        "max_new_tokens": 4,
+        "max_prompt_length": 40,
+        "batch_size": 2,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "micro_batch_size": 1,
+    }
+    args = ReinforceConfig(**(usual | {"rollout": "transformers", "learning_rate": 1e-3} | settings))
+    return ReinforceTrainer(base, reward, args, data, *others, **(arguments or {}))
+
+
+def test_the_arguments_have_the_order_of_trl():
+    ours, theirs = (list(inspect.signature(kind).parameters) for kind in (ReinforceTrainer, RLOOTrainer))
+    assert ours[: len(theirs)] == theirs
+
+
+def test_train_and_evaluate_return_what_trl_returns(base, tmp_path):
+    run = trainer(base, tmp_path / "run", spread, PROMPTS, PROMPTS[:3], eval_every=1)
+    before = load_policy(base).state_dict()
+    output = run.train()
+    log = run.state.log_history
+    assert isinstance(output, TrainOutput) and isinstance(run.state, TrainerState)
+    assert [entry["step"] for entry in log] == [0, 1, 1, 2, 2, 2]
+    steps = [entry for entry in log if "loss" in entry]
+    assert steps == read_metrics(tmp_path / "run") and [entry["epoch"] for entry in steps] == pytest.approx(
+        [1 / 3, 2 / 3]
+    )
+    assert (output.global_step, run.state.global_step, run.state.max_steps) == (2, 2, 2)
+    assert output.training_loss == pytest.approx(fmean(entry["loss"] for entry in steps), abs=1e-8)
+    assert log[-1]["train_loss"] == pytest.approx(output.training_loss, abs=1e-8)
+    assert {"train_runtime", "train_loss"} <= set(output.metrics)
+    rewards = [run.evaluations[name].reward for name in ("before", "step 1", "after")]
+    assert [entry["eval_reward"] for entry in log if "eval_reward" in entry] == pytest.approx(rewards)
+    again = run.evaluate()
+    assert again["eval_reward"] == run.evaluations["after"].reward and again["eval_samples"] == 3
+    assert run.evaluate(metric_key_prefix="test")["test_reward"] == again["eval_reward"]
+    assert run.train() == output and run.state.global_step == 2
+    changed = [name for name, weight in run.model.state_dict().items() if not torch.equal(weight, before[name])]
+    assert changed and run.ref_model is not run.model
+    assert run.processing_class.pad_token is not None and run.args.max_steps == 2
+    assert (run.train_dataset, run.eval_dataset) == (PROMPTS, PROMPTS[:3]) and run.accelerator.is_main_process
+    run.save_model(tmp_path / "copy")
+    assert torch.equal(load_policy(str(tmp_path / "copy")).lm_head.weight, run.model.lm_head.weight)
+
+
+def test_a_resumed_run_has_the_whole_history(base, tmp_path):
+    settings = {"max_steps": 3, "eval_every": 1, "save_every": 1, "keep_last": 2}
+    whole = trainer(base, tmp_path / "whole", spread, PROMPTS, PROMPTS[:2], **settings)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000002"
+    for resume in (str(checkpoint), True):  # from the middle, and the finished run of another process
+        resumed = trainer(base, tmp_path / "run", spread, PROMPTS, PROMPTS[:2], resume=resume, **settings)
+        output = resumed.train()
+        drop = ("time", "train_")
+        histories = [
+            [{key: value for key, value in entry.items() if not any(part in key for part in drop)} for entry in log]
+            for log in (whole.state.log_history, resumed.state.log_history)
+        ]
+        assert histories[0] == histories[1]
+        assert output.global_step == 3
+        assert output.training_loss == pytest.approx(whole.state.log_history[-1]["train_loss"], abs=1e-8)
+
+
+def test_reward_functions_get_the_state_of_the_trainer(base, tmp_path):
+    steps = []
+
+    def watching(completion_ids, trainer_state, **_):
+        steps.append((trainer_state.global_step, trainer_state.max_steps))
+        return [0.0] * len(completion_ids)
+
+    run = trainer(base, tmp_path / "run", watching)
+    run.train()
+    assert steps == [(0, 2), (1, 2)] and run.rewards.trainer_state is run.state
