@@ -87,7 +87,8 @@ ZERO_IS_FINE = {
 
 def numeric_fields(verb: str, *kinds: type) -> list[str]:
     hints = typing.get_type_hints(COMMANDS[verb].config)
-    return [name for name, hint in hints.items() if {hint, *typing.get_args(hint)} & set(kinds) and hint is not bool]
+    single = {name: hint for name, hint in hints.items() if hint is not bool and typing.get_origin(hint) is not tuple}
+    return [name for name, hint in single.items() if {hint, *typing.get_args(hint)} & set(kinds)]
 
 
 NUMBERS = [(verb, name) for verb in COMMANDS for name in numeric_fields(verb, int, float)]
@@ -289,6 +290,8 @@ FROM_PYTHON = {
         ({"report_to": ["none"]}, ()),
         ({"report_to": "tensorboard"}, ("tensorboard",)),
         ({"lora_target_modules": "all-linear"}, ("all-linear",)),
+        ({"reward_weights": [1, "0.5"]}, (1.0, 0.5)),
+        ({"reward_weights": None}, ()),
         ({"output_dir": Path("runs/a")}, "runs/a"),
         ({"resume": Path("runs/a")}, "runs/a"),
         ({"lr_scheduler_type": SchedulerType.COSINE}, "cosine"),
@@ -318,6 +321,8 @@ def test_values_from_python_are_stored_as_plain_values_of_their_type(given, stor
         ({"estimator": [1]}, "one of "),
         ({"report_to": 3}, "a list of names"),
         ({"report_to": ["wandb", 3]}, "a list of names"),
+        ({"reward_weights": [1, "high"]}, "a list of numbers, as in [1, 0.5]"),
+        ({"reward_weights": [1, float("nan")]}, "a list of numbers"),
         ({"warmup_steps": 1.5}, "fraction"),
         ({"output_dir": "caf\udce9"}, "isn't valid UTF-8"),
         ({"lora_target_modules": ["q_proj", "caf\udce9"]}, "isn't valid UTF-8"),
@@ -493,6 +498,8 @@ def test_texts_that_look_like_flags_stay_texts(parsed):
         ("seed: many", ["settings.yaml", "seed", "a whole number", "'many'"]),
         ("log_completions: 'no'", ["settings.yaml", "log_completions", "true or false", "'no'"]),
         ("report_to: 3", ["settings.yaml", "report_to", "a list of names", "3"]),
+        ("reward_weights: [1, [2]]", ["reward_weights", "a list of numbers", "[1, [2]]"]),
+        ("reward_weights: [1, 2]", ["reward_weights: 2 weights for 1 rewards"]),
         ("overwrite: 1", ["overwrite", "true or false", "1"]),
         ("overwrite: 'yes'", ["overwrite", "true or false", "'yes'"]),
         ("learning_rate: .nan", ["learning_rate", "finite", "nan"]),
@@ -515,6 +522,8 @@ def test_values_in_the_file_have_their_types(parsed):
     assert (config.learning_rate, config.report_to, config.kl_limit, config.warmup_steps) == (1e-5, (), None, 0.1)
     assert parsed("report_to: null").report_to == ()
     assert parsed("report_to: tensorboard").report_to == ("tensorboard",)
+    weighted = parsed("rewards: [rule:length, rule:repetition]\nreward_weights: [-1, 5e-1]")
+    assert weighted.reward_weights == (-1.0, 0.5) and parsed("reward_weights: 2").reward_weights == (2.0,)
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path):

@@ -22,13 +22,15 @@ def test_defaults_are_those_of_the_class(config_class):
 
 
 def test_values_have_the_types_of_the_settings():
-    words = "--learning-rate 1e-5 --report_to wandb mlflow --warmup_steps 0.1 --dual_clip 3 --no_log_completions --overwrite"
+    words = "--learning-rate 1e-5 --report_to wandb mlflow --reward_weights 1 0.5 --warmup_steps 0.1 --dual_clip 3"
+    words += " --no_log_completions --overwrite"
     (parsed,) = HfArgumentParser(ReinforceConfig).parse_args_into_dataclasses(words.split())
     assert parsed == ReinforceConfig(
         learning_rate=1e-5,
         report_to=("wandb", "mlflow"),
         warmup_steps=0.1,
         dual_clip=3.0,
+        reward_weights=(1.0, 0.5),
         log_completions=False,
         overwrite=True,
     )

@@ -139,6 +139,12 @@ def test_weights_come_from_names_and_from_python():
     assert scores.by_function == {"regex": [1.0], "half": [0.5], "exact_match": [0.0]}
     assert rewards.fingerprint() == "2*regex?pattern=a -1*half 10*exact_match"
     assert [part["weight"] for part in rewards.describe()] == [2, -1, 10]
+    settings = ReinforceConfig(reward_weights=[0.5, 3])
+    assert load_rewards([half, "2*rule:length"], settings).weights == [0.5, 6]
+    with pytest.raises(ConfigError, match="in the settings and as an argument"):
+        load_rewards([half, half], settings, [1, 1])
+    with pytest.raises(ConfigError, match="2 weights for 1 rewards"):
+        load_rewards(half, settings)
 
 
 @pytest.mark.parametrize(

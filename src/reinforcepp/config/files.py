@@ -57,10 +57,12 @@ def _yaml_value(where: str, value: Any, default: Any, accepted: Accepted) -> Any
             return str(None)
         raise ConfigError(f"{where} has no value. Give one, or remove the line for the default.")
     if tuple in accepted.kinds:
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
-            raise ConfigError(f"{where} must be a list of names, as in [one, two], not {value!r}.")
-        return names
+        kinds = (str, int, float) if accepted.numbers else str
+        items = [value] if isinstance(value, kinds) else value
+        if not isinstance(items, list) or not all(isinstance(item, kinds) for item in items):
+            example = "[1, 0.5]" if accepted.numbers else "[one, two]"
+            raise ConfigError(f"{where} must be {accepted}, as in {example}, not {value!r}.")
+        return items
     if isinstance(value, dict) and JsonObject() in accepted.markers:
         return json.dumps(value, sort_keys=True)
     if value is not None and not isinstance(value, (str, int, float)):

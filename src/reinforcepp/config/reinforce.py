@@ -40,6 +40,8 @@ Discount = Annotated[float, Range(at_least=0, at_most=1)]
 class RewardScoringConfig(Config):
     """How completions are scored, and how their scores become rewards."""
 
+    reward_weights: Annotated[tuple[float, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
+    """One weight per reward, multiplied by the weight in its name. Default: 1"""
     reward_normalize: bool = False
     """Standardize reward model scores with the mean and deviation of their card"""
     reward_clip: PositiveFloat | None = None

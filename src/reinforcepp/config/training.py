@@ -51,6 +51,10 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
             raise ConfigError(f"rewards: one is given twice ({', '.join(self.rewards)}). Give it a weight instead.")
         for text in self.rewards:
             self._check_reward(text)
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_sources):
+            raise ConfigError(
+                f"reward_weights: {len(self.reward_weights)} weights for {len(self.reward_sources)} rewards. Give one per reward."
+            )
         if self.judge_name is not None:
             parse_source(self.judge_name)
         if not self.rewards:

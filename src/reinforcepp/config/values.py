@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from reinforcepp.errors import ConfigError, nearest
 
 NOT_GIVEN = "none"
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a list of names"}
+NUMBERS = "a list of numbers"
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,23 @@ class Accepted:
     """Values that a setting accepts.
 
     Attributes:
-        kinds: Types of a value: bool, int, float, str, tuple (of texts) and NoneType.
+        kinds: Types of a value: bool, int, float, str, tuple (of texts, or of numbers) and NoneType.
         choices: The only values, if not empty.
         markers: Constraints of the annotation, such as a range.
+        numbers: Whether a tuple holds numbers.
     """
 
     kinds: frozenset[type]
     choices: tuple[Any, ...]
     markers: tuple[Any, ...]
+    numbers: bool = False
 
     def __str__(self) -> str:
         """Return the types in words, for an error message."""
         names = [
-            word for kind, word in WORDS.items() if kind in self.kinds and not (kind is int and float in self.kinds)
+            NUMBERS if kind is tuple and self.numbers else word
+            for kind, word in WORDS.items()
+            if kind in self.kinds and not (kind is int and float in self.kinds)
         ]
         return " or ".join([*names, *(["None"] if NoneType in self.kinds else [])])
 
@@ -56,7 +62,8 @@ def _accepted(hint: Any) -> Accepted:
     choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
     markers = tuple(marker for part in parts for marker in getattr(part, "__metadata__", ()))
     plain = {get_origin(part) or part for part in parts}
-    return Accepted(frozenset(plain & {*WORDS, NoneType} | ({str} if choices else set())), choices, markers)
+    kinds = frozenset(plain & {*WORDS, NoneType} | ({str} if choices else set()))
+    return Accepted(kinds, choices, markers, numbers=tuple[float, ...] in parts)
 
 
 def _parts(hint: Any) -> Sequence[Any]:
@@ -92,6 +99,11 @@ def converted(name: str, value: Any, accepted: Accepted) -> Any:
         )
     if tuple in accepted.kinds:
         names = [_plain(item) for item in value] if isinstance(value, (list, tuple)) else [value]
+        if accepted.numbers:
+            numbers = [_number(item) for item in names]
+            if all(item is not None and math.isfinite(item) for item in numbers):
+                return tuple(numbers)
+            raise ConfigError(f"{name} must be {accepted}, as in [1, 0.5], not {value!r}.")
         if all(isinstance(item, str) for item in names):
             return tuple(names)
         raise ConfigError(f"{name} must be {accepted}, as in ['one', 'two'], not {value!r}.")

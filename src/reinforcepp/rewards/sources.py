@@ -130,8 +130,8 @@ def load_rewards(
 
     Args:
         rewards: one or several functions, or names as in :mod:`reinforcepp.config.reward_spec`.
-        settings: of reward servers, normalization and the truncation penalty.
-        weights: one per reward, multiplied by the weight in its name.
+        settings: of reward servers, weights, normalization and the truncation penalty.
+        weights: instead of those in ``settings``: one per reward, multiplied by the weight in its name.
 
     Raises:
         ReinforceError: a reward doesn't exist or can't be used, or the weights don't match.
@@ -140,7 +140,9 @@ def load_rewards(
     listed: list[Any] = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
     if not listed:
         raise ConfigError("reward_funcs: empty. Give at least one function or reward model.")
-    factors = _factors(weights, len(listed))
+    if weights is not None and settings.reward_weights:
+        raise ConfigError("reward_weights: given in the settings and as an argument. Remove one.")
+    factors = _factors(weights if weights is not None else settings.reward_weights or None, len(listed))
     sources = [parse_source(reward) if isinstance(reward, str) else None for reward in listed]
     models = [source.target for source in sources if source is not None and source.kind == "model"]
     for folder in models:
