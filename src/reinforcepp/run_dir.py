@@ -116,29 +116,9 @@ FREE_ON_RESUME = (
 )
 
 
-def rename_settings(settings: Mapping[str, Any], known: Collection[str] | None = None) -> dict[str, Any]:
-    """Return ``settings`` under their current names, whether a user gave them or an earlier version stored them.
-
-    Args:
-        settings: Values by setting name.
-        known: Names that the command accepts; by default, all current names.
-
-    Raises:
-        ConfigError: If a setting has a value under both its old and its current name, or was removed.
-    """
-    for name, reason in REMOVED_SETTINGS.items():
-        if name in settings and (known is None or name not in known):
-            raise ConfigError(f"{name}: {reason}")
-    current = dict(settings)
-    for old, new in RENAMED_SETTINGS.items():
-        if old not in current or (known is not None and new not in known):
-            continue
-        value = current.pop(old)
-        if value is not None and current.get(new) is not None:
-            raise ConfigError(f"{old} and {new}: both are given, but {old} is the old name of {new}. Remove {old}.")
-        if current.get(new) is None:
-            current[new] = value
-    return current
+def rename_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that an earlier version stored under their current names."""
+    return {RENAMED_SETTINGS.get(name, name): value for name, value in stored.items()}
 
 
 def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False, needed_bytes: int = 0) -> Path:

@@ -18,9 +18,10 @@ from typing import Any
 
 from reinforcepp.commands.table import COMMANDS, Command
 from reinforcepp.config import read_yaml
+from reinforcepp.config.aliases import aliases_of, layered, take_aliases
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
 from reinforcepp.monitoring.signals import handle_signals
-from reinforcepp.run_dir import RENAMED_SETTINGS, has_checkpoint, rename_settings
+from reinforcepp.run_dir import has_checkpoint
 from reinforcepp.runtime import is_main
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -92,8 +93,12 @@ def parse(name: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
 
     command = COMMANDS[name]
     config_class = command.config
-    flags, path = _take_config_flag(_with_values(_with_current_names(arguments, config_class)))
+    rest, aliases = take_aliases(config_class, arguments)
+    flags, path = _take_config_flag(_with_values(rest))
+    given = dict.fromkeys(field.name for field in fields(config_class) if _is_given(field.name, flags)) | aliases
     values = dict(defaults or {}) | (read_yaml(path, config_class) if path is not None else {})
+    values = layered(config_class, values, given)
+    aliases = {alias: values.pop(alias) for alias in aliases_of(config_class) if alias in values}
     # tyro would print the errors of our checks in a box, so it fills a class without checks.
     unchecked = type(config_class.__name__, (config_class,), {"__post_init__": lambda self: None})
     parsed: tuple[Any, list[str]] = tyro.cli(
@@ -114,7 +119,8 @@ def parse(name: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
             unknown = unknown[len(words) :]
     if unknown:
         raise ConfigError(f"{about_unknown(unknown[0], list(settings))} See reinforcepp {name} --help.")
-    return config_class(**settings)
+    unset = {n for n, value in settings.items() if value == getattr(config_class, n) and n not in given | values}
+    return config_class(**{n: value for n, value in settings.items() if n not in unset}, **aliases)
 
 
 def _description(command: Command) -> str:
@@ -127,7 +133,7 @@ def _description(command: Command) -> str:
 
 
 def _is_given(name: str, flags: Iterable[str]) -> bool:
-    return any(flag.partition("=")[0] in (f"--{name}", f"--{name.replace('_', '-')}") for flag in flags)
+    return any(flag.partition("=")[0].replace("-", "_") in (f"__{name}", f"__no_{name}") for flag in flags)
 
 
 def about_unknown(argument: str, known: Iterable[str]) -> str:
@@ -209,26 +215,6 @@ def _take_config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
         elif (path := value if equals else next(remaining, None)) is None:
             raise ConfigError("--config: the name of a YAML file is missing. Write --config FILE.")
     return rest, path
-
-
-def _with_current_names(arguments: list[str], config_class: type) -> list[str]:
-    """Return ``arguments`` with flags of renamed settings under the current names.
-
-    Raises:
-        ConfigError: If a setting is given by its old and its current name.
-    """
-    current = list(arguments)
-    known = {field.name for field in fields(config_class)}
-    given: dict[str, bool] = {}
-    for index, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--"):
-            given[name] = True
-        if flag.startswith("--") and RENAMED_SETTINGS.get(name) in known:
-            current[index] = f"--{RENAMED_SETTINGS[name]}{equals}{value}"
-    rename_settings(given, known)
-    return current
 
 
 def _with_values(arguments: list[str]) -> list[str]:

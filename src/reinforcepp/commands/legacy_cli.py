@@ -9,8 +9,8 @@ from dataclasses import fields
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.table import COMMANDS
+from reinforcepp.config.aliases import aliases_of
 from reinforcepp.errors import ConfigError, nearest
-from reinforcepp.run_dir import RENAMED_SETTINGS
 
 USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
 
@@ -77,7 +77,7 @@ def _translate(mode: str, arguments: list[str]) -> list[str]:
     """
     command, names = MODES[mode]
     settings = {field.name for field in fields(COMMANDS[command].config)}
-    known = {*names, *settings, *(old for old, new in RENAMED_SETTINGS.items() if new in settings), "config", "help"}
+    known = {*names, *settings, *aliases_of(COMMANDS[command].config), "config", "help"}
     # generate loads the trained model, so the name of its base model is dropped.
     has_trained = any(a.partition("=")[0] == "--rlhf_model_path" for a in arguments)
     translated: list[str] = []
@@ -89,7 +89,9 @@ def _translate(mode: str, arguments: list[str]) -> list[str]:
             translated.append(argument)
         elif name not in known and name.removeprefix("no_") not in known:
             others = [
-                other for other in MODES if RENAMED_SETTINGS.get(name, name) in (*MODES[other][1], *_flags(other))
+                other
+                for other in MODES
+                if name in (*MODES[other][1], *_flags(other), *aliases_of(COMMANDS[MODES[other][0]].config))
             ]
             elsewhere = f" It belongs to {' and '.join(others)}." if others else ""
             raise ConfigError(f"In {mode}: {cli.about_unknown(argument, () if others else known)}{elsewhere}")

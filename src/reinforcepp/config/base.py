@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from reinforcepp.config.aliases import PARSER_FIELDS, read_alias, translated
 from reinforcepp.config.data_spec import listed
 from reinforcepp.config.values import accepted_values, converted
-from reinforcepp.errors import ConfigError
-from reinforcepp.run_dir import RENAMED_SETTINGS, rename_settings
+from reinforcepp.errors import ConfigError, nearest
 
 MAX_SEED = 2**32 - 1  # the most that the random generators of all libraries accept
 LAST_PORT = 65535
@@ -130,19 +133,49 @@ def check_output_dir(output_dir: str, overwrite: bool, resume: bool | str = Fals
 # --- the base class ---------------------------------------------------------------------------------------------------
 
 
-class _AcceptsOldNames(type):
-    """Classes whose keyword arguments can have the old names of settings.
+class _AcceptsAliases(type):
+    """Classes whose keyword arguments can have the names of TRL, and old names.
 
     ``dataclass`` writes ``__init__`` after the class exists, so the call of the class is where every subclass can be
     reached without a decorator of its own.
     """
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
-        return super().__call__(*args, **rename_settings(settings, accepted_values(cls)))
+        ours, renamed = translated(cls, settings)
+        for name in ours.keys() - accepted_values(cls).keys():
+            raise ConfigError(f"{cls.__name__}: setting {name!r} not found.{nearest(name, accepted_values(cls))}")
+        try:
+            return super().__call__(*args, **ours)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_given_as(renamed, str(error))}") from None
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        """Take the place of two attributes that ``dataclass`` sets.
+
+        A subclass doesn't inherit the fields that exist only for parsers, and the error after an assignment names the fix.
+        """
+        if name == "__dataclass_fields__" and isinstance(value, dict):
+            for alias, for_parsers in PARSER_FIELDS.items():
+                if value.get(alias) is for_parsers:
+                    del value[alias]
+        super().__setattr__(name, _refuse_assignment if name == "__setattr__" else value)
 
 
-class Config(metaclass=_AcceptsOldNames):
-    """Base of all configurations: checks itself, and accepts the settings in ``RENAMED_SETTINGS`` under their old names."""
+def _given_as(renamed: Mapping[str, str], message: str) -> str:
+    """Return a sentence with the names that the user gave for the settings in an error message."""
+    words = set(re.findall(r"\w+", message))
+    named = [f"{name} is {setting} here" for setting, name in renamed.items() if setting in words and name not in words]
+    return f" ({'; '.join(named)}.)" if named else ""
+
+
+def _refuse_assignment(config: Any, name: str, value: Any) -> None:
+    raise dataclasses.FrozenInstanceError(
+        f"{name}: settings can't be changed after they are checked. Write args = dataclasses.replace(args, {name}={value!r})."
+    )
+
+
+class Config(metaclass=_AcceptsAliases):
+    """Base of all configurations: checks itself, and accepts settings under their names in TRL and their old names."""
 
     def __post_init__(self) -> None:
         """Check every setting, then the rules of every class about settings that belong together, base classes first."""
@@ -154,7 +187,5 @@ class Config(metaclass=_AcceptsOldNames):
     if not TYPE_CHECKING:  # A type checker would take every unknown name for an attribute.
 
         def __getattr__(self, name: str) -> Any:
-            """Return the setting whose old name is ``name``."""
-            if name not in RENAMED_SETTINGS:
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-            return getattr(self, RENAMED_SETTINGS[name])
+            """Return a setting under its name in TRL or its old name."""
+            return read_alias(self, name)

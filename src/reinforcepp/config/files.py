@@ -8,14 +8,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from reinforcepp.config.aliases import aliases_of, translated
 from reinforcepp.config.base import JsonObject
 from reinforcepp.config.values import Accepted, EmptyIfNone, accepted_values, converted
 from reinforcepp.errors import ConfigError, nearest
-from reinforcepp.run_dir import rename_settings
 
 
 def read_yaml(path: str, config_class: type) -> dict[str, Any]:
-    """Return the settings in a YAML file, each a field of ``config_class``.
+    """Return the settings in a YAML file, each a field of ``config_class`` or an alias of one.
 
     Raises:
         ConfigError: If the file is missing, isn't a mapping, or has an unknown key (the nearest is suggested) or a key
@@ -37,11 +37,13 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"{path} isn't a mapping of settings. Write one 'name: value' per line.")
     known = {field.name: field for field in fields(config_class)}
     try:
-        values = rename_settings(values, known)
+        translated(config_class, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    accepted = accepted_values(config_class)
+    accepted, aliases = accepted_values(config_class), aliases_of(config_class)
     for key, value in values.items():
+        if key in aliases:
+            continue
         if key not in known:
             raise ConfigError(f"{path}: setting {key!r} not found.{nearest(str(key), known)}")
         values[key] = _yaml_value(f"{path}: {key}", value, known[key].default, accepted[key])

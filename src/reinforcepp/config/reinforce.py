@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
 from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
+from reinforcepp.config.aliases import parser_fields
 from reinforcepp.config.base import (
     Config,
     FilledStr,
@@ -292,10 +293,11 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
         return self.num_iterations * -(-self.completions_per_step // self.optimizer_batch_size)
 
 
-# TrlParser((ScriptArguments, ReinforceConfig, ModelConfig)): these fields are also in TRL's ModelConfig.
+# TrlParser((ScriptArguments, ReinforceConfig, ModelConfig)): the hidden fields are also in TRL's ModelConfig.
 ReinforceConfig.__dataclass_fields__ = FieldsOfParser(  # type: ignore[assignment]
     ReinforceConfig.__dataclass_fields__,
     hidden={"attn_implementation", *(setting.name for setting in fields(AdapterConfig))},
+    added=parser_fields(ReinforceConfig),
 )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -54,10 +55,13 @@ class Accepted:
 def accepted_values(config_class: type[Any]) -> dict[str, Accepted]:
     """Return the accepted values of every setting of ``config_class``."""
     hints = get_type_hints(config_class, include_extras=True)
-    return {name: _accepted(hint) for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+    fields = inspect.getattr_static(config_class, "__dataclass_fields__")
+    names = [name for name in getattr(fields, "every", fields) if get_origin(hints[name]) is not ClassVar]
+    return {name: accepted(hints[name]) for name in names}
 
 
-def _accepted(hint: Any) -> Accepted:
+def accepted(hint: Any) -> Accepted:
+    """Return the accepted values of a type."""
     parts = list(_parts(hint))
     choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
     markers = tuple(marker for part in parts for marker in getattr(part, "__metadata__", ()))
@@ -198,15 +202,15 @@ SWITCH_OR_TEXT = {"action": _SwitchOrText}
 
 
 class FieldsOfParser:
-    """The fields of a configuration class, of which parsers don't see ``hidden``; an instance has all fields.
+    """The fields of a configuration class, of which parsers don't see ``hidden`` but also ``added``; an instance has its own.
 
     TRL's parser builds flags from the fields of several classes at once and refuses a name that two of them have.
     """
 
-    def __init__(self, every: dict[str, Any], hidden: Collection[str]) -> None:
-        self._every = every
-        self._parsed = {name: field for name, field in every.items() if name not in hidden}
+    def __init__(self, every: dict[str, Any], hidden: Collection[str], added: Mapping[str, Any]) -> None:
+        self.every = every
+        self._parsed = {name: field for name, field in every.items() if name not in hidden} | dict(added)
 
     def __get__(self, instance: object | None, owner: type) -> dict[str, Any]:
         """Return the fields by name."""
-        return self._parsed if instance is None else self._every
+        return self._parsed if instance is None else self.every

@@ -1,0 +1,169 @@
+"""TRL's names for settings, in Python, YAML, flags, argument parsers and attributes."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+
+from reinforcepp import ReinforceConfig, RewardModelConfig, SftConfig
+from reinforcepp.commands import cli
+from reinforcepp.config import TrainConfig, trl_names
+from reinforcepp.errors import ConfigError
+
+EQUIVALENT = [
+    ({"beta": 0.3}, {"kl_coef": 0.3}),
+    ({"max_completion_length": 7}, {"max_new_tokens": 7}),
+    ({"delta": 3.0}, {"dual_clip": 3.0}),
+    ({"save_total_limit": 2}, {"keep_last": 2}),
+    ({"resume_from_checkpoint": "run/step"}, {"resume": "run/step"}),
+    ({"epsilon": 0.3}, {"clip_low": 0.3, "clip_high": 0.3}),
+    ({"epsilon_high": 0.4}, {"clip_high": 0.4}),
+    ({"epsilon_high": 0.4, "epsilon": 0.3}, {"clip_low": 0.3, "clip_high": 0.4}),
+    ({"epsilon": 0.3, "clip_high": 0.4}, {"clip_low": 0.3, "clip_high": 0.4}),
+    ({"bf16": True}, {"mixed_precision": "bf16"}),
+    ({"fp16": True, "bf16": False}, {"mixed_precision": "fp16"}),
+    ({"bf16": False}, {"mixed_precision": "no"}),
+    ({"max_steps": -1}, {"max_steps": 0}),
+    ({"save_steps": 5}, {"save_every": 5}),
+    ({"save_strategy": "no", "save_steps": 5}, {"save_every": 0}),
+    ({"eval_strategy": "steps"}, {"eval_every": 10}),
+    ({"eval_strategy": "steps", "eval_steps": 5}, {"eval_every": 5}),
+    ({"eval_strategy": "no", "eval_steps": 5}, {"eval_every": 0}),
+    (
+        {"per_device_train_batch_size": 4, "num_generations": 2},
+        {"batch_size": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 2},
+    ),
+]
+
+
+def words_of(settings):
+    """Return settings as flags, with the dashes that TRL's users also write."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), EQUIVALENT, ids=lambda settings: ",".join(settings))
+def test_names_of_trl_give_the_same_settings_everywhere(theirs, ours, tmp_path):
+    expected = ReinforceConfig(**ours)
+    assert ReinforceConfig(**theirs) == expected
+    for name, value in theirs.items():
+        if name not in ours and set(theirs) - {"clip_high"} == {name}:
+            assert getattr(expected, name) == value
+    file = tmp_path / "settings.yaml"
+    file.write_text("".join(f"{name}: {value!r}\n" for name, value in theirs.items()), encoding="utf-8")
+    assert cli.parse("train", words_of(theirs)) == TrainConfig(**ours)
+    assert cli.parse("train", ["--config", str(file)]) == TrainConfig(**ours)
+
+
+def test_flags_override_a_file_under_every_name(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("beta: 0.3\nepsilon: 0.3\nbatch_size: 2\ngradient_accumulation_steps: 2\n", encoding="utf-8")
+    flags = ["--kl_coef", "0.5", "--epsilon_high", "0.4", "--per_device_train_batch_size", "4"]
+    assert cli.parse("train", ["--config", str(file), *flags]) == TrainConfig(
+        kl_coef=0.5, clip_low=0.3, clip_high=0.4, batch_size=8, micro_batch_size=4, gradient_accumulation_steps=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": "much"}, r"^beta must be a number, not 'much'"),
+        ({"beta": -1}, r"kl_coef must be at least 0, not -1. \(beta is kl_coef here.\)"),
+        ({"beta": 0.1, "kl_coef": 0.2}, "beta and kl_coef: both are given, but beta is another name of kl_coef"),
+        ({"bf16": 1}, "^bf16 must be True or False"),
+        ({"bf16": True, "fp16": True}, "both are true"),
+        ({"epsilon": 0.1, "clip_low": 0.2}, "epsilon and clip_low: both are given"),
+        ({"save_strategy": "sometimes"}, "^save_strategy must be one of no, steps, epoch, best, not 'sometimes'"),
+        ({"save_steps": 0.5}, "save_steps: 0.5 is a fraction"),
+        ({"save_steps": 5, "num_iterations": 2}, "save_steps: 5 isn't a multiple of 2"),
+        ({"per_device_train_batch_size": 4, "batch_size": 2}, r"both are given, but batch_size \(prompts\) is"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"per_device_train_batch_size": 3, "num_generations": 2}, "aren't a multiple of num_generations 2"),
+        ({"bleu": 1}, "ReinforceConfig: setting 'bleu' not found"),
+    ],
+)
+def test_problems_name_the_setting_as_given(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ReinforceConfig(**settings)
+
+
+def test_replace_keeps_working_and_an_assignment_names_it():
+    args = ReinforceConfig(beta=0.2, epsilon=0.3, per_device_train_batch_size=4)
+    assert dataclasses.replace(args, max_steps=5).max_steps == 5
+    assert dataclasses.replace(args, beta=0.1, epsilon=0.1) == dataclasses.replace(
+        args, kl_coef=0.1, clip_low=0.1, clip_high=0.1
+    )
+    with pytest.raises(ConfigError, match=r"dataclasses.replace can't change batches by TRL's names"):
+        dataclasses.replace(args, per_device_train_batch_size=2)
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"args = dataclasses.replace\(args, max_steps=5\)"):
+        args.max_steps = 5
+
+
+def test_a_subclass_has_no_fields_of_parsers():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(ReinforceConfig):
+        beta: float = 0.7
+
+    assert {field.name for field in dataclasses.fields(Mine)} == {*vars(ReinforceConfig()), "beta"}
+    assert (Mine(epsilon=0.3).clip_low, Mine().beta) == (0.3, 0.7)
+
+
+def trl_batch(world, **settings):
+    """Return TRL's (completions per generation, per optimizer step and device, optimizer steps per generation)."""
+    from trl import GRPOConfig
+
+    args = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **settings)
+    device_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return args.generation_batch_size, device_step * world, args.generation_batch_size / (device_step * world)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_are_those_of_trl(world, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(trl_names, "started", lambda: world)  # accelerate would start the processes of WORLD_SIZE
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda args: world))
+    refused = 0
+    sizes = {
+        "per_device_train_batch_size": (None, 2, 3),
+        "gradient_accumulation_steps": (None, 2, 3),
+        "steps_per_generation": (None, 4, 6),
+        "generation_batch_size": (None, 12, 16),
+        "num_generations": (2, 4),
+    }
+    for values in itertools.product(*sizes.values()):
+        settings = {name: value for name, value in zip(sizes, values, strict=True) if value is not None}
+        if not settings.keys() & {"per_device_train_batch_size", "steps_per_generation", "generation_batch_size"}:
+            continue
+        try:
+            generation, update, updates = trl_batch(world, **settings)
+        except ValueError:
+            updates = 0.5
+        if not float(updates).is_integer():  # an optimizer step over two generation batches isn't supported
+            refused += 1
+            with pytest.raises(ConfigError):
+                ReinforceConfig(**settings)
+            continue
+        config = ReinforceConfig(**settings)
+        assert (config.completions_per_step, config.optimizer_batch_size) == (generation, update)
+        assert config.updates_per_step == updates
+        assert config.per_device_train_batch_size == settings.get("per_device_train_batch_size", 8)
+        assert config.steps_per_generation == generation / world / config.per_device_train_batch_size
+        doubled = ReinforceConfig(**settings, max_steps=6 * int(updates), save_steps=2 * int(updates))
+        assert (doubled.max_steps, doubled.save_every) == (6, 2)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("config_class", [RewardModelConfig, SftConfig])
+def test_batches_of_supervised_trainings(config_class, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = config_class(per_device_train_batch_size=3, gradient_accumulation_steps=4, save_steps=3, bf16=True)
+    assert (config.batch_size, config.micro_batch_size, config.save_every) == (24, 3, 3)
+    assert config.per_device_train_batch_size == 3
+    assert config_class(per_device_train_batch_size=3).batch_size == 6
+    with pytest.raises(ConfigError, match="are settings of policy training"):
+        config_class(steps_per_generation=3)
+
+
+def test_output_dir_can_be_a_path():
+    assert ReinforceConfig(output_dir=Path("runs") / "a").output_dir == "runs/a"
