@@ -7,20 +7,15 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from reinforcepp.algorithm.advantages import (
-    clip_rewards,
-    combine_moments,
-    compute_advantages,
-    moment_sums,
-    normalize,
-    returns_to_go,
-    token_rewards,
-)
+from reinforcepp.algorithm.advantages import clip_rewards, compute_advantages, returns_to_go, token_rewards
 from reinforcepp.algorithm.critic import compute_gae, value_loss
 from reinforcepp.algorithm.groups import group_advantages
 from reinforcepp.algorithm.importance import importance_weights
 from reinforcepp.algorithm.kl import kl_estimate
-from reinforcepp.algorithm.losses import masked_mean, policy_loss
+from reinforcepp.algorithm.loss_types import LOSS_TYPES, Objective
+from reinforcepp.algorithm.losses import policy_loss
+from reinforcepp.algorithm.means import StepSize, masked_mean
+from reinforcepp.algorithm.moments import combine_moments, moment_sums, normalize
 from reinforcepp.algorithm.preferences import preference_loss
 from reinforcepp.errors import ConfigError
 
@@ -101,9 +96,11 @@ G5_RATIOS, G5_ADVANTAGES = tensor([[1.5, 0.5, 1.5, 0.5, 1.1, 4]]), tensor([[1, 1
 
 @pytest.mark.parametrize(("dual_clip", "expected"), [(None, 0.4), (3.0, 0.233333)])
 def test_g5_clipped_surrogate(dual_clip, expected):
-    loss, stats = policy_loss(G5_RATIOS.log(), torch.zeros(1, 6), G5_ADVANTAGES, torch.ones(1, 6), dual_clip=dual_clip)
+    loss, stats = policy_loss(
+        G5_RATIOS.log(), torch.zeros(1, 6), G5_ADVANTAGES, torch.ones(1, 6), Objective(dual_clip=dual_clip)
+    )
     close(loss, expected)
-    close(stats["clip_fraction"], 1 / 3)
+    close(stats["clip_ratio/region_mean"], 1 / 3)
 
 
 def test_g5_token_losses():
@@ -116,7 +113,9 @@ def test_g5_token_losses():
 
 def test_clip_bounds_are_not_swapped():
     ratios, advantages = tensor([[1.25, 0.75]]).log(), tensor([[1, -1]])
-    loss, _ = policy_loss(ratios, torch.zeros(1, 2), advantages, torch.ones(1, 2), clip_low=0.1, clip_high=0.3)
+    loss, _ = policy_loss(
+        ratios, torch.zeros(1, 2), advantages, torch.ones(1, 2), Objective(clip_low=0.1, clip_high=0.3)
+    )
     close(loss, (-1.25 + 0.9) / 2)
 
 
@@ -228,9 +227,11 @@ def test_policy_loss_equals_a_naive_loop(seed):
                 bounded = min(max(ratio, 1 - low), 1 + high)
                 losses.append(-min(ratio * gain[i][t], bounded * gain[i][t]))
                 clipped += bounded * gain[i][t] < ratio * gain[i][t]
-    loss, stats = policy_loss(tensor(logprobs), tensor(old), tensor(gain), tensor(mask), clip_low=low, clip_high=high)
+    loss, stats = policy_loss(
+        tensor(logprobs), tensor(old), tensor(gain), tensor(mask), Objective(clip_low=low, clip_high=high)
+    )
     close(loss, sum(losses) / len(losses))
-    close(stats["clip_fraction"], clipped / len(losses))
+    close(stats["clip_ratio/region_mean"], clipped / len(losses))
 
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "rloo", "grpo"])
@@ -380,19 +381,23 @@ def test_more_padding_and_nan_in_masked_slots_change_nothing():
     assert (logprobs.grad[mask == 1] != 0).all()
 
 
-def test_splitting_into_micro_batches_changes_nothing():
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_splitting_into_micro_batches_changes_nothing(loss_type, level):
     torch.manual_seed(0)
     mask = mask_of([1, 4, 2, 3])
-    logprobs, old, gain = (torch.randn(4, 4) for _ in range(3))
+    logprobs, old, gain, kl = (torch.randn(4, 4) for _ in range(4))
 
     def loss_of(rows):
-        return policy_loss(logprobs[rows], old[rows], gain[rows], mask[rows], denominator=10)
+        given = logprobs[rows], old[rows], gain[rows], mask[rows], Objective(loss_type, level)
+        return policy_loss(*given, kl_BT=kl[rows], size=StepSize(10, 4, 4))
 
-    whole, whole_stats = policy_loss(logprobs, old, gain, mask)
+    whole, whole_stats = loss_of(slice(0, 4))
     parts = [loss_of(slice(0, 1)), loss_of(slice(1, 4))]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
     for key, value in whole_stats.items():
-        torch.testing.assert_close(sum(stats[key] for _, stats in parts), value)
+        combine = {"n": min, "x": max}.get(key[-1], sum) if key.endswith(("_min", "_max")) else sum
+        torch.testing.assert_close(combine(stats[key] for _, stats in parts), value)
 
 
 def test_equal_returns_give_exactly_zero():

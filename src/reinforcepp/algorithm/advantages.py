@@ -1,20 +1,17 @@
 """From rewards to advantages, as pure functions over tensors.
 
 Source: Hu et al., "REINFORCE++: Stabilizing Critic-Free Policy Optimization", arXiv 2501.03262v9, cited as [v9].
-``estimators`` lists the components of each estimator; ``groups`` and ``critic`` hold the baselines.
+``estimators`` lists the components of each estimator; ``groups`` and ``critic`` hold the baselines, ``moments`` the
+normalization.
 
 Dimensions: B sequences, T response tokens. ``mask_BT`` is 1 on tokens that the policy sampled, EOS included, and 0
 elsewhere (padding, tool output). Masked values never affect a result, not even NaN.
 No function communicates: global sums are arguments, so the caller adds them up and a test can split a batch at will.
-
-Deviation from the paper: the variance is floored at 1e-8 before its square root, so a batch of equal returns has
-advantages of exactly 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +19,7 @@ from torch import Tensor
 from reinforcepp.algorithm.critic import compute_gae
 from reinforcepp.algorithm.estimators import checked_spec
 from reinforcepp.algorithm.groups import group_token_advantages
-
-Population = Literal["tokens", "sequences"]
-
-VARIANCE_FLOOR = 1e-8
+from reinforcepp.algorithm.moments import Population, combine_moments, moment_sums, normalize, population_mask
 
 
 def clip_rewards(rewards_B: Tensor, limit: float | None) -> Tensor:
@@ -54,48 +48,6 @@ def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Te
         returns_BT[:, t] = rewards_BT[:, t] + gamma * next_B
         next_B = torch.where(mask_BT[:, t], returns_BT[:, t], next_B)
     return torch.where(mask_BT, returns_BT, 0.0)
-
-
-class Moments(NamedTuple):
-    """Mean and population variance over the sampled tokens of the global batch. () each"""
-
-    mean: Tensor
-    variance: Tensor
-
-
-def moment_sums(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return [n, S, sum((x - S/n)²), S²/n] of one part of the batch, to be added up over parts. -> (4,) float64"""
-    mask_BT = mask_BT.bool()
-    count = mask_BT.sum().double()
-    total = torch.where(mask_BT, values_BT.double(), 0.0).sum()
-    mean = total / count.clamp_min(1)
-    squared_deviations = torch.where(mask_BT, values_BT.double() - mean, 0.0).square().sum()
-    return torch.stack([count, total, squared_deviations, total * mean])
-
-
-def combine_moments(sums: Tensor) -> Moments:
-    """Return the moments of the global batch from the sum of its parts' :func:`moment_sums`.
-
-    One all-reduce is enough, and the variance is as accurate as with two passes. [Chan, Golub and LeVeque 1983]
-    """
-    count, total, within, squares = sums
-    mean = total / count.clamp_min(1)
-    between = (squares - total * mean).clamp_min(0)
-    return Moments(mean, (within + between) / count.clamp_min(1))
-
-
-def population_mask(mask_BT: Tensor, over: Population) -> Tensor:
-    """Return the mask of values in mean and variance: every sampled token, or each sequence's first. -> (B, T)"""
-    if over == "tokens":
-        return mask_BT
-    return mask_BT.bool() & (mask_BT.bool().cumsum(-1) == 1)
-
-
-def normalize(values_BT: Tensor, mask_BT: Tensor, moments: Moments) -> Tensor:
-    """Return A = (G - mean) / sqrt(max(variance, 1e-8)), 0 where masked. [v9 Eq. 5] -> (B, T) float32"""
-    scale = torch.rsqrt(moments.variance.clamp_min(VARIANCE_FLOOR))
-    centered_BT = torch.where(mask_BT.bool(), values_BT.double() - moments.mean, 0.0)
-    return (centered_BT * scale).float()
 
 
 def compute_advantages(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reinforcepp.algorithm.losses import masked_mean
+from reinforcepp.algorithm.means import masked_mean
 from reinforcepp.errors import ConfigError
 
 

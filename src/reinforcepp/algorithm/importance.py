@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.kl import MAX_EXPONENT
+from reinforcepp.algorithm.means import masked_mean
 from reinforcepp.errors import ConfigError
 
 Correction = Literal["tis", "icepop", "off"]
@@ -32,3 +34,13 @@ def importance_weights(
     if mode == "icepop":
         return torch.where((weights_BT >= low) & (weights_BT <= high), weights_BT, 0.0)
     raise ConfigError(f"rollout correction: {mode!r} isn't valid. Choose tis, icepop or off.")
+
+
+def weight_stats(weights_BT: Tensor, mask_BT: Tensor, tokens: Tensor | float) -> dict[str, Tensor]:
+    """Return mean and extremes of the weights under TRL's keys; ``tokens`` is the number of those in the optimizer step."""
+    known_BT = mask_BT.bool()
+    return {
+        "sampling/importance_sampling_ratio/mean": masked_mean(weights_BT, mask_BT, tokens),
+        "sampling/importance_sampling_ratio/min": torch.where(known_BT, weights_BT, math.inf).min(),
+        "sampling/importance_sampling_ratio/max": torch.where(known_BT, weights_BT, 0.0).max(),
+    }

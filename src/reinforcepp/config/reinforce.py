@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
-from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
+from reinforcepp.config.algorithm import AlgorithmConfig
 from reinforcepp.config.aliases import parser_fields
 from reinforcepp.config.base import (
     Config,
@@ -16,7 +16,6 @@ from reinforcepp.config.base import (
     PositiveFloat,
     PositiveInt,
     Probability,
-    Range,
     Seed,
     Share,
 )
@@ -33,8 +32,6 @@ SERVERS = {"vllm://": "http://", "vllm+https://": "https://"}
 SERVER = r"([^\s/:,@\[\]]+|\[[0-9a-fA-F:.]+\]):\d{1,5}"
 SERVER_ADDRESSES = re.compile(rf"vllm(\+https)?://{SERVER}(,{SERVER})*")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
-
-Discount = Annotated[float, Range(at_least=0, at_most=1)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,9 @@ class RewardScoringConfig(Config):
 
 
 @dataclass(frozen=True)
-class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig):
+class ReinforceConfig(
+    ScheduleConfig, AlgorithmConfig, RewardScoringConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig
+):
     """Settings of REINFORCE++ training."""
 
     TRAINING: ClassVar[Training] = "policy"
@@ -94,28 +93,8 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
     long_prompts: Literal["cut", "drop"] = "cut"
     """Prompts over the maximum: cut drops the oldest turns, drop skips the prompts"""
 
-    estimator: EstimatorName = "reinforce_plus_plus"
-    """Advantage estimator; rloo, grpo and ppo are for comparison"""
-    kl_coef: NonNegativeFloat = 0.1
-    """Weight of the KL to the reference policy; higher stays closer to it"""
-    gamma: Discount = 1.0
-    """Discount per token"""
-    clip_low: Annotated[float, Range(above=0, below=1)] = 0.2
-    """Clip the policy ratio below 1 - clip_low; no effect with one update per batch"""
-    clip_high: PositiveFloat = 0.2
-    """Clip the policy ratio above 1 + clip_high"""
-    dual_clip: Annotated[float, Range(above=1)] | None = None
-    """Bound on the loss at negative advantages, in multiples of the advantage"""
-    normalize_over: Literal["tokens", "sequences"] = "tokens"
-    """Population of the advantage normalization; tokens as in the paper's code"""
-
-    gae_lambda: Discount = 0.95
-    """Only ppo: lambda of GAE; 0 trusts the critic, 1 the observed returns"""
-    value_clip: PositiveFloat | None = 0.2
-    """Only ppo: clip values to +- this around their value at sampling"""
     critic_learning_rate: PositiveFloat | None = None
     """Only ppo: peak learning rate of the critic; default: learning_rate"""
-
     warmup_ratio: Share = 0.0
     """Fraction of all optimizer steps in which the learning rate rises to its peak"""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -206,11 +185,6 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
                 f"estimator: {self.estimator} compares completions of one prompt, but num_generations is "
                 f"{self.num_generations}. Set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
             )
-        if self.estimator_spec.grouped and self.gamma != 1:
-            raise ConfigError(
-                f"gamma: {self.gamma} doesn't work with the estimator {self.estimator}, which has no rewards per token. "
-                "Set gamma to 1."
-            )
         if self.optimizer_batch_size > self.completions_per_step:
             raise ConfigError(
                 f"micro_batch_size {self.effective_micro_batch_size} x gradient_accumulation_steps "
@@ -259,11 +233,6 @@ class ReinforceConfig(ScheduleConfig, RewardScoringConfig, ChatTemplateConfig, C
             raise ConfigError(
                 f"load_in_4bit: {target} can't load 4-bit weights. Use {option('rollout', 'transformers')}, or auto."
             )
-
-    @property
-    def estimator_spec(self) -> EstimatorSpec:
-        """Parts of the estimator."""
-        return ESTIMATORS[self.estimator]
 
     @property
     def completions_per_step(self) -> int:

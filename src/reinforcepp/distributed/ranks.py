@@ -361,10 +361,10 @@ class Ranks:
         """Return the element-wise sum over ranks."""
         return self.accelerator.reduce(values, reduction="sum")
 
-    def max(self, value: Tensor) -> Tensor:
-        """Return the largest ``value``, a scalar tensor, over ranks."""
-        gathered: Tensor = self.accelerator.gather(value)
-        return gathered.max()
+    def max(self, values: Tensor) -> Tensor:
+        """Return the element-wise maximum over ranks."""
+        gathered: Tensor = self.accelerator.gather(values[None])
+        return gathered.amax(0)
 
     def any(self, condition: bool) -> bool:
         """Return whether ``condition`` holds on any rank."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from reinforcepp.algorithm.kl import kl_estimate
-from reinforcepp.algorithm.losses import masked_mean
+from reinforcepp.algorithm.means import masked_mean
 from reinforcepp.config.reward_rules import repeated_share
 from reinforcepp.monitoring.completion_log import columns_of
 from reinforcepp.rewards.functions import RewardScores

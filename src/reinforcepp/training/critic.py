@@ -46,7 +46,7 @@ class Critic(Learner):
         return values_BT
 
     def accumulate(
-        self, batch: UpdateBatch, rows: list[int], tokens: Tensor, pad_id: int, weight: float, *, last: bool
+        self, batch: UpdateBatch, rows: list[int], tokens: Tensor | float, pad_id: int, weight: float, *, last: bool
     ) -> Tensor:
         """Accumulate the gradients of :meth:`loss` times ``weight``; return the loss. See :meth:`learning` for ``last``."""
         with self.learning(last=last):
@@ -54,7 +54,7 @@ class Critic(Learner):
             self.backward(loss * weight)
         return loss.detach()
 
-    def loss(self, batch: UpdateBatch, rows: list[int], tokens: Tensor, pad_id: int) -> Tensor:
+    def loss(self, batch: UpdateBatch, rows: list[int], tokens: Tensor | float, pad_id: int) -> Tensor:
         """Return a micro-batch's share of the value loss, a mean over ``tokens``."""
         assert batch.values_BT is not None
         return value_loss(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.advantages import clip_rewards, compute_advantages
-from reinforcepp.algorithm.importance import Correction, importance_weights
+from reinforcepp.algorithm.importance import Correction, importance_weights, weight_stats
 from reinforcepp.algorithm.kl import kl_estimate
-from reinforcepp.algorithm.losses import masked_mean, policy_loss
+from reinforcepp.algorithm.losses import policy_loss
+from reinforcepp.algorithm.means import StepSize
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import UnusableUpdate
@@ -24,13 +25,11 @@ from reinforcepp.training.batches import UpdateBatch, halved_micro_batch, micro_
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
+from reinforcepp.training.update_stats import LOG_RATIO, UpdateStats
 from reinforcepp.types import Completion, RolloutBatch
 
 if TYPE_CHECKING:
     from reinforcepp.training.run_guard import Heartbeat
-
-LARGEST = "log_ratio_max"
-"""The only statistic of a micro-batch that is combined by maximum instead of by sum."""
 
 
 def score(
@@ -158,6 +157,7 @@ class PolicyUpdate:
         self.learners: dict[str, Learner] = {"policy": self.policy}
         if self.critic is not None:
             self.learners["critic"] = self.critic
+        self.objective = self.config.objective
         self.micro_batch_size = self.config.effective_micro_batch_size
 
     def run(self, batch: UpdateBatch, step: int, kl_coef: float) -> dict[str, float]:
@@ -187,9 +187,8 @@ class PolicyUpdate:
         """Compute gradients, check them, and make the step unless the guardrails skip it."""
         totals = self._accumulate(batch, rows, kl_coef)
         self.heartbeat.safe_point()
-        log_ratio = float(self.ranks.max(totals.pop(LARGEST)))
-        stats = dict(zip(totals, self.ranks.sum(torch.stack(list(totals.values()))).tolist(), strict=True))
-        stats["clip_ratio/region_mean"] = stats.pop("clip_fraction")
+        stats = totals.combine(self.ranks)
+        log_ratio = stats.pop(LOG_RATIO)
         norms = {name: learner.clip() for name, learner in self.learners.items()}
         try:
             self.guardrails.check_update(stats["loss"] + stats.get("critic/loss", 0.0), log_ratio, norms)
@@ -202,7 +201,7 @@ class PolicyUpdate:
             stats["critic/grad_norm"] = self.critic.step(norms["critic"])["grad_norm"]
         return stats | self.policy.step(norms["policy"]) | {"skipped_updates": 0.0}
 
-    def _accumulate(self, batch: UpdateBatch, rows: Sequence[int], kl_coef: float) -> dict[str, Tensor]:
+    def _accumulate(self, batch: UpdateBatch, rows: Sequence[int], kl_coef: float) -> UpdateStats:
         """Accumulate the gradients of one optimizer step; if memory runs out, start over with smaller micro-batches."""
         while True:
             try:
@@ -211,59 +210,60 @@ class PolicyUpdate:
                 self.micro_batch_size = halved_micro_batch(self.micro_batch_size, self.ranks, error)
                 self._drop_gradients()
 
-    def _backward(self, batch: UpdateBatch, rows: Sequence[int], kl_coef: float) -> dict[str, Tensor]:
+    def _backward(self, batch: UpdateBatch, rows: Sequence[int], kl_coef: float) -> UpdateStats:
         """Run forward and backward passes over all micro-batches of one optimizer step; return summed statistics."""
-        tokens = batch.rollout.mask_BT[rows].sum()
-        totals: dict[str, Tensor] = {}
+        size = StepSize(batch.rollout.mask_BT[rows].sum().clamp_min(1), len(rows), self.config.max_new_tokens)
+        totals = UpdateStats()
         passes = rank_passes(batch.rollout.completions, rows, self.micro_batch_size, self.ranks)
         for number, (micro, weight) in enumerate(passes, 1):
             self.heartbeat.safe_point()
             last = number == len(passes)
             with self.policy.learning(last=last):
-                loss, stats = self._policy_loss(batch, micro, tokens, kl_coef, new=weight > 0)
+                loss, stats = self._policy_loss(batch, micro, size, kl_coef, new=weight > 0)
                 self.policy.backward(loss * weight)
             stats["loss"] = loss.detach()
             if self.critic is not None:
-                stats["critic/loss"] = self.critic.accumulate(batch, micro, tokens, self.pad_id, weight, last=last)
-            for name, value in stats.items():
-                before, counted = totals.get(name, torch.zeros_like(value)), value * weight
-                totals[name] = torch.maximum(before, counted) if name == LARGEST else before + counted
+                stats["critic/loss"] = self.critic.accumulate(batch, micro, size.tokens, self.pad_id, weight, last=last)
+            totals.add(stats, weight)
         return totals
 
     def _policy_loss(
-        self, batch: UpdateBatch, rows: list[int], tokens: Tensor, kl_coef: float, *, new: bool
+        self, batch: UpdateBatch, rows: list[int], size: StepSize, kl_coef: float, *, new: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a micro-batch's share of the token mean over ``tokens``; ``new`` if these rows aren't repeated."""
+        """Return a micro-batch's share of the loss of a step of ``size``; ``new`` if these rows aren't repeated."""
         config, rollout, advantages_BT = self.config, batch.rollout, batch.advantages_BT
         width = advantages_BT.shape[1]
-        logprobs_BT, entropy_BT, mask_BT = self.logprobs(self.policy.model, rollout.completions, rows, width)
+        logprobs_BT, entropy_BT, _ = self.logprobs(self.policy.model, rollout.completions, rows, width)
+        mask_BT = rollout.mask_BT[rows]
         if self.on_policy and new:
             rollout.old_logprobs_BT[rows], rollout.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT
         old_BT = rollout.old_logprobs_BT[rows]
         weights_BT = importance_weights(
             old_BT,
             rollout.rollout_logprobs_BT[rows],
-            rollout.mask_BT[rows],
+            mask_BT,
             mode=self.correction,
             low=config.importance_low,
             high=config.importance_high,
         )
+        kl_BT = None
+        if config.estimator_spec.kl_in_loss:
+            kl_BT = kl_coef * kl_estimate(logprobs_BT, rollout.ref_logprobs_BT[rows], config.kl_of_loss)
         loss, stats = policy_loss(
             logprobs_BT,
             old_BT,
             advantages_BT[rows],
             mask_BT,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
+            self.objective,
             weights_BT=weights_BT,
-            denominator=tokens,
+            kl_BT=kl_BT,
+            correct_kl=config.use_bias_correction_kl is True,
+            size=size,
         )
-        if config.estimator_spec.kl_in_loss:
-            k2_BT = kl_estimate(logprobs_BT, rollout.ref_logprobs_BT[rows], "k2")
-            loss = loss + kl_coef * masked_mean(k2_BT, mask_BT, tokens)
+        if weights_BT is not None:
+            stats |= weight_stats(weights_BT, mask_BT, size.tokens)
         log_ratio_BT = (logprobs_BT.detach() - old_BT).abs()
-        stats[LARGEST] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
+        stats[LOG_RATIO] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
         return loss, stats
 
     @torch.no_grad()

@@ -1,0 +1,91 @@
+"""Settings of the algorithm: advantages, KL and loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
+
+from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
+from reinforcepp.algorithm.loss_types import LossType, Objective, RatioLevel
+from reinforcepp.config.base import Config, NonNegativeFloat, PositiveFloat, Range
+from reinforcepp.errors import ConfigError
+
+Discount = Annotated[float, Range(at_least=0, at_most=1)]
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig(Config):
+    """How rewards become advantages, and advantages a loss."""
+
+    estimator: EstimatorName = "reinforce_plus_plus"
+    """Advantage estimator; rloo, grpo and ppo are for comparison"""
+    gamma: Discount = 1.0
+    """Discount per token"""
+    normalize_over: Literal["tokens", "sequences"] = "tokens"
+    """Population of the advantage normalization; tokens as in the paper's code"""
+    kl_coef: NonNegativeFloat = 0.1
+    """Weight of the KL to the reference policy; higher stays closer to it"""
+    use_bias_correction_kl: bool | None = None
+    """KL in a loss as in TRL: k3, if true times the policy ratio. Default: k2"""
+
+    loss_type: LossType = "dapo"
+    """Mean of the token losses, and bound of the policy ratio, as in TRL; or rloo"""
+    importance_sampling_level: RatioLevel = "token"
+    """Policy ratio of each token, or the geometric mean of a sequence's (GSPO)"""
+    clip_low: Annotated[float, Range(above=0, below=1)] = 0.2
+    """Clip the policy ratio below 1 - clip_low; no effect with one update per batch"""
+    clip_high: PositiveFloat = 0.2
+    """Clip the policy ratio above 1 + clip_high; with cispo, above clip_high"""
+    dual_clip: Annotated[float, Range(above=1)] | None = None
+    """Bound on the loss at negative advantages, in multiples of the advantage"""
+    sapo_temperature_pos: PositiveFloat = 1.0
+    """Only sapo: temperature of the gate at positive advantages"""
+    sapo_temperature_neg: PositiveFloat = 1.05
+    """Only sapo: temperature of the gate at other advantages"""
+
+    gae_lambda: Discount = 0.95
+    """Only ppo: lambda of GAE; 0 trusts the critic, 1 the observed returns"""
+    value_clip: PositiveFloat | None = 0.2
+    """Only ppo: clip values to +- this around their value at sampling"""
+
+    @property
+    def estimator_spec(self) -> EstimatorSpec:
+        """Parts of the estimator."""
+        return ESTIMATORS[self.estimator]
+
+    @property
+    def objective(self) -> Objective:
+        """Type and bounds of the loss."""
+        return Objective(**{part.name: getattr(self, part.name) for part in fields(Objective)})
+
+    @property
+    def kl_of_loss(self) -> Literal["k2", "k3"]:
+        """KL estimate of a loss."""
+        return "k2" if self.use_bias_correction_kl is None else "k3"
+
+    def _check_rules(self) -> None:
+        if self.estimator_spec.grouped and self.gamma != 1:
+            raise ConfigError(
+                f"gamma: {self.gamma} doesn't work with the estimator {self.estimator}, which has no rewards per token. "
+                "Set gamma to 1."
+            )
+        if self.use_bias_correction_kl is not None and not self.estimator_spec.kl_in_loss:
+            in_loss = " or ".join(name for name, spec in ESTIMATORS.items() if spec.kl_in_loss)
+            raise ConfigError(
+                f"use_bias_correction_kl is a setting of a KL in the loss, but {self.estimator} has k1 in the reward. Omit it, "
+                f"or use the estimator {in_loss}."
+            )
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        if self.objective.spec.whole_sequences and self.importance_sampling_level != "token":
+            raise ConfigError(
+                f"importance_sampling_level: {self.importance_sampling_level} is the geometric mean of a sequence's policy "
+                f"ratios, but loss_type {self.loss_type} multiplies them. Omit one of the two."
+            )
+        if self.dual_clip is not None and self.objective.spec.surrogate != "clip":
+            raise ConfigError(f"dual_clip: loss_type {self.loss_type} doesn't clip its loss. Omit dual_clip.")
+        if self.dual_clip is not None and self.dual_clip < 1 + self.clip_high:
+            raise ConfigError(
+                f"dual_clip: {self.dual_clip} is below 1 + clip_high, {1 + self.clip_high:g}. Raise dual_clip or lower clip_high."
+            )
