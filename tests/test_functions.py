@@ -26,19 +26,29 @@ import torch
 import transformers
 
 import reinforcepp
-from reinforcepp import lint
-from reinforcepp.config import LintConfig
-from reinforcepp.errors import ConfigError
+from reinforcepp import generate, lint
+from reinforcepp.config import GenerateConfig, LintConfig
+from reinforcepp.errors import ConfigError, DataError, ModelError
+from reinforcepp.models.loading import load_policy, load_tokenizer, weights_hash
 from scripts import ROOT
 
 SETTINGS = {
+    "generate": (GenerateConfig, {"prompt", "prompts_file"}),
     "lint": (LintConfig, {"fail_on"}),
 }
 """Functions with the class of their settings, and the settings that are the command's alone."""
-OTHERS = {"verbose"}
+OTHERS = {"verbose", "prompts", "processing_class"}
 """Arguments that aren't settings."""
 OWN_DEFAULT = {"output"}
 """Settings with another default, because a function writes no file unless asked."""
+
+
+TYPES = {
+    "Dataset": datasets.Dataset,
+    "PreTrainedModel": transformers.PreTrainedModel,
+    "PreTrainedTokenizerBase": transformers.PreTrainedTokenizerBase,
+}
+"""Types that the modules import for type checkers only."""
 
 
 # --- signatures -------------------------------------------------------------------------------------------------------
@@ -69,7 +79,7 @@ def test_the_arguments_are_the_settings(name):
     """Names, types and defaults are those of the settings, and so are descriptions, unless an argument takes more types."""
     settings, of_command = SETTINGS[name]
     function = getattr(reinforcepp, name)
-    known = vars(inspect.getmodule(function)) | {"Dataset": datasets.Dataset} | vars(transformers)
+    known = vars(inspect.getmodule(function)) | TYPES
     parameters = inspect.signature(function, eval_str=True, globals=known).parameters
     by_name = {field.name: field for field in fields(settings)}
     assert set(parameters) - OTHERS == set(by_name) - of_command
@@ -82,7 +92,13 @@ def test_the_arguments_are_the_settings(name):
         if argument not in OWN_DEFAULT:
             assert parameters[argument].default in (by_name[argument].default, inspect.Parameter.empty), argument
             if not accepted - wanted:
-                assert f"{argument}: {described[argument]}.\n" in inspect.getdoc(function)
+                assert f"{argument}: {described[argument]}." in inspect.getdoc(function)
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(monkeypatch):
+    """vLLM takes ten seconds to start and prints; tests/rollout has its tests."""
+    monkeypatch.setattr("reinforcepp.rollout.vllm.compat.vllm_status", lambda *_: (False, "vLLM isn't installed"))
 
 
 # --- documentation ----------------------------------------------------------------------------------------------------
@@ -160,6 +176,94 @@ def everywhere(function):
 
     with ThreadPoolExecutor(1) as threads:
         return [function(), function(), asyncio.run(in_a_loop()), threads.submit(function).result()]
+
+
+def untouched(model) -> list[object]:
+    """Return everything of a loaded model that a function must leave as it is."""
+    modes = [(name, module.training, type(module).forward) for name, module in model.named_modules()]
+    weights = [(name, w.dtype, w.device, w.requires_grad, w.data_ptr()) for name, w in model.named_parameters()]
+    return [modes, weights, model.config.to_dict(), model.generation_config.to_dict(), weights_hash(model)]
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+SIZES = {"max_new_tokens": 6}
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is DNS?"}]
+
+
+def test_generate_of_a_name_and_of_a_loaded_model(model_folder, unchanged):
+    model, tokenizer = load_policy(str(model_folder)), load_tokenizer(str(model_folder))
+    prompts = ["What is DNS?", "Why?"]
+    with unchanged():
+        by_name = generate(model_folder, prompts, **SIZES, num_samples=2)
+    model.train()
+    model.transformer.h[0].eval()  # as a frozen part
+    tokenizer.padding_side, before = "right", untouched(model)
+    with unchanged():
+        loaded, *again = everywhere(
+            lambda: generate(model, prompts, processing_class=tokenizer, num_samples=2, **SIZES)
+        )
+    assert untouched(model) == before and tokenizer.padding_side == "right"
+    assert loaded == by_name and again == [loaded] * 3
+    assert [each.prompt.text for each in loaded] == ["What is DNS?"] * 2 + ["Why?"] * 2
+    assert generate(model, prompts, num_samples=2, **SIZES) == loaded  # the tokenizer of the model's folder
+
+
+def test_generate_takes_every_form_of_prompts(model_folder, tmp_path):
+    rows = [{"prompt": "Why?"}, {"prompt": CHAT}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    forms = [rows, iter(["Why?", CHAT]), datasets.Dataset.from_list([{"prompt": "Why?"}]), tmp_path / "prompts.jsonl"]
+    first, *others = [generate(model_folder, form, **SIZES) for form in [*forms, "Why?"]]
+    assert [response.prompt.conversation for response in first] == ["Why?", tuple(CHAT)]
+    for responses in others:
+        assert len(responses) in (1, 2)
+        assert [response.ids for response in responses] == [response.ids for response in first[: len(responses)]]
+    (chat,) = generate(model_folder, CHAT, **SIZES)
+    assert chat.prompt.messages == tuple(CHAT)
+    assert chat.record()["completion"] == [{"role": "assistant", "content": chat.text}]
+    assert generate(model_folder, []) == []
+
+
+def test_generate_scores_with_a_function_or_a_reward_model(model_folder, reward_folder, tmp_path):
+    def odd(completions, level, **_):
+        return [None if n else float(len(text)) for text, n in zip(completions, level, strict=True)]
+
+    rows = [{"prompt": "Why?", "level": 0}, {"prompt": "How?", "level": 1}]
+    every = generate(model_folder, rows, num_samples=3, reward_model=odd, temperature=1, **SIZES)
+    best = generate(model_folder, rows, best_of=3, reward_model=odd, temperature=1, **SIZES)
+    assert [each.reward for each in every] == [*(float(len(each.text)) for each in every[:3]), None, None, None]
+    assert best == [max(every[:3], key=lambda each: each.reward), every[3]]
+    by_folder = generate(model_folder, rows, reward_model=reward_folder, output=tmp_path / "a.jsonl", **SIZES)
+    loaded = reinforcepp.load_reward_model(reward_folder)
+    assert by_folder == generate(model_folder, rows, reward_model=loaded, **SIZES)
+    assert list(map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())) == [
+        each.record() for each in by_folder
+    ]
+    assert by_folder[0].record()["reward"] == by_folder[0].reward
+
+
+def test_generate_warns_about_truncated_prompts(model_folder):
+    with pytest.warns(UserWarning, match="1 of 1 prompts are longer than 16 tokens"):
+        generate(model_folder, "why " * 50, max_prompt_length=16, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("model", "prompts", "settings", "error", "message"),
+    [
+        (None, "Why?", {}, ConfigError, "model: NoneType isn't a model. Give a name, a folder, or a loaded"),
+        ("./none", "Why?", {}, ModelError, "./none: model folder not found"),
+        ("builtin:tiny", 3, {}, ConfigError, "prompts: 3 isn't a dataset"),
+        ("builtin:tiny", ["Why?", ""], {}, DataError, "prompts:1: no text in the column 'prompt'"),
+        ("builtin:tiny", ["Why?", 3], {}, DataError, "prompts:1: no text in the column 'prompt'"),
+        ("builtin:tiny", "Why?", {"temperature": -1}, ConfigError, "temperature must be at least 0"),
+        ("builtin:tiny", "Why?", {"best_of": 3}, ConfigError, "best_of needs a reward model"),
+        ("builtin:tiny", "Why?", {"reward_model": "./none"}, ModelError, "reward model folder not found"),
+        ("builtin:tiny", "Why?", {"max_new_tokens": 10**6}, ConfigError, "leaves no room for a prompt"),
+    ],
+)
+def test_generate_names_the_wrong_argument(model, prompts, settings, error, message):
+    with pytest.raises(error, match=message):
+        generate(model, prompts, **settings)
 
 
 # --- lint -------------------------------------------------------------------------------------------------------------

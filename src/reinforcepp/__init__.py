@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getattr__`` loads the same names
+    from reinforcepp.commands.generate import Response as Response
+    from reinforcepp.commands.generate import generate as generate
     from reinforcepp.commands.lint.command import lint as lint
     from reinforcepp.commands.lint.findings import Finding as Finding
     from reinforcepp.commands.lint.findings import LintReport as LintReport
@@ -46,6 +48,8 @@ _MODULES = {
     "SftConfig": "config",
     "GenerateConfig": "config",
     "train_reward_model": "training.reward_trainer",
+    "generate": "commands.generate",
+    "Response": "commands.generate",
     "lint": "commands.lint.command",
     "LintReport": "commands.lint.findings",
     "Finding": "commands.lint.findings",

@@ -14,7 +14,7 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
-from reinforcepp.commands.generate import generate
+from reinforcepp.commands.generate import run_generate
 from reinforcepp.commands.report import PAGE, write_report
 from reinforcepp.config import DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 from reinforcepp.data import load_prompts
@@ -81,7 +81,9 @@ def _run_stages(config: DemoConfig, folder: Path) -> DemoResult:
     echo("\n3/4  Generation with the trained model", "bold")
     question = heldout_rows[0].prompt
     echo(f"> {question}")
-    generate(GenerateConfig(model=train_config.output_dir, prompt=question, max_new_tokens=64, engine="transformers"))
+    run_generate(
+        GenerateConfig(model=train_config.output_dir, prompt=question, max_new_tokens=64, engine="transformers")
+    )
 
     echo("\n4/4  Before and after training, on held-out prompts scored by the gold judge", "bold")
     before, after = trainer.evaluations["before"], trainer.evaluations["after"]

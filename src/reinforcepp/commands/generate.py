@@ -1,54 +1,205 @@
-"""The command ``generate``: generate responses to one prompt, a file of prompts, or standard input."""
+"""The command and function ``generate``: generate responses to prompts."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from reinforcepp.config import GenerateConfig, SamplingConfig
-from reinforcepp.data import PromptRow, is_data_file, read_prompt_lines, read_prompts
+from reinforcepp.data import PromptRow, check_dataset, is_data_file, prompt_rows, read_prompt_lines, read_prompts
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
-from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, prompt_limit
+from reinforcepp.models.given import check_loaded, name_of, preserve_modes
+from reinforcepp.models.loading import (
+    load_config,
+    load_policy,
+    load_tokenizer,
+    prompt_limit,
+    tokenizer_for,
+)
 from reinforcepp.models.tokenization import encode_prompts
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.monitoring.turns import turn_lines
-from reinforcepp.rewards.functions import score_all
+from reinforcepp.rewards.functions import RewardFunction, function_name, score_with
 from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
-from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
+from reinforcepp.runtime import silence
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def generate(config: GenerateConfig) -> list[Completion]:
-    """Generate a response to every prompt of ``config``, write them, and return them in order.
+@dataclass(frozen=True)
+class Response(Completion):
+    """A completion of a trained model, and its reward if a reward model scored it."""
+
+    reward: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return a row in TRL's format: conversational if the prompt is a list of messages."""
+        cells = self.prompt.cells
+        return {
+            "prompt": cells.pop("prompt"),
+            "completion": [{"role": "assistant", "content": self.text}] if self.prompt.messages else self.text,
+            "finish_reason": self.finish_reason,
+            **cells,
+            **({} if self.reward is None else {"reward": self.reward}),
+        }
+
+
+def generate(
+    model: str | Path | PreTrainedModel,
+    prompts: str | Path | Dataset | Iterable[str | Sequence[Mapping[str, Any]] | Mapping[str, Any]],
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    max_new_tokens: int = GenerateConfig.max_new_tokens,
+    temperature: float = GenerateConfig.temperature,
+    top_p: float = GenerateConfig.top_p,
+    top_k: int = GenerateConfig.top_k,
+    repetition_penalty: float = GenerateConfig.repetition_penalty,
+    seed: int = GenerateConfig.seed,
+    num_samples: int = GenerateConfig.num_samples,
+    best_of: int | None = None,
+    reward_model: str | Path | RewardFunction | None = None,
+    max_prompt_length: int | None = None,
+    engine: Literal["auto", "transformers", "vllm"] = "auto",
+    output: str | Path | None = None,
+    verbose: bool = False,
+) -> list[Response]:
+    """Generate responses to prompts.
+
+    Example:
+        >>> from reinforcepp import generate
+        >>> responses = generate("builtin:tiny", ["What is DNS?", "What is NAT?"], num_samples=2, max_new_tokens=8)
+        >>> [response.prompt.text for response in responses]
+        ['What is DNS?', 'What is DNS?', 'What is NAT?', 'What is NAT?']
+
+    Args:
+        model: builtin:tiny, a folder, a Hub name, or a loaded model, which stays as it is.
+        prompts: One prompt or several, each a text, a list of messages, or a row with a ``prompt``; a ``Dataset``; or the path
+            (``pathlib.Path``) of a file of prompts. A text is a user message if the model has a chat template. The other
+            columns of rows go to a reward function.
+        processing_class: The tokenizer; default: the model's.
+        max_new_tokens: Maximum length of a response, in tokens.
+        temperature: Sampling temperature; 0 is greedy, 1 the model's own distribution.
+        top_p: Sample from the likeliest tokens with this total probability; 1 disables.
+        top_k: Sample from this many likeliest tokens; 0 disables.
+        repetition_penalty: Above 1 makes tokens that already occurred less likely.
+        seed: Sampling seed; the same seed gives the same responses.
+        num_samples: Responses per prompt.
+        best_of: Sample this many responses per prompt and keep the highest-reward one.
+        reward_model: Folder of a reward model, or a reward function, that scores every response.
+        max_prompt_length: Most tokens of a formatted prompt. Default: what the context leaves.
+        engine: Engine; auto uses vLLM if it is installed and runs the model. For a loaded model, auto is transformers.
+        output: File for the responses as JSON lines; default: none is written.
+        verbose: Print progress and notes to standard error.
+
+    Returns:
+        The responses, those to a prompt one after another, in the order of the prompts.
+
+    Raises:
+        ConfigError: A setting is invalid, or ``model`` isn't a model.
+        DataError: A prompt is empty, or a file can't be read.
+        ModelError: The model or the reward model can't be loaded.
+        RolloutError: vLLM was asked for but can't run the model.
+        RewardError: The reward function raised an exception.
+    """
+    loaded = check_loaded(model, "model")
+    reward = None if isinstance(reward_model, (str, Path)) else reward_model
+    config = GenerateConfig(
+        model=name_of(model),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        num_samples=num_samples,
+        best_of=best_of,
+        reward_model=None if reward_model is None else str(reward_model) if reward is None else function_name(reward),
+        max_prompt_length=max_prompt_length,
+        engine=engine,
+        output=None if output is None else str(output),
+    )
+    with silence(not verbose), preserve_random_state(), preserve_modes(loaded):
+        rows = read_prompt_file(str(prompts)) if isinstance(prompts, Path) else _rows_of(prompts)
+        return _generate(config, rows, loaded, processing_class, reward) if rows else []
+
+
+def run_generate(config: GenerateConfig) -> None:
+    """Generate a response to every prompt of ``config``, and print or write them.
 
     Raises:
         ReinforceError: For a missing file, no prompt, or a model that can't be loaded.
     """
     rows = _read_prompts(config)
+    if config.output is None and config.reward_model is None and len(rows) == config.num_samples == 1:
+        with _started(config, rows) as (engine, prompts):
+            show_growing(engine.stream(prompts[0], sampling_of(config)))
+        return
+    responses = _generate(config, rows)
+    if config.output is not None:
+        echo(f"Wrote {config.output}", "green")
+        return
+    for response in responses:
+        prompt = "".join(f"> {line}\n" for line in _prompt_lines(response.prompt)) if len(responses) > 1 else ""
+        reward = f"\n({format_reward(response.reward)})" if response.reward is not None else ""
+        sys.stdout.write(printable(prompt + response.text.strip()) + reward + "\n")
+    sys.stdout.flush()  # A closed pipe must raise here, not when Python exits.
+
+
+def _generate(
+    config: GenerateConfig,
+    rows: Sequence[PromptRow],
+    model: PreTrainedModel | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    reward: RewardFunction | None = None,
+) -> list[Response]:
+    """Return the responses, after writing them to ``config.output``."""
     output = check_output_file(config.output) if config.output is not None else None
     with file_lock(output) if output is not None else nullcontext():
-        return _generate(config, rows, output)
+        if config.reward_model is not None and reward is None:
+            check_reward_folder(config.reward_model)
+        with _started(config, rows, model, processing_class) as (engine, prompts):
+            if config.reward_model is not None and reward is None:
+                reward = load_reward_model(config.reward_model)
+            completions = engine.generate(prompts, sampling_of(config, config.best_of or config.num_samples))
+        rewards = score_with([reward], completions).total if reward is not None else [None] * len(completions)
+        responses = [Response(**vars(each), reward=score) for each, score in zip(completions, rewards, strict=True)]
+        if config.best_of is not None:
+            responses = best_of_each(responses, config.best_of)
+        if output is not None:
+            with whole_file(output) as file:
+                file.writelines(json.dumps(each.record(), ensure_ascii=False) + "\n" for each in responses)
+    return responses
 
 
-def _generate(config: GenerateConfig, rows: Sequence[PromptRow], output: Path | None) -> list[Completion]:
-    if config.reward_model is not None:
-        check_reward_folder(config.reward_model)
-    model_config = load_config(config.model)
+@contextmanager
+def _started(
+    config: GenerateConfig,
+    rows: Sequence[PromptRow],
+    model: PreTrainedModel | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+) -> Iterator[tuple[RolloutEngine, list[Prompt]]]:
+    """Yield an engine with the given model, or the one that ``config`` names, and the tokenized prompts."""
+    model_config = model.config if model is not None else load_config(config.model)
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens)
-    choice = choose_engine(config.engine, model_config, torch.float32)
-    tokenizer = load_tokenizer(config.model)
+    wanted = "transformers" if model is not None and config.engine == "auto" else config.engine
+    choice = choose_engine(wanted, model_config, model.dtype if model is not None else torch.float32)
+    given = model is not None or processing_class is not None
+    tokenizer = tokenizer_for(model_config, processing_class) if given else load_tokenizer(config.model)
     prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit)
     if long:
         echo(
@@ -56,21 +207,15 @@ def _generate(config: GenerateConfig, rows: Sequence[PromptRow], output: Path | 
             "beginning of their text.",
             "yellow",
         )
-    reward = load_reward_model(config.reward_model) if config.reward_model is not None else None
-    engine = load_engine(config, choice, tokenizer, max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens)
-    sampling = sampling_of(config, config.best_of or config.num_samples)
-    if output is None and reward is None and len(prompts) == sampling.num_samples == 1:
-        completions = [show_growing(engine.stream(prompts[0], sampling))]
+    max_length = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
+    if model is None:
+        engine = load_engine(config, choice, tokenizer, max_length)
     else:
-        completions = engine.generate(prompts, sampling)
-        rewards = score_all(reward, completions) if reward is not None else None
-        if config.best_of is not None and rewards is not None:
-            kept = best_indices(rewards, config.best_of)
-            completions, rewards = [completions[i] for i in kept], [rewards[i] for i in kept]
-        with _sink(output) as sink:
-            _write(completions, rewards, sink, as_json=output is not None, with_prompt=len(completions) > 1)
-    engine.close()
-    return completions
+        engine = start_engine(choice, model, tokenizer, max_length=max_length)
+    try:
+        yield engine, prompts
+    finally:
+        engine.close()
 
 
 def load_engine(
@@ -98,10 +243,14 @@ def sampling_of(config: SamplingConfig, num_samples: int = 1) -> Sampling:
     )
 
 
-def best_indices(rewards: Sequence[float], group: int) -> list[int]:
-    """Return the index of the highest reward in each ``group`` of consecutive rewards, the first of equal ones."""
-    starts = range(0, len(rewards), group)
-    return [max(range(start, start + group), key=lambda i: rewards[i]) for start in starts]
+def best_of_each(responses: Sequence[Response], group: int) -> list[Response]:
+    """Return the response with the highest reward of each ``group`` of consecutive ones, the first of equal ones."""
+
+    def reward_of(response: Response) -> float:
+        return -math.inf if response.reward is None else response.reward
+
+    starts = range(0, len(responses), group)
+    return [max(responses[start : start + group], key=reward_of) for start in starts]
 
 
 def show_growing(growing: Iterator[Completion], stopped: Callable[[], bool] = lambda: False) -> Completion:
@@ -121,58 +270,34 @@ def show_growing(growing: Iterator[Completion], stopped: Callable[[], bool] = la
     return completion
 
 
+def _rows_of(prompts: Any) -> Sequence[PromptRow]:
+    """Return the prompts of an argument of :func:`generate` as rows."""
+    if isinstance(prompts, str) or (isinstance(prompts, list) and prompts and all(map(_is_message, prompts))):
+        prompts = [prompts]
+    check_dataset(prompts, "prompts")
+    return prompt_rows([each if isinstance(each, Mapping) else {"prompt": each} for each in prompts], "prompts")
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and "role" in item
+
+
 def _read_prompts(config: GenerateConfig) -> Sequence[PromptRow]:
-    """Return the prompts: the rows of a data file, or the lines of a text file or of standard input."""
+    """Return the prompts of the settings, or the lines of standard input."""
     if config.prompt is not None:
         return [PromptRow(config.prompt, {})]
-    if config.prompts_file is not None and is_data_file(config.prompts_file):
-        data = read_prompts(config.prompts_file)
-        echo(data.summary())
-        return data.prompts
     if config.prompts_file is None and sys.stdin.isatty():
         echo("Type one prompt per line. To finish, press Ctrl-D.")
-    return [PromptRow(text, {}, i) for i, text in enumerate(read_prompt_lines(config.prompts_file))]
+    return read_prompt_file(config.prompts_file)
 
 
-@contextmanager
-def _sink(output: Path | None) -> Iterator[TextIO]:
-    if output is None:
-        yield sys.stdout
-        sys.stdout.flush()  # A closed pipe must raise here, not when Python exits.
-        return
-    with whole_file(output) as file:
-        yield file
-    echo(f"Wrote {output}", "green")
-
-
-def _write(
-    completions: Sequence[Completion],
-    rewards: Sequence[float] | None,
-    sink: TextIO,
-    *,
-    as_json: bool,
-    with_prompt: bool,
-) -> None:
-    for i, completion in enumerate(completions):
-        if as_json:
-            score = {"reward": rewards[i]} if rewards is not None else {}
-            sink.write(json.dumps({**_record(completion), **score}, ensure_ascii=False) + "\n")
-        else:
-            prompt = "".join(f"> {line}\n" for line in _prompt_lines(completion.prompt)) if with_prompt else ""
-            written = f"\n({format_reward(rewards[i])})" if rewards is not None else ""
-            sink.write(printable(prompt + completion.text.strip()) + written + "\n")
-
-
-def _record(completion: Completion) -> dict[str, Any]:
-    """Return a line of the output, in TRL's format: conversational if the prompt is a list of messages."""
-    text, cells = completion.text, completion.prompt.cells
-    conversational = bool(completion.prompt.messages)
-    return {
-        "prompt": cells.pop("prompt"),
-        "completion": [{"role": "assistant", "content": text}] if conversational else text,
-        "finish_reason": completion.finish_reason,
-        **cells,
-    }
+def read_prompt_file(name: str | None) -> Sequence[PromptRow]:
+    """Return the prompts of a data file, or the lines of a text file or, without a name, of standard input."""
+    if name is not None and is_data_file(name):
+        data = read_prompts(name)
+        echo(data.summary())
+        return data.prompts
+    return [PromptRow(text, {}, i) for i, text in enumerate(read_prompt_lines(name))]
 
 
 def _prompt_lines(prompt: Prompt) -> list[str]:

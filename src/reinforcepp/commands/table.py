@@ -64,7 +64,7 @@ COMMANDS = {
             "generate",
             config.GenerateConfig,
             "generate responses to prompts with a trained model",
-            "commands.generate:generate",
+            "commands.generate:run_generate",
         ),
         Command(
             "chat",
