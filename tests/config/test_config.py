@@ -33,17 +33,14 @@ from scripts import SOURCE
 
 # Zero means "off", "none" or "as long as there is data" here; everywhere else it is a mistake.
 KEEPING = {"save_every", "max_skipped_updates", "watchdog_seconds"}
-WARMUP = {"warmup_ratio", "warmup_steps"}
-TRAINING = {
+OPTIMIZER = {"warmup_ratio", "warmup_steps", "adam_beta1", "adam_beta2", "weight_decay"}
+TRAINING = OPTIMIZER | {
     *(
         "seed",
         "heldout_fraction",
         "max_steps",
         "kl_coef",
         "gamma",
-        "warmup_ratio",
-        "warmup_steps",
-        "weight_decay",
         "top_k",
     ),
     *(
@@ -62,9 +59,9 @@ TRAINING = {
     *KEEPING,
 }
 ZERO_IS_FINE = {
-    "sft": {*WARMUP, "seed", "heldout_fraction", "lora_dropout", "max_bad_rows", *KEEPING},
+    "sft": {*OPTIMIZER, "seed", "heldout_fraction", "lora_dropout", "max_bad_rows", *KEEPING},
     "reward": {
-        *WARMUP,
+        *OPTIMIZER,
         "seed",
         "heldout_fraction",
         "center_rewards_coefficient",

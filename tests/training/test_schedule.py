@@ -1,5 +1,8 @@
 """The learning rate: schedule and warmup by hand and against transformers, the default, and what a resumed run uses."""
 
+import re
+from typing import get_args
+
 import pytest
 import tiny
 import torch
@@ -7,7 +10,9 @@ from transformers import get_scheduler
 
 from reinforcepp.config import ReinforceConfig, RewardModelConfig, SftConfig
 from reinforcepp.config.learning_rates import DEFAULT_LEARNING_RATES, default_learning_rate
-from reinforcepp.training.schedule import share_of_peak, with_learning_rate
+from reinforcepp.config.shared import Scheduler
+from reinforcepp.errors import ConfigError
+from reinforcepp.training.schedule import schedule_factor, with_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -19,19 +24,47 @@ from reinforcepp.training.schedule import share_of_peak, with_learning_rate
     ],
 )
 def test_by_hand(kind, expected):
-    found = [share_of_peak(step, kind=kind, warmup=4, steps=8) for step in range(10)]
-    assert found == pytest.approx(expected, abs=1e-12)
+    found = schedule_factor(kind, warmup=4, steps=8)
+    assert [found(step) for step in range(10)] == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("warmup", [0, 3, 12])
+SCHEDULES = {
+    "constant": {},
+    "constant_with_warmup": {},
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "cosine_with_min_lr": {"min_lr": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
+    "polynomial": {"power": 2.0, "lr_end": 0.01},
+    "inverse_sqrt": {},
+    "warmup_stable_decay": {"num_decay_steps": 4, "warmup_type": "cosine"},
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 11, 12])
+@pytest.mark.parametrize("kind", get_args(Scheduler))
+def test_as_in_transformers_after_the_warmup(kind, warmup):
+    name = {"constant": "constant_with_warmup"}.get(kind, kind)
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.5)
+    (theirs,) = get_scheduler(name, optimizer, warmup, 11, SCHEDULES[kind]).lr_lambdas
+    ours = schedule_factor(kind, warmup=warmup, steps=11, peak=0.5, arguments=SCHEDULES[kind])
+    rates = [ours(step) for step in range(11)]
+    assert rates[warmup:] == pytest.approx([theirs(step) for step in range(warmup, 11)], abs=1e-12)
+    assert all(rate > 0 for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+
+
 @pytest.mark.parametrize(
-    ("kind", "theirs"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")]
+    ("settings", "message"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr_rate"),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"power": 2}}, "linear can't use {'power': 2}"),
+    ],
 )
-def test_as_in_transformers_after_the_warmup(kind, theirs, warmup):
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
-    (peak,) = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=11).lr_lambdas
-    for step in range(warmup, 12):
-        assert share_of_peak(step, kind=kind, warmup=warmup, steps=11) == pytest.approx(peak(step), abs=1e-12)
+def test_arguments_that_a_schedule_does_not_have_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        with_learning_rate(SftConfig(**settings), tiny.model().config)
 
 
 @pytest.mark.parametrize("config", [RewardModelConfig, SftConfig, ReinforceConfig])
@@ -46,12 +79,6 @@ def test_as_in_transformers_after_the_warmup(kind, theirs, warmup):
 )
 def test_warmup_steps(config, settings, expected):
     assert config(**settings).warmup_of(9) == expected
-
-
-def test_no_step_of_a_training_has_a_learning_rate_of_0():
-    for kind in ("constant", "linear", "cosine"):
-        for warmup in (0, 1, 5, 9):
-            assert all(share_of_peak(step, kind=kind, warmup=warmup, steps=9) > 0 for step in range(9))
 
 
 # --- the default ------------------------------------------------------------------------------------------------------

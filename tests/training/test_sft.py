@@ -233,7 +233,17 @@ def test_training_changes_only_the_weights(llama, model_folder, pairs_csv, tmp_p
 # --- stop and resume --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("moment", "extra"), [(2, {}), (5, {}), (3, {"use_peft": True})], ids=["2", "5", "lora"])
+ADAFACTOR = {
+    "optim": "adafactor",
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr": 1e-4},
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "extra"), [(2, {}), (5, ADAFACTOR), (3, {"use_peft": True})], ids=["2", "adafactor", "lora"]
+)
 def test_a_run_stopped_by_a_signal_resumes_exactly(model_folder, pairs_csv, tmp_path, monkeypatch, moment, extra):
     """GPT-2 trains with dropout, so resuming must restore the random generators, too."""
     settings = {"batch_size": 2, "micro_batch_size": 1, "save_every": 2, "keep_last": 1, **extra}
@@ -247,7 +257,7 @@ def test_a_run_stopped_by_a_signal_resumes_exactly(model_folder, pairs_csv, tmp_
             config(model_folder, pairs_csv, tmp_path / "run", **settings, learning_rate=0.1, resume=True)
         )
     train_language_model(config(model_folder, pairs_csv, tmp_path / "run", **settings, resume=True))
-    weights = "adapter_model.safetensors" if extra else "model.safetensors"
+    weights = "adapter_model.safetensors" if "use_peft" in extra else "model.safetensors"
     for name in (weights, "metrics.jsonl", "evaluation.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1

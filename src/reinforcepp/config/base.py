@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -52,7 +53,7 @@ class Text:
 
 @dataclass(frozen=True)
 class JsonObject(Text):
-    """A JSON object as text; a YAML file can hold a mapping instead."""
+    """A JSON object as text; a dictionary, also from a YAML file, is converted."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def check(config: Config) -> None:
             empty.
     """
     for name, accepted in accepted_values(type(config)).items():
-        value = converted(name, getattr(config, name), accepted)
+        value = getattr(config, name)
+        if isinstance(value, dict) and JsonObject() in accepted.markers:
+            value = json_text(name, value)
+        value = converted(name, value, accepted)
         object.__setattr__(config, name, value)
         if value is None:
             continue
@@ -101,6 +105,33 @@ def check_filled(setting: str, value: str) -> None:
     """Check that ``value`` isn't empty."""
     if not value.strip():
         raise ConfigError(f"{setting} is empty. Omit it for its default, or give a value.")
+
+
+def json_text(setting: str, values: dict[str, Any]) -> str:
+    """Return ``values`` as JSON.
+
+    Raises:
+        ConfigError: JSON can't hold one of them.
+    """
+    try:
+        return json.dumps(values, sort_keys=True)
+    except TypeError as error:
+        raise ConfigError(f"{setting}: {error}. Give numbers, texts, lists and dictionaries.") from None
+
+
+def json_object(setting: str, text: str | None, example: str) -> dict[str, Any]:
+    """Return the JSON object in ``text``, whose keys are names; empty for None.
+
+    Raises:
+        ConfigError: ``text`` isn't such an object.
+    """
+    try:
+        values = json.loads(text) if text is not None else {}
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not all(map(str.isidentifier, values)):
+        raise ConfigError(f"{setting}: {text!r} isn't a JSON object of variables. Write it like {example}.")
+    return values
 
 
 def check_name(setting: str, value: str) -> None:

@@ -20,7 +20,14 @@ from reinforcepp.config.base import (
     Share,
 )
 from reinforcepp.config.learning_rates import Training
-from reinforcepp.config.shared import AdapterConfig, ChatTemplateConfig, CheckpointConfig, ComputeConfig, ScheduleConfig
+from reinforcepp.config.shared import (
+    AdapterConfig,
+    ChatTemplateConfig,
+    CheckpointConfig,
+    ComputeConfig,
+    OptimizerConfig,
+    Scheduler,
+)
 from reinforcepp.config.values import NAMES, EmptyIfNone, FieldsOfParser
 from reinforcepp.errors import ConfigError, nearest, option
 
@@ -58,7 +65,7 @@ class RewardScoringConfig(Config):
 
 @dataclass(frozen=True)
 class ReinforceConfig(
-    ScheduleConfig, AlgorithmConfig, RewardScoringConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig
+    OptimizerConfig, AlgorithmConfig, RewardScoringConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig
 ):
     """Settings of REINFORCE++ training."""
 
@@ -97,12 +104,8 @@ class ReinforceConfig(
     """Only ppo: peak learning rate of the critic; default: learning_rate"""
     warmup_ratio: Share = 0.0
     """Fraction of all optimizer steps in which the learning rate rises to its peak"""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler_type: Scheduler = "constant"
     """Learning rate schedule after the warmup"""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of AdamW"""
-    max_grad_norm: PositiveFloat = 1.0
-    """Maximum gradient norm; larger gradients are scaled down"""
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory and step on the CPU; slower on a GPU"""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -17,6 +16,7 @@ from reinforcepp.config.base import (
     PositiveInt,
     Share,
     check_output_dir,
+    json_object,
 )
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.values import NAMES, SWITCH_OR_TEXT
@@ -24,6 +24,19 @@ from reinforcepp.errors import ConfigError, nearest, option
 from reinforcepp.run_dir import RENAMED_SETTINGS
 
 JUDGE, JUDGED_DATA = "builtin:judge", "builtin:network"
+Scheduler = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+"""Learning rate schedules of transformers that depend on the step alone."""
 INPUTS = ("model", "data", "reward_model")
 """Inputs of a run, whose content can change under the same name."""
 
@@ -89,17 +102,33 @@ class CheckpointConfig(Config):
 
 
 @dataclass(frozen=True)
-class ScheduleConfig(Config):
-    """The learning rate and its warmup."""
+class OptimizerConfig(Config):
+    """The optimizer and its learning rate, with the names of transformers."""
 
     TRAINING: ClassVar[Training]
 
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate of AdamW; default: by model size, and full or LoRA training"""
+    """Peak learning rate; default: by model size, and full or LoRA training"""
+    lr_scheduler_type: Scheduler = "linear"
+    """Learning rate schedule after the warmup"""
+    lr_scheduler_kwargs: JsonText | None = None
+    """Arguments of the schedule in transformers, JSON: {"min_lr_rate": 0.1}"""
     warmup_ratio: Share = 0.1
     """Fraction of all optimizer steps in which the learning rate rises to its peak"""
     warmup_steps: NonNegativeFloat = 0
     """Optimizer steps of the warmup; below 1: fraction of all; 0 uses warmup_ratio"""
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"] = "adamw_torch_fused"
+    """Optimizer; AdamW keeps two moments per weight, adafactor and sgd fewer"""
+    adam_beta1: Share = 0.9
+    """AdamW's decay of the mean of gradients"""
+    adam_beta2: Share = 0.999
+    """AdamW's decay of the mean of squared gradients"""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW's addend to the root of squared gradients"""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay, of all weights but norms and biases"""
+    max_grad_norm: PositiveFloat = 1.0
+    """Maximum gradient norm; larger gradients are scaled down"""
 
     @property
     def peak_learning_rate(self) -> float:
@@ -113,7 +142,17 @@ class ScheduleConfig(Config):
             return int(self.warmup_steps)
         return math.ceil((self.warmup_steps or self.warmup_ratio) * steps)
 
+    @property
+    def schedule_arguments(self) -> dict[str, Any]:
+        """The arguments in ``lr_scheduler_kwargs``."""
+        return json_object("lr_scheduler_kwargs", self.lr_scheduler_kwargs, '{"min_lr_rate": 0.1}')
+
     def _check_rules(self) -> None:
+        if self.schedule_arguments and self.lr_scheduler_type.startswith("constant"):
+            raise ConfigError(
+                f"lr_scheduler_kwargs: the schedule {self.lr_scheduler_type} has no arguments. Remove them, or set "
+                "lr_scheduler_type."
+            )
         if self.warmup_steps > 1 and not float(self.warmup_steps).is_integer():
             raise ConfigError(
                 f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a fraction below 1. Give one of these."
@@ -189,27 +228,10 @@ class ChatTemplateConfig(Config):
     chat_template_kwargs: JsonText | None = None
     """Variables of the chat template, JSON: {"enable_thinking": false}"""
 
-    def __post_init__(self) -> None:
-        """Accept a dictionary, as TRL does; settings are stored as text."""
-        if isinstance(self.chat_template_kwargs, dict):
-            object.__setattr__(self, "chat_template_kwargs", json.dumps(self.chat_template_kwargs, sort_keys=True))
-        super().__post_init__()
-
     @property
     def template_variables(self) -> dict[str, Any]:
         """The variables in ``chat_template_kwargs``."""
-        if self.chat_template_kwargs is None:
-            return {}
-        try:
-            variables = json.loads(self.chat_template_kwargs)
-        except ValueError:
-            variables = None
-        if not isinstance(variables, dict) or not all(map(str.isidentifier, variables)):
-            raise ConfigError(
-                f"chat_template_kwargs: {self.chat_template_kwargs!r} isn't a JSON object of variables. Write it like "
-                '{"enable_thinking": false}.'
-            )
-        return variables
+        return json_object("chat_template_kwargs", self.chat_template_kwargs, '{"enable_thinking": false}')
 
     def _check_rules(self) -> None:
         _ = self.template_variables

@@ -23,7 +23,7 @@ from reinforcepp.config.shared import (
     ComputeConfig,
     DataLoadingConfig,
     DryRunConfig,
-    ScheduleConfig,
+    OptimizerConfig,
 )
 from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError, nearest
@@ -33,8 +33,8 @@ DEFAULT_MAX_LENGTH = 4096
 
 
 @dataclass(frozen=True)
-class SupervisedConfig(ScheduleConfig):
-    """Passes over the rows of a file, the size of a batch, and the learning rate, which decays linearly to 0."""
+class SupervisedConfig(OptimizerConfig):
+    """Passes over the rows of a file, the size of a batch, and the optimizer."""
 
     num_train_epochs: PositiveInt = 3
     """Passes over the training rows"""

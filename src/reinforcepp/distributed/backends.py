@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from reinforcepp.distributed.shards import full_tensor, shard_like
-from reinforcepp.models.precision import MasterAdamW
+from reinforcepp.models.precision import MasterWeights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,11 +62,11 @@ class AccelerateBackend(TrainingBackend):
         accelerator: the Accelerator that prepared the model.
         model: the prepared model.
         optimizer: the prepared optimizer.
-        adam: the optimizer before it was prepared.
+        masters: the optimizer's parameters, and the optimizer before it was prepared.
     """
 
-    def __init__(self, accelerator: Accelerator, model: Any, optimizer: Any, adam: MasterAdamW) -> None:
-        self.model, self._accelerator, self._optimizer, self._adam = model, accelerator, optimizer, adam
+    def __init__(self, accelerator: Accelerator, model: Any, optimizer: Any, masters: MasterWeights) -> None:
+        self.model, self._accelerator, self._optimizer, self._masters = model, accelerator, optimizer, masters
         self._sharded = bool(accelerator.is_fsdp2)
 
     @override
@@ -79,7 +79,10 @@ class AccelerateBackend(TrainingBackend):
 
     @override
     def clip(self, limit: float) -> float:
-        return float(full_tensor(self._accelerator.clip_grad_norm_(self._adam.masters, limit)))
+        # Accelerate compares the list with the sharded model's parameters, so it must have their order.
+        shards = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = shards if self._sharded else self._masters.masters
+        return float(full_tensor(self._accelerator.clip_grad_norm_(parameters, limit)))
 
     @override
     def step(self) -> None:
@@ -101,10 +104,10 @@ class AccelerateBackend(TrainingBackend):
 
     @override
     def state_dict(self, *, masters: bool) -> dict[str, Any]:
-        state: dict[str, Any] = self._optimizer.state_dict()
+        state: dict[str, Any] = self._masters.state_dict()
         if self._sharded and masters:
             values_of = state["state"]
-            state["state"] = {i: {**values, "master": self._adam.masters[i]} for i, values in values_of.items()}
+            state["state"] = {i: {**values, "master": self._masters.masters[i]} for i, values in values_of.items()}
         return state
 
     @override
@@ -114,11 +117,11 @@ class AccelerateBackend(TrainingBackend):
             for shard, full in zip(self.model.parameters(), weights, strict=True):
                 shard.copy_(shard_like(full.to(shard.dtype), shard))
             state = state | {"state": self._shard_state(state["state"])}
-        self._optimizer.load_state_dict(state)
+        self._masters.load_state_dict(state)
 
     def _shard_state(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
         """Return this rank's shards of an optimizer state; float32 weights in the state are copied to the masters."""
-        masters = self._adam.masters
+        masters = self._masters.masters
         for index, values in states.items():
             if "master" in values:
                 masters[index].copy_(shard_like(values["master"], masters[index]))

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from reinforcepp.distributed.backends import TrainingBackend
 from reinforcepp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from reinforcepp.models.precision import MasterAdamW
+    from reinforcepp.models.precision import MasterWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STAGES = (2, 3)
@@ -112,20 +113,24 @@ class DeepSpeedBackend(TrainingBackend):
 
     Args:
         engine: DeepSpeed's engine.
-        adam: the optimizer that DeepSpeed wraps.
+        masters: the model's parameters and AdamW, which DeepSpeed wraps.
         weights: the model's weights at full precision; DeepSpeed itself starts from those in the compute dtype.
         rank: index of this rank.
         world_size: number of ranks.
     """
 
-    def __init__(self, engine: Any, adam: MasterAdamW, weights: Iterable[Tensor], rank: int, world_size: int) -> None:
-        self.model, self._adam, self._rank, self._world_size = engine, adam, rank, world_size
+    def __init__(
+        self, engine: Any, masters: MasterWeights, weights: Iterable[Tensor], rank: int, world_size: int
+    ) -> None:
+        self.model, self._adam = engine, masters.optimizer
+        self._parameters, self._group_sizes = masters.model_parameters, masters.group_sizes
+        self._rank, self._world_size = rank, world_size
         self._zero = zero = engine.optimizer
         self._stage3 = hasattr(zero, "fp32_partitioned_groups_flat")  # In stage 3 no rank holds a whole weight.
         self._flats = zero.fp32_partitioned_groups_flat if self._stage3 else zero.single_partition_of_fp32_groups
         for flat in self._flats:  # AdamW creates the same state in its first step.
             zeros = {name: torch.zeros_like(flat, requires_grad=False) for name in MOMENTS}
-            adam.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
+            self._adam.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
         if not self._stage3:
             zero._lazy_init_hp_params_optimizer_state()
         self._load_weights(weights)
@@ -187,7 +192,7 @@ class DeepSpeedBackend(TrainingBackend):
 
         steps = self._adam.state[self._flats[0]]["step"]
         states: dict[int, dict[str, Tensor]] = {}
-        for index, parameter in enumerate(self._adam.model_parameters):
+        for index, parameter in enumerate(self._parameters):
             gathered = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
             if masters:
                 gathered["master"] = self.full_weight(parameter)
@@ -197,15 +202,17 @@ class DeepSpeedBackend(TrainingBackend):
                     "step": steps.clone(),
                     **{name: full.reshape(shape).cpu() for name, full in gathered.items()},
                 }
-        (group,) = self._adam.param_groups
-        return {"state": states, "param_groups": [group | {"params": list(range(len(self._adam.model_parameters)))}]}
+        ends = list(accumulate(self._group_sizes))
+        indices = [list(range(end - size, end)) for size, end in zip(self._group_sizes, ends, strict=True)]
+        groups = zip(self._adam.param_groups, indices, strict=True)
+        return {"state": states, "param_groups": [group | {"params": inside} for group, inside in groups]}
 
     @override
     def load_state(self, state: dict[str, Any], weights: Iterable[Tensor]) -> None:
-        (group,) = state["param_groups"]
-        self._adam.param_groups[0].update({name: value for name, value in group.items() if name != "params"})
+        for group, saved in zip(self._adam.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
         self._load_weights(weights)
-        for index, parameter in enumerate(self._adam.model_parameters):
+        for index, parameter in enumerate(self._parameters):
             values = state["state"].get(index)
             if values is None:  # The saved run had made no optimizer step.
                 continue
@@ -220,7 +227,7 @@ class DeepSpeedBackend(TrainingBackend):
         """Copy ``weights`` to the model's trainable parameters and their float32 masters."""
         import deepspeed
 
-        trainable = {id(parameter) for parameter in self._adam.model_parameters}
+        trainable = {id(parameter) for parameter in self._parameters}
         for parameter, weight in zip(self.model.parameters(), weights, strict=True):
             if id(parameter) not in trainable:
                 continue

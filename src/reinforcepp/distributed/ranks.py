@@ -47,7 +47,7 @@ from reinforcepp.distributed.deepspeed import (
     prepare_deepspeed,
 )
 from reinforcepp.errors import ConfigError, ReinforceError, first_line, option
-from reinforcepp.models.precision import MasterAdamW
+from reinforcepp.models.precision import MasterWeights
 from reinforcepp.runtime import is_first_here, is_main, own_version, started
 
 if TYPE_CHECKING:
@@ -291,22 +291,22 @@ class Ranks:
         return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def prepare(
-        self, model: PreTrainedModel, optimizer: MasterAdamW, dtype: torch.dtype, weights: Iterable[Tensor]
+        self, model: PreTrainedModel, masters: MasterWeights, dtype: torch.dtype, weights: Iterable[Tensor]
     ) -> TrainingBackend:
         """Return the training backend of a model. A sharded model keeps float32 weights and computes in ``dtype``.
 
         Args:
             model: the model to train.
-            optimizer: the optimizer of the model's parameters.
+            masters: the model's parameters and their optimizer.
             dtype: the compute dtype of a sharded model.
             weights: the model's weights at full precision.
         """
         if self.uses_deepspeed:
             complete_config(self.accelerator.state.deepspeed_plugin.deepspeed_config, dtype)
             self.accelerator.deepspeed_engine_wrapped = None  # It belongs to the model that was prepared before.
-            prepared, _ = self.accelerator.prepare(model, optimizer)
+            prepared, _ = self.accelerator.prepare(model, masters.optimizer)
             unset_hf_deepspeed_config()
-            return DeepSpeedBackend(prepared, optimizer, weights, self.index, self.count)
+            return DeepSpeedBackend(prepared, masters, weights, self.index, self.count)
         if self.sharded:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -315,11 +315,11 @@ class Ranks:
 
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-            prepared, wrapped = self.accelerator.prepare(model, optimizer)
-            optimizer.use_shards()
+            prepared, wrapped = self.accelerator.prepare(model, masters.optimizer)
+            masters.use_shards()
         else:  # The optimizer's tensors stay on their device, which can be the CPU.
-            prepared, wrapped = self.accelerator.prepare(model, optimizer, device_placement=[None, False])
-        return AccelerateBackend(self.accelerator, prepared, wrapped, optimizer)
+            prepared, wrapped = self.accelerator.prepare(model, masters.optimizer, device_placement=[None, False])
+        return AccelerateBackend(self.accelerator, prepared, wrapped, masters)
 
     # --- communication between ranks ---
 

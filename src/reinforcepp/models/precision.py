@@ -125,36 +125,39 @@ class LossScale:
         self.value, self.good = state["value"], int(state["good"])
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """Fused AdamW on float32 master weights of parameters in a narrower dtype.
+class MasterWeights:
+    """Float32 master weights of parameters in a narrower dtype, and the optimizer that updates them.
 
     Create it before ``cast_parameters``, so that the masters have full precision. A float32 parameter is its own master,
     unless ``device`` is given: then all masters, gradients and moments are on that device, and the step runs there. Gradients
     of several backward passes are accumulated in float32: call ``collect`` after every pass to move them to the masters.
 
     Args:
-        parameters: of the model; frozen ones are skipped.
+        optimizer: of the model's parameters; from now on it updates their masters, and each of its steps is followed by
+            ``publish``.
         dtype: that the parameters will be cast to.
         early: move each gradient as soon as it is computed, which saves memory; not for data-parallel training, which must
             reduce gradients over ranks first.
         device: of the masters (offloading); by default that of the parameters.
-        settings: of AdamW.
     """
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        optimizer: torch.optim.Optimizer,
         dtype: torch.dtype = torch.float32,
         *,
         early: bool = False,
         device: torch.device | None = None,
-        **settings: Any,
     ) -> None:
-        self.model_parameters = [p for p in parameters if p.requires_grad]
-        separate = dtype != torch.float32 or device is not None
-        self.masters = [_master(p, device) if separate else p for p in self.model_parameters]
-        super().__init__(self.masters, fused=True, **settings)
-        if separate and early:
+        self.optimizer = optimizer
+        self.model_parameters = self._of_optimizer()
+        self.group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if dtype != torch.float32 or device is not None:
+            for group in optimizer.param_groups:
+                group["params"] = [self._replaced(parameter, device) for parameter in group["params"]]
+        self.masters = self._of_optimizer()
+        optimizer.register_step_post_hook(lambda *_: self.publish())
+        if self.has_separate_masters and early:
             for live, master in zip(self.model_parameters, self.masters, strict=True):
                 live.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     partial(move_gradient, master=master)
@@ -167,19 +170,13 @@ class MasterAdamW(torch.optim.AdamW):
 
     def use_shards(self) -> None:
         """Use the shards in the parameter groups as parameters and masters, after FSDP has replaced the parameters."""
-        self.model_parameters = self.masters = [p for group in self.param_groups for p in group["params"]]
+        self.model_parameters = self.masters = self._of_optimizer()
 
     def collect(self) -> None:
         """Add the parameters' gradients to those of the masters and free them."""
         for live, master in zip(self.model_parameters, self.masters, strict=True):
             if live is not master:
                 move_gradient(live, master)
-
-    def step(self, closure: Any = None) -> Any:
-        """Update the masters and copy them into the parameters."""
-        result = super().step(closure)
-        self.publish()
-        return result
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -189,8 +186,8 @@ class MasterAdamW(torch.optim.AdamW):
                 live.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Adam's moments and the master weights."""
-        state: dict[str, Any] = super().state_dict()
+        """Return the optimizer's state and the master weights."""
+        state: dict[str, Any] = self.optimizer.state_dict()
         separate = [
             (i, m) for i, (p, m) in enumerate(zip(self.model_parameters, self.masters, strict=True)) if p is not m
         ]
@@ -205,12 +202,20 @@ class MasterAdamW(torch.optim.AdamW):
         rest = {i: dict(values) for i, values in state_dict["state"].items()}
         for i, master in enumerate(self.masters):  # a float32 parameter that was its own master has none
             master.copy_(rest.get(i, {}).pop("master", self.model_parameters[i]))
-        super().load_state_dict(state_dict | {"state": {i: values for i, values in rest.items() if values}})
+        self.optimizer.load_state_dict(state_dict | {"state": {i: values for i, values in rest.items() if values}})
         self.publish()
 
+    def _of_optimizer(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-def _master(parameter: Tensor, device: torch.device | None) -> Tensor:
-    return parameter.detach().to(device or parameter.device, torch.float32, copy=True).requires_grad_()
+    def _replaced(self, parameter: Tensor, device: torch.device | None) -> Tensor:
+        """Return a new master of ``parameter``, to which the optimizer's state has moved; Adagrad's exists from the start."""
+        master = parameter.detach().to(device or parameter.device, torch.float32, copy=True).requires_grad_()
+        if (state := self.optimizer.state.pop(parameter, None)) is not None:
+            self.optimizer.state[master] = {
+                name: value.to(master.device) if isinstance(value, Tensor) else value for name, value in state.items()
+            }
+        return master
 
 
 def move_gradient(live: Tensor, master: Tensor) -> None:

@@ -318,7 +318,7 @@ class _Saved(torch.autograd.Function):
 
 @contextmanager
 def gradient_hooks(model: PreTrainedModel, tracker: MemoryTracker, flow: GradientFlow) -> Iterator[Callable[[], None]]:
-    """Move gradients as ``MasterAdamW`` does. Yields the function to call after each pass, and clears gradients at the end."""
+    """Move gradients as ``MasterWeights`` does. Yields the function to call after each pass, and clears gradients at the end."""
     has_masters = model.dtype != torch.float32 or flow.offload
     trainable = [p for p in model.parameters() if p.requires_grad]
     masters = {p: torch.empty_like(p, dtype=torch.float32) if has_masters else p for p in trainable}

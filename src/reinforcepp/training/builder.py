@@ -41,6 +41,7 @@ from reinforcepp.training.critic import Critic
 from reinforcepp.training.evaluation import Evaluator
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
+from reinforcepp.training.optimizer import Optimizers, check_optimizers
 from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.prompt_summary import print_prompt_format
@@ -91,7 +92,7 @@ def build(
     reward_weights: Sequence[float] | None,
     reward_processing_classes: Any,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None,
-    optimizers: tuple[Any, Any],
+    optimizers: Optimizers,
     quantization_config: Any,
 ) -> TrainingParts:
     """Check everything that can be checked first, then load the models; the arguments are those of the trainer.
@@ -102,7 +103,6 @@ def build(
     refused = {
         "reward_processing_classes": reward_processing_classes,
         "callbacks": callbacks,
-        "optimizers": any(optimizers),
         "quantization_config": quantization_config,
     }
     for name, value in refused.items():
@@ -128,7 +128,8 @@ def build(
     events = Callbacks(config, ranks, num_steps, batches.steps_per_epoch)
     rewards = replace(rewards, trainer_state=events.state)
     place_reward_models(rewards, judge_sum, config, ranks)
-    learner, critic = start_learners(model, config, ranks, updates=num_steps * config.updates_per_step)
+    updates = num_steps * config.updates_per_step
+    learner, critic = start_learners(model, config, ranks, updates=updates, optimizers=optimizers)
     reference = make_reference(learner.plain, new_adapter=config.use_peft)
     inputs = fingerprints(reference, [prompts, eval_prompts], rewards)
     checkpoint.check_inputs(resumed, inputs, config.allowed_changes)
@@ -267,14 +268,21 @@ def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: Rei
 
 
 def start_learners(
-    model: str | PreTrainedModel, config: ReinforceConfig, ranks: Ranks, *, updates: int
+    model: str | PreTrainedModel,
+    config: ReinforceConfig,
+    ranks: Ranks,
+    *,
+    updates: int,
+    optimizers: Optimizers = (None, None),
 ) -> tuple[Learner, Critic | None]:
     """Return the policy and, for the estimator ppo, its critic, each with an optimizer for ``updates`` steps."""
+    check_optimizers(optimizers, config, loaded=not isinstance(model, str), sharded=ranks.sharded)
     policy = start_policy(model, config)
     critic = Critic(policy, ranks, config, steps=updates) if config.estimator_spec.uses_critic else None
     if config.use_peft:
         policy = with_adapter(policy, config, seed=config.seed)
-    return Learner(policy, ranks, config, learning_rate=config.peak_learning_rate, steps=updates), critic
+    rate = config.peak_learning_rate
+    return Learner(policy, ranks, config, learning_rate=rate, steps=updates, optimizers=optimizers), critic
 
 
 def sampling_gap(config: ReinforceConfig, engine: RolloutEngine) -> tuple[Correction, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -17,7 +18,8 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.lora import base_model, has_adapter, is_4bit, load_trainable_weights, trainable_weights
-from reinforcepp.models.precision import LossScale, MasterAdamW, cast_parameters, compute_dtype
+from reinforcepp.models.precision import LossScale, MasterWeights, cast_parameters, compute_dtype
+from reinforcepp.training.optimizer import Optimizers, make_optimizer, with_given_optimizer
 from reinforcepp.training.schedule import make_scheduler
 
 if TYPE_CHECKING:
@@ -35,13 +37,22 @@ class Learner:
     Args:
         model: trained in place, always in evaluation mode: dropout would make the policy ratio differ from 1.
         ranks: the data-parallel ranks.
-        config: AdamW's settings, schedule and precision.
+        config: settings of optimizer, schedule and precision.
         learning_rate: the peak learning rate.
         steps: optimizer steps of the whole run.
+        optimizers: an optimizer of the model's parameters and its schedule, instead of those of ``config``; see
+            :func:`~reinforcepp.training.optimizer.check_optimizers`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, ranks: Ranks, config: ReinforceConfig, *, learning_rate: float, steps: int
+        self,
+        model: PreTrainedModel,
+        ranks: Ranks,
+        config: ReinforceConfig,
+        *,
+        learning_rate: float,
+        steps: int,
+        optimizers: Optimizers = (None, None),
     ) -> None:
         if ranks.sharded and config.offload_optimizer:
             raise ConfigError("offload_optimizer: can't be combined with sharded weights (FSDP2, DeepSpeed). Omit it.")
@@ -58,14 +69,15 @@ class Learner:
         self._training_submodules = training_submodules(model, checkpointing=config.gradient_checkpointing)
         self._scale = LossScale(dtype)
         self._dtype = dtype
-        self._masters = MasterAdamW(
-            model.parameters(),
+        given, scheduler = optimizers
+        optimizer = with_given_optimizer(model, given) if given else make_optimizer(model, config, learning_rate)
+        self._masters = MasterWeights(
+            optimizer,
             torch.float32 if ranks.sharded else dtype,
             early=ranks.count == 1,
             device=CPU if config.offload_optimizer and ranks.device != CPU else None,
-            lr=learning_rate,
-            weight_decay=config.weight_decay,
         )
+        self._sizes = [parameter.numel() for parameter in self._masters.masters]
         self._ranks = ranks
         self._max_grad_norm = config.max_grad_norm
         if not ranks.sharded:  # sharded weights are cast later, from full precision
@@ -75,8 +87,7 @@ class Learner:
         self.model = self.backend.model
         if config.torch_compile:  # not the plain model: generation uses inputs that the compiler doesn't handle
             self.model = torch.compile(self.model)
-        warmup = config.warmup_of(steps)
-        self.scheduler = make_scheduler(self._masters, config.lr_scheduler_type, warmup=warmup, steps=steps)
+        self.scheduler = scheduler or make_scheduler(optimizer, config, steps)
 
     @property
     def scoring(self) -> Any:
@@ -132,7 +143,7 @@ class Learner:
         """Multiply the learning rate, for this step and the rest of the schedule."""
         self.scheduler.base_lrs = [rate * factor for rate in self.scheduler.base_lrs]
         self.scheduler._last_lr = [rate * factor for rate in self.scheduler.get_last_lr()]
-        for group in self._masters.param_groups:
+        for group in self._masters.optimizer.param_groups:
             group["lr"] *= factor
             group["initial_lr"] *= factor
 
@@ -142,8 +153,9 @@ class Learner:
 
     def _probes(self) -> list[tuple[Tensor, Tensor]]:
         """Return a few of the smallest weights with a nonzero gradient, each with a copy."""
-        sizes = [p.numel() for p in self.plain.parameters() if p.requires_grad]
-        small = [master for _, master in sorted(zip(sizes, self._masters.masters, strict=True), key=itemgetter(0))]
+        small = [
+            master for _, master in sorted(zip(self._sizes, self._masters.masters, strict=True), key=itemgetter(0))
+        ]
         moved = (p for p in small if (gradient := self.backend.full_gradient(p)) is not None and bool(gradient.any()))
         return [(p, self.backend.full_weight(p).detach().clone()) for p in islice(moved, PROBED_WEIGHTS)]
 
@@ -158,7 +170,8 @@ class Learner:
     @torch.no_grad()
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """Return state dicts of trainable weights, optimizer and schedule; if sharded, each rank's holds its own shards."""
-        schedule = {**self.scheduler.state_dict(), "loss_scale": self._scale.state_dict()}
+        schedule = {name: value for name, value in self.scheduler.state_dict().items() if _is_json(value)}
+        schedule["loss_scale"] = self._scale.state_dict()
         return trainable_weights(self.plain), self.backend.state_dict(masters=self._dtype != torch.float32), schedule
 
     def shard_like(self, index: int, shape: torch.Size) -> Tensor | None:
@@ -168,11 +181,32 @@ class Learner:
 
     @torch.no_grad()
     def load_state(self, model: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
-        """Restore what :meth:`state` returned, possibly on another number of ranks."""
+        """Restore what :meth:`state` returned, possibly on another number of ranks.
+
+        Raises:
+            ConfigError: the saved optimizer was another one.
+        """
+        sizes = [len(group["params"]) for group in optimizer["param_groups"]]
+        names = [set(group) for group in optimizer["param_groups"]]
+        own = self._masters.optimizer
+        if sizes != self._masters.group_sizes or names != [set(group) for group in own.param_groups]:
+            raise ConfigError(
+                f"resume: the checkpoint's optimizer isn't {type(own).__name__} with {self._masters.group_sizes} parameters "
+                "per group. Resume with the optimizer of the run's start."
+            )
         load_trainable_weights(self.plain, model)
         self.backend.load_state(optimizer, self.plain.parameters())
         self._scale.load_state_dict(scheduler["loss_scale"])
-        self.scheduler.load_state_dict({name: value for name, value in scheduler.items() if name != "loss_scale"})
+        schedule = {name: value for name, value in scheduler.items() if name != "loss_scale"}
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **schedule})
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether JSON keeps ``value``. A schedule's other values are arguments of its constructor, such as milestones."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except TypeError:
+        return False
 
 
 def training_submodules(model: PreTrainedModel, *, checkpointing: bool) -> list[nn.Module]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from reinforcepp.config import ReinforceConfig, RewardModelConfig, SftConfig
 from reinforcepp.config.learning_rates import default_learning_rate
+from reinforcepp.config.shared import OptimizerConfig
+from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import parameter_count
 from reinforcepp.monitoring import echo
 
@@ -28,7 +29,19 @@ def with_learning_rate(
     """Return ``config`` with a learning rate: the given one, or the default, which is printed.
 
     ``started`` holds the settings at the start of a resumed run, which keeps its learning rate.
+
+    Raises:
+        ConfigError: the schedule can't use its arguments.
     """
+    config = _with_learning_rate(config, model_config, started)
+    kind, arguments = config.lr_scheduler_type, config.schedule_arguments
+    schedule_factor(kind, warmup=0, steps=1, peak=config.peak_learning_rate, arguments=arguments)
+    return config
+
+
+def _with_learning_rate(
+    config: AnyConfig, model_config: PreTrainedConfig, started: Mapping[str, Any] | None
+) -> AnyConfig:
     if config.learning_rate is not None:
         return config
     if started is not None:
@@ -47,18 +60,52 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.0f}" if count >= 1e7 else f"{count / 1e6:.2g}"
 
 
-def make_scheduler(optimizer: Optimizer, kind: str, *, warmup: int, steps: int) -> LambdaLR:
-    """Return the learning rate schedule ``kind`` of ``steps`` optimizer steps; see :func:`share_of_peak`."""
-    return LambdaLR(optimizer, partial(share_of_peak, kind=kind, warmup=warmup, steps=steps))
+def make_scheduler(optimizer: Optimizer, config: OptimizerConfig, steps: int) -> LambdaLR:
+    """Return the learning rate schedule of ``optimizer`` over ``steps`` optimizer steps; see :func:`schedule_factor`."""
+    factor = schedule_factor(
+        config.lr_scheduler_type,
+        warmup=config.warmup_of(steps),
+        steps=steps,
+        peak=optimizer.defaults["lr"],
+        arguments=config.schedule_arguments,
+    )
+    return LambdaLR(optimizer, factor)
 
 
-def share_of_peak(step: int, *, kind: str, warmup: int, steps: int) -> float:
-    """Return the factor on the peak learning rate at optimizer step ``step`` of ``steps``, counted from 0.
+def schedule_factor(
+    kind: str, *, warmup: int, steps: int, peak: float = 1.0, arguments: Mapping[str, Any] | None = None
+) -> Callable[[int], float]:
+    """Return the factor on the ``peak`` learning rate as a function of the optimizer step, counted from 0.
 
-    (step + 1) / (warmup + 1) during the warmup, so that no step has a learning rate of 0. Then, with t the finished share of
-    the remaining steps, 1 (``constant``), 1 - t (``linear``) or (1 + cos πt) / 2 (``cosine``).
+    It is that of ``transformers.get_scheduler``, except that the warmup also applies to ``constant``, and that a warmup which
+    would start at 0 is one step further: it rises from 1 / (warmup + 1), so that no step is made at learning rate 0.
+
+    Args:
+        kind: name of the schedule in transformers.
+        warmup: optimizer steps of the warmup.
+        steps: optimizer steps of the training.
+        peak: learning rate to which absolute rates in ``arguments`` are related.
+        arguments: of the schedule.
+
+    Raises:
+        ConfigError: the schedule doesn't have these arguments.
     """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = min((step - warmup) / max(1, steps - warmup), 1.0)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
+    from transformers import get_scheduler
+
+    def factor_with(warmup: int) -> Callable[[int], float]:
+        unused = torch.optim.SGD([torch.zeros(1)], lr=peak)
+        name = "constant_with_warmup" if kind == "constant" else kind
+        try:
+            scheduler = get_scheduler(name, unused, warmup, max(steps, warmup + 1), dict(arguments or {}))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"lr_scheduler_kwargs: {kind} can't use {dict(arguments or {})} ({error}).") from None
+        return cast(Callable[[int], float], scheduler.lr_lambdas[0])
+
+    after = factor_with(warmup)
+    rising = factor_with(warmup + 1) if after(0) == 0 else None
+
+    def factor(step: int) -> float:
+        step = min(step, steps)  # a cosine would rise again
+        return rising(step + 1) if rising is not None and step < warmup else after(step)
+
+    return factor

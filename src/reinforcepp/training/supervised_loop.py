@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -32,7 +33,8 @@ from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_log
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
 from reinforcepp.training import checkpoint, rng
-from reinforcepp.training.schedule import make_scheduler
+from reinforcepp.training.optimizer import OPTIMIZER_SETTINGS
+from reinforcepp.training.schedule import schedule_factor
 from reinforcepp.training.supervised_setup import RunContext, SupervisedConfig, count_steps
 
 if TYPE_CHECKING:
@@ -66,12 +68,16 @@ class SupervisedTrainer(Trainer):
     lr_scheduler: Any
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return a linear schedule whose first step, unlike that of transformers, has a learning rate above 0."""
+        """Return the schedule, whose first step, unlike that of transformers, has a learning rate above 0."""
         if self.lr_scheduler is None:
-            warmup = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = make_scheduler(
-                optimizer or self.optimizer, "linear", warmup=warmup, steps=num_training_steps
+            factor = schedule_factor(
+                self.args.lr_scheduler_type,
+                warmup=self.args.get_warmup_steps(num_training_steps),
+                steps=num_training_steps,
+                peak=self.args.learning_rate,
+                arguments=self.args.lr_scheduler_kwargs,
             )
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -402,7 +408,10 @@ def _common_arguments(config: SupervisedConfig, steps: int, ranks: int) -> dict[
         "gradient_accumulation_steps": rows_per_rank // micro_batch,
         "num_train_epochs": config.num_train_epochs,
         "learning_rate": config.peak_learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "lr_scheduler_kwargs": config.schedule_arguments or None,
         "warmup_steps": config.warmup_of(steps),
+        **{name: getattr(config, name) for name in (*OPTIMIZER_SETTINGS, "max_grad_norm")},
         "max_length": None,
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": config.mixed_precision == "bf16",

@@ -1,0 +1,131 @@
+"""The optimizer: updates equal those of transformers' Trainer, resuming is exact, and what can't work is refused."""
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
+from transformers import Trainer, TrainingArguments
+
+from reinforcepp import ReinforceConfig
+from reinforcepp.distributed.ranks import Ranks
+from reinforcepp.errors import ConfigError
+from reinforcepp.training import checkpoint
+from reinforcepp.training.builder import start_learners
+from reinforcepp.training.learner import Learner
+
+IDS = torch.tensor([[5, 7, 11, 13], [17, 19, 23, 29]])
+STEPS = 6
+
+
+def learner(tmp_path, model=None, optimizers=(None, None), **settings) -> Learner:
+    defaults = {"output_dir": str(tmp_path / "run"), "learning_rate": 1e-2, "max_grad_norm": 1e9}
+    config = ReinforceConfig(**(defaults | settings))
+    made, _ = start_learners(model or tiny.model(), config, Ranks((), tmp_path), updates=STEPS, optimizers=optimizers)
+    return made
+
+
+def train(made: Learner, steps: range) -> None:
+    for step in steps:
+        with made.learning():
+            made.backward(made.model(input_ids=IDS + step, labels=IDS + step).loss)
+        made.step(made.clip())
+
+
+def weights(made: Learner) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in made.plain.state_dict().items()}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_updates_are_those_of_transformers_trainer(tmp_path, optim):
+    """With weight decay, from which norms and biases are excluded, and a schedule."""
+    settings = {"optim": optim, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "weight_decay": 0.5}
+    made = learner(tmp_path, **settings)
+    train(made, range(3))
+    model = tiny.model().eval()
+    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-2, use_cpu=True, report_to="none", **settings)
+    optimizer = Trainer(model=model, args=args).create_optimizer()
+    for step in range(3):
+        model(input_ids=IDS + step, labels=IDS + step).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, theirs in model.state_dict().items():
+        torch.testing.assert_close(made.plain.state_dict()[name], theirs, atol=1e-6, rtol=0)
+
+
+def given(model) -> tuple[torch.optim.Optimizer, MultiStepLR]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return optimizer, MultiStepLR(optimizer, [2, 4], gamma=0.5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "adagrad", given])
+def test_resuming_is_exact(tmp_path, optim: str | Callable, precision):
+    """The state goes through the files of a checkpoint."""
+
+    def start() -> Learner:
+        model = tiny.model()
+        if callable(optim):
+            return learner(tmp_path, model, optim(model), mixed_precision=precision)
+        return learner(
+            tmp_path, model, optim=optim, weight_decay=0.1, lr_scheduler_type="cosine", mixed_precision=precision
+        )
+
+    whole = start()
+    train(whole, range(STEPS))
+    stopped = start()
+    train(stopped, range(3))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    saved = stopped.state()
+    groups = checkpoint.save_optimizer(saved[1], "policy", folder)
+    resumed = start()
+    optimizer = checkpoint.load_optimizer(checkpoint.Checkpoint(folder), "policy", groups)
+    resumed.load_state(saved[0], optimizer, saved[2])
+    train(resumed, range(3, STEPS))
+    assert resumed.scheduler.get_last_lr() == whole.scheduler.get_last_lr()
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    with pytest.raises(ConfigError, match="Resume with the optimizer of the run's start"):
+        learner(tmp_path, optim="rmsprop").load_state(saved[0], optimizer, saved[2])
+
+
+def test_parameters_outside_a_given_optimizer_are_frozen(tmp_path, capsys):
+    model = tiny.model(tied=False)
+    optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=0.5)
+    before = model.transformer.wte.weight.clone()
+    made = learner(tmp_path, model, (optimizer, None), lr_scheduler_type="constant")
+    train(made, range(2))
+    assert torch.equal(made.plain.transformer.wte.weight, before)
+    assert "Learning rate 0.5: that of the given optimizer." in (printed := capsys.readouterr().err)
+    assert "tensors aren't in the optimizer; they are frozen" in printed
+    assert made.scheduler.get_last_lr() == [0.5]
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "settings", "message"),
+    [
+        (lambda model: (sgd(tiny.model()), None), {}, "aren't trainable parameters of the given model"),
+        (lambda model: (sgd(model), None), {"use_peft": True}, "LoRA weights are created after the optimizer"),
+        (lambda model: (sgd(model), None), {"optim": "sgd"}, "optim and optimizers are both given"),
+        (lambda model: (None, MultiStepLR(sgd(model), [1])), {}, "a scheduler without its optimizer"),
+        (lambda model: (sgd(model), MultiStepLR(sgd(model), [1])), {}, "isn't a schedule of the given optimizer"),
+        (lambda model: ((one := sgd(model)), ReduceLROnPlateau(one)), {}, "ReduceLROnPlateau isn't a schedule"),
+        (lambda model: (torch.optim.LBFGS(model.parameters()), None), {}, "LBFGS"),
+        (lambda model: ("adamw", None), {}, "isn't a torch.optim.Optimizer"),
+    ],
+)
+def test_optimizers_that_cannot_work_are_refused(tmp_path, optimizers, settings, message):
+    model = tiny.model()
+    with pytest.raises(ConfigError, match=message):
+        learner(tmp_path, model, optimizers(model), **settings)
+
+
+def test_optimizers_that_need_other_packages_are_refused():
+    with pytest.raises(ConfigError, match=r"optim must be one of adamw_torch_fused, .*not 'galore_adamw'"):
+        ReinforceConfig(optim="galore_adamw")
