@@ -116,7 +116,7 @@ def measured_reward(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = RewardModelConfig(model=job["model"], data=data, output_dir=str(folder / "rm"), save_every=0, **settings)
     found: dict[str, Any] = {"heldout_accuracy": None}
     try:
-        figures = train_reward_model(config).figures
+        figures = train_reward_model(config).card.figures
         found = {"heldout_accuracy": figures["accuracy"], "length_accuracy": figures["longer_wins"]}
         found |= {"heldout_pairs": figures["pairs"]}
     except Exception as error:  # the row says so, and the other trainings are still worth their time

@@ -39,8 +39,8 @@ from reinforcepp.models import saving
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.training import checkpoint
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
+from reinforcepp.training.reward_loop import ResumableRewardTrainer  # noqa: F401  (loaded here, once, for all the forks)
 from reinforcepp.training.reward_trainer import train_reward_model
-from reinforcepp.training.supervised_loop import ResumableRewardTrainer  # noqa: F401  (loaded here, once, for all the forks)
 
 COMPARED = {
     "policy": ("model.safetensors", "metrics.jsonl", "evaluation.json", "completions", "evaluations"),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getatt
     from reinforcepp.rollout.engine import RolloutEngine as RolloutEngine
     from reinforcepp.rollout.transformers_engine import TransformersEngine as TransformersEngine
     from reinforcepp.training.reinforce_trainer import ReinforceTrainer as ReinforceTrainer
+    from reinforcepp.training.reward_loop import RewardTrainer as RewardTrainer
     from reinforcepp.training.reward_trainer import train_reward_model as train_reward_model
     from reinforcepp.types import Completion as Completion
     from reinforcepp.types import Prompt as Prompt
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "ReinforceTrainer": "training.reinforce_trainer",
+    "RewardTrainer": "training.reward_loop",
     "ReinforceConfig": "config",
     "RewardModelConfig": "config",
     "SftConfig": "config",

@@ -59,10 +59,12 @@ TRAINING = OPTIMIZER | {
     *KEEPING,
 }
 ZERO_IS_FINE = {
-    "sft": {*OPTIMIZER, "seed", "heldout_fraction", "lora_dropout", "max_bad_rows", *KEEPING},
+    "sft": {*OPTIMIZER, "seed", "max_steps", "heldout_fraction", "lora_dropout", "max_bad_rows", *KEEPING},
     "reward": {
         *OPTIMIZER,
         "seed",
+        "max_steps",
+        "eval_every",
         "heldout_fraction",
         "center_rewards_coefficient",
         "lora_dropout",

@@ -20,7 +20,7 @@ from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.runtime import started
-from reinforcepp.training import reward_trainer, sft_trainer, supervised_loop
+from reinforcepp.training import reward_card, sft_trainer, supervised_loop
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.training.sft_trainer import train_language_model
 
@@ -39,15 +39,15 @@ def stop_after_three(callback, args, state, control, **named):
     return original(callback, args, state, control, **named)
 
 results["saved"] = []
-for trainer in (reward_trainer, sft_trainer):
-    def save_and_record(*given, save=trainer.save_model):
+for module in (reward_card, sft_trainer):
+    def save_and_record(*given, save=module.save_model):
         results["saved"].append(str(given[-1].name))
         save(*given)
-    trainer.save_model = save_and_record
-write_page = reward_trainer.write_page
-reward_trainer.write_page = lambda *given: results["saved"].append("page") or write_page(*given)
+    module.save_model = save_and_record
+write_page = reward_card.write_page
+reward_card.write_page = lambda *given: results["saved"].append("page") or write_page(*given)
 
-card = trained("reward", "reward")
+card = trained("reward", "reward").card
 results["pairs"] = [card.train_pairs, card.heldout_pairs, card.train_accuracy]
 deleting = {"keep_last": None, "save_every": 4}
 figures = trained("sft", "sft", **deleting)

@@ -195,11 +195,11 @@ def test_the_loss_scale_is_resumed(base, tmp_path):
     ids=" ".join,
 )
 def test_reward_models_accept_the_same_settings(base, pairs_csv, tmp_path, settings, monkeypatch):
-    from reinforcepp.training import supervised_loop
+    from reinforcepp.training import reward_loop
 
     seen = []
-    made = supervised_loop.RewardConfig
-    monkeypatch.setattr(supervised_loop, "RewardConfig", lambda **named: seen.append(named) or made(**named))
+    made = reward_loop.RewardConfig
+    monkeypatch.setattr(reward_loop, "RewardConfig", lambda **named: seen.append(named) or made(**named))
     arguments = ["--model", base, "--data", pairs_csv, "--output_dir", tmp_path / "rm", "--num_train_epochs", "1"]
     assert main(["reward", *map(str, arguments), *settings]) == 0
     loaded = load_reward_model(str(tmp_path / "rm"))

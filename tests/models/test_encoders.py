@@ -88,7 +88,7 @@ def config(model: str, data: str, folder, **settings) -> RewardModelConfig:
 @pytest.mark.parametrize("family", QUICK_FAMILIES)
 def test_a_trained_encoder_scores_as_in_plain_transformers(encoder, pairs, tmp_path, family, adapter):
     folder = tmp_path / "rm"
-    card = train_reward_model(config(encoder(family), pairs, folder, use_peft=adapter))
+    card = train_reward_model(config(encoder(family), pairs, folder, use_peft=adapter)).card
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(losses) < 1.5 and 0 <= card.figures["longer_wins"] <= 1
     reward = load_reward_model(str(folder))  # checks the fingerprint

@@ -46,7 +46,7 @@ def trained(base, data, tmp_path_factory):
         num_train_epochs=4,
         heldout_fraction=0.25,
     )
-    return folder, train_reward_model(config)
+    return folder, train_reward_model(config).card
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_head_of_a_model_with_a_projection_loads_again(data, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     folder = tmp_path / "rm"
     config = RewardModelConfig(model=str(tmp_path), data=str(data), output_dir=str(folder), num_train_epochs=1)
-    card = train_reward_model(config)
+    card = train_reward_model(config).card
     assert load_reward_model(str(folder)).fingerprint() == pytest.approx(card.fingerprint, abs=1e-4)
 
 
@@ -164,16 +164,16 @@ def test_a_truncated_answer_gets_no_eos(trained):
 
 def test_training_and_scoring_share_the_prompt_format(base, data, tmp_path, monkeypatch):
     """TRL's rows equal the rows that scoring builds from the same pairs."""
-    from reinforcepp.training import supervised_loop
+    from reinforcepp.training import reward_loop
 
     seen = []
 
-    class Spy(supervised_loop.ResumableRewardTrainer):
+    class Spy(reward_loop.ResumableRewardTrainer):
         def __init__(self, **kwargs):
             seen.extend(kwargs["train_dataset"]["chosen_ids"])
             super().__init__(**kwargs)
 
-    monkeypatch.setattr(supervised_loop, "ResumableRewardTrainer", Spy)
+    monkeypatch.setattr(reward_loop, "ResumableRewardTrainer", Spy)
     output = tmp_path / "rm"
     train_reward_model(
         RewardModelConfig(model=str(base), data=str(data), output_dir=str(output), num_train_epochs=1, batch_size=40)

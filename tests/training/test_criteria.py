@@ -42,7 +42,7 @@ def train(base, data, folder, **settings):
     usual = {"criteria": ("polite", "short=-length"), "batch_size": 6, "num_train_epochs": 1, "heldout_fraction": 0.0}
     return train_reward_model(
         RewardModelConfig(model=str(base), data=str(data), output_dir=str(folder), **(usual | settings))
-    )
+    ).card
 
 
 def first_step(folder):

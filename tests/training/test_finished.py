@@ -138,7 +138,7 @@ def test_resuming_a_finished_supervised_training_returns_its_result(base, pairs_
     result = train_supervised(kind, base, data, tmp_path / "run")
     before = contents(tmp_path / "run")
     again = train_supervised(kind, base, data, tmp_path / "run", resume=True)
-    assert again == result if kind == "sft" else again.fingerprint == result.fingerprint
+    assert again == result if kind == "sft" else again.card.fingerprint == result.card.fingerprint
     with pytest.raises(ConfigError, match=DELETED + r".*\(num_train_epochs was 1 and is 2\)"):
         train_supervised(kind, base, data, tmp_path / "run", resume=True, num_train_epochs=2)
     data.write_text(pairs_csv.read_text() + "One more?,Yes,No\n")

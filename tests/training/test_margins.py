@@ -35,7 +35,7 @@ def train(base, data, folder, **settings):
     usual = {"batch_size": 8, "num_train_epochs": 1, "heldout_fraction": 0.0, "center_rewards_coefficient": 0.0}
     return train_reward_model(
         RewardModelConfig(model=str(base), data=str(data), output_dir=str(folder), **(usual | settings))
-    )
+    ).card
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -62,7 +62,7 @@ def _run_stages(config: DemoConfig, folder: Path) -> DemoResult:
     reward_config, train_config = demo_settings(config, folder)
 
     echo("1/4  Reward model: train on pairs of preferred and rejected responses", "bold")
-    card = train_reward_model(reward_config)
+    card = train_reward_model(reward_config).card
 
     echo("\n2/4  REINFORCE++: train the policy on the scores of the reward model", "bold")
     _, train_rows, heldout_rows = load_prompts(train_config.data, heldout_fraction=0, seed=config.seed)

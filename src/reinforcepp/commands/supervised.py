@@ -15,4 +15,4 @@ def run_sft(config: SftConfig) -> None:
 
 def run_reward_training(config: RewardModelConfig) -> None:
     """Train a reward model."""
-    train_reward_model(config, report_memory)
+    train_reward_model(config, check_memory=report_memory)

@@ -9,6 +9,7 @@ from reinforcepp.config.base import (
     Config,
     FilledStr,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     Seed,
     check_not_below_output,
@@ -38,6 +39,8 @@ class SupervisedConfig(OptimizerConfig):
 
     num_train_epochs: PositiveInt = 3
     """Passes over the training rows"""
+    max_steps: NonNegativeInt = 0
+    """Optimizer steps; 0 uses num_train_epochs"""
     batch_size: PositiveInt = 8
     """Rows per optimizer step; a pair counts as one"""
     micro_batch_size: PositiveInt | None = None
@@ -130,8 +133,10 @@ class RewardModelConfig(
     """Folder for the reward model and its card"""
     seed: Seed = 42
     """Seed of the split, the row order and the newly initialized score head"""
-    center_rewards_coefficient: NonNegativeFloat = 0.01
+    center_rewards_coefficient: NonNegativeFloat | None = 0.01
     """Weight of the penalty that centers scores on 0"""
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations of the held-out pairs; 0 only after training"""
     criteria: tuple[str, ...] = field(default=(), metadata=NAMES)
     """Criteria with an output each, NAME or NAME=COLUMN; -COLUMN: lower is better"""
     criteria_margins: bool = False

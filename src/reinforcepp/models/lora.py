@@ -28,6 +28,7 @@ from reinforcepp.errors import ConfigError, ModelError, useful_line
 from reinforcepp.runtime import warn_once
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -184,6 +185,34 @@ def with_adapter(
     return adapted.eval()
 
 
+def add_adapter(
+    model: PreTrainedModel, peft_config: PeftConfig, *, seed: int, heads: Sequence[nn.Module]
+) -> PreTrainedModel:
+    """Return ``model`` with an adapter of ``peft_config``; ``heads`` are trained in full and saved with it.
+
+    Raises:
+        ConfigError: it isn't a configuration of peft, or doesn't fit the model.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            f"peft_config: {type(peft_config).__name__} isn't a configuration of peft. Give a LoraConfig."
+        )
+    peft_config = copy.deepcopy(peft_config)
+    names = {part: name for name, part in model.named_modules()}
+    saved = list(getattr(peft_config, "modules_to_save", None) or ())
+    if hasattr(peft_config, "modules_to_save"):
+        peft_config.modules_to_save = [*saved, *(names[head] for head in heads if names[head] not in saved)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapted: PreTrainedModel = get_peft_model(model, peft_config)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"peft_config: the adapter can't be added: {useful_line(error)}") from error
+    return adapted.eval()
+
+
 def _absolute_name(name: str) -> str:
     """Return a name that is valid in any working directory: built-in models by name, local ones by absolute path."""
     if name == str(builtin.model_path()):
@@ -206,6 +235,11 @@ def has_adapter(model: Any) -> bool:
 def is_4bit(model: Any) -> bool:
     """Return whether ``model`` has 4-bit weights (QLoRA)."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
+
+
+def is_quantized(model: Any) -> bool:
+    """Return whether ``model`` has weights of 4 or 8 bits, by bitsandbytes."""
+    return is_4bit(model) or bool(getattr(model, "is_loaded_in_8bit", False))
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,6 +5,7 @@ A language model reads its score at the last token of a text, an encoder with it
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from reinforcepp.models.loading import (
     meta_model,
     resolve,
 )
-from reinforcepp.models.lora import is_4bit, merge_adapter
+from reinforcepp.models.lora import base_model, has_adapter, is_4bit, merge_adapter
 from reinforcepp.models.score_heads import StoredHead, declared_labels, find_head, has_head, read_head, score_head
 from reinforcepp.models.tokenization import position_ids
 
@@ -37,9 +38,15 @@ if TYPE_CHECKING:
 
 
 def new_reward_model(name: str, seed: int, outputs: Sequence[str] = (), **settings: Any) -> PreTrainedModel:
-    """Return the model ``name`` with a newly initialized score head; ``settings`` go to ``from_pretrained``.
+    """Return :func:`new_classifier`, which reads its scores at the last attended token."""
+    return prepare_scoring(new_classifier(name, seed, outputs, **settings))
 
-    ``outputs`` are the names of the scores; by default, the model has a single score without a name.
+
+def new_classifier(name: str, seed: int, outputs: Sequence[str] = (), **settings: Any) -> PreTrainedModel:
+    """Return the model ``name`` with its score head, newly initialized if it has none, as plain transformers runs it.
+
+    ``outputs`` are the names of the scores; by default, the model has a single score without a name. ``settings`` go to
+    ``from_pretrained``.
 
     Raises:
         ModelError: the model can't be loaded, or transformers has no classifier of its type.
@@ -60,7 +67,45 @@ def new_reward_model(name: str, seed: int, outputs: Sequence[str] = (), **settin
         _keep_renamed_head(model, name, head)
     tokenizer = load_tokenizer(name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return prepare_scoring(model)
+    return model
+
+
+def as_classifier(model: PreTrainedModel, seed: int, outputs: Sequence[str] = ()) -> PreTrainedModel:
+    """Return ``model`` if it has a score head; a loaded language model gets a new one, and its layers are shared.
+
+    ``outputs`` are as for :func:`new_classifier`.
+
+    Raises:
+        ConfigError: the model has other outputs, no head, or an adapter on a language model.
+        ModelError: transformers has no classifier of its type.
+    """
+    plain, wanted = base_model(model), max(1, len(outputs))
+    if plain.get_output_embeddings() is None:
+        has_head = plain.base_model is not plain and head_modules(plain)
+        if has_head and plain.config.num_labels == wanted:
+            return model
+        found = f"{plain.config.num_labels} outputs" if has_head else "no score head"
+        raise ConfigError(
+            f"model: the given {type(plain).__name__} has {found}, but the training needs num_labels={wanted}. Load it with "
+            f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={wanted}), or give its name."
+        )
+    if has_adapter(model):
+        raise ConfigError(
+            "model: the adapter of the given model belongs to a language model. Give the language model and a peft_config."
+        )
+    config = copy.deepcopy(model.config)
+    register_classifier(config)
+    config.num_labels = wanted
+    if outputs:
+        config.id2label = dict(enumerate(outputs))
+        config.label2id = {label: i for i, label in enumerate(outputs)}
+    built = meta_model(config, model.dtype, CLASSIFIER)
+    setattr(built, built.base_model_prefix, model.base_model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weight = torch.randn(wanted, score_head(built)[1].in_features)
+    _install_head(built, weight / (weight.shape[1] + 1), None, device=model.device)
+    return built
 
 
 def _head_of(name: str) -> StoredHead | None:
@@ -211,10 +256,12 @@ def _adapter_in_4bit(name: str) -> ConfigError:
 
 
 @torch.no_grad()
-def _install_head(model: PreTrainedModel, weight: Tensor, bias: Tensor | None) -> None:
-    """Replace the last layer of the score head by one with these parameters."""
+def _install_head(
+    model: PreTrainedModel, weight: Tensor, bias: Tensor | None, device: torch.device | None = None
+) -> None:
+    """Replace the last layer of the score head by one with these parameters, by default on the same device."""
     name, old = score_head(model)
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=old.weight.device)
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=device or old.weight.device)
     head.weight.copy_(weight)
     if bias is not None:
         head.bias.copy_(bias)

@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reinforcepp.errors import ModelError
 from reinforcepp.run_dir import REWARD_CARD
+
+if TYPE_CHECKING:
+    from reinforcepp.models.reward_texts import TextForm  # loads torch
 
 HOW_TO_TRAIN = "Train a reward model: reinforcepp reward --data YOUR.csv --output_dir models/reward_model"
 
@@ -43,6 +46,9 @@ class RewardCard:
     A model with several outputs has ``criteria``. Its figures are those of each criterion, and ``score_mean`` and ``score_std``
     those of the unweighted mean. ``score_means`` and ``score_covariance`` describe the outputs on the training pairs,
     ``correlations`` on the held-out pairs.
+
+    ``form`` is the form of the texts. A model of the form conversation reads its score as transformers does: see
+    ``models.reward_texts``.
     """
 
     base_model: str
@@ -62,6 +68,7 @@ class RewardCard:
     score_means: list[float] = field(default_factory=list)
     score_covariance: list[list[float]] = field(default_factory=list)
     correlations: list[list[float]] = field(default_factory=list)
+    form: TextForm = "answer"
 
     @property
     def labels(self) -> list[str]:

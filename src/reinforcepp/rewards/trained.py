@@ -24,7 +24,7 @@ from reinforcepp.files import write_json
 from reinforcepp.models.conversations import Variables
 from reinforcepp.models.encoders import is_encoder
 from reinforcepp.models.loading import context_length, load_tokenizer, local_folder
-from reinforcepp.models.reward_models import ScoreReading, load_reward_weights
+from reinforcepp.models.reward_models import ScoreReading, load_classifier, load_reward_weights, prepare_scoring
 from reinforcepp.models.reward_texts import TextForm, encode_scored, pair_limit, split_scored
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import pad
@@ -251,7 +251,12 @@ def load_reward_model(name: str | os.PathLike[str]) -> TrainedReward:
             f"{source.name}: load_in_4bit isn't supported for a reward model with a card. Use dtype=bfloat16."
         )
     weights, count = output_weights(source, card.labels), len(card.labels)
-    reward = TrainedReward(load_reward_weights(folder, outputs=count), tokenizer)
+    if card.form == "answer":
+        reward = TrainedReward(load_reward_weights(folder, outputs=count), tokenizer)
+    else:
+        model, reading = load_classifier(folder, outputs=count)
+        reward = TrainedReward(prepare_scoring(model, reading), tokenizer)
+        reward.form, reward.reading = card.form, reading
     reward.output_weights, reward.labels = weights, card.labels if count > 1 else ()
     _check_fingerprint(source.name, reward, card)
     if source.dtype is not None:
@@ -294,14 +299,25 @@ class PairScores:
     lengths: list[tuple[int, int]]
 
 
-def score_answers(reward: TrainedReward, pairs: Sequence[Preference]) -> PairScores:
-    """Score both answers of every pair with all outputs, in the order of ``pairs``.
+Split = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its answer."""
+SplitPair = tuple[Split, Split]
+"""Token ids of both answers of a pair with their prompt."""
+
+
+def score_answers(
+    reward: TrainedReward, pairs: Sequence[Preference], ids: Sequence[SplitPair] | None = None
+) -> PairScores:
+    """Score both answers of every pair with all outputs, in the order of ``pairs``; ``ids`` are tokenized pairs.
 
     Raises:
         TrainingDiverged: a score isn't finite.
     """
-    chosen = [reward.split(p.conversation, p.chosen, variables=p.chat_template_kwargs) for p in pairs]
-    rejected = [reward.split(p.conversation, p.rejected, variables=p.chat_template_kwargs) for p in pairs]
+    if ids is None:
+        chosen = [reward.split(p.conversation, p.chosen, variables=p.chat_template_kwargs) for p in pairs]
+        rejected = [reward.split(p.conversation, p.rejected, variables=p.chat_template_kwargs) for p in pairs]
+    else:
+        chosen, rejected = [pair[0] for pair in ids], [pair[1] for pair in ids]
     chosen_NC = reward.score_outputs([context + answer for context, answer in chosen])
     rejected_NC = reward.score_outputs([context + answer for context, answer in rejected])
     finite_N = (chosen_NC + rejected_NC).isfinite().all(-1)

@@ -31,7 +31,7 @@ def print_prompt_format(
     form = prompt_form(tokenizer)
     inspected = list(islice(rows, INSPECTED_ROWS))
     example = f"First example: {_shortened(repr(str(tokenizer.decode(list(ids)))))}"
-    if all(isinstance(row, SftRow) and row.question is None for row in inspected):
+    if inspected and all(isinstance(row, SftRow) and row.question is None for row in inspected):
         echo(f"Texts are trained on as they are. {example}")
         return
     labeled = sum(len(row.messages) > 1 for row in inspected) if form == "plain" else 0

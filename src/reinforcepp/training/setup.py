@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reinforcepp.config import ComputeConfig, ReinforceConfig
+from reinforcepp.config import ComputeConfig, ReinforceConfig, RewardModelConfig
 from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError, option
 from reinforcepp.models.loading import load_policy
-from reinforcepp.models.lora import has_adapter
+from reinforcepp.models.lora import add_adapter, has_adapter, with_adapter
 from reinforcepp.models.precision import compute_dtype, slow_precision
+from reinforcepp.models.reward_models import head_modules
 from reinforcepp.models.tokenization import BATCH_ROWS, LazyPrompts, encode_prompt, encode_prompts
 from reinforcepp.monitoring import PROGRESS_ROWS, echo, reading_progress
 from reinforcepp.types import Prompt
@@ -33,6 +34,10 @@ ADAPTER_FIELDS = {
     "use_dora": "use_dora",
 }
 """Settings of LoRA by their names in ``peft.LoraConfig``."""
+FROZEN_ADAPTER = (
+    "model: the adapter of the given model is frozen, so nothing would be trained. Load it with "
+    "PeftModel.from_pretrained(..., is_trainable=True)."
+)
 SET_BY_PEFT = ("task_type", "target_modules", "fan_in_fan_out", "runtime_config", "peft_version")
 
 
@@ -145,12 +150,29 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
             "use_peft: only the adapter is saved, but the given model exists in memory only. Save the model and give its folder."
         )
     if has_adapter(model) and not any(weight.requires_grad for weight in model.parameters()):
-        raise ConfigError(
-            "model: the adapter of the given model is frozen, so nothing would be trained. Load it with "
-            "PeftModel.from_pretrained(..., is_trainable=True)."
-        )
+        raise ConfigError(FROZEN_ADAPTER)
     if config.estimator_spec.uses_critic and has_adapter(model):
         raise ConfigError("estimator ppo: can't copy a model with an adapter. Give the base model and set use_peft.")
+    return model
+
+
+def with_reward_adapter(
+    model: PreTrainedModel, config: RewardModelConfig, peft_config: PeftConfig | None
+) -> PreTrainedModel:
+    """Return a classifier with the adapter of ``peft_config`` or of the settings; without either, it is unchanged.
+
+    Raises:
+        ConfigError: the given adapter can't be trained, or can't be added.
+    """
+    if not has_adapter(model):
+        heads = head_modules(model)
+        if peft_config is not None:
+            return add_adapter(model, peft_config, seed=config.seed, heads=heads)
+        return with_adapter(model, config, seed=config.seed, heads=heads) if config.use_peft else model
+    if peft_config is not None:
+        raise ConfigError("peft_config: the given model has an adapter already. Omit it to train that adapter.")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ConfigError(FROZEN_ADAPTER)
     return model
 
 

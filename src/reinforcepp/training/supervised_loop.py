@@ -19,15 +19,13 @@ import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
+from transformers.trainer_utils import TrainOutput, has_length
+from trl import SFTConfig, SFTTrainer
 
-from reinforcepp.algorithm.preferences import preference_loss
-from reinforcepp.config import RewardModelConfig, SftConfig
+from reinforcepp.config import SftConfig
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models.loading import load_policy
-from reinforcepp.models.lora import has_adapter, load_adapter_weights, load_trainable_weights
-from reinforcepp.models.reward_models import load_reward_weights
+from reinforcepp.models.lora import has_adapter, is_quantized, load_adapter_weights, load_trainable_weights
 from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
@@ -82,79 +80,6 @@ class SupervisedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load nothing, because :func:`fit` has loaded the weights. No public hook covers this step."""
-
-
-class PairCollator(DataCollatorForPreference):
-    """Pads the token ids of pairs, and adds their judgments and margins, one per output of the model."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch."""
-        batch: dict[str, Any] = super().torch_call(examples)
-        return batch | {"side": torch.tensor([example["side"] for example in examples], dtype=torch.float)}
-
-
-class ResumableRewardTrainer(SupervisedTrainer, RewardTrainer):
-    """Trains on pairs: rows of ``chosen_ids``, ``rejected_ids``, and ``side`` and ``margin`` with one number per output.
-
-    The loss is :func:`preference_loss` plus a penalty that centers scores, as in TRL.
-    """
-
-    title = "reward model"
-    kind = "reward"
-    logged = ("accuracy", "margin", "mean_reward", "min_reward", "max_reward")
-    headline = ("accuracy", "accuracy")
-
-    def __init__(self, *, model: PreTrainedModel, **named: Any) -> None:
-        labels = model.config.id2label
-        model.config.num_labels = 1  # TRL refuses a model with several outputs, although its loops can train one
-        super().__init__(model=model, **named)
-        model.config.id2label, model.config.label2id = labels, {label: i for i, label in labels.items()}
-        self.labels = list(labels.values())
-        self.data_collator = PairCollator(pad_token_id=model.config.get_text_config().pad_token_id)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "side"]
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the loss of all outputs, and record the metrics that TRL records for one."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        chosen_BC, rejected_BC = outputs.logits.float().chunk(2)
-        loss = preference_loss(chosen_BC - rejected_BC, inputs["side"], inputs["margin"])
-        if coefficient := self.args.center_rewards_coefficient:
-            loss = loss + coefficient * ((chosen_BC + rejected_BC) ** 2).mean()
-        self._record(outputs.logits.detach().float(), inputs["side"])
-        return (loss, outputs) if return_outputs else loss
-
-    def _record(self, scores_2BC: torch.Tensor, sides_BC: torch.Tensor) -> None:
-        """Record the metrics of a micro-batch of all ranks; accuracy and margin are those of decided pairs."""
-        chosen_BC, rejected_BC = scores_2BC.chunk(2)
-        sides_BC = sides_BC.nan_to_num()
-        margins_BC = sides_BC * (chosen_BC - rejected_BC)
-        sums = torch.stack([(sides_BC != 0).sum(0), (margins_BC > 0).sum(0), margins_BC.sum(0)])
-        decided_C, right_C, margin_C = self.accelerator.reduce(sums, "sum").tolist()
-        scores = self.accelerator.gather(scores_2BC)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        # A batch without a decided pair is right as often as by chance.
-        metrics["accuracy"].append(sum(right_C) / sum(decided_C) if any(decided_C) else 0.5)
-        metrics["margin"].append(sum(margin_C) / max(1, sum(decided_C)))
-        if len(self.labels) > 1:
-            for label, decided, right in zip(self.labels, decided_C, right_C, strict=True):
-                if decided:
-                    metrics[f"accuracy/{label}"].append(right / decided)
-        for name, value in (("mean", scores.mean()), ("min", scores.min()), ("max", scores.max())):
-            metrics[f"{name}_reward"].append(value.item())
-
-    @staticmethod
-    def arguments(config: RewardModelConfig, **common: Any) -> TrainingArguments:
-        """Return TRL's arguments."""
-        return RewardConfig(center_rewards_coefficient=config.center_rewards_coefficient, **common)
-
-    @staticmethod
-    def load_model(folder: Path) -> PreTrainedModel:
-        """Load a reward model with any number of outputs."""
-        return load_reward_weights(folder, outputs=None)
 
 
 class ResumableSftTrainer(SupervisedTrainer, SFTTrainer):
@@ -230,11 +155,13 @@ class TrainingCallback(TrainerCallback):
         live["lr_scheduler"].load_state_dict(saved["scheduler"])
         self._best, self._random = saved["best"], saved["random"]
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **live: Any) -> None:
         """Restore the random generators if the run resumes at the start of an epoch."""
         # At an epoch's start the data loader draws its seed from the restored generators, as it did in the first run.
         # Within an epoch it first replays the order of the whole epoch, so on_step_begin restores them later.
-        if state.global_step % (state.max_steps // state.num_train_epochs) == 0:
+        batches = live["train_dataloader"]
+        steps = math.ceil(len(batches) / args.gradient_accumulation_steps) if has_length(batches) else state.max_steps
+        if state.global_step % steps == 0:
             self._restore_generators()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -290,7 +217,8 @@ class TrainingCallback(TrainerCallback):
         if self.run.ranks.is_main:
             self.log.write(metrics | self._clock.seconds())
         name, label = self.trainer_class.headline
-        self.progress.step(f"loss {logs['loss']:.3f}, {label} {logs[name]:.2f}")
+        shown = f", {label} {logs[name]:.2f}" if name in logs else ""
+        self.progress.step(f"loss {logs['loss']:.3f}{shown}")
         if self.config.save_every and state.global_step % self.config.save_every == 0:
             self.save(state, live["model"], live["optimizer"], live["lr_scheduler"])
             self._check_stop()
@@ -337,80 +265,100 @@ def fit(
     config: SupervisedConfig,
     run: RunContext,
 ) -> None:
-    """Train ``model`` on tokenized ``rows``, from the checkpoint ``run.saved`` if there is one.
+    """Train ``model`` on tokenized ``rows``; see :func:`run_trainer`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = trainer_class(
+            model=model,
+            args=trl_arguments(trainer_class, config, run.ranks.count, output_dir=scratch),
+            train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
+            processing_class=tokenizer,
+        )
+        run_trainer(trainer, tokenizer, config, run)
+
+
+def run_trainer(
+    trainer: SupervisedTrainer, tokenizer: PreTrainedTokenizerBase, config: SupervisedConfig, run: RunContext
+) -> TrainOutput:
+    """Run the training of ``trainer``, from the checkpoint ``run.saved`` if there is one.
 
     Raises:
         Interrupted: a signal stopped training; the finished steps are saved.
         TrainingDiverged: the gradients of several steps in a row weren't finite.
     """
-    steps, saved = count_steps(rows, config), run.saved
-    ranks = run.ranks
+    steps, saved, ranks = count_steps(trainer.train_dataset, config), run.saved, run.ranks
+    trainer.args.warmup_steps = config.warmup_of(steps)
+    if is_quantized(trainer.model):
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:  # TRL casts adapters on 4-bit weights to bfloat16
+                parameter.data = parameter.data.float()
     if saved is not None:
         if ranks.is_main:
             restore_logs(saved.folder, run.folder)
         echo(f"Resuming after step {saved.step} of {steps}")
         # Transformers would warn that the batch size per process changed, which is allowed: only the global one counts.
         logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+        load_weights(trainer, saved.folder)
     with (
         tempfile.TemporaryDirectory() as scratch,
         closing(MetricLog()) as log,
-        Progress(trainer_class.title, steps, 0 if saved is None else saved.step) as progress,
+        Progress(trainer.title, steps, 0 if saved is None else saved.step) as progress,
         stop_signals() as stop,
         Watchdog(run.folder, config.watchdog_seconds) as watchdog,
     ):
         if ranks.is_main:
             log.open(run.folder)
         callback = TrainingCallback(
-            trainer_class, config, run, tokenizer, log=log, progress=progress, stop=stop, watchdog=watchdog
+            type(trainer), config, run, tokenizer, log=log, progress=progress, stop=stop, watchdog=watchdog
         )
-        arguments = trainer_class.arguments(config, output_dir=scratch, **_common_arguments(config, steps, ranks.count))
-        arguments.mixed_precision = config.mixed_precision  # with "no", the launcher's precision would apply otherwise
-        trainer = trainer_class(
-            model=model,
-            args=arguments,
-            train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows)),
-            processing_class=tokenizer,
-            callbacks=[callback],
-        )
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # TRL casts adapters on 4-bit weights to bfloat16
-                parameter.data = parameter.data.float()
         if saved is not None:
-            _load_weights(trainer_class, model, saved.folder)
             # Transformers gets its own state alone, so that it can't unpickle a file of the checkpoint.
             shutil.copyfile(saved.folder / TRAINER_STATE, Path(scratch) / TRAINER_STATE)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=None if saved is None else scratch)
+            return Trainer.train(trainer, resume_from_checkpoint=None if saved is None else scratch)
         except StopRequested as asked:
             done = trainer.state.global_step
             if done:
                 callback.save(trainer.state, trainer.model, trainer.optimizer, trainer.lr_scheduler)
             raise Interrupted(f"after step {done} of {steps}", stop.exit_code) from asked
-        # The caller evaluates in float32, so undo the wrapper for mixed precision.
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        finally:
+            trainer.remove_callback(callback)
+            # The caller evaluates in float32, so undo the wrapper for mixed precision.
+            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
-def _load_weights(trainer_class: type[SupervisedTrainer], model: PreTrainedModel, folder: Path) -> None:
-    if has_adapter(model):
-        load_trainable_weights(model, load_adapter_weights(folder))
+def load_weights(trainer: SupervisedTrainer, folder: Path) -> None:
+    """Load the weights that were trained, from a checkpoint or a saved model."""
+    if has_adapter(trainer.model):
+        load_trainable_weights(trainer.model, load_adapter_weights(folder))
     else:
-        load_trainable_weights(model, dict(trainer_class.load_model(folder).state_dict()))
+        load_trainable_weights(trainer.model, dict(trainer.load_model(folder).state_dict()))
 
 
-def _common_arguments(config: SupervisedConfig, steps: int, ranks: int) -> dict[str, Any]:
+def trl_arguments(
+    trainer_class: type[SupervisedTrainer], config: SupervisedConfig, ranks: int, **own: Any
+) -> TrainingArguments:
+    """Return TRL's arguments; ``own`` are those that the trainers don't share."""
+    arguments = trainer_class.arguments(config, **_common_arguments(config, ranks) | own)
+    arguments.mixed_precision = config.mixed_precision  # with "no", the launcher's precision would apply otherwise
+    return arguments
+
+
+def _common_arguments(config: SupervisedConfig, ranks: int) -> dict[str, Any]:
     """Return the arguments that both trainers share; every rank gets the same number of a step's rows."""
     rows_per_rank = config.batch_size // ranks
     micro_batch = math.gcd(config.effective_micro_batch_size, rows_per_rank)
     return {
         "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
         "gradient_accumulation_steps": rows_per_rank // micro_batch,
         "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps or -1,
         "learning_rate": config.peak_learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
         "lr_scheduler_kwargs": config.schedule_arguments or None,
-        "warmup_steps": config.warmup_of(steps),
         **{name: getattr(config, name) for name in (*OPTIMIZER_SETTINGS, "max_grad_norm")},
         "max_length": None,
         "use_cpu": not torch.accelerator.is_available(),

@@ -29,7 +29,7 @@ from reinforcepp.types import RowId
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from reinforcepp.distributed.ranks import Ranks
 
@@ -94,21 +94,28 @@ def join_ranks(config: SupervisedConfig) -> None:
         )
 
 
-def open_run_dir(config: SupervisedConfig) -> tuple[Path, checkpoint.Checkpoint | checkpoint.FinishedRun | None]:
+OpenedRun = tuple[Path, checkpoint.Checkpoint | checkpoint.FinishedRun | None]
+"""The output directory, and the checkpoint to resume from, or the finished run."""
+
+
+def open_run_dir(config: SupervisedConfig, *, loaded: bool = False) -> OpenedRun:
     """Return the output directory, still unchanged, and the checkpoint to resume from, or the finished run.
+
+    With ``loaded``, the model is in memory, and ``config.model`` is only its name.
 
     Raises:
         ConfigError: the directory can't be used, or the hardware doesn't support a setting.
         ModelError: there are checkpoints, but all are damaged.
     """
-    check_trainable(config.model, use_peft=config.use_peft)
+    if not loaded:
+        check_trainable(config.model, use_peft=config.use_peft)
     # Each checkpoint holds the weights and Adam's two moments; the trained model is one more copy.
     copies = 3 * config.checkpoints_at_most + 1
     folder = check_output(
         config.output_dir,
         overwrite=config.overwrite,
         resume=config.resume,
-        needed_bytes=0 if config.use_peft else copies * weight_bytes(config.model),
+        needed_bytes=0 if config.use_peft or loaded else copies * weight_bytes(config.model),
     )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"mixed_precision: fp16 needs a GPU for {TASKS[type(config)]}. Use bf16.")
@@ -165,16 +172,19 @@ def check_run(
 
 def count_steps(rows: Sequence[Any] | Dataset, config: SupervisedConfig) -> int:
     """Return the number of optimizer steps of the whole training."""
-    return math.ceil(len(rows) / config.batch_size) * config.num_train_epochs
+    return config.max_steps or math.ceil(len(rows) / config.batch_size) * config.num_train_epochs
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def length_limit(config: SupervisedConfig) -> int:
-    """Return the largest number of tokens in a row: ``max_length``, or the model's context if that is shorter."""
+def length_limit(config: SupervisedConfig, model: PreTrainedConfig | None = None) -> int:
+    """Return the largest number of tokens in a row: ``max_length``, or the model's context if that is shorter.
+
+    ``model`` is the configuration of the model; by default, that of ``config.model``.
+    """
     limit = config.max_length or DEFAULT_MAX_LENGTH
-    return min(limit, context_length(load_config(config.model)) or limit)
+    return min(limit, context_length(model or load_config(config.model)) or limit)
 
 
 def tokenize_rows(
