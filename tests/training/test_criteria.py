@@ -215,10 +215,10 @@ def test_a_training_logs_each_output(trained, tmp_path, base):
     arguments += ["--output_dir", str(tmp_path / "run"), "--rollout", "transformers", "--heldout_fraction", "0"]
     assert main(["train", *arguments]) == 0
     step = first_step(tmp_path / "run")
-    parts = [step[f"rewards/reward_model/{name}/mean"] for name in NAMES]
-    assert step["rewards/reward_model/mean"] == pytest.approx(parts[0] + 0.5 * parts[1], abs=1e-4)
+    parts = [step[f"rewards/{trained[0].name}/{name}/mean"] for name in NAMES]
+    assert step[f"rewards/{trained[0].name}/mean"] == pytest.approx(parts[0] + 0.5 * parts[1], abs=1e-4)
     total = load_rewards(f"{trained[0]}?outputs=polite:1,short:0.5")
-    assert total.score([]).by_function.keys() == {"reward_model", *(f"reward_model/{name}" for name in NAMES)}
+    assert total.score([]).by_function.keys() == {trained[0].name, *(f"{trained[0].name}/{name}" for name in NAMES)}
 
 
 def test_a_criterion_without_judgments_raises(base, tmp_path):

@@ -9,7 +9,7 @@ from reinforcepp.models.conversations import Variables, marked_conversation
 from reinforcepp.models.encoders import ENCODER_TEMPLATE, is_encoder
 from reinforcepp.models.loading import context_length
 from reinforcepp.models.prompt_format import prompt_form
-from reinforcepp.models.special_tokens import encode
+from reinforcepp.models.special_tokens import encode, marked
 from reinforcepp.models.tokenization import encode_example, encode_text, split_example
 from reinforcepp.runtime import warn_once
 from reinforcepp.types import Conversation
@@ -17,12 +17,13 @@ from reinforcepp.types import Conversation
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-TextForm = Literal["answer", "conversation", "pair"]
+TextForm = Literal["answer", "conversation", "pair", "continuation"]
 """Form of a scored text.
 
 answer: The prompt and the answer up to its end token, as ``reinforcepp reward`` and OpenRLHF train.
 conversation: The chat template's rendering of the whole conversation, as TRL trains and model cards show.
 pair: The tokenizer's pair of two sentences, as classifiers without a chat template are trained.
+continuation: The prompt and the answer as one text without special tokens, as TRL's trainers score prompts that are texts.
 """
 OPENRLHF_CLASSES = ("RewardModel", "CriticModel")
 LENGTH_LIMIT = 1_000_000
@@ -49,7 +50,7 @@ def split_scored(
     limit: int | None = None,
     variables: Variables | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Return the token ids of the prompt and of the answer; an unfinished answer in a conversation gets no end token.
+    """Return the token ids of the prompt and of the answer; in the form answer, an unfinished answer gets no end token.
 
     Args:
         tokenizer: of the reward model.
@@ -66,7 +67,7 @@ def split_scored(
     if form == "pair":
         return _pair(tokenizer, prompt if isinstance(prompt, str) else conversation_text(prompt), answer, limit)
     context, target = split_example(tokenizer, prompt, answer, finished=finished, variables=variables)
-    if form == "answer" or not finished:
+    if form == "answer":
         return context, target
     ids = encode_scored(tokenizer, prompt, answer, form, variables=variables)
     start = max(len(ids) - len(target), 0)
@@ -87,7 +88,9 @@ def encode_scored(
     if form == "pair":
         context, target = split_scored(tokenizer, prompt, answer, form, limit=limit)
         return context + target
-    if form == "answer" or not finished:
+    if form == "continuation":
+        return encode(tokenizer, marked(tokenizer, f"{prompt}{answer}"))
+    if form == "answer":
         return encode_example(tokenizer, prompt, answer, finished=finished, variables=variables)
     return encode(tokenizer, marked_conversation(tokenizer, prompt, answer, variables or {}))
 

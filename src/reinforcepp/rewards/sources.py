@@ -27,6 +27,7 @@ from reinforcepp.rewards.functions import (
     source_digest,
     unique_names,
 )
+from reinforcepp.rewards.loaded import is_model, loaded_reward, use_tokenizer
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.runtime import is_main
 from reinforcepp.types import Completion
@@ -125,13 +126,18 @@ def load_rewards(
     rewards: Reward | Sequence[Reward],
     settings: RewardScoringConfig | None = None,
     weights: Sequence[float] | None = None,
+    processing_classes: Any = None,
+    *,
+    texts_are_messages: bool = True,
 ) -> RewardSum:
     """Return the weighted sum of ``rewards``. All names are checked before a model is loaded.
 
     Args:
-        rewards: one or several functions, or names as in :mod:`reinforcepp.config.reward_spec`.
+        rewards: one or several functions, loaded models, or names as in :mod:`reinforcepp.config.reward_spec`.
         settings: of reward servers, weights, normalization and the truncation penalty.
         weights: instead of those in ``settings``: one per reward, multiplied by the weight in its name.
+        processing_classes: a tokenizer, or a list with one or None per reward, which functions ignore; default: the models' own.
+        texts_are_messages: whether the policy reads a prompt that is a text as a user message.
 
     Raises:
         ReinforceError: a reward doesn't exist or can't be used, or the weights don't match.
@@ -147,17 +153,21 @@ def load_rewards(
     models = [source.target for source in sources if source is not None and source.kind == "model"]
     for folder in models:
         check_reward_folder(folder)
+    tokenizers = _tokenizers(processing_classes, len(listed))
     without_models = [
         reward if source is None else _function_of(source, settings)
         for reward, source in zip(listed, sources, strict=True)
     ]
     functions: list[RewardFunction] = []
-    for function, source in zip(without_models, sources, strict=True):
+    for function, source, tokenizer in zip(without_models, sources, tokenizers, strict=True):
+        if is_model(function):
+            function = loaded_reward(function, tokenizer, texts_are_messages=texts_are_messages)
         if source is not None and source.kind == "model":
             function = load_reward_model(source.target)
-            if len(models) > 1:
-                model = parse_model(source.target)
-                function.name = Path(model.name).name + source.target.removeprefix(model.name)
+            model = parse_model(source.target)
+            function.name = Path(model.name).name + (source.target.removeprefix(model.name) if len(models) > 1 else "")
+            if tokenizer is not None:
+                use_tokenizer(function, model.name, tokenizer)
         functions.append(function)
     if settings.reward_normalize:
         _normalize(functions)
@@ -175,6 +185,17 @@ def load_rewards(
 def _model_identity(reward: TrainedReward) -> str:
     identity, weights = weights_hash(reward.model), reward.output_weights
     return identity if weights == (1.0,) else f"{identity}[{','.join(map('{:g}'.format, weights))}]"
+
+
+def _tokenizers(processing_classes: Any, count: int) -> list[Any]:
+    if processing_classes is None:
+        return [None] * count
+    tokenizers = list(processing_classes) if isinstance(processing_classes, (list, tuple)) else [processing_classes]
+    if len(tokenizers) != count:
+        raise ConfigError(
+            f"reward_processing_classes: {len(tokenizers)} for {count} rewards. Give a list with a tokenizer or None per reward."
+        )
+    return tokenizers
 
 
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -68,8 +68,12 @@ class TrainedReward:
     card: RewardCard | None = None
     """Card of a model that was loaded from a folder."""
 
+    given: bool = False
+    """Whether the caller loaded the model, which then keeps its dtype."""
     form: TextForm = "answer"
     """Form of the scored texts."""
+    text_form: TextForm | None = None
+    """Form of texts whose prompt is a text, if it isn't ``form``."""
     reading = ScoreReading()
     """How scores are read from the model."""
     output_weights: tuple[float, ...] = (1.0,)
@@ -96,7 +100,7 @@ class TrainedReward:
         chat_template_kwargs: Sequence[Variables] | None = None,
         **_: Any,
     ) -> list[float]:
-        """Return one score per completion. A completion truncated at the length limit gets no end token.
+        """Return one score per completion. In the form answer, a completion truncated at the length limit gets no end token.
 
         ``conversations`` are the prompts as the chat template takes them; by default, that is ``prompts``.
         ``chat_template_kwargs`` are the rows' variables of the chat template.
@@ -124,7 +128,13 @@ class TrainedReward:
     ) -> list[int]:
         """Return the token ids of a prompt and its answer, as the model was trained on them."""
         return encode_scored(
-            self.tokenizer, prompt, answer, self.form, finished=finished, limit=self._pair_limit, variables=variables
+            self.tokenizer,
+            prompt,
+            answer,
+            self._form_of(prompt),
+            finished=finished,
+            limit=self._pair_limit,
+            variables=variables,
         )
 
     def split(
@@ -132,8 +142,17 @@ class TrainedReward:
     ) -> tuple[list[int], list[int]]:
         """Return the token ids of :meth:`encode`, up to the answer and from there."""
         return split_scored(
-            self.tokenizer, prompt, answer, self.form, finished=finished, limit=self._pair_limit, variables=variables
+            self.tokenizer,
+            prompt,
+            answer,
+            self._form_of(prompt),
+            finished=finished,
+            limit=self._pair_limit,
+            variables=variables,
         )
+
+    def _form_of(self, prompt: Conversation) -> TextForm:
+        return self.text_form if self.text_form is not None and isinstance(prompt, str) else self.form
 
     @property
     def _pair_limit(self) -> int | None:

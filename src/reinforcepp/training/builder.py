@@ -22,6 +22,7 @@ from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import check_trainable, load_config, prompt_limit, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
+from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.monitoring import echo, log_event
 from reinforcepp.monitoring.environment import environment
 from reinforcepp.rewards.functions import RewardFunction
@@ -101,7 +102,6 @@ def build(
         ReinforceError: settings, data or models don't fit together.
     """
     refused = {
-        "reward_processing_classes": reward_processing_classes,
         "callbacks": callbacks,
         "quantization_config": quantization_config,
     }
@@ -121,7 +121,13 @@ def build(
     prompts, eval_prompts = load_prompts(tokenizer, train_dataset, eval_dataset, config, limit)
     batches = PromptBatches(prompts, config.batch_size, config.seed)
     num_steps = config.max_steps or batches.steps_per_epoch * config.num_train_epochs
-    rewards = load_rewards(reward_funcs, config, reward_weights)
+    rewards = load_rewards(
+        reward_funcs,
+        config,
+        reward_weights,
+        reward_processing_classes,
+        texts_are_messages=prompt_form(tokenizer) != "plain",
+    )
     judge_sum = load_rewards(judge) if judge is not None else None
 
     ranks = Ranks(config.report_to, folder)
@@ -261,7 +267,7 @@ def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: Rei
     for reward in [*rewards.trained, *(judge.trained if judge else ())]:
         if is_4bit(reward.model):  # already on the device
             continue
-        if dtype != torch.float32:
+        if dtype != torch.float32 and not reward.given:
             cast_parameters(reward.model, dtype)
         if reward not in in_workers:
             reward.model.to(ranks.device)

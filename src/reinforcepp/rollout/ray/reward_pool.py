@@ -126,6 +126,11 @@ def rewards_to_pool(rewards: RewardSum, workers: int) -> Sequence[TrainedReward]
             f"{setting('reward_workers')} {workers}: workers can't hold 4-bit weights. Omit {setting('reward_workers')}, or "
             "load_in_4bit."
         )
+    if workers and any(reward.given for reward in rewards.trained):
+        raise ConfigError(
+            f"{setting('reward_workers')} {workers}: a loaded reward model stays in its process. Give its folder instead, or "
+            f"omit {setting('reward_workers')}."
+        )
     return rewards.trained if workers else []
 
 
