@@ -130,8 +130,9 @@ class Prompt:
 class Sampling:
     """How completions are sampled. The defaults sample the policy's full distribution, as training needs.
 
-    ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 disable truncated sampling. The random numbers of a completion
-    derive only from (``seed``, prompt key, sample index), so completions don't depend on the other rows of a batch.
+    ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 disable truncated sampling. ``extra`` holds arguments of
+    one engine, by their names in transformers' ``GenerationConfig`` or vLLM's ``SamplingParams``. The random numbers of a
+    completion derive only from (``seed``, prompt key, sample index), so completions don't depend on the other rows of a batch.
     """
 
     max_new_tokens: int
@@ -141,6 +142,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     num_samples: int = 1
     seed: int = 0
+    min_p: float = 0.0
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ TRAINING = OPTIMIZER | {
         "kl_coef",
         "gamma",
         "top_k",
+        "min_p",
     ),
     *(
         "rollout_workers",
@@ -72,8 +73,8 @@ ZERO_IS_FINE = {
         *KEEPING,
     },
     "train": TRAINING,
-    "generate": {"seed", "temperature", "top_k"},
-    "chat": {"seed", "temperature", "top_k"},
+    "generate": {"seed", "temperature", "top_k", "min_p"},
+    "chat": {"seed", "temperature", "top_k", "min_p"},
     "compare": {"seed", "heldout_fraction", "temperature", "top_k", "max_prompts", "tie_margin"},
     "compare-algorithms": TRAINING,
     "plan": {*TRAINING, "gpus"},

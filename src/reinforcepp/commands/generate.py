@@ -68,6 +68,7 @@ def generate(
     temperature: float = GenerateConfig.temperature,
     top_p: float = GenerateConfig.top_p,
     top_k: int = GenerateConfig.top_k,
+    min_p: float = GenerateConfig.min_p,
     repetition_penalty: float = GenerateConfig.repetition_penalty,
     seed: int = GenerateConfig.seed,
     num_samples: int = GenerateConfig.num_samples,
@@ -96,6 +97,7 @@ def generate(
         temperature: Sampling temperature; 0 is greedy, 1 the model's own distribution.
         top_p: Sample from the likeliest tokens with this total probability; 1 disables.
         top_k: Sample from this many likeliest tokens; 0 disables.
+        min_p: Sample tokens above this fraction of the likeliest token's probability; 0 disables.
         repetition_penalty: Above 1 makes tokens that already occurred less likely.
         seed: Sampling seed; the same seed gives the same responses.
         num_samples: Responses per prompt.
@@ -124,6 +126,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
         num_samples=num_samples,
@@ -237,6 +240,7 @@ def sampling_of(config: SamplingConfig, num_samples: int = 1) -> Sampling:
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
+        min_p=config.min_p,
         repetition_penalty=config.repetition_penalty,
         num_samples=num_samples,
         seed=config.seed,

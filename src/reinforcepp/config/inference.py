@@ -11,6 +11,7 @@ from reinforcepp.config.base import (
     LAST_PORT,
     Config,
     FilledStr,
+    MinP,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -40,6 +41,8 @@ class SamplingConfig(Config):
     """Sample from the likeliest tokens with this total probability; 1 disables"""
     top_k: NonNegativeInt = 50
     """Sample from this many likeliest tokens; 0 disables"""
+    min_p: MinP = 0.0
+    """Sample tokens above this fraction of the top probability; 0 disables"""
     repetition_penalty: PositiveFloat = 1.0
     """Above 1 makes tokens that already occurred less likely"""
     seed: Seed = 42

@@ -20,6 +20,7 @@ from reinforcepp.config.base import (
     Share,
 )
 from reinforcepp.config.learning_rates import Training
+from reinforcepp.config.sampling import RolloutSamplingConfig
 from reinforcepp.config.shared import (
     AdapterConfig,
     ChatTemplateConfig,
@@ -65,7 +66,13 @@ class RewardScoringConfig(Config):
 
 @dataclass(frozen=True)
 class ReinforceConfig(
-    OptimizerConfig, AlgorithmConfig, RewardScoringConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig
+    OptimizerConfig,
+    RolloutSamplingConfig,
+    AlgorithmConfig,
+    RewardScoringConfig,
+    ChatTemplateConfig,
+    ComputeConfig,
+    CheckpointConfig,
 ):
     """Settings of REINFORCE++ training."""
 
@@ -109,12 +116,6 @@ class ReinforceConfig(
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory and step on the CPU; slower on a GPU"""
 
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of rollouts, also applied to log-probs in training"""
-    top_p: Probability = 1.0
-    """Top-p sampling of rollouts; values other than 1 bias the policy ratio"""
-    top_k: NonNegativeInt = 0
-    """Top-k sampling of rollouts; 0 disables, other values bias the policy ratio"""
     rollout: str = "auto"
     """auto, transformers, vllm, ray://auto|local|HOST:PORT or vllm://HOST:PORT,..."""
     rollout_workers: NonNegativeInt = 0
@@ -256,8 +257,8 @@ class ReinforceConfig(
 
     @property
     def learns_as_sampled(self) -> bool:
-        """Whether training computes the distribution that was sampled: no truncated sampling and no dropout."""
-        return self.top_p == 1 and self.top_k == 0 and not self.lora_dropout
+        """Whether training computes the distribution that was sampled: no filters and no dropout."""
+        return not self.sampling_filters and not self.lora_dropout
 
     @property
     def updates_per_step(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import logits_process as processors
 
+from reinforcepp.errors import ConfigError, first_line
 from reinforcepp.types import Sampling
 
 BLOCK = 256
@@ -52,7 +54,7 @@ def _invert(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def filter_logits(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Apply the repetition penalty for seen tokens, then temperature, top-k and top-p, in the order of ``generate``.
+    """Apply the repetition penalty for seen tokens, then temperature, top-k, top-p and further filters, as ``generate`` does.
 
     The library's repetition penalty isn't used because it would count padding as seen. With pad = EOS it would then penalize the
     end token in padded rows only.
@@ -62,12 +64,49 @@ def filter_logits(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Ten
             logits_BV < 0, logits_BV * sampling.repetition_penalty, logits_BV / sampling.repetition_penalty
         )
         logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
+    no_ids: Any = None  # these filters don't read the ids
+    if "suppress_tokens" in sampling.extra:
+        suppressed = processors.SuppressTokensLogitsProcessor(
+            sampling.extra["suppress_tokens"], device=logits_BV.device
+        )
+        logits_BV = suppressed(no_ids, logits_BV)
     if sampling.temperature == 0:
         return logits_BV
     logits_BV = logits_BV / sampling.temperature
-    no_ids: Any = None  # these two filters don't read the ids
-    if sampling.top_k > 0:
-        logits_BV = TopKLogitsWarper(sampling.top_k)(no_ids, logits_BV)
-    if sampling.top_p < 1:
-        logits_BV = TopPLogitsWarper(sampling.top_p)(no_ids, logits_BV)
+    for keep in _filters(sampling, logits_BV.device):
+        logits_BV = keep(no_ids, logits_BV)
     return logits_BV
+
+
+def _filters(sampling: Sampling, device: torch.device | str) -> Iterator[Any]:
+    """Yield the filters of transformers that ``sampling`` enables, in the order of ``generate``.
+
+    Raises:
+        ValueError: An argument isn't in its range.
+    """
+    if sampling.top_k > 0:
+        yield processors.TopKLogitsWarper(sampling.top_k)
+    if sampling.top_p < 1:
+        yield processors.TopPLogitsWarper(sampling.top_p)
+    if sampling.min_p > 0:
+        yield processors.MinPLogitsWarper(sampling.min_p)
+    extra = sampling.extra
+    if "typical_p" in extra:
+        yield processors.TypicalLogitsWarper(extra["typical_p"])
+    if "epsilon_cutoff" in extra:
+        yield processors.EpsilonLogitsWarper(extra["epsilon_cutoff"])
+    if "eta_cutoff" in extra:
+        yield processors.EtaLogitsWarper(extra["eta_cutoff"], device=str(device))
+
+
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """Check the values of arguments of the transformers engine.
+
+    Raises:
+        ConfigError: A value isn't valid.
+    """
+    vocabulary = torch.zeros(1, max([2, *map(int, extra.get("suppress_tokens", ()))]) + 1)
+    try:
+        filter_logits(vocabulary, vocabulary.bool(), Sampling(1, extra=extra))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation_kwargs: {dict(extra)} isn't valid ({first_line(error)}). Change it.") from None

@@ -49,7 +49,14 @@ from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard
 from reinforcepp.training.schedule import with_learning_rate
-from reinforcepp.training.setup import encode, longest_prompt, start_policy, warn_about_bias, warn_about_precision
+from reinforcepp.training.setup import (
+    check_sampling,
+    encode,
+    longest_prompt,
+    start_policy,
+    warn_about_bias,
+    warn_about_precision,
+)
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -115,6 +122,8 @@ def build(
     dtype = compute_dtype(config)
     rollout = "transformers" if config.load_in_4bit else config.rollout
     choice = choose_engine(rollout, model_config, dtype) if engine is None else None
+    if choice is not None:
+        check_sampling(config, choice.name)
     tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
     warn_about_bias(config)
     warn_about_precision(config)

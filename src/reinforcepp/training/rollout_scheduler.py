@@ -57,8 +57,17 @@ class RolloutScheduler:
     def sampling(self, step: int) -> Sampling:
         """Return the sampling parameters of a step."""
         config, seed = self.config, request_seed(self.config.seed, step, 0)
-        width, samples = config.max_new_tokens, config.num_generations
-        return Sampling(width, config.temperature, config.top_p, config.top_k, num_samples=samples, seed=seed)
+        return Sampling(
+            config.max_new_tokens,
+            config.temperature,
+            config.top_p,
+            config.top_k,
+            config.repetition_penalty,
+            num_samples=config.num_generations,
+            seed=seed,
+            min_p=config.min_p or 0.0,
+            extra=config.engine_arguments,
+        )
 
     def use_current_weights(self) -> None:
         """Make the engine generate with the policy's current weights, for an evaluation."""

@@ -18,6 +18,7 @@ from reinforcepp.models.precision import compute_dtype, slow_precision
 from reinforcepp.models.reward_models import head_modules
 from reinforcepp.models.tokenization import BATCH_ROWS, LazyPrompts, encode_prompt, encode_prompts
 from reinforcepp.monitoring import PROGRESS_ROWS, echo, reading_progress
+from reinforcepp.rollout.sampling import check_extra
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
@@ -222,11 +223,25 @@ def warn_about_precision(config: ComputeConfig) -> None:
         echo(warning, "yellow")
 
 
+def check_sampling(config: ReinforceConfig, engine: str) -> None:
+    """Check that ``engine`` can generate with the sampling settings.
+
+    Raises:
+        ConfigError: it doesn't have one of the arguments, or a value isn't valid.
+    """
+    config.check_engine(engine)
+    if engine == "transformers":
+        check_extra(config.engine_arguments)
+
+
 def warn_about_bias(config: ReinforceConfig) -> None:
-    """Print a warning if sampling truncates the distribution that training sees."""
-    if config.top_p < 1 or config.top_k > 0:
+    """Print a warning if sampling changes the distribution that training sees, and a line about settings without effect."""
+    if filters := config.sampling_filters:
+        given = ", ".join(f"{name} {value}" for name, value in filters.items())
         echo(
-            f"top_p {config.top_p:g} and top_k {config.top_k} truncate the sampled distribution but not the trained one, so "
-            "the policy ratio is biased. Train with top_p 1 and top_k 0 unless you study this bias.",
+            f"{given}: changes the sampled distribution but not the trained one, so the policy ratio is biased. Train with "
+            "top_p 1, top_k 0, and without the other filters unless you study this bias.",
             "yellow",
         )
+    if config.cache_implementation is not None:
+        echo("cache_implementation: no effect, because each engine chooses its KV cache.")
