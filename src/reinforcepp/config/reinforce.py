@@ -143,6 +143,8 @@ class ReinforceConfig(
     """Held-out prompts evaluated before and after training; 0 disables"""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations during training; 0 disables"""
+    load_best_model_at_end: bool = False
+    """Save the policy of the best checkpoint, by keep_best, instead of the last one"""
     log_completions: bool = True
     """Write the completions of every step to Parquet files in completions"""
     report_to: Annotated[tuple[str, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
@@ -166,6 +168,7 @@ class ReinforceConfig(
     """Stop if distinct completions stay below this fraction of step 1's; 0 disables"""
 
     def _check_rules(self) -> None:
+        self._check_best()
         self._check_rollout()
         self._check_guardrails()
         for name in self.report_to:
@@ -195,6 +198,22 @@ class ReinforceConfig(
                 f"{self.gradient_accumulation_steps} is {self.optimizer_batch_size} completions per optimizer step, but a "
                 f"rollout batch holds only {self.completions_per_step} (batch_size x num_generations). Lower one of the two "
                 "or raise batch_size."
+            )
+
+    def _check_best(self) -> None:
+        if self.load_best_model_at_end and (self.keep_best is None or not self.save_every):
+            raise ConfigError(
+                "load_best_model_at_end: there is no best checkpoint. Set keep_best, for example to eval_reward, and save_every."
+            )
+        if not (self.keep_best or "").removeprefix("-").startswith("eval_"):
+            return
+        if not self.eval_prompts or not self.eval_every:
+            name = "eval_every" if self.eval_prompts else "eval_prompts"
+            raise ConfigError(f"keep_best: {self.keep_best} needs evaluations during training. Set {name} above 0.")
+        if self.load_best_model_at_end and self.save_every % self.eval_every:
+            raise ConfigError(
+                f"load_best_model_at_end: save_every {self.save_every} isn't a multiple of eval_every {self.eval_every}, so "
+                "checkpoints have no evaluation. Change one of the two."
             )
 
     def _check_guardrails(self) -> None:

@@ -182,6 +182,14 @@ def _strategy(setting: str) -> Callable[[Any], str]:
     return lambda config: "steps" if getattr(config, setting) else "no"
 
 
+def _best(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    name = given.get("metric_for_best_model")
+    if name is None:
+        raise ConfigError("greater_is_better: which metric? Give metric_for_best_model.")
+    metric = name if name.startswith("eval_") else f"eval_{name}"
+    return {"keep_best": metric if given.get("greater_is_better", not name.endswith("loss")) else f"-{metric}"}
+
+
 # --- loss and precision -----------------------------------------------------------------------------------------------
 
 
@@ -258,6 +266,16 @@ RULES: tuple[Rule, ...] = (
         convert=_saving,
         mapping="save_every is save_steps, counted in rollout batches",
         reads={"save_steps": attrgetter("save_every"), "save_strategy": _strategy("save_every")},
+    ),
+    Rule(
+        names={"metric_for_best_model": str, "greater_is_better": bool},
+        settings=("keep_best", "load_best_model_at_end"),
+        convert=_best,
+        mapping="keep_best is metric_for_best_model with the prefix eval_, after a - if the lowest value is best",
+        reads={
+            "metric_for_best_model": lambda config: config.keep_best and config.keep_best.removeprefix("-"),
+            "greater_is_better": lambda config: not (config.keep_best or "").startswith("-"),
+        },
     ),
     Rule(
         names={"eval_steps": float, "eval_strategy": Literal["no", "steps", "epoch"]},

@@ -10,7 +10,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring import EVENTS, read_metrics
-from reinforcepp.run_dir import MARKS, REWARD_CARD, RUN_FILE, rename_settings
+from reinforcepp.run_dir import FINISHED, MARKS, REWARD_CARD, RUN_FILE, rename_settings
 
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 
@@ -48,7 +48,9 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are finished."""
+        """Whether all steps are finished, or a callback ended the training."""
+        if FINISHED in self.facts:
+            return True
         return bool(self.metrics) and self.metrics[-1]["step"] >= self.facts.get("num_steps", float("inf"))
 
 

@@ -108,13 +108,8 @@ def build(
     Raises:
         ReinforceError: settings, data or models don't fit together.
     """
-    refused = {
-        "callbacks": callbacks,
-        "quantization_config": quantization_config,
-    }
-    for name, value in refused.items():
-        if value:
-            raise ConfigError(f"{name}: not supported yet. Remove it.")
+    if quantization_config is not None:
+        raise ConfigError("quantization_config: not supported yet. Remove it.")
     folder, resumed = open_folder(model, config)
     model_config = load_config(model) if isinstance(model, str) else model.config
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens, config.max_length)
@@ -128,6 +123,8 @@ def build(
     warn_about_bias(config)
     warn_about_precision(config)
     prompts, eval_prompts = load_prompts(tokenizer, train_dataset, eval_dataset, config, limit)
+    if (config.keep_best or "").removeprefix("-").startswith("eval_") and not eval_prompts:
+        raise ConfigError(f"keep_best: {config.keep_best} needs an eval_dataset. Give held-out rows.")
     batches = PromptBatches(prompts, config.batch_size, config.seed)
     num_steps = config.max_steps or batches.steps_per_epoch * config.num_train_epochs
     rewards = load_rewards(
@@ -140,11 +137,11 @@ def build(
     judge_sum = load_rewards(judge) if judge is not None else None
 
     ranks = Ranks(config.report_to, folder)
-    events = Callbacks(config, ranks, num_steps, batches.steps_per_epoch)
-    rewards = replace(rewards, trainer_state=events.state)
     place_reward_models(rewards, judge_sum, config, ranks)
     updates = num_steps * config.updates_per_step
     learner, critic = start_learners(model, config, ranks, updates=updates, optimizers=optimizers)
+    events = Callbacks(callbacks, config, ranks, learner, tokenizer, num_steps, batches.steps_per_epoch)
+    rewards = replace(rewards, trainer_state=events.state)
     reference = make_reference(learner.plain, new_adapter=config.use_peft)
     inputs = fingerprints(reference, [prompts, eval_prompts], rewards)
     checkpoint.check_inputs(resumed, inputs, config.allowed_changes)

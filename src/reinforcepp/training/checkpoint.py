@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # these load Accelerate, which takes a second and isn't neede
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+EVALUATION_PREFIX = "eval_"
 NAME = re.compile(r"step-(\d{6,})(?:\+(\d+))?")
 LIBRARIES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy")
 
@@ -249,7 +250,18 @@ def check_metric(keep_best: str | None, metrics: Mapping[str, float]) -> None:
         ConfigError: the run doesn't measure that metric.
     """
     key = (keep_best or "").removeprefix("-")
-    if key and key not in metrics and not metrics.get("skipped_updates"):
+    if key and not key.startswith(EVALUATION_PREFIX) and key not in metrics and not metrics.get("skipped_updates"):
+        raise ConfigError(f"keep_best: metric {key!r} not found.{nearest(key, metrics)}")
+
+
+def check_evaluation_metric(keep_best: str | None, metrics: Mapping[str, float]) -> None:
+    """Check after an evaluation that it has the metric of ``keep_best``, if that is one of evaluations.
+
+    Raises:
+        ConfigError: it hasn't.
+    """
+    key = (keep_best or "").removeprefix("-")
+    if key.startswith(EVALUATION_PREFIX) and key not in metrics:
         raise ConfigError(f"keep_best: metric {key!r} not found.{nearest(key, metrics)}")
 
 

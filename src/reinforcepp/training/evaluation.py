@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 EVALUATION_SEED = 1_000_003
 SCORING_BATCH_SIZE = 16
+BEFORE, AFTER = "before", "after"
 TRL_KEYS = {
     "length": "completions/mean_length",
     "truncated": "completions/clipped_ratio",
@@ -205,6 +206,8 @@ class Evaluator:
         self.heartbeat = heartbeat
         self.num_steps = num_steps
         self.evaluations: dict[str, Evaluation] = {}
+        self.latest: tuple[int, Evaluation] | None = None
+        """The latest evaluation and its step, while the policy has these weights."""
 
     def evaluate(self, limit: int | None = None) -> Evaluation:
         """Return an evaluation of the current policy on the first ``limit`` or all held-out prompts, without recording it.
@@ -233,12 +236,27 @@ class Evaluator:
         limit = self.policy_run.config.eval_prompts
         if limit and self.prompts:
             self.heartbeat.beat(f"evaluation {name!r}")
-            with self.heartbeat.interruptible(), preserve_random_state():
-                self.evaluations[name] = self.evaluate(limit)
-            self.policy_run.record_evaluation(name, self.evaluations[name])
+            run = self.policy_run
+            step, report = run.state.step, name != BEFORE or run.callbacks.logs_start
+            if self.latest is not None and self.latest[0] == step:
+                report = False
+            else:
+                with self.heartbeat.interruptible(), preserve_random_state():
+                    self.latest = step, self.evaluate(limit)
+            self.evaluations[name] = self.latest[1]
+            report = (
+                report and name not in run.state.evaluations
+            )  # a resumed run repeats the last one for its completions
+            run.record_evaluation(name, self.evaluations[name], report=report)
 
     def run_if_due(self, step: int) -> None:
-        """Evaluate every ``eval_every`` steps, unless the evaluation of this step is recorded already."""
-        every, name = self.policy_run.config.eval_every, f"step {step}"
-        if every and 0 < step < self.num_steps and step % every == 0 and name not in self.policy_run.state.evaluations:
+        """Evaluate after the last step, every ``eval_every`` steps, and if a callback asks for it.
+
+        The evaluation of this step can be recorded already, if the run was resumed.
+        """
+        config, callbacks = self.policy_run.config, self.policy_run.callbacks
+        name = AFTER if callbacks.last_step and not config.load_best_model_at_end else f"step {step}"
+        every = bool(config.eval_every) and step % config.eval_every == 0
+        due = every or callbacks.last_step or callbacks.control.should_evaluate
+        if due and step > 0 and name not in self.policy_run.state.evaluations:
             self.run(name)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ class RunState:
     """Metrics of the evaluations so far."""
     best: dict[str, Any] = field(default_factory=dict)
     """The best checkpoint so far: its name, and the value of the metric."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """States of the callbacks that export one."""
     random: dict[str, Any] = field(default_factory=dict)
     """The global random generators at the beginning of the unfinished step."""
 
@@ -137,17 +140,20 @@ class PolicyRun:
         self.batch = None
         position = self.callbacks.at(step + 1)
         self.state.num_tokens += metrics.get("num_tokens", 0.0)
+        self.callbacks.state.num_input_tokens_seen = int(self.state.num_tokens)
+        self.callbacks.call("on_step_end")
         self.metrics = {**position, **metrics, "num_tokens": self.state.num_tokens}
         if kl_coef is not None and self.config.kl_target is not None:
             self.metrics["kl_coef"] = self.state.kl_coef
             self.state.kl_coef = kl_coef
+        logs = self.callbacks.log({**self.metrics, **timings})
+        self.metrics = {name: value for name, value in logs.items() if isinstance(value, Real)} | self.metrics
         checkpoint.check_metric(self.config.keep_best, self.metrics)
-        self.callbacks.log({**self.metrics, **timings})
         if self.update.ranks.is_main:
             if self.config.log_completions and batch is not None:
                 columns = rollout_columns(batch.rollout, batch.scores, step + 1)
                 save_completions(self.folder / COMPLETIONS / step_file(step + 1), columns, self._message_fields)
-            self.log.write({**self.metrics, **timings})
+            self.log.write(self.metrics)
         if self.monitor is not None:
             self.monitor.step(self.metrics, timings, batch)
 
@@ -162,10 +168,24 @@ class PolicyRun:
         self.state.step += 1
         self.state.random = rng.capture()
 
-    def record_evaluation(self, name: str, evaluation: Evaluation) -> None:
-        """Write the completions of an evaluation, and the metrics of all evaluations so far."""
+    def end_step(self) -> None:
+        """End an epoch with its last step, or where a callback asks for it."""
+        self.callbacks.end_step()
+        self._skip_stopped_epoch()
+
+    def _skip_stopped_epoch(self) -> None:
+        if self.callbacks.control.should_epoch_stop:
+            self.state.step += -self.state.step % self.rollouts.batches.steps_per_epoch
+            self.callbacks.at(self.state.step)
+
+    def record_evaluation(self, name: str, evaluation: Evaluation, *, report: bool = True) -> None:
+        """Write the completions of an evaluation, and the metrics of all evaluations so far; ``report`` it to callbacks."""
         self.state.evaluations[name] = evaluation.metrics()
-        self.callbacks.log(logged_metrics(evaluation.metrics()))
+        if report:
+            metrics = logged_metrics(evaluation.metrics())
+            self.metrics |= metrics
+            checkpoint.check_evaluation_metric(self.config.keep_best, metrics)
+            self.callbacks.evaluated(metrics)
         if not self.update.ranks.is_main:
             return
         file = evaluation_file(self.folder, name)
@@ -231,6 +251,7 @@ class PolicyRun:
         """
         state, batch = self.state, self.batch
         updates = len(batch.history) if batch is not None else 0
+        state.callbacks = self.callbacks.stateful()
         if metrics is not None:
             state.best = checkpoint.best_checkpoint(
                 state.best, self.config.keep_best, metrics, checkpoint.name_of(state.step)
@@ -261,6 +282,8 @@ class PolicyRun:
             position = state.step, updates
             checkpoint.save(self.folder, position, content, write_files, keep_last=self.config.latest_kept, keep=keep)
         self.update.ranks.barrier()
+        if metrics is not None:
+            self.callbacks.saved(str(self.folder / checkpoint.FOLDER / keep) if keep else None)
 
     def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
         """Restore weights, counters, random generators and, with ``log``, the logs."""
@@ -272,7 +295,9 @@ class PolicyRun:
         self.batch = UpdateBatch.load(saved, prompts, self.update.ranks.device)
         rng.restore(self.state.random)
         if log:
-            self.callbacks.restore(saved.folder, self.state.evaluations, self.state.step)
+            state = self.state
+            self.callbacks.restore(saved.folder, state.evaluations, state.step, state.callbacks)
+            self._skip_stopped_epoch()
         if log and self.update.ranks.is_main:
             self.log.close()
             restore_logs(saved.folder, self.folder)
@@ -312,6 +337,19 @@ class PolicyRun:
         if self.monitor is not None:
             self.monitor.rolled_back()
 
+    def load_best(self) -> bool:
+        """Load the weights of the best checkpoint; return whether they are others than the current ones."""
+        best = self.state.best.get("checkpoint")
+        if best is None:
+            echo("load_best_model_at_end: no checkpoint has the metric of keep_best; the last weights stay.", "yellow")
+        if best in (None, checkpoint.name_of(self.state.step)):
+            return False
+        saved = checkpoint.open_checkpoint(str(self.folder / checkpoint.FOLDER / best))
+        checkpoint.restore_learners(self.update.learners, saved, self._policy_weights(saved.folder))
+        self.rollouts.checked.engine.load_weights(self.update.policy.plain)
+        echo(f"Loaded the best checkpoint, {best}: {self.config.keep_best} {self.state.best['value']:.4g}.")
+        return True
+
     def restore_last_good(self) -> str:
         """Restore the last checkpoint, so that the trainer stays usable; return a hint for the error message."""
         saved = checkpoint.latest(self.folder)
@@ -333,8 +371,9 @@ class PolicyRun:
     def open_finished(self) -> None:
         """Print that all steps are done; load the policy if an earlier process has saved it."""
         if self.finished_earlier is None:
-            steps = self.facts["num_steps"]
-            echo(f"All {steps} steps are done. To train more, give the model in {self.folder} to a new trainer.")
+            steps, step = self.facts["num_steps"], self.state.step
+            done = f"All {steps} steps are done" if step >= steps else f"A callback ended training after step {step}"
+            echo(f"{done}. To train more, give the model in {self.folder} to a new trainer.")
             return
         policy = self.update.policy.plain
         load_trainable_weights(policy, self._policy_weights(self.folder))

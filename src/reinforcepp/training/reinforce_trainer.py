@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError
@@ -94,6 +94,8 @@ class ReinforceTrainer:
         # The same objects under TRL's names.
         self.args, self.model, self.ref_model = self.config, self.policy, self.reference
         self.processing_class, self.accelerator = self.tokenizer, self.ranks.accelerator
+        self.callback_handler = self.callbacks.handler
+        self.callbacks.call("on_init_end")
 
     @property
     def engine(self) -> RolloutEngine:
@@ -130,7 +132,7 @@ class ReinforceTrainer:
     def _train(self) -> None:
         config, run, rollouts, update = self.config, self.run, self.rollouts, self.update
         self.evaluator.run_if_due(run.state.step)  # a run can be stopped in the middle of an evaluation
-        while run.state.step < self.num_steps:
+        while run.state.step < self.num_steps and not self.callbacks.control.should_training_stop:
             with self.guard.step() as step:
                 kl_coef = run.state.kl_coef
                 if run.batch is None:  # otherwise a checkpoint holds the batch of an unfinished step
@@ -151,6 +153,7 @@ class ReinforceTrainer:
             if step.finished:
                 self.evaluator.run_if_due(run.state.step)
                 self.guard.save_if_due()
+                run.end_step()
                 self.guard.heartbeat.check_between_steps()
 
     def evaluate(self, eval_dataset: None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -161,8 +164,20 @@ class ReinforceTrainer:
         """
         evaluation, prefix = self.evaluator.evaluate(), metric_key_prefix
         metrics = {f"{prefix}_samples": len(evaluation.completions), **logged_metrics(evaluation.metrics(), prefix)}
-        self.callbacks.log(metrics)
+        self.callbacks.evaluated(metrics)
         return metrics
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add a callback of transformers, a class or an instance."""
+        self.callbacks.add(callback)
+
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        """Remove a callback, by its class or itself, and return it; None if there is none."""
+        return cast("TrainerCallback | None", self.callback_handler.pop_callback(callback))
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Remove a callback, by its class or itself."""
+        self.callback_handler.remove_callback(callback)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the policy as a folder that ``from_pretrained`` reads, by default ``args.output_dir``; rank 0 writes it."""
@@ -180,9 +195,15 @@ class ReinforceTrainer:
             echo(f"Resumed after step {self.run.state.step} of {self.num_steps}")
         elif self.config.kl_action == "rollback":
             self.run.save()
+        self.callbacks.begin()
 
     def _finish(self) -> None:
-        self.evaluator.run("after")
+        if self.run.state.step < self.num_steps:
+            echo(f"A callback ended training after step {self.run.state.step} of {self.num_steps}.")
+        if self.config.load_best_model_at_end and self.run.load_best():
+            self.evaluator.latest = None
+        if "after" not in self.evaluations:
+            self.evaluator.run("after")
         self.save_model(self.folder)
         echo(f"Saved policy to {self.folder}", "green")
         self.run.finish()

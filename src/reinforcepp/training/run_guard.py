@@ -116,6 +116,7 @@ class RunGuard:
     def step(self) -> Iterator[Step]:
         """Surround a step: record an update that must be skipped, then check the guardrails and roll back or advance."""
         step = Step(self.run.state.step, self.heartbeat)
+        self.run.callbacks.begin_step()
         try:
             yield step
         except UnusableUpdate as problem:  # rewards or log-probabilities aren't finite, or no completion has a reward
@@ -130,9 +131,8 @@ class RunGuard:
             step.finished = True
 
     def save_if_due(self) -> None:
-        """Write a checkpoint every ``save_every`` steps."""
-        every = self.run.config.save_every
-        if every and self.run.state.step % every == 0:
+        """Write a checkpoint every ``save_every`` steps, and if a callback asks for one."""
+        if self.run.callbacks.control.should_save:
             self.heartbeat.beat("checkpoint")
             self.run.save(self.run.metrics)
 
