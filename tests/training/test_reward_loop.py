@@ -141,7 +141,7 @@ def test_without_held_out_pairs_the_card_has_no_metrics(classifier, tmp_path, ca
     assert "No pairs were held out" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["classifier folder", "language model", "language model folder", "float16"])
+@pytest.mark.parametrize("kind", ["classifier folder", "language model", "language model folder", "float16", "dtype"])
 def test_models_of_all_kinds_are_trained(kind, classifier, tmp_path):
     model, head = classifier, classifier.score.weight.clone()
     if kind == "classifier folder":
@@ -150,18 +150,19 @@ def test_models_of_all_kinds_are_trained(kind, classifier, tmp_path):
         model = tmp_path / "base"
     elif kind == "language model":
         model = tiny.model("llama")
-    elif kind == "language model folder":
+    elif kind in ("language model folder", "dtype"):
         model = tiny.save(tmp_path / "base", "llama")
     elif kind == "float16":
         model = classifier.half()
-    trainer = RewardTrainer(
-        model, settings(tmp_path / "rm", max_steps=1), train_dataset=TEXTS, processing_class=tiny.tokenizer()
-    )
+    half = kind in ("float16", "dtype")
+    args = settings(tmp_path / "rm", max_steps=1, dtype="float16" if kind == "dtype" else "float32")
+    trainer = RewardTrainer(model, args, train_dataset=TEXTS, processing_class=tiny.tokenizer())
     start = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
-    assert (kind == "classifier folder") == (kind != "float16" and start["score.weight"].equal(head))
+    assert start["score.weight"].equal(head.half() if half else head) == (kind in ("classifier folder", "float16"))
     trainer.train()
     assert not any(weight.equal(start[name]) for name, weight in trainer.model.named_parameters())
-    assert trainer.model.dtype == (torch.float16 if kind == "float16" else torch.float32)
+    assert trainer.model.dtype == (torch.float16 if half else torch.float32)
+    assert load_reward_model(tmp_path / "rm").card.fingerprint == trainer.card.fingerprint
     if kind == "language model":
         assert trainer.model.base_model is model.base_model
 

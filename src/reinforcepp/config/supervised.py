@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from reinforcepp.config.base import (
     Config,
@@ -137,6 +137,8 @@ class RewardModelConfig(
     """Weight of the penalty that centers scores on 0"""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations of the held-out pairs; 0 only after training"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of trained weights; mixed_precision saves time without rounding them"""
     criteria: tuple[str, ...] = field(default=(), metadata=NAMES)
     """Criteria with an output each, NAME or NAME=COLUMN; -COLUMN: lower is better"""
     criteria_margins: bool = False
@@ -150,5 +152,10 @@ class RewardModelConfig(
     def _check_rules(self) -> None:
         if not self.parsed_criteria and self.criteria_margins:
             raise ConfigError("criteria_margins applies only to criteria. Add criteria, or omit it.")
+        if self.dtype != "float32" and self.mixed_precision != "no":
+            raise ConfigError(
+                f"dtype {self.dtype} and mixed_precision {self.mixed_precision} contradict each other, because mixed precision "
+                "has float32 weights. Omit one of the two."
+            )
         for setting in ("model", "data"):
             check_not_below_output(self.output_dir, setting, getattr(self, setting))

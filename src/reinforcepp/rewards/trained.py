@@ -270,17 +270,24 @@ def load_reward_model(name: str | os.PathLike[str]) -> TrainedReward:
             f"{source.name}: load_in_4bit isn't supported for a reward model with a card. Use dtype=bfloat16."
         )
     weights, count = output_weights(source, card.labels), len(card.labels)
-    if card.form == "answer":
-        reward = TrainedReward(load_reward_weights(folder, outputs=count), tokenizer)
-    else:
-        model, reading = load_classifier(folder, outputs=count)
-        reward = TrainedReward(prepare_scoring(model, reading), tokenizer)
-        reward.form, reward.reading = card.form, reading
+    reward = load_trained(folder, tokenizer, card.form, count)
     reward.output_weights, reward.labels = weights, card.labels if count > 1 else ()
     _check_fingerprint(source.name, reward, card)
     if source.dtype is not None:
         reward.model.to(getattr(torch, source.dtype))
     reward.card = card.weighted(weights)
+    return reward
+
+
+def load_trained(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, form: TextForm, outputs: int | None = None
+) -> TrainedReward:
+    """Load a model that this package trained on texts of ``form``; ``outputs`` is the number of its scores, if it is known."""
+    if form == "answer":
+        return TrainedReward(load_reward_weights(folder, outputs=outputs), tokenizer)
+    model, reading = load_classifier(folder, outputs=outputs)
+    reward = TrainedReward(prepare_scoring(model, reading), tokenizer)
+    reward.form, reward.reading = form, reading
     return reward
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice, takewhile
@@ -12,13 +13,14 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 
 from reinforcepp.config import RewardModelConfig
+from reinforcepp.data import conversation_text
 from reinforcepp.data.sources import dataset_digest
 from reinforcepp.errors import ConfigError, DataError, first_line
 from reinforcepp.monitoring import echo
 from reinforcepp.rewards.trained import SplitPair
 from reinforcepp.training.reward_card import CardData, Counts, ScoredData
 from reinforcepp.training.supervised_setup import MAX_MEASURED_ROWS
-from reinforcepp.types import Preference
+from reinforcepp.types import Messages, Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +146,6 @@ def _sample(rows: AnyDataset) -> Sequence[Mapping[str, Any]]:
     """Return up to ``MAX_MEASURED_ROWS`` rows, evenly spaced if their number is known."""
     if not isinstance(rows, Dataset):
         return list(islice(rows, MAX_MEASURED_ROWS))
-    rows = _trained_columns(rows)
     if len(rows) <= MAX_MEASURED_ROWS:
         return list(rows)
     return list(rows.select(np.linspace(0, len(rows) - 1, MAX_MEASURED_ROWS).astype(int)))
@@ -157,10 +158,24 @@ def _scored(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBas
     for number, row in enumerate(rows):
         chosen, rejected = row["chosen_ids"], row["rejected_ids"]
         shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
-        prompt, *answers = (
-            tokenizer.decode(part, skip_special_tokens=True)
-            for part in (chosen[:shared], chosen[shared:], rejected[shared:])
-        )
-        pairs.append(Preference(str(prompt), str(answers[0]), str(answers[1]), number))
         ids.append(((chosen[:shared], chosen[shared:]), (rejected[:shared], rejected[shared:])))
+        parts = (chosen[:shared], chosen[shared:], rejected[shared:])
+        texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in parts]
+        messages = _prompt_messages(row)
+        if messages:
+            texts = [conversation_text(messages), *(_answer(row[side][-1]) for side in ("chosen", "rejected"))]
+        pairs.append(Preference(texts[0], texts[1], texts[2], number, messages=messages))
     return ScoredData(pairs, ids)
+
+
+def _prompt_messages(row: Mapping[str, Any]) -> Messages:
+    """Return the messages before the answers; empty if the row has texts or token ids, or two prompts."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not isinstance(chosen, list) or not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
+        return ()
+    return tuple({name: value for name, value in message.items() if value is not None} for message in chosen[:-1])
+
+
+def _answer(message: Mapping[str, Any]) -> str:
+    """Return an answer as text; a call of a tool without text is shown as JSON."""
+    return str(message.get("content") or json.dumps(message.get("tool_calls") or "", ensure_ascii=False))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.models.lora import base_model, has_adapter, is_quantized
-from reinforcepp.models.reward_models import load_reward_weights
 from reinforcepp.models.reward_texts import TextForm
 from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import echo
@@ -25,7 +25,14 @@ from reinforcepp.reports.reward_model import (
     write_page,
 )
 from reinforcepp.rewards.card import CriterionCard, RewardCard
-from reinforcepp.rewards.trained import SplitPair, TrainedReward, decided_pairs, save_reward_model, score_answers
+from reinforcepp.rewards.trained import (
+    SplitPair,
+    TrainedReward,
+    decided_pairs,
+    load_trained,
+    save_reward_model,
+    score_answers,
+)
 from reinforcepp.types import Conversation, Preference, ScoredPair
 
 if TYPE_CHECKING:
@@ -115,12 +122,13 @@ def evaluate_and_save(
     form: TextForm = "answer",
 ) -> RewardCard:
     """Evaluate the model on training and held-out pairs; save weights, card and report."""
-    evaluated, criteria = model, [criterion.name for criterion in config.parsed_criteria]
-    if is_quantized(model):  # inference merges the adapter into unquantized weights, so evaluate that model
-        save_model(model, tokenizer, folder)
-        evaluated = load_reward_weights(folder, outputs=None)
-    scorer = TrainedReward(evaluated, tokenizer, batch_size=config.batch_size * 2)
+    criteria = [criterion.name for criterion in config.parsed_criteria]
+    scorer = TrainedReward(model, tokenizer)
     scorer.form = form
+    if is_quantized(model) or model.dtype != torch.float32:  # evaluate the model as it is loaded, in float32
+        save_model(savable(model), tokenizer, folder)
+        scorer = load_trained(folder, tokenizer, form)
+    scorer.batch_size = config.batch_size * 2
     scorer.output_weights = (1 / len(data.counts),) * len(data.counts)
     heldout = data.heldout()
     on_train = scored_by_output(scorer, data.train(), criteria)

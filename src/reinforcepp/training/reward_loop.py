@@ -45,7 +45,7 @@ from reinforcepp.training.pair_datasets import (
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.reward_card import CardData, RewardResult, evaluate_and_save, savable
 from reinforcepp.training.schedule import with_learning_rate
-from reinforcepp.training.setup import loading, with_reward_adapter
+from reinforcepp.training.setup import loading_reward_model, with_reward_adapter
 from reinforcepp.training.supervised_loop import (
     SupervisedTrainer,
     TrainingCallback,
@@ -340,7 +340,7 @@ class RewardTrainer(ResumableRewardTrainer):
         tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
         if isinstance(model, str):
             quantized = {"quantization_config": quantization_config} if quantization_config is not None else {}
-            built = new_classifier(model, config.seed, **loading(config) | quantized)
+            built = new_classifier(model, config.seed, **loading_reward_model(config) | quantized)
             separate_pad_token(built, tokenizer, resize=not config.use_peft)
         else:
             if quantization_config is not None:

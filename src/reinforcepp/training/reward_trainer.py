@@ -31,7 +31,7 @@ from reinforcepp.training.checkpoint import FinishedRun
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.reward_card import CardData, Counts, RewardResult, ScoredData, is_decided
 from reinforcepp.training.schedule import with_learning_rate
-from reinforcepp.training.setup import loading, with_reward_adapter
+from reinforcepp.training.setup import loading_reward_model, with_reward_adapter
 from reinforcepp.training.supervised_setup import (
     CheckMemory,
     TokenizedRow,
@@ -168,7 +168,7 @@ def _trainer_of_files(
         check_memory(config, longest_row(rows))
 
     if loaded is None:
-        built = new_reward_model(config.model, config.seed, criteria, **loading(config))
+        built = new_reward_model(config.model, config.seed, criteria, **loading_reward_model(config))
     else:
         built = as_classifier(loaded, config.seed, criteria)
         prepare_scoring(base_model(built))

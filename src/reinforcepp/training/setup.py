@@ -157,6 +157,11 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
     return model
 
 
+def loading_reward_model(config: RewardModelConfig) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` for a reward model; errors as in :func:`loading`."""
+    return {"dtype": getattr(torch, config.dtype), **loading(config)}
+
+
 def with_reward_adapter(
     model: PreTrainedModel, config: RewardModelConfig, peft_config: PeftConfig | None
 ) -> PreTrainedModel:

@@ -78,6 +78,9 @@ class SupervisedTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
+    def _send_telemetry(self) -> None:
+        """Send nothing, because TRL would count this training as one of its own."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load nothing, because :func:`fit` has loaded the weights. No public hook covers this step."""
 
