@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
@@ -55,6 +56,30 @@ def assert_equal_weights(one, other, tolerance=0.0):
 
 def without_timings(metrics):
     return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in metrics]
+
+
+# --- the reference policy ---------------------------------------------------------------------------------------------
+
+
+def test_the_reference_follows_the_policy_as_in_trl(base, tmp_path):
+    """Two optimizer steps per training step, so the third one is the first with an update; TRL's callback is the oracle."""
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 5, "ref_model_mixup_alpha": 0.25, "max_steps": 5}
+    batches = {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "save_every": 1, "keep_last": 9}
+    run = trainer(base, tmp_path / "run", **settings, **batches)
+    run.train()
+    theirs = load_policy(base, torch.float32)
+    for step in (3, 5):
+        policy = load_policy(str(tmp_path / f"run/checkpoints/step-{step:06d}"), torch.float32)
+        SyncRefModelCallback._sync_target_model(policy, theirs, 0.25)
+    assert_equal_weights(dict(run.ref_model.named_parameters()), dict(theirs.named_parameters()), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"use_peft": True}, "adapter disabled"), ({"kl_coef": 0}, "kl_coef 0")]
+)
+def test_a_reference_that_cannot_follow_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ReinforceConfig(sync_ref_model=True, **settings)
 
 
 # --- learning -------------------------------------------------------------------------------------------------------

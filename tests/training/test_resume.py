@@ -108,6 +108,7 @@ def stopping(run, moment, number=signal.SIGTERM):
         (SEVERAL, 4, "step-000000+1"),
         (SEVERAL, 22, "step-000001+2"),
         (SEVERAL | {"estimator": "ppo"}, 8, "step-000000+3"),
+        (SEVERAL | {"sync_ref_model": True, "ref_model_sync_steps": 6}, 22, "step-000001+2"),
         (SEVERAL | {"mixed_precision": "bf16"}, 8, "step-000000+3"),
         (SEVERAL | {"estimator": "reinforce_plus_plus_baseline", "num_generations": 2}, 8, "step-000000+3"),
     ],

@@ -150,6 +150,12 @@ class ReinforceConfig(
     report_to: Annotated[tuple[str, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
     """Trackers of the metrics, e.g. tensorboard wandb mlflow trackio; none: none"""
 
+    sync_ref_model: bool = False
+    """Let the reference policy follow the policy (TR-DPO); KL is then to the mixture"""
+    ref_model_mixup_alpha: Probability = 0.6
+    """Share of the policy in an update of the reference; with sync_ref_model"""
+    ref_model_sync_steps: PositiveInt = 512
+    """Optimizer steps between updates of the reference; with sync_ref_model"""
     kl_target: PositiveFloat | None = None
     """Adapt kl_coef to keep the KL at this value, in nats/token; off by default"""
     kl_horizon: PositiveFloat = 10_000.0
@@ -171,6 +177,7 @@ class ReinforceConfig(
         self._check_best()
         self._check_rollout()
         self._check_guardrails()
+        self._check_reference()
         for name in self.report_to:
             if name not in TRACKERS:
                 raise ConfigError(
@@ -215,6 +222,15 @@ class ReinforceConfig(
                 f"load_best_model_at_end: save_every {self.save_every} isn't a multiple of eval_every {self.eval_every}, so "
                 "checkpoints have no evaluation. Change one of the two."
             )
+
+    def _check_reference(self) -> None:
+        if self.sync_ref_model and self.use_peft:
+            raise ConfigError(
+                "sync_ref_model: with use_peft, the reference policy is the model with its adapter disabled, so it can't follow "
+                "the policy. Remove one of the two."
+            )
+        if self.sync_ref_model and self.kl_coef == 0:
+            raise ConfigError("sync_ref_model: kl_coef 0 doesn't use the reference policy. Remove one of the two.")
 
     def _check_guardrails(self) -> None:
         if self.kl_target is not None and self.kl_coef == 0:

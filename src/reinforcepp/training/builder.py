@@ -42,6 +42,7 @@ from reinforcepp.training.critic import Critic
 from reinforcepp.training.evaluation import Evaluator
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
+from reinforcepp.training.moving_reference import MovingReference
 from reinforcepp.training.optimizer import Optimizers, check_optimizers
 from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
@@ -187,7 +188,8 @@ def build(
         "judge": judge_sum.names[0] if judge_sum else None,
         **environment(ranks.device),
     }
-    run = PolicyRun(folder, update, rollouts, tokenizer, events, facts, resumed)
+    moving = MovingReference(reference, learner.plain, config) if config.sync_ref_model else None
+    run = PolicyRun(folder, update, rollouts, tokenizer, events, facts, resumed, moving)
     guard = RunGuard(run, guardrails, heartbeat, num_steps)
     evaluator = Evaluator(eval_prompts, rewards, judge_sum, reference, rollouts, run, heartbeat, num_steps)
     return TrainingParts(
@@ -219,8 +221,9 @@ def open_folder(
     """Check the output directory and join the other ranks; return it and the checkpoint to resume, or the finished run."""
     if isinstance(model, str):
         check_trainable(model, use_peft=config.use_peft)
-    # Each checkpoint holds the weights and AdamW's two moments, also of a critic; the trained model is one more copy.
-    copies = (6 if config.estimator_spec.uses_critic else 3) * config.checkpoints_at_most + 1
+    # Each checkpoint holds the weights and AdamW's two moments, also of a critic, and a moving reference.
+    each = 3 + 3 * config.estimator_spec.uses_critic + config.sync_ref_model
+    copies = each * config.checkpoints_at_most + 1
     needed = copies * weight_bytes(model) if isinstance(model, str) and not config.use_peft else 0
     init_process_group(config.watchdog_seconds)
     folder = check_output(config.output_dir, overwrite=config.overwrite, resume=config.resume, needed_bytes=needed)

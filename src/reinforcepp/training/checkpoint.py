@@ -6,6 +6,7 @@ A checkpoint of a policy is itself a model folder, so ``generate --model RUN/che
     policy_optimizer.safetensors                   AdamW's moments, and float32 master weights if training in bfloat16;
                                                    a folder with one file per rank if they are sharded
     critic.safetensors, critic_optimizer...        only ppo
+    reference.safetensors                          only with sync_ref_model: the reference policy's weights
     rollout.safetensors, rollout.json              the batch of an unfinished step
     ahead.json                                     only with staleness: completions of later steps
     state.json                                     position, settings, schedule, random generators, counters, versions
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # these load Accelerate, which takes a second and isn't neede
 FOLDER = "checkpoints"
 STATE = "state.json"
 EVALUATION_PREFIX = "eval_"
+REFERENCE = "reference"
 NAME = re.compile(r"step-(\d{6,})(?:\+(\d+))?")
 LIBRARIES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy")
 

@@ -12,6 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from reinforcepp.config import as_dict
@@ -42,6 +43,7 @@ from reinforcepp.training.async_rollouts import PENDING_FILE
 from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.callbacks import Callbacks
 from reinforcepp.training.evaluation import Evaluation, logged_metrics
+from reinforcepp.training.moving_reference import MovingReference
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.preflight import check_before_training
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
@@ -89,6 +91,7 @@ class PolicyRun:
         callbacks: get each event.
         facts: the facts that ``run.json`` and the report hold in addition to settings, ``inputs`` (fingerprints) among them.
         resumed: the checkpoint that the run resumes from, or the finished run, if any.
+        moving_reference: updates the reference policy, for ``sync_ref_model``.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class PolicyRun:
         callbacks: Callbacks,
         facts: dict[str, Any],
         resumed: checkpoint.Checkpoint | checkpoint.FinishedRun | None = None,
+        moving_reference: MovingReference | None = None,
     ) -> None:
         self.folder = folder
         self.config = update.config
@@ -108,6 +112,7 @@ class PolicyRun:
         self.tokenizer = tokenizer
         self.callbacks = callbacks
         self.facts = facts
+        self.moving_reference = moving_reference
         self.resumed = resumed if isinstance(resumed, checkpoint.Checkpoint) else None
         """The checkpoint to resume from, until it is restored."""
         self.finished_earlier = resumed if isinstance(resumed, checkpoint.FinishedRun) else None
@@ -164,8 +169,10 @@ class PolicyRun:
         return EXTRA_FIELDS if isinstance(prompts, LazyPrompts) else message_fields(prompts)
 
     def advance(self) -> None:
-        """Begin the next step."""
+        """Begin the next step, for which the reference policy is updated if that is due."""
         self.state.step += 1
+        if self.moving_reference is not None:
+            self.moving_reference.after(self.state.step)
         self.state.random = rng.capture()
 
     def end_step(self) -> None:
@@ -272,6 +279,8 @@ class PolicyRun:
         def write_files(folder: Path) -> None:
             content["learners"] = checkpoint.write_learners(learners, folder)
             save_model(self.update.policy.plain, self.tokenizer, folder)
+            if self.moving_reference is not None:
+                save_file(self.moving_reference.state(), folder / f"{checkpoint.REFERENCE}.safetensors")
             if batch is not None and updates:
                 batch.save(folder)
             if pending:
@@ -288,6 +297,8 @@ class PolicyRun:
     def restore(self, saved: checkpoint.Checkpoint, *, log: bool = True) -> None:
         """Restore weights, counters, random generators and, with ``log``, the logs."""
         checkpoint.restore_learners(self.update.learners, saved, self._policy_weights(saved.folder))
+        if self.moving_reference is not None:
+            self.moving_reference.load(saved.tensors(checkpoint.REFERENCE))
         vars(self.state).update(saved.state["run"])
         self.update.guardrails.load(self.state.guard)
         self.rollouts.restore(saved.folder)
