@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from reinforcepp.algorithm.means import masked_mean
 from reinforcepp.config.reward_rules import repeated_share
 from reinforcepp.monitoring.completion_log import columns_of
 from reinforcepp.rewards.functions import RewardScores
-from reinforcepp.types import RolloutBatch
+from reinforcepp.types import Completion, RolloutBatch
 
 NGRAM_LENGTH = 4
 
@@ -26,12 +27,9 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float |
     the share of completions with the highest reward of the batch.
     """
     rewards_B = torch.tensor(scores.known)
-    lengths = [len(c.ids) for c in batch.completions]
-    clipped = [c.finish_reason == "length" for c in batch.completions]
     kl_BT = kl_estimate(batch.old_logprobs_BT, batch.ref_logprobs_BT, "k3")
     return {
-        "reward": float(rewards_B.mean()),
-        "reward_std": float(rewards_B.std(correction=0)),
+        **reward_metrics(scores),
         "reward_top_ratio": float((rewards_B == rewards_B.max()).float().mean()),
         **(
             {}
@@ -39,20 +37,55 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float |
             else {"reward_clipped_ratio": float((rewards_B.abs() > reward_clip).float().mean())}
         ),
         **_groups_without_signal(batch, rewards_B),
-        **_by_function(scores),
-        **scores.metrics,
         "kl": float(masked_mean(kl_BT, batch.mask_BT)),
         "entropy": float(masked_mean(batch.entropy_BT, batch.mask_BT)),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": sum(clipped) / len(clipped),
-        "completions/distinct_ratio": len({c.ids for c in batch.completions}) / len(lengths),
-        "completions/repeated_ratio": sum(repeated_share(c.text, NGRAM_LENGTH) for c in batch.completions)
-        / len(lengths),
-        "num_tokens": float(sum(lengths) + sum(len(c.prompt.ids) for c in batch.completions)),
+        **completion_metrics(batch.completions),
+        "num_tokens": float(sum(len(c.ids) + len(c.prompt.ids) for c in batch.completions)),
         **_sampling_gap(batch),
     }
+
+
+def reward_metrics(scores: RewardScores) -> dict[str, float]:
+    """Return mean and sample standard deviation of the rewards and of each function's unweighted scores.
+
+    The metrics that functions logged follow, and the share of skipped completions, if there are any. A function without a
+    score has no metrics, and a single score has the standard deviation 0.
+    """
+    found = {"reward": fmean(scores.known), "reward_std": _std(scores.known)}
+    for name, values in scores.by_function.items():
+        if known := [score for score in values if score is not None]:
+            found |= {f"rewards/{name}/mean": fmean(known), f"rewards/{name}/std": _std(known)}
+    if scores.skipped:
+        found["completions/left_out_ratio"] = scores.skipped / (scores.skipped + len(scores.total))
+    return found | scores.metrics
+
+
+def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Return lengths in tokens, the share of truncated completions, and shares of repetition.
+
+    ``completions/*_terminated_length`` are those of the completions that weren't truncated, 0 if all were.
+    """
+    lengths, terminated = [], []
+    for completion in completions:
+        lengths.append(len(completion.ids))
+        if completion.finish_reason != "length":
+            terminated.append(len(completion.ids))
+    ended = terminated or [0]
+    return {
+        "completions/mean_length": fmean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/mean_terminated_length": fmean(ended),
+        "completions/min_terminated_length": min(ended),
+        "completions/max_terminated_length": max(ended),
+        "completions/clipped_ratio": (len(lengths) - len(terminated)) / len(lengths),
+        "completions/distinct_ratio": len({c.ids for c in completions}) / len(lengths),
+        "completions/repeated_ratio": fmean(repeated_share(c.text, NGRAM_LENGTH) for c in completions),
+    }
+
+
+def _std(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def rollout_columns(batch: RolloutBatch, scores: RewardScores, step: int) -> dict[str, Sequence[Any]]:
@@ -69,15 +102,6 @@ def rollout_columns(batch: RolloutBatch, scores: RewardScores, step: int) -> dic
         "kl": [round(value, 8) for value in kl_B.tolist()],
         **known,
     }
-
-
-def _by_function(scores: RewardScores) -> dict[str, float]:
-    """Return each function's unweighted mean over the completions that it scored, and the share of skipped completions."""
-    known = {name: [score for score in values if score is not None] for name, values in scores.by_function.items()}
-    means = {f"rewards/{name}/mean": sum(values) / len(values) for name, values in known.items() if values}
-    if not scores.skipped:
-        return means
-    return means | {"completions/left_out_ratio": scores.skipped / (scores.skipped + len(scores.total))}
 
 
 def _groups_without_signal(batch: RolloutBatch, rewards_B: torch.Tensor) -> dict[str, float]:

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 
+RESERVED = (
+    *("step", "epoch", "loss", "grad_norm", "learning_rate", "kl", "kl_coef", "entropy"),
+    *("reward", "reward_std", "num_tokens", "step_time"),
+)
+"""Metrics of every training, which a reward function can't log."""
+
+
 class RewardFunction(Protocol):
     """``f(prompts, completions, **columns) -> list[float | None]``, one score per completion, higher is better, as in TRL.
 
@@ -122,8 +129,10 @@ class BatchLog:
         """Log a number; several values of a batch, and those of all ranks, are averaged.
 
         Raises:
-            ConfigError: the value isn't a number.
+            ConfigError: the value isn't a number, or the trainer logs a metric of this name.
         """
+        if name in RESERVED:
+            raise ConfigError(f"log_metric({name!r}): the trainer logs a metric of this name. Use another name.")
         try:
             self.values.setdefault(name, []).append(float(value))
         except (TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.monitoring.completion_log import columns_of
+from reinforcepp.monitoring.step_metrics import completion_metrics, reward_metrics
+from reinforcepp.rewards.functions import RewardScores, join_scores
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -35,10 +37,10 @@ TRL_KEYS = {
     "truncated": "completions/clipped_ratio",
     "distinct": "completions/distinct_ratio",
 }
-RankEvaluation = tuple[list[Completion], list[float | None], list[float | None], list[tuple[float, int]]]
-"""A rank's completions, their rewards, their judge's scores, and their :func:`kl_sums`."""
-Logprobs = tuple[Tensor, Tensor]
-"""``(logprobs_BT, mask_BT)`` of a batch of completions."""
+RankEvaluation = tuple[list[Completion], RewardScores, list[float | None], list[tuple[float, int]], float]
+"""A rank's completions, their rewards, their judge's scores, their :func:`kl_sums`, and the sum of their entropy in nats."""
+Logprobs = tuple[Tensor, Tensor, Tensor]
+"""``(logprobs_BT, entropy_BT, mask_BT)`` of a batch of completions."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Evaluation:
     ``reward_error`` is the standard error of the mean reward. ``judge`` is the mean score of a judge that has no part in
     training, None without a judge. Both skip completions without a score. ``kl`` is the token mean of k3 to the reference
     policy, in nats; ``truncated`` the share of completions truncated at the length limit; ``distinct`` the number of distinct
-    responses divided by the number of prompts; ``length`` the mean number of tokens.
+    responses divided by the number of prompts; ``length`` the mean number of tokens. ``details`` are further metrics under
+    the keys of training steps, such as ``rewards/NAME/mean``.
     """
 
     reward: float
@@ -62,11 +65,13 @@ class Evaluation:
     completions: list[Completion]
     rewards: list[float | None]
     judgements: list[float | None] | None
+    details: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics, for a JSON file."""
         names = ("reward", "reward_error", "judge", "judge_error", "kl", "length", "truncated", "distinct")
-        return {name: float(value) for name in names if (value := getattr(self, name)) is not None}
+        found = {name: float(value) for name in names if (value := getattr(self, name)) is not None}
+        return found | {name: float(value) for name, value in self.details.items()}
 
     def columns(self) -> dict[str, Sequence[Any]]:
         """Return the completions as a table with one row each."""
@@ -102,33 +107,40 @@ def evaluate(
     def evaluate_local() -> RankEvaluation:
         # A rank without prompts generates too, because all ranks can share the engine.
         completions = generate(ranks.local_slice(prompts), sampling)
-        scored = [None if scorer is None else scorer.score(completions).total for scorer in (rewards, judge)]
-        kl = kl_sums(
-            completion_logprobs(policy, completions, sampling.temperature, pad_id),
-            completion_logprobs(reference, completions, sampling.temperature, pad_id),
-        )
-        return completions, scored[0] or [], scored[1] or [], kl
+        scores = rewards.score(completions)
+        judgements = judge.score(completions).total if judge is not None else []
+        logprobs = completion_logprobs(policy, completions, sampling.temperature, pad_id)
+        kl = kl_sums(logprobs, completion_logprobs(reference, completions, sampling.temperature, pad_id))
+        entropy = sum(float((entropy_BT * mask_BT).sum()) for _, entropy_BT, mask_BT in logprobs)
+        return completions, scores, judgements, kl, entropy
 
     parts = ranks.gather(ranks.run_or_raise_all(evaluate_local))
-    completions, scores, judgements, kl = (
-        [item for part in column for item in part] for column in zip(*parts, strict=True)
-    )
-    known = [[score for score in column if score is not None] for column in (scores, judgements)]
-    for name, column in zip(("rewards", "judge"), known if judge is not None else known[:1], strict=False):
-        if not column:
+    scores = join_scores([part[1] for part in parts])
+    completions = [completion for part in parts for completion in part[0]]
+    judgements = [score for part in parts for score in part[2]]
+    kl = [row for part in parts for row in part[3]]
+    judged = [score for score in judgements if score is not None]
+    for name, known in [("rewards", scores.known), *([("judge", judged)] if judge is not None else [])]:
+        if not known:
             raise RewardError(f"{name}: no held-out completion has a score. Skip evaluations with eval_prompts 0.")
+    details = {
+        **reward_metrics(scores),
+        **completion_metrics(completions),
+        "entropy": sum(part[4] for part in parts) / max(1, sum(tokens for _, tokens in kl)),
+    }
     return Evaluation(
-        reward=fmean(known[0]),
-        reward_error=standard_error(known[0]),
-        judge=None if judge is None else fmean(known[1]),
-        judge_error=None if judge is None else standard_error(known[1]),
+        reward=fmean(scores.known),
+        reward_error=standard_error(scores.known),
+        judge=None if judge is None else fmean(judged),
+        judge_error=None if judge is None else standard_error(judged),
         kl=mean_kl(kl),
         length=fmean(len(c.ids) for c in completions),
         truncated=fmean(c.finish_reason == "length" for c in completions),
         distinct=len({c.text for c in completions}) / len(completions),
         completions=completions,
-        rewards=scores,
+        rewards=scores.total,
         judgements=None if judge is None else judgements,
+        details={name: value for name, value in details.items() if name not in ("reward", *TRL_KEYS.values())},
     )
 
 
@@ -142,7 +154,7 @@ def standard_error(values: Sequence[float]) -> float:
 def completion_logprobs(
     model: PreTrainedModel, completions: Sequence[Completion], temperature: float, pad_id: int
 ) -> list[Logprobs]:
-    """Return ``(logprobs_BT, mask_BT)`` of the completions under ``model``, for each ``SCORING_BATCH_SIZE`` completions.
+    """Return log-probabilities of the completions under ``model``, for each ``SCORING_BATCH_SIZE`` completions.
 
     The tensors are on the CPU, so the model can be freed before they are used.
     """
@@ -150,8 +162,9 @@ def completion_logprobs(
     for start in range(0, len(completions), SCORING_BATCH_SIZE):
         rows = completions[start : start + SCORING_BATCH_SIZE]
         prompts, responses = [c.prompt.ids for c in rows], [c.ids for c in rows]
-        logprobs_BT, _, mask_BT = response_logprobs(model, prompts, responses, pad_id=pad_id, temperature=temperature)
-        batches.append((logprobs_BT.cpu(), mask_BT.cpu()))
+        tensors = response_logprobs(model, prompts, responses, pad_id=pad_id, temperature=temperature)
+        logprobs_BT, entropy_BT, mask_BT = (tensor.cpu() for tensor in tensors)
+        batches.append((logprobs_BT, entropy_BT, mask_BT))
     return batches
 
 
@@ -161,7 +174,7 @@ def kl_sums(policy: Sequence[Logprobs], reference: Sequence[Logprobs]) -> list[t
     Both arguments come from :func:`completion_logprobs` of the same completions, under the policy and the reference policy.
     """
     sums = []
-    for (policy_BT, mask_BT), (ref_BT, _) in zip(policy, reference, strict=True):
+    for (policy_BT, _, mask_BT), (ref_BT, *_) in zip(policy, reference, strict=True):
         kl_B = (kl_estimate(policy_BT, ref_BT, "k3") * mask_BT).double().sum(-1)
         sums += list(zip(kl_B.tolist(), mask_BT.sum(-1).int().tolist(), strict=True))
     return sums
