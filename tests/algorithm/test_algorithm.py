@@ -120,7 +120,7 @@ def test_clip_bounds_are_not_swapped():
 
 
 def test_g6_reward_is_clipped_before_centering():
-    clipped = clip_rewards(tensor([30, 20]), 10)
+    clipped = clip_rewards(tensor([30, 20]), (-10, 10))
     close(group_advantages(clipped, torch.tensor([0, 0]), "group_mean", scaled=False), [0, 0])
     assert clip_rewards(tensor([30]), None) == 30
 

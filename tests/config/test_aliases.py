@@ -30,6 +30,37 @@ EQUIVALENT = [
     ({"eval_strategy": "steps"}, {"eval_every": 10}),
     ({"eval_strategy": "steps", "eval_steps": 5}, {"eval_every": 5}),
     ({"eval_strategy": "no", "eval_steps": 5}, {"eval_every": 0}),
+    ({"save_strategy": "epoch"}, {"save_every": -1}),
+    ({"eval_strategy": "epoch"}, {"eval_every": -1}),
+    ({"metric_for_best_model": "reward", "eval_steps": 5}, {"keep_best": "eval_reward", "eval_every": 5}),
+    (
+        {"metric_for_best_model": "eval_kl", "greater_is_better": False, "eval_steps": 5},
+        {"keep_best": "-eval_kl", "eval_every": 5},
+    ),
+    ({"use_vllm": False}, {"rollout": "transformers"}),
+    ({"use_vllm": True}, {"rollout": "vllm"}),
+    ({"vllm_mode": "colocate"}, {}),
+    (
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_host": "h", "vllm_server_port": 9},
+        {"rollout": "vllm://h:9"},
+    ),
+    (
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "https://h:9/"},
+        {"rollout": "vllm+https://h:9"},
+    ),
+    ({"vllm_importance_sampling_correction": False}, {"importance_correction": "off"}),
+    (
+        {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": 2.5},
+        {"importance_correction": "icepop", "importance_low": 0, "importance_high": 2.5},
+    ),
+    (
+        {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_min": 0.25},
+        {"importance_correction": "tis", "importance_low": 0.25, "importance_high": 3},
+    ),
+    ({"model_init_kwargs": '{"attn_implementation": "eager"}'}, {"attn_implementation": "eager"}),
+    ({"model_init_kwargs": '{"dtype": "bfloat16"}'}, {"mixed_precision": "bf16"}),
+    ({"tf32": False}, {}),
+    ({"dataloader_num_workers": 2, "pad_to_multiple_of": "8"}, {}),
     (
         {"per_device_train_batch_size": 4, "num_generations": 2},
         {"batch_size": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 2},
@@ -46,13 +77,64 @@ def words_of(settings):
 def test_names_of_trl_give_the_same_settings_everywhere(theirs, ours, tmp_path):
     expected = ReinforceConfig(**ours)
     assert ReinforceConfig(**theirs) == expected
-    for name, value in theirs.items():
-        if name not in ours and set(theirs) - {"clip_high"} == {name}:
-            assert getattr(expected, name) == value
     file = tmp_path / "settings.yaml"
     file.write_text("".join(f"{name}: {value!r}\n" for name, value in theirs.items()), encoding="utf-8")
     assert cli.parse("train", words_of(theirs)) == TrainConfig(**ours)
     assert cli.parse("train", ["--config", str(file)]) == TrainConfig(**ours)
+
+
+READS = {
+    "beta": 0.3,
+    "epsilon": 0.25,
+    "epsilon_high": 0.4,
+    "save_strategy": "epoch",
+    "eval_strategy": "steps",
+    "eval_steps": 5,
+    "metric_for_best_model": "eval_reward",
+    "greater_is_better": True,
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 3,
+    "generation_batch_size": 12,
+    "bf16": True,
+    "fp16": False,
+    "use_vllm": True,
+    "logging_steps": 2,
+    "eval_delay": 0,
+}
+
+
+def test_attributes_have_the_values_of_trl():
+    given = {name: value for name, value in READS.items() if name not in ("generation_batch_size", "eval_delay")}
+    args = ReinforceConfig(**given, gradient_accumulation_steps=3)
+    assert {name: getattr(args, name) for name in READS} == READS
+    assert not hasattr(args, "bleu")
+    assert ReinforceConfig().metric_for_best_model is None
+
+
+def test_early_stopping_of_transformers_reads_the_settings():
+    from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
+
+    args = ReinforceConfig(metric_for_best_model="kl", greater_is_better=False, eval_strategy="steps")
+    stop, state, control = EarlyStoppingCallback(1), TrainerState(best_metric=1.0), TrainerControl()
+    stop.on_train_begin(args, state, control)
+    stop.on_evaluate(args, state, control, metrics={"eval_kl": 0.5})
+    assert not control.should_training_stop
+    stop.on_evaluate(args, state, control, metrics={"eval_kl": 2.0})
+    assert control.should_training_stop
+
+
+def test_the_dtype_of_a_reward_model_is_that_of_its_weights():
+    config = RewardModelConfig(model_init_kwargs={"dtype": "bfloat16"})
+    assert (config.dtype, config.mixed_precision) == ("bfloat16", "no")
+
+
+def test_settings_without_effect_are_reported_once(capsys):
+    for _ in range(2):
+        RewardModelConfig(dataset_num_proc=4)
+    assert (
+        capsys.readouterr().err
+        == "dataset_num_proc has no effect here, because prompts are tokenized before the training.\n"
+    )
 
 
 def test_flags_override_a_file_under_every_name(tmp_path):
@@ -79,6 +161,13 @@ def test_flags_override_a_file_under_every_name(tmp_path):
         ({"per_device_train_batch_size": 4, "batch_size": 2}, r"both are given, but batch_size \(prompts\) is"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"per_device_train_batch_size": 3, "num_generations": 2}, "aren't a multiple of num_generations 2"),
+        ({"tf32": True}, "^tf32: True isn't supported"),
+        ({"vllm_importance_sampling_correction": True}, "sequence_mask, TRL's default"),
+        ({"model_init_kwargs": {"device_map": "auto"}}, "model_init_kwargs: device_map 'auto' isn't supported"),
+        ({"model_init_kwargs": "eager"}, "isn't a JSON object"),
+        ({"metric_for_best_model": "loss"}, "evaluations of a policy measure no loss"),
+        ({"greater_is_better": True}, "needs metric_for_best_model"),
+        ({"reward_clip_range": [1, 0]}, "reward_clip_range must be LOW HIGH"),
         ({"bleu": 1}, "ReinforceConfig: setting 'bleu' not found"),
     ],
 )
@@ -149,8 +238,10 @@ def test_batches_are_those_of_trl(world, monkeypatch):
         assert config.updates_per_step == updates
         assert config.per_device_train_batch_size == settings.get("per_device_train_batch_size", 8)
         assert config.steps_per_generation == generation / world / config.per_device_train_batch_size
-        doubled = ReinforceConfig(**settings, max_steps=6 * int(updates), save_steps=2 * int(updates))
-        assert (doubled.max_steps, doubled.save_every) == (6, 2)
+        counted = ReinforceConfig(
+            **settings, max_steps=6 * int(updates), save_steps=2 * int(updates), logging_steps=int(updates)
+        )
+        assert (counted.max_steps, counted.save_every, counted.logging_steps) == (6, 2, 1)
     assert refused > 50
 
 

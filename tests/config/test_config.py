@@ -52,6 +52,7 @@ TRAINING = OPTIMIZER | {
         "eval_prompts",
         "eval_every",
         "gae_lambda",
+        "importance_low",
         "ratio_limit",
         "lora_dropout",
     ),

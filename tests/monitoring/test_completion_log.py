@@ -196,7 +196,7 @@ def test_repetition_counts_runs_of_four_words(text, expected):
 
 
 def test_signal_and_saturation_are_measured():
-    metrics = step_metrics(batch(), scores(), reward_clip=2.0)
+    metrics = step_metrics(batch(), scores(), reward_bounds=(-2.0, 2.0))
     assert metrics["frac_reward_zero_std"] == 0.5  # the second prompt's completions are both worth 2
     assert step_metrics(batch(), scores((2.0,) * 4))["frac_reward_zero_std"] == 1
     assert metrics["reward_top_ratio"] == 0.25 and metrics["reward_clipped_ratio"] == 0.25

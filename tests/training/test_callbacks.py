@@ -197,7 +197,7 @@ def test_callbacks_are_added_and_removed(base, tmp_path):
             {"load_best_model_at_end": True, "keep_best": "-eval_kl", "eval_every": 3, "save_every": 4},
             "save_every 4 isn't a multiple of eval_every 3",
         ),
-        ({"greater_is_better": False}, "greater_is_better: which metric"),
+        ({"greater_is_better": False}, "greater_is_better needs metric_for_best_model"),
     ],
 )
 def test_a_best_checkpoint_needs_evaluations(base, tmp_path, settings, message):

@@ -598,8 +598,11 @@ def reward_files(folder):
     return files(folder) | {"card": card}
 
 
-@pytest.mark.parametrize("moment", [1, 2, 5, 6])
-def test_reward_training_stopped_by_a_signal_resumes_exactly(base, pairs_csv, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("moment", "settings"),
+    [(1, {}), (2, {}), (5, {}), (6, {}), (3, {"num_train_epochs": 1.5, "save_every": -1})],
+)
+def test_reward_training_stopped_by_a_signal_resumes_exactly(base, pairs_csv, tmp_path, monkeypatch, moment, settings):
     """The scores draw from torch's generator, as dropout would, so resuming must restore its state."""
     from reinforcepp.training import reward_trainer
 
@@ -611,12 +614,12 @@ def test_reward_training_stopped_by_a_signal_resumes_exactly(base, pairs_csv, tm
         return model
 
     monkeypatch.setattr(reward_trainer, "new_reward_model", with_noise)
-    train_reward_model(reward_config(base, pairs_csv, tmp_path / "whole"))
+    train_reward_model(reward_config(base, pairs_csv, tmp_path / "whole", **settings))
     send_sigterm_after(moment, monkeypatch)
     with pytest.raises(Interrupted) as stop:
-        train_reward_model(reward_config(base, pairs_csv, tmp_path / "run"))
+        train_reward_model(reward_config(base, pairs_csv, tmp_path / "run", **settings))
     assert stop.value.exit_code == 143
-    train_reward_model(reward_config(base, pairs_csv, tmp_path / "run", resume=True))
+    train_reward_model(reward_config(base, pairs_csv, tmp_path / "run", resume=True, **settings))
     assert reward_files(tmp_path / "run") == reward_files(tmp_path / "whole")
 
 

@@ -12,6 +12,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
 from reinforcepp import ReinforceTrainer, load_policy
+from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.monitoring import read_metrics
 
 
@@ -82,3 +83,25 @@ def test_reward_functions_get_the_state_of_the_trainer(base, tmp_path):
     run = trainer(base, tmp_path / "run", watching)
     run.train()
     assert steps == [(0, 2), (1, 2)] and run.rewards.trainer_state is run.state
+
+
+def test_epochs_can_be_a_fraction_and_save_and_evaluate(base, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Ranks, "track", lambda ranks, values, step: logged.append(step))
+    args = {
+        "max_steps": -1,
+        "num_train_epochs": 1.5,
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "save_total_limit": 5,
+        "logging_steps": 2,
+        "logging_first_step": True,
+        "reward_clip_range": [0.2, 0.5],
+    }
+    run = trainer(base, tmp_path / "run", spread, PROMPTS, PROMPTS[:2], **args)
+    run.train()
+    assert run.num_steps == 5  # 1.5 x 3 steps, rounded up
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+    assert list(run.evaluations) == ["before", "step 3", "after"]
+    assert logged == [1, 2, 4]
+    assert any("reward_clipped_ratio" in entry for entry in run.state.log_history)

@@ -22,9 +22,9 @@ from reinforcepp.algorithm.groups import group_token_advantages
 from reinforcepp.algorithm.moments import Population, combine_moments, moment_sums, normalize, population_mask
 
 
-def clip_rewards(rewards_B: Tensor, limit: float | None) -> Tensor:
-    """Return R clipped to [-limit, limit], or unchanged for None. Apply it before any centering. -> (B,)"""
-    return rewards_B if limit is None else rewards_B.clamp(-limit, limit)
+def clip_rewards(rewards_B: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """Return R clipped to ``bounds``, or unchanged for None. Apply it before any centering. -> (B,)"""
+    return rewards_B if bounds is None else rewards_B.clamp(*bounds)
 
 
 def token_rewards(rewards_B: Tensor, kl_BT: Tensor | None, mask_BT: Tensor, kl_coef: float) -> Tensor:

@@ -7,9 +7,11 @@ are given doesn't matter.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, field, make_dataclass
 from functools import cache
+from types import NoneType
 from typing import Any, get_type_hints
 
 from reinforcepp.config.trl_names import READ_ONLY, RULES, VALUES, Context, Rule
@@ -21,7 +23,12 @@ from reinforcepp.run_dir import REMOVED_SETTINGS
 @cache
 def rules_of(config_class: type) -> tuple[Rule, ...]:
     """Return the rules for settings of ``config_class``."""
-    return tuple(rule for rule in RULES if accepted_values(config_class).keys() >= set(rule.settings))
+    known = accepted_values(config_class).keys()
+    return tuple(
+        rule
+        for rule in RULES
+        if known >= set(rule.settings) and all(hasattr(config_class, need) for need in rule.needs)
+    )
 
 
 @cache
@@ -65,14 +72,15 @@ def translated(config_class: type, given: Mapping[str, Any]) -> tuple[dict[str, 
             ours[name] = convert(ours[name])
     if not any(name in aliases for name in given):
         return ours, {}
-    if aliases.keys() <= given.keys():  # HfArgumentParser gives every setting a value
+    if parsed := aliases.keys() <= given.keys():  # HfArgumentParser gives every setting a value
         ours = {name: value for name, value in ours.items() if value != getattr(config_class, name, None)}
     replaced = known.keys() <= ours.keys()
     explicit = frozenset() if replaced else frozenset(ours)
+    kinds = accepted_by_alias(config_class)
     theirs = {
-        name: converted(name, value, accepted_by_alias(config_class)[name])
+        name: converted(name, plain(value), kinds[name])
         for name, value in given.items()
-        if name in aliases and value is not None
+        if name in aliases and (value is not None or (NoneType in kinds[name].kinds and not parsed))
     }
     renamed: dict[str, str] = {}
     trl_batch = False
@@ -90,6 +98,11 @@ def translated(config_class: type, given: Mapping[str, Any]) -> tuple[dict[str, 
             renamed[setting] = first or setting
         trl_batch = trl_batch or "batch_size" in rule.settings
     return ours, renamed
+
+
+def plain(value: Any) -> Any:
+    """Return a dictionary as JSON, with the names of types such as torch.bfloat16."""
+    return json.dumps(value, sort_keys=True, default=str) if isinstance(value, dict) else value
 
 
 def _view(config_class: type, settings: Mapping[str, Any]) -> Any:
@@ -188,7 +201,7 @@ def parser_fields(config_class: type) -> dict[str, Field[Any]]:
     kept = {
         name: fields[rule.settings[0]].metadata
         for name, rule in aliases_of(config_class).items()
-        if len(rule.names) == 1
+        if rule.names[name] is None
     }
     # HfArgumentParser accepts None in every type but the union of a truth value and a text.
     hints = {name: hint if hint == bool | str else hint | None for name, hint in _types(config_class).items()}

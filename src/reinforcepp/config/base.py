@@ -64,6 +64,7 @@ class Name(Text):
 PositiveInt = Annotated[int, Range(above=0)]
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeInt = Annotated[int, Range(at_least=0)]
+StepInterval = Annotated[int, Range(at_least=-1)]  # -1: once per epoch
 NonNegativeFloat = Annotated[float, Range(at_least=0)]
 Probability = Annotated[float, Range(above=0, at_most=1)]
 MinP = Annotated[float, Range(at_least=0, at_most=1)]

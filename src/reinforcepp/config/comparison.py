@@ -15,6 +15,7 @@ from reinforcepp.config.base import (
     Probability,
     Range,
     Seed,
+    StepInterval,
     check_not_below_output,
     check_output_dir,
 )
@@ -109,8 +110,8 @@ class CompareAlgorithmsConfig(TrainConfig):
     """Runs of each estimator, with the seeds seed, seed + 1, ..."""
     num_generations: PositiveInt = 4
     """Completions per prompt, for every estimator"""
-    eval_every: NonNegativeInt = 10
-    """Steps between evaluations during training; 0 disables"""
+    eval_every: StepInterval = 10
+    """Steps between evaluations during training; 0 disables, -1: once per epoch"""
     sensitivity: bool = False
     """Also train with 1/3, 1 and 3x the learning rate and 4, 8 and 32 completions"""
     processes: PositiveInt = 1

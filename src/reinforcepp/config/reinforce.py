@@ -18,6 +18,7 @@ from reinforcepp.config.base import (
     Probability,
     Seed,
     Share,
+    StepInterval,
 )
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.sampling import RolloutSamplingConfig
@@ -52,6 +53,8 @@ class RewardScoringConfig(Config):
     """Standardize reward model scores with the mean and deviation of their card"""
     reward_clip: PositiveFloat | None = None
     """Clip the weighted sum of rewards, minus truncation_penalty, to +- this value"""
+    reward_clip_range: Annotated[tuple[float, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
+    """Clip the weighted sum of rewards to this range instead, LOW HIGH"""
     truncation_penalty: NonNegativeFloat = 0.0
     """Subtracted from the reward of a completion truncated at max_new_tokens"""
     reward_timeout: PositiveFloat = 60.0
@@ -62,6 +65,20 @@ class RewardScoringConfig(Config):
     """Completions per reward server request"""
     reward_label_column: FilledStr = "label"
     """Column sent to a reward server as labels"""
+
+    @property
+    def reward_bounds(self) -> tuple[float, float] | None:
+        """Range to which rewards are clipped, or None."""
+        if self.reward_clip_range:
+            return self.reward_clip_range[0], self.reward_clip_range[1]
+        return None if self.reward_clip is None else (-self.reward_clip, self.reward_clip)
+
+    def _check_rules(self) -> None:
+        bounds = self.reward_clip_range
+        if bounds and (len(bounds) != 2 or bounds[0] >= bounds[1]):
+            raise ConfigError(f"reward_clip_range must be LOW HIGH, as in -1 2, not {' '.join(map(str, bounds))}.")
+        if bounds and self.reward_clip is not None:
+            raise ConfigError("reward_clip and reward_clip_range: both are given. Remove one.")
 
 
 @dataclass(frozen=True)
@@ -93,8 +110,8 @@ class ReinforceConfig(
     """Micro-batches per optimizer step; default: all of a rollout batch"""
     num_iterations: PositiveInt = 1
     """Passes over each rollout batch"""
-    num_train_epochs: PositiveInt = 1
-    """Passes over the prompts"""
+    num_train_epochs: PositiveFloat = 1
+    """Passes over the prompts; a fraction ends within a pass"""
     max_steps: NonNegativeInt = 0
     """Training steps (rollout batches); 0 uses num_train_epochs"""
 
@@ -128,8 +145,8 @@ class ReinforceConfig(
     """Steps by which generation runs ahead of training; 0 uses current weights"""
     importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"
     """Correct engine log-probs; auto: tis with vLLM, Ray or staleness, else off"""
-    importance_low: PositiveFloat = 0.5
-    """Lower bound of the importance weight"""
+    importance_low: NonNegativeFloat = 0.5
+    """Lower bound of the importance weight; 0 disables"""
     importance_high: float = 2.0
     """Upper bound of the importance weight"""
     sync_check_every: PositiveInt = 50
@@ -141,10 +158,18 @@ class ReinforceConfig(
 
     eval_prompts: NonNegativeInt = 64
     """Held-out prompts evaluated before and after training; 0 disables"""
-    eval_every: NonNegativeInt = 0
-    """Steps between evaluations during training; 0 disables"""
+    eval_every: StepInterval = 0
+    """Steps between evaluations during training; 0 disables, -1: once per epoch"""
+    eval_on_start: bool = False
+    """Also report the evaluation before training, which is always made, to callbacks"""
     load_best_model_at_end: bool = False
     """Save the policy of the best checkpoint, by keep_best, instead of the last one"""
+    logging_steps: PositiveInt = 1
+    """Steps between logs of trackers and callbacks; metrics.jsonl has every step"""
+    logging_first_step: bool = False
+    """Also log step 1 to trackers and callbacks"""
+    run_name: FilledStr | None = None
+    """Name of the run in wandb, mlflow, trackio and swanlab"""
     log_completions: bool = True
     """Write the completions of every step to Parquet files in completions"""
     report_to: Annotated[tuple[str, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
@@ -217,7 +242,9 @@ class ReinforceConfig(
         if not self.eval_prompts or not self.eval_every:
             name = "eval_every" if self.eval_prompts else "eval_prompts"
             raise ConfigError(f"keep_best: {self.keep_best} needs evaluations during training. Set {name} above 0.")
-        if self.load_best_model_at_end and self.save_every % self.eval_every:
+        by_epoch = -1 in (self.save_every, self.eval_every)
+        apart = self.save_every != self.eval_every if by_epoch else self.save_every % self.eval_every
+        if self.load_best_model_at_end and apart:
             raise ConfigError(
                 f"load_best_model_at_end: save_every {self.save_every} isn't a multiple of eval_every {self.eval_every}, so "
                 "checkpoints have no evaluation. Change one of the two."
@@ -272,6 +299,10 @@ class ReinforceConfig(
             raise ConfigError(
                 f"load_in_4bit: {target} can't load 4-bit weights. Use {option('rollout', 'transformers')}, or auto."
             )
+
+    def logs_step(self, step: int) -> bool:
+        """Return whether trackers and callbacks log ``step``, which counts from 1."""
+        return step % self.logging_steps == 0 or (step == 1 and self.logging_first_step)
 
     @property
     def completions_per_step(self) -> int:

@@ -15,6 +15,7 @@ from reinforcepp.config.base import (
     PositiveFloat,
     PositiveInt,
     Share,
+    StepInterval,
     check_output_dir,
     json_object,
 )
@@ -41,14 +42,20 @@ INPUTS = ("model", "data", "reward_model")
 """Inputs of a run, whose content can change under the same name."""
 
 
+def is_due(every: int, step: int, steps_per_epoch: int) -> bool:
+    """Return whether save_every or eval_every, with the value ``every``, is due after ``step`` steps."""
+    interval = steps_per_epoch if every == -1 else every
+    return interval > 0 and step % interval == 0
+
+
 @dataclass(frozen=True)
 class CheckpointConfig(Config):
     """Where and how often a training run is saved, and how it resumes."""
 
     output_dir: str = "runs/train"
     """Folder for everything the run writes"""
-    save_every: NonNegativeInt = 50
-    """Steps between checkpoints; 0 saves only when a signal stops the run"""
+    save_every: StepInterval = 50
+    """Steps between checkpoints; 0: only if a signal stops the run, -1: every epoch"""
     keep_last: PositiveInt | None = None
     """Latest checkpoints to keep, also when training ends. Default: 1 until then"""
     keep_best: str | None = None

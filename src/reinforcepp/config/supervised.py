@@ -10,8 +10,10 @@ from reinforcepp.config.base import (
     FilledStr,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Seed,
+    StepInterval,
     check_not_below_output,
 )
 from reinforcepp.config.criteria import Criterion, parse_criteria
@@ -37,8 +39,8 @@ DEFAULT_MAX_LENGTH = 4096
 class SupervisedConfig(OptimizerConfig):
     """Passes over the rows of a file, the size of a batch, and the optimizer."""
 
-    num_train_epochs: PositiveInt = 3
-    """Passes over the training rows"""
+    num_train_epochs: PositiveFloat = 3
+    """Passes over the training rows; a fraction ends within a pass"""
     max_steps: NonNegativeInt = 0
     """Optimizer steps; 0 uses num_train_epochs"""
     batch_size: PositiveInt = 8
@@ -135,8 +137,8 @@ class RewardModelConfig(
     """Seed of the split, the row order and the newly initialized score head"""
     center_rewards_coefficient: NonNegativeFloat | None = 0.01
     """Weight of the penalty that centers scores on 0"""
-    eval_every: NonNegativeInt = 0
-    """Steps between evaluations of the held-out pairs; 0 only after training"""
+    eval_every: StepInterval = 0
+    """Steps between evaluations of held-out pairs; 0: only at the end, -1: each epoch"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of trained weights; mixed_precision saves time without rounding them"""
     criteria: tuple[str, ...] = field(default=(), metadata=NAMES)

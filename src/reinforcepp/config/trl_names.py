@@ -5,17 +5,31 @@ A name that both have isn't listed, if it means the same. Source: TRL 1.16, tran
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
 
+from reinforcepp.config.trl_unsupported import (
+    NEUTRAL,
+    NO_EFFECT,
+    POLICY_NEUTRAL,
+    SUPERVISED_NEUTRAL,
+    JsonText,
+    Neutral,
+)
 from reinforcepp.errors import ConfigError
 from reinforcepp.run_dir import RENAMED_SETTINGS
 from reinforcepp.runtime import is_main, started
 
 TRL_DEVICE_BATCH = 8
 """Default of per_device_train_batch_size in transformers."""
+EVERY_EPOCH = -1
+"""Value of save_every and eval_every for once per epoch."""
 TRL_LOGGING_STEPS = 10
 """Default of logging_steps in TRL, which eval_strategy="steps" uses if eval_steps isn't given."""
 
@@ -48,6 +62,7 @@ class Rule:
         mapping: The conversion as a formula, for messages and documentation.
         reads: TRL's value by its name, from a configuration.
         shared: Names of settings that TRL and we have, and that this rule converts.
+        needs: Attributes of a configuration class that accepts the names.
     """
 
     names: Mapping[str, Any]
@@ -56,6 +71,7 @@ class Rule:
     mapping: str
     reads: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ("TRAINING",)
 
 
 def _rename(name: str, setting: str, mapping: str = "") -> Rule:
@@ -65,6 +81,42 @@ def _rename(name: str, setting: str, mapping: str = "") -> Rule:
         convert=lambda given, _: {setting: given[name]},
         mapping=mapping or f"{name} is another name of {setting}",
         reads={name: attrgetter(setting)},
+        needs=(),
+    )
+
+
+_printed: set[str] = set()
+
+
+def print_once(line: str) -> None:
+    """Print a line on rank 0, once per process."""
+    if is_main() and line not in _printed:
+        print(line, file=sys.stderr)
+    _printed.add(line)
+
+
+def _no_effect(name: str, kind: Any, reason: str) -> Rule:
+    def convert(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+        print_once(f"{name} has no effect here, because {reason}.")
+        return {}
+
+    return Rule(names={name: kind}, settings=(), convert=convert, mapping=f"no effect, because {reason}")
+
+
+def _only(name: str, neutral: Neutral, *needs: str) -> Rule:
+    def convert(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+        if given[name] not in neutral.values:
+            raise ConfigError(f"{name}: {given[name]!r} isn't supported. {neutral.fix}")
+        return {}
+
+    values = " or ".join(["None", *map(repr, neutral.values)])
+    return Rule(
+        names={name: neutral.kind},
+        settings=(),
+        convert=convert,
+        mapping=f"only {values}. {neutral.fix}",
+        reads={name: lambda config: neutral.values[0] if neutral.values else None},
+        needs=("TRAINING", *needs),
     )
 
 
@@ -153,24 +205,27 @@ def _in_batches(name: str, steps: float, context: Context) -> int:
 BATCH_COUNTED = {"save_steps": "save_every", "eval_steps": "eval_every", "max_steps": "max_steps with batch_size"}
 
 
+STRATEGIES = {"no": 0, "epoch": EVERY_EPOCH}
+
+
 def _saving(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
     strategy = given.get("save_strategy", "steps")
-    if strategy == "no":
-        return {"save_every": 0}
-    if strategy != "steps":
+    if strategy in STRATEGIES:
+        return {"save_every": STRATEGIES[strategy]}
+    if strategy == "best":
         raise ConfigError(
-            f"save_strategy: {strategy!r} isn't supported. Give save_every, a number of steps, and keep_best METRIC for the best."
+            "save_strategy: 'best' isn't supported, because a run resumes from its latest checkpoint. Give keep_best METRIC, "
+            "which also keeps the best one."
         )
     return {"save_every": _in_batches("save_steps", given["save_steps"], context)} if "save_steps" in given else {}
 
 
 def _evaluating(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
     strategy = given.get("eval_strategy", "steps")
-    if strategy == "no":
-        return {"eval_every": 0}
-    if strategy != "steps":
-        raise ConfigError(f"eval_strategy: {strategy!r} isn't supported. Give eval_every, a number of steps.")
-    return {"eval_every": _in_batches("eval_steps", given.get("eval_steps", TRL_LOGGING_STEPS), context)}
+    if strategy in STRATEGIES:
+        return {"eval_every": STRATEGIES[strategy]}
+    steps = given.get("eval_steps") or given.get("logging_steps", TRL_LOGGING_STEPS)
+    return {"eval_every": _in_batches("eval_steps", steps, context)}
 
 
 def _max_steps(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
@@ -178,16 +233,14 @@ def _max_steps(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
     return {"max_steps": _in_batches("max_steps", steps, context) if steps > 0 else steps}
 
 
+def _logging_steps(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Return rollout batches between logs; one is the least, because its optimizer steps are logged together."""
+    return {"logging_steps": max(1, int(given["logging_steps"]) // context.view.updates_per_step)}
+
+
 def _strategy(setting: str) -> Callable[[Any], str]:
-    return lambda config: "steps" if getattr(config, setting) else "no"
-
-
-def _best(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
-    name = given.get("metric_for_best_model")
-    if name is None:
-        raise ConfigError("greater_is_better: which metric? Give metric_for_best_model.")
-    metric = name if name.startswith("eval_") else f"eval_{name}"
-    return {"keep_best": metric if given.get("greater_is_better", not name.endswith("loss")) else f"-{metric}"}
+    names = {steps: strategy for strategy, steps in STRATEGIES.items()}
+    return lambda config: names.get(getattr(config, setting), "steps")
 
 
 # --- loss and precision -----------------------------------------------------------------------------------------------
@@ -208,6 +261,99 @@ def _precision(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
     if len(chosen) > 1:
         raise ConfigError("bf16 and fp16: both are true. Give one of the two.")
     return {"mixed_precision": chosen[0] if chosen else "no"}
+
+
+def _best(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Return keep_best: a metric of evaluations, with a minus if lower is better, by transformers' defaults."""
+    metric = given.get("metric_for_best_model")
+    if metric is None:
+        raise ConfigError(
+            "greater_is_better needs metric_for_best_model. Give the name of a metric, for example reward."
+        )
+    if not hasattr(context.view, "num_generations"):
+        raise ConfigError(
+            f"metric_for_best_model: {metric!r} is a metric of evaluations, but SFT and reward models choose by metrics of the "
+            "training steps. Give keep_best, for example -loss."
+        )
+    if metric.removeprefix("eval_") == "loss":
+        raise ConfigError(
+            "metric_for_best_model: evaluations of a policy measure no loss. Give reward, kl, length or another of their metrics."
+        )
+    greater = given.get("greater_is_better", not metric.endswith("loss"))
+    return {"keep_best": ("" if greater else "-") + "eval_" + metric.removeprefix("eval_")}
+
+
+# --- models and engines -----------------------------------------------------------------------------------------------
+
+DTYPES = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def _model_init(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Return the settings for the parts of model_init_kwargs that have one."""
+    try:
+        kwargs = dict(json.loads(given["model_init_kwargs"]))
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"model_init_kwargs: {given['model_init_kwargs']!r} isn't a JSON object. Write it like "
+            '{"attn_implementation": "sdpa"}.'
+        ) from None
+    settings = {}
+    for name, value in kwargs.items():
+        dtype = str(value).removeprefix("torch.")
+        if name in ("dtype", "torch_dtype") and dtype in DTYPES and hasattr(context.view, "dtype"):
+            settings["dtype"] = dtype
+        elif name in ("dtype", "torch_dtype") and dtype in DTYPES:
+            settings["mixed_precision"] = DTYPES[dtype]
+            if dtype != "float32":
+                print_once(
+                    f"model_init_kwargs: dtype {dtype} is mixed_precision {DTYPES[dtype]} here, which computes in 16 bits and "
+                    "keeps the optimizer's weights in float32."
+                )
+        elif name in ("attn_implementation", "trust_remote_code") and hasattr(context.view, name):
+            settings[name] = value
+        elif name == "use_cache":
+            print_once("use_cache has no effect here, because generation has a cache and training has none.")
+        else:
+            raise ConfigError(
+                f"model_init_kwargs: {name} {value!r} isn't supported, only dtype (float32, bfloat16, float16) and "
+                "attn_implementation. Give the trainer a loaded model for other options, or load_in_4bit for 4-bit weights."
+            )
+    return settings
+
+
+def _engine(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    if not given.get("use_vllm"):  # the other settings have no effect in TRL, either
+        return {"rollout": "transformers"} if "use_vllm" in given else {}
+    if given.get("vllm_mode", "colocate") == "colocate":
+        return {"rollout": "vllm"}
+    host, port = given.get("vllm_server_host", "0.0.0.0"), given.get("vllm_server_port", 8000)
+    scheme, _, address = given.get("vllm_server_base_url", f"http://{host}:{port}").rpartition("://")
+    prefix = "vllm+https" if scheme == "https" else "vllm"
+    return {"rollout": f"{prefix}://{address.rstrip('/')}"}
+
+
+LARGEST_WEIGHT = 1e30
+"""An upper bound that no importance weight exceeds, because their exponents are clamped."""
+IMPORTANCE_MODES = {"token_truncate": "tis", "token_mask": "icepop"}
+
+
+def _importance(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Return the correction of an engine's log-probabilities; TRL's default mode is sequence_mask, with 3 as the bound."""
+    if given.get("vllm_importance_sampling_correction") is False:
+        return {"importance_correction": "off"}
+    mode = given.get("vllm_importance_sampling_mode", "sequence_mask")
+    if mode not in IMPORTANCE_MODES:
+        raise ConfigError(
+            f"vllm_importance_sampling_mode: {mode}, TRL's default, has one weight per sequence, which isn't supported. Give "
+            "token_truncate or token_mask, or omit it for importance_correction auto."
+        )
+    low = given.get("vllm_importance_sampling_clip_min", 0.0)
+    high = given.get("vllm_importance_sampling_cap", given.get("vllm_importance_sampling_clip_max", 3.0))
+    return {
+        "importance_correction": IMPORTANCE_MODES[mode],
+        "importance_low": low,
+        "importance_high": LARGEST_WEIGHT if high is None else high,
+    }
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -261,29 +407,84 @@ RULES: tuple[Rule, ...] = (
         shared=("max_steps",),
     ),
     Rule(
+        names={},
+        settings=("logging_steps",),
+        convert=_logging_steps,
+        mapping="logging_steps counts rollout batches, or optimizer steps if the batch has TRL's names",
+        shared=("logging_steps",),
+        needs=("updates_per_step",),
+    ),
+    Rule(
         names={"save_steps": float, "save_strategy": Literal["no", "steps", "epoch", "best"]},
         settings=("save_every",),
         convert=_saving,
-        mapping="save_every is save_steps, counted in rollout batches",
+        mapping="save_every is save_steps, counted in rollout batches; 0 for no and -1 for epoch",
         reads={"save_steps": attrgetter("save_every"), "save_strategy": _strategy("save_every")},
     ),
     Rule(
+        names={"eval_steps": float, "eval_strategy": Literal["no", "steps", "epoch"]},
+        settings=("eval_every",),
+        convert=_evaluating,
+        mapping="eval_every is eval_steps, counted in rollout batches; 0 for no and -1 for epoch",
+        reads={"eval_steps": attrgetter("eval_every"), "eval_strategy": _strategy("eval_every")},
+    ),
+    Rule(
         names={"metric_for_best_model": str, "greater_is_better": bool},
-        settings=("keep_best", "load_best_model_at_end"),
+        settings=("keep_best",),
         convert=_best,
-        mapping="keep_best is metric_for_best_model with the prefix eval_, after a - if the lowest value is best",
+        mapping="keep_best is metric_for_best_model with eval_, and with a minus if lower is better",
         reads={
             "metric_for_best_model": lambda config: config.keep_best and config.keep_best.removeprefix("-"),
             "greater_is_better": lambda config: not (config.keep_best or "").startswith("-"),
         },
     ),
     Rule(
-        names={"eval_steps": float, "eval_strategy": Literal["no", "steps", "epoch"]},
-        settings=("eval_every",),
-        convert=_evaluating,
-        mapping="eval_every is eval_steps, counted in rollout batches",
-        reads={"eval_steps": attrgetter("eval_every"), "eval_strategy": _strategy("eval_every")},
+        names={"model_init_kwargs": JsonText},
+        settings=("mixed_precision", "attn_implementation"),
+        convert=_model_init,
+        mapping="dtype is mixed_precision, and attn_implementation has the same name",
     ),
+    Rule(
+        names={
+            "use_vllm": bool,
+            "vllm_mode": Literal["colocate", "server"],
+            "vllm_server_base_url": str,
+            "vllm_server_host": str,
+            "vllm_server_port": int,
+        },
+        settings=("rollout",),
+        convert=_engine,
+        mapping="rollout is transformers, vllm (vllm_mode colocate) or vllm://HOST:PORT (vllm_mode server)",
+        reads={
+            "use_vllm": lambda config: config.rollout.startswith("vllm"),
+            "vllm_mode": lambda config: "server" if "://" in config.rollout else "colocate",
+        },
+    ),
+    Rule(
+        names={
+            "vllm_importance_sampling_correction": bool,
+            "vllm_importance_sampling_mode": Literal[
+                "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+            ],
+            "vllm_importance_sampling_clip_min": float,
+            "vllm_importance_sampling_clip_max": float | None,
+            "vllm_importance_sampling_cap": float,
+        },
+        settings=("importance_correction", "importance_low", "importance_high"),
+        convert=_importance,
+        mapping=(
+            "importance_correction is off, tis (token_truncate) or icepop (token_mask), importance_low is clip_min, and "
+            "importance_high is clip_max"
+        ),
+        reads={
+            "vllm_importance_sampling_clip_min": attrgetter("importance_low"),
+            "vllm_importance_sampling_clip_max": attrgetter("importance_high"),
+        },
+    ),
+    *(_only(name, neutral) for name, neutral in NEUTRAL.items()),
+    *(_only(name, neutral, "num_generations") for name, neutral in POLICY_NEUTRAL.items()),
+    *(_only(name, neutral, "accumulation") for name, neutral in SUPERVISED_NEUTRAL.items()),
+    *(_no_effect(name, kind, reason) for name, (kind, reason) in NO_EFFECT.items()),
 )
 """Rules in the order in which they are applied: batches before steps, which are counted in batches."""
 
@@ -291,10 +492,17 @@ VALUES: Mapping[str, Callable[[Any], Any]] = {"max_steps": lambda steps: 0 if st
 """Conversions of values that only TRL has, for settings with the same name."""
 
 READ_ONLY: Mapping[str, Callable[[Any], Any]] = {
-    "eval_delay": lambda config: 0,
-    "logging_strategy": lambda config: "steps",
+    "load_best_model_at_end": lambda config: False,
+    "eval_strategy": lambda config: "no",
     "world_size": lambda config: started(),
+    "process_index": lambda config: int(os.environ.get("RANK") or 0),
+    "local_process_index": lambda config: int(os.environ.get("LOCAL_RANK") or 0),
     "should_save": lambda config: is_main(),
     "should_log": lambda config: is_main(),
+    "disable_tqdm": lambda config: not sys.stderr.isatty(),
+    "project": lambda config: "reinforcepp",
+    "to_dict": lambda config: partial(asdict, config),
+    "to_sanitized_dict": lambda config: partial(asdict, config),
+    "to_json_string": lambda config: partial(json.dumps, asdict(config), indent=2),
 }
-"""Values that callbacks of transformers read, and that aren't settings here."""
+"""Attributes that callbacks of transformers read, for configurations that have no such setting."""

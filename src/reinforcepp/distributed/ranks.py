@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TRACKERS = "trackers"
 PROJECT = "reinforcepp"
+RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
+"""Argument with the name of a run, by tracker."""
 NO_TIMEOUT = timedelta(days=365)
 FAILED, REPORTED, VERSION = "reinforcepp/failed", "reinforcepp/reported", "reinforcepp/version"
 """Keys in the store of the process group."""
@@ -264,7 +266,9 @@ class Ranks:
         """Start the trackers of a run that begins or resumes after ``step``."""
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
         # Steps after the checkpoint run again, so TensorBoard must hide what the stopped run logged for them.
-        options = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        if settings.get("run_name"):
+            options |= {tracker: {name: settings["run_name"]} for tracker, name in RUN_NAMES.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Trackers warn about their own internals.
             self.accelerator.init_trackers(PROJECT, config=plain, init_kwargs=options)

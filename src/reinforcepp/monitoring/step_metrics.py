@@ -18,7 +18,9 @@ from reinforcepp.types import Completion, RolloutBatch
 NGRAM_LENGTH = 4
 
 
-def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float | None = None) -> dict[str, float]:
+def step_metrics(
+    batch: RolloutBatch, scores: RewardScores, reward_bounds: tuple[float, float] | None = None
+) -> dict[str, float]:
     """Return metrics of one rollout batch after its update, under TRL's keys; ``kl`` is the token mean of k3, in nats.
 
     ``completions/left_out_ratio`` is the share of skipped completions: no reward scored them, or they remained alone in a
@@ -33,8 +35,8 @@ def step_metrics(batch: RolloutBatch, scores: RewardScores, reward_clip: float |
         "reward_top_ratio": float((rewards_B == rewards_B.max()).float().mean()),
         **(
             {}
-            if reward_clip is None
-            else {"reward_clipped_ratio": float((rewards_B.abs() > reward_clip).float().mean())}
+            if reward_bounds is None
+            else {"reward_clipped_ratio": float((rewards_B != rewards_B.clamp(*reward_bounds)).float().mean())}
         ),
         **_groups_without_signal(batch, rewards_B),
         "kl": float(masked_mean(kl_BT, batch.mask_BT)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,7 +128,7 @@ def build(
     if (config.keep_best or "").removeprefix("-").startswith("eval_") and not eval_prompts:
         raise ConfigError(f"keep_best: {config.keep_best} needs an eval_dataset. Give held-out rows.")
     batches = PromptBatches(prompts, config.batch_size, config.seed)
-    num_steps = config.max_steps or batches.steps_per_epoch * config.num_train_epochs
+    num_steps = config.max_steps or math.ceil(batches.steps_per_epoch * config.num_train_epochs)
     rewards = load_rewards(
         reward_funcs,
         config,

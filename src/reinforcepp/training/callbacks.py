@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.config.shared import is_due
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring import read_metrics, rounded
@@ -58,7 +59,7 @@ class Callbacks:
         self.control = TrainerControl()
         self.state = TrainerState(
             max_steps=num_steps,
-            logging_steps=1,
+            logging_steps=config.logging_steps,
             eval_steps=config.eval_every,
             save_steps=config.save_every,
             train_batch_size=config.completions_per_step,
@@ -66,7 +67,7 @@ class Callbacks:
             is_local_process_zero=ranks.accelerator.is_local_main_process,
             is_world_process_zero=ranks.is_main,
         )
-        self.handler = _handler(learner, tokenizer)
+        self.handler = _handler(learner, tokenizer, steps_per_epoch)
         for callback in callbacks or ():
             self.add(callback)
         self._summary: dict[str, float] = {}
@@ -119,11 +120,12 @@ class Callbacks:
         self.state.global_step, self.state.epoch = step, step / self.steps_per_epoch
         return {"step": step, "epoch": self.state.epoch}
 
-    def log(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Append ``metrics`` to ``log_history`` at the current step; return them with what callbacks add."""
+    def log(self, metrics: Mapping[str, float], *, report: bool = True) -> dict[str, float]:
+        """Append ``metrics`` to ``log_history`` at the current step; return them with what callbacks add to a ``report``."""
         logs = rounded({**self.at(self.state.global_step), **metrics})
         self.state.log_history.append(logs)
-        self.call("on_log", logs=logs)
+        if report:
+            self.call("on_log", logs=logs)
         return logs
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
@@ -220,7 +222,7 @@ class Callbacks:
     @property
     def logs_start(self) -> bool:
         """Whether the evaluation before training is logged and reported, as with TRL's eval_on_start."""
-        return bool(getattr(self.config, "eval_on_start", False))
+        return self.config.eval_on_start
 
     def _find_best(self) -> None:
         """Find the best value of the metric of keep_best, and its step."""
@@ -232,7 +234,7 @@ class Callbacks:
             self.state.best_metric, self.state.best_global_step = sign * value, -int(step)
 
 
-def _handler(learner: Learner, tokenizer: PreTrainedTokenizerBase) -> CallbackHandler:
+def _handler(learner: Learner, tokenizer: PreTrainedTokenizerBase, steps_per_epoch: int) -> CallbackHandler:
     """Return transformers' handler with the callback that follows the settings."""
     from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
@@ -241,9 +243,9 @@ def _handler(learner: Learner, tokenizer: PreTrainedTokenizerBase) -> CallbackHa
 
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             step = state.global_step
-            control.should_log = True
-            control.should_evaluate |= bool(args.eval_every) and step % args.eval_every == 0
-            control.should_save |= bool(args.save_every) and step % args.save_every == 0
+            control.should_log |= args.logs_step(step)
+            control.should_evaluate |= is_due(args.eval_every, step, steps_per_epoch)
+            control.should_save |= is_due(args.save_every, step, steps_per_epoch)
             control.should_training_stop |= step >= state.max_steps
 
         def on_epoch_end(self, *positional: Any, **others: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.kl import kl_estimate
+from reinforcepp.config.shared import is_due
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.models.logprobs import response_logprobs
@@ -269,7 +270,7 @@ class Evaluator:
         """
         config, callbacks = self.policy_run.config, self.policy_run.callbacks
         name = AFTER if callbacks.last_step and not config.load_best_model_at_end else f"step {step}"
-        every = bool(config.eval_every) and step % config.eval_every == 0
+        every = is_due(config.eval_every, step, callbacks.steps_per_epoch)
         due = every or callbacks.last_step or callbacks.control.should_evaluate
         if due and step > 0 and name not in self.policy_run.state.evaluations:
             self.run(name)

@@ -67,7 +67,8 @@ class Monitor:
     def step(self, metrics: Mapping[str, float], timings: Mapping[str, float], batch: UpdateBatch | None) -> None:
         """Show a finished step: its metrics, and one completion of its batch."""
         step, values = int(metrics["step"]), {**metrics, **timings}
-        self.ranks.track(values, step)
+        if self._tracks(step):
+            self.ranks.track(values, step)
         if not self.ranks.is_main:
             return
         if batch is not None and "reward" in metrics:
@@ -82,6 +83,11 @@ class Monitor:
             self._lines.step(f"reward {metrics.get('reward', nan):+.3f}  kl {metrics.get('kl', nan):.4f}")
         if self._live:
             self._live.update(self._view(step))
+
+    def _tracks(self, step: int) -> bool:
+        """Return whether the trackers log this step."""
+        settings = self.record.settings
+        return step % settings.get("logging_steps", 1) == 0 or (step == 1 and settings.get("logging_first_step", False))
 
     def rolled_back(self) -> None:
         """Show that the run has rolled back to an earlier step."""

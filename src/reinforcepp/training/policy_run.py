@@ -151,7 +151,7 @@ class PolicyRun:
         if kl_coef is not None and self.config.kl_target is not None:
             self.metrics["kl_coef"] = self.state.kl_coef
             self.state.kl_coef = kl_coef
-        logs = self.callbacks.log({**self.metrics, **timings})
+        logs = self.callbacks.log({**self.metrics, **timings}, report=self.callbacks.control.should_log)
         self.metrics = {name: value for name, value in logs.items() if isinstance(value, Real)} | self.metrics
         checkpoint.check_metric(self.config.keep_best, self.metrics)
         if self.update.ranks.is_main:

@@ -71,7 +71,7 @@ def score(
             old_logprobs_BT=old_BT,
             ref_logprobs_BT=ref_BT,
             entropy_BT=entropy_BT,
-            rewards_B=clip_rewards(torch.tensor(scores.known, device=device), config.reward_clip),
+            rewards_B=clip_rewards(torch.tensor(scores.known, device=device), config.reward_bounds),
             group_ids_B=torch.tensor([c.prompt.key for c in kept], dtype=torch.long, device=device),
         )
         return batch, scores

@@ -85,7 +85,7 @@ def _optimizer_bytes(model: PreTrainedModel) -> int:
 def _check_space(folder: Path, models: Sequence[PreTrainedModel], config: CheckpointConfig, steps: int) -> None:
     each, model = checkpoint_bytes(models), _saved_bytes(models[0])
     count = config.checkpoints_at_most
-    if config.save_every:
+    if config.save_every > 0:
         count = min(count, steps // config.save_every + 1)
     needed = count * each + model
     free = shutil.disk_usage(folder).free

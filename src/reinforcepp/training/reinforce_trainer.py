@@ -144,7 +144,7 @@ class ReinforceTrainer:
                 batch = run.batch
                 with step.phase("update"):
                     stats = update.run(batch, step.index, kl_coef)
-                    metrics = stats | step_metrics(batch.rollout, batch.scores, config.reward_clip)
+                    metrics = stats | step_metrics(batch.rollout, batch.scores, config.reward_bounds)
                 new_kl_coef = self.kl_controller(kl_coef, metrics["kl"])
                 with step.phase("sync"):
                     rollouts.sync(step.index)

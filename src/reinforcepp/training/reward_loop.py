@@ -143,7 +143,8 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
     @staticmethod
     def arguments(config: RewardModelConfig, **common: Any) -> TrainingArguments:
         """Return TRL's arguments."""
-        every = {"eval_strategy": "steps", "eval_steps": config.eval_every} if config.eval_every else {}
+        steps = {"eval_strategy": "steps", "eval_steps": config.eval_every} if config.eval_every else {}
+        every = {"eval_strategy": "epoch"} if config.eval_every < 0 else steps
         return RewardConfig(center_rewards_coefficient=config.center_rewards_coefficient, **every, **common)
 
     @staticmethod

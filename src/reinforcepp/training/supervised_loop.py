@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 from trl import SFTConfig, SFTTrainer
 
 from reinforcepp.config import SftConfig
+from reinforcepp.config.shared import is_due
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import has_adapter, is_quantized, load_adapter_weights, load_trainable_weights
@@ -162,9 +163,7 @@ class TrainingCallback(TrainerCallback):
         """Restore the random generators if the run resumes at the start of an epoch."""
         # At an epoch's start the data loader draws its seed from the restored generators, as it did in the first run.
         # Within an epoch it first replays the order of the whole epoch, so on_step_begin restores them later.
-        batches = live["train_dataloader"]
-        steps = math.ceil(len(batches) / args.gradient_accumulation_steps) if has_length(batches) else state.max_steps
-        if state.global_step % steps == 0:
+        if state.global_step % steps_per_epoch(args, state, live) == 0:
             self._restore_generators()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -222,7 +221,7 @@ class TrainingCallback(TrainerCallback):
         name, label = self.trainer_class.headline
         shown = f", {label} {logs[name]:.2f}" if name in logs else ""
         self.progress.step(f"loss {logs['loss']:.3f}{shown}")
-        if self.config.save_every and state.global_step % self.config.save_every == 0:
+        if is_due(self.config.save_every, state.global_step, steps_per_epoch(args, state, live)):
             self.save(state, live["model"], live["optimizer"], live["lr_scheduler"])
             self._check_stop()
 
@@ -330,6 +329,12 @@ def run_trainer(
             trainer.remove_callback(callback)
             # The caller evaluates in float32, so undo the wrapper for mixed precision.
             trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+
+
+def steps_per_epoch(args: Any, state: Any, live: Mapping[str, Any]) -> int:
+    """Return the optimizer steps per epoch from the arguments of a callback; the whole training's for an endless stream."""
+    batches = live["train_dataloader"]
+    return math.ceil(len(batches) / args.gradient_accumulation_steps) if has_length(batches) else int(state.max_steps)
 
 
 def load_weights(trainer: SupervisedTrainer, folder: Path) -> None:

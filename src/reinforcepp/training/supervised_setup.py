@@ -172,7 +172,7 @@ def check_run(
 
 def count_steps(rows: Sequence[Any] | Dataset, config: SupervisedConfig) -> int:
     """Return the number of optimizer steps of the whole training."""
-    return config.max_steps or math.ceil(len(rows) / config.batch_size) * config.num_train_epochs
+    return config.max_steps or math.ceil(math.ceil(len(rows) / config.batch_size) * config.num_train_epochs)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
