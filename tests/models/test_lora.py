@@ -7,6 +7,8 @@ import shutil
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands.cli import main
@@ -458,6 +460,21 @@ def test_a_4_bit_reward_model_scores_as_its_card_says(bases, pairs_csv, tmp_path
     assert main(["reward", *map(str, arguments), "--load_in_4bit", "--learning_rate", "0.01"]) == 0
     loaded = load_reward_model(str(tmp_path / "rm"))
     assert max(abs(a - b) for a, b in zip(loaded.fingerprint(), loaded.card.fingerprint, strict=True)) < 1e-5
+
+
+@needs_bitsandbytes
+def test_a_given_quantization_config_is_used(bases, tmp_path):
+    args = ReinforceConfig(output_dir=str(tmp_path / "run"), rollout="transformers", max_steps=1, max_new_tokens=4)
+    given = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")}
+    rows = [{"prompt": "How do I check a host?"}] * 8
+    adapter = LoraConfig(r=4, target_modules="all-linear")
+    run = ReinforceTrainer(bases["llama"], likes_early_tokens, args, rows, peft_config=adapter, **given)
+    layer = base_model(run.policy).model.layers[0].self_attn.q_proj
+    assert layer.base_layer.weight.quant_state.quant_type == "fp4" and run.args.load_in_4bit
+    run.train()
+    assert bool(layer.lora_B["default"].weight.any())
+    with pytest.raises(ConfigError, match="Add peft_config or use_peft"):
+        ReinforceTrainer(bases["llama"], likes_early_tokens, args, rows, **given)
 
 
 @needs_bitsandbytes

@@ -130,6 +130,10 @@ class ReinforceConfig(
     """Fraction of all optimizer steps in which the learning rate rises to its peak"""
     lr_scheduler_type: Scheduler = "constant"
     """Learning rate schedule after the warmup"""
+    disable_dropout: bool = True
+    """Accepted for TRL: dropout is always off, so that the policy ratio starts at 1"""
+    cast_lm_head_to_fp32: bool = False
+    """Accepted for TRL without mixed_precision: the head then computes in float32"""
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory and step on the CPU; slower on a GPU"""
 
@@ -203,6 +207,7 @@ class ReinforceConfig(
         self._check_rollout()
         self._check_guardrails()
         self._check_reference()
+        self._check_model()
         for name in self.report_to:
             if name not in TRACKERS:
                 raise ConfigError(
@@ -248,6 +253,18 @@ class ReinforceConfig(
             raise ConfigError(
                 f"load_best_model_at_end: save_every {self.save_every} isn't a multiple of eval_every {self.eval_every}, so "
                 "checkpoints have no evaluation. Change one of the two."
+            )
+
+    def _check_model(self) -> None:
+        if not self.disable_dropout:
+            raise ConfigError(
+                "disable_dropout: False isn't supported, because dropout in training but not in generation changes the policy "
+                "ratio. Omit it; lora_dropout sets the dropout of adapters."
+            )
+        if self.cast_lm_head_to_fp32 and self.mixed_precision != "no":
+            raise ConfigError(
+                f"cast_lm_head_to_fp32: with mixed_precision {self.mixed_precision}, the head computes in 16 bits as in the "
+                "rollout engine, and only its logits become float32. Omit one of the two."
             )
 
     def _check_reference(self) -> None:

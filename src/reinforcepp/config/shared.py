@@ -214,12 +214,23 @@ class ComputeConfig(AdapterConfig):
     """Compute in 16 bits; trained weights, optimizer and log-probs stay float32"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time"""
+    gradient_checkpointing_kwargs: JsonText | None = None
+    """Accepted for TRL: {"use_reentrant": false}, which always applies"""
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
     """Attention implementation; auto is the choice of transformers, mostly sdpa"""
     torch_compile: bool = False
     """Compile the model with torch.compile; the first steps take minutes"""
+
+    def _check_rules(self) -> None:
+        name, example = "gradient_checkpointing_kwargs", '{"use_reentrant": false}'
+        given = json_object(name, self.gradient_checkpointing_kwargs, example)
+        if given not in ({}, {"use_reentrant": False}):
+            raise ConfigError(
+                f"{name}: {self.gradient_checkpointing_kwargs} isn't supported, because checkpointing isn't reentrant here, "
+                f"which gives the same gradients. Use {example}, or omit it."
+            )
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,12 @@ from reinforcepp.training.setup import (
     start_policy,
     warn_about_bias,
     warn_about_precision,
+    with_quantization,
 )
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,7 @@ def build(
     Raises:
         ReinforceError: settings, data or models don't fit together.
     """
-    if quantization_config is not None:
-        raise ConfigError("quantization_config: not supported yet. Remove it.")
+    config, quantization = with_quantization(config, model, quantization_config)
     folder, resumed = open_folder(model, config)
     model_config = load_config(model) if isinstance(model, str) else model.config
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens, config.max_length)
@@ -141,7 +141,9 @@ def build(
     ranks = Ranks(config.report_to, folder)
     place_reward_models(rewards, judge_sum, config, ranks)
     updates = num_steps * config.updates_per_step
-    learner, critic = start_learners(model, config, ranks, updates=updates, optimizers=optimizers)
+    learner, critic = start_learners(
+        model, config, ranks, updates=updates, optimizers=optimizers, quantization=quantization
+    )
     events = Callbacks(callbacks, config, ranks, learner, tokenizer, num_steps, batches.steps_per_epoch)
     rewards = replace(rewards, trainer_state=events.state)
     reference = make_reference(learner.plain, new_adapter=config.use_peft)
@@ -290,10 +292,11 @@ def start_learners(
     *,
     updates: int,
     optimizers: Optimizers = (None, None),
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[Learner, Critic | None]:
     """Return the policy and, for the estimator ppo, its critic, each with an optimizer for ``updates`` steps."""
     check_optimizers(optimizers, config, loaded=not isinstance(model, str), sharded=ranks.sharded)
-    policy = start_policy(model, config)
+    policy = start_policy(model, config, quantization)
     critic = Critic(policy, ranks, config, steps=updates) if config.estimator_spec.uses_critic else None
     if config.use_peft:
         policy = with_adapter(policy, config, seed=config.seed)

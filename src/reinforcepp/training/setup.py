@@ -23,7 +23,7 @@ from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 SHOWN_ROWS = 5
@@ -65,6 +65,28 @@ def with_peft_config(config: ReinforceConfig, adapter: PeftConfig | None) -> Rei
     settings = {ours: getattr(adapter, theirs) for theirs, ours in ADAPTER_FIELDS.items()}
     names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     return replace(config, use_peft=True, lora_target_modules=names, **settings)
+
+
+def with_quantization(
+    config: ReinforceConfig, model: str | PreTrainedModel, quantization: Any
+) -> tuple[ReinforceConfig, BitsAndBytesConfig | None]:
+    """Return ``config`` and the argument ``quantization_config`` of the trainer, which counts as the setting load_in_4bit.
+
+    Raises:
+        ConfigError: it isn't a ``BitsAndBytesConfig`` of 4 bits, or no adapter is trained.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if quantization is None:
+        return config, None
+    if not isinstance(model, str):
+        echo("quantization_config: not used, because the model is already loaded.", "yellow")
+        return config, None
+    if not isinstance(quantization, BitsAndBytesConfig) or not quantization.load_in_4bit:
+        raise ConfigError("quantization_config: only BitsAndBytesConfig(load_in_4bit=True) is supported. Give one.")
+    if not config.use_peft:
+        raise ConfigError("quantization_config: weights of 4 bits can't be trained. Add peft_config or use_peft.")
+    return replace(config, load_in_4bit=True), quantization
 
 
 def first_rows(rows: Sequence[Any], indices: Sequence[int]) -> str:
@@ -134,8 +156,10 @@ def longest_prompt(*parts: Sequence[Prompt]) -> int:
     )
 
 
-def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTrainedModel:
-    """Return the initial policy, loaded if ``model`` is a name.
+def start_policy(
+    model: str | PreTrainedModel, config: ReinforceConfig, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """Return the initial policy, loaded if ``model`` is a name, with weights of 4 bits as in ``quantization``, if given.
 
     Raises:
         ConfigError: use_peft or the estimator ppo can't be combined with the given model.
@@ -143,7 +167,8 @@ def start_policy(model: str | PreTrainedModel, config: ReinforceConfig) -> PreTr
     if isinstance(model, str):
         # Trainable weights are rounded later, after the optimizer has copied them in full precision.
         dtype = compute_dtype(config) if config.use_peft else torch.float32
-        return load_policy(model, dtype, **loading(config))
+        given = {"quantization_config": quantization} if quantization is not None else {}
+        return load_policy(model, dtype, **loading(config) | given)
     if config.use_peft and has_adapter(model):
         raise ConfigError("use_peft: the given model has an adapter already. Omit use_peft to train that adapter.")
     if config.use_peft and not model.config.name_or_path:
