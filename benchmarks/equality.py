@@ -38,8 +38,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer  # loaded here, once, 
 from reinforcepp.files import write_json
 from reinforcepp.models.loading import load_tokenizer, weights_hash
 from reinforcepp.models.saving import save_model
-from reinforcepp.training.batches import UpdateBatch
-from reinforcepp.training.policy_update import batch_advantages
+from reinforcepp.training.batches import UpdateBatch, batch_advantages
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(5)]
 HELD_OUT = [{"prompt": f"Why does router {i} drop packets?"} for i in range(2)]

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
@@ -17,6 +18,7 @@ from reinforcepp.training.policy_update import score, with_advantages
 from reinforcepp.types import Completion
 
 PROMPTS, GENERATIONS, MAX_TOKENS = ["How do I check host 1?", "ping", "Why is the DNS slow today?"], 3, 7
+ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 LENGTHS = [1, 5, 7, 2, 7, 3, 4, 6, 7]
 EOS = 0
 
@@ -39,6 +41,10 @@ def by_tokens(prompts, completions, completion_ids, **_):
 
 def by_length(prompts, completions, completion_ids, **_):
     return [float(len(ids)) for ids in completion_ids]
+
+
+def only_some(prompts, completions, completion_ids, **_):
+    return [None if len(ids) == 1 else ids[0] % 5 for ids in completion_ids]
 
 
 def leave_reference(model):
@@ -68,8 +74,7 @@ class Ours:
         if old is not None:
             sizes |= {"num_iterations": 2}
         args = ReinforceConfig(output_dir=str(folder / "ours"), **(defaults | sizes | settings))
-        rows = [{"prompt": prompt} for prompt in PROMPTS]
-        self.trainer = trainer = ReinforceTrainer(base, reward, args, rows, reward_weights=weights)
+        self.trainer = trainer = ReinforceTrainer(base, reward, args, ROWS, reward_weights=weights)
         leave_reference(trainer.policy)
         update, kl_coef = trainer.update, args.kl_coef
         completions = [
@@ -95,24 +100,30 @@ class Ours:
         self.gradients = [p.grad for p in trainer.policy.parameters()]
 
 
+CLASSES = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+
+
+def trainer_of_trl(base, folder, kind, reward=by_tokens, **settings):
+    trainer_class, config_class = CLASSES[kind]
+    args = config_class(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=len(LENGTHS),
+        gradient_accumulation_steps=1,
+        num_generations=GENERATIONS,
+        max_completion_length=MAX_TOKENS,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        **settings,
+    )
+    return trainer_class(base, reward, args, Dataset.from_list(ROWS))
+
+
 class Trl:
     """The same update by a trainer of TRL."""
 
     def __init__(self, base, folder, ours, old, kind, reward=by_tokens, **settings):
-        trainer_class, config_class = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[kind]
-        args = config_class(
-            output_dir=str(folder / "trl"),
-            per_device_train_batch_size=len(LENGTHS),
-            gradient_accumulation_steps=1,
-            num_generations=GENERATIONS,
-            max_completion_length=MAX_TOKENS,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            **settings,
-        )
-        rows = [{"prompt": prompt} for prompt in PROMPTS]
-        self.trainer = trainer = trainer_class(base, reward, args, Dataset.from_list(rows))
+        self.trainer = trainer = trainer_of_trl(base, folder, kind, reward, **settings)
         leave_reference(trainer.model)
         prompts = [list(c.prompt.ids) for c in ours.batch.rollout.completions]
         trainer._tokenize_prompts = lambda texts: (prompts, None, {})
@@ -121,9 +132,9 @@ class Trl:
         trainer._generate_single_turn = lambda *_: generated
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
-        inputs = trainer._generate_and_score_completions([row for row in rows for _ in range(GENERATIONS)])
+        inputs = trainer._generate_and_score_completions([row for row in ROWS for _ in range(GENERATIONS)])
         if old is not None:
-            old_logprobs = ours.batch.rollout.old_logprobs_BT
+            old_logprobs = ours.batch.rollout.old_logprobs_BT * ours.batch.rollout.mask_BT
             inputs["old_per_token_logps"], inputs["old_logps"] = old_logprobs, old_logprobs.sum(1)
         self.advantages = inputs["advantages"]
         loss = trainer._compute_loss(trainer.model, inputs)
@@ -170,6 +181,13 @@ SEQUENCES = {"importance_sampling_level": "sequence"}
         {"loss_type": "grpo"} | SEQUENCES,
         {"loss_type": "luspo"} | SEQUENCES,
         {"delta": 1.4},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": False},
+        {"mask_truncated_completions": True},
+        {"mask_truncated_completions": True, "loss_type": "grpo"},
+        {"entropy_coef": 0.3},
+        {"top_entropy_quantile": 0.4, "entropy_coef": 0.3},
+        {"off_policy_mask_threshold": 0.05},
         {"use_bias_correction_kl": True},
         {"use_bias_correction_kl": False},
         {"use_bias_correction_kl": True, "loss_type": "grpo"} | SEQUENCES,
@@ -189,6 +207,16 @@ def test_grpo_equals_trl(base, tmp_path, settings, old):
     assert_equal(ours, Trl(base, tmp_path, ours, old, "grpo", **of_trl))
 
 
+@pytest.mark.parametrize("settings", [{}, {"scale_rewards": "batch"}], ids=["group", "batch"])
+def test_normalize_then_sum_equals_trl(base, tmp_path, settings):
+    both = {"multi_objective_aggregation": "normalize_then_sum"} | settings
+    rewards = [by_tokens, by_length, only_some]
+    ours = Ours(base, tmp_path, None, rewards, [1.0, 0.5, 2.0], estimator="grpo", kl_coef=0.0, **both)
+    assert_equal(
+        ours, Trl(base, tmp_path, ours, None, "grpo", rewards, beta=0.0, reward_weights=[1.0, 0.5, 2.0], **both)
+    )
+
+
 def test_k2_has_the_gradient_of_trls_default_kl_on_policy(base, tmp_path):
     """The gradient of ratio · k3 is d · dlogp at ratio 1, which is that of k2; the losses differ."""
     ours = Ours(base, tmp_path, None, estimator="grpo", kl_coef=0.2)
@@ -205,6 +233,73 @@ def test_the_default_loss_of_rloo_is_trls_divided_by_the_mean_length(base, tmp_p
 
 
 @pytest.mark.parametrize("old", POLICIES.values(), ids=POLICIES)
-def test_rloo_equals_trl(base, tmp_path, old):
-    ours = Ours(base, tmp_path, old, estimator="rloo", loss_type="rloo", kl_coef=0.1)
-    assert_equal(ours, Trl(base, tmp_path, ours, old, "rloo", beta=0.1))
+@pytest.mark.parametrize("settings", [{}, {"normalize_advantages": True, "mask_truncated_completions": True}], ids=str)
+def test_rloo_equals_trl(base, tmp_path, settings, old):
+    ours = Ours(base, tmp_path, old, estimator="rloo", loss_type="rloo", kl_coef=0.1, **settings)
+    trl = Trl(base, tmp_path, ours, old, "rloo", beta=0.1, **settings)
+    if settings:  # TRL's loss counts -1 · A of masked completions, which has no gradient
+        trl.loss += trl.advantages[[n == MAX_TOKENS for n in LENGTHS]].sum().item() / len(LENGTHS)
+    assert_equal(ours, trl)
+
+
+STEP = {"learning_rate": 1e-2, "adam_epsilon": 1e-4, "weight_decay": 0.1, "max_grad_norm": 0.5, "max_steps": 2}
+
+
+@pytest.mark.parametrize(("kind", "loss_type", "beta"), [("grpo", "dapo", 0.0), ("rloo", "rloo", 0.1)])
+def test_two_training_steps_give_trls_weights(base, tmp_path, kind, loss_type, beta):
+    """Each trainer runs as a user calls it; TRL's gets the completions that ours sampled."""
+    sizes = {"batch_size": len(PROMPTS), "num_generations": GENERATIONS, "micro_batch_size": 4}
+    args = ReinforceConfig(
+        output_dir=str(tmp_path / "ours"),
+        estimator=kind,
+        loss_type=loss_type,
+        kl_coef=beta,
+        max_new_tokens=MAX_TOKENS,
+        rollout="transformers",
+        **sizes,
+        **STEP,
+    )
+    ours = ReinforceTrainer(base, by_tokens, args, ROWS)
+    sampled, generate = [], ours.engine.generate
+
+    def recorded(prompts, sampling):
+        sampled.append(generate(prompts, sampling))
+        return sampled[-1]
+
+    ours.engine.generate = recorded
+    ours.train()
+
+    trl = trainer_of_trl(base, tmp_path, kind, beta=beta, lr_scheduler_type="constant", save_strategy="no", **STEP)
+    steps = iter(sampled)
+
+    def given_ids(texts):
+        rows = next(steps)
+        by_text = {text: [c for c in rows if c.prompt.text == text] for text in PROMPTS}
+        trl.completions = [by_text[text].pop() for text in texts]
+        return [list(c.prompt.ids) for c in trl.completions], None, {}
+
+    def given_completions(*_):
+        tokens = [list(c.ids) for c in trl.completions]
+        return (tokens, None) if kind == "grpo" else tokens
+
+    trl._tokenize_prompts, trl._generate_single_turn = given_ids, given_completions
+    trl.train()
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    other = trl.model.state_dict()
+    for name, value in ours.model.state_dict().items():
+        torch.testing.assert_close(value, other[name], atol=1e-6, rtol=1e-5)
+    assert any((value - before[name]).abs().max() > 1e-3 for name, value in other.items())
+
+
+@pytest.mark.parametrize("kind", ["grpo", "reinforce_plus_plus"])
+def test_a_step_without_complete_completions_changes_nothing(base, tmp_path, kind):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = {"mask_truncated_completions": True, "max_new_tokens": 1, "num_generations": 2, "max_steps": 1}
+    args = ReinforceConfig(output_dir=str(tmp_path / "run"), estimator=kind, rollout="transformers", **settings)
+    trainer = ReinforceTrainer(model, by_tokens, args, ROWS, processing_class=tiny.tokenizer())
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["completions/clipped_ratio"] == 1 and log["loss"] == 0 and log["grad_norm"] == 0
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -45,11 +45,15 @@ def test_values_and_gradients_match_the_definition(divided, temperature):
     hidden, ids, slope = torch.randn(13, 16, requires_grad=True), torch.randint(50, (13,)), torch.randn(13)
     expected, entropy = plainly(head(hidden), ids, temperature)
     inputs = (hidden, head.weight, head.bias)
-    gradients = torch.autograd.grad((expected * slope).sum(), inputs)
+    gradients = torch.autograd.grad((expected * slope).sum(), inputs, retain_graph=True)
     actual, actual_entropy = head_logprobs(head, hidden, ids, temperature)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(actual_entropy, entropy, atol=1e-5, rtol=0)
     assert not actual_entropy.requires_grad
+    _, with_gradient = head_logprobs(head, hidden, ids, temperature, entropy_gradient=True)
+    both = [torch.autograd.grad((e * slope.flip(0)).sum(), inputs, retain_graph=True) for e in (with_gradient, entropy)]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     for one, other in zip(torch.autograd.grad((actual * slope).sum(), inputs), gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 

@@ -7,9 +7,9 @@ import tiny
 import torch
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
-from reinforcepp.algorithm.means import StepSize
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.training.optimizer_step import OptimizerStep
 from reinforcepp.training.policy_update import score, with_advantages
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
@@ -56,11 +56,12 @@ def test_tokens_are_weighted_by_the_ratio_to_the_engine(trainer):
     work = with_advantages(*scored, trainer.update, trainer.config.kl_coef)
     batch = work.rollout
     assert trainer.update.correction == "tis" and not trainer.update.on_policy
-    rows, size = list(range(8)), StepSize(batch.mask_BT.sum(), 8)
+    rows = list(range(8))
+    step = OptimizerStep.of(batch, rows, trainer.config.kl_coef, trainer.config)
     work.advantages_BT = work.advantages_BT.abs()  # the token mean of normalised advantages would be 0
-    exact, _ = trainer.update._policy_loss(work, rows, size, trainer.config.kl_coef, new=True)
+    exact, _ = trainer.update._policy_loss(work, rows, step, new=True)
     batch.rollout_logprobs_BT.add_(torch.log(torch.tensor(1.25)) * batch.mask_BT)
-    corrected, _ = trainer.update._policy_loss(work, rows, size, trainer.config.kl_coef, new=True)
+    corrected, _ = trainer.update._policy_loss(work, rows, step, new=True)
     assert corrected.item() == pytest.approx(0.8 * exact.item(), rel=1e-3) and exact.item() < -0.1
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reinforcepp import ReinforceConfig
-from reinforcepp.training.policy_update import batch_advantages
+from reinforcepp.training.batches import batch_advantages
 from reinforcepp.types import RolloutBatch
 
 MASK = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.critic import compute_gae
-from reinforcepp.algorithm.estimators import checked_spec
-from reinforcepp.algorithm.groups import group_token_advantages
+from reinforcepp.algorithm.estimators import Scale, checked_spec
+from reinforcepp.algorithm.groups import group_sequence_advantages, scaled_over_batch
 from reinforcepp.algorithm.moments import Population, combine_moments, moment_sums, normalize, population_mask
 
 
@@ -59,6 +59,7 @@ def compute_advantages(
     gamma: float = 1.0,
     estimator: str = "reinforce_plus_plus",
     group_ids_B: Tensor | None = None,
+    scale: Scale | None = None,
     normalize_over: Population = "tokens",
     values_BT: Tensor | None = None,
     gae_lambda: float = 1.0,
@@ -74,6 +75,7 @@ def compute_advantages(
         gamma: discount per token; must be 1 with a group baseline.
         estimator: a name from ``estimators.ESTIMATORS``.
         group_ids_B: prompt id of each sequence, needed with a group baseline.
+        scale: instead of the estimator's; see ``EstimatorSpec``.
         normalize_over: ``tokens`` (the paper's code) or ``sequences``, where each sequence counts once.
         values_BT: the critic's value before each token; needed by ppo.
         gae_lambda: 1 uses observed returns only, 0 the critic's one-step estimates.
@@ -83,17 +85,20 @@ def compute_advantages(
         ConfigError: the arguments contradict each other, or a group has a single sample.
     """
     spec = checked_spec(estimator, kl_coef=kl_coef)
+    scale = scale or spec.scale
     if spec.grouped:
-        raw_BT = returns_BT = group_token_advantages(
-            rewards_B, kl_BT, mask_BT, group_ids_B, estimator, kl_coef=kl_coef, gamma=gamma
-        )
+        given = rewards_B, kl_BT, mask_BT, group_ids_B, estimator
+        advantages_B = group_sequence_advantages(*given, kl_coef=kl_coef, gamma=gamma, scaled=scale == "group")
+        if scale in ("reward_std", "sequences"):
+            advantages_B = scaled_over_batch(advantages_B, rewards_B, scale, sum_over_ranks)
+        raw_BT = returns_BT = torch.where(mask_BT.bool(), advantages_B.unsqueeze(-1), 0.0)
     else:
         rewards_BT = token_rewards(rewards_B, kl_BT, mask_BT, kl_coef)
         if spec.uses_critic:
             raw_BT, returns_BT = compute_gae(rewards_BT, values_BT, mask_BT, gamma=gamma, lam=gae_lambda)
         else:
             raw_BT = returns_BT = returns_to_go(rewards_BT, mask_BT, gamma)
-    if spec.scale != "batch":
+    if scale != "batch":
         return raw_BT, returns_BT
     counted_BT = population_mask(mask_BT, normalize_over)
     global_moments = combine_moments(sum_over_ranks(moment_sums(raw_BT, counted_BT)))

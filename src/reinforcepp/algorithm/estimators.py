@@ -14,7 +14,7 @@ from reinforcepp.errors import ConfigError, nearest
 
 EstimatorName = Literal["reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo", "grpo", "ppo"]
 Baseline = Literal["none", "group_mean", "leave_one_out", "critic"]
-Scale = Literal["batch", "group", "none"]
+Scale = Literal["batch", "group", "none", "reward_std", "sequences"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class EstimatorSpec:
     Attributes:
         baseline: subtracted from the reward: nothing, the mean of the prompt's samples, the mean of its other samples, or a
             critic's value (with GAE).
-        scale: standardization over the batch, division by the group's standard deviation, or none.
+        scale: standardization over the batch, division by the group's standard deviation, or none. Two more are chosen by
+            settings: division by the standard deviation of the batch's rewards, and standardization in which each
+            sequence counts once.
         kl_in_loss: the KL is a term of the loss (k2) instead of the reward (k1).
     """
 

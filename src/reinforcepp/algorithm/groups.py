@@ -5,12 +5,15 @@ Dimensions: B sequences, T response tokens, G groups (prompts).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from reinforcepp.algorithm.estimators import ESTIMATORS
+from reinforcepp.algorithm.estimators import ESTIMATORS, Scale
+from reinforcepp.algorithm.moments import combine_moments, moment_sums
 from reinforcepp.errors import ConfigError
 
 GROUP_SCALE_FLOOR = 1e-4
@@ -63,7 +66,43 @@ def group_advantages(rewards_B: Tensor, group_ids_B: Tensor, baseline: str, *, s
     return centered_B / (group.std + GROUP_SCALE_FLOOR) if scaled else centered_B
 
 
-def group_token_advantages(
+def normalized_sum(scores: Sequence[Sequence[float | None]], weights: Sequence[float], group_ids_B: Tensor) -> Tensor:
+    """Return sum_f weight_f · (score_f - mean_g) / (std_g + 1e-4), without the functions that gave None. -> (B,)
+
+    Mean and sample deviation of each function are those of its scores in the sequence's group, as in TRL. [arXiv 2601.05242]
+    """
+    _, group_B = torch.unique(group_ids_B, return_inverse=True)
+    total_B = torch.zeros(len(group_B), device=group_B.device)
+    for row, weight in zip(scores, weights, strict=True):
+        score_B = total_B.new_tensor([math.nan if score is None else score for score in row])
+        known_B = ~score_B.isnan()
+
+        def sums(values_B: Tensor, known_B: Tensor = known_B) -> Tensor:
+            sum_G = values_B.new_zeros(len(values_B)).index_add_(0, group_B, torch.where(known_B, values_B, 0.0))
+            return sum_G[group_B]
+
+        count_B = sums(torch.ones_like(score_B))
+        centered_B = score_B - sums(score_B) / count_B
+        std_B = (sums(centered_B.square()) / (count_B - 1).clamp_min(1)).sqrt()
+        total_B += weight * torch.where(known_B, centered_B / (std_B + GROUP_SCALE_FLOOR), 0.0)
+    return total_B
+
+
+def scaled_over_batch(
+    advantages_B: Tensor, rewards_B: Tensor, scale: Scale, sum_over_ranks: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return advantages that are scaled by a sample deviation over all ranks, as in TRL. -> (B,)
+
+    ``reward_std``: A / (std(R) + 1e-4). ``sequences``: (A - mean(A)) / (std(A) + 1e-4).
+    """
+    values_B = advantages_B if scale == "sequences" else rewards_B
+    sums = sum_over_ranks(moment_sums(values_B, torch.ones_like(values_B)))
+    mean, variance = combine_moments(sums)
+    std = (variance * sums[0] / (sums[0] - 1).clamp_min(1)).sqrt()
+    return ((advantages_B - (mean if scale == "sequences" else 0.0)) / (std + GROUP_SCALE_FLOOR)).float()
+
+
+def group_sequence_advantages(
     rewards_B: Tensor,
     kl_BT: Tensor | None,
     mask_BT: Tensor,
@@ -72,8 +111,9 @@ def group_token_advantages(
     *,
     kl_coef: float,
     gamma: float,
+    scaled: bool,
 ) -> Tensor:
-    """Return each sequence's group advantage of R - kl_coef · sum_t kl_t at its sampled tokens, 0 where masked. -> (B, T)
+    """Return each sequence's group advantage of R - kl_coef · sum_t kl_t, see :func:`group_advantages`. -> (B,)
 
     Raises:
         ConfigError: ``gamma`` isn't 1, the group ids are missing, or a group has a single sample.
@@ -86,5 +126,4 @@ def group_token_advantages(
     penalized_B = rewards_B.float()
     if kl_BT is not None and kl_coef != 0:
         penalized_B = penalized_B - kl_coef * torch.where(mask_BT.bool(), kl_BT.float(), 0.0).sum(-1)
-    advantages_B = group_advantages(penalized_B, group_ids_B, spec.baseline, scaled=spec.scale == "group")
-    return torch.where(mask_BT.bool(), advantages_B.unsqueeze(-1), 0.0)
+    return group_advantages(penalized_B, group_ids_B, spec.baseline, scaled=scaled)

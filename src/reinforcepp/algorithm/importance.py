@@ -36,6 +36,27 @@ def importance_weights(
     raise ConfigError(f"rollout correction: {mode!r} isn't valid. Choose tis, icepop or off.")
 
 
+def off_policy_mask(
+    logprobs_BT: Tensor, sampling_logprobs_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, threshold: float
+) -> Tensor:
+    """Return 0 at negative advantages of sequences whose mean of logp_sampling - logp is over ``threshold``, else 1. -> (B, T)
+
+    [arXiv 2512.02556 Eq. 9]
+    """
+    gap_BT = torch.where(mask_BT.bool(), sampling_logprobs_BT - logprobs_BT.detach(), 0.0)
+    gap_B1 = gap_BT.sum(-1, keepdim=True) / mask_BT.sum(-1, keepdim=True).clamp_min(1)
+    return ((advantages_BT >= 0) | (gap_B1 <= threshold)).float()
+
+
+def high_entropy_mask(entropy_BT: Tensor, mask_BT: Tensor, quantile: float) -> Tensor:
+    """Return 1 on the share ``quantile`` of unmasked tokens that have the highest entropy. [arXiv 2506.01939] -> (B, T)"""
+    known_BT = mask_BT.bool()
+    if not bool(known_BT.any()):
+        return torch.zeros_like(mask_BT)
+    threshold = torch.quantile(entropy_BT[known_BT].float(), 1 - quantile)
+    return (known_BT & (entropy_BT >= threshold)).float()
+
+
 def weight_stats(weights_BT: Tensor, mask_BT: Tensor, tokens: Tensor | float) -> dict[str, Tensor]:
     """Return mean and extremes of the weights under TRL's keys; ``tokens`` is the number of those in the optimizer step."""
     known_BT = mask_BT.bool()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec
+from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec, Scale
 from reinforcepp.algorithm.loss_types import LossType, Objective, RatioLevel
 from reinforcepp.config.base import Config, NonNegativeFloat, PositiveFloat, Range
 from reinforcepp.errors import ConfigError
@@ -19,6 +19,12 @@ class AlgorithmConfig(Config):
 
     estimator: EstimatorName = "reinforce_plus_plus"
     """Advantage estimator; rloo, grpo and ppo are for comparison"""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """Only grpo: deviation that rewards are divided by; true: group, the default"""
+    normalize_advantages: bool = False
+    """Only rloo: standardize the advantages over the batch"""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Only grpo: normalize the sum of the rewards, or each reward in its group first"""
     gamma: Discount = 1.0
     """Discount per token"""
     normalize_over: Literal["tokens", "sequences"] = "tokens"
@@ -38,6 +44,14 @@ class AlgorithmConfig(Config):
     """Clip the policy ratio above 1 + clip_high; with cispo, above clip_high"""
     dual_clip: Annotated[float, Range(above=1)] | None = None
     """Bound on the loss at negative advantages, in multiples of the advantage"""
+    mask_truncated_completions: bool = False
+    """Exclude completions that are truncated at max_new_tokens from the loss"""
+    off_policy_mask_threshold: PositiveFloat | None = None
+    """Drop a sequence's negative advantages if its policy moved more nats/token"""
+    top_entropy_quantile: Annotated[float, Range(at_least=0, at_most=1)] = 1.0
+    """Fraction of tokens, those of highest entropy, with a policy loss; 1: all"""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of an entropy bonus, the mean entropy per token in nats"""
     sapo_temperature_pos: PositiveFloat = 1.0
     """Only sapo: temperature of the gate at positive advantages"""
     sapo_temperature_neg: PositiveFloat = 1.05
@@ -52,6 +66,18 @@ class AlgorithmConfig(Config):
     def estimator_spec(self) -> EstimatorSpec:
         """Parts of the estimator."""
         return ESTIMATORS[self.estimator]
+
+    @property
+    def advantage_scale(self) -> Scale:
+        """Scale of the advantages."""
+        if self.normalizes_each_reward or self.scale_rewards == "batch":
+            return "reward_std"
+        return "sequences" if self.normalize_advantages else self.scale_rewards or self.estimator_spec.scale
+
+    @property
+    def normalizes_each_reward(self) -> bool:
+        """Whether each reward function is normalized before they are added."""
+        return self.multi_objective_aggregation == "normalize_then_sum"
 
     @property
     def objective(self) -> Objective:
@@ -69,6 +95,17 @@ class AlgorithmConfig(Config):
                 f"gamma: {self.gamma} doesn't work with the estimator {self.estimator}, which has no rewards per token. "
                 "Set gamma to 1."
             )
+        for setting, given, fits in (
+            ("scale_rewards", self.scale_rewards is not None, self.estimator_spec.scale == "group"),
+            ("normalize_advantages", self.normalize_advantages, self.estimator_spec.baseline == "leave_one_out"),
+            ("multi_objective_aggregation", self.normalizes_each_reward, self.estimator_spec.scale == "group"),
+        ):
+            if given and not fits:
+                raise ConfigError(
+                    f"{setting}: {getattr(self, setting)} doesn't work with the estimator {self.estimator}. It is a setting of "
+                    f"{'rloo' if setting == 'normalize_advantages' else 'grpo'}; reinforce_plus_plus and its baseline always "
+                    "standardize advantages over the batch. Omit it or change the estimator."
+                )
         if self.use_bias_correction_kl is not None and not self.estimator_spec.kl_in_loss:
             in_loss = " or ".join(name for name, spec in ESTIMATORS.items() if spec.kl_in_loss)
             raise ConfigError(

@@ -229,6 +229,12 @@ class ReinforceConfig(
                 f"estimator: {self.estimator} compares completions of one prompt, but num_generations is "
                 f"{self.num_generations}. Set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
             )
+        if self.normalizes_each_reward and (self.reward_bounds or self.truncation_penalty):
+            setting = "reward_clip" if self.reward_bounds else "truncation_penalty"
+            raise ConfigError(
+                f"{setting} changes the sum of the rewards, but multi_objective_aggregation normalize_then_sum normalizes each "
+                f"one before. Omit {setting} or normalize_then_sum."
+            )
         if self.optimizer_batch_size > self.completions_per_step:
             raise ConfigError(
                 f"micro_batch_size {self.effective_micro_batch_size} x gradient_accumulation_steps "

@@ -488,7 +488,10 @@ RULES: tuple[Rule, ...] = (
 )
 """Rules in the order in which they are applied: batches before steps, which are counted in batches."""
 
-VALUES: Mapping[str, Callable[[Any], Any]] = {"max_steps": lambda steps: 0 if steps in (-1, "-1") else steps}
+VALUES: Mapping[str, Callable[[Any], Any]] = {
+    "max_steps": lambda steps: 0 if steps in (-1, "-1") else steps,
+    "scale_rewards": lambda scale: {"true": "group", "false": "none"}.get(str(scale).lower(), scale),
+}
 """Conversions of values that only TRL has, for settings with the same name."""
 
 READ_ONLY: Mapping[str, Callable[[Any], Any]] = {

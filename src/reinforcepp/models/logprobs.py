@@ -39,6 +39,7 @@ def response_logprobs(
     pad_id: int,
     temperature: float = 1.0,
     width: int | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute log-probabilities of ``responses`` after ``prompts`` in one forward pass.
 
@@ -46,14 +47,16 @@ def response_logprobs(
     result to a common T.
 
     Returns:
-        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, 0 after the end of a response. The entropy, in nats,
-        carries no gradient.
+        ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, 0 after the end of a response. The entropy is in
+        nats and carries a gradient only if ``entropy_gradient`` is set.
     """
     plain = unwrap_model(model)
     head = plain.get_output_embeddings() if _head_gives_logits(plain) else nn.Identity()
     with bypass_head(head):
         hidden_BTD, ids_BT, mask_BT = response_states(model, prompts, responses, pad_id=pad_id)
-    logprobs_N, entropy_N = head_logprobs(head, hidden_BTD[mask_BT], ids_BT[mask_BT], temperature)
+    logprobs_N, entropy_N = head_logprobs(
+        head, hidden_BTD[mask_BT], ids_BT[mask_BT], temperature, entropy_gradient=entropy_gradient
+    )
     zeros_BT = hidden_BTD.new_zeros(mask_BT.shape, dtype=torch.float32)
     padding = (0, 0 if width is None else width - mask_BT.shape[1])
     logprobs_BT, entropy_BT, mask_BT = (
@@ -140,18 +143,20 @@ def unwrap_model(model: Any) -> Any:
 # --- from hidden states to log-probabilities ------------------------------------------------------------------------
 
 
-def head_logprobs(head: nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def head_logprobs(
+    head: nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperature: float = 1.0, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each id and the entropy of softmax(head(hidden) / temperature), in float32.
 
     Returns:
-        ``(logprobs_N, entropy_N)``; the entropy, in nats, carries no gradient.
+        ``(logprobs_N, entropy_N)``; the entropy is in nats and carries a gradient only if ``entropy_gradient`` is set.
     """
     weight = getattr(head, "weight", None)
     columns = hidden_ND.shape[-1] if weight is None else weight.shape[0]
     rows = max(1, CHUNK_BYTES // (columns * hidden_ND.element_size()))
 
     def chunk(part_ND: Tensor, part_N: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(head(part_ND), part_N, temperature)
+        return token_logprobs(head(part_ND), part_N, temperature, entropy_gradient=entropy_gradient)
 
     if len(ids_N) <= rows or weight is None:
         return chunk(hidden_ND, ids_N)
@@ -164,21 +169,28 @@ def head_logprobs(head: nn.Module, hidden_ND: Tensor, ids_N: Tensor, temperature
     return logprobs_N, entropy_N
 
 
-def token_logprobs(logits_NV: Tensor, ids_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits_NV: Tensor, ids_N: Tensor, temperature: float = 1.0, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each id and the entropy of softmax(logits / temperature), in float32.
 
     Returns:
-        ``(logprobs_N, entropy_N)``; the entropy, in nats, carries no gradient.
+        ``(logprobs_N, entropy_N)``; the entropy is in nats and carries a gradient only if ``entropy_gradient`` is set.
     """
-    logprobs_N, entropy_N = _TokenLogprobs.apply(logits_NV, ids_N, temperature)  # type: ignore[no-untyped-call]
+    logprobs_N, entropy_N = _TokenLogprobs.apply(logits_NV, ids_N, temperature, entropy_gradient)  # type: ignore[no-untyped-call]
     return logprobs_N, entropy_N
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Saves only the logits, in their dtype, for backward: d logp / d logits = (onehot - softmax) / temperature."""
+    """Saves only the logits, in their dtype, for backward, with p = softmax(logits / temperature):
+
+    d logp / d logits = (onehot - p) / temperature, and d H / d logits = -p · (log p + H) / temperature for the entropy H.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_NV: Tensor, ids_N: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         logprobs_N, entropy_N = (torch.empty(len(ids_N), device=logits_NV.device) for _ in range(2))
         for rows in _blocks(logits_NV):
             block_NV, probs_NV = _softmax(logits_NV[rows], temperature)
@@ -187,20 +199,30 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs_N[rows] = (block_NV.gather(-1, ids_N[rows, None]) - log_z_N1).squeeze(-1)
             entropy_N[rows] = log_z_N1.squeeze(-1) - torch.linalg.vecdot(probs_NV, block_NV)
         ctx.save_for_backward(logits_NV, ids_N)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_N)
+        ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy_N)
         return logprobs_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         logits_NV, ids_N = ctx.saved_tensors
         slope_N1 = (gradients[0] / ctx.temperature).unsqueeze(-1)
         gradient_NV = torch.empty_like(logits_NV)
         for rows in _blocks(logits_NV):
-            _, probs_NV = _softmax(logits_NV[rows], ctx.temperature)
+            block_NV, probs_NV = _softmax(logits_NV[rows], ctx.temperature)
+            if ctx.entropy_gradient:  # before probs_NV is overwritten
+                bonus_NV = _entropy_gradient(block_NV, probs_NV) * (gradients[1][rows, None] / ctx.temperature)
             probs_NV.mul_(-slope_N1[rows]).scatter_add_(-1, ids_N[rows, None], slope_N1[rows])
-            gradient_NV[rows] = probs_NV
-        return gradient_NV, None, None
+            gradient_NV[rows] = probs_NV + bonus_NV if ctx.entropy_gradient else probs_NV
+        return gradient_NV, None, None, None
+
+
+def _entropy_gradient(scaled_NV: Tensor, probs_NV: Tensor) -> Tensor:
+    """Return -p · (log p + H), the gradient of the entropy H with respect to the scaled logits."""
+    logprobs_NV = scaled_NV - torch.logsumexp(scaled_NV, -1, keepdim=True)
+    entropy_N1 = -torch.linalg.vecdot(probs_NV, logprobs_NV).unsqueeze(-1)
+    return -probs_NV * (logprobs_NV + entropy_N1)
 
 
 def _softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import json
 import math
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reinforcepp.algorithm.advantages import compute_advantages
+from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import write_json
@@ -126,6 +128,36 @@ def halved_micro_batch(size: int, ranks: Ranks, error: torch.OutOfMemoryError) -
         "yellow",
     )
     return size // 2
+
+
+def batch_advantages(
+    batch: RolloutBatch,
+    config: ReinforceConfig,
+    kl_coef: float,
+    *,
+    on_policy: bool,
+    values_BT: Tensor | None = None,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda part: part,
+) -> tuple[Tensor, Tensor]:
+    """Return ``(advantages_BT, returns_BT)`` by the estimator that ``config`` names, normalized over all ranks.
+
+    With ``on_policy`` the engine's log-probabilities stand for the policy's, which the update has yet to compute.
+    """
+    policy_BT = batch.rollout_logprobs_BT if on_policy else batch.old_logprobs_BT
+    return compute_advantages(
+        batch.rewards_B,
+        kl_estimate(policy_BT, batch.ref_logprobs_BT, "k1"),
+        batch.mask_BT,
+        kl_coef=0.0 if config.estimator_spec.kl_in_loss else kl_coef,
+        gamma=config.gamma,
+        estimator=config.estimator,
+        group_ids_B=batch.group_ids_B,
+        scale=config.advantage_scale,
+        normalize_over=config.normalize_over,
+        values_BT=values_BT,
+        gae_lambda=config.gae_lambda,
+        sum_over_ranks=sum_over_ranks,
+    )
 
 
 @dataclass

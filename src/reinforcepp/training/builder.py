@@ -307,7 +307,13 @@ def start_learners(
 def sampling_gap(config: ReinforceConfig, engine: RolloutEngine) -> tuple[Correction, bool]:
     """Return how the engine's log-probabilities are corrected, and whether each batch is exactly on policy."""
     same_forward, ahead = engine.shares_trainer_forward, config.staleness > 0
-    on_policy = same_forward and not ahead and config.learns_as_sampled and config.updates_per_step == 1
+    on_policy = (
+        same_forward
+        and not ahead
+        and config.learns_as_sampled
+        and config.updates_per_step == 1
+        and config.top_entropy_quantile == 1
+    )
     if config.importance_correction != "auto":
         return config.importance_correction, on_policy
     return "tis" if ahead or not same_forward else "off", on_policy

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from reinforcepp.algorithm.advantages import clip_rewards, compute_advantages
-from reinforcepp.algorithm.importance import Correction, importance_weights, weight_stats
+from reinforcepp.algorithm.advantages import clip_rewards
+from reinforcepp.algorithm.groups import normalized_sum
+from reinforcepp.algorithm.importance import Correction
 from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.algorithm.losses import policy_loss
-from reinforcepp.algorithm.means import StepSize
+from reinforcepp.algorithm.means import masked_mean
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import UnusableUpdate
@@ -21,10 +22,18 @@ from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import pad_values
 from reinforcepp.rewards.functions import RewardScores, drop_unscored
 from reinforcepp.rewards.sources import RewardSum
-from reinforcepp.training.batches import UpdateBatch, halved_micro_batch, micro_batches, planned_batches, rank_passes
+from reinforcepp.training.batches import (
+    UpdateBatch,
+    batch_advantages,
+    halved_micro_batch,
+    micro_batches,
+    planned_batches,
+    rank_passes,
+)
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
+from reinforcepp.training.optimizer_step import OptimizerStep
 from reinforcepp.training.update_stats import LOG_RATIO, UpdateStats
 from reinforcepp.types import Completion, RolloutBatch
 
@@ -64,6 +73,12 @@ def score(
             entropy_BT = pad_values([c.entropy for c in kept]).to(device)
         if not bool(torch.isfinite(torch.stack([ref_BT, old_BT])).all()):
             raise UnusableUpdate("a completion's log-probability isn't finite under the policy or its reference")
+        if config.mask_truncated_completions:
+            mask_BT *= torch.tensor([[c.finish_reason != "length"] for c in kept], device=device)
+        group_ids_B = torch.tensor([c.prompt.key for c in kept], dtype=torch.long, device=device)
+        rewards_B = clip_rewards(torch.tensor(scores.known, device=device), config.reward_bounds)
+        if config.normalizes_each_reward:
+            rewards_B = normalized_sum([scores.by_function[n] for n in rewards.names], rewards.weights, group_ids_B)
         batch = RolloutBatch(
             completions=kept,
             mask_BT=mask_BT,
@@ -71,8 +86,8 @@ def score(
             old_logprobs_BT=old_BT,
             ref_logprobs_BT=ref_BT,
             entropy_BT=entropy_BT,
-            rewards_B=clip_rewards(torch.tensor(scores.known, device=device), config.reward_bounds),
-            group_ids_B=torch.tensor([c.prompt.key for c in kept], dtype=torch.long, device=device),
+            rewards_B=rewards_B,
+            group_ids_B=group_ids_B,
         )
         return batch, scores
 
@@ -94,35 +109,6 @@ def with_advantages(batch: RolloutBatch, scores: RewardScores, update: PolicyUpd
     if not joined.rollout.completions:
         raise UnusableUpdate("no completion of the batch was scored by a reward")
     return joined
-
-
-def batch_advantages(
-    batch: RolloutBatch,
-    config: ReinforceConfig,
-    kl_coef: float,
-    *,
-    on_policy: bool,
-    values_BT: Tensor | None = None,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda part: part,
-) -> tuple[Tensor, Tensor]:
-    """Return ``(advantages_BT, returns_BT)`` by the estimator that ``config`` names, normalized over all ranks.
-
-    With ``on_policy`` the engine's log-probabilities stand for the policy's, which the update has yet to compute.
-    """
-    policy_BT = batch.rollout_logprobs_BT if on_policy else batch.old_logprobs_BT
-    return compute_advantages(
-        batch.rewards_B,
-        kl_estimate(policy_BT, batch.ref_logprobs_BT, "k1"),
-        batch.mask_BT,
-        kl_coef=0.0 if config.estimator_spec.kl_in_loss else kl_coef,
-        gamma=config.gamma,
-        estimator=config.estimator,
-        group_ids_B=batch.group_ids_B,
-        normalize_over=config.normalize_over,
-        values_BT=values_BT,
-        gae_lambda=config.gae_lambda,
-        sum_over_ranks=sum_over_ranks,
-    )
 
 
 @dataclass(eq=False)
@@ -171,7 +157,7 @@ class PolicyUpdate:
         return batch.mean_stats()
 
     def logprobs(
-        self, model: object, completions: Sequence[Completion], rows: Sequence[int], width: int
+        self, model: object, completions: Sequence[Completion], rows: Sequence[int], width: int, **options: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``(logprobs_BT, entropy_BT, mask_BT)`` of the chosen completions under ``model``, ``width`` columns wide."""
         return response_logprobs(
@@ -181,6 +167,7 @@ class PolicyUpdate:
             pad_id=self.pad_id,
             temperature=self.config.temperature,
             width=width,
+            **options,
         )
 
     def _optimizer_step(self, batch: UpdateBatch, rows: Sequence[int], step: int, kl_coef: float) -> dict[str, float]:
@@ -212,56 +199,45 @@ class PolicyUpdate:
 
     def _backward(self, batch: UpdateBatch, rows: Sequence[int], kl_coef: float) -> UpdateStats:
         """Run forward and backward passes over all micro-batches of one optimizer step; return summed statistics."""
-        size = StepSize(batch.rollout.mask_BT[rows].sum().clamp_min(1), len(rows), self.config.max_new_tokens)
+        step = OptimizerStep.of(batch.rollout, rows, kl_coef, self.config)
         totals = UpdateStats()
         passes = rank_passes(batch.rollout.completions, rows, self.micro_batch_size, self.ranks)
         for number, (micro, weight) in enumerate(passes, 1):
             self.heartbeat.safe_point()
             last = number == len(passes)
             with self.policy.learning(last=last):
-                loss, stats = self._policy_loss(batch, micro, size, kl_coef, new=weight > 0)
+                loss, stats = self._policy_loss(batch, micro, step, new=weight > 0)
                 self.policy.backward(loss * weight)
             stats["loss"] = loss.detach()
             if self.critic is not None:
-                stats["critic/loss"] = self.critic.accumulate(batch, micro, size.tokens, self.pad_id, weight, last=last)
+                tokens = step.size.tokens
+                stats["critic/loss"] = self.critic.accumulate(batch, micro, tokens, self.pad_id, weight, last=last)
             totals.add(stats, weight)
         return totals
 
     def _policy_loss(
-        self, batch: UpdateBatch, rows: list[int], size: StepSize, kl_coef: float, *, new: bool
+        self, batch: UpdateBatch, rows: list[int], step: OptimizerStep, *, new: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a micro-batch's share of the loss of a step of ``size``; ``new`` if these rows aren't repeated."""
-        config, rollout, advantages_BT = self.config, batch.rollout, batch.advantages_BT
-        width = advantages_BT.shape[1]
-        logprobs_BT, entropy_BT, _ = self.logprobs(self.policy.model, rollout.completions, rows, width)
+        """Return a micro-batch's share of the loss of an optimizer step; ``new`` if these rows aren't repeated."""
+        config, rollout, advantages_BT = self.config, batch.rollout, batch.advantages_BT[rows]
+        given = self.policy.model, rollout.completions, rows, advantages_BT.shape[1]
+        logprobs_BT, entropy_BT, _ = self.logprobs(*given, entropy_gradient=config.entropy_coef != 0)
         mask_BT = rollout.mask_BT[rows]
         if self.on_policy and new:
-            rollout.old_logprobs_BT[rows], rollout.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT
+            rollout.old_logprobs_BT[rows], rollout.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT.detach()
         old_BT = rollout.old_logprobs_BT[rows]
-        weights_BT = importance_weights(
-            old_BT,
-            rollout.rollout_logprobs_BT[rows],
-            mask_BT,
-            mode=self.correction,
-            low=config.importance_low,
-            high=config.importance_high,
-        )
+        weights_BT, stats = step.token_weights(rollout, rows, logprobs_BT, advantages_BT, config, self.correction)
         kl_BT = None
         if config.estimator_spec.kl_in_loss:
-            kl_BT = kl_coef * kl_estimate(logprobs_BT, rollout.ref_logprobs_BT[rows], config.kl_of_loss)
-        loss, stats = policy_loss(
-            logprobs_BT,
-            old_BT,
-            advantages_BT[rows],
-            mask_BT,
-            self.objective,
-            weights_BT=weights_BT,
-            kl_BT=kl_BT,
-            correct_kl=config.use_bias_correction_kl is True,
-            size=size,
+            kl_BT = step.kl_coef * kl_estimate(logprobs_BT, rollout.ref_logprobs_BT[rows], config.kl_of_loss)
+        tensors, correct_kl = (logprobs_BT, old_BT, advantages_BT, mask_BT), config.use_bias_correction_kl is True
+        loss, loss_stats = policy_loss(
+            *tensors, self.objective, weights_BT=weights_BT, kl_BT=kl_BT, correct_kl=correct_kl, size=step.size
         )
-        if weights_BT is not None:
-            stats |= weight_stats(weights_BT, mask_BT, size.tokens)
+        stats |= loss_stats
+        if config.entropy_coef:
+            stats["policy_loss"] = loss.detach()
+            loss = loss - config.entropy_coef * masked_mean(entropy_BT, step.focus_BT[rows], step.focus_tokens)
         log_ratio_BT = (logprobs_BT.detach() - old_BT).abs()
         stats[LOG_RATIO] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
         return loss, stats
