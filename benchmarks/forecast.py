@@ -21,7 +21,7 @@ from rich.table import Table
 from scaling.cluster import ForecastConfig, Scale, links_for, number_of_nodes, scales
 
 from reinforcepp.config import read_yaml
-from reinforcepp.errors import ReinforceError
+from reinforcepp.errors import ReinforceError, command_line
 from reinforcepp.planner.command import make_plan, print_text
 from reinforcepp.planner.lengths import lengths_for
 from reinforcepp.planner.report import LABELS, Plan, as_json, assumptions, memory_text
@@ -128,17 +128,18 @@ def _flags(values: Mapping[str, Any]) -> Iterator[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the forecast; returns 0 if the training fits, 1 if it doesn't, and 2 for wrong settings."""
-    try:
-        config = parse(arguments)
-        found = forecast(config)
-    except ReinforceError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    if config.format == "json":
-        print(json.dumps(as_values(found), indent=2))
-    else:
-        print_text(text(found))
-    return 0 if found.plan.fits else DOES_NOT_FIT
+    with command_line():
+        try:
+            config = parse(arguments)
+            found = forecast(config)
+        except ReinforceError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return USAGE_ERROR
+        if config.format == "json":
+            print(json.dumps(as_values(found), indent=2))
+        else:
+            print_text(text(found))
+        return 0 if found.plan.fits else DOES_NOT_FIT
 
 
 if __name__ == "__main__":

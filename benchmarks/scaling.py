@@ -223,7 +223,7 @@ def projections() -> dict[str, Any]:
                 "settings": USUAL | changes,
                 "parameters": plan.job.policy.parameters,
                 "fits": plan.fits,
-                "memory_gib": plan.peak / 2**30,
+                "memory_gib": plan.peak_memory / 2**30,
                 "verdict": verdict(plan),
                 "scales": [
                     {

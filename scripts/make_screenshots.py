@@ -20,7 +20,7 @@ from playwright.sync_api import Page, sync_playwright
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from reinforcepp.commands.report import write_report
+from reinforcepp.commands.report import read_report
 from reinforcepp.monitoring.completion_log import COMPLETIONS, conversation_of, read_completions, step_file
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.live_view import Sample, Snapshot, duration, view
@@ -51,7 +51,7 @@ def main(name: str) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         page_path = Path(folder) / "report.html"
-        write_report([find_run(name)], page_path)
+        read_report([find_run(name)]).save(page_path)
         browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
         for picture, (width, height, scale, scheme, elements) in SCREENSHOTS.items():
             page = browser.new_page(

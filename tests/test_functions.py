@@ -17,6 +17,7 @@ import typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import UnionType
 
 import datasets
@@ -24,23 +25,40 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from made_runs import make_run
 
 import reinforcepp
-from reinforcepp import generate, lint
-from reinforcepp.config import GenerateConfig, LintConfig
+from reinforcepp import ReinforceConfig, export, generate, lint, plan, report
+from reinforcepp.commands import cli
+from reinforcepp.config import (
+    ExportConfig,
+    GenerateConfig,
+    LintConfig,
+    PlanConfig,
+    ReportConfig,
+    SftConfig,
+    TrainConfig,
+)
 from reinforcepp.errors import ConfigError, DataError, ModelError
 from reinforcepp.models.loading import load_policy, load_tokenizer, weights_hash
+from reinforcepp.models.lora import with_adapter
+from reinforcepp.planner.command import make_plan
 from scripts import ROOT
 
 SETTINGS = {
     "generate": (GenerateConfig, {"prompt", "prompts_file"}),
     "lint": (LintConfig, {"fail_on"}),
+    "plan": (PlanConfig, {field.name for field in fields(TrainConfig)} - {"model", "judge"} | {"format"}),
+    "report": (ReportConfig, set()),
+    "export": (ExportConfig, set()),
 }
 """Functions with the class of their settings, and the settings that are the command's alone."""
-OTHERS = {"verbose", "prompts", "processing_class"}
+OTHERS = {"verbose", "prompts", "processing_class", "reward_funcs", "args"}
 """Arguments that aren't settings."""
-OWN_DEFAULT = {"output"}
-"""Settings with another default, because a function writes no file unless asked."""
+OWN_DEFAULT = {"output", "judge"}
+"""Settings with another default: a function writes no file unless asked, and plans no judge."""
+OUTPUTS = {"report": ["report.html"], "export": ["exported"]}
+"""Files that the examples write."""
 
 
 TYPES = {
@@ -101,6 +119,12 @@ def no_vllm(monkeypatch):
     monkeypatch.setattr("reinforcepp.rollout.vllm.compat.vllm_status", lambda *_: (False, "vLLM isn't installed"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def libraries(tmp_path_factory):
+    """Load what saving a model loads, because libraries print and set variables when they are imported."""
+    export("builtin:tiny", tmp_path_factory.mktemp("models") / "exported")
+
+
 # --- documentation ----------------------------------------------------------------------------------------------------
 
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
@@ -110,13 +134,16 @@ DOCSTRINGS = {name: inspect.getdoc(getattr(reinforcepp, name)) for name in SETTI
 
 def test_every_function_has_an_example():
     assert list(EXAMPLES) == list(SETTINGS)
-    assert all(f"from reinforcepp import {name}\n" in text for name, text in EXAMPLES.items())
+    assert all(
+        re.search(rf"^from reinforcepp import .*\b{name}$", text, re.MULTILINE) for name, text in EXAMPLES.items()
+    )
     assert all(f"[`{name}`](#" in PAGE for name in SETTINGS)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_example_of_the_page_runs(name, unchanged):
-    with unchanged(printing=True):
+    make_run(Path("runs/train"))
+    with unchanged(printing=True, writes=OUTPUTS.get(name, ())):
         exec(EXAMPLES[name], {})
 
 
@@ -124,7 +151,8 @@ def test_the_example_of_the_page_runs(name, unchanged):
 def test_the_example_of_the_docstring_runs(name, unchanged):
     example = doctest.DocTestParser().get_doctest(DOCSTRINGS[name], {}, name, None, None)
     assert example.examples
-    with unchanged():
+    make_run(Path("runs/train"))
+    with unchanged(writes=set(OUTPUTS.get(name, ())) - {"report.html"}):
         assert doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(example).failed == 0
 
 
@@ -157,11 +185,12 @@ def unchanged(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path / "cwd")
 
     @contextmanager
-    def check(printing: bool = False):
+    def check(printing: bool = False, writes=()):
         capfd.readouterr()
         before = surroundings()
         yield
         after = surroundings()
+        before["files"] = sorted([*before["files"], *writes])
         assert [key for key in before if before[key] != after[key]] == []
         assert printing or capfd.readouterr() == ("", "")
 
@@ -169,13 +198,15 @@ def unchanged(tmp_path, monkeypatch, capfd):
 
 
 def everywhere(function):
-    """Return the results of ``function`` twice in a row, within a running event loop, and in another thread."""
+    """Return the results of ``function`` here, in another thread, within a running event loop, and again in that thread."""
 
     async def in_a_loop():
         return function()
 
     with ThreadPoolExecutor(1) as threads:
-        return [function(), function(), asyncio.run(in_a_loop()), threads.submit(function).result()]
+        calls = (function, lambda: asyncio.run(in_a_loop()), function)
+        # The loop has a thread of its own, because the tests in a browser leave a loop in this one.
+        return [function(), *(threads.submit(call).result() for call in calls)]
 
 
 def untouched(model) -> list[object]:
@@ -311,3 +342,117 @@ def test_lint_prints_progress_only_if_asked(capsys, monkeypatch):
     for verbose in (False, True):
         lint(ROWS, verbose=verbose)
         assert ("searching near-duplicates" in capsys.readouterr().err) is verbose
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_is_that_of_the_command(unchanged, reward_folder):
+    args = ReinforceConfig(batch_size=4, max_new_tokens=32, estimator="ppo", use_peft=True)
+    with unchanged():
+        first, *again = everywhere(lambda: plan("builtin:tiny", reward_folder, args, device="h100", gpus=2))
+    settings = {field.name: getattr(args, field.name) for field in fields(args)}
+    of_command = make_plan(PlanConfig(**settings, reward_model=str(reward_folder), judge="none", device="h100", gpus=2))
+    for estimate in (first, *again):
+        assert (estimate.phases, estimate.seconds) == (of_command.phases, of_command.seconds)
+        assert str(estimate) == "\n".join(line.rstrip() for line in str(of_command).splitlines())
+    assert first.peak_memory == max(sum(parts.values()) for parts in first.phases.values())
+    assert first.seconds_per_step == sum(first.seconds.values()) and first.fits
+    assert "policy" in first.table and first.table.strip() in str(first)
+
+
+def test_plan_counts_the_rewards_of_a_trainer(reward_folder):
+    def short(completions, **columns):
+        return [0.0] * len(completions)
+
+    alone, with_function, with_model = (
+        plan("builtin:tiny", rewards, device="h100") for rewards in (None, short, [short, str(reward_folder)])
+    )
+    assert alone.peak_memory == with_function.peak_memory < with_model.peak_memory
+    assert "Memory and time of short aren't included." in with_function.notes
+    assert alone.job.reward.parameters == 0 < with_model.job.reward.parameters
+
+
+def test_a_plan_that_does_not_fit_names_settings_as_python_has_them():
+    args = ReinforceConfig(batch_size=64, num_generations=8, estimator="grpo", max_new_tokens=200, micro_batch_size=64)
+    estimate = plan("builtin:tiny", None, args, device="h100", gpu_memory=1.5)
+    assert not estimate.fits
+    assert re.search(r"It fits with micro_batch_size=\d+", str(estimate))
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_report_returns_the_page_that_the_command_writes(tmp_path, unchanged, reward_folder):
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    with unchanged():
+        page, *again = everywhere(lambda: report(runs[0]))
+        both, of_model = report([str(run) for run in runs]), report(reward_folder)
+    assert again == [page] * 3
+    assert cli.main(["report", str(runs[0])]) == 0
+    assert page.save(tmp_path / "page.html").read_bytes() == (runs[0] / "report.html").read_bytes()
+    assert list(both.verdicts) == ["one", "two"] and both.verdicts["one"] == page.verdicts["one"]
+    assert next(iter(of_model.verdicts.values())).startswith("Inconclusive")
+    assert page._repr_html_().count("<") == 2  # one frame, which holds the page as an attribute
+
+
+def test_report_writes_only_over_a_report(tmp_path):
+    run, taken = make_run(tmp_path / "run"), tmp_path / "notes.html"
+    taken.write_text("notes")
+    for write in (lambda: report(run, taken), lambda: report(run).save(taken)):
+        with pytest.raises(ConfigError, match=r"isn't a report\. Choose another output"):
+            write()
+    assert report(run, tmp_path / "page.html").html == (tmp_path / "page.html").read_text()
+    assert taken.read_text() == "notes"
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_export_of_a_loaded_model(dtype, wanted, adapter, model_folder, tmp_path, unchanged):
+    model, tokenizer = load_policy(str(model_folder)), load_tokenizer(str(model_folder))
+    if adapter:
+        model = with_adapter(model, SftConfig(use_peft=True), seed=0)
+        torch.nn.init.normal_(
+            dict(model.named_parameters())["base_model.model.transformer.h.0.attn.c_attn.lora_B.default.weight"]
+        )
+    model.train()
+    ids = torch.tensor([[5, 6, 7]])
+    before = untouched(model)
+    with unchanged():
+        folders = everywhere(
+            lambda: export(
+                model, tmp_path / str(len(list(tmp_path.iterdir()))), processing_class=tokenizer, dtype=dtype
+            )
+        )
+    assert untouched(model) == before
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folders[-1])
+    assert exported.dtype == wanted
+    with torch.no_grad():
+        assert torch.allclose(
+            exported.float()(ids).logits, model.eval()(ids).logits, atol=1e-4 if dtype == "auto" else 0.1
+        )
+    assert transformers.AutoTokenizer.from_pretrained(folders[0]).eos_token == tokenizer.eos_token
+    assert "No record of its training was found" in (folders[0] / "README.md").read_text()
+    with pytest.raises(ConfigError, match="isn't empty"):
+        export(model, folders[0])
+
+
+def test_export_of_an_adapter_alone(model_folder, tmp_path):
+    model = with_adapter(load_policy(str(model_folder)), SftConfig(use_peft=True), seed=0)
+    folder = export(model, tmp_path / "adapter", merge=False)
+    assert {path.suffix for path in folder.glob("*model*")} == {".safetensors"}
+    assert (folder / "adapter_config.json").is_file()
+    assert generate(folder, "Why?", **SIZES)[0].ids == generate(model, "Why?", **SIZES)[0].ids
+
+
+def test_export_of_a_folder_is_that_of_the_command(model_folder, tmp_path, unchanged):
+    with unchanged():
+        folder = export(model_folder, tmp_path / "ours")
+    assert cli.main(["export", str(model_folder), "--output_dir", str(tmp_path / "theirs")]) == 0
+    for path in folder.iterdir():
+        assert path.name == "README.md" or path.read_bytes() == (tmp_path / "theirs" / path.name).read_bytes()
+    with pytest.raises(ModelError, match="model folder not found"):
+        export("./none", tmp_path / "none")

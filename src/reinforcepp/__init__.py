@@ -10,11 +10,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getattr__`` loads the same names
+    from reinforcepp.commands.export.command import export as export
     from reinforcepp.commands.generate import Response as Response
     from reinforcepp.commands.generate import generate as generate
     from reinforcepp.commands.lint.command import lint as lint
     from reinforcepp.commands.lint.findings import Finding as Finding
     from reinforcepp.commands.lint.findings import LintReport as LintReport
+    from reinforcepp.commands.report import Report as Report
+    from reinforcepp.commands.report import report as report
     from reinforcepp.config import GenerateConfig as GenerateConfig
     from reinforcepp.config import ReinforceConfig as ReinforceConfig
     from reinforcepp.config import RewardModelConfig as RewardModelConfig
@@ -30,6 +33,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getatt
     from reinforcepp.models.loading import load_tokenizer as load_tokenizer
     from reinforcepp.models.tokenization import encode_answer as encode_answer
     from reinforcepp.models.tokenization import encode_prompt as encode_prompt
+    from reinforcepp.planner.command import plan as plan
+    from reinforcepp.planner.report import Plan as Plan
     from reinforcepp.rewards.trained import load_reward_model as load_reward_model
     from reinforcepp.rollout.engine import RolloutEngine as RolloutEngine
     from reinforcepp.rollout.transformers_engine import TransformersEngine as TransformersEngine
@@ -52,6 +57,11 @@ _MODULES = {
     "train_reward_model": "training.reward_trainer",
     "generate": "commands.generate",
     "Response": "commands.generate",
+    "export": "commands.export.command",
+    "plan": "planner.command",
+    "Plan": "planner.report",
+    "report": "commands.report",
+    "Report": "commands.report",
     "lint": "commands.lint.command",
     "LintReport": "commands.lint.findings",
     "Finding": "commands.lint.findings",

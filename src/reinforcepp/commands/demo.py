@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reinforcepp.commands.generate import run_generate
-from reinforcepp.commands.report import PAGE, write_report
+from reinforcepp.commands.report import PAGE, read_report
 from reinforcepp.config import DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.files import write_json
@@ -114,7 +114,7 @@ def _run_stages(config: DemoConfig, folder: Path) -> DemoResult:
         f"{result.distinct:.2f} distinct responses per topic, length ratio {result.length_ratio:.2f}, {result.seconds:.0f} s.",
         "bold",
     )
-    write_report([folder / "policy"], folder / PAGE)
+    read_report([folder / "policy"]).save(folder / PAGE)
     echo(f"Saved to {folder}: {PAGE}, reward_model/, policy/, training_curve.png, comparison.json", "green")
     return result
 

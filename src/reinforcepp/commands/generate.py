@@ -97,7 +97,7 @@ def generate(
         temperature: Sampling temperature; 0 is greedy, 1 the model's own distribution.
         top_p: Sample from the likeliest tokens with this total probability; 1 disables.
         top_k: Sample from this many likeliest tokens; 0 disables.
-        min_p: Sample tokens above this fraction of the likeliest token's probability; 0 disables.
+        min_p: Sample tokens above this fraction of the top probability; 0 disables.
         repetition_penalty: Above 1 makes tokens that already occurred less likely.
         seed: Sampling seed; the same seed gives the same responses.
         num_samples: Responses per prompt.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reinforcepp.errors import ConfigError
+from reinforcepp.models.lora import base_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,3 +46,15 @@ def preserve_modes(model: PreTrainedModel | None) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def preserve_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Restore the generation config of ``model`` afterwards, because saving a model completes it."""
+    base = base_model(model)
+    before = base.generation_config
+    base.generation_config = copy.deepcopy(before)
+    try:
+        yield
+    finally:
+        base.generation_config = before

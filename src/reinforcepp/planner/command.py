@@ -1,23 +1,24 @@
-"""The ``plan`` command: read configurations, compute the plan, and print it."""
+"""The ``plan`` command and function: read configurations and compute the plan."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from reinforcepp.config import PlanConfig
+from reinforcepp.config import PlanConfig, ReinforceConfig
+from reinforcepp.config.accelerators import DeviceName
 from reinforcepp.config.reinforce import RAY, server_addresses
-from reinforcepp.config.reward_spec import parse_source
-from reinforcepp.errors import RolloutError, option, setting
+from reinforcepp.config.reward_spec import RewardSource, parse_source
+from reinforcepp.errors import ConfigError, RolloutError, option, setting
 from reinforcepp.models.loading import load_config, prompt_limit
 from reinforcepp.models.precision import compute_dtype, format_flops, slow_precision
 from reinforcepp.planner import report
@@ -28,16 +29,19 @@ from reinforcepp.planner.model_costs import FrozenModel, RowSize, combined, froz
 from reinforcepp.planner.report import Plan
 from reinforcepp.planner.search import largest, with_micro
 from reinforcepp.planner.timing import node_seconds
+from reinforcepp.rewards.functions import RewardFunction, function_name
+from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.rollout.selection import EngineName
 from reinforcepp.rollout.vllm.compat import built_for_cpu
+from reinforcepp.runtime import silence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DOES_NOT_FIT = 1
+"""Exit code."""
 ASSUMED_PROMPT = 512
 """Tokens of a prompt if max_prompt_length isn't set and the context isn't shorter."""
-"""Exit code."""
 IMPLAUSIBLE_FLOPS, IMPLAUSIBLE_BYTES = 2e9, 5e8
 """Rates per second that every CPU core exceeds in float32 unless other processes use it."""
 
@@ -48,13 +52,13 @@ def run_plan(config: PlanConfig) -> int:
     Raises:
         ReinforceError: as :func:`make_plan`.
     """
-    plan = make_plan(config)
+    estimate = make_plan(config)
     if config.format == "json":
-        sys.stdout.write(report.as_json(plan))
+        sys.stdout.write(report.as_json(estimate))
         sys.stdout.flush()
     else:
-        print_text(report.as_text(plan))
-    return 0 if plan.fits else DOES_NOT_FIT
+        print_text(report.as_text(estimate))
+    return 0 if estimate.fits else DOES_NOT_FIT
 
 
 def print_text(parts: Iterable[str | Table]) -> None:
@@ -70,12 +74,89 @@ def show_plan(plan: Plan) -> None:
     print_text(report.as_text(plan))
 
 
-def make_plan(config: PlanConfig, ranks_of: Callable[[int], int] = lambda gpus: gpus) -> Plan:
+def plan(
+    model: str | Path = PlanConfig.model,
+    reward_funcs: str | Path | RewardFunction | Sequence[str | Path | RewardFunction] | None = None,
+    args: ReinforceConfig | None = None,
+    *,
+    judge: str = "none",
+    gpus: int | None = None,
+    fsdp: bool = PlanConfig.fsdp,
+    mean_new_tokens: float | None = None,
+    lengths_from: str | Path | None = None,
+    device: DeviceName = "auto",
+    gpu_memory: float | None = None,
+) -> Plan:
+    """Estimate, without loading a model, whether a training fits into one node's memory and how long a step takes.
+
+    The first three arguments are those of :class:`~reinforcepp.ReinforceTrainer`.
+
+    Example:
+        >>> from reinforcepp import ReinforceConfig, plan
+        >>> estimate = plan("builtin:tiny", args=ReinforceConfig(max_new_tokens=32), device="h100")
+        >>> estimate.fits, round(estimate.peak_memory / 2**30), estimate.seconds_per_step < 60
+        (True, 1, True)
+
+    Args:
+        model: Policy and reference model: builtin:tiny, a folder or a Hub name.
+        reward_funcs: Rewards of the training. Folders of reward models count, functions don't.
+        args: Settings of the training.
+        judge: Scores held-out responses: builtin:judge, a reward, none, or auto.
+        gpus: GPUs that train; 0 is the CPU. Default: all of this node, 1 of a named device.
+        fsdp: Shard weights, gradients and optimizer state over the GPUs (FSDP2).
+        mean_new_tokens: Mean completion length for time, in tokens; default: max_new_tokens.
+        lengths_from: Folder of a run whose completion lengths are used instead.
+        device: Device to plan for; auto is this node, cpu its CPU, others are GPUs.
+        gpu_memory: Memory of each GPU, or of the CPU, in GiB. Default: measured, or the data sheet.
+
+    Returns:
+        The plan: ``peak_memory`` in bytes, ``fits``, ``seconds_per_step``, ``table``, and by ``print(plan)`` all of it.
+
+    Raises:
+        ConfigError: A setting is invalid, or the settings exceed the model's context.
+        ModelError: A model's configuration is missing, or transformers has no such model.
+        DataError: The run given by ``lengths_from`` has no completions.
+    """
+    rewards: list[Any] = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    sources = [
+        parse_source(str(reward))
+        if isinstance(reward, (str, Path))
+        else RewardSource("function", function_name(reward))
+        for reward in rewards
+        if reward is not None
+    ]
+    training = args or ReinforceConfig()
+    if not isinstance(training, ReinforceConfig):
+        raise ConfigError(
+            f"args: {type(args).__name__} isn't a ReinforceConfig. Give the settings of a policy training."
+        )
+    own: dict[str, Any] = {
+        "model": str(model),
+        "reward_weights": (),
+        "judge": judge,
+        "gpus": gpus,
+        "fsdp": fsdp,
+        "mean_new_tokens": mean_new_tokens,
+        "lengths_from": lengths_from,
+        "device": device,
+        "gpu_memory": gpu_memory,
+    }
+    config = PlanConfig(**{field.name: getattr(training, field.name) for field in fields(training)} | own)
+    with silence(), preserve_random_state():
+        return make_plan(config, sources=sources)
+
+
+def make_plan(
+    config: PlanConfig,
+    ranks_of: Callable[[int], int] = lambda gpus: gpus,
+    sources: Sequence[RewardSource] | None = None,
+) -> Plan:
     """Return memory, largest batches, and step time of a training, from the configurations of its models.
 
     Args:
         config: the training and the device.
         ranks_of: returns the data-parallel ranks for a number of GPUs per node, which is 1 for a CPU.
+        sources: rewards of the training; default: those of ``config``.
 
     Raises:
         ModelError: a model's configuration is missing, or its code doesn't run on the meta device.
@@ -88,7 +169,9 @@ def make_plan(config: PlanConfig, ranks_of: Callable[[int], int] = lambda gpus: 
     lengths = lengths_for(config)
     device = device_for(config, dtype)
     ranks = ranks_of(max(1, device.gpus))
-    job, notes = _job(config, policy_config, dtype, ranks, limit, on_gpu=device.gpus > 0)
+    if sources is None:
+        sources = [parse_source(text) for text in config.reward_sources]
+    job, notes = _job(config, policy_config, dtype, ranks, limit, sources, on_gpu=device.gpus > 0)
     rows = Rows.of(config, ranks)
     limits = largest(job, config, device.memory)
     smaller = with_micro(rows, config, max(1, min(rows.micro, limits.micro_batch_size)), ranks)
@@ -122,13 +205,22 @@ def _warnings(config: PlanConfig, device: Device) -> Iterator[str]:
 
 
 def _job(
-    config: PlanConfig, policy_config: PreTrainedConfig, dtype: torch.dtype, ranks: int, limit: int, *, on_gpu: bool
+    config: PlanConfig,
+    policy_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    ranks: int,
+    limit: int,
+    sources: Sequence[RewardSource],
+    *,
+    on_gpu: bool,
 ) -> tuple[Job, list[str]]:
     """Return the training's models and settings, and the assumptions about them."""
     notes: list[str] = []
     size = RowSize(config.max_prompt_length or min(limit, ASSUMED_PROMPT), config.max_new_tokens)
     if config.max_prompt_length is None:
-        notes.append(f"Prompts of {size.prompt} tokens are assumed; {option('max_prompt_length')} sets another length.")
+        notes.append(
+            f"Prompts of {size.prompt} tokens are assumed; {setting('max_prompt_length')} sets another length."
+        )
     offload = config.offload_optimizer and on_gpu
     trained = partial(
         trained_model,
@@ -155,7 +247,6 @@ def _job(
             "or as the rest, whichever is longer, instead of the sum."
         )
     judge = config.judge_name
-    sources = [parse_source(text) for text in config.reward_sources]
     models = [source.path or "" for source in sources if source.kind == "model"]
     notes += [f"Memory and time of {source.target} aren't included." for source in sources if source.kind == "function"]
     return Job(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from reinforcepp.config import PlanConfig
+from reinforcepp.errors import option, setting
 from reinforcepp.models.precision import format_flops
 from reinforcepp.planner.device import GIB, Device
 from reinforcepp.planner.memory import (
@@ -38,6 +41,8 @@ from reinforcepp.reports.run.summary import duration
 GIB_FROM = 10 * GIB
 """The table uses GiB from this peak on, and MiB below."""
 UNLIMITED_RANKS = 1 << 40
+PAGE_WIDTH = 200
+"""Columns of a plan as text, more than any table needs."""
 CLOSE = 0.9
 """Fraction of the memory from which on the estimate's error matters."""
 LABELS = {
@@ -73,27 +78,49 @@ class Plan:
     warnings: tuple[str, ...] = ()
     """Reasons why the time is unusually long or unreliable."""
 
+    def __str__(self) -> str:
+        """Return the plan as the command prints it."""
+        return to_text(as_text(self))
+
+    @property
+    def table(self) -> str:
+        """The memory by part and phase, as text."""
+        return to_text([_table(self)])
+
     @property
     def peak_phase(self) -> str:
         """The phase that needs the most memory."""
         return max(self.phases, key=lambda name: total(self.phases[name]))
 
     @property
-    def peak(self) -> float:
-        """Bytes that this phase needs."""
+    def peak_memory(self) -> float:
+        """Bytes that this phase needs, on each GPU."""
         return total(self.phases[self.peak_phase])
 
     @property
     def fits(self) -> bool:
         """Whether the device has enough memory."""
-        return self.peak <= self.device.memory
+        return self.peak_memory <= self.device.memory
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Seconds of a step; None if the device's rates aren't known."""
+        return None if self.seconds is None else sum(self.seconds.values())
 
     @property
     def tokens_per_second(self) -> float | None:
         """Completion tokens per second of a whole step on all ranks."""
-        if self.seconds is None:
-            return None
-        return self.config.completions_per_step * self.mean_length / sum(self.seconds.values())
+        step = self.seconds_per_step
+        return None if step is None else self.config.completions_per_step * self.mean_length / step
+
+
+def to_text(parts: Iterable[str | Table]) -> str:
+    """Return paragraphs and tables as text."""
+    terminal = Console(file=io.StringIO(), width=PAGE_WIDTH, highlight=False)
+    with terminal.capture() as captured:
+        for part in parts:
+            terminal.print(part, soft_wrap=isinstance(part, str), markup=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def as_text(plan: Plan) -> Iterator[str | Table]:
@@ -121,7 +148,11 @@ def as_json(plan: Plan) -> str:
     values: dict[str, Any] = {
         "fits": plan.fits,
         "verdict": verdict(plan),
-        "memory": {"peak": round(plan.peak), "available": round(plan.device.memory), "peak_phase": plan.peak_phase},
+        "memory": {
+            "peak": round(plan.peak_memory),
+            "available": round(plan.device.memory),
+            "peak_phase": plan.peak_phase,
+        },
         "phases": {phase: {part: round(size) for part, size in parts.items()} for phase, parts in plan.phases.items()},
         "largest_that_fits": asdict(plan.limits) | {"mini_batch_size": plan.limits.micro_batch_size},
         "seconds": plan.seconds and plan.seconds | {"step": sum(plan.seconds.values())},
@@ -137,10 +168,10 @@ def as_json(plan: Plan) -> str:
 
 def verdict(plan: Plan) -> str:
     """Return whether the training fits, and otherwise how to make it fit."""
-    needed = f"{gib(plan.peak)} of {gib(plan.device.memory)} GiB"
+    needed = f"{gib(plan.peak_memory)} of {gib(plan.device.memory)} GiB"
     each = " on each GPU" if plan.job.gpus > 1 else ""
     if plan.fits:
-        spare = plan.peak < CLOSE * plan.device.memory
+        spare = plan.peak_memory < CLOSE * plan.device.memory
         close = "" if spare else " This is close: the estimate can be off by 10%."
         return f"Fits: {needed}{each}, with the peak in phase {plan.peak_phase!r}.{close}"
     needed = f"Does not fit: {needed}{each} in phase {plan.peak_phase!r}"
@@ -152,10 +183,10 @@ def verdict(plan: Plan) -> str:
             f"{needed}. Even one completion at a time needs {gib(least)} GiB. Use a device with more memory, a smaller "
             f"model{fewer}, or shorter prompts and completions.{_smaller_models(plan)}"
         )
-    changes = [f"--micro_batch_size {limits.micro_batch_size}"] if limits.micro_batch_size < rows.micro else []
+    changes = [option("micro_batch_size", limits.micro_batch_size)] if limits.micro_batch_size < rows.micro else []
     generated = min(rows.concurrent, max(rows.step, rows.evaluated))
     if limits.rollout_batch_size < generated:
-        changes.append(f"--rollout_batch_size {limits.rollout_batch_size}")
+        changes.append(option("rollout_batch_size", limits.rollout_batch_size))
     return f"{needed}. It fits with {' '.join(changes)}: {gib(least)} GiB, with the same result."
 
 
@@ -167,14 +198,17 @@ def _smaller_models(plan: Plan) -> str:
     unshardable = job.policy.adapted or job.offload
     sharded = job if unshardable else replace(job, sharded=True)
     if not (job.sharded or unshardable) and _model_bytes(sharded) < min(memory, _model_bytes(job)):
-        return (
-            f" Sharded (--fsdp), the models need {gib(_model_bytes(sharded))} GiB instead of {gib(_model_bytes(job))}."
-        )
+        needed, now = gib(_model_bytes(sharded)), gib(_model_bytes(job))
+        return f" Sharded ({option('fsdp')}), the models need {needed} GiB instead of {now}."
     least = _model_bytes(replace(sharded, ranks=UNLIMITED_RANKS))
     if least <= memory:
         return " More GPUs make the shards smaller." if job.sharded else ""
-    fixes = [] if job.policy.adapted else ["adapters on 4-bit weights (--use_peft --load_in_4bit)"]
-    fixes += ["a reward model behind a server (--rewards http://HOST:PORT/get_reward)"] if job.reward.parameters else []
+    fixes = [] if job.policy.adapted else [f"adapters on 4-bit weights ({option('use_peft')} {option('load_in_4bit')})"]
+    fixes += (
+        [f"a reward model behind a server ({option('rewards', 'http://HOST:PORT/get_reward')})"]
+        if job.reward.parameters
+        else []
+    )
     fix = f" Reduce it with {' and '.join(fixes)}." if fixes else ""
     return f" More GPUs don't help: every GPU holds {gib(least)} GiB of the models unsharded.{fix}"
 
@@ -210,7 +244,7 @@ def _count(number: int) -> str:
 
 def _table(plan: Plan) -> Table:
     """Return the table with a row per part and a column per phase; the largest phase is bold."""
-    unit, name = (GIB, "GiB") if plan.peak >= GIB_FROM else (MIB, "MiB")
+    unit, name = (GIB, "GiB") if plan.peak_memory >= GIB_FROM else (MIB, "MiB")
     form = "{:,.1f}" if unit == GIB else "{:,.0f}"
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     grid.add_column(name, no_wrap=True)
@@ -239,7 +273,7 @@ def _limits(plan: Plan) -> Iterator[str]:
 
 def _times(plan: Plan) -> str:
     if plan.seconds is None:
-        return "Time per step: unknown. Name the GPU (--device) to estimate it."
+        return f"Time per step: unknown. Name the GPU ({setting('device')}) to estimate it."
     parts = ", ".join(f"{LABELS.get(phase, phase)} {_time(value)}" for phase, value in plan.seconds.items() if value)
     return f"Time per step: about {_time(sum(plan.seconds.values()))} ({parts})."
 

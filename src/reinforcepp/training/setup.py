@@ -11,7 +11,7 @@ import torch
 
 from reinforcepp.config import ComputeConfig, ReinforceConfig, RewardModelConfig
 from reinforcepp.data import DiskRows
-from reinforcepp.errors import ConfigError, DataError, option
+from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import add_adapter, has_adapter, with_adapter
 from reinforcepp.models.precision import compute_dtype, slow_precision
@@ -132,9 +132,9 @@ def encode(
             for row in map(rows.__getitem__, long)
         )
         keep = (
-            f"raise {option('max_prompt_length')} to {longest}"
+            f"raise {setting('max_prompt_length')} to {longest}"
             if config.max_prompt_length
-            else f"lower {option('max_new_tokens')}"
+            else f"lower {setting('max_new_tokens')}"
         )
         echo(
             f"{len(long)} of {len(rows)} {part} prompts are longer than {limit} tokens and were {outcome} "

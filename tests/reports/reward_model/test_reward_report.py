@@ -25,7 +25,6 @@ from reinforcepp.reports.reward_model import (
     print_summary,
     save_pairs,
     terminal,
-    write_reward_report,
 )
 from reinforcepp.reports.reward_model.write import COLUMNS, read_pairs
 from reinforcepp.rewards.card import CriterionCard, RewardCard, read_card
@@ -40,6 +39,13 @@ TURNS = (
     {"role": "assistant", "content": "Yes."},
     {"role": "user", "content": "Are you\n  sure?"},
 )
+
+
+def write_reward_report(folder, output) -> str:
+    """Write the page on a reward model and return the verdict."""
+    html, verdict = reward_report.reward_report(folder)
+    output.write_text(html, encoding="utf-8")
+    return verdict
 
 
 def card_for(scored, **changes):

@@ -10,7 +10,7 @@ import pytest
 from made_runs import HOSTILE, evaluation_metrics, make_run
 
 from reinforcepp.commands import cli
-from reinforcepp.commands.report import write_report
+from reinforcepp.commands.report import read_report
 from reinforcepp.monitoring import printable
 
 PAINTED = """() => [...document.querySelectorAll("figure.chart canvas")].map((canvas) => {
@@ -46,7 +46,7 @@ def hostile_run(folder: Path) -> Path:
 def one(tmp_path_factory) -> Path:
     """The report of a run in which every text is hostile."""
     folder = hostile_run(tmp_path_factory.mktemp("one") / "run")
-    write_report([folder], folder / "report.html")
+    read_report([folder]).save(folder / "report.html")
     return folder / "report.html"
 
 
@@ -59,7 +59,7 @@ def several(tmp_path_factory) -> Path:
         make_run(base / "second", 30, evaluations={}),
         make_run(base / "third", 1, logged=0, evaluations={"before": evaluation_metrics(0.0)}),
     ]
-    write_report(folders, base / "report.html")
+    read_report(folders).save(base / "report.html")
     return base / "report.html"
 
 
@@ -126,7 +126,7 @@ def test_held_out_responses_can_be_searched_sorted_and_unfolded(window, one):
 
 def test_conversations_are_shown_turn_by_turn(window, tmp_path):
     folder = make_run(tmp_path / "run", text="word " * 60, role="assistant")
-    write_report([folder], tmp_path / "report.html")
+    read_report([folder]).save(tmp_path / "report.html")
     opened = window()
     first = opened.open(tmp_path / "report.html").locator(".sample").first
     roles = first.locator(".turn .role").all_text_contents()
@@ -142,7 +142,7 @@ def test_conversations_are_shown_turn_by_turn(window, tmp_path):
 
 def test_a_long_response_folds_and_unfolds(window, tmp_path):
     folder = make_run(tmp_path / "run", text="word " * 300)
-    write_report([folder], tmp_path / "report.html")
+    read_report([folder]).save(tmp_path / "report.html")
     shown = window().open(tmp_path / "report.html")
     text, button = shown.locator(".model-text.long").first, shown.locator("button.more").first
     low = text.bounding_box()["height"]

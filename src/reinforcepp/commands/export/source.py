@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from reinforcepp.errors import ModelError
-from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, resolve
-from reinforcepp.models.lora import is_adapter_dir
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, meta_model, resolve
+from reinforcepp.models.lora import base_model, full_weights, is_4bit, is_adapter_dir
 from reinforcepp.monitoring.run_record import RunRecord, read_run
 from reinforcepp.run_dir import REWARD_CARD, RUN_FILE
 from reinforcepp.training import checkpoint
@@ -81,8 +82,35 @@ def plain_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
     tokenizer = load_tokenizer(name)
     wanted: torch.dtype = (load_config(name).dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     model = load_policy(name, wanted)
+    _complete_generation_config(model, tokenizer)
+    return model, tokenizer
+
+
+def plain_copy(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """Return a model with the weights of a loaded one, its adapter merged; it shares weights that stay the same.
+
+    Raises:
+        ModelError: The weights are in 4 bits, so that merging would lose precision.
+    """
+    base = base_model(model)
+    if is_4bit(model):
+        raise ModelError(
+            "model: the weights of the given model are in 4 bits, so an adapter can't be merged into them. Use merge=False."
+        )
+    wanted = base.dtype if dtype == "auto" else getattr(torch, dtype)
+    config = copy.deepcopy(base.config)
+    config.dtype = wanted
+    plain = meta_model(config, wanted)
+    weights = {name: weight.detach().to(wanted) for name, weight in full_weights(model)}
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(base.generation_config)
+    return plain
+
+
+def _complete_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set missing special tokens, without which generation would continue after the end of a response."""
     settings = model.generation_config
-    if settings is not None:  # Without these, generation would continue after the end of a response.
+    if settings is not None:
         settings.eos_token_id = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
         settings.pad_token_id = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id
-    return model, tokenizer

@@ -2,7 +2,7 @@
 
 from reinforcepp.reports.reward_model.metrics import Analysis, RewardMetrics, analyze, analyze_by_criterion, summary
 from reinforcepp.reports.reward_model.terminal import print_criteria, print_summary
-from reinforcepp.reports.reward_model.write import save_pairs, write_page, write_reward_report
+from reinforcepp.reports.reward_model.write import reward_report, save_pairs, write_page
 
 __all__ = [
     "Analysis",
@@ -11,8 +11,8 @@ __all__ = [
     "analyze_by_criterion",
     "print_criteria",
     "print_summary",
+    "reward_report",
     "save_pairs",
     "summary",
     "write_page",
-    "write_reward_report",
 ]

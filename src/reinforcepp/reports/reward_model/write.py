@@ -72,16 +72,15 @@ def _checked(row: Mapping[str, Any]) -> ScoredPair:
     return ScoredPair(**values, messages=tuple(row.get(MESSAGES) or ()))
 
 
-def write_reward_report(folder: Path, output: Path) -> str:
-    """Write the report on the reward model in ``folder`` as a page to ``output`` and return the verdict.
+def reward_report(folder: Path) -> tuple[str, str]:
+    """Return the page on the reward model in ``folder``, and the verdict.
 
     Raises:
         ReinforceError: As ``read_pairs``.
     """
     pairs = read_pairs(folder)
     card, analyses = read_card(folder), analyze_by_criterion(pairs)
-    write_page(card, pairs, analyses, output)
-    return "\n".join(verdicts(card, analyses))
+    return as_page(card, pairs, analyses), "\n".join(verdicts(card, analyses))
 
 
 def write_page(card: RewardCard, pairs: Sequence[ScoredPair], analyses: Mapping[str, Analysis], output: Path) -> None:
