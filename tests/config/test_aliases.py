@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from reinforcepp import ReinforceConfig, RewardModelConfig, SftConfig
+from reinforcepp.algorithm.estimators import ESTIMATORS
 from reinforcepp.commands import cli
 from reinforcepp.config import TrainConfig, trl_names
+from reinforcepp.config.foreign_names import OPENRLHF, VERL
+from reinforcepp.config.values import accepted_values
 from reinforcepp.errors import ConfigError
 
 EQUIVALENT = [
@@ -254,6 +257,31 @@ def test_batches_of_supervised_trainings(config_class, monkeypatch):
     assert config_class(per_device_train_batch_size=3).batch_size == 6
     with pytest.raises(ConfigError, match="are settings of policy training"):
         config_class(steps_per_generation=3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --init_kl_coef 0.1", "OpenRLHF's init_kl_coef is kl_coef here"),
+        ("train --actor.eps_clip 0.1", "OpenRLHF's actor.eps_clip is clip_low here (and clip_high"),
+        (
+            "train actor_rollout_ref.actor.optim.lr=1e-6",
+            "verl's actor_rollout_ref.actor.optim.lr is learning_rate here",
+        ),
+        ("train --zero_stage 3", "a setting of OpenRLHF without an equivalent here: give it to the launcher"),
+        ("sft --beta 0.1", "It is a setting of other trainings: beta is another name of kl_coef"),
+        ("train --max_completion_lengths 4", "Did you mean '--max_completion_length'?"),
+    ],
+)
+def test_an_unknown_setting_of_another_library_is_explained(words, message, capsys):
+    assert cli.main(words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_other_libraries_have_counterparts_here():
+    counterparts = {foreign.setting for foreign in (*OPENRLHF.values(), *VERL.values())} - {None}
+    assert counterparts <= set(accepted_values(TrainConfig))
+    assert {value for foreign in VERL.values() for value in foreign.values.values()} <= set(ESTIMATORS)
 
 
 def test_output_dir_can_be_a_path():

@@ -18,7 +18,8 @@ from typing import Any
 
 from reinforcepp.commands.table import COMMANDS, Command
 from reinforcepp.config import read_yaml
-from reinforcepp.config.aliases import aliases_of, layered, take_aliases
+from reinforcepp.config.aliases import aliases_of, hint, layered, names_of, take_aliases
+from reinforcepp.config.foreign_names import foreign_hint
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.run_dir import has_checkpoint
@@ -118,7 +119,7 @@ def parse(name: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
             settings[setting] = tuple(words) if several else words[0]
             unknown = unknown[len(words) :]
     if unknown:
-        raise ConfigError(f"{about_unknown(unknown[0], list(settings))} See reinforcepp {name} --help.")
+        raise ConfigError(f"{about_unknown(unknown[0], names_of(config_class))} See reinforcepp {name} --help.")
     unset = {n for n, value in settings.items() if value == getattr(config_class, n) and n not in given | values}
     return config_class(**{n: value for n, value in settings.items() if n not in unset}, **aliases)
 
@@ -138,12 +139,12 @@ def _is_given(name: str, flags: Iterable[str]) -> bool:
 
 def about_unknown(argument: str, known: Iterable[str]) -> str:
     """Return the problem and the fix for an ``argument`` that isn't a flag in ``known``."""
-    if not argument.startswith("-"):
+    name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+    if not argument.startswith("-") and not foreign_hint(name):
         return (
             f"{argument!r} doesn't belong to a setting. Write --SETTING VALUE, with quotes around a value with spaces."
         )
-    name = argument.partition("=")[0].lstrip("-").replace("-", "_")
-    return f"Setting --{name} not found.{nearest(f'--{name}', [f'--{flag}' for flag in known])}"
+    return f"Setting --{name} not found.{hint(name, known, prefix='--')}"
 
 
 def run(name: str, config: Any) -> int:

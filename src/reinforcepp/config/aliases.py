@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, field, make_dataclass
 from functools import cache
 from types import NoneType
 from typing import Any, get_type_hints
 
+from reinforcepp.config.foreign_names import foreign_hint
 from reinforcepp.config.trl_names import READ_ONLY, RULES, VALUES, Context, Rule
 from reinforcepp.config.values import Accepted, accepted, accepted_values, converted
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.run_dir import REMOVED_SETTINGS
 
 
@@ -211,3 +212,19 @@ def parser_fields(config_class: type) -> dict[str, Field[Any]]:
     )
     PARSER_FIELDS.update({made_field.name: made_field for made_field in dataclasses.fields(made)})
     return PARSER_FIELDS
+
+
+def names_of(config_class: type) -> list[str]:
+    """Return the settings of ``config_class`` and the aliases that give one."""
+    aliases = (name for name, rule in aliases_of(config_class).items() if rule.settings)
+    return [*accepted_values(config_class), *aliases]
+
+
+def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a sentence about an unknown setting: its counterpart, if it is TRL's, OpenRLHF's or verl's, or the nearest."""
+    if text := foreign_hint(name):
+        return text
+    rule = next((rule for rule in RULES if name in rule.names), None)
+    if rule is not None:
+        return f" It is a setting of other trainings: {rule.mapping.removesuffix('.')}."
+    return nearest(prefix + name, [prefix + other for other in known])

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from reinforcepp.config.aliases import PARSER_FIELDS, read_alias, translated
+from reinforcepp.config.aliases import PARSER_FIELDS, hint, names_of, read_alias, translated
 from reinforcepp.config.data_spec import listed
 from reinforcepp.config.values import accepted_values, converted
-from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.errors import ConfigError
 
 MAX_SEED = 2**32 - 1  # the most that the random generators of all libraries accept
 LAST_PORT = 65535
@@ -176,7 +176,7 @@ class _AcceptsAliases(type):
     def __call__(cls, *args: Any, **settings: Any) -> Any:
         ours, renamed = translated(cls, settings)
         for name in ours.keys() - accepted_values(cls).keys():
-            raise ConfigError(f"{cls.__name__}: setting {name!r} not found.{nearest(name, accepted_values(cls))}")
+            raise ConfigError(f"{cls.__name__}: setting {name!r} not found.{hint(name, names_of(cls))}")
         try:
             return super().__call__(*args, **ours)
         except ConfigError as error:

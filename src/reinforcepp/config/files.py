@@ -8,10 +8,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from reinforcepp.config.aliases import aliases_of, translated
+from reinforcepp.config.aliases import aliases_of, hint, names_of, translated
 from reinforcepp.config.base import JsonObject
 from reinforcepp.config.values import Accepted, EmptyIfNone, accepted_values, converted
-from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.errors import ConfigError
 
 
 def read_yaml(path: str, config_class: type) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
         if key in aliases:
             continue
         if key not in known:
-            raise ConfigError(f"{path}: setting {key!r} not found.{nearest(str(key), known)}")
+            raise ConfigError(f"{path}: setting {key!r} not found.{hint(str(key), names_of(config_class))}")
         values[key] = _yaml_value(f"{path}: {key}", value, known[key].default, accepted[key])
     return values
 
