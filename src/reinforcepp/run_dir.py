@@ -113,6 +113,8 @@ FREE_ON_RESUME = (
     "judge",
     "eval_every",
     "log_completions",
+    "num_completions_to_print",
+    "log_unique_prompts",
     "report_to",
     "logging_steps",
     "logging_first_step",

@@ -175,7 +175,11 @@ class ReinforceConfig(
     run_name: FilledStr | None = None
     """Name of the run in wandb, mlflow, trackio and swanlab"""
     log_completions: bool = True
-    """Write the completions of every step to Parquet files in completions"""
+    """Write the completions of every step to Parquet files, and tables to trackers"""
+    num_completions_to_print: PositiveInt | None = None
+    """Completions of every step to print as a table; default: none"""
+    log_unique_prompts: bool = False
+    """Only one completion per prompt in the tables of trackers and the terminal"""
     report_to: Annotated[tuple[str, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
     """Trackers of the metrics, e.g. tensorboard wandb mlflow trackio; none: none"""
 
@@ -203,6 +207,8 @@ class ReinforceConfig(
     """Stop if distinct completions stay below this fraction of step 1's; 0 disables"""
 
     def _check_rules(self) -> None:
+        if self.num_completions_to_print is not None and not self.log_completions:
+            raise ConfigError("num_completions_to_print: needs log_completions. Turn it on, or remove one.")
         self._check_best()
         self._check_rollout()
         self._check_guardrails()

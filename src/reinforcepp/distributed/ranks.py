@@ -277,6 +277,25 @@ class Ranks:
         """Log the metrics of a step to the trackers."""
         self.accelerator.log(dict(values), step=step)
 
+    def track_table(self, name: str, columns: Mapping[str, Sequence[Any]], step: int) -> None:
+        """Log a table to those trackers that TRL gives tables: W&B and trackio, and to MLflow. Only rank 0 logs it."""
+        trackers = {tracker.name: tracker for tracker in self.accelerator.trackers if self.is_main}
+        if not trackers.keys() & {"wandb", "trackio", "mlflow"}:
+            return
+        import pandas
+
+        table = pandas.DataFrame(columns)
+        if "wandb" in trackers:
+            trackers["wandb"].log_table(name, dataframe=table, step=step)
+        if "trackio" in trackers:
+            import trackio
+
+            trackers["trackio"].log({name: trackio.Table(dataframe=table)}, step=step)
+        if "mlflow" in trackers:
+            import mlflow
+
+            mlflow.log_table(table, f"{name}.json", run_id=trackers["mlflow"].tracker.info.run_id)
+
     def end_trackers(self) -> None:
         """Flush and close the trackers. Accelerate's ``end_training`` would also destroy the process group vLLM uses."""
         for tracker in self.accelerator.trackers:

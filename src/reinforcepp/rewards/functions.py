@@ -292,11 +292,12 @@ def _text_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
 
 def _arguments(completions: Sequence[Completion], log: BatchLog, trainer_state: TrainerState | None) -> dict[str, Any]:
     """Return the arguments of other functions, as TRL's trainers pass them."""
+    pairs = [messages_or_text(completion) for completion in completions]
     return {
         **_own_arguments(completions),
         **_columns(completions),
-        "prompts": [[dict(message) for message in c.prompt.messages] or c.prompt.text for c in completions],
-        "completions": [_answer(c) for c in completions],
+        "prompts": [prompt for prompt, _ in pairs],
+        "completions": [completion for _, completion in pairs],
         "completion_ids": [list(c.ids) for c in completions],
         "trainer_state": trainer_state or new_state(),
         "log_extra": log.log_extra,
@@ -311,9 +312,12 @@ def new_state() -> TrainerState:
     return TrainerState()
 
 
-def _answer(completion: Completion) -> str | list[dict[str, str]]:
-    text = completion.prompt.prefill + completion.text
-    return [{"role": "assistant", "content": text}] if completion.prompt.messages else text
+def messages_or_text(completion: Completion) -> tuple[Any, Any]:
+    """Return prompt and completion as TRL does: as lists of messages if the prompt is a conversation, otherwise as texts."""
+    prompt, text = completion.prompt, completion.prompt.prefill + completion.text
+    if not prompt.messages:
+        return prompt.text, text
+    return [dict(message) for message in prompt.messages], [{"role": "assistant", "content": text}]
 
 
 def _call(name: str, function: RewardFunction, arguments: dict[str, Any]) -> Any:

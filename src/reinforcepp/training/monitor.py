@@ -13,6 +13,7 @@ from rich.live import Live
 
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.monitoring import Progress, console, echo, read_metrics
+from reinforcepp.monitoring.completion_tables import completion_panel, completion_table
 from reinforcepp.monitoring.doctor import Diagnosis, diagnose
 from reinforcepp.monitoring.live_view import Sample, Snapshot, duration, view
 from reinforcepp.monitoring.run_record import RunRecord
@@ -71,6 +72,8 @@ class Monitor:
             self.ranks.track(values, step)
         if not self.ranks.is_main:
             return
+        if batch is not None and self._tracks(step):
+            self._log_completions(batch, step)
         if batch is not None and "reward" in metrics:
             values["step_tokens"] = float(sum(len(c.ids) for c in batch.rollout.completions))
             first = batch.rollout.completions[0]
@@ -88,6 +91,18 @@ class Monitor:
         """Return whether the trackers log this step."""
         settings = self.record.settings
         return step % settings.get("logging_steps", 1) == 0 or (step == 1 and settings.get("logging_first_step", False))
+
+    def _log_completions(self, batch: UpdateBatch, step: int) -> None:
+        """Log the table of completions to the trackers, and print it above the live view if the settings ask for it."""
+        settings = self.record.settings
+        printed = settings.get("num_completions_to_print")
+        if not settings.get("log_completions") or not (printed or settings.get("report_to")):
+            return
+        unique = bool(settings.get("log_unique_prompts"))
+        table = completion_table(batch.rollout, batch.scores, batch.advantages_BT, step, unique_prompts=unique)
+        self.ranks.track_table("completions", table, step)
+        if printed:
+            console.print(completion_panel(table, int(printed)))
 
     def rolled_back(self) -> None:
         """Show that the run has rolled back to an earlier step."""
