@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
+from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
-from reinforcepp.errors import ModelError
+from reinforcepp.errors import ModelError, RolloutError
+from reinforcepp.models import remote_code
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer
 from reinforcepp.monitoring import printable
 
@@ -55,6 +58,47 @@ def test_code_in_a_model_folder_is_never_run(with_code, tmp_path, load, monkeypa
     with pytest.raises(ModelError, match="its own code"):
         load(str(with_code))
     assert not (tmp_path / "harm").exists()
+
+
+OWN = """
+from transformers import GPT2Config, GPT2LMHeadModel
+
+class OwnConfig(GPT2Config):
+    model_type = "own_gpt2"
+
+class OwnModel(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+
+
+def test_allowed_code_runs_and_the_saved_model_needs_permission_again(tmp_path, monkeypatch):
+    """Training, resuming, and generation with the flag; without it, the error names the flag."""
+    monkeypatch.setattr(remote_code, "_allowed", set())
+    folder = tiny.save(tmp_path / "model")
+    (folder / "own.py").write_text(OWN)
+    named = {
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+        "model_type": "own_gpt2",
+    }
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | named))
+    run, rows = tmp_path / "run", [{"prompt": "How do I check a host?"}] * 8
+    settings = {"output_dir": str(run), "max_new_tokens": 4, "save_every": 1, "keep_last": 1}
+    settings |= {"trust_remote_code": True}
+
+    def reward(prompts, completions, completion_ids, **_):
+        return [float(sum(ids) % 7) for ids in completion_ids]
+
+    ReinforceTrainer(str(folder), reward, ReinforceConfig(max_steps=1, **settings), rows).train()
+    resumed = {"resume": True, "allow_changes": "max_steps", "max_steps": 2}
+    trainer = ReinforceTrainer(str(folder), reward, ReinforceConfig(**resumed, **settings), rows)
+    assert trainer.train().global_step == 2 and type(trainer.model).__name__ == "OwnModel"
+    monkeypatch.setattr(remote_code, "_allowed", set())
+    for load in (load_config, load_policy):
+        with pytest.raises(ModelError, match="only with trust_remote_code"):
+            load(str(run))
+    settings["output_dir"] = str(tmp_path / "other")
+    with pytest.raises(RolloutError, match="vllm can't run the model's own code"):
+        ReinforceTrainer(str(folder), reward, ReinforceConfig(rollout="vllm", **settings), rows)
 
 
 def test_pickled_weights_are_not_loaded(tmp_path, model_folder):

@@ -12,6 +12,7 @@ from reinforcepp.data import load_preferences, load_prompts, load_texts
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.conversations import format_example, turn_format
 from reinforcepp.models.loading import load_config, load_tokenizer, prompt_limit
+from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompts, split_example
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.planner.command import make_plan, show_plan
@@ -31,6 +32,8 @@ def run_dry_run(config: SftConfig | RewardModelConfig | TrainConfig) -> None:
     Raises:
         ReinforceError: For every error that would stop the training before its weights are read.
     """
+    if config.trust_remote_code:
+        allow_remote_code(config.model)
     with_learning_rate(config, load_config(config.model))
     if isinstance(config, SftConfig):
         show_sft(config)

@@ -25,6 +25,7 @@ from reinforcepp.models.loading import (
     prompt_limit,
     tokenizer_for,
 )
+from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompts
 from reinforcepp.monitoring import echo, printable
 from reinforcepp.monitoring.turns import turn_lines
@@ -197,6 +198,8 @@ def _started(
     processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[tuple[RolloutEngine, list[Prompt]]]:
     """Yield an engine with the given model, or the one that ``config`` names, and the tokenized prompts."""
+    if config.trust_remote_code:
+        allow_remote_code(config.model)
     model_config = model.config if model is not None else load_config(config.model)
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens)
     wanted = "transformers" if model is not None and config.engine == "auto" else config.engine

@@ -49,6 +49,8 @@ class SamplingConfig(Config):
     """Sampling seed; the same seed gives the same responses"""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """Engine; auto uses vLLM if it is installed and runs the model"""
+    trust_remote_code: bool = False
+    """Run code in the model's folder or repository, which can do anything"""
 
 
 @dataclass(frozen=True)

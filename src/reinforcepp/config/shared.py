@@ -222,6 +222,8 @@ class ComputeConfig(AdapterConfig):
     """Attention implementation; auto is the choice of transformers, mostly sdpa"""
     torch_compile: bool = False
     """Compile the model with torch.compile; the first steps take minutes"""
+    trust_remote_code: bool = False
+    """Run code in the model's folder or repository, which can do anything"""
 
     def _check_rules(self) -> None:
         name, example = "gradient_checkpointing_kwargs", '{"use_reentrant": false}'

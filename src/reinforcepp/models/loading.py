@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,7 @@ from reinforcepp.models.lora import (
     merge_adapter,
 )
 from reinforcepp.models.prompt_format import plain_template
+from reinforcepp.models.remote_code import remote_code, uses_remote_code
 from reinforcepp.models.tokenization import end_token_id
 from reinforcepp.models.tokenizer_files import choose_template, has_tokenizer, keep_settings, read_tokenizer
 from reinforcepp.runtime import is_main, is_silent, look_for_hub, warn_once
@@ -41,8 +42,7 @@ from reinforcepp.runtime import is_main, is_silent, look_for_hub, warn_once
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-NO_REMOTE_CODE = {"trust_remote_code": False}  # by default, transformers asks on the terminal
-SAFETENSORS_ONLY = {"use_safetensors": True, **NO_REMOTE_CODE}
+SAFETENSORS_ONLY = {"use_safetensors": True}
 LIBRARY_ERRORS = (
     OSError,
     ValueError,
@@ -127,7 +127,8 @@ def _load_errors(name: str) -> Iterator[None]:
     except LIBRARY_ERRORS as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{name}: the model needs its own code, which is never run. Use a model that transformers supports."
+                f"{name}: the model needs its own code, which runs only with trust_remote_code, a setting of train, sft, reward, "
+                "generate and chat. Set it if you trust that code, or use a model that transformers supports."
             ) from error
         if "pytorch_model" in str(error) or (any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))):
             raise ModelError(
@@ -194,7 +195,7 @@ def load_config(name: str) -> PreTrainedConfig:
             config.get_text_config().vocab_size = vocabulary
         return config
     with _load_errors(name):
-        return AutoConfig.from_pretrained(resolve(name), **NO_REMOTE_CODE)
+        return AutoConfig.from_pretrained(resolve(name), **remote_code(resolve(name)))
 
 
 def base_of_adapter(name: str) -> str | None:
@@ -420,6 +421,7 @@ def load_weights(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **SAFETENSORS_ONLY,
+            **remote_code(source),
             **settings,
         )
     model.name_or_path = model.config.name_or_path = source
@@ -462,12 +464,16 @@ def meta_model(
     """
     import transformers
 
+    if auto_class == "AutoModel" and uses_remote_code(config) and auto_class not in config.auto_map:
+        return cast("PreTrainedModel", meta_model(config, dtype).base_model)
     if _has_invalid_pad_id(config):
         config = copy.deepcopy(config)
         config.get_text_config().pad_token_id = None
     try:
         with torch.device("meta"):
-            model = getattr(transformers, auto_class).from_config(config, dtype=dtype, **NO_REMOTE_CODE)
+            model = getattr(transformers, auto_class).from_config(
+                config, dtype=dtype, **remote_code(str(config.name_or_path))
+            )
     except ValueError as error:
         kind = "reward model" if auto_class == CLASSIFIER else "causal language model"
         raise ModelError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from reinforcepp.errors import ModelError
 from reinforcepp.files import sha256
+from reinforcepp.models.remote_code import remote_code
 from reinforcepp.runtime import warn_once
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or a name on the Hub, as ``tokenizer.json`` describes it if its class is wrong."""
     from transformers import AutoTokenizer
 
-    return _as_in_its_file(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
+    return _as_in_its_file(AutoTokenizer.from_pretrained(path, **remote_code(path)), path)
 
 
 def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, path: str) -> PreTrainedTokenizerBase:

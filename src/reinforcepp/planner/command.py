@@ -21,6 +21,7 @@ from reinforcepp.config.reward_spec import RewardSource, parse_source
 from reinforcepp.errors import ConfigError, RolloutError, option, setting
 from reinforcepp.models.loading import load_config, prompt_limit
 from reinforcepp.models.precision import compute_dtype, format_flops, slow_precision
+from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.planner import report
 from reinforcepp.planner.device import Device, device_for
 from reinforcepp.planner.lengths import lengths_for
@@ -163,6 +164,8 @@ def make_plan(
         ConfigError: the settings exceed the model's context, or the device's memory isn't known.
         DataError: the run given by ``lengths_from`` has no completions.
     """
+    if config.trust_remote_code:
+        allow_remote_code(config.model)
     dtype = compute_dtype(config)
     policy_config = load_config(config.model)
     limit = prompt_limit(policy_config, config.max_prompt_length, config.max_new_tokens, config.max_length)

@@ -11,6 +11,7 @@ import torch
 from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.errors import RolloutError, option, setting
 from reinforcepp.models.loading import context_length
+from reinforcepp.models.remote_code import uses_remote_code
 from reinforcepp.rollout.weight_sync_check import NEW_TOKENS, PROBE_TOKENS
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ def choose_engine(rollout: str, config: PreTrainedConfig, dtype: torch.dtype) ->
     Raises:
         RolloutError: ``rollout`` is ``vllm``, and vLLM can't run the model. Nothing is loaded before.
     """
+    if uses_remote_code(config):
+        if rollout not in ("auto", "transformers"):
+            raise RolloutError(
+                f"trust_remote_code: {setting('rollout')} {rollout} can't run the model's own code. Use transformers or auto."
+            )
+        return EngineChoice("transformers", "the model has its own code")
     if rollout.startswith(RAY):
         return EngineChoice("ray", "as requested", rollout.removeprefix(RAY))
     if server_addresses(rollout):

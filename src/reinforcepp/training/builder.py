@@ -24,6 +24,7 @@ from reinforcepp.models.loading import check_trainable, load_config, prompt_limi
 from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.models.prompt_format import prompt_form
+from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.monitoring import echo, log_event
 from reinforcepp.monitoring.environment import environment
 from reinforcepp.rewards.functions import RewardFunction
@@ -112,6 +113,8 @@ def build(
         ReinforceError: settings, data or models don't fit together.
     """
     config, quantization = with_quantization(config, model, quantization_config)
+    if config.trust_remote_code:
+        allow_remote_code(model if isinstance(model, str) else model.config.name_or_path, config.output_dir)
     folder, resumed = open_folder(model, config)
     model_config = load_config(model) if isinstance(model, str) else model.config
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens, config.max_length)

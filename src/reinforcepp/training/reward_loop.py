@@ -26,6 +26,7 @@ from reinforcepp.models.encoders import is_encoder
 from reinforcepp.models.loading import load_config, tokenizer_for, weights_hash
 from reinforcepp.models.lora import has_adapter
 from reinforcepp.models.padding import separate_pad_token
+from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.reward_models import as_classifier, load_reward_weights, new_classifier
 from reinforcepp.models.reward_texts import TextForm
 from reinforcepp.models.saving import save_model
@@ -328,6 +329,8 @@ class RewardTrainer(ResumableRewardTrainer):
         evaluation = as_datasets(eval_dataset, config)
         if isinstance(train, IterableDataset) and not config.max_steps:
             raise ConfigError("train_dataset: an IterableDataset has no length. Set max_steps.")
+        if config.trust_remote_code:
+            allow_remote_code(model if isinstance(model, str) else model.config.name_or_path, config.output_dir)
         model_config = load_config(model) if isinstance(model, str) else model.config
         config = replace(
             config,

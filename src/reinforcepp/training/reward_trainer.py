@@ -23,6 +23,7 @@ from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_config, tokenizer_for, weights_hash
 from reinforcepp.models.lora import base_model, has_adapter
 from reinforcepp.models.padding import end_conversations_at_turn, separate_pad_token
+from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.reward_models import as_classifier, new_reward_model, prepare_scoring
 from reinforcepp.models.tokenization import Answers, encode_examples
 from reinforcepp.monitoring import echo, reading_progress
@@ -131,6 +132,8 @@ def _trainer_of_files(
     elif model is not None:
         config = replace(config, model=os.fspath(model))
     config = replace(config, use_peft=config.use_peft or peft_config is not None or has_adapter(loaded))
+    if config.trust_remote_code:
+        allow_remote_code(config.model, config.output_dir)
     join_ranks(config)
     opened = open_run_dir(config, loaded=loaded is not None)
     _, saved = opened

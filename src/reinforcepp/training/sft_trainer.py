@@ -23,6 +23,7 @@ from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, weights_hash
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.lora import is_4bit, with_adapter
+from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import Answers, encode_texts, eos_token_id, split_examples
 from reinforcepp.monitoring import echo
@@ -112,6 +113,8 @@ def train_language_model(
     Raises:
         ReinforceError: the data, the model or the output directory can't be used; raised before weights are loaded.
     """
+    if config.trust_remote_code:
+        allow_remote_code(config.model, config.output_dir)
     with TemporaryDirectory() as scratch:
         return _train_language_model(config, scratch, check_memory)
 

@@ -18,6 +18,7 @@ from reinforcepp.commands.generate import format_reward, load_engine, sampling_o
 from reinforcepp.config import ChatConfig
 from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError, nearest
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer
+from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
@@ -49,6 +50,8 @@ def run_chat(config: ChatConfig) -> int:
     preferences = PreferenceFile(config.preferences)
     if config.reward_model is not None:
         check_reward_folder(config.reward_model)
+    if config.trust_remote_code:
+        allow_remote_code(config.model)
     model_config = load_config(config.model)
     length = _length(config, context_length(model_config))
     choice = choose_engine(config.engine, model_config, torch.float32)

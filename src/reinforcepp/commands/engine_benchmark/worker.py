@@ -75,7 +75,9 @@ class Worker:
 
         # load_policy would make GPT-2 faster than it is for users of transformers.
         self.model = (
-            AutoModelForCausalLM.from_pretrained(models.resolve(model), dtype=precision, **models.SAFETENSORS_ONLY)
+            AutoModelForCausalLM.from_pretrained(
+                models.resolve(model), dtype=precision, trust_remote_code=False, **models.SAFETENSORS_ONLY
+            )
             .to(self.device)
             .eval()
         )
