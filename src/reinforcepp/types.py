@@ -169,8 +169,8 @@ class RolloutBatch:
     """One rollout batch, scored and ready for the update. ``mask_BT`` is 1 on sampled tokens, EOS included.
 
     Log-probabilities come from the rollout engine (``rollout``), from the trainer before the update (``old``) and from the
-    reference policy (``ref``); masked tokens have 0. ``old`` and ``entropy`` are empty at first if the forward pass of the
-    update computes them: see ``PolicyUpdate.on_policy``.
+    reference policy (``ref``, nan if the settings don't need it); masked tokens have 0. ``old`` and ``entropy`` are empty at
+    first if the forward pass of the update computes them: see ``PolicyUpdate.on_policy``.
     """
 
     completions: list[Completion]

@@ -303,3 +303,17 @@ def test_a_step_without_complete_completions_changes_nothing(base, tmp_path, kin
     assert log["completions/clipped_ratio"] == 1 and log["loss"] == 0 and log["grad_norm"] == 0
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_without_kl_and_its_limit_no_step_runs_the_reference_policy(base, tmp_path, monkeypatch):
+    settings = {"kl_coef": 0.0, "kl_limit": None, "max_new_tokens": 3, "max_steps": 1, "num_generations": 2}
+    args = ReinforceConfig(output_dir=str(tmp_path / "run"), estimator="grpo", rollout="transformers", **settings)
+    trainer = ReinforceTrainer(base, by_tokens, args, ROWS)
+
+    def forbidden(*_, **__):
+        raise AssertionError("the reference policy ran")
+
+    trainer.reference.forward = forbidden
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert "kl" not in log and log["grad_norm"] > 0

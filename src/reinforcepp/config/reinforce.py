@@ -334,6 +334,11 @@ class ReinforceConfig(
         return step % self.logging_steps == 0 or (step == 1 and self.logging_first_step)
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether a training step needs the KL to the reference policy."""
+        return self.kl_coef > 0 or self.kl_limit is not None
+
+    @property
     def completions_per_step(self) -> int:
         """Completions in a full rollout batch."""
         return self.batch_size * self.num_generations

@@ -21,7 +21,9 @@ NGRAM_LENGTH = 4
 def step_metrics(
     batch: RolloutBatch, scores: RewardScores, reward_bounds: tuple[float, float] | None = None
 ) -> dict[str, float]:
-    """Return metrics of one rollout batch after its update, under TRL's keys; ``kl`` is the token mean of k3, in nats.
+    """Return metrics of one rollout batch after its update, under TRL's keys.
+
+    ``kl`` is the token mean of k3 in nats, if the reference policy was needed; ``entropy`` needs an unmasked token.
 
     ``completions/left_out_ratio`` is the share of skipped completions: no reward scored them, or they remained alone in a
     group whose estimator compares completions. The key is present only if there are any; other metrics exclude them.
@@ -39,8 +41,8 @@ def step_metrics(
             else {"reward_clipped_ratio": float((rewards_B != rewards_B.clamp(*reward_bounds)).float().mean())}
         ),
         **_groups_without_signal(batch, rewards_B),
-        "kl": float(masked_mean(kl_BT, batch.mask_BT)),
-        "entropy": float(masked_mean(batch.entropy_BT, batch.mask_BT)),
+        **({} if kl_BT.isnan().any() else {"kl": float(masked_mean(kl_BT, batch.mask_BT))}),
+        **({"entropy": float(masked_mean(batch.entropy_BT, batch.mask_BT))} if batch.mask_BT.any() else {}),
         **completion_metrics(batch.completions),
         "num_tokens": float(sum(len(c.ids) + len(c.prompt.ids) for c in batch.completions)),
         **_sampling_gap(batch),
@@ -101,7 +103,7 @@ def rollout_columns(batch: RolloutBatch, scores: RewardScores, step: int) -> dic
         "reward": scores.total,
         **{f"reward/{name}": values for name, values in scores.by_function.items()},
         **{f"extra/{name}": values for name, values in scores.extra.items()},
-        "kl": [round(value, 8) for value in kl_B.tolist()],
+        **({} if kl_B.isnan().any() else {"kl": [round(value, 8) for value in kl_B.tolist()]}),
         **known,
     }
 
@@ -118,10 +120,13 @@ def _groups_without_signal(batch: RolloutBatch, rewards_B: torch.Tensor) -> dict
 
 
 def _sampling_gap(batch: RolloutBatch) -> dict[str, float]:
-    """Return the gap between the engine's and the trainer's log-probabilities of the sampled tokens."""
+    """Return the gap between the engine's and the trainer's log-probabilities of the sampled tokens, also under TRL's keys."""
     gap_BT = batch.rollout_logprobs_BT - batch.old_logprobs_BT
+    mean, largest = float(masked_mean(gap_BT.abs(), batch.mask_BT)), float(gap_BT.abs().max())
     return {
-        "sampling/logprob_gap_mean": float(masked_mean(gap_BT.abs(), batch.mask_BT)),
-        "sampling/logprob_gap_max": float(gap_BT.abs().max()),
+        "sampling/logprob_gap_mean": mean,
+        "sampling/logprob_gap_max": largest,
+        "sampling/sampling_logp_difference/mean": mean,
+        "sampling/sampling_logp_difference/max": largest,
         "sampling/kl": float(masked_mean(kl_estimate(gap_BT, torch.zeros_like(gap_BT), "k3"), batch.mask_BT)),
     }

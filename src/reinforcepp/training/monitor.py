@@ -83,7 +83,8 @@ class Monitor:
         if step % CHECK_EVERY_STEPS == 0 or step == self.num_steps:
             self._check(step)
         if self._lines:
-            self._lines.step(f"reward {metrics.get('reward', nan):+.3f}  kl {metrics.get('kl', nan):.4f}")
+            kl = f"  kl {metrics['kl']:.4f}" if "kl" in metrics else ""
+            self._lines.step(f"reward {metrics.get('reward', nan):+.3f}{kl}")
         if self._live:
             self._live.update(self._view(step))
 

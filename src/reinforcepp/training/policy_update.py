@@ -61,11 +61,12 @@ def score(
     def score_local() -> tuple[RolloutBatch, RewardScores]:
         scores = rewards.score(completions)
         kept, scores = drop_unscored(completions, scores, grouped=config.estimator_spec.grouped)
-        width = max((len(c.ids) for c in kept), default=0)
-        old_BT, ref_BT, entropy_BT, mask_BT = (torch.zeros(len(kept), width, device=device) for _ in range(4))
+        mask_BT = pad_values([[1.0] * len(c.ids) for c in kept]).to(device)
+        width, (old_BT, ref_BT, entropy_BT) = mask_BT.shape[1], (torch.zeros_like(mask_BT) for _ in range(3))
         with torch.no_grad():
             for rows in micro_batches(kept, range(len(kept)), update.micro_batch_size):
-                ref_BT[rows], _, mask_BT[rows] = update.logprobs(reference, kept, rows, width)
+                if config.needs_reference:
+                    ref_BT[rows], _, _ = update.logprobs(reference, kept, rows, width)
                 if not update.on_policy and not config.staleness:
                     old_BT[rows], entropy_BT[rows], _ = update.logprobs(update.policy.scoring, kept, rows, width)
         if config.staleness:  # the policy no longer has the weights that sampled
@@ -84,7 +85,7 @@ def score(
             mask_BT=mask_BT,
             rollout_logprobs_BT=pad_values([c.logprobs for c in kept]).to(device),
             old_logprobs_BT=old_BT,
-            ref_logprobs_BT=ref_BT,
+            ref_logprobs_BT=ref_BT if config.needs_reference else torch.full_like(ref_BT, torch.nan),
             entropy_BT=entropy_BT,
             rewards_B=rewards_B,
             group_ids_B=group_ids_B,
@@ -226,21 +227,20 @@ class PolicyUpdate:
         if self.on_policy and new:
             rollout.old_logprobs_BT[rows], rollout.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT.detach()
         old_BT = rollout.old_logprobs_BT[rows]
-        weights_BT, stats = step.token_weights(rollout, rows, logprobs_BT, advantages_BT, config, self.correction)
+        weights_BT, weighing = step.token_weights(rollout, rows, logprobs_BT, advantages_BT, config, self.correction)
         kl_BT = None
-        if config.estimator_spec.kl_in_loss:
+        if config.estimator_spec.kl_in_loss and step.kl_coef:
             kl_BT = step.kl_coef * kl_estimate(logprobs_BT, rollout.ref_logprobs_BT[rows], config.kl_of_loss)
         tensors, correct_kl = (logprobs_BT, old_BT, advantages_BT, mask_BT), config.use_bias_correction_kl is True
-        loss, loss_stats = policy_loss(
+        loss, stats = policy_loss(
             *tensors, self.objective, weights_BT=weights_BT, kl_BT=kl_BT, correct_kl=correct_kl, size=step.size
         )
-        stats |= loss_stats
         if config.entropy_coef:
             stats["policy_loss"] = loss.detach()
             loss = loss - config.entropy_coef * masked_mean(entropy_BT, step.focus_BT[rows], step.focus_tokens)
         log_ratio_BT = (logprobs_BT.detach() - old_BT).abs()
         stats[LOG_RATIO] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
-        return loss, stats
+        return loss, stats | weighing
 
     @torch.no_grad()
     def _share_results(self, rollout: RolloutBatch) -> None:

@@ -145,7 +145,7 @@ class ReinforceTrainer:
                 with step.phase("update"):
                     stats = update.run(batch, step.index, kl_coef)
                     metrics = stats | step_metrics(batch.rollout, batch.scores, config.reward_bounds)
-                new_kl_coef = self.kl_controller(kl_coef, metrics["kl"])
+                new_kl_coef = self.kl_controller(kl_coef, metrics.get("kl", 0.0))
                 with step.phase("sync"):
                     rollouts.sync(step.index)
                 metrics |= rollouts.staleness(step.index)
