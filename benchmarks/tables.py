@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -649,6 +649,80 @@ def default_rates(_: dict[str, Any]) -> str:
     return table(["command", "parameters", "full training", "LoRA"], rows)
 
 
+def code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def trl_names(_: dict[str, Any]) -> str:
+    """TRL's settings, as the package converts them."""
+    rows = [
+        [code(name for name in rule.names if name in live), code(rule.settings), rule.mapping]
+        for rule, live in _trl_rules()
+        if rule.settings
+    ]
+    return table(["TRL", "here", "conversion"], rows)
+
+
+def trl_no_effect(_: dict[str, Any]) -> str:
+    """TRL's settings without effect, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for rule, live in _trl_rules():
+        if rule.mapping.startswith("no effect"):
+            reasons.setdefault(rule.mapping.removeprefix("no effect, because "), []).extend(live)
+    return table(["TRL", "reason"], [[code(names), reason] for reason, names in reasons.items()])
+
+
+def trl_unsupported(_: dict[str, Any]) -> str:
+    """TRL's settings that must be off, and what to do instead."""
+    rows = [
+        [code(names), *rule.mapping.removeprefix("only ").split(". ", 1)]
+        for rule, names in _trl_rules()
+        if rule.mapping.startswith("only ")
+    ]
+    return table(["TRL", "accepted", "instead"], rows)
+
+
+def _trl_rules() -> list[tuple[Any, list[str]]]:
+    """Each rule with the names that a training accepts through it; old names of ours are no names of TRL."""
+    sys.path.insert(0, str(HERE.parent / "src"))
+    from reinforcepp.config import ReinforceConfig, RewardModelConfig, SftConfig
+    from reinforcepp.config.aliases import aliases_of
+    from reinforcepp.config.trl_names import RULES
+    from reinforcepp.run_dir import RENAMED_SETTINGS
+
+    known = {name for config in (ReinforceConfig, RewardModelConfig, SftConfig) for name in aliases_of(config)}
+    rules = [(rule, [name for name in rule.names if name in known - {*RENAMED_SETTINGS}]) for rule in RULES]
+    return [(rule, names) for rule, names in rules if names]
+
+
+def openrlhf_names(_: dict[str, Any]) -> str:
+    """OpenRLHF's flags and their counterparts."""
+    return _foreign("OPENRLHF")
+
+
+def verl_names(_: dict[str, Any]) -> str:
+    """Verl's settings and their counterparts."""
+    return _foreign("VERL")
+
+
+def _foreign(project: str) -> str:
+    sys.path.insert(0, str(HERE.parent / "src"))
+    from reinforcepp.config import foreign_names
+
+    names: dict[Any, list[str]] = {}
+    for name, foreign in getattr(foreign_names, project).items():
+        names.setdefault((foreign.setting, foreign.note, tuple(foreign.values.items())), []).append(name)
+    rows = [
+        [
+            code(theirs),
+            code([setting]) if setting else "none",
+            note or ", ".join(f"{old} is {new}" for old, new in values),
+        ]
+        for (setting, note, values), theirs in names.items()
+    ]
+    return table([{"OPENRLHF": "OpenRLHF", "VERL": "verl"}[project], "here", "conversion"], rows)
+
+
 def real_model(result: dict[str, Any]) -> str:
     low, high = result["reward_accuracy_interval"]
     rows = [
@@ -704,6 +778,11 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
     "defaults": (defaults, "defaults"),
     "default_rates": (default_rates, "defaults"),
+    "trl_names": (trl_names, "defaults"),
+    "trl_no_effect": (trl_no_effect, "defaults"),
+    "trl_unsupported": (trl_unsupported, "defaults"),
+    "openrlhf_names": (openrlhf_names, "defaults"),
+    "verl_names": (verl_names, "defaults"),
     "real_model": (real_model, "real_model"),
 }
 """For each table, what makes it and from which result file."""

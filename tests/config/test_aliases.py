@@ -140,6 +140,11 @@ def test_settings_without_effect_are_reported_once(capsys):
     )
 
 
+def test_a_resumed_run_can_change_settings_under_their_names_in_trl():
+    args = ReinforceConfig(resume=True, allow_changes="beta,epsilon,max_steps")
+    assert args.allowed_changes == ["kl_coef", "clip_low", "clip_high", "max_steps"]
+
+
 def test_flags_override_a_file_under_every_name(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("beta: 0.3\nepsilon: 0.3\nbatch_size: 2\ngradient_accumulation_steps: 2\n", encoding="utf-8")

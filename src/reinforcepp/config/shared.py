@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+from reinforcepp.config.aliases import aliases_of
 from reinforcepp.config.base import (
     Config,
     FilledText,
@@ -22,7 +23,6 @@ from reinforcepp.config.base import (
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.values import NAMES, SWITCH_OR_TEXT
 from reinforcepp.errors import ConfigError, nearest, option
-from reinforcepp.run_dir import RENAMED_SETTINGS
 
 JUDGE, JUDGED_DATA = "builtin:judge", "builtin:network"
 Scheduler = Literal[
@@ -90,7 +90,9 @@ class CheckpointConfig(Config):
     def allowed_changes(self) -> list[str]:
         """Names in allow_changes."""
         names = [name.strip() for name in (self.allow_changes or "").split(",")]
-        return [RENAMED_SETTINGS.get(name, name) for name in names if name]
+        aliases = aliases_of(type(self))
+        given = [(aliases[name].settings or (name,)) if name in aliases else (name,) for name in names if name]
+        return [setting for settings in given for setting in settings]
 
     def _check_rules(self) -> None:
         check_output_dir(self.output_dir, self.overwrite, self.resume)

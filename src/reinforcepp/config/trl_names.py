@@ -17,7 +17,6 @@ from typing import Any, Literal
 from reinforcepp.config.trl_unsupported import (
     NEUTRAL,
     NO_EFFECT,
-    POLICY_NEUTRAL,
     SUPERVISED_NEUTRAL,
     JsonText,
     Neutral,
@@ -482,7 +481,6 @@ RULES: tuple[Rule, ...] = (
         },
     ),
     *(_only(name, neutral) for name, neutral in NEUTRAL.items()),
-    *(_only(name, neutral, "num_generations") for name, neutral in POLICY_NEUTRAL.items()),
     *(_only(name, neutral, "accumulation") for name, neutral in SUPERVISED_NEUTRAL.items()),
     *(_no_effect(name, kind, reason) for name, (kind, reason) in NO_EFFECT.items()),
 )

@@ -129,13 +129,6 @@ NEUTRAL: Mapping[str, Neutral] = {
 }
 """Settings by name that are accepted only if they are off."""
 
-POLICY_NEUTRAL: Mapping[str, Neutral] = {
-    "disable_dropout": Neutral(
-        bool, (True,), "Omit it: dropout is off, because it would make the policy differ from the one that sampled."
-    ),
-}
-"""Settings of policy training that are accepted only if they are off."""
-
 SUPERVISED_NEUTRAL: Mapping[str, Neutral] = {
     "packing": Neutral(bool, (False,), "Omit it: rows aren't packed."),
     "eval_packing": Neutral(bool, (False,), "Omit it: rows aren't packed."),
