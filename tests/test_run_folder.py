@@ -17,7 +17,15 @@ from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.errors import ConfigError
 from reinforcepp.locks import RUN_LOCK, file_lock
 from reinforcepp.monitoring.run_record import read_run
-from reinforcepp.run_dir import check_output, check_unchanged, claim_output, clear, describe_run, noted_settings
+from reinforcepp.run_dir import (
+    check_output,
+    check_unchanged,
+    claim_output,
+    clear,
+    describe_run,
+    noted_settings,
+    set_run_aside,
+)
 from scripts import SOURCE
 
 
@@ -328,3 +336,47 @@ def test_without_its_notes_a_run_can_not_be_resumed(tmp_path, text):
         (tmp_path / "run.json").write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json: .*missing or damaged.*overwrite=True"):
         noted_settings(tmp_path)
+
+
+# --- earlier runs are set aside ---------------------------------------------------------------------------------------
+
+
+def test_a_run_is_set_aside_with_all_its_files_and_nothing_else(finished):
+    fill(finished, "notes.txt", "checkpoints/step-000001/state.json", "model-00001-of-00002.safetensors", "run.lock")
+    before = contents(finished)
+    assert set_run_aside(finished) == finished / "earlier_runs" / "1"
+    assert {path.name for path in finished.iterdir()} == {"earlier_runs", "notes.txt", "run.lock"}
+    moved = finished / "earlier_runs" / "1"
+    kept = {str(finished / Path(path).relative_to(moved)) for path in contents(moved)}
+    assert kept == {path for path in before if Path(path).name not in ("notes.txt", "run.lock")}
+    assert set_run_aside(finished) is None
+    assert check_output(str(finished.parent / "run"), overwrite=False, set_aside=True) == finished
+    clear(finished)
+    assert (finished / "earlier_runs" / "1" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("killed_at", range(6))
+def test_no_file_is_lost_if_setting_aside_is_killed(finished, monkeypatch, killed_at):
+    calls, rename = [], Path.rename
+
+    def killed(path, target):
+        calls.append(path)
+        if len(calls) == killed_at + 1:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    texts = sorted(contents(finished).values())
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            set_run_aside(finished)
+    assert sorted(text for text in contents(finished).values() if text) == texts
+    assert (finished / "run.json").is_file() == (killed_at < 5), "the mark goes last"
+    assert set_run_aside(finished) == finished / "earlier_runs" / "1"
+    assert sorted(contents(finished / "earlier_runs" / "1").values()) == texts
+
+
+def test_the_rest_of_a_killed_move_is_not_mixed_with_a_later_run(finished):
+    fill(finished, "earlier_runs/1.partial/metrics.jsonl")
+    assert set_run_aside(finished) == finished / "earlier_runs" / "2"
+    assert [path.name for path in (finished / "earlier_runs" / "1").iterdir()] == ["metrics.jsonl"]

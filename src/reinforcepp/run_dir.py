@@ -26,6 +26,8 @@ REMOVED_SETTINGS = dict.fromkeys(
 
 HANDED_OVER = f"rollout_weights{PARTIAL}"
 """Folder with weights in transfer to a server; exists only during training."""
+EARLIER = "earlier_runs"
+"""Folder in an output folder with the runs that were in it before, each in a numbered folder."""
 RUN_FILE = "run.json"
 FINISHED = "finished"
 """Entry of ``run.json`` that exists when training is finished and the model is saved."""
@@ -131,11 +133,19 @@ def rename_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED_SETTINGS.get(name, name): value for name, value in stored.items()}
 
 
-def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False, needed_bytes: int = 0) -> Path:
+def check_output(
+    output_dir: str,
+    *,
+    overwrite: bool,
+    resume: bool | str = False,
+    set_aside: bool = False,
+    needed_bytes: int = 0,
+) -> Path:
     """Check that a run can write to ``output_dir``, without changing anything, and return its path.
 
     ``resume`` is the setting: the run resumes from a checkpoint in that folder or, if the folder is free, from the
-    checkpoint at the given path.
+    checkpoint at the given path. With ``set_aside``, a run in the folder is accepted, because :func:`set_run_aside` will
+    move it, and so are other files that no run would replace.
 
     Raises:
         ConfigError: If the folder already holds files, is being written by another process, can't be written, or the disk is
@@ -150,11 +160,13 @@ def check_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
             f"output_dir: {output_dir} is on a disk with {format_size(free)} free, but this run writes about "
             f"{format_size(needed_bytes)}. Free some space, lower keep_last if it is above 1, or give another output_dir."
         )
-    _check_contents(folder, output_dir, overwrite=overwrite, resume=resume)
+    _check_contents(folder, output_dir, overwrite=overwrite, resume=resume, set_aside=set_aside)
     return folder
 
 
-def claim_output(output_dir: str, *, overwrite: bool, resume: bool | str = False) -> OutputLock:
+def claim_output(
+    output_dir: str, *, overwrite: bool, resume: bool | str = False, set_aside: bool = False
+) -> OutputLock:
     """Lock a folder that :func:`check_output` has checked, and check it again; return the lock.
 
     Another run can have written the folder in between, for example while this one was loading its model.
@@ -165,23 +177,26 @@ def claim_output(output_dir: str, *, overwrite: bool, resume: bool | str = False
     folder = Path(output_dir).expanduser()
     lock = folder_lock(folder).acquire()
     try:
-        _check_contents(folder, output_dir, overwrite=overwrite, resume=resume)
+        _check_contents(folder, output_dir, overwrite=overwrite, resume=resume, set_aside=set_aside)
     except ConfigError:
         lock.release()
         raise
     return lock
 
 
-def _check_contents(folder: Path, output_dir: str, *, overwrite: bool, resume: bool | str) -> None:
-    names = sorted(path.name for path in folder.iterdir() if path.name != RUN_LOCK) if folder.is_dir() else []
+def _check_contents(folder: Path, output_dir: str, *, overwrite: bool, resume: bool | str, set_aside: bool) -> None:
+    names = _contents(folder)
     held = [name for name in names if not (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in OURS)]
     resumes_folder = isinstance(resume, str) and folder.resolve() in Path(resume).expanduser().resolve().parents
     if resume is True and not (has_checkpoint(folder) or (folder / RUN_FILE).is_file()):
         raise ConfigError(f"resume: {output_dir} holds no checkpoint to resume from. Start without {option('resume')}.")
     if resume is True or resumes_folder:
         return
-    foreign = [name for name in held if name not in OURS and not name.startswith(("model-", "stacks-"))]
-    if not _is_marked(folder):
+    foreign = [name for name in held if not _is_ours(name)]
+    marked = _is_marked(folder)
+    if set_aside and not overwrite and (marked or held == foreign):
+        return
+    if not marked:
         foreign = held  # For example, a downloaded model has files with the same names as a saved policy.
     if foreign:
         raise ConfigError(
@@ -194,6 +209,16 @@ def _check_contents(folder: Path, output_dir: str, *, overwrite: bool, resume: b
             f"output_dir: {output_dir} already holds a run ({_some(held)}). Add {resuming}{option('overwrite')} to replace it, "
             "or give another folder."
         )
+
+
+def _contents(folder: Path) -> list[str]:
+    """Return the sorted names in a folder, without the lock and earlier runs."""
+    return sorted(p.name for p in folder.iterdir() if p.name not in (RUN_LOCK, EARLIER)) if folder.is_dir() else []
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether a run writes a file or folder with this name."""
+    return name in OURS or name.startswith(("model-", "stacks-"))
 
 
 def noted_settings(folder: Path) -> dict[str, Any]:
@@ -241,11 +266,36 @@ def changed_settings(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
 
 
 def clear(folder: Path) -> None:
-    """Remove all files but the lock from ``folder``, after :func:`check_output` has confirmed that a run wrote them."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name == RUN_LOCK:
-            continue
+    """Remove the run from ``folder``, after :func:`check_output` has confirmed that a run wrote its files.
+
+    The lock and earlier runs stay.
+    """
+    for path in map(folder.joinpath, _contents(folder)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def set_run_aside(folder: Path) -> Path | None:
+    """Move the files of a run in ``folder`` to ``earlier_runs/NUMBER`` in it, and return that folder; None without a run.
+
+    Other files stay. If the process is killed in between, the next call moves the rest to the same place.
+    """
+    names = [name for name in _contents(folder) if _is_ours(name.removesuffix(PARTIAL))]
+    parent = folder / EARLIER
+    begun = next(parent.glob(f"*{PARTIAL}"), None)
+    if begun is not None and any((begun / name).exists() for name in names):  # by now, the files of another run
+        begun.rename(parent / begun.name.removesuffix(PARTIAL))
+        begun = None
+    if not names and begun is None:
+        return None
+    numbers = [int(path.name) for path in parent.glob("*") if path.name.isdecimal()]
+    target = parent / str(max(numbers, default=0) + 1)
+    moving = begun or target.with_name(target.name + PARTIAL)
+    moving.mkdir(parents=True, exist_ok=True)
+    for name in sorted(
+        names, key=lambda name: name in MARKS
+    ):  # The marks go last, because they show that a run wrote the rest.
+        (folder / name).rename(moving / name)
+    return moving.rename(moving.with_name(moving.name.removesuffix(PARTIAL)))
 
 
 def describe_run(folder: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -206,13 +206,13 @@ def test_train_never_deletes_a_run_that_it_can_not_continue(base, tmp_path):
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
-def test_a_trainer_does_not_delete_the_run_that_another_one_finished_meanwhile(base, tmp_path):
+def test_a_trainer_sets_the_run_aside_that_another_one_finished_meanwhile(base, tmp_path):
     first, second = trainer(base, tmp_path / "run", max_steps=1), trainer(base, tmp_path / "run", max_steps=1)
     first.train()
     before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match="already holds a run"):
-        second.train()
-    assert contents(tmp_path / "run") == before
+    second.train()
+    moved = tmp_path / "run" / "earlier_runs" / "1"
+    assert contents(moved) == {moved / path.relative_to(tmp_path / "run"): text for path, text in before.items()}
 
 
 def contents(folder):

@@ -11,7 +11,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
-from reinforcepp import ReinforceTrainer, load_policy
+from reinforcepp import ConfigError, ReinforceTrainer, load_policy
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.monitoring import read_metrics
 
@@ -105,3 +105,79 @@ def test_epochs_can_be_a_fraction_and_save_and_evaluate(base, tmp_path, monkeypa
     assert list(run.evaluations) == ["before", "step 3", "after"]
     assert logged == [1, 2, 4]
     assert any("reward_clipped_ratio" in entry for entry in run.state.log_history)
+
+
+# --- runs in one folder -----------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_script_that_runs_again_keeps_the_earlier_run(base, tmp_path, capsys):
+    folder = tmp_path / "run"
+    trainer(base, folder, keep_last=1).train()
+    (folder / "notes.txt").write_text("mine")
+    runs = [contents(folder)]
+    for number in (1, 2):
+        trainer(base, folder, keep_last=1, seed=number).train()
+        assert (
+            f"Moved the earlier run in {folder} to {folder}/earlier_runs/{number}."
+            in capsys.readouterr().err.replace("\n", "")
+        )
+        moved = contents(folder / "earlier_runs" / str(number))
+        assert moved == {name: text for name, text in runs[-1].items() if name != "notes.txt"}
+        assert (folder / "notes.txt").read_text() == "mine"
+        runs.append({n: text for n, text in contents(folder).items() if not n.startswith("earlier_runs")})
+    resumed = trainer(base, folder, keep_last=1, seed=2, resume=True)
+    assert resumed.train().global_step == 2
+    (folder / "notes.txt").unlink()
+    trainer(base, folder, overwrite=True).train()
+    assert sorted(path.name for path in (folder / "earlier_runs").iterdir()) == ["1", "2"]
+
+
+def test_other_files_in_the_folder_stay(base, tmp_path):
+    (tmp_path / "data.csv").write_text("mine")
+    trainer(base, tmp_path).train()
+    assert (tmp_path / "data.csv").read_text() == "mine" and (tmp_path / "model.safetensors").is_file()
+    tiny.save(tmp_path / "model")
+    before = contents(tmp_path / "model")
+    with pytest.raises(ConfigError, match="holds files that reinforcepp didn't write"):
+        trainer(base, tmp_path / "model")
+    assert contents(tmp_path / "model") == before
+
+
+def test_a_new_trainer_resumes_with_more_steps(base, tmp_path, capsys):
+    settings = {"save_every": 1, "keep_last": 2}
+    whole = trainer(base, tmp_path / "whole", max_steps=4, **settings)
+    whole.train()
+    trainer(base, tmp_path / "run", **settings).train()
+    more = trainer(base, tmp_path / "run", max_steps=4, **settings)
+    assert more.train(resume_from_checkpoint=True).global_step == 4
+    assert "max_steps was 2 and is 4" in " ".join(capsys.readouterr().err.split())
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000003"
+    other = trainer(base, tmp_path / "other", max_steps=4, **settings)
+    assert other.train(resume_from_checkpoint=checkpoint).global_step == 4
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    again = trainer(base, tmp_path / "whole", max_steps=4, seed=9, **settings)
+    before = contents(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="seed was 42 and is 9"):
+        again.train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+        trainer(base, tmp_path / "new").train(resume_from_checkpoint=True)
+    assert contents(tmp_path / "whole") == before
+
+
+def test_a_finished_run_without_checkpoints_is_returned(base, tmp_path):
+    whole = trainer(base, tmp_path / "run")
+    whole.train()
+    again = trainer(base, tmp_path / "run")
+    assert again.train(resume_from_checkpoint=True).global_step == 2
+    assert torch.equal(again.model.lm_head.weight, whole.model.lm_head.weight)
+    assert again.state.log_history[0] == whole.state.log_history[0]
+    with pytest.raises(ConfigError, match="finished after 2 steps and it has no checkpoint, so it can't continue"):
+        trainer(base, tmp_path / "run", max_steps=4).train(resume_from_checkpoint=True)

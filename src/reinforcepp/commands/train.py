@@ -9,6 +9,7 @@ from reinforcepp.monitoring import echo, reading_progress
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import read_run
+from reinforcepp.run_dir import check_output
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 
 
@@ -19,7 +20,12 @@ def run_train(config: TrainConfig) -> None:
 
 
 def train(config: TrainConfig) -> ReinforceTrainer:
-    """Train a policy and return its trainer."""
+    """Train a policy and return its trainer.
+
+    Raises:
+        ConfigError: the output directory isn't free. From Python, the trainer would set an earlier run aside.
+    """
+    check_output(config.output_dir, overwrite=config.overwrite, resume=config.resume)
     with reading_progress(config.streaming) as on_progress:
         data, train_rows, heldout_rows = load_prompts(
             config.data,

@@ -232,7 +232,9 @@ def open_folder(
     copies = each * config.checkpoints_at_most + 1
     needed = copies * weight_bytes(model) if isinstance(model, str) and not config.use_peft else 0
     init_process_group(config.watchdog_seconds)
-    folder = check_output(config.output_dir, overwrite=config.overwrite, resume=config.resume, needed_bytes=needed)
+    folder = check_output(
+        config.output_dir, overwrite=config.overwrite, resume=config.resume, set_aside=True, needed_bytes=needed
+    )
     check_trackers(config.report_to)
     resumed = checkpoint.checkpoint_to_resume(folder, config)
     if isinstance(resumed, checkpoint.FinishedRun):

@@ -177,14 +177,22 @@ def latest(run: Path) -> Checkpoint | None:
     return None
 
 
-def checkpoint_to_resume(run: Path, config: CheckpointConfig) -> Checkpoint | FinishedRun | None:
-    """Return the checkpoint that the setting ``resume`` names, or the finished run; None to start from the beginning.
+def checkpoint_to_resume(
+    run: Path, config: CheckpointConfig, resume: bool | str | None = None, allowed: Collection[str] = ()
+) -> Checkpoint | FinishedRun | None:
+    """Return the checkpoint that ``resume`` names, or the finished run; None to start from the beginning.
+
+    Args:
+        run: the run directory.
+        config: the settings.
+        resume: overrides the setting.
+        allowed: settings that can change in addition to those in allow_changes.
 
     Raises:
         ModelError: the run has checkpoints, but all are damaged.
         ConfigError: the run had other settings than ``config``, and allow_changes doesn't name them.
     """
-    resume = config.resume
+    resume = config.resume if resume is None else resume
     if not resume:
         return None
     if resume is True and (finished := finished_run(run)) is not None:
@@ -205,7 +213,13 @@ def checkpoint_to_resume(run: Path, config: CheckpointConfig) -> Checkpoint | Fi
             f"The checkpoint was written with other versions ({'; '.join(other)}); results can differ slightly.",
             "yellow",
         )
-    check_unchanged(found.state["settings"], as_dict(config), config.allowed_changes)
+    now_set = as_dict(config)
+    check_unchanged(found.state["settings"], now_set, [*config.allowed_changes, *allowed])
+    for name, change in changed_settings(found.state["settings"], now_set).items():
+        if name in allowed:
+            echo(
+                f"Resuming with another number of steps: {change}. The learning rate schedule is that of the new number."
+            )
     return found
 
 

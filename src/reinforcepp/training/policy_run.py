@@ -37,7 +37,7 @@ from reinforcepp.monitoring.completion_log import (
 from reinforcepp.monitoring.run_record import RunRecord, read_run
 from reinforcepp.monitoring.step_metrics import rollout_columns
 from reinforcepp.rewards.sources import RewardSum
-from reinforcepp.run_dir import RUN_FILE, claim_output, clear, describe_run, write_finished
+from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, describe_run, set_run_aside, write_finished
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.async_rollouts import PENDING_FILE
 from reinforcepp.training.batches import UpdateBatch
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
     from reinforcepp.training.monitor import Monitor
 
+STEP_SETTINGS = ("max_steps", "num_train_epochs")
+"""Settings that a run resumed by ``train(resume_from_checkpoint=...)`` can change, as in transformers."""
 DIGEST_PROMPTS = 100
 """Prompts of a dataset on disk whose tokens are part of its fingerprint."""
 
@@ -113,15 +115,17 @@ class PolicyRun:
         self.callbacks = callbacks
         self.facts = facts
         self.moving_reference = moving_reference
-        self.resumed = resumed if isinstance(resumed, checkpoint.Checkpoint) else None
+        self.resumed: checkpoint.Checkpoint | None = None
         """The checkpoint to resume from, until it is restored."""
-        self.finished_earlier = resumed if isinstance(resumed, checkpoint.FinishedRun) else None
+        self.finished_earlier: checkpoint.FinishedRun | None = None
         """The finished run of an earlier process, until its policy is loaded."""
+        self.finished = False
+        """Whether all steps are done and the policy is saved."""
+        self._resume = self.config.resume
+        self._set_resumed(resumed)
         self.state = RunState(kl_coef=self.config.kl_coef)
         self.begun = False
         """Whether this object has written to the run directory."""
-        self.finished = self.finished_earlier is not None
-        """Whether all steps are done and the policy is saved."""
         self._lock: OutputLock | None = None
         self.log = MetricLog()
         self.monitor: Monitor | None = None
@@ -229,8 +233,10 @@ class PolicyRun:
             rng.seed_all(self.config.seed)
             self.state.random = rng.capture()
         if self.update.ranks.is_main:
-            if self.resumed is None:
+            if self.resumed is None and self.config.overwrite:
                 clear(self.folder)
+            elif self.resumed is None and (moved := set_run_aside(self.folder)) is not None:
+                echo(f"Moved the earlier run in {self.folder} to {moved}.")
             if self.resumed is None or not (self.folder / RUN_FILE).is_file():
                 describe_run(self.folder, as_dict(self.config), self.facts)
             self.log.open(self.folder)
@@ -244,12 +250,34 @@ class PolicyRun:
             ranks=self.update.ranks,
         )
 
+    def resume_from(self, resume: bool | str) -> None:
+        """Resume from the checkpoint at the path ``resume`` or, with True, from the latest one.
+
+        Does nothing if all steps are done, or with True if this object has begun, because it then continues anyway.
+
+        Raises:
+            ModelError: there is no such checkpoint, or it is damaged.
+            ConfigError: the run had other settings or inputs than this one, apart from the number of steps.
+        """
+        if self.finished or resume == self._resume or (resume is True and self.begun):
+            return
+        if not self.begun:
+            check_output(self.config.output_dir, overwrite=False, resume=resume)
+        found = checkpoint.checkpoint_to_resume(self.folder, self.config, resume, allowed=STEP_SETTINGS)
+        checkpoint.check_inputs(found, self.facts["inputs"], self.config.allowed_changes)
+        self._resume = resume
+        self._set_resumed(found)
+
+    def _set_resumed(self, found: checkpoint.Checkpoint | checkpoint.FinishedRun | None) -> None:
+        self.resumed = found if isinstance(found, checkpoint.Checkpoint) else None
+        self.finished_earlier = found if isinstance(found, checkpoint.FinishedRun) else None
+        self.finished = self.finished_earlier is not None
+
     def _claim(self) -> None:
         """Lock the run directory, on rank 0."""
         if self.update.ranks.is_main:
-            config = self.config
-            resume = True if self.begun else config.resume
-            self._lock = claim_output(config.output_dir, overwrite=config.overwrite, resume=resume)
+            config, resume = self.config, True if self.begun else self._resume
+            self._lock = claim_output(config.output_dir, overwrite=config.overwrite, resume=resume, set_aside=True)
 
     def save(self, metrics: Mapping[str, float] | None = None) -> None:
         """Write a checkpoint; ``metrics`` are those of the step just finished, None in the middle of a step.

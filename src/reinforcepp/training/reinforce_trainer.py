@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.errors import ConfigError
 from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.step_metrics import step_metrics
@@ -106,19 +105,25 @@ class ReinforceTrainer:
     def engine(self, engine: RolloutEngine) -> None:
         self.rollouts.checked.engine = engine
 
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Run all steps, or the remaining ones of a resumed run; return the number of steps, their mean loss, and metrics.
 
         The metrics of each step are in ``state.log_history``. After an error or a signal, call it again to continue from the
-        last checkpoint. If the run is finished, it only returns.
+        last checkpoint. If the run is finished, it only returns. An earlier run in ``args.output_dir`` is moved to
+        ``earlier_runs`` in it, unless ``args`` or ``resume_from_checkpoint`` resume or overwrite it.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the latest one in ``args.output_dir``.
 
         Raises:
             TrainingDiverged: a guardrail stopped the run; the trainer then has the last checkpoint's weights.
             RewardError, EngineLost: rewards or completions can't be computed any more; a checkpoint is saved.
             KeyboardInterrupt: a signal stopped the run; a checkpoint is saved.
         """
-        if resume_from_checkpoint and not self.config.resume:
-            raise ConfigError("resume_from_checkpoint: give resume in ReinforceConfig instead.")
+        if resume_from_checkpoint:
+            self.run.resume_from(
+                resume_from_checkpoint if resume_from_checkpoint is True else str(resume_from_checkpoint)
+            )
         if self.run.finished:
             self.run.open_finished()
             return self.callbacks.output
