@@ -12,7 +12,7 @@ from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models.loading import load_policy
 from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.run_dir import read_finished
-from reinforcepp.training import checkpoint, reinforce_trainer
+from reinforcepp.training import checkpoint, trainer_methods
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.training.sft_trainer import train_language_model
 
@@ -105,7 +105,7 @@ def test_nothing_is_deleted_if_the_model_is_not_saved(base, tmp_path, monkeypatc
 
     run = trainer(base, tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr(reinforce_trainer, "save_model", full)
+        patched.setattr(trainer_methods, "save_model", full)
         with pytest.raises(OSError, match="No space left"):
             run.train()
     assert names(tmp_path / "run") == ["step-000002"] and read_finished(tmp_path / "run") is None

@@ -222,7 +222,7 @@ def contents(folder):
 def test_an_evaluation_before_training_that_is_stopped_is_part_of_the_resumed_run(base, tmp_path):
     config = {"max_steps": 1, "save_every": 0}
     run = trainer(base, tmp_path / "run", **config)
-    run.evaluator.prompts = run.prompts[:1]
+    run.evaluator.sets = {"": run.prompts[:1]}
     evaluate = run.evaluator.evaluate
     run.evaluator.evaluate = lambda limit: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted):
@@ -242,7 +242,9 @@ def test_a_signal_in_an_evaluation(base, tmp_path):
     runs = []
     for name in ("whole", "run"):
         run = trainer(base, tmp_path / name, eval_every=2)
-        run.evaluator.prompts = encode(run.tokenizer, [tiny_row(row) for row in held_out], "held-out", run.config, 128)
+        run.evaluator.sets = {
+            "": encode(run.tokenizer, [tiny_row(row) for row in held_out], "held-out", run.config, 128)
+        }
         runs.append(run)
     runs[0].train()
     evaluate = runs[1].evaluator.evaluate
@@ -256,7 +258,7 @@ def test_a_signal_in_an_evaluation(base, tmp_path):
     with pytest.raises(Interrupted):
         runs[1].train()
     again = trainer(base, tmp_path / "run", eval_every=2, resume=True, allow_changes="data")
-    again.evaluator.prompts = runs[0].evaluator.prompts
+    again.evaluator.sets = runs[0].evaluator.sets
     again.train()
     assert (tmp_path / "run" / "evaluation.json").read_bytes() == (tmp_path / "whole" / "evaluation.json").read_bytes()
     assert files(tmp_path / "run") == files(tmp_path / "whole")
@@ -266,7 +268,7 @@ def test_a_signal_while_a_run_is_being_resumed_costs_nothing(base, undisturbed, 
     shutil.copytree(undisturbed(), tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     again = trainer(base, tmp_path / "run", resume=True)
-    again.evaluator.prompts = again.prompts[:1]
+    again.evaluator.sets = {"": again.prompts[:1]}
     again.evaluator.evaluate = lambda limit: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Interrupted):
         again.train()

@@ -184,7 +184,7 @@ def test_the_next_step_is_generated_while_this_one_is_trained_on(base, tmp_path)
 
 def test_evaluations_use_the_current_weights(base, tmp_path):
     run = apart(base, tmp_path / "run", staleness=2, max_steps=3, eval_every=1)
-    run.evaluator.prompts = run.prompts[:3]
+    run.evaluator.sets = {"": run.prompts[:3]}
     seen = []
     evaluate = run.evaluator.evaluate
 
@@ -203,7 +203,7 @@ def test_pending_rollouts_are_dropped_after_training(base, tmp_path):
     run = apart(base, tmp_path / "run", staleness=1)
     run.train()
     assert run.rollouts._jobs == {}
-    run.evaluator.prompts = run.prompts[:2]
+    run.evaluator.sets = {"": run.prompts[:2]}
     run.evaluate()
     pairs = zip(run.engine.engine.model.parameters(), run.policy.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

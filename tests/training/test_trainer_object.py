@@ -1,17 +1,20 @@
 """The trainer object as TRL's users know it: its arguments, its attributes, and what its methods return."""
 
 import inspect
+import itertools
+import json
 from statistics import fmean
 
 import pytest
 import tiny
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from small_trainer import PROMPTS, spread, trainer
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
-from reinforcepp import ConfigError, ReinforceTrainer, load_policy
+from reinforcepp import ConfigError, DataError, ReinforceTrainer, load_policy
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.monitoring import read_metrics
 
@@ -181,3 +184,118 @@ def test_a_finished_run_without_checkpoints_is_returned(base, tmp_path):
     assert again.state.log_history[0] == whole.state.log_history[0]
     with pytest.raises(ConfigError, match="finished after 2 steps and it has no checkpoint, so it can't continue"):
         trainer(base, tmp_path / "run", max_steps=4).train(resume_from_checkpoint=True)
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def endless(limit=None):
+    for number in itertools.count():
+        assert limit is None or number < limit, "rows are read that no step uses"
+        yield {"prompt": f"Why is host {number} up?", "number": number}
+
+
+def watching(seen):
+    def spread_and_watch(completion_ids, number, **_):
+        seen.extend(number)
+        return spread(completion_ids)
+
+    return spread_and_watch
+
+
+def test_an_endless_dataset_is_read_as_far_as_it_is_used(base, tmp_path):
+    seen, settings = [], {"max_steps": 3, "save_every": 1, "keep_last": 2}
+    stream = IterableDataset.from_generator(endless, gen_kwargs={"limit": 7})  # datasets reads one row ahead
+    whole = trainer(base, tmp_path / "whole", watching(seen), stream, **settings)
+    whole.train()
+    assert seen == [0, 1, 2, 3, 4, 5] and whole.state.epoch == 1
+    saved = tmp_path / "whole" / "checkpoints" / "step-000002"
+    seen.clear()
+    trainer(base, tmp_path / "run", watching(seen), endless(6), **settings).train(resume_from_checkpoint=saved)
+    assert seen == [4, 5]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    seen.clear()
+    short = itertools.islice(endless(), 3)  # starts over
+    trainer(base, tmp_path / "short", watching(seen), short, **settings).train()
+    assert seen == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(DataError, match="train_dataset: no rows"):
+        trainer(base, tmp_path / "none", spread, iter([]))
+
+
+def test_prompts_keep_their_order_without_shuffling(base, tmp_path):
+    seen = []
+    rows = Dataset.from_list(list(itertools.islice(endless(), 5)))
+    trainer(
+        base, tmp_path / "run", watching(seen), rows, max_steps=0, num_train_epochs=2, shuffle_dataset=False
+    ).train()
+    assert seen == [0, 1, 2, 3, 4] * 2
+
+
+@pytest.mark.parametrize("kind", [dict, DatasetDict, IterableDatasetDict])
+def test_several_datasets_are_evaluated_one_by_one(base, tmp_path, kind):
+    rows = [{"prompt": f"Why is host {i} down?"} for i in range(5)]
+    parts = {"easy": rows[:2], "hard": rows[2:]}
+    sets = kind({name: Dataset.from_list(part) for name, part in parts.items()})
+    if kind is IterableDatasetDict:
+        sets = kind({name: part.to_iterable_dataset() for name, part in sets.items()})
+    run = trainer(base, tmp_path / "run", spread, PROMPTS, sets, eval_every=1, eval_prompts=2)
+    run.train()
+    (first,) = (entry for entry in run.state.log_history if entry["step"] == 1 and "eval_reward" in entry)
+    easy, hard = (run.evaluations["step 1"].parts[name] for name in ("easy", "hard"))
+    assert [len(easy.completions), len(hard.completions)] == [2, 2], "eval_prompts of each"
+    assert first["eval_easy_reward"] == pytest.approx(easy.reward)
+    assert first["eval_hard_completions/mean_length"] == hard.length
+    assert first["eval_reward"] == pytest.approx((easy.reward + hard.reward) / 2)
+    all_rows = run.evaluate()
+    assert all_rows["eval_samples"] == 5
+    assert run.evaluate("hard")["eval_reward"] == pytest.approx(all_rows["eval_hard_reward"])
+    given = run.evaluate(parts["hard"], metric_key_prefix="test")
+    assert given["test_samples"] == 3 and "test_easy_reward" not in given
+    other = run.evaluate({"one": rows[:1], "two": rows[1:2]})
+    assert other["eval_samples"] == 2 and {"eval_one_reward", "eval_two_kl"} <= set(other)
+
+
+def test_a_training_dataset_of_several_parts_is_an_error(base, tmp_path):
+    """As in TRL, whose trainers need one dataset."""
+    parts = DatasetDict(train=Dataset.from_list(PROMPTS))
+    with pytest.raises(ConfigError, match=r"train_dataset=dataset\['train'\]"):
+        trainer(base, tmp_path / "run", spread, parts)
+
+
+# --- what scripts do after training -----------------------------------------------------------------------------------
+
+
+def test_metrics_and_state_are_saved_as_transformers_does(base, tmp_path, capsys):
+    run = trainer(base, tmp_path / "run", spread, PROMPTS, PROMPTS[:2])
+    metrics = run.train().metrics
+    run.log_metrics("train", metrics)
+    run.save_metrics("train", metrics)
+    run.save_metrics("eval", run.evaluate())
+    run.save_state()
+    run.log({"mine": 1.0})
+    assert "***** train metrics *****" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["train_loss"] == metrics["train_loss"] and "eval_reward" in results
+    saved = TrainerState.load_from_json(str(tmp_path / "run" / "trainer_state.json"))
+    assert saved.global_step == 2 and saved.log_history == run.state.log_history[:-1]
+    assert run.state.log_history[-1] == {"step": 2, "epoch": pytest.approx(2 / 3), "mine": 1.0}
+    assert run.is_world_process_zero()
+
+
+def test_a_saved_model_does_not_replace_an_earlier_run(base, tmp_path):
+    trainer(base, tmp_path / "run").train()
+    before = contents(tmp_path / "run")
+    trainer(base, tmp_path / "run").save_model()
+    assert contents(tmp_path / "run" / "earlier_runs" / "1") == before
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "_calculate_rewards"])
+def test_methods_that_are_never_called_are_refused_in_a_subclass(name):
+    with pytest.raises(ConfigError, match=rf"Mine\.{name}: ReinforceTrainer never calls it\. Instead, "):
+        type("Mine", (ReinforceTrainer,), {name: lambda self: None})
+
+
+@pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func"])
+def test_arguments_of_agents_are_refused(base, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"{name}: isn't supported"):
+        trainer(base, tmp_path / "run", arguments={name: [print]})

@@ -115,6 +115,9 @@ class ReinforceConfig(
     max_steps: NonNegativeInt = 0
     """Training steps (rollout batches); 0 uses num_train_epochs"""
 
+    shuffle_dataset: bool = True
+    """Shuffle the prompts in each epoch; a stream keeps its order"""
+
     max_length: PositiveInt | None = None
     """Most tokens of prompt and completion together. Default: the context"""
     max_prompt_length: PositiveInt | None = None

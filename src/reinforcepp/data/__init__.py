@@ -17,6 +17,7 @@ from reinforcepp.data.loading import (
 )
 from reinforcepp.data.messages import EXTRA_FIELDS, conversation_text
 from reinforcepp.data.prompt_lines import read_prompt_lines
+from reinforcepp.data.prompt_stream import StreamRows
 from reinforcepp.data.readers import count
 from reinforcepp.data.rows import (
     Row,
@@ -57,6 +58,7 @@ __all__ = [
     "SftColumnNames",
     "SftRow",
     "Skipped",
+    "StreamRows",
     "Table",
     "TextData",
     "check_dataset",

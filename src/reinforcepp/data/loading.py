@@ -485,26 +485,31 @@ def prompt_rows(dataset: Iterable[Any] | None, name: str) -> Sequence[PromptRow]
     """
     if isinstance(dataset, DiskRows):
         return dataset
-    rows: list[PromptRow] = []
-    for number, row in enumerate(dataset if dataset is not None else []):
-        if isinstance(row, PromptRow):
-            rows.append(row)
-            continue
-        cell = row.get("prompt") if isinstance(row, Mapping) else None
-        prompt, messages, variables = cell, _NO_MESSAGES, dict[str, Any]()
-        try:
-            if isinstance(cell, list):
-                prompt, *_, messages = prompt_from(parse_content(cell, "prompt"), Counter())
-            if isinstance(row, Mapping):
-                check_text_only(row)
-                variables = template_variables(row)
-        except UnusableCell as error:
-            raise DataError(f"{name}:{number}: {error}. Correct the row or remove it.") from error
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError(f"{name}:{number}: no text in the column 'prompt'. Fill it in or remove the row.")
-        columns = {key: value for key, value in row.items() if key != "prompt"}
-        rows.append(PromptRow(prompt, columns, number, messages=messages, chat_template_kwargs=variables))
-    return rows
+    return [given_prompt(row, name, number) for number, row in enumerate(dataset if dataset is not None else [])]
+
+
+def given_prompt(row: Any, name: str, number: int) -> PromptRow:
+    """Return row ``number`` of the dataset ``name``; see :func:`prompt_rows`.
+
+    Raises:
+        DataError: It has no prompt.
+    """
+    if isinstance(row, PromptRow):
+        return row
+    cell = row.get("prompt") if isinstance(row, Mapping) else None
+    prompt, messages, variables = cell, _NO_MESSAGES, dict[str, Any]()
+    try:
+        if isinstance(cell, list):
+            prompt, *_, messages = prompt_from(parse_content(cell, "prompt"), Counter())
+        if isinstance(row, Mapping):
+            check_text_only(row)
+            variables = template_variables(row)
+    except UnusableCell as error:
+        raise DataError(f"{name}:{number}: {error}. Correct the row or remove it.") from error
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"{name}:{number}: no text in the column 'prompt'. Fill it in or remove the row.")
+    columns = {key: value for key, value in row.items() if key != "prompt"}
+    return PromptRow(prompt, columns, number, messages=messages, chat_template_kwargs=variables)
 
 
 # --- SFT texts --------------------------------------------------------------------------------------------------------

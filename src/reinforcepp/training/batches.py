@@ -41,12 +41,16 @@ UPDATE_TENSORS = ("advantages_BT", "returns_BT", "values_BT")
 
 
 class PromptBatches:
-    """Shuffled passes over ``prompts``: each prompt occurs exactly once per epoch; the last batch can be short."""
+    """Passes over ``prompts``: each prompt occurs exactly once per epoch; the last batch can be short.
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
+    Each pass has another order, unless ``shuffle`` is false.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int, *, shuffle: bool = True) -> None:
         self.prompts = prompts
         self.batch_size = batch_size
         self.seed = seed
+        self.shuffle = shuffle
         self._order: tuple[int, array[int]] = (-1, array("q"))
 
     @property
@@ -61,10 +65,11 @@ class PromptBatches:
         return [self.prompts[i] for i in chosen]
 
     def _order_of(self, epoch: int) -> array[int]:
-        """Return the shuffled order of an epoch; it is cached because shuffling millions of prompts takes a second."""
+        """Return the order of an epoch; it is cached because shuffling millions of prompts takes a second."""
         if self._order[0] != epoch:
             order = array("q", range(len(self.prompts)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            if self.shuffle:
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._order = epoch, order
         return self._order[1]
 

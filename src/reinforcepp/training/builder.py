@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from reinforcepp.algorithm.importance import Correction
 from reinforcepp.algorithm.kl import next_kl_coef
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.data import check_dataset, prompt_rows
+from reinforcepp.data import StreamRows, check_dataset, prompt_rows
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
 from reinforcepp.errors import ConfigError, DataError
@@ -127,10 +126,18 @@ def build(
     tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
     warn_about_bias(config)
     warn_about_precision(config)
-    prompts, eval_prompts = load_prompts(tokenizer, train_dataset, eval_dataset, config, limit)
-    if (config.keep_best or "").removeprefix("-").startswith("eval_") and not eval_prompts:
+    encode_held_out = partial(load_held_out, tokenizer, config, limit)
+    prompts, eval_sets = load_prompts(tokenizer, train_dataset, config, limit), encode_held_out(eval_dataset)
+    held_out = sum(map(len, eval_sets.values()))
+    if (
+        config.eval_prompts
+        and (used := sum(min(config.eval_prompts, len(part)) for part in eval_sets.values())) < held_out
+    ):
+        echo(f"Evaluations before and after training use {used} of {held_out} held-out prompts (eval_prompts).")
+    if (config.keep_best or "").removeprefix("-").startswith("eval_") and not held_out:
         raise ConfigError(f"keep_best: {config.keep_best} needs an eval_dataset. Give held-out rows.")
-    batches = PromptBatches(prompts, config.batch_size, config.seed)
+    shuffle = config.shuffle_dataset and not is_stream(train_dataset, config)
+    batches = PromptBatches(prompts, config.batch_size, config.seed, shuffle=shuffle)
     num_steps = config.max_steps or math.ceil(batches.steps_per_epoch * config.num_train_epochs)
     rewards = load_rewards(
         reward_funcs,
@@ -150,13 +157,13 @@ def build(
     events = Callbacks(callbacks, config, ranks, learner, tokenizer, num_steps, batches.steps_per_epoch)
     rewards = replace(rewards, trainer_state=events.state)
     reference = make_reference(learner.plain, new_adapter=config.use_peft)
-    inputs = fingerprints(reference, [prompts, eval_prompts], rewards)
+    inputs = fingerprints(reference, [prompts, *eval_sets.values()], rewards)
     checkpoint.check_inputs(resumed, inputs, config.allowed_changes)
     if choice is not None:
         if config.rollout == "auto":
             echo(f"Completions come from {choice.name}: {choice.reason}.")
         reserved = config.reward_workers * len(rewards.trained)
-        max_length = (config.max_prompt_length or longest_prompt(prompts, eval_prompts)) + config.max_new_tokens
+        max_length = (config.max_prompt_length or longest_prompt(prompts, *eval_sets.values())) + config.max_new_tokens
         engine = start_training_engine(choice, learner.plain, tokenizer, config, ranks, reserved, folder, max_length)
     assert engine is not None
     if config.reward_workers:
@@ -188,7 +195,7 @@ def build(
         "kind": type(config).__name__,
         "num_steps": num_steps,
         "prompts": len(prompts),
-        "heldout_prompts": len(eval_prompts),
+        "heldout_prompts": held_out,
         "inputs": inputs,
         "rewards": rewards.describe(),
         "judge": judge_sum.names[0] if judge_sum else None,
@@ -197,7 +204,7 @@ def build(
     moving = MovingReference(reference, learner.plain, config) if config.sync_ref_model else None
     run = PolicyRun(folder, update, rollouts, tokenizer, events, facts, resumed, moving)
     guard = RunGuard(run, guardrails, heartbeat, num_steps)
-    evaluator = Evaluator(eval_prompts, rewards, judge_sum, reference, rollouts, run, heartbeat, num_steps)
+    evaluator = Evaluator(eval_sets, encode_held_out, rewards, judge_sum, reference, rollouts, run, heartbeat)
     return TrainingParts(
         folder=folder,
         ranks=ranks,
@@ -244,37 +251,52 @@ def open_folder(
     return folder, resumed
 
 
+def is_stream(dataset: Any, config: ReinforceConfig) -> bool:
+    """Return whether a dataset is read only as far as ``max_steps`` needs it: its length isn't known."""
+    return bool(config.max_steps) and dataset is not None and not hasattr(dataset, "__len__")
+
+
 def load_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    train_dataset: Iterable[Any] | None,
-    eval_dataset: Iterable[Any] | None,
-    config: ReinforceConfig,
-    limit: int,
-) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Return the training and held-out prompts, of up to ``limit`` tokens.
+    tokenizer: PreTrainedTokenizerBase, dataset: Iterable[Any] | None, config: ReinforceConfig, limit: int
+) -> Sequence[Prompt]:
+    """Return the training prompts, of up to ``limit`` tokens.
 
     Raises:
         DataError: there is no training prompt.
-        ConfigError: an argument isn't a dataset.
+        ConfigError: ``dataset`` isn't a dataset.
     """
-    if isinstance(eval_dataset, Mapping):  # TRL accepts several datasets here, but not for training
-        echo(f"eval_dataset: evaluating the rows of {', '.join(map(str, eval_dataset))} together.")
-        eval_dataset = list(chain.from_iterable(eval_dataset.values()))
-    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if dataset is not None:
-            check_dataset(dataset, name)
-    train_rows, eval_rows = prompt_rows(train_dataset, "train_dataset"), prompt_rows(eval_dataset, "eval_dataset")
-    prompts = encode(tokenizer, train_rows, "training", config, limit)
+    name = "train_dataset"
+    if dataset is not None:
+        check_dataset(dataset, name)
+    rows = (
+        StreamRows(dataset, name, config.max_steps * config.batch_size, config.batch_size)
+        if dataset is not None and is_stream(dataset, config)
+        else prompt_rows(dataset, name)
+    )
+    prompts = encode(tokenizer, rows, "training", config, limit)
     if not prompts:
         raise DataError("train_dataset: no rows. Give at least one row with a prompt.")
-    print_prompt_format(tokenizer, train_rows, prompts[0].ids)
-    eval_prompts = encode(tokenizer, eval_rows, "held-out", config, limit)
-    if 0 < config.eval_prompts < len(eval_prompts):
-        echo(
-            f"Evaluations before and after training use {config.eval_prompts} of {len(eval_prompts)} held-out prompts "
-            "(eval_prompts)."
-        )
-    return prompts, eval_prompts
+    print_prompt_format(tokenizer, rows, prompts[0].ids)
+    return prompts
+
+
+def load_held_out(
+    tokenizer: PreTrainedTokenizerBase, config: ReinforceConfig, limit: int, dataset: Any
+) -> dict[str, Sequence[Prompt]]:
+    """Return the prompts of each held-out dataset by its name; the name of a single dataset is empty.
+
+    Raises:
+        ConfigError: ``dataset`` isn't a dataset, or a dictionary of them.
+    """
+    parts = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset if dataset is not None else []}
+    sets: dict[str, Sequence[Prompt]] = {}
+    for name, part in parts.items():
+        place = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        check_dataset(part, place)
+        first = sum(map(len, sets.values()))
+        encoded = encode(tokenizer, prompt_rows(part, place), "held-out", config, limit)
+        sets[str(name)] = [replace(prompt, key=first + i) for i, prompt in enumerate(encoded)] if first else encoded
+    return sets
 
 
 def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: ReinforceConfig, ranks: Ranks) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,8 @@ TRL_KEYS = {
     "truncated": "completions/clipped_ratio",
     "distinct": "completions/distinct_ratio",
 }
-RankEvaluation = tuple[list[Completion], RewardScores, list[float | None], list[tuple[float, int]], float]
-"""A rank's completions, their rewards, their judge's scores, their :func:`kl_sums`, and the sum of their entropy in nats."""
+RankEvaluation = tuple[list[Completion], RewardScores, list[float | None], list[tuple[float, int]], list[float]]
+"""A rank's completions, their rewards, their judge's scores, their :func:`kl_sums`, and sums of their entropy in nats."""
 Logprobs = tuple[Tensor, Tensor, Tensor]
 """``(logprobs_BT, entropy_BT, mask_BT)`` of a batch of completions."""
 
@@ -67,12 +67,17 @@ class Evaluation:
     rewards: list[float | None]
     judgements: list[float | None] | None
     details: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Evaluation] = field(default_factory=dict)
+    """The evaluation of each dataset by its name, if there are several."""
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics, for a JSON file."""
         names = ("reward", "reward_error", "judge", "judge_error", "kl", "length", "truncated", "distinct")
-        found = {name: float(value) for name in names if (value := getattr(self, name)) is not None}
-        return found | {name: float(value) for name, value in self.details.items()}
+        metrics = {name: float(value) for name in names if (value := getattr(self, name)) is not None}
+        metrics |= {name: float(value) for name, value in self.details.items()}
+        for dataset, part in self.parts.items():
+            metrics |= {f"{dataset}_{TRL_KEYS.get(name, name)}": value for name, value in part.metrics().items()}
+        return metrics
 
     def columns(self) -> dict[str, Sequence[Any]]:
         """Return the completions as a table with one row each."""
@@ -89,7 +94,7 @@ def logged_metrics(metrics: Mapping[str, float], prefix: str = "eval") -> dict[s
 
 def evaluate(
     generate: Callable[[Sequence[Prompt], Sampling], list[Completion]],
-    prompts: Sequence[Prompt],
+    sets: Mapping[str, Sequence[Prompt]],
     sampling: Sampling,
     rewards: RewardSum,
     policy: PreTrainedModel,
@@ -99,11 +104,14 @@ def evaluate(
     *,
     ranks: Ranks,
 ) -> Evaluation:
-    """Generate one completion per prompt and score it; each rank does its share, and all get the whole evaluation.
+    """Generate one completion per prompt of all ``sets`` and score it.
+
+    Each rank does its share, and all get the whole evaluation. Several sets are also evaluated one by one.
 
     Raises:
         RewardError: a reward function or server fails, or no completion has a score.
     """
+    prompts = [prompt for part in sets.values() for prompt in part]
 
     def evaluate_local() -> RankEvaluation:
         # A rank without prompts generates too, because all ranks can share the engine.
@@ -112,7 +120,7 @@ def evaluate(
         judgements = judge.score(completions).total if judge is not None else []
         logprobs = completion_logprobs(policy, completions, sampling.temperature, pad_id)
         kl = kl_sums(logprobs, completion_logprobs(reference, completions, sampling.temperature, pad_id))
-        entropy = sum(float((entropy_BT * mask_BT).sum()) for _, entropy_BT, mask_BT in logprobs)
+        entropy = [nats for _, nats_BT, mask_BT in logprobs for nats in (nats_BT * mask_BT).sum(-1).tolist()]
         return completions, scores, judgements, kl, entropy
 
     parts = ranks.gather(ranks.run_or_raise_all(evaluate_local))
@@ -120,27 +128,57 @@ def evaluate(
     completions = [completion for part in parts for completion in part[0]]
     judgements = [score for part in parts for score in part[2]]
     kl = [row for part in parts for row in part[3]]
-    judged = [score for score in judgements if score is not None]
-    for name, known in [("rewards", scores.known), *([("judge", judged)] if judge is not None else [])]:
+    entropy = [nats for part in parts for nats in part[4]]
+    whole = _evaluation(completions, scores, judgements if judge is not None else None, kl, entropy)
+    if len(sets) == 1:
+        return whole
+    start, found = 0, dict[str, Evaluation]()
+    for name, prompts_of in sets.items():
+        rows = slice(start, start + len(prompts_of))
+        start = rows.stop
+        own = replace(scores.rows(range(rows.start, rows.stop)), skipped=0)
+        judged = judgements[rows] if judge is not None else None
+        found[name] = _evaluation(completions[rows], own, judged, kl[rows], entropy[rows], name)
+    return replace(whole, parts=found)
+
+
+def _evaluation(
+    completions: list[Completion],
+    scores: RewardScores,
+    judgements: list[float | None] | None,
+    kl: list[tuple[float, int]],
+    entropy: list[float],
+    dataset: str = "",
+) -> Evaluation:
+    """Return the evaluation of completions that are scored; ``kl`` and ``entropy`` are sums over each completion's tokens.
+
+    Raises:
+        RewardError: no completion has a score.
+    """
+    judged = [score for score in judgements or () if score is not None]
+    for name, known in [("rewards", scores.known), *([("judge", judged)] if judgements is not None else [])]:
         if not known:
-            raise RewardError(f"{name}: no held-out completion has a score. Skip evaluations with eval_prompts 0.")
+            place = f" of {dataset}" if dataset else ""
+            raise RewardError(
+                f"{name}: no held-out completion{place} has a score. Skip evaluations with eval_prompts 0."
+            )
     details = {
         **reward_metrics(scores),
         **completion_metrics(completions),
-        "entropy": sum(part[4] for part in parts) / max(1, sum(tokens for _, tokens in kl)),
+        "entropy": sum(entropy) / max(1, sum(tokens for _, tokens in kl)),
     }
     return Evaluation(
         reward=fmean(scores.known),
         reward_error=standard_error(scores.known),
-        judge=None if judge is None else fmean(judged),
-        judge_error=None if judge is None else standard_error(judged),
+        judge=None if judgements is None else fmean(judged),
+        judge_error=None if judgements is None else standard_error(judged),
         kl=mean_kl(kl),
         length=fmean(len(c.ids) for c in completions),
         truncated=fmean(c.finish_reason == "length" for c in completions),
         distinct=len({c.text for c in completions}) / len(completions),
         completions=completions,
         rewards=scores.total,
-        judgements=None if judge is None else judgements,
+        judgements=judgements,
         details={name: value for name, value in details.items() if name not in ("reward", *TRL_KEYS.values())},
     )
 
@@ -190,52 +228,61 @@ class Evaluator:
     """Evaluates the policy of a run on its held-out prompts, always with the same seeds.
 
     Args:
-        prompts: the held-out prompts; the setting ``eval_prompts`` limits the number used during training.
+        sets: the held-out prompts of each dataset; the setting ``eval_prompts`` limits the number used during training.
+        encode: returns the prompts of another dataset.
         rewards: the reward functions of the training.
         judge: a reward function that has no part in training, if any.
         reference: the reference policy.
         rollouts: owns the engine that generates.
         run: records each evaluation.
         heartbeat: watchdog and stop signals.
-        num_steps: steps of the run.
     """
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
+        sets: Mapping[str, Sequence[Prompt]],
+        encode: Callable[[Any], Mapping[str, Sequence[Prompt]]],
         rewards: RewardSum,
         judge: RewardSum | None,
         reference: PreTrainedModel,
         rollouts: RolloutScheduler,
         run: PolicyRun,
         heartbeat: Heartbeat,
-        num_steps: int,
     ) -> None:
-        self.prompts = prompts
+        self.sets = sets
+        self.encode = encode
         self.rewards = rewards
         self.judge = judge
         self.reference = reference
         self.rollouts = rollouts
         self.policy_run = run
         self.heartbeat = heartbeat
-        self.num_steps = num_steps
         self.evaluations: dict[str, Evaluation] = {}
         self.latest: tuple[int, Evaluation] | None = None
         """The latest evaluation and its step, while the policy has these weights."""
 
-    def evaluate(self, limit: int | None = None) -> Evaluation:
-        """Return an evaluation of the current policy on the first ``limit`` or all held-out prompts, without recording it.
+    def evaluate(self, limit: int | None = None, dataset: Any = None) -> Evaluation:
+        """Return an evaluation of the current policy, without recording it.
+
+        Args:
+            limit: the first ``limit`` prompts of each dataset are used; default: all.
+            dataset: held-out rows, several datasets by name, or the name of one of those of the trainer.
 
         Raises:
             ConfigError: there are no held-out prompts.
         """
-        if not self.prompts:
+        if isinstance(dataset, str) and dataset in self.sets:
+            sets: Mapping[str, Sequence[Prompt]] = {"": self.sets[dataset]}
+        else:
+            sets = self.sets if dataset is None else self.encode(dataset)
+        sets = {name: prompts[:limit] for name, prompts in sets.items() if prompts}
+        if not sets:
             raise ConfigError("eval_dataset: no rows to evaluate on. Give held-out rows when you create the trainer.")
         config, rollouts = self.policy_run.config, self.rollouts
         rollouts.use_current_weights()
         return evaluate(
             rollouts.generate,
-            self.prompts[:limit],
+            sets,
             Sampling(config.max_new_tokens, config.temperature, seed=EVALUATION_SEED),
             self.rewards,
             rollouts.policy,
@@ -248,7 +295,7 @@ class Evaluator:
     def run(self, name: str) -> None:
         """Evaluate on the first ``eval_prompts`` held-out prompts, if any, and record the evaluation under ``name``."""
         limit = self.policy_run.config.eval_prompts
-        if limit and self.prompts:
+        if limit and any(self.sets.values()):
             self.heartbeat.beat(f"evaluation {name!r}")
             run = self.policy_run
             step, report = run.state.step, name != BEFORE or run.callbacks.logs_start

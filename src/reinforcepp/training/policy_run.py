@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reinforcepp.config import as_dict
-from reinforcepp.data import EXTRA_FIELDS
+from reinforcepp.data import EXTRA_FIELDS, StreamRows
 from reinforcepp.errors import ConfigError, TrainingDiverged, option
 from reinforcepp.files import write_json
 from reinforcepp.locks import OutputLock
@@ -436,10 +436,14 @@ def fingerprints(model: PreTrainedModel, parts: Sequence[Sequence[Prompt]], rewa
     The fingerprint of prompts on disk is a hash of their texts, and of the tokens of the first ones.
     """
     on_disk = [prompts for prompts in parts if isinstance(prompts, LazyPrompts)]
-    hashed = chain.from_iterable(p[:DIGEST_PROMPTS] if isinstance(p, LazyPrompts) else p for p in parts)
+    hashed = chain.from_iterable(p[: _hashed_rows(p)] if isinstance(p, LazyPrompts) else p for p in parts)
     texts = json.dumps([*((prompt.text, prompt.ids) for prompt in hashed), *(prompts.digest for prompts in on_disk)])
     return {
         "model": weights_hash(model),
         "data": hashlib.sha256(texts.encode()).hexdigest()[:16],
         "reward_model": rewards.fingerprint(),
     }
+
+
+def _hashed_rows(prompts: LazyPrompts) -> int:
+    return prompts.rows.batch_size if isinstance(prompts.rows, StreamRows) else DIGEST_PROMPTS

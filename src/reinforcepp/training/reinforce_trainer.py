@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.training.builder import build
-from reinforcepp.training.evaluation import logged_metrics
 from reinforcepp.training.monitor import Monitor
 from reinforcepp.training.policy_update import score, with_advantages
 from reinforcepp.training.setup import with_peft_config
+from reinforcepp.training.trainer_methods import TrainerMethods, refuse_arguments
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import TrainOutput
 
 
-class ReinforceTrainer:
+class ReinforceTrainer(TrainerMethods):
     """Trains a causal language model with REINFORCE++; the arguments are named as in TRL.
 
     Args:
@@ -32,8 +31,9 @@ class ReinforceTrainer:
         reward_funcs: one or several functions ``f(prompts, completions, **columns) -> list[float]``, or what the setting
             ``rewards`` takes: folders of reward models, rules, servers. Their scores are added.
         args: the settings.
-        train_dataset: rows with a ``prompt`` (mappings, or a ``datasets.Dataset``); other columns go to reward functions.
-        eval_dataset: held-out rows for evaluations before and after training.
+        train_dataset: rows with a ``prompt`` (mappings, or a ``datasets.Dataset``); other columns go to reward functions. Rows of
+            unknown number, such as an ``IterableDataset``, are read in their order, as far as ``max_steps`` needs them.
+        eval_dataset: held-out rows for evaluations before and after training, or a dictionary of several datasets.
         processing_class: the tokenizer; default: the model's.
         reward_processing_classes: the tokenizers of loaded reward models; one, or one per reward function.
         callbacks: callbacks of transformers, classes or instances.
@@ -65,7 +65,9 @@ class ReinforceTrainer:
         engine: RolloutEngine | None = None,
         judge: str | RewardFunction | None = None,
         reward_weights: Sequence[float] | None = None,
+        **unsupported: Any,
     ) -> None:
+        refuse_arguments(unsupported)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         parts = build(
             model,
@@ -160,35 +162,6 @@ class ReinforceTrainer:
                 self.guard.save_if_due()
                 run.end_step()
                 self.guard.heartbeat.check_between_steps()
-
-    def evaluate(self, eval_dataset: None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Generate completions of all held-out prompts with the current policy from fixed seeds, and score them.
-
-        Returns:
-            The metrics under TRL's keys, such as ``eval_reward`` and ``eval_kl``; they are also in ``state.log_history``.
-        """
-        evaluation, prefix = self.evaluator.evaluate(), metric_key_prefix
-        metrics = {f"{prefix}_samples": len(evaluation.completions), **logged_metrics(evaluation.metrics(), prefix)}
-        self.callbacks.evaluated(metrics)
-        return metrics
-
-    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Add a callback of transformers, a class or an instance."""
-        self.callbacks.add(callback)
-
-    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
-        """Remove a callback, by its class or itself, and return it; None if there is none."""
-        return cast("TrainerCallback | None", self.callback_handler.pop_callback(callback))
-
-    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
-        """Remove a callback, by its class or itself."""
-        self.callback_handler.remove_callback(callback)
-
-    def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Write the policy as a folder that ``from_pretrained`` reads, by default ``args.output_dir``; rank 0 writes it."""
-        if self.ranks.is_main:
-            save_model(self.policy, self.tokenizer, Path(output_dir or self.folder))
-        self.ranks.barrier()
 
     def _begin(self) -> None:
         """Create the run directory, or restore the state in which an earlier run stopped."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reinforcepp.config import ComputeConfig, ReinforceConfig, RewardModelConfig
-from reinforcepp.data import DiskRows
+from reinforcepp.data import DiskRows, StreamRows
 from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import add_adapter, has_adapter, with_adapter
@@ -108,6 +108,10 @@ def encode(
     action = config.long_prompts
     outcome = "truncated" if action == "cut" else "skipped"
     prompts: Sequence[Prompt]
+    if isinstance(rows, StreamRows):
+        if action == "drop":
+            raise ConfigError("long_prompts drop: needs all rows, but the dataset is a stream. Use cut, or a Dataset.")
+        return LazyPrompts(tokenizer, rows, limit, "stream")
     if isinstance(rows, DiskRows) and action == "cut":
         if part == "training":
             echo(f"Prompts are tokenized when they are used; those longer than {limit} tokens are {outcome}.")
