@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
-from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LinearLR, MultiStepLR, ReduceLROnPlateau
 from transformers import Trainer, TrainingArguments
 
 from reinforcepp import ReinforceConfig
@@ -14,6 +14,7 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.training import checkpoint
 from reinforcepp.training.builder import start_learners
 from reinforcepp.training.learner import Learner
+from reinforcepp.training.optimizer import with_given_rate
 
 IDS = torch.tensor([[5, 7, 11, 13], [17, 19, 23, 29]])
 STEPS = 6
@@ -101,6 +102,14 @@ def test_parameters_outside_a_given_optimizer_are_frozen(tmp_path, capsys):
     assert "Learning rate 0.5: that of the given optimizer." in (printed := capsys.readouterr().err)
     assert "tensors aren't in the optimizer; they are frozen" in printed
     assert made.scheduler.get_last_lr() == [0.5]
+
+
+def test_the_rate_of_a_given_optimizer_is_its_peak():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    LinearLR(optimizer, start_factor=0.1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert with_given_rate(ReinforceConfig(), optimizer).learning_rate == 0.5
+    assert with_given_rate(ReinforceConfig(learning_rate=0.1), optimizer).learning_rate == 0.1
 
 
 def sgd(model):

@@ -44,7 +44,7 @@ from reinforcepp.training.evaluation import Evaluator
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
 from reinforcepp.training.moving_reference import MovingReference
-from reinforcepp.training.optimizer import Optimizers, check_optimizers
+from reinforcepp.training.optimizer import Optimizers, check_optimizers, with_given_rate
 from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.prompt_summary import print_prompt_format
@@ -117,6 +117,7 @@ def build(
     folder, resumed = open_folder(model, config)
     model_config = load_config(model) if isinstance(model, str) else model.config
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens, config.max_length)
+    config = with_given_rate(config, optimizers[0])
     config = with_learning_rate(config, model_config, resumed.state["settings"] if resumed else None)
     dtype = compute_dtype(config)
     rollout = "transformers" if config.load_in_4bit else config.rollout

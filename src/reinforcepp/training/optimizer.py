@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -113,6 +113,18 @@ def check_optimizers(optimizers: Optimizers, config: ReinforceConfig, *, loaded:
             raise ConfigError(f"{name} and optimizers are both given. Remove one of the two.")
 
 
+def peak_of(group: Mapping[str, Any]) -> float:
+    """Return the peak learning rate of a parameter group, also if a schedule has begun its warmup."""
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def with_given_rate(config: ReinforceConfig, optimizer: Any) -> ReinforceConfig:
+    """Return ``config`` with the learning rate of the given optimizer, if ``config`` has none."""
+    if config.learning_rate is not None or not isinstance(optimizer, torch.optim.Optimizer):
+        return config
+    return replace(config, learning_rate=max(map(peak_of, optimizer.param_groups)))
+
+
 def with_given_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the user's ``optimizer`` of ``model``; parameters that it doesn't hold are frozen.
 
@@ -123,7 +135,7 @@ def with_given_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimize
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not held <= {id(parameter) for parameter in trainable}:
         raise ConfigError(f"optimizers: {OTHER_TENSORS}")
-    rates: Sequence[float] = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    rates = sorted({peak_of(group) for group in optimizer.param_groups})
     echo(f"Learning rate {', '.join(f'{rate:g}' for rate in rates)}: that of the given optimizer.")
     frozen = [parameter for parameter in trainable if id(parameter) not in held]
     for parameter in frozen:
