@@ -87,6 +87,8 @@ def test_functions_of_trl_score_conversations(base, tmp_path):
         assert all(f"rewards/{name}/mean" in metrics for name in names) and 0 <= metrics["mean_code"] <= 1
     found = read_completions(tmp_path / "completions")
     assert all(row["completion"].strip()[:1] == row["extra/letter"] for row in found) and len(found) == 8
+    (evaluated, *_) = read_completions(tmp_path / "evaluations" / "after.parquet")
+    assert evaluated["completion"].strip()[:1] == evaluated["extra/letter"]
     training = [questions for _, questions, topic in SEEN if len(questions) == 4]
     assert training == [["Is the link up?"] * 4] * 2 and all(len(topic) == len(asked) for _, asked, topic in SEEN)
 

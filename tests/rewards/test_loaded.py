@@ -68,7 +68,7 @@ def padded_with_eos():
 def test_a_loaded_model_scores_as_in_trl(family, conversational, finish_reason, padded_with_eos, tmp_path):
     model, rows = classifier(family), completions(conversational, finish_reason)
     model.config._name_or_path = "org/judge"
-    for tokenizer in (tiny.chat_tokenizer(), padded_with_eos):
+    for tokenizer in (tiny.chat_tokenizer(), padded_with_eos, tiny.chat_tokenizer(bos="<s>")):
         expected = scores_of_trl(model, tokenizer, rows, tmp_path)
         rewards = load_rewards(model, None, None, tokenizer, texts_are_messages=False)
         assert rewards.score(rows).total == pytest.approx(expected, abs=1e-5) and rewards.names == ["judge"]

@@ -3,7 +3,7 @@
 completions/step-000012.parquet   step, prompt, completion, reward, reward/NAME per reward function, extra/NAME per column that
                                   a function logged, kl, length, finish_reason, messages, chat_template_kwargs; kl is the
                                   completion's mean of k3 per token, in nats, length in tokens
-evaluations/before.parquet        prompt, completion, reward, judge (if available), length, finish_reason, messages,
+evaluations/before.parquet        prompt, completion, reward, judge (if available), extra/NAME, length, finish_reason, messages,
                                   chat_template_kwargs
 
 ``prompt`` is text for people. ``messages`` has the messages of a prompt that is a list of messages, as a list of ``role`` and

@@ -52,7 +52,7 @@ class Evaluation:
     training, None without a judge. Both skip completions without a score. ``kl`` is the token mean of k3 to the reference
     policy, in nats; ``truncated`` the share of completions truncated at the length limit; ``distinct`` the number of distinct
     responses divided by the number of prompts; ``length`` the mean number of tokens. ``details`` are further metrics under
-    the keys of training steps, such as ``rewards/NAME/mean``.
+    the keys of training steps, such as ``rewards/NAME/mean``, and ``extra`` the columns that reward functions logged.
     """
 
     reward: float
@@ -67,6 +67,7 @@ class Evaluation:
     rewards: list[float | None]
     judgements: list[float | None] | None
     details: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
     parts: dict[str, Evaluation] = field(default_factory=dict)
     """The evaluation of each dataset by its name, if there are several."""
 
@@ -84,7 +85,8 @@ class Evaluation:
         known = columns_of(self.completions)
         judged = {} if self.judgements is None else {"judge": self.judgements}
         first = {name: known.pop(name) for name in ("prompt", "completion")}
-        return first | {"reward": self.rewards} | judged | known
+        logged = {f"extra/{name}": values for name, values in self.extra.items()}
+        return first | {"reward": self.rewards} | judged | logged | known
 
 
 def logged_metrics(metrics: Mapping[str, float], prefix: str = "eval") -> dict[str, float]:
@@ -180,6 +182,7 @@ def _evaluation(
         rewards=scores.total,
         judgements=judgements,
         details={name: value for name, value in details.items() if name not in ("reward", *TRL_KEYS.values())},
+        extra=scores.extra,
     )
 
 
