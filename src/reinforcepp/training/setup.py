@@ -279,3 +279,9 @@ def warn_about_bias(config: ReinforceConfig) -> None:
         )
     if config.cache_implementation is not None:
         echo("cache_implementation: no effect, because each engine chooses its KV cache.")
+    if config.objective.spec.surrogate == "cispo" and config.clip_high <= 1:
+        echo(
+            f"clip_high {config.clip_high:g} is cispo's upper bound of the policy ratio itself, so every gradient shrinks. "
+            "Set it above 1, such as 5.",
+            "yellow",
+        )
