@@ -11,7 +11,7 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 
@@ -194,10 +194,7 @@ def test_a_stream_is_trained_for_max_steps(classifier, tmp_path):
 def test_callbacks_and_evaluations_see_the_training(classifier, tmp_path):
     """Early stopping, metrics of the caller, evaluations during training, and the log as in TRL."""
 
-    class Stop(TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics, **_):
-            control.should_training_stop = metrics["eval_accuracy"] >= 0 and state.global_step == 2
-
+    patience = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
     trainer = RewardTrainer(
         classifier,
         settings(tmp_path / "rm", eval_every=1),
@@ -205,7 +202,7 @@ def test_callbacks_and_evaluations_see_the_training(classifier, tmp_path):
         eval_dataset=TEXTS[:3],
         processing_class=tiny.tokenizer(),
         compute_metrics=lambda prediction: {"largest": float(prediction.predictions.max())},
-        callbacks=[Stop()],
+        callbacks=[patience],
     )
     assert trainer.train().global_step == 2
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -267,6 +264,7 @@ def without_head():
         (None, [], {}, DataError, "no rows"),
         (None, [{"prompt": "Why?", "good": "a"}], {}, DataError, "no columns chosen and rejected, only prompt, good"),
         (None, [{"chosen": 1, "rejected": 2}], {}, DataError, "a row can't be tokenized"),
+        (None, TEXTS, {"eval_every": 2}, ConfigError, "eval_every: there are no held-out pairs"),
         (None, TEXTS, {"max_length": 2}, DataError, "no row fits into max_length 2"),
         (
             None,

@@ -132,8 +132,13 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
         **named: Any,
     ) -> None:
         self.config, self.tokenizer, self.form = config, tokenizer, form
+        evaluation = named.get("eval_dataset")
+        if config.eval_every and evaluation is None:
+            raise ConfigError("eval_every: there are no held-out pairs to evaluate. Give some, or omit eval_every.")
         output = str(Path(config.output_dir).expanduser())
         arguments = trl_arguments(type(self), config, Ranks().count, output_dir=output, max_length=max_length)
+        if config.eval_every and not isinstance(evaluation, Mapping):
+            arguments.metric_for_best_model, arguments.greater_is_better = "loss", False  # for EarlyStoppingCallback
         labels = model.config.id2label
         model.config.num_labels = 1  # TRL refuses a model with several outputs, although its loops can train one
         collator = data_collator or PairCollator(pad_token_id=int(tokenizer.pad_token_id))
@@ -324,6 +329,10 @@ class RewardTrainer(ResumableRewardTrainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         config = args or RewardModelConfig()
+        if not isinstance(config, RewardModelConfig):
+            raise ConfigError(
+                f"args: {type(config).__name__} isn't a RewardModelConfig, which accepts TRL's names of settings. Give one."
+            )
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         train = as_dataset(train_dataset, "train_dataset", config)
         evaluation = as_datasets(eval_dataset, config)
