@@ -11,6 +11,7 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
@@ -197,7 +198,7 @@ def test_callbacks_and_evaluations_see_the_training(classifier, tmp_path):
     patience = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
     trainer = RewardTrainer(
         classifier,
-        settings(tmp_path / "rm", eval_every=1),
+        settings(tmp_path / "rm", eval_strategy="steps", eval_steps=1, report_to="tensorboard", logging_steps=1),
         train_dataset=TEXTS,
         eval_dataset=TEXTS[:3],
         processing_class=tiny.tokenizer(),
@@ -207,6 +208,8 @@ def test_callbacks_and_evaluations_see_the_training(classifier, tmp_path):
     assert trainer.train().global_step == 2
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert [entry["step"] for entry in logged] == [1, 2]
+    tracked = EventAccumulator(str(next((tmp_path / "rm" / "trackers").glob("*")))).Reload()
+    assert {"loss", "eval_loss", "eval_largest"} <= set(tracked.Tags()["scalars"])
     metrics = trainer.evaluate()
     names = ("loss", "accuracy", "margin", "min_reward", "max_reward", "mean_reward", "num_tokens", "largest")
     assert {f"eval_{name}" for name in names} <= metrics.keys()

@@ -29,6 +29,7 @@ from reinforcepp.config.shared import (
     ComputeConfig,
     OptimizerConfig,
     Scheduler,
+    TrackingConfig,
 )
 from reinforcepp.config.values import NAMES, EmptyIfNone, FieldsOfParser
 from reinforcepp.errors import ConfigError, nearest, option
@@ -40,7 +41,6 @@ RAY_ADDRESS = re.compile(r"ray://(auto|local|[^\s/:]+:\d{1,5})")
 SERVERS = {"vllm://": "http://", "vllm+https://": "https://"}
 SERVER = r"([^\s/:,@\[\]]+|\[[0-9a-fA-F:.]+\]):\d{1,5}"
 SERVER_ADDRESSES = re.compile(rf"vllm(\+https)?://{SERVER}(,{SERVER})*")
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class RewardScoringConfig(Config):
 
 @dataclass(frozen=True)
 class ReinforceConfig(
+    TrackingConfig,
     OptimizerConfig,
     RolloutSamplingConfig,
     AlgorithmConfig,
@@ -175,16 +176,12 @@ class ReinforceConfig(
     """Steps between logs of trackers and callbacks; metrics.jsonl has every step"""
     logging_first_step: bool = False
     """Also log step 1 to trackers and callbacks"""
-    run_name: FilledStr | None = None
-    """Name of the run in wandb, mlflow, trackio and swanlab"""
     log_completions: bool = True
     """Write the completions of every step to Parquet files, and tables to trackers"""
     num_completions_to_print: PositiveInt | None = None
     """Completions of every step to print as a table; default: none"""
     log_unique_prompts: bool = False
     """Only one completion per prompt in the tables of trackers and the terminal"""
-    report_to: Annotated[tuple[str, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
-    """Trackers of the metrics, e.g. tensorboard wandb mlflow trackio; none: none"""
 
     sync_ref_model: bool = False
     """Let the reference policy follow the policy (TR-DPO); KL is then to the mixture"""
@@ -217,11 +214,6 @@ class ReinforceConfig(
         self._check_guardrails()
         self._check_reference()
         self._check_model()
-        for name in self.report_to:
-            if name not in TRACKERS:
-                raise ConfigError(
-                    f"report_to: tracker {name!r} not found, only {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}"
-                )
         if self.importance_high < self.importance_low:
             raise ConfigError(
                 f"importance_high: {self.importance_high} is below importance_low {self.importance_low}. Raise "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from reinforcepp.config.aliases import aliases_of
 from reinforcepp.config.base import (
     Config,
+    FilledStr,
     FilledText,
     JsonText,
     NonNegativeFloat,
@@ -21,7 +22,7 @@ from reinforcepp.config.base import (
     json_object,
 )
 from reinforcepp.config.learning_rates import Training
-from reinforcepp.config.values import NAMES, SWITCH_OR_TEXT
+from reinforcepp.config.values import NAMES, SWITCH_OR_TEXT, EmptyIfNone
 from reinforcepp.errors import ConfigError, nearest, option
 
 JUDGE, JUDGED_DATA = "builtin:judge", "builtin:network"
@@ -38,6 +39,7 @@ Scheduler = Literal[
     "warmup_stable_decay",
 ]
 """Learning rate schedules of transformers that depend on the step alone."""
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 INPUTS = ("model", "data", "reward_model")
 """Inputs of a run, whose content can change under the same name."""
 
@@ -166,6 +168,23 @@ class OptimizerConfig(Config):
             raise ConfigError(
                 f"warmup_steps: {self.warmup_steps} is neither a whole number of steps nor a fraction below 1. Give one of these."
             )
+
+
+@dataclass(frozen=True)
+class TrackingConfig(Config):
+    """Trackers of a training."""
+
+    report_to: Annotated[tuple[str, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
+    """Trackers of the metrics, e.g. tensorboard wandb mlflow trackio; none: none"""
+    run_name: FilledStr | None = None
+    """Name of the run in wandb, mlflow, trackio and swanlab"""
+
+    def _check_rules(self) -> None:
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise ConfigError(
+                    f"report_to: tracker {name!r} not found, only {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}"
+                )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from reinforcepp.config.shared import (
     DataLoadingConfig,
     DryRunConfig,
     OptimizerConfig,
+    TrackingConfig,
 )
 from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError, nearest
@@ -36,7 +37,7 @@ DEFAULT_MAX_LENGTH = 4096
 
 
 @dataclass(frozen=True)
-class SupervisedConfig(OptimizerConfig):
+class SupervisedConfig(TrackingConfig, OptimizerConfig):
     """Passes over the rows of a file, the size of a batch, and the optimizer."""
 
     num_train_epochs: PositiveFloat = 3
@@ -139,6 +140,8 @@ class RewardModelConfig(
     """Weight of the penalty that centers scores on 0"""
     eval_every: StepInterval = 0
     """Steps between evaluations of held-out pairs; 0: only at the end, -1: each epoch"""
+    disable_dropout: bool = True
+    """Turn off dropout during training"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of trained weights; mixed_precision saves time without rounding them"""
     criteria: tuple[str, ...] = field(default=(), metadata=NAMES)

@@ -362,6 +362,7 @@ RULES: tuple[Rule, ...] = (
     _rename("beta", "kl_coef"),
     _rename("max_completion_length", "max_new_tokens"),
     _rename("delta", "dual_clip"),
+    _rename("chat_template_path", "chat_template"),
     _rename("save_total_limit", "keep_last"),
     _rename("resume_from_checkpoint", "resume"),
     Rule(

@@ -151,7 +151,12 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
         """Return TRL's arguments."""
         steps = {"eval_strategy": "steps", "eval_steps": config.eval_every} if config.eval_every else {}
         every = {"eval_strategy": "epoch"} if config.eval_every < 0 else steps
-        return RewardConfig(center_rewards_coefficient=config.center_rewards_coefficient, **every, **common)
+        return RewardConfig(
+            center_rewards_coefficient=config.center_rewards_coefficient,
+            disable_dropout=config.disable_dropout,
+            **every,
+            **common,
+        )
 
     @staticmethod
     def load_model(folder: Path) -> PreTrainedModel:

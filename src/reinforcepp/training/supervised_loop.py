@@ -10,8 +10,8 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import TrainOutput, has_length
 from trl import SFTConfig, SFTTrainer
 
-from reinforcepp.config import SftConfig
+from reinforcepp.config import SftConfig, as_dict
 from reinforcepp.config.shared import is_due
 from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models.loading import load_policy
@@ -207,7 +207,8 @@ class TrainingCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **live: Any) -> None:
         """Log a finished step and save a checkpoint if one is due."""
-        if not logs or "loss" not in logs:  # the summary at the end of training
+        if not logs or "loss" not in logs:  # an evaluation, or the summary at the end of training
+            self.run.ranks.track(logs or {}, state.global_step)
             return
         self._clock.lap("step")
         by_output = sorted(name for name in logs if name.startswith("accuracy/"))
@@ -216,8 +217,10 @@ class TrainingCallback(TrainerCallback):
         metrics["skipped_updates"] = float(self._skipped_in_a_row > 0)
         self._metrics = metrics
         checkpoint.check_metric(self.config.keep_best, metrics)
+        values = metrics | self._clock.seconds()
+        self.run.ranks.track(values, state.global_step)
         if self.run.ranks.is_main:
-            self.log.write(metrics | self._clock.seconds())
+            self.log.write(values)
         name, label = self.trainer_class.headline
         shown = f", {label} {logs[name]:.2f}" if name in logs else ""
         self.progress.step(f"loss {logs['loss']:.3f}{shown}")
@@ -306,6 +309,7 @@ def run_trainer(
         Progress(trainer.title, steps, 0 if saved is None else saved.step) as progress,
         stop_signals() as stop,
         Watchdog(run.folder, config.watchdog_seconds) as watchdog,
+        _trackers(config, run),
     ):
         if ranks.is_main:
             log.open(run.folder)
@@ -335,6 +339,17 @@ def steps_per_epoch(args: Any, state: Any, live: Mapping[str, Any]) -> int:
     """Return the optimizer steps per epoch from the arguments of a callback; the whole training's for an endless stream."""
     batches = live["train_dataloader"]
     return math.ceil(len(batches) / args.gradient_accumulation_steps) if has_length(batches) else int(state.max_steps)
+
+
+@contextmanager
+def _trackers(config: SupervisedConfig, run: RunContext) -> Iterator[None]:
+    """Start the trackers of report_to, and close them at the end of the block."""
+    if config.report_to:
+        run.ranks.start_trackers(as_dict(config), 0 if run.saved is None else run.saved.step)
+    try:
+        yield
+    finally:
+        run.ranks.end_trackers()
 
 
 def load_weights(trainer: SupervisedTrainer, folder: Path) -> None:

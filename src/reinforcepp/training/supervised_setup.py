@@ -120,6 +120,10 @@ def open_run_dir(config: SupervisedConfig, *, loaded: bool = False) -> OpenedRun
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"mixed_precision: fp16 needs a GPU for {TASKS[type(config)]}. Use bf16.")
     warn_about_precision(config)
+    if config.report_to:
+        from reinforcepp.distributed.ranks import check_trackers  # takes seconds
+
+        check_trackers(config.report_to)
     return folder, checkpoint.checkpoint_to_resume(folder, config)
 
 
@@ -141,7 +145,7 @@ def begin(
     checkpoint.check_inputs(saved, inputs, config.allowed_changes)
     from reinforcepp.distributed.ranks import Ranks
 
-    ranks = Ranks()
+    ranks = Ranks(config.report_to, folder)
     ranks.barrier()  # until every rank has checked the directory
     with ExitStack() as lock:
 
