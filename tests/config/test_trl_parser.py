@@ -75,7 +75,7 @@ def test_trl_parser_gives_shared_names_to_model_config(order, tmp_path):
     parsed = {type(part): part for part in TrlParser(order).parse_args_and_config(words)}
     args, model_args = parsed[ReinforceConfig], parsed[ModelConfig]
     assert args == ReinforceConfig(report_to=("tensorboard",), batch_size=2)
-    adapted = with_peft_config(args, get_peft_config(model_args))
+    _, adapted = with_peft_config("model", args, get_peft_config(model_args))
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ("q_proj", "v_proj"), "lora_dropout": 0.05}
     assert adapted == dataclasses.replace(args, **lora)
 
@@ -93,9 +93,7 @@ def test_a_peft_config_without_a_setting_raises():
     from peft import IA3Config, LoraConfig
 
     with pytest.raises(ConfigError, match="peft_config: IA3Config isn't supported"):
-        with_peft_config(ReinforceConfig(), IA3Config())
-    with pytest.raises(ConfigError, match="peft_config: bias 'all' isn't supported"):
-        with_peft_config(ReinforceConfig(), LoraConfig(bias="all"))
+        with_peft_config("model", ReinforceConfig(), IA3Config())
     with pytest.raises(ConfigError, match="peft_config and use_peft are both given"):
-        with_peft_config(ReinforceConfig(use_peft=True), LoraConfig())
-    assert with_peft_config(ReinforceConfig(), LoraConfig(r=3)).lora_target_modules == ("all-linear",)
+        with_peft_config("model", ReinforceConfig(use_peft=True), LoraConfig())
+    assert with_peft_config("model", ReinforceConfig(), LoraConfig(r=3))[1].lora_target_modules == ("all-linear",)

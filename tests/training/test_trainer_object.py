@@ -299,3 +299,32 @@ def test_methods_that_are_never_called_are_refused_in_a_subclass(name):
 def test_arguments_of_agents_are_refused(base, tmp_path, name):
     with pytest.raises(ConfigError, match=f"{name}: isn't supported"):
         trainer(base, tmp_path / "run", arguments={name: [print]})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["lm_head"], "bias": "all"}, {"target_modules": r".*\.c_attn", "rank_pattern": {"0.attn": 2}}],
+    ids=["modules_to_save", "patterns"],
+)
+def test_any_lora_config_is_passed_to_peft(base, tmp_path, settings):
+    from peft import LoraConfig
+
+    def run_with(folder, **others):
+        adapter = LoraConfig(**({"r": 4, "target_modules": ["c_attn"]} | settings))
+        others = {"max_steps": 3, "save_every": 1, "keep_last": 2, **others}
+        return trainer(base, folder, arguments={"peft_config": adapter}, **others)
+
+    whole = run_with(tmp_path / "whole")
+    start = whole.model.get_base_model().lm_head.weight.clone()
+    whole.train()
+    head_trained = not torch.equal(whole.model.get_base_model().lm_head.weight, start)
+    assert head_trained == ("modules_to_save" in settings)
+    assert whole.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-6) and whole.state.log_history[2]["kl"] > 1e-6
+    reloaded = load_policy(str(tmp_path / "whole"))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.allclose(reloaded(ids).logits, whole.model(ids).logits, atol=1e-5)
+    saved = tmp_path / "whole" / "checkpoints" / "step-000002"
+    run_with(tmp_path / "again").train(resume_from_checkpoint=saved)
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

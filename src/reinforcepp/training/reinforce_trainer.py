@@ -69,10 +69,11 @@ class ReinforceTrainer(TrainerMethods):
     ) -> None:
         refuse_arguments(unsupported)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        model, config = with_peft_config(model, args or ReinforceConfig(), peft_config)
         parts = build(
             model,
             reward_funcs,
-            with_peft_config(args or ReinforceConfig(), peft_config),
+            config,
             train_dataset,
             eval_dataset,
             processing_class,

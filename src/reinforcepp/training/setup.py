@@ -42,14 +42,16 @@ FROZEN_ADAPTER = (
 SET_BY_PEFT = ("task_type", "target_modules", "fan_in_fan_out", "runtime_config", "peft_version")
 
 
-def with_peft_config(config: ReinforceConfig, adapter: PeftConfig | None) -> ReinforceConfig:
-    """Return ``config`` with the settings of a ``peft.LoraConfig``, if there is one.
+def with_peft_config(
+    model: str | PreTrainedModel, config: ReinforceConfig, adapter: PeftConfig | None
+) -> tuple[str | PreTrainedModel, ReinforceConfig]:
+    """Return ``config`` with the settings of a ``peft.LoraConfig``; or, if it has others, the model with its adapter.
 
     Raises:
-        ConfigError: it isn't a ``LoraConfig``, it sets something that has no setting, or ``config`` has LoRA settings, too.
+        ConfigError: it isn't a ``LoraConfig``, it doesn't fit the model, or ``config`` has LoRA settings, too.
     """
     if adapter is None:
-        return config
+        return model, config
     from peft import LoraConfig
 
     if not isinstance(adapter, LoraConfig):
@@ -57,14 +59,15 @@ def with_peft_config(config: ReinforceConfig, adapter: PeftConfig | None) -> Rei
     if config.use_peft:
         raise ConfigError("peft_config and use_peft are both given. Remove one of the two.")
     plain = LoraConfig()
-    for part in fields(adapter):
-        known = part.name in ADAPTER_FIELDS or part.name in SET_BY_PEFT
-        if not known and (value := getattr(adapter, part.name)) != getattr(plain, part.name):
-            raise ConfigError(f"peft_config: {part.name} {value!r} isn't supported. Remove it.")
     targets = adapter.target_modules or "all-linear"
+    others = [part.name for part in fields(adapter) if part.name not in (*ADAPTER_FIELDS, *SET_BY_PEFT)]
+    pattern = isinstance(targets, str) and targets != "all-linear"
+    if pattern or any(getattr(adapter, name) != getattr(plain, name) for name in others):
+        base = load_policy(model, torch.float32, **loading(config)) if isinstance(model, str) else model
+        return add_adapter(base, adapter, seed=config.seed, heads=()), config
     settings = {ours: getattr(adapter, theirs) for theirs, ours in ADAPTER_FIELDS.items()}
     names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-    return replace(config, use_peft=True, lora_target_modules=names, **settings)
+    return model, replace(config, use_peft=True, lora_target_modules=names, **settings)
 
 
 def with_quantization(
