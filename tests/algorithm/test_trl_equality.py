@@ -242,7 +242,7 @@ def test_rloo_equals_trl(base, tmp_path, settings, old):
     assert_equal(ours, trl)
 
 
-STEP = {"learning_rate": 1e-2, "adam_epsilon": 1e-4, "weight_decay": 0.1, "max_grad_norm": 1e3, "max_steps": 2}
+STEP = {"learning_rate": 1e-3, "adam_epsilon": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1e3, "max_steps": 2}
 
 
 @pytest.mark.parametrize(("kind", "loss_type", "beta"), [("grpo", "dapo", 0.0), ("rloo", "rloo", 0.1)])
@@ -288,7 +288,7 @@ def test_two_training_steps_give_trls_weights(base, tmp_path, kind, loss_type, b
     other = trl.model.state_dict()
     for name, value in ours.model.state_dict().items():
         torch.testing.assert_close(value, other[name], atol=1e-6, rtol=1e-5)
-    assert any((value - before[name]).abs().max() > 1e-3 for name, value in other.items())
+    assert any((value - before[name]).abs().max() > 1e-4 for name, value in other.items())
 
 
 @pytest.mark.parametrize("kind", ["grpo", "reinforce_plus_plus"])
