@@ -24,7 +24,7 @@ from reinforcepp.locks import file_lock, folder_lock
 from scripts import SOURCE
 
 USER_COMMANDS = ["sft", "reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
-USER_COMMANDS += ["chat", "serve", "serve-reward", "export", "push", "recipes"]
+USER_COMMANDS += ["chat", "serve", "serve-reward", "export", "push", "recipes", "migrate"]
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "8"]
 
 

@@ -142,6 +142,13 @@ COMMANDS = {
             ("model",),
         ),
         Command(
+            "migrate",
+            config.MigrateConfig,
+            "translate a training of TRL, OpenRLHF or verl",
+            "commands.migrate.command:run_migrate",
+            ("file",),
+        ),
+        Command(
             "recipes",
             config.RecipesConfig,
             "list, show and copy the configuration files of the package",

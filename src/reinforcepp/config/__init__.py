@@ -17,7 +17,7 @@ from reinforcepp.config.inference import (
     ServeConfig,
     ServeRewardConfig,
 )
-from reinforcepp.config.inspection import DoctorConfig, LintConfig, ReportConfig
+from reinforcepp.config.inspection import DoctorConfig, LintConfig, MigrateConfig, ReportConfig
 from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.presets import DemoConfig, RecipesConfig
 from reinforcepp.config.reinforce import ReinforceConfig, RewardScoringConfig
@@ -40,6 +40,7 @@ __all__ = [
     "ExportConfig",
     "GenerateConfig",
     "LintConfig",
+    "MigrateConfig",
     "PlanConfig",
     "PushConfig",
     "RecipesConfig",

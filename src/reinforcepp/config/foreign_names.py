@@ -80,7 +80,7 @@ _OPENRLHF: tuple[tuple[str, str, Foreign], ...] = (
     ("actor.eps_clip", "eps_clip", Foreign("clip_low", "and clip_high; or give epsilon for both")),
     ("actor.eps_clip_low_high", "eps_clip_low_high", Foreign("clip_low", "and clip_high")),
     ("actor.dual_clip", "dual_clip", Foreign("dual_clip")),
-    ("actor.entropy_coef", "entropy_loss_coef", Foreign(None, "the loss has no entropy term")),
+    ("actor.entropy_coef", "entropy_loss_coef", Foreign("entropy_coef")),
     ("actor.policy_loss_type", "policy_loss_type", Foreign("importance_sampling_level", "gspo is sequence")),
     ("actor.gradient_checkpointing_enable", "", Foreign("gradient_checkpointing")),
     ("critic.value_clip", "value_clip", Foreign("value_clip")),
@@ -140,6 +140,8 @@ OPENRLHF: Mapping[str, Foreign] = {
     name: foreign for present, old, foreign in _OPENRLHF for name in (present, old) if name
 }
 """Counterparts of OpenRLHF's flags, under their present and old names."""
+OPENRLHF_RENAMED: Mapping[str, str] = {old: present for present, old, _ in _OPENRLHF if present and old}
+"""Present names of OpenRLHF's flags by their old ones."""
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 VERL: Mapping[str, Foreign] = {
@@ -175,7 +177,7 @@ VERL: Mapping[str, Foreign] = {
     f"{ACTOR}.clip_ratio_low": Foreign("clip_low"),
     f"{ACTOR}.clip_ratio_high": Foreign("clip_high"),
     f"{ACTOR}.clip_ratio_c": Foreign("dual_clip"),
-    f"{ACTOR}.entropy_coeff": Foreign(None, "the loss has no entropy term"),
+    f"{ACTOR}.entropy_coeff": Foreign("entropy_coef"),
     f"{ACTOR}.loss_agg_mode": Foreign("loss_type", "token-mean is dapo, seq-mean-token-mean is grpo"),
     f"{ACTOR}.use_kl_loss": Foreign("estimator", "the estimator decides: grpo has the KL in the loss"),
     f"{ACTOR}.kl_loss_coef": Foreign("kl_coef", "with the estimator grpo"),

@@ -93,3 +93,15 @@ class ReportConfig(Config):
             raise ConfigError("runs is empty or names an empty folder. Give the output_dir of at least one run.")
         if len(self.runs) > MOST_RUNS:
             raise ConfigError(f"runs: {len(self.runs)} are too many for one page. Give up to {MOST_RUNS}.")
+
+
+@dataclass(frozen=True)
+class MigrateConfig(Config):
+    """Translate a training of TRL, OpenRLHF or verl to a YAML file for train, without running it."""
+
+    file: FilledStr = "train.sh"
+    """Script (Python or shell) or YAML file that starts the training"""
+    source: Literal["trl-ppo", "trl-rloo", "trl-grpo", "openrlhf", "verl"] | None = None
+    """Framework of a YAML file; default: what the file shows"""
+    output: FilledStr | None = None
+    """YAML file to write; default: standard output"""
