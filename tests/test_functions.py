@@ -16,7 +16,8 @@ import textwrap
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from types import UnionType
 
@@ -28,9 +29,10 @@ import transformers
 from made_runs import make_run
 
 import reinforcepp
-from reinforcepp import ReinforceConfig, export, generate, lint, plan, report
+from reinforcepp import ReinforceConfig, compare, export, generate, lint, plan, report, sft
 from reinforcepp.commands import cli
 from reinforcepp.config import (
+    CompareConfig,
     ExportConfig,
     GenerateConfig,
     LintConfig,
@@ -47,6 +49,7 @@ from scripts import ROOT
 
 SETTINGS = {
     "generate": (GenerateConfig, {"prompt", "prompts_file"}),
+    "compare": (CompareConfig, {"output_dir", "overwrite"}),
     "lint": (LintConfig, {"fail_on"}),
     "plan": (PlanConfig, {field.name for field in fields(TrainConfig)} - {"model", "judge"} | {"format"}),
     "report": (ReportConfig, set()),
@@ -57,7 +60,9 @@ OTHERS = {"verbose", "prompts", "processing_class", "reward_funcs", "args"}
 """Arguments that aren't settings."""
 OWN_DEFAULT = {"output", "judge"}
 """Settings with another default: a function writes no file unless asked, and plans no judge."""
-OUTPUTS = {"report": ["report.html"], "export": ["exported"]}
+EXAMPLES_OF = [*SETTINGS, "sft"]
+"""Functions with an example; those of trainings take the settings as one object."""
+OUTPUTS = {"compare": ["compare.html"], "sft": ["tuned"], "report": ["report.html"], "export": ["exported"]}
 """Files that the examples write."""
 
 
@@ -121,7 +126,8 @@ def no_vllm(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries(tmp_path_factory):
-    """Load what saving a model loads, because libraries print and set variables when they are imported."""
+    """Load what functions load, because libraries print and set variables when they are imported."""
+    import_module("reinforcepp.training.supervised_loop")
     export("builtin:tiny", tmp_path_factory.mktemp("models") / "exported")
 
 
@@ -129,30 +135,30 @@ def libraries(tmp_path_factory):
 
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^## .*?: `(\w+)`\n\n```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
-DOCSTRINGS = {name: inspect.getdoc(getattr(reinforcepp, name)) for name in SETTINGS}
+DOCSTRINGS = {name: inspect.getdoc(getattr(reinforcepp, name)) for name in EXAMPLES_OF}
 
 
 def test_every_function_has_an_example():
-    assert list(EXAMPLES) == list(SETTINGS)
+    assert set(EXAMPLES) == set(EXAMPLES_OF)
     assert all(
         re.search(rf"^from reinforcepp import .*\b{name}$", text, re.MULTILINE) for name, text in EXAMPLES.items()
     )
-    assert all(f"[`{name}`](#" in PAGE for name in SETTINGS)
+    assert all(f"[`{name}`](#" in PAGE for name in EXAMPLES_OF)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", EXAMPLES_OF)
 def test_the_example_of_the_page_runs(name, unchanged):
     make_run(Path("runs/train"))
     with unchanged(printing=True, writes=OUTPUTS.get(name, ())):
         exec(EXAMPLES[name], {})
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", EXAMPLES_OF)
 def test_the_example_of_the_docstring_runs(name, unchanged):
     example = doctest.DocTestParser().get_doctest(DOCSTRINGS[name], {}, name, None, None)
     assert example.examples
     make_run(Path("runs/train"))
-    with unchanged(writes=set(OUTPUTS.get(name, ())) - {"report.html"}):
+    with unchanged(printing=name == "sft", writes=set(OUTPUTS.get(name, ())) - {"report.html", "compare.html"}):
         assert doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(example).failed == 0
 
 
@@ -165,7 +171,7 @@ def surroundings() -> dict[str, object]:
     return {
         "folder": os.getcwd(),
         "files": sorted(os.listdir()),
-        "environment": dict(os.environ),
+        "environment": {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"},  # DeepSpeed sets it once
         "torch": torch.get_rng_state().tolist(),
         "numpy": np.random.get_state()[1].tolist(),
         "random": random.getstate(),
@@ -456,3 +462,74 @@ def test_export_of_a_folder_is_that_of_the_command(model_folder, tmp_path, uncha
         assert path.name == "README.md" or path.read_bytes() == (tmp_path / "theirs" / path.name).read_bytes()
     with pytest.raises(ModelError, match="model folder not found"):
         export("./none", tmp_path / "none")
+
+
+# --- sft --------------------------------------------------------------------------------------------------------------
+
+
+def test_sft_of_a_loaded_model_and_rows_is_that_of_files(model_folder, tmp_path, unchanged):
+    rows = [{"prompt": f"What is word {i}?", "completion": f"good {i}"} for i in range(6)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    settings = {"num_train_epochs": 1, "batch_size": 2, "learning_rate": 1e-3}
+    model = load_policy(str(model_folder))
+    with unchanged(printing=True):
+        args = SftConfig(output_dir=str(tmp_path / "ours"), **settings)
+        result = sft(args, model, datasets.Dataset.from_list(rows[:4]), rows[4:], load_tokenizer(str(model_folder)))
+    by_file = SftConfig(
+        model=str(model_folder),
+        data=str(tmp_path / "train.jsonl"),
+        output_dir=str(tmp_path / "files"),
+        heldout_fraction=0.0,
+        **settings,
+    )
+    assert weights_hash(sft(by_file).model) == weights_hash(result.model) == weights_hash(model)
+    assert result.model is model and not model.training and result.after.rows == 2
+    assert result.after.loss < result.before.loss and result.metrics["eval_loss"] == result.after.loss
+    assert weights_hash(load_policy(str(tmp_path / "ours"))) == weights_hash(model)
+    assert generate(result.model, "What is word 1?", processing_class=result.tokenizer, **SIZES)
+    finished = sft(replace(args, resume=True), model_folder, rows[:4], rows[4:])
+    assert weights_hash(finished.model) == weights_hash(model) and finished.metrics == result.metrics
+
+
+def test_sft_names_the_wrong_argument(tmp_path):
+    with pytest.raises(ConfigError, match="eval_dataset: only supported with train_dataset"):
+        sft(eval_dataset=[{"text": "x"}])
+    with pytest.raises(DataError, match="train_dataset: no rows"):
+        sft(train_dataset=[])
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+def test_compare_of_names_files_and_loaded_models(model_folder, reward_folder, tmp_path, unchanged):
+    rows = [{"prompt": f"What is word {i}?", "level": i} for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = load_policy(str(model_folder))
+    torch.nn.init.normal_(other.lm_head.weight, generator=torch.Generator().manual_seed(3))
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(str(model_folder)).save_pretrained(tmp_path / "other")
+    settings = {"max_new_tokens": 5, "bootstrap_samples": 100}
+    by_name = compare(
+        model_folder,
+        tmp_path / "other",
+        tmp_path / "prompts.jsonl",
+        judge=reward_folder,
+        heldout_fraction=0,
+        **settings,
+    )
+    model, other = load_policy(str(model_folder)).train(), load_policy(str(tmp_path / "other"))
+    before = untouched(model)
+    with unchanged():
+        result, *again = everywhere(lambda: compare(model, other, rows, judge=reward_folder, **settings))
+    assert untouched(model) == before
+    assert result.pairs == by_name.pairs and result.outcome == by_name.outcome and result.kl == by_name.kl
+    assert again == [result] * 3 and len(result.pairs) == 8
+    assert result.win_rate.low <= result.win_rate.value <= result.win_rate.high and result.kl["B"] > 0
+    assert "<html" in result.save(tmp_path / "page.html").read_text()
+
+    def level(completions, level, **_):
+        return [float(n) for n in level]
+
+    assert compare(model, other, rows, judge=level, **settings).winner is None
+    with pytest.raises(ConfigError, match="judge: missing, and data has no built-in judge"):
+        compare(model, other, rows)

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getattr__`` loads the same names
+    from reinforcepp.commands.compare.command import Comparison as Comparison
+    from reinforcepp.commands.compare.command import compare as compare
     from reinforcepp.commands.export.command import export as export
     from reinforcepp.commands.generate import Response as Response
     from reinforcepp.commands.generate import generate as generate
@@ -41,6 +43,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time, ``__getatt
     from reinforcepp.training.reinforce_trainer import ReinforceTrainer as ReinforceTrainer
     from reinforcepp.training.reward_loop import RewardTrainer as RewardTrainer
     from reinforcepp.training.reward_trainer import train_reward_model as train_reward_model
+    from reinforcepp.training.sft_trainer import SftResult as SftResult
+    from reinforcepp.training.sft_trainer import sft as sft
     from reinforcepp.types import Completion as Completion
     from reinforcepp.types import Prompt as Prompt
     from reinforcepp.types import Sampling as Sampling
@@ -62,6 +66,10 @@ _MODULES = {
     "Plan": "planner.report",
     "report": "commands.report",
     "Report": "commands.report",
+    "compare": "commands.compare.command",
+    "Comparison": "commands.compare.command",
+    "sft": "training.sft_trainer",
+    "SftResult": "training.sft_trainer",
     "lint": "commands.lint.command",
     "LintReport": "commands.lint.findings",
     "Finding": "commands.lint.findings",

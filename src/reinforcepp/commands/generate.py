@@ -77,6 +77,7 @@ def generate(
     reward_model: str | Path | RewardFunction | None = None,
     max_prompt_length: int | None = None,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
+    trust_remote_code: bool = GenerateConfig.trust_remote_code,
     output: str | Path | None = None,
     verbose: bool = False,
 ) -> list[Response]:
@@ -106,6 +107,7 @@ def generate(
         reward_model: Folder of a reward model, or a reward function, that scores every response.
         max_prompt_length: Most tokens of a formatted prompt. Default: what the context leaves.
         engine: Engine; auto uses vLLM if it is installed and runs the model. For a loaded model, auto is transformers.
+        trust_remote_code: Run code in the model's folder or repository, which can do anything.
         output: File for the responses as JSON lines; default: none is written.
         verbose: Print progress and notes to standard error.
 
@@ -135,6 +137,7 @@ def generate(
         reward_model=None if reward_model is None else str(reward_model) if reward is None else function_name(reward),
         max_prompt_length=max_prompt_length,
         engine=engine,
+        trust_remote_code=trust_remote_code,
         output=None if output is None else str(output),
     )
     with silence(not verbose), preserve_random_state(), preserve_modes(loaded):

@@ -77,12 +77,11 @@ class GivenRows:
         yield Records(tuple(dict.fromkeys(chain.from_iterable(self.rows))), list(enumerate(self.rows)))
 
     def digest(self) -> str:
-        """Return a hash of the contents."""
-        if not isinstance(self.rows, list):
-            return dataset_digest(self.rows)
+        """Return a hash of the contents, the same for a list and a ``Dataset``."""
         digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        for records in self.chunks():
+            for _, cells in records.rows:
+                digest.update(json.dumps(cells, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 
 

@@ -8,30 +8,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 
 from reinforcepp.config import SftConfig
-from reinforcepp.data import SftRow, load_texts
+from reinforcepp.data import DataFiles, DataSource, GivenRows, SftRow, load_texts
+from reinforcepp.errors import ConfigError
 from reinforcepp.files import write_json
 from reinforcepp.models.chat_template import with_chat_template
-from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, weights_hash
+from reinforcepp.models.given import check_loaded, name_of
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, tokenizer_for, weights_hash
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.models.lora import is_4bit, with_adapter
+from reinforcepp.models.lora import has_adapter, is_4bit, with_adapter
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import Answers, encode_texts, eos_token_id, split_examples
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
+from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.training.checkpoint import FinishedRun, finish
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.schedule import with_learning_rate
-from reinforcepp.training.setup import loading
+from reinforcepp.training.setup import FROZEN_ADAPTER, loading
 from reinforcepp.training.supervised_setup import (
     CheckMemory,
     begin,
@@ -102,6 +106,78 @@ class HeldOutMetrics:
     rows: int
 
 
+@dataclass(frozen=True)
+class SftResult:
+    """A fine-tuned model.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer, with the chat template that it was trained with.
+        folder: The folder that holds both.
+        before: Metrics of the held-out rows before the training; None if no row is held out.
+        after: The same after the training.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    before: HeldOutMetrics | None
+    after: HeldOutMetrics | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the held-out rows after the training, with TRL's keys; empty if no row is held out."""
+        return {f"eval_{name}": float(value) for name, value in (asdict(self.after) if self.after else {}).items()}
+
+
+def sft(
+    args: SftConfig | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    train_dataset: Dataset | Iterable[Mapping[str, Any]] | None = None,
+    eval_dataset: Dataset | Iterable[Mapping[str, Any]] | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+) -> SftResult:
+    """Fine-tune a language model on answers, conversations or plain text; save it to ``args.output_dir``.
+
+    Example:
+        >>> from reinforcepp import SftConfig, sft
+        >>> rows = [{"prompt": "What is DNS?", "completion": "The phone book of the internet."}]
+        >>> result = sft(SftConfig(output_dir="tuned", num_train_epochs=1), "builtin:tiny", rows, rows)
+        >>> sorted(result.metrics)
+        ['eval_loss', 'eval_perplexity', 'eval_rows', 'eval_tokens']
+
+    Args:
+        args: Settings.
+        model: Name, folder, or a loaded model, which is trained in place; default: ``args.model``.
+        train_dataset: Rows with a ``prompt`` and a ``completion``, with ``messages``, or with a ``text``; all are trained on.
+            Default: the files ``args.data``, of which ``args.heldout_fraction`` is held out.
+        eval_dataset: Held-out rows, evaluated before and after training; only with ``train_dataset``.
+        processing_class: The tokenizer; default: the model's.
+
+    Raises:
+        ReinforceError: The data, the model or the output directory can't be used; raised before weights are loaded.
+    """
+    config = args or SftConfig()
+    loaded = None if model is None else check_loaded(model, "model")
+    if model is not None:
+        config = replace(config, model=name_of(model), use_peft=config.use_peft or has_adapter(loaded))
+    data: DataSource | None = None
+    if train_dataset is not None:
+        data = DataFiles(
+            GivenRows.of(train_dataset, "train_dataset"),
+            None if eval_dataset is None else GivenRows.of(eval_dataset, "eval_dataset"),
+        )
+        config = replace(config, data="train_dataset", heldout_fraction=0.0)
+    elif eval_dataset is not None:
+        raise ConfigError("eval_dataset: only supported with train_dataset; files are split by heldout_fraction.")
+    with TemporaryDirectory() as scratch, preserve_random_state():
+        trained, metrics = _train_language_model(config, scratch, None, loaded, processing_class, data)
+        folder = Path(config.output_dir).expanduser()
+        if trained is None:  # The run was finished before.
+            trained = load_policy(str(folder)), load_tokenizer(str(folder))
+        return SftResult(*trained, folder, metrics["before"], metrics["after"])
+
+
 def train_language_model(
     config: SftConfig, check_memory: CheckMemory | None = None
 ) -> dict[str, HeldOutMetrics | None]:
@@ -113,19 +189,28 @@ def train_language_model(
     Raises:
         ReinforceError: the data, the model or the output directory can't be used; raised before weights are loaded.
     """
-    if config.trust_remote_code:
-        allow_remote_code(config.model, config.output_dir)
     with TemporaryDirectory() as scratch:
-        return _train_language_model(config, scratch, check_memory)
+        return _train_language_model(config, scratch, check_memory)[1]
+
+
+Trained = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
 def _train_language_model(
-    config: SftConfig, scratch: str, check_memory: CheckMemory | None
-) -> dict[str, HeldOutMetrics | None]:
+    config: SftConfig,
+    scratch: str,
+    check_memory: CheckMemory | None,
+    loaded: PreTrainedModel | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    source: DataSource | None = None,
+) -> tuple[Trained | None, dict[str, HeldOutMetrics | None]]:
+    """Return model and tokenizer, or None if the run is finished, and the metrics."""
+    if config.trust_remote_code:
+        allow_remote_code(config.model, config.output_dir)
     join_ranks(config)
-    folder, saved = open_run_dir(config)
+    folder, saved = open_run_dir(config, loaded=loaded is not None)
     data, train, heldout = load_texts(
-        config.data,
+        config.data if source is None else source,
         heldout_fraction=config.heldout_fraction,
         seed=config.seed,
         **config.column_names,
@@ -134,10 +219,13 @@ def _train_language_model(
     echo(data.summary())
     if isinstance(saved, FinishedRun):
         saved.close(config, {"data": data.sha256})
-        return _saved_metrics(folder)
-    tokenizer = with_chat_template(load_tokenizer(config.model), config)
-    limit = length_limit(config)
-    config = with_learning_rate(config, load_config(config.model), saved.state["settings"] if saved else None)
+        return None, _saved_metrics(folder)
+    model_config = load_config(config.model) if loaded is None else loaded.config
+    given = loaded is not None or processing_class is not None
+    tokenizer = tokenizer_for(model_config, processing_class) if given else load_tokenizer(config.model)
+    tokenizer = with_chat_template(tokenizer, config)
+    limit = length_limit(config, model_config)
+    config = with_learning_rate(config, model_config, saved.state["settings"] if saved else None)
 
     def ids_of(rows: Sequence[SftRow]) -> list[dict[str, list[int]]]:
         return [example.as_row() for example in to_examples(tokenizer, rows)]
@@ -150,9 +238,12 @@ def _train_language_model(
     if check_memory is not None:
         check_memory(config, longest_row(examples))
 
-    model = load_policy(config.model, **loading(config))
+    model = load_policy(config.model, **loading(config)) if loaded is None else loaded.eval()
     inputs = {"model": weights_hash(model), "data": data.sha256}
-    if config.use_peft:
+    if has_adapter(model):
+        if not any(weight.requires_grad for weight in model.parameters()):
+            raise ConfigError(FROZEN_ADAPTER)
+    elif config.use_peft:
         model = with_adapter(model, config, seed=config.seed)
     else:
         model.requires_grad_(True)  # merging an adapter freezes the weights
@@ -181,7 +272,7 @@ def _train_language_model(
         first = RankZero(run.ranks, config.watchdog_seconds)
         before = first.run(lambda: _evaluate(model, heldout_examples, tokenizer, config))
         fit(ResumableSftTrainer, model, tokenizer, examples, config, run)
-        return first.run(evaluate_and_save)
+        return (model, tokenizer), first.run(evaluate_and_save)
 
 
 def _saved_metrics(folder: Path) -> dict[str, HeldOutMetrics | None]:

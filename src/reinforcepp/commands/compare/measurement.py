@@ -13,7 +13,14 @@ import torch
 from reinforcepp.config import CompareConfig
 from reinforcepp.data import PromptRow
 from reinforcepp.errors import ModelError
-from reinforcepp.models.loading import context_length, load_config, load_policy, load_tokenizer, prompt_limit
+from reinforcepp.models.loading import (
+    context_length,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    prompt_limit,
+    tokenizer_for,
+)
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import encode_example, encode_prompts, split_example
 from reinforcepp.monitoring import Progress, echo
@@ -48,6 +55,17 @@ class PreparedModel:
     prompts: list[Prompt]
     context: int | None
     vocabulary: int
+    loaded: PreTrainedModel | None = None
+    """The model, if a Python program passed it."""
+
+    def load(self) -> PreTrainedModel:
+        """Return the model with its weights, in evaluation mode."""
+        return load_policy(self.name) if self.loaded is None else self.loaded.eval()
+
+    def to_gpu(self, model: PreTrainedModel) -> None:
+        """Move a model of :meth:`load` to the GPU, if there is one."""
+        if self.loaded is None and torch.cuda.is_available():
+            model.to("cuda")
 
     @property
     def pad_id(self) -> int:
@@ -68,7 +86,12 @@ class Measurements:
 # --- before any weights are loaded ----------------------------------------------------------------------------------
 
 
-def prepare(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, PreparedModel]:
+def prepare(
+    config: CompareConfig,
+    rows: Sequence[PromptRow],
+    loaded: Mapping[str, PreTrainedModel],
+    processing_class: PreTrainedTokenizerBase | None = None,
+) -> dict[str, PreparedModel]:
     """Check models A and B and a separate reference model by their small files and tokenize the prompts.
 
     Raises:
@@ -79,9 +102,10 @@ def prepare(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, Prepa
         names[THIRD] = str(config.reference)
     models = {}
     for side, name in names.items():
-        model_config = load_config(name)
+        model = loaded.get(side)
+        model_config = load_config(name) if model is None else model.config
         limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens)
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name) if model is None else tokenizer_for(model_config, processing_class)
         prompts, truncated = encode_prompts(tokenizer, rows, max_prompt_length=limit)
         if truncated and side in SIDES:
             echo(
@@ -90,7 +114,7 @@ def prepare(config: CompareConfig, rows: Sequence[PromptRow]) -> dict[str, Prepa
                 "yellow",
             )
         models[side] = PreparedModel(
-            name, tokenizer, prompts, context_length(model_config), model_config.get_text_config().vocab_size
+            name, tokenizer, prompts, context_length(model_config), model_config.get_text_config().vocab_size, model
         )
     return models
 
@@ -102,14 +126,16 @@ def reference_of(config: CompareConfig) -> str:
     return "B" if config.reference == config.model_b else THIRD
 
 
-def choose_for_both(config: CompareConfig) -> EngineChoice:
+def choose_for_both(config: CompareConfig, loaded: Mapping[str, PreTrainedModel]) -> EngineChoice:
     """Return one engine for both models, because shared seeds give equal samples only within one engine.
 
     Raises:
         RolloutError: vLLM was requested but can't run one of the models.
     """
+    wanted = "transformers" if loaded and config.engine == "auto" else config.engine
     choices = [
-        choose_engine(config.engine, load_config(name), torch.float32) for name in (config.model_a, config.model_b)
+        choose_engine(wanted, loaded[side].config if side in loaded else load_config(name), torch.float32)
+        for side, name in (("A", config.model_a), ("B", config.model_b))
     ]
     choice = next((each for each in choices if each.name == "transformers"), choices[0])
     if config.engine == "auto":
@@ -132,16 +158,16 @@ def measure(
     for side in sorted(models, key=lambda each: (each == reference, each)):
         if side == THIRD and not due:
             continue
-        model = load_policy(models[side].name)
+        model = models[side].load()
         if side in SIDES:
             measured.responses[side] = _responses(config, side, models[side], model, choice)
-            _to_gpu(model)
+            models[side].to_gpu(model)
             if side in due:
                 logprobs[side] = _logprobs(config, models[side], model, measured.responses[side])
             if pairs:
                 measured.perplexity[side] = perplexity(model, models[side].tokenizer, pairs)
         if side == reference:
-            _to_gpu(model)
+            models[side].to_gpu(model)
             for other in due:
                 if _knows_ids_of(measured.responses[other], models[side]):
                     by_reference = _logprobs(config, models[side], model, measured.responses[other])
@@ -164,11 +190,6 @@ def _logprobs(
     return completion_logprobs(model, responses, config.temperature, prepared.pad_id)
 
 
-def _to_gpu(model: PreTrainedModel) -> None:
-    if torch.cuda.is_available():
-        model.to("cuda")
-
-
 def _responses(
     config: CompareConfig, side: str, prepared: PreparedModel, model: PreTrainedModel, choice: EngineChoice
 ) -> list[Completion]:
@@ -182,7 +203,7 @@ def _responses(
         seed=config.seed,
     )
     if choice.name == "transformers":
-        _to_gpu(model)  # vLLM moves its own copy
+        prepared.to_gpu(model)  # vLLM moves its own copy
     limit = max(len(prompt.ids) for prompt in prepared.prompts) + config.max_new_tokens
     engine = start_engine(choice, model, prepared.tokenizer, max_length=limit, batch_size=RESPONSES_PER_CHUNK)
     size = max(1, RESPONSES_PER_CHUNK // config.num_samples)

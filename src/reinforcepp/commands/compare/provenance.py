@@ -15,12 +15,15 @@ from reinforcepp.run_dir import RUN_FILE
 SPLIT = ("seed", "heldout_fraction", "prompt_column")
 
 
-def caveats(config: CompareConfig) -> list[str]:
-    """Return a sentence for each reason to distrust a metric, from the run records in the models' folders."""
+def caveats(config: CompareConfig, *, has_folder: bool = True) -> list[str]:
+    """Return a sentence for each reason to distrust a metric, from the run records in the models' folders.
+
+    ``has_folder`` is False if a function is the judge.
+    """
     found = []
     for side, name in (("A", config.model_a), ("B", config.model_b)):
         run = _run_of(name)
-        if _trained_on_judge(config, run):
+        if has_folder and _trained_on_judge(config, run):
             found.append(
                 f"{side} was trained with this judge as its reward, so high scores don't show quality. Use another judge."
             )
