@@ -110,6 +110,15 @@ def test_epochs_can_be_a_fraction_and_save_and_evaluate(base, tmp_path, monkeypa
     assert any("reward_clipped_ratio" in entry for entry in run.state.log_history)
 
 
+def test_trackers_get_the_name_of_the_run(monkeypatch):
+    given = {}
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda *_, **arguments: given.update(arguments))
+    Ranks().start_trackers({"run_name": "first"}, step=0)
+    assert given["init_kwargs"]["wandb"] == {"name": "first"} and given["init_kwargs"]["mlflow"] == {
+        "run_name": "first"
+    }
+
+
 # --- runs in one folder -----------------------------------------------------------------------------------------------
 
 

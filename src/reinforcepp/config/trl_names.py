@@ -364,6 +364,7 @@ RULES: tuple[Rule, ...] = (
     _rename("delta", "dual_clip"),
     _rename("chat_template_path", "chat_template"),
     _rename("save_total_limit", "keep_last"),
+    _rename("dataset_text_field", "text_column"),
     _rename("resume_from_checkpoint", "resume"),
     Rule(
         names={"epsilon": float, "epsilon_high": float},

@@ -15,6 +15,7 @@ PREFETCH = "prompts are tokenized before the training"
 DISTRIBUTED = "accelerate's own settings apply"
 MEMORY = "evaluations choose their batch size, which changes no result"
 LOGS = "logs have the same content on every rank and step"
+ADAPTIVE = "entropy_coef is constant"
 SERVERS = "the servers' own settings apply"
 
 NO_EFFECT: Mapping[str, tuple[Any, str]] = {
@@ -62,6 +63,19 @@ NO_EFFECT: Mapping[str, tuple[Any, str]] = {
     "num_completions_to_print": (int, "all completions are in Parquet files"),
     "log_unique_prompts": (bool, "all completions are in Parquet files"),
     "full_determinism": (bool, "runs with the same seed are reproducible"),
+    "use_cache": (bool, "generation has a cache, and training has none"),
+    "liger_kernel_config": (JsonText, "its kernels change only speed and memory"),
+    "restore_callback_states_from_checkpoint": (bool, "a resumed run restores the states of callbacks"),
+    "save_on_each_node": (bool, "rank 0 saves"),
+    "local_rank": (int, "the launcher sets it"),
+    "debug": (str, "it changes no result"),
+    "length_column_name": (str, "lengths are measured"),
+    "project": (str, "trackers use the project reinforcepp"),
+    "run_name": (str, "only policy training has trackers"),
+    "entropy_coef_min": (float, ADAPTIVE),
+    "entropy_coef_max": (float, ADAPTIVE),
+    "entropy_coef_delta": (float, ADAPTIVE),
+    "entropy_target": (float, ADAPTIVE),
     "vllm_max_model_length": (int, "it follows from the longest prompt and max_new_tokens"),
     "vllm_enable_sleep_mode": (bool, "vLLM's memory is measured before the training"),
     "vllm_model_impl": (str, "vLLM chooses the implementation"),
@@ -128,6 +142,13 @@ NEUTRAL: Mapping[str, Neutral] = {
     "use_transformers_paged": Neutral(bool, (False,), "Give rollout vllm for continuous batching."),
     "vllm_structured_outputs_regex": Neutral(str, (), "Check the format in a reward: rule:regex?pattern=..."),
     "num_generations_eval": Neutral(int, (1,), "Omit it: evaluations generate one completion per prompt."),
+    "use_adaptive_entropy": Neutral(bool, (False,), "Omit it: entropy_coef is constant."),
+    "transformers_continuous_batching_config": Neutral(JsonText, (), "Give rollout vllm for continuous batching."),
+    "optim_args": Neutral(str, (), "Give the optimizer's settings by name, for example adam_beta2."),
+    "enable_jit_checkpoint": Neutral(bool, (False,), "Omit it: signals already save a checkpoint."),
+    "hub_always_push": Neutral(bool, (False,), HUB),
+    "hub_revision": Neutral(str, (), HUB),
+    "trackio_space_id": Neutral(str, (), "Omit it: trackio keeps the run on this node."),
     "max_tool_calling_iterations": Neutral(int, (), "Omit it: tools aren't supported."),
 }
 """Settings by name that are accepted only if they are off."""
