@@ -109,7 +109,7 @@ def refusal(verb: str, **settings) -> str:
 
 
 def test_the_lists_of_numeric_settings_are_not_empty():
-    assert {verb for verb, _ in NUMBERS} == set(COMMANDS) - {"doctor", "export", "push", "recipes"}
+    assert {verb for verb, _ in NUMBERS} == set(COMMANDS) - {"doctor", "export", "migrate", "push", "recipes"}
     assert ("train", "learning_rate") in FLOATS
     assert ("train", "gradient_accumulation_steps") in NUMBERS
     assert ("train", "overwrite") not in NUMBERS
@@ -328,6 +328,12 @@ def test_values_from_python_are_stored_as_plain_values_of_their_type(given, stor
     (name,) = given
     value = getattr(ReinforceConfig(**given), name)
     assert value == stored and type(value) in (bool, int, float, str, tuple, type(None))
+
+
+@pytest.mark.parametrize(("given", "shown"), [(3.0, "3"), ("3", "3"), ("2.50", "2.5")])
+def test_a_whole_number_of_epochs_or_steps_is_shown_as_one(given, shown):
+    config = ReinforceConfig(num_train_epochs=given, warmup_steps=3.0)
+    assert (str(config.num_train_epochs), str(config.warmup_steps)) == (shown, "3")
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,18 @@ class Name(Text):
     """A name or path that must not be empty; a path below a user's home folder needs that user."""
 
 
+@dataclass(frozen=True)
+class Count:
+    """A number of which a fraction is possible; a whole number is stored as int, so that 3 epochs aren't shown as 3.0."""
+
+
 PositiveInt = Annotated[int, Range(above=0)]
 PositiveFloat = Annotated[float, Range(above=0)]
 NonNegativeInt = Annotated[int, Range(at_least=0)]
 StepInterval = Annotated[int, Range(at_least=-1)]  # -1: once per epoch
 NonNegativeFloat = Annotated[float, Range(at_least=0)]
+PositiveCount = Annotated[float, Range(above=0), Count()]
+NonNegativeCount = Annotated[float, Range(at_least=0), Count()]
 Probability = Annotated[float, Range(above=0, at_most=1)]
 MinP = Annotated[float, Range(at_least=0, at_most=1)]
 Share = Annotated[float, Range(at_least=0, below=1)]
@@ -89,6 +96,8 @@ def check(config: Config) -> None:
         if isinstance(value, dict) and JsonObject() in accepted.markers:
             value = json_text(name, value)
         value = converted(name, value, accepted)
+        if Count() in accepted.markers and isinstance(value, float) and value.is_integer():
+            value = int(value)
         object.__setattr__(config, name, value)
         if value is None:
             continue

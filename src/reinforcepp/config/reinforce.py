@@ -13,6 +13,7 @@ from reinforcepp.config.base import (
     FilledStr,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveCount,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -111,7 +112,7 @@ class ReinforceConfig(
     """Micro-batches per optimizer step; default: all of a rollout batch"""
     num_iterations: PositiveInt = 1
     """Passes over each rollout batch"""
-    num_train_epochs: PositiveFloat = 1
+    num_train_epochs: PositiveCount = 1
     """Passes over the prompts; a fraction ends within a pass"""
     max_steps: NonNegativeInt = 0
     """Training steps (rollout batches); 0 uses num_train_epochs"""

@@ -12,6 +12,7 @@ from reinforcepp.config.base import (
     FilledStr,
     FilledText,
     JsonText,
+    NonNegativeCount,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -126,7 +127,7 @@ class OptimizerConfig(Config):
     """Arguments of the schedule in transformers, JSON: {"min_lr_rate": 0.1}"""
     warmup_ratio: Share = 0.1
     """Fraction of all optimizer steps in which the learning rate rises to its peak"""
-    warmup_steps: NonNegativeFloat = 0
+    warmup_steps: NonNegativeCount = 0
     """Optimizer steps of the warmup; below 1: fraction of all; 0 uses warmup_ratio"""
     optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"] = "adamw_torch_fused"
     """Optimizer; AdamW keeps two moments per weight, adafactor and sgd fewer"""

@@ -10,7 +10,7 @@ from reinforcepp.config.base import (
     FilledStr,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
+    PositiveCount,
     PositiveInt,
     Seed,
     StepInterval,
@@ -40,7 +40,7 @@ DEFAULT_MAX_LENGTH = 4096
 class SupervisedConfig(TrackingConfig, OptimizerConfig):
     """Passes over the rows of a file, the size of a batch, and the optimizer."""
 
-    num_train_epochs: PositiveFloat = 3
+    num_train_epochs: PositiveCount = 3
     """Passes over the training rows; a fraction ends within a pass"""
     max_steps: NonNegativeInt = 0
     """Optimizer steps; 0 uses num_train_epochs"""
