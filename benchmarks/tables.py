@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
@@ -739,6 +740,24 @@ def real_model(result: dict[str, Any]) -> str:
     return table([f"`{result['model']}`", "measured"], rows) + made_by(result)
 
 
+def trl_compat(result: dict[str, Any]) -> str:
+    levels = list(result["counts"])
+    parts: dict[str, Counter[str]] = {}
+    for row in result["rows"]:
+        parts.setdefault(row["part"], Counter())[row["level"]] += 1
+    parts["all"] = sum(parts.values(), Counter())
+    rows = [[part, str(counts.total()), *(str(counts[level]) for level in levels)] for part, counts in parts.items()]
+    return table(["part", "behaviors", *levels], rows) + made_by(result)
+
+
+def trl_compat_changes(result: dict[str, Any]) -> str:
+    """Behaviors whose code changes, and those that are impossible, with reasons."""
+    changed = [row for row in result["rows"] if row["level"] != "unchanged"]
+    changed.sort(key=lambda row: list(result["counts"]).index(row["level"]))
+    rows = [[f"`{row['behavior']}`", row["level"], row["change"].replace("|", "\\|")] for row in changed]
+    return table(["behavior", "level", "change or reason"], rows)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -784,6 +803,8 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "openrlhf_names": (openrlhf_names, "defaults"),
     "verl_names": (verl_names, "defaults"),
     "real_model": (real_model, "real_model"),
+    "trl_compat": (trl_compat, "trl_compat"),
+    "trl_compat_changes": (trl_compat_changes, "trl_compat"),
 }
 """For each table, what makes it and from which result file."""
 PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))

@@ -63,7 +63,12 @@ EQUIVALENT = [
     ({"model_init_kwargs": '{"attn_implementation": "eager"}'}, {"attn_implementation": "eager"}),
     ({"model_init_kwargs": '{"dtype": "bfloat16"}'}, {"mixed_precision": "bf16"}),
     ({"tf32": False}, {}),
+    (
+        {"model_init_kwargs": '{"revision": "main", "attn_implementation": null}'},
+        {},
+    ),
     ({"dataloader_num_workers": 2, "pad_to_multiple_of": "8"}, {}),
+    ({"pad_to_multiple_of": 8}, {}),
     (
         {"per_device_train_batch_size": 4, "num_generations": 2},
         {"batch_size": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 2},

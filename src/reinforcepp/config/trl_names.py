@@ -299,6 +299,8 @@ def _model_init(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
     settings = {}
     for name, value in kwargs.items():
         dtype = str(value).removeprefix("torch.")
+        if value is None or (name, value) == ("revision", "main"):
+            continue  # the defaults of TRL's ModelConfig, which its scripts pass on
         if name in ("dtype", "torch_dtype") and dtype in DTYPES and hasattr(context.view, "dtype"):
             settings["dtype"] = dtype
         elif name in ("dtype", "torch_dtype") and dtype in DTYPES:
