@@ -57,6 +57,18 @@ def test_a_template_from_a_file(tmp_path):
     assert format_prompt(tokenizer(chat_template=str(path)), "Why?") == "<user>Why?<assistant>"
 
 
+def test_a_template_from_the_folder_of_a_tokenizer(tmp_path):
+    other = tiny.tokenizer()
+    other.chat_template = CHAT
+    other.save_pretrained(tmp_path / "chat")
+    assert format_prompt(tokenizer(chat_template=str(tmp_path / "chat")), "Why?") == "<user>Why?<assistant>"
+    other.chat_template = None
+    other.save_pretrained(tmp_path / "plain")
+    for folder in ("plain", ""):
+        with pytest.raises(ConfigError, match="holds no tokenizer with a chat template"):
+            tokenizer(chat_template=str(tmp_path / folder))
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -22,7 +22,7 @@ from reinforcepp.config.aliases import aliases_of, hint, layered, names_of, take
 from reinforcepp.config.foreign_names import foreign_hint
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
 from reinforcepp.monitoring.signals import handle_signals
-from reinforcepp.run_dir import has_checkpoint
+from reinforcepp.run_dir import REMOVED_SETTINGS, has_checkpoint
 from reinforcepp.runtime import is_main
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -144,6 +144,8 @@ def about_unknown(argument: str, known: Iterable[str]) -> str:
         return (
             f"{argument!r} doesn't belong to a setting. Write --SETTING VALUE, with quotes around a value with spaces."
         )
+    if name in REMOVED_SETTINGS:
+        return f"--{name}: {REMOVED_SETTINGS[name]}"
     return f"Setting --{name} not found.{hint(name, known, prefix='--')}"
 
 

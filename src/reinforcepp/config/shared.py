@@ -264,7 +264,7 @@ class ChatTemplateConfig(Config):
     prompt_format: Literal["auto", "plain", "question_answer"] = "auto"
     """Form of prompts; auto: the chat template, or plain text if there is none"""
     chat_template: FilledText | None = None
-    """Chat template (Jinja) or a file with one; default: the model's"""
+    """Chat template (Jinja), its file, or a tokenizer's folder; default: the model's"""
     system_prompt: FilledText | None = None
     """System prompt of every conversation, stored in the chat template"""
     chat_template_kwargs: JsonText | None = None

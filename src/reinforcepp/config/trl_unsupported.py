@@ -15,6 +15,7 @@ PREFETCH = "prompts are tokenized before the training"
 DISTRIBUTED = "accelerate's own settings apply"
 MEMORY = "evaluations choose their batch size, which changes no result"
 LOGS = "logs have the same content on every rank and step"
+VESPO = "it is a setting of the loss_type vespo, which isn't available"
 ADAPTIVE = "entropy_coef is constant"
 SERVERS = "the servers' own settings apply"
 
@@ -71,7 +72,12 @@ NO_EFFECT: Mapping[str, tuple[Any, str]] = {
     "debug": (str, "it changes no result"),
     "length_column_name": (str, "lengths are measured"),
     "project": (str, "trackers use the project reinforcepp"),
-    "run_name": (str, "only policy training has trackers"),
+    "vespo_k_pos": (float, VESPO),
+    "vespo_lambda_pos": (float, VESPO),
+    "vespo_k_neg": (float, VESPO),
+    "vespo_lambda_neg": (float, VESPO),
+    "trackio_bucket_id": (str, "trackio's own settings apply"),
+    "trackio_static_space_id": (str, "trackio's own settings apply"),
     "entropy_coef_min": (float, ADAPTIVE),
     "entropy_coef_max": (float, ADAPTIVE),
     "entropy_coef_delta": (float, ADAPTIVE),
@@ -105,6 +111,9 @@ PUSH = "Call trainer.push_to_hub(), or run reinforcepp push."
 HUB = "Give it to trainer.push_to_hub(), or to reinforcepp push."
 
 NEUTRAL: Mapping[str, Neutral] = {
+    "optim_target_modules": Neutral(tuple[str, ...], (), "Give the trainer an optimizer over these layers."),
+    "label_names": Neutral(tuple[str, ...], (), "Omit it: the trainer knows the columns."),
+    "include_for_metrics": Neutral(tuple[str, ...], (), "Omit it: metrics get scores alone."),
     "label_smoothing_factor": Neutral(float, (0.0,), "Omit it: it is a setting of classification."),
     "average_tokens_across_devices": Neutral(bool, (True,), "Omit it: means are over the tokens of all processes."),
     "bf16_full_eval": Neutral(bool, (False,), "Give mixed_precision, which evaluations use, too."),
@@ -156,6 +165,9 @@ NEUTRAL: Mapping[str, Neutral] = {
 SUPERVISED_NEUTRAL: Mapping[str, Neutral] = {
     "packing": Neutral(bool, (False,), "Omit it: rows aren't packed."),
     "eval_packing": Neutral(bool, (False,), "Omit it: rows aren't packed."),
+    "packing_strategy": Neutral(str, ("bfd",), "Omit it: rows aren't packed."),
+    "truncation_mode": Neutral(str, ("keep_start",), "Omit it: rows over max_length are skipped."),
+    "eval_on_start": Neutral(bool, (False,), "Call trainer.evaluate() before the training."),
     "padding_free": Neutral(bool, (False,), "Omit it: rows of similar length are padded together."),
     "completion_only_loss": Neutral(bool, (True,), "Give the data a text column, whose tokens all have a loss."),
     "assistant_only_loss": Neutral(bool, (False,), "Omit it: the last response of a conversation has the loss."),

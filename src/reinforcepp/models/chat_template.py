@@ -17,6 +17,7 @@ from reinforcepp.models.conversations import PROBE_ANSWER, PROBE_PROMPT, format_
 from reinforcepp.models.prompt_format import plain_template, prompt_form, question_answer_template
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode_prompt
+from reinforcepp.models.tokenizer_files import choose_template, has_tokenizer, read_tokenizer
 from reinforcepp.run_dir import began_without, run_date
 
 if TYPE_CHECKING:
@@ -102,12 +103,27 @@ def _template(setting: str) -> str:
     if "{%" in setting or "{{" in setting:
         return setting
     path = Path(setting).expanduser()
+    if path.is_dir():
+        return _template_of(path)
     if not path.is_file():
-        raise ConfigError(f"chat_template: {setting!r} is neither a file nor a Jinja template. Give one of the two.")
+        raise ConfigError(
+            f"chat_template: {setting!r} is neither a file, a tokenizer's folder, nor a Jinja template. Give one of these."
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"chat_template: {setting} isn't UTF-8 text. Save it as UTF-8.") from error
+
+
+def _template_of(folder: Path) -> str:
+    """Return the chat template of the tokenizer in a folder."""
+    tokenizer = read_tokenizer(str(folder)) if has_tokenizer(folder) else None
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ConfigError(
+            f"chat_template: {folder} holds no tokenizer with a chat template. Give a file with a template."
+        )
+    choose_template(tokenizer, str(folder))
+    return str(tokenizer.chat_template)
 
 
 def _check_bos(tokenizer: PreTrainedTokenizerBase) -> None:
