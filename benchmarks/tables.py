@@ -724,6 +724,24 @@ def _foreign(project: str) -> str:
     return table([{"OPENRLHF": "OpenRLHF", "VERL": "verl"}[project], "here", "conversion"], rows)
 
 
+def _default_settings(config: str, *columns: str) -> Callable[[dict[str, Any]], str]:
+    """Return a function that lists the defaults of ``config``, those that differ first."""
+
+    def render(_: dict[str, Any]) -> str:
+        sys.path.insert(0, str(HERE))
+        import default_settings
+
+        config_class = getattr(default_settings, config)
+        listed = sorted(default_settings.rows(config_class), key=lambda row: not row.differs)
+        rows = [
+            [code([row.setting]), row.ours, *(row.theirs.get(name, "-") for name in columns), row.reason(config_class)]
+            for row in listed
+        ]
+        return table(["setting", "here", *columns, "reason"], rows)
+
+    return render
+
+
 def real_model(result: dict[str, Any]) -> str:
     low, high = result["reward_accuracy_interval"]
     rows = [
@@ -797,6 +815,9 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "demo_engines": (demo_engines, "demo_seeds_vllm"),
     "defaults": (defaults, "defaults"),
     "default_rates": (default_rates, "defaults"),
+    "policy_defaults": (_default_settings("ReinforceConfig", "TRL GRPO", "TRL RLOO", "OpenRLHF"), "defaults"),
+    "reward_defaults": (_default_settings("RewardModelConfig", "TRL", "OpenRLHF"), "defaults"),
+    "sft_defaults": (_default_settings("SftConfig", "TRL", "OpenRLHF"), "defaults"),
     "trl_names": (trl_names, "defaults"),
     "trl_no_effect": (trl_no_effect, "defaults"),
     "trl_unsupported": (trl_unsupported, "defaults"),

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 import reinforcepp
 from reinforcepp import runtime
-from scripts import ROOT
+from scripts import ROOT, benchmark
 
 SOURCE = ROOT / "src" / "reinforcepp"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -431,8 +431,8 @@ def test_the_commands_of_result_files_name_no_path_of_the_machine_that_made_them
     assert len(files) > 20
 
 
-def test_the_tables_of_the_readme_are_those_of_the_result_files():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/tables.py"), "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_tables_of_the_readme_are_those_of_the_result_files(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    with pytest.raises(SystemExit) as end:
+        benchmark("tables").main()
+    assert end.value.code == 0

@@ -119,7 +119,7 @@ def test_a_script_of_trl_that_reads_flags_gives_those_of_its_documented_command(
 
 
 def test_a_configuration_of_trl(migrate, tmp_path, capsys):
-    source = "learning_rate: 1e-5\nbeta: 0.1\nmax_completion_length: 64\n"
+    source = "learning_rate: 1e-5\nbeta: 0.05\nmax_completion_length: 64\n"
     settings, _ = migrate("rloo.yaml", source, "--source", "trl-rloo")
     assert settings["learning_rate"] in (1e-5, "1e-5") and "kl_coef" not in settings  # our default, too
     assert (settings["estimator"], settings["loss_type"], settings["num_generations"]) == ("rloo", "rloo", 2)

@@ -29,7 +29,7 @@ class AlgorithmConfig(Config):
     """Discount per token"""
     normalize_over: Literal["tokens", "sequences"] = "tokens"
     """Population of the advantage normalization; tokens as in the paper's code"""
-    kl_coef: NonNegativeFloat = 0.1
+    kl_coef: NonNegativeFloat = 0.05
     """Weight of the KL to the reference policy; higher stays closer to it"""
     use_bias_correction_kl: bool | None = None
     """KL in a loss as in TRL: k3, if true times the policy ratio. Default: k2"""

@@ -77,6 +77,7 @@ _OPENRLHF: tuple[tuple[str, str, Foreign], ...] = (
     ("actor.max_norm", "max_norm", Foreign("max_grad_norm")),
     ("actor.adam.weight_decay", "l2", Foreign("weight_decay")),
     ("actor.adam.betas", "adam_betas", Foreign("adam_beta1", "and adam_beta2")),
+    ("actor.adam.eps", "", Foreign("adam_epsilon")),
     ("actor.eps_clip", "eps_clip", Foreign("clip_low", "and clip_high; or give epsilon for both")),
     ("actor.eps_clip_low_high", "eps_clip_low_high", Foreign("clip_low", "and clip_high")),
     ("actor.dual_clip", "dual_clip", Foreign("dual_clip")),
