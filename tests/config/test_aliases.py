@@ -5,6 +5,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 
 from reinforcepp import ReinforceConfig, RewardModelConfig, SftConfig
 from reinforcepp.algorithm.estimators import ESTIMATORS
@@ -62,6 +63,9 @@ EQUIVALENT = [
     ),
     ({"model_init_kwargs": '{"attn_implementation": "eager"}'}, {"attn_implementation": "eager"}),
     ({"model_init_kwargs": '{"dtype": "bfloat16"}'}, {"mixed_precision": "bf16"}),
+    ({"model_init_kwargs": '{"dtype": "auto", "revision": "main", "device_map": null}'}, {}),
+    ({"eval_strategy": "steps", "logging_steps": 2}, {"eval_every": 2, "logging_steps": 2}),
+    ({"top_k": -1}, {"top_k": 0}),
     ({"tf32": False}, {}),
     (
         {"model_init_kwargs": '{"revision": "main", "attn_implementation": null}'},
@@ -115,6 +119,8 @@ def test_attributes_have_the_values_of_trl():
     given = {name: value for name, value in READS.items() if name not in ("generation_batch_size", "eval_delay")}
     args = ReinforceConfig(**given, gradient_accumulation_steps=3)
     assert {name: getattr(args, name) for name in READS} == READS
+    assert (args.do_eval, args.train_batch_size, args.n_gpu) == (True, 4, int(torch.cuda.is_available()))
+    assert (args.dataloader_num_workers, args.eval_batch_size) == (0, 8)
     assert not hasattr(args, "bleu")
     assert ReinforceConfig().metric_for_best_model is None
 
@@ -129,6 +135,13 @@ def test_early_stopping_of_transformers_reads_the_settings():
     assert not control.should_training_stop
     stop.on_evaluate(args, state, control, metrics={"eval_kl": 2.0})
     assert control.should_training_stop
+
+
+@pytest.mark.parametrize(
+    ("given", "every"), [({}, 10), ({"logging_steps": 25}, 25), ({"logging_steps": 25, "eval_steps": 5}, 5)]
+)
+def test_evaluations_are_due_with_the_logs_if_eval_steps_is_missing(given, every):
+    assert RewardModelConfig(eval_strategy="steps", **given).eval_every == every
 
 
 def test_the_dtype_of_a_reward_model_is_that_of_its_weights():

@@ -6,7 +6,7 @@ import pytest
 from transformers import HfArgumentParser
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from reinforcepp import ReinforceConfig
+from reinforcepp import ReinforceConfig, RewardModelConfig, SftConfig
 from reinforcepp.commands.table import COMMANDS
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.errors import ConfigError
@@ -78,6 +78,14 @@ def test_trl_parser_gives_shared_names_to_model_config(order, tmp_path):
     _, adapted = with_peft_config("model", args, get_peft_config(model_args))
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ("q_proj", "v_proj"), "lora_dropout": 0.05}
     assert adapted == dataclasses.replace(args, **lora)
+
+
+@pytest.mark.parametrize("config_class", [ReinforceConfig, RewardModelConfig, SftConfig])
+def test_trl_parser_takes_flags_as_scripts_of_trl_write_them(config_class):
+    words = "--model_name_or_path m --dataset_name d --dtype bfloat16 --use_peft --bf16 --per_device_train_batch_size 4"
+    args, model_args = TrlParser((ScriptArguments, config_class, ModelConfig)).parse_args_and_config(words.split())[1:]
+    assert args == config_class(mixed_precision="bf16", per_device_train_batch_size=4)
+    assert (model_args.dtype, model_args.use_peft) == ("bfloat16", True)
 
 
 def test_an_instance_has_all_fields():

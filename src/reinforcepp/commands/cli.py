@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -20,6 +19,7 @@ from reinforcepp.commands.table import COMMANDS, Command
 from reinforcepp.config import read_yaml
 from reinforcepp.config.aliases import aliases_of, hint, layered, names_of, take_aliases
 from reinforcepp.config.foreign_names import foreign_hint
+from reinforcepp.config.values import accepted_values, fields_of
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.run_dir import REMOVED_SETTINGS, has_checkpoint
@@ -96,12 +96,15 @@ def parse(name: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
     config_class = command.config
     rest, aliases = take_aliases(config_class, arguments)
     flags, path = _take_config_flag(_with_values(rest))
-    given = dict.fromkeys(field.name for field in fields(config_class) if _is_given(field.name, flags)) | aliases
+    given = dict.fromkeys(name for name in accepted_values(config_class) if _is_given(name, flags)) | aliases
     values = dict(defaults or {}) | (read_yaml(path, config_class) if path is not None else {})
     values = layered(config_class, values, given)
     aliases = {alias: values.pop(alias) for alias in aliases_of(config_class) if alias in values}
+    every = {field.name: field for field in fields_of(config_class)}
     # tyro would print the errors of our checks in a box, so it fills a class without checks.
-    unchecked = type(config_class.__name__, (config_class,), {"__post_init__": lambda self: None})
+    unchecked = type(
+        config_class.__name__, (config_class,), {"__post_init__": lambda self: None, "__dataclass_fields__": every}
+    )
     parsed: tuple[Any, list[str]] = tyro.cli(
         unchecked,
         args=_as_flags(values) + flags,

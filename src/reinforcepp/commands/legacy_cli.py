@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.table import COMMANDS
 from reinforcepp.config.aliases import aliases_of
+from reinforcepp.config.values import accepted_values
 from reinforcepp.errors import ConfigError, nearest
 
 USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
@@ -76,7 +76,7 @@ def _translate(mode: str, arguments: list[str]) -> list[str]:
         ConfigError: If the mode doesn't have a flag. The message uses the flag names of this interface.
     """
     command, names = MODES[mode]
-    settings = {field.name for field in fields(COMMANDS[command].config)}
+    settings = accepted_values(COMMANDS[command].config)
     known = {*names, *settings, *aliases_of(COMMANDS[command].config), "config", "help"}
     # generate loads the trained model, so the name of its base model is dropped.
     has_trained = any(a.partition("=")[0] == "--rlhf_model_path" for a in arguments)
@@ -107,7 +107,7 @@ def _flags(mode: str) -> list[str]:
     """Return the flags of a mode under the names of this interface, in the order of the command."""
     command, names = MODES[mode]
     old_names = {target: flag for flag, target in names.items()}
-    return [old_names.get(field.name, field.name) for field in fields(COMMANDS[command].config)]
+    return [old_names.get(name, name) for name in accepted_values(COMMANDS[command].config)]
 
 
 def _help() -> str:

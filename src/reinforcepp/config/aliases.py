@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, field, make_dataclass
 from functools import cache
 from types import NoneType
@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from reinforcepp.config.foreign_names import foreign_hint
 from reinforcepp.config.trl_names import READ_ONLY, RULES, VALUES, Context, Rule
-from reinforcepp.config.values import Accepted, accepted, accepted_values, converted
+from reinforcepp.config.values import Accepted, FieldsOfParser, accepted, accepted_values, converted
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.run_dir import REMOVED_SETTINGS
 
@@ -76,13 +76,13 @@ def translated(config_class: type, given: Mapping[str, Any]) -> tuple[dict[str, 
     if parsed := aliases.keys() <= given.keys():  # HfArgumentParser gives every setting a value
         ours = {name: value for name, value in ours.items() if value != getattr(config_class, name, None)}
     replaced = known.keys() <= ours.keys()
-    explicit = frozenset() if replaced else frozenset(ours)
     kinds = accepted_by_alias(config_class)
     theirs = {
         name: converted(name, plain(value), kinds[name])
         for name, value in given.items()
         if name in aliases and (value is not None or (NoneType in kinds[name].kinds and not parsed))
     }
+    explicit = frozenset() if replaced else frozenset({*ours, *theirs})
     renamed: dict[str, str] = {}
     trl_batch = False
     for rule in rules_of(config_class):
@@ -90,7 +90,7 @@ def translated(config_class: type, given: Mapping[str, Any]) -> tuple[dict[str, 
         shared = {name: ours[name] for name in rule.shared if name in ours}
         if not mine and not (trl_batch and shared):
             continue
-        context = Context(_view(config_class, ours), explicit, trl_batch, replaced)
+        context = Context(_view(config_class, theirs | ours), explicit, trl_batch, replaced)
         first = next(iter(mine), "")
         for setting, value in rule.convert(shared | mine, context).items():
             if setting in explicit and setting not in rule.shared:
@@ -111,9 +111,8 @@ def _view(config_class: type, settings: Mapping[str, Any]) -> Any:
     view: Any = object.__new__(config_class)
     known = accepted_values(config_class)
     for name, value in settings.items():
-        if name in known:
-            number = known[name].kinds & {int, float}
-            object.__setattr__(view, name, converted(name, value, known[name]) if number else value)
+        number = name in known and known[name].kinds & {int, float}
+        object.__setattr__(view, name, converted(name, value, known[name]) if number else value)
     return view
 
 
@@ -192,26 +191,37 @@ def read_alias(config: Any, name: str) -> Any:
     raise AttributeError(f"{config_class.__name__!r} object has no attribute {name!r}", name=name, obj=config)
 
 
-PARSER_FIELDS: dict[str, Field[Any]] = {}
+PARSER_FIELDS: set[Field[Any]] = set()
 """Fields that exist only for argument parsers."""
+SWITCH = {"nargs": "?", "const": True}
+"""Metadata of a field that holds a truth value: the flag alone turns it on."""
 
 
-def parser_fields(config_class: type) -> dict[str, Field[Any]]:
-    """Return a field for each alias, so that HfArgumentParser and TrlParser accept it, and add its type to the class."""
+def share_flags(config_class: Any, *, hidden: Collection[str]) -> None:
+    """Make HfArgumentParser and TrlParser accept every alias of ``config_class``, but not the ``hidden`` settings."""
+    added = _parser_fields(config_class)
+    PARSER_FIELDS.update(added.values())
+    config_class.__dataclass_fields__ = FieldsOfParser(config_class.__dataclass_fields__, hidden, added)
+
+
+def _parser_fields(config_class: type) -> dict[str, Field[Any]]:
+    """Return a field for each alias, and add its type to the class."""
     fields = {setting.name: setting for setting in dataclasses.fields(config_class)}
-    kept = {
+    metadata = {
         name: fields[rule.settings[0]].metadata
-        for name, rule in aliases_of(config_class).items()
         if rule.names[name] is None
+        else SWITCH
+        if rule.names[name] is bool
+        else None
+        for name, rule in aliases_of(config_class).items()
     }
     # HfArgumentParser accepts None in every type but the union of a truth value and a text.
     hints = {name: hint if hint == bool | str else hint | None for name, hint in _types(config_class).items()}
     config_class.__annotations__.update(hints)
     made = make_dataclass(
-        "Aliases", [(name, hint, field(default=None, metadata=kept.get(name))) for name, hint in hints.items()]
+        "Aliases", [(name, hint, field(default=None, metadata=metadata[name])) for name, hint in hints.items()]
     )
-    PARSER_FIELDS.update({made_field.name: made_field for made_field in dataclasses.fields(made)})
-    return PARSER_FIELDS
+    return {made_field.name: made_field for made_field in dataclasses.fields(made)}
 
 
 def names_of(config_class: type) -> list[str]:

@@ -197,9 +197,8 @@ class _AcceptsAliases(type):
         A subclass doesn't inherit the fields that exist only for parsers, and the error after an assignment names the fix.
         """
         if name == "__dataclass_fields__" and isinstance(value, dict):
-            for alias, for_parsers in PARSER_FIELDS.items():
-                if value.get(alias) is for_parsers:
-                    del value[alias]
+            for setting in [setting for setting in value.values() if setting in PARSER_FIELDS]:
+                del value[setting.name]
         super().__setattr__(name, _refuse_assignment if name == "__setattr__" else value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -35,7 +35,6 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct the file.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} isn't a mapping of settings. Write one 'name: value' per line.")
-    known = {field.name: field for field in fields(config_class)}
     try:
         translated(config_class, values)
     except ConfigError as error:
@@ -44,9 +43,9 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
     for key, value in values.items():
         if key in aliases:
             continue
-        if key not in known:
+        if key not in accepted:
             raise ConfigError(f"{path}: setting {key!r} not found.{hint(str(key), names_of(config_class))}")
-        values[key] = _yaml_value(f"{path}: {key}", value, known[key].default, accepted[key])
+        values[key] = _yaml_value(f"{path}: {key}", value, getattr(config_class, key), accepted[key])
     return values
 
 

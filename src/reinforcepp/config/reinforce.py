@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from reinforcepp.config.algorithm import AlgorithmConfig
-from reinforcepp.config.aliases import parser_fields
+from reinforcepp.config.aliases import share_flags
 from reinforcepp.config.base import (
     Config,
     FilledStr,
@@ -24,7 +24,7 @@ from reinforcepp.config.base import (
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.sampling import RolloutSamplingConfig
 from reinforcepp.config.shared import (
-    AdapterConfig,
+    MODEL_CONFIG,
     ChatTemplateConfig,
     CheckpointConfig,
     ComputeConfig,
@@ -32,7 +32,7 @@ from reinforcepp.config.shared import (
     Scheduler,
     TrackingConfig,
 )
-from reinforcepp.config.values import NAMES, EmptyIfNone, FieldsOfParser
+from reinforcepp.config.values import NAMES, EmptyIfNone
 from reinforcepp.errors import ConfigError, nearest, option
 
 DEFAULT_MICRO_BATCH = 8
@@ -362,12 +362,7 @@ class ReinforceConfig(
         return self.num_iterations * -(-self.completions_per_step // self.optimizer_batch_size)
 
 
-# TrlParser((ScriptArguments, ReinforceConfig, ModelConfig)): the hidden fields are also in TRL's ModelConfig.
-ReinforceConfig.__dataclass_fields__ = FieldsOfParser(  # type: ignore[assignment]
-    ReinforceConfig.__dataclass_fields__,
-    hidden={"attn_implementation", *(setting.name for setting in fields(AdapterConfig))},
-    added=parser_fields(ReinforceConfig),
-)
+share_flags(ReinforceConfig, hidden=MODEL_CONFIG)
 
 
 def server_addresses(rollout: str) -> list[str]:

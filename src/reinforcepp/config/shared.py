@@ -228,6 +228,10 @@ class AdapterConfig(Config):
             raise ConfigError("use_dora needs full-precision weights, which load_in_4bit removes. Give one of the two.")
 
 
+MODEL_CONFIG = frozenset({"attn_implementation", "dtype", *(setting.name for setting in fields(AdapterConfig))})
+"""Settings that are also in TRL's ModelConfig: TrlParser refuses a flag that two classes have."""
+
+
 @dataclass(frozen=True)
 class ComputeConfig(AdapterConfig):
     """How a model is trained. Apart from LoRA, these settings change results only by rounding error."""

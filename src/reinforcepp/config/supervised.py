@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from reinforcepp.config.aliases import share_flags
 from reinforcepp.config.base import (
     Config,
     FilledStr,
@@ -19,6 +20,7 @@ from reinforcepp.config.base import (
 from reinforcepp.config.criteria import Criterion, parse_criteria
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.shared import (
+    MODEL_CONFIG,
     BadRowsConfig,
     ChatTemplateConfig,
     CheckpointConfig,
@@ -164,3 +166,7 @@ class RewardModelConfig(
             )
         for setting in ("model", "data"):
             check_not_below_output(self.output_dir, setting, getattr(self, setting))
+
+
+for config_class in (SftConfig, RewardModelConfig):
+    share_flags(config_class, hidden=MODEL_CONFIG)

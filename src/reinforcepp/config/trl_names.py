@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from operator import attrgetter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from reinforcepp.config.trl_unsupported import (
     NEUTRAL,
@@ -25,12 +25,15 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.run_dir import RENAMED_SETTINGS
 from reinforcepp.runtime import is_main, started
 
+if TYPE_CHECKING:
+    import torch
+
 TRL_DEVICE_BATCH = 8
 """Default of per_device_train_batch_size in transformers."""
 EVERY_EPOCH = -1
 """Value of save_every and eval_every for once per epoch."""
 TRL_LOGGING_STEPS = 10
-"""Default of logging_steps in TRL, which eval_strategy="steps" uses if eval_steps isn't given."""
+"""Default of logging_steps in TRL, whose value eval_strategy="steps" uses if eval_steps isn't given."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Context:
 
     Attributes:
         view: All settings so far, as attributes of an unchecked configuration.
-        explicit: Names of our settings that the user gave.
+        explicit: Names that the user gave, TRL's and ours.
         trl_batch: Whether the batch is given by TRL's names, so that steps of all settings are optimizer steps.
         replaced: Whether ``dataclasses.replace`` gives the values, so that every setting has one.
     """
@@ -99,7 +102,19 @@ def _no_effect(name: str, kind: Any, reason: str) -> Rule:
         print_once(f"{name} has no effect here, because {reason}.")
         return {}
 
-    return Rule(names={name: kind}, settings=(), convert=convert, mapping=f"no effect, because {reason}")
+    return Rule(
+        names={name: kind},
+        settings=(),
+        convert=convert,
+        mapping=f"no effect, because {reason}",
+        reads={name: READ_ONLY.get(name, lambda config: _default_of_transformers(name))},
+    )
+
+
+def _default_of_transformers(name: str) -> Any:
+    from transformers import TrainingArguments
+
+    return getattr(TrainingArguments, name, None)
 
 
 def _only(name: str, neutral: Neutral, *needs: str) -> Rule:
@@ -223,8 +238,9 @@ def _evaluating(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
     strategy = given.get("eval_strategy", "steps")
     if strategy in STRATEGIES:
         return {"eval_every": STRATEGIES[strategy]}
-    steps = given.get("eval_steps") or given.get("logging_steps", TRL_LOGGING_STEPS)
-    return {"eval_every": _in_batches("eval_steps", steps, context)}
+    if not given.get("eval_steps") and "logging_steps" in context.explicit:  # as in transformers
+        return {"eval_every": int(context.view.logging_steps)}
+    return {"eval_every": _in_batches("eval_steps", given.get("eval_steps") or TRL_LOGGING_STEPS, context)}
 
 
 def _max_steps(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
@@ -312,6 +328,11 @@ def _model_init(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
                 )
         elif name in ("attn_implementation", "trust_remote_code") and hasattr(context.view, name):
             settings[name] = value
+        elif name in ("dtype", "torch_dtype") and dtype == "auto":
+            print_once(
+                "model_init_kwargs: dtype auto has no effect here, because weights are trained in float32. Give mixed_precision "
+                "bf16 to compute in 16 bits."
+            )
         elif name == "use_cache":
             print_once("use_cache has no effect here, because generation has a cache and training has none.")
         else:
@@ -355,6 +376,38 @@ def _importance(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
         "importance_low": low,
         "importance_high": LARGEST_WEIGHT if high is None else high,
     }
+
+
+# --- attributes -------------------------------------------------------------------------------------------------------
+
+
+def _device() -> torch.device:
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if on_gpu else torch.device("cpu")
+
+
+READ_ONLY: Mapping[str, Callable[[Any], Any]] = {
+    "load_best_model_at_end": lambda config: False,
+    "eval_strategy": lambda config: "no",
+    "do_eval": lambda config: bool(getattr(config, "eval_every", 0)),
+    "train_batch_size": attrgetter("effective_micro_batch_size"),
+    "eval_batch_size": attrgetter("per_device_eval_batch_size"),
+    "device": lambda config: _device(),
+    "n_gpu": lambda config: int(_device().type == "cuda"),
+    "world_size": lambda config: started(),
+    "process_index": lambda config: int(os.environ.get("RANK") or 0),
+    "local_process_index": lambda config: int(os.environ.get("LOCAL_RANK") or 0),
+    "should_save": lambda config: is_main(),
+    "should_log": lambda config: is_main(),
+    "disable_tqdm": lambda config: not sys.stderr.isatty(),
+    "project": lambda config: "reinforcepp",
+    "to_dict": lambda config: partial(asdict, config),
+    "to_sanitized_dict": lambda config: partial(asdict, config),
+    "to_json_string": lambda config: partial(json.dumps, asdict(config), indent=2),
+}
+"""Attributes that callbacks of transformers read, for configurations that have no such setting."""
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -492,22 +545,7 @@ RULES: tuple[Rule, ...] = (
 
 VALUES: Mapping[str, Callable[[Any], Any]] = {
     "max_steps": lambda steps: 0 if steps in (-1, "-1") else steps,
+    "top_k": lambda count: 0 if count in (None, -1, "-1") else count,
     "scale_rewards": lambda scale: {"true": "group", "false": "none"}.get(str(scale).lower(), scale),
 }
 """Conversions of values that only TRL has, for settings with the same name."""
-
-READ_ONLY: Mapping[str, Callable[[Any], Any]] = {
-    "load_best_model_at_end": lambda config: False,
-    "eval_strategy": lambda config: "no",
-    "world_size": lambda config: started(),
-    "process_index": lambda config: int(os.environ.get("RANK") or 0),
-    "local_process_index": lambda config: int(os.environ.get("LOCAL_RANK") or 0),
-    "should_save": lambda config: is_main(),
-    "should_log": lambda config: is_main(),
-    "disable_tqdm": lambda config: not sys.stderr.isatty(),
-    "project": lambda config: "reinforcepp",
-    "to_dict": lambda config: partial(asdict, config),
-    "to_sanitized_dict": lambda config: partial(asdict, config),
-    "to_json_string": lambda config: partial(json.dumps, asdict(config), indent=2),
-}
-"""Attributes that callbacks of transformers read, for configurations that have no such setting."""

@@ -113,7 +113,7 @@ HUB = "Give it to trainer.push_to_hub(), or to reinforcepp push."
 NEUTRAL: Mapping[str, Neutral] = {
     "optim_target_modules": Neutral(tuple[str, ...], (), "Give the trainer an optimizer over these layers."),
     "label_names": Neutral(tuple[str, ...], (), "Omit it: the trainer knows the columns."),
-    "include_for_metrics": Neutral(tuple[str, ...], (), "Omit it: metrics get scores alone."),
+    "include_for_metrics": Neutral(tuple[str, ...], ((),), "Omit it: metrics get scores alone."),
     "label_smoothing_factor": Neutral(float, (0.0,), "Omit it: it is a setting of classification."),
     "average_tokens_across_devices": Neutral(bool, (True,), "Omit it: means are over the tokens of all processes."),
     "bf16_full_eval": Neutral(bool, (False,), "Give mixed_precision, which evaluations use, too."),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from reinforcepp.errors import ConfigError, nearest
 
@@ -55,9 +54,12 @@ class Accepted:
 def accepted_values(config_class: type[Any]) -> dict[str, Accepted]:
     """Return the accepted values of every setting of ``config_class``."""
     hints = get_type_hints(config_class, include_extras=True)
-    fields = inspect.getattr_static(config_class, "__dataclass_fields__")
-    names = [name for name in getattr(fields, "every", fields) if get_origin(hints[name]) is not ClassVar]
-    return {name: accepted(hints[name]) for name in names}
+    return {setting.name: accepted(hints[setting.name]) for setting in fields_of(config_class)}
+
+
+def fields_of(config_class: type[Any]) -> tuple[Field[Any], ...]:
+    """Return the fields of every setting of ``config_class``, also of those that other parsers don't see."""
+    return fields(object.__new__(config_class))
 
 
 def accepted(hint: Any) -> Accepted:

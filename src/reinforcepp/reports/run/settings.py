@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from reinforcepp.config import ReinforceConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
+from reinforcepp.config.values import accepted_values
 from reinforcepp.monitoring.run_record import RunRecord
 
 PER_RUN = ("output_dir", "overwrite", "resume", "allow_changes")  # these don't change the result of a run
@@ -76,7 +77,7 @@ def reproduce(record: RunRecord) -> ReproduceCommand | None:
     command, defaults = COMMAND_OF.get(kind), defaults_of(kind)
     if command is None or defaults is None:
         return None
-    known = {field.name for field in fields(TRAININGS[command])}
+    known = accepted_values(TRAININGS[command])
     kept = {name: value for name, value in record.settings.items() if name in known and name not in PER_RUN}
     # A YAML file can't turn off a setting whose default is on, so these settings become flags.
     off = [name for name, value in kept.items() if value is None and defaults[name] is not None]
