@@ -54,6 +54,9 @@ def test_train_and_evaluate_return_what_trl_returns(base, tmp_path):
     assert changed and run.ref_model is not run.model
     assert run.processing_class.pad_token is not None and run.args.max_steps == 2
     assert (run.train_dataset, run.eval_dataset) == (PROMPTS, PROMPTS[:3]) and run.accelerator.is_main_process
+    trained = {id(weight) for group in run.optimizer.param_groups for weight in group["params"]}
+    assert trained == {id(weight) for weight in run.model.parameters()}
+    assert run.lr_scheduler.get_last_lr()[0] == steps[-1]["learning_rate"]
     run.save_model(tmp_path / "copy")
     assert torch.equal(load_policy(str(tmp_path / "copy")).lm_head.weight, run.model.lm_head.weight)
 
@@ -134,8 +137,8 @@ def test_a_script_that_runs_again_keeps_the_earlier_run(base, tmp_path, capsys):
     for number in (1, 2):
         trainer(base, folder, keep_last=1, seed=number).train()
         assert (
-            f"Moved the earlier run in {folder} to {folder}/earlier_runs/{number}."
-            in capsys.readouterr().err.replace("\n", "")
+            f"Moved the earlier run in {folder} to {folder}/earlier_runs/{number}. To continue a run instead, call "
+            "train(resume_from_checkpoint=True)." in capsys.readouterr().err.replace("\n", "")
         )
         moved = contents(folder / "earlier_runs" / str(number))
         assert moved == {name: text for name, text in runs[-1].items() if name != "notes.txt"}

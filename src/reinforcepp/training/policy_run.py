@@ -236,7 +236,10 @@ class PolicyRun:
             if self.resumed is None and self.config.overwrite:
                 clear(self.folder)
             elif self.resumed is None and (moved := set_run_aside(self.folder)) is not None:
-                echo(f"Moved the earlier run in {self.folder} to {moved}.")
+                echo(
+                    f"Moved the earlier run in {self.folder} to {moved}. To continue a run instead, call "
+                    "train(resume_from_checkpoint=True)."
+                )
             if self.resumed is None or not (self.folder / RUN_FILE).is_file():
                 describe_run(self.folder, as_dict(self.config), self.facts)
             self.log.open(self.folder)

@@ -97,6 +97,7 @@ class ReinforceTrainer(TrainerMethods):
         self.args, self.model, self.ref_model = self.config, self.policy, self.reference
         self.processing_class, self.accelerator = self.tokenizer, self.ranks.accelerator
         self.callback_handler = self.callbacks.handler
+        self.optimizer, self.lr_scheduler = self.callback_handler.optimizer, self.callback_handler.lr_scheduler
         self.callbacks.call("on_init_end")
 
     @property
