@@ -285,3 +285,43 @@ def test_without_deepspeed_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"isn't installed.*pip install 'deepspeed>=0\.19,<0\.20'"):
         zero.prepare_deepspeed(cpu=True)
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+CALLBACKS = '''
+import os, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from reinforcepp import ReinforceConfig, ReinforceTrainer
+
+rank, folder = os.environ["RANK"], Path(sys.argv[2])
+
+class Asks(TrainerCallback):
+    """On rank 1 only: a checkpoint after step 1, and the end of the training after step 2."""
+
+    def on_step_end(self, args, state, control, **_):
+        if rank == "1":
+            control.should_save |= state.global_step == 1
+            control.should_training_stop |= state.global_step == 2
+
+    def on_save(self, args, state, control, **_):
+        (folder / f"saved-{rank}").write_text(str(state.global_step))
+
+args = ReinforceConfig(output_dir=str(folder / "run"), max_steps=4, batch_size=2, max_new_tokens=4, max_prompt_length=40,
+                       save_every=0, keep_last=1, eval_prompts=0, rollout="transformers", learning_rate=1e-3)
+rows = [{"prompt": f"Why is host {i} up?"} for i in range(8)]
+trainer = ReinforceTrainer(sys.argv[1], lambda completions, **_: [float(len(text)) for text in completions], args, rows,
+                           callbacks=[Asks])
+(folder / f"steps-{rank}").write_text(str(trainer.train().global_step))
+'''
+
+
+def test_a_callback_of_any_rank_saves_and_stops_all_ranks(tmp_path, model_folder):
+    script = tmp_path / "callbacks.py"
+    script.write_text(CALLBACKS)
+    done = scripts.forked(2, script, model_folder, tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = {path.name: path.read_text() for path in tmp_path.glob("*-[01]")}
+    assert written == {"saved-0": "1", "saved-1": "1", "steps-0": "2", "steps-1": "2"}
+    assert (tmp_path / "run/checkpoints/step-000001").is_dir() and len(read_metrics(tmp_path / "run")) == 2

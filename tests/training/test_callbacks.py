@@ -11,6 +11,7 @@ from reinforcepp import ConfigError, load_policy
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.run_dir import read_finished
+from scripts import ROOT
 
 EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 
@@ -172,6 +173,16 @@ def test_early_stopping_and_the_best_model(base, tmp_path):
     assert all(torch.equal(kept[name], saved[name]) for name in kept)
     after, first = run.evaluations["after"], run.evaluations["step 1"]
     assert [c.ids for c in after.completions] == [c.ids for c in first.completions]
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    section = (ROOT / "docs/python.md").read_text(encoding="utf-8").split("## Train with callbacks\n")[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(section.split("```python\n")[1].split("```")[0], names)
+    printed = capsys.readouterr().out
+    assert "step 1 of 4: reward -" in printed and printed.endswith(f"{names['trainer'].state.best_global_step}\n")
+    assert all(entry["reward/chars"] == -entry["reward"] for entry in read_metrics(tmp_path / "runs/short"))
 
 
 def test_callbacks_are_added_and_removed(base, tmp_path):

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import re
 from statistics import fmean
 
 import pytest
@@ -17,6 +18,7 @@ from trl import RLOOTrainer
 from reinforcepp import ConfigError, DataError, ReinforceTrainer, load_policy
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.monitoring import read_metrics
+from scripts import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +301,17 @@ def test_a_saved_model_does_not_replace_an_earlier_run(base, tmp_path):
     before = contents(tmp_path / "run")
     trainer(base, tmp_path / "run").save_model()
     assert contents(tmp_path / "run" / "earlier_runs" / "1") == before
+
+
+def test_the_documented_methods_and_attributes_exist(base, tmp_path):
+    section = (
+        (ROOT / "docs/migration.md").read_text(encoding="utf-8").split("## Methods and attributes")[1].split("\n## ")[0]
+    )
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    run = trainer(base, tmp_path / "run")
+    existing = {name: here.strip() == "the same" for names, here in rows for name in re.findall("`(.*?)`", names)}
+    assert {name for name, same in existing.items() if same != hasattr(run, name)} == set()
+    assert len(existing) > 25
 
 
 @pytest.mark.parametrize("name", ["compute_loss", "_calculate_rewards"])
