@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import close_session, constants
 
 
 class Hub(ThreadingHTTPServer):
@@ -34,6 +38,23 @@ def serving() -> Iterator[Hub]:
     finally:
         hub.shutdown()
         hub.server_close()
+
+
+def use_hub(monkeypatch: Any, endpoint: str, token: str | None, home: Path) -> None:
+    """Let huggingface_hub use the server at ``endpoint``, with ``token`` as the only one, and ``home`` for its files."""
+    for name in os.environ:
+        if name.startswith(("HF_", "HUGGING")):
+            monkeypatch.delenv(name)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "*")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    own: dict[str, Any] = {"ENDPOINT": endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    own |= {"HF_TOKEN_PATH": str(home / "token"), "HF_STORED_TOKENS_PATH": str(home / "all")}
+    own |= {"HF_ASSETS_CACHE": str(home), "HF_HUB_CACHE": str(home)}
+    for name, value in own.items():  # read from the environment when the library is imported
+        monkeypatch.setattr(constants, name, value)
+    close_session()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -11,10 +11,10 @@ import yaml
 from made_runs import HOSTILE, evaluation_metrics, make_run
 
 from reinforcepp.commands import cli
-from reinforcepp.commands.export import card as cards
-from reinforcepp.commands.export.card import escaped, model_card
-from reinforcepp.commands.export.source import Source, find_source
 from reinforcepp.monitoring.run_record import read_run
+from reinforcepp.training.publish import card as cards
+from reinforcepp.training.publish.card import escaped, model_card
+from reinforcepp.training.publish.source import Source, find_source
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_demo_s_folder_means_its_policy(trained, tmp_path):
 
 
 def test_nothing_is_left_of_an_export_that_fails(trained, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no")
 
     monkeypatch.setattr("reinforcepp.commands.export.command.model_card", fail)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 
 import pytest
-from hub import serving
-from huggingface_hub import close_session, constants
+from hub import serving, use_hub
 from made_runs import make_run
 
 from reinforcepp.commands import cli
@@ -36,22 +34,7 @@ def push(tmp_path, run, monkeypatch, capfd):
     """``push(endpoint, token, *flags)``: the command's exit code and output, which never contains the token."""
 
     def start(endpoint: str, token: str | None, *flags: str) -> tuple[int, str]:
-        for name in os.environ:
-            if name.startswith(("HF_", "HUGGING")):
-                monkeypatch.delenv(name)
-        for name in ("no_proxy", "NO_PROXY"):
-            monkeypatch.setenv(name, "*")
-        if token:
-            monkeypatch.setenv("HF_TOKEN", token)
-        own = {"ENDPOINT": endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
-        own |= {
-            "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
-            "HF_STORED_TOKENS_PATH": str(tmp_path / "home" / "all"),
-        }
-        own |= {"HF_ASSETS_CACHE": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home")}
-        for name, value in own.items():  # read from the environment when the library is imported
-            monkeypatch.setattr(constants, name, value)
-        close_session()
+        use_hub(monkeypatch, endpoint, token, tmp_path / "home")
         code = cli.main(["push", str(run), *flags])
         output = "".join(capfd.readouterr())
         assert token is None or token not in output

@@ -511,8 +511,8 @@ def test_export_merges_the_adapter_or_keeps_it(bases, tmp_path):
 
 
 def test_serve_merges_the_adapter(bases, tmp_path):
-    from reinforcepp.commands.export.source import find_source
     from reinforcepp.commands.serve import _plain_folder
+    from reinforcepp.training.publish.source import find_source
 
     model = adapted(bases["llama"])
     save_model(model, load_tokenizer(bases["llama"]), tmp_path / "adapter")

@@ -19,7 +19,6 @@ from urllib.request import ProxyHandler, build_opener
 import torch
 
 from reinforcepp.commands.export.command import write_folder
-from reinforcepp.commands.export.source import Source, find_source
 from reinforcepp.config import ServeConfig
 from reinforcepp.errors import ConfigError, RolloutError
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer, resolve
@@ -29,6 +28,7 @@ from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status
 from reinforcepp.rollout.vllm.server import environment_key, server_command, server_environment, vllm_is_for_gpus
+from reinforcepp.training.publish.source import Source, find_source
 
 # The context of a model can be a million tokens, and the server would reserve memory for all of them.
 USUAL_LENGTH = 8192

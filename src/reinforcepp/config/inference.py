@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,11 +19,11 @@ from reinforcepp.config.base import (
     Range,
     Seed,
 )
+from reinforcepp.config.hub import check_repository
 from reinforcepp.errors import ConfigError
 
 TABLE_FILES = (".csv", ".tsv", ".parquet", ".arrow")
 PREFERENCE_FILES = (".jsonl", ".csv")
-REPOSITORY = r"[\w][\w.-]*(/[\w][\w.-]*)?"  # a name on the Hugging Face Hub, with or without the user's
 
 
 @dataclass(frozen=True)
@@ -190,12 +189,7 @@ class PushConfig(Config):
     """Data type of the weights; auto keeps the model's"""
 
     def _check_rules(self) -> None:
-        name = self.repository
-        if not re.fullmatch(REPOSITORY, name, re.ASCII) or ".." in name or "--" in name or name[-1] in ".-":
-            raise ConfigError(
-                f"repo: {name!r} isn't a valid name on the Hugging Face Hub. Give letters, digits, '-', '_' and '.', as in "
-                "USER/NAME."
-            )
+        check_repository("repo", self.repository)
 
     @property
     def repository(self) -> str:

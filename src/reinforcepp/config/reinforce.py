@@ -21,12 +21,12 @@ from reinforcepp.config.base import (
     Share,
     StepInterval,
 )
+from reinforcepp.config.hub import HubConfig
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.sampling import RolloutSamplingConfig
 from reinforcepp.config.shared import (
     MODEL_CONFIG,
     ChatTemplateConfig,
-    CheckpointConfig,
     ComputeConfig,
     OptimizerConfig,
     Scheduler,
@@ -91,7 +91,7 @@ class ReinforceConfig(
     RewardScoringConfig,
     ChatTemplateConfig,
     ComputeConfig,
-    CheckpointConfig,
+    HubConfig,
 ):
     """Settings of REINFORCE++ training."""
 

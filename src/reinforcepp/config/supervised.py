@@ -18,6 +18,7 @@ from reinforcepp.config.base import (
     check_not_below_output,
 )
 from reinforcepp.config.criteria import Criterion, parse_criteria
+from reinforcepp.config.hub import HubConfig
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.shared import (
     MODEL_CONFIG,
@@ -128,7 +129,7 @@ class RewardInputs(Config):
 
 @dataclass(frozen=True)
 class RewardModelConfig(
-    DryRunConfig, ChatTemplateConfig, ComputeConfig, CheckpointConfig, SupervisedConfig, DataLoadingConfig, RewardInputs
+    DryRunConfig, ChatTemplateConfig, ComputeConfig, HubConfig, SupervisedConfig, DataLoadingConfig, RewardInputs
 ):
     """Train a reward model from a preference file."""
 

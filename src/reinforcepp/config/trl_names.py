@@ -120,7 +120,8 @@ def _default_of_transformers(name: str) -> Any:
 def _only(name: str, neutral: Neutral, *needs: str) -> Rule:
     def convert(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
         if given[name] not in neutral.values:
-            raise ConfigError(f"{name}: {given[name]!r} isn't supported. {neutral.fix}")
+            value = "a value" if neutral.secret else repr(given[name])
+            raise ConfigError(f"{name}: {value} isn't supported. {neutral.fix}")
         return {}
 
     values = " or ".join(["None", *map(repr, neutral.values)])

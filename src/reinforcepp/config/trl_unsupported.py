@@ -98,17 +98,19 @@ class Neutral(NamedTuple):
         kind: Type of the value.
         values: Accepted values, in addition to None.
         fix: Replacement for other values.
+        secret: Whether a value must not be shown.
     """
 
     kind: Any
     values: tuple[Any, ...]
     fix: str
+    secret: bool = False
 
 
 LAUNCHER = "Give it to the launcher: accelerate launch --config_file FILE (see docs/parallel.md)."
 TEXT_ONLY = "Omit it: prompts and completions are text."
-PUSH = "Call trainer.push_to_hub(), or run reinforcepp push."
-HUB = "Give it to trainer.push_to_hub(), or to reinforcepp push."
+TOKEN = "Set HF_TOKEN, or give the token to trainer.push_to_hub(token=...): settings are written to files."
+AT_END = "The model is uploaded when training ends, with push_to_hub, or call trainer.push_to_hub()."
 
 NEUTRAL: Mapping[str, Neutral] = {
     "optim_target_modules": Neutral(tuple[str, ...], (), "Give the trainer an optimizer over these layers."),
@@ -138,11 +140,11 @@ NEUTRAL: Mapping[str, Neutral] = {
     "deepspeed": Neutral(JsonText, (), LAUNCHER),
     "fsdp": Neutral(str, ("", "False", "false"), LAUNCHER),
     "fsdp_config": Neutral(JsonText, ("{}",), LAUNCHER),
-    "push_to_hub": Neutral(bool, (False,), PUSH),
-    "hub_model_id": Neutral(str, (), HUB),
-    "hub_token": Neutral(str, (), HUB),
-    "hub_private_repo": Neutral(bool, (), HUB),
-    "hub_strategy": Neutral(str, ("every_save",), HUB),
+    "push_to_hub": Neutral(bool, (False,), "After SFT, run reinforcepp push."),
+    "hub_model_id": Neutral(str, (), "After SFT, give it to reinforcepp push: --repo."),
+    "hub_private_repo": Neutral(bool, (), "After SFT, give it to reinforcepp push: --private."),
+    "hub_token": Neutral(str, (), TOKEN, secret=True),
+    "hub_strategy": Neutral(str, ("every_save", "end"), AT_END),
     "log_completions_hub_repo": Neutral(str, (), "Upload the folder completions in output_dir instead."),
     "router_aux_loss_coef": Neutral(float, (0.0,), "Omit it: routers of experts get no loss of their own."),
     "cast_lm_head_to_fp32": Neutral(bool, (False,), "Omit it: log-probabilities are computed in float32."),
@@ -155,8 +157,8 @@ NEUTRAL: Mapping[str, Neutral] = {
     "transformers_continuous_batching_config": Neutral(JsonText, (), "Give rollout vllm for continuous batching."),
     "optim_args": Neutral(str, (), "Give the optimizer's settings by name, for example adam_beta2."),
     "enable_jit_checkpoint": Neutral(bool, (False,), "Omit it: signals already save a checkpoint."),
-    "hub_always_push": Neutral(bool, (False,), HUB),
-    "hub_revision": Neutral(str, (), HUB),
+    "hub_always_push": Neutral(bool, (False,), AT_END),
+    "hub_revision": Neutral(str, (), "Give it to trainer.push_to_hub(revision=...)."),
     "trackio_space_id": Neutral(str, (), "Omit it: trackio keeps the run on this node."),
     "max_tool_calling_iterations": Neutral(int, (), "Omit it: tools aren't supported."),
 }

@@ -136,6 +136,8 @@ class ReinforceTrainer(TrainerMethods):
             with Monitor(self.run.summary, self.run.state, self.ranks, self.num_steps) as self.run.monitor:
                 self._train()
             self._finish()
+        if self.config.push_to_hub:
+            self.push_to_hub()
         return self.callbacks.output
 
     def _train(self) -> None:
@@ -167,6 +169,8 @@ class ReinforceTrainer(TrainerMethods):
 
     def _begin(self) -> None:
         """Create the run directory, or restore the state in which an earlier run stopped."""
+        if self.config.push_to_hub:
+            self.init_hf_repo()
         self.run.begin()
         if "before" not in self.evaluations:
             self.evaluator.run("before")  # of a resumed run, too: its checkpoint isn't restored yet
@@ -186,4 +190,5 @@ class ReinforceTrainer(TrainerMethods):
             self.evaluator.run("after")
         self.save_model(self.folder)
         echo(f"Saved policy to {self.folder}", "green")
+        self.create_model_card()
         self.run.finish()

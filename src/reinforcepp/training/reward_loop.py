@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +17,7 @@ from trl import RewardTrainer as TrlRewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from reinforcepp.algorithm.preferences import preference_loss
-from reinforcepp.config import RewardModelConfig
+from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, DataError
@@ -31,6 +31,7 @@ from reinforcepp.models.reward_models import as_classifier, load_reward_weights,
 from reinforcepp.models.reward_texts import TextForm
 from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import echo
+from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.rewards.card import RewardCard, read_card
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model
 from reinforcepp.training.checkpoint import FinishedRun, finish
@@ -44,6 +45,8 @@ from reinforcepp.training.pair_datasets import (
     tokenizing_errors,
 )
 from reinforcepp.training.prompt_summary import print_prompt_format
+from reinforcepp.training.publish.card import reward_model_card, without_folders, write_card
+from reinforcepp.training.publish.hub import create_for, push_for
 from reinforcepp.training.reward_card import CardData, RewardResult, evaluate_and_save, savable
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading_reward_model, with_reward_adapter
@@ -65,6 +68,9 @@ from reinforcepp.training.supervised_setup import (
 )
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from huggingface_hub import CommitInfo
     from peft import PeftConfig
     from transformers import (
         BitsAndBytesConfig,
@@ -184,6 +190,8 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
             self.card, self.state.global_step = read_card(folder), saved.step
             return TrainOutput(saved.step, 0.0, {})
         data = self.card_data
+        if config.push_to_hub:
+            create_for(config, Ranks())
         facts = {"train_pairs": data.train_pairs, "heldout_pairs": data.heldout_pairs, "inputs": dict(self.inputs)}
         with begin(folder, config, self.inputs, saved, facts) as run:
             self._began = True
@@ -192,6 +200,8 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
             self.card = RankZero(run.ranks, config.watchdog_seconds).run(
                 lambda: self._evaluate_and_save(folder, config)
             )
+        if config.push_to_hub:
+            self.push_to_hub()
         return output
 
     def _evaluate_and_save(self, folder: Path, config: RewardModelConfig) -> RewardCard:
@@ -201,15 +211,86 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
         """Save weights, tokenizer and card, as :meth:`train` does in ``args.output_dir``; rank 0 writes."""
-        folder = Path(output_dir or self.config.output_dir).expanduser()
+        output = Path(self.config.output_dir).expanduser()
+        folder = Path(output_dir or output).expanduser()
         ranks = Ranks()
-        if self.card is None:  # not trained
-            if ranks.is_main:
-                save_model(self.model, self.tokenizer, folder)
-        elif ranks.is_main and folder.resolve() != Path(self.config.output_dir).expanduser().resolve():
-            folder.mkdir(parents=True, exist_ok=True)
-            save_reward_model(TrainedReward(savable(self.model), self.tokenizer), self.card, folder)
+        if ranks.is_main and (self.card is None or folder.resolve() != output.resolve()):
+            self._write_model(folder, self.card)
         ranks.barrier()
+
+    def _write_model(self, folder: Path, card: RewardCard | None) -> None:
+        if card is None:  # not trained
+            save_model(self.model, self.tokenizer, folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_reward_model(TrainedReward(savable(self.model), self.tokenizer), card, folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write a model card to ``README.md`` in ``args.output_dir``: base model, data, accuracy, settings; rank 0 writes it.
+
+        Args:
+            model_name: title; default: ``args.hub_model_id``, or the name of ``args.output_dir``.
+            dataset_name: name of the pairs, for example on the Hub.
+            tags: further tags.
+        """
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_card(self._model_card(self.config.hub_model_id, model_name, dataset_name, tags), folder)
+
+    def _model_card(
+        self,
+        repository: str | None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> str:
+        folder = Path(self.args.output_dir).absolute()
+        card = asdict(self.card) if self.card is not None else {}
+        rewards = [{"name": folder.name, "card": card | ({"data": dataset_name} if dataset_name else {})}]
+        settings = as_dict(self.config) | {"model": self.model.config.name_or_path or "A language model"}
+        return reward_model_card(
+            RunRecord(folder, settings, {"kind": type(self.config).__name__, "rewards": rewards}),
+            model_name or repository or folder.name,
+            repository,
+            dataset_name=dataset_name,
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            adapter=has_adapter(self.model),
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Upload the model, its tokenizer and cards to ``args.hub_model_id``; other files of the run aren't uploaded.
+
+        Args:
+            commit_message: of the commit.
+            blocking: whether to wait for the upload.
+            token: default: ``HF_TOKEN``, or the token of ``hf auth login``.
+            revision: branch of the repository; default: main.
+            kwargs: for the card, see :meth:`create_model_card`.
+
+        Returns:
+            The commit, or a future of it if not ``blocking``; None on other ranks than 0.
+
+        Raises:
+            ConfigError: there is no token, or the repository is public and ``args.hub_private_repo`` is set.
+            ModelError: the Hub can't be reached, or it refuses the upload.
+        """
+        output = Path(self.args.output_dir)
+
+        def write(folder: Path, repository: str) -> None:
+            self._write_model(folder, without_folders(self.card, output) if self.card is not None else None)
+            write_card(self._model_card(repository, **kwargs), folder)
+
+        return push_for(self.config, Ranks(), write, commit_message, blocking, token, revision)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint of this package if a callback asks for one, because that of transformers is pickled."""

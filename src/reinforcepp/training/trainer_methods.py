@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError
+from reinforcepp.models.lora import has_adapter
 from reinforcepp.models.saving import save_model
+from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.run_dir import set_run_aside
 from reinforcepp.training.callbacks import Callbacks
 from reinforcepp.training.evaluation import Evaluator, logged_metrics
 from reinforcepp.training.policy_run import PolicyRun
+from reinforcepp.training.publish.card import model_card, write_card
+from reinforcepp.training.publish.hub import create_for, push_for
+from reinforcepp.training.publish.source import Source
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from transformers.trainer_callback import CallbackHandler
 
@@ -56,6 +68,7 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
 class TrainerMethods:
     """What :class:`~reinforcepp.ReinforceTrainer` offers around ``train``."""
 
+    config: ReinforceConfig
     folder: Path
     ranks: Ranks
     policy: PreTrainedModel
@@ -86,8 +99,13 @@ class TrainerMethods:
             The metrics under TRL's keys, such as ``eval_reward`` and ``eval_kl``, and ``eval_NAME_reward`` for each of several
             datasets; they are also in ``state.log_history``.
         """
-        evaluation, prefix = self.evaluator.evaluate(dataset=eval_dataset), metric_key_prefix
-        metrics = {f"{prefix}_samples": len(evaluation.completions), **logged_metrics(evaluation.metrics(), prefix)}
+        from transformers.trainer_utils import speed_metrics
+
+        start, prefix = time.time(), metric_key_prefix
+        evaluation = self.evaluator.evaluate(dataset=eval_dataset)
+        samples = len(evaluation.completions)
+        metrics = {f"{prefix}_samples": samples, **logged_metrics(evaluation.metrics(), prefix)}
+        metrics |= speed_metrics(prefix, start, samples, math.ceil(samples / self.config.rollout_batch_size))
         self.callbacks.evaluated(metrics)
         return metrics
 
@@ -111,6 +129,83 @@ class TrainerMethods:
                 set_run_aside(folder)
             save_model(self.policy, self.tokenizer, folder)
         self.ranks.barrier()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] | None = None
+    ) -> None:
+        """Write the model card to ``README.md`` in ``args.output_dir``, as training does when it ends; rank 0 writes it.
+
+        It names the base model and fingerprints of the data, and has the settings and results of the training.
+
+        Args:
+            model_name: title; default: ``args.hub_model_id``, or the name of ``args.output_dir``.
+            dataset_name: name of the prompts, for example on the Hub.
+            tags: further tags.
+        """
+        if self.ranks.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_card(self.folder, self.config.hub_model_id, model_name, dataset_name, tags)
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Create the repository ``args.hub_model_id`` on the Hub; with ``args.push_to_hub``, training begins with this.
+
+        Raises:
+            ReinforceError: see :meth:`push_to_hub`.
+        """
+        create_for(self.config, self.ranks, token)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Upload the policy, its tokenizer and its card to ``args.hub_model_id``; other files of the run aren't uploaded.
+
+        Args:
+            commit_message: of the commit.
+            blocking: whether to wait for the upload.
+            token: default: ``HF_TOKEN``, or the token of ``hf auth login``.
+            revision: branch of the repository; default: main.
+            kwargs: for the card, see :meth:`create_model_card`.
+
+        Returns:
+            The commit, or a future of it if not ``blocking``; None on other ranks than 0.
+
+        Raises:
+            ConfigError: there is no token, or the repository is public and ``args.hub_private_repo`` is set.
+            ModelError: the Hub can't be reached, or it refuses the upload.
+        """
+
+        def write(folder: Path, repository: str) -> None:
+            save_model(self.policy, self.tokenizer, folder)
+            self._write_card(folder, repository, **kwargs)
+
+        self.callbacks.call("on_push_begin")
+        return push_for(self.config, self.ranks, write, commit_message, blocking, token, revision)
+
+    def _write_card(
+        self,
+        folder: Path,
+        repository: str | None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        record = read_run(self.folder) if self.run.begun or self.run.finished else self.run.summary
+        base = {"model": self.policy.config.name_or_path} if self.policy.config.name_or_path else {}
+        record = replace(record, settings={**base, **record.settings})
+        text = model_card(
+            Source(str(self.folder), record, self.callbacks.state.global_step),
+            model_name or repository or self.folder.absolute().name,
+            repository,
+            dataset_name=dataset_name,
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            adapter=has_adapter(self.policy),
+        )
+        write_card(text, folder)
 
     def is_world_process_zero(self) -> bool:
         """Return whether this is rank 0."""

@@ -6,11 +6,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from reinforcepp.commands.export.card import CARD, model_card
-from reinforcepp.commands.export.source import Source, find_source, plain_copy, plain_model
 from reinforcepp.config import ExportConfig
 from reinforcepp.errors import ConfigError
-from reinforcepp.files import appearing_folder, flush
+from reinforcepp.files import appearing_folder
 from reinforcepp.locks import file_lock
 from reinforcepp.models.given import check_loaded, name_of, preserve_generation_config
 from reinforcepp.models.loading import load_tokenizer, tokenizer_for, weight_bytes
@@ -21,6 +19,8 @@ from reinforcepp.monitoring import echo
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.run_dir import check_output
 from reinforcepp.runtime import silence
+from reinforcepp.training.publish.card import CARD, model_card, write_card
+from reinforcepp.training.publish.source import Source, find_source, plain_copy, plain_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def _export(
                 whole = config.merge or not has_adapter(model)
                 with preserve_generation_config(model):
                     save_model(plain_copy(model, config.dtype) if whole else model, tokenizer, partial)
-                _write_card(source, partial, folder.name)
+                write_card(model_card(source, folder.name, adapter=not whole), partial)
     return folder
 
 
@@ -109,17 +109,12 @@ def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: 
 
     An adapter is merged into its base model, or copied alone if ``merge`` is off.
     """
-    if merge or not is_adapter_dir(Path(source.name)):
+    adapter = not merge and is_adapter_dir(Path(source.name))
+    if not adapter:
         model, tokenizer = plain_model(source.name, dtype)
         save_model(model, tokenizer, folder)
     else:
         for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(Path(source.name) / file, folder / file)
         save_tokenizer(load_tokenizer(source.name), folder)
-    _write_card(source, folder, name)
-
-
-def _write_card(source: Source, folder: Path, name: str) -> None:
-    card = folder / CARD
-    card.write_text(model_card(source, name), encoding="utf-8")
-    flush(card)
+    write_card(model_card(source, name, adapter=adapter), folder)

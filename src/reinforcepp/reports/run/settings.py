@@ -10,7 +10,11 @@ from reinforcepp.config import ReinforceConfig, RewardModelConfig, SftConfig, Tr
 from reinforcepp.config.values import accepted_values
 from reinforcepp.monitoring.run_record import RunRecord
 
-PER_RUN = ("output_dir", "overwrite", "resume", "allow_changes")  # these don't change the result of a run
+PER_RUN = (
+    *("output_dir", "overwrite", "resume", "allow_changes"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+)
+"""Settings that don't change the result of a run."""
 TRAININGS: dict[str, type[TrainConfig | RewardModelConfig | SftConfig]] = {
     "sft": SftConfig,
     "reward": RewardModelConfig,

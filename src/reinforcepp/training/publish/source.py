@@ -38,7 +38,11 @@ class Source:
     @property
     def is_last(self) -> bool:
         """Whether the model is the result of the whole training, not a checkpoint."""
-        return self.record is not None and self.step == self.record.facts.get("num_steps")
+        record = self.record
+        if record is None:
+            return False
+        ended = "after" in record.evaluations and record.metrics  # by a callback, perhaps before the last step
+        return self.step == (record.metrics[-1]["step"] if ended else record.facts.get("num_steps"))
 
 
 def find_source(name: str) -> Source:

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reinforcepp.commands.export.source import Source
-from reinforcepp.config.inference import REPOSITORY
+import yaml
+
+from reinforcepp.config.hub import REPOSITORY
+from reinforcepp.files import flush
 from reinforcepp.monitoring import printable
 from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import RunRecord
-from reinforcepp.reports.run.settings import settings_of
+from reinforcepp.reports.run.settings import PER_RUN, settings_of
+from reinforcepp.rewards.card import RewardCard
 from reinforcepp.runtime import versions_of
+from reinforcepp.training.publish.source import Source
 
 CARD = "README.md"
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|~&:@])")
 SHOWN_ELSEWHERE = ("model", "data", "reward_model", "judge")
 TAGS = ("reinforcepp", "reinforce-plus-plus", "rlhf", "text-generation")
+REWARD_TAGS = ("reinforcepp", "reward-model", "rlhf", "text-classification")
 SFT_TAGS = ("reinforcepp", "sft", "text-generation")
 METRICS = {
     "kl": ("KL to the reference policy, nats/token", "{:.4f}"),
@@ -33,15 +39,63 @@ METRICS = {
 """Metrics without a standard error, with their names and formats."""
 
 
-def model_card(source: Source, name: str) -> str:
-    """Return the card in Markdown, with front matter for the Hub, of the model ``name`` (USER/NAME, or a folder)."""
+def model_card(
+    source: Source,
+    name: str,
+    repository: str | None = None,
+    *,
+    dataset_name: str | None = None,
+    tags: Sequence[str] = (),
+    adapter: bool = False,
+) -> str:
+    """Return the card in Markdown, with front matter for the Hub.
+
+    Args:
+        source: the model with the record of its training.
+        name: title of the card: USER/NAME, or another name.
+        repository: USER/NAME, from which readers load the model; default: ``name``, if it is such a name.
+        dataset_name: the prompts, instead of the recorded file names.
+        tags: tags in addition to those of every card.
+        adapter: the files are a LoRA adapter without its base model.
+    """
     record = source.record
-    parts = [_front_matter(record), f"# {escaped(name)}", _introduction(source)]
+    usual = SFT_TAGS if record is not None and record.is_sft else TAGS
+    header = _front_matter(record, [*usual, *tags], adapter, dataset_name)
+    parts = [header, f"# {escaped(name)}", _introduction(source)]
     if record is not None and record.is_sft:
         parts += [_sft_data(source, record), _settings(record)]
     elif record is not None:
-        parts += [_data(record), _rewards(record), _results(source, record), _settings(record)]
-    return "\n\n".join([*parts, _use(name)]) + "\n"
+        parts += [_data(record, dataset_name), _rewards(record), _results(source, record), _settings(record)]
+    return "\n\n".join([*parts, _use(_loadable(repository or name), adapter)]) + "\n"
+
+
+def reward_model_card(
+    record: RunRecord,
+    name: str,
+    repository: str | None = None,
+    *,
+    dataset_name: str | None = None,
+    tags: Sequence[str] = (),
+    adapter: bool = False,
+) -> str:
+    """Return the card of the reward model whose own record is the only one in ``record``; arguments as for a policy."""
+    start = escaped(_model(record, record.settings.get("model", "A language model")))
+    parts = [
+        _front_matter(record, [*REWARD_TAGS, *tags], adapter, dataset_name),
+        f"# {escaped(name)}",
+        f"{start}, trained on preferences as a reward model by {_package()}.",
+        _rewards(record),
+        _settings(record),
+        _use_reward(_loadable(repository or name)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_card(text: str, folder: Path) -> None:
+    """Write the card into the folder of its model."""
+    card = folder / CARD
+    card.write_text(text, encoding="utf-8")
+    flush(card)
 
 
 def escaped(text: Any) -> str:
@@ -49,24 +103,24 @@ def escaped(text: Any) -> str:
     return SPECIAL.sub(r"\\\1", " ".join(printable(str(text)).split()))
 
 
-def _front_matter(record: RunRecord | None) -> str:
-    import yaml
-
-    tags = SFT_TAGS if record is not None and record.is_sft else TAGS
+def _front_matter(record: RunRecord | None, tags: Sequence[str], adapter: bool, dataset_name: str | None) -> str:
+    task = "text-classification" if "text-classification" in tags else "text-generation"
     front_matter: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(tags),
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": task,
+        "tags": list(dict.fromkeys(tags)),
     }
     base = record.settings.get("model") if record is not None else None
     if record is not None and isinstance(base, str) and _hub_name(record, base):
         front_matter = {"base_model": base, **front_matter}
+    if dataset_name is not None and re.fullmatch(REPOSITORY, dataset_name, re.ASCII):
+        front_matter["datasets"] = [dataset_name]
     return f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---"
 
 
 def _introduction(source: Source) -> str:
     record = source.record
-    package = f"reinforcepp {versions_of(['reinforcepp']).get('reinforcepp', '')}".strip()
+    package = _package()
     if record is None:
         return f"A causal language model, exported by {package}. No record of its training was found."
     start = escaped(_model(record, record.settings.get("model", "A language model")))
@@ -76,6 +130,10 @@ def _introduction(source: Source) -> str:
     steps = record.facts.get("num_steps")
     done = f"{source.step} of {steps} steps" if source.step is not None else f"{steps} steps"
     return f"{start}, aligned with REINFORCE++ (estimator {estimator}, {done}) by {package}."
+
+
+def _package() -> str:
+    return f"reinforcepp {versions_of(['reinforcepp']).get('reinforcepp', '')}".strip()
 
 
 def _sft_data(source: Source, record: RunRecord) -> str:
@@ -93,10 +151,10 @@ def _sft_data(source: Source, record: RunRecord) -> str:
     return "## Data and results\n\n" + _table(("item", "value"), rows)
 
 
-def _data(record: RunRecord) -> str:
+def _data(record: RunRecord, name: str | None) -> str:
     inputs = record.facts.get("inputs", {})
     rows = [
-        ("prompt data", _file_names(record.settings.get("data", "a Python program"))),
+        ("prompt data", name or _file_names(record.settings.get("data", "a Python program"))),
         ("training prompts", record.facts.get("prompts", "unknown")),
         ("held-out prompts", record.facts.get("heldout_prompts", 0)),
         ("fingerprint of the prompts", inputs.get("data", "unknown")),
@@ -168,8 +226,9 @@ def _settings(record: RunRecord) -> str:
     return "## Non-default settings\n\n" + table
 
 
-def _use(name: str) -> str:
-    shown = name if "/" in name else "PATH_OF_THIS_FOLDER"
+def _use(shown: str, adapter: bool) -> str:
+    merge = f"For vLLM, merge the adapter first: `reinforcepp export {shown} --output_dir merged`"
+    vllm = merge if adapter else f"With vLLM: `vllm serve {shown}`"
     return f"""## Use
 
 ```python
@@ -183,8 +242,36 @@ answer = model.generate(**inputs, max_new_tokens=256, do_sample=True, temperatur
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-With vLLM: `vllm serve {shown}`. In the terminal: `reinforcepp chat {shown}`. Prompts are formatted with the tokenizer's
+{vllm}. In the terminal: `reinforcepp chat {shown}`. Prompts are formatted with the tokenizer's
 chat template, as in training."""
+
+
+def _use_reward(shown: str) -> str:
+    return f"""## Use
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{shown}")
+model = AutoModelForSequenceClassification.from_pretrained("{shown}")
+messages = [{{"role": "user", "content": "Your question"}}, {{"role": "assistant", "content": "A response"}}]
+inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+print(model(**inputs).logits[0].tolist())
+```
+
+As a reward of a policy training: `reinforcepp train --reward_model {shown}`."""
+
+
+def _loadable(name: str) -> str:
+    """Return the name from which readers load the model."""
+    return name if re.fullmatch(REPOSITORY, name, re.ASCII) and "/" in name else "PATH_OF_THIS_FOLDER"
+
+
+def without_folders(card: RewardCard, folder: Path) -> RewardCard:
+    """Return the card of a reward model, trained in ``folder``, without the names of the author's other folders."""
+    names = {"model": _model(RunRecord(folder), card.base_model), "data": _file_names(card.data)}
+    settings = {name: value for name, value in card.settings.items() if name not in PER_RUN}
+    return replace(card, base_model=names["model"], data=names["data"], settings=settings | names)
 
 
 def _hub_name(record: RunRecord, name: str) -> bool:
