@@ -216,6 +216,11 @@ def test_a_best_checkpoint_needs_evaluations(base, tmp_path, settings, message):
         with_callbacks(base, tmp_path / "run", **settings)
 
 
+def test_evaluations_without_held_out_rows_are_reported(base, tmp_path, capsys):
+    trainer(base, tmp_path / "run", eval_every=1)
+    assert "eval_every: nothing is evaluated" in capsys.readouterr().err
+
+
 def test_a_best_checkpoint_by_evaluations_needs_held_out_rows_and_a_metric_that_exists(base, tmp_path):
     settings = {"eval_every": 1, "save_every": 1}
     with pytest.raises(ConfigError, match="eval_reward needs an eval_dataset"):

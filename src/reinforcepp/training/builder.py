@@ -137,6 +137,8 @@ def build(
         echo(f"Evaluations before and after training use {used} of {held_out} held-out prompts (eval_prompts).")
     if (config.keep_best or "").removeprefix("-").startswith("eval_") and not held_out:
         raise ConfigError(f"keep_best: {config.keep_best} needs an eval_dataset. Give held-out rows.")
+    if config.eval_every and eval_dataset is None:
+        echo("eval_every: nothing is evaluated, because there is no eval_dataset.", "yellow")
     shuffle = config.shuffle_dataset and not is_stream(train_dataset, config)
     batches = PromptBatches(prompts, config.batch_size, config.seed, shuffle=shuffle)
     num_steps = config.max_steps or math.ceil(batches.steps_per_epoch * config.num_train_epochs)
