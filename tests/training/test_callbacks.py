@@ -228,3 +228,31 @@ def test_a_best_checkpoint_by_evaluations_needs_held_out_rows_and_a_metric_that_
     run = with_callbacks(base, tmp_path / "run", keep_best="eval_rewrad", **settings)
     with pytest.raises(ConfigError, match=r"metric 'eval_rewrad' not found.*eval_reward"):
         run.train()
+
+
+def test_the_state_names_the_best_checkpoint_by_a_metric_that_falls(base, tmp_path):
+    run = with_callbacks(
+        base,
+        tmp_path / "run",
+        Recorder(),
+        max_steps=3,
+        eval_every=1,
+        save_every=1,
+        keep_best="-eval_kl",
+        learning_rate=0.01,
+    )
+    run.train()
+    found = {entry["step"]: entry["eval_kl"] for entry in run.state.log_history if "eval_kl" in entry}
+    best = min(found, key=lambda step: (found[step], step))
+    assert len(set(found.values())) == 3 and run.state.best_global_step == best
+    assert run.state.best_metric == found[best] and f"{best:06d}" in run.state.best_model_checkpoint
+
+
+def test_a_request_before_a_step_holds_at_its_end(base, tmp_path):
+    class Asks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **others):
+            control.should_save = control.should_evaluate = state.global_step == 0
+
+    recorder = Recorder()
+    with_callbacks(base, tmp_path / "run", Asks(), recorder, max_steps=2).train()
+    assert ("save", 1) in recorder.seen and ("evaluate", 1) in recorder.seen and ("save", 2) not in recorder.seen
