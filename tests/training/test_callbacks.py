@@ -256,3 +256,27 @@ def test_a_request_before_a_step_holds_at_its_end(base, tmp_path):
     recorder = Recorder()
     with_callbacks(base, tmp_path / "run", Asks(), recorder, max_steps=2).train()
     assert ("save", 1) in recorder.seen and ("evaluate", 1) in recorder.seen and ("save", 2) not in recorder.seen
+
+
+def test_logs_have_the_means_since_the_last_one(base, tmp_path):
+    recorder = Recorder()
+    settings = {"max_steps": 5, "logging_steps": 2, "lr_scheduler_type": "linear", "save_every": 3, "keep_last": 1}
+    run = with_callbacks(base, tmp_path / "run", recorder, **settings)
+    output = run.train()
+    steps = read_metrics(tmp_path / "run")
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [2, 4] and [at for event, at in recorder.seen if event == "log"][
+        :2
+    ] == [2, 4]
+    for entry, (first, second) in zip(logs, [steps[:2], steps[2:4]], strict=True):
+        for name in ("loss", "reward", "kl"):
+            assert entry[name] == pytest.approx((first[name] + second[name]) / 2, abs=1e-7)
+        assert all(entry[name] == second[name] for name in ("learning_rate", "grad_norm", "num_tokens", "epoch"))
+    assert output.training_loss == pytest.approx(sum(step["loss"] for step in steps) / 5, abs=1e-7)
+
+    resumed = with_callbacks(base, tmp_path / "run", resume=True, **settings)
+    assert resumed.train().training_loss == pytest.approx(output.training_loss, abs=1e-7)
+    again = [entry for entry in resumed.state.log_history if "loss" in entry]
+    for entry, before in zip(again, logs, strict=True):
+        same = {name for name in entry if not name.startswith(("time/", "step_time"))}
+        assert [entry[name] for name in same] == pytest.approx([before[name] for name in same], abs=1e-7)

@@ -174,7 +174,7 @@ class ReinforceConfig(
     load_best_model_at_end: bool = False
     """Save the policy of the best checkpoint, by keep_best, instead of the last one"""
     logging_steps: PositiveInt = 1
-    """Steps between logs of trackers and callbacks; metrics.jsonl has every step"""
+    """Steps between logs (their means) to trackers, callbacks and log_history"""
     logging_first_step: bool = False
     """Also log step 1 to trackers and callbacks"""
     log_completions: bool = True

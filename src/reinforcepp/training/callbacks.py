@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # these load PEFT
     from transformers.trainer_utils import TrainOutput
 
 
+CURRENT = ("step", "epoch", "num_tokens", "learning_rate", "grad_norm", "kl_coef")
+"""Metrics of which a log has the last value instead of the mean, as in TRL."""
+
+
 class Callbacks:
     """Owns the :class:`transformers.TrainerState` of a run, and calls the user's callbacks at transformers' events.
 
@@ -71,6 +75,9 @@ class Callbacks:
         for callback in callbacks or ():
             self.add(callback)
         self._summary: dict[str, float] = {}
+        self._losses: list[float] = []
+        self._unlogged: list[Mapping[str, float]] = []
+        """The steps since the last one that was logged."""
         self._first, self._started = 0, time.monotonic()
 
     def add(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
@@ -120,12 +127,26 @@ class Callbacks:
         self.state.global_step, self.state.epoch = step, step / self.steps_per_epoch
         return {"step": step, "epoch": self.state.epoch}
 
-    def log(self, metrics: Mapping[str, float], *, report: bool = True) -> dict[str, float]:
-        """Append ``metrics`` to ``log_history`` at the current step; return them with what callbacks add to a ``report``."""
+    def log_step(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Log the means since the last logged step if a log is due; return them with what callbacks add, otherwise nothing."""
+        self._keep(metrics)
+        return self.log(self._means()) if self.control.should_log else {}
+
+    def _keep(self, metrics: Mapping[str, float]) -> None:
+        self._losses += [metrics["loss"]] if "loss" in metrics else []
+        self._unlogged.append(metrics)
+
+    def _means(self) -> dict[str, float]:
+        """Return the means over the steps that aren't logged yet; they then count as logged."""
+        steps, self._unlogged = self._unlogged, []
+        values = {name: [step[name] for step in steps if name in step] for step in steps for name in step}
+        return {name: each[-1] if name in CURRENT or len(each) == 1 else fmean(each) for name, each in values.items()}
+
+    def log(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Append ``metrics`` to ``log_history`` at the current step; return them with what callbacks add."""
         logs = rounded({**self.at(self.state.global_step), **metrics})
         self.state.log_history.append(logs)
-        if report:
-            self.call("on_log", logs=logs)
+        self.call("on_log", logs=logs)
         return logs
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
@@ -155,12 +176,11 @@ class Callbacks:
     def finish(self) -> None:
         """Log the metrics of the whole training, under transformers' keys, and report that it ends."""
         seconds, steps = max(time.monotonic() - self._started, 1e-6), self.state.global_step - self._first
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         self._summary = {
             "train_runtime": seconds,
             "train_steps_per_second": steps / seconds,
             "train_samples_per_second": steps * self.config.completions_per_step / seconds,
-            "train_loss": fmean(losses) if losses else nan,
+            "train_loss": fmean(self._losses) if self._losses else nan,
             "epoch": self.state.epoch,
         }
         self.log(self._summary)
@@ -200,7 +220,11 @@ class Callbacks:
             step: finished steps.
             states: what :meth:`stateful` returned.
         """
-        self.state.log_history = read_metrics(folder)
+        self.state.log_history, self._losses, self._unlogged = [], [], []
+        for logged in read_metrics(folder):
+            self._keep(logged)
+            if self.config.logs_step(int(logged["step"])):
+                self.state.log_history.append(rounded(self._means()))
         for name, metrics in evaluations.items():
             if name != "before" or self.logs_start:
                 position = self.at(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import nan
 from types import TracebackType
+from typing import Any
 
 from rich.console import RenderableType
 from rich.live import Live
@@ -65,14 +66,20 @@ class Monitor:
             self._live.stop()
         self.ranks.end_trackers()
 
-    def step(self, metrics: Mapping[str, float], timings: Mapping[str, float], batch: UpdateBatch | None) -> None:
-        """Show a finished step: its metrics, and one completion of its batch."""
+    def step(
+        self,
+        metrics: Mapping[str, float],
+        timings: Mapping[str, float],
+        batch: UpdateBatch | None,
+        logs: Mapping[str, Any],
+    ) -> None:
+        """Show a finished step: its metrics, and one completion of its batch; trackers get the ``logs`` that are due, if any."""
         step, values = int(metrics["step"]), {**metrics, **timings}
-        if self._tracks(step):
-            self.ranks.track(values, step)
+        if logs:
+            self.ranks.track({name: value for name, value in logs.items() if isinstance(value, (int, float))}, step)
         if not self.ranks.is_main:
             return
-        if batch is not None and self._tracks(step):
+        if batch is not None and logs:
             self._log_completions(batch, step)
         if batch is not None and "reward" in metrics:
             values["step_tokens"] = float(sum(len(c.ids) for c in batch.rollout.completions))
@@ -87,11 +94,6 @@ class Monitor:
             self._lines.step(f"reward {metrics.get('reward', nan):+.3f}{kl}")
         if self._live:
             self._live.update(self._view(step))
-
-    def _tracks(self, step: int) -> bool:
-        """Return whether the trackers log this step."""
-        settings = self.record.settings
-        return step % settings.get("logging_steps", 1) == 0 or (step == 1 and settings.get("logging_first_step", False))
 
     def _log_completions(self, batch: UpdateBatch, step: int) -> None:
         """Log the table of completions to the trackers, and print it above the live view if the settings ask for it."""

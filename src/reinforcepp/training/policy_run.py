@@ -155,7 +155,7 @@ class PolicyRun:
         if kl_coef is not None and self.config.kl_target is not None:
             self.metrics["kl_coef"] = self.state.kl_coef
             self.state.kl_coef = kl_coef
-        logs = self.callbacks.log({**self.metrics, **timings}, report=self.callbacks.control.should_log)
+        logs = self.callbacks.log_step({**self.metrics, **timings})
         self.metrics = {name: value for name, value in logs.items() if isinstance(value, Real)} | self.metrics
         checkpoint.check_metric(self.config.keep_best, self.metrics)
         if self.update.ranks.is_main:
@@ -164,7 +164,7 @@ class PolicyRun:
                 save_completions(self.folder / COMPLETIONS / step_file(step + 1), columns, self._message_fields)
             self.log.write(self.metrics)
         if self.monitor is not None:
-            self.monitor.step(self.metrics, timings, batch)
+            self.monitor.step(self.metrics, timings, batch, logs)
 
     @cached_property
     def _message_fields(self) -> Sequence[str]:
