@@ -228,7 +228,7 @@ def evaluate(lib: Library, folder: Path) -> None:
     assert metrics["eval_reward"] == metrics["eval_rewards/variety/mean"] > 0
 
 
-@variant("evaluate-returns-metrics", "small change", "read eval_reward: there is no eval_loss and no eval_runtime")
+@variant("evaluate-returns-metrics", "small change", "read eval_reward: there is no eval_loss")
 def evaluate_without_loss(lib: Library, folder: Path) -> None:
     metrics = make(lib, folder, eval_dataset=prompts(2)).evaluate()
     wanted = "reward", "reward_std", "rewards/variety/mean", "completions/mean_length"
