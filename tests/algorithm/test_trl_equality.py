@@ -226,7 +226,7 @@ def test_k2_has_the_gradient_of_trls_default_kl_on_policy(base, tmp_path):
 
 
 def test_the_default_loss_of_rloo_is_trls_divided_by_the_mean_length(base, tmp_path):
-    ours = Ours(base, tmp_path, None, estimator="rloo")
+    ours = Ours(base, tmp_path, None, estimator="rloo", kl_coef=0.1)
     trl = Trl(base, tmp_path, ours, None, "rloo", beta=0.1)
     mean_length = sum(LENGTHS) / len(LENGTHS)
     assert_equal_gradients(ours, trl, factor=mean_length)

@@ -437,6 +437,7 @@ def test_a_node_with_another_version_is_rejected():
         worker.load(replace(pack(model), version="0.0.9"))
 
 
+@pytest.mark.full
 def test_a_reward_model_in_the_pool(cluster, room, reward_folder):
     """The pool scores like the local model, each text once even if a worker dies; the local weights are released."""
     rewards = load_rewards(str(reward_folder))

@@ -579,7 +579,7 @@ def test_a_pickle_in_a_checkpoint_is_not_loaded(base, undisturbed, tmp_path):
 def test_no_pickle_is_written(base, tmp_path):
     trainer(base, tmp_path / "run", estimator="ppo").train()
     suffixes = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".safetensors", ".jinja", ".parquet"}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".jinja", ".parquet", ".md"}
 
 
 # --- reward models ----------------------------------------------------------------------------------------------------

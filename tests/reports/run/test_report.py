@@ -289,7 +289,7 @@ def test_the_reproduce_command_gives_the_same_configuration(tmp_path):
 def test_differing_settings_of_several_runs():
     one, two = as_dict(TrainConfig()), as_dict(TrainConfig(kl_coef=0.2, output_dir="elsewhere")) | {"new": True}
     rows = settings.differing({"a": record(settings=one), "b": record(settings=two)})
-    assert rows == [("kl_coef", ["0.1", "0.2"]), ("new", ["-", "True"])]
+    assert rows == [("kl_coef", ["0.05", "0.2"]), ("new", ["-", "True"])]
 
 
 # --- curves -------------------------------------------------------------------------------------------------------------
