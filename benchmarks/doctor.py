@@ -36,7 +36,7 @@ from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 from reinforcepp.training.reward_trainer import train_reward_model
 
 NOTHING_STOPS = {
-    "kl_limit": None,
+    "kl_limit": 1e9,  # None would also omit the KL if kl_coef is 0
     "ratio_limit": 0.0,
     "collapse_length": 0.0,
     "collapse_entropy": 0.0,

@@ -140,8 +140,11 @@ def dataset_dict(folder: Path) -> str:
 def errors_in_python(folder: Path) -> str:
     base = str(saved(folder / "m"))
     trainer(base, folder / "run").train()
-    error = error_of(lambda: trainer(base, folder / "run").train())
-    return expect("--" not in error, error)
+    trainer(base, folder / "run").train()  # keeps the earlier run
+    if not (folder / "run" / "earlier_runs" / "1" / "run.json").is_file():
+        return "the earlier run is gone"
+    error = error_of(lambda: trainer(base, folder / "run", use_dora=True))
+    return expect("--" not in error and "use_peft" in error, error)
 
 
 @entry("T10", "TrlParser with ScriptArguments, ReinforceConfig, and ModelConfig", "works together")
