@@ -235,6 +235,19 @@ def test_sources_without_a_training_are_refused(tmp_path, capsys, name, source, 
     assert cli.main(["migrate", str(tmp_path / "missing.sh")]) == 2
 
 
+def test_a_value_that_is_not_in_the_source_is_reported_although_it_has_a_default(migrate):
+    script = """
+    from trl import RLOOConfig, RLOOTrainer
+
+    args = RLOOConfig("out", learning_rate=pick(), num_generations=count, push_to_hub=True)
+    RLOOTrainer(model="m", args=args)
+    """
+    settings, text = migrate("train.py", script)
+    assert "# learning_rate: the source doesn't show its value (pick())" in text
+    assert "# num_generations: the source doesn't show its value (count)" in text
+    assert settings["push_to_hub"] is True and "# push_to_hub: " not in text
+
+
 def test_a_setting_that_needs_a_change_is_reported(tmp_path, capsys):
     (tmp_path / "t.sh").write_text("trl rloo --num_generations 1 --per_device_train_batch_size 4\n")
     assert cli.main(["migrate", str(tmp_path / "t.sh"), "--output", str(tmp_path / "t.yaml")]) == 0

@@ -26,7 +26,7 @@ def remote_code(name: str) -> dict[str, bool]:
 
 
 def uses_remote_code(config: PreTrainedConfig) -> bool:
-    """Return whether the model of ``config`` is a class of its own code, which the user has allowed."""
+    """Return whether the model of ``config`` needs code from its repository, which the user has allowed."""
     return bool(getattr(config, "auto_map", None)) and remote_code(str(config.name_or_path))["trust_remote_code"]
 
 

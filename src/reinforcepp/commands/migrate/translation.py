@@ -45,7 +45,7 @@ def translate(training: Training) -> Translation:
     """Return our settings for a training."""
     result = {"openrlhf": _from_openrlhf, "verl": _from_verl}.get(training.framework, _from_trl)(training)
     for name, text in training.unread.items():
-        if SCRIPT_NAMES.get(name, name) not in result.settings:
+        if not result.origins.get(SCRIPT_NAMES.get(name, name)):  # otherwise another name gives it
             result.notes.setdefault(name, SCRIPT_NOTES.get(name, f"the source doesn't show its value ({text})"))
     if result.settings.get("estimator") != "ppo":
         result.settings = {name: value for name, value in result.settings.items() if name not in ONLY_PPO}
@@ -128,7 +128,6 @@ SCRIPT_NOTES = {
     "num_sample_generations": "evaluations keep their completions (eval_every)",
     "environment_factory": "environments aren't supported",
     "tools": "tools aren't supported",
-    "push_to_hub": "run `reinforcepp push` after the training",
     "task_type": "the training decides",
 }
 
@@ -316,12 +315,14 @@ def _betas(value: Any, _: Any = None) -> dict[str, Any]:
     return {"adam_beta1": first, "adam_beta2": second}
 
 
-def _openrlhf_estimator(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    if value == "dr_grpo":
-        return {"estimator": "grpo", "scale_rewards": "none"}
+def _estimator(value: Any, *, scaled: bool = True) -> dict[str, Any]:
     if value not in ESTIMATORS:
         raise ConfigError(f"estimator {value!r} isn't available, only {', '.join(ESTIMATORS)}")
-    return {"estimator": ESTIMATORS[value]}
+    return {"estimator": ESTIMATORS[value], **({} if scaled else {"scale_rewards": "none"})}
+
+
+def _openrlhf_estimator(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    return _estimator("grpo", scaled=False) if value == "dr_grpo" else _estimator(value)
 
 
 NOTHING: Convert = lambda value, given: {}  # noqa: E731  (the setting is part of another one's conversion)
@@ -417,11 +418,8 @@ def _verl_rollout(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _verl_estimator(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    if value not in ESTIMATORS:
-        raise ConfigError(f"estimator {value!r} isn't available, only {', '.join(ESTIMATORS)}")
-    if value == "grpo" and given.get("algorithm.norm_adv_by_std_in_grpo") is False:
-        return {"estimator": "grpo", "scale_rewards": "none"}
-    return {"estimator": ESTIMATORS[value]}
+    unscaled = value == "grpo" and given.get("algorithm.norm_adv_by_std_in_grpo") is False
+    return _estimator(value, scaled=not unscaled)
 
 
 def _verl_trackers(value: Any, _: Any = None) -> dict[str, Any]:
