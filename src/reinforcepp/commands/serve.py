@@ -18,6 +18,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import torch
 
+from reinforcepp.commands.access import RefuseWebPages, RequireKey
 from reinforcepp.commands.export.command import write_folder
 from reinforcepp.config import ServeConfig
 from reinforcepp.errors import ConfigError, RolloutError
@@ -70,6 +71,7 @@ def run_server(config: ServeConfig) -> int:
             batch_size=config.batch_size,
             chat_template=str(template) if prompt_form(tokenizer) != "chat template" else None,
             on_gpu=vllm_is_for_gpus(),
+            middleware=_middleware(config.host, key),
         )
         return _run(command, server_environment(os.environ, key), config, name, with_key=key is not None)
 
@@ -91,11 +93,19 @@ def _key(config: ServeConfig) -> str | None:
     if not path.is_file():
         raise ConfigError(f"api_key_file: file {config.api_key_file} not found. Give a file that contains the key.")
     lines = path.read_text(encoding="utf-8", errors="replace").split()
-    if len(lines) != 1 or not lines[0].isascii():
+    if len(lines) != 1 or not (lines[0].isascii() and lines[0].isprintable()):
         raise ConfigError(
             f"api_key_file: {config.api_key_file} isn't one line without spaces. Write only the key to it."
         )
     return lines[0]
+
+
+def _middleware(host: str, key: str | None) -> str | None:
+    """Return the import path of the middleware; vLLM's own check of the key covers a few of its paths only."""
+    if key is None and not _is_loopback(host):
+        return None  # Every client may use the model, as a warning says.
+    middleware = RefuseWebPages if key is None else RequireKey
+    return f"{middleware.__module__}.{middleware.__name__}"
 
 
 def _check_port(config: ServeConfig) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from reinforcepp.errors import ConfigError
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def server_command(
     batch_size: int,
     chat_template: str | None,
     on_gpu: bool,
+    middleware: str | None = None,
 ) -> list[str]:
     """Return the command line that starts a server.
 
@@ -45,6 +47,7 @@ def server_command(
         batch_size: Completions generated at a time.
         chat_template: File with the template, for a tokenizer without one.
         on_gpu: Whether the installed vLLM is the GPU build, which then takes its default share of memory.
+        middleware: Import path of a class of ASGI middleware, which gets each request first.
     """
     settings: dict[str, object] = {
         "model": model,
@@ -58,6 +61,8 @@ def server_command(
     }
     if chat_template is not None:
         settings["chat-template"] = chat_template
+    if middleware is not None:
+        settings["middleware"] = middleware
     if not on_gpu:
         memory = memory_settings(model, config, dtype, on_gpu=False, max_length=max_length, max_num_seqs=batch_size)
         settings |= {"block-size": CPU_BLOCK, "kv-cache-memory-bytes": memory["kv_cache_memory_bytes"]}
@@ -92,5 +97,14 @@ def vllm_is_for_gpus() -> bool:
 
 
 def environment_key() -> str | None:
-    """Return the API key for vLLM's server from the environment, if it is set."""
-    return os.environ.get(KEY) or None
+    """Return the API key for vLLM's server from the environment, if it is set.
+
+    Raises:
+        ConfigError: The key has characters that a header can't hold. The message never shows the key.
+    """
+    key = os.environ.get(KEY) or None
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(
+            f"{KEY}: the key holds a space, a line break or another character that a key can't have. Remove it."
+        )
+    return key

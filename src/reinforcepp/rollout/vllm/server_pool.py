@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from reinforcepp.errors import ConfigError, EngineLost, RolloutError, option, setting
+from reinforcepp.errors import EngineLost, RolloutError, option, setting
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
 from reinforcepp.rollout.vllm.client import (
     IncompatibleServer,
@@ -24,7 +24,7 @@ from reinforcepp.rollout.vllm.client import (
     run_in_daemon,
 )
 from reinforcepp.rollout.vllm.nccl import BACKEND, NcclServerTransfer
-from reinforcepp.rollout.vllm.server import KEY, environment_key
+from reinforcepp.rollout.vllm.server import environment_key
 from reinforcepp.rollout.vllm.server_transfer import EXTENSION, FileTransfer, MessageTransfer
 from reinforcepp.rollout.weight_transfer import WeightTransfer
 from reinforcepp.types import Prompt, Sampling
@@ -76,10 +76,6 @@ class ServerPool:
         timeouts: Timeouts,
     ) -> None:
         key = environment_key()
-        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-            raise ConfigError(
-                f"{KEY}: the key holds a space, a line break or another character that a key can't have. Remove it."
-            )
         self.clients = [VllmClient(address, key, requirements, timeouts) for address in addresses]
         self._tokenizer, self._batch_size, self._timeouts = tokenizer, batch_size, timeouts
         self._files, self._messages, self._nccl = FileTransfer(folder), MessageTransfer(), NcclServerTransfer()
