@@ -1,0 +1,83 @@
+"""Secrets in texts: what is hidden, and what a reader still sees."""
+
+import time
+
+import pytest
+
+from reinforcepp.config import TrainConfig, as_dict
+from reinforcepp.redaction import redacted, without_secrets
+
+SLACK = "hooks.slack.com"
+SHOWN = {
+    "http://me:hunter22@10.0.0.1:5000/get_reward": "http://***@10.0.0.1:5000/get_reward",
+    "http://me:a/b#c?d@host/x": "http://***@host/x",
+    "http://host/score?code=abc&version=2#part": "http://host/score?code=***&version=***#***",
+    "0.5*http://host/score?code=it's": "0.5*http://host/score?code=***",
+    "HTTPS://host/api/9f8e7d6c5b4a;id=1?x": "HTTPS://host/api/***?***",
+    f"https://{SLACK}/services/TEAM/B0/plainword": f"https://{SLACK}/***/***/***/***",
+    "http://host/hook/short": "http://host/hook/***",
+    "http://host/%61b1c2d3e4": "http://host/***",
+    "mysql://root:pw@db:3306/runs": "mysql://***@db:3306/runs",
+    "http://a/x?k=1,http://b/y?k=2": "http://a/x?k=***,http://b/y?k=***",
+    "Reward server http://host:5/x?code=abc: it failed (http://host/?k=1).": (
+        "Reward server http://host:5/x?code=***: it failed (http://host/?k=***)."
+    ),
+    "{'Authorization': 'Bearer s3cret-value'}": "{'Authorization': 'Bearer ***'}",
+    "Cannot POST /score?code=abc.": "Cannot POST /score?code=***.",
+    "token hf_AbCdEfGhIjKlMnOpQrStUvWx, key sk-proj-AbCdEfGhIjKlMn0pQrStUv": "token ***, key ***",
+}
+KEPT = [
+    "http://127.0.0.1:5000/get_reward",
+    "http://[::1]:8000/v1/chat/completions",
+    "https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct/resolve/main/config.json",
+    "See https://docs.example.com/en/v0.32.0/openai_compatible_server.html).",
+    "http://a:8000,http://b:8000",
+    "file:///home/me/0123456789abcdef",
+    "models--org--name/snapshots/0123456789abcdef0123456789abcdef01234567",
+    "rule:length?max=200",
+    "runs/reward?output=1&dtype=bfloat16",
+    "Bearer authentication is missing",
+]
+
+
+@pytest.mark.parametrize("text", SHOWN)
+def test_secrets_are_hidden_and_twice_changes_nothing_more(text):
+    assert redacted(text) == SHOWN[text]
+    assert redacted(SHOWN[text]) == SHOWN[text]
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_addresses_names_and_paths_without_a_secret_stay(text):
+    assert redacted(text) == text
+
+
+def test_values_of_secret_variables_are_hidden(monkeypatch):
+    monkeypatch.setenv("SOME_PASSWORD", "cörrect horse")
+    monkeypatch.setenv("SHORT_KEY", "policy")
+    monkeypatch.setenv("MONKEY", "reinforce")
+    assert redacted("cörrect horse, c%C3%B6rrect%20horse, policy, reinforce") == "***, ***, policy, reinforce"
+
+
+def test_secrets_of_an_address_are_hidden_where_they_occur_alone():
+    url = "http://me:longpassword@host/hook/0a1b2c3d4e5f?code=with%20space"
+    body = "404: /hook/0a1b2c3d4e5f, code 'with space', user me, longpassword"
+    assert redacted(body, url) == "404: /hook/***, code '***', user me, ***"
+
+
+def test_settings_without_a_secret_stay_and_the_others_are_hidden_at_any_depth():
+    settings = as_dict(TrainConfig())
+    assert without_secrets(settings) == settings
+    nested = {"rewards": ("http://h/?a=b",), "more": [{"http://h/?a=b": 1.5}], "none": None}
+    assert without_secrets(nested) == {
+        "rewards": ("http://h/?a=***",),
+        "more": [{"http://h/?a=***": 1.5}],
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize("piece", ["a", "sk-", "eyJ-", "token", "http://", "a:", "bearer ", ".", "/aa-aa-aa-aa!", ",a"])
+def test_long_hostile_texts_take_linear_time(piece):
+    began = time.monotonic()
+    for text in (piece * 5000, "http://h/?" + piece * 5000 + "b"):
+        redacted(text)
+    assert time.monotonic() - began < 5
