@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import socket
@@ -65,6 +66,14 @@ def hide_unloadable_packages() -> None:
     for package in MEDIA_PACKAGES:
         if package in versions and not versions[package].endswith("+cpu") and package not in sys.modules:
             sys.modules[package] = None  # type: ignore[assignment]  # find_spec and import then report it as missing
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this node's own, which no other node can reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 _silent: ContextVar[bool] = ContextVar("silent", default=False)

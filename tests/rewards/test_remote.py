@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +12,7 @@ import pytest
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, RewardError, UnusableUpdate
+from reinforcepp.monitoring.signals import StopRequested, stop_signals
 from reinforcepp.rewards.remote import RemoteReward
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.types import Completion, Prompt
@@ -138,7 +141,11 @@ def test_a_success_resets_the_failure_count(fake):
 
 def test_pauses_double_with_jitter(fake, monkeypatch):
     pauses = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr("asyncio.sleep", sleep)
     fake.answers = [(500, b"")]
     with pytest.raises(RewardError):
         ask(fake, attempts=8, first_pause=1.0)
@@ -154,8 +161,17 @@ def test_a_missing_server_and_a_slow_one(fake):
     with pytest.raises(RewardError, match=r"failed 2 times in a row.*can't be reached"):
         ask(gone, attempts=2)
     silent = Fake()  # it accepts connections and never responds
-    with pytest.raises(RewardError, match=r"failed once, and reward_attempts is 1.*no response within 0\.2 s"):
+    with pytest.raises(RewardError, match=r"failed once, and reward_attempts is 1.*no complete response within 0\.2 s"):
         ask(silent, attempts=1, timeout=0.2)
+    silent.server.server_close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_a_silent_server(number):
+    silent = Fake()
+    with stop_signals() as stop, stop.anywhere(), pytest.raises(StopRequested):
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        ask(silent, attempts=5, timeout=30)
     silent.server.server_close()
 
 
@@ -168,7 +184,7 @@ def test_a_missing_server_and_a_slow_one(fake):
         ((400, {"error": "bad prompt"}), "answered 400 Bad Request '.*bad prompt"),
         ((302, b""), "answered 302"),
         ((200, b"<html>"), "isn't JSON: '<html>'"),
-        ((200, {"reward": [1] * 5}), "no list 'rewards': .*'reward'"),
+        ((200, {"reward": [1] * 5}), 'no list .rewards.: .*"reward"'),
         ((200, 3), "no list 'rewards'"),
         ((200, {"rewards": [1.0]}), "1 scores for 5 completions"),
         ((200, {"rewards": [1.0] * 6}), "6 scores for 5 completions"),
@@ -185,9 +201,14 @@ def test_a_score_that_is_not_a_number_raises(fake):
     fake.answers = [(200, b'{"rewards": [NaN]}')]
     with pytest.raises(UnusableUpdate, match="returned nan"):
         load_rewards(fake.url).score([completion("a")])
-    fake.answers = [(200, {"rewards": ["high"]})]
-    with pytest.raises(ConfigError, match="isn't a number"):
-        load_rewards(fake.url).score([completion("a")])
+    for body, reason in (
+        (b'{"rewards": ["0.5"]}', "a str as score 0"),
+        (b'{"rewards": [[1]]}', "a list as score 0"),
+        (b'{"rewards": [1%s]}' % (b"0" * 400), "an integer that is too large"),
+    ):
+        fake.answers = [(200, body)]
+        with pytest.raises(RewardError, match=reason):
+            load_rewards(fake.url).score([completion("a")])
 
 
 def test_labels_that_json_lacks_are_sent_as_text(fake):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import socket
@@ -29,6 +28,7 @@ from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status
 from reinforcepp.rollout.vllm.server import environment_key, server_command, server_environment, vllm_is_for_gpus
+from reinforcepp.runtime import is_loopback
 from reinforcepp.training.publish.source import Source, find_source
 
 # The context of a model can be a million tokens, and the server would reserve memory for all of them.
@@ -102,7 +102,7 @@ def _key(config: ServeConfig) -> str | None:
 
 def _middleware(host: str, key: str | None) -> str | None:
     """Return the import path of the middleware; vLLM's own check of the key covers a few of its paths only."""
-    if key is None and not _is_loopback(host):
+    if key is None and not is_loopback(host):
         return None  # Every client may use the model, as a warning says.
     middleware = RefuseWebPages if key is None else RequireKey
     return f"{middleware.__module__}.{middleware.__name__}"
@@ -125,7 +125,7 @@ def _run(command: list[str], environment: dict[str, str], config: ServeConfig, n
     """Start the server, print its address when it is ready, and wait until it exits."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
-    if not with_key and not _is_loopback(config.host):
+    if not with_key and not is_loopback(config.host):
         echo("Every client that reaches this address can use the model. To require a key, set VLLM_API_KEY.", "yellow")
     echo(f"Starting vLLM with {config.model}. This takes up to a minute.")
     # In a session apart from the terminal, the server gets Ctrl-C only from this process.
@@ -170,10 +170,3 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (URLError, OSError):
         return False
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -59,7 +59,7 @@ class RewardScoringConfig(Config):
     truncation_penalty: NonNegativeFloat = 0.0
     """Subtracted from the reward of a completion truncated at max_new_tokens"""
     reward_timeout: PositiveFloat = 60.0
-    """Seconds to wait for a response of a reward server"""
+    """Seconds per reward server request, up to the last byte of the response"""
     reward_attempts: PositiveInt = 5
     """Attempts per reward server request, with growing pauses"""
     reward_batch_size: PositiveInt = 64

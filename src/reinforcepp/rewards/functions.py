@@ -381,7 +381,7 @@ def _check(name: str, scores: Any, texts: list[str]) -> list[float | None]:
         )
     try:
         numbers = [None if score is None else float(score) for score in scores]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"Reward function {name}: returned a {type(scores).__name__} with a value that isn't a number ({error}). Return a "
             "list with one number or None per completion."
