@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal
 
 from reinforcepp.errors import ConfigError
 
@@ -28,12 +29,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """Yield a text file that is flushed to the disk and renamed to ``path`` at the end of the block, or removed on an error."""
-    partial = path.with_name(path.name + PARTIAL)
+def whole_file(path: Path, mode: Literal["x", "xb"] = "x") -> Iterator[Any]:
+    """Yield a new file that is flushed to the disk and renamed to ``path`` at the end of the block, or removed on an error.
+
+    Args:
+        path: Name of the complete file.
+        mode: ``x`` for text in UTF-8, ``xb`` for bytes.
+    """
+    partial = free_partial(path)
+    # Undecodable bytes in a path and half of a surrogate pair in JSON can't be UTF-8. In JSON, the escape has the same value.
+    text = {} if mode == "xb" else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     try:
-        # Undecodable bytes in a path and half of a surrogate pair in JSON can't be UTF-8. In JSON, the escape has the same value.
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with open(partial, mode, **text) as file:  # type: ignore[call-overload]
             yield file
         flush(partial)
         partial.replace(path)
@@ -41,6 +48,36 @@ def whole_file(path: Path) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file. An interruption leaves either the old ``target`` or the complete new one."""
+    with open(source, "rb") as original, whole_file(target, "xb") as copied:
+        shutil.copyfileobj(original, copied)
+
+
+def free_partial(path: Path) -> Path:
+    """Return the name under which ``path`` is written until it is complete, after deleting a file or folder with that name.
+
+    A killed process can leave one. In a shared folder, another user can place a link there. So create the result
+    exclusively, with ``open(..., "x")`` or ``mkdir``: both fail if somebody creates the name again.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    remove(partial)
+    return partial
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it exists. A link is deleted, but not its target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def no_link(path: str, flags: int) -> int:
+    """Open a file unless it is a link, as the ``opener`` of ``open``, for a predictable name that is written in place."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def check_output_file(name: str, setting: str = "output") -> Path:
@@ -79,8 +116,7 @@ def appearing_folder(final: Path) -> Iterator[Path]:
 
     A power failure or a kill can leave a folder whose name ends in ``.partial``.
     """
-    partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = free_partial(final)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -109,31 +145,59 @@ def whole_folder(final: Path) -> Iterator[Path]:
 def move(source: Path, target: Path) -> None:
     """Rename ``source`` to ``target``, and replace an older folder with that name."""
     if target.exists():
-        older = target.with_name(target.name + ".older" + PARTIAL)
-        shutil.rmtree(older, ignore_errors=True)
+        older = free_partial(target.with_name(target.name + ".older"))
         target.rename(older)
         source.rename(target)
-        shutil.rmtree(older)
+        remove(older)
     else:
         source.rename(target)
     flush(target.parent)
 
 
-def damage(folder: Path) -> str | None:
-    """Return a description of the first difference between ``folder`` and its manifest, or None."""
+def damage(folder: Path, *needed: str) -> str | None:
+    """Return a description of the first difference between ``folder`` and its manifest, or None.
+
+    The manifest must name every file, so that none can be added or lost. Hidden files don't count, because file systems
+    and desktops create some, and nothing here reads them.
+
+    Args:
+        folder: Written by :func:`whole_folder`.
+        needed: Patterns of file names; the manifest must name a file for each.
+    """
     try:
-        described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        if not (folder / MANIFEST).is_file():
+            return f"{MANIFEST} is missing"
+        described = _plain_json((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         for name, expected in described.items():
-            path = folder / name
-            if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+            if (path := files.pop(name, None)) is None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if sha256(path) != expected["sha256"]:
                 return f"the contents of {name} have changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is missing or damaged"
+        if added := [name for name in files if name != MANIFEST and not any(map(_is_hidden, Path(name).parts))]:
+            return f"{added[0]} isn't in {MANIFEST}"
+        if lost := [pattern for pattern in needed if not fnmatch.filter(described, pattern)]:
+            return f"{lost[0]} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
     return None
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _plain_json(text: str) -> Any:
+    """Return the value of ``text``; a name that occurs twice in an object is an error, because readers differ on it."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=object_of)
 
 
 def lfs_pointer(folder: Path) -> str | None:

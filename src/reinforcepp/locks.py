@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from reinforcepp.errors import ConfigError
+from reinforcepp.files import no_link
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -68,7 +69,8 @@ class OutputLock:
             )
             return self
         self._lock = lock
-        self.path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
+        with open(self.path, "w", encoding="utf-8", opener=no_link) as file:
+            file.write(f"{os.getpid()} {socket.gethostname()}\n")
         return self
 
     def release(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.errors import ConfigError, option
-from reinforcepp.files import PARTIAL, write_json
+from reinforcepp.files import PARTIAL, remove, write_json
 from reinforcepp.locks import RUN_LOCK, OutputLock, check_unlocked, folder_lock
 
 RENAMED_SETTINGS = {"mini_batch_size": "micro_batch_size"}
@@ -276,7 +276,7 @@ def clear(folder: Path) -> None:
     The lock and earlier runs stay.
     """
     for path in map(folder.joinpath, _contents(folder)):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(path)
 
 
 def set_run_aside(folder: Path) -> Path | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reinforcepp.errors import ModelError, first_line
-from reinforcepp.files import PARTIAL, disk_errors, flush, move
+from reinforcepp.files import disk_errors, flush, free_partial, move
 from reinforcepp.models.loading import PROGRESS_BAR_BYTES, end_ids, progress_bars
 from reinforcepp.models.lora import base_model, has_adapter
 from reinforcepp.models.tokenizer_files import save_tokenizer
@@ -32,8 +32,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     If the model has an adapter, only the adapter is saved.
     """
-    partial = folder / f"model{PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = free_partial(folder / "model")
+    partial.mkdir(parents=True)
     repair_generation_config(model)
     _stop_at_end_of_turn(model, tokenizer)
     with progress_bars(sum(p.nbytes for p in model.parameters()) >= PROGRESS_BAR_BYTES), disk_errors():
@@ -60,8 +60,7 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
         ModelError: a part of the model can't be saved.
         OSError: the disk can't be written.
     """
-    partial = folder / f"model{PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = free_partial(folder / "model")
     partial.mkdir(parents=True)
     name = model.config.name_or_path or "the given model"
     try:

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.data.readers import PROMPTS_IN_MESSAGES
-from reinforcepp.files import PARTIAL
+from reinforcepp.files import copy_file, whole_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -77,12 +76,11 @@ def save_completions(path: Path, columns: Mapping[str, Sequence[Any]], fields: S
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
     table = pyarrow.table({name: _array(name, values, fields) for name, values in columns.items()})
     if MESSAGES in columns:
         table = table.replace_schema_metadata(PROMPTS_IN_MESSAGES)
-    parquet.write_table(table, partial, compression="zstd")
-    partial.replace(path)
+    with whole_file(path, "xb") as file:
+        parquet.write_table(table, file, compression="zstd")
 
 
 def _array(name: str, values: Sequence[Any], fields: Sequence[str]) -> pyarrow.Array:
@@ -160,7 +158,7 @@ def restore_completions(source: Path, run: Path, step: int) -> None:
             if _step(path) <= step:
                 folder = run / path.parent.name
                 folder.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / path.name)
+                copy_file(path, folder / path.name)
     for path in _files(run):
         _add_columns(path)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import BinaryIO
 
-from reinforcepp.files import PARTIAL
+from reinforcepp.files import copy_file, no_link
 from reinforcepp.monitoring.progress import echo
 from reinforcepp.runtime import is_main
 
@@ -48,7 +47,7 @@ class MetricLog:
 
     def open(self, folder: Path) -> None:
         """Open the log in ``folder`` for appending."""
-        self._files = [open(folder / name, "ab") for name in LOGS]  # noqa: SIM115  (closed by close)
+        self._files = [open(folder / name, "ab", opener=no_link) for name in LOGS]  # noqa: SIM115  (closed by close)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Append the :func:`rounded` metrics of one step."""
@@ -86,9 +85,7 @@ def _whole_lines(path: Path) -> list[str]:
 def restore_logs(source: Path, folder: Path) -> None:
     """Restore the log of ``folder`` from its copy in ``source``."""
     for name in LOGS:
-        partial = folder / (name + PARTIAL)
-        shutil.copyfile(source / name, partial)
-        partial.replace(folder / name)
+        copy_file(source / name, folder / name)
 
 
 def log_event(folder: Path, text: str) -> None:
@@ -96,5 +93,5 @@ def log_event(folder: Path, text: str) -> None:
     if not is_main():
         return
     echo(text, "yellow")
-    with open(folder / EVENTS, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with open(folder / EVENTS, "a", encoding="utf-8", errors="backslashreplace", opener=no_link) as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": text}, ensure_ascii=False) + "\n")

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from reinforcepp.config import CheckpointConfig, as_dict
 from reinforcepp.errors import ConfigError, ModelError, nearest, option
-from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, whole_folder, write_json
+from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, free_partial, remove, whole_folder, write_json
 from reinforcepp.monitoring import LOGS, echo
 from reinforcepp.run_dir import changed_settings, check_unchanged, claim_output, read_finished, write_finished
 from reinforcepp.runtime import is_main, versions_of
@@ -47,6 +47,8 @@ STATE = "state.json"
 EVALUATION_PREFIX = "eval_"
 REFERENCE = "reference"
 NAME = re.compile(r"step-(\d{6,})(?:\+(\d+))?")
+NEEDED = (STATE, "*model*.safetensors")
+"""Files without which a checkpoint is damaged, as patterns: its state, and a policy or reward model or an adapter."""
 LIBRARIES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy")
 
 Tensors = dict[str, torch.Tensor]
@@ -171,7 +173,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 def latest(run: Path) -> Checkpoint | None:
     """Return the last complete checkpoint of a run; print and skip damaged ones."""
     for folder in reversed(list_checkpoints(run)):
-        if (damaged := damage(folder)) is None:
+        if (damaged := damage(folder, *NEEDED)) is None:
             return Checkpoint(folder)
         echo(f"Checkpoint {folder} is damaged ({damaged}); using the one before it.", "yellow")
     return None
@@ -254,7 +256,7 @@ def open_checkpoint(path: str) -> Checkpoint:
         if folder.parent.name == FOLDER and (finished := finished_run(folder.parent.parent)) is not None:
             raise ModelError(f"resume {path}: {finished.reason}. {finished.fix}")
         raise ModelError(f"resume {path}: not a checkpoint. Give a folder such as RUN/{FOLDER}/{name_of(50)}.")
-    if (damaged := damage(folder)) is not None:
+    if (damaged := damage(folder, *NEEDED)) is not None:
         raise ModelError(f"resume {path}: the checkpoint is damaged ({damaged}). Give an earlier one.")
     return Checkpoint(folder)
 
@@ -360,7 +362,7 @@ def write_optimizer_shards(run: Path, learners: Mapping[str, LearnerState], rank
     for name, (_, optimizer, _) in learners.items():
         folder = _shard_folder(run / FOLDER, name)
         if ranks.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             folder.mkdir(parents=True)
         ranks.barrier()
         write_shards(_flat(optimizer), folder)
@@ -460,7 +462,7 @@ def delete_all(run: Path) -> None:
     folder = run / FOLDER
     try:
         for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove(path)
         if not folder.is_symlink():
             folder.rmdir()
     except OSError as error:
@@ -474,13 +476,11 @@ def _prune(run: Path, position: tuple[int, int], keep_last: int, keep: str | Non
     kept = [folder for folder in list_checkpoints(run) if position_of(folder) <= position][-keep_last:]
     for folder in (run / FOLDER).iterdir():
         if folder not in kept and folder.name != keep:
-            shutil.rmtree(_renamed(folder))
+            remove(_renamed(folder))
 
 
 def _renamed(folder: Path) -> Path:
     """Rename a folder, so that a half-deleted one isn't mistaken for a checkpoint."""
     if folder.name.endswith(PARTIAL):
         return folder
-    target = folder.with_name(folder.name + ".dropped" + PARTIAL)
-    shutil.rmtree(target, ignore_errors=True)
-    return folder.rename(target)
+    return folder.rename(free_partial(folder.with_name(folder.name + ".dropped")))

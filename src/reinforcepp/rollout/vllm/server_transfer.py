@@ -70,6 +70,8 @@ class FileTransfer(WeightTransfer[VllmClient]):
         if self._current is not None and self._current.is_dir():
             return
         try:
+            if self.path.is_symlink():  # in a shared folder, another user can place one
+                self.path.unlink()
             self._empty.mkdir(parents=True, exist_ok=True)
             (self._empty / "model.safetensors").write_bytes(_as_safetensors([]))
             self._current = self.path / f"weights-{secrets.token_hex(4)}"

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from reinforcepp.config.hub import REPOSITORY
-from reinforcepp.files import flush
+from reinforcepp.files import whole_file
 from reinforcepp.monitoring import printable
 from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import RunRecord
@@ -93,9 +93,8 @@ def reward_model_card(
 
 def write_card(text: str, folder: Path) -> None:
     """Write the card into the folder of its model."""
-    card = folder / CARD
-    card.write_text(text, encoding="utf-8")
-    flush(card)
+    with whole_file(folder / CARD) as card:
+        card.write(text)
 
 
 def escaped(text: Any) -> str:
