@@ -272,8 +272,71 @@ def test_cpu_flags_are_only_in_the_command_for_a_cpu():
     assert "--chat-template=/t" in command_for(on_gpu=True, chat_template="/t")
 
 
-def test_the_environment_of_the_server():
-    variables = server_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO", "A": "b"}, "k")
-    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in variables
-    assert (variables["VLLM_API_KEY"], variables["VLLM_LOGGING_LEVEL"], variables["A"]) == ("k", "INFO", "b")
-    assert "VLLM_API_KEY" not in server_environment({"VLLM_API_KEY": "old"}, None)
+NEEDED = """
+    PATH HOME LANG LC_ALL TMPDIR PYTHONPATH VIRTUAL_ENV CONDA_PREFIX LD_LIBRARY_PATH LD_PRELOAD CC CXX CUDA_HOME
+    CUDA_VISIBLE_DEVICES NVIDIA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES NCCL_SOCKET_IFNAME OMP_NUM_THREADS TOKENIZERS_PARALLELISM
+    HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE TRANSFORMERS_OFFLINE XDG_CACHE_HOME TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR
+    TORCH_CUDA_ARCH_LIST https_proxy SSL_CERT_FILE VLLM_LOGGING_LEVEL VLLM_CPU_KVCACHE_SPACE VLLM_CACHE_ROOT
+"""
+WITHHELD = """
+    HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH WANDB_API_KEY OPENAI_API_KEY NVIDIA_API_KEY AWS_SECRET_ACCESS_KEY
+    S3_SECRET_ACCESS_KEY GITHUB_TOKEN SSH_AUTH_SOCK REWARD_SERVER_TOKEN DATABASE_URL CUSTOM_PRE_PROCESS SAGEMAKER_X
+    PYTHON_INDEX_PASSWORD VLLM_ENABLE_V1_MULTIPROCESSING VLLM_API_KEY VLLM_SERVER_DEV_MODE VLLM_ALLOW_INSECURE_SERIALIZATION
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING VLLM_USE_RUST_FRONTEND
+"""
+
+
+def test_the_server_gets_the_variables_that_it_needs():
+    needed = dict.fromkeys(NEEDED.split(), "x")
+    variables = server_environment(needed, "k")
+    assert needed.items() <= variables.items() and variables["VLLM_API_KEY"] == "k"
+
+
+def test_the_server_gets_no_secret_and_no_unsafe_setting():
+    variables = server_environment(dict.fromkeys(WITHHELD.split(), "1"), None)
+    assert not set(WITHHELD.split()) & set(variables)
+
+
+def test_an_unsafe_setting_is_ignored_with_a_warning(monkeypatch, capfd):
+    started = {}
+
+    def popen(*_, env, **__):
+        started.update(env)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: (True, ""))
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_is_for_gpus", lambda: False)
+    monkeypatch.setattr("reinforcepp.commands.serve.subprocess.Popen", popen)
+    for value, warned in (("1", True), ("0", False)):
+        monkeypatch.setenv("VLLM_SERVER_DEV_MODE", value)
+        cli.main(["serve", "--port", str(free_port())])
+        message = capfd.readouterr().err.replace("\n", " ")
+        assert ("Ignored VLLM_SERVER_DEV_MODE, because" in message) == warned
+        assert started and "VLLM_SERVER_DEV_MODE" not in started
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "middleware"),
+    [
+        ("127.0.0.1", None, "RefuseWebPages"),
+        ("localhost", None, "RefuseWebPages"),
+        ("0.0.0.0", None, None),
+        ("127.0.0.1", "k", "RequireKey"),
+        ("0.0.0.0", "k", "RequireKey"),
+    ],
+)
+def test_the_middleware_of_the_server(monkeypatch, host, key, middleware):
+    given = []
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: (True, ""))
+    monkeypatch.setattr("reinforcepp.commands.serve.vllm_is_for_gpus", lambda: False)
+    monkeypatch.setattr("reinforcepp.commands.serve._run", lambda command, *_, **__: given.append(command) or 0)
+    monkeypatch.setenv("VLLM_API_KEY", key or "")
+    assert cli.main(["serve", "--host", host, "--port", str(free_port())]) == 0
+    flags = [flag for flag in given[0] if flag.startswith("--middleware")]
+    assert flags == ([f"--middleware=reinforcepp.commands.access.{middleware}"] if middleware else [])
+
+
+def test_an_invalid_key_in_the_environment_is_an_error(refused, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "sk secret")
+    message = refused()
+    assert message.startswith("error: VLLM_API_KEY: the key holds a space") and "secret" not in message

@@ -356,7 +356,7 @@ def test_a_slow_server_is_not_lost(peer, start):
 def test_a_rejected_request_stops_the_run(peer, start):
     engine = start(peer.url)
     peer.responses["/v1/completions"] = (400, '{"error": "top_k"}')
-    with pytest.raises(RolloutError, match=r"rejected a request to /v1/completions: {.error.: .top_k.}") as caught:
+    with pytest.raises(RolloutError, match=r"rejected a request to /v1/completions: '{.error.: .top_k.}") as caught:
         engine.generate(prompts_of(prepared_tokenizer())[:1], Sampling(4))
     assert not isinstance(caught.value, EngineLost), "the request would be sent to the other servers, and again"
 

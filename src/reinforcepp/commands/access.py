@@ -6,13 +6,13 @@ vLLM takes a class by its name (``--middleware``) and gives it only the applicat
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from reinforcepp.rollout.vllm.server import environment_key
+from reinforcepp.runtime import is_loopback
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -108,23 +108,23 @@ def _foreign_header(scope: Message) -> tuple[str, str] | None:
     """Return the first header that names another host, and its value."""
     for value in _values(scope, b"host"):
         host = value.decode("latin-1")
-        if not _is_loopback(f"//{host}"):
+        if not _is_local(f"//{host}"):
             return "Host", host
     for value in _values(scope, b"origin"):
         origin = value.decode("latin-1")
         of_a_page = origin.partition(":")[0].lower() in ("http", "https", "null")
-        if of_a_page and not _is_loopback(origin):
+        if of_a_page and not _is_local(origin):
             return "Origin", origin
     return None
 
 
-def _is_loopback(url: str) -> bool:
+def _is_local(url: str) -> bool:
     """Return whether ``url`` names this computer; browsers resolve ``localhost`` and its subdomains themselves."""
     try:
         host = urlsplit(url).hostname or ""
-        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+    return host.endswith(".localhost") or is_loopback(host)
 
 
 def _values(scope: Message, name: bytes) -> list[bytes]:

@@ -21,13 +21,19 @@ from reinforcepp.commands.access import RefuseWebPages, RequireKey
 from reinforcepp.commands.export.command import write_folder
 from reinforcepp.config import ServeConfig
 from reinforcepp.errors import ConfigError, RolloutError
-from reinforcepp.models.loading import context_length, load_config, load_tokenizer, resolve
+from reinforcepp.models.loading import context_length, load_config, load_tokenizer, local_folder
 from reinforcepp.models.lora import is_adapter_dir
 from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status
-from reinforcepp.rollout.vllm.server import environment_key, server_command, server_environment, vllm_is_for_gpus
+from reinforcepp.rollout.vllm.server import (
+    environment_key,
+    server_command,
+    server_environment,
+    unsafe_settings,
+    vllm_is_for_gpus,
+)
 from reinforcepp.runtime import is_loopback
 from reinforcepp.training.publish.source import Source, find_source
 
@@ -77,9 +83,12 @@ def run_server(config: ServeConfig) -> int:
 
 
 def _plain_folder(source: Source, merged: Path) -> str:
-    """Return the folder of the model; an adapter is first merged into its base model, in the folder ``merged``."""
+    """Return the folder of the model, so that the server needs no token of the Hub.
+
+    An adapter is first merged into its base model, in the folder ``merged``.
+    """
     if not is_adapter_dir(Path(source.name)):
-        return resolve(source.name)
+        return str(local_folder(source.name))
     merged.mkdir()
     write_folder(source, "auto", merged, merged.name)
     return str(merged)
@@ -127,6 +136,12 @@ def _run(command: list[str], environment: dict[str, str], config: ServeConfig, n
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
     if not with_key and not is_loopback(config.host):
         echo("Every client that reaches this address can use the model. To require a key, set VLLM_API_KEY.", "yellow")
+    if ignored := unsafe_settings(os.environ):
+        echo(
+            f"Ignored {', '.join(ignored)}, because requests to such a server can load files or run code. For a server that "
+            "a training uses, see docs/vllm_server.md.",
+            "yellow",
+        )
     echo(f"Starting vLLM with {config.model}. This takes up to a minute.")
     # In a session apart from the terminal, the server gets Ctrl-C only from this process.
     child = subprocess.Popen(command, env=environment, start_new_session=True)

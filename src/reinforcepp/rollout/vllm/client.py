@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import ssl
 import threading
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TESTED_VERSION = "0.32."
 SHOWN_CHARACTERS = 300  # of a server's response in an error message
+MAX_RESPONSE_BYTES = 16 << 20  # of a response, or of one event of a stream
 EVENT, END = b"data: ", b"data: [DONE]"  # lines of a stream
 TOKENS_PER_EVENT = 16
 
@@ -107,7 +109,7 @@ class VllmClient:
     def __init__(self, url: str, key: str | None, requirements: ServerRequirements, timeouts: Timeouts) -> None:
         self.url, self.requirements, self.timeouts = url, requirements, timeouts
         self.info: ServerInfo | None = None
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._last_progress = 0.0
         self._tls = ssl.create_default_context()  # made once, because it reads many certificates
 
@@ -120,14 +122,19 @@ class VllmClient:
 
     def post(self, path: str, body: Any = None) -> Any:
         """Send a POST request and return its response."""
-        return outcome(self._monitored(self._post(path, body)))
+
+        async def request() -> Any:
+            async with self._client() as client:
+                return await self._request(client, "POST", path, body)
+
+        return outcome(self._monitored(request()))
 
     def get(self, path: str) -> Any:
         """Send a GET request and return its response."""
 
         async def request() -> Any:
             async with self._client() as client:
-                return await self._get(client, path)
+                return await self._request(client, "GET", path)
 
         return outcome(self._monitored(request()))
 
@@ -147,7 +154,7 @@ class VllmClient:
             slots = asyncio.Semaphore(max_concurrent)
             async with self._client() as client:
                 sampled = await asyncio.gather(*(self._sample(client, slots, sampling, *row) for row in rows))
-                current = (await self._get(client, "/weight_info"))["weight_version"]
+                current = response_field(await self._request(client, "GET", "/weight_info"), "weight_version")
             if current != version:
                 raise ServerUnavailable(
                     f"holds other weights ({current!r}) than this run gave it ({version!r}): it was restarted, or another "
@@ -167,12 +174,12 @@ class VllmClient:
     async def _check(self) -> ServerInfo:
         async with self._client() as client:
             await self._check_health(client)
-            models = await self._get(client, "/v1/models")
-            version = await self._get(client, "/version")
-            config = await self._get(client, "/server_info?config_format=json")
+            models = await self._request(client, "GET", "/v1/models")
+            version = await self._request(client, "GET", "/version")
+            config = await self._request(client, "GET", "/server_info?config_format=json")
             try:
                 info = _parse_info(models, version, config)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise IncompatibleServer(
                     f"{setting('rollout')}: the server {self.url} doesn't describe itself as vLLM {TESTED_VERSION}x "
                     f"does ({error!r}). Start vLLM {TESTED_VERSION}x there."
@@ -185,20 +192,22 @@ class VllmClient:
                 )
             if info.logprobs_mode != "processed_logprobs":
                 self._reject(
-                    f"returns {info.logprobs_mode} instead of the log-probabilities of the sampling distribution"
+                    f"returns {info.logprobs_mode!r} instead of the log-probabilities of the sampling distribution"
                 )
             # an earlier client can have died in the middle of an update, which leaves the server paused
-            await self._post("/resume", client=client)
+            await self._request(client, "POST", "/resume")
             await self._check_last_token(client, info.model)
         return info
 
     async def _check_last_token(self, client: httpx2.AsyncClient, model: str) -> None:
         """Reject a model with a smaller vocabulary, because this training's weights would break it."""
         last = self.requirements.vocab_size - 1
-        response = await client.post("/v1/completions", json={"model": model, "prompt": [last], "max_tokens": 1})
-        if response.status_code == 400 and "vocabulary" in response.text:
-            self._reject(f"serves another model ({model}), whose vocabulary lacks token {last}")
-        self._parse(response)
+        body = {"model": model, "prompt": [last], "max_tokens": 1}
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            text = await self._read(response)
+        if response.status_code == 400 and "vocabulary" in text:
+            self._reject(f"serves another model ({model!r}), whose vocabulary lacks token {last}")
+        self._parse(response, text)
 
     async def _sample(
         self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, sampling: Sampling, prompt: Prompt, sample: int
@@ -217,30 +226,53 @@ class VllmClient:
         reason = None
         async with slots, client.stream("POST", "/v1/completions", json=body) as response:
             if not response.is_success:
-                await response.aread()
-                self._parse(response)
+                self._parse(response, await self._read(response))
+            self._check_encoding(response)
             async for event in _events(response):
-                part = _parse_event(event)
+                part = _parse_event(event, self.requirements.vocab_size)
                 ids += part[0]
                 logprobs += part[1]
                 reason = part[2] or reason
-                self._last_progress = time.monotonic()
+                if len(ids) > sampling.max_new_tokens:
+                    raise ServerUnavailable(f"sent more than the {sampling.max_new_tokens} tokens of a completion")
+                if part[0]:
+                    self._last_progress = time.monotonic()
         if reason not in ("stop", "length") or not len(ids) == len(logprobs) > 0:
             raise ServerUnavailable(f"broke off in the middle of a completion ({reason or 'without a reason'})")
         return ids, logprobs
 
-    async def _get(self, client: httpx2.AsyncClient, path: str) -> Any:
-        return self._parse(await client.get(path))
+    async def _request(self, client: httpx2.AsyncClient, method: str, path: str, body: Any = None) -> Any:
+        async with client.stream(method, path, json=body) as response:
+            return self._parse(response, await self._read(response))
 
-    async def _post(self, path: str, body: Any = None, *, client: httpx2.AsyncClient | None = None) -> Any:
-        if client is not None:
-            return self._parse(await client.post(path, json=body))
-        async with self._client() as new:
-            return self._parse(await new.post(path, json=body))
+    async def _read(self, response: httpx2.Response) -> str:
+        """Return the body, which isn't trusted to be small."""
+        self._check_encoding(response)
+        body = bytearray()
+        async for data in response.aiter_raw():
+            body += data
+            if len(body) > MAX_RESPONSE_BYTES:
+                raise IncompatibleServer(
+                    f"{setting('rollout')}: {self.url} isn't a vLLM server, because its response to {response.url.path} "
+                    f"exceeds {MAX_RESPONSE_BYTES >> 20} MiB. Check the address."
+                )
+        return body.decode("utf-8", errors="replace")
+
+    def _check_encoding(self, response: httpx2.Response) -> None:
+        """Reject a compressed response, because a few bytes can become gigabytes."""
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise IncompatibleServer(
+                f"{setting('rollout')}: the server {self.url} compresses its responses ({encoding[:SHOWN_CHARACTERS]!r}), "
+                "which this client doesn't accept. Turn compression off in the server or its proxy."
+            )
 
     async def _check_health(self, client: httpx2.AsyncClient) -> None:
-        limits = httpx2.Timeout(self.timeouts.health, connect=self.timeouts.connect)
-        self._parse(await client.get("/health", timeout=limits))
+        try:
+            async with asyncio.timeout(self.timeouts.health):  # httpx2's own timeout starts again with each byte
+                await self._request(client, "GET", "/health")
+        except TimeoutError as error:
+            raise httpx2.ReadTimeout("no complete response") from error
 
     def _client(self) -> httpx2.AsyncClient:
         """Return an HTTP client without timeouts, because :meth:`_monitored` sets them."""
@@ -253,9 +285,9 @@ class VllmClient:
             trust_env=False,
         )
 
-    def _parse(self, response: httpx2.Response) -> Any:
-        """Return the body of a successful response; raise an error for any other."""
-        status, body = response.status_code, response.text[:SHOWN_CHARACTERS]
+    def _parse(self, response: httpx2.Response, text: str) -> Any:
+        """Return the content of a successful response with this body; raise an error for any other."""
+        status, body = response.status_code, text[:SHOWN_CHARACTERS]
         if status in (401, 403):
             raise IncompatibleServer(
                 f"{KEY}: the vLLM server {self.url} expects another key. Set {KEY} to the key that it was started with."
@@ -263,14 +295,14 @@ class VllmClient:
         if status == 404:
             self._reject(f"doesn't offer {response.url.path}")
         if 400 <= status < 500 and status not in (408, 425, 429):
-            raise RolloutError(f"The vLLM server {self.url} rejected a request to {response.url.path}: {body}")
+            raise RolloutError(f"The vLLM server {self.url} rejected a request to {response.url.path}: {body!r}")
         if not response.is_success:
-            raise RequestFailed(f"failed with {status} {response.reason_phrase} ({body})")
-        if not body:
+            raise RequestFailed(f"failed with {status} {response.reason_phrase} ({body!r})")
+        if not text:
             return None
         try:
-            return response.json()
-        except ValueError as error:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise IncompatibleServer(
                 f"{setting('rollout')}: {self.url} isn't a vLLM server; it answered {body!r}. Check the address."
             ) from error
@@ -340,13 +372,27 @@ def run_in_daemon(work: Callable[[], T]) -> Future[T]:
 # --- responses --------------------------------------------------------------------------------------------------------
 
 
+def response_field(response: Any, name: str) -> Any:
+    """Return a field of a server's response.
+
+    Raises:
+        RequestFailed: The response isn't an object with this field.
+    """
+    if not isinstance(response, dict) or name not in response:
+        raise RequestFailed(f"sent a response without {name!r} ({str(response)[:SHOWN_CHARACTERS]!r})")
+    return response[name]
+
+
 def _parse_info(models: Any, version: Any, info: Any) -> ServerInfo:
     model, config = models["data"][0], info["vllm_config"]["model_config"]
+    dtype = getattr(torch, config["dtype"].removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{config['dtype']!r} isn't a data type")
     return ServerInfo(
         model=str(model["id"]),
         version=str(version["version"]),
         max_length=int(model["max_model_len"]),
-        dtype=getattr(torch, config["dtype"].removeprefix("torch.")),
+        dtype=dtype,
         logprobs_mode=str(config["logprobs_mode"]),
         extension=info["vllm_config"]["parallel_config"]["worker_extension_cls"],
         weight_transfer=(info["vllm_config"]["weight_transfer_config"] or {}).get("backend", ""),
@@ -359,24 +405,29 @@ async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
     ``aiter_lines`` doesn't work here: it also splits lines at Unicode separators, which JSON leaves inside texts.
     """
     rest = b""
-    async for data in response.aiter_bytes():
+    async for data in response.aiter_raw():
         *lines, rest = (rest + data).split(b"\n")
+        if len(rest) > MAX_RESPONSE_BYTES:
+            raise ServerUnavailable(f"sent an event of more than {MAX_RESPONSE_BYTES >> 20} MiB")
         for line in lines:
             if line.startswith(EVENT) and line.rstrip() != END:
                 yield line.removeprefix(EVENT)
 
 
-def _parse_event(event: bytes) -> tuple[list[int], list[float], str | None]:
+def _parse_event(event: bytes, vocab_size: int) -> tuple[list[int], list[float], str | None]:
     """Return the event's tokens, their log-probabilities, and the finish reason if it is the last one."""
     try:
         content = json.loads(event)
         if "error" in content:
-            shown = str(content["error"])[:SHOWN_CHARACTERS]
+            shown = repr(content["error"])[:SHOWN_CHARACTERS]
             raise ServerUnavailable(f"failed in the middle of a completion ({shown})")
         (choice,) = content["choices"]
+        ids = choice["token_ids"]
         logprobs = choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
-        return choice["token_ids"], logprobs, choice["finish_reason"]
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids) or not all(map(math.isfinite, logprobs)):
+            raise ValueError("a token or its log-probability is out of range")
+        return ids, logprobs, choice["finish_reason"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ServerUnavailable(f"sent an unreadable response ({event[:SHOWN_CHARACTERS]!r})") from error
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reinforcepp.errors import first_line
-from reinforcepp.rollout.vllm.client import ServerUnavailable, VllmClient, run_in_daemon
+from reinforcepp.rollout.vllm.client import ServerUnavailable, VllmClient, response_field, run_in_daemon
 from reinforcepp.rollout.weight_transfer import WeightTransfer, weights_without_tied_head
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class _ServerGroup:
     def send(self, model: PreTrainedModel) -> None:
         _select_device(model)
         if self.engine is None:
-            world_size = 1 + self._server.get("/get_world_size")["world_size"]
+            world_size = 1 + response_field(self._server.get("/get_world_size"), "world_size")
             host = _own_host(self._server.url)
             self.engine = _join_as_rank_zero(host, world_size, _ServerControl(self._server), model)
         self.engine.source = _weight_source(model)

@@ -18,6 +18,35 @@ if TYPE_CHECKING:
 MODULE = "vllm.entrypoints.openai.api_server"
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # our own engine sets it; a server needs its engine in a separate process
 KEY = "VLLM_API_KEY"
+DEV_MODE = "VLLM_SERVER_DEV_MODE"
+
+PASSED_VARIABLES = """
+    PATH HOME USER LOGNAME SHELL HOSTNAME TERM COLORTERM COLUMNS NO_COLOR FORCE_COLOR LANG LANGUAGE TZ TMPDIR TEMP TMP
+    VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV CONDA_EXE
+    CC CXX CFLAGS CXXFLAGS CPPFLAGS LDFLAGS CPATH C_INCLUDE_PATH CPLUS_INCLUDE_PATH LIBRARY_PATH CUDACXX CUDAHOSTCXX MAX_JOBS
+    HF_HOME HF_ENDPOINT HF_MODULES_CACHE HF_HUB_DISABLE_IMPLICIT_TOKEN HUGGINGFACE_HUB_CACHE DO_NOT_TRACK DISABLE_TELEMETRY
+    HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy
+    SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE GPU_DEVICE_ORDINAL ATEN_CPU_CAPABILITY
+"""
+"""Variables that a server gets from the user's environment: programs, caches, compilers, proxies and certificates."""
+PASSED_PREFIXES = """
+    LC_ XDG_ LD_ DYLD_ PYTHON VLLM_ TORCH PYTORCH_ TRITON_ INDUCTOR_ FLASHINFER_ FLASH_ATTENTION_ TILELANG_ CUTE_DSL_ DG_ NUMBA_
+    CUDA_ CUDNN_ CUBLAS_ NVIDIA_ NVCC_ NCCL_ NVSHMEM_ HIP_ HIPBLASLT_ HSA_ ROCM_ ROCR_ MIOPEN_ AITER_ ZE_ SYCL_ ONEAPI_ CCL_
+    GLOO_ UCX_ OMP_ GOMP_ KMP_ MKL_ OPENBLAS_ ONEDNN_ DNNL_ NUMEXPR_ RAYON_ TOKENIZERS_ MALLOC_
+    HF_HUB_ HF_XET_ TRANSFORMERS_ SAFETENSORS_ TIKTOKEN_
+"""
+"""Prefixes of further variables that a server gets, among them the selection and settings of GPUs and threads."""
+SECRET_ENDINGS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_CREDENTIALS")
+"""Endings of variables that a server doesn't get in spite of their prefix."""
+UNSAFE_VARIABLES = frozenset(
+    {
+        DEV_MODE,  # endpoints that run methods of the workers
+        "VLLM_ALLOW_INSECURE_SERIALIZATION",  # pickled functions in requests to these
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",  # endpoints that load any folder of the node
+        "VLLM_USE_RUST_FRONTEND",  # another HTTP server, which runs no middleware
+    }
+)
+"""vLLM's variables that a server doesn't get, because they open endpoints, let requests run code or skip the key."""
 
 
 def server_command(
@@ -72,8 +101,11 @@ def server_command(
 
 
 def server_environment(environment: Mapping[str, str], key: str | None) -> dict[str, str]:
-    """Return the server's environment; it holds the key because every user of the node can read the command line."""
-    kept = {name: value for name, value in environment.items() if name not in (IN_PROCESS, KEY)}
+    """Return the server's environment: the variables that vLLM needs, and no secret but the key.
+
+    It holds the key because every user of the node can read the command line.
+    """
+    kept = {name: value for name, value in environment.items() if _is_passed(name)}
     quiet = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -81,6 +113,18 @@ def server_environment(environment: Mapping[str, str], key: str | None) -> dict[
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     return quiet | kept | ({KEY: key} if key else {})
+
+
+def unsafe_settings(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that are set to open more of vLLM, and that :func:`server_environment` doesn't pass."""
+    return sorted(name for name in UNSAFE_VARIABLES if environment.get(name, "0").lower() not in ("", "0", "false"))
+
+
+def _is_passed(name: str) -> bool:
+    if name == IN_PROCESS or name in UNSAFE_VARIABLES:
+        return False
+    with_prefix = name.startswith(tuple(PASSED_PREFIXES.split())) and not name.endswith(SECRET_ENDINGS)
+    return with_prefix or name in PASSED_VARIABLES.split()
 
 
 def training_command(model: str, max_length: int) -> str:

@@ -21,6 +21,7 @@ from reinforcepp.rollout.vllm.client import (
     ServerUnavailable,
     Timeouts,
     VllmClient,
+    response_field,
     run_in_daemon,
 )
 from reinforcepp.rollout.vllm.nccl import BACKEND, NcclServerTransfer
@@ -123,7 +124,7 @@ class ServerPool:
         def load() -> None:
             client.post("/pause?mode=abort")
             transfer.push(client)
-            if not client.post("/reset_prefix_cache")["success"]:
+            if not response_field(client.post("/reset_prefix_cache"), "success"):
                 raise RequestFailed("didn't empty its prefix cache, which holds keys and values of older weights")
             client.post("/update_weight_version", {"new_version": version})
             client.post("/resume")
