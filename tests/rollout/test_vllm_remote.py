@@ -403,7 +403,7 @@ def test_a_wrong_key_is_reported_and_never_shown(served, model_folder, pairs_csv
 
 
 def test_another_model_is_refused_before_anything_breaks(served, engine_of, tmp_path):
-    with pytest.raises(RolloutError, match=r"serves another model \(served\).* lacks token 399"):
+    with pytest.raises(RolloutError, match=r"serves another model \('served'\).* lacks token 399"):
         VllmServerEngine(
             [served[0].url], prepared_model(vocab_size=400), prepared_tokenizer(), max_length=64, folder=tmp_path
         )

@@ -163,7 +163,9 @@ def test_events_without_tokens_are_no_progress(attacker, outcome):
     assert result == "ServerUnavailable"
 
 
-@pytest.mark.attack("M3", "a vLLM server sends a token that isn't in the vocabulary, or a log-probability that is no number")
+@pytest.mark.attack(
+    "M3", "a vLLM server sends a token that isn't in the vocabulary, or a log-probability that is no number"
+)
 @pytest.mark.parametrize("ids", [[-1], [40], [10**30], ["5"], [1.5], [True]], ids=str)
 def test_a_token_out_of_range_is_refused(attacker, outcome, ids):
     attacker.answers["/v1/completions"] = reply(tokens(ids) + tokens([0], "stop"))
