@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,10 +28,11 @@ from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rollout.ray import actor_pool
 from reinforcepp.rollout.ray import engine as ray_engine
+from reinforcepp.rollout.ray import worker as ray_worker
 from reinforcepp.rollout.ray.actor_pool import RayPool, connect
 from reinforcepp.rollout.ray.engine import RayEngine
 from reinforcepp.rollout.ray.reward_pool import PooledReward, pool_rewards
-from reinforcepp.rollout.ray.worker import Worker, WorkerSpec, as_array, as_tensor, pack
+from reinforcepp.rollout.ray.worker import Worker, WorkerSpec, as_array, as_tensor, check_ray_version, pack
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm import nccl as vllm_nccl
 from reinforcepp.rollout.vllm.compat import node_problem
@@ -549,6 +551,75 @@ def test_an_unreachable_head_stops_the_run(monkeypatch):
     monkeypatch.setattr(actor_pool, "HEAD_TIMEOUT_SECONDS", -1)
     with pytest.raises(EngineLost, match=r"the head of the Ray cluster, 127\.0\.0\.1:\d+, hasn't been reachable"):
         pool._head_responds()
+
+
+@pytest.mark.parametrize(("installed", "accepted"), [("2.51.1", False), ("2.52.0", True), ("3.0.0.dev0", True)])
+def test_a_ray_without_authentication_is_rejected(installed, accepted, monkeypatch):
+    """On the trainer's node before it connects, and on each node of the pool before it loads weights."""
+    monkeypatch.setattr(ray_worker, "versions_of", lambda names: {"ray": installed})
+    if accepted:
+        check_ray_version()
+        return
+    model = prepared_model()
+    worker = Worker(WorkerSpec(config_with_architecture(model), None, model.dtype, None, "transformers", 200, 8))
+    for use in (lambda: connect("local"), lambda: worker.load(pack(model))):
+        with pytest.raises(
+            RolloutError, match=rf"Ray 2\.51\.1 on {socket.gethostname()} ignores authentication tokens"
+        ):
+            use()
+
+
+AUTHENTICATION = "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken"
+
+
+@pytest.mark.parametrize(
+    ("stranger", "own", "outcome"),
+    [
+        ("", "", "accepts anyone"),
+        (AUTHENTICATION, "", "connects with a token"),
+        (AUTHENTICATION, AUTHENTICATION, "requires another token"),
+        ("timeout", "", "Ray decides"),
+    ],
+)
+def test_a_cluster_without_authentication_is_reported(stranger, own, outcome, monkeypatch, caplog):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(
+        actor_pool, "_authentication_problem", lambda address, mode: {"disabled": stranger, "token": own}[mode]
+    )
+    read = []
+    monkeypatch.setattr(actor_pool, "_reread_authentication", lambda: read.append(os.environ["RAY_AUTH_MODE"]))
+    if outcome == "requires another token":
+        with pytest.raises(
+            RolloutError, match=r"cluster at head:1 requires another token than this process has. Set RAY"
+        ):
+            actor_pool._check_authentication("head:1")
+    else:
+        for _ in range(2):
+            actor_pool._check_authentication("head:1")
+    warnings = [record.getMessage() for record in caplog.records if "requires no token" in record.getMessage()]
+    assert len(warnings) == (outcome == "accepts anyone")
+    assert ("token" in read) == (outcome == "connects with a token") == (os.environ["RAY_AUTH_MODE"] == "token")
+
+
+def test_the_token_of_a_local_cluster_exists_only_while_ray_starts(monkeypatch):
+    """Programs that the trainer starts later don't inherit it, and the user's own settings return."""
+    from ray._private import ray_constants
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    before, loopback = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
+    tokens = []
+    for failure in (None, ConnectionError):
+        with suppress(ConnectionError), actor_pool._private_cluster():
+            assert ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.TOKEN
+            tokens.append(os.environ["RAY_AUTH_TOKEN"])
+            assert ray._raylet.AuthenticationTokenLoader.instance().get_raw_token() == tokens[-1]
+            if failure:
+                raise failure
+        assert dict(os.environ) == before and loopback == ray_constants.ENABLE_RAY_CLUSTER
+        actor_pool._reread_authentication()
+        assert ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.DISABLED
+    assert len(set(tokens)) == 2 and min(map(len, tokens)) == 64
 
 
 def test_without_ray_the_error_names_the_install_command(monkeypatch):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import secrets
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.errors import EngineLost, RolloutError, first_line, option, setting
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
-from reinforcepp.rollout.ray.worker import pack
+from reinforcepp.rollout.ray.worker import MIN_RAY, check_ray_version, pack
 from reinforcepp.rollout.weight_transfer import WeightTransfer
+from reinforcepp.runtime import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -270,13 +275,19 @@ class RayPool:
 
 
 def connect(address: str) -> tuple[Any, bool]:
-    """Connect to Ray; return the library, and whether this call connected it, so that the caller must disconnect.
+    """Connect to Ray; return the library, and whether this call connected it, so that the caller must :func:`disconnect`.
+
+    A cluster at ``local`` is new, listens on the loopback address, and accepts only processes that it started. If another
+    cluster accepts clients without a token, this logs a warning.
 
     Raises:
-        RolloutError: Ray isn't installed, or no cluster responds at ``address``.
+        RolloutError: Ray isn't installed or too old, no cluster responds at ``address``, or it rejects this process.
     """
     if importlib.util.find_spec("ray") is None:
-        raise RolloutError(f"{setting('rollout')} ray://: Ray isn't installed. Install it:\n  pip install 'ray>=2.50'")
+        raise RolloutError(
+            f"{setting('rollout')} ray://: Ray isn't installed. Install it:\n  pip install 'ray>={MIN_RAY}'"
+        )
+    check_ray_version()
     import ray
     from ray._private.services import find_bootstrap_address
 
@@ -292,20 +303,106 @@ def connect(address: str) -> tuple[Any, bool]:
             )
     if ":" in found:
         _check_connection(found.removeprefix("ray://"))
+        _check_authentication(found)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise Ray hides all GPUs from CPU workers
+    local = address == "local"
     try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == "local" else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with _private_cluster() if local else nullcontext():
+            ray.init(
+                address=address,
+                include_dashboard=False if local else None,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise RolloutError(
             f"{setting('rollout')}: can't join the Ray cluster {found} ({first_line(error)}). Check `ray status`, and "
             "that this node has the cluster's versions of Ray and Python."
         ) from error
     return ray, True
+
+
+def disconnect(ray: Any) -> None:
+    """Leave the cluster. A later connection reads its token from the environment again."""
+    ray.shutdown()
+    _reread_authentication()
+
+
+@contextmanager
+def _private_cluster() -> Iterator[None]:
+    """In this block, Ray starts a cluster that listens on the loopback address and requires a new token.
+
+    The token exists only in the memory and the environment of the processes that start in this block. Ray itself would write it
+    to ``~/.ray/auth_token``, which other users can read.
+    """
+    from ray._private import ray_constants
+
+    loopback = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}  # works on Linux, too, despite its name
+    private = loopback | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in private}
+    clusters_enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ.update(private)
+    _reread_authentication()
+    started = False
+    try:
+        yield
+        started = True
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        if not started:
+            _reread_authentication()
+
+
+def _reread_authentication() -> None:
+    """Have Ray, which caches its mode of authentication and its token, read them again from the environment."""
+    from ray import _raylet
+
+    compiled: Any = _raylet  # has no type hints
+    compiled.Config.initialize("")
+    compiled.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _check_authentication(address: str) -> None:
+    """Warn if the cluster at ``host:port`` accepts everyone; otherwise have Ray send this process's token.
+
+    Raises:
+        RolloutError: The cluster rejects this process's token; Ray itself would retry for a while.
+    """
+    problem = _authentication_problem(address, "disabled")
+    if not problem:
+        warn_once(
+            f"{setting('rollout')}: the Ray cluster at {address} requires no token, so anyone who can connect to its ports can "
+            "run programs on its nodes. Start it with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN on all nodes, in Ray "
+            f"{MIN_RAY} or later."
+        )
+    elif "AuthenticationError" in problem:
+        if _authentication_problem(address, "token"):
+            raise RolloutError(
+                f"{setting('rollout')}: the Ray cluster at {address} requires another token than this process has. Set "
+                "RAY_AUTH_TOKEN to the token with which the cluster was started, or write it to ~/.ray/auth_token."
+            )
+        os.environ["RAY_AUTH_MODE"] = "token"
+        _reread_authentication()
+
+
+def _authentication_problem(address: str, mode: str) -> str:
+    """Return the error that a new process gets from the cluster's head at ``host:port``, or an empty string."""
+    code = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])"
+    with suppress(subprocess.TimeoutExpired):
+        probe = subprocess.run(
+            [sys.executable, "-c", code, address],
+            env=os.environ | {"RAY_AUTH_MODE": mode},
+            capture_output=True,
+            text=True,
+            timeout=CONNECT_TIMEOUT_SECONDS,
+            check=False,
+        )
+        return probe.stderr if probe.returncode else ""
+    return "timeout"
 
 
 def _check_connection(address: str) -> None:

@@ -11,7 +11,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from reinforcepp.rollout.pooled_engine import PooledEngine
-from reinforcepp.rollout.ray.actor_pool import LazyRef, RayPool, connect
+from reinforcepp.rollout.ray.actor_pool import LazyRef, RayPool, connect, disconnect
 from reinforcepp.rollout.ray.worker import Worker, WorkerSpec
 from reinforcepp.rollout.vllm.nccl import BACKEND, NcclPoolTransfer, TransferFailed
 from reinforcepp.rollout.weight_transfer import config_with_architecture
@@ -27,7 +27,7 @@ class RayEngine(PooledEngine):
     """Generation by a pool of Ray workers; see :class:`~reinforcepp.rollout.engine.RolloutEngine`.
 
     Args:
-        address: ``auto`` for the cluster that this node belongs to, ``local`` for a new one in this process, or the
+        address: ``auto`` for the cluster that this node belongs to, ``local`` for a new one on this node, or the
             ``host:port`` of a cluster's head.
         model: The policy, whose weights the workers get.
         tokenizer: Its tokenizer.
@@ -88,7 +88,7 @@ class RayEngine(PooledEngine):
             self._nccl.close()
         super().close()
         if self._disconnect:
-            self.ray.shutdown()
+            disconnect(self.ray)
 
     def _broadcast(self, model: PreTrainedModel, weights: LazyRef) -> set[int]:
         """Broadcast the weights to the workers that support it; return their numbers, none if the broadcast failed."""

@@ -10,18 +10,21 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from reinforcepp.errors import RolloutError, setting
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import base_model, full_weights
 from reinforcepp.rollout.selection import EngineChoice, choose_engine, start_chosen_engine
-from reinforcepp.runtime import own_version
+from reinforcepp.runtime import own_version, versions_of
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MIN_RAY = "2.52"
+"""The first version of Ray with authentication; older ones ignore the setting and accept every client."""
 PackedTensor = tuple[str, Any]
 """A tensor's dtype, and its values in a NumPy array that can share memory with others."""
 
@@ -144,8 +147,9 @@ def unpack(model: PreTrainedModel, packed: PackedWeights, *, on_gpu: bool = True
     """Give ``model`` these weights and buffers: in their own memory or, if ``on_gpu``, on the GPU if there is one.
 
     Raises:
-        RolloutError: This node has another version of this package than the trainer.
+        RolloutError: This node has another version of this package than the trainer, or a Ray without authentication.
     """
+    check_ray_version()
     if packed.version != own_version():
         raise RolloutError(
             f"The trainer has reinforcepp {packed.version}, but {socket.gethostname()}, a node of the pool, has "
@@ -158,6 +162,20 @@ def unpack(model: PreTrainedModel, packed: PackedWeights, *, on_gpu: bool = True
     for name, packed_tensor in packed.buffers.items():
         module, _, buffer = name.rpartition(".")
         model.get_submodule(module)._buffers[buffer] = as_tensor(packed_tensor).to(device)
+
+
+def check_ray_version() -> None:
+    """Check that this node's Ray supports authentication.
+
+    Raises:
+        RolloutError: It is older than ``MIN_RAY``.
+    """
+    version = versions_of(["ray"]).get("ray", "0")
+    if Version(version) < Version(MIN_RAY):
+        raise RolloutError(
+            f"{setting('rollout')} ray://: Ray {version} on {socket.gethostname()} ignores authentication tokens, so anyone who "
+            f"can connect to its ports can run programs there. Update Ray on all nodes:\n  pip install 'ray>={MIN_RAY}'"
+        )
 
 
 def as_array(weight: Tensor) -> PackedTensor:
