@@ -128,7 +128,7 @@ def _run_program(executable: str, streams: list[Any], call: tuple[list[str], dic
     """Be ``python *words`` in this process."""
     import torch
 
-    from reinforcepp.monitoring import progress
+    from reinforcepp.training.monitor import console
 
     words, environment, folder = call
     for number, stream in enumerate(streams):
@@ -141,7 +141,7 @@ def _run_program(executable: str, streams: list[Any], call: tuple[list[str], dic
     os.environ.update(environment)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    progress.console.__init__(stderr=True, highlight=False, quiet=not is_main())
+    console.__init__(stderr=True, highlight=False, quiet=not is_main())
     sys.executable = executable
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     if "OMP_NUM_THREADS" in environment:  # OpenMP read the variable when torch was loaded

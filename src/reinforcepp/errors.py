@@ -20,9 +20,15 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from reinforcepp.terminal import printable
+
 
 class ReinforceError(Exception):
     """Base of all errors raised on purpose; the message is for the user."""
+
+    def __str__(self) -> str:
+        """Return the message without control characters, because it can quote files and servers."""
+        return printable(super().__str__())
 
 
 class ConfigError(ReinforceError, ValueError):

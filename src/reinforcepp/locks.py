@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import no_link
+from reinforcepp.terminal import WARNING, echo
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -62,10 +62,10 @@ class OutputLock:
         except OSError as error:
             if not os.access(folder, os.W_OK):
                 raise
-            print(
+            echo(
                 f"{self.setting}: {self.output} can't be locked ({error.strerror}). Make sure that no other process writes "
                 "it.",
-                file=sys.stderr,
+                WARNING,
             )
             return self
         self._lock = lock

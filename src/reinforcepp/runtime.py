@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import os
 import socket
 import sys
@@ -121,9 +120,3 @@ def look_for_hub() -> None:
         socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=3).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
-
-
-@cache
-def warn_once(text: str) -> None:
-    """Log a warning, once per process."""
-    logging.getLogger("reinforcepp").warning("%s", text)

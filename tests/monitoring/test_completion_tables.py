@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from rich.console import Console
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.completion_tables import completion_panel, completion_table
 from reinforcepp.rewards.functions import RewardScores
+from reinforcepp.terminal import Console
 from reinforcepp.types import Completion, Prompt
 
 ASKED = ({"role": "user", "content": "Is [red]it[/red] up?"},)

@@ -10,6 +10,7 @@ import tiny
 from rich.console import Console
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp import terminal as output
 from reinforcepp.commands.cli import main
 from reinforcepp.distributed.ranks import check_trackers
 from reinforcepp.errors import ConfigError
@@ -48,6 +49,7 @@ def terminal(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None)
     monkeypatch.setattr(monitor, "console", console)
     monkeypatch.setattr(progress, "console", console)
+    monkeypatch.setattr(output, "console", console)
     return console.file
 
 

@@ -24,6 +24,7 @@ from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, co
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.run_dir import REMOVED_SETTINGS, has_checkpoint
 from reinforcepp.runtime import is_main
+from reinforcepp.terminal import guarded_streams, print_at_once, print_error, print_output
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 # torch reads these variables when it is loaded. With this spin count, an idle thread waits for work for about 30
@@ -32,7 +33,7 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 OPTIONAL_VALUE = ("resume",)
 """Flags that can have a value or none."""
-NOT_STARTED = "\nInterrupted before anything was started.\n"
+NOT_STARTED = "\nInterrupted before anything was started."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def guarded(job: Callable[[], int]) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # A terminal that can't show a character must not end the command.
-    with command_line():
+    with command_line(), guarded_streams():
         code = _exit_code(job)
     if (distributed := sys.modules.get("reinforcepp.distributed.ranks")) is not None:
         distributed.exit_process(code)
@@ -65,7 +66,7 @@ def _exit_code(job: Callable[[], int]) -> int:
         return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
     except KeyboardInterrupt:
         if is_main():
-            print(NOT_STARTED, end="", file=sys.stderr)
+            print_error(NOT_STARTED)
         return INTERRUPTED
     except BrokenPipeError:  # The reader of the output, for example head, closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,11 +75,11 @@ def _exit_code(job: Callable[[], int]) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+        print_output(_usage())
         return 0 if arguments else USAGE_ERROR
     name, *rest = arguments
     if name == "--version":
-        print(f"reinforcepp {import_module('reinforcepp').__version__}")
+        print_output(f"reinforcepp {import_module('reinforcepp').__version__}")
         return 0
     if name not in COMMANDS:
         raise ConfigError(f"Command {name!r} not found.{nearest(name, COMMANDS)} See reinforcepp --help.")
@@ -164,7 +165,7 @@ def run(name: str, config: Any) -> int:
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
         if is_main():
-            print(f"\nInterrupted{reason}. {_next_step(config)}", file=sys.stderr)
+            print_error(f"\nInterrupted{reason}. {_next_step(config)}")
         return getattr(interrupt, "exit_code", INTERRUPTED)
     except BrokenPipeError:
         raise
@@ -183,7 +184,7 @@ def _print_failure(text: str) -> None:
     if distributed is not None:
         distributed.report_failure(text)
     elif is_main():
-        print(text, file=sys.stderr)
+        print_error(text)
 
 
 @contextmanager
@@ -195,7 +196,7 @@ def _exit_on_interrupt() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         if is_main():
-            os.write(2, NOT_STARTED.encode())
+            print_at_once(NOT_STARTED)
         os._exit(INTERRUPTED)
 
     with handle_signals(leave, signal.SIGINT):

@@ -19,9 +19,10 @@ from reinforcepp.commands.report import PAGE, read_report
 from reinforcepp.config import DemoConfig, GenerateConfig, RewardModelConfig, TrainConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.files import write_json
-from reinforcepp.monitoring import console, echo, printable, read_metrics
+from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.curve import draw_curve
 from reinforcepp.run_dir import check_output, claim_output, clear
+from reinforcepp.terminal import console, echo
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.types import Completion
@@ -166,5 +167,5 @@ def _show(
             f"{gold_before[i]:.2f}  {before[i].text}",
             f"{gold_after[i]:.2f}  {after[i].text}",
         ]
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        table.add_row(*(Text(cell) for cell in cells))
     console.print(table)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
 from reinforcepp.config import DoctorConfig
-from reinforcepp.monitoring import printable
 from reinforcepp.monitoring.doctor.diagnosis import Diagnosis, diagnose
 from reinforcepp.monitoring.doctor.finding import SEVERITIES, Finding
 from reinforcepp.monitoring.run_record import find_run, read_run
+from reinforcepp.terminal import Console, print_json
 
 EXIT_FINDINGS = 1
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan", None: "green"}
@@ -31,23 +29,22 @@ def run_doctor(config: DoctorConfig) -> int:
     diagnosis = diagnose(read_run(find_run(config.run)))
     if config.format == "json":
         report = {"verdict": diagnosis.sentence, "findings": [_as_json(finding) for finding in diagnosis.findings]}
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        print_json(json.dumps(report, indent=2) + "\n")
     else:
-        terminal = Console(highlight=False)
+        terminal = Console()
         for line in as_lines(diagnosis):
             terminal.print(line)
-    sys.stdout.flush()
     return EXIT_FINDINGS if _fails(diagnosis, config.fail_on) else 0
 
 
 def as_lines(diagnosis: Diagnosis) -> Iterator[Text | Padding]:
     """Yield the verdict, then each finding with its evidence, cause, and fix."""
-    yield Text(printable(diagnosis.sentence), STYLES[diagnosis.worst])
+    yield Text(diagnosis.sentence, STYLES[diagnosis.worst])
     for finding in diagnosis.findings:
         yield Text(f"\n{finding.severity}: {finding.title}", STYLES[finding.severity])
         for name in ("evidence", "cause", "fix"):
             line = Text(f"{name.capitalize():9} ", "dim")
-            line.append(printable(getattr(finding, name)), "not dim")
+            line.append(getattr(finding, name), "not dim")
             yield Padding(line, (0, 0, 0, 2))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from reinforcepp.models.conversations import format_example, turn_format
 from reinforcepp.models.loading import load_config, load_tokenizer, prompt_limit
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompts, split_example
-from reinforcepp.monitoring import echo, printable
 from reinforcepp.planner.command import make_plan, show_plan
+from reinforcepp.terminal import echo, print_output
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.sft_trainer import to_example
 from reinforcepp.types import Preference
@@ -53,7 +52,7 @@ def show_training(config: TrainConfig) -> None:
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
     plan = make_plan(PlanConfig(**{name.name: getattr(config, name.name) for name in fields(TrainConfig)}))
     _write("Settings", settings(config))
-    sys.stdout.write("\nPlan\n")
+    print_output("\nPlan")
     show_plan(plan)
     limit = prompt_limit(load_config(config.model), config.max_prompt_length, config.max_new_tokens, config.max_length)
     action = config.long_prompts
@@ -130,7 +129,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], prom
 
 
 def _write(title: str, lines: Iterable[str]) -> None:
-    sys.stdout.write(printable("\n".join([f"\n{title}", *(f"  {line}" for line in lines)])) + "\n")
+    print_output("\n".join([f"\n{title}", *(f"  {line}" for line in lines)]))
 
 
 def _columns(config: TrainConfig | RewardModelConfig | SftConfig) -> dict[str, Any]:

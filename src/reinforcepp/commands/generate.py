@@ -27,7 +27,6 @@ from reinforcepp.models.loading import (
 )
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompts
-from reinforcepp.monitoring import echo, printable
 from reinforcepp.monitoring.turns import turn_lines
 from reinforcepp.rewards.functions import RewardFunction, function_name, score_with
 from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
@@ -35,6 +34,7 @@ from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
 from reinforcepp.runtime import silence
+from reinforcepp.terminal import echo, print_output
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ def run_generate(config: GenerateConfig) -> None:
     for response in responses:
         prompt = "".join(f"> {line}\n" for line in _prompt_lines(response.prompt)) if len(responses) > 1 else ""
         reward = f"\n({format_reward(response.reward)})" if response.reward is not None else ""
-        sys.stdout.write(printable(prompt + response.text.strip()) + reward + "\n")
-    sys.stdout.flush()  # A closed pipe must raise here, not when Python exits.
+        print_output(f"{prompt}{response.text.strip()}{reward}")
 
 
 def _generate(
@@ -272,11 +271,11 @@ def show_growing(growing: Iterator[Completion], stopped: Callable[[], bool] = la
     for completion in growing:
         text = completion.text.removesuffix("\ufffd").strip()
         if text.startswith(shown):
-            print(printable(text[len(shown) :]), end="", flush=True)
+            print_output(text[len(shown) :], end="")
             shown = text
         if stopped():
             break
-    print(printable(completion.text.strip()[len(shown) :]), flush=True)
+    print_output(completion.text.strip()[len(shown) :])
     return completion
 
 

@@ -11,6 +11,7 @@ from reinforcepp.commands.table import COMMANDS
 from reinforcepp.config.aliases import aliases_of
 from reinforcepp.config.values import accepted_values
 from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.terminal import print_output
 
 USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
 
@@ -48,7 +49,7 @@ def _dispatch(arguments: list[str]) -> int:
     mode, rest = _take_mode(arguments)
     if mode is None:
         if {"-h", "--help"} & set(rest):
-            print(_help())
+            print_output(_help())
             return 0
         raise ConfigError(f"--mode is missing. Choose from {', '.join(MODES)}. See reinforce_cli.py --help.")
     if mode not in MODES:

@@ -10,7 +10,6 @@ from pathlib import Path
 from reinforcepp.config import ReportConfig
 from reinforcepp.errors import ConfigError, setting
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.run_record import find_run, read_run
 from reinforcepp.reports.html import GENERATOR
@@ -19,6 +18,7 @@ from reinforcepp.reports.run import summary
 from reinforcepp.reports.run.page import report_page
 from reinforcepp.run_dir import REWARD_CARD
 from reinforcepp.runtime import silence
+from reinforcepp.terminal import echo
 
 PAGE = "report.html"
 

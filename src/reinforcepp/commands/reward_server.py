@@ -33,10 +33,10 @@ from reinforcepp.models.loading import context_length
 from reinforcepp.models.reward_texts import encode_formatted
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode, encode_prompt, encode_text, end_token_id
-from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rewards.remote import authorization
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
+from reinforcepp.terminal import echo
 
 MAX_REQUEST_BYTES = 64 * 2**20
 REQUEST_TIMEOUT_SECONDS = 60.0

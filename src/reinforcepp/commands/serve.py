@@ -24,7 +24,6 @@ from reinforcepp.errors import ConfigError, RolloutError
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer, local_folder
 from reinforcepp.models.lora import is_adapter_dir
 from reinforcepp.models.prompt_format import prompt_form
-from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status
 from reinforcepp.rollout.vllm.server import (
@@ -35,6 +34,7 @@ from reinforcepp.rollout.vllm.server import (
     vllm_is_for_gpus,
 )
 from reinforcepp.runtime import is_loopback
+from reinforcepp.terminal import echo
 from reinforcepp.training.publish.source import Source, find_source
 
 # The context of a model can be a million tokens, and the server would reserve memory for all of them.

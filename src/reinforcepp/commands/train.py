@@ -5,11 +5,12 @@ from __future__ import annotations
 from reinforcepp.config import TrainConfig
 from reinforcepp.data import load_prompts
 from reinforcepp.distributed.ranks import init_process_group
-from reinforcepp.monitoring import echo, reading_progress
+from reinforcepp.monitoring import reading_progress
 from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.run_dir import check_output
+from reinforcepp.terminal import echo
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 
 

@@ -24,6 +24,7 @@ from reinforcepp.config.trl_unsupported import (
 from reinforcepp.errors import ConfigError
 from reinforcepp.run_dir import RENAMED_SETTINGS
 from reinforcepp.runtime import is_main, started
+from reinforcepp.terminal import echo
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ _printed: set[str] = set()
 def print_once(line: str) -> None:
     """Print a line on rank 0, once per process."""
     if is_main() and line not in _printed:
-        print(line, file=sys.stderr)
+        echo(line)
     _printed.add(line)
 
 

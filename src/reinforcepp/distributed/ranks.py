@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -49,6 +48,7 @@ from reinforcepp.distributed.deepspeed import (
 from reinforcepp.errors import ConfigError, ReinforceError, first_line, option
 from reinforcepp.models.precision import MasterWeights
 from reinforcepp.runtime import is_first_here, is_main, own_version, started
+from reinforcepp.terminal import print_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,29 +146,29 @@ def exit_process(code: int) -> None:
     os._exit(code)
 
 
-def report_failure(text: str) -> None:
+def report_failure(problem: str | BaseException) -> None:
     """Print why this process ends. If several ranks fail, only the first one prints."""
     # A single process can have a process group, too: that of vLLM.
     if started() == 1 or not (distributed.is_available() and distributed.is_initialized()):
         if is_first_here():
-            print(text, file=sys.stderr)
+            print_error(problem)
         return
     # The launcher ends all ranks when one has ended, and could otherwise end this one before it prints.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # This needs a thread because the store blocks forever if its node is unreachable.
-    reporting = threading.Thread(target=_report_once, args=(text,), daemon=True)
+    reporting = threading.Thread(target=_report_once, args=(problem,), daemon=True)
     reporting.start()
     reporting.join(STORE_TIMEOUT_SECONDS if is_first_here() else 2 * STORE_TIMEOUT_SECONDS)
     if reporting.is_alive() and is_first_here():
-        print(text, file=sys.stderr, flush=True)
+        print_error(problem)
 
 
-def _report_once(text: str) -> None:
+def _report_once(problem: str | BaseException) -> None:
     store = distributed.distributed_c10d._get_default_store()
     try:
         if store.add(FAILED, 1) == 1:
-            print(text, file=sys.stderr, flush=True)
+            print_error(problem)
             store.set(REPORTED, "yes")
         else:  # The launcher ends all ranks when one has ended, so this one waits until the first one has printed.
             store.wait([REPORTED], timedelta(seconds=2 * STORE_TIMEOUT_SECONDS))
@@ -192,7 +192,7 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, trace: Tra
             f"unreachable. The launcher's report names the rank. Resume from the last checkpoint with {option('resume')}."
         )
     else:
-        report_failure("".join(traceback.format_exception(kind, error, trace)).rstrip())
+        report_failure(error.with_traceback(trace))
 
 
 def _process_state(timeout: timedelta | None = None) -> PartialState:

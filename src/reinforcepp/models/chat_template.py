@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from datetime import date, datetime, time
@@ -19,6 +18,7 @@ from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.models.tokenizer_files import choose_template, has_tokenizer, read_tokenizer
 from reinforcepp.run_dir import began_without, run_date
+from reinforcepp.terminal import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMATS = {"plain": plain_template, "question_answer": question_answer_template}
 PINNED_DATE = "{% macro strftime_now(format) %}"
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, settings: ChatTemplateConfig) -> PreTrainedTokenizerBase:

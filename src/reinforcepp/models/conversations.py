@@ -7,7 +7,6 @@ A prompt is a list of messages or a text, which is a user message. Special token
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from reinforcepp.errors import ModelError
 from reinforcepp.models.special_tokens import encode, marked, unmarked
+from reinforcepp.terminal import logger
 from reinforcepp.types import Conversation
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ THOUGHT = re.compile(r"\s*<([\w-]+)>")
 Variables = Mapping[str, Any]
 """Variables of the chat template, such as ``enable_thinking``, and ``tools``."""
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def as_messages(prompt: Conversation) -> list[Mapping[str, Any]]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from reinforcepp.config import AdapterConfig
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, useful_line
-from reinforcepp.runtime import warn_once
+from reinforcepp.terminal import warn_once
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -6,16 +6,16 @@ chat template writes a line feed after the last turn, it reads there instead of 
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import TYPE_CHECKING
 
 from reinforcepp.models.tokenization import end_token_id, eos_token_id
+from reinforcepp.terminal import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 NEW_PAD_TOKEN = "<|pad|>"
 PROBE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]

@@ -7,13 +7,14 @@ are exempt, because models write them.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
+
+from reinforcepp.terminal import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ SHOWN_CHARACTERS = 60
 ANCHORS = ("\n", ".", "a")
 """Texts before another one, so that it isn't the first."""
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from reinforcepp.monitoring.metric_log import (
     restore_logs,
     rounded,
 )
-from reinforcepp.monitoring.progress import PROGRESS_ROWS, Progress, console, echo, printable, reading_progress
+from reinforcepp.monitoring.progress import PROGRESS_ROWS, Progress, reading_progress
 
 __all__ = [
     "EVENTS",
@@ -19,10 +19,7 @@ __all__ = [
     "Clock",
     "MetricLog",
     "Progress",
-    "console",
-    "echo",
     "log_event",
-    "printable",
     "read_metrics",
     "reading_progress",
     "restore_logs",

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from reinforcepp.monitoring.progress import printable
 from reinforcepp.monitoring.turns import turns
 from reinforcepp.rewards.functions import RewardScores, messages_or_text
 from reinforcepp.types import RolloutBatch
@@ -41,14 +40,14 @@ def completion_table(
 
 
 def completion_panel(columns: Columns, number: int) -> Panel:
-    """Return up to ``number`` rows of :func:`completion_table` for the terminal, evenly spaced, without control characters."""
+    """Return up to ``number`` rows of :func:`completion_table` for the terminal, evenly spaced."""
     count = len(columns["step"])
     shown = [i * count // min(number, count) for i in range(min(number, count))]
     table = Table(show_lines=True, expand=True)
     names = [name for name in columns if name != "step"]
     for name in names:
         text = name in ("prompt", "completion")
-        table.add_column(Text(printable(name)), ratio=3 if text else None, justify="left" if text else "right")
+        table.add_column(Text(name), ratio=3 if text else None, justify="left" if text else "right")
     for i in shown:
         table.add_row(*(_cell(columns[name][i]) for name in names))
     return Panel(table, title=f"Step {columns['step'][0]}", title_align="left", border_style="dim")
@@ -58,9 +57,9 @@ def _cell(value: Any) -> Text:
     if isinstance(value, float):
         return Text(f"{value:.2f}")
     if not isinstance(value, str | list):
-        return Text("" if value is None else printable(str(value)))
+        return Text("" if value is None else str(value))
     cell = Text()
     for turn in turns(value):
-        cell.append(f"{turn.label}\n" if turn.label else "", "bold").append(f"{printable(turn.text)}\n")
+        cell.append(f"{turn.label}\n" if turn.label else "", "bold").append(f"{turn.text}\n")
     cell.rstrip()
     return cell

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reinforcepp.files import copy_file, no_link
-from reinforcepp.monitoring.progress import echo
 from reinforcepp.runtime import is_main
+from reinforcepp.terminal import echo
 
 LOGS = ("metrics.jsonl", "timings.jsonl")
 EVENTS = "events.jsonl"

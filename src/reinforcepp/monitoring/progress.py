@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import time
-import unicodedata
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from reinforcepp.runtime import is_main, is_silent
+from reinforcepp.runtime import is_silent
+from reinforcepp.terminal import console, echo
 
 PLAIN_LINES = 12
 PROGRESS_ROWS = 5000
 """Number of rows from which a pass over data takes long enough for a progress bar."""
-WARNING = "yellow"
-"""Style of a warning."""
-HARMLESS = "\n\t\u200d"  # control and format characters to keep; the last one joins emoji
-
-console = Console(stderr=True, highlight=False, quiet=not is_main())
-
-
-def echo(text: str, style: str = "") -> None:
-    """Print one line to standard error. Markup isn't interpreted, and control characters are replaced.
-
-    In a block of ``silence``, a warning becomes a Python warning, and other lines aren't printed.
-    """
-    if is_silent():
-        if style == WARNING and is_main():
-            warnings.warn(printable(text), stacklevel=2)
-        return
-    console.print(printable(text), style=style, markup=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with replaced control characters, so that a model or a file can't control the user's terminal."""
-    return "".join("\ufffd" if unicodedata.category(c)[0] == "C" and c not in HARMLESS else c for c in text)
 
 
 @contextmanager
@@ -65,7 +41,12 @@ class Progress:
         self._begin, self._first = time.monotonic(), done
         self._live: RichProgress | None = None
         if console.is_terminal and not is_silent():
-            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+            columns = [
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            ]
             self._live = RichProgress(*columns, TextColumn("{task.fields[message]}", markup=False), console=console)
             self._task = self._live.add_task(title, total=total, completed=done, message="")
 

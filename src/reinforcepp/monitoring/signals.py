@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from reinforcepp.monitoring.progress import echo
 from reinforcepp.runtime import is_main
+from reinforcepp.terminal import echo, print_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -58,7 +58,7 @@ class Stop:
         """Handle a signal."""
         if self.number is not None:
             if is_main():
-                os.write(2, b"\nStopped immediately. Earlier checkpoints are intact.\n")
+                print_at_once("\nStopped immediately. Earlier checkpoints are intact.")
             os._exit(128 + number)
         self.number = number
         name = signal.Signals(number).name

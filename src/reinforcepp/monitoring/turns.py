@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from reinforcepp.monitoring.progress import printable
+from reinforcepp.terminal import printable
 from reinforcepp.types import Conversation
 
 LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from reinforcepp.errors import option
 from reinforcepp.runtime import is_first_here, is_main, started
+from reinforcepp.terminal import print_at_once
 
 STACKS = "stacks.txt"
 
@@ -62,5 +63,5 @@ class Watchdog:
             f"\nerror: {problem}{hint} The stacks of all threads are in {self._path}. Resume with {option('resume')}. "
         )
         if is_first_here():
-            os.write(2, (message + "If the phase is only slow, raise watchdog_seconds.\n").encode())
+            print_at_once(message + "If the phase is only slow, raise watchdog_seconds.")
         os._exit(1)

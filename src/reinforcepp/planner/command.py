@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from reinforcepp.config import PlanConfig, ReinforceConfig
@@ -35,6 +33,7 @@ from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.rollout.selection import EngineName
 from reinforcepp.rollout.vllm.compat import built_for_cpu
 from reinforcepp.runtime import silence
+from reinforcepp.terminal import Console, print_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,8 +54,7 @@ def run_plan(config: PlanConfig) -> int:
     """
     estimate = make_plan(config)
     if config.format == "json":
-        sys.stdout.write(report.as_json(estimate))
-        sys.stdout.flush()
+        print_json(report.as_json(estimate))
     else:
         print_text(report.as_text(estimate))
     return 0 if estimate.fits else DOES_NOT_FIT
@@ -64,10 +62,9 @@ def run_plan(config: PlanConfig) -> int:
 
 def print_text(parts: Iterable[str | Table]) -> None:
     """Print paragraphs and tables."""
-    terminal = Console(highlight=False)
+    terminal = Console()
     for part in parts:
-        terminal.print(part, soft_wrap=isinstance(part, str), markup=False)
-    sys.stdout.flush()
+        terminal.print(part, soft_wrap=isinstance(part, str))
 
 
 def show_plan(plan: Plan) -> None:

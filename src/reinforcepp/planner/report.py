@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from reinforcepp.config import PlanConfig
@@ -37,6 +36,7 @@ from reinforcepp.planner.timing import (
     link_bandwidth,
 )
 from reinforcepp.reports.run.summary import duration
+from reinforcepp.terminal import Console
 
 GIB_FROM = 10 * GIB
 """The table uses GiB from this peak on, and MiB below."""
@@ -116,10 +116,10 @@ class Plan:
 
 def to_text(parts: Iterable[str | Table]) -> str:
     """Return paragraphs and tables as text."""
-    terminal = Console(file=io.StringIO(), width=PAGE_WIDTH, highlight=False)
+    terminal = Console(file=io.StringIO(), width=PAGE_WIDTH)
     with terminal.capture() as captured:
         for part in parts:
-            terminal.print(part, soft_wrap=isinstance(part, str), markup=False)
+            terminal.print(part, soft_wrap=isinstance(part, str))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 

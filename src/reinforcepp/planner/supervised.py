@@ -21,7 +21,6 @@ from reinforcepp.models.loading import CLASSIFIER, load_config, meta_model, para
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.models.precision import cast_parameters
 from reinforcepp.models.reward_models import head_modules, register_classifier
-from reinforcepp.monitoring import echo
 from reinforcepp.planner.device import CGROUP_LIMIT, cpu_memory
 from reinforcepp.planner.memory import ALLOCATOR, FLOAT, MOMENTS
 from reinforcepp.planner.model_costs import (
@@ -35,6 +34,7 @@ from reinforcepp.planner.model_costs import (
 from reinforcepp.planner.trace import ROWS, MemoryTracker, Peak, fused_attention, peak_of
 from reinforcepp.run_dir import format_size
 from reinforcepp.runtime import is_main, started
+from reinforcepp.terminal import echo
 from reinforcepp.training.learner import training_submodules
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -28,7 +27,8 @@ from reinforcepp.models.lora import is_4bit
 from reinforcepp.models.reward_models import ScoreReading, load_classifier, prepare_scoring, stored_head
 from reinforcepp.models.reward_texts import TextForm, form_of, pair_separator
 from reinforcepp.models.score_heads import declared_labels, score_head
-from reinforcepp.runtime import is_main, warn_once
+from reinforcepp.runtime import is_main
+from reinforcepp.terminal import echo, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -201,10 +201,9 @@ def calibrate(
     if not is_main():
         return
     architecture = type(parts.model).__name__
-    print(
+    echo(
         f"{name} ({architecture}): scores of probe answers from {min(scores):.3g} to {max(scores):.3g}, standard deviation "
-        f"{statistics.pstdev(scores):.3g}; {correct} of {len(PROBE_PAIRS)} probe pairs ranked correctly",
-        file=sys.stderr,
+        f"{statistics.pstdev(scores):.3g}; {correct} of {len(PROBE_PAIRS)} probe pairs ranked correctly"
     )
     if correct < FEWEST_CORRECT:
         warn_once(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.runtime import is_loopback, outcome
+from reinforcepp.terminal import logger
 from reinforcepp.types import Conversation
 
 TRANSIENT_STATUSES = {408, 425, 429, *range(500, 600)}
@@ -38,7 +38,7 @@ send logs per completion, which are ignored."""
 SHOWN_CHARACTERS = 200
 """Characters of a server's response that an error shows."""
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class _TransientError(Exception):

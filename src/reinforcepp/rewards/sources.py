@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from reinforcepp.rewards.functions import (
 from reinforcepp.rewards.loaded import is_model, loaded_reward, use_tokenizer
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.runtime import is_main
+from reinforcepp.terminal import logger
 from reinforcepp.types import Completion
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ Reward = str | RewardFunction
 WATCHED_BATCHES, WATCHED_COMPLETIONS = 2, 8
 """First batches of a run, and the fewest completions in them, in which a function's scores must not be all the same."""
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass

@@ -9,7 +9,6 @@ whose log-probabilities equal those of an unpadded forward pass without a cache.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,6 +24,7 @@ from reinforcepp.models.lora import base_model
 from reinforcepp.rollout.batch_rows import BatchRow
 from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache, select_rows
 from reinforcepp.rollout.self_check import compare_samples
+from reinforcepp.terminal import warn
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def select_decoding(model: PreTrainedModel, probe: Callable[[Decoding], list[Com
             continue
         if report.exact:
             if decoding.cache == "none":
-                warnings.warn(
+                warn(
                     f"The model family {family} generates without a cache here, so each token costs a pass over the whole "
                     "sequence. Keep max_prompt_length and max_new_tokens short.",
                     stacklevel=2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +12,7 @@ from reinforcepp.errors import RolloutError, option, setting
 from reinforcepp.models.loading import context_length
 from reinforcepp.models.remote_code import uses_remote_code
 from reinforcepp.rollout.weight_sync_check import NEW_TOKENS, PROBE_TOKENS
+from reinforcepp.terminal import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def start_chosen_engine(
             .removeprefix(f"{setting('rollout')} vllm: ")
             .removesuffix(f" Use {option('rollout', 'transformers')}.")
         )
-        warnings.warn(f"Completions come from transformers: {reason}", stacklevel=2)
+        warn(f"Completions come from transformers: {reason}", stacklevel=2)
         return start_in_process_engine("transformers", model, tokenizer, **settings)
 
 

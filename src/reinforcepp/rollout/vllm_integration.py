@@ -28,6 +28,7 @@ from reinforcepp.rollout.vllm.cpu_patches import patch_vllm, release_free_memory
 from reinforcepp.rollout.vllm.local_transfer import AdapterTransfer, IpcTransfer, ReloadTransfer, supports_adapter
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.weight_transfer import WeightTransfer, config_with_architecture
+from reinforcepp.terminal import warn
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -359,7 +360,7 @@ class VllmEngine:
                     "Lower max_prompt_length or max_new_tokens, or use a smaller dtype."
                 ) from error
             self.max_num_seqs //= 2
-            warnings.warn(
+            warn(
                 f"Out of memory with {2 * self.max_num_seqs} completions at a time. Continuing with {self.max_num_seqs}. Set "
                 f"rollout_batch_size to {self.max_num_seqs} to start with it.",
                 stacklevel=3,

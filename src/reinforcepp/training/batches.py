@@ -24,10 +24,10 @@ from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import write_json
-from reinforcepp.monitoring import echo
 from reinforcepp.rewards.functions import RewardScores, join_scores
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.serialization import as_rows, from_rows
+from reinforcepp.terminal import echo
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.models.remote_code import allow_remote_code
-from reinforcepp.monitoring import echo, log_event
+from reinforcepp.monitoring import log_event
 from reinforcepp.monitoring.environment import environment
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum, load_rewards
@@ -35,6 +35,7 @@ from reinforcepp.rollout.ray.reward_pool import pool_rewards, rewards_to_pool
 from reinforcepp.rollout.selection import choose_engine
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.run_dir import check_output
+from reinforcepp.terminal import echo
 from reinforcepp.training import checkpoint
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
 from reinforcepp.training.batches import PromptBatches

@@ -33,9 +33,10 @@ from safetensors.torch import load_file, save_file
 from reinforcepp.config import CheckpointConfig, as_dict
 from reinforcepp.errors import ConfigError, ModelError, nearest, option
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, free_partial, remove, whole_folder, write_json
-from reinforcepp.monitoring import LOGS, echo
+from reinforcepp.monitoring import LOGS
 from reinforcepp.run_dir import changed_settings, check_unchanged, claim_output, read_finished, write_finished
 from reinforcepp.runtime import is_main, versions_of
+from reinforcepp.terminal import echo
 
 if TYPE_CHECKING:  # these load Accelerate, which takes a second and isn't needed to export a model
     from reinforcepp.distributed.ranks import Ranks

@@ -13,11 +13,12 @@ from rich.console import RenderableType
 from rich.live import Live
 
 from reinforcepp.distributed.ranks import Ranks
-from reinforcepp.monitoring import Progress, console, echo, read_metrics
+from reinforcepp.monitoring import Progress, read_metrics
 from reinforcepp.monitoring.completion_tables import completion_panel, completion_table
 from reinforcepp.monitoring.doctor import Diagnosis, diagnose
 from reinforcepp.monitoring.live_view import Sample, Snapshot, duration, view
 from reinforcepp.monitoring.run_record import RunRecord
+from reinforcepp.terminal import console, echo
 from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.policy_run import RunState
 

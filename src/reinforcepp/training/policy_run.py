@@ -25,7 +25,7 @@ from reinforcepp.models.lora import has_adapter, load_adapter_weights, load_trai
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import LazyPrompts
-from reinforcepp.monitoring import MetricLog, echo, log_event, restore_logs
+from reinforcepp.monitoring import MetricLog, log_event, restore_logs
 from reinforcepp.monitoring.completion_log import (
     COMPLETIONS,
     evaluation_file,
@@ -38,6 +38,7 @@ from reinforcepp.monitoring.run_record import RunRecord, read_run
 from reinforcepp.monitoring.step_metrics import rollout_columns
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, describe_run, set_run_aside, write_finished
+from reinforcepp.terminal import echo
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.async_rollouts import PENDING_FILE
 from reinforcepp.training.batches import UpdateBatch

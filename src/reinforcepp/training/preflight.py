@@ -11,8 +11,8 @@ from reinforcepp.config import CheckpointConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.lora import has_adapter
 from reinforcepp.models.saving import check_savable
-from reinforcepp.monitoring import echo
 from reinforcepp.run_dir import format_size
+from reinforcepp.terminal import echo
 from reinforcepp.training.checkpoint import FOLDER
 
 if TYPE_CHECKING:

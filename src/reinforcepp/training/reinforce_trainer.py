@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.terminal import echo
 from reinforcepp.training.builder import build
 from reinforcepp.training.monitor import Monitor
 from reinforcepp.training.policy_update import score, with_advantages

@@ -15,7 +15,6 @@ from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.models.lora import base_model, has_adapter, is_quantized
 from reinforcepp.models.reward_texts import TextForm
 from reinforcepp.models.saving import save_model
-from reinforcepp.monitoring import echo
 from reinforcepp.reports.reward_model import (
     analyze_by_criterion,
     print_criteria,
@@ -33,6 +32,7 @@ from reinforcepp.rewards.trained import (
     save_reward_model,
     score_answers,
 )
+from reinforcepp.terminal import echo
 from reinforcepp.types import Conversation, Preference, ScoredPair
 
 if TYPE_CHECKING:

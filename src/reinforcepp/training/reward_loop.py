@@ -30,10 +30,10 @@ from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.reward_models import as_classifier, load_reward_weights, new_classifier
 from reinforcepp.models.reward_texts import TextForm
 from reinforcepp.models.saving import save_model
-from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.rewards.card import RewardCard, read_card
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model
+from reinforcepp.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun, finish
 from reinforcepp.training.pair_datasets import (
     as_dataset,

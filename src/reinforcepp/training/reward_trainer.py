@@ -26,8 +26,9 @@ from reinforcepp.models.padding import end_conversations_at_turn, separate_pad_t
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.reward_models import as_classifier, new_reward_model, prepare_scoring
 from reinforcepp.models.tokenization import Answers, encode_examples
-from reinforcepp.monitoring import echo, reading_progress
+from reinforcepp.monitoring import reading_progress
 from reinforcepp.rewards.trained import load_reward_model
+from reinforcepp.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.reward_card import CardData, Counts, RewardResult, ScoredData, is_decided

@@ -17,8 +17,9 @@ from reinforcepp.models.lora import add_adapter, has_adapter, with_adapter
 from reinforcepp.models.precision import compute_dtype, slow_precision
 from reinforcepp.models.reward_models import head_modules
 from reinforcepp.models.tokenization import BATCH_ROWS, LazyPrompts, encode_prompt, encode_prompts
-from reinforcepp.monitoring import PROGRESS_ROWS, echo, reading_progress
+from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.rollout.sampling import check_extra
+from reinforcepp.terminal import echo
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:

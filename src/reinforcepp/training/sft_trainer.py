@@ -29,9 +29,9 @@ from reinforcepp.models.lora import has_adapter, is_4bit, with_adapter
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import Answers, encode_texts, eos_token_id, split_examples
-from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.rollout.engine import preserve_random_state
+from reinforcepp.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun, finish
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.schedule import with_learning_rate

@@ -28,9 +28,10 @@ from reinforcepp.errors import TrainingDiverged
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import has_adapter, is_quantized, load_adapter_weights, load_trainable_weights
 from reinforcepp.models.saving import save_model
-from reinforcepp.monitoring import Clock, MetricLog, Progress, echo, restore_logs
+from reinforcepp.monitoring import Clock, MetricLog, Progress, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
+from reinforcepp.terminal import echo
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.optimizer import OPTIMIZER_SETTINGS
 from reinforcepp.training.schedule import schedule_factor

@@ -19,9 +19,10 @@ from reinforcepp.config import DEFAULT_MAX_LENGTH, RewardModelConfig, SftConfig,
 from reinforcepp.data import DiskRows
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.loading import check_trainable, context_length, load_config, weight_bytes
-from reinforcepp.monitoring import PROGRESS_ROWS, echo, reading_progress
+from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, describe_run, write_finished
 from reinforcepp.runtime import started
+from reinforcepp.terminal import echo
 from reinforcepp.training import checkpoint
 from reinforcepp.training.preflight import check_before_training
 from reinforcepp.training.setup import first_rows, warn_about_precision

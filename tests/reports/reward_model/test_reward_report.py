@@ -12,10 +12,10 @@ from pyarrow import parquet
 from rich.console import Console
 from scored import pair, pairs
 
+from reinforcepp import terminal as output
 from reinforcepp.commands.cli import main
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
-from reinforcepp.monitoring import progress
 from reinforcepp.monitoring.completion_log import save_completions
 from reinforcepp.reports import reward_model as reward_report
 from reinforcepp.reports.reward_model import (
@@ -176,7 +176,7 @@ def printed(monkeypatch):
 
     def ask(scored, **changes):
         console = Console(width=110, highlight=False)
-        for module in (progress, reward_report.terminal):
+        for module in (output, reward_report.terminal):
             monkeypatch.setattr(module, "console", console)
         with console.capture() as capture:
             print_summary(card_for(scored, **changes), analyze(scored))

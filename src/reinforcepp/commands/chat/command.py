@@ -20,13 +20,13 @@ from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError,
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompt
-from reinforcepp.monitoring import echo
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.monitoring.turns import turn_lines
 from reinforcepp.rewards.functions import RewardFunction, score_all
 from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.selection import choose_engine
+from reinforcepp.terminal import echo, print_output
 from reinforcepp.types import Prompt
 
 INTERRUPTED = 130
@@ -97,13 +97,14 @@ class _Chat:
         if on_terminal:
             echo(f"Chatting with {self.config.model}. To list the commands, type /help. To quit, press Ctrl-D.")
             if self.conversation.system:
-                echo("\n".join(turn_lines([{"role": "system", "content": self.conversation.system}])), "dim")
+                for line in turn_lines([{"role": "system", "content": self.conversation.system}]):
+                    echo(line, "dim")
         while True:
             try:
                 line = _read_line(on_terminal)
             except EOFError:
                 if on_terminal:
-                    print()  # The prompt of the shell needs a new line.
+                    print_output("")  # The prompt of the shell needs a new line.
                 return 0
             except KeyboardInterrupt:
                 if not on_terminal:
@@ -130,7 +131,7 @@ class _Chat:
                 "prefer": self._prefer,
                 "system": self._system,
                 "reset": self._reset,
-                "help": lambda _: echo(HELP),
+                "help": self._help,
             }
             if name not in commands:
                 known = [f"/{command}" for command in (*commands, "quit")]
@@ -183,6 +184,10 @@ class _Chat:
     def _system(self, rest: str) -> None:
         self.conversation.system = rest or None
         echo("Set the system message for the next responses." if rest else "Removed the system message.")
+
+    def _help(self, _: str) -> None:
+        for line in HELP.splitlines():
+            echo(line)
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()

@@ -23,9 +23,10 @@ from reinforcepp.models.loading import (
 )
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import encode_example, encode_prompts, split_example
-from reinforcepp.monitoring import Progress, echo
+from reinforcepp.monitoring import Progress
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
+from reinforcepp.terminal import echo
 from reinforcepp.training.evaluation import SCORING_BATCH_SIZE, Logprobs, completion_logprobs, kl_sums
 from reinforcepp.types import Completion, Conversation, Prompt, Sampling
 

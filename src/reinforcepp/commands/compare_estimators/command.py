@@ -6,8 +6,8 @@ from pathlib import Path
 
 from reinforcepp.commands.compare_estimators.run import compare_algorithms, print_summary
 from reinforcepp.config import CompareAlgorithmsConfig
-from reinforcepp.monitoring import echo
 from reinforcepp.reports.estimators import verdict, write_page
+from reinforcepp.terminal import echo
 
 
 def run_compare_estimators(config: CompareAlgorithmsConfig) -> None:

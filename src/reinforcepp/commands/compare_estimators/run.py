@@ -21,7 +21,7 @@ from reinforcepp.config import CompareAlgorithmsConfig, TrainConfig, as_dict
 from reinforcepp.errors import ModelError
 from reinforcepp.files import write_json
 from reinforcepp.models.loading import load_config
-from reinforcepp.monitoring import Progress, echo
+from reinforcepp.monitoring import Progress
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import (
     check_output,
@@ -32,6 +32,7 @@ from reinforcepp.run_dir import (
     noted_settings,
     rename_settings,
 )
+from reinforcepp.terminal import echo
 from reinforcepp.training.schedule import with_learning_rate
 
 LEARNING_RATE_FACTORS = (1 / 3, 1.0, 3.0)

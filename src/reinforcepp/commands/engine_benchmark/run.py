@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.monitoring import echo
+from reinforcepp.terminal import Console, echo
 from reinforcepp.types import Sampling
 
 WAYS = {
@@ -283,7 +283,6 @@ def _headline(
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the summary as a table, followed by the metrics without a batch size."""
-    from rich.console import Console
     from rich.table import Table
 
     settings = result["settings"]
@@ -297,7 +296,7 @@ def show(result: Mapping[str, Any]) -> None:
         size = "1" if row["way"] == "one_by_one" else str(row["batch_size"])
         share = f"{row['bandwidth_fraction']:.0%}"
         table.add_row(WAYS[row["way"]], size, f"{row['tokens_per_second']:.1f}", spread, *seconds, share)
-    console = Console(highlight=False)
+    console = Console()
     console.print(table)
     for way, start in result["startup_seconds"].items():
         quality = result["quality"][way]

@@ -15,10 +15,10 @@ from reinforcepp.models.loading import load_tokenizer, tokenizer_for, weight_byt
 from reinforcepp.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, has_adapter, is_adapter_dir
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenizer_files import save_tokenizer
-from reinforcepp.monitoring import echo
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.run_dir import check_output
 from reinforcepp.runtime import silence
+from reinforcepp.terminal import echo
 from reinforcepp.training.publish.card import CARD, model_card, write_card
 from reinforcepp.training.publish.source import Source, find_source, plain_copy, plain_model
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from rich.console import Console
 
 from reinforcepp.commands.lint import report as formats
 from reinforcepp.commands.lint.check import check_data
@@ -21,8 +18,8 @@ from reinforcepp.data import GivenRows, count
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
-from reinforcepp.monitoring import echo, printable
 from reinforcepp.runtime import silence
+from reinforcepp.terminal import Console, echo, one_message, print_json, print_output, printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -165,13 +162,13 @@ def _check_report(config: LintConfig, copy: Path | None) -> Path:
 
 def _print_report(report: LintReport, form: str) -> None:
     if form == "text":
-        terminal = Console(highlight=False)
+        terminal = Console()
         for line in formats.as_lines(report):
-            terminal.print(printable(line.text), style=line.style, markup=False, soft_wrap=True)
+            terminal.print(line.text, style=line.style, soft_wrap=True)
+    elif form == "json":
+        print_json(formats.as_json(report))
     else:
-        sys.stdout.write(_as_text(report, form))
-    # A closed pipe raises an error here, where it is handled, instead of at the exit of Python.
-    sys.stdout.flush()
+        print_output(_as_text(report, form), end="")
 
 
 def _as_text(report: LintReport, form: str) -> str:
@@ -179,7 +176,7 @@ def _as_text(report: LintReport, form: str) -> str:
         return formats.as_json(report)
     if form == "html":
         return printable(formats.as_page(report))
-    return "".join(f"{printable(line.text)}\n" for line in formats.as_lines(report))
+    return "".join(f"{one_message(line.text)}\n" for line in formats.as_lines(report))
 
 
 def _print_changes(changes: Sequence[Change], copy: Path) -> None:

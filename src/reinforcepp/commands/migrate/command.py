@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from reinforcepp.config import MigrateConfig, TrainConfig
 from reinforcepp.config.aliases import plain
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.monitoring import echo, printable
+from reinforcepp.terminal import echo, print_output, printable
 
 
 def run_migrate(config: MigrateConfig) -> None:
@@ -30,8 +29,7 @@ def run_migrate(config: MigrateConfig) -> None:
     problem = _problem(translation.settings)
     text = as_yaml(source, training, translation, problem)
     if output is None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        print_output(text, end="")
     else:
         with whole_file(output) as file:
             file.write(text)
@@ -63,20 +61,25 @@ def as_yaml(source: Path, training: Training, translation: Translation, problem:
 
 def _lines(source: Path, training: Training, translation: Translation, problem: str | None) -> Iterator[str]:
     framework = TITLES[training.framework]
-    yield f"# Settings of `reinforcepp train`, translated from {source.name} ({framework})."
+    yield _comment(f"Settings of `reinforcepp train`, translated from {source.name} ({framework}).")
     if problem is not None:
-        yield f"# Change before training: {problem}"
+        yield _comment(f"Change before training: {problem}")
     settings = translation.settings
     for setting in fields(TrainConfig):
         name = setting.name
         if name in settings and settings[name] != setting.default:
             origin = translation.origins.get(name) or f"default of {framework}"
-            yield f"{name}: {_scalar(settings[name])}  # {origin}"
+            yield f"{name}: {_scalar(settings[name])}  {_comment(origin)}"
     if translation.notes:
         yield ""
         yield "# Not part of these settings:"
         for name, reason in sorted(translation.notes.items()):
-            yield f"# {name}: {' '.join(reason.split())}"
+            yield _comment(f"{name}: {reason}")
+
+
+def _comment(text: str) -> str:
+    """Return a text as a comment on one line, so that a line break in it can't begin a setting."""
+    return f"# {' '.join(text.split())}"
 
 
 def _scalar(value: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from reinforcepp.config import RecipesConfig
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.monitoring import echo
+from reinforcepp.terminal import echo, print_output
 
 FOLDER = Path(__file__).parent
 REWARD = ".reward"
@@ -75,10 +75,10 @@ def run_recipes(config: RecipesConfig) -> None:
         ConfigError: If the recipe doesn't exist, or its copy would replace a file.
     """
     if config.action == "list":
-        print("\n\n".join(format_preset(read_preset(name)) for name in names()))
-        print("\nCopy a recipe to edit and start it: reinforcepp recipes copy NAME")
+        print_output("\n\n".join(format_preset(read_preset(name)) for name in names()))
+        print_output("\nCopy a recipe to edit and start it: reinforcepp recipes copy NAME")
     elif config.action == "show":
-        print(text_of(str(config.name)), end="")
+        print_output(text_of(str(config.name)), end="")
     else:
         copy(str(config.name), config.file, overwrite=config.overwrite)
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from reinforcepp.data import count
-from reinforcepp.monitoring import printable
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.result import ModelComparison, Pair
 from reinforcepp.reports.html import asset, embedded, render
+from reinforcepp.terminal import printable
 from reinforcepp.types import Conversation
 
 

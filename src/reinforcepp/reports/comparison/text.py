@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from reinforcepp.monitoring import printable
 from reinforcepp.reports.comparison.result import ModelComparison, ModelMetrics
 from reinforcepp.reports.comparison.statistics import MIN_DECIDED, Outcome, Rate, Winner
+from reinforcepp.terminal import Console
 
 RARE = 0.05
 """Share of comparisons below which a sign of the length difference is rare."""
@@ -122,18 +120,15 @@ def _perplexity(metrics: ModelMetrics) -> str:
 
 def show(comparison: ModelComparison) -> None:
     """Print table, win rates, notes and, on the last line, the verdict to standard output."""
-    terminal = Console(highlight=False)
-    with terminal.capture() as shown:  # with a closed pipe, rich would end the process itself
-        for side, name in (("A", comparison.settings["model_a"]), ("B", comparison.settings["model_b"])):
-            terminal.print(printable(f"{side}: {name}"), markup=False, soft_wrap=True)
-        table = Table("", *(Column(side, justify="right") for side in "AB"))
-        for line in lines(comparison):
-            table.add_row(*(Text(printable(cell)) for cell in line))
-        terminal.print(table)
-        for text in (wins(comparison), *(f"{name}: {rate}" for name, rate in rates(comparison))):
-            terminal.print(printable(text), markup=False, soft_wrap=True)
-        for note in comparison.notes:
-            terminal.print(printable(f"Note: {note}"), style="yellow", markup=False, soft_wrap=True)
-        terminal.print(printable(verdict(comparison)), style="bold", markup=False, soft_wrap=True)
-    sys.stdout.write(shown.get())
-    sys.stdout.flush()  # so that a closed pipe raises here, not at interpreter exit
+    terminal = Console()
+    for side, name in (("A", comparison.settings["model_a"]), ("B", comparison.settings["model_b"])):
+        terminal.print(f"{side}: {name}", soft_wrap=True)
+    table = Table("", *(Column(side, justify="right") for side in "AB"))
+    for line in lines(comparison):
+        table.add_row(*map(Text, line))
+    terminal.print(table)
+    for text in (wins(comparison), *(f"{name}: {rate}" for name, rate in rates(comparison))):
+        terminal.print(text, soft_wrap=True)
+    for note in comparison.notes:
+        terminal.print(f"Note: {note}", style="yellow", soft_wrap=True)
+    terminal.print(verdict(comparison), style="bold", soft_wrap=True)

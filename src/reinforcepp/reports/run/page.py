@@ -8,7 +8,6 @@ from typing import Any
 from markupsafe import Markup
 
 from reinforcepp.data import count
-from reinforcepp.monitoring import printable
 from reinforcepp.monitoring.doctor import Finding
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.reports import charts
@@ -18,6 +17,7 @@ from reinforcepp.reports.numbers import number
 from reinforcepp.reports.run import curves, summary
 from reinforcepp.reports.run.samples import Group, Pair, Sample, choose_pairs, choose_samples
 from reinforcepp.reports.run.settings import differing, reproduce, settings_of
+from reinforcepp.terminal import printable
 
 PAIR_BYTES, SAMPLE_BYTES = 1_200_000, 800_000  # of the page, for all runs together
 EVENTS_SHOWN = 200

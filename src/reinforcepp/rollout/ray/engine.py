@@ -7,7 +7,6 @@ memory. Between GPUs, vLLM's NCCL weight transfer broadcasts them directly.
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from typing import TYPE_CHECKING
 
 from reinforcepp.rollout.pooled_engine import PooledEngine
@@ -15,6 +14,7 @@ from reinforcepp.rollout.ray.actor_pool import LazyRef, RayPool, connect, discon
 from reinforcepp.rollout.ray.worker import Worker, WorkerSpec
 from reinforcepp.rollout.vllm.nccl import BACKEND, NcclPoolTransfer, TransferFailed
 from reinforcepp.rollout.weight_transfer import config_with_architecture
+from reinforcepp.terminal import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,7 +106,7 @@ class RayEngine(PooledEngine):
         except TransferFailed as failure:
             self._broadcast_failures += 1
             give_up = self._broadcast_failures == MAX_BROADCAST_FAILURES
-            warnings.warn(
+            warn(
                 f"The Ray pool {failure}. {'All further weights' if give_up else 'These weights'} go through Ray's object store "
                 "instead of directly between GPUs.",
                 stacklevel=2,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import os
 import ssl
@@ -28,6 +27,7 @@ from reinforcepp.rollout.engine import to_completion
 from reinforcepp.rollout.vllm.compat import sampling_settings
 from reinforcepp.rollout.vllm.server import KEY, training_command
 from reinforcepp.runtime import outcome
+from reinforcepp.terminal import logger
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ MAX_RESPONSE_BYTES = 16 << 20  # of a response, or of one event of a stream
 EVENT, END = b"data: ", b"data: [DONE]"  # lines of a stream
 TOKENS_PER_EVENT = 16
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class ServerUnavailable(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from reinforcepp.rollout.vllm.nccl import BACKEND, NcclServerTransfer
 from reinforcepp.rollout.vllm.server import environment_key
 from reinforcepp.rollout.vllm.server_transfer import EXTENSION, FileTransfer, MessageTransfer
 from reinforcepp.rollout.weight_transfer import WeightTransfer
+from reinforcepp.terminal import logger
 from reinforcepp.types import Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ POLL_SECONDS = 0.5
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 60.0
 """Backoff for a lost server: the first delay, doubled at each failure up to the second."""
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass

@@ -16,12 +16,12 @@ import yaml
 
 from reinforcepp.config.hub import REPOSITORY
 from reinforcepp.files import whole_file
-from reinforcepp.monitoring import printable
 from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.reports.run.settings import PER_RUN, settings_of
 from reinforcepp.rewards.card import RewardCard
 from reinforcepp.runtime import versions_of
+from reinforcepp.terminal import printable
 from reinforcepp.training.publish.source import Source
 
 CARD = "README.md"
