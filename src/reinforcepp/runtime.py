@@ -46,8 +46,10 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def own_version() -> str:
-    """Return the installed version of this package, or an empty string if it isn't installed."""
-    return versions_of(["reinforcepp"]).get("reinforcepp", "")
+    """Return the version of this package, which also runs from a clone without being installed."""
+    return str(
+        sys.modules["reinforcepp"].__version__
+    )  # importing the package from a module of its root would be a cycle
 
 
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")

@@ -350,7 +350,8 @@ def _engine(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
         return {"rollout": "transformers"} if "use_vllm" in given else {}
     if given.get("vllm_mode", "colocate") == "colocate":
         return {"rollout": "vllm"}
-    host, port = given.get("vllm_server_host", "0.0.0.0"), given.get("vllm_server_port", 8000)
+    default_host = "0.0.0.0"  # nosec B104  # TRL's default, which is connected to
+    host, port = given.get("vllm_server_host", default_host), given.get("vllm_server_port", 8000)
     scheme, _, address = given.get("vllm_server_base_url", f"http://{host}:{port}").rpartition("://")
     prefix = "vllm+https" if scheme == "https" else "vllm"
     return {"rollout": f"{prefix}://{address.rstrip('/')}"}

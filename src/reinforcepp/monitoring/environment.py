@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from reinforcepp.runtime import versions_of
+from reinforcepp.runtime import own_version, versions_of
 
 PACKAGES = (
-    "reinforcepp",
     "torch",
     "transformers",
     "trl",
@@ -35,6 +34,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["reinforcepp" if program == "__main__.py" else program, *sys.argv[1:]]),
         "environment": {
             "python": platform.python_version(),
+            "reinforcepp": own_version(),
             **versions_of(PACKAGES),
             "system": f"{platform.system()} {platform.machine()}",
             "processor": processor(),

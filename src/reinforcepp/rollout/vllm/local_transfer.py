@@ -26,7 +26,7 @@ IPC_CHUNK_BYTES = 1 << 30
 """Weights that are copied to another GPU at a time."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Maximum ranks that vLLM can be configured for."""
-MEMORY_FOLDER = Path("/dev/shm")
+MEMORY_FOLDER = Path("/dev/shm")  # nosec B108  # only for a folder that mkdtemp makes in it
 
 
 class ReloadTransfer(WeightTransfer[Any]):

@@ -20,7 +20,7 @@ from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.reports.run.settings import PER_RUN, settings_of
 from reinforcepp.rewards.card import RewardCard
-from reinforcepp.runtime import versions_of
+from reinforcepp.runtime import own_version
 from reinforcepp.terminal import printable
 from reinforcepp.training.publish.source import Source
 
@@ -132,7 +132,7 @@ def _introduction(source: Source) -> str:
 
 
 def _package() -> str:
-    return f"reinforcepp {versions_of(['reinforcepp']).get('reinforcepp', '')}".strip()
+    return f"reinforcepp {own_version()}"
 
 
 def _sft_data(source: Source, record: RunRecord) -> str:
