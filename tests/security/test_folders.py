@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import tiny
-from safetensors.torch import save_file
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import ones
 
 from reinforcepp.commands import cli
+from reinforcepp.errors import ReinforceError
 from reinforcepp.files import MANIFEST, whole_folder, write_json
 from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.models.saving import save_model
-from reinforcepp.monitoring.completion_log import save_completions
+from reinforcepp.monitoring.completion_log import restore_completions, save_completions
 from reinforcepp.monitoring.metric_log import MetricLog, log_event, restore_logs
 from reinforcepp.rollout.vllm.server_transfer import FileTransfer
 from reinforcepp.training import checkpoint
@@ -165,3 +169,202 @@ def test_a_tampered_checkpoint_is_damaged(tmp_path, how, outcome):
         taken = f"{type(error).__name__}: {error}"
     outcome(f"{how}: resumes from {taken}")
     assert taken == checkpoint.name_of(1)
+
+
+# --- L4: a stranger's model folder with pickles, or whose configuration leads elsewhere -----------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A copy of a model, which a test may change."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def set_entry(path: Path, name: str, value: object) -> None:
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(values | {name: value}))
+
+
+def pickle_weights(folder: Path, name: str) -> None:
+    """Replace the weights of ``folder`` by the same ones in a pickle."""
+    torch.save(load_file(folder / "model.safetensors"), folder / name)
+    (folder / "model.safetensors").unlink()
+
+
+def pickled_shards(folder: Path) -> None:
+    names = list(load_file(folder / "model.safetensors"))
+    pickle_weights(folder, "shard.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "shard.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickled_by_name(folder: Path) -> None:
+    pickle_weights(folder, "adapter_model.bin")
+    set_entry(folder / "config.json", "transformers_weights", "adapter_model.bin")
+
+
+def foreign_shards(folder: Path) -> None:
+    """Take the weights from a private model of the user."""
+    weights, private = folder / "model.safetensors", folder.parent / "private.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), f"../{private.name}")}
+    weights.rename(private)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def foreign_index(folder: Path) -> None:
+    foreign_shards(folder)
+    (folder / "model.safetensors.index.json").rename(folder / "x.safetensors.index.json")
+    set_entry(folder / "config.json", "transformers_weights", "x.safetensors.index.json")
+
+
+FOLDERS: dict[str, Callable[[Path], object]] = {
+    "an index of safetensors that names a .bin": pickled_shards,
+    "adapter_model.bin, which config.json names as the weights": pickled_by_name,
+    "an index that names ../private.safetensors": foreign_shards,
+    "another index, which config.json names": foreign_index,
+}
+
+
+@pytest.fixture
+def pickles(monkeypatch):
+    """The files that torch unpickles."""
+    loaded, restore = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda file, *a, **k: loaded.append(Path(str(file)).name) or restore(file, *a, **k)
+    )
+    return loaded
+
+
+def result_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ReinforceError as error:
+        return f"refused ({str(error).partition(': ')[2][:60]})"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:60]}"
+    return "loaded"
+
+
+@pytest.mark.attack("L4", "a model folder with pickled weights, or with the weights of another model")
+@pytest.mark.parametrize("how", FOLDERS)
+def test_only_safetensors_in_the_folder_are_loaded(folder, how, outcome, pickles):
+    FOLDERS[how](folder)
+    result = result_of(lambda: load_policy(str(folder)))
+    outcome(f"{how}: {result}{' by torch.load' * bool(pickles)}")
+    assert result.startswith("refused") and not pickles
+
+
+@pytest.mark.attack("L4", "a model folder with pickled weights, to be served by vLLM")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_no_pickled_weights_are_served(folder, name, outcome, monkeypatch, capsys):
+    pickle_weights(folder, name)
+    commands: list[list[str]] = []
+    monkeypatch.setattr("reinforcepp.commands.serve._run", lambda command, *_, **__: commands.append(command) or 0)
+    code = cli.main(["serve", str(folder)])
+    outcome(f"{name}: " + ("a server with this folder is started" if commands else f"refused with exit code {code}"))
+    assert code == 2 and not commands and "never loaded" in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.attack("L4", "a model folder with pickled weights, for vLLM in the process")
+def test_vllm_unpickles_no_weights(folder, outcome, pickles):
+    pytest.importorskip("vllm")
+    from reinforcepp.rollout.vllm_integration import VllmEngine
+
+    pickle_weights(folder, "pytorch_model.bin")
+    engines = []
+    try:
+        result = result_of(lambda: engines.append(VllmEngine(str(folder), load_tokenizer(str(folder)))))
+    finally:
+        for engine in engines:
+            engine.close()
+    outcome(f"{result}{f', unpickled {pickles[0]}' if pickles else ''}")
+    assert result.startswith("refused") and not pickles
+
+
+def multitask_prompts(folder: Path, adapter: Path) -> None:
+    state = {"prompt_embeddings": ones(4, 32), "prefix_task_cols": ones(1, 4, 1), "prefix_task_rows": ones(1, 1, 32)}
+    torch.save(state, folder.parent / "foreign.bin")
+    settings = {
+        "peft_type": "MULTITASK_PROMPT_TUNING",
+        "prompt_tuning_init": "EXACT_SOURCE_TASK",
+        "prompt_tuning_init_state_dict_path": str(folder.parent / "foreign.bin"),
+        "num_virtual_tokens": 4,
+        "num_tasks": 1,
+        "token_dim": 32,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": 1,
+        "num_layers": 1,
+    }
+    for name, value in settings.items():
+        set_entry(adapter / "adapter_config.json", name, value)
+
+
+def base_is_itself(folder: Path, adapter: Path) -> None:
+    set_entry(adapter / "adapter_config.json", "base_model_name_or_path", str(adapter))
+
+
+ADAPTERS = {
+    "prompts whose configuration names a pickle elsewhere": multitask_prompts,
+    "an adapter that is its own base model": base_is_itself,
+}
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """A LoRA adapter of the model in ``folder``."""
+    model = get_peft_model(load_policy(str(folder)), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    set_entry(tmp_path / "adapter" / "adapter_config.json", "base_model_name_or_path", str(folder))
+    return tmp_path / "adapter"
+
+
+@pytest.mark.attack("L4", "an adapter whose configuration leads elsewhere")
+@pytest.mark.parametrize("how", ADAPTERS)
+def test_an_adapter_leads_nowhere_else(folder, adapter, how, outcome, pickles):
+    ADAPTERS[how](folder, adapter)
+    result = result_of(lambda: load_policy(str(adapter)))
+    outcome(f"{how}: {result}{f', unpickled {pickles[0]}' if pickles else ''}")
+    assert result.startswith("refused") and not pickles
+
+
+KEY = "-----BEGIN OPENSSH PRIVATE KEY-----"
+
+
+@pytest.mark.attack("L3", "a model folder in which a link leads to a private file, to be exported")
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool.jinja"])
+def test_an_export_holds_no_private_file(folder, name, tmp_path, outcome, capsys):
+    (tmp_path / "id_ed25519").write_text(KEY)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "id_ed25519")
+    code = cli.main(["export", str(folder), "--output_dir", str(tmp_path / "out")])
+    leaked = [
+        path.name
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file() and KEY in path.read_text(errors="replace")
+    ]
+    shown = capsys.readouterr().err
+    outcome(
+        f"{name}: exported with the private key in {leaked[0]}" if leaked else f"{name}: refused with exit code {code}"
+    )
+    assert code == 2 and not leaked and "is a link to" in shown
+
+
+@pytest.mark.attack("L3", "a run folder in which a link leads to a private file, to be resumed in another folder")
+def test_resuming_from_a_run_copies_no_private_file(tmp_path, outcome):
+    strange, run = tmp_path / "strange", tmp_path / "run"
+    (strange / "completions").mkdir(parents=True)
+    run.mkdir()
+    (tmp_path / "id_ed25519").write_text(KEY)
+    (strange / "completions" / "step-000001.parquet").symlink_to(tmp_path / "id_ed25519")
+    restore_completions(strange, run, step=1)
+    copied = [path.name for path in run.rglob("*") if path.is_file()]
+    outcome(f"private key copied to {copied[0]}" if copied else "not copied")
+    assert not copied

@@ -21,6 +21,7 @@ from reinforcepp.commands.access import RefuseWebPages, RequireKey
 from reinforcepp.commands.export.command import write_folder
 from reinforcepp.config import ServeConfig
 from reinforcepp.errors import ConfigError, RolloutError
+from reinforcepp.models.folder_checks import check_weights
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer, local_folder
 from reinforcepp.models.lora import is_adapter_dir
 from reinforcepp.models.prompt_format import prompt_form
@@ -88,7 +89,9 @@ def _plain_folder(source: Source, merged: Path) -> str:
     An adapter is first merged into its base model, in the folder ``merged``.
     """
     if not is_adapter_dir(Path(source.name)):
-        return str(local_folder(source.name))
+        folder = local_folder(source.name)
+        check_weights(folder, source.name)
+        return str(folder)
     merged.mkdir()
     write_folder(source, "auto", merged, merged.name)
     return str(merged)

@@ -22,11 +22,13 @@ from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, ReinforceError, nearest, option, useful_line
 from reinforcepp.files import lfs_pointer
 from reinforcepp.models.encoders import add_missing_parts, check_generates, is_encoder, skipped_positions
+from reinforcepp.models.folder_checks import CONVERT, HUB_FILES, NO_PICKLES, check_links, check_weights
 from reinforcepp.models.lora import (
     ADAPTER_CONFIG,
     AdapterDisabled,
     adapter_vocabulary,
     base_model_name,
+    check_no_cycle,
     full_model_folder,
     full_weights,
     has_adapter,
@@ -43,7 +45,6 @@ from reinforcepp.terminal import warn_once
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-SAFETENSORS_ONLY = {"use_safetensors": True}
 LIBRARY_ERRORS = (
     OSError,
     ValueError,
@@ -60,8 +61,8 @@ DEQUANTIZED = ("fp8", "mxfp4")
 PROGRESS_BAR_BYTES = 500 << 20
 """Size of weights from which a progress bar is shown."""
 
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""Files of a model on the Hub that are downloaded; neither code nor pickled weights."""
+DUPLICATES = ("consolidated*.safetensors", "*/*.safetensors")
+"""Files of a model on the Hub with weights that its main files hold, too."""
 CLASSIFIER = "AutoModelForSequenceClassification"
 USUAL_CONTEXT = 4096
 """Context of a model whose configuration states none."""
@@ -79,7 +80,7 @@ def resolve(name: str) -> str:
     """Return the argument of ``from_pretrained`` for ``name``: a model folder, or a name on the Hub.
 
     Raises:
-        ModelError: ``name`` is a path without a model, or an unknown built-in model.
+        ModelError: ``name`` is a path without a model, an unknown built-in model, or a folder with a link to a foreign file.
     """
     if name.startswith("builtin:"):
         if name != builtin.MODEL_NAME:
@@ -88,6 +89,7 @@ def resolve(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "config.json").is_file() or is_adapter_dir(folder):
+            check_links(folder, name)
             return str(folder)
         inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
         fix = f"Give the path of a model inside: {', '.join(inside)}." if inside else "Give a model folder."
@@ -112,7 +114,7 @@ def local_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with _load_errors(name):
-        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES), ignore_patterns=list(DUPLICATES)))
 
 
 @contextmanager
@@ -132,10 +134,7 @@ def _load_errors(name: str) -> Iterator[None]:
                 "generate and chat. Set it if you trust that code, or use a model that transformers supports."
             ) from error
         if "pytorch_model" in str(error) or (any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))):
-            raise ModelError(
-                f"{name}: no safetensors weights. Pickled weights are never loaded, because a pickle can run any code. If you "
-                "trust the model, load it with transformers and call save_pretrained; otherwise use another model."
-            ) from error
+            raise ModelError(f"{name}: no safetensors weights. {NO_PICKLES} {CONVERT}") from error
         if (pointer := lfs_pointer(folder)) is not None:
             raise ModelError(
                 f"{name}: {pointer} is a Git LFS pointer, not the file itself. Run git lfs pull in the folder."
@@ -214,6 +213,7 @@ def base_of_adapter(name: str) -> str | None:
             f"{name}: the adapter's base model {base} not found. Restore it, or set base_model_name_or_path in "
             f"{folder / ADAPTER_CONFIG} to its path."
         )
+    check_no_cycle(folder)
     return base
 
 
@@ -416,12 +416,12 @@ def load_weights(
     source = resolve(name)
     if _has_invalid_pad_id(load_config(name)):
         settings = {"pad_token_id": None, **settings}  # the embedding would reject it, and padding is masked anyway
-    with _load_errors(name), _bars_if_large(name), _without_report(), full_model_folder(Path(source)) as folder:
+    with _load_errors(name), _bars_if_large(name), _without_report(), safe_folder(name) as folder:
         model, found = auto_class.from_pretrained(
-            str(folder) if folder.is_dir() else source,
+            folder,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **SAFETENSORS_ONLY,
+            use_safetensors=True,
             **remote_code(source),
             **settings,
         )
@@ -436,6 +436,25 @@ def load_weights(
     if initialize is not None:
         initialize(model, set(found["missing_keys"]))
     return _with_fused_gelu(model)
+
+
+@contextmanager
+def safe_folder(name: str) -> Iterator[str]:
+    """Yield the folder from which libraries can load the full model ``name``: without pickled weights and adapters.
+
+    A model of the Hub whose own code the user allows is yielded by its name, because its code isn't downloaded here.
+
+    Raises:
+        ModelError: the folder has no safetensors weights, or names files outside.
+    """
+    source = resolve(name)
+    if not Path(source).is_dir() and remote_code(source)["trust_remote_code"]:
+        yield source
+        return
+    folder = local_folder(name)
+    check_weights(folder, name)
+    with full_model_folder(folder) as full:
+        yield str(full)
 
 
 def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from reinforcepp.config import AdapterConfig
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, useful_line
+from reinforcepp.models.folder_checks import NO_PICKLES
 from reinforcepp.terminal import warn_once
 
 if TYPE_CHECKING:
@@ -72,13 +73,21 @@ def full_model_folder(folder: Path) -> Iterator[Path]:
 
 
 def adapter_vocabulary(folder: Path) -> int | None:
-    """Return the number of tokens in the embeddings that an adapter replaces, or None if it keeps those of its base model."""
-    if not (folder / ADAPTER_WEIGHTS).is_file():
+    """Return the number of tokens in the embeddings that an adapter replaces, or None if it keeps those of its base model.
+
+    Raises:
+        ModelError: the weights are damaged.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
         return None
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
-        for key in weights.keys():  # noqa: SIM118
-            if EMBEDDINGS.search(key):
-                return int(weights.get_slice(key).get_shape()[0])
+    try:
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                if EMBEDDINGS.search(key):
+                    return int(weights.get_slice(key).get_shape()[0])
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: damaged ({error}). Copy the adapter from its origin again.") from error
     return None
 
 
@@ -100,22 +109,43 @@ def base_model_name(folder: Path) -> str:
     return name
 
 
+def check_no_cycle(folder: Path) -> None:
+    """Check that the chain of base models of the adapter in ``folder`` ends.
+
+    Raises:
+        ModelError: it doesn't, or a configuration in it is damaged.
+    """
+    chain: list[Path] = []
+    while is_adapter_dir(folder):
+        if (resolved := folder.resolve()) in chain:
+            raise ModelError(
+                f"{folder / ADAPTER_CONFIG}: the adapter is its own base model. Set base_model_name_or_path to the model that it "
+                "was trained on."
+            )
+        chain.append(resolved)
+        folder = Path(base_model_name(folder)).expanduser()
+
+
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Merge the adapter in ``folder`` into the weights of ``model``, in place, and return the model without an adapter.
 
     Raises:
         ModelError: the adapter doesn't match the model.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        pickled = " Pickled weights (.bin) are never loaded, because a pickle can run any code." * any(
-            folder.glob("*.bin")
-        )
+        pickled = f" {NO_PICKLES}" * any(folder.glob("*.bin"))
         raise ModelError(
             f"{folder}: no {ADAPTER_WEIGHTS}.{pickled} Save the adapter as safetensors, with peft's save_pretrained."
         )
     try:
+        config = PeftConfig.from_pretrained(str(folder))
+        # Mixtures and prompts would read other files, and Megatron would import a module, which the configuration names.
+        if config.is_prompt_learning or config.peft_type == "XLORA" or getattr(config, "megatron_config", None):
+            raise ModelError(
+                f"{folder}: an adapter with this {type(config).__name__} can't be merged into its base model. Use LoRA."
+            )
         vocabulary = adapter_vocabulary(folder)
         if vocabulary is not None and vocabulary != model.config.get_text_config().vocab_size:
             model.resize_token_embeddings(vocabulary, mean_resizing=False)  # the adapter replaces the new rows

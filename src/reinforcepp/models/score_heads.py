@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from reinforcepp.errors import ModelError
+from reinforcepp.models.folder_checks import CONVERT, NO_PICKLES
 from reinforcepp.models.lora import ADAPTER_PREFIX, is_adapter_dir
 
 if TYPE_CHECKING:
@@ -75,12 +76,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[list[int], Path]]:
         pickled = any(folder.glob("*.bin"))
         raise ModelError(
             f"{folder}: no safetensors weights, so it isn't a reward model. "
-            + (
-                "Pickled weights (.bin) are never loaded, because a pickle can run any code. If you trust the model, load it "
-                "with transformers and call save_pretrained."
-                if pickled
-                else "Train one: reinforcepp reward"
-            )
+            + (f"{NO_PICKLES} {CONVERT}" if pickled else "Train one: reinforcepp reward")
         )
     return shapes
 

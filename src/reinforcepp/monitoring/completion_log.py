@@ -155,7 +155,7 @@ def restore_completions(source: Path, run: Path, step: int) -> None:
             path.unlink()
     if source.resolve() != run.resolve():
         for path in _files(source):
-            if _step(path) <= step:
+            if _step(path) <= step and not path.is_symlink():  # of a run of others, a link could lead anywhere
                 folder = run / path.parent.name
                 folder.mkdir(exist_ok=True)
                 copy_file(path, folder / path.name)

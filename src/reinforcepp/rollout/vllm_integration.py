@@ -23,7 +23,7 @@ import torch
 from reinforcepp.errors import RolloutError, first_line, option, setting
 from reinforcepp.models import loading as models
 from reinforcepp.rollout.engine import check_prompts, preserve_random_state, to_completion
-from reinforcepp.rollout.vllm.compat import import_vllm, sampling_settings, vllm_status
+from reinforcepp.rollout.vllm.compat import import_vllm, load_format, sampling_settings, vllm_status
 from reinforcepp.rollout.vllm.cpu_patches import patch_vllm, release_free_memory
 from reinforcepp.rollout.vllm.local_transfer import AdapterTransfer, IpcTransfer, ReloadTransfer, supports_adapter
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
@@ -331,7 +331,8 @@ class VllmEngine:
     def _model_folder(self, model: PreTrainedModel | str) -> Iterator[tuple[str, str]]:
         """Yield the folder from which vLLM starts and its load format; a live model's folder holds no weights."""
         if isinstance(model, str):
-            yield models.resolve(model), "auto"
+            with models.safe_folder(model) as folder:
+                yield folder, load_format(folder)
             return
         with tempfile.TemporaryDirectory(prefix="reinforcepp-vllm-") as folder:
             self.config.save_pretrained(folder)

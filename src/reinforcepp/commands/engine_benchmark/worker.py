@@ -74,13 +74,11 @@ class Worker:
         from transformers import AutoModelForCausalLM
 
         # load_policy would make GPT-2 faster than it is for users of transformers.
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(
-                models.resolve(model), dtype=precision, trust_remote_code=False, **models.SAFETENSORS_ONLY
+        with models.safe_folder(model) as folder:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=precision, trust_remote_code=False, use_safetensors=True
             )
-            .to(self.device)
-            .eval()
-        )
+        self.model = loaded.to(self.device).eval()
 
     def run(self, prompts: list[list[int]], sampling: dict[str, Any]) -> Answer:
         """Generate responses to ``prompts``. The latency of a prompt is from the start of the batch to its last token."""

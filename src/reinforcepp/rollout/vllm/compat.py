@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 IMPORT_FAILURES = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 """Exceptions of vLLM while it imports a model's code, for example because an optional package is missing."""
+
+
+def load_format(folder: str) -> str:
+    """Return vLLM's load format for the model in ``folder``. It loads safetensors only, but vLLM's default also pickles."""
+    return "mistral" if any(Path(folder).glob("consolidated*.safetensors")) else "safetensors"
 
 
 def vllm_status(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[bool, str]:

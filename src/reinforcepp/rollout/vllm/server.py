@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reinforcepp.errors import ConfigError
+from reinforcepp.rollout.vllm.compat import load_format
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def server_command(
         "host": host,
         "port": port,
         "served-model-name": name,
+        "load-format": load_format(model),
         "dtype": str(dtype).removeprefix("torch."),
         "max-model-len": max_length,
         "max-num-seqs": batch_size,
