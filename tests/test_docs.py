@@ -65,6 +65,15 @@ def test_there_are_commands_of_every_verb():
     assert set(COMMANDS) - shown <= {"demo"}, "make demo runs that"
 
 
+def test_a_documented_training_server_listens_on_a_stated_address():
+    """vLLM's default is all addresses, and its endpoints for weights require no key."""
+    shown = [block.replace("\\\n", " ") for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
+    servers = [line for block in shown for line in block.splitlines() if "VLLM_SERVER_DEV_MODE=1 vllm serve" in line]
+    assert servers
+    for line in servers:
+        assert "--host 127.0.0.1" in line or "--middleware reinforcepp.commands.access.RequireKey" in line
+
+
 # --- the walk through one training step -------------------------------------------------------------------------------
 
 WALK = (ROOT / "docs/training_step.md").read_text(encoding="utf-8")

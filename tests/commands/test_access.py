@@ -8,6 +8,7 @@ import json
 import pytest
 
 from reinforcepp.commands.access import RefuseWebPages, RequireKey
+from reinforcepp.rollout.vllm.server import GUARD
 
 KEY = "sk-quite-secret"
 BEARER = ("authorization", f"Bearer {KEY}")
@@ -37,6 +38,10 @@ def ask(middleware, *headers, path="/v1/models", method="GET", kind="http", **sc
 
 def with_key(app):
     return RequireKey(app, KEY)
+
+
+def test_the_middleware_has_the_documented_name():
+    assert f"{RequireKey.__module__}.{RequireKey.__name__}" == GUARD
 
 
 def test_the_key_opens_every_path_and_health_needs_none():

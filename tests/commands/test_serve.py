@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands.served import KEY, Server, free_port
 
 from reinforcepp.commands import cli
 from reinforcepp.data.builtin import model_path
@@ -20,9 +19,6 @@ from reinforcepp.models.loading import load_config
 from reinforcepp.models.prompt_format import PLAIN_TEMPLATE
 from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.server import server_command, server_environment
-from scripts import SOURCE
-
-KEY = "sk-quite-secret"
 
 needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
@@ -30,61 +26,11 @@ needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 # --- the real server --------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """``reinforcepp serve`` in a separate process, ready to be asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.log = folder / "log"
-        (folder / "key").write_text(f"{KEY}\n")
-        command = [sys.executable, "-m", "reinforcepp", "serve", "builtin:tiny", "--port", str(self.port)]
-        command += ["--api_key_file", str(folder / "key")]
-        own = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            command, env=os.environ | own, stdout=self.log.open("w"), stderr=subprocess.STDOUT
-        )
-        end = time.monotonic() + 300
-        while "press Ctrl-C" not in self.said:
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.process.terminate()
-                pytest.fail(self.said)
-            time.sleep(0.3)
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def children(self) -> list[int]:
-        """Every process that has come from it."""
-        found, todo = [], [self.process.pid]
-        while todo:
-            pid = todo.pop()
-            try:
-                children = [
-                    int(child)
-                    for task in Path(f"/proc/{pid}/task").iterdir()
-                    for child in (task / "children").read_text().split()
-                ]
-            except OSError:
-                children = []
-            found += children
-            todo += children
-        return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("server"))
     yield server
-    if server.process.poll() is None:
-        server.process.terminate()
-        server.process.wait(timeout=60)
+    server.end()
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +82,25 @@ class TestServer:
         assert KEY not in server.said
         assert "requires a key" in server.said
 
+    def test_every_path_but_health_requires_the_key(self, server):
+        paths = [
+            "/invocations",
+            "/metrics",
+            "/docs",
+            "/nothing",
+            "/ping",
+            "/health/",
+            "//health",
+            "/health/../invocations",
+        ]
+        paths += ["/health%2f..%2finvocations", "/health%00", "/HEALTH", f"http://127.0.0.1:{server.port}/metrics"]
+        assert {path: status_of(server.port, path) for path in paths} == dict.fromkeys(paths, 401)
+        allowed = ["/health", "/health?x=1", "/%68ealth"]
+        assert {path: status_of(server.port, path) for path in allowed} == dict.fromkeys(allowed, 200)
+        upgrade = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+        upgrade += ["Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng=="]
+        assert status_of(server.port, "/v1/realtime", *upgrade) == 403
+
     def test_a_port_that_is_taken_is_refused(self, server, capsys, monkeypatch):
         monkeypatch.setattr("reinforcepp.commands.serve.vllm_status", lambda *_: pytest.fail("vLLM was loaded"))
         assert cli.main(["serve", "--port", str(server.port)]) == 2
@@ -152,6 +117,14 @@ class TestServer:
             assert time.monotonic() < end
             time.sleep(0.2)
         assert "Traceback" not in server.said
+
+
+def status_of(port: int, path: str, *headers: str) -> int:
+    """Return the status of a request whose path no client normalizes."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        lines = [f"GET {path} HTTP/1.1", "Host: 127.0.0.1", *(headers or ["Connection: close"]), "", ""]
+        connection.sendall("\r\n".join(lines).encode())
+        return int(connection.recv(100).split()[1])
 
 
 def alive(pid: int) -> bool:

@@ -145,13 +145,18 @@ def closed_port() -> str:
 # --- rejected at the start --------------------------------------------------------------------------------------------
 
 
-def test_a_server_with_wrong_settings_is_rejected_with_the_command_to_start_it(peer, start):
+def test_a_server_with_wrong_settings_is_rejected_with_the_command_to_start_it(peer, start, monkeypatch):
     peer.responses["/server_info"] = (404, '{"detail":"Not Found"}')
     with pytest.raises(RolloutError, match=r"doesn't offer /server_info.*\n *VLLM_SERVER_DEV_MODE=1 vllm serve "):
         start(peer.url)
     other = CONFIG | {"model_config": CONFIG["model_config"] | {"logprobs_mode": "raw_logprobs"}}
     peer.responses["/server_info"] = json.dumps({"vllm_config": other})
     with pytest.raises(RolloutError, match=r"raw_logprobs.*\n.*--max-model-len 88 --logprobs-mode processed_logprobs"):
+        start(peer.url)
+    with pytest.raises(RolloutError, match=r"--host 127.0.0.1 .*--middleware reinforcepp.commands.access.RequireKey\n"):
+        start(peer.url)
+    monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(RolloutError, match=r"--host 127.0.0.1 .*processed_logprobs\n"):
         start(peer.url)
 
 
@@ -242,6 +247,21 @@ def test_tls_needs_a_trusted_certificate(peer, start, tmp_path, monkeypatch):
         start(url)
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
     assert start(url).generate(prompts_of(prepared_tokenizer())[:1], Sampling(4))
+
+
+def test_servers_that_other_nodes_reach_are_a_warning(start, caplog):
+    def warnings(*urls: str) -> str:
+        caplog.clear()
+        server_pool._warn_about_exposed(urls)
+        return caplog.text
+
+    assert warnings("http://127.0.0.1:8001", "http://[::1]:8002", "http://localhost:8003") == ""
+    message = warnings("http://127.0.0.1:8001", "http://gpu1:8000", "https://10.0.0.2:8443")
+    assert "http://gpu1:8000, https://10.0.0.2:8443: the connection isn't encrypted, and vLLM's" in message
+    assert "127.0.0.1" not in message and "isn't encrypted" not in warnings("https://gpu1:8443")
+    with pytest.raises(EngineLost):
+        start("http://no-such-host.invalid:8000")
+    assert "let every client that reaches them run code" in caplog.text
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

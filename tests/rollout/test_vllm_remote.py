@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import httpx2
 import psutil
 import pytest
 import tiny
@@ -40,6 +41,7 @@ GREEDY = Sampling(24, temperature=0)
 EXTENSION = "rollout.nccl_extension.Worker"
 """Our extension, in a server that also takes broadcasts without a GPU."""
 NCCL = '--weight-transfer-config={"backend": "nccl"}'
+GUARD = "--middleware=reinforcepp.commands.access.RequireKey"
 SHORT = Timeouts(connect=2, health_interval=0.5, health=2, progress=60, rejoin=5)
 
 
@@ -61,12 +63,12 @@ def cable():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, cable):
-    """Start a plain server with tied weights, and one with our extension and NCCL's stand-in, untied, behind the cable."""
+    """Start a plain server with tied weights, and behind the cable one with all our additions and NCCL's stand-in, untied."""
     folder = tmp_path_factory.mktemp("served")
     tied, untied = tiny.save(folder / "tied", seed=3), tiny.save(folder / "untied", seed=3, tied=False)
     both = [
         Served(folder / "plain.log", tied),
-        Served(folder / "extended.log", untied, f"--worker-extension-cls={EXTENSION}", NCCL, network=cable),
+        Served(folder / "extended.log", untied, f"--worker-extension-cls={EXTENSION}", NCCL, GUARD, network=cable),
     ]
     try:
         for server in both:
@@ -389,6 +391,15 @@ def test_a_server_serves_several_processes(served, tmp_path, pairs_csv):
     # engine; without the shared sampling seeds, no two of the completions would be equal.
     assert completions[0].keys() == completions[1].keys() and len(completions[0]) == 6
     assert sum(completions[0][key] == completions[1][key] for key in completions[0]) >= 4
+
+
+def test_the_middleware_guards_the_endpoints_for_weights(served):
+    """The other tests with this server show that the trainer gives the key to every endpoint."""
+    with httpx2.Client(base_url=served[1].url, trust_env=False) as client:
+        body = {"method": "reload_weights"}
+        assert client.post("/collective_rpc", json=body).status_code == 401
+        assert client.get("/server_info", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        assert client.get("/health").status_code == 200
 
 
 def test_a_wrong_key_is_reported_and_never_shown(served, model_folder, pairs_csv, tmp_path, monkeypatch, capfd, caplog):

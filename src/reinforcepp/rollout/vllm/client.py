@@ -308,9 +308,11 @@ class VllmClient:
             ) from error
 
     def _reject(self, problem: str) -> None:
+        needed = self.requirements
+        command = training_command(needed.model, needed.max_length, with_key="Authorization" in self._headers)
         raise IncompatibleServer(
-            f"{setting('rollout')}: the vLLM server {self.url} {problem}. Start it with:\n"
-            f"  {training_command(self.requirements.model, self.requirements.max_length)}"
+            f"{setting('rollout')}: the vLLM server {self.url} {problem}. Start it with:\n  {command}\n"
+            "docs/vllm_server.md explains the key and servers on other nodes."
         )
 
     # --- lost servers ---

@@ -20,6 +20,8 @@ MODULE = "vllm.entrypoints.openai.api_server"
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # our own engine sets it; a server needs its engine in a separate process
 KEY = "VLLM_API_KEY"
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
+GUARD = "reinforcepp.commands.access.RequireKey"
+"""Import path of the middleware that requires the key on every path except ``/health``."""
 
 PASSED_VARIABLES = """
     PATH HOME USER LOGNAME SHELL HOSTNAME TERM COLORTERM COLUMNS NO_COLOR FORCE_COLOR LANG LANGUAGE TZ TMPDIR TEMP TMP
@@ -129,10 +131,15 @@ def _is_passed(name: str) -> bool:
     return with_prefix or name in PASSED_VARIABLES.split()
 
 
-def training_command(model: str, max_length: int) -> str:
-    """Return the command with which a user starts a server for training."""
-    flags = f"--max-model-len {max_length} --logprobs-mode processed_logprobs"
-    return f"VLLM_SERVER_DEV_MODE=1 vllm serve {model} {flags}"
+def training_command(model: str, max_length: int, *, with_key: bool = False) -> str:
+    """Return the command with which a user starts a server for training.
+
+    The server listens on the loopback address, because vLLM's endpoints for weights require no key and can run code.
+    ``with_key`` adds the middleware that requires a key there, too.
+    """
+    flags = f"--host 127.0.0.1 --max-model-len {max_length} --logprobs-mode processed_logprobs"
+    flags += f" --middleware {GUARD}" if with_key else ""
+    return f"{DEV_MODE}=1 vllm serve {model} {flags}"
 
 
 def vllm_is_for_gpus() -> bool:

@@ -10,6 +10,7 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from reinforcepp.errors import EngineLost, RolloutError, option, setting
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
@@ -27,6 +28,7 @@ from reinforcepp.rollout.vllm.nccl import BACKEND, NcclServerTransfer
 from reinforcepp.rollout.vllm.server import environment_key
 from reinforcepp.rollout.vllm.server_transfer import EXTENSION, FileTransfer, MessageTransfer
 from reinforcepp.rollout.weight_transfer import WeightTransfer
+from reinforcepp.runtime import is_loopback
 from reinforcepp.terminal import logger
 from reinforcepp.types import Prompt, Sampling
 
@@ -77,6 +79,7 @@ class ServerPool:
         timeouts: Timeouts,
     ) -> None:
         key = environment_key()
+        _warn_about_exposed(addresses)
         self.clients = [VllmClient(address, key, requirements, timeouts) for address in addresses]
         self._tokenizer, self._batch_size, self._timeouts = tokenizer, batch_size, timeouts
         self._files, self._messages, self._nccl = FileTransfer(folder), MessageTransfer(), NcclServerTransfer()
@@ -251,4 +254,17 @@ class ServerPool:
         return (
             f"{setting('rollout')}: no vLLM server is available: {listed}. Start a server at its address again, or use "
             f"{option('rollout', 'auto')}."
+        )
+
+
+def _warn_about_exposed(addresses: Sequence[str]) -> None:
+    """Log a warning about servers that other nodes can reach."""
+    exposed = [address for address in addresses if not is_loopback(urlsplit(address).hostname or "")]
+    if exposed:
+        clear = "the connection isn't encrypted, and " if any(url.startswith("http:") for url in exposed) else ""
+        log.warning(
+            "%s: %svLLM's endpoints for weights let every client that reaches them run code. docs/vllm_server.md explains an "
+            "ssh tunnel and a key for all endpoints.",
+            ", ".join(exposed),
+            clear,
         )
