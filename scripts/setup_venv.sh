@@ -78,8 +78,8 @@ else
 fi
 case $packages in
     cuda) file=requirements-reinforce.txt what="CUDA packages" room=16 size="roughly 10 GB, ten minutes" ;;
-    cpu) file=requirements-reinforce-cpu.txt what="CPU packages" room=5 size="about 2.9 GB, two to four minutes" ;;
-    plain) file=requirements-reinforce-plain.txt what="packages without vLLM" room=4 size="about 1.6 GB, two minutes" ;;
+    cpu) file=requirements-reinforce-cpu.txt what="CPU packages" room=6 size="about 3.6 GB, two to four minutes" ;;
+    plain) file=requirements-reinforce-plain.txt what="packages without vLLM" room=5 size="about 2.4 GB, two minutes" ;;
     *) die "PACKAGES=$packages is none of cuda, cpu, plain" ;;
 esac
 
