@@ -13,10 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from packaging.version import Version
 
 from reinforcepp import __version__
 from reinforcepp.commands import cli
 from reinforcepp.monitoring import read_metrics
+from reinforcepp.rollout.ray.worker import MIN_RAY
 from reinforcepp.runtime import versions_of
 from reinforcepp.training import checkpoint
 from scripts import ROOT, SOURCE
@@ -125,7 +127,9 @@ def test_a_port_in_use_is_an_error(place, command):
         words = [EXAMPLES / command[0], *command[1:]]
         done = subprocess.run(words, env=place, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: Something listens on 127.0.0.1:{place['PORT']} already: stop it, or")
+    assert done.stderr.startswith(
+        f"error: 127.0.0.1:{place['PORT']} is in use. Stop the program that listens there, or"
+    )
 
 
 def test_a_node_that_fails_to_start_ends_the_job(place, tmp_path):
@@ -155,17 +159,55 @@ def test_nodes_with_one_rank_each_train_together(place, tmp_path, model_folder, 
     assert len(read_metrics(tmp_path / "run")) == 2 and done.stderr.count("Saved policy to") == 1
 
 
+def manifest():
+    """The NetworkPolicy and the RayJob for Kubernetes."""
+    policy, job = yaml.safe_load_all((EXAMPLES / "kuberay" / "train.yaml").read_text())
+    assert (policy["kind"], job["kind"]) == ("NetworkPolicy", "RayJob")
+    return policy["spec"], job["spec"]
+
+
+def templates(job):
+    """The templates of all pods of a RayJob."""
+    cluster = job["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [job["submitterPodTemplate"], *(group["template"] for group in groups)]
+
+
 def test_the_kubernetes_job_runs_a_valid_command():
-    job = yaml.safe_load((EXAMPLES / "kuberay" / "train.yaml").read_text())
-    program, verb, *flags = job["spec"]["entrypoint"].split()
+    _, job = manifest()
+    program, verb, *flags = job["entrypoint"].split()
     assert (program, verb) == ("reinforcepp", "train")
     config = cli.parse(verb, flags)
-    cluster = job["spec"]["rayClusterSpec"]
+    cluster = job["rayClusterSpec"]
     head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     mounts = head["template"]["spec"]["containers"][0]["volumeMounts"]
     assert all(path.startswith(mounts[0]["mountPath"]) for path in (config.data, config.output_dir))
     assert head["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"} and workers["minReplicas"] >= 1
-    images = {group["template"]["spec"]["containers"][0]["image"] for group in (head, workers)}
+    images = {template["spec"]["containers"][0]["image"] for template in templates(job)}
     assert images == {f"registry.example/reinforcepp:{__version__}"}
     own = versions_of(["ray"])["ray"]
     assert cluster["rayVersion"] == own and (EXAMPLES / "kuberay" / "Dockerfile").read_text().count(own) == 2
+
+
+def test_the_kubernetes_job_is_restricted():
+    """By authentication, and to the rights that the Pod Security Standard "restricted" of Kubernetes leaves."""
+    policy, job = manifest()
+    cluster = job["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"} and Version(cluster["rayVersion"]) >= Version(MIN_RAY)
+    assert "enableInTreeAutoscaling" not in cluster  # it would need the token of a service account
+    for template in templates(job):
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        assert template["metadata"]["labels"] == policy["podSelector"]["matchLabels"]
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+    members, operator = policy["ingress"]
+    assert policy["policyTypes"] == ["Ingress"] and members == {"from": [{"podSelector": policy["podSelector"]}]}
+    (peer,) = operator["from"]
+    assert all(selector["matchLabels"] for selector in peer.values()) and len(peer) == 2
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# A Ray cluster for the time of one command: other hosts generate, this one trains.
+# Start a Ray cluster for one command: other hosts generate, this one trains.
 #
 #   examples/cluster/with_ray.sh "gpu1 gpu2" reinforcepp train --rollout ray://auto --output_dir runs/train ...
 #   examples/cluster/with_ray.sh "gpu1 gpu2" torchrun --nproc_per_node 8 -m reinforcepp train --rollout ray://auto ...
 #
-# The hosts are reached by ssh, without a password, and have this package and Ray installed as here. When the command
-# ends, so does the cluster; Ctrl-C and TERM let the training save first. In the environment, where a default doesn't fit:
+# This host connects to the others by ssh, without a password. They need this package and Ray 2.52 or later, in the same
+# versions as here. The cluster requires a token that is new for each run, but traffic isn't encrypted, so use a network that
+# you trust. When the command ends, so does the cluster; after Ctrl-C or TERM the training saves first. Set these variables to
+# change a default:
 #
-#   HEAD    this machine's address, as the others reach it        the first one that `hostname -I` names
-#   PORT    of the head of the cluster                            6379
-#   RAY     the command on every host                             ray
-#   ON      runs a command, which follows, on the host {}         ssh -tt -o BatchMode=yes {}
+#   HEAD    this host's address, as the others reach it           the first one that `hostname -I` prints
+#   PORT    port of the head of the cluster                       6379
+#   RAY     the ray command on every host                         ray
+#   ON      runs the command that follows it on the host {}       ssh -tt -o BatchMode=yes {}
 
 set -euo pipefail
 
@@ -29,7 +31,7 @@ started=()
 
 listens() { (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; }
 
-stop() { # the training saves with the cluster still there
+stop() { # the training saves while the cluster is still running
   if [ -n "$command" ]; then kill -TERM "$command" 2>/dev/null || true; else exit 143; fi
 }
 
@@ -39,17 +41,18 @@ finish() {
 }
 
 if listens; then
-  echo "error: Something listens on $head:$port already: stop it, or choose another port with PORT=6380." >&2
+  echo "error: $head:$port is in use. Stop the program that listens there, or choose another port, such as PORT=6380." >&2
   exit 2
 fi
 trap finish EXIT
 trap stop INT TERM
 
-# Nobody else may give this cluster work. The word for that goes to the hosts by what they read, not by what `ps` shows.
+# Only processes with this token can use the cluster. Hosts read it from standard input, because `ps` shows command lines to
+# all users.
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 
-# The head only keeps the books: this machine's GPU is the trainer's.
+# The head has no resources for workers, because the trainer uses this host's GPU.
 "$ray" start --head --block --node-ip-address="$head" --port="$port" --num-cpus=0 --num-gpus=0 \
   --include-dashboard=false --disable-usage-stats >/dev/null &
 started+=($!)
@@ -58,7 +61,7 @@ for _ in $(seq 60); do
   sleep 1
 done
 if ! listens; then
-  echo "error: The head of the cluster did not start on $head:$port; what Ray said is above." >&2
+  echo "error: The head of the cluster didn't start on $head:$port. Ray's messages are above." >&2
   exit 1
 fi
 
@@ -75,6 +78,6 @@ command=$!
 code=0
 while kill -0 "$command" 2>/dev/null; do
   code=0
-  wait "$command" || code=$? # a signal ends the waiting, not the training
+  wait "$command" || code=$? # a signal interrupts only this wait, not the training
 done
 exit "$code"
