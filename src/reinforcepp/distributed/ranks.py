@@ -101,6 +101,9 @@ def init_process_group(timeout_seconds: float) -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if started() == 1:
         return
+    # Ranks exchange pickles by gloo without authentication, so on a single node no other node should reach them.
+    if sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not is_main():  # Libraries log and warn once, on rank 0.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
