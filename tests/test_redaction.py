@@ -4,8 +4,15 @@ import time
 
 import pytest
 
+from reinforcepp.commands.cli import parse
 from reinforcepp.config import TrainConfig, as_dict
+from reinforcepp.config.reward_spec import parse_source
+from reinforcepp.errors import ConfigError, RewardError
+from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.redaction import redacted, without_secrets
+from reinforcepp.reports.run.settings import reproduce
+from reinforcepp.run_dir import changed_settings, describe_run
+from reinforcepp.terminal import echo, logger, print_error, warn
 
 SLACK = "hooks.slack.com"
 SHOWN = {
@@ -81,3 +88,50 @@ def test_long_hostile_texts_take_linear_time(piece):
     for text in (piece * 5000, "http://h/?" + piece * 5000 + "b"):
         redacted(text)
     assert time.monotonic() - began < 5
+
+
+URL = "https://host/hook/0a1b2c3d4e5f?code=kR7p"
+SHOWN_URL = "https://host/hook/***?code=***"
+
+
+def test_settings_for_files_hide_secrets_but_the_configuration_keeps_them():
+    config = TrainConfig(rewards=(f"0.5*{URL}",))
+    assert config.rewards == (f"0.5*{URL}",) and config.reward_sources[0].endswith(URL)
+    for shown in (as_dict(config), config.to_dict(), config.to_sanitized_dict()):
+        assert shown["rewards"] == (f"0.5*{SHOWN_URL}",)
+    assert "kR7p" not in config.to_json_string()
+
+
+def test_a_run_resumes_with_another_secret_but_not_with_another_address():
+    began, now = {"rewards": [URL]}, {"rewards": [URL.replace("kR7p", "new")]}
+    assert changed_settings(began, now) == {}  # a run of an earlier version, which stored the secret
+    assert changed_settings(without_secrets(began), without_secrets(now)) == {}
+    changed = changed_settings(began, {"rewards": [URL.replace("host", "other")]})
+    assert "other" in changed["rewards"] and "kR7p" not in changed["rewards"]
+
+
+def test_the_address_in_a_record_is_not_used_as_an_address(tmp_path):
+    describe_run(tmp_path, as_dict(TrainConfig(rewards=(URL,))), {"kind": "TrainConfig"})
+    assert "0a1b2c" not in (tmp_path / "run.json").read_text()
+    assert SHOWN_URL in reproduce(read_run(tmp_path)).yaml
+    with pytest.raises(ConfigError, match="Write the secret there"):
+        parse_source(SHOWN_URL)
+
+
+def test_errors_and_messages_hide_secrets(capfd, caplog):
+    assert str(RewardError(f"{URL} failed")) == f"{SHOWN_URL} failed"
+    echo(f"echo {URL}")
+    print_error(ValueError(f"error {URL}"))
+    logger("reinforcepp.test").warning("log %s", URL)
+    with pytest.warns(UserWarning, match="warn https") as warned:
+        warn(f"warn {URL}")
+    texts = [*capfd.readouterr().err.splitlines(), caplog.text, str(warned[0].message)]
+    shown = [text for text in texts if SHOWN_URL in text]
+    assert len(shown) == 4 and not any("kR7p" in text or "0a1b2c" in text for text in texts)
+
+
+def test_a_secret_on_the_command_line_is_a_warning(caplog):
+    parse("train", ["--rewards", "http://host/get_reward", "--output_dir", "runs/x"])
+    assert caplog.text == ""
+    assert parse("train", ["--rewards", URL]).rewards == (URL,)
+    assert caplog.text.count("can read a secret") == 1 and SHOWN_URL in caplog.text and "kR7p" not in caplog.text

@@ -20,11 +20,15 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from reinforcepp.redaction import redacted
 from reinforcepp.terminal import printable
 
 
 class ReinforceError(Exception):
-    """Base of all errors raised on purpose; the message is for the user."""
+    """Base of all errors raised on purpose; the message is for the user and never shows a secret."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redacted(message))
 
     def __str__(self) -> str:
         """Return the message without control characters, because it can quote files and servers."""

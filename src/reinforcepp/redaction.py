@@ -23,7 +23,7 @@ WHOLE_URL = re.compile(rf"((?:[-+\d.e]+\s*\*\s*)?{_SCHEME})((?:(?!,{_SCHEME})\S)
 USER = re.compile(r"[^/?#]*@|[^/?#@]*:(?!\d+(?:[/?#]|$)).*@")
 """User and password, also a password with one of the characters that end it by the standard."""
 WORD = re.compile(
-    r"v?\d{1,6}|\d{1,3}[A-Za-z]{1,2}|[A-Za-z]{1,8}\d{1,2}|[A-Z]{1,8}|[a-z]{1,14}|[A-Z]?[a-z]{2,13}(?:[A-Z][a-z]{2,13})*"
+    r"v?\d{1,8}|[A-Za-z]?\d{1,3}[A-Za-z]{1,2}|[A-Za-z]{1,8}\d{1,2}|[A-Z]{1,8}|[a-z]{1,14}|[A-Z]?[a-z]{2,13}(?:[A-Z][a-z]{2,13})*"
 )
 """A word of a path, a number, or a version; the words are separated by ``-``, ``_`` or a dot."""
 LONGEST_WORDS = 48

@@ -14,6 +14,7 @@ from typing import Any
 from reinforcepp.errors import ConfigError, option
 from reinforcepp.files import PARTIAL, remove, write_json
 from reinforcepp.locks import RUN_LOCK, OutputLock, check_unlocked, folder_lock
+from reinforcepp.redaction import without_secrets
 
 RENAMED_SETTINGS = {"mini_batch_size": "micro_batch_size"}
 """Current names of settings by their old names, which version 0.1.0 stored in ``run.json``."""
@@ -258,8 +259,9 @@ def check_unchanged(began: Mapping[str, Any], now: Mapping[str, Any], allowed: C
 
 def changed_settings(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Return a description of each changed setting that affects the results of a run, by its name."""
-    # Stored settings come from JSON, which has no tuples, so both go through JSON before the comparison.
-    began, now = (json.loads(json.dumps(rename_settings(settings))) for settings in (began, now))
+    # Stored settings come from JSON, which has no tuples, so both go through JSON before the comparison. Files of earlier
+    # versions hold secrets. Without them, a run also resumes after its server's token was replaced.
+    began, now = (without_secrets(json.loads(json.dumps(rename_settings(settings)))) for settings in (began, now))
     return {
         name: f"{name} was {began[name]} and is {value}"
         for name, value in now.items()
@@ -304,10 +306,10 @@ def set_run_aside(folder: Path) -> Path | None:
 
 
 def describe_run(folder: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write ``run.json`` with the settings and the ``facts`` known before the start."""
+    """Write ``run.json`` with the settings and the ``facts`` known before the start, without secrets."""
     day = _run_date(settings.get("output_dir"), settings.get("resume", False)).isoformat()
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FILE, {"settings": settings, "date": day, **facts})
+    write_json(folder / RUN_FILE, without_secrets({"settings": settings, "date": day, **facts}))
 
 
 def write_finished(folder: Path, finished: Mapping[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""Everything this package prints. Text of models, files and servers can't control the terminal.
+"""Everything this package prints. Text of models, files and servers can't control the terminal; messages show no secret.
 
 An escape sequence can set the window title, write to the clipboard, or overwrite earlier lines, and a bidirectional override
 can show a name as another one. So the functions here print all output, which a test checks. For the output of libraries,
@@ -24,6 +24,7 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from reinforcepp.redaction import redacted
 from reinforcepp.runtime import is_main, is_silent
 
 WARNING = "yellow"
@@ -124,19 +125,19 @@ def echo(text: str, style: str = "") -> None:
         if style == WARNING and is_main():
             warn(text)
         return
-    console.print(text, style=style, soft_wrap=True)
+    console.print(redacted(text), style=style, soft_wrap=True)
 
 
 def print_error(problem: str | BaseException) -> None:
     """Print one message, or the traceback of an exception, to standard error on this rank."""
     parts = [problem] if isinstance(problem, str) else traceback.format_exception(problem)
-    sys.stderr.write("".join(map(one_message, parts)).rstrip() + "\n")
+    sys.stderr.write("".join(one_message(redacted(part)) for part in parts).rstrip() + "\n")
     sys.stderr.flush()
 
 
 def print_at_once(text: str) -> None:
     """Print one message to standard error without Python's streams, in a signal handler or before the process is ended."""
-    os.write(2, f"{one_message(text)}\n".encode(errors="replace"))
+    os.write(2, f"{one_message(redacted(text))}\n".encode(errors="replace"))
 
 
 def print_output(text: str, end: str = "\n") -> None:
@@ -152,18 +153,18 @@ def print_json(text: str) -> None:
 
 def warn(text: str, stacklevel: int = 2) -> None:
     """Issue a Python warning; a ``stacklevel`` of 2 names the line that called the caller."""
-    warnings.warn(one_message(text), stacklevel=stacklevel + 1)
+    warnings.warn(one_message(redacted(text)), stacklevel=stacklevel + 1)
 
 
 class _PrintableRecords(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = one_message(record.getMessage()), ()
+        record.msg, record.args = one_message(redacted(record.getMessage())), ()
         return True
 
 
 @cache
 def logger(name: str) -> logging.Logger:
-    """Return the logger of a module; its messages are :func:`printable` for every handler."""
+    """Return the logger of a module; its messages are :func:`printable` and without secrets for every handler."""
     named = logging.getLogger(name)
     named.addFilter(_PrintableRecords())
     return named

@@ -11,9 +11,12 @@ import yaml
 from made_runs import HOSTILE, evaluation_metrics, make_run
 
 from reinforcepp.commands import cli
+from reinforcepp.config import ReinforceConfig, RewardModelConfig, SftConfig, TrainConfig
+from reinforcepp.config.values import accepted_values
 from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.training.publish import card as cards
-from reinforcepp.training.publish.card import escaped, model_card
+from reinforcepp.training.publish.card import escaped, model_card, public_settings
+from reinforcepp.training.publish.folder import finish_folder
 from reinforcepp.training.publish.source import Source, find_source
 
 
@@ -137,10 +140,10 @@ def test_the_card_shows_the_criteria_of_the_reward(tmp_path):
     card = {"base_model": "distilgpt2", "figures": {}, "criteria": criteria}
     reward = {"name": "rm", "card": card, "outputs": {"safe": 1.0, "short": 0.5, "odd": 0.0}}
     text = card_of(make_run(tmp_path / "run", facts={"rewards": [reward]}))
-    assert "| weights of the outputs | safe 1, short 0.5 |" in text
-    assert "| accuracy by safe on held-out pairs | 0.750 |" in text
-    assert "| accuracy by short on held-out pairs | 0.875 |" in text
-    assert "odd" not in text and "not measured" not in text
+    assert "| weights of the outputs | output 1\\: 1, output 2\\: 0.5 |" in text
+    assert "| accuracy of output 1 on held-out pairs | 0.750 |" in text
+    assert "| accuracy of output 2 on held-out pairs | 0.875 |" in text
+    assert "output 3" not in text and "safe" not in text and "not measured" not in text
 
 
 def test_the_card_shows_data_reward_model_settings_and_results(tmp_path):
@@ -159,17 +162,22 @@ def test_the_card_shows_data_reward_model_settings_and_results(tmp_path):
         "before": evaluation_metrics(0.0, 0.4, kl=0.0),
         "after": evaluation_metrics(2.0, 0.8, length=25.0, kl=0.0512, truncated=0.25, distinct=0.75),
     }
-    settings = {"data": "data/prompts.jsonl", "learning_rate": 3e-5, "eval_prompts": 6, "model": "distilgpt2"}
+    settings = {
+        "data": "data/prompts.jsonl,org/prompts?split=train",
+        "learning_rate": 3e-5,
+        "eval_prompts": 6,
+        "model": "distilgpt2",
+    }
     run = make_run(tmp_path / "run", settings=settings, facts={"rewards": [rewards]}, evaluations=evaluations)
     card = card_of(run)
     rows = [
-        "| prompt data | prompts.jsonl |",
+        "| prompt data | org/prompts, local files |",
         "| training prompts | 100 |",
         "| held-out prompts | 8 |",
         "| fingerprint of the prompts | fedcba9876543210 |",
         "| fingerprint of the initial weights | 0123456789abcdef |",
         "| base model | distilgpt2 |",
-        "| preference data | my.csv |",
+        "| preference data | local files |",
         f"| SHA-256 of the preferences | {'ab' * 32} |",
         "| training pairs | 731 |",
         "| held-out pairs | 122 |",
@@ -177,7 +185,7 @@ def test_the_card_shows_data_reward_model_settings_and_results(tmp_path):
         "| learning\\_rate | 3e-05 | by model size |",
         "| batch\\_size | 16 | 8 |",
         "| reward | 0.000 | 2.000 | +2.000 ± 0.283\\: improved |",
-        "| judge \\(judge\\), not used in training | 0.400 | 0.800 | +0.400 ± 0.057\\: improved |",
+        "| judge, not used in training | 0.400 | 0.800 | +0.400 ± 0.057\\: improved |",
         "| KL to the reference policy, nats/token | 0.0000 | 0.0512 |  |",
         "| length, tokens | 20.0 | 25.0 |  |",
         "| truncated at the length limit | 0% | 25% |  |",
@@ -218,10 +226,10 @@ def test_a_card_never_contains_folder_names(tmp_path):
     )
     card = card_of(run)
     assert "/home" not in card and str(tmp_path) not in card
-    assert "| prompt data | a.csv, b.csv |" in card
+    assert "A model in a local folder, aligned" in card and "| prompt data | local files |" in card
 
 
-def test_text_of_users_is_shown_as_it_is(tmp_path):
+def test_a_title_is_shown_as_it_is(tmp_path):
     rendered = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table").render
     name = "a|b [x](javascript:1) `c` **d** <img src=x> & @me\n# e"
     run = make_run(
@@ -229,11 +237,10 @@ def test_text_of_users_is_shown_as_it_is(tmp_path):
         settings={"model": f"x/y/{HOSTILE}", "lr_scheduler_type": name, "data": name},
         facts={"rewards": [{"name": HOSTILE, "card": None}], "judge": name},
     )
-    page = rendered(card_of(run).partition("\n---\n")[2])
+    page = rendered(model_card(Source(str(run), read_run(run), 12), name).partition("\n---\n")[2])
     assert "<script" not in page and "<img" not in page and "<a " not in page and "<strong>" not in page
     assert "\x1b" not in page and "\u202e" not in page
-    cell = "a|b [x](javascript:1) `c` **d** &lt;img src=x&gt; &amp; @me # e"
-    assert f"<td>{cell}</td>" in page
+    assert "<h1>a|b [x](javascript:1) `c` **d** &lt;img src=x&gt; &amp; @me # e</h1>" in page
 
 
 def test_escaping_leaves_plain_words_alone():
@@ -266,3 +273,48 @@ def test_the_card_s_code_runs(trained, tmp_path, capsys):
     code = (out / cards.CARD).read_text().split("```python\n")[1].split("```")[0]
     exec(code.replace("PATH_OF_THIS_FOLDER", str(out)).replace("256", "5"), {})
     assert json.loads((out / "config.json").read_text())["model_type"] == "gpt2"
+
+
+@pytest.mark.parametrize("config", [TrainConfig, ReinforceConfig, RewardModelConfig, SftConfig])
+def test_texts_of_settings_are_private_unless_they_are_choices(config):
+    """Also those of a new setting: a card shows only numbers, choices, and names of layers."""
+    names = accepted_values(config)
+    for text in ("Be brief.", "/home/me", "http://host/x", "host", ["host"], ["a", "b c"], {"a": "b"}):
+        shown = public_settings(config.__name__, dict.fromkeys(names, text))
+        assert shown.keys() <= ({"lora_target_modules"} if text in ("host", ["host"]) else set())
+    shown = public_settings(config.__name__, dict.fromkeys(names, 1))
+    assert {"learning_rate", "seed", "lora_r"} <= shown.keys() and not {"output_dir", "hub_model_id"} & shown.keys()
+    chosen = {"lr_scheduler_type": "cosine", "optim": "sgd", "lora_target_modules": ["q_proj", "mlp.up"]}
+    assert public_settings(config.__name__, chosen) == chosen
+    assert public_settings("Unknown", chosen) == {}
+
+
+def test_a_card_names_rewards_of_the_hub_and_functions_but_no_server(tmp_path):
+    sources = ["0.5*org/reward-model?output=1", "http://intranet:80/score", "/home/me/f.py:polite", "rule:length?max=9"]
+    names = [
+        ("reward-model", "a reward model"),
+        ("intranet-80", "a reward server"),
+        ("polite", "polite"),
+        ("length", "length"),
+    ]
+    rewards = [{"name": name, "public_name": public, "card": None} for name, public in names]
+    card = card_of(make_run(tmp_path / "run", settings={"rewards": sources}, facts={"rewards": rewards}))
+    for name in ("org/reward-model", "a reward server", "polite", "length"):
+        assert f"Reward: {escaped(name)}." in card
+    assert "intranet" not in card and "/home" not in card
+    old = make_run(tmp_path / "old", facts={"rewards": [{"name": "intranet", "card": None}]})
+    assert "Reward: a reward function." in card_of(old) and "intranet" not in card_of(old)
+
+
+def test_an_exported_adapter_names_a_base_model_on_the_hub_but_no_folder(tmp_path, capfd):
+    for base in ("org/base", "builtin:tiny", str(tmp_path), "~/base", "../base"):
+        folder = tmp_path / "out"
+        folder.mkdir(exist_ok=True)
+        settings = {"base_model_name_or_path": base, "r": 8, "more": {"_name_or_path": base}}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        finish_folder(folder, "card", {"system_prompt": "Be brief."})
+        public = base if base in ("org/base", "builtin:tiny") else None
+        expected = {"base_model_name_or_path": public, "r": 8, "more": {"_name_or_path": public}}
+        assert json.loads((folder / "adapter_config.json").read_text()) == expected
+        shown = capfd.readouterr().err
+        assert ("set base_model_name_or_path" in shown) == (public is None) and "can read the system_prompt" in shown

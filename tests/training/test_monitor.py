@@ -142,7 +142,7 @@ def test_run_json_holds_the_facts_of_the_run(base, tmp_path):
     assert (
         facts["kind"] == "ReinforceConfig"
         and facts["prompts"] == 8
-        and facts["rewards"] == [{"name": "length", "weight": 1.0, "card": None}]
+        and facts["rewards"] == [{"name": "length", "public_name": "length", "weight": 1.0, "card": None}]
     )
     assert (
         {"torch", "python", "processor", "device"} <= set(facts["environment"])

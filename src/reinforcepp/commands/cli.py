@@ -19,12 +19,14 @@ from reinforcepp.commands.table import COMMANDS, Command
 from reinforcepp.config import read_yaml
 from reinforcepp.config.aliases import aliases_of, hint, layered, names_of, take_aliases
 from reinforcepp.config.foreign_names import foreign_hint
+from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.config.values import accepted_values, fields_of
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
 from reinforcepp.monitoring.signals import handle_signals
+from reinforcepp.redaction import redacted
 from reinforcepp.run_dir import REMOVED_SETTINGS, has_checkpoint
-from reinforcepp.runtime import is_main
-from reinforcepp.terminal import guarded_streams, print_at_once, print_error, print_output
+from reinforcepp.runtime import is_first_here, is_main
+from reinforcepp.terminal import guarded_streams, print_at_once, print_error, print_output, warn_once
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 # torch reads these variables when it is loaded. With this spin count, an idle thread waits for work for about 30
@@ -124,8 +126,19 @@ def parse(name: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
             unknown = unknown[len(words) :]
     if unknown:
         raise ConfigError(f"{about_unknown(unknown[0], names_of(config_class))} See reinforcepp {name} --help.")
+    _warn_about_secrets(arguments)
     unset = {n for n, value in settings.items() if value == getattr(config_class, n) and n not in given | values}
     return config_class(**{n: value for n, value in settings.items() if n not in unset}, **aliases)
+
+
+def _warn_about_secrets(arguments: Iterable[str]) -> None:
+    """Print a warning if an argument holds a secret: every user of the node can read the command line."""
+    for argument in arguments:
+        if (shown := redacted(argument)) != argument and is_first_here():
+            warn_once(
+                f"{shown}: every user of this node can read a secret in the command line. For a reward server, use the "
+                f"environment variable {TOKEN_VARIABLE}. Otherwise write the setting into a YAML file: --config FILE."
+            )
 
 
 def _description(command: Command) -> str:

@@ -12,6 +12,7 @@ from reinforcepp.config.aliases import aliases_of, hint, names_of, translated
 from reinforcepp.config.base import JsonObject
 from reinforcepp.config.values import Accepted, EmptyIfNone, accepted_values, converted
 from reinforcepp.errors import ConfigError
+from reinforcepp.redaction import without_secrets
 
 
 def read_yaml(path: str, config_class: type) -> dict[str, Any]:
@@ -81,5 +82,6 @@ def _yaml_value(where: str, value: Any, default: Any, accepted: Accepted) -> Any
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """Return the configuration as plain values, for JSON and for display."""
-    return asdict(config)
+    """Return the configuration as plain values, for files and for display: secrets in them are replaced by ``***``."""
+    settings: dict[str, Any] = without_secrets(asdict(config))
+    return settings

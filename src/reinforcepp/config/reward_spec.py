@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from reinforcepp.config.reward_rules import RULES, make_rule
 from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.redaction import HIDDEN, redacted
 
 JUDGE = "builtin:judge"
 WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.*)", re.DOTALL)
@@ -152,18 +153,21 @@ def path_of_judge(judge: str | None) -> str | None:
 
 
 def check_url(url: str) -> None:
-    """Check that ``url`` is valid and holds no secret, because settings are saved."""
-    fix = f"Put it in the environment variable {TOKEN_VARIABLE}, because settings are saved."
+    """Check that ``url`` is valid and holds no password or token, which belong in a header."""
+    fix = (
+        f"Put it in the environment variable {TOKEN_VARIABLE}, because every user of this node can read a command line."
+    )
     try:
         parts = urlsplit(url)
         valid = bool(parts.hostname) and parts.port != 0
     except ValueError:
         valid = False
     if not valid:
-        shown = "The URL (hidden because of its @)" if "@" in url else url.partition("?")[0]
         raise ConfigError(
-            f"{shown} isn't the address of a reward server. Write it as in http://127.0.0.1:5000/get_reward."
+            f"{redacted(url)} isn't the address of a reward server. Write it as in http://127.0.0.1:5000/get_reward."
         )
+    if HIDDEN in url:
+        raise ConfigError(f"The address of the reward server {url} has {HIDDEN} for a secret. Write the secret there.")
     if parts.username is not None or parts.password is not None:
         raise ConfigError(f"The address of the reward server {parts.hostname} holds a password. {fix}")
     for name, _ in parse_qsl(parts.query, keep_blank_values=True):

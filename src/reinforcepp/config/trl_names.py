@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +21,7 @@ from reinforcepp.config.trl_unsupported import (
     Neutral,
 )
 from reinforcepp.errors import ConfigError
+from reinforcepp.redaction import without_secrets
 from reinforcepp.run_dir import RENAMED_SETTINGS
 from reinforcepp.runtime import is_main, started
 from reinforcepp.terminal import echo
@@ -406,9 +406,9 @@ READ_ONLY: Mapping[str, Callable[[Any], Any]] = {
     "should_log": lambda config: is_main(),
     "disable_tqdm": lambda config: not sys.stderr.isatty(),
     "project": lambda config: "reinforcepp",
-    "to_dict": lambda config: partial(asdict, config),
-    "to_sanitized_dict": lambda config: partial(asdict, config),
-    "to_json_string": lambda config: partial(json.dumps, asdict(config), indent=2),
+    "to_dict": lambda config: lambda: without_secrets(asdict(config)),
+    "to_sanitized_dict": lambda config: lambda: without_secrets(asdict(config)),
+    "to_json_string": lambda config: lambda: json.dumps(without_secrets(asdict(config)), indent=2),
 }
 """Attributes that callbacks of transformers read, for configurations that have no such setting."""
 

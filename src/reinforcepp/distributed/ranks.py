@@ -47,6 +47,7 @@ from reinforcepp.distributed.deepspeed import (
 )
 from reinforcepp.errors import ConfigError, ReinforceError, first_line, option
 from reinforcepp.models.precision import MasterWeights
+from reinforcepp.redaction import redacted
 from reinforcepp.runtime import is_first_here, is_main, own_version, started
 from reinforcepp.terminal import print_error
 
@@ -274,7 +275,11 @@ class Ranks:
             options |= {tracker: {name: settings["run_name"]} for tracker, name in RUN_NAMES.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Trackers warn about their own internals.
-            self.accelerator.init_trackers(PROJECT, config=plain, init_kwargs=options)
+            arguments, sys.argv = sys.argv, [redacted(argument) for argument in sys.argv]  # W&B records them.
+            try:
+                self.accelerator.init_trackers(PROJECT, config=plain, init_kwargs=options)
+            finally:
+                sys.argv = arguments
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """Log the metrics of a step to the trackers."""

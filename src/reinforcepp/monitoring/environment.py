@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from reinforcepp.redaction import redacted
 from reinforcepp.runtime import own_version, versions_of
 
 PACKAGES = (
@@ -27,11 +28,12 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions, hardware and device of this process, its command, and the time."""
+    """Return versions, hardware and device of this process, its command without secrets, and the time."""
     program = os.path.basename(sys.argv[0])
+    arguments = [redacted(argument) for argument in sys.argv[1:]]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(["reinforcepp" if program == "__main__.py" else program, *sys.argv[1:]]),
+        "command": shlex.join(["reinforcepp" if program == "__main__.py" else program, *arguments]),
         "environment": {
             "python": platform.python_version(),
             "reinforcepp": own_version(),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reinforcepp.files import copy_file, no_link
+from reinforcepp.redaction import redacted
 from reinforcepp.runtime import is_main
 from reinforcepp.terminal import echo
 
@@ -92,6 +93,7 @@ def log_event(folder: Path, text: str) -> None:
     """Print an unusual event and append it to events.jsonl, which a resume doesn't restore."""
     if not is_main():
         return
+    text = redacted(text)
     echo(text, "yellow")
     with open(folder / EVENTS, "a", encoding="utf-8", errors="backslashreplace", opener=no_link) as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": text}, ensure_ascii=False) + "\n")

@@ -10,6 +10,7 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring import EVENTS, read_metrics
+from reinforcepp.redaction import without_secrets
 from reinforcepp.run_dir import FINISHED, MARKS, REWARD_CARD, RUN_FILE, rename_settings
 
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
@@ -81,7 +82,7 @@ def find_run(name: str) -> Path:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read everything except the completions, see ``completion_log``.
+    """Read everything except the completions, see ``completion_log``; secrets that earlier versions wrote are replaced.
 
     Raises:
         ConfigError: A file is damaged.
@@ -90,7 +91,7 @@ def read_run(folder: Path) -> RunRecord:
     settings = rename_settings(facts.pop("settings", {}))
     try:
         metrics = read_metrics(folder)
-        events = [json.loads(line) for line in _lines(folder / EVENTS)]
+        events = without_secrets([json.loads(line) for line in _lines(folder / EVENTS)])
     except ValueError as error:
         raise ConfigError(f"{folder}: the log is damaged ({error}).") from error
     return RunRecord(folder, settings, facts, metrics, _read(folder / EVALUATION), events)
@@ -100,7 +101,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(without_secrets(json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: the file is damaged ({error}).") from error
 

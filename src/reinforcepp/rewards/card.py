@@ -15,6 +15,8 @@ from reinforcepp.run_dir import REWARD_CARD
 if TYPE_CHECKING:
     from reinforcepp.models.reward_texts import TextForm  # loads torch
 
+REWARD_MODEL = "a reward model"
+"""Public name of a reward model whose own name can be that of a folder."""
 HOW_TO_TRAIN = "Train a reward model: reinforcepp reward --data YOUR.csv --output_dir models/reward_model"
 
 

@@ -26,6 +26,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError, RewardError
+from reinforcepp.redaction import redacted
 from reinforcepp.runtime import is_loopback, outcome
 from reinforcepp.terminal import logger
 from reinforcepp.types import Conversation
@@ -148,9 +149,8 @@ class RemoteReward:
             raise _TransientError(
                 f"can't be reached or closed the connection ({error or type(error).__name__})"
             ) from error
-        status = (
-            f"answered {response.status_code} {response.reason_phrase} {_shown(content) if content else ''}".rstrip()
-        )
+        reason = redacted(response.reason_phrase, self.url)
+        status = f"answered {response.status_code} {reason} {self._shown(content) if content else ''}".rstrip()
         if response.status_code in TRANSIENT_STATUSES:
             raise _TransientError(status)
         if not response.is_success:
@@ -171,12 +171,17 @@ class RemoteReward:
         assert state.outcome is not None and state.next_action is not None
         log.warning(
             "Reward server %s %s. Retrying in %.1f s (failure %d of %d).",
-            self.url,
+            redacted(self.url),
             state.outcome.exception(),
             state.next_action.sleep,
             state.attempt_number,
             self.attempts,
         )
+
+    def _shown(self, content: bytes | bytearray) -> str:
+        """Return the beginning of a response for a message, with control characters escaped and without secrets."""
+        text = content[: 4 * SHOWN_CHARACTERS].decode(errors="replace")
+        return repr(redacted(text, self.url)[:SHOWN_CHARACTERS])
 
     def _read(self, content: bytes, count: int) -> list[float | None]:
         """Return the scores in a response."""
@@ -184,12 +189,12 @@ class RemoteReward:
             payload = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise RewardError(
-                f"{self.url}: the reward server's response isn't JSON: {_shown(content)}. {_fix(404)}"
+                f"{self.url}: the reward server's response isn't JSON: {self._shown(content)}. {_fix(404)}"
             ) from error
         scores = payload.get("rewards", payload.get("scores")) if isinstance(payload, dict) else payload
         if not isinstance(scores, list):
             raise RewardError(
-                f"{self.url}: the reward server's response has no list 'rewards': {_shown(content)}. "
+                f"{self.url}: the reward server's response has no list 'rewards': {self._shown(content)}. "
                 'Send {"rewards": [...]}.'
             )
         if len(scores) != count:
@@ -238,11 +243,6 @@ def authorization() -> dict[str, str]:
             f"{TOKEN_VARIABLE}: the token has invalid characters, such as a space or a line break. Set it to the token alone."
         )
     return {"Authorization": f"Bearer {token}"}
-
-
-def _shown(content: bytes | bytearray) -> str:
-    """Return the beginning of a response for a message, with control characters escaped."""
-    return repr(content[: 4 * SHOWN_CHARACTERS].decode(errors="replace")[:SHOWN_CHARACTERS])
 
 
 def _fix(status: int) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import RewardScoringConfig
-from reinforcepp.config.reward_rules import make_rule
+from reinforcepp.config.reward_rules import Rule, make_rule
 from reinforcepp.config.reward_spec import RewardSource, parse_model, parse_source
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import weights_hash
-from reinforcepp.rewards.card import RewardCard
+from reinforcepp.redaction import redacted
+from reinforcepp.rewards.card import REWARD_MODEL, RewardCard
 from reinforcepp.rewards.functions import (
     GoldReward,
     RewardFunction,
@@ -111,11 +112,16 @@ class RewardSum:
         return " ".join(parts)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return name, weight and, for a model from a folder, its card and outputs, for the run's record."""
+        """Return names, weight and, for a model from a folder, its card and outputs, for the run's record."""
         found = []
         for name, weight, function in zip(self.names, self.weights, self.functions, strict=True):
             card, labels = getattr(function, "card", None), getattr(function, "labels", ())
-            described = {"name": name, "weight": weight, "card": asdict(card) if isinstance(card, RewardCard) else None}
+            described = {
+                "name": name,
+                "public_name": _public_name(function),
+                "weight": weight,
+                "card": asdict(card) if isinstance(card, RewardCard) else None,
+            }
             if labels:
                 described["outputs"] = dict(zip(labels, function.output_weights, strict=True))  # type: ignore[attr-defined]
             found.append(described)
@@ -238,7 +244,18 @@ def _normalize(functions: Sequence[RewardFunction]) -> None:
         reward.normalize()
 
 
+def _public_name(function: RewardFunction) -> str:
+    """Return the name for a public model card, without an address or a folder."""
+    if isinstance(function, TrainedReward):
+        return REWARD_MODEL
+    if hasattr(function, "url"):
+        return "a reward server"
+    name = function_name(function)
+    known = hasattr(getattr(function, "func", function), "__name__") or isinstance(function, GoldReward | Rule)
+    return name if known and name.isidentifier() else "a reward function"
+
+
 def _identity(source: RewardSource | None, function: RewardFunction) -> str:
     if source is None or source.kind in ("judge", "model"):
         return function_name(function)
-    return source_digest(source.target) if source.kind == "function" else source.target
+    return source_digest(source.target) if source.kind == "function" else redacted(source.target)

@@ -45,7 +45,8 @@ from reinforcepp.training.pair_datasets import (
     tokenizing_errors,
 )
 from reinforcepp.training.prompt_summary import print_prompt_format
-from reinforcepp.training.publish.card import reward_model_card, without_folders, write_card
+from reinforcepp.training.publish.card import reward_model_card, without_private, write_card
+from reinforcepp.training.publish.folder import finish_folder
 from reinforcepp.training.publish.hub import create_for, push_for
 from reinforcepp.training.reward_card import CardData, RewardResult, evaluate_and_save, savable
 from reinforcepp.training.schedule import with_learning_rate
@@ -287,8 +288,8 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
         output = Path(self.args.output_dir)
 
         def write(folder: Path, repository: str) -> None:
-            self._write_model(folder, without_folders(self.card, output) if self.card is not None else None)
-            write_card(self._model_card(repository, **kwargs), folder)
+            self._write_model(folder, without_private(self.card, output) if self.card is not None else None)
+            finish_folder(folder, self._model_card(repository, **kwargs), as_dict(self.config))
 
         return push_for(self.config, Ranks(), write, commit_message, blocking, token, revision)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from reinforcepp.config import ReinforceConfig
+from reinforcepp.config import ReinforceConfig, as_dict
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.lora import has_adapter
@@ -20,6 +20,7 @@ from reinforcepp.training.callbacks import Callbacks
 from reinforcepp.training.evaluation import Evaluator, logged_metrics
 from reinforcepp.training.policy_run import PolicyRun
 from reinforcepp.training.publish.card import model_card, write_card
+from reinforcepp.training.publish.folder import finish_folder
 from reinforcepp.training.publish.hub import create_for, push_for
 from reinforcepp.training.publish.source import Source
 
@@ -144,7 +145,8 @@ class TrainerMethods:
         """
         if self.ranks.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_card(self.folder, self.config.hub_model_id, model_name, dataset_name, tags)
+            card = self._card(self.config.hub_model_id, model_name, dataset_name, tags)
+            write_card(card, self.folder)
 
     def init_hf_repo(self, token: str | None = None) -> None:
         """Create the repository ``args.hub_model_id`` on the Hub; with ``args.push_to_hub``, training begins with this.
@@ -181,23 +183,22 @@ class TrainerMethods:
 
         def write(folder: Path, repository: str) -> None:
             save_model(self.policy, self.tokenizer, folder)
-            self._write_card(folder, repository, **kwargs)
+            finish_folder(folder, self._card(repository, **kwargs), as_dict(self.config))
 
         self.callbacks.call("on_push_begin")
         return push_for(self.config, self.ranks, write, commit_message, blocking, token, revision)
 
-    def _write_card(
+    def _card(
         self,
-        folder: Path,
         repository: str | None,
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
-    ) -> None:
+    ) -> str:
         record = read_run(self.folder) if self.run.begun or self.run.finished else self.run.summary
         base = {"model": self.policy.config.name_or_path} if self.policy.config.name_or_path else {}
         record = replace(record, settings={**base, **record.settings})
-        text = model_card(
+        return model_card(
             Source(str(self.folder), record, self.callbacks.state.global_step),
             model_name or repository or self.folder.absolute().name,
             repository,
@@ -205,7 +206,6 @@ class TrainerMethods:
             tags=[tags] if isinstance(tags, str) else tags or (),
             adapter=has_adapter(self.policy),
         )
-        write_card(text, folder)
 
     def is_world_process_zero(self) -> bool:
         """Return whether this is rank 0."""

@@ -22,6 +22,7 @@ from reinforcepp.errors import ModelError
 from reinforcepp.files import write_json
 from reinforcepp.models.loading import load_config
 from reinforcepp.monitoring import Progress
+from reinforcepp.redaction import without_secrets
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import (
     check_output,
@@ -67,7 +68,7 @@ def _compare(config: CompareAlgorithmsConfig, folder: Path) -> dict[str, Any]:
     grid = {run_folder(folder, run): run for run in (planned_grid(config, folder) if config.sensitivity else ())}
     results = _all_results(config, main | grid)
     comparison = {
-        "settings": asdict(config),
+        "settings": as_dict(config),
         "estimators": summary(config, [results[path] for path in main]),
         "sensitivity": sensitivity([results[path] for path in grid]),
         "runs": [results[path] for path in main],
@@ -128,11 +129,18 @@ def _run(config: CompareAlgorithmsConfig, path: Path, run: TrainConfig) -> dict[
     """Run one training in its own process, so that its peak memory is measured separately."""
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "job.json", _job(config, run))
+    settings = json.dumps({"settings": asdict(run), "split_seed": config.seed})  # unlike the file, with secrets
     threads = max(1, (os.cpu_count() or 1) // config.processes)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "reinforcepp.commands.compare_estimators.worker", str(path)]
     done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
+        command,
+        input=settings,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=environment,
+        check=False,
     )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
@@ -150,7 +158,7 @@ def _is_done(path: Path, job: dict[str, Any]) -> bool:
     if not (path / "result.json").is_file():
         return False
     done = _read(path / "job.json")
-    return done | {"settings": rename_settings(done["settings"])} == job
+    return done | {"settings": without_secrets(rename_settings(done["settings"]))} == job
 
 
 def _read(path: Path) -> dict[str, Any]:

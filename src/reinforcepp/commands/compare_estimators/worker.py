@@ -1,7 +1,7 @@
 """The worker process of ``compare_algorithms``: one run of one estimator.
 
-Its argument is a folder whose ``job.json`` has the settings of the training. It writes ``result.json`` and the metric log to
-this folder.
+Its standard input is JSON with the settings of the training, and its argument a folder, to which it writes ``result.json`` and
+the metric log.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _step(name: str, last: int) -> int:
 def main() -> None:
     """Run the job in the folder that the command line names."""
     folder = Path(sys.argv[1])
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    job = json.loads(sys.stdin.buffer.read())
     config = TrainConfig(**job["settings"])
     result = run(config, split_seed=job["split_seed"])
     for name in LOGS:

@@ -19,7 +19,8 @@ from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.run_dir import check_output
 from reinforcepp.runtime import silence
 from reinforcepp.terminal import echo
-from reinforcepp.training.publish.card import CARD, model_card, write_card
+from reinforcepp.training.publish.card import CARD, model_card
+from reinforcepp.training.publish.folder import finish_folder
 from reinforcepp.training.publish.source import Source, find_source, plain_copy, plain_model
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _export(
                 whole = config.merge or not has_adapter(model)
                 with preserve_generation_config(model):
                     save_model(plain_copy(model, config.dtype) if whole else model, tokenizer, partial)
-                write_card(model_card(source, folder.name, adapter=not whole), partial)
+                finish_folder(partial, model_card(source, folder.name, adapter=not whole), {})
     return folder
 
 
@@ -117,4 +118,5 @@ def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: 
         for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(Path(source.name) / file, folder / file)
         save_tokenizer(load_tokenizer(source.name), folder)
-    write_card(model_card(source, name, adapter=adapter), folder)
+    settings = source.record.settings if source.record is not None else {}
+    finish_folder(folder, model_card(source, name, adapter=adapter), settings)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from reinforcepp.data import count
 from reinforcepp.monitoring.doctor import Finding
 from reinforcepp.monitoring.run_record import RunRecord
+from reinforcepp.redaction import HIDDEN
 from reinforcepp.reports import charts
 from reinforcepp.reports.charts.palette import color_and_dash
 from reinforcepp.reports.html import asset, macro, render
@@ -88,6 +89,7 @@ def _view(
     name: str, index: int, record: RunRecord, samples: int, share: float, findings: Sequence[Finding] | None
 ) -> dict[str, Any]:
     """Return what the page shows of one run; ``share`` is its part of the page's size."""
+    command, recipe = record.facts.get("command"), reproduce(record)
     sections = [DOCTOR] if findings is not None else []
     sections += [RESPONSES, SAMPLES, *([("events", "Events")] if record.events else []), *DETAILS]
     return {
@@ -103,7 +105,7 @@ def _view(
         "events": _events(record),
         "settings": settings_of(record),
         "environment": _environment(record),
-        "again": {"command": record.facts.get("command"), "recipe": reproduce(record)},
+        "again": {"command": command, "recipe": recipe, "hidden": HIDDEN in f"{command} {recipe}" and HIDDEN},
     }
 
 

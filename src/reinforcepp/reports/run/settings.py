@@ -42,7 +42,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class ReproduceCommand:
-    """The command that reproduces a run, and the YAML file that it reads."""
+    """The command that reproduces a run, and the YAML file that it reads, in which ``***`` stands for each secret."""
 
     command: str
     yaml: str

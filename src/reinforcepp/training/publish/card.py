@@ -1,32 +1,39 @@
 """The model card: the origin of a model, its training, its metrics, and how to load it.
 
-Names, settings and paths come from users, so they are escaped. The card shows only the last part of a path, because its
-readers don't know the author's folders.
+Cards are public, so they show what is known to be harmless: numbers, choices from a list, names on the Hub, and names of
+built-in parts and of Python functions. Other texts, such as paths, addresses and prompts, are private. Shown texts are escaped.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from reinforcepp.config import ReinforceConfig, RewardModelConfig
+from reinforcepp.config.data_spec import data_names
 from reinforcepp.config.hub import REPOSITORY
+from reinforcepp.config.values import accepted_values
+from reinforcepp.data.builtin import DATA_NAME, MODEL_NAME
 from reinforcepp.files import whole_file
 from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import RunRecord
-from reinforcepp.reports.run.settings import PER_RUN, settings_of
-from reinforcepp.rewards.card import RewardCard
+from reinforcepp.reports.run.settings import PER_RUN, TRAININGS, settings_of
+from reinforcepp.rewards.card import REWARD_MODEL, RewardCard
 from reinforcepp.runtime import own_version
 from reinforcepp.terminal import printable
 from reinforcepp.training.publish.source import Source
 
 CARD = "README.md"
+LAYER = re.compile(r"\w[\w.-]{0,63}")
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|~&:@])")
-SHOWN_ELSEWHERE = ("model", "data", "reward_model", "judge")
+LAYER_NAMES = ("lora_target_modules",)
+"""Settings whose texts a card shows, because they are names of the model's layers. The texts of a new setting stay private."""
+LOCAL_MODEL, LOCAL_DATA = "a model in a local folder", "local files"
 TAGS = ("reinforcepp", "reinforce-plus-plus", "rlhf", "text-generation")
 REWARD_TAGS = ("reinforcepp", "reward-model", "rlhf", "text-classification")
 SFT_TAGS = ("reinforcepp", "sft", "text-generation")
@@ -79,12 +86,12 @@ def reward_model_card(
     adapter: bool = False,
 ) -> str:
     """Return the card of the reward model whose own record is the only one in ``record``; arguments as for a policy."""
-    start = escaped(_model(record, record.settings.get("model", "A language model")))
+    start = escaped(_sentence_start(_model(record, record.settings.get("model"))))
     parts = [
         _front_matter(record, [*REWARD_TAGS, *tags], adapter, dataset_name),
         f"# {escaped(name)}",
         f"{start}, trained on preferences as a reward model by {_package()}.",
-        _rewards(record),
+        _rewards(record, dataset_name),
         _settings(record),
         _use_reward(_loadable(repository or name)),
     ]
@@ -122,10 +129,10 @@ def _introduction(source: Source) -> str:
     package = _package()
     if record is None:
         return f"A causal language model, exported by {package}. No record of its training was found."
-    start = escaped(_model(record, record.settings.get("model", "A language model")))
+    start = escaped(_sentence_start(_model(record, record.settings.get("model"))))
     if record.is_sft:
         return f"{start}, fine-tuned on {record.facts.get('rows', 'unknown')} rows by {package}."
-    estimator = escaped(record.settings.get("estimator", "unknown"))
+    estimator = escaped(public_settings(record.facts.get("kind"), record.settings).get("estimator", "unknown"))
     steps = record.facts.get("num_steps")
     done = f"{source.step} of {steps} steps" if source.step is not None else f"{steps} steps"
     return f"{start}, aligned with REINFORCE++ (estimator {estimator}, {done}) by {package}."
@@ -138,7 +145,7 @@ def _package() -> str:
 def _sft_data(source: Source, record: RunRecord) -> str:
     inputs, measured = record.facts.get("inputs", {}), record.evaluations
     rows = [
-        ("training data", _file_names(record.settings.get("data", "unknown"))),
+        ("training data", _data_names(record, record.settings.get("data"))),
         ("fingerprint of the rows", inputs.get("data", "unknown")),
         ("fingerprint of the initial weights", inputs.get("model", "unknown")),
     ]
@@ -153,7 +160,7 @@ def _sft_data(source: Source, record: RunRecord) -> str:
 def _data(record: RunRecord, name: str | None) -> str:
     inputs = record.facts.get("inputs", {})
     rows = [
-        ("prompt data", name or _file_names(record.settings.get("data", "a Python program"))),
+        ("prompt data", name or _data_names(record, record.settings.get("data"))),
         ("training prompts", record.facts.get("prompts", "unknown")),
         ("held-out prompts", record.facts.get("heldout_prompts", 0)),
         ("fingerprint of the prompts", inputs.get("data", "unknown")),
@@ -162,32 +169,33 @@ def _data(record: RunRecord, name: str | None) -> str:
     return "## Data\n\n" + _table(("item", "value"), rows)
 
 
-def _rewards(record: RunRecord) -> str:
+def _rewards(record: RunRecord, dataset_name: str | None = None) -> str:
     parts = ["## Reward model"]
-    for reward in record.facts.get("rewards", ()):
+    rewards = record.facts.get("rewards", ())
+    for index, reward in enumerate(rewards):
         card = reward.get("card")
         if not card:
-            parts.append(f"Reward function: {escaped(reward.get('name', 'unknown'))}.")
+            parts.append(f"Reward: {escaped(_reward_name(record, index, len(rewards), reward))}.")
             continue
+        criteria = {each["name"]: f"output {number}" for number, each in enumerate(card.get("criteria") or (), 1)}
         accuracy = card.get("figures", {}).get("accuracy")
         rows = [
-            ("base model", _model(record, card.get("base_model", "unknown"))),
-            ("preference data", _file_names(card.get("data", "unknown"))),
+            ("base model", _model(record, card.get("base_model"))),
+            ("preference data", dataset_name or _data_names(record, card.get("data"))),
             ("SHA-256 of the preferences", card.get("data_sha256", "unknown")),
             ("training pairs", card.get("train_pairs", "unknown")),
             ("held-out pairs", card.get("heldout_pairs", "unknown")),
         ]
         if outputs := {label: weight for label, weight in (reward.get("outputs") or {}).items() if weight}:
-            rows.append(
-                ("weights of the outputs", ", ".join(f"{label} {weight:g}" for label, weight in outputs.items()))
-            )
+            weights = ", ".join(f"{criteria.get(label, 'output')}: {weight:g}" for label, weight in outputs.items())
+            rows.append(("weights of the outputs", weights))
         if len(outputs) < 2:
             known = f"{accuracy:.3f}" if isinstance(accuracy, float) else "not measured"
             rows.append(("accuracy on held-out pairs", known))
         for criterion in card.get("criteria") or ():
             found = criterion["figures"].get("accuracy")
             if len(outputs) > 1 and criterion["name"] in outputs and isinstance(found, float):
-                rows.append((f"accuracy by {criterion['name']} on held-out pairs", f"{found:.3f}"))
+                rows.append((f"accuracy of {criteria[criterion['name']]} on held-out pairs", f"{found:.3f}"))
         parts.append(_table(("item", "value"), rows))
     return "\n\n".join(parts)
 
@@ -197,8 +205,7 @@ def _results(source: Source, record: RunRecord) -> str:
     before, after = record.evaluations.get("before"), record.evaluations.get(when)
     if before is None or after is None:
         return "## Results\n\nThis model wasn't evaluated on held-out prompts."
-    judge = f"judge ({record.facts.get('judge')}), not used in training"
-    names = {"reward": "reward", "judge": judge}
+    names = {"reward": "reward", "judge": "judge, not used in training"}
     rows: list[Sequence[Any]] = []
     for metric, title in names.items():
         if (change := change_of(metric, before, after)) is not None:
@@ -216,10 +223,11 @@ def _results(source: Source, record: RunRecord) -> str:
 
 
 def _settings(record: RunRecord) -> str:
+    public = public_settings(record.facts.get("kind"), record.settings)
     rows = [
         (setting.name, setting.value, setting.default)
         for setting in settings_of(record)
-        if setting.differs and setting.name not in SHOWN_ELSEWHERE
+        if setting.differs and setting.name in public
     ]
     table = _table(("setting", "value", "default"), rows) if rows else "None."
     return "## Non-default settings\n\n" + table
@@ -266,11 +274,31 @@ def _loadable(name: str) -> str:
     return name if re.fullmatch(REPOSITORY, name, re.ASCII) and "/" in name else "PATH_OF_THIS_FOLDER"
 
 
-def without_folders(card: RewardCard, folder: Path) -> RewardCard:
-    """Return the card of a reward model, trained in ``folder``, without the names of the author's other folders."""
-    names = {"model": _model(RunRecord(folder), card.base_model), "data": _file_names(card.data)}
-    settings = {name: value for name, value in card.settings.items() if name not in PER_RUN}
-    return replace(card, base_model=names["model"], data=names["data"], settings=settings | names)
+def public_settings(kind: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the configuration ``kind`` that a card can show, see the top of this module."""
+    config = next((each for each in (*TRAININGS.values(), ReinforceConfig) if each.__name__ == kind), None)
+    known = accepted_values(config) if config is not None else {}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in known and name not in PER_RUN and _is_public(name, value, known[name].choices)
+    }
+
+
+def _is_public(name: str, value: Any, choices: Collection[Any]) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_public(name, each, choices) for each in value)
+    if isinstance(value, str):
+        return value in choices or (name in LAYER_NAMES and LAYER.fullmatch(value) is not None)
+    return value is None or isinstance(value, int | float)
+
+
+def without_private(card: RewardCard, folder: Path) -> RewardCard:
+    """Return the card of a reward model, trained in ``folder``, as it can be published."""
+    record = RunRecord(folder)
+    model, data = _model(record, card.base_model), _data_names(record, card.data)
+    settings = public_settings(RewardModelConfig.__name__, card.settings)
+    return replace(card, base_model=model, data=data, settings=settings)
 
 
 def _hub_name(record: RunRecord, name: str) -> bool:
@@ -282,13 +310,39 @@ def _hub_name(record: RunRecord, name: str) -> bool:
 
 
 def _model(record: RunRecord, name: Any) -> str:
+    """Return the name of a model on the Hub or of the built-in one, or that the model is private."""
+    if name is None:
+        return "a language model"
     text = str(name)
-    return text if text.startswith("builtin:") or _hub_name(record, text) else _file_names(text)
+    return text if text == MODEL_NAME or _hub_name(record, text) else LOCAL_MODEL
 
 
-def _file_names(paths: Any) -> str:
-    """Return the last part of each of the comma-separated paths."""
-    return ", ".join(path.strip().rstrip("/").rpartition("/")[2] for path in str(paths).split(","))
+def _data_names(record: RunRecord, setting: Any) -> str:
+    """Return the names of the datasets on the Hub and of the built-in data; other data is private."""
+    if setting is None:
+        return "passed from Python"
+    parts = [part.strip().partition("?")[0] for part in str(setting).split(",")]
+    names = {part.removeprefix("hub:"): part for part in parts}
+    public = [
+        name
+        for name, part in names.items()
+        if part == DATA_NAME or (_hub_name(record, name) and all(each.hub for each in data_names(part)))
+    ]
+    return ", ".join([*public, *([LOCAL_DATA] if len(public) < len(names) else [])])
+
+
+def _reward_name(record: RunRecord, index: int, count: int, reward: Mapping[str, Any]) -> str:
+    """Return the public name of a reward without a card: a model's name on the Hub, or the name of a function."""
+    sources = record.settings.get("rewards") or [record.settings.get("reward_model")]
+    if len(sources) == count and reward.get("public_name") == REWARD_MODEL:
+        name = str(sources[index]).rpartition("*")[2].partition("?")[0].strip()
+        if "/" in name and _hub_name(record, name):
+            return name
+    return str(reward.get("public_name") or "a reward function")
+
+
+def _sentence_start(text: str) -> str:
+    return text[0].upper() + text[1:] if text.startswith("a ") else text
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
