@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from commands.served import KEY, Server, free_port
 
-from reinforcepp.commands import cli
+from reinforcepp.commands import cli, serve
 from reinforcepp.data.builtin import model_path
 from reinforcepp.models.loading import load_config
 from reinforcepp.models.prompt_format import PLAIN_TEMPLATE
 from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.server import server_command, server_environment
+from reinforcepp.training.publish.source import Source
 
 needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
@@ -268,6 +270,13 @@ def test_the_server_gets_the_variables_that_it_needs():
 def test_the_server_gets_no_secret_and_no_unsafe_setting():
     variables = server_environment(dict.fromkeys(WITHHELD.split(), "1"), None)
     assert not set(WITHHELD.split()) & set(variables)
+
+
+def test_a_model_of_the_hub_is_downloaded_before_the_server_starts(monkeypatch, tmp_path):
+    """So the server needs no token."""
+    tiny.save(tmp_path / "downloaded")
+    monkeypatch.setattr(serve, "local_folder", {"ada/model": tmp_path / "downloaded"}.__getitem__)
+    assert serve._plain_folder(Source("ada/model", None, None), tmp_path) == str(tmp_path / "downloaded")
 
 
 def test_an_unsafe_setting_is_ignored_with_a_warning(monkeypatch, capfd):

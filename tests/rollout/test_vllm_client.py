@@ -261,7 +261,7 @@ def test_servers_that_other_nodes_reach_are_a_warning(start, caplog):
     assert "127.0.0.1" not in message and "isn't encrypted" not in warnings("https://gpu1:8443")
     with pytest.raises(EngineLost):
         start("http://no-such-host.invalid:8000")
-    assert "let every client that reaches them run code" in caplog.text
+    assert "run code for every client" in caplog.text
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

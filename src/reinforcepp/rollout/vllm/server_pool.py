@@ -263,8 +263,8 @@ def _warn_about_exposed(addresses: Sequence[str]) -> None:
     if exposed:
         clear = "the connection isn't encrypted, and " if any(url.startswith("http:") for url in exposed) else ""
         log.warning(
-            "%s: %svLLM's endpoints for weights let every client that reaches them run code. docs/vllm_server.md explains an "
-            "ssh tunnel and a key for all endpoints.",
+            "%s: %svLLM's endpoints for weights run code for every client, unless the server requires the key there. "
+            "docs/vllm_server.md explains the key and ssh tunnels.",
             ", ".join(exposed),
             clear,
         )
