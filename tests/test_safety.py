@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from made_runs import make_run
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
@@ -131,3 +132,42 @@ def test_text_in_the_data_never_becomes_part_of_a_path(tmp_path, model_folder, r
     assert cli.main(["train", *inputs, "--output_dir", "run", *flags]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "run"]
     assert not [path for path in Path("run").rglob("*") if "evil" in path.name or "passwd" in path.name]
+
+
+def test_opening_a_run_of_others_imports_nothing(tmp_path, model_folder, monkeypatch, capsys):
+    """Its files name a reward function and a class of its folder, and the commands don't ask the user about them."""
+    run = make_run(tmp_path / "run", 4, settings={"reward_model": "evil.py:reward", "judge": "evil:judge"})
+    for path in model_folder.iterdir():
+        shutil.copy(path, run)
+    settings = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(
+        json.dumps(settings | {"reward_model": "evil.py:reward", "command": "python evil.py"})
+    )
+    monkeypatch.chdir(run)
+    Path("evil.py").write_text(
+        f"open({str(tmp_path / 'harm')!r}, 'w').close()\ndef reward(**_): return []\njudge = reward\n"
+    )
+    monkeypatch.syspath_prepend(str(run))  # as with python -m
+    assert cli.main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert cli.main(["doctor", str(run)]) in (0, 1)
+    assert cli.main(["export", str(run), "--output_dir", str(tmp_path / "out")]) == 0
+    assert (
+        cli.main(
+            ["generate", "--model", str(run), "--prompt", "Hi", "--max_new_tokens", "2", "--engine", "transformers"]
+        )
+        == 0
+    )
+    assert "error" not in capsys.readouterr().err
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '/etc/passwd' %}", "{{ messages.append(1) }}"],
+)
+def test_a_chat_template_reaches_nothing(tmp_path, model_folder, template, capsys):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(template)
+    flags = ["--prompt", "Hi", "--max_new_tokens", "2", "--engine", "transformers"]
+    assert cli.main(["generate", "--model", str(folder), *flags]) == 2
+    assert "chat template" in capsys.readouterr().err

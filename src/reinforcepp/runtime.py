@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -67,6 +69,27 @@ def hide_unloadable_packages() -> None:
     for package in MEDIA_PACKAGES:
         if package in versions and not versions[package].endswith("+cpu") and package not in sys.modules:
             sys.modules[package] = None  # type: ignore[assignment]  # find_spec and import then report it as missing
+
+
+def user_cache(name: str) -> Path:
+    """Return the folder ``name`` for files of this package that the user's later runs reuse."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforcepp" / name
+
+
+def protect_compiled_code() -> None:
+    """Keep the code that torch compiles in the user's cache, unless the user chose a place. Call it before torch compiles.
+
+    The default of torch is a predictable name in the temporary folder. Another user could create it first, with pickles and
+    code that torch would load.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    folder = user_cache("torchinductor")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home folder
+        folder = Path(mkdtemp(prefix="reinforcepp-torchinductor-"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,6 +1,8 @@
 """Mixed precision, gradient checkpointing, attention and torch.compile: the results stay the same."""
 
+import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -14,6 +16,7 @@ from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models import precision
 from reinforcepp.models.precision import LossScale
 from reinforcepp.rewards.trained import load_reward_model
+from reinforcepp.runtime import protect_compiled_code
 from reinforcepp.training.setup import loading
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
@@ -108,6 +111,19 @@ def test_a_compiled_model_trains_the_same(base, tmp_path, monkeypatch):
     assert hasattr(compiled.update.policy.model, "_orig_mod") and not hasattr(compiled.policy, "_orig_mod")
     assert largest_gap(plain, compiled) < 1e-6
     torch._dynamo.reset()
+
+
+def test_compiled_code_is_kept_where_only_the_user_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
+    protect_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "home").write_text("")  # a home that is no folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    protect_compiled_code()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
 
 
 # --- float16 --------------------------------------------------------------------------------------------------------

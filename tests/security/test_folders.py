@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import ones
 
+from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
 from reinforcepp.errors import ReinforceError
 from reinforcepp.files import MANIFEST, whole_folder, write_json
@@ -110,6 +112,21 @@ def test_no_folder_is_written_through_a_planted_link(tmp_path, name, outcome):
     found = sorted(path.name for path in home.iterdir())
     outcome("victim's folder unchanged" if found == ["thesis.tex"] else f"victim's folder now holds {found[:3]}")
     assert found == ["thesis.tex"]
+
+
+@pytest.mark.attack("L3", "code for torch.compile, in a folder of the temporary folder whose name is predictable")
+def test_compiled_code_is_not_read_from_the_temporary_folder(tmp_path, outcome, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that the test restores it
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    settings = {"output_dir": str(tmp_path / "run"), "rollout": "transformers", "eval_prompts": 0, "max_new_tokens": 4}
+    made = {"processing_class": tiny.tokenizer(), "train_dataset": [{"prompt": f"Check host {i}."} for i in range(8)]}
+    config = ReinforceConfig(torch_compile=True, **settings)
+    ReinforceTrainer(tiny.model(), lambda completions, **_: [0.0] * len(completions), config, **made)
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_USER in the temporary folder")
+    private = Path(folder).is_relative_to(tmp_path / "home")
+    outcome(f"torch loads code from {'the cache of the user' if private else folder}")
+    assert private
 
 
 # --- L5: a checkpoint whose manifest proves nothing -----------------------------------------------------------------
@@ -284,6 +301,39 @@ def test_vllm_unpickles_no_weights(folder, outcome, pickles):
         for engine in engines:
             engine.close()
     outcome(f"{result}{f', unpickled {pickles[0]}' if pickles else ''}")
+    assert result.startswith("refused") and not pickles
+
+
+def pickled_adapter(folder: Path) -> None:
+    """Make the repository one of an adapter in a pickle, whose base model is another repository."""
+    model = get_peft_model(load_policy(str(folder)), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    set_entry(folder / "adapter_config.json", "base_model_name_or_path", "someone/base")
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        (folder / name).unlink()
+
+
+COMMIT = "0123456789" * 4
+HUB_REPOSITORIES: dict[str, Callable[[Path], object]] = {
+    "an index that names a pickle": pickled_shards,
+    "an adapter in a pickle": pickled_adapter,
+}
+
+
+@pytest.mark.attack("L4", "a model on the Hub with pickled weights")
+@pytest.mark.parametrize("how", HUB_REPOSITORIES)
+def test_no_pickle_of_the_hub_is_loaded(tiny_model, folder, how, tmp_path, outcome, pickles, monkeypatch):
+    HUB_REPOSITORIES[how](folder)
+    for repository, source in (("someone/base", tiny_model), ("someone/model", folder)):
+        cached = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        shutil.copytree(source, cached / "snapshots" / COMMIT)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    load_policy("someone/base")
+    result = result_of(lambda: load_policy("someone/model"))
+    outcome(f"{how}: {result}{f', unpickled {pickles[0]}' if pickles else ''}")
     assert result.startswith("refused") and not pickles
 
 

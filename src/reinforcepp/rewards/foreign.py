@@ -27,7 +27,7 @@ from reinforcepp.models.lora import is_4bit
 from reinforcepp.models.reward_models import ScoreReading, load_classifier, prepare_scoring, stored_head
 from reinforcepp.models.reward_texts import TextForm, form_of, pair_separator
 from reinforcepp.models.score_heads import declared_labels, score_head
-from reinforcepp.runtime import is_main
+from reinforcepp.runtime import is_main, user_cache
 from reinforcepp.terminal import echo, warn_once
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _compare_with_first_use(name: str, folder: Path, parts: Foreign, scores: lis
     content = content_hash(folder)
     weights = ",".join(map("{:g}".format, parts.output_weights))
     key = f"{parts.day} {parts.model.dtype} 4bit={is_4bit(parts.model)} outputs={weights}".strip()
-    places = [_user_cache() / f"{content}.json"]
+    places = [user_cache("reward_models") / f"{content}.json"]
     if Path(name).expanduser().is_dir():  # not the cache of the Hub's library
         places.insert(0, folder / CALIBRATION)
     known = next((found for found in map(_read, places) if found), {})
@@ -261,10 +261,6 @@ def content_hash(folder: Path) -> str:
     if (base := base_of_adapter(str(folder))) is not None:
         digest.update(content_hash(local_folder(base)).encode())
     return digest.hexdigest()[:32]
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforcepp" / "reward_models"
 
 
 def _read(path: Path) -> dict[str, Any]:

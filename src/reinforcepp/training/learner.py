@@ -19,6 +19,7 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.lora import base_model, has_adapter, is_4bit, load_trainable_weights, trainable_weights
 from reinforcepp.models.precision import LossScale, MasterWeights, cast_parameters, compute_dtype
+from reinforcepp.runtime import protect_compiled_code
 from reinforcepp.training.optimizer import Optimizers, make_optimizer, with_given_optimizer
 from reinforcepp.training.schedule import make_scheduler
 
@@ -86,6 +87,7 @@ class Learner:
         cast_parameters(self.plain, dtype)
         self.model = self.backend.model
         if config.torch_compile:  # not the plain model: generation uses inputs that the compiler doesn't handle
+            protect_compiled_code()
             self.model = torch.compile(self.model)
         self.scheduler = scheduler or make_scheduler(optimizer, config, steps)
 

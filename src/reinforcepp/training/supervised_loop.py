@@ -31,6 +31,7 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import Clock, MetricLog, Progress, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
+from reinforcepp.runtime import protect_compiled_code
 from reinforcepp.terminal import echo
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.optimizer import OPTIMIZER_SETTINGS
@@ -293,6 +294,8 @@ def run_trainer(
     """
     steps, saved, ranks = count_steps(trainer.train_dataset, config), run.saved, run.ranks
     trainer.args.warmup_steps = config.warmup_of(steps)
+    if config.torch_compile:
+        protect_compiled_code()
     if is_quantized(trainer.model):
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:  # TRL casts adapters on 4-bit weights to bfloat16

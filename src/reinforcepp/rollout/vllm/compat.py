@@ -17,6 +17,7 @@ from reinforcepp.errors import first_line
 from reinforcepp.models import loading as models
 from reinforcepp.rollout.engine import preserve_random_state, request_seed
 from reinforcepp.rollout.vllm.memory import head_size
+from reinforcepp.runtime import protect_compiled_code
 from reinforcepp.types import Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def import_vllm() -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    protect_compiled_code()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it warns that a CPU has no Triton
     with preserve_random_state(), warnings.catch_warnings(action="ignore", category=FutureWarning):
         import vllm
