@@ -1,11 +1,14 @@
 """A training that hangs ends with the stacks of all threads."""
 
+import faulthandler
 import os
 import subprocess
 import sys
 import time
 
-from reinforcepp.monitoring.watchdog import STACKS, Watchdog
+import pytest
+
+from reinforcepp.monitoring.watchdog import GRACE_SECONDS, STACKS, Watchdog
 from scripts import SOURCE
 
 PROGRAM = """
@@ -45,6 +48,17 @@ def test_the_first_rank_of_each_node_mentions_the_other_ranks(tmp_path):
         command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1 and (words in done.stderr if words else not done.stderr)
+
+
+def test_its_timer_is_off_after_the_block(tmp_path, monkeypatch):
+    timers = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **_: timers.append(seconds))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: timers.append(None))
+    with Watchdog(tmp_path, 60) as watchdog:
+        watchdog._last -= 5
+        watchdog.beat("update")
+    watchdog.beat("over")
+    assert timers == pytest.approx([60 + GRACE_SECONDS, 60 + GRACE_SECONDS, None], abs=1)
 
 
 def test_progress_keeps_it_quiet(tmp_path):

@@ -1,4 +1,8 @@
-"""A watchdog that ends a run without progress and writes the stacks of all threads to a file."""
+"""A watchdog that ends a run without progress and writes the stacks of all threads to a file.
+
+A call that holds the interpreter's lock, such as a regular expression that backtracks without end, stops every Python thread,
+also the one that watches. Then a timer of faulthandler, which is a thread in C, prints the stacks to standard error.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,15 @@ from reinforcepp.runtime import is_first_here, is_main, started
 from reinforcepp.terminal import print_at_once
 
 STACKS = "stacks.txt"
+GRACE_SECONDS = 10.0
+"""Time after the limit in which the watching thread ends the process, before the timer does."""
+_STANDARD_ERROR = 2
 
 
 class Watchdog:
     """Ends the process with exit code 1 if ``beat`` isn't called for ``seconds``.
+
+    It uses ``faulthandler.dump_traceback_later``, of which a process has only one.
 
     Args:
         folder: for stacks.txt.
@@ -29,16 +38,21 @@ class Watchdog:
         self._seconds = seconds
         self._phase, self._last = "start", time.monotonic()
         self._over = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def beat(self, phase: str) -> None:
         """Report progress; ``phase`` begins now."""
-        self._phase, self._last = phase, time.monotonic()
+        before, self._last, self._phase = self._last, time.monotonic(), phase
+        if self._thread is not None and self._last - before > 1:  # otherwise, the thread set the timer a moment ago
+            self._set_timer()
 
     def __enter__(self) -> Watchdog:
         """Start the watchdog."""
         if self._seconds:
             self._last = time.monotonic()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._set_timer()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
@@ -46,11 +60,21 @@ class Watchdog:
     ) -> None:
         """Stop the watchdog."""
         self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
                 self._end_process()
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        """Let the timer end the process if the watching thread doesn't, because it never runs again."""
+        left = self._last + self._seconds - time.monotonic()
+        faulthandler.dump_traceback_later(max(0.0, left) + GRACE_SECONDS, file=_STANDARD_ERROR, exit=True)
 
     def _end_process(self) -> None:
         problem = f"No progress for {self._seconds:g} seconds in the phase {self._phase!r}."
