@@ -17,18 +17,28 @@ with code 2.
 from __future__ import annotations
 
 import difflib
+import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from reinforcepp.redaction import redacted
 from reinforcepp.terminal import one_message
 
+MAX_MESSAGE_CHARACTERS = 10_000
+MAX_SHOWN_CHARACTERS = 200
+
 
 class ReinforceError(Exception):
-    """Base of all errors raised on purpose; the message is for the user and never shows a secret."""
+    """Base of all errors raised on purpose: its message is for the user, never shows a secret, and has a bounded length."""
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(redacted(message))
+    def __init__(self, message: object = "") -> None:
+        text = redacted(str(message))
+        if len(text) > MAX_MESSAGE_CHARACTERS:
+            half = MAX_MESSAGE_CHARACTERS // 2
+            text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters) ... {text[-half:]}"
+        super().__init__(text)
 
     def __str__(self) -> str:
         """Return the message without control characters and with indented lines, because it can quote files and servers."""
@@ -91,6 +101,35 @@ def setting(name: str) -> str:
     return f"--{name}" if _typed_as_flags else name
 
 
+class _Bounded(reprlib.Repr):
+    """``repr`` for values of any size and depth, without the work of a whole one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = (
+            self.maxarray
+        ) = 12
+        self.maxstring = self.maxother = self.maxlong = MAX_SHOWN_CHARACTERS
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return an integer, or the number of its digits, because Python converts only up to 4,300 digits to text."""
+        bits = x.bit_length()
+        return repr(x) if bits < MAX_SHOWN_CHARACTERS else f"<a number of {math.ceil(bits * math.log10(2)):,} digits>"
+
+
+_bounded = _Bounded()
+
+
+def shown(value: Any, limit: int = MAX_SHOWN_CHARACTERS) -> str:
+    """Return ``repr(value)`` for a message, up to ``limit`` characters.
+
+    The values of a file can be huge, nested without end, or small in the file and huge when written out (YAML aliases).
+    """
+    text = _bounded.repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the message, up to 200 characters, or the name of the type if the message is empty."""
     lines = (line.strip() for line in str(error).splitlines())
@@ -112,5 +151,5 @@ def useful_line(error: BaseException) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known word closest to ``word``, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:MAX_SHOWN_CHARACTERS], list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from reinforcepp.commands import cli
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.data import DiskRows, load_preferences, load_prompts, readers
+from reinforcepp.data import DiskRows, load_preferences, load_prompts, readers, tables
 from reinforcepp.data.streaming import RowStore
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.chat_template import with_chat_template
@@ -71,8 +71,10 @@ def write(path, rows):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Read even small files in many chunks."""
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 97)
-    monkeypatch.setattr(readers, "CHUNK_ROWS", 3)
+    for module in (readers, tables):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 97)
+        monkeypatch.setattr(module, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(tables, "DECODED_ROWS", 2)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from reinforcepp.config.aliases import PARSER_FIELDS, hint, names_of, read_alias, translated
 from reinforcepp.config.data_spec import listed
 from reinforcepp.config.values import accepted_values, converted
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, shown
 
 MAX_SEED = 2**32 - 1  # the most that the random generators of all libraries accept
 LAST_PORT = 65535
@@ -138,10 +138,10 @@ def json_object(setting: str, text: str | None, example: str) -> dict[str, Any]:
     """
     try:
         values = json.loads(text) if text is not None else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or not all(map(str.isidentifier, values)):
-        raise ConfigError(f"{setting}: {text!r} isn't a JSON object of variables. Write it like {example}.")
+        raise ConfigError(f"{setting}: {shown(text)} isn't a JSON object of variables. Write it like {example}.")
     return values
 
 

@@ -15,7 +15,7 @@ from reinforcepp.config.base import (
     Probability,
     json_object,
 )
-from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.errors import ConfigError, nearest, shown
 
 EXAMPLE = '{"typical_p": 0.9}'
 TRANSFORMERS = ("typical_p", "epsilon_cutoff", "eta_cutoff", "suppress_tokens")
@@ -104,5 +104,5 @@ class RolloutSamplingConfig(Config):
                 )
             if NO_EFFECT.get(name) is not None and value != NO_EFFECT[name]:
                 raise ConfigError(
-                    f"generation_kwargs: {name} {value!r} isn't supported, because rollouts are sampled. Remove it."
+                    f"generation_kwargs: {name} {shown(value)} isn't supported, because rollouts are sampled. Remove it."
                 )

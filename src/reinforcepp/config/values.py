@@ -12,7 +12,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.errors import ConfigError, nearest, shown
 
 NOT_GIVEN = "none"
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a list of names"}
@@ -100,7 +100,7 @@ def converted(name: str, value: Any, accepted: Accepted) -> Any:
         return None
     if accepted.choices and value not in accepted.choices:
         raise ConfigError(
-            f"{name} must be one of {', '.join(accepted.choices)}, not {value!r}."
+            f"{name} must be one of {', '.join(accepted.choices)}, not {shown(value)}."
             f"{nearest(str(value), accepted.choices)}"
         )
     if tuple in accepted.kinds:
@@ -109,16 +109,16 @@ def converted(name: str, value: Any, accepted: Accepted) -> Any:
             numbers = [_number(item) for item in names]
             if all(item is not None and math.isfinite(item) for item in numbers):
                 return tuple(numbers)
-            raise ConfigError(f"{name} must be {accepted}, as in [1, 0.5], not {value!r}.")
+            raise ConfigError(f"{name} must be {accepted}, as in [1, 0.5], not {shown(value)}.")
         if all(isinstance(item, str) for item in names):
             return tuple(names)
-        raise ConfigError(f"{name} must be {accepted}, as in ['one', 'two'], not {value!r}.")
+        raise ConfigError(f"{name} must be {accepted}, as in ['one', 'two'], not {shown(value)}.")
     for kind in (bool, int, float, str):
         if kind in accepted.kinds and type(value) is kind:
             return value
     number = _number(value) if accepted.kinds & {int, float} and str not in accepted.kinds else None
     if number is None or (float not in accepted.kinds and not number.is_integer()):
-        raise ConfigError(f"{name} must be {accepted}, not {value!r}.")
+        raise ConfigError(f"{name} must be {accepted}, not {shown(value)}.")
     return int(number) if float not in accepted.kinds or isinstance(value, int) else number
 
 
@@ -132,7 +132,7 @@ def check_utf8(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{name}: {text!r} isn't valid UTF-8. Write it in UTF-8, or rename the file or folder."
+            f"{name}: {shown(text)} isn't valid UTF-8. Write it in UTF-8, or rename the file or folder."
         ) from None
 
 

@@ -8,7 +8,6 @@ ratings (``chosen_annotations``), or by one column that names the better answer 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reinforcepp.config.criteria import Criterion
+from reinforcepp.data.limits import parse_json
 from reinforcepp.data.messages import UnusableCell
 from reinforcepp.data.readers import Records, quoted
-from reinforcepp.errors import DataError, nearest, setting
+from reinforcepp.errors import DataError, nearest, setting, shown
 from reinforcepp.types import Judgment
 
 FILLERS = frozenset(("rating", "ratings", "score", "scores", "response", "answer", "completion", "reward", "is"))
@@ -239,7 +239,7 @@ def _number(cell: Any, column: str, *, judgment: bool = False) -> float | None:
         return None
     try:
         number = float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         lowered = str(cell).strip().lower()
         if lowered not in ("true", "false"):
             raise _unusable(cell, column, judgment=judgment) from None
@@ -252,7 +252,7 @@ def _number(cell: Any, column: str, *, judgment: bool = False) -> float | None:
 def _unusable(cell: Any, column: str, *, judgment: bool) -> UnusableCell:
     wanted = "chosen, rejected, tie or a number" if judgment else "a number"
     return UnusableCell(
-        f"without {wanted} in {column!r}", f"{column!r} holds {repr(cell)[:SHOWN_CHARACTERS]}, expected {wanted}"
+        f"without {wanted} in {column!r}", f"{column!r} holds {shown(cell, SHOWN_CHARACTERS)}, expected {wanted}"
     )
 
 
@@ -269,5 +269,5 @@ def _parsed(cell: Any) -> Any:
     """Return the list or the object in a cell, which can also be written as JSON text."""
     if isinstance(cell, str) and cell.strip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError):
-            return json.loads(cell)
+            return parse_json(cell)
     return cell

@@ -5,16 +5,21 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from reinforcepp.config.data_spec import COMPRESSED
+from reinforcepp.data.limits import ROW_BYTES, Growth
 from reinforcepp.errors import DataError
 
 _SAMPLE_BYTES = 1 << 16
+_READ_BYTES = 1 << 20
+_TOOLS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+"""Programs that decompress a file, by its extension."""
 # Encodings of spreadsheets and editors, the most common first.
 _ENCODINGS = (
     "cp1252",
@@ -37,20 +42,48 @@ def data_suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
+class Readable(Protocol):
+    """Anything that bytes can be read from."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to ``size`` bytes, or all that are left."""
+        ...
+
+
 @contextmanager
-def open_text_bytes(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def open_text_bytes(path: Path) -> Iterator[tuple[Readable, IO[bytes]]]:
     """Yield the uncompressed bytes of a file, and the file itself, whose position shows the progress.
 
     Raises:
-        DataError: A compressed file is damaged.
+        DataError: A compressed file is damaged, or grows too much.
         OSError: The file can't be read.
     """
     with open(path, "rb") as file:
         try:
             with _decompressed(path.suffix.lower(), file) as stream:
-                yield stream, file
+                yield _Counted(path, stream, file) if stream is not file else stream, file
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: the compressed file is damaged ({error}). Copy or compress it again.") from error
+
+
+class _Counted:
+    """A decompressed stream that ends with a DataError if it grows far beyond its file."""
+
+    def __init__(self, path: Path, stream: IO[bytes], file: IO[bytes]) -> None:
+        tool = _TOOLS[path.suffix.lower()]
+        fix = f"If you trust the file, decompress it first with `{tool} -dk {path}`."
+        self._stream, self._growth = stream, Growth(path, os.fstat(file.fileno()).st_size, fix)
+
+    def read(self, size: int = -1) -> bytes:
+        """Return up to ``size`` bytes, or all that are left."""
+        found = bytearray()
+        while len(found) < size or size < 0:
+            wanted = _READ_BYTES if size < 0 else min(_READ_BYTES, size - len(found))
+            if not (chunk := self._stream.read(wanted)):
+                break
+            self._growth.add(len(chunk) + ROW_BYTES * chunk.count(b"\n"))
+            found += chunk
+        return bytes(found)
 
 
 def _decompressed(suffix: str, file: IO[bytes]) -> Any:

@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from reinforcepp.data.dialogues import Message, parse_dialogue, role_of, split_shared_prompt
+from reinforcepp.data.limits import parse_json
 from reinforcepp.data.readers import quoted
+from reinforcepp.errors import shown
 from reinforcepp.types import Messages
 
 CONVERSION_NOTES = {
@@ -75,7 +77,7 @@ def parse_content(cell: Any, column: str) -> Content:
         if not _SERIALIZED.match(cell.strip()):
             return cell if cell.strip() else ""
         try:
-            cell = json.loads(cell)
+            cell = parse_json(cell)
         except ValueError as error:
             raise UnusableCell(
                 f"with messages as a string in {column!r}",
@@ -86,10 +88,9 @@ def parse_content(cell: Any, column: str) -> Content:
         cell = [cell] if {"role", "from"} & cell.keys() else messages.get("messages", messages)
     if isinstance(cell, list) and all(isinstance(each, Mapping) for each in cell):
         return [_message(each, column) for each in cell]
-    shown = repr(cell)
     raise UnusableCell(
         f"with {_kind(cell)} in {column!r}",
-        f"{column!r} holds {shown if len(shown) <= 40 else f'{shown[:37]}...'}, expected text or a list of messages",
+        f"{column!r} holds {shown(cell, 40)}, expected text or a list of messages",
     )
 
 
@@ -108,11 +109,11 @@ def _message(message: Mapping[str, Any], column: str) -> Message:
     content = message.get("content") if message.get("content") is not None else message.get("value")
     known = role_of(role) if isinstance(role, str) else None
     if known not in _KNOWN:
-        shown, problem = repr(role)[:40], f"a message in {column!r} has"
+        given, problem = shown(role, 40), f"a message in {column!r} has"
         if role is None:
             raise UnusableCell(f"with a message without a role in {column!r}", f"{problem} no role")
         raise UnusableCell(
-            f"with the role {shown} in {column!r}", f"{problem} the role {shown}, not one of {quoted(_KNOWN)}"
+            f"with the role {given} in {column!r}", f"{problem} the role {given}, not one of {quoted(_KNOWN)}"
         )
     extra = _extra_fields(message, column)
     if isinstance(role, str) and role.strip().lower() == _FUNCTION_CALL:
@@ -135,7 +136,7 @@ def _extra_fields(message: Mapping[str, Any], column: str) -> dict[str, Any]:
     calls = found.get("tool_calls")
     if isinstance(calls, str):
         try:
-            found["tool_calls"] = json.loads(calls)
+            found["tool_calls"] = parse_json(calls)
         except ValueError as error:
             problem = f"the tool_calls of a message in {column!r} are text that isn't JSON ({error})"
             raise UnusableCell(f"with tool_calls that aren't JSON in {column!r}", problem) from error
@@ -159,7 +160,7 @@ def _part(part: Any, column: str) -> tuple[str, str]:
 def _tool_calls(content: Any, column: str) -> list[dict[str, Any]]:
     """Return the tool calls that ShareGPT and LLaMA-Factory write as JSON text."""
     try:
-        calls = json.loads(content) if isinstance(content, str) else content
+        calls = parse_json(content) if isinstance(content, str) else content
     except ValueError:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]

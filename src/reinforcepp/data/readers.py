@@ -1,9 +1,7 @@
-"""Readers of CSV, TSV, JSON, JSONL, Parquet and Arrow files: each yields a file's rows in chunks.
+"""Readers of CSV, TSV, JSON and JSONL files: each yields a file's rows in chunks. ``tables`` reads Parquet and Arrow files.
 
 Row numbers: in CSV, TSV and JSONL files, the line on which the row starts, as a text editor counts. In JSON lists, Parquet
 and Arrow files, the position from 1. The header of a CSV file is row 1.
-
-pyarrow is imported only when a Parquet or Arrow file is read.
 """
 
 from __future__ import annotations
@@ -16,21 +14,17 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from reinforcepp.data.csv_dialect import SEPARATOR_NAMES, Dialect, find_dialect
 from reinforcepp.data.encodings import guess_encoding, looks_like_utf16, open_text_bytes
 from reinforcepp.data.json_shapes import rows_of_object
+from reinforcepp.data.limits import check_nesting
 from reinforcepp.errors import DataError
-
-if TYPE_CHECKING:
-    import pyarrow
 
 CHUNK_BYTES = 8 << 20
 CHUNK_ROWS = 1000
@@ -365,6 +359,7 @@ def _json_value(text: str, position: int, where: str, fix: str) -> tuple[Any, in
     """Return the value that begins at ``position``, and where it ends."""
     try:
         value, end = _DECODER.raw_decode(text, position)
+        check_nesting(value, text.count("[", position, end) + text.count("{", position, end))
         if _SURROGATE.search(text, position, end):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -414,8 +409,7 @@ def _json_records(
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
         raise _JsonProblem(f"the key {twice[:40]!r} occurs twice in one object. Rename or remove one of them.")
     return found
 
@@ -443,129 +437,3 @@ def _int(text: str) -> int:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_unique_pairs, parse_constant=_constant, parse_float=_float, parse_int=_int
 )
-
-
-# --- Parquet and Arrow ------------------------------------------------------------------------------------------------
-
-
-PROMPTS_IN_MESSAGES = {b"reinforcepp": b"prompts in messages"}
-"""Metadata of a table whose ``prompt`` is text for people if ``messages`` has the prompt's messages."""
-
-
-class _OpenTable(NamedTuple):
-    """A file's schema, its batches, and the share of it read after a number of rows."""
-
-    schema: pyarrow.Schema
-    batches: Iterator[pyarrow.RecordBatch]
-    share: Callable[[int], float]
-
-
-def read_parquet(path: Path) -> Iterator[Records]:
-    """Yield the rows of a Parquet file.
-
-    Raises:
-        DataError: The file isn't Parquet, is damaged, or has no row.
-    """
-    from pyarrow import parquet
-
-    def open_table(file: BinaryIO) -> _OpenTable:
-        opened = parquet.ParquetFile(file, pre_buffer=False)
-        total = opened.metadata.num_rows
-        return _OpenTable(opened.schema_arrow, opened.iter_batches(batch_size=CHUNK_ROWS), lambda read: read / total)
-
-    return _table_records(path, "Parquet", open_table)
-
-
-def read_arrow(path: Path) -> Iterator[Records]:
-    """Yield the rows of an Arrow file: a stream, as ``datasets`` writes it, or a file with a footer.
-
-    Raises:
-        DataError: The file isn't Arrow, is damaged, or has no row.
-    """
-    from pyarrow import ipc
-
-    def open_table(file: BinaryIO) -> _OpenTable:
-        has_footer, size = file.read(6) == b"ARROW1", os.fstat(file.fileno()).st_size
-        file.seek(0)
-        if not has_footer:
-            stream = ipc.open_stream(file)
-            return _OpenTable(stream.schema, iter(stream), lambda read: file.tell() / size)
-        opened = ipc.open_file(file)
-        batches = map(opened.get_batch, range(opened.num_record_batches))
-        return _OpenTable(opened.schema, batches, lambda read: file.tell() / size)
-
-    return _table_records(path, "Arrow", open_table)
-
-
-def _table_records(path: Path, kind: str, open_table: Callable[[BinaryIO], _OpenTable]) -> Iterator[Records]:
-    with open(path, "rb") as file:
-        with _intact(path, kind):
-            table = open_table(file)
-        names = tuple(table.schema.names)
-        repeated = [name for name, number in Counter(names).items() if number > 1]
-        if repeated:
-            raise DataError(f"{path}: two columns are called {repeated[0]!r}. Rename or remove one of them.")
-        has_messages = PROMPTS_IN_MESSAGES.items() <= (table.schema.metadata or {}).items()
-        number = 1
-        while True:
-            with _intact(path, kind):
-                batch = next(table.batches, None)
-                if batch is not None:
-                    # Checks offsets and UTF-8, too, so that no read below leaves its buffer.
-                    batch.validate(full=True)
-            if batch is None:
-                break
-            for start in range(0, batch.num_rows if names else 0, CHUNK_ROWS):
-                cells = _table_cells(path, batch.slice(start, CHUNK_ROWS))
-                if has_messages:
-                    cells = [{**row, "prompt": row.get("messages") or row.get("prompt")} for row in cells]
-                rows = list(enumerate(cells, number))
-                number += len(cells)
-                yield Records(names, rows, share=table.share(number - 1))
-        if number == 1:
-            raise DataError(f"{path}: the file has no row. Add data to the file.")
-
-
-def _table_cells(path: Path, batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
-    names, columns = batch.schema.names, []
-    for name, column in zip(names, batch.columns, strict=True):
-        try:
-            columns.append(column.to_pylist())
-        except _damage_errors() as error:
-            raise DataError(
-                f"{path}: the column {name!r} ({column.type}) can't be read ({_reason(error)}). "
-                "Remove it, or write it as text."
-            ) from error
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-@contextmanager
-def _intact(path: Path, kind: str) -> Iterator[None]:
-    """Turn what pyarrow raises for a damaged file into a DataError."""
-    try:
-        yield
-    except _damage_errors() as error:
-        raise DataError(f"{path}: not a valid {kind} file ({_reason(error)}). Write or copy it again.") from error
-
-
-def _damage_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that pyarrow raises for damaged files; which one depends on the damaged part."""
-    import pyarrow
-
-    return pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, TypeError
-
-
-def _reason(error: BaseException) -> str:
-    return (" ".join(str(error).split())[:120] or type(error).__name__).rstrip(".")
-
-
-READERS: Mapping[str, Callable[[Path], Iterator[Records]]] = {
-    ".csv": read_csv,
-    ".tsv": partial(read_csv, delimiter="\t"),
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".json": read_json,
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
-}
-"""Readers by file extension."""

@@ -17,11 +17,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, TypeVar
+
+import regex
 
 from reinforcepp.data.columns import ANSWER_FLAGS, ColumnLayout, ColumnNames, parse_label
 from reinforcepp.data.criteria import read_judgments
 from reinforcepp.data.dialogues import Message
+from reinforcepp.data.limits import parse_json
 from reinforcepp.data.messages import (
     CONVERSION_NOTES,
     Content,
@@ -35,7 +39,7 @@ from reinforcepp.data.messages import (
 from reinforcepp.data.readers import Records, count, quoted
 from reinforcepp.data.sources import DataPart, is_builtin
 from reinforcepp.data.verdicts import Choice
-from reinforcepp.errors import ConfigError, DataError, setting
+from reinforcepp.errors import ConfigError, DataError, setting, shown
 from reinforcepp.types import Judgment, Messages, Preference, RowId
 
 DEFAULT_MAX_BAD_ROWS = 0.01
@@ -43,6 +47,7 @@ DEFAULT_MAX_BAD_ROWS = 0.01
 # A small file can have this many such rows, but no more than a quarter of its rows.
 _FEW_BAD_ROWS, _FEW_BAD_SHARE = 3, 4
 _MAX_LISTED_ROWS = 5
+_MAX_LISTED_REASONS = 20
 
 _SHOWN_CHARACTERS = 40
 UNGRADED = (0.0, False)
@@ -52,6 +57,7 @@ TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "none", "
 
 # Thai, Lao, Japanese and Chinese don't separate words with spaces, so each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
+_MANY_MARKS = regex.compile(r"\p{M}{30}")
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
@@ -107,7 +113,8 @@ class Skipped:
 
 def normalize(text: str) -> str:
     """Return the form in which texts are compared: Unicode NFC, each run of whitespace one space. Case counts."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    # NFC sorts the marks of a character one by one: with a hundred thousand of them, that takes minutes.
+    return " ".join(unicodedata.normalize("NFC", _MANY_MARKS.sub("\\g<0>\u034f", text)).split())
 
 
 def text_digest(*texts: str) -> bytes:
@@ -237,12 +244,14 @@ def pair_grade(cells: Mapping[str, Any]) -> tuple[float, bool]:
     margin, tie = cells.get("margin"), str(cells.get("tie") or "").strip().lower()
     try:
         value = 0.0 if margin is None or not str(margin).strip() else float(margin)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise UnusableCell("with a margin that isn't a number", f"'margin' holds {margin!r}, expected a number")
+        raise UnusableCell("with a margin that isn't a number", f"'margin' holds {shown(margin)}, expected a number")
     if tie not in (*TRUE, *FALSE, ""):
-        raise UnusableCell("with a tie that is neither true nor false", f"'tie' holds {tie!r}, expected true or false")
+        raise UnusableCell(
+            "with a tie that is neither true nor false", f"'tie' holds {shown(tie)}, expected true or false"
+        )
     return (0.0, True) if tie in TRUE else (value, False)
 
 
@@ -251,12 +260,14 @@ def _json_cell(cells: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
     cell = cells.get(name)
     if isinstance(cell, str) and cell.strip():
         with contextlib.suppress(ValueError):
-            cell = json.loads(cell)
+            cell = parse_json(cell)
     if not cell or isinstance(cell, kind):
         return cell or None
     expected = "an object" if kind is dict else "a list"
-    shown = repr(cell)[:_SHOWN_CHARACTERS]
-    raise UnusableCell(f"without {expected} in {name!r}", f"{name!r} holds {shown}, expected {expected} as JSON")
+    raise UnusableCell(
+        f"without {expected} in {name!r}",
+        f"{name!r} holds {shown(cell, _SHOWN_CHARACTERS)}, expected {expected} as JSON",
+    )
 
 
 def _texts(
@@ -379,11 +390,16 @@ def describe_skipped(skipped: Sequence[Skipped]) -> str:
     if not skipped:
         return ""
     parts = []
-    for reason, number in Counter(each.reason for each in skipped).items():
-        rows = [str(each.row) for each in skipped if each.reason == reason]
+    by_reason: dict[str, list[str]] = {}
+    for each in skipped:
+        by_reason.setdefault(each.reason, []).append(str(each.row))
+    for reason, rows in islice(by_reason.items(), _MAX_LISTED_REASONS):
+        number = len(rows)
         listed = ", ".join(rows[:_MAX_LISTED_ROWS]) + (", ..." if number > _MAX_LISTED_ROWS else "")
         label = count(number, reason) if reason == "duplicate" else f"{number:,} {reason}"
         parts.append(f"{label} ({'row' if number == 1 else 'rows'} {listed})")
+    if (more := len(by_reason) - len(parts)) > 0:
+        parts.append(f"{count(more, 'other reason')}")
     return f"skipped {count(len(skipped), 'row')}: {', '.join(parts)}"
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reinforcepp.config.data_spec import COMPRESSED, DataName, data_names
 from reinforcepp.data.encodings import data_suffix
-from reinforcepp.data.readers import CHUNK_ROWS, READERS, Records, count, quoted
-from reinforcepp.errors import ConfigError, DataError, nearest
+from reinforcepp.data.limits import check_columns
+from reinforcepp.data.readers import CHUNK_ROWS, Records, count, quoted, read_csv, read_json, read_json_lines
+from reinforcepp.data.tables import read_arrow, read_parquet
+from reinforcepp.errors import ConfigError, DataError, nearest, option, shown
 from reinforcepp.files import sha256
 from reinforcepp.runtime import look_for_hub
 
@@ -28,6 +30,16 @@ _BUILTIN_PREFIX = "builtin:"
 _BUILTIN = ("builtin:network",)
 _DEFAULT_SPLIT = "train"
 _FORMATS = "CSV, TSV, JSON, JSONL and Parquet files"
+READERS: Mapping[str, Callable[[Path], Iterator[Records]]] = {
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+"""Readers by file extension."""
 # Files that `datasets` writes next to the data: they describe it and hold no rows.
 _METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "state.json")
 
@@ -63,9 +75,8 @@ class GivenRows:
         if isinstance(rows, list):
             for number, row in enumerate(rows):
                 if not isinstance(row, Mapping):
-                    shown = f"{row!r:.60}"
                     raise DataError(
-                        f"{name}:{number}: {shown} isn't a row. Give a dictionary, as in {{'prompt': ...}}."
+                        f"{name}:{number}: {shown(row, 60)} isn't a row. Give a dictionary, as in {{'prompt': ...}}."
                     )
         return cls(name, rows)
 
@@ -108,11 +119,11 @@ def check_dataset(dataset: Any, name: str) -> None:
         first = next(iter(dataset), "train")
         raise ConfigError(
             f"{name}: {type(dataset).__name__} with {', '.join(map(str, dataset)) or 'nothing'} isn't a single dataset. Give "
-            f"one of its parts, as in {name}=dataset[{first!r}]."
+            f"one of its parts, as in {name}=dataset[{shown(first)}]."
         )
     if isinstance(dataset, (str, os.PathLike)) or not isinstance(dataset, Iterable):
         raise ConfigError(
-            f"{name}: {dataset!r} isn't a dataset. Give rows, for example from datasets.load_dataset, or a list of "
+            f"{name}: {shown(dataset)} isn't a dataset. Give rows, for example from datasets.load_dataset, or a list of "
             "{'prompt': ...}."
         )
 
@@ -181,7 +192,14 @@ class DataPart:
             return
         try:
             _check_exists(self.path)
-            yield from READERS[data_suffix(self.path)](self.path)
+            for records in READERS[data_suffix(self.path)](self.path):
+                check_columns(self.path, records.names)
+                yield records
+        except MemoryError as error:
+            raise DataError(
+                f"{self.path}: the memory is too small to read the file. Add {option('streaming')}, which keeps rows on disk, or "
+                "split the file."
+            ) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.data.readers import PROMPTS_IN_MESSAGES
+from reinforcepp.data.tables import PROMPTS_IN_MESSAGES
 from reinforcepp.files import copy_file, whole_file
 
 if TYPE_CHECKING:

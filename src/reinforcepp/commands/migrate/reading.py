@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from reinforcepp.config.files import parse_yaml
 from reinforcepp.errors import ConfigError
 
 Framework = Literal["trl-ppo", "trl-rloo", "trl-grpo", "openrlhf", "verl"]
@@ -49,7 +50,7 @@ PASSED_ON = {"args", "processing_class", "peft_config", "quantization_config", "
 """Arguments of trainers that hold other objects of the script, which are read where they are created."""
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^{}$]*))?\}|(\w+))")
 ARRAY = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
-ARRAY_OF_WORDS = re.compile(r"(\w+)=\(((?:[^()]|\$\(\([^()]*\)\))*)\)")
+ARRAY_OF_WORDS = re.compile(r"(?<!\w)(\w+)=\(((?:[^()]|\$\(\([^()]*\)\))*)\)")
 ARITHMETIC = re.compile(r"\$\(\(([^$]*?)\)\)(?!\))")
 OPERATIONS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -207,7 +208,7 @@ class _Names:
 
 def _from_shell(text: str) -> Training | None:
     """Return the arguments of the command in a shell script that starts a training."""
-    text = re.sub(r"^\s*#.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^[^\S\n]*#.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\\\n", " ", text)
     text = ARRAY_OF_WORDS.sub(lambda found: f"{found[1]}={shlex.quote(' '.join(found[2].split()))}", text)
     variables = {"HOME": "~", "PWD": "."}
@@ -318,21 +319,17 @@ def _overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
-    import yaml
-
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         return text
 
 
 def _from_yaml(path: Path, text: str, framework: Framework | None) -> Training | None:
     """Return the settings of a file for TrlParser, or of one for verl, which has sections."""
-    import yaml
-
     try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        given = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct the file.") from error
     if not isinstance(given, dict):
         return None
