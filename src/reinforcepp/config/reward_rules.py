@@ -7,19 +7,33 @@ name of its scores in the metrics. ``None`` means that the rule doesn't score a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
+from functools import cache
 from typing import Any
 
 import regex
 
-from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.errors import ConfigError, RewardError, nearest, shown
 
 UNITS = ("tokens", "words", "characters")
 FINAL_ANSWER = "####"
 """Marker before the final answer in GSM8K."""
+MATCH_TIMEOUT_SECONDS = 10.0
+"""CPU time in which a pattern must search one text."""
 WORD_BREAK = regex.compile(r"\b", regex.WORD | regex.VERSION1)
+
+
+_FLAG = regex.compile("[\U0001f1e6-\U0001f1ff]")
+
+
+def without_flags(text: str) -> str:
+    """Return ``text`` with a bullet for each letter of a flag, which breaks words in the same places.
+
+    In a run of such letters, ``regex`` counts back to its start at every letter.
+    """
+    return _FLAG.sub("\u2022", text)
 
 
 class PlainText:
@@ -77,8 +91,7 @@ class Regex(PlainText):
 
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
         """Return 0 or 1 for each completion."""
-        pattern = compiled(self.pattern)
-        return [float(pattern.search(text.strip()) is not None) for text in completions]
+        return [float(next(matches(self.name, self.pattern, text.strip()), None) is not None) for text in completions]
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,9 @@ class Format(PlainText):
         """Check the names of the tags."""
         for tag in self.tags.split(","):
             if not re.fullmatch(r"[\w-]+", tag):
-                raise ConfigError(f"tags must be names separated by commas, as in think,answer, not {self.tags!r}.")
+                raise ConfigError(
+                    f"tags must be names separated by commas, as in think,answer, not {shown(self.tags)}."
+                )
 
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
         """Return 0 or 1 for each completion."""
@@ -147,10 +162,10 @@ class ExactMatch(PlainText):
     def _answer(self, text: str) -> str | None:
         if self.pattern is None:
             return text.rpartition(FINAL_ANSWER)[2]
-        matches = list(compiled(self.pattern).finditer(text.strip()))
-        if not matches:
+        found = list(matches(self.name, self.pattern, text.strip()))
+        if not found:
             return None
-        return (matches[-1][1] or "") if matches[-1].re.groups else matches[-1][0]
+        return (found[-1][1] or "") if found[-1].re.groups else found[-1][0]
 
 
 @dataclass(frozen=True)
@@ -219,12 +234,53 @@ def _number(option: str, value: str) -> int:
         raise ConfigError(f"{option} must be a whole number, not {value!r}.") from None
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
-    """Return the compiled ``pattern``, which ``re`` caches; raise ConfigError if it isn't a regular expression."""
+@cache
+def compiled(pattern: str) -> regex.Pattern[str]:
+    """Return the compiled ``pattern``, which has the syntax of ``re``.
+
+    The search is that of ``regex``, which has a timeout and lets other threads run. Texts of a policy can make the search of a
+    harmless-looking pattern take years.
+
+    Raises:
+        ConfigError: If it isn't a regular expression.
+    """
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"pattern {pattern!r} isn't a regular expression ({error}). Correct it.") from error
+        re.compile(pattern)
+        return regex.compile(_FOR_REGEX.sub(_escaped, pattern), regex.VERSION0)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"pattern {shown(pattern)} isn't a regular expression ({error}). Correct it.") from error
+
+
+_FOR_REGEX = re.compile(
+    r"\\N\{[^}]*\}|\\."  # an escaped character stays as it is
+    r"|\[\^?\]?(?:\\.|[^\]\\])*\]"
+    r"|\{(?!\d+,?\d*\}|,\d*\})",  # not a number of repetitions
+    re.DOTALL,
+)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """Escape what ``regex`` would read as its own syntax: ``{e}`` as an approximate match, ``[[:alpha:]]`` as letters."""
+    text = match[0]
+    if text.startswith("["):
+        return "[" + re.sub(r"\\.|\[", lambda part: part[0] if len(part[0]) > 1 else r"\[", text[1:], flags=re.DOTALL)
+    return rf"\{text}" if text == "{" else text
+
+
+def matches(name: str, pattern: str, text: str) -> Iterator[regex.Match[str]]:
+    """Yield the matches of ``pattern`` in ``text``; ``name`` is that of the rule, for messages.
+
+    Raises:
+        RewardError: If the search takes longer than ``MATCH_TIMEOUT_SECONDS``.
+    """
+    try:
+        yield from compiled(pattern).finditer(text, timeout=MATCH_TIMEOUT_SECONDS, concurrent=True)
+    except TimeoutError as error:
+        raise RewardError(
+            f"Reward rule {name}: the pattern {shown(pattern)} needs more than {MATCH_TIMEOUT_SECONDS:g} seconds for the text "
+            f"{shown(text, 60)}. Write a pattern that can match a text in only one way: not a repetition inside a repetition, "
+            "as in (a+)+, and not several of .* in a row."
+        ) from error
 
 
 def comparable(value: Any) -> str | Decimal:
@@ -240,8 +296,8 @@ def comparable(value: Any) -> str | Decimal:
 def words(text: str) -> list[str]:
     """Return the words of ``text`` by Unicode word breaks, which need no spaces; a piece without letters is a word, too."""
     found = []
-    for piece in text.split():
-        parts = [part for part in WORD_BREAK.split(piece) if any(map(str.isalnum, part))]
+    for piece, plain in zip(text.split(), without_flags(text).split(), strict=True):
+        parts = [part for part in WORD_BREAK.split(plain) if any(map(str.isalnum, part))]
         found += parts or [piece]
     return found
 

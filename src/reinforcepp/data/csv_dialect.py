@@ -64,7 +64,7 @@ def find_dialect(text: str, usual: str) -> Dialect:
 
 
 def _find_quoting(text: str, dialect: Dialect) -> Dialect | None:
-    spaced = re.search(rf'{re.escape(dialect.delimiter)} +"', text) is not None
+    spaced = dialect.delimiter != " " and re.search(rf'{re.escape(dialect.delimiter)} +"', text) is not None
     for backslash in (False, True) if '\\"' in text else (False,):
         for space in (True, False) if spaced else (False,):
             candidate = dialect._replace(space_before_quote=space, backslash=backslash)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import regex
 
+from reinforcepp.config.reward_rules import WORD_BREAK, without_flags
+
 ROLES = {
     "human": "user",
     "prompter": "user",
@@ -77,12 +79,9 @@ _TEMPLATES = tuple(
 )
 _LLAMA_2 = re.compile(r"\[INST\](?P<user>.*?)\[/INST\](?P<assistant>[^\[]*)", re.DOTALL)
 _LLAMA_2_SYSTEM = re.compile(r"\s*<<SYS>>(?P<system>.*?)<</SYS>>(?P<user>.*)", re.DOTALL)
-_ALPACA = re.compile(
-    r"(?:Below is an instruction[^\n]*\n\n)?### Instruction:\n(?P<instruction>.*?)(?:\n+### Input:\n(?P<input>.*?))?"
-    r"\n+### Response:(?P<response>.*)",
-    re.DOTALL,
-)
-_BEGIN, _END = re.compile(r"(?:<s>|<bos>|<\|begin_of_text\|>)\s*"), re.compile(r"\s*</?s>\s*\Z")
+_ALPACA = re.compile(r"(?:Below is an instruction[^\n]*\n\n)?### Instruction:\n")
+_ALPACA_INPUT, _ALPACA_RESPONSE = "\n### Input:\n", "\n### Response:"
+_BEGIN, _ENDS = re.compile(r"(?:<s>|<bos>|<\|begin_of_text\|>)\s*"), ("</s>", "<s>")
 
 
 def parse_dialogue(text: str) -> list[Message]:
@@ -105,7 +104,7 @@ def _templated(text: str) -> list[Message]:
         while match := pattern.match(text, position):
             if match.end() == position:
                 break
-            found.append(Message(role_of(match["role"]), _END.sub("", match["content"]).strip()))
+            found.append(Message(role_of(match["role"]), _without_end(match["content"])))
             position = match.end()
         if found and position == len(text) and all(each.role in ("system", "user", "assistant") for each in found):
             return found
@@ -114,25 +113,32 @@ def _templated(text: str) -> list[Message]:
 
 def _llama_2(text: str) -> list[Message]:
     text = _BEGIN.sub("", text)
-    if not text.startswith("[INST]") or "".join(match.group() for match in _LLAMA_2.finditer(text)) != text:
-        return []
     found: list[Message] = []
-    for match in _LLAMA_2.finditer(text):
-        user = match["user"]
+    position = 0
+    while position < len(text):
+        if (match := _LLAMA_2.match(text, position)) is None:
+            return []
+        user, position = match["user"], match.end()
         if not found and (with_system := _LLAMA_2_SYSTEM.fullmatch(user)):
             found.append(Message("system", with_system["system"].strip()))
             user = with_system["user"]
         found.append(Message("user", user.strip()))
-        found.append(Message("assistant", _END.sub("", match["assistant"]).strip()))
+        found.append(Message("assistant", _without_end(match["assistant"])))
     return found
 
 
 def _alpaca(text: str) -> list[Message]:
-    match = _ALPACA.fullmatch(text)
-    if match is None:
+    if (begin := _ALPACA.match(text)) is None:
         return []
-    question = "\n".join(part.strip() for part in (match["instruction"], match["input"]) if part and part.strip())
-    return [Message("user", question), Message("assistant", _END.sub("", match["response"]).strip())]
+    text = text[begin.end() :]
+    instruction, _, after = text.partition(_ALPACA_INPUT)
+    parts = [instruction, *after.partition(_ALPACA_RESPONSE)[::2]]
+    if _ALPACA_RESPONSE in instruction or _ALPACA_RESPONSE not in after:
+        parts = list(text.partition(_ALPACA_RESPONSE)[::2])
+        if _ALPACA_RESPONSE not in text:
+            return []
+    question = "\n".join(part.strip() for part in parts[:-1] if part.strip())
+    return [Message("user", question), Message("assistant", _without_end(parts[-1]))]
 
 
 def _labeled(text: str) -> list[Message]:
@@ -140,19 +146,40 @@ def _labeled(text: str) -> list[Message]:
     for user, assistant in _SPEAKERS:
         if not re.match(rf"{user}{_COLON}", text):
             continue
-        for separator in (r"\n\s*\n\s*", r"\n\s*"):
-            _, *parts = re.split(rf"(?:\A|{separator})({user}|{assistant}){_COLON}", text)
-            speakers = parts[::2]
+        labels = list(re.finditer(rf"({user}|{assistant}){_COLON}", text))
+        for newlines in (2, 1):
+            turns = [
+                label for label in labels if not label.start() or _newlines_before(text, label.start()) >= newlines
+            ]
+            speakers = [turn[1] for turn in turns]
             # Turns alternate; anything else is a text about a dialogue.
             if len(speakers) > 1 and speakers == [(user, assistant)[i % 2] for i in range(len(speakers))]:
-                roles = ("user", "assistant")
-                return [Message(roles[i % 2], content.strip()) for i, content in enumerate(parts[1::2])]
+                roles, ends = ("user", "assistant"), [*(turn.start() for turn in turns[1:]), len(text)]
+                return [
+                    Message(roles[i % 2], text[turn.end() : end].strip())
+                    for i, (turn, end) in enumerate(zip(turns, ends, strict=True))
+                ]
     return []
+
+
+def _newlines_before(text: str, position: int) -> int:
+    """Return the number of line breaks in the whitespace that ends at ``position``."""
+    newlines = 0
+    while position and text[position - 1].isspace():
+        position -= 1
+        newlines += text[position] == "\n"
+    return newlines
+
+
+def _without_end(text: str) -> str:
+    """Return an answer without the token that ends it."""
+    text = text.strip()
+    end = next((each for each in _ENDS if text.endswith(each)), "")
+    return text.removesuffix(end).strip()
 
 
 # --- two texts that begin with their prompt -----------------------------------------------------------------------------
 
-_WORD_BORDER = regex.compile(r"(?w)\b")
 _UNSPACED_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _UNSPACED = regex.compile(rf"[{_UNSPACED_SCRIPTS}\u3000-\u303f\uff00-\uffef]")
 _OPENING, _ATTACHED = regex.compile(r"[\p{Ps}\p{Pi}]"), regex.compile(r"[\p{M}\p{Pe}\p{Pf}ー]")
@@ -188,7 +215,9 @@ def _num_shared(chosen: str, rejected: str) -> int:
 def _word_ends(chosen: str, rejected: str, end: int) -> Iterator[int]:
     """Yield the positions up to ``end`` at which a word ends in both texts, the last one first."""
     # Unicode's word breaks depend on up to two characters that follow.
-    breaks = [{match.start() for match in _WORD_BORDER.finditer(text[: end + 3])} for text in (chosen, rejected)]
+    breaks = [
+        {match.start() for match in WORD_BREAK.finditer(without_flags(text[: end + 3]))} for text in (chosen, rejected)
+    ]
     for position in range(end, 0, -1):
         before, following = chosen[position - 1], (chosen[position], rejected[position])
         if before.isspace():

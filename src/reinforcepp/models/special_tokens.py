@@ -103,7 +103,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def unmarked(text: str) -> str:
     """Return ``text`` without the marks of :func:`marked`."""
-    return re.sub(f"{MARK}(.*?){END_OF_MARK}", r"\1", text, flags=re.DOTALL) if MARK in text else text
+    return re.sub(f"{MARK}([^{MARK}{END_OF_MARK}]*){END_OF_MARK}", r"\1", text) if MARK in text else text
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -114,7 +114,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     structure = "|".join(map(re.escape, sorted(special.others | special.tags, key=len, reverse=True)))
     ids: list[int] = []
     plain = ""
-    for piece in re.split(f"({MARK}.*?{END_OF_MARK}|{structure})", text, flags=re.DOTALL):
+    for piece in re.split(f"({MARK}[^{MARK}{END_OF_MARK}]*{END_OF_MARK}|{structure})", text):
         if piece in special.others or piece in special.tags:
             ids += [*_encode_plain(tokenizer, plain, first=not ids), tokenizer.convert_tokens_to_ids(piece)]
             plain = ""
