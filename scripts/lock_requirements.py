@@ -44,8 +44,8 @@ UNUSED_ON_CPU = """
 
 def additions(lock: str, base: str) -> str:
     """Return the requirements of ``lock``, each with its hash lines, whose packages aren't in ``base``."""
-    names = set(re.findall(r"^(\S+)==", base, re.MULTILINE))
-    blocks = re.finditer(r"^(\S+)==.*\n(?: .*\n)*", lock, re.MULTILINE)
+    names = set(re.findall(r"^(\S.*?)==", base, re.MULTILINE))
+    blocks = re.finditer(r"^(\S.*?)==.*\n(?: .*\n)*", lock, re.MULTILINE)
     return "".join(block[0] for block in blocks if block[1] not in names)
 
 
@@ -107,7 +107,9 @@ def main() -> None:
         tools = compiled(extras["dev"], *on_cpu, files=(DEV,), constraints=cpu)
     with_vllm = [*direct, f"{vllm} ; {x86}"]
     cuda = compiled(with_vllm, "--only-binary=:all:", *sys.argv[1:], files=(CUDA,), constraints=plain)
-    write(CUDA, with_cpu_builds(cuda))
+    # Before 23.3, pip finds the hashes of uvicorn[standard] only on a line of that name, and those of uvicorn only on the other.
+    with_extras = compiled(with_vllm, "--only-binary=:all:", "--no-strip-extras", files=(), constraints=cuda)
+    write(CUDA, with_cpu_builds(cuda) + additions(with_extras, cuda))
     write(PLAIN, with_cpu_builds(plain))
     write(CPU, additions(cpu, plain))
     write(DEV, additions(tools, plain))
