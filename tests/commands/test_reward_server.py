@@ -2,12 +2,14 @@
 
 import http.client
 import json
+import math
 import os
 import re
 import signal
 import socket
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -15,13 +17,14 @@ import tiny
 from warm import warm_python
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
-from reinforcepp.commands import cli
+from reinforcepp.commands import cli, reward_server
 from reinforcepp.commands.reward_server import BadRequest, RewardServer, score_request
-from reinforcepp.errors import RewardError
+from reinforcepp.errors import ModelError, RewardError
 from reinforcepp.models.conversations import format_completion, format_prompt
 from reinforcepp.models.loading import load_tokenizer
 from reinforcepp.models.tokenization import encode_example
 from reinforcepp.monitoring import read_metrics
+from reinforcepp.rewards.remote import RemoteReward
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rewards.trained import load_reward_model
 from reinforcepp.types import Completion, Prompt
@@ -45,18 +48,18 @@ def reward(reward_folder):
 def serving(reward, port=0):
     server = RewardServer("127.0.0.1", port, "rm")
     server.reward = reward
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         yield server
     finally:
-        server.shutdown()
-        server.server_close()
+        server.stop()
         thread.join()
 
 
 def asked(server, method="POST", path="/get_reward", body=None, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    headers = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
     connection.request(method, path, body=data, headers=headers)
     response = connection.getresponse()
@@ -73,7 +76,7 @@ def test_a_served_model_scores_as_the_same_model_at_home(reward, reward_folder):
         for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True))
     ]
     with serving(reward) as server:
-        away = load_rewards(f"http://127.0.0.1:{server.server_port}/get_reward").score(completions).total
+        away = load_rewards(f"http://127.0.0.1:{server.port}/get_reward").score(completions).total
     home = load_rewards(str(reward_folder)).score(completions).total
     assert away == pytest.approx(home, abs=1e-6) and len(set(home)) == 4
 
@@ -135,7 +138,9 @@ def test_an_invalid_request_is_an_error_with_its_reason(reward, request_, messag
         ({"path": "/score", "body": {}}, 404, "POST /get_reward"),
         ({"method": "GET", "path": "/"}, 404, "GET /health"),
         ({"body": b"", "Content-Length": "999999999"}, 413, "over 64 MiB"),
-        ({"body": b"", "Content-Length": "-1"}, 411, "Content-Length"),
+        ({"body": b"", "Content-Length": "-1"}, 400, "isn't valid HTTP"),
+        ({"body": b"{}", "Content-Type": "text/plain"}, 415, "application/json"),
+        ({"body": {"query": ["x"] * 4097}}, 413, "more than 4096"),
     ],
 )
 def test_refusals_over_http(reward, given, status, message):
@@ -145,14 +150,13 @@ def test_refusals_over_http(reward, given, status, message):
         assert asked(server, body={"query": []})[0] == 200, "the server must continue"
 
 
-def test_the_body_of_a_refused_request_is_not_read_as_the_next_request(reward):
+def test_a_connection_stays_open_after_a_refused_request(reward):
     with serving(reward) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-        for path, kept in (("/get_reward", None), ("/score", "close")):
-            connection.request("POST", path, body=b'{"query": []}')
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        for path, status in (("/get_reward", 200), ("/score", 404), ("/get_reward", 200)):
+            connection.request("POST", path, body=b'{"query": []}', headers={"Content-Type": "application/json"})
             response = connection.getresponse()
-            response.read()
-            assert response.getheader("Connection") == kept
+            assert response.status == status and response.read()
         connection.close()
 
 
@@ -178,6 +182,91 @@ def test_concurrent_requests_all_get_scores(reward):
         for thread in threads:
             thread.join()
     assert len(results) == 8 and all(result == results[0] for result in results) and results[0][0] == 200
+
+
+class Slow:
+    """A reward that scores when it is let, and counts."""
+
+    def __init__(self):
+        self.entered, self.free, self.calls = threading.Event(), threading.Event(), []
+
+    def __call__(self, prompts, completions, **columns):
+        self.calls.append(completions)
+        self.entered.set()
+        assert self.free.wait(10)
+        return [math.nan] * len(prompts)
+
+
+def test_health_is_answered_while_a_request_is_scored(reward):
+    slow, results = Slow(), []
+    with serving(slow) as server:
+        thread = threading.Thread(
+            target=lambda: results.append(asked(server, body={"query": QUERIES, "prompts": PROMPTS}))
+        )
+        thread.start()
+        assert slow.entered.wait(5) and asked(server, "GET", "/health")[0] == 200
+        slow.free.set()
+        thread.join()
+    assert results[0][0] == 200 and all(map(math.isnan, results[0][1]["rewards"]))
+
+
+def test_a_request_whose_client_has_left_is_not_scored(reward):
+    slow = Slow()
+    with serving(slow) as server:
+        first, second = (http.client.HTTPConnection("127.0.0.1", server.port, timeout=10) for _ in range(2))
+        for connection, answer in ((first, "a"), (second, "b")):
+            body = json.dumps({"query": [answer], "prompts": [""]})
+            connection.request("POST", "/get_reward", body, {"Content-Type": "application/json"})
+            assert slow.entered.wait(5)
+        second.close()
+        time.sleep(0.1)
+        slow.free.set()
+        assert first.getresponse().status == 200 and asked(server, body={"query": []})[0] == 200
+    assert slow.calls == [["a"]]
+
+
+@pytest.mark.parametrize(("name", "status"), [("MAX_REQUEST_BYTES", 413), ("MAX_BUFFERED_BYTES", 503)])
+def test_the_bytes_that_arrive_are_limited(reward, monkeypatch, name, status):
+    monkeypatch.setattr(reward_server, name, 1000)
+    with serving(reward) as server:
+        for _ in range(3):
+            chunks = iter([b'{"query": []', b" " * 2000, b"}"])
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+            connection.request("POST", "/", chunks, {"Content-Type": "application/json"}, encode_chunked=True)
+            assert connection.getresponse().status == status
+        assert asked(server, body={"query": []})[0] == 200 and server._buffered == 0
+
+
+def test_the_token_is_checked_before_the_body_arrives(reward, monkeypatch):
+    monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", "hush")
+    with serving(reward) as server, socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: rewards.example\r\nContent-Length: 9999999\r\n\r\n{")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401")
+
+
+def test_a_reward_that_fails_is_reported_and_logged(caplog):
+    def broken(prompts, completions, **columns):
+        raise IndexError("no such token")
+
+    def rejects(prompts, completions, **columns):
+        raise ModelError("the roles don't alternate")
+
+    for reward, status, message in ((broken, 500, "Read its log"), (rejects, 400, "don't alternate")):
+        with serving(reward) as server:
+            code, reply = asked(server, body={"query": [""], "prompts": [""]})
+            assert code == status and message in reply["error"]
+    assert caplog.text.count("IndexError: no such token") == 1
+
+
+def test_an_ipv6_address(reward):
+    server = RewardServer("::1", 0, "rm")
+    server.reward = reward
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    url = f"http://[::1]:{server.port}/get_reward"
+    assert RemoteReward(url)(PROMPTS, ANSWERS) == pytest.approx(reward(PROMPTS, ANSWERS))
+    server.stop()
+    thread.join()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -212,7 +301,7 @@ def test_settings_reach_the_server_and_an_open_address_is_warned_of(
 ):
     served = []
     monkeypatch.setenv("REINFORCEPP_REWARD_TOKEN", token)
-    monkeypatch.setattr(RewardServer, "serve_forever", lambda server, poll_interval: served.append(server.reward))
+    monkeypatch.setattr(RewardServer, "run", lambda server: served.append(server.reward))
     flags = ["--host", host, "--port", "0", "--batch_size", "3", "--reward_normalize"]
     assert cli.main(["serve-reward", str(reward_folder), *flags]) == 0
     err = capsys.readouterr().err
@@ -292,7 +381,7 @@ def test_a_training_whose_server_is_killed_stops_and_goes_on_when_it_is_back(
 
 def test_a_server_that_comes_back_in_time_costs_nothing(model_folder, reward, tmp_path):
     with serving(reward) as server:
-        port = server.server_port
+        port = server.port
         whole = tiny.train(training(model_folder, tmp_path / "whole", f"http://127.0.0.1:{port}/get_reward"))
     run = training(model_folder, tmp_path / "run", f"http://127.0.0.1:{port}/get_reward")
     (client,) = run.rewards.functions
@@ -316,11 +405,11 @@ def test_a_signal_ends_the_server_cleanly(reward_folder, number):
     with started(reward_folder) as (process, url):
         connection = http.client.HTTPConnection(url.split("/")[2], timeout=10)
         connection.request("GET", "/health")
-        assert json.loads(connection.getresponse().read())["model"] == str(reward_folder)
+        assert json.loads(connection.getresponse().read())["model"] == reward_folder.name
         process.send_signal(number)
         assert process.wait(timeout=30) == 0
         rest = process.stderr.read()
-    assert rest == "Stopped.\n"
+    assert rest.endswith("Stopped.\n") and "Traceback" not in rest
 
 
 # --- another tokenizer ------------------------------------------------------------------------------------------------

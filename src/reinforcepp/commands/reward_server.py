@@ -13,33 +13,43 @@ status of 4xx or 500.
 
 from __future__ import annotations
 
+import asyncio
 import errno
-import hmac
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import FrameType
+import socket
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from reinforcepp.commands.access import RefuseWebPages, RequireKey
+from reinforcepp.commands.http_server import SHOWN_CHARACTERS, Server
 from reinforcepp.config import ServeRewardConfig
-from reinforcepp.config.reward_spec import TOKEN_VARIABLE
-from reinforcepp.errors import ConfigError
+from reinforcepp.config.reward_spec import TOKEN_VARIABLE, parse_model
+from reinforcepp.errors import ConfigError, ReinforceError
 from reinforcepp.models.conversations import PROBE_PROMPT, turn_format
 from reinforcepp.models.loading import context_length
 from reinforcepp.models.reward_texts import encode_formatted
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode, encode_prompt, encode_text, end_token_id
-from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rewards.remote import authorization
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
+from reinforcepp.runtime import is_loopback
 from reinforcepp.terminal import echo
 
 MAX_REQUEST_BYTES = 64 * 2**20
-REQUEST_TIMEOUT_SECONDS = 60.0
+MAX_BUFFERED_BYTES = 4 * MAX_REQUEST_BYTES
+"""Bytes of all requests that wait to be scored."""
+MAX_QUERIES = 4096
+TOKEN_MESSAGE = f"Authorization: the token is missing or wrong. Send the server's {TOKEN_VARIABLE} as a bearer token."
 
 
 class BadRequest(Exception):
@@ -59,6 +69,10 @@ def score_request(reward: TrainedReward, request: Any) -> list[float]:
     queries = _texts(request, "query")
     if queries is None:
         raise BadRequest(400, "'query' is missing in the request. Send a list of texts.")
+    if len(queries) > MAX_QUERIES:
+        raise BadRequest(
+            413, f"The request has {len(queries)} queries, more than {MAX_QUERIES}. Send fewer (reward_batch_size)."
+        )
     prompts, reasons = _texts(request, "prompts", len(queries)), _texts(request, "finish_reason", len(queries))
     if not queries:
         return []
@@ -134,90 +148,123 @@ def _texts(request: Any, name: str, count: int | None = None) -> list[str] | Non
     return values
 
 
-class RewardServer(ThreadingHTTPServer):
-    """A server that listens at once and can answer when ``reward`` is set; it scores one request at a time."""
+class RewardServer:
+    """A server that listens at once, and answers requests while ``run`` runs; it scores one request at a time.
 
-    daemon_threads = True
-    request_queue_size = 64
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0 chooses a free one.
+        title: the model's name.
+
+    Raises:
+        OSError: the server can't listen on the address.
+    """
 
     def __init__(self, host: str, port: int, title: str) -> None:
-        super().__init__((host, port), Handler)
+        self.token = authorization().get("Authorization", "").removeprefix("Bearer ")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=128)
+        self.port: int = self._listener.getsockname()[1]
         self.title = title
-        self.authorization = authorization().get("Authorization")
         self.reward: TrainedReward | None = None
-        self.scoring = threading.Lock()
+        self._buffered = 0
+        self._scoring = asyncio.Lock()
+        access: list[Middleware] = []
+        if self.token:
+            access = [Middleware(RequireKey, key=self.token, message=TOKEN_MESSAGE, error=_error)]
+        elif is_loopback(host):
+            access = [Middleware(RefuseWebPages, error=_error)]
+        routes = [
+            Route("/health", self._health, methods=["GET"]),
+            *(Route(path, self._score, methods=["POST"]) for path in ("/", "/get_reward")),
+        ]
+        handlers: dict[Any, Any] = {HTTPException: _unknown_path, BadRequest: _refuse, Exception: self._fail}
+        app = Starlette(routes=routes, middleware=access, exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        self._server = Server(app, self._listener)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a client that closed its connection."""
+    def run(self) -> None:
+        """Answer requests until ``stop``, SIGINT or SIGTERM; then finish the responses in progress."""
+        self._server.run_until_signal()
 
+    def stop(self) -> None:
+        """End ``run``, from any thread."""
+        self._server.stop()
 
-class Handler(BaseHTTPRequestHandler):
-    """The handler of one connection."""
+    def close(self) -> None:
+        """Stop to listen."""
+        self._listener.close()
 
-    protocol_version = "HTTP/1.1"
-    timeout = REQUEST_TIMEOUT_SECONDS
-    server: RewardServer
+    def _fail(self, request: Request, error: Exception) -> Response:
+        self._server.refusals.log(request.client, "the request failed", error)
+        return _json(500, _error(500, "The server failed. Read its log."))
 
-    def do_GET(self) -> None:
-        """Return the status of the server."""
-        if self.path != "/health":
-            return self._refuse(BadRequest(404, f"{self.path}: path not found. Use POST /get_reward or GET /health."))
-        self._answer(200, {"status": "ok", "model": self.server.title})
+    async def _health(self, request: Request) -> Response:
+        return _json(200, {"status": "ok", "model": self.title})
 
-    def do_POST(self) -> None:
+    async def _score(self, request: Request) -> Response:
         """Return the scores of the queries."""
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise BadRequest(415, "Content-Type: isn't application/json. Send a JSON object with this header.")
+        body = bytearray()
         try:
-            body = self._body()
-            reward = self.server.reward
-            assert reward is not None
-            with self.server.scoring:
-                scores = score_request(reward, body)
-        except BadRequest as refusal:
-            return self._refuse(refusal)
-        except torch.OutOfMemoryError:
-            return self._refuse(
-                BadRequest(500, "The server ran out of memory. Restart it with a smaller --batch_size.")
-            )
-        self._answer(200, {"rewards": scores, "scores": scores})
+            await self._read(request, body)
+            async with self._scoring:
+                if await request.is_disconnected():  # A client that has given up sends the request again.
+                    return Response()
+                scores = await run_in_threadpool(self._scores_of, bytes(body))
+        except ClientDisconnect:
+            return Response()
+        finally:
+            self._buffered -= len(body)
+        return _json(200, {"rewards": scores, "scores": scores})
 
-    def _body(self) -> Any:
-        """Read the body of a request after checking its path, token and length."""
-        if self.path not in ("/", "/get_reward"):
-            raise BadRequest(404, f"{self.path}: path not found. Use POST /get_reward or GET /health.")
-        expected = self.server.authorization
-        if expected and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), expected.encode()):
-            raise BadRequest(
-                401,
-                f"Authorization: the token is missing or wrong. Send the server's {TOKEN_VARIABLE} as a bearer token.",
-            )
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise BadRequest(411, "Content-Length: the length of the body is missing. Send it in bytes.")
-        if int(length) > MAX_REQUEST_BYTES:
-            raise BadRequest(
-                413, f"The request is over {MAX_REQUEST_BYTES // 2**20} MiB. Send fewer texts per request."
-            )
+    async def _read(self, request: Request, body: bytearray) -> None:
+        """Append the body of a request to ``body``."""
+        too_long = BadRequest(
+            413, f"The request is over {MAX_REQUEST_BYTES // 2**20} MiB. Send fewer texts per request."
+        )
+        if int(request.headers.get("Content-Length", 0)) > MAX_REQUEST_BYTES:
+            raise too_long
+        async for chunk in request.stream():
+            body += chunk
+            self._buffered += len(chunk)
+            if len(body) > MAX_REQUEST_BYTES:  # a request in chunks has no Content-Length
+                raise too_long
+            if self._buffered > MAX_BUFFERED_BYTES:
+                raise BadRequest(503, "The server is busy with other requests. Send the request again later.")
+
+    def _scores_of(self, body: bytes) -> list[float]:
+        assert self.reward is not None
         try:
-            return json.loads(self.rfile.read(int(length)))
-        except ValueError:
+            request = json.loads(body)
+        except (ValueError, RecursionError):
             raise BadRequest(400, "The request isn't valid JSON. Send a JSON object.") from None
+        try:
+            return score_request(self.reward, request)
+        except torch.OutOfMemoryError:
+            raise BadRequest(500, "The server ran out of memory. Restart it with a smaller --batch_size.") from None
+        except RecursionError:
+            raise BadRequest(400, "The request is nested too deeply. Send flat messages.") from None
+        except ReinforceError as error:  # such as a conversation that the chat template rejects
+            raise BadRequest(400, str(error)) from None
 
-    def _refuse(self, refusal: BadRequest) -> None:
-        self.close_connection = True  # The body of the request might be unread.
-        self._answer(refusal.status, {"error": str(refusal)})
 
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
+def _json(status: int, content: object) -> Response:
+    return Response(json.dumps(content), status, media_type="application/json")
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log no requests."""
+
+def _error(status: int, message: str) -> object:
+    return {"error": message}
+
+
+def _refuse(request: Request, refusal: BadRequest) -> Response:
+    return _json(refusal.status, _error(refusal.status, str(refusal)))
+
+
+def _unknown_path(request: Request, error: HTTPException) -> Response:
+    path = request.scope["path"][:SHOWN_CHARACTERS]
+    return _json(404, _error(404, f"{path}: path not found. Use POST /get_reward or GET /health."))
 
 
 def serve(config: ServeRewardConfig) -> None:
@@ -228,7 +275,7 @@ def serve(config: ServeRewardConfig) -> None:
         ConfigError: If the server can't listen on the address.
     """
     check_reward_folder(config.model)
-    with _listening(config) as server:
+    with closing(_listening(config)) as server:
         reward = load_reward_model(config.model)
         reward.batch_size = config.batch_size
         if config.reward_normalize:
@@ -236,20 +283,20 @@ def serve(config: ServeRewardConfig) -> None:
         if torch.cuda.is_available():
             reward.model.to("cuda")
         server.reward = reward
-        if server.server_address[0] not in ("127.0.0.1", "::1") and server.authorization is None:
+        if not is_loopback(config.host) and not server.token:
             echo(
                 f"Every client that reaches this address can use the server. To require a token, set {TOKEN_VARIABLE}.",
                 "yellow",
             )
-        echo(f"Serving {config.model} at http://{config.host}:{server.server_port}/get_reward. To stop, press Ctrl-C.")
-        with _until_signal(server):
-            server.serve_forever(poll_interval=0.1)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        echo(f"Serving {config.model} at http://{host}:{server.port}/get_reward. To stop, press Ctrl-C.")
+        server.run()
     echo("Stopped.")
 
 
 def _listening(config: ServeRewardConfig) -> RewardServer:
     try:
-        return RewardServer(config.host, config.port, config.model)
+        return RewardServer(config.host, config.port, Path(parse_model(config.model).name).resolve().name)
     except OSError as error:
         fix = "Choose another --host, an address of this computer."
         if error.errno == errno.EADDRINUSE:
@@ -259,15 +306,3 @@ def _listening(config: ServeRewardConfig) -> RewardServer:
         raise ConfigError(
             f"{config.host} port {config.port}: can't listen on this address ({error.strerror}). {fix}"
         ) from error
-
-
-@contextmanager
-def _until_signal(server: RewardServer) -> Iterator[None]:
-    """End ``serve_forever`` at the first signal in this block."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        # shutdown waits for the loop of serve_forever, which runs in this thread.
-        threading.Thread(target=server.shutdown).start()
-
-    with handle_signals(stop):
-        yield

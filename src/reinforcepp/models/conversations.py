@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -30,6 +31,11 @@ THOUGHT = re.compile(r"\s*<([\w-]+)>")
 
 Variables = Mapping[str, Any]
 """Variables of the chat template, such as ``enable_thinking``, and ``tools``."""
+_ARGUMENTS = {
+    *("conversation", "chat_template", "tokenize", "continue_final_message", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""Arguments of ``apply_chat_template`` that aren't variables. Data must not set them: ``chat_template`` replaces the template."""
 
 log = logger(__name__)
 
@@ -48,17 +54,23 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, **va
     If the template doesn't support a system message, its text is put before the first user message.
 
     Raises:
-        ModelError: the template rejects the conversation.
+        ModelError: the template rejects the conversation, or a variable is an argument of ``apply_chat_template``.
     """
     return unmarked(marked_prompt(tokenizer, prompt, variables))
 
 
 def marked_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, variables: Variables) -> str:
     """Return the text of :func:`format_prompt` with marks."""
+    _check_variables(variables)
     messages = _with_system(tokenizer, as_messages(prompt))
     if any(message.get("role") == "tool" or message.get("tool_calls") for message in messages):
         _cached(tokenizer, "tools", _warn_of_lost_tools)
     return _render_or_raise(tokenizer, messages, {"add_generation_prompt": True, **variables})
+
+
+def _check_variables(variables: Variables) -> None:
+    for name in sorted(_ARGUMENTS & variables.keys()):
+        raise ModelError(f"chat_template_kwargs: {name!r} isn't a variable of the chat template. Remove it.")
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], variables: Variables) -> str:
@@ -138,6 +150,8 @@ def _warn_of_lost_tools(tokenizer: PreTrainedTokenizerBase) -> None:
 
 T = TypeVar("T")
 _CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, str], Any]] = WeakKeyDictionary()
+MAX_CACHED = 1024
+"""Cached values per tokenizer, because each row can have variables of its own."""
 
 
 def _cached(tokenizer: PreTrainedTokenizerBase, name: str, find: Callable[[PreTrainedTokenizerBase], T]) -> T:
@@ -145,6 +159,8 @@ def _cached(tokenizer: PreTrainedTokenizerBase, name: str, find: Callable[[PreTr
     known = _CACHE.setdefault(tokenizer, {})
     key = (str(tokenizer.chat_template), name)
     if key not in known:
+        if len(known) >= MAX_CACHED:
+            known.clear()
         known[key] = find(tokenizer)
     found: T = known[key]
     return found
@@ -179,7 +195,8 @@ def turn_format(tokenizer: PreTrainedTokenizerBase, variables: Variables | None 
         ModelError: the template omits the answer, or formats a prompt differently if an answer follows.
     """
     variables = variables or {}
-    name = json.dumps(variables, sort_keys=True, default=str)
+    _check_variables(variables)
+    name = sha256(json.dumps(variables, sort_keys=True, default=str).encode()).hexdigest()
     return _cached(tokenizer, f"turn {name}", lambda tokenizer: _turn_format(tokenizer, variables))
 
 
