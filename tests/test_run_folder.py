@@ -129,6 +129,15 @@ def test_a_run_that_appeared_after_the_check_is_not_deleted(finished, tmp_path):
     claim_output(str(finished), overwrite=True).release()
 
 
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path, capsys):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "out.jsonl.lock").symlink_to(tmp_path / "victim")
+    with file_lock(tmp_path / "out.jsonl"):
+        pass
+    assert (tmp_path / "victim").read_text() == "kept"
+    assert "can't be locked" in capsys.readouterr().err
+
+
 def test_a_lock_leaves_no_new_folder(tmp_path):
     with claim_output(str(tmp_path / "a" / "b"), overwrite=False):
         pass

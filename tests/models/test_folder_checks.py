@@ -8,7 +8,9 @@ import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
 
+from reinforcepp import ReinforceConfig
 from reinforcepp.errors import ModelError
+from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer, weights_hash
 from reinforcepp.rollout.vllm.compat import load_format
 
@@ -18,30 +20,26 @@ def original(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("models") / "original")
 
 
-def link_all(original, folder, name_of):
-    """Link each file of ``original`` from ``folder``, through a store in which it has another name."""
-    folder.mkdir(parents=True)
-    store = folder.parent.parent / "store"
-    store.mkdir()
-    for path in original.iterdir():
-        target = store / name_of(path)
-        shutil.copyfile(path, target)
-        (folder / path.name).symlink_to(target)
-    return folder
-
-
 @pytest.mark.parametrize(
-    "name_of",
+    "stored",
     [
-        lambda path: path.name,  # ln -s /models/original/*
-        lambda path: hashlib.sha256(path.read_bytes()).hexdigest(),  # the cache of the Hub
-        lambda path: hashlib.md5(path.read_bytes()).hexdigest()[2:],  # DVC
-        lambda path: f"SHA256E-s12--{hashlib.sha256(path.read_bytes()).hexdigest()}{path.suffix}",  # git-annex
+        lambda path, digest: f"models/original/{path.name}",  # ln -s /models/original/*
+        lambda path, digest: f"hub/models--org--name/blobs/{digest}",  # the cache of the Hub
+        lambda path, digest: f"dvc/files/md5/{digest[:2]}/{digest[2:32]}",
+        lambda path, digest: (
+            f".git/annex/objects/Xx/Yy/SHA256E-s12--{digest}{path.suffix}/SHA256E-s12--{digest}{path.suffix}"
+        ),
     ],
     ids=["same name", "Hub", "DVC", "git-annex"],
 )
-def test_links_to_files_of_a_model_are_followed(original, tmp_path, name_of):
-    folder = link_all(original, tmp_path / "snapshots" / "1", name_of)
+def test_links_to_files_of_a_model_are_followed(original, tmp_path, stored):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in original.iterdir():
+        target = tmp_path / stored(path, hashlib.sha256(path.read_bytes()).hexdigest())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        (folder / path.name).symlink_to(target)
     assert weights_hash(load_policy(str(folder))) == weights_hash(load_policy(str(original)))
     assert load_tokenizer(str(folder)).vocab_size == 320
 
@@ -55,12 +53,16 @@ def test_links_within_the_folder_and_files_that_nobody_reads(original, tmp_path)
     assert load_tokenizer(str(folder)).chat_template == "{{ messages }}"
 
 
-@pytest.mark.parametrize("target", ["/dev/zero", "/etc/passwd", "no/such/file"])
+def load_template(folder):
+    return with_chat_template(tiny.tokenizer(), ReinforceConfig("run", chat_template=folder))
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/etc/passwd", "no/such/file", f"cache/{'a1' * 20}.json"])
 def test_a_link_to_a_foreign_file_is_refused_before_it_is_read(original, tmp_path, target):
     folder = shutil.copytree(original, tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to(tmp_path / target)
-    for load in (load_config, load_tokenizer, load_policy):
+    for load in (load_config, load_tokenizer, load_policy, load_template):
         with pytest.raises(ModelError, match=r"tokenizer\.json is a link to /.*replace the link with a copy"):
             load(str(folder))
 

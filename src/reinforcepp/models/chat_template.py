@@ -13,6 +13,7 @@ from jinja2 import Environment, TemplateError
 from reinforcepp.config import ChatTemplateConfig
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models.conversations import PROBE_ANSWER, PROBE_PROMPT, format_completion, format_prompt
+from reinforcepp.models.folder_checks import check_links
 from reinforcepp.models.prompt_format import plain_template, prompt_form, question_answer_template
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode_prompt
@@ -118,6 +119,7 @@ def _template(setting: str) -> str:
 
 def _template_of(folder: Path) -> str:
     """Return the chat template of the tokenizer in a folder."""
+    check_links(folder, str(folder))
     tokenizer = read_tokenizer(str(folder)) if has_tokenizer(folder) else None
     if tokenizer is None or not tokenizer.chat_template:
         raise ConfigError(

@@ -19,8 +19,8 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktok
 """Files of a model on the Hub that are downloaded; neither code nor pickled weights."""
 READ_FILES = (*HUB_FILES, *TOKENIZER_PATTERNS, "*.codes", TEMPLATES)
 """Files and folders of a model that this package or transformers reads."""
-HASH_NAME = re.compile(r"([A-Z0-9]+-s\d+--)?[0-9a-f]{30,}(\..+)?")
-"""Name of a file in a store by content, to which the caches of the Hub, DVC and git-annex link."""
+STORED = re.compile(r"blobs/[0-9a-f]{40,64}|[0-9a-f]{2}/[0-9a-f]{30,62}|[^/]+/[A-Z0-9]+-s\d+--[0-9a-f]{30,}(\..+)?")
+"""Folder and name of a file in a store by content, to which the caches of the Hub, DVC and git-annex link."""
 WEIGHTS = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX = f"model{INDEX_SUFFIX}"
@@ -40,7 +40,7 @@ def check_links(folder: Path, name: str) -> None:
         if not path.is_symlink() or not any(map(path.match, READ_FILES)):
             continue
         target = Path(os.path.realpath(path))  # unlike resolve, it accepts loops
-        same = target.name == path.name or HASH_NAME.fullmatch(target.name)
+        same = target.name == path.name or STORED.fullmatch(f"{target.parent.name}/{target.name}")
         if not same and not target.is_relative_to(folder.resolve()):
             raise ModelError(
                 f"{name}: {path.name} is a link to {target}, outside the folder and with another name. An export would publish "
