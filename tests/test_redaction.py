@@ -1,5 +1,6 @@
 """Secrets in texts: what is hidden, and what a reader still sees."""
 
+import sys
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from reinforcepp.commands.cli import parse
 from reinforcepp.config import TrainConfig, as_dict
 from reinforcepp.config.reward_spec import parse_source
+from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.redaction import redacted, without_secrets
@@ -100,6 +102,7 @@ def test_settings_for_files_hide_secrets_but_the_configuration_keeps_them():
     for shown in (as_dict(config), config.to_dict(), config.to_sanitized_dict()):
         assert shown["rewards"] == (f"0.5*{SHOWN_URL}",)
     assert "kR7p" not in config.to_json_string()
+    assert repr(config).startswith("TrainConfig(") and SHOWN_URL in repr(config)
 
 
 def test_a_run_resumes_with_another_secret_but_not_with_another_address():
@@ -135,3 +138,13 @@ def test_a_secret_on_the_command_line_is_a_warning(caplog):
     assert caplog.text == ""
     assert parse("train", ["--rewards", URL]).rewards == (URL,)
     assert caplog.text.count("can read a secret") == 1 and SHOWN_URL in caplog.text and "kR7p" not in caplog.text
+
+
+def test_trackers_start_while_the_command_line_holds_no_secret(tmp_path, monkeypatch):
+    """W&B records the arguments of the process by itself."""
+    seen = []
+    ranks = Ranks(("tensorboard",), tmp_path)
+    monkeypatch.setattr(ranks.accelerator, "init_trackers", lambda *_, **__: seen.extend(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--rewards", URL])
+    ranks.start_trackers({"run_name": None}, 0)
+    assert seen == ["train.py", "--rewards", SHOWN_URL] and sys.argv[2] == URL

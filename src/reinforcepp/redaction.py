@@ -31,7 +31,9 @@ BEFORE_SECRET = re.compile(r"(?:web)?hooks?|(?:api)?(?:tokens?|keys?)|secrets?|a
 """A part of a path before a secret."""
 HOOK_HOST = re.compile(r"(?:[^/?#]*\.)?(?:web)?hooks?\.", re.IGNORECASE)
 
-SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|PAT)S?$", re.IGNORECASE)
+SECRET_VARIABLE = re.compile(
+    r"(?:^|_)(?:TOKEN|(?:API)?KEY|SECRET|PASSWORD|PASSWD|PASS|PASSPHRASE|CREDENTIAL|PAT)S?$", re.IGNORECASE
+)
 SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|pypi-[\w-]{20,}"
     r"|sk-(?=[\w-]{0,60}\d)(?=[\w-]{0,60}[A-Z])[\w-]{20,}|sk-[0-9a-f]{32,}|nvapi-[\w-]{20,}|gsk_[A-Za-z0-9]{20,}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,8 @@ from hub import serving, use_hub
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer, RewardModelConfig, RewardTrainer
 from reinforcepp.commands import cli
+from reinforcepp.config import TrainConfig
+from reinforcepp.rewards.remote import RemoteReward
 
 PATH_TOKEN, CODE, KEY = "9f8e7d6c5b4a3210ffee", "kR7pW2vXq9", "s3cr3tEnvironmentValue"
 SECRETS = (PATH_TOKEN, CODE, KEY)
@@ -144,6 +147,19 @@ def test_errors_show_no_secret(outcome, home, server, monkeypatch, capfd):
     found += [secret for secrets in found_in(home / "failed", SECRETS).values() for secret in secrets]
     outcome(f"exit code {code}; {len(found)} secrets in the error and the run's files")
     assert code == 2 and "404" in output and found == []
+
+
+@pytest.mark.attack("M2", "read the log of a program that turns on logging, and settings that a notebook prints")
+def test_logs_and_printed_settings_show_no_secret(outcome, server, caplog):
+    url = f"http://127.0.0.1:{server.server_port}/hook/{PATH_TOKEN}?code={CODE}"
+    caplog.set_level(logging.INFO)
+    assert RemoteReward(url)(["How?"], ["So."]) == [2]
+    assert "POST" in caplog.text
+    texts = {"log": caplog.text, "settings": repr(TrainConfig(rewards=[url]))}
+    found = {name: [secret for secret in SECRETS if secret in text] for name, text in texts.items()}
+    found = {name: secrets for name, secrets in found.items() if secrets}
+    outcome(described(found))
+    assert found == {}
 
 
 @pytest.mark.attack("M2", "search an exported model and its public card for private texts of the author")

@@ -16,6 +16,7 @@ from reinforcepp.config.aliases import PARSER_FIELDS, hint, names_of, read_alias
 from reinforcepp.config.data_spec import listed
 from reinforcepp.config.values import accepted_values, converted
 from reinforcepp.errors import ConfigError, shown
+from reinforcepp.redaction import without_secrets
 
 MAX_SEED = 2**32 - 1  # the most that the random generators of all libraries accept
 LAST_PORT = 65535
@@ -192,14 +193,16 @@ class _AcceptsAliases(type):
             raise ConfigError(f"{error}{_given_as(renamed, str(error))}") from None
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        """Take the place of two attributes that ``dataclass`` sets.
+        """Take the place of three attributes that ``dataclass`` sets.
 
-        A subclass doesn't inherit the fields that exist only for parsers, and the error after an assignment names the fix.
+        A subclass doesn't inherit the fields that exist only for parsers, the error after an assignment names the fix, and
+        printed settings show no secret.
         """
         if name == "__dataclass_fields__" and isinstance(value, dict):
             for setting in [setting for setting in value.values() if setting in PARSER_FIELDS]:
                 del value[setting.name]
-        super().__setattr__(name, _refuse_assignment if name == "__setattr__" else value)
+        instead = {"__setattr__": _refuse_assignment, "__repr__": _repr_without_secrets}
+        super().__setattr__(name, instead.get(name, value))
 
 
 def _given_as(renamed: Mapping[str, str], message: str) -> str:
@@ -213,6 +216,11 @@ def _refuse_assignment(config: Any, name: str, value: Any) -> None:
     raise dataclasses.FrozenInstanceError(
         f"{name}: settings can't be changed after they are checked. Write args = dataclasses.replace(args, {name}={value!r})."
     )
+
+
+def _repr_without_secrets(config: Any) -> str:
+    values = without_secrets(dataclasses.asdict(config))
+    return f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 class Config(metaclass=_AcceptsAliases):

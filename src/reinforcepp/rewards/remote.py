@@ -40,6 +40,7 @@ SHOWN_CHARACTERS = 200
 """Characters of a server's response that an error shows."""
 
 log = logger(__name__)
+logger("httpx2")  # At level INFO, it logs the address of each request.
 
 
 class _TransientError(Exception):
