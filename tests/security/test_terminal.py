@@ -141,6 +141,7 @@ def test_migrated_comments_add_no_settings(outcome, tmp_path, line_break):
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # a training prepares its model first
 @pytest.mark.attack("M1", "a vLLM server answers with escape sequences")
 def test_body_of_a_vllm_server(check):
     with server(400, f"{EVIL}\n{FORGED}") as address:
