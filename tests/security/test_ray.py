@@ -122,6 +122,37 @@ def test_a_ray_that_ignores_tokens_is_rejected(tmp_path, outcome):
     assert "2.51.1" in error and "ignores authentication tokens" in error
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to write a file as another user")
+@pytest.mark.attack("H5", "another user plants the address of a cluster for ray://auto in Ray's folder")
+def test_a_planted_address_is_rejected(tmp_path, monkeypatch, outcome):
+    import ray
+
+    from reinforcepp.errors import RolloutError
+    from reinforcepp.rollout.ray.actor_pool import connect
+
+    def refuse(**settings):
+        raise ConnectionError("the test ends here")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    planted = tmp_path / "ray" / "ray_current_cluster"
+    planted.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as attacker:
+        planted.write_text(":".join(map(str, attacker.getsockname())))
+        os.chown(planted, 12345, -1)
+        with pytest.raises(RolloutError) as error:
+            connect("auto")
+        attacker.settimeout(0)
+        try:
+            attacker.accept()
+            outcome("the trainer connects to the attacker")
+        except BlockingIOError:
+            outcome("the trainer doesn't connect")
+    assert "was written by another user (uid 12345)" in str(error.value)
+
+
 # --- the manifest for Kubernetes ---
 
 

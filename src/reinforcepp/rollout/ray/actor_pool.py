@@ -289,13 +289,12 @@ def connect(address: str) -> tuple[Any, bool]:
         )
     check_ray_version()
     import ray
-    from ray._private.services import find_bootstrap_address
 
     if ray.is_initialized():
         return ray, False
     found = address
     if address == "auto":
-        found = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None) or ""
+        found = os.environ.get("RAY_ADDRESS") or _recorded_address()
         if not found:
             raise RolloutError(
                 f"{setting('rollout')} ray://auto: this node belongs to no Ray cluster. Start one with `ray start "
@@ -309,7 +308,7 @@ def connect(address: str) -> tuple[Any, bool]:
     try:
         with _private_cluster() if local else nullcontext():
             ray.init(
-                address=address,
+                address=found,
                 include_dashboard=False if local else None,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
@@ -320,6 +319,27 @@ def connect(address: str) -> tuple[Any, bool]:
             "that this node has the cluster's versions of Ray and Python."
         ) from error
     return ray, True
+
+
+def _recorded_address() -> str:
+    """Return the address that ``ray start`` recorded on this node; empty if there is none.
+
+    Raises:
+        RolloutError: Another user wrote it. Ray's folder is writable for everyone, and the head of a cluster can run code here.
+    """
+    from ray._common.utils import get_ray_address_file
+
+    try:
+        with open(get_ray_address_file(None), encoding="utf-8") as file:
+            owner = os.fstat(file.fileno()).st_uid
+            if owner and owner != os.getuid():
+                raise RolloutError(
+                    f"{setting('rollout')} ray://auto: {file.name} was written by another user (uid {owner}). If you trust the "
+                    f"cluster that it names, give its address, {option('rollout', 'ray://HOST:PORT')}."
+                )
+            return file.read().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def disconnect(ray: Any) -> None:
@@ -382,8 +402,8 @@ def _check_authentication(address: str) -> None:
     elif "AuthenticationError" in problem:
         if _authentication_problem(address, "token"):
             raise RolloutError(
-                f"{setting('rollout')}: the Ray cluster at {address} requires another token than this process has. Set "
-                "RAY_AUTH_TOKEN to the token with which the cluster was started, or write it to ~/.ray/auth_token."
+                f"{setting('rollout')}: the Ray cluster at {address} requires a token, and this process has none or another one. "
+                "Set RAY_AUTH_TOKEN to the token with which the cluster was started, or write it to ~/.ray/auth_token."
             )
         os.environ["RAY_AUTH_MODE"] = "token"
         _reread_authentication()
