@@ -5,41 +5,17 @@ Each attack runs in a process of its own, which is stopped after a few seconds.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
 
 import pytest
+from forks import SECONDS, attacked
 
 from scripts import SOURCE
 
-SECONDS = 8
 LENGTH = 100_000
 NESTED, TEXT = "(a|aa)+$", "a" * 100 + "b"
-
-
-def attacked(code: str) -> str:
-    """Return how ``code`` ended in a process with a time limit."""
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(code, send))
-    start = time.monotonic()
-    process.start()
-    ended = receive.poll(SECONDS)
-    process.kill()
-    process.join()
-    return f"{receive.recv()} after {time.monotonic() - start:.1f} s" if ended else f"still running after {SECONDS} s"
-
-
-def _run(code, connection):
-    try:
-        exec(code, {})
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {str(error)[:120]}")
-    else:
-        connection.send("ended")
 
 
 @pytest.mark.parametrize(

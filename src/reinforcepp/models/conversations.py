@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import takewhile
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from reinforcepp.errors import ModelError
+from reinforcepp.errors import ModelError, first_line
 from reinforcepp.models.special_tokens import encode, marked, unmarked
 from reinforcepp.terminal import logger
 from reinforcepp.types import Conversation
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 PROBE_PROMPT, PROBE_ANSWER = "How do I see my routes?", "Run ip route."
 """A question and its answer, by which the chat template shows how it writes a turn."""
 PROBE_SYSTEM = "Be brief."
+TEMPLATE_TIMEOUT_SECONDS = 30.0
+"""Time in which a chat template must format one conversation."""
 OPEN_TAG = re.compile(r"<([\w-]+)>\s*\Z")
 THOUGHT = re.compile(r"\s*<([\w-]+)>")
 
@@ -74,12 +80,46 @@ def _check_variables(variables: Variables) -> None:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], variables: Variables) -> str:
-    """Return ``messages`` in the chat template; special tokens in their contents are marked."""
+    """Return ``messages`` in the chat template; special tokens in their contents are marked.
+
+    Raises:
+        TemplateError, TypeError: the template rejects the conversation, raises anything else, or needs too long.
+    """
+    from jinja2 import TemplateRuntimeError
+
     conversation = [
         {key: value if key == "role" else _marked(tokenizer, value) for key, value in message.items()}
         for message in messages
     ]
-    return str(tokenizer.apply_chat_template(conversation, **{"tokenize": False, **variables}))
+    try:
+        with _time_limit():
+            return str(tokenizer.apply_chat_template(conversation, **{"tokenize": False, **variables}))
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError) as error:
+        raise TemplateRuntimeError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """End a template of an untrusted folder that loops for too long.
+
+    Only the main thread can be interrupted, and only if nobody else has set a timer.
+    """
+    from jinja2 import TemplateRuntimeError
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TemplateRuntimeError(f"it needs more than {TEMPLATE_TIMEOUT_SECONDS:g} seconds")
+
+    here = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    if not here or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_TIMEOUT_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
