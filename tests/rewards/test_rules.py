@@ -1,8 +1,11 @@
 """Rules: goldens for each, the bounds on both sides, and one sentence for every mistake."""
 
+import re
+import warnings
+
 import pytest
 
-from reinforcepp.config.reward_rules import comparable, make_rule
+from reinforcepp.config.reward_rules import comparable, make_rule, matches
 from reinforcepp.errors import ConfigError
 
 
@@ -36,6 +39,25 @@ def test_regex_finds_its_pattern_anywhere_and_takes_it_as_it_stands():
     assert scores("regex?pattern=^(?i)x$".replace("^(?i)", "(?i)^"), "X", "xx") == [1, 0]
     assert scores("regex?pattern=a=1&b%20", "a=1&b%20", "a=1&b ") == [1, 0]
     assert make_rule("regex?name=numbers&pattern=&name&").name == "numbers"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("x_{i}", "x_{i} x_a"),  # in regex, any insertions
+        ("(?:cat){e}", "cat{e} dog"),  # in regex, any errors
+        ("a{2}b{,1}{", "aab{ aa{"),
+        ("[[:alpha:]]", "a] :] b"),  # in regex, any letter
+        (r"[\[{]\{[^]{]\}", "[{a} {{b}"),
+        (r"\N{BULLET}{1}", "\u2022"),
+        ("(?i)straße", "STRASSE Straße"),
+    ],
+)
+def test_patterns_have_the_syntax_of_re(pattern, text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of [[
+        found = [match.span() for match in re.finditer(pattern, text)]
+        assert found and [match.span() for match in matches("regex", pattern, text)] == found
 
 
 def test_format_wants_its_tags_in_order_once_with_something_inside():
