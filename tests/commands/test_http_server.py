@@ -80,6 +80,14 @@ def test_a_request_that_does_not_arrive_in_time_loses_its_connection(monkeypatch
             assert status(other) == 200
 
 
+def test_the_body_of_a_response_does_not_wait_for_an_acknowledgment():
+    with serving(App()) as (server, address), connect(address, REQUEST) as client:
+        assert status(client) == 200
+        (connection,) = server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_request_in_progress_has_no_time_limit(monkeypatch):
     monkeypatch.setattr(http_server, "REQUEST_TIMEOUT_SECONDS", 0.1)
     app = App()
