@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from packaging.requirements import Requirement
@@ -155,6 +158,40 @@ def test_pip_accepts_the_complete_file(tmp_path):
     if any(sign in done.stderr for sign in ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError")):
         pytest.skip("the package index can't be reached")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+class VulnerableJinja(BaseHTTPRequestHandler):
+    """Answers as osv.dev does, and knows a vulnerability of one package."""
+
+    def do_POST(self) -> None:
+        package = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["package"]["name"]
+        versions = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}]}]
+        affected = [{"package": {"name": package, "ecosystem": "PyPI"}, "ranges": versions}]
+        found = {"vulns": [{"id": "GHSA-test", "affected": affected}]} if package == "jinja2" else {}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(found).encode())
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        ([], 1, "GHSA-test"),
+        (["--ignore-vuln", "GHSA-test"], 0, "No known vulnerabilities"),
+        (None, 3, "not checked, because"),
+    ],
+)
+def test_the_audit_reports_a_vulnerability_and_that_it_could_not_look(options, status, text):
+    with ThreadingHTTPServer(("127.0.0.1", 0), VulnerableJinja) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port if options is not None else 9
+        command = [ROOT / "scripts/audit.sh", "--osv-url", f"http://127.0.0.1:{port}/v1/query", *(options or [])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    assert (done.returncode, text in done.stdout + done.stderr) == (status, True), done.stdout + done.stderr
 
 
 @pytest.mark.full
