@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -53,12 +55,19 @@ def log_a_step(shared: Path) -> None:
         log.close()
 
 
+def hang(shared: Path) -> None:
+    program = "import sys, time; from pathlib import Path; from reinforcepp.monitoring.watchdog import Watchdog\n"
+    program += "with Watchdog(Path(sys.argv[1]), 0.1): time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", program, str(shared)], capture_output=True).returncode == 1
+
+
 LINKED_FILES: dict[str, Callable[[Path], object]] = {
     "report.txt.partial": lint,
     "run.json.partial": lambda shared: write_json(shared / "run.json", {}),
     "metrics.jsonl.partial": resume,
     "metrics.jsonl": log_a_step,
     "events.jsonl": lambda shared: log_event(shared, "Step 1: skipped update."),
+    "stacks.txt": hang,
     "step-000001.parquet.partial": lambda shared: save_completions(shared / "step-000001.parquet", {"prompt": ["a"]}),
 }
 
@@ -100,7 +109,7 @@ LINKED_FOLDERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.attack("L3", "in a shared folder, a link to a victim's folder under a name that a run will write")
-@pytest.mark.parametrize("name", LINKED_FOLDERS)
+@pytest.mark.parametrize("name", ["model.partial", pytest.param("rollout_weights.partial", marks=pytest.mark.full)])
 def test_no_folder_is_written_through_a_planted_link(tmp_path, name, outcome):
     home, shared = tmp_path / "home", tmp_path / "shared"
     home.mkdir()
@@ -123,9 +132,11 @@ def test_compiled_code_is_not_read_from_the_temporary_folder(tmp_path, outcome, 
     made = {"processing_class": tiny.tokenizer(), "train_dataset": [{"prompt": f"Check host {i}."} for i in range(8)]}
     config = ReinforceConfig(torch_compile=True, **settings)
     ReinforceTrainer(tiny.model(), lambda completions, **_: [0.0] * len(completions), config, **made)
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_USER in the temporary folder")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     private = Path(folder).is_relative_to(tmp_path / "home")
-    outcome(f"torch loads code from {'the cache of the user' if private else folder}")
+    outcome(
+        f"torch loads code from {'the cache of the user' if private else 'torchinductor_USER in the temporary folder'}"
+    )
     assert private
 
 
@@ -183,7 +194,7 @@ def test_a_tampered_checkpoint_is_damaged(tmp_path, how, outcome):
         found = checkpoint.latest(tmp_path)
         taken = "none" if found is None else found.folder.name
     except RecursionError as error:
-        taken = f"{type(error).__name__}: {error}"
+        taken = f"nothing, {type(error).__name__}"
     outcome(f"{how}: resumes from {taken}")
     assert taken == checkpoint.name_of(1)
 
@@ -260,10 +271,10 @@ def pickles(monkeypatch):
 def result_of(call: Callable[[], object]) -> str:
     try:
         call()
-    except ReinforceError as error:
-        return f"refused ({str(error).partition(': ')[2][:60]})"
+    except ReinforceError:
+        return "refused"
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:60]}"
+        return type(error).__name__
     return "loaded"
 
 

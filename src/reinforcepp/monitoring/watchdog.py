@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from reinforcepp.errors import option
+from reinforcepp.files import remove
 from reinforcepp.runtime import is_first_here, is_main, started
 from reinforcepp.terminal import print_at_once
 
@@ -78,7 +79,8 @@ class Watchdog:
 
     def _end_process(self) -> None:
         problem = f"No progress for {self._seconds:g} seconds in the phase {self._phase!r}."
-        with open(self._path, "w", encoding="utf-8") as file:
+        remove(self._path)  # of an earlier run, or a link of another user
+        with open(self._path, "x", encoding="utf-8") as file:
             file.write(problem + " Stacks of all threads:\n\n")
             file.flush()
             faulthandler.dump_traceback(file)
