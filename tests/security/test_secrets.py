@@ -137,6 +137,7 @@ def test_terminal_and_report_show_no_secret(outcome, run, home, server, monkeypa
     found = {name: secrets for name, secrets in found.items() if secrets}
     outcome(described(found))
     assert found == {}
+    assert "which stands for a secret" in texts["page"][1]
 
 
 @pytest.mark.attack("M2", "let a failing reward server repeat the secret address in its answer")
