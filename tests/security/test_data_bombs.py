@@ -20,6 +20,7 @@ from scripts import SOURCE
 
 MEMORY_BYTES = 3 << 30
 SECONDS = 20
+SLOW = ("b.parquet", "a.jsonl.bz2")
 MIB = 1 << 20
 PROGRAM = f"""
 import resource, sys
@@ -98,7 +99,9 @@ def short_rows_in_zstd(path):
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        pytest.param(name, write, marks=pytest.mark.attack("L1", attack))
+        pytest.param(
+            name, write, marks=[pytest.mark.attack("L1", attack), *([pytest.mark.full] if name in SLOW else [])]
+        )
         for name, write, attack in [
             ("a.parquet", parquet_of_a_shared_value, "a Parquet file of 303 bytes with 300 MiB of text"),
             ("b.parquet", parquet_of_a_compressed_value, "a Parquet file of 10 KiB with a cell of 300 MiB"),
