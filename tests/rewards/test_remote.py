@@ -1,5 +1,6 @@
 """The client of reward servers, against a server on loopback that answers what each test wants."""
 
+import asyncio
 import json
 import logging
 import os
@@ -142,8 +143,11 @@ def test_a_success_resets_the_failure_count(fake):
 def test_pauses_double_with_jitter(fake, monkeypatch):
     pauses = []
 
-    async def sleep(seconds):
-        pauses.append(seconds)
+    async def sleep(seconds, *result, wait=asyncio.sleep):
+        if threading.current_thread() is threading.main_thread():
+            pauses.append(seconds)
+        else:  # a server of another test
+            await wait(seconds, *result)
 
     monkeypatch.setattr("asyncio.sleep", sleep)
     fake.answers = [(500, b"")]
