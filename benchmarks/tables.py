@@ -776,6 +776,15 @@ def trl_compat_changes(result: dict[str, Any]) -> str:
     return table(["behavior", "level", "change or reason"], rows)
 
 
+def security(result: dict[str, Any]) -> str:
+    rows = [
+        [row["id"], row["attack"], row["before"], row["after"], f"`{row['test'].removeprefix('tests/security/')}`"]
+        for row in result["rows"]
+    ]
+    rows = [[cell.replace("|", r"\|").replace("<", "&lt;") for cell in row] for row in rows]
+    return table(["id", "attack", "before", "now", "test in tests/security"], rows) + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -826,6 +835,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "real_model": (real_model, "real_model"),
     "trl_compat": (trl_compat, "trl_compat"),
     "trl_compat_changes": (trl_compat_changes, "trl_compat"),
+    "security": (security, "security"),
 }
 """For each table, what makes it and from which result file."""
 PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))
