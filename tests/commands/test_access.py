@@ -113,9 +113,10 @@ def test_a_refusal_has_the_form_of_openai():
     assert headers[b"www-authenticate"] == b"Bearer" and int(headers[b"content-length"]) == len(body["body"])
 
     def plain(app):
-        return RequireKey(app, KEY, message="No.", error=lambda status, message: {"error": f"{status}: {message}"})
+        return RequireKey(app, KEY, word="token", error=lambda status, message: {"error": f"{status}: {message}"})
 
-    assert json.loads(ask(plain)[1]["body"]) == {"error": "401: No."}
+    error = json.loads(ask(plain)[1]["body"])["error"]
+    assert error.startswith("401: Authorization: the token is missing or wrong.") and "key" not in error
 
 
 def test_a_websocket_without_the_key_is_closed_before_it_opens():
@@ -191,4 +192,13 @@ def test_web_pages_of_other_hosts_are_refused(headers):
 def test_the_refusal_of_a_web_page_names_the_header_and_the_fix():
     body = ask(RefuseWebPages, ("host", "evil\x1b[2J\xe9.example"))[1]["body"]
     message = json.loads(body)["error"]["message"]
-    assert "(Host: evil\\x1b[2J\\xe9.example)" in message and "127.0.0.1" in message and "with a key" in message
+    assert (
+        message.startswith("Host: evil\\x1b[2J\\xe9.example isn't this computer")
+        and "127.0.0.1" in message
+        and "with a key" in message
+    )
+
+
+def test_the_refusal_of_web_pages_uses_the_word_of_the_server():
+    body = ask(lambda app: RefuseWebPages(app, word="token"), ("host", "evil.example"))[1]["body"]
+    assert b"requires no token" in body and b"with a token" in body and b"a key" not in body

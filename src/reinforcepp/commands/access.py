@@ -21,10 +21,12 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 ErrorBody = Callable[[int, str], object]
 
 OPEN_PATH = "/health"
-KEY_MESSAGE = "The key is missing or wrong. Send the server's key in the header Authorization: Bearer KEY."
-WEB_PAGE_MESSAGE = (
-    "This server requires no key, so it refuses web pages of other hosts ({header}: {value}). Use the address 127.0.0.1 or "
-    "localhost. For requests from other hosts or through a proxy, start the server with a key."
+NO_KEY = (
+    "Authorization: the {word} is missing or wrong. Send the server's {word} as in Authorization: Bearer {capitals}."
+)
+WEB_PAGE = (
+    "{header}: {value} isn't this computer, and a server that requires no {word} refuses web pages of other hosts. Use the "
+    "address 127.0.0.1 or localhost. For requests from other hosts or through a proxy, start the server with a {word}."
 )
 
 
@@ -43,20 +45,19 @@ class RequireKey:
     Args:
         app: The application.
         key: The key; default: that of vLLM in the environment.
-        message: The refusal's message.
+        word: What the server's users call the key.
         error: Function from status and message to the body of a refusal.
 
     Raises:
         ValueError: There is no key.
     """
 
-    def __init__(
-        self, app: App, key: str | None = None, *, message: str = KEY_MESSAGE, error: ErrorBody = openai_error
-    ) -> None:
+    def __init__(self, app: App, key: str | None = None, *, word: str = "key", error: ErrorBody = openai_error) -> None:
         key = key or environment_key()
         if not key:
             raise ValueError("a server that requires a key was started without one")
-        self._app, self._key, self._message, self._error = app, key.encode(), message, error
+        self._app, self._key, self._error = app, key.encode(), error
+        self._message = NO_KEY.format(word=word, capitals=word.upper())
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass an allowed request on, or refuse it."""
@@ -87,11 +88,12 @@ class RefuseWebPages:
 
     Args:
         app: The application.
+        word: What the server's users call a key.
         error: Function from status and message to the body of a refusal.
     """
 
-    def __init__(self, app: App, *, error: ErrorBody = openai_error) -> None:
-        self._app, self._error = app, error
+    def __init__(self, app: App, *, word: str = "key", error: ErrorBody = openai_error) -> None:
+        self._app, self._word, self._error = app, word, error
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass an allowed request on, or refuse it."""
@@ -100,7 +102,7 @@ class RefuseWebPages:
             await self._app(scope, receive, send)
         else:
             header, value = foreign
-            message = WEB_PAGE_MESSAGE.format(header=header, value=ascii(value)[1:-1][:100])
+            message = WEB_PAGE.format(header=header, value=ascii(value)[1:-1][:100], word=self._word)
             await _refuse(send, scope["type"], 403, self._error(403, message))
 
 

@@ -49,7 +49,6 @@ MAX_REQUEST_BYTES = 64 * 2**20
 MAX_BUFFERED_BYTES = 4 * MAX_REQUEST_BYTES
 """Bytes of all requests that wait to be scored."""
 MAX_QUERIES = 4096
-TOKEN_MESSAGE = f"Authorization: the token is missing or wrong. Send the server's {TOKEN_VARIABLE} as a bearer token."
 
 
 class BadRequest(Exception):
@@ -71,7 +70,8 @@ def score_request(reward: TrainedReward, request: Any) -> list[float]:
         raise BadRequest(400, "'query' is missing in the request. Send a list of texts.")
     if len(queries) > MAX_QUERIES:
         raise BadRequest(
-            413, f"The request has {len(queries)} queries, more than {MAX_QUERIES}. Send fewer (reward_batch_size)."
+            413,
+            f"'query' has {len(queries)} texts, more than {MAX_QUERIES}. Send fewer, with a smaller --reward_batch_size.",
         )
     prompts, reasons = _texts(request, "prompts", len(queries)), _texts(request, "finish_reason", len(queries))
     if not queries:
@@ -171,9 +171,9 @@ class RewardServer:
         self._scoring = asyncio.Lock()
         access: list[Middleware] = []
         if self.token:
-            access = [Middleware(RequireKey, key=self.token, message=TOKEN_MESSAGE, error=_error)]
+            access = [Middleware(RequireKey, key=self.token, word="token", error=_error)]
         elif is_loopback(host):
-            access = [Middleware(RefuseWebPages, error=_error)]
+            access = [Middleware(RefuseWebPages, word="token", error=_error)]
         routes = [
             Route("/health", self._health, methods=["GET"]),
             *(Route(path, self._score, methods=["POST"]) for path in ("/", "/get_reward")),
