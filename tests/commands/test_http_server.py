@@ -37,8 +37,8 @@ class App:
 
 
 @contextmanager
-def serving(app):
-    listener = socket.create_server(("127.0.0.1", 0))
+def serving(app, listener=None):
+    listener = listener or socket.create_server(("127.0.0.1", 0))
     server = Server(app, listener)
     thread = threading.Thread(target=server.run_until_signal, daemon=True)
     thread.start()
@@ -112,6 +112,51 @@ def test_new_connections_replace_the_oldest_without_a_request(monkeypatch, caplo
         assert status(busy) == status(late) == 200
         halves[1].sendall(b"12345678")
         assert status(halves[1]) == 200
+
+
+def test_connections_that_are_made_at_once_replace_each_other(monkeypatch):
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 3)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+    waiting = [connect(listener.getsockname()) for _ in range(40)]
+    with serving(App(), listener) as (server, address), connect(address, REQUEST) as client:
+        assert status(client) == 200 and len(server.server_state.connections) == 3
+    assert all(status(each) is None for each in waiting)
+
+
+def test_one_address_cannot_replace_the_connections_of_others(monkeypatch):
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 3)
+    with serving(App()) as (_, address):
+        half = socket.create_connection(address, timeout=5, source_address=("127.0.0.2", 0))
+        half.sendall(REQUEST[:-2])
+        others = [connect(address, REQUEST) for _ in range(5)]
+        assert [status(each) for each in others][-1] == 200
+        half.sendall(REQUEST[-2:])
+        assert status(half) == 200
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_CONNECTIONS", 1), ("REQUEST_TIMEOUT_SECONDS", 0.5)])
+def test_a_client_that_reads_no_responses_cannot_keep_its_connection(monkeypatch, caplog, limit, value):
+    monkeypatch.setattr(http_server, limit, value)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with serving(App(), listener) as (server, address), socket.socket() as greedy:
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        greedy.connect(address)
+        greedy.sendall(4000 * REQUEST)
+        wait_for(lambda: any(each.flow.write_paused for each in server.server_state.connections))
+        if limit == "MAX_CONNECTIONS":
+            with connect(address, REQUEST) as other:
+                assert status(other) == 200
+        else:
+            wait_for(lambda: not server.server_state.connections)
+            assert "the client didn't read the responses within 0.5 s" in caplog.text
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_stopping_finishes_the_response_in_progress(capsys):

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,9 +27,9 @@ from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.terminal import echo
 
 MAX_CONNECTIONS = 512
-"""Open connections; the next one replaces the one that has been without a complete request for the longest time."""
+"""Open connections; the next one replaces an idle one of the address with the most, see :class:`LimitedConnection`."""
 REQUEST_TIMEOUT_SECONDS = 60.0
-"""Seconds for headers and body of a request to arrive."""
+"""Seconds for headers and body of a request to arrive, and for a client to read a response."""
 KEEP_ALIVE_SECONDS = 60
 """Seconds that a connection can wait for its next request."""
 LOGGED_PER_MINUTE = 10
@@ -90,7 +91,11 @@ class Server(uvicorn.Server):
 
 
 class LimitedConnection(H11Protocol):
-    """A connection whose requests must arrive in time, and that can be replaced by a new one until they have."""
+    """A connection whose requests must arrive, and whose responses must be read, in time.
+
+    A new connection can replace one that waits for its client: the one that has waited for the longest time, of the client
+    address with the most connections, so that one client can't close the connections of others.
+    """
 
     def __init__(self, refusals: Refusals, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -103,14 +108,32 @@ class LimitedConnection(H11Protocol):
         super().connection_made(transport)
         self._limit(REQUEST_TIMEOUT_SECONDS)
         if len(self.connections) > MAX_CONNECTIONS:
-            waiting = [each for each in self.connections if isinstance(each, LimitedConnection) and each.is_waiting]
-            oldest = min(waiting, key=lambda each: each._since, default=self)
+            limited = [each for each in self.connections if isinstance(each, LimitedConnection)]
+            number = Counter(each._address for each in limited)
+            waiting = [each for each in limited if each.is_waiting]
+            oldest = min(waiting, key=lambda each: (-number[each._address], each._since), default=self)
             oldest.drop(f"there are more than {MAX_CONNECTIONS} connections")
 
     @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    @property
     def is_waiting(self) -> bool:
-        """Whether a request has yet to arrive completely."""
-        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+        """Whether a request has yet to arrive completely, or a response to be read."""
+        return self.flow.write_paused or self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def pause_writing(self) -> None:
+        """Start the time limit of a client that doesn't read."""
+        super().pause_writing()
+        self._limit(REQUEST_TIMEOUT_SECONDS, "the client didn't read the responses")
+
+    def resume_writing(self) -> None:
+        """Start the time limit of the rest of the request, if it isn't complete."""
+        super().resume_writing()
+        self._limit(REQUEST_TIMEOUT_SECONDS)
+        if not self.is_waiting:
+            self._lift_limit()
 
     def data_received(self, data: bytes) -> None:
         """Lift the time limit of a complete request."""
@@ -149,6 +172,7 @@ class LimitedConnection(H11Protocol):
 
     def drop(self, reason: str) -> None:
         """Close the connection at once."""
+        self.connections.discard(self)  # Further connections may be made before connection_lost is called.
         self.transport.abort()
         self._refusals.log(self.client, f"lost its connection because {reason}")
 
@@ -156,10 +180,10 @@ class LimitedConnection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
 
-    def _limit(self, seconds: float) -> None:
+    def _limit(self, seconds: float, problem: str = "no complete request arrived") -> None:
         self._lift_limit()
         self._since = self.loop.time()
-        self._timer = self.loop.call_later(seconds, self.drop, f"no complete request arrived within {seconds:g} s")
+        self._timer = self.loop.call_later(seconds, self.drop, f"{problem} within {seconds:g} s")
 
 
 class LoggedRefusals:
