@@ -17,33 +17,63 @@ SHORTEST_SECRET = 8
 """Characters of the shortest secret that is searched in a text; a shorter one could be part of a word."""
 
 _SCHEME = r"[a-z][a-z0-9+.-]{0,30}://"
-URL = re.compile(rf"({_SCHEME})((?:(?!,{_SCHEME})[^\s\"'<>])+)", re.IGNORECASE)
-WHOLE_URL = re.compile(rf"((?:[-+\d.e]+\s*\*\s*)?{_SCHEME})((?:(?!,{_SCHEME})\S)+)", re.IGNORECASE)
+_OF_THIS_URL = rf"(?!,{_SCHEME})"  # a comma and a scheme begin the next URL of a list
+URL = re.compile(rf"({_SCHEME})((?:{_OF_THIS_URL}[^\s\"'<>])+)", re.IGNORECASE)
+"""A URL in a sentence: its scheme, and the rest."""
+WHOLE_URL = re.compile(rf"((?:[-+\d.e]+\s*\*\s*)?{_SCHEME})((?:{_OF_THIS_URL}\S)+)", re.IGNORECASE)
 """A text that is a URL, perhaps with the weight of a reward. In it, unlike in a sentence, quotes are part of the URL."""
-USER = re.compile(r"[^/?#]*@|[^/?#@]*:(?!\d+(?:[/?#]|$)).*@")
-"""User and password, also a password with one of the characters that end it by the standard."""
-WORD = re.compile(
-    r"v?\d{1,8}|[A-Za-z]?\d{1,3}[A-Za-z]{1,2}|[A-Za-z]{1,8}\d{1,2}|[A-Z]{1,8}|[a-z]{1,14}|[A-Z]?[a-z]{2,13}(?:[A-Z][a-z]{2,13})*"
+USER = re.compile(
+    r"""
+    [^/?#]*@                           # user:password@
+    | [^/?#@]*:(?!\d+(?:[/?#]|$)).*@    # A password can hold / ? or #, which end it by the standard; a port isn't one.
+    """,
+    re.VERBOSE,
 )
-"""A word of a path, a number, or a version; the words are separated by ``-``, ``_`` or a dot."""
+"""User and password."""
+WORD = re.compile(
+    r"""
+    v?\d{1,8}                                                 # a number, a version: 2026, v1
+    | [A-Za-z]?\d{1,3}[A-Za-z]{1,2} | [A-Za-z]{1,8}\d{1,2}     # 7b, qwen3
+    | [A-Z]{1,8} | [a-z]{1,14}                                # API, score
+    | [A-Z]?[a-z]{2,13}(?:[A-Z][a-z]{2,13})*                  # RewardModel
+    """,
+    re.VERBOSE,
+)
+"""A word of a path; the words are separated by ``-``, ``_`` or a dot."""
 LONGEST_WORDS = 48
+"""Characters of the longest part of a path that consists of words."""
 BEFORE_SECRET = re.compile(r"(?:web)?hooks?|(?:api)?(?:tokens?|keys?)|secrets?|auth", re.IGNORECASE)
 """A part of a path before a secret."""
 HOOK_HOST = re.compile(r"(?:[^/?#]*\.)?(?:web)?hooks?\.", re.IGNORECASE)
-
+"""The start of a host whose whole path is secret, such as hooks.slack.com."""
 SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|(?:API)?KEY|SECRET|PASSWORD|PASSWD|PASS|PASSPHRASE|CREDENTIAL|PAT)S?$", re.IGNORECASE
 )
+"""Name of an environment variable with a secret."""
+SECRET_QUERY = r"token|key|secret|passw|auth|sig"
+"""Parts of the names of secrets in the query of a URL."""
 SHAPES = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|pypi-[\w-]{20,}"
-    r"|sk-(?=[\w-]{0,60}\d)(?=[\w-]{0,60}[A-Z])[\w-]{20,}|sk-[0-9a-f]{32,}|nvapi-[\w-]{20,}|gsk_[A-Za-z0-9]{20,}"
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}|xox[a-z]-[\w-]{10,}|eyJ[\w-]{8,999}\.[\w-]{8,}(?:\.[\w-]*)?)"
+    r"""
+    (?<![A-Za-z0-9])
+    (?: hf_[A-Za-z0-9]{20,}                                                         # Hugging Face
+    | gh[a-z]_[A-Za-z0-9]{20,} | github_pat_\w{20,} | glpat-[\w-]{16,}              # GitHub, GitLab
+    | pypi-[\w-]{20,}                                                               # PyPI
+    | sk-(?=[\w-]{0,60}\d)(?=[\w-]{0,60}[A-Z])[\w-]{20,} | sk-[0-9a-f]{32,}         # OpenAI and others
+    | nvapi-[\w-]{20,} | gsk_[A-Za-z0-9]{20,}                                       # NVIDIA, Groq
+    | (?:AKIA|ASIA)[A-Z0-9]{16} | AIza[\w-]{30,}                                    # AWS, Google
+    | xox[a-z]-[\w-]{10,}                                                           # Slack
+    | eyJ[\w-]{8,999}\.[\w-]{8,}(?:\.[\w-]*)?                                       # JSON Web Token
+    )
+    """,
+    re.VERBOSE,
 )
 """Tokens of well-known services."""
 NAMED = re.compile(
-    r"(?P<name>[?&](?:[\w.-]{0,40}(?:token|key|secret|passw|auth|sig)[\w.-]{0,40}|code|pw|pwd)=)[^\s&\"'<>#]+(?<![.,:;!?)\]}])"
-    r"|(?P<scheme>authorization\W{1,6}(?:bearer|basic|token)\s+|\bbearer\s+(?=\S{0,99}\d|\S{20}))[^\s\"',;]+",
-    re.IGNORECASE,
+    rf"""
+    (?P<name>[?&](?:[\w.-]{{0,40}}(?:{SECRET_QUERY})[\w.-]{{0,40}}|code|pw|pwd)=)[^\s&"'<>\#]+(?<![.,:;!?)\]}}])
+    | (?P<scheme>authorization\W{{1,6}}(?:bearer|basic|token)\s+|\bbearer\s+(?=\S{{0,99}}\d|\S{{20}}))[^\s"',;]+
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 """A secret that its name gives away: in a query without its host, or in a header."""
 SENTENCE_END = ".,:;!?)]}"
@@ -61,6 +91,11 @@ def redacted(text: str, *urls: str) -> str:
         urls: addresses whose secrets are also hidden where they occur alone, for example in the response of that server.
     """
     return _hide(text, [*_environment_secrets(), *(secret for url in urls for secret in _secrets(url))])
+
+
+def is_secret(variable: str) -> bool:
+    """Return whether an environment variable with this name holds a secret."""
+    return SECRET_VARIABLE.search(variable) is not None
 
 
 def without_secrets(value: Any) -> Any:
@@ -134,7 +169,7 @@ def _is_words(segment: str) -> bool:
 
 def _environment_secrets() -> Iterator[str]:
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST_SECRET and SECRET_VARIABLE.search(name):
+        if len(value) >= SHORTEST_SECRET and is_secret(name):
             yield value
             if (quoted := quote(value, safe="")) != value:
                 yield quoted

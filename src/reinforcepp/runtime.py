@@ -49,9 +49,8 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 def own_version() -> str:
     """Return the version of this package, which also runs from a clone without being installed."""
-    return str(
-        sys.modules["reinforcepp"].__version__
-    )  # importing the package from a module of its root would be a cycle
+    package = sys.modules["reinforcepp"]  # An import of the package in a module of its root would be a cycle.
+    return str(package.__version__)
 
 
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")

@@ -23,9 +23,8 @@ FINAL_ANSWER = "####"
 MATCH_TIMEOUT_SECONDS = 10.0
 """CPU time in which a pattern must search one text."""
 WORD_BREAK = regex.compile(r"\b", regex.WORD | regex.VERSION1)
-
-
 _FLAG = regex.compile("[\U0001f1e6-\U0001f1ff]")
+"""A regional indicator: two of them are a flag."""
 
 
 def without_flags(text: str) -> str:

@@ -18,12 +18,11 @@ from urllib.parse import parse_qsl, urlsplit
 
 from reinforcepp.config.reward_rules import RULES, make_rule
 from reinforcepp.errors import ConfigError, nearest
-from reinforcepp.redaction import HIDDEN, redacted
+from reinforcepp.redaction import HIDDEN, SECRET_QUERY, redacted
 
 JUDGE = "builtin:judge"
 WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.*)", re.DOTALL)
 FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)", re.DOTALL)
-SECRET = re.compile(r"token|key|secret|passw|auth|sig", re.IGNORECASE)
 TOKEN_VARIABLE = "REINFORCEPP_REWARD_TOKEN"
 MODEL_OPTIONS = ("output", "outputs", "dtype", "load_in_4bit")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -171,5 +170,5 @@ def check_url(url: str) -> None:
     if parts.username is not None or parts.password is not None:
         raise ConfigError(f"The address of the reward server {parts.hostname} holds a password. {fix}")
     for name, _ in parse_qsl(parts.query, keep_blank_values=True):
-        if SECRET.search(name):
+        if re.search(SECRET_QUERY, name, re.IGNORECASE):
             raise ConfigError(f"The address of the reward server {parts.hostname} holds a secret, {name}. {fix}")

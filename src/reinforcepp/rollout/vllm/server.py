@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reinforcepp.errors import ConfigError
+from reinforcepp.redaction import is_secret
 from reinforcepp.rollout.vllm.compat import load_format
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 
@@ -30,17 +31,16 @@ PASSED_VARIABLES = """
     HF_HOME HF_ENDPOINT HF_MODULES_CACHE HF_HUB_DISABLE_IMPLICIT_TOKEN HUGGINGFACE_HUB_CACHE DO_NOT_TRACK DISABLE_TELEMETRY
     HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy
     SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE GPU_DEVICE_ORDINAL ATEN_CPU_CAPABILITY
+    VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
 """
-"""Variables that a server gets from the user's environment: programs, caches, compilers, proxies and certificates."""
+"""Variables that a server gets from the user's environment. Two of them only sound secret: ``*_TOKEN`` and ``*_TOKENS``."""
 PASSED_PREFIXES = """
     LC_ XDG_ LD_ DYLD_ PYTHON VLLM_ TORCH PYTORCH_ TRITON_ INDUCTOR_ FLASHINFER_ FLASH_ATTENTION_ TILELANG_ CUTE_DSL_ DG_ NUMBA_
     CUDA_ CUDNN_ CUBLAS_ NVIDIA_ NVCC_ NCCL_ NVSHMEM_ HIP_ HIPBLASLT_ HSA_ ROCM_ ROCR_ MIOPEN_ AITER_ ZE_ SYCL_ ONEAPI_ CCL_
     GLOO_ UCX_ OMP_ GOMP_ KMP_ MKL_ OPENBLAS_ ONEDNN_ DNNL_ NUMEXPR_ RAYON_ TOKENIZERS_ MALLOC_
     HF_HUB_ HF_XET_ TRANSFORMERS_ SAFETENSORS_ TIKTOKEN_
 """
-"""Prefixes of further variables that a server gets, among them the selection and settings of GPUs and threads."""
-SECRET_ENDINGS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_CREDENTIALS")
-"""Endings of variables that a server doesn't get in spite of their prefix."""
+"""Prefixes of further variables that a server gets, unless they are secret: settings of GPUs, threads and libraries."""
 UNSAFE_VARIABLES = frozenset(
     {
         DEV_MODE,  # endpoints that run methods of the workers
@@ -127,7 +127,7 @@ def unsafe_settings(environment: Mapping[str, str]) -> list[str]:
 def _is_passed(name: str) -> bool:
     if name == IN_PROCESS or name in UNSAFE_VARIABLES:
         return False
-    with_prefix = name.startswith(tuple(PASSED_PREFIXES.split())) and not name.endswith(SECRET_ENDINGS)
+    with_prefix = name.startswith(tuple(PASSED_PREFIXES.split())) and not is_secret(name)
     return with_prefix or name in PASSED_VARIABLES.split()
 
 
