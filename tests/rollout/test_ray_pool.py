@@ -381,6 +381,17 @@ def test_a_cluster_without_room(cluster, monkeypatch):
         RayEngine(cluster.address, prepared_model(), prepared_tokenizer(), max_length=100)
 
 
+def test_a_local_cluster_that_fails_is_reported_without_a_command_that_does_not_reach_it(monkeypatch):
+    def init(**options):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RolloutError, match=r"can't start a Ray cluster on this node \(no space left\)") as caught:
+        connect("local")
+    assert "ray status" not in str(caught.value)
+
+
 def test_a_missing_cluster_is_reported_at_once(monkeypatch, tmp_path):
     begin = time.monotonic()
     monkeypatch.setattr("ray.is_initialized", lambda: False)

@@ -270,7 +270,8 @@ class RayPool:
         raise EngineLost(
             f"{setting('rollout')}: no {self._worker.kind} worker was ready within {WORKER_READY_TIMEOUT_SECONDS} "
             f"seconds. The cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; each "
-            f"worker needs {self._gpus if self._gpus > 1 else 'one'}. Check `ray status`.{loss}"
+            f"worker needs {self._gpus if self._gpus > 1 else 'one'}. Stop other programs that use them, or add nodes. "
+            f"`ray status` shows what is used, except with ray://local.{loss}"
         )
 
 
@@ -314,9 +315,11 @@ def connect(address: str) -> tuple[Any, bool]:
                 log_to_driver=False,
             )
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        problem, fix = f"can't join the Ray cluster {found}", "has the cluster's versions of Ray and Python"
+        if local:
+            problem, fix = "can't start a Ray cluster on this node", "has free memory and disk space"
         raise RolloutError(
-            f"{setting('rollout')}: can't join the Ray cluster {found} ({first_line(error)}). Check `ray status`, and "
-            "that this node has the cluster's versions of Ray and Python."
+            f"{setting('rollout')}: {problem} ({first_line(error)}). Check that this node {fix}."
         ) from error
     return ray, True
 
