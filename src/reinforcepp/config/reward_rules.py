@@ -252,7 +252,7 @@ def compiled(pattern: str) -> regex.Pattern[str]:
 
 _FOR_REGEX = re.compile(
     r"\\N\{[^}]*\}|\\."  # an escaped character stays as it is
-    r"|\[\^?\]?(?:\\.|[^\]\\])*\]"
+    r"|\[\^?\]?(?:\\.|[^\]\\])*\]"  # a set of characters, which can begin with a bracket
     r"|\{(?!\d+,?\d*\}|,\d*\})",  # not a number of repetitions
     re.DOTALL,
 )
@@ -262,7 +262,7 @@ def _escaped(match: re.Match[str]) -> str:
     """Escape what ``regex`` would read as its own syntax: ``{e}`` as an approximate match, ``[[:alpha:]]`` as letters."""
     text = match[0]
     if text.startswith("["):
-        return "[" + re.sub(r"\\.|\[", lambda part: part[0] if len(part[0]) > 1 else r"\[", text[1:], flags=re.DOTALL)
+        return "[" + re.sub(r"(\\.)|\[", lambda part: part[1] or r"\[", text[1:], flags=re.DOTALL)
     return rf"\{text}" if text == "{" else text
 
 
