@@ -24,13 +24,14 @@ def original(tmp_path_factory):
     "stored",
     [
         lambda path, digest: f"models/original/{path.name}",  # ln -s /models/original/*
+        lambda path, digest: f"models/{'step-100' if path.suffix == '.safetensors' else path.stem}{path.suffix}",
         lambda path, digest: f"hub/models--org--name/blobs/{digest}",  # the cache of the Hub
         lambda path, digest: f"dvc/files/md5/{digest[:2]}/{digest[2:32]}",
         lambda path, digest: (
             f".git/annex/objects/Xx/Yy/SHA256E-s12--{digest}{path.suffix}/SHA256E-s12--{digest}{path.suffix}"
         ),
     ],
-    ids=["same name", "Hub", "DVC", "git-annex"],
+    ids=["same name", "safetensors", "Hub", "DVC", "git-annex"],
 )
 def test_links_to_files_of_a_model_are_followed(original, tmp_path, stored):
     folder = tmp_path / "model"

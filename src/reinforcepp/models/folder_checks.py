@@ -31,7 +31,7 @@ CONVERT = "If you trust the model, load it with transformers and call save_pretr
 
 
 def check_links(folder: Path, name: str) -> None:
-    """Check that the links in the model ``name`` lead to files of a model: of the same name, or in a store by content.
+    """Check that links in the model ``name`` lead to files of a model: of the same name, safetensors, or in a store by content.
 
     Raises:
         ModelError: a link leads to another file outside the folder.
@@ -41,7 +41,8 @@ def check_links(folder: Path, name: str) -> None:
             continue
         target = Path(os.path.realpath(path))  # unlike resolve, it accepts loops
         same = target.name == path.name or STORED.fullmatch(f"{target.parent.name}/{target.name}")
-        if not same and not target.is_relative_to(folder.resolve()):
+        weights = path.suffix == target.suffix == ".safetensors"
+        if not same and not weights and not target.is_relative_to(folder.resolve()):
             raise ModelError(
                 f"{name}: {path.name} is a link to {target}, outside the folder and with another name. An export would publish "
                 "that file. If you trust the model, replace the link with a copy of the file."
