@@ -317,4 +317,5 @@ def test_an_exported_adapter_names_a_base_model_on_the_hub_but_no_folder(tmp_pat
         expected = {"base_model_name_or_path": public, "r": 8, "more": {"_name_or_path": public}}
         assert json.loads((folder / "adapter_config.json").read_text()) == expected
         shown = capfd.readouterr().err
+        assert (f"base model {base} is a local folder" in shown) == (public is None)
         assert ("set base_model_name_or_path" in shown) == (public is None) and "can read the system_prompt" in shown

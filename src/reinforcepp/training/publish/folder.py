@@ -27,15 +27,15 @@ def finish_folder(folder: Path, card: str, settings: Mapping[str, Any]) -> None:
     """
     for file in folder.glob("*config.json"):
         values = json.loads(file.read_text(encoding="utf-8"))
+        base = values.get(BASE) if file.name == ADAPTER_CONFIG else None
         if (public := _without_local_paths(values)) != values:
             write_json(file, public)
-    adapter = folder / ADAPTER_CONFIG
-    if adapter.is_file() and json.loads(adapter.read_text(encoding="utf-8")).get(BASE) is None:
-        echo(
-            f"{ADAPTER_CONFIG}: the base model is a local folder, so the published adapter doesn't name it. To load the adapter, "
-            f"set {BASE} there.",
-            "yellow",
-        )
+        if base is not None and public[BASE] is None:
+            echo(
+                f"{ADAPTER_CONFIG}: the base model {base} is a local folder, so the published adapter doesn't name it. To load "
+                f"the adapter, set {BASE} there.",
+                "yellow",
+            )
     if settings.get("system_prompt"):
         echo("chat_template.jinja: everyone who gets the model can read the system_prompt in its chat template.")
     write_card(card, folder)
