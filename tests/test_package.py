@@ -93,6 +93,12 @@ def test_loads_nothing_heavy(arguments):
     assert not loaded & set(HEAVY)
 
 
+def test_processes_of_commands_import_no_code_of_the_current_folder():
+    """The folder can be that of an untrusted model; a vLLM server has PYTHONSAFEPATH instead."""
+    starts = re.compile(r"sys\.executable, (?!\"-P\")(?!\"-m\", MODULE, \*flags)")
+    assert not [path for path in FILES if starts.search(path.read_text(encoding="utf-8"))]
+
+
 def test_a_training_loads_what_it_needs():
     """Each of the others takes seconds at every start."""
     loaded = loaded_by("-c", "import reinforcepp.training.reinforce_trainer")

@@ -146,7 +146,7 @@ def _run_program(executable: str, streams: list[Any], call: tuple[list[str], dic
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     if "OMP_NUM_THREADS" in environment:  # OpenMP read the variable when torch was loaded
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    while words[0] in ("-u", "-B"):
+    while words[0] in ("-u", "-B", "-P"):
         del words[0]
     try:
         if words[0] == "-m":

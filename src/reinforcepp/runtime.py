@@ -53,6 +53,15 @@ def own_version() -> str:
     return str(package.__version__)
 
 
+def python_path() -> str:
+    """Return a PYTHONPATH with which a process finds this package, also one started with -P from a clone.
+
+    With -P, -m and -c import no modules of the current folder, which can be that of an untrusted model.
+    """
+    source = str(Path(__file__).resolve().parents[1])
+    return os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+
+
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -272,6 +274,15 @@ def test_the_server_gets_the_variables_that_it_needs():
 def test_the_server_gets_no_secret_and_no_unsafe_setting():
     variables = server_environment(dict.fromkeys(WITHHELD.split(), "1"), None)
     assert not set(WITHHELD.split()) & set(variables)
+
+
+def test_the_server_imports_no_code_of_the_current_folder(tmp_path):
+    """The folder can be that of an untrusted model."""
+    (tmp_path / "planted.py").write_text("print('ran')")
+    command = [sys.executable, "-m", "planted"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).stdout == b"ran\n"
+    environment = server_environment(os.environ, None)
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).stdout == b""
 
 
 def test_a_model_of_the_hub_is_downloaded_before_the_server_starts(monkeypatch, tmp_path):

@@ -23,7 +23,13 @@ import torch
 from reinforcepp.errors import RolloutError, first_line, option, setting
 from reinforcepp.models import loading as models
 from reinforcepp.rollout.engine import check_prompts, preserve_random_state, to_completion
-from reinforcepp.rollout.vllm.compat import import_vllm, load_format, sampling_settings, vllm_status
+from reinforcepp.rollout.vllm.compat import (
+    import_vllm,
+    inspect_models_safely,
+    load_format,
+    sampling_settings,
+    vllm_status,
+)
 from reinforcepp.rollout.vllm.cpu_patches import patch_vllm, release_free_memory
 from reinforcepp.rollout.vllm.local_transfer import AdapterTransfer, IpcTransfer, ReloadTransfer, supports_adapter
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
@@ -274,6 +280,7 @@ class VllmEngine:
         """Start vLLM with the weights of the current model."""
         global _engines_alive, _trainer_owns_group
         vllm = import_vllm()
+        inspect_models_safely()
         if _engines_alive == 0:
             _trainer_owns_group = torch.distributed.is_initialized()
         model = self._source()

@@ -33,6 +33,7 @@ from reinforcepp.run_dir import (
     noted_settings,
     rename_settings,
 )
+from reinforcepp.runtime import python_path
 from reinforcepp.terminal import echo
 from reinforcepp.training.schedule import with_learning_rate
 
@@ -131,8 +132,8 @@ def _run(config: CompareAlgorithmsConfig, path: Path, run: TrainConfig) -> dict[
     write_json(path / "job.json", _job(config, run))
     settings = json.dumps({"settings": asdict(run), "split_seed": config.seed})  # unlike the file, with secrets
     threads = max(1, (os.cpu_count() or 1) // config.processes)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "reinforcepp.commands.compare_estimators.worker", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path()}
+    command = [sys.executable, "-P", "-m", "reinforcepp.commands.compare_estimators.worker", str(path)]
     done = subprocess.run(
         command,
         input=settings,

@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from reinforcepp.errors import RolloutError
+from reinforcepp.runtime import python_path
 from reinforcepp.terminal import Console, echo
 from reinforcepp.types import Sampling
 
@@ -71,7 +72,7 @@ class Process:
         self.way = way
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed below
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "reinforcepp.commands.engine_benchmark.worker"],
+            [sys.executable, "-P", "-m", "reinforcepp.commands.engine_benchmark.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -123,9 +124,7 @@ class Process:
 
 def _environment() -> dict[str, str]:
     """Return environment variables with which a worker finds this package, and its idle threads sleep soon."""
-    source = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    return {"GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": path}
+    return {"GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": python_path()}
 
 
 # --- measurement ----------------------------------------------------------------------------------------------------

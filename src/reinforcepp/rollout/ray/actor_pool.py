@@ -417,7 +417,7 @@ def _authentication_problem(address: str, mode: str) -> str:
     code = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])"
     with suppress(subprocess.TimeoutExpired):
         probe = subprocess.run(
-            [sys.executable, "-c", code, address],
+            [sys.executable, "-P", "-c", code, address],  # -P: no modules of the current folder
             env=os.environ | {"RAY_AUTH_MODE": mode},
             capture_output=True,
             text=True,

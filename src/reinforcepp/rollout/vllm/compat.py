@@ -104,6 +104,14 @@ def import_vllm() -> Any:
     return vllm
 
 
+def inspect_models_safely() -> None:
+    """Let the process in which vLLM inspects a model's class import no modules of the current folder."""
+    from vllm.model_executor.models import registry
+
+    if "-P" not in registry._SUBPROCESS_COMMAND:
+        registry._SUBPROCESS_COMMAND.insert(1, "-P")
+
+
 def load_model_class(architecture: str) -> type:
     """Return vLLM's class for the models that transformers calls ``architecture``; its import can fail."""
     from vllm.model_executor.models import ModelRegistry

@@ -115,6 +115,8 @@ def server_environment(environment: Mapping[str, str], key: str | None) -> dict[
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONWARNINGS": "ignore",  # vLLM's own deprecations, which no user can act on
         "OMP_WAIT_POLICY": "PASSIVE",
+        # Otherwise "python -m" imports modules of the current folder, which can be that of an untrusted model.
+        "PYTHONSAFEPATH": "1",
     }
     return quiet | kept | ({KEY: key} if key else {})
 
