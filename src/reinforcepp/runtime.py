@@ -8,7 +8,6 @@ import os
 import socket
 import sys
 from collections.abc import Coroutine, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
@@ -130,13 +129,21 @@ T = TypeVar("T")
 
 
 def outcome(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` to completion and return its result, even within a running event loop."""
+    """Run ``work`` to completion and return its result, even within a running event loop.
+
+    An exception of a signal handler, such as KeyboardInterrupt, cancels ``work``.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    with ThreadPoolExecutor(1) as executor:  # A running loop can't run another coroutine to completion.
-        return executor.submit(asyncio.run, work).result()
+    from anyio.from_thread import start_blocking_portal  # rarely used
+
+    async def run() -> T:
+        return await work
+
+    with start_blocking_portal() as portal:  # A running loop can't run another coroutine to completion.
+        return portal.call(run)
 
 
 def look_for_hub() -> None:

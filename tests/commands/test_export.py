@@ -306,16 +306,17 @@ def test_a_card_names_rewards_of_the_hub_and_functions_but_no_server(tmp_path):
     assert "Reward: a reward function." in card_of(old) and "intranet" not in card_of(old)
 
 
-def test_an_exported_adapter_names_a_base_model_on_the_hub_but_no_folder(tmp_path, capfd):
+@pytest.mark.parametrize("uploaded", [True, False])
+def test_only_an_uploaded_adapter_loses_the_folder_of_its_base_model(tmp_path, capfd, uploaded):
     for base in ("org/base", "builtin:tiny", str(tmp_path), "~/base", "../base"):
         folder = tmp_path / "out"
         folder.mkdir(exist_ok=True)
         settings = {"base_model_name_or_path": base, "r": 8, "more": {"_name_or_path": base}}
         (folder / "adapter_config.json").write_text(json.dumps(settings))
-        finish_folder(folder, "card", {"system_prompt": "Be brief."})
+        finish_folder(folder, "card", {"system_prompt": "Be brief."}, uploaded=uploaded)
         public = base if base in ("org/base", "builtin:tiny") else None
-        expected = {"base_model_name_or_path": public, "r": 8, "more": {"_name_or_path": public}}
+        expected = {"base_model_name_or_path": public if uploaded else base, "r": 8, "more": {"_name_or_path": public}}
         assert json.loads((folder / "adapter_config.json").read_text()) == expected
         shown = capfd.readouterr().err
-        assert (f"base model {base} is a local folder" in shown) == (public is None)
-        assert ("set base_model_name_or_path" in shown) == (public is None) and "can read the system_prompt" in shown
+        assert (f"base model is the local folder {base}" in shown) == (public is None)
+        assert ("base_model_name_or_path" in shown) == (public is None) and "can read the system_prompt" in shown

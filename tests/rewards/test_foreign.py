@@ -373,7 +373,8 @@ def test_a_classifier_rewards_a_training(folder_of, tmp_path, capfd):
     )
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     outputs = {"LABEL_0": 0.0, "LABEL_1": 1.0, "LABEL_2": 0.0}
-    assert run["rewards"] == [{"name": "llama-3", "weight": 1.0, "card": None, "outputs": outputs}]
+    expected = {"name": "llama-3", "public_name": "a reward model", "weight": 1.0, "card": None, "outputs": outputs}
+    assert run["rewards"] == [expected]
 
 
 def test_a_server_scores_formatted_conversations(folder_of):

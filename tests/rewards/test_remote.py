@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -171,11 +172,17 @@ def test_a_missing_server_and_a_slow_one(fake):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_wait_for_a_silent_server(number):
-    silent = Fake()
+@pytest.mark.parametrize("within_a_loop", [False, True], ids=["program", "notebook"])
+def test_a_signal_ends_the_wait_for_a_silent_server(number, within_a_loop):
+    silent, began = Fake(), time.monotonic()
+
+    async def within() -> None:
+        ask(silent, attempts=5, timeout=30)
+
     with stop_signals() as stop, stop.anywhere(), pytest.raises(StopRequested):
         threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
-        ask(silent, attempts=5, timeout=30)
+        asyncio.run(within()) if within_a_loop else ask(silent, attempts=5, timeout=30)
+    assert time.monotonic() - began < 20
     silent.server.server_close()
 
 

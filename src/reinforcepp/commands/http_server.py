@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import socket
 import time
@@ -24,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from reinforcepp.monitoring.signals import handle_signals
-from reinforcepp.terminal import echo
+from reinforcepp.terminal import echo, logger
 
 MAX_CONNECTIONS = 512
 """Open connections; the next one replaces an idle one of the address with the most, see :class:`LimitedConnection`."""
@@ -35,7 +34,7 @@ KEEP_ALIVE_SECONDS = 60
 LOGGED_PER_MINUTE = 10
 SHOWN_CHARACTERS = 300
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Server(uvicorn.Server):

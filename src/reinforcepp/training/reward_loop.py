@@ -289,7 +289,7 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
 
         def write(folder: Path, repository: str) -> None:
             self._write_model(folder, without_private(self.card, output) if self.card is not None else None)
-            finish_folder(folder, self._model_card(repository, **kwargs), as_dict(self.config))
+            finish_folder(folder, self._model_card(repository, **kwargs), as_dict(self.config), uploaded=True)
 
         return push_for(self.config, Ranks(), write, commit_message, blocking, token, revision)
 

@@ -183,7 +183,7 @@ class TrainerMethods:
 
         def write(folder: Path, repository: str) -> None:
             save_model(self.policy, self.tokenizer, folder)
-            finish_folder(folder, self._card(repository, **kwargs), as_dict(self.config))
+            finish_folder(folder, self._card(repository, **kwargs), as_dict(self.config), uploaded=True)
 
         self.callbacks.call("on_push_begin")
         return push_for(self.config, self.ranks, write, commit_message, blocking, token, revision)

@@ -96,7 +96,7 @@ def _export(
                 whole = config.merge or not has_adapter(model)
                 with preserve_generation_config(model):
                     save_model(plain_copy(model, config.dtype) if whole else model, tokenizer, partial)
-                finish_folder(partial, model_card(source, folder.name, adapter=not whole), {})
+                finish_folder(partial, model_card(source, folder.name, adapter=not whole), {}, uploaded=False)
     return folder
 
 
@@ -119,4 +119,4 @@ def write_folder(source: Source, dtype: str, folder: Path, name: str, *, merge: 
             shutil.copyfile(Path(source.name) / file, folder / file)
         save_tokenizer(load_tokenizer(source.name), folder)
     settings = source.record.settings if source.record is not None else {}
-    finish_folder(folder, model_card(source, name, adapter=adapter), settings)
+    finish_folder(folder, model_card(source, name, adapter=adapter), settings, uploaded=False)

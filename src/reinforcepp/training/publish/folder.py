@@ -17,25 +17,27 @@ PATH_SETTINGS = ("_path", "_file", "_dir")
 """Ends of the names of those settings in a model's JSON files that can be paths."""
 
 
-def finish_folder(folder: Path, card: str, settings: Mapping[str, Any]) -> None:
+def finish_folder(folder: Path, card: str, settings: Mapping[str, Any], *, uploaded: bool) -> None:
     """Remove local paths from the files of a saved model, and write its card.
 
     Args:
         folder: of the model; no longer changed afterwards.
         card: in Markdown.
         settings: of the training, if they are recorded.
+        uploaded: an adapter doesn't name the folder of its base model. Otherwise it does, because it can't be loaded without.
     """
     for file in folder.glob("*config.json"):
         values = json.loads(file.read_text(encoding="utf-8"))
-        base = values.get(BASE) if file.name == ADAPTER_CONFIG else None
-        if (public := _without_local_paths(values)) != values:
+        public = _without_local_paths(values)
+        if file.name == ADAPTER_CONFIG and public.get(BASE) != values.get(BASE):
+            problem = f"{ADAPTER_CONFIG}: the base model is the local folder {values[BASE]}"
+            if uploaded:
+                echo(f"{problem}, so the uploaded adapter doesn't name it. Set {BASE} there.", "yellow")
+            else:
+                public[BASE] = values[BASE]
+                echo(f"{problem}. Before you publish the adapter, set {BASE} to a model on the Hub.", "yellow")
+        if public != values:
             write_json(file, public)
-        if base is not None and public[BASE] is None:
-            echo(
-                f"{ADAPTER_CONFIG}: the base model {base} is a local folder, so the published adapter doesn't name it. To load "
-                f"the adapter, set {BASE} there.",
-                "yellow",
-            )
     if settings.get("system_prompt"):
         echo("chat_template.jinja: everyone who gets the model can read the system_prompt in its chat template.")
     write_card(card, folder)
