@@ -32,6 +32,8 @@ SHOWN = {
         "Reward server http://host:5/x?code=***: it failed (http://host/?k=***)."
     ),
     "{'Authorization': 'Bearer s3cret-value'}": "{'Authorization': 'Bearer ***'}",
+    "{'X-Api-Key': 's3cret'}": "{'X-Api-Key': '***'}",
+    "sk_" + "live_AbCdEfGhIjKlMnOp, SG.AbCdEfGhIjKlMnOp.AbCdEfGhIjKlMnOp": "***, ***",
     "Cannot POST /score?code=abc.": "Cannot POST /score?code=***.",
     "token hf_AbCdEfGhIjKlMnOpQrStUvWx, key sk-proj-AbCdEfGhIjKlMn0pQrStUv": "token ***, key ***",
 }

@@ -61,7 +61,8 @@ SHAPES = re.compile(
     | sk-(?=[\w-]{0,60}\d)(?=[\w-]{0,60}[A-Z])[\w-]{20,} | sk-[0-9a-f]{32,}         # OpenAI and others
     | nvapi-[\w-]{20,} | gsk_[A-Za-z0-9]{20,}                                       # NVIDIA, Groq
     | (?:AKIA|ASIA)[A-Z0-9]{16} | AIza[\w-]{30,}                                    # AWS, Google
-    | xox[a-z]-[\w-]{10,}                                                           # Slack
+    | xox[a-z]-[\w-]{10,} | SG\.[\w-]{16,}\.[\w-]{16,}                              # Slack, SendGrid
+    | [rs]k_(?:live|test)_[A-Za-z0-9]{16,} | npm_[A-Za-z0-9]{30,}                   # Stripe, npm
     | eyJ[\w-]{8,999}\.[\w-]{8,}(?:\.[\w-]*)?                                       # JSON Web Token
     )
     """,
@@ -71,7 +72,9 @@ SHAPES = re.compile(
 NAMED = re.compile(
     rf"""
     (?P<name>[?&](?:[\w.-]{{0,40}}(?:{SECRET_QUERY})[\w.-]{{0,40}}|code|pw|pwd)=)[^\s&"'<>\#]+(?<![.,:;!?)\]}}])
-    | (?P<scheme>authorization\W{{1,6}}(?:bearer|basic|token)\s+|\bbearer\s+(?=\S{{0,99}}\d|\S{{20}}))[^\s"',;]+
+    | (?P<scheme>
+        authorization\W{{1,6}}(?:bearer|basic|token)\s+ | \bbearer\s+(?=\S{{0,99}}\d|\S{{20}}) | x-api-key["':=\s]{{1,6}}
+      )[^\s"',;]+
     """,
     re.IGNORECASE | re.VERBOSE,
 )
