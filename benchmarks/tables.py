@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -777,11 +778,16 @@ def trl_compat_changes(result: dict[str, Any]) -> str:
 
 
 def security(result: dict[str, Any]) -> str:
-    rows = [
-        [row["id"], row["attack"], row["before"], row["after"], f"`{row['test'].removeprefix('tests/security/')}`"]
-        for row in result["rows"]
-    ]
-    rows = [[cell.replace("|", r"\|").replace("<", "&lt;") for cell in row] for row in rows]
+    """Show one row per test, with the outcomes of the first of its variants."""
+    variants: dict[str, list[dict[str, str]]] = {}
+    for row in result["rows"]:
+        variants.setdefault(row["test"].removeprefix("tests/security/").partition("[")[0], []).append(row)
+    rows = []
+    for test, (first, *others) in variants.items():
+        more = f" ({len(others) + 1} variants)" if others else ""
+        outcomes = (textwrap.shorten(first[when], 90, placeholder=" ...") for when in ("before", "after"))
+        rows.append([first["id"], first["attack"] + more, *outcomes, f"`{test}`"])
+    rows = [[cell.replace("|", r"\|").replace("<", "&lt;").replace("*", r"\*") for cell in row] for row in rows]
     return table(["id", "attack", "before", "now", "test in tests/security"], rows) + made_by(result)
 
 

@@ -14,7 +14,7 @@ from forks import SECONDS, attacked
 
 from scripts import SOURCE
 
-LENGTH = 100_000
+LENGTH = 200_000
 NESTED, TEXT = "(a|aa)+$", "a" * 100 + "b"
 
 
