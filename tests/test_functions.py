@@ -353,6 +353,7 @@ def test_lint_prints_progress_only_if_asked(capsys, monkeypatch):
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_plan_is_that_of_the_command(unchanged, reward_folder):
     args = ReinforceConfig(batch_size=4, max_new_tokens=32, estimator="ppo", use_peft=True)
     with unchanged():

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -145,15 +146,17 @@ def test_pauses_double_with_jitter(fake, monkeypatch):
     pauses = []
 
     async def sleep(seconds, *result, wait=asyncio.sleep):
-        if threading.current_thread() is threading.main_thread():
+        if threading.get_ident() == own:
             pauses.append(seconds)
         else:  # a server of another test
             await wait(seconds, *result)
 
-    monkeypatch.setattr("asyncio.sleep", sleep)
     fake.answers = [(500, b"")]
-    with pytest.raises(RewardError):
-        ask(fake, attempts=8, first_pause=1.0)
+    with ThreadPoolExecutor(1) as thread:  # without an event loop, which another test can have left in this thread
+        own = thread.submit(threading.get_ident).result()
+        monkeypatch.setattr("asyncio.sleep", sleep)
+        with pytest.raises(RewardError):
+            thread.submit(ask, fake, attempts=8, first_pause=1.0).result()
     assert len(pauses) == 7
     for i, pause in enumerate(pauses):
         assert min(2**i, 30) <= pause <= min(2**i + 1, 30)
@@ -171,6 +174,14 @@ def test_a_missing_server_and_a_slow_one(fake):
     silent.server.server_close()
 
 
+def runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("within_a_loop", [False, True], ids=["program", "notebook"])
 def test_a_signal_ends_the_wait_for_a_silent_server(number, within_a_loop):
@@ -181,7 +192,8 @@ def test_a_signal_ends_the_wait_for_a_silent_server(number, within_a_loop):
 
     with stop_signals() as stop, stop.anywhere(), pytest.raises(StopRequested):
         threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
-        asyncio.run(within()) if within_a_loop else ask(silent, attempts=5, timeout=30)
+        # Another test can have left an event loop that runs in this thread. Then both cases are that of a notebook.
+        asyncio.run(within()) if within_a_loop and not runs_a_loop() else ask(silent, attempts=5, timeout=30)
     assert time.monotonic() - began < 20
     silent.server.server_close()
 

@@ -424,6 +424,7 @@ def test_pool_settings():
         ReinforceConfig(rollout="ray://auto", use_peft=True, load_in_4bit=True)
 
 
+@pytest.mark.full
 def test_an_asynchronous_training_with_a_pool(cluster, room, model_folder, pairs_csv, tmp_path):
     """At the first step its workers sample the same completions as the trainer; later rounding error sets them apart."""
     drawn = []
@@ -476,6 +477,7 @@ def test_a_reward_model_in_the_pool(cluster, room, reward_folder):
         reward.pool.close()
 
 
+@pytest.mark.full
 def test_a_training_with_both_in_the_pool(cluster, room, model_folder, pairs_csv, reward_folder, tmp_path):
     rewards, drawn = [], []
     for workers in (0, 1):
