@@ -84,7 +84,8 @@ def test_ranks_on_disconnected_nodes_stop_with_an_error(rights, model_folder, pa
         runs = []
         for machines, strike in ((cut, cut.network.cut), (lossy, lossy.network.lose)):
             folder = tmp_path / strike.__name__
-            flags = training(model_folder, pairs_csv, folder, "--rollout", "transformers", "--save_every", 1)
+            saving = ("--save_every", 1, "--keep_last", 400)  # the first one stays until both runs have saved
+            flags = training(model_folder, pairs_csv, folder, "--rollout", "transformers", *saving)
             both = machines.processes([*flags, "--watchdog_seconds", "6"])
             runs.append((machines, strike, folder, both))
         for machines, strike, folder, both in runs:
