@@ -1,6 +1,6 @@
 """L2: texts of a policy or of data that make a regular expression run for years.
 
-Each attack runs in a process of its own, which is stopped after a few seconds.
+Each attack runs in a separate process, which is stopped after a few seconds.
 """
 
 from __future__ import annotations

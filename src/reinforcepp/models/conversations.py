@@ -191,7 +191,7 @@ def _warn_of_lost_tools(tokenizer: PreTrainedTokenizerBase) -> None:
 T = TypeVar("T")
 _CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, str], Any]] = WeakKeyDictionary()
 MAX_CACHED = 1024
-"""Cached values per tokenizer, because each row can have variables of its own."""
+"""Cached values per tokenizer, because variables can differ per row."""
 
 
 def _cached(tokenizer: PreTrainedTokenizerBase, name: str, find: Callable[[PreTrainedTokenizerBase], T]) -> T:

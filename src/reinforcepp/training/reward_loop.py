@@ -15,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
+from typing_extensions import override
 
 from reinforcepp.algorithm.preferences import preference_loss
 from reinforcepp.config import RewardModelConfig, as_dict
@@ -46,8 +47,8 @@ from reinforcepp.training.pair_datasets import (
 )
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.publish.card import reward_model_card, without_private, write_card
-from reinforcepp.training.publish.folder import finish_folder
-from reinforcepp.training.publish.hub import create_for, push_for
+from reinforcepp.training.publish.hub import create_for
+from reinforcepp.training.publish.upload import UploadMethods
 from reinforcepp.training.reward_card import CardData, RewardResult, evaluate_and_save, savable
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading_reward_model, with_reward_adapter
@@ -69,9 +70,6 @@ from reinforcepp.training.supervised_setup import (
 )
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from huggingface_hub import CommitInfo
     from peft import PeftConfig
     from transformers import (
         BitsAndBytesConfig,
@@ -97,7 +95,7 @@ class PairCollator(DataCollatorForPreference):
         return batch
 
 
-class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
+class ResumableRewardTrainer(UploadMethods, SupervisedTrainer, TrlRewardTrainer):
     """Trains a loaded model on pairs: rows of ``chosen_ids`` and ``rejected_ids``.
 
     Rows can have ``margin``, a number as in TRL, or ``side`` and ``margin`` with one number per output of the model. The loss
@@ -239,9 +237,10 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_card(self._model_card(self.config.hub_model_id, model_name, dataset_name, tags), folder)
+            write_card(self._card(self.config.hub_model_id, model_name, dataset_name, tags), folder)
 
-    def _model_card(
+    @override
+    def _card(
         self,
         repository: str | None,
         model_name: str | None = None,
@@ -261,37 +260,14 @@ class ResumableRewardTrainer(SupervisedTrainer, TrlRewardTrainer):
             adapter=has_adapter(self.model),
         )
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Future[CommitInfo] | None:
-        """Upload the model, its tokenizer and cards to ``args.hub_model_id``; other files of the run aren't uploaded.
+    @override
+    def _begin_push(self) -> Ranks:
+        return Ranks()
 
-        Args:
-            commit_message: of the commit.
-            blocking: whether to wait for the upload.
-            token: default: ``HF_TOKEN``, or the token of ``hf auth login``.
-            revision: branch of the repository; default: main.
-            kwargs: for the card, see :meth:`create_model_card`.
-
-        Returns:
-            The commit, or a future of it if not ``blocking``; None on other ranks than 0.
-
-        Raises:
-            ConfigError: there is no token, or the repository is public and ``args.hub_private_repo`` is set.
-            ModelError: the Hub can't be reached, or it refuses the upload.
-        """
+    @override
+    def _write_public(self, folder: Path) -> None:
         output = Path(self.args.output_dir)
-
-        def write(folder: Path, repository: str) -> None:
-            self._write_model(folder, without_private(self.card, output) if self.card is not None else None)
-            finish_folder(folder, self._model_card(repository, **kwargs), as_dict(self.config), uploaded=True)
-
-        return push_for(self.config, Ranks(), write, commit_message, blocking, token, revision)
+        self._write_model(folder, without_private(self.card, output) if self.card is not None else None)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint of this package if a callback asks for one, because that of transformers is pickled."""

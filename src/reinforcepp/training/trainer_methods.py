@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from reinforcepp.config import ReinforceConfig, as_dict
+from typing_extensions import override
+
+from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.lora import has_adapter
@@ -20,14 +22,11 @@ from reinforcepp.training.callbacks import Callbacks
 from reinforcepp.training.evaluation import Evaluator, logged_metrics
 from reinforcepp.training.policy_run import PolicyRun
 from reinforcepp.training.publish.card import model_card, write_card
-from reinforcepp.training.publish.folder import finish_folder
-from reinforcepp.training.publish.hub import create_for, push_for
+from reinforcepp.training.publish.hub import create_for
 from reinforcepp.training.publish.source import Source
+from reinforcepp.training.publish.upload import UploadMethods
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from transformers.trainer_callback import CallbackHandler
 
@@ -66,7 +65,7 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
             )
 
 
-class TrainerMethods:
+class TrainerMethods(UploadMethods):
     """What :class:`~reinforcepp.ReinforceTrainer` offers around ``train``."""
 
     config: ReinforceConfig
@@ -156,38 +155,16 @@ class TrainerMethods:
         """
         create_for(self.config, self.ranks, token)
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Future[CommitInfo] | None:
-        """Upload the policy, its tokenizer and its card to ``args.hub_model_id``; other files of the run aren't uploaded.
-
-        Args:
-            commit_message: of the commit.
-            blocking: whether to wait for the upload.
-            token: default: ``HF_TOKEN``, or the token of ``hf auth login``.
-            revision: branch of the repository; default: main.
-            kwargs: for the card, see :meth:`create_model_card`.
-
-        Returns:
-            The commit, or a future of it if not ``blocking``; None on other ranks than 0.
-
-        Raises:
-            ConfigError: there is no token, or the repository is public and ``args.hub_private_repo`` is set.
-            ModelError: the Hub can't be reached, or it refuses the upload.
-        """
-
-        def write(folder: Path, repository: str) -> None:
-            save_model(self.policy, self.tokenizer, folder)
-            finish_folder(folder, self._card(repository, **kwargs), as_dict(self.config), uploaded=True)
-
+    @override
+    def _begin_push(self) -> Ranks:
         self.callbacks.call("on_push_begin")
-        return push_for(self.config, self.ranks, write, commit_message, blocking, token, revision)
+        return self.ranks
 
+    @override
+    def _write_public(self, folder: Path) -> None:
+        save_model(self.policy, self.tokenizer, folder)
+
+    @override
     def _card(
         self,
         repository: str | None,
