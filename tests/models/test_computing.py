@@ -14,7 +14,7 @@ from reinforcepp.commands.cli import main
 from reinforcepp.config import ComputeConfig, RewardModelConfig
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models import precision
-from reinforcepp.models.precision import LossScale
+from reinforcepp.models.master_weights import LossScale
 from reinforcepp.rewards.trained import load_reward_model
 from reinforcepp.runtime import protect_compiled_code
 from reinforcepp.training.setup import loading

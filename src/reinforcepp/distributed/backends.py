@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from reinforcepp.distributed.shards import full_tensor, shard_like
-from reinforcepp.models.precision import MasterWeights
+from reinforcepp.models.master_weights import MasterWeights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -26,7 +26,7 @@ from reinforcepp.distributed.backends import TrainingBackend
 from reinforcepp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from reinforcepp.models.precision import MasterWeights
+    from reinforcepp.models.master_weights import MasterWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STAGES = (2, 3)

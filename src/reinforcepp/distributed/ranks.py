@@ -46,7 +46,7 @@ from reinforcepp.distributed.deepspeed import (
     prepare_deepspeed,
 )
 from reinforcepp.errors import ConfigError, ReinforceError, first_line, option
-from reinforcepp.models.precision import MasterWeights
+from reinforcepp.models.master_weights import MasterWeights
 from reinforcepp.redaction import redacted
 from reinforcepp.runtime import is_first_here, is_main, own_version, started
 from reinforcepp.terminal import print_error

@@ -17,7 +17,8 @@ from reinforcepp.errors import ModelError, first_line
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.logprobs import bypass_head
 from reinforcepp.models.lora import is_linear, with_adapter
-from reinforcepp.models.precision import cast_parameters, move_gradient
+from reinforcepp.models.master_weights import move_gradient
+from reinforcepp.models.precision import cast_parameters
 from reinforcepp.planner.trace import (
     FLOPS,
     ROWS,

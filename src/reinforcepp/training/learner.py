@@ -18,7 +18,8 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.lora import base_model, has_adapter, is_4bit, load_trainable_weights, trainable_weights
-from reinforcepp.models.precision import LossScale, MasterWeights, cast_parameters, compute_dtype
+from reinforcepp.models.master_weights import LossScale, MasterWeights
+from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.runtime import protect_compiled_code
 from reinforcepp.training.optimizer import Optimizers, make_optimizer, with_given_optimizer
 from reinforcepp.training.schedule import make_scheduler

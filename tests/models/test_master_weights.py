@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reinforcepp.models.precision import MasterWeights, cast_parameters
+from reinforcepp.models.master_weights import MasterWeights
+from reinforcepp.models.precision import cast_parameters
 
 
 def masters_of(model, *dtype, early=False, device=None, **settings):
