@@ -25,7 +25,7 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 from reinforcepp import ReinforceTrainer
-from reinforcepp.models import logprobs
+from reinforcepp.models import token_logprobs
 from reinforcepp.monitoring import Clock
 from reinforcepp.rollout import transformers_engine
 from reinforcepp.training.policy_update import score, with_advantages
@@ -121,20 +121,22 @@ def drawn_token_by_token(_: ReinforceTrainer) -> Iterator[None]:
 
 @contextmanager
 def by_autograd(_: ReinforceTrainer) -> Iterator[None]:
-    def plainly(logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def plainly(
+        logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature: float, *, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         scaled_NV = logits_NV.float() / temperature
         log_z_N = scaled_NV.logsumexp(-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_gradient):
             entropy_N = log_z_N - ((scaled_NV - log_z_N[:, None]).exp() * scaled_NV).sum(-1)
         return scaled_NV.gather(-1, ids_N[:, None]).squeeze(-1) - log_z_N, entropy_N
 
-    with patch.object(logprobs, "token_logprobs", plainly):
+    with patch.object(token_logprobs, "token_logprobs", plainly):
         yield
 
 
 @contextmanager
 def recomputed(_: ReinforceTrainer) -> Iterator[None]:
-    with patch.object(logprobs, "CHUNK_BYTES", 32 << 20):
+    with patch.object(token_logprobs, "CHUNK_BYTES", 32 << 20):
         yield
 
 

@@ -22,8 +22,9 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.models import loading as models
 from reinforcepp.models import precision
-from reinforcepp.models.logprobs import CHUNK_BYTES, response_logprobs
+from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.lora import with_adapter
+from reinforcepp.models.token_logprobs import CHUNK_BYTES
 from reinforcepp.planner import device, lengths, memory, report, search, timing
 from reinforcepp.planner.command import _engine, make_plan
 from reinforcepp.planner.memory import Job, Rows

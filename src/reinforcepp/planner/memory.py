@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.models.logprobs import BLOCK_BYTES, CHUNK_BYTES
+from reinforcepp.models.token_logprobs import BLOCK_BYTES, CHUNK_BYTES
 from reinforcepp.planner.model_costs import FrozenModel, Pass, RowSize, TrainedModel
 from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 from reinforcepp.rollout.kv_cache import SPARE_TOKENS
