@@ -781,10 +781,11 @@ def test_rates_of_a_data_sheet():
     assert (found.title, found.gpus, found.memory) == ("NVIDIA H100", 1, 80e9)
     assert found.rates == device.Rates(989e12, 3350e9, measured=False)
     assert device.device_for(config(device="h100"), F32).rates.flops == 67e12
+    assert device.device_for(config(device="h100"), torch.float16).rates.flops == 989e12
     assert device.device_for(config(device="l4", gpu_memory=20.0, gpus=3), BF16).memory == 20 << 30
     assert device.device_for(config(device="l4", gpus=3), BF16).gpus == 3
     for sheet in ACCELERATORS.values():
-        assert sheet.float32_tflops < sheet.bf16_tflops
+        assert sheet.float32_tflops < sheet.half_tflops
 
 
 def test_rates_and_memory_of_this_node(monkeypatch, tmp_path):

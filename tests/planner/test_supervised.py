@@ -90,6 +90,9 @@ def test_weights_and_moments():
     assert (found.weights, found.moments) == (4 * parameters, 8 * parameters)
     half = supervised_memory(replace(config, mixed_precision="bf16"), CONFIGS["llama"], LENGTH)
     assert half.weights == 6 * parameters and half.activations(4) < 0.75 * found.activations(4)
+    assert supervised_memory(replace(config, mixed_precision="fp16"), CONFIGS["llama"], LENGTH) == half
+    narrow = supervised_memory(replace(config, dtype="bfloat16"), CONFIGS["llama"], LENGTH)
+    assert (narrow.weights, narrow.moments) == (2 * parameters, 4 * parameters)
     adapted = supervised_memory(replace(config, use_peft=True, lora_r=4), CONFIGS["llama"], LENGTH)
     assert adapted.moments < 0.2 * found.moments and adapted.weights > found.weights
 

@@ -1,9 +1,9 @@
 """Accelerators that ``plan`` knows by name. Imports no torch.
 
 Values are from the vendor's data sheets, for the SXM module if there are several: memory, TFLOP/s of matrix products in
-bfloat16 (dense, half of the values "with sparsity", accumulated in float32) and in float32 outside the tensor cores (the
-default of torch), memory bandwidth, and bandwidth to the other GPUs of the node in one direction (data sheets add both
-directions): NVLink if a switch connects all GPUs, otherwise PCIe with 16 lanes.
+bfloat16 or float16 (dense, half of the values "with sparsity", accumulated in float32) and in float32 outside the tensor
+cores (the default of torch), memory bandwidth, and bandwidth to the other GPUs of the node in one direction (data sheets
+add both directions): NVLink if a switch connects all GPUs, otherwise PCIe with 16 lanes.
 
     b200        NVIDIA DGX B200 datasheet, one eighth of the system
     h200, h100  NVIDIA H200 and H100 Tensor Core GPU datasheets
@@ -29,7 +29,7 @@ class Accelerator:
     title: str
     gigabytes: float
     """Memory in units of 10^9 bytes. The usable memory is a few percent below this number of GiB."""
-    bf16_tflops: float
+    half_tflops: float
     float32_tflops: float
     gigabytes_per_second: float
     link_gigabytes_per_second: float

@@ -52,7 +52,7 @@ def device_for(config: PlanConfig, dtype: torch.dtype) -> Device:
     given = None if config.gpu_memory is None else config.gpu_memory * GIB
     if config.device in ACCELERATORS:
         sheet = ACCELERATORS[config.device]
-        tera = sheet.bf16_tflops if dtype == torch.bfloat16 else sheet.float32_tflops
+        tera = sheet.float32_tflops if dtype == torch.float32 else sheet.half_tflops
         rates = Rates(tera * 1e12, sheet.gigabytes_per_second * 1e9, measured=False)
         return Device(sheet.title, config.gpus or 1, given or sheet.gigabytes * 1e9, rates)
     present = torch.cuda.device_count()

@@ -19,7 +19,7 @@ from reinforcepp.errors import ModelError, setting
 from reinforcepp.models.encoders import is_encoder
 from reinforcepp.models.loading import CLASSIFIER, load_config, meta_model, parameter_count
 from reinforcepp.models.lora import with_adapter
-from reinforcepp.models.precision import cast_parameters
+from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.models.reward_models import head_modules, register_classifier
 from reinforcepp.planner.device import CGROUP_LIMIT, cpu_memory
 from reinforcepp.planner.memory import ALLOCATOR, FLOAT, MOMENTS
@@ -92,7 +92,8 @@ def supervised_memory(
     """
     outputs = max(1, len(config.parsed_criteria)) if isinstance(config, RewardModelConfig) else None
     is_pair = outputs is not None
-    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+    stored = getattr(torch, config.dtype) if isinstance(config, RewardModelConfig) else torch.float32
+    dtype = compute_dtype(config) if stored == torch.float32 else stored
     with meta_errors(model_config), fused_attention():
         model_config = copy.deepcopy(model_config)
         if outputs is not None:
@@ -100,19 +101,20 @@ def supervised_memory(
             model_config.num_labels = outputs
         plain = model = meta_model(model_config, dtype, CLASSIFIER if is_pair else "AutoModelForCausalLM")
         parameters = sum(p.numel() for p in model.parameters())
-        weights: float = FLOAT * parameters
+        weights: float = stored.itemsize * parameters
         if config.use_peft:
-            weights = (NF4_BYTES if config.load_in_4bit else FLOAT) * parameters
+            weights = (NF4_BYTES if config.load_in_4bit else stored.itemsize) * parameters
             model = with_adapter(model, config, seed=0, heads=head_modules(model) if is_pair else ())
             cast_parameters(model, dtype)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        moments = MOMENTS * trained * (1.0 if config.use_peft else stored.itemsize / FLOAT)
         if config.use_peft:
             weights += FLOAT * trained
-        elif dtype != torch.float32:
+        elif dtype != stored:
             weights += dtype.itemsize * parameters  # autocast keeps a copy of each weight until the backward pass
         forward = partial(_scores if is_pair else _token_loss, plain, length)
         peak = training_peak(model, forward, config)
-    return SupervisedMemory(weights, MOMENTS * trained, peak, 2 if is_pair else 1, ALLOCATOR[device])
+    return SupervisedMemory(weights, moments, peak, 2 if is_pair else 1, ALLOCATOR[device])
 
 
 def training_peak(model: PreTrainedModel, forward: Callable[[int], Tensor], settings: ComputeConfig) -> Peak:
