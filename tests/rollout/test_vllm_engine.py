@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import psutil
@@ -13,13 +14,13 @@ import torch
 import transformers
 from rollout.contract import EngineContract, drawn, generate_plainly, prepared_model, prepared_tokenizer, prompts_of
 
-from reinforcepp.config import AdapterConfig
+from reinforcepp.config import AdapterConfig, ReinforceConfig
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.rollout import vllm_integration as integration
-from reinforcepp.rollout.factory import start_engine
+from reinforcepp.rollout.factory import start_engine, start_training_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
-from reinforcepp.rollout.vllm import compat, cpu_patches, memory
+from reinforcepp.rollout.vllm import compat, cpu_patches, lifecycle, memory
 from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.local_transfer import ReloadTransfer, ipc_message, supports_adapter
 from reinforcepp.rollout.vllm_integration import VllmEngine
@@ -65,7 +66,7 @@ def test_only_the_output_layer_is_packed(tied, shared_engine):
     trainer = prepared_model(tied=tied)
     engine = shared_engine if tied else VllmEngine(trainer, prepared_tokenizer())
     engine.generate([Prompt("short", (40, 41), 0)], Sampling(2))
-    model = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    model = vllm_model(engine)
     assert (model.lm_head is model.transformer.wte) == tied
     assert is_packed(model.lm_head)  # otherwise each token takes longer
     assert is_packed(model.transformer.wte) == tied
@@ -73,6 +74,10 @@ def test_only_the_output_layer_is_packed(tied, shared_engine):
     assert not is_packed(model.lm_head)  # the old copy is released before the next one is made
     if not tied:
         engine.close()
+
+
+def vllm_model(engine):
+    return engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
 
 
 def is_packed(layer):
@@ -177,22 +182,45 @@ def test_a_failure_in_a_batch_restarts_with_the_current_weights():
     model, tokenizer = prepared_model(), prepared_tokenizer()
     engine = VllmEngine(prepared_model(seed=3), tokenizer)
     engine.load_weights(model)
+    start, threads, set_num_threads = engine._start, torch.get_num_threads(), torch.set_num_threads
 
     def fail(*_, **__):
         raise RuntimeError("the worker is gone")
 
+    def start_after_the_old_model_is_freed():
+        assert old_model() is None
+        assert old_engine() is None  # its end removes the compiler's hooks, which keep the model
+        start()
+
     try:
-        engine._llm.generate = fail
+        old_model = weakref.ref(vllm_model(engine))
+        old_engine = weakref.ref(engine._llm.llm_engine)
+        vllm_model(engine).compute_logits = fail
+        engine._start = start_after_the_old_model_is_freed
         prompts = prompts_of(tokenizer)
         for completion in engine.generate(prompts, Sampling(8, temperature=0)):
             assert completion.ids == generate_plainly(model, completion.prompt, 8)
         assert engine.restarts == 1
+        assert (torch.get_num_threads(), torch.set_num_threads) == (threads, set_num_threads)
         engine.restarts = integration.MAX_RESTARTS
         engine._llm.generate = fail
         with pytest.raises(RolloutError, match="the worker is gone"):
             engine.generate(prompts, Sampling(8))
     finally:
         engine.close()
+
+
+@needs_vllm
+@pytest.mark.full
+def test_an_engine_that_nothing_refers_to_ends_without_harm_to_another(shared_engine):
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    dropped = VllmEngine(model, tokenizer)
+    alive = lifecycle._engines_alive
+    assert not dropped._llm.llm_engine.engine_core._finalizer.alive  # it would destroy the groups of all engines, too
+    del dropped
+    assert lifecycle._engines_alive == alive - 1
+    for completion in shared_engine.generate(prompts_of(tokenizer), Sampling(8, temperature=0)):
+        assert completion.ids == generate_plainly(model, completion.prompt, 8)
 
 
 @needs_vllm
@@ -272,6 +300,16 @@ def test_auto_starts_transformers_if_vllm_cannot_start(monkeypatch):
     assert engine.name == "transformers"
     with pytest.raises(RolloutError, match="no conv_dim"):
         start_engine(EngineChoice("vllm", "as requested"), model, tokenizer, max_length=40)
+
+
+def test_only_the_engine_of_a_training_leaves_the_gpu_between_calls(monkeypatch):
+    settings = []
+    monkeypatch.setattr(integration, "VllmEngine", lambda *_, **given: settings.append(given))
+    model, tokenizer = prepared_model(), prepared_tokenizer()
+    choice, ranks = EngineChoice("vllm", "as requested"), SimpleNamespace(count=1)
+    start_engine(choice, model, tokenizer, max_length=40)
+    start_training_engine(choice, model, tokenizer, ReinforceConfig(output_dir="unused"), ranks, 0, None, 40)
+    assert [given["exclusive_gpu"] for given in settings] == [True, False]
 
 
 def test_recurrent_layers_need_a_gpu_for_vllm():

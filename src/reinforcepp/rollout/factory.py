@@ -52,6 +52,7 @@ def start_training_engine(
         workers=config.rollout_workers,
         reserved=reserved,
         folder=folder,
+        exclusive_gpu=False,
     )
     if choice.is_remote and ranks.count > 1:
         # This loads Accelerate, which the commands that only call start_engine don't need.
@@ -74,10 +75,11 @@ def start_engine(
     workers: int = 0,
     reserved: int = 0,
     folder: Path | None = None,
+    exclusive_gpu: bool = True,
 ) -> RolloutEngine:
     """Return the selected engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
 
-    vLLM servers get the weights through ``folder``.
+    vLLM servers get the weights through ``folder``. With ``exclusive_gpu``, vLLM keeps its GPU memory between two calls.
     """
     if choice.name == "ray":
         from reinforcepp.rollout.ray.engine import RayEngine
@@ -108,4 +110,5 @@ def start_engine(
         batch_size=batch_size,
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
+        exclusive_gpu=exclusive_gpu,
     )

@@ -23,6 +23,7 @@ import torch
 from reinforcepp.errors import RolloutError, first_line, option, setting
 from reinforcepp.models import loading as models
 from reinforcepp.rollout.engine import check_prompts, preserve_random_state, to_completion
+from reinforcepp.rollout.vllm import lifecycle
 from reinforcepp.rollout.vllm.compat import (
     import_vllm,
     inspect_models_safely,
@@ -55,12 +56,6 @@ START_FAILURES = (
 )
 """Exceptions of vLLM's code for model families that it lists but can't start on this node."""
 
-# vLLM keeps its parallel groups in globals of the process. So only the last engine may destroy them, and not even that one
-# if the process group belonged to the trainer before.
-_engines_alive = 0
-_trainer_owns_group = False
-_set_num_threads = torch.set_num_threads  # vLLM replaces it by a function that does nothing
-
 
 class VllmEngine:
     """Generation by vLLM, which holds its own copy of the weights.
@@ -77,7 +72,7 @@ class VllmEngine:
         separate_process: Run the model in a separate process even on one GPU; with several GPUs it always does.
         exclusive_gpu: Keep weights and cache on the GPU between two calls, because no trainer needs its memory.
         weight_transfer: Backend of vLLM's weight transfer, for weights that don't come through ``load_weights``.
-        threads: CPU threads; vLLM fixes their number for the process.
+        threads: CPU threads of vLLM; by default those of the process.
 
     Raises:
         RolloutError: vLLM isn't installed, can't run the model, or lacks memory; the message names a fix.
@@ -146,10 +141,10 @@ class VllmEngine:
             tensor_parallel_size=tensor_parallel_size,
         )
         self._llm: Any = None
+        self._threads = threads
+        """CPU threads with which vLLM started; it compiles code for this number."""
         self._adapter: AdapterTransfer | None = None
         self._transfer: WeightTransfer[Any] = ReloadTransfer()
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._start()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -161,7 +156,7 @@ class VllmEngine:
         rows = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
         while True:
             try:
-                with preserve_random_state():
+                with self._inside_vllm():
                     self.wake_up()
                     outputs = self._llm.generate(
                         [{"prompt_token_ids": list(prompt.ids)} for prompt, _ in rows],
@@ -172,7 +167,8 @@ class VllmEngine:
                     self.sleep()
                 break
             except _engine_failures() as error:
-                self._restart(error)
+                failure = error
+            self._restart(failure)
         if not self._on_gpu:
             release_free_memory()
         sampled = [output.outputs[0] for output in outputs]
@@ -185,7 +181,7 @@ class VllmEngine:
         """Yield the growing completion of ``prompt`` after each token."""
         check_prompts([prompt], sampling.max_new_tokens, self.context)
         engine = self._llm.llm_engine
-        with preserve_random_state():
+        with self._inside_vllm():
             self.wake_up()
             tokens = {"prompt_token_ids": list(prompt.ids)}
             lora = self._adapter and self._adapter.request
@@ -202,7 +198,7 @@ class VllmEngine:
     def load_weights(self, model: PreTrainedModel) -> None:
         """Generate with ``model``'s weights; only a LoRA adapter is sent if vLLM can apply it, otherwise it is merged."""
         self._source = lambda: model
-        with preserve_random_state():
+        with self._inside_vllm():
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             self._push(model)
@@ -215,24 +211,12 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop vLLM and release its memory."""
-        global _engines_alive
         if self._llm is None:
             return
-        client = self._llm.llm_engine.engine_core
-        _engines_alive -= 1
-        if _engines_alive == 0 and not _trainer_owns_group:
-            client.shutdown()
-        else:
-            client._finalizer.detach()
-            client.engine_core.model_executor.shutdown()
-            client.engine_core.scheduler.shutdown()
-            if _engines_alive == 0:
-                _destroy_parallel_groups()
-        self._llm = None
+        self._shut_down()
+        self._llm, self._asleep = None, False
         self._transfer.close()
         gc.collect()
-        if _engines_alive == 0:
-            torch.set_num_threads = _set_num_threads
         if self._on_gpu:
             torch.cuda.empty_cache()
 
@@ -265,7 +249,7 @@ class VllmEngine:
 
     def transfer(self, method: str, *arguments: Any) -> None:
         """Call a method of the transfer on vLLM's workers; :meth:`finish_transfer` must be the last call."""
-        with preserve_random_state():
+        with self._inside_vllm():
             self._llm.collective_rpc(method, args=arguments)
 
     def finish_transfer(self, source: Callable[[], PreTrainedModel]) -> None:
@@ -276,17 +260,21 @@ class VllmEngine:
 
     # --- inside ---
 
+    @contextmanager
+    def _inside_vllm(self) -> Iterator[None]:
+        """Restore the trainer's random state and number of CPU threads afterwards."""
+        with preserve_random_state(), lifecycle.preserve_threads(self._threads):
+            yield
+
     def _start(self) -> None:
         """Start vLLM with the weights of the current model."""
-        global _engines_alive, _trainer_owns_group
         vllm = import_vllm()
         inspect_models_safely()
-        if _engines_alive == 0:
-            _trainer_owns_group = torch.distributed.is_initialized()
+        lifecycle.prepare_start(sleeps=self._sleeps)
         model = self._source()
         self._select_transfer(model)
         quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
-        with quiet, preserve_random_state(), self._model_folder(model) as (folder, load_format):
+        with quiet, self._inside_vllm(), self._model_folder(model) as (folder, load_format):
             try:
                 self._llm = vllm.LLM(
                     model=folder,
@@ -305,12 +293,13 @@ class VllmEngine:
                     **(self._adapter.settings if self._adapter else {}),
                 )
             except START_FAILURES as error:
-                _clean_up_failed_start()
+                lifecycle.clean_up_failed_start(error, sleeps=self._sleeps)
                 raise RolloutError(
                     f"{setting('rollout')} vllm: vLLM can't start with this model ({first_line(error)}). Use "
                     f"{option('rollout', 'transformers')}."
                 ) from error
-            _engines_alive += 1
+            self._shut_down = lifecycle.finish_start(self, self._llm)
+            self._threads = torch.get_num_threads()
             if not isinstance(model, str):
                 if self._separate_process:
                     self._llm.collective_rpc("init_weight_transfer_engine", args=({"packed": False},))
@@ -361,6 +350,7 @@ class VllmEngine:
 
         If memory ran out, halve the number of completions at a time; results don't depend on it.
         """
+        lifecycle.release_frames(error)  # otherwise the old engine's memory isn't free for the new one
         if isinstance(error, torch.OutOfMemoryError):
             if self.max_num_seqs == 1:
                 raise RolloutError(
@@ -381,7 +371,6 @@ class VllmEngine:
                     f"{option('rollout', 'transformers')}."
                 ) from error
         self.close()
-        self._asleep = False
         self._in_transfer_group = False
         self._start()
 
@@ -395,26 +384,6 @@ def _saved_eos_ids(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
     except OSError:  # the file is optional
         configured = models.load_config(name).get_text_config().eos_token_id
     return models.end_ids(configured, tokenizer)
-
-
-def _destroy_parallel_groups() -> None:
-    """Destroy vLLM's groups but not the trainer's, on which they are built."""
-    from vllm.distributed import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-        parallel_state._WORLD = None
-
-
-def _clean_up_failed_start() -> None:
-    """Destroy the groups of an engine that didn't start, so that another engine can."""
-    if _engines_alive > 0:
-        return
-    _destroy_parallel_groups()
-    if not _trainer_owns_group and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    torch.set_num_threads = _set_num_threads
 
 
 def _engine_failures() -> tuple[type[Exception], ...]:
