@@ -47,7 +47,7 @@ ONLY_IN = {
         "rollout/vllm_integration.py",
         *(
             f"rollout/vllm/{part}.py"
-            for part in ("compat", "cpu_patches", "local_transfer", "nccl", "server", "worker_extension")
+            for part in ("compat", "cpu_patches", "lifecycle", "local_transfer", "nccl", "server", "worker_extension")
         ),
     },
     "accelerate": {"distributed/ranks.py", "distributed/backends.py", "distributed/deepspeed.py"},
