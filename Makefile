@@ -1,8 +1,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-all lint audit builtin benchmarks clean
 
-# Both are for scripts/setup_venv.sh, which explains them.
-export PYTHON PACKAGES
+# These are for scripts/setup_venv.sh, which explains them.
+export PYTHON PACKAGES IGNORE_DRIVER
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"

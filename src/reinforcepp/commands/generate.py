@@ -15,6 +15,7 @@ import torch
 
 from reinforcepp.config import GenerateConfig, SamplingConfig
 from reinforcepp.data import PromptRow, check_dataset, is_data_file, prompt_rows, read_prompt_lines, read_prompts
+from reinforcepp.devices import choose_device
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
 from reinforcepp.models.given import check_loaded, name_of, preserve_modes
@@ -79,6 +80,7 @@ def generate(
     engine: Literal["auto", "transformers", "vllm"] = "auto",
     trust_remote_code: bool = GenerateConfig.trust_remote_code,
     output: str | Path | None = None,
+    use_cpu: bool = GenerateConfig.use_cpu,
     verbose: bool = False,
 ) -> list[Response]:
     """Generate responses to prompts.
@@ -109,6 +111,7 @@ def generate(
         engine: Engine; auto uses vLLM if it is installed and runs the model. For a loaded model, auto is transformers.
         trust_remote_code: Run code in the model's folder or repository, which can do anything.
         output: File for the responses as JSON lines; default: none is written.
+        use_cpu: Compute on the CPU and hide the GPUs from this process.
         verbose: Print progress and notes to standard error.
 
     Returns:
@@ -139,7 +142,9 @@ def generate(
         engine=engine,
         trust_remote_code=trust_remote_code,
         output=None if output is None else str(output),
+        use_cpu=use_cpu,
     )
+    choose_device(config.use_cpu)
     with silence(not verbose), preserve_random_state(), preserve_modes(loaded):
         rows = read_prompt_file(str(prompts)) if isinstance(prompts, Path) else _rows_of(prompts)
         return _generate(config, rows, loaded, processing_class, reward) if rows else []

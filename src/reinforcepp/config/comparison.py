@@ -20,7 +20,7 @@ from reinforcepp.config.base import (
     check_output_dir,
 )
 from reinforcepp.config.reward_spec import path_of_judge
-from reinforcepp.config.shared import ColumnConfig, check_judge, judge_for
+from reinforcepp.config.shared import ColumnConfig, DeviceConfig, check_judge, judge_for
 from reinforcepp.config.training import TrainConfig
 from reinforcepp.errors import ConfigError, nearest
 
@@ -45,7 +45,7 @@ class CompareInputs(Config):
 
 
 @dataclass(frozen=True)
-class CompareConfig(ColumnConfig, CompareInputs):
+class CompareConfig(DeviceConfig, ColumnConfig, CompareInputs):
     """Compare two models' responses to the same held-out prompts, with shared sampling seeds.
 
     The defaults sample as training does, not as generate does: the comparison is of the models' own distributions, and the

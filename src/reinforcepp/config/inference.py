@@ -20,6 +20,7 @@ from reinforcepp.config.base import (
     Seed,
 )
 from reinforcepp.config.hub import check_repository
+from reinforcepp.config.shared import DeviceConfig
 from reinforcepp.errors import ConfigError
 
 TABLE_FILES = (".csv", ".tsv", ".parquet", ".arrow")
@@ -27,7 +28,7 @@ PREFERENCE_FILES = (".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
-class SamplingConfig(Config):
+class SamplingConfig(DeviceConfig):
     """The model that generates, and how it samples."""
 
     model: FilledStr = "builtin:tiny"
@@ -124,7 +125,7 @@ class ChatConfig(SamplingConfig):
 
 
 @dataclass(frozen=True)
-class ServeConfig(Config):
+class ServeConfig(DeviceConfig):
     """Serve a trained model with vLLM, for OpenAI clients."""
 
     model: FilledStr = "builtin:tiny"
@@ -146,7 +147,7 @@ class ServeConfig(Config):
 
 
 @dataclass(frozen=True)
-class ServeRewardConfig(Config):
+class ServeRewardConfig(DeviceConfig):
     """Serve a reward model's scores over HTTP, with the protocol of OpenRLHF's reward servers."""
 
     model: FilledStr = "models/reward_model"

@@ -30,6 +30,11 @@ class PlanConfig(TrainConfig):
     format: Literal["text", "json"] = "text"
     """Format of the plan"""
 
+    @property
+    def uses_this_node(self) -> bool:
+        """Whether the plan is for the devices of this node."""
+        return self.device == "auto"
+
     def _check_rules(self) -> None:
         if self.device == "cpu" and self.gpus:
             raise ConfigError(

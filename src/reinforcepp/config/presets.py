@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reinforcepp.config.base import Config, PositiveInt, Seed, check_output_dir
+from reinforcepp.config.shared import DeviceConfig
 from reinforcepp.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ class RecipesConfig(Config):
 
 
 @dataclass(frozen=True)
-class DemoConfig(Config):
+class DemoConfig(DeviceConfig):
     """Run every stage offline on the built-in model and data: reward model, REINFORCE++, generation, comparison."""
 
     output_dir: str = "runs/demo"

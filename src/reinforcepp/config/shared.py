@@ -114,6 +114,19 @@ class CheckpointConfig(Config):
 
 
 @dataclass(frozen=True)
+class DeviceConfig(Config):
+    """Where a command computes."""
+
+    use_cpu: bool = False
+    """Compute on the CPU and hide the GPUs from this process"""
+
+    @property
+    def uses_this_node(self) -> bool:
+        """Whether the command computes on, or is about, the devices of this node."""
+        return True
+
+
+@dataclass(frozen=True)
 class OptimizerConfig(Config):
     """The optimizer and its learning rate, with the names of transformers."""
 
@@ -233,7 +246,7 @@ MODEL_CONFIG = frozenset({"attn_implementation", "dtype", *(setting.name for set
 
 
 @dataclass(frozen=True)
-class ComputeConfig(AdapterConfig):
+class ComputeConfig(AdapterConfig, DeviceConfig):
     """How a model is trained. Apart from LoRA, these settings change results only by rounding error."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

@@ -425,6 +425,13 @@ RULES: tuple[Rule, ...] = (
     _rename("dataset_text_field", "text_column"),
     _rename("resume_from_checkpoint", "resume"),
     Rule(
+        names={"device": Literal["auto", "cpu"]},
+        settings=("use_cpu",),
+        convert=lambda given, _: {"use_cpu": given["device"] == "cpu"},
+        mapping="device cpu is use_cpu",
+        needs=(),
+    ),
+    Rule(
         names={"epsilon": float, "epsilon_high": float},
         settings=("clip_low", "clip_high"),
         convert=_clipping,

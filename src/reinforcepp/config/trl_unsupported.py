@@ -132,7 +132,6 @@ NEUTRAL: Mapping[str, Neutral] = {
     "eval_delay": Neutral(float, (0.0,), "Omit it: evaluations begin before the training."),
     "data_seed": Neutral(int, (), "Give seed, which also sets the order of prompts."),
     "ignore_data_skip": Neutral(bool, (False,), "Omit it: a resumed run continues with the prompts that follow."),
-    "use_cpu": Neutral(bool, (False,), "Hide the GPUs instead: CUDA_VISIBLE_DEVICES= python SCRIPT."),
     "dataloader_drop_last": Neutral(bool, (False,), "Omit it: the last batch of an epoch can be smaller."),
     "train_sampling_strategy": Neutral(str, ("random",), "Omit it: every epoch has a new random order."),
     "accelerator_config": Neutral(JsonText, ("{}",), LAUNCHER),

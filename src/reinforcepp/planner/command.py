@@ -16,6 +16,7 @@ from reinforcepp.config import PlanConfig, ReinforceConfig
 from reinforcepp.config.accelerators import DeviceName
 from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.config.reward_spec import RewardSource, parse_source
+from reinforcepp.devices import choose_device
 from reinforcepp.errors import ConfigError, RolloutError, option, setting
 from reinforcepp.models.loading import load_config, prompt_limit
 from reinforcepp.models.precision import compute_dtype, format_flops, slow_precision
@@ -161,6 +162,8 @@ def make_plan(
         ConfigError: the settings exceed the model's context, or the device's memory isn't known.
         DataError: the run given by ``lengths_from`` has no completions.
     """
+    if config.uses_this_node:
+        choose_device(config.use_cpu)
     if config.trust_remote_code:
         allow_remote_code(config.model)
     dtype = compute_dtype(config)

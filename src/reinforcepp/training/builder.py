@@ -15,9 +15,10 @@ from reinforcepp.algorithm.importance import Correction
 from reinforcepp.algorithm.kl import next_kl_coef
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import StreamRows, check_dataset, prompt_rows
+from reinforcepp.devices import check_compiler, choose_device
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
-from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import check_trainable, load_config, prompt_limit, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
@@ -242,6 +243,9 @@ def open_folder(
     each = 3 + 3 * config.estimator_spec.uses_critic + config.sync_ref_model
     copies = each * config.checkpoints_at_most + 1
     needed = copies * weight_bytes(model) if isinstance(model, str) and not config.use_peft else 0
+    choose_device(config.use_cpu)
+    if config.torch_compile:
+        check_compiler(setting("torch_compile"))
     init_process_group(config.watchdog_seconds)
     folder = check_output(
         config.output_dir, overwrite=config.overwrite, resume=config.resume, set_aside=True, needed_bytes=needed

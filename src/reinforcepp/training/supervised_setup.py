@@ -17,7 +17,8 @@ import torch
 
 from reinforcepp.config import DEFAULT_MAX_LENGTH, RewardModelConfig, SftConfig, as_dict
 from reinforcepp.data import DiskRows
-from reinforcepp.errors import ConfigError, DataError
+from reinforcepp.devices import check_compiler, choose_device
+from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.models.loading import check_trainable, context_length, load_config, weight_bytes
 from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, describe_run, write_finished
@@ -69,11 +70,14 @@ class RunContext:
 
 
 def join_ranks(config: SupervisedConfig) -> None:
-    """Connect to the other ranks, if there are any. Call it before anything that can fail on one rank alone.
+    """Choose the device and connect to the other ranks, if there are any. Call it before anything that can fail on one alone.
 
     Raises:
-        ConfigError: a rank didn't connect, or this task doesn't support the setup.
+        ConfigError: the GPU can't be used, a rank didn't connect, or this task doesn't support the setup.
     """
+    choose_device(config.use_cpu)
+    if config.torch_compile:
+        check_compiler(setting("torch_compile"))
     if started() == 1:
         return
     from reinforcepp.distributed.ranks import (  # takes seconds, and a single process doesn't need it

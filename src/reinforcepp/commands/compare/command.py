@@ -35,6 +35,7 @@ from reinforcepp.data import (
     resolve_data,
 )
 from reinforcepp.data.builtin import JUDGE_NAME
+from reinforcepp.devices import choose_device
 from reinforcepp.errors import DataError
 from reinforcepp.files import check_output_file, whole_file, write_json
 from reinforcepp.models.given import check_loaded, name_of, preserve_modes
@@ -137,6 +138,7 @@ def compare(
     engine: Literal["auto", "transformers", "vllm"] = "auto",
     tie_margin: float = CompareConfig.tie_margin,
     bootstrap_samples: int = CompareConfig.bootstrap_samples,
+    use_cpu: bool = CompareConfig.use_cpu,
     verbose: bool = False,
 ) -> Comparison:
     """Compare two models' responses to the same prompts, with shared sampling seeds.
@@ -171,6 +173,7 @@ def compare(
         engine: Engine; auto uses vLLM if it is installed and runs both models. For loaded models, auto is transformers.
         tie_margin: Score difference up to which a comparison is a tie.
         bootstrap_samples: Bootstrap resamples of the prompts for the 95% intervals.
+        use_cpu: Compute on the CPU and hide the GPUs from this process.
         verbose: Print progress and notes to standard error.
 
     Returns:
@@ -210,6 +213,7 @@ def compare(
         engine=engine,
         tie_margin=tie_margin,
         bootstrap_samples=bootstrap_samples,
+        use_cpu=use_cpu,
     )
     with (
         silence(not verbose),
@@ -244,6 +248,7 @@ def run_compare(config: CompareConfig) -> Comparison:
 
 def compare_models(config: CompareConfig, given: Given | None = None) -> Comparison:
     """Return all responses and metrics. Everything that small files reveal is checked before any weights are loaded."""
+    choose_device(config.use_cpu)
     given = given or Given()
     rows = prompts_to_answer(config, given.rows)
     if config.judge_name != JUDGE_NAME and given.judge is None:

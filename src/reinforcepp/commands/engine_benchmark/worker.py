@@ -51,8 +51,10 @@ class Worker:
     def __init__(self, way: str, model: str, dtype: str, max_length: int, largest: int, vllm: dict[str, Any]) -> None:
         import torch
 
+        from reinforcepp.devices import choose_device
         from reinforcepp.models import loading as models
 
+        choose_device()
         self.way = way
         self.tokenizer = models.load_tokenizer(model)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,6 +13,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from reinforcepp.devices import choose_device
 from reinforcepp.errors import RolloutError, setting
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import base_model, full_weights
@@ -155,6 +156,8 @@ def unpack(model: PreTrainedModel, packed: PackedWeights, *, on_gpu: bool = True
             f"The trainer has reinforcepp {packed.version}, but {socket.gethostname()}, a node of the pool, has "
             f"{own_version()}. Install the same version on all nodes."
         )
+    if on_gpu:
+        choose_device()
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
     weights = {name: as_tensor(packed_tensor).to(device) for name, packed_tensor in packed.weights.items()}
     model.load_state_dict(weights, assign=True)

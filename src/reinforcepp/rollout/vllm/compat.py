@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from reinforcepp.devices import compiler_problem
 from reinforcepp.errors import first_line
 from reinforcepp.models import loading as models
 from reinforcepp.rollout.engine import preserve_random_state, request_seed
@@ -76,7 +77,7 @@ def node_problem() -> str:
         return f"vLLM isn't installed ({_install_command()})"
     if not (torch.cuda.is_available() or built_for_cpu()):
         return f"the installed vLLM needs a GPU, but this node has none ({_install_command()})"
-    return ""
+    return compiler_problem(on_gpu=True) if torch.cuda.is_available() else ""
 
 
 def built_for_cpu() -> bool:
