@@ -46,6 +46,7 @@ def client(server):
     )
 
 
+@pytest.mark.full
 @needs_vllm
 class TestServer:
     def test_the_official_client_is_answered_as_generate_answers(self, client, capsys):
