@@ -21,8 +21,10 @@ PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist 
 # An x86-64 CPU without AVX-512: torch, oneDNN and MKL then take other code paths, with other rounding and no native bfloat16.
 AVX2 = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-test: lint ## style checks, types and the default tests (PYTEST_ARGS="-k loss" for some of them)
+# Tests see no GPU, except those of GPUs, which share its memory and so run one after another.
+test: lint ## style checks, types and the default tests, those of GPUs if there is one (PYTEST_ARGS="-k loss" for some)
 	$(PYTEST) $(PYTEST_ARGS)
+	if [ -z "$(PYTEST_ARGS)" ] && nvidia-smi >/dev/null 2>&1; then .venv/bin/python -m pytest -m gpu; fi
 
 test-all: test ## the default tests natively and as on a CPU with AVX2 only, then the full tier (an hour)
 	$(AVX2) $(PYTEST) $(PYTEST_ARGS)

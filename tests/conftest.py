@@ -66,6 +66,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduler(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
+# --- GPUs ---------------------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, before any test file loads torch, unless ``-m`` selects the tests of GPUs alone.
+
+    The other tests are about the CPU: float32 without TF32, engines, batch sizes, rates and messages.
+    """
+    if config.option.markexpr.split()[:1] != ["gpu"]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # --- the garbage collector ------------------------------------------------------------------------------------------
 
 # torch, transformers and vLLM create a million permanent objects, so a collection takes half a second. Each vLLM engine starts

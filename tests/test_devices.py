@@ -111,6 +111,10 @@ def test_nvidia_smi_has_the_version_where_the_kernel_shows_none(node, tmp_path, 
     assert devices.driver_version() == ""
 
 
+def test_tests_see_no_gpu_unless_they_are_about_gpus():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
 # --- commands and functions -------------------------------------------------------------------------------------------
 
 

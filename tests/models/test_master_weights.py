@@ -122,12 +122,14 @@ def test_a_checkpoint_resumes_with_masters_on_another_device_or_none():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_an_offloaded_optimizer_uses_no_gpu_memory():
     model = torch.nn.Linear(1024, 1024, bias=False).cuda()
+    model(torch.ones(1, 1024, device="cuda")).sum().backward()  # cuBLAS allocates its workspaces, up to 32 MiB each
+    model.zero_grad(set_to_none=True)
     before = torch.cuda.memory_allocated()
     masters = masters_of(model, early=True, device=torch.device("cpu"), lr=1e-2)
     start = model.weight.clone()
     model(torch.ones(1, 1024, device="cuda")).sum().backward()
     masters.optimizer.step()
-    assert torch.cuda.memory_allocated() - before < 2 * start.nbytes  # the copy made here, and what cuBLAS keeps
+    assert torch.cuda.memory_allocated() - before < 2 * start.nbytes  # the copy made here
     assert masters.masters[0].device.type == "cpu" and masters.optimizer.state[masters.masters[0]]["exp_avg"].is_cpu
     assert not torch.equal(model.weight, start)
 

@@ -230,14 +230,12 @@ def test_a_replaced_worker_joins_the_broadcast(broadcasting):
 @pytest.mark.gpu
 @needs_vllm
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for the trainer and one for a worker")
-def test_weights_are_broadcast_between_gpus(cluster):
+def test_weights_are_broadcast_between_gpus(cluster, monkeypatch):
     """Unless ``CUDA_VISIBLE_DEVICES`` is set, the trainer has the first GPU and Ray the second."""
     tokenizer, model = prepared_tokenizer(), prepared_model().to("cuda:0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = "1"
-    try:
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "1")
         cluster.add_node(num_cpus=1, num_gpus=1)
-    finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
     engine = RayEngine(cluster.address, model, tokenizer, engine="vllm", workers=1, max_length=200, batch_size=8)
     try:
         for seed in (1, 2):

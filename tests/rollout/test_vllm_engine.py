@@ -427,28 +427,33 @@ def test_vllm_accepts_the_ipc_message():
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), needs_vllm]
 
 
+def gpu_model(seed: int = 0) -> torch.nn.Module:
+    return prepared_model("qwen2", hidden_size=128, seed=seed).to("cuda", torch.bfloat16)
+
+
 class TestOnGpu:
+    """Each test has a model of its own, and a test that needs certain weights in the shared engine loads them."""
+
     pytestmark = on_gpu
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def model(cls):
-        return prepared_model("qwen2", hidden_size=128).to("cuda", torch.bfloat16)
+    @pytest.fixture
+    def model(self):
+        return gpu_model()
 
     @pytest.fixture(scope="class")
     @classmethod
-    def engine(cls, model):
+    def engine(cls):
+        model = gpu_model(seed=3)
         engine = VllmEngine(model, prepared_tokenizer(), gpu_memory_utilization=0.3)
+        check_sync(engine, model, prepared_tokenizer())
         yield engine
         engine.close()
 
-    def test_it_is_in_sync_after_updates(self, engine, model):
-        tokenizer = prepared_tokenizer()
-        check_sync(engine, model, tokenizer)
+    def test_it_is_in_sync_after_updates(self, engine):
         for seed in (1, 2):
-            model.load_state_dict(prepared_model("qwen2", hidden_size=128, seed=seed).state_dict())
+            model = gpu_model(seed)
             engine.load_weights(model)
-            check_sync(engine, model, tokenizer)
+            check_sync(engine, model, prepared_tokenizer())
 
     def test_sleep_releases_memory(self, engine):
         engine.wake_up()
