@@ -76,6 +76,14 @@ def test_only_the_output_layer_is_packed(tied, shared_engine):
         engine.close()
 
 
+def compile_key(engine):
+    """Return what vLLM compiles for: its configuration, with the name of the model's folder, and its environment."""
+    from vllm import envs
+    from vllm.config.utils import hash_factors
+
+    return engine._llm.llm_engine.vllm_config.compute_hash(), hash_factors(envs.compile_factors())
+
+
 def vllm_model(engine):
     return engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
 
@@ -193,6 +201,7 @@ def test_a_failure_in_a_batch_restarts_with_the_current_weights():
         start()
 
     try:
+        compiled_for = compile_key(engine)
         old_model = weakref.ref(vllm_model(engine))
         old_engine = weakref.ref(engine._llm.llm_engine)
         vllm_model(engine).compute_logits = fail
@@ -201,6 +210,7 @@ def test_a_failure_in_a_batch_restarts_with_the_current_weights():
         for completion in engine.generate(prompts, Sampling(8, temperature=0)):
             assert completion.ids == generate_plainly(model, completion.prompt, 8)
         assert engine.restarts == 1
+        assert compile_key(engine) == compiled_for
         assert (torch.get_num_threads(), torch.set_num_threads) == (threads, set_num_threads)
         engine.restarts = integration.MAX_RESTARTS
         engine._llm.generate = fail

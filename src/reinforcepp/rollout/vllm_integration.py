@@ -12,7 +12,6 @@ Requirements of vLLM 0.32 that this module meets:
 from __future__ import annotations
 
 import gc
-import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from reinforcepp.rollout.vllm.compat import (
 from reinforcepp.rollout.vllm.cpu_patches import patch_vllm, release_free_memory
 from reinforcepp.rollout.vllm.local_transfer import AdapterTransfer, IpcTransfer, ReloadTransfer, supports_adapter
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
+from reinforcepp.rollout.vllm.model_folder import model_folder
 from reinforcepp.rollout.weight_transfer import WeightTransfer, config_with_architecture
 from reinforcepp.terminal import warn
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -330,9 +330,7 @@ class VllmEngine:
             with models.safe_folder(model) as folder:
                 yield folder, load_format(folder)
             return
-        with tempfile.TemporaryDirectory(prefix="reinforcepp-vllm-") as folder:
-            self.config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        with model_folder(self.config, self.tokenizer) as folder:
             yield folder, "dummy"
 
     def _push(self, model: PreTrainedModel) -> None:
