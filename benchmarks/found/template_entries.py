@@ -194,7 +194,8 @@ def emulated_bfloat16(folder: Path) -> str:
     def speed(kind: str, dtype: object, *rest: object) -> float:
         return 0.2e9 if "bfloat16" in str(dtype) else 50e9
 
-    with mock.patch.object(precision, "matmul_flops", speed), mock.patch.object(device, "matmul_flops", speed):
+    speeds = mock.patch.object(precision, "cpu_flops", lambda: (0.2e9, 50e9))
+    with speeds, mock.patch.object(device, "matmul_flops", speed):
         ran = command(
             "plan",
             "--model",

@@ -100,8 +100,8 @@ OURS = (
     "vocab-src.json",
     "vocab-tgt.json",
 )
-CHOSEN_AT_START = ("learning_rate",)
-"""Settings whose default depends on the model. A resumed run that doesn't give them keeps those of its start."""
+CHOSEN_AT_START = {"learning_rate": None, "mixed_precision": "auto"}
+"""Settings with a default that depends on the model and the device. A resumed run with the default keeps its first value."""
 # A resumed run can change these settings, because they affect only its location, checkpoints and checks.
 FREE_ON_RESUME = (
     "output_dir",
@@ -269,7 +269,7 @@ def changed_settings(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
         if name in began
         and began[name] != value
         and name not in FREE_ON_RESUME
-        and not (value is None and name in CHOSEN_AT_START)
+        and not (name in CHOSEN_AT_START and value == CHOSEN_AT_START[name])
     }
 
 
@@ -345,6 +345,13 @@ def run_date(settings: Any) -> date:
 def today() -> date:
     """Return the date at the first call, so that a run that passes midnight keeps its date."""
     return date.today()
+
+
+def unfinished_settings(output_dir: str) -> dict[str, Any] | None:
+    """Return the settings of the run in ``output_dir`` if it can be resumed."""
+    folder = Path(output_dir).expanduser()
+    began = _run_entries(folder).get("settings") if has_checkpoint(folder) else None
+    return began if isinstance(began, dict) else None
 
 
 def began_without(settings: Any, name: str) -> bool:

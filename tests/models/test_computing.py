@@ -234,17 +234,16 @@ def test_a_reward_model_in_float16_needs_a_gpu(base, pairs_csv, tmp_path, capsys
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["train", "reward", "sft"])
 def test_emulated_bfloat16_is_a_warning_before_training(command, base, pairs_csv, tmp_path, monkeypatch, capsys):
-    speeds = {torch.float32: 55e9, torch.bfloat16: 0.23e9}
-    monkeypatch.setattr(precision, "matmul_flops", lambda device, dtype, *rest: speeds[dtype])
+    monkeypatch.setattr(precision, "cpu_flops", lambda: (0.23e9, 55e9))
     arguments = ["--model", base, "--data", pairs_csv, "--output_dir", tmp_path / "run", "--mixed_precision", "bf16"]
     short = ["--max_prompt_length", 40, "--max_new_tokens", 6]
     rest = [*short, "--reward_model", tmp_path / "missing"] if command == "train" else ["--max_length", 1]
     assert main([command, *map(str, [*arguments, *rest])]) == 2  # neither command starts to train
     warning = capsys.readouterr().err
-    assert "this CPU reaches 0.23 GFLOP/s in bfloat16, compared with 55 GFLOP/s in float32" in warning
+    assert "a core of this CPU reaches 0.23 GFLOP/s in bfloat16, compared with 55 GFLOP/s in float32" in warning
     assert "Use --mixed_precision no" in warning
 
 
 def test_native_bfloat16_is_no_warning(monkeypatch):
-    monkeypatch.setattr(precision, "matmul_flops", lambda device, dtype, *rest: 30e9)
+    monkeypatch.setattr(precision, "cpu_flops", lambda: (30e9, 30e9))
     assert precision.slow_precision(ComputeConfig(mixed_precision="bf16")) == ""

@@ -965,12 +965,14 @@ def test_the_engine_equals_the_choice_of_a_training(folder, monkeypatch):
 def slow_bf16(monkeypatch):
     """A CPU that emulates bfloat16, as measured on one with AVX2 only."""
     speeds = {F32: 55e9, BF16: 0.23e9}
-    for module in (precision, device):
-        monkeypatch.setattr(module, "matmul_flops", lambda device, dtype, *rest: speeds[dtype])
+    monkeypatch.setattr(precision, "cpu_flops", lambda: (speeds[BF16], speeds[F32]))
+    monkeypatch.setattr(device, "matmul_flops", lambda device, dtype, *rest: speeds[dtype])
 
 
 def test_slow_bfloat16_on_a_cpu_is_a_warning_with_both_speeds(folder, slow_bf16, capsys):
-    expected = "mixed_precision bf16: this CPU reaches 0.23 GFLOP/s in bfloat16, compared with 55 GFLOP/s in float32"
+    expected = (
+        "mixed_precision bf16: a core of this CPU reaches 0.23 GFLOP/s in bfloat16, compared with 55 GFLOP/s in float32"
+    )
     code, out, _ = run(capsys, "--device", "cpu", "--mixed_precision", "bf16")
     assert code == 0 and f"Warning: {expected}" in out and "Use --mixed_precision no" in out
     told = json.loads(run(capsys, "--device", "cpu", "--mixed_precision", "bf16", "--format", "json")[1])
@@ -980,6 +982,24 @@ def test_slow_bfloat16_on_a_cpu_is_a_warning_with_both_speeds(folder, slow_bf16,
         json.loads(run(capsys, "--device", "h100", "--mixed_precision", "bf16", "--format", "json")[1])["warnings"]
         == []
     )
+
+
+def test_automatic_precision_is_that_of_the_planned_device(folder, slow_bf16, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "SMALL_PARAMETERS", 0)
+
+    def planned(*arguments):
+        found = json.loads(run(capsys, "--mixed_precision", "auto", *arguments, "--format", "json")[1])
+        assert not found["warnings"]
+        return found["mixed_precision"], found["assumptions"][0]
+
+    speeds = "a core of this CPU reaches 0.23 GFLOP/s in bfloat16, compared with 55 GFLOP/s in float32"
+    assert planned("--device", "cpu") == ("no", f"Mixed precision no: {speeds}.")
+    assert planned("--device", "h100") == ("bf16", "Mixed precision bf16: NVIDIA H100 has bfloat16 instructions.")
+    assert planned("--gpus", "2", "--gpu_memory", "24")[0] == "bf16"
+    assert "bfloat16, on NVIDIA H100" in run(capsys, "--mixed_precision", "auto", "--device", "h100")[1]
+    monkeypatch.setattr(precision, "cpu_flops", lambda: (199e9, 102e9))
+    monkeypatch.setattr(device, "matmul_flops", lambda *rest: 199e9)
+    assert planned("--device", "cpu")[0] == "bf16"
 
 
 def test_implausible_rates_are_a_warning(folder, monkeypatch, capsys):

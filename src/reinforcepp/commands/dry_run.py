@@ -15,6 +15,7 @@ from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompts, split_example
 from reinforcepp.planner.command import make_plan, show_plan
 from reinforcepp.terminal import echo, print_output
+from reinforcepp.training.precision import with_precision
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.sft_trainer import to_example
 from reinforcepp.types import Preference
@@ -33,7 +34,8 @@ def run_dry_run(config: SftConfig | RewardModelConfig | TrainConfig) -> None:
     """
     if config.trust_remote_code:
         allow_remote_code(config.model)
-    with_learning_rate(config, load_config(config.model))
+    model_config = load_config(config.model)
+    with_precision(with_learning_rate(config, model_config), model_config)
     if isinstance(config, SftConfig):
         show_sft(config)
     elif isinstance(config, RewardModelConfig):

@@ -269,7 +269,7 @@ class ReinforceConfig(
                 "disable_dropout: False isn't supported, because dropout in training but not in generation changes the policy "
                 "ratio. Omit it; lora_dropout sets the dropout of adapters."
             )
-        if self.cast_lm_head_to_fp32 and self.mixed_precision != "no":
+        if self.cast_lm_head_to_fp32 and self.mixed_precision in ("bf16", "fp16"):
             raise ConfigError(
                 f"cast_lm_head_to_fp32: with mixed_precision {self.mixed_precision}, the head computes in 16 bits as in the "
                 "rollout engine, and only its logits become float32. Omit one of the two."
@@ -324,6 +324,11 @@ class ReinforceConfig(
             raise ConfigError(
                 f"load_in_4bit: {target} can't load 4-bit weights. Use {option('rollout', 'transformers')}, or auto."
             )
+
+    @property
+    def float32_setting(self) -> str | None:
+        """The setting that needs ``mixed_precision`` no."""
+        return "cast_lm_head_to_fp32" if self.cast_lm_head_to_fp32 else None
 
     def logs_step(self, step: int) -> bool:
         """Return whether trackers and callbacks log ``step``, which counts from 1."""

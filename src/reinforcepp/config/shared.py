@@ -249,8 +249,8 @@ MODEL_CONFIG = frozenset({"attn_implementation", "dtype", *(setting.name for set
 class ComputeConfig(AdapterConfig, DeviceConfig):
     """How a model is trained. Apart from LoRA, these settings change results only by rounding error."""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Compute in 16 bits; trained weights, optimizer and log-probs stay float32"""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
+    """Compute in 16 bits, with float32 master weights; auto: bf16 if it is fast here"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time"""
     gradient_checkpointing_kwargs: JsonText | None = None
@@ -263,6 +263,11 @@ class ComputeConfig(AdapterConfig, DeviceConfig):
     """Compile the model with torch.compile; the first steps take minutes"""
     trust_remote_code: bool = False
     """Run code in the model's folder or repository, which can do anything"""
+
+    @property
+    def float32_setting(self) -> str | None:
+        """The setting that needs ``mixed_precision`` no, if there is one; auto is then no."""
+        return None
 
     def _check_rules(self) -> None:
         name, example = "gradient_checkpointing_kwargs", '{"use_reentrant": false}'

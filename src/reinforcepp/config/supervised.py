@@ -157,10 +157,15 @@ class RewardModelConfig(
         """The criteria; empty for one output that learns the pairs' own preference."""
         return parse_criteria(self.criteria)
 
+    @property
+    def float32_setting(self) -> str | None:
+        """The setting that needs ``mixed_precision`` no."""
+        return f"dtype {self.dtype}" if self.dtype != "float32" else None
+
     def _check_rules(self) -> None:
         if not self.parsed_criteria and self.criteria_margins:
             raise ConfigError("criteria_margins applies only to criteria. Add criteria, or omit it.")
-        if self.dtype != "float32" and self.mixed_precision != "no":
+        if self.dtype != "float32" and self.mixed_precision in ("bf16", "fp16"):
             raise ConfigError(
                 f"dtype {self.dtype} and mixed_precision {self.mixed_precision} contradict each other, because mixed precision "
                 "has float32 weights. Omit one of the two."

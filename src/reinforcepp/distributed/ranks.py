@@ -133,6 +133,16 @@ def _compare_versions() -> None:
         )
 
 
+def from_rank_zero(key: str, function: Callable[[], str]) -> str:
+    """Return the text that ``function`` returns on rank 0, which alone calls it; ``key`` names it and its arguments."""
+    if started() == 1 or not distributed.is_initialized():
+        return function()
+    store = distributed.distributed_c10d._get_default_store()
+    if is_main():
+        store.set(key, function())
+    return str(store.get(key).decode())
+
+
 def exit_process(code: int) -> None:
     """End this process with ``code`` if it belongs to a process group; otherwise return.
 

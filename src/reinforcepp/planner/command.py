@@ -18,11 +18,11 @@ from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.config.reward_spec import RewardSource, parse_source
 from reinforcepp.devices import choose_device
 from reinforcepp.errors import ConfigError, RolloutError, option, setting
-from reinforcepp.models.loading import load_config, prompt_limit
-from reinforcepp.models.precision import compute_dtype, format_flops, slow_precision
+from reinforcepp.models.loading import load_config, parameter_count, prompt_limit
+from reinforcepp.models.precision import automatic_precision, compute_dtype, format_flops, slow_precision
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.planner import report
-from reinforcepp.planner.device import Device, device_for
+from reinforcepp.planner.device import Device, device_for, precision_device
 from reinforcepp.planner.lengths import lengths_for
 from reinforcepp.planner.memory import Job, Rows, phases
 from reinforcepp.planner.model_costs import FrozenModel, RowSize, combined, frozen_model, trained_model
@@ -166,8 +166,13 @@ def make_plan(
         choose_device(config.use_cpu)
     if config.trust_remote_code:
         allow_remote_code(config.model)
-    dtype = compute_dtype(config)
     policy_config = load_config(config.model)
+    precision = []
+    if config.mixed_precision == "auto":
+        chosen, reason = automatic_precision(config, parameter_count(policy_config), precision_device(config))
+        config = replace(config, mixed_precision=chosen)
+        precision = [f"Mixed precision {chosen}: {reason}."]
+    dtype = compute_dtype(config)
     limit = prompt_limit(policy_config, config.max_prompt_length, config.max_new_tokens, config.max_length)
     lengths = lengths_for(config)
     device = device_for(config, dtype)
@@ -189,7 +194,7 @@ def make_plan(
         smaller=phases(job, smaller),
         seconds=node_seconds(job, rows, config, device, lengths),
         mean_length=lengths.mean,
-        notes=(*notes, lengths.note),
+        notes=(*precision, *notes, lengths.note),
         warnings=tuple(_warnings(config, device)),
     )
 

@@ -43,6 +43,20 @@ class Device:
     """None if only the memory is known."""
 
 
+def precision_device(config: PlanConfig) -> str:
+    """Return the device that ``config`` names, as :func:`~reinforcepp.models.precision.automatic_precision` takes it."""
+    if config.device in ACCELERATORS:
+        return ACCELERATORS[config.device].title
+    present = torch.cuda.device_count()
+    if not _gpus(config, present):
+        return "cpu"
+    return "cuda" if present else "the planned GPU"
+
+
+def _gpus(config: PlanConfig, present: int) -> int:
+    return 0 if config.device == "cpu" else present if config.gpus is None else config.gpus
+
+
 def device_for(config: PlanConfig, dtype: torch.dtype) -> Device:
     """Return the device that ``config`` names.
 
@@ -56,7 +70,7 @@ def device_for(config: PlanConfig, dtype: torch.dtype) -> Device:
         rates = Rates(tera * 1e12, sheet.gigabytes_per_second * 1e9, measured=False)
         return Device(sheet.title, config.gpus or 1, given or sheet.gigabytes * 1e9, rates)
     present = torch.cuda.device_count()
-    gpus = 0 if config.device == "cpu" else present if config.gpus is None else config.gpus
+    gpus = _gpus(config, present)
     if not gpus:
         return Device("CPU", 0, given or cpu_memory(), measured_rates("cpu", dtype))
     if present:

@@ -159,6 +159,7 @@ def as_json(plan: Plan) -> str:
         "tokens_per_second": plan.tokens_per_second,
         "device": {"name": plan.device.title, "gpus": plan.device.gpus},
         "engine": plan.job.engine,
+        "mixed_precision": plan.config.mixed_precision,
         "parameters": {"policy": plan.job.policy.parameters, "reward_model": plan.job.reward.parameters},
         "warnings": list(plan.warnings),
         "assumptions": list(assumptions(plan)),

@@ -49,6 +49,7 @@ from reinforcepp.training.moving_reference import MovingReference
 from reinforcepp.training.optimizer import Optimizers, check_optimizers, with_given_rate
 from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
+from reinforcepp.training.precision import with_precision
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard
@@ -59,7 +60,6 @@ from reinforcepp.training.setup import (
     longest_prompt,
     start_policy,
     warn_about_bias,
-    warn_about_precision,
     with_quantization,
 )
 from reinforcepp.types import Prompt
@@ -121,6 +121,7 @@ def build(
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens, config.max_length)
     config = with_given_rate(config, optimizers[0])
     config = with_learning_rate(config, model_config, resumed.state["settings"] if resumed else None)
+    config, precision = with_precision(config, model_config, resumed.state["settings"] if resumed else None)
     dtype = compute_dtype(config)
     rollout = "transformers" if config.load_in_4bit else config.rollout
     choice = choose_engine(rollout, model_config, dtype) if engine is None else None
@@ -128,7 +129,6 @@ def build(
         check_sampling(config, choice.name)
     tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
     warn_about_bias(config)
-    warn_about_precision(config)
     encode_held_out = partial(load_held_out, tokenizer, config, limit)
     prompts, eval_sets = load_prompts(tokenizer, train_dataset, config, limit), encode_held_out(eval_dataset)
     held_out = sum(map(len, eval_sets.values()))
@@ -204,6 +204,7 @@ def build(
         "inputs": inputs,
         "rewards": rewards.describe(),
         "judge": judge_sum.names[0] if judge_sum else None,
+        **precision,
         **environment(ranks.device),
     }
     moving = MovingReference(reference, learner.plain, config) if config.sync_ref_model else None

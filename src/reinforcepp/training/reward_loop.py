@@ -45,6 +45,7 @@ from reinforcepp.training.pair_datasets import (
     reads_plain_text,
     tokenizing_errors,
 )
+from reinforcepp.training.precision import with_precision
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.publish.card import reward_model_card, without_private, write_card
 from reinforcepp.training.publish.hub import create_for
@@ -120,6 +121,8 @@ class ResumableRewardTrainer(UploadMethods, SupervisedTrainer, TrlRewardTrainer)
     card_data: CardData
     inputs: Mapping[str, str]
     """Hashes of model and data."""
+    precision: Mapping[str, str] = {}
+    """The reason for the precision, for ``run.json``."""
     opened: OpenedRun | None = None
     """The output directory, if it is checked already."""
     _began = False
@@ -192,6 +195,7 @@ class ResumableRewardTrainer(UploadMethods, SupervisedTrainer, TrlRewardTrainer)
         if config.push_to_hub:
             create_for(config, Ranks())
         facts = {"train_pairs": data.train_pairs, "heldout_pairs": data.heldout_pairs, "inputs": dict(self.inputs)}
+        facts |= self.precision
         with begin(folder, config, self.inputs, saved, facts) as run:
             self._began = True
             check_run(run, self.model, self.tokenizer, config, self.train_dataset)
@@ -412,7 +416,7 @@ class RewardTrainer(ResumableRewardTrainer):
             prompt_format="plain" if reads_plain_text(train, config) else config.prompt_format,
         )
         join_ranks(config)
-        config = with_learning_rate(config, model_config)
+        config, precision = with_precision(with_learning_rate(config, model_config), model_config)
         tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
         if isinstance(model, str):
             quantized = {"quantization_config": quantization_config} if quantization_config is not None else {}
@@ -445,7 +449,7 @@ class RewardTrainer(ResumableRewardTrainer):
             )
         print_prompt_format(tokenizer, [], first["chosen_ids"])
         self.card_data = card_data(self.train_dataset, self.eval_dataset, tokenizer, config)
-        self.inputs = {"model": weights_hash(built), "data": self.card_data.sha256}
+        self.inputs, self.precision = {"model": weights_hash(built), "data": self.card_data.sha256}, precision
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str

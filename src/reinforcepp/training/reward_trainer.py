@@ -30,6 +30,7 @@ from reinforcepp.monitoring import reading_progress
 from reinforcepp.rewards.trained import load_reward_model
 from reinforcepp.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun
+from reinforcepp.training.precision import with_precision
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.reward_card import CardData, Counts, RewardResult, ScoredData, is_decided
 from reinforcepp.training.schedule import with_learning_rate
@@ -158,7 +159,8 @@ def _trainer_of_files(
     tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
     end_conversations_at_turn(tokenizer)
     limit = length_limit(config, model_config)
-    config = with_learning_rate(config, model_config, saved.state["settings"] if saved else None)
+    began = saved.state["settings"] if saved else None
+    config, precision = with_precision(with_learning_rate(config, model_config, began), model_config, began)
 
     ids_of = partial(pair_ids, tokenizer)
     train, rows = tokenize_rows(train, ids_of, limit, "training pairs", scratch)
@@ -189,7 +191,7 @@ def _trainer_of_files(
         eval_dataset=heldout_rows if heldout else None,
         **extra,
     )
-    trainer.opened, trainer.inputs = opened, inputs
+    trainer.opened, trainer.inputs, trainer.precision = opened, inputs, precision
     trainer.card_data = CardData(
         source=data.source,
         sha256=data.sha256,

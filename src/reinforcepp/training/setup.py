@@ -14,7 +14,7 @@ from reinforcepp.data import DiskRows, StreamRows
 from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.models.loading import load_policy
 from reinforcepp.models.lora import add_adapter, has_adapter, with_adapter
-from reinforcepp.models.precision import compute_dtype, slow_precision
+from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.reward_models import head_modules
 from reinforcepp.models.tokenization import BATCH_ROWS, LazyPrompts, encode_prompt, encode_prompts
 from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
@@ -253,12 +253,6 @@ def _in_4bit(config: ComputeConfig) -> dict[str, Any]:
     )
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else "cpu"
     return {"quantization_config": quantization, "device_map": {"": device}}
-
-
-def warn_about_precision(config: ComputeConfig) -> None:
-    """Print a warning if the training runs on a CPU that is much slower in ``mixed_precision`` than in float32."""
-    if not torch.accelerator.is_available() and (warning := slow_precision(config)):
-        echo(warning, "yellow")
 
 
 def check_sampling(config: ReinforceConfig, engine: str) -> None:

@@ -33,6 +33,7 @@ from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun, finish
+from reinforcepp.training.precision import with_precision
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import FROZEN_ADAPTER, loading
@@ -225,7 +226,8 @@ def _train_language_model(
     tokenizer = tokenizer_for(model_config, processing_class) if given else load_tokenizer(config.model)
     tokenizer = with_chat_template(tokenizer, config)
     limit = length_limit(config, model_config)
-    config = with_learning_rate(config, model_config, saved.state["settings"] if saved else None)
+    began = saved.state["settings"] if saved else None
+    config, precision = with_precision(with_learning_rate(config, model_config, began), model_config, began)
 
     def ids_of(rows: Sequence[SftRow]) -> list[dict[str, list[int]]]:
         return [example.as_row() for example in to_examples(tokenizer, rows)]
@@ -252,6 +254,7 @@ def _train_language_model(
         "rows": len(train),
         "heldout_rows": len(heldout),
         "inputs": inputs,
+        **precision,
     }
     before: HeldOutMetrics | None = None
 

@@ -26,7 +26,7 @@ from reinforcepp.runtime import started
 from reinforcepp.terminal import echo
 from reinforcepp.training import checkpoint
 from reinforcepp.training.preflight import check_before_training
-from reinforcepp.training.setup import first_rows, warn_about_precision
+from reinforcepp.training.setup import first_rows
 from reinforcepp.types import RowId
 
 if TYPE_CHECKING:
@@ -124,7 +124,6 @@ def open_run_dir(config: SupervisedConfig, *, loaded: bool = False) -> OpenedRun
     )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"mixed_precision: fp16 needs a GPU for {TASKS[type(config)]}. Use bf16.")
-    warn_about_precision(config)
     if config.report_to:
         from reinforcepp.distributed.ranks import check_trackers  # takes seconds
 

@@ -35,6 +35,7 @@ from reinforcepp.run_dir import (
 )
 from reinforcepp.runtime import python_path
 from reinforcepp.terminal import echo
+from reinforcepp.training.precision import with_precision
 from reinforcepp.training.schedule import with_learning_rate
 
 LEARNING_RATE_FACTORS = (1 / 3, 1.0, 3.0)
@@ -53,18 +54,18 @@ def compare_algorithms(config: CompareAlgorithmsConfig) -> dict[str, Any]:
     folder = Path(config.output_dir).expanduser()
     if config.resume:
         check_unchanged(noted_settings(folder), as_dict(config))
-        config = with_learning_rate(config, load_config(config.model), noted_settings(folder))
     else:
-        config = with_learning_rate(config, load_config(config.model))
         check_output(config.output_dir, overwrite=config.overwrite)
+    model_config, began = load_config(config.model), noted_settings(folder) if config.resume else None
+    config, precision = with_precision(with_learning_rate(config, model_config, began), model_config, began)
     with claim_output(config.output_dir, overwrite=config.overwrite, resume=config.resume):
-        return _compare(config, folder)
+        return _compare(config, folder, precision)
 
 
-def _compare(config: CompareAlgorithmsConfig, folder: Path) -> dict[str, Any]:
+def _compare(config: CompareAlgorithmsConfig, folder: Path, facts: dict[str, str]) -> dict[str, Any]:
     if not config.resume:
         clear(folder)
-        describe_run(folder, as_dict(config), {})
+        describe_run(folder, as_dict(config), dict(facts))
     main = {run_folder(folder, run): run for run in planned(config, folder)}
     grid = {run_folder(folder, run): run for run in (planned_grid(config, folder) if config.sensitivity else ())}
     results = _all_results(config, main | grid)

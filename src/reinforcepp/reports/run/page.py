@@ -271,7 +271,10 @@ def _environment(record: RunRecord) -> dict[str, Any]:
         (name, f"{record.settings.get(name, 'passed from Python')}, fingerprint {inputs[name]}") for name in inputs
     ]
     return {
-        "packages": list((record.facts.get("environment") or {}).items()),
+        "packages": [
+            *(record.facts.get("environment") or {}).items(),
+            *([("precision", record.facts["precision"])] if "precision" in record.facts else []),
+        ],
         "inputs": [*sources, *counted, *judge],
         "reward_models": [_reward_model(card) for card in record.reward_cards],
     }
