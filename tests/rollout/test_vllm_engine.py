@@ -18,6 +18,7 @@ from reinforcepp.config import AdapterConfig, ReinforceConfig
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.rollout import vllm_integration as integration
+from reinforcepp.rollout.engine import call
 from reinforcepp.rollout.factory import start_engine, start_training_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
 from reinforcepp.rollout.vllm import compat, cpu_patches, lifecycle, memory
@@ -316,7 +317,7 @@ def test_only_the_engine_of_a_training_leaves_the_gpu_between_calls(monkeypatch)
     settings = []
     monkeypatch.setattr(integration, "VllmEngine", lambda *_, **given: settings.append(given))
     model, tokenizer = prepared_model(), prepared_tokenizer()
-    choice, ranks = EngineChoice("vllm", "as requested"), SimpleNamespace(count=1)
+    choice, ranks = EngineChoice("vllm", "as requested"), SimpleNamespace(count=1, run_or_raise_all=call)
     start_engine(choice, model, tokenizer, max_length=40)
     start_training_engine(choice, model, tokenizer, ReinforceConfig(output_dir="unused"), ranks, 0, None, 40)
     assert [given["exclusive_gpu"] for given in settings] == [True, False]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 class RolloutEngine(Protocol):
@@ -46,6 +48,11 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release memory and processes; the engine can't be used afterwards."""
+
+
+def call(function: Callable[[], T]) -> T:
+    """Return the result of ``function``, for a single rank."""
+    return function()
 
 
 def request_seed(seed: int, key: int, sample: int) -> int:
@@ -96,11 +103,23 @@ def partial_completions(
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Restore the global random state of torch, NumPy and Python afterwards."""
+    """Restore the global random state of torch, NumPy and Python afterwards; among GPUs, only the current one's."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # torch would initialize every GPU
+    with torch.random.fork_rng(gpus, device_type="cuda"):
         try:
             yield
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
+
+
+def preserve_current_device() -> AbstractContextManager[None]:
+    """Restore the current GPU of this thread afterwards, on which the trainer's collectives run."""
+    return torch.cuda.device(torch.cuda.current_device() if torch.cuda.is_available() else -1)
+
+
+def select_device(device: torch.device) -> None:
+    """Make ``device``, if it is a GPU, the current one of this thread; a new thread begins with GPU 0 on every rank."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config.reinforce import server_addresses
+from reinforcepp.rollout.engine import call
 from reinforcepp.rollout.selection import EngineChoice, start_chosen_engine
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def start_training_engine(
         reserved=reserved,
         folder=folder,
         exclusive_gpu=False,
+        on_all_ranks=ranks.run_or_raise_all,
     )
     if choice.is_remote and ranks.count > 1:
         # This loads Accelerate, which the commands that only call start_engine don't need.
@@ -76,10 +79,13 @@ def start_engine(
     reserved: int = 0,
     folder: Path | None = None,
     exclusive_gpu: bool = True,
+    on_all_ranks: Callable[[Callable[[], Any]], Any] = call,
 ) -> RolloutEngine:
     """Return the selected engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
 
     vLLM servers get the weights through ``folder``. With ``exclusive_gpu``, vLLM keeps its GPU memory between two calls.
+    Several ranks start an engine in their processes by ``on_all_ranks``; see
+    :func:`~reinforcepp.rollout.selection.start_chosen_engine`.
     """
     if choice.name == "ray":
         from reinforcepp.rollout.ray.engine import RayEngine
@@ -111,4 +117,5 @@ def start_engine(
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
         exclusive_gpu=exclusive_gpu,
+        on_all_ranks=on_all_ranks,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.errors import RolloutError, option, setting
 from reinforcepp.models.loading import context_length
 from reinforcepp.models.remote_code import uses_remote_code
+from reinforcepp.rollout.engine import call
 from reinforcepp.rollout.weight_sync_check import NEW_TOKENS, PROBE_TOKENS
 from reinforcepp.terminal import warn
 
@@ -76,15 +78,34 @@ def choose_engine(rollout: str, config: PreTrainedConfig, dtype: torch.dtype) ->
 
 
 def start_chosen_engine(
-    choice: EngineChoice, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
+    choice: EngineChoice,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    on_all_ranks: Callable[[Callable[[], Any]], Any] = call,
+    **settings: Any,
 ) -> RolloutEngine:
     """Return the chosen engine of this process; transformers replaces vLLM if it can't start and the user chose neither.
 
-    ``settings`` go to :func:`start_in_process_engine`.
+    Args:
+        choice: The selected engine.
+        model: The model whose weights it gets.
+        tokenizer: Its tokenizer.
+        on_all_ranks: Runs a function on every rank and, if it fails on one, raises that error on all. Then they replace vLLM
+            together.
+        settings: Arguments of :func:`start_in_process_engine`.
     """
+    started: list[RolloutEngine] = []
+
+    def start() -> None:
+        started.append(start_in_process_engine(choice.name, model, tokenizer, on_all_ranks=on_all_ranks, **settings))
+
     try:
-        return start_in_process_engine(choice.name, model, tokenizer, **settings)
+        on_all_ranks(start)
+        return started[0]
     except RolloutError as error:
+        for engine in started:  # it failed on another rank
+            engine.close()
         if not choice.can_fall_back:
             raise
         reason = (
@@ -107,6 +128,7 @@ def start_in_process_engine(
     tensor_parallel_size: int = 1,
     exclusive_gpu: bool = False,
     weight_transfer: str = "",
+    on_all_ranks: Callable[[Callable[[], Any]], Any] = call,
 ) -> RolloutEngine:
     """Return a ``vllm`` or ``transformers`` engine with ``model``'s weights, for sequences of up to ``max_length`` tokens."""
     if name == "vllm":
@@ -123,6 +145,7 @@ def start_in_process_engine(
             tensor_parallel_size=tensor_parallel_size,
             exclusive_gpu=exclusive_gpu,
             weight_transfer=weight_transfer,
+            on_all_ranks=on_all_ranks,
         )
     from reinforcepp.rollout.transformers_engine import TransformersEngine
 

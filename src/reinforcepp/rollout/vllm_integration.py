@@ -15,13 +15,20 @@ import gc
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reinforcepp.errors import RolloutError, first_line, option, setting
 from reinforcepp.models import loading as models
-from reinforcepp.rollout.engine import check_prompts, preserve_random_state, to_completion
+from reinforcepp.rollout.engine import (
+    call,
+    check_prompts,
+    preserve_current_device,
+    preserve_random_state,
+    to_completion,
+)
 from reinforcepp.rollout.vllm import lifecycle
 from reinforcepp.rollout.vllm.compat import (
     import_vllm,
@@ -73,6 +80,8 @@ class VllmEngine:
         exclusive_gpu: Keep weights and cache on the GPU between two calls, because no trainer needs its memory.
         weight_transfer: Backend of vLLM's weight transfer, for weights that don't come through ``load_weights``.
         threads: CPU threads of vLLM; by default those of the process.
+        on_all_ranks: Runs a function on every rank and, if it fails on one, raises that error on all. All ranks must start
+            vLLM or none, because they create its process groups together.
 
     Raises:
         RolloutError: vLLM isn't installed, can't run the model, or lacks memory; the message names a fix.
@@ -96,6 +105,7 @@ class VllmEngine:
         exclusive_gpu: bool = False,
         weight_transfer: str = "",
         threads: int | None = None,
+        on_all_ranks: Callable[[Callable[[], Any]], Any] = call,
     ) -> None:
         if isinstance(model, str):
             self.config = models.load_config(model)
@@ -129,7 +139,8 @@ class VllmEngine:
         self._in_transfer_group = False
         self._sleeps = self._on_gpu and not (exclusive_gpu or isinstance(model, str))
         self._asleep = False
-        self._memory = memory_settings(
+        settings = partial(
+            memory_settings,
             model,
             self.config,
             self.dtype,
@@ -140,6 +151,7 @@ class VllmEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size,
         )
+        self._memory: dict[str, Any] = on_all_ranks(settings)
         self._llm: Any = None
         self._threads = threads
         """CPU threads with which vLLM started; it compiles code for this number."""
@@ -262,8 +274,8 @@ class VllmEngine:
 
     @contextmanager
     def _inside_vllm(self) -> Iterator[None]:
-        """Restore the trainer's random state and number of CPU threads afterwards."""
-        with preserve_random_state(), lifecycle.preserve_threads(self._threads):
+        """Restore the trainer's random state, current GPU and number of CPU threads afterwards."""
+        with preserve_current_device(), preserve_random_state(), lifecycle.preserve_threads(self._threads):
             yield
 
     def _start(self) -> None:
@@ -317,11 +329,13 @@ class VllmEngine:
         if self._separate_process:
             workers = {"distributed_executor_backend": "mp", "weight_transfer_config": {"backend": "ipc"}}
             return workers | {"enable_sleep_mode": self._sleeps}
-        transfer = {"weight_transfer_config": {"backend": self._weight_transfer}} if self._weight_transfer else {}
+        settings: dict[str, Any] = {"distributed_executor_backend": lifecycle.rank_executor(*lifecycle.this_rank())}
+        if self._weight_transfer:
+            settings["weight_transfer_config"] = {"backend": self._weight_transfer}
         if self._on_gpu:
-            return transfer | {"enable_sleep_mode": self._sleeps}
+            return settings | {"enable_sleep_mode": self._sleeps}
         patch_vllm()
-        return transfer | {"enforce_eager": True, "block_size": CPU_BLOCK}
+        return settings | {"enforce_eager": True, "block_size": CPU_BLOCK}
 
     @contextmanager
     def _model_folder(self, model: PreTrainedModel | str) -> Iterator[tuple[str, str]]:

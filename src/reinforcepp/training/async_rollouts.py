@@ -18,7 +18,7 @@ import torch
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.lora import frozen_copy, load_trainable_weights, trainable_weights
 from reinforcepp.rollout.checked_engine import CheckedEngine
-from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.rollout.engine import RolloutEngine, select_device
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.training.batches import PromptBatches, micro_batches
@@ -63,7 +63,7 @@ class AsyncRolloutScheduler(RolloutScheduler):
         self._update = update
         self._num_steps = num_steps
         self._copies = [frozen_copy(self.policy) for _ in range(config.staleness)]
-        self._thread = ThreadPoolExecutor(1, "rollout")
+        self._thread = self._new_thread()
         self._jobs: dict[int, Future[PendingRollout]] = {}
 
     def next(self, step: int) -> list[Completion]:
@@ -95,7 +95,7 @@ class AsyncRolloutScheduler(RolloutScheduler):
     def close(self) -> None:
         """Stop pending rollouts and drop their completions."""
         self._thread.shutdown(cancel_futures=True)
-        self._thread, self._jobs = ThreadPoolExecutor(1, "rollout"), {}
+        self._thread, self._jobs = self._new_thread(), {}
 
     # --- checkpoints ---
 
@@ -127,6 +127,9 @@ class AsyncRolloutScheduler(RolloutScheduler):
             self._jobs[step].set_result(PendingRollout(kept, rollout["version"]))
 
     # --- inside ---
+
+    def _new_thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "rollout", select_device, (self.ranks.device,))
 
     def _start(self, step: int, version: int) -> None:
         """Start sampling ``step`` with the policy as it is after ``version`` steps, unless it is under way."""

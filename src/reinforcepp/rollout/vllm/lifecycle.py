@@ -1,7 +1,7 @@
 """What vLLM keeps once per process instead of once per engine: parallel groups, GPU memory pools, CPU threads.
 
 Each engine is started and stopped so that other engines and the trainer keep theirs. Written against vLLM 0.32
-(``v1/worker/gpu_worker.py``, ``device_allocator/cumem.py``).
+(``v1/worker/gpu_worker.py``, ``v1/executor/uniproc_executor.py``, ``device_allocator/cumem.py``).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reinforcepp.errors import RolloutError, option, setting
+
+if TYPE_CHECKING:
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "VLLM_OMP_NUM_THREADS_SET_BY_VLLM")
 """Environment variables that vLLM sets for its worker processes."""
@@ -104,6 +107,35 @@ def preserve_threads(number: int | None = None) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def rank_executor(rank: int, gpu: int) -> type[UniProcExecutor]:
+    """Return vLLM's ``distributed_executor_backend`` for an engine in the process of a rank.
+
+    vLLM's own executor for one process always takes GPU 0. Its ``external_launcher`` takes LOCAL_RANK, but reduces the free
+    memory over all ranks when it starts, so that one rank alone can't restart its engine.
+
+    vLLM's world size stays 1 per engine. The rank names the worker's folder in the compile cache, so ranks don't overwrite
+    each other's files. No seed depends on it, because every request has its own.
+
+    Args:
+        rank: Rank of this process among all ranks.
+        gpu: Index of the GPU on this node; a CPU ignores it.
+    """
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    class RankExecutor(UniProcExecutor):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            init_method, _, _ = super()._distributed_args()
+            return init_method, rank, gpu
+
+    return RankExecutor
+
+
+def this_rank() -> tuple[int, int]:
+    """Return the rank of this process and the index of its current GPU."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return rank, torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
 # --- inside ---------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +200,13 @@ def _clear_allocator_error() -> None:
 
 
 def _destroy_parallel_groups() -> None:
-    """Destroy vLLM's groups but not the trainer's, on which they are built."""
+    """Destroy vLLM's groups but not the trainer's, on which they are built.
+
+    With several ranks they stay until the process exits, and the next engine uses them: creating groups is a collective, but
+    one rank alone can restart its engine.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -13,10 +13,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import torch
 from torch import Tensor
 
 from reinforcepp.errors import first_line
+from reinforcepp.rollout.engine import select_device
 from reinforcepp.rollout.vllm.client import ServerUnavailable, VllmClient, response_field, run_in_daemon
 from reinforcepp.rollout.weight_transfer import WeightTransfer, weights_without_tied_head
 
@@ -64,7 +64,7 @@ class _ServerGroup:
         self.engine: Any = None
 
     def send(self, model: PreTrainedModel) -> None:
-        _select_device(model)
+        select_device(model.device)
         if self.engine is None:
             world_size = 1 + response_field(self._server.get("/get_world_size"), "world_size")
             host = _own_host(self._server.url)
@@ -131,7 +131,7 @@ class NcclPoolTransfer(WeightTransfer[Mapping[int, Any]]):
                 _within(CLOSE_TIMEOUT_SECONDS, engine.shutdown)
 
     def _send(self, workers: dict[int, Any], rebuild: bool) -> None:
-        _select_device(self.model)
+        select_device(self.model.device)
         if rebuild or workers.keys() != self._workers.keys():
             self.close()
             self._workers = workers
@@ -188,12 +188,6 @@ def _weight_source(model: PreTrainedModel) -> Any:
             return weights_without_tied_head(model)
 
     return ModelWeights()
-
-
-def _select_device(model: PreTrainedModel) -> None:
-    """Make ``model``'s GPU the current device of this thread, which the transfer uses."""
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)
 
 
 def _own_host(url: str) -> str:
