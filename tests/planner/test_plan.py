@@ -30,6 +30,7 @@ from reinforcepp.planner.command import _engine, make_plan
 from reinforcepp.planner.memory import Job, Rows
 from reinforcepp.planner.model_costs import Pass, RowSize, TrainedModel
 from reinforcepp.planner.trace import Line, MemoryTracker, Peak, peak_of
+from reinforcepp.rollout.vllm.memory import activation_size
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.learner import Learner
 from reinforcepp.types import Completion, Prompt
@@ -464,7 +465,9 @@ def test_vllm_holds_its_weights_in_every_phase_only_on_a_cpu():
         "vLLM's weights": 4 * (GPT2 + 20_480),
         "key-value cache": (4 + 1) * block,
     }
-    assert memory.vllm_memory(there, rows(concurrent=4))["vLLM's weights"] == 4 * GPT2
+    on_gpu = memory.vllm_memory(there, rows(concurrent=4))
+    assert on_gpu["vLLM's weights"] == 4 * GPT2
+    assert on_gpu["activations"] == activation_size(tiny.model().config, F32).peak(4) > 768 << 20
     assert memory.vllm_memory(here, rows(concurrent=10**6))["key-value cache"] == 256 << 20
     everywhere, rollout_only = memory.phases(here, rows()), memory.phases(there, rows())
     assert all("vLLM's weights" in parts for parts in everywhere.values())

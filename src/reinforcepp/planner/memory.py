@@ -222,7 +222,7 @@ def sampling_bytes(job: Job) -> int:
 
 
 def vllm_memory(job: Job, rows: Rows) -> dict[str, float]:
-    """Return the memory of vLLM's own weights and cache.
+    """Return the memory of vLLM's own weights, cache and, on a GPU, activations, for which it reserves memory when it starts.
 
     On a CPU, the output layer has an additional packed copy, the cache is limited, and both stay all the time. On a GPU, they
     exist only during rollouts.
@@ -231,7 +231,10 @@ def vllm_memory(job: Job, rows: Rows) -> dict[str, float]:
     sequences = policy.cache_per_token, job.size.length, rows.concurrent
     cache = cache_budget(*sequences, UNBOUNDED, None if job.gpus else CPU_CACHE_CAP)
     weights = policy.parameters + (0 if job.gpus else policy.head)
-    return {"vLLM's weights": job.dtype.itemsize * weights, "key-value cache": cache}
+    parts: dict[str, float] = {"vLLM's weights": job.dtype.itemsize * weights, "key-value cache": cache}
+    if job.gpus:
+        parts["activations"] = policy.vllm_activations.peak(rows.concurrent)
+    return parts
 
 
 def scoring(job: Job, rows: Rows) -> dict[str, float]:

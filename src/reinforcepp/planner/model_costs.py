@@ -31,7 +31,7 @@ from reinforcepp.planner.trace import (
     peak_of,
 )
 from reinforcepp.rollout.mkldnn_linear import packed_weights
-from reinforcepp.rollout.vllm.memory import cache_bytes_per_token
+from reinforcepp.rollout.vllm.memory import ActivationSize, activation_size, cache_bytes_per_token
 from reinforcepp.training.learner import training_submodules
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ def combined(models: Sequence[FrozenModel]) -> FrozenModel:
     )
 
 
+NO_ACTIVATIONS = ActivationSize(0, 0)
+
+
 @dataclass(frozen=True)
 class TrainedModel(FrozenModel):
     """A model that is trained and, as the policy, generates."""
@@ -105,6 +108,8 @@ class TrainedModel(FrozenModel):
     """A forward and backward pass that starts without gradients."""
     later: Pass
     """A forward and backward pass that starts with all gradients."""
+    vllm_activations: ActivationSize = NO_ACTIVATIONS
+    """Activations of vLLM on a GPU."""
 
     @property
     def adapted(self) -> bool:
@@ -196,6 +201,7 @@ def trained_model(
                 prefill=_forward_pass(lambda rows: _outputs(model, rows, RowSize(size.prompt, 0))),
                 first=first,
                 later=later,
+                vllm_activations=activation_size(config, dtype),
             )
 
 

@@ -29,6 +29,7 @@ def start_training_engine(
     reserved: int,
     folder: Path,
     max_length: int,
+    reserved_bytes: int = 0,
 ) -> RolloutEngine:
     """Return the engine of a training; all ranks call this. One remote engine serves all ranks.
 
@@ -41,6 +42,7 @@ def start_training_engine(
         reserved: GPUs or CPUs of a Ray cluster that the engine doesn't use.
         folder: Folder through which vLLM servers get the weights.
         max_length: Most tokens of a prompt and its completion.
+        reserved_bytes: GPU memory that the trainer will allocate later and keep while the engine generates.
     """
     start = partial(
         start_engine,
@@ -55,6 +57,7 @@ def start_training_engine(
         reserved=reserved,
         folder=folder,
         exclusive_gpu=False,
+        reserved_bytes=reserved_bytes,
         on_all_ranks=ranks.run_or_raise_all,
     )
     if choice.is_remote and ranks.count > 1:
@@ -79,11 +82,13 @@ def start_engine(
     reserved: int = 0,
     folder: Path | None = None,
     exclusive_gpu: bool = True,
+    reserved_bytes: int = 0,
     on_all_ranks: Callable[[Callable[[], Any]], Any] = call,
 ) -> RolloutEngine:
     """Return the selected engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
 
     vLLM servers get the weights through ``folder``. With ``exclusive_gpu``, vLLM keeps its GPU memory between two calls.
+    It doesn't use ``reserved_bytes`` of the GPU's memory.
     Several ranks start an engine in their processes by ``on_all_ranks``; see
     :func:`~reinforcepp.rollout.selection.start_chosen_engine`.
     """
@@ -117,5 +122,6 @@ def start_engine(
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
         exclusive_gpu=exclusive_gpu,
+        reserved_bytes=reserved_bytes,
         on_all_ranks=on_all_ranks,
     )

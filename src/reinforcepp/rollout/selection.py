@@ -128,6 +128,7 @@ def start_in_process_engine(
     tensor_parallel_size: int = 1,
     exclusive_gpu: bool = False,
     weight_transfer: str = "",
+    reserved_bytes: int = 0,
     on_all_ranks: Callable[[Callable[[], Any]], Any] = call,
 ) -> RolloutEngine:
     """Return a ``vllm`` or ``transformers`` engine with ``model``'s weights, for sequences of up to ``max_length`` tokens."""
@@ -145,6 +146,7 @@ def start_in_process_engine(
             tensor_parallel_size=tensor_parallel_size,
             exclusive_gpu=exclusive_gpu,
             weight_transfer=weight_transfer,
+            reserved_bytes=reserved_bytes,
             on_all_ranks=on_all_ranks,
         )
     from reinforcepp.rollout.transformers_engine import TransformersEngine

@@ -76,6 +76,7 @@ class VllmEngine:
         cache_bytes: Size of the KV cache; by default enough for the batch, within bounds.
         gpu_memory_utilization: Share of the GPU's memory; by default it is measured when the engine starts.
         tensor_parallel_size: GPUs that share the model.
+        reserved_bytes: GPU memory that the trainer will allocate after this engine has started, and keep while it generates.
         separate_process: Run the model in a separate process even on one GPU; with several GPUs it always does.
         exclusive_gpu: Keep weights and cache on the GPU between two calls, because no trainer needs its memory.
         weight_transfer: Backend of vLLM's weight transfer, for weights that don't come through ``load_weights``.
@@ -101,6 +102,7 @@ class VllmEngine:
         cache_bytes: int | None = None,
         gpu_memory_utilization: float | None = None,
         tensor_parallel_size: int = 1,
+        reserved_bytes: int = 0,
         separate_process: bool = False,
         exclusive_gpu: bool = False,
         weight_transfer: str = "",
@@ -150,6 +152,7 @@ class VllmEngine:
             cache_bytes=cache_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             tensor_parallel_size=tensor_parallel_size,
+            reserved_bytes=reserved_bytes,
         )
         self._memory: dict[str, Any] = on_all_ranks(settings)
         self._llm: Any = None
@@ -212,6 +215,7 @@ class VllmEngine:
         self._source = lambda: model
         with self._inside_vllm():
             if self._asleep:
+                torch.cuda.empty_cache()  # vLLM's allocator can't use memory that torch keeps for later
                 self._llm.wake_up(tags=["weights"])
             self._push(model)
             self.reset_prefix_cache()
@@ -243,6 +247,7 @@ class VllmEngine:
     def wake_up(self) -> None:
         """Undo :meth:`sleep`; ``generate`` and ``stream`` call it."""
         if self._asleep:
+            torch.cuda.empty_cache()  # vLLM's allocator can't use memory that torch keeps for later
             self._llm.wake_up()
             self._asleep = False
 

@@ -169,7 +169,10 @@ def build(
             echo(f"Completions come from {choice.name}: {choice.reason}.")
         reserved = config.reward_workers * len(rewards.trained)
         max_length = (config.max_prompt_length or longest_prompt(prompts, *eval_sets.values())) + config.max_new_tokens
-        engine = start_training_engine(choice, learner.plain, tokenizer, config, ranks, reserved, folder, max_length)
+        moments = learner.pending_moment_bytes + (critic.pending_moment_bytes if critic is not None else 0)
+        engine = start_training_engine(
+            choice, learner.plain, tokenizer, config, ranks, reserved, folder, max_length, moments
+        )
     assert engine is not None
     if config.reward_workers:
         rewards = pool_rewards(rewards, engine, config.reward_workers, RankZero(ranks, config.watchdog_seconds))

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
+MOMENT_BYTES = 8
+"""AdamW's two float32 moments of a weight."""
 PROBED_WEIGHTS = 8
 MIN_PROBED_RATE = 1e-6
 """Below this learning rate a step can be smaller than the distance between float32 numbers near 1."""
@@ -96,6 +98,19 @@ class Learner:
     def scoring(self) -> Any:
         """The model for passes without gradients, whose number can differ between ranks."""
         return self.model if self._ranks.count == 1 and not self._ranks.sharded else self.plain
+
+    @property
+    def pending_moment_bytes(self) -> int:
+        """Bytes that AdamW's moments will take on this rank's device from the first optimizer step on; 0 if they exist.
+
+        Gradients aren't counted: an optimizer step frees them. DeepSpeed creates the moments when it starts.
+        """
+        if self._ranks.uses_deepspeed:
+            return 0
+        state, device = self._masters.optimizer.state, self._ranks.device.type
+        missing = [master for master in self._masters.masters if master not in state and master.device.type == device]
+        own = [master.to_local() if isinstance(master, DTensor) else master for master in missing]
+        return sum(MOMENT_BYTES * master.numel() for master in own)
 
     @contextmanager
     def learning(self, *, last: bool = True) -> Iterator[None]:
