@@ -31,7 +31,7 @@ TUNING_SEED = 100
 TARGET = 0.85
 COMPLETIONS, SAMPLES_PER_PROMPT = 64, 4
 """Completions per step, and TRL's ``num_generations``; ours samples one completion per prompt."""
-MAX_STEPS, EVAL_EVERY, EVAL_SAMPLES = 90, 2, 2
+MAX_STEPS, EVAL_EVERY, EVAL_SAMPLES = 90, 1, 2
 NEW_TOKENS, KL = 64, 0.05
 
 
