@@ -27,7 +27,7 @@ from transformers.activations import NewGELUActivation
 from reinforcepp import ReinforceTrainer
 from reinforcepp.models import token_logprobs
 from reinforcepp.monitoring import Clock
-from reinforcepp.rollout import transformers_engine
+from reinforcepp.rollout import running_batch, transformers_engine
 from reinforcepp.training.policy_update import score, with_advantages
 
 COMPLETIONS, NEW_TOKENS = 16, 64
@@ -115,7 +115,7 @@ def drawn_token_by_token(_: ReinforceTrainer) -> Iterator[None]:
         ids_B1 = ids_B1.clamp_max(logits_BV.shape[-1] - 1)
         return ids_B1.squeeze(-1), logprobs_BV.gather(-1, ids_B1).squeeze(-1)
 
-    with patch.object(transformers_engine, "draw", draw):
+    with patch.object(running_batch, "draw", draw):
         yield
 
 

@@ -41,3 +41,7 @@ class BatchRow:
     def prompt_length(self) -> int:
         """Return the number of tokens of its prompt."""
         return len(self.prompt.ids)
+
+    def length(self) -> int:
+        """Return the number of tokens of its prompt and its completion."""
+        return len(self.prompt.ids) + len(self.ids)

@@ -8,8 +8,9 @@ whose log-probabilities equal those of an unpadded forward pass without a cache.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,7 @@ from reinforcepp.errors import RolloutError, first_line
 from reinforcepp.models.logprobs import counts_from_padding_id, takes_left_padding
 from reinforcepp.models.lora import base_model
 from reinforcepp.rollout.batch_rows import BatchRow
-from reinforcepp.rollout.kv_cache import PreallocatedLayer, preallocated_cache, select_rows
+from reinforcepp.rollout.kv_cache import PreallocatedLayer, join_rows, preallocated_cache, select_rows
 from reinforcepp.rollout.self_check import compare_samples
 from reinforcepp.terminal import warn
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
 CACHE_NAMES = ("past_key_values", "cache_params", "state", "mems")
 """Names under which the families of transformers take and return their cache."""
 
-PROBE_LENGTHS = (13, 13, 3, 8)
-"""Tokens of the probe's prompts: two samples of one prompt, shorter ones that need padding, one shorter than a convolution."""
-PROBE_NEW_TOKENS = (2, 6, 6, 6)
-"""Tokens that the probe generates; the first row leaves the batch early."""
+PROBE_LENGTHS = (13, 13, 3, 8, 21)
+"""Tokens of the probe's prompts: two samples of one prompt, others that need padding, one shorter than a convolution."""
+PROBE_NEW_TOKENS = (2, 6, 6, 3, 6)
+"""Tokens that the probe generates; rows with few tokens leave the batch early."""
+PROBE_BATCH_SIZE = 3
+"""Largest number of rows in the probe's batch; the others wait."""
 
 FAILURES = (
     AttributeError,
@@ -59,25 +62,24 @@ class Decoding:
     """Prompts of different lengths share a batch, padded on the left."""
     selects_rows: bool
     """A prompt is run once for all its samples, and finished rows leave the batch."""
+    refills: bool
+    """Waiting rows take the places of finished ones; requires the two above and our cache."""
     cache: Literal["preallocated", "model", "none"]
     """Our cache, the cache that the model returns, or no cache: each token then costs a pass over the whole sequence."""
 
-    def batches(self, rows: Sequence[BatchRow], size: int) -> Iterator[list[BatchRow]]:
-        """Yield batches of up to ``size`` rows whose prompts have similar or, without padding, equal lengths."""
+    def queues(self, rows: Sequence[BatchRow]) -> list[list[BatchRow]]:
+        """Return ``rows`` in the order in which they are decoded; without padding, one queue per length of prompt."""
         by_length = sorted(rows, key=BatchRow.prompt_length)
-        groups = (
-            [by_length] if self.padded else [list(group) for _, group in groupby(by_length, BatchRow.prompt_length)]
-        )
-        for group in groups:
-            yield from (group[start : start + size] for start in range(0, len(group), size))
+        return [by_length] if self.padded else [list(group) for _, group in groupby(by_length, BatchRow.prompt_length)]
 
 
 LADDER = (
-    Decoding(padded=True, selects_rows=True, cache="preallocated"),
-    Decoding(padded=False, selects_rows=True, cache="preallocated"),
-    Decoding(padded=False, selects_rows=False, cache="preallocated"),
-    Decoding(padded=False, selects_rows=False, cache="model"),
-    Decoding(padded=False, selects_rows=True, cache="none"),
+    Decoding(padded=True, selects_rows=True, refills=True, cache="preallocated"),
+    Decoding(padded=True, selects_rows=True, refills=False, cache="preallocated"),
+    Decoding(padded=False, selects_rows=True, refills=False, cache="preallocated"),
+    Decoding(padded=False, selects_rows=False, refills=False, cache="preallocated"),
+    Decoding(padded=False, selects_rows=False, refills=False, cache="model"),
+    Decoding(padded=False, selects_rows=True, refills=False, cache="none"),
 )
 """All ways to decode, the fastest one first."""
 
@@ -95,6 +97,19 @@ def is_plain(model: PreTrainedModel) -> bool:
     except (AttributeError, KeyError, TypeError, ValueError):  # the library has no cache for this configuration
         return False
     return all(type(layer) in (PreallocatedLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def takes_attention_mask(model: PreTrainedModel) -> bool:
+    """Return whether a plain model attends by SDPA and takes the mask of shape (B, 1, 1, L) that SDPA needs, or no mask.
+
+    The library otherwise makes that mask anew for each token, and reads a sum from the device to see whether it needs one.
+    Sliding windows need masks of their own. Falcon's ALiBi is computed from the mask of shape (B, L).
+    """
+    base = base_model(model)
+    if not (is_plain(model) and type(base).__module__.startswith("transformers.")):
+        return False
+    has_windows = any(type(layer) is not PreallocatedLayer for layer in preallocated_cache(base.config).layers)
+    return base.config._attn_implementation == "sdpa" and not has_windows and not getattr(base.config, "alibi", False)
 
 
 def select_decoding(model: PreTrainedModel, probe: Callable[[Decoding], list[Completion]]) -> Decoding:
@@ -169,15 +184,21 @@ class BatchDecoder:
         self._cache_name = next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
         self._ids_BL: Tensor | None = None
 
-    def forward(self, ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
-        """Extend the sequences by ``ids_BL``; return the logits after the last column, in float32. -> (B, V)"""
+    def forward(self, ids_BL: Tensor, mask: Tensor | None, positions_BL: Tensor) -> Tensor:
+        """Extend the sequences by ``ids_BL``; return the logits after the last column, in float32. -> (B, V)
+
+        Args:
+            ids_BL: New tokens.
+            mask: (B, columns so far), or (B, 1, 1, columns so far) or None if :func:`takes_attention_mask`.
+            positions_BL: Positions of the new tokens.
+        """
         uses_cache = self._decoding.cache != "none"
         if not uses_cache:
             self._ids_BL = ids_BL if self._ids_BL is None else torch.cat([self._ids_BL, ids_BL], dim=1)
             ids_BL = self._ids_BL
         inputs: dict[str, Any] = {"use_cache": uses_cache, "logits_to_keep": 1}
-        if ids_BL.shape == mask_BL.shape or self._cache_name == "past_key_values":
-            inputs["attention_mask"] = mask_BL  # a recurrent state needs a mask of the new columns only
+        if mask is not None and (ids_BL.shape == mask.shape or self._cache_name == "past_key_values"):
+            inputs["attention_mask"] = mask  # a recurrent state needs a mask of the new columns only
         if uses_cache and not self._counts_positions:
             inputs["position_ids"] = positions_BL
         if self._cache is not None:
@@ -191,9 +212,28 @@ class BatchDecoder:
         logits_BV: Tensor = output.logits[:, -1].float()
         return logits_BV
 
-    def select(self, indices: Tensor) -> None:
+    def select(self, indices: list[int]) -> None:
         """Keep the rows ``indices``; a row can occur several times."""
+        kept = torch.tensor(indices, device=self._model.device)
         if self._ids_BL is not None:
-            self._ids_BL = self._ids_BL[indices]
+            self._ids_BL = self._ids_BL[kept]
         elif self._cache is not None:
-            select_rows(self._cache, indices)
+            select_rows(self._cache, kept)
+
+    def join(self, kept: list[int], others: Sequence[tuple[BatchDecoder, list[int]]], tokens: int) -> None:
+        """Keep the rows ``kept`` and append rows of ``others``, aligned at the end; this uses ``others`` up.
+
+        Args:
+            kept: Indices of this decoder's rows.
+            others: Decoders, and indices of their rows.
+            tokens: Length of the cache afterwards: at least the length of every row.
+        """
+        join_rows(self._cache, kept, [(other._cache, indices) for other, indices in others], tokens)
+
+    def copy_row(self, index: int) -> BatchDecoder:
+        """Return a decoder of a copy of one row, with our cache."""
+        other = copy.copy(self)
+        other._cache = copy.copy(self._cache)
+        other._cache.layers = [copy.copy(layer) for layer in self._cache.layers]
+        other.select([index])
+        return other

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 SPARE_TOKENS = 128
 """Tokens by which the cache grows at a time."""
@@ -24,6 +25,52 @@ def select_rows(cache: Cache, indices: Tensor) -> None:
     """Keep the rows ``indices``; unlike ``batch_select_indices``, this also selects recurrent and convolution states."""
     for layer in cache.layers:
         layer.reorder_cache(indices)
+
+
+def join_rows(cache: Cache, kept: list[int], others: Sequence[tuple[Cache, list[int]]], tokens: int) -> None:
+    """Keep rows of ``cache`` and append rows of other caches, aligned at the last token and padded with zeros on the left.
+
+    Layer by layer, so that only one layer exists twice. The other caches lose their layers.
+
+    Args:
+        cache: The cache that is changed.
+        kept: Indices of its rows.
+        others: Other caches, and indices of their rows; a row can occur several times.
+        tokens: Length of the cache afterwards. It covers the longest row.
+
+    Raises:
+        NotImplementedError: A layer holds something other than keys and values.
+    """
+    for layer in cache.layers:
+        sources = [(layer, kept)] if kept else []
+        sources += [(other.layers.pop(0), indices) for other, indices in others]
+        if any(type(source) not in (PreallocatedLayer, DynamicSlidingWindowLayer) for source, _ in sources):
+            raise NotImplementedError("a cache layer holds something other than keys and values")
+        width = min(tokens, max(source.keys.shape[-2] for source, _ in sources))  # a sliding window keeps fewer tokens
+        spare = SPARE_TOKENS if isinstance(layer, PreallocatedLayer) else 0
+        keys, values = (
+            _joined([(getattr(source, name), indices) for source, indices in sources], width, spare)
+            for name in ("keys", "values")
+        )
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        if isinstance(layer, PreallocatedLayer):
+            layer.set_buffers(keys, values, tokens)
+        else:
+            layer.keys, layer.values, layer.cumulative_length = keys, values, tokens
+
+
+def _joined(sources: Sequence[tuple[Tensor, list[int]]], width: int, spare: int) -> Tensor:
+    """Return a buffer with rows of several keys or values, each of which ends at column ``width``."""
+    first, count = sources[0][0], sum(len(indices) for _, indices in sources)
+    buffer = first.new_empty(count, first.shape[1], width + spare, first.shape[-1])
+    begin = 0
+    for states, indices in sources:
+        rows, columns = slice(begin, begin + len(indices)), min(width, states.shape[-2])
+        buffer[rows, :, : width - columns] = 0
+        buffer[rows, :, width - columns : width] = states[indices, :, states.shape[-2] - columns :]
+        begin = rows.stop
+    return buffer
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -45,8 +92,13 @@ class PreallocatedLayer(DynamicLayer):
             )
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., begin:end, :] = new
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        self.set_buffers(*self._buffers, end)
         return self.keys, self.values
+
+    def set_buffers(self, keys: Tensor, values: Tensor, tokens: int) -> None:
+        """Hold the first ``tokens`` columns of larger tensors."""
+        self._buffers = keys, values
+        self.keys, self.values = keys[..., :tokens, :], values[..., :tokens, :]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows ``beam_idx``."""

@@ -53,13 +53,13 @@ def _invert(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     return (block_B1 * BLOCK + offset_B1).squeeze(-1)
 
 
-def filter_logits(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
+def filter_logits(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling) -> Tensor:
     """Apply the repetition penalty for seen tokens, then temperature, top-k, top-p and further filters, as ``generate`` does.
 
     The library's repetition penalty isn't used because it would count padding as seen. With pad = EOS it would then penalize the
     end token in padded rows only.
     """
-    if sampling.repetition_penalty != 1:
+    if sampling.repetition_penalty != 1 and seen_BV is not None:
         penalized_BV = torch.where(
             logits_BV < 0, logits_BV * sampling.repetition_penalty, logits_BV / sampling.repetition_penalty
         )
@@ -107,6 +107,6 @@ def check_extra(extra: Mapping[str, Any]) -> None:
     """
     vocabulary = torch.zeros(1, max([2, *map(int, extra.get("suppress_tokens", ()))]) + 1)
     try:
-        filter_logits(vocabulary, vocabulary.bool(), Sampling(1, extra=extra))
+        filter_logits(vocabulary, None, Sampling(1, extra=extra))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"generation_kwargs: {dict(extra)} isn't valid ({first_line(error)}). Change it.") from None
