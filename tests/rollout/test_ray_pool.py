@@ -505,7 +505,12 @@ def pool_of(head="127.0.0.1:9"):
     """Return a pool without workers; of its cluster only the head's address exists."""
     context = SimpleNamespace(gcs_address=head)
     return RayPool(
-        SimpleNamespace(put=lambda value: value, get_runtime_context=lambda: context, cluster_resources=dict),
+        SimpleNamespace(
+            put=lambda value: value,
+            get_runtime_context=lambda: context,
+            cluster_resources=dict,
+            wait=lambda refs, **_: ([ref for ref in refs if ref == "runs"], []),
+        ),
         Worker,
         None,
         1,
@@ -522,6 +527,26 @@ def test_the_last_loss_is_named_when_no_worker_is_left():
     pool._check_time(time.monotonic() - 1e6)
 
 
+def test_a_worker_that_loads_its_model_is_waited_for_and_its_progress_printed(capsys):
+    """A process that runs isn't a missing one: a cold start of a large model takes longer than 180 seconds."""
+    pool, now = pool_of(), time.monotonic()
+    pool._processes = {0: "pending", 1: "pending"}
+    pool._check_time(now - 100)
+    pool._check_time(now - 100)  # too early for another message
+    assert capsys.readouterr().err == "Waiting for rollout workers for 100 s: the cluster has no room for them yet.\n"
+    with pytest.raises(EngineLost, match="no rollout worker was ready within 180 seconds"):
+        pool._check_time(now - 200)
+    pool._processes[1], pool._next_message = "runs", 0.0
+    pool._check_time(now - 1700)
+    assert "1700 s: 1 of them load and compile the model." in capsys.readouterr().err
+    with pytest.raises(EngineLost, match="1 rollout workers have loaded the model for 1800 seconds"):
+        pool._check_time(now - 1900)
+    pool.actors[1] = object()
+    pool._forget(1)  # its process died
+    with pytest.raises(EngineLost, match="no rollout worker was ready within 180 seconds"):
+        pool._check_time(now - 200)
+
+
 @pytest.mark.parametrize(
     ("there", "needs", "started"), [({"GPU": 7.0, "CPU": 9.0}, {"num_gpus": 3}, 2), ({"CPU": 9.0}, {"num_gpus": 3}, 3)]
 )
@@ -530,6 +555,7 @@ def test_each_worker_takes_tensor_parallel_size_gpus(there, needs, started, monk
     pool._gpus, pool._max_workers = 3, 0
     asked = []
     actor = SimpleNamespace(load=SimpleNamespace(remote=lambda weights: object()))
+    actor.__ray_ready__ = SimpleNamespace(remote=lambda: "pending")
     made = SimpleNamespace(remote=lambda spec: actor)
     pool._ray.remote = lambda worker: SimpleNamespace(options=lambda **given: asked.append(given) or made)
     pool._ray.cluster_resources = lambda: there

@@ -19,14 +19,18 @@ from reinforcepp.errors import EngineLost, RolloutError, first_line, option, set
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
 from reinforcepp.rollout.ray.worker import MIN_RAY, check_ray_version, pack
 from reinforcepp.rollout.weight_transfer import WeightTransfer
-from reinforcepp.terminal import warn_once
+from reinforcepp.terminal import echo, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONNECT_TIMEOUT_SECONDS = 10
 WORKER_READY_TIMEOUT_SECONDS = 180
-"""Time in which a first worker must be ready."""
+"""Time in which a first worker must be ready if none has a process, because the cluster has no room."""
+WORKER_LOAD_TIMEOUT_SECONDS = 1800
+"""The same for workers with a process, which load the model and compile its code; one that dies is reported at once."""
+PROGRESS_SECONDS = 60
+"""Time between two messages while no worker is ready."""
 LOAD_TIMEOUT_SECONDS = 10
 """Time that up-to-date workers wait for workers still loading weights."""
 POLL_SECONDS = 1.0
@@ -105,7 +109,10 @@ class RayPool:
         self._ready: dict[int, None] = {}
         self._tasks: dict[Any, tuple[int, int]] = {}
         """Running tasks: number of the actor, and version of the weights that it loads, or 0 if it processes a chunk."""
+        self._processes: dict[int, Any] = {}
+        """Reference, by actor, that is available once its process runs."""
         self._started = 0
+        self._next_message = 0.0
         self._last_growth = 0.0
         self._head = ray.get_runtime_context().gcs_address
         self._head_lost_at: float | None = None
@@ -230,6 +237,7 @@ class RayPool:
     def _forget(self, number: int) -> None:
         del self.actors[number]
         self._ready.pop(number, None)
+        self._processes.pop(number, None)
         self._tasks = {task: state for task, state in self._tasks.items() if state[0] != number}
 
     def _grow(self) -> None:
@@ -244,6 +252,7 @@ class RayPool:
         for _ in range(len(self.actors), min(self._max_workers or room, room)):
             number, self._started = self._started, self._started + 1
             self.actors[number] = self._ray.remote(self._worker).options(**needs).remote(self._spec)
+            self._processes[number] = self.actors[number].__ray_ready__.remote()
             self._start_loading(number)
 
     def _head_responds(self) -> bool:
@@ -262,13 +271,33 @@ class RayPool:
         return not problem
 
     def _check_time(self, begin: float) -> None:
-        """Raise ``EngineLost`` if no actor has been ready since ``begin``, for longer than the timeout."""
-        if self._ready or time.monotonic() - begin < WORKER_READY_TIMEOUT_SECONDS:
+        """Raise ``EngineLost`` if no actor has been ready since ``begin``, for longer than the timeout; print the progress."""
+        if self._ready:
+            self._next_message = 0.0
             return
-        resources = self._ray.cluster_resources()
+        now, kind = time.monotonic(), self._worker.kind
+        loading = len(self._ray.wait(list(self._processes.values()), num_returns=len(self._processes), timeout=0)[0])
+        limit = WORKER_LOAD_TIMEOUT_SECONDS if loading else WORKER_READY_TIMEOUT_SECONDS
+        if now - begin < limit:
+            self._next_message = self._next_message or begin + PROGRESS_SECONDS
+            if now >= self._next_message:
+                self._next_message = now + PROGRESS_SECONDS
+                state = (
+                    f"{loading} of them load and compile the model"
+                    if loading
+                    else "the cluster has no room for them yet"
+                )
+                echo(f"Waiting for {kind} workers for {now - begin:.0f} s: {state}.")
+            return
         loss = f" The last one was lost: {self._last_loss}" if self._last_loss else ""
+        if loading:
+            raise EngineLost(
+                f"{setting('rollout')}: {loading} {kind} workers have loaded the model for {limit} seconds, and none is ready. "
+                f"Look for the cause in Ray's logs of the workers, and use a smaller model or a faster disk.{loss}"
+            )
+        resources = self._ray.cluster_resources()
         raise EngineLost(
-            f"{setting('rollout')}: no {self._worker.kind} worker was ready within {WORKER_READY_TIMEOUT_SECONDS} "
+            f"{setting('rollout')}: no {kind} worker was ready within {limit} "
             f"seconds. The cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs; each "
             f"worker needs {self._gpus if self._gpus > 1 else 'one'}. Stop other programs that use them, or add nodes. "
             f"`ray status` shows what is used, except with ray://local.{loss}"
