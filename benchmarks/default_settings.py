@@ -114,7 +114,7 @@ REASONS: Mapping[type, Mapping[str, str]] = {
         "logging_steps": "A step is a rollout batch, which can take minutes.",
         "log_completions": "`report` and the doctor read the completions.",
         "vllm_gpu_memory_utilization": "The trainer measures how much memory training leaves for vLLM.",
-        "rollout_batch_size": "It changes memory, not results.",
+        "rollout_batch_size": "It changes memory, not results. vLLM on a GPU takes a whole step, up to 512.",
         "reward_clip": "REINFORCE++ standardizes the advantages. TRL doesn't clip rewards, either.",
         "gae_lambda": "`ppo` follows TRL's former `PPOConfig`.",
         "value_clip": "`ppo` follows TRL's former `PPOConfig`.",
@@ -197,6 +197,8 @@ def _ours(config_class: Any) -> dict[str, Any]:
     micro = config.effective_micro_batch_size
     values = {name: getattr(config, name) for name in accepted_values(config_class)}
     values |= {"micro_batch_size": micro, "gradient_accumulation_steps": size // micro}
+    if config_class is ReinforceConfig:
+        values["rollout_batch_size"] = config.effective_rollout_batch_size
     return values | (
         {"scale_rewards": "group"} if config_class is ReinforceConfig else {}
     )  # of grpo, whose setting it is

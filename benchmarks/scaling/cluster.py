@@ -156,7 +156,7 @@ def on_nodes(job: Job, config: ForecastConfig, device: Device, lengths: Lengths,
         training_links = links_for(config, -(-job.ranks // gpus), min(job.ranks, gpus))
     else:
         job, training_links = replace(job, ranks=devices, gpus=devices if device.gpus else 0), links
-    rows = Rows.of(config, job.ranks)
+    rows = Rows.of(config, job.ranks, vllm_on_gpu=job.vllm_on_gpu)
     seconds = parallel_step_seconds(job, rows, config, speeds, lengths, training_links.gather_seconds)
     if config.pooled:
         rollout, waiting = pool_seconds(job, config, tensor_parallel(speeds, config), lengths, devices)
@@ -180,7 +180,7 @@ def pool_seconds(
     job: Job, config: ForecastConfig, speeds: Speeds, lengths: Lengths, workers: int
 ) -> tuple[float, float]:
     """Return the mean seconds that a pool's worker generates per step, and that it waits until the last one has finished."""
-    chunk_size = max(1, config.rollout_batch_size // config.num_generations)
+    chunk_size = max(1, config.effective_rollout_batch_size // config.num_generations)
     generator = np.random.default_rng(config.seed)
     rollouts = []
     for attempt in range(ATTEMPTS):

@@ -57,7 +57,7 @@ def simulated(plan: Plan, workers: int, failures: float, pieces: int, call: floa
     """Throughput against the ideal, what was done again, and the driver's own load, where Ray takes ``call`` for a piece."""
     config, rates = plan.config, plan.device.rates
     assert rates is not None
-    most = config.rollout_batch_size // config.num_generations
+    most = config.effective_rollout_batch_size // config.num_generations
     number = workers * most * pieces
     lengths_PN = sample_lengths(lengths.lengths_for(config), np.random.default_rng(workers), number)[:, None]
     seconds_of = seconds_of_chunks(plan.job, timing.achieved(rates), lengths_PN)
@@ -94,7 +94,7 @@ def ray_calls(plan: Plan) -> dict[int, float]:
     """
     import ray
 
-    size, most = plan.job.size, plan.config.rollout_batch_size
+    size, most = plan.job.size, plan.config.effective_rollout_batch_size
     prompts = [Prompt("", tuple(range(size.prompt)), key) for key in range(most)]
     ids = tuple(range(round(lengths.lengths_for(plan.config).mean)))
     answers = [[Completion(prompt, ids, tuple(map(float, ids)), "", "stop")] for prompt in prompts]

@@ -100,7 +100,7 @@ OURS = (
     "vocab-src.json",
     "vocab-tgt.json",
 )
-CHOSEN_AT_START = {"learning_rate": None, "mixed_precision": "auto"}
+CHOSEN_AT_START = {"learning_rate": None, "mixed_precision": "auto", "rollout_batch_size": None}
 """Settings with a default that depends on the model and the device. A resumed run with the default keeps its first value."""
 # A resumed run can change these settings, because they affect only its location, checkpoints and checks.
 FREE_ON_RESUME = (

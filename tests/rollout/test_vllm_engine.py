@@ -317,7 +317,10 @@ def test_only_the_engine_of_a_training_leaves_the_gpu_between_calls(monkeypatch)
     settings = []
     monkeypatch.setattr(integration, "VllmEngine", lambda *_, **given: settings.append(given))
     model, tokenizer = prepared_model(), prepared_tokenizer()
-    choice, ranks = EngineChoice("vllm", "as requested"), SimpleNamespace(count=1, run_or_raise_all=call)
+    choice, ranks = (
+        EngineChoice("vllm", "as requested"),
+        SimpleNamespace(count=1, run_or_raise_all=call, device=torch.device("cpu")),
+    )
     start_engine(choice, model, tokenizer, max_length=40)
     start_training_engine(choice, model, tokenizer, ReinforceConfig(output_dir="unused"), ranks, 0, None, 40)
     assert [given["exclusive_gpu"] for given in settings] == [True, False]

@@ -5,11 +5,16 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from rollout.contract import prepared_model, prepared_tokenizer
 from transformers import MixtralConfig, Qwen2Config
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import RolloutError
+from reinforcepp.planner.memory import Rows
+from reinforcepp.rollout import vllm_integration
+from reinforcepp.rollout.factory import start_training_engine
+from reinforcepp.rollout.selection import EngineChoice
 from reinforcepp.rollout.vllm import memory
 from reinforcepp.rollout.vllm.memory import activation_size, cache_bytes_per_token, gpu_utilization
 from reinforcepp.rollout.vllm_integration import VllmEngine
@@ -124,3 +129,39 @@ def test_torch_returns_its_free_memory_before_vllm_wakes_up(monkeypatch):
     engine.wake_up()
     engine.wake_up()
     assert calls == ["empty", "wake up"] and not engine._asleep
+
+
+# --- completions at a time ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "on_cpu", "on_gpu"),
+    [
+        ({}, 1, 128, 128),  # a step has fewer
+        ({"batch_size": 100, "num_generations": 4}, 1, 128, 400),
+        ({"batch_size": 100, "num_generations": 4}, 3, 128, 136),  # 34 prompts of 100
+        ({"batch_size": 512, "num_generations": 4}, 1, 128, 512),
+        ({"batch_size": 512, "num_generations": 4, "rollout_batch_size": 7}, 1, 7, 7),
+    ],
+)
+def test_vllm_on_a_gpu_generates_a_whole_step_at_a_time(changes, ranks, on_cpu, on_gpu):
+    config = ReinforceConfig(**changes)
+    assert [config.vllm_batch_size(ranks, on_gpu=where) for where in (False, True)] == [on_cpu, on_gpu]
+    assert config.effective_rollout_batch_size == on_cpu
+    assert [Rows.of(config, ranks, vllm_on_gpu=where).concurrent for where in (False, True)] == [on_cpu, on_gpu]
+
+
+def test_transformers_replaces_vllm_with_its_own_number_of_completions(monkeypatch):
+    """It reserves a cache for all of them, so 512 could take too much memory."""
+
+    def start(model, tokenizer, *, max_num_seqs, **_):
+        started.append(max_num_seqs)
+        raise RolloutError("no room.")
+
+    started = []
+    monkeypatch.setattr(vllm_integration, "VllmEngine", start)
+    ranks = SimpleNamespace(count=1, run_or_raise_all=lambda function: function(), device=torch.device("cuda", 0))
+    choice, config = EngineChoice("vllm", "", can_fall_back=True), ReinforceConfig(batch_size=300)
+    with pytest.warns(UserWarning, match="come from transformers"):
+        engine = start_training_engine(choice, prepared_model(), prepared_tokenizer(), config, ranks, 0, None, 40)
+    assert started == [300] and engine.batch_size == 128

@@ -36,6 +36,8 @@ from reinforcepp.config.values import NAMES, EmptyIfNone
 from reinforcepp.errors import ConfigError, nearest, option
 
 DEFAULT_MICRO_BATCH = 8
+DEFAULT_ROLLOUT_BATCH, MAX_DEFAULT_ROLLOUT_BATCH = 128, 512
+"""Bounds of the default of rollout_batch_size; the upper one is for vLLM on a GPU."""
 ENGINES = ("auto", "transformers", "vllm")
 RAY = "ray://"
 RAY_ADDRESS = re.compile(r"ray://(auto|local|[^\s/:]+:\d{1,5})")
@@ -148,8 +150,8 @@ class ReinforceConfig(
     """Only Ray: maximum number of engines in the pool; 0: one per GPU, or per CPU"""
     reward_workers: NonNegativeInt = 0
     """Only Ray: processes that score with reward models; 0 scores in the trainer"""
-    rollout_batch_size: PositiveInt = 128
-    """Completions generated at a time; changes memory, not results"""
+    rollout_batch_size: PositiveInt | None = None
+    """Completions generated at a time; default: 128, with vLLM on a GPU up to 512"""
     staleness: NonNegativeInt = 0
     """Steps by which generation runs ahead of training; 0 uses current weights"""
     importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"
@@ -348,6 +350,22 @@ class ReinforceConfig(
     def effective_micro_batch_size(self) -> int:
         """Completions per forward and backward pass."""
         return self.micro_batch_size or min(DEFAULT_MICRO_BATCH, self.completions_per_step)
+
+    @property
+    def effective_rollout_batch_size(self) -> int:
+        """Completions generated at a time, except by vLLM on a GPU."""
+        return self.rollout_batch_size or DEFAULT_ROLLOUT_BATCH
+
+    def vllm_batch_size(self, ranks: int, *, on_gpu: bool) -> int:
+        """Completions that the vLLM of one of ``ranks`` trainer processes generates at a time.
+
+        On a GPU, decoding reads all weights for each token, whether it is of 128 completions or of 512. So the default is all
+        completions of a step on one rank, up to ``MAX_DEFAULT_ROLLOUT_BATCH``. vLLM queues those that don't fit into its cache.
+        """
+        if self.rollout_batch_size or not on_gpu:
+            return self.effective_rollout_batch_size
+        local = -(-self.batch_size // ranks) * self.num_generations
+        return max(DEFAULT_ROLLOUT_BATCH, min(local, MAX_DEFAULT_ROLLOUT_BATCH))
 
     @property
     def optimizer_batch_size(self) -> int:

@@ -67,6 +67,11 @@ class Job:
         return "gpu" if self.gpus else "cpu"
 
     @property
+    def vllm_on_gpu(self) -> bool:
+        """Whether each rank's vLLM generates on its GPU."""
+        return self.engine == "vllm" and self.gpus > 0
+
+    @property
     def has_masters(self) -> bool:
         """Whether float32 masters are separate from the weights that the model computes with."""
         return self.dtype != torch.float32
@@ -115,14 +120,15 @@ class Rows:
     """Forward and backward passes per optimizer step."""
 
     @staticmethod
-    def of(config: ReinforceConfig, ranks: int) -> Rows:
-        """Return the rows of one of ``ranks`` devices."""
+    def of(config: ReinforceConfig, ranks: int, *, vllm_on_gpu: bool = False) -> Rows:
+        """Return the rows of one of ``ranks`` devices, on which vLLM can generate."""
         ranks = max(1, ranks)
         prompts = -(-config.batch_size // ranks)
         step = prompts * config.num_generations
         micro = min(config.effective_micro_batch_size, step)
+        concurrent = config.vllm_batch_size(ranks, on_gpu=vllm_on_gpu)
         update = min(-(-config.optimizer_batch_size // ranks), step)
-        return Rows(step, prompts, config.eval_prompts, config.rollout_batch_size, micro, -(-update // micro))
+        return Rows(step, prompts, config.eval_prompts, concurrent, micro, -(-update // micro))
 
 
 # --- static memory --------------------------------------------------------------------------------------------------

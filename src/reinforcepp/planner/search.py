@@ -29,7 +29,7 @@ def largest(job: Job, config: ReinforceConfig, memory: float) -> Largest:
     micro_batch_size doesn't change the rollout, and rollout_batch_size doesn't change other phases, so each is searched in its
     own phases. batch_size must fit in all phases.
     """
-    rows = Rows.of(config, job.ranks)
+    rows = Rows.of(config, job.ranks, vllm_on_gpu=job.vllm_on_gpu)
     others = [name for name in PHASES if name != "rollout"]
     micro = largest_fitting(
         largest_micro(config, rows), lambda size: _fits(job, with_micro(rows, config, size, job.ranks), memory, others)

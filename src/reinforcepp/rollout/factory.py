@@ -50,7 +50,8 @@ def start_training_engine(
         model,
         tokenizer,
         max_length=max_length,
-        batch_size=config.rollout_batch_size,
+        batch_size=config.effective_rollout_batch_size,
+        vllm_batch_size=config.vllm_batch_size(ranks.count, on_gpu=ranks.device.type == "cuda"),
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         tensor_parallel_size=config.vllm_tensor_parallel_size,
         workers=config.rollout_workers,
@@ -76,6 +77,7 @@ def start_engine(
     *,
     max_length: int,
     batch_size: int = 64,
+    vllm_batch_size: int | None = None,
     gpu_memory_utilization: float | None = None,
     tensor_parallel_size: int = 1,
     workers: int = 0,
@@ -88,7 +90,8 @@ def start_engine(
     """Return the selected engine with ``model``'s weights, for sequences of up to ``max_length`` tokens.
 
     vLLM servers get the weights through ``folder``. With ``exclusive_gpu``, vLLM keeps its GPU memory between two calls.
-    It doesn't use ``reserved_bytes`` of the GPU's memory.
+    It doesn't use ``reserved_bytes`` of the GPU's memory, and generates ``vllm_batch_size`` completions at a time if it is in
+    this process, by default ``batch_size``.
     Several ranks start an engine in their processes by ``on_all_ranks``; see
     :func:`~reinforcepp.rollout.selection.start_chosen_engine`.
     """
@@ -119,6 +122,7 @@ def start_engine(
         tokenizer,
         max_length=max_length,
         batch_size=batch_size,
+        vllm_batch_size=vllm_batch_size,
         gpu_memory_utilization=gpu_memory_utilization,
         tensor_parallel_size=tensor_parallel_size,
         exclusive_gpu=exclusive_gpu,

@@ -191,7 +191,7 @@ def build(
         guardrails=guardrails,
         heartbeat=heartbeat,
     )
-    own_engine = partial(TransformersEngine, learner.plain, tokenizer, config.rollout_batch_size)
+    own_engine = partial(TransformersEngine, learner.plain, tokenizer, config.effective_rollout_batch_size)
     fallback = own_engine if choice is not None and choice.can_fall_back else None
     checked = CheckedEngine(engine, tokenizer, fallback)
     rollouts = (

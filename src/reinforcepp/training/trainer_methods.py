@@ -105,7 +105,7 @@ class TrainerMethods(UploadMethods):
         evaluation = self.evaluator.evaluate(dataset=eval_dataset)
         samples = len(evaluation.completions)
         metrics = {f"{prefix}_samples": samples, **logged_metrics(evaluation.metrics(), prefix)}
-        metrics |= speed_metrics(prefix, start, samples, math.ceil(samples / self.config.rollout_batch_size))
+        metrics |= speed_metrics(prefix, start, samples, math.ceil(samples / self.config.effective_rollout_batch_size))
         self.callbacks.evaluated(metrics)
         return metrics
 
