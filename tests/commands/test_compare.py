@@ -16,6 +16,7 @@ import tiny
 import torch
 
 from reinforcepp.commands import cli
+from reinforcepp.commands.compare import measurement
 from reinforcepp.commands.compare.command import chosen_answers, compare_models, prompts_to_answer
 from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig
@@ -327,10 +328,10 @@ def test_only_one_model_is_in_memory_at_a_time(place, monkeypatch):
     alive: list[weakref.ref] = []
     loaded: list[str] = []
 
-    def load(name):
+    def load(name, dtype):
         gc.collect()
         assert not [model for model in alive if model() is not None]
-        model = load_policy(name)
+        model = load_policy(name, dtype)
         alive.append(weakref.ref(model))
         loaded.append(name)
         return model
@@ -608,3 +609,20 @@ def test_weights_that_do_not_fit_leave_the_earlier_comparison(compared, place, m
     assert cli.main(["compare", "a", "broken", *INPUTS, *SMALL, "--overwrite"]) == 2
     assert "don't match" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_all_models_have_one_dtype(place, monkeypatch):
+    """Rounding of one model would count as a difference."""
+    asked = []
+    monkeypatch.setattr(
+        measurement, "inference_dtype", lambda requested, *stored: asked.append((requested, *stored)) or torch.float16
+    )
+    config = CompareConfig(model_a="a", model_b="near", reference="other", data="pairs.csv", judge="reward")
+    given = load_policy("near", torch.bfloat16)
+    prepared = measurement.prepare(config, prompts_to_answer(config), {"B": given})
+    assert asked == [("auto", torch.float32, torch.bfloat16, torch.float32)]
+    assert {side: model.load().dtype for side, model in prepared.items()} == {
+        "A": torch.float16,
+        "B": torch.bfloat16,  # passed by the caller
+        "reference": torch.float16,
+    }

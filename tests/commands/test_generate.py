@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from reinforcepp.commands import cli
+from reinforcepp.commands import cli, generate
 from reinforcepp.data import read_prompts, read_texts
-from reinforcepp.models.loading import load_policy, load_tokenizer
+from reinforcepp.models.loading import load_config, load_policy, load_tokenizer
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.terminal import printable
@@ -344,3 +344,24 @@ def test_contradictions_about_the_best_of_several(refused, tmp_path, model_folde
     assert "num_samples and best_of" in refused(*flags, "x", "--num_samples", "2")
     assert "reward model folder not found" in refused(*flags, str(tmp_path / "none"))
     assert "no score head" in refused(*flags, str(model_folder))
+
+
+def test_the_engine_gets_the_dtype_of_inference(answer, model_folder, monkeypatch):
+    started, asked = [], []
+    start = generate.start_engine
+
+    def recorded(choice, model, *rest, **named):
+        started.append(model.dtype)
+        return start(choice, model, *rest, **named)
+
+    def dtype_for(requested, *stored):
+        asked.append((requested, *stored))
+        return torch.bfloat16
+
+    monkeypatch.setattr(generate, "start_engine", recorded)
+    answer("--prompt", PROMPT, "--dtype", "bfloat16")
+    answer("--prompt", PROMPT)
+    monkeypatch.setattr(generate, "inference_dtype", dtype_for)
+    answer("--prompt", PROMPT)
+    assert started == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert asked == [("auto", load_config(str(model_folder)).dtype)]

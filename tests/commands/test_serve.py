@@ -17,6 +17,7 @@ import torch
 from commands.served import KEY, Server, free_port
 
 from reinforcepp.commands import cli, serve
+from reinforcepp.config import ServeConfig
 from reinforcepp.data.builtin import model_path
 from reinforcepp.models.loading import load_config
 from reinforcepp.models.prompt_format import PLAIN_TEMPLATE
@@ -336,3 +337,13 @@ def test_an_invalid_key_in_the_environment_is_an_error(refused, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "sk secret")
     message = refused()
     assert message.startswith("error: VLLM_API_KEY: the key holds a space") and "secret" not in message
+
+
+def test_a_cpu_serves_in_bfloat16_only_if_it_is_fast_in_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {}
+    for fast in (True, False):
+        monkeypatch.setattr(serve, "bf16_is_fast", lambda fast=fast: fast)
+        found[fast] = [serve._dtype(ServeConfig(), stored) for stored in (torch.bfloat16, torch.float16, None)]
+        assert serve._dtype(ServeConfig(dtype="bfloat16"), torch.float32) == torch.bfloat16
+    assert found == {True: [torch.bfloat16, torch.float32, torch.float32], False: [torch.float32] * 3}

@@ -26,11 +26,13 @@ from reinforcepp.models.loading import (
     prompt_limit,
     tokenizer_for,
 )
+from reinforcepp.models.lora import is_4bit
+from reinforcepp.models.precision import inference_dtype
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompts
 from reinforcepp.monitoring.turns import turn_lines
 from reinforcepp.rewards.functions import RewardFunction, function_name, score_with
-from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
+from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
@@ -78,6 +80,7 @@ def generate(
     reward_model: str | Path | RewardFunction | None = None,
     max_prompt_length: int | None = None,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     trust_remote_code: bool = GenerateConfig.trust_remote_code,
     output: str | Path | None = None,
     use_cpu: bool = GenerateConfig.use_cpu,
@@ -109,6 +112,7 @@ def generate(
         reward_model: Folder of a reward model, or a reward function, that scores every response.
         max_prompt_length: Most tokens of a formatted prompt. Default: what the context leaves.
         engine: Engine; auto uses vLLM if it is installed and runs the model. For a loaded model, auto is transformers.
+        dtype: Data type of the weights; auto: the model's on a GPU, float32 on a CPU. A loaded model keeps its own.
         trust_remote_code: Run code in the model's folder or repository, which can do anything.
         output: File for the responses as JSON lines; default: none is written.
         use_cpu: Compute on the CPU and hide the GPUs from this process.
@@ -140,6 +144,7 @@ def generate(
         reward_model=None if reward_model is None else str(reward_model) if reward is None else function_name(reward),
         max_prompt_length=max_prompt_length,
         engine=engine,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
         output=None if output is None else str(output),
         use_cpu=use_cpu,
@@ -185,7 +190,7 @@ def _generate(
             check_reward_folder(config.reward_model)
         with _started(config, rows, model, processing_class) as (engine, prompts):
             if config.reward_model is not None and reward is None:
-                reward = load_reward_model(config.reward_model)
+                reward = load_scorer(config.reward_model)
             completions = engine.generate(prompts, sampling_of(config, config.best_of or config.num_samples))
         rewards = score_with([reward], completions).total if reward is not None else [None] * len(completions)
         responses = [Response(**vars(each), reward=score) for each, score in zip(completions, rewards, strict=True)]
@@ -210,7 +215,8 @@ def _started(
     model_config = model.config if model is not None else load_config(config.model)
     limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens)
     wanted = "transformers" if model is not None and config.engine == "auto" else config.engine
-    choice = choose_engine(wanted, model_config, model.dtype if model is not None else torch.float32)
+    dtype = model.dtype if model is not None else inference_dtype(config.dtype, model_config.dtype)
+    choice = choose_engine(wanted, model_config, dtype)
     given = model is not None or processing_class is not None
     tokenizer = tokenizer_for(model_config, processing_class) if given else load_tokenizer(config.model)
     prompts, long = encode_prompts(tokenizer, rows, max_prompt_length=limit)
@@ -222,7 +228,7 @@ def _started(
         )
     max_length = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
     if model is None:
-        engine = load_engine(config, choice, tokenizer, max_length)
+        engine = load_engine(config, choice, dtype, tokenizer, max_length)
     else:
         engine = start_engine(choice, model, tokenizer, max_length=max_length)
     try:
@@ -232,15 +238,27 @@ def _started(
 
 
 def load_engine(
-    config: SamplingConfig, choice: EngineChoice, tokenizer: PreTrainedTokenizerBase, max_length: int
+    config: SamplingConfig,
+    choice: EngineChoice,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
 ) -> RolloutEngine:
-    """Start the chosen engine with the model's weights, for sequences of up to ``max_length`` tokens."""
+    """Start the chosen engine with the model's weights in ``dtype``, for sequences of up to ``max_length`` tokens."""
     if config.engine == "auto":
         echo(f"Completions come from {choice.name}: {choice.reason}.")
-    model = load_policy(config.model)
+    model = load_policy(config.model, dtype)
     if choice.name == "transformers" and torch.cuda.is_available():
         model.to("cuda")  # vLLM places its own copy of the weights.
     return start_engine(choice, model, tokenizer, max_length=max_length)
+
+
+def load_scorer(name: str) -> TrainedReward:
+    """Load a reward model, on the GPU if there is one."""
+    reward = load_reward_model(name)
+    if torch.cuda.is_available() and not is_4bit(reward.model):  # those are on it already
+        reward.model.to("cuda")
+    return reward
 
 
 def sampling_of(config: SamplingConfig, num_samples: int = 1) -> Sampling:

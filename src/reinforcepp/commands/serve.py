@@ -24,6 +24,7 @@ from reinforcepp.errors import ConfigError, RolloutError
 from reinforcepp.models.folder_checks import check_weights
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer, local_folder
 from reinforcepp.models.lora import is_adapter_dir
+from reinforcepp.models.precision import bf16_is_fast, inference_dtype
 from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status
@@ -56,7 +57,7 @@ def run_server(config: ServeConfig) -> int:
     if context is not None and length > context:
         raise ConfigError(f"max_length: {length} exceeds the model's context of {context} tokens. Lower it.")
     _check_port(config)
-    dtype: torch.dtype = getattr(torch, config.dtype) if config.dtype != "auto" else model_config.dtype or torch.float32
+    dtype = _dtype(config, model_config.dtype)
     usable, reason = vllm_status(model_config, dtype)
     if not usable:
         raise RolloutError(
@@ -81,6 +82,13 @@ def run_server(config: ServeConfig) -> int:
             middleware=_middleware(config.host, key),
         )
         return _run(command, server_environment(os.environ, key), config, name, with_key=key is not None)
+
+
+def _dtype(config: ServeConfig, stored: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the weights: on a CPU, bfloat16 only if the model has it and the CPU is fast in it."""
+    if config.dtype == "auto" and stored == torch.bfloat16 and not torch.cuda.is_available() and bf16_is_fast():
+        return torch.bfloat16
+    return inference_dtype(config.dtype, stored)
 
 
 def _plain_folder(source: Source, merged: Path) -> str:

@@ -74,6 +74,8 @@ class CompareConfig(DeviceConfig, ColumnConfig, CompareInputs):
     """Sample from this many likeliest tokens; 0 disables, KL needs 0"""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """Engine; auto uses vLLM if it is installed and runs both models"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights; auto: the models' on a GPU, float32 on a CPU"""
     tie_margin: NonNegativeFloat = 0.0
     """Score difference up to which a comparison is a tie"""
     bootstrap_samples: Annotated[int, Range(at_least=FEWEST_RESAMPLES)] = 10_000

@@ -49,6 +49,8 @@ class SamplingConfig(DeviceConfig):
     """Sampling seed; the same seed gives the same responses"""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """Engine; auto uses vLLM if it is installed and runs the model"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights; auto: the model's on a GPU, float32 on a CPU"""
     trust_remote_code: bool = False
     """Run code in the model's folder or repository, which can do anything"""
 
@@ -138,8 +140,8 @@ class ServeConfig(DeviceConfig):
     """File with the API key in line 1; default: VLLM_API_KEY, or no key"""
     name: FilledStr | None = None
     """Model name for clients; default: the name of its folder"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of the weights; auto is the model's"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights; auto: the model's, if the device is fast in it"""
     max_length: PositiveInt | None = None
     """Maximum length of prompt and response, in tokens. Default: context, up to 8192"""
     batch_size: PositiveInt = 64

@@ -24,6 +24,7 @@ from reinforcepp.errors import ConfigError, ModelError, nearest
 from reinforcepp.files import MANIFEST, write_json
 from reinforcepp.models.loading import base_of_adapter, load_config, local_folder
 from reinforcepp.models.lora import is_4bit
+from reinforcepp.models.precision import inference_dtype
 from reinforcepp.models.reward_models import ScoreReading, load_classifier, prepare_scoring, stored_head
 from reinforcepp.models.reward_texts import TextForm, form_of, pair_separator
 from reinforcepp.models.score_heads import declared_labels, score_head
@@ -138,7 +139,7 @@ def load_foreign(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Model
         ModelError: a part of the score head is missing.
         ConfigError: an option doesn't fit the classifier.
     """
-    dtype = getattr(torch, source.dtype) if source.dtype else _default_dtype(folder)
+    dtype = getattr(torch, source.dtype) if source.dtype else default_dtype(folder)
     model, reading = load_classifier(folder, dtype, **(_in_4bit(dtype) if source.load_in_4bit else {}))
     labels = declared_labels(folder, score_head(model)[1].out_features)
     weights = output_weights(source, labels)
@@ -151,11 +152,9 @@ def load_foreign(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Model
     return Foreign(prepare_scoring(model, reading), form, reading, weights, labels, day)
 
 
-def _default_dtype(folder: Path) -> torch.dtype:
-    """Return the stored dtype if an accelerator computes, otherwise float32, which a CPU computes as fast."""
-    stored = getattr(load_config(str(folder)), "dtype", None)
-    half = stored in (torch.bfloat16, torch.float16) and torch.accelerator.is_available()
-    return stored if half and stored is not None else torch.float32
+def default_dtype(folder: Path) -> torch.dtype:
+    """Return the stored dtype if a GPU computes, otherwise float32, which a CPU computes as fast."""
+    return inference_dtype("auto", load_config(str(folder)).dtype or torch.float32)
 
 
 def _in_4bit(dtype: torch.dtype) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from reinforcepp.models.reward_texts import TextForm, encode_scored, pair_limit,
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import pad
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
-from reinforcepp.rewards.foreign import calibrate, check_classifier, load_foreign, output_weights
+from reinforcepp.rewards.foreign import calibrate, check_classifier, default_dtype, load_foreign, output_weights
 from reinforcepp.run_dir import REWARD_CARD, RUN_FILE
 from reinforcepp.terminal import warn_once
 from reinforcepp.types import Conversation, Preference, ScoredPair
@@ -273,8 +273,7 @@ def load_reward_model(name: str | os.PathLike[str]) -> TrainedReward:
     reward = load_trained(folder, tokenizer, card.form, count)
     reward.output_weights, reward.labels = weights, card.labels if count > 1 else ()
     _check_fingerprint(source.name, reward, card)
-    if source.dtype is not None:
-        reward.model.to(getattr(torch, source.dtype))
+    reward.model.to(getattr(torch, source.dtype) if source.dtype else default_dtype(folder))
     reward.card = card.weighted(weights)
     return reward
 

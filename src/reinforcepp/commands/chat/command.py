@@ -10,20 +10,19 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import torch
-
 from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.commands.chat.preferences import PreferenceFile
-from reinforcepp.commands.generate import format_reward, load_engine, sampling_of, show_growing
+from reinforcepp.commands.generate import format_reward, load_engine, load_scorer, sampling_of, show_growing
 from reinforcepp.config import ChatConfig
 from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError, nearest
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer
+from reinforcepp.models.precision import inference_dtype
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.monitoring.turns import turn_lines
 from reinforcepp.rewards.functions import RewardFunction, score_all
-from reinforcepp.rewards.trained import check_reward_folder, load_reward_model
+from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.selection import choose_engine
 from reinforcepp.terminal import echo, print_output
@@ -54,11 +53,12 @@ def run_chat(config: ChatConfig) -> int:
         allow_remote_code(config.model)
     model_config = load_config(config.model)
     length = _length(config, context_length(model_config))
-    choice = choose_engine(config.engine, model_config, torch.float32)
+    dtype = inference_dtype(config.dtype, model_config.dtype)
+    choice = choose_engine(config.engine, model_config, dtype)
     tokenizer = load_tokenizer(config.model)
-    reward = load_reward_model(config.reward_model) if config.reward_model is not None else None
+    reward = load_scorer(config.reward_model) if config.reward_model is not None else None
     conversation = Conversation(tokenizer, length - config.max_new_tokens, config.system)
-    engine = load_engine(config, choice, tokenizer, length)
+    engine = load_engine(config, choice, dtype, tokenizer, length)
     chat = _Chat(config, engine, reward, conversation, preferences)
     try:
         return chat.talk()

@@ -136,6 +136,7 @@ def compare(
     top_p: float = CompareConfig.top_p,
     top_k: int = CompareConfig.top_k,
     engine: Literal["auto", "transformers", "vllm"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     tie_margin: float = CompareConfig.tie_margin,
     bootstrap_samples: int = CompareConfig.bootstrap_samples,
     use_cpu: bool = CompareConfig.use_cpu,
@@ -171,6 +172,7 @@ def compare(
         top_p: Sample from the likeliest tokens with this probability; KL needs 1.
         top_k: Sample from this many likeliest tokens; 0 disables, KL needs 0.
         engine: Engine; auto uses vLLM if it is installed and runs both models. For loaded models, auto is transformers.
+        dtype: Data type of the weights; auto: the models' on a GPU, float32 on a CPU. Loaded models keep their own.
         tie_margin: Score difference up to which a comparison is a tie.
         bootstrap_samples: Bootstrap resamples of the prompts for the 95% intervals.
         use_cpu: Compute on the CPU and hide the GPUs from this process.
@@ -211,6 +213,7 @@ def compare(
         top_p=top_p,
         top_k=top_k,
         engine=engine,
+        dtype=dtype,
         tie_margin=tie_margin,
         bootstrap_samples=bootstrap_samples,
         use_cpu=use_cpu,
@@ -254,7 +257,7 @@ def compare_models(config: CompareConfig, given: Given | None = None) -> Compari
     if config.judge_name != JUDGE_NAME and given.judge is None:
         check_reward_folder(config.judge_name)
     models = prepare(config, rows, given.models, given.processing_class)
-    choice = choose_for_both(config, given.models)
+    choice = choose_for_both(config, models)
     chosen = chosen_answers(config, rows, given.rows)
     measured = measure(config, models, choice, chosen)
     scores = judge_scores(config, measured.responses, given.judge)

@@ -22,6 +22,7 @@ from reinforcepp.models.loading import (
     tokenizer_for,
 )
 from reinforcepp.models.logprobs import response_logprobs
+from reinforcepp.models.precision import inference_dtype
 from reinforcepp.models.tokenization import encode_example, encode_prompts, split_example
 from reinforcepp.monitoring import Progress
 from reinforcepp.rollout.factory import start_engine
@@ -56,12 +57,14 @@ class PreparedModel:
     prompts: list[Prompt]
     context: int | None
     vocabulary: int
+    dtype: torch.dtype
+    """Data type of the weights, the same for all models, because rounding would count as a difference."""
     loaded: PreTrainedModel | None = None
     """The model, if a Python program passed it."""
 
     def load(self) -> PreTrainedModel:
         """Return the model with its weights, in evaluation mode."""
-        return load_policy(self.name) if self.loaded is None else self.loaded.eval()
+        return load_policy(self.name, self.dtype) if self.loaded is None else self.loaded.eval()
 
     def to_gpu(self, model: PreTrainedModel) -> None:
         """Move a model of :meth:`load` to the GPU, if there is one."""
@@ -101,10 +104,12 @@ def prepare(
     names = {"A": config.model_a, "B": config.model_b}
     if reference_of(config) == THIRD:
         names[THIRD] = str(config.reference)
+    configs = {side: loaded[side].config if side in loaded else load_config(name) for side, name in names.items()}
+    stored = [loaded[side].dtype if side in loaded else found.dtype for side, found in configs.items()]
+    dtype = inference_dtype(config.dtype, *stored)
     models = {}
     for side, name in names.items():
-        model = loaded.get(side)
-        model_config = load_config(name) if model is None else model.config
+        model, model_config = loaded.get(side), configs[side]
         limit = prompt_limit(model_config, config.max_prompt_length, config.max_new_tokens)
         tokenizer = load_tokenizer(name) if model is None else tokenizer_for(model_config, processing_class)
         prompts, truncated = encode_prompts(tokenizer, rows, max_prompt_length=limit)
@@ -115,7 +120,13 @@ def prepare(
                 "yellow",
             )
         models[side] = PreparedModel(
-            name, tokenizer, prompts, context_length(model_config), model_config.get_text_config().vocab_size, model
+            name,
+            tokenizer,
+            prompts,
+            context_length(model_config),
+            model_config.get_text_config().vocab_size,
+            dtype if model is None else model.dtype,
+            model,
         )
     return models
 
@@ -127,16 +138,17 @@ def reference_of(config: CompareConfig) -> str:
     return "B" if config.reference == config.model_b else THIRD
 
 
-def choose_for_both(config: CompareConfig, loaded: Mapping[str, PreTrainedModel]) -> EngineChoice:
+def choose_for_both(config: CompareConfig, models: Mapping[str, PreparedModel]) -> EngineChoice:
     """Return one engine for both models, because shared seeds give equal samples only within one engine.
 
     Raises:
         RolloutError: vLLM was requested but can't run one of the models.
     """
-    wanted = "transformers" if loaded and config.engine == "auto" else config.engine
+    both = [models[side] for side in SIDES]
+    wanted = "transformers" if config.engine == "auto" and any(model.loaded for model in both) else config.engine
     choices = [
-        choose_engine(wanted, loaded[side].config if side in loaded else load_config(name), torch.float32)
-        for side, name in (("A", config.model_a), ("B", config.model_b))
+        choose_engine(wanted, load_config(model.name) if model.loaded is None else model.loaded.config, model.dtype)
+        for model in both
     ]
     choice = next((each for each in choices if each.name == "transformers"), choices[0])
     if config.engine == "auto":

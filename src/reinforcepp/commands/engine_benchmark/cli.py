@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=1.0)
     add("--top_k", type=int, default=0, help="Most likely tokens to sample from; 0 disables")
     add("--seed", type=int, default=0)
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", default="auto", choices=dtypes, help="auto: the model's on a GPU, float32 on a CPU")
     add("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
     add("--rounds", type=int, default=3, help="Measurements per method; medians are reported")
     add("--tensor_parallel_size", type=int, default=1, help="GPUs that share the model in vLLM")
@@ -115,6 +116,14 @@ def _encode(settings: argparse.Namespace, model: str, texts: Sequence[str]) -> t
     return tokenizer, prompts
 
 
+def _dtype(settings: argparse.Namespace, *names: str) -> Any:
+    """Return the dtype of the weights of all models."""
+    from reinforcepp.models.loading import load_config
+    from reinforcepp.models.precision import inference_dtype
+
+    return inference_dtype(settings.dtype, *(load_config(name).dtype for name in names))
+
+
 def _sampling(settings: argparse.Namespace) -> Any:
     from reinforcepp.types import Sampling
 
@@ -138,8 +147,6 @@ def _vllm_settings(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
-    import torch
-
     from reinforcepp.commands.engine_benchmark.run import WAYS, Comparison, compare, plot, show
     from reinforcepp.models import loading as models
     from reinforcepp.rollout.selection import choose_engine
@@ -147,7 +154,8 @@ def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
 
     model = settings.rlhf_model_path or settings.model_name
     _, prompts = _encode(settings, model, texts)
-    choice = choose_engine("auto", models.load_config(model), getattr(torch, settings.dtype))
+    dtype = _dtype(settings, model)
+    choice = choose_engine("auto", models.load_config(model), dtype)
     if choice.name != "vllm":
         echo(f"Skipped vLLM in the comparison: {choice.reason}.", "yellow")
     result = compare(
@@ -155,7 +163,7 @@ def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
             model=model,
             prompts=[prompt.ids for prompt in prompts],
             sampling=_sampling(settings),
-            dtype=settings.dtype,
+            dtype=str(dtype).removeprefix("torch."),
             batch_sizes=settings.batch_sizes,
             rounds=settings.rounds,
             vllm=_vllm_settings(settings),
@@ -181,7 +189,8 @@ def _answers(settings: argparse.Namespace, texts: list[str]) -> None:
     answers = []
     for name in names:
         tokenizer, prompts = _encode(settings, name, texts)
-        engine = TransformersEngine(models.load_policy(name, getattr(torch, settings.dtype)), tokenizer)
+        loaded = models.load_policy(name, _dtype(settings, *names))
+        engine = TransformersEngine(loaded.to("cuda") if torch.cuda.is_available() else loaded, tokenizer)
         answers.append([completion.text for completion in engine.generate(prompts, _sampling(settings))])
     for i, text in enumerate(texts):
         print_output(f"> {text}")
@@ -191,14 +200,13 @@ def _answers(settings: argparse.Namespace, texts: list[str]) -> None:
 
 
 def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
-    import torch
-
     from reinforcepp.models import loading as models
     from reinforcepp.rollout.vllm_integration import VllmEngine
     from reinforcepp.rollout.weight_sync_check import check_sync
     from reinforcepp.terminal import echo, print_output
 
-    model, dtype = settings.rlhf_model_path or settings.model_name, getattr(torch, settings.dtype)
+    model = settings.rlhf_model_path or settings.model_name
+    dtype = _dtype(settings, model)
     tokenizer, prompts = _encode(settings, model, texts)
     start = time.perf_counter()
     engine = VllmEngine(model, tokenizer, dtype=dtype, **_vllm_settings(settings))
