@@ -23,7 +23,7 @@ from reinforcepp.rollout.factory import start_engine, start_training_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
 from reinforcepp.rollout.vllm import compat, cpu_patches, lifecycle, memory
 from reinforcepp.rollout.vllm.compat import node_problem
-from reinforcepp.rollout.vllm.local_transfer import ReloadTransfer, ipc_message, supports_adapter
+from reinforcepp.rollout.vllm.local_transfer import ReloadTransfer, ipc_message, supports_adapter, unsaved_tensors
 from reinforcepp.rollout.vllm_integration import VllmEngine
 from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.rollout.weight_transfer import in_chunks
@@ -219,6 +219,100 @@ def test_a_failure_in_a_batch_restarts_with_the_current_weights():
             engine.generate(prompts, Sampling(8))
     finally:
         engine.close()
+
+
+# --- one GPU for trainer and engine ---------------------------------------------------------------------------------
+
+
+class SleepingEngine(VllmEngine):
+    """Sleeps as on a GPU, where vLLM's weights don't survive level 2; ``calls`` are vLLM's sleep, wake_up and reloads."""
+
+    def __init__(self, model, tokenizer):
+        self.calls = []
+        super().__init__(model, tokenizer)
+
+    def _start(self):
+        self._sleeps = True
+        super()._start()
+
+    def _can_drop_weights(self):
+        llm, sleep, wake_up, call = self._llm, self._llm.sleep, self._llm.wake_up, self._llm.collective_rpc
+
+        def sleep_and_forget(level):
+            self.calls.append(f"sleep {level}")
+            sleep(level=level)
+            if level == 2:
+                for parameter in vllm_model(self).parameters():
+                    parameter.data.fill_(torch.nan)
+
+        llm.sleep = sleep_and_forget
+        llm.wake_up = lambda tags=None: self.calls.append(f"wake {tags and tags[0]}") or wake_up(tags)
+        llm.collective_rpc = lambda method, **arguments: self.calls.append(method) or call(method, **arguments)
+        return super()._can_drop_weights()
+
+    def new_calls(self):
+        calls, self.calls = self.calls, []
+        return calls
+
+
+@needs_vllm
+@pytest.mark.full
+def test_a_sleeping_engine_drops_its_weights_and_loads_them_again():
+    model, tokenizer = prepared_model("qwen2"), prepared_tokenizer()
+    engine = SleepingEngine(model, tokenizer)
+    wake = ["wake weights", "reload_weights", "wake None", "sleep 2"]
+    try:
+        assert engine.new_calls() == ["sleep 2"]
+        check_sync(engine, model, tokenizer)
+        assert engine.new_calls() == wake
+        check_sync(engine, model, tokenizer)  # without new weights
+        assert engine.new_calls() == wake
+        other = prepared_model("qwen2", seed=1)
+        engine.load_weights(other)
+        assert engine.new_calls() == ["wake weights", "reload_weights"]
+        check_sync(engine, other, tokenizer)
+        assert engine.new_calls() == ["wake None", "sleep 2"]
+        assert next(engine.stream(prompts_of(tokenizer)[0], Sampling(8))).ids
+        assert engine.new_calls() == wake
+        engine._drops_weights = False
+        check_sync(engine, other, tokenizer)
+        check_sync(engine, other, tokenizer)
+        assert engine.new_calls() == [*wake[:-1], "sleep 1", "wake None", "sleep 1"]
+    finally:
+        engine.close()
+
+
+@needs_vllm
+@pytest.mark.full
+def test_a_sleeping_engine_keeps_base_weights_under_an_adapter():
+    model, tokenizer = adapted("qwen2", {}), prepared_tokenizer()
+    engine = SleepingEngine(model, tokenizer)
+    try:
+        assert engine.new_calls() == ["reload_weights"]
+        check_sync(engine, model, tokenizer)
+        engine.load_weights(model)
+        check_sync(engine, model, tokenizer)
+        assert engine.new_calls() == ["sleep 1", "wake weights", "wake None", "sleep 1"]
+    finally:
+        engine.close()
+
+
+@needs_vllm
+def test_weights_that_are_neither_parameters_nor_buffers_are_never_dropped(shared_engine):
+    model = vllm_model(shared_engine)
+    assert unsaved_tensors(model) == []
+    layer = model.transformer.h[0].attn
+    layer.attn.impl.alibi_slopes = torch.ones(2)
+    layer.tables = {"cos": [torch.ones(2)]}
+    layer.same = [layer.c_attn.weight]
+    try:
+        assert unsaved_tensors(model) == [
+            "transformer.h.0.attn.tables",
+            "transformer.h.0.attn.attn.impl.alibi_slopes",
+        ]
+    finally:
+        layer.attn.impl.alibi_slopes = None
+        del layer.tables, layer.same
 
 
 @needs_vllm

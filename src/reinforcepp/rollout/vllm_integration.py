@@ -38,7 +38,13 @@ from reinforcepp.rollout.vllm.compat import (
     vllm_status,
 )
 from reinforcepp.rollout.vllm.cpu_patches import patch_vllm, release_free_memory
-from reinforcepp.rollout.vllm.local_transfer import AdapterTransfer, IpcTransfer, ReloadTransfer, supports_adapter
+from reinforcepp.rollout.vllm.local_transfer import (
+    AdapterTransfer,
+    IpcTransfer,
+    ReloadTransfer,
+    supports_adapter,
+    unsaved_tensors,
+)
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.vllm.model_folder import model_folder
 from reinforcepp.rollout.weight_transfer import WeightTransfer, config_with_architecture
@@ -140,7 +146,7 @@ class VllmEngine:
         self._weight_transfer = weight_transfer
         self._in_transfer_group = False
         self._sleeps = self._on_gpu and not (exclusive_gpu or isinstance(model, str))
-        self._asleep = False
+        self._asleep = self._weights_dropped = self._drops_weights = False
         settings = partial(
             memory_settings,
             model,
@@ -208,15 +214,12 @@ class VllmEngine:
                         yield to_completion(self.tokenizer, self.eos_ids, prompt, out.token_ids, out.logprobs.logprobs)
             finally:
                 engine.abort_request(["stream"])  # the caller can close the stream early
-            self.sleep()
+                self.sleep()
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """Generate with ``model``'s weights; only a LoRA adapter is sent if vLLM can apply it, otherwise it is merged."""
         self._source = lambda: model
         with self._inside_vllm():
-            if self._asleep:
-                torch.cuda.empty_cache()  # vLLM's allocator can't use memory that torch keeps for later
-                self._llm.wake_up(tags=["weights"])
             self._push(model)
             self.reset_prefix_cache()
 
@@ -230,7 +233,7 @@ class VllmEngine:
         if self._llm is None:
             return
         self._shut_down()
-        self._llm, self._asleep = None, False
+        self._llm, self._asleep, self._weights_dropped = None, False, False
         self._transfer.close()
         gc.collect()
         if self._on_gpu:
@@ -239,13 +242,18 @@ class VllmEngine:
     # --- one GPU for trainer and engine ---
 
     def sleep(self) -> None:
-        """Move the weights to CPU memory and drop the cache, if the trainer needs the GPU's memory."""
+        """Drop the cache, and drop the weights or move them to CPU memory, if the trainer needs the GPU's memory."""
         if self._sleeps:
-            self._llm.sleep(level=1)
-            self._asleep = True
+            self._llm.sleep(level=2 if self._drops_weights else 1)
+            self._asleep, self._weights_dropped = True, self._drops_weights
 
     def wake_up(self) -> None:
-        """Undo :meth:`sleep`; ``generate`` and ``stream`` call it."""
+        """Undo :meth:`sleep`; ``generate`` and ``stream`` call it.
+
+        Weights that were dropped are loaded from the model that they came from, so with its current weights.
+        """
+        if self._weights_dropped:
+            self._push(self._source())
         if self._asleep:
             torch.cuda.empty_cache()  # vLLM's allocator can't use memory that torch keeps for later
             self._llm.wake_up()
@@ -287,7 +295,7 @@ class VllmEngine:
         """Start vLLM with the weights of the current model."""
         vllm = import_vllm()
         inspect_models_safely()
-        lifecycle.prepare_start(sleeps=self._sleeps)
+        lifecycle.prepare_start(sleeps=self._sleeps and not self._separate_process)
         model = self._source()
         self._select_transfer(model)
         quiet = warnings.catch_warnings(action="ignore", category=FutureWarning)
@@ -320,7 +328,18 @@ class VllmEngine:
             if not isinstance(model, str):
                 if self._separate_process:
                     self._llm.collective_rpc("init_weight_transfer_engine", args=({"packed": False},))
-                self._push(model)
+                self._drops_weights = self._can_drop_weights()
+                if self._drops_weights:
+                    self.sleep()  # The first batch, which is checked, wakes it up and loads the weights.
+                else:
+                    self._push(model)
+
+    def _can_drop_weights(self) -> bool:
+        """Return whether a sleeping vLLM needs no copy of its weights, because the trainer's model has all of them."""
+        if not self._sleeps or self._adapter is not None or self._separate_process:
+            return False
+        (lost,) = self._llm.apply_model(unsaved_tensors)
+        return not lost
 
     def _select_transfer(self, model: PreTrainedModel | str) -> None:
         gpus = [torch.device("cuda", index) for index in range(self._tensor_parallel_size)]
@@ -352,9 +371,15 @@ class VllmEngine:
         with model_folder(self.config, self.tokenizer) as folder:
             yield folder, "dummy"
 
-    def _push(self, model: PreTrainedModel) -> None:
+    def _push(self, model: PreTrainedModel | str) -> None:
+        """Load all weights, or those of the adapter; the cache can stay asleep."""
+        if self._asleep:
+            torch.cuda.empty_cache()  # vLLM's allocator can't use memory that torch keeps for later
+            self._llm.wake_up(tags=["weights"])
+        assert not isinstance(model, str), "vLLM loads a saved model itself"
         self._transfer.prepare(model)
         self._transfer.push(self._llm)
+        self._weights_dropped = False
 
     def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
         from vllm import SamplingParams

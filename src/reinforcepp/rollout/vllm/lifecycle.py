@@ -35,7 +35,7 @@ def prepare_start(*, sleeps: bool) -> None:
     """Call before an engine starts.
 
     Args:
-        sleeps: Whether the engine will sleep, for which vLLM has one allocator per process.
+        sleeps: Whether the engine will sleep in this process, where vLLM has one allocator for it.
 
     Raises:
         RolloutError: Another engine of this process sleeps.

@@ -26,6 +26,8 @@ IPC_CHUNK_BYTES = 1 << 30
 """Weights that are copied to another GPU at a time."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Maximum ranks that vLLM can be configured for."""
+KEPT_TENSORS = ("_parameters", "_buffers", "_modules", "kv_cache", "_k_scale_cpu", "_v_scale_cpu")
+"""Attributes of vLLM's layers whose tensors are reloaded, saved, allocated again or on the CPU."""
 MEMORY_FOLDER = Path("/dev/shm")  # nosec B108  # only for a folder that mkdtemp makes in it
 
 
@@ -36,6 +38,30 @@ class ReloadTransfer(WeightTransfer[Any]):
         """Reload all weights of vLLM's model, which on a CPU also repacks them."""
         weights = weights_without_tied_head(self.model)
         receiver.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+
+def unsaved_tensors(model: torch.nn.Module) -> list[str]:
+    """Return the names of tensors in vLLM's ``model`` that a reload after sleep level 2 leaves undefined, such as ALiBi's slopes.
+
+    A reload fills parameters, and vLLM saves buffers. Other tensors are attributes of layers or of their attention.
+    """
+    owners = {f"{name}.": layer for name, layer in model.named_modules()}
+    owners |= {f"{name}impl.": layer.impl for name, layer in owners.items() if hasattr(layer, "impl")}
+    return [
+        f"{name}{key}"
+        for name, owner in owners.items()
+        for key, value in getattr(owner, "__dict__", {}).items()
+        if key not in KEPT_TENSORS and _holds_tensor(value)
+    ]
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Return whether ``value`` is a tensor or a collection with one; parameters belong to the layer that has them."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensor, value))
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
 class IpcTransfer(WeightTransfer[Any]):
