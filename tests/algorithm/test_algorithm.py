@@ -6,9 +6,11 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from reinforcepp.algorithm.advantages import clip_rewards, compute_advantages, returns_to_go, token_rewards
 from reinforcepp.algorithm.critic import compute_gae, value_loss
+from reinforcepp.algorithm.discount import discounted_sums
 from reinforcepp.algorithm.groups import group_advantages
 from reinforcepp.algorithm.importance import importance_weights
 from reinforcepp.algorithm.kl import kl_estimate
@@ -308,6 +310,47 @@ def test_gae_equals_a_naive_loop(seed):
         [[(a + v) * m for a, v, m in zip(*rows, strict=True)] for rows in zip(expected, values, mask, strict=True)],
         1e-4,
     )
+
+
+def looped(values_BT, mask_BT, discount):
+    """S_t = v_t + discount · S_{t+1}, token by token in float64; masked tokens pass the next sum on."""
+    sums_BT, following_B = torch.zeros_like(values_BT, dtype=torch.float64), torch.zeros(len(values_BT)).double()
+    for t in reversed(range(values_BT.shape[1])):
+        own_B = values_BT[:, t].double() + discount * following_B
+        sums_BT[:, t] = following_B = torch.where(mask_BT[:, t], own_B, following_B)
+    return sums_BT
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.999, 0.5, 1e-6, 0.0])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 64, 301])
+def test_discounted_sums_equal_a_loop_over_tokens(discount, tokens):
+    torch.manual_seed(tokens)
+    values_BT, mask_BT = torch.randn(8, tokens), torch.rand(8, tokens) < torch.linspace(0, 1, 8)[:, None]
+    found_BT = discounted_sums(torch.where(mask_BT, values_BT, NAN), mask_BT, discount)
+    torch.testing.assert_close(found_BT.double(), looped(values_BT, mask_BT, discount), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9999, 0.99, 0.5])
+def test_long_sequences_keep_their_precision(gamma):
+    tokens = 32768
+    mask_BT = torch.ones(2, tokens, dtype=torch.bool)
+    values_BT = torch.zeros(2, tokens)
+    values_BT[0, -1] = 1.0  # a reward at the end, as in a training
+    values_BT[1] = 1.0
+    exponents = torch.arange(tokens - 1, -1, -1).double()
+    sums = exponents + 1 if gamma == 1 else (1 - gamma ** (exponents + 1)) / (1 - gamma)
+    found_BT = returns_to_go(values_BT, mask_BT, gamma).double()
+    torch.testing.assert_close(found_BT, torch.stack([gamma**exponents, sums]), rtol=1e-6, atol=1e-37)
+
+
+def test_advantages_take_few_operations_however_long_the_sequences():
+    def operations(tokens):
+        ones_BT = torch.ones(1, tokens)
+        with profile() as profiled:
+            compute_gae(ones_BT, ones_BT, ones_BT, gamma=0.9, lam=0.9)
+        return len(profiled.events())
+
+    assert operations(4096) < 2 * operations(64)
 
 
 def test_gae_ignores_masked_values():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from reinforcepp.algorithm.critic import compute_gae
+from reinforcepp.algorithm.discount import discounted_sums
 from reinforcepp.algorithm.estimators import Scale, checked_spec
 from reinforcepp.algorithm.groups import group_sequence_advantages, scaled_over_batch
 from reinforcepp.algorithm.moments import Population, combine_moments, moment_sums, normalize, population_mask
@@ -41,13 +42,7 @@ def token_rewards(rewards_B: Tensor, kl_BT: Tensor | None, mask_BT: Tensor, kl_c
 def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
     """Return G_t = r_t + gamma · G_{t+1}, 0 where masked; t + 1 is the next sampled token. -> (B, T)"""
     mask_BT = mask_BT.bool()
-    rewards_BT = torch.where(mask_BT, rewards_BT, 0.0)
-    returns_BT = torch.zeros_like(rewards_BT)
-    next_B = rewards_BT.new_zeros(rewards_BT.shape[0])
-    for t in reversed(range(rewards_BT.shape[1])):
-        returns_BT[:, t] = rewards_BT[:, t] + gamma * next_B
-        next_B = torch.where(mask_BT[:, t], returns_BT[:, t], next_B)
-    return torch.where(mask_BT, returns_BT, 0.0)
+    return torch.where(mask_BT, discounted_sums(rewards_BT, mask_BT, gamma), 0.0)
 
 
 def compute_advantages(

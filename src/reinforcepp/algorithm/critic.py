@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reinforcepp.algorithm.discount import discounted_sums, next_values
 from reinforcepp.algorithm.means import masked_mean
 from reinforcepp.errors import ConfigError
 
@@ -26,14 +27,8 @@ def compute_gae(
         raise ConfigError("values_BT: missing, but ppo needs the critic's values. Pass them.")
     mask_BT = mask_BT.bool()
     rewards_BT, values_BT = (torch.where(mask_BT, x, 0.0) for x in (rewards_BT, values_BT))
-    advantages_BT = torch.zeros_like(rewards_BT)
-    value_B, advantage_B = (rewards_BT.new_zeros(rewards_BT.shape[0]) for _ in range(2))
-    for t in reversed(range(rewards_BT.shape[1])):
-        delta_B = rewards_BT[:, t] + gamma * value_B - values_BT[:, t]
-        advantages_BT[:, t] = delta_B + gamma * lam * advantage_B
-        value_B = torch.where(mask_BT[:, t], values_BT[:, t], value_B)
-        advantage_B = torch.where(mask_BT[:, t], advantages_BT[:, t], advantage_B)
-    advantages_BT = torch.where(mask_BT, advantages_BT, 0.0)
+    deltas_BT = rewards_BT + gamma * next_values(values_BT, mask_BT) - values_BT
+    advantages_BT = torch.where(mask_BT, discounted_sums(deltas_BT, mask_BT, gamma * lam), 0.0)
     return advantages_BT, advantages_BT + values_BT
 
 
