@@ -325,3 +325,56 @@ def test_a_callback_of_any_rank_saves_and_stops_all_ranks(tmp_path, model_folder
     written = {path.name: path.read_text() for path in tmp_path.glob("*-[01]")}
     assert written == {"saved-0": "1", "saved-1": "1", "steps-0": "2", "steps-1": "2"}
     assert (tmp_path / "run/checkpoints/step-000001").is_dir() and len(read_metrics(tmp_path / "run")) == 2
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+GRADIENTS = """
+import sys
+import torch
+from torch.profiler import profile
+from transformers import AutoModelForCausalLM
+
+from reinforcepp import ReinforceConfig
+from reinforcepp.distributed.ranks import Ranks, init_process_group
+from reinforcepp.training.learner import Learner
+
+init_process_group(60)
+found = {}
+for precision in ("no", "bf16"):
+    config = ReinforceConfig(mixed_precision=precision, max_grad_norm=0.1)
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    ranks = Ranks()
+    learner = Learner(model, ranks, config, learning_rate=1e-3, steps=8)
+    rows = list(torch.randint(0, 300, (8, 1, 6), generator=torch.Generator().manual_seed(0)))
+    local = ranks.local_slice(rows)
+    for _ in range(2):
+        with profile() as profiled:
+            for number, row in enumerate(local, 1):
+                with learner.learning(last=number == len(local)):
+                    learner.backward(learner.model(input_ids=row).logits.float().square().mean() / len(rows))
+            norm = learner.clip()
+        learner.step(norm)
+    reductions = sum(event.name == "c10d::allreduce_" for event in profiled.events())
+    weights = learner._masters.masters
+    found[precision] = {"norm": norm, "reductions": reductions, "weights": [w.detach() for w in weights]}
+torch.save(found, f"{sys.argv[2]}/{ranks.index}-{ranks.count}.pt")
+"""
+
+
+@pytest.mark.full
+def test_ranks_reduce_gradients_once_per_optimizer_step_and_equal_one_rank(tmp_path, model_folder):
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    for ranks in (1, 2):
+        done = scripts.forked(ranks, script, model_folder, tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, *two = (torch.load(tmp_path / name) for name in ("0-1.pt", "0-2.pt", "1-2.pt"))
+    for precision, alone in one.items():
+        assert alone["reductions"] == 0
+        for rank in two:
+            # Without DDP, each weight is reduced by itself, after one reduction that finds those with a gradient.
+            buckets = 1 if precision == "no" else 1 + len(alone["weights"])
+            assert rank[precision]["reductions"] == buckets
+            assert rank[precision]["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+            torch.testing.assert_close(rank[precision]["weights"], alone["weights"], rtol=0, atol=1e-5)

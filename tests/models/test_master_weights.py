@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from reinforcepp.models.master_weights import MasterWeights
+from reinforcepp.models.master_weights import MasterWeights, sums_fit
 from reinforcepp.models.precision import cast_parameters
 
 
-def masters_of(model, *dtype, early=False, device=None, **settings):
-    return MasterWeights(
-        torch.optim.AdamW(model.parameters(), fused=True, **settings), *dtype, early=early, device=device
-    )
+def masters_of(model, *dtype, device=None, sum_device=None, **settings):
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **settings)
+    return MasterWeights(optimizer, *dtype, device=device, sum_device=sum_device)
 
 
 def linear():
@@ -26,7 +26,7 @@ def train(model, masters, steps, passes=1):
         for _ in range(passes):
             inputs = torch.randn(8, 4).to(model.weight.dtype)
             model(inputs).float().square().mean().backward()
-            masters.collect()
+        masters.collect()
         masters.optimizer.step()
         masters.optimizer.zero_grad()
 
@@ -58,47 +58,102 @@ def test_gradients_of_several_passes_accumulate_in_float32():
     masters = masters_of(model, torch.bfloat16, lr=0.0)
     cast_parameters(model, torch.bfloat16)
     for gradient in (1.0, 2.0**-10, 2.0**-10):
-        model.bias.grad = torch.full((3,), gradient, dtype=torch.bfloat16)
-        masters.collect()
+        (model.bias * gradient).sum().backward()
         assert model.bias.grad is None
+    masters.collect()
     assert masters.masters[1].grad.tolist() == [1 + 2.0**-9] * 3
+    assert masters.masters[0].grad is None  # no pass used it
 
 
-def test_gradients_moved_early_are_the_same():
-    runs = []
-    for early in (False, True):
-        model = linear()
-        masters = masters_of(model, torch.bfloat16, early=early, lr=1e-2)
-        cast_parameters(model, torch.bfloat16)
-        if early:
-            model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
-            assert model.weight.grad is None and masters.masters[0].grad is not None
-            masters.optimizer.zero_grad()
-        train(model, masters, 5, passes=2)
-        runs.append(model.weight)
-    assert torch.equal(*runs)
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("early", [False, True])
-def test_masters_on_another_device_give_the_same_weights(dtype, early):
+@pytest.mark.parametrize("sum_device", [None, CPU])
+def test_masters_on_another_device_give_the_same_weights(dtype, sum_device):
     runs = []
-    for device in (None, torch.device("cpu")):
+    for device in (None, CPU):
         model = linear()
-        masters = masters_of(model, dtype, early=early, device=device, lr=1e-2)
+        masters = masters_of(model, dtype, device=device, sum_device=sum_device, lr=1e-2)
         cast_parameters(model, dtype)
         if device is not None:
             assert all(
                 master is not live for master, live in zip(masters.masters, masters.model_parameters, strict=True)
             )
-            model(torch.ones(1, 4, dtype=dtype)).sum().backward()
-            assert (model.weight.grad is None) == early
-            masters.collect()
-            assert model.weight.grad is None and masters.masters[0].grad is not None
-            masters.optimizer.zero_grad()
-        train(model, masters, 5, passes=2)
+        train(model, masters, 5, passes=3)
         runs.append(model.weight)
     assert torch.equal(*runs)
+
+
+class Transfers(TorchDispatchMode):
+    """Records the copies between the meta device, which stands for a GPU, and the CPU; copies from it are zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is torch.ops.aten.copy_.default and arguments[0].device != arguments[1].device:
+            to, source = arguments[:2]
+            self.made.append((source.device.type, to.device.type, to.dtype, to.numel()))
+            return to.zero_() if source.is_meta else to
+        if function is torch.ops.aten._to_copy.default and options.get("device") == CPU != arguments[0].device:
+            return torch.zeros(arguments[0].shape, dtype=options.get("dtype"))
+        return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sum_device", [None, CPU])
+def test_an_offloaded_optimizer_moves_gradients_and_weights_once_per_step(dtype, sum_device):
+    model = torch.nn.Linear(4, 3, bias=False, device="meta")
+    with Transfers() as transfers:
+        masters = masters_of(model, dtype, device=CPU, sum_device=sum_device, lr=1e-2)
+        cast_parameters(model, dtype)
+        for _ in range(3):
+            model(torch.ones(8, 4, dtype=dtype, device="meta")).sum().backward()
+        masters.collect()
+        masters.optimizer.step()
+    *gradients, weight = transfers.made
+    assert weight == ("cpu", "meta", dtype, 12)
+    sums = [torch.float32] if sum_device is None else [torch.float32, dtype, dtype]
+    assert gradients == [("meta", "cpu", each, 12) for each in sums]
+
+
+def test_gradients_that_are_large_for_the_gpu_are_summed_in_cpu_memory():
+    assert sums_fit(5_000_000_000, 80e9) and not sums_fit(7_600_000_000, 80e9) and sums_fit(7_600_000_000, 141e9)
+
+
+def test_discarded_gradients_do_not_reach_the_masters():
+    model = linear()
+    masters = masters_of(model, torch.bfloat16, lr=0.0)
+    cast_parameters(model, torch.bfloat16)
+    for factor in (100.0, 1.0):
+        masters.discard()
+        (model.bias * factor).sum().backward()
+    masters.collect()
+    assert masters.masters[1].grad.tolist() == [1.0] * 3
+
+
+def test_ranks_add_up_their_sums_once_per_step():
+    """The second rank has no gradient of the weight, the first has none of the bias, and none has one of the third."""
+    calls = []
+
+    def with_the_other_rank(tensors):
+        calls.append([tuple(t.shape) for t in tensors])
+        if len(calls) == 1:
+            tensors[0] += torch.tensor([0.0, 1.0, 0.0])
+        else:
+            tensors[1] += 2.0
+
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2)) for _ in range(3)])
+    masters = masters_of(model, torch.bfloat16, lr=0.0)
+    cast_parameters(model, torch.bfloat16)
+    for _ in range(3):
+        model[0].sum().backward()
+    masters.collect(with_the_other_rank)
+    assert calls == [[(3,)], [(2,), (2,)]]
+    assert [None if m.grad is None else m.grad.tolist() for m in masters.masters] == [[3.0, 3.0], [2.0, 2.0], None]
 
 
 def test_a_checkpoint_resumes_with_masters_on_another_device_or_none():
@@ -125,7 +180,7 @@ def test_an_offloaded_optimizer_uses_no_gpu_memory():
     model(torch.ones(1, 1024, device="cuda")).sum().backward()  # cuBLAS allocates its workspaces, up to 32 MiB each
     model.zero_grad(set_to_none=True)
     before = torch.cuda.memory_allocated()
-    masters = masters_of(model, early=True, device=torch.device("cpu"), lr=1e-2)
+    masters = masters_of(model, device=torch.device("cpu"), lr=1e-2)
     start = model.weight.clone()
     model(torch.ones(1, 1024, device="cuda")).sum().backward()
     masters.optimizer.step()

@@ -68,6 +68,8 @@ class AccelerateBackend(TrainingBackend):
     def __init__(self, accelerator: Accelerator, model: Any, optimizer: Any, masters: MasterWeights) -> None:
         self.model, self._accelerator, self._optimizer, self._masters = model, accelerator, optimizer, masters
         self._sharded = bool(accelerator.is_fsdp2)
+        # DDP and FSDP2 average gradients over ranks. Masters are summed.
+        self._ranks_in_mean = 1 if masters.has_separate_masters else accelerator.num_processes
 
     @override
     def no_sync(self) -> AbstractContextManager[Any]:
@@ -75,7 +77,7 @@ class AccelerateBackend(TrainingBackend):
 
     @override
     def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss * self._accelerator.num_processes)
+        self._accelerator.backward(loss * self._ranks_in_mean)
 
     @override
     def clip(self, limit: float) -> float:

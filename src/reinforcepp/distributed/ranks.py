@@ -358,8 +358,11 @@ class Ranks:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
             prepared, wrapped = self.accelerator.prepare(model, masters.optimizer)
             masters.use_shards()
-        else:  # The optimizer's tensors stay on their device, which can be the CPU.
-            prepared, wrapped = self.accelerator.prepare(model, masters.optimizer, device_placement=[None, False])
+        else:
+            # Gradients of separate masters are summed over ranks without DDP, see ``Learner.clip``.
+            prepared = self.accelerator.prepare_model(model, evaluation_mode=masters.has_separate_masters)
+            # The optimizer's tensors stay on their device, which can be the CPU.
+            wrapped = self.accelerator.prepare_optimizer(masters.optimizer, device_placement=False)
         return AccelerateBackend(self.accelerator, prepared, wrapped, masters)
 
     # --- communication between ranks ---
@@ -401,6 +404,14 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Return the element-wise sum over ranks."""
         return self.accelerator.reduce(values, reduction="sum")
+
+    def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor, on any device, by its sum over ranks. All ranks must pass tensors of the same shapes."""
+        for tensor in tensors:
+            part = tensor.to(self.device)
+            distributed.all_reduce(part)
+            if part is not tensor:
+                tensor.copy_(part)
 
     def max(self, values: Tensor) -> Tensor:
         """Return the element-wise maximum over ranks."""

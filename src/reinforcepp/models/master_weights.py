@@ -7,7 +7,7 @@ the model computes with rounded copies, as the rollout engine does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,16 +61,17 @@ class MasterWeights:
     """Float32 master weights of parameters in a narrower dtype, and the optimizer that updates them.
 
     Create it before ``cast_parameters``, so that the masters have full precision. A float32 parameter is its own master,
-    unless ``device`` is given: then all masters, gradients and moments are on that device, and the step runs there. Gradients
-    of several backward passes are accumulated in float32: call ``collect`` after every pass to move them to the masters.
+    unless ``device`` is given: then all masters, gradients and moments are on that device, and the step runs there.
+
+    As soon as a backward pass has computed the gradient of a parameter with a separate master, it is added to a float32 sum
+    over all passes and freed. Before the optimizer step, ``collect`` gives the sums to the masters.
 
     Args:
         optimizer: of the model's parameters; from now on it updates their masters, and each of its steps is followed by
             ``publish``.
         dtype: that the parameters will be cast to.
-        early: move each gradient as soon as it is computed, which saves memory; not for data-parallel training, which must
-            reduce gradients over ranks first.
         device: of the masters (offloading); by default that of the parameters.
+        sum_device: of the sums; by default that of the parameters, so that gradients move to ``device`` once per step.
     """
 
     def __init__(
@@ -78,43 +79,75 @@ class MasterWeights:
         optimizer: torch.optim.Optimizer,
         dtype: torch.dtype = torch.float32,
         *,
-        early: bool = False,
         device: torch.device | None = None,
+        sum_device: torch.device | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.model_parameters = self._of_optimizer()
         self.group_sizes = [len(group["params"]) for group in optimizer.param_groups]
-        if dtype != torch.float32 or device is not None:
+        self.has_separate_masters = dtype != torch.float32 or device is not None
+        """Whether the masters are separate tensors."""
+        if self.has_separate_masters:
             for group in optimizer.param_groups:
                 group["params"] = [self._replaced(parameter, device) for parameter in group["params"]]
         self.masters = self._of_optimizer()
         optimizer.register_step_post_hook(lambda *_: self.publish())
-        if self.has_separate_masters and early:
-            for live, master in zip(self.model_parameters, self.masters, strict=True):
+        self._sums: list[Tensor | None] = [None] * len(self.masters)
+        self._sum_device = sum_device
+        if self.has_separate_masters:
+            for index, live in enumerate(self.model_parameters):
                 live.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(move_gradient, master=master)
+                    partial(self._add_gradient, index)
                 )
-
-    @property
-    def has_separate_masters(self) -> bool:
-        """Whether any master is a separate tensor."""
-        return any(live is not master for live, master in zip(self.model_parameters, self.masters, strict=True))
 
     def use_shards(self) -> None:
         """Use the shards in the parameter groups as parameters and masters, after FSDP has replaced the parameters."""
         self.model_parameters = self.masters = self._of_optimizer()
 
-    def collect(self) -> None:
-        """Add the parameters' gradients to those of the masters and free them."""
-        for live, master in zip(self.model_parameters, self.masters, strict=True):
-            if live is not master:
-                move_gradient(live, master)
+    def _add_gradient(self, index: int, live: Tensor) -> None:
+        """Add a parameter's gradient to its sum, and free it."""
+        self._sums[index] = added_gradient(self._sums[index], live, self._sum_device)
+
+    @torch.no_grad()
+    def collect(self, sum_over_ranks: Callable[[Sequence[Tensor]], None] | None = None) -> None:
+        """Give the sums of the gradients since the last call to the masters.
+
+        Args:
+            sum_over_ranks: adds tensors up over ranks in place, for data-parallel training. It is called on every rank with
+                tensors of the same shapes.
+        """
+        if not self.has_separate_masters:
+            return
+        if sum_over_ranks is not None:
+            self._sum_over_ranks(sum_over_ranks)
+        for index, (total, master) in enumerate(zip(self._sums, self.masters, strict=True)):
+            if total is not None:
+                master.grad = total if total.device == master.device else in_pinned_memory(total)
+                self._sums[index] = None
+        if self.masters and self.masters[0].device != self.model_parameters[0].device:
+            wait_for_copies(self.model_parameters[0].device)
+
+    def _sum_over_ranks(self, sum_over_ranks: Callable[[Sequence[Tensor]], None]) -> None:
+        """Add the sums up over ranks. Only a parameter without a gradient on any rank has none, as with a single rank."""
+        has_gradient = torch.tensor([float(total is not None) for total in self._sums])
+        sum_over_ranks([has_gradient])
+        for index, somewhere in enumerate(has_gradient.tolist()):
+            if somewhere and self._sums[index] is None:
+                live = self.model_parameters[index]
+                self._sums[index] = torch.zeros_like(live, dtype=torch.float32, device=self._sum_device)
+        sum_over_ranks([total for total in self._sums if total is not None])
+
+    def discard(self) -> None:
+        """Discard the gradients that ``collect`` would give to the masters."""
+        self._sums = [None] * len(self.masters)
 
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the masters into the parameters, rounded to their dtype."""
         for live, master in zip(self.model_parameters, self.masters, strict=True):
-            if live is not master:
+            if live.device != master.device:
+                live.copy_(in_pinned_memory(master, live.dtype), non_blocking=True)
+            elif live is not master:
                 live.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,13 +183,50 @@ class MasterWeights:
         return master
 
 
-def move_gradient(live: Tensor, master: Tensor) -> None:
-    """Add a parameter's gradient to that of its master, on the master's device, and free it."""
-    if live.grad is None:
-        return
-    gradient = live.grad.to(master.device)
-    if master.grad is None:
-        master.grad = gradient.float()
-    else:
-        master.grad += gradient
+SUMS_SHARE = 0.25
+"""Offloading leaves the float32 sums of gradients on the GPU if they need at most this share of its memory."""
+
+
+def sums_fit(parameters: int, memory: float) -> bool:
+    """Return whether the gradients of an offloaded optimizer can be summed on a GPU with ``memory`` bytes.
+
+    Otherwise every gradient of every pass moves to CPU memory and is added there, which gives the same sums and takes longer.
+    """
+    return torch.float32.itemsize * parameters <= SUMS_SHARE * memory
+
+
+def added_gradient(total: Tensor | None, live: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return the float32 sum of ``total`` and a parameter's gradient, which is freed.
+
+    Args:
+        total: the sum of earlier passes, updated in place; None before the first one.
+        live: the parameter.
+        device: of the sum; by default that of the parameter.
+    """
+    gradient = live.grad
+    assert gradient is not None
     live.grad = None
+    if total is None:
+        gradient = gradient.float()
+    if device not in (None, gradient.device):
+        gradient = in_pinned_memory(gradient)
+        wait_for_copies(live.device)
+    if total is None:
+        return gradient
+    total += gradient
+    return total
+
+
+def in_pinned_memory(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a copy in CPU memory that a GPU reads and writes by itself; see :func:`wait_for_copies`.
+
+    torch keeps freed pinned memory for the next copies, so only the first optimizer step allocates it.
+    """
+    copied = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, pin_memory=torch.cuda.is_available())
+    return copied.copy_(tensor, non_blocking=True)
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Wait until copies from a GPU to CPU memory are complete."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -19,6 +19,7 @@ from reinforcepp.config.reward_spec import RewardSource, parse_source
 from reinforcepp.devices import choose_device
 from reinforcepp.errors import ConfigError, RolloutError, option, setting
 from reinforcepp.models.loading import load_config, parameter_count, prompt_limit
+from reinforcepp.models.master_weights import sums_fit
 from reinforcepp.models.precision import automatic_precision, compute_dtype, format_flops, slow_precision
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.planner import report
@@ -179,7 +180,7 @@ def make_plan(
     ranks = ranks_of(max(1, device.gpus))
     if sources is None:
         sources = [parse_source(text) for text in config.reward_sources]
-    job, notes = _job(config, policy_config, dtype, ranks, limit, sources, on_gpu=device.gpus > 0)
+    job, notes = _job(config, policy_config, dtype, ranks, limit, sources, device)
     rows = Rows.of(config, ranks, vllm_on_gpu=job.vllm_on_gpu)
     limits = largest(job, config, device.memory)
     smaller = with_micro(rows, config, max(1, min(rows.micro, limits.micro_batch_size)), ranks)
@@ -219,11 +220,11 @@ def _job(
     ranks: int,
     limit: int,
     sources: Sequence[RewardSource],
-    *,
-    on_gpu: bool,
+    device: Device,
 ) -> tuple[Job, list[str]]:
     """Return the training's models and settings, and the assumptions about them."""
     notes: list[str] = []
+    on_gpu, memory = device.gpus > 0, device.memory
     size = RowSize(config.max_prompt_length or min(limit, ASSUMED_PROMPT), config.max_new_tokens)
     if config.max_prompt_length is None:
         notes.append(
@@ -236,8 +237,6 @@ def _job(
         dtype,
         size,
         config,
-        early=ranks == 1 or config.fsdp,
-        offload=offload,
         shards=ranks if config.fsdp else 1,
     )
 
@@ -257,16 +256,20 @@ def _job(
     judge = config.judge_name
     models = [source.path or "" for source in sources if source.kind == "model"]
     notes += [f"Memory and time of {source.target} aren't included." for source in sources if source.kind == "function"]
+    policy, has_critic = trained(), config.estimator_spec.uses_critic
+    if cpu_sums := offload and not sums_fit(policy.trained * (1 + has_critic), memory):
+        policy = trained(cpu_sums=True)
     return Job(
-        policy=trained(),
+        policy=policy,
         reward=combined([] if config.reward_workers else [frozen(model, "reward model") for model in models]),
-        critic=trained(values=True) if config.estimator_spec.uses_critic else None,
+        critic=trained(values=True, cpu_sums=cpu_sums) if has_critic else None,
         judge=frozen(judge, "judge") if judge is not None and parse_source(judge).kind == "model" else None,
         size=size,
         dtype=dtype,
         engine=engine,
         gpus=ranks if on_gpu else 0,
         offload=offload,
+        sums_on_cpu=cpu_sums,
         rollout_copies=config.staleness,
         ranks=ranks,
         sharded=config.fsdp,

@@ -54,6 +54,8 @@ class Job:
     """GPUs of all nodes; 0 for a CPU."""
     offload: bool = False
     """Whether the optimizer's tensors are in CPU memory while the policy is on a GPU."""
+    sums_on_cpu: bool = False
+    """Whether an offloaded optimizer's gradients are summed in CPU memory, too."""
     rollout_copies: int = 0
     """Copies of the policy for asynchronous rollouts."""
     ranks: int = 1
@@ -89,7 +91,7 @@ class Job:
     @property
     def gradient_bytes(self) -> float:
         """Bytes per weight of a gradient between two passes."""
-        return 0 if self.offload else FLOAT / self.shards
+        return 0 if self.sums_on_cpu else FLOAT / self.shards
 
     @property
     def master_bytes(self) -> float:
@@ -152,7 +154,7 @@ def static(job: Job) -> dict[str, float]:
         parts["judge"] = item * job.judge.parameters
     if job.critic is not None:
         parts["critic"] = job.critic.stored + (job.master_bytes + job.moment_bytes) * job.critic.trained
-    if job.ranks > 1 and not job.sharded:
+    if job.ranks > 1 and not (job.sharded or job.has_masters or job.offload):  # Without DDP, there are none.
         parts["gradient buckets"] = item * sum(learner.trained for learner in job.learners)
     return parts
 

@@ -17,7 +17,7 @@ from reinforcepp.errors import ModelError, first_line
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.logprobs import bypass_head
 from reinforcepp.models.lora import is_linear, with_adapter
-from reinforcepp.models.master_weights import move_gradient
+from reinforcepp.models.master_weights import added_gradient
 from reinforcepp.models.precision import cast_parameters
 from reinforcepp.planner.trace import (
     FLOPS,
@@ -136,8 +136,7 @@ def trained_model(
     size: RowSize,
     settings: ComputeConfig | None = None,
     *,
-    early: bool = True,
-    offload: bool = False,
+    cpu_sums: bool = False,
     shards: int = 1,
     values: bool = False,
 ) -> TrainedModel:
@@ -148,8 +147,7 @@ def trained_model(
         dtype: the compute dtype.
         size: tokens per row.
         settings: decide about adapters and gradient checkpointing.
-        early: gradients move to float32 one by one during the backward pass, as in a training with a single rank.
-        offload: gradients move to the memory of another device.
+        cpu_sums: gradients move to CPU memory one by one.
         shards: number of devices that share the gradients.
         values: the output layer has one output instead of the vocabulary, as in a critic.
 
@@ -173,7 +171,7 @@ def trained_model(
             stored = base + dtype.itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
             head = model.get_output_embeddings()
         skip = partial(bypass_head, head) if separate else nullcontext
-        flow = GradientFlow(early, offload, shards)
+        flow = GradientFlow(cpu_sums, shards)
         passes = [_two_passes(model, head if separate else None, skip, rows, size, settings, flow) for rows in ROWS]
         first, later = (
             Pass(peak_of([snapshots for snapshots, _ in both]), line_through([at_head for _, at_head in both]))
@@ -240,14 +238,12 @@ def meta_errors(config: PreTrainedConfig) -> Iterator[None]:
 
 
 class GradientFlow(NamedTuple):
-    """How gradients reach the float32 masters."""
+    """How gradients reach their float32 sums."""
 
-    early: bool
-    """One by one during the backward pass, instead of all after it."""
-    offload: bool
-    """To the memory of another device."""
+    cpu_sums: bool = False
+    """One by one to CPU memory, instead of to sums on the device."""
     shards: int = 1
-    """Number of devices that share them."""
+    """Number of devices that share the sums."""
 
 
 def padded_inputs(rows: int, size: RowSize) -> dict[str, Any]:
@@ -290,7 +286,7 @@ def _two_passes(
     tracker = MemoryTracker(flow.shards)
     for part in (parts := training_submodules(model, checkpointing=settings.gradient_checkpointing)):
         part.training = True
-    with gradient_hooks(model, tracker, flow) as collect, tracker:
+    with gradient_hooks(model, tracker, flow), tracker:
         for _ in range(2):
             begin = len(tracker.snapshots)
             with skip():
@@ -303,7 +299,6 @@ def _two_passes(
             del output_BTX, output_NX
             result.sum().backward()
             del result
-            collect()
             passes.append((tracker.snapshots[begin:], at_head))
     for part in parts:
         part.training = False
@@ -324,31 +319,26 @@ class _Saved(torch.autograd.Function):
 
 
 @contextmanager
-def gradient_hooks(model: PreTrainedModel, tracker: MemoryTracker, flow: GradientFlow) -> Iterator[Callable[[], None]]:
-    """Move gradients as ``MasterWeights`` does. Yields the function to call after each pass, and clears gradients at the end."""
-    has_masters = model.dtype != torch.float32 or flow.offload
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    masters = {p: torch.empty_like(p, dtype=torch.float32) if has_masters else p for p in trainable}
-    sizes = dict.fromkeys(masters, 0)
+def gradient_hooks(model: PreTrainedModel, tracker: MemoryTracker, flow: GradientFlow) -> Iterator[None]:
+    """Add up gradients as ``MasterWeights`` does, and clear them at the end."""
+    has_masters = model.dtype != torch.float32
+    sums: dict[Tensor, Tensor] = {}
 
-    def accumulated(parameter: Tensor, *, move: bool) -> None:
-        if move and flow.offload:
+    def accumulated(parameter: Tensor) -> None:
+        is_first = parameter not in sums
+        if flow.cpu_sums:
             parameter.grad = None
-        elif move:
-            move_gradient(parameter, masters[parameter])
-        size = sum(t.grad.nbytes for t in {parameter, masters[parameter]} if t.grad is not None)
-        tracker.gradients += size - sizes[parameter]
-        sizes[parameter] = size
+        elif has_masters:
+            sums[parameter] = added_gradient(sums.get(parameter), parameter)
+        elif parameter.grad is not None:
+            sums[parameter] = parameter.grad
+        if is_first and parameter in sums:
+            tracker.gradients += sums[parameter].nbytes
         tracker.record()
 
-    def collect() -> None:
-        for parameter in masters:
-            accumulated(parameter, move=has_masters)
-
-    move = has_masters and flow.early
-    hooks = [p.register_post_accumulate_grad_hook(partial(accumulated, move=move)) for p in masters]
+    hooks = [p.register_post_accumulate_grad_hook(accumulated) for p in model.parameters() if p.requires_grad]
     try:
-        yield collect
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -127,11 +127,10 @@ def training_peak(model: PreTrainedModel, forward: Callable[[int], Tensor], sett
     runs = []
     for texts in ROWS:
         tracker = MemoryTracker()
-        with gradient_hooks(model, tracker, GradientFlow(early=True, offload=False)) as collect, tracker:
+        with gradient_hooks(model, tracker, GradientFlow()), tracker:
             for _ in range(2):
                 begin = len(tracker.snapshots)
                 forward(texts).backward()  # type: ignore[no-untyped-call]
-                collect()
             runs.append(tracker.snapshots[begin:])
     return peak_of(runs)
 

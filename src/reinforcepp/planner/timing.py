@@ -87,8 +87,9 @@ def parallel_step_seconds(
     """Return the seconds of a step by phase, including stragglers ("waiting"), communication, and weight transfer."""
     local = step_seconds(job, rows, config, speeds, lengths)
     elsewhere = job.engine in ("servers", "ray")
-    # Links transfer gradients while passes compute.
-    hidden = pass_seconds(job, rows, config, speeds, lengths)
+    # Under DDP, and with shards, links transfer gradients while passes compute. Sums of separate masters follow the passes.
+    overlaps = job.sharded or not (job.has_masters or job.offload)
+    hidden = pass_seconds(job, rows, config, speeds, lengths) if overlaps else 0.0
     return {
         "rollout": 0.0 if elsewhere else local["rollout"],
         "waiting": 0.0 if elsewhere else straggler_seconds(job, rows, speeds, lengths),
@@ -238,8 +239,9 @@ def adam_seconds(job: Job, rows: Rows, config: ReinforceConfig, reading: float) 
     read = adam_bytes(job, config)
     if not job.offload:
         return read / reading
-    transfers = rows.passes + 1
-    transferred = transfers * job.dtype.itemsize * sum(learner.trained for learner in job.learners)
+    later_passes = (rows.passes - 1) * job.dtype.itemsize if job.sums_on_cpu else 0
+    each = FLOAT + later_passes + job.dtype.itemsize
+    transferred = each * sum(learner.trained for learner in job.learners)
     return read / CPU_MEMORY_BANDWIDTH + transferred * config.updates_per_step / HOST_LINK_BANDWIDTH
 
 
@@ -269,8 +271,8 @@ def node_gather(config: PlanConfig, gpus: int) -> Gather:
 def communication_seconds(job: Job, rows: Rows, config: ReinforceConfig, gather: Gather) -> float:
     """Return the seconds to reduce the gradients of a step, and to gather sharded weights.
 
-    Unsharded: an all-reduce is a reduce-scatter and an all-gather, in 16 bits after every pass, or in float32 once per
-    optimizer step. Sharded: each pass gathers the weights forward and backward, and reduces gradients in float32.
+    Unsharded: an all-reduce in float32 per optimizer step, which is a reduce-scatter and an all-gather. Sharded: each pass
+    gathers the weights forward and backward, and reduces gradients in float32.
     """
     steps = config.updates_per_step
     passes = steps * rows.passes
@@ -280,8 +282,7 @@ def communication_seconds(job: Job, rows: Rows, config: ReinforceConfig, gather:
             weights = gather(job.dtype.itemsize * learner.parameters)
             seconds += passes * (2 * weights + gather(FLOAT * learner.trained))
         else:
-            times = passes if job.has_masters else steps
-            seconds += times * 2 * gather(job.dtype.itemsize * learner.trained)
+            seconds += steps * 2 * gather(FLOAT * learner.trained)
     return seconds
 
 

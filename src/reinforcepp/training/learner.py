@@ -18,7 +18,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.lora import base_model, has_adapter, is_4bit, load_trainable_weights, trainable_weights
-from reinforcepp.models.master_weights import LossScale, MasterWeights
+from reinforcepp.models.master_weights import LossScale, MasterWeights, sums_fit
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.runtime import protect_compiled_code
 from reinforcepp.training.optimizer import Optimizers, make_optimizer, with_given_optimizer
@@ -78,8 +78,7 @@ class Learner:
         self._masters = MasterWeights(
             optimizer,
             torch.float32 if ranks.sharded else dtype,
-            early=ranks.count == 1,
-            device=CPU if config.offload_optimizer and ranks.device != CPU else None,
+            **_offloading(optimizer, ranks.device, config),
         )
         self._sizes = [parameter.numel() for parameter in self._masters.masters]
         self._ranks = ranks
@@ -116,13 +115,14 @@ class Learner:
     def learning(self, *, last: bool = True) -> Iterator[None]:
         """Surround a forward pass and its backward pass, which can recompute the forward pass.
 
-        Ranks reduce their gradients in the ``last`` pass before an optimizer step. Separate master weights collect the
-        gradients of every pass, so with them each pass counts as the last one.
+        DDP and DeepSpeed reduce gradients over ranks in the ``last`` pass before an optimizer step. Separate master weights
+        sum the gradients of all passes in float32, and :meth:`clip` reduces the sums. FSDP2 reduces in every pass, because a
+        rank has no memory for gradients of whole weights.
         """
         for part in self._training_submodules:
             part.training = True
         try:
-            with nullcontext() if last or self._masters.has_separate_masters else self.backend.no_sync():
+            with nullcontext() if last else self.backend.no_sync():
                 yield
         finally:
             for part in self._training_submodules:
@@ -131,10 +131,10 @@ class Learner:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's share of the loss."""
         self.backend.backward(self._scale.scale(loss))
-        self._masters.collect()
 
     def clip(self) -> float:
-        """Clip the accumulated gradients to ``max_grad_norm``; return their norm before clipping."""
+        """Clip the gradients accumulated on all ranks to ``max_grad_norm``; return their norm before clipping."""
+        self._masters.collect(self._ranks.sum_in_place if self._ranks.count > 1 else None)
         self._scale.unscale(self._masters.masters)
         norm = self.backend.clip(self._max_grad_norm)
         self._scale.update(norm)
@@ -167,6 +167,7 @@ class Learner:
 
     def drop_gradients(self) -> None:
         """Discard the accumulated gradients."""
+        self._masters.discard()
         self.backend.discard_gradients()
 
     def _probes(self) -> list[tuple[Tensor, Tensor]]:
@@ -217,6 +218,16 @@ class Learner:
         self._scale.load_state_dict(scheduler["loss_scale"])
         schedule = {name: value for name, value in scheduler.items() if name != "loss_scale"}
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **schedule})
+
+
+def _offloading(optimizer: torch.optim.Optimizer, device: torch.device, config: ReinforceConfig) -> dict[str, Any]:
+    """Return where ``offload_optimizer`` keeps the masters and sums the gradients, as arguments of ``MasterWeights``."""
+    if not config.offload_optimizer or device == CPU:
+        return {}
+    trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    memory = torch.cuda.get_device_properties(device).total_memory
+    fit = sums_fit(trained * (1 + config.estimator_spec.uses_critic), memory)
+    return {"device": CPU, "sum_device": None if fit else CPU}
 
 
 def _is_json(value: Any) -> bool:
