@@ -6,10 +6,13 @@ import math
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, TrainingDiverged, UnusableUpdate
 from reinforcepp.training.guardrails import PATIENCE_STEPS, Guardrails, RollBack
+from reinforcepp.training.learner import Learner
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
 FINE = {"step": 1, "kl": 0.1, "entropy": 2.0, "completions/mean_length": 20.0, "completions/distinct_ratio": 1.0}
@@ -295,6 +298,31 @@ def test_the_coefficient_follows_the_kl(base, tmp_path):
     coefs = [m["kl_coef"] for m in log]
     assert coefs[0] == 0.1 and coefs[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 40))  # the first KL is 0
     assert log[-1]["kl"] > 1.2e-4 and coefs[-1] == pytest.approx(coefs[-2] * (1 + 0.2 * 8 / 40), rel=1e-6)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the values that the CPU reads from tensors: on a GPU, it would wait for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function in WAITING
+        return function(*arguments, **(options or {}))
+
+
+WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default}
+
+
+def test_an_optimizer_step_waits_for_few_values_however_many_weights_there_are():
+    counts = []
+    for layers in (1, 4):
+        model = tiny.model(n_layer=layers)
+        learner = Learner(model, Ranks(), ReinforceConfig(mixed_precision="no"), learning_rate=1e-3, steps=2)
+        learner.backward(learner.model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.square().mean())
+        with Waits() as waits:
+            learner.step(learner.clip())
+        counts.append(waits.count)
+    assert counts == [2, 2]  # the norm, and whether a weight changed
 
 
 def test_unchanged_weights_stop_the_run(base, tmp_path):

@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 MOMENT_BYTES = 8
 """AdamW's two float32 moments of a weight."""
-PROBED_WEIGHTS = 8
+PROBED_WEIGHTS, PROBED_GRADIENTS = 8, 32
+"""Weights whose change an optimizer step must show, and gradients that are searched at a time for nonzero ones."""
 MIN_PROBED_RATE = 1e-6
 """Below this learning rate a step can be smaller than the distance between float32 numbers near 1."""
 
@@ -149,7 +149,8 @@ class Learner:
         rate = float(self.scheduler.get_last_lr()[0])
         probes = self._probes() if rate >= MIN_PROBED_RATE and norm > 0 else []
         self.backend.step()
-        if probes and all(torch.equal(self.backend.full_weight(weight), before) for weight, before in probes):
+        changed = [(self.backend.full_weight(weight) != before).any() for weight, before in probes]
+        if changed and not torch.stack(changed).any():
             raise TrainingDiverged(
                 f"The optimizer step changed no weight at learning rate {rate:g} and gradient norm {norm:.3g}. Check that the "
                 "optimizer holds the model's parameters and that gradients reach them."
@@ -175,8 +176,17 @@ class Learner:
         small = [
             master for _, master in sorted(zip(self._sizes, self._masters.masters, strict=True), key=itemgetter(0))
         ]
-        moved = (p for p in small if (gradient := self.backend.full_gradient(p)) is not None and bool(gradient.any()))
-        return [(p, self.backend.full_weight(p).detach().clone()) for p in islice(moved, PROBED_WEIGHTS)]
+        moved: list[Tensor] = []
+        for start in range(0, len(small), PROBED_GRADIENTS):
+            gradients = [(p, self.backend.full_gradient(p)) for p in small[start : start + PROBED_GRADIENTS]]
+            flags = {p: gradient.any() for p, gradient in gradients if gradient is not None}
+            if not flags:
+                continue
+            # One transfer for all of them, because each makes the CPU wait for the GPU.
+            moved += [p for p, nonzero in zip(flags, torch.stack([*flags.values()]).tolist(), strict=True) if nonzero]
+            if len(moved) >= PROBED_WEIGHTS:
+                break
+        return [(p, self.backend.full_weight(p).detach().clone()) for p in moved[:PROBED_WEIGHTS]]
 
     @torch.no_grad()
     def refresh(self) -> None:

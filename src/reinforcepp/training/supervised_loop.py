@@ -185,7 +185,9 @@ class TrainingCallback(TrainerCallback):
         """Skip an update whose gradient isn't finite, which holds on all ranks alike; raise after several in a row."""
         self._check_stop()
         model = live["model"]
-        finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+        # One transfer for all of them, because each makes the CPU wait for the GPU.
+        checks = [torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None]
+        finite = not checks or bool(torch.stack(checks).all())
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if finite:
             return
