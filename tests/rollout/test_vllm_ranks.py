@@ -25,6 +25,8 @@ def gpus(monkeypatch):
     gpus = {"current": 3, "states": list("abcdefgh")}
 
     def exchange(index):
+        if index < 0:  # leaves the device alone, as in torch
+            return -1
         before, gpus["current"] = gpus["current"], index
         return before
 
