@@ -91,7 +91,7 @@ EVERY_TRAINING: Mapping[str, str] = {
     "learning_rate": "No rate fits every model size (`defaults.json`, [rates](best_practices.md)).",
     "save_every": "A killed run repeats at most 50 steps. It ends with the same weights (`kill.json`).",
     "keep_last": "A run resumes from its latest checkpoint. Each one has the size of weights and optimizer state.",
-    "mixed_precision": "Float32 runs on every device. The recipes for GPUs set `bf16`.",
+    "mixed_precision": "Each device computes in its faster dtype. Models below 10 million parameters gain little.",
     "gradient_checkpointing": "It takes up to a third more time. `plan` reports if memory requires it.",
     "lora_dropout": "Dropout changes the policy ratio in `train`, and all commands have the same default.",
     "lora_target_modules": "TRL's `none` works only for architectures that peft lists.",

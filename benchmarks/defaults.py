@@ -113,7 +113,9 @@ def measured_reward(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         reward_models._initialize_head = wide_head
     settings = dict(job["settings"])
     data = few_pairs(folder, settings.pop("pairs")) if "pairs" in settings else job["data"]
-    config = RewardModelConfig(model=job["model"], data=data, output_dir=str(folder / "rm"), save_every=0, **settings)
+    config = RewardModelConfig(
+        model=job["model"], data=data, output_dir=str(folder / "rm"), save_every=0, mixed_precision="no", **settings
+    )
     found: dict[str, Any] = {"heldout_accuracy": None}
     try:
         figures = train_reward_model(config).card.figures
@@ -133,7 +135,9 @@ def measured_sft(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     settings = dict(job["settings"])
     data = few_pairs(folder, settings.pop("pairs"))
-    config = SftConfig(model=job["model"], data=data, output_dir=str(folder / "run"), save_every=0, **settings)
+    config = SftConfig(
+        model=job["model"], data=data, output_dir=str(folder / "run"), save_every=0, mixed_precision="no", **settings
+    )
     heldout = train_language_model(config)
     losses = [step["loss"] for step in lines(folder / "run")]
     found = {"heldout_before": heldout["before"].loss, "heldout_after": heldout["after"].loss}
@@ -151,7 +155,9 @@ def measured_policy(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 
     _, rows, _ = load_prompts(job["data"], heldout_fraction=0, seed=0)
-    config = ReinforceConfig(output_dir=str(folder / "run"), rollout="transformers", save_every=0, **job["settings"])
+    config = ReinforceConfig(
+        output_dir=str(folder / "run"), rollout="transformers", save_every=0, mixed_precision="no", **job["settings"]
+    )
     trainer = ReinforceTrainer(job["model"], "builtin:judge", config, rows)
     try:
         trainer.train()

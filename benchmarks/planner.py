@@ -58,6 +58,7 @@ def configuration(
 ) -> dict[str, Any]:
     lengths = {"max_prompt_length": prompt, "max_new_tokens": new, "max_length": prompt + new}
     usual = {"rollout": "transformers", "eval_prompts": 0, "max_steps": STEPS, "save_every": 2, "judge": "none"}
+    usual["mixed_precision"] = "no"
     return {"policy": policy, "reward": reward or policy, "settings": usual | lengths | settings}
 
 

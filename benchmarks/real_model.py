@@ -109,6 +109,7 @@ class Pipeline:
     def _train_reward(self, data: str, folder: Path, epochs: str, *more: str) -> dict[str, Any]:
         arguments = ["--model", self.given.model, "--data", data, "--output_dir", str(folder), "--overwrite"]
         arguments += ["--num_train_epochs", epochs, "--save_every", "0", "--micro_batch_size", "2"]
+        arguments += ["--mixed_precision", "no"]
         found = self.timed("reward", *arguments, *more)
         figures = json.loads((folder / "reward_model.json").read_text(encoding="utf-8"))["figures"]
         losses = [step["loss"] for step in lines(folder / "metrics.jsonl")]
@@ -132,7 +133,7 @@ class Pipeline:
             "--eval_prompts",
             "0",
         ]
-        sizes += ["--heldout_fraction", given.heldout_fraction, "--save_every", "0"]
+        sizes += ["--heldout_fraction", given.heldout_fraction, "--save_every", "0", "--mixed_precision", "no"]
         return ["--model", given.model, "--reward_model", str(self.reward), "--data", str(self.pairs), *sizes]
 
     def plan(self) -> dict[str, Any]:

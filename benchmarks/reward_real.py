@@ -53,6 +53,7 @@ def score_fold(train: Sequence[Preference], heldout: Sequence[Preference], model
                 heldout_fraction=0,
                 num_train_epochs=epochs,
                 save_every=0,
+                mixed_precision="no",
             )
         )
         return score_pairs(load_reward_model(str(output)), heldout)

@@ -16,6 +16,7 @@ def trainer(base, folder, reward=spread, data=PROMPTS, *others, arguments=None, 
         "max_prompt_length": 40,
         "batch_size": 2,
         "max_steps": 2,
+        "mixed_precision": "no",  # the tests compare exact numbers
     }
     args = ReinforceConfig(**(usual | {"rollout": "transformers", "learning_rate": 1e-3} | settings))
     return ReinforceTrainer(base, reward, args, data, *others, **(arguments or {}))

@@ -63,6 +63,7 @@ EQUIVALENT = [
     ),
     ({"model_init_kwargs": '{"attn_implementation": "eager"}'}, {"attn_implementation": "eager"}),
     ({"model_init_kwargs": '{"dtype": "bfloat16"}'}, {"mixed_precision": "bf16"}),
+    ({"model_init_kwargs": '{"dtype": "float32"}'}, {}),
     ({"model_init_kwargs": '{"dtype": "auto", "revision": "main", "device_map": null}'}, {}),
     ({"eval_strategy": "steps", "logging_steps": 2}, {"eval_every": 2, "logging_steps": 2}),
     ({"top_k": -1}, {"top_k": 0}),
@@ -146,7 +147,7 @@ def test_evaluations_are_due_with_the_logs_if_eval_steps_is_missing(given, every
 
 def test_the_dtype_of_a_reward_model_is_that_of_its_weights():
     config = RewardModelConfig(model_init_kwargs={"dtype": "bfloat16"})
-    assert (config.dtype, config.mixed_precision) == ("bfloat16", "no")
+    assert (config.dtype, config.mixed_precision) == ("bfloat16", "auto")
 
 
 def test_settings_without_effect_are_reported_once(capsys):

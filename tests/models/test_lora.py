@@ -430,7 +430,7 @@ def test_an_adapter_on_4_bit_weights_trains(bases, tmp_path, settings):
 def test_gradients_through_4_bit_weights_equal_those_through_dequantized_weights(bases):
     from bitsandbytes.functional import dequantize_4bit
 
-    settings = ReinforceConfig(use_peft=True, load_in_4bit=True, lora_r=4)
+    settings = ReinforceConfig(use_peft=True, load_in_4bit=True, lora_r=4, mixed_precision="no")
     rounded = with_adapter(start_policy(bases["llama"], settings), settings, seed=0)
     plain = with_adapter(load_policy(bases["llama"]), settings, seed=0)
     parts = dict(base_model(plain).named_modules())

@@ -9,7 +9,7 @@ import torch
 from reinforcepp import ReinforceConfig
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.models import precision
-from reinforcepp.models.precision import SMALL_PARAMETERS, automatic_precision, inference_dtype
+from reinforcepp.models.precision import SMALL_PARAMETERS, automatic_precision, inference_dtype, slow_precision
 
 LARGE = SMALL_PARAMETERS
 NATIVE, EMULATED = (199e9, 102e9), (0.9e9, 77e9)
@@ -85,6 +85,10 @@ def test_automatic_precision_on_a_gpu(gpu):
     gpu(bf16=False)
     chosen, reason = automatic_precision(ReinforceConfig(), LARGE)
     assert chosen == "no" and "mixed_precision='fp16'" in reason
+    bf16 = ReinforceConfig(mixed_precision="bf16")
+    assert slow_precision(bf16, on_gpu=True) == f"mixed_precision bf16: {reason}."
+    gpu(bf16=True)
+    assert slow_precision(bf16, on_gpu=True) == ""
     assert automatic_precision(ReinforceConfig(), LARGE, "NVIDIA H100")[0] == "bf16"  # planned, not present
 
 

@@ -62,13 +62,14 @@ def real_peak(config, family, number):
     return gradients + max(map(sum, live.snapshots))
 
 
+EXACT = {"mixed_precision": "no"}
 CASES = {
-    "gpt2": (RewardModelConfig(), "gpt2"),
-    "llama": (RewardModelConfig(), "llama"),
-    "bert": (RewardModelConfig(), "bert"),
-    "recomputed": (RewardModelConfig(gradient_checkpointing=True), "llama"),
-    "lora": (RewardModelConfig(use_peft=True, lora_r=4), "llama"),
-    "sft": (SftConfig(), "llama"),
+    "gpt2": (RewardModelConfig(**EXACT), "gpt2"),
+    "llama": (RewardModelConfig(**EXACT), "llama"),
+    "bert": (RewardModelConfig(**EXACT), "bert"),
+    "recomputed": (RewardModelConfig(**EXACT, gradient_checkpointing=True), "llama"),
+    "lora": (RewardModelConfig(**EXACT, use_peft=True, lora_r=4), "llama"),
+    "sft": (SftConfig(**EXACT), "llama"),
 }
 
 
@@ -84,7 +85,7 @@ def test_the_peak_of_a_real_pass(name):
 
 def test_weights_and_moments():
     model = AutoModelForSequenceClassification.from_config(CONFIGS["llama"])
-    config = RewardModelConfig(criteria=("a", "b", "c"))
+    config = RewardModelConfig(criteria=("a", "b", "c"), **EXACT)
     found = supervised_memory(config, CONFIGS["llama"], LENGTH)
     parameters = sum(p.numel() for p in model.parameters()) + 64  # three outputs instead of the two of transformers
     assert (found.weights, found.moments) == (4 * parameters, 8 * parameters)

@@ -21,7 +21,12 @@ STEPS = 6
 
 
 def learner(tmp_path, model=None, optimizers=(None, None), **settings) -> Learner:
-    defaults = {"output_dir": str(tmp_path / "run"), "learning_rate": 1e-2, "max_grad_norm": 1e9}
+    defaults = {
+        "output_dir": str(tmp_path / "run"),
+        "learning_rate": 1e-2,
+        "max_grad_norm": 1e9,
+        "mixed_precision": "no",
+    }
     config = ReinforceConfig(**(defaults | settings))
     made, _ = start_learners(model or tiny.model(), config, Ranks((), tmp_path), updates=STEPS, optimizers=optimizers)
     return made

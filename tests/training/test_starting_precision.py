@@ -8,8 +8,10 @@ import torch
 from small_trainer import trainer
 
 from reinforcepp import ReinforceConfig, RewardModelConfig, SftConfig
+from reinforcepp.config import CompareAlgorithmsConfig, PlanConfig, TrainConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models import precision
+from reinforcepp.models.loading import load_config
 from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.reports.run.page import _environment
 from reinforcepp.run_dir import FINISHED
@@ -106,3 +108,21 @@ def test_ranks_use_the_choice_of_rank_zero(cpu, monkeypatch):
         monkeypatch.setattr(ranks, "is_main", lambda main=main: main)
         assert with_precision(config, tiny.model().config)[0].mixed_precision == expected
         cpu(NATIVE)
+
+
+@pytest.mark.parametrize(
+    "kind", [ReinforceConfig, TrainConfig, CompareAlgorithmsConfig, PlanConfig, SftConfig, RewardModelConfig]
+)
+def test_every_training_chooses_by_default(kind):
+    assert kind().mixed_precision == kind(bf16=None).mixed_precision == "auto"
+    assert kind(bf16=True).mixed_precision == "bf16" and kind(bf16=False).mixed_precision == "no"
+
+
+def test_the_built_in_model_computes_in_float32_on_every_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(precision, "cpu_flops", lambda: NATIVE)
+    model = load_config("builtin:tiny")
+    assert all(
+        with_precision(kind(), model)[0].mixed_precision == "no" for kind in (ReinforceConfig, RewardModelConfig)
+    )

@@ -140,7 +140,7 @@ class ReinforceConfig(
     disable_dropout: bool = True
     """Accepted for TRL: dropout is always off, so that the policy ratio starts at 1"""
     cast_lm_head_to_fp32: bool = False
-    """Accepted for TRL without mixed_precision: the head then computes in float32"""
+    """Accepted for TRL: the head computes in float32, and mixed_precision auto is no"""
     offload_optimizer: bool = False
     """Keep the optimizer state in CPU memory and step on the CPU; slower on a GPU"""
 

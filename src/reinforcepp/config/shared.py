@@ -249,7 +249,7 @@ MODEL_CONFIG = frozenset({"attn_implementation", "dtype", *(setting.name for set
 class ComputeConfig(AdapterConfig, DeviceConfig):
     """How a model is trained. Apart from LoRA, these settings change results only by rounding error."""
 
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Compute in 16 bits, with float32 master weights; auto: bf16 if it is fast here"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time"""

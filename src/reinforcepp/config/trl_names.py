@@ -321,20 +321,18 @@ def _model_init(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
             continue  # the defaults of TRL's ModelConfig, which its scripts pass on
         if name in ("dtype", "torch_dtype") and dtype in DTYPES and hasattr(context.view, "dtype"):
             settings["dtype"] = dtype
-        elif name in ("dtype", "torch_dtype") and dtype in DTYPES:
+        elif name in ("dtype", "torch_dtype") and dtype in ("bfloat16", "float16"):
             settings["mixed_precision"] = DTYPES[dtype]
-            if dtype != "float32":
-                print_once(
-                    f"model_init_kwargs: dtype {dtype} is mixed_precision {DTYPES[dtype]} here, which computes in 16 bits and "
-                    "keeps the optimizer's weights in float32."
-                )
+            print_once(
+                f"model_init_kwargs: dtype {dtype} is mixed_precision {DTYPES[dtype]} here, which computes in 16 bits and "
+                "keeps the optimizer's weights in float32."
+            )
         elif name in ("attn_implementation", "trust_remote_code") and hasattr(context.view, name):
             settings[name] = value
         elif name in ("dtype", "torch_dtype") and dtype == "auto":
-            print_once(
-                "model_init_kwargs: dtype auto has no effect here, because weights are trained in float32. Give mixed_precision "
-                "bf16 to compute in 16 bits."
-            )
+            print_once("model_init_kwargs: dtype auto has no effect here, because weights are trained in float32.")
+        elif name in ("dtype", "torch_dtype") and dtype == "float32":
+            continue  # the dtype of the weights, as in TRL, which computes in bf16 unless bf16 is False
         elif name == "use_cache":
             print_once("use_cache has no effect here, because generation has a cache and training has none.")
         else:

@@ -52,10 +52,14 @@ def automatic_precision(config: ComputeConfig, parameters: int, device: str | No
         return "no", "the default for accelerators other than GPUs with CUDA"
     if device != "cuda":
         return "bf16", f"{device} has bfloat16 instructions"
-    title = torch.cuda.get_device_name()
     if has_bf16():
-        return "bf16", f"{title} has bfloat16 instructions"
-    return "no", f"{title} has no bfloat16 instructions; {option('mixed_precision', 'fp16')} is faster"
+        return "bf16", f"{torch.cuda.get_device_name()} has bfloat16 instructions"
+    return "no", _no_bf16()
+
+
+def _no_bf16() -> str:
+    name = torch.cuda.get_device_name()
+    return f"{name} has no bfloat16 instructions, but {option('mixed_precision', 'fp16')} is fast"
 
 
 def has_bf16() -> bool:
@@ -84,14 +88,16 @@ def inference_dtype(requested: str, *stored: torch.dtype | None) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 and not has_bf16() else dtype
 
 
-def slow_precision(config: ComputeConfig) -> str:
-    """Return a warning if a training on this CPU computes much slower in ``mixed_precision`` bf16 than in float32.
+def slow_precision(config: ComputeConfig, *, on_gpu: bool = False) -> str:
+    """Return a warning if a training on this CPU, or on this GPU, computes much slower in bfloat16 than it could.
 
     A CPU without bfloat16 instructions emulates them, up to 100 times slower. The flags of the CPU don't tell, because
     libraries can be limited to older instructions. So both are measured.
     """
     if config.mixed_precision != "bf16":
         return ""
+    if on_gpu:
+        return "" if has_bf16() else f"mixed_precision bf16: {_no_bf16()}."
     bf16, float32 = cpu_flops()
     if bf16 * SLOW_RATIO > float32:
         return ""

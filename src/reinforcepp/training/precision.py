@@ -59,6 +59,7 @@ def _reason(config: AnyConfig, model_config: PreTrainedConfig, started: Mapping[
 
 
 def warn_about_precision(config: ComputeConfig) -> None:
-    """Print a warning if the training runs on a CPU that is much slower in ``mixed_precision`` than in float32."""
-    if not torch.accelerator.is_available() and (warning := slow_precision(config)):
+    """Print a warning if the device of the training emulates ``mixed_precision``."""
+    on_gpu = torch.cuda.is_available()
+    if (on_gpu or not torch.accelerator.is_available()) and (warning := slow_precision(config, on_gpu=on_gpu)):
         echo(warning, "yellow")
