@@ -791,6 +791,24 @@ def security(result: dict[str, Any]) -> str:
     return table(["id", "attack", "before", "now", "test in tests/security"], rows) + made_by(result)
 
 
+def hardware(result: dict[str, Any]) -> str:
+    def row(planned: dict[str, Any]) -> list[str]:
+        gpus = f"{planned['gpus']} x " if planned["gpus"] > 1 else ""
+        memory = f"{planned['peak_gib']:.1f} of {planned['memory_gib']:.0f} GiB"
+        seconds = f"{planned['seconds_per_step']:.0f}" if planned["fits"] else ""
+        return [
+            planned["model"],
+            planned["way"],
+            gpus + planned["device"],
+            memory,
+            "yes" if planned["fits"] else "no",
+            seconds,
+        ]
+
+    titles = ["model", "trained", "GPU", "peak memory of a GPU", "fits", "seconds/step"]
+    return table(titles, [row(planned) for planned in result["rows"]]) + made_by(result)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -842,6 +860,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "trl_compat": (trl_compat, "trl_compat"),
     "trl_compat_changes": (trl_compat_changes, "trl_compat"),
     "security": (security, "security"),
+    "hardware": (hardware, "hardware"),
 }
 """For each table, what makes it and from which result file."""
 PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))

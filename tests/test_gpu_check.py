@@ -1,0 +1,121 @@
+"""scripts/gpu_check.sh: the runner of the items, and the items themselves on a CPU with tiny shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from scripts import ROOT
+
+SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+ON_A_CPU = {"offload": "AdamW's state", "gpu_tests": "need a GPU", "logprobs_v2": "needs Triton"}
+"""Items that are skipped on a CPU, and a part of the reason."""
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "benchmarks" / "gpu_check" / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(runner, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *map(str, words)])
+    return runner.main()
+
+
+def test_items_get_a_limit_and_the_total_time_ends(runner, monkeypatch, tmp_path, capsys):
+    limits, now = [], [0.0]
+
+    def start(item, given, environment, limit):
+        limits.append(limit)
+        now[0] += 100
+        status = {"threads": "fail", "qlora": "skipped"}.get(item.name, "pass")
+        return {"item": item.name, "status": status, "seconds": 100.0, "reason": f"because of {item.name}"}
+
+    monkeypatch.setattr(runner, "start", start)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    kept = []
+    monkeypatch.setattr(runner, "keep", kept.append)
+    only = ["--only", "compile_cache", "threads", "weights", "close_awake"]
+    assert run(runner, monkeypatch, tmp_path, "--seconds", 250, *only) == 1
+    assert limits == [200, 90, 50]
+    results = json.loads((tmp_path / "summary.json").read_text())
+    assert [result["status"] for result in results] == ["pass", "fail", "pass", "not run"]
+    out = capsys.readouterr().out
+    assert "because of threads" in out and "2 pass, 1 fail, 1 not run" in out
+    assert run(runner, monkeypatch, tmp_path, "--dry-run", "--only", "weights") == 0
+    assert not kept
+    run(runner, monkeypatch, tmp_path)
+    assert len(kept) == 1 and len(kept[0]) == len(runner.ITEMS)
+
+
+def test_a_process_that_hangs_or_dies_is_a_failure(runner, monkeypatch, tmp_path):
+    given = runner.argparse.Namespace(folder=tmp_path, device="cpu")
+    item = runner.Item("hangs", "none:none", 1, environment=(("MARK", "1"),))
+    program = tmp_path / "__main__.py"
+    monkeypatch.setattr(runner, "HERE", program)
+    program.write_text("import os, time; assert os.environ['MARK'] == '1'; print('begun', flush=True); time.sleep(60)")
+    result = runner.start(item, given, dict(os.environ), 2)
+    assert result["status"] == "fail" and "not finished after 2 s" in result["reason"] and result["seconds"] < 20
+    assert (tmp_path / "hangs.log").read_text() == "begun\n"
+    program.write_text("import sys; sys.exit(3)")
+    result = runner.start(item, given, dict(os.environ), 20)
+    assert "ended with code 3" in result["reason"] == json.loads((tmp_path / "hangs.json").read_text())["reason"]
+
+
+def test_wheels_are_installed_without_a_network(runner, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"no \.whl file"):
+        run(runner, monkeypatch, tmp_path / "out", "--wheels", tmp_path)
+    (tmp_path / "some-1.0-py3-none-any.whl").touch()
+    commands = []
+
+    def pip(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(runner.subprocess, "run", pip)
+    runner.install(tmp_path, tmp_path / "packages")
+    (command,) = commands
+    assert {"--no-index", "--no-deps", str(tmp_path / "packages")} <= set(command) and command[-1].endswith("any.whl")
+    environment = runner.environment_of(runner.argparse.Namespace(folder=tmp_path, device="cpu"))
+    assert (
+        environment["PYTHONPATH"].startswith(str(tmp_path / "packages")) and environment["CUDA_VISIBLE_DEVICES"] == ""
+    )
+
+
+def test_every_item_has_code_and_an_entry_in_the_list():
+    listed = subprocess.run(
+        ["sh", SCRIPT, "--list"],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+    for line in listed.splitlines():
+        module, _, function = line.split()[-1].partition(":")
+        assert f"def {function}(node: Node)" in (ROOT / "benchmarks" / "gpu_check" / f"{module}.py").read_text()
+    assert len(listed.splitlines()) >= 15
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_all_items_run_on_a_cpu(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["sh", SCRIPT, tmp_path, "--device", "cpu", "--seconds", "1500"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1700)
+    results = {result["item"]: result for result in json.loads((tmp_path / "summary.json").read_text())}
+    missing = {name for name, result in results.items() if "not installed" in result.get("reason", "")}
+    for name, result in results.items():
+        expected = "skipped" if name in ON_A_CPU or name in missing else "pass"
+        assert result["status"] == expected, (name, result)
+        assert ON_A_CPU.get(name, "") in result.get("reason", "") or name in missing
+    assert done.returncode == 0, done.stdout
+    assert results["timings_0.5B"]["measured"]["float32"]["head"]["seconds"] > 0
