@@ -45,6 +45,7 @@ def prepare_start(*, sleeps: bool) -> None:
         _trainer_owns_group = torch.distributed.is_initialized()
     if sleeps and _pool_bytes() > 0:
         gc.collect()  # The other engine can belong to a trainer that nothing refers to.
+        torch.cuda.empty_cache()
         if _pool_bytes() > 0:
             raise RolloutError(
                 f"{setting('rollout')} vllm: another vLLM engine of this process shares the GPU with its trainer, and vLLM "
@@ -72,6 +73,7 @@ def clean_up_failed_start(error: BaseException, *, sleeps: bool) -> None:
     gc.collect()
     if sleeps and (allocator := _allocator()) is not None:
         allocator.release_pools()
+        torch.cuda.empty_cache()
     if _engines_alive == 0:
         _destroy_parallel_groups()
         if not _trainer_owns_group and torch.distributed.is_initialized():
