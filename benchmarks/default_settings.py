@@ -100,6 +100,7 @@ REASONS: Mapping[type, Mapping[str, str]] = {
     ReinforceConfig: EVERY_TRAINING
     | {
         "estimator": "REINFORCE++ is the method of this project.",
+        "micro_batch_size": "A pass has the rows that `max_tokens_per_micro_batch` allows. It changes time, not results.",
         "num_generations": "REINFORCE++ has one completion per prompt.",
         "batch_size": "A rollout batch has 8 completions, as in TRL. With one per prompt, these are 8 prompts.",
         "num_train_epochs": "Each pass samples new completions for all prompts, so 3 passes take 3 times as long.",
@@ -198,10 +199,9 @@ def _ours(config_class: Any) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in accepted_values(config_class)}
     values |= {"micro_batch_size": micro, "gradient_accumulation_steps": size // micro}
     if config_class is ReinforceConfig:
-        values["rollout_batch_size"] = config.effective_rollout_batch_size
-    return values | (
-        {"scale_rewards": "group"} if config_class is ReinforceConfig else {}
-    )  # of grpo, whose setting it is
+        values |= {"micro_batch_size": "by tokens", "rollout_batch_size": config.effective_rollout_batch_size}
+        values["scale_rewards"] = "group"  # of grpo, whose setting it is
+    return values
 
 
 def _converted(config_class: type, trl_class: type, model_class: type) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Point:
             engine="transformers",
             gpus=0,
         )
-        self.rows = Rows.of(self.config, 1)
+        self.rows = Rows.of(self.config, self.job)
         # lengths of a completion that goes on with the same chance after each token
         active_T = (1 - point.get("ends", 0.0)) ** np.arange(size.new, dtype=float)
         self.lengths = lengths.Lengths(active_T, "")

@@ -156,7 +156,7 @@ def on_nodes(job: Job, config: ForecastConfig, device: Device, lengths: Lengths,
         training_links = links_for(config, -(-job.ranks // gpus), min(job.ranks, gpus))
     else:
         job, training_links = replace(job, ranks=devices, gpus=devices if device.gpus else 0), links
-    rows = Rows.of(config, job.ranks, vllm_on_gpu=job.vllm_on_gpu)
+    rows = Rows.of(config, job)
     seconds = parallel_step_seconds(job, rows, config, speeds, lengths, training_links.gather_seconds)
     if config.pooled:
         rollout, waiting = pool_seconds(job, config, tensor_parallel(speeds, config), lengths, devices)

@@ -259,11 +259,11 @@ def test_phases_add_communication_to_the_times_of_one_device():
     wanted = config(network_gbps=1e-6, micro_batch_size=2)
     (one,) = cluster.scales(job(), wanted, replace(GPU, gpus=1), CHANCE, 1)
     speeds = timing.achieved(GPU.rates)
-    alone = timing.step_seconds(job(), Rows.of(wanted, 1), wanted, speeds, CHANCE)
+    alone = timing.step_seconds(job(), Rows.of(wanted, job()), wanted, speeds, CHANCE)
     assert {name: one.seconds[name] for name in alone} == alone
     assert one.seconds["waiting"] == one.seconds["exchange"] == 0 < one.seconds["sync"]
     *_, many = cluster.scales(job(), wanted, GPU, CHANCE, 4)
-    rows, links = Rows.of(wanted, 32), cluster.links_for(wanted, 4, 8)
+    rows, links = Rows.of(wanted, job(ranks=32)), cluster.links_for(wanted, 4, 8)
     on_32 = job(ranks=32, gpus=32)
     exchange = timing.communication_seconds(on_32, rows, wanted, links.gather_seconds)
     assert many.seconds["exchange"] == pytest.approx(exchange)
@@ -447,9 +447,9 @@ def test_traces_count_one_shard_of_the_gradients():
 
 def test_ranks_share_the_rows_of_an_optimizer_step():
     wanted = config(batch_size=64, micro_batch_size=8, gradient_accumulation_steps=4)
-    assert Rows.of(wanted, 1) == Rows(64, 64, 0, 128, 8, 4)
-    assert Rows.of(wanted, 8) == Rows(8, 8, 0, 128, 8, 1)
-    assert Rows.of(wanted, 2) == Rows(32, 32, 0, 128, 8, 2)
+    assert Rows.of(wanted, job()) == Rows(64, 64, 0, 128, 8, 4)
+    assert Rows.of(wanted, job(ranks=8)) == Rows(8, 8, 0, 128, 8, 1)
+    assert Rows.of(wanted, job(ranks=2)) == Rows(32, 32, 0, 128, 8, 2)
 
 
 # --- settings and the command ---------------------------------------------------------------------------------------

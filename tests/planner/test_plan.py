@@ -550,7 +550,7 @@ def test_policy_and_critic_each_train_while_the_other_holds_gradients():
     assert memory.training(larger, rows(passes=1)) == {"gradients": 400, "activations": 9000, "logits": 0}
 
 
-def test_scoring_runs_64_texts_at_a_time_and_micro_batches_of_the_policy():
+def test_scoring_runs_64_texts_at_a_time_and_larger_micro_batches_of_the_policy():
     reward = replace(job().reward, score=passing(Line(0, 0, 10**6)))
     policy = replace(shape(), score=Pass(Peak((Line(0, 0, 10),)), Line(0, 0, 10)))
     asked = replace(job(), reward=reward, policy=policy)
@@ -558,8 +558,8 @@ def test_scoring_runs_64_texts_at_a_time_and_micro_batches_of_the_policy():
     assert memory.scoring(asked, rows(step=5, evaluated=30))["activations"] == 30_000_000
     free = replace(asked, reward=replace(reward, score=passing(Line(0, 0, 0))))
     chunk = 4 * 20 * VOCABULARY * 4
-    assert memory.scoring(free, rows(micro=4)) == {"activations": 40, "logits": 2 * chunk}
-    assert memory.scoring(free, rows(micro=4, evaluated=30))["activations"] == 160
+    assert memory.scoring(free, rows(micro=1)) == {"activations": 40, "logits": 2 * chunk}
+    assert memory.scoring(free, rows(micro=1, evaluated=30))["activations"] == 160
     judged = replace(free, judge=replace(reward, score=passing(Line(0, 0, 10**7))))
     assert memory.scoring(judged, rows(evaluated=3))["activations"] == 3 * 10**7
 
@@ -592,10 +592,15 @@ def test_every_phase_contains_static_memory_and_its_own():
         ({"batch_size": 10, "micro_batch_size": 4, "gradient_accumulation_steps": 2}, 0, Rows(10, 10, 0, 128, 4, 2)),
         ({"batch_size": 10, "micro_batch_size": 8}, 4, Rows(3, 3, 0, 128, 3, 1)),
         ({"eval_prompts": 7, "rollout_batch_size": 5}, 0, Rows(8, 8, 7, 5, 8, 1)),
+        ({"max_tokens_per_micro_batch": 100}, 0, Rows(8, 8, 0, 128, 3, 3)),
+        ({"max_tokens_per_micro_batch": 100, "micro_batch_size": 2}, 0, Rows(8, 8, 0, 128, 2, 4)),
+        ({"max_tokens_per_micro_batch": 9}, 0, Rows(8, 8, 0, 128, 1, 8)),
+        ({"batch_size": 2000}, 0, Rows(2000, 2000, 0, 128, 64, 32)),
+        ({"batch_size": 2000}, 1, Rows(2000, 2000, 0, 128, 256, 8)),
     ],
 )
 def test_rows_of_a_device(changes, gpus, expected):
-    assert Rows.of(config(**changes), gpus) == expected
+    assert Rows.of(config(**changes), job(gpus=gpus)) == expected
 
 
 @settings(max_examples=30, deadline=None)
@@ -640,13 +645,13 @@ def test_the_largest_batch_fits_and_one_more_row_does_not(factor, batch_size, ac
     one = job(engine=engine)
     wanted = config(batch_size=batch_size, micro_batch_size=min(mini, batch_size // 2), eval_prompts=3)
     wanted = replace(wanted, gradient_accumulation_steps=accumulation)
-    limit = factor * max(memory.total(p) for p in memory.phases(one, Rows.of(wanted, 0)).values())
+    limit = factor * max(memory.total(p) for p in memory.phases(one, Rows.of(wanted, one)).values())
     found = search.largest(one, wanted, limit)
 
     def fits(changed: Rows, names=memory.PHASES) -> bool:
         return all(memory.total(memory.phases(one, changed)[name]) <= limit for name in names)
 
-    now = Rows.of(wanted, 0)
+    now = Rows.of(wanted, one)
     others = [name for name in memory.PHASES if name != "rollout"]
     upper = batch_size if accumulation is None else batch_size // accumulation
     sizes = [n for n in range(1, upper + 1) if fits(search.with_micro(now, wanted, n), others)]
@@ -655,17 +660,19 @@ def test_the_largest_batch_fits_and_one_more_row_does_not(factor, batch_size, ac
     numbers = [n for n in range(1, max(batch_size, 3) + 1) if fits(replace(now, concurrent=n), generated)]
     assert found.rollout_batch_size == max(numbers, default=0)
     if found.batch_size:
-        assert fits(search.with_prompts(now, wanted, found.batch_size))
+        assert fits(search.with_prompts(now, wanted, found.batch_size, one))
     if found.batch_size < search.MAX_PROMPTS:
-        assert not fits(search.with_prompts(now, wanted, found.batch_size + 1))
+        assert not fits(search.with_prompts(now, wanted, found.batch_size + 1, one))
 
 
 def test_limits_equal_the_plans_of_those_settings():
     wanted = config(batch_size=12, num_generations=2, micro_batch_size=4)
-    assert search.with_micro(Rows.of(wanted, 0), wanted, 5) == Rows.of(replace(wanted, micro_batch_size=5), 0)
-    assert search.with_prompts(Rows.of(wanted, 0), wanted, 3) == Rows.of(replace(wanted, batch_size=3), 0)
+    assert search.with_micro(Rows.of(wanted, job()), wanted, 5) == Rows.of(replace(wanted, micro_batch_size=5), job())
+    assert search.with_prompts(Rows.of(wanted, job()), wanted, 3, job()) == Rows.of(
+        replace(wanted, batch_size=3), job()
+    )
     plain = config(batch_size=2)
-    assert search.with_prompts(Rows.of(plain, 0), plain, 30) == Rows.of(config(batch_size=30), 0)
+    assert search.with_prompts(Rows.of(plain, job()), plain, 30, job()) == Rows.of(config(batch_size=30), job())
 
 
 def test_one_pass_can_fit_if_two_smaller_ones_do_not():
@@ -750,7 +757,7 @@ def test_library_calls_of_scoring():
     calls = shape().token_calls
 
     def counted(one: Job, step: int, wanted: PlanConfig) -> float:
-        return timing.scoring_seconds(one, rows(step, micro=4), wanted, speeds(pass_call=1.0), FULL) / calls
+        return timing.scoring_seconds(one, rows(step, micro=1), wanted, speeds(pass_call=1.0), FULL) / calls
 
     assert counted(job(), 8, config()) == pytest.approx(1 + 2)  # the reward model all at once, the reference in two
     assert counted(job(), 80, config(batch_size=80)) == pytest.approx(2 + 20)

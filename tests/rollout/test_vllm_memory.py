@@ -12,6 +12,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import RolloutError
 from reinforcepp.planner.memory import Rows
+from reinforcepp.planner.model_costs import RowSize
 from reinforcepp.rollout import vllm_integration
 from reinforcepp.rollout.factory import start_training_engine
 from reinforcepp.rollout.selection import EngineChoice
@@ -148,7 +149,9 @@ def test_vllm_on_a_gpu_generates_a_whole_step_at_a_time(changes, ranks, on_cpu, 
     config = ReinforceConfig(**changes)
     assert [config.vllm_batch_size(ranks, on_gpu=where) for where in (False, True)] == [on_cpu, on_gpu]
     assert config.effective_rollout_batch_size == on_cpu
-    assert [Rows.of(config, ranks, vllm_on_gpu=where).concurrent for where in (False, True)] == [on_cpu, on_gpu]
+    shared = {"ranks": ranks, "device_kind": "cpu", "size": RowSize(100, 100)}
+    jobs = [SimpleNamespace(**shared, vllm_on_gpu=where) for where in (False, True)]
+    assert [Rows.of(config, job).concurrent for job in jobs] == [on_cpu, on_gpu]
 
 
 def test_transformers_replaces_vllm_with_its_own_number_of_completions(monkeypatch):

@@ -229,8 +229,24 @@ def test_the_scoring_pass_is_only_skipped_if_the_ratio_is_one(base, tmp_path, ch
     assert not trainer(base, tmp_path / "run", **changes).update.on_policy
 
 
+@pytest.mark.parametrize("changes", [{"num_iterations": 2}, {"estimator": "ppo"}], ids=str)
+def test_rows_without_padding_change_nothing(base, tmp_path, changes):
+    settings = changes | {"max_steps": 2, "max_tokens_per_micro_batch": 60}
+    padded = trainer(base, tmp_path / "padded", padding_free="off", **settings)
+    packed = trainer(base, tmp_path / "packed", **settings)
+    assert packed.update.passes.packed and not padded.update.passes.packed
+    logs = tiny.train(padded), tiny.train(packed)
+    key_bias = [name for name in weights(padded) if name.endswith("c_attn.bias")]
+    parts = ({k: v for k, v in weights(run).items() if k not in key_bias} for run in (padded, packed))
+    assert_equal_weights(*parts, 1e-5)
+    for one, other in zip(*map(without_timings, logs), strict=True):
+        assert one == pytest.approx(other, abs=1e-4, rel=1e-3)
+
+
 def test_out_of_memory_halves_the_micro_batch_with_the_same_result(base, tmp_path, capsys):
-    enough, little = (trainer(base, tmp_path / name, micro_batch_size=size) for name, size in (("a", 2), ("b", 4)))
+    enough, little = (
+        trainer(base, tmp_path / name, micro_batch_size=size, padding_free="off") for name, size in (("a", 2), ("b", 4))
+    )
     passes = []
 
     def run_out(module, arguments, named):
@@ -244,7 +260,27 @@ def test_out_of_memory_halves_the_micro_batch_with_the_same_result(base, tmp_pat
     enough.train()
     little.train()
     assert_equal_weights(weights(enough), weights(little))
-    assert "size 4; training continues with 2" in " ".join(capsys.readouterr().err.split())
+    assert "size 4; training continues with micro_batch_size 2" in " ".join(capsys.readouterr().err.split())
+
+
+def test_out_of_memory_halves_the_tokens_of_training_and_scoring(base, tmp_path, capsys):
+    """Every pass over more than two rows runs out of memory, also those of the reference."""
+    enough, little = (trainer(base, tmp_path / name, max_steps=1, padding_free="off") for name in ("a", "b"))
+
+    def run_out(module, arguments, named):
+        if len(named["input_ids"]) > 2 and (torch.is_grad_enabled() or module is little.ref_model):
+            raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
+
+    enough.train()
+    for model in (little.policy, little.ref_model):
+        model.register_forward_pre_hook(run_out, with_kwargs=True)
+    little.train()
+    assert little.update.passes.limit.tokens < 200 and little.update.passes.scoring_limit.tokens < 200
+    key_bias = [name for name in weights(enough) if name.endswith("c_attn.bias")]
+    assert_equal_weights(
+        *({k: v for k, v in weights(run).items() if k not in key_bias} for run in (enough, little)), 1e-5
+    )
+    assert "Memory ran out with max_tokens_per_micro_batch" in " ".join(capsys.readouterr().err.split())
 
 
 def test_out_of_memory_with_one_completion_raises_with_a_fix(base, tmp_path):
@@ -255,7 +291,7 @@ def test_out_of_memory_with_one_completion_raises_with_a_fix(base, tmp_path):
             raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
 
     run.policy.register_forward_pre_hook(run_out, with_kwargs=True)
-    with pytest.raises(ConfigError, match=r"1 completions at a time\. Lower max_new_tokens"):
+    with pytest.raises(ConfigError, match=r"pass over 1 completions of \d+ tokens\. Lower max_new_tokens"):
         run.train()
 
 

@@ -109,7 +109,11 @@ class ReinforceConfig(
     num_generations: PositiveInt = 1
     """Completions per prompt; 2 or more for rloo, grpo and *_baseline"""
     micro_batch_size: PositiveInt | None = None
-    """Completions per forward and backward pass; fewer use less memory. Default: 8"""
+    """Completions per forward and backward pass, instead of a number of tokens"""
+    max_tokens_per_micro_batch: PositiveInt | None = None
+    """Tokens, with padding, per forward and backward pass. Default: by device"""
+    padding_free: Literal["auto", "off"] = "auto"
+    """Compute rows without padding; auto: if the model gives the same results"""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches per optimizer step; default: all of a rollout batch"""
     num_iterations: PositiveInt = 1
@@ -348,7 +352,7 @@ class ReinforceConfig(
 
     @property
     def effective_micro_batch_size(self) -> int:
-        """Completions per forward and backward pass."""
+        """Completions per micro-batch, as gradient_accumulation_steps counts them; a pass can have other limits."""
         return self.micro_batch_size or min(DEFAULT_MICRO_BATCH, self.completions_per_step)
 
     @property

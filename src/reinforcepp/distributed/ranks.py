@@ -369,7 +369,11 @@ class Ranks:
 
     def local_slice(self, items: Sequence[T]) -> list[T]:
         """Return this rank's contiguous slice of ``items``; the slices of all ranks in order are all items."""
-        begin, end = (len(items) * i // self.count for i in (self.index, self.index + 1))
+        return self.slice_of(items, self.index)
+
+    def slice_of(self, items: Sequence[T], index: int) -> list[T]:
+        """Return the slice of another rank."""
+        begin, end = (len(items) * i // self.count for i in (index, index + 1))
         return list(items[begin:end])
 
     def run_or_raise_all(self, function: Callable[[], T]) -> T:

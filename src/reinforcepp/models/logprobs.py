@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from reinforcepp.models.packed_attention import can_pack, on_device, packed_inputs
 from reinforcepp.models.token_logprobs import head_logprobs
 from reinforcepp.models.tokenization import pad, position_ids
 
@@ -31,11 +34,11 @@ def response_logprobs(
     temperature: float = 1.0,
     width: int | None = None,
     entropy_gradient: bool = False,
+    padding_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute log-probabilities of ``responses`` after ``prompts`` in one forward pass.
+    """Compute log-probabilities of ``responses`` after ``prompts`` in one forward pass; see :func:`response_states`.
 
-    Prompts are padded on the left and responses on the right, so that the responses are aligned. ``width`` pads the
-    result to a common T.
+    ``width`` pads the result to a common T.
 
     Returns:
         ``(logprobs_BT, entropy_BT, mask_BT)`` on the model's device, 0 after the end of a response. The entropy is in
@@ -44,65 +47,87 @@ def response_logprobs(
     plain = unwrap_model(model)
     head = plain.get_output_embeddings() if _head_gives_logits(plain) else nn.Identity()
     with bypass_head(head):
-        hidden_BTD, ids_BT, mask_BT = response_states(model, prompts, responses, pad_id=pad_id)
-    logprobs_N, entropy_N = head_logprobs(
-        head, hidden_BTD[mask_BT], ids_BT[mask_BT], temperature, entropy_gradient=entropy_gradient
-    )
-    zeros_BT = hidden_BTD.new_zeros(mask_BT.shape, dtype=torch.float32)
-    padding = (0, 0 if width is None else width - mask_BT.shape[1])
-    logprobs_BT, entropy_BT, mask_BT = (
-        nn.functional.pad(x, padding)
-        for x in (
-            zeros_BT.masked_scatter(mask_BT, logprobs_N),
-            zeros_BT.masked_scatter(mask_BT, entropy_N),
-            mask_BT.float(),
-        )
-    )
+        hidden_ND, tokens = response_states(model, prompts, responses, pad_id=pad_id, padding_free=padding_free)
+    logprobs_N, entropy_N = head_logprobs(head, hidden_ND, tokens.ids_N, temperature, entropy_gradient=entropy_gradient)
+    values = logprobs_N, entropy_N, torch.ones_like(logprobs_N)
+    logprobs_BT, entropy_BT, mask_BT = (tokens.by_row(values_N, width) for values_N in values)
     return logprobs_BT, entropy_BT, mask_BT
 
 
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The response tokens of a batch in the order of its rows. Indices come from lengths on the CPU, so no GPU waits."""
+
+    ids_N: Tensor
+    rows_N: Tensor
+    columns_N: Tensor
+    shape: tuple[int, int]
+    """``(B, T)``"""
+
+    @staticmethod
+    def of(responses: Sequence[Sequence[int]], device: torch.device) -> ResponseTokens:
+        """Return the tokens of ``responses`` on ``device``."""
+        lengths_B = torch.tensor([len(response) for response in responses])
+        rows_N = torch.arange(len(responses)).repeat_interleave(lengths_B)
+        columns_N = torch.arange(len(rows_N)) - (lengths_B.cumsum(0) - lengths_B)[rows_N]
+        ids_N = torch.tensor(list(chain.from_iterable(responses)), dtype=torch.long)
+        ids_N, rows_N, columns_N = (on_device(tensor, device) for tensor in (ids_N, rows_N, columns_N))
+        return ResponseTokens(ids_N, rows_N, columns_N, (len(responses), int(lengths_B.max())))
+
+    def by_row(self, values_N: Tensor, width: int | None = None) -> Tensor:
+        """Return a value per token as one row per response, padded with 0 on the right to ``width``. -> (B, width)"""
+        count, longest = self.shape
+        width = longest if width is None else width
+        return (
+            values_N.new_zeros(count * width)
+            .scatter(0, self.rows_N * width + self.columns_N, values_N)
+            .view(count, width)
+        )
+
+
 def response_states(
-    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output of ``model`` at the position before each response token, the tokens, and their mask.
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    padding_free: bool = False,
+) -> tuple[Tensor, ResponseTokens]:
+    """Return the output of ``model`` at the position before each response token, and the tokens.
+
+    With ``padding_free``, rows are packed if the model allows it. Otherwise prompts are padded on the left and responses on
+    the right, so that the responses are aligned.
 
     Returns:
-        ``(output_BTX, ids_BT, mask_BT)``; X is V for logits, D for hidden states, or 1 for a value.
+        ``(output_NX, tokens)``; X is V for logits, D for hidden states, or 1 for a value.
     """
+    plain = unwrap_model(model)
     device = next(model.parameters()).device
-    response_ids, response_mask = (x.to(device) for x in pad(responses, pad_id))
-    if not takes_left_padding(unwrap_model(model)):
-        return _right_padded_states(model, prompts, responses, pad_id), response_ids, response_mask.bool()
-    prompt_ids, prompt_mask = (x.to(device) for x in pad(prompts, pad_id, left=True))
-    ids_BL = torch.cat([prompt_ids, response_ids], dim=1)
-    mask_BL = torch.cat([prompt_mask, response_mask], dim=1)
-    length = response_ids.shape[1]
+    tokens = ResponseTokens.of(responses, device)
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    before_B = torch.tensor([len(prompt) - 1 for prompt in prompts])  # column of the token before the response
+    if padding_free and is_packable(plain, max(map(len, rows))):
+        starts_B = torch.tensor([0, *accumulate(map(len, rows[:-1]))]) + before_B
+        asked_N = on_device(starts_B, device)[tokens.rows_N] + tokens.columns_N
+        return model(**packed_inputs(plain, rows), logits_to_keep=asked_N).logits[0], tokens
+    if not takes_left_padding(plain):
+        # Nothing follows from padding on the right in a causal model, so neither mask nor positions are needed.
+        first = int(before_B.min())
+        ids_BL = on_device(pad(rows, pad_id)[0], device)
+        count = ids_BL.shape[1] - first
+        output_BLX = model(input_ids=ids_BL, use_cache=False, logits_to_keep=count).logits[:, -count:]
+        starts_N = on_device(before_B - first, device)[tokens.rows_N]
+        return output_BLX[tokens.rows_N, starts_N + tokens.columns_N], tokens
+    parts = pad(prompts, pad_id, left=True), pad(responses, pad_id)
+    ids_BL, mask_BL = (on_device(torch.cat(sides, dim=1), device) for sides in zip(*parts, strict=True))
     output_BTX = model(
         input_ids=ids_BL,
         attention_mask=mask_BL,
         position_ids=position_ids(mask_BL),
         use_cache=False,
-        logits_to_keep=length + 1,
-    ).logits[:, :-1]
-    return output_BTX, response_ids, response_mask.bool()
-
-
-def _right_padded_states(
-    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
-) -> Tensor:
-    """Return the output at the position before each response token, from rows that are padded on the right only. -> (B, T, X)
-
-    Nothing follows from padding on the right in a causal model, so neither mask nor positions are needed.
-    """
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    ids_BL = pad(rows, pad_id)[0].to(next(model.parameters()).device)
-    first = min(map(len, prompts)) - 1  # the position before the earliest response token
-    count = ids_BL.shape[1] - first
-    output_BLX = model(input_ids=ids_BL, use_cache=False, logits_to_keep=count).logits[:, -count:]
-    width = max(map(len, responses))
-    starts_B1 = torch.tensor([[len(prompt) - 1 - first] for prompt in prompts], device=output_BLX.device)
-    columns_BT = (starts_B1 + torch.arange(width, device=output_BLX.device)).clamp_max(count - 1)
-    return output_BLX[torch.arange(len(rows), device=output_BLX.device)[:, None], columns_BT]
+        logits_to_keep=tokens.shape[1] + 1,
+    ).logits
+    return output_BTX[tokens.rows_N, tokens.columns_N], tokens
 
 
 def takes_left_padding(model: Any) -> bool:
@@ -116,6 +141,11 @@ def takes_left_padding(model: Any) -> bool:
     if not {"attention_mask", "position_ids"} <= inspect.signature(type(base).forward).parameters.keys():
         return False
     return not counts_from_padding_id(base)
+
+
+def is_packable(model: Any, longest: int = 0) -> bool:
+    """Return whether sequences of up to ``longest`` tokens can be packed without changing the outputs of ``model``."""
+    return takes_left_padding(model) and can_pack(model, longest)
 
 
 def counts_from_padding_id(base: Any) -> bool:

@@ -181,7 +181,7 @@ def make_plan(
     if sources is None:
         sources = [parse_source(text) for text in config.reward_sources]
     job, notes = _job(config, policy_config, dtype, ranks, limit, sources, device)
-    rows = Rows.of(config, ranks, vllm_on_gpu=job.vllm_on_gpu)
+    rows = Rows.of(config, job)
     limits = largest(job, config, device.memory)
     smaller = with_micro(rows, config, max(1, min(rows.micro, limits.micro_batch_size)), ranks)
     smaller = replace(smaller, concurrent=max(1, min(rows.concurrent, limits.rollout_batch_size)))

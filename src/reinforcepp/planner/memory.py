@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.models.micro_batches import SCORING_FACTOR, MicroBatchLimit
 from reinforcepp.models.token_logprobs import BLOCK_BYTES, CHUNK_BYTES
 from reinforcepp.planner.model_costs import FrozenModel, Pass, RowSize, TrainedModel
 from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
@@ -121,16 +122,25 @@ class Rows:
     passes: int
     """Forward and backward passes per optimizer step."""
 
+    @property
+    def scored(self) -> int:
+        """Per forward pass without gradients."""
+        return min(self.step, SCORING_FACTOR * self.micro)
+
     @staticmethod
-    def of(config: ReinforceConfig, ranks: int, *, vllm_on_gpu: bool = False) -> Rows:
-        """Return the rows of one of ``ranks`` devices, on which vLLM can generate."""
-        ranks = max(1, ranks)
-        prompts = -(-config.batch_size // ranks)
+    def of(config: ReinforceConfig, job: Job) -> Rows:
+        """Return the rows of one device of a job."""
+        prompts = -(-config.batch_size // job.ranks)
         step = prompts * config.num_generations
-        micro = min(config.effective_micro_batch_size, step)
-        concurrent = config.vllm_batch_size(ranks, on_gpu=vllm_on_gpu)
-        update = min(-(-config.optimizer_batch_size // ranks), step)
+        micro = min(longest_rows(config, job), step)
+        update = min(-(-config.optimizer_batch_size // job.ranks), step)
+        concurrent = config.vllm_batch_size(job.ranks, on_gpu=job.vllm_on_gpu)
         return Rows(step, prompts, config.eval_prompts, concurrent, micro, -(-update // micro))
+
+
+def longest_rows(config: ReinforceConfig, job: Job) -> int:
+    """Return the completions of full length per forward and backward pass."""
+    return MicroBatchLimit.of(config, job.device_kind).rows_of(job.size.length)
 
 
 # --- static memory --------------------------------------------------------------------------------------------------
@@ -248,7 +258,7 @@ def vllm_memory(job: Job, rows: Rows) -> dict[str, float]:
 def scoring(job: Job, rows: Rows) -> dict[str, float]:
     """Return the memory of the forward passes of reward model and reference."""
     texts = min(SCORING_BATCH_SIZE, max(rows.step, rows.evaluated))
-    batch = max(rows.micro, min(EVALUATION_ROWS, rows.evaluated))
+    batch = max(rows.scored, min(EVALUATION_ROWS, rows.evaluated))
     moments = [{"activations": float(job.reward.score.peak.at(texts).other)}]
     if job.judge is not None:
         moments.append({"activations": float(job.judge.score.peak.at(min(SCORING_BATCH_SIZE, rows.evaluated)).other)})

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.config.reinforce import DEFAULT_MICRO_BATCH
-from reinforcepp.planner.memory import PHASES, Job, Rows, phases, total
+from reinforcepp.planner.memory import PHASES, Job, Rows, longest_rows, phases, total
 
 MAX_PROMPTS = 1 << 16
 """Upper limit of the search: larger steps aren't useful, and a prompt takes hardly any memory."""
@@ -29,7 +28,7 @@ def largest(job: Job, config: ReinforceConfig, memory: float) -> Largest:
     micro_batch_size doesn't change the rollout, and rollout_batch_size doesn't change other phases, so each is searched in its
     own phases. batch_size must fit in all phases.
     """
-    rows = Rows.of(config, job.ranks, vllm_on_gpu=job.vllm_on_gpu)
+    rows = Rows.of(config, job)
     others = [name for name in PHASES if name != "rollout"]
     micro = largest_fitting(
         largest_micro(config, rows), lambda size: _fits(job, with_micro(rows, config, size, job.ranks), memory, others)
@@ -41,7 +40,7 @@ def largest(job: Job, config: ReinforceConfig, memory: float) -> Largest:
     )
     prompts = largest_fitting(
         MAX_PROMPTS // job.ranks,
-        lambda number: _fits(job, with_prompts(rows, config, number, job.ranks), memory, PHASES),
+        lambda number: _fits(job, with_prompts(rows, config, number, job), memory, PHASES),
     )
     return Largest(micro, generated, prompts * job.ranks)
 
@@ -75,11 +74,11 @@ def with_micro(rows: Rows, config: ReinforceConfig, size: int, ranks: int = 1) -
     return replace(rows, micro=size, passes=-(-update // size))
 
 
-def with_prompts(rows: Rows, config: ReinforceConfig, prompts: int, ranks: int = 1) -> Rows:
-    """Return ``rows``, which are those of one of ``ranks`` devices, with another number of prompts."""
+def with_prompts(rows: Rows, config: ReinforceConfig, prompts: int, job: Job) -> Rows:
+    """Return ``rows``, which are those of one device of a job, with another number of prompts."""
     step = prompts * config.num_generations
-    micro = min(config.micro_batch_size or DEFAULT_MICRO_BATCH, step)
-    return with_micro(replace(rows, prompts=prompts, step=step), config, micro, ranks)
+    micro = min(longest_rows(config, job), step)
+    return with_micro(replace(rows, prompts=prompts, step=step), config, micro, job.ranks)
 
 
 def _fits(job: Job, rows: Rows, memory: float, names: Iterable[str]) -> bool:

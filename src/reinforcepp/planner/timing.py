@@ -115,7 +115,7 @@ def scoring_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speed
     rewards = length_fraction(job, padded) * reward_flops(job, rows)
     logprobs = length_fraction(job, lengths.mean) * logprob_flops(job, rows, config)
     models = 1 + (not reuses_sampling_logprobs(job, config)) + (job.critic is not None)
-    passes = -(-rows.step // SCORING_BATCH_SIZE) * (job.reward.parameters > 0) + models * -(-rows.step // rows.micro)
+    passes = -(-rows.step // SCORING_BATCH_SIZE) * (job.reward.parameters > 0) + models * -(-rows.step // rows.scored)
     return _with_calls(job, (rewards + logprobs) / speeds.products, speeds.pass_call * passes * job.policy.token_calls)
 
 

@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.lora import frozen_copy, load_trainable_weights, trainable_weights
 from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine, select_device
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.training.batches import PromptBatches, micro_batches
+from reinforcepp.training.batches import PromptBatches
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.types import Completion, Prompt
@@ -154,15 +152,17 @@ class AsyncRolloutScheduler(RolloutScheduler):
             else self.checked.engine
         )
 
-    @torch.no_grad()
     def _with_logprobs(self, model: PreTrainedModel, completions: list[Completion]) -> list[Completion]:
         width = max((len(c.ids) for c in completions), default=0)
         scored = list(completions)
-        for rows in micro_batches(completions, range(len(completions)), self._update.micro_batch_size):
+
+        def score(rows: list[int]) -> None:
             logprobs_BT, entropy_BT, _ = self._update.logprobs(model, completions, rows, width)
             for row, logprobs, entropy in zip(rows, logprobs_BT.tolist(), entropy_BT.tolist(), strict=True):
                 tokens = slice(len(completions[row].ids))
                 scored[row] = replace(
                     completions[row], old_logprobs=tuple(logprobs[tokens]), entropy=tuple(entropy[tokens])
                 )
+
+        self._update.passes.score(completions, score)
         return scored

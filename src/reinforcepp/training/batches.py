@@ -1,4 +1,4 @@
-"""The batches of a step: its prompts, the scored rollout batch, its optimizer batches and micro-batches.
+"""The batches of a step: its prompts, the scored rollout batch, and its optimizer batches.
 
 Prompts and rows are chosen by pure functions of seed, step and lengths. A resumed run therefore uses the same rows, and no
 row is lost or repeated, whether or not the sizes divide each other.
@@ -7,7 +7,6 @@ row is lost or repeated, whether or not the sizes divide each other.
 from __future__ import annotations
 
 import json
-import math
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +21,10 @@ from torch import Tensor, nn
 from reinforcepp.algorithm.advantages import compute_advantages
 from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.config import ReinforceConfig
-from reinforcepp.errors import ConfigError
 from reinforcepp.files import write_json
 from reinforcepp.rewards.functions import RewardScores, join_scores
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.serialization import as_rows, from_rows
-from reinforcepp.terminal import echo
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 
 if TYPE_CHECKING:
@@ -91,48 +88,6 @@ def planned_batches(config: ReinforceConfig, rows: int, step: int) -> list[list[
         for iteration in range(config.num_iterations)
         for chosen in optimizer_batches(rows, size, request_seed(config.seed, step, iteration))
     ]
-
-
-def micro_batches(completions: Sequence[Completion], rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield ``rows`` in chunks for one forward pass each; rows of similar length go together to save padding."""
-    by_length = sorted(rows, key=lambda i: (len(completions[i].prompt.ids) + len(completions[i].ids), i))
-    for start in range(0, len(by_length), size):
-        yield by_length[start : start + size]
-
-
-def rank_passes(
-    completions: Sequence[Completion], rows: Sequence[int], size: int, ranks: Ranks
-) -> list[tuple[list[int], float]]:
-    """Return this rank's micro-batches of an optimizer step, each with its weight.
-
-    Ranks wait for each other in every pass, so all make as many passes as the rank with the most rows. A rank without rows
-    left repeats one with weight 0.
-    """
-    most = math.ceil(math.ceil(len(rows) / ranks.count) / size)
-    local = list(micro_batches(completions, ranks.local_slice(rows), size))
-    return [(micro, 1.0) for micro in local] + [([rows[0]], 0.0)] * (most - len(local))
-
-
-def halved_micro_batch(size: int, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
-    """Return half of a micro-batch size that ran out of memory, and print a warning.
-
-    Gradients are sums over rows, so the result of the optimizer step doesn't depend on the size.
-
-    Raises:
-        ConfigError: the size is 1, or other ranks wait in a sum of gradients that can't be interrupted.
-    """
-    if size == 1 or ranks.count > 1 or ranks.uses_deepspeed:
-        fix = "Lower max_new_tokens or max_prompt_length" if size == 1 else f"Set micro_batch_size to {size // 2}"
-        raise ConfigError(
-            f"micro_batch_size: memory ran out while training on {size} completions at a time. {fix}, or use "
-            "mixed_precision bf16."
-        ) from error
-    echo(
-        f"Memory ran out with micro_batch_size {size}; training continues with {size // 2} and the same result. Set "
-        f"micro_batch_size to {size // 2} to start this way.",
-        "yellow",
-    )
-    return size // 2
 
 
 def batch_advantages(

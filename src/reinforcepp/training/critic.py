@@ -14,8 +14,9 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.models.logprobs import response_states
 from reinforcepp.models.lora import with_adapter
-from reinforcepp.training.batches import UpdateBatch, micro_batches
+from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.learner import Learner
+from reinforcepp.training.passes import Passes
 from reinforcepp.types import Completion, RolloutBatch
 
 if TYPE_CHECKING:
@@ -37,28 +38,40 @@ class Critic(Learner):
         self._value_clip = config.value_clip
         super().__init__(model, ranks, config, learning_rate=rate, steps=steps)
 
-    @torch.no_grad()
-    def batch_values(self, batch: RolloutBatch, micro_batch_size: int, pad_id: int) -> Tensor:
+    def batch_values(self, batch: RolloutBatch, passes: Passes, pad_id: int) -> Tensor:
         """Return the value before each token of a batch. -> (B, T)"""
         values_BT = torch.zeros_like(batch.mask_BT)
-        for rows in micro_batches(batch.completions, range(len(batch.completions)), micro_batch_size):
-            values_BT[rows] = self.values(batch.completions, rows, values_BT.shape[1], pad_id)
+
+        def evaluate(rows: list[int]) -> None:
+            values_BT[rows] = self.values(batch.completions, rows, values_BT.shape[1], pad_id, packed=passes.packed)
+
+        passes.score(batch.completions, evaluate)
         return values_BT
 
     def accumulate(
-        self, batch: UpdateBatch, rows: list[int], tokens: Tensor | float, pad_id: int, weight: float, *, last: bool
+        self,
+        batch: UpdateBatch,
+        rows: list[int],
+        tokens: Tensor | float,
+        pad_id: int,
+        weight: float,
+        *,
+        last: bool,
+        packed: bool = False,
     ) -> Tensor:
         """Accumulate the gradients of :meth:`loss` times ``weight``; return the loss. See :meth:`learning` for ``last``."""
         with self.learning(last=last):
-            loss = self.loss(batch, rows, tokens, pad_id)
+            loss = self.loss(batch, rows, tokens, pad_id, packed=packed)
             self.backward(loss * weight)
         return loss.detach()
 
-    def loss(self, batch: UpdateBatch, rows: list[int], tokens: Tensor | float, pad_id: int) -> Tensor:
+    def loss(
+        self, batch: UpdateBatch, rows: list[int], tokens: Tensor | float, pad_id: int, *, packed: bool = False
+    ) -> Tensor:
         """Return a micro-batch's share of the value loss, a mean over ``tokens``."""
         assert batch.values_BT is not None
         return value_loss(
-            self.values(batch.rollout.completions, rows, batch.values_BT.shape[1], pad_id),
+            self.values(batch.rollout.completions, rows, batch.values_BT.shape[1], pad_id, packed=packed),
             batch.values_BT[rows],
             batch.returns_BT[rows],
             batch.rollout.mask_BT[rows],
@@ -66,11 +79,11 @@ class Critic(Learner):
             denominator=tokens,
         )
 
-    def values(self, completions: Sequence[Completion], rows: Sequence[int], width: int, pad_id: int) -> Tensor:
+    def values(
+        self, completions: Sequence[Completion], rows: Sequence[int], width: int, pad_id: int, *, packed: bool = False
+    ) -> Tensor:
         """Return the value before each response token, padded to ``width`` columns. -> (rows, width)"""
         model = self.model if torch.is_grad_enabled() else self.scoring
-        values_BT1, _, mask_BT = response_states(
-            model, [completions[i].prompt.ids for i in rows], [completions[i].ids for i in rows], pad_id=pad_id
-        )
-        values_BT = torch.where(mask_BT, values_BT1.squeeze(-1).float(), 0.0)
-        return nn.functional.pad(values_BT, (0, width - values_BT.shape[1]))
+        prompts, responses = [completions[i].prompt.ids for i in rows], [completions[i].ids for i in rows]
+        values_N1, tokens = response_states(model, prompts, responses, pad_id=pad_id, padding_free=packed)
+        return tokens.by_row(values_N1.squeeze(-1).float(), width)

@@ -25,15 +25,13 @@ from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.training.batches import (
     UpdateBatch,
     batch_advantages,
-    halved_micro_batch,
-    micro_batches,
     planned_batches,
-    rank_passes,
 )
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
 from reinforcepp.training.optimizer_step import OptimizerStep
+from reinforcepp.training.passes import Passes
 from reinforcepp.training.update_stats import LOG_RATIO, UpdateStats
 from reinforcepp.types import Completion, RolloutBatch
 
@@ -63,12 +61,14 @@ def score(
         kept, scores = drop_unscored(completions, scores, grouped=config.estimator_spec.grouped)
         mask_BT = pad_values([[1.0] * len(c.ids) for c in kept]).to(device)
         width, (old_BT, ref_BT, entropy_BT) = mask_BT.shape[1], (torch.zeros_like(mask_BT) for _ in range(3))
-        with torch.no_grad():
-            for rows in micro_batches(kept, range(len(kept)), update.micro_batch_size):
-                if config.needs_reference:
-                    ref_BT[rows], _, _ = update.logprobs(reference, kept, rows, width)
-                if not update.on_policy and not config.staleness:
-                    old_BT[rows], entropy_BT[rows], _ = update.logprobs(update.policy.scoring, kept, rows, width)
+
+        def score_rows(rows: list[int]) -> None:
+            if config.needs_reference:
+                ref_BT[rows], _, _ = update.logprobs(reference, kept, rows, width)
+            if not update.on_policy and not config.staleness:
+                old_BT[rows], entropy_BT[rows], _ = update.logprobs(update.policy.scoring, kept, rows, width)
+
+        update.passes.score(kept, score_rows)
         if config.staleness:  # the policy no longer has the weights that sampled
             old_BT = pad_values([c.old_logprobs for c in kept]).to(device)
             entropy_BT = pad_values([c.entropy for c in kept]).to(device)
@@ -102,7 +102,7 @@ def with_advantages(batch: RolloutBatch, scores: RewardScores, update: PolicyUpd
         UnusableUpdate: no row is left on any rank.
     """
     critic = update.critic
-    values_BT = critic.batch_values(batch, update.micro_batch_size, update.pad_id) if critic is not None else None
+    values_BT = critic.batch_values(batch, update.passes, update.pad_id) if critic is not None else None
     advantages_BT, returns_BT = batch_advantages(
         batch, update.config, kl_coef, on_policy=update.on_policy, values_BT=values_BT, sum_over_ranks=update.ranks.sum
     )
@@ -145,7 +145,8 @@ class PolicyUpdate:
         if self.critic is not None:
             self.learners["critic"] = self.critic
         self.objective = self.config.objective
-        self.micro_batch_size = self.config.effective_micro_batch_size
+        self.passes = Passes(self.config, self.ranks, list(self.learners.values()))
+        self._pass: Sequence[int] = ()
 
     def run(self, batch: UpdateBatch, step: int, kl_coef: float) -> dict[str, float]:
         """Make the optimizer steps on a batch that are still to be made; return the mean of their statistics."""
@@ -168,6 +169,7 @@ class PolicyUpdate:
             pad_id=self.pad_id,
             temperature=self.config.temperature,
             width=width,
+            padding_free=self.passes.packed,
             **options,
         )
 
@@ -195,24 +197,26 @@ class PolicyUpdate:
             try:
                 return self._backward(batch, rows, kl_coef)
             except torch.OutOfMemoryError as error:
-                self.micro_batch_size = halved_micro_batch(self.micro_batch_size, self.ranks, error)
+                self.passes.halve([batch.rollout.completions[i] for i in self._pass], error)
                 self._drop_gradients()
 
     def _backward(self, batch: UpdateBatch, rows: Sequence[int], kl_coef: float) -> UpdateStats:
         """Run forward and backward passes over all micro-batches of one optimizer step; return summed statistics."""
         step = OptimizerStep.of(batch.rollout, rows, kl_coef, self.config)
         totals = UpdateStats()
-        passes = rank_passes(batch.rollout.completions, rows, self.micro_batch_size, self.ranks)
+        passes = self.passes.of_update(batch.rollout.completions, rows)
         for number, (micro, weight) in enumerate(passes, 1):
             self.heartbeat.safe_point()
+            self._pass = micro
             last = number == len(passes)
             with self.policy.learning(last=last):
                 loss, stats = self._policy_loss(batch, micro, step, new=weight > 0)
                 self.policy.backward(loss * weight)
             stats["loss"] = loss.detach()
             if self.critic is not None:
-                tokens = step.size.tokens
-                stats["critic/loss"] = self.critic.accumulate(batch, micro, tokens, self.pad_id, weight, last=last)
+                stats["critic/loss"] = self.critic.accumulate(
+                    batch, micro, step.size.tokens, self.pad_id, weight, last=last, packed=self.passes.packed
+                )
             totals.add(stats, weight)
         return totals
 

@@ -1,0 +1,173 @@
+"""Pack sequences of different length into one row without padding; each attends to itself only.
+
+Positions restart in each sequence. Attention computes each sequence by itself: on a GPU with torch's kernel for variable
+lengths or with FlashAttention, otherwise with one call of SDPA per group of equally long sequences. A model is packed only if
+that gives the outputs that it has for each sequence alone, see :func:`can_pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, chain, groupby
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+FLASH = ("flash_attention_2", "flash_attention_3")
+WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Settings of model configurations that limit the tokens that a token attends to."""
+PROBE_LENGTHS = (3, 5, 5, 2)
+TOLERANCE = {torch.float32: 1e-4}
+LOW_PRECISION_TOLERANCE = 3e-2
+"""Largest difference of outputs, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sequences of a packed row."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each sequence."""
+    bounds: Tensor
+    """Index of each sequence's first token, then the number of all tokens; int32, on the model's device."""
+
+
+def packed_inputs(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return arguments of ``model`` that pack ``rows`` of token ids into one row."""
+    lengths = tuple(map(len, rows))
+    device = model.device
+    bounds = on_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
+    shared = {
+        "input_ids": on_device(torch.tensor([list(chain.from_iterable(rows))]), device),
+        "position_ids": on_device(torch.cat([torch.arange(length) for length in lengths])[None], device),
+        "use_cache": False,
+    }
+    if text_config(model)._attn_implementation in FLASH:
+        longest = max(lengths)
+        return shared | {
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    _extend_sdpa()
+    # Models pass on a mask with four dimensions. An attention that reads it instead of the segments returns nan.
+    mask = torch.full((1, 1, 1, 1), torch.nan, dtype=model.dtype, device=device)
+    return shared | {"attention_mask": mask, "segments": Segments(lengths, bounds)}
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of a CPU tensor on ``device``; the CPU doesn't wait for the copy."""
+    return tensor.to(device, non_blocking=True)
+
+
+def text_config(model: Any) -> Any:
+    """Return the configuration of the layers that read text."""
+    return model.config.get_text_config()
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _extend_sdpa() -> None:
+    """Let the attention ``sdpa`` of transformers take ``segments``. Without them, it is unchanged."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, None]:
+        segments = settings.pop("segments", None)
+        if segments is None:
+            return plain(module, query, key, value, mask, **settings)
+        return segment_attention(query, key, value, segments, settings.get("scaling")), None
+
+    AttentionInterface.register("sdpa", attention)
+
+
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """Return causal attention inside each segment, (1, H, L, D) -> (1, L, H, D); keys can have fewer heads than queries."""
+    grouped = query.shape[1] != key.shape[1]
+    if _has_varlen_kernel(query, value):
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = max(segments.lengths)
+        queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+        attended: Tensor = varlen_attn(
+            *(queries, keys, values, segments.bounds, segments.bounds, longest, longest),
+            scale=scale,
+            window_size=(-1, 0),
+            enable_gqa=grouped,
+        )  # type: ignore[assignment]
+        return attended[None]
+    groups = [(length, sum(1 for _ in equal)) for length, equal in groupby(segments.lengths)]
+    sizes = [length * count for length, count in groups]
+    parts = []
+    for (length, count), *rows in zip(
+        groups, *(torch.split(x[0], sizes, dim=1) for x in (query, key, value)), strict=True
+    ):
+        queries, keys, values = (x.unflatten(1, (count, length)).transpose(0, 1) for x in rows)
+        attended = nn.functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+        parts.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[None]
+
+
+def _has_varlen_kernel(query: Tensor, value: Tensor) -> bool:
+    """Return whether torch's kernel for variable lengths takes these tensors: FlashAttention 2 on an NVIDIA GPU."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+# --- models that can be packed --------------------------------------------------------------------------------------
+
+_packable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def can_pack(model: Any, longest: int) -> bool:
+    """Return whether ``model`` has the same outputs for packed sequences of up to ``longest`` tokens as for each alone.
+
+    The first call computes a few tokens both ways. Sliding windows must be longer than the sequences.
+    """
+    config = text_config(model)
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    if any(window is not None and longest > window for window in windows):
+        return False
+    if model not in _packable:
+        _packable[model] = config._attn_implementation in ("sdpa", *FLASH) and _packs_exactly(model)
+    return _packable[model]
+
+
+@torch.no_grad()
+def _packs_exactly(model: Any) -> bool:
+    """Return whether a few packed sequences have the outputs that each has alone."""
+    count = min(model.get_input_embeddings().weight.shape[0], 1 << 10)
+    ids = iter(torch.randint(count, (sum(PROBE_LENGTHS),), generator=torch.Generator().manual_seed(0)).tolist())
+    rows = [[next(ids) for _ in range(length)] for length in PROBE_LENGTHS]
+    asked = torch.arange(1, sum(PROBE_LENGTHS), device=model.device)
+    try:
+        packed = model(**packed_inputs(model, rows), logits_to_keep=asked).logits[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
+        return False  # The model doesn't pass the arguments on, or has no kernel for them.
+    alone = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0] for row in rows]
+    expected = torch.cat(alone)[1:]
+    if packed.shape != expected.shape:
+        return False
+    allowed = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE) * expected.abs().max()
+    return bool((packed - expected).abs().max() <= allowed)  # False for nan

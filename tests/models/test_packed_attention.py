@@ -1,0 +1,96 @@
+"""Packed rows give the log-probabilities and gradients of padded ones."""
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from reinforcepp.models import packed_attention
+from reinforcepp.models.logprobs import is_packable, response_logprobs, response_states
+from reinforcepp.training.learner import training_submodules
+
+PROMPTS = [[5, 6, 7], [9], [4, 8, 15, 16, 23, 42], [3, 1, 4], [1, 5, 9]]
+RESPONSES = [[10, 11], [12, 13, 14, 15, 16], [17], [18, 19], [20, 21]]
+
+
+def lora(model):
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    return adapted.eval()
+
+
+def computed(model, *, padding_free, checkpointing=False):
+    """Return log-probabilities, entropy, and the gradient of each parameter for a loss that weights every token."""
+    model.zero_grad()
+    for part in training_submodules(model, checkpointing=checkpointing):
+        part.training = True
+    logprobs_BT, entropy_BT, mask_BT = response_logprobs(
+        model, PROMPTS, RESPONSES, pad_id=0, temperature=0.7, width=7, padding_free=padding_free, entropy_gradient=True
+    )
+    weights_BT = torch.arange(1.0, 1 + mask_BT.numel()).view(mask_BT.shape) / 10
+    ((logprobs_BT + 0.3 * entropy_BT) * weights_BT).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logprobs_BT.detach(), entropy_BT.detach(), mask_BT, gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3", "gemma2", "lora"])
+def test_packed_rows_equal_padded_rows(family, checkpointing, monkeypatch):
+    model = lora(tiny.model("llama")) if family == "lora" else tiny.model(family).eval()
+    padded = computed(model, padding_free=False, checkpointing=checkpointing)
+    shapes = []
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: shapes.append(tuple(ids[0].shape)))
+    packed = computed(model, padding_free=True, checkpointing=checkpointing)
+    assert shapes[-1] == (1, sum(map(len, PROMPTS + RESPONSES)))  # nothing is padded
+    for one, other in zip(padded[:3], packed[:3], strict=True):
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+    assert padded[3].keys() == packed[3].keys() and padded[3]
+    for name, gradient in padded[3].items():
+        torch.testing.assert_close(packed[3][name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_packed_rows_are_close_in_bfloat16():
+    model = tiny.model("qwen2").eval().bfloat16()
+    assert is_packable(model)
+    packed, padded = (computed(model, padding_free=free)[0] for free in (True, False))
+    torch.testing.assert_close(packed, padded, atol=0.05, rtol=0)
+
+
+def test_values_of_a_critic_are_those_of_padded_rows():
+    model = tiny.model("llama").eval()
+    model.set_output_embeddings(nn.Linear(model.config.hidden_size, 1, bias=False))
+    (packed_N1, tokens), (padded_N1, _) = (
+        response_states(model, PROMPTS, RESPONSES, pad_id=0, padding_free=free) for free in (True, False)
+    )
+    torch.testing.assert_close(packed_N1, padded_N1, atol=1e-5, rtol=1e-5)
+    values_BT = tokens.by_row(packed_N1[:, 0], width=6)
+    assert values_BT.shape == (5, 6) and values_BT[1, 5] == values_BT[2, 1] == 0
+    assert values_BT[2, 0] == packed_N1[7, 0]
+
+
+def test_rows_longer_than_a_sliding_window_are_padded():
+    model = tiny.model("gemma2").eval()
+    assert model.config.sliding_window == 128
+    assert is_packable(model, 128) and not is_packable(model, 129)
+
+
+def test_a_model_that_ignores_segments_is_not_packed():
+    model = tiny.model("llama").eval()
+    model.set_attn_implementation("eager")
+    assert not is_packable(model)
+    packed_attention._packable.clear()
+    model.config._attn_implementation = "sdpa"
+    model.model.layers[0].self_attn.config = tiny.model("llama").config
+    model.model.layers[0].self_attn.config._attn_implementation = "eager"
+    assert not is_packable(model)  # one layer reads the mask instead
+    mixing = tiny.model("llama").eval()
+    mixing.model.layers[1].mlp.register_forward_hook(lambda _, __, hidden: hidden + hidden.roll(1, dims=1))
+    assert not is_packable(mixing)  # a layer that reads the token before, as convolutions do
+
+
+def test_sdpa_without_segments_is_unchanged():
+    model = tiny.model("llama").eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    before = model(input_ids=ids).logits
+    packed_attention._extend_sdpa()
+    assert torch.equal(model(input_ids=ids).logits, before)
