@@ -6,6 +6,7 @@ import math
 import pytest
 import tiny
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
@@ -323,6 +324,46 @@ def test_an_optimizer_step_waits_for_few_values_however_many_weights_there_are()
             learner.step(learner.clip())
         counts.append(waits.count)
     assert counts == [2, 2]  # the norm, and whether a weight changed
+
+
+class NoWaits(TorchFunctionMode):
+    """Raises if the CPU reads a value, or indexes a tensor with a list: on a GPU, it would wait."""
+
+    active = True
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if not self.active:
+            return function(*arguments, **(options or {}))
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            assert not isinstance(arguments[1], list), "a list as an index"
+        assert function not in READS, f"{function.__name__} reads a value"
+        return function(*arguments, **(options or {}))
+
+
+READS = {getattr(torch.Tensor, n) for n in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "nonzero")}
+
+
+def test_the_loss_of_a_micro_batch_waits_for_no_value(base, tmp_path, monkeypatch):
+    run = trainer(base, tmp_path / "run", fine, max_steps=1, top_entropy_quantile=0.5, entropy_coef=0.01)
+    loss, forward, modes = run.update._policy_loss, run.update.logprobs, []
+
+    def without_waiting(*arguments, **options):
+        with NoWaits() as mode:
+            modes.append(mode)
+            return loss(*arguments, **options)
+
+    def with_waiting(*arguments, **options):  # transformers checks whether rows are padded
+        for mode in modes:
+            mode.active = False
+        result = forward(*arguments, **options)
+        for mode in modes:
+            mode.active = True
+        return result
+
+    monkeypatch.setattr(run.update, "_policy_loss", without_waiting)
+    monkeypatch.setattr(run.update, "logprobs", with_waiting)
+    run.train()
+    assert modes
 
 
 def test_unchanged_weights_stop_the_run(base, tmp_path):

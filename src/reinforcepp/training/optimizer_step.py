@@ -53,7 +53,7 @@ class OptimizerStep(NamedTuple):
     def token_weights(
         self,
         rollout: RolloutBatch,
-        rows: Sequence[int],
+        rows_B: Tensor,
         logprobs_BT: Tensor,
         advantages_BT: Tensor,
         config: ReinforceConfig,
@@ -61,9 +61,9 @@ class OptimizerStep(NamedTuple):
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return the weights of a micro-batch's tokens in the policy loss, None if all are 1, and their statistics."""
         mask_BT, old_BT, engine_BT = (
-            rollout.mask_BT[rows],
-            rollout.old_logprobs_BT[rows],
-            rollout.rollout_logprobs_BT[rows],
+            rollout.mask_BT[rows_B],
+            rollout.old_logprobs_BT[rows_B],
+            rollout.rollout_logprobs_BT[rows_B],
         )
         bounds = {"low": config.importance_low, "high": config.importance_high}
         importance_BT = importance_weights(old_BT, engine_BT, mask_BT, mode=correction, **bounds)
@@ -76,5 +76,5 @@ class OptimizerStep(NamedTuple):
             threshold = config.off_policy_mask_threshold
             factors.append(off_policy_mask(logprobs_BT, sampling_BT, advantages_BT, mask_BT, threshold))
         if config.top_entropy_quantile < 1:
-            factors.append(self.focus_BT[rows])
+            factors.append(self.focus_BT[rows_B])
         return (reduce(torch.mul, factors) if factors else None), stats

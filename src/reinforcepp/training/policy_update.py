@@ -224,24 +224,26 @@ class PolicyUpdate:
         self, batch: UpdateBatch, rows: list[int], step: OptimizerStep, *, new: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a micro-batch's share of the loss of an optimizer step; ``new`` if these rows aren't repeated."""
-        config, rollout, advantages_BT = self.config, batch.rollout, batch.advantages_BT[rows]
+        # A list as an index would be copied to the GPU each time, and the CPU would wait for it.
+        rows_B = torch.tensor(rows).to(batch.advantages_BT.device, non_blocking=True)
+        config, rollout, advantages_BT = self.config, batch.rollout, batch.advantages_BT[rows_B]
         given = self.policy.model, rollout.completions, rows, advantages_BT.shape[1]
         logprobs_BT, entropy_BT, _ = self.logprobs(*given, entropy_gradient=config.entropy_coef != 0)
-        mask_BT = rollout.mask_BT[rows]
+        mask_BT = rollout.mask_BT[rows_B]
         if self.on_policy and new:
-            rollout.old_logprobs_BT[rows], rollout.entropy_BT[rows] = logprobs_BT.detach(), entropy_BT.detach()
-        old_BT = rollout.old_logprobs_BT[rows]
-        weights_BT, weighing = step.token_weights(rollout, rows, logprobs_BT, advantages_BT, config, self.correction)
+            rollout.old_logprobs_BT[rows_B], rollout.entropy_BT[rows_B] = logprobs_BT.detach(), entropy_BT.detach()
+        old_BT = rollout.old_logprobs_BT[rows_B]
+        weights_BT, weighing = step.token_weights(rollout, rows_B, logprobs_BT, advantages_BT, config, self.correction)
         kl_BT = None
         if config.estimator_spec.kl_in_loss and step.kl_coef:
-            kl_BT = step.kl_coef * kl_estimate(logprobs_BT, rollout.ref_logprobs_BT[rows], config.kl_of_loss)
+            kl_BT = step.kl_coef * kl_estimate(logprobs_BT, rollout.ref_logprobs_BT[rows_B], config.kl_of_loss)
         tensors, correct_kl = (logprobs_BT, old_BT, advantages_BT, mask_BT), config.use_bias_correction_kl is True
         loss, stats = policy_loss(
             *tensors, self.objective, weights_BT=weights_BT, kl_BT=kl_BT, correct_kl=correct_kl, size=step.size
         )
         if config.entropy_coef:
             stats["policy_loss"] = loss.detach()
-            loss = loss - config.entropy_coef * masked_mean(entropy_BT, step.focus_BT[rows], step.focus_tokens)
+            loss = loss - config.entropy_coef * masked_mean(entropy_BT, step.focus_BT[rows_B], step.focus_tokens)
         log_ratio_BT = (logprobs_BT.detach() - old_BT).abs()
         stats[LOG_RATIO] = torch.where(mask_BT.bool(), log_ratio_BT, 0.0).max()
         return loss, stats | weighing
