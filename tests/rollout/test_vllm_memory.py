@@ -126,7 +126,11 @@ def test_torch_returns_its_free_memory_before_vllm_wakes_up(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     engine = object.__new__(VllmEngine)
-    engine._asleep, engine._llm = True, SimpleNamespace(wake_up=lambda: calls.append("wake up"))
+    engine._asleep, engine._weights_dropped, engine._llm = (
+        True,
+        False,
+        SimpleNamespace(wake_up=lambda: calls.append("wake up")),
+    )
     engine.wake_up()
     engine.wake_up()
     assert calls == ["empty", "wake up"] and not engine._asleep
