@@ -111,7 +111,7 @@ def test_moments_are_pending_until_the_first_step(precision):
 
 
 def test_offloaded_moments_and_those_of_deepspeed_need_no_gpu_memory():
-    learner = Learner(tiny.model(), Ranks(), ReinforceConfig(), learning_rate=1e-3, steps=2)
+    learner = Learner(tiny.model(), Ranks(), ReinforceConfig(mixed_precision="no"), learning_rate=1e-3, steps=2)
     learner._ranks = SimpleNamespace(device=torch.device("cuda", 1), uses_deepspeed=False)
     assert learner.pending_moment_bytes == 0  # the masters are on the CPU
     learner._ranks = SimpleNamespace(device=torch.device("cpu"), uses_deepspeed=True)
