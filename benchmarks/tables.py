@@ -71,6 +71,30 @@ def generation_cpu(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def refill_cpu(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        low, high = row["ratio_range"]
+        waste = row["wasted_row_steps"]
+        ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        rows.append(
+            [row["dtype"], str(row["batch_size"]), ratio, f"{waste['refilled']:.0%}", f"{waste['unrefilled']:.0%}"]
+        )
+    titles = [
+        "precision",
+        "batch size",
+        "relative tokens/CPU second: median (range)",
+        "wasted, refilled",
+        "wasted, unrefilled",
+    ]
+    lengths = result["lengths"]
+    said = (
+        f"\n{lengths['completions']} completions of {lengths['mean']:.0f} tokens on average (median {lengths['median']:.0f}, "
+        f"maximum {lengths['max']}). Wasted: row-steps beyond a completion's tokens.\n"
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
 def rollout_cpu(result: dict[str, Any]) -> str:
     rows = []
     for precision, name in (("no", "float32"), ("bf16", "bfloat16")):
@@ -824,6 +848,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "demo_seeds": (demo_seeds, "demo_seeds"),
     "generation_cpu": (generation_cpu, "generation_cpu"),
     "rollout_cpu": (rollout_cpu, "rollout_cpu"),
+    "refill_cpu": (refill_cpu, "refill_cpu"),
     "ablation_cpu": (ablation_cpu, "ablation_cpu"),
     "peers_cpu": (peers_cpu, "peers_cpu"),
     "algorithms": (algorithms, "algorithms"),

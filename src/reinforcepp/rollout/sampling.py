@@ -72,7 +72,8 @@ def filter_logits(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling)
         logits_BV = suppressed(no_ids, logits_BV)
     if sampling.temperature == 0:
         return logits_BV
-    logits_BV = logits_BV / sampling.temperature
+    if sampling.temperature != 1:
+        logits_BV = logits_BV / sampling.temperature
     for keep in _filters(sampling, logits_BV.device):
         logits_BV = keep(no_ids, logits_BV)
     return logits_BV
