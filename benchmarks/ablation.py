@@ -122,7 +122,7 @@ def drawn_token_by_token(_: ReinforceTrainer) -> Iterator[None]:
 @contextmanager
 def by_autograd(_: ReinforceTrainer) -> Iterator[None]:
     def plainly(
-        logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature: float, *, entropy_gradient: bool
+        logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature: float, *, entropy_gradient: bool, overwrite: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scaled_NV = logits_NV.float() / temperature
         log_z_N = scaled_NV.logsumexp(-1)
@@ -136,7 +136,7 @@ def by_autograd(_: ReinforceTrainer) -> Iterator[None]:
 
 @contextmanager
 def recomputed(_: ReinforceTrainer) -> Iterator[None]:
-    with patch.object(token_logprobs, "CHUNK_BYTES", 32 << 20):
+    with patch.object(token_logprobs, "CHUNK_BYTES", {"cpu": 32 << 20}):
         yield
 
 

@@ -1,5 +1,9 @@
 """Log-probabilities of tokens: goldens; blocks and chunks change neither values nor gradients."""
 
+import os
+import sys
+import types
+
 import pytest
 import torch
 
@@ -34,7 +38,7 @@ def divided(request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(module, "BLOCK_BYTES", {"cpu": 3 * 4 * 50})
     if request.param == "in-chunks":
-        monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 4 * 50)
+        monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 5 * 4 * 50})
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -59,7 +63,7 @@ def test_values_and_gradients_match_the_definition(divided, temperature):
 
 def test_chunks_respect_the_size_limit(monkeypatch):
     """What the backward pass keeps is bounded, however many tokens there are."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 4 * 50)
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 5 * 4 * 50})
     head, hidden, kept = torch.nn.Linear(16, 50), torch.randn(40, 16, requires_grad=True), []
 
     def keep(tensor):
@@ -69,3 +73,75 @@ def test_chunks_respect_the_size_limit(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         head_logprobs(head, hidden, torch.zeros(40, dtype=torch.long))
     assert kept and all(shape[-1] != 50 or len(shape) < 2 for shape in kept if tuple(shape) != (50, 16))
+
+
+def test_the_gradient_overwrites_the_logits_of_a_linear_head_once():
+    head, hidden, ids = torch.nn.Linear(16, 50), torch.randn(3, 16), torch.tensor([1, 2, 3])
+    logprobs, _ = head_logprobs(head, hidden, ids)
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.sum().backward()
+
+
+class TanhHead(torch.nn.Linear):
+    def forward(self, hidden):
+        return super().forward(hidden).tanh()
+
+
+def test_logits_that_another_operation_needs_are_kept():
+    head, hidden, ids = TanhHead(16, 50), torch.randn(3, 16), torch.tensor([1, 2, 3])
+    (expected,) = torch.autograd.grad(plainly(head(hidden), ids, 1.0)[0].sum(), [head.weight])
+    head_logprobs(head, hidden, ids)[0].sum().backward()
+    torch.testing.assert_close(head.weight.grad, expected, atol=1e-5, rtol=0)
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def kernels(request, monkeypatch):
+    """The Triton kernels and their device; on a CPU, Triton must have been imported as an interpreter."""
+    if request.param == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    pytest.importorskip("triton")
+    from reinforcepp.models import token_kernels
+
+    monkeypatch.setattr(token_kernels, "FORWARD_COLUMNS", 16)  # several blocks per row, the last one partly filled
+    monkeypatch.setattr(token_kernels, "BACKWARD_COLUMNS", 16)
+    return token_kernels, request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_kernels_match_the_operations_of_torch(kernels, monkeypatch, temperature, dtype):
+    triton_kernels, device = kernels
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50).to(device, dtype)
+    hidden = (5 * torch.randn(7, 16)).to(device, dtype)
+    ids, slope, bonus = (x.to(device) for x in (torch.randint(50, (7,)), torch.randn(7), torch.randn(7)))
+
+    def run(used, entropy_gradient):
+        monkeypatch.setattr(module, "fused_kernels", lambda _: used)
+        logprobs, entropy = head_logprobs(head, hidden, ids, temperature, entropy_gradient=entropy_gradient)
+        loss = logprobs @ slope + (entropy @ bonus if entropy_gradient else 0)
+        return logprobs, entropy, *torch.autograd.grad(loss, [head.weight, head.bias])
+
+    for entropy_gradient in (False, True):
+        for one, other in zip(run(triton_kernels, entropy_gradient), run(None, entropy_gradient), strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5 if dtype == torch.float32 else 0.1, rtol=2e-2)
+
+
+def test_kernels_that_do_not_compile_are_replaced_with_one_warning(monkeypatch, caplog):
+    failing = types.ModuleType("token_kernels")
+    failing.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("Failed to find C compiler.\nmore"))
+    monkeypatch.setitem(sys.modules, "reinforcepp.models.token_kernels", failing)
+    monkeypatch.setattr("reinforcepp.models.token_kernels", failing, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.empty(1).long())
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    module.fused_kernels.cache_clear()
+    assert module.fused_kernels("cpu") is None
+    assert module.fused_kernels("cuda") is module.fused_kernels("cuda") is None
+    assert caplog.text.count("Failed to find C compiler") == 1 and "build-essential python3." in caplog.text
+    module.fused_kernels.cache_clear()

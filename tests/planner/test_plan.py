@@ -493,31 +493,31 @@ def test_bytes_of_the_rollout_batch():
 # --- logits ---------------------------------------------------------------------------------------------------------
 
 
-def test_logits_that_fit_into_a_chunk_are_kept_with_their_gradient():
+def test_logits_that_fit_into_a_chunk_are_kept_and_overwritten_by_their_gradient():
     policy = shape()
     assert memory.chunk_bytes(job(), policy, 4) == 4 * 20 * VOCABULARY * 4
     logits, weights = memory.logits_bytes(job(), policy, 4)
-    assert (logits, weights) == (3 * 4 * 20 * VOCABULARY * 4, 0)  # with probabilities
+    assert (logits, weights) == (3 * 4 * 20 * VOCABULARY * 4, 0)  # with probabilities and products
 
 
-def test_bytes_of_a_softmax_block():
+def test_bytes_of_softmax_blocks():
     policy = shape()
-    assert memory.block_bytes(job(), policy, 4) == 4 * 20 * VOCABULARY * 4
-    assert memory.block_bytes(job(BF16), policy, 4) == 2 * 4 * 20 * VOCABULARY * 4
-    assert memory.block_bytes(job(), policy, 1000) == (2 << 20) // (4 * VOCABULARY) * 4 * VOCABULARY
-    assert memory.block_bytes(job(), replace(policy, vocabulary=1 << 20), 1000) == 4 << 20
-    assert memory.block_bytes(job(gpus=1), policy, 10**6) == CHUNK_BYTES // (4 * VOCABULARY) * 4 * VOCABULARY
+    assert memory.block_bytes(job(), policy, 4) == 2 * 4 * 20 * VOCABULARY * 4
+    assert memory.block_bytes(job(BF16), policy, 4) == 3 * 4 * 20 * VOCABULARY * 4
+    assert memory.block_bytes(job(), policy, 1000) == 2 * ((2 << 20) // (4 * VOCABULARY)) * 4 * VOCABULARY
+    assert memory.block_bytes(job(), replace(policy, vocabulary=1 << 20), 1000) == 2 * (4 << 20)
+    assert memory.block_bytes(job(gpus=1), policy, 10**6) == 2 * ((128 << 20) // (4 * VOCABULARY)) * 4 * VOCABULARY
 
 
 def test_more_logits_are_computed_in_chunks():
     large = replace(shape(), vocabulary=1 << 20, head=1 << 24)
-    per_chunk = CHUNK_BYTES // (4 << 20)
-    assert memory.chunk_bytes(job(), large, 100) == CHUNK_BYTES == per_chunk * (4 << 20)
-    # two chunks' worth of logits and blocks with one gradient of the output layer, or one with two of them
-    blocks = 4 << 20
-    assert memory.logits_bytes(job(), large, 100) == (2 * CHUNK_BYTES + blocks, 4 << 24)
+    limit = CHUNK_BYTES["cpu"]
+    assert memory.chunk_bytes(job(), large, 100) == limit == limit // (4 << 20) * (4 << 20)
+    # a chunk of logits and blocks with one gradient of the output layer, or a chunk with two of them
+    blocks = 2 * (4 << 20)
+    assert memory.logits_bytes(job(), replace(large, head=1), 100) == (limit + blocks, 4)
     heavy = replace(large, head=1 << 27)
-    assert memory.logits_bytes(job(), heavy, 100) == (CHUNK_BYTES, 2 * (4 << 27))
+    assert memory.logits_bytes(job(), heavy, 100) == (limit, 2 * (4 << 27))
     single = replace(heavy, vocabulary=VOCABULARY)
     assert memory.logits_bytes(job(), single, 1) == (20 * VOCABULARY * 4, 4 << 27)
 
@@ -558,7 +558,7 @@ def test_scoring_runs_64_texts_at_a_time_and_larger_micro_batches_of_the_policy(
     assert memory.scoring(asked, rows(step=5, evaluated=30))["activations"] == 30_000_000
     free = replace(asked, reward=replace(reward, score=passing(Line(0, 0, 0))))
     chunk = 4 * 20 * VOCABULARY * 4
-    assert memory.scoring(free, rows(micro=1)) == {"activations": 40, "logits": 2 * chunk}
+    assert memory.scoring(free, rows(micro=1)) == {"activations": 40, "logits": 3 * chunk}
     assert memory.scoring(free, rows(micro=1, evaluated=30))["activations"] == 160
     judged = replace(free, judge=replace(reward, score=passing(Line(0, 0, 10**7))))
     assert memory.scoring(judged, rows(evaluated=3))["activations"] == 3 * 10**7

@@ -316,13 +316,12 @@ def logits_bytes(job: Job, learner: TrainedModel, rows: int) -> tuple[float, flo
     """Return the largest bytes of logits with their gradients in the backward pass, and of the output layer's gradient.
 
     Logits that fit into one chunk are kept. Otherwise the backward pass recomputes them chunk by chunk, and adds a chunk's
-    gradient of the output layer to that of the chunks before. At any time, the memory holds either logits, their gradient, and
-    float32 blocks, or the gradient of the logits and its product with the hidden states.
+    gradient of the output layer to that of the chunks before. The gradient of the logits overwrites them.
     """
     chunk = chunk_bytes(job, learner, rows)
     chunks = -(-rows * job.size.new * learner.vocabulary * job.dtype.itemsize // chunk) if chunk else 1
     head = learner.head * job.dtype.itemsize
-    softmax = (2.0 * chunk + block_bytes(job, learner, rows), float(head * (chunks > 1)))
+    softmax = (float(chunk) + block_bytes(job, learner, rows), float(head * (chunks > 1)))
     product = (float(chunk), float(head * min(chunks, 2)))
     return max(softmax, product, key=sum)
 
@@ -332,14 +331,17 @@ def chunk_bytes(job: Job, learner: TrainedModel, rows: int) -> int:
     if not learner.separate_logits:
         return 0
     row = learner.vocabulary * job.dtype.itemsize
-    return min(rows * job.size.new, max(1, CHUNK_BYTES // row)) * row
+    return min(rows * job.size.new, max(1, CHUNK_BYTES["cuda" if job.gpus else "cpu"] // row)) * row
 
 
 def block_bytes(job: Job, learner: TrainedModel, rows: int) -> int:
-    """Return the bytes of a float32 block of softmax: probabilities, and logits unless they are float32 already."""
+    """Return the bytes of float32 blocks of softmax.
+
+    These are probabilities, their products with logits, and logits unless they are float32 already.
+    """
     row = FLOAT * learner.vocabulary
-    limit = CHUNK_BYTES if job.gpus else BLOCK_BYTES["cpu"]
-    return (1 + job.has_masters) * min(rows * job.size.new, max(1, limit // row)) * row
+    limit = BLOCK_BYTES["cuda" if job.gpus else "cpu"]
+    return (2 + job.has_masters) * min(rows * job.size.new, max(1, limit // row)) * row
 
 
 def stepping(job: Job) -> dict[str, float]:
