@@ -5,6 +5,8 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reinforcepp.models import packed_attention
 from reinforcepp.models.logprobs import is_packable, response_logprobs, response_states
@@ -88,9 +90,30 @@ def test_a_model_that_ignores_segments_is_not_packed():
     assert not is_packable(mixing)  # a layer that reads the token before, as convolutions do
 
 
+def test_a_model_with_sparse_attention_is_not_packed():
+    sizes = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
+    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    sparse = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}  # more than the tokens of the probe
+    config = DeepseekV32Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **sizes, **heads, **sparse
+    )
+    model = DeepseekV32ForCausalLM(config).eval()
+    assert model.config._attn_implementation == "sdpa"
+    assert not is_packable(model, 32)
+
+
 def test_sdpa_without_segments_is_unchanged():
     model = tiny.model("llama").eval()
     ids = torch.tensor([[3, 4, 5, 6]])
     before = model(input_ids=ids).logits
     packed_attention._extend_sdpa()
     assert torch.equal(model(input_ids=ids).logits, before)
+    query, layer = torch.randn(1, 4, 3, 8), model.model.layers[0].self_attn
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]  # vision towers give the mask by its name
+    assert torch.equal(attend(layer, query, query, query, attention_mask=None)[0], attend(layer, *[query] * 3, None)[0])

@@ -82,11 +82,13 @@ def _extend_sdpa() -> None:
     plain: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
     ) -> tuple[Tensor, None]:
         segments = settings.pop("segments", None)
         if segments is None:
-            return plain(module, query, key, value, mask, **settings)
+            return plain(module, query, key, value, attention_mask, **settings)
+        if attention_mask is None or attention_mask.numel() > 1:
+            raise ValueError("segments: the model has its own mask, as sparse attention does")
         return segment_attention(query, key, value, segments, settings.get("scaling")), None
 
     AttentionInterface.register("sdpa", attention)
