@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import checkpoint
 
 from reinforcepp.terminal import warn_once
@@ -103,6 +104,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits_NV, *rest = ctx.saved_tensors  # once only, because the checkpoint recomputes them once
         gradient_NV = logits_NV if ctx.overwrite else torch.empty_like(logits_NV)
         ctx.backward(gradient_NV, logits_NV, *rest, slope_N, bonus_N, ctx.temperature)
+        increment_version(gradient_NV)  # torch doesn't see what a kernel writes
         return gradient_NV, None, None, None, None
 
 
