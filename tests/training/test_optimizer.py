@@ -66,6 +66,22 @@ def given(model) -> tuple[torch.optim.Optimizer, MultiStepLR]:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_loading_a_state_discards_gradients_of_a_stopped_step(tmp_path, precision):
+    made = learner(tmp_path, mixed_precision=precision)
+    saved = made.state()
+    norms = []
+    for stops in (False, True):
+        if stops:  # between two micro-batches
+            with made.learning(last=False):
+                made.backward(made.model(input_ids=IDS + 9, labels=IDS + 9).loss)
+        made.load_state(*saved)
+        with made.learning():
+            made.backward(made.model(input_ids=IDS, labels=IDS).loss)
+        norms.append(made.clip())
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "adagrad", given])
 def test_resuming_is_exact(tmp_path, optim: str | Callable, precision):
     """The state goes through the files of a checkpoint."""

@@ -115,6 +115,7 @@ class AccelerateBackend(TrainingBackend):
     @override
     @torch.no_grad()
     def load_state(self, state: dict[str, Any], weights: Iterable[Tensor]) -> None:
+        self.discard_gradients()  # of a step that a signal stopped
         if self._sharded:
             for shard, full in zip(self.model.parameters(), weights, strict=True):
                 shard.copy_(shard_like(full.to(shard.dtype), shard))

@@ -163,7 +163,8 @@ class MasterWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state from :meth:`state_dict`."""
+        """Load the state from :meth:`state_dict`, and discard gradients."""
+        self.discard()
         rest = {i: dict(values) for i, values in state_dict["state"].items()}
         for i, master in enumerate(self.masters):  # a float32 parameter that was its own master has none
             master.copy_(rest.get(i, {}).pop("master", self.model_parameters[i]))
