@@ -1,13 +1,11 @@
 """The engine contract with real vLLM, and its memory, adapters, saved models and failures."""
 
-import ctypes
 import importlib.util
 import subprocess
 import sys
 import weakref
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import tiny
 import torch
@@ -91,18 +89,6 @@ def vllm_model(engine):
 
 def is_packed(layer):
     return getattr(layer.cpu_linear, "func", None) is not cpu_patches._pack_and_multiply
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
-def test_free_memory_is_returned_to_the_system():
-    process = psutil.Process()
-    blocks = [bytearray(100_000) for _ in range(2000)]  # too small for glibc to return one by one
-    last = bytearray(100_000)  # otherwise glibc returns the end of its heap
-    del blocks
-    before = process.memory_info().rss
-    cpu_patches.release_free_memory()
-    assert before - process.memory_info().rss > 100 << 20
-    del last
 
 
 @needs_vllm

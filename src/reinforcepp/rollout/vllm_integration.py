@@ -37,7 +37,7 @@ from reinforcepp.rollout.vllm.compat import (
     sampling_settings,
     vllm_status,
 )
-from reinforcepp.rollout.vllm.cpu_patches import patch_vllm, release_free_memory
+from reinforcepp.rollout.vllm.cpu_patches import patch_vllm
 from reinforcepp.rollout.vllm.local_transfer import (
     AdapterTransfer,
     IpcTransfer,
@@ -48,6 +48,7 @@ from reinforcepp.rollout.vllm.local_transfer import (
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.vllm.model_folder import model_folder
 from reinforcepp.rollout.weight_transfer import WeightTransfer, config_with_architecture
+from reinforcepp.runtime import release_free_memory
 from reinforcepp.terminal import warn
 from reinforcepp.types import Completion, Prompt, Sampling
 

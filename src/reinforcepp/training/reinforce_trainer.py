@@ -10,6 +10,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rollout.engine import RolloutEngine
+from reinforcepp.runtime import keep_freed_memory
 from reinforcepp.terminal import echo
 from reinforcepp.training.builder import build
 from reinforcepp.training.monitor import Monitor
@@ -131,7 +132,7 @@ class ReinforceTrainer(TrainerMethods):
         if self.run.finished:
             self.run.open_finished()
             return self.callbacks.output
-        with self.guard.training():
+        with keep_freed_memory(self.ranks.device.type), self.guard.training():
             self._begin()
             with Monitor(self.run.summary, self.run.state, self.ranks, self.num_steps) as self.run.monitor:
                 self._train()

@@ -31,7 +31,7 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import Clock, MetricLog, Progress, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
-from reinforcepp.runtime import protect_compiled_code
+from reinforcepp.runtime import keep_freed_memory, protect_compiled_code
 from reinforcepp.terminal import echo
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.optimizer import OPTIMIZER_SETTINGS
@@ -310,6 +310,7 @@ def run_trainer(
         logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
         load_weights(trainer, saved.folder)
     with (
+        keep_freed_memory(ranks.device.type),
         tempfile.TemporaryDirectory() as scratch,
         closing(MetricLog()) as log,
         Progress(trainer.title, steps, 0 if saved is None else saved.step) as progress,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import partial
 from typing import Any
 
@@ -33,13 +32,6 @@ def patch_vllm() -> None:
     activation.NewGELU.forward_native = _tanh_gelu
     UnquantizedEmbeddingMethod.process_weights_after_loading = _pack_later
     UnquantizedEmbeddingMethod.tie_weights = _use_embeddings
-
-
-def release_free_memory() -> None:
-    """Return this process's free memory to the system if the C library supports it; glibc keeps up to 100 MiB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _sample(
