@@ -391,7 +391,7 @@ class Ranks:
         except torch.OutOfMemoryError as error:
             failure = ConfigError(
                 f"Out of memory on rank {self.index} of {self.count} ({first_line(error)}). Lower rollout_batch_size, "
-                "micro_batch_size, or max_new_tokens."
+                "max_tokens_per_micro_batch, or max_new_tokens."
             )
         except ReinforceError as error:
             failure = error

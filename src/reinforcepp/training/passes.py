@@ -96,8 +96,8 @@ def smaller_limit(
     if len(lengths) == 1 or not can_repeat:
         fix = "Lower max_new_tokens or max_prompt_length" if len(lengths) == 1 else f"Set {smaller}"
         raise ConfigError(
-            f"max_tokens_per_micro_batch: memory ran out in a pass over {len(lengths)} completions of "
-            f"{limit.tokens_of(lengths)} tokens. {fix}, or use mixed_precision bf16."
+            f"max_tokens_per_micro_batch: memory ran out in a pass of {limit.tokens_of(lengths)} tokens (completions: "
+            f"{len(lengths)}). {fix}, or use mixed_precision bf16."
         ) from error
     echo(
         f"Memory ran out with {limit}; training continues with {smaller} and the same result. Set {smaller} to start this way.",
