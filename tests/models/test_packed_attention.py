@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reinforcepp.models import packed_attention
@@ -112,8 +113,34 @@ def test_sdpa_without_segments_is_unchanged():
     model = tiny.model("llama").eval()
     ids = torch.tensor([[3, 4, 5, 6]])
     before = model(input_ids=ids).logits
-    packed_attention._extend_sdpa()
+    packed_attention.extend_sdpa()
     assert torch.equal(model(input_ids=ids).logits, before)
     query, layer = torch.randn(1, 4, 3, 8), model.model.layers[0].self_attn
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]  # vision towers give the mask by its name
     assert torch.equal(attend(layer, query, query, query, attention_mask=None)[0], attend(layer, *[query] * 3, None)[0])
+
+
+class Heads(nn.Module):
+    """An attention layer with three heads of queries per head of keys."""
+
+    num_key_value_groups, is_causal = 3, True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masks", [0, 1, 6])
+def test_a_single_query_attends_without_copied_keys(monkeypatch, dtype, masks):
+    """``masks`` is the number of heads of the mask: one for each head of queries needs the copies."""
+    packed_attention.extend_sdpa()
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, length, 8, generator=generator) for heads, length in ((6, 1), (2, 5), (2, 5))]
+    mask = torch.rand(2, masks, 1, 5, generator=generator) < 0.7 if masks else None
+    expected, _ = sdpa_attention_forward(Heads(), *inputs, mask, scaling=0.5)
+    seen = []
+    sdpa = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        nn.functional, "scaled_dot_product_attention", lambda q, k, v, **s: seen.append(k.shape) or sdpa(q, k, v, **s)
+    )
+    attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](Heads(), *(x.to(dtype) for x in inputs), mask, scaling=0.5)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(attended, expected.to(dtype), atol=tolerance, rtol=tolerance)
+    assert seen == [(2, 6 if masks == 6 else 2, 5, 8)]

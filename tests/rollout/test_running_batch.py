@@ -7,8 +7,10 @@ import pytest
 import torch
 from rollout.contract import END_IDS, prepared_model, prepared_tokenizer, prompts_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
+from transformers.integrations import sdpa_attention
 
-from reinforcepp.models import tokenization
+from reinforcepp.models import packed_attention, tokenization
 from reinforcepp.rollout.batch_rows import BatchRow
 from reinforcepp.rollout.decoding import LADDER
 from reinforcepp.rollout.running_batch import RunningBatch
@@ -73,6 +75,16 @@ def test_each_prompt_is_run_once_although_its_samples_enter_at_different_steps(m
     decoded(model, geometric_rows(sampling, prompts), 4, sampling)
     assert sum(rows for rows, columns in shapes if columns > 1) == len(prompts)
     assert max(rows for rows, columns in shapes if columns == 1) == 4
+
+
+def test_heads_that_share_keys_get_copies_for_the_prompts_only(monkeypatch):
+    AttentionInterface.register("sdpa", sdpa_attention.sdpa_attention_forward)  # as in a new process
+    packed_attention.extend_sdpa.cache_clear()
+    copied, repeat = [], sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, groups: copied.append(x) or repeat(x, groups))
+    prompts, sampling = prompts_of(prepared_tokenizer())[:3], Sampling(6)
+    decoded(prepared_model("llama"), [BatchRow.start(prompt, 0, sampling) for prompt in prompts], 3, sampling)
+    assert len(copied) == 2 * 2  # keys and values of two layers
 
 
 def test_a_finished_row_of_full_context_runs_on_without_leaving_the_context():

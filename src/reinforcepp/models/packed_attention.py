@@ -3,6 +3,8 @@
 Positions restart in each sequence. Attention computes each sequence by itself: on a GPU with torch's kernel for variable
 lengths or with FlashAttention, otherwise with one call of SDPA per group of equally long sequences. A model is packed only if
 that gives the outputs that it has for each sequence alone, see :func:`can_pack`.
+
+The same attention function computes decoding steps on a CPU, see :func:`one_query_attention`.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def packed_inputs(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
             "max_length_q": longest,
             "max_length_k": longest,
         }
-    _extend_sdpa()
+    extend_sdpa()
     # Models pass on a mask with four dimensions. An attention that reads it instead of the segments returns nan.
     mask = torch.full((1, 1, 1, 1), torch.nan, dtype=model.dtype, device=device)
     return shared | {"attention_mask": mask, "segments": Segments(lengths, bounds)}
@@ -74,8 +76,11 @@ def text_config(model: Any) -> Any:
 
 
 @cache
-def _extend_sdpa() -> None:
-    """Let the attention ``sdpa`` of transformers take ``segments``. Without them, it is unchanged."""
+def extend_sdpa() -> None:
+    """Let the attention ``sdpa`` of transformers take ``segments``, and compute single queries on a CPU without copied keys.
+
+    Otherwise, it is unchanged.
+    """
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -85,13 +90,38 @@ def _extend_sdpa() -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
     ) -> tuple[Tensor, None]:
         segments = settings.pop("segments", None)
-        if segments is None:
-            return plain(module, query, key, value, attention_mask, **settings)
-        if attention_mask is None or attention_mask.numel() > 1:
-            raise ValueError("segments: the model has its own mask, as sparse attention does")
-        return segment_attention(query, key, value, segments, settings.get("scaling")), None
+        if segments is not None:
+            if attention_mask is None or attention_mask.numel() > 1:
+                raise ValueError("segments: the model has its own mask, as sparse attention does")
+            return segment_attention(query, key, value, segments, settings.get("scaling")), None
+        if query.device.type == "cpu" and query.shape[2] == 1 and _shares_keys(query, key, attention_mask, settings):
+            return one_query_attention(query, key, value, attention_mask, settings.get("scaling")), None
+        return plain(module, query, key, value, attention_mask, **settings)
 
     AttentionInterface.register("sdpa", attention)
+
+
+def _shares_keys(query: Tensor, key: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> bool:
+    """Return whether several heads of queries have the same keys and the same mask, and nothing else changes attention."""
+    plain = settings.get("position_bias") is None and settings.get("cache") is None and not settings.get("dropout")
+    return plain and query.shape[1] > key.shape[1] and (mask is None or mask.shape[1:3] == (1, 1))
+
+
+def one_query_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Return the attention of one query per row and head, (B, H, 1, D) -> (B, 1, H, D).
+
+    Heads that share keys are computed as queries of one head. With a mask, transformers copies the keys for each of them.
+
+    Args:
+        query: (B, H, 1, D).
+        key: (B, K, L, D), where K divides H.
+        value: (B, K, L, D).
+        mask: (B, 1, 1, L), or None for none.
+        scale: Factor of the products, or None for the default.
+    """
+    queries = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+    attended = nn.functional.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scale)
+    return attended.flatten(1, 2)[:, None]
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from reinforcepp.errors import RolloutError, first_line
 from reinforcepp.models.logprobs import counts_from_padding_id, takes_left_padding
 from reinforcepp.models.lora import base_model
+from reinforcepp.models.packed_attention import extend_sdpa
 from reinforcepp.rollout.batch_rows import BatchRow
 from reinforcepp.rollout.kv_cache import PreallocatedLayer, join_rows, preallocated_cache, select_rows
 from reinforcepp.rollout.self_check import compare_samples
@@ -180,6 +181,7 @@ class BatchDecoder:
         self._model, self._decoding = model, decoding
         self._inputs = parameters.keys() | ({"use_cache", "logits_to_keep"} if passes_on else set())
         self._counts_positions = counts_from_padding_id(base)
+        extend_sdpa()
         self._cache: Any = preallocated_cache(base.config) if decoding.cache == "preallocated" else None
         self._cache_name = next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
         self._ids_BL: Tensor | None = None
