@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from scripts import ROOT
 
@@ -55,6 +57,17 @@ def test_items_get_a_limit_and_the_total_time_ends(runner, monkeypatch, tmp_path
     assert not kept
     run(runner, monkeypatch, tmp_path)
     assert len(kept) == 1 and len(kept[0]) == len(runner.ITEMS)
+
+
+def test_shares_of_the_peak_rates_of_a_gpu(monkeypatch, tmp_path):
+    for folder in ("tests", "benchmarks", "benchmarks/gpu_check"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    timings, common = importlib.import_module("timings"), importlib.import_module("common")
+    for dtype, tera in ((torch.bfloat16, 989), (torch.float32, 67)):
+        cost = timings.Cost(common.Node("cuda", tmp_path), "0.5B", dtype)
+        assert cost.of_flops(2.0, tera * 1e12, 8)["mfu"] == pytest.approx(0.5, rel=0.01)
+        assert cost.of_bytes(2.0, 4.8e12, 8)["mbu"] == pytest.approx(0.5)
 
 
 def test_a_process_that_hangs_or_dies_is_a_failure(runner, monkeypatch, tmp_path):

@@ -102,7 +102,7 @@ class Cost:
         """Weights of the matrix products of all layers."""
         self.size = dtype.itemsize
         sheet = data_sheet(node)
-        self.peak = None if sheet is None else 1e12 * (sheet.bf16_tflops if self.size == 2 else sheet.float32_tflops)
+        self.peak = None if sheet is None else 1e12 * (sheet.half_tflops if self.size == 2 else sheet.float32_tflops)
         self.bandwidth = None if sheet is None else 1e9 * sheet.gigabytes_per_second
 
     def forward(self, rows: int, length: int, responses: int) -> float:
