@@ -196,7 +196,7 @@ def real_peak(
     """Most bytes alive in real passes of the trainer's own code, apart from the weights."""
     chosen = asdict(computing or ComputeConfig()) | {"mixed_precision": "bf16" if dtype == BF16 else "no"}
     settings = ReinforceConfig(**chosen, learning_rate=1e-5)
-    model = models._with_fused_gelu(tiny.model(family, tied=family != "llama"))
+    model = models.with_fused_gelu(tiny.model(family, tied=family != "llama"))
     if settings.use_peft:
         model = with_adapter(model, settings, seed=0)
     kind = (lambda *args, learning_rate, **named: Critic(*args, **named)) if values else Learner

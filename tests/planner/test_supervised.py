@@ -34,11 +34,9 @@ def real_peak(config, family, number):
     """Most bytes alive in a pass that starts with all gradients, apart from the weights."""
     pairs = isinstance(config, RewardModelConfig)
     if pairs:
-        model = prepare_scoring(
-            models._with_fused_gelu(AutoModelForSequenceClassification.from_config(CONFIGS[family]))
-        )
+        model = prepare_scoring(models.with_fused_gelu(AutoModelForSequenceClassification.from_config(CONFIGS[family])))
     else:
-        model = models._with_fused_gelu(tiny.model(family))
+        model = models.with_fused_gelu(tiny.model(family))
     if config.use_peft:
         model = with_adapter(model, config, seed=0, heads=head_modules(model) if pairs else ())
     model.eval()  # as TRL, which turns off the dropout of a reward model

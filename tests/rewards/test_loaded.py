@@ -7,13 +7,16 @@ import torch
 import trl
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.activations import NewGELUActivation
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.completion_log import read_completions
 from reinforcepp.rewards.sources import load_rewards
+from reinforcepp.rewards.trained import TrainedReward
 from reinforcepp.rollout.ray.reward_pool import rewards_to_pool
+from reinforcepp.training.setup import start_policy
 from reinforcepp.types import Completion, Prompt
 
 ASKED = [
@@ -73,6 +76,26 @@ def test_a_loaded_model_scores_as_in_trl(family, conversational, finish_reason, 
         rewards = load_rewards(model, None, None, tokenizer, texts_are_messages=False)
         assert rewards.score(rows).total == pytest.approx(expected, abs=1e-5) and rewards.names == ["judge"]
     assert expected[0] != pytest.approx(expected[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [lambda model: TrainedReward(model, tiny.chat_tokenizer()), lambda model: start_policy(model, ReinforceConfig())],
+    ids=["reward", "policy"],
+)
+def test_the_gelu_of_a_loaded_model_is_fused(take):
+    model, tokens, hooked = classifier("gpt2"), torch.randint(330, (1, 8)), []
+    gelus = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
+    gelus[0].register_forward_hook(lambda *_: hooked.append(True))
+
+    def score_and_gradient():
+        score = model(tokens).logits.sum()
+        return score, torch.autograd.grad(score, model.transformer.wte.weight)[0]
+
+    expected = score_and_gradient()
+    take(model)
+    torch.testing.assert_close(score_and_gradient(), expected, rtol=1e-5, atol=1e-5)
+    assert len(hooked) == 2 and gelus and {type(module) for module in gelus} == {torch.nn.GELU}
 
 
 @pytest.mark.full

@@ -435,7 +435,7 @@ def load_weights(
         )
     if initialize is not None:
         initialize(model, set(found["missing_keys"]))
-    return _with_fused_gelu(model)
+    return with_fused_gelu(model)
 
 
 @contextmanager
@@ -457,14 +457,13 @@ def safe_folder(name: str) -> Iterator[str]:
         yield str(full)
 
 
-def _with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace GPT-2's GELU, which makes eight passes over memory each way, by torch's fused one."""
+def with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
+    """Make GPT-2's GELU, eight passes over memory each way, torch's fused one, in place, so hooks on it still run."""
     from transformers.activations import NewGELUActivation
 
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+    for module in model.modules():
+        if type(module) is NewGELUActivation:
+            module.__class__, module.approximate = torch.nn.GELU, "tanh"
     return model
 
 
@@ -499,7 +498,7 @@ def meta_model(
         raise ModelError(
             f"{config.name_or_path or 'model'}: transformers has no {kind} of the type {config.model_type}. Give another model."
         ) from error
-    return _with_fused_gelu(model.eval())
+    return with_fused_gelu(model.eval())
 
 
 def weights_hash(model: PreTrainedModel) -> str:

@@ -23,7 +23,7 @@ from reinforcepp.errors import ConfigError, ModelError, TrainingDiverged
 from reinforcepp.files import write_json
 from reinforcepp.models.conversations import Variables
 from reinforcepp.models.encoders import is_encoder
-from reinforcepp.models.loading import context_length, load_tokenizer, local_folder
+from reinforcepp.models.loading import context_length, load_tokenizer, local_folder, with_fused_gelu
 from reinforcepp.models.reward_models import ScoreReading, load_classifier, load_reward_weights, prepare_scoring
 from reinforcepp.models.reward_texts import TextForm, encode_scored, pair_limit, split_scored
 from reinforcepp.models.saving import save_model
@@ -86,7 +86,7 @@ class TrainedReward:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = SCORING_BATCH_SIZE
     ) -> None:
-        self.model = model
+        self.model = with_fused_gelu(model)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._scale: tuple[float, float] | None = None

@@ -12,7 +12,7 @@ import torch
 from reinforcepp.config import ComputeConfig, ReinforceConfig, RewardModelConfig
 from reinforcepp.data import DiskRows, StreamRows
 from reinforcepp.errors import ConfigError, DataError, setting
-from reinforcepp.models.loading import load_policy
+from reinforcepp.models.loading import load_policy, with_fused_gelu
 from reinforcepp.models.lora import add_adapter, has_adapter, with_adapter
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.reward_models import head_modules
@@ -187,7 +187,7 @@ def start_policy(
         raise ConfigError(FROZEN_ADAPTER)
     if config.estimator_spec.uses_critic and has_adapter(model):
         raise ConfigError("estimator ppo: can't copy a model with an adapter. Give the base model and set use_peft.")
-    return model
+    return with_fused_gelu(model)
 
 
 def loading_reward_model(config: RewardModelConfig) -> dict[str, Any]:
