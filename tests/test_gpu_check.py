@@ -43,6 +43,7 @@ def test_items_get_a_limit_and_the_total_time_ends(runner, monkeypatch, tmp_path
         return {"item": item.name, "status": status, "seconds": 100.0, "reason": f"because of {item.name}"}
 
     monkeypatch.setattr(runner, "start", start)
+    monkeypatch.setattr(runner.subprocess, "run", lambda check, env: subprocess.CompletedProcess(check, 0))
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
     kept = []
     monkeypatch.setattr(runner, "keep", kept.append)
@@ -85,8 +86,9 @@ def test_a_process_that_hangs_or_dies_is_a_failure(runner, monkeypatch, tmp_path
 
 
 def test_wheels_are_installed_without_a_network(runner, monkeypatch, tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r"no \.whl file"):
+    with pytest.raises(SystemExit, match="2"):
         run(runner, monkeypatch, tmp_path / "out", "--wheels", tmp_path)
+    assert "error: --wheels: no .whl file in" in capsys.readouterr().err
     (tmp_path / "some-1.0-py3-none-any.whl").touch()
     commands = []
 
@@ -102,6 +104,27 @@ def test_wheels_are_installed_without_a_network(runner, monkeypatch, tmp_path, c
     assert (
         environment["PYTHONPATH"].startswith(str(tmp_path / "packages")) and environment["CUDA_VISIBLE_DEVICES"] == ""
     )
+
+
+def test_without_a_folder_packages_or_a_gpu_no_item_starts(runner, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        run(runner, monkeypatch, tmp_path / "file" / "results", "--device", "cpu")
+    assert "results: Not a directory. Give a folder that you can write to." in capsys.readouterr().err
+    monkeypatch.setattr(runner, "start", None)
+    monkeypatch.setattr(runner.subprocess, "run", lambda check, env: subprocess.CompletedProcess(check, 2))
+    assert run(runner, monkeypatch, tmp_path, "--device", "cpu") == 2
+    assert runner.check_node("cpu") == 0
+    with monkeypatch.context() as only_python, pytest.raises(SystemExit, match="2"):
+        only_python.setattr(runner, "find_spec", lambda name: None)
+        runner.check_node("cpu")
+    assert "lacks torch and transformers and accelerate. Run make venv" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("reinforcepp.devices.driver_version", lambda: "")
+    with pytest.raises(SystemExit, match="2"):
+        runner.check_node("cuda")
+    assert "no GPU found. To try the code without one, add --device cpu." in capsys.readouterr().err
 
 
 def test_every_item_has_code_and_an_entry_in_the_list():

@@ -19,8 +19,9 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -83,9 +84,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=720, help="time for everything")
     parser.add_argument("--list", action="store_true", help="print the items and stop")
     parser.add_argument("--item", help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.folder = given.folder.expanduser().resolve()
+    if given.check:
+        return check_node(given.device)
     if given.item:
         return run_item(given)
     if given.list:
@@ -100,10 +104,17 @@ def main() -> int:
 def run_all(given: argparse.Namespace) -> int:
     """Run the items one after another; return 1 if one of them failed."""
     end = time.monotonic() + given.seconds
-    given.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        given.folder.mkdir(parents=True, exist_ok=True)
+        (given.folder / "summary.json").write_text("[]\n")
+    except OSError as error:
+        stop(f"{given.folder}: {error.strerror}. Give a folder that you can write to.")
     environment = environment_of(given)
     if given.wheels is not None:
         install(given.wheels, given.folder / "packages")
+    check = [sys.executable, str(HERE), "--device", given.device, "--check"]
+    if subprocess.run(check, env=environment).returncode:  # Otherwise every item would fail for the same reason.
+        return 2
     results: list[dict[str, Any]] = []
     chosen = [item for item in ITEMS if given.only is None or item.name in given.only]
     for item in chosen:
@@ -124,6 +135,33 @@ def run_all(given: argparse.Namespace) -> int:
     return int(counts["fail"] > 0)
 
 
+def stop(problem: str) -> NoReturn:
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_node(device: str) -> int:
+    """Check that this Python has the packages of the product and can use the device."""
+    if missing := [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]:
+        stop(
+            f"{sys.executable} lacks {' and '.join(missing)}. Run make venv, or set PYTHON to an interpreter with them."
+        )
+    if device == "cuda":
+        import torch
+
+        from reinforcepp.devices import choose_device
+        from reinforcepp.errors import ConfigError, command_line
+
+        if not torch.cuda.is_available():
+            try:
+                with command_line():
+                    choose_device()
+            except ConfigError as error:
+                stop(str(error))
+            stop("no GPU found. To try the code without one, add --device cpu.")
+    return 0
+
+
 def environment_of(given: argparse.Namespace) -> dict[str, str]:
     cache = str(given.folder / "cache")
     search = [str(given.folder / "packages"), str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -141,11 +179,11 @@ def install(wheels: Path, target: Path) -> None:
     """Install wheels without a network and without their dependencies, for this run only."""
     files = sorted(map(str, wheels.glob("*.whl")))
     if not files:
-        sys.exit(f"error: --wheels: no .whl file in {wheels}.")
+        stop(f"--wheels: no .whl file in {wheels}.")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(target), *files]
     begin = time.monotonic()
     if subprocess.run(command).returncode:
-        sys.exit("error: --wheels: pip failed; the lines above give the reason.")
+        stop("--wheels: pip failed; the lines above give the reason.")
     print(f"installed {len(files)} wheels in {time.monotonic() - begin:.0f} s")
 
 
@@ -209,7 +247,6 @@ def keep(results: list[dict[str, Any]]) -> None:
 
 def run_item(given: argparse.Namespace) -> int:
     """Run the item ``given.item`` and write its result; return 1 if it failed."""
-    import torch
     from common import Node, Skipped, gpu_facts, installed
 
     item = next(item for item in (*ITEMS, PART) if item.name == given.item)
@@ -218,11 +255,6 @@ def run_item(given: argparse.Namespace) -> int:
         missing = [package for package in item.packages if not installed(package)]
         if missing:
             raise Skipped(f"{' and '.join(missing)} not installed")
-        if given.device == "cuda" and not torch.cuda.is_available():
-            from reinforcepp.devices import choose_device
-
-            choose_device()
-            raise AssertionError("no GPU found; --device cpu tries the code without one")
         module, _, function = item.function.partition(":")
         result["gpu"] = gpu_facts()
         result["measured"] = getattr(importlib.import_module(module), function)(Node(given.device, given.folder))
