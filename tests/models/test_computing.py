@@ -244,6 +244,10 @@ def test_emulated_bfloat16_is_a_warning_before_training(command, base, pairs_csv
     assert "Use --mixed_precision no" in warning
 
 
-def test_native_bfloat16_is_no_warning(monkeypatch):
-    monkeypatch.setattr(precision, "cpu_flops", lambda: (30e9, 30e9))
+def test_native_bfloat16_is_no_warning_but_emulated_float16_is_one(monkeypatch):
+    speeds = {torch.bfloat16: (30e9, 30e9), torch.float16: (0.11e9, 30e9)}
+    monkeypatch.setattr(precision, "cpu_flops", lambda dtype=torch.bfloat16: speeds[dtype])
+    warning = precision.slow_precision(ComputeConfig(mixed_precision="fp16"))
+    assert "0.11 GFLOP/s in float16, compared with 30 GFLOP/s in float32" in warning and "'no'" in warning
+    assert precision.slow_precision(ComputeConfig(mixed_precision="fp16"), on_gpu=True) == ""
     assert precision.slow_precision(ComputeConfig(mixed_precision="bf16")) == ""

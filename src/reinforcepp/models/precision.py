@@ -89,20 +89,24 @@ def inference_dtype(requested: str, *stored: torch.dtype | None) -> torch.dtype:
 
 
 def slow_precision(config: ComputeConfig, *, on_gpu: bool = False) -> str:
-    """Return a warning if a training on this CPU, or on this GPU, computes much slower in bfloat16 than it could.
+    """Return a warning if a training on this CPU, or on this GPU, computes much slower in 16 bits than it could.
 
-    A CPU without bfloat16 instructions emulates them, up to 100 times slower. The flags of the CPU don't tell, because
+    A CPU without instructions for a dtype emulates them, up to 500 times slower. The flags of the CPU don't tell, because
     libraries can be limited to older instructions. So both are measured.
     """
-    if config.mixed_precision != "bf16":
+    chosen = config.mixed_precision
+    if chosen not in ("bf16", "fp16"):
         return ""
     if on_gpu:
-        return "" if has_bf16() else f"mixed_precision bf16: {_no_bf16()}."
-    bf16, float32 = cpu_flops()
-    if bf16 * SLOW_RATIO > float32:
+        return "" if chosen == "fp16" or has_bf16() else f"mixed_precision bf16: {_no_bf16()}."
+    dtype, (short, float32) = "bfloat16", cpu_flops()
+    if chosen == "fp16":
+        dtype, (short, float32) = "float16", cpu_flops(torch.float16)
+    if short * SLOW_RATIO > float32:
         return ""
     return (
-        f"mixed_precision bf16: a core of this CPU reaches {format_speeds()}, because it has no fast bfloat16 instructions. Use "
+        f"mixed_precision {chosen}: a core of this CPU reaches {format_flops(short)} in {dtype}, compared with "
+        f"{format_flops(float32)} in float32, because it has no fast {dtype} instructions. Use "
         f"{option('mixed_precision', 'no')}, which computes in float32."
     )
 
@@ -120,8 +124,8 @@ def format_speeds() -> str:
 
 
 @cache
-def cpu_flops() -> tuple[float, float]:
-    """Return the FLOP/s of a CPU core in bfloat16 and in float32, measured once per process in about 0.1 seconds.
+def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> tuple[float, float]:
+    """Return the FLOP/s of a CPU core in a 16-bit dtype and in float32, measured once per process in about 0.1 seconds.
 
     The dtypes take turns, so that other processes slow both, and the best of all rounds counts. Several threads would wait
     for each other on a busy CPU, and that can take longer than the products.
@@ -129,13 +133,13 @@ def cpu_flops() -> tuple[float, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _core_flops()
+        return _core_flops(dtype)
     finally:
         torch.set_num_threads(threads)
 
 
-def _core_flops() -> tuple[float, float]:
-    least = dict.fromkeys((torch.bfloat16, torch.float32), math.inf)
+def _core_flops(short: torch.dtype) -> tuple[float, float]:
+    least = dict.fromkeys((short, torch.float32), math.inf)
     for dtype in least:
         _ = torch.ones(8, 8, dtype=dtype) @ torch.ones(8, 8, dtype=dtype)  # The first call includes initialization.
     matrices = {dtype: torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype) for dtype in least}
@@ -147,8 +151,8 @@ def _core_flops() -> tuple[float, float]:
             least[dtype] = min(least[dtype], time.perf_counter() - start)
         if time.perf_counter() - begin > PROBE_SECONDS:
             break
-    bf16, float32 = (2 * PROBE_SIZE**3 / seconds for seconds in least.values())
-    return bf16, float32
+    first, float32 = (2 * PROBE_SIZE**3 / seconds for seconds in least.values())
+    return first, float32
 
 
 def matmul_flops(device: str, dtype: torch.dtype, size: int, seconds: float, max_rounds: int = 1000) -> float:
