@@ -382,7 +382,7 @@ def test_plan_counts_the_rewards_of_a_trainer(reward_folder):
 
 def test_a_plan_that_does_not_fit_names_settings_as_python_has_them():
     args = ReinforceConfig(batch_size=64, num_generations=8, estimator="grpo", max_new_tokens=200, micro_batch_size=64)
-    estimate = plan("builtin:tiny", None, args, device="h100", gpu_memory=1.5)
+    estimate = plan("builtin:tiny", None, args, device="h100", gpu_memory=2.0)
     assert not estimate.fits
     assert re.search(r"It fits with micro_batch_size=\d+", str(estimate))
 

@@ -538,6 +538,7 @@ def test_texts_that_look_like_flags_stay_texts(parsed):
         ("batch_size: -3", ["batch_size", "-3"]),
         ("a: b: c", ["settings.yaml", "YAML", "line 1"]),
         ("\tbatch_size: 3", ["settings.yaml", "YAML", "line 1"]),
+        ("model: a\x8f", ["settings.yaml", "YAML", "x008f"]),
     ],
 )
 def test_mistakes_in_the_file_are_named(parsed, yaml, named):

@@ -63,7 +63,10 @@ def parse_yaml(text: str) -> Any:
 
     if len(text) > MAX_FILE_BYTES:
         raise ValueError(f"longer than {MAX_FILE_BYTES >> 20} MiB")
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:  # a character that YAML forbids
+        raise ValueError(str(error)) from error
     try:
         node = loader.get_single_node()
         if node is None:

@@ -95,7 +95,7 @@ def plan(
         >>> from reinforcepp import ReinforceConfig, plan
         >>> estimate = plan("builtin:tiny", args=ReinforceConfig(max_new_tokens=32), device="h100")
         >>> estimate.fits, round(estimate.peak_memory / 2**30), estimate.seconds_per_step < 60
-        (True, 1, True)
+        (True, 2, True)
 
     Args:
         model: Policy and reference model: builtin:tiny, a folder or a Hub name.
