@@ -95,6 +95,43 @@ def refill_cpu(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def packing(result: dict[str, Any]) -> str:
+    seconds = result["seconds"]
+    rows = [
+        [way, *(f"{share['share'][way]:.0%}" for share in result["padding"]), f"{seconds['relative'][way]:.2f}"]
+        for way in seconds["relative"]
+    ]
+    titles = [
+        "micro-batches",
+        *(f"padding, {share['lengths']}" for share in result["padding"]),
+        "relative time of an update",
+    ]
+    said = (
+        f"\nPairs have {result['padding'][0]['mean']} tokens on average. Packed and padded log-probabilities differ by at most "
+        f"{result['equality']['logprobs']:.0e}, gradients by {result['equality']['gradients_relative']:.0e} of the largest one.\n"
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
+def time_to_quality(result: dict[str, Any]) -> str:
+    rows = []
+    for name, own in result["summary"].items():
+        times = own.get("times_ours", {"seconds": 1, "tokens": 1})
+        rows.append(
+            [
+                TRAINERS[name],
+                f"{result['learning_rates'][name]:g}",
+                f"{own['reached']} of {own['seeds']}",
+                f"{own['seconds']:.0f}",
+                f"{times['seconds']:.2f}",
+                f"{own['tokens']:,.0f}",
+                f"{times['tokens']:.2f}",
+            ]
+        )
+    titles = ["trainer", "learning rate", "seeds", "seconds", "its time over ours", "tokens", "its tokens over ours"]
+    return table(titles, rows) + made_by(result)
+
+
 def rollout_cpu(result: dict[str, Any]) -> str:
     rows = []
     for precision, name in (("no", "float32"), ("bf16", "bfloat16")):
@@ -849,6 +886,8 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "generation_cpu": (generation_cpu, "generation_cpu"),
     "rollout_cpu": (rollout_cpu, "rollout_cpu"),
     "refill_cpu": (refill_cpu, "refill_cpu"),
+    "packing": (packing, "packing"),
+    "time_to_quality": (time_to_quality, "time_to_quality"),
     "ablation_cpu": (ablation_cpu, "ablation_cpu"),
     "peers_cpu": (peers_cpu, "peers_cpu"),
     "algorithms": (algorithms, "algorithms"),

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 class Passes:
     """Owns the limits of micro-batches, which shrink if memory runs out. Gradients are sums, so limits change no result.
 
-    Sharded and compiled models take no packed rows. All ranks have the same models, so they decide alike.
+    Sharded and compiled models take no packed rows. Rows are packed if every rank can, so that all make as many passes.
     """
 
     def __init__(self, config: ReinforceConfig, ranks: Ranks, learners: Sequence[Learner]) -> None:
         simple = config.padding_free == "auto" and not ranks.sharded and not config.torch_compile
-        self.packed = simple and all(is_packable(learner.plain) for learner in learners)
+        self.packed = simple and not ranks.any(not all(is_packable(learner.plain) for learner in learners))
         """Whether rows are packed instead of padded."""
         self.limit = MicroBatchLimit.of(config, ranks.device.type, packed=self.packed)
         """Limit of passes with gradients."""
@@ -96,7 +96,7 @@ def smaller_limit(
     if len(lengths) == 1 or not can_repeat:
         fix = "Lower max_new_tokens or max_prompt_length" if len(lengths) == 1 else f"Set {smaller}"
         raise ConfigError(
-            f"max_tokens_per_micro_batch: memory ran out in a pass of {limit.tokens_of(lengths)} tokens (completions: "
+            f"Memory ran out in a pass of {limit.tokens_of(lengths)} tokens (completions: "
             f"{len(lengths)}). {fix}, or use mixed_precision bf16."
         ) from error
     echo(
