@@ -291,7 +291,7 @@ def test_out_of_memory_with_one_completion_raises_with_a_fix(base, tmp_path):
             raise torch.OutOfMemoryError("tried to allocate 1.5 GiB")
 
     run.policy.register_forward_pre_hook(run_out, with_kwargs=True)
-    with pytest.raises(ConfigError, match=r"pass over 1 completions of \d+ tokens\. Lower max_new_tokens"):
+    with pytest.raises(ConfigError, match=r"pass of \d+ tokens \(completions: 1\)\. Lower max_new_tokens"):
         run.train()
 
 
