@@ -129,7 +129,7 @@ class Recorder(TrainedReward):
 @pytest.mark.parametrize("messages", [(), (SYSTEM, LAST)])
 def test_a_reward_model_scores_rollouts_with_the_variables_of_its_training(form, messages):
     tokenizer = tokenizer_with("{% if quiet %}Quiet! {% endif %}" + CHATML)
-    reward, variables = Recorder(None, tokenizer), {"quiet": True}
+    reward, variables = Recorder(torch.nn.Module(), tokenizer), {"quiet": True}
     reward.form = form
     score_pairs(reward, [Preference("Why?", "No.", "So.", messages=messages, chat_template_kwargs=variables)])
     (trained,) = reward.rows

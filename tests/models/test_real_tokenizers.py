@@ -2,6 +2,7 @@
 
 import pytest
 import real_tokenizers
+import torch
 from transformers import AutoTokenizer
 
 from reinforcepp.commands.chat.conversation import Conversation
@@ -35,7 +36,7 @@ class Rows:
     """Stands for a reward model and keeps the rows that it scores."""
 
     def __init__(self, tokenizer):
-        self.reward = TrainedReward(None, tokenizer)
+        self.reward = TrainedReward(torch.nn.Module(), tokenizer)
         self.reward.score_rows = self.score
         self.rows = []
 

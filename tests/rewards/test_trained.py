@@ -249,7 +249,7 @@ class ByLength(TrainedReward):
 def test_scored_pairs_keep_order_texts_and_rows(base):
     tokenizer = load_tokenizer(str(base))
     pairs = [Preference("q", "a b c d", "a", 7), Preference("a longer q", "a", "a b", 3)]
-    scored = score_pairs(ByLength(None, tokenizer), pairs)
+    scored = score_pairs(ByLength(torch.nn.Module(), tokenizer), pairs)
     assert [(p.prompt, p.chosen, p.rejected, p.row) for p in scored] == [
         ("q", "a b c d", "a", 7),
         ("a longer q", "a", "a b", 3),
@@ -257,13 +257,14 @@ def test_scored_pairs_keep_order_texts_and_rows(base):
     for pair, one in zip(pairs, scored, strict=True):
         assert one.chosen_score == len(encode_example(tokenizer, pair.prompt, pair.chosen))
         assert one.rejected_score == len(encode_example(tokenizer, pair.prompt, pair.rejected))
-    assert score_pairs(ByLength(None, tokenizer), []) == []
+    assert score_pairs(ByLength(torch.nn.Module(), tokenizer), []) == []
 
 
 def test_lengths_exclude_the_prompt(base):
     tokenizer = load_tokenizer(str(base))
     short, long = score_pairs(
-        ByLength(None, tokenizer), [Preference("q", "a b", "a"), Preference("a much longer question", "a b", "a")]
+        ByLength(torch.nn.Module(), tokenizer),
+        [Preference("q", "a b", "a"), Preference("a much longer question", "a b", "a")],
     )
     ended = len(tokenizer(" a b", add_special_tokens=False)["input_ids"]) + 1
     assert (short.chosen_length, short.rejected_length) == (long.chosen_length, long.rejected_length)
@@ -279,4 +280,4 @@ def test_a_score_that_is_not_finite_raises(base, broken):
 
     kinds: list[str] = []
     with pytest.raises(TrainingDiverged, match=r"row 9 isn't finite\. Lower learning_rate"):
-        score_pairs(Broken(None, load_tokenizer(str(base))), [Preference("q", "a", "b", 9)])
+        score_pairs(Broken(torch.nn.Module(), load_tokenizer(str(base))), [Preference("q", "a", "b", 9)])
