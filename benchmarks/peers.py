@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from peer_worker import DEVICE, SHAPES, make_models
-from results import FOLDER, write_result
+from results import FOLDER, worker_result, write_result
 
 PPO_PACKAGES = FOLDER.parents[1] / "build" / "trl-1.12.0"
 OURS = ("ours", "ours_vllm", "ours_ppo")
@@ -109,24 +108,14 @@ def measured(
         "warm_up": getattr(arguments, "warm_up", 1),
     }
     path = [str(PPO_PACKAGES)] if name == "trl_ppo" else []
-    environment = os.environ | {
+    environment = {
         "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
         "GOMP_SPINCOUNT": "10000",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(
-        [sys.executable, str(FOLDER.parent / "peer_worker.py"), json.dumps(job)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return worker_result(name, [str(FOLDER.parent / "peer_worker.py"), json.dumps(job)], environment)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

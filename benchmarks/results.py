@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,17 @@ def write_result(name: str, measured: dict[str, Any]) -> Path:
     path.write_text(json.dumps({**made(), **measured}, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return path
+
+
+def worker_result(name: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Run Python with ``arguments`` in a fresh process and return its result, which it prints in a line after ``RESULT``."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))
 
 
 def made() -> dict[str, Any]:

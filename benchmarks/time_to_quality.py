@@ -4,7 +4,7 @@ python benchmarks/time_to_quality.py
 
 Same model, reward model, prompts, completions per step, KL coefficient, learning rate schedule and precision for all. The
 gold judge scores held-out prompts and has no part in training; evaluations are outside of the clock. The learning rate is
-tuned for each trainer over the same three values with a seed of its own; the fewest tokens win. Then the trainers take
+tuned for each trainer over the same three values with another seed; the fewest tokens win. Then the trainers take
 turns, each run in a separate process. Written to benchmarks/results/time_to_quality.json.
 """
 
@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from results import write_result
+from results import worker_result, write_result
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -123,22 +120,13 @@ def run(folder: Path, reward_model: Path, name: str, rate: float, seed: int, max
     if finished.is_file():
         return json.loads(finished.read_text(encoding="utf-8"))
     job = {"trainer": name, "rate": rate, "seed": seed, "max_steps": max_steps, "reward_model": str(reward_model)}
-    environment = os.environ | {
+    environment = {
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", json.dumps(job)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    row = {key: job[key] for key in ("trainer", "seed", "rate")} | json.loads(lines[0].removeprefix("RESULT "))
+    measured = worker_result(name, [__file__, "--worker", json.dumps(job)], environment)
+    row = {key: job[key] for key in ("trainer", "seed", "rate")} | measured
     finished.parent.mkdir(parents=True, exist_ok=True)
     finished.write_text(json.dumps(row), encoding="utf-8")
     print(json.dumps({key: value for key, value in row.items() if key != "curve"}), flush=True)
@@ -171,7 +159,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "gold": gold,
         "first_reward": next(entry["reward"] for entry in log),
-        "seconds_per_step": fmean(clock.seconds[1:]),
+        "seconds_per_step": fmean(clock.seconds),
         "curve": clock.curve,
     }
 

@@ -70,7 +70,7 @@ ITEMS = (
 )
 """The items, the most important ones first: the time can end before the last ones."""
 PART = Item("start_once", "engines:start_once", 150, ("vllm",))
-"""A part of ``compile_cache``, in a process of its own."""
+"""A part of ``compile_cache``, in a separate process."""
 
 
 def main() -> int:
@@ -188,7 +188,7 @@ def install(wheels: Path, target: Path) -> None:
 
 
 def start(item: Item, given: argparse.Namespace, environment: dict[str, str], limit: float) -> dict[str, Any]:
-    """Run one item in a process of its own and return its result."""
+    """Run one item in a separate process and return its result."""
     output = given.folder / f"{item.name}.json"
     output.unlink(missing_ok=True)
     command = [sys.executable, str(HERE), str(given.folder), "--device", given.device, "--item", item.name]

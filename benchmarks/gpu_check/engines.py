@@ -30,7 +30,7 @@ MAIN = str(Path(__file__).with_name("__main__.py"))
 
 
 def start_once(node: Node) -> dict[str, Any]:
-    """Start an engine, in a process of its own."""
+    """Start an engine, in a separate process."""
     model = random_model(node, "small")
     begin = time.perf_counter()
     with vllm_engine(node, model) as engine:
@@ -54,7 +54,7 @@ def compile_cache(node: Node) -> dict[str, Any]:
     entries = [path.name for path in cache.glob("vllm/torch_compile_cache/*") if path.is_dir()]
     measured = {"first_seconds": starts[0], "second_seconds": starts[1], "entries": entries}
     if node.on_gpu:
-        assert len(entries) <= 1, f"each start has an entry of its own in the compile cache: {measured}"
+        assert len(entries) <= 1, f"each start has a new entry in the compile cache: {measured}"
         assert starts[1] < 0.8 * starts[0], f"the second start isn't faster: {measured}"
     return measured
 

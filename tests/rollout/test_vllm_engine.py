@@ -526,7 +526,7 @@ def gpu_model(seed: int = 0) -> torch.nn.Module:
 
 
 class TestOnGpu:
-    """Each test has a model of its own, and a test that needs certain weights in the shared engine loads them."""
+    """Each test has a separate model, and a test that needs certain weights in the shared engine loads them."""
 
     pytestmark = on_gpu
 

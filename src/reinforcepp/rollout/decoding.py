@@ -104,7 +104,7 @@ def takes_attention_mask(model: PreTrainedModel) -> bool:
     """Return whether a plain model attends by SDPA and takes the mask of shape (B, 1, 1, L) that SDPA needs, or no mask.
 
     The library otherwise makes that mask anew for each token, and reads a sum from the device to see whether it needs one.
-    Sliding windows need masks of their own. Falcon's ALiBi is computed from the mask of shape (B, L).
+    Each sliding window needs another mask. Falcon's ALiBi is computed from the mask of shape (B, L).
     """
     base = base_model(model)
     if not (is_plain(model) and type(base).__module__.startswith("transformers.")):
