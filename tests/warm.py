@@ -30,7 +30,7 @@ from typing import Any
 from unittest import mock
 
 from reinforcepp.commands.cli import ENVIRONMENT
-from reinforcepp.runtime import is_main
+from reinforcepp.runtime.process import is_main
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"

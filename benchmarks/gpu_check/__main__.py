@@ -149,8 +149,8 @@ def check_node(device: str) -> int:
     if device == "cuda":
         import torch
 
-        from reinforcepp.devices import choose_device
         from reinforcepp.errors import ConfigError, command_line
+        from reinforcepp.models.devices import choose_device
 
         if not torch.cuda.is_available():
             try:
@@ -235,7 +235,7 @@ def keep(results: list[dict[str, Any]]) -> None:
     import torch
     from results import write_result
 
-    from reinforcepp.devices import driver_version
+    from reinforcepp.models.devices import driver_version
 
     if torch.cuda.is_available():
         facts = {"driver": driver_version(), "cuda": torch.version.cuda}

@@ -23,7 +23,7 @@ from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.prompt_format import QUESTION_ANSWER_TEMPLATE
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.rollout.vllm_integration import VllmEngine
-from reinforcepp.runtime import versions_of
+from reinforcepp.runtime.process import versions_of
 
 MIB, GIB = 1 << 20, 1 << 30
 VOCABULARY = 151_936

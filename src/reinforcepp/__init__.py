@@ -95,7 +95,7 @@ _MODULES = {
 __all__ = ["__version__", *_MODULES]
 
 if find_spec("torchvision") is not None:  # otherwise the check, which reads package metadata, isn't needed
-    from reinforcepp.runtime import hide_unloadable_packages
+    from reinforcepp.runtime.process import hide_unloadable_packages
 
     hide_unloadable_packages()
 

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from reinforcepp.redaction import redacted
-from reinforcepp.terminal import one_message
+from reinforcepp.runtime.redaction import redacted
+from reinforcepp.runtime.terminal import one_message
 
 MAX_MESSAGE_CHARACTERS = 10_000
 MAX_SHOWN_CHARACTERS = 200

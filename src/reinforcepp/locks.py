@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import no_link
-from reinforcepp.terminal import WARNING, echo
+from reinforcepp.runtime.terminal import WARNING, echo
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

@@ -14,7 +14,7 @@ from typing import Any
 from reinforcepp.errors import ConfigError, option
 from reinforcepp.files import PARTIAL, remove, write_json
 from reinforcepp.locks import RUN_LOCK, OutputLock, check_unlocked, folder_lock
-from reinforcepp.redaction import without_secrets
+from reinforcepp.runtime.redaction import without_secrets
 
 RENAMED_SETTINGS = {"mini_batch_size": "micro_batch_size"}
 """Current names of settings by their old names, which version 0.1.0 stored in ``run.json``."""

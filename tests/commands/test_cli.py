@@ -411,7 +411,7 @@ def test_a_model_that_is_neither_local_nor_on_the_hub(refused, monkeypatch, tmp_
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("reinforcepp.runtime.getproxies", dict)
+    monkeypatch.setattr("reinforcepp.runtime.process.getproxies", dict)
     begin = time.monotonic()
     message = refused("train", "--model", name)
     assert time.monotonic() - begin < 10

@@ -18,7 +18,7 @@ from reinforcepp.data import read_prompts, read_texts
 from reinforcepp.models.loading import load_config, load_policy, load_tokenizer
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.terminal import printable
 from reinforcepp.types import Completion
 
 PROMPT = "How do I see my routes?"

@@ -264,7 +264,7 @@ def test_unreachable_hub_is_an_error(tmp_path, monkeypatch, capsys, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
-    monkeypatch.setattr("reinforcepp.runtime.getproxies", dict)
+    monkeypatch.setattr("reinforcepp.runtime.process.getproxies", dict)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--data", "org/name", "--output_dir", "run", "--rewards", "rule:length?max=9"]) == 2
     err = capsys.readouterr().err

@@ -19,7 +19,7 @@ from pathlib import Path
 from reinforcepp.config import RewardModelConfig, SftConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.signals import Interrupted
-from reinforcepp.runtime import started
+from reinforcepp.runtime.process import started
 from reinforcepp.training import reward_card, sft_trainer, supervised_loop
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.training.sft_trainer import train_language_model

@@ -16,7 +16,7 @@ from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models import precision
 from reinforcepp.models.master_weights import LossScale
 from reinforcepp.rewards.trained import load_reward_model
-from reinforcepp.runtime import protect_compiled_code
+from reinforcepp.runtime.process import protect_compiled_code
 from reinforcepp.training.setup import loading
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]

@@ -12,7 +12,7 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.completion_tables import completion_panel, completion_table
 from reinforcepp.rewards.functions import RewardScores
-from reinforcepp.terminal import Console
+from reinforcepp.runtime.terminal import Console
 from reinforcepp.types import Completion, Prompt
 
 ASKED = ({"role": "user", "content": "Is [red]it[/red] up?"},)

@@ -10,11 +10,11 @@ import tiny
 from rich.console import Console
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
-from reinforcepp import terminal as output
 from reinforcepp.commands.cli import main
 from reinforcepp.distributed.ranks import check_trackers
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring import progress, read_metrics
+from reinforcepp.runtime import terminal as output
 from reinforcepp.training import monitor
 
 PROMPTS = [{"prompt": f"Why does host {i} answer slowly?"} for i in range(8)]

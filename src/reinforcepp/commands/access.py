@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from reinforcepp.rollout.vllm.server import environment_key
-from reinforcepp.runtime import is_loopback
+from reinforcepp.runtime.process import is_loopback
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -22,13 +22,13 @@ from reinforcepp.config.foreign_names import foreign_hint
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.config.shared import DeviceConfig
 from reinforcepp.config.values import accepted_values, fields_of
-from reinforcepp.devices import choose_device, hide_gpus
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
+from reinforcepp.models.devices import choose_device, hide_gpus
 from reinforcepp.monitoring.signals import handle_signals
-from reinforcepp.redaction import redacted
 from reinforcepp.run_dir import REMOVED_SETTINGS, has_checkpoint
-from reinforcepp.runtime import is_first_here, is_main
-from reinforcepp.terminal import guarded_streams, print_at_once, print_error, print_output, warn_once
+from reinforcepp.runtime.process import is_first_here, is_main
+from reinforcepp.runtime.redaction import redacted
+from reinforcepp.runtime.terminal import guarded_streams, print_at_once, print_error, print_output, warn_once
 
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 # torch reads these variables when it is loaded. With this spin count, an idle thread waits for work for about 30

@@ -22,7 +22,7 @@ from reinforcepp.files import write_json
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.curve import draw_curve
 from reinforcepp.run_dir import check_output, claim_output, clear
-from reinforcepp.terminal import console, echo
+from reinforcepp.runtime.terminal import console, echo
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.types import Completion

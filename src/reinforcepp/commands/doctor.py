@@ -13,7 +13,7 @@ from reinforcepp.config import DoctorConfig
 from reinforcepp.monitoring.doctor.diagnosis import Diagnosis, diagnose
 from reinforcepp.monitoring.doctor.finding import SEVERITIES, Finding
 from reinforcepp.monitoring.run_record import find_run, read_run
-from reinforcepp.terminal import Console, print_json
+from reinforcepp.runtime.terminal import Console, print_json
 
 EXIT_FINDINGS = 1
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan", None: "green"}

@@ -14,7 +14,7 @@ from reinforcepp.models.loading import load_config, load_tokenizer, prompt_limit
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompts, split_example
 from reinforcepp.planner.command import make_plan, show_plan
-from reinforcepp.terminal import echo, print_output
+from reinforcepp.runtime.terminal import echo, print_output
 from reinforcepp.training.precision import with_precision
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.sft_trainer import to_example

@@ -15,9 +15,9 @@ import torch
 
 from reinforcepp.config import GenerateConfig, SamplingConfig
 from reinforcepp.data import PromptRow, check_dataset, is_data_file, prompt_rows, read_prompt_lines, read_prompts
-from reinforcepp.devices import choose_device
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
+from reinforcepp.models.devices import choose_device
 from reinforcepp.models.given import check_loaded, name_of, preserve_modes
 from reinforcepp.models.loading import (
     load_config,
@@ -36,8 +36,8 @@ from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load
 from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
-from reinforcepp.runtime import silence
-from reinforcepp.terminal import echo, print_output
+from reinforcepp.runtime.process import silence
+from reinforcepp.runtime.terminal import echo, print_output
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from reinforcepp.monitoring.signals import handle_signals
-from reinforcepp.terminal import echo, logger
+from reinforcepp.runtime.terminal import echo, logger
 
 MAX_CONNECTIONS = 512
 """Open connections; the next one replaces an idle one of the address with the most, see :class:`LimitedConnection`."""

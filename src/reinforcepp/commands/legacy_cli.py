@@ -11,7 +11,7 @@ from reinforcepp.commands.table import COMMANDS
 from reinforcepp.config.aliases import aliases_of
 from reinforcepp.config.values import accepted_values
 from reinforcepp.errors import ConfigError, nearest
-from reinforcepp.terminal import print_output
+from reinforcepp.runtime.terminal import print_output
 
 USAGE = "usage: reinforce_cli.py --mode {train_sft,train_reward,train_rlhf,generate} [--FLAG VALUE ...]"
 

@@ -17,8 +17,8 @@ from reinforcepp.reports.reward_model import reward_report
 from reinforcepp.reports.run import summary
 from reinforcepp.reports.run.page import report_page
 from reinforcepp.run_dir import REWARD_CARD
-from reinforcepp.runtime import silence
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import silence
+from reinforcepp.runtime.terminal import echo
 
 PAGE = "report.html"
 

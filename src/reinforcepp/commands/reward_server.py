@@ -42,8 +42,8 @@ from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode, encode_prompt, encode_text, end_token_id
 from reinforcepp.rewards.remote import authorization
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
-from reinforcepp.runtime import is_loopback
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import is_loopback
+from reinforcepp.runtime.terminal import echo
 
 MAX_REQUEST_BYTES = 64 * 2**20
 MAX_BUFFERED_BYTES = 4 * MAX_REQUEST_BYTES

@@ -35,8 +35,8 @@ from reinforcepp.rollout.vllm.server import (
     unsafe_settings,
     vllm_is_for_gpus,
 )
-from reinforcepp.runtime import is_loopback
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import is_loopback
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.publish.source import Source, find_source
 
 # The context of a model can be a million tokens, and the server would reserve memory for all of them.

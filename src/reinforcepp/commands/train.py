@@ -10,7 +10,7 @@ from reinforcepp.monitoring.doctor import diagnose
 from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import read_run
 from reinforcepp.run_dir import check_output
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.reinforce_trainer import ReinforceTrainer
 
 

@@ -16,7 +16,7 @@ from reinforcepp.config.aliases import PARSER_FIELDS, hint, names_of, read_alias
 from reinforcepp.config.data_spec import listed
 from reinforcepp.config.values import accepted_values, converted
 from reinforcepp.errors import ConfigError, shown
-from reinforcepp.redaction import without_secrets
+from reinforcepp.runtime.redaction import without_secrets
 
 MAX_SEED = 2**32 - 1  # the most that the random generators of all libraries accept
 LAST_PORT = 65535

@@ -11,7 +11,7 @@ from reinforcepp.config.aliases import aliases_of, hint, names_of, translated
 from reinforcepp.config.base import JsonObject
 from reinforcepp.config.values import Accepted, EmptyIfNone, accepted_values, converted
 from reinforcepp.errors import ConfigError, shown
-from reinforcepp.redaction import without_secrets
+from reinforcepp.runtime.redaction import without_secrets
 
 MAX_FILE_BYTES = 1 << 20
 MAX_YAML_VALUES = 100_000

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from reinforcepp.config.reward_rules import RULES, make_rule
 from reinforcepp.errors import ConfigError, nearest
-from reinforcepp.redaction import HIDDEN, SECRET_QUERY, redacted
+from reinforcepp.runtime.redaction import HIDDEN, SECRET_QUERY, redacted
 
 JUDGE = "builtin:judge"
 WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.*)", re.DOTALL)

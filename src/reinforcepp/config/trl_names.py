@@ -21,10 +21,10 @@ from reinforcepp.config.trl_unsupported import (
     Neutral,
 )
 from reinforcepp.errors import ConfigError
-from reinforcepp.redaction import without_secrets
 from reinforcepp.run_dir import RENAMED_SETTINGS
-from reinforcepp.runtime import is_main, started
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import is_main, started
+from reinforcepp.runtime.redaction import without_secrets
+from reinforcepp.runtime.terminal import echo
 
 if TYPE_CHECKING:
     import torch

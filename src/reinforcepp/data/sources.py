@@ -21,7 +21,7 @@ from reinforcepp.data.readers import CHUNK_ROWS, Records, count, quoted, read_cs
 from reinforcepp.data.tables import read_arrow, read_parquet
 from reinforcepp.errors import ConfigError, DataError, nearest, option, shown
 from reinforcepp.files import sha256
-from reinforcepp.runtime import look_for_hub
+from reinforcepp.runtime.process import look_for_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -47,9 +47,9 @@ from reinforcepp.distributed.deepspeed import (
 )
 from reinforcepp.errors import ConfigError, ReinforceError, first_line, option
 from reinforcepp.models.master_weights import MasterWeights
-from reinforcepp.redaction import redacted
-from reinforcepp.runtime import is_first_here, is_main, own_version, started
-from reinforcepp.terminal import print_error
+from reinforcepp.runtime.process import is_first_here, is_main, own_version, started
+from reinforcepp.runtime.redaction import redacted
+from reinforcepp.runtime.terminal import print_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

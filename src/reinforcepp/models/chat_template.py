@@ -19,7 +19,7 @@ from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.models.tokenizer_files import choose_template, has_tokenizer, read_tokenizer
 from reinforcepp.run_dir import began_without, run_date
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.terminal import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 from reinforcepp.errors import ModelError, first_line
 from reinforcepp.models.special_tokens import encode, marked, unmarked
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.terminal import logger
 from reinforcepp.types import Conversation
 
 if TYPE_CHECKING:

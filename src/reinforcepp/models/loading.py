@@ -39,8 +39,8 @@ from reinforcepp.models.prompt_format import plain_template
 from reinforcepp.models.remote_code import remote_code, uses_remote_code
 from reinforcepp.models.tokenization import end_token_id
 from reinforcepp.models.tokenizer_files import choose_template, has_tokenizer, keep_settings, read_tokenizer
-from reinforcepp.runtime import is_main, is_silent, look_for_hub
-from reinforcepp.terminal import warn_once
+from reinforcepp.runtime.process import is_main, is_silent, look_for_hub
+from reinforcepp.runtime.terminal import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

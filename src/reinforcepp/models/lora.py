@@ -26,7 +26,7 @@ from reinforcepp.config import AdapterConfig
 from reinforcepp.data import builtin
 from reinforcepp.errors import ConfigError, ModelError, useful_line
 from reinforcepp.models.folder_checks import NO_PICKLES
-from reinforcepp.terminal import warn_once
+from reinforcepp.runtime.terminal import warn_once
 
 if TYPE_CHECKING:
     from peft import PeftConfig

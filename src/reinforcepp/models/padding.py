@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from reinforcepp.models.tokenization import end_token_id, eos_token_id
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.terminal import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from reinforcepp.models.loading import context_length
 from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.models.special_tokens import encode, marked
 from reinforcepp.models.tokenization import encode_example, encode_text, split_example
-from reinforcepp.terminal import warn_once
+from reinforcepp.runtime.terminal import warn_once
 from reinforcepp.types import Conversation
 
 if TYPE_CHECKING:

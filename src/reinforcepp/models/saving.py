@@ -16,7 +16,7 @@ from reinforcepp.files import disk_errors, flush, free_partial, move
 from reinforcepp.models.loading import PROGRESS_BAR_BYTES, end_ids, progress_bars
 from reinforcepp.models.lora import base_model, has_adapter
 from reinforcepp.models.tokenizer_files import save_tokenizer
-from reinforcepp.terminal import warn_once
+from reinforcepp.runtime.terminal import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

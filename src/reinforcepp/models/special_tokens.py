@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.terminal import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import checkpoint
 
-from reinforcepp.terminal import warn_once
+from reinforcepp.runtime.terminal import warn_once
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Size, by device, up to which logits in the model's dtype are kept for the backward pass; larger ones are recomputed."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from reinforcepp.errors import ModelError
 from reinforcepp.files import sha256
 from reinforcepp.models.remote_code import remote_code
-from reinforcepp.terminal import warn_once
+from reinforcepp.runtime.terminal import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from reinforcepp.redaction import redacted
-from reinforcepp.runtime import own_version, versions_of
+from reinforcepp.runtime.process import own_version, versions_of
+from reinforcepp.runtime.redaction import redacted
 
 PACKAGES = (
     "torch",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reinforcepp.files import copy_file, no_link
-from reinforcepp.redaction import redacted
-from reinforcepp.runtime import is_main
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import is_main
+from reinforcepp.runtime.redaction import redacted
+from reinforcepp.runtime.terminal import echo
 
 LOGS = ("metrics.jsonl", "timings.jsonl")
 EVENTS = "events.jsonl"

@@ -10,8 +10,8 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from reinforcepp.runtime import is_silent
-from reinforcepp.terminal import console, echo
+from reinforcepp.runtime.process import is_silent
+from reinforcepp.runtime.terminal import console, echo
 
 PLAIN_LINES = 12
 PROGRESS_ROWS = 5000

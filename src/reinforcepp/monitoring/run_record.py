@@ -10,8 +10,8 @@ from typing import Any
 
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring import EVENTS, read_metrics
-from reinforcepp.redaction import without_secrets
 from reinforcepp.run_dir import FINISHED, MARKS, REWARD_CARD, RUN_FILE, rename_settings
+from reinforcepp.runtime.redaction import without_secrets
 
 METRICS, EVALUATION = "metrics.jsonl", "evaluation.json"
 

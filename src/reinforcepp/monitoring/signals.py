@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from reinforcepp.runtime import is_main
-from reinforcepp.terminal import echo, print_at_once
+from reinforcepp.runtime.process import is_main
+from reinforcepp.runtime.terminal import echo, print_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

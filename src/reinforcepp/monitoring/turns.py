@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.terminal import printable
 from reinforcepp.types import Conversation
 
 LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}

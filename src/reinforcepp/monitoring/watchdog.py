@@ -15,8 +15,8 @@ from types import TracebackType
 
 from reinforcepp.errors import option
 from reinforcepp.files import remove
-from reinforcepp.runtime import is_first_here, is_main, started
-from reinforcepp.terminal import print_at_once
+from reinforcepp.runtime.process import is_first_here, is_main, started
+from reinforcepp.runtime.terminal import print_at_once
 
 STACKS = "stacks.txt"
 GRACE_SECONDS = 10.0

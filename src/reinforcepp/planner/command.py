@@ -16,8 +16,8 @@ from reinforcepp.config import PlanConfig, ReinforceConfig
 from reinforcepp.config.accelerators import DeviceName
 from reinforcepp.config.reinforce import RAY, server_addresses
 from reinforcepp.config.reward_spec import RewardSource, parse_source
-from reinforcepp.devices import choose_device
 from reinforcepp.errors import ConfigError, RolloutError, option, setting
+from reinforcepp.models.devices import choose_device
 from reinforcepp.models.loading import load_config, parameter_count, prompt_limit
 from reinforcepp.models.master_weights import sums_fit
 from reinforcepp.models.precision import automatic_precision, compute_dtype, format_flops, slow_precision
@@ -34,8 +34,8 @@ from reinforcepp.rewards.functions import RewardFunction, function_name
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.rollout.selection import EngineName
 from reinforcepp.rollout.vllm.compat import built_for_cpu
-from reinforcepp.runtime import silence
-from reinforcepp.terminal import Console, print_json
+from reinforcepp.runtime.process import silence
+from reinforcepp.runtime.terminal import Console, print_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -36,7 +36,7 @@ from reinforcepp.planner.timing import (
     link_bandwidth,
 )
 from reinforcepp.reports.run.summary import duration
-from reinforcepp.terminal import Console
+from reinforcepp.runtime.terminal import Console
 
 GIB_FROM = 10 * GIB
 """The table uses GiB from this peak on, and MiB below."""

@@ -33,8 +33,8 @@ from reinforcepp.planner.model_costs import (
 )
 from reinforcepp.planner.trace import ROWS, MemoryTracker, Peak, fused_attention, peak_of
 from reinforcepp.run_dir import format_size
-from reinforcepp.runtime import is_main, started
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import is_main, started
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.learner import training_submodules
 
 if TYPE_CHECKING:

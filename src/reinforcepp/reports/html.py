@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from reinforcepp.monitoring.turns import turns
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.terminal import printable
 
 # Name of each color -> in light and in dark. Text has a contrast of at least 4.5 to ground and raised, edges have 3.
 COLORS: Mapping[str, tuple[str, str]] = {

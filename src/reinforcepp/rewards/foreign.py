@@ -28,8 +28,8 @@ from reinforcepp.models.precision import inference_dtype
 from reinforcepp.models.reward_models import ScoreReading, load_classifier, prepare_scoring, stored_head
 from reinforcepp.models.reward_texts import TextForm, form_of, pair_separator
 from reinforcepp.models.score_heads import declared_labels, score_head
-from reinforcepp.runtime import is_main, user_cache
-from reinforcepp.terminal import echo, warn_once
+from reinforcepp.runtime.process import is_main, user_cache
+from reinforcepp.runtime.terminal import echo, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

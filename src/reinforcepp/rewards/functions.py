@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError, ReinforceError, RewardError, UnusableUpdate, nearest
 from reinforcepp.files import sha256
-from reinforcepp.runtime import outcome
+from reinforcepp.runtime.process import outcome
 from reinforcepp.types import Completion
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.errors import ConfigError, RewardError
-from reinforcepp.redaction import redacted
-from reinforcepp.runtime import is_loopback, outcome
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.process import is_loopback, outcome
+from reinforcepp.runtime.redaction import redacted
+from reinforcepp.runtime.terminal import logger
 from reinforcepp.types import Conversation
 
 TRANSIENT_STATUSES = {408, 425, 429, *range(500, 600)}

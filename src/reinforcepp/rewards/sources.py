@@ -13,7 +13,6 @@ from reinforcepp.config.reward_rules import Rule, make_rule
 from reinforcepp.config.reward_spec import RewardSource, parse_model, parse_source
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import weights_hash
-from reinforcepp.redaction import redacted
 from reinforcepp.rewards.card import REWARD_MODEL, RewardCard
 from reinforcepp.rewards.functions import (
     GoldReward,
@@ -29,8 +28,9 @@ from reinforcepp.rewards.functions import (
 )
 from reinforcepp.rewards.loaded import is_model, loaded_reward, use_tokenizer
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
-from reinforcepp.runtime import is_main
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.process import is_main
+from reinforcepp.runtime.redaction import redacted
+from reinforcepp.runtime.terminal import logger
 from reinforcepp.types import Completion
 
 if TYPE_CHECKING:

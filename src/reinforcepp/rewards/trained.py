@@ -31,7 +31,7 @@ from reinforcepp.models.tokenization import pad
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
 from reinforcepp.rewards.foreign import calibrate, check_classifier, default_dtype, load_foreign, output_weights
 from reinforcepp.run_dir import REWARD_CARD, RUN_FILE
-from reinforcepp.terminal import warn_once
+from reinforcepp.runtime.terminal import warn_once
 from reinforcepp.types import Conversation, Preference, ScoredPair
 
 if TYPE_CHECKING:

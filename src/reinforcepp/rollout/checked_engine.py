@@ -10,7 +10,7 @@ from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.self_check import check_samples
 from reinforcepp.rollout.weight_sync_check import check_sync
-from reinforcepp.terminal import warn_once
+from reinforcepp.runtime.terminal import warn_once
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from reinforcepp.models.packed_attention import extend_sdpa
 from reinforcepp.rollout.batch_rows import BatchRow
 from reinforcepp.rollout.kv_cache import PreallocatedLayer, join_rows, preallocated_cache, select_rows
 from reinforcepp.rollout.self_check import compare_samples
-from reinforcepp.terminal import warn
+from reinforcepp.runtime.terminal import warn
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

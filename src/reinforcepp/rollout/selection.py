@@ -14,7 +14,7 @@ from reinforcepp.models.loading import context_length
 from reinforcepp.models.remote_code import uses_remote_code
 from reinforcepp.rollout.engine import call
 from reinforcepp.rollout.weight_sync_check import NEW_TOKENS, PROBE_TOKENS
-from reinforcepp.terminal import warn
+from reinforcepp.runtime.terminal import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -48,8 +48,8 @@ from reinforcepp.rollout.vllm.local_transfer import (
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.vllm.model_folder import model_folder
 from reinforcepp.rollout.weight_transfer import WeightTransfer, config_with_architecture
-from reinforcepp.runtime import release_free_memory
-from reinforcepp.terminal import warn
+from reinforcepp.runtime.memory import release_free_memory
+from reinforcepp.runtime.terminal import warn
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

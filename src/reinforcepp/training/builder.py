@@ -15,11 +15,11 @@ from reinforcepp.algorithm.importance import Correction
 from reinforcepp.algorithm.kl import next_kl_coef
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import StreamRows, check_dataset, prompt_rows
-from reinforcepp.devices import check_compiler, choose_device
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
 from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.models.chat_template import with_chat_template
+from reinforcepp.models.devices import check_compiler, choose_device
 from reinforcepp.models.loading import check_trainable, load_config, prompt_limit, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
 from reinforcepp.models.precision import cast_parameters, compute_dtype
@@ -36,7 +36,7 @@ from reinforcepp.rollout.ray.reward_pool import pool_rewards, rewards_to_pool
 from reinforcepp.rollout.selection import choose_engine
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.run_dir import check_output
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training import checkpoint
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
 from reinforcepp.training.batches import PromptBatches

@@ -35,8 +35,8 @@ from reinforcepp.errors import ConfigError, ModelError, nearest, option
 from reinforcepp.files import DISK_FULL, PARTIAL, damage, disk_errors, free_partial, remove, whole_folder, write_json
 from reinforcepp.monitoring import LOGS
 from reinforcepp.run_dir import changed_settings, check_unchanged, claim_output, read_finished, write_finished
-from reinforcepp.runtime import is_main, versions_of
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import is_main, versions_of
+from reinforcepp.runtime.terminal import echo
 
 if TYPE_CHECKING:  # these load Accelerate, which takes a second and isn't needed to export a model
     from reinforcepp.distributed.ranks import Ranks

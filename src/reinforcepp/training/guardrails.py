@@ -17,7 +17,7 @@ from typing import Any
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import TrainingDiverged, UnusableUpdate
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 PATIENCE_STEPS = 5
 MAX_ROLLBACKS = 3

@@ -19,7 +19,7 @@ from reinforcepp.errors import ConfigError, TrainingDiverged
 from reinforcepp.models.lora import base_model, has_adapter, is_4bit, load_trainable_weights, trainable_weights
 from reinforcepp.models.master_weights import LossScale, MasterWeights, sums_fit
 from reinforcepp.models.precision import cast_parameters, compute_dtype
-from reinforcepp.runtime import protect_compiled_code
+from reinforcepp.runtime.process import protect_compiled_code
 from reinforcepp.training.optimizer import Optimizers, make_optimizer, with_given_optimizer
 from reinforcepp.training.schedule import make_scheduler
 

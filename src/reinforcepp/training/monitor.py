@@ -18,7 +18,7 @@ from reinforcepp.monitoring.completion_tables import completion_panel, completio
 from reinforcepp.monitoring.doctor import Diagnosis, diagnose
 from reinforcepp.monitoring.live_view import Sample, Snapshot, duration, view
 from reinforcepp.monitoring.run_record import RunRecord
-from reinforcepp.terminal import console, echo
+from reinforcepp.runtime.terminal import console, echo
 from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.policy_run import RunState
 

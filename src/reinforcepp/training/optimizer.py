@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.config.shared import OptimizerConfig
 from reinforcepp.errors import ConfigError
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

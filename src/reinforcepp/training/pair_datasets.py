@@ -17,7 +17,7 @@ from reinforcepp.data import conversation_text
 from reinforcepp.data.sources import dataset_digest
 from reinforcepp.errors import ConfigError, DataError, first_line
 from reinforcepp.rewards.trained import SplitPair
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.reward_card import CardData, Counts, ScoredData
 from reinforcepp.training.supervised_setup import MAX_MEASURED_ROWS
 from reinforcepp.types import Messages, Preference

@@ -11,7 +11,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.logprobs import is_packable
 from reinforcepp.models.micro_batches import Lengths, MicroBatchLimit, micro_batches
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.types import Completion
 
 if TYPE_CHECKING:

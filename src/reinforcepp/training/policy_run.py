@@ -38,7 +38,7 @@ from reinforcepp.monitoring.run_record import RunRecord, read_run
 from reinforcepp.monitoring.step_metrics import rollout_columns
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, describe_run, set_run_aside, write_finished
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.async_rollouts import PENDING_FILE
 from reinforcepp.training.batches import UpdateBatch

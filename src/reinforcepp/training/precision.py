@@ -15,7 +15,7 @@ from reinforcepp.distributed.ranks import from_rank_zero
 from reinforcepp.models.loading import parameter_count
 from reinforcepp.models.precision import automatic_precision, slow_precision
 from reinforcepp.run_dir import unfinished_settings
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

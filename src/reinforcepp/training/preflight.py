@@ -12,7 +12,7 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.models.lora import has_adapter
 from reinforcepp.models.saving import check_savable
 from reinforcepp.run_dir import format_size
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.checkpoint import FOLDER
 
 if TYPE_CHECKING:

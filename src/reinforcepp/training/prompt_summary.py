@@ -10,7 +10,7 @@ from reinforcepp.data import PromptRow, SftRow
 from reinforcepp.data.rows import is_unspaced
 from reinforcepp.errors import option
 from reinforcepp.models.prompt_format import prompt_form
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.types import Preference
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rollout.engine import RolloutEngine
-from reinforcepp.runtime import keep_freed_memory
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.memory import keep_freed_memory
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.builder import build
 from reinforcepp.training.monitor import Monitor
 from reinforcepp.training.policy_update import score, with_advantages

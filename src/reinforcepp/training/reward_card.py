@@ -32,7 +32,7 @@ from reinforcepp.rewards.trained import (
     save_reward_model,
     score_answers,
 )
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.types import Conversation, Preference, ScoredPair
 
 if TYPE_CHECKING:

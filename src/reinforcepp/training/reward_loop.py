@@ -34,7 +34,7 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.rewards.card import RewardCard, read_card
 from reinforcepp.rewards.trained import TrainedReward, save_reward_model
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun, finish
 from reinforcepp.training.pair_datasets import (
     as_dataset,

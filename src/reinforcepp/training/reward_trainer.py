@@ -28,7 +28,7 @@ from reinforcepp.models.reward_models import as_classifier, new_reward_model, pr
 from reinforcepp.models.tokenization import Answers, encode_examples
 from reinforcepp.monitoring import reading_progress
 from reinforcepp.rewards.trained import load_reward_model
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun
 from reinforcepp.training.precision import with_precision
 from reinforcepp.training.prompt_summary import print_prompt_format

@@ -15,7 +15,7 @@ from reinforcepp.config.learning_rates import default_learning_rate
 from reinforcepp.config.shared import OptimizerConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import parameter_count
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -19,7 +19,7 @@ from reinforcepp.models.reward_models import head_modules
 from reinforcepp.models.tokenization import BATCH_ROWS, LazyPrompts, encode_prompt, encode_prompts
 from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.rollout.sampling import check_extra
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.types import Prompt
 
 if TYPE_CHECKING:

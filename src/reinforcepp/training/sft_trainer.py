@@ -31,7 +31,7 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import Answers, encode_texts, eos_token_id, split_examples
 from reinforcepp.monitoring.run_record import EVALUATION
 from reinforcepp.rollout.engine import preserve_random_state
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun, finish
 from reinforcepp.training.precision import with_precision
 from reinforcepp.training.prompt_summary import print_prompt_format

@@ -31,8 +31,9 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring import Clock, MetricLog, Progress, restore_logs
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
-from reinforcepp.runtime import keep_freed_memory, protect_compiled_code
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.memory import keep_freed_memory
+from reinforcepp.runtime.process import protect_compiled_code
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training import checkpoint, rng
 from reinforcepp.training.optimizer import OPTIMIZER_SETTINGS
 from reinforcepp.training.schedule import schedule_factor

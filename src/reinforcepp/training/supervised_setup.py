@@ -17,13 +17,13 @@ import torch
 
 from reinforcepp.config import DEFAULT_MAX_LENGTH, RewardModelConfig, SftConfig, as_dict
 from reinforcepp.data import DiskRows
-from reinforcepp.devices import check_compiler, choose_device
 from reinforcepp.errors import ConfigError, DataError, setting
+from reinforcepp.models.devices import check_compiler, choose_device
 from reinforcepp.models.loading import check_trainable, context_length, load_config, weight_bytes
 from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.run_dir import RUN_FILE, check_output, claim_output, clear, describe_run, write_finished
-from reinforcepp.runtime import started
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import started
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training import checkpoint
 from reinforcepp.training.preflight import check_before_training
 from reinforcepp.training.setup import first_rows

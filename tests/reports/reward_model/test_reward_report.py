@@ -12,7 +12,6 @@ from pyarrow import parquet
 from rich.console import Console
 from scored import pair, pairs
 
-from reinforcepp import terminal as output
 from reinforcepp.commands.cli import main
 from reinforcepp.errors import ConfigError, ModelError
 from reinforcepp.files import write_json
@@ -29,6 +28,7 @@ from reinforcepp.reports.reward_model import (
 from reinforcepp.reports.reward_model.write import COLUMNS, read_pairs
 from reinforcepp.rewards.card import CriterionCard, RewardCard, read_card
 from reinforcepp.rewards.trained import load_reward_model
+from reinforcepp.runtime import terminal as output
 
 NASTY = '</script><script>alert("x")</script><img src=x onerror=alert(1)> [red]\x1b[31m\x9b2J\u202e & "quotes" \'too\''
 

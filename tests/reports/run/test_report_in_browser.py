@@ -11,7 +11,7 @@ from made_runs import HOSTILE, evaluation_metrics, make_run
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.report import read_report
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.terminal import printable
 
 PAINTED = """() => [...document.querySelectorAll("figure.chart canvas")].map((canvas) => {
   const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;

@@ -25,7 +25,7 @@ from reinforcepp.rewards.functions import RewardFunction, score_all
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.selection import choose_engine
-from reinforcepp.terminal import echo, print_output
+from reinforcepp.runtime.terminal import echo, print_output
 from reinforcepp.types import Prompt
 
 INTERRUPTED = 130

@@ -35,9 +35,9 @@ from reinforcepp.data import (
     resolve_data,
 )
 from reinforcepp.data.builtin import JUDGE_NAME
-from reinforcepp.devices import choose_device
 from reinforcepp.errors import DataError
 from reinforcepp.files import check_output_file, whole_file, write_json
+from reinforcepp.models.devices import choose_device
 from reinforcepp.models.given import check_loaded, name_of, preserve_modes
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.page import as_page
@@ -57,8 +57,8 @@ from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.run_dir import check_output, claim_output, clear, describe_run
-from reinforcepp.runtime import silence
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import silence
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.evaluation import mean_kl, standard_error
 from reinforcepp.types import Completion
 

@@ -27,7 +27,7 @@ from reinforcepp.models.tokenization import encode_example, encode_prompts, spli
 from reinforcepp.monitoring import Progress
 from reinforcepp.rollout.factory import start_engine
 from reinforcepp.rollout.selection import EngineChoice, choose_engine
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.evaluation import SCORING_BATCH_SIZE, Logprobs, completion_logprobs, kl_sums
 from reinforcepp.types import Completion, Conversation, Prompt, Sampling
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from reinforcepp.commands.compare_estimators.run import compare_algorithms, print_summary
 from reinforcepp.config import CompareAlgorithmsConfig
 from reinforcepp.reports.estimators import verdict, write_page
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 
 def run_compare_estimators(config: CompareAlgorithmsConfig) -> None:

@@ -22,7 +22,6 @@ from reinforcepp.errors import ModelError
 from reinforcepp.files import write_json
 from reinforcepp.models.loading import load_config
 from reinforcepp.monitoring import Progress
-from reinforcepp.redaction import without_secrets
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import (
     check_output,
@@ -33,8 +32,9 @@ from reinforcepp.run_dir import (
     noted_settings,
     rename_settings,
 )
-from reinforcepp.runtime import python_path
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import python_path
+from reinforcepp.runtime.redaction import without_secrets
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.precision import with_precision
 from reinforcepp.training.schedule import with_learning_rate
 

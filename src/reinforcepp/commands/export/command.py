@@ -17,8 +17,8 @@ from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenizer_files import save_tokenizer
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.run_dir import check_output
-from reinforcepp.runtime import silence
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.process import silence
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.publish.card import CARD, model_card
 from reinforcepp.training.publish.folder import finish_folder
 from reinforcepp.training.publish.source import Source, find_source, plain_copy, plain_model

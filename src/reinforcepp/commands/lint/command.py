@@ -18,8 +18,8 @@ from reinforcepp.data import GivenRows, count
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
-from reinforcepp.runtime import silence
-from reinforcepp.terminal import Console, echo, one_message, print_json, print_output, printable
+from reinforcepp.runtime.process import silence
+from reinforcepp.runtime.terminal import Console, echo, one_message, print_json, print_output, printable
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,7 @@ from reinforcepp.config import MigrateConfig, TrainConfig
 from reinforcepp.config.aliases import plain
 from reinforcepp.errors import ConfigError
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.terminal import echo, print_output, printable
+from reinforcepp.runtime.terminal import echo, print_output, printable
 
 
 def run_migrate(config: MigrateConfig) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from reinforcepp.config import RecipesConfig
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.terminal import echo, print_output
+from reinforcepp.runtime.terminal import echo, print_output
 
 FOLDER = Path(__file__).parent
 REWARD = ".reward"

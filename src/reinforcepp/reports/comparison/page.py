@@ -11,7 +11,7 @@ from reinforcepp.data import count
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.result import ModelComparison, Pair
 from reinforcepp.reports.html import asset, embedded, render
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.terminal import printable
 from reinforcepp.types import Conversation
 
 

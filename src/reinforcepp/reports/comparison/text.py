@@ -10,7 +10,7 @@ from rich.text import Text
 
 from reinforcepp.reports.comparison.result import ModelComparison, ModelMetrics
 from reinforcepp.reports.comparison.statistics import MIN_DECIDED, Outcome, Rate, Winner
-from reinforcepp.terminal import Console
+from reinforcepp.runtime.terminal import Console
 
 RARE = 0.05
 """Share of comparisons below which a sign of the length difference is rare."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from reinforcepp.reports.reward_model.metrics import Analysis, Bucket
 from reinforcepp.reports.reward_model.verdict import is_sound, verdict
 from reinforcepp.rewards.card import RewardCard
-from reinforcepp.terminal import console, echo
+from reinforcepp.runtime.terminal import console, echo
 
 MIN_PAIRS_FOR_TABLES = 40
 

@@ -10,7 +10,6 @@ from markupsafe import Markup
 from reinforcepp.data import count
 from reinforcepp.monitoring.doctor import Finding
 from reinforcepp.monitoring.run_record import RunRecord
-from reinforcepp.redaction import HIDDEN
 from reinforcepp.reports import charts
 from reinforcepp.reports.charts.palette import color_and_dash
 from reinforcepp.reports.html import asset, macro, render
@@ -18,7 +17,8 @@ from reinforcepp.reports.numbers import number
 from reinforcepp.reports.run import curves, summary
 from reinforcepp.reports.run.samples import Group, Pair, Sample, choose_pairs, choose_samples
 from reinforcepp.reports.run.settings import differing, reproduce, settings_of
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.redaction import HIDDEN
+from reinforcepp.runtime.terminal import printable
 
 PAIR_BYTES, SAMPLE_BYTES = 1_200_000, 800_000  # of the page, for all runs together
 EVENTS_SHOWN = 200

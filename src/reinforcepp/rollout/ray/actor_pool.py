@@ -19,7 +19,7 @@ from reinforcepp.errors import EngineLost, RolloutError, first_line, option, set
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
 from reinforcepp.rollout.ray.worker import MIN_RAY, check_ray_version, pack
 from reinforcepp.rollout.weight_transfer import WeightTransfer
-from reinforcepp.terminal import echo, warn_once
+from reinforcepp.runtime.terminal import echo, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from reinforcepp.rollout.ray.actor_pool import LazyRef, RayPool, connect, discon
 from reinforcepp.rollout.ray.worker import Worker, WorkerSpec
 from reinforcepp.rollout.vllm.nccl import BACKEND, NcclPoolTransfer, TransferFailed
 from reinforcepp.rollout.weight_transfer import config_with_architecture
-from reinforcepp.terminal import warn
+from reinforcepp.runtime.terminal import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

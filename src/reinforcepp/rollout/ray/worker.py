@@ -13,12 +13,12 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from reinforcepp.devices import choose_device
 from reinforcepp.errors import RolloutError, setting
+from reinforcepp.models.devices import choose_device
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import base_model, full_weights
 from reinforcepp.rollout.selection import EngineChoice, choose_engine, start_chosen_engine
-from reinforcepp.runtime import own_version, versions_of
+from reinforcepp.runtime.process import own_version, versions_of
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

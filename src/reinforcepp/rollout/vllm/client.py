@@ -26,8 +26,8 @@ from reinforcepp.errors import RolloutError, setting
 from reinforcepp.rollout.engine import to_completion
 from reinforcepp.rollout.vllm.compat import sampling_settings
 from reinforcepp.rollout.vllm.server import KEY, training_command
-from reinforcepp.runtime import outcome
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.process import outcome
+from reinforcepp.runtime.terminal import logger
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

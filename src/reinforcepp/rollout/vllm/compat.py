@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reinforcepp.devices import compiler_problem
 from reinforcepp.errors import first_line
 from reinforcepp.models import loading as models
+from reinforcepp.models.devices import compiler_problem
 from reinforcepp.rollout.engine import preserve_random_state, request_seed
 from reinforcepp.rollout.vllm.memory import head_size
-from reinforcepp.runtime import protect_compiled_code
+from reinforcepp.runtime.process import protect_compiled_code
 from reinforcepp.types import Prompt, Sampling
 
 if TYPE_CHECKING:

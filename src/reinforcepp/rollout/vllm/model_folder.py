@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from reinforcepp.files import remove, sha256
-from reinforcepp.runtime import user_cache
+from reinforcepp.runtime.process import user_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from reinforcepp.errors import ConfigError
-from reinforcepp.redaction import is_secret
 from reinforcepp.rollout.vllm.compat import load_format
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
+from reinforcepp.runtime.redaction import is_secret
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

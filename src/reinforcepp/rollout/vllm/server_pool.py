@@ -28,8 +28,8 @@ from reinforcepp.rollout.vllm.nccl import BACKEND, NcclServerTransfer
 from reinforcepp.rollout.vllm.server import environment_key
 from reinforcepp.rollout.vllm.server_transfer import EXTENSION, FileTransfer, MessageTransfer
 from reinforcepp.rollout.weight_transfer import WeightTransfer
-from reinforcepp.runtime import is_loopback
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.process import is_loopback
+from reinforcepp.runtime.terminal import logger
 from reinforcepp.types import Prompt, Sampling
 
 if TYPE_CHECKING:

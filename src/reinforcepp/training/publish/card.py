@@ -24,8 +24,8 @@ from reinforcepp.monitoring.metric_delta import change_of
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.reports.run.settings import PER_RUN, TRAININGS, settings_of
 from reinforcepp.rewards.card import REWARD_MODEL, RewardCard
-from reinforcepp.runtime import own_version
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.process import own_version
+from reinforcepp.runtime.terminal import printable
 from reinforcepp.training.publish.source import Source
 
 CARD = "README.md"

@@ -9,7 +9,7 @@ from typing import Any
 
 from reinforcepp.files import write_json
 from reinforcepp.models.lora import ADAPTER_CONFIG
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.publish.card import write_card
 
 BASE = "base_model_name_or_path"

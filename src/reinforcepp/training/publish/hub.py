@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from reinforcepp.config.hub import HubConfig, check_repository
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, ModelError
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 # Connections fail with errors of the HTTP library of huggingface_hub, which differs by version.
 UNREACHABLE: tuple[type[Exception], ...] = HfHubHTTPError.__bases__

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import reinforcepp
-from reinforcepp import ConfigError, GenerateConfig, ReinforceConfig, RewardModelConfig, SftConfig, devices
+from reinforcepp import ConfigError, GenerateConfig, ReinforceConfig, RewardModelConfig, SftConfig
 from reinforcepp.commands.cli import main
 from reinforcepp.commands.table import COMMANDS
 from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.shared import DeviceConfig
+from reinforcepp.models import devices
 from reinforcepp.rollout.vllm import compat
 from scripts import ROOT
 

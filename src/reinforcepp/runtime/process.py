@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import ipaddress
 import os
-import platform
 import socket
 import sys
 from collections.abc import Coroutine, Iterable, Iterator
@@ -59,7 +57,7 @@ def python_path() -> str:
 
     With -P, -m and -c import no modules of the current folder, which can be that of an untrusted model.
     """
-    source = str(Path(__file__).resolve().parents[1])
+    source = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
 
 
@@ -99,39 +97,6 @@ def protect_compiled_code() -> None:
     except OSError:  # no home folder
         folder = Path(mkdtemp(prefix="reinforcepp-torchinductor-"))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-
-
-MALLOPT = {"TRIM_THRESHOLD": (-1, -1, 64 << 20), "TOP_PAD": (-2, 64 << 20, 128 << 10), "MMAP_MAX": (-4, 0, 1 << 16)}
-"""Parameters of glibc's malloc: number, value in :func:`keep_freed_memory`, and value after it, in bytes or blocks."""
-
-
-@contextmanager
-def keep_freed_memory(device: str) -> Iterator[None]:
-    """In this block, let glibc keep freed memory for later tensors on a CPU; otherwise the system clears each page anew.
-
-    Every training step frees and requests the same gigabytes. Nothing changes on other devices, with another C library, or if
-    the environment sets glibc's malloc. A preloaded allocator (jemalloc, tcmalloc) doesn't read these parameters.
-    """
-    chosen = any(f"MALLOC_{name}_" in os.environ for name in (*MALLOPT, "MMAP_THRESHOLD"))
-    if device != "cpu" or chosen or "GLIBC_TUNABLES" in os.environ or platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    library = ctypes.CDLL(None)
-    for number, value, _ in MALLOPT.values():
-        library.mallopt(number, value)
-    try:
-        yield
-    finally:
-        for number, _, value in MALLOPT.values():
-            library.mallopt(number, value)
-        release_free_memory()
-
-
-def release_free_memory() -> None:
-    """Return this process's free memory to the system if the C library supports it; glibc keeps up to 100 MiB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def is_loopback(host: str) -> bool:

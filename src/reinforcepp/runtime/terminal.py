@@ -24,8 +24,8 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from reinforcepp.redaction import redacted
-from reinforcepp.runtime import is_main, is_silent
+from reinforcepp.runtime.process import is_main, is_silent
+from reinforcepp.runtime.redaction import redacted
 
 WARNING = "yellow"
 """Style of a warning."""

@@ -11,10 +11,10 @@ from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.monitoring.run_record import read_run
-from reinforcepp.redaction import redacted, without_secrets
 from reinforcepp.reports.run.settings import reproduce
 from reinforcepp.run_dir import changed_settings, describe_run
-from reinforcepp.terminal import echo, logger, print_error, warn
+from reinforcepp.runtime.redaction import redacted, without_secrets
+from reinforcepp.runtime.terminal import echo, logger, print_error, warn
 
 SLACK = "hooks.slack.com"
 SHOWN = {

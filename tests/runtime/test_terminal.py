@@ -11,9 +11,9 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from reinforcepp import terminal
 from reinforcepp.errors import ModelError, RewardError
-from reinforcepp.terminal import Console, guarded_streams, one_message, printable
+from reinforcepp.runtime import terminal
+from reinforcepp.runtime.terminal import Console, guarded_streams, one_message, printable
 from scripts import ROOT
 
 SOURCE = ROOT / "src" / "reinforcepp"
@@ -158,7 +158,7 @@ def prints(source: str) -> list[str]:
     ours = {
         name.asname or name.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "reinforcepp.terminal"
+        if isinstance(node, ast.ImportFrom) and node.module == "reinforcepp.runtime.terminal"
         for name in node.names
     }
     found = []
@@ -179,7 +179,7 @@ def prints(source: str) -> list[str]:
 
 
 def test_only_the_terminal_module_prints():
-    files = [path for path in SOURCE.rglob("*.py") if path != SOURCE / "terminal.py"]
+    files = [path for path in SOURCE.rglob("*.py") if path != SOURCE / "runtime" / "terminal.py"]
     found = {str(path.relative_to(SOURCE)): prints(path.read_text(encoding="utf-8")) for path in files}
     assert len(files) > 200 and {name: calls for name, calls in found.items() if calls} == {}
 
@@ -211,7 +211,7 @@ def test_the_check_sees_each_way_to_print(code):
 @pytest.mark.parametrize(
     "code",
     [
-        "from reinforcepp.terminal import Console\nConsole()",
+        "from reinforcepp.runtime.terminal import Console\nConsole()",
         "logging.getLogger('bitsandbytes').setLevel(logging.ERROR)",
         "os.write(handle, data)",
         "file.write(x)",

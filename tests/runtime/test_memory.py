@@ -9,7 +9,7 @@ import small_trainer
 import tiny
 import torch
 
-from reinforcepp.runtime import keep_freed_memory, release_free_memory
+from reinforcepp.runtime.memory import keep_freed_memory, release_free_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 PART = 50 << 20
