@@ -307,7 +307,7 @@ def test_settings_reach_the_server_and_an_open_address_is_warned_of(
     err = capsys.readouterr().err
     assert ("can use the server" in err) == warned and "hush" not in err
     (reward,) = served
-    assert reward.batch_size == 3 and reward.scaled([reward.card.score_mean]) == [0]
+    assert reward.limit.rows == 3 and reward.scaled([reward.card.score_mean]) == [0]
 
 
 @contextmanager

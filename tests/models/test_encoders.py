@@ -16,7 +16,7 @@ from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ModelError
 from reinforcepp.models.encoders import is_encoder
 from reinforcepp.models.loading import context_length, load_config, load_policy, load_tokenizer
-from reinforcepp.models.reward_models import load_reward_weights, new_reward_model, score_head
+from reinforcepp.models.reward_models import load_reward_weights, new_reward_model, score_head, scores_packed_rows
 from reinforcepp.models.tokenization import encode_example
 from reinforcepp.rewards.trained import TrainedReward, load_reward_model
 from reinforcepp.training.reward_trainer import train_reward_model
@@ -151,6 +151,7 @@ def test_padding_does_not_change_scores(encoder):
     for family in FAMILIES:
         name = encoder(family)
         reward = TrainedReward(new_reward_model(name, seed=0).eval(), load_tokenizer(name))
+        assert not scores_packed_rows(reward.model, 1), family
         rows = [encode_example(reward.tokenizer, "Question?", text) for text in ("ping.", "ping the gateway 1 2 3 4.")]
         together, alone = reward.score_rows(rows), [reward.score_rows([row])[0] for row in rows]
         assert together == pytest.approx(alone, abs=1e-5), family

@@ -550,12 +550,12 @@ def test_policy_and_critic_each_train_while_the_other_holds_gradients():
     assert memory.training(larger, rows(passes=1)) == {"gradients": 400, "activations": 9000, "logits": 0}
 
 
-def test_scoring_runs_64_texts_at_a_time_and_larger_micro_batches_of_the_policy():
+def test_scoring_runs_larger_micro_batches_than_training():
     reward = replace(job().reward, score=passing(Line(0, 0, 10**6)))
     policy = replace(shape(), score=Pass(Peak((Line(0, 0, 10),)), Line(0, 0, 10)))
     asked = replace(job(), reward=reward, policy=policy)
-    assert memory.scoring(asked, rows(step=200))["activations"] == 64_000_000
-    assert memory.scoring(asked, rows(step=5, evaluated=30))["activations"] == 30_000_000
+    assert memory.scoring(asked, rows(step=200, micro=16))["activations"] == 64_000_000
+    assert memory.scoring(asked, rows(step=5, evaluated=30, micro=16))["activations"] == 30_000_000
     free = replace(asked, reward=replace(reward, score=passing(Line(0, 0, 0))))
     chunk = 4 * 20 * VOCABULARY * 4
     assert memory.scoring(free, rows(micro=1)) == {"activations": 40, "logits": 3 * chunk}
@@ -759,10 +759,10 @@ def test_library_calls_of_scoring():
     def counted(one: Job, step: int, wanted: PlanConfig) -> float:
         return timing.scoring_seconds(one, rows(step, micro=1), wanted, speeds(pass_call=1.0), FULL) / calls
 
-    assert counted(job(), 8, config()) == pytest.approx(1 + 2)  # the reward model all at once, the reference in two
-    assert counted(job(), 80, config(batch_size=80)) == pytest.approx(2 + 20)
-    assert counted(job(), 8, config(num_iterations=2)) == pytest.approx(1 + 2 * 2)
-    assert counted(job(critic=True), 8, config()) == pytest.approx(1 + 2 * 2)
+    assert counted(job(), 8, config()) == pytest.approx(2 + 2)  # the reward model and the reference, each in two
+    assert counted(job(), 80, config(batch_size=80)) == pytest.approx(20 + 20)
+    assert counted(job(), 8, config(num_iterations=2)) == pytest.approx(2 + 2 * 2)
+    assert counted(job(critic=True), 8, config()) == pytest.approx(2 + 2 * 2)
     assert counted(replace(job(), reward=replace(job().reward, parameters=0)), 8, config()) == pytest.approx(2)
 
 

@@ -399,7 +399,7 @@ def test_a_scorer_of_a_pool_scores_alike(tmp_path, outputs):
     edit_weights(folder, lambda w: w.update({"value_head.bias": torch.ones(outputs)}))
     reward = load_reward_model(f"{folder}?output=0")
     model, rows = reward.model, [reward.encode(QUESTION, answer) for answer in ANSWERS]
-    spec = ScorerSpec(model.config, model.dtype, reward.tokenizer, 8, reward.reading, reward.output_weights)
+    spec = ScorerSpec(model.config, model.dtype, reward.tokenizer, None, reward.reading, reward.output_weights)
     scorer = Scorer(spec)
     scorer.load(pack(model))
     assert scorer.process(rows, None) == pytest.approx(reward.score_rows(rows), abs=1e-6)

@@ -6,13 +6,23 @@ import math
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.errors import ModelError, TrainingDiverged
+from reinforcepp.models import packed_attention
 from reinforcepp.models.loading import load_tokenizer
-from reinforcepp.models.reward_models import new_reward_model
+from reinforcepp.models.lora import base_model
+from reinforcepp.models.micro_batches import MicroBatchLimit
+from reinforcepp.models.reward_models import (
+    ScoreReading,
+    as_classifier,
+    new_reward_model,
+    prepare_scoring,
+    scores_packed_rows,
+)
 from reinforcepp.models.tokenization import encode_example
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model, score_pairs
 from reinforcepp.training.reward_trainer import train_reward_model
@@ -153,6 +163,55 @@ def test_the_score_is_read_at_the_eos_even_if_pad_equals_eos(base):
     with torch.no_grad():
         hidden = model.base_model(input_ids=torch.tensor([row])).last_hidden_state
         assert model.score(hidden)[0, -1].item() == pytest.approx(alone, abs=1e-5)
+
+
+SCORED = [[5, 6, 7], [9], [4, 8, 15, 16, 23, 42, 3], [3, 1, 4], [1, 5, 9, 3], [3, 3], list(range(20, 40))]
+
+
+def classifier(family: str, skipped_token: int | None, adapter: bool = False) -> TrainedReward:
+    model = as_classifier(tiny.model(family), seed=0, outputs=["a", "b"]).eval()
+    model = prepare_scoring(model, ScoreReading(skipped_token=skipped_token))
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    reward = TrainedReward(model, tiny.chat_tokenizer())
+    reward.output_weights = (1.0, 1.0)
+    return reward
+
+
+@pytest.mark.parametrize("skipped_token", [None, 3])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma2", "adapter"])
+def test_texts_score_in_packed_rows_as_alone(family, skipped_token):
+    reward = classifier("llama" if family == "adapter" else family, skipped_token, family == "adapter")
+    plain = base_model(reward.model)
+    alone_NC = torch.cat([plain(torch.tensor([row]), torch.ones(1, len(row)).long()).logits for row in SCORED])
+    assert alone_NC.std(0).min() > 0.05
+    shapes = []
+    plain.get_input_embeddings().register_forward_hook(lambda _, ids, __: shapes.append(tuple(ids[0].shape)))
+    reward.limit = MicroBatchLimit(16, packed=True)
+    torch.testing.assert_close(reward.score_outputs(SCORED), alone_NC, atol=1e-5, rtol=1e-5)
+    assert shapes[-3:] == [(1, 13), (1, 7), (1, 20)]  # packed by tokens, without padding
+
+
+def test_texts_that_cannot_be_packed_are_padded_by_tokens():
+    reward = classifier("llama", None)
+    expected_NC = reward.score_outputs(SCORED)
+    reward.model.base_model.set_attn_implementation("eager")
+    packed_attention._packable.clear()
+    shapes = []
+    reward.model.get_input_embeddings().register_forward_hook(lambda _, ids, __: shapes.append(tuple(ids[0].shape)))
+    reward.limit = MicroBatchLimit(9, packed=True)
+    torch.testing.assert_close(reward.score_outputs(SCORED), expected_NC, atol=1e-5, rtol=1e-5)
+    assert shapes[-4:] == [(3, 3), (2, 4), (1, 7), (1, 20)]
+    assert not classifier("llama", None)._batch_limit([[], [5]]).packed  # an empty text has no last token
+
+
+def test_a_model_that_reads_both_directions_is_not_packed():
+    reward = classifier("llama", None)
+    assert scores_packed_rows(reward.model, 8)
+    packed_attention._packable.clear()
+    for layer in reward.model.base_model.layers:
+        layer.self_attn.is_causal = False
+    assert not scores_packed_rows(reward.model, 8)
 
 
 def test_a_truncated_answer_gets_no_eos(trained):

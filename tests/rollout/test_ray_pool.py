@@ -26,7 +26,7 @@ from reinforcepp.models.loading import weights_hash
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions
 from reinforcepp.rewards.sources import load_rewards
-from reinforcepp.rollout.ray import actor_pool
+from reinforcepp.rollout.ray import actor_pool, reward_pool
 from reinforcepp.rollout.ray import engine as ray_engine
 from reinforcepp.rollout.ray import worker as ray_worker
 from reinforcepp.rollout.ray.actor_pool import RayPool, connect
@@ -450,7 +450,7 @@ def test_a_node_with_another_version_is_rejected():
 
 
 @pytest.mark.full
-def test_a_reward_model_in_the_pool(cluster, room, reward_folder):
+def test_a_reward_model_in_the_pool(cluster, room, reward_folder, monkeypatch):
     """The pool scores like the local model, each text once even if a worker dies; the local weights are released."""
     rewards = load_rewards(str(reward_folder))
     (alone,) = rewards.trained
@@ -458,7 +458,7 @@ def test_a_reward_model_in_the_pool(cluster, room, reward_folder):
     answers = [f"Run ping -c {i} host{i} and read the last line. " * (1 + i % 5) for i in range(60)]
     expected, word = alone(asked, answers), rewards.fingerprint()
     engine, first = SimpleNamespace(ray=connect(cluster.address)[0]), RankZero(Ranks(), 0)
-    alone.batch_size = 4
+    monkeypatch.setattr(reward_pool, "CHUNK_SIZE", 4)
     with pytest.raises(ConfigError, match=r"reward_workers .*engine doesn't run on Ray"):
         pool_rewards(rewards, engine, 2, first)
     reward = PooledReward(alone, lambda: engine.ray, 2, first)

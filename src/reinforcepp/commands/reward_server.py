@@ -18,6 +18,7 @@ import errno
 import json
 import socket
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from reinforcepp.config.reward_spec import TOKEN_VARIABLE, parse_model
 from reinforcepp.errors import ConfigError, ReinforceError
 from reinforcepp.models.conversations import PROBE_PROMPT, turn_format
 from reinforcepp.models.loading import context_length
+from reinforcepp.models.micro_batches import MicroBatchLimit
 from reinforcepp.models.reward_texts import encode_formatted
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode, encode_prompt, encode_text, end_token_id
@@ -277,11 +279,12 @@ def serve(config: ServeRewardConfig) -> None:
     check_reward_folder(config.model)
     with closing(_listening(config)) as server:
         reward = load_reward_model(config.model)
-        reward.batch_size = config.batch_size
         if config.reward_normalize:
             reward.normalize()
         if torch.cuda.is_available():
             reward.model.to("cuda")
+        default = MicroBatchLimit.default(reward.model.device.type, packed=True).for_scoring
+        reward.limit = replace(default, rows=config.batch_size)
         server.reward = reward
         if not is_loopback(config.host) and not server.token:
             echo(

@@ -32,8 +32,13 @@ class MicroBatchLimit:
         """Return the limit of passes with gradients: the given settings, or tokens by device if neither is given."""
         tokens, rows = config.max_tokens_per_micro_batch, config.micro_batch_size
         if tokens is None and rows is None:
-            tokens = DEFAULT_TOKENS.get(device_type, DEFAULT_GPU_TOKENS)
+            tokens = MicroBatchLimit.default(device_type).tokens
         return MicroBatchLimit(tokens, rows, packed)
+
+    @staticmethod
+    def default(device_type: str, *, packed: bool = False) -> MicroBatchLimit:
+        """Return the limit of passes with gradients without settings."""
+        return MicroBatchLimit(DEFAULT_TOKENS.get(device_type, DEFAULT_GPU_TOKENS), packed=packed)
 
     @property
     def for_scoring(self) -> MicroBatchLimit:

@@ -169,21 +169,23 @@ def _has_varlen_kernel(query: Tensor, value: Tensor) -> bool:
 
 # --- models that can be packed --------------------------------------------------------------------------------------
 
-_packable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_packable: WeakKeyDictionary[nn.Module, dict[tuple[torch.device, torch.dtype], bool]] = WeakKeyDictionary()
 
 
 def can_pack(model: Any, longest: int) -> bool:
     """Return whether ``model`` has the same outputs for packed sequences of up to ``longest`` tokens as for each alone.
 
-    The first call computes a few tokens both ways. Sliding windows must be longer than the sequences.
+    The first call on a device and in a dtype computes a few tokens both ways. Sliding windows must be longer than the
+    sequences. Outputs are logits, or hidden states if the model has no output layer.
     """
     config = text_config(model)
     windows = [getattr(config, name, None) for name in WINDOWS]
     if any(window is not None and longest > window for window in windows):
         return False
-    if model not in _packable:
-        _packable[model] = config._attn_implementation in ("sdpa", *FLASH) and _packs_exactly(model)
-    return _packable[model]
+    known, key = _packable.setdefault(model, {}), (model.device, model.dtype)
+    if key not in known:
+        known[key] = config._attn_implementation in ("sdpa", *FLASH) and _packs_exactly(model)
+    return known[key]
 
 
 @torch.no_grad()
@@ -193,11 +195,21 @@ def _packs_exactly(model: Any) -> bool:
     ids = iter(torch.randint(count, (sum(PROBE_LENGTHS),), generator=torch.Generator().manual_seed(0)).tolist())
     rows = [[next(ids) for _ in range(length)] for length in PROBE_LENGTHS]
     asked = torch.arange(1, sum(PROBE_LENGTHS), device=model.device)
+    has_head = model.get_output_embeddings() is not None
+
+    def outputs(**inputs: Any) -> Tensor:
+        found = model(**inputs)
+        all_outputs: Tensor = (found.logits if has_head else found.last_hidden_state)[0]
+        return all_outputs
+
     try:
-        packed = model(**packed_inputs(model, rows), logits_to_keep=asked).logits[0]
+        if has_head:
+            packed = outputs(**packed_inputs(model, rows), logits_to_keep=asked)
+        else:
+            packed = outputs(**packed_inputs(model, rows))[asked]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False  # The model doesn't pass the arguments on, or has no kernel for them.
-    alone = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0] for row in rows]
+    alone = [outputs(input_ids=torch.tensor([row], device=model.device), use_cache=False) for row in rows]
     expected = torch.cat(alone)[1:]
     if packed.shape != expected.shape:
         return False

@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,9 @@ from reinforcepp.models.loading import (
     meta_model,
     resolve,
 )
+from reinforcepp.models.logprobs import is_packable
 from reinforcepp.models.lora import base_model, has_adapter, is_4bit, merge_adapter
+from reinforcepp.models.packed_attention import on_device, packed_inputs
 from reinforcepp.models.score_heads import StoredHead, declared_labels, find_head, has_head, read_head, score_head
 from reinforcepp.models.tokenization import position_ids
 
@@ -326,9 +329,20 @@ def register_classifier(config: PreTrainedConfig) -> None:
     AutoModelForSequenceClassification.register(family, classifier, exist_ok=True)
 
 
+TAKES_PACKED_ROWS = "takes_packed_rows"
+"""Attribute of models whose forward takes ``packed_rows``."""
+
+
+def scores_packed_rows(model: PreTrainedModel, longest: int) -> bool:
+    """Return whether :func:`prepare_scoring` made ``model`` score packed texts of up to ``longest`` tokens exactly."""
+    plain = base_model(model)
+    return bool(getattr(plain, TAKES_PACKED_ROWS, False)) and is_packable(plain.base_model, longest)
+
+
 def prepare_scoring(model: PreTrainedModel, reading: ScoreReading | None = None) -> PreTrainedModel:
     """Make ``model`` compute scores from token ids and the attention mask alone, and return it.
 
+    A language model also scores ``packed_rows``, which are texts of token ids in one row; see :func:`scores_packed_rows`.
     A language model reads the score at the last token in the mask. Transformers reads it at the last token that isn't the pad
     token, which misses the EOS if pad and EOS are the same. A model that was trained so has its pad token in ``reading``.
     """
@@ -344,7 +358,25 @@ def prepare_scoring(model: PreTrainedModel, reading: ScoreReading | None = None)
         own = type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **types)
         return SequenceClassifierOutput(logits=own.logits)
 
-    def forward(self: Any, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SequenceClassifierOutput:
+    def read_index(row: Sequence[int]) -> int:
+        return next((i for i in reversed(range(len(row))) if row[i] != reading.skipped_token), 0)
+
+    def packed_forward(self: Any, rows: Sequence[Sequence[int]]) -> SequenceClassifierOutput:
+        hidden_LD = self.base_model(**packed_inputs(self.base_model, rows)).last_hidden_state[0]
+        starts = [0, *accumulate(map(len, rows[:-1]))]
+        read_B = torch.tensor([start + read_index(row) for start, row in zip(starts, rows, strict=True)])
+        return SequenceClassifierOutput(logits=self.score(hidden_LD[on_device(read_B, hidden_LD.device)]))
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        packed_rows: Sequence[Sequence[int]] | None = None,
+        **_: Any,
+    ) -> SequenceClassifierOutput:
+        if packed_rows is not None:
+            return packed_forward(self, packed_rows)
+        assert input_ids is not None and attention_mask is not None
         hidden_BLD = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -371,4 +403,5 @@ def prepare_scoring(model: PreTrainedModel, reading: ScoreReading | None = None)
     if reading.has_bias and chosen is forward and model.score.bias is None:
         _install_head(model, model.score.weight, torch.zeros_like(model.score.weight[:, 0]))
     model.forward = MethodType(chosen, model)
+    setattr(model, TAKES_PACKED_ROWS, chosen is forward)
     return model

@@ -36,10 +36,6 @@ class Lengths:
         any_T: Floats = -np.expm1(rows * np.log1p(-np.minimum(self.active_T, 1 - 1e-16)))
         return any_T
 
-    def longest(self, rows: float) -> float:
-        """Return the expected length of the longest of ``rows`` completions."""
-        return float(self.any_active(rows).sum())
-
 
 def lengths_for(config: PlanConfig) -> Lengths:
     """Return the distribution that ``config`` describes.

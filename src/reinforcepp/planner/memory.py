@@ -15,7 +15,6 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.models.micro_batches import SCORING_FACTOR, MicroBatchLimit
 from reinforcepp.models.token_logprobs import BLOCK_BYTES, CHUNK_BYTES
 from reinforcepp.planner.model_costs import FrozenModel, Pass, RowSize, TrainedModel
-from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 from reinforcepp.rollout.kv_cache import SPARE_TOKENS
 from reinforcepp.rollout.selection import EngineName
 from reinforcepp.rollout.vllm.memory import CPU_CACHE_CAP, cache_budget
@@ -257,11 +256,11 @@ def vllm_memory(job: Job, rows: Rows) -> dict[str, float]:
 
 def scoring(job: Job, rows: Rows) -> dict[str, float]:
     """Return the memory of the forward passes of reward model and reference."""
-    texts = min(SCORING_BATCH_SIZE, max(rows.step, rows.evaluated))
+    texts = min(SCORING_FACTOR * rows.micro, max(rows.step, rows.evaluated))
     batch = max(rows.scored, min(EVALUATION_ROWS, rows.evaluated))
     moments = [{"activations": float(job.reward.score.peak.at(texts).other)}]
     if job.judge is not None:
-        moments.append({"activations": float(job.judge.score.peak.at(min(SCORING_BATCH_SIZE, rows.evaluated)).other)})
+        moments.append({"activations": float(job.judge.score.peak.at(min(texts, rows.evaluated)).other)})
     for learner in job.learners:
         moments.append({"activations": float(learner.score.peak.at(batch).other)})
         at_head = learner.score.at_head.at(batch)

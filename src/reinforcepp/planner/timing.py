@@ -17,7 +17,6 @@ from reinforcepp.planner.device import Device, Rates
 from reinforcepp.planner.lengths import Floats, Lengths
 from reinforcepp.planner.memory import FLOAT, MOMENTS, Job, Rows, chunk_bytes
 from reinforcepp.planner.model_costs import TrainedModel
-from reinforcepp.rewards.trained import SCORING_BATCH_SIZE
 
 BACKWARD, FROZEN_BACKWARD = 2, 1
 """FLOPs of a backward pass relative to a forward pass; frozen weights need no weight gradients."""
@@ -110,13 +109,11 @@ def step_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, 
 
 
 def scoring_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, lengths: Lengths) -> float:
-    """Return the seconds of forward passes of the reward model, which pads rows to the longest, and for log-probabilities."""
-    padded = lengths.longest(min(rows.step, SCORING_BATCH_SIZE))
-    rewards = length_fraction(job, padded) * reward_flops(job, rows)
-    logprobs = length_fraction(job, lengths.mean) * logprob_flops(job, rows, config)
-    models = 1 + (not reuses_sampling_logprobs(job, config)) + (job.critic is not None)
-    passes = -(-rows.step // SCORING_BATCH_SIZE) * (job.reward.parameters > 0) + models * -(-rows.step // rows.scored)
-    return _with_calls(job, (rewards + logprobs) / speeds.products, speeds.pass_call * passes * job.policy.token_calls)
+    """Return the seconds of forward passes of the reward model and for log-probabilities; padding is negligible."""
+    flops = length_fraction(job, lengths.mean) * (reward_flops(job, rows) + logprob_flops(job, rows, config))
+    models = (job.reward.parameters > 0) + 1 + (not reuses_sampling_logprobs(job, config)) + (job.critic is not None)
+    passes = models * -(-rows.step // rows.scored)
+    return _with_calls(job, flops / speeds.products, speeds.pass_call * passes * job.policy.token_calls)
 
 
 def pass_seconds(job: Job, rows: Rows, config: ReinforceConfig, speeds: Speeds, lengths: Lengths) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,14 @@ from reinforcepp.files import write_json
 from reinforcepp.models.conversations import Variables
 from reinforcepp.models.encoders import is_encoder
 from reinforcepp.models.loading import context_length, load_tokenizer, local_folder, with_fused_gelu
-from reinforcepp.models.reward_models import ScoreReading, load_classifier, load_reward_weights, prepare_scoring
+from reinforcepp.models.micro_batches import MicroBatchLimit, micro_batches
+from reinforcepp.models.reward_models import (
+    ScoreReading,
+    load_classifier,
+    load_reward_weights,
+    prepare_scoring,
+    scores_packed_rows,
+)
 from reinforcepp.models.reward_texts import TextForm, encode_scored, pair_limit, split_scored
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import pad
@@ -38,7 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FINGERPRINT_TOLERANCE = 1e-2
-SCORING_BATCH_SIZE = 64
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 PROBES = [
@@ -59,7 +65,6 @@ class TrainedReward:
     Args:
         model: sequence classifier, which reads its scores at the last attended token.
         tokenizer: the reward model's tokenizer, which can differ from the policy's.
-        batch_size: texts per forward pass.
     """
 
     name = "reward_model"
@@ -68,6 +73,8 @@ class TrainedReward:
     card: RewardCard | None = None
     """Card of a model that was loaded from a folder."""
 
+    limit: MicroBatchLimit | None = None
+    """Largest batch of a forward pass, packed if the model allows it; None is the device's default."""
     given: bool = False
     """Whether the caller loaded the model, which then keeps its dtype."""
     form: TextForm = "answer"
@@ -83,12 +90,9 @@ class TrainedReward:
     by_output: Mapping[str, list[float]] = MappingProxyType({})
     """Unweighted scores of the last call by output, if there are several."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = SCORING_BATCH_SIZE
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = with_fused_gelu(model)
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
         self._scale: tuple[float, float] | None = None
 
     def __call__(
@@ -199,17 +203,28 @@ class TrainedReward:
             )
         if is_encoder(self.model.config):
             rows = [[*row[:1], *row[1 - limit :]] if len(row) > limit else row for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        outputs = len(self.output_weights)
-        scores_NC = torch.zeros(len(rows), outputs)
+        rows = [row[-limit:] for row in rows]
+        scores_NC = torch.zeros(len(rows), len(self.output_weights))
         with torch.inference_mode():
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                ids_BL, mask_BL = pad([rows[i][-limit:] for i in batch], int(self.tokenizer.pad_token_id))
-                device = self.model.device
-                logits = self.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits.float()
-                scores_NC[batch] = logits.cpu()
+            batch_limit = self._batch_limit(rows)
+            for batch in micro_batches([(0, len(row)) for row in rows], range(len(rows)), batch_limit):
+                scores_NC[batch] = self._logits([rows[i] for i in batch], packed=batch_limit.packed).float().cpu()
         return scores_NC
+
+    def _batch_limit(self, rows: Sequence[Sequence[int]]) -> MicroBatchLimit:
+        limit = self.limit or MicroBatchLimit.default(self.model.device.type, packed=True).for_scoring
+        lengths = list(map(len, rows)) or [0]
+        return replace(limit, packed=limit.packed and min(lengths) > 0 and scores_packed_rows(self.model, max(lengths)))
+
+    def _logits(self, rows: Sequence[Sequence[int]], *, packed: bool) -> Tensor:
+        """Return the outputs of one forward pass, packed or padded on the right. -> (B, C)"""
+        device = self.model.device
+        if packed:
+            logits: Tensor = self.model(packed_rows=rows).logits
+            return logits
+        ids_BL, mask_BL = pad(rows, int(self.tokenizer.pad_token_id))
+        logits = self.model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)).logits
+        return logits
 
     def fingerprint(self) -> list[float]:
         """Return the scores of the probe texts; several outputs of a text follow each other."""

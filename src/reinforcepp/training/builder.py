@@ -22,6 +22,7 @@ from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.devices import check_compiler, choose_device
 from reinforcepp.models.loading import check_trainable, load_config, prompt_limit, tokenizer_for, weight_bytes
 from reinforcepp.models.lora import is_4bit, make_reference, with_adapter
+from reinforcepp.models.micro_batches import MicroBatchLimit
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.models.remote_code import allow_remote_code
@@ -312,10 +313,14 @@ def load_held_out(
 
 
 def place_reward_models(rewards: RewardSum, judge: RewardSum | None, config: ReinforceConfig, ranks: Ranks) -> None:
-    """Move the trained reward models to this rank's device, except those that reward workers will hold."""
+    """Move the trained reward models to this rank's device, except those that reward workers will hold.
+
+    They score in batches of the size in which the policy's log-probabilities are computed.
+    """
     dtype = compute_dtype(config)
     in_workers = rewards_to_pool(rewards, config.reward_workers)
     for reward in [*rewards.trained, *(judge.trained if judge else ())]:
+        reward.limit = MicroBatchLimit.of(config, ranks.device.type, packed=config.padding_free == "auto").for_scoring
         if is_4bit(reward.model):  # already on the device
             continue
         if dtype != torch.float32 and not reward.given:

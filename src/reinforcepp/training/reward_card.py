@@ -128,7 +128,6 @@ def evaluate_and_save(
     if is_quantized(model) or model.dtype != torch.float32:  # evaluate the model as it is loaded, in float32
         save_model(savable(model), tokenizer, folder)
         scorer = load_trained(folder, tokenizer, form)
-    scorer.batch_size = config.batch_size * 2
     scorer.output_weights = (1 / len(data.counts),) * len(data.counts)
     heldout = data.heldout()
     on_train = scored_by_output(scorer, data.train(), criteria)

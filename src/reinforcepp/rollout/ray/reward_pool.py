@@ -16,6 +16,7 @@ from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.errors import ConfigError, setting
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import is_4bit
+from reinforcepp.models.micro_batches import MicroBatchLimit
 from reinforcepp.models.reward_models import ScoreReading, prepare_scoring, register_classifier
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum
@@ -27,6 +28,9 @@ from reinforcepp.rollout.ray.engine import RayEngine
 from reinforcepp.rollout.ray.worker import PackedWeights, unpack
 from reinforcepp.rollout.shared_engine import SharedEngine
 
+CHUNK_SIZE = 64
+"""Texts that a worker scores at a time."""
+
 
 @dataclass(frozen=True)
 class ScorerSpec:
@@ -35,7 +39,7 @@ class ScorerSpec:
     config: Any
     dtype: torch.dtype
     tokenizer: Any
-    batch_size: int
+    limit: MicroBatchLimit | None
     reading: ScoreReading
     output_weights: tuple[float, ...]
 
@@ -48,8 +52,8 @@ class Scorer:
     def __init__(self, spec: ScorerSpec) -> None:
         register_classifier(spec.config)
         model = meta_model(spec.config, spec.dtype, "AutoModelForSequenceClassification").eval()
-        self.reward = TrainedReward(prepare_scoring(model, spec.reading), spec.tokenizer, spec.batch_size)
-        self.reward.output_weights = spec.output_weights
+        self.reward = TrainedReward(prepare_scoring(model, spec.reading), spec.tokenizer)
+        self.reward.output_weights, self.reward.limit = spec.output_weights, spec.limit
 
     def load(self, packed: PackedWeights) -> None:
         """Score with these weights."""
@@ -76,7 +80,7 @@ class PooledReward(TrainedReward):
     collective = True
 
     def __init__(self, reward: TrainedReward, ray: Callable[[], Any], workers: int, rank_zero: RankZero) -> None:
-        super().__init__(reward.model, reward.tokenizer, reward.batch_size)
+        super().__init__(reward.model, reward.tokenizer)
         self.name, self.card, self._scale = reward.name, reward.card, reward._scale
         self.form, self.reading, self.output_weights = reward.form, reward.reading, reward.output_weights
         self.dispatches: list[DispatchStats] = []
@@ -87,7 +91,7 @@ class PooledReward(TrainedReward):
 
         def start() -> None:
             spec = ScorerSpec(
-                model.config, model.dtype, reward.tokenizer, reward.batch_size, reward.reading, reward.output_weights
+                model.config, model.dtype, reward.tokenizer, reward.limit, reward.reading, reward.output_weights
             )
             self.pool = RayPool(ray(), Scorer, spec, workers)
             self.pool.load(model)
@@ -104,7 +108,7 @@ class PooledReward(TrainedReward):
         if not rows:
             return [[] for _ in rows_per_rank]
         self.pool.begin(None)
-        scores, stats = dispatch(self.pool, rows, self.batch_size)
+        scores, stats = dispatch(self.pool, rows, CHUNK_SIZE)
         self.dispatches.append(stats)
         remaining = iter(scores)
         return [list(islice(remaining, len(rank_rows))) for rank_rows in rows_per_rank]
