@@ -1,11 +1,13 @@
 """The optimizer: updates equal those of transformers' Trainer, resuming is exact, and what can't work is refused."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from torch.optim.lr_scheduler import LinearLR, MultiStepLR, ReduceLROnPlateau
+from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 
 from reinforcepp import ReinforceConfig
@@ -14,8 +16,10 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import with_fused_gelu
 from reinforcepp.training import checkpoint
 from reinforcepp.training.builder import start_learners
+from reinforcepp.training.critic import Critic
 from reinforcepp.training.learner import Learner
 from reinforcepp.training.optimizer import with_given_rate
+from reinforcepp.types import Completion, Prompt
 
 IDS = torch.tensor([[5, 7, 11, 13], [17, 19, 23, 29]])
 STEPS = 6
@@ -160,3 +164,43 @@ def test_optimizers_that_cannot_work_are_refused(tmp_path, optimizers, settings,
 def test_optimizers_that_need_other_packages_are_refused():
     with pytest.raises(ConfigError, match=r"optim must be one of adamw_torch_fused, .*not 'galore_adamw'"):
         ReinforceConfig(optim="galore_adamw")
+
+
+# --- critic ---------------------------------------------------------------------------------------------------------
+
+
+class Indices(TorchFunctionMode):
+    """Records the types of indices of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            self.types |= {type(part) for part in (args[1] if isinstance(args[1], tuple) else [args[1]])}
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_critic_indexes_rows_by_tensors():
+    """A GPU would wait for the copy of a list."""
+    settings = ReinforceConfig(estimator="ppo", learning_rate=1e-5, value_clip=0.2, mixed_precision="no")
+    critic = Critic(tiny.model("llama"), Ranks(), settings, steps=1)
+    torch.nn.init.normal_(critic.plain.get_output_embeddings().weight)
+    given = [((5, 6, 7), (10, 11)), ((9,), (12, 13, 14)), ((4, 8), (15,))]
+    completions = [Completion(Prompt("", ids, 0), answer, (), "", "length") for ids, answer in given]
+    mask_BT = torch.tensor([[1.0, 1, 0], [1, 1, 1], [1, 0, 0]])
+    generator = torch.Generator().manual_seed(0)
+    old_BT, returns_BT = (torch.randn(3, 3, generator=generator) for _ in range(2))
+    batch = SimpleNamespace(
+        values_BT=old_BT, returns_BT=returns_BT, rollout=SimpleNamespace(completions=completions, mask_BT=mask_BT)
+    )
+    with Indices() as indices:
+        loss = critic.loss(batch, [2, 0], 3.0, pad_id=0)
+    assert list not in indices.types and torch.Tensor in indices.types
+    values_BT = critic.values(completions, [2, 0], 3, pad_id=0)
+    rows = [2, 0]
+    old, returns, mask = old_BT[rows], returns_BT[rows], mask_BT[rows]
+    clipped = old + (values_BT - old).clamp(-0.2, 0.2)
+    expected = (torch.maximum((values_BT - returns) ** 2, (clipped - returns) ** 2) / 2 * mask).sum() / 3
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)

@@ -16,7 +16,7 @@ from reinforcepp.models.logprobs import response_states
 from reinforcepp.models.lora import with_adapter
 from reinforcepp.training.batches import UpdateBatch
 from reinforcepp.training.learner import Learner
-from reinforcepp.training.passes import Passes
+from reinforcepp.training.passes import Passes, row_index
 from reinforcepp.types import Completion, RolloutBatch
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class Critic(Learner):
         values_BT = torch.zeros_like(batch.mask_BT)
 
         def evaluate(rows: list[int]) -> None:
-            values_BT[rows] = self.values(batch.completions, rows, values_BT.shape[1], pad_id, packed=passes.packed)
+            values_RT = self.values(batch.completions, rows, values_BT.shape[1], pad_id, packed=passes.packed)
+            values_BT[row_index(rows, values_BT)] = values_RT
 
         passes.score(batch.completions, evaluate)
         return values_BT
@@ -70,11 +71,12 @@ class Critic(Learner):
     ) -> Tensor:
         """Return a micro-batch's share of the value loss, a mean over ``tokens``."""
         assert batch.values_BT is not None
+        rows_B = row_index(rows, batch.values_BT)
         return value_loss(
             self.values(batch.rollout.completions, rows, batch.values_BT.shape[1], pad_id, packed=packed),
-            batch.values_BT[rows],
-            batch.returns_BT[rows],
-            batch.rollout.mask_BT[rows],
+            batch.values_BT[rows_B],
+            batch.returns_BT[rows_B],
+            batch.rollout.mask_BT[rows_B],
             clip=self._value_clip,
             denominator=tokens,
         )

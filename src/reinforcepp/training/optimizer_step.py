@@ -18,6 +18,7 @@ from reinforcepp.algorithm.importance import (
 )
 from reinforcepp.algorithm.means import StepSize
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.training.passes import row_index
 from reinforcepp.types import RolloutBatch
 
 
@@ -43,11 +44,12 @@ class OptimizerStep(NamedTuple):
         Tokens of high entropy are chosen among all rows by their entropy at sampling, so micro-batches and ranks change nothing.
         """
         mask_BT, quantile = rollout.mask_BT, config.top_entropy_quantile
-        size = StepSize(mask_BT[rows].sum().clamp_min(1), len(rows), config.max_new_tokens)
+        rows_B = row_index(rows, mask_BT)
+        size = StepSize(mask_BT[rows_B].sum().clamp_min(1), len(rows), config.max_new_tokens)
         if quantile == 1:
             return OptimizerStep(size, kl_coef, mask_BT, size.tokens)
         focus_BT = torch.zeros_like(mask_BT)
-        focus_BT[rows] = high_entropy_mask(rollout.entropy_BT[rows], mask_BT[rows], quantile)
+        focus_BT[rows_B] = high_entropy_mask(rollout.entropy_BT[rows_B], mask_BT[rows_B], quantile)
         return OptimizerStep(size, kl_coef, focus_BT, focus_BT.sum().clamp_min(1))
 
     def token_weights(

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError
 from reinforcepp.models.logprobs import is_packable
 from reinforcepp.models.micro_batches import Lengths, MicroBatchLimit, micro_batches
+from reinforcepp.models.packed_attention import on_device
 from reinforcepp.runtime.terminal import echo
 from reinforcepp.types import Completion
 
@@ -64,6 +66,11 @@ class Passes:
         """
         alone = self._ranks.count == 1 and not self._ranks.uses_deepspeed
         self.limit = smaller_limit(self.limit, lengths_of(completions), error, can_repeat=alone)
+
+
+def row_index(rows: Sequence[int], indexed: Tensor) -> Tensor:
+    """Return ``rows`` as an index of ``indexed``. A list would be copied to the GPU each time, and the CPU would wait for it."""
+    return on_device(torch.tensor(rows, dtype=torch.long), indexed.device)
 
 
 def lengths_of(completions: Sequence[Completion]) -> list[Lengths]:

@@ -31,7 +31,7 @@ from reinforcepp.training.critic import Critic
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
 from reinforcepp.training.optimizer_step import OptimizerStep
-from reinforcepp.training.passes import Passes
+from reinforcepp.training.passes import Passes, row_index
 from reinforcepp.training.update_stats import LOG_RATIO, UpdateStats
 from reinforcepp.types import Completion, RolloutBatch
 
@@ -63,10 +63,11 @@ def score(
         width, (old_BT, ref_BT, entropy_BT) = mask_BT.shape[1], (torch.zeros_like(mask_BT) for _ in range(3))
 
         def score_rows(rows: list[int]) -> None:
+            rows_B = row_index(rows, mask_BT)
             if config.needs_reference:
-                ref_BT[rows], _, _ = update.logprobs(reference, kept, rows, width)
+                ref_BT[rows_B], _, _ = update.logprobs(reference, kept, rows, width)
             if not update.on_policy and not config.staleness:
-                old_BT[rows], entropy_BT[rows], _ = update.logprobs(update.policy.scoring, kept, rows, width)
+                old_BT[rows_B], entropy_BT[rows_B], _ = update.logprobs(update.policy.scoring, kept, rows, width)
 
         update.passes.score(kept, score_rows)
         if config.staleness:  # the policy no longer has the weights that sampled
@@ -224,8 +225,7 @@ class PolicyUpdate:
         self, batch: UpdateBatch, rows: list[int], step: OptimizerStep, *, new: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a micro-batch's share of the loss of an optimizer step; ``new`` if these rows aren't repeated."""
-        # A list as an index would be copied to the GPU each time, and the CPU would wait for it.
-        rows_B = torch.tensor(rows).to(batch.advantages_BT.device, non_blocking=True)
+        rows_B = row_index(rows, batch.advantages_BT)
         config, rollout, advantages_BT = self.config, batch.rollout, batch.advantages_BT[rows_B]
         given = self.policy.model, rollout.completions, rows, advantages_BT.shape[1]
         logprobs_BT, entropy_BT, _ = self.logprobs(*given, entropy_gradient=config.entropy_coef != 0)
