@@ -88,6 +88,25 @@ def test_any_number_of_ranks_trains_alike_on_any_backend_and_resumes_others_chec
     check_equality(rows, [(backend, processes) for backend in BACKENDS for processes in (1, 2, 3)])
 
 
+AGREE = """
+import os
+from reinforcepp.distributed.ranks import Ranks, init_process_group
+from reinforcepp.rollout.selection import EngineChoice, agree_on_engine
+init_process_group(60)
+ranks = Ranks()
+own = EngineChoice("vllm", "can") if ranks.index == 0 else EngineChoice("transformers", "can't")
+print(agree_on_engine(own, ranks).name, flush=True)
+"""
+
+
+@pytest.mark.full
+def test_ranks_agree_on_an_engine(tmp_path):
+    (tmp_path / "agree.py").write_text(AGREE)
+    command = [sys.executable, *TORCHRUN, str(tmp_path / "agree.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["transformers"] * 2, done.stderr
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -72,6 +72,8 @@ PEER_SILENT = (
     "Network is unreachable",
 )
 """Texts of gloo's errors about a rank that doesn't answer."""
+SUM_BUCKET_BYTES = 64 << 20
+"""Most bytes of small tensors that are summed over ranks at a time."""
 STORE_TIMEOUT_SECONDS = 5
 """Time in which the store of the process group answers if its node is reachable."""
 
@@ -218,6 +220,20 @@ def _process_state(timeout: timedelta | None = None) -> PartialState:
         prepare_deepspeed(cpu=cpu)
     options = {} if timeout is None or started() == 1 else {"timeout": timeout}
     return PartialState(cpu=cpu, **options)
+
+
+def sum_buckets(tensors: Iterable[Tensor], limit: int = SUM_BUCKET_BYTES) -> Iterator[list[Tensor]]:
+    """Yield ``tensors`` in lists of one dtype and up to ``limit`` bytes; a larger tensor is alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > limit or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 class Ranks:
@@ -410,12 +426,22 @@ class Ranks:
         return self.accelerator.reduce(values, reduction="sum")
 
     def sum_in_place(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor, on any device, by its sum over ranks. All ranks must pass tensors of the same shapes."""
-        for tensor in tensors:
-            part = tensor.to(self.device)
-            distributed.all_reduce(part)
-            if part is not tensor:
-                tensor.copy_(part)
+        """Replace each tensor, on any device, by its sum over ranks. All ranks must pass tensors of the same shapes.
+
+        Small tensors are joined, because each sum over ranks has a latency, and an adapter has hundreds of tensors.
+        """
+        for bucket in sum_buckets(tensors):
+            parts = [tensor.to(self.device) for tensor in bucket]
+            joined = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+            distributed.all_reduce(joined)
+            if len(parts) > 1:
+                sizes = [part.numel() for part in parts]
+                parts = [
+                    part.view(tensor.shape) for part, tensor in zip(torch.split(joined, sizes), bucket, strict=True)
+                ]
+            for tensor, part in zip(bucket, parts, strict=True):
+                if part is not tensor:
+                    tensor.copy_(part)
 
     def max(self, values: Tensor) -> Tensor:
         """Return the element-wise maximum over ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from reinforcepp.runtime.terminal import warn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from reinforcepp.distributed.ranks import Ranks
     from reinforcepp.rollout.engine import RolloutEngine
 
 EngineName = Literal["transformers", "vllm", "ray", "servers"]
@@ -75,6 +76,14 @@ def choose_engine(rollout: str, config: PreTrainedConfig, dtype: torch.dtype) ->
             f"{setting('rollout')} vllm: {reason}. Use {option('rollout', 'auto')}, which falls back to transformers."
         )
     return EngineChoice("transformers", reason)
+
+
+def agree_on_engine(choice: EngineChoice, ranks: Ranks) -> EngineChoice:
+    """Return the choice of all ranks, which call this: transformers if vLLM can't run the model on one of their nodes."""
+    for rank, other in enumerate(ranks.gather(choice)):
+        if other.name == "transformers" != choice.name:
+            return replace(other, reason=f"vLLM can't be used on rank {rank} of {ranks.count} ({other.reason})")
+    return choice
 
 
 def start_chosen_engine(

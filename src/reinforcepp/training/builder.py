@@ -34,7 +34,7 @@ from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.factory import start_training_engine
 from reinforcepp.rollout.ray.reward_pool import pool_rewards, rewards_to_pool
-from reinforcepp.rollout.selection import choose_engine
+from reinforcepp.rollout.selection import agree_on_engine, choose_engine
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.run_dir import check_output
 from reinforcepp.runtime.terminal import echo
@@ -155,6 +155,9 @@ def build(
     judge_sum = load_rewards(judge) if judge is not None else None
 
     ranks = Ranks(config.report_to, folder)
+    if choice is not None:
+        choice = agree_on_engine(choice, ranks)
+        check_sampling(config, choice.name)
     place_reward_models(rewards, judge_sum, config, ranks)
     updates = num_steps * config.updates_per_step
     learner, critic = start_learners(
