@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -39,25 +40,57 @@ def test_items_get_a_limit_and_the_total_time_ends(runner, monkeypatch, tmp_path
     def start(item, given, environment, limit):
         limits.append(limit)
         now[0] += 100
-        status = {"threads": "fail", "qlora": "skipped"}.get(item.name, "pass")
+        status = {"process_state": "fail", "qlora": "skipped"}.get(item.name, "pass")
         return {"item": item.name, "status": status, "seconds": 100.0, "reason": f"because of {item.name}"}
 
     monkeypatch.setattr(runner, "start", start)
-    monkeypatch.setattr(runner.subprocess, "run", lambda check, env: subprocess.CompletedProcess(check, 0))
+    programs = []
+
+    def python(command, env, check=False):
+        programs.append(command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(runner.subprocess, "run", python)
     monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
-    kept = []
-    monkeypatch.setattr(runner, "keep", kept.append)
-    only = ["--only", "compile_cache", "threads", "weights", "close_awake"]
+    only = ["--only", "compile_cache", "process_state", "weights", "close"]
     assert run(runner, monkeypatch, tmp_path, "--seconds", 250, *only) == 1
     assert limits == [200, 90, 50]
     results = json.loads((tmp_path / "summary.json").read_text())
     assert [result["status"] for result in results] == ["pass", "fail", "pass", "not run"]
     out = capsys.readouterr().out
-    assert "because of threads" in out and "2 pass, 1 fail, 1 not run" in out
+    assert "because of process_state" in out and "2 pass, 1 fail, 1 not run" in out
     assert run(runner, monkeypatch, tmp_path, "--dry-run", "--only", "weights") == 0
-    assert not kept
+    assert limits[3:] == [360]  # a CPU can be busy
+    assert set(programs) == {"--check"}
     run(runner, monkeypatch, tmp_path)
-    assert len(kept) == 1 and len(kept[0]) == len(runner.ITEMS)
+    assert programs[-2:] == ["--check", "--keep"]
+    assert len(json.loads((tmp_path / "summary.json").read_text())) == len(runner.ITEMS)
+
+
+def test_a_complete_run_is_kept_with_date_and_hardware(runner, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    results = importlib.import_module("results")
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "benchmarks" / "results")
+    monkeypatch.setattr(results, "machine", lambda: {"gpu": "NVIDIA H200"})
+    (tmp_path / "benchmarks").mkdir()
+    summary = [{"item": "weights", "status": "pass", "seconds": 20.0, "measured": {"growth_mib": 0.0}}]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "benchmarks" / "gpu_check"), str(tmp_path), "--keep"])
+    assert runner.main() == 0
+    kept, copy = (json.loads((folder / "gpu_check.json").read_text()) for folder in (results.FOLDER, tmp_path))
+    assert kept == copy and kept["machine"] == {"gpu": "NVIDIA H200"} and kept["date"].startswith("20")
+    assert kept["items"] == {"weights": {"status": "pass", "seconds": 20.0, "measured": {"growth_mib": 0.0}}}
+    assert kept["command"] == f"python benchmarks/gpu_check {tmp_path.name}"
+
+
+def test_variables_are_set_and_removed_for_an_item(runner, monkeypatch, tmp_path):
+    program = tmp_path / "__main__.py"
+    monkeypatch.setattr(runner, "HERE", program)
+    program.write_text("import os; print(os.environ.get('MARK'), os.environ.get('OMP_NUM_THREADS'), flush=True)")
+    given = runner.argparse.Namespace(folder=tmp_path, device="cpu")
+    item = runner.Item("prints", "none:none", 9, environment=(("MARK", "1"),), without=("OMP_NUM_THREADS",))
+    runner.start(item, given, os.environ | {"OMP_NUM_THREADS": "1"}, 60)
+    assert (tmp_path / "prints.log").read_text() == "1 None\n"
 
 
 def test_shares_of_the_peak_rates_of_a_gpu(monkeypatch, tmp_path):
@@ -73,10 +106,10 @@ def test_shares_of_the_peak_rates_of_a_gpu(monkeypatch, tmp_path):
 
 def test_a_process_that_hangs_or_dies_is_a_failure(runner, monkeypatch, tmp_path):
     given = runner.argparse.Namespace(folder=tmp_path, device="cpu")
-    item = runner.Item("hangs", "none:none", 1, environment=(("MARK", "1"),))
+    item = runner.Item("hangs", "none:none", 1)
     program = tmp_path / "__main__.py"
     monkeypatch.setattr(runner, "HERE", program)
-    program.write_text("import os, time; assert os.environ['MARK'] == '1'; print('begun', flush=True); time.sleep(60)")
+    program.write_text("import time; print('begun', flush=True); time.sleep(60)")
     result = runner.start(item, given, dict(os.environ), 2)
     assert result["status"] == "fail" and "not finished after 2 s" in result["reason"] and result["seconds"] < 20
     assert (tmp_path / "hangs.log").read_text() == "begun\n"
@@ -103,6 +136,36 @@ def test_wheels_are_installed_without_a_network(runner, monkeypatch, tmp_path, c
     environment = runner.environment_of(runner.argparse.Namespace(folder=tmp_path, device="cpu"))
     assert (
         environment["PYTHONPATH"].startswith(str(tmp_path / "packages")) and environment["CUDA_VISIBLE_DEVICES"] == ""
+    )
+
+
+@pytest.mark.full
+def test_wheels_reach_a_python_that_lacks_them(tmp_path):
+    wheels, results = tmp_path / "wheels", tmp_path / "results"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "VALUE = 7")
+        about = "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\nRequires-Dist: not-in-the-folder\n"
+        wheel.writestr("carried-1.0.dist-info/METADATA", about)
+        wheel.writestr("carried-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("carried-1.0.dist-info/RECORD", "")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "bare"], check=True)
+    python = tmp_path / "bare" / "bin" / "python"
+    command = ["sh", SCRIPT, results, "--device", "cpu", "--wheels", wheels]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHON": str(python)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "wheels installed: 1" in done.stdout
+    assert done.stderr == (
+        f"error: {python} lacks torch and transformers and accelerate. Run make venv, or set PYTHON to an interpreter with "
+        "them.\n"
+    )
+    code = "import carried; print(carried.VALUE)"
+    path = environment | {"PYTHONPATH": str(results / "packages")}
+    assert subprocess.run([python, "-c", code], env=path, capture_output=True, text=True).stdout == "7\n"
+    (wheels / "broken-1.0-py3-none-any.whl").write_text("not a wheel")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.endswith(
+        "error: --wheels: pip failed; the lines above give the reason.\n"
     )
 
 
@@ -154,4 +217,8 @@ def test_all_items_run_on_a_cpu(tmp_path):
         assert result["status"] == expected, (name, result)
         assert ON_A_CPU.get(name, "") in result.get("reason", "") or name in missing
     assert done.returncode == 0, done.stdout
-    assert results["timings_0.5B"]["measured"]["float32"]["head"]["seconds"] > 0
+    timings = results["timings_0.5B"]["measured"]["float32"]
+    assert (
+        timings["head"]["seconds"] > 0
+        and timings["update_packed"]["padding"] == 0 < timings["update_padded"]["padding"]
+    )

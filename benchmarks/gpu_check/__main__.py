@@ -2,8 +2,9 @@
 
 scripts/gpu_check.sh [FOLDER] [--device cpu] [--wheels FOLDER] [--only ITEM ...] [--seconds 720] [--list]
 
-Each item writes FOLDER/ITEM.json. A run of all items on a GPU also writes benchmarks/results/gpu_check.json. With
-``--device cpu``, the items run with tiny shapes, which tries their code.
+Each item writes FOLDER/ITEM.json, and its output goes to FOLDER/ITEM.log. A run of all items on a GPU also writes
+FOLDER/gpu_check.json and benchmarks/results/gpu_check.json, with date and hardware. With ``--device cpu``, the items run with
+tiny shapes, which tries their code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FEWEST_SECONDS = 20
 """An item isn't started if less than this is left."""
+CPU_FACTOR = 3
+"""Time limits on a CPU relative to those on a GPU; it can be busy."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Item:
         seconds: Its time limit.
         packages: Packages without which it is skipped.
         environment: Further variables.
+        without: Variables that are removed.
     """
 
     name: str
@@ -46,27 +51,28 @@ class Item:
     seconds: int
     packages: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    without: tuple[str, ...] = ()
 
 
 V2 = "VLLM_USE_V2_MODEL_RUNNER"
 ITEMS = (
     Item("compile_cache", "engines:compile_cache", 200, ("vllm",)),
-    Item("threads", "engines:threads", 90, ("vllm",)),
-    Item("weights", "engines:weights", 90, ("vllm",)),
+    Item("process_state", "engines:process_state", 90, ("vllm",), without=("OMP_NUM_THREADS",)),
+    Item("weights", "engines:weights", 120, ("vllm",)),
+    Item("close", "ends:close", 200, ("vllm",)),
+    Item("failure_in_a_forward", "ends:failure_in_a_forward", 120, ("vllm",)),
+    Item("tight_cache", "trainings:tight_cache", 240, ("vllm", "peft")),
+    Item("memory_budget", "memory:budget", 150, ("vllm",)),
     Item("logprobs_v1", "engines:logprobs", 90, ("vllm",), ((V2, "0"),)),
     Item("logprobs_v2", "engines:logprobs", 90, ("vllm",), ((V2, "1"),)),
-    Item("close_asleep", "engines:close_asleep", 120, ("vllm",)),
-    Item("failure_in_a_forward", "engines:failure_in_a_forward", 120, ("vllm",)),
     Item("adapter_asleep", "engines:adapter_asleep", 90, ("vllm", "peft")),
-    Item("tight_cache", "trainings:tight_cache", 150, ("vllm",)),
+    Item("two_engines", "ends:two_engines", 150, ("vllm",)),
+    Item("timings_0.5B", "timings:timings_half", 180),
     Item("offload", "trainings:offload", 90),
-    Item("timings_0.5B", "timings:timings_half", 150),
     Item("qlora", "trainings:qlora", 90, ("bitsandbytes", "peft")),
     Item("torch_compile", "trainings:compiled", 120),
-    Item("gpu_tests", "suite:gpu_tests", 240, ("pytest",)),
-    Item("timings_1.5B", "timings:timings_large", 150),
-    Item("batch_dependence", "engines:batch_dependence", 90, ("vllm",)),
-    Item("close_awake", "engines:close_awake", 120, ("vllm",)),
+    Item("gpu_tests", "suite:gpu_tests", 300, ("pytest",)),
+    Item("timings_1.5B", "timings:timings_large", 180),
 )
 """The items, the most important ones first: the time can end before the last ones."""
 PART = Item("start_once", "engines:start_once", 150, ("vllm",))
@@ -85,11 +91,14 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the items and stop")
     parser.add_argument("--item", help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.folder = given.folder.expanduser().resolve()
     if given.check:
         return check_node(given.device)
+    if given.keep:
+        return keep(given)
     if given.item:
         return run_item(given)
     if given.list:
@@ -122,7 +131,8 @@ def run_all(given: argparse.Namespace) -> int:
         if left < FEWEST_SECONDS:
             results.append({"item": item.name, "status": "not run", "seconds": 0.0, "reason": "the time is used up"})
         else:
-            results.append(start(item, given, environment, min(item.seconds, left)))
+            limit = item.seconds * (1 if given.device == "cuda" else CPU_FACTOR)
+            results.append(start(item, given, environment, min(limit, left)))
         print_row(results[-1])
     counts = {
         status: sum(result["status"] == status for result in results)
@@ -131,7 +141,7 @@ def run_all(given: argparse.Namespace) -> int:
     print(", ".join(f"{count} {status}" for status, count in counts.items() if count))
     (given.folder / "summary.json").write_text(json.dumps(results, indent=2) + "\n")
     if given.device == "cuda" and given.only is None:
-        keep(results)
+        subprocess.run([sys.executable, str(HERE), str(given.folder), "--keep"], env=environment, check=True)
     return int(counts["fail"] > 0)
 
 
@@ -184,7 +194,7 @@ def install(wheels: Path, target: Path) -> None:
     begin = time.monotonic()
     if subprocess.run(command).returncode:
         stop("--wheels: pip failed; the lines above give the reason.")
-    print(f"installed {len(files)} wheels in {time.monotonic() - begin:.0f} s")
+    print(f"wheels installed: {len(files)}, in {time.monotonic() - begin:.0f} s")
 
 
 def start(item: Item, given: argparse.Namespace, environment: dict[str, str], limit: float) -> dict[str, Any]:
@@ -192,12 +202,13 @@ def start(item: Item, given: argparse.Namespace, environment: dict[str, str], li
     output = given.folder / f"{item.name}.json"
     output.unlink(missing_ok=True)
     command = [sys.executable, str(HERE), str(given.folder), "--device", given.device, "--item", item.name]
+    own = {name: value for name, value in environment.items() if name not in item.without} | dict(item.environment)
     begin = time.monotonic()
     reason = ""
     with open(given.folder / f"{item.name}.log", "w") as log:
         process = subprocess.Popen(
             [*command, "--output", str(output)],
-            env=environment | dict(item.environment),
+            env=own,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its own processes end with it
@@ -229,17 +240,19 @@ def print_row(result: dict[str, Any]) -> None:
     print(f"{result['item']:22}{result['status']:9}{result['seconds']:6.1f} s  {line[:100]}", flush=True)
 
 
-def keep(results: list[dict[str, Any]]) -> None:
-    """Write the results of a GPU into the repository."""
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+def keep(given: argparse.Namespace) -> int:
+    """Write the results of a GPU, with date and hardware, into the repository and into the folder."""
     import torch
     from results import write_result
 
     from reinforcepp.models.devices import driver_version
 
-    if torch.cuda.is_available():
-        facts = {"driver": driver_version(), "cuda": torch.version.cuda}
-        write_result("gpu_check", facts | {"items": {result.pop("item"): result for result in results}})
+    results = json.loads((given.folder / "summary.json").read_text())
+    sys.argv.remove("--keep")  # The file names the command.
+    facts = {"driver": driver_version(), "cuda": torch.version.cuda}
+    path = write_result("gpu_check", facts | {"items": {result.pop("item"): result for result in results}})
+    shutil.copy(path, given.folder)
+    return 0
 
 
 # --- one item, in its process -----------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def random_model(node: Node, shape: str, dtype: torch.dtype | None = None, seed:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
-        max_position_embeddings=2048,
+        max_position_embeddings=1 << 17,
         tie_word_embeddings=vocabulary == VOCABULARY,
         initializer_range=0.02 if vocabulary == VOCABULARY else 0.1,
         bos_token_id=0,
@@ -112,6 +112,45 @@ def vllm_engine(node: Node, model: PreTrainedModel, **settings: Any) -> Iterator
 def start_vllm(node: Node, model: PreTrainedModel, **settings: Any) -> VllmEngine:
     usual = {"gpu_memory_utilization": 0.3} if node.on_gpu else {"cache_bytes": 64 * MIB}
     return VllmEngine(model, tokenizer(), **{"max_length": 512, "max_num_seqs": 64} | usual | settings)
+
+
+def emulate_sleep(node: Node, engine: VllmEngine) -> None:
+    """Let an engine on a CPU sleep, too: weights that a GPU would lose are overwritten. On a GPU, do nothing."""
+    if node.on_gpu:
+        return
+    engine._sleeps = True
+    engine._drops_weights = engine._can_drop_weights()
+    sleep = engine._llm.sleep
+
+    def lose(level: int) -> None:
+        sleep(level=level)
+        if level == 2:
+            engine._llm.apply_model(_overwrite)
+
+    engine._llm.sleep = lose
+
+
+def _overwrite(model: torch.nn.Module) -> None:
+    for weight in model.parameters():
+        weight.data.fill_(torch.nan)
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module, part: str = "") -> None:
+    """Add noise to the weights whose names contain ``part``."""
+    for name, weight in model.named_parameters():
+        if part in name:
+            weight.add_(torch.randn_like(weight) * 0.1 * weight.std())
+
+
+def check_completions(completions: Sequence[Completion], count: int, new: int) -> None:
+    assert len(completions) == count, f"{len(completions)} of {count} completions"
+    assert all(0 < len(completion.ids) <= new for completion in completions)
+
+
+def resident_bytes() -> int:
+    """Return this process's bytes in CPU memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def logprob_gaps(model: PreTrainedModel, completions: Sequence[Completion], temperature: float) -> torch.Tensor:

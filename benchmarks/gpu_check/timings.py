@@ -9,7 +9,8 @@ import torch
 from common import SHAPES, Node, data_sheet, installed, prompts, random_model, seconds_of, start_vllm, tokenizer
 
 from reinforcepp import Sampling, TransformersEngine
-from reinforcepp.models.logprobs import response_logprobs
+from reinforcepp.models.logprobs import is_packable, response_logprobs
+from reinforcepp.models.micro_batches import DEFAULT_GPU_TOKENS, MicroBatchLimit, micro_batches
 from reinforcepp.models.token_logprobs import head_logprobs
 
 PROMPT, NEW = 128, 256
@@ -61,6 +62,8 @@ def _phases(node: Node, shape: str, model: Any) -> Iterator[tuple[str, dict[str,
         yield f"score_{rows}", cost.of_flops(seconds_of(node, score), flops, rows * (length + new))
         yield f"update_{rows}", cost.of_flops(seconds_of(node, update), 3 * flops, rows * (length + new))
 
+    yield from _packing(node, model)
+
     tokens = 4096 if node.on_gpu else 16
     hidden = torch.randn(tokens, cost.width, device=node.device, dtype=model.dtype, requires_grad=True)
     ids = torch.randint(0, vocabulary, (tokens,), device=node.device)
@@ -90,6 +93,47 @@ def _phases(node: Node, shape: str, model: Any) -> Iterator[tuple[str, dict[str,
             yield f"decode_{count}", rates | {"engine": engine.name}
     finally:
         engine.close()
+
+
+def _packing(node: Node, model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the times of an update of rows whose lengths vary as in real data, padded and packed."""
+    lengths = uneven_lengths(64 if node.on_gpu else 6)
+    context = [prompts(1, length, seed)[0].ids for seed, (length, _) in enumerate(lengths)]
+    answers = [prompts(1, length, seed)[0].ids for seed, (_, length) in enumerate(lengths)]
+    tokens = sum(map(sum, lengths))
+    for name, packed in (("padded", False), ("packed", True)):
+        if packed and not is_packable(model, max(map(sum, lengths))):
+            yield "update_packed", {"reason": "this model isn't packed"}
+            return
+        limit = MicroBatchLimit(DEFAULT_GPU_TOKENS, packed=packed)
+        batches = list(micro_batches(lengths, range(len(lengths)), limit))
+
+        def update(batches: Any = batches, packed: bool = packed) -> None:
+            for rows in batches:
+                parts = [[all_rows[row] for row in rows] for all_rows in (context, answers)]
+                response_logprobs(model, *parts, pad_id=0, padding_free=packed)[0].sum().backward()
+            model.zero_grad(set_to_none=True)
+
+        seconds = seconds_of(node, update)
+        computed = sum(limit.tokens_of([lengths[row] for row in rows]) for rows in batches)
+        facts = {"passes": len(batches), "padding": 1 - tokens / computed, "kernel": _kernel(node, model, packed)}
+        yield f"update_{name}", {"seconds": seconds, "tokens_per_second": tokens / seconds} | facts
+
+
+def uneven_lengths(rows: int) -> list[tuple[int, int]]:
+    """Return tokens of prompts and responses; half of the responses are shorter than 120 tokens, and few are at 512."""
+    drawn = torch.randn(2, rows, generator=torch.Generator().manual_seed(0))
+    prompt, response = (
+        mean * (spread * values).exp() for mean, spread, values in ((60, 0.5, drawn[0]), (120, 0.8, drawn[1]))
+    )
+    return list(zip(prompt.int().clamp(8, 256).tolist(), response.int().clamp(8, 512).tolist(), strict=True))
+
+
+def _kernel(node: Node, model: Any, packed: bool) -> str:
+    if not packed:
+        return "sdpa with a mask"
+    half = node.on_gpu and model.dtype in (torch.float16, torch.bfloat16)
+    return "varlen" if half else "sdpa per length"
 
 
 class Cost:

@@ -8,23 +8,55 @@ from typing import Any
 import torch
 from common import GIB, Node, Skipped, train
 
+from reinforcepp.rollout.vllm import memory
+
 LEFT_GIB = 16
-"""Memory that the tight training leaves itself: AdamW's moments of 0.5B parameters are 4 GiB of it."""
+"""Memory that the tight trainings leave themselves: AdamW's moments of 0.5B parameters are 4 GiB of it."""
+LONGEST_PROMPT = 65_536
+"""Tokens for which vLLM wants a cache, so that it takes all memory that it may. The prompts are short."""
+KINDS: dict[str, dict[str, Any]] = {
+    "all_weights": {},
+    "offload": {"offload_optimizer": True},
+    "lora": {"use_peft": True},
+}
 
 
 def tight_cache(node: Node) -> dict[str, Any]:
-    """Three steps with vLLM in a memory that AdamW's moments, which step 1 creates, fill."""
-    ballast = None
+    """Three steps each with vLLM in a memory that AdamW's moments, which step 1 creates, fill."""
+    ballast, settings = None, {}
     if node.on_gpu:
         free, _ = torch.cuda.mem_get_info()
         ballast = torch.empty(max(0, free - LEFT_GIB * GIB), dtype=torch.uint8, device="cuda")
-    trainer, steps = train(node, "tight_cache", "0.5B")
+        settings = {"max_prompt_length": LONGEST_PROMPT}
+    else:
+        memory.CPU_CACHE_CAP = 1  # a cache for one sequence
+    measured: dict[str, Any] = {"ballast_gib": round(ballast.nbytes / GIB, 1) if ballast is not None else 0}
+    for name, kind in KINDS.items():
+        measured[name] = _tight_training(node, f"tight_{name}", settings | kind)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return measured
+
+
+def _tight_training(node: Node, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    trainer, steps = train(node, name, "0.5B", **settings)
+    engine: Any = trainer.engine
     try:
-        measured = _facts(steps) | {"ballast_gib": round(ballast.nbytes / GIB, 1) if ballast is not None else 0}
-        assert len(steps) >= 3, f"{len(steps)} of 3 steps"
-        return measured
+        cache = engine._llm.llm_engine.vllm_config.cache_config
+        wanted = trainer.args.vllm_batch_size(1, on_gpu=node.on_gpu)
+        facts = {
+            "steps": len(steps),
+            "restarts": engine.restarts,
+            "wanted_sequences": wanted,
+            "sequences": engine.max_num_seqs,
+            "cache_sequences": cache.num_gpu_blocks * cache.block_size / engine.max_length,
+        }
     finally:
-        trainer.engine.close()
+        engine.close()
+    assert facts["steps"] == 3 and not facts["restarts"], f"{name}: {facts}"
+    assert facts["sequences"] == wanted, f"{name}: memory ran out, so fewer sequences at a time: {facts}"
+    assert facts["cache_sequences"] < wanted, f"{name}: the cache isn't tight: {facts}"
+    return facts | _facts(steps)
 
 
 def offload(node: Node) -> dict[str, Any]:

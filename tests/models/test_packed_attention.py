@@ -5,6 +5,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.attention import varlen
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,7 +31,7 @@ def computed(model, *, padding_free, checkpointing=False):
     logprobs_BT, entropy_BT, mask_BT = response_logprobs(
         model, PROMPTS, RESPONSES, pad_id=0, temperature=0.7, width=7, padding_free=padding_free, entropy_gradient=True
     )
-    weights_BT = torch.arange(1.0, 1 + mask_BT.numel()).view(mask_BT.shape) / 10
+    weights_BT = torch.arange(1.0, 1 + mask_BT.numel(), device=mask_BT.device).view(mask_BT.shape) / 10
     ((logprobs_BT + 0.3 * entropy_BT) * weights_BT).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return logprobs_BT.detach(), entropy_BT.detach(), mask_BT, gradients
@@ -57,6 +58,36 @@ def test_packed_rows_are_close_in_bfloat16():
     assert is_packable(model)
     packed, padded = (computed(model, padding_free=free)[0] for free in (True, False))
     torch.testing.assert_close(packed, padded, atol=0.05, rtol=0)
+
+
+def distances(outputs, exact):
+    """Return the distance from ``exact`` of log-probabilities, entropy, and all gradients, relative to their size."""
+    flat = [
+        (out[0], out[1], torch.cat([out[3][name].float().flatten() for name in exact[3]])) for out in (outputs, exact)
+    ]
+    return [float((one - other).norm() / other.norm()) for one, other in zip(*flat, strict=True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_are_as_exact_as_padded_rows_on_a_gpu(family, checkpointing, dtype, monkeypatch):
+    """In bfloat16, the kernel for variable lengths computes attention; in float32, it can't."""
+    used = []
+    kernel = varlen.varlen_attn
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *tensors, **given: used.append(1) or kernel(*tensors, **given))
+    model = (lora(tiny.model("llama")) if family == "lora" else tiny.model(family)).cuda().eval()
+    exact = computed(model, padding_free=False)
+    model.to(dtype)
+    assert is_packable(model)
+    padded, packed = (computed(model, padding_free=free, checkpointing=checkpointing) for free in (False, True))
+    assert bool(used) == (dtype == torch.bfloat16)
+    for name, of_packed, of_padded in zip(
+        ("logprobs", "entropy", "gradients"), *(distances(one, exact) for one in (packed, padded)), strict=True
+    ):
+        assert of_packed <= 2 * of_padded + 1e-4, f"{name}: {of_packed} packed, {of_padded} padded"
 
 
 def test_values_of_a_critic_are_those_of_padded_rows():
