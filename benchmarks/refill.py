@@ -25,9 +25,9 @@ from results import write_result
 from transformers import PreTrainedModel
 
 from reinforcepp.models.loading import load_policy
+from reinforcepp.models.mkldnn_linear import packed
 from reinforcepp.rollout.batch_rows import BatchRow
 from reinforcepp.rollout.decoding import LADDER
-from reinforcepp.rollout.mkldnn_linear import packed
 from reinforcepp.rollout.running_batch import RunningBatch
 from reinforcepp.types import Prompt, Sampling
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import checkpoint
 
+from reinforcepp.models.mkldnn_linear import linear
 from reinforcepp.runtime.terminal import warn_once
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -43,7 +44,7 @@ def head_logprobs(
     overwrite = type(head) is nn.Linear  # nothing else needs its output in the backward pass
 
     def chunk(part_ND: Tensor, part_N: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = head(part_ND)
+        logits_NV = linear(head, part_ND)
         return token_logprobs(logits_NV, part_N, temperature, entropy_gradient=entropy_gradient, overwrite=overwrite)
 
     if len(ids_N) <= rows or weight is None:

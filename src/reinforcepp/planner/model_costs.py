@@ -18,6 +18,7 @@ from reinforcepp.models.loading import meta_model
 from reinforcepp.models.logprobs import bypass_head
 from reinforcepp.models.lora import is_linear, with_adapter
 from reinforcepp.models.master_weights import added_gradient
+from reinforcepp.models.mkldnn_linear import packed_weights
 from reinforcepp.models.precision import cast_parameters
 from reinforcepp.planner.trace import (
     FLOPS,
@@ -30,7 +31,6 @@ from reinforcepp.planner.trace import (
     line_through,
     peak_of,
 )
-from reinforcepp.rollout.mkldnn_linear import packed_weights
 from reinforcepp.rollout.vllm.memory import ActivationSize, activation_size, cache_bytes_per_token
 from reinforcepp.training.learner import training_submodules
 

@@ -9,10 +9,10 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from reinforcepp.models.loading import context_length, eos_token_ids
+from reinforcepp.models.mkldnn_linear import packed
 from reinforcepp.rollout.batch_rows import BatchRow
 from reinforcepp.rollout.decoding import PROBE_BATCH_SIZE, Decoding, probe_rows, select_decoding
 from reinforcepp.rollout.engine import check_prompts, to_completion
-from reinforcepp.rollout.mkldnn_linear import packed
 from reinforcepp.rollout.running_batch import GPU_READ_INTERVAL, RunningBatch
 from reinforcepp.types import Completion, Prompt, Sampling
 
