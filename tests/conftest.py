@@ -16,6 +16,8 @@ os.environ.setdefault(
 )  # as `reinforcepp` sets it: spinning threads waste seconds of a busy CPU
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the CPU
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Not the user's cache, and the same folder for all processes and later runs, which find compiled code there.
+os.environ["REINFORCEPP_CACHE"] = str(Path(__file__).parents[1] / ".pytest_cache" / "reinforcepp")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything; the tests of uploads unset it
 
 PAIRS = [

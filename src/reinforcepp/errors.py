@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +100,20 @@ def option(name: str, value: str | int | None = None) -> str:
 def setting(name: str) -> str:
     """Return the name of a setting for a message: ``--columns`` on the command line, ``columns`` in Python."""
     return f"--{name}" if _typed_as_flags else name
+
+
+def with_flags(message: str, names: Collection[str]) -> str:
+    """Return ``message`` with the settings in ``names`` as flags, for the command line: ``--max_length 512``.
+
+    Quoted text, values of flags, parts of paths and keys of a YAML file stay. A name of one word is a setting only at the
+    start.
+    """
+    every, anywhere = "|".join(names), "|".join(name for name in names if "_" in name)
+    found = re.compile(
+        rf"(?<!\w)'[^'\n]*'|\"[^\"\n]*\"|--\w+(?: (?:{every})\b)*|(?<!\.yaml: )(?<!\.yml: )(?<![\w./`$-])"
+        rf"(?P<name>{anywhere}|^(?:{every})(?=:| must | needs ))(?![\w/(=`-]|\.\w)"
+    )
+    return found.sub(lambda match: f"--{match[0]}" if match["name"] else match[0], message)
 
 
 class _Bounded(reprlib.Repr):

@@ -19,7 +19,7 @@ from warm import warm_python
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.table import COMMANDS, Command
-from reinforcepp.errors import DataError, TrainingDiverged
+from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
 from reinforcepp.locks import file_lock, folder_lock
 from scripts import SOURCE
 
@@ -216,7 +216,31 @@ def test_undecodable_bytes_in_an_argument(tmp_path):
     command = [sys.executable, "-m", "reinforcepp", "generate", b"--prompt", b"caf\xe9"]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": str(SOURCE), "PYTHONUTF8": "1"})
     assert done.returncode == 2
-    assert done.stderr.startswith(b"error: prompt: 'caf\\udce9' isn't valid UTF-8.")
+    assert done.stderr.startswith(b"error: --prompt: 'caf\\udce9' isn't valid UTF-8.")
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("keep_best needs checkpoints: set save_every.", "--keep_best needs checkpoints: set --save_every."),
+        ("device: no GPU. The device of seed 3 is new.", "--device: no GPU. The device of seed 3 is new."),
+        ("'reward_model' and \"reward_model\" are columns", "'reward_model' and \"reward_model\" are columns"),
+        ("the model's save_every isn't 0", "the model's --save_every isn't 0"),
+        ("runs/reward_model/chat_template.jinja: no", "runs/reward_model/chat_template.jinja: no"),
+        ("--allow_changes seed save_every; save_every", "--allow_changes seed save_every; --save_every"),
+        ("a.yaml: save_every must be 1", "a.yaml: save_every must be 1"),
+        ("save_every_2 and my_save_every", "save_every_2 and my_save_every"),
+    ],
+)
+def test_errors_name_settings_as_flags(message, shown, acting, capsys):
+    acting("train", ConfigError(message))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+def test_a_device_that_is_no_choice(capsys):
+    assert cli.main(["train", "--device", "gpu"]) == 2
+    assert "--device must be auto (the GPU if this node has one) or cpu, not 'gpu'. Use auto" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(acting):

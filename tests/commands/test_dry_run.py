@@ -37,6 +37,13 @@ def test_a_policy_training(model_folder, reward_folder, pairs_csv, capsys):
     assert out.count(r"Be short.\n\nQuestion: ") == 3
 
 
+@pytest.mark.parametrize("command", ["train", "sft", "reward"])
+def test_the_precision_is_printed_once(command, model_folder, reward_folder, pairs_csv, capsys):
+    rewards = ["--reward_model", str(reward_folder)] if command == "train" else []
+    assert main([command, "--model", str(model_folder), "--data", str(pairs_csv), *rewards, "--dry_run"]) == 0
+    assert "".join(capsys.readouterr()).count("Mixed precision no: ") == 1
+
+
 def test_the_tokens_are_those_that_the_model_gets(model_folder, pairs_csv, capsys):
     assert main(["reward", "--model", str(model_folder), "--data", str(pairs_csv), "--dry_run"]) == 0
     out, err = capsys.readouterr()

@@ -341,7 +341,7 @@ def test_as_text_the_score_stands_under_the_answer(answer, monkeypatch, reward_f
 def test_contradictions_about_the_best_of_several(refused, tmp_path, model_folder):
     assert "best_of needs a reward model" in refused("--prompt", PROMPT, "--best_of", "4")
     flags = ["--prompt", PROMPT, "--best_of", "4", "--reward_model"]
-    assert "num_samples and best_of" in refused(*flags, "x", "--num_samples", "2")
+    assert "--num_samples and --best_of" in refused(*flags, "x", "--num_samples", "2")
     assert "reward model folder not found" in refused(*flags, str(tmp_path / "none"))
     assert "no score head" in refused(*flags, str(model_folder))
 

@@ -286,14 +286,14 @@ def test_batches_of_supervised_trainings(config_class, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train --init_kl_coef 0.1", "OpenRLHF's init_kl_coef is kl_coef here"),
-        ("train --actor.eps_clip 0.1", "OpenRLHF's actor.eps_clip is clip_low here (and clip_high"),
+        ("train --init_kl_coef 0.1", "OpenRLHF's init_kl_coef is --kl_coef here"),
+        ("train --actor.eps_clip 0.1", "OpenRLHF's actor.eps_clip is --clip_low here (and --clip_high"),
         (
             "train actor_rollout_ref.actor.optim.lr=1e-6",
-            "verl's actor_rollout_ref.actor.optim.lr is learning_rate here",
+            "verl's actor_rollout_ref.actor.optim.lr is --learning_rate here",
         ),
         ("train --zero_stage 3", "a setting of OpenRLHF without an equivalent here: give it to the launcher"),
-        ("sft --beta 0.1", "It is a setting of other trainings: beta is another name of kl_coef"),
+        ("sft --beta 0.1", "It is a setting of other trainings: beta is another name of --kl_coef"),
         ("train --max_completion_lengths 4", "Did you mean '--max_completion_length'?"),
     ],
 )

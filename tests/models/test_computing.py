@@ -119,7 +119,7 @@ def test_compiled_code_is_kept_where_only_the_user_writes(tmp_path, monkeypatch)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "home").write_text("")  # a home that is no folder
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "home"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     protect_compiled_code()
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])

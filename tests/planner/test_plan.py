@@ -856,7 +856,7 @@ def test_a_plan_as_text(folder, capsys):
     assert {"AdamW's moments", "gradients", "activations", "KV cache", "gradient buckets", "total"} <= set(lines)
     assert "load" in lines["MiB"] and "adamw" in lines["MiB"]
     assert "Fits: " in out and " of 74.5 GiB on each GPU" in out
-    assert "micro_batch_size    8 (the whole step)" in out and "Time per step: about" in out
+    assert "micro_batch_size            8 (the whole step)" in out and "Time per step: about" in out
     assert "The reward model models/reward_model doesn't exist yet" in out
     assert "every GPU holds all weights" in out
     assert list(folder.iterdir()) == [folder / "model"]
@@ -874,6 +874,7 @@ def test_a_plan_as_json(folder, capsys):
     assert told["memory"]["peak"] >= max(sum(parts.values()) for parts in told["phases"].values()) - 20
     assert told["memory"]["available"] == 24e9
     largest = {"micro_batch_size": 8, "mini_batch_size": 8, "rollout_batch_size": 64, "batch_size": 65536}
+    largest["max_tokens_per_micro_batch"] = 8 * (12 + 20)
     assert told["largest_that_fits"] == largest
     seconds = told["seconds"]
     assert seconds["step"] == pytest.approx(seconds["rollout"] + seconds["scoring"] + seconds["update"])
@@ -894,7 +895,7 @@ def test_a_plan_that_does_not_fit_reports_one_that_does(folder, capsys):
     code, out, err = run(capsys, *flags, *limited)
     assert (code, err) == (1, "")
     assert "Does not fit: " in out and "in phase 'update'. It fits with --micro_batch_size 20: " in out
-    assert "micro_batch_size    20\n" in out
+    assert "micro_batch_size            20\n" in out
     code, out, _ = run(capsys, "--batch_size", "64", "--micro_batch_size", "20", *limited)
     assert code == 0 and "This is close" in out
     assert run(capsys, "--batch_size", "64", "--micro_batch_size", "21", *limited)[0] == 1
@@ -904,7 +905,7 @@ def test_a_plan_that_can_not_fit_says_so(folder, capsys):
     code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "0")
     assert code == 1
     assert "Even one completion at a time needs" in out and "Use a device with more memory" in out
-    assert "micro_batch_size    none" in out and "batch_size          none" in out
+    assert "micro_batch_size            none" in out and "batch_size                  none" in out
     assert "eval_prompts" not in out
     code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "64")
     assert "fewer eval_prompts" in out

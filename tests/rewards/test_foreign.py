@@ -495,7 +495,7 @@ def test_a_template_with_the_date_scores_differently_on_another_day(tmp_path, mo
 
 def test_a_folder_without_write_permission_uses_the_cache_of_the_user(tmp_path, monkeypatch):
     folder = save(tmp_path / "rm", "llama")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "cache"))
     write = foreign.write_json
 
     def refuse(path, value):
@@ -544,7 +544,7 @@ def test_options_of_a_model_are_parsed():
 def test_a_name_on_the_hub_is_read_from_the_cache_of_its_library(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "cache"))
     revision, repository = "0" * 40, tmp_path / "hub" / "models--some-org--rm"
     folder = save(repository / "snapshots" / revision, "llama")
     (repository / "refs").mkdir()

@@ -14,7 +14,7 @@ from reinforcepp.rollout.vllm.model_folder import model_folder
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "reinforcepp"))
     return tmp_path / "reinforcepp" / "vllm_models"
 
 

@@ -125,7 +125,7 @@ def test_no_folder_is_written_through_a_planted_link(tmp_path, name, outcome):
 
 @pytest.mark.attack("L3", "code for torch.compile, in a folder of the temporary folder whose name is predictable")
 def test_compiled_code_is_not_read_from_the_temporary_folder(tmp_path, outcome, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "home"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that the test restores it
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     settings = {"output_dir": str(tmp_path / "run"), "rollout": "transformers", "eval_prompts": 0, "max_new_tokens": 4}

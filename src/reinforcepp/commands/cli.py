@@ -22,7 +22,7 @@ from reinforcepp.config.foreign_names import foreign_hint
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.config.shared import DeviceConfig
 from reinforcepp.config.values import accepted_values, fields_of
-from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest
+from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest, with_flags
 from reinforcepp.models.devices import choose_device, hide_gpus
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.run_dir import REMOVED_SETTINGS, has_checkpoint
@@ -66,7 +66,8 @@ def _exit_code(job: Callable[[], int]) -> int:
     try:
         return job()
     except ReinforceError as error:
-        _print_failure(f"error: {error}")
+        names = {name for command in COMMANDS.values() for name in names_of(command.config)}
+        _print_failure(f"error: {with_flags(str(error), names)}")
         return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
     except KeyboardInterrupt:
         if is_main():

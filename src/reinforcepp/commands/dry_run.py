@@ -35,24 +35,27 @@ def run_dry_run(config: SftConfig | RewardModelConfig | TrainConfig) -> None:
     if config.trust_remote_code:
         allow_remote_code(config.model)
     model_config = load_config(config.model)
-    with_precision(with_learning_rate(config, model_config), model_config)
+    chosen = with_learning_rate(config, model_config)
+    if config.mixed_precision == "auto" or not isinstance(config, TrainConfig):  # otherwise the plan warns about it
+        chosen, _ = with_precision(chosen, model_config)
     if isinstance(config, SftConfig):
         show_sft(config)
     elif isinstance(config, RewardModelConfig):
         show_reward_training(config)
     else:
-        show_training(config)
+        show_training(config, chosen.mixed_precision)
 
 
-def show_training(config: TrainConfig) -> None:
-    """Print the settings, the plan and the first prompts of a policy training.
+def show_training(config: TrainConfig, precision: str) -> None:
+    """Print the settings, the plan with this precision, and the first prompts of a policy training.
 
     Raises:
         ReinforceError: For every error that would stop the training before its weights are read.
     """
     data, rows, _ = load_prompts(config.data, **_columns(config), renamed=config.renamed, streaming=config.streaming)
     tokenizer = with_chat_template(load_tokenizer(config.model), config)
-    plan = make_plan(PlanConfig(**{name.name: getattr(config, name.name) for name in fields(TrainConfig)}))
+    planned = {name.name: getattr(config, name.name) for name in fields(TrainConfig)}
+    plan = make_plan(PlanConfig(**planned | {"mixed_precision": precision}))
     _write("Settings", settings(config))
     print_output("\nPlan")
     show_plan(plan)

@@ -20,7 +20,7 @@ from reinforcepp.config.trl_unsupported import (
     JsonText,
     Neutral,
 )
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, shown
 from reinforcepp.run_dir import RENAMED_SETTINGS
 from reinforcepp.runtime.process import is_main, started
 from reinforcepp.runtime.redaction import without_secrets
@@ -411,6 +411,15 @@ READ_ONLY: Mapping[str, Callable[[Any], Any]] = {
 """Attributes that callbacks of transformers read, for configurations that have no such setting."""
 
 
+def _use_cpu(given: Mapping[str, Any], _: Context) -> dict[str, Any]:
+    if given["device"] not in ("auto", "cpu"):
+        raise ConfigError(
+            f"device must be auto (the GPU if this node has one) or cpu, not {shown(given['device'])}. Use auto; the "
+            "environment variable CUDA_VISIBLE_DEVICES chooses GPUs."
+        )
+    return {"use_cpu": given["device"] == "cpu"}
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 RULES: tuple[Rule, ...] = (
@@ -423,9 +432,9 @@ RULES: tuple[Rule, ...] = (
     _rename("dataset_text_field", "text_column"),
     _rename("resume_from_checkpoint", "resume"),
     Rule(
-        names={"device": Literal["auto", "cpu"]},
+        names={"device": str},
         settings=("use_cpu",),
-        convert=lambda given, _: {"use_cpu": given["device"] == "cpu"},
+        convert=_use_cpu,
         mapping="device cpu is use_cpu",
         needs=(),
     ),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.errors import setting
 
 DEFAULT_TOKENS = {"cpu": 2048}
 DEFAULT_GPU_TOKENS = 8192
@@ -67,7 +68,7 @@ class MicroBatchLimit:
     def __str__(self) -> str:
         """Return the settings that set this limit."""
         settings = {"max_tokens_per_micro_batch": self.tokens, "micro_batch_size": self.rows}
-        return " and ".join(f"{name} {size}" for name, size in settings.items() if size is not None)
+        return " and ".join(f"{setting(name)} {size}" for name, size in settings.items() if size is not None)
 
 
 def micro_batches(lengths: Sequence[Lengths], rows: Sequence[int], limit: MicroBatchLimit) -> Iterator[list[int]]:

@@ -154,7 +154,11 @@ def as_json(plan: Plan) -> str:
             "peak_phase": plan.peak_phase,
         },
         "phases": {phase: {part: round(size) for part, size in parts.items()} for phase, parts in plan.phases.items()},
-        "largest_that_fits": asdict(plan.limits) | {"mini_batch_size": plan.limits.micro_batch_size},
+        "largest_that_fits": asdict(plan.limits)
+        | {
+            "max_tokens_per_micro_batch": plan.limits.micro_batch_size * plan.job.size.length,
+            "mini_batch_size": plan.limits.micro_batch_size,
+        },
         "seconds": plan.seconds and plan.seconds | {"step": sum(plan.seconds.values())},
         "tokens_per_second": plan.tokens_per_second,
         "device": {"name": plan.device.title, "gpus": plan.device.gpus},
@@ -264,12 +268,13 @@ def _limits(plan: Plan) -> Iterator[str]:
     limits, rows = plan.limits, plan.rows
     yield "Largest values that fit, each with the other settings unchanged:"
     full = " (the whole step)" if limits.micro_batch_size == rows.step else ""
-    yield f"  micro_batch_size    {limits.micro_batch_size or 'none'}{full}"
+    yield f"  max_tokens_per_micro_batch  {limits.micro_batch_size * plan.job.size.length or 'none'}{full}"
+    yield f"  micro_batch_size            {limits.micro_batch_size or 'none'}{full}"
     full = " (all of them)" if limits.rollout_batch_size == max(rows.step, rows.evaluated) else ""
-    yield f"  rollout_batch_size  {limits.rollout_batch_size or 'none'}{full}"
+    yield f"  rollout_batch_size          {limits.rollout_batch_size or 'none'}{full}"
     ranks = plan.job.ranks
     more = " or more" if limits.batch_size >= MAX_PROMPTS // ranks * ranks else ""
-    yield f"  batch_size          {limits.batch_size or 'none'}{more}"
+    yield f"  batch_size                  {limits.batch_size or 'none'}{more}"
 
 
 def _times(plan: Plan) -> str:

@@ -79,7 +79,12 @@ def hide_unloadable_packages() -> None:
 
 
 def user_cache(name: str) -> Path:
-    """Return the folder ``name`` for files of this package that the user's later runs reuse."""
+    """Return the folder ``name`` for files of this package that the user's later runs reuse.
+
+    ``REINFORCEPP_CACHE`` chooses the folder that it is in; default: ``reinforcepp`` in the user's cache.
+    """
+    if chosen := os.environ.get("REINFORCEPP_CACHE"):
+        return Path(chosen).expanduser() / name
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reinforcepp" / name
 
 
