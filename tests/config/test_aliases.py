@@ -10,7 +10,7 @@ import torch
 from reinforcepp import ReinforceConfig, RewardModelConfig, SftConfig
 from reinforcepp.algorithm.estimators import ESTIMATORS
 from reinforcepp.commands import cli
-from reinforcepp.config import TrainConfig, trl_names
+from reinforcepp.config import TrainConfig, trl_conversions, trl_names
 from reinforcepp.config.foreign_names import OPENRLHF, VERL
 from reinforcepp.config.values import accepted_values
 from reinforcepp.errors import ConfigError
@@ -237,7 +237,8 @@ def trl_batch(world, **settings):
 def test_batches_are_those_of_trl(world, monkeypatch):
     from transformers import TrainingArguments
 
-    monkeypatch.setattr(trl_names, "started", lambda: world)  # accelerate would start the processes of WORLD_SIZE
+    for module in (trl_conversions, trl_names):  # accelerate would start the processes of WORLD_SIZE
+        monkeypatch.setattr(module, "started", lambda: world)
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda args: world))
     refused = 0
     sizes = {

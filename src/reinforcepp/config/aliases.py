@@ -15,7 +15,8 @@ from types import NoneType
 from typing import Any, get_type_hints
 
 from reinforcepp.config.foreign_names import foreign_hint
-from reinforcepp.config.trl_names import READ_ONLY, RULES, VALUES, Context, Rule
+from reinforcepp.config.trl_conversions import Context
+from reinforcepp.config.trl_names import READ_ONLY, RULES, VALUES, Rule
 from reinforcepp.config.values import Accepted, FieldsOfParser, accepted, accepted_values, converted
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.run_dir import REMOVED_SETTINGS

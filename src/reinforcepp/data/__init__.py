@@ -1,12 +1,8 @@
 """Read and check preference, prompt and SFT data. A problem of a file is raised as a one-line ``DataError``."""
 
 from reinforcepp.data.columns import ColumnNames, SftColumnNames
+from reinforcepp.data.loaded import PreferenceData, PromptData, PromptRow, SftRow, TextData
 from reinforcepp.data.loading import (
-    PreferenceData,
-    PromptData,
-    PromptRow,
-    SftRow,
-    TextData,
     load_preferences,
     load_prompts,
     load_texts,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-from reinforcepp.data.loading import PromptRow, given_prompt
+from reinforcepp.data.loaded import PromptRow
+from reinforcepp.data.loading import given_prompt
 
 
 class StreamRows(Sequence[PromptRow]):
