@@ -137,10 +137,10 @@ def _overwrite(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def perturb(model: torch.nn.Module, part: str = "") -> None:
-    """Add noise to the weights whose names contain ``part``."""
+    """Add noise to the weights whose names contain ``part``, as large as they are, so that stale ones are noticed in bfloat16."""
     for name, weight in model.named_parameters():
         if part in name:
-            weight.add_(torch.randn_like(weight) * 0.1 * weight.std())
+            weight.add_(torch.randn_like(weight) * weight.std())
 
 
 def check_completions(completions: Sequence[Completion], count: int, new: int) -> None:
