@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.result import distinct_ngrams, distinct_share, mean_by_prompt
 from reinforcepp.reports.comparison.statistics import Outcome, Rate
+from reinforcepp.rollout.vllm.compat import node_problem
 
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "12", "--engine", "transformers"]
 SMALL += ["--heldout_fraction", "0.5", "--bootstrap_samples", "200"]
@@ -135,7 +135,7 @@ def test_two_models(compared):
     assert cli.main(["compare", "a", "a", "--data", "pairs.csv", "--judge", "reward", "--output_dir", "out"]) == 2
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+@pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 def test_both_engines_give_the_same_responses(compared):
     responses = []
     for engine in ("transformers", "vllm"):

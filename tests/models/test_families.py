@@ -1,12 +1,12 @@
 """Every command with every model family on both engines, against the committed table."""
 
-import importlib.util
 import json
 
 import pytest
 import tiny
 
 import scripts
+from reinforcepp.rollout.vllm.compat import node_problem
 
 TABLE = json.loads((scripts.ROOT / "benchmarks/results/families.json").read_text(encoding="utf-8"))["families"]
 
@@ -27,7 +27,7 @@ FOUR = ("gpt2", "llama", "gemma", "phi")
 """Default tier: learned positions, the common architecture, a tied and scaled one, and the one that vLLM can't run here."""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+@pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 @pytest.mark.parametrize(
     "family", [name if name in FOUR else pytest.param(name, marks=pytest.mark.full) for name in TABLE]
 )

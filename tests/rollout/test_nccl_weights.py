@@ -6,9 +6,10 @@ from rollout.contract import prepared_model
 
 from reinforcepp.config import AdapterConfig
 from reinforcepp.models.lora import base_model, with_adapter
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.nccl import _weight_source
 
-pytest.importorskip("vllm")
+pytestmark = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
 
 @pytest.fixture

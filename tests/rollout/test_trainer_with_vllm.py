@@ -1,7 +1,5 @@
 """The training loop with vLLM: in sync after each update, with importance correction, and stopped if out of sync."""
 
-import importlib.util
-
 import pytest
 import tiny
 import torch
@@ -9,10 +7,11 @@ import torch
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.transformers_engine import TransformersEngine
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.training.optimizer_step import OptimizerStep
 from reinforcepp.training.policy_update import score, with_advantages
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+pytestmark = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
 
 

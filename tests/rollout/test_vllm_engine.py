@@ -363,9 +363,9 @@ def test_without_vllm_the_error_names_the_install_command(monkeypatch):
     assert "pip install vllm==0.32.0" in choose_engine("auto", model.config, torch.float32).reason
 
 
+@needs_vllm
 def test_a_class_that_vllm_cannot_import_is_refused_with_the_reason(monkeypatch):
     """Classes of multimodal models need packages that text models don't."""
-    pytest.importorskip("vllm")
     from vllm.model_executor.models import ModelRegistry
 
     def fail():
@@ -406,8 +406,8 @@ def test_only_the_engine_of_a_training_leaves_the_gpu_between_calls(monkeypatch)
     assert [given["exclusive_gpu"] for given in settings] == [True, False]
 
 
+@needs_vllm
 def test_recurrent_layers_need_a_gpu_for_vllm():
-    pytest.importorskip("vllm")
     for name in ("Mamba", "Lfm2"):
         config = getattr(transformers, f"{name}Config")()
         choice = choose_engine("auto", config, torch.float32)

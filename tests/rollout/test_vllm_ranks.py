@@ -1,6 +1,5 @@
 """vLLM in the process of each data-parallel rank: its GPU, its process groups, and starts and restarts on one rank alone."""
 
-import importlib.util
 import json
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -14,9 +13,10 @@ from reinforcepp.rollout import engine as engines
 from reinforcepp.rollout import selection
 from reinforcepp.rollout.selection import EngineChoice, start_chosen_engine
 from reinforcepp.rollout.vllm import lifecycle
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm_integration import VllmEngine
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+needs_vllm = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 
 
 @pytest.fixture

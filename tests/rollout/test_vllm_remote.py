@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import shutil
 import signal
@@ -30,13 +29,14 @@ from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm import server_pool
 from reinforcepp.rollout.vllm.client import Timeouts
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.nccl import NcclServerTransfer
 from reinforcepp.rollout.vllm.server_engine import VllmServerEngine
 from reinforcepp.rollout.vllm.server_pool import ServerPool
 from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.types import Sampling
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM isn't installed")
+pytestmark = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 GREEDY = Sampling(24, temperature=0)
 EXTENSION = "rollout.nccl_extension.Worker"
 """Our extension, in a server that also takes broadcasts without a GPU."""

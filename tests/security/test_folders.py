@@ -26,6 +26,7 @@ from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.models.saving import save_model
 from reinforcepp.monitoring.completion_log import restore_completions, save_completions
 from reinforcepp.monitoring.metric_log import MetricLog, log_event, restore_logs
+from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.server_transfer import FileTransfer
 from reinforcepp.training import checkpoint
 
@@ -301,7 +302,8 @@ def test_no_pickled_weights_are_served(folder, name, outcome, monkeypatch, capsy
 @pytest.mark.full
 @pytest.mark.attack("L4", "a model folder with pickled weights, for vLLM in the process")
 def test_vllm_unpickles_no_weights(folder, outcome, pickles):
-    pytest.importorskip("vllm")
+    if problem := node_problem():
+        pytest.skip(problem)
     from reinforcepp.rollout.vllm_integration import VllmEngine
 
     pickle_weights(folder, "pytorch_model.bin")
