@@ -291,7 +291,25 @@ def test_a_model_of_the_hub_is_downloaded_before_the_server_starts(monkeypatch, 
     """So the server needs no token."""
     tiny.save(tmp_path / "downloaded")
     monkeypatch.setattr(serve, "local_folder", {"ada/model": tmp_path / "downloaded"}.__getitem__)
-    assert serve._plain_folder(Source("ada/model", None, None), tmp_path) == str(tmp_path / "downloaded")
+    with serve._plain_folder(Source("ada/model", None, None), tmp_path) as folder:
+        assert folder == str(tmp_path / "downloaded")
+
+
+def test_a_merged_adapter_has_the_same_path_at_each_start(monkeypatch, tmp_path):
+    """vLLM's key of compiled code includes the path."""
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(serve, "is_adapter_dir", lambda _: True)
+    monkeypatch.setattr(serve, "write_folder", lambda source, _, folder, __: (folder / "from").write_text(source.name))
+
+    def served(adapter, target):
+        return serve._plain_folder(Source(adapter, None, None), tmp_path / target)
+
+    with served("one", "a") as first, served("other", "b") as other, served("one", "c") as meanwhile:
+        assert first != other and meanwhile == str(tmp_path / "c")  # another process has the path
+        assert [Path(path, "from").read_text() for path in (first, other, meanwhile)] == ["one", "other", "one"]
+    assert not os.path.lexists(first)
+    with served("one", "d") as again:
+        assert again == first and Path(again).resolve() == tmp_path / "d"
 
 
 def test_an_unsafe_setting_is_ignored_with_a_warning(monkeypatch, capfd):

@@ -28,6 +28,7 @@ from reinforcepp.models.precision import bf16_is_fast, inference_dtype
 from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.rollout.vllm.compat import vllm_status
+from reinforcepp.rollout.vllm.model_folder import stable_path
 from reinforcepp.rollout.vllm.server import (
     environment_key,
     server_command,
@@ -65,11 +66,14 @@ def run_server(config: ServeConfig) -> int:
         )
     tokenizer = load_tokenizer(source.name)
     name = config.name or (config.model if config.model.startswith("builtin:") else Path(source.name).resolve().name)
-    with tempfile.TemporaryDirectory(prefix="reinforcepp-serve-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="reinforcepp-serve-") as folder,
+        _plain_folder(source, Path(folder) / "model") as plain,
+    ):
         template = Path(folder) / "chat_template.jinja"
         template.write_text(str(tokenizer.chat_template), encoding="utf-8")
         command = server_command(
-            _plain_folder(source, Path(folder) / "model"),
+            plain,
             model_config,
             dtype,
             host=config.host,
@@ -91,18 +95,21 @@ def _dtype(config: ServeConfig, stored: torch.dtype | None) -> torch.dtype:
     return inference_dtype(config.dtype, stored)
 
 
-def _plain_folder(source: Source, merged: Path) -> str:
-    """Return the folder of the model, so that the server needs no token of the Hub.
+@contextmanager
+def _plain_folder(source: Source, merged: Path) -> Iterator[str]:
+    """Yield the folder of the model, so that the server needs no token of the Hub.
 
     An adapter is first merged into its base model, in the folder ``merged``.
     """
     if not is_adapter_dir(Path(source.name)):
         folder = local_folder(source.name)
         check_weights(folder, source.name)
-        return str(folder)
+        yield str(folder)
+        return
     merged.mkdir()
     write_folder(source, "auto", merged, merged.name)
-    return str(merged)
+    with stable_path(merged, str(Path(source.name).resolve())) as path:
+        yield path
 
 
 def _key(config: ServeConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""The folder from which vLLM starts with a live model: its configuration and tokenizer, without weights."""
+"""Folders from which vLLM starts, by paths that are equal for equal models. A live model's has no weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -31,6 +31,28 @@ def model_folder(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -
         with _without_last_call(tokenizer):
             tokenizer.save_pretrained(new)
         yield new if cache is None else str(_published(Path(new), cache))
+
+
+@contextmanager
+def stable_path(folder: Path, model: str) -> Iterator[str]:
+    """Yield a path of a temporary ``folder`` that is the same for each start with ``model``: a link in the user's cache.
+
+    If the cache can't be used, or another process has the link, this is the path of ``folder``, and vLLM compiles again.
+    """
+    from filelock import FileLock, Timeout  # takes a tenth of a second
+
+    cache = _private_cache()
+    with ExitStack() as held:
+        path = folder
+        if cache is not None:
+            link = cache / f"serve-{hashlib.sha256(model.encode()).hexdigest()[:32]}"
+            with suppress(Timeout, OSError):
+                held.enter_context(FileLock(link.with_suffix(".lock"), timeout=0))
+                link.unlink(missing_ok=True)
+                link.symlink_to(folder.absolute())
+                held.callback(link.unlink, missing_ok=True)
+                path = link
+        yield str(path)
 
 
 @contextmanager
