@@ -355,3 +355,14 @@ def test_any_lora_config_is_passed_to_peft(base, tmp_path, settings):
     run_with(tmp_path / "again").train(resume_from_checkpoint=saved)
     for name in ("metrics.jsonl", "adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_rotary_frequencies_are_fixed_for_the_longest_sequence(tmp_path, capsys):
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "factor": 4.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8} | factors
+    model = tiny.model("llama", rope_parameters=rope)
+    made = trainer(model, tmp_path, arguments={"processing_class": tiny.tokenizer()})
+    assert "Rotary frequencies (longrope) are fixed for sequences of 44 tokens" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert made.model.model.rotary_emb.rope_type == "default"

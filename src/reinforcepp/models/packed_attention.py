@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from reinforcepp.models.rotary import frequencies_change
+
 FLASH = ("flash_attention_2", "flash_attention_3")
 WINDOWS = ("sliding_window", "attention_chunk_size")
 """Settings of model configurations that limit the tokens that a token attends to."""
@@ -176,11 +178,12 @@ def can_pack(model: Any, longest: int) -> bool:
     """Return whether ``model`` has the same outputs for packed sequences of up to ``longest`` tokens as for each alone.
 
     The first call on a device and in a dtype computes a few tokens both ways. Sliding windows must be longer than the
-    sequences. Outputs are logits, or hidden states if the model has no output layer.
+    sequences, and rotary frequencies must be the same for all. Outputs are logits, or hidden states if the model has no
+    output layer.
     """
     config = text_config(model)
     windows = [getattr(config, name, None) for name in WINDOWS]
-    if any(window is not None and longest > window for window in windows):
+    if any(window is not None and longest > window for window in windows) or frequencies_change(model, longest):
         return False
     known, key = _packable.setdefault(model, {}), (model.device, model.dtype)
     if key not in known:

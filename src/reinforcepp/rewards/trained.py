@@ -33,6 +33,7 @@ from reinforcepp.models.reward_models import (
     scores_packed_rows,
 )
 from reinforcepp.models.reward_texts import TextForm, encode_scored, pair_limit, split_scored
+from reinforcepp.models.rotary import frequencies_change
 from reinforcepp.models.saving import save_model
 from reinforcepp.models.tokenization import pad
 from reinforcepp.rewards.card import HOW_TO_TRAIN, RewardCard, read_card
@@ -214,6 +215,8 @@ class TrainedReward:
     def _batch_limit(self, rows: Sequence[Sequence[int]]) -> MicroBatchLimit:
         limit = self.limit or MicroBatchLimit.default(self.model.device.type, packed=True).for_scoring
         lengths = list(map(len, rows)) or [0]
+        if frequencies_change(self.model, max(lengths)):
+            return replace(limit, rows=1, packed=False)
         return replace(limit, packed=limit.packed and min(lengths) > 0 and scores_packed_rows(self.model, max(lengths)))
 
     def _logits(self, rows: Sequence[Sequence[int]], *, packed: bool) -> Tensor:

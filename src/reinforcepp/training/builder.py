@@ -26,6 +26,7 @@ from reinforcepp.models.micro_batches import MicroBatchLimit
 from reinforcepp.models.precision import cast_parameters, compute_dtype
 from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.models.remote_code import allow_remote_code
+from reinforcepp.models.rotary import fix_frequencies
 from reinforcepp.monitoring import log_event
 from reinforcepp.monitoring.environment import environment
 from reinforcepp.rewards.functions import RewardFunction
@@ -163,6 +164,13 @@ def build(
     learner, critic = start_learners(
         model, config, ranks, updates=updates, optimizers=optimizers, quantization=quantization
     )
+    max_length = (config.max_prompt_length or longest_prompt(prompts, *eval_sets.values())) + config.max_new_tokens
+    for trained in (learner, critic):
+        if trained is not None and (kind := fix_frequencies(trained.plain, max_length)) and trained is learner:
+            echo(
+                f"Rotary frequencies ({kind}) are fixed for sequences of {max_length} tokens. Otherwise they would depend on the "
+                "longest row of each micro-batch."
+            )
     events = Callbacks(callbacks, config, ranks, learner, tokenizer, num_steps, batches.steps_per_epoch)
     rewards = replace(rewards, trainer_state=events.state)
     reference = make_reference(learner.plain, new_adapter=config.use_peft)
@@ -172,7 +180,6 @@ def build(
         if config.rollout == "auto":
             echo(f"Completions come from {choice.name}: {choice.reason}.")
         reserved = config.reward_workers * len(rewards.trained)
-        max_length = (config.max_prompt_length or longest_prompt(prompts, *eval_sets.values())) + config.max_new_tokens
         moments = learner.pending_moment_bytes + (critic.pending_moment_bytes if critic is not None else 0)
         engine = start_training_engine(
             choice, learner.plain, tokenizer, config, ranks, reserved, folder, max_length, moments

@@ -17,6 +17,7 @@ from reinforcepp.errors import RolloutError, setting
 from reinforcepp.models.devices import choose_device
 from reinforcepp.models.loading import meta_model
 from reinforcepp.models.lora import base_model, full_weights
+from reinforcepp.models.rotary import fix_frequencies
 from reinforcepp.rollout.selection import EngineChoice, choose_engine, start_chosen_engine
 from reinforcepp.runtime.process import own_version, versions_of
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -124,6 +125,7 @@ class Worker:
         """The model into which packed weights are loaded."""
         model = meta_model(self.spec.config, self.spec.dtype)
         model.generation_config = self.spec.generation_config
+        fix_frequencies(model, self.spec.max_length)
         return model
 
     def _unpack(self, packed: PackedWeights) -> PreTrainedModel:
