@@ -175,3 +175,16 @@ def test_a_single_query_attends_without_copied_keys(monkeypatch, dtype, masks):
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(attended, expected.to(dtype), atol=tolerance, rtol=tolerance)
     assert seen == [(2, 6 if masks == 6 else 2, 5, 8)]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_single_query_is_computed_in_the_type_of_the_cache(masked):
+    packed_attention.extend_sdpa()
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, length, 8, generator=generator) for length in (1, 5, 5))
+    mask = torch.rand(2, 1, 1, 5, generator=generator) < 0.7 if masked else None
+    query = query.bfloat16()
+    layer = torch.nn.Module()
+    expected, _ = sdpa_attention_forward(layer, query.float(), key, value, mask, is_causal=False)
+    attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, key, value, mask)
+    assert torch.equal(attended, expected.bfloat16())

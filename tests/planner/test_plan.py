@@ -102,6 +102,11 @@ def test_sizes_of_the_output_layer_the_cache_and_the_packed_weights():
     llama = shape("llama", BF16)
     assert llama.cache_per_token == 2 * LAYERS * (WIDTH // 2) * 2 == 256  # one head of keys for two of queries
     assert not llama.tied
+    assert (policy.widened_cache, llama.widened_cache) == (0, 0)
+    narrow = shape(dtype=BF16)  # the transformers engine on a CPU keeps its cache in float32
+    assert narrow.cache_per_token == narrow.widened_cache == 512
+    assert replace(job(), policy=narrow, dtype=BF16).cache_per_token == 1024
+    assert replace(job(), policy=narrow, dtype=BF16, gpus=1).cache_per_token == 512
 
 
 def test_flops_are_two_per_weight_and_token_plus_attention():

@@ -8,7 +8,7 @@ from rollout.contract import END_IDS, generate_plainly, prepared_tokenizer, prom
 
 from reinforcepp.errors import RolloutError
 from reinforcepp.models.logprobs import response_logprobs
-from reinforcepp.rollout.decoding import LADDER, is_plain
+from reinforcepp.rollout.decoding import LADDER, BatchDecoder, cache_dtype, is_plain
 from reinforcepp.rollout.self_check import compare_samples
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.types import Sampling
@@ -121,3 +121,23 @@ def test_a_copy_of_the_model_is_decoded_alike_without_another_probe(monkeypatch)
     decoding = engine.decoding
     monkeypatch.setattr(TransformersEngine, "_probe", None)
     assert engine.with_model(build("Lfm2")).decoding == decoding
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_bfloat16_models_decode_with_a_float32_cache_on_a_cpu(family):
+    """Except models whose heads share keys. The logits are those of the whole sequences in float32, up to rounding."""
+    torch.manual_seed(0)
+    model, ids = tiny.model(family), torch.randint(1, 320, (2, 9))
+    assert cache_dtype(model, "cpu") is None
+    expected = model(ids).logits[:, -1]
+    model.bfloat16()
+    assert cache_dtype(model, "cpu") is (torch.float32 if family == "gpt2" else None)
+    assert cache_dtype(model, "cuda") is None
+    decoder, positions = BatchDecoder(model, LADDER[0]), torch.arange(9).expand(2, 9)
+    decoder.forward(ids[:, :6], torch.ones(2, 6, dtype=torch.long), positions[:, :6])
+    for t in range(6, 9):
+        logits_BV = decoder.forward(ids[:, t : t + 1], None, positions[:, t : t + 1])
+    stored = decoder._cache.layers[0].keys.dtype
+    assert stored == (torch.float32 if family == "gpt2" else torch.bfloat16)
+    assert (logits_BV - expected).abs().max() < 2e-2 * expected.abs().max()

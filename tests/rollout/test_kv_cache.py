@@ -37,3 +37,11 @@ def test_a_buffer_is_not_copied_for_each_token():
     assert layer.keys.data_ptr() == address and layer.keys.shape[-2] == 4 + module.SPARE_TOKENS
     layer.update(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
     assert layer.keys.data_ptr() != address and layer.keys[0, 0, 4:].eq(1).all()
+
+
+def test_a_wider_type_is_stored_and_prompts_are_returned_as_they_are():
+    layer, new = PreallocatedLayer(torch.float32), torch.rand(2, 1, 3, 8).bfloat16()
+    assert layer.update(new, new)[0] is new
+    keys, values = layer.update(new[:, :, :1], new[:, :, :1])
+    assert keys.dtype == values.dtype == torch.float32
+    assert torch.equal(keys, torch.cat([new, new[:, :, :1]], dim=2).float())

@@ -81,6 +81,8 @@ def text_config(model: Any) -> Any:
 def extend_sdpa() -> None:
     """Let the attention ``sdpa`` of transformers take ``segments``, and compute single queries on a CPU without copied keys.
 
+    Single queries are computed in the type of the keys.
+
     Otherwise, it is unchanged.
     """
     from transformers import AttentionInterface
@@ -96,21 +98,22 @@ def extend_sdpa() -> None:
             if attention_mask is None or attention_mask.numel() > 1:
                 raise ValueError("segments: the model has its own mask, as sparse attention does")
             return segment_attention(query, key, value, segments, settings.get("scaling")), None
-        if query.device.type == "cpu" and query.shape[2] == 1 and _shares_keys(query, key, attention_mask, settings):
+        if query.device.type == "cpu" and query.shape[2] == 1 and _attends_alone(query, key, attention_mask, settings):
             return one_query_attention(query, key, value, attention_mask, settings.get("scaling")), None
         return plain(module, query, key, value, attention_mask, **settings)
 
     AttentionInterface.register("sdpa", attention)
 
 
-def _shares_keys(query: Tensor, key: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> bool:
-    """Return whether several heads of queries have the same keys and the same mask, and nothing else changes attention."""
+def _attends_alone(query: Tensor, key: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> bool:
+    """Return whether heads share keys, or keys have another type, and nothing but a mask that heads share changes attention."""
     plain = settings.get("position_bias") is None and settings.get("cache") is None and not settings.get("dropout")
-    return plain and query.shape[1] > key.shape[1] and (mask is None or mask.shape[1:3] == (1, 1))
+    differs = query.shape[1] > key.shape[1] or query.dtype != key.dtype
+    return plain and differs and (mask is None or mask.shape[1:3] == (1, 1))
 
 
 def one_query_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Return the attention of one query per row and head, (B, H, 1, D) -> (B, 1, H, D).
+    """Return the attention of one query per row and head, (B, H, 1, D) -> (B, 1, H, D), computed in the type of the keys.
 
     Heads that share keys are computed as queries of one head. With a mask, transformers copies the keys for each of them.
 
@@ -121,9 +124,9 @@ def one_query_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
         mask: (B, 1, 1, L), or None for none.
         scale: Factor of the products, or None for the default.
     """
-    queries = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+    queries = query.to(key.dtype).reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
     attended = nn.functional.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scale)
-    return attended.flatten(1, 2)[:, None]
+    return attended.flatten(1, 2)[:, None].to(query.dtype)
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:

@@ -79,6 +79,12 @@ class Job:
         return self.dtype != torch.float32
 
     @property
+    def cache_per_token(self) -> int:
+        """Bytes of the KV cache per token."""
+        widens = self.engine == "transformers" and not self.gpus
+        return self.policy.cache_per_token + (self.policy.widened_cache if widens else 0)
+
+    @property
     def learners(self) -> list[TrainedModel]:
         """The policy, and the critic if there is one."""
         return [self.policy] + ([self.critic] if self.critic is not None else [])
@@ -213,14 +219,14 @@ def generating(job: Job, rows: Rows) -> dict[str, float]:
 
 def _prefill(job: Job, rows: int, prompts: int) -> dict[str, float]:
     prompts = min(rows, prompts)
-    cache = prompts * (job.size.prompt + SPARE_TOKENS) * job.policy.cache_per_token
+    cache = prompts * (job.size.prompt + SPARE_TOKENS) * job.cache_per_token
     return {"activations": job.policy.prefill.peak.at(prompts).other, "key-value cache": cache}
 
 
 def _decoding(job: Job, rows: int) -> dict[str, float]:
     """Return the memory at the last token. The cache grows and drops rows layer by layer, so one layer exists twice."""
     policy = job.policy
-    cache = rows * cache_length(job.size) * policy.cache_per_token
+    cache = rows * cache_length(job.size) * job.cache_per_token
     return {"key-value cache": cache * (1 + 1 / policy.layers), "logits": rows * sampling_bytes(job)}
 
 

@@ -31,6 +31,7 @@ from reinforcepp.planner.trace import (
     line_through,
     peak_of,
 )
+from reinforcepp.rollout.decoding import cache_dtype
 from reinforcepp.rollout.vllm.memory import ActivationSize, activation_size, cache_bytes_per_token
 from reinforcepp.training.learner import training_submodules
 
@@ -110,6 +111,8 @@ class TrainedModel(FrozenModel):
     """A forward and backward pass that starts with all gradients."""
     vllm_activations: ActivationSize = NO_ACTIVATIONS
     """Activations of vLLM on a GPU."""
+    widened_cache: int = 0
+    """Bytes by which ``cache_per_token`` is larger in the transformers engine on a CPU, which can keep it in float32."""
 
     @property
     def adapted(self) -> bool:
@@ -161,6 +164,7 @@ def trained_model(
             model.set_output_embeddings(nn.Linear(width, 1, bias=False, device="meta", dtype=dtype))
         head = model.get_output_embeddings()
         separate = not values and _returns_logits(model, head)
+        cache = cache_bytes_per_token(config, dtype)
         tied = head.weight is model.get_input_embeddings().weight
         settings = settings or ComputeConfig()
         stored = dtype.itemsize * sum(p.numel() for p in model.parameters())
@@ -192,7 +196,7 @@ def trained_model(
                 tied=tied,
                 separate_logits=separate,
                 packed=0 if settings.load_in_4bit else packed_weights(model),
-                cache_per_token=cache_bytes_per_token(config, dtype),
+                cache_per_token=cache,
                 token_flops=flops + (2 * weights if separate else 0),
                 token_calls=calls,
                 prompt_flops=_forward_cost(lambda: _outputs(model, 1, RowSize(size.prompt, 0)))[1],
@@ -200,6 +204,7 @@ def trained_model(
                 first=first,
                 later=later,
                 vllm_activations=activation_size(config, dtype),
+                widened_cache=cache_bytes_per_token(config, cache_dtype(model, "cpu") or dtype) - cache,
             )
 
 

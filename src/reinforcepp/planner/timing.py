@@ -179,7 +179,7 @@ def token_seconds(job: Job, active_T: Floats, speeds: Speeds) -> Floats:
     policy = job.policy
     weights = job.dtype.itemsize * policy.packed or policy.stored
     context_T = job.size.prompt + np.arange(len(active_T)) + 0.5
-    read_T = (weights + active_T * context_T * policy.cache_per_token) / speeds.reading
+    read_T = (weights + active_T * context_T * job.cache_per_token) / speeds.reading
     work_T = np.maximum(read_T, active_T * policy.token_flops / speeds.decoding)
     calls = speeds.call * policy.token_calls if job.engine == "transformers" else 0.0
     seconds_T: Floats = np.maximum(work_T, calls) if job.gpus else work_T + calls

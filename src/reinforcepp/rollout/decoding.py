@@ -113,6 +113,22 @@ def takes_attention_mask(model: PreTrainedModel) -> bool:
     return base.config._attn_implementation == "sdpa" and not has_windows and not getattr(base.config, "alibi", False)
 
 
+def cache_dtype(model: PreTrainedModel, device: str) -> torch.dtype | None:
+    """Return float32 if decoding ``model`` on ``device`` is faster with a float32 cache, otherwise None for the model's dtype.
+
+    A CPU computes the attention of single queries in float32 in 1.2 to 2.6 times less time than in bfloat16. Heads that share
+    keys are computed as one product, which is faster in bfloat16.
+    """
+    base = base_model(model)
+    text = base.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    shares_keys = getattr(text, "num_key_value_heads", heads) != heads or getattr(text, "multi_query", False)
+    narrow = base.dtype in (torch.bfloat16, torch.float16)
+    if device != "cpu" or shares_keys or not narrow or not base._supports_attention_backend:
+        return None
+    return torch.float32 if takes_attention_mask(model) else None
+
+
 def select_decoding(model: PreTrainedModel, probe: Callable[[Decoding], list[Completion]]) -> Decoding:
     """Return the first decoding of :data:`LADDER` whose samples have the log-probabilities of an unpadded forward pass.
 
@@ -182,7 +198,9 @@ class BatchDecoder:
         self._inputs = parameters.keys() | ({"use_cache", "logits_to_keep"} if passes_on else set())
         self._counts_positions = counts_from_padding_id(base)
         extend_sdpa()
-        self._cache: Any = preallocated_cache(base.config) if decoding.cache == "preallocated" else None
+        self._cache: Any = None
+        if decoding.cache == "preallocated":
+            self._cache = preallocated_cache(base.config, cache_dtype(model, model.device.type))
         self._cache_name = next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
         self._ids_BL: Tensor | None = None
 

@@ -14,10 +14,15 @@ SPARE_TOKENS = 128
 """Tokens by which the cache grows at a time."""
 
 
-def preallocated_cache(config: PreTrainedConfig) -> DynamicCache:
-    """Return the library's cache with layers that grow in strides; layers with sliding windows stay as they are."""
+def preallocated_cache(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> DynamicCache:
+    """Return the library's cache with layers that grow in strides; layers with sliding windows stay as they are.
+
+    Args:
+        config: The model's configuration.
+        dtype: Type in which keys and values are stored; by default the model's.
+    """
     cache = DynamicCache(config=config)
-    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer(dtype) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -74,26 +79,33 @@ def _joined(sources: Sequence[tuple[Tensor, list[int]]], width: int, spare: int)
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A cache layer whose ``keys`` and ``values`` are views into larger tensors."""
+    """A cache layer whose ``keys`` and ``values`` are views into larger tensors of type ``dtype``, by default the model's."""
 
     keys: Tensor
     values: Tensor
     _buffers: tuple[Tensor, Tensor] | None = None
 
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self._stored_dtype = dtype
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append to the cache and return all of it: keys and values, each (B, heads, tokens, head size)."""
+        """Append to the cache and return all of it: keys and values, each (B, heads, tokens, head size).
+
+        The first tokens, those of prompts, are returned in the model's type.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         begin, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if self._buffers is None or self._buffers[0].shape[-2] < end:
             self._buffers = (
-                _grown(self.keys, key_states, begin, end),
-                _grown(self.values, value_states, begin, end),
+                _grown(self.keys, key_states, begin, end, self._stored_dtype),
+                _grown(self.values, value_states, begin, end, self._stored_dtype),
             )
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., begin:end, :] = new
         self.set_buffers(*self._buffers, end)
-        return self.keys, self.values
+        return (self.keys, self.values) if begin else (key_states, value_states)
 
     def set_buffers(self, keys: Tensor, values: Tensor, tokens: int) -> None:
         """Hold the first ``tokens`` columns of larger tensors."""
@@ -106,9 +118,9 @@ class PreallocatedLayer(DynamicLayer):
         self._buffers = None
 
 
-def _grown(cached: Tensor, new: Tensor, begin: int, end: int) -> Tensor:
-    """Return a larger buffer that begins with the ``begin`` cached tokens; ``new`` gives its shape and type."""
-    buffer = torch.empty(*new.shape[:-2], end + SPARE_TOKENS, new.shape[-1], dtype=new.dtype, device=new.device)
+def _grown(cached: Tensor, new: Tensor, begin: int, end: int, dtype: torch.dtype | None) -> Tensor:
+    """Return a larger buffer that begins with the ``begin`` cached tokens; ``new`` gives its shape and default type."""
+    buffer = new.new_empty(*new.shape[:-2], end + SPARE_TOKENS, new.shape[-1], dtype=dtype)
     if begin:
         buffer[..., :begin, :] = cached
     return buffer
