@@ -5,8 +5,10 @@ import pytest
 import tiny
 from warm import warm_python
 
+from reinforcepp.commands.engine_benchmark import cli as engine_cli
 from reinforcepp.commands.engine_benchmark import run as comparing
 from reinforcepp.commands.engine_benchmark.cli import main
+from reinforcepp.errors import ConfigError
 from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.types import Sampling
 
@@ -151,6 +153,17 @@ def test_wrong_input_is_a_one_line_error_with_exit_code_2(model, capsys, changes
     assert complaint in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("mode", ["compare_performance", "test_generation", "test_vllm"])
+def test_an_unusable_gpu_stops_every_mode_unless_the_cpu_is_chosen(model, capsys, monkeypatch, mode):
+    def chosen(use_cpu):
+        raise ConfigError(f"use_cpu={use_cpu}")
+
+    monkeypatch.setattr(engine_cli, "choose_device", chosen)
+    flags = ["--mode", mode, "--model_name", model, "--prompt", "ping?"]
+    assert main(flags) == main([*flags, "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: use_cpu=False\nerror: use_cpu=True\n"
 
 
 def test_the_error_of_a_dead_process_has_its_last_output(monkeypatch):

@@ -454,6 +454,15 @@ def test_the_command_line_accepts_the_old_name_of_a_setting(flags):
     assert cli.parse("train", flags.split()) == TrainConfig(micro_batch_size=4)
 
 
+def test_words_that_yaml_reads_as_false_are_choices(parsed):
+    config = parsed("mixed_precision: no\npadding_free: off\nimportance_correction: off\nsave_strategy: no")
+    assert (config.mixed_precision, config.padding_free, config.importance_correction) == ("no", "off", "off")
+    assert config.save_every == 0
+    assert parsed("use_cpu: no").use_cpu is False
+    with pytest.raises(ConfigError, match=r"padding_free must be one of auto, off, not True"):
+        parsed("padding_free: on")
+
+
 def test_a_file_accepts_the_old_name_of_a_setting(parsed):
     assert parsed("mini_batch_size: 4") == TrainConfig(micro_batch_size=4)
     assert parsed("mini_batch_size: 4", "train", "--micro_batch_size", "2").micro_batch_size == 2

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
-from types import FrameType
+from types import FrameType, NoneType
 from typing import Any
 
 from reinforcepp.commands.table import COMMANDS, Command
@@ -21,7 +21,7 @@ from reinforcepp.config.aliases import aliases_of, hint, layered, names_of, take
 from reinforcepp.config.foreign_names import foreign_hint
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
 from reinforcepp.config.shared import DeviceConfig
-from reinforcepp.config.values import accepted_values, fields_of
+from reinforcepp.config.values import accepted_values, converted, fields_of
 from reinforcepp.errors import ConfigError, ReinforceError, TrainingDiverged, command_line, nearest, with_flags
 from reinforcepp.models.devices import choose_device, hide_gpus
 from reinforcepp.monitoring.signals import handle_signals
@@ -102,6 +102,7 @@ def parse(name: str, arguments: list[str], defaults: Mapping[str, Any] | None = 
     config_class = command.config
     rest, aliases = take_aliases(config_class, arguments)
     flags, path = _take_config_flag(_with_values(rest))
+    flags = _checked(config_class, flags)
     given = dict.fromkeys(name for name in accepted_values(config_class) if _is_given(name, flags)) | aliases
     values = dict(defaults or {}) | (read_yaml(path, config_class) if path is not None else {})
     values = layered(config_class, values, given)
@@ -255,6 +256,32 @@ def _with_values(arguments: list[str]) -> list[str]:
             complete[index] = f"--{plain}=False"
         elif argument.startswith("--") and name in OPTIONAL_VALUE and following.startswith("--"):
             complete[index] = f"{argument}=True"
+    return complete
+
+
+def _checked(config_class: type, flags: Sequence[str]) -> list[str]:
+    """Return ``flags`` with numbers as tyro reads them (1e6 in digits, none as None), after checking numbers and choices.
+
+    Messages of tyro show its types instead of the problem.
+
+    Raises:
+        ConfigError: If a value isn't a number, or isn't one of the choices.
+    """
+    complete, known = list(flags), accepted_values(config_class)
+    for index, argument in enumerate(flags):
+        flag, equals, word = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not equals:
+            word = flags[index + 1] if index + 1 < len(flags) else "--"
+        if not flag.startswith("--") or word.startswith("--") or name not in known:
+            continue
+        kinds = known[name]
+        if kinds.kinds & {bool, tuple} or not (kinds.choices or kinds.kinds & {int, float}):
+            continue
+        none = word.lower() == "none" and NoneType in kinds.kinds and word not in kinds.choices
+        value = None if none else converted(name, word, kinds)
+        if value is None or (isinstance(value, int) and not word.isdigit()):
+            complete[index if equals else index + 1] = f"{flag}={value}" if equals else str(value)
     return complete
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from types import NoneType
 from typing import Any
 
-from reinforcepp.config.aliases import aliases_of, hint, names_of, translated
+from reinforcepp.config.aliases import accepted_by_alias, aliases_of, hint, names_of, translated
 from reinforcepp.config.base import JsonObject
 from reinforcepp.config.values import Accepted, EmptyIfNone, accepted_values, converted
 from reinforcepp.errors import ConfigError, shown
@@ -16,6 +16,8 @@ from reinforcepp.runtime.redaction import without_secrets
 MAX_FILE_BYTES = 1 << 20
 MAX_YAML_VALUES = 100_000
 MAX_YAML_NUMBER_CHARACTERS = 1000
+FALSE_WORDS = frozenset({"no", "off"})
+"""Choices that YAML reads as False without quotes."""
 
 
 def read_yaml(path: str, config_class: type) -> dict[str, Any]:
@@ -39,11 +41,14 @@ def read_yaml(path: str, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct the file.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} isn't a mapping of settings. Write one 'name: value' per line.")
+    accepted, aliases = accepted_values(config_class), aliases_of(config_class)
+    for key, kinds in (accepted | accepted_by_alias(config_class)).items():
+        if values.get(key) is False and (words := FALSE_WORDS.intersection(kinds.choices)):
+            (values[key],) = words
     try:
         translated(config_class, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    accepted, aliases = accepted_values(config_class), aliases_of(config_class)
     for key, value in values.items():
         if key in aliases:
             continue
@@ -127,6 +132,8 @@ def _yaml_value(where: str, value: Any, default: Any, accepted: Accepted) -> Any
         kind = (
             "true or false"
             if bool in accepted.kinds
+            else f"one of {', '.join(accepted.choices)}"
+            if accepted.choices
             else str(accepted)
             if str not in accepted.kinds
             else "a number or text"

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from reinforcepp.commands.cli import about_unknown, guarded
 from reinforcepp.data import read_prompt_lines
 from reinforcepp.errors import ConfigError, nearest
+from reinforcepp.models.devices import choose_device
 
 MODES = {
     "compare_performance": "one-by-one and batched transformers generation and vLLM, side by side",
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: the model's on a GPU, float32 on a CPU")
+    add("--device", default="auto", choices=["auto", "cpu"], help="auto: the GPU if there is one; cpu hides GPUs")
     add("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
     add("--rounds", type=int, default=3, help="Measurements per method; medians are reported")
     add("--tensor_parallel_size", type=int, default=1, help="GPUs that share the model in vLLM")
@@ -66,6 +68,7 @@ def _dispatch(arguments: list[str]) -> int:
         )
     _check(settings)
     texts = _read_prompts(settings)
+    choose_device(settings.device == "cpu")
     {"compare_performance": _compare, "test_generation": _answers, "test_vllm": _vllm}[settings.mode](settings, texts)
     return 0
 
