@@ -36,7 +36,7 @@ from reinforcepp.rollout.vllm.server_pool import ServerPool
 from reinforcepp.rollout.weight_sync_check import check_sync
 from reinforcepp.types import Sampling
 
-pytestmark = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
+pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(node_problem()), reason=node_problem())]
 GREEDY = Sampling(24, temperature=0)
 EXTENSION = "rollout.nccl_extension.Worker"
 """Our extension, in a server that also takes broadcasts without a GPU."""
@@ -132,10 +132,6 @@ class TestVllmServerEngine(EngineContract):
         engine = engine_of(0)
         engine.load_weights(model)
         return engine
-
-    @pytest.mark.full  # thousands of requests
-    def test_sampling_follows_the_distribution(self, engine, model, prompts):
-        super().test_sampling_follows_the_distribution(engine, model, prompts)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -322,7 +318,6 @@ def takes_weights_by_nccl(server, folder, device, **shape) -> None:
         engine.close()
 
 
-@pytest.mark.full
 def test_weights_are_broadcast_to_a_server_by_vllms_transfer(served, tmp_path, monkeypatch):
     """The broadcast goes through a TCP store instead of NCCL, without packing."""
     stand_in(monkeypatch.setattr)
@@ -372,7 +367,6 @@ def test_a_training_with_a_server_equals_one_with_vllm_in_process(served, tmp_pa
     assert not torch.equal(results[0][1]["lm_head.weight"], tiny.model(tied=False).lm_head.weight)
 
 
-@pytest.mark.full
 def test_a_server_serves_several_processes(served, tmp_path, pairs_csv):
     """Two ranks get from the server the completions that one process samples by itself."""
     base, completions = tiny.save(tmp_path / "base", tied=False), []
