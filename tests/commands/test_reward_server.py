@@ -342,7 +342,7 @@ def training(model_folder, folder, rewards, **settings):
         **settings,
     )
     trainer = ReinforceTrainer(str(model_folder), rewards, args, [{"prompt": f"Why is host {i} up?"} for i in range(9)])
-    trainer.rewards.functions[0].first_pause = 0.01
+    trainer.rewards.functions[0].endpoint.first_pause = 0.01
     return trainer
 
 
@@ -392,7 +392,7 @@ def test_a_server_that_comes_back_in_time_costs_nothing(model_folder, reward, tm
         back.append(serving(reward, port))
         back[-1].__enter__()
 
-    client._log_retry = comes_back
+    client.endpoint._log_retry = comes_back
     try:
         assert [m["reward"] for m in tiny.train(run)] == [m["reward"] for m in whole]
     finally:

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.errors import ConfigError, RewardError, UnusableUpdate
 from reinforcepp.monitoring.signals import StopRequested, stop_signals
+from reinforcepp.rewards.endpoint import retry_after
 from reinforcepp.rewards.remote import RemoteReward
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.types import Completion, Prompt
@@ -31,7 +33,7 @@ class Fake:
     """``answers`` are given in turn, the last for good: (status, body), or None to break off in the middle."""
 
     def __init__(self):
-        self.asked, self.headers, self.answers = [], [], [(200, None)]
+        self.asked, self.headers, self.answers, self.answer_headers = [], [], [(200, None)], {}
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,6 +51,8 @@ class Fake:
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
+                for header in fake.answer_headers.items():
+                    self.send_header(*header)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -100,7 +104,8 @@ def test_the_request_follows_the_protocol(fake):
 def test_settings_reach_the_client(fake):
     settings = ReinforceConfig(reward_timeout=7, reward_attempts=2, reward_batch_size=3, reward_label_column="x")
     (client,) = load_rewards(fake.url, settings).functions
-    assert (client.timeout, client.attempts, client.batch_size, client.label_column) == (7, 2, 3, "x")
+    endpoint = client.endpoint
+    assert (endpoint.timeout, endpoint.attempts, client.batch_size, client.label_column) == (7, 2, 3, "x")
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(2, [2, 2, 1]), (5, [5]), (64, [5]), (1, [1] * 5)])
@@ -264,3 +269,25 @@ def test_variables_of_the_chat_template_are_sent_if_rows_have_them(fake):
     load_rewards(fake.url, ReinforceConfig()).score([plain])
     load_rewards(fake.url, ReinforceConfig()).score([plain, quiet])
     assert [asked.get("chat_template_kwargs") for asked in fake.asked] == [None, [{}, {"quiet": True}]]
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7), ("0.5", 0.5), ("-3", 0), ("nan", 0), ("soon", 0), ("", 0), ("Fri, 31 Dec 1999 23:59:59 GMT", 0)],
+)
+def test_retry_after_is_a_number_or_a_date(header, seconds):
+    assert retry_after(header) == seconds
+    assert 58 < retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60
+
+
+def test_the_pause_is_at_least_as_long_as_the_server_asks_for(fake):
+    fake.answers, fake.answer_headers = [(429, b"later"), (200, None)], {"Retry-After": "0.3"}
+    began = time.monotonic()
+    assert ask(fake) == [3, 3, 5, 4, 4] and time.monotonic() - began >= 0.3
+    fake.answers, fake.answer_headers = [(429, b"later")], {"Retry-After": "86400"}
+    with pytest.raises(RewardError, match=r"answered 429 .*and asks for a pause of 86400 s"):
+        ask(fake)
+    fake.answers, fake.answer_headers = [(429, {"error": {"code": "insufficient_quota"}})], {}
+    with pytest.raises(RewardError, match=r"answered 429 .*insufficient_quota"):
+        ask(fake)
+    assert len(fake.asked) == 4

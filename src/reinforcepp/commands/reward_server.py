@@ -42,7 +42,7 @@ from reinforcepp.models.micro_batches import MicroBatchLimit
 from reinforcepp.models.reward_texts import encode_formatted
 from reinforcepp.models.special_tokens import special_tokens
 from reinforcepp.models.tokenization import encode, encode_prompt, encode_text, end_token_id
-from reinforcepp.rewards.remote import authorization
+from reinforcepp.rewards.endpoint import authorization
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.runtime.process import is_loopback
 from reinforcepp.runtime.terminal import echo
@@ -163,7 +163,7 @@ class RewardServer:
     """
 
     def __init__(self, host: str, port: int, title: str) -> None:
-        self.token = authorization().get("Authorization", "").removeprefix("Bearer ")
+        self.token = authorization(TOKEN_VARIABLE).get("Authorization", "").removeprefix("Bearer ")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self.port: int = self._listener.getsockname()[1]

@@ -7,14 +7,15 @@ name of its scores in the metrics. ``None`` means that the rule doesn't score a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cache
 from typing import Any
 
 import regex
 
+from reinforcepp.config.spec_options import read_options
 from reinforcepp.errors import ConfigError, RewardError, nearest, shown
 
 UNITS = ("tokens", "words", "characters")
@@ -204,33 +205,12 @@ def make_rule(text: str) -> Rule:
     if name not in RULES:
         raise ConfigError(f"rule:{text}: rule {name!r} not found, only {', '.join(RULES)}.{nearest(name, RULES)}")
     try:
-        return RULES[name](**_options(name, options))
+        given = read_options(RULES[name], options)
+        if name == "regex" and "pattern" not in given:
+            raise ConfigError("option pattern is missing. Add it, as in rule:regex?pattern=^Yes.")
+        return RULES[name](**given)
     except ConfigError as error:
         raise ConfigError(f"rule:{text}: {error}") from None
-
-
-def _options(rule: str, text: str) -> Mapping[str, Any]:
-    known = {field.name: field for field in fields(RULES[rule])}
-    given: dict[str, Any] = {}
-    for part in re.split(r"&(?=\w+=)", text) if text else ():  # A pattern can contain an &.
-        option, equals, value = part.partition("=")
-        if not equals or not value:
-            raise ConfigError(f"{part!r} isn't an option. Write OPTION=VALUE, and & between options.")
-        if option not in known:
-            raise ConfigError(f"option {option!r} not found, only {', '.join(known)}.{nearest(option, known)}")
-        if option in given:
-            raise ConfigError(f"option {option} is given twice. Remove one.")
-        given[option] = _number(option, value) if "int" in str(known[option].type) else value
-    if rule == "regex" and "pattern" not in given:
-        raise ConfigError("option pattern is missing. Add it, as in rule:regex?pattern=^Yes.")
-    return given
-
-
-def _number(option: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise ConfigError(f"{option} must be a whole number, not {value!r}.") from None
 
 
 @cache

@@ -4,47 +4,27 @@
     -> {"rewards": [...]}, a number or null per completion; {"scores": [...]} and a plain list are accepted, too
 
 ``finish_reason`` and ``messages``, the prompts as lists of messages, are extensions that other servers ignore. ``messages`` is
-sent if a prompt of the batch is a conversation. The client retries transient failures (no connection, timeout,
-408, 425, 429, 5xx) with exponential backoff. The last failure in a row raises a RewardError, as does any other failure, so
-that training stops instead of continuing with made-up scores.
-
-The server isn't trusted: ``timeout`` covers a whole request, from connecting to the last byte, and a response has a size limit
-and no compression.
+sent if a prompt of the batch is a conversation. The module ``endpoint`` says which failures are retried, and what is limited.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE
-from reinforcepp.errors import ConfigError, RewardError
-from reinforcepp.runtime.process import is_loopback, outcome
-from reinforcepp.runtime.redaction import redacted
-from reinforcepp.runtime.terminal import logger
+from reinforcepp.errors import RewardError
+from reinforcepp.rewards.endpoint import FIRST_PAUSE_SECONDS, Endpoint, authorization
+from reinforcepp.runtime.process import outcome
 from reinforcepp.types import Conversation
 
-TRANSIENT_STATUSES = {408, 425, 429, *range(500, 600)}
-FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0
 MAX_RESPONSE_BYTES, MAX_RESPONSE_BYTES_PER_COMPLETION = 2**20, 4096
 """Size limit of a response: the first plus the second times the completions. A score takes about 20 bytes; other servers also
 send logs per completion, which are ignored."""
-SHOWN_CHARACTERS = 200
-"""Characters of a server's response that an error shows."""
-
-log = logger(__name__)
-logger("httpx2")  # At level INFO, it logs the address of each request.
-
-
-class _TransientError(Exception):
-    """A failure after which the same request can succeed."""
 
 
 class RemoteReward:
@@ -72,12 +52,18 @@ class RemoteReward:
         first_pause: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         self.url = url
-        self.timeout = timeout
-        self.attempts = attempts
         self.batch_size = batch_size
         self.label_column = label_column
-        self.first_pause = first_pause
-        self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"} | authorization()
+        self.endpoint = Endpoint(
+            url,
+            noun="reward server",
+            fix=_fix,
+            attempts_option="reward_attempts",
+            headers=authorization(TOKEN_VARIABLE),
+            timeout=timeout,
+            attempts=attempts,
+            first_pause=first_pause,
+        )
 
     @property
     def name(self) -> str:
@@ -108,81 +94,17 @@ class RemoteReward:
         return outcome(self._score_batches(batches))
 
     async def _score_batches(self, batches: list[dict[str, list[Any]]]) -> list[float | None]:
-        # A proxy from the environment can't reach the loopback addresses of this node, but would receive texts and token.
-        direct = httpx2.AsyncHTTPTransport() if is_loopback(urlsplit(self.url).hostname or "") else None
         scores: list[float | None] = []
-        async with httpx2.AsyncClient(timeout=None, headers=self.headers, transport=direct) as client:
+        async with self.endpoint.client() as client:
             for batch in batches:
                 scores += await self._scores(client, batch)
         return scores
 
     async def _scores(self, client: httpx2.AsyncClient, rows: dict[str, list[Any]]) -> list[float | None]:
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.attempts),
-            wait=wait_exponential_jitter(multiplier=self.first_pause, max=MAX_PAUSE_SECONDS, jitter=self.first_pause),
-            retry=retry_if_exception_type(_TransientError),
-            before_sleep=self._log_retry,
-            reraise=True,
-        )
         count = len(rows["query"])
         limit = MAX_RESPONSE_BYTES + count * MAX_RESPONSE_BYTES_PER_COMPLETION
-        try:
-            content: bytes = await retrying(self._post, client, json.dumps(rows, default=str).encode(), limit)
-        except _TransientError as failure:
-            times = f"{self.attempts} times in a row" if self.attempts > 1 else "once, and reward_attempts is 1"
-            raise RewardError(
-                f"{self.url}: the reward server failed {times}; it {failure}. Check the server, or raise reward_attempts."
-            ) from failure
-        return self._read(content, count)
-
-    async def _post(self, client: httpx2.AsyncClient, body: bytes, limit: int) -> bytes:
-        """Return the content of the response to one request."""
-        content = bytearray()
-        try:
-            async with asyncio.timeout(self.timeout), client.stream("POST", self.url, content=body) as response:
-                async for chunk in response.aiter_raw():
-                    content += chunk
-                    if len(content) > limit:
-                        break
-        except TimeoutError as error:
-            raise _TransientError(f"sent no complete response within {self.timeout:g} s") from error
-        except httpx2.TransportError as error:
-            raise _TransientError(
-                f"can't be reached or closed the connection ({error or type(error).__name__})"
-            ) from error
-        reason = redacted(response.reason_phrase, self.url)
-        status = f"answered {response.status_code} {reason} {self._shown(content) if content else ''}".rstrip()
-        if response.status_code in TRANSIENT_STATUSES:
-            raise _TransientError(status)
-        if not response.is_success:
-            raise RewardError(f"{self.url}: the reward server {status}. {_fix(response.status_code)}")
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding != "identity":
-            raise RewardError(
-                f"{self.url}: the reward server's response has the Content-Encoding {encoding[:SHOWN_CHARACTERS]!r}. "
-                "Turn off compression in the server or its proxy."
-            )
-        if len(content) > limit:
-            raise RewardError(
-                f"{self.url}: the reward server's response is over {limit / 2**20:.1f} MiB. Send one number per completion."
-            )
-        return bytes(content)
-
-    def _log_retry(self, state: RetryCallState) -> None:
-        assert state.outcome is not None and state.next_action is not None
-        log.warning(
-            "Reward server %s %s. Retrying in %.1f s (failure %d of %d).",
-            redacted(self.url),
-            state.outcome.exception(),
-            state.next_action.sleep,
-            state.attempt_number,
-            self.attempts,
-        )
-
-    def _shown(self, content: bytes | bytearray) -> str:
-        """Return the beginning of a response for a message, with control characters escaped and without secrets."""
-        text = content[: 4 * SHOWN_CHARACTERS].decode(errors="replace")
-        return repr(redacted(text, self.url)[:SHOWN_CHARACTERS])
+        body = json.dumps(rows, default=str).encode()
+        return self._read(await self.endpoint.retried(self.endpoint.send, client, body, limit), count)
 
     def _read(self, content: bytes, count: int) -> list[float | None]:
         """Return the scores in a response."""
@@ -190,12 +112,12 @@ class RemoteReward:
             payload = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise RewardError(
-                f"{self.url}: the reward server's response isn't JSON: {self._shown(content)}. {_fix(404)}"
+                f"{self.url}: the reward server's response isn't JSON: {self.endpoint.shown(content)}. {_fix(404)}"
             ) from error
         scores = payload.get("rewards", payload.get("scores")) if isinstance(payload, dict) else payload
         if not isinstance(scores, list):
             raise RewardError(
-                f"{self.url}: the reward server's response has no list 'rewards': {self._shown(content)}. "
+                f"{self.url}: the reward server's response has no list 'rewards': {self.endpoint.shown(content)}. "
                 'Send {"rewards": [...]}.'
             )
         if len(scores) != count:
@@ -228,22 +150,6 @@ def _messages(conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
 
 def _variables(variables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {"chat_template_kwargs": list(variables)} if any(variables) else {}
-
-
-def authorization() -> dict[str, str]:
-    """Return the authorization header if the environment holds a token.
-
-    Raises:
-        ConfigError: the token has characters that a header can't hold. The message never shows the token.
-    """
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    if not token:
-        return {}
-    if not (token.isascii() and token.isprintable() and " " not in token):
-        raise ConfigError(
-            f"{TOKEN_VARIABLE}: the token has invalid characters, such as a space or a line break. Set it to the token alone."
-        )
-    return {"Authorization": f"Bearer {token}"}
 
 
 def _fix(status: int) -> str:
