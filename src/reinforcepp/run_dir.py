@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from datetime import date
@@ -134,6 +135,11 @@ FREE_ON_RESUME = (
     "reward_batch_size",
 )
 
+FREE_JUDGE_OPTIONS = re.compile(
+    r"([?&])(?:env|no_verdict|timeout|attempts|concurrency|cache|max_requests|max_dollars|input_price|output_price)=[^&]*(?:&|$)"
+)
+"""Options of a judge that a resumed run can change, such as a budget that was used up."""
+
 
 def rename_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that an earlier version stored under their current names."""
@@ -218,6 +224,17 @@ def _check_contents(folder: Path, output_dir: str, *, overwrite: bool, resume: b
         )
 
 
+def _without_free_options(value: Any) -> Any:
+    """Return a setting without the options of judges that can change."""
+    if isinstance(value, list):
+        return [_without_free_options(each) for each in value]
+    if not isinstance(value, str) or not re.match(r"[^:?]*judge:", value):
+        return value
+    while (shorter := FREE_JUDGE_OPTIONS.sub(r"\1", value)) != value:
+        value = shorter
+    return value.rstrip("?&")
+
+
 def _contents(folder: Path) -> list[str]:
     """Return the sorted names in a folder, without the lock and earlier runs."""
     return sorted(p.name for p in folder.iterdir() if p.name not in (RUN_LOCK, EARLIER)) if folder.is_dir() else []
@@ -267,7 +284,7 @@ def changed_settings(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
         name: f"{name} was {began[name]} and is {value}"
         for name, value in now.items()
         if name in began
-        and began[name] != value
+        and _without_free_options(began[name]) != _without_free_options(value)
         and name not in FREE_ON_RESUME
         and not (name in CHOSEN_AT_START and value == CHOSEN_AT_START[name])
     }

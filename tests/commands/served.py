@@ -19,11 +19,11 @@ KEY = "sk-quite-secret"
 class Server:
     """``reinforcepp serve`` in a separate process, ready to be asked."""
 
-    def __init__(self, folder: Path, *, with_key: bool = True, **environment: str) -> None:
+    def __init__(self, folder: Path, *, model: str = "builtin:tiny", with_key: bool = True, **environment: str) -> None:
         self.port = free_port()
         self.log = folder / "log"
         (folder / "key").write_text(f"{KEY}\n")
-        command = [sys.executable, "-m", "reinforcepp", "serve", "builtin:tiny", "--port", str(self.port)]
+        command = [sys.executable, "-m", "reinforcepp", "serve", model, "--port", str(self.port)]
         command += ["--api_key_file", str(folder / "key")] if with_key else []
         own = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
         self.process = subprocess.Popen(

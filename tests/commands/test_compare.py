@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from rewards.fake_judge import FakeJudge, verdict
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.compare import measurement
@@ -217,6 +218,25 @@ def config(**settings) -> CompareConfig:
     known = {"model_a": "a", "model_b": "near", "data": "pairs.csv", "judge": "reward", "engine": "transformers"}
     sizes = {"max_prompt_length": 64, "max_new_tokens": 12, "bootstrap_samples": 100}
     return CompareConfig(**{**known, **sizes, **settings})
+
+
+def test_a_language_model_judges(compared, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with FakeJudge(lambda body: verdict(1 + len(body["messages"][-1]["content"]) % 10)) as fake:
+        name = f"judge:m?rubric=safe&base_url={fake.base_url}"
+        result, _, _ = compared("a", "near", "--judge", name)
+        assert result["judge"] == name
+        pairs = [json.loads(line) for line in Path("out/answers.jsonl").read_text().splitlines()]
+        scores = [pair[f"score_{side}"] for pair in pairs for side in "ab"]
+        assert len(set(scores)) > 1 and all(0 <= score <= 1 for score in scores) and len(fake.asked) <= len(scores)
+        assert caveats(config(judge=name)) == []
+    Path("trained").mkdir()
+    Path("trained/run.json").write_text(
+        json.dumps({"settings": {"rewards": [f"0.5*{name}"], "data": "builtin:network"}})
+    )
+    (note,) = caveats(config(judge=name, model_b="trained"))
+    assert note.startswith("B was trained with this judge")
+    assert cli.main(["compare", "a", "near", "--data", "pairs.csv", "--judge", "judge:m?rubric=wrong"]) == 2
 
 
 def test_the_prompts_are_those_that_training_held_out(place):

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rewards.fake_judge import FakeJudge, verdict
 from transformers import GenerationConfig
 
 from reinforcepp.commands import cli, generate
@@ -331,6 +332,14 @@ def test_rewards_are_those_of_the_reward_model(answer, tmp_path, reward_folder):
     assert record["reward"] == pytest.approx(load_reward_model(str(reward_folder))(**columns)[0])
 
 
+def test_a_judge_scores_responses(answer, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine_says(monkeypatch, "worse", "the best", "also bad")
+    with FakeJudge(lambda body: verdict(10 if "the best" in body["messages"][-1]["content"] else 1)) as fake:
+        flags = ["--prompt", PROMPT, "--reward_model", f"judge:m?base_url={fake.base_url}", "--best_of", "3"]
+        assert answer(*flags).out == "the best\n(reward +1.000)\n" and len(fake.asked) == 3
+
+
 def test_as_text_the_score_stands_under_the_answer(answer, monkeypatch, reward_folder):
     monkeypatch.setattr("reinforcepp.commands.generate.load_reward_model", lambda _: lambda **_: [-0.5, 1.25, 1.25])
     engine_says(monkeypatch, "worse", "first of the best", "second")
@@ -344,6 +353,7 @@ def test_contradictions_about_the_best_of_several(refused, tmp_path, model_folde
     assert "--num_samples and --best_of" in refused(*flags, "x", "--num_samples", "2")
     assert "reward model folder not found" in refused(*flags, str(tmp_path / "none"))
     assert "no score head" in refused(*flags, str(model_folder))
+    assert "Did you mean 'rubric'" in refused(*flags, "judge:m?rubrik=safe")
 
 
 def test_the_engine_gets_the_dtype_of_inference(answer, model_folder, monkeypatch):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from reinforcepp.config import GenerateConfig, SamplingConfig
+from reinforcepp.config.judge_spec import is_judge
 from reinforcepp.data import PromptRow, check_dataset, is_data_file, prompt_rows, read_prompt_lines, read_prompts
 from reinforcepp.files import check_output_file, whole_file
 from reinforcepp.locks import file_lock
@@ -109,7 +110,8 @@ def generate(
         seed: Sampling seed; the same seed gives the same responses.
         num_samples: Responses per prompt.
         best_of: Sample this many responses per prompt and keep the highest-reward one.
-        reward_model: Folder of a reward model, or a reward function, that scores every response.
+        reward_model: Folder of a reward model, a language model with its rubric (judge:MODEL?rubric=...), or a reward function,
+            that scores every response.
         max_prompt_length: Most tokens of a formatted prompt. Default: what the context leaves.
         engine: Engine; auto uses vLLM if it is installed and runs the model. For a loaded model, auto is transformers.
         dtype: Data type of the weights; auto: the model's on a GPU, float32 on a CPU. A loaded model keeps its own.
@@ -186,7 +188,11 @@ def _generate(
     """Return the responses, after writing them to ``config.output``."""
     output = check_output_file(config.output) if config.output is not None else None
     with file_lock(output) if output is not None else nullcontext():
-        if config.reward_model is not None and reward is None:
+        if is_judge(config.reward_model):
+            from reinforcepp.rewards.judge.judge import load_judge  # loads HTTP libraries
+
+            reward = load_judge(str(config.reward_model))
+        elif config.reward_model is not None and reward is None:
             check_reward_folder(config.reward_model)
         with _started(config, rows, model, processing_class) as (engine, prompts):
             if config.reward_model is not None and reward is None:

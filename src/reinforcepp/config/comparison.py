@@ -19,7 +19,8 @@ from reinforcepp.config.base import (
     check_not_below_output,
     check_output_dir,
 )
-from reinforcepp.config.reward_spec import path_of_judge
+from reinforcepp.config.judge_spec import is_judge
+from reinforcepp.config.reward_spec import parse_source, path_of_judge
 from reinforcepp.config.shared import ColumnConfig, DeviceConfig, check_judge, judge_for
 from reinforcepp.config.training import TrainConfig
 from reinforcepp.errors import ConfigError, nearest
@@ -39,7 +40,7 @@ class CompareInputs(Config):
     data: FilledStr = "builtin:network"
     """Prompt file, or builtin:network; uses held-out prompts, or all if none"""
     judge: FilledStr = "auto"
-    """Scores responses: builtin:judge for builtin:network, or a reward model folder"""
+    """Scores responses: builtin:judge, a reward model folder, or judge:MODEL?..."""
     reference: FilledStr | None = None
     """Reference model of the KL; default: model A"""
 
@@ -87,6 +88,8 @@ class CompareConfig(DeviceConfig, ColumnConfig, CompareInputs):
         for setting, value in (inputs | {"judge": path_of_judge(self.judge)}).items():
             if value is not None:
                 check_not_below_output(self.output_dir, setting, value)
+        if is_judge(self.judge):
+            parse_source(self.judge)
         if judge_for(self.judge, self.data) is None:
             raise ConfigError(
                 f"judge: missing, and {self.data} has no built-in judge. Give the folder of a reward model, as in --judge "

@@ -20,6 +20,8 @@ from reinforcepp.config.base import (
     Seed,
 )
 from reinforcepp.config.hub import check_repository
+from reinforcepp.config.judge_spec import is_judge
+from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.config.shared import DeviceConfig
 from reinforcepp.errors import ConfigError
 
@@ -68,7 +70,7 @@ class GenerateConfig(SamplingConfig):
     best_of: PositiveInt | None = None
     """Sample this many responses per prompt and keep the highest-reward one"""
     reward_model: FilledStr | None = None
-    """Folder of a reward model that scores every response"""
+    """Folder of a reward model, or judge:MODEL?..., that scores every response"""
     max_prompt_length: PositiveInt | None = None
     """Most tokens of a formatted prompt. Default: what the context leaves"""
     output: str | None = None
@@ -79,6 +81,8 @@ class GenerateConfig(SamplingConfig):
             raise ConfigError("prompt and prompts_file contradict each other. Give one of the two.")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("prompt is empty. Give a text.")
+        if is_judge(self.reward_model):
+            parse_source(str(self.reward_model))
         if self.best_of is not None and self.reward_model is None:
             raise ConfigError("best_of needs a reward model to choose a response. Give reward_model.")
         if self.best_of is not None and self.num_samples > 1:

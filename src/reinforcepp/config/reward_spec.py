@@ -2,6 +2,7 @@
 
 builtin:judge                        the built-in data's judge
 rule:NAME?OPTION=VALUE&...           a rule of ``reward_rules``
+judge:MODEL?OPTION=VALUE&...         a language model that scores by a rubric, see ``judge_spec``
 http://HOST:PORT/get_reward          a reward server
 MODULE:FUNCTION, FILE.py:FUNCTION    a Python function, unless a folder has that name
 FOLDER, ORG/NAME                     a reward model; ?output=1, ?outputs=0.7,0.3, ?dtype=bfloat16 or ?load_in_4bit=true
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
+from reinforcepp.config.judge_spec import PREFIX, parse_judge
 from reinforcepp.config.reward_rules import RULES, make_rule
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.runtime.redaction import HIDDEN, SECRET_QUERY, redacted
@@ -27,7 +29,7 @@ TOKEN_VARIABLE = "REINFORCEPP_REWARD_TOKEN"
 MODEL_OPTIONS = ("output", "outputs", "dtype", "load_in_4bit")
 DTYPES = ("float32", "bfloat16", "float16")
 
-Kind = Literal["judge", "rule", "server", "function", "model"]
+Kind = Literal["builtin", "judge", "rule", "server", "function", "model"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class RewardSource:
         """The file or folder of the source, if any."""
         if self.kind == "model":
             return parse_model(self.target).name
+        if self.kind == "judge":
+            return parse_judge(self.target).rubric_file
         module = self.target.rpartition(":")[0]
         return module if self.kind == "function" and module.endswith(".py") else None
 
@@ -116,7 +120,8 @@ def parse_source(text: str) -> RewardSource:
     """Return the reward source in ``text``, without reading a file.
 
     Raises:
-        ConfigError: If the text is empty, a rule or built-in reward doesn't exist, or a URL isn't valid or holds a secret.
+        ConfigError: If the text is empty, a rule, a built-in reward or an option doesn't exist, or a URL isn't valid or holds a
+            secret.
     """
     weight, target = 1.0, text.strip()
     if found := WEIGHT.fullmatch(target):
@@ -130,6 +135,10 @@ def parse_source(text: str) -> RewardSource:
     if target.startswith("builtin:"):
         if target != JUDGE:
             raise ConfigError(f"Reward {target!r} not found.{nearest(target, [JUDGE])}")
+        return RewardSource("builtin", target, weight)
+    if target.startswith(PREFIX):
+        target = target.removeprefix(PREFIX)
+        parse_judge(target)
         return RewardSource("judge", target, weight)
     if target.startswith("rule:"):
         target = target.removeprefix("rule:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from reinforcepp.config.base import Config, FilledStr, check_name, check_not_below_output
+from reinforcepp.config.judge_spec import parse_judge
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.reward_spec import parse_model, parse_source, path_of_judge
 from reinforcepp.config.shared import DataLoadingConfig, DryRunConfig, check_judge, judge_for
@@ -65,11 +66,15 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
         if source.path is not None:
             check_name("rewards", source.path)
             check_not_below_output(self.output_dir, "rewards", source.path)
-        longest = self.reward_timeout * self.reward_attempts
-        if source.kind == "server" and 0 < self.watchdog_seconds <= longest:
+        timeout, attempts = self.reward_timeout, self.reward_attempts
+        if source.kind == "judge":
+            judge = parse_judge(source.target)
+            timeout, attempts = judge.timeout or timeout, judge.attempts or attempts
+        longest = timeout * attempts
+        if source.kind in ("server", "judge") and 0 < self.watchdog_seconds <= longest:
             raise ConfigError(
-                f"reward_timeout {self.reward_timeout:g} x reward_attempts {self.reward_attempts} is {longest:g} s, but the "
-                f"watchdog ends the run after {self.watchdog_seconds:g} s. Lower one of the two or raise watchdog_seconds."
+                f"reward_timeout {timeout:g} x reward_attempts {attempts} is {longest:g} s, but the watchdog ends the run after "
+                f"{self.watchdog_seconds:g} s. Lower one of the two or raise watchdog_seconds."
             )
 
     @property

@@ -61,7 +61,7 @@ def reward_metrics(scores: RewardScores) -> dict[str, float]:
             found |= {f"rewards/{name}/mean": fmean(known), f"rewards/{name}/std": _std(known)}
     if scores.skipped:
         found["completions/left_out_ratio"] = scores.skipped / (scores.skipped + len(scores.total))
-    return found | scores.metrics
+    return found | scores.metrics | scores.counts
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:

@@ -255,7 +255,11 @@ def _job(
         )
     judge = config.judge_name
     models = [source.path or "" for source in sources if source.kind == "model"]
-    notes += [f"Memory and time of {source.target} aren't included." for source in sources if source.kind == "function"]
+    notes += [
+        f"Memory and time of {source.target} aren't included."
+        for source in sources
+        if source.kind in ("function", "judge")
+    ]
     policy, has_critic = trained(), config.estimator_spec.uses_critic
     if cpu_sums := offload and not sums_fit(policy.trained * (1 + has_critic), memory):
         policy = trained(cpu_sums=True)

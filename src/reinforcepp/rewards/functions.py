@@ -76,7 +76,8 @@ class RewardScores:
 
     ``total`` is the weighted sum over the functions that scored it, None if none did. ``by_function`` holds the unweighted
     scores by function name. ``skipped`` counts the completions that :func:`drop_unscored` removed. ``metrics`` has the means
-    that functions logged with ``log_metric``, ``extra`` the columns that they logged with ``log_extra``.
+    that functions logged with ``log_metric``, ``extra`` the columns that they logged with ``log_extra``, and ``counts`` the
+    numbers of requests and the like, which are added up over the ranks.
     """
 
     total: list[float | None]
@@ -84,6 +85,7 @@ class RewardScores:
     skipped: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
     @property
     def known(self) -> list[float]:
@@ -95,7 +97,7 @@ class RewardScores:
         by_function = {name: [row[i] for i in kept] for name, row in self.by_function.items()}
         extra = {name: [row[i] for i in kept] for name, row in self.extra.items()}
         skipped = self.skipped + len(self.total) - len(kept)
-        return RewardScores([self.total[i] for i in kept], by_function, skipped, self.metrics, extra)
+        return RewardScores([self.total[i] for i in kept], by_function, skipped, self.metrics, extra, self.counts)
 
 
 def join_scores(parts: Sequence[RewardScores]) -> RewardScores:
@@ -110,6 +112,7 @@ def join_scores(parts: Sequence[RewardScores]) -> RewardScores:
         sum(part.skipped for part in parts),
         {name: math.fsum(values) / len(values) for name, values in logged.items()},
         {name: [cell for part in parts for cell in part.extra.get(name, [None] * len(part.total))] for name in columns},
+        {name: math.fsum(part.counts.get(name, 0.0) for part in parts) for part in parts for name in part.counts},
     )
 
 
@@ -239,11 +242,13 @@ def score_with(
         penalty = truncation_penalty if completion.finish_reason == "length" else 0.0
         total.append(math.fsum([*terms, -penalty]) if terms else None)
     by_function: dict[str, list[float | None]] = {}
+    counts: dict[str, float] = {}
     for name, function, values in zip(names, functions, scores, strict=True):
+        counts |= getattr(function, "request_counts", {})
         by_function[name] = values
         outputs: Mapping[str, list[float]] = getattr(function, "by_output", {})
         by_function |= {f"{name}/{label}": list(outputs[label]) for label in outputs}
-    return RewardScores(total, by_function, metrics=log.metrics, extra=log.extra)
+    return RewardScores(total, by_function, metrics=log.metrics, extra=log.extra, counts=counts)
 
 
 def drop_unscored(

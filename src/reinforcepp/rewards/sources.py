@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import RewardScoringConfig
+from reinforcepp.config.judge_spec import parse_judge
 from reinforcepp.config.reward_rules import Rule, make_rule
 from reinforcepp.config.reward_spec import RewardSource, parse_model, parse_source
 from reinforcepp.errors import ConfigError
@@ -177,6 +178,11 @@ def load_rewards(
         functions.append(function)
     if settings.reward_normalize:
         _normalize(functions)
+    for name, function, source in zip(unique_names(functions), functions, sources, strict=True):
+        if (
+            source is not None and source.kind == "judge"
+        ):  # Two judges can have the same rubric, but not the same metrics.
+            function.name = name  # type: ignore[attr-defined]
     return RewardSum(
         functions,
         [
@@ -217,8 +223,12 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
 def _function_of(source: RewardSource, settings: RewardScoringConfig) -> Any:
     """Return the function of a source that loads no model; None for a model."""
     match source.kind:
-        case "judge":
+        case "builtin":
             return GoldReward()
+        case "judge":
+            from reinforcepp.rewards.judge.judge import Judge  # loads HTTP libraries
+
+            return Judge(parse_judge(source.target), timeout=settings.reward_timeout, attempts=settings.reward_attempts)
         case "rule":
             return make_rule(source.target)
         case "function":
@@ -250,12 +260,16 @@ def _public_name(function: RewardFunction) -> str:
         return REWARD_MODEL
     if hasattr(function, "url"):
         return "a reward server"
+    if hasattr(function, "rubric"):
+        return "a language model as judge"
     name = function_name(function)
     known = hasattr(getattr(function, "func", function), "__name__") or isinstance(function, GoldReward | Rule)
     return name if known and name.isidentifier() else "a reward function"
 
 
 def _identity(source: RewardSource | None, function: RewardFunction) -> str:
-    if source is None or source.kind in ("judge", "model"):
+    if source is None or source.kind in ("builtin", "model"):
         return function_name(function)
+    if source.kind == "judge":
+        return str(function.identity)  # type: ignore[attr-defined]
     return source_digest(source.target) if source.kind == "function" else redacted(source.target)

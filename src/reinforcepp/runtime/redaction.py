@@ -22,6 +22,8 @@ URL = re.compile(rf"({_SCHEME})((?:{_OF_THIS_URL}[^\s\"'<>])+)", re.IGNORECASE)
 """A URL in a sentence: its scheme, and the rest."""
 WHOLE_URL = re.compile(rf"((?:[-+\d.e]+\s*\*\s*)?{_SCHEME})((?:{_OF_THIS_URL}\S)+)", re.IGNORECASE)
 """A text that is a URL, perhaps with the weight of a reward. In it, unlike in a sentence, quotes are part of the URL."""
+IN_JUDGE = re.compile(r"(judge:(?:(?!://)[^\n]){0,4000}?[?&]base_url=)([^\s\"'<>&]+)")
+"""The name of a judge up to the address of its server, which ends before the next option, and the address."""
 USER = re.compile(
     r"""
     [^/?#]*@                           # user:password@
@@ -121,7 +123,10 @@ def _hide(text: str, secrets: list[str]) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     if "://" in text:
-        text = (URL if WHOLE_URL.fullmatch(text) is None else WHOLE_URL).sub(_without_secret_parts, text)
+        parts = IN_JUDGE.split(text) if "judge:" in text else [text]
+        text = "".join(
+            (URL if WHOLE_URL.fullmatch(part) is None else WHOLE_URL).sub(_without_secret_parts, part) for part in parts
+        )
     return NAMED.sub(lambda found: (found["name"] or found["scheme"]) + HIDDEN, SHAPES.sub(HIDDEN, text))
 
 

@@ -173,6 +173,7 @@ class UpdateBatch:
             SKIPPED_KEY: self.scores.skipped,
             "metrics": self.scores.metrics,
             "extra": self.scores.extra,
+            "counts": self.scores.counts,
         }
         write_json(folder / DETAILS_FILE, {"completions": rows, "scores": scores, "history": self.history})
 
@@ -184,7 +185,7 @@ class UpdateBatch:
         details = json.loads((saved.folder / DETAILS_FILE).read_text(encoding="utf-8"))
         tensors = {name: value.to(device) for name, value in saved.tensors(TENSORS_FILE).items()}
         completions, scores = from_rows(details["completions"], prompts), details["scores"]
-        logged = scores.get("metrics", {}), scores.get("extra", {})
+        logged = scores.get("metrics", {}), scores.get("extra", {}), scores.get("counts", {})
         reward_scores = RewardScores(scores["total"], scores["by_function"], scores[SKIPPED_KEY], *logged)
         return _update_batch(completions, reward_scores, tensors, details["history"])
 

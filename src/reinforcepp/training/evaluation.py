@@ -138,7 +138,7 @@ def evaluate(
     for name, prompts_of in sets.items():
         rows = slice(start, start + len(prompts_of))
         start = rows.stop
-        own = replace(scores.rows(range(rows.start, rows.stop)), skipped=0)
+        own = replace(scores.rows(range(rows.start, rows.stop)), skipped=0, counts={})
         judged = judgements[rows] if judge is not None else None
         found[name] = _evaluation(completions[rows], own, judged, kl[rows], entropy[rows], name)
     return replace(whole, parts=found)

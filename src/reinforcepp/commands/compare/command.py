@@ -24,6 +24,7 @@ from reinforcepp.commands.compare.measurement import (
 )
 from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig, as_dict
+from reinforcepp.config.judge_spec import is_judge
 from reinforcepp.data import (
     GivenRows,
     PromptRow,
@@ -155,7 +156,8 @@ def compare(
         model_a: Model A: builtin:tiny, a folder, a Hub name, or a loaded model, which stays as it is.
         model_b: Model B, whose win rate is reported.
         data: Rows with a ``prompt``, which are all used; or prompt file, or builtin:network, of which the held-out prompts are.
-        judge: Scores responses: builtin:judge for builtin:network, a reward model folder, or a reward function.
+        judge: Scores responses: builtin:judge for builtin:network, a reward model folder, a language model with its rubric
+            (judge:MODEL?rubric=...), or a reward function.
         reference: Reference model of the KL; default: model A.
         processing_class: The tokenizer of loaded models; default: that of the folder they were loaded from.
         prompt_column: Column with the prompt.
@@ -254,13 +256,18 @@ def compare_models(config: CompareConfig, given: Given | None = None) -> Compari
     choose_device(config.use_cpu)
     given = given or Given()
     rows = prompts_to_answer(config, given.rows)
-    if config.judge_name != JUDGE_NAME and given.judge is None:
-        check_reward_folder(config.judge_name)
+    judge: RewardFunction | str = config.judge_name if given.judge is None else given.judge
+    if is_judge(judge):
+        from reinforcepp.rewards.judge.judge import load_judge  # loads HTTP libraries
+
+        judge = load_judge(str(judge))
+    elif isinstance(judge, str) and judge != JUDGE_NAME:
+        check_reward_folder(judge)
     models = prepare(config, rows, given.models, given.processing_class)
     choice = choose_for_both(config, models)
     chosen = chosen_answers(config, rows, given.rows)
     measured = measure(config, models, choice, chosen)
-    scores = judge_scores(config, measured.responses, given.judge)
+    scores = judge_scores(config, measured.responses, judge)
     shaped = {side: _by_prompt(scores[side], config) for side in SIDES}
     lengths = {side: _by_prompt([float(len(c.text)) for c in measured.responses[side]], config) for side in SIDES}
     outcome = compare_scores(
@@ -337,13 +344,13 @@ def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow], given: Give
 
 
 def judge_scores(
-    config: CompareConfig, responses: Mapping[str, Sequence[Completion]], given: RewardFunction | None = None
+    config: CompareConfig, responses: Mapping[str, Sequence[Completion]], reward: str | RewardFunction
 ) -> dict[str, list[float]]:
     """Return the judge's score of every response.
 
     A response that both models gave is scored once, because its score depends on the other texts of its batch by rounding.
     """
-    judge = load_rewards(config.judge_name if given is None else given)
+    judge = load_rewards(reward)
     for reward in judge.trained if torch.cuda.is_available() else ():
         reward.model.to("cuda")
     distinct = {_identity(response): response for side in SIDES for response in responses[side]}

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.config import CompareConfig
+from reinforcepp.config.judge_spec import is_judge
 from reinforcepp.data.builtin import JUDGE_NAME
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import RUN_FILE
+from reinforcepp.runtime.redaction import redacted
 
 SPLIT = ("seed", "heldout_fraction", "prompt_column")
 
@@ -37,6 +39,8 @@ def _trained_on_judge(config: CompareConfig, run: Mapping[str, Any]) -> bool:
     if config.judge_name == JUDGE_NAME:
         return False
     settings = run.get("settings", {})
+    if is_judge(config.judge_name):
+        return any(str(reward).endswith(redacted(config.judge_name)) for reward in settings.get("rewards") or ())
     if not settings.get("rewards") and _same(settings.get("reward_model"), config.judge_name):
         return True
     card = check_reward_folder(config.judge_name)
