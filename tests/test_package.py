@@ -35,6 +35,7 @@ ROOMS = [
     "rollout",
     "monitoring",
     "reports",
+    "labeling",
     "training",
     "planner",
     "commands",

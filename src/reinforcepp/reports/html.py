@@ -63,16 +63,22 @@ def _plain(value: object) -> object:
     return value if isinstance(value, Markup) else printable(str(value))
 
 
-_environment = Environment(
-    loader=FileSystemLoader(_FOLDER / "templates"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    finalize=_plain,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-_environment.filters["turns"] = turns
+def environment(*folders: Path) -> Environment:
+    """Return the environment of the templates in ``folders`` and of this package's: it escapes every value."""
+    made = Environment(
+        loader=FileSystemLoader([*folders, _FOLDER / "templates"]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_plain,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters["turns"] = turns
+    return made
+
+
+_environment = environment()
 
 
 def _trusted(html: str) -> Markup:

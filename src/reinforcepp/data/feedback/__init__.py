@@ -1,0 +1,19 @@
+"""The database of human and AI feedback: prompts, answers, units of work, and votes. Loads SQLAlchemy, but no torch."""
+
+from reinforcepp.data.feedback.store import Answer, NewUnit, Store, Unit
+from reinforcepp.data.feedback.votes import Choice, Edit, Ranking, Ratings, Skip, Task, Vote, parse_vote
+
+__all__ = [
+    "Answer",
+    "Choice",
+    "Edit",
+    "NewUnit",
+    "Ranking",
+    "Ratings",
+    "Skip",
+    "Store",
+    "Task",
+    "Unit",
+    "Vote",
+    "parse_vote",
+]

@@ -1,0 +1,263 @@
+"""The queue: which unit a labeler gets next, and what happens to votes.
+
+A labeler holds at most one unit, as a lease: other labelers don't get it until the lease expires. After that, the vote still
+counts unless somebody else got the unit. Hidden among the units are gold units, whose answer is known, and repeats of the
+labeler's own earlier units with the responses in another order.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from reinforcepp.data.feedback.schema import assignments as a
+from reinforcepp.data.feedback.schema import labelers, unit_answers, votes
+from reinforcepp.data.feedback.schema import units as u
+from reinforcepp.data.feedback.store import Store, Unit, add_assignment, put_vote, units_by_id
+from reinforcepp.data.feedback.votes import Vote
+
+LEASE_SECONDS = 1800.0
+GOLD_EVERY, REPEAT_EVERY = 10, 20
+"""One of this many units of a labeler is a gold unit, and one is a repeat; 0 for none."""
+REPEAT_AFTER = 5
+"""Units between a unit and its repeat, at least."""
+RECENT_VOTES = 20
+"""Votes from which the time per unit is computed."""
+
+HAS_VOTE = sa.exists().where(votes.c.assignment_id == a.c.id, votes.c.undone.is_(None))
+
+COUNTS = sa.exists().where(votes.c.assignment_id == a.c.id, votes.c.undone.is_(None), ~votes.c.skipped)
+"""Another labeler gets a unit that was skipped."""
+
+
+class UnitGone(Exception):
+    """The unit isn't the labeler's: it never was, or the lease expired and somebody else got it."""
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """A unit as a labeler gets it.
+
+    Attributes:
+        token: Name of the assignment for the page. It reveals nothing.
+        unit: The unit.
+        order: Positions of the answers in the order in which the page shows them.
+        started: When the labeler first got it.
+        previous: The vote that the labeler took back, as JSON.
+    """
+
+    token: str
+    unit: Unit
+    order: tuple[int, ...]
+    started: float
+    previous: Any = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Votes of a labeler, units left, and the median seconds per unit; None before the first vote."""
+
+    done: int
+    left: int
+    seconds: float | None
+
+    @property
+    def minutes_left(self) -> float | None:
+        """Minutes until no unit is left, if nobody else labels."""
+        return None if self.seconds is None else self.seconds * self.left / 60
+
+
+class Queue:
+    """The queue of a store.
+
+    Args:
+        store: The database.
+        lease_seconds: How long a labeler has a unit for sure.
+        gold_every: One of this many units is a gold unit; 0 for none.
+        repeat_every: One of this many units is a repeat; 0 for none.
+        clock: Function that returns the time, in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        lease_seconds: float = LEASE_SECONDS,
+        gold_every: int = GOLD_EVERY,
+        repeat_every: int = REPEAT_EVERY,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.store, self.lease_seconds, self.clock = store, lease_seconds, clock
+        self.gold_every, self.repeat_every = gold_every, repeat_every
+
+    def next(self, labeler: int) -> Assigned | None:
+        """Return the labeler's open unit, or lease another one; None if there is none left."""
+        now = self.clock()
+        with self.store.write() as db:
+            found = self._open(db, labeler, now)
+            if found is None and (chosen := self._choose(db, labeler, now)) is not None:
+                unit_id, repeat = chosen
+                order = self._order(db, unit_id, labeler, repeat)
+                lease = {"now": now, "leased_until": now + self.lease_seconds}
+                add_assignment(db, unit_id, labeler, order=order, repeat=repeat, **lease)
+                found = self._open(db, labeler, now)
+            if found is None:
+                return None
+            taken_back = sa.select(votes.c.value).where(votes.c.assignment_id == found.id).order_by(votes.c.id.desc())
+            previous = db.execute(taken_back.limit(1)).scalar()
+            unit = units_by_id(db, [found.unit_id])[found.unit_id]
+        return Assigned(found.token, unit, tuple(found.order), found.started, previous)
+
+    def held(self, labeler: int, token: str) -> Assigned:
+        """Return a unit that the labeler has or had.
+
+        Raises:
+            UnitGone: It isn't the labeler's.
+        """
+        with self.store.read() as db:
+            found = _held(db, labeler, token)
+            return Assigned(token, units_by_id(db, [found.unit_id])[found.unit_id], tuple(found.order), found.started)
+
+    def vote(self, labeler: int, token: str, vote: Vote, seconds: float) -> None:
+        """Store a vote; it is on the disk afterwards. The same vote again changes nothing, a different one replaces it.
+
+        Args:
+            labeler: The labeler.
+            token: That of the assignment.
+            vote: The vote, by positions in the unit.
+            seconds: What the page measured; never more than the time since the unit was leased.
+
+        Raises:
+            UnitGone: The unit isn't the labeler's.
+        """
+        now = self.clock()
+        with self.store.write() as db:
+            found = _held(db, labeler, token)
+            if not self._keeps(db, found, now):
+                raise UnitGone
+            put_vote(db, found.id, vote, seconds=min(max(seconds, 0.0), max(now - found.started, 0.0)), now=now)
+
+    def undo(self, labeler: int) -> bool:
+        """Take the labeler's last vote back, so that its unit is the next one; return whether there was one."""
+        now = self.clock()
+        last = (
+            sa.select(votes.c.id, votes.c.assignment_id)
+            .join(a, a.c.id == votes.c.assignment_id)
+            .where(a.c.labeler_id == labeler, votes.c.undone.is_(None))
+            .order_by(votes.c.id.desc())
+        )
+        with self.store.write() as db:
+            found = db.execute(last.limit(1)).first()
+            if found is None:
+                return False
+            db.execute(votes.update().where(votes.c.id == found.id).values(undone=now))
+            extended = {"leased_until": now + self.lease_seconds}
+            db.execute(a.update().where(a.c.id == found.assignment_id).values(extended))
+        return True
+
+    def progress(self, labeler: int) -> Progress:
+        """Return the labeler's progress."""
+        mine = sa.select(votes.c.seconds).join(a, a.c.id == votes.c.assignment_id)
+        mine = mine.where(a.c.labeler_id == labeler, votes.c.undone.is_(None))
+        held = sa.select(sa.func.count()).select_from(a).where(a.c.labeler_id == labeler, ~HAS_VOTE)
+        with self.store.read() as db:
+            done = db.execute(sa.select(sa.func.count()).select_from(mine.subquery())).scalar_one()
+            fresh = db.execute(sa.select(sa.func.count()).select_from(self._fresh(labeler, self.clock()).subquery()))
+            left = fresh.scalar_one() + db.execute(held).scalar_one()
+            seconds = list(db.execute(mine.order_by(votes.c.id.desc()).limit(RECENT_VOTES)).scalars())
+        return Progress(done, left, median(seconds) if seconds else None)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _open(self, db: Connection, labeler: int, now: float) -> Row[Any] | None:
+        """Return the oldest assignment of the labeler without a vote, after extending its lease."""
+        mine = sa.select(a).where(a.c.labeler_id == labeler, ~HAS_VOTE).order_by(a.c.started, a.c.id)
+        for found in db.execute(mine).all():
+            if self._keeps(db, found, now):
+                db.execute(a.update().where(a.c.id == found.id).values(leased_until=now + self.lease_seconds))
+                return found
+            if not db.execute(sa.select(votes.c.id).where(votes.c.assignment_id == found.id)).first():
+                db.execute(a.delete().where(a.c.id == found.id))
+        return None
+
+    def _keeps(self, db: Connection, found: Row[Any], now: float) -> bool:
+        """Return whether an assignment still counts: its lease is valid, or nobody else got the unit."""
+        if found.leased_until >= now or found.repeat:
+            return True
+        gold, overlap = db.execute(sa.select(u.c.gold, u.c.overlap).where(u.c.id == found.unit_id)).one()
+        others = sa.select(sa.func.count()).select_from(
+            _taken(now).where(a.c.id != found.id, a.c.unit_id == found.unit_id).subquery()
+        )
+        return gold is not None or bool(db.execute(others).scalar_one() < overlap)
+
+    def _choose(self, db: Connection, labeler: int, now: float) -> tuple[int, bool] | None:
+        """Return the unit to lease, and whether it is a repeat."""
+        number = db.execute(sa.select(sa.func.count()).select_from(a).where(a.c.labeler_id == labeler)).scalar_one()
+        if _is_due(self.gold_every, number, labeler, "gold"):
+            seen = sa.select(a.c.unit_id).where(a.c.labeler_id == labeler)
+            gold = sa.select(u.c.id).where(u.c.gold.is_not(None), u.c.id.not_in(seen)).order_by(u.c.priority, u.c.id)
+            if (found := db.execute(gold.limit(1)).scalar()) is not None:
+                return found, False
+        if _is_due(self.repeat_every, number, labeler, "repeat") and (found := self._repeatable(db, labeler)):
+            return found, True
+        found = db.execute(self._fresh(labeler, now).order_by(u.c.priority, u.c.id).limit(1)).scalar()
+        return None if found is None else (found, False)
+
+    def _repeatable(self, db: Connection, labeler: int) -> int | None:
+        """Return the labeler's oldest unit without a repeat that was voted on some units ago."""
+        again = a.alias()
+        repeated = sa.exists().where(again.c.unit_id == a.c.unit_id, again.c.labeler_id == labeler, again.c.repeat)
+        mine = (
+            sa.select(a.c.unit_id)
+            .join(u, u.c.id == a.c.unit_id)
+            .where(a.c.labeler_id == labeler, ~a.c.repeat, HAS_VOTE, u.c.gold.is_(None))
+            .order_by(a.c.id.desc())
+        )
+        recent = set(db.execute(mine.limit(REPEAT_AFTER)).scalars())
+        return next((each for each in db.execute(mine.where(~repeated)).scalars() if each not in recent), None)
+
+    def _fresh(self, labeler: int, now: float) -> sa.Select[Any]:
+        """Return the query for the units that the labeler can get."""
+        taken = _taken(now).subquery()
+        number = sa.select(sa.func.count()).select_from(taken).where(taken.c.unit_id == u.c.id).scalar_subquery()
+        seen = sa.select(a.c.unit_id).where(a.c.labeler_id == labeler)
+        return sa.select(u.c.id).where(u.c.gold.is_(None), number < u.c.overlap, u.c.id.not_in(seen))
+
+    def _order(self, db: Connection, unit_id: int, labeler: int, repeat: bool) -> list[int]:
+        """Return a random order of the answers; a repeat has another one than the first time."""
+        number = db.execute(
+            sa.select(sa.func.count()).select_from(unit_answers).where(unit_answers.c.unit_id == unit_id)
+        ).scalar_one()
+        if repeat:
+            first = sa.select(a.c.order).where(a.c.unit_id == unit_id, a.c.labeler_id == labeler)
+            return list(reversed(db.execute(first).scalar_one()))
+        return random.Random(f"{unit_id}/{labeler}").sample(range(number), number)
+
+
+def _is_due(every: int, number: int, labeler: int, kind: str) -> bool:
+    """Return whether the labeler's unit ``number`` is the random one of its block of ``every`` units."""
+    block = number // every if every else 0
+    return every > 0 and number % every == random.Random(f"{kind}/{labeler}/{block}").randrange(every)
+
+
+def _taken(now: float) -> sa.Select[Any]:
+    """Return the query for the assignments of people that count towards the overlap of their units."""
+    return (
+        sa.select(a.c.unit_id)
+        .join(labelers, labelers.c.id == a.c.labeler_id)
+        .where(labelers.c.kind == "human", ~a.c.repeat, sa.or_(COUNTS, sa.and_(~HAS_VOTE, a.c.leased_until >= now)))
+    )
+
+
+def _held(db: Connection, labeler: int, token: str) -> Row[Any]:
+    found = db.execute(sa.select(a).where(a.c.token == token, a.c.labeler_id == labeler)).first()
+    if found is None:
+        raise UnitGone
+    return found
