@@ -9,6 +9,9 @@ pytest.importorskip("sqlalchemy")
 import sqlalchemy as sa
 
 from reinforcepp.data.feedback import Answer, Choice, Edit, NewUnit, Ranking, Ratings, Skip, Store, parse_vote, schema
+from reinforcepp.data.feedback.preferences import preference_rows
+from reinforcepp.data.feedback.store import add_assignment, put_vote
+from reinforcepp.data.loading import load_preferences
 from reinforcepp.errors import ConfigError, DataError
 
 ANSWERS = (Answer("Run ip route.", "model-a", {"temperature": 0.7}), Answer("Reboot it.", "model-b"))
@@ -76,6 +79,108 @@ def test_judges_vote_once_per_unit_and_can_change_their_mind(store):
     assert len(stored) == 2
     with pytest.raises(DataError, match="name of a judge"):
         store.labeler("judge:gold")
+
+
+# --- preference pairs -------------------------------------------------------------------------------------------------
+
+
+def vote(store, *votes, kind="human", unit=None):
+    """Let one labeler per vote vote on the only unit."""
+    unit = unit or only_unit(store)
+    for i, each in enumerate(votes):
+        with store.write() as db:
+            labeler = store_labeler(db, f"{kind} {i}", kind)
+            assignment = add_assignment(db, unit.id, labeler, order=(0, 1), now=0.0, leased_until=0.0)
+            put_vote(db, assignment, each, seconds=2.0 + i, now=0.0)
+
+
+def store_labeler(db, name, kind):
+    return db.execute(schema.labelers.insert().values(name=name, kind=kind, created=0.0)).inserted_primary_key[0]
+
+
+def test_the_votes_of_a_unit_become_one_pair_with_the_mean_margin(store):
+    """By hand: +0.5, +1 and -0.5 are +1/3 on average."""
+    store.add_units([UNIT])
+    vote(store, Choice(0), Choice(0, 2), Choice(1), Skip())
+    (row,) = preference_rows(store)
+    assert row == {
+        "prompt": UNIT.prompt,
+        "chosen": "Run ip route.",
+        "rejected": "Reboot it.",
+        "margin": pytest.approx(1 / 3, abs=1e-5),
+        "tie": False,
+        "labeler": "human 0, human 1, human 2",
+        "votes": 3,
+        "seconds": 3.0,
+        "topic": "routing",
+        "task": "pair",
+        "chosen_model": "model-a",
+        "rejected_model": "model-b",
+        "chosen_temperature": 0.7,
+        "rejected_temperature": None,
+        "chosen_truncated": False,
+        "rejected_truncated": False,
+    }
+
+
+@pytest.mark.parametrize("votes", [(Choice(0), Choice(1)), (Choice(None, tie="bad"),)])
+def test_votes_without_a_winner_are_a_tie(store, votes):
+    store.add_units([UNIT])
+    vote(store, *votes)
+    (row,) = preference_rows(store)
+    assert (row["margin"], row["tie"]) == (0.0, True)
+
+
+def test_people_come_before_judges(store):
+    store.add_units([UNIT])
+    vote(store, Choice(1), Choice(1), kind="judge")
+    assert [row["chosen"] for row in preference_rows(store)] == ["Reboot it."]
+    vote(store, Skip(), kind="human")
+    assert [row["chosen"] for row in preference_rows(store)] == ["Reboot it."]
+
+
+def test_people_overrule_judges(store):
+    store.add_units([UNIT])
+    vote(store, Choice(1), Choice(1), kind="judge")
+    vote(store, Choice(0), kind="human")
+    assert [(row["chosen"], row["labeler"]) for row in preference_rows(store)] == [("Run ip route.", "human 0")]
+
+
+def test_gold_units_and_repeats_make_no_pairs(store):
+    store.add_units([NewUnit("pair", "q", ANSWERS, gold=Choice(0))])
+    vote(store, Choice(0))
+    assert list(preference_rows(store)) == []
+
+
+def test_an_edited_answer_is_chosen_over_its_original_and_that_over_the_other(store):
+    store.add_units([NewUnit("edit", [{"role": "user", "content": "q"}], ANSWERS)])
+    unit = store.unjudged("x", "edit")[0]
+    vote(store, Edit(0, "Run ip route show.", 2), unit=unit)
+    pairs = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in preference_rows(store)]
+    assert pairs == [("Run ip route.", "Reboot it."), ("Run ip route show.", "Run ip route.")]
+
+
+def test_reward_training_reads_the_database(store, tmp_path):
+    messages = [{"role": "user", "content": "And now?"}]
+    store.add_units([UNIT, NewUnit("pair", messages, ANSWERS, columns={"tools": [{"name": "t"}]})])
+    for unit, chosen in zip(store.unjudged("x"), (Choice(0, 2), Choice(None, tie="good")), strict=True):
+        vote(store, chosen, unit=unit, kind=f"human {unit.id}")
+    data, train, _ = load_preferences(str(tmp_path / "feedback.db"), heldout_fraction=0.0, seed=0)
+    assert [(p.prompt, p.chosen, p.margin, p.tie) for p in train] == [
+        (UNIT.prompt, "Run ip route.", 1.0, False),
+        ("And now?", "Run ip route.", 0.0, True),
+    ]
+    assert train[1].messages == tuple(messages)
+    assert train[1].chat_template_kwargs == {"tools": [{"name": "t"}]}
+    assert not data.notes or "unused" not in str(data.notes)
+    assert len(load_preferences(f"{tmp_path / 'feedback.db'}?weight=2", heldout_fraction=0.0, seed=0)[1]) == 4
+
+
+def test_a_database_without_votes_or_a_missing_one_is_an_error(store, tmp_path):
+    with pytest.raises(DataError, match="no votes"):
+        load_preferences(str(tmp_path / "feedback.db"), heldout_fraction=0.0, seed=0)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_preferences("runs/none.db", heldout_fraction=0.0, seed=0)
 
 
 # --- databases that can't be used -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType, NoneType
 from typing import Any
 
-from reinforcepp.commands.table import COMMANDS, Command
+from reinforcepp.commands.table import COMMANDS, Command, split_command
 from reinforcepp.config import read_yaml
 from reinforcepp.config.aliases import aliases_of, hint, layered, names_of, take_aliases
 from reinforcepp.config.foreign_names import foreign_hint
@@ -82,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print_output(_usage())
         return 0 if arguments else USAGE_ERROR
-    name, *rest = arguments
+    name, rest = split_command(arguments)
     if name == "--version":
         print_output(f"reinforcepp {import_module('reinforcepp').__version__}")
         return 0

@@ -165,7 +165,7 @@ def run_generate(config: GenerateConfig) -> None:
     """
     rows = _read_prompts(config)
     if config.output is None and config.reward_model is None and len(rows) == config.num_samples == 1:
-        with _started(config, rows) as (engine, prompts):
+        with started(config, rows) as (engine, prompts):
             show_growing(engine.stream(prompts[0], sampling_of(config)))
         return
     responses = _generate(config, rows)
@@ -194,7 +194,7 @@ def _generate(
             reward = load_judge(str(config.reward_model))
         elif config.reward_model is not None and reward is None:
             check_reward_folder(config.reward_model)
-        with _started(config, rows, model, processing_class) as (engine, prompts):
+        with started(config, rows, model, processing_class) as (engine, prompts):
             if config.reward_model is not None and reward is None:
                 reward = load_scorer(config.reward_model)
             completions = engine.generate(prompts, sampling_of(config, config.best_of or config.num_samples))
@@ -209,7 +209,7 @@ def _generate(
 
 
 @contextmanager
-def _started(
+def started(
     config: GenerateConfig,
     rows: Sequence[PromptRow],
     model: PreTrainedModel | None = None,

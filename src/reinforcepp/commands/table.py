@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -17,7 +17,7 @@ class Command:
     """One command of ``reinforcepp``.
 
     Attributes:
-        name: The word after ``reinforcepp``.
+        name: The word after ``reinforcepp``, or two words.
         config: Class of its configuration, from which flags and their help come.
         help: One-line description for ``reinforcepp --help``.
         function: Location of the code, as ``module:function`` below ``reinforcepp``. The function takes the configuration and
@@ -108,6 +108,33 @@ COMMANDS = {
             "commands.compare_estimators.command:run_compare_estimators",
         ),
         Command(
+            "label",
+            config.LabelConfig,
+            "collect human feedback on responses in a browser",
+            "commands.label.command:run_label",
+            ("models",),
+        ),
+        Command(
+            "label export",
+            config.LabelExportConfig,
+            "write the votes of a feedback database to a file",
+            "commands.label.transfer:run_export",
+            ("output",),
+        ),
+        Command(
+            "label import",
+            config.LabelImportConfig,
+            "add the votes in a file to a feedback database",
+            "commands.label.transfer:run_import",
+            ("data",),
+        ),
+        Command(
+            "label agreement",
+            config.LabelAgreementConfig,
+            "measure how much labelers and judges agree",
+            "commands.label.agreement:run_agreement",
+        ),
+        Command(
             "plan",
             config.PlanConfig,
             "estimate memory and time of a training before loading a model",
@@ -163,3 +190,9 @@ COMMANDS = {
         ),
     )
 }
+
+
+def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the command at the beginning of ``words``, which can be unknown, and its arguments."""
+    two = " ".join(words[:2])
+    return (two, list(words[2:])) if two in COMMANDS else (words[0], list(words[1:]))

@@ -18,6 +18,7 @@ from reinforcepp.config.inference import (
     ServeRewardConfig,
 )
 from reinforcepp.config.inspection import DoctorConfig, LintConfig, MigrateConfig, ReportConfig
+from reinforcepp.config.labeling import LabelAgreementConfig, LabelConfig, LabelExportConfig, LabelImportConfig
 from reinforcepp.config.plan import PlanConfig
 from reinforcepp.config.presets import DemoConfig, RecipesConfig
 from reinforcepp.config.reinforce import ReinforceConfig, RewardScoringConfig
@@ -39,6 +40,10 @@ __all__ = [
     "DoctorConfig",
     "ExportConfig",
     "GenerateConfig",
+    "LabelAgreementConfig",
+    "LabelConfig",
+    "LabelExportConfig",
+    "LabelImportConfig",
     "LintConfig",
     "MigrateConfig",
     "PlanConfig",

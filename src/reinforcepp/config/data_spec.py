@@ -2,6 +2,7 @@
 
 my.csv, data/*.jsonl, a folder           files, patterns and folders
 org/name, hub:name                       a dataset on the Hugging Face Hub; a file or folder with this name has priority
+feedback.db, postgresql://host/name      a database of reinforcepp label
 a,b                                      several of them
 NAME?weight=2&split=train                with options: weight, and for a dataset split, revision and subset
 """
@@ -25,6 +26,9 @@ _HUB = "hub:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 """File extensions that can be read."""
+DATABASE = ".db"
+"""File extension of a feedback database."""
+_SERVER = re.compile(r"postgresql(?:\+\w+)?:/+")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """Extensions of compressed files, after that of the format."""
 
@@ -44,9 +48,16 @@ class DataName:
     hub: bool = False
 
     @property
+    def database(self) -> str | None:
+        """The file or URL of the feedback database that the entry names, if it does."""
+        if server := _SERVER.match(self.name):
+            return f"postgresql://{self.name[server.end() :]}"
+        return self.name if self.name.lower().endswith(DATABASE) and not self.hub else None
+
+    @property
     def paths(self) -> list[Path]:
         """The files and folders that match the name, or the name itself if none match; empty for a Hub dataset."""
-        if self.hub:
+        if self.hub or _SERVER.match(self.name):
             return []
         try:
             matches = sorted(glob.glob(self.name)) if not os.path.exists(self.name) else []
@@ -98,7 +109,7 @@ def _is_hub(name: str) -> bool:
     return (
         not is_local
         and _HUB_NAME.fullmatch(name) is not None
-        and Path(name).suffix.lower() not in (*FILES, *COMPRESSED)
+        and Path(name).suffix.lower() not in (*FILES, *COMPRESSED, DATABASE)
     )
 
 

@@ -265,6 +265,10 @@ def _parts(name: DataName) -> Iterator[DataPart]:
     if name.hub:
         split = f"?split={name.split}" if name.split else ""
         yield DataPart(Path(name.name + split), name.weight, fetch(name))
+    if name.database:
+        rows = feedback_rows(name.database)
+        yield DataPart(Path(rows.name), name.weight, rows)
+        return
     for path in name.paths:
         try:
             files, note = _in_folder(path, name) if path.is_dir() else ([path], None)
@@ -272,6 +276,26 @@ def _parts(name: DataName) -> Iterator[DataPart]:
                 yield DataPart(file, name.weight, note=note)
         except OSError as error:
             raise _unreadable(path, error) from error
+
+
+def feedback_rows(name: str) -> GivenRows:
+    """Return the preference pairs in a feedback database.
+
+    Raises:
+        ConfigError: The database can't be read.
+        DataError: It has no pair.
+    """
+    from reinforcepp.data.feedback.preferences import training_rows
+    from reinforcepp.data.feedback.store import Store
+
+    store = Store(name, create=False)
+    try:
+        rows = list(training_rows(store))
+    finally:
+        store.close()
+    if not rows:
+        raise DataError(f"{store.name}: the database has no votes. Collect some with `reinforcepp label`.")
+    return GivenRows(store.name, rows)
 
 
 # --- files and folders ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -26,10 +26,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reinforcepp.data.feedback.votes import MAX_RATING
 from reinforcepp.errors import ReinforceError
-from reinforcepp.labeling.access import Access, Session, usable_name
+from reinforcepp.labeling.access import Access, Session, same, usable_name
+from reinforcepp.labeling.admin import admin_values
 from reinforcepp.labeling.forms import seconds_of, vote_of
 from reinforcepp.labeling.markdown import to_html
 from reinforcepp.labeling.queue import Assigned, Queue, UnitGone
+from reinforcepp.labeling.quality import measure
+from reinforcepp.reports import charts
 from reinforcepp.reports.html import STYLE, asset, environment
 from reinforcepp.terminal import logger
 
@@ -43,7 +46,12 @@ HEADERS = {
     "referrer-policy": "same-origin",  # With no-referrer, forms have no origin.
     "cross-origin-opener-policy": "same-origin",
 }
-STATIC = {"label.css": "text/css", "label.js": "text/javascript", "theme.js": "text/javascript"}
+CHART_POLICY = HEADERS["content-security-policy"].replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+"""Policy of the page with charts, whose legends have styles of their own."""
+STATIC = {
+    "label.css": "text/css",
+    **dict.fromkeys(("label.js", "theme.js", "uplot.js", "chart.js"), "text/javascript"),
+}
 
 log = logger(__name__)
 _templates = environment(FOLDER / "templates")
@@ -97,6 +105,8 @@ class LabelApp:
             Route("/logout", self._form(self.log_out), methods=["POST"]),
             Route("/vote", self._form(self.vote), methods=["POST"]),
             Route("/undo", self._form(self.undo), methods=["POST"]),
+            Route("/admin", self._threaded(self.admin)),
+            Route("/admin", self._form(self.invite), methods=["POST"]),
             Route("/static/{name}", self._threaded(self.static)),
             Route("/health", self._threaded(lambda request: Response("ok"))),
         ]
@@ -200,6 +210,37 @@ class LabelApp:
             raise Refused(401, "You are logged out. Log in again; votes that were confirmed are stored.")
         return session
 
+    # --- administration ---------------------------------------------------------------------------------------------
+
+    def admin(self, request: Request) -> Response:
+        """Show progress and agreement; the link with the token is turned into a session first."""
+        token = request.query_params.get("token", "")
+        if token and not self.access.too_many_failures(request) and same(token, self.access.admin_token):
+            response = RedirectResponse("/admin", 303)
+            self.access.start(response, request, admin=True)
+            return response
+        if token:
+            self.access.too_many_failures(request, failed=True)
+        return self._admin_page(request)
+
+    def invite(self, request: Request, fields: dict[str, str]) -> Response:
+        """Show the link of one labeler."""
+        name = usable_name(fields.get("name", ""))
+        if name is None:
+            return self._admin_page(request)
+        query = urlencode({"name": name, "token": self.access.labeler_token(name)})
+        return self._admin_page(request, name, f"{request.base_url}?{query}")
+
+    def _admin_page(self, request: Request, invited: str = "", link: str = "") -> Response:
+        session = self.access.session(request)
+        if session is None or not session.admin:
+            raise Refused(403, "This page is for the administrator. Open the link that reinforcepp label printed.")
+        values = admin_values(measure(self.queue.store))
+        scripts = ["uplot.js", "chart.js"]
+        response = self._page(request, "admin.html", invited=invited, link=link, scripts=scripts, **values)
+        response.headers["content-security-policy"] = CHART_POLICY
+        return response
+
     # --- plumbing ---------------------------------------------------------------------------------------------------
 
     def static(self, request: Request) -> Response:
@@ -280,7 +321,9 @@ class SecurityHeaders:
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, with_headers)
@@ -304,10 +347,11 @@ async def _read_form(request: Request) -> dict[str, str]:
 @cache
 def static_text(name: str) -> str:
     """Return the text of a file of ``STATIC``."""
-    if name == "theme.js":
-        return asset("static/theme.js")
+    shared = {"theme.js": asset("static/theme.js"), "uplot.js": charts.SCRIPTS[0], "chart.js": charts.SCRIPTS[1]}
+    if name in shared:
+        return shared[name]
     text = (FOLDER / "static" / name).read_text(encoding="utf-8")
-    return STYLE + text if name.endswith(".css") else text
+    return STYLE + charts.STYLE + text if name.endswith(".css") else text
 
 
 @cache

@@ -22,8 +22,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 
+from reinforcepp.config.labeling import MAX_ANSWERS, Task
 from reinforcepp.data.feedback import schema
-from reinforcepp.data.feedback.votes import MAX_ANSWERS, Skip, Task, Vote
+from reinforcepp.data.feedback.votes import Skip, Vote
 from reinforcepp.errors import ConfigError, DataError, first_line
 from reinforcepp.types import Conversation
 
@@ -32,6 +33,7 @@ SQLITE_BUSY_SECONDS = 30.0
 ADVISORY_LOCK = 0x1ABE1
 """Number of the lock that writing transactions take on PostgreSQL."""
 MAX_TOPIC_CHARACTERS = 200
+TEMPLATE_COLUMNS = ("chat_template_kwargs", "tools")
 MIGRATIONS = Path(__file__).parent / "migrations"
 WRITES = {"reinforcepp_writes": True}
 LabelerKind = Literal["human", "judge"]
@@ -103,6 +105,12 @@ class Unit:
     answers: tuple[Answer, ...]
     topic: str | None = None
     gold: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The prompt's variables of the chat template, as columns of a data file."""
+        return {name: self.columns[name] for name in TEMPLATE_COLUMNS if self.columns.get(name)}
 
 
 def database_url(name: str) -> URL:
@@ -191,6 +199,18 @@ class Store:
         """Add units in one transaction, and return how many are new: one with the same task on the same answers isn't."""
         with self.write() as db:
             return sum(_add_unit(db, each) for each in units)
+
+    def has_units(self) -> bool:
+        """Return whether there is any unit."""
+        with self.read() as db:
+            return db.execute(sa.select(schema.units.c.id).limit(1)).first() is not None
+
+    def answered(self, model: str, sampling: Mapping[str, Any]) -> set[str]:
+        """Return the :func:`prompt_digest` of the prompts to which ``model`` responded with these sampling parameters."""
+        a, p = schema.answers, schema.prompts
+        query = sa.select(p.c.digest, a.c.sampling).join(a, a.c.prompt_id == p.c.id).where(a.c.model == model)
+        with self.read() as db:
+            return {row.digest for row in db.execute(query) if row.sampling == dict(sampling)}
 
     def unit(self, unit_id: int) -> Unit:
         """Return a unit.
@@ -332,6 +352,11 @@ def digest(*parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
+def prompt_digest(prompt: Conversation, columns: Mapping[str, Any]) -> str:
+    """Return a hash of a prompt and its variables of the chat template."""
+    return digest(prompt, *(columns.get(name) or None for name in TEMPLATE_COLUMNS))
+
+
 def add_assignment(
     db: Connection,
     unit_id: int,
@@ -379,7 +404,7 @@ def units_by_id(db: Connection, ids: Sequence[int]) -> dict[int, Unit]:
     """Return units by id, in the order of ``ids``."""
     u, p, a, ua = schema.units, schema.prompts, schema.answers, schema.unit_answers
     wanted = (
-        sa.select(u.c.id, u.c.task, u.c.gold, p.c.prompt, p.c.topic, a.c.text, a.c.model, a.c.sampling, a.c.truncated)
+        sa.select(u.c.id, u.c.task, u.c.gold, p.c.prompt, p.c.topic, p.c.columns, a.c.text, a.c.model, a.c.sampling, a.c.truncated)
         .join(p, p.c.id == u.c.prompt_id)
         .join(ua, ua.c.unit_id == u.c.id)
         .join(a, a.c.id == ua.c.answer_id)
@@ -397,6 +422,7 @@ def units_by_id(db: Connection, ids: Sequence[int]) -> dict[int, Unit]:
             tuple(Answer(each.text, each.model, each.sampling, each.truncated) for each in parts),
             parts[0].topic,
             parts[0].gold,
+            parts[0].columns,
         )
         for unit_id, parts in rows.items()
         if parts
@@ -407,7 +433,7 @@ def _add_unit(db: Connection, unit: NewUnit) -> bool:
     p, a, u = schema.prompts, schema.answers, schema.units
     prompt = unit.prompt if isinstance(unit.prompt, str) else [dict(each) for each in unit.prompt]
     columns = json.loads(json.dumps(dict(unit.columns), default=str))
-    key = digest(prompt, columns.get("chat_template_kwargs"))
+    key = prompt_digest(prompt, columns)
     topic = clean(unit.topic)[:MAX_TOPIC_CHARACTERS] if unit.topic else None
     prompt_id = _find_or_add(db, p, key, prompt=prompt, topic=topic, columns=columns)
     ids = []

@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
+from reinforcepp.config.labeling import Task
 from reinforcepp.errors import DataError, shown
 
-Task = Literal["pair", "rank", "rate", "edit"]
-TASKS: tuple[Task, ...] = get_args(Task)
-MAX_ANSWERS = 5
+
 MAX_STRENGTH = 2
 """1 is better, 2 is much better."""
 MAX_RATING = 5

@@ -45,6 +45,7 @@
 
   // A page that waits for responses looks for them by itself.
   async function begin() {
+    mark();
     while (document.querySelector("main.waiting")) {
       await wait(RETRY_MILLISECONDS);
       const response = await fetch("/").catch(() => null);
@@ -69,19 +70,67 @@
   });
 
   function nameOf(event) {
+    if (event.ctrlKey || event.metaKey) return event.key === "Enter" ? "Control+Enter" : "";
     const digit = /^(?:Digit|Numpad)(\d)$/.exec(event.code)?.[1];
     if (digit) return event.shiftKey ? `Shift+${digit}` : digit;
     return event.key.length === 1 ? event.key.toLowerCase() : event.key;
   }
 
+  // Rates the first criterion without a rating. "Backspace" takes the last rating or rank back.
+  function rate(name) {
+    const ratings = [...document.querySelectorAll(".rating")];
+    const open = ratings.findIndex((each) => !each.querySelector(":checked"));
+    if (name === "Backspace") {
+      const last = ratings[(open < 0 ? ratings.length : open) - 1]?.querySelector(":checked");
+      if (last) last.checked = false;
+    } else {
+      const chosen = ratings[open]?.querySelector(`[value="${name}"]`);
+      if (chosen) chosen.checked = true;
+    }
+    mark();
+  }
+
+  function rank(name) {
+    const selects = [...document.querySelectorAll(".ranking select")];
+    const next = 1 + Math.max(0, ...selects.map((each) => Number(each.value)));
+    if (name === "Backspace") selects.filter((each) => Number(each.value) === next - 1).forEach((each) => (each.value = ""));
+    else if (!selects[name - 1].value) selects[name - 1].value = next;
+  }
+
+  function mark() {
+    document.querySelector(".rating.next")?.classList.remove("next");
+    const open = [...document.querySelectorAll(".rating")].find((each) => !each.querySelector(":checked"));
+    open?.classList.add("next");
+    open?.scrollIntoView({ block: "nearest" });
+  }
+
+  function edit(summary) {
+    const details = summary.parentElement;
+    document.querySelectorAll("details.edit[open]").forEach((each) => (each.open = each === details));
+    details.open = true;
+    details.querySelector("textarea").focus();
+  }
+
+  function press(name) {
+    const task = document.getElementById("vote")?.className;
+    if (task === "rate" && /^([1-5]|Backspace)$/.test(name)) return rate(name);
+    const ranked = document.querySelectorAll(".ranking select").length;
+    if (task === "rank" && (name === "Backspace" || (name >= "1" && name <= String(ranked)))) return rank(name);
+    const found = [...document.querySelectorAll("[data-key]")].filter((each) => each.dataset.key === name);
+    const target = found.find((each) => each.checkVisibility());
+    if (!target) return false; // The browser handles the key.
+    if (target.matches("summary")) edit(target);
+    else target.click();
+  }
+
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-    if (event.target.matches("textarea, input:not([type=radio])")) return;
     const name = nameOf(event);
-    const button = [...document.querySelectorAll("[data-key]")].find((each) => each.dataset.key === name);
-    if (!button) return;
-    event.preventDefault();
-    button.click();
+    if (!name || event.altKey || event.repeat) return;
+    const writes = event.target.matches("textarea, input:not([type=radio]), select");
+    if (writes && name !== "Control+Enter") return;
+    if (event.target.matches("button, a, summary") && ["Enter", " "].includes(name)) return;
+    if (press(name) !== false) event.preventDefault();
   });
+  document.addEventListener("change", mark);
   begin();
 })();

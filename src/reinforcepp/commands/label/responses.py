@@ -1,0 +1,183 @@
+"""The responses that ``label`` shows: those of a file, or of models that generate them in the background."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from reinforcepp.commands.generate import load_scorer, sampling_of, started
+from reinforcepp.config import GenerateConfig, LabelConfig
+from reinforcepp.data import PromptRow, load_prompts
+from reinforcepp.data.feedback import Answer, NewUnit, Store
+from reinforcepp.data.feedback.answer_files import TOPICS, Answered, read_answers
+from reinforcepp.data.feedback.store import prompt_digest
+from reinforcepp.labeling.generation import BackgroundGeneration
+from reinforcepp.labeling.units import Score, gold_units, make_units
+from reinforcepp.rewards.trained import TrainedReward, check_reward_folder
+from reinforcepp.terminal import echo
+
+
+def add_from_file(config: LabelConfig, store: Store) -> None:
+    """Add the responses in ``config.data``.
+
+    Raises:
+        ReinforceError: The file has no responses, or a reward model can't be loaded.
+    """
+    answered = read_answers(str(config.data))
+    if 0 < config.max_prompts < len(answered):
+        answered = random.Random(config.seed).sample(answered, config.max_prompts)
+    units = _units(config, answered, load_scores(config))
+    skipped = len(answered) - len(units)
+    added = store.add_units(units)
+    echo(
+        f"{config.data}: {added} new units; {len(units) - added} are in the database already"
+        + (f"; skipped {skipped} prompts with too few different responses" if skipped else "")
+        + "."
+    )
+
+
+def add_gold(config: LabelConfig, store: Store) -> None:
+    """Add the pairs in ``config.gold``, which test the labelers.
+
+    Raises:
+        DataError: The file has no preference pairs.
+    """
+    if config.gold is not None:
+        store.add_units(gold_units(read_answers(config.gold), config.seed))
+
+
+@contextmanager
+def generation(config: LabelConfig, store: Store) -> Iterator[BackgroundGeneration]:
+    """Load the models, and yield the generation of their responses, which has yet to be started.
+
+    Raises:
+        ReinforceError: The prompts, a model or a reward model can't be used.
+    """
+    rows = _prompts(config, store)
+    slots = Counter(
+        (config.models[i % len(config.models)], config.temperature[i % len(config.temperature)])
+        for i in range(config.answers_per_prompt)
+    )
+    scores = load_scores(config)
+    with ExitStack() as stack:
+        engines = {}
+        for model in config.models if rows else ():
+            settings = _settings(config, model, config.temperature[0])
+            engines[model] = stack.enter_context(started(settings, rows))
+
+        def respond(indices: Sequence[int]) -> list[NewUnit]:
+            answers: dict[int, list[Answer]] = {index: [] for index in indices}
+            for (model, temperature), number in slots.items():
+                engine, prompts = engines[model]
+                sampling = sampling_of(_settings(config, model, temperature), number)
+                completions = engine.generate([prompts[index] for index in indices], sampling)
+                for completion in completions:
+                    answers[completion.prompt.key].append(
+                        Answer(completion.text, model, parameters(config, temperature), completion.finish_reason == "length")
+                    )
+            return _units(config, [_answered(rows[index], answers[index]) for index in indices], scores)
+
+        made = BackgroundGeneration(store, rows, respond)
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+def parameters(config: LabelConfig, temperature: float) -> dict[str, float]:
+    """Return the sampling parameters that are stored with a response."""
+    return {
+        "temperature": temperature,
+        "top_p": config.top_p,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+    }
+
+
+def load_scores(config: LabelConfig) -> list[Score]:
+    """Load the reward models for ``select uncertain``; none otherwise.
+
+    Raises:
+        ModelError: A reward model can't be loaded.
+    """
+    for name in config.reward_model:
+        check_reward_folder(name)
+    return [_score(load_scorer(name)) for name in config.reward_model]
+
+
+def _score(reward: TrainedReward) -> Score:
+    def score(answered: Sequence[Answered]) -> list[list[float]]:
+        flat = [(each, answer) for each in answered for answer in each.answers]
+        scores = iter(
+            reward(
+                [str(each.prompt) for each, _ in flat],
+                [answer.text for _, answer in flat],
+                conversations=[
+                    [{"role": "user", "content": each.prompt}] if isinstance(each.prompt, str) else list(each.prompt)
+                    for each, _ in flat
+                ],
+            )
+            if flat
+            else []
+        )
+        return [[next(scores) for _ in each.answers] for each in answered]
+
+    return score
+
+
+def _units(config: LabelConfig, answered: Sequence[Answered], scores: Sequence[Score]) -> list[NewUnit]:
+    return make_units(
+        answered,
+        config.task,
+        num_answers=config.answers_per_prompt,
+        overlap=config.overlap,
+        seed=config.seed,
+        scores=scores,
+    )
+
+
+def _prompts(config: LabelConfig, store: Store) -> list[PromptRow]:
+    """Return the prompts without responses by these models with these sampling parameters, in random order."""
+    data, seen, heldout = load_prompts(config.data or "builtin:network", heldout_fraction=0.0, seed=config.seed)
+    echo(data.summary())
+    rows = [*seen, *heldout]
+    random.Random(config.seed).shuffle(rows)
+    rows = rows[: config.max_prompts or None]
+    done = [
+        store.answered(model, parameters(config, temperature))
+        for model in config.models
+        for temperature in config.temperature
+    ]
+    known = set.intersection(*done) if done else set()
+    return [row for row in rows if _digest(row) not in known]
+
+
+def _digest(row: PromptRow) -> str:
+    return prompt_digest(_prompt(row), row.columns)
+
+
+def _prompt(row: PromptRow) -> str | list[dict[str, object]]:
+    return [dict(each) for each in row.messages] or row.prompt
+
+
+def _answered(row: PromptRow, answers: Sequence[Answer]) -> Answered:
+    distinct = {each.text.strip(): each for each in answers if each.text.strip()}
+    topic = next((str(row.columns[name]) for name in TOPICS if row.columns.get(name)), None)
+    return Answered(_prompt(row), tuple(distinct.values()), False, topic, row.columns)
+
+
+def _settings(config: LabelConfig, model: str, temperature: float) -> GenerateConfig:
+    return GenerateConfig(
+        model=model,
+        max_new_tokens=config.max_new_tokens,
+        temperature=temperature,
+        top_p=config.top_p,
+        top_k=0,
+        seed=config.seed,
+        engine=config.engine,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        use_cpu=config.use_cpu,
+    )
