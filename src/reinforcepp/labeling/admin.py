@@ -12,7 +12,16 @@ from reinforcepp.labeling.quality import ALL, LabelerQuality, Quality, Share
 from reinforcepp.monitoring.live_view import duration
 from reinforcepp.reports.charts import Bars, Line, bar_chart, line_chart
 
-LABELER_TITLES = ("labeler", "votes", "skipped", "median time", "gold right", "same on repeats", "first better", "alpha")
+LABELER_TITLES = (
+    "labeler",
+    "votes",
+    "skipped",
+    "median time",
+    "gold right",
+    "same on repeats",
+    "first better",
+    "alpha",
+)
 MAX_POINTS = 400
 
 
@@ -67,7 +76,9 @@ def _charts(quality: Quality) -> list[Markup]:
         start, step = quality.times[0], -(-len(quality.times) // MAX_POINTS)
         counts = list(enumerate(quality.times, 1))[step - 1 :: step]
         line = Line("votes", [(each - start) / 60 for _, each in counts], [float(count) for count, _ in counts])
-        drawn.append(line_chart("Votes over time", [line], x_name="minutes", smooth=False, note="of all people, since the first"))
+        drawn.append(
+            line_chart("Votes over time", [line], x_name="minutes", smooth=False, note="of all people, since the first")
+        )
     if people:
         names = [each.name for each in people]
         drawn.append(bar_chart("Votes by labeler", names, [Bars("votes", [float(each.votes) for each in people])]))
@@ -79,5 +90,7 @@ def _charts(quality: Quality) -> list[Markup]:
     topics = Counter({name: value for name, value in quality.alpha.items() if value is not None and name != ALL})
     if topics:
         values = [Bars("alpha", list(topics.values()))]
-        drawn.append(bar_chart("Agreement by topic", list(topics), values, note="Krippendorff's alpha, 1 is perfect, 0 chance"))
+        drawn.append(
+            bar_chart("Agreement by topic", list(topics), values, note="Krippendorff's alpha, 1 is perfect, 0 chance")
+        )
     return drawn

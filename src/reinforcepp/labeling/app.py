@@ -24,7 +24,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from reinforcepp.data.feedback.votes import MAX_RATING
+from reinforcepp.data.feedback import Choice, Edit, Ranking, Skip, parse_vote
+from reinforcepp.data.feedback.votes import MAX_RATING, reordered
 from reinforcepp.errors import ReinforceError
 from reinforcepp.labeling.access import Access, Session, same, usable_name
 from reinforcepp.labeling.admin import admin_values
@@ -294,20 +295,24 @@ class LabelApp:
 
 
 def shown_vote(assigned: Assigned) -> dict[str, str]:
-    """Return the vote that was taken back as fields of the form, by the numbers on the page."""
-    value, shown = assigned.previous or {}, {position: str(i) for i, position in enumerate(assigned.order, 1)}
-    if value.get("skip"):
+    """Return the vote that was taken back as fields of the form."""
+    if assigned.previous is None:
+        return {}
+    shown = [assigned.order.index(position) for position in range(len(assigned.order))]
+    vote = reordered(parse_vote(assigned.unit.task, len(shown), assigned.previous), shown)
+    if isinstance(vote, Skip):
         return {"choice": "skip"}
-    if "tie" in value:
-        return {"choice": value["tie"]}
-    fields = {f"rank_{shown[i]}": str(rank) for i, rank in enumerate(value.get("ranks", ()))}
-    for i, ratings in enumerate(value.get("ratings", ())):
-        fields |= {f"rating_{shown[i]}_{name}": str(number) for name, number in ratings.items()}
-    if "better" in value:
-        number = shown[value["better"]]
-        fields["choice"] = number + ("+" if value.get("strength") == 2 else "")
-        fields |= {f"text_{number}": value["text"]} if "text" in value else {}
-    return fields
+    if isinstance(vote, Choice):
+        return {"choice": str(vote.tie if vote.better is None else vote.better + 1) + "+" * (vote.strength - 1)}
+    if isinstance(vote, Edit):
+        return {"choice": str(vote.better + 1), f"text_{vote.better + 1}": vote.text}
+    if isinstance(vote, Ranking):
+        return {f"rank_{number}": str(rank) for number, rank in enumerate(vote.ranks, 1)}
+    return {
+        f"rating_{number}_{name}": str(rating)
+        for number, ratings in enumerate(vote.ratings, 1)
+        for name, rating in ratings.items()
+    }
 
 
 class SecurityHeaders:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from reinforcepp.data.feedback.votes import Vote, parse_vote
+from reinforcepp.data.feedback.votes import Vote, parse_vote, reordered
 from reinforcepp.errors import DataError
 
 MAX_SECONDS = 86_400.0
@@ -26,24 +26,25 @@ def vote_of(task: str, order: Sequence[int], fields: Mapping[str, str], criteria
         DataError: The form isn't complete.
     """
     choice = fields.get("choice", "")
-    if choice == "skip":
-        return parse_vote(task, len(order), {"skip": True})
-    positions = {str(shown): position for shown, position in enumerate(order, 1)}
+    numbers = range(1, len(order) + 1)
     try:
-        if task == "pair" and choice in ("good", "bad"):
-            value: dict[str, object] = {"tie": choice}
+        if choice == "skip":
+            value: dict[str, object] = {"skip": True}
+        elif task == "pair" and choice in ("good", "bad"):
+            value = {"tie": choice}
         elif task == "pair":
-            value = {"better": positions[choice.removesuffix("+")], "strength": 1 + choice.endswith("+")}
+            value = {"better": int(choice.removesuffix("+")) - 1, "strength": 1 + choice.endswith("+")}
         elif task == "edit":
-            value = {"better": positions[choice], "text": fields[f"text_{choice}"].replace("\r\n", "\n")}
+            value = {"better": int(choice) - 1, "text": fields[f"text_{choice}"].replace("\r\n", "\n")}
         elif task == "rank":
-            value = {"ranks": _in_order(positions, [int(fields[f"rank_{shown}"]) for shown in positions])}
+            value = {"ranks": [int(fields[f"rank_{number}"]) for number in numbers]}
         else:
-            ratings = [{name: int(fields[f"rating_{shown}_{name}"]) for name in criteria} for shown in positions]
-            value = {"ratings": _in_order(positions, ratings)}
+            value = {
+                "ratings": [{name: int(fields[f"rating_{number}_{name}"]) for name in criteria} for number in numbers]
+            }
     except (KeyError, ValueError):
         raise DataError(MISSING[task]) from None
-    return parse_vote(task, len(order), value, criteria)
+    return reordered(parse_vote(task, len(order), value, criteria), order)
 
 
 MISSING = {
@@ -61,9 +62,3 @@ def seconds_of(fields: Mapping[str, str]) -> float:
     except ValueError:
         return MAX_SECONDS
     return seconds if math.isfinite(seconds) and seconds > 0 else MAX_SECONDS
-
-
-def _in_order(positions: Mapping[str, int], shown: Sequence[object]) -> list[object]:
-    """Return values by position from values in the order of the page."""
-    by_position = dict(zip(positions.values(), shown, strict=True))
-    return [by_position[position] for position in sorted(by_position)]

@@ -102,7 +102,8 @@ def measure(store: Store) -> Quality:
     by_topic = {topic: [case for each, case in cases if each == topic] for topic in topics}
     return Quality(
         tuple(_labeler(name, kinds[name], casts[name], cases, people) for name in sorted(casts)),
-        {ALL: _alpha((case for _, case in cases), people)} | {name: _alpha(each, people) for name, each in by_topic.items()},
+        {ALL: _alpha((case for _, case in cases), people)}
+        | {name: _alpha(each, people) for name, each in by_topic.items()},
         {name: _judge(name, cases, people) for name in sorted(kinds.keys() - people)},
         _progress(store),
         sorted(times),
@@ -141,7 +142,9 @@ def _labeler(
         if unit.gold is not None
     ]
     by_unit = [list(group) for _, group in groupby((each for _, each in voted), key=lambda each: each.unit_id)]
-    repeats = [_signs(group[0]) == _signs(group[-1]) for group in by_unit if {each.repeat for each in group} == {False, True}]
+    repeats = [
+        _signs(group[0]) == _signs(group[-1]) for group in by_unit if {each.repeat for each in group} == {False, True}
+    ]
     first = [
         each.vote.better == each.order[0]
         for _, each in voted

@@ -78,7 +78,8 @@ def _announce(config: LabelConfig, access: Access, port: int) -> None:
     print_output(f"Progress and agreement: {base}/admin?{urlencode({'token': access.admin_token})}")
     if not access.open_to_all:
         echo(
-            "Everybody with the first link can label. The server has no encryption: use a network that you trust.", "yellow"
+            "Everybody with the first link can label. The server has no encryption: use a network that you trust.",
+            "yellow",
         )
     echo("To stop, press Ctrl-C. Votes are stored at once.")
     has_display = sys.platform in ("darwin", "win32") or bool(

@@ -75,7 +75,12 @@ def generation(config: LabelConfig, store: Store) -> Iterator[BackgroundGenerati
                 completions = engine.generate([prompts[index] for index in indices], sampling)
                 for completion in completions:
                     answers[completion.prompt.key].append(
-                        Answer(completion.text, model, parameters(config, temperature), completion.finish_reason == "length")
+                        Answer(
+                            completion.text,
+                            model,
+                            parameters(config, temperature),
+                            completion.finish_reason == "length",
+                        )
                     )
             return _units(config, [_answered(rows[index], answers[index]) for index in indices], scores)
 

@@ -122,4 +122,7 @@ def _text(cell: Any) -> str:
 
 def _distinct(answers: Iterable[Answer]) -> tuple[Answer, ...]:
     """Return the answers with different texts that aren't blank."""
-    return tuple({each.text.strip(): each for each in reversed(list(answers)) if each.text.strip()}.values())[::-1]
+    found: dict[str, Answer] = {}
+    for each in answers:
+        found.setdefault(each.text.strip(), each)
+    return tuple(each for text, each in found.items() if text)

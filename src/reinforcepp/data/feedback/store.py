@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 
 from reinforcepp.config.labeling import MAX_ANSWERS, Task
 from reinforcepp.data.feedback import schema
-from reinforcepp.data.feedback.votes import Skip, Vote
+from reinforcepp.data.feedback.votes import Skip, Vote, reordered
 from reinforcepp.errors import ConfigError, DataError, first_line
 from reinforcepp.types import Conversation
 
@@ -274,13 +274,27 @@ class Store:
             seconds: Time of the requests.
             details: JSON for people: model, rubric, explanation, the votes by order.
         """
-        labeler, now = self.labeler(judge, "judge"), time.time()
-        a = schema.assignments
+        labeler = self.labeler(judge, "judge")
         with self.write() as db:
-            found = db.execute(sa.select(a.c.id).where(a.c.unit_id == unit_id, a.c.labeler_id == labeler)).scalar()
-            if found is None:
-                found = add_assignment(db, unit_id, labeler, order=(), now=now, leased_until=now)
-            put_vote(db, found, vote, seconds=seconds, now=now, details=details)
+            _put_outside_vote(db, labeler, unit_id, vote, seconds, details)
+
+    def add_votes(self, votes: Sequence[tuple[NewUnit, str, Vote, float]]) -> int:
+        """Store votes that were made elsewhere, with their units, and return how many units are new.
+
+        Args:
+            votes: Unit, name of the person, vote by the positions of its answers, and time in seconds.
+
+        Raises:
+            DataError: A name belongs to a judge.
+        """
+        labelers = {name: self.labeler(name) for name in dict.fromkeys(name for _, name, _, _ in votes)}
+        with self.write() as db:
+            added = 0
+            for unit, name, vote, seconds in votes:
+                added += _add_unit(db, unit)
+                unit_id, positions = _find_unit(db, unit)
+                _put_outside_vote(db, labelers[name], unit_id, reordered(vote, positions), seconds, None)
+        return added
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -404,7 +418,18 @@ def units_by_id(db: Connection, ids: Sequence[int]) -> dict[int, Unit]:
     """Return units by id, in the order of ``ids``."""
     u, p, a, ua = schema.units, schema.prompts, schema.answers, schema.unit_answers
     wanted = (
-        sa.select(u.c.id, u.c.task, u.c.gold, p.c.prompt, p.c.topic, p.c.columns, a.c.text, a.c.model, a.c.sampling, a.c.truncated)
+        sa.select(
+            u.c.id,
+            u.c.task,
+            u.c.gold,
+            p.c.prompt,
+            p.c.topic,
+            p.c.columns,
+            a.c.text,
+            a.c.model,
+            a.c.sampling,
+            a.c.truncated,
+        )
         .join(p, p.c.id == u.c.prompt_id)
         .join(ua, ua.c.unit_id == u.c.id)
         .join(a, a.c.id == ua.c.answer_id)
@@ -457,6 +482,34 @@ def _add_unit(db: Connection, unit: NewUnit) -> bool:
     positions = [{"unit_id": unit_id, "position": i, "answer_id": each} for i, each in enumerate(ids)]
     db.execute(schema.unit_answers.insert(), positions)
     return True
+
+
+def _find_unit(db: Connection, unit: NewUnit) -> tuple[int, list[int]]:
+    """Return the id of a unit that the database has, and the position there of each of the answers of ``unit``."""
+    u, a, ua, p = schema.units, schema.answers, schema.unit_answers, schema.prompts
+    prompt = unit.prompt if isinstance(unit.prompt, str) else [dict(each) for each in unit.prompt]
+    wanted = sa.and_(p.c.digest == prompt_digest(prompt, unit.columns), a.c.prompt_id == p.c.id)
+    keys = [digest(clean(each.text)) for each in unit.answers]
+    ids = {
+        row.digest: row.id
+        for row in db.execute(sa.select(a.c.id, a.c.digest).join(p, wanted).where(a.c.digest.in_(keys)))
+    }
+    found = digest(unit.task, sorted(ids[key] for key in keys))
+    unit_id = db.execute(sa.select(u.c.id).where(u.c.digest == found)).scalar_one()
+    places = db.execute(sa.select(ua.c.answer_id, ua.c.position).where(ua.c.unit_id == unit_id))
+    by_answer = {row.answer_id: row.position for row in places}
+    return unit_id, [by_answer[ids[key]] for key in keys]
+
+
+def _put_outside_vote(
+    db: Connection, labeler: int, unit_id: int, vote: Vote, seconds: float, details: Mapping[str, Any] | None
+) -> None:
+    """Store a vote that wasn't made on the page."""
+    a, now = schema.assignments, time.time()
+    found = db.execute(sa.select(a.c.id).where(a.c.unit_id == unit_id, a.c.labeler_id == labeler, ~a.c.repeat)).scalar()
+    if found is None:
+        found = add_assignment(db, unit_id, labeler, order=(), now=now, leased_until=now)
+    put_vote(db, found, vote, seconds=seconds, now=now, details=details)
 
 
 def _find_or_add(db: Connection, table: sa.Table, key: str, **values: Any) -> int:

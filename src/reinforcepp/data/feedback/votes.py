@@ -13,15 +13,16 @@ Answers are numbered from 0 by their position in the unit, whatever the order on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from reinforcepp.config.labeling import Task
 from reinforcepp.errors import DataError, shown
 
 
+T = TypeVar("T")
 MAX_STRENGTH = 2
 """1 is better, 2 is much better."""
 MAX_RATING = 5
@@ -148,12 +149,27 @@ def parse_vote(task: str, num_answers: int, value: Any, criteria: Sequence[str] 
     return vote
 
 
+def reordered(vote: Vote, positions: Sequence[int]) -> Vote:
+    """Return a vote on answers in another order: ``positions`` holds the new position of each answer."""
+
+    def moved(values: Sequence[T]) -> tuple[T, ...]:
+        return tuple(value for _, value in sorted(zip(positions, values, strict=True), key=lambda each: each[0]))
+
+    if isinstance(vote, Choice) and vote.better is not None:
+        return replace(vote, better=positions[vote.better])
+    if isinstance(vote, Edit):
+        return replace(vote, better=positions[vote.better])
+    if isinstance(vote, Ranking):
+        return Ranking(moved(vote.ranks))
+    return Ratings(moved(vote.ratings)) if isinstance(vote, Ratings) else vote
+
+
 def _parse(task: str, num_answers: int, value: Any, criteria: Sequence[str]) -> Vote | None:
     if value.get("skip") is True:
         return Skip()
     if task == "pair" and "tie" in value:
         return Choice(None, tie=value["tie"]) if value["tie"] in ("good", "bad") else None
-    if task == "pair":
+    if task == "pair" and num_answers == 2:
         strength = value.get("strength", 1)
         return Choice(_at(value["better"], num_answers), _at(strength, MAX_STRENGTH + 1, least=1))
     if task == "rank" and len(value["ranks"]) == num_answers:
