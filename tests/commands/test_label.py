@@ -55,19 +55,14 @@ def test_an_export_trains_like_the_database(database, tmp_path, suffix):
     settings = {"heldout_fraction": 0.0, "seed": 0}
 
     def pairs(source):
-        return [
-            (
-                each.conversation if isinstance(each.conversation, str) else [dict(m) for m in each.conversation],
-                each.chosen,
-            )
-            + (each.rejected, each.margin, each.tie)
-            for each in load_preferences(str(source), **settings)[1]
-        ]
+        found = load_preferences(str(source), **settings)[1]
+        prompts = [list(map(dict, each.messages)) or each.prompt for each in found]
+        return [(p, each.chosen, each.rejected, each.margin, each.tie) for p, each in zip(prompts, found, strict=True)]
 
     wanted = pairs(database)
     assert len(wanted) == 8
     if suffix == ".parquet":
-        wanted = [([{"role": "user", "content": p}] if isinstance(p, str) else p, *more) for p, *more in wanted]
+        wanted = [([{"role": "user", "content": p}] if isinstance(p, str) else p, *more) for (p, *more) in wanted]
     assert pairs(output) == wanted
 
 
@@ -170,7 +165,7 @@ def test_mistakes_are_one_line_errors(words, problem, tmp_path, monkeypatch, cap
     (tmp_path / "prompts.csv").write_text("prompt\nWhat is DNS?\n")
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
     assert run(*words.split()) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert problem in err
     assert "Traceback" not in err
 

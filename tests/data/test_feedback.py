@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from reinforcepp.data.feedback import Answer, Choice, Edit, NewUnit, Ranking, Ratings, Skip, Store, parse_vote, schema
 from reinforcepp.data.feedback.preferences import preference_rows
-from reinforcepp.data.feedback.store import add_assignment, put_vote
+from reinforcepp.data.feedback.records import add_assignment, put_vote
 from reinforcepp.data.loading import load_preferences
 from reinforcepp.errors import ConfigError, DataError
 

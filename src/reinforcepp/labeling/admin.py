@@ -23,6 +23,7 @@ LABELER_TITLES = (
     "alpha",
 )
 MAX_POINTS = 400
+NOTHING = "-"
 
 
 def admin_values(quality: Quality) -> dict[str, Any]:
@@ -40,19 +41,19 @@ def admin_values(quality: Quality) -> dict[str, Any]:
 def labeler_row(each: LabelerQuality) -> list[str]:
     """Return the measurements of a labeler as cells under ``LABELER_TITLES``."""
     name = each.name if each.kind == "human" else f"{each.name} ({each.kind})"
-    seconds = "–" if each.seconds is None else f"{each.seconds:.0f} s"
+    seconds = NOTHING if each.seconds is None else f"{each.seconds:.0f} s"
     shares = [share(value) for value in (each.gold, each.repeats, each.first)]
     return [name, str(each.votes), str(each.skipped), seconds, *shares, shown(each.alpha)]
 
 
 def share(value: Share) -> str:
     """Return a share as text, with the counts: small ones prove little."""
-    return "–" if value.value is None else f"{value.value:.0%} ({value.count}/{value.total})"
+    return NOTHING if value.value is None else f"{value.value:.0%} ({value.count}/{value.total})"
 
 
 def shown(value: float | None) -> str:
     """Return a number, or a dash."""
-    return "–" if value is None else f"{value:.2f}"
+    return NOTHING if value is None else f"{value:.2f}"
 
 
 def _facts(quality: Quality) -> list[tuple[str, str]]:
@@ -64,7 +65,7 @@ def _facts(quality: Quality) -> list[tuple[str, str]]:
         ("Units labeled", f"{quality.units.count} of {quality.units.total}"),
         ("Votes", str(sum(each.votes for each in people))),
         ("Labelers", str(len(people))),
-        ("Time left at the present speed", duration(seconds_left) if seconds_left and left else "–"),
+        ("Time left at the present speed", duration(seconds_left) if seconds_left and left else NOTHING),
         ("Krippendorff's alpha", shown(quality.alpha[ALL])),
     ]
 

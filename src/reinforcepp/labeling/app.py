@@ -31,8 +31,8 @@ from reinforcepp.labeling.access import Access, Session, same, usable_name
 from reinforcepp.labeling.admin import admin_values
 from reinforcepp.labeling.forms import seconds_of, vote_of
 from reinforcepp.labeling.markdown import to_html
-from reinforcepp.labeling.queue import Assigned, Queue, UnitGone
 from reinforcepp.labeling.quality import measure
+from reinforcepp.labeling.queue import Assigned, Queue, UnitGone
 from reinforcepp.reports import charts
 from reinforcepp.reports.html import STYLE, asset, environment
 from reinforcepp.terminal import logger

@@ -17,10 +17,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
+from reinforcepp.data.feedback.records import Unit, add_assignment, put_vote, units_by_id
 from reinforcepp.data.feedback.schema import assignments as a
 from reinforcepp.data.feedback.schema import labelers, unit_answers, votes
 from reinforcepp.data.feedback.schema import units as u
-from reinforcepp.data.feedback.store import Store, Unit, add_assignment, put_vote, units_by_id
+from reinforcepp.data.feedback.store import Store
 from reinforcepp.data.feedback.votes import Vote
 
 LEASE_SECONDS = 1800.0

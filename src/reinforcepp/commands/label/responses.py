@@ -12,7 +12,7 @@ from reinforcepp.config import GenerateConfig, LabelConfig
 from reinforcepp.data import PromptRow, load_prompts
 from reinforcepp.data.feedback import Answer, NewUnit, Store
 from reinforcepp.data.feedback.answer_files import TOPICS, Answered, read_answers
-from reinforcepp.data.feedback.store import prompt_digest
+from reinforcepp.data.feedback.records import prompt_digest
 from reinforcepp.labeling.generation import BackgroundGeneration
 from reinforcepp.labeling.units import Score, gold_units, make_units
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder

@@ -119,20 +119,16 @@ def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     if any(isinstance(row["prompt"], list) for row in rows):
-        rows = [
-            row
-            | {
-                name: [{"role": role, "content": row[name]}]
-                for name, role in roles.items()
-                if isinstance(row[name], str)
-            }
-            for row in rows
-        ]
+        rows = [{**row, **_as_messages(row, roles)} for row in rows]
     names = _names(rows)
     table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(table, sink)
     return sink.getvalue().to_pybytes()
+
+
+def _as_messages(row: Mapping[str, Any], roles: Mapping[str, str]) -> dict[str, Any]:
+    return {name: [{"role": role, "content": row[name]}] for name, role in roles.items() if isinstance(row[name], str)}
 
 
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:

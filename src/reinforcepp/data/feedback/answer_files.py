@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reinforcepp.data.columns import COMPLETIONS, ColumnNames
-from reinforcepp.data.feedback.store import TEMPLATE_COLUMNS, Answer
+from reinforcepp.data.feedback.records import TEMPLATE_COLUMNS, Answer
 from reinforcepp.data.messages import UnusableCell, parse_content
 from reinforcepp.data.rows import Row
 from reinforcepp.data.sources import RowSource

@@ -18,7 +18,7 @@ from typing import Any
 
 from reinforcepp.data.columns import PROMPTS
 from reinforcepp.data.feedback.preferences import Cast
-from reinforcepp.data.feedback.store import Answer, NewUnit, Unit
+from reinforcepp.data.feedback.records import Answer, NewUnit, Unit
 from reinforcepp.data.feedback.votes import Choice, Edit, Ranking, Ratings, Skip, Vote, parse_vote
 from reinforcepp.data.messages import UnusableCell, conversation_text, parse_content
 from reinforcepp.errors import DataError

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from reinforcepp.data.feedback import schema
-from reinforcepp.data.feedback.store import Answer, Store, Unit, units_by_id
+from reinforcepp.data.feedback.records import Answer, Unit, units_by_id
+from reinforcepp.data.feedback.store import Store
 from reinforcepp.data.feedback.votes import MAX_STRENGTH, Edit, Ratings, Vote, parse_vote
 from reinforcepp.types import Conversation
 

@@ -18,9 +18,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from reinforcepp.config.labeling import Task
 from reinforcepp.errors import DataError, shown
-
 
 T = TypeVar("T")
 MAX_STRENGTH = 2
