@@ -83,6 +83,7 @@ ZERO_IS_FINE = {
     "plan": {*TRAINING, "gpus"},
     "lint": {"seed", "heldout_fraction"},
     "serve": set(),
+    "label": {"gold_every", "repeat_every", "port", "max_prompts", "seed"},
     "report": {"samples"},
     "serve-reward": {"port"},
     "demo": {"seed"},
@@ -109,7 +110,8 @@ def refusal(verb: str, **settings) -> str:
 
 
 def test_the_lists_of_numeric_settings_are_not_empty():
-    assert {verb for verb, _ in NUMBERS} == set(COMMANDS) - {"doctor", "export", "migrate", "push", "recipes"}
+    without = {"doctor", "export", "migrate", "push", "recipes", "label export", "label import", "label agreement"}
+    assert {verb for verb, _ in NUMBERS} == set(COMMANDS) - without
     assert ("train", "learning_rate") in FLOATS
     assert ("train", "gradient_accumulation_steps") in NUMBERS
     assert ("train", "overwrite") not in NUMBERS

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from reinforcepp.rollout.vllm.server import environment_key
 from reinforcepp.runtime.process import is_loopback
 
 Message = MutableMapping[str, Any]
@@ -53,7 +52,10 @@ class RequireKey:
     """
 
     def __init__(self, app: App, key: str | None = None, *, word: str = "key", error: ErrorBody = openai_error) -> None:
-        key = key or environment_key()
+        if not key:
+            from reinforcepp.rollout.vllm.server import environment_key  # It loads torch, which not every server needs.
+
+            key = environment_key()
         if not key:
             raise ValueError("a server that requires a key was started without one")
         self._app, self._key, self._error = app, key.encode(), error

@@ -89,6 +89,11 @@ class LabelConfig(DeviceConfig, DatabaseConfig):
     """Run code in the model's folder or repository, which can do anything"""
 
     @property
+    def uses_this_node(self) -> bool:
+        """Whether a model runs; only then torch is loaded."""
+        return bool(self.models or self.reward_model)
+
+    @property
     def answers_per_prompt(self) -> int:
         """The setting num_answers, or its default for the task."""
         return self.num_answers or (4 if self.task == "rank" else 2)

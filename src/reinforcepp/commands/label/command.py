@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 import webbrowser
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -15,13 +16,15 @@ from starlette.middleware import Middleware
 
 from reinforcepp.commands.access import RefuseWebPages
 from reinforcepp.commands.http_server import Server
-from reinforcepp.commands.label.responses import add_from_file, add_gold, generation
+from reinforcepp.commands.label.files import add_from_file, add_gold
 from reinforcepp.config import LabelConfig
 from reinforcepp.data.feedback import Store
 from reinforcepp.errors import ConfigError
 from reinforcepp.labeling.access import Access
 from reinforcepp.labeling.app import LabelApp, Options
+from reinforcepp.labeling.generation import BackgroundGeneration
 from reinforcepp.labeling.queue import Queue
+from reinforcepp.labeling.units import Score
 from reinforcepp.runtime import is_loopback
 from reinforcepp.terminal import echo, print_output
 
@@ -37,14 +40,7 @@ def run_label(config: LabelConfig) -> None:
     guidelines = _guidelines(config.guidelines)
     with closing(_listen(config)) as listener, closing(Store(config.database)) as store:
         add_gold(config, store)
-        if config.data is not None and not config.models:
-            add_from_file(config, store)
-        elif not config.models and not store.has_units():
-            raise ConfigError(
-                "models: there is nothing to label. Name models that respond, as in reinforcepp label runs/train --data "
-                "prompts.csv, or a file with responses, as in reinforcepp label --data pairs.csv."
-            )
-        with generation(config, store) if config.models else nullcontext() as background:
+        with _responses(config, store) as background:
             access = Access(store, open_to_all=is_loopback(config.host))
             queue = Queue(
                 store,
@@ -56,15 +52,34 @@ def run_label(config: LabelConfig) -> None:
                 config.title,
                 config.criteria,
                 guidelines,
-                (lambda: background.is_running) if background is not None else (lambda: False),
+                (lambda: background.is_running) if background else (lambda: False),
             )
             local = [Middleware(RefuseWebPages, word="token")] if access.open_to_all else []
             server = Server(LabelApp(queue, access, options).starlette(local), listener)
-            if background is not None:
+            if background:
                 background.start()
             _announce(config, access, listener.getsockname()[1])
             server.run_until_signal()
     echo(f"Stopped. The votes are in {store.name}.")
+
+
+def _responses(config: LabelConfig, store: Store) -> AbstractContextManager[BackgroundGeneration | None]:
+    """Add the responses of a file to the database, or return the generation of responses."""
+    if not (config.models or config.data is not None or store.has_units()):
+        raise ConfigError(
+            "models: there is nothing to label. Name models that respond, as in reinforcepp label runs/train --data "
+            "prompts.csv, or a file with responses, as in reinforcepp label --data pairs.csv."
+        )
+    scores: Sequence[Score] = ()
+    if config.models or config.reward_model:
+        from reinforcepp.commands.label.models import generation, load_scores  # They load torch.
+
+        scores = load_scores(config)
+        if config.models:
+            return generation(config, store, scores)
+    if config.data is not None:
+        add_from_file(config, store, scores)
+    return nullcontext()
 
 
 def _announce(config: LabelConfig, access: Access, port: int) -> None:

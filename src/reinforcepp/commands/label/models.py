@@ -1,4 +1,4 @@
-"""The responses that ``label`` shows: those of a file, or of models that generate them in the background."""
+"""The responses of models, which generate them in the background, and reward models that order units."""
 
 from __future__ import annotations
 
@@ -8,59 +8,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from reinforcepp.commands.generate import load_scorer, sampling_of, started
+from reinforcepp.commands.label.files import units_of
 from reinforcepp.config import GenerateConfig, LabelConfig
 from reinforcepp.data import PromptRow, load_prompts
 from reinforcepp.data.feedback import Answer, NewUnit, Store
-from reinforcepp.data.feedback.answer_files import TOPICS, Answered, read_answers
+from reinforcepp.data.feedback.answer_files import TOPICS, Answered
 from reinforcepp.data.feedback.records import prompt_digest
 from reinforcepp.labeling.generation import BackgroundGeneration
-from reinforcepp.labeling.units import Score, gold_units, make_units
+from reinforcepp.labeling.units import Score
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder
 from reinforcepp.terminal import echo
 
 
-def add_from_file(config: LabelConfig, store: Store) -> None:
-    """Add the responses in ``config.data``.
-
-    Raises:
-        ReinforceError: The file has no responses, or a reward model can't be loaded.
-    """
-    answered = read_answers(str(config.data))
-    if 0 < config.max_prompts < len(answered):
-        answered = random.Random(config.seed).sample(answered, config.max_prompts)
-    units = _units(config, answered, load_scores(config))
-    skipped = len(answered) - len(units)
-    added = store.add_units(units)
-    echo(
-        f"{config.data}: {added} new units; {len(units) - added} are in the database already"
-        + (f"; skipped {skipped} prompts with too few different responses" if skipped else "")
-        + "."
-    )
-
-
-def add_gold(config: LabelConfig, store: Store) -> None:
-    """Add the pairs in ``config.gold``, which test the labelers.
-
-    Raises:
-        DataError: The file has no preference pairs.
-    """
-    if config.gold is not None:
-        store.add_units(gold_units(read_answers(config.gold), config.seed))
-
-
 @contextmanager
-def generation(config: LabelConfig, store: Store) -> Iterator[BackgroundGeneration]:
+def generation(config: LabelConfig, store: Store, scores: Sequence[Score]) -> Iterator[BackgroundGeneration]:
     """Load the models, and yield the generation of their responses, which has yet to be started.
 
     Raises:
-        ReinforceError: The prompts, a model or a reward model can't be used.
+        ReinforceError: The prompts or a model can't be used.
     """
     rows = _prompts(config, store)
     slots = Counter(
         (config.models[i % len(config.models)], config.temperature[i % len(config.temperature)])
         for i in range(config.answers_per_prompt)
     )
-    scores = load_scores(config)
     with ExitStack() as stack:
         engines = {}
         for model in config.models if rows else ():
@@ -82,7 +53,7 @@ def generation(config: LabelConfig, store: Store) -> Iterator[BackgroundGenerati
                             completion.finish_reason == "length",
                         )
                     )
-            return _units(config, [_answered(rows[index], answers[index]) for index in indices], scores)
+            return units_of(config, [_answered(rows[index], answers[index]) for index in indices], scores)
 
         made = BackgroundGeneration(store, rows, respond)
         try:
@@ -130,17 +101,6 @@ def _score(reward: TrainedReward) -> Score:
         return [[next(scores) for _ in each.answers] for each in answered]
 
     return score
-
-
-def _units(config: LabelConfig, answered: Sequence[Answered], scores: Sequence[Score]) -> list[NewUnit]:
-    return make_units(
-        answered,
-        config.task,
-        num_answers=config.answers_per_prompt,
-        overlap=config.overlap,
-        seed=config.seed,
-        scores=scores,
-    )
 
 
 def _prompts(config: LabelConfig, store: Store) -> list[PromptRow]:
