@@ -25,6 +25,7 @@ from scripts import SOURCE
 
 USER_COMMANDS = ["sft", "reward", "train", "generate", "compare", "plan", "lint", "report", "doctor", "demo"]
 USER_COMMANDS += ["chat", "serve", "serve-reward", "export", "push", "recipes", "migrate"]
+USER_COMMANDS += ["label", "label export", "label import", "label agreement"]
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "8"]
 
 
@@ -107,7 +108,7 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize("command", USER_COMMANDS)
 def test_help_of_a_command_lists_every_setting_with_description_and_default(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     words = " ".join(out.replace("│", " ").split())

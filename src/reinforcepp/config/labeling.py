@@ -63,8 +63,8 @@ class LabelConfig(DeviceConfig, DatabaseConfig):
     """Minutes until an open unit can go to another labeler"""
     guidelines: FilledStr | None = None
     """File with instructions for labelers, in Markdown"""
-    title: FilledStr = "Label responses"
-    """Heading of the pages"""
+    title: FilledStr | None = None
+    """Heading of the pages; default: Label responses"""
     host: FilledStr = "127.0.0.1"
     """Address to listen on; 127.0.0.1 is this node only, others need a token"""
     port: Annotated[int, Range(at_least=0, at_most=LAST_PORT)] = 8400

@@ -49,7 +49,7 @@ def run_label(config: LabelConfig) -> None:
                 repeat_every=config.repeat_every,
             )
             options = Options(
-                config.title,
+                config.title or Options.title,
                 config.criteria,
                 guidelines,
                 (lambda: background.is_running) if background else (lambda: False),
