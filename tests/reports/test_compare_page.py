@@ -174,6 +174,25 @@ def test_votes_by_keyboard(opened):
     assert shown.complaints == []
 
 
+def test_votes_are_saved_for_the_import(opened):
+    """The lines have the responses of both models in the order of the models, whatever the page's order."""
+    shown = opened(comparison([*FIVE, pair(({"role": "user", "content": "Hi"},), "alpha", "beta")]))
+    page = shown.page
+    assert not page.locator("#save").is_visible()
+    for key in ("1", "ArrowRight", "0", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "2"):
+        page.keyboard.press(key)
+    with page.expect_download() as download:
+        page.click("#save")
+    rows = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    assert download.value.suggested_filename == "votes.jsonl"
+    assert [row["prompt"] for row in rows] == ["Question 0?", "Question 1?", [{"role": "user", "content": "Hi"}]]
+    assert [row["answer_a"] for row in rows] == ["alpha 0", "alpha 1", "alpha"]
+    assert [row["answer_b"] for row in rows] == ["beta 0", "beta 1", "beta"]
+    assert {(row["model_a"], row["model_b"]) for row in rows} == {("builtin:tiny", "runs/b")}
+    assert rows[0]["vote"] in ("A", "B")
+    assert rows[1]["vote"] == "tie"
+
+
 def test_showing_all_names_ends_the_voting_as_long_as_it_lasts(opened):
     shown = opened(comparison(FIVE))
     shown.page.get_by_label("Show all names and scores").check()

@@ -52,12 +52,16 @@ def _setup(comparison: ModelComparison) -> str:
 def _data(
     comparison: ModelComparison, names: dict[str, str], pairs: Sequence[Pair], prompts: Sequence[Conversation]
 ) -> dict[str, Any]:
-    """Return the data of the script. ``id`` identifies the responses, so that votes on others don't count for them."""
+    """Return the data of the script. ``id`` identifies the responses, so that votes on others don't count for them.
+
+    Saved votes are lines for ``reinforcepp label import``, which therefore need the prompts.
+    """
     draw = random.Random(comparison.settings["seed"])
     positions = {repr(prompt): i for i, prompt in enumerate(prompts)}
     shown = [_shown(pair, positions[repr(pair.prompt)], swapped=draw.random() < 0.5) for pair in pairs]
     digest = hashlib.sha256(repr((names, prompts, shown)).encode("utf-8", "surrogatepass")).hexdigest()
-    return {"id": digest[:16], "names": {side: printable(name) for side, name in names.items()}, "pairs": shown}
+    named = {side: printable(name) for side, name in names.items()}
+    return {"id": digest[:16], "names": named, "prompts": prompts, "pairs": shown}
 
 
 def _shown(pair: Pair, prompt: int, *, swapped: bool) -> dict[str, Any]:

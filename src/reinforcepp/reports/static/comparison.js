@@ -48,7 +48,7 @@
     at("next").disabled = position === data.pairs.length - 1;
     at("result").textContent = result(pair, open);
     at("tally").textContent = tally();
-    at("forget").hidden = votes.every((vote) => vote === null);
+    at("save").hidden = at("forget").hidden = votes.every((vote) => vote === null);
   }
 
   function result(pair, open) {
@@ -81,6 +81,21 @@
     if (!at("next").disabled) at("next").focus(); // the clicked button is disabled now
   }
 
+  // Writes a line per vote, for "reinforcepp label import".
+  function save() {
+    const lines = data.pairs.flatMap((pair, i) => {
+      if (votes[i] === null) return [];
+      const texts = Object.fromEntries(pair.responses.map((each) => [`answer_${each.side.toLowerCase()}`, each.text]));
+      const models = { model_a: data.names.A, model_b: data.names.B };
+      return [JSON.stringify({ prompt: data.prompts[pair.prompt], ...texts, ...models, vote: sideOf(pair, votes[i]) }) + "\n"];
+    });
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
+    link.download = "votes.jsonl";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }
+
   function go(step) {
     const target = position + step;
     if (target < 0 || target >= data.pairs.length) return;
@@ -93,6 +108,7 @@
   at("previous").addEventListener("click", () => go(-1));
   at("next").addEventListener("click", () => go(1));
   at("reveal").addEventListener("change", show);
+  at("save").addEventListener("click", save);
   at("forget").addEventListener("click", () => {
     votes = data.pairs.map(() => null);
     remember();
