@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 pytest.importorskip("sqlalchemy")
 
 from reinforcepp.commands import cli
+from reinforcepp.config import LabelConfig
+from reinforcepp.data import PromptRow
 from reinforcepp.data.feedback import Answer, Choice, Edit, NewUnit, Ranking, Ratings, Store
 from reinforcepp.data.feedback.answer_files import read_answers
 from reinforcepp.data.feedback.preferences import preference_rows
 from reinforcepp.data.loading import load_preferences
+from reinforcepp.errors import RolloutError
+from reinforcepp.labeling.generation import CHUNK_PROMPTS, BackgroundGeneration
 from reinforcepp.labeling.quality import measure
 from reinforcepp.labeling.units import gold_units, make_units
+from reinforcepp.rewards.trained import load_reward_model
 
 TEXTS = [Answer("Run ip route.", "model-a", {"temperature": 0.7}), Answer("Reboot it.", "model-b")]
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'And, "now"?\nQuick.'}]
@@ -168,6 +174,73 @@ def test_mistakes_are_one_line_errors(words, problem, tmp_path, monkeypatch, cap
     err = capsys.readouterr().err
     assert problem in err
     assert "Traceback" not in err
+
+
+# --- responses of models ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generate(tmp_path):
+    from reinforcepp.commands.label.models import generation, load_scores
+
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt,topic\n" + "".join(f"Why is host {i} slow?,t{i % 2}\n" for i in range(10)))
+
+    def run_to_end(database, models=("builtin:tiny",), **settings):
+        settings = {"max_new_tokens": 8, "engine": "transformers", "use_cpu": True, "data": str(prompts)} | settings
+        config = LabelConfig(models=models, database=str(database), **settings)
+        store = Store(database)
+        with generation(config, store, load_scores(config)) as background:
+            background.start()
+            while background.is_running:
+                time.sleep(0.05)
+        units = [*store.unjudged("x", config.task)]
+        store.close()
+        return units
+
+    return run_to_end
+
+
+@pytest.mark.full
+def test_models_respond_in_the_background(generate, tmp_path, model_folder):
+    units = generate(tmp_path / "f.db", ("builtin:tiny", str(model_folder)))
+    assert 8 <= len(units) <= 10, "equal responses make no unit"
+    for unit in units:
+        assert [each.model for each in unit.answers] == ["builtin:tiny", str(model_folder)]
+        assert [each.sampling["temperature"] for each in unit.answers] == [0.7, 1.0]
+        assert unit.topic in ("t0", "t1")
+    again = generate(tmp_path / "f.db", ("builtin:tiny", str(model_folder)))
+    assert [each.id for each in again] == [each.id for each in units]
+    assert len(generate(tmp_path / "f.db", max_prompts=3, num_answers=3, task="rank")) == 3
+
+
+@pytest.mark.full
+def test_uncertain_responses_of_models_come_first(generate, tmp_path, reward_folder):
+    units = generate(tmp_path / "f.db", select="uncertain", reward_model=(str(reward_folder),))
+    reward = load_reward_model(str(reward_folder))
+    scores = []
+    for unit in units:
+        reasons = ["length" if each.truncated else "stop" for each in unit.answers]
+        scores.append(reward([unit.prompt] * 2, [each.text for each in unit.answers], reasons))
+    margins = [abs(one - other) for one, other in scores]
+    assert margins == sorted(margins)
+    assert margins[0] < margins[-1]
+
+
+@pytest.mark.full
+def test_a_failing_engine_keeps_the_units_so_far(tmp_path, capsys):
+    store = Store(tmp_path / "f.db")
+
+    def respond(indices):
+        if 0 not in indices:
+            raise RolloutError("The engine failed. Restart it.")
+        return [NewUnit("pair", f"question {i}", TEXTS) for i in indices]
+
+    background = BackgroundGeneration(store, [PromptRow(str(i), {}) for i in range(20)], respond)
+    background.start()
+    background.stop()
+    assert len(store.unjudged("x")) == CHUNK_PROMPTS
+    store.close()
 
 
 # --- files with responses ---------------------------------------------------------------------------------------------

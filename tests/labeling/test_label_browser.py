@@ -17,7 +17,14 @@ from reinforcepp.labeling.access import Access
 from reinforcepp.labeling.app import LabelApp, Options
 from reinforcepp.labeling.queue import Queue
 
-MARKDOWN = "Use `ip route`:\n\n```bash\nip route show default with a very long line " + "x" * 200 + "\n```\n\n| a | b |\n|-|-|\n| 1 | 2 |"
+MARKDOWN = (
+    f"Use `ip route`:\n\n```bash\nip route show default with a very long line {'x' * 200}\n```\n\n"
+    "| a | b |\n|-|-|\n| 1 | 2 |"
+)
+    "Use `ip route`:\n\n```bash\nip route show default with a very long line "
+    + "x" * 200
+    + "\n```\n\n| a | b |\n|-|-|\n| 1 | 2 |"
+)
 BAD = "<script>document.title = 'run'</script> <img src=x onerror=\"document.title='run'\"> [l](javascript:alert(1))"
 TALK = [{"role": role, "content": f"Turn {i}"} for i, role in enumerate(["system", *["user", "assistant"] * 4, "user"])]
 UNITS = [
@@ -60,7 +67,9 @@ def log_in(window, url, **settings):
 
 
 def problems(opened, url):
-    return [each for each in opened.complaints if not each.startswith(f"request: {url}") and "Failed to load" not in each]
+    return [
+        each for each in opened.complaints if not each.startswith(f"request: {url}") and "Failed to load" not in each
+    ]
 
 
 def votes(queue):
@@ -129,7 +138,7 @@ def test_a_vote_is_sent_until_the_server_has_it(served, window):
 @pytest.mark.full
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark"), (320, "light")])
 def test_pages_fit_and_are_readable(served, window, width, scheme):
-    url, queue, access = served
+    url, _, access = served
     opened, page = log_in(window, url, width=width, scheme=scheme)
     for key in ("1", "s", "s", "s", "s", "s"):
         assert opened.overflow() <= 0

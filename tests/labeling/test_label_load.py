@@ -6,11 +6,10 @@ import pytest
 
 pytest.importorskip("sqlalchemy")
 
-from scripts import benchmark
-
 from reinforcepp.data.feedback import Answer, Choice, NewUnit, Ranking, Store, schema
 from reinforcepp.data.feedback.preferences import preference_rows
 from reinforcepp.labeling.queue import Queue
+from scripts import benchmark
 
 pytestmark = pytest.mark.full
 

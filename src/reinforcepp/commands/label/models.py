@@ -14,6 +14,7 @@ from reinforcepp.data import PromptRow, load_prompts
 from reinforcepp.data.feedback import Answer, NewUnit, Store
 from reinforcepp.data.feedback.answer_files import TOPICS, Answered
 from reinforcepp.data.feedback.records import prompt_digest
+from reinforcepp.data.rows import template_variables
 from reinforcepp.labeling.generation import BackgroundGeneration
 from reinforcepp.labeling.units import Score
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder
@@ -88,12 +89,10 @@ def _score(reward: TrainedReward) -> Score:
         flat = [(each, answer) for each in answered for answer in each.answers]
         scores = iter(
             reward(
-                [str(each.prompt) for each, _ in flat],
+                [each.prompt for each, _ in flat],
                 [answer.text for _, answer in flat],
-                conversations=[
-                    [{"role": "user", "content": each.prompt}] if isinstance(each.prompt, str) else list(each.prompt)
-                    for each, _ in flat
-                ],
+                ["length" if answer.truncated else "stop" for _, answer in flat],
+                chat_template_kwargs=[template_variables(each.columns) for each, _ in flat],
             )
             if flat
             else []
