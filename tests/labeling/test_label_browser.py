@@ -21,10 +21,6 @@ MARKDOWN = (
     f"Use `ip route`:\n\n```bash\nip route show default with a very long line {'x' * 200}\n```\n\n"
     "| a | b |\n|-|-|\n| 1 | 2 |"
 )
-    "Use `ip route`:\n\n```bash\nip route show default with a very long line "
-    + "x" * 200
-    + "\n```\n\n| a | b |\n|-|-|\n| 1 | 2 |"
-)
 BAD = "<script>document.title = 'run'</script> <img src=x onerror=\"document.title='run'\"> [l](javascript:alert(1))"
 TALK = [{"role": role, "content": f"Turn {i}"} for i, role in enumerate(["system", *["user", "assistant"] * 4, "user"])]
 UNITS = [
