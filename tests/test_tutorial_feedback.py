@@ -7,6 +7,8 @@ import re
 import pytest
 from tutorials import BLOCK, FOLDER, follow
 
+pytest.importorskip("sqlalchemy")
+
 from reinforcepp.data import read_preferences
 
 TUTORIAL = (FOLDER / "feedback.md").read_text(encoding="utf-8")
@@ -23,23 +25,25 @@ def followed(request, tmp_path_factory):
     return folder, [" ".join(output.split()) for output in outputs]
 
 
-def test_each_step_has_one_command_that_succeeds(followed):
+def test_each_step_has_one_block_that_succeeds(followed):
     assert len(COMMANDS) == len(re.findall(r"^## \d\.", TUTORIAL, re.MULTILINE)) == 7
-    folder, outputs = followed
-    assert (folder / "models" / "export" / "README.md").is_file()
-    assert "(reward " in outputs[5]
+    assert (followed[0] / "models" / "export" / "README.md").is_file()
 
 
-def test_the_feedback_is_stored_as_pairs_for_the_reward_model(followed):
+def test_the_votes_are_pairs_for_the_reward_model(followed):
     folder, outputs = followed
-    pairs = read_preferences(folder / "feedback.jsonl").pairs
-    assert len(pairs) == outputs[0].count("Saved to feedback.jsonl") >= 3
-    assert any("Question: And how do I read its speed?" in pair.prompt for pair in pairs)
-    assert f"{len(pairs)} usable pairs" in outputs[2]
+    first = int(re.search(r"(\d+) votes", outputs[0])[1])
+    assert 20 <= first <= 26, "24 prompts, less those with equal responses, more repeats"
+    assert "Ada" in outputs[1]
+    pairs = read_preferences(folder / "feedback.db").pairs
+    assert sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) > 0.9 * len(pairs)
+    again = int(re.search(r"(\d+) votes", outputs[5])[1])
+    assert again >= 6
+    assert len(pairs) > first - 4
 
 
 def test_the_tutorial_states_the_actual_outcome(followed):
     _, outputs = followed
     assert "warning: too-little" in outputs[1]
     assert "too few held-out pairs" in outputs[2]
-    assert "inconclusive" in outputs[4]
+    assert "inconclusive" in outputs[4].lower()

@@ -8,11 +8,13 @@ import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+from labeler import label_everything
 from warm import warm_python
 
 from reinforcepp.commands import cli
@@ -40,6 +42,9 @@ def follow(name: str, folder: Path, *, in_process: bool) -> list[str]:
             (folder / title).write_text(text, encoding="utf-8")
         elif kind == "bash":
             lines = text.replace("\\\n", " ").splitlines()
+            if lines[0].startswith("reinforcepp label builtin"):
+                outputs.append(_label(lines[0], folder, warm=in_process))
+                continue
             plain = all(re.match(r"(reinforcepp|ls|head|tail) [^|<>]*$", line) for line in lines)
             if in_process and outputs and plain:
                 outputs.append("".join(_reinforcepp(line, folder) for line in lines))
@@ -69,7 +74,33 @@ def _reinforcepp(line: str, folder: Path) -> str:
     return output.getvalue()
 
 
+def _label(line: str, folder: Path, *, warm: bool) -> str:
+    """Run the server of a command, vote for the longer response until nothing is left, and press Ctrl-C."""
+    command, environment = _shell(f"exec {line} --port 0 --no_open_browser", folder, warm=warm)
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        links = [server.stdout.readline(), server.stdout.readline()]
+        url = links[0].removeprefix("Label at ").strip()
+        if url:
+            votes = label_everything(url, "Ada", lambda texts: str(1 + texts.index(max(texts, key=len))))
+            links.append(f"{votes} votes")
+        server.send_signal(signal.SIGINT)
+        output, errors = server.communicate(timeout=60)
+    assert server.returncode == 0, errors
+    return "\n".join([*links, output, errors])
+
+
 def _bash(text: str, folder: Path, *, warm: bool) -> str:
+    command, environment = _shell(text, folder, warm=warm)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def _shell(text: str, folder: Path, *, warm: bool) -> tuple[list[str], dict[str, str]]:
+    """Return the command that runs ``text`` with bash, and its environment, in which ``reinforcepp`` is this package."""
     tools = folder / ".bin"
     tools.mkdir(exist_ok=True)
     python = warm_python() if warm else sys.executable
@@ -82,7 +113,4 @@ def _bash(text: str, folder: Path, *, warm: bool) -> str:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = ["bash", "-euo", "pipefail", "-c", text]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
+    return ["bash", "-euo", "pipefail", "-c", text], environment

@@ -114,7 +114,7 @@ def test_help_of_a_command_lists_every_setting_with_description_and_default(comm
     words = " ".join(out.replace("│", " ").split())
     for name, value in vars(COMMANDS[command].config()).items():
         assert f"--{name}" in out
-        shown = " ".join(value) if isinstance(value, tuple) else value
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
         assert f"(default: {shown})" in words or isinstance(value, bool)
     if command == "train":
         assert "bias the policy ratio" in words

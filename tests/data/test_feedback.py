@@ -59,6 +59,10 @@ def test_a_unit_needs_different_answers(task, texts):
         NewUnit(task, "q", [Answer(text) for text in texts])
 
 
+def test_a_new_file_is_private(store, tmp_path):
+    assert (tmp_path / "feedback.db").stat().st_mode & 0o777 == 0o600
+
+
 def test_an_exception_undoes_the_transaction(store):
     with pytest.raises(ZeroDivisionError), store.write() as db:
         db.execute(schema.settings.insert().values(name="x", value=1))

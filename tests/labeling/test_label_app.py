@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from starlette.testclient import TestClient
 
 from reinforcepp.data.feedback import Answer, NewUnit, Store, schema
+from reinforcepp.errors import ConfigError
 from reinforcepp.labeling import app as app_module
 from reinforcepp.labeling.access import LOGINS_PER_MINUTE, Access
 from reinforcepp.labeling.app import LabelApp, Options
@@ -98,6 +99,16 @@ def test_votes_are_stored_before_the_page_confirms_them(serve, monkeypatch):
     assert "ZeroDivisionError" not in page.text
     assert page.headers["content-security-policy"]
     assert stored(app) == []
+
+
+def test_a_failing_database_is_no_fault_of_the_form(serve, monkeypatch):
+    """The page sends the vote again after a 5xx, and the message has no detail of the database."""
+    app = serve()
+    ann = Browser(app, "ann")
+    monkeypatch.setattr(app.queue.store, "write", lambda: (_ for _ in ()).throw(ConfigError("database: secret.db")))
+    page = ann.submit("/vote", choice="1")
+    assert page.status_code == 500
+    assert "secret.db" not in page.text
 
 
 def test_two_labelers_have_their_own_queues_and_sessions(serve):
@@ -241,6 +252,37 @@ def test_a_link_fills_in_the_login(serve):
     assert 'value="ann"' in page.text
     assert 'value="abc"' in page.text
     assert page.headers["referrer-policy"] == "same-origin"
+
+
+def test_only_the_administrator_sees_the_page_of_everybody(serve):
+    app = serve(open_to_all=False)
+    ann = Browser(app)
+    ann.submit("/login", name="ann", token=app.access.team_token)
+    ann.submit("/vote", choice="1")
+    for query in ("", f"?token={app.access.team_token}", f"?token={app.access.labeler_token('ann')}"):
+        assert ann.client.get(f"/admin{query}").status_code == 403
+    admin = Browser(app)
+    admin.page = admin.client.get(f"/admin?token={app.access.admin_token}")
+    assert admin.page.url == f"{HOST}/admin"
+    assert "1 of 3" in admin.page.text
+    assert "Votes by labeler" in admin.page.text
+    link = admin.submit("/admin", name="ben").text.partition('readonly value="')[2].partition('"')[0]
+    ben = Browser(app)
+    ben.page = ben.client.get(link.replace("&amp;", "&"))
+    name, token = (re.search(f'name="{field}" value="([^"]*)"', ben.page.text)[1] for field in ("name", "token"))
+    assert "question" in ben.submit("/login", name=name, token=token).text
+    assert ann.submit("/admin", name="eve").status_code == 403
+
+
+def test_the_page_for_administrators_escapes_names(serve):
+    app = serve([NewUnit("pair", "q", [Answer("a"), Answer("b")], topic="<script>alert(1)</script>", overlap=2)])
+    for name in ("<img src=x>", "ben"):
+        Browser(app, name).submit("/vote", choice="1")
+    browser = Browser(app)
+    page = browser.client.get(f"/admin?token={app.access.admin_token}").text
+    assert "&lt;img src=x&gt;" in page
+    assert "<img" not in page
+    assert "<script>alert" not in page
 
 
 def test_unknown_paths_and_files(serve):

@@ -110,6 +110,29 @@ def test_a_skipped_unit_goes_to_somebody_else(make):
     assert queue.next(ben) is not None
 
 
+def test_a_skipped_unit_that_somebody_else_got_is_not_taken_back(make):
+    """Neither by undo, nor by a vote from a page that is still open."""
+    queue, ann, ben = make(pairs(1))
+    token = queue.next(ann).token
+    queue.vote(ann, token, Skip(), 1.0)
+    other = queue.next(ben)
+    assert queue.undo(ann)
+    assert queue.next(ann) is None
+    with pytest.raises(UnitGone):
+        queue.vote(ann, token, Choice(0), 1.0)
+    queue.vote(ben, other.token, Choice(0), 1.0)
+    assert sum(each.undone is None for each in votes_of(queue)) == 1
+
+
+def test_undo_shows_a_skipped_unit_again_if_nobody_else_got_it(make):
+    queue, ann, ben = make(pairs(1))
+    token = queue.next(ann).token
+    queue.vote(ann, token, Skip(), 1.0)
+    assert queue.undo(ann)
+    assert queue.next(ann).token == token
+    assert queue.next(ben) is None
+
+
 def test_nobody_votes_for_others(make):
     queue, ann, ben = make(pairs(1))
     with pytest.raises(UnitGone):

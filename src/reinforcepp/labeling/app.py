@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reinforcepp.data.feedback import Choice, Edit, Ranking, Skip, parse_vote
 from reinforcepp.data.feedback.votes import MAX_RATING, reordered
-from reinforcepp.errors import ReinforceError
+from reinforcepp.errors import DataError
 from reinforcepp.labeling.access import Access, Session, same, usable_name
 from reinforcepp.labeling.admin import admin_values
 from reinforcepp.labeling.forms import seconds_of, vote_of
@@ -162,7 +162,7 @@ class LabelApp:
             return self._task_page(
                 request, session, "Somebody else got this unit, because it was open for too long.", 409
             )
-        except ReinforceError as error:
+        except DataError as error:
             return self._task_page(request, session, str(error), 422)
         return RedirectResponse("/", 303)
 
@@ -193,7 +193,7 @@ class LabelApp:
             return self._page(request, "login.html", 403, message=message, **given)
         try:
             labeler = self.queue.store.labeler(name)
-        except ReinforceError as error:
+        except DataError as error:
             return self._page(request, "login.html", 422, message=str(error), **given)
         response = RedirectResponse("/", 303)
         self.access.start(response, request, labeler=labeler, name=name)

@@ -22,7 +22,7 @@ from reinforcepp.data.feedback.schema import assignments as a
 from reinforcepp.data.feedback.schema import labelers, unit_answers, votes
 from reinforcepp.data.feedback.schema import units as u
 from reinforcepp.data.feedback.store import Store
-from reinforcepp.data.feedback.votes import Vote
+from reinforcepp.data.feedback.votes import Skip, Vote
 
 LEASE_SECONDS = 1800.0
 GOLD_EVERY, REPEAT_EVERY = 10, 20
@@ -144,9 +144,14 @@ class Queue:
             if not self._keeps(db, found, now):
                 raise UnitGone
             put_vote(db, found.id, vote, seconds=min(max(seconds, 0.0), max(now - found.started, 0.0)), now=now)
+            if isinstance(vote, Skip):  # Somebody else can have the unit now.
+                db.execute(a.update().where(a.c.id == found.id).values(leased_until=0.0))
 
     def undo(self, labeler: int) -> bool:
-        """Take the labeler's last vote back, so that its unit is the next one; return whether there was one."""
+        """Take the labeler's last vote back, so that its unit is the next one; return whether there was one.
+
+        A skipped unit that somebody else has got by now isn't shown again.
+        """
         now = self.clock()
         last = (
             sa.select(votes.c.id, votes.c.assignment_id)
@@ -159,8 +164,10 @@ class Queue:
             if found is None:
                 return False
             db.execute(votes.update().where(votes.c.id == found.id).values(undone=now))
-            extended = {"leased_until": now + self.lease_seconds}
-            db.execute(a.update().where(a.c.id == found.assignment_id).values(extended))
+            held = db.execute(sa.select(a).where(a.c.id == found.assignment_id)).one()
+            if self._keeps(db, held, now):
+                extended = {"leased_until": now + self.lease_seconds}
+                db.execute(a.update().where(a.c.id == held.id).values(extended))
         return True
 
     def progress(self, labeler: int) -> Progress:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ SQLITE_BUSY_SECONDS = 30.0
 """How long a transaction waits for the lock of the file."""
 ADVISORY_LOCK = 0x1ABE1
 """Number of the lock that writing transactions take on PostgreSQL."""
+PRIVATE = 0o600
+"""Permissions of a new file, which holds the secret of the sessions."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 WRITES = {"reinforcepp_writes": True}
 LabelerKind = Literal["human", "judge"]
@@ -78,6 +80,9 @@ class Store:
         self.name = url.render_as_string(hide_password=True) if "://" in str(name) else str(name)
         if url.get_backend_name() == "sqlite" and not create and not Path(str(url.database)).is_file():
             raise ConfigError(f"database: {self.name}: no such file. Check the path.")
+        if url.get_backend_name() == "sqlite" and create:
+            with suppress(OSError):  # The connection reports the reason.
+                Path(str(url.database)).touch(mode=PRIVATE)
         try:
             self.engine = _engine(url)
             with self._errors():

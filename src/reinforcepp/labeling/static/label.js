@@ -20,7 +20,8 @@
     for (;;) {
       try {
         const response = await fetch(form.action, { method: "POST", body: fields });
-        if (response.status < 500) return response;
+        const html = await response.text();
+        if (response.status < 500) return html;
         problem.textContent = "The server failed. Trying again …";
       } catch {
         problem.textContent = "Not saved yet: the server can't be reached. Trying again …";
@@ -30,8 +31,8 @@
     }
   }
 
-  async function show(response) {
-    const page = new DOMParser().parseFromString(await response.text(), "text/html");
+  function show(html) {
+    const page = new DOMParser().parseFromString(html, "text/html");
     const main = page.querySelector("main");
     if (!main) return location.assign("/");
     problem.hidden = true;
@@ -49,7 +50,7 @@
     while (document.querySelector("main.waiting")) {
       await wait(RETRY_MILLISECONDS);
       const response = await fetch("/").catch(() => null);
-      if (response?.ok) return show(response);
+      if (response?.ok) return show(await response.text());
     }
   }
 
@@ -64,7 +65,7 @@
     count();
     if (form.elements.seconds) form.elements.seconds.value = seconds.toFixed(2);
     event.submitter?.classList.add("chosen");
-    await show(await send(form, event.submitter));
+    show(await send(form, event.submitter));
     document.body.classList.remove("busy");
     busy = false;
   });
