@@ -11,12 +11,14 @@ from typing import Any
 import httpx2
 
 HIDDEN = re.compile(r'<input type="hidden" name="(\w+)" value="(\w*)">')
-RESPONSE = re.compile(r'<div class="prose" dir="auto">(.*?)</div>\s*(?:<p class="aside">|</article>)', re.DOTALL)
+ARTICLE = re.compile(r"<article.*?</article>", re.DOTALL)
+RESPONSE = re.compile(r'<div class="prose" dir="auto">(.*?)</div>', re.DOTALL)
 
 
 def texts_of(page: str) -> list[str]:
     """Return the responses on a page as text, in its order."""
-    return [unescape(re.sub(r"<[^>]+>", "", html)).strip() for html in RESPONSE.findall(page)]
+    found = [RESPONSE.search(article)[1] for article in ARTICLE.findall(page)]
+    return [unescape(re.sub(r"<[^>]+>", "", html)).strip() for html in found]
 
 
 def label_everything(url: str, name: str, choose: Callable[[list[str]], str]) -> int:

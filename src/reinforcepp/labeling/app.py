@@ -129,9 +129,10 @@ class LabelApp:
 
     def _task_page(self, request: Request, session: Session, message: str = "", status: int = 200) -> Response:
         assert session.labeler is not None
+        waiting = self.options.is_generating()  # before the queue, to which the last units can be added in between
         assigned = self.queue.next(session.labeler)
         progress = self.queue.progress(session.labeler)
-        values: dict[str, Any] = {"progress": progress, "message": message, "waiting": self.options.is_generating()}
+        values: dict[str, Any] = {"progress": progress, "message": message, "waiting": waiting}
         if assigned is None:
             return self._page(request, "done.html", status, **values)
         answers = [assigned.unit.answers[position] for position in assigned.order]

@@ -6,10 +6,12 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from reinforcepp.commands.generate import load_scorer, sampling_of, started
 from reinforcepp.commands.label.files import units_of
 from reinforcepp.config import GenerateConfig, LabelConfig
+from reinforcepp.config.base import MAX_SEED
 from reinforcepp.data import PromptRow, load_prompts
 from reinforcepp.data.feedback import Answer, NewUnit, Store
 from reinforcepp.data.feedback.answer_files import TOPICS, Answered
@@ -41,10 +43,12 @@ def generation(config: LabelConfig, store: Store, scores: Sequence[Score]) -> It
 
         def respond(indices: Sequence[int]) -> list[NewUnit]:
             answers: dict[int, list[Answer]] = {index: [] for index in indices}
-            for (model, temperature), number in slots.items():
+            for index, ((model, temperature), number) in enumerate(slots.items()):
                 engine, prompts = engines[model]
                 sampling = sampling_of(_settings(config, model, temperature), number)
-                completions = engine.generate([prompts[index] for index in indices], sampling)
+                # With shared sampling seeds, responses at two temperatures are often the same.
+                sampling = replace(sampling, seed=(config.seed + index) % MAX_SEED)
+                completions = engine.generate([prompts[row] for row in indices], sampling)
                 for completion in completions:
                     answers[completion.prompt.key].append(
                         Answer(
