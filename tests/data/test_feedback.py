@@ -85,6 +85,13 @@ def test_judges_vote_once_per_unit_and_can_change_their_mind(store):
         store.labeler("judge:gold")
 
 
+def test_votes_from_elsewhere_follow_the_order_of_the_unit(store):
+    """The same answers in another order are the same unit."""
+    store.add_units([UNIT])
+    assert store.add_votes([(NewUnit("pair", UNIT.prompt, ANSWERS[::-1]), "ann", Choice(0), 1.0)]) == 0
+    assert [row["chosen"] for row in preference_rows(store)] == [ANSWERS[1].text]
+
+
 # --- preference pairs -------------------------------------------------------------------------------------------------
 
 

@@ -321,5 +321,6 @@ def test_markdown_is_formatted():
         'rel="noopener noreferrer nofollow"',
     ):
         assert part in html
+    assert to_html("a <b>tag</b>") == "<p>a &lt;b&gt;tag&lt;/b&gt;</p>\n", "HTML is shown, not removed"
     assert "(empty)" in to_html("  ")
     assert to_html("*" * 60_000).startswith("<pre>")

@@ -275,16 +275,16 @@ def _engine(url: URL) -> Engine:
         return sa.create_engine(url, pool_pre_ping=True)
     engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_SECONDS, "isolation_level": None})
 
-    @sa.event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")  # A vote survives a power failure, too.
         connection.execute("PRAGMA foreign_keys=ON")
 
-    @sa.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         # A transaction that begins as a reader can't always become a writer, so a writer locks at once.
         writes = connection.get_execution_options().get("reinforcepp_writes")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
+    sa.event.listen(engine, "connect", configure)
+    sa.event.listen(engine, "begin", begin)
     return engine
