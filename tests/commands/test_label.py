@@ -161,7 +161,7 @@ def test_agreement_is_printed_and_written(database, tmp_path, capsys):
         ("--data prompts.csv --database f.db --port 0", "no responses to label"),
         ("--data pairs.csv --guidelines none.md --port 0", "file none.md not found"),
         ("--task pair --num_answers 3", "doesn't fit task pair"),
-        ("--select uncertain", "Give reward_model"),
+        ("--select uncertain", "Give --reward_model"),
         ("--host 192.0.2.1", "can't listen"),
     ],
 )

@@ -35,7 +35,7 @@ from reinforcepp.labeling.quality import measure
 from reinforcepp.labeling.queue import Assigned, Queue, UnitGone
 from reinforcepp.reports import charts
 from reinforcepp.reports.html import STYLE, asset, environment
-from reinforcepp.terminal import logger
+from reinforcepp.runtime.terminal import logger
 
 FOLDER = Path(__file__).parent
 MAX_FORM_BYTES = 1 << 20

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from reinforcepp.data import PromptRow
 from reinforcepp.data.feedback import NewUnit, Store
 from reinforcepp.errors import ReinforceError
-from reinforcepp.terminal import echo, logger
+from reinforcepp.runtime.terminal import echo, logger
 
 CHUNK_PROMPTS = 8
 """Prompts per call of the engines: few, so that the first units come early and a stop doesn't wait for long."""

@@ -12,7 +12,7 @@ import nh3
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from reinforcepp.terminal import printable
+from reinforcepp.runtime.terminal import printable
 
 MAX_CHARACTERS = 50_000
 """Longer texts are shown as plain text."""

@@ -12,7 +12,7 @@ from reinforcepp.errors import DataError
 from reinforcepp.files import check_output_file, write_json
 from reinforcepp.labeling.admin import LABELER_TITLES, labeler_row, share, shown
 from reinforcepp.labeling.quality import ALL, measure
-from reinforcepp.terminal import Console, echo, print_output
+from reinforcepp.runtime.terminal import Console, echo, print_output
 
 
 def run_agreement(config: LabelAgreementConfig) -> None:

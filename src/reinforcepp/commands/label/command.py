@@ -25,8 +25,8 @@ from reinforcepp.labeling.app import LabelApp, Options
 from reinforcepp.labeling.generation import BackgroundGeneration
 from reinforcepp.labeling.queue import Queue
 from reinforcepp.labeling.units import Score
-from reinforcepp.runtime import is_loopback
-from reinforcepp.terminal import echo, print_output
+from reinforcepp.runtime.process import is_loopback
+from reinforcepp.runtime.terminal import echo, print_output
 
 MAX_GUIDELINES_BYTES = 200_000
 

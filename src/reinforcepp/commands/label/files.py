@@ -9,7 +9,7 @@ from reinforcepp.config import LabelConfig
 from reinforcepp.data.feedback import NewUnit, Store
 from reinforcepp.data.feedback.answer_files import Answered, read_answers
 from reinforcepp.labeling.units import Score, gold_units, make_units
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 
 def add_from_file(config: LabelConfig, store: Store, scores: Sequence[Score]) -> None:

@@ -20,7 +20,7 @@ from reinforcepp.data.rows import template_variables
 from reinforcepp.labeling.generation import BackgroundGeneration
 from reinforcepp.labeling.units import Score
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 
 @contextmanager

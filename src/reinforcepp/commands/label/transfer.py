@@ -24,7 +24,7 @@ from reinforcepp.data.feedback.preferences import all_votes, preference_rows
 from reinforcepp.data.sources import find_parts
 from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.files import check_output_file, whole_file
-from reinforcepp.terminal import echo
+from reinforcepp.runtime.terminal import echo
 
 
 def run_export(config: LabelExportConfig) -> None:
