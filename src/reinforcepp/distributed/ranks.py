@@ -46,6 +46,7 @@ from reinforcepp.distributed.deepspeed import (
     prepare_deepspeed,
 )
 from reinforcepp.errors import ConfigError, ReinforceError, first_line, option
+from reinforcepp.models.devices import quiet_deepspeed
 from reinforcepp.models.master_weights import MasterWeights
 from reinforcepp.runtime.process import is_first_here, is_main, own_version, started
 from reinforcepp.runtime.redaction import redacted
@@ -214,8 +215,7 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, trace: Tra
 def _process_state(timeout: timedelta | None = None) -> PartialState:
     """Return Accelerate's process state; the first call creates the process group."""
     cpu = not torch.accelerator.is_available()  # Accelerate doesn't choose CPUs by itself.
-    if cpu:  # Other libraries import DeepSpeed if it is installed, and it would warn about a missing GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quiet_deepspeed()
     if deepspeed_requested():
         prepare_deepspeed(cpu=cpu)
     options = {} if timeout is None or started() == 1 else {"timeout": timeout}

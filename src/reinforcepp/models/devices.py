@@ -55,6 +55,14 @@ def choose_device(use_cpu: bool = False) -> None:
         )
 
 
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed, which other libraries import if it is installed, from warning that this node has no GPU."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _gpu_problem(torch: Any) -> str:
     """Return why PyTorch can't use the NVIDIA GPU of this node and the fix; empty if there is none or the user hides it."""
     visible = os.environ.get(VISIBLE)

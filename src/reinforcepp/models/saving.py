@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from reinforcepp.errors import ModelError, first_line
 from reinforcepp.files import disk_errors, flush, free_partial, move
+from reinforcepp.models.devices import quiet_deepspeed
 from reinforcepp.models.loading import PROGRESS_BAR_BYTES, end_ids, progress_bars
 from reinforcepp.models.lora import base_model, has_adapter
 from reinforcepp.models.tokenizer_files import save_tokenizer
@@ -36,6 +37,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     partial.mkdir(parents=True)
     repair_generation_config(model)
     _stop_at_end_of_turn(model, tokenizer)
+    quiet_deepspeed()
     with progress_bars(sum(p.nbytes for p in model.parameters()) >= PROGRESS_BAR_BYTES), disk_errors():
         if has_adapter(model):
             model.save_pretrained(partial, save_embedding_layers=False)
