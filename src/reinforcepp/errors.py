@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import reprlib
 from collections.abc import Collection, Iterable, Iterator
@@ -33,6 +34,9 @@ MAX_SHOWN_CHARACTERS = 200
 
 class ReinforceError(Exception):
     """Base of all errors raised on purpose: its message is for the user, never shows a secret, and has a bounded length."""
+
+    given: Collection[str] = ()
+    """Values of the command's settings, which the message can quote."""
 
     def __init__(self, message: object = "") -> None:
         text = redacted(str(message))
@@ -102,18 +106,29 @@ def setting(name: str) -> str:
     return f"--{name}" if _typed_as_flags else name
 
 
-def with_flags(message: str, names: Collection[str]) -> str:
-    """Return ``message`` with the settings in ``names`` as flags, for the command line: ``--max_length 512``.
+def with_flags(error: ReinforceError, names: Collection[str], arguments: Iterable[str]) -> str:
+    """Return the message of ``error`` with the settings in ``names`` as flags, for the command line: ``--max_length 512``.
 
-    Quoted text, values of flags, parts of paths and keys of a YAML file stay. A name of one word is a setting only at the
-    start.
+    Other text stays: ``arguments`` and values of settings (a folder can be called reward_model), messages of libraries, the
+    current folder, quoted text, values of flags, parts of paths, and keys of a YAML file. A name of one word is a setting
+    only at the start.
     """
     every, anywhere = "|".join(names), "|".join(name for name in names if "_" in name)
+    values = {argument.partition("=")[2] if argument.startswith("--") else argument for argument in arguments}
+    texts = {text for text in (*values, *error.given, *_library_lines(error), os.getcwd()) if re.search(every, text)}
+    kept = "|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in sorted(texts, key=len, reverse=True)) or "(?!)"
     found = re.compile(
-        rf"(?<!\w)'[^'\n]*'|\"[^\"\n]*\"|--\w+(?: (?:{every})\b)*|(?<!\.yaml: )(?<!\.yml: )(?<![\w./`$-])"
+        rf"{kept}|(?<!\w)'[^'\n]*'|\"[^\"\n]*\"|--\w+(?: (?:{every})\b)*|(?<!\.yaml: )(?<!\.yml: )(?<![\w./`$-])"
         rf"(?P<name>{anywhere}|^(?:{every})(?=:| must | needs ))(?![\w/(=`-]|\.\w)"
     )
-    return found.sub(lambda match: f"--{match[0]}" if match["name"] else match[0], message)
+    return found.sub(lambda match: f"--{match[0]}" if match["name"] else match[0], str(error))
+
+
+def _library_lines(error: BaseException | None) -> Iterator[str]:
+    """Yield the texts that ``error`` can quote from the exceptions of libraries that caused it."""
+    while (error := error and (error.__cause__ or error.__context__)) is not None:
+        if not isinstance(error, ReinforceError):
+            yield from (first_line(error), useful_line(error), str(error))
 
 
 class _Bounded(reprlib.Repr):

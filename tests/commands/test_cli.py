@@ -19,7 +19,7 @@ from warm import warm_python
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.table import COMMANDS, Command
-from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
+from reinforcepp.errors import ConfigError, DataError, ModelError, TrainingDiverged
 from reinforcepp.locks import file_lock, folder_lock
 from scripts import SOURCE
 
@@ -256,6 +256,27 @@ def test_errors_name_settings_as_flags(message, shown, acting, capsys):
     acting("train", ConfigError(message))
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+@pytest.mark.parametrize("at", ["flag", "file", "folder", "library"])
+def test_errors_leave_other_text_that_looks_like_a_setting(acting, capsys, tmp_path, monkeypatch, at):
+    text = "reward_model" if at in ("flag", "file") else "my save_every runs"
+    error = ModelError(f"{text}: not found. Set max_new_tokens.")
+    flags = ["--reward_model", text] if at == "flag" else []
+    if at == "file":
+        flags = ["--config", "a.yaml"]
+        (tmp_path / "a.yaml").write_text(f"rewards: [{text}]")
+    if at == "folder":
+        (tmp_path / text).mkdir()
+        monkeypatch.chdir(tmp_path / text)
+        error = ModelError(f"{tmp_path / text / 'rm'}: not found. Set max_new_tokens.")
+    else:
+        monkeypatch.chdir(tmp_path)
+    error.__cause__ = OSError(text) if at == "library" else None
+    acting("train", error)
+    assert cli.main(["train", *flags]) == 2
+    expected = str(error).replace("max_new_tokens", "--max_new_tokens")
+    assert capsys.readouterr().err == f"error: {expected}\n"
 
 
 def test_a_device_that_is_no_choice(capsys):

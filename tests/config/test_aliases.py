@@ -294,7 +294,9 @@ def test_batches_of_supervised_trainings(config_class, monkeypatch):
             "verl's actor_rollout_ref.actor.optim.lr is --learning_rate here",
         ),
         ("train --zero_stage 3", "a setting of OpenRLHF without an equivalent here: give it to the launcher"),
-        ("sft --beta 0.1", "It is a setting of other trainings: beta is another name of --kl_coef"),
+        ("lint --device cpu", "Setting --device not found. It is a setting of "),
+        ("sft --max_new_tokens 4", "Setting --max_new_tokens not found. It is a setting of train, generate, "),
+        ("sft --beta 0.1", "It is a setting of train, compare-algorithms, plan."),
         ("train --max_completion_lengths 4", "Did you mean '--max_completion_length'?"),
     ],
 )

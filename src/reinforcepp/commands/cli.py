@@ -47,27 +47,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal stopped the command.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _dispatch(arguments))
+    return guarded(lambda: _dispatch(arguments), arguments)
 
 
-def guarded(job: Callable[[], int]) -> int:
-    """Run ``job`` and return its exit code; print an expected error as one line, without a traceback."""
+def guarded(job: Callable[[], int], arguments: Sequence[str]) -> int:
+    """Run ``job`` with the command line's ``arguments`` and return its exit code; print an expected error as one line."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # A terminal that can't show a character must not end the command.
     with command_line(), guarded_streams():
-        code = _exit_code(job)
+        code = _exit_code(job, arguments)
     if (distributed := sys.modules.get("reinforcepp.distributed.ranks")) is not None:
         distributed.exit_process(code)
     return code
 
 
-def _exit_code(job: Callable[[], int]) -> int:
+def _exit_code(job: Callable[[], int], arguments: Sequence[str]) -> int:
     try:
         return job()
     except ReinforceError as error:
         names = {name for command in COMMANDS.values() for name in names_of(command.config)}
-        _print_failure(f"error: {with_flags(str(error), names)}")
+        _print_failure(f"error: {with_flags(error, names, arguments)}")
         return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
     except KeyboardInterrupt:
         if is_main():
@@ -167,6 +167,9 @@ def about_unknown(argument: str, known: Iterable[str]) -> str:
         )
     if name in REMOVED_SETTINGS:
         return f"--{name}: {REMOVED_SETTINGS[name]}"
+    commands = [command.name for command in COMMANDS.values() if name in names_of(command.config)]
+    if commands and not foreign_hint(name):
+        return f"Setting --{name} not found. It is a setting of {', '.join(commands)}."
     return f"Setting --{name} not found.{hint(name, known, prefix='--')}"
 
 
@@ -184,6 +187,9 @@ def run(name: str, config: Any) -> int:
             choose_device(config.use_cpu)
     try:
         result = function(config)
+    except ReinforceError as error:
+        error.given = tuple(_texts(vars(config).values()))
+        raise
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
         if is_main():
@@ -198,6 +204,14 @@ def run(name: str, config: Any) -> int:
         _print_failure(f"error: {error.strerror}{path}. Files saved earlier are intact.")
         return USAGE_ERROR
     return result if isinstance(result, int) else 0
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _texts(value)
 
 
 def _print_failure(text: str) -> None:

@@ -42,7 +42,7 @@ DEFAULTS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Translate the flags, run the command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return cli.guarded(lambda: _dispatch(arguments))
+    return cli.guarded(lambda: _dispatch(arguments), arguments)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -236,6 +236,8 @@ def hint(name: str, known: Iterable[str], prefix: str = "") -> str:
     if text := foreign_hint(name):
         return text
     rule = next((rule for rule in RULES if name in rule.names), None)
+    if rule is not None and not set(rule.settings) <= set(known):
+        return " Other commands have this setting."
     if rule is not None:
         return f" It is a setting of other trainings: {rule.mapping.removesuffix('.')}."
     return nearest(prefix + name, [prefix + other for other in known])

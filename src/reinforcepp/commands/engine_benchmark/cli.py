@@ -24,7 +24,8 @@ MODES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one mode and return the exit code: 0 for success, 2 for wrong input."""
-    return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _dispatch(arguments), arguments)
 
 
 class _Parser(argparse.ArgumentParser):
