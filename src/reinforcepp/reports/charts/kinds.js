@@ -19,7 +19,10 @@ const upAxis = (label, log) =>
     space: 34,
   });
 
+const WHOLE = [...Array(10).keys()].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power));
+
 function lineKind(spec, chart) {
+  const whole = spec.series.every((s) => s.x.every(Number.isInteger)); // steps have no ticks between them
   const columnsOfSeries = []; // the columns of each series
   const series = [{}];
   const bands = [];
@@ -67,7 +70,7 @@ function lineKind(spec, chart) {
       series,
       bands,
       scales: { x: { time: false }, y: { distr: chart.log ? 3 : 1, range: (u, low, high) => rangeOf(low, high) } },
-      axes: [acrossAxis(spec.x_name), upAxis(undefined, chart.log)],
+      axes: [acrossAxis(spec.x_name, whole ? { incrs: WHOLE } : {}), upAxis(undefined, chart.log)],
       cursor: {
         y: false,
         points: { size: (u, i) => (columnsOfSeries.some((columns) => columns.line === i) ? 8 : 0) },

@@ -266,7 +266,8 @@ def _by_function(runs: Runs) -> list[Markup]:
     found = dict.fromkeys(
         key for record in runs.values() for step in record.metrics for key in step if key.startswith("rewards/")
     )
-    names = list(found)[:MAX_FUNCTIONS]
+    deviations = {f"{key.removesuffix('/mean')}/std" for key in found if key.endswith("/mean")}
+    names = [key for key in found if key not in deviations][:MAX_FUNCTIONS]
     if len(names) < 2:
         return []
     titles = {metric: metric.removeprefix("rewards/").removesuffix("/mean") for metric in names}
