@@ -24,7 +24,13 @@ from reinforcepp.models.reward_models import (
     scores_packed_rows,
 )
 from reinforcepp.models.tokenization import encode_example
-from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model, score_pairs
+from reinforcepp.rewards.trained import (
+    TrainedReward,
+    check_reward_folder,
+    load_reward_model,
+    score_answers,
+    score_pairs,
+)
 from reinforcepp.training.reward_trainer import train_reward_model
 from reinforcepp.types import Preference
 
@@ -301,7 +307,7 @@ def test_a_missing_folder_raises():
 class ByLength(TrainedReward):
     """Scores a row by its length, so every score is known."""
 
-    def score_outputs(self, rows):
+    def score_outputs(self, rows, report=None):
         return torch.tensor([[float(len(row))] for row in rows])
 
 
@@ -319,6 +325,15 @@ def test_scored_pairs_keep_order_texts_and_rows(base):
     assert score_pairs(ByLength(torch.nn.Module(), tokenizer), []) == []
 
 
+def test_progress_counts_each_scored_response():
+    reward = classifier("llama", None)
+    reward.limit = MicroBatchLimit(tokens=None, rows=2)
+    scored = []
+    pairs = [Preference("q", "a b c d", "a", 1), Preference("r", "b", "a b", 2), Preference("s", "c", "d e", 3)]
+    scores = score_answers(reward, pairs, report=scored.append)
+    assert scored == [2, 2, 2] and scores.chosen_NC.shape == scores.rejected_NC.shape == (3, 2)
+
+
 def test_lengths_exclude_the_prompt(base):
     tokenizer = load_tokenizer(str(base))
     short, long = score_pairs(
@@ -333,10 +348,8 @@ def test_lengths_exclude_the_prompt(base):
 @pytest.mark.parametrize("broken", [{"chosen"}, {"rejected"}, {"chosen", "rejected"}])
 def test_a_score_that_is_not_finite_raises(base, broken):
     class Broken(TrainedReward):
-        def score_outputs(self, rows):
-            kinds.append("rejected" if kinds else "chosen")
-            return torch.tensor([[math.inf if kinds[-1] in broken else 0.0] for _ in rows])
+        def score_outputs(self, rows, report=None):
+            return torch.tensor([[math.inf if kind in broken else 0.0] for kind in ("chosen", "rejected")])
 
-    kinds: list[str] = []
     with pytest.raises(TrainingDiverged, match=r"row 9 isn't finite\. Lower learning_rate"):
         score_pairs(Broken(torch.nn.Module(), load_tokenizer(str(base))), [Preference("q", "a", "b", 9)])

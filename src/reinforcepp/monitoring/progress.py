@@ -63,12 +63,13 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def step(self, message: str) -> None:
-        """Report that one more unit is done."""
-        self.done += 1
+    def step(self, message: str = "", units: int = 1) -> None:
+        """Report that ``units`` more are done."""
+        before, every = self.done, max(1, self.total // PLAIN_LINES)
+        self.done += units
         if self._live:
             self._live.update(self._task, completed=self.done, message=message)
-        elif self.done == self.total or self.done % max(1, self.total // PLAIN_LINES) == 0:
+        elif self.done == self.total or self.done // every > before // every:
             per_step = (time.monotonic() - self._begin) / (self.done - self._first)
             left = per_step * (self.total - self.done)
             echo(", ".join(filter(None, (f"{self.title} {self.done}/{self.total}", message, f"{left:.0f} s left"))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -190,11 +190,11 @@ class TrainedReward:
         scores: list[float] = (scores_NC * scores_NC.new_tensor(self.output_weights)).sum(-1).tolist()
         return scores
 
-    def score_outputs(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def score_outputs(self, rows: Sequence[Sequence[int]], report: Callable[[int], None] | None = None) -> Tensor:
         """Return all outputs for formatted, tokenized texts. -> (N, C)
 
         Texts beyond the model's context are truncated on the left. An encoder keeps the first token, at which it
-        can read the score.
+        can read the score. ``report`` gets the number of texts that a forward pass scored.
         """
         longest = max((len(row) for row in rows), default=0)
         limit = context_length(self.model.config) or longest
@@ -210,6 +210,8 @@ class TrainedReward:
             batch_limit = self._batch_limit(rows)
             for batch in micro_batches([(0, len(row)) for row in rows], range(len(rows)), batch_limit):
                 scores_NC[batch] = self._logits([rows[i] for i in batch], packed=batch_limit.packed).float().cpu()
+                if report is not None:
+                    report(len(batch))
         return scores_NC
 
     def _batch_limit(self, rows: Sequence[Sequence[int]]) -> MicroBatchLimit:
@@ -349,9 +351,14 @@ SplitPair = tuple[Split, Split]
 
 
 def score_answers(
-    reward: TrainedReward, pairs: Sequence[Preference], ids: Sequence[SplitPair] | None = None
+    reward: TrainedReward,
+    pairs: Sequence[Preference],
+    ids: Sequence[SplitPair] | None = None,
+    report: Callable[[int], None] | None = None,
 ) -> PairScores:
     """Score both answers of every pair with all outputs, in the order of ``pairs``; ``ids`` are tokenized pairs.
+
+    ``report`` is called as by :meth:`TrainedReward.score_outputs`.
 
     Raises:
         TrainingDiverged: a score isn't finite.
@@ -361,8 +368,8 @@ def score_answers(
         rejected = [reward.split(p.conversation, p.rejected, variables=p.chat_template_kwargs) for p in pairs]
     else:
         chosen, rejected = [pair[0] for pair in ids], [pair[1] for pair in ids]
-    chosen_NC = reward.score_outputs([context + answer for context, answer in chosen])
-    rejected_NC = reward.score_outputs([context + answer for context, answer in rejected])
+    rows = [context + answer for context, answer in [*chosen, *rejected]]
+    chosen_NC, rejected_NC = reward.score_outputs(rows, report).chunk(2)
     finite_N = (chosen_NC + rejected_NC).isfinite().all(-1)
     for pair, finite in zip(pairs, finite_N.tolist(), strict=True):
         if not finite:

@@ -15,6 +15,7 @@ from reinforcepp.config import RewardModelConfig, as_dict
 from reinforcepp.models.lora import base_model, has_adapter, is_quantized
 from reinforcepp.models.reward_texts import TextForm
 from reinforcepp.models.saving import save_model
+from reinforcepp.monitoring import Progress
 from reinforcepp.reports.reward_model import (
     analyze_by_criterion,
     print_criteria,
@@ -130,8 +131,8 @@ def evaluate_and_save(
         scorer = load_trained(folder, tokenizer, form)
     scorer.output_weights = (1 / len(data.counts),) * len(data.counts)
     heldout = data.heldout()
-    on_train = scored_by_output(scorer, data.train(), criteria)
-    on_heldout = scored_by_output(scorer, heldout, criteria)
+    on_train = scored_by_output(scorer, data.train(), criteria, "training")
+    on_heldout = scored_by_output(scorer, heldout, criteria, "held-out")
     pairs = [pair for output in on_heldout.pairs for pair in output]
     card = RewardCard(
         base_model=config.model,
@@ -221,12 +222,13 @@ class ScoredOutputs:
     correlations: list[list[float]]
 
 
-def scored_by_output(scorer: TrainedReward, data: ScoredData, criteria: Sequence[str]) -> ScoredOutputs:
-    """Score pairs with all outputs."""
+def scored_by_output(scorer: TrainedReward, data: ScoredData, criteria: Sequence[str], which: str) -> ScoredOutputs:
+    """Score ``which`` pairs with all outputs, and show the progress."""
     pairs, outputs = data.pairs, max(1, len(criteria))
     if not pairs:
         return ScoredOutputs([[] for _ in range(outputs)], 0.0, 0.0, [], [], [])
-    scores = score_answers(scorer, pairs, data.ids)
+    with Progress(f"scoring {which} responses", 2 * len(pairs)) as progress:
+        scores = score_answers(scorer, pairs, data.ids, lambda scored: progress.step(units=scored))
     values_NC = np.concatenate([scores.chosen_NC.numpy(), scores.rejected_NC.numpy()]).astype(np.float64)
     covariance_CC = np.cov(values_NC, rowvar=False, ddof=0).reshape(outputs, outputs)
     deviation_C = np.sqrt(np.diag(covariance_CC))

@@ -218,6 +218,7 @@ def _responses(
     if choice.name == "transformers":
         prepared.to_gpu(model)  # vLLM moves its own copy
     limit = max(len(prompt.ids) for prompt in prepared.prompts) + config.max_new_tokens
+    echo(f"{choice.name} generates {len(prepared.prompts) * config.num_samples} responses of {side}")
     engine = start_engine(choice, model, prepared.tokenizer, max_length=limit, batch_size=RESPONSES_PER_CHUNK)
     size = max(1, RESPONSES_PER_CHUNK // config.num_samples)
     chunks = [prepared.prompts[start : start + size] for start in range(0, len(prepared.prompts), size)]
