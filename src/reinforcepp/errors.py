@@ -22,7 +22,7 @@ import os
 import re
 import reprlib
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from reinforcepp.runtime.redaction import redacted
@@ -113,15 +113,17 @@ def with_flags(error: ReinforceError, names: Collection[str], arguments: Iterabl
     current folder, quoted text, values of flags, parts of paths, and keys of a YAML file. A name of one word is a setting
     only at the start.
     """
-    every, anywhere = "|".join(names), "|".join(name for name in names if "_" in name)
+    message, every, anywhere = str(error), "|".join(names), "|".join(name for name in names if "_" in name)
     values = {argument.partition("=")[2] if argument.startswith("--") else argument for argument in arguments}
-    texts = {text for text in (*values, *error.given, *_library_lines(error), os.getcwd()) if re.search(every, text)}
+    with suppress(OSError):  # the folder was deleted
+        values.add(os.getcwd())
+    texts = {text for text in (*values, *error.given, *_library_lines(error)) if text and text in message}
     kept = "|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in sorted(texts, key=len, reverse=True)) or "(?!)"
     found = re.compile(
         rf"{kept}|(?<!\w)'[^'\n]*'|\"[^\"\n]*\"|--\w+(?: (?:{every})\b)*|(?<!\.yaml: )(?<!\.yml: )(?<![\w./`$-])"
         rf"(?P<name>{anywhere}|^(?:{every})(?=:| must | needs ))(?![\w/(=`-]|\.\w)"
     )
-    return found.sub(lambda match: f"--{match[0]}" if match["name"] else match[0], str(error))
+    return found.sub(lambda match: f"--{match[0]}" if match["name"] else match[0], message)
 
 
 def _library_lines(error: BaseException | None) -> Iterator[str]:
