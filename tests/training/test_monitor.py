@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 import tiny
@@ -14,6 +15,8 @@ from reinforcepp.commands.cli import main
 from reinforcepp.distributed.ranks import check_trackers
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring import progress, read_metrics
+from reinforcepp.monitoring.run_record import read_run
+from reinforcepp.reports.run.curves import throughput
 from reinforcepp.runtime import terminal as output
 from reinforcepp.training import monitor
 
@@ -58,6 +61,8 @@ def test_on_a_terminal_there_is_a_live_view(base, tmp_path, terminal):
     last = terminal.getvalue().split("╭─")[-1]
     assert "step 10 of 10" in last and "tokens/s" in last and "sample" in last
     assert "Why does host" in last and "truncated" in last
+    shown = int(re.search(r"([\d,]+) tokens/s", last)[1].replace(",", ""))
+    assert shown == pytest.approx(throughput(read_run(tmp_path / "run"))[-1], abs=0.51)  # as in the report
 
 
 def test_without_a_terminal_there_are_plain_lines(base, tmp_path, capsys):

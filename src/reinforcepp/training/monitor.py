@@ -83,7 +83,8 @@ class Monitor:
         if batch is not None and logs:
             self._log_completions(batch, step)
         if batch is not None and "reward" in metrics:
-            values["step_tokens"] = float(sum(len(c.ids) for c in batch.rollout.completions))
+            before = self._history[-1].get("num_tokens", 0.0) if self._history else 0.0
+            values["step_tokens"] = metrics["num_tokens"] - before  # of prompts and completions on all ranks
             first = batch.rollout.completions[0]
             self._sample = Sample(first.prompt.conversation, first.text, batch.scores.known[0])
         self._history.append(values)
