@@ -906,6 +906,14 @@ def test_a_plan_that_does_not_fit_reports_one_that_does(folder, capsys):
     assert run(capsys, "--batch_size", "64", "--micro_batch_size", "21", *limited)[0] == 1
 
 
+def test_a_cache_of_vllm_that_does_not_fit_can_be_reduced(folder, capsys):
+    flags = ("--rollout", "vllm", "--batch_size", "8", "--micro_batch_size", "1")
+    between = (least(capsys, *flags, "--rollout_batch_size", "8")["memory"]["peak"] + 1000) / 2**30
+    limited = ("--device", "h100", "--eval_prompts", "0", "--gpu_memory", str(between))
+    code, out, _ = run(capsys, *flags, *limited)
+    assert code == 1 and "in phase 'rollout'. It fits with --rollout_batch_size 8: " in out
+
+
 def test_a_plan_that_can_not_fit_says_so(folder, capsys):
     code, out, _ = run(capsys, "--device", "h100", "--gpu_memory", "0.1", "--eval_prompts", "0")
     assert code == 1

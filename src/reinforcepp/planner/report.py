@@ -190,7 +190,8 @@ def verdict(plan: Plan) -> str:
         )
     changes = [option("micro_batch_size", limits.micro_batch_size)] if limits.micro_batch_size < rows.micro else []
     generated = min(rows.concurrent, max(rows.step, rows.evaluated))
-    if limits.rollout_batch_size < generated:
+    # vLLM reserves its cache for rollout_batch_size completions, even if there are fewer.
+    if limits.rollout_batch_size < generated or total(plan.phases["rollout"]) > plan.device.memory:
         changes.append(option("rollout_batch_size", limits.rollout_batch_size))
     return f"{needed}. It fits with {' '.join(changes)}: {gib(least)} GiB, with the same result."
 
