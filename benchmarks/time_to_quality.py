@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TRAINERS = ("ours", "trl_grpo", "trl_rloo")
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-TUNING_SEEDS = (100, 101, 102)
+TUNING_SEEDS = (100, 101, 102, 103, 104)
 TARGET = 0.85
 COMPLETIONS, SAMPLES_PER_PROMPT = 64, 4
 """Completions per step, and TRL's ``num_generations``; ours samples one completion per prompt."""
@@ -47,30 +47,42 @@ def main() -> None:
         return
     folder = Path(arguments.folder)
     reward_model = trained_reward_model(folder)
-    tuning = [
-        run(folder, reward_model, name, rate, seed, arguments.max_steps)
-        for seed in TUNING_SEEDS
-        for rate in arguments.learning_rates
-        for name in arguments.trainers
-    ]
-    best = {name: best_rate([row for row in tuning if row["trainer"] == name]) for name in arguments.trainers}
+    rates, steps = arguments.learning_rates, arguments.max_steps
+    tuning = {name: tuning_rows(folder, reward_model, name, rates, steps) for name in arguments.trainers}
+    best = {name: best_rate(rows) for name, rows in tuning.items()}
     rows = []
     for turn, seed in enumerate(arguments.seeds):
         names = arguments.trainers[turn % len(best) :] + arguments.trainers[: turn % len(best)]
-        rows += [run(folder, reward_model, name, best[name], seed, arguments.max_steps) for name in names]
+        rows += [run(folder, reward_model, name, best[name], seed, steps) for name in names]
     work = {
         "completions_per_step": COMPLETIONS,
         "num_generations": {name: 1 if name == "ours" else SAMPLES_PER_PROMPT for name in best},
         "max_new_tokens": NEW_TOKENS,
         "kl_coef": KL,
-        "max_steps": arguments.max_steps,
+        "max_steps": steps,
         "target": TARGET,
         "eval_every": EVAL_EVERY,
         "precision": "float32",
     }
-    tuning = [{key: value for key, value in row.items() if "seconds" not in key and key != "curve"} for row in tuning]
-    measured = {"work": work, "learning_rates": best, "summary": summary(rows), "rows": rows, "tuning": tuning}
+    tried = [
+        {key: value for key, value in row.items() if "seconds" not in key and key != "curve"}
+        for own in tuning.values()
+        for row in own
+    ]
+    measured = {"work": work, "learning_rates": best, "summary": summary(rows), "rows": rows, "tuning": tried}
     write_result("time_to_quality", measured)
+
+
+def tuning_rows(
+    folder: Path, reward_model: Path, name: str, rates: list[float], max_steps: int
+) -> list[dict[str, Any]]:
+    """Run a trainer with every rate and tuning seed, without the rates that can no longer reach the target most often."""
+    rows: list[dict[str, Any]] = []
+    for done, seed in enumerate(TUNING_SEEDS):
+        reached = {rate: sum(row["reached"] for row in rows if row["rate"] == rate) for rate in rates}
+        hopeful = [rate for rate in rates if reached[rate] + len(TUNING_SEEDS) - done >= max(reached.values())]
+        rows += [run(folder, reward_model, name, rate, seed, max_steps) for rate in hopeful]
+    return rows
 
 
 def best_rate(rows: list[dict[str, Any]]) -> float:
