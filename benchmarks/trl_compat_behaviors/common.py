@@ -289,13 +289,18 @@ def same_outputs(one: Any, two: Any) -> bool:
 
 @contextmanager
 def inputs_of(model: Any) -> Iterator[list[list[int]]]:
-    """Collect the rows of token ids that a model reads, without the padding in front."""
+    """Collect the sequences of token ids that a model reads, without the padding in front; packed ones have one row."""
     rows: list[list[int]] = []
     pad = load_tokenizer().pad_token_id
 
     def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        for row in [] if ids is None else ids.tolist():
+        found = [] if ids is None else ids.tolist()
+        if len(found) == 1 and (positions := kwargs.get("position_ids")) is not None:
+            starts = [i for i, position in enumerate(positions[0].tolist()) if position == 0]
+            ends = [*starts[1:], len(found[0])][: len(starts)]
+            found = [found[0][start:end] for start, end in zip(starts, ends, strict=True)]
+        for row in found:
             while row and row[0] == pad:
                 row = row[1:]
             rows.append(row)

@@ -162,6 +162,7 @@ def trained_model(
         if values:
             width = model.get_output_embeddings().weight.shape[1]
             model.set_output_embeddings(nn.Linear(width, 1, bias=False, device="meta", dtype=dtype))
+            model.config.tie_word_embeddings = False
         head = model.get_output_embeddings()
         separate = not values and _returns_logits(model, head)
         cache = cache_bytes_per_token(config, dtype)
