@@ -597,7 +597,7 @@ def test_a_closed_pipe_is_not_an_error(place, monkeypatch, capsys):
         (["a", "near", *INPUTS, "--judge", "./none"], ["./none: reward model folder not found"]),
         (["a", "near", *INPUTS, "--data", "none.csv"], ["none.csv", "no such file"]),
         (["a", "near", *INPUTS, "--prompt_column", "q"], ["no column 'q'", "--prompt_column"]),
-        (["a", "near", *INPUTS, "--output_dir", "a"], ["output_dir", "holds the model_a a"]),
+        (["a", "near", *INPUTS, "--output_dir", "a"], ["output_dir", "holds the --model_a a"]),
         (["a", "near", *INPUTS, "--output_dir", "full"], ["output_dir: full holds files", "(mine)"]),
         (["a", "near", *INPUTS, "--output_dir", "full", "--overwrite"], ["full holds files", "mine"]),
         (["a", "near", *INPUTS, "--output_dir", "pairs.csv"], ["pairs.csv"]),

@@ -120,7 +120,7 @@ def test_truncation_drops_the_oldest_turns_and_keeps_the_system_message():
 class Recorder(TrainedReward):
     """Keeps the token ids that it would score."""
 
-    def score_outputs(self, rows):
+    def score_outputs(self, rows, report=None):
         self.rows = list(rows)
         return torch.zeros(len(rows), 1)
 
@@ -132,7 +132,7 @@ def test_a_reward_model_scores_rollouts_with_the_variables_of_its_training(form,
     reward, variables = Recorder(torch.nn.Module(), tokenizer), {"quiet": True}
     reward.form = form
     score_pairs(reward, [Preference("Why?", "No.", "So.", messages=messages, chat_template_kwargs=variables)])
-    (trained,) = reward.rows
+    _, trained = reward.rows
     assert tokenizer.decode(trained).startswith("Quiet! ")
     row = PromptRow("Why?", {"chat_template_kwargs": '{"quiet": true}'}, 0, 1.0, messages, variables)
     ((prompt,), _) = encode_prompts(tokenizer, [row], max_prompt_length=9999)

@@ -24,7 +24,10 @@ from scripts import ROOT
 
 DRIVER = "NVRM version: NVIDIA UNIX {}  {}  Release Build\nGCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
 ON_THE_CPU = ["lint", "doctor", "report", "migrate", "recipes", "export", "push"]
+ON_THE_CPU += ["label export", "label import", "label agreement"]
 """Commands that need no GPU."""
+ARGUMENTS = {"label": ["builtin:tiny"]}
+"""Arguments with which a command loads a model, if it does so only then."""
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def test_every_command_checks_the_device_or_needs_none():
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ON_THE_CPU])
 def test_a_command_stops_if_the_gpu_cannot_be_used(node, capsys, name):
     node(driver="535.161.08")
-    assert main([name]) == 2
+    assert main([name, *ARGUMENTS.get(name, [])]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: This node has an NVIDIA driver (535.161.08)") and "--device cpu" in error
     assert "Traceback" not in error

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -517,7 +518,8 @@ def test_serve_merges_the_adapter(bases, tmp_path):
 
     model = adapted(bases["llama"])
     save_model(model, load_tokenizer(bases["llama"]), tmp_path / "adapter")
-    folder = _plain_folder(find_source(str(tmp_path / "adapter")), tmp_path / "plain")
-    assert folder == str(tmp_path / "plain")
-    assert_same(logits(load_policy(folder)), logits(model))
-    assert _plain_folder(find_source(bases["llama"]), tmp_path / "no") == bases["llama"]
+    with _plain_folder(find_source(str(tmp_path / "adapter")), tmp_path / "plain") as folder:
+        assert Path(folder).resolve() == tmp_path / "plain"
+        assert_same(logits(load_policy(folder)), logits(model))
+    with _plain_folder(find_source(bases["llama"]), tmp_path / "no") as folder:
+        assert folder == bases["llama"]

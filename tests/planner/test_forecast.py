@@ -570,7 +570,7 @@ def test_the_verdict_lists_options_that_reduce_the_models(folder, capsys):
 
 def test_invalid_input_is_a_one_line_error(folder, capsys):
     code, err = run(capsys, "--lengths_from", "nowhere")
-    assert code == 2 and err.startswith("error: --lengths_from: nowhere has no completions")
+    assert code == 2 and err.startswith("error: lengths_from: nowhere has no completions")
 
 
 # --- reinforcepp plan -----------------------------------------------------------------------------------------------

@@ -963,10 +963,9 @@ def test_invalid_input_is_a_one_line_error(folder, capsys, monkeypatch, flags, n
     assert [word for word in named if word not in err] == []
 
 
-def test_an_unknown_device_is_an_error(folder):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*ASKED, "--device", "h1000"])
-    assert stop.value.code == 2
+def test_an_unknown_device_is_an_error(folder, capsys):
+    assert cli.main([*ASKED, "--device", "h1000"]) == 2
+    assert "--device must be one of" in (error := capsys.readouterr().err) and "Did you mean 'h100'?" in error
 
 
 def test_the_engine_equals_the_choice_of_a_training(folder, monkeypatch):
