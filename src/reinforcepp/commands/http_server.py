@@ -6,6 +6,7 @@ uvicorn limits neither the time that a request takes to arrive nor idle connecti
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.runtime.terminal import echo, logger
 
@@ -35,6 +37,24 @@ LOGGED_PER_MINUTE = 10
 SHOWN_CHARACTERS = 300
 
 log = logger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address; port 0 chooses a free one.
+
+    Raises:
+        ConfigError: The address is in use, needs permissions, or isn't of this computer.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        fix = "Choose another --host, an address of this computer."
+        if error.errno == errno.EADDRINUSE:
+            fix = "Choose another --port, or 0 for a free one."
+        if error.errno == errno.EACCES:
+            fix = "Choose a --port of 1024 or above."
+        raise ConfigError(f"{host} port {port}: can't listen on this address ({error.strerror}). {fix}") from error
 
 
 class Server(uvicorn.Server):

@@ -14,9 +14,7 @@ status of 4xx or 500.
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
-import socket
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +30,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from reinforcepp.commands.access import RefuseWebPages, RequireKey
-from reinforcepp.commands.http_server import SHOWN_CHARACTERS, Server
+from reinforcepp.commands.http_server import SHOWN_CHARACTERS, Server, listen
 from reinforcepp.config import ServeRewardConfig
 from reinforcepp.config.reward_spec import TOKEN_VARIABLE, parse_model
-from reinforcepp.errors import ConfigError, ReinforceError
+from reinforcepp.errors import ReinforceError
 from reinforcepp.models.conversations import PROBE_PROMPT, turn_format
 from reinforcepp.models.loading import context_length
 from reinforcepp.models.micro_batches import MicroBatchLimit
@@ -159,13 +157,12 @@ class RewardServer:
         title: the model's name.
 
     Raises:
-        OSError: the server can't listen on the address.
+        ConfigError: the server can't listen on the address.
     """
 
     def __init__(self, host: str, port: int, title: str) -> None:
         self.token = authorization(TOKEN_VARIABLE).get("Authorization", "").removeprefix("Bearer ")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=128)
+        self._listener = listen(host, port)
         self.port: int = self._listener.getsockname()[1]
         self.title = title
         self.reward: TrainedReward | None = None
@@ -277,7 +274,8 @@ def serve(config: ServeRewardConfig) -> None:
         ConfigError: If the server can't listen on the address.
     """
     check_reward_folder(config.model)
-    with closing(_listening(config)) as server:
+    title = Path(parse_model(config.model).name).resolve().name
+    with closing(RewardServer(config.host, config.port, title)) as server:
         reward = load_reward_model(config.model)
         if config.reward_normalize:
             reward.normalize()
@@ -295,17 +293,3 @@ def serve(config: ServeRewardConfig) -> None:
         echo(f"Serving {config.model} at http://{host}:{server.port}/get_reward. To stop, press Ctrl-C.")
         server.run()
     echo("Stopped.")
-
-
-def _listening(config: ServeRewardConfig) -> RewardServer:
-    try:
-        return RewardServer(config.host, config.port, Path(parse_model(config.model).name).resolve().name)
-    except OSError as error:
-        fix = "Choose another --host, an address of this computer."
-        if error.errno == errno.EADDRINUSE:
-            fix = "Choose another --port, or 0 for a free one."
-        if error.errno == errno.EACCES:
-            fix = "Choose a --port of 1024 or above."
-        raise ConfigError(
-            f"{config.host} port {config.port}: can't listen on this address ({error.strerror}). {fix}"
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import sys
@@ -15,7 +14,7 @@ from urllib.parse import urlencode
 from starlette.middleware import Middleware
 
 from reinforcepp.commands.access import RefuseWebPages
-from reinforcepp.commands.http_server import Server
+from reinforcepp.commands.http_server import Server, listen
 from reinforcepp.commands.label.files import add_from_file, add_gold
 from reinforcepp.config import LabelConfig
 from reinforcepp.data.feedback import Store
@@ -38,7 +37,7 @@ def run_label(config: LabelConfig) -> None:
         ReinforceError: The address, the database, the data or a model can't be used.
     """
     guidelines = _guidelines(config.guidelines)
-    with closing(_listen(config)) as listener, closing(Store(config.database)) as store:
+    with closing(listen(config.host, config.port)) as listener, closing(Store(config.database)) as store:
         add_gold(config, store)
         with _responses(config, store) as background:
             access = Access(store, open_to_all=is_loopback(config.host))
@@ -112,16 +111,3 @@ def _guidelines(name: str | None) -> str:
     if not path.is_file():
         raise ConfigError(f"guidelines: file {name} not found. Give a Markdown file.")
     return path.read_bytes()[:MAX_GUIDELINES_BYTES].decode(errors="replace")
-
-
-def _listen(config: LabelConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family, backlog=128)
-    except OSError as error:
-        fix = "Choose another --host, an address of this computer."
-        if error.errno == errno.EADDRINUSE:
-            fix = "Choose another --port, or 0 for a free one."
-        raise ConfigError(
-            f"{config.host} port {config.port}: can't listen on this address ({error.strerror}). {fix}"
-        ) from error
