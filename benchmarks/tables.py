@@ -363,6 +363,13 @@ def kill(result: dict[str, Any]) -> str:
     return table(titles, rows) + made_by(result)
 
 
+def label_load(result: dict[str, Any]) -> str:
+    names = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+    columns = ("clients", "votes", "kills", "lost", "doubled")
+    rows = [[names[row["store"]], *(f"{row[key]:,}" for key in columns)] for row in result["rows"]]
+    return table(["database", "clients", "votes", "kills of the server", "lost", "doubled"], rows) + made_by(result)
+
+
 def fuzz(result: dict[str, Any]) -> str:
     columns = ("cases", "results", "named_errors", "hangs")
     rows = [[kind, *(f"{own[column]:,}" for column in columns)] for kind, own in result["kinds"].items()]
@@ -894,6 +901,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "profile_cpu": (profile_cpu, "profile_cpu"),
     "kill": (kill, "kill"),
     "fuzz": (fuzz, "fuzz"),
+    "label_load": (label_load, "label_load"),
     "soak": (soak, "soak"),
     "planner": (planner, "planner"),
     "doctor": (doctor, "doctor"),

@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from reinforcepp.labeling.units import gold_units, make_units
 TOPICS = ("routing", "DNS", "Wi-Fi", "cables")
 PEOPLE = {"Ada": 0.95, "Grace": 0.9, "Linus": 0.75}
 """How often each person prefers the better response."""
+VOTES, SECONDS_PER_CALL = 70, 4.0
+"""Votes of each person, and the seconds between two of their requests."""
 SHOWN = NewUnit(
     "pair",
     [
@@ -55,7 +58,7 @@ WINDOWS = {
     "label-wide": (1280, 800, 1, "light"),
     "label-dark": (1280, 800, 1, "dark"),
     "label-phone": (390, 844, 2, "light"),
-    "label-admin": (1280, 1240, 1, "light"),
+    "label-admin": (1280, 1330, 1, "light"),
 }
 
 
@@ -96,10 +99,11 @@ def fill(store: Store) -> None:
     store.add_units(make_units(topics, "pair", num_answers=2, overlap=2))
     store.add_units(gold_units(answered[120:]))
     better = {str(each.prompt): each.answers[0].text for each in answered}
-    clock = iter(1.7e9 + 4.0 * i for i in range(10_000_000))
+    calls = 2 * VOTES * len(PEOPLE)  # one for the unit, one for the vote
+    clock = iter(time.time() + SECONDS_PER_CALL * (i - calls) for i in range(calls + 10))
     queue, draw = Queue(store, clock=lambda: next(clock)), random.Random(0)
     people = {store.labeler(name): skill for name, skill in PEOPLE.items()}
-    for _ in range(70):
+    for _ in range(VOTES):
         for labeler, skill in people.items():
             if (unit := queue.next(labeler)) is not None:
                 texts = [each.text for each in unit.unit.answers]

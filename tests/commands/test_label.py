@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("sqlalchemy")
 
 from reinforcepp.commands import cli
+from reinforcepp.commands.label.files import add_from_file, add_gold, put_uncertain_first, units_of
 from reinforcepp.config import LabelConfig
 from reinforcepp.data import PromptRow
 from reinforcepp.data.feedback import Answer, Choice, Edit, NewUnit, Ranking, Ratings, Store
@@ -19,16 +20,19 @@ from reinforcepp.data.loading import load_preferences
 from reinforcepp.errors import RolloutError
 from reinforcepp.labeling.generation import CHUNK_PROMPTS, BackgroundGeneration
 from reinforcepp.labeling.quality import measure
+from reinforcepp.labeling.queue import Queue
 from reinforcepp.labeling.units import gold_units, make_units
 from reinforcepp.rewards.trained import load_reward_model
 
 TEXTS = [Answer("Run ip route.", "model-a", {"temperature": 0.7}), Answer("Reboot it.", "model-b")]
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'And, "now"?\nQuick.'}]
+TOOLS = {"tools": [{"name": "t"}], "chat_template_kwargs": {"enable_thinking": False}}
 VOTES = [
     (NewUnit("pair", "question, one", TEXTS, "routing"), "ann", Choice(0, 2), 3.0),
     (NewUnit("pair", "question, one", TEXTS, "routing"), "ben", Choice(1), 5.0),
     (NewUnit("pair", MESSAGES, TEXTS), "ann", Choice(None, tie="bad"), 1.0),
-    (NewUnit("rank", "rank", [Answer(text) for text in "abc"]), "ann", Ranking((2, 1, 3)), 1.0),
+    (NewUnit("rank", "rank", [Answer(text) for text in "abc"]), "ann", Ranking((2, 1, 2)), 1.0),
+    (NewUnit("pair", "tools", [Answer("c", truncated=True), Answer("d")], None, TOOLS), "ann", Choice(1), 1.0),
     (NewUnit("rate", "rate", TEXTS), "ann", Ratings(({"safe": 5, "helpful": 4}, {"safe": 1, "helpful": 4})), 1.0),
     (NewUnit("edit", "edit", TEXTS), "ann", Edit(1, "Reboot it, please.", 2), 1.0),
 ]
@@ -66,7 +70,7 @@ def test_an_export_trains_like_the_database(database, tmp_path, suffix):
         return [(p, each.chosen, each.rejected, each.margin, each.tie) for p, each in zip(prompts, found, strict=True)]
 
     wanted = pairs(database)
-    assert len(wanted) == 8
+    assert len(wanted) == 9
     if suffix == ".parquet":
         wanted = [([{"role": "user", "content": p}] if isinstance(p, str) else p, *more) for (p, *more) in wanted]
     assert pairs(output) == wanted
@@ -88,10 +92,9 @@ def test_records_of_other_tools_come_back_as_they_were(database, tmp_path, kind)
     assert run("import", output, "--database", again) == 0
     assert run("import", output, "--database", again) == 0, "the same votes again change nothing"
     before, after = rows_in(database), rows_in(again)
-    unknown = {"chosen_model", "rejected_model", "chosen_temperature"} if kind == "label-studio" else set()
-    assert [{k: v for k, v in row.items() if k not in unknown} for row in after] == [
-        {k: v for k, v in row.items() if k not in unknown} for row in before
-    ]
+    assert after == before
+    assert run("import", output, "--database", database) == 0
+    assert rows_in(database) == before, "the units are those of the database"
 
 
 def test_records_as_argilla_and_label_studio_write_them(tmp_path):
@@ -110,6 +113,7 @@ def test_records_as_argilla_and_label_studio_write_them(tmp_path):
         ]}, {"completed_by": 4, "was_cancelled": True, "result": []}],
     }  # fmt: skip
     compare = {"prompt": "q3", "answer_a": "x", "answer_b": "y", "vote": "B", "model_a": "m", "model_b": "n"}
+    compare |= {"temperature": 0.5, "truncated_b": True, "chat_template_kwargs": {"k": 1}}
     for number, record in enumerate((argilla, studio, compare)):
         path = tmp_path / f"{number}.json"
         path.write_text(json.dumps([record]))
@@ -120,6 +124,12 @@ def test_records_as_argilla_and_label_studio_write_them(tmp_path):
         ("q2", "x", "import 3", None),
         ("q3", "y", "import", "n"),
     ]
+    assert (rows[2]["chosen_temperature"], rows[2]["chosen_truncated"], rows[2]["rejected_truncated"]) == (
+        0.5,
+        True,
+        False,
+    )
+    assert rows[2]["chat_template_kwargs"] == {"k": 1}
 
 
 def test_a_preference_file_is_imported(pairs_csv, tmp_path):
@@ -134,7 +144,7 @@ def test_agreement_is_printed_and_written(database, tmp_path, capsys):
     store = Store(database)
     (unit,) = [each for each in store.unjudged("judge:x") if each.prompt == "question, one"]
     store.add_judgment("judge:x", unit.id, Choice(0))
-    (tied,) = [each for each in store.unjudged("judge:x") if each.prompt != "question, one"]
+    (tied,) = [each for each in store.unjudged("judge:x") if each.prompt == MESSAGES]
     store.add_judgment("judge:x", tied.id, Choice(None, tie="good"))
     store.close()
     assert run("agreement", "--database", database, "--output", tmp_path / "a.json") == 0
@@ -160,6 +170,7 @@ def test_agreement_is_printed_and_written(database, tmp_path, capsys):
         ("--database f.db --port 0", "nothing to label"),
         ("--data prompts.csv --database f.db --port 0", "no responses to label"),
         ("--data pairs.csv --guidelines none.md --port 0", "file none.md not found"),
+        ("--data pairs.csv --gold answers.jsonl --port 0", "no pairs with a known better response"),
         ("--task pair --num_answers 3", "doesn't fit task pair"),
         ("--select uncertain", "Give --reward_model"),
         ("--host 192.0.2.1", "can't listen"),
@@ -170,6 +181,7 @@ def test_mistakes_are_one_line_errors(words, problem, tmp_path, monkeypatch, cap
     Store("f.db").close()
     (tmp_path / "prompts.csv").write_text("prompt\nWhat is DNS?\n")
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"prompt": "q", "answers": ["a", "b"]}))
     assert run(*words.split()) == 2
     err = capsys.readouterr().err
     assert problem in err
@@ -302,3 +314,103 @@ def test_measurements_by_hand(tmp_path):
     assert quality.alpha["all"] == pytest.approx(4 / 9)
     assert quality.units.value == 1.0
     assert [each.votes for each in quality.labelers] == [3, 3]
+
+
+# --- commands that run again ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "export x.csv",
+        "agreement",
+        "import none.json",
+        "import prompts.csv",
+        "import bad.json",
+        "--port 0",
+        "--data prompts.csv --port 0",
+        "--data pairs.csv --gold prompts.csv --port 0",
+        "builtin:tiny --data none.csv --port 0",
+    ],
+)
+def test_a_command_that_fails_makes_no_database(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.csv").write_text("prompt\nWhat is DNS?\n")
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
+    (tmp_path / "bad.json").write_text(json.dumps([{"fields": [], "responses": 3}]))
+    assert run(*words.split()) == 2
+    assert not list(tmp_path.glob("feedback.db*"))
+
+
+def test_units_of_an_earlier_run_are_ordered_by_the_present_reward_models(tmp_path, pairs_csv):
+    """Also if the file is given again, whose units are in the database already."""
+    config = LabelConfig(data=str(pairs_csv), select="uncertain", reward_model=("rm",), overlap=2)
+    store = Store(tmp_path / "f.db")
+    add_from_file(LabelConfig(data=str(pairs_csv)), store)
+    first = store.open_units("pair")
+    add_from_file(config, store)
+    assert store.open_units("pair") == first
+    margins = {each.prompt: float(i) for i, each in enumerate(first)}
+    put_uncertain_first(config, store, [lambda rows: [[margins[row.prompt], 0.0] for row in rows]])
+    assert [each.prompt for each in store.unjudged("x")] == list(margins)
+    queue = Queue(store)
+    ann, ben = (queue.next(store.labeler(name)) for name in ("ann", "ben"))
+    assert ann.unit.prompt == ben.unit.prompt == first[0].prompt, "the overlap is 2 now"
+    store.close()
+
+
+GOLD_VOTES = {
+    "pair": (Choice(0), Choice(1)),
+    "rank": (Ranking((1, 2)), Ranking((2, 1))),
+    "rate": (Ratings(({"safe": 5}, {"safe": 1})), Ratings(({"safe": 1}, {"safe": 1}))),
+    "edit": (Edit(0, "x", 2), Edit(1, "x", 2)),
+}
+
+
+@pytest.mark.parametrize("task", GOLD_VOTES)
+def test_gold_units_have_the_task_of_the_other_units(task, tmp_path, pairs_csv):
+    store = Store(tmp_path / "f.db")
+    add_gold(LabelConfig(gold=str(pairs_csv), task=task), store)
+    queue = Queue(store, gold_every=1)
+    for name, vote in zip(("ann", "ben"), GOLD_VOTES[task], strict=True):
+        labeler = store.labeler(name)
+        assigned = queue.next(labeler)
+        assert assigned.unit.task == task
+        queue.vote(labeler, assigned.token, vote, 1.0)
+    assert [each.gold.value for each in measure(store).labelers] == [1.0, 0.0]
+    store.close()
+
+
+def test_prompts_with_all_responses_need_no_new_ones(tmp_path):
+    """With two models and two temperatures, each model responds at one of them."""
+    from reinforcepp.commands.label.models import _answered, _prompts, parameters
+
+    data = tmp_path / "prompts.csv"
+    data.write_text("prompt\nWhat is DNS?\nWhat is NAT?\n")
+    config = LabelConfig(models=("a", "b"), temperature=(0.7, 1.0), data=str(data))
+    store = Store(tmp_path / "f.db")
+    rows = _prompts(config, store)
+    assert len(rows) == 2
+    answers = [Answer(model, model, parameters(config, each)) for model, each in (("a", 0.7), ("b", 1.0))]
+    store.add_units(units_of(config, [_answered(rows[0], answers)]))
+    assert [row.prompt for row in _prompts(config, store)] == [rows[1].prompt]
+    store.close()
+
+
+def test_records_that_can_not_be_used_are_skipped_and_reported(tmp_path, capsys):
+    good = {
+        "fields": {"prompt": "q", "response_1": "x", "response_2": "y"},
+        "responses": {"better": [{"value": "response_2"}]},
+    }
+    bad = [
+        good | {"responses": {"better": ["response_2"]}},
+        good | {"fields": {"prompt": "q", "response_1": "x", "response_2": "x"}},
+        good | {"fields": {"response_1": "x", "response_2": "y"}},
+    ]
+    counted_from_0 = good | {"fields": {"prompt": "q", "response_0": "x", "response_1": "y"}}
+    user = {"responses": {"better": [{"value": "response_2", "user_id": "u"}]}, "metadata": {"seconds_u": -1}}
+    (tmp_path / "r.json").write_text(json.dumps([good, *bad, counted_from_0, good | user]))
+    assert run("import", tmp_path / "r.json", "--database", tmp_path / "f.db") == 0
+    assert "skipped 3 records. The first one, record 2: " in " ".join(capsys.readouterr().err.split())
+    (row,) = rows_in(tmp_path / "f.db")
+    assert (row["chosen"], row["labeler"], row["seconds"]) == ("y", "import, import u", 0.0)

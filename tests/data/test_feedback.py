@@ -292,3 +292,9 @@ def test_votes_survive_json(task, vote):
 def test_other_values_are_no_votes(task, value):
     with pytest.raises(DataError, match="isn't a vote"):
         parse_vote(task, 2, value)
+
+
+def test_an_edit_without_a_change_makes_no_pair_of_equal_texts(store):
+    store.add_units([NewUnit("edit", "q", ANSWERS)])
+    vote(store, Edit(0, "Run ip route.\n", 2), unit=store.unjudged("x", "edit")[0])
+    assert [(row["chosen"], row["rejected"]) for row in preference_rows(store)] == [("Run ip route.", "Reboot it.")]

@@ -35,3 +35,17 @@ def test_limits():
     assert krippendorff_alpha([(1,), ()]) is None
     rng = random.Random(0)
     assert abs(krippendorff_alpha([[rng.randrange(3) for _ in range(3)] for _ in range(2000)])) < 0.05
+
+
+def test_the_order_of_two_answers_means_nothing():
+    """Preferences agree as much, whichever answer a unit holds first: in files of pairs, the better one is always first."""
+    rng = random.Random(0)
+    sorted_units = [(1, 1 if rng.random() < 0.9 else -1) for _ in range(500)]
+    signs = [rng.choice([1, -1]) for _ in sorted_units]
+    mixed = [tuple(sign * value for value in unit) for sign, unit in zip(signs, sorted_units, strict=True)]
+    assert krippendorff_alpha(sorted_units) < 0.1, "plain alpha expects that labelers prefer the first answer"
+    alpha = krippendorff_alpha(sorted_units, mirrored=True)
+    assert alpha == pytest.approx(krippendorff_alpha(mixed, mirrored=True))
+    assert alpha == pytest.approx(krippendorff_alpha(mixed), abs=0.02)
+    assert alpha == pytest.approx(0.8, abs=0.05), "1 - 0.1 / 0.5"
+    assert krippendorff_alpha([(1, 1), (1, 1)], mirrored=True) == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 
 import pytest
 
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 from starlette.testclient import TestClient
 
 from reinforcepp.data.feedback import Answer, NewUnit, Store, schema
+from reinforcepp.data.feedback.votes import MAX_EDITED_CHARACTERS
 from reinforcepp.errors import ConfigError
 from reinforcepp.labeling import app as app_module
 from reinforcepp.labeling.access import LOGINS_PER_MINUTE, Access
@@ -175,6 +177,7 @@ def test_a_form_without_a_valid_choice_shows_the_unit_again(serve, choice):
         ({}, {"form_token": ""}),
         ({"origin": "http://evil.example"}, {}),
         ({"origin": "null"}, {}),
+        ({"origin": "http://["}, {}),
         ({"origin": "http://127.0.0.1:9999"}, {}),
         ({"sec-fetch-site": "cross-site"}, {}),
     ],
@@ -324,3 +327,32 @@ def test_markdown_is_formatted():
     assert to_html("a <b>tag</b>") == "<p>a &lt;b&gt;tag&lt;/b&gt;</p>\n", "HTML is shown, not removed"
     assert "(empty)" in to_html("  ")
     assert to_html("*" * 60_000).startswith("<pre>")
+
+
+def test_an_undo_form_that_is_out_of_date_does_nothing(serve):
+    app = serve()
+    ann = Browser(app, "ann")
+    ann.submit("/vote", choice="2")
+    old = ann.hidden()["last"]
+    ann.submit("/vote", choice="2")
+    ann.submit("/undo", last=old)
+    assert len(stored(app)) == 2
+    ann.submit("/undo")
+    assert len(stored(app)) == 1
+
+
+def test_two_edited_texts_of_the_largest_size_fit_into_a_form(serve):
+    """The page sends both texts, and a character can have nine bytes."""
+    app = serve(units(1, task="edit"))
+    long = "\u96ea" * MAX_EDITED_CHARACTERS
+    page = Browser(app, "ann").submit("/vote", choice="1", text_1=long, text_2=long)
+    assert page.status_code == 200
+    assert stored(app)[0][0]["text"] == long
+
+
+def test_texts_are_also_on_the_page_as_they_are(serve):
+    text = "\n# a\n\n<b>*b*</b> &amp;"
+    page = Browser(serve([NewUnit("pair", text, [Answer(text), Answer("b")])]), "ann").page.text
+    raw = re.findall(r'<pre class="raw" dir="auto">\n(.*?)</pre>', page, re.DOTALL)
+    assert unescape(raw[0]) == text
+    assert sorted(map(unescape, raw[1:])) == sorted([text, "b"])

@@ -149,3 +149,66 @@ def test_pages_fit_and_are_readable(served, window, width, scheme):
     assert opened.overflow() <= 0
     assert opened.low_contrasts() == []
     assert problems(opened, url) == []
+
+
+@pytest.mark.full
+def test_the_key_m_shows_texts_as_they_are(served, window):
+    url, _, _ = served
+    opened, page = log_in(window, url)
+    assert page.locator(".response pre code").is_visible()
+    page.keyboard.press("m")
+    assert MARKDOWN in page.locator(".response > .raw").all_inner_texts()
+    assert not page.locator(".response .prose").first.is_visible()
+    assert opened.overflow() <= 0
+    page.locator("#raw").focus()
+    page.keyboard.press("1")  # The switch takes no key but the space bar.
+    page.wait_for_function("() => document.querySelector('.progress').textContent.includes('1 done')")
+    assert page.locator(".response > .raw").first.is_visible(), "also on the next unit"
+    page.keyboard.press("m")
+    assert page.locator(".response .prose").first.is_visible()
+
+
+@pytest.mark.full
+def test_what_the_labeler_filled_in_survives_the_browser(served, window):
+    url, queue, _ = served
+    _, page = log_in(window, url)
+    for left, key in ((5, "1"), (4, "1"), (3, "s")):
+        page.keyboard.press(key)
+        page.wait_for_function(f"() => document.querySelector('.progress').textContent.includes('{left} left')")
+    page.keyboard.press("5")
+    page.keyboard.press("4")
+    page.reload()
+    assert page.locator("input:checked[type=radio]").evaluate_all("all => all.map((each) => each.value)") == ["5", "4"]
+    page.keyboard.press("s")
+    page.wait_for_function("() => document.querySelector('.progress').textContent.includes('2 left')")
+    for number in (1, 2):  # Both texts can be open. The focused one is saved.
+        page.locator("details.edit > summary").nth(number - 1).click()
+    page.locator("textarea").nth(1).fill("mine")
+    page.reload()
+    assert page.locator("textarea").nth(1).is_visible()
+    assert page.locator("textarea").nth(1).input_value() == "mine"
+    page.locator("details.edit > summary").nth(0).click()
+    page.locator("textarea").nth(1).focus()
+    page.keyboard.press("Control+Enter")
+    page.wait_for_function("() => document.querySelector('.progress').textContent.includes('1 left')")
+    (edited,) = [cast for cast in votes(queue) if isinstance(cast.vote, Edit)]
+    assert edited.vote == Edit(edited.order[1], "mine", 2)
+    assert page.evaluate("localStorage.length") == 0
+
+
+@pytest.mark.full
+def test_only_the_time_during_which_the_page_is_visible_counts(served, window):
+    url, queue, _ = served
+    _, page = log_in(window, url)
+    turn = """(state) => {
+      Object.defineProperty(document, "visibilityState", { value: state, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page.wait_for_timeout(400)
+    page.evaluate(turn, "hidden")
+    page.wait_for_timeout(1500)
+    page.evaluate(turn, "visible")
+    page.keyboard.press("1")
+    page.wait_for_function("() => document.querySelector('.progress').textContent.includes('1 done')")
+    (cast,) = votes(queue)
+    assert 0.4 <= cast.seconds < 1.5

@@ -55,7 +55,7 @@ def test_postgresql_stores_what_sqlite_stores(server, tmp_path):
         ann = store.labeler("ann")
         token = queue.next(ann).token
         queue.vote(ann, token, Choice(0), 1.0)
-        assert queue.undo(ann)
+        assert queue.undo(ann, token)
         assert queue.next(ann).token == token
         rows.append(list(preference_rows(store)))
         with store.read() as db:

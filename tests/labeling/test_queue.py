@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
@@ -12,6 +14,8 @@ pytest.importorskip("sqlalchemy")
 import sqlalchemy as sa
 
 from reinforcepp.data.feedback import Answer, Choice, NewUnit, Skip, Store, schema
+from reinforcepp.data.feedback.migrations.versions.votes_of_units import COUNT_VOTES
+from reinforcepp.data.feedback.store import MIGRATIONS
 from reinforcepp.labeling.queue import LEASE_SECONDS, Queue, UnitGone
 
 
@@ -54,6 +58,10 @@ def label(queue, labeler, vote=FIRST, most=1000):
         queue.vote(labeler, assigned.token, vote, 1.0)
         prompts.append(assigned.unit.prompt)
     return prompts
+
+
+def undo(queue, labeler):
+    return queue.undo(labeler, queue.progress(labeler).last)
 
 
 def test_a_reload_shows_the_same_unit_in_the_same_order(make):
@@ -116,8 +124,9 @@ def test_a_skipped_unit_that_somebody_else_got_is_not_taken_back(make):
     token = queue.next(ann).token
     queue.vote(ann, token, Skip(), 1.0)
     other = queue.next(ben)
-    assert queue.undo(ann)
+    assert undo(queue, ann)
     assert queue.next(ann) is None
+    assert queue.progress(ann).left == 0
     with pytest.raises(UnitGone):
         queue.vote(ann, token, Choice(0), 1.0)
     queue.vote(ben, other.token, Choice(0), 1.0)
@@ -128,7 +137,7 @@ def test_undo_shows_a_skipped_unit_again_if_nobody_else_got_it(make):
     queue, ann, ben = make(pairs(1))
     token = queue.next(ann).token
     queue.vote(ann, token, Skip(), 1.0)
-    assert queue.undo(ann)
+    assert undo(queue, ann)
     assert queue.next(ann).token == token
     assert queue.next(ben) is None
 
@@ -159,14 +168,42 @@ def test_undo_shows_the_unit_again_with_the_vote_and_keeps_the_open_unit(make):
     first = queue.next(ann)
     queue.vote(ann, first.token, Choice(1), 1.0)
     second = queue.next(ann)
-    assert queue.undo(ann)
+    assert queue.undo(ann, first.token)
     again = queue.next(ann)
     assert (again.token, again.order, again.previous) == (first.token, first.order, Choice(1).value())
     assert queue.progress(ann).done == 0
-    assert not queue.undo(ann)
+    assert not queue.undo(ann, first.token)
     queue.vote(ann, again.token, Choice(0), 1.0)
     assert queue.next(ann).token == second.token
     assert queue.next(ben).unit.id not in (first.unit.id, second.unit.id)
+
+
+def test_an_undo_that_is_sent_twice_takes_one_vote_back(make):
+    queue, ann, _ = make(pairs(3))
+    label(queue, ann, most=2)
+    last = queue.progress(ann).last
+    assert queue.undo(ann, last)
+    assert not queue.undo(ann, last)
+    assert queue.progress(ann).done == 1
+
+
+def test_a_skip_that_is_sent_twice_is_stored_although_somebody_else_got_the_unit(make):
+    queue, ann, ben = make(pairs(1))
+    token = queue.next(ann).token
+    for _ in range(2):
+        queue.vote(ann, token, Skip(), 1.0)
+        assert queue.next(ben) is not None
+
+
+def test_an_imported_vote_has_no_order_but_its_unit_can_come_again(make):
+    """As a repeat, and after undo."""
+    queue, ann, _ = make(pairs(10), repeat_every=1)
+    queue.store.add_votes([(each, "ann", Choice(0), 1.0) for each in pairs(6)])
+    assert undo(queue, ann)
+    again = queue.next(ann)
+    assert (again.order, again.previous) == ((0, 1), Choice(0).value())
+    queue.vote(ann, again.token, Choice(1), 1.0)
+    assert queue.next(ann).order == (1, 0)
 
 
 def test_seconds_are_never_more_than_the_time_that_passed(make):
@@ -187,6 +224,22 @@ def test_progress_counts_votes_units_and_time(make):
         queue.vote(ann, token, Choice(0), 20.0)
     progress = queue.progress(ann)
     assert (progress.done, progress.left, progress.seconds, progress.minutes_left) == (3, 6, 20.0, 2.0)
+
+
+def test_the_number_of_units_left_does_not_reveal_gold_units_and_repeats(make):
+    gold = [NewUnit("pair", f"gold {i}", [Answer("x"), Answer("y")], gold=Choice(0)) for i in range(4)]
+    queue, ann, _ = make([*gold, *pairs(60)], gold_every=10, repeat_every=20)
+    left, hidden, seen = [], [], set()
+    while (assigned := queue.next(ann)) is not None:
+        left.append(queue.progress(ann).left)
+        hidden.append(assigned.unit.gold is not None or assigned.unit.id in seen)
+        seen.add(assigned.unit.id)
+        queue.vote(ann, assigned.token, Choice(0), 1.0)
+    assert 6 <= sum(hidden) <= 8
+    assert left[-1] == 1
+    steps = [(before - after, is_hidden) for before, after, is_hidden in zip(left, left[1:], hidden[1:], strict=False)]
+    assert all(step == 1 for step, is_hidden in steps if is_hidden)
+    assert sum(step != 1 for step, _ in steps) <= 1, "a repeat and a gold unit can be due at the same place"
 
 
 def test_the_order_of_responses_is_random_and_a_repeat_reverses_it(make):
@@ -229,3 +282,53 @@ def test_labelers_at_the_same_time_share_the_units(make):
         thread.join()
     together = [prompt for prompts in got for prompt in prompts]
     assert len(together) == len(set(together)) == 40
+
+
+def counted(queue):
+    """Return the numbers of votes that units store, and those that follow from the votes."""
+    with queue.store.read() as db:
+        stored = dict(db.execute(sa.select(schema.units.c.id, schema.units.c.votes)).tuples().all())
+    with queue.store.write() as db:
+        db.execute(sa.text(COUNT_VOTES))
+    with queue.store.read() as db:
+        return stored, dict(db.execute(sa.select(schema.units.c.id, schema.units.c.votes)).tuples().all())
+
+
+def test_units_know_their_number_of_votes(make):
+    """After votes, skips, undone votes, repeats, expired leases and judgments in a random order."""
+    queue, *_ = make(pairs(12, overlap=2), repeat_every=3)
+    labelers, draw = [queue.store.labeler(name) for name in ("ann", "ben", "cem")], random.Random(0)
+    for _ in range(150):
+        labeler, action = draw.choice(labelers), draw.random()
+        if action < 0.2:
+            undo(queue, labeler)
+        elif (assigned := queue.next(labeler)) is not None:
+            queue.clock.now += draw.choice([1, LEASE_SECONDS + 1])
+            with suppress(UnitGone):
+                queue.vote(labeler, assigned.token, Skip() if action < 0.4 else Choice(0), 1.0)
+        queue.store.add_judgment("judge:x", draw.randint(1, 12), Choice(draw.randrange(2)))
+    stored, right = counted(queue)
+    assert stored == right
+    assert len(set(right.values())) > 1
+
+
+def test_a_database_of_the_first_version_is_upgraded_with_its_votes(make, tmp_path):
+    from alembic import command
+    from alembic.config import Config
+
+    queue, ann, ben = make(pairs(4, overlap=2))
+    label(queue, ann, most=3)
+    label(queue, ben, most=1)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with queue.store.write() as db:
+        db.execute(sa.text("DROP INDEX ix_assignments_leased_until"))
+        db.execute(sa.text("ALTER TABLE units DROP COLUMN votes"))
+        config.attributes["connection"] = db
+        command.stamp(config, "0001")
+    again = Queue(Store(tmp_path / "0.db"), gold_every=0, repeat_every=0)
+    stored, right = counted(again)
+    assert stored == right
+    assert sorted(stored.values()) == [0, 1, 1, 2]
+    assert len(label(again, ben)) == 3
+    again.store.close()

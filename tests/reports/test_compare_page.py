@@ -189,6 +189,7 @@ def test_votes_are_saved_for_the_import(opened):
     assert [row["answer_a"] for row in rows] == ["alpha 0", "alpha 1", "alpha"]
     assert [row["answer_b"] for row in rows] == ["beta 0", "beta 1", "beta"]
     assert {(row["model_a"], row["model_b"]) for row in rows} == {("builtin:tiny", "runs/b")}
+    assert {row["temperature"] for row in rows} == {comparison(FIVE).settings["temperature"]}
     assert rows[0]["vote"] in ("A", "B")
     assert rows[1]["vote"] == "tie"
 

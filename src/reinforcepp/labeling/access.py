@@ -100,7 +100,10 @@ class Access:
     def is_from_own_page(self, request: Request, fields: dict[str, str]) -> bool:
         """Return whether a form was sent by a page of this server, to this session."""
         origin = request.headers.get("origin")
-        own_origin = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+        try:
+            own_origin = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+        except ValueError:
+            own_origin = False
         own_site = request.headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
         expected = self.form_token(self.session(request))
         return own_origin and own_site and same(fields.get("form_token", ""), expected)

@@ -59,7 +59,7 @@ def shown(value: float | None) -> str:
 def _facts(quality: Quality) -> list[tuple[str, str]]:
     people = [each for each in quality.labelers if each.kind == "human"]
     recent = [each for each in quality.times if each > time.time() - 600]
-    left = quality.units.total - quality.units.count
+    left = quality.votes_left
     seconds_left = left * (recent[-1] - recent[0]) / (len(recent) - 1) if len(recent) > 1 else None
     return [
         ("Units labeled", f"{quality.units.count} of {quality.units.total}"),

@@ -23,12 +23,16 @@ def interval(a: float, b: float) -> float:
     return (a - b) ** 2
 
 
-def krippendorff_alpha(units: Iterable[Sequence[float]], distance: Distance = nominal) -> float | None:
+def krippendorff_alpha(
+    units: Iterable[Sequence[float]], distance: Distance = nominal, *, mirrored: bool = False
+) -> float | None:
     """Return alpha: 1 for perfect agreement, 0 for that of chance, negative for systematic disagreement.
 
     Args:
         units: For each unit, the values of the labelers who labeled it. Units with fewer than two don't count.
         distance: Squared distance of two values.
+        mirrored: Whether the signs of each unit's values mean nothing compared with those of other units, as those of
+            preferences: the order in which a unit holds two answers is arbitrary. Chance then has both signs equally often.
 
     Returns:
         1 - observed disagreement / expected disagreement; None without two different values, when it isn't defined.
@@ -39,5 +43,8 @@ def krippendorff_alpha(units: Iterable[Sequence[float]], distance: Distance = no
             counts.update(values)
             observed += sum(distance(a, b) for a, b in product(values, repeat=2)) / (len(values) - 1)
     total = sum(counts.values())
-    expected = sum(n * m * distance(a, b) for (a, n), (b, m) in product(counts.items(), repeat=2))
+    shares: dict[float, float] = dict(counts)
+    if mirrored:
+        shares = {value: (counts[value] + counts[-value]) / 2 for each in counts for value in (each, -each)}
+    expected = sum(n * m * distance(a, b) for (a, n), (b, m) in product(shares.items(), repeat=2))
     return None if expected == 0 else 1 - (total - 1) * observed / expected

@@ -38,7 +38,8 @@ from reinforcepp.reports.html import STYLE, asset, environment
 from reinforcepp.runtime.terminal import logger
 
 FOLDER = Path(__file__).parent
-MAX_FORM_BYTES = 1 << 20
+MAX_FORM_BYTES = 4 << 20
+"""Room for two edited responses of the most characters, each of which is up to 9 bytes."""
 MAX_FORM_FIELDS = 100
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
@@ -168,8 +169,8 @@ class LabelApp:
         return RedirectResponse("/", 303)
 
     def undo(self, request: Request, fields: dict[str, str]) -> Response:
-        """Take the last vote back and show its unit again."""
-        self.queue.undo(self._labeler(request).labeler or 0)
+        """Take the last vote that the page knows back, and show its unit again."""
+        self.queue.undo(self._labeler(request).labeler or 0, fields.get("last", ""))
         return RedirectResponse("/", 303)
 
     # --- sessions ---------------------------------------------------------------------------------------------------

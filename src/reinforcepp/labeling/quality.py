@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from reinforcepp.data.feedback import Choice, Skip, Store, Unit, parse_vote, schema
-from reinforcepp.data.feedback.preferences import Cast, all_votes
+from reinforcepp.data.feedback import Choice, Skip, Store, Vote, parse_vote, schema
 from reinforcepp.labeling.agreement import krippendorff_alpha
 
 ALL, NO_TOPIC = "all", "without a topic"
@@ -69,6 +68,7 @@ class Quality:
         alpha: Krippendorff's alpha of people by topic; that of ``all`` first.
         judges: Agreement of each judge with the majority of people: units with the same preference.
         units: Units without gold, and those of them with enough votes.
+        votes_left: Votes that the other units need.
         times: Times of the votes of people, ascending, in seconds since 1970.
     """
 
@@ -76,6 +76,7 @@ class Quality:
     alpha: Mapping[str, float | None]
     judges: Mapping[str, Share]
     units: Share
+    votes_left: int
     times: Sequence[float] = field(repr=False, default=())
 
     def record(self) -> dict[str, Any]:
@@ -85,32 +86,70 @@ class Quality:
         return values
 
 
+class _Cast(NamedTuple):
+    """A vote that counts, without the texts of its unit."""
+
+    unit_id: int
+    topic: str | None
+    gold: Any
+    labeler: str
+    kind: str
+    order: Sequence[int]
+    repeat: bool
+    vote: Vote
+    seconds: float
+    created: float
+
+
+def _casts(store: Store) -> Iterator[_Cast]:
+    """Yield all votes that count, in the order of their units."""
+    a, v, u = schema.assignments, schema.votes, schema.units
+    p, people, ua = schema.prompts, schema.labelers, schema.unit_answers
+    sizes = sa.select(ua.c.unit_id, sa.func.count().label("size")).group_by(ua.c.unit_id).subquery()
+    query = (
+        sa.select(u.c.id, u.c.task, u.c.gold, sizes.c.size, p.c.topic, people.c.name, people.c.kind)
+        .add_columns(a.c.order, a.c.repeat, v.c.value, v.c.seconds, v.c.created)
+        .select_from(v)
+        .join(a, a.c.id == v.c.assignment_id)
+        .join(people, people.c.id == a.c.labeler_id)
+        .join(u, u.c.id == a.c.unit_id)
+        .join(p, p.c.id == u.c.prompt_id)
+        .join(sizes, sizes.c.unit_id == u.c.id)
+        .where(v.c.undone.is_(None))
+        .order_by(u.c.id, v.c.id)
+    )
+    with store.read() as db:
+        for unit_id, task, gold, size, topic, name, kind, order, repeat, value, seconds, created in db.execute(query):
+            vote = parse_vote(task, size, value)
+            yield _Cast(unit_id, topic, gold, name, kind, order, repeat, vote, seconds, created)
+
+
 def measure(store: Store) -> Quality:
     """Return the measurements of all votes so far."""
-    cases: list[tuple[str, dict[str, int]]] = []
-    casts: dict[str, list[tuple[Unit, Cast]]] = defaultdict(list)
-    kinds, times = dict[str, str](), list[float]()
-    for unit, votes in all_votes(store):
+    topics: dict[str, list[dict[str, int]]] = defaultdict(list)
+    casts: dict[str, list[_Cast]] = defaultdict(list)
+    for _, group in groupby(_casts(store), key=lambda each: each.unit_id):
+        votes = list(group)
         for each in votes:
-            casts[each.labeler].append((unit, each))
-            kinds[each.labeler] = each.kind
-            times += [each.created] if each.kind == "human" else []
-        if unit.gold is None:
-            cases += [(unit.topic or NO_TOPIC, case) for case in _cases(votes)]
+            casts[each.labeler].append(each)
+        if votes[0].gold is None:
+            topics[votes[0].topic or NO_TOPIC] += _cases(votes)
+    kinds = {name: own[0].kind for name, own in casts.items()}
     people = {name for name, kind in kinds.items() if kind == "human"}
-    topics = sorted({topic for topic, _ in cases} - {NO_TOPIC})
-    by_topic = {topic: [case for each, case in cases if each == topic] for topic in topics}
+    cases = [case for own in topics.values() for case in own]
+    units, votes_left = _progress(store)
     return Quality(
         tuple(_labeler(name, kinds[name], casts[name], cases, people) for name in sorted(casts)),
-        {ALL: _alpha((case for _, case in cases), people)}
-        | {name: _alpha(each, people) for name, each in by_topic.items()},
+        {ALL: _alpha(cases, people)}
+        | {name: _alpha(topics[name], people) for name in sorted(topics.keys() - {NO_TOPIC})},
         {name: _judge(name, cases, people) for name in sorted(kinds.keys() - people)},
-        _progress(store),
-        sorted(times),
+        units,
+        votes_left,
+        sorted(each.created for name in people for each in casts[name]),
     )
 
 
-def _cases(votes: Sequence[Cast]) -> list[dict[str, int]]:
+def _cases(votes: Sequence[_Cast]) -> list[dict[str, int]]:
     """Return the signs by labeler for each pair of answers of a unit, repeats not included."""
     found: dict[tuple[int, int], dict[str, int]] = defaultdict(dict)
     for each in votes:
@@ -120,34 +159,35 @@ def _cases(votes: Sequence[Cast]) -> list[dict[str, int]]:
     return list(found.values())
 
 
-def _signs(cast: Cast) -> Signs:
+def _signs(cast: _Cast) -> Signs:
     return {(i, j): (margin > 0) - (margin < 0) for i, j, margin in cast.vote.preferences()}
 
 
 def _alpha(cases: Iterable[Mapping[str, int]], labelers: set[str]) -> float | None:
-    return krippendorff_alpha([[sign for name, sign in case.items() if name in labelers] for case in cases])
+    units = ([sign for name, sign in case.items() if name in labelers] for case in cases)
+    return krippendorff_alpha(units, mirrored=True)
 
 
 def _labeler(
     name: str,
     kind: str,
-    casts: Sequence[tuple[Unit, Cast]],
-    cases: Sequence[tuple[str, Mapping[str, int]]],
+    casts: Sequence[_Cast],
+    cases: Sequence[Mapping[str, int]],
     people: set[str],
 ) -> LabelerQuality:
-    voted = [(unit, each) for unit, each in casts if not isinstance(each.vote, Skip)]
+    voted = [each for each in casts if not isinstance(each.vote, Skip)]
     gold = [
-        _signs(each) == {(i, j): (m > 0) - (m < 0) for i, j, m in parse_vote("pair", 2, unit.gold).preferences()}
-        for unit, each in voted
-        if unit.gold is not None
+        _signs(each) == {(i, j): (m > 0) - (m < 0) for i, j, m in parse_vote("pair", 2, each.gold).preferences()}
+        for each in voted
+        if each.gold is not None
     ]
-    by_unit = [list(group) for _, group in groupby((each for _, each in voted), key=lambda each: each.unit_id)]
+    by_unit = [list(group) for _, group in groupby(voted, key=lambda each: each.unit_id)]
     repeats = [
         _signs(group[0]) == _signs(group[-1]) for group in by_unit if {each.repeat for each in group} == {False, True}
     ]
     first = [
         each.vote.better == each.order[0]
-        for _, each in voted
+        for each in voted
         if isinstance(each.vote, Choice) and each.vote.better is not None and each.order
     ]
     return LabelerQuality(
@@ -155,18 +195,18 @@ def _labeler(
         kind,
         votes=len(voted),
         skipped=len(casts) - len(voted),
-        seconds=median(each.seconds for _, each in voted) if voted else None,
+        seconds=median(each.seconds for each in voted) if voted else None,
         gold=Share(sum(gold), len(gold)),
         repeats=Share(sum(repeats), len(repeats)),
         first=Share(sum(first), len(first)),
-        alpha=_alpha((case for _, case in cases if name in case), people | {name}),
+        alpha=_alpha((case for case in cases if name in case), people | {name}),
     )
 
 
-def _judge(name: str, cases: Sequence[tuple[str, Mapping[str, int]]], people: set[str]) -> Share:
+def _judge(name: str, cases: Sequence[Mapping[str, int]], people: set[str]) -> Share:
     """Return the cases with votes of people in which a judge has the sign of their mean."""
     same = []
-    for _, case in cases:
+    for case in cases:
         signs = [sign for each, sign in case.items() if each in people]
         if name in case and signs:
             mean = fmean(signs)
@@ -174,16 +214,13 @@ def _judge(name: str, cases: Sequence[tuple[str, Mapping[str, int]]], people: se
     return Share(sum(same), len(same))
 
 
-def _progress(store: Store) -> Share:
-    a, v, u, people = schema.assignments, schema.votes, schema.units, schema.labelers
-    number = (
-        sa.select(sa.func.count())
-        .select_from(a)
-        .join(v, sa.and_(v.c.assignment_id == a.c.id, v.c.undone.is_(None), ~v.c.skipped))
-        .join(people, sa.and_(people.c.id == a.c.labeler_id, people.c.kind == "human"))
-        .where(a.c.unit_id == u.c.id, ~a.c.repeat)
-        .scalar_subquery()
+def _progress(store: Store) -> tuple[Share, int]:
+    """Return the units with enough votes of all units without gold, and how many votes the other ones need."""
+    u = schema.units
+    missing = sa.case((u.c.votes < u.c.overlap, u.c.overlap - u.c.votes), else_=0)
+    wanted = sa.select(
+        sa.func.count(), sa.func.sum(sa.case((u.c.votes < u.c.overlap, 0), else_=1)), sa.func.sum(missing)
     )
-    normal = sa.select(sa.func.count()).select_from(u).where(u.c.gold.is_(None))
     with store.read() as db:
-        return Share(db.execute(normal.where(number >= u.c.overlap)).scalar_one(), db.execute(normal).scalar_one())
+        total, done, left = db.execute(wanted.where(u.c.gold.is_(None))).one()
+    return Share(done or 0, total), left or 0

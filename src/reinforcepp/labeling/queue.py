@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from reinforcepp.data.feedback.records import Unit, add_assignment, put_vote, units_by_id
+from reinforcepp.data.feedback.records import Unit, add_assignment, count_votes, put_vote, units_by_id
 from reinforcepp.data.feedback.schema import assignments as a
 from reinforcepp.data.feedback.schema import labelers, unit_answers, votes
 from reinforcepp.data.feedback.schema import units as u
@@ -63,11 +63,19 @@ class Assigned:
 
 @dataclass(frozen=True)
 class Progress:
-    """Votes of a labeler, units left, and the median seconds per unit; None before the first vote."""
+    """A labeler's progress.
+
+    Attributes:
+        done: Votes.
+        left: Units that are left, with the gold units and repeats to come, so that the number doesn't reveal which these are.
+        seconds: Median time per unit; None before the first vote.
+        last: Token of the last vote's unit, for ``undo``; empty before the first vote.
+    """
 
     done: int
     left: int
     seconds: float | None
+    last: str = ""
 
     @property
     def minutes_left(self) -> float | None:
@@ -114,7 +122,7 @@ class Queue:
             taken_back = sa.select(votes.c.value).where(votes.c.assignment_id == found.id).order_by(votes.c.id.desc())
             previous = db.execute(taken_back.limit(1)).scalar()
             unit = units_by_id(db, [found.unit_id])[found.unit_id]
-        return Assigned(found.token, unit, tuple(found.order), found.started, previous)
+        return Assigned(found.token, unit, _order_of(found, unit), found.started, previous)
 
     def held(self, labeler: int, token: str) -> Assigned:
         """Return a unit that the labeler has or had.
@@ -124,7 +132,8 @@ class Queue:
         """
         with self.store.read() as db:
             found = _held(db, labeler, token)
-            return Assigned(token, units_by_id(db, [found.unit_id])[found.unit_id], tuple(found.order), found.started)
+            unit = units_by_id(db, [found.unit_id])[found.unit_id]
+        return Assigned(token, unit, _order_of(found, unit), found.started)
 
     def vote(self, labeler: int, token: str, vote: Vote, seconds: float) -> None:
         """Store a vote; it is on the disk afterwards. The same vote again changes nothing, a different one replaces it.
@@ -141,29 +150,34 @@ class Queue:
         now = self.clock()
         with self.store.write() as db:
             found = _held(db, labeler, token)
+            counts = sa.and_(votes.c.assignment_id == found.id, votes.c.undone.is_(None))
+            if db.execute(sa.select(votes.c.value).where(counts)).scalar() == vote.value():
+                return  # sent again, because the response was lost
             if not self._keeps(db, found, now):
                 raise UnitGone
             put_vote(db, found.id, vote, seconds=min(max(seconds, 0.0), max(now - found.started, 0.0)), now=now)
             if isinstance(vote, Skip):  # Somebody else can have the unit now.
                 db.execute(a.update().where(a.c.id == found.id).values(leased_until=0.0))
 
-    def undo(self, labeler: int) -> bool:
-        """Take the labeler's last vote back, so that its unit is the next one; return whether there was one.
+    def undo(self, labeler: int, token: str) -> bool:
+        """Take the labeler's last vote back if it is on the unit ``token``, and return whether it is.
 
-        A skipped unit that somebody else has got by now isn't shown again.
+        Its unit is the next one then. So a request that is sent again takes back one vote. A skipped unit that somebody else
+        has got by now isn't shown again.
         """
         now = self.clock()
         last = (
-            sa.select(votes.c.id, votes.c.assignment_id)
+            sa.select(votes.c.id, votes.c.assignment_id, a.c.token)
             .join(a, a.c.id == votes.c.assignment_id)
             .where(a.c.labeler_id == labeler, votes.c.undone.is_(None))
             .order_by(votes.c.id.desc())
         )
         with self.store.write() as db:
             found = db.execute(last.limit(1)).first()
-            if found is None:
+            if found is None or found.token != token:
                 return False
             db.execute(votes.update().where(votes.c.id == found.id).values(undone=now))
+            count_votes(db, found.assignment_id)
             held = db.execute(sa.select(a).where(a.c.id == found.assignment_id)).one()
             if self._keeps(db, held, now):
                 extended = {"leased_until": now + self.lease_seconds}
@@ -172,15 +186,18 @@ class Queue:
 
     def progress(self, labeler: int) -> Progress:
         """Return the labeler's progress."""
-        mine = sa.select(votes.c.seconds).join(a, a.c.id == votes.c.assignment_id)
+        now = self.clock()
+        mine = sa.select(votes.c.seconds, a.c.token).join(a, a.c.id == votes.c.assignment_id)
         mine = mine.where(a.c.labeler_id == labeler, votes.c.undone.is_(None))
-        held = sa.select(sa.func.count()).select_from(a).where(a.c.labeler_id == labeler, ~HAS_VOTE)
+        opened = sa.select(a).where(a.c.labeler_id == labeler, ~HAS_VOTE)
         with self.store.read() as db:
-            done = db.execute(sa.select(sa.func.count()).select_from(mine.subquery())).scalar_one()
-            fresh = db.execute(sa.select(sa.func.count()).select_from(self._fresh(labeler, self.clock()).subquery()))
-            left = fresh.scalar_one() + db.execute(held).scalar_one()
-            seconds = list(db.execute(mine.order_by(votes.c.id.desc()).limit(RECENT_VOTES)).scalars())
-        return Progress(done, left, median(seconds) if seconds else None)
+            done = _count(db, mine)
+            left = sum(self._keeps(db, each, now) for each in db.execute(opened).all())
+            left += self._with_hidden(db, labeler, _count(db, self._fresh(labeler, now)))
+            recent = db.execute(mine.order_by(votes.c.id.desc()).limit(RECENT_VOTES)).all()
+        if not recent:
+            return Progress(done, left, None)
+        return Progress(done, left, median(each.seconds for each in recent), recent[0].token)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -207,16 +224,28 @@ class Queue:
 
     def _choose(self, db: Connection, labeler: int, now: float) -> tuple[int, bool] | None:
         """Return the unit to lease, and whether it is a repeat."""
-        number = db.execute(sa.select(sa.func.count()).select_from(a).where(a.c.labeler_id == labeler)).scalar_one()
+        number = _count(db, sa.select(a.c.id).where(a.c.labeler_id == labeler))
         if _is_due(self.gold_every, number, labeler, "gold"):
-            seen = sa.select(a.c.unit_id).where(a.c.labeler_id == labeler)
-            gold = sa.select(u.c.id).where(u.c.gold.is_not(None), u.c.id.not_in(seen)).order_by(u.c.priority, u.c.id)
-            if (found := db.execute(gold.limit(1)).scalar()) is not None:
+            gold = _gold(labeler).order_by(u.c.priority, u.c.id).limit(1)
+            if (found := db.execute(gold).scalar()) is not None:
                 return found, False
         if _is_due(self.repeat_every, number, labeler, "repeat") and (found := self._repeatable(db, labeler)):
             return found, True
         found = db.execute(self._fresh(labeler, now).order_by(u.c.priority, u.c.id).limit(1)).scalar()
         return None if found is None else (found, False)
+
+    def _with_hidden(self, db: Connection, labeler: int, fresh: int) -> int:
+        """Return how many units ``fresh`` ones are with the gold units and the repeats that come among them."""
+        number = _count(db, sa.select(a.c.id).where(a.c.labeler_id == labeler))
+        gold_left = _count(db, _gold(labeler)) if self.gold_every else 0
+        total = fresh
+        while fresh:
+            gold = _num_due(self.gold_every, number, total, labeler, "gold")
+            repeats = _num_due(self.repeat_every, number, total, labeler, "repeat")
+            if (more := fresh + min(gold, gold_left) + min(repeats, fresh)) == total:
+                break
+            total = more
+        return total
 
     def _repeatable(self, db: Connection, labeler: int) -> int | None:
         """Return the labeler's oldest unit without a repeat that was voted on some units ago."""
@@ -225,7 +254,7 @@ class Queue:
         mine = (
             sa.select(a.c.unit_id)
             .join(u, u.c.id == a.c.unit_id)
-            .where(a.c.labeler_id == labeler, ~a.c.repeat, HAS_VOTE, u.c.gold.is_(None))
+            .where(a.c.labeler_id == labeler, ~a.c.repeat, COUNTS, u.c.gold.is_(None))
             .order_by(a.c.id.desc())
         )
         recent = set(db.execute(mine.limit(REPEAT_AFTER)).scalars())
@@ -233,26 +262,60 @@ class Queue:
 
     def _fresh(self, labeler: int, now: float) -> sa.Select[Any]:
         """Return the query for the units that the labeler can get."""
-        taken = _taken(now).subquery()
-        number = sa.select(sa.func.count()).select_from(taken).where(taken.c.unit_id == u.c.id).scalar_subquery()
-        seen = sa.select(a.c.unit_id).where(a.c.labeler_id == labeler)
-        return sa.select(u.c.id).where(u.c.gold.is_(None), number < u.c.overlap, u.c.id.not_in(seen))
+        held = sa.select(a.c.unit_id, sa.func.count().label("number")).where(
+            ~a.c.repeat, ~HAS_VOTE, a.c.leased_until >= now
+        )
+        leases = held.group_by(a.c.unit_id).subquery()
+        return (
+            sa.select(u.c.id)
+            .outerjoin(leases, leases.c.unit_id == u.c.id)
+            .where(
+                u.c.gold.is_(None),
+                u.c.votes + sa.func.coalesce(leases.c.number, 0) < u.c.overlap,
+                u.c.id.not_in(_seen(labeler)),
+            )
+        )
 
     def _order(self, db: Connection, unit_id: int, labeler: int, repeat: bool) -> list[int]:
         """Return a random order of the answers; a repeat has another one than the first time."""
-        number = db.execute(
-            sa.select(sa.func.count()).select_from(unit_answers).where(unit_answers.c.unit_id == unit_id)
-        ).scalar_one()
+        number = _count(db, sa.select(unit_answers.c.position).where(unit_answers.c.unit_id == unit_id))
         if repeat:
             first = sa.select(a.c.order).where(a.c.unit_id == unit_id, a.c.labeler_id == labeler)
-            return list(reversed(db.execute(first).scalar_one()))
+            return list(reversed(db.execute(first).scalar_one() or range(number)))
         return random.Random(f"{unit_id}/{labeler}").sample(range(number), number)
 
 
 def _is_due(every: int, number: int, labeler: int, kind: str) -> bool:
     """Return whether the labeler's unit ``number`` is the random one of its block of ``every`` units."""
-    block = number // every if every else 0
-    return every > 0 and number % every == random.Random(f"{kind}/{labeler}/{block}").randrange(every)
+    return bool(_num_due(every, number, 1, labeler, kind))
+
+
+def _num_due(every: int, number: int, count: int, labeler: int, kind: str) -> int:
+    """Return how many of ``count`` units of the labeler, from unit ``number`` on, are the random ones of their blocks."""
+
+    def due_before(end: int) -> int:
+        block, place = divmod(end, every)
+        return block + (place > random.Random(f"{kind}/{labeler}/{block}").randrange(every))
+
+    return due_before(number + count) - due_before(number) if every else 0
+
+
+def _count(db: Connection, query: sa.Select[Any]) -> int:
+    return int(db.execute(sa.select(sa.func.count()).select_from(query.subquery())).scalar_one())
+
+
+def _seen(labeler: int) -> sa.Select[Any]:
+    return sa.select(a.c.unit_id).where(a.c.labeler_id == labeler)
+
+
+def _gold(labeler: int) -> sa.Select[Any]:
+    """Return the query for the gold units that the labeler hasn't seen."""
+    return sa.select(u.c.id).where(u.c.gold.is_not(None), u.c.id.not_in(_seen(labeler)))
+
+
+def _order_of(assignment: Row[Any], unit: Unit) -> tuple[int, ...]:
+    """Return the order of the answers; an assignment from an imported vote has none."""
+    return tuple(assignment.order) or tuple(range(len(unit.answers)))
 
 
 def _taken(now: float) -> sa.Select[Any]:

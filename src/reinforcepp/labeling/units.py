@@ -43,18 +43,18 @@ def make_units(
         answers = each.answers if len(each.answers) <= most else shuffled.sample(each.answers, most)
         if len(answers) >= FEWEST[task]:
             chosen.append(Answered(each.prompt, tuple(answers), False, each.topic, each.columns))
-    order = _uncertain_first(chosen, scores) if scores else _random(chosen, seed)
+    order = uncertain_first(chosen, scores) if scores else _random(chosen, seed)
     return [
         NewUnit(task, each.prompt, each.answers, each.topic, each.columns, overlap, priority)
         for each, priority in zip(chosen, order, strict=True)
     ]
 
 
-def gold_units(answered: Iterable[Answered], seed: int = 0) -> list[NewUnit]:
-    """Return units whose first answer is known to be the better one; they are pairs, whatever the task of other units."""
+def gold_units(answered: Iterable[Answered], task: Task = "pair", seed: int = 0) -> list[NewUnit]:
+    """Return units whose first answer is known to be better. They have the task of the other units, which hides them."""
     pairs = [each for each in answered if each.is_pair and len(each.answers) == 2]
     return [
-        NewUnit("pair", each.prompt, each.answers, each.topic, each.columns, priority=priority, gold=Choice(0))
+        NewUnit(task, each.prompt, each.answers, each.topic, each.columns, priority=priority, gold=Choice(0))
         for each, priority in zip(pairs, _random(pairs, seed), strict=True)
     ]
 
@@ -63,7 +63,7 @@ def _random(answered: Sequence[Answered], seed: int) -> list[float]:
     return [random.Random(f"{seed}/{each.prompt}/{each.answers}").random() for each in answered]
 
 
-def _uncertain_first(answered: Sequence[Answered], scores: Sequence[Score]) -> list[float]:
+def uncertain_first(answered: Sequence[Answered], scores: Sequence[Score]) -> list[float]:
     """Return priorities, lowest first, by the mean uncertainty over all pairs of responses.
 
     One reward model is uncertain if its margin is near 0. Several disagree if the probabilities that they give the first

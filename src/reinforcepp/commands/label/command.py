@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 
 from reinforcepp.commands.access import RefuseWebPages
 from reinforcepp.commands.http_server import Server, listen
-from reinforcepp.commands.label.files import add_from_file, add_gold
+from reinforcepp.commands.label.files import add_from_file, add_gold, put_uncertain_first
 from reinforcepp.config import LabelConfig
 from reinforcepp.data.feedback import Store
 from reinforcepp.errors import ConfigError
@@ -37,7 +37,7 @@ def run_label(config: LabelConfig) -> None:
         ReinforceError: The address, the database, the data or a model can't be used.
     """
     guidelines = _guidelines(config.guidelines)
-    with closing(listen(config.host, config.port)) as listener, closing(Store(config.database)) as store:
+    with closing(listen(config.host, config.port)) as listener, Store.opened(config.database) as store:
         add_gold(config, store)
         with _responses(config, store) as background:
             access = Access(store, open_to_all=is_loopback(config.host))
@@ -74,10 +74,12 @@ def _responses(config: LabelConfig, store: Store) -> AbstractContextManager[Back
         from reinforcepp.commands.label.models import generation, load_scores  # They load torch.
 
         scores = load_scores(config)
-        if config.models:
-            return generation(config, store, scores)
-    if config.data is not None:
-        add_from_file(config, store, scores)
+    if config.data is not None and not config.models:
+        add_from_file(config, store)
+    if scores:
+        put_uncertain_first(config, store, scores)
+    if config.models:
+        return generation(config, store, scores)
     return nullcontext()
 
 

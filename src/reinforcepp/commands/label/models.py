@@ -31,10 +31,7 @@ def generation(config: LabelConfig, store: Store, scores: Sequence[Score]) -> It
         ReinforceError: The prompts or a model can't be used.
     """
     rows = _prompts(config, store)
-    slots = Counter(
-        (config.models[i % len(config.models)], config.temperature[i % len(config.temperature)])
-        for i in range(config.answers_per_prompt)
-    )
+    slots = _slots(config)
     with ExitStack() as stack:
         engines = {}
         for model in config.models if rows else ():
@@ -106,6 +103,14 @@ def _score(reward: TrainedReward) -> Score:
     return score
 
 
+def _slots(config: LabelConfig) -> Counter[tuple[str, float]]:
+    """Return how many responses to a prompt come from each model at each temperature."""
+    return Counter(
+        (config.models[i % len(config.models)], config.temperature[i % len(config.temperature)])
+        for i in range(config.answers_per_prompt)
+    )
+
+
 def _prompts(config: LabelConfig, store: Store) -> list[PromptRow]:
     """Return the prompts without responses by these models with these sampling parameters, in random order."""
     data, seen, heldout = load_prompts(config.data or "builtin:network", heldout_fraction=0.0, seed=config.seed)
@@ -113,12 +118,7 @@ def _prompts(config: LabelConfig, store: Store) -> list[PromptRow]:
     rows = [*seen, *heldout]
     random.Random(config.seed).shuffle(rows)
     rows = rows[: config.max_prompts or None]
-    done = [
-        store.answered(model, parameters(config, temperature))
-        for model in config.models
-        for temperature in config.temperature
-    ]
-    known = set.intersection(*done) if done else set()
+    known = set.intersection(*(store.answered(model, parameters(config, each)) for model, each in _slots(config)))
     return [row for row in rows if _digest(row) not in known]
 
 

@@ -7,9 +7,11 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from reinforcepp.config import LabelExportConfig, LabelImportConfig
+from reinforcepp.data import count
 from reinforcepp.data.feedback import Choice, NewUnit, Store
 from reinforcepp.data.feedback.answer_files import read_answers
 from reinforcepp.data.feedback.exchange import (
@@ -66,7 +68,7 @@ def run_import(config: LabelImportConfig) -> None:
         raise DataError(
             f"data: {config.data} has no votes. Give a file of Argilla, Label Studio, compare, or of pairs."
         )
-    with closing(Store(config.database)) as store:
+    with Store.opened(config.database) as store:
         added = store.add_votes(votes)
     names = len({name for _, name, _, _ in votes})
     echo(f"Added {len(votes)} votes of {names} labelers, on {added} new units, to {config.database}", "green")
@@ -76,15 +78,32 @@ def _votes_in(name: str, labeler: str) -> Iterator[Imported]:
     cells = [row for part in find_parts(name) for chunk in part.chunks() for _, row in chunk.rows]
     for needed, convert in _READERS:
         if cells and needed <= cells[0].keys():
-            for row in cells:
-                yield from convert(row, labeler)
+            yield from _converted(name, cells, partial(convert, labeler=labeler))
             return
     for each in read_answers(name):
         if each.is_pair and len(each.answers) == 2:
             yield NewUnit("pair", each.prompt, each.answers, each.topic, each.columns), labeler, Choice(0), 0.0
 
 
-_READERS: Sequence[tuple[set[str], Callable[[Mapping[str, Any], str], Iterable[Imported]]]] = (
+def _converted(
+    name: str, rows: Sequence[Mapping[str, Any]], convert: Callable[[Mapping[str, Any]], Iterable[Imported]]
+) -> Iterator[Imported]:
+    """Yield the votes in records; those that can't be used are skipped and reported."""
+    problems = []
+    for number, row in enumerate(rows, 1):
+        try:
+            votes = list(convert(row))
+        except DataError as error:
+            problems.append(f"record {number}: {error}")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # of another shape
+            problems.append(f"record {number}: its parts aren't those of the format that its keys name.")
+        else:
+            yield from votes
+    if problems:
+        echo(f"{name}: skipped {count(len(problems), 'record')}. The first one, {problems[0]}", "yellow")
+
+
+_READERS: Sequence[tuple[set[str], Callable[..., Iterable[Imported]]]] = (
     ({"fields", "responses"}, from_argilla),
     ({"data", "annotations"}, from_label_studio),
     ({"answer_a", "answer_b", "vote"}, from_compare),

@@ -2,7 +2,7 @@
 
     Argilla         {"fields": {"prompt", "response_1", ...}, "responses": {QUESTION: [{"value", "user_id"}]}}
     Label Studio    {"data": {"prompt", "answer1", ...}, "annotations": [{"result": [{"type", "from_name", "value"}]}]}
-    compare         {"prompt", "answer_a", "answer_b", "model_a", "model_b", "vote": "A", "B" or "tie"}
+    compare         {"prompt", "answer_a", "answer_b", "model_a", "model_b", "temperature", "vote": "A", "B" or "tie"}
 
 Records of other projects are read if they follow the same pattern: a prompt, responses whose names begin alike, and questions
 for a choice, a ranking, or a rating per response.
@@ -10,6 +10,8 @@ for a choice, a ranking, or a rating per response.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import uuid
 from collections import defaultdict
@@ -18,7 +20,7 @@ from typing import Any
 
 from reinforcepp.data.columns import PROMPTS
 from reinforcepp.data.feedback.preferences import Cast
-from reinforcepp.data.feedback.records import Answer, NewUnit, Unit
+from reinforcepp.data.feedback.records import TEMPLATE_COLUMNS, Answer, NewUnit, Unit
 from reinforcepp.data.feedback.votes import Choice, Edit, Ranking, Ratings, Skip, Vote, parse_vote
 from reinforcepp.data.messages import UnusableCell, conversation_text, parse_content
 from reinforcepp.errors import DataError
@@ -28,11 +30,12 @@ Imported = tuple[NewUnit, str, Vote, float]
 """A unit, the name of the labeler, the vote and its time in seconds."""
 USERS = uuid.UUID("5f1c0f8e-8a35-4b8e-9d7c-3c2b8a1d9e60")
 """Namespace of the users' ids in Argilla, which derive from their names."""
-_NUMBERED = re.compile(r"(?:response|answer|completion|generation|text)[_\- ]?(\d|[ab])", re.IGNORECASE)
+_NUMBERED = re.compile(r"(?:response|answer|completion|generation|text)[_\- ]?([1-9]|[ab])", re.IGNORECASE)
 _RATED = re.compile(_NUMBERED.pattern + r"[_\- ]?(\w*)", re.IGNORECASE)
 _SIDES = {"left": 1, "right": 2, "a": 1, "b": 2}
 TIES = {"both good": "good", "both bad": "bad", "tie": "good", "both_good": "good", "both_bad": "bad"}
 MUCH = "much better"
+MAX_NAME_CHARACTERS = 100
 
 
 # --- Argilla ----------------------------------------------------------------------------------------------------------
@@ -57,10 +60,13 @@ def to_argilla(unit: Unit, casts: Sequence[Cast]) -> dict[str, Any]:
 
 
 def _metadata(unit: Unit, casts: Sequence[Cast]) -> dict[str, Any]:
+    """Return what the tools keep without reading it: numbers and texts by name."""
     values: dict[str, Any] = {"topic": unit.topic} if unit.topic else {}
+    values |= {name: json.dumps(value) for name, value in unit.variables.items()}
     for i, answer in enumerate(unit.answers, 1):
         values |= {f"model_{i}": answer.model} if answer.model else {}
         values |= {f"temperature_{i}": answer.sampling["temperature"]} if "temperature" in answer.sampling else {}
+        values |= {f"truncated_{i}": "true"} if answer.truncated else {}
     values |= {f"labeler_{uuid.uuid5(USERS, cast.labeler)}": cast.labeler for cast in casts}
     return values | {f"seconds_{uuid.uuid5(USERS, cast.labeler)}": cast.seconds for cast in casts}
 
@@ -88,9 +94,9 @@ def from_argilla(record: Mapping[str, Any], labeler: str) -> Iterator[Imported]:
         found = _vote(len(answers), _from_argilla_values(values, len(answers)))
         if found is not None:
             task, vote = found
-            name = str(metadata.get(f"labeler_{user}") or (f"{labeler} {user[:8]}" if user else labeler))
-            seconds = float(metadata.get(f"seconds_{user}") or 0.0)
-            yield NewUnit(task, prompt, answers, metadata.get("topic")), name, vote, seconds
+            name = metadata.get(f"labeler_{user}") or (f"{labeler} {user[:8]}" if user else labeler)
+            unit = NewUnit(task, prompt, answers, *_topic_and_columns(metadata))
+            yield unit, _name(name), vote, _seconds(metadata.get(f"seconds_{user}"))
 
 
 def _from_argilla_values(values: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -141,9 +147,11 @@ def _results(vote: Vote) -> Iterator[dict[str, Any]]:
         choice = MUCH if vote.tie is None else f"both {vote.tie}"
         yield {"type": "choices", "from_name": "degree", "to_name": "prompt", "value": {"choices": [choice]}}
     if isinstance(vote, Ranking):
-        best_first = sorted(range(len(vote.ranks)), key=lambda i: vote.ranks[i])
-        names = [f"answer{i + 1}" for i in best_first]
-        yield {"type": "ranker", "from_name": "rank", "to_name": "prompt", "value": {"ranker": {"rank": names}}}
+        # A bucket per rank, because ranks can be equal.
+        by_rank: dict[str, list[str]] = {str(rank): [] for rank in sorted(vote.ranks)}
+        for i, rank in enumerate(vote.ranks, 1):
+            by_rank[str(rank)].append(f"answer{i}")
+        yield {"type": "ranker", "from_name": "rank", "to_name": "prompt", "value": {"ranker": by_rank}}
     for i, ratings in enumerate(vote.ratings if isinstance(vote, Ratings) else (), 1):
         for name, number in ratings.items():
             named = {"from_name": f"answer{i}_{name}", "to_name": f"answer{i}"}
@@ -165,11 +173,11 @@ def from_label_studio(task: Mapping[str, Any], labeler: str) -> Iterator[Importe
         found = None if annotation.get("was_cancelled") else _vote(len(answers), parts)
         if found is not None:
             user = annotation.get("completed_by")
-            name = (
-                str(user.get("email") or user.get("id")) if isinstance(user, Mapping) else f"{labeler} {user}".strip()
-            )
-            unit = NewUnit(found[0], prompt, answers, meta.get("topic"))
-            yield unit, labeler if user is None else name, found[1], float(annotation.get("lead_time") or 0.0)
+            name = labeler if user is None else f"{labeler} {user}"
+            if isinstance(user, Mapping):
+                name = user.get("email") or user.get("id") or labeler
+            unit = NewUnit(found[0], prompt, answers, *_topic_and_columns(meta))
+            yield unit, _name(name), found[1], _seconds(annotation.get("lead_time"))
 
 
 def _read_result(parts: dict[str, Any], result: Mapping[str, Any], count: int) -> None:
@@ -183,8 +191,11 @@ def _read_result(parts: dict[str, Any], result: Mapping[str, Any], count: int) -
     elif kind == "rating" and rated and _number(rated[1]) <= count:
         parts["ratings"][_number(rated[1]) - 1][rated[2] or "quality"] = value.get("rating")
     elif kind == "ranker":
-        names = next((each for each in (value.get("ranker") or {}).values() if isinstance(each, list)), [])
-        ranks = {_number_of(name): rank for rank, name in enumerate(names, 1)}
+        lists = {name: each for name, each in (value.get("ranker") or {}).items() if isinstance(each, list)}
+        if all(name.isdecimal() for name in lists):  # a list per rank
+            ranks = {_number_of(name): int(rank) for rank, names in lists.items() for name in names}
+        else:  # one list, best first
+            ranks = {_number_of(name): rank for rank, name in enumerate(next(iter(lists.values())), 1)}
         parts["ranks"] = [ranks.get(i) for i in range(1, count + 1)]
     elif kind == "textarea":
         parts["text"] = "\n".join(map(str, value.get("text") or ()))
@@ -198,9 +209,18 @@ def from_compare(record: Mapping[str, Any], labeler: str) -> Iterator[Imported]:
     """Yield the vote in a record that the page of ``compare`` saved."""
     better = {"A": 0, "B": 1, "tie": None}.get(str(record.get("vote")), -1)
     if better != -1:
-        answers = tuple(Answer(str(record[f"answer_{side}"]), record.get(f"model_{side}")) for side in "ab")
+        texts = {f"answer_{number}": record[f"answer_{side}"] for number, side in enumerate("ab", 1)}
+        metadata = {
+            f"{name}_{number}": record[f"{name}_{side}"]
+            for number, side in enumerate("ab", 1)
+            for name in ("model", "truncated")
+            if f"{name}_{side}" in record
+        }
+        if "temperature" in record:
+            metadata |= dict.fromkeys(("temperature_1", "temperature_2"), record["temperature"])
+        prompt, answers = _texts({"prompt": record["prompt"], **texts}, metadata)
         vote = Choice(better, tie=None if better is not None else "good")
-        yield NewUnit("pair", record["prompt"], answers), labeler, vote, 0.0
+        yield NewUnit("pair", prompt, answers, *_topic_and_columns(record)), labeler, vote, 0.0
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -213,8 +233,10 @@ def _texts(fields: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[Conv
         DataError: It has no prompt or fewer than one response.
     """
     numbered = {
-        _number(match[1]): cell for name, cell in fields.items() if (match := _NUMBERED.fullmatch(name)) and cell
-    }
+        number: cell
+        for name, cell in fields.items()
+        if (match := _NUMBERED.fullmatch(name)) and ((number := _number(match[1])) <= 2 or cell)
+    }  # A response can be empty, but an empty third one means that there are two.
     cell = next((fields[name] for name in ("prompt", *PROMPTS) if fields.get(name)), None)
     try:
         content = parse_content(cell, "prompt")
@@ -224,9 +246,27 @@ def _texts(fields: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[Conv
     if not prompt or not numbered:
         raise DataError(f"a record has no prompt or no responses, only the fields {', '.join(fields) or 'none'}.")
     sampling = {i: {"temperature": metadata[f"temperature_{i}"]} for i in numbered if f"temperature_{i}" in metadata}
+    models = {i: str(metadata[f"model_{i}"]) for i in numbered if metadata.get(f"model_{i}")}
     return prompt, tuple(
-        Answer(str(numbered[i]), metadata.get(f"model_{i}"), sampling.get(i, {})) for i in sorted(numbered)
+        Answer(str(numbered[i]), models.get(i), sampling.get(i, {}), metadata.get(f"truncated_{i}") in (True, "true"))
+        for i in sorted(numbered)
     )
+
+
+def _topic_and_columns(metadata: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Return the topic and the variables of the chat template."""
+    columns = {name: metadata[name] for name in TEMPLATE_COLUMNS if metadata.get(name)}
+    columns = {name: json.loads(value) if isinstance(value, str) else value for name, value in columns.items()}
+    return str(metadata["topic"]) if metadata.get("topic") else None, columns
+
+
+def _name(labeler: Any) -> str:
+    return " ".join(str(labeler).split())[:MAX_NAME_CHARACTERS]
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value or 0.0)
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
 
 
 def _read_choice(parts: dict[str, Any], value: str) -> None:

@@ -125,7 +125,7 @@ def _rows_of(unit: Unit, casts: Sequence[Cast]) -> Iterator[dict[str, Any]]:
             **_metadata(unit, voters, unit.answers[chosen], unit.answers[rejected]),
         }
     for cast in casts:
-        if isinstance(cast.vote, Edit):
+        if isinstance(cast.vote, Edit) and cast.vote.text.strip() != unit.answers[cast.vote.better].text.strip():
             original = unit.answers[cast.vote.better]
             yield {
                 **_pair(unit, cast.vote.text, original.text, 1 / MAX_STRENGTH),

@@ -19,7 +19,7 @@ from reinforcepp.data.feedback.votes import Skip, Vote
 from reinforcepp.errors import DataError
 from reinforcepp.types import Conversation
 
-MAX_TOPIC_CHARACTERS = 200
+MAX_TOPIC_CHARACTERS, MAX_MODEL_CHARACTERS = 200, 500
 TEMPLATE_COLUMNS = ("chat_template_kwargs", "tools")
 
 
@@ -153,6 +153,21 @@ def put_vote(
     values = {"value": vote.value(), "skipped": isinstance(vote, Skip), "details": dict(details or {})}
     values |= {"assignment_id": assignment_id, "seconds": seconds, "created": now}
     db.execute(rows.insert().values(values))
+    count_votes(db, assignment_id)
+
+
+def count_votes(db: Connection, assignment_id: int) -> None:
+    """Store how many votes the unit of an assignment has: those of people, neither skipped, nor undone, nor repeats."""
+    a, v, people, u = schema.assignments, schema.votes, schema.labelers, schema.units
+    number = (
+        sa.select(sa.func.count())
+        .select_from(a)
+        .join(v, sa.and_(v.c.assignment_id == a.c.id, v.c.undone.is_(None), ~v.c.skipped))
+        .join(people, sa.and_(people.c.id == a.c.labeler_id, people.c.kind == "human"))
+        .where(a.c.unit_id == u.c.id, ~a.c.repeat)
+    )
+    voted = sa.select(a.c.unit_id).where(a.c.id == assignment_id).scalar_subquery()
+    db.execute(u.update().where(u.c.id == voted).values(votes=number.scalar_subquery()))
 
 
 def units_by_id(db: Connection, ids: Sequence[int]) -> dict[int, Unit]:
@@ -195,8 +210,11 @@ def units_by_id(db: Connection, ids: Sequence[int]) -> dict[int, Unit]:
     }
 
 
-def add_unit(db: Connection, unit: NewUnit) -> bool:
-    """Add a unit and return whether it is new: one with the same task on the same answers isn't."""
+def add_unit(db: Connection, unit: NewUnit, *, update: bool = False) -> bool:
+    """Add a unit and return whether it is new: one with the same task on the same answers isn't.
+
+    With ``update``, one that isn't new gets the priority and the overlap of ``unit``, unless one of both is a gold unit.
+    """
     p, a, u = schema.prompts, schema.answers, schema.units
     prompt = unit.prompt if isinstance(unit.prompt, str) else [dict(each) for each in unit.prompt]
     columns = json.loads(json.dumps(dict(unit.columns), default=str))
@@ -206,10 +224,15 @@ def add_unit(db: Connection, unit: NewUnit) -> bool:
     ids = []
     for answer in unit.answers:
         text = clean(answer.text)
-        given = {"model": answer.model, "sampling": dict(answer.sampling), "truncated": answer.truncated}
+        model = clean(answer.model)[:MAX_MODEL_CHARACTERS] if answer.model else None
+        given = {"model": model, "sampling": dict(answer.sampling), "truncated": answer.truncated}
         ids.append(_find_or_add(db, a, digest(text), prompt_id=prompt_id, text=text, **given))
     unit_digest = digest(unit.task, sorted(ids))
-    if db.execute(sa.select(u.c.id).where(u.c.digest == unit_digest)).scalar() is not None:
+    found = db.execute(sa.select(u.c.id, u.c.gold).where(u.c.digest == unit_digest)).first()
+    if found is not None:
+        if update and found.gold is None and unit.gold is None:
+            changed = {"priority": unit.priority, "overlap": unit.overlap}
+            db.execute(u.update().where(u.c.id == found.id).values(changed))
         return False
     values = {
         "digest": unit_digest,

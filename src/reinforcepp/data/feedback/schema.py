@@ -2,7 +2,8 @@
 
     prompts      what was asked: a text or messages, its topic, and the other cells of its row
     answers      the responses to a prompt, with the model and the sampling parameters that made them
-    units        one piece of work: a task on one to five answers to a prompt (unit_answers, by position)
+    units        one piece of work: a task on one to five answers to a prompt (unit_answers, by position). Its column votes
+                 counts the votes of people, neither skipped, nor undone, nor repeats
     labelers     people and judges
     assignments  a unit that a labeler has: until ``leased_until`` if there is no vote yet, forever after it
     votes        what a labeler decided; an undone vote keeps its row
@@ -76,6 +77,7 @@ units = Table(
     Column("prompt_id", ForeignKey("prompts.id"), nullable=False),
     Column("task", String(20), nullable=False),
     Column("overlap", Integer, nullable=False),
+    Column("votes", Integer, nullable=False, server_default="0"),
     Column("priority", Double, nullable=False),
     Column("gold", JSON(none_as_null=True)),
     Column("created", Double, nullable=False),
@@ -112,6 +114,7 @@ assignments = Table(
     Column("leased_until", Double, nullable=False),
     UniqueConstraint("unit_id", "labeler_id", "repeat"),
     Index("ix_assignments_labeler_id", "labeler_id"),
+    Index("ix_assignments_leased_until", "leased_until"),
 )
 
 votes = Table(

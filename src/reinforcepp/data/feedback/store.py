@@ -80,9 +80,11 @@ class Store:
         self.name = url.render_as_string(hide_password=True) if "://" in str(name) else str(name)
         if url.get_backend_name() == "sqlite" and not create and not Path(str(url.database)).is_file():
             raise ConfigError(f"database: {self.name}: no such file. Check the path.")
-        if url.get_backend_name() == "sqlite" and create:
+        self._new_file: Path | None = None
+        if url.get_backend_name() == "sqlite" and create and not Path(str(url.database)).exists():
             with suppress(OSError):  # The connection reports the reason.
                 Path(str(url.database)).touch(mode=PRIVATE)
+                self._new_file = Path(str(url.database))
         try:
             self.engine = _engine(url)
             with self._errors():
@@ -91,6 +93,22 @@ class Store:
             raise ConfigError(
                 f"database: {self.name} needs the package psycopg. Install it: pip install 'reinforcepp[postgres]'"
             ) from None
+
+    @classmethod
+    @contextmanager
+    def opened(cls, name: str | Path) -> Iterator[Store]:
+        """Yield an open database, and close it. If the block fails, a new file without units is deleted."""
+        store = cls(name)
+        try:
+            yield store
+        except BaseException:
+            if store._new_file is not None and not store.has_units():
+                store.close()
+                for suffix in ("", "-wal", "-shm"):
+                    Path(f"{store._new_file}{suffix}").unlink(missing_ok=True)
+            raise
+        finally:
+            store.close()
 
     def close(self) -> None:
         """Close all connections."""
@@ -130,9 +148,28 @@ class Store:
     # --- prompts, answers, units ------------------------------------------------------------------------------------
 
     def add_units(self, units: Sequence[NewUnit]) -> int:
-        """Add units in one transaction, and return how many are new: one with the same task on the same answers isn't."""
+        """Add units in one transaction, and return how many are new: one with the same task on the same answers isn't.
+
+        That one gets the given priority and overlap, unless one of both is a gold unit.
+        """
         with self.write() as db:
-            return sum(add_unit(db, each) for each in units)
+            return sum(add_unit(db, each, update=True) for each in units)
+
+    def open_units(self, task: Task) -> list[Unit]:
+        """Return the units that need votes, gold units not included."""
+        u = schema.units
+        wanted = sa.select(u.c.id).where(u.c.task == task, u.c.gold.is_(None), u.c.votes < u.c.overlap).order_by(u.c.id)
+        with self.read() as db:
+            return list(units_by_id(db, list(db.execute(wanted).scalars())).values())
+
+    def set_priorities(self, priorities: Mapping[int, float]) -> None:
+        """Set the priorities of units by id; labelers get units with lower numbers first."""
+        u = schema.units
+        values = [{"unit": unit_id, "number": number} for unit_id, number in priorities.items()]
+        with self.write() as db:
+            if values:
+                change = u.update().where(u.c.id == sa.bindparam("unit")).values(priority=sa.bindparam("number"))
+                db.execute(change, values)
 
     def has_units(self) -> bool:
         """Return whether there is any unit."""

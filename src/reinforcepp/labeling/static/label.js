@@ -6,12 +6,41 @@
   const problem = document.getElementById("problem");
   let seconds = 0; // during which the unit was visible
   let since = performance.now();
+  let visible = document.visibilityState === "visible";
   let busy = false;
+  let raw = false; // whether texts are shown as they are
+
+  // What the labeler filled in survives a browser that is killed: in its storage, under the name of the unit.
+  const keyOf = (form) => `reinforcepp label ${form.elements.unit.value}`;
+
+  function stored(action) {
+    try {
+      return action(localStorage);
+    } catch {} // without storage, it lasts while the page is open
+  }
+
+  function remember() {
+    const form = document.getElementById("vote");
+    const fields = form && [...new FormData(form)].filter(([name]) => /^(text|rank|rating)_/.test(name));
+    if (form) stored((storage) => storage.setItem(keyOf(form), JSON.stringify(fields)));
+  }
+
+  function restore() {
+    const form = document.getElementById("vote");
+    const fields = form && stored((storage) => JSON.parse(storage.getItem(keyOf(form))));
+    for (const [name, value] of fields ?? []) {
+      const field = form.elements[name]; // a field, or the radio buttons of a rating
+      if (!field || field.value === value) continue;
+      field.value = value;
+      if (name.startsWith("text")) field.closest("details").open = true;
+    }
+  }
 
   const wait = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
   function count() {
-    if (document.visibilityState === "visible") seconds += (performance.now() - since) / 1000;
+    if (visible) seconds += (performance.now() - since) / 1000; // The event comes after the change.
+    visible = document.visibilityState === "visible";
     since = performance.now();
   }
 
@@ -21,7 +50,7 @@
       try {
         const response = await fetch(form.action, { method: "POST", body: fields });
         const html = await response.text();
-        if (response.status < 500) return html;
+        if (response.status < 500) return { html, status: response.status };
         problem.textContent = "The server failed. Trying again …";
       } catch {
         problem.textContent = "Not saved yet: the server can't be reached. Trying again …";
@@ -37,6 +66,7 @@
     if (!main) return location.assign("/");
     problem.hidden = true;
     document.querySelector("main").replaceWith(main);
+    if (raw && document.getElementById("raw")) document.getElementById("raw").checked = true;
     seconds = 0;
     since = performance.now();
     begin();
@@ -46,6 +76,7 @@
 
   // A page that waits for responses looks for them by itself.
   async function begin() {
+    restore();
     mark();
     while (document.querySelector("main.waiting")) {
       await wait(RETRY_MILLISECONDS);
@@ -65,7 +96,9 @@
     count();
     if (form.elements.seconds) form.elements.seconds.value = seconds.toFixed(2);
     event.submitter?.classList.add("chosen");
-    show(await send(form, event.submitter));
+    const { html, status } = await send(form, event.submitter);
+    if (form.id === "vote" && (status < 400 || status === 409)) stored((storage) => storage.removeItem(keyOf(form)));
+    show(html);
     document.body.classList.remove("busy");
     busy = false;
   });
@@ -88,6 +121,7 @@
       const chosen = ratings[open]?.querySelector(`[value="${name}"]`);
       if (chosen) chosen.checked = true;
     }
+    remember();
     mark();
   }
 
@@ -96,6 +130,7 @@
     const next = 1 + Math.max(0, ...selects.map((each) => Number(each.value)));
     if (name === "Backspace") selects.filter((each) => Number(each.value) === next - 1).forEach((each) => (each.value = ""));
     else if (!selects[name - 1].value) selects[name - 1].value = next;
+    remember();
   }
 
   function mark() {
@@ -127,11 +162,20 @@
   document.addEventListener("keydown", (event) => {
     const name = nameOf(event);
     if (!name || event.altKey || event.repeat) return;
-    const writes = event.target.matches("textarea, input:not([type=radio]), select");
+    const writes = event.target.matches("textarea, input:not([type=radio], [type=checkbox]), select");
+    if (writes && name === "Escape") return event.target.blur(); // so that the keys of the page work again
     if (writes && name !== "Control+Enter") return;
+    // Both texts can be open.
+    const save = name === "Control+Enter" && event.target.closest("details.edit")?.querySelector("button");
+    if (save) save.click();
+    if (save) return event.preventDefault();
     if (event.target.matches("button, a, summary") && ["Enter", " "].includes(name)) return;
     if (press(name) !== false) event.preventDefault();
   });
-  document.addEventListener("change", mark);
+  document.addEventListener("input", remember);
+  document.addEventListener("change", (event) => {
+    if (event.target.id === "raw") raw = event.target.checked;
+    mark();
+  });
   begin();
 })();

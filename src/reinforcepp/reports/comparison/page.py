@@ -61,7 +61,8 @@ def _data(
     shown = [_shown(pair, positions[repr(pair.prompt)], swapped=draw.random() < 0.5) for pair in pairs]
     digest = hashlib.sha256(repr((names, prompts, shown)).encode("utf-8", "surrogatepass")).hexdigest()
     named = {side: printable(name) for side, name in names.items()}
-    return {"id": digest[:16], "names": named, "prompts": prompts, "pairs": shown}
+    temperature = comparison.settings["temperature"]
+    return {"id": digest[:16], "names": named, "temperature": temperature, "prompts": prompts, "pairs": shown}
 
 
 def _shown(pair: Pair, prompt: int, *, swapped: bool) -> dict[str, Any]:
@@ -76,4 +77,5 @@ def _shown(pair: Pair, prompt: int, *, swapped: bool) -> dict[str, Any]:
         "prompt": prompt,
         "better": pair.better,
         "responses": responses[::-1] if swapped else responses,
+        "kwargs": dict(pair.chat_template_kwargs),
     }

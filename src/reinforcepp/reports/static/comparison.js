@@ -85,9 +85,13 @@
   function save() {
     const lines = data.pairs.flatMap((pair, i) => {
       if (votes[i] === null) return [];
-      const texts = Object.fromEntries(pair.responses.map((each) => [`answer_${each.side.toLowerCase()}`, each.text]));
-      const models = { model_a: data.names.A, model_b: data.names.B };
-      return [JSON.stringify({ prompt: data.prompts[pair.prompt], ...texts, ...models, vote: sideOf(pair, votes[i]) }) + "\n"];
+      const line = { prompt: data.prompts[pair.prompt], vote: sideOf(pair, votes[i]), temperature: data.temperature };
+      for (const { side, text, truncated } of pair.responses) {
+        const name = side.toLowerCase();
+        Object.assign(line, { [`answer_${name}`]: text, [`model_${name}`]: data.names[side], [`truncated_${name}`]: truncated });
+      }
+      if (Object.keys(pair.kwargs).length) line.chat_template_kwargs = pair.kwargs;
+      return [JSON.stringify(line) + "\n"];
     });
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
