@@ -37,10 +37,11 @@ class Judgment(NamedTuple):
 class Preference:
     """One human preference between two responses to ``prompt``: ``chosen`` was preferred to ``rejected``.
 
-    ``row`` is its row in the file, and ``weight`` its weight in training. ``messages`` are those of a prompt that is a list of
-    messages; ``prompt`` is then its text for people. ``chat_template_kwargs`` are the row's variables of the chat template.
-    ``margin`` is the difference of scores that training asks for. A ``tie`` has two equally good responses. ``judgments`` are
-    the preferences by criterion, if criteria were read; they can disagree with ``chosen``.
+    ``row`` is its row in the file, and ``weight`` is how often it counts in training. ``messages`` are those of a prompt that is
+    a list of messages; ``prompt`` is then its text for people. ``chat_template_kwargs`` are the row's variables of the chat
+    template. ``margin`` is the difference of scores that training asks for. A ``tie`` has two equally good responses.
+    ``judgments`` are the preferences by criterion, if criteria were read; they can disagree with ``chosen``. ``loss_weight``
+    multiplies the loss of the pair.
     """
 
     prompt: str
@@ -53,6 +54,7 @@ class Preference:
     margin: float = 0.0
     tie: bool = False
     judgments: tuple[Judgment, ...] = ()
+    loss_weight: float = 1.0
 
     @property
     def conversation(self) -> Conversation:

@@ -493,26 +493,29 @@ def test_unknown_kl_kind():
 def test_the_loss_of_preferences():
     """Golden G11: chosen [1, 0.2], rejected [0, 0.7]."""
     differences_BC = tensor([[1.0], [-0.5]])
-    assert preference_loss(differences_BC, torch.ones(2, 1), torch.zeros(2, 1)).item() == pytest.approx(
-        0.643669, abs=1e-5
-    )
-    assert preference_loss(differences_BC, torch.ones(2, 1), tensor([[0.5], [0.5]])).item() == pytest.approx(
-        0.893669, abs=1e-5
-    )
+    ones_B1 = torch.ones(2, 1)
+    for margin, loss in ((0.0, 0.643669), (0.5, 0.893669)):
+        found = preference_loss(differences_BC, ones_B1, margin * ones_B1, ones_B1)
+        assert found.item() == pytest.approx(loss, abs=1e-5)
 
 
 def test_the_loss_of_several_criteria():
-    """By hand: log(1 + e^-1) = .313262, log(1 + e^.5) = .974077, log(1 + e^2) = 2.126928, a tie at 2: 1.126928; over 2·3."""
+    """By hand: log(1 + e^-1) = .313262, log(1 + e^.5) = .974077, log(1 + e^2) = 2.126928, a tie at 2: 1.126928; over 2·3.
+
+    The weights of the pairs are 3 and 0.5.
+    """
     differences_BC = torch.tensor([[1.0, -0.5, 2.0], [2.0, 9.0, 1.0]], requires_grad=True)
     sides_BC = tensor([[1, 1, -1], [0, NAN, 1]])
-    loss = preference_loss(differences_BC, sides_BC, tensor([[0, 0, 0], [5, 5, 0.5]]))
-    assert loss.item() == pytest.approx((0.313262 + 0.974077 + 2.126928 + 1.126928 + 0.474077) / 6, abs=1e-5)
+    margins_BC, weights_B1 = tensor([[0, 0, 0], [5, 5, 0.5]]), tensor([[3], [0.5]])
+    loss = preference_loss(differences_BC, sides_BC, margins_BC, weights_B1)
+    by_pair = (0.313262 + 0.974077 + 2.126928, 1.126928 + 0.474077)
+    assert loss.item() == pytest.approx((3 * by_pair[0] + 0.5 * by_pair[1]) / 6, abs=1e-5)
     loss.backward()
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     expected = [[-sigmoid(-1), -sigmoid(0.5), sigmoid(2)], [sigmoid(2) - 0.5, 0, -sigmoid(-0.5)]]
-    assert differences_BC.grad == pytest.approx(tensor(expected) / 6, abs=1e-6)
+    assert differences_BC.grad == pytest.approx(weights_B1 * tensor(expected) / 6, abs=1e-6)
     parts = [
-        preference_loss(differences_BC[i : i + 1], sides_BC[i : i + 1], tensor([[0, 0, 0], [5, 5, 0.5]])[i : i + 1])
+        preference_loss(*(each[i : i + 1] for each in (differences_BC, sides_BC, margins_BC, weights_B1)))
         for i in range(2)
     ]
     assert sum(parts).item() / 2 == pytest.approx(loss.item(), abs=1e-6)

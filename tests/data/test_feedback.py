@@ -185,6 +185,8 @@ def test_reward_training_reads_the_database(store, tmp_path):
     assert train[1].chat_template_kwargs == {"tools": [{"name": "t"}]}
     assert not data.notes or "unused" not in str(data.notes)
     assert len(load_preferences(f"{tmp_path / 'feedback.db'}?weight=2", heldout_fraction=0.0, seed=0)[1]) == 4
+    weighted = load_preferences(f"{tmp_path / 'feedback.db'}?strength=weight", heldout_fraction=0.0, seed=0)[1]
+    assert [(p.margin, p.tie, p.loss_weight) for p in weighted] == [(0.0, False, 2.0), (0.0, True, 1.0)]
 
 
 def test_a_database_without_votes_or_a_missing_one_is_an_error(store, tmp_path):

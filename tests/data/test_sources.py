@@ -58,7 +58,10 @@ def test_names_with_options(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.csv?wieght=2", "option 'wieght' not found, only weight, split, revision, subset. Did you mean 'weight'?"),
+        (
+            "a.csv?wieght=2",
+            "option 'wieght' not found, only weight, split, revision, subset, strength. Did you mean 'weight'?",
+        ),
         ("a.csv?weight=", "weight has no value"),
         ("a.csv?weight=0", "greater than 0"),
         ("a.csv?weight=-1", "greater than 0"),
@@ -66,6 +69,8 @@ def test_names_with_options(tmp_path, monkeypatch):
         ("a.csv?weight=1001", "at most 1000"),
         ("a.csv?weight=many", "not many"),
         ("a.csv?split=train", "split is an option for Hub datasets"),
+        ("a.csv?strength=weight", "strength is an option for a database of reinforcepp label"),
+        ("a.db?strength=much", "strength can be margin or weight, not much"),
     ],
 )
 def test_invalid_options_are_errors(text, message):

@@ -90,8 +90,8 @@ def runs(tmp_path_factory):
             csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
     words = ("chosen", "", "tie", "rejected")
     with open(folder / "judged.csv", "w", newline="") as file:  # the rows of a rank can lack a criterion
-        judged = [(words[i // 3 % 4], i % 5, "" if words[i // 3 % 4] and i % 2 else 2) for i in range(30)]
-        names = ("prompt", "chosen", "rejected", "yes", "chosen_length", "rejected_length")
+        judged = [(words[i // 3 % 4], i % 5, "" if words[i // 3 % 4] and i % 2 else 2, i % 4 / 2) for i in range(30)]
+        names = ("prompt", "chosen", "rejected", "yes", "chosen_length", "rejected_length", "weight")
         csv.writer(file).writerows([names, *((*row, *each) for row, each in zip(rows, judged, strict=False))])
     printed: dict[int, str] = {}
 

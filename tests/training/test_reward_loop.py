@@ -283,3 +283,43 @@ def test_unusable_arguments_are_refused(classifier, model, rows, changes, error,
     given = classifier if model is None else model()
     with pytest.raises(error, match=message):
         RewardTrainer(given, settings(tmp_path, **changes), train_dataset=rows, processing_class=tiny.tokenizer())
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_of_2_counts_like_a_row_that_occurs_twice(classifier, tmp_path):
+    start = {name: weight.clone() for name, weight in classifier.state_dict().items()}
+    trained = []
+    for weights, kept in (((2, 0), TEXTS[:2]), (None, TEXTS[:1] * 2)):
+        rows = [row | {"weight": weight} for row, weight in zip(kept, weights, strict=True)] if weights else kept
+        classifier.load_state_dict(start)
+        options = {"max_steps": 1, "center_rewards_coefficient": 0.1, "overwrite": True}
+        trainer = RewardTrainer(classifier, settings(tmp_path / "rm", **options), None, rows, None, tiny.tokenizer())
+        trainer.train()
+        trained.append({name: weight.clone() for name, weight in classifier.state_dict().items()})
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((1, -1), "train_dataset: weight: -1 isn't a finite number of at least 0"),
+        ((float("nan"), 1), "train_dataset: weight: nan isn't"),
+        ((1, None), "train_dataset: weight: None isn't"),
+        (("1", "2"), "train_dataset: weight: '1' isn't"),
+        ((0, 0), "train_dataset: no pair has a weight above 0"),
+    ],
+)
+def test_odd_weights_are_errors(classifier, tmp_path, weights, message):
+    rows = [row | {"weight": weight} for row, weight in zip(TEXTS, weights, strict=False)]
+    with pytest.raises(DataError, match=message):
+        RewardTrainer(classifier, settings(tmp_path), train_dataset=rows, processing_class=tiny.tokenizer())
+
+
+def test_odd_weights_of_a_stream_are_errors(classifier, tmp_path):
+    rows = IterableDataset.from_generator(lambda: ({**row, "weight": -1.0} for row in TEXTS))
+    trainer = RewardTrainer(classifier, settings(tmp_path / "rm"), None, rows, None, tiny.tokenizer())
+    with pytest.raises(DataError, match=r"weight: -1\.0 isn't"):
+        trainer.train()

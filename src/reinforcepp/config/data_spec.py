@@ -4,7 +4,7 @@ my.csv, data/*.jsonl, a folder           files, patterns and folders
 org/name, hub:name                       a dataset on the Hugging Face Hub; a file or folder with this name has priority
 feedback.db, postgresql://host/name      a database of reinforcepp label
 a,b                                      several of them
-NAME?weight=2&split=train                with options: weight, and for a dataset split, revision and subset
+NAME?weight=2&split=train                with options: weight, for a dataset split, revision and subset, for a database strength
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import glob
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from reinforcepp.errors import ConfigError, nearest
 
-OPTIONS = ("weight", "split", "revision", "subset")
+OPTIONS = ("weight", "split", "revision", "subset", "strength")
+STRENGTHS = ("margin", "weight")
 MOST_TIMES = 1000
 _OPTIONS = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
 _HUB = "hub:"
@@ -37,7 +38,8 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 class DataName:
     """One entry of the setting ``data``: ``name`` with its options.
 
-    ``weight`` is how often its rows count in training; ``subset`` is also called a configuration on the Hub.
+    ``weight`` is how often its rows count in training; ``subset`` is also called a configuration on the Hub. ``strength`` is the
+    column that holds the strength of preferences in a feedback database.
     """
 
     name: str
@@ -45,6 +47,7 @@ class DataName:
     split: str | None = None
     revision: str | None = None
     subset: str | None = None
+    strength: str = STRENGTHS[0]
     hub: bool = False
 
     @property
@@ -93,13 +96,18 @@ def _data_name(text: str) -> DataName:
         if not value.strip():
             raise ConfigError(f"{text}: option {key} has no value. Give one, or omit the option.")
     weight = _weight(text, options.pop("weight", "1"))
-    hub = _is_hub(name)
+    hub, strength = _is_hub(name), options.pop("strength", None)
+    part = DataName(name.removeprefix(_HUB), weight, strength=strength or STRENGTHS[0], hub=hub)
+    if strength and not part.database:
+        raise ConfigError(f"{text}: strength is an option for a database of reinforcepp label. Omit the option.")
+    if part.strength not in STRENGTHS:
+        raise ConfigError(f"{text}: strength can be {' or '.join(STRENGTHS)}, not {strength}. Choose one.")
     if not hub and not os.path.isdir(name) and options:
         raise ConfigError(
             f"{text}: {next(iter(options))} is an option for Hub datasets and folders saved by `datasets`, but {name} is "
             "a file. Omit the option."
         )
-    return DataName(name.removeprefix(_HUB), weight, hub=hub, **options)
+    return replace(part, **options)
 
 
 def _is_hub(name: str) -> bool:

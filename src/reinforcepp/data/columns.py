@@ -15,8 +15,8 @@ from reinforcepp.data.readers import Records, quoted
 from reinforcepp.data.verdicts import Judged, Verdict, find_judged
 from reinforcepp.errors import ConfigError, DataError, nearest, setting
 
-GRADES = ("margin", "tie")
-"""Columns of a pair that say how much better the chosen answer is."""
+GRADES = ("margin", "tie", "weight")
+"""Columns of a pair that say how much better the chosen answer is, and how much it counts."""
 VARIABLES = ("tools", "chat_template_kwargs")
 """Columns that the chat template reads."""
 
@@ -64,6 +64,7 @@ class ColumnLayout(NamedTuple):
         judged: How the better answer of a row is determined, if not by the names of the columns in ``answers``.
         unpaired: Whether pairs are formed of rows with single answers by their label.
         criteria: Columns of the criteria of pairs.
+        weighted: Whether pairs have the weight in their column ``weight``.
     """
 
     prompt: str | None
@@ -77,6 +78,7 @@ class ColumnLayout(NamedTuple):
     judged: Judged | None = None
     unpaired: bool = False
     criteria: tuple[CriterionColumns, ...] = ()
+    weighted: bool = False
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -162,7 +164,8 @@ def find_columns(path: Path, records: Records, names: ColumnNames, pairs: bool |
     layout = layout._replace(notes=(*records.notes, *layout.notes))
     if pairs is False or missing:
         return layout  # Reward functions get the other columns of prompts.
-    return _with_unused(_with_criteria(path, layout, records, answers, names), records, GRADES)
+    layout = _with_unused(_with_criteria(path, layout, records, answers, names), records, GRADES)
+    return layout._replace(weighted="weight" not in used_columns(layout.criteria))
 
 
 def _with_criteria(

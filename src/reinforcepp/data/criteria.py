@@ -32,6 +32,20 @@ MISSING = ("", "none", "nan", "null", "n/a", "na")
 SHOWN_CHARACTERS = 40
 
 
+class Grade(NamedTuple):
+    """How much better the chosen answer of a pair is.
+
+    Attributes:
+        margin: Difference of scores that training asks for.
+        tie: Whether both answers are equally good.
+        weight: Factor of the pair's loss.
+    """
+
+    margin: float = 0.0
+    tie: bool = False
+    weight: float = 1.0
+
+
 class CriterionColumns(NamedTuple):
     """The columns of a criterion.
 
@@ -157,14 +171,14 @@ def _plain(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_judgments(
-    cells: Mapping[str, Any], criteria: Sequence[CriterionColumns], grade: tuple[float, bool], chosen: Any = None
+    cells: Mapping[str, Any], criteria: Sequence[CriterionColumns], grade: Grade, chosen: Any = None
 ) -> tuple[Judgment, ...]:
     """Return the judgment of a row by each criterion.
 
     Args:
         cells: The row.
         criteria: The columns of the criteria.
-        grade: The pair's own margin, and whether it is a tie.
+        grade: Of the pair itself.
         chosen: The cell of the chosen answer, if it can be in either answer column.
 
     Raises:
@@ -187,11 +201,10 @@ def used_columns(criteria: Sequence[CriterionColumns]) -> Iterator[str]:
         yield from criterion.columns
 
 
-def _judgment(cells: Mapping[str, Any], criterion: CriterionColumns, grade: tuple[float, bool]) -> Judgment:
+def _judgment(cells: Mapping[str, Any], criterion: CriterionColumns, grade: Grade) -> Judgment:
     columns = criterion.columns
     if not columns:
-        margin, tie = grade
-        return Judgment(0 if tie else 1, margin)
+        return Judgment(0 if grade.tie else 1, grade.margin)
     if len(columns) == 1:
         return _decision(cells.get(columns[0]), criterion)
     ratings = [_number(_entry(cells.get(name), criterion.key), name) for name in columns]

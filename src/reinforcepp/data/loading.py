@@ -188,8 +188,8 @@ def _pair_problem(columns: Sequence[str], texts: Sequence[str]) -> str | None:
 
 def _pair(texts: Sequence[str], row: RowId, weight: float, *more: Any) -> Preference:
     prompt, chosen, rejected = texts
-    messages, variables, (margin, tie), judgments = more
-    return Preference(prompt, chosen, rejected, row, weight, messages, variables, margin, tie, judgments)
+    messages, variables, (margin, tie, loss_weight), judgments = more
+    return Preference(prompt, chosen, rejected, row, weight, messages, variables, margin, tie, judgments, loss_weight)
 
 
 def _stored_pair(values: Sequence[Any]) -> Preference:

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 import regex
 
 from reinforcepp.data.columns import ANSWER_FLAGS, ColumnLayout, ColumnNames, parse_label
-from reinforcepp.data.criteria import read_judgments
+from reinforcepp.data.criteria import Grade, read_judgments
 from reinforcepp.data.dialogues import Message
 from reinforcepp.data.limits import parse_json
 from reinforcepp.data.messages import (
@@ -50,8 +50,8 @@ _MAX_LISTED_ROWS = 5
 _MAX_LISTED_REASONS = 20
 
 _SHOWN_CHARACTERS = 40
-UNGRADED = (0.0, False)
-"""Grade of a pair without a margin that isn't a tie."""
+UNGRADED = Grade()
+"""Grade of a pair without a margin or weight that isn't a tie."""
 TRUE, FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "none", "nan")
 """Texts of a cell that holds a boolean; pandas writes 1.0 and nan."""
 
@@ -75,7 +75,7 @@ class Row:
         unreadable: For a cell that holds something else than text or messages, the problem with its value.
         messages: The prompt's messages; empty for a prompt that is a text.
         chat_template_kwargs: The row's variables of the chat template.
-        grade: Margin of a pair, and whether it is a tie.
+        grade: Of a pair.
         good: For a single answer that is to be paired, whether it is a good one. Both answers in ``texts`` are this one.
         judgments: Preferences of a pair by criterion.
         answers: For a pair of single answers, the rows of the file.
@@ -90,7 +90,7 @@ class Row:
     unreadable: str | None = None
     messages: Messages = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    grade: tuple[float, bool] = UNGRADED
+    grade: Grade = UNGRADED
     good: bool | None = None
     judgments: tuple[Judgment, ...] = ()
     answers: tuple[Row, ...] = ()
@@ -197,8 +197,8 @@ def make_rows(
                 _texts(cells, layout, pairs, conversions, choice),
                 template_variables(cells, layout.prompt),
             )
-            grade = pair_grade(cells) if pairs and not layout.unpaired else grade
-            grade = (0.0, True) if choice and choice.tie else grade
+            grade = pair_grade(cells, layout.weighted) if pairs and not layout.unpaired else grade
+            grade = grade._replace(margin=0.0, tie=True) if choice and choice.tie else grade
             good = parse_label(cells.get(layout.label)) if layout.unpaired and layout.label else None
             judgments = read_judgments(cells, layout.criteria, grade, choice.chosen if choice else None)
         except UnusableCell as error:
@@ -239,20 +239,29 @@ def template_variables(cells: Mapping[str, Any], prompt: str | None = "prompt") 
     return {**(variables or {}), **({"tools": tools} if tools else {})}
 
 
-def pair_grade(cells: Mapping[str, Any]) -> tuple[float, bool]:
-    """Return the margin of a pair and whether it is a tie, from the columns ``margin`` and ``tie``."""
-    margin, tie = cells.get("margin"), str(cells.get("tie") or "").strip().lower()
-    try:
-        value = 0.0 if margin is None or not str(margin).strip() else float(margin)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise UnusableCell("with a margin that isn't a number", f"'margin' holds {shown(margin)}, expected a number")
+def pair_grade(cells: Mapping[str, Any], weighted: bool) -> Grade:
+    """Return the grade of a pair from the columns ``margin``, ``tie`` and, if pairs are ``weighted``, ``weight``."""
+    margin, tie = _number(cells, "margin", 0.0), str(cells.get("tie") or "").strip().lower()
+    weight = _number(cells, "weight", 1.0) if weighted else 1.0
+    if weight < 0:
+        raise UnusableCell("with a negative weight", f"'weight' holds {weight:g}, expected at least 0")
     if tie not in (*TRUE, *FALSE, ""):
         raise UnusableCell(
             "with a tie that is neither true nor false", f"'tie' holds {shown(tie)}, expected true or false"
         )
-    return (0.0, True) if tie in TRUE else (value, False)
+    return Grade(0.0, True, weight) if tie in TRUE else Grade(margin, False, weight)
+
+
+def _number(cells: Mapping[str, Any], name: str, empty: float) -> float:
+    """Return the number in the column ``name``; ``empty`` if there is none."""
+    cell = cells.get(name)
+    try:
+        value = empty if cell is None or not str(cell).strip() else float(cell)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UnusableCell(f"with a {name} that isn't a number", f"{name!r} holds {shown(cell)}, expected a number")
+    return value
 
 
 def _json_cell(cells: Mapping[str, Any], name: str, kind: type[Any]) -> Any:

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reinforcepp.config.data_spec import COMPRESSED, DataName, data_names
+from reinforcepp.config.data_spec import COMPRESSED, STRENGTHS, DataName, data_names
 from reinforcepp.data.encodings import data_suffix
 from reinforcepp.data.limits import check_columns
 from reinforcepp.data.readers import CHUNK_ROWS, Records, count, quoted, read_csv, read_json, read_json_lines
@@ -266,7 +266,7 @@ def _parts(name: DataName) -> Iterator[DataPart]:
         split = f"?split={name.split}" if name.split else ""
         yield DataPart(Path(name.name + split), name.weight, fetch(name))
     if name.database:
-        rows = feedback_rows(name.database)
+        rows = feedback_rows(name.database, name.strength)
         yield DataPart(Path(rows.name), name.weight, rows)
         return
     for path in name.paths:
@@ -278,8 +278,8 @@ def _parts(name: DataName) -> Iterator[DataPart]:
             raise _unreadable(path, error) from error
 
 
-def feedback_rows(name: str) -> GivenRows:
-    """Return the preference pairs in a feedback database.
+def feedback_rows(name: str, strength: str = STRENGTHS[0]) -> GivenRows:
+    """Return the preference pairs in a feedback database; ``strength`` is as for ``training_rows``.
 
     Raises:
         ConfigError: The database can't be read.
@@ -290,7 +290,7 @@ def feedback_rows(name: str) -> GivenRows:
 
     store = Store(name, create=False)
     try:
-        rows = list(training_rows(store))
+        rows = list(training_rows(store, strength))
     finally:
         store.close()
     if not rows:

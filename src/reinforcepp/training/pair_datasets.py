@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice, takewhile
@@ -15,10 +16,10 @@ from jinja2 import TemplateError
 from reinforcepp.config import RewardModelConfig
 from reinforcepp.data import conversation_text
 from reinforcepp.data.sources import dataset_digest
-from reinforcepp.errors import ConfigError, DataError, first_line
+from reinforcepp.errors import ConfigError, DataError, first_line, shown
 from reinforcepp.rewards.trained import SplitPair
 from reinforcepp.runtime.terminal import echo
-from reinforcepp.training.reward_card import CardData, Counts, ScoredData
+from reinforcepp.training.reward_card import NO_WEIGHT, CardData, Counts, ScoredData
 from reinforcepp.training.supervised_setup import MAX_MEASURED_ROWS
 from reinforcepp.types import Messages, Preference
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TOKENIZED = ("chosen_ids", "rejected_ids")
 TEXTS = ("prompt", "chosen", "rejected")
+ODD_WEIGHT = "{}: {} isn't a finite number of at least 0. Correct the column weight."
 LEGACY = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -56,7 +58,17 @@ def as_dataset(rows: Any, name: str, config: RewardModelConfig) -> AnyDataset:
     columns = [names.get(column, column) for column in first]
     if not any(set(pair) <= set(columns) for pair in (TOKENIZED, TEXTS[1:])):
         raise DataError(f"{name}: no columns chosen and rejected, only {', '.join(columns)}. Rename the columns.")
+    if "weight" in columns and isinstance(rows, Dataset):
+        _check_weights(rows["weight"][:], name)
     return rows
+
+
+def _check_weights(weights: Sequence[Any], name: str) -> None:
+    for weight in weights:
+        if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+            raise DataError(ODD_WEIGHT.format(f"{name}: weight", shown(weight)))
+    if not any(weights):
+        raise DataError(NO_WEIGHT.format(name))
 
 
 def as_datasets(rows: Any, config: RewardModelConfig) -> AnyDataset | dict[str, AnyDataset] | None:
@@ -139,7 +151,7 @@ def card_data(
 
 
 def _trained_columns(rows: Dataset) -> Dataset:
-    return rows.select_columns([name for name in (*TOKENIZED, "margin") if name in rows.column_names])
+    return rows.select_columns([name for name in (*TOKENIZED, "margin", "weight") if name in rows.column_names])
 
 
 def _sample(rows: AnyDataset) -> Sequence[Mapping[str, Any]]:

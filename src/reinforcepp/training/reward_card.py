@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REPORT_FILE = "report.html"
+NO_WEIGHT = "{}: no pair has a weight above 0. Raise some of the weights."
 
 
 @dataclass(frozen=True)

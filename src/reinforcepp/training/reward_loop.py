@@ -37,6 +37,7 @@ from reinforcepp.rewards.trained import TrainedReward, save_reward_model
 from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun, finish
 from reinforcepp.training.pair_datasets import (
+    ODD_WEIGHT,
     as_dataset,
     as_datasets,
     card_data,
@@ -83,16 +84,24 @@ if TYPE_CHECKING:
 
 
 Rows: TypeAlias = Dataset | IterableDataset | Sequence[Mapping[str, Any]]
+JUDGED = ("side", "margin", "weight")
+"""Columns of the trainer that aren't inputs of the model."""
 
 
 class PairCollator(DataCollatorForPreference):
-    """Pads the token ids of pairs, and adds their judgments, one per output of the model, if they have them."""
+    """Pads the token ids of pairs, and adds their judgments, one per output of the model, and weights, if they have them."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch."""
         batch: dict[str, Any] = super().torch_call(examples)
         if "side" in examples[0]:
             batch["side"] = torch.tensor([example["side"] for example in examples], dtype=torch.float)
+        if "weight" in examples[0]:
+            weights = torch.tensor([example["weight"] for example in examples], dtype=torch.float)
+            odd = weights[~(weights.isfinite() & (weights >= 0))]
+            if len(odd):  # in a stream, whose rows can't be checked before
+                raise DataError(ODD_WEIGHT.format("weight", odd[0].item()))
+            batch["weight"] = weights
         return batch
 
 
@@ -100,7 +109,7 @@ class ResumableRewardTrainer(UploadMethods, SupervisedTrainer, TrlRewardTrainer)
     """Trains a loaded model on pairs: rows of ``chosen_ids`` and ``rejected_ids``.
 
     Rows can have ``margin``, a number as in TRL, or ``side`` and ``margin`` with one number per output of the model. The loss
-    is :func:`preference_loss` plus a penalty that centers scores, as in TRL.
+    is :func:`preference_loss` plus a penalty that centers scores, as in TRL. The column ``weight`` multiplies both.
 
     Args:
         model: classifier, trained in place.
@@ -310,20 +319,21 @@ class ResumableRewardTrainer(UploadMethods, SupervisedTrainer, TrlRewardTrainer)
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "side"]
+        self._signature_columns = ["chosen_ids", "rejected_ids", *JUDGED]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of all outputs, and record the metrics that TRL records for one."""
-        texts = {name: value for name, value in inputs.items() if name not in ("side", "margin")}
+        texts = {name: value for name, value in inputs.items() if name not in JUDGED}
         outputs = model(**texts) if is_encoder(self.model.config) else model(**texts, use_cache=False)
         chosen_BC, rejected_BC = outputs.logits.float().chunk(2)
         sides_BC = inputs.get("side", torch.ones_like(chosen_BC))
         margins_BC = inputs.get("margin", torch.zeros_like(chosen_BC)).reshape(chosen_BC.shape)
-        loss = preference_loss(chosen_BC - rejected_BC, sides_BC, margins_BC)
+        weights_B1 = inputs.get("weight", torch.ones_like(chosen_BC[:, 0])).reshape(-1, 1)
+        loss = preference_loss(chosen_BC - rejected_BC, sides_BC, margins_BC, weights_B1)
         if coefficient := self.args.center_rewards_coefficient:
-            loss = loss + coefficient * ((chosen_BC + rejected_BC) ** 2).mean()
+            loss = loss + coefficient * (weights_B1 * (chosen_BC + rejected_BC) ** 2).mean()
         if self.model.training:
             tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum())
             self._total_train_tokens += int(tokens.sum())
@@ -364,7 +374,7 @@ class RewardTrainer(ResumableRewardTrainer):
         data_collator: makes a batch of tokenized rows.
         train_dataset: rows with ``chosen`` and ``rejected``, texts or messages, with or without ``prompt``; or tokenized rows
             with ``chosen_ids`` and ``rejected_ids``. A list of dictionaries, a ``Dataset``, or an ``IterableDataset`` together
-            with ``args.max_steps``. Optional columns: ``margin``, ``tools``, ``chat_template_kwargs``.
+            with ``args.max_steps``. Optional columns: ``margin``, ``weight``, ``tools``, ``chat_template_kwargs``.
         eval_dataset: held-out rows, or a dictionary of several datasets by name.
         processing_class: tokenizer; default: the model's.
         compute_metrics: returns further metrics of an evaluation from ``transformers.EvalPrediction``.

@@ -32,7 +32,7 @@ from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.checkpoint import FinishedRun
 from reinforcepp.training.precision import with_precision
 from reinforcepp.training.prompt_summary import print_prompt_format
-from reinforcepp.training.reward_card import CardData, Counts, RewardResult, ScoredData, is_decided
+from reinforcepp.training.reward_card import NO_WEIGHT, CardData, Counts, RewardResult, ScoredData, is_decided
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.setup import loading_reward_model, with_reward_adapter
 from reinforcepp.training.supervised_setup import (
@@ -205,7 +205,7 @@ def _trainer_of_files(
 
 
 def pair_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]) -> list[TokenizedRow]:
-    """Return token ids, judgments and margins of pairs, in the columns of the trainer; a missing judgment is nan."""
+    """Return token ids, judgments, margins and weights of pairs, in the columns of the trainer; a missing judgment is nan."""
     rows = [Answers(pair.conversation, (pair.chosen, pair.rejected), pair.chat_template_kwargs) for pair in pairs]
     encoded = encode_examples(tokenizer, rows)
     return [
@@ -214,6 +214,7 @@ def pair_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]) ->
             "rejected_ids": rejected,
             "side": [math.nan if each.side is None else float(each.side) for each in pair.by_output],
             "margin": [float(each.margin) for each in pair.by_output],
+            "weight": [float(pair.loss_weight)],
         }
         for pair, (chosen, rejected) in zip(pairs, encoded, strict=True)
     ]
@@ -223,13 +224,17 @@ def _count_judgments(rows: Dataset, criteria: Sequence[str], source: str) -> lis
     """Return the counts of each output, and print them.
 
     Raises:
-        DataError: no row has a judgment by one of the criteria.
+        DataError: no row has a judgment by one of the criteria, or a weight above 0.
     """
-    outputs = max(1, len(criteria))
-    sides_NC, margins_NC = (
-        rows.data.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, outputs)
-        for name in ("side", "margin")
+    sides_NC, margins_NC, weights_N1 = (
+        rows.data.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+        for name in ("side", "margin", "weight")
     )
+    if not weights_N1.any():
+        raise DataError(NO_WEIGHT.format(source))
+    if (weights_N1 != 1).any():
+        low, high, mean = weights_N1.min(), weights_N1.max(), weights_N1.mean()
+        echo(f"The weights of the training pairs are {low:g} to {high:g}, on average {mean:g}.")
     found = []
     for sides_N, margins_N in zip(sides_NC.T, margins_NC.T, strict=True):
         decided_N = np.nan_to_num(sides_N) != 0

@@ -88,10 +88,17 @@ def all_votes(store: Store) -> Iterator[tuple[Unit, list[Cast]]]:
         last = ids[-1]
 
 
-def training_rows(store: Store) -> Iterator[dict[str, Any]]:
-    """Yield the cells that reward training reads: the pair, its margin, whether it is a tie, and ratings by criterion."""
+def training_rows(store: Store, strength: str = "margin") -> Iterator[dict[str, Any]]:
+    """Yield the cells that reward training reads: the pair, its margin, whether it is a tie, and ratings by criterion.
+
+    With the ``strength`` "weight", pairs have no margin, but a weight: 1 for better and ties, 2 for much better.
+    """
     for row in preference_rows(store):
-        yield {name: cell for name, cell in row.items() if name not in METADATA}
+        cells = {name: cell for name, cell in row.items() if name not in METADATA}
+        if strength == "weight":
+            margin = cells.pop("margin")
+            cells["weight"] = 1.0 if cells["tie"] else margin * MAX_STRENGTH
+        yield cells
 
 
 METADATA = (
