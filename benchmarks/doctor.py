@@ -153,7 +153,7 @@ FAULTS = [
     Case("entropy_collapse", vowels, NARROW, random_model=True, steps=60, short=60),
     Case("length_drift", words, FREE | {"max_new_tokens": 96}, short=15),
     Case("length_collapse", brevity, FREE | {"learning_rate": 2e-3}, short=15),
-    Case("reward_hacking", backticks, FREE, judge=True, short=10),
+    Case("reward_hacking", backticks, FREE, judge=True, short=20),
     Case("reward_hacking", echo, FREE, short=20),
     Case("no_signal", constant),
     Case("no_signal", by_prompt, GROUPS),
