@@ -279,13 +279,19 @@ def test_errors_leave_other_text_that_looks_like_a_setting(acting, capsys, tmp_p
     assert capsys.readouterr().err == f"error: {expected}\n"
 
 
-def test_an_error_in_a_deleted_folder_is_printed(acting, capsys, tmp_path, monkeypatch):
+def test_errors_in_a_deleted_folder(acting, capsys, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     acting("doctor", ConfigError("fail_on: bad"))
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == "error: --fail_on: bad\n"
+    acting("doctor", FileNotFoundError("from os.getcwd()"))
+    assert cli.main(["doctor"]) == 2
+    assert "error: The current folder was deleted. Change to another one" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="getcwd"):
+        cli.main(["doctor"])
 
 
 def test_a_device_that_is_no_choice(capsys):

@@ -69,6 +69,11 @@ def _exit_code(job: Callable[[], int], arguments: Sequence[str]) -> int:
         names = {name for command in COMMANDS.values() for name in names_of(command.config)}
         _print_failure(f"error: {with_flags(error, names, arguments)}")
         return FAILED if isinstance(error, TrainingDiverged) else USAGE_ERROR
+    except FileNotFoundError:
+        if not _in_deleted_folder():
+            raise
+        _print_failure("error: The current folder was deleted. Change to another one, and run the command again.")
+        return USAGE_ERROR
     except KeyboardInterrupt:
         if is_main():
             print_error(NOT_STARTED)
@@ -76,6 +81,14 @@ def _exit_code(job: Callable[[], int], arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # The reader of the output, for example head, closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _in_deleted_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _dispatch(arguments: list[str]) -> int:

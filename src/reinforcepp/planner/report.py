@@ -239,7 +239,7 @@ def _subject(plan: Plan) -> str:
     return (
         f"{config.model}, {_count(plan.job.policy.parameters)} parameters, {config.estimator}, "
         f"{str(plan.job.dtype).removeprefix('torch.')}, on {devices} with {gib(plan.device.memory)} GiB.\n"
-        f"Per step{each}: {rows.step} completions of {config.max_new_tokens} tokens for prompts of "
+        f"Per step{each}: {rows.step} completion{'s' if rows.step > 1 else ''} of {config.max_new_tokens} tokens for prompts of "
         f"{plan.job.size.prompt}, {min(rows.concurrent, rows.step)} generated and {rows.micro} trained at a time."
     )
 

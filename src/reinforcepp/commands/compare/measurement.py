@@ -178,7 +178,7 @@ def measure(
             if side in due:
                 logprobs[side] = _logprobs(config, models[side], model, measured.responses[side])
             if pairs:
-                measured.perplexity[side] = perplexity(model, models[side].tokenizer, pairs)
+                measured.perplexity[side] = perplexity(model, models[side].tokenizer, pairs, side)
         if side == reference:
             models[side].to_gpu(model)
             for other in due:
@@ -200,7 +200,13 @@ def _logprobs(
     config: CompareConfig, prepared: PreparedModel, model: PreTrainedModel, responses: Sequence[Completion]
 ) -> list[Logprobs]:
     """Return log-probabilities of responses, with the prompt format that they were generated with, as in training."""
-    return completion_logprobs(model, responses, config.temperature, prepared.pad_id)
+    logprobs: list[Logprobs] = []
+    with Progress(f"log-probabilities by {prepared.name}", len(responses)) as progress:
+        for start in range(0, len(responses), SCORING_BATCH_SIZE):
+            batch = responses[start : start + SCORING_BATCH_SIZE]
+            logprobs += completion_logprobs(model, batch, config.temperature, prepared.pad_id)
+            progress.step(units=len(batch))
+    return logprobs
 
 
 def _responses(
@@ -288,14 +294,19 @@ def _fits(prepared: PreparedModel, pair: Chosen) -> bool:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Chosen]) -> float:
-    """Return the perplexity of chosen responses with prompt format and end token: exp(mean negative log-likelihood per token)."""
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Chosen], name: str) -> float:
+    """Return the perplexity of chosen responses with prompt format and end token: exp(mean negative log-likelihood per token).
+
+    The progress line calls the model ``name``.
+    """
     formatted = [split_example(tokenizer, pair.prompt, pair.response, variables=pair.variables) for pair in pairs]
     formatted.sort(key=lambda row: len(row[0]) + len(row[1]))  # rows of similar length need little padding
     total = tokens = 0.0
-    for start in range(0, len(formatted), SCORING_BATCH_SIZE):
-        prompts, answers = zip(*formatted[start : start + SCORING_BATCH_SIZE], strict=True)
-        logprobs_BT, _, mask_BT = response_logprobs(model, prompts, answers, pad_id=int(tokenizer.pad_token_id))
-        total += float(logprobs_BT.double().sum())
-        tokens += float(mask_BT.sum())
+    with Progress(f"perplexity of {name}", len(formatted)) as progress:
+        for start in range(0, len(formatted), SCORING_BATCH_SIZE):
+            prompts, answers = zip(*formatted[start : start + SCORING_BATCH_SIZE], strict=True)
+            logprobs_BT, _, mask_BT = response_logprobs(model, prompts, answers, pad_id=int(tokenizer.pad_token_id))
+            total += float(logprobs_BT.double().sum())
+            tokens += float(mask_BT.sum())
+            progress.step(units=len(prompts))
     return math.exp(-total / tokens)
