@@ -22,7 +22,6 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, EngineLost, RolloutError
-from reinforcepp.models.loading import weights_hash
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import COMPLETIONS, read_completions
 from reinforcepp.rewards.sources import load_rewards
@@ -38,7 +37,7 @@ from reinforcepp.rollout.vllm import nccl as vllm_nccl
 from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.rollout.vllm.nccl import NcclPoolTransfer
 from reinforcepp.rollout.weight_sync_check import check_sync
-from reinforcepp.rollout.weight_transfer import config_with_architecture
+from reinforcepp.rollout.weight_transfer import WeightsNeeded, config_with_architecture
 from reinforcepp.types import Sampling
 
 ray = pytest.importorskip("ray")
@@ -156,10 +155,14 @@ def test_a_worker_with_vllm(monkeypatch):
             assert [c.ids for of_prompt in answers for c in of_prompt] == [c.ids for c in expected]
         assert worker.in_transfer_group() is None  # without a GPU
         monkeypatch.setattr(worker.engine, "transfer", lambda *step: None)  # without a group
-        later = prepared_model(seed=8)
-        worker.finish_transfer(lambda: pack(later))
+        worker.finish_transfer()
         worker.engine._in_transfer_group = True
-        worker.engine._restart(RuntimeError("failed in the middle of a batch"))
+        with pytest.raises(WeightsNeeded):
+            worker.engine._restart(RuntimeError("failed in the middle of a batch"))
+        with pytest.raises(WeightsNeeded):
+            worker.process(prompts_of(tokenizer), sampling)
+        later = prepared_model(seed=8)
+        assert worker.load(pack(later)) == "vllm"
         check_sync(worker.engine, later, tokenizer)
         assert not worker.engine._in_transfer_group
     finally:
@@ -168,9 +171,10 @@ def test_a_worker_with_vllm(monkeypatch):
 
 @pytest.fixture
 def broadcasting(cluster, room, monkeypatch):
-    """Return a function that starts real workers with vLLM; the broadcast goes through a TCP store, without packing.
+    """Return a function that starts real workers with vLLM; the broadcast goes through a TCP store, without vLLM's packing.
 
-    The engine comes with a list that gets the number of each worker that loads from Ray's object store.
+    The engine comes with a list that gets "packed" when weights are packed for Ray's object store, and the number of each
+    worker that loads them.
     """
     ray.cloudpickle.register_pickle_by_value(without_nccl)
     without_nccl.stand_in(monkeypatch.setattr)
@@ -186,6 +190,7 @@ def broadcasting(cluster, room, monkeypatch):
         engine._nccl = NcclPoolTransfer(engine.ray)
         counted = lambda pool, number: by_store.append(number) or load(pool, number)  # noqa: E731
         monkeypatch.setattr(RayPool, "_start_loading", counted)
+        monkeypatch.setattr(actor_pool, "pack", lambda model: by_store.append("packed") or pack(model))
         return engine, by_store
 
     yield start
@@ -198,7 +203,6 @@ def updated_by_broadcast(engine):
         model = prepared_model(seed=seed)
         engine.load_weights(model)
         check_sync(engine, model, prepared_tokenizer())
-        assert set(engine.pool.call_all("restart_hash").values()) == {weights_hash(model)}
 
 
 @pytest.mark.full
@@ -223,8 +227,20 @@ def test_a_replaced_worker_joins_the_broadcast(broadcasting):
         while len(engine.pool.ready()) < 2:
             engine.pool.wait()
         check_sync(engine, model, prepared_tokenizer())
-        assert len(by_store) == 1 and len(engine._nccl._workers) == seed - 2
+        assert len(by_store) == 2 and "packed" in by_store and len(engine._nccl._workers) == seed - 2
     assert left in engine._nccl._workers
+
+
+@pytest.mark.full
+@needs_vllm
+def test_an_engine_that_fails_after_a_broadcast_starts_again_with_the_same_weights(broadcasting):
+    engine, by_store = broadcasting(1)
+    updated_by_broadcast(engine)
+    (number,) = engine.pool.call_all("fail_once")
+    check_sync(engine, prepared_model(seed=2), prepared_tokenizer())
+    assert sorted(map(str, by_store)) == [str(number), "packed"] and engine.pool.ready() == [number]
+    updated_by_broadcast(engine)
+    assert len(by_store) == 2
 
 
 @pytest.mark.gpu
@@ -277,13 +293,13 @@ def test_after_a_failed_broadcast_weights_go_through_the_store(failure, monkeypa
     }[failure]
     for what in ("fails", "works", "fails", "fails again"):
         if what == "works":
-            assert engine._broadcast(what, None) == {2, 5}
+            assert engine._broadcast(what) == {2, 5}
             continue
         which = "All further weights" if what == "fails again" else "These weights"
         with pytest.warns(UserWarning, match=f"The Ray pool {why}.* {which} go through Ray's object store"):
-            assert engine._broadcast(what, None) == set()
+            assert engine._broadcast(what) == set()
     assert replaced == [2, 5] * 3
-    assert engine._broadcast("works", None) == set() and len(sent) == 4
+    assert engine._broadcast("works") == set() and len(sent) == 4
 
 
 def test_each_worker_is_checked_for_the_current_weights(pool):

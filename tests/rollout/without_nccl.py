@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from reinforcepp.models.loading import weights_hash
 from reinforcepp.rollout.ray.worker import Worker, WorkerSpec
 from reinforcepp.rollout.vllm.nccl import BACKEND
 
@@ -48,6 +47,11 @@ class Taker(Worker):
     def in_transfer_group(self) -> bool:
         return bool(self.engine._in_transfer_group)
 
-    def restart_hash(self) -> str:
-        """Return the hash of the weights with which the engine would restart."""
-        return weights_hash(self.engine._source())
+    def fail_once(self) -> None:
+        """Have the engine fail in the next batch, so that it restarts."""
+        llm = self.engine._llm
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("failed in the middle of a batch")
+
+        llm.generate = fail

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -47,7 +47,7 @@ from reinforcepp.rollout.vllm.local_transfer import (
 )
 from reinforcepp.rollout.vllm.memory import CPU_BLOCK, memory_settings
 from reinforcepp.rollout.vllm.model_folder import model_folder
-from reinforcepp.rollout.weight_transfer import WeightTransfer, config_with_architecture
+from reinforcepp.rollout.weight_transfer import WeightsNeeded, WeightTransfer, config_with_architecture
 from reinforcepp.runtime.memory import release_free_memory
 from reinforcepp.runtime.terminal import warn
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -175,6 +175,8 @@ class VllmEngine:
         check_prompts(prompts, sampling.max_new_tokens, self.max_length)
         if not prompts:
             return []
+        if self._llm is None:
+            self._no_copy()
         rows = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
         while True:
             try:
@@ -220,6 +222,9 @@ class VllmEngine:
     def load_weights(self, model: PreTrainedModel) -> None:
         """Generate with ``model``'s weights; only a LoRA adapter is sent if vLLM can apply it, otherwise it is merged."""
         self._source = lambda: model
+        if self._llm is None:  # it stopped and raised WeightsNeeded
+            self._start()
+            return
         with self._inside_vllm():
             self._push(model)
             self.reset_prefix_cache()
@@ -278,10 +283,10 @@ class VllmEngine:
         with self._inside_vllm():
             self._llm.collective_rpc(method, args=arguments)
 
-    def finish_transfer(self, source: Callable[[], PreTrainedModel]) -> None:
-        """Generate with the transferred weights; ``source`` returns a model with them if the engine must restart."""
+    def finish_transfer(self) -> None:
+        """Generate with the transferred weights. If the engine must restart, ``generate`` raises ``WeightsNeeded``."""
         self.transfer("finish_weight_update")
-        self._source = source
+        self._source = self._no_copy
         self.reset_prefix_cache()
 
     # --- inside ---
@@ -381,6 +386,10 @@ class VllmEngine:
         self._transfer.prepare(model)
         self._transfer.push(self._llm)
         self._weights_dropped = False
+
+    def _no_copy(self) -> NoReturn:
+        """Stand in for the source of weights that came over NCCL."""
+        raise WeightsNeeded("its engine failed and starts again with weights from the trainer")
 
     def _parameters(self, sampling: Sampling, prompt: Prompt, sample: int) -> Any:
         from vllm import SamplingParams

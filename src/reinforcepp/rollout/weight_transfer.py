@@ -22,12 +22,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
+from reinforcepp.errors import RolloutError
 from reinforcepp.models.lora import base_model, full_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Receiver = TypeVar("Receiver")
+
+
+class WeightsNeeded(RolloutError):
+    """An engine must start again and has no copy of the weights in its process; ``load_weights`` starts it."""
 
 
 class WeightTransfer(Generic[Receiver]):

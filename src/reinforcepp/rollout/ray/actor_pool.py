@@ -12,13 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.errors import EngineLost, RolloutError, first_line, option, setting
 from reinforcepp.rollout.dispatch import ChunkDone, WorkerLost, WorkerReady
 from reinforcepp.rollout.ray.worker import MIN_RAY, check_ray_version, pack
-from reinforcepp.rollout.weight_transfer import WeightTransfer
+from reinforcepp.rollout.weight_transfer import WeightsNeeded, WeightTransfer
 from reinforcepp.runtime.terminal import echo, warn_once
 
 if TYPE_CHECKING:
@@ -39,22 +38,10 @@ HEAD_TIMEOUT_SECONDS = 30
 """Time that the cluster's head can be unreachable; after 60 s Ray itself ends processes, without a checkpoint."""
 
 
-@dataclass(frozen=True)
-class LazyRef:
-    """An object in Ray's object store that is fetched when it is called."""
-
-    wrapped: tuple[Any]
-    """The object reference, in a tuple because Ray fetches a bare reference at once."""
-
-    def __call__(self) -> Any:
-        """Return the object."""
-        import ray
-
-        return ray.get(self.wrapped[0])
-
-
 class ObjectStoreTransfer(WeightTransfer[Any]):
     """Weights through Ray's object store, which copies them once to each node. The receiver is a Ray actor.
+
+    The first ``push`` puts them there, so weights that all actors get on another path aren't copied to the CPU.
 
     Args:
         ray: The connected library.
@@ -62,24 +49,22 @@ class ObjectStoreTransfer(WeightTransfer[Any]):
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
+        self._model: PreTrainedModel | None = None
         self._weights: Any = None
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Put the weights into the object store."""
-        self._weights = self._ray.put(pack(model))
+        """Keep ``model`` until the first ``push``."""
+        self._model, self._weights = model, None
 
     def push(self, receiver: Any) -> Any:
         """Start loading on an actor; return a reference to wait for."""
+        if self._model is not None:
+            self._weights, self._model = self._ray.put(pack(self._model)), None
         return receiver.load.remote(self._weights)
 
     def close(self) -> None:
         """Release the object."""
-        self._weights = None
-
-    @property
-    def lazy_ref(self) -> LazyRef:
-        """The weights, for a later fetch by a worker."""
-        return LazyRef((self._weights,))
+        self._model = self._weights = None
 
 
 class RayPool:
@@ -121,11 +106,12 @@ class RayPool:
 
     # --- weights ---
 
-    def load(self, model: PreTrainedModel, broadcast: Callable[[LazyRef], set[int]] = lambda weights: set()) -> None:
+    def load(self, model: PreTrainedModel, broadcast: Callable[[], set[int]] = set) -> None:
         """Give ``model``'s weights to all actors and wait until they have them; a slow actor follows later.
 
         Args:
-            model: The model.
+            model: The model. Its weights must stay the same while the pool works with them: an actor that is started
+                meanwhile gets them, too.
             broadcast: Gives the weights to some of the ready actors on another path and returns their numbers.
 
         Raises:
@@ -133,7 +119,7 @@ class RayPool:
         """
         self._store.prepare(model)
         self._version += 1
-        updated = broadcast(self._store.lazy_ref)
+        updated = broadcast()
         for number in set(self._ready) - updated:
             self._start_loading(number)
         begin = time.monotonic()
@@ -216,7 +202,7 @@ class RayPool:
         return WorkerReady(number)
 
     def _result(self, number: int, task: Any) -> Any:
-        """Return the result of an actor's task, or a ``WorkerLost`` after starting another actor."""
+        """Return the result of an actor's task, or a ``WorkerLost`` after starting another actor or its engine."""
         from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         try:
@@ -227,6 +213,9 @@ class RayPool:
             self._grow()
             return WorkerLost(number, self._last_loss)
         except RayTaskError as error:
+            if isinstance(error.cause, WeightsNeeded):
+                self._start_loading(number)
+                return WorkerLost(number, str(error.cause))
             raise RolloutError(f"A {self._worker.kind} worker failed: {first_line(error.cause)}") from error
 
     def _stop(self, numbers: Iterable[int]) -> None:

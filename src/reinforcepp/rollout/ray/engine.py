@@ -1,7 +1,7 @@
 """The rollout engine on a Ray cluster, which places and watches workers on many devices or nodes.
 
 The trainer puts its weights once into Ray's object store. Ray copies them once to each node, where all workers read the same
-memory. Between GPUs, vLLM's NCCL weight transfer broadcasts them directly.
+memory. Between GPUs, vLLM's NCCL weight transfer broadcasts them directly, and only a worker that starts later needs the store.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from reinforcepp.rollout.pooled_engine import PooledEngine
-from reinforcepp.rollout.ray.actor_pool import LazyRef, RayPool, connect, disconnect
+from reinforcepp.rollout.ray.actor_pool import RayPool, connect, disconnect
 from reinforcepp.rollout.ray.worker import Worker, WorkerSpec
 from reinforcepp.rollout.vllm.nccl import BACKEND, NcclPoolTransfer, TransferFailed
 from reinforcepp.rollout.weight_transfer import config_with_architecture
@@ -80,7 +80,7 @@ class RayEngine(PooledEngine):
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """Give ``model``'s weights to all workers, between GPUs by a broadcast."""
-        self.pool.load(model, lambda weights: self._broadcast(model, weights))
+        self.pool.load(model, lambda: self._broadcast(model))
 
     def close(self) -> None:
         """Stop the workers; a cluster that this engine joined keeps running."""
@@ -90,7 +90,7 @@ class RayEngine(PooledEngine):
         if self._disconnect:
             disconnect(self.ray)
 
-    def _broadcast(self, model: PreTrainedModel, weights: LazyRef) -> set[int]:
+    def _broadcast(self, model: PreTrainedModel) -> set[int]:
         """Broadcast the weights to the workers that support it; return their numbers, none if the broadcast failed."""
         if self._nccl is None:
             return set()
@@ -100,7 +100,7 @@ class RayEngine(PooledEngine):
         if not joined:
             return set()
         workers = {number: self.pool.actors[number] for number in joined}
-        self._nccl.prepare(model, restart_weights=weights)
+        self._nccl.prepare(model)
         try:
             self._nccl.push(workers, rebuild=not all(joined.values()))
         except TransferFailed as failure:

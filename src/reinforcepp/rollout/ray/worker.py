@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -104,9 +104,9 @@ class Worker:
         """See :meth:`~reinforcepp.rollout.vllm_integration.VllmEngine.transfer`."""
         self.engine.transfer(method, *arguments)
 
-    def finish_transfer(self, packed: Callable[[], PackedWeights]) -> None:
-        """Generate with the transferred weights; ``packed`` returns the same weights if the engine must restart."""
-        self.engine.finish_transfer(lambda: self._unpack(packed()))
+    def finish_transfer(self) -> None:
+        """See :meth:`~reinforcepp.rollout.vllm_integration.VllmEngine.finish_transfer`."""
+        self.engine.finish_transfer()
 
     @cached_property
     def choice(self) -> EngineChoice:

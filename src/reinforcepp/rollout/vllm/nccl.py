@@ -103,12 +103,6 @@ class NcclPoolTransfer(WeightTransfer[Mapping[int, Any]]):
         self._ray = ray
         self._workers: dict[int, Any] = {}
         self._engine: Any = None
-        self._restart_weights: Any = None
-
-    def prepare(self, model: PreTrainedModel, restart_weights: Any = None) -> None:
-        """Keep ``model``, and ``restart_weights``, a ``LazyRef`` for workers whose engine must restart later."""
-        super().prepare(model)
-        self._restart_weights = restart_weights
 
     def push(self, receiver: Mapping[int, Any], *, rebuild: bool = False) -> None:
         """Broadcast all weights to ``receiver``, Ray actors by number; ``rebuild`` if one of them isn't in the group.
@@ -138,7 +132,6 @@ class NcclPoolTransfer(WeightTransfer[Mapping[int, Any]]):
             control = _PoolControl(self._ray, list(workers.values()))
             host = self._ray.util.get_node_ip_address()
             self._engine = _join_as_rank_zero(host, 1 + len(workers), control, self.model)
-        self._engine.client.restart_weights = self._restart_weights
         self._engine.source = _weight_source(self.model)
         self._engine.send_weights()
 
@@ -147,7 +140,7 @@ class _PoolControl:
     """vLLM's control messages during a transfer, to all actors at once."""
 
     def __init__(self, ray: Any, workers: list[Any]) -> None:
-        self._ray, self._workers, self.restart_weights = ray, workers, None
+        self._ray, self._workers = ray, workers
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         ranks = [init_info | {"rank_offset": 1 + i} for i in range(len(self._workers))]
@@ -160,7 +153,7 @@ class _PoolControl:
         self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._ray.get([worker.finish_transfer.remote(self.restart_weights) for worker in self._workers])
+        self._ray.get([worker.finish_transfer.remote() for worker in self._workers])
 
     def _call(self, method: str, *arguments: Any) -> None:
         self._ray.get([worker.transfer.remote(method, *arguments) for worker in self._workers])
