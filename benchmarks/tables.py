@@ -310,6 +310,38 @@ def algorithms(result: dict[str, Any]) -> str:
     return table(titles, rows) + said + made_by(result)
 
 
+def feedback_loop(result: dict[str, Any]) -> str:
+    rows = []
+    for line in result["summary"]:
+        cells = [
+            plus_minus(line[key][selection], 2) if key in line else ""
+            for key in ("rm_accuracy", "gold")
+            for selection in ("random", "uncertain")
+        ]
+        rows.append([str(line["round"]), str(line["labels"]), *cells])
+    titles = [
+        "round",
+        "votes",
+        "accuracy, random",
+        "accuracy, uncertain",
+        "gold score, random",
+        "gold score, uncertain",
+    ]
+    last, seeds = result["summary"][-1], len({row["seed"] for row in result["rows"]})
+    apart = {key: last[key]["difference"] for key in ("rm_accuracy", "gold")}
+    shown = any(abs(value["mean"]) > value["interval"] for value in apart.values())
+    ties, votes = Counter[str](), last["labels"] - result["summary"][1]["labels"]
+    for row in result["rows"]:
+        ties[row["selection"]] += row["ties"] if row["round"] > 1 else 0
+    said = (
+        f"\nMeans over {seeds} seeds with 95% intervals. After the last round, uncertain minus random is "
+        f"{plus_minus(apart['rm_accuracy'], 3)} in accuracy and {plus_minus(apart['gold'], 3)} in the gold score"
+        f"{'' if shown else ': no difference shown'}. From round 2, {ties['random'] / votes / seeds:.0%} of the random pairs and "
+        f"{ties['uncertain'] / votes / seeds:.0%} of the uncertain ones are ties.\n"
+    )
+    return table(titles, rows) + said + made_by(result)
+
+
 def plus_minus(value: dict[str, float] | None, digits: int) -> str:
     return "not reached by all" if value is None else f"{value['mean']:.{digits}f} ± {value['interval']:.{digits}f}"
 
@@ -933,6 +965,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "trl_compat_changes": (trl_compat_changes, "trl_compat"),
     "security": (security, "security"),
     "hardware": (hardware, "hardware"),
+    "feedback_loop": (feedback_loop, "feedback_loop"),
 }
 """For each table, what makes it and from which result file."""
 PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))

@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from labeler import label_everything
 from warm import warm_python
 
 from reinforcepp.commands import cli
 from reinforcepp.data import builtin
-from scripts import ROOT, SOURCE
+from scripts import ROOT, SOURCE, benchmark
 
 FOLDER = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -84,7 +83,7 @@ def _label(line: str, folder: Path, *, warm: bool) -> str:
         links = [server.stdout.readline(), server.stdout.readline()]
         url = links[0].removeprefix("Label at ").strip()
         if url:
-            votes = label_everything(url, "Ada", lambda texts: str(1 + texts.index(max(texts, key=len))))
+            votes = benchmark("labeler").label(url, "Ada", lambda _, texts: str(1 + texts.index(max(texts, key=len))))
             links.append(f"{votes} votes")
         server.send_signal(signal.SIGINT)
         output, errors = server.communicate(timeout=60)
