@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from rewards.fake_judge import FakeJudge, completion, in_turn, verdict
 from warm import warm_python
 
 from reinforcepp.commands import cli
@@ -181,6 +182,17 @@ def test_the_score_of_the_reward_model_follows_the_response(chat, model_says, re
     one, two = score(["How?", "How?"], ["Run ip route.", "Reboot."])
     (three,) = score([[user("How?"), assistant("Reboot."), user("And then?")]], ["Run ip route."])
     assert err.splitlines() == [f"(reward {one:+.3f})", f"(response 2, reward {two:+.3f})", f"(reward {three:+.3f})"]
+
+
+def test_a_judge_scores_responses_and_its_failures_do_not_end_the_chat(chat, model_says, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    model_says("Good.", "Bad.", "Odd.")
+    with FakeJudge(in_turn(verdict(10), (401, b""), completion(None, refusal="No."))) as fake:
+        name = f"judge:m?base_url={fake.base_url}&no_verdict=skip"
+        out, err = chat("How?\nAnd?\nSo?\n", "--reward_model", name)
+    assert out == "Good.\nBad.\nOdd.\n"
+    assert "(reward +1.000)" in err and "Set REINFORCEPP_JUDGE_KEY to the server's key." in err and "(no score)" in err
+    chat("", "--reward_model", "judge:m?rubric=wrong", code=2)
 
 
 # --- the context ------------------------------------------------------------------------------------------------------

@@ -17,18 +17,19 @@ from rewards.fake_judge import FakeJudge, verdict
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.compare import measurement
-from reinforcepp.commands.compare.command import chosen_answers, compare_models, prompts_to_answer
+from reinforcepp.commands.compare.command import chosen_answers, compare_models, judge_scores, prompts_to_answer
 from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig
 from reinforcepp.data import load_prompts, read_preferences
 from reinforcepp.data.builtin.judge import GoldJudge
-from reinforcepp.errors import ConfigError
+from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.result import distinct_ngrams, distinct_share, mean_by_prompt
 from reinforcepp.reports.comparison.statistics import Outcome, Rate
 from reinforcepp.rollout.vllm.compat import node_problem
+from reinforcepp.types import Completion, Prompt
 
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "12", "--engine", "transformers"]
 SMALL += ["--heldout_fraction", "0.5", "--bootstrap_samples", "200"]
@@ -218,6 +219,16 @@ def config(**settings) -> CompareConfig:
     known = {"model_a": "a", "model_b": "near", "data": "pairs.csv", "judge": "reward", "engine": "transformers"}
     sizes = {"max_prompt_length": 64, "max_new_tokens": 12, "bootstrap_samples": 100}
     return CompareConfig(**{**known, **sizes, **settings})
+
+
+def test_a_judge_without_a_score_is_an_error():
+    sampled = {side: [Completion(Prompt("q", (1,), 0), (5,), (-1.0,), text, "stop")] for side, text in ("Ax", "By")}
+
+    def skips(prompts, completions, **_):
+        return [1.0 if text == "x" else None for text in completions]
+
+    with pytest.raises(RewardError, match="no score for 1 of 2 distinct responses"):
+        judge_scores(config(), sampled, skips)
 
 
 def test_a_language_model_judges(compared, tmp_path, monkeypatch):

@@ -7,7 +7,16 @@ import io
 import pytest
 from rich.console import Console
 
-from reinforcepp.monitoring.live_view import BLOCKS, Sample, Snapshot, duration, sparkline, trend_arrow, view
+from reinforcepp.monitoring.live_view import (
+    BLOCKS,
+    Sample,
+    Snapshot,
+    duration,
+    judge_counts,
+    sparkline,
+    trend_arrow,
+    view,
+)
 
 
 def history(steps=30, **changes):
@@ -73,6 +82,13 @@ def test_it_fits_every_width(width):
 def test_before_the_first_step_and_after_one_without_rewards():
     assert "step 0 of 100" in shown(moment(step=0, history=[], sample=None))
     assert "+0.000" not in shown(moment(history=[{"step": 1, "skipped_updates": 1.0}]))
+
+
+def test_the_counts_of_judges_are_summed():
+    counts = {"judges/a/requests": 9.0, "judges/a/cache_hits": 3.0, "judges/a/unscored": 0.0, "judges/a/dollars": 0.01}
+    counts |= {"judges/b/requests": 1.0, "judges/b/cache_hits": 2.0, "judges/b/unscored": 1.0}
+    assert "10 requests, 5 from the cache, 1 without a verdict, $0.0100" in shown(moment(history=history(**counts)))
+    assert "from the cache" not in shown(moment()) and "$" not in judge_counts({"judges/b/requests": 1.0})
 
 
 def test_a_conversation_is_shown_turn_by_turn():

@@ -196,10 +196,8 @@ def test_completions_without_a_verdict_can_be_skipped(fake, tmp_path, caplog):
     options = f"no_verdict=skip&cache={tmp_path}/v.sqlite"
     found = load_rewards(judge(fake, options)).score([answer("a"), answer("A bomb"), answer("b")])
     assert found.total == [1, None, 1] and found.extra == {"judge_helpful_reason": ["It fits.", None, "It fits."]}
-    assert found.counts["judges/judge_helpful/unscored"] == 1 and "The completion isn't scored." in caplog.text
+    assert found.counts["judges/judge_helpful/unscored"] == 1 and "It is skipped." in caplog.text
     assert scores(judge(fake, options), "A bomb", "b") == [None, 1] and len(fake.asked) == 8, "it isn't stored"
-    with pytest.raises(RewardError, match="no_verdict=skip"):
-        judge(fake, options).compare([Pair("q", "A bomb", "b")])
 
 
 def test_a_reason_with_the_end_of_thoughts_is_stored(fake):
@@ -223,6 +221,18 @@ def test_a_failure_that_can_pass_is_retried(fake, failure, caplog):
     with caplog.at_level(logging.WARNING):
         assert scores(judge(fake, attempts=3), "a") == [1]
     assert len(fake.asked) == 3 and "failure 2 of 3" in caplog.text
+
+
+def test_requests_that_fail_alike_are_logged_once(fake, caplog):
+    fake.reply = lambda body: (503, b"busy") if len(fake.asked) <= 6 else verdict(10)
+    with caplog.at_level(logging.WARNING):
+        assert scores(judge(fake, attempts=9), *"abcdef") == [1] * 6
+    assert len(caplog.messages) == 1
+    asked = len(fake.asked)
+    fake.reply = lambda body: (503, b"busy") if len(fake.asked) <= asked + 1 else verdict(10)
+    with caplog.at_level(logging.WARNING):
+        scores(judge(fake, attempts=9), "g")
+    assert len(caplog.messages) == 2, "after a success, failures are logged again"
 
 
 def test_the_judge_gives_up_after_its_attempts_and_waits_as_long_as_asked(fake):
@@ -508,6 +518,26 @@ def test_pairs_are_compared_in_both_orders(fake):
     }
 
 
+def test_each_verdict_is_reported_at_once_also_if_a_later_pair_fails(fake):
+    fake.reply = lambda body: prefers(body) if len(fake.asked) <= 4 else (401, b"")
+    pairs, seen = [Pair(f"q{i}", "bad", "good") for i in range(3)], {}
+    with pytest.raises(RewardError, match="401"):
+        judge(fake, "concurrency=1").compare(pairs, seen.__setitem__)
+    assert {number: verdict.winner for number, verdict in seen.items()} == {0: "second", 1: "second"}
+    fake.reply = prefers
+    assert judge(fake).compare(pairs, seen.__setitem__) == [seen[0], seen[1], seen[2]] and len(fake.asked) >= 7
+
+
+def test_pairs_without_a_verdict_can_be_skipped(fake):
+    fake.reply = lambda body: completion(None, refusal="No.") if "bomb" in user_message(body) else prefers(body)
+    pairs, seen = [Pair("q", "a bomb", "bad"), Pair("q", "good", "bad")], {}
+    found = judge(fake, "no_verdict=skip").compare(pairs, seen.__setitem__)
+    assert found[0] is None and found[1].winner == "first" and seen == dict(enumerate(found))
+    assert position_bias(found).pairs == 1
+    with pytest.raises(RewardError, match="no_verdict=skip"):
+        judge(fake).compare(pairs)
+
+
 def test_position_bias_is_counted():
     votes = [("first", "first")] * 5 + [("second", "second")] * 2 + [("first", "second")] * 2 + [("tie", "second")]
     bias = position_bias([Comparison(vote, ("", "")) for vote in votes])
@@ -538,6 +568,14 @@ def test_settings_of_reward_servers_are_the_defaults(fake):
     (plain,) = load_rewards(f"judge:m?base_url={fake.base_url}", settings).functions
     assert (own.endpoint.timeout, own.endpoint.attempts) == (9, 4)
     assert (plain.endpoint.timeout, plain.endpoint.attempts) == (7, 2)
+    alone = load_judge(f"judge:m?base_url={fake.base_url}").endpoint
+    assert (alone.timeout, alone.attempts, alone.attempts_option) == (60, 5, "attempts"), "no setting to raise"
+    assert plain.endpoint.attempts_option == "reward_attempts"
+
+
+def test_the_name_as_a_labeler_fits_into_a_database(fake):
+    long = [load_judge(f"judge:{'m' * 99}?base_url={fake.base_url}&rubric={name}") for name in ("safe", "correct")]
+    assert [len(each.labeler) for each in long] == [100, 100] and long[0].labeler != long[1].labeler
 
 
 def test_a_rubric_that_cannot_be_read_raises(fake, tmp_path):

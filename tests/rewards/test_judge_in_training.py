@@ -91,5 +91,6 @@ def test_a_spent_budget_stops_the_run_and_more_of_it_resumes_it(base, pairs_csv,
     error = capsys.readouterr().err
     assert "the budget is used up: " in error and "records 5 of 5 requests. Raise max_requests" in error
     assert "Saved the run after step 1 of 3" in error and len(fake.asked) == 5
+    assert re.search(r"training 1/3, reward \S+  kl \S+  \d requests, \d from the cache", error)
     assert train(base, pairs_csv, tmp_path / "run", reward.replace("=5", "=12"), "--resume") == 0
     assert 9 < len(fake.asked) <= 12

@@ -108,11 +108,13 @@ class ChatConfig(SamplingConfig):
     system: str | None = None
     """System message at the beginning"""
     reward_model: FilledStr | None = None
-    """Folder of a reward model, whose score is shown with each response"""
+    """Folder of a reward model, or judge:MODEL?..., that scores each response"""
     preferences: FilledStr = "preferences.jsonl"
     """File for the pairs of /prefer: .jsonl, or .csv for single questions"""
 
     def _check_rules(self) -> None:
+        if is_judge(self.reward_model):
+            parse_source(str(self.reward_model))
         if Path(self.preferences).suffix.lower() not in PREFERENCE_FILES:
             raise ConfigError(
                 f"preferences: {self.preferences} has another file type. Give a name that ends in "

@@ -17,6 +17,8 @@ from reinforcepp.config.base import (
     Range,
     Seed,
 )
+from reinforcepp.config.judge_spec import is_judge
+from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.config.shared import DeviceConfig
 from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError
@@ -35,7 +37,7 @@ class DatabaseConfig(Config):
 
 @dataclass(frozen=True)
 class LabelConfig(DeviceConfig, DatabaseConfig):
-    """Collect human feedback on responses in a browser."""
+    """Collect feedback on responses, from people in a browser or from a language model."""
 
     models: tuple[str, ...] = field(default=(), metadata=NAMES)
     """Models that respond: folders, Hub names, builtin:tiny; none: data has responses"""
@@ -43,6 +45,8 @@ class LabelConfig(DeviceConfig, DatabaseConfig):
     """Prompts, or a file with responses. Default: builtin:network if there are models"""
     task: Task = "pair"
     """Task: choose the better of 2, rank up to 5, rate by criteria, or edit the better"""
+    judge: FilledStr | None = None
+    """Language model that labels the pairs instead of people: judge:MODEL?rubric=..."""
     num_answers: Annotated[int, Range(at_least=1, at_most=MAX_ANSWERS)] | None = None
     """Responses per prompt, the models' in turn. Default: 2, for rank 4"""
     criteria: tuple[str, ...] = field(default=("helpful", "correct", "safe"), metadata=NAMES)
@@ -99,6 +103,15 @@ class LabelConfig(DeviceConfig, DatabaseConfig):
         return self.num_answers or (4 if self.task == "rank" else 2)
 
     def _check_rules(self) -> None:
+        if self.judge is not None:
+            if not is_judge(self.judge):
+                raise ConfigError(
+                    f"judge: {self.judge} isn't a language model as judge. Write it as in "
+                    "judge:MODEL?base_url=http://127.0.0.1:8000/v1."
+                )
+            parse_source(self.judge)
+            if self.task != "pair":
+                raise ConfigError(f"judge: a judge labels pairs, so task {self.task} doesn't fit. Omit one of the two.")
         if self.task == "pair" and self.answers_per_prompt != 2:
             raise ConfigError(f"num_answers: {self.num_answers} doesn't fit task pair. Omit it, or use task rank.")
         if self.task == "edit" and self.answers_per_prompt > 2:

@@ -23,12 +23,16 @@ class BackgroundGeneration:
         store: The database.
         rows: The prompts.
         respond: Function that returns units for the prompts at some indices.
+
+    Attributes:
+        prompts_left: Prompts without responses so far.
     """
 
     def __init__(
         self, store: Store, rows: Sequence[PromptRow], respond: Callable[[Sequence[int]], list[NewUnit]]
     ) -> None:
         self._store, self._rows, self._respond = store, rows, respond
+        self.prompts_left = len(rows)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
 
@@ -52,7 +56,9 @@ class BackgroundGeneration:
             for start in range(0, len(self._rows), CHUNK_PROMPTS):
                 if self._stopped.is_set():
                     return
-                self._store.add_units(self._respond(range(start, min(start + CHUNK_PROMPTS, len(self._rows)))))
+                stop = min(start + CHUNK_PROMPTS, len(self._rows))
+                self._store.add_units(self._respond(range(start, stop)))
+                self.prompts_left = len(self._rows) - stop
             echo(f"Responded to all {len(self._rows)} prompts.")
         except ReinforceError as error:
             echo(f"Generation stopped: {error} The units so far can be labeled.", "red")

@@ -44,7 +44,7 @@ class LabelerQuality:
         seconds: Median time per vote.
         gold: Right answers of gold units.
         repeats: Repeats with the same answer as before.
-        first: Better responses that the page showed first; half, without a bias of position.
+        first: Better responses that were shown first; half, without a bias of position.
         alpha: Krippendorff's alpha over the units of this labeler and others; for a judge, with the people.
     """
 
@@ -99,6 +99,7 @@ class _Cast(NamedTuple):
     vote: Vote
     seconds: float
     created: float
+    details: Mapping[str, Any]
 
 
 def _casts(store: Store) -> Iterator[_Cast]:
@@ -108,7 +109,7 @@ def _casts(store: Store) -> Iterator[_Cast]:
     sizes = sa.select(ua.c.unit_id, sa.func.count().label("size")).group_by(ua.c.unit_id).subquery()
     query = (
         sa.select(u.c.id, u.c.task, u.c.gold, sizes.c.size, p.c.topic, people.c.name, people.c.kind)
-        .add_columns(a.c.order, a.c.repeat, v.c.value, v.c.seconds, v.c.created)
+        .add_columns(a.c.order, a.c.repeat, v.c.value, v.c.seconds, v.c.created, v.c.details)
         .select_from(v)
         .join(a, a.c.id == v.c.assignment_id)
         .join(people, people.c.id == a.c.labeler_id)
@@ -119,9 +120,8 @@ def _casts(store: Store) -> Iterator[_Cast]:
         .order_by(u.c.id, v.c.id)
     )
     with store.read() as db:
-        for unit_id, task, gold, size, topic, name, kind, order, repeat, value, seconds, created in db.execute(query):
-            vote = parse_vote(task, size, value)
-            yield _Cast(unit_id, topic, gold, name, kind, order, repeat, vote, seconds, created)
+        for unit_id, task, gold, size, topic, name, kind, order, repeat, value, *more in db.execute(query):
+            yield _Cast(unit_id, topic, gold, name, kind, order, repeat, parse_vote(task, size, value), *more)
 
 
 def measure(store: Store) -> Quality:
@@ -185,11 +185,7 @@ def _labeler(
     repeats = [
         _signs(group[0]) == _signs(group[-1]) for group in by_unit if {each.repeat for each in group} == {False, True}
     ]
-    first = [
-        each.vote.better == each.order[0]
-        for each in voted
-        if isinstance(each.vote, Choice) and each.vote.better is not None and each.order
-    ]
+    first = [won for each in voted for won in _shown_first(each)]
     return LabelerQuality(
         name,
         kind,
@@ -201,6 +197,15 @@ def _labeler(
         first=Share(sum(first), len(first)),
         alpha=_alpha((case for case in cases if name in case), people | {name}),
     )
+
+
+def _shown_first(cast: _Cast) -> list[bool]:
+    """Return whether the better response was shown first; a judge, who sees a pair in both orders, has up to two such votes."""
+    if cast.order:
+        better = cast.vote.better if isinstance(cast.vote, Choice) else None
+        return [] if better is None else [better == cast.order[0]]
+    votes = zip(cast.details.get("votes", ()), ("first", "second"), strict=False)
+    return [vote == shown for vote, shown in votes if vote != "tie"]
 
 
 def _judge(name: str, cases: Sequence[Mapping[str, int]], people: set[str]) -> Share:

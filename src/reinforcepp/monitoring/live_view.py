@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -62,6 +63,8 @@ def view(snapshot: Snapshot, width: int) -> RenderableType:
     facts.add_column(style="dim", no_wrap=True, width=NAME_WIDTH)
     facts.add_column(ratio=1)
     facts.add_row("time", _times(now))
+    if judged := judge_counts(now):
+        facts.add_row("judges", Text(judged, "dim"))
     facts.add_row("health", Text(snapshot.health[0], HEALTH[snapshot.health[1]]))
     if snapshot.sample is not None:
         facts.add_row("sample", _sample(snapshot.sample))
@@ -89,6 +92,18 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def judge_counts(metrics: Mapping[str, float]) -> str:
+    """Return the sums of the metrics ``judges/NAME/COUNT``, as in "12 requests, 4 from the cache"; "" without judges."""
+    sums = defaultdict[str, float](float)
+    for name, value in metrics.items():
+        if name.startswith("judges/"):
+            sums[name.rpartition("/")[2]] += value
+    texts = [f"{sums['requests']:.0f} requests, {sums['cache_hits']:.0f} from the cache"] if sums else []
+    texts += [f"{sums['unscored']:.0f} without a verdict"] if sums["unscored"] else []
+    texts += [f"${sums['dollars']:.4f}"] if "dollars" in sums else []
+    return ", ".join(texts)
 
 
 def trend_arrow(values: Sequence[float], spread: float) -> str:

@@ -68,7 +68,7 @@ class Progress:
         before, every = self.done, max(1, self.total // PLAIN_LINES)
         self.done += units
         if self._live:
-            self._live.update(self._task, completed=self.done, message=message)
+            self._live.update(self._task, completed=self.done, total=self.total, message=message)
         elif self.done == self.total or self.done // every > before // every:
             per_step = (time.monotonic() - self._begin) / (self.done - self._first)
             left = per_step * (self.total - self.done)

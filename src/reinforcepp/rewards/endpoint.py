@@ -90,6 +90,7 @@ class Endpoint:
         self.url, self.noun, self.fix, self.attempts_option = url, noun, fix, attempts_option
         self.headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers}
         self.timeout, self.attempts, self.first_pause = timeout, attempts, first_pause
+        self._logged: set[tuple[str, int]] = set()
 
     def client(self) -> httpx2.AsyncClient:
         """Return an HTTP client, to be used in one event loop."""
@@ -124,6 +125,7 @@ class Endpoint:
             raise RewardError(
                 f"{self.url}: the {self.noun} failed {times}; it {failure}. Check the server, or raise {option}."
             ) from failure
+        self._logged.clear()
         return result
 
     async def send(self, client: httpx2.AsyncClient, body: bytes, limit: int) -> bytes:
@@ -177,12 +179,17 @@ class Endpoint:
         return repr(redacted(text, self.url)[:SHOWN_CHARACTERS])
 
     def _log_retry(self, state: RetryCallState) -> None:
+        """Log a retry, once for all requests that fail in the same way before one succeeds."""
         assert state.outcome is not None and state.next_action is not None
+        failure = str(state.outcome.exception())
+        if (failure, state.attempt_number) in self._logged:
+            return
+        self._logged.add((failure, state.attempt_number))
         log.warning(
             "%s %s %s. Retrying in %.1f s (failure %d of %d).",
             self.noun.capitalize(),
             redacted(self.url),
-            state.outcome.exception(),
+            failure,
             state.next_action.sleep,
             state.attempt_number,
             self.attempts,

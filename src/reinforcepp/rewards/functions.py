@@ -194,13 +194,6 @@ def unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     return names
 
 
-def score_all(reward: RewardFunction, completions: Sequence[Completion]) -> list[float]:
-    """Return scores from a reward that scores every completion, as trained models and judges do."""
-    scores = score_with([reward], completions).total
-    assert all(score is not None for score in scores), f"{function_name(reward)} didn't score a completion"
-    return [float(score) for score in scores if score is not None]
-
-
 def score_with(
     functions: Sequence[RewardFunction],
     completions: Sequence[Completion],

@@ -16,7 +16,7 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.monitoring import Progress, read_metrics
 from reinforcepp.monitoring.completion_tables import completion_panel, completion_table
 from reinforcepp.monitoring.doctor import Diagnosis, diagnose
-from reinforcepp.monitoring.live_view import Sample, Snapshot, duration, view
+from reinforcepp.monitoring.live_view import Sample, Snapshot, duration, judge_counts, view
 from reinforcepp.monitoring.run_record import RunRecord
 from reinforcepp.runtime.terminal import console, echo
 from reinforcepp.training.batches import UpdateBatch
@@ -93,7 +93,8 @@ class Monitor:
             self._check(step)
         if self._lines:
             kl = f"  kl {metrics['kl']:.4f}" if "kl" in metrics else ""
-            self._lines.step(f"reward {metrics.get('reward', nan):+.3f}{kl}")
+            judged = f"  {counts}" if (counts := judge_counts(metrics)) else ""
+            self._lines.step(f"reward {metrics.get('reward', nan):+.3f}{kl}{judged}")
         if self._live:
             self._live.update(self._view(step))
 

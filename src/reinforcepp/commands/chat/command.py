@@ -14,14 +14,15 @@ from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.commands.chat.preferences import PreferenceFile
 from reinforcepp.commands.generate import format_reward, load_engine, load_scorer, sampling_of, show_growing
 from reinforcepp.config import ChatConfig
-from reinforcepp.errors import ConfigError, DataError, ModelError, RolloutError, nearest
+from reinforcepp.config.judge_spec import is_judge
+from reinforcepp.errors import ConfigError, DataError, ModelError, RewardError, RolloutError, nearest
 from reinforcepp.models.loading import context_length, load_config, load_tokenizer
 from reinforcepp.models.precision import inference_dtype
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.monitoring.signals import handle_signals
 from reinforcepp.monitoring.turns import turn_lines
-from reinforcepp.rewards.functions import RewardFunction, score_all
+from reinforcepp.rewards.functions import RewardFunction, score_with
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.rollout.engine import RolloutEngine
 from reinforcepp.rollout.selection import choose_engine
@@ -47,7 +48,7 @@ def run_chat(config: ChatConfig) -> int:
         ReinforceError: If the model, the reward model or the file of preferences can't be used.
     """
     preferences = PreferenceFile(config.preferences)
-    if config.reward_model is not None:
+    if config.reward_model is not None and not is_judge(config.reward_model):
         check_reward_folder(config.reward_model)
     if config.trust_remote_code:
         allow_remote_code(config.model)
@@ -56,7 +57,7 @@ def run_chat(config: ChatConfig) -> int:
     dtype = inference_dtype(config.dtype, model_config.dtype)
     choice = choose_engine(config.engine, model_config, dtype)
     tokenizer = load_tokenizer(config.model)
-    reward = load_scorer(config.reward_model) if config.reward_model is not None else None
+    reward = _reward(config.reward_model)
     conversation = Conversation(tokenizer, length - config.max_new_tokens, config.system)
     engine = load_engine(config, choice, dtype, tokenizer, length)
     chat = _Chat(config, engine, reward, conversation, preferences)
@@ -64,6 +65,14 @@ def run_chat(config: ChatConfig) -> int:
         return chat.talk()
     finally:
         engine.close()
+
+
+def _reward(name: str | None) -> RewardFunction | None:
+    if is_judge(name):
+        from reinforcepp.rewards.judge.judge import load_judge  # loads HTTP libraries
+
+        return load_judge(str(name))
+    return load_scorer(name) if name is not None else None
 
 
 def _length(config: ChatConfig, context: int | None) -> int:
@@ -115,7 +124,7 @@ class _Chat:
                 return 0
             try:
                 self._do(line)
-            except (DataError, ModelError, RolloutError) as error:
+            except (DataError, ModelError, RewardError, RolloutError) as error:
                 echo(str(error), "yellow")
             except OSError as error:
                 if not error.strerror:
@@ -155,7 +164,11 @@ class _Chat:
         number = self.conversation.answered(completion)
         notes = [f"response {number}"] if number > 1 else []
         if self.reward is not None:
-            notes.append(format_reward(score_all(self.reward, [completion])[0]))
+            try:
+                (score,) = score_with([self.reward], [completion]).total
+                notes.append("no score" if score is None else format_reward(score))
+            except KeyboardInterrupt:  # A judge can take long.
+                notes.append("not scored")
         if completion.finish_reason == "length":
             notes.append("stopped" if was_stopped else f"truncated after {self.config.max_new_tokens} tokens")
         if notes:

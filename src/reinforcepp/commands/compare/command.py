@@ -36,7 +36,7 @@ from reinforcepp.data import (
     resolve_data,
 )
 from reinforcepp.data.builtin import JUDGE_NAME
-from reinforcepp.errors import DataError
+from reinforcepp.errors import DataError, RewardError
 from reinforcepp.files import check_output_file, whole_file, write_json
 from reinforcepp.models.devices import choose_device
 from reinforcepp.models.given import check_loaded, name_of, preserve_modes
@@ -355,7 +355,13 @@ def judge_scores(
         reward.model.to("cuda")
     distinct = {_identity(response): response for side in SIDES for response in responses[side]}
     echo(f"{config.judge_name} scores {count(len(distinct), 'distinct response')}")
-    scores = dict(zip(distinct, judge.score(list(distinct.values())).known, strict=True))
+    totals = judge.score(list(distinct.values())).total
+    if None in totals:
+        raise RewardError(
+            f"judge: {config.judge_name} gave no score for {totals.count(None)} of {len(totals)} distinct responses, and a "
+            "comparison needs all. Omit no_verdict=skip, or use another judge."
+        )
+    scores = {key: float(total) for key, total in zip(distinct, totals, strict=True) if total is not None}
     return {side: [scores[_identity(response)] for response in responses[side]] for side in SIDES}
 
 

@@ -171,10 +171,11 @@ class Store:
                 change = u.update().where(u.c.id == sa.bindparam("unit")).values(priority=sa.bindparam("number"))
                 db.execute(change, values)
 
-    def has_units(self) -> bool:
-        """Return whether there is any unit."""
+    def has_units(self, task: Task | None = None) -> bool:
+        """Return whether there is any unit, or any with this task."""
+        found = sa.select(schema.units.c.id).limit(1)
         with self.read() as db:
-            return db.execute(sa.select(schema.units.c.id).limit(1)).first() is not None
+            return db.execute(found if task is None else found.where(schema.units.c.task == task)).first() is not None
 
     def answered(self, model: str, sampling: Mapping[str, Any]) -> set[str]:
         """Return the :func:`prompt_digest` of the prompts to which ``model`` responded with these sampling parameters."""
@@ -220,16 +221,28 @@ class Store:
 
     def unjudged(self, judge: str, task: Task = "pair", limit: int | None = None) -> list[Unit]:
         """Return the units without a vote of ``judge``, those with the lowest priority numbers first."""
-        a, people, v, u = schema.assignments, schema.labelers, schema.votes, schema.units
-        done = (
-            sa.select(a.c.unit_id)
+        wanted = _unjudged(judge, task).order_by(schema.units.c.priority, schema.units.c.id).limit(limit)
+        with self.read() as db:
+            return list(units_by_id(db, list(db.execute(wanted).scalars())).values())
+
+    def count_unjudged(self, judge: str, task: Task = "pair") -> int:
+        """Return the number of units without a vote of ``judge``."""
+        with self.read() as db:
+            return int(
+                db.execute(sa.select(sa.func.count()).select_from(_unjudged(judge, task).subquery())).scalar_one()
+            )
+
+    def details(self, judge: str) -> list[dict[str, Any]]:
+        """Return what was stored about each vote of ``judge`` that counts; see :meth:`add_judgment`."""
+        a, people, v = schema.assignments, schema.labelers, schema.votes
+        wanted = (
+            sa.select(v.c.details)
+            .join(a, sa.and_(a.c.id == v.c.assignment_id, v.c.undone.is_(None)))
             .join(people, people.c.id == a.c.labeler_id)
-            .join(v, sa.and_(v.c.assignment_id == a.c.id, v.c.undone.is_(None)))
             .where(people.c.name == clean(judge))
         )
-        wanted = sa.select(u.c.id).where(u.c.task == task, u.c.id.not_in(done)).order_by(u.c.priority, u.c.id)
         with self.read() as db:
-            return list(units_by_id(db, list(db.execute(wanted.limit(limit)).scalars())).values())
+            return [dict(each) for each in db.execute(wanted).scalars()]
 
     def add_judgment(
         self, judge: str, unit_id: int, vote: Vote, *, seconds: float = 0.0, details: Mapping[str, Any] | None = None
@@ -305,6 +318,17 @@ class Store:
         with self.write() as db:
             config.attributes["connection"] = db
             command.upgrade(config, "head")
+
+
+def _unjudged(judge: str, task: Task) -> sa.Select[Any]:
+    a, people, v, u = schema.assignments, schema.labelers, schema.votes, schema.units
+    done = (
+        sa.select(a.c.unit_id)
+        .join(people, people.c.id == a.c.labeler_id)
+        .join(v, sa.and_(v.c.assignment_id == a.c.id, v.c.undone.is_(None)))
+        .where(people.c.name == clean(judge))
+    )
+    return sa.select(u.c.id).where(u.c.task == task, u.c.id.not_in(done))
 
 
 def _engine(url: URL) -> Engine:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -31,10 +32,13 @@ from reinforcepp.runtime.process import outcome, user_cache
 from reinforcepp.runtime.terminal import logger
 from reinforcepp.types import Conversation
 
+DEFAULT_ATTEMPTS = 5
 MAX_REPLIES = 3
 """Replies to a question before the judge gives up, if none is a verdict."""
 MAX_RESPONSE_BYTES = 2**20
 MAX_RUBRIC_BYTES = 2**16
+MAX_LABELER_CHARACTERS = 100
+"""As long as names in the feedback database."""
 TEMPLATE_TOKENS = 1000
 """Most tokens that a chat template adds to a request."""
 TOKENS_PER_PRICE = 1_000_000
@@ -110,8 +114,9 @@ class PositionBias:
         )
 
 
-def position_bias(verdicts: Sequence[Comparison]) -> PositionBias:
-    """Return the position bias of a judge in its verdicts."""
+def position_bias(found: Iterable[Comparison | None]) -> PositionBias:
+    """Return the position bias of a judge in its verdicts; pairs without one don't count."""
+    verdicts = [verdict for verdict in found if verdict is not None]
     votes = [vote for verdict in verdicts for vote in zip(verdict.votes, ("first", "second"), strict=True)]
     decided = [(vote, shown_first) for vote, shown_first in votes if vote != "tie"]
     return PositionBias(
@@ -154,7 +159,7 @@ class Judge:
     Args:
         spec: the model, its server, the rubric and the limits.
         timeout: seconds for a request, unless ``spec`` has its own.
-        attempts: requests before the judge gives up, unless ``spec`` has its own.
+        attempts: that of the setting reward_attempts, unless ``spec`` has its own; None if there is no such setting.
         first_pause: seconds before the first retry, plus random jitter of up to as much.
 
     Attributes:
@@ -170,7 +175,7 @@ class Judge:
         spec: JudgeSpec,
         *,
         timeout: float = 60.0,
-        attempts: int = 5,
+        attempts: int | None = None,
         first_pause: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         self.spec = spec
@@ -181,10 +186,10 @@ class Judge:
             spec.url,
             noun="judge",
             fix=self._fix,
-            attempts_option="reward_attempts" if spec.attempts is None else "attempts",
+            attempts_option="reward_attempts" if spec.attempts is None and attempts else "attempts",
             headers=authorization(spec.key_variable),
             timeout=spec.timeout or timeout,
-            attempts=spec.attempts or attempts,
+            attempts=spec.attempts or attempts or DEFAULT_ATTEMPTS,
             first_pause=first_pause,
         )
         path = Path(spec.cache).expanduser() if spec.cache else user_cache("judges") / "verdicts.sqlite"
@@ -199,7 +204,16 @@ class Judge:
     @property
     def labeler(self) -> str:
         """The judge's name as a labeler, which is another one with another rubric or other options."""
-        return f"{self.name} {self.identity}"
+        model, _, key = self.identity.rpartition("#")
+        return f"{self.name} {model}"[: MAX_LABELER_CHARACTERS - len(key) - 1] + f"#{key}"
+
+    @property
+    def budget(self) -> str:
+        """What the cache file records of the budget, as in "12 of 100 requests"; empty without a budget."""
+        spent, spec = self.store.spent(self._account), self.spec
+        limits = [f"{spent.requests} of {spec.max_requests} requests"] if spec.max_requests is not None else []
+        limits += [f"${spent.dollars:.4f} of ${spec.max_dollars:g}"] if spec.max_dollars is not None else []
+        return ", ".join(limits)
 
     async def __call__(
         self, prompts: list[Any], completions: list[Any], log_extra: Any = None, **_: Any
@@ -223,32 +237,57 @@ class Judge:
         low, high = self.spec.bounds
         return [None if verdict is None else (verdict["score"] - low) / (high - low) for verdict in verdicts]
 
-    def compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
+    def compare(
+        self, pairs: Sequence[Pair], report: Callable[[int, Comparison | None], None] = lambda number, verdict: None
+    ) -> list[Comparison | None]:
         """Return the verdict on each pair, which the model compares in both orders.
+
+        Args:
+            pairs: the pairs.
+            report: gets the number of each pair and its verdict as soon as it is known, also if another pair fails later.
+
+        Returns:
+            The verdicts; None for a pair without one, if the option ``no_verdict`` is skip.
 
         Raises:
             RewardError: the server failed, a reply has no verdict, or the budget is used up.
         """
-        asked = []
-        for prompt, first, second in ((pair.prompt, pair.first, pair.second) for pair in pairs):
-            asked.append(comparison_question(self.spec, self.rubric, prompt, first, second))
-            asked.append(comparison_question(self.spec, self.rubric, prompt, second, first))
-        replies = [reply for reply in outcome(self._verdicts(asked, skip=False)) if reply is not None]
-        winners: tuple[dict[str, Winner], ...] = ({"A": "first", "B": "second"}, {"A": "second", "B": "first"})
-        return [
-            Comparison(
-                (winners[0].get(one["better"], "tie"), winners[1].get(other["better"], "tie")),
-                (one["reason"], other["reason"]),
-            )
-            for one, other in zip(replies[::2], replies[1::2], strict=True)
+        asked = [
+            comparison_question(self.spec, self.rubric, pair.prompt, *order)
+            for pair in pairs
+            for order in ((pair.first, pair.second), (pair.second, pair.first))
         ]
+        keys = [self._key(question) for question in asked]
+        both = list(zip(keys[::2], keys[1::2], strict=True))
+        pairs_of = defaultdict[str, list[int]](list)
+        for place, key in enumerate(keys):
+            pairs_of[key].append(place // 2)
+        replies: dict[str, dict[str, Any] | None] = {}
+        verdicts: dict[int, Comparison | None] = {}
+
+        def receive(key: str, reply: dict[str, Any] | None) -> None:
+            replies[key] = reply
+            for number in pairs_of[key]:
+                if number not in verdicts and replies.keys() >= set(both[number]):
+                    verdicts[number] = _comparison(*(replies[each] for each in both[number]))
+                    report(number, verdicts[number])
+
+        outcome(self._verdicts(asked, skip=self.spec.no_verdict == "skip", report=receive))
+        return [verdicts[number] for number in range(len(pairs))]
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
-    async def _verdicts(self, questions: Sequence[Question], *, skip: bool) -> list[dict[str, Any] | None]:
+    async def _verdicts(
+        self,
+        questions: Sequence[Question],
+        *,
+        skip: bool,
+        report: Callable[[str, dict[str, Any] | None], None] = lambda key, verdict: None,
+    ) -> list[dict[str, Any] | None]:
         """Return the verdict on each question, from the cache or from the server; equal questions are asked once.
 
-        If ``skip``, None stands for a question without a verdict; otherwise it is an error.
+        If ``skip``, None stands for a question without a verdict; otherwise it is an error. ``report`` gets the key of each
+        distinct question and its verdict as soon as it is known.
         """
         keys = [self._key(question) for question in questions]
         distinct = dict(zip(keys, questions, strict=True))
@@ -257,6 +296,11 @@ class Judge:
         missing = [key for key in distinct if key not in found]
         tally = _Tally(cache_hits=len(keys) - len(missing))
         free = asyncio.Semaphore(self.spec.concurrency)
+
+        def receive(key: str, verdict: dict[str, Any] | None) -> None:
+            found[key] = verdict
+            self._count(tally)
+            report(key, verdict)
 
         async def ask(key: str) -> None:
             async with free:
@@ -269,12 +313,14 @@ class Judge:
                 except NoVerdict as error:
                     if not skip:
                         raise
-                    found[key] = None
                     tally.unscored += 1
-                    log.warning("%s The completion isn't scored.", error)
+                    log.warning("%s It is skipped.", error)
+                    receive(key, None)
                 else:
-                    found[key] = self.store.put(key, verdict)
+                    receive(key, self.store.put(key, verdict))
 
+        for key, known in found.items():
+            receive(key, known)
         try:
             if missing:
                 async with self.endpoint.client() as client, asyncio.TaskGroup() as group:
@@ -319,7 +365,7 @@ class Judge:
                 messages = [*question.messages, reply, {"role": "user", "content": correction}]
         raise NoVerdict(
             f"judge:{self.spec.model}: {MAX_REPLIES} replies in a row had no verdict, and no score is made up. The last reply "
-            f"{problem}. Use a more capable model or a larger max_output, or skip such completions with no_verdict=skip."
+            f"{problem}. Use a more capable model or a larger max_output, or skip such answers with no_verdict=skip."
         )
 
     async def _request(
@@ -437,6 +483,15 @@ class Judge:
         if status in STATUSES_OF_BAD_REQUESTS:
             return "Check the options of the judge, and the context length of its model."
         return "Check the server's log."
+
+
+def _comparison(one: dict[str, Any] | None, other: dict[str, Any] | None) -> Comparison | None:
+    """Return the verdict of the replies on a pair and on the same pair in the other order; None if one is missing."""
+    if one is None or other is None:
+        return None
+    winners: tuple[dict[str, Winner], ...] = ({"A": "first", "B": "second"}, {"A": "second", "B": "first"})
+    votes = winners[0].get(one["better"], "tie"), winners[1].get(other["better"], "tie")
+    return Comparison(votes, (one["reason"], other["reason"]))
 
 
 def _rubric(spec: JudgeSpec) -> str:
