@@ -47,6 +47,10 @@ def scores(reward, *texts):
     return load_rewards(reward).score([answer(text) for text in texts]).total
 
 
+def schema_of(body):
+    return body["response_format"]["json_schema"]["schema"]
+
+
 def user_message(body):
     return body["messages"][-1]["content"]
 
@@ -189,6 +193,20 @@ def test_refusals_and_other_formats_are_retried_and_then_an_error(fake, reply, p
     with pytest.raises(RewardError, match=problem):
         scores(judge(fake), "b")
     assert len(fake.asked) == 5
+
+
+def test_after_a_truncated_reply_no_reason_is_wanted(fake):
+    """A weak model that repeats itself in the reason does so again, but a schema without a reason ends it."""
+    looping = completion('{"reason": "and on and', "length")
+    fake.reply = lambda body: looping if "reason" in schema_of(body)["properties"] else completion('{"score": 10}')
+    assert scores(judge(fake), "a") == [1] and len(fake.asked) == 2
+    assert fake.asked[1]["messages"][2:] == [
+        {"role": "assistant", "content": '{"reason": "and on and'},
+        {
+            "role": "user",
+            "content": "Your reply was truncated at max_output, 512 tokens. Reply only with the JSON object, without a reason.",
+        },
+    ]
 
 
 def test_completions_without_a_verdict_can_be_skipped(fake, tmp_path, caplog):

@@ -15,7 +15,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,14 @@ from reinforcepp.config.judge_spec import RUBRICS, JudgeSpec, parse_judge
 from reinforcepp.config.spec_options import NONE
 from reinforcepp.errors import ConfigError, RewardError, shown
 from reinforcepp.rewards.endpoint import FIRST_PAUSE_SECONDS, Endpoint, StatusError, TransientError, authorization
-from reinforcepp.rewards.judge.prompts import InvalidReply, Question, comparison_question, harmless, score_question
+from reinforcepp.rewards.judge.prompts import (
+    InvalidReply,
+    Question,
+    Truncated,
+    comparison_question,
+    harmless,
+    score_question,
+)
 from reinforcepp.rewards.judge.store import BudgetSpent, Spending, VerdictStore
 from reinforcepp.runtime.process import outcome, user_cache
 from reinforcepp.runtime.terminal import logger
@@ -350,19 +357,20 @@ class Judge:
         messages = list(question.messages)
         problem = ""
         for _ in range(MAX_REPLIES):
+            text = ""
             try:
                 content = await self.endpoint.retried(self._request, client, question, messages, tally)
                 text = self._reply_text(content)
-            except InvalidReply as invalid:
-                problem = str(invalid)
-                continue
-            try:
                 return question.read(text)
             except InvalidReply as invalid:
-                problem = f"{invalid}: {shown(text)}"
-                correction = f"Your reply {invalid}. Reply only with the JSON object."
-                reply = {"role": "assistant", "content": harmless(text[:1000])}
-                messages = [*question.messages, reply, {"role": "user", "content": correction}]
+                if isinstance(invalid, Truncated):  # Weak models repeat themselves in the reason without end.
+                    text, question = invalid.text, replace(question, with_reason=False)
+                problem = f"{invalid}: {shown(text)}" if text else str(invalid)
+                if text:
+                    how = "" if question.with_reason else ", without a reason"
+                    correction = f"Your reply {invalid}. Reply only with the JSON object{how}."
+                    reply = {"role": "assistant", "content": harmless(text[:1000])}
+                    messages = [*question.messages, reply, {"role": "user", "content": correction}]
         raise NoVerdict(
             f"judge:{self.spec.model}: {MAX_REPLIES} replies in a row had no verdict, and no score is made up. The last reply "
             f"{problem}. Use a more capable model or a larger max_output, or skip such answers with no_verdict=skip."
@@ -437,7 +445,7 @@ class Judge:
         if refusal or reason == "content_filter":
             raise InvalidReply(f"was a refusal: {shown(refusal or 'content filter')}")
         if reason == "length":
-            raise InvalidReply(f"was truncated at max_output, {self.spec.max_output} tokens")
+            raise Truncated(f"was truncated at max_output, {self.spec.max_output} tokens", str(text or ""))
         if not isinstance(text, str) or not text.strip():
             raise InvalidReply("has no text")
         return text

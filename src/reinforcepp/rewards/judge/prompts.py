@@ -40,6 +40,14 @@ class InvalidReply(Exception):
     """A reply that isn't a verdict; the message completes "the reply ..."."""
 
 
+class Truncated(InvalidReply):
+    """A reply that ends at the limit, with its ``text`` so far."""
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
+
+
 @dataclass(frozen=True)
 class Question:
     """What a judge is asked: its ``messages``, and the ``choices`` for the value of ``key`` in the reply."""
