@@ -38,10 +38,10 @@ def krippendorff_alpha(
         1 - observed disagreement / expected disagreement; None without two different values, when it isn't defined.
     """
     observed, counts = 0.0, Counter[float]()
-    for values in units:
-        if len(values) > 1:
-            counts.update(values)
-            observed += sum(distance(a, b) for a, b in product(values, repeat=2)) / (len(values) - 1)
+    for values, number in Counter(tuple(sorted(each)) for each in units if len(each) > 1).items():
+        for value in values:
+            counts[value] += number
+        observed += number * sum(distance(a, b) for a, b in product(values, repeat=2)) / (len(values) - 1)
     total = sum(counts.values())
     shares: dict[float, float] = dict(counts)
     if mirrored:

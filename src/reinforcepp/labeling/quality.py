@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -15,6 +17,8 @@ from reinforcepp.data.feedback import Choice, Skip, Store, Vote, parse_vote, sch
 from reinforcepp.labeling.agreement import krippendorff_alpha
 
 ALL, NO_TOPIC = "all", "without a topic"
+CACHED = 4096
+"""Parsed votes that are kept."""
 Signs = dict[tuple[int, int], int]
 """For two answers of a unit: 1 if the first is better, -1 if the second is, 0 for a tie."""
 
@@ -97,6 +101,7 @@ class _Cast(NamedTuple):
     order: Sequence[int]
     repeat: bool
     vote: Vote
+    signs: Signs
     seconds: float
     created: float
     details: Mapping[str, Any]
@@ -109,7 +114,8 @@ def _casts(store: Store) -> Iterator[_Cast]:
     sizes = sa.select(ua.c.unit_id, sa.func.count().label("size")).group_by(ua.c.unit_id).subquery()
     query = (
         sa.select(u.c.id, u.c.task, u.c.gold, sizes.c.size, p.c.topic, people.c.name, people.c.kind)
-        .add_columns(a.c.order, a.c.repeat, v.c.value, v.c.seconds, v.c.created, v.c.details)
+        .add_columns(sa.cast(a.c.order, sa.Text), a.c.repeat, sa.cast(v.c.value, sa.Text), v.c.seconds, v.c.created)
+        .add_columns(sa.case((people.c.kind == "judge", v.c.details)))
         .select_from(v)
         .join(a, a.c.id == v.c.assignment_id)
         .join(people, people.c.id == a.c.labeler_id)
@@ -121,7 +127,22 @@ def _casts(store: Store) -> Iterator[_Cast]:
     )
     with store.read() as db:
         for unit_id, task, gold, size, topic, name, kind, order, repeat, value, *more in db.execute(query):
-            yield _Cast(unit_id, topic, gold, name, kind, order, repeat, parse_vote(task, size, value), *more)
+            vote, signs = _parsed(task, size, value)
+            seconds, created, details = more
+            own = (_order(order), repeat, vote, signs, seconds, created, details or {})
+            yield _Cast(unit_id, topic, gold, name, kind, *own)
+
+
+@lru_cache(maxsize=CACHED)
+def _parsed(task: str, size: int, value: str) -> tuple[Vote, Signs]:
+    """Return a vote and its signs; most of many votes are the same few."""
+    vote = parse_vote(task, size, json.loads(value))
+    return vote, {(i, j): (margin > 0) - (margin < 0) for i, j, margin in vote.preferences()}
+
+
+@lru_cache(maxsize=CACHED)
+def _order(value: str) -> tuple[int, ...]:
+    return tuple(json.loads(value))
 
 
 def measure(store: Store) -> Quality:
@@ -154,13 +175,9 @@ def _cases(votes: Sequence[_Cast]) -> list[dict[str, int]]:
     found: dict[tuple[int, int], dict[str, int]] = defaultdict(dict)
     for each in votes:
         if not each.repeat:
-            for pair, sign in _signs(each).items():
+            for pair, sign in each.signs.items():
                 found[pair][each.labeler] = sign
     return list(found.values())
-
-
-def _signs(cast: _Cast) -> Signs:
-    return {(i, j): (margin > 0) - (margin < 0) for i, j, margin in cast.vote.preferences()}
 
 
 def _alpha(cases: Iterable[Mapping[str, int]], labelers: set[str]) -> float | None:
@@ -176,14 +193,10 @@ def _labeler(
     people: set[str],
 ) -> LabelerQuality:
     voted = [each for each in casts if not isinstance(each.vote, Skip)]
-    gold = [
-        _signs(each) == {(i, j): (m > 0) - (m < 0) for i, j, m in parse_vote("pair", 2, each.gold).preferences()}
-        for each in voted
-        if each.gold is not None
-    ]
+    gold = [each.signs == _parsed("pair", 2, json.dumps(each.gold))[1] for each in voted if each.gold is not None]
     by_unit = [list(group) for _, group in groupby(voted, key=lambda each: each.unit_id)]
     repeats = [
-        _signs(group[0]) == _signs(group[-1]) for group in by_unit if {each.repeat for each in group} == {False, True}
+        group[0].signs == group[-1].signs for group in by_unit if {each.repeat for each in group} == {False, True}
     ]
     first = [won for each in voted for won in _shown_first(each)]
     return LabelerQuality(

@@ -20,6 +20,8 @@ from reinforcepp.errors import DataError
 from reinforcepp.types import Conversation
 
 MAX_TOPIC_CHARACTERS, MAX_MODEL_CHARACTERS = 200, 500
+CHUNK_UNITS = 300
+"""Units per statement: SQLite limits the number of parameters."""
 TEMPLATE_COLUMNS = ("chat_template_kwargs", "tools")
 
 
@@ -210,32 +212,64 @@ def units_by_id(db: Connection, ids: Sequence[int]) -> dict[int, Unit]:
     }
 
 
-def add_unit(db: Connection, unit: NewUnit, *, update: bool = False) -> bool:
-    """Add a unit and return whether it is new: one with the same task on the same answers isn't.
+def add_units(db: Connection, units: Sequence[NewUnit], *, update: bool = False) -> int:
+    """Add units and return how many are new: one with the same task on the same answers isn't.
 
-    With ``update``, one that isn't new gets the priority and the overlap of ``unit``, unless one of both is a gold unit.
+    With ``update``, one that isn't new gets the priority and the overlap of the given one, unless one of both is a gold unit.
     """
+    chunks = range(0, len(units), CHUNK_UNITS)
+    return sum(_add_chunk(db, units[start : start + CHUNK_UNITS], update) for start in chunks)
+
+
+def _add_chunk(db: Connection, units: Sequence[NewUnit], update: bool) -> int:
     p, a, u = schema.prompts, schema.answers, schema.units
+    prompts = [_prompt_values(each) for each in units]
+    prompt_ids, _ = _add_missing(db, p, p.c.digest, prompts)
+    answers = [
+        [_answer_values(answer, prompt_ids[prompt["digest"],]) for answer in unit.answers]
+        for unit, prompt in zip(units, prompts, strict=True)
+    ]
+    answer_ids, _ = _add_missing(db, a, a.c.prompt_id, [each for own in answers for each in own])
+    parts = [[answer_ids[each["prompt_id"], each["digest"]] for each in own] for own in answers]
+    rows = [_unit_values(*each) for each in zip(units, (own[0]["prompt_id"] for own in answers), parts, strict=True)]
+    unit_ids, new = _add_missing(db, u, u.c.digest, rows)
+    keys = [(row["prompt_id"], row["digest"]) for row in rows]
+    if new:
+        first = {key: own for key, own in zip(reversed(keys), reversed(parts), strict=True) if key in new}
+        places = [(unit_ids[key], i, each) for key, own in first.items() for i, each in enumerate(own)]
+        values = [{"unit_id": unit_id, "position": i, "answer_id": each} for unit_id, i, each in places]
+        db.execute(schema.unit_answers.insert(), values)
+    if update:
+        known = zip(keys, rows, strict=True)
+        changes = [
+            {"unit": unit_ids[key], "first": row["priority"], "number": row["overlap"]}
+            for key, row in known
+            if key not in new and row["gold"] is None
+        ]
+        change = u.update().where(u.c.id == sa.bindparam("unit"), u.c.gold.is_(None))
+        change = change.values(priority=sa.bindparam("first"), overlap=sa.bindparam("number"))
+        if changes:
+            db.execute(change, changes)
+    return len(new)
+
+
+def _prompt_values(unit: NewUnit) -> dict[str, Any]:
     prompt = unit.prompt if isinstance(unit.prompt, str) else [dict(each) for each in unit.prompt]
     columns = json.loads(json.dumps(dict(unit.columns), default=str))
-    key = prompt_digest(prompt, columns)
     topic = clean(unit.topic)[:MAX_TOPIC_CHARACTERS] if unit.topic else None
-    prompt_id = _find_or_add(db, p, key, prompt=prompt, topic=topic, columns=columns)
-    ids = []
-    for answer in unit.answers:
-        text = clean(answer.text)
-        model = clean(answer.model)[:MAX_MODEL_CHARACTERS] if answer.model else None
-        given = {"model": model, "sampling": dict(answer.sampling), "truncated": answer.truncated}
-        ids.append(_find_or_add(db, a, digest(text), prompt_id=prompt_id, text=text, **given))
-    unit_digest = digest(unit.task, sorted(ids))
-    found = db.execute(sa.select(u.c.id, u.c.gold).where(u.c.digest == unit_digest)).first()
-    if found is not None:
-        if update and found.gold is None and unit.gold is None:
-            changed = {"priority": unit.priority, "overlap": unit.overlap}
-            db.execute(u.update().where(u.c.id == found.id).values(changed))
-        return False
-    values = {
-        "digest": unit_digest,
+    return {"digest": prompt_digest(prompt, columns), "prompt": prompt, "topic": topic, "columns": columns}
+
+
+def _answer_values(answer: Answer, prompt_id: int) -> dict[str, Any]:
+    text = clean(answer.text)
+    model = clean(answer.model)[:MAX_MODEL_CHARACTERS] if answer.model else None
+    made = {"model": model, "sampling": dict(answer.sampling), "truncated": answer.truncated}
+    return {"digest": digest(text), "prompt_id": prompt_id, "text": text, **made}
+
+
+def _unit_values(unit: NewUnit, prompt_id: int, answer_ids: Sequence[int]) -> dict[str, Any]:
+    return {
+        "digest": digest(unit.task, sorted(answer_ids)),
         "prompt_id": prompt_id,
         "task": unit.task,
         "overlap": unit.overlap,
@@ -243,10 +277,32 @@ def add_unit(db: Connection, unit: NewUnit, *, update: bool = False) -> bool:
         "gold": unit.gold.value() if unit.gold is not None else None,
         "created": time.time(),
     }
-    unit_id = new_id(db.execute(u.insert().values(values)))
-    positions = [{"unit_id": unit_id, "position": i, "answer_id": each} for i, each in enumerate(ids)]
-    db.execute(schema.unit_answers.insert(), positions)
-    return True
+
+
+def _add_missing(
+    db: Connection, table: sa.Table, within: sa.Column[Any], rows: Sequence[dict[str, Any]]
+) -> tuple[dict[tuple[Any, ...], int], set[tuple[Any, ...]]]:
+    """Add the rows that a table doesn't have, and return the ids of all by prompt and digest, and the keys of the new ones.
+
+    ``within`` is the column by which rows are found.
+    """
+    names = [name for name in ("prompt_id", "digest") if name in table.c]
+
+    def known() -> dict[tuple[Any, ...], int]:
+        query = sa.select(table.c.id, *(table.c[name] for name in names))
+        found = db.execute(query.where(within.in_({row[within.name] for row in rows})))
+        return {tuple(row)[1:]: row.id for row in found}
+
+    ids = known()
+    missing: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in names)
+        if key not in ids:
+            missing.setdefault(key, row)
+    if missing:
+        db.execute(table.insert(), list(missing.values()))
+        ids = known()
+    return ids, set(missing)
 
 
 def find_unit(db: Connection, unit: NewUnit) -> tuple[int, list[int]]:
@@ -275,15 +331,6 @@ def put_outside_vote(
     if found is None:
         found = add_assignment(db, unit_id, labeler, order=(), now=now, leased_until=now)
     put_vote(db, found, vote, seconds=seconds, now=now, details=details)
-
-
-def _find_or_add(db: Connection, table: sa.Table, key: str, **values: Any) -> int:
-    """Return the id of the row with the digest ``key``, of the same prompt if ``values`` names one."""
-    condition = table.c.digest == key
-    if "prompt_id" in values:
-        condition = sa.and_(condition, table.c.prompt_id == values["prompt_id"])
-    found = db.execute(sa.select(table.c.id).where(condition)).scalar()
-    return int(found) if found is not None else new_id(db.execute(table.insert().values(digest=key, **values)))
 
 
 def new_id(result: Any) -> int:

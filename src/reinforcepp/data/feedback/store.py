@@ -23,7 +23,7 @@ from reinforcepp.data.feedback import schema
 from reinforcepp.data.feedback.records import (
     NewUnit,
     Unit,
-    add_unit,
+    add_units,
     clean,
     find_unit,
     new_id,
@@ -153,7 +153,7 @@ class Store:
         That one gets the given priority and overlap, unless one of both is a gold unit.
         """
         with self.write() as db:
-            return sum(add_unit(db, each, update=True) for each in units)
+            return add_units(db, units, update=True)
 
     def open_units(self, task: Task) -> list[Unit]:
         """Return the units that need votes, gold units not included."""
@@ -273,9 +273,8 @@ class Store:
         """
         labelers = {name: self.labeler(name) for name in dict.fromkeys(name for _, name, _, _ in votes)}
         with self.write() as db:
-            added = 0
+            added = add_units(db, [unit for unit, *_ in votes])
             for unit, name, vote, seconds in votes:
-                added += add_unit(db, unit)
                 unit_id, positions = find_unit(db, unit)
                 put_outside_vote(db, labelers[name], unit_id, reordered(vote, positions), seconds, None)
         return added
