@@ -121,7 +121,7 @@ def with_flags(error: ReinforceError, names: Collection[str], arguments: Iterabl
     kept = "|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in sorted(texts, key=len, reverse=True)) or "(?!)"
     found = re.compile(
         rf"{kept}|(?<!\w)'[^'\n]*'|\"[^\"\n]*\"|--\w+(?: (?:{every})\b)*|(?<!\.yaml: )(?<!\.yml: )(?<![\w./`$-])"
-        rf"(?P<name>{anywhere}|^(?:{every})(?=:| must | needs ))(?![\w/(=`-]|\.\w)"
+        rf"(?P<name>{anywhere}|^(?:{every})(?=: | must | needs ))(?![\w/(=`-]|\.\w)"
     )
     return found.sub(lambda match: f"--{match[0]}" if match["name"] else match[0], message)
 

@@ -185,7 +185,7 @@ def test_the_score_of_the_reward_model_follows_the_response(chat, model_says, re
 
 
 def test_a_judge_scores_responses_and_its_failures_do_not_end_the_chat(chat, model_says, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "home"))
     model_says("Good.", "Bad.", "Odd.")
     with FakeJudge(in_turn(verdict(10), (401, b""), completion(None, refusal="No."))) as fake:
         name = f"judge:m?base_url={fake.base_url}&no_verdict=skip"

@@ -232,7 +232,7 @@ def test_a_judge_without_a_score_is_an_error():
 
 
 def test_a_language_model_judges(compared, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path))
     with FakeJudge(lambda body: verdict(1 + len(body["messages"][-1]["content"]) % 10)) as fake:
         name = f"judge:m?rubric=safe&base_url={fake.base_url}"
         result, _, _ = compared("a", "near", "--judge", name)

@@ -333,7 +333,7 @@ def test_rewards_are_those_of_the_reward_model(answer, tmp_path, reward_folder):
 
 
 def test_a_judge_scores_responses(answer, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path))
     engine_says(monkeypatch, "worse", "the best", "also bad")
     with FakeJudge(lambda body: verdict(10 if "the best" in body["messages"][-1]["content"] else 1)) as fake:
         flags = ["--prompt", PROMPT, "--reward_model", f"judge:m?base_url={fake.base_url}", "--best_of", "3"]

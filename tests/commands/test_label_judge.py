@@ -32,7 +32,7 @@ def prefers(body):
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "home"))
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "REINFORCEPP_JUDGE_KEY"):
         monkeypatch.delenv(name, raising=False)
     rows = "".join(f"question {i},good,bad\n" for i in range(PAIRS))
@@ -84,6 +84,10 @@ def test_a_judge_labels_all_pairs_once_and_its_bias_is_reported(fake, capsys):
 
 def test_agreement_compares_the_judge_with_people(fake, capsys):
     assert label(fake) == 0
+    assert cli.main(["label", "agreement"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"Judge judge_helpful judge:m#\w+ has no units with votes of people", out)
+    assert "…" not in out, "names are whole"
     pair = [Answer("good"), Answer("bad")]
     store = Store("feedback.db")
     store.add_votes([(NewUnit("pair", f"question {i}", pair), "ann", Choice(int(i > 3)), 2.0) for i in range(PAIRS)])
@@ -160,7 +164,7 @@ def test_an_interrupted_judge_keeps_its_votes(fake, capsys, monkeypatch):
         ("--judge m", "isn't a language model as judge. Write it as in judge:MODEL?base_url="),
         ("--judge judge:m", "the server is missing. Add base_url="),
         ("--judge judge:m?base_url=URL&rubrik=safe", "Did you mean 'rubric'"),
-        ("--judge judge:m?base_url=URL&env=TEAM_KEY", "the environment variable TEAM_KEY isn't set"),
+        ("--judge judge:m?base_url=URL&env=TEAM_KEY", "error: judge:m: the environment variable TEAM_KEY isn't set"),
         ("--judge judge:m?base_url=URL --task rank", "so task rank doesn't fit"),
         ("--judge judge:m?base_url=http://127.0.0.1:9/v1&attempts=1", "can't be reached"),
         ("--judge judge:m?base_url=URL", "answered 404"),
@@ -176,7 +180,7 @@ def test_mistakes_are_one_line_errors(fake, words, problem, capsys):
     given = words.replace("URL", fake.base_url).split()
     assert cli.main(["label", *given, *([] if "--database" in given else ["--data", "pairs.csv"])]) == 2
     err = capsys.readouterr().err
-    assert problem in err and "Traceback" not in err and len(err.splitlines()) <= 3
+    assert problem in err and "Traceback" not in err and len(err.splitlines()) <= 3 and "Labeled" not in err
 
 
 @pytest.mark.full

@@ -22,7 +22,7 @@ from reinforcepp.types import Completion, Prompt
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "home"))
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "REINFORCEPP_JUDGE_KEY"):
         monkeypatch.delenv(name, raising=False)
 

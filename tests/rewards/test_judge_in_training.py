@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path / "home"))
     monkeypatch.setenv("REINFORCEPP_JUDGE_KEY", KEY)
     with FakeJudge(scored) as fake:
         yield fake

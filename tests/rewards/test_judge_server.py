@@ -46,7 +46,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def judge(server, monkeypatch, tmp_path):
     monkeypatch.setenv("REINFORCEPP_JUDGE_KEY", KEY)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path))
 
     def made(options):
         return Judge(parse_judge(f"tiny-judge?base_url=http://127.0.0.1:{server.port}/v1&{options}"))

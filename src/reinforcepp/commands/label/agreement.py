@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from reinforcepp.config import LabelAgreementConfig
 from reinforcepp.data.feedback import Store
@@ -26,7 +26,7 @@ def run_agreement(config: LabelAgreementConfig) -> None:
         quality = measure(store)
     if not quality.labelers:
         raise DataError(f"database: {config.database} has no votes. Collect some with reinforcepp label.")
-    table = Table(*LABELER_TITLES, box=None, pad_edge=False)
+    table = Table(Column(LABELER_TITLES[0], overflow="fold"), *LABELER_TITLES[1:], box=None, pad_edge=False)
     for each in quality.labelers:
         table.add_row(*labeler_row(each))
     Console().print(table)
@@ -34,7 +34,8 @@ def run_agreement(config: LabelAgreementConfig) -> None:
         about = "all units" if name == ALL else f"topic {name}"
         print_output(f"Krippendorff's alpha of people, {about}: {shown(value)}")
     for name, counts in quality.judges.items():
-        print_output(f"Judge {name} has the preference of the people in {share(counts)} of the units")
+        same = f"has the preference of the people in {share(counts)} of the units"
+        print_output(f"Judge {name} {same if counts.total else 'has no units with votes of people'}")
     if output is not None:
         write_json(output, quality.record())
         echo(f"Wrote {output}", "green")

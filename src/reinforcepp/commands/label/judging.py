@@ -43,6 +43,8 @@ def label_by_judge(config: LabelConfig) -> int:
         try:
             run.label_all()
         except RewardError as error:
+            if not run.pairs:
+                raise
             raise RewardError(f"{error} {run.state} {CONTINUE}") from error
         except KeyboardInterrupt:
             echo(f"\nInterrupted. {run.state} {CONTINUE}", "yellow")
