@@ -17,19 +17,18 @@ from rewards.fake_judge import FakeJudge, verdict
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.compare import measurement
-from reinforcepp.commands.compare.command import chosen_answers, compare_models, judge_scores, prompts_to_answer
+from reinforcepp.commands.compare.command import chosen_answers, compare_models, prompts_to_answer
 from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig
 from reinforcepp.data import load_prompts, read_preferences
 from reinforcepp.data.builtin.judge import GoldJudge
-from reinforcepp.errors import ConfigError, RewardError
+from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.models.tokenization import encode_prompt
 from reinforcepp.reports.comparison import text as report
 from reinforcepp.reports.comparison.result import distinct_ngrams, distinct_share, mean_by_prompt
 from reinforcepp.reports.comparison.statistics import Outcome, Rate
 from reinforcepp.rollout.vllm.compat import node_problem
-from reinforcepp.types import Completion, Prompt
 
 SMALL = ["--max_prompt_length", "64", "--max_new_tokens", "12", "--engine", "transformers"]
 SMALL += ["--heldout_fraction", "0.5", "--bootstrap_samples", "200"]
@@ -221,16 +220,6 @@ def config(**settings) -> CompareConfig:
     return CompareConfig(**{**known, **sizes, **settings})
 
 
-def test_a_judge_without_a_score_is_an_error():
-    sampled = {side: [Completion(Prompt("q", (1,), 0), (5,), (-1.0,), text, "stop")] for side, text in ("Ax", "By")}
-
-    def skips(prompts, completions, **_):
-        return [1.0 if text == "x" else None for text in completions]
-
-    with pytest.raises(RewardError, match="no score for 1 of 2 distinct responses"):
-        judge_scores(config(), sampled, skips)
-
-
 def test_a_language_model_judges(compared, tmp_path, monkeypatch):
     monkeypatch.setenv("REINFORCEPP_CACHE", str(tmp_path))
     with FakeJudge(lambda body: verdict(1 + len(body["messages"][-1]["content"]) % 10)) as fake:
@@ -248,6 +237,31 @@ def test_a_language_model_judges(compared, tmp_path, monkeypatch):
     (note,) = caveats(config(judge=name, model_b="trained"))
     assert note.startswith("B was trained with this judge")
     assert cli.main(["compare", "a", "near", "--data", "pairs.csv", "--judge", "judge:m?rubric=wrong"]) == 2
+
+
+def test_prompts_without_a_score_are_skipped(compared, place, models):
+    Path("skips.py").write_text(
+        "def longer(completions, finish_reason, **_):\n"
+        "    lengths = [len(c if isinstance(c, str) else c[0]['content']) for c in completions]\n"
+        "    return [None if 'e' in str(c) else float(n) for c, n in zip(completions, lengths)]\n"
+        "def never(completions, **_):\n"
+        "    return [None] * len(completions)\n"
+    )
+    every = compared("a", "near", "--num_samples", "2")[0]["outcome"]["prompts"]
+    everything = answers()
+    result, out, err = compared("a", "near", "--num_samples", "2", "--judge", "skips.py:longer")
+    unscored = {str(pair["prompt"]) for pair in everything if "e" in pair["answer_a"] + pair["answer_b"]}
+    expected = [pair for pair in everything if str(pair["prompt"]) not in unscored]
+    assert 0 < len(expected) < len(everything)
+    assert [pair["answer_b"] for pair in answers()] == [pair["answer_b"] for pair in expected]
+    assert all(pair["score_a"] == len(pair["answer_a"]) for pair in answers())
+    assert result["outcome"]["prompts"] == every - len(unscored) and result["judge"] == "skips.py:longer"
+    assert f"Skipped {len(unscored)} of {every} prompts: the judge didn't score all of their responses." in out + err
+    assert cli.main(["compare", "a", "near", *INPUTS, *SMALL, "--overwrite", "--judge", "skips.py:never"]) == 2
+    Path("trained").mkdir()
+    Path("trained/run.json").write_text(json.dumps({"settings": {"rewards": ["0.5*skips.py:longer"]}}))
+    (note,) = caveats(config(judge="skips.py:longer", model_b="trained"))
+    assert note.startswith("B was trained with this judge")
 
 
 def test_the_prompts_are_those_that_training_held_out(place):
@@ -606,6 +620,7 @@ def test_a_closed_pipe_is_not_an_error(place, monkeypatch, capsys):
         ),
         (["a", "near", *INPUTS, "--judge", "a"], ["a: no score head", "isn't a reward model"]),
         (["a", "near", *INPUTS, "--judge", "./none"], ["./none: reward model folder not found"]),
+        (["a", "near", *INPUTS, "--judge", "none.py:f"], ["none.py"]),
         (["a", "near", *INPUTS, "--data", "none.csv"], ["none.csv", "no such file"]),
         (["a", "near", *INPUTS, "--prompt_column", "q"], ["no column 'q'", "--prompt_column"]),
         (["a", "near", *INPUTS, "--output_dir", "a"], ["output_dir", "holds the --model_a a"]),

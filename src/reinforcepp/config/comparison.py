@@ -40,7 +40,7 @@ class CompareInputs(Config):
     data: FilledStr = "builtin:network"
     """Prompt file, or builtin:network; uses held-out prompts, or all if none"""
     judge: FilledStr = "auto"
-    """Scores responses: builtin:judge, a reward model folder, or judge:MODEL?..."""
+    """Scores responses: builtin:judge, FOLDER, my.py:f, judge:MODEL?... or a rule"""
     reference: FilledStr | None = None
     """Reference model of the KL; default: model A"""
 

@@ -24,7 +24,7 @@ from reinforcepp.commands.compare.measurement import (
 )
 from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig, as_dict
-from reinforcepp.config.judge_spec import is_judge
+from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.data import (
     GivenRows,
     PromptRow,
@@ -35,7 +35,6 @@ from reinforcepp.data import (
     read_texts,
     resolve_data,
 )
-from reinforcepp.data.builtin import JUDGE_NAME
 from reinforcepp.errors import DataError, RewardError
 from reinforcepp.files import check_output_file, whole_file, write_json
 from reinforcepp.models.devices import choose_device
@@ -54,7 +53,7 @@ from reinforcepp.reports.comparison.result import (
 from reinforcepp.reports.comparison.statistics import Array, Rate, preferences, ratio_error
 from reinforcepp.reports.comparison.statistics import compare as compare_scores
 from reinforcepp.rewards.functions import RewardFunction, function_name
-from reinforcepp.rewards.sources import load_rewards
+from reinforcepp.rewards.sources import RewardSum, load_rewards
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.run_dir import check_output, claim_output, clear, describe_run
@@ -156,8 +155,8 @@ def compare(
         model_a: Model A: builtin:tiny, a folder, a Hub name, or a loaded model, which stays as it is.
         model_b: Model B, whose win rate is reported.
         data: Rows with a ``prompt``, which are all used; or prompt file, or builtin:network, of which the held-out prompts are.
-        judge: Scores responses: builtin:judge for builtin:network, a reward model folder, a language model with its rubric
-            (judge:MODEL?rubric=...), or a reward function.
+        judge: Scores responses: builtin:judge for builtin:network, a reward model folder, another reward's name, such as
+            my.py:f or judge:MODEL?rubric=..., or a reward function. Prompts are skipped if it gives no score (None).
         reference: Reference model of the KL; default: model A.
         processing_class: The tokenizer of loaded models; default: that of the folder they were loaded from.
         prompt_column: Column with the prompt.
@@ -256,18 +255,18 @@ def compare_models(config: CompareConfig, given: Given | None = None) -> Compari
     choose_device(config.use_cpu)
     given = given or Given()
     rows = prompts_to_answer(config, given.rows)
-    judge: RewardFunction | str = config.judge_name if given.judge is None else given.judge
-    if is_judge(judge):
-        from reinforcepp.rewards.judge.judge import load_judge  # loads HTTP libraries
-
-        judge = load_judge(str(judge))
-    elif isinstance(judge, str) and judge != JUDGE_NAME:
-        check_reward_folder(judge)
+    named: RewardFunction | str = config.judge_name if given.judge is None else given.judge
+    judge: RewardSum | str
+    if isinstance(named, str) and parse_source(named).kind == "model":
+        check_reward_folder(named)
+        judge = named  # Its weights are loaded after those of both models.
+    else:
+        judge = load_rewards(named)
     models = prepare(config, rows, given.models, given.processing_class)
     choice = choose_for_both(config, models)
     chosen = chosen_answers(config, rows, given.rows)
     measured = measure(config, models, choice, chosen)
-    scores = judge_scores(config, measured.responses, judge)
+    scores = keep_scored(config, measured, judge_scores(config, measured.responses, judge))
     shaped = {side: _by_prompt(scores[side], config) for side in SIDES}
     lengths = {side: _by_prompt([float(len(c.text)) for c in measured.responses[side]], config) for side in SIDES}
     outcome = compare_scores(
@@ -344,25 +343,47 @@ def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow], given: Give
 
 
 def judge_scores(
-    config: CompareConfig, responses: Mapping[str, Sequence[Completion]], reward: str | RewardFunction
-) -> dict[str, list[float]]:
-    """Return the judge's score of every response.
+    config: CompareConfig, responses: Mapping[str, Sequence[Completion]], reward: str | RewardSum
+) -> dict[str, list[float | None]]:
+    """Return the judge's score of every response, None if it gave none.
 
     A response that both models gave is scored once, because its score depends on the other texts of its batch by rounding.
     """
-    judge = load_rewards(reward)
-    for reward in judge.trained if torch.cuda.is_available() else ():
-        reward.model.to("cuda")
+    judge = reward if isinstance(reward, RewardSum) else load_rewards(reward)
+    for trained in judge.trained if torch.cuda.is_available() else ():
+        trained.model.to("cuda")
     distinct = {_identity(response): response for side in SIDES for response in responses[side]}
     echo(f"{config.judge_name} scores {count(len(distinct), 'distinct response')}")
-    totals = judge.score(list(distinct.values())).total
-    if None in totals:
-        raise RewardError(
-            f"judge: {config.judge_name} gave no score for {totals.count(None)} of {len(totals)} distinct responses, and a "
-            "comparison needs all. Omit no_verdict=skip, or use another judge."
-        )
-    scores = {key: float(total) for key, total in zip(distinct, totals, strict=True) if total is not None}
+    scores = dict(zip(distinct, judge.score(list(distinct.values())).total, strict=True))
     return {side: [scores[_identity(response)] for response in responses[side]] for side in SIDES}
+
+
+def keep_scored(
+    config: CompareConfig, measured: Measurements, totals: Mapping[str, Sequence[float | None]]
+) -> dict[str, list[float]]:
+    """Drop the prompts with a response that the judge didn't score from ``measured``, and return the other scores.
+
+    Raises:
+        RewardError: No prompt is left.
+    """
+    size, rows = config.num_samples, range(len(totals["A"]))
+    starts = [
+        start
+        for start in rows[::size]
+        if all(score is not None for side in SIDES for score in totals[side][start : start + size])
+    ]
+    prompts = len(rows) // size
+    if not starts:
+        raise RewardError(
+            f"judge: {config.judge_name} scored all responses of no prompt, of {prompts}. Use another judge or more prompts."
+        )
+    if len(starts) < prompts:
+        skipped = f"{prompts - len(starts)} of {count(prompts, 'prompt')}"
+        measured.notes.append(f"Skipped {skipped}: the judge didn't score all of their responses.")
+    kept = [row for start in starts for row in range(start, start + size)]
+    measured.responses = {side: [found[row] for row in kept] for side, found in measured.responses.items()}
+    measured.kl_sums = {side: [found[row] for row in kept] for side, found in measured.kl_sums.items()}
+    return {side: [score for row in kept if (score := totals[side][row]) is not None] for side in SIDES}
 
 
 def _identity(response: Completion) -> tuple[int, str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.config import CompareConfig
-from reinforcepp.config.judge_spec import is_judge
+from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.data.builtin import JUDGE_NAME
 from reinforcepp.rewards.trained import check_reward_folder
 from reinforcepp.run_dir import RUN_FILE
@@ -39,7 +39,7 @@ def _trained_on_judge(config: CompareConfig, run: Mapping[str, Any]) -> bool:
     if config.judge_name == JUDGE_NAME:
         return False
     settings = run.get("settings", {})
-    if is_judge(config.judge_name):
+    if parse_source(config.judge_name).kind != "model":
         return any(str(reward).endswith(redacted(config.judge_name)) for reward in settings.get("rewards") or ())
     if not settings.get("rewards") and _same(settings.get("reward_model"), config.judge_name):
         return True
