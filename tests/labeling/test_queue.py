@@ -298,10 +298,11 @@ def test_units_know_their_number_of_votes(make):
     """After votes, skips, undone votes, repeats, expired leases and judgments in a random order."""
     queue, *_ = make(pairs(12, overlap=2), repeat_every=3)
     labelers, draw = [queue.store.labeler(name) for name in ("ann", "ben", "cem")], random.Random(0)
-    for _ in range(150):
+    for _ in range(80):
         labeler, action = draw.choice(labelers), draw.random()
-        if action < 0.2:
-            undo(queue, labeler)
+        if action < 0.2 and undo(queue, labeler):
+            stored, right = counted(queue)
+            assert stored == right
         elif (assigned := queue.next(labeler)) is not None:
             queue.clock.now += draw.choice([1, LEASE_SECONDS + 1])
             with suppress(UnitGone):
