@@ -12,7 +12,6 @@ benchmarks/results/feedback_loop.json.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import sys
@@ -26,7 +25,7 @@ from results import write_result
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.compare_estimators.run import mean_and_interval
-from reinforcepp.data import load_preferences, load_prompts
+from reinforcepp.data import load_preferences
 from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.rewards.trained import load_reward_model, score_pairs
 
@@ -139,9 +138,8 @@ def play(this: Round, given: argparse.Namespace) -> dict[str, Any]:
     """Sample, label, train a reward model and the policy, and compare."""
     seed = ("--seed", str(100 * this.seed + this.number))
     reward_model, policy = str(this.folder / "reward_model"), str(this.folder / "policy")
-    prompts = str(_prompts(this.folder))
     chosen = ["--select", "uncertain", "--reward_model", this.reward_model] if this.reward_model else []
-    words = [this.policy, "--data", prompts, "--max_prompts", str(given.prompts), *LENGTH, "--repeat_every", "0"]
+    words = [this.policy, "--data", DATA, "--max_prompts", str(given.prompts), *LENGTH, "--repeat_every", "0"]
     words += ["--temperature", "1", "--top_p", "1", "--engine", "transformers", "--database", this.database, *seed]
     with serving([*words, *chosen]) as url:
         votes = label(url, "Ada", NoisyJudge(NOISE, seed[1]), given.labels)
@@ -179,18 +177,6 @@ def accuracy(reward_model: str) -> float:
     gold = [judge.score(pair.prompt, pair.chosen) - judge.score(pair.prompt, pair.rejected) for pair in pairs]
     scored = score_pairs(load_reward_model(reward_model), pairs)
     return fmean(float(pair.margin * gap > 0) for pair, gap in zip(scored, gold, strict=True) if gap)
-
-
-def _prompts(folder: Path) -> Path:
-    """Write the training prompts to a file: ``label builtin:tiny`` alone would also use the held-out ones."""
-    path = folder / "prompts.csv"
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["prompt", "topic"])
-        rows.writerows(
-            [row.prompt, row.columns["topic"]] for row in load_prompts(DATA, heldout_fraction=0.0, seed=0)[1]
-        )
-    return path
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ pytest.importorskip("sqlalchemy")
 from reinforcepp.commands import cli
 from reinforcepp.commands.label.files import add_from_file, add_gold, put_uncertain_first, units_of
 from reinforcepp.config import LabelConfig
-from reinforcepp.data import PromptRow
+from reinforcepp.data import PromptRow, load_prompts
 from reinforcepp.data.feedback import Answer, Choice, Edit, NewUnit, Ranking, Ratings, Store
 from reinforcepp.data.feedback.answer_files import read_answers
 from reinforcepp.data.feedback.preferences import preference_rows
@@ -379,6 +379,16 @@ def test_gold_units_have_the_task_of_the_other_units(task, tmp_path, pairs_csv):
         queue.vote(labeler, assigned.token, vote, 1.0)
     assert [each.gold.value for each in measure(store).labelers] == [1.0, 0.0]
     store.close()
+
+
+def test_held_out_prompts_of_the_built_in_data_are_not_labeled(tmp_path):
+    from reinforcepp.commands.label.models import _prompts
+
+    store = Store(tmp_path / "f.db")
+    _, seen, heldout = load_prompts("builtin:network", heldout_fraction=0.0, seed=0)
+    labeled = {row.prompt for row in _prompts(LabelConfig(models=("a",), data="builtin:network"), store)}
+    store.close()
+    assert heldout and labeled == {row.prompt for row in seen}
 
 
 def test_prompts_with_all_responses_need_no_new_ones(tmp_path):

@@ -31,6 +31,8 @@ def run_agreement(config: LabelAgreementConfig) -> None:
         table.add_row(*labeler_row(each))
     Console().print(table)
     for name, value in quality.alpha.items():
+        if value is None and name != ALL:  # nobody labeled the same unit of the topic
+            continue
         about = "all units" if name == ALL else f"topic {name}"
         print_output(f"Krippendorff's alpha of people, {about}: {shown(value)}")
     for name, counts in quality.judges.items():

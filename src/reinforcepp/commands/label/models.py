@@ -112,10 +112,13 @@ def _slots(config: LabelConfig) -> Counter[tuple[str, float]]:
 
 
 def _prompts(config: LabelConfig, store: Store) -> list[PromptRow]:
-    """Return the prompts without responses by these models with these sampling parameters, in random order."""
-    data, seen, heldout = load_prompts(config.data or "builtin:network", heldout_fraction=0.0, seed=config.seed)
+    """Return the prompts without responses by these models with these sampling parameters, in random order.
+
+    Prompts that the data holds out for evaluations aren't labeled.
+    """
+    data, seen, _ = load_prompts(config.data or "builtin:network", heldout_fraction=0.0, seed=config.seed)
     echo(data.summary())
-    rows = [*seen, *heldout]
+    rows = [*seen]
     random.Random(config.seed).shuffle(rows)
     rows = rows[: config.max_prompts or None]
     known = set.intersection(*(store.answered(model, parameters(config, each)) for model, each in _slots(config)))
