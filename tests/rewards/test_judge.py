@@ -243,13 +243,14 @@ def test_a_failure_that_can_pass_is_retried(fake, failure, caplog):
 
 def test_requests_that_fail_alike_are_logged_once(fake, caplog):
     fake.reply = lambda body: (503, b"busy") if len(fake.asked) <= 6 else verdict(10)
+    asking = judge(fake, attempts=9)
     with caplog.at_level(logging.WARNING):
-        assert scores(judge(fake, attempts=9), *"abcdef") == [1] * 6
+        assert scores(asking, *"abcdef") == [1] * 6
     assert len(caplog.messages) == 1
     asked = len(fake.asked)
     fake.reply = lambda body: (503, b"busy") if len(fake.asked) <= asked + 1 else verdict(10)
     with caplog.at_level(logging.WARNING):
-        scores(judge(fake, attempts=9), "g")
+        scores(asking, "g")
     assert len(caplog.messages) == 2, "after a success, failures are logged again"
 
 
