@@ -94,7 +94,8 @@ def test_the_gelu_of_a_loaded_model_is_fused(take):
 
     expected = score_and_gradient()
     take(model)
-    torch.testing.assert_close(score_and_gradient(), expected, rtol=1e-5, atol=1e-5)
+    close = 1e-5 * max(1.0, float(expected[1].abs().max()))
+    torch.testing.assert_close(score_and_gradient(), expected, rtol=1e-5, atol=close)
     assert len(hooked) == 2 and gelus and {type(module) for module in gelus} == {torch.nn.GELU}
 
 
