@@ -189,14 +189,12 @@ def _generate(
     output = check_output_file(config.output) if config.output is not None else None
     with file_lock(output) if output is not None else nullcontext():
         if is_judge(config.reward_model):
-            from reinforcepp.rewards.judge.judge import load_judge  # loads HTTP libraries
-
-            reward = load_judge(str(config.reward_model))
+            reward = load_reward(str(config.reward_model))
         elif config.reward_model is not None and reward is None:
             check_reward_folder(config.reward_model)
         with started(config, rows, model, processing_class) as (engine, prompts):
             if config.reward_model is not None and reward is None:
-                reward = load_scorer(config.reward_model)
+                reward = load_reward(config.reward_model)
             completions = engine.generate(prompts, sampling_of(config, config.best_of or config.num_samples))
         rewards = score_with([reward], completions).total if reward is not None else [None] * len(completions)
         responses = [Response(**vars(each), reward=score) for each, score in zip(completions, rewards, strict=True)]
@@ -257,6 +255,15 @@ def load_engine(
     if choice.name == "transformers" and torch.cuda.is_available():
         model.to("cuda")  # vLLM places its own copy of the weights.
     return start_engine(choice, model, tokenizer, max_length=max_length)
+
+
+def load_reward(name: str) -> RewardFunction:
+    """Load a judge, or a reward model as :func:`load_scorer` does."""
+    if is_judge(name):
+        from reinforcepp.rewards.judge.judge import load_judge  # loads HTTP libraries
+
+        return load_judge(name)
+    return load_scorer(name)
 
 
 def load_scorer(name: str) -> TrainedReward:

@@ -194,11 +194,16 @@ def standard_error(values: Sequence[float]) -> float:
 
 @torch.no_grad()
 def completion_logprobs(
-    model: PreTrainedModel, completions: Sequence[Completion], temperature: float, pad_id: int
+    model: PreTrainedModel,
+    completions: Sequence[Completion],
+    temperature: float,
+    pad_id: int,
+    report: Callable[[int], None] = lambda rows: None,
 ) -> list[Logprobs]:
     """Return log-probabilities of the completions under ``model``, for each ``SCORING_BATCH_SIZE`` completions.
 
-    The tensors are on the CPU, so the model can be freed before they are used.
+    The tensors are on the CPU, so the model can be freed before they are used. ``report`` gets the number of completions of
+    each batch once it is finished.
     """
     batches = []
     for start in range(0, len(completions), SCORING_BATCH_SIZE):
@@ -207,6 +212,7 @@ def completion_logprobs(
         tensors = response_logprobs(model, prompts, responses, pad_id=pad_id, temperature=temperature)
         logprobs_BT, entropy_BT, mask_BT = (tensor.cpu() for tensor in tensors)
         batches.append((logprobs_BT, entropy_BT, mask_BT))
+        report(len(rows))
     return batches
 
 

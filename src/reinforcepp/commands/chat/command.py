@@ -12,7 +12,7 @@ from types import FrameType
 
 from reinforcepp.commands.chat.conversation import Conversation
 from reinforcepp.commands.chat.preferences import PreferenceFile
-from reinforcepp.commands.generate import format_reward, load_engine, load_scorer, sampling_of, show_growing
+from reinforcepp.commands.generate import format_reward, load_engine, load_reward, sampling_of, show_growing
 from reinforcepp.config import ChatConfig
 from reinforcepp.config.judge_spec import is_judge
 from reinforcepp.errors import ConfigError, DataError, ModelError, RewardError, RolloutError, nearest
@@ -57,7 +57,7 @@ def run_chat(config: ChatConfig) -> int:
     dtype = inference_dtype(config.dtype, model_config.dtype)
     choice = choose_engine(config.engine, model_config, dtype)
     tokenizer = load_tokenizer(config.model)
-    reward = _reward(config.reward_model)
+    reward = load_reward(config.reward_model) if config.reward_model is not None else None
     conversation = Conversation(tokenizer, length - config.max_new_tokens, config.system)
     engine = load_engine(config, choice, dtype, tokenizer, length)
     chat = _Chat(config, engine, reward, conversation, preferences)
@@ -65,14 +65,6 @@ def run_chat(config: ChatConfig) -> int:
         return chat.talk()
     finally:
         engine.close()
-
-
-def _reward(name: str | None) -> RewardFunction | None:
-    if is_judge(name):
-        from reinforcepp.rewards.judge.judge import load_judge  # loads HTTP libraries
-
-        return load_judge(str(name))
-    return load_scorer(name) if name is not None else None
 
 
 def _length(config: ChatConfig, context: int | None) -> int:

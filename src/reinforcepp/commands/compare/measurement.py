@@ -200,13 +200,10 @@ def _logprobs(
     config: CompareConfig, prepared: PreparedModel, model: PreTrainedModel, responses: Sequence[Completion]
 ) -> list[Logprobs]:
     """Return log-probabilities of responses, with the prompt format that they were generated with, as in training."""
-    logprobs: list[Logprobs] = []
     with Progress(f"log-probabilities by {prepared.name}", len(responses)) as progress:
-        for start in range(0, len(responses), SCORING_BATCH_SIZE):
-            batch = responses[start : start + SCORING_BATCH_SIZE]
-            logprobs += completion_logprobs(model, batch, config.temperature, prepared.pad_id)
-            progress.step(units=len(batch))
-    return logprobs
+        return completion_logprobs(
+            model, responses, config.temperature, prepared.pad_id, lambda rows: progress.step(units=rows)
+        )
 
 
 def _responses(
