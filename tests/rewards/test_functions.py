@@ -356,3 +356,10 @@ def test_a_function_with_one_value_in_the_first_batches_is_reported(answers, war
         prompt = Prompt("q?", (1,), 0, {"answer": answer})
         rewards.score([Completion(prompt, (5,), (-1.0,), "a", "stop")] * 4)
     assert ("gave 0 to each of the first 8 completions" in caplog.text) is warned
+
+
+def test_a_penalty_that_no_completion_gets_yet_is_expected(caplog):
+    rewards = load_rewards("rule:soft_overlong_punishment?max_completion_len=9&soft_punish_cache=2")
+    for _ in range(2):
+        rewards.score([Completion(Prompt("q?", (1,), 0), (5,), (-1.0,), "a", "stop")] * 4)
+    assert len(rewards.first_scores) == 2 and not caplog.text

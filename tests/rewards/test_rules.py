@@ -4,6 +4,7 @@ import re
 import warnings
 
 import pytest
+import trl.rewards
 
 from reinforcepp.config.reward_rules import comparable, make_rule, matches
 from reinforcepp.errors import ConfigError
@@ -130,6 +131,17 @@ def test_repetition_takes_off_the_share_of_runs_said_before():
     assert scores("repetition?n=1", "a a a b") == [-0.5]
 
 
+def test_soft_overlong_punishment_follows_dapo_and_trl():
+    """DAPO Eq. 13 by hand: 100 - 20 = 80 tokens are free, 90 of them cost 10 / 20, 100 cost 20 / 20, more cost no more."""
+    lengths, expected = [0, 80, 81, 90, 100, 101, 500], [0, 0, -0.05, -0.5, -1, -1, -1]
+    ids = [[7] * n for n in lengths]
+    rule = "soft_overlong_punishment?max_completion_len=100&soft_punish_cache=20"
+    assert scores(rule, *[""] * len(ids), completion_ids=ids) == pytest.approx(expected)
+    assert trl.rewards.get_soft_overlong_punishment(100, 20)(ids) == pytest.approx(expected)
+    hard = "soft_overlong_punishment?max_completion_len=100&soft_punish_cache=0"
+    assert scores(hard, *[""] * len(ids), completion_ids=ids) == [0, 0, 0, 0, 0, -1, -1]
+
+
 @pytest.mark.parametrize("sentence", ["我喜欢吃苹果。", "これはテストです。", "สวัสดีครับ ", "Well done! "])
 def test_repetition_needs_no_spaces_between_words(sentence):
     (repeated, once) = scores("repetition", sentence * 20, sentence)
@@ -164,6 +176,13 @@ def test_words_are_counted_by_unicode_word_breaks():
         ("exact_match?pattern=(", "isn't a regular expression"),
         ("format?tags=a b", "tags must be names"),
         ("repetition?n=0", "n must be at least 1"),
+        ("soft_overlong_punishment?soft_punish_cache=2", "max_completion_len is missing.*max_completion_len=1024&soft"),
+        ("soft_overlong_punishment?max_completion_len=8", "option soft_punish_cache is missing"),
+        ("soft_overlong_punishment?max_completion_len=0&soft_punish_cache=0", "max_completion_len must be at least 1"),
+        (
+            "soft_overlong_punishment?max_completion_len=8&soft_punish_cache=9",
+            "soft_punish_cache must be from 0 to .*8",
+        ),
         ("", "rule '' not found"),
     ],
 )

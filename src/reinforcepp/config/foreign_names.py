@@ -36,6 +36,8 @@ ESTIMATORS = {
 }
 PLACEMENT = "processes and GPUs are chosen by the launcher (docs/parallel.md) or a Ray pool (docs/ray.md)"
 SHARDING = "give it to the launcher: accelerate launch --config_file FILE (docs/parallel.md)"
+OVERLONG = "add rule:soft_overlong_punishment?max_completion_len=LONGEST&soft_punish_cache=LENGTH"
+OVERLONG_FACTOR = "the weight of the rule: 0.5*rule:soft_overlong_punishment?..."
 PER_UPDATE = "completions per optimizer step, which is micro_batch_size x gradient_accumulation_steps"
 
 # Present name, old name (empty if it didn't change), counterpart.
@@ -102,6 +104,8 @@ _OPENRLHF: tuple[tuple[str, str, Foreign], ...] = (
     ("algo.dynamic_filtering_enable", "dynamic_filtering", Foreign(None, "groups of equal rewards aren't resampled")),
     ("reward.clip_range", "reward_clip_range", Foreign("reward_clip_range")),
     ("reward.normalize_enable", "normalize_reward", Foreign("reward_normalize")),
+    ("reward.overlong_buffer_len", "overlong_buffer_len", Foreign("rewards", OVERLONG)),
+    ("reward.overlong_penalty_factor", "overlong_penalty_factor", Foreign("rewards", OVERLONG_FACTOR)),
     ("ckpt.output_dir", "save_path", Foreign("output_dir")),
     ("ckpt.path", "ckpt_path", Foreign("output_dir", "checkpoints are in its folder checkpoints")),
     ("ckpt.save_steps", "", Foreign("save_every", "-1 there is 0 here")),
@@ -201,6 +205,8 @@ VERL: Mapping[str, Foreign] = {
     "critic.model.path": Foreign(None, "the critic is a copy of the policy"),
     "reward_model.model.path": Foreign("reward_model"),
     "reward_model.enable": Foreign("reward_model", "give the folder of a reward model"),
+    "reward_model.overlong_buffer.len": Foreign("rewards", OVERLONG),
+    "reward_model.overlong_buffer.penalty_factor": Foreign("rewards", OVERLONG_FACTOR),
     "custom_reward_function.path": Foreign("rewards", "write FILE.py:FUNCTION"),
     "custom_reward_function.name": Foreign("rewards", "write FILE.py:FUNCTION"),
     "algorithm.adv_estimator": Foreign("estimator", values=ESTIMATORS),

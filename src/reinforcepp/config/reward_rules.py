@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from decimal import Decimal, InvalidOperation
 from functools import cache
 from typing import Any
@@ -185,14 +185,55 @@ class Repetition(PlainText):
         return [-repeated_share(text, self.n) for text in completions]
 
 
-Rule = Length | Regex | Format | ExactMatch | Repetition
+@dataclass(frozen=True)
+class SoftOverlongPunishment(PlainText):
+    """Score 0 up to ``max_completion_len - soft_punish_cache`` tokens; it falls linearly to -1 at ``max_completion_len``.
+
+    The options are named as in TRL's ``get_soft_overlong_punishment``. [DAPO, arXiv 2503.14476 Eq. 13]
+    """
+
+    max_completion_len: int
+    soft_punish_cache: int
+    name: str = "soft_overlong_punishment"
+    constant_at_first = True
+
+    def __post_init__(self) -> None:
+        """Check the lengths."""
+        if self.max_completion_len < 1:
+            raise ConfigError(f"max_completion_len must be at least 1, not {self.max_completion_len}.")
+        if not 0 <= self.soft_punish_cache <= self.max_completion_len:
+            raise ConfigError(
+                f"soft_punish_cache must be from 0 to max_completion_len ({self.max_completion_len}), not "
+                f"{self.soft_punish_cache}."
+            )
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], completion_ids: Sequence[Sequence[int]] = (), **_: Any
+    ) -> list[float | None]:
+        """Return scores from -1 to 0."""
+        return [self._of(len(ids)) for ids in completion_ids]
+
+    def _of(self, length: int) -> float:
+        excess = length - (self.max_completion_len - self.soft_punish_cache)
+        if excess <= 0:
+            return 0.0
+        return -excess / self.soft_punish_cache if length <= self.max_completion_len else -1.0
+
+
+Rule = Length | Regex | Format | ExactMatch | Repetition | SoftOverlongPunishment
 RULES: dict[str, type[Rule]] = {
     "length": Length,
     "regex": Regex,
     "format": Format,
     "exact_match": ExactMatch,
     "repetition": Repetition,
+    "soft_overlong_punishment": SoftOverlongPunishment,
 }
+EXAMPLES = {
+    "regex": "pattern=^Yes",
+    "soft_overlong_punishment": "max_completion_len=1024&soft_punish_cache=256",
+}
+"""Options of the rules that require some."""
 
 
 def make_rule(text: str) -> Rule:
@@ -206,8 +247,9 @@ def make_rule(text: str) -> Rule:
         raise ConfigError(f"rule:{text}: rule {name!r} not found, only {', '.join(RULES)}.{nearest(name, RULES)}")
     try:
         given = read_options(RULES[name], options)
-        if name == "regex" and "pattern" not in given:
-            raise ConfigError("option pattern is missing. Add it, as in rule:regex?pattern=^Yes.")
+        for option in fields(RULES[name]):
+            if option.default is MISSING and option.name not in given:
+                raise ConfigError(f"option {option.name} is missing. Add it, as in rule:{name}?{EXAMPLES[name]}.")
         return RULES[name](**given)
     except ConfigError as error:
         raise ConfigError(f"rule:{text}: {error}") from None

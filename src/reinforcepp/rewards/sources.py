@@ -77,7 +77,8 @@ class RewardSum:
         for name, function in zip(self.names, self.functions, strict=True):
             values = [score for batch in self.first_scores for score in batch[name] if score is not None]
             constant = len(values) >= WATCHED_COMPLETIONS and len(set(values)) == 1
-            if constant and is_main() and not isinstance(function, TrainedReward):
+            expected = isinstance(function, TrainedReward) or getattr(function, "constant_at_first", False)
+            if constant and is_main() and not expected:
                 log.warning(
                     "Reward %s: gave %g to each of the first %d completions, so training can't learn from it. Check its "
                     "options and the data's columns.",
