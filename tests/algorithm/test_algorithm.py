@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import pairwise
 from statistics import mean, stdev
 
 import pytest
@@ -91,6 +92,52 @@ def test_g3_normalization_is_global_over_ranks():
 def test_g4_returns_skip_masked_tokens():
     returns = returns_to_go(tensor([[0, 0, 1]]), tensor([[1, 0, 1]]), gamma=0.5)
     close(returns, [[0.5, 0, 1]])
+
+
+TWO_TURNS = tensor([[1, 1, 0, 1, 1]])
+
+
+def test_a_discount_per_turn_applies_only_between_turns():
+    reward, arguments = tensor([1]), {"kl_coef": 0.0, "gamma": 0.5}
+    _, per_token = compute_advantages(reward, None, TWO_TURNS, **arguments)
+    close(per_token, [[0.125, 0.25, 0, 0.5, 1]])
+    _, per_turn = compute_advantages(reward, None, TWO_TURNS, discount_per="turns", **arguments)
+    close(per_turn, [[0.5, 0.5, 0, 1, 1]])
+
+
+def test_turns_are_paid_at_their_own_last_token():
+    """R = 3, of which the first turn earned 2: token rewards [0, 2, 0, 0, 1], whatever the masked slots hold."""
+    turns = tensor([[0, 2, NAN, 0, 0]])
+    close(token_rewards(tensor([3]), None, TWO_TURNS, 0.0, turns), [[0, 2, 0, 0, 1]])
+    arguments = {"kl_BT": None, "mask_BT": TWO_TURNS, "kl_coef": 0.0, "turn_rewards_BT": turns}
+    close(compute_advantages(tensor([3]), **arguments)[1], [[3, 3, 0, 1, 1]])
+    _, per_token = compute_advantages(tensor([3]), gamma=0.5, **arguments)
+    close(per_token, [[1.125, 2.25, 0, 0.5, 1]])  # 2 + .5 · .5, then half of it
+    _, per_turn = compute_advantages(tensor([3]), gamma=0.5, discount_per="turns", **arguments)
+    close(per_turn, [[2.5, 2.5, 0, 1, 1]])  # 2 + .5 · 1
+
+
+def test_gae_discounts_per_turn_and_decays_by_lambda_per_token():
+    """Deltas -.25 (0 + .25 - .5), 0 (0 + .5 · .5 - .25) and .5 (1 - .5); A = .5, 0 + .5 · .5 · .5, -.25 + .5 · .125."""
+    values = tensor([[0.5, 0.25, NAN, 0.5]])
+    _, returns = compute_advantages(
+        tensor([1]),
+        None,
+        tensor([[1, 1, 0, 1]]),
+        kl_coef=0.0,
+        gamma=0.5,
+        discount_per="turns",
+        estimator="ppo",
+        values_BT=values,
+        gae_lambda=0.5,
+    )
+    close(returns, [[-0.1875 + 0.5, 0.125 + 0.25, 0, 0.5 + 0.5]])
+
+
+def test_a_group_baseline_compares_the_sums_of_the_turns():
+    one, _ = baseline()
+    other, _ = baseline(turn_rewards_BT=tensor([[1, 0, 0], [0, 0, 0], [0.5, 0, 0], [0, 0, 0]]))
+    close(one, other.tolist(), 0)
 
 
 G5_RATIOS, G5_ADVANTAGES = tensor([[1.5, 0.5, 1.5, 0.5, 1.1, 4]]), tensor([[1, 1, -1, -1, 2, -1]])
@@ -310,6 +357,27 @@ def test_gae_equals_a_naive_loop(seed):
         [[(a + v) * m for a, v, m in zip(*rows, strict=True)] for rows in zip(expected, values, mask, strict=True)],
         1e-4,
     )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_turn_discounts_and_turn_rewards_equal_a_naive_loop(seed):
+    rng = random.Random(seed)
+    mask = [[int(rng.random() < 0.6) for _ in range(9)] for _ in range(4)]
+    turns = [[rng.gauss(0, 1) * one for one in row] for row in mask]
+    rewards, gamma, expected = [rng.gauss(0, 1) for _ in mask], rng.random(), []
+    for reward, turn_row, row in zip(rewards, turns, mask, strict=True):
+        sampled = [t for t, one in enumerate(row) if one]
+        earned = {t: turn_row[t] for t in sampled}
+        if sampled:
+            earned[sampled[-1]] += reward - sum(turn_row)
+        discount = {t: 1.0 if u == t + 1 else gamma for t, u in pairwise(sampled)}
+        returns, following = [0.0] * len(row), 0.0
+        for t in reversed(sampled):
+            returns[t] = following = earned[t] + discount.get(t, 1.0) * following
+        expected.append(returns)
+    arguments = {"kl_coef": 0.0, "gamma": gamma, "discount_per": "turns", "turn_rewards_BT": tensor(turns)}
+    _, actual = compute_advantages(tensor(rewards), None, tensor(mask), **arguments)
+    close(actual, expected)
 
 
 def looped(values_BT, mask_BT, discount):

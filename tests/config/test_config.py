@@ -201,6 +201,7 @@ def test_upper_and_lower_bounds(name, good, bad):
         ),
         ("train", {"estimator": "reinforce_plus_plus_baseline"}, ["num_generations", "2"]),
         ("train", {"estimator": "reinforce_plus_plus_baseline", "num_generations": 4, "gamma": 0.9}, ["gamma", "1"]),
+        ("train", {"discount_per": "turns"}, ["discount_per: turns", "gamma"]),
         ("train", {"disable_dropout": False}, ["disable_dropout", "lora_dropout"]),
         ("train", {"cast_lm_head_to_fp32": True, "mixed_precision": "bf16"}, ["16 bits"]),
         ("sft", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, ["same gradients"]),

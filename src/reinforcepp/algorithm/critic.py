@@ -11,11 +11,11 @@ from reinforcepp.errors import ConfigError
 
 
 def compute_gae(
-    rewards_BT: Tensor, values_BT: Tensor | None, mask_BT: Tensor, *, gamma: float, lam: float
+    rewards_BT: Tensor, values_BT: Tensor | None, mask_BT: Tensor, *, gamma: Tensor | float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Return A_t = delta_t + gamma · lam · A_{t+1} with delta_t = r_t + gamma · V_{t+1} - V_t. [arXiv 1506.02438 Eq. 16]
 
-    t + 1 is the next sampled token; values are 0 where masked.
+    t + 1 is the next sampled token; values are 0 where masked. gamma is one number, or the discount after each token.
 
     Returns:
         ``(advantages_BT, returns_BT)``; the returns A + V are the critic's targets.
@@ -27,7 +27,7 @@ def compute_gae(
         raise ConfigError("values_BT: missing, but ppo needs the critic's values. Pass them.")
     mask_BT = mask_BT.bool()
     rewards_BT, values_BT = (torch.where(mask_BT, x, 0.0) for x in (rewards_BT, values_BT))
-    deltas_BT = rewards_BT + gamma * next_values(values_BT, mask_BT) - values_BT
+    deltas_BT = rewards_BT + (gamma * next_values(values_BT, mask_BT)).to(values_BT.dtype) - values_BT
     advantages_BT = torch.where(mask_BT, discounted_sums(deltas_BT, mask_BT, gamma * lam), 0.0)
     return advantages_BT, advantages_BT + values_BT
 

@@ -14,6 +14,7 @@ from reinforcepp.errors import ConfigError, nearest
 
 EstimatorName = Literal["reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo", "grpo", "ppo"]
 Baseline = Literal["none", "group_mean", "leave_one_out", "critic"]
+DiscountPer = Literal["tokens", "turns"]
 Scale = Literal["batch", "group", "none", "reward_std", "sequences"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from reinforcepp.algorithm.estimators import ESTIMATORS, EstimatorName, EstimatorSpec, Scale
+from reinforcepp.algorithm.estimators import ESTIMATORS, DiscountPer, EstimatorName, EstimatorSpec, Scale
 from reinforcepp.algorithm.loss_types import LossType, Objective, RatioLevel
 from reinforcepp.config.base import Config, NonNegativeFloat, PositiveFloat, Range
 from reinforcepp.errors import ConfigError
@@ -26,7 +26,9 @@ class AlgorithmConfig(Config):
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Only grpo: normalize the sum of the rewards, or each reward in its group first"""
     gamma: Discount = 1.0
-    """Discount per token"""
+    """Discount of later rewards"""
+    discount_per: DiscountPer = "tokens"
+    """Apply gamma between tokens, or between the turns of an episode only"""
     normalize_over: Literal["tokens", "sequences"] = "tokens"
     """Population of the advantage normalization; tokens as in the paper's code"""
     kl_coef: NonNegativeFloat = 0.05
@@ -94,6 +96,10 @@ class AlgorithmConfig(Config):
             raise ConfigError(
                 f"gamma: {self.gamma} doesn't work with the estimator {self.estimator}, which has no rewards per token. "
                 "Set gamma to 1."
+            )
+        if self.discount_per == "turns" and self.gamma == 1:
+            raise ConfigError(
+                "discount_per: turns has no effect, because gamma is 1 (no discount). Set gamma below 1, or omit discount_per."
             )
         for setting, given, fits in (
             ("scale_rewards", self.scale_rewards is not None, self.estimator_spec.scale == "group"),

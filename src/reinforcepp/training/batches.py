@@ -110,6 +110,7 @@ def batch_advantages(
         batch.mask_BT,
         kl_coef=0.0 if config.estimator_spec.kl_in_loss else kl_coef,
         gamma=config.gamma,
+        discount_per=config.discount_per,
         estimator=config.estimator,
         group_ids_B=batch.group_ids_B,
         scale=config.advantage_scale,
