@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from reinforcepp.config import RewardScoringConfig
 from reinforcepp.data import load_prompts, resolve_data
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
 from reinforcepp.rewards.functions import (
@@ -190,6 +191,21 @@ def test_an_unscored_completion_has_no_total_and_no_penalty():
 
 def test_only_truncated_completions_pay_the_penalty():
     assert score_with([length], COMPLETIONS, [2.0], truncation_penalty=0.5).total == [4.0, 1.5]
+
+
+def test_rewards_are_divided_by_a_power_of_the_tokens():
+    """By hand: 4 tokens and a sum of 2 · 3 + 1 · 2 = 8; 8 / 4 = 2, 8 / sqrt(4) = 4, and the penalty isn't divided."""
+    functions = [lambda completions: [3.0] * len(completions), lambda completions: [2.0] * len(completions)]
+    rows = [Completion(Prompt("q?", (1,), 0), (5,) * n, (-1.0,) * n, "a", reason) for n, reason in ENDS]
+    assert score_with(functions, rows, [2.0, 1.0], length_power=1.0).total == [2.0, 8.0, 8.0]
+    assert score_with(functions, rows, [2.0, 1.0], 0.25, length_power=0.5).total == [3.75, 8.0, 8.0]
+    assert score_with(functions, rows, [2.0, 1.0]).total == [8.0, 8.0, 8.0]
+    assert score_with([lambda completions: [None] * 3], rows, length_power=1.0).total == [None] * 3
+    settings = RewardScoringConfig(reward_length_power=0.5, truncation_penalty=0.25)
+    assert load_rewards(functions, settings, [2.0, 1.0]).score(rows).total == [3.75, 8.0, 8.0]
+
+
+ENDS = [(4, "length"), (1, "stop"), (0, "stop")]
 
 
 def of_prompts(*keys):

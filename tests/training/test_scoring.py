@@ -32,6 +32,38 @@ def test_padding_has_no_part_in_the_advantages():
     torch.testing.assert_close(advantages_BT, expected)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("reinforce_plus_plus_baseline", [1.414214, 0, -0.707107, -0.707107]),
+        ("rloo", [1, 0, 0, 0]),
+        ("grpo", [0.707007, 0, 0, 0]),
+        ("reinforce_plus_plus", [0, 0, 0, 0]),
+        ("ppo", [0, 0, 0, 0]),
+    ],
+)
+def test_a_masked_completion_counts_in_the_baseline_of_its_group_only(estimator, expected):
+    """Rewards 1, 0 | 1, 1 of one token each; the second completion is masked, because it was truncated.
+
+    By hand: the group's mean is 1/2, its leave-one-out mean 0, its sample deviation sqrt(1/2): 1/2, 1 and 1/2 / 0.707207. The
+    normalization is over the other three tokens: 1/2, 0, 0 have mean 1/6 and variance 1/18; 1, 1, 1 have none.
+    """
+    zeros = torch.zeros(4, 1)
+    masked = RolloutBatch(
+        completions=[],
+        mask_BT=torch.tensor([[1.0], [0.0], [1.0], [1.0]]),
+        rollout_logprobs_BT=zeros,
+        old_logprobs_BT=zeros,
+        ref_logprobs_BT=zeros,
+        entropy_BT=zeros,
+        rewards_B=torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        group_ids_B=torch.tensor([0, 0, 1, 1]),
+    )
+    config = ReinforceConfig(estimator=estimator, num_generations=2)
+    advantages_BT, _ = batch_advantages(masked, config, 0.0, on_policy=False, values_BT=zeros)
+    torch.testing.assert_close(advantages_BT[:, 0], torch.tensor(expected).float(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("on_policy", "logprobs"), [(True, {"rollout": 1.0}), (False, {"old": 1.0})])
 def test_a_token_that_the_policy_prefers_over_the_reference_costs_reward(on_policy, logprobs):
     """Its return is -0.1, all others are 0. On policy the engine's log-probabilities count, otherwise the trainer's."""

@@ -58,6 +58,8 @@ class RewardScoringConfig(Config):
     """Clip the weighted sum of rewards, minus truncation_penalty, to +- this value"""
     reward_clip_range: Annotated[tuple[float, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
     """Clip the weighted sum of rewards to this range instead, LOW HIGH"""
+    reward_length_power: NonNegativeFloat = 0.0
+    """Divide the reward by the completion's tokens to this power; 0 disables"""
     truncation_penalty: NonNegativeFloat = 0.0
     """Subtracted from the reward of a completion truncated at max_new_tokens"""
     reward_timeout: PositiveFloat = 60.0
@@ -237,8 +239,13 @@ class ReinforceConfig(
                 f"estimator: {self.estimator} compares completions of one prompt, but num_generations is "
                 f"{self.num_generations}. Set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
             )
-        if self.normalizes_each_reward and (self.reward_bounds or self.truncation_penalty):
-            setting = "reward_clip" if self.reward_bounds else "truncation_penalty"
+        of_sum = {
+            "reward_clip": self.reward_bounds,
+            "truncation_penalty": self.truncation_penalty,
+            "reward_length_power": self.reward_length_power,
+        }
+        if self.normalizes_each_reward and any(of_sum.values()):
+            setting = next(name for name, value in of_sum.items() if value)
             raise ConfigError(
                 f"{setting} changes the sum of the rewards, but multi_objective_aggregation normalize_then_sum normalizes each "
                 f"one before. Omit {setting} or normalize_then_sum."

@@ -200,8 +200,12 @@ def score_with(
     weights: Sequence[float] | None = None,
     truncation_penalty: float = 0.0,
     trainer_state: TrainerState | None = None,
+    length_power: float = 0.0,
 ) -> RewardScores:
-    """Return the scores of all functions and their sum: total_i = sum_f weight_f · score_fi - penalty_i.
+    """Return the scores of all functions and their sum: total_i = sum_f weight_f · score_fi / n_i^power - penalty_i.
+
+    n_i is the number of tokens that the policy sampled, at least 1. With the power 1, a total is the reward per token, the token
+    efficiency of GFPO. [arXiv 2508.09726]
 
     Functions run one after another, collective ones first; the results of ``async`` functions are awaited together.
 
@@ -211,6 +215,7 @@ def score_with(
         weights: one per function, 1 by default.
         truncation_penalty: subtracted from the total of a completion that was truncated at the length limit.
         trainer_state: passed to the functions; default: the state before training.
+        length_power: 0 doesn't normalize by length.
 
     Raises:
         ConfigError: a function needs a missing column, or doesn't return one number or None per completion.
@@ -231,7 +236,10 @@ def score_with(
     weights = [1.0] * len(functions) if weights is None else weights
     total: list[float | None] = []
     for i, completion in enumerate(completions):
-        terms = [weight * score for weight, row in zip(weights, scores, strict=True) if (score := row[i]) is not None]
+        scale = max(1, len(completion.ids)) ** length_power
+        terms = [
+            weight * score / scale for weight, row in zip(weights, scores, strict=True) if (score := row[i]) is not None
+        ]
         penalty = truncation_penalty if completion.finish_reason == "length" else 0.0
         total.append(math.fsum([*terms, -penalty]) if terms else None)
     by_function: dict[str, list[float | None]] = {}

@@ -52,6 +52,7 @@ class RewardSum:
     weights: list[float]
     identities: list[str]
     truncation_penalty: float = 0.0
+    length_power: float = 0.0
     first_scores: list[dict[str, list[float | None]]] = field(default_factory=list, compare=False)
     """Scores of the first batches, until they were checked for functions that give only one value."""
     trainer_state: TrainerState = field(default_factory=new_state, compare=False)
@@ -66,7 +67,8 @@ class RewardSum:
             for function in filter(is_collective, self.functions):
                 function([], [])
             return RewardScores([], {name: [] for name in self._logged_names})
-        scores = score_with(self.functions, completions, self.weights, self.truncation_penalty, self.trainer_state)
+        shaping = self.truncation_penalty, self.trainer_state, self.length_power
+        scores = score_with(self.functions, completions, self.weights, *shaping)
         if len(self.first_scores) < WATCHED_BATCHES:
             self.first_scores.append(scores.by_function)
             if len(self.first_scores) == WATCHED_BATCHES:
@@ -142,7 +144,7 @@ def load_rewards(
 
     Args:
         rewards: one or several functions, loaded models, or names as in :mod:`reinforcepp.config.reward_spec`.
-        settings: of reward servers, weights, normalization and the truncation penalty.
+        settings: of reward servers, weights, normalization, length and the truncation penalty.
         weights: instead of those in ``settings``: one per reward, multiplied by the weight in its name.
         processing_classes: a tokenizer, or a list with one or None per reward, which functions ignore; default: the models' own.
         texts_are_messages: whether the policy reads a prompt that is a text as a user message.
@@ -192,6 +194,7 @@ def load_rewards(
         ],
         [_identity(source, function) for source, function in zip(sources, functions, strict=True)],
         settings.truncation_penalty,
+        settings.reward_length_power,
     )
 
 
