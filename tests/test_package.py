@@ -33,6 +33,7 @@ ROOMS = [
     "rewards",
     "distributed",
     "rollout",
+    "environments",
     "monitoring",
     "reports",
     "labeling",

@@ -7,6 +7,7 @@
     ├── RolloutError            generation failed or the engine is out of sync with the trainer
     │   └── EngineLost          every generation worker or server is gone; the training up to then is intact
     ├── RewardError             a reward function or a reward server failed
+    ├── EnvironmentFailed       an environment or a tool failed in every episode
     └── TrainingDiverged        training was stopped because it diverged
         └── UnusableUpdate      one update can't be applied; training skips it and stops after several in a row
 
@@ -72,6 +73,10 @@ class EngineLost(RolloutError):
 
 class RewardError(ReinforceError):
     """A reward function raised an exception, or a reward server returned no usable response."""
+
+
+class EnvironmentFailed(ReinforceError):
+    """An environment failed so often that there is nothing to train on."""
 
 
 class TrainingDiverged(ReinforceError):

@@ -28,6 +28,8 @@ REMOVED_SETTINGS = dict.fromkeys(
 
 HANDED_OVER = f"rollout_weights{PARTIAL}"
 """Folder with weights in transfer to a server; exists only during training."""
+FAILED_EPISODES = "failed_episodes.jsonl"
+"""File with the episodes that an environment broke off."""
 EARLIER = "earlier_runs"
 """Folder in an output folder with the runs that were in it before, each in a numbered folder."""
 RUN_FILE = "run.json"
@@ -40,6 +42,7 @@ OURS = (
     "metrics.jsonl",
     "timings.jsonl",
     "events.jsonl",
+    FAILED_EPISODES,
     "stacks.txt",
     "evaluation.json",
     "all_results.json",

@@ -6,8 +6,10 @@ Dimension suffixes of tensor names in the whole package:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -106,6 +108,7 @@ class Prompt:
     formatted, tokenized prompt; ``columns`` holds the other columns of the data row, for reward functions. ``prefill`` is the
     start of the answer that the chat template wrote, such as ``<think>``. ``messages`` are those of a prompt that is a list of
     messages; ``text`` is then its text for people. ``chat_template_kwargs`` are its variables of the chat template.
+    ``max_new_tokens`` limits its completions, in addition to that of :class:`Sampling`.
     """
 
     text: str
@@ -115,6 +118,7 @@ class Prompt:
     prefill: str = ""
     messages: Messages = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int | None = None
 
     @property
     def conversation(self) -> Conversation:
@@ -149,12 +153,35 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class EpisodeTurn:
+    """One turn of an episode: a message of the policy, or what the environment wrote after it.
+
+    Attributes:
+        messages: the policy's message, or the environment's, which can be several.
+        start: its first token in ``Completion.ids``.
+        stop: the token after its last one; equal to ``start`` if the policy never saw these messages.
+        sampled: whether the policy wrote it. Other tokens are masked in training.
+        reward: what the environment gave for the policy's message; None if nothing.
+    """
+
+    messages: Messages
+    start: int
+    stop: int
+    sampled: bool
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
 class Completion:
     """One sample of the policy for a prompt. ``ids`` includes EOS if, and only if, it was sampled.
 
     ``logprobs[i]`` is the engine's log-probability of ``ids[i]`` under the distribution it was sampled from. If generation runs
     ahead of training, ``old_logprobs`` and ``entropy`` are the trainer's values with the weights that generated it; otherwise
     they are empty.
+
+    A completion of several ``turns`` is an episode in an environment: ``ids`` are all tokens after the prompt, exactly as they
+    were sampled, with those of the environment between them, whose ``logprobs`` are 0. ``text`` is then the policy's last
+    message, and ``error`` says why the episode failed, if it did.
     """
 
     prompt: Prompt
@@ -164,11 +191,41 @@ class Completion:
     finish_reason: FinishReason
     old_logprobs: tuple[float, ...] = ()
     entropy: tuple[float, ...] = ()
+    turns: tuple[EpisodeTurn, ...] = ()
+    error: str = ""
+
+    @property
+    def mask(self) -> list[bool]:
+        """Which tokens of ``ids`` the policy sampled."""
+        if not self.turns:
+            return [True] * len(self.ids)
+        return [turn.sampled for turn in self.turns for _ in range(turn.start, turn.stop)]
+
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """The tokens that the policy sampled."""
+        return tuple(compress(self.ids, self.mask)) if self.turns else self.ids
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages after the prompt."""
+        if self.turns:
+            return [dict(message) for turn in self.turns for message in turn.messages]
+        return [{"role": "assistant", "content": self.prompt.prefill + self.text}]
+
+    @property
+    def environment_reward(self) -> float | None:
+        """The sum of the turns' rewards, None if no turn has one."""
+        rewards = [turn.reward for turn in self.turns if turn.reward is not None]
+        return math.fsum(rewards) if rewards else None
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
     """One rollout batch, scored and ready for the update. ``mask_BT`` is 1 on sampled tokens, EOS included.
+
+    ``turn_rewards_BT`` has the part of ``rewards_B`` that an environment gave for turns before the last, each at the last token
+    of its turn; None without such rewards.
 
     Log-probabilities come from the rollout engine (``rollout``), from the trainer before the update (``old``) and from the
     reference policy (``ref``, nan if the settings don't need it); masked tokens have 0. ``old`` and ``entropy`` are empty at
@@ -183,3 +240,4 @@ class RolloutBatch:
     entropy_BT: torch.Tensor
     rewards_B: torch.Tensor
     group_ids_B: torch.Tensor
+    turn_rewards_BT: torch.Tensor | None = None

@@ -21,6 +21,7 @@ from reinforcepp.config.base import (
     Share,
     StepInterval,
 )
+from reinforcepp.config.environments import EnvironmentConfig
 from reinforcepp.config.hub import HubConfig
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.sampling import RolloutSamplingConfig
@@ -93,6 +94,7 @@ class ReinforceConfig(
     RolloutSamplingConfig,
     AlgorithmConfig,
     RewardScoringConfig,
+    EnvironmentConfig,
     ChatTemplateConfig,
     ComputeConfig,
     HubConfig,

@@ -1,6 +1,7 @@
 """Parse the setting ``rewards``, for example ``0.5*rule:length?max=200``. Imports no torch and loads nothing.
 
 builtin:judge                        the built-in data's judge
+environment                          the sum of the rewards that the environment gave in an episode
 rule:NAME?OPTION=VALUE&...           a rule of ``reward_rules``
 judge:MODEL?OPTION=VALUE&...         a language model that scores by a rubric, see ``judge_spec``
 http://HOST:PORT/get_reward          a reward server
@@ -22,14 +23,14 @@ from reinforcepp.config.reward_rules import RULES, make_rule
 from reinforcepp.errors import ConfigError, nearest
 from reinforcepp.runtime.redaction import HIDDEN, SECRET_QUERY, redacted
 
-JUDGE = "builtin:judge"
+JUDGE, ENVIRONMENT = "builtin:judge", "environment"
 WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.*)", re.DOTALL)
 FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)", re.DOTALL)
 TOKEN_VARIABLE = "REINFORCEPP_REWARD_TOKEN"
 MODEL_OPTIONS = ("output", "outputs", "dtype", "load_in_4bit")
 DTYPES = ("float32", "bfloat16", "float16")
 
-Kind = Literal["builtin", "judge", "rule", "server", "function", "model"]
+Kind = Literal["builtin", "environment", "judge", "rule", "server", "function", "model"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def parse_source(text: str) -> RewardSource:
         )
     if not math.isfinite(weight):
         raise ConfigError(f"{target}: the weight must be a finite number, not {weight}.")
+    if target == ENVIRONMENT:
+        return RewardSource("environment", target, weight)
     if target.startswith("builtin:"):
         if target != JUDGE:
             raise ConfigError(f"Reward {target!r} not found.{nearest(target, [JUDGE])}")

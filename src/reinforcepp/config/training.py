@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from reinforcepp.config.base import Config, FilledStr, check_name, check_not_below_output
 from reinforcepp.config.judge_spec import parse_judge
 from reinforcepp.config.reinforce import ReinforceConfig
-from reinforcepp.config.reward_spec import parse_model, parse_source, path_of_judge
+from reinforcepp.config.reward_spec import ENVIRONMENT, parse_model, parse_source, path_of_judge
 from reinforcepp.config.shared import DataLoadingConfig, DryRunConfig, check_judge, judge_for
 from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError
@@ -63,6 +63,8 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
 
     def _check_reward(self, text: str) -> None:
         source = parse_source(text)
+        if source.kind == "environment" and self.environment is None:
+            raise ConfigError("rewards: environment is given, but there is no environment. Set environment.")
         if source.path is not None:
             check_name("rewards", source.path)
             check_not_below_output(self.output_dir, "rewards", source.path)
@@ -84,5 +86,8 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
 
     @property
     def reward_sources(self) -> tuple[str, ...]:
-        """The rewards, or the reward model alone."""
-        return self.rewards or (self.reward_model,)
+        """The rewards, or the reward model alone; with an environment, its rewards, too."""
+        if self.environment is None:
+            return self.rewards or (self.reward_model,)
+        given = any(parse_source(text).kind == "environment" for text in self.rewards)
+        return self.rewards if given else (*self.rewards, ENVIRONMENT)

@@ -30,6 +30,19 @@ if TYPE_CHECKING:
 PROBE_PROMPT, PROBE_ANSWER = "How do I see my routes?", "Run ip route."
 """A question and its answer, by which the chat template shows how it writes a turn."""
 PROBE_SYSTEM = "Be brief."
+STAND_IN = "\ufdd2\ufdd3"
+"""Noncharacters in place of an earlier answer."""
+STAND_INS: tuple[Mapping[str, Any], ...] = (
+    {"role": "assistant", "content": STAND_IN},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "standinid", "type": "function", "function": {"name": "call", "arguments": {"value": STAND_IN}}}
+        ],
+    },
+)
+"""An answer, and a call for templates that accept the result of a tool only after one."""
 TEMPLATE_TIMEOUT_SECONDS = 30.0
 """Time in which a chat template must format one conversation."""
 OPEN_TAG = re.compile(r"<([\w-]+)>\s*\Z")
@@ -361,6 +374,39 @@ def _adds_thought(turn: Turn, written: str, answer: str) -> bool:
 def format_completion(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, answer: str) -> str:
     """Return the text after the formatted prompt for the answer ``answer``, without its end token; errors as above."""
     return format_example(tokenizer, prompt, answer)[1]
+
+
+def marked_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Conversation,
+    observation: Sequence[Mapping[str, Any]],
+    variables: Variables,
+) -> str:
+    """Return the text that the template writes from the end of an answer's end token to the start of the next answer.
+
+    ``observation`` are the messages between the two answers. The text begins with what follows the end token, such as a line
+    break, and ends with the generation prompt; special tokens in the messages have marks. What the template does with earlier
+    answers, such as removing their reasoning, doesn't matter: a stand-in is the answer before ``observation``.
+
+    Raises:
+        ModelError: the template rejects such a conversation, or omits the answer.
+    """
+    end = turn_format(tokenizer, variables).end
+    problem: ModelError | None = None
+    for answer in STAND_INS:
+        messages = [*_with_system(tokenizer, as_messages(prompt)), answer, *observation]
+        try:
+            whole = _render_or_raise(tokenizer, messages, {"add_generation_prompt": True, **variables})
+        except ModelError as error:
+            problem = problem or error
+            continue
+        if STAND_IN in whole:
+            after = whole.rpartition(STAND_IN)[2]
+            return after.partition(end)[2] if end in after else after
+    raise problem or ModelError(
+        "The chat template omits the messages of the role assistant before the last one, so it can't format several turns. "
+        "Set another chat_template."
+    )
 
 
 def prefill(tokenizer: PreTrainedTokenizerBase, variables: Variables | None = None) -> str:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from reinforcepp.errors import DataError
-from reinforcepp.models.conversations import Variables, as_messages, marked_example, marked_prompt, prefill, turn_format
+from reinforcepp.models.conversations import (
+    Variables,
+    as_messages,
+    marked_example,
+    marked_prompt,
+    marked_turn,
+    prefill,
+    turn_format,
+)
 from reinforcepp.models.special_tokens import encode as encode
 from reinforcepp.models.special_tokens import encode_all, marked, special_tokens
 from reinforcepp.types import Conversation, Prompt
@@ -74,6 +82,23 @@ def encode_answer(
     generation prompt as it is.
     """
     return encode_example(tokenizer, prompt, answer, variables=template_kwargs)
+
+
+def encode_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Conversation,
+    observation: Sequence[Mapping[str, Any]],
+    variables: Variables | None = None,
+) -> list[int]:
+    """Return the tokens between the end token of an answer and the next answer: ``observation`` in the chat template.
+
+    No earlier token is encoded again; see :func:`reinforcepp.models.conversations.marked_turn`, also for errors.
+    """
+    variables = variables or {}
+    end, text = turn_format(tokenizer, variables).end, marked_turn(tokenizer, prompt, observation, variables)
+    end_ids = encode(tokenizer, end)
+    ids = encode(tokenizer, end + text)  # a tokenizer can treat the start of a text differently
+    return ids[len(end_ids) :] if ids[: len(end_ids)] == end_ids else encode(tokenizer, text)
 
 
 def split_example(

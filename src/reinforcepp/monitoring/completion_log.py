@@ -9,7 +9,11 @@ evaluations/before.parquet        prompt, completion, reward, judge (if availabl
 ``prompt`` is text for people. ``messages`` has the messages of a prompt that is a list of messages, as a list of ``role`` and
 ``content``, and is null for a prompt that is a text. Fields such as ``name`` are added if a message of the data has them, and
 ``tool_calls`` are JSON text. ``chat_template_kwargs`` is JSON text, and null without variables. All files of a run have the same
-columns and fields, because ``datasets`` needs that. Metadata mark them, so training on such a file reads the messages as prompts.
+columns and fields, because ``datasets`` needs that. Metadata mark them, so training on such a file reads the messages as
+prompts.
+
+In an environment, ``completion`` is the policy's last message, and the column ``turns`` is JSON text: a list of objects with
+``messages``, ``tokens`` (their number), ``sampled`` and ``reward``.
 
 ``datasets.load_dataset("parquet", data_dir="RUN/completions")`` loads all steps as one table.
 """
@@ -24,7 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.data.tables import PROMPTS_IN_MESSAGES
-from reinforcepp.files import copy_file, whole_file
+from reinforcepp.files import copy_file, no_link, whole_file
+from reinforcepp.run_dir import FAILED_EPISODES
+from reinforcepp.runtime.redaction import redacted
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
     from reinforcepp.types import Completion, Conversation, Prompt
 
 COMPLETIONS, EVALUATIONS = "completions", "evaluations"
-MESSAGES, VARIABLES = "messages", "chat_template_kwargs"
+MESSAGES, VARIABLES, TURNS = "messages", "chat_template_kwargs", "turns"
 
 
 def step_file(step: int) -> str:
@@ -51,13 +57,30 @@ def columns_of(completions: Sequence[Completion]) -> dict[str, Sequence[Any]]:
     return {
         "prompt": [c.prompt.text for c in completions],
         "completion": [c.text for c in completions],
-        "length": [len(c.ids) for c in completions],
+        "length": [len(c.sampled_ids) for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
         MESSAGES: [c.prompt.messages for c in completions],
         VARIABLES: [
             _json(c.prompt.chat_template_kwargs) if c.prompt.chat_template_kwargs else None for c in completions
         ],
+        **({TURNS: [_json(turn_rows(c)) for c in completions]} if any(c.turns for c in completions) else {}),
     }
+
+
+def turn_rows(episode: Completion) -> list[dict[str, Any]]:
+    """Return the turns of an episode for JSON: messages, number of tokens, whether they are sampled, and reward."""
+    return [
+        {"messages": turn.messages, "tokens": turn.stop - turn.start, "sampled": turn.sampled, "reward": turn.reward}
+        for turn in episode.turns
+    ]
+
+
+def log_failed_episodes(run: Path, episodes: Sequence[Completion]) -> None:
+    """Append failed episodes to failed_episodes.jsonl, which a resume doesn't restore."""
+    with open(run / FAILED_EPISODES, "a", encoding="utf-8", errors="backslashreplace", opener=no_link) as file:
+        for episode in episodes:
+            row = {"error": redacted(episode.error), "prompt": episode.prompt.text, "turns": turn_rows(episode)}
+            file.write(_json(row) + "\n")
 
 
 def conversation_of(row: Mapping[str, Any]) -> Conversation:

@@ -65,15 +65,16 @@ def reward_metrics(scores: RewardScores) -> dict[str, float]:
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Return lengths in tokens, the share of truncated completions, and shares of repetition.
+    """Return lengths in sampled tokens, the share of truncated completions, and shares of repetition.
 
     ``completions/*_terminated_length`` are those of the completions that weren't truncated, 0 if all were.
     """
     lengths, terminated = [], []
     for completion in completions:
-        lengths.append(len(completion.ids))
+        length = len(completion.sampled_ids)
+        lengths.append(length)
         if completion.finish_reason != "length":
-            terminated.append(len(completion.ids))
+            terminated.append(length)
     ended = terminated or [0]
     return {
         "completions/mean_length": fmean(lengths),
@@ -85,6 +86,17 @@ def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
         "completions/clipped_ratio": (len(lengths) - len(terminated)) / len(lengths),
         "completions/distinct_ratio": len({c.ids for c in completions}) / len(lengths),
         "completions/repeated_ratio": fmean(repeated_share(c.text, NGRAM_LENGTH) for c in completions),
+        **_episode_metrics(completions),
+    }
+
+
+def _episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Return the means of turns that the policy wrote, and of the environment's tokens, if completions are episodes."""
+    if not any(c.turns for c in completions):
+        return {}
+    return {
+        "episodes/mean_turns": fmean(sum(turn.sampled for turn in c.turns) for c in completions),
+        "episodes/mean_environment_tokens": fmean(len(c.ids) - len(c.sampled_ids) for c in completions),
     }
 
 
@@ -121,7 +133,7 @@ def _groups_without_signal(batch: RolloutBatch, rewards_B: torch.Tensor) -> dict
 
 def _sampling_gap(batch: RolloutBatch) -> dict[str, float]:
     """Return the gap between the engine's and the trainer's log-probabilities of the sampled tokens, also under TRL's keys."""
-    gap_BT = batch.rollout_logprobs_BT - batch.old_logprobs_BT
+    gap_BT = torch.where(batch.mask_BT.bool(), batch.rollout_logprobs_BT - batch.old_logprobs_BT, 0.0)
     mean, largest = float(masked_mean(gap_BT.abs(), batch.mask_BT)), float(gap_BT.abs().max())
     return {
         "sampling/logprob_gap_mean": mean,

@@ -1,25 +1,20 @@
-"""Load reward functions, call them with TRL's signature, and add up their weighted scores."""
+"""Call reward functions with TRL's signature, and add up their weighted scores."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import math
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Awaitable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError, ReinforceError, RewardError, UnusableUpdate, nearest
-from reinforcepp.files import sha256
+from reinforcepp.models.conversations import as_messages
+from reinforcepp.rewards.user_code import raised
 from reinforcepp.runtime.process import outcome
 from reinforcepp.types import Completion
 
@@ -34,18 +29,23 @@ RESERVED = (
 """Metrics of every training, which a reward function can't log."""
 
 
+FAILED_KEY = "episodes/failed"
+"""The metric that counts failed episodes."""
+
+
 class RewardFunction(Protocol):
     """``f(prompts, completions, **columns) -> list[float | None]``, one score per completion, higher is better, as in TRL.
 
     A prompt that is a conversation is a list of messages, and its completion is ``[{"role": "assistant", "content": ...}]``.
     For other prompts, and for a function with the attribute ``plain_text``, both are texts. Completions are whole answers: if
-    the chat template wrote the start of an answer, such as ``<think>``, they begin with it.
+    the chat template wrote the start of an answer, such as ``<think>``, they begin with it. The completion of an episode has
+    all messages after the prompt; as a text, it is the last one of the policy.
 
     ``columns`` holds the data's other columns, one value per completion, and ``completion_ids``, ``trainer_state`` (a
     ``transformers.TrainerState``), ``log_extra(column, values)`` for a column of the tables of completions and
     ``log_metric(name, value)``. Unless the data has columns of these names, it also holds ``finish_reason``,
-    ``conversations`` and ``chat_template_kwargs``. A function without ``**columns`` gets only the arguments it names. None
-    means "not scored". The function can be ``async``.
+    ``conversations``, ``chat_template_kwargs`` and, in an environment, ``environment_rewards``. A function without
+    ``**columns`` gets only the arguments it names. None means "not scored". The function can be ``async``.
     """
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
@@ -68,6 +68,18 @@ class GoldReward:
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         """Score each completion."""
         return [self._judge.score(*pair) for pair in zip(prompts, completions, strict=True)]
+
+
+class EnvironmentReward:
+    """The sum of the rewards that the environment gave in an episode."""
+
+    name = "environment"
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], environment_rewards: Sequence[float | None] = (), **_: Any
+    ) -> list[float | None]:
+        """Return the sum of each episode, None if the environment gave no reward."""
+        return list(environment_rewards)
 
 
 @dataclass(frozen=True)
@@ -252,6 +264,11 @@ def score_with(
     return RewardScores(total, by_function, metrics=log.metrics, extra=log.extra, counts=counts)
 
 
+def drop_failed(completions: Sequence[Completion]) -> tuple[list[Completion], list[Completion]]:
+    """Return the completions without those of failed episodes, and these."""
+    return [c for c in completions if not c.error], [c for c in completions if c.error]
+
+
 def drop_unscored(
     completions: list[Completion], scores: RewardScores, *, grouped: bool
 ) -> tuple[list[Completion], RewardScores]:
@@ -278,7 +295,13 @@ def _columns(completions: Sequence[Completion]) -> dict[str, Any]:
 
 def _own_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
     """Return the arguments that TRL doesn't have."""
+    episodes = (
+        {"environment_rewards": [c.environment_reward for c in completions]}
+        if any(c.turns for c in completions)
+        else {}
+    )
     return {
+        **episodes,
         "conversations": [c.prompt.conversation for c in completions],
         "chat_template_kwargs": [dict(c.prompt.chat_template_kwargs) for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
@@ -292,7 +315,7 @@ def _text_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
         **_own_arguments(completions),
         "prompts": [c.prompt.text for c in completions],
         "completions": [c.prompt.prefill + c.text for c in completions],
-        "completion_ids": [list(c.ids) for c in completions],
+        "completion_ids": [list(c.sampled_ids) for c in completions],
     }
 
 
@@ -304,7 +327,7 @@ def _arguments(completions: Sequence[Completion], log: BatchLog, trainer_state: 
         **_columns(completions),
         "prompts": [prompt for prompt, _ in pairs],
         "completions": [completion for _, completion in pairs],
-        "completion_ids": [list(c.ids) for c in completions],
+        "completion_ids": [list(c.sampled_ids) for c in completions],
         "trainer_state": trainer_state or new_state(),
         "log_extra": log.log_extra,
         "log_metric": log.log_metric,
@@ -320,10 +343,10 @@ def new_state() -> TrainerState:
 
 def messages_or_text(completion: Completion) -> tuple[Any, Any]:
     """Return prompt and completion as TRL does: as lists of messages if the prompt is a conversation, otherwise as texts."""
-    prompt, text = completion.prompt, completion.prompt.prefill + completion.text
-    if not prompt.messages:
-        return prompt.text, text
-    return [dict(message) for message in prompt.messages], [{"role": "assistant", "content": text}]
+    prompt = completion.prompt
+    if not prompt.messages and not completion.turns:
+        return prompt.text, prompt.prefill + completion.text
+    return [dict(message) for message in as_messages(prompt.conversation)], completion.messages
 
 
 def _call(name: str, function: RewardFunction, arguments: dict[str, Any]) -> Any:
@@ -373,10 +396,7 @@ def _await_all(names: Sequence[str], returned: list[Any]) -> list[Any]:
 
 def reward_error(name: str, error: Exception) -> RewardError:
     """Return an error that gives the function's name and the line and message of the exception it raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    message = traceback.format_exception_only(error)[-1].strip()
-    return RewardError(f"Reward function {name}: failed{where}: {message.rstrip('.')}.")
+    return RewardError(f"Reward function {name}: failed{raised(error)}.")
 
 
 def _check(name: str, scores: Any, texts: list[str]) -> list[float | None]:
@@ -403,73 +423,3 @@ def _check(name: str, scores: Any, texts: list[str]) -> list[float | None]:
                 "Return finite numbers, or None for no score."
             )
     return numbers
-
-
-# --- loading user code ------------------------------------------------------------------------------------------------
-
-
-def load_function(source: str) -> RewardFunction:
-    """Return the function that ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION`` names. This imports the module.
-
-    Raises:
-        ConfigError: the module or the function doesn't exist.
-        RewardError: the module raised an exception.
-    """
-    module_name, _, name = source.rpartition(":")
-    module = _load_module(module_name)
-    function = getattr(module, name, None)
-    if not callable(function):
-        available = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        problem = f"has no function {name!r}" if function is None else f"{name!r} can't be called"
-        raise ConfigError(f"{module_name}: {problem}.{nearest(name, available)}")
-    return function
-
-
-def source_digest(source: str) -> str:
-    """Return ``source`` with a hash of its file, so that a resumed run notices a change."""
-    file = getattr(_load_module(source.rpartition(":")[0]), "__file__", None)
-    return f"{source}@{sha256(Path(file))[:16]}" if file is not None else source
-
-
-def _load_module(name: str) -> ModuleType:
-    if name.endswith(".py"):
-        return _load_file(Path(name).expanduser())
-    _add_to_path(Path.cwd())
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # the module imports a missing one
-            raise reward_error(name, error) from error
-        raise ConfigError(
-            f"{name}: Python module not found, neither in {Path.cwd()} nor installed. Give the function as "
-            "path/to/file.py:function, or the folder of a reward model."
-        ) from error
-    except ReinforceError:
-        raise
-    except Exception as error:  # user code can raise anything
-        raise reward_error(name, error) from error
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ConfigError(f"{path}: file not found. Give the path of a Python file with a reward function.")
-    name = f"reinforcepp_reward_{sha256(path)[:16]}"  # the file's own name can hide another module
-    if name in sys.modules:
-        return sys.modules[name]
-    _add_to_path(path.resolve().parent)  # for the file's own imports
-    spec: Any = spec_from_file_location(name, path)
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # user code can raise anything
-        del sys.modules[name]
-        if isinstance(error, ReinforceError):
-            raise
-        raise reward_error(str(path), error) from error
-    return module
-
-
-def _add_to_path(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))

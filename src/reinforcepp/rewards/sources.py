@@ -16,19 +16,19 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.models.loading import weights_hash
 from reinforcepp.rewards.card import REWARD_MODEL, RewardCard
 from reinforcepp.rewards.functions import (
+    EnvironmentReward,
     GoldReward,
     RewardFunction,
     RewardScores,
     function_name,
     is_collective,
-    load_function,
     new_state,
     score_with,
-    source_digest,
     unique_names,
 )
 from reinforcepp.rewards.loaded import is_model, loaded_reward, use_tokenizer
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
+from reinforcepp.rewards.user_code import load_object, source_digest
 from reinforcepp.runtime.process import is_main
 from reinforcepp.runtime.redaction import redacted
 from reinforcepp.runtime.terminal import logger
@@ -101,6 +101,12 @@ class RewardSum:
         for name, function in zip(self.names, self.functions, strict=True):
             names += [name, *(f"{name}/{label}" for label in getattr(function, "labels", ()))]
         return names
+
+    @property
+    def environment_weight(self) -> float:
+        """The weight of the rewards that an environment gives, 0 if they don't count."""
+        weighted = zip(self.functions, self.weights, strict=True)
+        return math.fsum(weight for function, weight in weighted if isinstance(function, EnvironmentReward))
 
     @property
     def trained(self) -> list[TrainedReward]:
@@ -229,6 +235,8 @@ def _function_of(source: RewardSource, settings: RewardScoringConfig) -> Any:
     match source.kind:
         case "builtin":
             return GoldReward()
+        case "environment":
+            return EnvironmentReward()
         case "judge":
             from reinforcepp.rewards.judge.judge import Judge  # loads HTTP libraries
 
@@ -236,7 +244,7 @@ def _function_of(source: RewardSource, settings: RewardScoringConfig) -> Any:
         case "rule":
             return make_rule(source.target)
         case "function":
-            return load_function(source.target)
+            return load_object(source.target)
         case "server":
             from reinforcepp.rewards.remote import RemoteReward  # loads HTTP libraries
 
@@ -267,12 +275,14 @@ def _public_name(function: RewardFunction) -> str:
     if hasattr(function, "rubric"):
         return "a language model as judge"
     name = function_name(function)
-    known = hasattr(getattr(function, "func", function), "__name__") or isinstance(function, GoldReward | Rule)
+    known = hasattr(getattr(function, "func", function), "__name__") or isinstance(
+        function, GoldReward | EnvironmentReward | Rule
+    )
     return name if known and name.isidentifier() else "a reward function"
 
 
 def _identity(source: RewardSource | None, function: RewardFunction) -> str:
-    if source is None or source.kind in ("builtin", "model"):
+    if source is None or source.kind in ("builtin", "environment", "model"):
         return function_name(function)
     if source.kind == "judge":
         return str(function.identity)  # type: ignore[attr-defined]

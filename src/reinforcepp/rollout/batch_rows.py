@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from reinforcepp.rollout.engine import request_seed
+from reinforcepp.rollout.engine import request_seed, token_limit
 from reinforcepp.rollout.sampling import uniforms
 from reinforcepp.types import Prompt, Sampling
 
@@ -28,7 +28,7 @@ class BatchRow:
     def start(cls, prompt: Prompt, sample: int, sampling: Sampling, limit: int | None = None) -> BatchRow:
         """Return sample number ``sample`` of ``prompt``, without tokens."""
         seed = request_seed(sampling.seed, prompt.key, sample)
-        return cls(prompt, uniforms(seed, sampling.max_new_tokens), limit or sampling.max_new_tokens)
+        return cls(prompt, uniforms(seed, sampling.max_new_tokens), limit or token_limit(prompt, sampling))
 
     def append(self, token: int, logprob: float, end_ids: frozenset[int]) -> None:
         """Add a token, unless the completion is finished and its row only stays in the batch."""

@@ -61,9 +61,15 @@ def request_seed(seed: int, key: int, sample: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def check_prompts(prompts: Sequence[Prompt], max_new_tokens: int, context_length: int | None) -> None:
+def token_limit(prompt: Prompt, sampling: Sampling) -> int:
+    """Return the maximum length of a completion of ``prompt``, in tokens."""
+    return min(sampling.max_new_tokens, prompt.max_new_tokens or sampling.max_new_tokens)
+
+
+def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, context_length: int | None) -> None:
     """Raise a RolloutError for a prompt from which no engine can generate."""
     for prompt in prompts:
+        max_new_tokens = token_limit(prompt, sampling)
         if not prompt.ids:
             raise RolloutError("The prompt is empty. Give it at least one token of text.")
         if context_length is not None and len(prompt.ids) + max_new_tokens > context_length:

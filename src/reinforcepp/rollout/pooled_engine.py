@@ -47,7 +47,7 @@ class PooledEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """Return ``sampling.num_samples`` completions per prompt; each prompt is processed once, even if workers are lost."""
-        check_prompts(prompts, sampling.max_new_tokens, self.context)
+        check_prompts(prompts, sampling, self.context)
         if not prompts:
             return []
         self.pool.begin(sampling)

@@ -66,6 +66,10 @@ class SharedEngine:
         completions: list[Completion] = self._rank_zero.run(lambda: self.local.generate_everywhere(prompts, sampling))
         return completions
 
+    def any_rank(self, active: bool) -> bool:
+        """Return whether ``active`` is true on any rank, so that all ranks call :meth:`generate` equally often."""
+        return self._rank_zero.map(active, lambda flags: [any(flags)] * len(flags))
+
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """Yield the growing completion of ``prompt``; nothing arrives before its end."""
         (completion,) = self.generate([prompt], sampling)

@@ -62,7 +62,7 @@ class TransformersEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """Return ``sampling.num_samples`` completions per prompt; prompts of similar length share a batch."""
-        check_prompts(prompts, sampling.max_new_tokens, context_length(self.model.config))
+        check_prompts(prompts, sampling, context_length(self.model.config))
         if not prompts:
             return []
         rows = [
@@ -75,7 +75,7 @@ class TransformersEngine:
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """Yield the growing completion of ``prompt`` after each token."""
-        check_prompts([prompt], sampling.max_new_tokens, context_length(self.model.config))
+        check_prompts([prompt], sampling, context_length(self.model.config))
         row = BatchRow.start(prompt, 0, sampling)
         for _ in self._batch([row], 1, sampling, self.decoding, self.eos_ids).decode():
             yield self._completion(row)

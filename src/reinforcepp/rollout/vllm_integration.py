@@ -171,8 +171,8 @@ class VllmEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """Return ``sampling.num_samples`` completions per prompt; a failure of vLLM restarts it and repeats the batch."""
-        check_prompts(prompts, sampling.max_new_tokens, self.context)
-        check_prompts(prompts, sampling.max_new_tokens, self.max_length)
+        check_prompts(prompts, sampling, self.context)
+        check_prompts(prompts, sampling, self.max_length)
         if not prompts:
             return []
         if self._llm is None:
@@ -203,7 +203,7 @@ class VllmEngine:
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Completion, None, None]:
         """Yield the growing completion of ``prompt`` after each token."""
-        check_prompts([prompt], sampling.max_new_tokens, self.context)
+        check_prompts([prompt], sampling, self.context)
         engine = self._llm.llm_engine
         with self._inside_vllm():
             self.wake_up()

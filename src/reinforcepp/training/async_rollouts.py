@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.environments.episodes import EpisodeRunner
 from reinforcepp.models.lora import frozen_copy, load_trainable_weights, trainable_weights
+from reinforcepp.rewards.functions import drop_failed
 from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine, select_device
 from reinforcepp.rollout.serialization import as_rows, from_rows
@@ -47,6 +49,7 @@ class AsyncRolloutScheduler(RolloutScheduler):
         update: owns the policy; scores completions under the weights that sampled them.
         batches: the prompts of each step.
         num_steps: steps of the run.
+        episodes: runs the environments, if a completion is an episode.
     """
 
     def __init__(
@@ -56,8 +59,9 @@ class AsyncRolloutScheduler(RolloutScheduler):
         update: PolicyUpdate,
         batches: PromptBatches,
         num_steps: int,
+        episodes: EpisodeRunner | None = None,
     ) -> None:
-        super().__init__(config, checked, update.policy.plain, batches, update.ranks)
+        super().__init__(config, checked, update.policy.plain, batches, update.ranks, episodes)
         self._update = update
         self._num_steps = num_steps
         self._copies = [frozen_copy(self.policy) for _ in range(config.staleness)]
@@ -94,6 +98,7 @@ class AsyncRolloutScheduler(RolloutScheduler):
         """Stop pending rollouts and drop their completions."""
         self._thread.shutdown(cancel_futures=True)
         self._thread, self._jobs = self._new_thread(), {}
+        super().close()
 
     # --- checkpoints ---
 
@@ -153,6 +158,7 @@ class AsyncRolloutScheduler(RolloutScheduler):
         )
 
     def _with_logprobs(self, model: PreTrainedModel, completions: list[Completion]) -> list[Completion]:
+        completions, failed = drop_failed(completions)
         width = max((len(c.ids) for c in completions), default=0)
         scored = list(completions)
 
@@ -165,4 +171,4 @@ class AsyncRolloutScheduler(RolloutScheduler):
                 )
 
         self._update.passes.score(completions, score)
-        return scored
+        return [*scored, *failed]

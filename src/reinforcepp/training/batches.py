@@ -193,8 +193,8 @@ class UpdateBatch:
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, on the CPU."""
         tensors = {f.name: getattr(self.rollout, f.name) for f in fields(RolloutBatch) if f.name != "completions"}
-        update = {name: value for name in UPDATE_TENSORS if (value := getattr(self, name)) is not None}
-        return {name: value.detach().cpu() for name, value in {**tensors, **update}.items()}
+        tensors |= {name: getattr(self, name) for name in UPDATE_TENSORS}
+        return {name: value.detach().cpu() for name, value in tensors.items() if value is not None}
 
 
 def _update_batch(

@@ -17,6 +17,7 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.data import StreamRows, check_dataset, prompt_rows
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
+from reinforcepp.environments.protocol import EnvironmentFactory
 from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.devices import check_compiler, choose_device
@@ -28,7 +29,7 @@ from reinforcepp.models.prompt_format import prompt_form
 from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.rotary import fix_frequencies
 from reinforcepp.monitoring import log_event
-from reinforcepp.monitoring.environment import environment
+from reinforcepp.monitoring.environment import environment as host_facts
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rewards.sources import RewardSum, load_rewards
 from reinforcepp.rollout.checked_engine import CheckedEngine
@@ -44,6 +45,13 @@ from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
 from reinforcepp.training.batches import PromptBatches
 from reinforcepp.training.callbacks import Callbacks
 from reinforcepp.training.critic import Critic
+from reinforcepp.training.episodes import (
+    environment_inputs,
+    episode_runner,
+    longest_start,
+    with_environment,
+    with_environment_reward,
+)
 from reinforcepp.training.evaluation import Evaluator
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
@@ -97,7 +105,7 @@ class TrainingParts:
 
 def build(
     model: str | PreTrainedModel,
-    reward_funcs: str | RewardFunction | Sequence[str | RewardFunction],
+    reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None,
     config: ReinforceConfig,
     train_dataset: Iterable[Any] | None,
     eval_dataset: Iterable[Any] | None,
@@ -109,6 +117,7 @@ def build(
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None,
     optimizers: Optimizers,
     quantization_config: Any,
+    environment: EnvironmentFactory | None = None,
 ) -> TrainingParts:
     """Check everything that can be checked first, then load the models; the arguments are those of the trainer.
 
@@ -116,6 +125,7 @@ def build(
         ReinforceError: settings, data or models don't fit together.
     """
     config, quantization = with_quantization(config, model, quantization_config)
+    config, make_environment = with_environment(config, environment)
     if config.trust_remote_code:
         allow_remote_code(model if isinstance(model, str) else model.config.name_or_path, config.output_dir)
     folder, resumed = open_folder(model, config)
@@ -147,7 +157,7 @@ def build(
     batches = PromptBatches(prompts, config.batch_size, config.seed, shuffle=shuffle)
     num_steps = config.max_steps or math.ceil(batches.steps_per_epoch * config.num_train_epochs)
     rewards = load_rewards(
-        reward_funcs,
+        with_environment_reward(config, reward_funcs),
         config,
         reward_weights,
         reward_processing_classes,
@@ -164,7 +174,8 @@ def build(
     learner, critic = start_learners(
         model, config, ranks, updates=updates, optimizers=optimizers, quantization=quantization
     )
-    max_length = (config.max_prompt_length or longest_prompt(prompts, *eval_sets.values())) + config.max_new_tokens
+    longest = longest_start(config, longest_prompt(prompts, *eval_sets.values()), limit, make_environment)
+    max_length = longest + config.max_new_tokens
     for trained in (learner, critic):
         if trained is not None and (kind := fix_frequencies(trained.plain, max_length)) and trained is learner:
             echo(
@@ -175,6 +186,7 @@ def build(
     rewards = replace(rewards, trainer_state=events.state)
     reference = make_reference(learner.plain, new_adapter=config.use_peft)
     inputs = fingerprints(reference, [prompts, *eval_sets.values()], rewards)
+    inputs |= environment_inputs(config, environment)
     checkpoint.check_inputs(resumed, inputs, config.allowed_changes)
     if choice is not None:
         if config.rollout == "auto":
@@ -205,10 +217,11 @@ def build(
     own_engine = partial(TransformersEngine, learner.plain, tokenizer, config.effective_rollout_batch_size)
     fallback = own_engine if choice is not None and choice.can_fall_back else None
     checked = CheckedEngine(engine, tokenizer, fallback)
+    episodes = episode_runner(config, make_environment, tokenizer, longest, folder)
     rollouts = (
-        AsyncRolloutScheduler(config, checked, update, batches, num_steps)
+        AsyncRolloutScheduler(config, checked, update, batches, num_steps, episodes)
         if config.staleness
-        else RolloutScheduler(config, checked, learner.plain, batches, ranks)
+        else RolloutScheduler(config, checked, learner.plain, batches, ranks, episodes)
     )
     facts = {
         "kind": type(config).__name__,
@@ -219,7 +232,7 @@ def build(
         "rewards": rewards.describe(),
         "judge": judge_sum.names[0] if judge_sum else None,
         **precision,
-        **environment(ranks.device),
+        **host_facts(ranks.device),
     }
     moving = MovingReference(reference, learner.plain, config) if config.sync_ref_model else None
     run = PolicyRun(folder, update, rollouts, tokenizer, events, facts, resumed, moving)

@@ -16,9 +16,10 @@ from reinforcepp.config.shared import is_due
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.models.logprobs import response_logprobs
+from reinforcepp.models.tokenization import pad_values
 from reinforcepp.monitoring.completion_log import columns_of
 from reinforcepp.monitoring.step_metrics import completion_metrics, reward_metrics
-from reinforcepp.rewards.functions import RewardScores, join_scores
+from reinforcepp.rewards.functions import FAILED_KEY, RewardScores, drop_failed, join_scores
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.rollout.engine import preserve_random_state
 from reinforcepp.types import Completion, Prompt, Sampling
@@ -117,8 +118,10 @@ def evaluate(
 
     def evaluate_local() -> RankEvaluation:
         # A rank without prompts generates too, because all ranks can share the engine.
-        completions = generate(ranks.local_slice(prompts), sampling)
+        completions, failed = drop_failed(generate(ranks.local_slice(prompts), sampling))
         scores = rewards.score(completions)
+        if failed:
+            scores.counts[FAILED_KEY] = float(len(failed))
         judgements = judge.score(completions).total if judge is not None else []
         logprobs = completion_logprobs(policy, completions, sampling.temperature, pad_id)
         kl = kl_sums(logprobs, completion_logprobs(reference, completions, sampling.temperature, pad_id))
@@ -134,13 +137,14 @@ def evaluate(
     whole = _evaluation(completions, scores, judgements if judge is not None else None, kl, entropy)
     if len(sets) == 1:
         return whole
-    start, found = 0, dict[str, Evaluation]()
+    found = dict[str, Evaluation]()
     for name, prompts_of in sets.items():
-        rows = slice(start, start + len(prompts_of))
-        start = rows.stop
-        own = replace(scores.rows(range(rows.start, rows.stop)), skipped=0, counts={})
-        judged = judgements[rows] if judge is not None else None
-        found[name] = _evaluation(completions[rows], own, judged, kl[rows], entropy[rows], name)
+        keys = {prompt.key for prompt in prompts_of}
+        rows = [row for row, completion in enumerate(completions) if completion.prompt.key in keys]
+        own = replace(scores.rows(rows), skipped=0, counts={})
+        judged = [judgements[row] for row in rows] if judge is not None else None
+        parts_of = [completions[row] for row in rows], own, judged, [kl[row] for row in rows]
+        found[name] = _evaluation(*parts_of, [entropy[row] for row in rows], name)
     return replace(whole, parts=found)
 
 
@@ -175,7 +179,7 @@ def _evaluation(
         judge=None if judgements is None else fmean(judged),
         judge_error=None if judgements is None else standard_error(judged),
         kl=mean_kl(kl),
-        length=fmean(len(c.ids) for c in completions),
+        length=fmean(len(c.sampled_ids) for c in completions),
         truncated=fmean(c.finish_reason == "length" for c in completions),
         distinct=len({c.text for c in completions}) / len(completions),
         completions=completions,
@@ -211,6 +215,8 @@ def completion_logprobs(
         prompts, responses = [c.prompt.ids for c in rows], [c.ids for c in rows]
         tensors = response_logprobs(model, prompts, responses, pad_id=pad_id, temperature=temperature)
         logprobs_BT, entropy_BT, mask_BT = (tensor.cpu() for tensor in tensors)
+        if any(c.turns for c in rows):
+            mask_BT = pad_values([[float(sampled) for sampled in c.mask] for c in rows])
         batches.append((logprobs_BT, entropy_BT, mask_BT))
         report(len(rows))
     return batches

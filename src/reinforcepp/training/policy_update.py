@@ -20,7 +20,7 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.errors import UnusableUpdate
 from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import pad_values
-from reinforcepp.rewards.functions import RewardScores, drop_unscored
+from reinforcepp.rewards.functions import FAILED_KEY, RewardScores, drop_failed, drop_unscored
 from reinforcepp.rewards.sources import RewardSum
 from reinforcepp.training.batches import (
     UpdateBatch,
@@ -57,9 +57,12 @@ def score(
     config, device = update.config, update.ranks.device
 
     def score_local() -> tuple[RolloutBatch, RewardScores]:
-        scores = rewards.score(completions)
-        kept, scores = drop_unscored(completions, scores, grouped=config.estimator_spec.grouped)
-        mask_BT = pad_values([[1.0] * len(c.ids) for c in kept]).to(device)
+        finished, failed = drop_failed(completions)
+        scores = rewards.score(finished)
+        if config.has_episodes:
+            scores.counts[FAILED_KEY] = float(len(failed))
+        kept, scores = drop_unscored(finished, scores, grouped=config.estimator_spec.grouped)
+        mask_BT = pad_values([[float(sampled) for sampled in c.mask] for c in kept]).to(device)
         width, (old_BT, ref_BT, entropy_BT) = mask_BT.shape[1], (torch.zeros_like(mask_BT) for _ in range(3))
 
         def score_rows(rows: list[int]) -> None:
@@ -90,10 +93,20 @@ def score(
             entropy_BT=entropy_BT,
             rewards_B=rewards_B,
             group_ids_B=group_ids_B,
+            turn_rewards_BT=_turn_rewards(kept, rewards.environment_weight).to(device) if config.has_episodes else None,
         )
         return batch, scores
 
     return update.ranks.run_or_raise_all(score_local)
+
+
+def _turn_rewards(episodes: Sequence[Completion], weight: float) -> Tensor:
+    """Return ``weight`` times the rewards of all turns but the last that the policy wrote, at their last tokens. -> (B, T)"""
+    rewards_BT = pad_values([[0.0] * len(episode.ids) for episode in episodes])
+    for row, episode in enumerate(episodes):
+        for turn in [turn for turn in episode.turns if turn.sampled][:-1]:
+            rewards_BT[row, turn.stop - 1] = weight * (turn.reward or 0.0)
+    return rewards_BT
 
 
 def with_advantages(batch: RolloutBatch, scores: RewardScores, update: PolicyUpdate, kl_coef: float) -> UpdateBatch:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
+from reinforcepp.environments.protocol import EnvironmentFactory
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rollout.engine import RolloutEngine
@@ -44,6 +45,8 @@ class ReinforceTrainer(TrainerMethods):
         engine: generates the rollouts; default: the one that ``args.rollout`` names.
         judge: a reward function, or its folder, that scores held-out completions and has no part in training.
         reward_weights: one weight per reward function; default: 1.
+        environment: a class, or another function that returns an environment for each episode, instead of the name in ``args``.
+            Its rewards are the reward function ``environment``, which is added if ``reward_funcs`` doesn't name it.
 
     Raises:
         ReinforceError: settings, data or models don't fit together; raised before training starts.
@@ -52,7 +55,7 @@ class ReinforceTrainer(TrainerMethods):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: str | RewardFunction | Sequence[str | RewardFunction],
+        reward_funcs: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
         args: ReinforceConfig | None = None,
         train_dataset: Iterable[Any] | None = None,
         eval_dataset: Iterable[Any] | None = None,
@@ -66,6 +69,7 @@ class ReinforceTrainer(TrainerMethods):
         engine: RolloutEngine | None = None,
         judge: str | RewardFunction | None = None,
         reward_weights: Sequence[float] | None = None,
+        environment: EnvironmentFactory | None = None,
         **unsupported: Any,
     ) -> None:
         refuse_arguments(unsupported)
@@ -85,6 +89,7 @@ class ReinforceTrainer(TrainerMethods):
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
+            environment=environment,
         )
         self.config = parts.update.config  # with the learning rate
         self.folder, self.ranks, self.num_steps = parts.folder, parts.ranks, parts.num_steps

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.distributed.ranks import Ranks
+from reinforcepp.environments.episodes import EpisodeRunner
 from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine, request_seed
 from reinforcepp.training.batches import PromptBatches
@@ -28,6 +29,7 @@ class RolloutScheduler:
         policy: the model whose weights the engine gets.
         batches: the prompts of each step.
         ranks: each rank generates for its share of the prompts.
+        episodes: runs the environments, if a completion is an episode.
     """
 
     config: ReinforceConfig
@@ -35,6 +37,7 @@ class RolloutScheduler:
     policy: PreTrainedModel
     batches: PromptBatches
     ranks: Ranks
+    episodes: EpisodeRunner | None = None
 
     def next(self, step: int) -> list[Completion]:
         """Return this rank's completions of a step; steps count from 0."""
@@ -43,8 +46,17 @@ class RolloutScheduler:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, model: PreTrainedModel | None = None
     ) -> list[Completion]:
-        """Return completions by the weights of ``model``, which the engine has; by default the policy's."""
-        return self.checked.generate(prompts, sampling, self.policy if model is None else model, self._engine_for)
+        """Return completions by the weights of ``model``, which the engine has; by default the policy's.
+
+        In an environment they are episodes, and those that failed have an error.
+        """
+
+        def complete(prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+            return self.checked.generate(prompts, sampling, self.policy if model is None else model, self._engine_for)
+
+        if self.episodes is None:
+            return complete(prompts, sampling)
+        return self.episodes.run(prompts, sampling, complete, getattr(self.checked.engine, "any_rank", bool))
 
     def sync(self, step: int) -> None:
         """Give the engine the weights that the policy has after ``step``."""
@@ -74,6 +86,8 @@ class RolloutScheduler:
 
     def close(self) -> None:
         """Stop pending work."""
+        if self.episodes is not None:
+            self.episodes.close()
 
     def pending(self, step: int) -> dict[str, object]:
         """Return the completions already generated for ``step`` and later, as JSON; every rank must call this."""

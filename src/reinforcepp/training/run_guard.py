@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from reinforcepp.distributed.ranks import Ranks
-from reinforcepp.errors import EngineLost, RewardError, TrainingDiverged, UnusableUpdate, option
+from reinforcepp.errors import EngineLost, EnvironmentFailed, RewardError, TrainingDiverged, UnusableUpdate, option
 from reinforcepp.monitoring import Clock
 from reinforcepp.monitoring.signals import Interrupted, Stop, StopRequested, stop_signals
 from reinforcepp.monitoring.watchdog import Watchdog
@@ -103,7 +103,7 @@ class RunGuard:
                 yield
             except StopRequested as stop:
                 raise Interrupted(self._save_stopped(), self.heartbeat.stop.exit_code) from stop
-            except (RewardError, EngineLost) as error:
+            except (RewardError, EngineLost, EnvironmentFailed) as error:
                 raise type(error)(
                     f"{error} Saved the run {self._save_stopped()}. Resume it with {option('resume')}."
                 ) from error

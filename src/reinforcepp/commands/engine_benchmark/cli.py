@@ -112,11 +112,12 @@ def _encode(settings: argparse.Namespace, model: str, texts: Sequence[str]) -> t
     from reinforcepp.models import loading as models
     from reinforcepp.models.tokenization import encode_prompts
     from reinforcepp.rollout.engine import check_prompts
+    from reinforcepp.types import Sampling
 
     tokenizer = models.load_tokenizer(model)
     rows = [PromptRow(text, {}, i) for i, text in enumerate(texts)]
     prompts, _ = encode_prompts(tokenizer, rows, max_prompt_length=settings.max_prompt_length)
-    check_prompts(prompts, settings.max_new_tokens, models.context_length(models.load_config(model)))
+    check_prompts(prompts, Sampling(settings.max_new_tokens), models.context_length(models.load_config(model)))
     return tokenizer, prompts
 
 

@@ -23,7 +23,7 @@ import httpx2
 import torch
 
 from reinforcepp.errors import RolloutError, setting
-from reinforcepp.rollout.engine import to_completion
+from reinforcepp.rollout.engine import to_completion, token_limit
 from reinforcepp.rollout.vllm.compat import sampling_settings
 from reinforcepp.rollout.vllm.server import KEY, training_command
 from reinforcepp.runtime.process import outcome
@@ -233,8 +233,8 @@ class VllmClient:
                 ids += part[0]
                 logprobs += part[1]
                 reason = part[2] or reason
-                if len(ids) > sampling.max_new_tokens:
-                    raise ServerUnavailable(f"sent more than the {sampling.max_new_tokens} tokens of a completion")
+                if len(ids) > token_limit(prompt, sampling):
+                    raise ServerUnavailable(f"sent more than the {body['max_tokens']} tokens of a completion")
                 if part[0]:
                     self._last_progress = time.monotonic()
         if reason not in ("stop", "length") or not len(ids) == len(logprobs) > 0:

@@ -16,7 +16,7 @@ import torch
 from reinforcepp.errors import first_line
 from reinforcepp.models import loading as models
 from reinforcepp.models.devices import compiler_problem
-from reinforcepp.rollout.engine import preserve_random_state, request_seed
+from reinforcepp.rollout.engine import preserve_random_state, request_seed, token_limit
 from reinforcepp.rollout.vllm.memory import head_size
 from reinforcepp.runtime.process import protect_compiled_code
 from reinforcepp.types import Prompt, Sampling
@@ -139,7 +139,7 @@ def has_output_layer(architecture: str) -> bool:
 def sampling_settings(sampling: Sampling, prompt: Prompt, sample: int, eos_ids: frozenset[int]) -> dict[str, Any]:
     """Return vLLM's parameters for one completion, for an engine in this process or a server."""
     return {
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": token_limit(prompt, sampling),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,

@@ -1,0 +1,1 @@
+"""Environments: episodes of several turns, in which the policy and a program write in turn."""

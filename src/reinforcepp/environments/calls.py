@@ -1,0 +1,96 @@
+"""Call functions of users at the same time, each within a time limit."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from reinforcepp.errors import EnvironmentFailed
+
+MAX_CONCURRENT = 64
+MAX_HANGING = 64
+"""Threads that didn't return in time; a thread can't be ended."""
+
+
+class TimedOut(Exception):
+    """A call took too long."""
+
+
+class TimedCalls:
+    """Calls functions in threads, and awaits what ``async`` functions return in one event loop.
+
+    Args:
+        seconds: the time limit of each call.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.hanging = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return the result of each function, or the exception that it raised; :class:`TimedOut` if it took too long.
+
+        Raises:
+            EnvironmentFailed: too many calls never returned.
+        """
+        if not functions:
+            return []
+        if self._loop is None:  # one loop for all calls, because sessions and locks of asyncio belong to a loop
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="environments", daemon=True).start()
+        results = asyncio.run_coroutine_threadsafe(self._all(functions), self._loop).result()
+        if self.hanging > MAX_HANGING:
+            raise EnvironmentFailed(
+                f"environment: {self.hanging} calls didn't return within {self.seconds:g} s. Give its calls time limits of "
+                "their own, or raise environment_timeout."
+            )
+        return results
+
+    def close(self) -> None:
+        """Stop the event loop."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    async def _all(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+        places = asyncio.Semaphore(MAX_CONCURRENT)
+
+        async def call(function: Callable[[], Any]) -> Any:
+            async with places:
+                try:
+                    async with asyncio.timeout(self.seconds) as limit:
+                        return await self._result(function)
+                except Exception as error:  # code of users can raise anything
+                    return TimedOut() if limit.expired() else error
+
+        return list(await asyncio.gather(*map(call, functions)))
+
+    async def _result(self, function: Callable[[], Any]) -> Any:
+        value = await self._in_thread(function)
+        return await value if inspect.isawaitable(value) else value
+
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        """Run ``function`` in a thread of its own; unlike those of asyncio, it doesn't keep the process from ending."""
+        loop, finished = asyncio.get_running_loop(), asyncio.Event()
+        result: list[Any] = []
+
+        def run() -> None:
+            try:
+                result.append((True, function()))
+            except BaseException as error:
+                result.append((False, error))
+            loop.call_soon_threadsafe(finished.set)
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            await finished.wait()
+        finally:
+            self.hanging += not result
+        succeeded, value = result[0]
+        if succeeded:
+            return value
+        raise value if isinstance(value, Exception) else RuntimeError(f"{type(value).__name__}: {value}")
