@@ -8,8 +8,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from reinforcepp.errors import EnvironmentFailed
-
 MAX_CONCURRENT = 64
 MAX_HANGING = 64
 """Threads that didn't return in time; a thread can't be ended."""
@@ -32,23 +30,13 @@ class TimedCalls:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Return the result of each function, or the exception that it raised; :class:`TimedOut` if it took too long.
-
-        Raises:
-            EnvironmentFailed: too many calls never returned.
-        """
+        """Return the result of each function, or the exception that it raised; :class:`TimedOut` if it took too long."""
         if not functions:
             return []
         if self._loop is None:  # one loop for all calls, because sessions and locks of asyncio belong to a loop
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="environments", daemon=True).start()
-        results = asyncio.run_coroutine_threadsafe(self._all(functions), self._loop).result()
-        if self.hanging > MAX_HANGING:
-            raise EnvironmentFailed(
-                f"environment: {self.hanging} calls didn't return within {self.seconds:g} s. Give its calls time limits of "
-                "their own, or raise environment_timeout."
-            )
-        return results
+        return asyncio.run_coroutine_threadsafe(self._all(functions), self._loop).result()
 
     def close(self) -> None:
         """Stop the event loop."""

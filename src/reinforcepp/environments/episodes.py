@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from reinforcepp.environments.calls import TimedCalls, TimedOut
+from reinforcepp.environments.calls import MAX_HANGING, TimedCalls, TimedOut
 from reinforcepp.environments.protocol import Environment, EnvironmentFactory, StepResult, checked_prompt, checked_step
 from reinforcepp.errors import ConfigError, EnvironmentFailed, ModelError, setting
 from reinforcepp.models.tokenization import encode_prompt, encode_turn
@@ -163,7 +163,9 @@ class EpisodeRunner:
         ]
         try:
             self._reset(episodes)
-            _check_groups(episodes)
+            if different := _begin_differently(episodes):
+                for episode in episodes:  # other ranks can be in the loop
+                    episode.fail("reset returned different prompts for the episodes of one row")
             while any_rank(bool(active := [episode for episode in episodes if episode.active])):
                 replies = generate([episode.next_prompt() for episode in active], one)
                 for episode, reply in zip(active, replies, strict=True):
@@ -171,6 +173,11 @@ class EpisodeRunner:
                 self._step(active)
         finally:
             self._close(episodes)
+        if different:
+            raise ConfigError(
+                f"environment {self.name}: reset returned different prompts for the episodes of one row, but their rewards are "
+                "compared with each other. Let reset depend on its row alone."
+            )
         finished = [episode.completion() for episode in episodes]
         self._report(finished)
         return finished
@@ -250,6 +257,11 @@ class EpisodeRunner:
         failed = [episode for episode in episodes if episode.error]
         if failed:
             self.log_failures(failed)
+        if self._calls.hanging > MAX_HANGING:
+            raise EnvironmentFailed(
+                f"environment {self.name}: {self._calls.hanging} calls didn't return within {self.timeout:g} s. Give its calls "
+                "time limits of their own, or raise environment_timeout."
+            )
         for episode in episodes:
             self._failures_in_a_row = self._failures_in_a_row + 1 if episode.error else 0
             self._succeeded |= not episode.error
@@ -279,14 +291,13 @@ def _row(prompt: Prompt) -> Mapping[str, Any]:
     return {**prompt.columns, "prompt": messages or prompt.text}
 
 
-def _check_groups(episodes: Sequence[Episode]) -> None:
+def _begin_differently(episodes: Sequence[Episode]) -> bool:
     first: dict[int, tuple[int, ...]] = {}
-    for episode in episodes:
-        if not episode.error and first.setdefault(episode.prompt.key, episode.prompt.ids) != episode.prompt.ids:
-            raise ConfigError(
-                "environment: reset returned different prompts for the episodes of one row, but their rewards are compared "
-                "with each other. Let reset depend on its row alone."
-            )
+    return any(
+        first.setdefault(episode.prompt.key, episode.prompt.ids) != episode.prompt.ids
+        for episode in episodes
+        if not episode.error
+    )
 
 
 def _out_of_turns(episode: Completion, max_turns: int) -> bool:
