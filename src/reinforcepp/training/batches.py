@@ -111,6 +111,7 @@ def batch_advantages(
         kl_coef=0.0 if config.estimator_spec.kl_in_loss else kl_coef,
         gamma=config.gamma,
         discount_per=config.discount_per,
+        turn_rewards_BT=batch.turn_rewards_BT,
         estimator=config.estimator,
         group_ids_B=batch.group_ids_B,
         scale=config.advantage_scale,
