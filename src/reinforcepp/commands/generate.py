@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from reinforcepp.config import GenerateConfig, SamplingConfig
+from reinforcepp.config.data_spec import REASONING_GYM
 from reinforcepp.config.judge_spec import is_judge
 from reinforcepp.data import PromptRow, check_dataset, is_data_file, prompt_rows, read_prompt_lines, read_prompts
 from reinforcepp.files import check_output_file, whole_file
@@ -33,6 +34,7 @@ from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode_prompts
 from reinforcepp.monitoring.turns import turn_lines
 from reinforcepp.rewards.functions import RewardFunction, function_name, score_with
+from reinforcepp.rewards.reasoning_gym import ReasoningGymReward
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.rollout.engine import RolloutEngine, preserve_random_state
 from reinforcepp.rollout.factory import start_engine
@@ -98,8 +100,8 @@ def generate(
     Args:
         model: builtin:tiny, a folder, a Hub name, or a loaded model, which stays as it is.
         prompts: One prompt or several, each a text, a list of messages, or a row with a ``prompt``; a ``Dataset``; or the path
-            (``pathlib.Path``) of a file of prompts. A text is a user message if the model has a chat template. The other
-            columns of rows go to a reward function.
+            (``pathlib.Path``) of a file of prompts, or ``Path("reasoning_gym:chain_sum")``. A text is a user message if the
+            model has a chat template. The other columns of rows go to a reward function.
         processing_class: The tokenizer; default: the model's.
         max_new_tokens: Maximum length of a response, in tokens.
         temperature: Sampling temperature; 0 is greedy, 1 the model's own distribution.
@@ -110,8 +112,8 @@ def generate(
         seed: Sampling seed; the same seed gives the same responses.
         num_samples: Responses per prompt.
         best_of: Sample this many responses per prompt and keep the highest-reward one.
-        reward_model: Folder of a reward model, a language model with its rubric (judge:MODEL?rubric=...), or a reward function,
-            that scores every response.
+        reward_model: Folder of a reward model, a language model with its rubric (judge:MODEL?rubric=...), reasoning_gym for
+            its tasks, or a reward function, that scores every response.
         max_prompt_length: Most tokens of a formatted prompt. Default: what the context leaves.
         engine: Engine; auto uses vLLM if it is installed and runs the model. For a loaded model, auto is transformers.
         dtype: Data type of the weights; auto: the model's on a GPU, float32 on a CPU. A loaded model keeps its own.
@@ -188,7 +190,7 @@ def _generate(
     """Return the responses, after writing them to ``config.output``."""
     output = check_output_file(config.output) if config.output is not None else None
     with file_lock(output) if output is not None else nullcontext():
-        if is_judge(config.reward_model):
+        if is_judge(config.reward_model) or config.reward_model == REASONING_GYM:
             reward = load_reward(str(config.reward_model))
         elif config.reward_model is not None and reward is None:
             check_reward_folder(config.reward_model)
@@ -258,7 +260,9 @@ def load_engine(
 
 
 def load_reward(name: str) -> RewardFunction:
-    """Load a judge, or a reward model as :func:`load_scorer` does."""
+    """Load a judge, the verifiers of reasoning-gym, or a reward model as :func:`load_scorer` does."""
+    if name == REASONING_GYM:
+        return ReasoningGymReward()
     if is_judge(name):
         from reinforcepp.rewards.judge.judge import load_judge  # loads HTTP libraries
 

@@ -3,6 +3,7 @@
 my.csv, data/*.jsonl, a folder           files, patterns and folders
 org/name, hub:name                       a dataset on the Hugging Face Hub; a file or folder with this name has priority
 feedback.db, postgresql://host/name      a database of reinforcepp label
+reasoning_gym:TASK                       a task of reasoning-gym; its options are those of the generator, with size and seed
 a,b                                      several of them
 NAME?weight=2&split=train                with options: weight, for a dataset split, revision and subset, for a database strength
 """
@@ -21,6 +22,8 @@ from reinforcepp.errors import ConfigError, nearest
 
 OPTIONS = ("weight", "split", "revision", "subset", "strength")
 STRENGTHS = ("margin", "weight")
+REASONING_GYM = "reasoning_gym"
+"""Prefix of the tasks of reasoning-gym, and name of the reward that scores their answers."""
 MOST_TIMES = 1000
 _OPTIONS = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
 _HUB = "hub:"
@@ -39,7 +42,7 @@ class DataName:
     """One entry of the setting ``data``: ``name`` with its options.
 
     ``weight`` is how often its rows count in training; ``subset`` is also called a configuration on the Hub. ``strength`` is the
-    column that holds the strength of preferences in a feedback database.
+    column that holds the strength of preferences in a feedback database. ``generator`` has the options of a task.
     """
 
     name: str
@@ -49,6 +52,19 @@ class DataName:
     subset: str | None = None
     strength: str = STRENGTHS[0]
     hub: bool = False
+    generator: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def task(self) -> str | None:
+        """The task of reasoning-gym that the entry names, if it does."""
+        prefix, colon, task = self.name.partition(":")
+        return task if colon and prefix == REASONING_GYM else None
+
+    @property
+    def task_text(self) -> str:
+        """The task with its options, as the user writes them."""
+        options = "&".join(f"{key}={value}" for key, value in self.generator)
+        return self.name + (f"?{options}" if options else "")
 
     @property
     def database(self) -> str | None:
@@ -60,7 +76,7 @@ class DataName:
     @property
     def paths(self) -> list[Path]:
         """The files and folders that match the name, or the name itself if none match; empty for a Hub dataset."""
-        if self.hub or _SERVER.match(self.name):
+        if self.hub or self.task is not None or _SERVER.match(self.name):
             return []
         try:
             matches = sorted(glob.glob(self.name)) if not os.path.exists(self.name) else []
@@ -85,8 +101,24 @@ def listed(setting: str | Path) -> list[Path]:
     return [path for part in data_names(setting) for path in part.paths]
 
 
+def is_reasoning_gym(setting: str | Path) -> bool:
+    """Return whether all entries of a setting are tasks of reasoning-gym."""
+    names = data_names(setting) if f"{REASONING_GYM}:" in str(setting) else []
+    return bool(names) and all(name.task is not None for name in names)
+
+
+def heldout_tasks(setting: str | Path) -> str | None:
+    """Return the setting for the held-out rows of tasks of reasoning-gym; None if other data or a split is named."""
+    if not is_reasoning_gym(setting) or any("split" in dict(name.generator) for name in data_names(setting)):
+        return None
+    texts = filter(None, map(str.strip, str(setting).split(",")))
+    return ",".join(f"{text}{'&' if '?' in text else '?'}split=heldout" for text in texts)
+
+
 def _data_name(text: str) -> DataName:
     found = None if os.path.exists(text) else _OPTIONS.fullmatch(text)
+    if text.startswith(f"{REASONING_GYM}:"):
+        return _task(text, found)
     if found is None:
         return DataName(text.removeprefix(_HUB), hub=_is_hub(text))
     name, options = found[1], dict(parse_qsl(found[2].replace("+", "%2B"), keep_blank_values=True))
@@ -108,6 +140,19 @@ def _data_name(text: str) -> DataName:
             "a file. Omit the option."
         )
     return replace(part, **options)
+
+
+def _task(text: str, found: re.Match[str] | None) -> DataName:
+    """Return a task of reasoning-gym; the generator checks its options, because only the package knows them."""
+    name, options = (text, "") if found is None else found.groups()
+    pairs = parse_qsl(options.replace("+", "%2B"), keep_blank_values=True)
+    given = dict(pairs)
+    for key, value in pairs:
+        if not value.strip() or len(given) < len(pairs):
+            problem = f"{key} has no value" if not value.strip() else "an option is given twice"
+            raise ConfigError(f"{text}: {problem}. Give one value per option.")
+    weight = _weight(text, given.pop("weight", "1"))
+    return DataName(name, weight, generator=tuple(given.items()))
 
 
 def _is_hub(name: str) -> bool:

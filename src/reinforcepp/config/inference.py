@@ -64,13 +64,13 @@ class GenerateConfig(SamplingConfig):
     prompt: str | None = None
     """Prompt; default: prompts_file, or lines of standard input"""
     prompts_file: str | None = None
-    """Text file with one prompt per line, or a data file with a prompt column"""
+    """Text file with a prompt per line, data file, or reasoning_gym:TASK"""
     num_samples: PositiveInt = 1
     """Responses per prompt"""
     best_of: PositiveInt | None = None
     """Sample this many responses per prompt and keep the highest-reward one"""
     reward_model: FilledStr | None = None
-    """Folder of a reward model, or judge:MODEL?..., that scores every response"""
+    """Folder of a reward model, judge:MODEL?... or reasoning_gym; scores responses"""
     max_prompt_length: PositiveInt | None = None
     """Most tokens of a formatted prompt. Default: what the context leaves"""
     output: str | None = None

@@ -2,6 +2,7 @@
 
 builtin:judge                        the built-in data's judge
 environment                          the sum of the rewards that the environment gave in an episode
+reasoning_gym                        the verifiers of reasoning-gym, for data of its tasks; see ``data_spec``
 rule:NAME?OPTION=VALUE&...           a rule of ``reward_rules``
 judge:MODEL?OPTION=VALUE&...         a language model that scores by a rubric, see ``judge_spec``
 http://HOST:PORT/get_reward          a reward server
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
+from reinforcepp.config.data_spec import REASONING_GYM
 from reinforcepp.config.judge_spec import PREFIX, parse_judge
 from reinforcepp.config.reward_rules import RULES, make_rule
 from reinforcepp.errors import ConfigError, nearest
@@ -30,7 +32,7 @@ TOKEN_VARIABLE = "REINFORCEPP_REWARD_TOKEN"
 MODEL_OPTIONS = ("output", "outputs", "dtype", "load_in_4bit")
 DTYPES = ("float32", "bfloat16", "float16")
 
-Kind = Literal["builtin", "environment", "judge", "rule", "server", "function", "model"]
+Kind = Literal["builtin", "environment", "reasoning_gym", "judge", "rule", "server", "function", "model"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def parse_source(text: str) -> RewardSource:
         if target != JUDGE:
             raise ConfigError(f"Reward {target!r} not found.{nearest(target, [JUDGE])}")
         return RewardSource("builtin", target, weight)
+    if target == REASONING_GYM:
+        return RewardSource("reasoning_gym", target, weight)
     if target.startswith(PREFIX):
         target = target.removeprefix(PREFIX)
         parse_judge(target)

@@ -22,6 +22,7 @@ from reinforcepp.config.base import (
     check_output_dir,
     json_object,
 )
+from reinforcepp.config.data_spec import REASONING_GYM, data_names, is_reasoning_gym
 from reinforcepp.config.learning_rates import Training
 from reinforcepp.config.values import NAMES, SWITCH_OR_TEXT, EmptyIfNone
 from reinforcepp.errors import ConfigError, nearest, option
@@ -385,11 +386,21 @@ class DataLoadingConfig(BadRowsConfig, ColumnConfig):
 def judge_for(judge: str, data: str) -> str | None:
     """Return the judge that the setting ``judge`` means for ``data``, or None for none."""
     if judge == "auto":
-        return JUDGE if data == JUDGED_DATA else None
+        return JUDGE if data == JUDGED_DATA else REASONING_GYM if is_reasoning_gym(data) else None
     return None if judge == "none" else judge
 
 
 def check_judge(judge: str, data: str, fix: str = "Use judge none, or another reward model") -> None:
-    """Check that the built-in judge scores only the built-in data."""
+    """Check that the built-in judge scores only the built-in data, and the verifiers of reasoning-gym only its tasks."""
+    check_verifier("judge", judge, data)
     if judge == JUDGE and data != JUDGED_DATA:
         raise ConfigError(f"judge: {JUDGE} can score only {JUDGED_DATA}, not {data}. {fix}.")
+    check_verifier("judge", judge, data)
+
+
+def check_verifier(setting: str, reward: str, data: str) -> None:
+    """Check that the reward ``reasoning_gym`` has tasks to score in the data."""
+    if reward == REASONING_GYM and not any(name.task is not None for name in data_names(data)):
+        raise ConfigError(
+            f"{setting}: {REASONING_GYM} scores only its own tasks, not {data}. Give data such as {REASONING_GYM}:chain_sum."
+        )

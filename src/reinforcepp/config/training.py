@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from reinforcepp.config.base import Config, FilledStr, check_name, check_not_below_output
+from reinforcepp.config.data_spec import REASONING_GYM
 from reinforcepp.config.judge_spec import parse_judge
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.reward_spec import ENVIRONMENT, parse_model, parse_source, path_of_judge
-from reinforcepp.config.shared import DataLoadingConfig, DryRunConfig, check_judge, judge_for
+from reinforcepp.config.shared import DataLoadingConfig, DryRunConfig, check_judge, check_verifier, judge_for
 from reinforcepp.config.values import NAMES
 from reinforcepp.errors import ConfigError
 
@@ -20,7 +21,7 @@ class TrainInputs(Config):
     model: FilledStr = "builtin:tiny"
     """Policy and reference model: builtin:tiny, a folder or a Hub name"""
     data: FilledStr = "builtin:network"
-    """Prompt files, folders, Hub names, or builtin:network; several: a.csv,b.csv"""
+    """Prompt files, folders, Hub names, builtin:network or reasoning_gym:TASK; a,b"""
     reward_model: FilledStr = "models/reward_model"
     """Folder of a reward model, from reinforcepp reward"""
     rewards: tuple[str, ...] = field(default=(), metadata=NAMES)
@@ -65,6 +66,7 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
         source = parse_source(text)
         if source.kind == "environment" and self.environment is None:
             raise ConfigError("rewards: environment is given, but there is no environment. Set environment.")
+        check_verifier("rewards", source.target, self.data)
         if source.path is not None:
             check_name("rewards", source.path)
             check_not_below_output(self.output_dir, "rewards", source.path)
@@ -81,8 +83,10 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
 
     @property
     def judge_name(self) -> str | None:
-        """The judge after resolving auto and none."""
-        return judge_for(self.judge, self.data)
+        """The judge after resolving auto and none; auto means none if the verifiers of reasoning-gym are rewards already."""
+        judge = judge_for(self.judge, self.data)
+        rewarded = judge == REASONING_GYM and any(parse_source(reward).target == judge for reward in self.rewards)
+        return None if self.judge == "auto" and rewarded else judge
 
     @property
     def reward_sources(self) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def _load(
         rows=(*train.rows, *heldout.rows),
         skipped=train.skipped + heldout.skipped,
     )
-    return both, list(train.rows), list(heldout.rows)
+    return both, weighted(train.rows, seed), list(heldout.rows)
 
 
 # --- preference pairs -------------------------------------------------------------------------------------------------

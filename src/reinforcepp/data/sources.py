@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reinforcepp.config.data_spec import COMPRESSED, STRENGTHS, DataName, data_names
+from reinforcepp.config.data_spec import COMPRESSED, STRENGTHS, DataName, data_names, heldout_tasks, is_reasoning_gym
 from reinforcepp.data.encodings import data_suffix
 from reinforcepp.data.limits import check_columns
 from reinforcepp.data.readers import CHUNK_ROWS, Records, count, quoted, read_csv, read_json, read_json_lines
@@ -129,7 +129,7 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def resolve_data(source: DataSource) -> DataFiles:
-    """Return the files of ``builtin:network``, or ``source`` itself for anything that ``read_table`` reads.
+    """Return the parts of ``builtin:network`` or of tasks, or ``source`` itself for anything that ``read_table`` reads.
 
     Raises:
         DataError: No built-in data has that name.
@@ -139,6 +139,8 @@ def resolve_data(source: DataSource) -> DataFiles:
     if isinstance(source, GivenRows):
         return DataFiles(source, None)
     name = str(source)
+    if (tasks := heldout_tasks(name)) is not None:
+        return DataFiles(Path(name), Path(tasks))
     if not name.startswith(_BUILTIN_PREFIX):
         return DataFiles(Path(source), None)
     if name not in _BUILTIN:
@@ -153,8 +155,8 @@ def resolve_data(source: DataSource) -> DataFiles:
 
 
 def is_data_file(name: str) -> bool:
-    """Return whether a file holds rows by its extension, rather than plain text."""
-    return data_suffix(Path(name)) in READERS
+    """Return whether a name stands for rows, by its extension or as a task, rather than for a file of plain text."""
+    return data_suffix(Path(name)) in READERS or is_reasoning_gym(name)
 
 
 def is_builtin(path: Path) -> bool:
@@ -265,6 +267,11 @@ def _parts(name: DataName) -> Iterator[DataPart]:
     if name.hub:
         split = f"?split={name.split}" if name.split else ""
         yield DataPart(Path(name.name + split), name.weight, fetch(name))
+    if name.task is not None:
+        from reinforcepp.data.reasoning_gym import task_rows
+
+        yield DataPart(Path(name.task_text), name.weight, GivenRows(name.task_text, task_rows(name)))
+        return
     if name.database:
         rows = feedback_rows(name.database, name.strength)
         yield DataPart(Path(rows.name), name.weight, rows)

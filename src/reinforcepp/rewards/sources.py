@@ -27,6 +27,7 @@ from reinforcepp.rewards.functions import (
     unique_names,
 )
 from reinforcepp.rewards.loaded import is_model, loaded_reward, use_tokenizer
+from reinforcepp.rewards.reasoning_gym import ReasoningGymReward
 from reinforcepp.rewards.trained import TrainedReward, check_reward_folder, load_reward_model
 from reinforcepp.rewards.user_code import load_object, source_digest
 from reinforcepp.runtime.process import is_main
@@ -237,6 +238,8 @@ def _function_of(source: RewardSource, settings: RewardScoringConfig) -> Any:
             return GoldReward()
         case "environment":
             return EnvironmentReward()
+        case "reasoning_gym":
+            return ReasoningGymReward()
         case "judge":
             from reinforcepp.rewards.judge.judge import Judge  # loads HTTP libraries
 
@@ -275,14 +278,13 @@ def _public_name(function: RewardFunction) -> str:
     if hasattr(function, "rubric"):
         return "a language model as judge"
     name = function_name(function)
-    known = hasattr(getattr(function, "func", function), "__name__") or isinstance(
-        function, GoldReward | EnvironmentReward | Rule
-    )
+    own = isinstance(function, GoldReward | EnvironmentReward | ReasoningGymReward | Rule)
+    known = own or hasattr(getattr(function, "func", function), "__name__")
     return name if known and name.isidentifier() else "a reward function"
 
 
 def _identity(source: RewardSource | None, function: RewardFunction) -> str:
-    if source is None or source.kind in ("builtin", "environment", "model"):
+    if source is None or source.kind in ("builtin", "environment", "reasoning_gym", "model"):
         return function_name(function)
     if source.kind == "judge":
         return str(function.identity)  # type: ignore[attr-defined]

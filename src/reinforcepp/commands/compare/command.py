@@ -24,6 +24,7 @@ from reinforcepp.commands.compare.measurement import (
 )
 from reinforcepp.commands.compare.provenance import caveats
 from reinforcepp.config import CompareConfig, as_dict
+from reinforcepp.config.data_spec import is_reasoning_gym
 from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.data import (
     GivenRows,
@@ -322,6 +323,8 @@ def prompts_to_answer(config: CompareConfig, given: GivenRows | None = None) -> 
 
 def chosen_answers(config: CompareConfig, rows: Sequence[PromptRow], given: GivenRows | None = None) -> list[Chosen]:
     """Return the distinct chosen responses of the data for the prompts: the answers that SFT would train on, if any."""
+    if given is None and is_reasoning_gym(config.data):  # An entry's answer isn't a response: it lacks the tags.
+        return []
     files = resolve_data(config.data if given is None else given)
     columns = {kind.removesuffix("_column"): name for kind, name in config.column_names.items()}
     names = SftColumnNames(prompt=columns["prompt"], chosen=columns["chosen"])

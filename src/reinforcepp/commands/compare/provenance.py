@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforcepp.config import CompareConfig
+from reinforcepp.config.data_spec import REASONING_GYM, heldout_tasks
 from reinforcepp.config.reward_spec import parse_source
 from reinforcepp.data.builtin import JUDGE_NAME
 from reinforcepp.rewards.trained import check_reward_folder
@@ -30,13 +31,17 @@ def caveats(config: CompareConfig, *, has_folder: bool = True) -> list[str]:
                 f"{side} was trained with this judge as its reward, so high scores don't show quality. Use another judge."
             )
         training = run.get("settings", {})
-        if _same(training.get("data"), config.data) and not config.data.startswith("builtin:"):
+        own_split = config.data.startswith("builtin:") or heldout_tasks(config.data) is not None
+        if _same(training.get("data"), config.data) and not own_split:
             found += _seen(config, side, training)
     return found
 
 
 def _trained_on_judge(config: CompareConfig, run: Mapping[str, Any]) -> bool:
-    if config.judge_name == JUDGE_NAME:
+    if config.judge_name in (
+        JUDGE_NAME,
+        REASONING_GYM,
+    ):  # A correct answer is correct, whatever the model was trained on.
         return False
     settings = run.get("settings", {})
     if parse_source(config.judge_name).kind != "model":

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from reinforcepp.config import ReinforceConfig, RewardModelConfig
-from reinforcepp.config.data_spec import data_names
+from reinforcepp.config.data_spec import data_names, is_reasoning_gym
 from reinforcepp.config.hub import REPOSITORY
 from reinforcepp.config.values import accepted_values
 from reinforcepp.data.builtin import DATA_NAME, MODEL_NAME
@@ -318,7 +318,7 @@ def _model(record: RunRecord, name: Any) -> str:
 
 
 def _data_names(record: RunRecord, setting: Any) -> str:
-    """Return the names of the datasets on the Hub and of the built-in data; other data is private."""
+    """Return the names of datasets on the Hub, tasks of reasoning-gym and the built-in data; other data is private."""
     if setting is None:
         return "passed from Python"
     parts = [part.strip().partition("?")[0] for part in str(setting).split(",")]
@@ -326,7 +326,9 @@ def _data_names(record: RunRecord, setting: Any) -> str:
     public = [
         name
         for name, part in names.items()
-        if part == DATA_NAME or (_hub_name(record, name) and all(each.hub for each in data_names(part)))
+        if part == DATA_NAME
+        or is_reasoning_gym(part)
+        or (_hub_name(record, name) and all(each.hub for each in data_names(part)))
     ]
     return ", ".join([*public, *([LOCAL_DATA] if len(public) < len(names) else [])])
 
