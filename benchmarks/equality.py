@@ -71,10 +71,17 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "keep_last": 9,
     },
     "ahead of time": {"staleness": 1, "micro_batch_size": 2, "num_iterations": 2, "save_every": 2, "keep_last": 9},
+    "episodes": {
+        "estimator": "reinforce_plus_plus_baseline",
+        "max_new_tokens": 70,
+        "micro_batch_size": 2,
+        "max_turns": 3,
+    },
     "not scored": {"micro_batch_size": 2, "max_skipped_updates": 9, "eval_prompts": 0},
 }
 ORIGIN = {"goes on": "one step per batch", "critic goes on": "critic", "ahead goes on": "ahead of time"}
 GAPS = ("max_advantage_gap", "max_advantage_gap_of_run", "max_weight_gap", "max_metric_gap")
+EPISODES = "episodes"
 SEEN = "seen.json"
 SOURCE = {("FSDP2", 2): "DDP:2", ("ZeRO 3", 2): "DDP:2", ("DDP", 3): "FSDP2:2", ("ZeRO 2", 3): "ZeRO 3:2"}
 BACKENDS: dict[str, dict[str, str]] = {  # what `accelerate launch` sets for each
@@ -134,7 +141,23 @@ def make_model(folder: Path) -> str:
             if parameter.ndim > 1:
                 parameter.mul_(5)
     save_model(model, tokenizer, folder)
+    ends = [tokenizer.eos_token_id, *range(0, len(tokenizer), 3)]  # for episodes, a message ends after a few tokens
+    model.generation_config.eos_token_id = ends
+    save_model(model, tokenizer, folder.with_name(EPISODES))
     return str(folder)
+
+
+class Counting:
+    """An environment that ends with the row's number of turns, and rewards a message by its length."""
+
+    def reset(self, row: dict[str, Any]) -> None:
+        """Begin with the row's own prompt."""
+        self.left = len(row["prompt"]) % 2 + 2
+
+    def step(self, message: dict[str, str]) -> tuple[str, float, bool]:
+        """Answer with the length of the message."""
+        self.left -= 1
+        return f"No, {len(message['content'])}.", len(message["content"]) % 5 / 5, self.left == 0
 
 
 # --- in each process ------------------------------------------------------------------------------------------------
@@ -187,7 +210,10 @@ def train(model: str, folder: Path, settings: dict[str, Any]) -> None:
     """One training; its advantages go to a file beside its model."""
     args = ReinforceConfig(output_dir=str(folder), **(SETTINGS | settings))
     reward = fussy if folder.name == "not scored" else spread
-    trainer = ReinforceTrainer(model, reward, args, PROMPTS, HELD_OUT)
+    environment = Counting if folder.name == EPISODES else None
+    if environment is not None:
+        model = str(Path(model).with_name(EPISODES))
+    trainer = ReinforceTrainer(model, reward, args, PROMPTS, HELD_OUT, environment=environment)
     assert trainer.ranks.sharded == (folder.parent.name[:3] != "DDP")
     assert trainer.ranks.uses_deepspeed == (folder.parent.name[:4] == "ZeRO")
     run, on_policy, seen = trainer.update.run, trainer.update.on_policy, []

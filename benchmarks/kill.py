@@ -2,11 +2,11 @@
 
 python benchmarks/kill.py [--points 40 | --each_write]
 
-Both trainers, on tiny models in float32 on the CPU, with several optimiser steps per batch, a checkpoint after every step
-and a reward function that draws random numbers of its own. Half of the kills come after a random time, half at a random
-one of the moments in which files are written, some of those with half of the file on the disk. Every tenth run is killed
-twice. With --each_write there is one kill per function that writes, in the middle of a run. Written to
-benchmarks/results/kill.json.
+Both trainers, and the policy trainer with episodes in an environment, on tiny models in float32 on the CPU, with several
+optimizer steps per batch, a checkpoint after every step and a reward function that draws random numbers of its own. Half of
+the kills come after a random time, half at a random one of the moments in which files are written, some of those with half of
+the file on the disk. Every tenth run is killed twice. With --each_write there is one kill per function that writes, in the
+middle of a run, and one in an episode. Written to benchmarks/results/kill.json.
 """
 
 from __future__ import annotations
@@ -46,8 +46,31 @@ COMPARED = {
     "policy": ("model.safetensors", "metrics.jsonl", "evaluation.json", "completions", "evaluations"),
     "reward": ("model.safetensors", "metrics.jsonl", "reward_model.json", "heldout.parquet", "report.html"),
 }
+COMPARED["environment"] = COMPARED["policy"]
 PROMPTS = [{"prompt": f"Why does host {i} answer slowly?"} for i in range(11)]
+
+
+class Guess:
+    """An environment of up to three turns, whose answers and rewards depend on the policy's messages."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def reset(self, row: dict[str, Any]) -> None:
+        """Begin with the row's own prompt."""
+
+    def step(self, message: dict[str, str]) -> tuple[str, float, bool]:
+        """Reward a message by its length."""
+        self.left -= 1
+        return f"No, {len(message['content'])}.", len(message["content"]) % 5 / 5, self.left == 0
+
+
 WRITES = ((files, "flush"), (files, "move"), (checkpoint, "save_file"), (saving, "flush"), (shutil, "copyfile"))
+IN_EPISODES = ((Guess, "step"),)
+
+
+Moments = tuple[tuple[Any, str], ...]
+"""Functions at whose calls a run is killed: the module or class, and the name."""
 
 
 def main() -> None:
@@ -79,7 +102,11 @@ def make_inputs(folder: Path) -> None:
     end = tokenizer.eos_token_id
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer)}
     config = GPT2Config(**sizes, bos_token_id=end, eos_token_id=end)
-    GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder / "model")
+    model.generation_config.eos_token_id = [end, *range(0, len(tokenizer), 3)]  # a message ends after a few tokens
+    model.save_pretrained(folder / "environment")
+    tokenizer.save_pretrained(folder / "environment")
     tokenizer.save_pretrained(folder / "model")
     with open(folder / "pairs.csv", "w", encoding="utf-8", newline="") as file:
         rows = [(f"Is host {i} up?", f"Ping it {i} times.", "Who knows.") for i in range(11)]
@@ -110,7 +137,7 @@ def train(kind: str, inputs: Path, output: Path) -> None:
         gradient_accumulation_steps=2,
         num_iterations=2,
         max_steps=5,
-        max_new_tokens=6,
+        max_new_tokens=50 if kind == "environment" else 6,
         max_prompt_length=40,
         learning_rate=1e-3,
         lr_scheduler_type="cosine",
@@ -119,7 +146,9 @@ def train(kind: str, inputs: Path, output: Path) -> None:
         keep_best="reward",
         rollout="transformers",
     )
-    ReinforceTrainer(str(inputs / "model"), noisy, config, PROMPTS, eval_dataset=PROMPTS[:3]).train()
+    model, environment = ("environment", Guess) if kind == "environment" else ("model", None)
+    held_out = PROMPTS[:3]
+    ReinforceTrainer(str(inputs / model), noisy, config, PROMPTS, held_out, environment=environment).train()
 
 
 def noisy(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -146,8 +175,8 @@ def in_child(job: Callable[[], None], *, after: float | None = None) -> int:
     return child.exitcode or 0
 
 
-def killed_at_write(job: Callable[[], None], moment: int, names: Path | None = None) -> None:
-    """Do ``job``, but end the process at the ``moment``-th write; ``names`` gets a line for each write, the function's name."""
+def killed_at_write(job: Callable[[], None], moment: int, moments: Moments, names: Path | None = None) -> None:
+    """Do ``job``, but end the process at a call of ``moments``, the ``moment``-th; ``names`` gets a line for each call."""
     seen = 0
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,7 +195,7 @@ def killed_at_write(job: Callable[[], None], moment: int, names: Path | None = N
 
         return call
 
-    for module, name in WRITES:
+    for module, name in moments:
         setattr(module, name, watched(f"{module.__name__}.{name}", getattr(module, name)))
     job()
 
@@ -176,7 +205,10 @@ def try_points(kind: str, inputs: Path, points: int, seed: int) -> dict[str, Any
     whole, draw = inputs / f"{kind}-whole", random.Random(seed)
     names = inputs / f"{kind}-writes"
     begin = time.monotonic()
-    code = in_child(lambda: killed_at_write(lambda: train(kind, inputs, whole), 0, names))
+    functions: Moments = WRITES + IN_EPISODES * (kind == "environment")
+    if kind == "environment" and not points:
+        functions = IN_EPISODES  # the writes are those of the policy
+    code = in_child(lambda: killed_at_write(lambda: train(kind, inputs, whole), 0, functions, names))
     seconds = longest = time.monotonic() - begin
     written = names.read_text().splitlines()
     moments = [of_one[len(of_one) // 2] for of_one in occurrences(written).values()] if points == 0 else []
@@ -190,7 +222,7 @@ def try_points(kind: str, inputs: Path, points: int, seed: int) -> dict[str, Any
             job = lambda folder=folder: train(kind, inputs, folder)  # noqa: E731
             if moments or point % 2:
                 moment = moments[point] if moments else draw.randint(1, len(written))
-                code = in_child(lambda job=job, moment=moment: killed_at_write(job, moment))
+                code = in_child(lambda job=job, moment=moment: killed_at_write(job, moment, functions))
                 kills.append({"write": moment, "function": written[moment - 1], "killed": code == -signal.SIGKILL})
             else:
                 after = draw.uniform(0, longest)

@@ -23,8 +23,14 @@ def test_a_run_killed_in_any_write_function_resumes_to_the_same_files(killed_at_
     assert found["identical"] == found["points"], [row for row in found["rows"] if not row["identical"]]
 
 
+def test_a_run_killed_in_an_episode_resumes_to_the_same_files(killed_at_each_write):
+    found = killed_at_each_write["environment"]
+    assert [kill["function"] for row in found["rows"] for kill in row["kills"] if kill["killed"]] == ["Guess.step"]
+    assert found["identical"] == found["points"] == 1
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["policy", "reward"])
+@pytest.mark.parametrize("kind", ["policy", "reward", "environment"])
 def test_a_run_killed_at_random_moments_resumes_to_the_same_files(killed_at_random, kind):
     found = killed_at_random[kind]
     assert found["killed"] >= 15, "most of the kills must have met a running training"
