@@ -214,6 +214,16 @@ class Completion:
         return [{"role": "assistant", "content": self.prompt.prefill + self.text}]
 
     @property
+    def context(self) -> Conversation:
+        """The messages before ``text``: the prompt, and in an episode all turns before the policy's last one."""
+        sampled = [number for number, turn in enumerate(self.turns) if turn.sampled]
+        if len(sampled) < 2:
+            return self.prompt.conversation
+        conversation = self.prompt.conversation
+        start = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+        return [*start, *(message for turn in self.turns[: sampled[-1]] for message in turn.messages)]
+
+    @property
     def environment_reward(self) -> float | None:
         """The sum of the turns' rewards, None if no turn has one."""
         rewards = [turn.reward for turn in self.turns if turn.reward is not None]

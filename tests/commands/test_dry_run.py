@@ -37,6 +37,29 @@ def test_a_policy_training(model_folder, reward_folder, pairs_csv, capsys):
     assert out.count(r"Be short.\n\nQuestion: ") == 3
 
 
+ENVIRONMENT = """
+class Twice:
+    def reset(self, row):
+        self.left = 2
+
+    def step(self, message):
+        self.left -= 1
+        return "Again.", 0.5, not self.left
+"""
+
+
+def test_the_tokens_and_masks_of_an_episode(model_folder, pairs_csv, tmp_path_factory, capsys):
+    file = tmp_path_factory.mktemp("environment") / "twice.py"
+    file.write_text(ENVIRONMENT)
+    arguments = ["--model", model_folder, "--data", pairs_csv, "--environment", f"{file}:Twice", "--dry_run"]
+    out = shown(capsys, "train", *arguments)
+    assert out.count("rewards: 0.5, 0.5") == 3 and out.count("Again.") == 3
+    text, mask = (next(line for line in out.splitlines() if line.startswith(f"  {name}")) for name in ("text", "mask"))
+    tokenizer = load_tokenizer(str(model_folder))
+    stand_in = [*encode(tokenizer, "..."), tokenizer.eos_token_id]
+    assert text.count("...") == 2 and mask.split().count("1") == 2 * len(stand_in)
+
+
 @pytest.mark.parametrize("command", ["train", "sft", "reward"])
 def test_the_precision_is_printed_once(command, model_folder, reward_folder, pairs_csv, capsys):
     rewards = ["--reward_model", str(reward_folder)] if command == "train" else []

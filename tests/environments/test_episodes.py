@@ -1,6 +1,7 @@
 """Episodes with a scripted policy: exact tokens, masks, rewards, limits, and environments that fail."""
 
 import asyncio
+import re
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from reinforcepp.models.conversations import prefill
 from reinforcepp.models.tokenization import encode, encode_prompt, end_token_id
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.types import Completion, Prompt, Sampling
+from scripts import ROOT
 
 ROW = {"prompt": "Guess a number.", "secret": "7"}
 
@@ -130,6 +132,13 @@ def test_no_token_is_encoded_again_on_real_templates(name):
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert whole.endswith(between) and between.count("No.") == 1
     assert tokenizer.decode([end_token_id(tokenizer)]) + between in whole
+
+
+def test_a_judge_sees_the_messages_before_the_last_one(chat):
+    ((episode,), _) = run(chat, "Is it 3?", "It is 7.")
+    assert [message["content"] for message in episode.context] == ["Guess a number.", "Is it 3?", "No."]
+    ((episode,), _) = run(chat, "It is 7.")
+    assert episode.context == "Guess a number."
 
 
 def test_special_tokens_of_an_environment_are_plain_text(chat):
@@ -304,6 +313,14 @@ def test_episodes_of_a_row_must_begin_alike(chat):
 
     with pytest.raises(ConfigError, match="reset returned different prompts for the episodes of one row"):
         run(chat, "7", make=Random, num_samples=2)
+
+
+def test_the_documented_environment(chat):
+    page = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```python\n# guess.py\n(.*?)```", page, re.DOTALL)[1], names)
+    ((episode,), _) = run(chat, "3", "7", make=names["Guess"])
+    assert (episode.environment_reward, episode.messages[1]["content"]) == (0.9, "3 isn't right. Try again.")
 
 
 # --- the setting ------------------------------------------------------------------------------------------------------

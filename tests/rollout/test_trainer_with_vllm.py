@@ -1,10 +1,13 @@
 """The training loop with vLLM: in sync after each update, with importance correction, and stopped if out of sync."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.environments.episodes import EpisodeRunner
 from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm.compat import node_problem
@@ -17,7 +20,11 @@ PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return str(tiny.save(tmp_path_factory.mktemp("base")))
+    """A model a third of whose tokens end a completion."""
+    folder, model = tiny.save(tmp_path_factory.mktemp("base")), tiny.model()
+    model.generation_config.eos_token_id = [0, *range(20, 320, 3)]
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -74,6 +81,28 @@ def test_both_engines_sample_the_same_completions(trainer):
         strict=True,
     )
     assert all(a.ids == b.ids for a, b in pairs)
+
+
+class Echo:
+    """Answers once with the length of the message."""
+
+    def reset(self, row):
+        self.left = 2
+
+    def step(self, message):
+        self.left -= 1
+        return f"Only {len(message['content'])}?", 1.0, not self.left
+
+
+def test_both_engines_run_the_same_episodes(trainer):
+    """The budget of tokens, which shrinks with every turn, is a limit per prompt in both engines."""
+    transformers = TransformersEngine(trainer.policy, trainer.tokenizer)
+    runner = EpisodeRunner("Echo", Echo, trainer.tokenizer, max_turns=5, timeout=20, max_prompt_length=40)
+    sampling = replace(trainer.rollouts.sampling(3), max_new_tokens=24)
+    one, other = (runner.run(trainer.prompts, sampling, engine.generate) for engine in (transformers, trainer.engine))
+    assert [episode.ids for episode in one] == [episode.ids for episode in other]
+    assert max(len(episode.turns) for episode in one) > 2
+    assert {episode.finish_reason for episode in one} == {"stop", "length"}
 
 
 def test_an_update_without_effect_stops_the_run_with_the_metrics(trainer, monkeypatch):

@@ -150,6 +150,23 @@ def test_rewards_of_functions_and_of_the_environment_are_added(base, tmp_path):
     assert batches[0].scores.total == pytest.approx(expected)
 
 
+def test_rewards_of_turns_are_weighted_and_scaled_as_their_sum(base, tmp_path):
+    """With the power 1, an episode of 4 sampled tokens with the weight 0.5 has an eighth of each turn's reward."""
+    settings = {"reward_length_power": 1.0, "max_steps": 1}
+    run = trainer(base, tmp_path / "run", rewards=["0.5*environment"], **settings)
+    batches = kept_batches(run)
+    run.train()
+    rollout = batches[0].rollout
+    for row, c in enumerate(rollout.completions):
+        scale = 0.5 / len(c.sampled_ids)
+        turns = [turn for turn in c.turns if turn.sampled]
+        expected = [0.0] * len(c.ids)
+        for turn in turns[:-1]:
+            expected[turn.stop - 1] = turn.reward * scale
+        assert rollout.turn_rewards_BT[row, : len(c.ids)].tolist() == pytest.approx(expected)
+        assert float(rollout.rewards_B[row]) == pytest.approx(scale * c.environment_reward)
+
+
 # --- stop and resume --------------------------------------------------------------------------------------------------
 
 

@@ -8,22 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import PlanConfig, RewardModelConfig, SftConfig, TrainConfig, as_dict
 from reinforcepp.data import load_preferences, load_prompts, load_texts
+from reinforcepp.environments.episodes import EpisodeRunner
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.conversations import format_example, turn_format
 from reinforcepp.models.loading import load_config, load_tokenizer, prompt_limit
 from reinforcepp.models.remote_code import allow_remote_code
-from reinforcepp.models.tokenization import encode_prompts, split_example
+from reinforcepp.models.tokenization import encode, encode_prompts, end_token_id, split_example
 from reinforcepp.planner.command import make_plan, show_plan
 from reinforcepp.runtime.terminal import echo, print_output
+from reinforcepp.training.episodes import episode_runner, with_environment
 from reinforcepp.training.precision import with_precision
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.sft_trainer import to_example
-from reinforcepp.types import Preference
+from reinforcepp.types import Completion, Preference, Prompt, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS = 3
+STAND_IN = "..."
 
 
 def run_dry_run(config: SftConfig | RewardModelConfig | TrainConfig) -> None:
@@ -62,11 +65,35 @@ def show_training(config: TrainConfig, precision: str) -> None:
     limit = prompt_limit(load_config(config.model), config.max_prompt_length, config.max_new_tokens, config.max_length)
     action = config.long_prompts
     prompts, _ = encode_prompts(tokenizer, rows[:ROWS], max_prompt_length=limit, long_prompts=action)
-    for number, prompt in enumerate(prompts, 1):
-        text = str(tokenizer.decode(prompt.ids))
-        note = "; only the completion that follows is trained on"
-        _write(f"Prompt {number}: {len(prompt.ids)} tokens{note}", _row(tokenizer, text, prompt.ids, len(prompt.ids)))
+    named, make = with_environment(config, None)
+    if (runner := episode_runner(named, make, tokenizer, limit, None)) is not None:
+        show_episodes(runner, prompts, config.max_new_tokens)
+    else:
+        for number, prompt in enumerate(prompts, 1):
+            note = "; only the completion that follows is trained on"
+            mask = [False] * len(prompt.ids)
+            _write(f"Prompt {number}: {len(prompt.ids)} tokens{note}", _row(tokenizer, prompt.ids, mask))
     echo(f"{data.summary()}. Nothing was loaded or written. To train, omit --dry_run.", "green")
+
+
+def show_episodes(runner: EpisodeRunner, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    """Print an episode for each prompt, with a stand-in for the policy's messages.
+
+    Raises:
+        EnvironmentFailed: the environment fails.
+    """
+    tokenizer = runner.tokenizer
+    stand_in = [*encode(tokenizer, STAND_IN), end_token_id(tokenizer)]
+
+    def reply(prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        return [Completion(prompt, tuple(stand_in), (0.0,) * len(stand_in), STAND_IN, "stop") for prompt in prompts]
+
+    for number, episode in enumerate(runner.run(prompts, Sampling(max_new_tokens), reply), 1):
+        ids, mask = [*episode.prompt.ids, *episode.ids], [False] * len(episode.prompt.ids) + episode.mask
+        rewards = ", ".join(f"{turn.reward:g}" for turn in episode.turns if turn.reward is not None) or "none"
+        note = f"; tokens with mask 1 are trained; {STAND_IN!r} stands for the policy; rewards: {rewards}"
+        _write(f"Episode {number}: {len(ids)} tokens{note}", _row(tokenizer, ids, mask))
+    runner.close()
 
 
 def show_reward_training(config: RewardModelConfig) -> None:
@@ -87,7 +114,8 @@ def show_reward_training(config: RewardModelConfig) -> None:
             prompt, variables = pair.conversation, pair.chat_template_kwargs
             context, target = split_example(tokenizer, prompt, answer, variables=variables)
             ids, text = context + target, "".join(format_example(tokenizer, prompt, answer, **variables))
-            shown = _row(tokenizer, text + turn_format(tokenizer).end, ids, len(context))
+            mask = [index >= len(context) for index in range(len(ids))]
+            shown = _row(tokenizer, ids, mask, text + turn_format(tokenizer).end)
             _write(
                 f"Pair {number} (row {pair.row}), {kind}: {len(ids)} tokens; the score is read at the last one", shown
             )
@@ -109,7 +137,7 @@ def show_sft(config: SftConfig) -> None:
     for number, row in enumerate(rows[:ROWS], 1):
         one = to_example(tokenizer, row)
         ids = [*one.context, *one.target]
-        shown = _row(tokenizer, str(tokenizer.decode(ids)), ids, len(one.context))
+        shown = _row(tokenizer, ids, [index >= len(one.context) for index in range(len(ids))])
         _write(f"Row {number} (row {row.row}): {len(ids)} tokens; tokens with mask 1 are trained", shown)
     echo(f"{data.summary()}. Nothing was loaded or written. To train, omit --dry_run.", "green")
 
@@ -126,11 +154,13 @@ def settings(config: Any) -> Iterator[str]:
         yield line if value == defaults[name] else f"{line}  # default: {defaults[name]}"
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], prompt_length: int) -> Iterator[str]:
-    """Yield the formatted text, its tokens with their ids, and the mask of the response tokens."""
-    yield f"text    {text!r}"
+def _row(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[bool], text: str | None = None
+) -> Iterator[str]:
+    """Yield the formatted text, its tokens with their ids, and the mask of the tokens that are trained on."""
+    yield f"text    {(str(tokenizer.decode(ids)) if text is None else text)!r}"
     yield "tokens  " + " ".join(f"{str(tokenizer.decode([i]))!r}:{i}" for i in ids)
-    yield "mask    " + " ".join("0" if index < prompt_length else "1" for index in range(len(ids)))
+    yield "mask    " + " ".join("1" if trained else "0" for trained in mask)
 
 
 def _write(title: str, lines: Iterable[str]) -> None:

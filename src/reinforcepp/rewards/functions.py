@@ -248,7 +248,7 @@ def score_with(
     weights = [1.0] * len(functions) if weights is None else weights
     total: list[float | None] = []
     for i, completion in enumerate(completions):
-        scale = max(1, len(completion.ids)) ** length_power
+        scale = length_scale(completion, length_power)
         terms = [
             weight * score / scale for weight, row in zip(weights, scores, strict=True) if (score := row[i]) is not None
         ]
@@ -262,6 +262,11 @@ def score_with(
         outputs: Mapping[str, list[float]] = getattr(function, "by_output", {})
         by_function |= {f"{name}/{label}": list(outputs[label]) for label in outputs}
     return RewardScores(total, by_function, metrics=log.metrics, extra=log.extra, counts=counts)
+
+
+def length_scale(completion: Completion, power: float) -> float:
+    """Return what a completion's reward is divided by: the number of its sampled tokens, at least 1, to the ``power``."""
+    return float(max(1, len(completion.sampled_ids)) ** power)
 
 
 def drop_failed(completions: Sequence[Completion]) -> tuple[list[Completion], list[Completion]]:
@@ -302,7 +307,7 @@ def _own_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
     )
     return {
         **episodes,
-        "conversations": [c.prompt.conversation for c in completions],
+        "conversations": [c.context for c in completions],
         "chat_template_kwargs": [dict(c.prompt.chat_template_kwargs) for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
     }

@@ -22,6 +22,7 @@ from reinforcepp.rewards.functions import (
     RewardScores,
     function_name,
     is_collective,
+    length_scale,
     new_state,
     score_with,
     unique_names,
@@ -103,11 +104,11 @@ class RewardSum:
             names += [name, *(f"{name}/{label}" for label in getattr(function, "labels", ()))]
         return names
 
-    @property
-    def environment_weight(self) -> float:
-        """The weight of the rewards that an environment gives, 0 if they don't count."""
+    def turn_weight(self, episode: Completion) -> float:
+        """Return the weight of an environment's rewards in the reward of ``episode``, 0 if they don't count."""
         weighted = zip(self.functions, self.weights, strict=True)
-        return math.fsum(weight for function, weight in weighted if isinstance(function, EnvironmentReward))
+        weight = math.fsum(weight for function, weight in weighted if isinstance(function, EnvironmentReward))
+        return weight / length_scale(episode, self.length_power)
 
     @property
     def trained(self) -> list[TrainedReward]:

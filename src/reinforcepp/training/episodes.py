@@ -59,9 +59,12 @@ def episode_runner(
     make: EnvironmentFactory | None,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int,
-    folder: Path,
+    folder: Path | None,
 ) -> EpisodeRunner | None:
-    """Return what runs the episodes of a training in ``folder``; None without an environment."""
+    """Return what runs the episodes of a training in ``folder``; None without an environment.
+
+    Without a folder, failed episodes aren't saved.
+    """
     if make is None:
         return None
     return EpisodeRunner(
@@ -71,7 +74,7 @@ def episode_runner(
         max_turns=config.max_turns,
         timeout=config.environment_timeout,
         max_prompt_length=max_prompt_length,
-        log_failures=partial(log_failed_episodes, folder),
+        log_failures=partial(log_failed_episodes, folder) if folder is not None else lambda episodes: None,
     )
 
 

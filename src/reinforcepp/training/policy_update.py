@@ -93,17 +93,18 @@ def score(
             entropy_BT=entropy_BT,
             rewards_B=rewards_B,
             group_ids_B=group_ids_B,
-            turn_rewards_BT=_turn_rewards(kept, rewards.environment_weight).to(device) if config.has_episodes else None,
+            turn_rewards_BT=_turn_rewards(kept, rewards).to(device) if config.has_episodes else None,
         )
         return batch, scores
 
     return update.ranks.run_or_raise_all(score_local)
 
 
-def _turn_rewards(episodes: Sequence[Completion], weight: float) -> Tensor:
-    """Return ``weight`` times the rewards of all turns but the last that the policy wrote, at their last tokens. -> (B, T)"""
+def _turn_rewards(episodes: Sequence[Completion], rewards: RewardSum) -> Tensor:
+    """Return the part of the reward that each turn of the policy but the last earned, at its last token. -> (B, T)"""
     rewards_BT = pad_values([[0.0] * len(episode.ids) for episode in episodes])
     for row, episode in enumerate(episodes):
+        weight = rewards.turn_weight(episode)
         for turn in [turn for turn in episode.turns if turn.sampled][:-1]:
             rewards_BT[row, turn.stop - 1] = weight * (turn.reward or 0.0)
     return rewards_BT
