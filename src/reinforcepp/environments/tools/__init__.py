@@ -1,0 +1,1 @@
+"""Tools: Python functions that the policy calls in its messages."""
