@@ -54,7 +54,9 @@ def test_the_tokens_and_masks_of_an_episode(model_folder, pairs_csv, tmp_path_fa
     arguments = ["--model", model_folder, "--data", pairs_csv, "--environment", f"{file}:Twice", "--dry_run"]
     out = shown(capsys, "train", *arguments)
     assert out.count("rewards: 0.5, 0.5") == 3 and out.count("Again.") == 3
-    text, mask = (next(line for line in out.splitlines() if line.startswith(f"  {name}")) for name in ("text", "mask"))
+    text, mask = (
+        next(line for line in out.splitlines() if line.startswith(f"  {name}  ")) for name in ("text", "mask")
+    )
     tokenizer = load_tokenizer(str(model_folder))
     stand_in = [*encode(tokenizer, "..."), tokenizer.eos_token_id]
     assert text.count("...") == 2 and mask.split().count("1") == 2 * len(stand_in)
