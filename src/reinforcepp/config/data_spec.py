@@ -4,6 +4,7 @@ my.csv, data/*.jsonl, a folder           files, patterns and folders
 org/name, hub:name                       a dataset on the Hugging Face Hub; a file or folder with this name has priority
 feedback.db, postgresql://host/name      a database of reinforcepp label
 reasoning_gym:TASK                       a task of reasoning-gym; its options are those of the generator, with size and seed
+verifiers:TASKSET                        the tasks of a taskset of verifiers; its options are those of its configuration
 a,b                                      several of them
 NAME?weight=2&split=train                with options: weight, for a dataset split, revision and subset, for a database strength
 """
@@ -25,6 +26,9 @@ STRENGTHS = ("margin", "weight")
 REASONING_GYM = "reasoning_gym"
 """Prefix of the tasks of reasoning-gym, and name of the reward that scores their answers."""
 MOST_TIMES = 1000
+VERIFIERS = "verifiers"
+"""Prefix of the tasksets of verifiers."""
+TASKS = (f"{REASONING_GYM}:", f"{VERIFIERS}:")
 _OPTIONS = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)
 _HUB = "hub:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -57,12 +61,19 @@ class DataName:
     @property
     def task(self) -> str | None:
         """The task of reasoning-gym that the entry names, if it does."""
-        prefix, colon, task = self.name.partition(":")
-        return task if colon and prefix == REASONING_GYM else None
+        return self._after(REASONING_GYM)
+
+    @property
+    def taskset(self) -> str | None:
+        """The taskset of verifiers that the entry names, if it does."""
+        return self._after(VERIFIERS)
+
+    def _after(self, prefix: str) -> str | None:
+        return self.name.removeprefix(f"{prefix}:") if self.name.startswith(f"{prefix}:") and not self.hub else None
 
     @property
     def task_text(self) -> str:
-        """The task with its options, as the user writes them."""
+        """The task or taskset with its options, as the user writes them."""
         options = "&".join(f"{key}={value}" for key, value in self.generator)
         return self.name + (f"?{options}" if options else "")
 
@@ -76,7 +87,7 @@ class DataName:
     @property
     def paths(self) -> list[Path]:
         """The files and folders that match the name, or the name itself if none match; empty for a Hub dataset."""
-        if self.hub or self.task is not None or _SERVER.match(self.name):
+        if self.hub or self.task is not None or self.taskset is not None or _SERVER.match(self.name):
             return []
         try:
             matches = sorted(glob.glob(self.name)) if not os.path.exists(self.name) else []
@@ -117,7 +128,7 @@ def heldout_tasks(setting: str | Path) -> str | None:
 
 def _data_name(text: str) -> DataName:
     found = None if os.path.exists(text) else _OPTIONS.fullmatch(text)
-    if text.startswith(f"{REASONING_GYM}:"):
+    if text.startswith(TASKS):
         return _task(text, found)
     if found is None:
         return DataName(text.removeprefix(_HUB), hub=_is_hub(text))
@@ -143,7 +154,7 @@ def _data_name(text: str) -> DataName:
 
 
 def _task(text: str, found: re.Match[str] | None) -> DataName:
-    """Return a task of reasoning-gym; the generator checks its options, because only the package knows them."""
+    """Return a task or taskset; the package checks its options, because only it knows them."""
     name, options = (text, "") if found is None else found.groups()
     pairs = parse_qsl(options.replace("+", "%2B"), keep_blank_values=True)
     given = dict(pairs)

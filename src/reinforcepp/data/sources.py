@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reinforcepp.config.data_spec import COMPRESSED, STRENGTHS, DataName, data_names, heldout_tasks, is_reasoning_gym
+from reinforcepp.config.data_spec import COMPRESSED, STRENGTHS, TASKS, DataName, data_names, heldout_tasks
 from reinforcepp.data.encodings import data_suffix
 from reinforcepp.data.limits import check_columns
 from reinforcepp.data.readers import CHUNK_ROWS, Records, count, quoted, read_csv, read_json, read_json_lines
@@ -156,7 +156,7 @@ def resolve_data(source: DataSource) -> DataFiles:
 
 def is_data_file(name: str) -> bool:
     """Return whether a name stands for rows, by its extension or as a task, rather than for a file of plain text."""
-    return data_suffix(Path(name)) in READERS or is_reasoning_gym(name)
+    return data_suffix(Path(name)) in READERS or name.startswith(TASKS)
 
 
 def is_builtin(path: Path) -> bool:
@@ -271,6 +271,11 @@ def _parts(name: DataName) -> Iterator[DataPart]:
         from reinforcepp.data.reasoning_gym import task_rows
 
         yield DataPart(Path(name.task_text), name.weight, GivenRows(name.task_text, task_rows(name)))
+        return
+    if name.taskset is not None:
+        from reinforcepp.data.verifiers import taskset_rows
+
+        yield DataPart(Path(name.task_text), name.weight, GivenRows(name.task_text, taskset_rows(name)))
         return
     if name.database:
         rows = feedback_rows(name.database, name.strength)
