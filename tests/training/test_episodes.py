@@ -11,11 +11,14 @@ from training.test_resume import files, noisy, stopping
 from training.test_resume import trainer as plain_trainer
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
+from reinforcepp.environments.examples import calculator
 from reinforcepp.errors import ConfigError, EnvironmentFailed
 from reinforcepp.models.loading import load_policy
+from reinforcepp.models.tokenization import encode
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import read_completions
 from reinforcepp.monitoring.signals import Interrupted
+from reinforcepp.types import Completion
 
 ROWS = [{"prompt": f"Guess {i}.", "secret": chr(97 + i)} for i in range(6)]
 SETTINGS = {
@@ -212,6 +215,66 @@ def test_a_run_without_an_environment_has_no_trace_of_episodes(base, tmp_path):
     metrics = tiny.train(run)[0]
     assert not [name for name in metrics if name.startswith("episodes/")]
     assert "turns" not in read_completions(tmp_path / "run" / "completions")[0]
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% for c in m['tool_calls'] or [] %}"
+    "<tool_call>{{ c['function'] | tojson }}</tool_call>{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "12 * 7"}}</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def base_with_tools(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("tools"), tiny.chat_tokenizer(WITH_TOOLS)
+    tiny.model(vocab_size=len(tokenizer), n_positions=1024).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def scripted(run, *texts):
+    """Let the policy write ``texts`` in turn, in each episode."""
+    rounds = iter(texts)
+
+    def generate(prompts, sampling, *_):
+        text = next(rounds)
+        ids = (*encode(run.tokenizer, text), run.tokenizer.eos_token_id)
+        return [Completion(prompt, ids, (-1.0,) * len(ids), text, "stop") for prompt in prompts]
+
+    run.rollouts.checked.generate = generate
+
+
+def test_tools_answer_calls_in_a_training(base_with_tools, tmp_path):
+    settings = {"max_prompt_length": 600, "max_new_tokens": 300, "max_steps": 1}
+    args = ReinforceConfig(output_dir=str(tmp_path / "run"), **(SETTINGS | settings))
+    functions = [lambda completions, **_: [float(len(messages)) for messages in completions]]
+    run = ReinforceTrainer(base_with_tools, functions, args, ROWS, tools=[calculator])
+    scripted(run, CALL, "It is 84.")
+    batches = kept_batches(run)
+    metrics = tiny.train(run)[0]
+    episode = batches[0].rollout.completions[0]
+    assert '"name": "calculator"' in run.tokenizer.decode(episode.prompt.ids)
+    assert [m["role"] for m in episode.messages] == ["assistant", "tool", "assistant"]
+    assert episode.messages[1]["content"] == "84"
+    assert (metrics["tools/call_frequency"], metrics["tools/failure_frequency"], metrics["reward"]) == (1, 0, 3)
+    assert run.config.tools == ("reinforcepp.environments.examples:calculator",)
+    assert "tools" in run.run.facts["inputs"]
+
+
+def test_a_model_that_never_calls_a_tool_is_reported_once(base_with_tools, tmp_path, caplog):
+    settings = {"max_prompt_length": 600, "max_new_tokens": 300, "max_steps": 3, "batch_size": 32, "kl_limit": None}
+    rows = [{"prompt": f"Guess {i}."} for i in range(32)]
+    args = ReinforceConfig(output_dir=str(tmp_path / "run"), tools=["reinforcepp.environments.examples:calculator"],
+                           **(SETTINGS | settings))  # fmt: skip
+    run = ReinforceTrainer(base_with_tools, [lambda completions, **_: [1.0 for _ in completions]], args, rows)
+    scripted(run, *["I don't know."] * 3)
+    run.train()
+    assert caplog.text.count("none of the first 64 completions called one") == 1
+    assert read_metrics(tmp_path / "run")[-1]["tools/call_frequency"] == 0
 
 
 # --- evaluation, failures, settings -----------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ def test_methods_that_are_never_called_are_refused_in_a_subclass(name):
         type("Mine", (ReinforceTrainer,), {name: lambda self: None})
 
 
-@pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func"])
+@pytest.mark.parametrize("name", ["environment_factory", "rollout_func"])
 def test_arguments_of_agents_are_refused(base, tmp_path, name):
     with pytest.raises(ConfigError, match=f"{name}: isn't supported"):
         trainer(base, tmp_path / "run", arguments={name: [print]})

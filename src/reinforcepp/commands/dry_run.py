@@ -16,7 +16,7 @@ from reinforcepp.models.remote_code import allow_remote_code
 from reinforcepp.models.tokenization import encode, encode_prompts, end_token_id, split_example
 from reinforcepp.planner.command import make_plan, show_plan
 from reinforcepp.runtime.terminal import echo, print_output
-from reinforcepp.training.episodes import episode_runner, with_environment
+from reinforcepp.training.episodes import episode_runner, start_environments, template_variables
 from reinforcepp.training.precision import with_precision
 from reinforcepp.training.schedule import with_learning_rate
 from reinforcepp.training.sft_trainer import to_example
@@ -64,9 +64,12 @@ def show_training(config: TrainConfig, precision: str) -> None:
     show_plan(plan)
     limit = prompt_limit(load_config(config.model), config.max_prompt_length, config.max_new_tokens, config.max_length)
     action = config.long_prompts
-    prompts, _ = encode_prompts(tokenizer, rows[:ROWS], max_prompt_length=limit, long_prompts=action)
-    named, make = with_environment(config, None)
-    if (runner := episode_runner(named, make, tokenizer, limit, None)) is not None:
+    make = start_environments(config, None, tokenizer)
+    variables = template_variables(make)
+    prompts, _ = encode_prompts(
+        tokenizer, rows[:ROWS], max_prompt_length=limit, long_prompts=action, variables=variables
+    )
+    if (runner := episode_runner(config, make, tokenizer, limit, None)) is not None:
         show_episodes(runner, prompts, config.max_new_tokens)
     else:
         for number, prompt in enumerate(prompts, 1):

@@ -21,10 +21,10 @@ class TimedCalls:
     """Calls functions in threads, and awaits what ``async`` functions return in one event loop.
 
     Args:
-        seconds: the time limit of each call.
+        seconds: the time limit of each call, if any.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
         self.hanging = 0
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FAILURES_IN_A_ROW = 32
 """Episodes that fail one after another, after which the run stops."""
+WITHOUT_CALLS = 64
+"""First episodes without a call of a tool, after which a warning is logged."""
 
 log = logger(__name__)
 Generate = Callable[[Sequence[Prompt], Sampling], list[Completion]]
@@ -120,23 +122,26 @@ class EpisodeRunner:
         make: makes the environment of an episode.
         tokenizer: encodes the environment's messages.
         max_turns: messages of the policy after which an episode ends.
-        timeout: seconds for each call of an environment.
+        timeout: seconds for each call of an environment; None: no limit.
         max_prompt_length: most tokens of the prompt that ``reset`` returns.
         log_failures: gets the failed episodes of a batch.
+        has_tools: whether a longer episode means that the policy called a tool.
     """
 
     name: str
     make: EnvironmentFactory
     tokenizer: PreTrainedTokenizerBase
     max_turns: int
-    timeout: float
+    timeout: float | None
     max_prompt_length: int
     log_failures: Callable[[list[Completion]], None] = lambda episodes: None
+    has_tools: bool = False
 
     def __post_init__(self) -> None:
         self._calls = TimedCalls(self.timeout)
         self._failures_in_a_row = 0
         self._succeeded = self._warned = False
+        self._without_calls = 0
 
     def run(
         self,
@@ -183,8 +188,9 @@ class EpisodeRunner:
         return finished
 
     def close(self) -> None:
-        """Release the threads; no episode is in progress."""
+        """Release threads and processes; no episode is in progress."""
         self._calls.close()
+        getattr(self.make, "close", lambda: None)()
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 
@@ -279,10 +285,25 @@ class EpisodeRunner:
                 failed[0].error,
                 FAILED_EPISODES,
             )
+        if self.has_tools:
+            self._watch_calls(episodes)
         if episodes and all(_out_of_turns(episode, self.max_turns) for episode in episodes):
             warn_once(
                 f"environment {self.name}: none of {len(episodes)} episodes ended within {self.max_turns} turns. Raise "
                 f"{setting('max_turns')}, or return done."
+            )
+
+    def _watch_calls(self, episodes: Sequence[Completion]) -> None:
+        if any(len(episode.turns) > 1 for episode in episodes):
+            self.has_tools = False  # nothing to watch for any more
+        self._without_calls += len(episodes)
+        if self.has_tools and self._without_calls >= WITHOUT_CALLS:
+            self.has_tools = False
+            log.warning(
+                "tools: none of the first %d completions called one (%s). Training can't improve calls that never occur. Say in "
+                "the prompt or the system prompt when to call a tool, or train a few examples of calls first (reinforcepp sft).",
+                self._without_calls,
+                self.name,
             )
 
 

@@ -197,28 +197,38 @@ def encode_prompts(
     max_prompt_length: int,
     long_prompts: LongPrompts = "cut",
     on_progress: Callable[[float], None] = lambda share: None,
+    variables: Variables | None = None,
 ) -> tuple[list[Prompt], list[int]]:
     """Format and tokenize the prompts of ``rows``.
 
     A prompt of more than ``max_prompt_length`` tokens, chat template included, is truncated (``cut``) or skipped (``drop``).
     Truncation removes the oldest turns but keeps the system message; if the last user message alone is too long, it loses the
-    beginning of its text. The template's tokens are never truncated.
+    beginning of its text. The template's tokens are never truncated. ``variables`` of the chat template are those of rows that
+    don't have them.
 
     Returns:
         The prompts, whose keys are their indices in ``rows``, and the indices of those that were too long.
     """
+    rows = with_defaults(rows, variables)
     prompts: list[Prompt] = []
     too_long: list[int] = []
     for key, (row, ids) in enumerate(zip(rows, _prompt_ids(tokenizer, rows, on_progress), strict=True)):
-        variables = row.chat_template_kwargs
+        own = row.chat_template_kwargs
         if len(ids) > max_prompt_length:
             too_long.append(key)
             if long_prompts == "drop":
                 continue
-            ids = _truncated(tokenizer, row.conversation, max_prompt_length, variables)
-        known = (dict(row.columns), prefill(tokenizer, variables), row.messages, variables)
+            ids = _truncated(tokenizer, row.conversation, max_prompt_length, own)
+        known = (dict(row.columns), prefill(tokenizer, own), row.messages, own)
         prompts.append(Prompt(row.prompt, tuple(ids), key, *known))
     return prompts, too_long
+
+
+def with_defaults(rows: Sequence[PromptRow], variables: Variables | None) -> Sequence[PromptRow]:
+    """Return ``rows`` with values of the chat template's variables that they don't have."""
+    if not variables:
+        return rows
+    return [replace(row, chat_template_kwargs={**variables, **row.chat_template_kwargs}) for row in rows]
 
 
 def _prompt_ids(
@@ -240,11 +250,19 @@ def _prompt_ids(
 class LazyPrompts(Sequence[Prompt]):
     """Prompts that are formatted, tokenized and truncated to ``limit`` tokens on access.
 
-    ``digest`` identifies the contents of ``rows``.
+    ``digest`` identifies the contents of ``rows``, and ``variables`` are as for :func:`encode_prompts`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], limit: int, digest: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[PromptRow],
+        limit: int,
+        digest: str,
+        variables: Variables | None = None,
+    ) -> None:
         self.tokenizer, self.rows, self.limit, self.digest = tokenizer, rows, limit, digest
+        self.variables = variables
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -263,7 +281,8 @@ class LazyPrompts(Sequence[Prompt]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        ((prompt,), _) = encode_prompts(self.tokenizer, [self.rows[index]], max_prompt_length=self.limit)
+        rows, limit = [self.rows[index]], self.limit
+        ((prompt,), _) = encode_prompts(self.tokenizer, rows, max_prompt_length=limit, variables=self.variables)
         return replace(prompt, key=index)
 
 

@@ -11,6 +11,7 @@ import torch
 from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.algorithm.means import masked_mean
 from reinforcepp.config.reward_rules import repeated_share
+from reinforcepp.environments.tools.environment import tool_metrics
 from reinforcepp.monitoring.completion_log import columns_of
 from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.types import Completion, RolloutBatch
@@ -97,6 +98,7 @@ def _episode_metrics(completions: Sequence[Completion]) -> dict[str, float]:
     return {
         "episodes/mean_turns": fmean(sum(turn.sampled for turn in c.turns) for c in completions),
         "episodes/mean_environment_tokens": fmean(len(c.ids) - len(c.sampled_ids) for c in completions),
+        **(tool_metrics(completions) if any("tools" in c.prompt.chat_template_kwargs for c in completions) else {}),
     }
 
 

@@ -32,7 +32,8 @@ def load_object(source: str, what: str = REWARD) -> Callable[..., Any]:
     module = _load_module(module_name, what)
     found = getattr(module, name, None)
     if not callable(found):
-        available = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        own = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+        available = [key for key, value in own.items() if getattr(value, "__module__", None) == module.__name__]
         problem = f"has no {_kind(what)} {name!r}" if found is None else f"{name!r} can't be called"
         raise ConfigError(f"{module_name}: {problem}.{nearest(name, available)}")
     return found

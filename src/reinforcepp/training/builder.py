@@ -18,6 +18,7 @@ from reinforcepp.data import StreamRows, check_dataset, prompt_rows
 from reinforcepp.distributed.rank_zero import RankZero
 from reinforcepp.distributed.ranks import Ranks, check_trackers, init_process_group
 from reinforcepp.environments.protocol import EnvironmentFactory
+from reinforcepp.environments.tools.schemas import ToolFunction
 from reinforcepp.errors import ConfigError, DataError, setting
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.devices import check_compiler, choose_device
@@ -49,6 +50,8 @@ from reinforcepp.training.episodes import (
     environment_inputs,
     episode_runner,
     longest_start,
+    start_environments,
+    template_variables,
     with_environment,
     with_environment_reward,
 )
@@ -117,7 +120,8 @@ def build(
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None,
     optimizers: Optimizers,
     quantization_config: Any,
-    environment: EnvironmentFactory | None = None,
+    environment: EnvironmentFactory | None,
+    tools: Sequence[str | ToolFunction] | None,
 ) -> TrainingParts:
     """Check everything that can be checked first, then load the models; the arguments are those of the trainer.
 
@@ -125,7 +129,7 @@ def build(
         ReinforceError: settings, data or models don't fit together.
     """
     config, quantization = with_quantization(config, model, quantization_config)
-    config, make_environment = with_environment(config, environment)
+    config = with_environment(config, environment, tools)
     if config.trust_remote_code:
         allow_remote_code(model if isinstance(model, str) else model.config.name_or_path, config.output_dir)
     folder, resumed = open_folder(model, config)
@@ -141,8 +145,11 @@ def build(
         check_sampling(config, choice.name)
     tokenizer = with_chat_template(tokenizer_for(model_config, processing_class), config)
     warn_about_bias(config)
-    encode_held_out = partial(load_held_out, tokenizer, config, limit)
-    prompts, eval_sets = load_prompts(tokenizer, train_dataset, config, limit), encode_held_out(eval_dataset)
+    make_environment = start_environments(config, environment, tokenizer)
+    variables = template_variables(make_environment)
+    encode_held_out = partial(load_held_out, tokenizer, config, limit, variables)
+    prompts = load_prompts(tokenizer, train_dataset, config, limit, variables)
+    eval_sets = encode_held_out(eval_dataset)
     held_out = sum(map(len, eval_sets.values()))
     if (
         config.eval_prompts
@@ -293,9 +300,13 @@ def is_stream(dataset: Any, config: ReinforceConfig) -> bool:
 
 
 def load_prompts(
-    tokenizer: PreTrainedTokenizerBase, dataset: Iterable[Any] | None, config: ReinforceConfig, limit: int
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Any] | None,
+    config: ReinforceConfig,
+    limit: int,
+    variables: Mapping[str, Any],
 ) -> Sequence[Prompt]:
-    """Return the training prompts, of up to ``limit`` tokens.
+    """Return the training prompts, of up to ``limit`` tokens, with ``variables`` of the chat template.
 
     Raises:
         DataError: there is no training prompt.
@@ -309,7 +320,7 @@ def load_prompts(
         if dataset is not None and is_stream(dataset, config)
         else prompt_rows(dataset, name)
     )
-    prompts = encode(tokenizer, rows, "training", config, limit)
+    prompts = encode(tokenizer, rows, "training", config, limit, variables)
     if not prompts:
         raise DataError("train_dataset: no rows. Give at least one row with a prompt.")
     print_prompt_format(tokenizer, rows, prompts[0].ids)
@@ -317,7 +328,7 @@ def load_prompts(
 
 
 def load_held_out(
-    tokenizer: PreTrainedTokenizerBase, config: ReinforceConfig, limit: int, dataset: Any
+    tokenizer: PreTrainedTokenizerBase, config: ReinforceConfig, limit: int, variables: Mapping[str, Any], dataset: Any
 ) -> dict[str, Sequence[Prompt]]:
     """Return the prompts of each held-out dataset by its name; the name of a single dataset is empty.
 
@@ -330,7 +341,7 @@ def load_held_out(
         place = f"eval_dataset[{name!r}]" if name else "eval_dataset"
         check_dataset(part, place)
         first = sum(map(len, sets.values()))
-        encoded = encode(tokenizer, prompt_rows(part, place), "held-out", config, limit)
+        encoded = encode(tokenizer, prompt_rows(part, place), "held-out", config, limit, variables)
         sets[str(name)] = [replace(prompt, key=first + i) for i, prompt in enumerate(encoded)] if first else encoded
     return sets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ from reinforcepp.config import ReinforceConfig
 from reinforcepp.config.reward_spec import ENVIRONMENT, parse_source
 from reinforcepp.environments.episodes import EpisodeRunner
 from reinforcepp.environments.protocol import EnvironmentFactory, environment_factory
+from reinforcepp.environments.tools.environment import ToolEnvironments, tool_environments
+from reinforcepp.environments.tools.schemas import TOOL, ToolFunction, load_tools
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.completion_log import log_failed_episodes
 from reinforcepp.rewards.functions import EnvironmentReward
@@ -24,22 +27,42 @@ ROOM_FOR_RESET = 1024
 
 
 def with_environment(
-    config: ReinforceConfig, environment: EnvironmentFactory | None
-) -> tuple[ReinforceConfig, EnvironmentFactory | None]:
-    """Return what makes an environment, if there is one, and ``config`` with its name.
+    config: ReinforceConfig,
+    environment: EnvironmentFactory | None = None,
+    tools: Sequence[str | ToolFunction] | None = None,
+) -> ReinforceConfig:
+    """Return ``config`` with the names of the trainer's arguments.
 
     Raises:
-        ConfigError: it doesn't exist, can't be used, or is given twice.
+        ConfigError: an argument can't be used, or is given in the settings, too.
     """
-    if environment is None:
-        if config.environment is None:
-            return config, None
-        return config, environment_factory(config.environment, config.environment_arguments)
-    if config.environment is not None:
-        raise ConfigError("environment: given in the settings and as an argument. Remove one.")
-    make = environment_factory(environment, config.environment_arguments)
-    name = getattr(environment, "__qualname__", type(environment).__qualname__)
-    return replace(config, environment=f"{environment.__module__}:{name}"), make
+    for name, given in (("environment", environment), ("tools", tools)):
+        if given and getattr(config, name):
+            raise ConfigError(f"{name}: given in the settings and as an argument. Remove one.")
+    if environment is not None:
+        name = getattr(environment, "__qualname__", type(environment).__qualname__)
+        config = replace(config, environment=f"{environment.__module__}:{name}")
+    return replace(config, tools=tuple(tool.source for tool in load_tools(tools))) if tools else config
+
+
+def start_environments(
+    config: ReinforceConfig, environment: EnvironmentFactory | None, tokenizer: PreTrainedTokenizerBase
+) -> EnvironmentFactory | None:
+    """Return what makes the environment of an episode, from the trainer's argument or the settings, if there is one.
+
+    Raises:
+        ConfigError: an environment or a tool doesn't exist or can't be used, also with the tokenizer's chat template.
+    """
+    if config.tools:
+        return tool_environments(config.tools, tokenizer, config.tool_timeout)
+    if config.environment is None:
+        return None
+    return environment_factory(environment or config.environment, config.environment_arguments)
+
+
+def template_variables(make: EnvironmentFactory | None) -> dict[str, Any]:
+    """Return the variables of the chat template that all prompts need: the schemas of the tools."""
+    return {"tools": make.schemas} if isinstance(make, ToolEnvironments) else {}
 
 
 def with_environment_reward(config: ReinforceConfig, rewards: Any) -> Any:
@@ -72,14 +95,17 @@ def episode_runner(
         make,
         tokenizer,
         max_turns=config.max_turns,
-        timeout=config.environment_timeout,
+        timeout=None if config.tools else config.environment_timeout,  # each call of a tool has a limit
         max_prompt_length=max_prompt_length,
+        has_tools=bool(config.tools),
         log_failures=partial(log_failed_episodes, folder) if folder is not None else lambda episodes: None,
     )
 
 
 def environment_inputs(config: ReinforceConfig, given: object) -> dict[str, str]:
-    """Return the fingerprint of an environment that the settings name, so that a resumed run notices a change."""
+    """Return the fingerprint of tools, or of an environment that the settings name, so that a resumed run notices a change."""
+    if config.tools:
+        return {"tools": " ".join(source_digest(tool, TOOL) for tool in config.tools)}
     if config.environment is None or given is not None:
         return {}
     return {"environment": source_digest(config.environment, "environment")}

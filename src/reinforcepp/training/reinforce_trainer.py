@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.environments.protocol import EnvironmentFactory
+from reinforcepp.environments.tools.schemas import ToolFunction
 from reinforcepp.monitoring.step_metrics import step_metrics
 from reinforcepp.rewards.functions import RewardFunction
 from reinforcepp.rollout.engine import RolloutEngine
@@ -47,6 +48,7 @@ class ReinforceTrainer(TrainerMethods):
         reward_weights: one weight per reward function; default: 1.
         environment: a class, or another function that returns an environment for each episode, instead of the name in ``args``.
             Its rewards are the reward function ``environment``, which is added if ``reward_funcs`` doesn't name it.
+        tools: Python functions that the policy can call, with type hints and docstrings.
 
     Raises:
         ReinforceError: settings, data or models don't fit together; raised before training starts.
@@ -70,6 +72,7 @@ class ReinforceTrainer(TrainerMethods):
         judge: str | RewardFunction | None = None,
         reward_weights: Sequence[float] | None = None,
         environment: EnvironmentFactory | None = None,
+        tools: Sequence[str | ToolFunction] | None = None,
         **unsupported: Any,
     ) -> None:
         refuse_arguments(unsupported)
@@ -90,6 +93,7 @@ class ReinforceTrainer(TrainerMethods):
             optimizers=optimizers,
             quantization_config=quantization_config,
             environment=environment,
+            tools=tools,
         )
         self.config = parts.update.config  # with the learning rate
         self.folder, self.ranks, self.num_steps = parts.folder, parts.ranks, parts.num_steps

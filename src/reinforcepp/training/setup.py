@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from reinforcepp.models.loading import load_policy, with_fused_gelu
 from reinforcepp.models.lora import add_adapter, has_adapter, with_adapter
 from reinforcepp.models.precision import compute_dtype
 from reinforcepp.models.reward_models import head_modules
-from reinforcepp.models.tokenization import BATCH_ROWS, LazyPrompts, encode_prompt, encode_prompts
+from reinforcepp.models.tokenization import BATCH_ROWS, LazyPrompts, encode_prompt, encode_prompts, with_defaults
 from reinforcepp.monitoring import PROGRESS_ROWS, reading_progress
 from reinforcepp.rollout.sampling import check_extra
 from reinforcepp.runtime.terminal import echo
@@ -100,11 +100,17 @@ def first_rows(rows: Sequence[Any], indices: Sequence[int]) -> str:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], part: str, config: ReinforceConfig, limit: int
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Any],
+    part: str,
+    config: ReinforceConfig,
+    limit: int,
+    variables: Mapping[str, Any] | None = None,
 ) -> Sequence[Prompt]:
     """Return the prompts of ``rows``; those of more than ``limit`` tokens are truncated or skipped, and counted.
 
-    Rows on disk are tokenized when they are used, so truncated ones can't be counted here.
+    Rows on disk are tokenized when they are used, so truncated ones can't be counted here. ``variables`` of the chat template are
+    those of rows that don't have them.
 
     Raises:
         DataError: every prompt is too long.
@@ -115,29 +121,36 @@ def encode(
     if isinstance(rows, StreamRows):
         if action == "drop":
             raise ConfigError("long_prompts drop: needs all rows, but the dataset is a stream. Use cut, or a Dataset.")
-        return LazyPrompts(tokenizer, rows, limit, "stream")
+        return LazyPrompts(tokenizer, rows, limit, "stream", variables)
     if isinstance(rows, DiskRows) and action == "cut":
         if part == "training":
             echo(f"Prompts are tokenized when they are used; those longer than {limit} tokens are {outcome}.")
-        return LazyPrompts(tokenizer, rows, limit, rows.digest)
+        return LazyPrompts(tokenizer, rows, limit, rows.digest, variables)
     with reading_progress(len(rows) >= PROGRESS_ROWS, f"tokenizing {part} prompts") as on_progress:
         if isinstance(rows, DiskRows):
             long = []
             for start in range(0, len(rows), BATCH_ROWS):
                 batch = rows[start : start + BATCH_ROWS]
-                _, over = encode_prompts(tokenizer, batch, max_prompt_length=limit, long_prompts="drop")
+                _, over = encode_prompts(
+                    tokenizer, batch, max_prompt_length=limit, long_prompts="drop", variables=variables
+                )
                 long += [start + index for index in over]
                 on_progress((start + len(batch)) / len(rows))
             fitting = rows.without(long)
-            prompts = LazyPrompts(tokenizer, fitting, limit, fitting.digest)
+            prompts = LazyPrompts(tokenizer, fitting, limit, fitting.digest, variables)
         else:
             prompts, long = encode_prompts(
-                tokenizer, rows, max_prompt_length=limit, long_prompts=action, on_progress=on_progress
+                tokenizer,
+                rows,
+                max_prompt_length=limit,
+                long_prompts=action,
+                on_progress=on_progress,
+                variables=variables,
             )
     if long:
         longest = max(
             len(encode_prompt(tokenizer, row.conversation, **row.chat_template_kwargs))
-            for row in map(rows.__getitem__, long)
+            for row in with_defaults([rows[index] for index in long], variables)
         )
         keep = (
             f"raise {setting('max_prompt_length')} to {longest}"

@@ -44,8 +44,11 @@ FIXED = {
 """Methods of TRL's trainers that don't exist here, and what to use instead."""
 
 
-AGENTS = ("tools", "environment_factory", "rollout_func")
-"""Arguments of TRL's trainers for completions of several turns."""
+AGENTS = {
+    "environment_factory": "write a class with reset and step, and give it as environment",
+    "rollout_func": "generate with an engine of your own",
+}
+"""Arguments of TRL's trainers for completions of several turns, and what to use instead."""
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:
@@ -59,10 +62,7 @@ def refuse_arguments(given: Mapping[str, Any]) -> None:
         if name not in AGENTS:
             raise TypeError(f"ReinforceTrainer got an unexpected argument {name!r}.")
         if value is not None:
-            raise ConfigError(
-                f"{name}: isn't supported, because a completion is one response to one prompt. Remove it, or generate with "
-                "your own engine."
-            )
+            raise ConfigError(f"{name}: isn't supported. Instead, {AGENTS[name]}.")
 
 
 class TrainerMethods(UploadMethods):

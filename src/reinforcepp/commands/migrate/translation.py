@@ -126,8 +126,8 @@ SCRIPT_NOTES = {
     "vf_coef": "the critic has its own optimizer, with critic_learning_rate",
     "whiten_rewards": "advantages are standardized over the batch",
     "num_sample_generations": "evaluations keep their completions (eval_every)",
-    "environment_factory": "environments aren't supported",
-    "tools": "tools aren't supported",
+    "environment_factory": "write a class with reset and step, see docs/environments.md",
+    "tools": "give it to ReinforceTrainer as it is, or name the functions in tools",
     "task_type": "the training decides",
 }
 
