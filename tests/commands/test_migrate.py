@@ -1,5 +1,6 @@
 """`reinforcepp migrate`: trainings of TRL, OpenRLHF and verl become settings of `reinforcepp train`."""
 
+import re
 import textwrap
 
 import pytest
@@ -181,6 +182,38 @@ def test_a_command_of_openrlhf(migrate, names):
     assert settings["mixed_precision"] == "bf16" and settings["lr_scheduler_type"] == "cosine_with_min_lr"  # defaults
     assert "value_clip" not in settings  # only ppo
     assert "# ds.zero_stage: " in text and "$UNKNOWN/x" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("level off", {"correction": "off"}),
+        ("level token mode clip threshold 0.5 5.0", {"correction": "tis", "high": 5.0}),  # 0.5 is the default
+        ("level token threshold 3.0", {"correction": "icepop", "low": 0.0, "high": 3.0}),
+        ("level seq gating binary_kl threshold 0.005", {"correction": "binary_kl", "max_kl": 0.005}),
+        ("level seq threshold 0.5 2.0", {}),
+        ("level token gating tv threshold 0.05", {}),
+    ],
+)
+def test_flash_reinforce_and_the_corrections_of_openrlhf(migrate, flags, expected):
+    words = re.sub("(level|mode|gating|threshold) ", r"--algo.advantage.is_correction_\1 ", flags)
+    settings, text = migrate(
+        "train.sh",
+        "python -m openrlhf.cli.train_ppo_ray --algo.advantage.estimator flash_reinforce "
+        f"--actor.loss_agg_mode seq-mean-token-mean --rollout.batch_size 128 {words}",
+    )
+    assert (settings["estimator"], settings["loss_type"]) == ("flash_reinforce", "grpo")
+    prefix = "importance_"
+    assert {name.removeprefix(prefix): settings[name] for name in settings if name.startswith(prefix)} == expected
+    assert ("isn't available, only token with ratio" in text) == (not expected)
+
+
+@pytest.mark.parametrize(("level", "correction"), [("token", "tis"), ("sequence", "sequence_truncate")])
+def test_the_correction_of_verl(migrate, level, correction):
+    given = f"algorithm.rollout_correction.rollout_is={level} algorithm.rollout_correction.rollout_is_threshold=3.0"
+    settings, _ = migrate("train.sh", f"python -m verl.trainer.main_ppo {given}")
+    found = [settings[f"importance_{name}"] for name in ("correction", "low", "high")]
+    assert found == [correction, 0, 3]
 
 
 def test_a_command_and_a_configuration_of_verl(migrate):

@@ -54,6 +54,14 @@ EQUIVALENT = [
     ),
     ({"vllm_importance_sampling_correction": False}, {"importance_correction": "off"}),
     (
+        {"vllm_importance_sampling_correction": True},
+        {"importance_correction": "sequence_mask", "importance_low": 0, "importance_high": 3},
+    ),
+    (
+        {"vllm_importance_sampling_mode": "sequence_truncate", "vllm_importance_sampling_clip_max": 2.5},
+        {"importance_correction": "sequence_truncate", "importance_low": 0, "importance_high": 2.5},
+    ),
+    (
         {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": 2.5},
         {"importance_correction": "icepop", "importance_low": 0, "importance_high": 2.5},
     ),
@@ -189,7 +197,6 @@ def test_flags_override_a_file_under_every_name(tmp_path):
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"per_device_train_batch_size": 3, "num_generations": 2}, "aren't a multiple of num_generations 2"),
         ({"tf32": True}, "^tf32: True isn't supported"),
-        ({"vllm_importance_sampling_correction": True}, "sequence_mask, TRL's default"),
         ({"model_init_kwargs": {"device_map": "auto"}}, "model_init_kwargs: device_map 'auto' isn't supported"),
         ({"model_init_kwargs": "eager"}, "isn't a JSON object"),
         ({"metric_for_best_model": "loss"}, "evaluations of a policy measure no loss"),

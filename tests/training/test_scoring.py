@@ -1,10 +1,13 @@
 """From a scored batch to its advantages: the mask, the sign of the KL, and the log-probabilities that it is taken from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from reinforcepp import ReinforceConfig
 from reinforcepp.training.batches import batch_advantages
+from reinforcepp.training.optimizer_step import OptimizerStep
 from reinforcepp.types import RolloutBatch
 
 MASK = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
@@ -32,6 +35,20 @@ def test_padding_has_no_part_in_the_advantages():
     torch.testing.assert_close(advantages_BT, expected)
 
 
+def test_filters_multiply_the_weights_of_tokens():
+    """Half of two negative tokens is the first one, with exp(-2); of three the last two, which are equally likely."""
+    old_BT, config = torch.tensor([[-2.0, 0.0, 0.0], [0.0, -1.0, -1.0]]), ReinforceConfig(negative_token_fraction=0.5)
+    scored = replace(batch([0.0, 0.0], rollout=-1.0), old_logprobs_BT=old_BT)
+    step = OptimizerStep.of(scored, [0, 1], 0.0, config)
+    given = scored, torch.tensor([0, 1]), old_BT, -torch.ones(2, 3), config
+    weights_BT, stats = step.token_weights(*given, "off")
+    assert (weights_BT * MASK).tolist() == [[1, 0, 0], [0, 1, 1]] and stats == {}
+    weights_BT, stats = step.token_weights(*given, "binary_kl")  # the engine gave the first token -1, the others 0
+    assert (weights_BT == 0).all()
+    assert stats["sampling/trust_region_dropped_ratio"] == 1
+    assert stats["sampling/importance_sampling_ratio/min"] == torch.tensor(-1.0).exp()
+
+
 @pytest.mark.parametrize(
     ("estimator", "expected"),
     [
@@ -40,13 +57,15 @@ def test_padding_has_no_part_in_the_advantages():
         ("grpo", [0.707007, 0, 0, 0]),
         ("reinforce_plus_plus", [0, 0, 0, 0]),
         ("ppo", [0, 0, 0, 0]),
+        ("flash_reinforce", [0.25, 0, 0.25, 0.25]),
     ],
 )
-def test_a_masked_completion_counts_in_the_baseline_of_its_group_only(estimator, expected):
+def test_a_masked_completion_counts_in_the_baseline_only(estimator, expected):
     """Rewards 1, 0 | 1, 1 of one token each; the second completion is masked, because it was truncated.
 
-    By hand: the group's mean is 1/2, its leave-one-out mean 0, its sample deviation sqrt(1/2): 1/2, 1 and 1/2 / 0.707207. The
-    normalization is over the other three tokens: 1/2, 0, 0 have mean 1/6 and variance 1/18; 1, 1, 1 have none.
+    By hand: the mean of all is 3/4. The group's mean is 1/2, its leave-one-out mean 0, its sample deviation sqrt(1/2): 1/2, 1 and
+    1/2 / 0.707207. The normalization is over the other three tokens: 1/2, 0, 0 have mean 1/6 and variance 1/18; 1, 1, 1 have
+    none.
     """
     zeros = torch.zeros(4, 1)
     masked = RolloutBatch(

@@ -1,8 +1,10 @@
 """Asynchronous rollouts: the weights that sample and score them, their overlap with the update, and checkpoints."""
 
 import json
+import math
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -19,6 +21,7 @@ from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
+from reinforcepp.training.builder import sampling_gap
 from reinforcepp.training.guardrails import RollBack
 from reinforcepp.types import Sampling
 
@@ -153,6 +156,26 @@ def test_the_difference_between_engine_and_trainer_is_corrected(base, tmp_path):
     assert max(seen) < 1e-4  # the same weights, so they differ by rounding alone, however old they are
     assert max(m["sampling/logprob_gap_max"] for m in log) < 1e-4
     assert [m["approx_kl"] > 1e-4 for m in log] == [False, True, True]  # how far the policy has come since
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, ("off", True)), ({"staleness": 1}, ("binary_kl", False)), ({"importance_correction": "tis"}, ("tis", True))],
+)
+def test_flash_reinforce_has_a_trust_region_where_weights_are_corrected(settings, expected):
+    config = ReinforceConfig(estimator="flash_reinforce", rollout="transformers", **settings)
+    assert sampling_gap(config, SimpleNamespace(shares_trainer_forward=True)) == expected
+
+
+def test_the_trust_region_compares_the_engine_with_the_current_weights(base, tmp_path):
+    """The first batch is on policy. The next ones come from the weights one step before, and all their sequences are dropped."""
+    settings = {"estimator": "flash_reinforce", "kl_coef": 0.0, "staleness": 1, "max_steps": 3, "learning_rate": 1e-2}
+    run = trainer(base, tmp_path / "run", importance_max_kl=1e-8, micro_batch_size=2, **settings)
+    assert (run.update.objective.clip_low, run.update.objective.clip_high) == (1, math.inf)
+    log = tiny.train(run)
+    assert [m["sampling/trust_region_dropped_ratio"] for m in log] == [0, 1, 1]
+    assert [m["grad_norm"] > 0 for m in log] == [True, False, False]
+    assert [m["approx_kl"] > 1e-6 for m in log] == [False, True, True]
 
 
 # --- beside what ----------------------------------------------------------------------------------------------------

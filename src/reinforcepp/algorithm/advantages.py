@@ -19,7 +19,7 @@ from torch import Tensor
 from reinforcepp.algorithm.critic import compute_gae
 from reinforcepp.algorithm.discount import discounted_sums, discounts
 from reinforcepp.algorithm.estimators import DiscountPer, Scale, checked_spec
-from reinforcepp.algorithm.groups import group_sequence_advantages, scaled_over_batch
+from reinforcepp.algorithm.groups import centered_over_batch, group_sequence_advantages, scaled_over_batch
 from reinforcepp.algorithm.moments import Population, combine_moments, moment_sums, normalize, population_mask
 
 
@@ -79,10 +79,10 @@ def compute_advantages(
         rewards_B: score of each sequence.
         kl_BT: per-token k1 of the sampling policy against the reference policy; can be None if ``kl_coef`` is 0.
         mask_BT: 1 on sampled tokens.
-        turn_rewards_BT: the part of ``rewards_B`` that turns before the last one earned, each at its last sampled token; a group
-            baseline uses the sums only.
+        turn_rewards_BT: the part of ``rewards_B`` that turns before the last one earned, each at its last sampled token; the
+            mean of a group or of the batch as the baseline uses the sums only.
         kl_coef: weight of the KL in the reward; must be 0 if the estimator has the KL in the loss.
-        gamma: discount; must be 1 with a group baseline.
+        gamma: discount; must be 1 with the mean of a group or of the batch as the baseline.
         discount_per: apply ``gamma`` between tokens, or only between turns.
         estimator: a name from ``estimators.ESTIMATORS``.
         group_ids_B: prompt id of each sequence, needed with a group baseline.
@@ -95,15 +95,17 @@ def compute_advantages(
     Raises:
         ConfigError: the arguments contradict each other, or a group has a single sample.
     """
-    spec = checked_spec(estimator, kl_coef=kl_coef)
+    spec = checked_spec(estimator, kl_coef=kl_coef, gamma=gamma)
     scale = scale or spec.scale
     if spec.grouped:
         given = rewards_B, kl_BT, mask_BT, group_ids_B, estimator
-        advantages_B = group_sequence_advantages(*given, kl_coef=kl_coef, gamma=gamma, scaled=scale == "group")
+        advantages_B = group_sequence_advantages(*given, kl_coef=kl_coef, scaled=scale == "group")
         if scale in ("reward_std", "sequences"):
             advantages_B = scaled_over_batch(advantages_B, rewards_B, scale, sum_over_ranks)
         raw_BT = returns_BT = torch.where(mask_BT.bool(), advantages_B.unsqueeze(-1), 0.0)
     else:
+        if spec.baseline == "batch_mean":
+            rewards_B, turn_rewards_BT = centered_over_batch(rewards_B, sum_over_ranks), None
         rewards_BT = token_rewards(rewards_B, kl_BT, mask_BT, kl_coef, turn_rewards_BT)
         gamma_BT = discounts(mask_BT, gamma, discount_per)
         if spec.uses_critic:

@@ -1,4 +1,4 @@
-"""Group baselines, which compare the samples of a prompt: REINFORCE++-baseline, RLOO, GRPO.
+"""Group baselines, which compare the samples of a prompt (REINFORCE++-baseline, RLOO, GRPO), and baselines of the batch.
 
 Dimensions: B sequences, T response tokens, G groups (prompts).
 """
@@ -88,6 +88,12 @@ def normalized_sum(scores: Sequence[Sequence[float | None]], weights: Sequence[f
     return total_B
 
 
+def centered_over_batch(rewards_B: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return R - mean(R) over the sequences of all ranks. -> (B,)"""
+    moments = combine_moments(sum_over_ranks(moment_sums(rewards_B, torch.ones_like(rewards_B))))
+    return (rewards_B.double() - moments.mean).float()
+
+
 def scaled_over_batch(
     advantages_B: Tensor, rewards_B: Tensor, scale: Scale, sum_over_ranks: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -110,16 +116,13 @@ def group_sequence_advantages(
     estimator: str,
     *,
     kl_coef: float,
-    gamma: float,
     scaled: bool,
 ) -> Tensor:
     """Return each sequence's group advantage of R - kl_coef · sum_t kl_t, see :func:`group_advantages`. -> (B,)
 
     Raises:
-        ConfigError: ``gamma`` isn't 1, the group ids are missing, or a group has a single sample.
+        ConfigError: the group ids are missing, or a group has a single sample.
     """
-    if gamma != 1:
-        raise ConfigError(f"gamma: {gamma} isn't valid for {estimator}. Use 1.")
     if group_ids_B is None:
         raise ConfigError(f"group_ids_B: missing, but {estimator} needs the prompt id of each sequence. Pass them.")
     spec = ESTIMATORS[estimator]

@@ -10,7 +10,8 @@ Splitting the step over micro-batches or ranks therefore changes nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 LossType = Literal["dapo", "bnpo", "grpo", "dr_grpo", "luspo", "cispo", "sapo", "rloo"]
@@ -74,3 +75,8 @@ class Objective:
     def spec(self) -> LossSpec:
         """Parts of the loss."""
         return LOSS_TYPES[self.loss_type]
+
+    @property
+    def unclipped(self) -> Objective:
+        """The same objective with a policy ratio that isn't clipped."""
+        return replace(self, clip_low=1.0, clip_high=math.inf)

@@ -50,6 +50,8 @@ class AlgorithmConfig(Config):
     """Exclude completions that are truncated at max_new_tokens from the loss"""
     off_policy_mask_threshold: PositiveFloat | None = None
     """Drop a sequence's negative advantages if its policy moved more nats/token"""
+    negative_token_fraction: Annotated[float, Range(at_least=0, at_most=1)] = 1.0
+    """Fraction of negative-advantage tokens, the least likely, with a policy loss"""
     top_entropy_quantile: Annotated[float, Range(at_least=0, at_most=1)] = 1.0
     """Fraction of tokens, those of highest entropy, with a policy loss; 1: all"""
     entropy_coef: NonNegativeFloat = 0.0
@@ -92,7 +94,7 @@ class AlgorithmConfig(Config):
         return "k2" if self.use_bias_correction_kl is None else "k3"
 
     def _check_rules(self) -> None:
-        if self.estimator_spec.grouped and self.gamma != 1:
+        if self.gamma != 1 and not self.estimator_spec.credits_time:
             raise ConfigError(
                 f"gamma: {self.gamma} doesn't work with the estimator {self.estimator}, which has no rewards per token. "
                 "Set gamma to 1."

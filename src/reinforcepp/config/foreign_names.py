@@ -1,7 +1,7 @@
 """Settings of OpenRLHF and verl by their names there: our setting, and how the value converts.
 
 OpenRLHF renamed the flags of ``train_ppo_ray`` in 2026, so both names are listed. Sources: OpenRLHF 3c3be623
-(``openrlhf/cli/train_ppo_ray.py``), verl 008db456 (``verl/trainer/config/ppo_trainer.yaml``).
+and 0.11.2 (``openrlhf/cli/train_ppo_ray.py``), verl 008db456 (``verl/trainer/config/ppo_trainer.yaml``).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ESTIMATORS = {
     "reinforce_baseline": "reinforce_plus_plus_baseline",
     "rloo": "rloo",
     "group_norm": "grpo",
+    "flash_reinforce": "flash_reinforce",
     "grpo": "grpo",
     "reinforce_plus_plus": "reinforce_plus_plus",
     "reinforce_plus_plus_baseline": "reinforce_plus_plus_baseline",
@@ -101,6 +102,21 @@ _OPENRLHF: tuple[tuple[str, str, Foreign], ...] = (
         "enable_vllm_is_correction",
         Foreign("importance_correction", "auto is on with vLLM"),
     ),
+    (
+        "algo.advantage.is_correction_level",
+        "",
+        Foreign(
+            "importance_correction", "token with clip is tis, token with mask icepop, seq with binary_kl binary_kl"
+        ),
+    ),
+    ("algo.advantage.is_correction_mode", "", Foreign("importance_correction", "clip is tis, mask is icepop")),
+    ("algo.advantage.is_correction_gating", "", Foreign("importance_correction", "binary_kl, or a ratio")),
+    (
+        "algo.advantage.is_correction_threshold",
+        "",
+        Foreign("importance_low", "and importance_high; importance_max_kl with binary_kl"),
+    ),
+    ("actor.loss_agg_mode", "", Foreign("loss_type", "token-mean is dapo, seq-mean-token-mean is grpo")),
     ("algo.dynamic_filtering_enable", "dynamic_filtering", Foreign(None, "groups of equal rewards aren't resampled")),
     ("reward.clip_range", "reward_clip_range", Foreign("reward_clip_range")),
     ("reward.normalize_enable", "normalize_reward", Foreign("reward_normalize")),
@@ -214,6 +230,10 @@ VERL: Mapping[str, Foreign] = {
     "algorithm.lam": Foreign("gae_lambda"),
     "algorithm.use_kl_in_reward": Foreign("estimator", "the estimator decides: only grpo has the KL in the loss"),
     "algorithm.kl_penalty": Foreign("estimator", "k1 in the reward, k2 in the loss of grpo"),
+    "algorithm.rollout_correction.rollout_is": Foreign(
+        "importance_correction", "token is tis, sequence is sequence_truncate"
+    ),
+    "algorithm.rollout_correction.rollout_is_threshold": Foreign("importance_high", "with importance_low 0"),
     "algorithm.kl_ctrl.kl_coef": Foreign("kl_coef"),
     "algorithm.kl_ctrl.target_kl": Foreign("kl_target", "only with the type adaptive"),
     "algorithm.kl_ctrl.horizon": Foreign("kl_horizon"),

@@ -162,8 +162,12 @@ class ReinforceConfig(
     """Completions generated at a time; default: 128, with vLLM on a GPU up to 512"""
     staleness: NonNegativeInt = 0
     """Steps by which generation runs ahead of training; 0 uses current weights"""
-    importance_correction: Literal["auto", "tis", "icepop", "off"] = "auto"
-    """Correct engine log-probs; auto: tis with vLLM, Ray or staleness, else off"""
+    importance_correction: Literal[
+        "auto", "tis", "icepop", "sequence_truncate", "sequence_mask", "binary_kl", "off"
+    ] = "auto"
+    """Correct engine log-probs; auto: tis or binary_kl with vLLM, Ray or staleness"""
+    importance_max_kl: PositiveFloat = 0.003
+    """Only binary_kl: drop sequences with a higher mean KL between engine and policy"""
     importance_low: NonNegativeFloat = 0.5
     """Lower bound of the importance weight; 0 disables"""
     importance_high: float = 2.0
@@ -240,6 +244,11 @@ class ReinforceConfig(
             raise ConfigError(
                 f"estimator: {self.estimator} compares completions of one prompt, but num_generations is "
                 f"{self.num_generations}. Set num_generations to 2 or more, or use the estimator reinforce_plus_plus."
+            )
+        if self.estimator_spec.baseline == "batch_mean" and self.completions_per_step < 2:
+            raise ConfigError(
+                f"batch_size: 1 completion per step equals the mean that {self.estimator} subtracts from it, so nothing would be "
+                "learned. Set batch_size to 2 or more."
             )
         of_sum = {
             "reward_clip": self.reward_bounds,

@@ -266,6 +266,7 @@ def engine(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
 LARGEST_WEIGHT = 1e30
 """An upper bound that no importance weight exceeds, because their exponents are clamped."""
 IMPORTANCE_MODES = {"token_truncate": "tis", "token_mask": "icepop"}
+"""Our names for TRL's modes; those with one weight per sequence have the same name."""
 
 
 def importance(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
@@ -273,15 +274,10 @@ def importance(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
     if given.get("vllm_importance_sampling_correction") is False:
         return {"importance_correction": "off"}
     mode = given.get("vllm_importance_sampling_mode", "sequence_mask")
-    if mode not in IMPORTANCE_MODES:
-        raise ConfigError(
-            f"vllm_importance_sampling_mode: {mode}, TRL's default, has one weight per sequence, which isn't supported. Give "
-            "token_truncate or token_mask, or omit it for importance_correction auto."
-        )
     low = given.get("vllm_importance_sampling_clip_min", 0.0)
     high = given.get("vllm_importance_sampling_cap", given.get("vllm_importance_sampling_clip_max", 3.0))
     return {
-        "importance_correction": IMPORTANCE_MODES[mode],
+        "importance_correction": IMPORTANCE_MODES.get(mode, mode),
         "importance_low": low,
         "importance_high": LARGEST_WEIGHT if high is None else high,
     }

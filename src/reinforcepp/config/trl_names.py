@@ -261,8 +261,8 @@ RULES: tuple[Rule, ...] = (
         settings=("importance_correction", "importance_low", "importance_high"),
         convert=conversions.importance,
         mapping=(
-            "importance_correction is off, tis (token_truncate) or icepop (token_mask), importance_low is clip_min, and "
-            "importance_high is clip_max"
+            "importance_correction is off, tis (token_truncate), icepop (token_mask), sequence_truncate or sequence_mask, "
+            "importance_low is clip_min, and importance_high is clip_max"
         ),
         reads={
             "vllm_importance_sampling_clip_min": attrgetter("importance_low"),

@@ -394,4 +394,5 @@ def sampling_gap(config: ReinforceConfig, engine: RolloutEngine) -> tuple[Correc
     )
     if config.importance_correction != "auto":
         return config.importance_correction, on_policy
-    return "tis" if ahead or not same_forward else "off", on_policy
+    correction: Correction = "binary_kl" if config.estimator_spec.trust_region else "tis"
+    return correction if ahead or not same_forward else "off", on_policy

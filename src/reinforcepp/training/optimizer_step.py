@@ -13,7 +13,9 @@ from reinforcepp.algorithm.importance import (
     Correction,
     high_entropy_mask,
     importance_weights,
+    negative_token_mask,
     off_policy_mask,
+    trust_region,
     weight_stats,
 )
 from reinforcepp.algorithm.means import StepSize
@@ -73,6 +75,11 @@ class OptimizerStep(NamedTuple):
         if importance_BT is not None:
             factors.append(importance_BT)
             stats = weight_stats(importance_BT, mask_BT, self.size.tokens)
+        if correction == "binary_kl":
+            factors.append(trust_region(logprobs_BT, engine_BT, mask_BT, config.importance_max_kl))
+            stats["sampling/trust_region_dropped_ratio"] = (1 - factors[-1][:, 0]).sum() / self.size.sequences
+        if config.negative_token_fraction < 1:
+            factors.append(negative_token_mask(old_BT, advantages_BT, mask_BT, config.negative_token_fraction))
         if config.off_policy_mask_threshold is not None:
             sampling_BT = old_BT if importance_BT is None else engine_BT
             threshold = config.off_policy_mask_threshold

@@ -137,7 +137,7 @@ class PolicyUpdate:
         policy: the policy with its optimizer.
         critic: the critic with its optimizer, for the estimator ppo.
         pad_id: the tokenizer's padding token.
-        correction: how the rollout engine's log-probabilities are corrected: ``tis``, ``icepop`` or ``off``.
+        correction: how the rollout engine's log-probabilities are corrected, see ``importance_weights``.
         on_policy: each batch gets one optimizer step and was sampled, from the full distribution, by the trainer's own
             forward pass. The engine's log-probabilities are then the policy's, so the pass that would compute them
             again is skipped: the ratio is 1 by definition.
@@ -159,7 +159,8 @@ class PolicyUpdate:
         self.learners: dict[str, Learner] = {"policy": self.policy}
         if self.critic is not None:
             self.learners["critic"] = self.critic
-        self.objective = self.config.objective
+        trust_region = self.correction == "binary_kl"  # it replaces the clipping of policy ratios
+        self.objective = self.config.objective.unclipped if trust_region else self.config.objective
         self.passes = Passes(self.config, self.ranks, list(self.learners.values()))
         self._pass: Sequence[int] = ()
 

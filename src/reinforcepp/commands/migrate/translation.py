@@ -325,6 +325,39 @@ def _openrlhf_estimator(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return _estimator("grpo", scaled=False) if value == "dr_grpo" else _estimator(value)
 
 
+TOKEN_CORRECTIONS = {"clip": "tis", "mask": "icepop"}
+LOSS_AGGREGATIONS = {"token-mean": "dapo", "seq-mean-token-mean": "grpo"}
+
+
+def _one_of(choices: Mapping[str, str], value: Any) -> str:
+    if value not in choices:
+        raise ConfigError(f"{value!r} isn't available, only {', '.join(choices)}")
+    return choices[value]
+
+
+def _openrlhf_correction(level: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the correction of the engine's log-probabilities, which OpenRLHF builds of level, mode, gating and threshold."""
+    mode, gating, threshold = (
+        given.get(f"algo.advantage.is_correction_{part}") for part in ("mode", "gating", "threshold")
+    )
+    mode, gating, threshold = mode or "mask", gating or "ratio", threshold or [0.5, 5.0]
+    bounds = [float(bound) for bound in (threshold if isinstance(threshold, (list, tuple)) else str(threshold).split())]
+    if level == "off":
+        return {"importance_correction": "off"}
+    if (level, mode, gating) == ("seq", "mask", "binary_kl"):
+        return {"importance_correction": "binary_kl", "importance_max_kl": bounds[-1]}
+    if (level, gating) == ("token", "ratio"):
+        correction, low = _one_of(TOKEN_CORRECTIONS, mode), bounds[0] if len(bounds) > 1 else 0.0
+        return {"importance_correction": correction, "importance_low": low, "importance_high": bounds[-1]}
+    raise ConfigError(
+        f"{level} with {mode} and {gating} isn't available, only token with ratio, and seq with mask and binary_kl"
+    )
+
+
+def _loss_aggregation(value: Any, _: Any = None) -> dict[str, Any]:
+    return {"loss_type": _one_of(LOSS_AGGREGATIONS, value)}
+
+
 NOTHING: Convert = lambda value, given: {}  # noqa: E731  (the setting is part of another one's conversion)
 OPENRLHF_CONVERSIONS: Mapping[str, Convert] = {
     "rollout.batch_size": lambda value, _: {"batch_size": int(value)},
@@ -346,6 +379,11 @@ OPENRLHF_CONVERSIONS: Mapping[str, Convert] = {
     "actor.policy_loss_type": lambda value, _: {"importance_sampling_level": "sequence"} if value == "gspo" else {},
     "algo.advantage.estimator": _openrlhf_estimator,
     "algo.advantage.is_correction_enable": lambda value, _: {"importance_correction": "tis"},
+    "algo.advantage.is_correction_level": _openrlhf_correction,
+    "algo.advantage.is_correction_mode": NOTHING,
+    "algo.advantage.is_correction_gating": NOTHING,
+    "algo.advantage.is_correction_threshold": NOTHING,
+    "actor.loss_agg_mode": _loss_aggregation,
     "ckpt.save_steps": _steps("save_every"),
     "eval.steps": _steps("eval_every"),
     "logger.wandb.key": lambda value, _: {"report_to": ["wandb"]},
@@ -434,13 +472,15 @@ def _verl_reward(path: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-LOSS_AGGREGATIONS = {"token-mean": "dapo", "seq-mean-token-mean": "grpo"}
+VERL_CORRECTIONS = {"token": "tis", "sequence": "sequence_truncate"}
 
 
-def _verl_loss(value: Any, _: Any = None) -> dict[str, Any]:
-    if value not in LOSS_AGGREGATIONS:
-        raise ConfigError(f"{value!r} isn't available, only {', '.join(LOSS_AGGREGATIONS)}")
-    return {"loss_type": LOSS_AGGREGATIONS[value]}
+def _verl_correction(level: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the correction of the engine's log-probabilities; verl's weights have an upper bound only."""
+    if level in (None, "null"):
+        return {}
+    high = float(given.get("algorithm.rollout_correction.rollout_is_threshold", 2.0))
+    return {"importance_correction": _one_of(VERL_CORRECTIONS, level), "importance_low": 0.0, "importance_high": high}
 
 
 VERL_CONVERSIONS: Mapping[str, Convert] = {
@@ -459,7 +499,7 @@ VERL_CONVERSIONS: Mapping[str, Convert] = {
     f"{ACTOR}.ppo_micro_batch_size_per_gpu": _verl_micro_batch,
     f"{ACTOR}.ppo_epochs": lambda value, _: {"num_iterations": int(value)},
     f"{ACTOR}.clip_ratio": lambda value, _: {"clip_low": float(value), "clip_high": float(value)},
-    f"{ACTOR}.loss_agg_mode": _verl_loss,
+    f"{ACTOR}.loss_agg_mode": _loss_aggregation,
     f"{ACTOR}.use_kl_loss": NOTHING,
     f"{ACTOR}.kl_loss_coef": NOTHING,
     f"{ACTOR}.optim.lr_warmup_steps": lambda value, _: {"warmup_steps": max(0, int(value))},
@@ -470,6 +510,8 @@ VERL_CONVERSIONS: Mapping[str, Convert] = {
     "algorithm.adv_estimator": _verl_estimator,
     "algorithm.use_kl_in_reward": NOTHING,
     "algorithm.kl_ctrl.kl_coef": _verl_kl,
+    "algorithm.rollout_correction.rollout_is": _verl_correction,
+    "algorithm.rollout_correction.rollout_is_threshold": NOTHING,
     "algorithm.norm_adv_by_std_in_grpo": NOTHING,
     "trainer.logger": _verl_trackers,
     "trainer.save_freq": _steps("save_every"),
