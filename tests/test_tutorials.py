@@ -1,5 +1,7 @@
 """Tutorials work: the files they list are written, and their commands run one after another, as a reader would."""
 
+import json
+
 import pytest
 from tutorials import BLOCK, FOLDER, follow
 
@@ -22,6 +24,7 @@ def test_each_tutorial_has_a_test():
         "math_with_rules",
         "my_csv",
         "chat_lora",
+        "reasoning_gym",
     } | elsewhere
 
 
@@ -50,6 +53,18 @@ def test_math_with_rules(followed, tmp_path):
     assert len(steps) == 3
     for name in ("exact_match", "regex", "repetition"):
         assert all(f"rewards/{name}/mean" in step for step in steps)
+
+
+@pytest.mark.full  # takes 15 seconds
+def test_reasoning_gym(followed, tmp_path):
+    pytest.importorskip("reasoning_gym")
+    output = followed("reasoning_gym")
+    assert "State the final answer" in output and "Judge reasoning_gym" in output
+    steps = read_metrics(tmp_path / "runs" / "sums")
+    assert len(steps) == 3 and all("accuracy" in step for step in steps)
+    row = json.loads((tmp_path / "before.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert row["prompt"].startswith("State the final answer") and 0 <= row["reward"] <= 1
+    assert (tmp_path / "runs" / "compared" / "compare.html").is_file()
 
 
 def test_my_csv(followed, tmp_path):
