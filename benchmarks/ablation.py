@@ -28,7 +28,7 @@ from reinforcepp import ReinforceTrainer
 from reinforcepp.models import token_logprobs
 from reinforcepp.monitoring import Clock
 from reinforcepp.rollout import running_batch, transformers_engine
-from reinforcepp.training.policy_update import score, with_advantages
+from reinforcepp.training.policy_update import rollout_batch, with_advantages, with_rewards
 
 COMPLETIONS, NEW_TOKENS = 16, 64
 
@@ -81,8 +81,9 @@ def one_step(trainer: ReinforceTrainer, step: int) -> dict[str, float]:
     clock = Clock()
     completions = trainer.rollouts.next(step)
     clock.lap("rollout")
-    scored = score(completions, trainer.rewards, trainer.update, trainer.reference)
-    work = with_advantages(*scored, trainer.update, trainer.run.state.kl_coef)
+    kept, scores = with_rewards(completions, trainer.rewards, trainer.update)
+    rollout = rollout_batch(kept, scores, trainer.rewards, trainer.update, trainer.reference)
+    work = with_advantages(rollout, scores, trainer.update, trainer.run.state.kl_coef)
     clock.lap("score")
     trainer.update.run(work, step, trainer.run.state.kl_coef)
     clock.lap("update")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from reinforcepp import ReinforceConfig, ReinforceTrainer
-from reinforcepp.training.policy_update import score, with_advantages
+from reinforcepp.training.policy_update import rollout_batch, with_advantages, with_rewards
 from reinforcepp.types import Completion
 
 PROMPTS, GENERATIONS, MAX_TOKENS = ["How do I check host 1?", "ping", "Why is the DNS slow today?"], 3, 7
@@ -90,7 +90,8 @@ class Ours:
                 Completion(c.prompt, c.ids, tuple(row[: len(c.ids)].tolist()), c.text, c.finish_reason)
                 for c, row in zip(completions, logprobs, strict=True)
             ]
-        rollout, scores = score(completions, trainer.rewards, update, trainer.reference)
+        kept, scores = with_rewards(completions, trainer.rewards, update)
+        rollout = rollout_batch(kept, scores, trainer.rewards, update, trainer.reference)
         self.batch = with_advantages(rollout, scores, update, kl_coef)
         if old is not None:
             rollout.old_logprobs_BT.add_(old * rollout.mask_BT)

@@ -166,6 +166,7 @@ def test_a_command_of_openrlhf(migrate, names):
         ray job submit --address="http://127.0.0.1:8265" -- python3 -m openrlhf.cli.train_ppo_ray \\
            --{model} $MODEL "${{ARGS[@]}}" --{train} 128 --train.micro_batch_size 8 \\
            --{kl} 1e-3 --{clip} 0.2 0.28 --algo.advantage.estimator group_norm --ckpt.output_dir $SAVE \\
+           --algo.dynamic_filtering_enable --reward.overlong_buffer_len 64 \\
            --reward.remote_url http://host:5000/score --data.prompt_dataset my/prompts --data.input_key question \\
            --data.label_key answer --ds.lora.rank 8 --vllm.num_engines 2 --logger.wandb.key SECRET --ds.zero_stage 3 \\
            --ckpt.path $UNKNOWN/x &> log.txt
@@ -175,6 +176,7 @@ def test_a_command_of_openrlhf(migrate, names):
     assert (settings["batch_size"], settings["num_generations"], settings["micro_batch_size"]) == (128, 4, 8)
     assert settings["gradient_accumulation_steps"] == 16  # 128 completions per optimizer step
     assert float(settings["kl_coef"]) == 1e-3 and (settings.get("clip_low", 0.2), settings["clip_high"]) == (0.2, 0.28)
+    assert settings["dynamic_sampling"] is True and "rule:soft_overlong_punishment?" in text
     assert settings["estimator"] == "grpo" and settings["rewards"] == ["http://host:5000/score"]
     assert settings["prompt_column"] == "question" and settings["columns"] == ["label=answer"]
     assert settings["rollout"] == "ray://auto" and settings["rollout_workers"] == 2
@@ -224,12 +226,14 @@ def test_a_command_and_a_configuration_of_verl(migrate):
             data.train_files="['$HOME/a.parquet', '$HOME/b.parquet']" data.max_response_length=$((1024 * 2)) \\
             actor_rollout_ref.actor.ppo_mini_batch_size=16 actor_rollout_ref.rollout.n=4 \\
             actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8 actor_rollout_ref.model.path=Qwen/Qwen2-7B \\
+            algorithm.filter_groups.enable=True algorithm.filter_groups.max_num_gen_batches=5 \\
             algorithm.use_kl_in_reward=True algorithm.kl_ctrl.kl_coef=0.002 +trainer.test_freq=5 $@
         """,
     )
     assert settings["data"] == "~/a.parquet,~/b.parquet" and settings["max_new_tokens"] == 2048
     assert (settings["batch_size"], settings["num_generations"]) == (64, 4)
     assert settings["gradient_accumulation_steps"] == 8  # 16 prompts x 4 completions per optimizer step / 8
+    assert settings["dynamic_sampling"] is True and settings["max_num_gen_batches"] == 5
     assert settings["kl_coef"] == 0.002 and settings["eval_every"] == 5 and settings["save_every"] == 0
     assert settings["dual_clip"] == 3.0 and settings["rollout"] == "ray://auto"  # defaults: two GPUs per engine
 

@@ -13,7 +13,7 @@ from reinforcepp.commands import cli
 from reinforcepp.errors import ConfigError, RewardError, TrainingDiverged
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.monitoring.completion_log import read_completions
-from reinforcepp.training.policy_update import score
+from reinforcepp.training.policy_update import rollout_batch, with_rewards
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "graded": i % 3 > 0} for i in range(8)]
@@ -239,7 +239,8 @@ def test_every_function_is_logged_by_itself_and_the_sum_with_its_weights(base, t
 def test_the_sum_is_clipped_with_the_penalty_in_it(base, tmp_path):
     run = trainer(base, tmp_path / "run", "rule:regex?pattern=.", weights=[3], truncation_penalty=1.5, reward_clip=2.0)
     completions = run.engine.generate(run.prompts, run.rollouts.sampling(0))
-    batch, scores = score(completions, run.rewards, run.update, run.reference)
+    kept, scores = with_rewards(completions, run.rewards, run.update)
+    batch = rollout_batch(kept, scores, run.rewards, run.update, run.reference)
     expected = [3 - 1.5 * (c.finish_reason == "length") for c in completions]
     assert scores.total == expected and batch.rewards_B.tolist() == [min(2.0, value) for value in expected]
     assert 1.5 in expected

@@ -12,7 +12,7 @@ from reinforcepp.errors import RolloutError
 from reinforcepp.rollout.transformers_engine import TransformersEngine
 from reinforcepp.rollout.vllm.compat import node_problem
 from reinforcepp.training.optimizer_step import OptimizerStep
-from reinforcepp.training.policy_update import score, with_advantages
+from reinforcepp.training.policy_update import rollout_batch, with_advantages, with_rewards
 
 pytestmark = pytest.mark.skipif(bool(node_problem()), reason=node_problem())
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(8)]
@@ -58,8 +58,9 @@ def test_every_step_samples_from_the_current_weights(trainer):
 def test_tokens_are_weighted_by_the_ratio_to_the_engine(trainer):
     """If an engine overstates its log-probabilities by ln 1.25, its tokens get weight 0.8."""
     completions = trainer.engine.generate(trainer.prompts, trainer.rollouts.sampling(0))
-    scored = score(completions, trainer.rewards, trainer.update, trainer.reference)
-    work = with_advantages(*scored, trainer.update, trainer.config.kl_coef)
+    kept, scores = with_rewards(completions, trainer.rewards, trainer.update)
+    rollout = rollout_batch(kept, scores, trainer.rewards, trainer.update, trainer.reference)
+    work = with_advantages(rollout, scores, trainer.update, trainer.config.kl_coef)
     batch = work.rollout
     assert trainer.update.correction == "tis" and not trainer.update.on_policy
     rows = list(range(8))

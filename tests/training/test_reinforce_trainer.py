@@ -14,7 +14,7 @@ from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.errors import ConfigError, DataError, TrainingDiverged
 from reinforcepp.models.loading import load_policy, load_tokenizer
 from reinforcepp.monitoring import read_metrics
-from reinforcepp.training.policy_update import score
+from reinforcepp.training.policy_update import rollout_batch, with_rewards
 from reinforcepp.types import Completion
 
 PROMPTS = [{"prompt": f"How do I check host {i}?", "topic": str(i)} for i in range(11)]
@@ -331,7 +331,7 @@ def test_the_reward_reaches_the_last_sampled_token_and_its_eos(base, tmp_path):
         Completion(prompt, (5, 0), (-1.0, -1.0), "", "stop"),
         Completion(prompt, (5, 6, 7, 8), (-1.0,) * 4, "", "length"),
     ]
-    batch, _ = score(completions, run.rewards, run.update, run.reference)
+    batch = rollout_batch(*with_rewards(completions, run.rewards, run.update), run.rewards, run.update, run.reference)
     assert batch.mask_BT.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert (batch.old_logprobs_BT[0, 2:] == 0).all() and (batch.old_logprobs_BT[0, :2] < 0).all()
 

@@ -24,6 +24,7 @@ from reinforcepp.config.base import (
 from reinforcepp.config.environments import EnvironmentConfig
 from reinforcepp.config.hub import HubConfig
 from reinforcepp.config.learning_rates import Training
+from reinforcepp.config.prompt_selection import PromptSelectionConfig
 from reinforcepp.config.sampling import RolloutSamplingConfig
 from reinforcepp.config.shared import (
     MODEL_CONFIG,
@@ -95,6 +96,7 @@ class ReinforceConfig(
     AlgorithmConfig,
     RewardScoringConfig,
     EnvironmentConfig,
+    PromptSelectionConfig,
     ChatTemplateConfig,
     ComputeConfig,
     HubConfig,
@@ -224,6 +226,7 @@ class ReinforceConfig(
     def _check_rules(self) -> None:
         if self.num_completions_to_print is not None and not self.log_completions:
             raise ConfigError("num_completions_to_print: needs log_completions. Turn it on, or remove one.")
+        self.check_dynamic_sampling(self.num_generations, self.staleness)
         self._check_best()
         self._check_rollout()
         self._check_guardrails()

@@ -27,9 +27,10 @@ class Clock:
         self._laps: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
-        """Record that ``phase`` ends now."""
+        """Record that ``phase`` ends now; the times of a repeated phase are added up."""
         now = time.perf_counter()
-        self._laps[f"time/{phase}"] = now - self._last
+        name = f"time/{phase}"
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def seconds(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from reinforcepp.algorithm.means import masked_mean
 from reinforcepp.config.reward_rules import repeated_share
 from reinforcepp.environments.tools.environment import tool_metrics
 from reinforcepp.monitoring.completion_log import columns_of
-from reinforcepp.rewards.functions import RewardScores
+from reinforcepp.rewards.functions import BATCHES_KEY, RewardScores
 from reinforcepp.types import Completion, RolloutBatch
 
 NGRAM_LENGTH = 4
@@ -35,6 +35,7 @@ def step_metrics(
     kl_BT = kl_estimate(batch.old_logprobs_BT, batch.ref_logprobs_BT, "k3")
     return {
         **reward_metrics(scores),
+        **_dropped_metrics(scores),
         "reward_top_ratio": float((rewards_B == rewards_B.max()).float().mean()),
         **(
             {}
@@ -63,6 +64,18 @@ def reward_metrics(scores: RewardScores) -> dict[str, float]:
     if scores.skipped:
         found["completions/left_out_ratio"] = scores.skipped / (scores.skipped + len(scores.total))
     return found | scores.metrics | scores.counts
+
+
+def _dropped_metrics(scores: RewardScores) -> dict[str, float]:
+    """Return what dynamic sampling dropped, and the mean reward of all completions that it generated, if it is on."""
+    if BATCHES_KEY not in scores.counts:
+        return {}
+    return {
+        "dynamic_sampling/dropped_groups": float(len({each.key for each in scores.dropped})),
+        "dynamic_sampling/dropped_completions": float(len(scores.dropped)),
+        "dynamic_sampling/dropped_tokens": float(sum(each.tokens for each in scores.dropped)),
+        "dynamic_sampling/reward": fmean([*scores.known, *(each.reward for each in scores.dropped)]),
+    }
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from reinforcepp.data.builtin.judge import GoldJudge
 from reinforcepp.errors import ConfigError, ReinforceError, RewardError, UnusableUpdate, nearest
@@ -31,6 +31,8 @@ RESERVED = (
 
 FAILED_KEY = "episodes/failed"
 """The metric that counts failed episodes."""
+BATCHES_KEY = "dynamic_sampling/batches"
+"""The count of the batches that dynamic sampling generated for a step."""
 
 
 class RewardFunction(Protocol):
@@ -82,6 +84,14 @@ class EnvironmentReward:
         return list(environment_rewards)
 
 
+class Dropped(NamedTuple):
+    """A completion that dynamic sampling dropped: the key of its prompt, its reward and its sampled tokens."""
+
+    key: int
+    reward: float
+    tokens: int
+
+
 @dataclass(frozen=True)
 class RewardScores:
     """Scores of each completion.
@@ -89,7 +99,7 @@ class RewardScores:
     ``total`` is the weighted sum over the functions that scored it, None if none did. ``by_function`` holds the unweighted
     scores by function name. ``skipped`` counts the completions that :func:`drop_unscored` removed. ``metrics`` has the means
     that functions logged with ``log_metric``, ``extra`` the columns that they logged with ``log_extra``, and ``counts`` the
-    numbers of requests and the like, which are added up over the ranks.
+    numbers of requests and the like, which are added up over the ranks. ``dropped`` are completions of groups without signal.
     """
 
     total: list[float | None]
@@ -98,6 +108,7 @@ class RewardScores:
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    dropped: list[Dropped] = field(default_factory=list)
 
     @property
     def known(self) -> list[float]:
@@ -109,7 +120,8 @@ class RewardScores:
         by_function = {name: [row[i] for i in kept] for name, row in self.by_function.items()}
         extra = {name: [row[i] for i in kept] for name, row in self.extra.items()}
         skipped = self.skipped + len(self.total) - len(kept)
-        return RewardScores([self.total[i] for i in kept], by_function, skipped, self.metrics, extra, self.counts)
+        total = [self.total[i] for i in kept]
+        return RewardScores(total, by_function, skipped, self.metrics, extra, self.counts, self.dropped)
 
 
 def join_scores(parts: Sequence[RewardScores]) -> RewardScores:
@@ -125,6 +137,7 @@ def join_scores(parts: Sequence[RewardScores]) -> RewardScores:
         {name: math.fsum(values) / len(values) for name, values in logged.items()},
         {name: [cell for part in parts for cell in part.extra.get(name, [None] * len(part.total))] for name in columns},
         {name: math.fsum(part.counts.get(name, 0.0) for part in parts) for part in parts for name in part.counts},
+        [completion for part in parts for completion in part.dropped],
     )
 
 

@@ -68,8 +68,8 @@ class AsyncRolloutScheduler(RolloutScheduler):
         self._thread = self._new_thread()
         self._jobs: dict[int, Future[PendingRollout]] = {}
 
-    def next(self, step: int) -> list[Completion]:
-        """Return this rank's completions of a step, and start generating those of a later step."""
+    def next(self, step: int, start: int = 0, count: int | None = None) -> list[Completion]:
+        """Return this rank's completions of a step, and start generating those of a later step; there are no refills."""
         return self.ranks.run_or_raise_all(lambda: self._take(step))
 
     def _take(self, step: int) -> list[Completion]:

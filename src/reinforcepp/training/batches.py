@@ -22,13 +22,15 @@ from reinforcepp.algorithm.advantages import compute_advantages
 from reinforcepp.algorithm.kl import kl_estimate
 from reinforcepp.config import ReinforceConfig
 from reinforcepp.files import write_json
-from reinforcepp.rewards.functions import RewardScores, join_scores
+from reinforcepp.models.tokenization import pad_values
+from reinforcepp.rewards.functions import Dropped, RewardScores, join_scores
 from reinforcepp.rollout.engine import request_seed
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.types import Completion, Prompt, RolloutBatch
 
 if TYPE_CHECKING:
     from reinforcepp.distributed.ranks import Ranks
+    from reinforcepp.rewards.sources import RewardSum
     from reinforcepp.training.checkpoint import Checkpoint
 
 TENSORS_FILE, DETAILS_FILE = "rollout", "rollout.json"
@@ -40,14 +42,17 @@ UPDATE_TENSORS = ("advantages_BT", "returns_BT", "values_BT")
 class PromptBatches:
     """Passes over ``prompts``: each prompt occurs exactly once per epoch; the last batch can be short.
 
-    Each pass has another order, unless ``shuffle`` is false.
+    Each pass has another order, unless ``shuffle`` is false. ``refills`` is the most refills of a step.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], batch_size: int, seed: int, *, shuffle: bool = True, refills: int = 0
+    ) -> None:
         self.prompts = prompts
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.refills = refills
         self._order: tuple[int, array[int]] = (-1, array("q"))
 
     @property
@@ -55,11 +60,33 @@ class PromptBatches:
         """Number of batches per epoch."""
         return -(-len(self.prompts) // self.batch_size)
 
-    def at(self, step: int) -> list[Prompt]:
-        """Return the prompts of a step on all ranks; steps count from 0."""
+    def at(self, step: int, start: int = 0, count: int | None = None) -> list[Prompt]:
+        """Return ``count`` prompts of a step on all ranks, by default its batch; steps count from 0.
+
+        The prompts from ``size(step)`` on are those of refills, for dynamic sampling: random other ones, while there are any.
+        """
+        rows = self._rows(step)
+        if start:
+            rows = [*rows, *self._refill_rows(step)]
+        return [self.prompts[i] for i in rows[start:][:count]]
+
+    def size(self, step: int) -> int:
+        """Return the number of prompts in the batch of a step."""
+        return len(self._rows(step))
+
+    def with_refills(self, step: int) -> list[Prompt]:
+        """Return the prompts of a step and those of all its refills."""
+        return self.at(step) + (self.at(step, self.size(step)) if self.refills else [])
+
+    def _refill_rows(self, step: int) -> list[int]:
+        used = set(self._rows(step))
+        count = min(len(self.prompts), len(used) * (self.refills + 1))
+        drawn = random.Random(f"{self.seed}/{step}/refills").sample(range(len(self.prompts)), count)
+        return [row for row in drawn if row not in used][: len(used) * self.refills]
+
+    def _rows(self, step: int) -> Sequence[int]:
         epoch, index = divmod(step, self.steps_per_epoch)
-        chosen = self._order_of(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        return [self.prompts[i] for i in chosen]
+        return self._order_of(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
     def _order_of(self, epoch: int) -> array[int]:
         """Return the order of an epoch; it is cached because shuffling millions of prompts takes a second."""
@@ -88,6 +115,16 @@ def planned_batches(config: ReinforceConfig, rows: int, step: int) -> list[list[
         for iteration in range(config.num_iterations)
         for chosen in optimizer_batches(rows, size, request_seed(config.seed, step, iteration))
     ]
+
+
+def turn_rewards(episodes: Sequence[Completion], rewards: RewardSum) -> Tensor:
+    """Return the part of the reward that each turn of the policy but the last earned, at its last token. -> (B, T)"""
+    rewards_BT = pad_values([[0.0] * len(episode.ids) for episode in episodes])
+    for row, episode in enumerate(episodes):
+        weight = rewards.turn_weight(episode)
+        for turn in [turn for turn in episode.turns if turn.sampled][:-1]:
+            rewards_BT[row, turn.stop - 1] = weight * (turn.reward or 0.0)
+    return rewards_BT
 
 
 def batch_advantages(
@@ -176,6 +213,7 @@ class UpdateBatch:
             "metrics": self.scores.metrics,
             "extra": self.scores.extra,
             "counts": self.scores.counts,
+            "dropped": self.scores.dropped,
         }
         write_json(folder / DETAILS_FILE, {"completions": rows, "scores": scores, "history": self.history})
 
@@ -188,7 +226,8 @@ class UpdateBatch:
         tensors = {name: value.to(device) for name, value in saved.tensors(TENSORS_FILE).items()}
         completions, scores = from_rows(details["completions"], prompts), details["scores"]
         logged = scores.get("metrics", {}), scores.get("extra", {}), scores.get("counts", {})
-        reward_scores = RewardScores(scores["total"], scores["by_function"], scores[SKIPPED_KEY], *logged)
+        dropped = [Dropped(*each) for each in scores.get("dropped", ())]
+        reward_scores = RewardScores(scores["total"], scores["by_function"], scores[SKIPPED_KEY], *logged, dropped)
         return _update_batch(completions, reward_scores, tensors, details["history"])
 
     def _tensors(self) -> dict[str, Tensor]:

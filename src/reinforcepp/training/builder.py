@@ -160,8 +160,15 @@ def build(
         raise ConfigError(f"keep_best: {config.keep_best} needs an eval_dataset. Give held-out rows.")
     if config.eval_every and eval_dataset is None:
         echo("eval_every: nothing is evaluated, because there is no eval_dataset.", "yellow")
-    shuffle = config.shuffle_dataset and not is_stream(train_dataset, config)
-    batches = PromptBatches(prompts, config.batch_size, config.seed, shuffle=shuffle)
+    stream = is_stream(train_dataset, config)
+    if stream and config.dynamic_sampling:
+        raise ConfigError(
+            "dynamic_sampling: draws other prompts at random, but train_dataset is a stream, which is read in order. Give a "
+            "Dataset, or remove dynamic_sampling."
+        )
+    shuffle = config.shuffle_dataset and not stream
+    refills = config.max_num_gen_batches - 1 if config.dynamic_sampling else 0
+    batches = PromptBatches(prompts, config.batch_size, config.seed, shuffle=shuffle, refills=refills)
     num_steps = config.max_steps or math.ceil(batches.steps_per_epoch * config.num_train_epochs)
     rewards = load_rewards(
         with_environment_reward(config, reward_funcs),

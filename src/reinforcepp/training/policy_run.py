@@ -334,7 +334,7 @@ class PolicyRun:
         vars(self.state).update(saved.state["run"])
         self.update.guardrails.load(self.state.guard)
         self.rollouts.restore(saved.folder)
-        prompts = self.rollouts.batches.at(self.state.step)
+        prompts = self.rollouts.batches.with_refills(self.state.step)
         self.batch = UpdateBatch.load(saved, prompts, self.update.ranks.device)
         rng.restore(self.state.random)
         if log:

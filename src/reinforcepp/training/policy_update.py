@@ -26,6 +26,7 @@ from reinforcepp.training.batches import (
     UpdateBatch,
     batch_advantages,
     planned_batches,
+    turn_rewards,
 )
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.guardrails import Guardrails
@@ -39,13 +40,29 @@ if TYPE_CHECKING:
     from reinforcepp.training.run_guard import Heartbeat
 
 
-def score(
-    completions: list[Completion], rewards: RewardSum, update: PolicyUpdate, reference: object
-) -> tuple[RolloutBatch, RewardScores]:
-    """Score this rank's completions; the tensors have one row per completion (B) and one column per token (T).
+def with_rewards(
+    completions: list[Completion], rewards: RewardSum, update: PolicyUpdate
+) -> tuple[list[Completion], RewardScores]:
+    """Return this rank's completions that a reward function scores, and their scores."""
+
+    def score_local() -> tuple[list[Completion], RewardScores]:
+        finished, failed = drop_failed(completions)
+        scores = rewards.score(finished)
+        if update.config.has_episodes:
+            scores.counts[FAILED_KEY] = float(len(failed))
+        return drop_unscored(finished, scores, grouped=update.config.estimator_spec.grouped)
+
+    return update.ranks.run_or_raise_all(score_local)
+
+
+def rollout_batch(
+    completions: list[Completion], scores: RewardScores, rewards: RewardSum, update: PolicyUpdate, reference: object
+) -> RolloutBatch:
+    """Return this rank's completions as tensors with one row per completion (B) and one column per token (T).
 
     Args:
-        completions: from the rollout engine. Completions that no reward function scores are dropped.
+        completions: scored completions.
+        scores: their scores.
         rewards: the reward functions.
         update: gives log-probabilities under the current policy, unless its own forward pass gives them (``on_policy``)
             or the completions bring them from the older weights that sampled them (``staleness``).
@@ -56,58 +73,42 @@ def score(
     """
     config, device = update.config, update.ranks.device
 
-    def score_local() -> tuple[RolloutBatch, RewardScores]:
-        finished, failed = drop_failed(completions)
-        scores = rewards.score(finished)
-        if config.has_episodes:
-            scores.counts[FAILED_KEY] = float(len(failed))
-        kept, scores = drop_unscored(finished, scores, grouped=config.estimator_spec.grouped)
-        mask_BT = pad_values([[float(sampled) for sampled in c.mask] for c in kept]).to(device)
+    def compute() -> RolloutBatch:
+        mask_BT = pad_values([[float(sampled) for sampled in c.mask] for c in completions]).to(device)
         width, (old_BT, ref_BT, entropy_BT) = mask_BT.shape[1], (torch.zeros_like(mask_BT) for _ in range(3))
 
         def score_rows(rows: list[int]) -> None:
             rows_B = row_index(rows, mask_BT)
             if config.needs_reference:
-                ref_BT[rows_B], _, _ = update.logprobs(reference, kept, rows, width)
+                ref_BT[rows_B], _, _ = update.logprobs(reference, completions, rows, width)
             if not update.on_policy and not config.staleness:
-                old_BT[rows_B], entropy_BT[rows_B], _ = update.logprobs(update.policy.scoring, kept, rows, width)
+                old_BT[rows_B], entropy_BT[rows_B], _ = update.logprobs(update.policy.scoring, completions, rows, width)
 
-        update.passes.score(kept, score_rows)
+        update.passes.score(completions, score_rows)
         if config.staleness:  # the policy no longer has the weights that sampled
-            old_BT = pad_values([c.old_logprobs for c in kept]).to(device)
-            entropy_BT = pad_values([c.entropy for c in kept]).to(device)
+            old_BT = pad_values([c.old_logprobs for c in completions]).to(device)
+            entropy_BT = pad_values([c.entropy for c in completions]).to(device)
         if not bool(torch.isfinite(torch.stack([ref_BT, old_BT])).all()):
             raise UnusableUpdate("a completion's log-probability isn't finite under the policy or its reference")
         if config.mask_truncated_completions:
-            mask_BT *= torch.tensor([[c.finish_reason != "length"] for c in kept], device=device)
-        group_ids_B = torch.tensor([c.prompt.key for c in kept], dtype=torch.long, device=device)
+            mask_BT *= torch.tensor([[c.finish_reason != "length"] for c in completions], device=device)
+        group_ids_B = torch.tensor([c.prompt.key for c in completions], dtype=torch.long, device=device)
         rewards_B = clip_rewards(torch.tensor(scores.known, device=device), config.reward_bounds)
         if config.normalizes_each_reward:
             rewards_B = normalized_sum([scores.by_function[n] for n in rewards.names], rewards.weights, group_ids_B)
-        batch = RolloutBatch(
-            completions=kept,
+        return RolloutBatch(
+            completions=completions,
             mask_BT=mask_BT,
-            rollout_logprobs_BT=pad_values([c.logprobs for c in kept]).to(device),
+            rollout_logprobs_BT=pad_values([c.logprobs for c in completions]).to(device),
             old_logprobs_BT=old_BT,
             ref_logprobs_BT=ref_BT if config.needs_reference else torch.full_like(ref_BT, torch.nan),
             entropy_BT=entropy_BT,
             rewards_B=rewards_B,
             group_ids_B=group_ids_B,
-            turn_rewards_BT=_turn_rewards(kept, rewards).to(device) if config.has_episodes else None,
+            turn_rewards_BT=turn_rewards(completions, rewards).to(device) if config.has_episodes else None,
         )
-        return batch, scores
 
-    return update.ranks.run_or_raise_all(score_local)
-
-
-def _turn_rewards(episodes: Sequence[Completion], rewards: RewardSum) -> Tensor:
-    """Return the part of the reward that each turn of the policy but the last earned, at its last token. -> (B, T)"""
-    rewards_BT = pad_values([[0.0] * len(episode.ids) for episode in episodes])
-    for row, episode in enumerate(episodes):
-        weight = rewards.turn_weight(episode)
-        for turn in [turn for turn in episode.turns if turn.sampled][:-1]:
-            rewards_BT[row, turn.stop - 1] = weight * (turn.reward or 0.0)
-    return rewards_BT
+    return update.ranks.run_or_raise_all(compute)
 
 
 def with_advantages(batch: RolloutBatch, scores: RewardScores, update: PolicyUpdate, kl_coef: float) -> UpdateBatch:

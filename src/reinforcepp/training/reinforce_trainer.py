@@ -16,8 +16,9 @@ from reinforcepp.runtime.memory import keep_freed_memory
 from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.builder import build
 from reinforcepp.training.monitor import Monitor
-from reinforcepp.training.policy_update import score, with_advantages
+from reinforcepp.training.policy_update import rollout_batch, with_advantages
 from reinforcepp.training.setup import with_peft_config
+from reinforcepp.training.step_groups import sample
 from reinforcepp.training.trainer_methods import TrainerMethods, refuse_arguments
 
 if TYPE_CHECKING:
@@ -157,10 +158,9 @@ class ReinforceTrainer(TrainerMethods):
             with self.guard.step() as step:
                 kl_coef = run.state.kl_coef
                 if run.batch is None:  # otherwise a checkpoint holds the batch of an unfinished step
-                    with step.phase("rollout", repeatable=True):
-                        completions = rollouts.next(step.index)
+                    completions, scores = sample(step, rollouts, self.rewards, update)
                     with step.phase("score", repeatable=True):
-                        rollout, scores = score(completions, self.rewards, update, self.reference)
+                        rollout = rollout_batch(completions, scores, self.rewards, update, self.reference)
                         run.batch = with_advantages(rollout, scores, update, kl_coef)
                 batch = run.batch
                 with step.phase("update"):

@@ -39,9 +39,11 @@ class RolloutScheduler:
     ranks: Ranks
     episodes: EpisodeRunner | None = None
 
-    def next(self, step: int) -> list[Completion]:
-        """Return this rank's completions of a step; steps count from 0."""
-        return self.ranks.run_or_raise_all(lambda: self.generate(self._local_prompts(step), self.sampling(step)))
+    def next(self, step: int, start: int = 0, count: int | None = None) -> list[Completion]:
+        """Return this rank's completions of prompts of a step, see :meth:`PromptBatches.at`."""
+        return self.ranks.run_or_raise_all(
+            lambda: self.generate(self._local_prompts(step, start, count), self.sampling(step))
+        )
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, model: PreTrainedModel | None = None
@@ -96,8 +98,8 @@ class RolloutScheduler:
     def restore(self, checkpoint: Path) -> None:
         """Resume with the completions that a checkpoint holds."""
 
-    def _local_prompts(self, step: int) -> list[Prompt]:
-        return self.ranks.local_slice(self.batches.at(step))
+    def _local_prompts(self, step: int, start: int = 0, count: int | None = None) -> list[Prompt]:
+        return self.ranks.local_slice(self.batches.at(step, start, count))
 
     def _engine_for(self, model: PreTrainedModel) -> RolloutEngine:
         """Return the engine that has the weights of ``model``."""

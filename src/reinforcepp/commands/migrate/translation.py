@@ -513,6 +513,9 @@ VERL_CONVERSIONS: Mapping[str, Convert] = {
     "algorithm.rollout_correction.rollout_is": _verl_correction,
     "algorithm.rollout_correction.rollout_is_threshold": NOTHING,
     "algorithm.norm_adv_by_std_in_grpo": NOTHING,
+    "algorithm.filter_groups.max_num_gen_batches": lambda value, _: (
+        {"max_num_gen_batches": int(value)} if int(value) > 0 else {}
+    ),
     "trainer.logger": _verl_trackers,
     "trainer.save_freq": _steps("save_every"),
     "trainer.test_freq": _steps("eval_every"),

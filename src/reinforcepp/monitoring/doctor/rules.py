@@ -148,8 +148,8 @@ def no_signal(run: RunRecord) -> Finding | None:
         "Rewards don't distinguish responses",
         evidence,
         "The reward is constant, all prompts are too easy or too hard, or all completions of a prompt are alike.",
-        "Check the reward on a few responses by hand. Use other prompts, a higher temperature, a larger num_generations, or "
-        "estimator reinforce_plus_plus, which compares the whole batch.",
+        "Check the reward on a few responses by hand. Use other prompts, a higher temperature, a larger num_generations, "
+        "dynamic_sampling, or estimator reinforce_plus_plus, which compares the whole batch.",
     )
 
 

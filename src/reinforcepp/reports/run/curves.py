@@ -76,6 +76,11 @@ DIAGNOSTICS = (
     Curve("Repetition", "share of word 4-grams that repeat within a completion", "completions/repeated_ratio"),
     Curve("Top reward", "share of completions with the highest reward of their step", "reward_top_ratio"),
     Curve("Groups without signal", "share of prompts whose completions all have one reward", "frac_reward_zero_std"),
+    Curve(
+        "Dropped completions",
+        "completions of prompts without signal, which dynamic sampling replaced",
+        "dynamic_sampling/dropped_completions",
+    ),
     Curve("Clipped rewards", "share of rewards beyond reward_clip", "reward_clipped_ratio"),
     Curve("Clip fraction", "share of tokens whose policy ratio is clipped", "clip_ratio/region_mean", always=True),
     Curve("KL per update", "to the policy that sampled, in nats per token", "approx_kl"),
