@@ -163,6 +163,7 @@ FAULTS = [
     Case("gradient_spikes", change=jumping_gradients, short=10),
     Case("learning_rate_low", settings={"learning_rate": 1e-8}, short=10),
     Case("engine_out_of_step", vowels, FREE, change=stale_engine),
+    Case("trust_region", vowels, FREE | {"estimator": "flash_reinforce", "staleness": 1, "importance_max_kl": 1e-6}),
     Case("reward_model_chance", "chance", short=2),
     Case("reward_model_length", "length", short=2),
     Case("few_prompts", prompts=8, short=2),

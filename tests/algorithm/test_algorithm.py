@@ -319,6 +319,15 @@ def test_rloo_subtracts_the_kl_of_the_whole_response_and_normalizes_nothing():
     close(advantages, [[2.2, 2.2, 0], [-2.2, -2.2, -2.2]])  # penalized rewards 2.9 and 0.7, each minus the other
 
 
+@pytest.mark.parametrize(
+    "estimator", ["rloo", "grpo", "reinforce_plus_plus_baseline", "reinforce_plus_plus", "flash_reinforce"]
+)
+def test_advantages_and_returns_share_no_memory(estimator):
+    """A checkpoint in the middle of a step holds both."""
+    advantages, returns = baseline(estimator=estimator)
+    assert advantages.data_ptr() != returns.data_ptr()
+
+
 def test_grpo_divides_by_the_standard_deviation_of_the_group():
     advantages, _ = compute_advantages(
         tensor([1, 3, 10, 10]),

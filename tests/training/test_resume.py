@@ -30,6 +30,7 @@ from scripts import SOURCE
 
 PROMPTS = [{"prompt": f"How do I check host {i}?"} for i in range(11)]
 SEVERAL = {"micro_batch_size": 2, "gradient_accumulation_steps": 1, "num_iterations": 2}
+FLASH = {"estimator": "flash_reinforce", "importance_correction": "binary_kl", "negative_token_fraction": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,7 @@ def stopping(run, moment, number=signal.SIGTERM):
         (SEVERAL | {"sync_ref_model": True, "ref_model_sync_steps": 6}, 22, "step-000001+2"),
         (SEVERAL | {"mixed_precision": "bf16"}, 8, "step-000000+3"),
         (SEVERAL | {"estimator": "reinforce_plus_plus_baseline", "num_generations": 2}, 8, "step-000000+3"),
+        pytest.param(SEVERAL | FLASH, 8, "step-000000+3", marks=pytest.mark.full),
     ],
     ids=lambda value: None if isinstance(value, int) else str(value),
 )

@@ -113,7 +113,7 @@ def compute_advantages(
         else:
             raw_BT = returns_BT = returns_to_go(rewards_BT, mask_BT, gamma_BT)
     if scale != "batch":
-        return raw_BT, returns_BT
+        return raw_BT.clone(), returns_BT  # a file can't hold one tensor under two names
     counted_BT = population_mask(mask_BT, normalize_over)
     global_moments = combine_moments(sum_over_ranks(moment_sums(raw_BT, counted_BT)))
     return normalize(raw_BT, mask_BT, global_moments), returns_BT

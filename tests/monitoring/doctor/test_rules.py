@@ -114,6 +114,11 @@ CASES = [
         {"sampling/logprob_gap_mean": rising(0, 0.2)},
         {"sampling/logprob_gap_mean": [0.03] * STEPS},
     ),
+    (
+        "trust_region",
+        {"sampling/trust_region_dropped_ratio": rising(0, 0.6)},
+        {"sampling/trust_region_dropped_ratio": rising(0, 0.4)},
+    ),
     ("reward_model_chance", {"facts": card(accuracy=0.55)}, {"facts": card(accuracy=0.65)}),
     ("reward_model_chance", {"facts": card(accuracy=0.5)}, {"facts": card(accuracy=0.5, pairs=12)}),
     (
@@ -144,12 +149,18 @@ def test_a_rule_fires_above_its_threshold_only(rule, fault, sound):
 
 
 def test_every_rule_is_tested():
-    assert len(RULES) == 13
+    assert len(RULES) == 14
     tested = {case[0] for case in CASES}
     assert tested == {
         *(rule.__name__ for rule in RULES if rule.__name__ not in ("length_change", "reward_model")),
         *("length_drift", "length_collapse", "reward_model_chance", "reward_model_length"),
     }
+
+
+def test_groups_of_equal_rewards_have_a_signal_if_the_whole_batch_is_compared():
+    equal = {"frac_reward_zero_std": [1.0] * STEPS}
+    for estimator, found in (("grpo", ["no_signal"]), ("reinforce_plus_plus", []), ("flash_reinforce", [])):
+        assert names(run(settings={"estimator": estimator}, **equal)) == found
 
 
 def test_reward_hacking_needs_a_rising_reward():
@@ -178,6 +189,8 @@ def test_a_problem_that_another_one_explains_is_not_reported():
     assert names(run(**nothing)) == ["no_signal"]
     frozen = run(kl=[0.0] * STEPS, reward=[0.0] * STEPS, learning_rate=[1e-9] * STEPS)
     assert names(frozen) == ["learning_rate_low"]
+    stale = {"sampling/logprob_gap_mean": [0.5] * STEPS, "sampling/trust_region_dropped_ratio": [1.0] * STEPS}
+    assert names(run(**stale)) == ["engine_out_of_step"]
 
 
 def test_a_kl_over_its_limit_is_reported_before_a_trend_exists():

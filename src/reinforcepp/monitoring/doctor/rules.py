@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from statistics import median
 
+from reinforcepp.algorithm.estimators import ESTIMATORS
 from reinforcepp.data import count
 from reinforcepp.monitoring.doctor.finding import Finding
 from reinforcepp.monitoring.doctor.trends import MIN_STEPS, heldout_change, reward_rises, trend_of
@@ -28,6 +29,7 @@ TOP_RATIO, CLIPPED_RATIO = 0.9, 0.2
 TRUNCATED_RATIO = 0.3
 SPIKE_FACTOR, SPIKE_RATIO = 10.0, 0.02
 SAMPLING_GAP = 0.1
+DROPPED_RATIO = 0.5
 MIN_ACCURACY, MIN_PAIRS = 0.6, 20
 MAX_LENGTH_CORRELATION = 0.6
 MIN_PROMPTS, MAX_EPOCHS = 64, 30
@@ -136,7 +138,8 @@ def reward_hacking(run: RunRecord) -> Finding | None:
 def no_signal(run: RunRecord) -> Finding | None:
     """Find rewards that don't distinguish responses."""
     groups, spread = trend_of(run.metrics, "frac_reward_zero_std"), trend_of(run.metrics, "reward_std")
-    if groups is not None and groups.late > NO_SIGNAL_RATIO:
+    spec = ESTIMATORS.get(run.settings.get("estimator", ""))
+    if (spec is None or spec.grouped) and groups is not None and groups.late > NO_SIGNAL_RATIO:
         evidence = f"In {groups.late:.0%} of the groups, all completions have the same reward."
     elif spread is not None and spread.late <= 1e-6 * max(1.0, abs(run.series("reward")[-1])):
         evidence = "All completions of a batch have the same reward."
@@ -250,6 +253,21 @@ def engine_out_of_step(run: RunRecord) -> Finding | None:
     )
 
 
+def trust_region(run: RunRecord) -> Finding | None:
+    """Find a trust region that most completions are outside of."""
+    dropped = trend_of(run.metrics, "sampling/trust_region_dropped_ratio")
+    if dropped is None or dropped.late <= DROPPED_RATIO or engine_out_of_step(run) is not None:
+        return None
+    return Finding(
+        "trust_region",
+        "warning",
+        "The trust region drops most completions",
+        f"{dropped.late:.0%} of the completions have no policy loss ({dropped.early:.0%} at first).",
+        "The policy moves too far between sampling and training, or importance_max_kl is below the engine's rounding errors.",
+        "Lower staleness or learning_rate, or raise importance_max_kl.",
+    )
+
+
 def reward_model(run: RunRecord) -> Finding | None:
     """Find a reward model that is hardly better than chance or length-biased."""
     for card in run.reward_cards:
@@ -305,6 +323,7 @@ RULES: tuple[Rule, ...] = (
     kl_inert,
     entropy_collapse,
     engine_out_of_step,
+    trust_region,
     no_signal,
     reward_model,
     length_change,
