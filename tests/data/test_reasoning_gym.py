@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import zlib
 
 import pytest
 
@@ -195,12 +196,23 @@ def test_an_entry_survives_the_types_of_a_file(package):
     assert score_answer(entry, row.columns["answer"]) == 1.0 and score_answer(entry, None) == 0.0
     with pytest.raises(ConfigError, match="isn't the name of an entry"):
         score_answer("number_sorting", "1")
+    with pytest.raises(ConfigError, match="another question in this process"):
+        score_answer(entry.replace("size=3", "size=3&min_value=-7"), "1")
+
+
+def test_a_task_that_depends_on_pythons_hashes_needs_a_fixed_seed(package, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(ConfigError, match="Set PYTHONHASHSEED=0"):
+        load("reasoning_gym:ransom_note?size=4")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert load("reasoning_gym:ransom_note?size=4")[1]
 
 
 @pytest.mark.full
-def test_the_right_answer_of_every_task_has_the_score_one(package):
+def test_the_right_answer_of_every_task_has_the_score_one(package, monkeypatch):
     from reasoning_gym.factory import DATASETS
 
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
     unknown = set()
     for task in sorted(set(DATASETS) - {"composite", "knight_swap"}):  # one needs other tasks, one takes seconds
         dataset = dataset_of(f"{task}?seed=5&size=2", task)
@@ -208,5 +220,6 @@ def test_the_right_answer_of_every_task_has_the_score_one(package):
             if entry["answer"] is None:
                 unknown.add(task)
             else:
-                assert score_answer(f"{task}?seed=5&size=2#{index}", entry["answer"]) == 1.0, task
+                name = f"{task}?seed=5&size=2#{index}-{zlib.crc32(entry['question'].encode()):08x}"
+                assert score_answer(name, entry["answer"]) == 1.0, task
     assert unknown <= {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}

@@ -1,7 +1,8 @@
 """Tasks of reasoning-gym as prompts: generated rows, held-out rows, and the verifier of a row's answer.
 
-A row's column ``reasoning_gym`` names its entry, as in ``chain_sum?max_terms=3&seed=42&size=500#17``, from which the generator
-makes it again. So a verifier gets the entry itself, whatever a checkpoint or a file did to the types of the other columns.
+A row's column ``reasoning_gym`` names its entry, as in ``chain_sum?max_terms=3&seed=42&size=500#17-1f0e9a3b``, from which the
+generator makes it again. So a verifier gets the entry itself, whatever a checkpoint or a file did to the types of the other
+columns. The digits at the end are a checksum of the question.
 
 Held-out rows have seeds of their own, from ``HELDOUT_SEED`` on, and never a question of the training rows.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import types
 import typing
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -33,6 +36,14 @@ ATTEMPTS = 10
 """Entries generated for each held-out row at most, because small tasks repeat their questions."""
 OWN = {"heldout": "number of held-out rows", "split": "train or heldout"}
 """Options that aren't the generator's."""
+HASHED = frozenset(
+    {
+        *("codeio", "intermediate_integration", "isomorphic_strings", "list_functions", "polynomial_multiplication"),
+        *("ransom_note", "word_ladder"),
+    }
+)
+"""Tasks of version 0.1.25 whose questions depend on the order of sets, so that each process has other ones."""
+HASH_SEED = "PYTHONHASHSEED"
 SEPARATOR = "|"
 """Between the items of an option that is a list, because commas separate data names."""
 
@@ -89,16 +100,22 @@ def score_answer(entry: str, answer: str | None) -> float:
     Raises:
         ConfigError: The package isn't installed, or ``entry`` isn't the name of an entry.
     """
-    spec, _, index = str(entry).rpartition("#")
+    spec, _, rest = str(entry).rpartition("#")
+    index, _, checksum = rest.partition("-")
     if not spec or not index.isdecimal():
         raise ConfigError(
             f"{ENTRY}: {entry!r} isn't the name of an entry. Use rows of {REASONING_GYM}:TASK, which have the column."
         )
     if answer is None:
         return 0.0
-    dataset = dataset_of(spec, f"{REASONING_GYM}:{spec}")
+    dataset, found = dataset_of(spec, f"{REASONING_GYM}:{spec}"), _entry(spec, int(index))
+    if _checksum(found) != checksum:
+        raise ConfigError(
+            f"{ENTRY}: {entry} has another question in this process. Use the same version of reasoning-gym, and set "
+            f"{HASH_SEED}=0 for all processes."
+        )
     try:
-        return float(dataset.score_answer(answer, _entry(spec, int(index))))
+        return float(dataset.score_answer(answer, found))
     except Exception:  # the package's verifiers can raise anything for a text that they don't expect
         return 0.0
 
@@ -110,7 +127,12 @@ def _entry(spec: str, index: int) -> Mapping[str, Any]:
 
 def _row(entry: Mapping[str, Any], spec: str, index: int) -> dict[str, Any]:
     prompt = f"{entry['question'].rstrip()}\n\n{INSTRUCTION}"
-    return {"prompt": prompt, "answer": entry["answer"], "metadata": entry["metadata"], ENTRY: f"{spec}#{index}"}
+    name = f"{spec}#{index}-{_checksum(entry)}"
+    return {"prompt": prompt, "answer": entry["answer"], "metadata": entry["metadata"], ENTRY: name}
+
+
+def _checksum(entry: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(entry['question'].encode()):08x}"
 
 
 def _words(entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -145,6 +167,11 @@ def dataset_of(spec: str, text: str) -> ProceduralDataset:
     if task not in DATASETS:
         raise ConfigError(
             f"{text}: reasoning-gym has no task {task!r}.{nearest(task, DATASETS) or ' Correct the name.'}"
+        )
+    if task in HASHED and os.environ.get(HASH_SEED, "random") == "random":
+        raise ConfigError(
+            f"{text}: the questions of {task} are different in each process, unless Python's hashes are fixed. Set {HASH_SEED}=0 "
+            "before the command."
         )
     create, config_class = DATASETS[task]
     hints, known = typing.get_type_hints(config_class), [field.name for field in dataclasses.fields(config_class)]
