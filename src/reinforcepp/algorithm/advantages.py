@@ -1,12 +1,11 @@
 """From rewards to advantages, as pure functions over tensors.
 
 Source: Hu et al., "REINFORCE++: Stabilizing Critic-Free Policy Optimization", arXiv 2501.03262v9, cited as [v9].
-``estimators`` lists the components of each estimator; ``groups`` and ``critic`` hold the baselines, ``moments`` the
-normalization.
+``estimators`` lists the components of each estimator; ``groups`` and ``critic`` hold the baselines, and
+``moments`` the normalization. No function communicates: global sums are arguments, so a test can split a batch at will.
 
 Dimensions: B sequences, T response tokens. ``mask_BT`` is 1 on tokens that the policy sampled, EOS included, and 0
 elsewhere (padding, tool output). Masked values never affect a result, not even NaN.
-No function communicates: global sums are arguments, so the caller adds them up and a test can split a batch at will.
 """
 
 from __future__ import annotations
@@ -39,12 +38,9 @@ def token_rewards(
     mask_BT = mask_BT.bool()
     remaining_BT = mask_BT.flip(-1).cumsum(-1).flip(-1)
     last_BT = mask_BT & (remaining_BT == 1)
-    if turn_rewards_BT is None:
-        rewards_BT = torch.where(last_BT, rewards_B.float().unsqueeze(-1), 0.0)
-    else:
-        turn_rewards_BT = torch.where(mask_BT, turn_rewards_BT.float(), 0.0)
-        rest_B1 = rewards_B.float().unsqueeze(-1) - turn_rewards_BT.sum(-1, keepdim=True)
-        rewards_BT = turn_rewards_BT + torch.where(last_BT, rest_B1, 0.0)
+    rewards_BT = torch.where(mask_BT, 0.0 if turn_rewards_BT is None else turn_rewards_BT.float(), 0.0)
+    rest_B1 = rewards_B.float().unsqueeze(-1) - rewards_BT.sum(-1, keepdim=True)
+    rewards_BT = torch.where(last_BT, rewards_BT + rest_B1, rewards_BT)
     if kl_BT is None or kl_coef == 0:
         return rewards_BT
     return rewards_BT - kl_coef * torch.where(mask_BT, kl_BT.float(), 0.0)

@@ -102,6 +102,11 @@ SAMPLING = (
         log="offered",
     ),
     Curve("Sampling gap, largest", "of one token, in nats", "sampling/logprob_gap_max", log="offered"),
+    Curve(
+        "Outside of the trust region",
+        "share of completions whose policy loss is dropped",
+        "sampling/trust_region_dropped_ratio",
+    ),
 )
 RARE = ("skipped_updates", "reward_clipped_ratio", "kl_coef")  # drawn only if a value differs from 0
 
