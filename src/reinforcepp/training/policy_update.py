@@ -22,12 +22,7 @@ from reinforcepp.models.logprobs import response_logprobs
 from reinforcepp.models.tokenization import pad_values
 from reinforcepp.rewards.functions import FAILED_KEY, RewardScores, drop_failed, drop_unscored
 from reinforcepp.rewards.sources import RewardSum
-from reinforcepp.training.batches import (
-    UpdateBatch,
-    batch_advantages,
-    planned_batches,
-    turn_rewards,
-)
+from reinforcepp.training.batches import UpdateBatch, batch_advantages, planned_batches, turn_rewards
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.guardrails import Guardrails
 from reinforcepp.training.learner import Learner
