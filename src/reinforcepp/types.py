@@ -108,7 +108,8 @@ class Prompt:
     formatted, tokenized prompt; ``columns`` holds the other columns of the data row, for reward functions. ``prefill`` is the
     start of the answer that the chat template wrote, such as ``<think>``. ``messages`` are those of a prompt that is a list of
     messages; ``text`` is then its text for people. ``chat_template_kwargs`` are its variables of the chat template.
-    ``max_new_tokens`` limits its completions, in addition to that of :class:`Sampling`.
+    ``max_new_tokens`` limits its completions, in addition to that of :class:`Sampling`. ``source`` is the name of its dataset, if
+    training uses several by name.
     """
 
     text: str
@@ -119,6 +120,7 @@ class Prompt:
     messages: Messages = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
+    source: str = ""
 
     @property
     def conversation(self) -> Conversation:

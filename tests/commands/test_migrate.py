@@ -167,7 +167,8 @@ def test_a_command_of_openrlhf(migrate, names):
            --{model} $MODEL "${{ARGS[@]}}" --{train} 128 --train.micro_batch_size 8 \\
            --{kl} 1e-3 --{clip} 0.2 0.28 --algo.advantage.estimator group_norm --ckpt.output_dir $SAVE \\
            --algo.dynamic_filtering_enable --reward.overlong_buffer_len 64 \\
-           --reward.remote_url http://host:5000/score --data.prompt_dataset my/prompts --data.input_key question \\
+           --reward.remote_url http://host:5000/score --data.prompt_dataset my/prompts,b.jsonl --data.prompt_probs 0.7,0.3 \\
+           --data.input_key question \\
            --data.label_key answer --ds.lora.rank 8 --vllm.num_engines 2 --logger.wandb.key SECRET --ds.zero_stage 3 \\
            --ckpt.path $UNKNOWN/x &> log.txt
         """,
@@ -176,6 +177,7 @@ def test_a_command_of_openrlhf(migrate, names):
     assert (settings["batch_size"], settings["num_generations"], settings["micro_batch_size"]) == (128, 4, 8)
     assert settings["gradient_accumulation_steps"] == 16  # 128 completions per optimizer step
     assert float(settings["kl_coef"]) == 1e-3 and (settings.get("clip_low", 0.2), settings["clip_high"]) == (0.2, 0.28)
+    assert settings["data"] == "my/prompts,b.jsonl" and settings["interleave_probs"] == [0.7, 0.3]
     assert settings["dynamic_sampling"] is True and "rule:soft_overlong_punishment?" in text
     assert settings["estimator"] == "grpo" and settings["rewards"] == ["http://host:5000/score"]
     assert settings["prompt_column"] == "question" and settings["columns"] == ["label=answer"]

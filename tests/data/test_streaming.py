@@ -24,7 +24,7 @@ from reinforcepp.errors import ConfigError, DataError
 from reinforcepp.models.chat_template import with_chat_template
 from reinforcepp.models.loading import tokenizer_for
 from reinforcepp.models.tokenization import LazyPrompts
-from reinforcepp.training.batches import PromptBatches
+from reinforcepp.training.prompt_batches import PromptBatches
 from reinforcepp.training.setup import encode
 
 ROWS = [

@@ -6,8 +6,9 @@ import pytest
 
 from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.models.micro_batches import MicroBatchLimit, micro_batches
-from reinforcepp.training.batches import PromptBatches, optimizer_batches
+from reinforcepp.training.batches import optimizer_batches
 from reinforcepp.training.passes import rank_passes
+from reinforcepp.training.prompt_batches import PromptBatches
 from reinforcepp.types import Prompt
 
 

@@ -16,7 +16,7 @@ from reinforcepp.monitoring.completion_log import read_completions
 from reinforcepp.monitoring.signals import Interrupted
 from reinforcepp.rewards.functions import Dropped, RewardScores
 from reinforcepp.training import step_groups
-from reinforcepp.training.batches import PromptBatches
+from reinforcepp.training.prompt_batches import PromptBatches
 from reinforcepp.training.step_groups import StepGroups, with_signal
 from reinforcepp.types import Completion, Prompt
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from reinforcepp.config import TrainConfig
-from reinforcepp.data import load_prompts
+from reinforcepp.config.data_spec import data_entries
+from reinforcepp.data import PromptRow, load_prompts
+from reinforcepp.data.rows import normalize
 from reinforcepp.distributed.ranks import init_process_group
 from reinforcepp.monitoring import reading_progress
 from reinforcepp.monitoring.doctor import diagnose
@@ -27,18 +31,7 @@ def train(config: TrainConfig) -> ReinforceTrainer:
         ConfigError: the output directory isn't free. From Python, the trainer would set an earlier run aside.
     """
     check_output(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    with reading_progress(config.streaming) as on_progress:
-        data, train_rows, heldout_rows = load_prompts(
-            config.data,
-            heldout_fraction=config.heldout_fraction,
-            seed=config.seed,
-            **config.column_names,
-            renamed=config.renamed,
-            max_bad_rows=config.max_bad_rows,
-            streaming=config.streaming,
-            on_progress=on_progress,
-        )
-    echo(data.summary())
+    train_rows, heldout_rows = read_sources(config) if config.interleave_probs else read_rows(config, config.data)
     trainer = ReinforceTrainer(
         model=config.model,
         reward_funcs=config.reward_sources,
@@ -53,6 +46,33 @@ def train(config: TrainConfig) -> ReinforceTrainer:
     more = f" Details: reinforcepp doctor {config.output_dir}" if diagnosis.findings else ""
     echo(f"Doctor: {diagnosis.sentence}{more}", "yellow" if diagnosis.worst in ("error", "warning") else "")
     return trainer
+
+
+def read_rows(config: TrainConfig, data: str) -> tuple[Sequence[PromptRow], Sequence[PromptRow]]:
+    """Return the rows of ``data`` for training, and those that are held out."""
+    with reading_progress(config.streaming) as on_progress:
+        found, train_rows, heldout_rows = load_prompts(
+            data,
+            heldout_fraction=config.heldout_fraction,
+            seed=config.seed,
+            **config.column_names,
+            renamed=config.renamed,
+            max_bad_rows=config.max_bad_rows,
+            streaming=config.streaming,
+            on_progress=on_progress,
+        )
+    echo(found.summary())
+    return train_rows, heldout_rows
+
+
+def read_sources(config: TrainConfig) -> tuple[Mapping[str, Sequence[PromptRow]], Mapping[str, Sequence[PromptRow]]]:
+    """Return the rows of each entry of ``data`` by its name; no prompt that one of them holds out is trained on."""
+    read = {name: read_rows(config, text) for name, text in data_entries(config.data).items()}
+    held_out = {normalize(row.prompt) for _, rows in read.values() for row in rows}
+    train_rows = {
+        name: [row for row in rows if normalize(row.prompt) not in held_out] for name, (rows, _) in read.items()
+    }
+    return train_rows, {name: rows for name, (_, rows) in read.items() if rows}
 
 
 def print_change(trainer: ReinforceTrainer) -> None:

@@ -107,6 +107,22 @@ def data_names(setting: str | Path) -> list[DataName]:
     return [_data_name(os.path.expanduser(text)) for text in filter(None, map(str.strip, str(setting).split(",")))]
 
 
+def data_entries(setting: str) -> dict[str, str]:
+    """Return the text of each entry of a setting by a short name for metrics: ``math`` for ``data/math.jsonl?weight=2``."""
+    texts = (
+        [setting] if os.path.exists(os.path.expanduser(setting)) else filter(None, map(str.strip, setting.split(",")))
+    )
+    entries: dict[str, str] = {}
+    for text in texts:
+        path = text.partition("?")[0].rstrip("/").rpartition(":")[2].rpartition("/")[2]
+        stem = re.sub(r"\W+", "_", path.partition(".")[0]).strip("_") or "data"
+        name, number = stem, 1
+        while name in entries:
+            name, number = f"{stem}_{number}", number + 1
+        entries[name] = text
+    return entries
+
+
 def listed(setting: str | Path) -> list[Path]:
     """Return the paths in a setting for data."""
     return [path for part in data_names(setting) for path in part.paths]

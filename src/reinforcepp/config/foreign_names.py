@@ -47,6 +47,7 @@ _OPENRLHF: tuple[tuple[str, str, Foreign], ...] = (
     ("reward.model_name_or_path", "reward_pretrain", Foreign("reward_model")),
     ("reward.remote_url", "remote_rm_url", Foreign("rewards", "one entry per URL")),
     ("data.prompt_dataset", "prompt_data", Foreign("data")),
+    ("data.prompt_probs", "prompt_data_probs", Foreign("interleave_probs", "one number per dataset")),
     ("data.input_key", "input_key", Foreign("prompt_column")),
     ("data.label_key", "label_key", Foreign("columns", "write answer=COLUMN")),
     (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from reinforcepp.config.base import Config, PositiveInt
+from reinforcepp.config.base import Config, PositiveFloat, PositiveInt
+from reinforcepp.config.values import NAMES, EmptyIfNone
 from reinforcepp.errors import ConfigError
 
 
@@ -16,6 +19,16 @@ class PromptSelectionConfig(Config):
     """Replace prompts whose completions all have the same reward (DAPO)"""
     max_num_gen_batches: PositiveInt = 10
     """With dynamic_sampling: batches generated per step, with the first one"""
+    interleave_probs: Annotated[tuple[float, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
+    """Share of each dataset in the prompts of a step, one number per entry of data"""
+    success_threshold: PositiveFloat = 0.5
+    """Reward from which a completion counts as a success, for metrics of datasets"""
+
+    def _check_rules(self) -> None:
+        if any(not 0 < prob < math.inf for prob in self.interleave_probs):
+            raise ConfigError(
+                f"interleave_probs: {' '.join(map(str, self.interleave_probs))} aren't all above 0. Omit the other datasets."
+            )
 
     def check_dynamic_sampling(self, num_generations: int, staleness: int) -> None:
         """Check that dynamic sampling can compare completions and generate more of them."""

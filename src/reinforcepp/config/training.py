@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from reinforcepp.config.base import Config, FilledStr, check_name, check_not_below_output
-from reinforcepp.config.data_spec import REASONING_GYM
+from reinforcepp.config.data_spec import REASONING_GYM, data_entries
 from reinforcepp.config.judge_spec import parse_judge
 from reinforcepp.config.reinforce import ReinforceConfig
 from reinforcepp.config.reward_spec import ENVIRONMENT, parse_model, parse_source, path_of_judge
@@ -40,7 +40,20 @@ class TrainConfig(DryRunConfig, ReinforceConfig, DataLoadingConfig, TrainInputs)
             if value is not None:
                 check_not_below_output(self.output_dir, setting, value)
         self._check_rewards()
+        self._check_mixture()
         check_judge(self.judge, self.data)
+
+    def _check_mixture(self) -> None:
+        number, entries = len(self.interleave_probs), data_entries(self.data)
+        if number and number != len(entries):
+            raise ConfigError(
+                f"interleave_probs: {number} shares for {len(entries)} entries of data ({', '.join(entries.values())}). Give one "
+                "share per entry."
+            )
+        if number and self.streaming:
+            raise ConfigError(
+                "interleave_probs: draws from datasets in memory, but streaming keeps rows on disk. Remove one of the two."
+            )
 
     def _check_rewards(self) -> None:
         """Check rewards and judge as far as possible without reading a file."""

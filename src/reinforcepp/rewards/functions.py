@@ -85,11 +85,12 @@ class EnvironmentReward:
 
 
 class Dropped(NamedTuple):
-    """A completion that dynamic sampling dropped: the key of its prompt, its reward and its sampled tokens."""
+    """A completion that dynamic sampling dropped: key and dataset of its prompt, its reward and its sampled tokens."""
 
     key: int
     reward: float
     tokens: int
+    source: str = ""
 
 
 @dataclass(frozen=True)

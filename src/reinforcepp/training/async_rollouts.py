@@ -21,8 +21,8 @@ from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine, select_device
 from reinforcepp.rollout.serialization import as_rows, from_rows
 from reinforcepp.rollout.transformers_engine import TransformersEngine
-from reinforcepp.training.batches import PromptBatches
 from reinforcepp.training.policy_update import PolicyUpdate
+from reinforcepp.training.prompt_batches import PromptBatches
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.types import Completion, Prompt
 

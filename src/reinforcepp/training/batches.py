@@ -1,6 +1,6 @@
-"""The batches of a step: its prompts, the scored rollout batch, and its optimizer batches.
+"""The batches of a step: the scored rollout batch, and its optimizer batches.
 
-Prompts and rows are chosen by pure functions of seed, step and lengths. A resumed run therefore uses the same rows, and no
+Rows are chosen by pure functions of seed, step and lengths. A resumed run therefore uses the same rows, and no
 row is lost or repeated, whether or not the sizes divide each other.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -37,65 +36,6 @@ TENSORS_FILE, DETAILS_FILE = "rollout", "rollout.json"
 SKIPPED_KEY = "left_out"
 """The name of ``RewardScores.skipped`` in a checkpoint, which keeps the format of version 0.1.0."""
 UPDATE_TENSORS = ("advantages_BT", "returns_BT", "values_BT")
-
-
-class PromptBatches:
-    """Passes over ``prompts``: each prompt occurs exactly once per epoch; the last batch can be short.
-
-    Each pass has another order, unless ``shuffle`` is false. ``refills`` is the most refills of a step.
-    """
-
-    def __init__(
-        self, prompts: Sequence[Prompt], batch_size: int, seed: int, *, shuffle: bool = True, refills: int = 0
-    ) -> None:
-        self.prompts = prompts
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.refills = refills
-        self._order: tuple[int, array[int]] = (-1, array("q"))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of batches per epoch."""
-        return -(-len(self.prompts) // self.batch_size)
-
-    def at(self, step: int, start: int = 0, count: int | None = None) -> list[Prompt]:
-        """Return ``count`` prompts of a step on all ranks, by default its batch; steps count from 0.
-
-        The prompts from ``size(step)`` on are those of refills, for dynamic sampling: random other ones, while there are any.
-        """
-        rows = self._rows(step)
-        if start:
-            rows = [*rows, *self._refill_rows(step)]
-        return [self.prompts[i] for i in rows[start:][:count]]
-
-    def size(self, step: int) -> int:
-        """Return the number of prompts in the batch of a step."""
-        return len(self._rows(step))
-
-    def with_refills(self, step: int) -> list[Prompt]:
-        """Return the prompts of a step and those of all its refills."""
-        return self.at(step) + (self.at(step, self.size(step)) if self.refills else [])
-
-    def _refill_rows(self, step: int) -> list[int]:
-        used = set(self._rows(step))
-        count = min(len(self.prompts), len(used) * (self.refills + 1))
-        drawn = random.Random(f"{self.seed}/{step}/refills").sample(range(len(self.prompts)), count)
-        return [row for row in drawn if row not in used][: len(used) * self.refills]
-
-    def _rows(self, step: int) -> Sequence[int]:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return self._order_of(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-
-    def _order_of(self, epoch: int) -> array[int]:
-        """Return the order of an epoch; it is cached because shuffling millions of prompts takes a second."""
-        if self._order[0] != epoch:
-            order = array("q", range(len(self.prompts)))
-            if self.shuffle:
-                random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = epoch, order
-        return self._order[1]
 
 
 def optimizer_batches(rows: int, size: int, seed: int) -> Iterator[list[int]]:

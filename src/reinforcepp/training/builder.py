@@ -43,7 +43,6 @@ from reinforcepp.run_dir import check_output
 from reinforcepp.runtime.terminal import echo
 from reinforcepp.training import checkpoint
 from reinforcepp.training.async_rollouts import AsyncRolloutScheduler
-from reinforcepp.training.batches import PromptBatches
 from reinforcepp.training.callbacks import Callbacks
 from reinforcepp.training.critic import Critic
 from reinforcepp.training.episodes import (
@@ -63,6 +62,7 @@ from reinforcepp.training.optimizer import Optimizers, check_optimizers, with_gi
 from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.precision import with_precision
+from reinforcepp.training.prompt_batches import joined, prompt_batches
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard
@@ -160,15 +160,7 @@ def build(
         raise ConfigError(f"keep_best: {config.keep_best} needs an eval_dataset. Give held-out rows.")
     if config.eval_every and eval_dataset is None:
         echo("eval_every: nothing is evaluated, because there is no eval_dataset.", "yellow")
-    stream = is_stream(train_dataset, config)
-    if stream and config.dynamic_sampling:
-        raise ConfigError(
-            "dynamic_sampling: draws other prompts at random, but train_dataset is a stream, which is read in order. Give a "
-            "Dataset, or remove dynamic_sampling."
-        )
-    shuffle = config.shuffle_dataset and not stream
-    refills = config.max_num_gen_batches - 1 if config.dynamic_sampling else 0
-    batches = PromptBatches(prompts, config.batch_size, config.seed, shuffle=shuffle, refills=refills)
+    batches = prompt_batches(prompts, config, stream=is_stream(train_dataset, config))
     num_steps = config.max_steps or math.ceil(batches.steps_per_epoch * config.num_train_epochs)
     rewards = load_rewards(
         with_environment_reward(config, reward_funcs),
@@ -315,11 +307,15 @@ def load_prompts(
 ) -> Sequence[Prompt]:
     """Return the training prompts, of up to ``limit`` tokens, with ``variables`` of the chat template.
 
+    Those of a dictionary of datasets follow each other, with the names of their datasets.
+
     Raises:
         DataError: there is no training prompt.
         ConfigError: ``dataset`` isn't a dataset.
     """
     name = "train_dataset"
+    if isinstance(dataset, Mapping):
+        return _of_several(tokenizer, dataset, config, limit, variables)
     if dataset is not None:
         check_dataset(dataset, name)
     rows = (
@@ -332,6 +328,31 @@ def load_prompts(
         raise DataError("train_dataset: no rows. Give at least one row with a prompt.")
     print_prompt_format(tokenizer, rows, prompts[0].ids)
     return prompts
+
+
+def _of_several(
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: Mapping[str, Any],
+    config: ReinforceConfig,
+    limit: int,
+    variables: Mapping[str, Any],
+) -> list[Prompt]:
+    """Return the training prompts of several datasets; see :func:`load_prompts`."""
+    parts: dict[str, Sequence[Prompt]] = {}
+    for name, dataset in datasets.items():
+        place = f"train_dataset[{name!r}]"
+        check_dataset(dataset, place)
+        if not isinstance(name, str) or not name or not hasattr(dataset, "__len__"):
+            raise ConfigError(f"{place}: needs a text as name, and rows of known number. Give a Dataset or a list.")
+        rows = prompt_rows(dataset, place)
+        parts[name] = encode(tokenizer, rows, "training", config, limit, variables)
+        if not parts[name]:
+            raise DataError(f"{place}: no rows. Give at least one row with a prompt.")
+        if len(parts) == 1:
+            print_prompt_format(tokenizer, rows, parts[name][0].ids)
+    if not parts:
+        raise DataError("train_dataset: no datasets. Give at least one.")
+    return joined(parts)
 
 
 def load_held_out(

@@ -17,6 +17,7 @@ from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.builder import build
 from reinforcepp.training.monitor import Monitor
 from reinforcepp.training.policy_update import rollout_batch, with_advantages
+from reinforcepp.training.prompt_batches import source_metrics
 from reinforcepp.training.setup import with_peft_config
 from reinforcepp.training.step_groups import sample
 from reinforcepp.training.trainer_methods import TrainerMethods, refuse_arguments
@@ -36,7 +37,7 @@ class ReinforceTrainer(TrainerMethods):
             ``rewards`` takes: folders of reward models, rules, servers. Their scores are added.
         args: the settings.
         train_dataset: rows with a ``prompt`` (mappings, or a ``datasets.Dataset``); other columns go to reward functions. Rows of
-            unknown number, such as an ``IterableDataset``, are read in their order, as far as ``max_steps`` needs them.
+            unknown number, such as an ``IterableDataset``, are read in order up to ``max_steps``. Or several datasets by name.
         eval_dataset: held-out rows for evaluations before and after training, or a dictionary of several datasets.
         processing_class: the tokenizer; default: the model's.
         reward_processing_classes: the tokenizers of loaded reward models; one, or one per reward function.
@@ -166,6 +167,7 @@ class ReinforceTrainer(TrainerMethods):
                 with step.phase("update"):
                     stats = update.run(batch, step.index, kl_coef)
                     metrics = stats | step_metrics(batch.rollout, batch.scores, config.reward_bounds)
+                    metrics |= source_metrics(batch.rollout.completions, batch.scores, config.success_threshold)
                 new_kl_coef = self.kl_controller(kl_coef, metrics.get("kl", 0.0))
                 with step.phase("sync"):
                     rollouts.sync(step.index)

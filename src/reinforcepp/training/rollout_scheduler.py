@@ -12,7 +12,7 @@ from reinforcepp.distributed.ranks import Ranks
 from reinforcepp.environments.episodes import EpisodeRunner
 from reinforcepp.rollout.checked_engine import CheckedEngine
 from reinforcepp.rollout.engine import RolloutEngine, request_seed
-from reinforcepp.training.batches import PromptBatches
+from reinforcepp.training.prompt_batches import PromptBatches
 from reinforcepp.types import Completion, Prompt, Sampling
 
 if TYPE_CHECKING:

@@ -121,7 +121,8 @@ def with_signal(completions: Sequence[Completion], scores: RewardScores, config:
 
 
 def _dropped(completions: Sequence[Completion], scores: RewardScores, row: int) -> Dropped:
-    return Dropped(completions[row].prompt.key, scores.total[row] or 0.0, len(completions[row].sampled_ids))
+    prompt, tokens = completions[row].prompt, len(completions[row].sampled_ids)
+    return Dropped(prompt.key, scores.total[row] or 0.0, tokens, prompt.source)
 
 
 def groups_of(completions: Sequence[Completion]) -> list[list[int]]:

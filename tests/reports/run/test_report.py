@@ -313,6 +313,14 @@ def specs(html_text: str) -> dict[str, dict]:
     return {unescape(title): json.loads(data) for title, data in found}
 
 
+def test_charts_of_datasets():
+    log = [{"step": 1, "sources/a/reward": 0.5, "sources/a/success_rate": 1.0}, {"step": 2, "sources/b/reward": 2.0}]
+    drawn = specs("".join(curves.outcome_charts({"run": record(metrics=log)})))
+    reward, successes = drawn["Reward by dataset"]["series"], drawn["Successes by dataset"]["series"]
+    assert [(line["name"], line["y"]) for line in reward] == [("a", [0.5, None]), ("b", [None, 2.0])]
+    assert successes[0]["y"] == [1.0, None]
+
+
 def test_the_charts_of_a_run(tmp_path):
     run = read_run(make_run(tmp_path / "run", skipped=(5,)))
     drawn = specs("".join(curves.outcome_charts({"run": run})))

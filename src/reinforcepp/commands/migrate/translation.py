@@ -366,6 +366,9 @@ OPENRLHF_CONVERSIONS: Mapping[str, Convert] = {
     "rollout.max_new_tokens": _openrlhf_lengths,
     "reward.remote_url": _rewards,
     "reward.clip_range": lambda value, _: _clip(value),
+    "data.prompt_probs": lambda value, _: (
+        {"interleave_probs": [float(share) for share in str(value).split(",")]} if value else {}
+    ),
     "data.label_key": lambda value, _: {"columns": [f"label={value}"]},
     "data.apply_chat_template": NOTHING,
     "train.max_epochs": lambda value, _: {"num_iterations": int(value)},

@@ -116,7 +116,7 @@ def outcome_charts(runs: Runs) -> list[Markup]:
     limits = [record.settings.get("kl_limit") for record in runs.values()]
     highest = max((value for record in runs.values() for value in record.series("kl")), default=0.0)
     near = [limit for limit in limits if limit is not None and highest > NEAR_LIMIT * limit]
-    charts = [*_evaluations(runs), _chart(OUTCOME[0], runs), *_by_function(runs)]
+    charts = [*_evaluations(runs), _chart(OUTCOME[0], runs), *_by_function(runs), *_by_source(runs)]
     charts += [
         _chart(curve, runs, {"kl_limit": near[0]} if curve.metric == "kl" and near else None) for curve in OUTCOME[1:]
     ]
@@ -293,6 +293,30 @@ def _by_function(runs: Runs) -> list[Markup]:
             points=_points(len(lines)),
         )
     ]
+
+
+def _by_source(runs: Runs) -> list[Markup]:
+    """Return mean reward and share of successes of each dataset, if prompts are drawn from several."""
+    charts = []
+    for metric, title, note in (
+        ("reward", "Reward by dataset", "mean"),
+        ("success_rate", "Successes by dataset", "share of completions with a reward of at least success_threshold"),
+    ):
+        lines = [
+            Line(
+                source if len(runs) == 1 else f"{name}: {source}",
+                steps_of(record),
+                [step.get(f"sources/{source}/{metric}") for step in record.metrics],
+            )
+            for name, record in runs.items()
+            for source in _sources(record)[:MAX_FUNCTIONS]
+        ]
+        charts += [line_chart(title, lines, note=note, points=_points(len(lines)))] if lines else []
+    return charts
+
+
+def _sources(record: RunRecord) -> list[str]:
+    return sorted({key.split("/")[1] for step in record.metrics for key in step if key.startswith("sources/")})
 
 
 def _evaluations(runs: Runs) -> list[Markup]:
