@@ -12,6 +12,7 @@ from reinforcepp.config.data_spec import data_names, heldout_tasks
 from reinforcepp.data import load_prompts, resolve_data
 from reinforcepp.data.reasoning_gym import HELDOUT_SEED, dataset_of, score_answer
 from reinforcepp.errors import ConfigError
+from reinforcepp.rewards.reasoning_gym import final_answer
 from reinforcepp.rewards.sources import load_rewards
 from reinforcepp.types import Completion, Prompt
 
@@ -161,6 +162,13 @@ def test_the_last_tagged_answer_is_scored_by_the_tasks_verifier(package):
     scores = score([(row, text) for text in texts])
     assert scores.total == [1.0, 1.0, 0.0, 0.0]  # chain_sum's verifier compares numbers: 7.0 equals 7
     assert scores.metrics["accuracy"] == 0.5
+
+
+def test_an_episode_is_scored_by_the_policys_last_message(package):
+    said = {"role": "assistant", "content": "<answer>5</answer>"}
+    answered = {"role": "tool", "content": "<answer>6</answer>"}
+    assert final_answer([{"role": "assistant", "content": "<answer>4</answer>"}, answered, said, answered]) == "5"
+    assert final_answer([answered]) is None and final_answer("no tags") is None
 
 
 def test_partial_credit_is_the_verifiers_and_no_accuracy(package):

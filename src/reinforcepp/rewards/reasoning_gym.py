@@ -47,8 +47,9 @@ class ReasoningGymReward:
 
 
 def final_answer(completion: Any) -> str | None:
-    """Return the text in the last ``<answer>`` tags of a completion: a text, or messages of which the last has the answer."""
+    """Return the text in the last ``<answer>`` tags of a completion, or of the last message that the policy wrote."""
     from reasoning_gym.utils import extract_answer
 
-    text = completion if isinstance(completion, str) else completion[-1]["content"]
-    return extract_answer(text or "")
+    if not isinstance(completion, str):
+        completion = next((each["content"] for each in reversed(completion) if each["role"] == "assistant"), "")
+    return extract_answer(completion or "")
