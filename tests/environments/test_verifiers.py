@@ -236,7 +236,12 @@ def test_an_unusable_taskset_is_one_sentence(taskset, change, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [("count=x", "count"), ("cuont=3", "cuont"), ("limit=0", "limit must be a number"), ("count=0", "has no task")],
+    [
+        ("count=x", "count"),
+        ("cuont=3", "'cuont' not found. Did you mean 'count'"),
+        ("limit=0", "limit must be a number"),
+        ("count=0", "has no task"),
+    ],
 )
 def test_an_invalid_option_is_one_sentence(taskset, options, message):
     with pytest.raises(ConfigError, match=message) as raised:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
 from reinforcepp.config.data_spec import VERIFIERS, DataName
-from reinforcepp.errors import ConfigError, first_line
+from reinforcepp.errors import ConfigError, first_line, nearest
 
 if TYPE_CHECKING:
     from verifiers.v1 import Task, Taskset
@@ -113,7 +113,13 @@ def taskset_of(spec: str) -> tuple[Taskset, int | None]:
         reason = first_line(error)
         if isinstance(error, ValidationError):
             found = error.errors()[0]
-            reason = f"option {'.'.join(map(str, found['loc']))}: {found['msg']}"
+            option = ".".join(map(str, found["loc"]))
+            reason = f"option {option}: {found['msg']}"
+            if found["type"] == "extra_forbidden":
+                fields = taskset_config_type(name).model_fields
+                raise ConfigError(
+                    f"{text}: option {option!r} not found.{nearest(option, ['limit', *fields])}"
+                ) from error
         raise ConfigError(f"{text}: {reason.rstrip('.')}. Correct the taskset or its options.") from error
     return taskset, int(limit) if limit is not None else None
 
