@@ -226,5 +226,5 @@ def test_what_can_not_work_is_refused(given, message):
 
 
 def test_streams_are_refused(base, tmp_path):
-    with pytest.raises(ConfigError, match="train_dataset is a stream"):
+    with pytest.raises(ConfigError, match=r"dynamic_sampling: .* train_dataset is a stream"):
         trainer(base, tmp_path / "run", rows=iter(ROWS))

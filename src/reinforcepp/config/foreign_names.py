@@ -182,6 +182,7 @@ VERL: Mapping[str, Foreign] = {
     "data.filter_overlong_prompts": Foreign("long_prompts", "true is drop"),
     "data.truncation": Foreign("long_prompts", "cut drops the oldest turns"),
     "data.seed": Foreign("seed"),
+    "data.sampler.class_path": Foreign("curriculum", "own samplers can't be given"),
     "actor_rollout_ref.model.path": Foreign("model"),
     "actor_rollout_ref.model.enable_gradient_checkpointing": Foreign("gradient_checkpointing"),
     "actor_rollout_ref.model.use_remove_padding": Foreign(None, "rows of similar length are padded together"),

@@ -21,10 +21,16 @@ class PromptSelectionConfig(Config):
     """With dynamic_sampling: batches generated per step, with the first one"""
     interleave_probs: Annotated[tuple[float, ...], EmptyIfNone()] = field(default=(), metadata=NAMES)
     """Share of each dataset in the prompts of a step, one number per entry of data"""
+    curriculum: bool = False
+    """Draw prompts more often that are solved about half of the time"""
     success_threshold: PositiveFloat = 0.5
-    """Reward from which a completion counts as a success, for metrics of datasets"""
+    """Reward from which a completion is a success, for curriculum and datasets"""
 
     def _check_rules(self) -> None:
+        if self.curriculum and self.interleave_probs:
+            raise ConfigError(
+                "curriculum and interleave_probs: both choose the prompts of a step. Remove one of the two."
+            )
         if any(not 0 < prob < math.inf for prob in self.interleave_probs):
             raise ConfigError(
                 f"interleave_probs: {' '.join(map(str, self.interleave_probs))} aren't all above 0. Omit the other datasets."

@@ -62,7 +62,8 @@ from reinforcepp.training.optimizer import Optimizers, check_optimizers, with_gi
 from reinforcepp.training.policy_run import PolicyRun, fingerprints
 from reinforcepp.training.policy_update import PolicyUpdate
 from reinforcepp.training.precision import with_precision
-from reinforcepp.training.prompt_batches import joined, prompt_batches
+from reinforcepp.training.prompt_batches import joined
+from reinforcepp.training.prompt_selection import prompt_batches
 from reinforcepp.training.prompt_summary import print_prompt_format
 from reinforcepp.training.rollout_scheduler import RolloutScheduler
 from reinforcepp.training.run_guard import Heartbeat, RunGuard

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 STEP_SETTINGS = ("max_steps", "num_train_epochs")
 """Settings that a run resumed by ``train(resume_from_checkpoint=...)`` can change, as in transformers."""
+PROMPTS_FILE = "curriculum.json"
 DIGEST_PROMPTS = 100
 """Prompts of a dataset on disk whose tokens are part of its fingerprint."""
 
@@ -300,7 +301,7 @@ class PolicyRun:
         state.guard = self.update.guardrails.as_dict()
         content = checkpoint.run_description(self.config, self.facts["inputs"]) | {"run": asdict(state)}
         learners = {name: learner.state() for name, learner in self.update.learners.items()}
-        pending = self.rollouts.pending(state.step)
+        pending, prompts = self.rollouts.pending(state.step), self.rollouts.batches.state()
         if self.update.ranks.sharded:
             try:
                 checkpoint.write_optimizer_shards(self.folder, learners, self.update.ranks)
@@ -315,6 +316,8 @@ class PolicyRun:
                 save_file(self.moving_reference.state(), folder / f"{checkpoint.REFERENCE}.safetensors")
             if batch is not None and updates:
                 batch.save(folder)
+            if prompts:
+                write_json(folder / PROMPTS_FILE, prompts)
             if pending:
                 write_json(folder / PENDING_FILE, pending)
 
@@ -333,6 +336,8 @@ class PolicyRun:
             self.moving_reference.load(saved.tensors(checkpoint.REFERENCE))
         vars(self.state).update(saved.state["run"])
         self.update.guardrails.load(self.state.guard)
+        if (saved.folder / PROMPTS_FILE).is_file():
+            self.rollouts.batches.load(json.loads((saved.folder / PROMPTS_FILE).read_text(encoding="utf-8")))
         self.rollouts.restore(saved.folder)
         prompts = self.rollouts.batches.with_refills(self.state.step)
         self.batch = UpdateBatch.load(saved, prompts, self.update.ranks.device)

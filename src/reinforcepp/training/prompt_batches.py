@@ -13,8 +13,6 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
-from reinforcepp.config import ReinforceConfig
-from reinforcepp.errors import ConfigError
 from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.types import Completion, Prompt
 
@@ -22,17 +20,26 @@ from reinforcepp.types import Completion, Prompt
 class PromptBatches:
     """Passes over ``prompts``: each prompt occurs exactly once per epoch; the last batch can be short.
 
-    Each pass has another order, unless ``shuffle`` is false. ``refills`` is the most refills of a step.
+    Each pass has another order, unless ``shuffle`` is false. ``refills`` is the most refills of a step. A completion is a success
+    if its reward is at least ``success_threshold``.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], batch_size: int, seed: int, *, shuffle: bool = True, refills: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        batch_size: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        refills: int = 0,
+        success_threshold: float = 0.5,
     ) -> None:
         self.prompts = prompts
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.refills = refills
+        self.success_threshold = success_threshold
         self._order: tuple[int, array[int]] = (-1, array("q"))
 
     @property
@@ -57,6 +64,17 @@ class PromptBatches:
     def with_refills(self, step: int) -> list[Prompt]:
         """Return the prompts of a step and those of all its refills."""
         return self.at(step) + (self.at(step, self.size(step)) if self.refills else [])
+
+    def observe(self, step: int, completions: Sequence[Completion], scores: RewardScores) -> dict[str, float]:
+        """Take note of the completions of a finished step; return metrics of the datasets, if there are several."""
+        return source_metrics(completions, scores, self.success_threshold)
+
+    def state(self) -> dict[str, Any]:
+        """Return what decides on the prompts of later steps, apart from the settings, as JSON."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore a state."""
 
     def _refill_rows(self, step: int) -> list[int]:
         used = set(self._rows(step))
@@ -91,15 +109,13 @@ class InterleavedBatches(PromptBatches):
         batch_size: int,
         seed: int,
         probs: Sequence[float],
-        *,
-        shuffle: bool = True,
-        refills: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(prompts, batch_size, seed, shuffle=shuffle, refills=refills)
+        super().__init__(prompts, batch_size, seed, **options)
         self.probs = probs
         groups = groupby(range(len(prompts)), key=lambda row: prompts[row].source)
         self._orders = [list(rows) for _, rows in groups]
-        for number, order in enumerate(self._orders if shuffle else []):
+        for number, order in enumerate(self._orders if self.shuffle else []):
             random.Random(f"{seed}/dataset {number}").shuffle(order)
         self._starts = [[0] * len(self._orders)]
         """Prompts drawn from each dataset before each step."""
@@ -165,27 +181,3 @@ def joined(parts: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
     """Return the prompts of several datasets, one after another; their keys are their positions."""
     prompts = [(name, prompt) for name, part in parts.items() for prompt in part]
     return [replace(prompt, key=key, source=name) for key, (name, prompt) in enumerate(prompts)]
-
-
-def prompt_batches(prompts: Sequence[Prompt], config: ReinforceConfig, *, stream: bool) -> PromptBatches:
-    """Return the batches of a training as ``config`` chooses them; the prompts of a ``stream`` are read in order.
-
-    Raises:
-        ConfigError: the prompts can't be chosen that way.
-    """
-    if stream and config.dynamic_sampling:
-        raise ConfigError(
-            "dynamic_sampling: draws other prompts at random, but train_dataset is a stream, which is read in order. Give a "
-            "Dataset, or remove dynamic_sampling."
-        )
-    refills = config.max_num_gen_batches - 1 if config.dynamic_sampling else 0
-    options: Any = {"shuffle": config.shuffle_dataset and not stream, "refills": refills}
-    if not config.interleave_probs:
-        return PromptBatches(prompts, config.batch_size, config.seed, **options)
-    names = [] if stream else [name for name, _ in groupby(prompt.source for prompt in prompts)]
-    if names == [""] or len(names) != len(config.interleave_probs):
-        raise ConfigError(
-            f"interleave_probs: {len(config.interleave_probs)} shares, but train_dataset isn't a dictionary of as many "
-            "datasets. Give one share per dataset."
-        )
-    return InterleavedBatches(prompts, config.batch_size, config.seed, config.interleave_probs, **options)

@@ -17,7 +17,6 @@ from reinforcepp.runtime.terminal import echo
 from reinforcepp.training.builder import build
 from reinforcepp.training.monitor import Monitor
 from reinforcepp.training.policy_update import rollout_batch, with_advantages
-from reinforcepp.training.prompt_batches import source_metrics
 from reinforcepp.training.setup import with_peft_config
 from reinforcepp.training.step_groups import sample
 from reinforcepp.training.trainer_methods import TrainerMethods, refuse_arguments
@@ -167,10 +166,10 @@ class ReinforceTrainer(TrainerMethods):
                 with step.phase("update"):
                     stats = update.run(batch, step.index, kl_coef)
                     metrics = stats | step_metrics(batch.rollout, batch.scores, config.reward_bounds)
-                    metrics |= source_metrics(batch.rollout.completions, batch.scores, config.success_threshold)
                 new_kl_coef = self.kl_controller(kl_coef, metrics.get("kl", 0.0))
                 with step.phase("sync"):
                     rollouts.sync(step.index)
+                metrics |= rollouts.batches.observe(step.index, batch.rollout.completions, batch.scores)
                 metrics |= rollouts.staleness(step.index)
                 run.record(step.index, batch, metrics, step.clock.seconds(), new_kl_coef)
             if step.finished:

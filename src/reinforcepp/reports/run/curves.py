@@ -76,6 +76,9 @@ DIAGNOSTICS = (
     Curve("Repetition", "share of word 4-grams that repeat within a completion", "completions/repeated_ratio"),
     Curve("Top reward", "share of completions with the highest reward of their step", "reward_top_ratio"),
     Curve("Groups without signal", "share of prompts whose completions all have one reward", "frac_reward_zero_std"),
+    Curve("Success rate", "of the prompts that the curriculum chose", "curriculum/success_rate"),
+    Curve("Never solved", "prompts without a success so far", "curriculum/never_solved"),
+    Curve("Always solved", "prompts without a failure so far", "curriculum/always_solved"),
     Curve(
         "Dropped completions",
         "completions of prompts without signal, which dynamic sampling replaced",
