@@ -909,6 +909,24 @@ def hardware(result: dict[str, Any]) -> str:
     return table(titles, [row(planned) for planned in result["rows"]]) + made_by(result)
 
 
+def environments_tool(result: dict[str, Any]) -> str:
+    part = result["parts"].get("tool")
+    if part is None:
+        return ""
+
+    def shown(value: dict[str, float]) -> str:
+        return f"{value['mean']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+
+    rows = [
+        [name, shown(part[key]["gold_before"]), shown(part[key]["gold_after"])]
+        for name, key in (("with the tool", "with_tool"), ("without it", "without_tool"))
+    ]
+    rows.append(["difference", "", shown(part["gold_difference"])])
+    titles = ["answers", "score before training, mean (95% interval)", "after training"]
+    seeds = len(part["rows"]) // 2
+    return table(titles, rows) + f"\n{part['steps']} steps, {seeds} seeds.\n" + made_by(part)
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -966,6 +984,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "security": (security, "security"),
     "hardware": (hardware, "hardware"),
     "feedback_loop": (feedback_loop, "feedback_loop"),
+    "environments_tool": (environments_tool, "environments"),
 }
 """For each table, what makes it and from which result file."""
 PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))

@@ -25,6 +25,7 @@ def test_each_tutorial_has_a_test():
         "my_csv",
         "chat_lora",
         "reasoning_gym",
+        "tools",
     } | elsewhere
 
 
@@ -65,6 +66,16 @@ def test_reasoning_gym(followed, tmp_path):
     row = json.loads((tmp_path / "before.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert row["prompt"].startswith("State the final answer") and 0 <= row["reward"] <= 1
     assert (tmp_path / "runs" / "compared" / "compare.html").is_file()
+
+
+@pytest.mark.full  # takes 20 seconds
+def test_tools(followed, tmp_path):
+    output = followed("tools")
+    assert "Tool: vlan\\nQuestion: Which VLAN is host 107 in?" in output
+    assert "<tool_call>...</tool_call>" not in output
+    steps = read_metrics(tmp_path / "runs" / "tools")
+    assert len(steps) == 3
+    assert all("tools/call_frequency" in step and "tools/failure_frequency" in step for step in steps)
 
 
 def test_my_csv(followed, tmp_path):

@@ -73,20 +73,29 @@ def test_python_knows_mathematics():
             "sum(*[[1]])",
             "range",
         ),
-        *("9 ** 9 ** 9", "2 ** 5000", "'a' * 10 ** 9", "10 ** 9 * 'a'", "[[0] * 999] * 999", "'%99999999d' % 1"),
-        *("range(10 ** 12)", "[[0] * 100] * 100 * 100", "sum([[0] * 5000, [0] * 5000, [0] * 5000], [])", "1 << 9999"),
-        *("(9 ** 999) ** 9 * (9 ** 999)", "1" + "0" * 2000, "(" * 500 + ")" * 500, "b'a'", "..."),
+        *("1 << 9999", "1" + "0" * 2000, "(" * 500 + ")" * 500, "b'a'", "..."),
     ],
 )
-def test_python_refuses_what_is_unsafe_or_large(expression):
+def test_python_refuses_what_is_unsafe(expression):
     with pytest.raises((ValueError, SyntaxError, MemoryError, RecursionError)):
         python(expression)
 
 
-def test_the_largest_values():
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("9 ** 9 ** 9", "2 ** 5000", "'a' * 10 ** 12", "10 ** 12 * 'a'", "[[0] * 999] * 10 ** 9", "'%99999999d' % 1"),
+        *("range(10 ** 12)", "[[0] * 100] * 100 * 100", "sum([[0] * 5000, [0] * 5000, [0] * 5000], [])"),
+        *("(9 ** 999) ** 9 * (9 ** 999)", "'a' * 10_000 + 'a'"),
+    ],
+)
+def test_python_refuses_what_is_large_before_it_is_made(expression):
+    with pytest.raises(ValueError, match=r"too large|% is for numbers|a range has up to"):
+        python(expression)
+
+
+def test_the_largest_value():
     assert len(python(f"'a' * {MAX_ITEMS}")) == MAX_ITEMS + 2
-    with pytest.raises(ValueError, match="too large"):
-        python(f"'a' * {MAX_ITEMS} + 'a'")
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
