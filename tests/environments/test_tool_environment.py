@@ -54,12 +54,16 @@ def hang(x: int):
 def end(x: int):
     os._exit(x)
 
+@_tool("Fork.")
+def fork(x: int):
+    return "the copy" if os.fork() == 0 else x
+
 @_tool("Return the number of the process.")
 def process(x: int):
     time.sleep(x / 10)
     return os.getpid()
 """
-NAMES = ["add_one", "fail", "chatter", "hang", "end", "process"]
+NAMES = ["add_one", "fail", "chatter", "hang", "end", "process", "fork"]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ def test_the_ids_of_calls_depend_on_their_place_alone(environments):
         (call("chatter", x=1), "Error: EOFError: EOF when reading a line"),
         (
             call("add_on", x=7),
-            "Error: unknown tool 'add_on'; the tools are add_one, fail, chatter, hang, end, process. Did",
+            "Error: unknown tool 'add_on'; the tools are add_one, fail, chatter, hang, end, process, fork. Did",
         ),
         (call("add_one", y=7), "Error: unknown argument 'y'; the arguments are x"),
         (call("add_one", x="7"), """Error: the argument 'x' must be {"type": "integer"}, not '7'"""),
@@ -132,6 +136,14 @@ def test_errors_are_results(environments, text, content):
 def test_a_tool_that_ends_its_process_fails_alone(environments):
     result = step(environments(), call("end", x=3) + call("add_one", x=1))
     assert [m["content"] for m in result.observation] == ["Error: end ended its process", "2"]
+
+
+def test_a_tool_that_forks_gives_one_result_per_call(tools):
+    pool = ToolPool(tools, 5.0)
+    try:
+        assert [pool.call("fork", {"x": i}).content for i in range(4)] == ["0", "1", "2", "3"]
+    finally:
+        pool.close()
 
 
 def test_schemas_are_those_of_the_tools(environments, tools):

@@ -44,9 +44,12 @@ def main() -> None:
         _write(replies, error=str(error))
         return
     _write(replies, ready=True)
+    process = os.getpid()
     while True:
         call = json.loads(lines.get())
         content, failed = result_of(functions[call["name"]], call["arguments"], first["limit"])
+        if os.getpid() != process:  # a tool forked, and this is the copy, whose reply would answer another call
+            os._exit(0)
         _write(replies, content=content, failed=failed)
 
 
