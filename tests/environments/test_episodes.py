@@ -151,6 +151,33 @@ def test_special_tokens_of_an_environment_are_plain_text(chat):
     assert observed.count(chat.eos_token_id) == 1  # that of the template
 
 
+def test_an_observation_that_the_template_omits_is_an_error():
+    """Qwen3's template writes nothing for a role that it doesn't know, so the policy wouldn't see the message."""
+    from transformers import AutoTokenizer
+
+    class Observer(Guess):
+        def step(self, message):
+            return [{"role": "observer", "content": "No."}], None, False
+
+    with pytest.raises(EnvironmentFailed, match="omits messages of the role observer after an answer"):
+        run(AutoTokenizer.from_pretrained(folder_of("qwen3")), "3", make=Observer)
+
+
+def test_an_observation_that_the_template_writes_as_json_is_no_error():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | tojson if m['role'] == 'tool' else m['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    class Json(Guess):
+        def step(self, message):
+            return [{"role": "tool", "content": '"No."'}], None, "7" in message["content"]
+
+    tokenizer = tiny.chat_tokenizer(template)
+    ((episode,), _) = run(tokenizer, "3", "7", make=Json)
+    assert '"\\"No.\\""' in tokenizer.decode(episode.ids)
+
+
 def test_an_environment_can_begin_with_its_own_prompt(chat):
     class Own(Guess):
         def reset(self, row):
@@ -256,9 +283,27 @@ class TooLong(Guess):
         return "word " * 500
 
 
+class Exits(Guess):
+    async def step(self, message):
+        raise SystemExit(3)
+
+
+class NotJson(Guess):
+    def step(self, message):
+        return [{"role": "tool", "content": "No.", "board": {1, 2}}], None, False
+
+
+class HalfACharacter(Guess):
+    def step(self, message):
+        return "\ud800", None, False
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (Exits, r"step failed \(.*test_episodes.py, line \d+\): RuntimeError: SystemExit: 3"),
+        (NotJson, r"a message that can't be saved as JSON \(Object of type set"),
+        (HalfACharacter, r"a message that can't be saved as JSON \('utf-8' codec can't encode"),
         (Raises, r"step failed \(.*test_episodes.py, line \d+\): KeyError: 'board'"),
         (NotANumber, "step returned the reward nan; return a finite number"),
         (Shapeless, r"step returned 'No.', not \(observation, reward, done\)"),
@@ -289,6 +334,27 @@ def test_one_failed_episode_doesnt_end_the_others(chat, caplog):
     assert (good.error, good.environment_reward) == ("", 1.0)
     assert "no board" in bad.error and bad.turns[0].messages[0]["content"] == "7"
     assert caplog.text.count("no board") == 1
+
+
+def test_an_environment_can_change_its_row(chat):
+    class Pops(Guess):
+        def reset(self, row):
+            self.secret = row["secrets"].pop()
+
+    rows = prompts(chat, secrets=["7"])
+    for _ in range(2):
+        both = runner(chat, Pops).run(rows, Sampling(200, num_samples=2), Script(chat, "7"))
+        assert [episode.environment_reward for episode in both] == [1.0, 1.0]
+    assert rows[0].columns["secrets"] == ["7"]
+
+
+def test_a_close_that_hangs_is_logged(chat, caplog):
+    class Stays(Guess):
+        def close(self):
+            time.sleep(30)
+
+    run(chat, "7", make=Stays, timeout=0.2)
+    assert "close didn't return within 0.2 s" in caplog.text
 
 
 def test_environments_are_closed_also_if_generation_fails(chat):

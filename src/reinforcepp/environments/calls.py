@@ -59,7 +59,15 @@ class TimedCalls:
 
     async def _result(self, function: Callable[[], Any]) -> Any:
         value = await self._in_thread(function)
-        return await value if inspect.isawaitable(value) else value
+        if not inspect.isawaitable(value):
+            return value
+        task = asyncio.current_task()
+        try:
+            return await value
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # by the time limit
+            raise _as_exception(error) from error  # sys.exit would end the event loop, and all calls would hang
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` in a thread of its own; unlike those of asyncio, it doesn't keep the process from ending."""
@@ -81,4 +89,11 @@ class TimedCalls:
         succeeded, value = result[0]
         if succeeded:
             return value
-        raise value if isinstance(value, Exception) else RuntimeError(f"{type(value).__name__}: {value}")
+        raise _as_exception(value)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """Return an error that isn't an ``Exception``, such as ``SystemExit``, as one, with its place."""
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}".rstrip(": ")).with_traceback(error.__traceback__)

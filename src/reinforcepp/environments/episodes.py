@@ -7,7 +7,8 @@ decoded and encoded again, whatever the chat template would do with earlier mess
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -240,7 +241,7 @@ class EpisodeRunner:
         for episode, result in zip(opened, results, strict=True):
             episode.environment = None
             if isinstance(result, Exception):
-                warn_once(f"environment {self.name}: close failed{raised(result)}.")
+                warn_once(f"environment {self.name}: {self._problem('close', result)}.")
 
     def _call(
         self, method: str, function: Callable[[Episode], Any], episodes: Sequence[Episode]
@@ -248,14 +249,17 @@ class EpisodeRunner:
         """Return the results of the calls that succeeded; the other episodes fail."""
         succeeded = []
         for episode, value in zip(episodes, self._calls.run([partial(function, e) for e in episodes]), strict=True):
-            if isinstance(value, TimedOut):
-                episode.environment = None  # a thread is still in it
-                episode.fail(f"environment {self.name}: {method} didn't return within {self.timeout:g} s")
-            elif isinstance(value, Exception):
-                episode.fail(f"environment {self.name}: {method} failed{raised(value)}")
+            if isinstance(value, Exception):
+                if isinstance(value, TimedOut):
+                    episode.environment = None  # a thread is still in it
+                episode.fail(f"environment {self.name}: {self._problem(method, value)}")
             else:
                 succeeded.append((episode, value))
         return succeeded
+
+    def _problem(self, method: str, error: Exception) -> str:
+        late = isinstance(error, TimedOut)
+        return f"{method} didn't return within {self.timeout:g} s" if late else f"{method} failed{raised(error)}"
 
     # --- failures -----------------------------------------------------------------------------------------------------
 
@@ -307,9 +311,10 @@ class EpisodeRunner:
             )
 
 
-def _row(prompt: Prompt) -> Mapping[str, Any]:
+def _row(prompt: Prompt) -> dict[str, Any]:
+    """Return a copy of the data row, because an environment can change it, and other episodes get it, too."""
     messages = [dict(message) for message in prompt.messages]
-    return {**prompt.columns, "prompt": messages or prompt.text}
+    return deepcopy({**prompt.columns, "prompt": messages or prompt.text})
 
 
 def _begin_differently(episodes: Sequence[Episode]) -> bool:

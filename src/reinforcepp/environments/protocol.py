@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from reinforcepp.errors import ConfigError, shown
+from reinforcepp.errors import ConfigError, first_line, shown
 from reinforcepp.rewards.user_code import load_object
 from reinforcepp.types import Conversation, Messages
 
@@ -85,9 +86,11 @@ def checked_prompt(value: Any) -> Conversation | None:
     Raises:
         ValueError: it isn't a text, messages or None.
     """
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
     messages = _messages(value)
+    if isinstance(value, str):
+        return value
     if not messages:
         raise ValueError("reset returned no messages; return a text, messages, or None for the row's own prompt")
     return messages
@@ -109,15 +112,16 @@ def checked_step(value: Any) -> StepResult:
             raise ValueError(f"step returned the reward {shown(reward)}, which isn't a number") from None
         if not math.isfinite(reward):
             raise ValueError(f"step returned the reward {reward}; return a finite number, or None")
-    messages = (
-        ({"role": "user", "content": observation},) if isinstance(observation, str) else _messages(observation or ())
-    )
+    messages = () if observation is None else _messages(observation)
     if not messages and not done:
         raise ValueError("step returned no observation, but the episode isn't done; return a text or messages")
     return StepResult(messages, reward, bool(done))
 
 
 def _messages(value: Any) -> Messages:
+    """Return a text or messages as a checkpoint holds them, so that a resumed run has the same messages."""
+    if isinstance(value, str):
+        value = {"role": "user", "content": value}
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or not all(
@@ -127,4 +131,9 @@ def _messages(value: Any) -> Messages:
         for message in value
     ):
         raise ValueError(f"it returned {shown(value)}, not a text or messages with role and content")
-    return tuple(dict(message) for message in value)
+    try:
+        written = json.dumps([dict(message) for message in value], ensure_ascii=False, allow_nan=False)
+        written.encode()  # raises an exception for half a surrogate pair, which a tokenizer rejects
+        return tuple(json.loads(written))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"it returned a message that can't be saved as JSON ({first_line(error)})") from None

@@ -389,24 +389,45 @@ def marked_turn(
     answers, such as removing their reasoning, doesn't matter: a stand-in is the answer before ``observation``.
 
     Raises:
-        ModelError: the template rejects such a conversation, or omits the answer.
+        ModelError: the template rejects such a conversation, or omits the answer or a message of ``observation``.
     """
     end = turn_format(tokenizer, variables).end
+    variables = {"add_generation_prompt": True, **variables}
     problem: ModelError | None = None
     for answer in STAND_INS:
-        messages = [*_with_system(tokenizer, as_messages(prompt)), answer, *observation]
+        start = [*_with_system(tokenizer, as_messages(prompt)), answer]
         try:
-            whole = _render_or_raise(tokenizer, messages, {"add_generation_prompt": True, **variables})
+            whole = _render_or_raise(tokenizer, [*start, *observation], variables)
         except ModelError as error:
             problem = problem or error
             continue
         if STAND_IN in whole:
             after = whole.rpartition(STAND_IN)[2]
+            for number, message in enumerate(observation):
+                if not _contains(after, marked(tokenizer, str(message["content"]))):
+                    _check_written(tokenizer, start, observation, number, variables)
             return after.partition(end)[2] if end in after else after
     raise problem or ModelError(
         "The chat template omits the messages of the role assistant before the last one, so it can't format several turns. "
         "Set another chat_template."
     )
+
+
+def _check_written(
+    tokenizer: PreTrainedTokenizerBase,
+    start: Sequence[Mapping[str, Any]],
+    observation: Sequence[Mapping[str, Any]],
+    number: int,
+    variables: Variables,
+) -> None:
+    """Raise a ModelError if the template omits a message of ``observation``, instead of changing its text, as JSON does."""
+    message = {**observation[number], "content": STAND_IN}
+    messages = [*start, *observation[:number], message, *observation[number + 1 :]]
+    if _render_or_raise(tokenizer, messages, variables).count(STAND_IN) < 2:
+        raise ModelError(
+            f"The chat template omits messages of the role {message['role']} after an answer. Use a role that it writes, such "
+            "as user or tool."
+        )
 
 
 def prefill(tokenizer: PreTrainedTokenizerBase, variables: Variables | None = None) -> str:
