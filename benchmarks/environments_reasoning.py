@@ -1,8 +1,8 @@
 """A pretrained model on a task of reasoning-gym: accuracy on held-out questions before, during and after a training.
 
-    python benchmarks/environments_reasoning.py --model FOLDER --work FOLDER [--minutes 110]
+    python benchmarks/environments_reasoning.py --model FOLDER --work FOLDER [--minutes 100]
 
-REINFORCE++-baseline with LoRA on sums whose answer is one number. Held-out questions have other seeds than those of the
+REINFORCE++-baseline with LoRA on questions whose answer is one number. Held-out questions have other seeds than those of the
 training, and none of them is a training question. Accuracy is the fraction with the verifier's score 1, of greedy answers and of
 answers sampled at temperature 1, as in training; intervals are 95% bootstrap intervals over the questions. ``--work`` keeps the
 parts, and a stopped training resumes, so the script can be started again. ``environments.py`` runs it as its part ``reasoning``.
@@ -24,22 +24,26 @@ from reinforcepp.data import load_prompts
 from reinforcepp.monitoring import read_metrics
 from reinforcepp.rewards.reasoning_gym import ReasoningGymReward
 
-TASK = "reasoning_gym:chain_sum?size=4000&min_terms=2&max_terms=2&min_digits=2&max_digits=3&heldout=200"
+TASK = (
+    "reasoning_gym:number_format?size=4000&min_num_candidates=2&max_num_candidates=3&min_n=1000&max_n=10000&max_delta=1000"
+    "&heldout=200"
+)
+"""Pick the largest or smallest of two or three numbers that are written in different formats."""
 SETTINGS: dict[str, Any] = {
     "estimator": "reinforce_plus_plus_baseline",
     "num_generations": 8,
-    "batch_size": 8,
-    "max_new_tokens": 24,
+    "batch_size": 6,
+    "max_new_tokens": 32,
     "use_peft": True,
-    "learning_rate": 1e-4,
+    "learning_rate": 5e-5,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 3,
     "kl_coef": 0.0,
     "max_steps": 1000,
     "rollout": "transformers",
     "eval_prompts": 100,
-    "eval_every": 10,
-    "save_every": 10,
+    "eval_every": 15,
+    "save_every": 5,
     "seed": 42,
 }
 """Settings of the training; the time limit ends it."""
@@ -158,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--work", required=True, help="folder for the parts and the run")
-    parser.add_argument("--minutes", type=float, default=110, help="training time")
+    parser.add_argument("--minutes", type=float, default=100, help="training time")
     given = parser.parse_args()
     print(json.dumps(reasoning(given.model, Path(given.work), given.minutes), indent=2))
 
