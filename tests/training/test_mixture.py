@@ -9,6 +9,7 @@ import tiny
 from reinforcepp import ReinforceConfig, ReinforceTrainer
 from reinforcepp.commands import cli
 from reinforcepp.config import TrainConfig
+from reinforcepp.config.comparison import CompareAlgorithmsConfig
 from reinforcepp.config.data_spec import data_entries
 from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring import read_metrics
@@ -106,8 +107,8 @@ def test_a_training_on_several_datasets(base, tmp_path):
         reward = [metrics.get(f"sources/{name}/reward", 0) for name in ("a", "b")]
         assert sum(number) == 4
         assert metrics["reward"] == pytest.approx(sum(n * r for n, r in zip(number, reward, strict=True)) / 4)
-    trainer(base, tmp_path / "plain", data).train()  # passes over all prompts
-    assert any("sources/a/reward" in metrics for metrics in read_metrics(tmp_path / "plain"))
+    with pytest.raises(ConfigError, match="isn't a single dataset"):
+        trainer(base, tmp_path / "plain", data)
 
 
 def test_the_command_draws_from_files_and_evaluates_each(base, tmp_path):
@@ -157,6 +158,11 @@ def test_names_of_entries():
 def test_mistakes_in_settings(given, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**given)
+
+
+def test_a_comparison_of_estimators_has_no_mixture():
+    with pytest.raises(ConfigError, match="interleave_probs: a comparison of estimators"):
+        CompareAlgorithmsConfig(data="a.csv,b.csv", interleave_probs=(1.0, 2.0))
 
 
 @pytest.mark.parametrize(

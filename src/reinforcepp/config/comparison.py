@@ -125,6 +125,8 @@ class CompareAlgorithmsConfig(TrainConfig):
     def _check_rules(self) -> None:
         if isinstance(self.resume, str):
             raise ConfigError(f"resume: {self.resume} is a path, but a comparison resumes output_dir. Omit the path.")
+        if self.interleave_probs:
+            raise ConfigError("interleave_probs: a comparison of estimators passes over all data. Omit the setting.")
         for name in self.names:
             if name not in ESTIMATORS:
                 raise ConfigError(

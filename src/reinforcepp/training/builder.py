@@ -315,7 +315,7 @@ def load_prompts(
         ConfigError: ``dataset`` isn't a dataset.
     """
     name = "train_dataset"
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and config.interleave_probs:
         return _of_several(tokenizer, dataset, config, limit, variables)
     if dataset is not None:
         check_dataset(dataset, name)

@@ -36,7 +36,8 @@ class ReinforceTrainer(TrainerMethods):
             ``rewards`` takes: folders of reward models, rules, servers. Their scores are added.
         args: the settings.
         train_dataset: rows with a ``prompt`` (mappings, or a ``datasets.Dataset``); other columns go to reward functions. Rows of
-            unknown number, such as an ``IterableDataset``, are read in order up to ``max_steps``. Or several datasets by name.
+            unknown number, such as an ``IterableDataset``, are read in order, as far as ``max_steps`` needs them. With
+            ``interleave_probs``, a dictionary of datasets.
         eval_dataset: held-out rows for evaluations before and after training, or a dictionary of several datasets.
         processing_class: the tokenizer; default: the model's.
         reward_processing_classes: the tokenizers of loaded reward models; one, or one per reward function.
