@@ -76,10 +76,12 @@ def make_run(
     heldout: int = 8,
     settings: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
+    turns: int = 0,
 ) -> Path:
     """Write a run of ``steps`` steps, of which ``logged`` have completions; ``text`` is part of every model output.
 
-    With a ``role``, each prompt is a conversation with a message of that role.
+    With a ``role``, each prompt is a conversation with a message of that role. With ``turns``, each completion is an episode with
+    that many messages of the policy.
     """
     draw = random.Random(3)
     folder.mkdir(parents=True)
@@ -113,12 +115,15 @@ def make_run(
     (folder / "evaluation.json").write_text(json.dumps(evaluations), encoding="utf-8")
     for step in range(1, min(logged, steps) + 1):
         save_completions(
-            folder / "completions" / step_file(step), completions(step, text, draw) | conversations(16, text, role)
+            folder / "completions" / step_file(step),
+            completions(step, text, draw) | conversations(16, text, role) | episodes(16, text, turns, f"step {step}"),
         )
     for when, own in evaluations.items():
         save_completions(
             evaluation_file(folder, when),
-            heldout_answers(when, own["reward"], heldout, text, "judge" in own) | conversations(heldout, text, role),
+            heldout_answers(when, own["reward"], heldout, text, "judge" in own)
+            | conversations(heldout, text, role)
+            | episodes(heldout, text, turns, when),
         )
     return folder
 
@@ -133,6 +138,32 @@ def conversations(number: int, text: str, role: str) -> dict[str, list[Any]]:
             [system, earlier, {"role": "user", "content": f"Question {i}?  {text}\nLine 2"}] for i in range(number)
         ]
     }
+
+
+def episodes(number: int, text: str, turns: int, moment: str) -> dict[str, list[Any]]:
+    """Return the column ``turns`` of ``number`` episodes, none if ``turns`` is 0."""
+    return (
+        {"turns": [json.dumps(episode(turns, f"{moment}, {i}. {text}", text)) for i in range(number)]} if turns else {}
+    )
+
+
+def episode(turns: int, text: str, name: str = "") -> list[dict[str, Any]]:
+    """Return the turns of an episode: the policy calls a tool until its last message, which the environment answers."""
+    found = []
+    for i in range(turns - 1):
+        asked = {
+            "role": "assistant",
+            "content": f'<tool_call>{{"name": "lookup", "arguments": {{"key": {i}}}}}</tool_call>',
+        }
+        answer = {"role": "tool", "name": f"lookup{name}", "content": f"Entry {i}. {text}"}
+        found += [
+            {"messages": [asked], "tokens": 20 + i, "sampled": True, "reward": 0.25 if i else None},
+            {"messages": [answer], "tokens": 7, "sampled": False, "reward": None},
+        ]
+    last = {"role": "assistant", "content": f"The answer at {text}"}
+    found.append({"messages": [last], "tokens": 9, "sampled": True, "reward": 1.0})
+    end = {"role": "user", "content": f"Correct. {text}"}
+    return [*found, {"messages": [end], "tokens": 0, "sampled": False, "reward": None}]
 
 
 def completions(step: int, text: str, draw: random.Random, number: int = 16) -> dict[str, list[Any]]:

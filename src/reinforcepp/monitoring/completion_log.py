@@ -21,6 +21,7 @@ In an environment, ``completion`` is the policy's last message, and the column `
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ from reinforcepp.data.tables import PROMPTS_IN_MESSAGES
 from reinforcepp.files import copy_file, no_link, whole_file
 from reinforcepp.run_dir import FAILED_EPISODES
 from reinforcepp.runtime.redaction import redacted
+from reinforcepp.types import EpisodeTurn
 
 if TYPE_CHECKING:
     import pyarrow
@@ -73,6 +75,21 @@ def turn_rows(episode: Completion) -> list[dict[str, Any]]:
         {"messages": turn.messages, "tokens": turn.stop - turn.start, "sampled": turn.sampled, "reward": turn.reward}
         for turn in episode.turns
     ]
+
+
+def turns_of(row: Mapping[str, Any]) -> tuple[EpisodeTurn, ...]:
+    """Return the turns that :func:`turn_rows` stored in a row; none if the row has none, or something else in their place."""
+    stored, turns, start = row.get(TURNS), [], 0
+    try:
+        for turn in json.loads(stored) if isinstance(stored, str) else stored or ():
+            messages, stop = tuple(dict(message) for message in turn["messages"]), start + int(turn["tokens"])
+            reward = turn["reward"]
+            reward = float(reward) if isinstance(reward, int | float) and math.isfinite(reward) else None
+            turns.append(EpisodeTurn(messages, start, max(start, stop), bool(turn["sampled"]), reward))
+            start = turns[-1].stop
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return ()
+    return tuple(turns)
 
 
 def log_failed_episodes(run: Path, episodes: Sequence[Completion]) -> None:

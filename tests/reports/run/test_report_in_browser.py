@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from made_runs import HOSTILE, evaluation_metrics, make_run
+from made_runs import HOSTILE, episode, evaluation_metrics, make_run
 
 from reinforcepp.commands import cli
 from reinforcepp.commands.report import read_report
@@ -138,6 +138,28 @@ def test_conversations_are_shown_turn_by_turn(window, tmp_path):
     assert not start.is_visible() and first.locator("details.turn.system .model-text").is_visible()
     assert first.locator(".answer").inner_text().startswith("Answer ")
     assert "Prompt 0?" not in first.text_content() and opened.complaints == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+def test_episodes_are_legible_at_each_width(window, tmp_path, width, scheme):
+    folder = make_run(tmp_path / "run", steps=2, heldout=2, text=HOSTILE, turns=6)
+    failed = {"error": HOSTILE, "prompt": HOSTILE, "turns": episode(2, HOSTILE, HOSTILE)}
+    (folder / "failed_episodes.jsonl").write_text(json.dumps(failed) + "\n", encoding="utf-8")
+    read_report([folder]).save(tmp_path / "report.html")
+    opened = window(width=width, scheme=scheme)
+    shown = opened.open(tmp_path / "report.html")
+    first = shown.locator(".sample .episode").first
+    middle = first.locator("details.turns .wrote")
+    assert middle.count() == 6 and not middle.first.is_visible() and opened.overflow() <= 0
+    first.locator("details.turns > summary").click()
+    marks = [mark.text_content() for mark in first.locator(".mark").all() if mark.is_visible()]
+    assert marks == ["trained", "masked"] * 5 + ["trained", "never seen by the policy"]
+    assert shown.locator("#failed .episode .mark").all_text_contents()[:2] == ["sampled", "given"]
+    shown.evaluate(UNFOLD)
+    shown.wait_for_timeout(200)
+    assert opened.overflow() <= 0 and opened.low_contrasts() == [] and opened.complaints == []
+    assert shown.locator("main img, main b b").count() == 0 and shown.title() == "Run report: run"
 
 
 def test_a_long_response_folds_and_unfolds(window, tmp_path):

@@ -73,6 +73,11 @@ DIAGNOSTICS = (
     Curve(
         "Distinct completions", "share of distinct texts among the completions of a step", "completions/distinct_ratio"
     ),
+    Curve("Turns", "mean messages of the policy per episode", "episodes/mean_turns"),
+    Curve("Environment tokens", "mean per episode; they are masked in training", "episodes/mean_environment_tokens"),
+    Curve("Failed episodes", "episodes of a step that an error ended, so they aren't trained on", "episodes/failed"),
+    Curve("Tool calls", "mean per episode", "tools/call_frequency", always=True),
+    Curve("Failed tool calls", "share of tool calls that returned an error", "tools/failure_frequency"),
     Curve("Repetition", "share of word 4-grams that repeat within a completion", "completions/repeated_ratio"),
     Curve("Top reward", "share of completions with the highest reward of their step", "reward_top_ratio"),
     Curve("Groups without signal", "share of prompts whose completions all have one reward", "frac_reward_zero_std"),
@@ -111,7 +116,8 @@ SAMPLING = (
         "sampling/trust_region_dropped_ratio",
     ),
 )
-RARE = ("skipped_updates", "reward_clipped_ratio", "kl_coef")  # drawn only if a value differs from 0
+# Drawn only if a value differs from 0.
+RARE = ("skipped_updates", "reward_clipped_ratio", "kl_coef", "episodes/failed", "tools/failure_frequency")
 
 
 def outcome_charts(runs: Runs) -> list[Markup]:

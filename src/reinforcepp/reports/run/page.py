@@ -15,16 +15,19 @@ from reinforcepp.reports.charts.palette import color_and_dash
 from reinforcepp.reports.html import asset, macro, render
 from reinforcepp.reports.numbers import number
 from reinforcepp.reports.run import curves, summary
+from reinforcepp.reports.run.episodes import FAILED_SHOWN, REASONS_SHOWN, read_failed, transcript
 from reinforcepp.reports.run.samples import Group, Pair, Sample, choose_pairs, choose_samples
 from reinforcepp.reports.run.settings import differing, reproduce, settings_of
+from reinforcepp.run_dir import FAILED_EPISODES
 from reinforcepp.runtime.redaction import HIDDEN
 from reinforcepp.runtime.terminal import printable
 
-PAIR_BYTES, SAMPLE_BYTES = 1_200_000, 800_000  # of the page, for all runs together
+PAIR_BYTES, SAMPLE_BYTES, FAILED_BYTES = 1_200_000, 800_000, 200_000  # of the page, for all runs together
 EVENTS_SHOWN = 200
 LONGEST_EVENT = 500
 JUDGE = "builtin:judge"  # the judge that "auto" stands for
 NAMED_FILES = 3
+MASKED = "masked"
 
 ORDERS = {
     "gain": "largest gain first",
@@ -41,6 +44,7 @@ CARD_METRICS = {
     "length_correlation": "correlation of score and length",
 }
 DOCTOR, RESPONSES, SAMPLES = ("findings", "Doctor"), ("responses", "Before and after"), ("samples", "Samples")
+FAILED = ("failed", "Failed episodes")
 DETAILS = [("settings", "Settings"), ("environment", "Environment and data"), ("again", "Reproduce the run")]
 
 
@@ -67,8 +71,9 @@ def report_page(
     if len(views) == 1:
         listed = views[0]["sections"]
         first = [s for s in listed if s == DOCTOR]
-        last = [s for s in listed if s not in (DOCTOR, RESPONSES, SAMPLES)]
-        sections = [*first, *drawn[:1], RESPONSES, SAMPLES, *drawn[1:], *last]
+        responses = [s for s in listed if s in (RESPONSES, SAMPLES, FAILED)]
+        last = [s for s in listed if s not in (*first, *responses)]
+        sections = [*first, *drawn[:1], *responses, *drawn[1:], *last]
     else:
         sections = [("metrics", "Metrics"), ("differences", "Settings that differ"), *drawn, ("runs", "Each run")]
     return render(
@@ -90,8 +95,15 @@ def _view(
 ) -> dict[str, Any]:
     """Return what the page shows of one run; ``share`` is its part of the page's size."""
     command, recipe = record.facts.get("command"), reproduce(record)
+    failed = _failed(record, share)
     sections = [DOCTOR] if findings is not None else []
-    sections += [RESPONSES, SAMPLES, *([("events", "Events")] if record.events else []), *DETAILS]
+    sections += [
+        RESPONSES,
+        SAMPLES,
+        *([FAILED] if failed else []),
+        *([("events", "Events")] if record.events else []),
+        *DETAILS,
+    ]
     return {
         "name": name,
         "style": color_and_dash(index),
@@ -102,6 +114,7 @@ def _view(
         "findings": findings,
         "responses": _responses(record, share),
         "samples": _samples(record, samples, share),
+        "failed": failed,
         "events": _events(record),
         "settings": settings_of(record),
         "environment": _environment(record),
@@ -180,13 +193,13 @@ def _pair(pair: Pair, when: str) -> dict[str, Any]:
         "prompt": pair.prompt,
         "gain": f"{pair.change:.6g}",
         "judge": f"{pair.judge[1] if pair.judge[1] is not None else 0.0:.6g}",
-        "same": pair.responses[0] == pair.responses[1],
+        "same": pair.same,
         "change": f"{pair.change:+.2f}" if None not in pair.rewards else "",
         "tone": "gain" if pair.change > 0 else "loss" if pair.change < 0 else "",
         "responses": [
-            (title, _score(reward, judge), response)
-            for title, reward, judge, response in zip(
-                ("Before", when.capitalize()), pair.rewards, pair.judge, pair.responses, strict=True
+            (title, _score(reward, judge), response, transcript(turns) if turns else None)
+            for title, reward, judge, response, turns in zip(
+                ("Before", when.capitalize()), pair.rewards, pair.judge, pair.responses, pair.turns, strict=True
             )
         ],
     }
@@ -205,21 +218,24 @@ def _samples(record: RunRecord, per_group: int, share: float) -> dict[str, Any]:
         return {"missing": samples.missing}
     budget = int(SAMPLE_BYTES * share) // len(samples.groups)
     show = macro("run_parts.html", "sample")
+    untrained = bool(record.settings.get("mask_truncated_completions"))
 
     def group(each: Group) -> dict[str, Any]:
-        return {"title": each.title, "samples": _within((show(_sample(one)) for one in each.samples), budget)}
+        shown = (show(_sample(one, untrained and one.finish_reason == "length")) for one in each.samples)
+        return {"title": each.title, "samples": _within(shown, budget)}
 
     *steps, highest = map(group, samples.groups)
     return {
         "missing": "",
         "damaged": _damaged(samples.damaged) if samples.damaged else "",
+        "episodes": any(one.turns for each in samples.groups for one in each.samples),
         "steps": steps,
         "highest": highest,
         "charts": curves.length_charts(samples),
     }
 
 
-def _sample(sample: Sample) -> dict[str, Any]:
+def _sample(sample: Sample, untrained: bool) -> dict[str, Any]:
     metrics = [f"reward {sample.reward:+.2f}"]
     metrics += [f"{name} {value:+.2f}" for name, value in sample.rewards.items()]
     metrics += [f"step {sample.step}"]
@@ -227,7 +243,31 @@ def _sample(sample: Sample) -> dict[str, Any]:
     metrics += [f"KL {sample.kl:.3f}"] if sample.kl is not None else []
     metrics += ["truncated"] if sample.finish_reason == "length" else []
     metrics += [f"generated {sample.seen} times"] if sample.seen > 1 else []
-    return {"metrics": metrics, "prompt": sample.prompt, "completion": sample.completion}
+    episode = transcript(sample.turns, MASKED if untrained else "trained", MASKED) if sample.turns else None
+    return {"metrics": metrics, "prompt": sample.prompt, "completion": sample.completion, "episode": episode}
+
+
+def _failed(record: RunRecord, share: float) -> dict[str, Any] | None:
+    """Return the failed episodes: their number, their reasons, and some of them; None if there are none."""
+    failed = read_failed(record.folder)
+    if failed is None:
+        return None
+    show = macro("run_parts.html", "failed_episode")
+    shown = (
+        show({"reason": reason, "prompt": prompt, "episode": transcript(turns) if turns else None})
+        for reason, prompt, turns in failed.shown
+    )
+    more = len(failed.reasons) - REASONS_SHOWN
+    return {
+        "introduction": f"{count(failed.number, 'episode')} of training and evaluation failed and got no reward. "
+        f"{FAILED_EPISODES} in the run's folder has all of them; the page shows up to {FAILED_SHOWN}.",
+        "damaged": f"Skipped {count(failed.damaged, 'line')} of {FAILED_EPISODES} because of damage."
+        if failed.damaged
+        else "",
+        "reasons": [[reason, f"{number:,}"] for reason, number in failed.reasons[:REASONS_SHOWN]],
+        "more": f"{count(more, 'more reason')}." if more > 0 else "",
+        "shown": _within(shown, int(FAILED_BYTES * share)),
+    }
 
 
 def _damaged(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,9 +19,10 @@ from reinforcepp.monitoring.completion_log import (
     evaluation_file,
     read_completions,
     step_files,
+    turns_of,
 )
 from reinforcepp.monitoring.run_record import RunRecord
-from reinforcepp.types import Conversation
+from reinforcepp.types import Conversation, EpisodeTurn
 
 MAX_POINTS = 700  # of the early and of the late third, in reward against length
 BEST_COMPLETIONS = 1000  # of highest reward, among which distinct texts are found
@@ -32,7 +34,7 @@ _Columns = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion; ``seen`` counts its text among the completions of highest reward."""
+    """A completion; ``seen`` counts its text, or its messages in an environment, among the completions of highest reward."""
 
     step: int
     prompt: Conversation
@@ -43,6 +45,7 @@ class Sample:
     length: int | None = None
     finish_reason: str | None = None
     seen: int = 1
+    turns: Sequence[EpisodeTurn] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ class Pair:
     rewards: tuple[float | None, float | None]
     judge: tuple[float | None, float | None]
     lengths: tuple[float | None, float | None] = (None, None)
+    turns: tuple[Sequence[EpisodeTurn], Sequence[EpisodeTurn]] = ((), ())
+
+    @property
+    def same(self) -> bool:
+        """Whether the policy's responses are equal, in an environment with all messages."""
+        one, other = (_said(turns) for turns in self.turns)
+        return self.responses[0] == self.responses[1] and one == other
 
     @property
     def change(self) -> float:
@@ -151,6 +161,7 @@ def choose_pairs(record: RunRecord) -> Pairs:
             (_number(one.get("reward")), _number(other.get("reward"))),
             (_number(one.get("judge")), _number(other.get("judge"))),
             (_number(one.get("length")), _number(other.get("length"))),
+            (turns_of(one), turns_of(other)),
         )
         for one, other in _matched(before, after)
     ]
@@ -250,6 +261,7 @@ class _Tables:
             length=row.length,
             finish_reason=values.get("finish_reason"),
             seen=seen,
+            turns=turns_of(values),
         )
 
 
@@ -264,16 +276,22 @@ def _spread(rows: Sequence[_Row], number: int) -> list[_Row]:
 
 
 def _highest(ranked: Sequence[_Row], number: int, tables: _Tables) -> list[Sample]:
-    """Return the completions of highest reward, each text once, at its first occurrence."""
+    """Return the completions of highest reward, each text or episode once, at its first occurrence."""
     first: dict[str, _Row] = {}
     seen: dict[str, int] = {}
     for row in ranked:
-        text = str(tables.row(row).get("completion", ""))
+        values = tables.row(row)
+        text = _said(turns_of(values)) or str(values.get("completion", ""))
         if text not in first and len(first) == number:
             break
         first.setdefault(text, row)
         seen[text] = seen.get(text, 0) + 1
     return [tables.sample(row, seen[text]) for text, row in first.items()]
+
+
+def _said(turns: Sequence[EpisodeTurn]) -> str:
+    """Return the messages of an episode as one text, empty without turns."""
+    return json.dumps([turn.messages for turn in turns]) if turns else ""
 
 
 def _points(rows: Sequence[_Row], number: int) -> list[tuple[int, float, int]]:
