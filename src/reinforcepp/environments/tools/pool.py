@@ -121,6 +121,7 @@ class _Worker:
             TimeoutError: it was killed after ``seconds``.
         """
         timer = threading.Timer(seconds, self._kill)
+        timer.daemon = True  # a process that ends needn't wait for it
         timer.start()
         try:
             self._process.stdin.write(json.dumps(message) + "\n")  # type: ignore[union-attr]
