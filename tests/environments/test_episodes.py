@@ -288,6 +288,11 @@ class Exits(Guess):
         raise SystemExit(3)
 
 
+class ExitsInATask(Guess):
+    async def step(self, message):
+        await asyncio.create_task(Exits.step(self, message))
+
+
 class NotJson(Guess):
     def step(self, message):
         return [{"role": "tool", "content": "No.", "board": {1, 2}}], None, False
@@ -302,6 +307,7 @@ class HalfACharacter(Guess):
     ("make", "reason"),
     [
         (Exits, r"step failed \(.*test_episodes.py, line \d+\): RuntimeError: SystemExit: 3"),
+        (ExitsInATask, r"RuntimeError: SystemExit: 3"),
         (NotJson, r"a message that can't be saved as JSON \(Object of type set"),
         (HalfACharacter, r"a message that can't be saved as JSON \('utf-8' codec can't encode"),
         (Raises, r"step failed \(.*test_episodes.py, line \d+\): KeyError: 'board'"),

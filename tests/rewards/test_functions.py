@@ -62,7 +62,7 @@ def test_functions_get_the_arguments_of_trl(plain):
 
     spy.plain_text = plain
     score_with([spy], [COMPLETIONS[0], CONVERSATION], trainer_state=state)
-    logs = {} if plain else {name: seen.pop(name) for name in ("log_extra", "log_metric")}
+    logs = {name: seen.pop(name) for name in ("log_extra", *([] if plain else ["log_metric"]))}
     assert all(map(callable, logs.values()))
     assert seen == {
         "prompts": ["a?", "Be brief.\n\nb?" if plain else ASKED],

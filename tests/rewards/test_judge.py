@@ -17,7 +17,7 @@ from reinforcepp.errors import ConfigError, RewardError
 from reinforcepp.rewards.functions import RewardScores, join_scores
 from reinforcepp.rewards.judge.judge import Comparison, Judge, Pair, load_judge, position_bias
 from reinforcepp.rewards.sources import load_rewards
-from reinforcepp.types import Completion, Prompt
+from reinforcepp.types import Completion, EpisodeTurn, Prompt
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,22 @@ def user_message(body):
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_of_an_episode_is_the_last_message_of_the_policy(fake):
+    first, observed, last, end = (
+        {"role": "assistant", "content": "Ping it."},
+        {"role": "user", "content": "No reply."},
+        {"role": "assistant", "content": "It is down."},
+        {"role": "user", "content": "Right."},
+    )
+    turns = [
+        EpisodeTurn((message,), i, i + 1, sampled=i % 2 == 0) for i, message in enumerate((first, observed, last, end))
+    ]
+    load_rewards(judge(fake)).score([replace(answer("It is down."), turns=tuple(turns))])
+    user = user_message(fake.asked[0])
+    assert re.search(r"to score:\n(.*)\n\[", user)[1] == "It is down."
+    assert "No reply." in user and "Right." not in user
 
 
 def test_a_request_holds_rubric_conversation_answer_and_schema(fake, monkeypatch):

@@ -35,7 +35,7 @@ class TimedCalls:
             return []
         if self._loop is None:  # one loop for all calls, because sessions and locks of asyncio belong to a loop
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="environments", daemon=True).start()
+            threading.Thread(target=_serve, args=(self._loop,), name="environments", daemon=True).start()
         return asyncio.run_coroutine_threadsafe(self._all(functions), self._loop).result()
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class TimedCalls:
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # by the time limit
-            raise _as_exception(error) from error  # sys.exit would end the event loop, and all calls would hang
+            raise _as_exception(error) from error
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` in a thread of its own; unlike those of asyncio, it doesn't keep the process from ending."""
@@ -90,6 +90,15 @@ class TimedCalls:
         if succeeded:
             return value
         raise _as_exception(value)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop until it is stopped; a task of users that calls ``sys.exit`` ends it, and then all calls would hang."""
+    while True:
+        try:
+            return loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            pass
 
 
 def _as_exception(error: BaseException) -> Exception:

@@ -76,7 +76,7 @@ def environment_factory(
         ) from error
     missing = [method for method in METHODS if inspect.isclass(make) and not callable(getattr(make, method, None))]
     if missing:
-        raise ConfigError(f"environment {name}: has no method {missing[0]}. Give a class with reset, step and close.")
+        raise ConfigError(f"environment {name}: has no method {missing[0]}. Give a class with reset and step.")
     return lambda: make(**(arguments or {}))
 
 

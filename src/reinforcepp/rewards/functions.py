@@ -16,6 +16,7 @@ from reinforcepp.errors import ConfigError, ReinforceError, RewardError, Unusabl
 from reinforcepp.models.conversations import as_messages
 from reinforcepp.rewards.user_code import raised
 from reinforcepp.runtime.process import outcome
+from reinforcepp.runtime.terminal import warn_once
 from reinforcepp.types import Completion
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class EnvironmentReward:
         self, prompts: list[Any], completions: list[Any], environment_rewards: Sequence[float | None] = (), **_: Any
     ) -> list[float | None]:
         """Return the sum of each episode, None if the environment gave no reward."""
+        if None in environment_rewards:
+            warn_once(
+                "environment: episodes without a reward aren't trained on, unless another reward scores them. Return 0 "
+                "instead of None for an episode that earned nothing."
+            )
         return list(environment_rewards)
 
 
@@ -250,7 +256,7 @@ def score_with(
     """
     texts = [c.text for c in completions]
     log = BatchLog(len(completions))
-    plain, messages = _text_arguments(completions), _arguments(completions, log, trainer_state)
+    plain, messages = _text_arguments(completions, log), _arguments(completions, log, trainer_state)
     names = unique_names(functions)
     order = sorted(range(len(functions)), key=lambda i: not is_collective(functions[i]))
     called = {
@@ -327,7 +333,7 @@ def _own_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
     }
 
 
-def _text_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
+def _text_arguments(completions: Sequence[Completion], log: BatchLog) -> dict[str, Any]:
     """Return the arguments of functions that read plain text; columns of the data don't replace any."""
     return {
         **_columns(completions),
@@ -335,6 +341,7 @@ def _text_arguments(completions: Sequence[Completion]) -> dict[str, Any]:
         "prompts": [c.prompt.text for c in completions],
         "completions": [c.prompt.prefill + c.text for c in completions],
         "completion_ids": [list(c.sampled_ids) for c in completions],
+        "log_extra": log.log_extra,
     }
 
 

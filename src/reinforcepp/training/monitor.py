@@ -86,7 +86,7 @@ class Monitor:
             before = self._history[-1].get("num_tokens", 0.0) if self._history else 0.0
             values["step_tokens"] = metrics["num_tokens"] - before  # of prompts and completions on all ranks
             first = batch.rollout.completions[0]
-            self._sample = Sample(first.prompt.conversation, first.text, batch.scores.known[0])
+            self._sample = Sample(first.context, first.text, batch.scores.known[0])
         self._history.append(values)
         del self._history[FIRST_STEPS:-LAST_STEPS]
         if step % CHECK_EVERY_STEPS == 0 or step == self.num_steps:

@@ -177,6 +177,8 @@ class Judge:
         ConfigError: the rubric, the server, the key or the cache can't be used.
     """
 
+    plain_text = True
+
     def __init__(
         self,
         spec: JudgeSpec,
@@ -223,20 +225,26 @@ class Judge:
         return ", ".join(limits)
 
     async def __call__(
-        self, prompts: list[Any], completions: list[Any], log_extra: Any = None, **_: Any
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        log_extra: Any = None,
+        conversations: Sequence[Conversation] | None = None,
+        **_: Any,
     ) -> list[float | None]:
         """Return the score of each completion, from 0 to 1; None without a verdict, if the option ``no_verdict`` is skip.
 
         Args:
             prompts: texts or lists of messages.
             completions: texts or lists of messages.
+            conversations: the messages before each completion, instead of ``prompts``.
             log_extra: gets the reasons as a column of the tables of completions.
 
         Raises:
             RewardError: the server failed, a reply has no verdict, or the budget is used up.
         """
         answers = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-        pairs = zip(prompts, answers, strict=True)
+        pairs = zip(conversations or prompts, answers, strict=True)
         questions = [score_question(self.spec, self.rubric, *pair) for pair in pairs]
         verdicts = await self._verdicts(questions, skip=self.spec.no_verdict == "skip")
         if log_extra is not None and self.spec.reason:
