@@ -13,7 +13,7 @@ from reinforcepp.errors import ConfigError
 from reinforcepp.monitoring.completion_tables import completion_panel, completion_table
 from reinforcepp.rewards.functions import RewardScores
 from reinforcepp.runtime.terminal import Console
-from reinforcepp.types import Completion, Prompt
+from reinforcepp.types import Completion, EpisodeTurn, Prompt
 
 ASKED = ({"role": "user", "content": "Is [red]it[/red] up?"},)
 
@@ -43,6 +43,28 @@ def test_the_terminal_shows_some_rows_as_plain_text():
     text = console.export_text()
     assert "Step 3" in text and "\x1b" not in text and "[red]it[/red]" in text and "\ufffd[31m00" in text
     assert "\ufffd[31m10" in text and "[31m01" not in text
+
+
+def test_an_episode_is_its_conversation_as_text():
+    said = {"role": "assistant", "content": "[b]\x1b[31m"}, {"role": "tool", "name": "f", "content": "7"}
+    spans = [(0, 2, True, 0.5), (2, 5, False, None), (5, 6, True, None), (6, 6, False, None)]
+    turns = tuple(EpisodeTurn((said[i % 2],), *span) for i, span in enumerate(spans))
+    prompt = Prompt("Why?", (1,), 0)
+    rows = [
+        Completion(prompt, (5,) * 6, (0.0,) * 6, "[b]", "stop", turns=turns),
+        Completion(prompt, (5,), (0.0,), "a", "stop"),
+    ]
+    batch = SimpleNamespace(completions=rows, mask_BT=torch.ones(2, 6))
+    columns = completion_table(batch, RewardScores([1.0] * 2, {}), torch.ones(2, 6), 3)
+    assert columns["completion"] == [
+        "Assistant (2 tokens, reward +0.50): [b]\x1b[31m\nTool (f) (3 tokens, masked): 7\n"
+        "Assistant (1 token): [b]\x1b[31m\nTool (f) (never seen by the policy): 7",
+        "a",
+    ]
+    console = Console(width=160, record=True)
+    console.print(completion_panel(columns, 2))
+    text = console.export_text()
+    assert "Assistant (2 tokens, reward +0.50): [b]" in text and "\x1b" not in text
 
 
 class Tracker:

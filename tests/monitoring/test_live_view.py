@@ -53,6 +53,12 @@ def shown(now, width=100):
     return console.file.getvalue()
 
 
+def test_turns_of_episodes_are_shown():
+    episodes = {"episodes/mean_turns": 2.5, "episodes/failed": 3.0}
+    assert "2.50" in (text := shown(moment(history=history(**episodes)))) and "per episode, 3 failed" in text
+    assert "turns" not in shown(moment())
+
+
 def test_everything_is_shown():
     text = shown(moment())
     for expected in (

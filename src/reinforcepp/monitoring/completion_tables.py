@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from reinforcepp.monitoring.turns import turns
+from reinforcepp.monitoring.turns import episode_text, turns
 from reinforcepp.rewards.functions import RewardScores, messages_or_text
 from reinforcepp.types import RolloutBatch
 
@@ -22,14 +22,18 @@ def completion_table(
 ) -> dict[str, list[Any]]:
     """Return TRL's columns, one row per completion: step, prompt, completion, the scores, logged columns, and advantage.
 
-    The advantage is the mean over the tokens of a completion. With ``unique_prompts``, each prompt has one row.
+    The completion of an episode is its conversation as text. The advantage is the mean over the sampled tokens of a completion.
+    With ``unique_prompts``, each prompt has one row.
     """
     pairs = [messages_or_text(completion) for completion in batch.completions]
     advantages_B = (advantages_BT * batch.mask_BT).sum(1) / batch.mask_BT.sum(1).clamp(min=1)
     columns = {
         "step": [step] * len(pairs),
         "prompt": [prompt for prompt, _ in pairs],
-        "completion": [completion for _, completion in pairs],
+        "completion": [
+            episode_text(c.turns) if c.turns else completion
+            for c, (_, completion) in zip(batch.completions, pairs, strict=True)
+        ],
         **scores.by_function,
         **scores.extra,
         "advantage": advantages_B.tolist(),

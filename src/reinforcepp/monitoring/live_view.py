@@ -128,6 +128,12 @@ def _metrics(now: Mapping[str, float], snapshot: Snapshot, room: int) -> list[tu
     limit = f"nats per token, limit {snapshot.kl_limit:g}" if snapshot.kl_limit else "nats per token"
     first = f"from {rewards[0]:+.3f}" if rewards else ""
     truncated = now.get("completions/clipped_ratio", 0.0)
+    episodes = []
+    if "episodes/mean_turns" in now:
+        failed = now.get("episodes/failed", 0.0)
+        note = "per episode" + (f", {failed:.0f} failed" if failed else "")
+        turns = series("episodes/mean_turns")
+        episodes = [("turns", number("episodes/mean_turns", "{:.2f}"), sparkline(turns, room), note)]
     return [
         ("reward", Text(f"{arrow} {number('reward', '{:+.3f}')}", color), sparkline(rewards, room), first),
         ("KL", number("kl", "{:.4f}"), sparkline(series("kl"), room), limit),
@@ -138,6 +144,7 @@ def _metrics(now: Mapping[str, float], snapshot: Snapshot, room: int) -> list[tu
             "tokens" + (f", {truncated:.0%} truncated" if truncated else ""),
         ),
         ("entropy", number("entropy", "{:.4f}"), sparkline(series("entropy"), room), "nats per token"),
+        *episodes,
     ]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from reinforcepp.runtime.terminal import printable
-from reinforcepp.types import Conversation
+from reinforcepp.types import Conversation, EpisodeTurn
 
 LABELS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 EARLIER_CHARACTERS, LAST_CHARACTERS = 70, 160
@@ -32,6 +32,22 @@ class Turn(NamedTuple):
 def turns(prompt: Conversation) -> list[Turn]:
     """Return the turns of a prompt."""
     return [Turn("plain", "", prompt)] if isinstance(prompt, str) else list(map(_turn, prompt))
+
+
+def episode_text(episode: Sequence[EpisodeTurn]) -> str:
+    """Return an episode as text for tables, a paragraph per message: ``Assistant (12 tokens, reward +0.50): TEXT``."""
+    paragraphs = []
+    for turn in episode:
+        tokens = turn.stop - turn.start
+        facts = [
+            f"{tokens} {'tokens' if tokens > 1 else 'token'}{'' if turn.sampled else ', masked'}"
+            if tokens
+            else "never seen by the policy"
+        ]
+        facts += [f"reward {turn.reward:+.2f}"] if turn.reward is not None else []
+        for message in turns(turn.messages):
+            paragraphs.append(f"{message.label} ({', '.join(facts)}): {message.text}")
+    return "\n".join(paragraphs)
 
 
 def _turn(message: Mapping[str, Any]) -> Turn:

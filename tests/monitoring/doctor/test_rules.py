@@ -94,6 +94,26 @@ CASES = [
     ("length_drift", {"completions/mean_length": rising(30, 60)}, {"completions/mean_length": rising(30, 50)}),
     ("length_collapse", {"completions/mean_length": rising(30, 12)}, {"completions/mean_length": rising(30, 17)}),
     ("truncation", {"completions/clipped_ratio": rising(0, 0.35)}, {"completions/clipped_ratio": rising(0, 0.25)}),
+    (
+        "out_of_turns",
+        {"settings": {"max_turns": 4}, "episodes/mean_turns": rising(2, 4), "completions/clipped_ratio": rising(0, 1)},
+        {"settings": {"max_turns": 4}, "episodes/mean_turns": rising(2, 4)},
+    ),
+    (
+        "out_of_turns",
+        {
+            "settings": {"max_turns": 4},
+            "episodes/mean_turns": rising(2, 3.9),
+            "completions/clipped_ratio": rising(0, 0.96),
+        },
+        {
+            "settings": {"max_turns": 5},
+            "episodes/mean_turns": rising(2, 4.9),
+            "completions/clipped_ratio": rising(0, 0.25),
+        },
+    ),
+    ("failed_episodes", {"episodes/failed": rising(0, 1.7)}, {"episodes/failed": rising(9, 1.5)}),
+    ("tools_unused", {"tools/call_frequency": rising(0.3, 0)}, {"tools/call_frequency": rising(0, 0.01)}),
     ("no_signal", {"frac_reward_zero_std": rising(0.1, 0.6)}, {"frac_reward_zero_std": rising(0.1, 0.4)}),
     ("no_signal", {"reward": [0.5] * STEPS, "reward_std": [0.0] * STEPS}, {"reward_std": [1e-3] * STEPS}),
     ("reward_saturated", {"reward_top_ratio": rising(0.5, 0.95)}, {"reward_top_ratio": rising(0.5, 0.8)}),
@@ -149,7 +169,7 @@ def test_a_rule_fires_above_its_threshold_only(rule, fault, sound):
 
 
 def test_every_rule_is_tested():
-    assert len(RULES) == 14
+    assert len(RULES) == 17
     tested = {case[0] for case in CASES}
     assert tested == {
         *(rule.__name__ for rule in RULES if rule.__name__ not in ("length_change", "reward_model")),

@@ -27,6 +27,8 @@ DISTINCT_FACTOR = 0.5
 NO_SIGNAL_RATIO = 0.5
 TOP_RATIO, CLIPPED_RATIO = 0.9, 0.2
 TRUNCATED_RATIO = 0.3
+OUT_OF_TURNS = 0.95
+FAILED_RATIO = 0.1
 SPIKE_FACTOR, SPIKE_RATIO = 10.0, 0.02
 SAMPLING_GAP = 0.1
 DROPPED_RATIO = 0.5
@@ -180,7 +182,7 @@ def reward_saturated(run: RunRecord) -> Finding | None:
 def truncation(run: RunRecord) -> Finding | None:
     """Find many truncated completions."""
     clipped = trend_of(run.metrics, "completions/clipped_ratio")
-    if clipped is None or clipped.late <= TRUNCATED_RATIO:
+    if clipped is None or clipped.late <= TRUNCATED_RATIO or out_of_turns(run) is not None:
         return None
     return Finding(
         "truncation",
@@ -190,6 +192,54 @@ def truncation(run: RunRecord) -> Finding | None:
         + ".",
         "The limit is too low, or the policy doesn't learn to finish because the reward rarely sees a finished response.",
         "Raise max_new_tokens, or start from a fine-tuned model that finishes its responses.",
+    )
+
+
+def out_of_turns(run: RunRecord) -> Finding | None:
+    """Find an environment in which nearly all episodes use all turns without an end."""
+    turns, clipped = trend_of(run.metrics, "episodes/mean_turns"), trend_of(run.metrics, "completions/clipped_ratio")
+    limit = run.settings.get("max_turns")
+    if turns is None or clipped is None or not limit:
+        return None
+    if turns.late < OUT_OF_TURNS * limit or clipped.late < OUT_OF_TURNS:
+        return None
+    return Finding(
+        "out_of_turns",
+        "warning",
+        "Episodes run out of turns",
+        f"Episodes have {turns.late:.1f} of max_turns {limit} turns, and {clipped.late:.0%} of them end without done.",
+        "The limit is too low for the task, the environment doesn't return done, or the policy repeats the same message.",
+        "Read the conversations in the report. Then raise max_turns, return done, or end an episode that makes no progress.",
+    )
+
+
+def failed_episodes(run: RunRecord) -> Finding | None:
+    """Find many episodes that failed, so that they aren't trained on."""
+    failed = trend_of(run.metrics, "episodes/failed")
+    if failed is None or failed.late <= FAILED_RATIO * _completions(run):
+        return None
+    return Finding(
+        "failed_episodes",
+        "warning",
+        "Many episodes fail",
+        f"{failed.late:.1f} of {_completions(run)} episodes per step fail.",
+        "The environment raises, hangs, or returns an unusable value.",
+        "Read the reasons in the report or in failed_episodes.jsonl, and correct the environment or raise environment_timeout.",
+    )
+
+
+def tools_unused(run: RunRecord) -> Finding | None:
+    """Find a policy with tools that doesn't call them."""
+    calls = trend_of(run.metrics, "tools/call_frequency")
+    if calls is None or calls.late > 0:
+        return None
+    return Finding(
+        "tools_unused",
+        "warning",
+        "The policy doesn't call its tools",
+        f"0 calls over the last steps ({calls.early:.2g} per episode at first).",
+        "The prompt doesn't ask for calls, the model doesn't know the format of calls, or the reward is as high without them.",
+        "Say in the prompt when to call a tool, use a model that was trained to call tools, or run SFT on examples of calls.",
     )
 
 
@@ -328,6 +378,9 @@ RULES: tuple[Rule, ...] = (
     reward_model,
     length_change,
     truncation,
+    out_of_turns,
+    failed_episodes,
+    tools_unused,
     reward_saturated,
     gradient_spikes,
     learning_rate_low,
