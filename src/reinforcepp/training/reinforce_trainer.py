@@ -78,7 +78,7 @@ class ReinforceTrainer(TrainerMethods):
         **unsupported: Any,
     ) -> None:
         refuse_arguments(unsupported)
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.train_dataset, self.eval_dataset, self.tools = train_dataset, eval_dataset, list(tools or ())
         model, config = with_peft_config(model, args or ReinforceConfig(), peft_config)
         parts = build(
             model,
