@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 6,
     "max_new_tokens": 32,
     "use_peft": True,
-    "learning_rate": 5e-5,
+    "learning_rate": 1e-4,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 3,
     "kl_coef": 0.0,
